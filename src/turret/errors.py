@@ -1,0 +1,103 @@
+"""Every error this package raises on purpose, on one page. Knows nothing else.
+
+    TurretError                 anything a user can mend; its text is one line: what failed, expected, given, remedy
+    ├── BadReference            a name, version or alias that cannot be parsed
+    ├── RecipeError             a recipe that cannot be read or makes no sense
+    ├── DataError               a table, column, label or split that is not usable
+    ├── BaseModelError          a base that cannot be found, read or used
+    │   └── UnknownFamily       an architecture without an entry in `families`
+    ├── AdapterError            tensors or configuration of an adapter that do not fit
+    │   ├── BundleError         a bundle on disk that is broken, foreign or unsafe
+    │   └── WrongBase           an adapter offered to another base than its own
+    ├── PreflightRefused        the plan found something that would waste the run
+    ├── TrainingError           training stopped
+    │   ├── LossNotFinite       NaN or infinity in the loss; the last good state is kept
+    │   ├── OutOfMemory         the machine could not hold the step
+    │   ├── Interrupted         stopped by the user; resumable
+    │   └── ProofFailed         the stored bundle did not reproduce the trained model
+    └── StoreError              the store could not be opened, read or written
+        ├── NotFound            no such adapter, version or alias
+        └── Corrupt             stored bytes do not match their digest
+"""
+
+from __future__ import annotations
+
+
+class TurretError(Exception):
+    """Base of all; `exit_status` is what the command line returns for it."""
+
+    exit_status = 1
+
+
+class BadReference(TurretError):
+    """A reference such as `sentiment@3` is malformed."""
+
+    exit_status = 2
+
+
+class RecipeError(TurretError):
+    """A recipe cannot be read, has an unknown key or a value out of range."""
+
+    exit_status = 2
+
+
+class DataError(TurretError):
+    """A table, column, label or split is not usable."""
+
+
+class BaseModelError(TurretError):
+    """A base cannot be found, read or used."""
+
+
+class UnknownFamily(BaseModelError):
+    """The architecture has no entry in `turret.families`."""
+
+
+class AdapterError(TurretError):
+    """Tensors or configuration of an adapter do not fit."""
+
+
+class BundleError(AdapterError):
+    """A bundle on disk is broken, foreign or unsafe."""
+
+
+class WrongBase(AdapterError):
+    """An adapter was offered to a base with another fingerprint."""
+
+
+class PreflightRefused(TurretError):
+    """The plan found something that would waste the run."""
+
+
+class TrainingError(TurretError):
+    """Training stopped before its end."""
+
+
+class LossNotFinite(TrainingError):
+    """The loss became NaN or infinite; the last good state is kept."""
+
+
+class OutOfMemory(TrainingError):
+    """The machine could not hold a training step."""
+
+
+class Interrupted(TrainingError):
+    """The user stopped the run; it can be resumed."""
+
+    exit_status = 130
+
+
+class ProofFailed(TrainingError):
+    """The bundle read back in a fresh process did not reproduce the trained model."""
+
+
+class StoreError(TurretError):
+    """The store could not be opened, read or written."""
+
+
+class NotFound(StoreError):
+    """No such adapter, version, alias or run."""
+
+
+class Corrupt(StoreError):
+    """Stored bytes do not match their digest."""
