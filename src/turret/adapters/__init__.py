@@ -1,0 +1,28 @@
+"""Adapters as numbers: LoRA and prefix on a frozen transformer, attached and detached without writing to it.
+
+Two hooks carry everything: the routed linear layer (`lora`) and the attention function (`attention`). Refuses to know
+data, tasks, stores and HTTP.
+"""
+
+from turret.adapters.adapter import Adapter, BaseInfo, extract, mount, unmount
+from turret.adapters.attach import attach, attachment, detach, target_paths, trainable_parameters
+from turret.adapters.packed import classify_logits, target_logits
+from turret.adapters.route import BARE, Route, set_route
+
+__all__ = [
+    "BARE",
+    "Adapter",
+    "BaseInfo",
+    "Route",
+    "attach",
+    "attachment",
+    "classify_logits",
+    "detach",
+    "extract",
+    "mount",
+    "set_route",
+    "target_logits",
+    "target_paths",
+    "trainable_parameters",
+    "unmount",
+]

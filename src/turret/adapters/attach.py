@@ -1,0 +1,340 @@
+"""Put adapters on a frozen transformer and take them off again: where the two hooks meet a real model.
+
+`attach` starts a new adapter to be trained, `mount` puts a finished one into a slot, `extract` reads the numbers back,
+`detach` leaves the base as it was, bit for bit. Base weights are never written to: linear layers and heads are replaced
+by modules that hold the originals. Refuses to know files, data and training.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turret.adapters import attention, positions
+from turret.adapters.lora import LoRAFactors, RoutedLinear, initial_factors, sizes
+from turret.adapters.prefix import PrefixSlot, new_slot
+from turret.adapters.route import BARE, Route
+from turret.errors import AdapterError
+from turret.families import Family, Site, attention_sites, family_of, linear_stream, stacks
+from turret.methods import Full, LoRA, Method, Prefix
+
+ATTRIBUTE = "turret"  # where the attachment sits on the model
+
+
+class RoutedModule(nn.Module):
+    """A task's head: the base's own module for slot 0, a copy for every other slot. x: (B, ...) -> (B, ...)."""
+
+    def __init__(self, base_module: nn.Module, route: Route) -> None:
+        super().__init__()
+        self.base_module = base_module
+        self.slots = nn.ModuleDict()
+        self.route = route
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        slot = self.route.single()
+        if slot is not None or self.route.in_body:  # in a body, a pooler's output on unpadded tokens is never used
+            return self._run(self.route.active if slot is None else slot, x, *args, **kwargs)
+        parts = {
+            slot: ((index := torch.tensor(rows, device=x.device)), self._run(slot, x[index], *args, **kwargs))
+            for slot, rows in self.route.rows_by_slot().items()
+        }
+        widths = {part.shape[-1] for _, part in parts.values()}
+        if len(widths) > 1:
+            raise AdapterError(f"heads of different sizes {sorted(widths)} in one batch: answer each size by itself")
+        first = next(iter(parts.values()))[1]
+        output = first.new_empty(x.shape[0], *first.shape[1:])
+        for index, part in parts.values():
+            output = output.index_copy(0, index, part.to(first.dtype))
+        return output
+
+    def _run(self, slot: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        module = self.slots[str(slot)] if str(slot) in self.slots else self.base_module
+        weight = next(module.parameters(), x)
+        output: Tensor = module(x.to(weight.dtype), *args, **kwargs)
+        return output
+
+
+class Attachment(nn.Module):
+    """Everything that is on one model: its route, the modules that were put in place of others, and how to undo it."""
+
+    def __init__(self, model: Any, family: Family) -> None:
+        super().__init__()
+        self.family = family
+        self.route = Route()
+        self.prefixes = nn.ModuleDict()  # by slot
+        self.methods: dict[int, Method] = {}
+        self.linears: dict[str, RoutedLinear] = {}  # by path in the model; the modules belong to the model
+        self.heads: dict[str, RoutedModule] = {}
+        self.full: dict[str, nn.Parameter] = {}  # the trained copies of a full adapter, by name
+        self.undo: list[Callable[[], None]] = []
+        self.sites = attention_sites(model)
+
+    def prefix_length(self, slot: int) -> int:
+        """P of a slot, 0 where it has no prefix."""
+        if slot == BARE or str(slot) not in self.prefixes:
+            return 0
+        module = self.prefixes[str(slot)]
+        assert isinstance(module, PrefixSlot)
+        return module.length
+
+    def keys_values(self, slot: int, site: Site) -> tuple[Tensor, Tensor] | None:
+        if str(slot) not in self.prefixes:
+            return None
+        module = self.prefixes[str(slot)]
+        assert isinstance(module, PrefixSlot)
+        return module.keys_values(site.group, site.layer)
+
+
+def attachment(model: Any) -> Attachment:
+    """What is attached to `model`. Raises AdapterError when nothing is."""
+    found = getattr(model, ATTRIBUTE, None)
+    if not isinstance(found, Attachment):
+        raise AdapterError(f"nothing is attached to this {type(model).__name__}: call turret.attach(model, …) first")
+    return found
+
+
+def attach(
+    model: Any,
+    method: Method,
+    *,
+    init_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    head: tuple[str, ...] = (),
+) -> Any:
+    """Begin a new adapter on `model`, in slot 1, and return the same model: now an ordinary module that trains.
+
+    init_ids: (n,) int64, token ids of the words a prefix starts from (repeated or cut to P); random words where left
+    out. generator: draws the initial factors. head: dotted names of further modules to train as the head, such as a
+    pooler that the checkpoint did not hold. Only the adapter and its head have requires_grad afterwards.
+    """
+    if isinstance(getattr(model, ATTRIBUTE, None), Attachment):
+        raise AdapterError("this model already carries an adapter: call turret.detach(model) first")
+    attached = hook_model(model)
+    attached.methods[1] = method
+    if isinstance(method, Full):
+        swap_parameters(model, attached, {})
+    else:
+        for name in _head_names(model, attached.family, head):
+            routed_module(model, attached, name).slots["1"] = _trainable_copy(model.get_submodule(name))
+    if isinstance(method, LoRA):
+        for path in target_paths(model, method.target_modules):
+            layer = model.get_submodule(path)
+            factors = initial_factors(method, layer, generator).to(_device(model))
+            routed_linear(model, attached, path).slots["1"] = factors
+    if isinstance(method, Prefix):
+        starts = _starts(model, attached, method, init_ids, generator)
+        attached.prefixes["1"] = new_slot(method, starts, generator).to(_device(model))
+    attached.route.active = 1
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Take everything off: the modules, weights, hooks, attention function and requires_grad that were there before."""
+    for undo in reversed(attachment(model).undo):
+        undo()
+    return model
+
+
+def trainable_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name in the attached model."""
+    return {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+
+def target_paths(model: Any, targets: tuple[str, ...] | str | None) -> list[str]:
+    """Dotted paths of the linear layers that `target_modules` names, as PEFT reads it. Raises AdapterError on a miss.
+
+    A name fits a path that equals it or ends with it after a dot; "all-linear" is every linear layer but the output's.
+    """
+    family = family_of(model.config)
+    linear = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = {
+        path: module
+        for path, module in linear.items()
+        if module is not output and path.split(".")[0] not in (*family.head_modules, "lm_head")
+    }
+    if targets == "all-linear":
+        return list(linear)
+    wanted = family.lora_targets if targets is None else targets
+    found = [path for path in linear if any(path == name or path.endswith("." + name) for name in wanted)]
+    missing = [name for name in wanted if not any(path == name or path.endswith("." + name) for path in linear)]
+    if missing:
+        names = sorted({path.rsplit(".", 1)[-1] for path in linear})
+        raise AdapterError(
+            f"target_modules {', '.join(missing)} not found in {family.name}: expected some of {', '.join(names)} "
+            "or all-linear"
+        )
+    return found
+
+
+def hook_model(model: Any) -> Attachment:
+    """Put the hooks on a model without any adapter: attention function, route, positions, frozen parameters."""
+    attached = Attachment(model, family_of(model.config))
+    attention.register()
+    flags = {name: each.requires_grad for name, each in model.named_parameters()}
+    for each in model.parameters():
+        each.requires_grad_(False)
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    implementations = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation = attention.NAME
+    bias_modules = _bias_modules(attached)
+    for site in attached.sites:
+        site.module.turret_hook = attention.Hooked(
+            site, attached.route, attached.keys_values, bias_modules.get(site.group)
+        )
+    handles = [stack.register_forward_pre_hook(_refresher(attached, groups)) for stack, groups in stacks(model)]
+    handles += positions.hook(model, attached.family, attached.route, attached.prefix_length)
+    bias_undo = positions.hook_bias(bias_modules.values(), attached.route)
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+        bias_undo()
+        for site in attached.sites:
+            del site.module.turret_hook
+        for key, config in configs.items():
+            config._attn_implementation = implementations[key]
+        delattr(model, ATTRIBUTE)
+        for name, each in model.named_parameters():
+            each.requires_grad_(flags[name])
+
+    attached.undo.append(undo)
+    model.add_module(ATTRIBUTE, attached)
+    return attached
+
+
+def _bias_modules(attached: Attachment) -> dict[str, Any]:
+    """T5's owners of relative position bias, by group; empty for every other family."""
+    return {
+        site.group: site.module
+        for site in attached.sites
+        if getattr(site.module, "has_relative_attention_bias", False) and site.group != "cross"
+    }
+
+
+def _refresher(attached: Attachment, groups: tuple[str, ...]) -> Callable[..., None]:
+    def refresh(*_: Any) -> None:
+        for module in attached.prefixes.values():
+            assert isinstance(module, PrefixSlot)
+            for group in groups:
+                module.refresh(group)
+
+    return refresh
+
+
+def routed_linear(model: Any, attached: Attachment, path: str) -> RoutedLinear:
+    if path not in attached.linears:
+        stream = linear_stream(attached.family, path)
+        attached.linears[path] = RoutedLinear(model.get_submodule(path), attached.route, stream)
+        _replace(model, attached, path, attached.linears[path])
+    return attached.linears[path]
+
+
+def routed_module(model: Any, attached: Attachment, path: str) -> RoutedModule:
+    if path not in attached.heads:
+        attached.heads[path] = RoutedModule(model.get_submodule(path), attached.route)
+        _replace(model, attached, path, attached.heads[path])
+    return attached.heads[path]
+
+
+def _replace(model: Any, attached: Attachment, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` points, and remember the original."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    original = parent._modules[name]
+    module.train(original.training)
+    parent._modules[name] = module
+    attached.undo.append(lambda: parent._modules.__setitem__(name, original))
+
+
+def _head_names(model: Any, family: Family, extra: tuple[str, ...]) -> list[str]:
+    own = [name for name in family.head_modules if name in dict(model.named_children())]
+    return own + [name for name in extra if name not in own]
+
+
+def _trainable_copy(module: nn.Module) -> nn.Module:
+    if isinstance(module, RoutedModule):
+        module = module.base_module
+    twin = copy.deepcopy(module).float()
+    for each in twin.parameters():
+        each.requires_grad_(True)
+    return twin
+
+
+def swap_parameters(model: Any, attached: Attachment, values: dict[str, Tensor]) -> None:
+    """Replace every parameter by a copy (or by `values`), ties kept; the originals come back with `undo`."""
+    twins: dict[int, nn.Parameter] = {}
+    names = {id(each): name for name, each in model.named_parameters()}
+    for module in list(model.modules()):
+        for key, original in list(module._parameters.items()):
+            if original is None:
+                continue
+            if id(original) not in twins:
+                value = values.get(names[id(original)], original).detach().to(original.device)
+                twins[id(original)] = nn.Parameter(value.float().clone(), requires_grad=not values)
+                attached.full[names[id(original)]] = twins[id(original)]
+            module._parameters[key] = twins[id(original)]
+            attached.undo.append(
+                lambda module=module, key=key, original=original: module._parameters.__setitem__(key, original)
+            )
+
+
+def _starts(
+    model: Any, attached: Attachment, method: Prefix, init_ids: Tensor | None, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    """Keys and values of P real words in every layer of the bare base, by group: (L, 2, H, P, D)."""
+    P = method.num_virtual_tokens
+    if init_ids is None or init_ids.numel() == 0:
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        init_ids = torch.randint(vocabulary, (P,), generator=generator)
+    repeats = -(-P // init_ids.numel())
+    ids = init_ids.repeat(repeats)[:P][None].to(_device(model))  # (1, P)
+    ones = torch.ones_like(ids)
+    was_training = [module for module in model.modules() if module.training]
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
+    attached.route.capture = captured
+    try:
+        model.eval()
+        with torch.no_grad():
+            if attached.family.kind == "encoder-decoder":
+                encoded = model.get_encoder()(input_ids=ids, attention_mask=ones)[0]
+                model.get_decoder()(
+                    input_ids=ids, attention_mask=ones, encoder_hidden_states=encoded, encoder_attention_mask=ones
+                )
+            else:
+                model.base_model(input_ids=ids, attention_mask=ones)
+    finally:
+        attached.route.capture = None
+        for module in was_training:
+            module.training = True
+    groups: dict[str, list[Tensor]] = {}
+    for site in attached.sites:
+        if site.group == "decoder" or method.encoder or attached.family.kind != "encoder-decoder":
+            groups.setdefault(site.group, []).append(torch.stack([x[0] for x in captured[site.name]]))
+    return {group: torch.stack(layers).float() for group, layers in groups.items()}
+
+
+def _device(model: Any) -> torch.device:
+    return next(iter(model.parameters())).device
+
+
+__all__ = [
+    "Attachment",
+    "LoRAFactors",
+    "RoutedModule",
+    "attach",
+    "attachment",
+    "detach",
+    "sizes",
+    "target_paths",
+    "trainable_parameters",
+]

@@ -1,0 +1,193 @@
+"""The second hook: one attention function, registered with transformers under the name "turret".
+
+It computes every attention of an attached model: padded or unpadded rows, causal or not, cross-attention, grouped
+queries, sliding windows, T5's position bias, and in front of the keys each row's prefix. The prefix never enters the
+key-value cache. Knows tensors, sites and routes; refuses to know where a prefix comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from turret.adapters.route import BARE, Route
+from turret.errors import AdapterError
+from turret.families import Site
+
+NAME = "turret"
+KeysValues = Callable[[int, Site], tuple[Tensor, Tensor] | None]
+
+
+@dataclass(frozen=True)
+class Hooked:
+    """What an attention module of an attached model carries: its site, the route, and how to reach a slot's prefix."""
+
+    site: Site
+    route: Route
+    prefix: KeysValues  # (slot, site) -> keys and values (H, P, D), or None
+    bias_module: Any | None  # T5: the first layer of the stack, which owns the relative position bias
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaling: float, dropout: float = 0.0) -> Tensor:
+    """softmax(scaling * q k^T + bias) v, with dropout on the probabilities.
+
+    q: (B, H, T, D); k, v: (B, H_kv, S, D) with H a multiple of H_kv; bias: broadcasts to (B, H, T, S). -> (B, H, T, D)
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
+    if dropout == 0.0:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
+    scores = (q * scaling) @ k.mT  # (B, H, T, S); dropout would push the fused kernel onto a slower path than this
+    if bias is not None:
+        scores = scores + bias
+    return nn.functional.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
+def routed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls. query: (B, H, T, D); key, value: (B, H_kv, S, D) -> ((B, T, H, D), None)."""
+    hooked: Hooked | None = getattr(module, "turret_hook", None)
+    if hooked is None:
+        raise AdapterError(
+            f"{type(module).__name__} asked for turret's attention, but nothing is attached to its model: "
+            "call turret.attach(model, …) or load the model with another attn_implementation"
+        )
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    route = hooked.route
+    if route.capture is not None:
+        route.capture[hooked.site.name] = (key.detach(), value.detach())
+    if route.lengths is not None:
+        output = _unpadded(hooked, query, key, value, scaling, dropout, sliding_window)
+    else:
+        output = _padded(hooked, query, key, value, _sum(attention_mask, position_bias), scaling, dropout)
+    return output.transpose(1, 2).contiguous(), None  # (B, T, H, D)
+
+
+def _padded(
+    hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaling: float, dropout: float
+) -> Tensor:
+    route, site = hooked.route, hooked.site
+    if bias is None and site.causal and q.shape[2] > 1:
+        raise AdapterError(
+            f"{site.name} is causal but was given no mask: pass attention_mask, or none but let it be made"
+        )
+    if bias is not None:
+        bias = bias[..., : k.shape[2]].to(q.dtype)
+    slot = route.single()
+    if slot is not None:
+        return _one_slot(hooked, slot, q, k, v, bias, scaling, dropout)
+    output = torch.empty_like(q)
+    for slot, rows in route.rows_by_slot().items():
+        index = torch.tensor(rows, device=q.device)
+        rows_bias = bias[index] if bias is not None and bias.shape[0] > 1 else bias
+        part = _one_slot(hooked, slot, q[index], k[index], v[index], rows_bias, scaling, dropout)
+        output = output.index_copy(0, index, part)
+    return output
+
+
+def _one_slot(
+    hooked: Hooked, slot: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaling: float, dropout: float
+) -> Tensor:
+    """Attention of rows that all take one slot: [prefix; keys], and a bias widened by the prefix's columns."""
+    prefix = hooked.prefix(slot, hooked.site) if slot != BARE else None
+    if prefix is not None:
+        rows, tokens = q.shape[0], prefix[0].shape[1]
+        past = k.shape[2] - q.shape[2] if hooked.site.causal else 0
+        if bias is not None or hooked.bias_module is not None:
+            columns = _prefix_bias(hooked, tokens, q, past)  # (1, H or 1, T, P)
+            if bias is None:
+                bias = q.new_zeros(1, 1, q.shape[2], k.shape[2])
+            shape = (max(bias.shape[0], 1), max(bias.shape[1], columns.shape[1]), q.shape[2])
+            bias = torch.cat([columns.expand(*shape, -1), bias.expand(*shape, -1)], dim=-1)  # (., ., T, P + S)
+        k = torch.cat([prefix[0].to(k.dtype).expand(rows, -1, -1, -1), k], dim=2)  # (B, H_kv, P + S, D)
+        v = torch.cat([prefix[1].to(v.dtype).expand(rows, -1, -1, -1), v], dim=2)
+    return attend(q, k, v, bias, scaling, dropout)
+
+
+def _prefix_bias(hooked: Hooked, tokens: int, q: Tensor, past: int) -> Tensor:
+    """Position bias of the prefix's columns: zero, or T5's own for positions -P … -1. (1, H or 1, T, P)"""
+    if hooked.bias_module is None:
+        return q.new_zeros(1, 1, q.shape[2], tokens)
+    positions = torch.arange(q.shape[2], device=q.device)[:, None] + past
+    relative = torch.arange(-tokens, 0, device=q.device)[None] - positions  # (T, P)
+    return relative_bias(hooked.bias_module, relative).to(q.dtype)
+
+
+def relative_bias(module: Any, relative: Tensor) -> Tensor:
+    """T5's bias for relative positions key - query: (T, S) int -> (1, H, T, S)."""
+    buckets = module._relative_position_bucket(
+        relative,
+        bidirectional=not module.is_decoder,
+        num_buckets=module.relative_attention_num_buckets,
+        max_distance=module.relative_attention_max_distance,
+    )
+    bias: Tensor = module.relative_attention_bias(buckets)  # (T, S, H)
+    return bias.permute(2, 0, 1)[None]
+
+
+def _unpadded(
+    hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
+) -> Tensor:
+    """Each row of the one long row attends to itself (or, crossing, to its source). q: (1, H, N, D) -> (1, H, N, D)"""
+    route, site = hooked.route, hooked.site
+    queries = route.spans("encoder" if site.group == "encoder" else "decoder")
+    keys = route.spans("encoder") if site.group == "cross" else queries
+    parts = []
+    for row, ((a, b), (c, d)) in enumerate(zip(queries, keys, strict=True)):
+        bias = _row_bias(hooked, b - a, d - c, window, q)
+        parts.append(
+            _one_slot(hooked, route.slot_of(row), q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], bias, scaling, dropout)
+        )
+    return torch.cat(parts, dim=2)
+
+
+def _row_bias(hooked: Hooked, t: int, s: int, window: int | None, q: Tensor) -> Tensor | None:
+    """The mask and position bias of one unpadded row of t queries and s keys: (1, H or 1, t, s), or None."""
+    site, memo = hooked.site, hooked.route.memo
+    if site.group == "cross" or (not site.causal and window is None and hooked.bias_module is None):
+        return None
+    place = (site.group, t, window, id(hooked.bias_module))
+    if place not in memo:
+        relative = torch.arange(s, device=q.device)[None] - torch.arange(t, device=q.device)[:, None]  # key - query
+        hidden = torch.zeros_like(relative, dtype=torch.bool)
+        if site.causal:
+            hidden |= relative > 0
+        if window is not None:
+            hidden |= relative.abs() >= window
+        bias = torch.zeros(t, s, dtype=q.dtype, device=q.device).masked_fill(hidden, torch.finfo(q.dtype).min)[
+            None, None
+        ]
+        if hooked.bias_module is not None:
+            bias = bias + relative_bias(hooked.bias_module, relative).to(q.dtype)
+        memo[place] = bias
+    return memo[place]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a[..., : b.shape[-1]] + b
+
+
+def register() -> None:
+    """Make the function known to transformers by name; `eager_mask` always hands over a mask where one is needed."""
+    AttentionInterface.register(NAME, routed_attention)
+    AttentionMaskInterface.register(NAME, eager_mask)

@@ -1,0 +1,138 @@
+"""LoRA as numbers: the factors of one adapter, and the routed linear layer that adds them to a frozen one.
+
+Knows tensors and slots. Refuses to know which layers a model has, files and training.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turret.adapters.route import BARE, Route
+from turret.errors import AdapterError
+from turret.methods import LoRA
+
+
+class LoRAFactors(nn.Module):
+    """`delta(x) = scaling * (dropout(x) A^T B^T - x A0^T B0^T)`, for x: (..., D_in) -> (..., D_out).
+
+    lora_A: (R, D_in) and lora_B: (D_out, R), float32. A0 and B0 are there for PiSSA only: the principal factors that
+    training starts from, subtracted so that the layer starts equal to the base and the base keeps its weights
+    (Meng et al. 2024, written with the base whole instead of its residual).
+    """
+
+    initial_A: Tensor | None
+    initial_B: Tensor | None
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_B)
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("initial_A", None)
+        self.register_buffer("initial_B", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.lora_A.dtype)
+        y = self.dropout(x) @ self.lora_A.mT @ self.lora_B.mT  # (..., D_out)
+        if self.initial_A is not None and self.initial_B is not None:
+            y = y - x @ self.initial_A.mT @ self.initial_B.mT
+        return y * self.scaling
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of the plain LoRA with the same output; PiSSA's has twice the rank and the same scaling."""
+        A, B = self.lora_A.detach(), self.lora_B.detach()
+        if self.initial_A is None or self.initial_B is None:
+            return A.clone(), B.clone()
+        return torch.cat([A, self.initial_A]), torch.cat([B, -self.initial_B], dim=1)  # (2R, D_in), (D_out, 2R)
+
+
+class RoutedLinear(nn.Module):
+    """`y = W x + delta_slot(row)(x)`: a frozen linear layer and the factors of any number of slots.
+
+    x: (B, T, D_in) or (B, D_in) padded, one slot a row; (1, N, D_in) unpadded, one slot a span of tokens. A row of
+    slot 0, or of a slot without factors here, is bit-equal to the base.
+    """
+
+    def __init__(self, base_layer: nn.Module, route: Route, stream: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.slots = nn.ModuleDict()
+        self.route = route
+        self.stream = stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)
+        slot = self.route.single()
+        if slot is not None:
+            return self._add(y, x, slot)
+        if self.route.lengths is not None:
+            groups = self.route.tokens_by_slot(self.stream, x.device)
+            return self._add_groups(y, x, groups, dim=1)
+        rows = {slot: torch.tensor(rows, device=x.device) for slot, rows in self.route.rows_by_slot().items()}
+        return self._add_groups(y, x, rows, dim=0)
+
+    def _add(self, y: Tensor, x: Tensor, slot: int) -> Tensor:
+        if slot == BARE or str(slot) not in self.slots:
+            return y
+        return y + self.slots[str(slot)](x).to(y.dtype)
+
+    def _add_groups(self, y: Tensor, x: Tensor, groups: dict[int, Tensor], dim: int) -> Tensor:
+        for slot, index in groups.items():
+            if slot != BARE and str(slot) in self.slots:
+                delta = self.slots[str(slot)](x.index_select(dim, index)).to(y.dtype)
+                y = y.index_add(dim, index, delta)
+        return y
+
+
+def sizes(layer: nn.Module) -> tuple[int, int]:
+    """(D_in, D_out) of a linear layer; GPT-2's Conv1D keeps its weight transposed."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if type(layer).__name__ == "Conv1D":
+        weight: Any = layer.weight
+        return int(weight.shape[0]), int(weight.shape[1])
+    raise AdapterError(
+        f"LoRA cannot adapt a {type(layer).__name__}: expected a linear layer; name other target_modules"
+    )
+
+
+def initial_factors(method: LoRA, layer: nn.Module, generator: torch.Generator | None) -> LoRAFactors:
+    """The factors an adapter starts with, as `method.init_lora_weights` says; every choice starts equal to the base.
+
+    True: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero. "gaussian": A normal with deviation 1/R, B zero.
+    "pissa": the R largest singular triples of W, over the scaling. False: both random, for tests.
+    """
+    d_in, d_out = sizes(layer)
+    A = torch.empty(method.r, d_in)
+    B = torch.zeros(d_out, method.r)
+    if method.init_lora_weights == "pissa":
+        A, B = _principal(layer, method)
+    elif method.init_lora_weights == "gaussian":
+        A.normal_(0.0, 1.0 / method.r, generator=generator)
+    else:
+        A.uniform_(-1.0 / math.sqrt(d_in), 1.0 / math.sqrt(d_in), generator=generator)
+        if method.init_lora_weights is False:
+            B.normal_(0.0, 0.02, generator=generator)
+    factors = LoRAFactors(A, B, method.scaling, method.lora_dropout)
+    if method.init_lora_weights == "pissa":
+        factors.initial_A, factors.initial_B = A.clone(), B.clone()
+    return factors
+
+
+def _principal(layer: nn.Module, method: LoRA) -> tuple[Tensor, Tensor]:
+    """B A = (U_R S_R V_R^T) / scaling of the layer's weight W: (D_out, D_in)."""
+    weight: Any = layer.weight
+    W = weight.detach().float()
+    W = W if isinstance(layer, nn.Linear) else W.mT
+    if method.r > min(W.shape):
+        raise AdapterError(
+            f"PiSSA needs r <= {min(W.shape)} for a weight of {tuple(W.shape)}, given {method.r}: lower r"
+        )
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = (S[: method.r] / method.scaling).sqrt()
+    return root[:, None] * Vh[: method.r], U[:, : method.r] * root

@@ -1,0 +1,125 @@
+"""Run unpadded rows through an attached model: no padding token is ever computed.
+
+The rows lie one behind another in one row of N tokens; the hooks keep them apart. Both functions are differentiable
+and honour train() and eval(). Refuses to know tasks, losses and texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turret.adapters.attach import attachment
+from turret.adapters.positions import row_positions
+from turret.adapters.route import set_route
+
+
+def classify_logits(model: Any, inputs: Sequence[Tensor], slots: Sequence[int] | None = None) -> Tensor:
+    """Logits of a sequence classifier: inputs are B rows of token ids (T_i,) int64 -> (B, C).
+
+    slots: one slot a row; all rows take the attached adapter where left out.
+    """
+    attached = attachment(model)
+    family, lengths = attached.family, [len(row) for row in inputs]
+    if family.kind == "encoder-decoder":  # the whole input again as the decoder's, shifted; its last token is read
+        shifted = [_shift_right(model.config, row) for row in inputs]
+        hidden = _encoder_decoder_hidden(model, inputs, shifted, slots)
+    else:
+        hidden = _hidden(model, inputs, slots)
+    pooled = _pool(family.pooling, getattr(model.config, "classifier_pooling", "cls"), hidden, lengths)
+    with set_route(attached.route, slots, None):
+        logits: Tensor = family.classify(model, pooled)
+    return logits
+
+
+def target_logits(
+    model: Any, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None = None
+) -> Tensor:
+    """Logits that predict every target token, row after row: -> (sum of len(target), V).
+
+    sources: B rows (S_i,), targets: B rows (T_i,), int64. A decoder reads [source; target] as one row; an
+    encoder-decoder reads the source, and the target shifted right. Only target positions reach the output layer.
+    """
+    attached = attachment(model)
+    if attached.family.kind == "encoder-decoder":
+        shifted = [_shift_right(model.config, row) for row in targets]
+        hidden = _encoder_decoder_hidden(model, sources, shifted, slots)
+        if getattr(model.config, "scale_decoder_outputs", False):
+            hidden = hidden * model.config.d_model**-0.5
+        logits: Tensor = model.lm_head(hidden)
+        bias = getattr(model, "final_logits_bias", None)
+        return logits if bias is None else logits + bias
+    rows = [torch.cat([source, target]) for source, target in zip(sources, targets, strict=True)]
+    hidden = _hidden(model, rows, slots)
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
+    before = [  # the token before each target token predicts it
+        torch.arange(end - len(target) - 1, end - 1, device=hidden.device)
+        for end, target in zip(ends, targets, strict=True)
+    ]
+    logits = model.get_output_embeddings()(hidden[torch.cat(before)])  # (sum of T_i, V)
+    return logits
+
+
+def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None) -> Tensor:
+    """Last hidden states of an encoder or a decoder: (N, D)."""
+    attached = attachment(model)
+    lengths = [len(row) for row in rows]
+    ids = torch.cat(list(rows))[None].to(_device(model))  # (1, N)
+    offset = attached.family.position_offset(model.config)
+    call: dict[str, Any] = {"use_cache": False} if attached.family.kind == "decoder" else {}
+    with set_route(attached.route, slots, {attached.family.kind: lengths}, in_body=True):
+        output = model.base_model(
+            input_ids=ids,
+            attention_mask=_ready_mask(ids),
+            position_ids=row_positions(lengths, offset, ids.device)[None],
+            **call,
+        )
+    hidden: Tensor = output[0][0]
+    return hidden
+
+
+def _encoder_decoder_hidden(
+    model: Any, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None
+) -> Tensor:
+    """Last hidden states of the decoder: (M, D) for M target tokens."""
+    attached = attachment(model)
+    lengths = {"encoder": [len(row) for row in sources], "decoder": [len(row) for row in targets]}
+    source, target = (torch.cat(list(rows))[None].to(_device(model)) for rows in (sources, targets))
+    with set_route(attached.route, slots, lengths, in_body=True):
+        encoded = model.get_encoder()(input_ids=source, attention_mask=_ready_mask(source))[0]  # (1, N, D)
+        output = model.get_decoder()(
+            input_ids=target,
+            attention_mask=_ready_mask(target),
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=_ready_mask(target),
+            use_cache=False,
+        )
+    hidden: Tensor = output[0][0]
+    return hidden
+
+
+def _ready_mask(ids: Tensor) -> Tensor:
+    """A 4-dimensional mask counts as made already, so no (N, N) mask is built; the attention function makes its own."""
+    return torch.zeros(1, 1, 1, 1, device=ids.device)
+
+
+def _pool(pooling: str, modernbert: str, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The vector a classifier reads of each row: hidden (N, D) -> (B, D)."""
+    ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
+    if pooling in ("last", "eos"):  # an encoder-decoder's input ends with its end-of-sequence token
+        return hidden[ends - 1]
+    if pooling == "modernbert" and modernbert == "mean":
+        return torch.stack([row.mean(0) for row in hidden.split(list(lengths))])
+    return hidden[ends - torch.tensor(lengths, device=hidden.device)]
+
+
+def _shift_right(config: Any, row: Tensor) -> Tensor:
+    start = torch.full((1,), config.decoder_start_token_id, dtype=row.dtype, device=row.device)
+    return torch.cat([start, row[:-1]])
+
+
+def _device(model: Any) -> torch.device:
+    return next(iter(model.parameters())).device

@@ -1,0 +1,131 @@
+"""Where a token stands: positions of unpadded rows, and the shift a causal prefix causes.
+
+A causal prefix of P tokens takes the positions 0 … P-1, so the real tokens begin at P: then a prefix that starts from
+the keys and values of a text is exactly that text prepended. Encoders are not shifted. Knows routes and lengths;
+refuses to know what a prefix holds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turret.adapters.route import Route
+from turret.families import Family
+
+Length = Callable[[int], int]  # slot -> P
+
+
+def hook(model: Any, family: Family, route: Route, prefix_length: Length) -> list[Any]:
+    """Register what a family needs; returns the handles that remove it."""
+    if family.kind == "decoder":
+        body = model.base_model
+        names = list(inspect.signature(type(body).forward).parameters)[1:]
+        return [body.register_forward_pre_hook(_decoder_hook(names, route, prefix_length), with_kwargs=True)]
+    handles = []
+    for stream in ("encoder", "decoder"):
+        if family.kind == "encoder-decoder":
+            stack = model.get_encoder() if stream == "encoder" else model.get_decoder()
+            table = getattr(stack, "embed_positions", None)  # BART learns its positions and computes them itself
+            if table is not None:
+                before = _table_hook(stream, route, prefix_length)
+                handles.append(table.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(table.register_forward_hook(lambda module, args, out: out[0] if out.dim() == 4 else out))
+    return handles
+
+
+def hook_bias(modules: Iterable[Any], route: Route) -> Callable[[], None]:
+    """Keep T5 from computing an (N, N) bias for N unpadded tokens: the attention function makes each row's own."""
+    modules = list(modules)
+    for module in modules:
+        original = type(module).compute_bias
+
+        def compute(
+            *args: Any, module: Any = module, original: Any = original, **kwargs: Any
+        ) -> Tensor:  # instead of the method, on this instance only
+            if route.lengths is None:
+                bias: Tensor = original(module, *args, **kwargs)
+                return bias
+            weight: Tensor = module.relative_attention_bias.weight
+            return weight.new_zeros(1, 1, 1, 1)
+
+        module.compute_bias = compute
+
+    def undo() -> None:
+        for module in modules:
+            del module.compute_bias
+
+    return undo
+
+
+def row_positions(lengths: Iterable[int], offset: int, device: torch.device) -> Tensor:
+    """Positions of unpadded rows, each counted from `offset`: (N,) int64."""
+    return torch.cat([torch.arange(offset, offset + length, device=device) for length in lengths])
+
+
+def _shift(route: Route, prefix_length: Length, rows: int, stream: str, device: torch.device) -> Tensor | None:
+    """P of every row, (B, 1), or of every unpadded token, (1, N); None where nothing has a causal prefix."""
+    slot = route.single()
+    if slot is not None:
+        P = prefix_length(slot)
+        return torch.full((1, 1), P, device=device) if P else None
+    assert route.slots is not None
+    lengths = torch.tensor([prefix_length(each) for each in route.slots], device=device)
+    if not lengths.any():
+        return None
+    if route.lengths is None:
+        return lengths[:rows, None]
+    return lengths.repeat_interleave(torch.tensor(route.lengths[stream], device=device))[None]
+
+
+def _decoder_hook(names: list[str], route: Route, prefix_length: Length) -> Callable[..., Any]:
+    def shift_positions(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if route.capture is not None:
+            return None
+        call = dict(zip(names, args, strict=False)) | kwargs
+        tokens = call.get("input_ids")
+        tokens = call["inputs_embeds"][..., 0] if tokens is None else tokens
+        shift = _shift(route, prefix_length, tokens.shape[0], "decoder", tokens.device)
+        if shift is None:
+            return None
+        if call.get("position_ids") is None:
+            call["position_ids"] = _positions(tokens, call.get("attention_mask"), call.get("cache"))
+        call["position_ids"] = call["position_ids"] + shift
+        return (), call
+
+    return shift_positions
+
+
+def _positions(tokens: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+    """Positions of padded rows where the caller gave none: padding on either side does not count. (B, T)"""
+    length = tokens.shape[1]
+    if mask is not None and mask.dim() == 2:
+        counted: Tensor = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        return counted
+    past = cache.get_seq_length() if cache is not None else 0
+    return torch.arange(past, past + length, device=tokens.device)[None]
+
+
+def _table_hook(stream: str, route: Route, prefix_length: Length) -> Callable[..., Any]:
+    def give_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if route.capture is not None:
+            return None
+        tokens = args[0] if args else kwargs["input_ids"]
+        shift = None
+        if stream == "decoder":
+            shift = _shift(route, prefix_length, tokens.shape[0], stream, tokens.device)
+        if route.lengths is not None:
+            where = row_positions(route.lengths[stream], 0, tokens.device)[None]  # (1, N)
+        elif shift is None:
+            return None
+        else:
+            past = args[1] if len(args) > 1 else kwargs.get("cache_length", 0)
+            where = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        where = where if shift is None else where + shift  # (B or 1, T)
+        return args, kwargs | {"position_ids": where[0] if where.shape[0] == 1 else where}
+
+    return give_positions

@@ -1,0 +1,101 @@
+"""Prefix tuning as numbers: the keys and values one adapter puts in front of attention (Li & Liang 2021).
+
+Knows tensors and groups of layers. Refuses to know how a model reaches its attention, files and training.
+
+A prefix of P tokens for L layers with H key-value heads of size D is one tensor a group, (L, 2, H, P, D): keys, then
+values. While it is trained with reparametrisation it is
+
+    KV = KV0 + MLP(E),    E: (P, embedding), MLP: embedding -> hidden -> L * 2 * H * D, last layer zero at the start
+
+with KV0 the keys and values of real words, fixed; so the first step starts at the prompted model. `folded` gives KV;
+the MLP is never stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from turret.methods import Prefix
+
+EMBEDDING_SIZE = 64  # of each virtual token inside the reparametrisation
+
+
+class PrefixGroup(nn.Module):
+    """The prefix of one group of layers (encoder, decoder or cross-attention): KV (L, 2, H, P, D)."""
+
+    def __init__(self, start: Tensor, hidden: int | None, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.hidden = hidden
+        layers, _, heads, tokens, dim = start.shape
+        self.shape = (layers, 2, heads, tokens, dim)
+        if hidden is None:
+            self.keys_values = nn.Parameter(start.float().clone())
+            return
+        self.register_buffer("start", start.float().clone())
+        self.embedding = nn.Parameter(torch.empty(tokens, EMBEDDING_SIZE).normal_(generator=generator))
+        inner = torch.empty(hidden, EMBEDDING_SIZE)
+        self.inner_weight = nn.Parameter(inner.normal_(0.0, EMBEDDING_SIZE**-0.5, generator=generator))
+        self.inner_bias = nn.Parameter(torch.zeros(hidden))
+        self.outer_weight = nn.Parameter(torch.zeros(layers * 2 * heads * dim, hidden))
+        self.outer_bias = nn.Parameter(torch.zeros(layers * 2 * heads * dim))
+
+    def folded(self) -> Tensor:
+        """KV: (L, 2, H, P, D), with gradients to whatever is trained."""
+        if self.hidden is None:
+            return self.keys_values
+        layers, two, heads, tokens, dim = self.shape
+        h = torch.tanh(self.embedding @ self.inner_weight.mT + self.inner_bias)  # (P, hidden)
+        change = h @ self.outer_weight.mT + self.outer_bias  # (P, L * 2 * H * D)
+        change = change.view(tokens, layers, two, heads, dim).permute(1, 2, 3, 0, 4)  # (L, 2, H, P, D)
+        start: Tensor = self.get_buffer("start")
+        return start + change
+
+
+class PrefixSlot(nn.Module):
+    """All groups of one adapter's prefix, folded once a pass and read by every layer."""
+
+    def __init__(self, groups: dict[str, PrefixGroup]) -> None:
+        super().__init__()
+        self.groups = nn.ModuleDict(groups)
+        self.length = next(iter(groups.values())).shape[3]  # P
+        self._current: dict[str, Tensor] = {}
+        self._seen: dict[str, tuple[int, ...]] = {}
+
+    def refresh(self, group: str) -> None:
+        """Fold a group for the pass that begins; without gradients, only when a parameter has changed."""
+        if group not in self.groups:
+            return
+        module = self.groups[group]
+        assert isinstance(module, PrefixGroup)
+        versions = tuple(each._version for each in module.parameters())
+        if torch.is_grad_enabled() or self._seen.get(group) != versions:
+            self._current[group] = module.folded()
+            # A tensor that carries a graph must not outlive its pass; an inference tensor must not enter a graph.
+            plain = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+            self._seen[group] = versions if plain else ()
+
+    def keys_values(self, group: str, layer: int) -> tuple[Tensor, Tensor] | None:
+        """(key, value), each (H, P, D), of one layer, or None where this prefix has no such group."""
+        if group not in self.groups:
+            return None
+        if group not in self._current:
+            self.refresh(group)
+        both = self._current[group][layer]  # (2, H, P, D)
+        return both[0], both[1]
+
+
+def new_slot(method: Prefix, starts: dict[str, Tensor], generator: torch.Generator | None) -> PrefixSlot:
+    """A prefix to be trained, from the keys and values of real words (`starts`, by group)."""
+    hidden = method.encoder_hidden_size if method.reparametrize else None
+    return PrefixSlot({name: PrefixGroup(start, hidden, generator) for name, start in starts.items()})
+
+
+def to_peft(keys_values: Tensor) -> Tensor:
+    """(L, 2, H, P, D) -> PEFT's `prompt_embeddings` (P, L * 2 * H * D)."""
+    return keys_values.permute(3, 0, 1, 2, 4).reshape(keys_values.shape[3], -1).contiguous()
+
+
+def from_peft(prompt_embeddings: Tensor, layers: int, heads: int, dim: int) -> Tensor:
+    """PEFT's `prompt_embeddings` (P, L * 2 * H * D) -> (L, 2, H, P, D)."""
+    return prompt_embeddings.view(-1, layers, 2, heads, dim).permute(1, 2, 3, 0, 4).contiguous()

@@ -1,0 +1,81 @@
+"""Which rows of the batch under way carry which adapter: the small object that both hooks read.
+
+A route belongs to one attached model, not to the process. It knows numbers of slots and lengths, and refuses to know
+what a slot holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+BARE = 0  # the slot of the bare base: no adapter at all
+
+
+@dataclass
+class Route:
+    """Where each row goes.
+
+    slots: one slot a row, or None when every row takes `active`.
+    lengths: tokens a row, by stream ("encoder", "decoder"); None for a padded batch (B, T, D). With lengths the batch is
+        unpadded: the rows lie one behind another in one row of tokens (1, N, D), N = sum(lengths).
+    capture: when a dictionary, the attention hook leaves each site's keys and values in it.
+    in_body: an unpadded pass through the body is under way, so a pooler sees all tokens as one row.
+    """
+
+    active: int = BARE
+    slots: tuple[int, ...] | None = None
+    lengths: Mapping[str, tuple[int, ...]] | None = None
+    capture: dict[str, tuple[Tensor, Tensor]] | None = None
+    in_body: bool = False
+    memo: dict[tuple[object, ...], Tensor] = field(default_factory=dict)  # masks and biases of this batch's lengths
+
+    def slot_of(self, row: int) -> int:
+        return self.active if self.slots is None else self.slots[row]
+
+    def single(self) -> int | None:
+        """The one slot that all rows take, or None for a mixed batch."""
+        if self.slots is None:
+            return self.active
+        return self.slots[0] if len(set(self.slots)) == 1 else None
+
+    def rows_by_slot(self) -> dict[int, list[int]]:
+        """Rows of a mixed batch, grouped by slot in order of appearance."""
+        assert self.slots is not None
+        groups: dict[int, list[int]] = {}
+        for row, slot in enumerate(self.slots):
+            groups.setdefault(slot, []).append(row)
+        return groups
+
+    def spans(self, stream: str) -> list[tuple[int, int]]:
+        """(start, end) of each row among the unpadded tokens of a stream."""
+        assert self.lengths is not None
+        ends = torch.tensor(self.lengths[stream]).cumsum(0).tolist()
+        return [(end - length, end) for end, length in zip(ends, self.lengths[stream], strict=True)]
+
+    def tokens_by_slot(self, stream: str, device: torch.device) -> dict[int, Tensor]:
+        """Indices of the unpadded tokens of a stream, grouped by slot."""
+        spans = self.spans(stream)
+        return {
+            slot: torch.cat([torch.arange(*spans[row], device=device) for row in rows])
+            for slot, rows in self.rows_by_slot().items()
+        }
+
+
+@contextmanager
+def set_route(
+    route: Route, slots: Sequence[int] | None, lengths: Mapping[str, Sequence[int]] | None, in_body: bool = False
+) -> Iterator[None]:
+    """Point `route` at another batch for the length of the block."""
+    before = route.slots, route.lengths, route.in_body, route.memo
+    route.slots = None if slots is None else tuple(slots)
+    route.lengths = None if lengths is None else {name: tuple(each) for name, each in lengths.items()}
+    route.in_body, route.memo = in_body, {}
+    try:
+        yield
+    finally:
+        route.slots, route.lengths, route.in_body, route.memo = before
