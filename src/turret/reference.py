@@ -1,13 +1,13 @@
-"""What a stored adapter is called: `name`, `name@3` or `name@production`. Refuses to know the store: it only reads text.
+"""What a stored adapter is called: `name`, `name@3` or `name@production`. Only reads text; refuses to know the store.
 
 Grammar, in ASCII only:
 
 - `reference = name [ "@" ( version | alias ) ]`
-- `name`: a letter or digit, then up to 63 letters, digits, `-`, `_` or `.`; no two dots in a row, no dot at the end
+- `name`: a small letter or digit, then up to 99 of these, `-`, `_` and `.`; no two dots in a row, none at the end
 - `version`: 1 to 999999999, without leading zeros
 - `alias`: a small letter, then up to 31 small letters, digits, `-` or `_`
 
-So a name can never climb out of a folder, pass for an option, hide a NUL or look like another in a different script.
+So a name can never climb out of a folder, pass for an option, hide a NUL, or look like another in other letters.
 A plain name means `@production` where that alias exists, else the newest version; the store decides which.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from turret.errors import BadReference
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}", re.ASCII)
 _VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
 
@@ -33,8 +33,8 @@ def check_name(name: str) -> str:
     """The name itself if it may name an adapter; raises BadReference."""
     if not _NAME.fullmatch(name) or ".." in name or name.endswith("."):
         raise BadReference(
-            f"bad adapter name {_quoted(name)}: expected 1 to 64 ASCII letters, digits, '-', '_' or single dots, "
-            "starting with a letter or digit, such as sentiment or sentiment-v2"
+            f"bad adapter name {_quoted(name)}: expected 1 to 100 of a-z 0-9 - _ and single dots, "
+            "a letter or digit first, such as sentiment or sentiment-v2"
         )
     return name
 
@@ -43,8 +43,7 @@ def check_alias(alias: str) -> str:
     """The alias itself if it may be one; raises BadReference."""
     if not _ALIAS.fullmatch(alias):
         raise BadReference(
-            f"bad alias {_quoted(alias)}: expected 1 to 32 small ASCII letters, digits, '-' or '_', "
-            "starting with a letter, such as production"
+            f"bad alias {_quoted(alias)}: expected 1 to 32 of a-z 0-9 - _, a letter first, such as production"
         )
     return alias
 

@@ -1,0 +1,248 @@
+"""The store's tables, and the one way to a connection. Refuses to know what a version or a run means.
+
+The schema, in bullets (its number is `SCHEMA`; every change is a new Alembic file in `migrations/versions`):
+
+- `adapters`: a row a name; `last_number` is the last number given out, so that a number is never used twice
+- `versions`: a row a stored version, never changed after it is written; `manifest` and `metrics` are JSON
+- `files`: which content (sha256) a version has under which path
+- `aliases`: where a movable name points now; `alias_history`: every move, append-only (`version_id` NULL: taken away)
+- `runs`: a row a training; `state` is running, interrupted, failed or finished; the version it made has its `run`
+
+Times are ISO 8601 in UTC, as text. On SQLite the journal is WAL and a commit is on disk before it returns.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Connection,
+    Engine,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    event,
+    inspect,
+    text,
+)
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.pool import NullPool
+
+from turret.errors import StoreError
+
+SCHEMA = "0001"  # the newest file in migrations/versions; a test holds the two together
+BUSY_SECONDS = 60  # how long a writer waits for the writers before it
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", String(100), nullable=False, unique=True),
+    Column("last_number", Integer, nullable=False),
+    Column("created", String(32), nullable=False),
+)
+versions = Table(
+    "versions",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("adapter_id", ForeignKey(adapters.c.id), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("digest", String(80), nullable=False, index=True),
+    Column("created", String(32), nullable=False),
+    Column("run", String(40), index=True),
+    Column("bytes", BigInteger, nullable=False),
+    Column("metrics", JSON, nullable=False),
+    Column("manifest", JSON, nullable=False),
+    UniqueConstraint("adapter_id", "number"),
+    UniqueConstraint("adapter_id", "digest"),
+)
+files = Table(
+    "files",
+    metadata,
+    Column("version_id", ForeignKey(versions.c.id), primary_key=True),
+    Column("path", String(255), primary_key=True),
+    Column("digest", String(80), nullable=False, index=True),
+    Column("bytes", BigInteger, nullable=False),
+)
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("adapter_id", ForeignKey(adapters.c.id), primary_key=True),
+    Column("alias", String(32), primary_key=True),
+    Column("version_id", ForeignKey(versions.c.id), nullable=False, index=True),
+    Column("moved", String(32), nullable=False),
+)
+alias_history = Table(
+    "alias_history",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("adapter_id", ForeignKey(adapters.c.id), nullable=False, index=True),
+    Column("alias", String(32), nullable=False),
+    Column("version_id", ForeignKey(versions.c.id)),
+    Column("moved", String(32), nullable=False),
+)
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("name", String(100), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("recipe_digest", String(80), nullable=False, index=True),
+    Column("data_digest", String(80), nullable=False),
+    Column("created", String(32), nullable=False),
+    Column("ended", String(32)),
+    Column("error", Text),
+    Column("result", JSON),
+)
+
+
+class Database:
+    """One SQLite file: `reading()` and `writing()` are its only doors, each a transaction."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._engine = _engine(path, read_only)
+        with told(path):
+            self._reach_schema()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection that sees one moment of the database."""
+        with told(self.path), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A connection that is the only writer until it commits, or leaves everything as it was."""
+        if self.read_only:
+            raise StoreError(
+                f"store {self.path.parent} is read-only here: give write permission, or use another --store"
+            )
+        writer = self._engine.execution_options(turret_writes=True)
+        with told(self.path), writer.begin() as connection:
+            yield connection
+
+    def _reach_schema(self) -> None:
+        with self._engine.begin() as connection:
+            found = _schema_of(connection)
+        if found == SCHEMA:
+            return
+        if found is not None and found > SCHEMA:
+            raise StoreError(
+                f"store {self.path.parent} has format {found}, this turret reads up to {SCHEMA}: "
+                "it was written by a newer turret; upgrade turret, or use another --store"
+            )
+        with self.writing() as connection:
+            if _schema_of(connection) != SCHEMA:  # nobody else brought it there while this process waited
+                _migrate(connection)
+
+
+def _schema_of(connection: Connection) -> str | None:
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    return found
+
+
+def _migrate(connection: Connection) -> None:
+    from alembic import command  # slow to import, and needed only for a new or an older store
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _engine(path: Path, read_only: bool) -> Engine:
+    if read_only:
+        # Without a -wal beside it nobody is writing, and SQLite can do without the files it may not create.
+        still = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
+        address = f"file:{quote(str(path.absolute()))}?mode=ro{still}"
+    else:
+        address = f"file:{quote(str(path.absolute()))}"
+
+    def connect() -> sqlite3.Connection:
+        # isolation_level=None: transactions are opened below, not guessed by the driver from the statement.
+        return sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+
+    engine = create_engine("sqlite+pysqlite://", creator=connect, poolclass=NullPool)
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.execute("PRAGMA foreign_keys = ON")
+        if not read_only:
+            _use_wal(connection)
+            connection.execute("PRAGMA synchronous = FULL")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("turret_writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Two processes that create the file at once: the switch to WAL does not wait for its lock, so this does."""
+    if connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
+        return
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Turn what the disk and the database say into one line that names the store."""
+    try:
+        yield
+    except (DatabaseError, sqlite3.Error) as error:
+        reason = str(getattr(error, "orig", None) or error)
+        raise StoreError(f"store {path.parent}: {_plainly(reason, path)}") from error
+    except OSError as error:
+        raise StoreError(f"store {path.parent}: {error.strerror or error}: {error.filename or path}") from error
+
+
+def _plainly(reason: str, path: Path) -> str:
+    if "is full" in reason:
+        return f"the disk of {path.parent} is full: free some space and try again; what was stored before is intact"
+    if "readonly" in reason or "read-only" in reason:
+        return "it is read-only here: give write permission, or use another --store"
+    if "unable to open" in reason:
+        return f"cannot open {path.name}: check that the folder exists and may be written"
+    if "not a database" in reason or "malformed" in reason:
+        return f"{path.name} is not a turret store or is damaged: restore it from a copy, or use another --store"
+    if "locked" in reason:
+        return f"another process has held it for {BUSY_SECONDS} seconds: wait for it, or end it"
+    return reason.replace("\n", " ")

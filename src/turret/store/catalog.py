@@ -1,0 +1,177 @@
+"""Which versions exist under which name and alias, as rows. Refuses to know files: it holds their digests only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, func, insert, select, update
+
+from turret.database import adapters, alias_history, aliases, files, versions
+from turret.errors import NotFound
+from turret.reference import Reference
+from turret.store.blobs import Blob
+
+PRODUCTION = "production"  # the alias that a plain name means, where it exists
+
+
+@dataclass(frozen=True)
+class Version:
+    """One stored adapter, which never changes; only `aliases` do."""
+
+    name: str
+    number: int
+    digest: str
+    created: str  # ISO 8601, UTC
+    run: str | None  # the training that made it
+    bytes: int
+    metrics: Mapping[str, Any]
+    manifest: Mapping[str, Any] = field(repr=False)
+    aliases: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.number}"
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def add(
+    connection: Connection,
+    name: str,
+    manifest: Mapping[str, Any],
+    content: Mapping[str, Blob],
+    *,
+    run: str | None,
+    metrics: Mapping[str, Any],
+) -> int:
+    """The number of a new version; or of the one there, if this content is stored under this name already."""
+    digest = str(manifest["digest"])
+    adapter = connection.execute(select(adapters).where(adapters.c.name == name)).first()
+    if adapter is None:
+        row = {"name": name, "last_number": 0, "created": now()}
+        adapter_id, last = connection.execute(insert(adapters).values(row)).inserted_primary_key[0], 0  # type: ignore[index]
+    else:
+        adapter_id, last = adapter.id, adapter.last_number
+    same = (versions.c.adapter_id == adapter_id) & (versions.c.digest == digest)
+    if (existing := connection.execute(select(versions.c.number).where(same)).scalar()) is not None:
+        return int(existing)
+    row = {
+        "adapter_id": adapter_id,
+        "number": last + 1,
+        "digest": digest,
+        "created": now(),
+        "run": run,
+        "bytes": sum(blob.bytes for blob in content.values()),
+        "metrics": plain(metrics),
+        "manifest": plain(manifest),
+    }
+    version_id = connection.execute(insert(versions).values(row)).inserted_primary_key[0]  # type: ignore[index]
+    rows = [{"version_id": version_id, "path": p, "digest": b.digest, "bytes": b.bytes} for p, b in content.items()]
+    connection.execute(insert(files), rows)
+    connection.execute(update(adapters).where(adapters.c.id == adapter_id).values(last_number=last + 1))
+    return int(last + 1)
+
+
+def find(connection: Connection, reference: Reference) -> Version:
+    """The version that the reference means now; raises NotFound saying what there is."""
+    adapter = connection.execute(select(adapters).where(adapters.c.name == reference.name)).first()
+    if adapter is None:
+        known = connection.execute(select(adapters.c.name).order_by(adapters.c.name).limit(8)).scalars().all()
+        there = f"the store has {', '.join(known)}" if known else "the store is empty: `turret train` makes one"
+        raise NotFound(f"no adapter named {reference.name!r}: {there}")
+    query = _versions().where(versions.c.adapter_id == adapter.id)
+    if reference.version is not None:
+        row = connection.execute(query.where(versions.c.number == reference.version)).first()
+    else:
+        alias = _alias(connection, adapter.id, reference.alias or PRODUCTION)
+        if alias is not None:
+            row = connection.execute(query.where(versions.c.id == alias)).first()
+        elif reference.alias is None:
+            row = connection.execute(query.order_by(versions.c.number.desc()).limit(1)).first()
+        else:
+            row = None
+    if row is None:
+        raise NotFound(f"no {reference}: {reference.name} has {_there(connection, adapter.id)}")
+    return _version(row, _aliases(connection, adapter.id).get(row.id, ()))
+
+
+def listed(connection: Connection, name: str | None = None) -> list[Version]:
+    """All versions, by name and number."""
+    query = _versions().order_by(adapters.c.name, versions.c.number)
+    if name is not None:
+        query = query.where(adapters.c.name == name)
+    pointing = _aliases(connection)
+    return [_version(row, pointing.get(row.id, ())) for row in connection.execute(query)]
+
+
+def content_of(connection: Connection, version: Version) -> dict[str, Blob]:
+    """Path in the bundle -> content."""
+    query = (
+        select(files.c.path, files.c.digest, files.c.bytes)
+        .join(versions, files.c.version_id == versions.c.id)
+        .join(adapters, versions.c.adapter_id == adapters.c.id)
+        .where(adapters.c.name == version.name, versions.c.number == version.number)
+        .order_by(files.c.path)
+    )
+    return {row.path: Blob(row.digest, row.bytes) for row in connection.execute(query)}
+
+
+def moves(connection: Connection, name: str) -> list[dict[str, Any]]:
+    """Every move of the name's aliases, oldest first."""
+    query = (
+        select(alias_history.c.alias, versions.c.number, alias_history.c.moved)
+        .join(adapters, alias_history.c.adapter_id == adapters.c.id)
+        .join(versions, alias_history.c.version_id == versions.c.id, isouter=True)
+        .where(adapters.c.name == name)
+        .order_by(alias_history.c.id)
+    )
+    return [{"alias": row.alias, "version": row.number, "moved": row.moved} for row in connection.execute(query)]
+
+
+def _versions() -> Select[Any]:
+    return select(adapters.c.name, versions).join(adapters, versions.c.adapter_id == adapters.c.id)
+
+
+def _version(row: Row[Any], pointing: tuple[str, ...]) -> Version:
+    shared = {key: getattr(row, key) for key in ("name", "number", "digest", "created", "run", "bytes")}
+    return Version(**shared, metrics=row.metrics, manifest=row.manifest, aliases=pointing)
+
+
+def _alias(connection: Connection, adapter_id: int, alias: str) -> int | None:
+    query = select(aliases.c.version_id).where(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
+    return connection.execute(query).scalar()
+
+
+def _aliases(connection: Connection, adapter_id: int | None = None) -> dict[int, tuple[str, ...]]:
+    """Version id -> the aliases that point at it, by name."""
+    query = select(aliases.c.version_id, aliases.c.alias).order_by(aliases.c.alias)
+    if adapter_id is not None:
+        query = query.where(aliases.c.adapter_id == adapter_id)
+    pointing: dict[int, tuple[str, ...]] = {}
+    for row in connection.execute(query):
+        pointing[row.version_id] = (*pointing.get(row.version_id, ()), row.alias)
+    return pointing
+
+
+def _there(connection: Connection, adapter_id: int) -> str:
+    query = select(func.min(versions.c.number), func.max(versions.c.number))
+    first, last = connection.execute(query.where(versions.c.adapter_id == adapter_id)).one()
+    numbers = f"versions {first} to {last}" if first != last else f"version {first}"
+    names = sorted({alias for some in _aliases(connection, adapter_id).values() for alias in some})
+    return f"{numbers} and {'aliases ' + ', '.join(names) if names else 'no alias'}"
+
+
+def plain(value: Any) -> Any:
+    """The value as strict JSON can say it: mappings, lists, and null for what is not a finite number."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,96 @@
+"""A full or read-only disk costs one clear line, and what was stored before stays whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from turret.errors import StoreError
+from turret.store import Store
+
+Mount = Callable[..., Path]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Mount]:
+    """Mounts a small disk of its own; only root may."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        tool = shutil.which("mount")
+        command = [tool or "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if tool is None or os.getuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a small disk needs root and the right to mount")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_what_was_stored_before_is_whole(small_disk, make_bundle) -> None:
+    disk = small_disk("size=2m")
+    store = Store(disk / "store")
+    store.put("a", make_bundle(os.urandom(100_000)))
+    with pytest.raises(StoreError, match="No space left on device") as error:
+        store.put("a", make_bundle(os.urandom(3_000_000)))
+    assert str(store.root) in str(error.value)
+    assert [str(version) for version in store.list()] == ["a@1"]
+    assert len(store.files("a@1")) == 3
+    assert list((store.root / "tmp").iterdir()) == []
+    store.put("a", make_bundle(os.urandom(100_000)))
+
+
+def test_a_disk_that_fills_at_any_byte_never_lists_a_broken_version(small_disk, make_bundle) -> None:
+    disk = small_disk("size=2m")
+    store, filler, stored = Store(disk / "store"), disk / "filler", []
+    stored.append(str(store.put("a", make_bundle(os.urandom(1000)))))
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    for room in range(0, 160_000, 8192):
+        filler.write_bytes(bytes(max(free - room, 0)))
+        with suppress(StoreError):
+            stored.append(str(store.put("a", make_bundle(os.urandom(9000)))))
+        filler.unlink()
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        assert [str(version) for version in store.list()] == stored
+        for reference in stored:
+            assert len(store.files(reference)) == 3
+    assert len(stored) > 1
+
+
+def test_a_new_store_on_a_full_disk_says_so(small_disk, make_bundle) -> None:
+    disk = small_disk("size=64k")
+    with pytest.raises(StoreError, match=r"disk of .* is full|No space left on device"):
+        Store(disk / "store").put("a", make_bundle(os.urandom(10)))
+
+
+def test_a_read_only_store_can_be_read_and_says_that_it_cannot_be_written(small_disk, make_bundle, tmp_path) -> None:
+    disk = small_disk("size=4m")
+    Store(disk / "store").put("a", make_bundle())
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    store = Store(disk / "store")
+    assert [str(version) for version in store.list()] == ["a@1"]
+    assert store.show("a")["version"] == "a@1"
+    store.materialize("a", tmp_path / "out")
+    for write in (lambda: store.put("a", make_bundle(b"2")), lambda: store.new_run("a", "", "")):
+        with pytest.raises(StoreError, match=r"read-only here|Read-only file system"):
+            write()
+    with pytest.raises(StoreError, match="Read-only file system"):
+        Store(disk / "other").put("a", make_bundle())
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_said(make_bundle, tmp_path) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(StoreError, match="Permission denied"):
+            Store(tmp_path / "store").put("a", make_bundle())
+    finally:
+        tmp_path.chmod(0o755)

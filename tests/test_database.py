@@ -1,0 +1,82 @@
+"""The schema has a number, is made and migrated when the store opens, and a newer one is refused."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import insert, select
+
+from turret import database as db
+from turret.database import SCHEMA, Database
+from turret.errors import StoreError
+
+MIGRATIONS = Path(db.__file__).parent / "migrations"
+
+
+def test_the_number_of_the_schema_is_the_newest_migration() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    assert ScriptDirectory.from_config(config).get_heads() == [SCHEMA]
+
+
+def test_the_migrations_make_exactly_the_tables_that_the_code_uses(tmp_path) -> None:
+    with Database(tmp_path / "turret.db").reading() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
+
+
+def test_a_newer_schema_is_refused_with_both_numbers_and_untouched(tmp_path) -> None:
+    Database(tmp_path / "turret.db")
+    _execute(tmp_path, "UPDATE alembic_version SET version_num = '0999'")
+    with pytest.raises(StoreError, match=r"has format 0999, this turret reads up to 0001: .* upgrade turret"):
+        Database(tmp_path / "turret.db")
+    assert _execute(tmp_path, "SELECT version_num FROM alembic_version") == [("0999",)]
+
+
+def test_the_journal_is_wal(tmp_path) -> None:
+    Database(tmp_path / "turret.db")
+    assert _execute(tmp_path, "PRAGMA journal_mode") == [("wal",)]
+
+
+def test_a_transaction_that_fails_leaves_nothing(tmp_path) -> None:
+    database = Database(tmp_path / "turret.db")
+    row = {"name": "a", "last_number": 0, "created": "now"}
+    with pytest.raises(StoreError, match="UNIQUE constraint failed"), database.writing() as connection:
+        connection.execute(insert(db.adapters), [row, row])
+    with database.reading() as connection:
+        assert connection.execute(select(db.adapters)).all() == []
+
+
+def test_a_read_only_database_refuses_to_write_in_one_line(tmp_path) -> None:
+    Database(tmp_path / "turret.db")
+    database = Database(tmp_path / "turret.db", read_only=True)
+    with database.reading() as connection:
+        assert connection.execute(select(db.versions)).all() == []
+    with pytest.raises(StoreError, match="is read-only here"), database.writing():
+        pass
+
+
+def test_opening_a_store_of_this_format_loads_no_alembic_and_no_torch(tmp_path) -> None:
+    Database(tmp_path / "turret.db")
+    code = (
+        "import sys; from pathlib import Path; from turret.store import Store\n"
+        "assert list(Store(Path(sys.argv[1])).list()) == []\n"
+        "assert not {'alembic', 'torch', 'pandas', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def _execute(folder: Path, statement: str) -> list[tuple[object, ...]]:
+    connection = sqlite3.connect(folder / "turret.db")
+    try:
+        with connection:
+            return connection.execute(statement).fetchall()
+    finally:
+        connection.close()
