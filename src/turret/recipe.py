@@ -28,10 +28,9 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from turret.errors import RecipeError
+from turret.errors import BadReference, RecipeError
 from turret.methods import Full, Head, LoRA, Method, Prefix
-
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")  # what an adapter may be called
+from turret.reference import check_name
 
 _METHODS: dict[str, type[BaseModel]] = {"lora": LoRA, "prefix": Prefix, "head": Head, "full": Full}
 _KIND_NAMES = {"string": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -173,11 +172,10 @@ class Recipe(_Section):
     @field_validator("name")
     @classmethod
     def _name_fits(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError(
-                f"expected 1 to 100 of a-z 0-9 . _ - with a letter or digit first, given {_short(value)}"
-                f", for example {name_from(value)!r}"
-            )
+        try:
+            check_name(value)
+        except BadReference as error:
+            raise ValueError(f"{error}; {name_from(value)!r} would do") from None
         return value
 
     @classmethod
@@ -245,7 +243,8 @@ def name_from(source: str) -> str:
     """A name for the adapter from a source of data: `Reviews 2.csv` -> `reviews-2`, `pypi:aclsum?a=b` -> `aclsum`."""
     stem = re.split(r"[?]", source.removeprefix("pypi:"))[0].replace("\\", "/").rstrip("/").split("/")[-1]
     stem = re.sub(r"\.(csv|tsv|jsonl|ndjson|json|parquet)$", "", stem.lower())
-    return re.sub(r"[^a-z0-9._-]+", "-", stem).strip("._-")[:100] or "adapter"
+    words = re.sub(r"[.]{2,}|[^a-z0-9._-]+", "-", stem).strip("._-")
+    return words[:100].rstrip("._-") or "adapter"
 
 
 def presets() -> tuple[str, ...]:
@@ -378,7 +377,7 @@ def _complaint(items: list[Any]) -> str:
         text = text.replace("input should be", "expected")
         texts.append(text if not texts else text.removeprefix("expected "))
     text = " or ".join(dict.fromkeys(texts))
-    return text if "given" in text else f"{text}, given {_short(items[0].get('input'))}"
+    return text if "given" in text or "bad adapter name" in text else f"{text}, given {_short(items[0].get('input'))}"
 
 
 def _unknown(key: str, method: str) -> str:

@@ -1,0 +1,159 @@
+"""Classification: one class of many for a text, or any number of them. Knows tokens, classes, the loss and the answers.
+
+Refuses to know models and tables: logits come in, numbers and names go out. Axes: B examples, C classes, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turret.errors import DataError
+from turret.tasks import metrics
+from turret.tasks.task import Encoded, Labelled
+from turret.tasks.tokens import Tokens
+
+THRESHOLD = 0.5  # multi-label: a class is given when its probability reaches it
+
+
+class Classify:
+    """The classes in the order of the logits, and how a text is encoded for them."""
+
+    kind: Literal["classify"] = "classify"
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        tokenizer: Any,
+        max_tokens: int = 256,
+        *,
+        multi_label: bool = False,
+        class_weights: Mapping[str, float] | None = None,
+        prefix_text: str = "",
+    ) -> None:
+        if len(set(labels)) != len(labels) or len(labels) < (1 if multi_label else 2):
+            raise DataError(f"classes must be different and at least {1 if multi_label else 2}, given {list(labels)}")
+        unknown = sorted(set(class_weights or {}) - set(labels))
+        if unknown:
+            raise DataError(
+                f"task.class_weights names {unknown[0]!r}, which is no class: the classes are {', '.join(labels)}"
+            )
+        self.labels = tuple(labels)
+        self.multi_label = multi_label
+        self.max_tokens = max_tokens
+        self.prefix_text = prefix_text
+        self.class_weights = None if class_weights is None else {name: float(w) for name, w in class_weights.items()}
+        self._tokens = Tokens(tokenizer)
+        self._index = {label: i for i, label in enumerate(self.labels)}
+        self._instruction = len(self._tokens.plain([prefix_text])[0]) if prefix_text else 0
+        needed = len(self._tokens.before) + self._instruction + 1 + len(self._tokens.after)
+        if max_tokens < needed:
+            raise DataError(
+                f"task.max_tokens = {max_tokens} leaves no room for the text: the special tokens and prefix_text "
+                f"take {needed - 1}, so give at least {needed}"
+            )
+
+    # --- texts in --------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> Encoded:
+        """`before` + the text's first tokens + `after`: at most `max_tokens`, at least one."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[Encoded]:
+        """The same for many texts, which is much faster than one by one."""
+        tokens = self._tokens
+        room = self.max_tokens - len(tokens.before) - len(tokens.after)
+        encoded = []
+        for ids in tokens.plain([self.prefix_text + text for text in texts], most=room):
+            row = [*tokens.before, *ids[:room], *tokens.after] or [tokens.filler]
+            encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
+        return encoded
+
+    def targets(self, examples: Sequence[Labelled]) -> Tensor:
+        """Class numbers (B,) int64; with `multi_label` ones and zeros (B, C) float32."""
+        try:
+            if not self.multi_label:
+                return torch.tensor([self._index[str(example.label)] for example in examples], dtype=torch.long)
+            many = torch.zeros(len(examples), len(self.labels))
+            for row, example in enumerate(examples):
+                for label in example.label:
+                    many[row, self._index[label]] = 1.0
+            return many
+        except KeyError as error:
+            raise DataError(
+                f"label {error.args[0]!r} is unknown to this classifier: it knows {', '.join(self.labels)}"
+            ) from None
+
+    # --- logits in -------------------------------------------------------------------------------------------------
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean over examples, so that the losses of micro-batches add up: a scalar.
+
+        One class: `mean_b w[y_b] * cross_entropy_b`; "balanced" weights have mean one over the training examples.
+        Many: `mean_b mean_c` of the binary cross-entropy, the positive term times w[c].
+        logits: (B, C), targets: (B,) int64 or (B, C) float32.
+        """
+        logits = logits.float()
+        weight = self._weight(logits.device)
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits, targets.float(), pos_weight=weight)
+        each = F.cross_entropy(logits, targets, reduction="none")  # (B,)
+        return (each if weight is None else each * weight[targets]).mean()
+
+    def _weight(self, device: torch.device) -> Tensor | None:
+        if self.class_weights is None:
+            return None
+        return torch.tensor([self.class_weights.get(label, 1.0) for label in self.labels], device=device)  # (C,)
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Any]:
+        """accuracy, macro_f1, loss and a report for each class; logits: (B, C)."""
+        loss = float(self.loss(logits, targets))
+        if self.multi_label:
+            given = (logits.float().sigmoid() >= THRESHOLD).long()  # (B, C)
+            return metrics.many_classes(given.tolist(), targets.long().tolist(), self.labels, loss)
+        return metrics.one_class(logits.argmax(-1).tolist(), targets.tolist(), self.labels, loss)
+
+    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
+        """`{"label", "probabilities"}` for each row; with `multi_label` the label is a list. logits: (B, C)."""
+        logits = logits.detach().double()
+        if self.multi_label:
+            rows = [dict(zip(self.labels, row, strict=True)) for row in logits.sigmoid().tolist()]
+            return [{"label": [k for k, p in row.items() if p >= THRESHOLD], "probabilities": row} for row in rows]
+        rows = [dict(zip(self.labels, row, strict=True)) for row in logits.softmax(-1).tolist()]
+        best = logits.argmax(-1).tolist()
+        return [{"label": self.labels[i], "probabilities": row} for i, row in zip(best, rows, strict=True)]
+
+    # --- kept with the adapter -------------------------------------------------------------------------------------
+
+    def spec(self) -> dict[str, Any]:
+        """All that makes this task again, as JSON."""
+        return {
+            "kind": self.kind,
+            "labels": list(self.labels),
+            "max_tokens": self.max_tokens,
+            "prefix_text": self.prefix_text,
+            "multi_label": self.multi_label,
+            "class_weights": self.class_weights,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], tokenizer: Any) -> Classify:
+        settings = {key: value for key, value in spec.items() if key not in ("kind", "labels")}
+        return cls(spec["labels"], tokenizer, **settings)
+
+
+def balanced_weights(labels: Sequence[str], examples: Sequence[Labelled], *, multi_label: bool) -> dict[str, float]:
+    """`n / (C n_c)` for each class, 1 for one without examples; with many classes a text `(n - n_c) / n_c`."""
+    counts = dict.fromkeys(labels, 0)
+    for example in examples:
+        for label in example.label if isinstance(example.label, tuple) else (example.label,):
+            counts[label] += 1
+    n = len(examples)
+    if multi_label:
+        return {label: (n - k) / k if 0 < k < n else 1.0 for label, k in counts.items()}
+    seen = sum(k > 0 for k in counts.values())
+    return {label: n / (seen * k) if k else 1.0 for label, k in counts.items()}

@@ -1,0 +1,201 @@
+"""Summaries and other generated texts: the prompt around a document, the target, the loss on the target only.
+
+A template says what stands around the document, for example `Summarize: {document}\\n\\nTL;DR:`. What does not fit
+is cut off the document's end, never off the template. Refuses to know models and tables. Axes: N target tokens,
+V vocabulary, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turret.errors import DataError
+from turret.tasks import metrics
+from turret.tasks.task import Encoded
+from turret.tasks.tokens import Tokens
+
+SLOT = "{document}"
+ENDINGS = {"summarize": "\n\nTL;DR:", "generate": "\n"}  # between document and target, in a decoder's one stream
+MAX_TARGET_TOKENS = 128
+_MARK = "DOCUMENT-4F1C9A"  # stands for the document while a chat template is rendered
+
+
+class Generate:
+    """How a document becomes a prompt and a target becomes labels, for encoder-decoders and decoders.
+
+    `prefix_text` goes before the document; one that has `{document}` in it is the whole template. An encoder-decoder
+    reads the template in its encoder; for a decoder the ending in `ENDINGS` tells where the target begins.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        family_kind: Literal["encoder-decoder", "decoder"],
+        max_tokens: int = 256,
+        max_target_tokens: int = MAX_TARGET_TOKENS,
+        prefix_text: str = "",
+        chat_template: bool = False,
+        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        kind: Literal["summarize", "generate"] = "summarize",
+        template: str | None = None,
+    ) -> None:
+        self.kind = kind
+        self.family_kind = family_kind
+        self.max_tokens = max_tokens
+        self.max_target_tokens = max_target_tokens
+        self.prefix_text = prefix_text
+        self.chat_template = chat_template
+        self.num_beams = num_beams
+        self.max_new_tokens = max_new_tokens or max_target_tokens
+        self.tokenizer = tokenizer
+        self._tokens = Tokens(tokenizer)
+        self.template = template if template is not None else self._default_template()
+        self._prepare()
+
+    # --- the template ----------------------------------------------------------------------------------------------
+
+    def _default_template(self) -> str:
+        if self.chat_template:
+            return self._chat_template()
+        if SLOT in self.prefix_text:
+            return self.prefix_text
+        ending = ENDINGS[self.kind] if self.family_kind == "decoder" else ""
+        return f"{self.prefix_text}{SLOT}{ending}"
+
+    def _chat_template(self) -> str:
+        """The tokenizer's own template with the document's place in it."""
+        if self.family_kind != "decoder" or not getattr(self.tokenizer, "chat_template", None):
+            raise DataError(
+                "task.chat_template is on, but this base has no chat template: leave it out, or use an instruct model"
+            )
+        said = self.prefix_text if SLOT in self.prefix_text else self.prefix_text + SLOT
+        messages = [{"role": "user", "content": said.replace(SLOT, _MARK)}]
+        text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        if text.count(_MARK) != 1:
+            raise DataError("this base's chat template does not contain the user's text once: leave chat_template out")
+        return text.replace(_MARK, SLOT)
+
+    def _prepare(self) -> None:
+        """Tokenize what is the same for every document, and see that it leaves room."""
+        self._head, _, self._tail = self.template.partition(SLOT)
+        tokens, decoder = self._tokens, self.family_kind == "decoder"
+        self._eos = tokens.eos
+        before = list(tokens.before)
+        head = tokens.plain([self._head])[0] if self._head else []
+        if before and head[: len(before)] == before:
+            before = []  # a chat template that writes the first special token itself
+        self._before = before
+        self._after = [*(tokens.plain([self._tail])[0] if self._tail else []), *([] if decoder else tokens.after)]
+        # A target after "TL;DR:" begins with a blank; one after a line break, or in a decoder of its own, does not.
+        self._lead = " " if decoder and self._tail and not self._tail[-1].isspace() else ""
+        needed = len(before) + len(head) + 1 + len(self._after)
+        if self.max_tokens < needed:
+            raise DataError(
+                f"task.max_tokens = {self.max_tokens} leaves no room for the document: the template takes "
+                f"{needed - 1} tokens, so give at least {needed}"
+            )
+        if self.max_target_tokens < 2 + len(tokens.before):
+            raise DataError(f"task.max_target_tokens = {self.max_target_tokens} leaves no room for a target's end")
+
+    # --- texts in --------------------------------------------------------------------------------------------------
+
+    def encode_source(self, text: str) -> Encoded:
+        """The prompt: at most `max_tokens`, at least one; a document that is too long loses its end."""
+        return self.encode_sources([text])[0]
+
+    def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
+        room = self.max_tokens - len(self._before) - len(self._after)
+        if self.chat_template:  # what a document says must not look like the turns of a talk
+            head = self._tokens.plain([self._head])[0] if self._head else []
+            bodies = self._tokens.plain([text.strip() for text in texts], most=room - len(head), literal=True)
+            rows = [[*head, *body] for body in bodies]
+        else:
+            cut = str.rstrip if self._tail else str
+            rows = self._tokens.plain([self._head + cut(text) for text in texts], most=room)
+        encoded = []
+        for ids in rows:
+            row = [*self._before, *ids[:room], *self._after] or [self._tokens.filler]
+            encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
+        return encoded
+
+    def encode_target(self, text: str) -> Encoded:
+        """The target's tokens and the eos token: at most `max_target_tokens`; one that is too long loses its end."""
+        return self.encode_targets([text])[0]
+
+    def encode_targets(self, texts: Sequence[str]) -> list[Encoded]:
+        first = [] if self.family_kind == "decoder" else self._tokens.before
+        room = self.max_target_tokens - len(first) - 1
+        encoded = []
+        for ids in self._target_ids([text.strip() for text in texts], room):
+            row = [*first, *ids[:room], self._eos]
+            encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
+        return encoded
+
+    def _target_ids(self, texts: Sequence[str], room: int) -> list[list[int]]:
+        """Tokens of the targets as they are when they follow the template: a tokenizer may put a blank of its own
+        before a text that stands alone, so they are tokenized behind the template's end, which is then taken off."""
+        if self.family_kind != "decoder":
+            return self._tokens.plain(texts, most=room)
+        behind = self._tokens.plain([self._tail + self._lead + text for text in texts], most=room + len(self._after))
+        ends = len(self._after)
+        torn = [i for i, ids in enumerate(behind) if ids[:ends] != self._after]
+        alone = self._tokens.plain([self._lead + texts[i] for i in torn], most=room)
+        rows = [ids[ends:] for ids in behind]
+        for i, ids in zip(torn, alone, strict=True):
+            rows[i] = ids
+        return rows
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated tokens, without special tokens and blanks around it."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    # --- logits and texts in ---------------------------------------------------------------------------------------
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy over target tokens: a scalar. logits: (N, V), targets: (N,) int64."""
+        return F.cross_entropy(logits.float(), targets)
+
+    def metrics(self, texts: Sequence[str], references: Sequence[str], mean_loss: float | None) -> dict[str, float]:
+        """rouge1, rouge2, rougeL, bleu, and loss and perplexity where a mean loss is given."""
+        return metrics.texts(texts, references, mean_loss)
+
+    # --- kept with the adapter -------------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What `generate()` is told; nothing is left to a default of twenty tokens."""
+        pad = self.tokenizer.pad_token_id
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+            "do_sample": False,
+            "eos_token_id": self._eos,
+            "pad_token_id": self._eos if pad is None else int(pad),
+        }
+
+    def spec(self) -> dict[str, Any]:
+        """All that makes this task again, as JSON; the template as it was, whatever the defaults become."""
+        return {
+            "kind": self.kind,
+            "family_kind": self.family_kind,
+            "max_tokens": self.max_tokens,
+            "max_target_tokens": self.max_target_tokens,
+            "prefix_text": self.prefix_text,
+            "chat_template": self.chat_template,
+            "template": self.template,
+            "generation": self.generation,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], tokenizer: Any) -> Generate:
+        generation = spec["generation"]
+        settings = {key: value for key, value in spec.items() if key != "generation"}
+        return cls(
+            tokenizer, num_beams=generation["num_beams"], max_new_tokens=generation["max_new_tokens"], **settings
+        )

@@ -1,0 +1,80 @@
+"""The numbers that say how good answers are: plain lists in, a flat JSON-able dictionary out. Knows no tensors.
+
+- accuracy, precision, recall and F1 are fractions; a class that is neither there nor ever given counts 0 in macro F1
+- ROUGE-1, ROUGE-2 and ROUGE-L are F-measures as fractions, with the Porter stemmer, mean over examples
+- BLEU is sacrebleu's corpus score, 0 to 100
+- perplexity is `exp(mean loss per target token)`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics.bleu import BLEU
+from sklearn.metrics import precision_recall_fscore_support
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+_LARGEST_EXPONENT = 700.0  # exp of more is no float, and infinity is no JSON
+
+
+def one_class(given: Sequence[int], true: Sequence[int], labels: Sequence[str], loss: float) -> dict[str, Any]:
+    """Metrics of one class a text; `given` and `true` are class numbers."""
+    right = sum(g == t for g, t in zip(given, true, strict=True))
+    report = _report(true, given, labels)
+    return {
+        "accuracy": right / len(true) if true else 0.0,
+        "macro_f1": _macro(report),
+        "loss": loss,
+        "per_class": report,
+    }
+
+
+def many_classes(
+    given: Sequence[Sequence[int]], true: Sequence[Sequence[int]], labels: Sequence[str], loss: float
+) -> dict[str, Any]:
+    """Metrics of any number of classes a text; rows of ones and zeros. Accuracy: every class of a text is right."""
+    right = sum(list(g) == list(t) for g, t in zip(given, true, strict=True))
+    hits = sum(g & t for gs, ts in zip(given, true, strict=True) for g, t in zip(gs, ts, strict=True))
+    all_of_them = sum(map(sum, given)) + sum(map(sum, true))
+    report = _report(true, given, labels)
+    return {
+        "accuracy": right / len(true) if true else 0.0,
+        "micro_f1": 2 * hits / all_of_them if all_of_them else 0.0,
+        "macro_f1": _macro(report),
+        "loss": loss,
+        "per_class": report,
+    }
+
+
+def _report(true: Sequence[Any], given: Sequence[Any], labels: Sequence[str]) -> dict[str, dict[str, float | int]]:
+    if not true:
+        return {}
+    numbers = list(range(len(labels)))
+    columns = precision_recall_fscore_support(true, given, labels=numbers, average=None, zero_division=0)
+    return {
+        label: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
+        for label, p, r, f, n in zip(labels, *columns, strict=True)
+    }
+
+
+def _macro(report: dict[str, dict[str, float | int]]) -> float:
+    return sum(row["f1"] for row in report.values()) / len(report) if report else 0.0
+
+
+def texts(given: Sequence[str], references: Sequence[str], mean_loss: float | None) -> dict[str, float]:
+    """Metrics of generated texts against one reference each; loss and perplexity where a mean loss is known."""
+    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+    scores = [scorer.score(reference, text) for text, reference in zip(given, references, strict=True)]
+    values = {name: sum(s[name].fmeasure for s in scores) / len(scores) if scores else 0.0 for name in ROUGE}
+    values["bleu"] = float(BLEU().corpus_score(list(given), [list(references)]).score) if given else 0.0
+    if mean_loss is not None:
+        values |= {"loss": float(mean_loss), "perplexity": perplexity(mean_loss)}
+    return values
+
+
+def perplexity(mean_loss: float) -> float:
+    """`exp(mean_loss)`, kept finite."""
+    return math.exp(min(float(mean_loss), _LARGEST_EXPONENT))

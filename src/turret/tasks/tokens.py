@@ -1,0 +1,75 @@
+"""From texts to token ids, many at once: special tokens where the tokenizer puts them, cut where the text ends.
+
+The text is tokenized once, without special tokens; what the tokenizer puts around a text is found out once and put
+around it here, so that a cut never costs a special token or an instruction. Refuses to know labels, losses and models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from turret.errors import BaseModelError
+
+_CHARACTERS_A_TOKEN = 64  # only texts longer than this many characters a token of the limit are shortened beforehand
+
+
+class Tokens:
+    """A tokenizer with its habits: `before` and `after` are the special tokens that it puts around a text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        plain = self._ids(["a"])[0]
+        around = list(tokenizer("a", verbose=False)["input_ids"])
+        at = _find(around, plain)
+        self.before: list[int] = around[:at]
+        self.after: list[int] = around[at + len(plain) :]
+
+    def _ids(self, texts: Sequence[str], **settings: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        coded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False, padding=False, **settings)
+        return [list(ids) for ids in coded["input_ids"]]
+
+    def plain(self, texts: Sequence[str], *, most: int | None = None, literal: bool = False) -> list[list[int]]:
+        """Ids without special tokens. `most`: only the first so many and one more will be looked at, so that a very
+        long text need not be tokenized whole. `literal`: a special token written in a text is read as characters."""
+        settings = {"split_special_tokens": True} if literal else {}
+        if most is None:
+            return self._ids(texts, **settings)
+        shortened = [_shortened(text, _CHARACTERS_A_TOKEN * (most + 64)) for text in texts]
+        coded = self._ids(shortened, **settings)
+        again = [i for i, text in enumerate(texts) if len(shortened[i]) < len(text) and len(coded[i]) < most + 64]
+        for i, ids in zip(again, self._ids([texts[i] for i in again], **settings), strict=True):
+            coded[i] = ids  # so few tokens from so many characters: blanks, or one endless word
+        return coded
+
+    @property
+    def eos(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise BaseModelError("the tokenizer has no eos token, so no generated text could end: use another base")
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def filler(self) -> int:
+        """What stands for a text without any token, where the tokenizer puts none around it either."""
+        known = self.tokenizer
+        for token in (known.eos_token_id, known.bos_token_id, known.pad_token_id, known.unk_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+
+def _find(whole: list[int], part: list[int]) -> int:
+    for at in range(len(whole) - len(part) + 1):
+        if whole[at : at + len(part)] == part:
+            return at
+    raise BaseModelError("the tokenizer changes a text when it adds special tokens: use another base")
+
+
+def _shortened(text: str, characters: int) -> str:
+    """The text's beginning, up to a blank, so that no word is torn; the whole text where that saves little."""
+    if len(text) < 2 * characters:
+        return text
+    at = max(text.rfind(" ", 0, characters), text.rfind("\n", 0, characters))
+    return text[:at] if at > characters // 2 else text
