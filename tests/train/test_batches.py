@@ -1,0 +1,87 @@
+"""Which examples make which step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turret.errors import DataError
+from turret.train.batches import Item, Items, Schedule, by_length, micro_batches
+
+
+def item(tokens: int, target: int | None = None) -> Item:
+    return Item(None, torch.zeros(tokens, dtype=torch.long), None if target is None else torch.zeros(target).long())
+
+
+def test_every_epoch_shows_every_example_once_in_another_order() -> None:
+    schedule = Schedule(examples=10, batch_size=4, epochs=2, seed=1)
+    batches = list(schedule.batches())
+    assert [len(indices) for _, indices in batches] == [4, 4, 2] * 2
+    first = [index for _, indices in batches[:3] for index in indices]
+    second = [index for _, indices in batches[3:] for index in indices]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+
+
+def test_any_step_can_be_found_again_and_another_seed_shuffles_otherwise() -> None:
+    schedule = Schedule(examples=10, batch_size=3, epochs=3, seed=7)
+    whole = list(schedule.batches())
+    for after in range(len(whole) + 1):
+        assert list(schedule.batches(after)) == whole[after:]
+    assert list(Schedule(examples=10, batch_size=3, epochs=3, seed=8).batches()) != whole
+
+
+def test_the_largest_number_of_steps_cuts_the_epochs_short() -> None:
+    schedule = Schedule(examples=10, batch_size=4, epochs=2, seed=1, max_steps=4)
+    assert schedule.steps == 4
+    assert [step for step, _ in schedule.batches()] == [1, 2, 3, 4]
+    assert schedule.epoch_after(3) == 1.0
+    assert Schedule(examples=10, batch_size=4, epochs=2, seed=1, max_steps=400).steps == 6
+
+
+def test_no_examples_are_an_error_with_a_remedy() -> None:
+    with pytest.raises(DataError, match="no examples to train on"):
+        Schedule(examples=0, batch_size=4, epochs=2, seed=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 100))
+def test_micro_batches_keep_every_example_in_order_and_within_the_limit(lengths: list[int], most: int) -> None:
+    items = [item(length) for length in lengths]
+    pieces = micro_batches(items, most)
+    assert [each for piece in pieces for each in piece] == items
+    for piece in pieces:
+        assert sum(each.tokens for each in piece) <= most or len(piece) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 100))
+def test_evaluation_pieces_hold_every_index_once_with_its_neighbours_in_length(lengths: list[int], most: int) -> None:
+    pieces = by_length(len(lengths), lambda index: lengths[index], most)
+    flat = [index for piece in pieces for index in piece]
+    assert Counter(flat) == Counter(range(len(lengths)))
+    assert [lengths[index] for index in flat] == sorted(lengths)
+
+
+def test_examples_are_encoded_once_while_there_is_room_and_anew_after() -> None:
+    calls: list[str] = []
+
+    def encode(text: str) -> SimpleNamespace:
+        calls.append(text)
+        return SimpleNamespace(ids=torch.arange(len(text)), cut=text == "ccc")
+
+    examples = [SimpleNamespace(text=text) for text in ("a", "bb", "ccc")]
+    items = Items(SimpleNamespace(encode=encode), examples, kept_tokens=3)
+    for _ in range(2):
+        assert [len(items[i].source) for i in range(3)] == [1, 2, 3]
+        assert [items[i].cut for i in range(3)] == [False, False, True]
+    assert Counter(calls) == {"a": 1, "bb": 1, "ccc": 4}
+    assert items[1].source.dtype == torch.long
+    assert items[1].weight == 1
+    assert item(5, 2).weight == 2
+    assert item(5, 2).tokens == 7

@@ -1,0 +1,88 @@
+"""A checkpoint is whole or it is the one before; a full disk, a broken file and another run's file are named."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from turret.errors import TrainingError
+from turret.train import checkpoint
+
+IDENTITY = {"recipe": "r1", "data": "d1"}
+
+
+def save(folder: Path, step: int = 3, identity: dict[str, Any] = IDENTITY) -> dict[str, torch.Tensor]:
+    tensors = {"weights": torch.arange(5.0) + step, "random.torch": torch.get_rng_state()}
+    checkpoint.save(folder, tensors, identity=identity, layout={"a": [5]}, progress={"step": step})
+    return tensors
+
+
+def test_what_is_saved_is_loaded_and_replaces_the_one_before(tmp_path: Path) -> None:
+    assert checkpoint.load(tmp_path, identity=IDENTITY) is None
+    assert checkpoint.step_of(tmp_path) == 0
+    save(tmp_path, 3)
+    tensors = save(tmp_path, 4)
+    found = checkpoint.load(tmp_path, identity=IDENTITY)
+    assert found is not None
+    assert found.progress == {"step": 4}
+    assert found.layout == {"a": [5]}
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+    assert checkpoint.step_of(tmp_path) == 4
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
+    save(tmp_path)
+    with pytest.raises(TrainingError, match="another run: its data is d1, this run's is d2"):
+        checkpoint.load(tmp_path, identity={**IDENTITY, "data": "d2"})
+
+
+@pytest.mark.parametrize("damage", ["cut", "not ours", "empty"])
+def test_a_broken_checkpoint_says_which_file_to_delete(tmp_path: Path, damage: str) -> None:
+    save(tmp_path)
+    path = tmp_path / checkpoint.NAME
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[:-7], "not ours": b"PK" + whole, "empty": b""}[damage])
+    for read in (lambda: checkpoint.load(tmp_path, identity=IDENTITY), lambda: checkpoint.step_of(tmp_path)):
+        with pytest.raises(TrainingError, match=r"cannot be read .* delete it"):
+            read()
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """The system refuses to let a file grow beyond `size`: the same answer as a quota's or a full disk's."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_names_the_disk(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    large = {"weights": torch.zeros(1_000_000)}
+    with files_no_larger_than(65536), pytest.raises(TrainingError) as caught:
+        checkpoint.save(tmp_path, large, identity=IDENTITY, layout={"a": [1_000_000]}, progress={"step": 9})
+    assert "disk full: checkpoint of step 9 needs 4 MB" in str(caught.value)
+    assert "the disk at /" in str(caught.value)
+    assert "the previous checkpoint is intact" in str(caught.value)
+    found = checkpoint.load(tmp_path, identity=IDENTITY)
+    assert found is not None
+    assert found.progress == {"step": 3}
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TrainingError, match=r"could not be written to .*file/run"):
+        save(tmp_path / "file" / "run")

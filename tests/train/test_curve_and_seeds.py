@@ -1,0 +1,106 @@
+"""Records and their file; the run's own random numbers; Ctrl-C as a request."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from turret.train.curve import Curve, StepRecord, read_curve
+from turret.train.interrupt import StopRequest
+from turret.train.seeds import Randomness
+
+RECORD = StepRecord(1, 9, 0.5, 1.25, 1e-3, 0.1 + 0.2, 8, 100, 0.5, 200.0, 1000)
+
+
+def test_a_record_survives_json_to_the_last_bit() -> None:
+    with_metrics = replace(RECORD, metrics={"loss": 1 / 3}, split="validation")
+    for record in (RECORD, with_metrics):
+        assert StepRecord.from_json(record.to_json()) == record
+    assert "metrics" not in RECORD.to_json()
+    slower = replace(RECORD, seconds=9.0, tokens_per_second=1.0, rss=5)
+    assert slower != RECORD
+    assert slower.repeatable() == RECORD.repeatable()
+
+
+def test_a_resumed_curve_drops_what_comes_again_and_a_line_that_a_kill_cut(tmp_path: Path) -> None:
+    path = tmp_path / "curve.jsonl"
+    curve = Curve(path)
+    for step in (1, 2, 3, 4):
+        curve.append(replace(RECORD, step=step))
+    with path.open("a") as file:
+        file.write('{"step": 5, "ste')
+    assert [record.step for record in read_curve(path)] == [1, 2, 3, 4]
+    Curve(path, resume_after=2).append(replace(RECORD, step=3, loss=7.0))
+    assert [(record.step, record.loss) for record in read_curve(path)] == [(1, 1.25), (2, 1.25), (3, 7.0)]
+    assert list(read_curve(tmp_path / "none.jsonl")) == []
+
+
+def test_the_runs_random_numbers_and_the_programs_do_not_touch_each_other() -> None:
+    def draw() -> tuple[float, float]:
+        return random.random(), float(torch.rand(()))
+
+    torch.manual_seed(5)
+    random.seed(5)
+    undisturbed = [draw() for _ in range(3)]
+    own = Randomness(1, torch.device("cpu"))
+    with own:
+        alone = [draw() for _ in range(3)]
+
+    torch.manual_seed(5)
+    random.seed(5)
+    again = Randomness(1, torch.device("cpu"))
+    outer, inner = [], []
+    for _ in range(3):
+        outer.append(draw())
+        with again:
+            inner.append(draw())
+    assert outer == undisturbed
+    assert inner == alone
+
+
+def test_random_numbers_go_on_where_they_were_saved() -> None:
+    first = Randomness(1, torch.device("cpu"))
+    with first:
+        torch.rand(3)
+        random.random()
+    saved = {name: each.clone() for name, each in first.tensors().items()}
+    second = Randomness(99, torch.device("cpu"))
+    second.load(saved)
+    with first:
+        expected = torch.rand(3), random.random()
+    with second:
+        got = torch.rand(3), random.random()
+    assert torch.equal(expected[0], got[0])
+    assert expected[1] == got[1]
+
+
+def test_the_first_interrupt_asks_and_the_second_stops() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_outside_the_main_thread_no_handler_is_installed() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def body() -> None:
+        with StopRequest():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [before]

@@ -1,0 +1,115 @@
+"""The optimiser equals torch's own, and the learning rate goes where the recipe says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from turret.errors import TrainingError
+from turret.methods import Full, Head, LoRA, Prefix
+from turret.train.optim import AdamW, default_learning_rate, learning_rate, warmup_steps
+
+
+def twins() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+    other = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+    other.load_state_dict(one.state_dict())
+    return one, other
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_ten_updates_equal_those_of_torch(decay: float) -> None:
+    ours, theirs = twins()
+    mine = AdamW(dict(ours.named_parameters()), weight_decay=decay)
+    matrices = [each for each in theirs.parameters() if each.ndim >= 2]
+    vectors = [each for each in theirs.parameters() if each.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=1e-2)
+    x = torch.randn(4, 5)
+    for step in range(1, 11):
+        rate = learning_rate(step, total=10, peak=1e-2, warmup=2, schedule="linear")
+        mine.zero_gradients()
+        ours(x).square().mean().backward()
+        norm = mine.clip_gradients(0.5)
+        mine.step(rate)
+
+        reference.zero_grad()
+        theirs(x).square().mean().backward()
+        expected = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        for group in reference.param_groups:
+            group["lr"] = rate
+        reference.step()
+        assert norm == pytest.approx(float(expected), rel=1e-5)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_that_is_put_back_goes_on_to_the_same_bits() -> None:
+    one, other = twins()
+    x = torch.randn(4, 5)
+
+    def go(model: nn.Module, optimiser: AdamW, steps: int) -> None:
+        for _ in range(steps):
+            optimiser.zero_gradients()
+            model(x).square().mean().backward()
+            optimiser.step(1e-2)
+
+    first = AdamW(dict(one.named_parameters()), weight_decay=0.1)
+    go(one, first, 3)
+    second = AdamW(dict(other.named_parameters()), weight_decay=0.1)
+    second.load_state({name: row.clone() for name, row in first.state().items()}, first.steps)
+    go(one, first, 3)
+    go(other, second, 3)
+    assert torch.equal(first.weights, second.weights)
+
+
+def test_moving_the_row_tells_whoever_caches_by_version() -> None:
+    layer = nn.Linear(3, 2)
+    optimiser = AdamW(dict(layer.named_parameters()))
+    before = layer.weight._version
+    optimiser.set_weights(torch.zeros_like(optimiser.weights))
+    assert layer.weight._version > before
+    assert not layer.weight.any()
+
+
+def test_weights_in_half_precision_are_refused_with_the_remedy() -> None:
+    with pytest.raises(TrainingError, match=r"weight is bfloat16.*train.dtype to float32"):
+        AdamW(dict(nn.Linear(2, 2).bfloat16().named_parameters()))
+    with pytest.raises(TrainingError, match="nothing to train"):
+        AdamW({})
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_the_rate_rises_to_its_peak_and_no_step_is_spent_at_zero(schedule: str) -> None:
+    rates = [learning_rate(step, total=20, peak=1.0, warmup=4, schedule=schedule) for step in range(1, 21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert all(rate > 0 for rate in rates)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == (1.0 if schedule == "constant" else pytest.approx(rates[-1]))
+    if schedule == "linear":
+        assert rates[-1] == pytest.approx(1 / 17)
+    assert learning_rate(1, total=1, peak=1.0, warmup=0, schedule=schedule) > 0.4
+
+
+def test_warmup_is_a_share_or_a_number_of_steps() -> None:
+    assert [warmup_steps(each, 100) for each in (0, 0.06, 0.5, 1, 30, 1000)] == [0, 6, 50, 1, 30, 100]
+
+
+def test_every_method_has_its_own_rate() -> None:
+    assert default_learning_rate(LoRA()) == 1e-3
+    assert default_learning_rate(LoRA(), 7_000_000_000) == 2e-4
+    assert default_learning_rate(Prefix()) == 1e-3
+    assert default_learning_rate(Prefix(reparametrize=False)) == 1e-2
+    assert default_learning_rate(Head()) == 1e-3
+    assert default_learning_rate(Full()) == 2e-5
+
+
+def test_a_gradient_that_is_not_finite_is_reported_and_not_scaled() -> None:
+    layer = nn.Linear(2, 1)
+    optimiser = AdamW(dict(layer.named_parameters()))
+    optimiser.gradients.fill_(math.inf)
+    assert optimiser.clip_gradients(1.0) == math.inf
