@@ -120,8 +120,9 @@ def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
         ),
         "modernbert": (
             "ModernBertConfig",
-            encoder | {"local_attention": 16, "cls_token_id": 2, "sep_token_id": 3}
-            | {"bos_token_id": 2, "eos_token_id": 3},,
+            encoder
+            | {"local_attention": 16, "cls_token_id": 2, "sep_token_id": 3}
+            | {"bos_token_id": 2, "eos_token_id": 3},
         ),
         "t5": (
             "T5Config",
