@@ -1,0 +1,135 @@
+"""What every benchmark here shares: draw examples, note the machine, keep raw results, say what a difference is worth.
+
+Refuses to know turret, its rivals and what any benchmark measures.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("turret", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
+
+
+def draw(source: Path, count: int | None, seed: int, destination: Path) -> list[dict[str, Any]]:
+    """Shuffle the rows of a JSONL file with the seed, keep the first `count`, write them to `destination` too.
+
+    Both sides of a comparison read that file whole, so both see the same examples.
+    """
+    with source.open(encoding="utf-8") as lines:  # not str.splitlines: reviews hold U+0085 and U+2028
+        rows = [json.loads(line) for line in lines if line.strip()]
+    random.Random(seed).shuffle(rows)
+    chosen = rows[:count]
+    if count is not None and len(chosen) < count:
+        raise SystemExit(f"{source} has {len(rows)} rows, {count} were asked for: lower the number")
+    write_rows(chosen, destination)
+    return chosen
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], destination: Path) -> None:
+    """Write rows as JSONL."""
+    destination.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Where and with what a run happened; the load says how busy the machine was with other work."""
+    return {
+        "device": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": dict(_versions()),
+        "environment": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(("OMP_", "MALLOC_"))},
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in PACKAGES:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    """The runs kept so far under `results/<name>.json`."""
+    path = RESULTS / f"{name}.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))["runs"]) if path.exists() else []
+
+
+def keep(name: str, claim: str, run: Mapping[str, Any], same: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Add a run to `results/<name>.json`, in place of an earlier one that is the `same`; a line a run."""
+    RESULTS.mkdir(exist_ok=True)
+    runs = [earlier for earlier in load(name) if not same(earlier)] + [dict(run)]
+    body = ",\n".join(json.dumps(entry) for entry in runs)
+    beside = RESULTS / f".{name}.json.{os.getpid()}"
+    beside.write_text(f'{{"claim": {json.dumps(claim)}, "runs": [\n{body}\n]}}\n', encoding="utf-8")
+    beside.rename(RESULTS / f"{name}.json")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with the interval that holds it with 95% confidence."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def student(differences: Sequence[float]) -> Interval:
+    """Student's t interval of a mean of few paired differences (one a seed)."""
+    from scipy import stats
+
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return Interval(mean, float("-inf"), float("inf"))
+    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    return Interval(mean, mean - half, mean + half)
+
+
+def bootstrap(
+    differences: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0, draws: int = 10_000
+) -> Interval:
+    """Percentile bootstrap interval of a (weighted) mean of many paired differences (one an example)."""
+    values = np.asarray(differences, dtype=np.float64)  # (N,)
+    shares = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)  # (N,)
+    generator = np.random.default_rng(seed)
+    means = []
+    for _ in range(draws // 500):
+        drawn = generator.integers(0, len(values), (500, len(values)))  # (500, N)
+        means.append((values * shares)[drawn].sum(axis=1) / shares[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return Interval(float(np.average(values, weights=shares)), float(low), float(high))
