@@ -135,7 +135,7 @@ def family_of(config: Any) -> Family:
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise UnknownFamily(
-            f"architecture {kind!r} is not supported: expected one of {', '.join(sorted(FAMILIES))}; use a base of these"
+            f"architecture {kind!r} is not supported: expected one of {', '.join(sorted(FAMILIES))}; use one of them"
         )
     return FAMILIES[kind]
 

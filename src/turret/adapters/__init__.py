@@ -6,6 +6,7 @@ data, tasks, stores and HTTP.
 
 from turret.adapters.adapter import Adapter, BaseInfo, extract, mount, unmount
 from turret.adapters.attach import attach, attachment, detach, target_paths, trainable_parameters
+from turret.adapters.bundle import read_bundle, read_manifest, save_bundle
 from turret.adapters.packed import classify_logits, target_logits
 from turret.adapters.route import BARE, Route, set_route
 
@@ -20,6 +21,9 @@ __all__ = [
     "detach",
     "extract",
     "mount",
+    "read_bundle",
+    "read_manifest",
+    "save_bundle",
     "set_route",
     "target_logits",
     "target_paths",

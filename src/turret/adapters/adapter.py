@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from turret.adapters.attach import (
     ATTRIBUTE,
     Attachment,
+    attachment,
     hook_model,
     routed_linear,
     routed_module,
     swap_parameters,
-    attachment,
 )
 from turret.adapters.lora import LoRAFactors, sizes
-from turret.adapters.prefix import PrefixGroup, PrefixSlot, from_peft, to_peft
+from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.errors import AdapterError, WrongBase
 from turret.families import family_of
 from turret.methods import Full, LoRA, Method, Prefix
@@ -44,7 +44,7 @@ class BaseInfo:
 
 @dataclass(frozen=True)
 class Adapter:
-    """tensors: PEFT's names -> CPU tensors. head: names inside the model -> CPU tensors."""
+    """tensors: PEFT's names -> CPU tensors, a prefix (L, 2, H, P, D); head: names in the model -> CPU tensors."""
 
     method: Method
     tensors: dict[str, Tensor]
@@ -91,7 +91,7 @@ def extract(model: Any, slot: int = 1) -> Extracted:
         assert isinstance(module, PrefixSlot)
         groups = {name: group.folded() for name, group in module.groups.items() if isinstance(group, PrefixGroup)}
         names_ = _prompt_names(list(groups))
-        return Extracted({names_[name]: _copy(to_peft(value)) for name, value in groups.items()}, head, method)
+        return Extracted({names_[name]: _copy(value) for name, value in groups.items()}, head, method)
     return Extracted({}, head, method)
 
 
@@ -150,9 +150,10 @@ def unmount(model: Any, slot: int) -> None:
     """Empty a slot; nothing happens where it is empty already."""
     attached = attachment(model)
     key = str(slot)
-    for routed in (*attached.linears.values(), *attached.heads.values()):
-        if key in routed.slots:
-            del routed.slots[key]
+    slots = [linear.slots for linear in attached.linears.values()] + [head.slots for head in attached.heads.values()]
+    for each in slots:
+        if key in each:
+            del each[key]
     if key in attached.prefixes:
         del attached.prefixes[key]
     attached.methods.pop(slot, None)
@@ -207,13 +208,14 @@ def _mount_prefix(model: Any, attached: Attachment, adapter: Adapter, slot: int)
     modules = {}
     for name, tensor in adapter.tensors.items():
         sites = groups[names[name]]
-        width = len(sites) * 2 * sites[0].kv_heads * sites[0].head_dim
-        if tensor.dim() != 2 or tensor.shape[1] != width or not tensor.shape[0]:
+        expected = (len(sites), 2, sites[0].kv_heads, sites[0].head_dim)
+        if tensor.dim() != 5 or (*tensor.shape[:3], tensor.shape[4]) != expected or not tensor.shape[3]:
+            layers, two, heads, dim = expected
             raise AdapterError(
-                f"{name} has shape {tuple(tensor.shape)}: expected (virtual tokens, {width}); it belongs to another base"
+                f"{name} has shape {tuple(tensor.shape)}: expected ({layers}, {two}, {heads}, virtual tokens, {dim}); "
+                "it belongs to another base"
             )
-        start = from_peft(tensor.float(), len(sites), sites[0].kv_heads, sites[0].head_dim)
-        modules[names[name]] = PrefixGroup(start, None, None)
+        modules[names[name]] = PrefixGroup(tensor, None, None)
     attached.prefixes[str(slot)] = PrefixSlot(modules).requires_grad_(False).to(_device_of(model)).eval()
 
 

@@ -8,6 +8,7 @@ by modules that hold the originals. Refuses to know files, data and training.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,8 @@ class RoutedModule(nn.Module):
         return output
 
     def _run(self, slot: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        module = self.slots[str(slot)] if str(slot) in self.slots else self.base_module
+        key = str(slot)
+        module = self.slots[key] if key in self.slots else self.base_module  # noqa: SIM401 (a ModuleDict has no get)
         weight = next(module.parameters(), x)
         output: Tensor = module(x.to(weight.dtype), *args, **kwargs)
         return output
@@ -253,7 +255,7 @@ def _replace(model: Any, attached: Attachment, path: str, module: nn.Module) -> 
     original = parent._modules[name]
     module.train(original.training)
     parent._modules[name] = module
-    attached.undo.append(lambda: parent._modules.__setitem__(name, original))
+    attached.undo.append(functools.partial(parent._modules.__setitem__, name, original))
 
 
 def _head_names(model: Any, family: Family, extra: tuple[str, ...]) -> list[str]:
@@ -283,9 +285,7 @@ def swap_parameters(model: Any, attached: Attachment, values: dict[str, Tensor])
                 twins[id(original)] = nn.Parameter(value.float().clone(), requires_grad=not values)
                 attached.full[names[id(original)]] = twins[id(original)]
             module._parameters[key] = twins[id(original)]
-            attached.undo.append(
-                lambda module=module, key=key, original=original: module._parameters.__setitem__(key, original)
-            )
+            attached.undo.append(functools.partial(module._parameters.__setitem__, key, original))
 
 
 def _starts(
@@ -324,7 +324,8 @@ def _starts(
 
 
 def _device(model: Any) -> torch.device:
-    return next(iter(model.parameters())).device
+    device: torch.device = next(iter(model.parameters())).device
+    return device
 
 
 __all__ = [

@@ -41,7 +41,8 @@ class LoRAFactors(nn.Module):
         y = self.dropout(x) @ self.lora_A.mT @ self.lora_B.mT  # (..., D_out)
         if self.initial_A is not None and self.initial_B is not None:
             y = y - x @ self.initial_A.mT @ self.initial_B.mT
-        return y * self.scaling
+        delta: Tensor = y * self.scaling
+        return delta
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the plain LoRA with the same output; PiSSA's has twice the rank and the same scaling."""
@@ -65,11 +66,24 @@ class RoutedLinear(nn.Module):
         self.route = route
         self.stream = stream
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's own weight: T5 looks at its dtype, GPT-2's initialisation at its shape."""
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        return bias
+
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)
+        y: Tensor = self.base_layer(x)  # (B, T, D_out)
         slot = self.route.single()
         if slot is not None:
             return self._add(y, x, slot)
+        if self.route.lengths is not None and x.dim() == 2:
+            return y  # a pooler inside the body took unpadded tokens for one row; its output is never used
         if self.route.lengths is not None:
             groups = self.route.tokens_by_slot(self.stream, x.device)
             return self._add_groups(y, x, groups, dim=1)
@@ -79,7 +93,8 @@ class RoutedLinear(nn.Module):
     def _add(self, y: Tensor, x: Tensor, slot: int) -> Tensor:
         if slot == BARE or str(slot) not in self.slots:
             return y
-        return y + self.slots[str(slot)](x).to(y.dtype)
+        delta: Tensor = self.slots[str(slot)](x)
+        return y + delta.to(y.dtype)
 
     def _add_groups(self, y: Tensor, x: Tensor, groups: dict[int, Tensor], dim: int) -> Tensor:
         for slot, index in groups.items():

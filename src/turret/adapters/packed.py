@@ -59,8 +59,8 @@ def target_logits(
         torch.arange(end - len(target) - 1, end - 1, device=hidden.device)
         for end, target in zip(ends, targets, strict=True)
     ]
-    logits = model.get_output_embeddings()(hidden[torch.cat(before)])  # (sum of T_i, V)
-    return logits
+    predicted: Tensor = model.get_output_embeddings()(hidden[torch.cat(before)])  # (sum of T_i, V)
+    return predicted
 
 
 def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None) -> Tensor:
@@ -112,7 +112,7 @@ def _pool(pooling: str, modernbert: str, hidden: Tensor, lengths: Sequence[int])
     if pooling in ("last", "eos"):  # an encoder-decoder's input ends with its end-of-sequence token
         return hidden[ends - 1]
     if pooling == "modernbert" and modernbert == "mean":
-        return torch.stack([row.mean(0) for row in hidden.split(list(lengths))])
+        return torch.stack([row.mean(0) for row in torch.split(hidden, list(lengths))])
     return hidden[ends - torch.tensor(lengths, device=hidden.device)]
 
 
@@ -122,4 +122,5 @@ def _shift_right(config: Any, row: Tensor) -> Tensor:
 
 
 def _device(model: Any) -> torch.device:
-    return next(iter(model.parameters())).device
+    device: torch.device = next(iter(model.parameters())).device
+    return device

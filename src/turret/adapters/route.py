@@ -21,8 +21,8 @@ class Route:
     """Where each row goes.
 
     slots: one slot a row, or None when every row takes `active`.
-    lengths: tokens a row, by stream ("encoder", "decoder"); None for a padded batch (B, T, D). With lengths the batch is
-        unpadded: the rows lie one behind another in one row of tokens (1, N, D), N = sum(lengths).
+    lengths: tokens a row, by stream ("encoder", "decoder"); None for a padded batch (B, T, D). With lengths the batch
+        is unpadded: the rows lie one behind another in one row of tokens (1, N, D), N = sum(lengths).
     capture: when a dictionary, the attention hook leaves each site's keys and values in it.
     in_body: an unpadded pass through the body is under way, so a pooler sees all tokens as one row.
     """

@@ -1,0 +1,243 @@
+"""An adapter on disk: write and read the folder that `docs/reference/bundle.md` specifies.
+
+PEFT's two files and a manifest. Knows files, JSON and safetensors; refuses to know stores, models and bases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, BaseInfo
+from turret.adapters.peft_config import method_of, peft_config
+from turret.adapters.prefix import from_peft, to_peft
+from turret.errors import BundleError
+from turret.methods import Full, LoRA, Method
+
+FORMAT = 1
+WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
+KEYS = {"format", "method", "task", "generation", "base", "lineage", "files", "digest"}
+MAX_FILE, MAX_JSON, MAX_TENSORS = 16 * 2**30, 16 * 2**20, 20_000
+
+
+def save_bundle(adapter: Adapter, folder: str | Path) -> dict[str, Any]:
+    """Write `adapter` as a bundle and return its manifest. The folder appears whole or not at all.
+
+    Raises BundleError when the folder exists already or a tensor is not finite.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise BundleError(f"{folder} exists already: expected a new folder; remove it or choose another name")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        manifest = _write(adapter, beside)
+        os.chmod(beside, 0o755)
+        beside.rename(folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _write(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    tensors = _stored_tensors(adapter)
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BundleError(f"tensor {name!r} holds NaN or infinity: the training diverged; lower the learning rate")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(_pretty(peft_config(adapter)), encoding="utf-8")
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "method": adapter.method.model_dump(mode="json"),
+        "task": adapter.task,
+        "generation": adapter.generation,
+        "base": {key: getattr(adapter.base, key) for key in ("id", "fingerprint", "family", "revision")},
+        "lineage": adapter.lineage,
+        "files": {name: _file_entry(folder / name) for name in (CONFIG, WEIGHTS)},
+    }
+    manifest["digest"] = manifest_digest(manifest)
+    (folder / MANIFEST).write_text(_pretty(manifest), encoding="utf-8")
+    for name in (WEIGHTS, CONFIG, MANIFEST):
+        _sync(folder / name)
+    _sync(folder)
+    return manifest
+
+
+def read_bundle(folder: str | Path) -> Adapter:
+    """The adapter in a folder: a bundle of ours, or a plain PEFT folder (then without task and fingerprint).
+
+    Every file is checked against the manifest, every tensor for finite values. Raises BundleError in one line.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is no folder: expected one with {WEIGHTS} and {CONFIG}")
+    _refuse_foreign_files(folder)
+    config = _json(folder / CONFIG)
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    tensors = _tensors(folder / WEIGHTS)
+    if manifest is None:
+        method = method_of(config, tensors)
+        base = BaseInfo(str(config.get("base_model_name_or_path") or "unknown"))
+        adapter_tensors, head = _split(tensors, method, config)
+        return Adapter(method, adapter_tensors, head, base)
+    method = _method(manifest["method"])
+    adapter_tensors, head = _split(tensors, method, config)
+    base = BaseInfo(**{key: manifest["base"].get(key) for key in ("id", "fingerprint", "family", "revision")})
+    return Adapter(method, adapter_tensors, head, base, manifest["task"], manifest["generation"], manifest["lineage"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, after its own digest and those of the files have been checked."""
+    manifest = _json(folder / MANIFEST)
+    version = manifest.get("format")
+    if not isinstance(version, int) or version > FORMAT:
+        raise BundleError(
+            f"{folder.name}/{MANIFEST} has format {version!r}: this version reads up to {FORMAT}; upgrade"
+        )
+    if set(manifest) != KEYS:
+        odd = sorted(set(manifest) ^ KEYS)
+        raise BundleError(f"{folder.name}/{MANIFEST} has missing or unknown keys {', '.join(odd)}: export it again")
+    if manifest["digest"] != manifest_digest(manifest):
+        raise BundleError(f"{folder.name}/{MANIFEST} does not match its own digest: it was changed; fetch it again")
+    if not isinstance(manifest["files"], dict) or set(manifest["files"]) != {CONFIG, WEIGHTS}:
+        raise BundleError(f"{folder.name}/{MANIFEST} must list {CONFIG} and {WEIGHTS}: export it again")
+    for name, entry in manifest["files"].items():
+        if _file_entry(folder / name) != entry:
+            raise BundleError(
+                f"{folder.name}/{name} does not match the manifest: it was changed or cut; fetch it again"
+            )
+    return manifest
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """`sha256:…` over the manifest without its own digest, keys sorted, no spaces."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    prefix = "" if isinstance(adapter.method, Full) else LORA_PREFIX
+    own = {name: to_peft(each) if name in PROMPT.values() else each for name, each in adapter.tensors.items()}
+    tensors = {**own, **{f"{prefix}{name}": value for name, value in adapter.head.items()}}
+    return {name: tensors[name].contiguous() for name in sorted(tensors)}
+
+
+def _split(
+    tensors: dict[str, Tensor], method: Method, config: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapter's own tensors, and the head's under their names in the model."""
+    if isinstance(method, Full):
+        return tensors, {}
+    own: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name in PROMPT.values():
+            own[name] = _unflattened(name, value, config)
+        elif isinstance(method, LoRA) and ".lora_" in name:
+            own[name] = value
+        elif name.startswith(LORA_PREFIX):
+            head[name.removeprefix(LORA_PREFIX)] = value
+        elif name.startswith("base_model."):
+            head[name.removeprefix("base_model.")] = value  # as PEFT names the head of a prompt-tuned model
+        else:
+            raise BundleError(f"tensor {name!r} belongs neither to a {method.kind} nor to a head: export it again")
+    return own, head
+
+
+def _unflattened(name: str, value: Tensor, config: dict[str, Any]) -> Tensor:
+    """A prefix (P, L * 2 * H * D) as the hooks take it, (L, 2, H, P, D)."""
+    heads, width = config.get("num_attention_heads"), config.get("token_dim")
+    if not (isinstance(heads, int) and isinstance(width, int) and heads > 0 and width > 0 and width % heads == 0):
+        raise BundleError(
+            f"{CONFIG} needs token_dim as a multiple of num_attention_heads, given {width!r} and {heads!r}"
+        )
+    if value.dim() != 2 or not value.numel() or value.shape[1] % (2 * width):
+        raise BundleError(f"tensor {name!r} has shape {tuple(value.shape)}: expected (P, layers * {2 * width})")
+    return from_peft(value, value.shape[1] // (2 * width), heads, width // heads)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            if len(names) > MAX_TENSORS:
+                raise BundleError(f"{path.name} lists {len(names)} tensors: at most {MAX_TENSORS} are read")
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise BundleError(f"{path.name} is no readable safetensors file ({error}): fetch it again") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BundleError(f"tensor {name!r} in {path.name} holds NaN or infinity: train or export it again")
+    return tensors
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    for name in (WEIGHTS, CONFIG, MANIFEST):
+        path = folder / name
+        if path.is_symlink():
+            raise BundleError(f"{folder.name}/{name} is a link: expected a plain file; copy the file itself")
+        if path.exists() and path.stat().st_size > (MAX_FILE if name == WEIGHTS else MAX_JSON):
+            raise BundleError(f"{folder.name}/{name} is larger than is read: fetch it again")
+    if not (folder / WEIGHTS).is_file():
+        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+        found = f"; {pickles[0]} is a pickle, which is never opened" if pickles else ""
+        raise BundleError(f"{folder.name} holds no {WEIGHTS}{found}: save the adapter as safetensors")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{path.parent.name} holds no {path.name}: expected a bundle or a PEFT folder") from None
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path.parent.name}/{path.name} is no JSON ({error}): fetch it again") from None
+    if not isinstance(value, dict):
+        raise BundleError(f"{path.parent.name}/{path.name} holds no JSON object: fetch it again")
+    return value
+
+
+def _method(value: Any) -> Method:
+    try:
+        adapter: TypeAdapter[Method] = TypeAdapter(Method)
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{MANIFEST} names an unusable method ({where}: {first['msg']}): export it again") from None
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except FileNotFoundError:
+        raise BundleError(f"{path.parent.name} holds no {path.name}: fetch it again") from None
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,216 @@
+"""LoRA against PEFT: the same factors give the same outputs and the same gradients in every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from batches import padded, rows, with_eos
+from small_models import FAMILIES, build
+
+from turret.adapters import attach, attachment, classify_logits, detach, extract, mount, set_route, trainable_parameters
+from turret.adapters.adapter import Adapter, BaseInfo
+from turret.errors import AdapterError
+from turret.methods import LoRA
+
+NOISY = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False)
+
+
+def adapter_from(model: Any, base: str = "small") -> Adapter:
+    tensors, head, method = extract(model)
+    return Adapter(method, tensors, head, BaseInfo(base))
+
+
+def peft_twin(family: str, adapter: Adapter, targets: Any, rslora: bool = False) -> Any:
+    """PEFT on a fresh model of the same weights, with our factors and head copied in by name."""
+    method = adapter.method
+    assert isinstance(method, LoRA)
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=method.r,
+        lora_alpha=method.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        use_rslora=rslora,
+        fan_in_fan_out=family == "gpt2",
+    )
+    model = peft.get_peft_model(build(family, "classify"), config)
+    state = model.state_dict()
+    for name, value in adapter.tensors.items():
+        key = name.replace(".weight", ".default.weight")
+        assert key in state, key
+        state[key].copy_(value)
+    for name, value in adapter.head.items():
+        module, _, leaf = name.partition(".")
+        saved = f"base_model.model.{module}.modules_to_save.default.{leaf}"
+        state[saved if saved in state else f"base_model.model.{name}"].copy_(value)
+    return model.eval()
+
+
+def default_targets(family: str) -> list[str]:
+    """PEFT's own; query and value where it has none."""
+    without = {"distilbert": ["q_lin", "v_lin"], "modernbert": ["Wqkv"]}
+    own = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return list(own[family] if family in own else without[family])
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_equal_pefts(family: str, targets: Any) -> None:
+    model = build(family, "classify")
+    method = NOISY.model_copy(update={"target_modules": targets})
+    attach(model, method, generator=torch.Generator().manual_seed(1))
+    names = list(attachment(model).linears)
+    twin = peft_twin(family, adapter_from(model), names)
+    inputs = with_eos(model, rows())
+    batch = padded(inputs, model.config.pad_token_id)
+    labels = torch.tensor([0, 2, 1, 0])
+
+    for logits in (model(**batch).logits, classify_logits(model, inputs)):
+        theirs = twin(**batch).logits
+        torch.testing.assert_close(logits, theirs, atol=1e-5, rtol=1e-5)
+        model.zero_grad()
+        twin.zero_grad()
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        torch.nn.functional.cross_entropy(theirs, labels).backward()
+        grads = {name: each.grad for name, each in twin.named_parameters() if each.grad is not None}
+        for path, layer in attachment(model).linears.items():
+            for factor in ("lora_A", "lora_B"):
+                mine = getattr(layer.slots["1"], factor).grad
+                their = grads[f"base_model.model.{path}.{factor}.default.weight"]
+                torch.testing.assert_close(mine, their, atol=1e-5, rtol=1e-4)
+
+
+def test_control_one_wrong_factor_would_be_seen() -> None:
+    model = attach(build("bert", "classify"), NOISY, generator=torch.Generator().manual_seed(1))
+    twin = peft_twin("bert", adapter_from(model), default_targets("bert"))
+    batch = padded(rows(), model.config.pad_token_id)
+    with torch.no_grad():
+        next(iter(attachment(model).linears.values())).slots["1"].lora_B.zero_()
+        assert (model(**batch).logits - twin(**batch).logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_default_targets_are_pefts(family: str) -> None:
+    model = attach(build(family, "classify"), LoRA())
+    assert {path.rsplit(".", 1)[-1] for path in attachment(model).linears} == set(default_targets(family))
+
+
+@torch.no_grad()
+def test_rank_stabilised_scaling_equals_pefts() -> None:
+    method = NOISY.model_copy(update={"use_rslora": True})
+    model = attach(build("bert", "classify"), method, generator=torch.Generator().manual_seed(1))
+    twin = peft_twin("bert", adapter_from(model), default_targets("bert"), rslora=True)
+    batch = padded(rows(), model.config.pad_token_id)
+    torch.testing.assert_close(model(**batch).logits, twin(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@torch.no_grad()
+def test_pissa_starts_at_the_base_and_is_stored_as_plain_lora_of_twice_the_rank(family: str, rslora: bool) -> None:
+    method = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights="pissa", use_rslora=rslora)
+    model, inputs = build(family, "classify"), rows()
+    batch = padded(inputs, model.config.pad_token_id)
+    own = model(**batch).logits
+    attach(model, method)
+    torch.testing.assert_close(model(**batch).logits, own, atol=1e-5, rtol=1e-5)
+    factors = next(iter(attachment(model).linears.values())).slots["1"]
+    weight = next(iter(attachment(model).linears.values())).base_layer.weight
+    weight = weight if family == "bert" else weight.mT
+    U, S, Vh = torch.linalg.svd(weight)
+    product = factors.lora_B @ factors.lora_A * factors.scaling
+    torch.testing.assert_close(product, U[:, :4] * S[:4] @ Vh[:4], atol=1e-4, rtol=1e-4)
+    for each in trainable_parameters(model).values():
+        each.add_(torch.randn_like(each) * 0.02)
+    trained = model(**batch).logits
+    stored = adapter_from(model)
+    assert isinstance(stored.method, LoRA)
+    assert stored.method.r == 8
+    fresh = mount(build(family, "classify"), stored)
+    torch.testing.assert_close(fresh(**batch).logits, trained, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_mixed_batch_equals_each_row_alone_and_a_bare_row_equals_the_base(family: str) -> None:
+    adapters = []
+    for seed, r in ((1, 2), (2, 8)):
+        method = NOISY.model_copy(update={"r": r, "target_modules": None if seed == 1 else "all-linear"})
+        generator = torch.Generator().manual_seed(seed)
+        adapters.append(adapter_from(attach(build(family, "classify"), method, generator=generator)))
+    model = build(family, "classify")
+    inputs = with_eos(model, rows())
+    batch = padded(inputs, model.config.pad_token_id)
+    own = model(**batch).logits
+    for slot, adapter in enumerate(adapters, 1):
+        mount(model, adapter, slot)
+    slots = (1, 0, 2, 1)
+    route = attachment(model).route
+    with set_route(route, slots, None):
+        mixed = model(**batch).logits
+    unpadded = classify_logits(model, inputs, slots)
+    torch.testing.assert_close(mixed, unpadded, atol=2e-5, rtol=2e-5)
+    for row, slot in enumerate(slots):
+        route.active = slot
+        torch.testing.assert_close(mixed[row], model(**batch).logits[row], atol=1e-5, rtol=1e-5)
+        alone = classify_logits(model, [inputs[row]])[0]
+        torch.testing.assert_close(unpadded[row], alone, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(mixed[1], own[1], atol=1e-5, rtol=1e-5)
+    assert (mixed[0] - own[0]).abs().max() > 1e-3
+
+
+def test_detach_gives_back_the_very_same_model() -> None:
+    model = build("roberta", "classify")
+    before = {name: (id(each), each.clone(), each.requires_grad) for name, each in model.named_parameters()}
+    modules = {name: id(each) for name, each in model.named_modules()}
+    implementation = model.config._attn_implementation
+    attach(model.train(), LoRA(r=2, target_modules="all-linear"))
+    optimizer = torch.optim.SGD(trainable_parameters(model).values(), lr=0.1)
+    classify_logits(model, rows()).square().sum().backward()
+    optimizer.step()
+    detach(model)
+    assert model.training
+    assert modules == {name: id(each) for name, each in model.named_modules()}
+    assert implementation == model.config._attn_implementation
+    after = {name: (id(each), each, each.requires_grad) for name, each in model.named_parameters()}
+    assert before.keys() == after.keys()
+    for name, (identity, value, flag) in before.items():
+        assert identity == after[name][0]
+        assert torch.equal(value, after[name][1])
+        assert flag == after[name][2]
+
+
+def test_only_the_adapter_and_its_head_are_trained() -> None:
+    model = attach(build("distilbert", "classify"), LoRA(r=2))
+    names = trainable_parameters(model)
+    assert all("slots.1" in name for name in names)
+    assert any("pre_classifier" in name for name in names)
+
+
+def test_a_target_that_is_not_there_is_named_with_those_that_are() -> None:
+    with pytest.raises(AdapterError, match=r"target_modules q_proj not found in bert: expected some of .*query"):
+        attach(build("bert", "classify"), LoRA(target_modules=("q_proj",)))
+
+
+def test_a_second_attach_is_refused() -> None:
+    model = attach(build("bert", "classify"), LoRA())
+    with pytest.raises(AdapterError, match="already carries"):
+        attach(model, LoRA())
+
+
+def test_factors_that_do_not_fit_are_refused_by_name() -> None:
+    adapter = adapter_from(attach(build("bert", "classify"), NOISY))
+    name = next(iter(adapter.tensors))
+    for change, message in (
+        ({**adapter.tensors, name: torch.zeros(4, 5)}, "has shapes"),
+        ({k: v for k, v in adapter.tensors.items() if k != name}, "needs lora_A and lora_B"),
+        ({**adapter.tensors, "base_model.model.bert.nowhere.lora_A.weight": torch.zeros(4, 64)}, "no layer"),
+        ({**adapter.tensors, "odd": torch.zeros(1)}, "no LoRA factor"),
+        ({}, "would change nothing"),
+    ):
+        broken = Adapter(adapter.method, change, adapter.head, adapter.base)
+        with pytest.raises(AdapterError, match=message):
+            mount(build("bert", "classify"), broken)
