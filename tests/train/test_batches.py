@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -62,26 +63,35 @@ def test_micro_batches_keep_every_example_in_order_and_within_the_limit(lengths:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 100))
 def test_evaluation_pieces_hold_every_index_once_with_its_neighbours_in_length(lengths: list[int], most: int) -> None:
-    pieces = by_length(len(lengths), lambda index: lengths[index], most)
+    pieces = by_length(lengths, most)
     flat = [index for piece in pieces for index in piece]
     assert Counter(flat) == Counter(range(len(lengths)))
     assert [lengths[index] for index in flat] == sorted(lengths)
 
 
-def test_examples_are_encoded_once_while_there_is_room_and_anew_after() -> None:
-    calls: list[str] = []
+class Letters:
+    """A task whose tokens are the letters of a text."""
 
-    def encode(text: str) -> SimpleNamespace:
-        calls.append(text)
-        return SimpleNamespace(ids=torch.arange(len(text)), cut=text == "ccc")
+    kind = "classify"
 
-    examples = [SimpleNamespace(text=text) for text in ("a", "bb", "ccc")]
-    items = Items(SimpleNamespace(encode=encode), examples, kept_tokens=3)
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def encode_all(self, texts: Sequence[str]) -> list[SimpleNamespace]:
+        self.calls.append(list(texts))
+        return [SimpleNamespace(ids=torch.arange(len(text)), cut=text == "ccc") for text in texts]
+
+
+def test_examples_are_encoded_together_once_while_there_is_room_and_anew_after() -> None:
+    task = Letters()
+    items = Items(task, [SimpleNamespace(text=text) for text in ("a", "bb", "ccc")], kept_tokens=3)
     for _ in range(2):
-        assert [len(items[i].source) for i in range(3)] == [1, 2, 3]
-        assert [items[i].cut for i in range(3)] == [False, False, True]
-    assert Counter(calls) == {"a": 1, "bb": 1, "ccc": 4}
-    assert items[1].source.dtype == torch.long
-    assert items[1].weight == 1
+        taken = items.take([2, 0, 1, 0])
+        assert [len(each.source) for each in taken] == [3, 1, 2, 1]
+        assert [each.cut for each in taken] == [True, False, False, False]
+        assert all(each.source.dtype == torch.long for each in taken)
+    assert task.calls == [["ccc", "a", "bb"], ["a", "bb"]]
+    assert items.lengths() == [1, 2, 3]
+    assert item(5).weight == 1
     assert item(5, 2).weight == 2
     assert item(5, 2).tokens == 7

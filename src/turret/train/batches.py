@@ -5,8 +5,8 @@ Knows lengths and indices. Refuses to know models and losses; padding is nobody'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from turret.errors import DataError
 
+ENCODED_AT_ONCE = 1024  # examples
 KEPT_TOKENS = 1 << 26  # encoded examples are kept up to here (256 MB of int32); further ones are encoded anew
 
 
@@ -37,41 +38,56 @@ class Item:
         return 1 if self.target is None else len(self.target)
 
 
-class Items(Sequence[Item]):
-    """Examples encoded when first needed and kept (as int32) while there is room."""
+class Items:
+    """Examples as the model sees them, encoded when first needed and kept (as int32) while there is room."""
 
     def __init__(self, task: Any, examples: Sequence[Any], *, kept_tokens: int = KEPT_TOKENS) -> None:
         self.task, self.examples = task, examples
-        self._kept: dict[int, tuple[Tensor, Tensor | None, bool, bool]] = {}
+        self._kept: dict[int, Item] = {}
         self._room = kept_tokens
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: Any) -> Any:
-        if index not in self._kept:
-            item = encode(self.task, self.examples[index])
-            if self._room < item.tokens:
-                return item
-            self._room -= item.tokens
-            target = None if item.target is None else item.target.int()
-            self._kept[index] = (item.source.int(), target, item.cut, item.target_cut)
-        source, target, cut, target_cut = self._kept[index]
-        return Item(self.examples[index], source.long(), None if target is None else target.long(), cut, target_cut)
+    def take(self, indices: Iterable[int]) -> list[Item]:
+        """The items at these places, in that order; those not seen before are encoded together."""
+        wanted = list(indices)
+        new = [index for index in dict.fromkeys(wanted) if index not in self._kept]
+        fresh = dict(zip(new, encode(self.task, [self.examples[index] for index in new]), strict=True))
+        for index, item in fresh.items():
+            if item.tokens <= self._room:
+                self._room -= item.tokens
+                self._kept[index] = _narrow(item)
+        return [fresh[index] if index in fresh else _wide(self._kept[index]) for index in wanted]
+
+    def lengths(self) -> list[int]:
+        """Tokens of every item."""
+        return [
+            item.tokens
+            for start in range(0, len(self), ENCODED_AT_ONCE)
+            for item in self.take(range(start, min(len(self), start + ENCODED_AT_ONCE)))
+        ]
 
 
-def is_pairs(task: Any) -> bool:
-    """Whether the task's examples are pairs of source and target texts (else texts with labels)."""
-    return hasattr(task, "encode_target")
+def _narrow(item: Item) -> Item:
+    return replace(item, source=item.source.int(), target=None if item.target is None else item.target.int())
 
 
-def encode(task: Any, example: Any) -> Item:
-    """The token ids of one example, cut as the task says."""
-    if is_pairs(task):
-        source, target = task.encode_source(example.source), task.encode_target(example.target)
-        return Item(example, source.ids, target.ids, bool(source.cut), bool(target.cut))
-    encoded = task.encode(example.text)
-    return Item(example, encoded.ids, None, bool(encoded.cut))
+def _wide(item: Item) -> Item:
+    return replace(item, source=item.source.long(), target=None if item.target is None else item.target.long())
+
+
+def encode(task: Any, examples: Sequence[Any]) -> list[Item]:
+    """The token ids of some examples, cut as the task says."""
+    if task.kind == "classify":
+        encoded = task.encode_all([example.text for example in examples])
+        return [Item(example, each.ids, None, each.cut) for example, each in zip(examples, encoded, strict=True)]
+    sources = task.encode_sources([example.source for example in examples])
+    targets = task.encode_targets([example.target for example in examples])
+    return [
+        Item(example, source.ids, target.ids, source.cut, target.cut)
+        for example, source, target in zip(examples, sources, targets, strict=True)
+    ]
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
@@ -132,15 +148,14 @@ def micro_batches(items: Sequence[Item], most_tokens: int) -> list[list[Item]]:
     return pieces
 
 
-def by_length(count: int, length: Callable[[int], int], most_tokens: int) -> list[list[int]]:
+def by_length(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
     """Indices in pieces of at most `most_tokens` tokens, neighbours in length together: for evaluation."""
     pieces: list[list[int]] = []
     room = 0
-    for index in sorted(range(count), key=lambda each: (length(each), each)):
-        size = length(index)
-        if not pieces or size > room:
+    for index in sorted(range(len(lengths)), key=lambda each: (lengths[each], each)):
+        if not pieces or lengths[index] > room:
             pieces.append([])
             room = most_tokens
         pieces[-1].append(index)
-        room -= size
+        room -= lengths[index]
     return pieces

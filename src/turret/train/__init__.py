@@ -1,0 +1,26 @@
+"""Training: the preflight, the one visible loop, its checkpoints, evaluation, and the proof of what was stored.
+
+    plan(recipe, base, task, dataset) -> Plan           what this run will do, and what is wrong with it
+    fit(recipe, base, task, dataset, folder=...)        a generator: a StepRecord a step, at the end Fitted
+    evaluate(model, task, examples)                     (metrics, answers)
+    probe(model, task, examples), prove(...)            a fresh process reads the bundle back and gives the same outputs
+
+Knows recipes, bases, tasks and adapters. Refuses to know the store, the engine and the terminal.
+"""
+
+from turret.train.curve import Curve, StepRecord, read_curve
+from turret.train.evaluate import evaluate, generate
+from turret.train.loop import fit
+from turret.train.optim import default_learning_rate
+from turret.train.run import Fitted
+
+__all__ = [
+    "Curve",
+    "Fitted",
+    "StepRecord",
+    "default_learning_rate",
+    "evaluate",
+    "fit",
+    "generate",
+    "read_curve",
+]

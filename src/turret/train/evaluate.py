@@ -1,0 +1,124 @@
+"""How good an attached model is on some examples: unpadded passes for logits and losses, cached generation for texts.
+
+Knows models, tasks and lengths. Draws no random number, moves no weight, and leaves training mode as it found it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turret.adapters import attachment, packed
+from turret.errors import DataError
+from turret.train.batches import Items, by_length
+from turret.train.step import loss_of
+
+GENERATED_ROWS = 32  # most prompts decoded at once
+
+
+def evaluate(
+    model: Any,
+    task: Any,
+    examples: Sequence[Any] | Items,
+    *,
+    most_tokens: int = 4096,
+    texts: bool = True,
+    slot: int | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(metrics, an answer per example in their order).
+
+    Pairs of texts are scored by the mean loss per target token and, with `texts`, by what the model generates; without,
+    the answers are empty. slot: which adapter of the model answers (0: the bare base); the active one where left out.
+    """
+    if not examples:
+        raise DataError("nothing to evaluate on: the split is empty; name data.test or data.validation")
+    items = examples if isinstance(examples, Items) else Items(task, examples)
+    with _evaluating(model, slot):
+        if task.kind == "classify":
+            logits = _class_logits(model, items, most_tokens)
+            return task.metrics(logits, task.targets(list(items.examples))), task.answers(logits)
+        loss = _target_loss(model, task, items, most_tokens)
+        if not texts:
+            return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, []
+        answers = generate(
+            model, task, [item.source for item in items.take(range(len(items)))], most_tokens=most_tokens
+        )
+        metrics = task.metrics(
+            [answer["text"] for answer in answers], [example.target for example in items.examples], loss
+        )
+        return metrics, answers
+
+
+@contextmanager
+def _evaluating(model: Any, slot: int | None) -> Iterator[None]:
+    """Eval mode, no gradients, and all rows on one slot, for the length of the block."""
+    training, route = model.training, attachment(model).route
+    active = route.active
+    model.eval()
+    try:
+        route.active = active if slot is None else slot
+        with torch.no_grad():  # not inference_mode: what a model caches here must not enter a later graph
+            yield
+    finally:
+        route.active = active
+        model.train(training)
+
+
+def _class_logits(model: Any, items: Items, most_tokens: int) -> Tensor:
+    """(B, C) float32 on the CPU, in the order of the items."""
+    places: list[int] = []
+    parts = []
+    for piece in by_length(items.lengths(), most_tokens):
+        parts.append(packed.classify_logits(model, [item.source for item in items.take(piece)]).float().cpu())
+        places += piece
+    return torch.cat(parts)[torch.tensor(places).argsort()]
+
+
+def _target_loss(model: Any, task: Any, items: Items, most_tokens: int) -> float:
+    """Mean loss per target token over all items."""
+    total, count = 0.0, 0
+    for piece in by_length(items.lengths(), most_tokens):
+        taken = items.take(piece)
+        tokens = sum(item.weight for item in taken)
+        total += float(loss_of(model, task, taken)) * tokens
+        count += tokens
+    return total / count
+
+
+def generate(model: Any, task: Any, sources: Sequence[Tensor], *, most_tokens: int = 4096) -> list[dict[str, Any]]:
+    """A text per source, decoded with the cache by the task's own settings: {"text", "finish_reason", "tokens"}."""
+    settings = task.generation
+    answers: list[dict[str, Any]] = [{} for _ in sources]
+    lengths = [len(source) + int(settings["max_new_tokens"]) for source in sources]
+    for piece in by_length(lengths, max(1, most_tokens // int(settings["num_beams"]))):
+        for start in range(0, len(piece), GENERATED_ROWS):
+            places = piece[start : start + GENERATED_ROWS]
+            for place, answer in zip(places, _generate_rows(model, task, [sources[i] for i in places]), strict=True):
+                answers[place] = answer
+    return answers
+
+
+def _generate_rows(model: Any, task: Any, rows: Sequence[Tensor]) -> list[dict[str, Any]]:
+    settings = task.generation
+    encoder_decoder = bool(model.config.is_encoder_decoder)
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), int(settings["pad_token_id"]), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):  # a decoder goes on at the right end, so its padding is on the left
+        span = slice(0, len(row)) if encoder_decoder else slice(width - len(row), width)
+        ids[place, span], mask[place, span] = row, 1
+    output = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=True, **settings
+    )
+    eos = settings["eos_token_id"]
+    answers = []
+    for row in output[:, 1 if encoder_decoder else width :].tolist():
+        ended = eos in row
+        kept = row[: row.index(eos)] if ended else row
+        answers.append({"text": task.decode(kept), "finish_reason": "stop" if ended else "length", "tokens": len(kept)})
+    return answers

@@ -1,0 +1,366 @@
+"""What one training is made of and how far it has come: everything the loop reads, moves and saves.
+
+Knows how to begin (seeded, attached, or gone on from a checkpoint), to judge an evaluation, to save and to finish.
+Refuses to know when: the loop decides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turret import adapters
+from turret.adapters import Adapter, BaseInfo
+from turret.errors import TrainingError
+from turret.methods import Prefix
+from turret.train import checkpoint, memory
+from turret.train.batches import Item, Items, Schedule
+from turret.train.curve import StepRecord
+from turret.train.optim import AdamW, default_learning_rate, warmup_steps
+from turret.train.seeds import Randomness
+from turret.train.splits import Splits, splits_of
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a finished training made. `model` is still attached and in eval mode, with the weights that were kept."""
+
+    adapter: Adapter
+    model: Any
+    steps: int
+    examples: int
+    tokens: int
+    seconds: float  # in optimiser steps, over all sittings of the run
+    evaluate_seconds: float
+    peak_bytes: int  # of the process, in this sitting
+    resumed_from: int  # the step of the checkpoint this sitting began with, 0 for none
+    stopped_early: bool
+    best: dict[str, Any] | None  # step and metrics of the best evaluation on the validation split
+    parameters: dict[str, int]  # trainable, stored, total
+
+
+@dataclass
+class Progress:
+    """The counters of a run, as they stand in its checkpoint."""
+
+    step: int = 0
+    examples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    best_step: int = 0
+    best_metrics: dict[str, Any] | None = None
+    stale: int = 0  # evaluations since the best one
+    gave_up: bool = False
+
+
+@dataclass
+class Run:
+    """One training under way."""
+
+    recipe: Any
+    base: Any
+    task: Any
+    dataset: Any
+    folder: Path | None
+    splits: Splits
+    items: Items
+    watched: Items | None
+    schedule: Schedule
+    optimiser: AdamW
+    randomness: Randomness
+    lr: float
+    warmup: int
+    unchanged: str  # checksum of the base before anything was attached
+    originals: list[Tensor]  # what it is the checksum of
+    progress: Progress = field(default_factory=Progress)
+    best_weights: Tensor | None = None
+    resumed_from: int = 0
+
+    @classmethod
+    def begin(cls, recipe: Any, base: Any, task: Any, dataset: Any, folder: Path | None) -> Run:
+        """Attach a new adapter, seeded; go on from the folder's checkpoint where there is one."""
+        train = recipe.train
+        splits = splits_of(recipe, dataset)
+        schedule = Schedule(len(splits.train), train.batch_size, train.epochs, recipe.seed, train.max_steps)
+        originals = [each.detach() for each in (*base.model.parameters(), *base.model.buffers())]
+        unchanged = checksum(originals)
+        randomness = Randomness(recipe.seed, base.model.device)
+        with randomness:
+            attach(recipe, base, task)
+        try:
+            trained = adapters.trainable_parameters(base.model)
+            optimiser = AdamW(trained, weight_decay=train.weight_decay)
+            total = sum(each.numel() for each in originals)
+            run = cls(
+                recipe,
+                base,
+                task,
+                dataset,
+                folder,
+                splits,
+                Items(task, splits.train),
+                None if splits.watched is None else Items(task, splits.watched),
+                schedule,
+                optimiser,
+                randomness,
+                train.lr or default_learning_rate(recipe.method, total),
+                warmup_steps(train.warmup, schedule.steps),
+                unchanged,
+                originals,
+            )
+            if folder is not None:
+                run._resume(folder)
+        except BaseException:
+            adapters.detach(base.model)
+            raise
+        base.model.train()
+        return run
+
+    # --- what the loop asks -----------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Any:
+        return self.base.model
+
+    @property
+    def over(self) -> bool:
+        return self.progress.gave_up or self.progress.step >= self.schedule.steps
+
+    def remaining(self) -> Iterator[tuple[int, list[Item]]]:
+        """(step, batch) for every step that is left."""
+        if not self.over:
+            for step, indices in self.schedule.batches(after=self.progress.step):
+                yield step, self.items.take(indices)
+
+    def evaluates(self, step: int) -> bool:
+        every = self.recipe.train.evaluate
+        if self.watched is None or every == "never":
+            return False
+        each = self.schedule.steps_per_epoch if every == "epoch" else every
+        return step % each == 0 or step == self.schedule.steps
+
+    def saves(self, step: int) -> bool:
+        """Whether the recipe wants a checkpoint after this step."""
+        every = self.recipe.train.checkpoint_every
+        return step % (every or self.schedule.steps_per_epoch) == 0
+
+    # --- what a step leaves -----------------------------------------------------------------------------------------
+
+    def count(self, step: int, batch: Sequence[Item], seconds: float) -> None:
+        self.progress.step = step
+        self.progress.examples += len(batch)
+        self.progress.tokens += sum(item.tokens for item in batch)
+        self.progress.seconds += seconds
+
+    def judge(self, step: int, metrics: dict[str, Any], seconds: float) -> None:
+        """Compare an evaluation with the best one so far. The test split is looked at, and chooses nothing."""
+        progress, train = self.progress, self.recipe.train
+        progress.evaluate_seconds += seconds
+        if not self.splits.selects:
+            return
+        if progress.best_metrics is None or merit(metrics) > merit(progress.best_metrics):
+            progress.best_step, progress.best_metrics, progress.stale = step, metrics, 0
+            if train.keep == "best":
+                self.best_weights = self.optimiser.weights.clone()
+        else:
+            progress.stale += 1
+            progress.gave_up = train.early_stopping is not None and progress.stale >= train.early_stopping
+
+    def record(
+        self,
+        step: int,
+        batch: Sequence[Item],
+        *,
+        loss: float,
+        rate: float,
+        norm: float,
+        seconds: float,
+        metrics: dict[str, Any] | None,
+    ) -> StepRecord:
+        tokens = sum(item.tokens for item in batch)
+        return StepRecord(
+            step=step,
+            steps=self.schedule.steps,
+            epoch=self.schedule.epoch_after(step),
+            loss=loss,
+            lr=rate,
+            grad_norm=norm,
+            examples=len(batch),
+            tokens=tokens,
+            seconds=seconds,
+            tokens_per_second=tokens / max(seconds, 1e-9),
+            rss=memory.resident(),
+            metrics=metrics,
+            split=self.splits.watched_name if metrics is not None else None,
+        )
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "recipe": hashlib.sha256(self.recipe.to_toml().encode()).hexdigest(),
+            "data": self.dataset.digest,
+            "base": self.base.fingerprint,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        }
+
+    def save(self) -> None:
+        """Write the checkpoint, unless the weights are no longer good."""
+        assert self.folder is not None
+        if not bool(torch.isfinite(self.optimiser.weights).all()):
+            return  # the next loss will say so; the last good state stays
+        tensors = dict(self.optimiser.state())
+        tensors |= {f"random.{name}": each for name, each in self.randomness.tensors().items()}
+        if self.best_weights is not None:
+            tensors["best"] = self.best_weights
+        checkpoint.save(
+            self.folder,
+            tensors,
+            identity=self._identity(),
+            layout=self.optimiser.layout,
+            progress=vars(self.progress),
+        )
+
+    def _resume(self, folder: Path) -> None:
+        found = checkpoint.load(folder, identity=self._identity())
+        if found is None:
+            return
+        if found.layout != self.optimiser.layout:
+            raise TrainingError(f"checkpoint in {folder} holds other weights than this run trains: delete it")
+        self.progress = Progress(**found.progress)
+        self.optimiser.load_state(found.tensors, self.progress.step)
+        states = {name: each for name, each in found.tensors.items() if name.startswith("random.")}
+        self.randomness.load({name.removeprefix("random."): each for name, each in states.items()})
+        self.best_weights = found.tensors.get("best")
+        if self.best_weights is not None:
+            self.best_weights = self.best_weights.to(self.optimiser.weights.device)
+        self.resumed_from = self.progress.step
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> Fitted:
+        """Keep the last or the best weights, check that the base is untouched, and read the adapter off the model."""
+        if self.best_weights is not None:
+            self.optimiser.set_weights(self.best_weights)
+        self.model.eval()
+        if checksum(self.originals) != self.unchanged:
+            raise TrainingError(
+                "the base's weights changed while an adapter was trained: load the base anew, and report it"
+            )
+        progress = self.progress
+        tensors, head, method = adapters.extract(self.model)
+        base, spec = self.base, self.task.spec()
+        lineage = {**self._identity(), "recipe": self.recipe.to_toml(), "steps": progress.step, "lr": self.lr}
+        if self.best_weights is not None:
+            lineage["kept_step"] = progress.best_step
+        adapter = Adapter(
+            method=method,
+            tensors=tensors,
+            head=head,
+            base=BaseInfo(id=base.id, fingerprint=base.fingerprint, family=base.family.name, revision=base.revision),
+            task=spec,
+            generation=dict(spec.get("generation") or {}),
+            lineage=lineage,
+        )
+        stored = sum(each.numel() for each in (*tensors.values(), *head.values()))
+        return Fitted(
+            adapter=adapter,
+            model=self.model,
+            steps=progress.step,
+            examples=progress.examples,
+            tokens=progress.tokens,
+            seconds=progress.seconds,
+            evaluate_seconds=progress.evaluate_seconds,
+            peak_bytes=memory.peak(),
+            resumed_from=self.resumed_from,
+            stopped_early=progress.gave_up,
+            best=None if progress.best_metrics is None else {"step": progress.best_step, **progress.best_metrics},
+            parameters={
+                "trainable": self.optimiser.weights.numel(),
+                "stored": stored,
+                "total": sum(each.numel() for each in self.originals),
+            },
+        )
+
+    def abandon(self) -> None:
+        """Leave the base as it was."""
+        adapters.detach(self.model)
+        self.model.eval()
+
+    # --- words ------------------------------------------------------------------------------------------------------
+
+    def what_to_change(self) -> str:
+        """The remedy for a loss that is not finite, and what is left of the run."""
+        usual = default_learning_rate(self.recipe.method, sum(each.numel() for each in self.originals))
+        remedy = f"set train.lr to {min(usual, self.lr / 10):g} (now {self.lr:g})"
+        if str(self.base.dtype).endswith("bfloat16"):
+            remedy += ' or train.dtype to "float32"'
+        return f"{remedy}; {self._kept()}"
+
+    def how_to_resume(self) -> str:
+        if self.folder is None:
+            return "nothing is kept, because no folder was given"
+        return f"start the same command again to go on from there ({self._kept()})"
+
+    def _kept(self) -> str:
+        step = 0 if self.folder is None else checkpoint.step_of(self.folder)
+        return f"the state after step {step} is kept in {self.folder}" if step else "no checkpoint had been written yet"
+
+
+def attach(recipe: Any, base: Any, task: Any) -> None:
+    """Put the recipe's new adapter on the base: seeded factors, a prefix from real words, the head trainable."""
+    own = tuple(f"{name}." for name in base.family.head_modules)
+    fresh = {name.rpartition(".")[0] for name in base.fresh if not name.startswith(own)}  # a pooler, say
+    adapters.attach(
+        base.model,
+        recipe.method,
+        init_ids=starting_words(recipe, base, task),
+        generator=torch.Generator().manual_seed(recipe.seed),
+        head=tuple(sorted(fresh)) if task.kind == "classify" else (),
+    )
+
+
+def starting_words(recipe: Any, base: Any, task: Any) -> Tensor | None:
+    """Token ids of the text whose keys and values a prefix starts from: the recipe's, or a plain order for the task."""
+    if not isinstance(recipe.method, Prefix):
+        return None
+    text = recipe.method.init_text
+    if not text and task.kind != "classify":
+        text = recipe.task.prefix_text.strip() or (
+            "Summarize the following text in a few words."
+            if task.kind == "summarize"
+            else "Write the answer to the following text."
+        )
+    elif not text:
+        text = f"Classify the following text as {', '.join(task.labels)}."
+    ids: Tensor = torch.tensor(base.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+    return ids
+
+
+def merit(metrics: dict[str, Any]) -> tuple[float, float]:
+    """What makes an evaluation better than another: accuracy where the task has it, then a lower loss."""
+    loss = float(metrics["loss"])
+    return float(metrics.get("accuracy", 0.0)), -loss if math.isfinite(loss) else -math.inf
+
+
+def checksum(tensors: Sequence[Tensor]) -> str:
+    """SHA-256 of the bytes of some tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

@@ -1,0 +1,78 @@
+"""One optimiser step: the gradient of a batch's mean loss, in micro-batches, without padding. Knows no schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turret.adapters import packed
+from turret.errors import LossNotFinite, OutOfMemory
+from turret.train.batches import Item, micro_batches
+from turret.train.memory import Prediction
+from turret.train.optim import AdamW
+
+
+def train_step(
+    model: Any, task: Any, optimiser: AdamW, batch: Sequence[Item], *, rate: float, clip: float, most_tokens: int
+) -> tuple[float, float]:
+    """One update from the gradient of the mean loss over the whole batch, computed in micro-batches.
+
+    The mean is over examples (classify) or target tokens (generate) of the batch, so the split into micro-batches
+    changes nothing but the order of summation. Returns (loss, gradient norm before clipping), both before the update.
+    """
+    optimiser.zero_gradients()
+    total = sum(item.weight for item in batch)
+    losses = []
+    for piece in micro_batches(batch, most_tokens):
+        part = loss_of(model, task, piece) * (sum(item.weight for item in piece) / total)
+        part.backward()  # type: ignore[no-untyped-call]
+        losses.append(part.detach())
+    loss = float(torch.stack(losses).sum())
+    norm = optimiser.clip_gradients(clip)
+    for name, value in (("loss", loss), ("norm of the gradients", norm)):
+        if not math.isfinite(value):
+            raise LossNotFinite(f"the {name} became {value}")
+    optimiser.step(rate)
+    return loss, norm
+
+
+def loss_of(model: Any, task: Any, piece: Sequence[Item]) -> Tensor:
+    """The task's mean loss over some examples: a scalar with a graph."""
+    sources = [item.source for item in piece]
+    targets = [item.target for item in piece if item.target is not None]
+    if targets:
+        logits = packed.target_logits(model, sources, targets)  # (N, V)
+        wanted = torch.cat(targets)  # (N,)
+    else:
+        logits = packed.classify_logits(model, sources)  # (B, C)
+        wanted = task.targets([item.example for item in piece])  # (B,) or (B, C)
+    loss: Tensor = task.loss(logits, wanted.to(logits.device))
+    return loss
+
+
+_NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "DefaultCPUAllocator", "bad_alloc")
+
+
+@contextmanager
+def explained(train: Any, batch: Sequence[Item], step: int, predicted: Prediction | None) -> Iterator[None]:
+    """Turns whatever torch raises when memory runs out into OutOfMemory, with the setting to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and not any(sign in text for sign in _NO_MEMORY):
+            raise
+        pieces = micro_batches(batch, train.micro_batch_tokens)
+        most = max(sum(item.tokens for item in piece) for piece in pieces)
+        longest = max(item.tokens for item in batch)
+        if most > longest:
+            remedy = f"set train.micro_batch_tokens to {max(longest, most // 2)} (now {train.micro_batch_tokens})"
+        else:
+            remedy = f"lower task.max_tokens (this text alone has {longest} tokens)"
+        plan = f"; the plan predicted {predicted}" if predicted else ""
+        raise OutOfMemory(f"out of memory at step {step}, in a pass of {most} tokens: {remedy}{plan}") from error
