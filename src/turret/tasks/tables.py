@@ -1,27 +1,55 @@
-"""From a source of data to examples: one call, `read`. Loads no torch."""
+"""From a source of data to examples: one call, `read`. Loads no torch.
+
+A table is read twice, a row at a time: the first pass checks every cell and counts usable rows and labels, then the
+splits are chosen by number alone, and the second pass keeps the chosen rows. So `train = 2000` of a table of a
+hundred gigabytes keeps 2000 examples; where more is chosen than fits, `kept` puts it into a temporary file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import difflib
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
-from turret.tasks.task import Example, Kind
+import numpy as np
+import numpy.typing as npt
+
+from turret.errors import DataError
+from turret.tasks import cells, hub, packaged
+from turret.tasks.columns import Columns, find_columns, find_input
+from turret.tasks.files import SUFFIXES, Table, lines_of, open_folder, open_table
+from turret.tasks.kept import MEMORY, Kept
+from turret.tasks.splits import ROLES, Chosen, Role, Sources, choose, find_sources, shuffled, taken, test_split
+from turret.tasks.task import Example, Kind, Labelled, Pair
 
 
 class DataLike(Protocol):
     """A recipe's `[data]`, or anything with its fields."""
 
-    source: str
-    text: str | None
-    label: str | None
-    document: str | None
-    summary: str | None
-    prompt: str | None
-    completion: str | None
-    train: int | float | str | None
-    validation: int | float | str | None
-    test: int | float | str | None
+    @property
+    def source(self) -> str: ...
+    @property
+    def text(self) -> str | None: ...
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def document(self) -> str | None: ...
+    @property
+    def summary(self) -> str | None: ...
+    @property
+    def prompt(self) -> str | None: ...
+    @property
+    def completion(self) -> str | None: ...
+    @property
+    def train(self) -> int | float | str | None: ...
+    @property
+    def validation(self) -> int | float | str | None: ...
+    @property
+    def test(self) -> int | float | str | None: ...
 
 
 @dataclass(frozen=True)
@@ -32,13 +60,297 @@ class Dataset:
     validation: Sequence[Example]  # may be empty
     test: Sequence[Example]
     kind: Kind
-    labels: tuple[str, ...]  # classify: every class of the training table, sorted; else empty
+    labels: tuple[str, ...]  # classify: every class of the training table, in order; else empty
     columns: dict[str, str]  # role -> column
     notes: tuple[str, ...]  # guesses, drops, duplicates: a sentence each, to be shown
     duplicates: int  # test examples whose input is a training example's too
     digest: str  # "sha256:..." of the examples in their splits and order
 
 
-def read(data: DataLike, kind: Kind | None = None, seed: int = 42, *, multi_label: bool = False) -> Dataset:
+def read(
+    data: DataLike, kind: Kind | None = None, seed: int = 42, *, multi_label: bool = False, memory: int = MEMORY
+) -> Dataset:
     """Read the source, find the columns, choose the splits with the seed, and say in `notes` what was guessed."""
-    raise NotImplementedError
+    tables = open_source(data.source)
+    sources = find_sources(data, list(tables))
+    used = {split: tables[split] for split in dict.fromkeys(sources.split.values())}
+    columns = find_columns(data, tables[sources.split["train"]].columns, kind)
+    _check_columns(used, columns)
+    scans = {split: _scan(table, columns, multi_label) for split, table in used.items()}
+    notes = [note for table in used.values() for note in table.notes] + ([columns.note] if columns.note else [])
+    notes += [note for split, scan in scans.items() for note in scan.notes(used[split].name)]
+    labels: tuple[str, ...] = ()
+    if columns.kind == "classify":
+        labels = _labels(scans, used, sources, columns.wanted[1], multi_label)
+    chosen = choose(data, sources, {split: scan.usable for split, scan in scans.items()}, seed)
+    kept = _keep(used, sources, chosen, columns, multi_label, scans, memory)
+    if columns.kind == "classify":
+        notes += _class_notes(labels, kept["train"], multi_label)
+    duplicates, found = _duplicates(kept, columns.kind, multi_label)
+    return Dataset(
+        train=kept["train"],
+        validation=kept["validation"],
+        test=kept["test"],
+        kind=columns.kind,
+        labels=labels,
+        columns=columns.roles,
+        notes=(*notes, *chosen.notes, *found),
+        duplicates=duplicates,
+        digest=_digest(kept),
+    )
+
+
+def read_test(
+    data: DataLike, kind: Kind, seed: int = 42, *, labels: Sequence[str] = (), multi_label: bool = False
+) -> tuple[list[Example], tuple[str, ...]]:
+    """Examples to evaluate a finished adapter on, and notes: the split or number that `data.test` says, else the test
+    split, else everything there is. `labels` are the classes that the adapter knows."""
+    tables = open_source(data.source)
+    split = test_split(data, list(tables))
+    table = tables[split]
+    columns = find_columns(data, table.columns, kind)
+    scan = _Scan()
+    examples = [_stripped(example) for example in _examples(table, columns, multi_label, scan)]
+    scan.check(table)
+    unknown = sorted({label.strip() for label in scan.labels} - set(labels)) if labels else []
+    if unknown:
+        raise DataError(
+            f"{table.name} has the label {unknown[0]!r}, which the adapter does not know: it knows {_some(labels)}"
+        )
+    notes = [*table.notes, *([columns.note] if columns.note else []), *scan.notes(table.name)]
+    if data.test is not None and not isinstance(data.test, str):
+        rows = shuffled(len(examples), seed)[: taken("test", data.test, len(examples), len(examples), notes)]
+        examples = [examples[row] for row in rows]
+    return examples, tuple(notes)
+
+
+def read_inputs(data: DataLike, kind: Kind) -> list[str]:
+    """The inputs of every row of a table without splits (a missing one is ""), or the lines of a `.txt` file."""
+    path = Path(data.source).expanduser()
+    if path.suffix.lower() == ".txt" and path.is_file():
+        return lines_of(path)
+    tables = open_source(data.source)
+    table = tables[test_split(data, list(tables))]
+    mended = cells.Mended()
+    texts = []
+    for place, (cell,) in table.read([find_input(data, table.columns, kind)]):
+        try:
+            texts.append(cells.text_of(cell, mended) or "")
+        except DataError as error:
+            raise DataError(f"{table.name} {table.unit} {place}: {error}") from None
+    return texts
+
+
+# --- the source ------------------------------------------------------------------------------------------------------
+
+
+def open_source(source: str) -> dict[str, Table]:
+    """Split -> table, of a wheel, a file, a folder or the Hub; the split is "" where there is but one table."""
+    if "\0" in source or not source.strip():
+        raise DataError(f"data.source {source!r} names nothing: give a file, a folder, a Hub id or pypi:package")
+    if source.startswith("pypi:"):
+        return packaged.load(source)
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            return open_folder(path)
+        if path.exists():
+            return {"": open_table(path)}
+    except OSError as error:
+        raise DataError(f"data {source[:80]!r} cannot be read: {error.strerror or error}") from None
+    if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or not hub.looks_like_id(source):
+        raise DataError(f"there is no file or folder {source[:200]!r}{_near(path)}")
+    return hub.load(source)
+
+
+def _near(path: Path) -> str:
+    try:
+        names = [other.name for other in path.parent.iterdir() if other.suffix.lower() in SUFFIXES or other.is_dir()]
+    except OSError:
+        return f": there is no folder {str(path.parent)[:200]!r} either"
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f": did you mean {str(path.with_name(close[0]))!r}?" if close else f" in {str(path.parent.resolve())!r}"
+
+
+def _check_columns(used: Mapping[str, Table], columns: Columns) -> None:
+    for table in used.values():
+        for name in columns.wanted:
+            if name not in table.columns:
+                raise DataError(f"{table.name} has no column {name!r}: its columns are {', '.join(table.columns)}")
+
+
+# --- the first pass --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Scan:
+    """What one pass over a table found."""
+
+    rows: int = 0
+    usable: int = 0
+    without: Counter[str] = field(default_factory=Counter)  # column -> rows that lack it
+    labels: Counter[str] = field(default_factory=Counter)
+    mended: cells.Mended = field(default_factory=cells.Mended)
+
+    def notes(self, table: str) -> list[str]:
+        lost = [f"{n} of {self.rows} rows without {column!r} are left out" for column, n in self.without.items()]
+        return [f"{table}: {note}" for note in [*lost, *self.mended.notes()]]
+
+    def check(self, table: Table) -> None:
+        """Refuse a table in which nothing can be used."""
+        if not self.rows:
+            raise DataError(f"{table.name} has columns and no rows: give a table with rows")
+        if not self.usable:
+            lost = " and ".join(f"{n} without {column!r}" for column, n in self.without.items())
+            raise DataError(f"{table.name} has no usable row: of {self.rows} rows {lost}")
+
+
+def _scan(table: Table, columns: Columns, multi_label: bool) -> _Scan:
+    scan = _Scan()
+    for example in _examples(table, columns, multi_label, scan):
+        if isinstance(example, Labelled):
+            if len(scan.labels) > cells.MOST_CLASSES:
+                cells.check_classes(scan.labels, scan.rows, columns.wanted[1], multi_label)
+    scan.check(table)
+    return scan
+
+
+def _examples(table: Table, columns: Columns, multi_label: bool, scan: _Scan) -> Iterator[Example]:
+    """The usable rows as examples, everything unusable counted in `scan` or refused with its place."""
+    first, second = columns.wanted
+    names = table.classes.get(second, ())
+    for place, (a, b) in table.read((first, second)):
+        scan.rows += 1
+        column = first
+        try:
+            source = cells.text_of(a, scan.mended)
+            column = second
+            if columns.kind == "classify":
+                output: Any = cells.label_of(b, names, multi_label)
+            else:
+                output = cells.text_of(b, scan.mended)
+        except DataError as error:
+            raise DataError(f"{table.name} {table.unit} {place}, column {column!r}: {error}") from None
+        if source is None or output is None:
+            scan.without[first if source is None else second] += 1
+        else:
+            scan.usable += 1
+            if columns.kind == "classify":
+                scan.labels.update(output if isinstance(output, tuple) else (output,))
+            yield Labelled(source, output) if columns.kind == "classify" else Pair(source, output)
+
+
+def _labels(
+    scans: Mapping[str, _Scan], used: Mapping[str, Table], sources: Sources, column: str, multi_label: bool
+) -> tuple[str, ...]:
+    """The classes: the training table's, in order. Other splits may not have more."""
+    train = sources.split["train"]
+    cells.check_alike({label for scan in scans.values() for label in scan.labels})
+    cells.check_classes(scans[train].labels, scans[train].rows, column, multi_label)
+    for split, scan in scans.items():
+        unknown = [label for label in scan.labels if label not in scans[train].labels]
+        if unknown:
+            raise DataError(
+                f"{used[split].name} has the label {unknown[0]!r} ({scan.labels[unknown[0]]} rows), which the training "
+                f"table lacks: its labels are {_some(cells.in_order(scans[train].labels))}"
+            )
+    return cells.in_order(label.strip() for label in scans[train].labels)
+
+
+def _some(names: Sequence[str], most: int = 20) -> str:
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# --- the second pass -------------------------------------------------------------------------------------------------
+
+
+def _keep(
+    used: Mapping[str, Table],
+    sources: Sources,
+    chosen: Chosen,
+    columns: Columns,
+    multi_label: bool,
+    scans: Mapping[str, _Scan],
+    memory: int,
+) -> dict[Role, Kept]:
+    kept = {role: Kept(len(chosen.rows[role]), memory) for role in ROLES}
+    for split, table in used.items():
+        owner = np.zeros(scans[split].usable, dtype=np.int8)  # 0: not chosen
+        place = np.zeros(scans[split].usable, dtype=np.int64)
+        for number, role in enumerate(ROLES, 1):
+            if sources.split.get(role) == split:
+                owner[chosen.rows[role]] = number
+                place[chosen.rows[role]] = np.arange(len(chosen.rows[role]))
+        seen = 0
+        for example in _examples(table, columns, multi_label, _Scan()):
+            if seen < len(owner) and owner[seen]:
+                kept[ROLES[owner[seen] - 1]].put(int(place[seen]), _stripped(example))
+            seen += 1
+        if seen != len(owner):
+            raise DataError(f"{table.name} changed while it was read: start again when nothing writes to it")
+    return {role: sequence.done() for role, sequence in kept.items()}
+
+
+def _stripped(example: Example) -> Example:
+    if isinstance(example, Labelled) and isinstance(example.label, str):
+        return Labelled(example.text, example.label.strip())
+    return example
+
+
+def _class_notes(labels: Sequence[str], train: Sequence[Example], multi_label: bool) -> list[str]:
+    """Classes that training can hardly learn."""
+    counts: Counter[str] = Counter()
+    for example in train:
+        if isinstance(example, Labelled):
+            counts.update(example.label if isinstance(example.label, tuple) else (example.label,))
+    if not multi_label and len(counts) == 1:
+        raise DataError(f"all {len(train)} training examples have the label {next(iter(counts))!r}: raise data.train")
+    notes = []
+    for number, word in ((0, "no training example"), (1, "one training example only")):
+        found = [label for label in labels if counts[label] == number]
+        if found:
+            notes.append(f"{word} for the class {_some(found, 5)}")
+    return notes
+
+
+def _duplicates(kept: Mapping[Role, Sequence[Example]], kind: Kind, multi_label: bool) -> tuple[int, list[str]]:
+    """How many test inputs are training inputs too, and what else occurs twice. Blanks around a text do not count."""
+    hashes = {role: _hashes(kept[role]) for role in ROLES}
+    train, notes, found = hashes["train"], [], 0
+    for role in ("validation", "test"):
+        same = int(np.isin(hashes[role], train).sum())
+        if same:
+            notes.append(f"{same} of {len(hashes[role])} {role} inputs occur in the training examples too")
+        found = same if role == "test" else found
+    if kind == "classify" and not multi_label:
+        once, with_label = np.unique(train), np.unique(_hashes(kept["train"], outputs=True))
+        if len(with_label) > len(once):
+            notes.append(f"{len(with_label) - len(once)} training texts occur with more than one label")
+    return found, notes
+
+
+def _hashes(examples: Sequence[Example], outputs: bool = False) -> npt.NDArray[np.uint64]:
+    """Eight bytes for each input (with its output)."""
+    texts = ((e.text, str(e.label)) if isinstance(e, Labelled) else (e.source, e.target) for e in examples)
+    numbers = (_hash(f"{a.strip()}\0{b}" if outputs else a.strip()) for a, b in texts)
+    return np.fromiter(numbers, dtype=np.uint64, count=len(examples))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _digest(kept: Mapping[Role, Sequence[Example]]) -> str:
+    """SHA-256 over every field with its length in front, so that no two data sets read alike."""
+    digest = hashlib.sha256()
+    for role in ROLES:
+        digest.update(f"{role} {len(kept[role])}\n".encode())
+        for example in kept[role]:
+            fields = (
+                (example.text, example.label) if isinstance(example, Labelled) else (example.source, example.target)
+            )
+            for value in (fields[0], *(fields[1] if isinstance(fields[1], tuple) else fields[1:])):
+                raw = str(value).encode()
+                digest.update(f"{len(raw)}:".encode() + raw)
+            digest.update(b"\n")
+    return f"sha256:{digest.hexdigest()}"

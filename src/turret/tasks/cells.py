@@ -1,0 +1,149 @@
+"""From a table's cells to texts and labels, and what is refused on the way. Knows one cell at a time, or the counts
+of all labels; refuses to know files and splits.
+
+- a missing cell is nothing, NaN, or blanks only; rows without input, target or label are left out and counted
+- labels are words: whole numbers lose their `.0`, true and false are written so, blanks around them go
+- a number with a fraction is no class; labels that differ in case or blanks only are refused, by name
+- with `multi_label` a cell is a list, or a text that is a JSON list or has `|` between its labels; `[]`: none of them
+- NUL becomes a blank and a lone surrogate U+FFFD in a text, counted; in a label they are refused
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from turret.errors import DataError
+from turret.tasks.files import FIELD_LIMIT
+
+MOST_CLASSES = 10_000
+_WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
+_FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]+([eE][+-]?[0-9]+)?")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+Label = str | tuple[str, ...]
+
+
+class Mended:
+    """Counts the texts that had to be mended."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def notes(self) -> list[str]:
+        return [f"{count} {'text' if count == 1 else 'texts'} {what}" for what, count in self.counts.items()]
+
+
+def text_of(cell: Any, mended: Mended) -> str | None:
+    """The text in a cell, or None where there is none."""
+    if isinstance(cell, str):
+        text = cell
+    elif cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    elif isinstance(cell, (int, float)):
+        text = str(cell)
+    else:
+        raise DataError(f"expected text, found {type(cell).__name__}")
+    if len(text) > FIELD_LIMIT:
+        raise DataError(
+            f"a text of {len(text)} characters, the limit is {FIELD_LIMIT}: shorten it or leave the row out"
+        )
+    if "\0" in text:
+        text = text.replace("\0", " ")
+        mended.counts["had NUL characters, which became blanks"] += 1
+    if not text.isascii() and _SURROGATE.search(text):
+        text = _SURROGATE.sub("\ufffd", text)
+        mended.counts["had half characters, which became U+FFFD"] += 1
+    return text if text.strip() else None
+
+
+def label_of(cell: Any, names: Sequence[str], multi_label: bool) -> Label | None:
+    """The label or labels in a cell, or None where there is none; `names` are those of class numbers, if any."""
+    if isinstance(cell, str) and multi_label:
+        cell = _several(cell)
+    if not isinstance(cell, (list, tuple)):
+        one = _one_label(cell, names)
+        return one if one is None or not multi_label else (one,)
+    if not multi_label:
+        raise DataError(f"the label is a list ({str(cell)[:40]}): set task.multi_label = true")
+    labels = [label for item in cell if (label := _one_label(item, names)) is not None]
+    return tuple(sorted(set(labels)))
+
+
+def _several(text: str) -> Any:
+    if not text.strip():
+        return None
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise DataError(f"the label {text[:40]!r} starts like a JSON list and is none") from None
+    return [part.strip() for part in text.split("|")]
+
+
+def _one_label(cell: Any, names: Sequence[str]) -> str | None:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    if isinstance(cell, bool):
+        return "true" if cell else "false"
+    if isinstance(cell, (int, float)):
+        return _numbered(cell, names)
+    if not isinstance(cell, str):
+        raise DataError(f"expected a label, found {type(cell).__name__}")
+    text = cell.strip()
+    if whole := _WHOLE.fullmatch(text):
+        return whole.group(1)
+    if _FRACTION.fullmatch(text):
+        raise DataError(f"the label {text} is a fraction: classes are whole numbers or words")
+    if "\0" in text or _SURROGATE.search(text):
+        raise DataError(f"the label {text[:40]!r} has characters that are no text: mend it")
+    if len(text) > 1000:
+        raise DataError(f"a label of {len(text)} characters: is this the column of labels?")
+    return cell if text else None  # as written: whether blanks make it another label is asked later
+
+
+def _numbered(number: float, names: Sequence[str]) -> str | None:
+    if not math.isfinite(number) or number != int(number):
+        raise DataError(f"the label {number} is not a whole number: classes are whole numbers or words")
+    index = int(number)
+    if not names:
+        return str(index)
+    if index == -1:  # how `datasets` writes "no label"
+        return None
+    if not 0 <= index < len(names):
+        raise DataError(f"the label {index} has no name: the names are {', '.join(names)}")
+    return names[index]
+
+
+def in_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Whole numbers by size, then words by letters."""
+    return tuple(sorted(labels, key=lambda x: (0, int(x), x) if re.fullmatch(r"[+-]?[0-9]{1,18}", x) else (1, 0, x)))
+
+
+def check_alike(labels: Iterable[str]) -> None:
+    """Refuse labels that differ in case or blanks only: they would become two classes."""
+    seen: dict[str, str] = {}
+    for label in sorted(labels):
+        key = " ".join(label.split()).casefold()
+        if key in seen:
+            raise DataError(
+                f"the labels {seen[key]!r} and {label!r} differ in case or blanks only: write them alike in the table"
+            )
+        seen[key] = label
+
+
+def check_classes(counts: Mapping[str, int], rows: int, column: str, multi_label: bool) -> None:
+    """Refuse what cannot be classes: none, one, or nearly as many as there are rows."""
+    if not multi_label and len(counts) == 1:
+        raise DataError(f"column {column!r} has one class, {next(iter(counts))!r}: a classifier needs two or more")
+    if not counts:
+        raise DataError(f"column {column!r} has no labels at all: classifying needs them")
+    if len(counts) > MOST_CLASSES or (len(counts) > 100 and 2 * len(counts) > rows):
+        raise DataError(
+            f"column {column!r} has {len(counts)} different labels in {rows} rows: is it a column of texts or numbers? "
+            "name the right one in data.label"
+        )

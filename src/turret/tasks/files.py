@@ -1,0 +1,360 @@
+"""Table files, read a row at a time: CSV, TSV, JSONL, JSON and Parquet, and a folder of them. Loads no torch.
+
+Refuses to know what a column means. Limits and rules, all of them on purpose:
+
+- text files are UTF-8, with or without a byte order mark; anything else is an error that names the line
+- a field holds at most `FIELD_LIMIT` characters, a line at most `LINE_LIMIT`: memory stays bounded whatever is sent
+- CSV and TSV follow RFC 4180: quotes, doubled quotes, commas and line breaks in quotes; LF, CRLF and CR ends. The first
+  line names the columns; a row with another number of fields, or a quote out of place, is an error, never a guess
+- everything but JSON (a list is one value) is streamed; Parquet is read in batches, only the columns that are asked for
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from turret.errors import DataError
+
+FIELD_LIMIT = 10_000_000  # characters; ten long novels
+LINE_LIMIT = 32_000_000
+JSON_LIMIT = 1_000_000_000  # bytes
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+_LOOKED_AT = 100  # rows of JSON whose keys make the columns
+_SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+Row = tuple[int, tuple[Any, ...]]  # line or row number, and the cells of the columns that were asked for
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with named columns that can be read again and again, each time from the start."""
+
+    name: str  # for messages
+    columns: tuple[str, ...]
+    read: Callable[[Sequence[str]], Iterator[Row]]
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)  # column -> names of its class numbers
+    notes: tuple[str, ...] = ()
+    unit: str = "line"
+
+
+def open_table(path: Path) -> Table:
+    """The table in a file, its columns known and no more of it read than that takes."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path.name} has no known kind of table: expected one of {', '.join(SUFFIXES)}")
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path.name} is empty: give a table with rows")
+        if suffix == ".parquet":
+            return _parquet(path)
+        if suffix == ".json":
+            return _json(path)
+        return _separated(path, "," if suffix == ".csv" else "\t") if suffix in (".csv", ".tsv") else _jsonl(path)
+    except OSError as error:
+        raise DataError(f"{path.name} cannot be read: {error.strerror or error}") from None
+
+
+# --- text, a line at a time ------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path, newline: str) -> Iterator[str]:
+    """Lines with their ends. Only bounded pieces are ever held."""
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            number = 0
+            while line := file.readline(LINE_LIMIT + 1):
+                number += 1
+                if len(line) > LINE_LIMIT:
+                    raise DataError(f"{path.name} line {number} is longer than {LINE_LIMIT} characters: {_TOO_LONG}")
+                yield line
+    except UnicodeDecodeError:
+        raise DataError(f"{path.name} is not UTF-8 ({_bad_place(path)}): save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path.name} cannot be read: {error.strerror or error}") from None
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file, without their ends."""
+    return [line.rstrip("\r\n") for line in _lines(path, newline="")]
+
+
+_TOO_LONG = f"a field may have {FIELD_LIMIT}, so shorten it or leave the row out"
+
+
+def _bad_place(path: Path) -> str:
+    """The first line that does not decode, found by reading the bytes again."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(4 * LINE_LIMIT):
+            number += 1
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"line {number}, byte 0x{line[error.start]:02x} at position {error.start + 1}"
+    return "it ends in the middle of a character"
+
+
+# --- CSV and TSV -----------------------------------------------------------------------------------------------------
+
+
+def _separated(path: Path, delimiter: str) -> Table:
+    header = _header(path, delimiter)
+    notes: tuple[str, ...] = ()
+    if len(header) == 1:  # another separator than the file's name says
+        others = [mark for mark in ",;\t|" if mark in header[0]]
+        if others:
+            delimiter, header = others[0], _header(path, others[0])
+            notes = (f"{path.name}: columns are separated by {delimiter!r}",)
+    names = tuple(name.strip() or f"unnamed {i}" for i, name in enumerate(header, 1))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path.name} has the column {twice[0]!r} more than once: the first line must name the columns")
+    return Table(path.name, names, partial(_separated_rows, path, delimiter, names), notes=notes)
+
+
+def _header(path: Path, delimiter: str) -> list[str]:
+    for _, cells in _fields(path, delimiter):
+        return cells
+    raise DataError(f"{path.name} is empty: give a table with rows")
+
+
+def _separated_rows(path: Path, delimiter: str, names: tuple[str, ...], wanted: Sequence[str]) -> Iterator[Row]:
+    places = [names.index(name) for name in wanted]
+    rows = _fields(path, delimiter)
+    next(rows)
+    for line, cells in rows:
+        if len(cells) != len(names):
+            raise DataError(
+                f"{path.name} line {line} has {len(cells)} fields and the header has {len(names)}: "
+                f"put texts with {delimiter!r} in double quotes"
+            )
+        yield line, tuple(cells[place] for place in places)
+
+
+def _fields(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """(line where it starts, cells) for every row that is not blank."""
+    reader = csv.reader(_lines(path, newline=""), delimiter=delimiter, strict=True)
+    while True:
+        start = reader.line_num + 1
+        usual = csv.field_size_limit(FIELD_LIMIT)  # it belongs to the process: set for one row only
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{path.name}, row from line {start}: {_reason(error, delimiter)}") from None
+        finally:
+            csv.field_size_limit(usual)
+        if cells is None:
+            return
+        if cells:
+            yield start, cells
+
+
+def _reason(error: csv.Error, delimiter: str) -> str:
+    text = str(error)
+    if "field limit" in text:
+        return f"a field is longer than {FIELD_LIMIT} characters, or its closing quote is missing: shorten or mend it"
+    if "unexpected end" in text:
+        return "a double quote is opened and never closed: close it, and write a quote inside a field twice"
+    return f'a double quote is out of place ({text}): write a quote inside a quoted field twice, as in "a ""b"""'
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _jsonl(path: Path) -> Table:
+    columns: dict[str, None] = {}
+    for count, (_, row) in enumerate(_objects(path), 1):
+        columns.update(dict.fromkeys(row))
+        if count == _LOOKED_AT:
+            break
+    if not columns:
+        raise DataError(f"{path.name} is empty: give a table with rows")
+
+    def read(wanted: Sequence[str]) -> Iterator[Row]:
+        for line, row in _objects(path):
+            yield line, tuple(row.get(name) for name in wanted)
+
+    return Table(path.name, tuple(columns), read)
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path, newline="\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            what = (
+                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "out of bounds"
+            )
+            raise DataError(f"{path.name} line {number} is not JSON ({what}): expected one object a line") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path.name} line {number}: expected an object, found {type(row).__name__}")
+        yield number, row
+
+
+def _json(path: Path) -> Table:
+    if path.stat().st_size > JSON_LIMIT:
+        raise DataError(f"{path.name} is over {JSON_LIMIT} bytes, too much for one value: save it as JSONL")
+    try:
+        rows = json.loads("".join(_lines_of_json(path)))
+    except (ValueError, RecursionError) as error:
+        place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{path.name} is not JSON{place}: expected a list of objects, or use .jsonl") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path.name}: expected a list of objects, found {_shape(rows)}")
+    if not rows:
+        raise DataError(f"{path.name} has no rows: give a table with rows")
+    columns = tuple(dict.fromkeys(key for row in rows[:_LOOKED_AT] for key in row))
+    return from_rows(path.name, columns, rows)
+
+
+def _lines_of_json(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield file.read()
+    except UnicodeDecodeError:
+        raise DataError(f"{path.name} is not UTF-8 ({_bad_place(path)}): save it as UTF-8") from None
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, list):
+        odd = next(i for i, row in enumerate(value) if not isinstance(row, dict))
+        return f"{type(value[odd]).__name__} as item {odd + 1}"
+    return type(value).__name__
+
+
+def from_rows(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of rows that are in memory already."""
+
+    def read(wanted: Sequence[str]) -> Iterator[Row]:
+        for number, row in enumerate(rows, 1):
+            yield number, tuple(row.get(column) for column in wanted)
+
+    return Table(name, tuple(columns), read, unit="row")
+
+
+# --- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path) -> Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(path)
+    except pa.ArrowException as error:
+        raise DataError(f"{path.name} is not Parquet: {_first_line(error)}") from None
+
+    def read(wanted: Sequence[str]) -> Iterator[Row]:
+        number = 0
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=256, columns=list(dict.fromkeys(wanted))):
+                    cells = [batch.column(name).to_pylist() for name in wanted]
+                    for row in zip(*cells, strict=True):
+                        number += 1
+                        yield number, row
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path.name} is broken after row {number}: {_first_line(error)}") from None
+
+    return Table(path.name, tuple(schema.names), read, classes=_parquet_classes(schema.metadata), unit="row")
+
+
+def _parquet_classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequence[str]]:
+    """Names of class numbers, where the file was written by `datasets` and has them."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and isinstance(feature.get("names"), list)
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path) -> dict[str, Table]:
+    """Split -> table. Several files of one split are one table, in the order of their names."""
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )  # fmt: skip
+    if not paths:
+        raise DataError(f"the folder {folder} has no tables: expected files with {', '.join(SUFFIXES)}")
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        groups.setdefault(split_in(path.relative_to(folder)), []).append(path)
+    unnamed = groups.pop("", [])
+    if not groups:
+        return {"": _joined(folder, unnamed)}
+    note = ""
+    if unnamed:
+        note = f"{unnamed[0].name} and {len(unnamed) - 1} more" if len(unnamed) > 1 else unnamed[0].name
+        note = f"{note} in {folder.name} left out: no train, validation or test in the name"
+    tables = {split: _joined(folder, members) for split, members in groups.items()}
+    if note:
+        first = next(iter(tables))
+        tables[first] = _with_notes(tables[first], note)
+    return tables
+
+
+def split_in(path: Path) -> str:
+    """The split that a path names: by its file name, else by the nearest folder that names one; "" where none does."""
+    for part in reversed(path.with_suffix("").parts):
+        for word in re.split(r"[^a-z0-9]+|(?<=[a-z])(?=[0-9])", part.lower()):
+            if word in _SPLIT_WORDS:
+                return _SPLIT_WORDS[word]
+    return ""
+
+
+def canonical_split(name: str) -> str:
+    """`dev` and `val` are `validation`; other names are themselves."""
+    return _SPLIT_WORDS.get(name.lower(), name)
+
+
+def _joined(folder: Path, paths: Sequence[Path]) -> Table:
+    tables = [open_table(path) for path in paths]
+    first = tables[0]
+    for table in tables[1:]:
+        if set(table.columns) != set(first.columns):
+            raise DataError(
+                f"{first.name} and {table.name} in {folder.name} have different columns "
+                f"({', '.join(first.columns)} and {', '.join(table.columns)}): give one file, or make them alike"
+            )
+    if len(tables) == 1:
+        return first
+
+    def read(wanted: Sequence[str]) -> Iterator[Row]:
+        for table in tables:
+            yield from table.read(wanted)
+
+    name = f"{first.name} and {len(tables) - 1} more"
+    joined = Table(name, first.columns, read, classes=first.classes, notes=first.notes, unit=first.unit)
+    return _with_notes(
+        joined, f"{len(tables)} files of {folder.name} are read as one: {first.name} ... {tables[-1].name}"
+    )
+
+
+def _with_notes(table: Table, note: str) -> Table:
+    return Table(table.name, table.columns, table.read, table.classes, (*table.notes, note), table.unit)
