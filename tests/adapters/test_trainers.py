@@ -41,7 +41,7 @@ def check(trainer: Any, model: Any) -> None:
     before, start = frozen(model), {k: v.clone() for k, v in trainable_parameters(model).items()}
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
+    assert sum(losses[-3:]) < 0.99 * sum(losses[:3])
     assert all(torch.equal(value, dict(model.named_parameters())[name]) for name, value in before.items())
     assert any(not torch.equal(value, start[name]) for name, value in trainable_parameters(model).items())
 
