@@ -1,0 +1,97 @@
+"""A GGUF file to a folder of safetensors in the cache, once: dequantising 135M weights takes half a minute.
+
+The folder is named by the SHA-256 of the file, written beside and renamed, so that it is whole or not there; a lock
+lets a second process wait for the first instead of doing the work again. Refuses to know tasks and families.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import shutil
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from turret.bases.cache import cache_folder
+from turret.bases.quiet import quiet
+from turret.errors import BaseModelError
+
+FORMAT = 1  # of the converted folder
+_MAGIC = b"GGUF"
+
+
+def convert(path: Path, name: str) -> tuple[Path, str]:
+    """(folder, "sha256:..." of the file): a base in safetensors, float32, with its tokenizer."""
+    digest = _digest(path, name)
+    root = cache_folder() / "gguf"
+    folder = root / f"v{FORMAT}-{digest}"
+    if folder.is_dir():
+        return folder, f"sha256:{digest}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{digest}.lock"):
+            if not folder.is_dir():
+                _convert(path, folder, name)
+    except (OSError, SafetensorError) as error:
+        raise BaseModelError(
+            f"base {name!r} cannot be converted into {root}: {getattr(error, 'strerror', None) or error}; "
+            "free some space there, or set TURRET_CACHE to a folder that can be written"
+        ) from error
+    return folder, f"sha256:{digest}"
+
+
+def _digest(path: Path, name: str) -> str:
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise BaseModelError(
+                    f"base {name!r} is no GGUF file: expected it to begin with 'GGUF'; give another file"
+                )
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BaseModelError(f"base {name!r} cannot be read: {error.strerror}; give a GGUF file") from error
+
+
+def _convert(path: Path, folder: Path, name: str) -> None:
+    prefix = f".partial-{folder.name}-"
+    for left_over in folder.parent.glob(f"{prefix}*"):  # of a process that was killed: we hold its lock
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    try:
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its bar asks nobody
+            _write(path, partial, name)
+        partial.chmod(0o755)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(path: Path, folder: Path, name: str) -> None:
+    source = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+    try:
+        # Once, and handed on: transformers would parse the file anew for each.
+        config = AutoConfig.from_pretrained(path.parent, **source)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, **source, config=config, dtype="float32")
+    except Exception as error:  # a broken file makes the reader of GGUF trip over anything
+        raise _unreadable(name, error) from error
+    # The weights are plain now; what says otherwise would keep them from being saved or loaded as such.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _unreadable(name: str, error: Exception) -> BaseModelError:
+    said = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return BaseModelError(
+        f"base {name!r} cannot be read as GGUF: {said}; give another file, or a folder of safetensors"
+    )
