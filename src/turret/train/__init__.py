@@ -8,19 +8,26 @@
 Knows recipes, bases, tasks and adapters. Refuses to know the store, the engine and the terminal.
 """
 
+from turret.train.checkpoint import step_of
+from turret.train.checks import Check
 from turret.train.curve import Curve, StepRecord, read_curve
 from turret.train.evaluate import evaluate, generate
 from turret.train.loop import fit
 from turret.train.optim import default_learning_rate
+from turret.train.plan import Plan, plan
 from turret.train.run import Fitted
 
 __all__ = [
+    "Check",
     "Curve",
     "Fitted",
+    "Plan",
     "StepRecord",
     "default_learning_rate",
     "evaluate",
     "fit",
     "generate",
+    "plan",
     "read_curve",
+    "step_of",
 ]

@@ -30,7 +30,7 @@ def train_step(
     losses = []
     for piece in micro_batches(batch, most_tokens):
         part = loss_of(model, task, piece) * (sum(item.weight for item in piece) / total)
-        part.backward()  # type: ignore[no-untyped-call]
+        backward(part)
         losses.append(part.detach())
     loss = float(torch.stack(losses).sum())
     norm = optimiser.clip_gradients(clip)
@@ -39,6 +39,11 @@ def train_step(
             raise LossNotFinite(f"the {name} became {value}")
     optimiser.step(rate)
     return loss, norm
+
+
+def backward(loss: Tensor) -> None:
+    """Add the gradients of a loss to those that are there."""
+    loss.backward()  # type: ignore[no-untyped-call]
 
 
 def loss_of(model: Any, task: Any, piece: Sequence[Item]) -> Tensor:
@@ -58,14 +63,18 @@ def loss_of(model: Any, task: Any, piece: Sequence[Item]) -> Tensor:
 _NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "DefaultCPUAllocator", "bad_alloc")
 
 
+def memory_ran_out(error: Exception) -> bool:
+    """Whether an error of Python or torch means that memory ran out."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)
+
+
 @contextmanager
 def explained(train: Any, batch: Sequence[Item], step: int, predicted: Prediction | None) -> Iterator[None]:
     """Turns whatever torch raises when memory runs out into OutOfMemory, with the setting to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, MemoryError) and not any(sign in text for sign in _NO_MEMORY):
+        if not memory_ran_out(error):
             raise
         pieces = micro_batches(batch, train.micro_batch_tokens)
         most = max(sum(item.tokens for item in piece) for piece in pieces)

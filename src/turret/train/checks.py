@@ -1,0 +1,277 @@
+"""What may be wrong with a training before it begins: one function a question, one line an answer, with the remedy.
+
+Knows recipes, lengths and labels. Runs no model: `probe` measures, `plan` puts both together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from turret.adapters import target_paths
+from turret.bases import native_bfloat16
+from turret.errors import AdapterError
+from turret.methods import Full, LoRA, Prefix
+from turret.train.batches import Item, Schedule
+from turret.train.optim import default_learning_rate, warmup_steps
+from turret.train.splits import Splits
+
+FEW_STEPS = 20
+MANY_CUT = 0.05  # share of the inputs that lose their end, from which on it is worth a warning
+SKEWED = 10  # times as many examples of the largest class as of the smallest
+ABSOLUTE = ("bert", "roberta", "distilbert", "bart", "gpt2")  # families with a table of positions: it has an end
+
+Level = Literal["ok", "warn", "refuse"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of a plan."""
+
+    name: str
+    level: Level
+    text: str
+    remedy: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return self.text if self.remedy is None else f"{self.text}: {self.remedy}"
+
+
+def targets(method: Any, model: Any) -> Check:
+    """LoRA: are the layers there that it adapts?"""
+    if not isinstance(method, LoRA):
+        said = {"prefix": "a prefix in every attention layer", "full": "every weight, on a copy"}
+        return Check("method", "ok", said.get(method.kind, "only the head"))
+    try:
+        paths = target_paths(model, method.target_modules)
+    except AdapterError as error:
+        names = sorted({path.rsplit(".", 1)[-1] for path in target_paths(model, "all-linear")})
+        wanted = [] if isinstance(method.target_modules, str) else list(method.target_modules or ())
+        near = [close for name in wanted if name not in names for close in difflib.get_close_matches(name, names, n=1)]
+        remedy = f"did you mean {', '.join(near)}?" if near else "name other method.target_modules"
+        return Check("method", "refuse", str(error), remedy)
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    return Check("method", "ok", f"LoRA of rank {method.r} on {len(paths)} layers ({', '.join(names)})")
+
+
+def share(trainable: int, total: int) -> Check:
+    return Check(
+        "trainable", "ok", f"{trainable:,} weights are trained, {trainable / total:.2%} of the base's {total:,}"
+    )
+
+
+def learning_rate(recipe: Any, base_parameters: int) -> Check:
+    """The chapter's rates for LoRA and prefix are rates for full fine-tuning; what they cost was measured."""
+    method, usual = recipe.method, default_learning_rate(recipe.method, base_parameters)
+    rate = recipe.train.lr or usual
+    keep = f"leave train.lr out (this method's own is {usual:g})"
+    if isinstance(method, LoRA) and rate <= usual / 10:
+        return Check(
+            "learning rate",
+            "warn",
+            f"train.lr = {rate:g} is a rate for full fine-tuning: LoRA stays near chance with it (2e-5 gave 0.51 on "
+            "IMDB and 0.53 on movie snippets, where 1e-3 gave 0.83 and 0.84)",
+            keep,
+        )
+    if isinstance(method, Prefix) and rate <= usual / 10:
+        return Check(
+            "learning rate",
+            "warn",
+            f"train.lr = {rate:g} is a rate for full fine-tuning: a prefix hardly moves with it (headlines by SmolLM2: "
+            "loss 3.07 after 80 steps at 1e-3, 5.4 before the first)",
+            keep,
+        )
+    if rate >= 20 * usual:
+        lost = "wipes out what the base has learnt" if isinstance(method, Full) else "is likely to diverge"
+        return Check(
+            "learning rate", "warn", f"train.lr = {rate:g} is {rate / usual:.0f} times the usual and {lost}", keep
+        )
+    return Check("learning rate", "ok", f"{rate:g}, where this method's own is {usual:g}")
+
+
+def steps(recipe: Any, schedule: Schedule) -> Check:
+    warmup = warmup_steps(recipe.train.warmup, schedule.steps)
+    text = f"{schedule.steps} steps of {schedule.batch_size} examples, {warmup} of them warm-up"
+    if schedule.steps < FEW_STEPS:
+        return Check(
+            "steps", "warn", f"only {text}: little can be learnt", "raise train.epochs or lower train.batch_size"
+        )
+    return Check("steps", "ok", text)
+
+
+def splits(made: Splits, dataset: Any) -> Iterator[Check]:
+    counts = f"{len(made.train)} train, {len(dataset.validation)} validation, {len(dataset.test)} test examples"
+    if made.note:
+        yield Check("splits", "warn", f"{counts}; {made.note}", "name data.validation to choose it yourself")
+    elif not dataset.test and not dataset.validation:
+        yield Check("splits", "warn", f"{counts}: nothing will measure the adapter", "name data.test")
+    else:
+        yield Check("splits", "ok", counts)
+    if dataset.duplicates:
+        part = dataset.duplicates / max(1, len(dataset.test))
+        yield Check(
+            "duplicates",
+            "warn",
+            f"{dataset.duplicates} test inputs ({part:.1%}) are training inputs too, so the test scores flatter",
+            "remove them from the data",
+        )
+    else:
+        yield Check("duplicates", "ok", "no test input is a training input")
+
+
+def special_tokens(base: Any, task: Any) -> Check:
+    tokenizer = base.tokenizer
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if task.kind != "classify" and pad == eos:
+        return Check(
+            "tokens", "ok", f"pad is eos (token {eos}); the loss never sees padding, every target ends with eos"
+        )
+    return Check("tokens", "ok", f"pad is token {pad}, eos is {'not needed' if eos is None else f'token {eos}'}")
+
+
+def inputs(items: Sequence[Item], task: Any, base: Any) -> Iterator[Check]:
+    """How many inputs are cut at the limit, and what limit would hold most of them."""
+    cut = sum(item.cut for item in items)
+    empty = sum(not text_of(item.example).strip() for item in items)
+    if empty:
+        yield Check("inputs", "warn", f"{empty} of {len(items)} inputs are empty", "remove these rows")
+    longest = max(len(item.source) for item in items)
+    if not cut:
+        yield Check("inputs", "ok", f"no input is cut: the longest has {longest} tokens of {task.max_tokens}")
+        return
+    wanted = _percentile(whole_lengths(items, base.tokenizer, task.max_tokens), 0.95)
+    text = f"{cut} of {len(items)} inputs ({cut / len(items):.1%}) lose their end at {task.max_tokens} tokens"
+    limit = position_limit(base)
+    if limit is not None:
+        wanted = min(wanted, limit)
+    if cut / len(items) < MANY_CUT or wanted <= task.max_tokens:
+        yield Check("inputs", "ok", text)
+    else:
+        reach = "the most this base reads" if wanted == limit else "keeps 95% of them whole"
+        yield Check("inputs", "warn", text, f"task.max_tokens = {wanted} {reach}, and takes longer")
+
+
+def outputs(items: Sequence[Item], task: Any) -> Iterator[Check]:
+    """Targets that are cut, and whether generation may write as much as the targets have."""
+    if task.kind == "classify":
+        return
+    lengths = [item.weight for item in items]
+    cut = sum(item.target_cut for item in items)
+    text = f"{cut} of {len(items)} targets ({cut / len(items):.1%}) are cut at {task.max_target_tokens} tokens"
+    if cut / len(items) >= MANY_CUT / 5:
+        yield Check("targets", "warn", f"{text} and teach it to stop in the middle", "raise task.max_target_tokens")
+    else:
+        yield Check("targets", "ok", text if cut else f"no target is cut: the longest has {max(lengths)} tokens")
+    wanted, given = _percentile(lengths, 0.95), int(task.generation["max_new_tokens"])
+    if given < wanted:
+        yield Check(
+            "generation",
+            "warn",
+            f"at most {given} new tokens are generated, and one target in twenty has {wanted} or more",
+            f"set task.max_new_tokens to {wanted}",
+        )
+    else:
+        yield Check("generation", "ok", f"up to {given} new tokens, 95% of the targets have at most {wanted}")
+
+
+def positions(recipe: Any, task: Any, base: Any) -> Iterator[Check]:
+    """A table of positions has an end; beyond it there is an index error or noise."""
+    limit = position_limit(base)
+    if limit is None:
+        return
+    needed, said = task.max_tokens, f"task.max_tokens = {task.max_tokens}"
+    if base.family.kind == "decoder":
+        if task.kind != "classify":
+            needed += max(task.max_target_tokens, int(task.generation["max_new_tokens"]))
+            said += " and the target"
+        if isinstance(recipe.method, Prefix):
+            needed += recipe.method.num_virtual_tokens
+            said += " and the prefix"
+    if needed <= limit:
+        return
+    level: Level = "refuse" if base.family.name in ABSOLUTE else "warn"
+    fits = task.max_tokens - (needed - limit)
+    yield Check(
+        "positions",
+        level,
+        f"{said} need {needed} positions, and {base.id} has {limit}",
+        f"set task.max_tokens to {fits} or less" if fits > 0 else "use a base with more positions",
+    )
+
+
+def position_limit(base: Any) -> int | None:
+    """Most positions the base knows, None where it has no such limit (T5)."""
+    config = base.model.config
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if most is None or base.family.name == "t5":
+        return None
+    return int(most) - int(base.family.position_offset(config))
+
+
+def labels(task: Any, examples: Sequence[Any]) -> Iterator[Check]:
+    """Classes that are missing, alone, or far rarer than the others."""
+    if task.kind != "classify":
+        return
+    counts = Counter(
+        label for example in examples for label in (example.label if task.multi_label else (example.label,))
+    )
+    missing = [label for label in task.labels if not counts[label]]
+    alone = [label for label in task.labels if counts[label] == 1]
+    if missing:
+        yield Check(
+            "labels", "warn", f"no training example is {_some(missing)}", "take more examples, or drop the class"
+        )
+    if alone:
+        yield Check("labels", "warn", f"one training example only is {_some(alone)}", "take more examples of it")
+    seen = [counts[label] for label in task.labels if counts[label]]
+    if not seen or (len(seen) == 1 and not task.multi_label):
+        yield Check("labels", "refuse", "all training examples are of one class", "take more examples")
+        return
+    largest, smallest = max(seen), min(seen)
+    text = f"{len(task.labels)} classes, {smallest} to {largest} examples each"
+    if largest >= SKEWED * smallest and task.class_weights is None:
+        yield Check(
+            "labels", "warn", f"{text}: the rare ones will be neglected", 'set task.class_weights to "balanced"'
+        )
+    else:
+        yield Check("labels", "ok", text)
+
+
+def precision(recipe: Any, base: Any) -> Iterator[Check]:
+    if not str(base.dtype).endswith("bfloat16"):
+        return
+    remedy = 'set train.dtype to "float32"'
+    if isinstance(recipe.method, Full):
+        yield Check("dtype", "warn", "a full fine-tuning starts from weights rounded to bfloat16", remedy)
+    elif not native_bfloat16():
+        yield Check("dtype", "warn", "this processor emulates bfloat16, several times slower than float32", remedy)
+
+
+def text_of(example: Any) -> str:
+    """The input of an example of either kind."""
+    return str(getattr(example, "text", None) if hasattr(example, "text") else example.source)
+
+
+def whole_lengths(items: Sequence[Item], tokenizer: Any, limit: int) -> list[int]:
+    """Tokens of the inputs before they were cut; texts beyond forty times the limit count as that long."""
+    most = 40 * 6 * limit  # characters
+    cut = [item for item in items if item.cut]
+    whole = tokenizer([text_of(item.example)[:most] for item in cut], verbose=False)["input_ids"] if cut else []
+    lengths = [len(item.source) for item in items if not item.cut]
+    return lengths + [max(limit + 1, len(ids)) for ids in whole]
+
+
+def _percentile(values: Sequence[int], part: float) -> int:
+    """The smallest value that `part` of the values do not exceed."""
+    return sorted(values)[max(0, math.ceil(part * len(values)) - 1)]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

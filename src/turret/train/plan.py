@@ -1,0 +1,159 @@
+"""The preflight: everything that can be known of a training before its first step, with a remedy for what is wrong.
+
+Asks `checks` and `probe`, and leaves the base as it was. Refuses to know how a plan is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from turret.errors import PreflightRefused
+from turret.methods import Full
+from turret.train import checks, memory
+from turret.train.batches import Items, Schedule
+from turret.train.checks import Check
+from turret.train.optim import default_learning_rate
+from turret.train.probe import Cost, measure
+from turret.train.splits import Splits, splits_of
+from turret.train.step import memory_ran_out
+
+LOOKED_AT = 1000  # training examples whose lengths are looked at
+EVALUATION = 0.35  # of the time of training on as many tokens: no backward pass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training will do and cost, and what is wrong with it."""
+
+    checks: tuple[Check, ...]
+    memory: memory.Prediction | None  # None where it was not measured
+    seconds: float | None  # of training and the evaluations within it
+    steps: int
+    lr: float
+    trainable: int | None
+    total: int
+
+    @property
+    def refused(self) -> bool:
+        return any(check.level == "refuse" for check in self.checks)
+
+    def refusal(self) -> str:
+        """One line for all that was refused."""
+        return "; ".join(str(check) for check in self.checks if check.level == "refuse")
+
+    def require(self) -> None:
+        """Raise PreflightRefused where a check refuses."""
+        if self.refused:
+            raise PreflightRefused(self.refusal())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "refused": self.refused,
+            "checks": [check.to_json() for check in self.checks],
+            "memory": None if self.memory is None else self.memory.to_json(),
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "lr": self.lr,
+            "parameters": {"trainable": self.trainable, "total": self.total},
+        }
+
+
+def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = True) -> Plan:
+    """Check a recipe against its base and data; `measured` runs two passes on the model for memory and time."""
+    made = splits_of(recipe, dataset)
+    train = recipe.train
+    schedule = Schedule(len(made.train), train.batch_size, train.epochs, recipe.seed, train.max_steps)
+    items = Items(task, made.train)
+    seen = items.take(_spread(len(items), LOOKED_AT))
+    total = sum(each.numel() for each in base.model.parameters())
+    found = [
+        checks.targets(recipe.method, base.model),
+        checks.learning_rate(recipe, total),
+        checks.steps(recipe, schedule),
+        *checks.splits(made, dataset),
+        *checks.labels(task, made.train),
+        checks.special_tokens(base, task),
+        *checks.inputs(seen, task, base),
+        *checks.outputs(seen, task),
+        *checks.positions(recipe, task, base),
+        *checks.precision(recipe, base),
+    ]
+    cost = None
+    if measured and not any(check.level == "refuse" for check in found):
+        cost = _cost(recipe, base, task, items, schedule, total, found)
+    seconds = None
+    if cost is not None:
+        seconds = _seconds(recipe, made, task, schedule, cost)
+        found.insert(1, checks.share(cost.trainable, total))
+        found += [
+            fits(cost.memory, base),
+            Check("time", "ok", f"about {duration(seconds)} for {schedule.steps} steps"),
+        ]
+    return Plan(
+        checks=tuple(found),
+        memory=None if cost is None else cost.memory,
+        seconds=seconds,
+        steps=schedule.steps,
+        lr=train.lr or default_learning_rate(recipe.method, total),
+        trainable=None if cost is None else cost.trainable,
+        total=total,
+    )
+
+
+def _cost(
+    recipe: Any, base: Any, task: Any, items: Items, schedule: Schedule, total: int, found: list[Check]
+) -> Cost | None:
+    """Measured, unless the machine cannot hold even that: then a refusal is added to `found`."""
+    room = memory.available(base.model.device)
+    if isinstance(recipe.method, Full) and 16 * total > room:
+        needed = f"every weight, its gradient and two moments take {memory.mega(16 * total)}"
+        remedy = "use method lora or prefix, or a smaller base"
+        found.append(Check("memory", "refuse", f"{needed}, {memory.mega(room)} are free", remedy))
+        return None
+    try:
+        return measure(recipe, base, task, items, schedule)
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ran_out(error):
+            raise
+        text = f"a trial step ran out of memory with {memory.mega(room)} free"
+        found.append(Check("memory", "refuse", text, "lower train.micro_batch_tokens or task.max_tokens"))
+        return None
+
+
+def fits(predicted: memory.Prediction, base: Any) -> Check:
+    """Whether the machine holds what the training takes beside the base that is loaded already."""
+    room = memory.available(base.model.device)
+    text = f"{predicted}, {memory.mega(room)} free"
+    remedy = "lower train.micro_batch_tokens or task.max_tokens, or free memory"
+    if predicted.above_base > room:
+        return Check("memory", "refuse", text, remedy)
+    if predicted.above_base > 0.8 * room:
+        return Check("memory", "warn", text, remedy)
+    return Check("memory", "ok", text)
+
+
+def _seconds(recipe: Any, made: Splits, task: Any, schedule: Schedule, cost: Cost) -> float:
+    """Of all steps, and of the evaluations within the run."""
+    training = schedule.steps * cost.seconds
+    every = recipe.train.evaluate
+    if made.watched is None or every == "never":
+        return training
+    times = -(-schedule.steps // (schedule.steps_per_epoch if every == "epoch" else every))
+    watched = Items(task, made.watched)
+    some = watched.take(_spread(len(watched), LOOKED_AT // 10))
+    tokens = sum(item.tokens for item in some) / len(some) * len(watched)
+    return training + times * tokens * EVALUATION * cost.seconds / cost.step_tokens
+
+
+def _spread(count: int, most: int) -> Sequence[int]:
+    """At most so many indices, evenly over all."""
+    return range(count) if count <= most else [place * count // most for place in range(most)]
+
+
+def duration(seconds: float) -> str:
+    """For reading: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

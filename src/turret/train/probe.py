@@ -1,0 +1,78 @@
+"""What a training will cost, measured on the real model: two passes on real examples, and the model as it was after.
+
+Knows models, micro-batches, seconds and bytes. Refuses to judge: `plan` compares with what the machine has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from turret import adapters
+from turret.train import memory
+from turret.train.batches import Item, Items, Schedule, micro_batches
+from turret.train.run import attach
+from turret.train.seeds import Randomness
+from turret.train.step import backward, loss_of
+
+LOOKED_AT = 50  # batches, of which the typical and the largest are taken
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a typical optimiser step, and bytes by component at the largest one."""
+
+    seconds: float
+    step_tokens: float
+    memory: memory.Prediction
+    trainable: int  # weights
+
+
+def measure(
+    recipe: Any,
+    base: Any,
+    task: Any,
+    items: Items,
+    schedule: Schedule,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Cost:
+    """Attach the recipe's adapter, run forward and backward on a typical batch and forward on the largest, detach."""
+    runtime = max(0, memory.resident() - base.bytes)
+    batches = [items.take(indices) for (_, indices), _ in zip(schedule.batches(), range(LOOKED_AT), strict=False)]
+    most = recipe.train.micro_batch_tokens
+    typical = sorted(batches, key=_tokens)[len(batches) // 2]
+    largest = max((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens)
+    model = base.model
+    randomness = Randomness(recipe.seed, model.device)
+    with randomness:
+        attach(recipe, base, task)
+        try:
+            model.train()
+            trainable = memory.trainable_bytes(adapters.trainable_parameters(model))
+            backward(loss_of(model, task, typical[:1]))  # the first pass of all is slow
+            saved = memory.SavedForBackward(model)
+            started = clock()
+            for piece in micro_batches(typical, most):
+                backward(loss_of(model, task, piece))
+            seconds = clock() - started
+            with saved.counting():
+                loss_of(model, task, largest)
+        finally:
+            adapters.detach(model)
+            model.eval()
+    prediction = memory.Prediction(
+        weights=base.bytes,
+        trainable=trainable,
+        gradients=trainable,
+        optimiser=2 * trainable,
+        activations=saved.bytes + 2 * saved.largest,
+        runtime=runtime,
+    )
+    return Cost(seconds, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4)
+
+
+def _tokens(batch: Sequence[Item]) -> int:
+    return sum(item.tokens for item in batch)

@@ -1,0 +1,189 @@
+"""The plan says what a run will do, what is wrong with it, and leaves the base as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny_training as tiny
+import torch
+
+from turret import adapters
+from turret.errors import AdapterError, PreflightRefused
+from turret.tasks import Labelled, Pair
+from turret.train import Check, Plan, memory, plan
+from turret.train.plan import fits
+
+
+def made(
+    family: str = "bert", kind: str = "classify", data: Any = None, measured: bool = False, **overrides: Any
+) -> tuple[Plan, dict[str, Check]]:
+    on = tiny.base(family, "classify" if kind == "classify" else "generate")
+    data = data or tiny.dataset(kind)
+    recipe = tiny.recipe(**overrides)
+    result = plan(recipe, on, tiny.task_of(recipe, data, on), data, measured=measured)
+    worst = {"ok": 0, "warn": 1, "refuse": 2}
+    by_name: dict[str, Check] = {}
+    for check in result.checks:
+        if check.name not in by_name or worst[check.level] > worst[by_name[check.name].level]:
+            by_name[check.name] = check
+    return result, by_name
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "method"),
+    [
+        ("bert", "classify", "lora"),
+        ("llama", "summarize", "prefix"),
+        ("t5", "summarize", "lora"),
+        ("bert", "classify", "full"),
+    ],
+)
+def test_a_measured_plan_is_json_and_leaves_the_base_and_the_random_numbers_as_they_were(
+    family: str, kind: str, method: str
+) -> None:
+    on = tiny.base(family, "classify" if kind == "classify" else "generate")
+    data, recipe = tiny.dataset(kind, train=80), tiny.recipe(method=method)
+    before = {name: each.clone() for name, each in on.model.state_dict().items()}
+    state = torch.get_rng_state()
+    result = plan(recipe, on, tiny.task_of(recipe, data, on), data)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], each) for name, each in on.model.state_dict().items())
+    assert not any(each.requires_grad or each.grad is not None for each in on.model.parameters())
+    assert not on.model.training
+    with pytest.raises(AdapterError):
+        adapters.attachment(on.model)
+    said = json.loads(json.dumps(result.to_json()))
+    assert said["steps"] == 20
+    assert said["parameters"]["trainable"] > 0
+    assert said["memory"]["optimiser"] == 8 * said["parameters"]["trainable"]
+    assert said["memory"]["activations"] > 10_000
+    assert said["seconds"] > 0
+    assert not result.refused, result.refusal()
+    assert [check.text for check in result.checks if check.level != "ok"] == []
+
+
+def test_a_target_module_that_is_not_there_is_refused_with_the_nearest_name() -> None:
+    result, rows = made(method__target_modules="queri, value")
+    assert rows["method"].level == "refuse"
+    assert rows["method"].remedy == "did you mean query?"
+    assert "queri not found in bert" in result.refusal()
+    with pytest.raises(PreflightRefused, match="did you mean query"):
+        result.require()
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"train__lr": 2e-5}, "LoRA stays near chance"),
+        ({"train__lr": 3e-5, "method": "prefix"}, "a prefix hardly moves"),
+        ({"train__lr": 1e-3, "method": "full"}, "wipes out"),
+        ({"train__lr": 0.5}, "likely to diverge"),
+    ],
+)
+def test_a_rate_of_another_method_is_flagged_with_its_consequence_and_the_remedy(
+    settings: dict[str, Any], word: str
+) -> None:
+    _, rows = made(**settings)
+    check = rows["learning rate"]
+    assert check.level == "warn"
+    assert word in check.text
+    assert "leave train.lr out" in str(check)
+    assert made()[1]["learning rate"].level == "ok"
+
+
+def test_cut_inputs_are_counted_and_the_limit_that_keeps_most_is_named() -> None:
+    data = tiny.dataset(train=40)
+    long = [Labelled("the market " * 30, "good" if number % 2 else "bad") for number in range(10)]
+    _, rows = made(data=replace(data, train=[*data.train[:30], *long]), task__max_tokens=32)
+    assert rows["inputs"].level == "warn"
+    assert rows["inputs"].text == "10 of 40 inputs (25.0%) lose their end at 32 tokens"
+    assert rows["inputs"].remedy is not None
+    wanted = int(rows["inputs"].remedy.split("=")[1].split()[0])
+    _, rows = made(data=replace(data, train=[*data.train[:30], *long]), task__max_tokens=wanted)
+    assert rows["inputs"].level == "ok"
+
+
+def test_cut_targets_and_short_generation_are_counted() -> None:
+    data = tiny.dataset("summarize", train=20)
+    data = replace(data, train=[Pair(each.source, each.target + " in london" * 9) for each in data.train])
+    _, rows = made("llama", "summarize", data, task__max_target_tokens=8)
+    assert rows["targets"].level == "warn"
+    assert "20 of 20 targets (100.0%) are cut at 8 tokens" in rows["targets"].text
+    _, rows = made("llama", "summarize", data, task__max_target_tokens=128, task__max_new_tokens=4)
+    assert rows["targets"].level == "ok"
+    assert rows["generation"].level == "warn"
+    assert "set task.max_new_tokens to" in str(rows["generation"])
+
+
+def test_positions_beyond_the_bases_table_are_refused_and_a_prefix_counts() -> None:
+    _, rows = made(task__max_tokens=521)
+    assert rows["positions"].level == "refuse"
+    assert rows["positions"].remedy == "set task.max_tokens to 520 or less"
+    assert "positions" not in made(task__max_tokens=520)[1]
+    settings = {"task__max_tokens": 490, "task__max_target_tokens": 16}
+    assert "positions" not in made("gpt2", "summarize", **settings)[1]
+    _, rows = made("gpt2", "summarize", method="prefix", **settings)
+    assert rows["positions"].remedy == "set task.max_tokens to 476 or less"
+    assert "positions" not in made("t5", "summarize", task__max_tokens=4000)[1]
+
+
+def test_labels_that_are_skewed_alone_or_missing_are_named() -> None:
+    rows = [Labelled(f"the market {number}", "bad") for number in range(30)]
+    data = tiny.dataset()
+    _, found = made(data=replace(data, train=[*rows, Labelled("a great film", "good"), Labelled("great", "good")]))
+    assert found["labels"].level == "warn"
+    assert "balanced" in str(found["labels"])
+    result, found = made(data=replace(data, train=[*rows, Labelled("a great film", "good")]))
+    assert any("one training example only is good" in check.text for check in result.checks)
+    result, found = made(data=replace(data, train=rows))
+    assert found["labels"].level == "refuse"
+    assert any("no training example is good" in check.text for check in result.checks)
+
+
+def test_duplicates_empty_inputs_few_steps_and_splits_are_said() -> None:
+    data = tiny.dataset(train=40)
+    _, rows = made(data=replace(data, duplicates=2))
+    assert "2 test inputs (25.0%) are training inputs too" in rows["duplicates"].text
+    _, rows = made(data=replace(data, train=[*data.train, Labelled("  ", "good")]))
+    assert "1 of 41 inputs are empty" in rows["inputs"].text
+    _, rows = made()
+    assert rows["steps"].level == "warn"
+    _, rows = made(data=replace(data, test=[]))
+    assert "nothing will measure the adapter" in rows["splits"].text
+    _, rows = made(data=data, train__keep="best")
+    assert "4 of the training examples are held back" in rows["splits"].text
+
+
+def test_memory_that_is_not_there_is_refused_before_the_first_step() -> None:
+    on = tiny.base("bert")
+    fine = memory.Prediction(weights=1, trainable=1, gradients=1, optimiser=2, activations=5, runtime=7)
+    assert (fine.above_base, fine.total) == (9, 17)
+    assert fits(fine, on).level == "ok"
+    huge = replace(fine, activations=1 << 60)
+    assert fits(huge, on).level == "refuse"
+    assert "micro_batch_tokens" in str(fits(huge, on))
+
+
+def test_a_prediction_of_activations_is_what_autograd_keeps() -> None:
+    layer = torch.nn.Linear(64, 64)
+    saved = memory.SavedForBackward(layer)
+    x = torch.randn(100, 64)
+    with saved.counting():
+        y = layer(x).tanh().tanh()
+    assert saved.bytes == 3 * 100 * 64 * 4  # x and the two results of tanh, the weight not
+    assert saved.largest == 100 * 64 * 4
+    assert y.requires_grad
+
+
+def test_resident_and_peak_memory_are_read() -> None:
+    memory.reset_peak()
+    before = memory.resident()
+    block = bytearray(50_000_000)
+    assert memory.peak() >= before + 40_000_000
+    del block
+    assert memory.available(torch.device("cpu")) > 0
+    assert memory.mega(87e6) == "87 MB"
+    assert memory.mega(1.25e9) == "1.2 GB"
