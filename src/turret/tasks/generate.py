@@ -112,8 +112,10 @@ class Generate:
     def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
         room = self.max_tokens - len(self._before) - len(self._after)
         if self.chat_template:  # what a document says must not look like the turns of a talk
-            head = self._tokens.plain([self._head])[0] if self._head else []
-            bodies = self._tokens.plain([text.strip() for text in texts], most=room - len(head), literal=True)
+            said = self._said()
+            turns = self._head.removesuffix(said)
+            head = self._tokens.plain([turns])[0] if turns else []
+            bodies = self._tokens.plain([said + text.strip() for text in texts], most=room - len(head), literal=True)
             rows = [[*head, *body] for body in bodies]
         else:
             cut = str.rstrip if self._tail else str
@@ -123,6 +125,11 @@ class Generate:
             row = [*self._before, *ids[:room], *self._after] or [self._tokens.filler]
             encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
         return encoded
+
+    def _said(self) -> str:
+        """The user's words before the document, as the chat template left them."""
+        words = self.prefix_text.partition(SLOT)[0]
+        return words if self._head.endswith(words) else ""
 
     def encode_target(self, text: str) -> Encoded:
         """The target's tokens and the eos token: at most `max_target_tokens`; one that is too long loses its end."""

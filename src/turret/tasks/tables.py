@@ -207,10 +207,9 @@ class _Scan:
 
 def _scan(table: Table, columns: Columns, multi_label: bool) -> _Scan:
     scan = _Scan()
-    for example in _examples(table, columns, multi_label, scan):
-        if isinstance(example, Labelled):
-            if len(scan.labels) > cells.MOST_CLASSES:
-                cells.check_classes(scan.labels, scan.rows, columns.wanted[1], multi_label)
+    for _ in _examples(table, columns, multi_label, scan):
+        if len(scan.labels) > cells.MOST_CLASSES:
+            cells.check_classes(scan.labels, scan.rows, columns.wanted[1], multi_label)
     scan.check(table)
     return scan
 
@@ -306,6 +305,8 @@ def _class_notes(labels: Sequence[str], train: Sequence[Example], multi_label: b
     if not multi_label and len(counts) == 1:
         raise DataError(f"all {len(train)} training examples have the label {next(iter(counts))!r}: raise data.train")
     notes = []
+    if multi_label and any("," in label for label in labels):
+        notes.append("labels have commas in them: with multi_label a cell's labels are separated by |")
     for number, word in ((0, "no training example"), (1, "one training example only")):
         found = [label for label in labels if counts[label] == number]
         if found:
