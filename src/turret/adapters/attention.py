@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from turret.adapters.dropout import dropout as drop
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
 from turret.families import Site
@@ -44,10 +45,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaling: float,
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
     if dropout == 0.0:
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
-    scores = (q * scaling) @ k.mT  # (B, H, T, S); dropout would push the fused kernel onto a slower path than this
+    scores = (q * scaling) @ k.mT  # (B, H, T, S); with dropout the fused kernel is slower than this
     if bias is not None:
         scores = scores + bias
-    return nn.functional.dropout(scores.softmax(dim=-1), dropout) @ v
+    return drop(scores.softmax(dim=-1), dropout) @ v
 
 
 def routed_attention(
