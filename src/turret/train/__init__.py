@@ -3,7 +3,8 @@
     plan(recipe, base, task, dataset) -> Plan           what this run will do, and what is wrong with it
     fit(recipe, base, task, dataset, folder=...)        a generator: a StepRecord a step, at the end Fitted
     evaluate(model, task, examples)                     (metrics, answers)
-    probe(model, task, examples), prove(...)            a fresh process reads the bundle back and gives the same outputs
+    probe(model, task, examples) -> Probe               what the trained model says to a few examples
+    prove(bundle, base, probe) -> report                a fresh process reads the bundle back and says the same
 
 Knows recipes, bases, tasks and adapters. Refuses to know the store, the engine and the terminal.
 """
@@ -15,6 +16,7 @@ from turret.train.evaluate import evaluate, generate
 from turret.train.loop import fit
 from turret.train.optim import default_learning_rate
 from turret.train.plan import Plan, plan
+from turret.train.proof import Probe, probe, prove
 from turret.train.run import Fitted
 
 __all__ = [
@@ -22,12 +24,15 @@ __all__ = [
     "Curve",
     "Fitted",
     "Plan",
+    "Probe",
     "StepRecord",
     "default_learning_rate",
     "evaluate",
     "fit",
     "generate",
     "plan",
+    "probe",
+    "prove",
     "read_curve",
     "step_of",
 ]

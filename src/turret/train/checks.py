@@ -1,6 +1,6 @@
 """What may be wrong with a training before it begins: one function a question, one line an answer, with the remedy.
 
-Knows recipes, lengths and labels. Runs no model: `probe` measures, `plan` puts both together.
+Knows recipes, lengths and labels. Runs no model: `cost` measures, `plan` puts both together.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The preflight: everything that can be known of a training before its first step, with a remedy for what is wrong.
 
-Asks `checks` and `probe`, and leaves the base as it was. Refuses to know how a plan is shown.
+Asks `checks` and `cost`, and leaves the base as it was. Refuses to know how a plan is shown.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from turret.methods import Full
 from turret.train import checks, memory
 from turret.train.batches import Items, Schedule
 from turret.train.checks import Check
+from turret.train.cost import Cost, measure
 from turret.train.optim import default_learning_rate
-from turret.train.probe import Cost, measure
 from turret.train.splits import Splits, splits_of
 from turret.train.step import memory_ran_out
 
