@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.dropout import dropout
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
 from turret.methods import LoRA
@@ -27,22 +28,22 @@ class LoRAFactors(nn.Module):
     initial_A: Tensor | None
     initial_B: Tensor | None
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> None:
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_rate: float = 0.0) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.scaling = scaling
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout_rate
         self.register_buffer("initial_A", None)
         self.register_buffer("initial_B", None)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.lora_A.dtype)
-        y = self.dropout(x) @ self.lora_A.mT @ self.lora_B.mT  # (..., D_out)
+        h = dropout(x, self.dropout if self.training else 0.0) @ self.lora_A.mT  # (..., R)
+        y: Tensor = (h * self.scaling) @ self.lora_B.mT  # (..., D_out); scaled where it is smallest
         if self.initial_A is not None and self.initial_B is not None:
-            y = y - x @ self.initial_A.mT @ self.initial_B.mT
-        delta: Tensor = y * self.scaling
-        return delta
+            y = y - (x @ self.initial_A.mT * self.scaling) @ self.initial_B.mT
+        return y
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the plain LoRA with the same output; PiSSA's has twice the rank and the same scaling."""
