@@ -35,6 +35,22 @@ class Version:
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
 
+    def as_json(self) -> dict[str, Any]:
+        """What `turret list --json` says of a version."""
+        said = {key: self.manifest.get(key) or {} for key in ("base", "method", "task")}
+        return {
+            "version": str(self),
+            "digest": self.digest,
+            "created": self.created,
+            "aliases": list(self.aliases),
+            "base": said["base"].get("id"),
+            "method": said["method"].get("kind"),
+            "task": said["task"].get("kind"),
+            "metrics": dict(self.metrics),
+            "bytes": self.bytes,
+            "run": self.run,
+        }
+
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -119,6 +135,18 @@ def content_of(connection: Connection, version: Version) -> dict[str, Blob]:
         .order_by(files.c.path)
     )
     return {row.path: Blob(row.digest, row.bytes) for row in connection.execute(query)}
+
+
+def contents(connection: Connection) -> list[tuple[str, str, Blob]]:
+    """(reference, path in the bundle, content) of every file of every version."""
+    query = (
+        select(adapters.c.name, versions.c.number, files.c.path, files.c.digest, files.c.bytes)
+        .join(versions, files.c.version_id == versions.c.id)
+        .join(adapters, versions.c.adapter_id == adapters.c.id)
+        .order_by(adapters.c.name, versions.c.number, files.c.path)
+    )
+    rows = connection.execute(query)
+    return [(f"{row.name}@{row.number}", row.path, Blob(row.digest, row.bytes)) for row in rows]
 
 
 def moves(connection: Connection, name: str) -> list[dict[str, Any]]:

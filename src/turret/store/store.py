@@ -106,6 +106,20 @@ class Store:
             "run": runs.find(database, version.run) if version.run else None,
         }
 
+    def problems(self) -> Sequence[str]:
+        """Files of listed versions that are missing or of another size: a quick look, which hashes nothing."""
+        database = self._database()
+        if database is None:
+            return []
+        with database.reading() as connection:
+            content = catalog.contents(connection)
+        found = []
+        for reference, path, blob in content:
+            file = self._blobs.path(blob.digest)
+            if not file.is_file() or file.stat().st_size != blob.bytes:
+                found.append(f"{reference}: {path} is {'cut' if file.is_file() else 'missing'} ({file})")
+        return found
+
     # --- runs ---------------------------------------------------------------------------------------------------------
 
     def new_run(self, name: str, recipe_toml: str, data_digest: str) -> Run:

@@ -1,0 +1,94 @@
+"""The entry of the `turret` command: which verbs there are, and how a mistake is told. Loads no torch.
+
+A mistake costs one line on stderr and exit status 1 or 2; Ctrl-C is 130. A bug of ours is one line too, unless
+TURRET_DEBUG=1 asks for the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.exceptions import Abort, TyperException
+
+import turret
+from turret.cli import answers, doctor, train, versions
+from turret.cli.output import complain
+from turret.errors import TurretError
+
+app = typer.Typer(
+    name="turret",
+    help="One frozen base model, many small trained adapters: train, compare, version and answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help is there in a tenth of a second
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.command()(train.train)
+app.command()(train.plan)
+app.command()(answers.evaluate)
+app.command()(answers.predict)
+app.command("list")(versions.list_)
+app.command()(versions.show)
+app.command()(doctor.doctor)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"turret {turret.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str], commands: typer.Typer = app) -> int:
+    """Carry out one command; returns the exit status and never raises for a mistake."""
+    try:
+        status = commands(list(arguments), prog_name="turret", standalone_mode=False)
+        sys.stdout.flush()
+        if status == 130:  # Typer makes this of Ctrl-C
+            complain("stopped")
+        return status if isinstance(status, int) else 0
+    except TurretError as error:
+        complain(str(error))
+        return error.exit_status
+    except TyperException as error:
+        return _usage(error)
+    except (KeyboardInterrupt, Abort):  # while nothing was at work yet, or at a prompt
+        complain("stopped")
+        return 130
+    except BrokenPipeError:  # the reader went away, as `turret list | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if os.environ.get("TURRET_DEBUG") == "1":
+            raise
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        complain(f"this is a bug in turret ({what}): set TURRET_DEBUG=1 to see where, and please report it")
+        return 1
+
+
+def _usage(error: TyperException) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(error.format_message())
+        return 2
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "turret"
+    complain(f"{error.format_message().rstrip('.')}: see `{command} --help`")
+    return error.exit_code

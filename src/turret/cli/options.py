@@ -1,0 +1,30 @@
+"""The options that several verbs share, declared once, and how `--set key=value` is read. Knows words only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from turret.errors import RecipeError
+
+Store = Annotated[Path, typer.Option("--store", envvar="TURRET_STORE", help="Folder of the store.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, such as train.lr=1e-3; repeatable."),
+]
+
+STORE = Path(".turret")
+
+
+def overrides(pairs: list[str] | None) -> dict[str, str]:
+    """`["train.lr=1e-3"]` -> `{"train.lr": "1e-3"}`."""
+    found: dict[str, str] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {ascii(pair)[:60]}: expected KEY=VALUE, such as --set train.lr=1e-3")
+        found[key.strip()] = value
+    return found

@@ -1,0 +1,171 @@
+"""A training as it is seen: the recipe and the plan, a live bar, then what was stored. Knows records, not training.
+
+The bar goes to stderr. Where stderr is no terminal, a line a tenth of the way stands in for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from turret.cli.output import console, grid, many, metrics, number, safe, size, span, voice
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.status import Status
+
+    from turret.train import StepRecord
+    from turret.workspace import Planned, RunResult
+
+SIGNS = {"ok": "[green]ok    [/]", "warn": "[yellow]warn  [/]", "refuse": "[red]refuse[/]"}
+SHOWN = {  # settings that are printed though they are the defaults
+    "task": ("kind", "max_tokens"),
+    "method": ("kind", "r", "lora_alpha", "lora_dropout", "num_virtual_tokens"),
+    "train": ("epochs", "batch_size", "lr", "dtype"),
+}
+CHIEF = ("accuracy", "rougeL", "loss")
+
+
+class Progress:
+    """Shows what `Workspace.train` reports, and at the end what it returned."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._out = voice(as_json)
+        self._err = console(stderr=True)
+        self._live = self._err.is_terminal
+        self._status: Status | None = None
+        self._bar: Bar | None = None
+        self._loss: float | None = None
+        self._metric = ""
+        self._told = -1
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._quiet()
+
+    def stage(self, words: str) -> None:
+        """Something that takes a while, without steps."""
+        self._quiet()
+        if self._live:
+            self._status = self._err.status(f"[dim]{safe(words)}[/]", spinner="dots")
+            self._status.start()
+        else:
+            self._err.print(f"[dim]{safe(words)}[/]")
+
+    def planned(self, planned: Planned) -> None:
+        self._quiet()
+        print_plan(planned, self._out)
+
+    def record(self, record: StepRecord) -> None:
+        """One more step."""
+        self._loss = record.loss if self._loss is None else 0.9 * self._loss + 0.1 * record.loss
+        if record.metrics:
+            name = next((name for name in CHIEF if name in record.metrics), None)
+            self._metric = f"{record.split} {name} {number(record.metrics[name])}" if name else ""
+        if self._live:
+            self._draw(record)
+        elif record.metrics or record.step * 10 // record.steps > self._told:
+            self._told = record.step * 10 // record.steps
+            self._err.print(f"step {record.step}/{record.steps}  {self._words(record)}")
+
+    def stored(self, result: RunResult, store: str) -> None:
+        """What came of it, and what to do next."""
+        self._quiet()
+        print_result(result, store, self._out)
+
+    def _words(self, record: StepRecord) -> str:
+        speed = f"{many(record.tokens_per_second)} tokens/s"
+        return "  ".join(filter(None, (f"loss {self._loss:.3f}", self._metric, speed, size(record.rss))))
+
+    def _draw(self, record: StepRecord) -> None:
+        if self._bar is None:
+            self._quiet()
+            columns = (
+                SpinnerColumn(),
+                BarColumn(bar_width=16),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.description}"),
+                TimeRemainingColumn(),
+                TextColumn("[dim]left[/]"),
+            )
+            self._bar = Bar(*columns, console=self._err, transient=True)
+            self._bar.add_task("", total=record.steps, completed=record.step - 1)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=record.step, description=self._words(record))
+
+    def _quiet(self) -> None:
+        """Take down what moves."""
+        for moving in (self._status, self._bar):
+            if moving is not None:
+                moving.stop()
+        self._status = self._bar = None
+
+
+def print_plan(planned: Planned, out: Console) -> None:
+    """The filled recipe and what its run will do."""
+    out.print(f"[bold]{safe(planned.recipe.name)}[/]")
+    out.print(grid(_recipe(planned.recipe)))
+    for note in planned.notes:
+        out.print(f"  [dim]note  {safe(note)}[/]")
+    out.print("[bold]plan[/]")
+    for row in planned.plan.checks:
+        remedy = f"  [dim]{safe(row.remedy)}[/]" if row.remedy else ""
+        out.print(f"  {SIGNS[row.level]}  {safe(row.text)}{remedy}")
+    out.print()
+
+
+def print_result(result: RunResult, store: str, out: Console) -> None:
+    """What was stored, what it cost, and the next commands."""
+    out.print(f"[bold green]{safe(result.version)}[/]  [dim]{safe(result.digest)}[/]")
+    out.print(grid(_result(result)))
+    where = "" if store == ".turret" else f" --store {store}"
+    text = '"a text of your own"'
+    out.print("[bold]try[/]")
+    for command in (f"predict {result.version} {text}", f"show {result.version}", "list"):
+        out.print(f"  turret {safe(command + where)}")
+
+
+def _recipe(recipe: Any) -> Iterator[tuple[str, str]]:
+    """A line a section: what differs from the defaults, and a few settings that everyone asks for."""
+    yield "base", f"{safe(recipe.base)}  [dim]seed[/] {recipe.seed}"
+    for section in ("data", "task", "method", "train"):
+        value = getattr(recipe, section)
+        settings = {
+            name: getattr(value, name)
+            for name, field in type(value).model_fields.items()
+            if name in SHOWN.get(section, ()) or getattr(value, name) != field.default
+        }
+        first = settings.pop("source", settings.pop("kind", None))
+        words = [safe(first)] if first is not None else []
+        yield section, "  ".join(words + [f"[dim]{name}[/] {safe(_plain(v))}" for name, v in settings.items()])
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _result(result: RunResult) -> Iterator[tuple[str, str]]:
+    for split, values in result.metrics.items():
+        yield split, metrics(values)
+    trainable, total = result.parameters["trainable"], result.parameters["total"]
+    share = f"{many(trainable)} of {many(total)} parameters, {100 * trainable / max(total, 1):.2g}%"
+    yield "size", f"{size(result.bundle_bytes)}  [dim]trained[/] {share}"
+    yield "time", _time(result.timing)
+    yield "memory", _memory(result.memory)
+    resumed = f"  [dim]went on from step {result.resumed_from}[/]" if result.resumed_from else ""
+    early = "  [dim]stopped early[/]" if result.stopped_early else ""
+    yield "run", f"{safe(result.run)}{resumed}{early}"
+
+
+def _time(timing: Mapping[str, float]) -> str:
+    parts = [f"[dim]{part}[/] {span(timing[f'{part}_seconds'])}" for part in ("load", "train", "evaluate", "proof")]
+    return "  ".join([*parts, f"{timing['steps']:.0f} steps", f"{many(timing['tokens_per_second'])} tokens/s"])
+
+
+def _memory(memory: Mapping[str, int | None]) -> str:
+    peak = f"[dim]peak[/] {size(memory['peak_bytes'])}, {size(memory['above_base_bytes'])} above the loaded base"
+    return f"{peak}  [dim]predicted[/] {size(memory['predicted_bytes'])}" if memory["predicted_bytes"] else peak

@@ -1,0 +1,127 @@
+"""`turret list` and `turret show`: what the store holds. Decode, call, encode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from turret.cli import options
+from turret.cli.output import columns, console, emit, grid, metrics, number, safe, size, span
+
+if TYPE_CHECKING:
+    from turret.store import Version
+
+CHIEF = ("accuracy", "rougeL", "loss")  # the first of these is what one column has room for
+
+
+def list_(
+    name: Annotated[str | None, typer.Argument(help="Only this adapter.", show_default=False)] = None,
+    store: options.Store = options.STORE,
+    as_json: options.Json = False,
+) -> None:
+    """List adapters, versions, aliases and metrics."""
+    from turret.workspace import Workspace
+
+    found = Workspace(store).list(name)
+    if as_json:
+        emit({"store": str(store), "versions": [version.as_json() for version in found]})
+    else:
+        _print_list(found, str(store))
+
+
+def show(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="name, name@3 or name@production")],
+    store: options.Store = options.STORE,
+    as_json: options.Json = False,
+) -> None:
+    """Show all that is known of one version."""
+    from turret.workspace import Workspace
+
+    shown = Workspace(store).show(reference)
+    if as_json:
+        emit(shown)
+    else:
+        _print_show(shown)
+
+
+def chief(measured: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The one metric to show where there is room for one: of the test split, where there is one."""
+    for split in ("test", "validation"):
+        values = measured.get(split) or {}
+        for name in CHIEF:
+            if name in values:
+                return name, values[name]
+    return None
+
+
+def age(created: str) -> str:
+    """How long ago that was."""
+    passed = (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds()
+    return span(passed) if passed < 86400 * 2 else f"{passed / 86400:.0f} days"
+
+
+def _print_list(found: Sequence[Version], store: str) -> None:
+    if not found:
+        console().print(f"nothing stored in {safe(store)} yet: [bold]turret train reviews.csv[/] makes a first version")
+        return
+    heads = ("version", "alias", "method", "base", "metric", "size", "age")
+    console().print(columns(heads, (_row(version) for version in found), right=("size", "age")))
+
+
+def _row(version: Version) -> tuple[str, ...]:
+    said, best = version.as_json(), chief(version.metrics)
+    return (
+        f"[bold]{safe(version)}[/]",
+        f"[green]{safe(' '.join(version.aliases))}[/]",
+        safe(said["method"] or "?"),
+        safe(said["base"] or "?"),
+        f"[dim]{best[0]}[/] {number(best[1])}" if best else "",
+        size(version.bytes),
+        age(version.created),
+    )
+
+
+def _print_show(shown: Mapping[str, Any]) -> None:
+    aliases = " ".join(shown["aliases"])
+    console().print(f"[bold]{safe(shown['version'])}[/]  [green]{safe(aliases)}[/]  [dim]{safe(shown['digest'])}[/]")
+    console().print(grid(_facts(shown)))
+    for split, values in shown["metrics"].items():
+        classes = values.get("per_class") or {}
+        if classes:
+            console().print(f"\n[dim]{safe(split)}, a class a line[/]")
+            console().print(_report(classes))
+    files = [(f"  {safe(path)}", size(file["bytes"]), file["digest"][:19]) for path, file in shown["files"].items()]
+    console().print("\n", columns(("files", "size", "digest"), files, right=("size",)), sep="")
+
+
+def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    manifest = shown["manifest"]
+    base, method, task = (manifest.get(key) or {} for key in ("base", "method", "task"))
+    yield "created", f"{shown['created'][:16].replace('T', ' ')} UTC, {age(shown['created'])} ago"
+    yield "base", f"{safe(base.get('id'))}  [dim]{safe(str(base.get('fingerprint'))[:19])}[/]"
+    yield "method", safe(" ".join(f"{key}={value}" if key != "kind" else value for key, value in _short(method)))
+    yield "task", safe(f"{task.get('kind')}  {', '.join(task.get('labels') or ())}")
+    for split, values in shown["metrics"].items():
+        yield safe(split), metrics(values)
+    yield "size", size(shown["bytes"])
+    if shown["run"]:
+        yield "run", f"{safe(shown['run']['id'])}  [dim]its recipe and curve are in runs/[/]"
+    for move in shown["alias_history"]:
+        yield "moved", safe(f"{move['alias']} to {move['version'] or 'nothing'}, {move['moved'][:16]}")
+
+
+def _short(method: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings that say something: not those that are off or left to the family."""
+    for key, value in method.items():
+        if value is None or value is False or (isinstance(value, (list, tuple)) and len(value) > 4):
+            continue
+        yield key, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _report(classes: Mapping[str, Mapping[str, Any]]) -> Any:
+    names = ("precision", "recall", "f1", "support")
+    rows = [(f"  {safe(label)}", *(number(row.get(name)) for name in names)) for label, row in classes.items()]
+    return columns(("class", *names), rows, right=names)

@@ -1,0 +1,9 @@
+"""The one object a program opens: a store, and the verbs that cross rooms. Refuses to know HTTP and the terminal.
+
+Importing it loads no torch: each verb loads what it needs.
+"""
+
+from turret.workspace.results import Evaluation, Planned, RunResult
+from turret.workspace.workspace import Workspace
+
+__all__ = ["Evaluation", "Planned", "RunResult", "Workspace"]

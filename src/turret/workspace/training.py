@@ -1,0 +1,218 @@
+"""The training verb: recipe to data, base and task, the loop, the proof, the store. Refuses to know how each is done.
+
+A run is `interrupted` unless it came to its end or cannot: the same recipe on the same data then goes on from its last
+checkpoint. A loss that is not finite and a proof that failed end a run as `failed`, because they would come again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turret import adapters, bases
+from turret import train as trainer
+from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
+from turret.recipe import Recipe
+from turret.reference import check_name
+from turret.store import Run, Store, Version
+from turret.tasks import make, tables
+from turret.train import memory
+from turret.workspace.results import Planned, RunResult
+
+HOPELESS = (LossNotFinite, ProofFailed)
+
+
+@dataclass(frozen=True)
+class Watching:
+    """Who wants to be told what; each may be left out."""
+
+    on_record: Callable[[Any], None] | None = None
+    on_plan: Callable[[Planned], None] | None = None
+    on_stage: Callable[[str], None] | None = None
+
+    def stage(self, words: str) -> None:
+        if self.on_stage is not None:
+            self.on_stage(words)
+
+    def planned(self, planned: Planned) -> None:
+        if self.on_plan is not None:
+            self.on_plan(planned)
+
+    def record(self, record: Any) -> None:
+        if self.on_record is not None:
+            self.on_record(record)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything a training needs, in memory."""
+
+    recipe: Recipe  # with everything filled in that was seen
+    dataset: Any
+    base: Any
+    task: Any
+    notes: list[str]
+    load_seconds: float
+    resident: int  # bytes of the process once the base is loaded
+
+
+def prepare(recipe: Recipe, watching: Watching) -> Ready:
+    """Read the data, load the base, and fill in what the recipe left to be seen."""
+    check_name(recipe.name)
+    watching.stage(f"reading {recipe.data.source}")
+    dataset = tables.read(recipe.data, recipe.task.kind, recipe.seed, multi_label=recipe.task.multi_label)
+    watching.stage(f"loading {recipe.base}")
+    started = time.perf_counter()
+    base = bases.load(
+        recipe.base,
+        task="classify" if dataset.kind == "classify" else "generate",
+        num_labels=len(dataset.labels) or None,
+        dtype=recipe.train.dtype,
+        seed=recipe.seed,
+    )
+    load_seconds = time.perf_counter() - started
+    filled = _filled(recipe, dataset, base)
+    task = make.make_task(filled.task, dataset, base.tokenizer, base.family.kind)
+    notes = [*dataset.notes, *base.notes]
+    return Ready(filled, dataset, base, task, notes, load_seconds, memory.resident())
+
+
+def _filled(recipe: Recipe, dataset: Any, base: Any) -> Recipe:
+    """The recipe that says what was guessed, so that a later default or a later guess changes nothing."""
+    total = sum(parameter.numel() for parameter in base.model.parameters())
+    rate = recipe.train.lr or trainer.default_learning_rate(recipe.method, total)
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update=dataset.columns),
+            "task": recipe.task.model_copy(update={"kind": dataset.kind}),
+            "train": recipe.train.model_copy(update={"lr": rate}),
+        }
+    )
+
+
+def plan(recipe: Recipe, watching: Watching) -> Planned:
+    """The preflight alone."""
+    return _plan(prepare(recipe, watching), watching)
+
+
+def _plan(ready: Ready, watching: Watching) -> Planned:
+    watching.stage("checking the plan")
+    made = trainer.plan(ready.recipe, ready.base, ready.task, ready.dataset)
+    return Planned(ready.recipe, made, ready.notes)
+
+
+def train(store: Store, recipe: Recipe, watching: Watching, *, fresh: bool) -> RunResult:
+    """Plan, train, prove and store."""
+    ready = prepare(recipe, watching)
+    planned = _plan(ready, watching)
+    watching.planned(planned)
+    if planned.plan.refused:
+        raise PreflightRefused(planned.plan.refusal())
+    toml, digest = ready.recipe.to_toml(), ready.dataset.digest
+    run = None if fresh else store.unfinished_run(toml, digest)
+    run = run or store.new_run(ready.recipe.name, toml, digest)
+    try:
+        result = _carry_out(store, run, ready, planned, watching)
+    except BaseException as error:
+        with suppress(StoreError):  # a full disk must not hide what went wrong first
+            store.end_run(run, "failed" if isinstance(error, HOPELESS) else "interrupted", error=str(error))
+        raise
+    store.end_run(run, "finished", result=result.as_json())
+    shutil.rmtree(run.checkpoint, ignore_errors=True)  # nothing goes on from a finished run
+    return result
+
+
+def _carry_out(store: Store, run: Run, ready: Ready, planned: Planned, watching: Watching) -> RunResult:
+    fitted = _fit(run, ready, planned, watching)
+    try:
+        watching.stage("measuring on held-out examples")
+        started = time.perf_counter()
+        measured = _measure(ready)
+        evaluate_seconds = fitted.evaluate_seconds + time.perf_counter() - started
+        started = time.perf_counter()
+        version = _keep(store, run, ready, fitted, measured, watching)
+        proof_seconds = time.perf_counter() - started
+    finally:
+        adapters.detach(ready.base.model)
+    return RunResult(
+        version=str(version),
+        digest=version.digest,
+        base={"id": ready.base.id, "fingerprint": ready.base.fingerprint},
+        metrics=measured,
+        parameters=fitted.parameters,
+        timing={
+            "load_seconds": ready.load_seconds,
+            "train_seconds": fitted.seconds,
+            "evaluate_seconds": evaluate_seconds,
+            "proof_seconds": proof_seconds,
+            "steps": fitted.steps,
+            "examples_per_second": fitted.examples / max(fitted.seconds, 1e-9),
+            "tokens_per_second": fitted.tokens / max(fitted.seconds, 1e-9),
+        },
+        memory={
+            "base_bytes": ready.base.bytes,
+            "peak_bytes": fitted.peak_bytes,
+            "above_base_bytes": max(0, fitted.peak_bytes - ready.resident),
+            "predicted_bytes": planned.plan.memory.total if planned.plan.memory else None,
+        },
+        bundle_bytes=version.bytes,
+        run=run.id,
+        resumed_from=fitted.resumed_from,
+        stopped_early=fitted.stopped_early,
+        notes=ready.notes,
+    )
+
+
+def _fit(run: Run, ready: Ready, planned: Planned, watching: Watching) -> Any:
+    """The loop, watched, with its curve written beside its checkpoint."""
+    after = trainer.step_of(run.checkpoint)
+    if after:
+        watching.stage(f"going on from step {after} of run {run.id}")
+    curve = trainer.Curve(run.curve, resume_after=after)
+    steps = trainer.fit(
+        ready.recipe,
+        ready.base,
+        ready.task,
+        ready.dataset,
+        folder=run.checkpoint,
+        predicted=planned.plan.memory,
+    )
+    while True:
+        try:
+            record = next(steps)
+        except StopIteration as end:
+            return end.value
+        curve.append(record)
+        watching.record(record)
+
+
+def _measure(ready: Ready) -> dict[str, dict[str, Any]]:
+    """Metrics of the finished adapter on every split that was held out."""
+    most = ready.recipe.train.micro_batch_tokens
+    held = {"validation": ready.dataset.validation, "test": ready.dataset.test}
+    model, task = ready.base.model, ready.task
+    return {
+        split: trainer.evaluate(model, task, examples, most_tokens=most)[0]
+        for split, examples in held.items()
+        if examples
+    }
+
+
+def _keep(
+    store: Store, run: Run, ready: Ready, fitted: Any, measured: dict[str, dict[str, Any]], watching: Watching
+) -> Version:
+    """Write the bundle, have a fresh process prove it, and store it."""
+    with tempfile.TemporaryDirectory(prefix="bundle-", dir=run.folder) as beside:
+        bundle = Path(beside) / "bundle"
+        adapters.save_bundle(fitted.adapter, bundle)
+        watching.stage("proving the bundle in a fresh process")
+        examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
+        trainer.prove(bundle, ready.base, trainer.probe(ready.base.model, ready.task, examples))
+        watching.stage("storing")
+        return store.put(ready.recipe.name, bundle, run=run.id, metrics=measured)

@@ -1,0 +1,92 @@
+"""`Workspace(path)`: the store's verbs and those that cross rooms, each a few lines over the room that does the work.
+
+Refuses to know HTTP, the terminal, and how anything is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turret.store import Store, Version
+from turret.workspace.results import Evaluation, Planned, RunResult
+
+if TYPE_CHECKING:
+    from turret.recipe import Recipe
+    from turret.train import StepRecord
+
+
+Say = Callable[[str], None]
+
+
+class Workspace:
+    """A folder of adapters and everything that can be done with them."""
+
+    def __init__(self, path: str | Path = ".turret") -> None:
+        self.store = Store(path)
+
+    def list(self, name: str | None = None) -> Sequence[Version]:
+        """All stored versions, or those of one name."""
+        return self.store.list(name)
+
+    def show(self, reference: str) -> dict[str, Any]:
+        """All that is known of one version."""
+        return self.store.show(reference)
+
+    def resolve(self, reference: str) -> Version:
+        """The version that a reference means now."""
+        return self.store.resolve(reference)
+
+    def plan(self, recipe: Recipe, *, on_stage: Say | None = None) -> Planned:
+        """The preflight of a training, without training: fills what the recipe leaves to be seen, and checks it."""
+        from turret.workspace import training
+
+        return training.plan(recipe, training.Watching(on_stage=on_stage))
+
+    def train(
+        self,
+        recipe: Recipe,
+        *,
+        on_record: Callable[[StepRecord], None] | None = None,
+        on_plan: Callable[[Planned], None] | None = None,
+        on_stage: Say | None = None,
+        fresh: bool = False,
+    ) -> RunResult:
+        """Train, prove and store. The same recipe on the same data goes on from where it was killed, unless `fresh`.
+
+        on_plan is called once, before the first step; on_record after every step; on_stage with words for people.
+        """
+        from turret.workspace import training
+
+        watching = training.Watching(on_record, on_plan, on_stage)
+        return training.train(self.store, recipe, watching, fresh=fresh)
+
+    def evaluate(
+        self, reference: str, data: str, *, columns: Mapping[str, Any] | None = None, on_stage: Say | None = None
+    ) -> Evaluation:
+        """Metrics of a stored version on other data: its test split where it has one, else all of it.
+
+        columns: keys of a recipe's `[data]`, such as {"text": "review", "label": "stars"}, where they are not obvious.
+        """
+        from turret.workspace import answering
+
+        return answering.evaluate(self.store, reference, data, columns or {}, on_stage)
+
+    def predict(self, reference: str, texts: Sequence[str], *, on_stage: Say | None = None) -> Sequence[dict[str, Any]]:
+        """An answer per text: a label with probabilities, or a generated text with the reason it ended."""
+        from turret.workspace import answering
+
+        return answering.predict(self.store, reference, texts, on_stage)
+
+    def inputs(self, reference: str, source: str, *, column: str | None = None) -> Sequence[str]:
+        """The texts in a file that `predict` would answer: the lines of a .txt, a column of a table."""
+        from turret.workspace import answering
+
+        return answering.inputs(self.store, reference, source, column)
+
+    def doctor(self) -> dict[str, Any]:
+        """What this machine can run."""
+        from turret.workspace import machine
+
+        return machine.facts(self.store)

