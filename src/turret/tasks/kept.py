@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,7 @@ class Kept(Sequence[Example]):
         self._places = np.zeros((len(held), 2), dtype=np.int64)
         with _disk_errors():
             self._file = tempfile.TemporaryFile(prefix="turret-")  # noqa: SIM115 - it lives as long as the sequence
+        weakref.finalize(self, self._file.close)
         for place, example in enumerate(held):
             if example is not None:
                 self._write(place, example)

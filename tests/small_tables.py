@@ -1,0 +1,37 @@
+"""Small tables on disk, and the shortest way to read them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from turret.recipe import Data
+from turret.tasks.tables import Dataset, read
+
+POLES = [{"text": f"film {i}", "label": "good" if i % 2 else "bad"} for i in range(20)]
+NEWS = [{"document": f"article {i}", "summary": f"headline {i}"} for i in range(20)]
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), **settings)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def load(source: Path | str, kind: Any = None, seed: int = 42, *, multi_label: bool = False, **fields: Any) -> Dataset:
+    return read(Data(source=str(source), **fields), kind, seed, multi_label=multi_label)
+
+
+def labelled(labels: Iterable[Any]) -> list[dict[str, Any]]:
+    """A row for each label."""
+    return [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
