@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -139,6 +140,17 @@ def detach(model: Any) -> Any:
     for undo in reversed(attachment(model).undo):
         undo()
     return model
+
+
+@contextmanager
+def bare(model: Any) -> Iterator[None]:
+    """For the length of the block every row takes slot 0: the model answers as the bare base does."""
+    route = attachment(model).route
+    before, route.active = route.active, BARE
+    try:
+        yield
+    finally:
+        route.active = before
 
 
 def trainable_parameters(model: Any) -> dict[str, nn.Parameter]:
@@ -334,6 +346,7 @@ __all__ = [
     "RoutedModule",
     "attach",
     "attachment",
+    "bare",
     "detach",
     "sizes",
     "target_paths",

@@ -24,6 +24,7 @@ def predict(
     reference: Ref,
     inputs: Annotated[list[str], typer.Argument(metavar="TEXT... | FILE", help="Texts, a table, a .txt, or - .")],
     column: Annotated[str | None, typer.Option("--column", help="Column of the table to read.")] = None,
+    bare: Annotated[bool, typer.Option("--bare", help="Ask the base alone, with the same prompt.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -37,7 +38,7 @@ def predict(
     workspace = Workspace(store)
     texts = _texts(workspace, reference, inputs, column)
     with status() as say:
-        answers = workspace.predict(reference, texts, on_stage=say)
+        answers = workspace.predict(reference, texts, bare=bare, on_stage=say)
     if as_json:
         emit(list(answers))
     else:

@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 import turret
-from turret.cli import answers, doctor, train, versions
+from turret.cli import answers, demo, doctor, train, versions
 from turret.cli.output import complain
 from turret.errors import TurretError
 
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+app.command()(demo.demo)
 app.command()(train.train)
 app.command()(train.plan)
 app.command()(answers.evaluate)

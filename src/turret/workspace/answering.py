@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,12 @@ def mounted(store: Store, reference: str, stage: Callable[[str], None] | None) -
 
 
 def predict(
-    store: Store, reference: str, texts: Sequence[str], stage: Callable[[str], None] | None = None
+    store: Store,
+    reference: str,
+    texts: Sequence[str],
+    stage: Callable[[str], None] | None = None,
+    *,
+    bare: bool = False,
 ) -> list[dict[str, Any]]:
     """An answer per text, in their order."""
     if not texts:
@@ -62,10 +68,12 @@ def predict(
     if stage is not None:
         stage(f"answering {len(texts)} texts" if len(texts) > 1 else "answering")
     if ready.task.kind == "classify":
+        if bare:
+            raise AdapterError(f"{ready.version} classifies, and the bare base has no head to do it: ask without bare")
         return _labels(ready, texts)
     sources = [encoded.ids for encoded in ready.task.encode_sources(texts)]
     ready.model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), adapters.bare(ready.model) if bare else nullcontext():
         return trainer.generate(ready.model, ready.task, sources, most_tokens=MOST_TOKENS)
 
 

