@@ -62,8 +62,8 @@ def measure(options: argparse.Namespace) -> None:
         for values in options.values:
             recipe = _recipe(preset, data, values, options)
             curve: list[Any] = []
-            trained = workspace.train(recipe, progress=curve.append)
-            there = Reloaded.read(store, str(trained.version))
+            trained = workspace.train(recipe, on_record=curve.append)
+            there = Reloaded.read(store, trained.version)
             if not bare_is_known:
                 _keep(BARE, {"metrics": there.metrics(held_out, BARE_SLOT)[0]}, recipe, train_size, test_size, options)
                 bare_is_known = True

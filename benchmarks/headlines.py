@@ -45,12 +45,12 @@ def measure(options: argparse.Namespace) -> None:
             recipe = _recipe(kind, options)
             curve: list[Any] = []
             start = time.perf_counter()
-            trained = workspace.train(recipe, progress=curve.append)
+            trained = workspace.train(recipe, on_record=curve.append)
             seconds = time.perf_counter() - start
             print(f"{kind}: trained in {seconds:.0f} s", flush=True)
             from reloaded import BARE, VERSION, Reloaded
 
-            there = Reloaded.read(Path(folder), str(trained.version))
+            there = Reloaded.read(Path(folder), trained.version)
             pairs = pairs or _held_out(recipe)
             if bare is None:
                 bare = scores(there, pairs, BARE)

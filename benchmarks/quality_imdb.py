@@ -172,11 +172,8 @@ def _wheel_folder() -> str:
 
 
 def ours(folder: Path, train: Rows, test: Rows, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The same job through turret's public API; the answers are those of the bundle read back from the store."""
-    from reloaded import VERSION, Reloaded
-
+    """The same job through turret's public API; the answers are those of the stored version."""
     import turret
-    from turret.tasks import Labelled
 
     recipe = turret.Recipe.model_validate(
         {
@@ -195,11 +192,11 @@ def ours(folder: Path, train: Rows, test: Rows, seed: int, options: argparse.Nam
     )  # fmt: skip
     curve: list[Any] = []
     with tempfile.TemporaryDirectory() as store:
-        trained = turret.Workspace(store).train(recipe, progress=curve.append)
-        there = Reloaded.read(Path(store), str(trained.version), dtype="float32")
-    start = time.perf_counter()
-    _, answers = there.metrics([Labelled(row["text"], str(row["label"])) for row in test], VERSION)
-    seconds = time.perf_counter() - start
+        workspace = turret.Workspace(store)
+        trained = workspace.train(recipe, on_record=curve.append)
+        start = time.perf_counter()
+        answers = workspace.predict(trained.version, [row["text"] for row in test])
+        seconds = time.perf_counter() - start
     right = [int(answer["label"] == str(row["label"])) for answer, row in zip(answers, test, strict=True)]
     return {
         "accuracy": sum(right) / len(right),
