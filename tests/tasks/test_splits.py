@@ -1,4 +1,4 @@
-"""Which rows serve which role: by name, number and fraction, with the seed, the same test rows for any training size."""
+"""Which rows serve which role: by name, number, fraction and seed; the test rows never depend on the training size."""
 
 from __future__ import annotations
 

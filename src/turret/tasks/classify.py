@@ -101,8 +101,9 @@ class Classify:
         weight = self._weight(logits.device)
         if self.multi_label:
             return F.binary_cross_entropy_with_logits(logits, targets.float(), pos_weight=weight)
-        each = F.cross_entropy(logits, targets, reduction="none")  # (B,)
-        return (each if weight is None else each * weight[targets]).mean()
+        if weight is None:
+            return F.cross_entropy(logits, targets)
+        return (F.cross_entropy(logits, targets, reduction="none") * weight[targets]).mean()  # (B,) -> ()
 
     def _weight(self, device: torch.device) -> Tensor | None:
         if self.class_weights is None:
