@@ -27,9 +27,9 @@ FULL: dict[str, dict[str, str]] = {
     "quick-summarize": {"name": "headline", "data.train": "320", "data.test": "24"},
 }
 QUICK: dict[str, dict[str, str]] = {
-    "quick-classify": {"name": "news", "data.train": "400", "data.test": "100", "task.max_tokens": "64"}
+    "quick-classify": {"name": "news", "data.train": "800", "data.test": "200", "task.max_tokens": "64"}
     | {"train.epochs": "1"},
-    "quick-summarize": {"name": "headline", "data.train": "32", "data.test": "6", "task.max_tokens": "64"}
+    "quick-summarize": {"name": "headline", "data.train": "128", "data.test": "6", "task.max_tokens": "64"}
     | {"train.batch_size": "4"},
 }
 ASPECTS = ("challenge", "approach", "outcome")
@@ -73,7 +73,7 @@ def _train(workspace: Workspace, preset: str, changes: dict[str, str], as_json: 
     from turret.recipe import Recipe
 
     recipe = Recipe.load(preset).with_overrides(changes)
-    voice(as_json).rule(f"[bold]{recipe.name}[/]  {recipe.method.kind} on {recipe.base}", align="left", style="dim")
+    voice(as_json).print(f"[bold cyan]── {recipe.method.kind} on {recipe.base}[/]\n")
     with Progress(as_json) as shown:
         result = workspace.train(
             recipe,
@@ -96,7 +96,7 @@ def _aspect(workspace: Workspace, aspect: str, quick: bool, as_json: bool) -> Ru
 
 def _ask(workspace: Workspace, news: RunResult, headline: RunResult, out: Console) -> None:
     """Answers from the store, in a table each; the headlines beside the bare base's."""
-    out.rule("[bold]asked from the store[/]", align="left", style="dim")
+    out.print("[bold cyan]── asked from the store[/]\n")
     labels = workspace.predict(news.version, TEXTS)
     shown = [
         (safe(text), f"[bold]{safe(answer['label'])}[/]", number(max(answer["probabilities"].values())))
@@ -120,7 +120,7 @@ def _first(text: str) -> str:
 
 
 def _costs(results: Sequence[RunResult], out: Console) -> None:
-    out.rule("[bold]what it cost[/]", align="left", style="dim")
+    out.print("[bold cyan]── what it cost[/]\n")
     rows = [
         (
             safe(result.version),
