@@ -74,11 +74,20 @@ def _texts(workspace: Workspace, reference: str, inputs: Sequence[str], column: 
             return [line.rstrip("\r\n") for line in sys.stdin]
         except UnicodeDecodeError:
             raise DataError("stdin is not UTF-8: give UTF-8 text, a line an input") from None
-    if len(inputs) == 1 and inputs[0].lower().endswith(FILES) and (Path(inputs[0]).exists() or column):
+    if len(inputs) == 1 and _names_a_file(inputs[0]):
         return workspace.inputs(reference, inputs[0], column=column)
     if column is not None:
         raise DataError(f"--column {column} needs one table to read it from, given {len(inputs)} texts")
     return inputs
+
+
+def _names_a_file(word: str) -> bool:
+    """Whether the one input is a file, and not a text that should be answered; a file that is not there is an error."""
+    if not word.lower().endswith(FILES) or (" " in word and not Path(word).exists()):
+        return False
+    if not Path(word).exists():
+        raise DataError(f"there is no file {word!r}: give a file, or the text itself")
+    return True
 
 
 def _columns(sets: list[str] | None) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from turret import adapters, bases
 from turret import train as trainer
 from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
 from turret.recipe import Recipe
-from turret.reference import check_name
 from turret.store import Run, Store, Version
 from turret.tasks import make, tables
 from turret.train import memory
@@ -64,7 +63,6 @@ class Ready:
 
 def prepare(recipe: Recipe, watching: Watching) -> Ready:
     """Read the data, load the base, and fill in what the recipe left to be seen."""
-    check_name(recipe.name)
     watching.stage(f"reading {recipe.data.source}")
     dataset = tables.read(recipe.data, recipe.task.kind, recipe.seed, multi_label=recipe.task.multi_label)
     watching.stage(f"loading {recipe.base}")

@@ -1,0 +1,183 @@
+"""`train`, `plan`, `predict` and `evaluate` as they are typed: what is printed, where, and with which exit status."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import small_models
+
+from turret.cli.main import run
+from turret.cli.progress import Progress
+
+
+@dataclass
+class Typed:
+    """One `turret train` and what it said."""
+
+    folder: Path
+    arguments: list[str]
+    status: int
+    out: str
+    err: str
+
+    @property
+    def store(self) -> list[str]:
+        return ["--store", str(self.folder / "store")]
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory) -> Typed:
+    folder = tmp_path_factory.mktemp("cli")
+    small_models.save_base("bert", folder / "bert")
+    with (folder / "Film Reviews.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["review", "sentiment"])
+        for row in range(32):
+            table.writerow([f"{'great film' if row % 2 else 'dull story'}, number {row}", "good" if row % 2 else "bad"])
+    arguments = [str(folder / "Film Reviews.csv"), "--base", str(folder / "bert"), "--set", "train.epochs=1"]
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = run(["train", *arguments, "--json", "--store", str(folder / "store")])
+    return Typed(folder, arguments, status, out.getvalue(), err.getvalue())
+
+
+def test_train_json_is_one_object_on_stdout_and_all_else_is_on_stderr(typed) -> None:
+    assert typed.status == 0
+    said = json.loads(typed.out)
+    assert typed.out.count("\n") == 1
+    assert list(said)[:9] == [
+        "version", "digest", "base", "metrics", "parameters", "timing", "memory", "bundle_bytes", "run",
+    ]  # fmt: skip
+    assert said["version"] == "film-reviews@1"
+    for words in ("note  guessed: classify", "plan", "step 1/", "proving the bundle"):
+        assert words in typed.err
+
+
+def test_predict_prints_a_line_a_text(typed, capsys) -> None:
+    assert run(["predict", "film-reviews", "great film", "dull story", *typed.store]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("great film")
+    assert lines[0].split()[0] in ("good", "bad")
+
+
+def test_predict_reads_a_file_a_column_and_stdin(typed, tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "lines.txt").write_text("great film\ndull story\n")
+    (tmp_path / "rows.csv").write_text("id,body\n1,great film\n2,dull story\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("great film\ndull story\n"))
+    answers = []
+    for inputs in (
+        ["great film", "dull story"],
+        [str(tmp_path / "lines.txt")],
+        [str(tmp_path / "rows.csv"), "--column", "body"],
+        ["-"],
+    ):
+        assert run(["predict", "film-reviews@1", *inputs, *typed.store, "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert set(answers[0][0]) == {"label", "probabilities"}
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_evaluate_prints_metrics_and_one_object(typed, capsys) -> None:
+    data = typed.arguments[0]
+    assert run(["evaluate", "film-reviews", data, *typed.store]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    named = ["--set", "data.text=review", "--set", "data.label=sentiment", "--set", "data.test=10"]
+    assert run(["evaluate", "film-reviews", data, *named, *typed.store, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert set(said) == {"version", "digest", "data", "metrics", "seconds", "notes"}
+    assert said["data"]["examples"] == 10
+
+
+def test_plan_prints_checks_and_stores_nothing(typed, tmp_path, capsys) -> None:
+    store = ["--store", str(tmp_path / "store")]
+    assert run(["plan", *typed.arguments, *store]) == 0
+    out = capsys.readouterr().out
+    assert "LoRA of rank 8" in out
+    assert "are trained" in out
+    assert run(["plan", *typed.arguments, *store, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert set(said) == {"recipe", "plan", "notes"}
+    assert said["recipe"]["name"] == "film-reviews"
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_plan_that_refuses_has_status_1_and_train_says_the_same_in_one_line(typed, tmp_path, capsys) -> None:
+    wrong = [*typed.arguments, "--set", "method.target_modules=qury", "--store", str(tmp_path / "store")]
+    assert run(["plan", *wrong]) == 1
+    assert "refuse" in capsys.readouterr().out
+    assert run(["train", *wrong]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("turret: ")
+    assert not (tmp_path / "store").exists()
+
+
+def test_people_are_told_what_was_stored_and_what_to_try(typed, capsys) -> None:
+    from turret.workspace import RunResult
+
+    with Progress(as_json=False) as shown:
+        shown.stored(RunResult(**json.loads(typed.out)), "elsewhere")
+    out = capsys.readouterr().out
+    for words in (
+        "film-reviews@1",
+        "sha256:",
+        "accuracy",
+        "peak",
+        "turret predict film-reviews@1",
+        "--store elsewhere",
+    ):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "complaint"),
+    [
+        (["missing.csv", "--base", "x"], 1, "there is no file"),
+        (["missing.csv"], 2, "no base: say which model to adapt"),
+        (["missing.toml"], 2, "cannot be read"),
+        (["a.csv", "--base", "x", "--data", "b.csv"], 2, "two sources of data"),
+        (["a.csv", "--base", "x", "--set", "train.epoch=1"], 2, "did you mean 'train.epochs'"),
+        (["a.csv", "--base", "x", "--set", "train.epochs"], 2, "expected KEY=VALUE"),
+        (["a.csv", "--base", "x", "--set", "train.epochs=many"], 2, "train.epochs"),
+        (["a.csv", "--base", "x", "--method", "lore"], 2, "expected lora, prefix"),
+        (["a.csv", "--base", "x", "--name", "../a"], 2, "bad adapter name"),
+        (["quick-classify", "--seed", "-1"], 2, "seed"),
+    ],
+)
+def test_a_mistake_in_train_and_plan_costs_one_line(
+    arguments, status, complaint, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for verb in ("train", "plan"):
+        assert run([verb, *arguments]) == status
+        out, err = capsys.readouterr()
+        assert out == ""
+        last = err.splitlines()[-1]
+        assert last.startswith("turret: ")
+        assert complaint in last
+        assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "complaint"),
+    [
+        (["predict", "other", "x"], 1, "no adapter named 'other'"),
+        (["predict", "film-reviews@9", "x"], 1, "no film-reviews@9"),
+        (["predict", "../x", "x"], 2, "bad adapter name"),
+        (["predict", "film-reviews", "nothing.csv"], 1, "there is no file 'nothing.csv'"),
+        (["predict", "film-reviews", "a", "b", "--column", "c"], 1, "needs one table"),
+        (["evaluate", "film-reviews", "nothing.csv"], 1, "there is no file"),
+        (["evaluate", "film-reviews", "x.csv", "--set", "train.lr=1"], 2, "evaluate knows data.text"),
+    ],
+)
+def test_a_mistake_in_predict_and_evaluate_costs_one_line(typed, arguments, status, complaint, capsys) -> None:
+    assert run([*arguments, *typed.store]) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert complaint in err.splitlines()[-1]
