@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, GENERATORS, build
 
-from turret.adapters import Adapter, BaseInfo, attach, classify_logits, extract, mount, read_bundle, save_bundle
+from turret.adapters import Adapter, BaseInfo, attach, classify_logits, extract, mount, read_bundle, save, save_bundle
 from turret.errors import AdapterError, BundleError, WrongBase
+from turret.fingerprint import fingerprint
 from turret.methods import Full, Head, LoRA, Method, Prefix
 
 METHODS: tuple[Method, ...] = (
@@ -259,3 +260,17 @@ def test_a_head_may_have_another_number_of_labels_than_the_model_was_loaded_with
 def test_a_folder_that_exists_is_not_overwritten(bundle: Path) -> None:
     with pytest.raises(BundleError, match="exists already"):
         save_bundle(trained("bert", METHODS[0])[1], bundle)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.kind)
+@pytest.mark.parametrize("family", ["bert", "t5", "bart", "llama"])
+def test_save_keeps_the_fingerprint_of_the_base_below_whatever_is_attached(
+    family: str, method: Method, tmp_path: Path
+) -> None:
+    expected = fingerprint(build(family, "classify"))
+    model, _ = trained(family, method)
+    assert save(model, tmp_path / "mine", base="small")["base"]["fingerprint"] == expected
+    again = mount(build(family, "classify"), read_bundle(tmp_path / "mine"), fingerprint=expected)
+    with torch.no_grad():
+        inputs = with_eos(model, rows())
+        torch.testing.assert_close(classify_logits(again, inputs), classify_logits(model, inputs), atol=1e-5, rtol=1e-5)

@@ -9,6 +9,7 @@ from turret.adapters.attach import attach, attachment, bare, detach, target_path
 from turret.adapters.bundle import read_bundle, read_manifest, save_bundle
 from turret.adapters.packed import classify_logits, target_logits
 from turret.adapters.route import BARE, Route, set_route
+from turret.adapters.save import save
 
 __all__ = [
     "BARE",
@@ -24,6 +25,7 @@ __all__ = [
     "mount",
     "read_bundle",
     "read_manifest",
+    "save",
     "save_bundle",
     "set_route",
     "target_logits",

@@ -74,6 +74,7 @@ class Attachment(nn.Module):
         self.heads: dict[str, RoutedModule] = {}
         self.full: dict[str, nn.Parameter] = {}  # the trained copies of a full adapter, by name
         self.undo: list[Callable[[], None]] = []
+        self.originals = dict(model.named_parameters())  # the base's own, before anything was put in their place
         self.sites = attention_sites(model)
 
     def prefix_length(self, slot: int) -> int:

@@ -4,8 +4,8 @@ Refuses to know adapters, tasks' losses, training and the store. Nothing here wr
 code that came with a model.
 """
 
-from turret.bases.fingerprint import fingerprint
 from turret.bases.load import Base, load
 from turret.bases.numerics import native_bfloat16
+from turret.fingerprint import fingerprint
 
 __all__ = ["Base", "fingerprint", "load", "native_bfloat16"]

@@ -23,12 +23,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from turret.bases.fingerprint import fingerprint, remember, remembered, within
 from turret.bases.numerics import native_bfloat16
 from turret.bases.quiet import quiet
+from turret.bases.remember import remember, remembered
 from turret.bases.source import Source, resolve
 from turret.errors import BaseModelError
 from turret.families import Family, family_of
+from turret.fingerprint import fingerprint, within
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 _VOCABULARIES = (
