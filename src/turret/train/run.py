@@ -336,7 +336,7 @@ def starting_words(recipe: Any, base: Any, task: Any) -> Tensor | None:
         return None
     text = recipe.method.init_text
     if not text and task.kind != "classify":
-        text = recipe.task.prefix_text.strip() or (
+        text = recipe.task.prefix_text.replace("{document}", " ").strip() or (
             "Summarize the following text in a few words."
             if task.kind == "summarize"
             else "Write the answer to the following text."
