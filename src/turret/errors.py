@@ -1,23 +1,23 @@
 """Every error this package raises on purpose, on one page. Knows nothing else.
 
-    TurretError                 anything a user can mend; its text is one line: what failed, expected, given, remedy
-    ├── BadReference            a name, version or alias that cannot be parsed
-    ├── RecipeError             a recipe that cannot be read or makes no sense
-    ├── DataError               a table, column, label or split that is not usable
-    ├── BaseModelError          a base that cannot be found, read or used
-    │   └── UnknownFamily       an architecture without an entry in `families`
-    ├── AdapterError            tensors or configuration of an adapter that do not fit
-    │   ├── BundleError         a bundle on disk that is broken, foreign or unsafe
-    │   └── WrongBase           an adapter offered to another base than its own
-    ├── PreflightRefused        the plan found something that would waste the run
-    ├── TrainingError           training stopped
-    │   ├── LossNotFinite       NaN or infinity in the loss; the last good state is kept
-    │   ├── OutOfMemory         the machine could not hold the step
-    │   ├── Interrupted         stopped by the user; resumable
-    │   └── ProofFailed         the stored bundle did not reproduce the trained model
-    └── StoreError              the store could not be opened, read or written
-        ├── NotFound            no such adapter, version or alias
-        └── Corrupt             stored bytes do not match their digest
+TurretError                 anything a user can mend; its text is one line: what failed, expected, given, remedy
+├── BadReference            a name, version or alias that cannot be parsed
+├── RecipeError             a recipe that cannot be read or makes no sense
+├── DataError               a table, column, label or split that is not usable
+├── BaseModelError          a base that cannot be found, read or used
+│   └── UnknownFamily       an architecture without an entry in `families`
+├── AdapterError            tensors or configuration of an adapter that do not fit
+│   ├── BundleError         a bundle on disk that is broken, foreign or unsafe
+│   └── WrongBase           an adapter offered to another base than its own
+├── PreflightRefused        the plan found something that would waste the run
+├── TrainingError           training stopped
+│   ├── LossNotFinite       NaN or infinity in the loss; the last good state is kept
+│   ├── OutOfMemory         the machine could not hold the step
+│   ├── Interrupted         stopped by the user; resumable
+│   └── ProofFailed         the stored bundle did not reproduce the trained model
+└── StoreError              the store could not be opened, read or written
+    ├── NotFound            no such adapter, version or alias
+    └── Corrupt             stored bytes do not match their digest
 """
 
 from __future__ import annotations
