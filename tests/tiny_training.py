@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import small_models
 
+from turret.errors import OutOfMemory
 from turret.families import Family, family_of
 from turret.recipe import Recipe
 from turret.tasks import Labelled, Pair
@@ -123,8 +125,24 @@ def main(folder: Path, kill_after: int | None) -> None:
     (folder / "weights.json").write_text(json.dumps({"resumed_from": fitted.resumed_from, "weights": values}))
 
 
+def run_out_of_memory(grant: int) -> None:
+    """64 texts of 500 tokens in one pass, with so many bytes of address space more than are in use."""
+    settings = {"train__batch_size": 64, "task__max_tokens": 500, "train__micro_batch_tokens": 100_000}
+    made, on, data = recipe(**settings), base("bert"), dataset(train=64)
+    data = replace(data, train=[Labelled("the market in london " * 100, each.label) for each in data.train])
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + grant, resource.RLIM_INFINITY))
+    try:
+        train(fit(made, on, task_of(made, data, on), data))
+    except OutOfMemory as error:
+        print(error)
+
+
 if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
+    if "--grant" in sys.argv:
+        run_out_of_memory(int(sys.argv[3]))
+    else:
+        main(Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -158,12 +159,14 @@ def test_the_same_recipe_gives_the_same_curve_and_weights_whatever_the_caller_dr
     assert same(results[0][1], results[1][1])
 
 
+def child_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(tiny.__file__).parent), *sys.path])}
+
+
 def child(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    script = Path(tiny.__file__)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path])}
     return subprocess.run(
-        [sys.executable, str(script), str(folder), *arguments],
-        env=environment,
+        [sys.executable, tiny.__file__, str(folder), *arguments],
+        env=child_environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -192,6 +195,32 @@ def test_a_run_killed_and_started_again_ends_with_the_same_curve_and_weights(
     expected, got = (json.loads((each / "weights.json").read_text()) for each in (uninterrupted, tmp_path))
     assert got["resumed_from"] == (killed_after - 1) // 2 * 2
     assert got["weights"] == expected["weights"]
+    curves = [[r.repeatable() for r in read_curve(each / "curve.jsonl")] for each in (uninterrupted, tmp_path)]
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_at_any_moment_still_ends_the_same(tmp_path: Path, uninterrupted: Path) -> None:
+    """Killed from outside after a random time past its first step: inside steps, checkpoints and evaluations."""
+    chance, kills = random.Random(7), 0
+    for attempt in range(8):
+        process = subprocess.Popen(
+            [sys.executable, tiny.__file__, str(tmp_path)], env=child_environment(), stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.readline()  # its first step of this sitting, or nothing where all are done
+        try:
+            process.wait(timeout=chance.uniform(0.0, 0.12) if attempt < 7 else 60)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        process.stdout.close()
+        if process.returncode == 0:
+            break
+    assert kills
+    expected, got = (json.loads((each / "weights.json").read_text())["weights"] for each in (uninterrupted, tmp_path))
+    assert got == expected
     curves = [[r.repeatable() for r in read_curve(each / "curve.jsonl")] for each in (uninterrupted, tmp_path)]
     assert curves[0] == curves[1]
 
@@ -272,6 +301,16 @@ def test_a_caller_that_walks_away_leaves_the_base_free() -> None:
     with pytest.raises(AdapterError):
         adapters.attachment(on.model)
     assert not on.model.training
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much address space is in use")
+def test_a_step_that_really_runs_out_of_memory_says_so_in_one_line(tmp_path: Path) -> None:
+    """In a process of its own: once refused memory, the matrix library goes on with other roundings."""
+    done = child(tmp_path, "--grant", "300000000")
+    assert done.returncode == 0, done.stderr
+    expected = "out of memory at step 1, in a pass of 32000 tokens: set train.micro_batch_tokens to 16000 (now 100000)"
+    assert done.stdout.splitlines() == [expected]
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
