@@ -9,12 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_models
+from small_disk import mounted_disk
 
 from turret.errors import (
     Corrupt,
@@ -23,6 +25,7 @@ from turret.errors import (
     LossNotFinite,
     NotFound,
     PreflightRefused,
+    TurretError,
     WrongBase,
 )
 from turret.recipe import Recipe
@@ -178,6 +181,25 @@ def test_ctrl_c_finishes_the_step_and_the_same_recipe_goes_on_unless_fresh(train
     assert first_step(workspace, trained.recipe.with_overrides({"seed": "7"})) == 1
     assert first_step(workspace, trained.recipe, fresh=True) == 1
     assert list(workspace.list()) == []
+
+
+def test_a_disk_that_fills_while_training_is_named_and_the_run_goes_on_once_there_is_room(trained, tmp_path) -> None:
+    (tmp_path / "disk").mkdir()
+    with mounted_disk(tmp_path / "disk", "size=4m") as disk:
+        workspace = Workspace(disk / "store")
+
+        def fill(record) -> None:
+            if record.step == 5:
+                with suppress(OSError), (disk / "filler").open("wb") as filler:
+                    while True:
+                        filler.write(bytes(4096))
+                        filler.flush()
+
+        with pytest.raises(TurretError, match=r"disk full|No space left") as error:
+            workspace.train(trained.recipe, on_record=fill)
+        assert str(disk) in str(error.value)
+        (disk / "filler").unlink()
+        assert first_step(workspace, trained.recipe) in (3, 5)  # after the checkpoint of step 2 or 4
 
 
 def test_a_plan_that_refuses_trains_nothing_and_writes_nothing(trained, tmp_path) -> None:

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+from small_disk import mounted_disk
 
 from turret.errors import StoreError
 from turret.store import Store
 
-Mount = Callable[..., Path]
-
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Mount]:
-    """Mounts a small disk of its own; only root may."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(options: str) -> Path:
-        tool = shutil.which("mount")
-        command = [tool or "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        if tool is None or os.getuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("mounting a small disk needs root and the right to mount")
-        return folder
-
-    yield mount
-    if os.path.ismount(folder):
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a small disk of its own, with the options that it is given."""
+    (tmp_path / "disk").mkdir()
+    with ExitStack() as mounted:
+        yield lambda options: mounted.enter_context(mounted_disk(tmp_path / "disk", options))
 
 
 def test_a_full_disk_is_named_and_what_was_stored_before_is_whole(small_disk, make_bundle) -> None:

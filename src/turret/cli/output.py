@@ -69,16 +69,23 @@ def safe(text: object) -> str:
     return escape(plainly(str(text)))
 
 
-def grid(rows: Iterable[tuple[str, str]], *, indent: int = 2) -> Table:
-    """Name and value in two columns; the values may carry rich's markup."""
+def rows(cells: Iterable[Sequence[str]]) -> Table:
+    """Rows in columns as wide as they need, the last one folded; the cells may carry rich's markup."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(" " * indent + name, value)
+    for row in cells:
+        table.add_row(*row)
+    for column in table.columns[:-1]:
+        column.no_wrap = True
+    for column in table.columns[-1:]:
+        column.overflow = "fold"
     return table
+
+
+def grid(pairs: Iterable[tuple[str, str]]) -> Table:
+    """Name and value in two columns."""
+    return rows((f"  [dim]{name}[/]", value) for name, value in pairs)
 
 
 def columns(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from turret.cli.output import console, grid, many, metrics, number, safe, size, span, voice
+from turret.cli.output import console, grid, many, metrics, number, rows, safe, size, span, voice
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from turret.train import StepRecord
     from turret.workspace import Planned, RunResult
 
-SIGNS = {"ok": "[green]ok    [/]", "warn": "[yellow]warn  [/]", "refuse": "[red]refuse[/]"}
+SIGNS = {"ok": "  [green]ok[/]", "warn": "  [yellow]warn[/]", "refuse": "  [red]refuse[/]"}
 SHOWN = {  # settings that are printed though they are the defaults
     "task": ("kind", "max_tokens"),
     "method": ("kind", "r", "lora_alpha", "lora_dropout", "num_virtual_tokens"),
@@ -112,9 +112,7 @@ def print_plan(planned: Planned, out: Console) -> None:
     for note in planned.notes:
         out.print(f"  [dim]note  {safe(note)}[/]")
     out.print("[bold]plan[/]")
-    for row in planned.plan.checks:
-        remedy = f"  [dim]{safe(row.remedy)}[/]" if row.remedy else ""
-        out.print(f"  {SIGNS[row.level]}  {safe(row.text)}{remedy}")
+    out.print(rows(_check(check) for check in planned.plan.checks))
     out.print()
 
 
@@ -142,6 +140,11 @@ def _recipe(recipe: Any) -> Iterator[tuple[str, str]]:
         first = settings.pop("source", settings.pop("kind", None))
         words = [safe(first)] if first is not None else []
         yield section, "  ".join(words + [f"[dim]{name}[/] {safe(_plain(v))}" for name, v in settings.items()])
+
+
+def _check(check: Any) -> tuple[str, str, str]:
+    remedy = f"\n[dim]{safe(check.remedy)}[/]" if check.remedy else ""
+    return SIGNS[check.level], f"[dim]{safe(check.name)}[/]", f"{safe(check.text)}{remedy}"
 
 
 def _plain(value: object) -> str:

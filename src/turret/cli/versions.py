@@ -102,7 +102,8 @@ def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     base, method, task = (manifest.get(key) or {} for key in ("base", "method", "task"))
     yield "created", f"{shown['created'][:16].replace('T', ' ')} UTC, {age(shown['created'])} ago"
     yield "base", f"{safe(base.get('id'))}  [dim]{safe(str(base.get('fingerprint'))[:19])}[/]"
-    yield "method", safe(" ".join(f"{key}={value}" if key != "kind" else value for key, value in _short(method)))
+    settings = dict(_short(method))
+    yield "method", safe(" ".join([str(settings.pop("kind", "?")), *(f"{k}={v}" for k, v in settings.items())]))
     yield "task", safe(f"{task.get('kind')}  {', '.join(task.get('labels') or ())}")
     for split, values in shown["metrics"].items():
         yield safe(split), metrics(values)
@@ -114,9 +115,10 @@ def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _short(method: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The settings that say something: not those that are off or left to the family."""
+    """The settings that say something: not what is off, usual, or left to the family."""
     for key, value in method.items():
-        if value is None or value is False or (isinstance(value, (list, tuple)) and len(value) > 4):
+        usual = value is None or value is False or (key == "init_lora_weights" and value is True)
+        if usual or (isinstance(value, (list, tuple)) and len(value) > 4):
             continue
         yield key, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 

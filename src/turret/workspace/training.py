@@ -9,11 +9,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from turret import adapters, bases
 from turret import train as trainer
@@ -192,7 +194,8 @@ def _fit(run: Run, ready: Ready, planned: Planned, watching: Watching) -> Any:
             record = next(steps)
         except StopIteration as end:
             return end.value
-        curve.append(record)
+        with _written(run):
+            curve.append(record)
         watching.record(record)
 
 
@@ -212,7 +215,7 @@ def _keep(
     store: Store, run: Run, ready: Ready, fitted: Any, measured: dict[str, dict[str, Any]], watching: Watching
 ) -> Version:
     """Write the bundle, have a fresh process prove it, and store it."""
-    with tempfile.TemporaryDirectory(prefix="bundle-", dir=run.folder) as beside:
+    with _written(run), tempfile.TemporaryDirectory(prefix="bundle-", dir=run.folder) as beside:
         bundle = Path(beside) / "bundle"
         adapters.save_bundle(fitted.adapter, bundle)
         watching.stage("proving the bundle in a fresh process")
@@ -220,3 +223,16 @@ def _keep(
         trainer.prove(bundle, ready.base, trainer.probe(ready.base.model, ready.task, examples))
         watching.stage("storing")
         return store.put(ready.recipe.name, bundle, run=run.id, metrics=measured)
+
+
+@contextmanager
+def _written(run: Run) -> Iterator[None]:
+    """What the disk says while a run writes its own files, as one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StoreError(
+            f"run {run.id} cannot write to {run.folder}: {reason}: make room or make it writable, "
+            "and start the same command again to go on"
+        ) from error
