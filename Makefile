@@ -55,7 +55,7 @@ test-all: lint  ## lint, then every test that this machine can run, slow ones to
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 bench: $(STAMP)  ## every benchmark, or one: make bench NAME=lora_training
-	@for file in $(if $(NAME),benchmarks/$(NAME).py,$(sort $(wildcard benchmarks/[a-z]*.py))); do \
+	@for file in $(if $(NAME),benchmarks/$(NAME).py,$$(grep -l __main__ benchmarks/*.py)); do \
 		echo "== $$file"; $(BIN)/python $$file $(ARGS) || exit 1; \
 	done
 
