@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -338,3 +341,21 @@ def test_a_copy_of_a_folder_is_the_same_base(bert: Path, tmp_path: Path) -> None
     shutil.copytree(bert, tmp_path / "copy")
     one, two = (bases.load(str(each), task="classify", num_labels=2) for each in (bert, tmp_path / "copy"))
     assert one.fingerprint == two.fingerprint
+
+
+def test_a_model_in_the_hubs_cache_loads_without_the_hub_and_has_its_commit_as_revision(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    stored = tmp_path / "models--owner--small"
+    save_base("bert", stored / "snapshots" / commit)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    program = (
+        "from turret import bases; b = bases.load('owner/small', task='classify', num_labels=2); "
+        "print(b.id, b.revision, b.folder.name)"
+    )
+    settings = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=settings, cwd=tmp_path, timeout=120
+    )
+    assert out.stderr == ""
+    assert out.stdout.split() == ["owner/small", commit, commit]
