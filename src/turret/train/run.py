@@ -81,6 +81,7 @@ class Run:
     warmup: int
     unchanged: str  # checksum of the base before anything was attached
     originals: list[Tensor]  # what it is the checksum of
+    total: int  # weights of the base
     progress: Progress = field(default_factory=Progress)
     best_weights: Tensor | None = None
     resumed_from: int = 0
@@ -93,29 +94,30 @@ class Run:
         schedule = Schedule(len(splits.train), train.batch_size, train.epochs, recipe.seed, train.max_steps)
         originals = [each.detach() for each in (*base.model.parameters(), *base.model.buffers())]
         unchanged = checksum(originals)
+        total = sum(each.numel() for each in base.model.parameters())
         randomness = Randomness(recipe.seed, base.model.device)
         with randomness:
             attach(recipe, base, task)
         try:
             trained = adapters.trainable_parameters(base.model)
             optimiser = AdamW(trained, weight_decay=train.weight_decay)
-            total = sum(each.numel() for each in originals)
             run = cls(
-                recipe,
-                base,
-                task,
-                dataset,
-                folder,
-                splits,
-                Items(task, splits.train),
-                None if splits.watched is None else Items(task, splits.watched),
-                schedule,
-                optimiser,
-                randomness,
-                train.lr or default_learning_rate(recipe.method, total),
-                warmup_steps(train.warmup, schedule.steps),
-                unchanged,
-                originals,
+                recipe=recipe,
+                base=base,
+                task=task,
+                dataset=dataset,
+                folder=folder,
+                splits=splits,
+                items=Items(task, splits.train),
+                watched=None if splits.watched is None else Items(task, splits.watched),
+                schedule=schedule,
+                optimiser=optimiser,
+                randomness=randomness,
+                lr=train.lr or default_learning_rate(recipe.method, total),
+                warmup=warmup_steps(train.warmup, schedule.steps),
+                unchanged=unchanged,
+                originals=originals,
+                total=total,
             )
             if folder is not None:
                 run._resume(folder)
@@ -288,7 +290,7 @@ class Run:
             parameters={
                 "trainable": self.optimiser.weights.numel(),
                 "stored": stored,
-                "total": sum(each.numel() for each in self.originals),
+                "total": self.total,
             },
         )
 
@@ -301,7 +303,7 @@ class Run:
 
     def what_to_change(self) -> str:
         """The remedy for a loss that is not finite, and what is left of the run."""
-        usual = default_learning_rate(self.recipe.method, sum(each.numel() for each in self.originals))
+        usual = default_learning_rate(self.recipe.method, self.total)
         remedy = f"set train.lr to {min(usual, self.lr / 10):g} (now {self.lr:g})"
         if str(self.base.dtype).endswith("bfloat16"):
             remedy += ' or train.dtype to "float32"'
