@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import typer
@@ -31,13 +31,12 @@ def test_help_loads_nothing_heavy_and_answers_quickly() -> None:
         "heavy = {'torch', 'transformers', 'pandas', 'sqlalchemy', 'pydantic', 'rich'} & set(sys.modules); "
         "print(heavy, file=sys.stderr)"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.stderr.strip() == "set()"
-    assert min(seconds) < 0.5
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stderr.strip() == "set()"
+    # Of the processor, not of the clock: a busy machine must not fail this.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
     for verb in ("train", "plan", "evaluate", "predict", "list", "show", "doctor"):
         assert f"\n  {verb} " in done.stdout
 
