@@ -49,7 +49,7 @@ def demo(
 ) -> None:
     """Train, store and ask a classifier and a headline writer.
 
-    Uses bases and data from wheels only: no hub is needed. A second run stores second versions.
+    Uses bases and data from wheels only: no hub is needed. A second run makes the same versions again.
     """
     from turret.workspace import Workspace
 
