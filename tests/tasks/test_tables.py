@@ -407,5 +407,5 @@ def test_inputs_alone_are_read_from_a_table_or_a_text_file(tmp_path: Path) -> No
     (tmp_path / "t.txt").write_bytes(b"first\r\n\nlast")
     assert read_inputs(Data(source=str(tmp_path / "t.txt")), "classify") == ["first", "", "last"]
     odd = write_csv(tmp_path / "odd.csv", [{"a": "x", "b": "y"}])
-    with pytest.raises(DataError, match="cannot tell which column has the inputs; the columns are 'a', 'b'"):
+    with pytest.raises(DataError, match="the inputs; the columns are 'a', 'b': name one with --column"):
         read_inputs(Data(source=str(odd)), "classify")

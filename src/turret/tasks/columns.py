@@ -85,7 +85,9 @@ def find_input(data: Any, columns: Sequence[str], kind: Kind) -> str:
     found = [low[name] for name in dict.fromkeys((role, *usual)) if name in low]
     if found or len(columns) == 1:
         return found[0] if found else columns[0]
-    raise DataError(f"cannot tell which column has the inputs; the columns are {_list(columns)}: set data.{role}")
+    raise DataError(
+        f"cannot tell which column has the inputs; the columns are {_list(columns)}: name one with --column"
+    )
 
 
 _ALL_ROLES = (("text", "label"), ("document", "summary"), ("prompt", "completion"))
