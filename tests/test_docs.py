@@ -1,0 +1,223 @@
+"""The documentation is held to the code: its marked blocks run, its links resolve, nothing that can be said is missing.
+
+A block after `<!-- run -->` is run: of a console block every line that begins with `turret`, of a python block all.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from turret.cli.main import app
+from turret.families import FAMILIES
+from turret.methods import Full, Head, LoRA, Prefix
+from turret.recipe import keys, presets
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+VERBS = ["train", "plan", "evaluate", "predict", "inputs", "list", "show", "resolve", "doctor"]
+COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+# --- the marked blocks run -------------------------------------------------------------------------------------------
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of every block that is marked to be run, in order."""
+    return re.findall(r"^<!-- run -->\n+```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def calls(text: str) -> Iterator[list[str]]:
+    """What the marked blocks say, as arguments of the Python that runs the tests."""
+    for language, content in blocks(text):
+        if language == "python":
+            yield ["-c", content]
+        else:
+            assert language == "console", f"a block to be run is python or console, not {language}"
+            lines = [line for line in content.replace("\\\n", " ").splitlines() if line.startswith("turret ")]
+            assert lines, "a console block to be run has a line that begins with turret"
+            yield from (["-m", "turret", *shlex.split(line, comments=True)[1:]] for line in lines)
+
+
+SMALLER = {"train": 24, "test": 8, "max_tokens": 16}  # the README as it stands takes minutes on one busy core
+
+
+def smaller(text: str) -> str:
+    """The same page with the sizes of its trainings, in a recipe's words or Python's, cut down."""
+    for key, size in SMALLER.items():
+        text = re.sub(rf'(\.{key}=|"{key}": )\d+', rf"\g<1>{size}", text)
+    return text
+
+
+def run_page(text: str, folder: Path) -> None:
+    found = list(calls(text))
+    assert found, "the page has no block to run"
+    for arguments in found:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_readme_runs(tmp_path: Path) -> None:
+    text = page("README.md")
+    assert all(str(size) in smaller(text) for size in SMALLER.values())
+    run_page(smaller(text), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path: Path) -> None:
+    run_page(page("docs/tutorial.md"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/reference/python.md"])
+def test_every_python_block_is_python(name: str) -> None:
+    for code in re.findall(r"^```python\n(.*?)^```$", page(name), re.MULTILINE | re.DOTALL):
+        compile(code, name, "exec")
+
+
+# --- all that can be said is written down ----------------------------------------------------------------------------
+
+
+def section(name: str, heading: str) -> str:
+    """The text under the heading that begins with these words, up to the next of its level."""
+    found = re.search(rf"^## {re.escape(heading)}(?!\w).*?(?=^## |\Z)", page(name), re.MULTILINE | re.DOTALL)
+    assert found, f"{name} has no section {heading}"
+    return found.group()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_reference_has_every_command_with_every_option(command: str) -> None:
+    text = section("docs/reference/commands.md", f"`turret {command}")
+    shared = page("docs/reference/commands.md").partition("\n## ")[0]  # --help, --store and --json are said once
+    same = section("docs/reference/commands.md", "`turret train") if command == "plan" else ""
+    for parameter in COMMANDS[command].params:
+        names = [name for name in parameter.opts if name.startswith("--")]
+        assert all(name in text + shared + same for name in names), f"turret {command} {names}"
+
+
+@pytest.mark.parametrize("key", [key for key in keys() if not key.startswith("method.")])
+def test_the_reference_has_every_key_of_a_recipe(key: str) -> None:
+    name, _, leaf = key.rpartition(".")
+    text = section("docs/reference/recipe.md", f"`[{name}]`" if name else "The recipe itself")
+    assert f"| `{leaf}` |" in text
+
+
+@pytest.mark.parametrize("method", [LoRA, Prefix, Head, Full])
+def test_the_reference_has_every_key_of_every_method_with_its_default(method: type[Any]) -> None:
+    text = section("docs/reference/recipe.md", "`[method]`")
+    for name, field in method.model_fields.items():
+        row = re.search(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
+        assert row, name
+        default = field.default
+        shown = str(default).lower() if isinstance(default, bool) else f'"{default}"' if name == "kind" else default
+        assert name == "kind" or default is None or f"| {shown} |" in row.group().replace("`", ""), row.group()
+
+
+def test_the_reference_has_every_default_of_a_recipe() -> None:
+    text = page("docs/reference/recipe.md").replace("`", "")
+    for key, default in keys().items():
+        if isinstance(default, (bool, int, float, str)) and not key.startswith("method."):
+            leaf = key.rpartition(".")[2]
+            shown = str(default).lower() if isinstance(default, bool) else default
+            shown = f'"{default}"' if isinstance(default, str) else shown
+            assert re.search(rf"^\| {leaf} \|[^|]*\| {re.escape(str(shown))} \|", text, re.MULTILINE), f"{key} {shown}"
+
+
+def test_the_reference_has_every_preset() -> None:
+    assert all(f"`{name}`" in page("docs/reference/recipe.md") for name in presets())
+
+
+def test_the_reference_has_every_public_name() -> None:
+    import turret
+
+    assert all(f"`{name}" in page("docs/reference/python.md") for name in turret.__all__)
+
+
+def test_the_reference_has_every_error() -> None:
+    from turret import errors
+
+    names = [name for name, value in vars(errors).items() if isinstance(value, type)]
+    assert all(name in page("docs/reference/python.md") for name in names if name != "annotations")
+
+
+@pytest.mark.parametrize(
+    "verb", ["train", "plan", "evaluate", "predict", "inputs", "list", "show", "resolve", "doctor"]
+)
+def test_the_reference_has_every_verb_of_a_workspace_with_its_arguments(verb: str) -> None:
+    import inspect
+
+    import turret
+
+    row = re.search(rf"^\| `{verb}\(.*$", page("docs/reference/python.md"), re.MULTILINE)
+    assert row, verb
+    arguments = [name for name in inspect.signature(getattr(turret.Workspace, verb)).parameters if name != "self"]
+    assert all(name in row.group() for name in arguments), f"{verb}: {arguments}"
+
+
+def test_the_readme_names_every_family() -> None:
+    text = page("README.md").replace("-", "").lower()
+    assert [name for name in FAMILIES if name not in text] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/index.md"])
+def test_a_page_names_no_command_that_is_not_there(name: str) -> None:
+    said = re.findall(r"^ *turret +([a-z]+)|`turret ([a-z]+)", page(name), re.MULTILINE)
+    assert {first or second for first, second in said} <= set(COMMANDS)
+
+
+# --- the tree and the links ------------------------------------------------------------------------------------------
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    tree = section("README.md", "The tree")
+    said = set(re.findall(r"^ {6}([a-z_]+(?:/|\.py))", tree, re.MULTILINE))
+    source = ROOT / "src" / "turret"
+    rooms = {f"{path.name}/" for path in source.iterdir() if (path / "__init__.py").exists()}
+    modules = {path.name for path in source.glob("*.py") if not path.name.startswith("__")}
+    assert said == rooms | modules
+    outside = set(re.findall(r"^ {4}([A-Za-z]+(?:/|\.md))", tree, re.MULTILINE)) - {"src/"}
+    assert [name for name in outside if not (ROOT / name).exists()] == []
+
+
+def links(path: Path) -> list[str]:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(path: Path) -> None:
+    for link in links(path):
+        target, _, anchor = link.partition("#")
+        there = (path.parent / target).resolve() if target else path
+        assert there.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", head).strip().lower()) for head in heads}
+            assert anchor in slugs, link
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = page("mkdocs.yml")
+    assert [path for path in DOCS.rglob("*.md") if path.relative_to(DOCS).as_posix() not in navigation] == []
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    """A page that says which test shows a thing names the file, or the file and the test."""
+    for path in PAGES:
+        for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(test_\w+))?`", path.read_text(encoding="utf-8")):
+            assert (ROOT / file).exists(), file
+            assert not name or re.search(rf"^def {name}\b", page(file), re.MULTILINE), f"{file}::{name}"
