@@ -223,10 +223,11 @@ def _report_one(runs: Rows) -> str:
         [seed, *(f"{sides[side][seed]['accuracy']:.3f}" if seed in sides[side] else "-" for side in sides)]
         for seed in seeds
     ]
-    means = [statistics.fmean(run["accuracy"] for run in of.values()) if of else float("nan") for of in sides.values()]
-    rows.append(["mean", *(f"{mean:.4f}" for mean in means)])
-    text = f"{runs[0]['settings']}\n\n" + record.table(["seed", "HF Trainer + PEFT", "turret"], rows)
     paired = [seed for seed in seeds if all(seed in of for of in sides.values())]
+    if paired:
+        means = [statistics.fmean(of[seed]["accuracy"] for seed in paired) for of in sides.values()]
+        rows.append([f"mean of {len(paired)}", *(f"{mean:.4f}" for mean in means)])
+    text = f"{runs[0]['settings']}\n\n" + record.table(["seed", "HF Trainer + PEFT", "turret"], rows)
     if len(paired) < 2:
         return text
     by_seed = [sides["turret"][seed]["accuracy"] - sides["rival"][seed]["accuracy"] for seed in paired]
@@ -239,7 +240,7 @@ def _report_one(runs: Rows) -> str:
     verdict = (
         "turret is less accurate" if seed_interval.high < 0
         else "turret is more accurate" if seed_interval.low > 0
-        else "equal within the interval"
+        else "no difference seen: the interval holds zero"
     )  # fmt: skip
     return (
         f"{text}\n\nturret - rival, paired over {len(paired)} seeds: {seed_interval} (95%, Student's t)\n"
