@@ -171,7 +171,7 @@ def test_a_recipe_is_frozen() -> None:
         ("stanfordnlp/imdb", "imdb"),
         ("abisee/cnn_dailymail:3.0.0", "cnn_dailymail-3.0.0"),
         ("pypi:aclsum?aspect=challenge", "aclsum"),
-        ("../shared/data/imdb/", "imdb"),
+        ("../data/imdb/", "imdb"),
         ("C:\\data\\x.parquet", "x"),
         ("..", "adapter"),
         ("日本", "adapter"),
