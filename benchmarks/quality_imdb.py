@@ -237,11 +237,13 @@ def _report_one(runs: Rows) -> str:
         for a, b in zip(sides["turret"][seed]["right"], sides["rival"][seed]["right"], strict=True)
     ]
     seed_interval, example_interval = record.student(by_seed), record.bootstrap(by_example)
-    verdict = (
-        "turret is less accurate" if seed_interval.high < 0
-        else "turret is more accurate" if seed_interval.low > 0
-        else "no difference seen: the interval holds zero"
-    )  # fmt: skip
+    both = (seed_interval, example_interval)  # few seeds give a narrow interval by luck: both must agree
+    if all(interval.high < 0 for interval in both):
+        verdict = "turret is less accurate"
+    elif all(interval.low > 0 for interval in both):
+        verdict = "turret is more accurate"
+    else:
+        verdict = "no difference that both intervals confirm"
     return (
         f"{text}\n\nturret - rival, paired over {len(paired)} seeds: {seed_interval} (95%, Student's t)\n"
         f"turret - rival, paired over {len(by_example)} answers: {example_interval} (95%, bootstrap)\n"
