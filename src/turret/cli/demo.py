@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FULL: dict[str, dict[str, str]] = {
     "quick-classify": {"name": "news", "data.train": "1200", "data.test": "500", "task.max_tokens": "160"}
     | {"train.epochs": "1"},
-    "quick-summarize": {"name": "headline", "data.train": "320", "data.test": "24"},
+    "quick-summarize": {"name": "headline", "data.train": "240", "data.test": "16"},
 }
 QUICK: dict[str, dict[str, str]] = {
     "quick-classify": {"name": "news", "data.train": "800", "data.test": "200", "task.max_tokens": "64"}
