@@ -5,7 +5,7 @@ data, tasks, stores and HTTP.
 """
 
 from turret.adapters.adapter import Adapter, BaseInfo, extract, mount, unmount
-from turret.adapters.attach import attach, attachment, bare, detach, target_paths, trainable_parameters
+from turret.adapters.attach import attach, attachment, detach, on_slot, target_paths, trainable_parameters
 from turret.adapters.bundle import read_bundle, read_manifest, save_bundle
 from turret.adapters.packed import classify_logits, target_logits
 from turret.adapters.route import BARE, Route, set_route
@@ -18,11 +18,11 @@ __all__ = [
     "Route",
     "attach",
     "attachment",
-    "bare",
     "classify_logits",
     "detach",
     "extract",
     "mount",
+    "on_slot",
     "read_bundle",
     "read_manifest",
     "save",

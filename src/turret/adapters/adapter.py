@@ -17,6 +17,7 @@ from turret.adapters.attach import (
     ATTRIBUTE,
     Attachment,
     attachment,
+    device_of,
     hook_model,
     routed_linear,
     routed_module,
@@ -184,7 +185,7 @@ def _mount_lora(model: Any, attached: Attachment, adapter: Adapter, method: LoRA
                 f"({d_out}, {method.r}); it belongs to another base or rank"
             )
         factors = LoRAFactors(A.clone(), B.clone(), method.scaling).requires_grad_(False)
-        routed_linear(model, attached, path).slots[str(slot)] = factors.to(_device_of(layer)).eval()
+        routed_linear(model, attached, path).slots[str(slot)] = factors.to(device_of(layer)).eval()
 
 
 def _linear_at(model: Any, path: str) -> nn.Module:
@@ -216,7 +217,7 @@ def _mount_prefix(model: Any, attached: Attachment, adapter: Adapter, slot: int)
                 "it belongs to another base"
             )
         modules[names[name]] = PrefixGroup(tensor, None, None)
-    attached.prefixes[str(slot)] = PrefixSlot(modules).requires_grad_(False).to(_device_of(model)).eval()
+    attached.prefixes[str(slot)] = PrefixSlot(modules).requires_grad_(False).to(device_of(model)).eval()
 
 
 def _prompt_names(groups: list[str]) -> dict[str, str]:
@@ -284,7 +285,3 @@ def _check_names(model: Any, values: dict[str, Tensor]) -> None:
 
 def _copy(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).contiguous().clone()
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(iter(module.parameters())).device

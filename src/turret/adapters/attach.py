@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters import attention, positions
-from turret.adapters.lora import LoRAFactors, RoutedLinear, initial_factors, sizes
+from turret.adapters.lora import RoutedLinear, initial_factors
 from turret.adapters.prefix import PrefixSlot, new_slot
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
@@ -127,11 +127,11 @@ def attach(
     if isinstance(method, LoRA):
         for path in target_paths(model, method.target_modules):
             layer = model.get_submodule(path)
-            factors = initial_factors(method, layer, generator).to(_device(model))
+            factors = initial_factors(method, layer, generator).to(device_of(model))
             routed_linear(model, attached, path).slots["1"] = factors
     if isinstance(method, Prefix):
         starts = _starts(model, attached, method, init_ids, generator)
-        attached.prefixes["1"] = new_slot(method, starts, generator).to(_device(model))
+        attached.prefixes["1"] = new_slot(method, starts, generator).to(device_of(model))
     attached.route.active = 1
     return model
 
@@ -144,10 +144,10 @@ def detach(model: Any) -> Any:
 
 
 @contextmanager
-def bare(model: Any) -> Iterator[None]:
-    """For the length of the block every row takes slot 0: the model answers as the bare base does."""
+def on_slot(model: Any, slot: int) -> Iterator[None]:
+    """For the length of the block every row takes `slot`; with 0 the model answers as the bare base does."""
     route = attachment(model).route
-    before, route.active = route.active, BARE
+    before, route.active = route.active, slot
     try:
         yield
     finally:
@@ -310,7 +310,7 @@ def _starts(
         vocabulary = model.get_input_embeddings().weight.shape[0]
         init_ids = torch.randint(vocabulary, (P,), generator=generator)
     repeats = -(-P // init_ids.numel())
-    ids = init_ids.repeat(repeats)[:P][None].to(_device(model))  # (1, P)
+    ids = init_ids.repeat(repeats)[:P][None].to(device_of(model))  # (1, P)
     ones = torch.ones_like(ids)
     was_training = [module for module in model.modules() if module.training]
     captured: dict[str, tuple[Tensor, Tensor]] = {}
@@ -336,20 +336,7 @@ def _starts(
     return {group: torch.stack(layers).float() for group, layers in groups.items()}
 
 
-def _device(model: Any) -> torch.device:
+def device_of(model: Any) -> torch.device:
+    """Where a model or a layer lies."""
     device: torch.device = next(iter(model.parameters())).device
     return device
-
-
-__all__ = [
-    "Attachment",
-    "LoRAFactors",
-    "RoutedModule",
-    "attach",
-    "attachment",
-    "bare",
-    "detach",
-    "sizes",
-    "target_paths",
-    "trainable_parameters",
-]

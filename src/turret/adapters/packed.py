@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turret.adapters.attach import attachment
+from turret.adapters.attach import attachment, device_of
 from turret.adapters.positions import row_positions
 from turret.adapters.route import set_route
 
@@ -67,7 +67,7 @@ def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None) -> 
     """Last hidden states of an encoder or a decoder: (N, D)."""
     attached = attachment(model)
     lengths = [len(row) for row in rows]
-    ids = torch.cat(list(rows))[None].to(_device(model))  # (1, N)
+    ids = torch.cat(list(rows))[None].to(device_of(model))  # (1, N)
     offset = attached.family.position_offset(model.config)
     call: dict[str, Any] = {"use_cache": False} if attached.family.kind == "decoder" else {}
     with set_route(attached.route, slots, {attached.family.kind: lengths}, in_body=True):
@@ -87,7 +87,7 @@ def _encoder_decoder_hidden(
     """Last hidden states of the decoder: (M, D) for M target tokens."""
     attached = attachment(model)
     lengths = {"encoder": [len(row) for row in sources], "decoder": [len(row) for row in targets]}
-    source, target = (torch.cat(list(rows))[None].to(_device(model)) for rows in (sources, targets))
+    source, target = (torch.cat(list(rows))[None].to(device_of(model)) for rows in (sources, targets))
     with set_route(attached.route, slots, lengths, in_body=True):
         encoded = model.get_encoder()(input_ids=source, attention_mask=_ready_mask(source))[0]  # (1, N, D)
         output = model.get_decoder()(
@@ -119,8 +119,3 @@ def _pool(pooling: str, modernbert: str, hidden: Tensor, lengths: Sequence[int])
 def _shift_right(config: Any, row: Tensor) -> Tensor:
     start = torch.full((1,), config.decoder_start_token_id, dtype=row.dtype, device=row.device)
     return torch.cat([start, row[:-1]])
-
-
-def _device(model: Any) -> torch.device:
-    device: torch.device = next(iter(model.parameters())).device
-    return device

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter
 from turret.errors import BundleError
+from turret.families import FAMILIES
 from turret.methods import LoRA, Method, Prefix
 
 TASK_TYPES = {"classify": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM", "decoder": "CAUSAL_LM"}
@@ -66,7 +67,8 @@ def _task_type(adapter: Adapter) -> str | None:
     family = adapter.base.family
     if family is None:
         return None
-    return TASK_TYPES["encoder-decoder" if family in ("t5", "bart") else "decoder"]
+    known = FAMILIES.get(family)
+    return TASK_TYPES["encoder-decoder" if known is not None and known.kind == "encoder-decoder" else "decoder"]
 
 
 def _prefix_shape(adapter: Adapter) -> dict[str, Any]:

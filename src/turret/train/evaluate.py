@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turret.adapters import attachment, packed
+from turret.adapters import attachment, on_slot, packed
 from turret.errors import DataError
 from turret.train.batches import Items, by_length
 from turret.train.step import loss_of
@@ -57,15 +57,13 @@ def evaluate(
 @contextmanager
 def _evaluating(model: Any, slot: int | None) -> Iterator[None]:
     """Eval mode, no gradients, and all rows on one slot, for the length of the block."""
-    training, route = model.training, attachment(model).route
-    active = route.active
+    training = model.training
     model.eval()
     try:
-        route.active = active if slot is None else slot
-        with torch.no_grad():  # not inference_mode: what a model caches here must not enter a later graph
+        # no_grad, not inference_mode: what a model caches here must not enter a later graph
+        with on_slot(model, attachment(model).route.active if slot is None else slot), torch.no_grad():
             yield
     finally:
-        route.active = active
         model.train(training)
 
 

@@ -73,7 +73,7 @@ def predict(
         return _labels(ready, texts)
     sources = [encoded.ids for encoded in ready.task.encode_sources(texts)]
     ready.model.eval()
-    with torch.inference_mode(), adapters.bare(ready.model) if bare else nullcontext():
+    with torch.inference_mode(), adapters.on_slot(ready.model, adapters.BARE) if bare else nullcontext():
         return trainer.generate(ready.model, ready.task, sources, most_tokens=MOST_TOKENS)
 
 

@@ -138,8 +138,8 @@ def _carry_out(
         measured = _measure(ready)
         if beside_base:
             watching.stage("measuring the bare base on the same examples")
-            with adapters.bare(ready.base.model):
-                measured |= {f"{split} bare base": metrics for split, metrics in _measure(ready).items()}
+            bare = _measure(ready, slot=adapters.BARE)
+            measured |= {f"{split} bare base": metrics for split, metrics in bare.items()}
         evaluate_seconds = fitted.evaluate_seconds + time.perf_counter() - started
         started = time.perf_counter()
         version = _keep(store, run, ready, fitted, measured, watching)
@@ -199,13 +199,13 @@ def _fit(run: Run, ready: Ready, planned: Planned, watching: Watching) -> Any:
         watching.record(record)
 
 
-def _measure(ready: Ready) -> dict[str, dict[str, Any]]:
+def _measure(ready: Ready, slot: int | None = None) -> dict[str, dict[str, Any]]:
     """Metrics of the finished adapter on every split that was held out."""
     most = ready.recipe.train.micro_batch_tokens
     held = {"validation": ready.dataset.validation, "test": ready.dataset.test}
     model, task = ready.base.model, ready.task
     return {
-        split: trainer.evaluate(model, task, examples, most_tokens=most)[0]
+        split: trainer.evaluate(model, task, examples, most_tokens=most, slot=slot)[0]
         for split, examples in held.items()
         if examples
     }
