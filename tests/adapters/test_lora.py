@@ -12,6 +12,7 @@ from small_models import FAMILIES, build
 
 from turret.adapters import attach, attachment, classify_logits, detach, extract, mount, set_route, trainable_parameters
 from turret.adapters.adapter import Adapter, BaseInfo
+from turret.adapters.lora import LoRAFactors
 from turret.errors import AdapterError
 from turret.methods import LoRA
 
@@ -214,3 +215,21 @@ def test_factors_that_do_not_fit_are_refused_by_name() -> None:
         broken = Adapter(adapter.method, change, adapter.head, adapter.base)
         with pytest.raises(AdapterError, match=message):
             mount(build("bert", "classify"), broken)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_the_fast_way_is_the_formula_with_its_gradients(rate: float) -> None:
+    torch.manual_seed(0)
+    factors = LoRAFactors(torch.randn(3, 8), torch.randn(6, 3), 0.7, rate).train()
+    x, base = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 6, requires_grad=True)
+    inputs = (x, base, factors.lora_A, factors.lora_B)
+    torch.manual_seed(1)
+    fast = factors.added_to(base * 1, x, None)
+    torch.manual_seed(1)
+    plain = base + factors(x)
+    torch.testing.assert_close(fast, plain)
+    dy = torch.randn_like(plain)
+    for ours, theirs in zip(torch.autograd.grad(fast, inputs, dy), torch.autograd.grad(plain, inputs, dy), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.manual_seed(2)
+    assert rate == 0.0 or not torch.allclose(factors.added_to(base * 1, x, None), plain)  # the control: another mask

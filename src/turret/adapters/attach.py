@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters import attention, positions
+from turret.adapters.dropout import RoutedDropout
 from turret.adapters.lora import RoutedLinear, initial_factors
+from turret.adapters.norms import CLASSES, FrozenNorm
 from turret.adapters.prefix import PrefixSlot, new_slot
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
@@ -223,6 +225,11 @@ def hook_model(model: Any) -> Attachment:
             each.requires_grad_(flags[name])
 
     attached.undo.append(undo)
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Dropout and module.p > 0.0:
+            _replace(model, attached, path, RoutedDropout(module, attached.route))
+        elif type(module).__name__ in CLASSES:
+            _replace(model, attached, path, FrozenNorm(module))
     model.add_module(ATTRIBUTE, attached)
     return attached
 

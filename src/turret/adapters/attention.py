@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from turret.adapters.dropout import dropout as drop
+from turret.adapters.attend import attend
+from turret.adapters.blocks import Layout, Side
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
 from turret.families import Site
@@ -33,22 +34,6 @@ class Hooked:
     route: Route
     prefix: KeysValues  # (slot, site) -> keys and values (H, P, D), or None
     bias_module: Any | None  # T5: the first layer of the stack, which owns the relative position bias
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaling: float, dropout: float = 0.0) -> Tensor:
-    """softmax(scaling * q k^T + bias) v, with dropout on the probabilities.
-
-    q: (B, H, T, D); k, v: (B, H_kv, S, D) with H a multiple of H_kv; bias: broadcasts to (B, H, T, S). -> (B, H, T, D)
-    """
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
-    if dropout == 0.0:
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
-    scores = (q * scaling) @ k.mT  # (B, H, T, S); with dropout the fused kernel is slower than this
-    if bias is not None:
-        scores = scores + bias
-    return drop(scores.softmax(dim=-1), dropout) @ v
 
 
 def routed_attention(
@@ -120,7 +105,7 @@ def _one_slot(
             bias = torch.cat([columns.expand(*shape, -1), bias.expand(*shape, -1)], dim=-1)  # (., ., T, P + S)
         k = torch.cat([prefix[0].to(k.dtype).expand(rows, -1, -1, -1), k], dim=2)  # (B, H_kv, P + S, D)
         v = torch.cat([prefix[1].to(v.dtype).expand(rows, -1, -1, -1), v], dim=2)
-    return attend(q, k, v, bias, scaling, dropout)
+    return attend(q, k, v, bias, scaling, dropout, hooked.route.masks)
 
 
 def _prefix_bias(hooked: Hooked, tokens: int, q: Tensor, past: int) -> Tensor:
@@ -148,20 +133,52 @@ def _unpadded(
     hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
 ) -> Tensor:
     """Each row of the one long row attends to itself (or, crossing, to its source). q: (1, H, N, D) -> (1, H, N, D)"""
-    route, site = hooked.route, hooked.site
-    queries = route.spans("encoder" if site.group == "encoder" else "decoder")
-    keys = route.spans("encoder") if site.group == "cross" else queries
+    layout = _layout(hooked, q.device)
     parts = []
-    for row, ((a, b), (c, d)) in enumerate(zip(queries, keys, strict=True)):
-        bias = _row_bias(hooked, b - a, d - c, window, q)
-        parts.append(
-            _one_slot(hooked, route.slot_of(row), q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], bias, scaling, dropout)
-        )
-    return torch.cat(parts, dim=2)
+    for block in layout.blocks:
+        bias = _block_bias(hooked, block.queries, block.keys, window, q)
+        queries, keys, values = block.queries.block(q), block.keys.block(k), block.keys.block(v)
+        output = _one_slot(hooked, block.kind, queries, keys, values, bias, scaling, dropout)
+        parts.append(block.queries.unblock(output))
+    return layout.join(parts)
+
+
+def _layout(hooked: Hooked, device: torch.device) -> Layout:
+    """The blocks of this batch's rows: once a batch for all layers of a group."""
+    route, site = hooked.route, hooked.site
+    lengths = route.lengths
+    assert lengths is not None
+    rows = range(len(next(iter(lengths.values()))))
+    kinds = [slot if hooked.prefix(slot := route.slot_of(row), site) is not None else BARE for row in rows]
+    place = ("layout", site.group, *sorted(set(kinds)))
+    if place not in route.memo:
+        queries = route.spans("encoder" if site.group == "encoder" else "decoder")
+        keys = route.spans("encoder") if site.group == "cross" else queries
+        route.memo[place] = Layout.of(queries, keys, kinds, device)
+    layout: Layout = route.memo[place]
+    return layout
+
+
+def _block_bias(hooked: Hooked, queries: Side, keys: Side, window: int | None, q: Tensor) -> Tensor | None:
+    """The mask and position bias of one block: (B or 1, H or 1, T or 1, S), or None. Padding keys are hidden.
+
+    A causal row needs no mask for its padding: it lies behind every real token.
+    """
+    bias = _row_bias(hooked, queries.longest, keys.longest, window, q)
+    if not keys.padded or (hooked.site.causal and hooked.site.group != "cross"):
+        return bias
+    memo, place = hooked.route.memo, ("padding", keys.lengths)
+    if place not in memo:
+        column = torch.arange(keys.longest, device=q.device)
+        hidden = column >= torch.tensor(keys.lengths, device=q.device)[:, None]  # (B, S)
+        nothing = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
+        memo[place] = nothing.masked_fill(hidden, torch.finfo(q.dtype).min)[:, None, None]
+    padding: Tensor = memo[place]
+    return padding if bias is None else bias + padding
 
 
 def _row_bias(hooked: Hooked, t: int, s: int, window: int | None, q: Tensor) -> Tensor | None:
-    """The mask and position bias of one unpadded row of t queries and s keys: (1, H or 1, t, s), or None."""
+    """The mask and position bias of rows of t queries and s keys: (1, H or 1, t, s), or None."""
     site, memo = hooked.site, hooked.route.memo
     if site.group == "cross" or (not site.causal and window is None and hooked.bias_module is None):
         return None
@@ -179,7 +196,8 @@ def _row_bias(hooked: Hooked, t: int, s: int, window: int | None, q: Tensor) -> 
         if hooked.bias_module is not None:
             bias = bias + relative_bias(hooked.bias_module, relative).to(q.dtype)
         memo[place] = bias
-    return memo[place]
+    found: Tensor = memo[place]
+    return found
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -1,24 +1,100 @@
-"""Dropout that does not cost more than the layer it guards. Knows tensors; refuses to know what they mean."""
+"""Dropout that does not cost more than the layer it guards. Knows tensors; refuses to know what they mean.
+
+    y = x * mask / (1 - p),    mask ~ Bernoulli(1 - p) an element, p rounded to 1/65536
+
+On the CPU torch draws one double an element, which in attention takes longer than the two matrix products beside it.
+Here 16 random bits decide an element, a mask is a word of all ones or all zeros as wide as the element, and applying it
+is one bitwise `and`. The masks of one pass are windows at random places into one run of such words, so that a layer
+keeps no mask of its own: at any one element the masks of two layers are independent unless they start at the same
+place, which is avoided.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from turret.adapters.route import Route
 
 STEPS = 1 << 16  # a rate is kept to this many steps
+ALIGNED = 64  # windows begin at multiples of so many elements
+ROOM = 1 << 14  # elements that a run has beside a quarter more than its first window
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """x * mask / (1 - p), mask ~ Bernoulli(1 - p) an element; p is rounded to 1/65536.
+class Masks:
+    """The masks of one pass: a run of words for every rate and width, and windows into it."""
 
-    On the CPU torch draws one double an element, which in attention takes longer than the two matrix products beside
-    it. Here one draw of 64 bits serves four elements, from the same generator.
-    """
-    if p == 0.0:
+    def __init__(self) -> None:
+        self._runs: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._used: set[tuple[int, torch.dtype, int]] = set()
+
+    def like(self, x: Tensor, p: float) -> Tensor:
+        """Words of x's width and shape: all ones where an element is kept (probability 1 - p), else zero."""
+        key = (round(p * STEPS), WORDS[x.element_size()])
+        run, size = self._runs.get(key), x.numel()
+        if run is None or run.numel() < size + size // 8 + ALIGNED:
+            self._used = {used for used in self._used if used[:2] != key}
+            run = self._runs[key] = _run(size + size // 4 + ROOM, *key)
+        places = (run.numel() - size) // ALIGNED
+        place = int(torch.randint(places, ()))
+        while len(self._used) < places and (*key, place) in self._used:
+            place = (place + 1) % places
+        self._used.add((*key, place))
+        return run[place * ALIGNED : place * ALIGNED + size].view(x.shape)
+
+
+def _run(size: int, threshold: int, word: torch.dtype) -> Tensor:
+    draws = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)  # four elements a draw
+    words = draws.view(torch.int16)[:size]
+    first_kept = threshold - STEPS // 2
+    return words.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1).neg_().to(word)  # 0 or 1, then 0 or -1
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the mask's words are all ones, zero elsewhere. Not differentiable by itself."""
+    return (x.view(mask.dtype) & mask).view(x.dtype)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        return masked(x, mask).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return masked(gradients[0].contiguous(), mask).mul_(ctx.scale), None, None
+
+
+def kept_share(p: float) -> float:
+    """1 - p, as it is after rounding."""
+    return 1.0 - round(p * STEPS) / STEPS
+
+
+def dropout(x: Tensor, p: float, masks: Masks | None = None) -> Tensor:
+    """x * mask / (1 - p). `masks` are those of the pass under way; new ones are drawn where it is left out."""
+    if round(p * STEPS) == 0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or round(p * STEPS) == STEPS:
         return torch.nn.functional.dropout(x, p)
-    threshold = round(p * STEPS)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= threshold - STEPS // 2
-    return x * keep.to(x.dtype).mul_(STEPS / (STEPS - threshold))
+    mask = (masks or Masks()).like(x, p)
+    y: Tensor = _Dropout.apply(x.contiguous(), mask, 1.0 / kept_share(p))  # type: ignore[no-untyped-call]
+    return y
+
+
+class RoutedDropout(nn.Dropout):
+    """In place of one of the base's own dropout layers: the same, from the cheap masks of the pass."""
+
+    def __init__(self, replaced: nn.Dropout, route: Route) -> None:
+        super().__init__(replaced.p)
+        self.replaced = replaced  # follows train() and eval() with this one
+        self.route = route
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.route.masks) if self.training else x

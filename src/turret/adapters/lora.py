@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.dropout import dropout
+from turret.adapters.dropout import Masks, dropout, kept_share, masked
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
 from turret.methods import LoRA
@@ -45,12 +45,57 @@ class LoRAFactors(nn.Module):
             y = y - (x @ self.initial_A.mT * self.scaling) @ self.initial_B.mT
         return y
 
+    def added_to(self, y: Tensor, x: Tensor, masks: Masks | None) -> Tensor:
+        """y + delta(x), in the base's own precision and with little kept for the backward pass. Uses y up."""
+        if self.initial_A is not None or not torch.is_grad_enabled() or x.device.type != "cpu":
+            delta: Tensor = self(x)
+            return y + delta.to(y.dtype)
+        p = self.dropout if self.training else 0.0
+        mask = (masks or Masks()).like(y.new_empty(()).expand(x.shape), p) if p > 0.0 else None
+        scaling = self.scaling / kept_share(p)
+        added: Tensor = _LowRank.apply(y, x.contiguous(), self.lora_A, self.lora_B, mask, scaling)  # type: ignore[no-untyped-call]
+        return added
+
     def folded(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the plain LoRA with the same output; PiSSA's has twice the rank and the same scaling."""
         A, B = self.lora_A.detach(), self.lora_B.detach()
         if self.initial_A is None or self.initial_B is None:
             return A.clone(), B.clone()
         return torch.cat([A, self.initial_A]), torch.cat([B, -self.initial_B], dim=1)  # (2R, D_in), (D_out, 2R)
+
+
+class _LowRank(torch.autograd.Function):
+    """y <- y + s (x mask) A^T B^T, s = scaling / (1 - p), multiplied in y's precision and accumulated in float32.
+
+    h = (x mask) A^T;  dB = s dy^T h;  dh = s dy B;  dA = dh^T (x mask);  dx = (dh A) mask;  dy goes on as it is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        A, B = A.to(y.dtype), B.to(y.dtype)
+        rows = x.to(y.dtype).reshape(-1, x.shape[-1])  # (N, D_in)
+        words = None if mask is None else mask.view(rows.shape)
+        h = (rows if words is None else masked(rows, words)) @ A.mT  # (N, R)
+        y.view(-1, y.shape[-1]).addmm_(h, B.mT, alpha=scaling)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(rows, A, B, h, words)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        rows, A, B, h, words = ctx.saved_tensors
+        dy = gradients[0].reshape(-1, B.shape[0])
+        dh = (dy @ B).mul_(ctx.scaling)  # (N, R)
+        dB = (dy.mT @ h).float().mul_(ctx.scaling)
+        dA = (dh.mT @ (rows if words is None else masked(rows, words))).float()
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = dh @ A
+            if words is not None:
+                dx.view(words.dtype).bitwise_and_(words)
+            dx = dx.view(ctx.shape)
+        return gradients[0], dx, dA, dB, None, None
 
 
 class RoutedLinear(nn.Module):
@@ -94,8 +139,9 @@ class RoutedLinear(nn.Module):
     def _add(self, y: Tensor, x: Tensor, slot: int) -> Tensor:
         if slot == BARE or str(slot) not in self.slots:
             return y
-        delta: Tensor = self.slots[str(slot)](x)
-        return y + delta.to(y.dtype)
+        factors = self.slots[str(slot)]
+        assert isinstance(factors, LoRAFactors)
+        return factors.added_to(y, x, self.route.masks)
 
     def _add_groups(self, y: Tensor, x: Tensor, groups: dict[int, Tensor], dim: int) -> Tensor:
         for slot, index in groups.items():

@@ -1,7 +1,7 @@
-"""Run unpadded rows through an attached model: no padding token is ever computed.
+"""Run unpadded rows through an attached model: no row is ever padded to the length of another.
 
-The rows lie one behind another in one row of N tokens; the hooks keep them apart. Both functions are differentiable
-and honour train() and eval(). Refuses to know tasks, losses and texts.
+The rows lie one behind another in one row of N tokens, filled up at its end to a round number, and the hooks keep them
+apart. Both functions are differentiable and honour train() and eval(). Refuses to know tasks, losses and texts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from turret.adapters.attach import attachment, device_of
+from turret.adapters.blocks import rounded
 from turret.adapters.positions import row_positions
 from turret.adapters.route import set_route
+
+STEPS = ((512, 32), (1 << 62, 64))  # all rows together are filled up: to 512 tokens by 32, then by 64
 
 
 def classify_logits(model: Any, inputs: Sequence[Tensor], slots: Sequence[int] | None = None) -> Tensor:
@@ -49,7 +52,7 @@ def target_logits(
         hidden = _encoder_decoder_hidden(model, sources, shifted, slots)
         if getattr(model.config, "scale_decoder_outputs", False):
             hidden = hidden * model.config.d_model**-0.5
-        logits: Tensor = model.lm_head(hidden)
+        logits: Tensor = model.lm_head(hidden[: sum(len(row) for row in targets)])
         bias = getattr(model, "final_logits_bias", None)
         return logits if bias is None else logits + bias
     rows = [torch.cat([source, target]) for source, target in zip(sources, targets, strict=True)]
@@ -66,6 +69,7 @@ def target_logits(
 def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None) -> Tensor:
     """Last hidden states of an encoder or a decoder: (N, D)."""
     attached = attachment(model)
+    rows, slots = _filled(rows, slots)
     lengths = [len(row) for row in rows]
     ids = torch.cat(list(rows))[None].to(device_of(model))  # (1, N)
     offset = attached.family.position_offset(model.config)
@@ -86,6 +90,7 @@ def _encoder_decoder_hidden(
 ) -> Tensor:
     """Last hidden states of the decoder: (M, D) for M target tokens."""
     attached = attachment(model)
+    (sources, slots), (targets, _) = _filled(sources, slots, always=True), _filled(targets, slots, always=True)
     lengths = {"encoder": [len(row) for row in sources], "decoder": [len(row) for row in targets]}
     source, target = (torch.cat(list(rows))[None].to(device_of(model)) for rows in (sources, targets))
     with set_route(attached.route, slots, lengths, in_body=True):
@@ -101,6 +106,20 @@ def _encoder_decoder_hidden(
     return hidden
 
 
+def _filled(
+    rows: Sequence[Tensor], slots: Sequence[int] | None, always: bool = False
+) -> tuple[Sequence[Tensor], Sequence[int] | None]:
+    """The rows and one more that rounds the number of tokens up, so that few shapes are computed; nobody reads it.
+
+    always: at least one token more, so that the two sides of an encoder-decoder keep as many rows as each other.
+    """
+    tokens = sum(len(row) for row in rows)
+    missing = rounded(tokens + always, STEPS) - tokens
+    if missing == 0:
+        return rows, slots
+    return [*rows, rows[-1].new_zeros(missing)], None if slots is None else [*slots, slots[-1]]
+
+
 def _ready_mask(ids: Tensor) -> Tensor:
     """A 4-dimensional mask counts as made already, so no (N, N) mask is built; the attention function makes its own."""
     return torch.zeros(1, 1, 1, 1, device=ids.device)
@@ -109,6 +128,7 @@ def _ready_mask(ids: Tensor) -> Tensor:
 def _pool(pooling: str, modernbert: str, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
     """The vector a classifier reads of each row: hidden (N, D) -> (B, D)."""
     ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
+    hidden = hidden[: sum(lengths)]
     if pooling in ("last", "eos"):  # an encoder-decoder's input ends with its end-of-sequence token
         return hidden[ends - 1]
     if pooling == "modernbert" and modernbert == "mean":

@@ -59,7 +59,7 @@ class PrefixSlot(nn.Module):
         super().__init__()
         self.groups = nn.ModuleDict(groups)
         self.length = next(iter(groups.values())).shape[3]  # P
-        self._current: dict[str, Tensor] = {}
+        self._current: dict[str, tuple[Tensor, ...]] = {}  # a layer each
         self._seen: dict[str, tuple[int, ...]] = {}
 
     def refresh(self, group: str) -> None:
@@ -70,7 +70,7 @@ class PrefixSlot(nn.Module):
         assert isinstance(module, PrefixGroup)
         versions = tuple(each._version for each in module.parameters())
         if torch.is_grad_enabled() or self._seen.get(group) != versions:
-            self._current[group] = module.folded()
+            self._current[group] = module.folded().unbind(0)  # a slice a layer would have a gradient as large as all
             # A tensor that carries a graph must not outlive its pass; an inference tensor must not enter a graph.
             plain = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
             self._seen[group] = versions if plain else ()

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from turret.adapters.dropout import Masks
 
 BARE = 0  # the slot of the bare base: no adapter at all
 
@@ -32,7 +36,8 @@ class Route:
     lengths: Mapping[str, tuple[int, ...]] | None = None
     capture: dict[str, tuple[Tensor, Tensor]] | None = None
     in_body: bool = False
-    memo: dict[tuple[object, ...], Tensor] = field(default_factory=dict)  # masks and biases of this batch's lengths
+    memo: dict[tuple[object, ...], Any] = field(default_factory=dict)  # layouts and biases of this batch's lengths
+    masks: Masks | None = None  # of the unpadded pass under way
 
     def slot_of(self, row: int) -> int:
         return self.active if self.slots is None else self.slots[row]
@@ -54,8 +59,8 @@ class Route:
     def spans(self, stream: str) -> list[tuple[int, int]]:
         """(start, end) of each row among the unpadded tokens of a stream."""
         assert self.lengths is not None
-        ends = torch.tensor(self.lengths[stream]).cumsum(0).tolist()
-        return [(end - length, end) for end, length in zip(ends, self.lengths[stream], strict=True)]
+        lengths = self.lengths[stream]
+        return [(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)]
 
     def tokens_by_slot(self, stream: str, device: torch.device) -> dict[int, Tensor]:
         """Indices of the unpadded tokens of a stream, grouped by slot."""
@@ -71,11 +76,12 @@ def set_route(
     route: Route, slots: Sequence[int] | None, lengths: Mapping[str, Sequence[int]] | None, in_body: bool = False
 ) -> Iterator[None]:
     """Point `route` at another batch for the length of the block."""
-    before = route.slots, route.lengths, route.in_body, route.memo
+    before = route.slots, route.lengths, route.in_body, route.memo, route.masks
     route.slots = None if slots is None else tuple(slots)
     route.lengths = None if lengths is None else {name: tuple(each) for name, each in lengths.items()}
     route.in_body, route.memo = in_body, {}
+    route.masks = None if lengths is None else Masks()
     try:
         yield
     finally:
-        route.slots, route.lengths, route.in_body, route.memo = before
+        route.slots, route.lengths, route.in_body, route.memo, route.masks = before

@@ -1,0 +1,63 @@
+"""The base's own RMS norms, with less kept for the backward pass. Knows tensors; refuses to know models.
+
+    y = w n,    n = x r,    r = 1 / sqrt(mean(x^2) + eps),    over the last dimension, in float32
+
+(Zhang & Sennrich 2019.) Autograd keeps several float32 copies of x for this; here x itself and r are kept, and n is
+computed again. The outputs are the base's to the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CLASSES = ("LlamaRMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The formula in torch's own operations, in the order of transformers: the reference of the fast way.
+
+    dtype: of n; T5 takes its weight's where that is narrower than x's, the others x's.
+    """
+    wide = x.float()
+    n = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * n.to(dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """dx = r (g - n mean(g n)),  g = w dy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # (..., 1)
+        ctx.save_for_backward(x, r, weight)
+        return weight * (wide * r).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, r, weight = ctx.saved_tensors
+        g = (gradients[0] * weight).float()
+        n = x.float() * r
+        g.sub_(n.mul_((g * n).mean(-1, keepdim=True))).mul_(r)
+        return g.to(x.dtype), None, None
+
+
+class FrozenNorm(nn.Module):
+    """In place of an RMS norm of the base, with the very same weight."""
+
+    def __init__(self, replaced: Any) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = replaced.weight
+        self.variance_epsilon: float = replaced.variance_epsilon
+        self.narrows = type(replaced).__name__ == "T5LayerNorm"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x, weight = hidden_states, self.weight
+        if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad and weight.dtype == x.dtype:
+            y: Tensor = _RMSNorm.apply(x, weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+            return y
+        narrows = self.narrows and weight.dtype in (torch.float16, torch.bfloat16)
+        return rms_norm(x, weight, self.variance_epsilon, weight.dtype if narrows else x.dtype)

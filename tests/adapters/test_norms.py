@@ -1,0 +1,56 @@
+"""The frozen norm against transformers' own classes: the same bits forward, the same gradient backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import build
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+from turret.adapters import attach, detach
+from turret.adapters.norms import CLASSES, FrozenNorm
+from turret.methods import Full, Head
+
+OWN: tuple[Any, ...] = (LlamaRMSNorm, Qwen3RMSNorm, T5LayerNorm)
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize(
+    ("weight", "input_"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_it_gives_the_same_bits_and_the_same_gradient(kind: Any, weight: str, input_: str) -> None:
+    own = kind(16, eps=1e-5).requires_grad_(False)
+    own.weight.copy_(torch.randn(16))
+    own = own.to(getattr(torch, weight))
+    x = (3 * torch.randn(2, 7, 16)).to(getattr(torch, input_)).requires_grad_()
+    ours, theirs = FrozenNorm(own)(x), own(x)
+    assert torch.equal(ours, theirs)
+    assert ours.dtype == theirs.dtype
+    dy = torch.randn_like(ours)
+    (mine,), (reference,) = torch.autograd.grad(ours, x, dy), torch.autograd.grad(theirs, x, dy)
+    accuracy = {"atol": 1e-6, "rtol": 1e-5} if "bfloat16" not in (weight, input_) else {"atol": 0.1, "rtol": 0.05}
+    torch.testing.assert_close(mine, reference, **accuracy)
+    assert not torch.allclose(mine.float(), dy.float())  # the control: the gradient is not passed through
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "t5"])
+def test_every_norm_of_the_family_is_replaced_and_comes_back(family: str) -> None:
+    model = build(family, "generate")
+    own = {path: module for path, module in model.named_modules() if type(module).__name__ in CLASSES}
+    names = [name for name, _ in model.named_parameters()]
+    assert own
+    attach(model, Head())
+    assert all(isinstance(model.get_submodule(path), FrozenNorm) for path in own)
+    assert set(names) <= {name for name, _ in model.named_parameters()}  # no parameter has another name
+    detach(model)
+    assert all(model.get_submodule(path) is module for path, module in own.items())
+
+
+def test_a_norm_that_is_trained_gets_its_gradient() -> None:
+    model = attach(build("llama", "generate"), Full()).train()
+    model(input_ids=torch.tensor([[5, 6, 7]])).logits.square().mean().backward()
+    assert all(each.grad is not None for name, each in model.named_parameters() if "norm" in name)
