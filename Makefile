@@ -15,7 +15,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench docs clean
+.PHONY: help setup demo test test-all lint format bench bench-train docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,9 @@ bench: $(STAMP)  ## every benchmark, or one: make bench NAME=lora_training
 	@for file in $(if $(NAME),benchmarks/$(NAME).py,$$(grep -l __main__ benchmarks/*.py)); do \
 		echo "== $$file"; $(BIN)/python $$file $(ARGS) || exit 1; \
 	done
+
+bench-train: $(STAMP)  ## training beside HF Trainer + PEFT, in turns; ARGS="--jobs short", --quality, --report
+	$(BIN)/python benchmarks/train_speed.py $(ARGS)
 
 docs: $(DOCS_STAMP)  ## the documentation as pages, in site/
 	$(BIN)/mkdocs build --strict

