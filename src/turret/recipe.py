@@ -124,7 +124,7 @@ class Train(_Section):
 
     epochs: int = Field(default=3, ge=1)
     batch_size: int = Field(default=8, ge=1, le=65536)
-    lr: float | None = Field(default=None, gt=0)  # None: the method's own
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None  # None: the method's own; auto: found by trials
     evaluate: Literal["epoch", "never"] | Annotated[int, Field(ge=1)] = "epoch"  # a number: every so many steps
     max_steps: int | None = Field(default=None, ge=1)  # None: as many as the epochs make
     warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0.06  # fraction of the steps, or steps

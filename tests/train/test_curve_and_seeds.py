@@ -81,15 +81,16 @@ def test_random_numbers_go_on_where_they_were_saved() -> None:
     assert expected[1] == got[1]
 
 
-def test_the_first_interrupt_asks_and_the_second_stops() -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_interrupt_asks_and_the_second_stops(sent: signal.Signals) -> None:
+    before = signal.getsignal(sent)
     with StopRequest() as stop:
         assert not stop.asked
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), sent)
         assert stop.asked
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            os.kill(os.getpid(), sent)
+    assert signal.getsignal(sent) is before
 
 
 def test_outside_the_main_thread_no_handler_is_installed() -> None:

@@ -16,7 +16,7 @@ from typer.exceptions import Abort, TyperException
 
 import turret
 from turret.cli import answers, demo, doctor, train, versions
-from turret.cli.output import complain
+from turret.cli.output import complain, follows
 from turret.errors import TurretError
 
 app = typer.Typer(
@@ -54,7 +54,9 @@ def _root(
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. Of several processes of one training, one is heard."""
+    if follows():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -6,6 +6,7 @@ With `--json` stdout carries exactly one JSON value; whatever else is said goes 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,8 +51,18 @@ def emit(value: Any) -> None:
     sys.stdout.flush()
 
 
+def follows() -> bool:
+    """Whether torchrun started this process to follow another one, which does the talking."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+
+
 def complain(message: str) -> None:
-    """One line on stderr, whatever the message holds."""
+    """One line on stderr, whatever the message holds; of several processes that fail, one says it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from turret.train.processes import tells
+
+        if not tells():
+            return
     line = " ".join(str(message).split())
     sys.stderr.write(f"turret: {line}\n")
     sys.stderr.flush()

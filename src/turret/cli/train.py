@@ -23,6 +23,7 @@ Name = Annotated[str | None, typer.Option("--name", help="Name of the adapter in
 Data = Annotated[str | None, typer.Option("--data", help="Another source of data than the recipe's.")]
 Kind = Annotated[str | None, typer.Option("--task", help="classify, summarize or generate.")]
 Method = Annotated[str | None, typer.Option("--method", help="lora, prefix, head or full.")]
+Rate = Annotated[str | None, typer.Option("--lr", help="Largest learning rate, or auto: short trials find it.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
 
 
@@ -33,6 +34,7 @@ def train(
     data: Data = None,
     task: Kind = None,
     method: Method = None,
+    lr: Rate = None,
     seed: Seed = None,
     sets: options.Set = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where an unfinished run could go on.")] = False,
@@ -47,7 +49,7 @@ def train(
     from turret.cli.progress import Progress
     from turret.workspace import Workspace
 
-    recipe = read_recipe(source, base, name, data, task, method, seed, sets)
+    recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets)
     with Progress(as_json) as shown:
         result = Workspace(store).train(
             recipe, on_record=shown.record, on_plan=shown.planned, on_stage=shown.stage, fresh=fresh
@@ -62,6 +64,7 @@ def plan(
     data: Data = None,
     task: Kind = None,
     method: Method = None,
+    lr: Rate = None,
     seed: Seed = None,
     sets: options.Set = None,
     store: options.Store = options.STORE,
@@ -74,7 +77,7 @@ def plan(
     from turret.cli.progress import print_plan
     from turret.workspace import Workspace
 
-    recipe = read_recipe(source, base, name, data, task, method, seed, sets)
+    recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets)
     with status() as say:
         planned = Workspace(store).plan(recipe, on_stage=say)
     if as_json:
@@ -92,14 +95,16 @@ def read_recipe(
     data: str | None,
     task: str | None,
     method: str | None,
+    lr: str | None,
     seed: int | None,
     sets: list[str] | None,
 ) -> Recipe:
     """The recipe in a file or preset, or one that begins with this data; then the options, then --set."""
     from turret.recipe import Recipe, presets
 
-    named = {"base": base, "name": name, "data.source": data, "task.kind": task, "method.kind": method, "seed": seed}
-    asked = {key: str(value) for key, value in named.items() if value is not None} | options.overrides(sets)
+    named = {"base": base, "name": name, "data.source": data, "task.kind": task, "method.kind": method}
+    named |= {"train.lr": lr, "seed": None if seed is None else str(seed)}
+    asked = {key: value for key, value in named.items() if value is not None} | options.overrides(sets)
     if source.endswith(".toml") or (source in presets() and not Path(source).exists()):
         return Recipe.load(source).with_overrides(asked)
     if data is not None:

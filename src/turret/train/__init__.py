@@ -1,6 +1,7 @@
 """Training: the preflight, the one visible loop, its checkpoints, evaluation, and the proof of what was stored.
 
     plan(recipe, base, task, dataset) -> Plan           what this run will do, and what is wrong with it
+    find_rate(recipe, base, task, dataset) -> Found     what `lr = "auto"` means here
     fit(recipe, base, task, dataset, folder=...)        a generator: a StepRecord a step, at the end Fitted
     evaluate(model, task, examples)                     (metrics, answers)
     probe(model, task, examples) -> Probe               what the trained model says to a few examples
@@ -17,17 +18,21 @@ from turret.train.loop import fit
 from turret.train.optim import default_learning_rate
 from turret.train.plan import Plan, plan
 from turret.train.proof import Probe, probe, prove
+from turret.train.rates import Found
 from turret.train.run import Fitted
+from turret.train.trials import find_rate
 
 __all__ = [
     "Check",
     "Curve",
     "Fitted",
+    "Found",
     "Plan",
     "Probe",
     "StepRecord",
     "default_learning_rate",
     "evaluate",
+    "find_rate",
     "fit",
     "generate",
     "plan",

@@ -3,10 +3,11 @@
 The format, number 1, one safetensors file `checkpoint.safetensors` in the run's folder:
 
 - metadata `turret`: a JSON object with `format`, `identity`, `layout` and `progress`
-- `identity` says whose checkpoint it is (recipe, data, base, versions); another run refuses it
+- `identity` says whose checkpoint it is (recipe, data, base, versions, world size); another run refuses it
 - `layout` maps each trained parameter to its shape, in the order of the rows
 - tensors `weights`, `exp_avg`, `exp_avg_sq`: (N,) float32; `best`: (N,), where a best state is kept
-- tensors `random.python`, `random.torch`, `random.cuda`: states of the generators
+- tensors `random.python`, `random.torch`, `random.cuda`: states of the generators; of process 1, 2, ... of several
+  `random.1.python` and so on
 
 It is written beside, synced and renamed, so a kill or a full disk leaves the one before. Refuses to know the model.
 """

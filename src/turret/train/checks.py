@@ -18,6 +18,7 @@ from turret.errors import AdapterError
 from turret.methods import Full, LoRA, Prefix
 from turret.train.batches import Item, Schedule
 from turret.train.optim import default_learning_rate, warmup_steps
+from turret.train.rates import MOST_TRIALS, Size
 from turret.train.splits import Splits
 
 FEW_STEPS = 20
@@ -77,7 +78,7 @@ def learning_rate(recipe: Any, base_parameters: int) -> Check:
             "learning rate",
             "warn",
             f"train.lr = {rate:g} is a rate for full fine-tuning: LoRA stays near chance with it (2e-5 gave 0.51 on "
-            "IMDB and 0.53 on movie snippets, where 1e-3 gave 0.83 and 0.84)",
+            "IMDB and 0.53 on movie snippets after an epoch, where 1e-3 gave 0.83 and 0.84)",
             keep,
         )
     if isinstance(method, Prefix) and rate <= usual / 10:
@@ -94,6 +95,14 @@ def learning_rate(recipe: Any, base_parameters: int) -> Check:
             "learning rate", "warn", f"train.lr = {rate:g} is {rate / usual:.0f} times the usual and {lost}", keep
         )
     return Check("learning rate", "ok", f"{rate:g}, where this method's own is {usual:g}")
+
+
+def rates(size: Size, usual: float) -> Check:
+    """`lr = "auto"` before it was carried out: a plan alone does not take the time."""
+    if size.reason is not None:
+        return Check("learning rate", "ok", f"{usual:g}, this method's own: {size.reason}")
+    tried = f"at most {MOST_TRIALS} rates about this method's own {usual:g}, {size.steps} steps each"
+    return Check("learning rate", "ok", f"auto: training first tries {tried}")
 
 
 def steps(recipe: Any, schedule: Schedule) -> Check:

@@ -54,6 +54,28 @@ def evaluate(
         return metrics, answers
 
 
+def example_losses(
+    model: Any, task: Any, items: Items, *, most_tokens: int = 4096
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The loss of every example, summed over its target tokens, and how many those are (one for a class)."""
+    count = len(items)
+    with _evaluating(model, None):
+        if task.kind == "classify":
+            logits, wanted = _class_logits(model, items, most_tokens), task.targets(list(items.examples))
+            each = [float(task.loss(logits[row : row + 1], wanted[row : row + 1])) for row in range(count)]
+            return tuple(each), (1,) * count
+        losses, weights = [0.0] * count, [0] * count
+        for piece in by_length(items.lengths(), most_tokens):
+            taken = items.take(piece)
+            targets = [item.target for item in taken if item.target is not None]
+            logits = packed.target_logits(model, [item.source for item in taken], targets)  # (N, V)
+            rows = torch.split(logits, [len(target) for target in targets])
+            for place, row, target in zip(piece, rows, targets, strict=True):
+                losses[place] = float(task.loss(row, target.to(row.device))) * len(target)
+                weights[place] = len(target)
+        return tuple(losses), tuple(weights)
+
+
 @contextmanager
 def _evaluating(model: Any, slot: int | None) -> Iterator[None]:
     """Eval mode, no gradients, and all rows on one slot, for the length of the block."""

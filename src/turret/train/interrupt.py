@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the first finishes the step, the second stops at once. Knows signals and threads."""
+"""Ctrl-C or SIGTERM as a request: the first finishes the step, the second stops at once. Knows signals and threads."""
 
 from __future__ import annotations
 
@@ -9,26 +9,24 @@ from typing import Any
 
 
 class StopRequest:
-    """`with StopRequest() as stop:` turns the first SIGINT into `stop.asked`. Handlers belong to the main thread;
-    in any other nothing is installed and Ctrl-C means what it meant before."""
+    """`with StopRequest() as stop:` turns the first SIGINT or SIGTERM into `stop.asked`. Handlers belong to the main
+    thread; in any other nothing is installed and the signals mean what they meant before."""
 
     def __init__(self) -> None:
         self.asked = False
-        self._previous: Any = None
-        self._installed = False
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-            self._installed = True
+            self._previous = {each: signal.signal(each, self._handle) for each in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._installed and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_DFL if self._previous is None else self._previous)
-        self._installed = False
+        if threading.current_thread() is threading.main_thread():
+            for each, previous in self._previous.items():
+                signal.signal(each, signal.SIG_DFL if previous is None else previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

@@ -15,7 +15,6 @@ from typing import Any
 from turret.errors import Interrupted, LossNotFinite
 from turret.train import memory
 from turret.train.curve import StepRecord
-from turret.train.evaluate import evaluate
 from turret.train.interrupt import StopRequest
 from turret.train.optim import learning_rate
 from turret.train.run import Fitted, Run
@@ -40,10 +39,11 @@ def fit(
     folder: where the checkpoint is kept; one that is there already is gone on from, and the rest of the run is the same
     to the last bit. Without a folder nothing is written. Every record is yielded before the checkpoint that includes
     it, so a curve that is cut back to the checkpoint's step has no gap. On any error the base is left as it was.
+    Under torchrun every process makes the same call, with the same folder; the main one alone evaluates and writes.
     """
     memory.reset_peak()
     run = Run.begin(recipe, base, task, dataset, folder)
-    train, model = recipe.train, base.model
+    train, model, here = recipe.train, base.model, run.processes
     try:
         with StopRequest() as stop:
             saved_at, pause = clock(), SAVE_SECONDS
@@ -61,25 +61,27 @@ def fit(
                         rate=rate,
                         clip=train.gradient_clip,
                         most_tokens=train.micro_batch_tokens,
+                        processes=here,
                     )
                 seconds = clock() - started
                 run.count(step, batch, seconds)
 
                 metrics = None
-                if run.watched is not None and run.evaluates(step):
+                if run.evaluates(step):
                     started = clock()
-                    metrics, _ = evaluate(model, task, run.watched, most_tokens=train.micro_batch_tokens, texts=False)
+                    metrics = here.from_main(run.evaluate)
                     run.judge(step, metrics, clock() - started)
 
                 yield run.record(step, batch, loss=loss, rate=rate, norm=norm, seconds=seconds, metrics=metrics)
 
                 late = train.checkpoint_every is None and clock() - saved_at > pause
-                if folder is not None and (run.over or stop.asked or late or run.saves(step)):
+                stopping, late = here.any(stop.asked, late)
+                if folder is not None and (run.over or stopping or late or run.saves(step)):
                     started = clock()
                     run.save()
                     saved_at = clock()
                     pause = max(SAVE_SECONDS, (saved_at - started) / SAVE_SHARE)
-                if stop.asked:
+                if stopping:
                     raise Interrupted(
                         f"stopped by the user after step {step} of {run.schedule.steps}: {run.how_to_resume()}"
                     )

@@ -6,7 +6,7 @@ Asks `checks` and `cost`, and leaves the base as it was. Refuses to know how a p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from turret.errors import PreflightRefused
@@ -16,6 +16,7 @@ from turret.train.batches import Items, Schedule
 from turret.train.checks import Check
 from turret.train.cost import Cost, measure
 from turret.train.optim import default_learning_rate
+from turret.train.rates import AUTO, MOST_TRIALS, Found, Size, size_of
 from turret.train.splits import Splits, splits_of
 from turret.train.step import memory_ran_out
 
@@ -31,9 +32,10 @@ class Plan:
     memory: memory.Prediction | None  # None where it was not measured
     seconds: float | None  # of training and the evaluations within it
     steps: int
-    lr: float
+    lr: float  # this method's own where it is still to be found
     trainable: int | None
     total: int
+    found: Found | None = None  # how `lr` was found, where the recipe says "auto"
 
     @property
     def refused(self) -> bool:
@@ -48,6 +50,12 @@ class Plan:
         if self.refused:
             raise PreflightRefused(self.refusal())
 
+    def with_rate(self, found: Found) -> Plan:
+        """The plan once trials have found what `lr = "auto"` is."""
+        told = Check("learning rate", "ok", str(found))
+        checked = tuple(told if check.name == told.name else check for check in self.checks)
+        return replace(self, lr=found.lr, found=found, checks=checked)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "refused": self.refused,
@@ -56,6 +64,7 @@ class Plan:
             "seconds": self.seconds,
             "steps": self.steps,
             "lr": self.lr,
+            "rates": None if self.found is None else self.found.to_json(),
             "parameters": {"trainable": self.trainable, "total": self.total},
         }
 
@@ -68,9 +77,11 @@ def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = Tr
     items = Items(task, made.train)
     seen = items.take(_spread(len(items), LOOKED_AT))
     total = sum(each.numel() for each in base.model.parameters())
+    usual = default_learning_rate(recipe.method, total)
+    auto = size_of(len(made.train), schedule.steps) if train.lr == AUTO else None
     found = [
         checks.targets(recipe.method, base.model),
-        checks.learning_rate(recipe, total),
+        checks.learning_rate(recipe, total) if auto is None else checks.rates(auto, usual),
         checks.steps(recipe, schedule),
         *checks.splits(made, dataset),
         *checks.labels(task, made.train),
@@ -89,14 +100,14 @@ def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = Tr
         found.insert(1, checks.share(cost.trainable, total))
         found += [
             fits(cost.memory, base),
-            Check("time", "ok", f"about {duration(seconds)} for {schedule.steps} steps"),
+            Check("time", "ok", f"about {duration(seconds)} for {schedule.steps} steps{_trials(auto, cost)}"),
         ]
     return Plan(
         checks=tuple(found),
         memory=None if cost is None else cost.memory,
         seconds=seconds,
         steps=schedule.steps,
-        lr=train.lr or default_learning_rate(recipe.method, total),
+        lr=usual if auto is not None else train.lr or usual,
         trainable=None if cost is None else cost.trainable,
         total=total,
     )
@@ -145,6 +156,13 @@ def _seconds(recipe: Any, made: Splits, task: Any, schedule: Schedule, cost: Cos
     some = watched.take(_spread(len(watched), LOOKED_AT // 10))
     tokens = sum(item.tokens for item in some) / len(some) * len(watched)
     return training + times * tokens * EVALUATION * cost.seconds / cost.step_tokens
+
+
+def _trials(auto: Size | None, cost: Cost) -> str:
+    """What finding the learning rate adds to the time."""
+    if auto is None or auto.reason is not None:
+        return ""
+    return f", before them at most {duration(MOST_TRIALS * auto.steps * cost.seconds)} to find the learning rate"
 
 
 def _spread(count: int, most: int) -> Sequence[int]:

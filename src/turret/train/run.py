@@ -21,10 +21,12 @@ from turret import adapters
 from turret.adapters import Adapter, BaseInfo
 from turret.errors import TrainingError
 from turret.methods import Prefix
-from turret.train import checkpoint, memory
+from turret.train import checkpoint, memory, processes
 from turret.train.batches import Item, Items, Schedule
 from turret.train.curve import StepRecord
+from turret.train.evaluate import evaluate
 from turret.train.optim import AdamW, default_learning_rate, warmup_steps
+from turret.train.processes import Processes
 from turret.train.seeds import Randomness
 from turret.train.splits import Splits, splits_of
 
@@ -82,6 +84,7 @@ class Run:
     unchanged: str  # checksum of the base before anything was attached
     originals: list[Tensor]  # what it is the checksum of
     total: int  # weights of the base
+    processes: Processes
     progress: Progress = field(default_factory=Progress)
     best_weights: Tensor | None = None
     resumed_from: int = 0
@@ -89,7 +92,11 @@ class Run:
     @classmethod
     def begin(cls, recipe: Any, base: Any, task: Any, dataset: Any, folder: Path | None) -> Run:
         """Attach a new adapter, seeded; go on from the folder's checkpoint where there is one."""
-        train = recipe.train
+        here, train = processes.begin(), recipe.train
+        if train.lr == "auto":
+            raise TrainingError(
+                'train.lr is "auto": find it first (Workspace.train does, or find_rate), or give a number'
+            )
         splits = splits_of(recipe, dataset)
         schedule = Schedule(len(splits.train), train.batch_size, train.epochs, recipe.seed, train.max_steps)
         originals = [each.detach() for each in (*base.model.parameters(), *base.model.buffers())]
@@ -98,6 +105,8 @@ class Run:
         randomness = Randomness(recipe.seed, base.model.device)
         with randomness:
             attach(recipe, base, task)
+        if not here.main:  # attached alike, dropped out apart
+            randomness = Randomness(here.seed(recipe.seed), base.model.device)
         try:
             trained = adapters.trainable_parameters(base.model)
             optimiser = AdamW(trained, weight_decay=train.weight_decay)
@@ -118,9 +127,10 @@ class Run:
                 unchanged=unchanged,
                 originals=originals,
                 total=total,
+                processes=here,
             )
-            if folder is not None:
-                run._resume(folder)
+            here.require_same(**run._identity())
+            run._resume()
         except BaseException:
             adapters.detach(base.model)
             raise
@@ -149,6 +159,13 @@ class Run:
             return False
         each = self.schedule.steps_per_epoch if every == "epoch" else every
         return step % each == 0 or step == self.schedule.steps
+
+    def evaluate(self) -> dict[str, Any]:
+        """Metrics of the weights as they are, on the examples that are watched."""
+        assert self.watched is not None
+        most = self.recipe.train.micro_batch_tokens
+        metrics, _ = evaluate(self.model, self.task, self.watched, most_tokens=most, texts=False)
+        return metrics
 
     def saves(self, step: int) -> bool:
         """Whether the recipe wants a checkpoint after this step."""
@@ -214,17 +231,22 @@ class Run:
             "base": self.base.fingerprint,
             "torch": torch.__version__,
             "transformers": version("transformers"),
+            "world_size": self.processes.size,  # who draws which dropout, and the order of sums
         }
 
     def save(self) -> None:
-        """Write the checkpoint, unless the weights are no longer good."""
-        assert self.folder is not None
+        """Write the checkpoint, unless the weights are no longer good; the main process does, the others wait."""
         if not bool(torch.isfinite(self.optimiser.weights).all()):
             return  # the next loss will say so; the last good state stays
         tensors = dict(self.optimiser.state())
-        tensors |= {f"random.{name}": each for name, each in self.randomness.tensors().items()}
+        for rank, states in enumerate(self.processes.gather(self.randomness.tensors())):
+            tensors |= {f"{_random_prefix(rank)}{name}": each for name, each in states.items()}
         if self.best_weights is not None:
             tensors["best"] = self.best_weights
+        self.processes.from_main(lambda: self._write(tensors))
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        assert self.folder is not None
         checkpoint.save(
             self.folder,
             tensors,
@@ -233,20 +255,33 @@ class Run:
             progress=vars(self.progress),
         )
 
-    def _resume(self, folder: Path) -> None:
-        found = checkpoint.load(folder, identity=self._identity())
-        if found is None:
-            return
-        if found.layout != self.optimiser.layout:
-            raise TrainingError(f"checkpoint in {folder} holds other weights than this run trains: delete it")
-        self.progress = Progress(**found.progress)
-        self.optimiser.load_state(found.tensors, self.progress.step)
-        states = {name: each for name, each in found.tensors.items() if name.startswith("random.")}
-        self.randomness.load({name.removeprefix("random."): each for name, each in states.items()})
-        self.best_weights = found.tensors.get("best")
-        if self.best_weights is not None:
-            self.best_weights = self.best_weights.to(self.optimiser.weights.device)
+    def _resume(self) -> None:
+        """Take up the folder's checkpoint where there is one. The main process reads; all begin as it does."""
+        here, optimiser = self.processes, self.optimiser
+        found = self._read() if here.main else None
+        states = None
+        if found is not None:
+            self.progress = Progress(**found.progress)
+            optimiser.load_state(found.tensors, self.progress.step)
+            best = found.tensors.get("best")
+            self.best_weights = None if best is None else best.to(optimiser.weights.device)
+            states = [_random_state(found.tensors, rank) for rank in range(here.size)]
+        progress, states, kept = here.from_main(lambda: (vars(self.progress), states, self.best_weights is not None))
+        self.progress = Progress(**progress)
         self.resumed_from = self.progress.step
+        rows = {name: here.take_from_main(row) for name, row in optimiser.state().items()}
+        optimiser.load_state(rows, self.progress.step)
+        if kept:
+            row = optimiser.weights.clone() if self.best_weights is None else self.best_weights
+            self.best_weights = here.take_from_main(row)
+        if states:
+            self.randomness.load(states[here.rank])
+
+    def _read(self) -> checkpoint.Checkpoint | None:
+        found = None if self.folder is None else checkpoint.load(self.folder, identity=self._identity())
+        if found is not None and found.layout != self.optimiser.layout:
+            raise TrainingError(f"checkpoint in {self.folder} holds other weights than this run trains: delete it")
+        return found
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -259,6 +294,8 @@ class Run:
             raise TrainingError(
                 "the base's weights changed while an adapter was trained: load the base anew, and report it"
             )
+        if self.processes.size > 1:
+            self.processes.require_same(weights=checksum([self.optimiser.weights]))
         progress = self.progress
         tensors, head, method = adapters.extract(self.model)
         base, spec = self.base, self.task.spec()
@@ -317,6 +354,16 @@ class Run:
     def _kept(self) -> str:
         step = 0 if self.folder is None else checkpoint.step_of(self.folder)
         return f"the state after step {step} is kept in {self.folder}" if step else "no checkpoint had been written yet"
+
+
+def _random_prefix(rank: int) -> str:
+    return f"random.{rank}." if rank else "random."
+
+
+def _random_state(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The states of one process's generators in a checkpoint."""
+    named = {name.removeprefix(_random_prefix(rank)): each for name, each in tensors.items()}
+    return {name: named[name] for name in ("python", "torch", "cuda") if name in named}
 
 
 def attach(recipe: Any, base: Any, task: Any) -> None:

@@ -15,24 +15,37 @@ from turret.errors import LossNotFinite, OutOfMemory
 from turret.train.batches import Item, micro_batches
 from turret.train.memory import Prediction
 from turret.train.optim import AdamW
+from turret.train.processes import ALONE, Processes
 
 
 def train_step(
-    model: Any, task: Any, optimiser: AdamW, batch: Sequence[Item], *, rate: float, clip: float, most_tokens: int
+    model: Any,
+    task: Any,
+    optimiser: AdamW,
+    batch: Sequence[Item],
+    *,
+    rate: float,
+    clip: float,
+    most_tokens: int,
+    processes: Processes = ALONE,
 ) -> tuple[float, float]:
     """One update from the gradient of the mean loss over the whole batch, computed in micro-batches.
 
-    The mean is over examples (classify) or target tokens (generate) of the batch, so the split into micro-batches
-    changes nothing but the order of summation. Returns (loss, gradient norm before clipping), both before the update.
+    The mean is over examples (classify) or target tokens (generate) of the batch, so the split into micro-batches, and
+    of the batch among processes, changes nothing but the order of summation. Returns (loss, gradient norm before
+    clipping), both before the update.
     """
     optimiser.zero_gradients()
     total = sum(item.weight for item in batch)
     losses = []
-    for piece in micro_batches(batch, most_tokens):
+    for piece in micro_batches(processes.share(batch), most_tokens):
         part = loss_of(model, task, piece) * (sum(item.weight for item in piece) / total)
         backward(part)
         losses.append(part.detach())
-    loss = float(torch.stack(losses).sum())
+    # a process may have nothing of a short batch
+    mean = torch.stack(losses).sum().float() if losses else optimiser.gradients.new_zeros(())
+    processes.sum(optimiser.gradients, mean)  # from here on every process does the same
+    loss = float(mean)
     norm = optimiser.clip_gradients(clip)
     for name, value in (("loss", loss), ("norm of the gradients", norm)):
         if not math.isfinite(value):

@@ -2,6 +2,7 @@
 
 A run is `interrupted` unless it came to its end or cannot: the same recipe on the same data then goes on from its last
 checkpoint. A loss that is not finite and a proof that failed end a run as `failed`, because they would come again.
+Of several processes the main one does all that writes or measures; the others make its steps with it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreErr
 from turret.recipe import Recipe
 from turret.store import Run, Store, Version
 from turret.tasks import make, tables
-from turret.train import memory
+from turret.train import memory, processes
 from turret.workspace.results import Planned, RunResult
 
 HOPELESS = (LossNotFinite, ProofFailed)
@@ -86,7 +87,7 @@ def prepare(recipe: Recipe, watching: Watching) -> Ready:
 def _filled(recipe: Recipe, dataset: Any, base: Any) -> Recipe:
     """The recipe that says what was guessed, so that a later default or a later guess changes nothing."""
     total = sum(parameter.numel() for parameter in base.model.parameters())
-    rate = recipe.train.lr or trainer.default_learning_rate(recipe.method, total)
+    rate = recipe.train.lr or trainer.default_learning_rate(recipe.method, total)  # "auto" stays until it is found
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update=dataset.columns),
@@ -107,13 +108,36 @@ def _plan(ready: Ready, watching: Watching) -> Planned:
     return Planned(ready.recipe, made, ready.notes)
 
 
+def _with_rate(ready: Ready, planned: Planned, watching: Watching) -> Planned:
+    """Carry `lr = "auto"` out: from here on the recipe holds the number that was found."""
+    if ready.recipe.train.lr != "auto":
+        return planned
+    found = trainer.find_rate(
+        ready.recipe,
+        ready.base,
+        ready.task,
+        ready.dataset,
+        on_trial=lambda lr, steps: watching.stage(f"trying the learning rate {lr:.3g} for {steps} steps"),
+    )
+    recipe = ready.recipe.model_copy(update={"train": ready.recipe.train.model_copy(update={"lr": found.lr})})
+    return Planned(recipe, planned.plan.with_rate(found), [*planned.notes, found.note()])
+
+
 def train(store: Store, recipe: Recipe, watching: Watching, *, fresh: bool, beside_base: bool = False) -> RunResult:
     """Plan, train, prove and store."""
-    ready = prepare(recipe, watching)
-    planned = _plan(ready, watching)
+    here = processes.begin()
+    here.require_same(recipe=recipe.to_toml())
+    watching = watching if here.main else Watching()
+    ready = here.main_first(lambda: prepare(recipe, watching))
+    if here.device is not None:
+        ready.base.model.to(here.device)
+    planned = here.from_main(lambda: _planned(_noted(ready, here), watching))
+    ready = replace(ready, recipe=planned.recipe, notes=planned.notes)
     watching.planned(planned)
     if planned.plan.refused:
         raise PreflightRefused(planned.plan.refusal())
+    if not here.main:
+        return _follow(here, ready)
     toml, digest = ready.recipe.to_toml(), ready.dataset.digest
     run = None if fresh else store.unfinished_run(toml, digest)
     run = run or store.new_run(ready.recipe.name, toml, digest)
@@ -125,7 +149,34 @@ def train(store: Store, recipe: Recipe, watching: Watching, *, fresh: bool, besi
         raise
     store.end_run(run, "finished", result=result.as_json())
     shutil.rmtree(run.checkpoint, ignore_errors=True)  # nothing goes on from a finished run
+    return here.from_main(lambda: result)
+
+
+def _planned(ready: Ready, watching: Watching) -> Planned:
+    """The plan, with the rate found where it was to be found."""
+    planned = _plan(ready, watching)
+    return planned if planned.plan.refused else _with_rate(ready, planned, watching)
+
+
+def _noted(ready: Ready, here: processes.Processes) -> Ready:
+    if here.size == 1:
+        return ready
+    said = f"{here.size} processes share every batch; the plan's memory is that of each, its time that of one alone"
+    return replace(ready, notes=[*ready.notes, said])
+
+
+def _follow(here: processes.Processes, ready: Ready) -> RunResult:
+    """What every process but the main one does: the same steps, and nothing else. Returns the main one's result."""
+    folder: Path = here.from_main(_never)
+    for _ in trainer.fit(ready.recipe, ready.base, ready.task, ready.dataset, folder=folder):
+        pass
+    adapters.detach(ready.base.model)
+    result: RunResult = here.from_main(_never)
     return result
+
+
+def _never() -> Any:
+    raise AssertionError("only the main process makes this")
 
 
 def _carry_out(
@@ -181,6 +232,7 @@ def _fit(run: Run, ready: Ready, planned: Planned, watching: Watching) -> Any:
     if after:
         watching.stage(f"going on from step {after} of run {run.id}")
     curve = trainer.Curve(run.curve, resume_after=after)
+    processes.begin().from_main(lambda: run.checkpoint)
     steps = trainer.fit(
         ready.recipe,
         ready.base,
