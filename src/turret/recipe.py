@@ -136,7 +136,7 @@ class Train(_Section):
     gradient_clip: float = Field(default=1.0, gt=0)  # largest norm
     checkpoint_every: int | None = Field(default=None, ge=1)  # steps; None: every epoch
     micro_batch_tokens: int = Field(
-        default=1024, ge=1
+        default=512, ge=1
     )  # most tokens in one pass; more are accumulated, the result is the same
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, BaseInfo
 from turret.adapters.peft_config import method_of, peft_config
 from turret.adapters.prefix import from_peft, to_peft
+from turret.disk import sync
 from turret.errors import BundleError
 from turret.methods import Full, LoRA, Method
 
@@ -45,7 +46,7 @@ def save_bundle(adapter: Adapter, folder: str | Path) -> dict[str, Any]:
         manifest = _write(adapter, beside)
         os.chmod(beside, 0o755)
         beside.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -71,8 +72,8 @@ def _write(adapter: Adapter, folder: Path) -> dict[str, Any]:
     manifest["digest"] = manifest_digest(manifest)
     (folder / MANIFEST).write_text(_pretty(manifest), encoding="utf-8")
     for name in (WEIGHTS, CONFIG, MANIFEST):
-        _sync(folder / name)
-    _sync(folder)
+        sync(folder / name)
+    sync(folder)
     return manifest
 
 
@@ -233,11 +234,3 @@ def _file_entry(path: Path) -> dict[str, Any]:
 
 def _pretty(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

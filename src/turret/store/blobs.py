@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from turret.disk import sync
 from turret.errors import Corrupt
 
 _CHUNK = 1 << 20
@@ -63,7 +64,7 @@ class Blobs:
                 raise Corrupt(f"{source} changed while it was being stored: try again when nothing writes to it")
             beside.chmod(0o444)
             os.replace(beside, final)
-            flush_folder(final.parent)
+            sync(final.parent)
         finally:
             beside.unlink(missing_ok=True)
         return blob
@@ -101,15 +102,6 @@ def flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def flush_folder(folder: Path) -> None:
-    """Returns when the names in the folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _copy(read: BinaryIO, write: BinaryIO | None) -> Blob:
     digest, size = hashlib.sha256(), 0
     while chunk := read.read(_CHUNK):
@@ -127,7 +119,7 @@ def _folder(folder: Path) -> None:
         missing.append(missing[-1].parent)
     for level in reversed(missing):
         level.mkdir(exist_ok=True)
-        flush_folder(level.parent)
+        sync(level.parent)
 
 
 def _changed(path: Path, digest: str) -> Corrupt:

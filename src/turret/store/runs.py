@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from sqlalchemy import insert, select, update
 
 from turret.database import Database, runs
+from turret.disk import sync
 from turret.errors import StoreError
-from turret.store.blobs import flush, flush_folder
+from turret.store.blobs import flush
 from turret.store.catalog import now, plain
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def begin(database: Database, folder: Path, name: str, recipe_toml: str, data_di
     with (own / "recipe.toml").open("xb") as file:
         file.write(recipe_toml.encode())
         flush(file)
-    flush_folder(own)
-    flush_folder(folder)
+    sync(own)
+    sync(folder)
     lock = _hold(own)
     if lock is None:
         raise StoreError(f"run {run_id} is held by another process as it begins: try again")

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from turret.disk import sync
 from turret.errors import TrainingError
 from turret.train.memory import mega
 
@@ -60,9 +61,9 @@ def save(
         save_file(
             {name: each.detach().contiguous() for name, each in tensors.items()}, beside, metadata={"turret": text}
         )
-        _sync(beside)
+        sync(beside)
         os.replace(beside, final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             beside.unlink()
@@ -123,16 +124,6 @@ def _write_failure(folder: Path, error: Exception, tensors: dict[str, Tensor], s
         f"disk full: checkpoint of step {step} needs {mega(needed)} in {folder}, the disk at {mount} has "
         f"{mega(shutil.disk_usage(mount).free)} free: make room and start the same command again; {kept}"
     )
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _short(value: object) -> str:

@@ -41,8 +41,11 @@ def measure(
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
-    """Attach the recipe's adapter, run forward and backward on a typical batch and forward on the largest, detach."""
-    runtime = max(0, memory.resident() - base.bytes)
+    """Attach the recipe's adapter, run forward and backward on a typical batch and on the largest piece, detach.
+
+    What a pass takes is what the process grew by at its peak, where the system tells (Linux), and never less than what
+    was counted. What the libraries keep for good by then (a plan for every shape, say) counts as runtime.
+    """
     batches = [items.take(indices) for (_, indices), _ in zip(schedule.batches(), range(LOOKED_AT), strict=False)]
     most = recipe.train.micro_batch_tokens
     typical = sorted(batches, key=_tokens)[len(batches) // 2]
@@ -64,18 +67,19 @@ def measure(
                 seconds = min(seconds, clock() - started)
                 if seconds > LONG:
                     break
-            with saved.counting():
-                loss_of(model, task, largest)
+            with saved.counting(), memory.grown() as grown:
+                backward(loss_of(model, task, largest))
         finally:
             adapters.detach(model)
             model.eval()
+    memory.give_back()
     prediction = memory.Prediction(
         weights=base.bytes,
         trainable=trainable,
         gradients=trainable,
         optimiser=2 * trainable,
-        activations=saved.bytes + 2 * saved.largest,
-        runtime=runtime,
+        activations=max(grown.bytes, saved.bytes + 2 * saved.largest),
+        runtime=max(0, memory.resident() - base.bytes),
     )
     return Cost(seconds, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4)
 

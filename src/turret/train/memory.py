@@ -5,6 +5,8 @@ Refuses to know recipes and data: `plan` hands it numbers.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +46,36 @@ def peak() -> int:
 
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
+
+
+@dataclass
+class Grown:
+    """How many bytes a passage took at its peak; 0 where the system does not tell."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def grown() -> Iterator[Grown]:
+    """Measure by how much the process grows within the block, from what it needs at its beginning."""
+    give_back()
+    found, before = Grown(), resident()
+    reset_peak()
+    told = peak() < before + (16 << 20)  # a peak that cannot be set back is that of some earlier passage
+    yield found
+    if told:
+        found.bytes = max(0, peak() - before)
+
+
+def give_back() -> None:
+    """Return what is free to the system, where the C library keeps it for itself (glibc); elsewhere this does nothing.
+
+    A passage that held much for a short while (a load, a plan) would otherwise stay in the process as holes.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
 
 
 def available(device: torch.device) -> int:

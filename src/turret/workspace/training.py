@@ -81,6 +81,7 @@ def prepare(recipe: Recipe, watching: Watching) -> Ready:
     filled = _filled(recipe, dataset, base)
     task = make.make_task(filled.task, dataset, base.tokenizer, base.family.kind)
     notes = [*dataset.notes, *base.notes]
+    memory.give_back()
     return Ready(filled, dataset, base, task, notes, load_seconds, memory.resident())
 
 
@@ -105,6 +106,7 @@ def plan(recipe: Recipe, watching: Watching) -> Planned:
 def _plan(ready: Ready, watching: Watching) -> Planned:
     watching.stage("checking the plan")
     made = trainer.plan(ready.recipe, ready.base, ready.task, ready.dataset)
+    memory.give_back()
     return Planned(ready.recipe, made, ready.notes)
 
 
