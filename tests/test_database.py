@@ -8,15 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import insert, select
+from sqlalchemy import create_engine, insert, select
 
 from turret import database as db
 from turret.database import SCHEMA, Database
 from turret.errors import StoreError
+from turret.store import Store
 
 MIGRATIONS = Path(db.__file__).parent / "migrations"
 
@@ -35,9 +37,60 @@ def test_the_migrations_make_exactly_the_tables_that_the_code_uses(tmp_path) -> 
 def test_a_newer_schema_is_refused_with_both_numbers_and_untouched(tmp_path) -> None:
     Database(tmp_path / "turret.db")
     _execute(tmp_path, "UPDATE alembic_version SET version_num = '0999'")
-    with pytest.raises(StoreError, match=r"has format 0999, this turret reads up to 0001: .* upgrade turret"):
+    with pytest.raises(StoreError, match=rf"has format 0999, this turret reads up to {SCHEMA}: .* upgrade turret"):
         Database(tmp_path / "turret.db")
     assert _execute(tmp_path, "SELECT version_num FROM alembic_version") == [("0999",)]
+
+
+def _first_format(folder: Path) -> None:
+    """A store as the first format had it, with a name, two versions and an alias that was moved twice."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    engine = create_engine(f"sqlite:///{folder / 'turret.db'}")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    engine.dispose()
+    for statement in (
+        "INSERT INTO adapters VALUES (1, 'a', 2, 'then')",
+        "INSERT INTO versions VALUES (1, 1, 1, 'sha256:1', 'then', NULL, 5, '{}', '{}')",
+        "INSERT INTO versions VALUES (2, 1, 2, 'sha256:2', 'then', NULL, 5, '{}', '{}')",
+        "INSERT INTO aliases VALUES (1, 'production', 2, 'then')",
+        "INSERT INTO alias_history VALUES (1, 1, 'production', 1, 'then')",
+        "INSERT INTO alias_history VALUES (2, 1, 'candidate', 1, 'then')",
+        "INSERT INTO alias_history VALUES (3, 1, 'production', 2, 'then')",
+    ):
+        _execute(folder, statement)
+
+
+def test_an_older_store_is_brought_up_to_date_when_it_is_opened(tmp_path) -> None:
+    _first_format(tmp_path)
+    store = Store(tmp_path)
+    assert [str(version) for version in store.list()] == ["a@1", "a@2"]
+    assert _execute(tmp_path, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
+    with Database(tmp_path / "turret.db").reading() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
+    history = _execute(tmp_path, "SELECT id, verb, number, before FROM alias_history ORDER BY id")
+    assert history == [(1, "promote", 1, None), (2, "promote", 1, None), (3, "promote", 2, 1)]
+    assert list(store.gate("a")) == []
+
+
+def test_processes_that_open_an_older_store_at_once_bring_it_up_to_date_once(tmp_path) -> None:
+    _first_format(tmp_path)
+    code = "import sys; from turret.store import Store; assert len(Store(sys.argv[1]).list()) == 2"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    opened = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in opened:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+    assert _execute(tmp_path, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
+
+
+def test_an_older_store_that_may_not_be_written_says_what_to_do_and_stays_as_it_was(tmp_path) -> None:
+    _first_format(tmp_path)
+    with pytest.raises(StoreError, match=r"has format 0001, this turret reads \d+, and it is read-only here: run"):
+        Database(tmp_path / "turret.db", read_only=True)
+    assert _execute(tmp_path, "SELECT version_num FROM alembic_version") == [("0001",)]
 
 
 def test_the_journal_is_wal(tmp_path) -> None:

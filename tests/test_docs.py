@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 VERBS = ["train", "plan", "evaluate", "predict", "inputs", "list", "show", "resolve", "doctor"]
+VERBS += ["import_adapter", "export", "diff", "promote", "rollback", "gate", "verify", "gc", "delete"]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
@@ -154,9 +155,7 @@ def test_the_reference_has_every_error() -> None:
     assert all(name in page("docs/reference/python.md") for name in names if name != "annotations")
 
 
-@pytest.mark.parametrize(
-    "verb", ["train", "plan", "evaluate", "predict", "inputs", "list", "show", "resolve", "doctor"]
-)
+@pytest.mark.parametrize("verb", VERBS)
 def test_the_reference_has_every_verb_of_a_workspace_with_its_arguments(verb: str) -> None:
     import inspect
 

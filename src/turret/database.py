@@ -5,7 +5,11 @@ The schema, in bullets (its number is `SCHEMA`; every change is a new Alembic fi
 - `adapters`: a row a name; `last_number` is the last number given out, so that a number is never used twice
 - `versions`: a row a stored version, never changed after it is written; `manifest` and `metrics` are JSON
 - `files`: which content (sha256) a version has under which path
-- `aliases`: where a movable name points now; `alias_history`: every move, append-only (`version_id` NULL: taken away)
+- `aliases`: where a movable name points now
+- `alias_history`: every move, append-only; `number` is the version's, and stays when the version is deleted and
+  `version_id` becomes NULL (both NULL: the alias was taken away); `verb` is promote, rollback or delete; `before` is
+  the move that a rollback from here goes back to
+- `gates`: what a version's metrics must reach before an alias may be moved to it
 - `runs`: a row a training; `state` is running, interrupted, failed or finished; the version it made has its `run`
 
 Times are ISO 8601 in UTC, as text. On SQLite the journal is WAL and a commit is on disk before it returns.
@@ -13,6 +17,7 @@ Times are ISO 8601 in UTC, as text. On SQLite the journal is WAL and a commit is
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -27,6 +32,7 @@ from sqlalchemy import (
     Column,
     Connection,
     Engine,
+    Float,
     ForeignKey,
     Integer,
     MetaData,
@@ -44,7 +50,7 @@ from sqlalchemy.pool import NullPool
 
 from turret.errors import StoreError
 
-SCHEMA = "0001"  # the newest file in migrations/versions; a test holds the two together
+SCHEMA = "0002"  # the newest file in migrations/versions; a test holds the two together
 BUSY_SECONDS = 60  # how long a writer waits for the writers before it
 
 metadata = MetaData(
@@ -103,6 +109,20 @@ alias_history = Table(
     Column("alias", String(32), nullable=False),
     Column("version_id", ForeignKey(versions.c.id)),
     Column("moved", String(32), nullable=False),
+    Column("number", Integer),
+    Column("verb", String(16)),
+    Column("before", Integer),
+)
+gates = Table(
+    "gates",
+    metadata,
+    Column("adapter_id", ForeignKey(adapters.c.id), primary_key=True),
+    Column("alias", String(32), primary_key=True),
+    Column("split", String(100), primary_key=True),
+    Column("metric", String(200), primary_key=True),
+    Column("relation", String(2), primary_key=True),
+    Column("threshold", Float, nullable=False),
+    Column("created", String(32), nullable=False),
 )
 runs = Table(
     "runs",
@@ -120,12 +140,15 @@ runs = Table(
 
 
 class Database:
-    """One SQLite file: `reading()` and `writing()` are its only doors, each a transaction."""
+    """One SQLite file: `reading()` and `writing()` are its only doors, each a transaction.
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    alone: no other process may have it open meanwhile; then it can be read on a disk without a byte to spare.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False, alone: bool = False) -> None:
         self.path = path
         self.read_only = read_only
-        self._engine = _engine(path, read_only)
+        self._engine = _engine(path, read_only, alone)
         with told(path):
             self._reach_schema()
 
@@ -156,6 +179,11 @@ class Database:
                 f"store {self.path.parent} has format {found}, this turret reads up to {SCHEMA}: "
                 "it was written by a newer turret; upgrade turret, or use another --store"
             )
+        if self.read_only:
+            raise StoreError(
+                f"store {self.path.parent} has format {found}, this turret reads {SCHEMA}, and it is read-only here: "
+                "run `turret list` once where it may be written, which brings it up to date"
+            )
         with self.writing() as connection:
             if _schema_of(connection) != SCHEMA:  # nobody else brought it there while this process waited
                 _migrate(connection)
@@ -178,7 +206,7 @@ def _migrate(connection: Connection) -> None:
     command.upgrade(config, "head")
 
 
-def _engine(path: Path, read_only: bool) -> Engine:
+def _engine(path: Path, read_only: bool, alone: bool) -> Engine:
     if read_only:
         # Without a -wal beside it nobody is writing, and SQLite can do without the files it may not create.
         still = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
@@ -195,6 +223,8 @@ def _engine(path: Path, read_only: bool) -> Engine:
     @event.listens_for(engine, "connect")
     def _prepare(connection: sqlite3.Connection, _record: Any) -> None:
         connection.execute("PRAGMA foreign_keys = ON")
+        if alone:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # the index of the WAL stays in memory
         if not read_only:
             _use_wal(connection)
             connection.execute("PRAGMA synchronous = FULL")
@@ -234,8 +264,13 @@ def told(path: Path) -> Iterator[None]:
         raise StoreError(f"store {path.parent}: {error.strerror or error}: {error.filename or path}") from error
 
 
+def no_room(path: Path) -> bool:
+    """Whether the disk is too full for SQLite to open a database that is in WAL mode."""
+    return shutil.disk_usage(path.parent).free < 1 << 16
+
+
 def _plainly(reason: str, path: Path) -> str:
-    if "is full" in reason:
+    if "is full" in reason or ("disk I/O error" in reason and no_room(path)):
         return f"the disk of {path.parent} is full: free some space and try again; what was stored before is intact"
     if "readonly" in reason or "read-only" in reason:
         return "it is read-only here: give write permission, or use another --store"

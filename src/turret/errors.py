@@ -1,7 +1,7 @@
 """Every error this package raises on purpose, on one page. Knows nothing else.
 
 TurretError                 anything a user can mend; its text is one line: what failed, expected, given, remedy
-├── BadReference            a name, version or alias that cannot be parsed
+├── BadReference            a name, version, alias or gate that cannot be parsed
 ├── RecipeError             a recipe that cannot be read or makes no sense
 ├── DataError               a table, column, label or split that is not usable
 ├── BaseModelError          a base that cannot be found, read or used
@@ -17,6 +17,8 @@ TurretError                 anything a user can mend; its text is one line: what
 │   └── ProofFailed         the stored bundle did not reproduce the trained model
 └── StoreError              the store could not be opened, read or written
     ├── NotFound            no such adapter, version or alias
+    ├── InUse               a version that something still needs
+    ├── GateFailed          a version whose metrics do not pass what its alias asks for
     └── Corrupt             stored bytes do not match their digest
 """
 
@@ -30,7 +32,7 @@ class TurretError(Exception):
 
 
 class BadReference(TurretError):
-    """A reference such as `sentiment@3` is malformed."""
+    """A reference such as `sentiment@3`, or a gate such as `accuracy>=0.9`, is malformed."""
 
     exit_status = 2
 
@@ -97,6 +99,14 @@ class StoreError(TurretError):
 
 class NotFound(StoreError):
     """No such adapter, version, alias or run."""
+
+
+class InUse(StoreError):
+    """An alias names the version, or another version was made from it."""
+
+
+class GateFailed(StoreError):
+    """The stored metrics of a version do not pass the gates of an alias."""
 
 
 class Corrupt(StoreError):

@@ -37,11 +37,48 @@ def test_help_loads_nothing_heavy_and_answers_quickly() -> None:
     assert done.stderr.strip() == "set()"
     # Of the processor, not of the clock: a busy machine must not fail this.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
-    for verb in ("train", "plan", "evaluate", "predict", "list", "show", "doctor"):
+    for verb in (
+        "train",
+        "plan",
+        "evaluate",
+        "predict",
+        "list",
+        "show",
+        "diff",
+        "promote",
+        "rollback",
+        "gate",
+        "verify",
+        "import",
+        "export",
+        "gc",
+        "delete",
+        "doctor",
+    ):
         assert f"\n  {verb} " in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "plan", "evaluate", "predict", "list", "show", "doctor"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "train",
+        "plan",
+        "evaluate",
+        "predict",
+        "list",
+        "show",
+        "diff",
+        "promote",
+        "rollback",
+        "gate",
+        "verify",
+        "import",
+        "export",
+        "gc",
+        "delete",
+        "doctor",
+    ],
+)
 def test_every_verb_has_help_and_takes_store_and_json(verb, capsys) -> None:
     assert run([verb, "--help"]) == 0
     out = capsys.readouterr().out

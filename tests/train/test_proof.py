@@ -14,7 +14,7 @@ import torch
 from turret import adapters, bases
 from turret.errors import ProofFailed
 from turret.train import fit, probe, prove, reload
-from turret.train.proof import Probe
+from turret.train.proof import Probe, answer
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_other_outputs_another_base_and_an_adapter_without_effect_are_refused(
     silent = {name: each * 0 if "lora_B" in name else each for name, each in adapter.tensors.items()}
     adapters.save_bundle(replace(adapter, tensors=silent), tmp_path / "silent")
     adapters.mount(on.model, replace(adapter, tensors=silent))
-    outputs = reload.answer(on.model, asked.sources, []).detach()
+    outputs = answer(on.model, asked.sources, []).detach()
     adapters.detach(on.model)
     report = examine(on, tmp_path / "silent", replace(asked, outputs=outputs))
     assert "the adapter has no effect" in report["problem"]

@@ -4,7 +4,7 @@ Two hooks carry everything: the routed linear layer (`lora`) and the attention f
 data, tasks, stores and HTTP.
 """
 
-from turret.adapters.adapter import Adapter, BaseInfo, extract, mount, unmount
+from turret.adapters.adapter import Adapter, BaseInfo, extract, mount, require_base, unmount
 from turret.adapters.attach import attach, attachment, detach, on_slot, target_paths, trainable_parameters
 from turret.adapters.bundle import read_bundle, read_manifest, save_bundle
 from turret.adapters.packed import classify_logits, target_logits
@@ -25,6 +25,7 @@ __all__ = [
     "on_slot",
     "read_bundle",
     "read_manifest",
+    "require_base",
     "save",
     "save_bundle",
     "set_route",

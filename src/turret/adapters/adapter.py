@@ -120,11 +120,7 @@ def mount(model: Any, adapter: Adapter, slot: int = 1, *, fingerprint: str | Non
     fingerprint: that of the model's base; where given, an adapter of another base is refused (WrongBase). Every tensor
     must fit a layer of the model and every layer needs both factors, or AdapterError says which does not.
     """
-    if fingerprint and adapter.base.fingerprint and fingerprint != adapter.base.fingerprint:
-        raise WrongBase(
-            f"adapter was trained on base {adapter.base.fingerprint[:19]} ({adapter.base.id}), this model is "
-            f"{fingerprint[:19]}: load that base, or retrain"
-        )
+    require_base(adapter, fingerprint)
     if slot < 1:
         raise AdapterError(f"slot {slot} cannot hold an adapter: slot 0 is the bare base; use 1 or more")
     attached = getattr(model, ATTRIBUTE, None) or hook_model(model)
@@ -145,6 +141,15 @@ def mount(model: Any, adapter: Adapter, slot: int = 1, *, fingerprint: str | Non
     attached.methods[slot] = adapter.method
     attached.route.active = slot
     return model
+
+
+def require_base(adapter: Adapter, fingerprint: str | None) -> None:
+    """Raises WrongBase for an adapter of another base; one that does not know its base, or no fingerprint, passes."""
+    if fingerprint and adapter.base.fingerprint and fingerprint != adapter.base.fingerprint:
+        raise WrongBase(
+            f"adapter was trained on base {adapter.base.fingerprint[:19]} ({adapter.base.id}), this model is "
+            f"{fingerprint[:19]}: load that base, or retrain"
+        )
 
 
 def unmount(model: Any, slot: int) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, BaseInfo
-from turret.adapters.peft_config import method_of, peft_config
+from turret.adapters.peft_config import check_agreement, check_config, method_of, peft_config
 from turret.adapters.prefix import from_peft, to_peft
 from turret.disk import sync
 from turret.errors import BundleError
@@ -29,7 +31,17 @@ from turret.methods import Full, LoRA, Method
 FORMAT = 1
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
 KEYS = {"format", "method", "task", "generation", "base", "lineage", "files", "digest"}
+FILES = (WEIGHTS, CONFIG, MANIFEST)
 MAX_FILE, MAX_JSON, MAX_TENSORS = 16 * 2**30, 16 * 2**20, 20_000
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+DTYPES = ("F64", "F32", "F16", "BF16")
+_TENSOR_NAME = re.compile(r"[\x21-\x7e]{1,500}")
+_SAID: dict[str, tuple[type, ...]] = {  # what a manifest may say of a base
+    "id": (str,),
+    "fingerprint": (str, type(None)),
+    "family": (str, type(None)),
+    "revision": (str, type(None)),
+}
 
 
 def save_bundle(adapter: Adapter, folder: str | Path) -> dict[str, Any]:
@@ -85,8 +97,8 @@ def read_bundle(folder: str | Path) -> Adapter:
     folder = Path(folder)
     if not folder.is_dir():
         raise BundleError(f"{folder} is no folder: expected one with {WEIGHTS} and {CONFIG}")
-    _refuse_foreign_files(folder)
-    config = _json(folder / CONFIG)
+    refuse_foreign_files(folder)
+    config = read_config(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     tensors = _tensors(folder / WEIGHTS)
     if manifest is None:
@@ -95,22 +107,35 @@ def read_bundle(folder: str | Path) -> Adapter:
         adapter_tensors, head = _split(tensors, method, config)
         return Adapter(method, adapter_tensors, head, base)
     method = _method(manifest["method"])
+    check_config(config)
+    check_agreement(config, method)
     adapter_tensors, head = _split(tensors, method, config)
     base = BaseInfo(**{key: manifest["base"].get(key) for key in ("id", "fingerprint", "family", "revision")})
     return Adapter(method, adapter_tensors, head, base, manifest["task"], manifest["generation"], manifest["lineage"])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration as it stands in the folder, not yet judged."""
+    return _json(folder / CONFIG)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, after its own digest and those of the files have been checked."""
     manifest = _json(folder / MANIFEST)
     version = manifest.get("format")
-    if not isinstance(version, int) or version > FORMAT:
+    if type(version) is not int or not 1 <= version <= FORMAT:
         raise BundleError(
             f"{folder.name}/{MANIFEST} has format {version!r}: this version reads up to {FORMAT}; upgrade"
         )
     if set(manifest) != KEYS:
         odd = sorted(set(manifest) ^ KEYS)
         raise BundleError(f"{folder.name}/{MANIFEST} has missing or unknown keys {', '.join(odd)}: export it again")
+    for key in ("task", "generation", "base", "lineage"):
+        if not isinstance(manifest[key], dict):
+            raise BundleError(f"{folder.name}/{MANIFEST} must have an object as {key}: export it again")
+    odd = [key for key, types in _SAID.items() if not _says(manifest["base"].get(key), types)]
+    if odd:
+        raise BundleError(f"{folder.name}/{MANIFEST} has an unusable base.{odd[0]}: export it again")
     if manifest["digest"] != manifest_digest(manifest):
         raise BundleError(f"{folder.name}/{MANIFEST} does not match its own digest: it was changed; fetch it again")
     if not isinstance(manifest["files"], dict) or set(manifest["files"]) != {CONFIG, WEIGHTS}:
@@ -123,11 +148,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _says(value: Any, types: tuple[type, ...]) -> bool:
+    """Whether it is of such a type; words are on one line and no longer than a path."""
+    words = not isinstance(value, str) or (len(value) <= 4096 and value.isprintable())
+    return isinstance(value, types) and words
+
+
 def manifest_digest(manifest: dict[str, Any]) -> str:
     """`sha256:…` over the manifest without its own digest, keys sorted, no spaces."""
     rest = {key: value for key, value in manifest.items() if key != "digest"}
-    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+    try:
+        canonical = json.dumps(
+            rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        ).encode()
+    except ValueError as error:  # 1e999, half a character
+        raise BundleError(f"{MANIFEST} holds what is no JSON ({type(error).__name__}): export it again") from None
+    return "sha256:" + hashlib.sha256(canonical).hexdigest()
 
 
 def _stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -173,35 +209,67 @@ def _unflattened(name: str, value: Tensor, config: dict[str, Any]) -> Tensor:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
+        with path.open("rb") as raw:
+            promised = int.from_bytes(raw.read(8), "little")
+        if promised > MAX_JSON:
+            raise ValueError(f"its header would take {promised} bytes, at most {MAX_JSON} are read")
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())
             if len(names) > MAX_TENSORS:
                 raise BundleError(f"{path.name} lists {len(names)} tensors: at most {MAX_TENSORS} are read")
+            for name in names:
+                if not _TENSOR_NAME.fullmatch(name):
+                    raise BundleError(f"{path.name} names a tensor {_visible(name)}: expected plain ASCII names")
+                dtype = str(file.get_slice(name).get_dtype())
+                if dtype not in DTYPES:
+                    raise BundleError(f"tensor {name!r} has dtype {dtype}: expected one of {', '.join(DTYPES)}")
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise BundleError(f"{path.name} is no readable safetensors file ({error}): fetch it again") from None
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor.float()).all()):  # a float64 may be too large for a float32
             raise BundleError(f"tensor {name!r} in {path.name} holds NaN or infinity: train or export it again")
     return tensors
 
 
-def _refuse_foreign_files(folder: Path) -> None:
-    for name in (WEIGHTS, CONFIG, MANIFEST):
+def refuse_foreign_files(folder: Path) -> None:
+    """A pickle instead of safetensors, a link, a device, a file too large: BundleError, before anything is read."""
+    names = sorted(each.name for each in folder.iterdir())
+    for name in names:
+        if name.casefold() in FILES and name not in FILES:
+            raise BundleError(f"{folder.name} holds {_visible(name)}: expected {name.casefold()}, in small letters")
+    for name in FILES:
         path = folder / name
-        if path.is_symlink():
-            raise BundleError(f"{folder.name}/{name} is a link: expected a plain file; copy the file itself")
-        if path.exists() and path.stat().st_size > (MAX_FILE if name == WEIGHTS else MAX_JSON):
-            raise BundleError(f"{folder.name}/{name} is larger than is read: fetch it again")
-    if not (folder / WEIGHTS).is_file():
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-        found = f"; {pickles[0]} is a pickle, which is never opened" if pickles else ""
+        if name in names:
+            refuse_odd_file(path, f"{folder.name}/{name}")
+    if WEIGHTS not in names:
+        pickles = [name for name in names if name.lower().endswith(PICKLES)]
+        found = f"; {_visible(pickles[0])} is a pickle, which is never opened" if pickles else ""
         raise BundleError(f"{folder.name} holds no {WEIGHTS}{found}: save the adapter as safetensors")
+
+
+def _visible(name: str) -> str:
+    """A name from outside in visible ASCII, short enough for one line."""
+    return ascii(name)[1:-1][:60]
+
+
+def refuse_odd_file(path: Path, called: str) -> None:
+    """Raises BundleError for a link, a device, or a file that is larger than is read."""
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        raise BundleError(f"{called} is a link: expected a plain file; copy the file itself")
+    if not stat.S_ISREG(found.st_mode):
+        raise BundleError(f"{called} is no plain file: expected one; copy the file itself")
+    if found.st_nlink > 1:
+        raise BundleError(f"{called} is a hard link ({found.st_nlink} names for one file): copy the file itself")
+    most = MAX_FILE if path.name == WEIGHTS else MAX_JSON
+    if found.st_size > most:
+        raise BundleError(f"{called} has {found.st_size} bytes, and at most {most} are read: fetch it again")
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise BundleError(f"{path.parent.name} holds no {path.name}: expected a bundle or a PEFT folder") from None
     except (ValueError, RecursionError) as error:
@@ -209,6 +277,10 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BundleError(f"{path.parent.name}/{path.name} holds no JSON object: fetch it again")
     return value
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
 
 
 def _method(value: Any) -> Method:

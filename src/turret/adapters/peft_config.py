@@ -28,9 +28,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "alora_invocation_tokens": (None,),
     "prefix_projection": (False, None),
-    "auto_mapping": (None,),
-    "auto_map": (None,),
+    "loftq_config": ({}, None),
+    "use_qalora": (False, None),
+    "target_parameters": (None, []),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
+    "ensure_weight_tying": (False, None),
 }
+
+# Keys of PEFT that say what the tensors say as well, where the adapter came from, or how it was trained.
+SAID = {
+    *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora"),
+    *("modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "megatron_core", "eva_config"),
+    *("corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
+    *("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
+    *("init_weights", "encoder_hidden_size"),
+}
+CODE = ("auto_map", "auto_mapping")
+KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # the ways to start a LoRA that leave the base whole
+TYPES = {"lora": "LORA", "prefix": "PREFIX_TUNING"}
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -83,13 +101,52 @@ def _prefix_shape(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def method_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> Method:
-    """The method a PEFT folder holds. Raises BundleError for what we do not compute."""
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse what we do not compute, what we do not know, and what would choose code.
+
+    A key that is not known passes only with an empty value: PEFT writes every option it has, used or not.
+    """
+    for key in CODE:
+        if config.get(key) is not None:
+            raise BundleError(
+                f"adapter_config.json carries {key}, which names code: no code from outside is run; remove it"
+            )
     for key, allowed in NEUTRAL.items():
         if config.get(key) not in allowed:
             raise BundleError(
-                f"adapter_config.json sets {key} to {config[key]!r}, which is not supported: merge it first"
+                f"adapter_config.json sets {key} to {_short(config[key])}, which is not supported: merge it first"
             )
+    if config.get("init_lora_weights") not in KEPT_BASE:
+        raise BundleError(
+            f"adapter_config.json has init_lora_weights {_short(config['init_lora_weights'])}, whose base has other "
+            "weights: save it with PEFT's path_initial_model_for_weight_conversion, or merge it first"
+        )
+    for key, value in config.items():
+        if key not in SAID and key not in NEUTRAL and value not in (None, False, {}, []):
+            raise BundleError(f"adapter_config.json has an unknown key {_short(key)}: remove it, or merge it first")
+
+
+def check_agreement(config: dict[str, Any], method: Method) -> None:
+    """The configuration beside a manifest says the manifest's method, so that PEFT computes what we do."""
+    said: dict[str, Any] = {"peft_type": TYPES.get(method.kind)}
+    if isinstance(method, LoRA):
+        said |= {"r": method.r, "lora_alpha": method.lora_alpha, "use_rslora": method.use_rslora}
+    for key, expected in said.items():
+        if config.get(key) != expected:
+            raise BundleError(
+                f"adapter_config.json and manifest.json disagree on {key} ({_short(config.get(key))} and "
+                f"{expected!r}): export it again"
+            )
+
+
+def _short(value: object) -> str:
+    shown = ascii(value)
+    return shown if len(shown) <= 60 else f"{shown[:56]}…"
+
+
+def method_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> Method:
+    """The method a PEFT folder holds. Raises BundleError for what we do not compute."""
+    check_config(config)
     kind = config.get("peft_type")
     try:
         if kind == "LORA":
@@ -105,4 +162,6 @@ def method_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> Method:
         raise BundleError(
             f"adapter_config.json has an unusable {'.'.join(map(str, first['loc']))} ({first['msg']}): train it again"
         ) from None
-    raise BundleError(f"adapter_config.json has peft_type {kind!r}: expected LORA or PREFIX_TUNING; merge it first")
+    raise BundleError(
+        f"adapter_config.json has peft_type {_short(kind)}: expected LORA or PREFIX_TUNING; merge it first"
+    )

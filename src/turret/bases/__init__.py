@@ -4,8 +4,10 @@ Refuses to know adapters, tasks' losses, training and the store. Nothing here wr
 code that came with a model.
 """
 
+from turret.bases.licence import licence_of
 from turret.bases.load import Base, load
 from turret.bases.numerics import native_bfloat16
+from turret.bases.source import resolve
 from turret.fingerprint import fingerprint
 
-__all__ = ["Base", "fingerprint", "load", "native_bfloat16"]
+__all__ = ["Base", "fingerprint", "licence_of", "load", "native_bfloat16", "resolve"]

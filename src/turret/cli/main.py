@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 import turret
-from turret.cli import answers, demo, doctor, train, versions
+from turret.cli import aliases, answers, demo, difference, doctor, exchange, train, upkeep, versions
 from turret.cli.output import complain, follows
 from turret.errors import TurretError
 
@@ -35,6 +35,15 @@ app.command()(answers.evaluate)
 app.command()(answers.predict)
 app.command("list")(versions.list_)
 app.command()(versions.show)
+app.command()(difference.diff)
+app.command()(aliases.promote)
+app.command()(aliases.rollback)
+app.command()(aliases.gate)
+app.command()(upkeep.verify)
+app.command()(upkeep.gc)
+app.command()(upkeep.delete)
+app.command("import")(exchange.import_)
+app.command()(exchange.export)
 app.command()(doctor.doctor)
 
 

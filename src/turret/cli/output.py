@@ -63,7 +63,7 @@ def complain(message: str) -> None:
 
         if not tells():
             return
-    line = " ".join(str(message).split())
+    line = plainly(" ".join(str(message).split()))
     sys.stderr.write(f"turret: {line}\n")
     sys.stderr.flush()
 

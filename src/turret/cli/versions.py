@@ -14,6 +14,7 @@ from turret.cli.output import columns, console, emit, grid, metrics, number, saf
 if TYPE_CHECKING:
     from turret.store import Version
 
+MOVES = 12  # of the aliases, the last ones, that people are shown
 CHIEF = ("accuracy", "rougeL", "loss")  # the first of these is what one column has room for
 
 
@@ -110,8 +111,12 @@ def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "size", size(shown["bytes"])
     if shown["run"]:
         yield "run", f"{safe(shown['run']['id'])}  [dim]its recipe and curve are in runs/[/]"
-    for move in shown["alias_history"]:
-        yield "moved", safe(f"{move['alias']} to {move['version'] or 'nothing'}, {move['moved'][:16]}")
+    if (earlier := len(shown["alias_history"]) - MOVES) > 0:
+        yield "moves", f"[dim]{earlier} earlier ones are in --json[/]"
+    for move in shown["alias_history"][-MOVES:]:
+        where = f"{move['alias']} to {move['version']}" if move["version"] else f"{move['alias']} taken away"
+        gone = ", deleted since" if move["deleted"] else ""
+        yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {move['moved'][:16].replace('T', ' ')} UTC")
 
 
 def _short(method: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,11 @@
 """Where adapters live: immutable numbered versions, content-addressed files, runs. Refuses to know models and torch."""
 
-from turret.store.catalog import Version
+from turret.store.aliases import Move
+from turret.store.catalog import Deleted, Version
+from turret.store.gates import Gate
+from turret.store.gc import Collected
 from turret.store.runs import Run
 from turret.store.store import Store
+from turret.store.verify import Verified
 
-__all__ = ["Run", "Store", "Version"]
+__all__ = ["Collected", "Deleted", "Gate", "Move", "Run", "Store", "Verified", "Version"]

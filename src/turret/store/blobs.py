@@ -5,6 +5,8 @@ On disk, under the store's root:
 - `blobs/sha256/<first two hex digits>/<64 hex digits>`: the bytes, read-only; written beside (`tmp/`), flushed to disk,
   then renamed, so that a file under its final name is always whole
 - `tmp/`: what is being written; after a kill, leftovers that nothing refers to
+- a file that no version lists may be removed at any moment by `turret.store.gc`: who lists one looks, while it is the
+  only writer of the database, whether it is still there
 - bytes are hashed again whenever they are read, so a flipped bit is never handed on
 """
 
@@ -14,6 +16,8 @@ import hashlib
 import os
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -51,7 +55,8 @@ class Blobs:
         """Keep a copy of the file; content that is there already, and whole, is not written again."""
         blob = hash_file(source)
         final = self.path(blob.digest)
-        if final.exists() and hash_file(final) == blob:
+        if _whole(final, blob):
+            sync(final.parent)  # whoever wrote it may have been killed before this
             return blob
         _folder(self._beside)
         _folder(final.parent)
@@ -69,21 +74,49 @@ class Blobs:
             beside.unlink(missing_ok=True)
         return blob
 
+    def has(self, digest: str) -> bool:
+        """Whether a file of that digest is there; what is there is whole, unless the disk damaged it."""
+        return self.path(digest).is_file()
+
+    def glance(self, blob: Blob) -> str | None:
+        """What is wrong at a quick look, which hashes nothing."""
+        path = self.path(blob.digest)
+        if not path.is_file():
+            return f"is missing ({path})"
+        return None if path.stat().st_size == blob.bytes else f"is cut ({path})"
+
+    def walk(self) -> Iterator[tuple[Path, Blob]]:
+        """Every stored file with its address, listed or not; nothing is hashed."""
+        for path in sorted(self._root.glob("??/*")):
+            if re.fullmatch(r"[0-9a-f]{64}", path.name):
+                with suppress(FileNotFoundError):  # removed since
+                    yield path, Blob(f"sha256:{path.name}", path.stat().st_size)
+
+    def leftovers(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """What is being written, or was when its writer was killed."""
+        for path in sorted(self._beside.glob("*")):
+            with suppress(FileNotFoundError):
+                yield path, path.lstat()
+
     def check(self, digest: str) -> Path:
         """The path of the content, after hashing it again; raises Corrupt."""
         path = self.path(digest)
-        if not path.is_file():
-            raise Corrupt(f"stored file {digest} is missing: restore {path} from a copy, or train again")
-        if hash_file(path).digest != digest:
+        try:
+            found = hash_file(path)
+        except FileNotFoundError:
+            raise _missing(path, digest) from None
+        if found.digest != digest:
             raise _changed(path, digest)
         return path
 
     def copy(self, digest: str, target: Path) -> None:
         """A copy of the content that was hashed on its way, so what arrives is what was stored; raises Corrupt."""
         path = self.path(digest)
-        if not path.is_file():
-            raise Corrupt(f"stored file {digest} is missing: restore {path} from a copy, or train again")
-        with path.open("rb") as read, target.open("xb") as write:
+        try:
+            read = path.open("rb")
+        except FileNotFoundError:
+            raise _missing(path, digest) from None
+        with read, target.open("xb") as write:
             copied = _copy(read, write)
         if copied.digest != digest:
             target.unlink()
@@ -112,6 +145,13 @@ def _copy(read: BinaryIO, write: BinaryIO | None) -> Blob:
     return Blob(f"sha256:{digest.hexdigest()}", size)
 
 
+def _whole(path: Path, blob: Blob) -> bool:
+    try:
+        return hash_file(path) == blob
+    except FileNotFoundError:
+        return False
+
+
 def _folder(folder: Path) -> None:
     """Make the folder so that it is still there after a power cut."""
     missing = [folder] if not folder.exists() else []
@@ -120,6 +160,10 @@ def _folder(folder: Path) -> None:
     for level in reversed(missing):
         level.mkdir(exist_ok=True)
         sync(level.parent)
+
+
+def _missing(path: Path, digest: str) -> Corrupt:
+    return Corrupt(f"stored file {digest} is missing: restore {path} from a copy, or train again")
 
 
 def _changed(path: Path, digest: str) -> Corrupt:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
 
-from turret.database import adapters, alias_history, aliases, files, versions
+from turret.database import adapters, aliases, files, versions
 from turret.errors import NotFound
 from turret.reference import Reference
 from turret.store.blobs import Blob
@@ -50,6 +50,19 @@ class Version:
             "bytes": self.bytes,
             "run": self.run,
         }
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """A version that is not listed any more."""
+
+    version: str
+    digest: str
+    aliases: tuple[str, ...]  # named it, and are taken away
+    bytes: int  # of its files; those that no other version has go with the next gc
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "aliases": list(self.aliases)}
 
 
 def now() -> str:
@@ -95,16 +108,12 @@ def add(
 
 def find(connection: Connection, reference: Reference) -> Version:
     """The version that the reference means now; raises NotFound saying what there is."""
-    adapter = connection.execute(select(adapters).where(adapters.c.name == reference.name)).first()
-    if adapter is None:
-        known = connection.execute(select(adapters.c.name).order_by(adapters.c.name).limit(8)).scalars().all()
-        there = f"the store has {', '.join(known)}" if known else "the store is empty: `turret train` makes one"
-        raise NotFound(f"no adapter named {reference.name!r}: {there}")
-    query = _versions().where(versions.c.adapter_id == adapter.id)
+    adapter_id = adapter_of(connection, reference.name)
+    query = _versions().where(versions.c.adapter_id == adapter_id)
     if reference.version is not None:
         row = connection.execute(query.where(versions.c.number == reference.version)).first()
     else:
-        alias = _alias(connection, adapter.id, reference.alias or PRODUCTION)
+        alias = pointed_at(connection, adapter_id, reference.alias or PRODUCTION)
         if alias is not None:
             row = connection.execute(query.where(versions.c.id == alias)).first()
         elif reference.alias is None:
@@ -112,8 +121,43 @@ def find(connection: Connection, reference: Reference) -> Version:
         else:
             row = None
     if row is None:
-        raise NotFound(f"no {reference}: {reference.name} has {_there(connection, adapter.id)}")
-    return _version(row, _aliases(connection, adapter.id).get(row.id, ()))
+        raise NotFound(f"no {reference}: {reference.name} has {there(connection, adapter_id)}")
+    return _version(row, _aliases(connection, adapter_id).get(row.id, ()))
+
+
+def adapter_of(connection: Connection, name: str) -> int:
+    """The row of the name; raises NotFound saying which names there are."""
+    found = connection.execute(select(adapters.c.id).where(adapters.c.name == name)).scalar()
+    if found is None:
+        known = connection.execute(select(adapters.c.name).order_by(adapters.c.name).limit(8)).scalars().all()
+        those = f"the store has {', '.join(known)}" if known else "the store is empty: `turret train` makes one"
+        raise NotFound(f"no adapter named {name!r}: {those}")
+    return int(found)
+
+
+def row_of(connection: Connection, version: Version) -> int:
+    """The row of a version that is listed."""
+    query = select(versions.c.id).join(adapters, versions.c.adapter_id == adapters.c.id)
+    return int(
+        connection.execute(
+            query.where(adapters.c.name == version.name, versions.c.number == version.number)
+        ).scalar_one()
+    )
+
+
+def children(connection: Connection, version: Version) -> list[str]:
+    """The versions whose lineage says that they were made from it."""
+    parent = versions.c.manifest[("lineage", "parent")].as_string()
+    rows = connection.execute(_versions().where(parent.in_((version.digest, str(version)))))
+    return [f"{row.name}@{row.number}" for row in rows]
+
+
+def remove(connection: Connection, version: Version) -> Deleted:
+    """Take the version and the list of its files away; no alias may name it any more."""
+    row = row_of(connection, version)
+    connection.execute(delete(files).where(files.c.version_id == row))
+    connection.execute(delete(versions).where(versions.c.id == row))
+    return Deleted(str(version), version.digest, version.aliases, version.bytes)
 
 
 def listed(connection: Connection, name: str | None = None) -> list[Version]:
@@ -149,18 +193,6 @@ def contents(connection: Connection) -> list[tuple[str, str, Blob]]:
     return [(f"{row.name}@{row.number}", row.path, Blob(row.digest, row.bytes)) for row in rows]
 
 
-def moves(connection: Connection, name: str) -> list[dict[str, Any]]:
-    """Every move of the name's aliases, oldest first."""
-    query = (
-        select(alias_history.c.alias, versions.c.number, alias_history.c.moved)
-        .join(adapters, alias_history.c.adapter_id == adapters.c.id)
-        .join(versions, alias_history.c.version_id == versions.c.id, isouter=True)
-        .where(adapters.c.name == name)
-        .order_by(alias_history.c.id)
-    )
-    return [{"alias": row.alias, "version": row.number, "moved": row.moved} for row in connection.execute(query)]
-
-
 def _versions() -> Select[Any]:
     return select(adapters.c.name, versions).join(adapters, versions.c.adapter_id == adapters.c.id)
 
@@ -170,7 +202,8 @@ def _version(row: Row[Any], pointing: tuple[str, ...]) -> Version:
     return Version(**shared, metrics=row.metrics, manifest=row.manifest, aliases=pointing)
 
 
-def _alias(connection: Connection, adapter_id: int, alias: str) -> int | None:
+def pointed_at(connection: Connection, adapter_id: int, alias: str) -> int | None:
+    """The row of the version that the alias names now."""
     query = select(aliases.c.version_id).where(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
     return connection.execute(query).scalar()
 
@@ -186,9 +219,12 @@ def _aliases(connection: Connection, adapter_id: int | None = None) -> dict[int,
     return pointing
 
 
-def _there(connection: Connection, adapter_id: int) -> str:
+def there(connection: Connection, adapter_id: int) -> str:
+    """What a name has, for an error: `versions 1 to 3 and aliases production`."""
     query = select(func.min(versions.c.number), func.max(versions.c.number))
     first, last = connection.execute(query.where(versions.c.adapter_id == adapter_id)).one()
+    if first is None:
+        return "no version left"
     numbers = f"versions {first} to {last}" if first != last else f"version {first}"
     names = sorted({alias for some in _aliases(connection, adapter_id).values() for alias in some})
     return f"{numbers} and {'aliases ' + ', '.join(names) if names else 'no alias'}"

@@ -12,23 +12,26 @@ whole, and what was not listed is only unlisted files. Content that is under the
 
 from __future__ import annotations
 
-import json
 import os
-import stat
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from turret.database import Database, told
-from turret.errors import BundleError, NotFound, StoreError
-from turret.reference import Reference, check_name
-from turret.store import catalog, runs
+from turret.database import Database, no_room, told
+from turret.errors import BadReference, BundleError, Corrupt, InUse, NotFound, StoreError
+from turret.reference import Reference, check_alias, check_name
+from turret.store import aliases, catalog, gates, gc, incoming, runs
+from turret.store import verify as verifying
+from turret.store.aliases import Move
 from turret.store.blobs import Blob, Blobs
-from turret.store.catalog import Version
+from turret.store.catalog import PRODUCTION, Deleted, Version
+from turret.store.gates import Gate
+from turret.store.gc import Collected, Removed
 from turret.store.runs import Run, State
+from turret.store.verify import Verified
 
-MANIFEST = "manifest.json"
-_MANIFEST_LIMIT = 16 << 20  # bytes; a manifest is a few thousand
+if TYPE_CHECKING:
+    from turret.store.difference import Difference
 
 
 class Store:
@@ -46,22 +49,22 @@ class Store:
     ) -> Version:
         """Store the bundle as the next version of `name`; the same content again is the version it was."""
         check_name(name)
-        manifest, paths = _read_bundle(bundle)
+        manifest, paths = incoming.read(bundle)
         database = self._made()
         with told(database.path):
             content = {path: self._blobs.put(file) for path, file in paths.items()}
-        _agree(manifest, content, bundle)
+        incoming.agree(manifest, content, bundle)
         with database.writing() as connection:
+            for path, blob in content.items():
+                if not self._blobs.has(blob.digest) and self._blobs.put(paths[path]) != blob:  # a gc was quicker
+                    raise BundleError(f"{paths[path]} changed while it was being stored: try again")
             number = catalog.add(connection, name, manifest, content, run=run, metrics=metrics or {})
             return catalog.find(connection, Reference(name, version=number))
 
     def resolve(self, reference: str | Reference) -> Version:
         """What the reference means now. A plain name means `@production` where that exists, else the newest."""
         wanted = reference if isinstance(reference, Reference) else Reference.parse(reference)
-        database = self._database()
-        if database is None:
-            raise NotFound(f"no {wanted}: there is no store at {self.root}; `turret train` makes one")
-        with database.reading() as connection:
+        with self._there(wanted).reading() as connection:
             return catalog.find(connection, wanted)
 
     def list(self, name: str | None = None) -> Sequence[Version]:
@@ -74,17 +77,25 @@ class Store:
 
     def files(self, reference: str | Reference) -> dict[str, Path]:
         """Path in the bundle -> file in the store, hashed again; raises Corrupt."""
-        _, content = self._look_up(reference)
-        return {path: self._blobs.check(blob.digest) for path, blob in content.items()}
+        version, content = self._look_up(reference)
+        try:
+            return {path: self._blobs.check(blob.digest) for path, blob in content.items()}
+        except Corrupt:
+            self._still_listed(version)
+            raise
 
     def materialize(self, reference: str | Reference, folder: Path) -> Version:
         """Lay the bundle out in `folder`, hashed on its way, as a copy that nobody else writes to; raises Corrupt."""
         version, content = self._look_up(reference)
-        with told(folder / MANIFEST):
-            for path, blob in content.items():
-                target = folder / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self._blobs.copy(blob.digest, target)
+        try:
+            with told(folder / incoming.MANIFEST):
+                for path, blob in content.items():
+                    target = folder / path
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    self._blobs.copy(blob.digest, target)
+        except Corrupt:
+            self._still_listed(version)
+            raise
         return version
 
     def show(self, reference: str | Reference) -> dict[str, Any]:
@@ -92,7 +103,7 @@ class Store:
         version, content = self._look_up(reference)
         database = self._made()
         with database.reading() as connection:
-            moves = catalog.moves(connection, version.name)
+            moves = aliases.moves(connection, version.name)
         return {
             "version": str(version),
             "digest": version.digest,
@@ -115,10 +126,96 @@ class Store:
             content = catalog.contents(connection)
         found = []
         for reference, path, blob in content:
-            file = self._blobs.path(blob.digest)
-            if not file.is_file() or file.stat().st_size != blob.bytes:
-                found.append(f"{reference}: {path} is {'cut' if file.is_file() else 'missing'} ({file})")
+            if said := self._blobs.glance(blob):
+                found.append(f"{reference}: {path} {said}")
         return found
+
+    def diff(self, first: str, second: str) -> Difference:
+        """Two versions side by side, and how far the weights of the second are from those of the first."""
+        from turret.store.difference import difference  # loads numpy, which nothing else here needs
+
+        a, b = self.resolve(first), self.resolve(second)
+        files_a, files_b = (self.files(Reference(each.name, version=each.number)) for each in (a, b))
+        return difference(a, b, files_a, files_b)
+
+    # --- aliases ------------------------------------------------------------------------------------------------------
+
+    def promote(self, reference: str, alias: str, *, require: Iterable[str] = ()) -> Move:
+        """Move an alias to a version whose files hash right and whose metrics pass the alias's gates and `require`."""
+        check_alias(alias)
+        wanted = [Gate.parse(text) for text in require]
+        version = self.resolve(reference)
+        exact = Reference(version.name, version=version.number)
+        self.files(exact)
+        with self._there(exact).writing() as connection:
+            version = catalog.find(connection, exact)
+            gates.check(version, alias, [*gates.of(connection, version.name, alias), *wanted])
+            return aliases.promote(connection, version, alias)
+
+    def rollback(self, name: str, alias: str = PRODUCTION) -> Move:
+        """Move an alias back to what it named before; again and again walks further back."""
+        exact = Reference(check_name(name), alias=check_alias(alias))
+        with self._there(exact).writing() as connection:
+            move = aliases.rollback(connection, name, alias)
+            for path, blob in catalog.content_of(connection, catalog.find(connection, exact)).items():
+                if said := self._blobs.glance(blob):  # quick, as it must be; loading hashes everything
+                    raise Corrupt(f"{exact} stays at {move.before}: {move.version} is damaged, {path} {said}")
+            return move
+
+    def gate(
+        self, name: str, alias: str | None = None, *, add: Iterable[str] = (), remove: Iterable[str] = ()
+    ) -> Sequence[Gate]:
+        """The gates of a name's alias (of all its aliases where left out), after taking some away and adding some."""
+        wanted = Reference(check_name(name), alias=None if alias is None else check_alias(alias))
+        added, removed = [Gate.parse(text, alias or "") for text in add], list(remove)
+        if not added and not removed:
+            with self._there(wanted).reading() as connection:
+                return gates.of(connection, name, alias)
+        if alias is None:
+            raise BadReference(f"a gate of {name} needs an alias: say which, such as production")
+        with self._there(wanted).writing() as connection:
+            for text in removed:
+                gates.drop(connection, name, alias, text)
+            for gate in added:
+                gates.keep(connection, name, gate)
+            return gates.of(connection, name, alias)
+
+    # --- upkeep -------------------------------------------------------------------------------------------------------
+
+    def delete(self, reference: str, *, force: bool = False) -> Deleted:
+        """Take a version out of the catalog; its number is never given again, its files go with the next gc."""
+        wanted = Reference.parse(reference)
+        if wanted.version is None and wanted.alias is None:
+            raise BadReference(f"delete {wanted}: expected one version, such as {wanted}@3 or {wanted}@candidate")
+        with self._there(wanted).writing() as connection:
+            version = catalog.find(connection, wanted)
+            made_from_it = catalog.children(connection, version)
+            if not force and (version.aliases or made_from_it):
+                uses = [f"{version.name}@{alias} names it" for alias in version.aliases]
+                uses += [f"{child} was made from it" for child in made_from_it]
+                raise InUse(f"{version} is not deleted: {', '.join(uses)}: promote another version first, or --force")
+            aliases.forget(connection, catalog.row_of(connection, version))
+            return catalog.remove(connection, version)
+
+    def verify(self, reference: str | None = None) -> Verified:
+        """Hash and open everything again, or all of one version."""
+        wanted = None if reference is None else Reference.parse(reference)
+        return verifying.verify(self._there(wanted), self._blobs, wanted)
+
+    def gc(self, *, dry_run: bool = False) -> Collected:
+        """Remove what nothing refers to, or say what that is; safe beside everything else."""
+        if not self.root.is_dir():
+            return Collected(dry_run, ())
+        with told(self.root / "turret.db"):
+            removed = list(gc.leftovers(self.root, self._blobs, dry_run=dry_run))
+            try:
+                removed += self._collected(self._database(), dry_run)
+            except StoreError:
+                path = self.root / "turret.db"
+                if not no_room(path):
+                    raise
+                removed += self._collected(Database(path, alone=True), dry_run)
+        return Collected(dry_run, tuple(removed))
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
@@ -145,9 +242,25 @@ class Store:
     # --- the inside ---------------------------------------------------------------------------------------------------
 
     def _look_up(self, reference: str | Reference) -> tuple[Version, dict[str, Blob]]:
-        version = self.resolve(reference)
-        with self._made().reading() as connection:
+        wanted = reference if isinstance(reference, Reference) else Reference.parse(reference)
+        with self._there(wanted).reading() as connection:
+            version = catalog.find(connection, wanted)
             return version, catalog.content_of(connection, version)
+
+    def _still_listed(self, version: Version) -> None:
+        """Raises NotFound for a version that was deleted while its files were read."""
+        self.resolve(Reference(version.name, version=version.number))
+
+    def _there(self, wanted: Reference | None) -> Database:
+        """The database of a store that must exist."""
+        database = self._database()
+        if database is None:
+            what = f"no {wanted}" if wanted else "nothing to look at"
+            raise NotFound(f"{what}: there is no store at {self.root}; `turret train` makes one")
+        return database
+
+    def _collected(self, database: Database | None, dry_run: bool) -> Sequence[Removed]:
+        return () if database is None else tuple(gc.collect(self.root, self._blobs, database, dry_run=dry_run))
 
     def _database(self) -> Database | None:
         """The database, opened once; None where there is no store yet."""
@@ -171,42 +284,3 @@ class Store:
             self.root.mkdir(parents=True, exist_ok=True)
             self._opened = Database(path)
         return self._opened
-
-
-def _read_bundle(bundle: Path) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The manifest, and the files it names with itself; raises BundleError before anything is stored."""
-    path = bundle / MANIFEST
-    try:
-        if _plain_file(path).st_size > _MANIFEST_LIMIT:
-            raise BundleError(f"{path} is larger than {_MANIFEST_LIMIT} bytes: this is not a bundle that turret wrote")
-        manifest = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BundleError(f"{bundle} is not a bundle: {MANIFEST}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON: {error}") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("digest"), str) or "files" not in manifest:
-        raise BundleError(f"{path} lacks 'digest' or 'files': this is not a bundle that turret wrote")
-    named = [MANIFEST, *manifest["files"]]
-    for name in named:
-        inside = PurePosixPath(name)
-        if inside.is_absolute() or ".." in inside.parts or "\\" in name or "\0" in name or str(inside) != name:
-            raise BundleError(f"{path} names {name!r}: expected plain paths inside the bundle")
-        try:
-            _plain_file(bundle / name)
-        except OSError as error:
-            raise BundleError(f"{path} names {name!r}: {error.strerror}") from error
-    return manifest, {name: bundle / name for name in named}
-
-
-def _plain_file(path: Path) -> os.stat_result:
-    found = path.lstat()
-    if not stat.S_ISREG(found.st_mode):
-        raise BundleError(f"{path} is not a plain file: links and devices are not stored")
-    return found
-
-
-def _agree(manifest: Mapping[str, Any], content: Mapping[str, Blob], bundle: Path) -> None:
-    """What was stored is what the manifest says; raises BundleError."""
-    for name, said in manifest["files"].items():
-        if said.get("sha256") != content[name].digest.removeprefix("sha256:"):
-            raise BundleError(f"{bundle / name} does not match the digest in {MANIFEST}: the bundle was changed")

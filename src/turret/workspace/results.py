@@ -52,3 +52,37 @@ class Planned:
 
     def as_json(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json"), "plan": self.plan.to_json(), "notes": self.notes}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An adapter from outside that is a version now."""
+
+    version: str
+    digest: str
+    base: dict[str, Any]  # id, fingerprint
+    method: str  # lora, prefix, head, full
+    task: dict[str, Any]  # kind, labels
+    tensors: int
+    parameters: int
+    effect: float  # how far it moves the outputs from the bare base's, of the largest output
+    bundle_bytes: int
+    notes: list[str] = field(default_factory=list)  # what was read, guessed or named anew
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A version as a folder for others."""
+
+    version: str
+    digest: str
+    form: str  # peft, merged, vllm
+    folder: str
+    files: dict[str, int]  # name -> bytes
+    notes: list[str] = field(default_factory=list)  # what to know to load it
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -5,15 +5,16 @@ Refuses to know HTTP, the terminal, and how anything is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from turret.store import Store, Version
-from turret.workspace.results import Evaluation, Planned, RunResult
+from turret.store import Collected, Deleted, Gate, Move, Store, Verified, Version
+from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
 
 if TYPE_CHECKING:
     from turret.recipe import Recipe
+    from turret.store.difference import Difference
     from turret.train import StepRecord
 
 
@@ -37,6 +38,39 @@ class Workspace:
     def resolve(self, reference: str) -> Version:
         """The version that a reference means now."""
         return self.store.resolve(reference)
+
+    def diff(self, first: str, second: str) -> Difference:
+        """Two versions side by side: settings, metrics, sizes, and how far the weights are apart."""
+        return self.store.diff(first, second)
+
+    def promote(self, reference: str, alias: str, *, require: Iterable[str] = ()) -> Move:
+        """Move an alias to a version whose files hash right and whose metrics pass the alias's gates.
+
+        require: gates for this time only, such as "accuracy>=0.9" or "validation.loss<0.4".
+        """
+        return self.store.promote(reference, alias, require=require)
+
+    def rollback(self, name: str, alias: str = "production") -> Move:
+        """Move an alias back to what it named before; again and again walks further back."""
+        return self.store.rollback(name, alias)
+
+    def gate(
+        self, name: str, alias: str | None = None, *, add: Iterable[str] = (), remove: Iterable[str] = ()
+    ) -> Sequence[Gate]:
+        """What the metrics of a version must pass before it may take the alias, after removing and adding some."""
+        return self.store.gate(name, alias, add=add, remove=remove)
+
+    def verify(self, reference: str | None = None) -> Verified:
+        """Hash and open everything in the store again, or all of one version."""
+        return self.store.verify(reference)
+
+    def gc(self, *, dry_run: bool = False) -> Collected:
+        """Remove what nothing refers to; safe beside everything else."""
+        return self.store.gc(dry_run=dry_run)
+
+    def delete(self, reference: str, *, force: bool = False) -> Deleted:
+        """Take a version out of the catalog; its number is never given again, its files go with the next gc."""
+        return self.store.delete(reference, force=force)
 
     def plan(self, recipe: Recipe, *, on_stage: Say | None = None) -> Planned:
         """The preflight of a training, without training: fills what the recipe leaves to be seen, and checks it."""
@@ -86,6 +120,44 @@ class Workspace:
         from turret.workspace import answering
 
         return answering.predict(self.store, reference, texts, on_stage, bare=bare)
+
+    def import_adapter(
+        self,
+        source: str | Path,
+        name: str,
+        *,
+        base: str | None = None,
+        task: str | None = None,
+        labels: Sequence[str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        on_stage: Say | None = None,
+    ) -> Imported:
+        """Check an adapter from outside on its base and store it as the next version of `name`.
+
+        source: a PEFT folder, a bundle, either packed as zip or tar, or a Hub id. base: in place of the one that it
+        names. task, labels, settings (keys of a recipe's `[task]`): what a PEFT folder does not say of itself.
+        """
+        from turret.workspace import importing
+
+        wanted = importing.Wanted(base, task, labels, settings)
+        return importing.import_adapter(self.store, str(source), name, wanted, on_stage)
+
+    def export(
+        self,
+        reference: str,
+        folder: str | Path,
+        *,
+        form: Literal["peft", "merged", "vllm"] = "peft",
+        force: bool = False,
+        on_stage: Say | None = None,
+    ) -> Exported:
+        """Write a version as a folder: a bundle that PEFT loads, a whole model, or a LoRA that vLLM takes.
+
+        The folder is new or empty, unless `force`; it is whole or not there.
+        """
+        from turret.workspace import exporting
+
+        return exporting.export(self.store, reference, folder, form, force=force, stage=on_stage)
 
     def inputs(self, reference: str, source: str, *, column: str | None = None) -> Sequence[str]:
         """The texts in a file that `predict` would answer: the lines of a .txt, a column of a table."""

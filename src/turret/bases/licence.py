@@ -1,0 +1,50 @@
+"""The licence of a base, where something beside it states one. Looks only at this machine; refuses to guess."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import errors as hub
+
+from turret.bases import packaged
+
+_FRONT = re.compile(r"\A---\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
+_LICENCE = re.compile(r"^license:[ \t]*[\"']?([A-Za-z0-9][A-Za-z0-9.+ -]{0,63}?)[\"']?[ \t]*$", re.MULTILINE)
+
+
+def licence_of(base: str) -> str | None:
+    """As a wheel's metadata or a model card says it, such as `apache-2.0`; None where neither does."""
+    if base.startswith(packaged.PREFIX):
+        return _of_wheel(base.removeprefix(packaged.PREFIX))
+    folder = Path(base).expanduser()
+    if os.path.isdir(folder):
+        return _of_card(folder / "README.md")
+    try:  # only what was fetched before
+        found = huggingface_hub.try_to_load_from_cache(base, "README.md")
+    except (hub.HFValidationError, OSError, ValueError):
+        return None
+    return _of_card(Path(found)) if isinstance(found, str) else None
+
+
+def _of_wheel(name: str) -> str | None:
+    try:
+        said: Any = importlib.metadata.metadata(name)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+    text = str(said.get("License-Expression") or said.get("License") or "").strip()
+    return text if text and "\n" not in text and len(text) <= 64 else None
+
+
+def _of_card(path: Path) -> str | None:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            front = _FRONT.match(file.read(1 << 20))
+    except OSError:
+        return None
+    said = _LICENCE.search(front[1]) if front else None
+    return said[1].strip() if said else None

@@ -1,0 +1,92 @@
+"""`turret promote`, `rollback`, `gate`: where an alias points, what it asks of a version. Decode, call, encode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from turret.cli import options
+from turret.cli.output import columns, console, emit, safe
+
+if TYPE_CHECKING:
+    from turret.store import Move
+
+PRODUCTION = "production"
+Alias = Annotated[str, typer.Argument(help="such as production or candidate")]
+Wanted = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require", metavar="GATE", help="Refuse unless its metrics pass, such as accuracy>=0.9; repeatable."
+    ),
+]
+
+
+def promote(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="name, name@3 or name@candidate")],
+    alias: Alias,
+    require: Wanted = None,
+    store: options.Store = options.STORE,
+    as_json: options.Json = False,
+) -> None:
+    """Move an alias to a version.
+
+    Its files are hashed first, and its metrics must pass the alias's gates; the history is kept.
+    """
+    from turret.workspace import Workspace
+
+    move = Workspace(store).promote(reference, alias, require=require or ())
+    _answer(move, as_json)
+
+
+def rollback(
+    name: Annotated[str, typer.Argument(help="Name of the adapter.", show_default=False)],
+    alias: Alias = PRODUCTION,
+    store: options.Store = options.STORE,
+    as_json: options.Json = False,
+) -> None:
+    """Move an alias back to what it named before.
+
+    Again and again walks further back; a promote after that starts a new line.
+    """
+    from turret.workspace import Workspace
+
+    _answer(Workspace(store).rollback(name, alias), as_json)
+
+
+def gate(
+    name: Annotated[str, typer.Argument(help="Name of the adapter.", show_default=False)],
+    alias: Annotated[str | None, typer.Argument(help="Only this alias.", show_default=False)] = None,
+    add: Annotated[
+        list[str] | None, typer.Argument(metavar="GATE", help="such as test.accuracy>=0.9", show_default=False)
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", metavar="GATE", help="A gate, or a metric's gates; repeatable.")
+    ] = None,
+    store: options.Store = options.STORE,
+    as_json: options.Json = False,
+) -> None:
+    """Show, add or remove what an alias asks of a version."""
+    from turret.workspace import Workspace
+
+    found = Workspace(store).gate(name, alias, add=add or (), remove=remove or ())
+    if as_json:
+        emit({"name": name, "gates": [each.as_json() for each in found]})
+    elif found:
+        rows = [(f"[green]{safe(name)}@{safe(each.alias)}[/]", safe(each)) for each in found]
+        console().print(columns(("alias", "gate"), rows))
+    else:
+        console().print(f"no gate on {safe(f'{name}@{alias}' if alias else name)}")
+
+
+def _answer(move: Move, as_json: bool) -> None:
+    if as_json:
+        emit(move.as_json())
+        return
+    alias, version = f"[green]{safe(move.name)}@{safe(move.alias)}[/]", f"[bold]{safe(move.version)}[/]"
+    if not move.changed:
+        console().print(f"{alias} names {version} already: nothing moved")
+        return
+    was = f"it named {safe(move.before)}" if move.before else "it named nothing"
+    passed = f" [dim](passed over, deleted since: {safe(', '.join(move.skipped))})[/]" if move.skipped else ""
+    console().print(f"{alias} names {version} now; {was} before{passed}")

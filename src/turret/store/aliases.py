@@ -1,0 +1,151 @@
+"""Where movable names point, and how they got there, as rows. Refuses to know files.
+
+An alias moves by `promote` and `rollback`; every move is a row of its history, which is only added to:
+
+- each row knows the move before it that a rollback goes back to (`before`); for a promote that is the move in force
+- a rollback adds a row that names what that earlier move named and takes over *its* `before`: repeated rollbacks walk
+  further back, and a promote after them starts a new line from where they ended
+- versions deleted since, and moves to what the alias names already, are passed over
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Row, delete, insert, select, update
+
+from turret.database import adapters, alias_history, aliases, versions
+from turret.errors import NotFound
+from turret.store import catalog
+from turret.store.catalog import Version, now
+
+Verb = Literal["promote", "rollback", "delete"]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Where an alias points, and where it pointed before."""
+
+    name: str
+    alias: str
+    version: str  # "sentiment@3": what it names now
+    before: str | None  # what it named until now
+    changed: bool  # False: it named that version already, and nothing was written
+    skipped: tuple[str, ...] = ()  # versions deleted since, which a rollback passed over
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "skipped": list(self.skipped)}
+
+
+def promote(connection: Connection, version: Version, alias: str) -> Move:
+    """Move the alias to the version."""
+    adapter_id, version_id = catalog.adapter_of(connection, version.name), catalog.row_of(connection, version)
+    before = catalog.pointed_at(connection, adapter_id, alias)
+    named = None if before is None else f"{version.name}@{_number(connection, before)}"
+    if before == version_id:
+        return Move(version.name, alias, str(version), named, changed=False)
+    last = _in_force(connection, adapter_id, alias)
+    _move(connection, adapter_id, alias, "promote", version_id, version.number, None if last is None else last.id)
+    return Move(version.name, alias, str(version), named, changed=True)
+
+
+def rollback(connection: Connection, name: str, alias: str) -> Move:
+    """Move the alias to what it named before; raises NotFound where it named nothing."""
+    adapter_id = catalog.adapter_of(connection, name)
+    last, points = _in_force(connection, adapter_id, alias), catalog.pointed_at(connection, adapter_id, alias)
+    if last is None:
+        raise NotFound(f"no {name}@{alias} to roll back: {name} has {catalog.there(connection, adapter_id)}")
+    skipped: list[str] = []
+    earlier = last
+    while earlier.before is not None:
+        earlier = _history(connection, earlier.before)
+        if earlier.version_id is None:
+            skipped += [f"{name}@{earlier.number}"] if earlier.number is not None else []
+        elif earlier.version_id != points:
+            _move(connection, adapter_id, alias, "rollback", earlier.version_id, earlier.number, earlier.before)
+            named = None if points is None else f"{name}@{_number(connection, points)}"
+            return Move(name, alias, f"{name}@{earlier.number}", named, changed=True, skipped=tuple(skipped))
+    where = "is taken away" if points is None else f"names {name}@{_number(connection, points)}"
+    gone = f" but what was deleted since ({', '.join(skipped)})" if skipped else ""
+    raise NotFound(
+        f"nothing to roll back to: {name}@{alias} {where} and named nothing before{gone}: "
+        f"move it with `turret promote {name}@NUMBER {alias}`"
+    )
+
+
+def forget(connection: Connection, version_id: int) -> None:
+    """Take away every alias that names the version, and leave its number alone in the history."""
+    pointing = connection.execute(select(aliases).where(aliases.c.version_id == version_id)).all()
+    for row in pointing:
+        last = _in_force(connection, row.adapter_id, row.alias)
+        _move(connection, row.adapter_id, row.alias, "delete", None, None, None if last is None else last.id)
+    named = alias_history.c.version_id == version_id
+    connection.execute(update(alias_history).where(named).values(version_id=None))
+
+
+def moves(connection: Connection, name: str) -> list[dict[str, Any]]:
+    """Every move of the name's aliases, oldest first; `version` is a number, or null where the alias was taken away."""
+    query = (
+        select(alias_history)
+        .join(adapters, alias_history.c.adapter_id == adapters.c.id)
+        .where(adapters.c.name == name)
+        .order_by(alias_history.c.id)
+    )
+    return [
+        {
+            "alias": row.alias,
+            "verb": row.verb,
+            "version": row.number,
+            "deleted": row.number is not None and row.version_id is None,
+            "moved": row.moved,
+        }
+        for row in connection.execute(query)
+    ]
+
+
+def dangling(connection: Connection) -> list[str]:
+    """`name@alias` of every alias whose version is not listed; the database refuses to write such a row."""
+    query = (
+        select(adapters.c.name, aliases.c.alias)
+        .join(adapters, aliases.c.adapter_id == adapters.c.id, isouter=True)
+        .join(
+            versions,
+            (aliases.c.version_id == versions.c.id) & (aliases.c.adapter_id == versions.c.adapter_id),
+            isouter=True,
+        )
+        .where(versions.c.id.is_(None))
+    )
+    return [f"{row.name}@{row.alias}" for row in connection.execute(query)]
+
+
+def _move(
+    connection: Connection,
+    adapter_id: int,
+    alias: str,
+    verb: Verb,
+    version_id: int | None,
+    number: int | None,
+    before: int | None,
+) -> None:
+    at = now()
+    key = {"adapter_id": adapter_id, "alias": alias}
+    this = (aliases.c.adapter_id == adapter_id) & (aliases.c.alias == alias)
+    connection.execute(delete(aliases).where(this))
+    if version_id is not None:
+        connection.execute(insert(aliases).values(**key, version_id=version_id, moved=at))
+    row = {**key, "version_id": version_id, "number": number, "moved": at, "verb": verb, "before": before}
+    connection.execute(insert(alias_history).values(row))
+
+
+def _in_force(connection: Connection, adapter_id: int, alias: str) -> Row[Any] | None:
+    this = (alias_history.c.adapter_id == adapter_id) & (alias_history.c.alias == alias)
+    return connection.execute(select(alias_history).where(this).order_by(alias_history.c.id.desc()).limit(1)).first()
+
+
+def _history(connection: Connection, row: int) -> Row[Any]:
+    return connection.execute(select(alias_history).where(alias_history.c.id == row)).one()
+
+
+def _number(connection: Connection, version_id: int) -> int:
+    return int(connection.execute(select(versions.c.number).where(versions.c.id == version_id)).scalar_one())

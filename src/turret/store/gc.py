@@ -1,0 +1,118 @@
+"""Removes what nothing refers to. Refuses to know what a version is for.
+
+What goes, and why no process that is at work misses it:
+
+- files that no version lists: each is removed while this process is the only writer of the database, after a look
+  whether it is listed. A put looks, as the only writer, whether its files are still there before it lists them, and
+  writes again what is not; so a file is either listed and kept, or gone and written again
+- leftovers in `tmp/` and run folders that were never listed: after an hour without a change; their writer is dead
+- the checkpoint, and the bundle that was being proven, of a finished run: nothing goes on from it
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+
+from turret.database import Database, files, runs
+from turret.store.blobs import Blobs
+
+OLD = 3600  # seconds
+_AT_ONCE = 500  # files a transaction: other writers wait for it
+_RUN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Removed:
+    """One thing that is gone, or would be."""
+
+    path: str  # under the store's root
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a gc removed, or would."""
+
+    dry_run: bool
+    removed: tuple[Removed, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.bytes for each in self.removed)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"dry_run": self.dry_run, "bytes": self.bytes, "removed": [asdict(each) for each in self.removed]}
+
+
+def leftovers(root: Path, blobs: Blobs, *, dry_run: bool) -> Iterator[Removed]:
+    """Dead writers' files; asks no database, so that it makes room on a disk too full for one."""
+    for path, found in blobs.leftovers():
+        if _old(found.st_mtime):
+            yield from _take(path, found.st_size, "leftover of a killed writer", root, dry_run)
+
+
+def collect(root: Path, blobs: Blobs, database: Database, *, dry_run: bool) -> Iterator[Removed]:
+    """Unlisted files, and what finished and unlisted runs left."""
+    yield from _unlisted(root, blobs, database, dry_run=dry_run)
+    yield from _of_runs(root, database, dry_run=dry_run)
+
+
+def _unlisted(root: Path, blobs: Blobs, database: Database, *, dry_run: bool) -> Iterator[Removed]:
+    door = database.reading if dry_run else database.writing
+    there = list(blobs.walk())
+    for start in range(0, len(there), _AT_ONCE):
+        some = there[start : start + _AT_ONCE]
+        digests = [blob.digest for _, blob in some]
+        taken: list[Removed] = []
+        with door() as connection:
+            rows = connection.execute(select(files.c.digest).where(files.c.digest.in_(digests)).distinct())
+            listed = set(rows.scalars())
+            for path, blob in some:
+                if blob.digest not in listed:
+                    taken += _take(path, blob.bytes, "no version lists it", root, dry_run)
+        yield from taken
+
+
+def _of_runs(root: Path, database: Database, *, dry_run: bool) -> Iterator[Removed]:
+    folders = [path for path in sorted((root / "runs").glob("*")) if _RUN.fullmatch(path.name) and path.is_dir()]
+    with database.reading() as connection:
+        states = {row.id: row.state for row in connection.execute(select(runs.c.id, runs.c.state))}
+    for folder in folders:
+        if states.get(folder.name) == "finished":
+            for path in (folder / "checkpoint", *folder.glob("bundle-*")):
+                if path.is_dir():
+                    yield from _take(path, _size(path), "its run is finished", root, dry_run)
+        elif folder.name not in states and _old(folder.stat().st_mtime):
+            yield from _take(folder, _size(folder), "a run that never began", root, dry_run)
+
+
+def _take(path: Path, size: int, why: str, root: Path, dry_run: bool) -> Iterable[Removed]:
+    remove: Callable[[Path], object] = shutil.rmtree if path.is_dir() else Path.unlink
+    if not dry_run:
+        try:
+            remove(path)
+        except FileNotFoundError:  # another gc was quicker
+            return []
+    return [Removed(path.relative_to(root).as_posix(), size, why)]
+
+
+def _old(changed: float) -> bool:
+    return time.time() - changed > OLD
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.lstat().st_size if path.is_file() else 0
+    return total

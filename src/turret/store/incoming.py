@@ -1,0 +1,55 @@
+"""A bundle as it is offered to the store: what its manifest names, and whether that is so. Refuses to know tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from turret.errors import BundleError
+from turret.store.blobs import Blob
+
+MANIFEST = "manifest.json"
+_LIMIT = 16 << 20  # bytes; a manifest is a few thousand
+
+
+def read(bundle: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The manifest, and the files it names with itself; raises BundleError before anything is stored."""
+    path = bundle / MANIFEST
+    try:
+        if _plain_file(path).st_size > _LIMIT:
+            raise BundleError(f"{path} is larger than {_LIMIT} bytes: this is not a bundle that turret wrote")
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{bundle} is not a bundle: {MANIFEST}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("digest"), str) or "files" not in manifest:
+        raise BundleError(f"{path} lacks 'digest' or 'files': this is not a bundle that turret wrote")
+    named = [MANIFEST, *manifest["files"]]
+    for name in named:
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts or "\\" in name or "\0" in name or str(inside) != name:
+            raise BundleError(f"{path} names {name!r}: expected plain paths inside the bundle")
+        try:
+            _plain_file(bundle / name)
+        except OSError as error:
+            raise BundleError(f"{path} names {name!r}: {error.strerror}") from error
+    return manifest, {name: bundle / name for name in named}
+
+
+def _plain_file(path: Path) -> os.stat_result:
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise BundleError(f"{path} is not a plain file: links and devices are not stored")
+    return found
+
+
+def agree(manifest: Mapping[str, Any], content: Mapping[str, Blob], bundle: Path) -> None:
+    """What was stored is what the manifest says; raises BundleError."""
+    for name, said in manifest["files"].items():
+        if said.get("sha256") != content[name].digest.removeprefix("sha256:"):
+            raise BundleError(f"{bundle / name} does not match the digest in {MANIFEST}: the bundle was changed")

@@ -1,0 +1,177 @@
+"""The README.md beside an exported version: what is known of it, as Markdown, and nothing else.
+
+Made of what the store says; the same version gives the same bytes. Words from outside are put where they cannot become
+markup. Refuses to know files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+_KINDS = {"classify": "text-classification", "summarize": "summarization", "generate": "text-generation"}
+_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+
+_NO_PREFIX = {  # what PEFT 0.21 does
+    "SEQ_CLS": "PEFT does not run a prefix on a classifier.",
+    "SEQ_2_SEQ_LM": "PEFT loads the decoder's part of the prefix alone and gives other outputs.",
+}
+
+
+def card(shown: Mapping[str, Any], licence: str | None, form: str, task_type: str | None, notes: Sequence[str]) -> str:
+    """shown: as `Store.show` gives it; licence: the base's; task_type: PEFT's; notes: what to know to load it."""
+    manifest = shown["manifest"]
+    base, task = _part(manifest, "base"), _part(manifest, "task")
+    parts = [
+        "\n".join(_front(manifest, form)),
+        f"# {_plain(str(shown['version']))}",
+        "An adapter for a frozen base model, exported by Turret."
+        if form != "merged"
+        else "A base model with an adapter in its weights, exported by Turret.",
+        _table(
+            ("what", "value"),
+            [
+                ("version", _code(shown["version"])),
+                ("digest", _code(shown["digest"])),
+                ("method", _code(_method(_part(manifest, "method")))),
+                ("task", _code(task.get("kind") or "not said")),
+                *([("labels", ", ".join(map(_code, task["labels"])))] if task.get("labels") else []),
+                ("base", _code(base.get("id") or "not said")),
+                *([("base revision", _code(base["revision"]))] if base.get("revision") else []),
+                ("base fingerprint", _code(base.get("fingerprint") or "not known")),
+                ("licence of the base", _code(licence) if licence else "unknown: nothing beside the base states one"),
+                ("data digest", _code(_part(manifest, "lineage").get("data") or "not known")),
+            ],
+        ),
+        "## Metrics",
+        _metrics(shown.get("metrics") or {}),
+        "## How to load it",
+        *_loading(shown, base, form, task_type),
+        *(_plain(note) for note in notes),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _part(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = manifest.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _front(manifest: Mapping[str, Any], form: str) -> Iterator[str]:
+    """What the Hub reads: JSON values, which are YAML."""
+    base, kind = _on_hub(_part(manifest, "base")), _part(manifest, "task").get("kind")
+    yield "---"
+    yield f"library_name: {'transformers' if form == 'merged' else 'peft'}"
+    if base is not None:
+        yield f"base_model: {json.dumps(base)}"
+    if kind in _KINDS:
+        yield f"pipeline_tag: {_KINDS[kind]}"
+    yield "tags: [turret]"
+    yield "---"
+
+
+def _method(method: Mapping[str, Any]) -> str:
+    said = {key: value for key, value in method.items() if key != "kind" and value is not None and value is not False}
+    return " ".join([str(method.get("kind") or "not said"), *(f"{key}={_short(said[key])}" for key in sorted(said))])
+
+
+def _short(value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _metrics(measured: Mapping[str, Any]) -> str:
+    rows = []
+    for split in sorted(measured):
+        values = measured[split] if isinstance(measured[split], Mapping) else {}
+        size = _examples(values)
+        for name in sorted(values):
+            value = values[name]
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                rows.append((_code(split), size, name, f"{value:.6g}"))
+    if not rows:
+        return "None are stored with this version. `turret evaluate` measures it."
+    return _table(("split", "examples", "metric", "value"), rows)
+
+
+def _examples(values: Mapping[str, Any]) -> str:
+    """How many examples were measured, where the metrics say it: the supports of the classes add up."""
+    if isinstance(values.get("examples"), int):
+        return str(values["examples"])
+    classes = values.get("per_class")
+    if isinstance(classes, Mapping) and classes and "micro_f1" not in values:
+        return str(sum(int(row.get("support") or 0) for row in classes.values() if isinstance(row, Mapping)))
+    return "not stored"
+
+
+def _loading(shown: Mapping[str, Any], base: Mapping[str, Any], form: str, task_type: str | None) -> Iterator[str]:
+    name = str(shown["version"]).partition("@")[0]
+    kind = _CLASSES.get(str(task_type), "AutoModel")
+    if form == "merged":
+        yield "With transformers:"
+        lines = (
+            f"from transformers import {kind}, AutoTokenizer",
+            "",
+            f'model = {kind}.from_pretrained("FOLDER")',
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        )
+        yield _block("python", "\n".join(lines))
+        return
+    yield "With Turret, which checks the base by its fingerprint:"
+    yield _block("console", f'turret import FOLDER --name {name}\nturret predict {name} "a text"')
+    if task_type is None:
+        yield "PEFT does not load it: it has no method of that kind."
+        return
+    if _part(shown["manifest"], "method").get("kind") == "prefix" and task_type in _NO_PREFIX:
+        yield _NO_PREFIX[task_type]
+        return
+    yield "With PEFT, which does not check the base:"
+    yield from _peft(base, _part(shown["manifest"], "task").get("labels"), kind)
+
+
+def _on_hub(base: Mapping[str, Any]) -> str | None:
+    """The base's id where it is the Hub's: a folder may be called like one, but has no commit."""
+    name, revision = str(base.get("id")), str(base.get("revision"))
+    return name if _HUB_ID.fullmatch(name) and _COMMIT.fullmatch(revision) else None
+
+
+def _peft(base: Mapping[str, Any], labels: object, kind: str) -> Iterator[str]:
+    named = _on_hub(base) or "BASE"
+    if named == "BASE":
+        yield f"(BASE is a folder or a Hub id that has the weights of {_code(base.get('id'))}.)"
+    shape = f", num_labels={len(labels)}" if isinstance(labels, list) and labels else ""
+    lines = (
+        "from peft import PeftModel",
+        f"from transformers import {kind}",
+        "",
+        f'base = {kind}.from_pretrained("{named}"{shape})',
+        'model = PeftModel.from_pretrained(base, "FOLDER")',
+    )
+    yield _block("python", "\n".join(lines))
+
+
+def _block(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _code(value: Any) -> str:
+    """Someone's words as code on one line: no mark can leave it."""
+    text = "".join(c if c.isprintable() else " " for c in str(value)).replace("`", "'").replace("|", "/")
+    return f"`{text[:200].strip() or ' '}`"
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)

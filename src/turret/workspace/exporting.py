@@ -1,0 +1,231 @@
+"""The export verb: a stored version as a folder that PEFT, transformers or vLLM loads.
+
+`peft` is the bundle as it is stored, with a model card; `vllm` the same, once it is sure that vLLM takes it; `merged` a
+whole model. A folder is written beside and renamed, so it is whole or not there; one that holds something is left alone
+unless `force`, and then nothing but files of the same names and those of an earlier export is replaced.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from turret import adapters, bases
+from turret.adapters import Adapter, merge, vllm
+from turret.adapters.bundle import FILES, MANIFEST, read_config
+from turret.bases.licence import licence_of
+from turret.bases.quiet import quiet
+from turret.disk import sync
+from turret.errors import AdapterError, StoreError
+from turret.store import Store, Version
+from turret.tasks import make
+from turret.tasks.classify import Classify
+from turret.workspace.card import card
+from turret.workspace.importing import PROBE, WRITTEN
+from turret.workspace.results import Exported
+
+Form = Literal["peft", "merged", "vllm"]
+CARD = "README.md"
+MODEL = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
+)
+OURS = {*FILES, CARD, *MODEL, *TOKENIZER}  # what any export may have written
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest output
+
+
+def export(
+    store: Store,
+    reference: str,
+    folder: str | Path,
+    form: Form = "peft",
+    *,
+    force: bool = False,
+    stage: Callable[[str], None] | None = None,
+) -> Exported:
+    """Write the version into `folder`, which is new, empty, or given up with `force`."""
+    say = stage or (lambda _words: None)
+    target = Path(folder).expanduser().absolute()
+    _refuse(target, force)
+    version = store.resolve(reference)
+    with _written(target), _beside(target) as beside:
+        notes = []
+        if form == "merged":
+            with tempfile.TemporaryDirectory(prefix="turret-export-") as stored:
+                store.materialize(str(version), Path(stored))
+                task_type = _task_type(Path(stored))
+                notes += _write_merged(adapters.read_bundle(Path(stored)), version, beside, say)
+        else:
+            store.materialize(str(version), beside)
+            task_type = _task_type(beside)
+            if form == "vllm":
+                rank = vllm.max_lora_rank(adapters.read_bundle(beside))
+                notes.append(
+                    f"vLLM serves it with: vllm serve BASE --enable-lora --max-lora-rank {rank} "
+                    f"--lora-modules {version.name}=FOLDER"
+                )
+        shown = store.show(str(version))
+        licence = licence_of(str((shown["manifest"].get("base") or {}).get("id") or ""))
+        (beside / CARD).write_text(card(shown, licence, form, task_type, notes), encoding="utf-8")
+        files = {each.name: each.stat().st_size for each in sorted(beside.iterdir())}
+        say("writing")
+        _place(beside, target)
+    return Exported(str(version), version.digest, form, str(target), files, notes)
+
+
+def _task_type(folder: Path) -> str | None:
+    """PEFT's word for the model that carries the adapter; None where PEFT does not load it."""
+    config = read_config(folder)
+    return str(config.get("task_type")) if config.get("peft_type") and config.get("task_type") else None
+
+
+# --- merged -----------------------------------------------------------------------------------------------------------
+
+
+def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Callable[[str], None]) -> list[str]:
+    """The whole model with tokenizer and configuration, read back and compared; returns what to know of it."""
+    merge.require_mergeable(adapter)
+    if not adapter.task:
+        raise AdapterError(f"{version} says nothing of its task: it cannot be merged; import it with --task")
+    labels = adapter.task.get("labels")
+    kind: Literal["classify", "generate"] = "classify" if labels else "generate"
+    say(f"loading {adapter.base.id}")
+    dtype = _dtype_of(adapter.base.id)
+    base = bases.load(adapter.base.id, task=kind, num_labels=len(labels) if labels else None, dtype=dtype)
+    say("merging")
+    rows = _rows(adapter, base)
+    adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
+    expected = _outputs(base.model, rows)
+    adapters.detach(base.model)
+    state = merge.merged_state(base.model, adapter)
+    with quiet():
+        _labelled(base.model, adapter.task).save_pretrained(folder, state_dict=state)
+        base.tokenizer.save_pretrained(folder)
+    model_class, precision = type(base.model), base.dtype
+    del base, state
+    say("reading it back")
+    with quiet():
+        again = model_class.from_pretrained(folder, dtype=precision, local_files_only=True, use_safetensors=True).eval()
+    error = float((_outputs(again, rows) - expected).abs().max()) / float(expected.abs().max())
+    if not error <= TOLERANCE[precision]:
+        raise AdapterError(
+            f"the merged model was not kept: read back, its outputs differ from {version} by {error:.1e} of the "
+            f"largest, allowed is {TOLERANCE[precision]:.0e}; export the adapter without --merged"
+        )
+    word = str(precision).removeprefix("torch.")
+    return [f"Its weights are {word}; read back, its outputs differ from the adapter's by {error:.1e} of the largest."]
+
+
+def _dtype_of(base_id: str) -> Literal["float32", "bfloat16"]:
+    """The checkpoint's own; float32 holds any other without loss."""
+    said = bases.resolve(base_id).config
+    return "bfloat16" if (said.get("dtype") or said.get("torch_dtype")) == "bfloat16" else "float32"
+
+
+def _labelled(model: Any, task: dict[str, Any]) -> Any:
+    """The model with the labels in its configuration."""
+    if labels := task.get("labels"):
+        model.config = copy.deepcopy(model.config)
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: number for number, label in enumerate(labels)}
+        if task.get("multi_label"):
+            model.config.problem_type = "multi_label_classification"
+    return model
+
+
+def _rows(adapter: Adapter, base: Any) -> list[tuple[Tensor, Tensor | None]]:
+    """(ids, target ids) of a few texts, (1, T) each."""
+    task = make.task_from_spec(adapter.task, base.tokenizer)
+    if isinstance(task, Classify):
+        return [(each.ids[None], None) for each in task.encode_all(PROBE)]
+    target = task.encode_target(WRITTEN).ids[None]
+    sources = [each.ids[None] for each in task.encode_sources(PROBE)]
+    if base.family.kind == "encoder-decoder":
+        return [(source, target) for source in sources]
+    return [(torch.cat([source, target], dim=1), None) for source in sources]
+
+
+@torch.no_grad()
+def _outputs(model: Any, rows: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """All logits in one row, float32."""
+    model.eval()
+    with quiet():
+        given = [model(input_ids=ids, **({} if target is None else {"labels": target})).logits for ids, target in rows]
+    return torch.cat([each.float().reshape(-1) for each in given])
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def _refuse(target: Path, force: bool) -> None:
+    if target.is_symlink():
+        raise StoreError(f"{target} is a link: expected a new folder; name the folder itself")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise StoreError(f"{target} is a file: expected a new folder; choose another name")
+    if not force and any(target.iterdir()):
+        raise StoreError(f"{target} is not empty: expected a new folder; choose another one, or give --force")
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder on the target's disk, next to it or in it, gone afterwards unless it became the target."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    where = target if target.exists() else target.parent  # a folder that is there may be a disk of its own
+    beside = Path(tempfile.mkdtemp(prefix=".turret-export-", dir=where))
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _place(beside: Path, target: Path) -> None:
+    """Rename the finished folder, or its files into a folder that is there, the manifest last."""
+    for each in beside.iterdir():
+        each.chmod(0o644)
+        sync(each)
+    beside.chmod(0o755)
+    if not target.exists():
+        beside.rename(target)
+        sync(target.parent)
+        return
+    new = {each.name for each in beside.iterdir()}
+    for name in new:
+        if (target / name).is_dir() and not (target / name).is_symlink():
+            raise StoreError(f"{target / name} is a folder, where a file of that name would go: choose another folder")
+    for name in sorted(OURS - new):  # an earlier export of another form would be loaded in place of this one
+        if (target / name).is_file() or (target / name).is_symlink():
+            (target / name).unlink()
+    for name in sorted(new, key=lambda name: (name == MANIFEST, name)):
+        os.replace(beside / name, target / name)
+    sync(target)
+
+
+@contextmanager
+def _written(target: Path) -> Iterator[None]:
+    """What the disk says, as one line that names the folder."""
+    try:
+        yield
+    except StoreError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise _told(target, error.__cause__) from error
+    except (OSError, SafetensorError) as error:
+        raise _told(target, error) from error
+
+
+def _told(target: Path, error: Exception) -> StoreError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+    return StoreError(f"cannot write {target}: {reason}: make room or choose another folder; nothing was left there")

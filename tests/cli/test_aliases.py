@@ -1,0 +1,133 @@
+"""`promote`, `rollback`, `gate`: a line for people, one object for machines, one line for what cannot be."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from store.bundles import tensors, write_bundle
+
+from turret.cli.main import run
+from turret.store import Store
+
+
+@pytest.fixture
+def stored(tmp_path) -> str:
+    store = Store(tmp_path / "store")
+    for seed, accuracy in enumerate((0.5, 0.953)):
+        store.put("news", write_bundle(tmp_path, tensors(seed)), metrics={"test": {"accuracy": accuracy, "loss": 0.18}})
+    return str(store.root)
+
+
+@pytest.fixture
+def said(stored, capsys):
+    """What a command prints, of which it must be the exit status."""
+
+    def said(*arguments: str, status: int = 0) -> str:
+        assert run([*arguments, "--store", stored]) == status
+        out, err = capsys.readouterr()
+        assert (err if status == 0 else out) == ""
+        return out if status == 0 else err
+
+    return said
+
+
+def told(out: str) -> Any:
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def test_promote_and_rollback_say_what_the_alias_names_and_named(said) -> None:
+    assert said("promote", "news@1", "production") == "news@production names news@1 now; it named nothing before\n"
+    assert said("promote", "news@2", "production") == "news@production names news@2 now; it named news@1 before\n"
+    assert said("promote", "news@2", "production") == "news@production names news@2 already: nothing moved\n"
+    assert said("rollback", "news") == "news@production names news@1 now; it named news@2 before\n"
+    err = said("rollback", "news", status=1)
+    assert err.startswith("turret: nothing to roll back to: news@production names news@1 and named nothing before")
+    assert err.count("\n") == 1
+
+
+def test_promote_and_rollback_json_have_stable_keys(said) -> None:
+    said("promote", "news@1", "candidate")
+    moved = told(said("promote", "news@2", "candidate", "--json"))
+    assert moved == {
+        "name": "news", "alias": "candidate", "version": "news@2", "before": "news@1", "changed": True, "skipped": [],
+    }  # fmt: skip
+    assert set(told(said("rollback", "news", "candidate", "--json"))) == set(moved)
+
+
+def test_rollback_says_what_it_passed_over(said) -> None:
+    for number in (1, 2, 1):
+        said("promote", f"news@{number}", "production")
+    said("promote", "news@2", "other")
+    said("delete", "news@1", "--force")
+    assert "passed over, deleted since: news@1" in said("rollback", "news")
+
+
+def test_list_and_show_tell_the_aliases_and_their_moves(said) -> None:
+    for number in (1, 2):
+        said("promote", f"news@{number}", "production")
+    said("promote", "news@2", "candidate")
+    _, first, second = said("list").splitlines()
+    assert "production" not in first
+    assert "candidate production" in second
+    said("rollback", "news")
+    shown = said("show", "news")
+    lines = [line.split() for line in shown.splitlines() if line.startswith(("  promote", "  rollback"))]
+    assert [line[:4] for line in lines] == [
+        ["promote", "production", "to", "1,"],
+        ["promote", "production", "to", "2,"],
+        ["promote", "candidate", "to", "2,"],
+        ["rollback", "production", "to", "1,"],
+    ]
+    said("delete", "news@2", "--force")
+    assert "production to 2, deleted since" in said("show", "news")
+    assert "candidate taken away" in said("show", "news")
+
+
+def test_show_tells_the_last_moves_of_many(said) -> None:
+    for number in range(15):
+        said("promote", f"news@{1 + number % 2}", "production")
+    lines = said("show", "news").splitlines()
+    assert sum(line.startswith("  promote") for line in lines) == 12
+    assert any("3 earlier ones" in line for line in lines)
+
+
+def test_a_gate_is_kept_shown_asked_and_removed(said) -> None:
+    assert said("gate", "news") == "no gate on news\n"
+    assert "news@production  test.accuracy>=0.9" in said("gate", "news", "production", "accuracy>=0.9", "loss<1")
+    err = said("promote", "news@1", "production", status=1)
+    assert "news@1 may not become news@production: test.accuracy>=0.9 is wanted, found 0.5" in err
+    said("promote", "news@2", "production")
+    listed = told(said("gate", "news", "--json"))
+    assert listed["name"] == "news"
+    assert [gate["gate"] for gate in listed["gates"]] == ["test.accuracy>=0.9", "test.loss<1"]
+    assert set(listed["gates"][0]) == {"alias", "split", "metric", "relation", "threshold", "gate"}
+    said("gate", "news", "production", "--remove", "accuracy", "--remove", "test.loss<1")
+    assert said("gate", "news", "production") == "no gate on news@production\n"
+
+
+def test_promote_can_require_for_this_time(said) -> None:
+    err = said("promote", "news@1", "production", "--require", "accuracy>=0.9", "--require", "loss<1", status=1)
+    assert "test.accuracy>=0.9 is wanted, found 0.5" in err
+    assert "loss" not in err
+    said("promote", "news@2", "production", "--require", "accuracy>=0.9", "--require", "loss<1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "complaint"),
+    [
+        (["promote", "other", "production"], 1, "no adapter named 'other'"),
+        (["promote", "news", "3"], 2, "bad alias '3'"),
+        (["promote", "news"], 2, "Missing argument"),
+        (["promote", "news", "production", "--require", "accuracy"], 2, "bad gate 'accuracy'"),
+        (["rollback", "news"], 1, "no news@production to roll back: news has versions 1 to 2 and no alias"),
+        (["gate", "news", "production", "accuracy=1"], 2, "bad gate 'accuracy=1'"),
+        (["gate", "news", "production", "--remove", "f1"], 1, "no gate 'f1' on news@production: it has none"),
+    ],
+)
+def test_what_cannot_be_is_one_line(said, arguments, status, complaint) -> None:
+    err = said(*arguments, status=status)
+    assert complaint in err
+    assert err.count("\n") == 1

@@ -1,0 +1,74 @@
+"""What a stranger has, PEFT folders, and how the command says no."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import small_models
+import torch
+
+from turret import adapters, bases
+from turret.cli.main import run
+from turret.tasks import make
+from turret.workspace import Workspace
+
+WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
+LABELS = ["bad", "good", "odd"]
+TEXTS = ["a great film", "a dull and boring story about the market"]
+
+
+def peft_folder(family: str, task: str, folder: Path, **changes: Any) -> Path:
+    """What a stranger who uses PEFT has: a LoRA with every number moved, and a head where the task has one."""
+    kinds = {"classify": "SEQ_CLS", "generate": "SEQ_2_SEQ_LM" if family in ("t5", "bart") else "CAUSAL_LM"}
+    method = {"r": 3, "lora_alpha": 6, "init_lora_weights": False, "fan_in_fan_out": family == "gpt2", **changes}
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        small_models.build(family, task),
+        peft.LoraConfig(task_type=kinds[task], **method),  # type: ignore[arg-type]
+    )
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if "modules_to_save" in name:
+                each.add_(torch.randn_like(each) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def chances(workspace: Workspace, name: str, text: str) -> torch.Tensor:
+    """The probabilities of a stored classifier, on a base in float32 whatever this machine prefers."""
+    manifest = workspace.show(name)["manifest"]
+    base = bases.load(manifest["base"]["id"], task="classify", dtype="float32")
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        workspace.store.materialize(name, Path(folder))
+        adapters.mount(base.model, adapters.read_bundle(folder), fingerprint=base.fingerprint)
+        task = make.task_from_spec(manifest["task"], base.tokenizer)
+        return adapters.classify_logits(base.model, [task.encode(text).ids]).softmax(-1)[0]
+
+
+def refused(capsys: pytest.CaptureFixture[str], store: Path, source: object, *more: str) -> str:
+    """The one line with which the command refuses to import; nothing is stored."""
+    capsys.readouterr()
+    status = run(["import", str(source), "--name", "x", "--store", str(store), *more])
+    out, err = capsys.readouterr()
+    assert status in (1, 2), err
+    assert out == ""
+    assert err.startswith("turret: ")
+    assert err.count("\n") == 1
+    assert len(err) < 700
+    assert "bug in turret" not in err
+    assert not (store / "turret.db").exists()
+    return err
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

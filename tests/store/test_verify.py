@@ -1,0 +1,120 @@
+"""`verify` finds every change of every file and row, and takes nothing else for a problem."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from store.bundles import safetensors, write_bundle
+
+from turret.errors import NotFound
+from turret.store import Store
+
+
+def problems(store: Store, reference: str | None = None) -> list[str]:
+    return [str(problem) for problem in store.verify(reference).problems]
+
+
+def spoil(path: Path, content: bytes) -> None:
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+def test_a_whole_store_verifies(store, put) -> None:
+    put(), put("b")
+    store.promote("a@1", "production")
+    found = store.verify()
+    assert found.ok
+    assert (found.versions, found.files, found.orphans) == (2, 6, 0)
+    assert json.loads(json.dumps(found.as_json()))["ok"] is True
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "manifest.json"])
+def test_a_flipped_bit_in_any_file_is_found_and_named(store, put, name) -> None:
+    put(), put()
+    path = store.files("a@2")[name]
+    good = path.read_bytes()
+    for place in {0, len(good) // 2, len(good) - 1}:
+        spoil(path, good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        assert any(said.startswith(f"a@2 {name}: stored file") for said in problems(store)), place
+        assert problems(store, "a@2")
+    spoil(path, good)
+    assert store.verify().ok
+
+
+def test_a_file_that_is_missing_or_cut_is_found(store, put) -> None:
+    put(), put()
+    first, second = (store.files(f"a@{number}")["adapter_model.safetensors"] for number in (1, 2))
+    first.unlink()
+    spoil(second, second.read_bytes()[:-1])
+    one, two = problems(store)
+    assert one.startswith("a@1 adapter_model.safetensors: stored file sha256:")
+    assert "is missing" in one
+    assert two.startswith("a@2 adapter_model.safetensors: stored file")
+    assert "does not match its digest" in two
+    assert len(problems(store, "a@1")) == 1
+
+
+def test_a_file_that_never_was_safetensors_is_found(store, make_bundle) -> None:
+    store.put("a", make_bundle(b"tensors"))
+    store.put("b", make_bundle(safetensors({})))
+    one, two = problems(store)
+    assert "a@1 adapter_model.safetensors: is no readable safetensors file" in one
+    assert "b@1 adapter_model.safetensors: holds no tensor" in two
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("UPDATE versions SET digest = 'sha256:0000'", "a@1 manifest.json: has digest"),
+        ('UPDATE versions SET manifest = \'{"digest": "x"}\'', "a@1 manifest.json: differs from the manifest"),
+        ("DELETE FROM files WHERE path = 'manifest.json'", "a@1 manifest.json: is not listed"),
+        ("DELETE FROM files WHERE path = 'adapter_config.json'", "a@1 manifest.json: names other files"),
+        ("UPDATE files SET bytes = 1 WHERE path = 'manifest.json'", "a@1 manifest.json: has "),
+        ("UPDATE aliases SET version_id = 77", "a@production: names a version that is not listed"),
+    ],
+)
+def test_rows_that_do_not_agree_with_the_files_are_found(store, put, statement, said) -> None:
+    put()
+    store.promote("a@1", "production")
+    with sqlite3.connect(store.root / "turret.db") as connection:  # by hand, without foreign keys
+        connection.execute(statement)
+    connection.close()
+    assert any(problem.startswith(said) for problem in problems(store)), problems(store)
+
+
+def test_files_that_no_version_lists_are_counted_and_no_problem(store, put, tmp_path) -> None:
+    put(), put()
+    store.delete("a@1")
+    found = store.verify()
+    assert found.ok
+    assert found.orphans == 2  # the configuration is the other version's too
+    assert found.orphan_bytes > 0
+
+
+def test_one_version_is_looked_at_alone_and_one_that_is_not_there_is_said(store, put) -> None:
+    put(), put()
+    store.files("a@1")["manifest.json"].unlink()
+    assert store.verify("a@2").ok
+    assert not store.verify("a@1").ok
+    with pytest.raises(NotFound, match="no a@7"):
+        store.verify("a@7")
+    with pytest.raises(NotFound, match="nothing to look at: there is no store at"):
+        Store(store.root / "none").verify()
+
+
+def test_a_manifest_that_changed_with_its_digest_is_found(store, tmp_path) -> None:
+    """Both the file and its row of `files` were replaced: the row of the version still tells."""
+    bundle = write_bundle(tmp_path, safetensors({"a": [1.0]}))
+    store.put("a", bundle)
+    other = json.loads((bundle / "manifest.json").read_text())
+    other["base"] = {"id": "another"}
+    (bundle / "manifest.json").write_text(json.dumps(other))
+    blob = store._blobs.put(bundle / "manifest.json")
+    with sqlite3.connect(store.root / "turret.db") as connection:
+        change = "UPDATE files SET digest = ?, bytes = ? WHERE path = 'manifest.json'"
+        connection.execute(change, (blob.digest, blob.bytes))
+    connection.close()
+    assert problems(store) == ["a@1 manifest.json: differs from the manifest that is listed"]
