@@ -13,6 +13,25 @@ from turret import errors
 from turret.cli.main import run
 from turret.cli.output import many, plainly, safe, size, span
 
+VERBS = (
+    "train",
+    "plan",
+    "evaluate",
+    "predict",
+    "list",
+    "show",
+    "diff",
+    "promote",
+    "rollback",
+    "gate",
+    "verify",
+    "import",
+    "export",
+    "gc",
+    "delete",
+    "doctor",
+)
+
 
 def failing(error: BaseException) -> typer.Typer:
     """A command line whose one verb raises."""
@@ -37,48 +56,11 @@ def test_help_loads_nothing_heavy_and_answers_quickly() -> None:
     assert done.stderr.strip() == "set()"
     # Of the processor, not of the clock: a busy machine must not fail this.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
-    for verb in (
-        "train",
-        "plan",
-        "evaluate",
-        "predict",
-        "list",
-        "show",
-        "diff",
-        "promote",
-        "rollback",
-        "gate",
-        "verify",
-        "import",
-        "export",
-        "gc",
-        "delete",
-        "doctor",
-    ):
+    for verb in VERBS:
         assert f"\n  {verb} " in done.stdout
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        "train",
-        "plan",
-        "evaluate",
-        "predict",
-        "list",
-        "show",
-        "diff",
-        "promote",
-        "rollback",
-        "gate",
-        "verify",
-        "import",
-        "export",
-        "gc",
-        "delete",
-        "doctor",
-    ],
-)
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_and_takes_store_and_json(verb, capsys) -> None:
     assert run([verb, "--help"]) == 0
     out = capsys.readouterr().out

@@ -146,12 +146,12 @@ def _unpadded(
 def _layout(hooked: Hooked, device: torch.device) -> Layout:
     """The blocks of this batch's rows: once a batch for all layers of a group."""
     route, site = hooked.route, hooked.site
-    lengths = route.lengths
-    assert lengths is not None
-    rows = range(len(next(iter(lengths.values()))))
-    kinds = [slot if hooked.prefix(slot := route.slot_of(row), site) is not None else BARE for row in rows]
-    place = ("layout", site.group, *sorted(set(kinds)))
+    place = ("layout", site.group)
     if place not in route.memo:
+        assert route.lengths is not None
+        rows = range(len(next(iter(route.lengths.values()))))
+        # a prefix has every layer of a group or none, so this layer speaks for all
+        kinds = [slot if hooked.prefix(slot := route.slot_of(row), site) is not None else BARE for row in rows]
         queries = route.spans("encoder" if site.group == "encoder" else "decoder")
         keys = route.spans("encoder") if site.group == "cross" else queries
         route.memo[place] = Layout.of(queries, keys, kinds, device)
