@@ -135,9 +135,7 @@ class Train(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; adapters are float32
     gradient_clip: float = Field(default=1.0, gt=0)  # largest norm
     checkpoint_every: int | None = Field(default=None, ge=1)  # steps; None: every epoch
-    micro_batch_tokens: int = Field(
-        default=512, ge=1
-    )  # most tokens in one pass; more are accumulated, the result is the same
+    micro_batch_tokens: int | None = Field(default=None, ge=1)  # most in one pass; None: by the size of the base
 
 
 def _method_word(value: Any) -> Any:

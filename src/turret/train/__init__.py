@@ -10,6 +10,7 @@
 Knows recipes, bases, tasks and adapters. Refuses to know the store, the engine and the terminal.
 """
 
+from turret.train.batches import pass_tokens
 from turret.train.checkpoint import step_of
 from turret.train.checks import Check
 from turret.train.curve import Curve, StepRecord, read_curve
@@ -35,6 +36,7 @@ __all__ = [
     "find_rate",
     "fit",
     "generate",
+    "pass_tokens",
     "plan",
     "probe",
     "prove",

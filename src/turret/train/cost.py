@@ -13,7 +13,7 @@ from typing import Any
 
 from turret import adapters
 from turret.train import memory
-from turret.train.batches import Item, Items, Schedule, micro_batches
+from turret.train.batches import Item, Items, Schedule, micro_batches, pass_tokens
 from turret.train.run import attach
 from turret.train.seeds import Randomness
 from turret.train.step import backward, loss_of
@@ -47,7 +47,7 @@ def measure(
     was counted. What the libraries keep for good by then (a plan for every shape, say) counts as runtime.
     """
     batches = [items.take(indices) for (_, indices), _ in zip(schedule.batches(), range(LOOKED_AT), strict=False)]
-    most = recipe.train.micro_batch_tokens
+    most = pass_tokens(recipe.train, base.model.config)
     typical = sorted(batches, key=_tokens)[len(batches) // 2]
     largest = max((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens)
     model = base.model

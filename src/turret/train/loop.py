@@ -52,7 +52,7 @@ def fit(
                     step, total=run.schedule.steps, peak=run.lr, warmup=run.warmup, schedule=train.schedule
                 )
                 started = clock()
-                with run.randomness, explained(train, batch, step, predicted):
+                with run.randomness, explained(run.most_tokens, batch, step, predicted):
                     loss, norm = train_step(
                         model,
                         task,
@@ -60,7 +60,7 @@ def fit(
                         batch,
                         rate=rate,
                         clip=train.gradient_clip,
-                        most_tokens=train.micro_batch_tokens,
+                        most_tokens=run.most_tokens,
                         processes=here,
                     )
                 seconds = clock() - started

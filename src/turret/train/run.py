@@ -22,7 +22,7 @@ from turret.adapters import Adapter, BaseInfo
 from turret.errors import TrainingError
 from turret.methods import Prefix
 from turret.train import checkpoint, memory, processes
-from turret.train.batches import Item, Items, Schedule
+from turret.train.batches import Item, Items, Schedule, pass_tokens
 from turret.train.curve import StepRecord
 from turret.train.evaluate import evaluate
 from turret.train.optim import AdamW, default_learning_rate, warmup_steps
@@ -153,6 +153,11 @@ class Run:
             for step, indices in self.schedule.batches(after=self.progress.step):
                 yield step, self.items.take(indices)
 
+    @property
+    def most_tokens(self) -> int:
+        """Of one pass."""
+        return pass_tokens(self.recipe.train, self.model.config)
+
     def evaluates(self, step: int) -> bool:
         every = self.recipe.train.evaluate
         if self.watched is None or every == "never":
@@ -163,8 +168,7 @@ class Run:
     def evaluate(self) -> dict[str, Any]:
         """Metrics of the weights as they are, on the examples that are watched."""
         assert self.watched is not None
-        most = self.recipe.train.micro_batch_tokens
-        metrics, _ = evaluate(self.model, self.task, self.watched, most_tokens=most, texts=False)
+        metrics, _ = evaluate(self.model, self.task, self.watched, most_tokens=self.most_tokens, texts=False)
         return metrics
 
     def saves(self, step: int) -> bool:

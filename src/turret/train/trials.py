@@ -16,7 +16,7 @@ import torch
 
 from turret import adapters
 from turret.errors import LossNotFinite
-from turret.train.batches import Items, Schedule
+from turret.train.batches import Items, Schedule, pass_tokens
 from turret.train.evaluate import example_losses
 from turret.train.optim import AdamW, default_learning_rate, learning_rate
 from turret.train.rates import Found, Score, search, size_of
@@ -84,7 +84,7 @@ class Trials:
             batch = self.items.take(indices)
             rate = learning_rate(step, total=self.steps, peak=lr, warmup=rising, schedule="constant")
             try:
-                with randomness, explained(train, batch, step, None):
+                with randomness, explained(self.most_tokens, batch, step, None):
                     loss, _ = train_step(
                         self.base.model,
                         self.task,
@@ -92,7 +92,7 @@ class Trials:
                         batch,
                         rate=rate,
                         clip=train.gradient_clip,
-                        most_tokens=train.micro_batch_tokens,
+                        most_tokens=self.most_tokens,
                     )
             except LossNotFinite:
                 return None
@@ -113,8 +113,12 @@ class Trials:
         self.optimiser.load_state({"weights": self.start, "exp_avg": zero, "exp_avg_sq": zero}, steps=0)
 
     def _held_out(self) -> Score:
-        most = self.recipe.train.micro_batch_tokens
-        return Score(*example_losses(self.base.model, self.task, self.held, most_tokens=most))
+        return Score(*example_losses(self.base.model, self.task, self.held, most_tokens=self.most_tokens))
+
+    @property
+    def most_tokens(self) -> int:
+        """Of one pass."""
+        return pass_tokens(self.recipe.train, self.base.model.config)
 
 
 @contextmanager

@@ -255,7 +255,7 @@ def _fit(run: Run, ready: Ready, planned: Planned, watching: Watching) -> Any:
 
 def _measure(ready: Ready, slot: int | None = None) -> dict[str, dict[str, Any]]:
     """Metrics of the finished adapter on every split that was held out."""
-    most = ready.recipe.train.micro_batch_tokens
+    most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
     held = {"validation": ready.dataset.validation, "test": ready.dataset.test}
     model, task = ready.base.model, ready.task
     return {
