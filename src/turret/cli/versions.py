@@ -111,12 +111,22 @@ def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "size", size(shown["bytes"])
     if shown["run"]:
         yield "run", f"{safe(shown['run']['id'])}  [dim]its recipe and curve are in runs/[/]"
+    for replay in shown["replays"]:
+        yield "golden", _golden(replay)
     if (earlier := len(shown["alias_history"]) - MOVES) > 0:
         yield "moves", f"[dim]{earlier} earlier ones are in --json[/]"
     for move in shown["alias_history"][-MOVES:]:
         where = f"{move['alias']} to {move['version']}" if move["version"] else f"{move['alias']} taken away"
         gone = ", deleted since" if move["deleted"] else ""
         yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {move['moved'][:16].replace('T', ' ')} UTC")
+
+
+def _golden(replay: Mapping[str, Any]) -> str:
+    first = replay["first"]
+    failed = f", first failed: example {first['example']}" if first else ""
+    name = replay["golden"].removeprefix("sha256:")[:12]
+    said = f"{replay['passed']} of {replay['total']} passed{failed}, {replay['replayed'][:16].replace('T', ' ')} UTC"
+    return safe(f"{name}  {said}")
 
 
 def _short(method: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

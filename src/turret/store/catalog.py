@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -31,6 +33,7 @@ class Version:
     metrics: Mapping[str, Any]
     manifest: Mapping[str, Any] = field(repr=False)
     aliases: tuple[str, ...] = ()
+    who: str | None = None  # stored it
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
@@ -42,6 +45,7 @@ class Version:
             "version": str(self),
             "digest": self.digest,
             "created": self.created,
+            "who": self.who,
             "aliases": list(self.aliases),
             "base": said["base"].get("id"),
             "method": said["method"].get("kind"),
@@ -67,6 +71,15 @@ class Deleted:
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def who() -> str | None:
+    """The user at work: TURRET_USER where it is set, else as the system calls them."""
+    try:
+        said = os.environ.get("TURRET_USER") or getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user without a name
+        return None
+    return "".join(c for c in said if c.isprintable())[:100] or None
 
 
 def add(
@@ -98,6 +111,7 @@ def add(
         "bytes": sum(blob.bytes for blob in content.values()),
         "metrics": plain(metrics),
         "manifest": plain(manifest),
+        "who": who(),
     }
     version_id = connection.execute(insert(versions).values(row)).inserted_primary_key[0]  # type: ignore[index]
     rows = [{"version_id": version_id, "path": p, "digest": b.digest, "bytes": b.bytes} for p, b in content.items()]
@@ -198,7 +212,7 @@ def _versions() -> Select[Any]:
 
 
 def _version(row: Row[Any], pointing: tuple[str, ...]) -> Version:
-    shared = {key: getattr(row, key) for key in ("name", "number", "digest", "created", "run", "bytes")}
+    shared = {key: getattr(row, key) for key in ("name", "number", "digest", "created", "run", "bytes", "who")}
     return Version(**shared, metrics=row.metrics, manifest=row.manifest, aliases=pointing)
 
 

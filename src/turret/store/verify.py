@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from turret.database import Database
 from turret.errors import Corrupt
 from turret.reference import Reference
-from turret.store import aliases, catalog
+from turret.store import aliases, catalog, golden
 from turret.store.blobs import Blob, Blobs
 from turret.store.catalog import Version
 from turret.store.incoming import MANIFEST
@@ -26,7 +26,7 @@ from turret.store.incoming import MANIFEST
 class Problem:
     """One thing that is not as it was stored."""
 
-    where: str  # a version, an alias, or "turret.db"
+    where: str  # a version, an alias, golden examples, or "turret.db"
     path: str | None  # in the bundle
     problem: str
 
@@ -85,6 +85,8 @@ def _of_database(connection: Connection) -> Iterator[Problem]:
         yield Problem("turret.db", None, f"a row of {row[0]} refers to a row of {row[2]} that is not there")
     for alias in aliases.dangling(connection):
         yield Problem(alias, None, "names a version that is not listed: move it with `turret promote`")
+    for where, said in golden.problems(connection):
+        yield Problem(where, None, said)
 
 
 def _of_version(
