@@ -101,14 +101,17 @@ def _print_show(shown: Mapping[str, Any]) -> None:
 def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     manifest = shown["manifest"]
     base, method, task = (manifest.get(key) or {} for key in ("base", "method", "task"))
-    yield "created", f"{shown['created'][:16].replace('T', ' ')} UTC, {age(shown['created'])} ago"
-    yield "base", f"{safe(base.get('id'))}  [dim]{safe(str(base.get('fingerprint'))[:19])}[/]"
+    by = f" by {safe(shown['who'])}" if shown["who"] else ""
+    yield "created", f"{shown['created'][:16].replace('T', ' ')} UTC, {age(shown['created'])} ago{by}"
+    revision = f"  [dim]revision[/] {safe(str(base['revision'])[:12])}" if base.get("revision") else ""
+    yield "base", f"{safe(base.get('id'))}  [dim]{safe(str(base.get('fingerprint'))[:19])}[/]{revision}"
     settings = dict(_short(method))
     yield "method", safe(" ".join([str(settings.pop("kind", "?")), *(f"{k}={v}" for k, v in settings.items())]))
     yield "task", safe(f"{task.get('kind')}  {', '.join(task.get('labels') or ())}")
     for split, values in shown["metrics"].items():
         yield safe(split), metrics(values)
     yield "size", size(shown["bytes"])
+    yield from _lineage(manifest.get("lineage") or {})
     if shown["run"]:
         yield "run", f"{safe(shown['run']['id'])}  [dim]its recipe and curve are in runs/[/]"
     for replay in shown["replays"]:
@@ -118,7 +121,25 @@ def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for move in shown["alias_history"][-MOVES:]:
         where = f"{move['alias']} to {move['version']}" if move["version"] else f"{move['alias']} taken away"
         gone = ", deleted since" if move["deleted"] else ""
-        yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {move['moved'][:16].replace('T', ' ')} UTC")
+        by = f" by {move['who']}" if move["who"] else ""
+        yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {move['moved'][:16].replace('T', ' ')} UTC{by}")
+
+
+def _lineage(lineage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What it was made from, each where it is known."""
+    for name in ("parent", "data", "tokenizer"):
+        if lineage.get(name):
+            yield name, safe(str(lineage[name])[:19])
+    if "seed" in lineage:
+        yield "seed", safe(lineage["seed"])
+    libraries = lineage.get("libraries")
+    if isinstance(libraries, Mapping):
+        yield "made with", safe(", ".join(f"{name} {version}" for name, version in sorted(libraries.items())))
+    if lineage.get("imported"):
+        yield "imported", "[dim]from outside; its files' digests are in --json[/]"
+    if lineage.get("recipe"):
+        lines = len(str(lineage["recipe"]).splitlines())
+        yield "recipe", f"[dim]{lines} lines, in --json; `turret diff` compares it key by key[/]"
 
 
 def _golden(replay: Mapping[str, Any]) -> str:

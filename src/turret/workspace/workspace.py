@@ -104,7 +104,7 @@ class Workspace:
         """The preflight of a training, without training: fills what the recipe leaves to be seen, and checks it."""
         from turret.workspace import training
 
-        return training.plan(recipe, training.Watching(on_stage=on_stage))
+        return training.plan(self.store, recipe, training.Watching(on_stage=on_stage))
 
     def train(
         self,
