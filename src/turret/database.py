@@ -21,11 +21,12 @@ is WAL and a commit is on disk before it returns.
 
 from __future__ import annotations
 
+import random
 import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -184,13 +185,14 @@ class Database:
         self.path = path
         self.read_only = read_only
         self._engine = _engine(path, read_only, alone)
+        self._without_room = self._engine if alone or read_only else _engine(path, read_only, alone=True, patience=0)
         with told(path):
             self._reach_schema()
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection that sees one moment of the database."""
-        with told(self.path), self._engine.begin() as connection:
+        with told(self.path), self._seen() as connection:
             yield connection
 
     @contextmanager
@@ -204,8 +206,33 @@ class Database:
         with told(self.path), writer.begin() as connection:
             yield connection
 
+    @contextmanager
+    def _seen(self) -> Iterator[Connection]:
+        """A transaction that has read something.
+
+        Where the disk refuses the index of the WAL, 32 kB that the first of all readers makes, because it is full say,
+        this one is alone for as long as it takes and keeps the index in memory.
+        """
+        with ExitStack() as opened:
+            yield self._look(opened)
+
+    def _look(self, opened: ExitStack) -> Connection:
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                return _looked(self._engine, opened)
+            except (DatabaseError, sqlite3.Error) as error:
+                if self._without_room is self._engine or not any(said in str(error) for said in ("I/O", "is full")):
+                    raise
+            try:
+                return _looked(self._without_room, opened)
+            except (DatabaseError, sqlite3.Error) as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0.001, 0.02))  # two that both would be alone: neither may wait for the other
+
     def _reach_schema(self) -> None:
-        with self._engine.begin() as connection:
+        with self._seen() as connection:
             found = _schema_of(connection)
         if found == SCHEMA:
             return
@@ -222,6 +249,15 @@ class Database:
         with self.writing() as connection:
             if _schema_of(connection) != SCHEMA:  # nobody else brought it there while this process waited
                 _migrate(connection)
+
+
+def _looked(engine: Engine, opened: ExitStack) -> Connection:
+    """A transaction of `engine` that goes with `opened`, once it has read: BEGIN alone reads nothing."""
+    with ExitStack() as trying:
+        connection = trying.enter_context(engine.begin())
+        connection.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1")
+        opened.push(trying.pop_all())
+    return connection
 
 
 def _schema_of(connection: Connection) -> str | None:
@@ -241,7 +277,7 @@ def _migrate(connection: Connection) -> None:
     command.upgrade(config, "head")
 
 
-def _engine(path: Path, read_only: bool, alone: bool) -> Engine:
+def _engine(path: Path, read_only: bool, alone: bool, patience: float = BUSY_SECONDS) -> Engine:
     if read_only:
         # Without a -wal beside it nobody is writing, and SQLite can do without the files it may not create.
         still = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
@@ -251,7 +287,7 @@ def _engine(path: Path, read_only: bool, alone: bool) -> Engine:
 
     def connect() -> sqlite3.Connection:
         # isolation_level=None: transactions are opened below, not guessed by the driver from the statement.
-        return sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        return sqlite3.connect(address, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
 
     engine = create_engine("sqlite+pysqlite://", creator=connect, poolclass=NullPool)
 
@@ -307,6 +343,11 @@ def no_room(path: Path) -> bool:
 def _plainly(reason: str, path: Path) -> str:
     if "is full" in reason or ("disk I/O error" in reason and no_room(path)):
         return f"the disk of {path.parent} is full: free some space and try again; what was stored before is intact"
+    if "disk I/O error" in reason:
+        return (
+            f"the disk refuses to read or write {path.name} ({reason}): look at quotas, file-size limits and its "
+            "health; what was stored before is intact"
+        )
     if "readonly" in reason or "read-only" in reason:
         return "it is read-only here: give write permission, or use another --store"
     if "unable to open" in reason:
