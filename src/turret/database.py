@@ -21,6 +21,7 @@ is WAL and a commit is on disk before it returns.
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sqlite3
@@ -331,6 +332,10 @@ def told(path: Path) -> Iterator[None]:
     except (DatabaseError, sqlite3.Error) as error:
         reason = str(getattr(error, "orig", None) or error)
         raise StoreError(f"store {path.parent}: {_plainly(reason, path)}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise StoreError(
+            f"store {path.parent}: {path.name} holds a row that is no JSON ({error}): restore it from a copy"
+        ) from error
     except OSError as error:
         raise StoreError(f"store {path.parent}: {error.strerror or error}: {error.filename or path}") from error
 

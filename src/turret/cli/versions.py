@@ -100,18 +100,18 @@ def _print_show(shown: Mapping[str, Any]) -> None:
 
 def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     manifest = shown["manifest"]
-    base, method, task = (manifest.get(key) or {} for key in ("base", "method", "task"))
+    base, method, task, lineage = (_part(manifest, key) for key in ("base", "method", "task", "lineage"))
     by = f" by {safe(shown['who'])}" if shown["who"] else ""
     yield "created", f"{shown['created'][:16].replace('T', ' ')} UTC, {age(shown['created'])} ago{by}"
     revision = f"  [dim]revision[/] {safe(str(base['revision'])[:12])}" if base.get("revision") else ""
     yield "base", f"{safe(base.get('id'))}  [dim]{safe(str(base.get('fingerprint'))[:19])}[/]{revision}"
     settings = dict(_short(method))
     yield "method", safe(" ".join([str(settings.pop("kind", "?")), *(f"{k}={v}" for k, v in settings.items())]))
-    yield "task", safe(f"{task.get('kind')}  {', '.join(task.get('labels') or ())}")
+    yield "task", safe(f"{task.get('kind')}  {', '.join(map(str, task.get('labels') or ()))}")
     for split, values in shown["metrics"].items():
         yield safe(split), metrics(values)
     yield "size", size(shown["bytes"])
-    yield from _lineage(manifest.get("lineage") or {})
+    yield from _lineage(lineage)
     if shown["run"]:
         yield "run", f"{safe(shown['run']['id'])}  [dim]its recipe and curve are in runs/[/]"
     for replay in shown["replays"]:
@@ -123,6 +123,11 @@ def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         gone = ", deleted since" if move["deleted"] else ""
         by = f" by {move['who']}" if move["who"] else ""
         yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {move['moved'][:16].replace('T', ' ')} UTC{by}")
+
+
+def _part(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = manifest.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _lineage(lineage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -212,7 +212,10 @@ def content_of(connection: Connection, digest: str) -> GoldenSet:
     if content is None or digest_of(content) != digest:
         said = "are missing" if content is None else "do not match their digest"
         raise Corrupt(f"golden examples {name_of(digest)} {said}: add them again with `turret gate --golden`")
-    return GoldenSet.of_content(content)
+    try:
+        return GoldenSet.of_content(content)
+    except (ValueError, KeyError, TypeError, StopIteration, RecursionError, DataError):
+        raise Corrupt(f"golden examples {name_of(digest)} make no sense: add them again with `turret gate`") from None
 
 
 def problems(connection: Connection) -> Iterable[tuple[str, str]]:
@@ -267,7 +270,7 @@ def check(connection: Connection, version: Version, alias: str) -> tuple[Replay,
 
 def misfit(version: Version, wanted: GoldenSet) -> str | None:
     """Why no version of that kind could pass, from its manifest alone."""
-    task = version.manifest.get("task") or {}
+    task = version.part("task")
     labels, classifies = task.get("labels") or (), task.get("kind") == "classify"
     if classifies != (wanted.kind == "label"):
         does = "classifies" if classifies else "writes texts"

@@ -57,11 +57,17 @@ def verify(database: Database, blobs: Blobs, reference: Reference | None = None)
     """One version with the aliases that name it, or the whole store; raises NotFound for a reference without one."""
     with database.reading() as connection:
         versions = [catalog.find(connection, reference)] if reference else catalog.listed(connection)
-        content = {str(version): catalog.content_of(connection, version) for version in versions}
         problems = [] if reference else list(_of_database(connection))
+        content: dict[str, dict[str, Blob]] = {}
+        for version in versions:
+            try:
+                content[str(version)] = catalog.content_of(connection, version)
+            except Corrupt as error:
+                problems.append(Problem(str(version), None, str(error)))
     seen: dict[str, str | None] = {}
     for version in versions:
-        problems += _of_version(version, content[str(version)], blobs, seen)
+        if str(version) in content:
+            problems += _of_version(version, content[str(version)], blobs, seen)
     loose = [] if reference else _orphans(database, blobs)
     with database.reading() as connection:  # what was deleted while this read it is no problem
         still = {str(version) for version in catalog.listed(connection)}

@@ -124,6 +124,6 @@ def evaluate(
 
 def inputs(store: Store, reference: str, source: str, column: str | None) -> list[str]:
     """The texts in a file, by the column that is named, or that the version's kind of task reads."""
-    kind = (store.resolve(reference).manifest.get("task") or {}).get("kind", "classify")
+    kind = store.resolve(reference).part("task").get("kind", "classify")
     role = {"classify": "text", "summarize": "document", "generate": "prompt"}[kind]
     return tables.read_inputs(Data.model_validate({"source": source, role: column}), kind)
