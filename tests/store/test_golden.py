@@ -101,7 +101,8 @@ def test_too_few_right_answers_are_refused_with_the_first_wrong_one(store, put) 
     store.keep_replay(version, replay(wanted, 19))
     with pytest.raises(
         GateFailed,
-        match=r"a@1 may not become a@production: 1 of 20 golden examples failed \(golden:\w+>=1 is wanted\), the first "
+        match=r"a@1 may not become a@production: 1 of 20 golden examples failed "
+        r"\(golden:\w+>=1 is wanted, asked 2026-01-02 03:04 UTC\), the first "
         r"is example 1 'text 0', expected label 'good', given 'bad': promote another version, or change the gate",
     ) as refused:
         store.promote("a", "production")

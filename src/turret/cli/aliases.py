@@ -92,7 +92,8 @@ def gate(
 
 def _much(gate: Gate | Golden) -> str:
     """What the words of a gate do not tell."""
-    return f"[dim]{many(gate.examples)} golden examples[/]" if hasattr(gate, "examples") else ""
+    count = getattr(gate, "examples", None)
+    return "" if count is None else f"[dim]{many(count)} golden example{'' if count == 1 else 's'}[/]"
 
 
 def _answer(move: Move, as_json: bool) -> None:

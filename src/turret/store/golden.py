@@ -286,10 +286,12 @@ def misfit(version: Version, wanted: GoldenSet) -> str | None:
 
 def _said(replay: Replay, gate: Golden) -> str:
     first = replay.first or {}
+    asked = replay.replayed[:16].replace("T", " ")
     where = f"example {first.get('example')} {shortly(first.get('text'))}"
     return (
-        f"{replay.total - replay.passed} of {replay.total} golden examples failed ({gate} is wanted), the first is "
-        f"{where}, expected {first.get('expected')}, given {shortly(first.get('given'))}"
+        f"{replay.total - replay.passed} of {replay.total} golden examples failed "
+        f"({gate} is wanted, asked {asked} UTC), "
+        f"the first is {where}, expected {first.get('expected')}, given {shortly(first.get('given'))}"
     )
 
 
