@@ -161,7 +161,8 @@ def _kill_at_random_moments(tmp_path: Path, rounds: int) -> None:
         first = process.stdout.readline()  # it is at work
         time.sleep(moments.uniform(0, 0.1))
         process.kill()
-        rest, _ = process.communicate(timeout=60)
+        rest = process.stdout.read()  # communicate would pass over what readline has taken ahead
+        process.communicate(timeout=60)
         lines += [first, *rest.splitlines(keepends=True)]
     out, err = survivor.communicate(timeout=600)
     assert survivor.returncode == 0, err
