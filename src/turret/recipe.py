@@ -125,6 +125,7 @@ class Train(_Section):
     epochs: int = Field(default=3, ge=1)
     batch_size: int = Field(default=8, ge=1, le=65536)
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None  # None: the method's own; auto: found by trials
+    init_from: str | None = Field(default=None, min_length=1)  # a stored version to go on from; None: the base alone
     evaluate: Literal["epoch", "never"] | Annotated[int, Field(ge=1)] = "epoch"  # a number: every so many steps
     max_steps: int | None = Field(default=None, ge=1)  # None: as many as the epochs make
     warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0.06  # fraction of the steps, or steps

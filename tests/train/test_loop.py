@@ -22,7 +22,7 @@ from turret.train import checkpoint, evaluate, fit, read_curve
 from turret.train.batches import Items
 from turret.train.memory import Prediction
 from turret.train.optim import AdamW
-from turret.train.run import attach
+from turret.train.start import attach
 from turret.train.step import explained, loss_of, train_step
 
 

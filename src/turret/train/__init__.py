@@ -21,6 +21,7 @@ from turret.train.plan import Plan, plan
 from turret.train.proof import Probe, probe, prove
 from turret.train.rates import Found
 from turret.train.run import Fitted
+from turret.train.start import Start
 from turret.train.trials import find_rate
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Found",
     "Plan",
     "Probe",
+    "Start",
     "StepRecord",
     "default_learning_rate",
     "evaluate",
