@@ -125,6 +125,8 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)  # (B, T, D_out)
+        if self.route.bank is not None:
+            return self.route.bank.added(self, y, x)
         slot = self.route.single()
         if slot is not None:
             return self._add(y, x, slot)
