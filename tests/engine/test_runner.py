@@ -53,7 +53,7 @@ def test_a_mixed_pass_of_classifiers_equals_each_row_alone(family: str) -> None:
         outcome = runner.run([Fresh(row.tolist(), slot) for row, slot in zip(inputs, slots, strict=True)])
         for row, slot, logits in zip(inputs, slots, outcome.classes, strict=True):
             expected = classify_logits(models[slot - 1], [row])[0]
-            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5, msg=lambda said: f"{name}: {said}")
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def greedy(runner: Runner, prompts: list[Any], slots: list[int], count: int, together: bool = True) -> list[list[int]]:

@@ -175,9 +175,9 @@ def _mount_lora(model: Any, attached: Attachment, adapter: Adapter, method: LoRA
 
 
 def checked_factors(model: Any, adapter: Adapter, method: LoRA) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (R, D_in) and B (D_out, R) of every layer the LoRA adapts, as they are stored; all of its tensors, and they fit.
+    """A (R, D_in) and B (D_out, R) of every layer the LoRA adapts, as they are stored.
 
-    Raises AdapterError that says which does not.
+    All of its tensors are among them and fit, or AdapterError says which does not.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in adapter.tensors.items():

@@ -265,7 +265,7 @@ class Bank:
 
 
 def _templates(model: Any, family: Family) -> dict[str, nn.Module]:
-    """The shapes of the head's modules, by path: those of this model, or of the classifier of the same configuration."""
+    """The shapes of the head's modules by path: this model's, or those of the classifier of the same configuration."""
     owner = model
     if not all(hasattr(model, name) for name in family.head_modules):
         with torch.device("meta"):

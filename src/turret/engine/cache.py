@@ -1,7 +1,7 @@
 """The key-value cache: what was said so far, as every attention layer sees it. Knows lanes, lengths and tensors.
 
-A sequence has a lane in a block: the same place in a tensor (lanes, H_kv, S, D) of keys and one of values a layer. Blocks
-differ in S, a power of two, so a lane is at most twice as long as asked for. The lanes of a block that are in use are
+A sequence has a lane in a block: the same place in a tensor (lanes, H_kv, S, D) of keys and one of values a layer.
+Blocks differ in S, a power of two, so a lane is at most twice as long as asked for. The lanes of a block that are in use are
 its first ones, whatever comes and goes, so a step reads them as they lie and copies nothing. A prefix stands at the
 beginning of its sequence's own lane; nothing is shared between lanes. A lane that is given back is zeroed.
 

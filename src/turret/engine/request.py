@@ -1,4 +1,4 @@
-"""What is asked of the engine and what it answers: small objects, their limits, and the ticket that waits for an answer.
+"""What is asked of the engine and what it answers: small objects, their limits, and the ticket of an answer to come.
 
 Knows words, numbers and threads. Refuses to know tensors, adapters' contents and how a pass is run; loads no torch.
 """
@@ -10,10 +10,13 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from turret.errors import Cancelled, DataError, DeadlineExceeded
+from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError
+
+if TYPE_CHECKING:
+    from turret.adapters import Adapter
 
 Kind = Literal["classify", "generate"]
 Answer = dict[str, Any]
@@ -37,6 +40,18 @@ class Named:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
+
+
+class Source(Protocol):
+    """Where versions come from."""
+
+    def resolve(self, reference: str) -> Named:
+        """What the reference means now. Raises NotFound."""
+        ...
+
+    def load(self, named: Named) -> Adapter:
+        """Blocking; called on the loader's thread. Raises TurretError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,8 @@ class Options:
     num_beams: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        given: Any = self.stop
+        object.__setattr__(self, "stop", (given,) if isinstance(given, str) else tuple(given))
         _between("max_tokens", self.max_tokens, 1, 1 << 31, whole=True)
         _between("temperature", self.temperature, 0.0, 100.0)
         _between("top_p", self.top_p, 0.0, 1.0, above=True)
@@ -159,6 +175,7 @@ class Ticket:
         self._said: list[str] = []
         self._listeners: list[Listener] = []
         self.heard = False  # somebody wants pieces
+        self.said = 0  # characters of the answer so far
 
     @property
     def done(self) -> bool:
@@ -180,7 +197,7 @@ class Ticket:
         return self._end.error if isinstance(self._end, Failed) else None
 
     def listen(self, listener: Listener) -> None:
-        """Call `listener` with what was said so far and with every further event, in order, from the engine's thread."""
+        """Call `listener` with what was said so far and every further event, in order, from the engine's thread."""
         with self._lock:
             self.heard = True
             if self._said:
@@ -226,6 +243,7 @@ class Ticket:
         with self._lock:
             if text and self._end is None:
                 self._said.append(text)
+                self.said += len(text)
                 self._tell(Piece(text))
 
     def end(self, end: Done | Failed) -> bool:
@@ -262,7 +280,7 @@ class Request:
     named: Named | None  # None: the bare base
     text: str | None
     options: Options
-    tokens: int  # of the prompt: as guessed before its adapter is there, as counted after
+    tokens: int  # of the prompt: guessed until it is `ready`
     arrived: float
     priority: int = 0
     deadline: float | None = None  # on the engine's clock
@@ -271,7 +289,11 @@ class Request:
     cache_tokens: int = 0  # keys and values to be held for it, all rows together
     cancelled: bool = False
     joined: int = 0  # the number of the pass before which it could have gone
-    extra: dict[str, Any] = field(default_factory=dict)
+    settings: Any = None  # of a generation, with nothing left open; once its adapter is there
+    entry: Any = None  # the slot it holds
+    ready: bool = False  # encoded, and what it needs is known
+    counted: int = 0  # of its tokens among those that wait
+    error: TurretError | None = None  # why it cannot be
 
     @property
     def flow(self) -> str:
@@ -285,7 +307,7 @@ class Request:
         if self.deadline is not None and now >= self.deadline:
             waited = now - self.arrived
             return DeadlineExceeded(
-                f"request {self.ticket.receipt.id} was not answered within {waited:.3g} s: give it more time, or ask less"
+                f"request {self.ticket.receipt.id} has no answer after {waited:.3g} s: give it more time, or ask less"
             )
         return None
 

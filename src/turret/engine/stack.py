@@ -1,7 +1,7 @@
 """The factors of the adapters that decode now, side by side, so that one product a layer serves rows of any mixture.
 
-A: (S, R, D_in) and B: (S, R, D_out) a layer, S places, every adapter filled up with zeros to the largest rank R. Two ways
-to multiply, with the same result:
+A: (S, R, D_in) and B: (S, R, D_out) a layer, S places, every adapter filled up with zeros to the largest rank R. There
+are two ways to multiply, with the same result:
 
 - batched: a row is put beside its adapter's place, then h_s = x_s A_s^T, y_s += h_s B_s. Where the library is quick
   with many small products: float32 on a processor, everything on a GPU.
@@ -54,14 +54,13 @@ class Stack:
 
     def __init__(self, sizes: Sequence[tuple[int, int]], like: Tensor, *, batched: bool | None = None) -> None:
         self._sizes, self._like = sizes, like
-        self.batched = (like.dtype == torch.float32 or like.device.type != "cpu") if batched is None else batched
         self._places: list[Factors] = []
-        self._room = 0
-        self._rank = 0
+        self._room = self._rank = 0
         self._A: dict[int, Tensor] = {}
         self._B: dict[int, Tensor] = {}
-        self._key: tuple[int, ...] = ()
+        self._key: tuple[int, ...] = ()  # the adapters of the rows as they are arranged; all are in places, so alive
         self._groups: list[_Group] = []
+        self.batched = (like.dtype == torch.float32 or like.device.type != "cpu") if batched is None else batched
 
     def arrange(self, rows: Sequence[Factors | None]) -> None:
         """The adapter of each row of the steps to come; None for a row without factors."""
@@ -75,7 +74,9 @@ class Stack:
 
     def clear(self) -> None:
         """Let go of everything: nobody decodes."""
-        self.__init__(self._sizes, self._like, batched=self.batched)  # type: ignore[misc]
+        self._places, self._A, self._B = [], {}, {}
+        self._room = self._rank = 0
+        self._key, self._groups = (), []
 
     def add(self, layer: int, y: Tensor, x: Tensor) -> None:
         """y += each row's own product. x: (n, D_in), y: (n, D_out)."""
@@ -135,9 +136,8 @@ class Stack:
             else:
                 few += [(row, place, number) for number, row in enumerate(rows)]
         size = len(few) if self.batched else CHUNK
-        for start in range(0, len(few), max(1, size)):
-            groups.append(self._group(few[start : start + size], len(places)))
-        return groups
+        starts = range(0, len(few), max(1, size))
+        return groups + [self._group(few[start : start + size], len(places)) for start in starts]
 
     def _group(self, few: list[tuple[int, int, int]], count: int) -> _Group:
         """Rows of few each: (row, place, number among those of its place), by place."""
