@@ -1,9 +1,9 @@
 """The key-value cache: what was said so far, as every attention layer sees it. Knows lanes, lengths and tensors.
 
 A sequence has a lane in a block: the same place in a tensor (lanes, H_kv, S, D) of keys and one of values a layer.
-Blocks differ in S, a power of two, so a lane is at most twice as long as asked for. The lanes of a block that are in use are
-its first ones, whatever comes and goes, so a step reads them as they lie and copies nothing. A prefix stands at the
-beginning of its sequence's own lane; nothing is shared between lanes. A lane that is given back is zeroed.
+Blocks differ in S, a power of two, so a lane is at most twice as long as asked for. The lanes of a block that are in
+use are its first ones, whatever comes and goes, so a step reads them as they lie and copies nothing. A prefix stands at
+the beginning of its sequence's own lane; nothing is shared between lanes. A lane that is given back is zeroed.
 
 Refuses to know adapters, tokens and who may have how much: `scheduler` counts by `capacity`.
 """
@@ -61,18 +61,15 @@ class LaneBlock:
         return lane
 
     def close(self, lane: Lane) -> None:
-        """Its place is taken by the last lane, and the last place is zeroed."""
+        """Its place is taken by the last lane, and the last place is zeroed: a NaN would reach through any mask."""
         last = self.lanes.pop()
-        if last is not lane:
-            for group, layers in self.stored.items():
-                used = max(last.lengths[group], lane.lengths[group])
-                for stored in layers:
-                    stored[:, lane.index, :, :used] = stored[:, last.index, :, :used]
-            self.lanes[lane.index] = last
-        for group, layers in self.stored.items():
+        for layers in self.stored.values():
             for stored in layers:
-                stored[:, len(self.lanes), :, : last.lengths[group]] = 0.0
-        last.index = lane.index
+                if last is not lane:
+                    stored[:, lane.index] = stored[:, last.index]
+                stored[:, last.index] = 0.0
+        if last is not lane:
+            self.lanes[lane.index], last.index = last, lane.index
         if self.room > 4 and 4 * len(self.lanes) <= self.room:
             self._resize(self.room // 2)
 

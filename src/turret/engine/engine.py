@@ -29,7 +29,6 @@ from turret.engine.request import (
     Options,
     Receipt,
     Request,
-    Source,
     Stats,
     Ticket,
     log,
@@ -38,6 +37,7 @@ from turret.engine.residents import Need, Residents, Warm
 from turret.engine.runner import Runner
 from turret.engine.scheduler import Scheduler
 from turret.engine.slots import Entry, Slots
+from turret.engine.source import Source
 from turret.engine.tally import Tally
 from turret.errors import (
     AdapterError,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Sequence
 
 import torch
 
+from turret.engine.cache import Lane
 from turret.engine.decode import choose
 from turret.engine.prompts import Prompts
 from turret.engine.request import Done, Failed, Request, log
@@ -48,26 +49,29 @@ class Passes:
             sequence.close(self._runner.cache)
         self.generating.clear()
 
+    @torch.inference_mode()
     def run(self, begin: Sequence[Request]) -> None:
-        """One pass: these begin, and everything that generates goes on."""
-        going = list(self.generating)
-        started: list[Generating] = []
-        began = time.monotonic()
+        """One pass: these begin, and everything that generates goes on. What goes wrong ends these and nobody else."""
+        going, started = list(self.generating), list[Generating]()
         try:
-            fresh = [self._begun(request, started) for request in begin]
-            steps = [step for sequence in going for step in sequence.steps()]
-            outcome = self._runner.run(fresh, steps)
+            self._run(begin, going, started)
         except Exception as error:
             reason = EngineError(f"a pass failed ({type(error).__name__}: {error}): ask again, and tell if it stays")
             log.exception("a pass of %d requests failed", len(begin) + len(going))
             for sequence in [*started, *going]:
                 self._drop(sequence)
+            made = {sequence.request for sequence in started}
             for request in begin:
-                if request.kind == "generate" and not any(each.request is request for each in started):
+                if request.kind == "generate" and request not in made:
                     self._freed(request)
             for request in [*begin, *(each.request for each in going)]:
                 self._end(request, Failed(reason), 0)
-            return
+
+    def _run(self, begin: Sequence[Request], going: Sequence[Generating], started: list[Generating]) -> None:
+        began = time.monotonic()
+        fresh = [self._begun(request, started) for request in begin]
+        steps = [step for sequence in going for step in sequence.steps()]
+        outcome = self._runner.run(fresh, steps)
         self.generating += started
         self._passed(begin, len(steps), time.monotonic() - began)
         asked = [request for request in begin if request.kind == "classify"]
@@ -85,7 +89,7 @@ class Passes:
         started.append(Generating(request, request.settings, slot, lane, before))
         return started[-1].first()
 
-    def _lane(self, request: Request, slot: int) -> Any:
+    def _lane(self, request: Request, slot: int) -> Lane:
         assert request.ids is not None
         return self._runner.lane(len(request.ids), request.settings.max_tokens, slot)
 
@@ -140,7 +144,9 @@ class Passes:
         self._end(sequence.request, end, sequence.new)
 
     def _drop(self, sequence: Generating) -> None:
-        """Give back what a sequence holds."""
+        """Give back what a sequence holds, once."""
+        if not sequence.lanes:
+            return
         sequence.close(self._runner.cache)
         if sequence in self.generating:
             self.generating.remove(sequence)

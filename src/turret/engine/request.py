@@ -11,12 +11,9 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal
 
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError
-
-if TYPE_CHECKING:
-    from turret.adapters import Adapter
 
 Kind = Literal["classify", "generate"]
 Answer = dict[str, Any]
@@ -40,18 +37,6 @@ class Named:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
-
-
-class Source(Protocol):
-    """Where versions come from."""
-
-    def resolve(self, reference: str) -> Named:
-        """What the reference means now. Raises NotFound."""
-        ...
-
-    def load(self, named: Named) -> Adapter:
-        """Blocking; called on the loader's thread. Raises TurretError."""
-        ...
 
 
 @dataclass(frozen=True)

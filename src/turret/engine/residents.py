@@ -17,8 +17,9 @@ from threading import Condition
 from typing import Any, Protocol
 
 from turret.engine.bank import Bank, Loaded
-from turret.engine.request import Named, Source
+from turret.engine.request import Named
 from turret.engine.slots import Entry, Slots
+from turret.engine.source import Source
 from turret.errors import AdapterError, NoRoom, TurretError
 from turret.tasks.make import task_from_spec
 
@@ -210,8 +211,8 @@ class Residents:
             evicted = self._slots.filled(entry, loaded.bytes)
             if evicted is None:
                 error = NoRoom(
-                    f"{coming.named} takes {loaded.bytes:,} bytes and what is in use leaves less of the limit of memory "
-                    f"({self._slots.memory:,}): raise it, or ask again later"
+                    f"{coming.named} takes {loaded.bytes:,} bytes and what is in use leaves less of the limit of "
+                    f"memory ({self._slots.memory:,}): raise it, or ask again later"
                 )
         else:
             self._slots.close(entry)
