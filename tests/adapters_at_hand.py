@@ -6,14 +6,20 @@ alone(family, task, adapter)                              a fresh model with it 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import tiny_training
 import torch
 from small_models import build
 
 from turret.adapters import Adapter, BaseInfo, attach, attachment, extract, mount
+from turret.engine.runner import Runner
 from turret.methods import Head, LoRA, Method, Prefix
 
+CLASSIFIES = SimpleNamespace(kind="classify")  # all that a runner asks of a task
+GENERATES = SimpleNamespace(kind="generate")
+LENGTHS = (9, 3, 14, 1, 20, 6, 6, 11)  # of the rows of a crowd
 METHODS: dict[str, Method] = {
     "lora": LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False),
     "wide": LoRA(r=12, lora_alpha=6, lora_dropout=0.0, init_lora_weights=False, target_modules="all-linear"),
@@ -48,3 +54,14 @@ def made(
 def alone(family: str, task: Any, adapter: Adapter | None, labels: int = 3) -> Any:
     model = build(family, task, **({"num_labels": labels} if task == "classify" else {}))
     return model if adapter is None else mount(model, adapter)
+
+
+def runner_of(family: str, task: Any, adapters: list[Adapter], dtype: torch.dtype = torch.float32) -> Runner:
+    """A runner with these in slots 1, 2, ..."""
+    base = tiny_training.base(family, task)
+    base.model.to(dtype)
+    runner = Runner(base)
+    for slot, adapter in enumerate(adapters, 1):
+        spec = CLASSIFIES if task == "classify" else GENERATES
+        runner.bank.mount(slot, runner.bank.prepare(adapter, f"sha256:{slot}", spec))
+    return runner

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import pytest
 import tiny_training
-from adapters_at_hand import METHODS, made
+import torch
+from adapters_at_hand import METHODS, alone, made
 from small_models import tokenizer
 
-from turret.adapters import Adapter
+from turret.adapters import Adapter, classify_logits
 from turret.engine import Limits, Named
 from turret.engine.engine import Engine
 from turret.errors import NotFound
@@ -71,3 +73,18 @@ class Shelf:
             base.tokenizer.pad_token = base.tokenizer.eos_token
         assert family_of(base.model.config)
         return base
+
+
+def reference(shelf: Shelf, name: str, texts: list[str]) -> list[dict[str, Any]]:
+    """What the adapter says alone, on a model of its own, text by text."""
+    adapter = shelf.adapters[f"{name}@1"]
+    task = Classify.from_spec(adapter.task, shelf.base().tokenizer)
+    model = alone(shelf.family, shelf.task, adapter, len(task.labels))
+    with torch.no_grad():
+        return [task.answers(classify_logits(model, [task.encode(text).ids]))[0] for text in texts]
+
+
+def agree(answers: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert answer["label"] == wanted["label"]
+        assert answer["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-5)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_training
 import torch
-from adapters_at_hand import METHODS, alone, made
+from adapters_at_hand import LENGTHS, METHODS, alone, made, runner_of
 from batches import rows, with_eos
 from small_models import FAMILIES, GENERATORS
 
 from turret.adapters import Adapter, classify_logits
 from turret.engine.runner import Fresh, Runner, Step
 
-CLASSIFIES = SimpleNamespace(kind="classify")
-GENERATES = SimpleNamespace(kind="generate")
-LENGTHS = (9, 3, 14, 1, 20, 6, 6, 11)
 PATTERNS = {
     "identical": [1] * 8,
     "distinct": [1, 2, 3, 4, 5, 6, 7, 8],
@@ -34,19 +29,11 @@ def adapters_of(family: str, task: Any) -> list[Adapter]:
     return [made(family, task, METHODS[kind], seed, 2 + seed % 3) for seed, kind in enumerate(kinds, 1)]
 
 
-def runner_with(family: str, task: Any, adapters: list[Adapter], **settings: Any) -> Runner:
-    runner = Runner(tiny_training.base(family, task, **settings))
-    for slot, adapter in enumerate(adapters, 1):
-        spec = CLASSIFIES if task == "classify" else GENERATES
-        runner.bank.mount(slot, runner.bank.prepare(adapter, f"sha256:{slot}", spec))
-    return runner
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_mixed_pass_of_classifiers_equals_each_row_alone(family: str) -> None:
     adapters = adapters_of(family, "classify")
-    runner = runner_with(family, "classify", adapters)
+    runner = runner_of(family, "classify", adapters)
     models = [alone(family, "classify", adapter, 2 + seed % 3) for seed, adapter in enumerate(adapters, 1)]
     inputs = with_eos(runner.model, rows(lengths=LENGTHS))
     for name, slots in PATTERNS.items():
@@ -98,7 +85,7 @@ def hf_greedy(model: Any, prompt: Any, count: int) -> list[int]:
 @torch.no_grad()
 def test_greedy_tokens_of_a_mixed_batch_equal_transformers_generate_alone(family: str) -> None:
     adapters = adapters_of(family, "generate")
-    runner = runner_with(family, "generate", adapters)
+    runner = runner_of(family, "generate", adapters)
     prompts = with_eos(runner.model, rows(lengths=LENGTHS))
     models = [alone(family, "generate", adapter) for adapter in [None, *adapters]]
     for slots in ([1, 2, 0, 3, 4, 5, 6, 8], [3, 3, 3, 1, 1, 0, 1, 1]):

@@ -14,7 +14,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from turret.adapters import Adapter, require_base
-from turret.adapters.adapter import checked_factors, checked_prefix, filled_head, head_paths
+from turret.adapters.adapter import LORA_PREFIX, checked_factors, checked_prefix, filled_head, head_paths
 from turret.adapters.attach import Attachment, device_of, hook_model, routed_linear, target_paths
 from turret.adapters.lora import sizes
 from turret.adapters.route import BARE
@@ -99,6 +99,7 @@ class Bank:
     def prepare(self, adapter: Adapter, digest: str, task: Any) -> Loaded:
         """Check that the adapter fits this base and is used whole, and lay its numbers out. Raises AdapterError."""
         require_base(adapter, self.fingerprint)
+        adapter = self._at_home(adapter)
         method = adapter.method
         if isinstance(method, Full):
             raise AdapterError(
@@ -132,6 +133,16 @@ class Bank:
         length = next((each.shape[3] for each in prefix.values()), 0)
         size = run.numel() * run.element_size() + head_bytes
         return Loaded(digest, task, task.kind, run, rank, tuple(layout), views, length, head, size)
+
+    def _at_home(self, adapter: Adapter) -> Adapter:
+        """The adapter with its layers called as here: T5's classifier holds its body one level deeper."""
+        prefix = f"{self._model.base_model_prefix}."
+        if hasattr(self._model, self._model.base_model_prefix):
+            return adapter
+        deeper = LORA_PREFIX + prefix
+        tensors = {LORA_PREFIX + name.removeprefix(deeper) if name.startswith(deeper) else name: tensor
+                   for name, tensor in adapter.tensors.items()}  # fmt: skip
+        return replace(adapter, tensors=tensors)
 
     def _laid_out(self, adapter: Adapter, method: LoRA, parts: list[Tensor]) -> list[_Place]:
         layout, start = [], 0

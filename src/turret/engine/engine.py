@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from turret.bases import Base
 from turret.engine.bank import Loaded
 from turret.engine.passes import Passes
@@ -299,6 +301,8 @@ class Engine:
         request.counted = request.tokens
         self._waiting_tokens += request.counted
         self._tally.asked(request)
+        if request.deadline is not None:
+            self._wake.notify_all()  # the thread may be asleep for longer than that
 
     def _encode(self, need: Need, loaded: Loaded | None) -> None:
         """Make a request ready for the scheduler, or note why it cannot be; on whatever thread has the time."""
@@ -367,25 +371,24 @@ class Engine:
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def _loop(self) -> None:
-        broken: BaseException | None = None
+        why: TurretError = Draining("the engine was closed before it answered: ask another one")
         try:
-            while (work := self._next()) is not None:
-                self._passes.run(work)
+            while (begin := self._next()) is not None:
+                self._passes.run(begin)
         except BaseException as error:  # a mistake of ours: nobody may wait for ever
             log.exception("the engine's thread failed")
-            broken = error
+            why = EngineError(f"the engine failed ({type(error).__name__}: {error}): start it again")
         with self._wake:
             self._draining = True
-            left, waiting = list(self._open), self._residents.abandon()
-        self._passes.abandon()
-        said = "the engine was closed before it answered: ask another one"
-        why = Draining(said) if broken is None else EngineError(f"the engine failed ({broken}): start it again")
-        for request in left:
+            requests, needs = list(self._open), self._residents.abandon()
+        for request in requests:
             self._end(request, Failed(why))
-        for need in waiting:
+        for need in needs:
             if isinstance(need, Warm):
-                need.done.set_exception(Draining(said))
+                need.done.set_exception(why)
+        self._passes.abandon()
 
     def _next(self) -> list[Request] | None:
         """Those who begin in the next pass, when there is something to do; None at the end."""

@@ -44,12 +44,9 @@ class Passes:
             self._drop(sequence)
 
     def abandon(self) -> None:
-        """Give everything back: no pass follows."""
-        for sequence in self.generating:
-            sequence.close(self._runner.cache)
+        """Forget them: no pass follows."""
         self.generating.clear()
 
-    @torch.inference_mode()
     def run(self, begin: Sequence[Request]) -> None:
         """One pass: these begin, and everything that generates goes on. What goes wrong ends these and nobody else."""
         going, started = list(self.generating), list[Generating]()
