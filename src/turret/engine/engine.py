@@ -7,6 +7,7 @@ without it. Refuses to know the store, HTTP and files.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import time
@@ -18,6 +19,7 @@ import torch
 
 from turret.bases import Base
 from turret.engine.bank import Loaded
+from turret.engine.calls import answers
 from turret.engine.passes import Passes
 from turret.engine.prompts import Prompts
 from turret.engine.request import (
@@ -48,7 +50,6 @@ from turret.errors import (
     Draining,
     EngineError,
     InUse,
-    NotFound,
     TurretError,
 )
 
@@ -129,13 +130,15 @@ class Engine:
 
     def classify(self, texts: Sequence[str], adapter: str, **settings: Any) -> list[Answer]:
         """`{"label", "probabilities"}` for each text, in their order; settings: priority, deadline."""
-        return self._all("classify", texts, adapter, None, settings)
+        submit = functools.partial(self.submit, "classify", adapter=adapter, **settings)
+        return answers(texts, submit, self.limits.max_inputs)
 
     def generate(
         self, texts: Sequence[str], adapter: str | None = None, options: Options | None = None, **settings: Any
     ) -> list[Answer]:
         """`{"text", "finish_reason", "tokens"}` for each text, in their order; settings: priority, deadline."""
-        return self._all("generate", texts, adapter, options, settings)
+        submit = functools.partial(self.submit, "generate", adapter=adapter, options=options, **settings)
+        return answers(texts, submit, self.limits.max_inputs)
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ class Engine:
         """It may be put out again. Raises NotFound where it is not loaded."""
         named = self._source.resolve(reference)
         with self._wake:
-            self._loaded_entry(named).pinned = False
+            self._residents.entry(named).pinned = False
             self._wake.notify_all()
         return named
 
@@ -164,7 +167,7 @@ class Engine:
         """Put a version out, pinned or not. Raises NotFound where it is not loaded, InUse while requests need it."""
         named = self._source.resolve(reference)
         with self._wake:
-            entry = self._loaded_entry(named)
+            entry = self._residents.entry(named)
             if entry.holds:
                 raise InUse(f"{named} is needed by {entry.holds} requests: wait for them, or cancel them")
             self._residents.unload(entry)
@@ -173,20 +176,7 @@ class Engine:
     def loaded(self) -> list[LoadedAdapter]:
         """The adapters in memory, the one that was used last first."""
         with self._wake:
-            entries = [entry for entry in self._slots.entries() if entry.ready]
-            names, times = self._residents.names, self._residents.times
-            return [
-                LoadedAdapter(
-                    version=str(names[entry.digest]),
-                    digest=entry.digest,
-                    slot=entry.slot,
-                    bytes=entry.bytes,
-                    pinned=entry.pinned,
-                    last_used=times[entry.digest],
-                    requests=entry.holds,
-                )
-                for entry in sorted(entries, key=lambda each: -each.used)
-            ]
+            return self._residents.loaded()
 
     def stats(self) -> Stats:
         """What waits, runs and has been done."""
@@ -339,35 +329,6 @@ class Engine:
         entry.pinned = entry.pinned or warm.pin
         self._residents.release(warm)
         warm.done.set_result(entry)
-
-    def _loaded_entry(self, named: Named) -> Entry:
-        entry = self._slots.find(named.digest)
-        if entry is None or not entry.ready:
-            raise NotFound(f"{named} is not loaded here: see `loaded()`")
-        return entry
-
-    def _all(
-        self, kind: Kind, texts: Sequence[str], adapter: str | None, options: Options | None, settings: dict[str, Any]
-    ) -> list[Answer]:
-        if isinstance(texts, str) or not texts or len(texts) > self.limits.max_inputs:
-            given = "one text" if isinstance(texts, str) else f"{len(texts)} texts"
-            raise DataError(f"expected a list of 1 to {self.limits.max_inputs} texts (limit max_inputs), given {given}")
-        tickets: list[Ticket] = []
-        try:
-            for text in texts:
-                while True:
-                    try:
-                        tickets.append(self.submit(kind, text, adapter, options, **settings))
-                        break
-                    except Busy:
-                        first = next((each for each in tickets if not each.done), None)
-                        if first is None:
-                            raise
-                        first.result()
-            return [ticket.result() for ticket in tickets]
-        finally:
-            for ticket in tickets:
-                ticket.cancel()
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 

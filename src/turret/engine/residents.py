@@ -17,10 +17,10 @@ from threading import Condition
 from typing import Any, Protocol
 
 from turret.engine.bank import Bank, Loaded
-from turret.engine.request import Named
+from turret.engine.request import LoadedAdapter, Named
 from turret.engine.slots import Entry, Slots
 from turret.engine.source import Source
-from turret.errors import AdapterError, NoRoom, TurretError
+from turret.errors import AdapterError, NoRoom, NotFound, TurretError
 from turret.tasks.make import task_from_spec
 
 SEAT_PATIENCE = 1.0  # seconds after which one that waits for a slot goes before others whose adapter is there
@@ -77,8 +77,8 @@ class Residents:
         self._arrived: deque[_Coming] = deque()
         self._leaving: list[int] = []
         self._released = False
-        self.names: dict[str, Named] = {}  # as each digest was last asked for
-        self.times: dict[str, float] = {}
+        self._names: dict[str, Named] = {}  # as each digest was last asked for
+        self._times: dict[str, float] = {}
         self.loads = self.failed_loads = 0
 
     # --- needs --------------------------------------------------------------------------------------------------------
@@ -109,6 +109,29 @@ class Residents:
         self._released = True
         if self._waiting:
             self._wake.notify_all()
+
+    def entry(self, named: Named) -> Entry:
+        """The slot that a version is ready in. Raises NotFound."""
+        entry = self._slots.find(named.digest)
+        if entry is None or not entry.ready:
+            raise NotFound(f"{named} is not loaded here: see `loaded()`")
+        return entry
+
+    def loaded(self) -> list[LoadedAdapter]:
+        """All that are ready, the one that was used last first."""
+        return [
+            LoadedAdapter(
+                version=str(self._names[entry.digest]),
+                digest=entry.digest,
+                slot=entry.slot,
+                bytes=entry.bytes,
+                pinned=entry.pinned,
+                last_used=self._times[entry.digest],
+                requests=entry.holds,
+            )
+            for entry in sorted(self._slots.entries(), key=lambda each: -each.used)
+            if entry.ready
+        ]
 
     def unload(self, entry: Entry) -> None:
         """Put an idle adapter out."""
@@ -236,9 +259,9 @@ class Residents:
         self._forget(entry)
 
     def _forget(self, entry: Entry) -> None:
-        self.names.pop(entry.digest, None)
-        self.times.pop(entry.digest, None)
+        self._names.pop(entry.digest, None)
+        self._times.pop(entry.digest, None)
 
     def _touch(self, named: Named) -> None:
-        self.names[named.digest] = named
-        self.times[named.digest] = self._clock()
+        self._names[named.digest] = named
+        self._times[named.digest] = self._clock()
