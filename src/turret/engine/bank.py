@@ -4,8 +4,8 @@ Knows tensors, layers and slots. Refuses to know who asks, who loads and what is
 any thread and touches nothing that a pass reads; `mount` and `unmount` are one write in a dictionary, whatever else is
 mounted. B carries the scaling. Heads stay in float32.
 
-In a pass the tokens of fresh rows lie sorted by slot, so a segment is a slice: y[a:b] += (x[a:b] A^T) B. Rows that take
-one token each are multiplied by the `Stack`. The plain loop over segments is the way on every device.
+In a pass the tokens of fresh rows lie sorted by slot, so a segment is a slice, and `segments` multiplies a few of them
+together. Rows that take one token each are multiplied by the `Stack`. Both are torch's own products on every device.
 """
 
 from __future__ import annotations
@@ -27,12 +27,23 @@ from turret.adapters.adapter import LORA_PREFIX, checked_factors, checked_prefix
 from turret.adapters.attach import Attachment, device_of, hook_model, routed_linear, target_paths
 from turret.adapters.lora import sizes
 from turret.adapters.route import BARE
+from turret.engine.segments import Chunk, Segment, chunks
 from turret.engine.stack import Stack
 from turret.errors import AdapterError
 from turret.families import Family
 from turret.methods import Full, LoRA, Prefix
 
 VIEWED = 128  # adapters whose views are kept; making them anew takes some microseconds a layer
+
+# Linear layers of one parent that read the same x. Cross-attention's query reads another, which is seen in the pass.
+SHARING = (
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+)
 
 Pair = tuple[Tensor, Tensor]
 
@@ -89,10 +100,12 @@ class Bank:
         self.attached.route.bank = self
         self._slots: dict[int, Loaded] = {}
         self._viewed: OrderedDict[int, dict[int, Pair]] = OrderedDict()
-        self._segments: dict[str, list[tuple[int, int, dict[int, Pair]]]] = {}
+        self._siblings = _siblings(self._paths)
+        self._chunks: dict[str, list[Chunk]] = {}
         self._fresh = self._steps = 0
         self._alone: dict[int, Pair] | None = None
-        self.stack = Stack(self.sizes, torch.zeros((), dtype=self.dtype, device=self.device))
+        self._last: tuple[Tensor, Tensor] | None = None
+        self.stack = Stack(self.sizes, self._siblings, torch.zeros((), dtype=self.dtype, device=self.device))
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
@@ -212,7 +225,8 @@ class Bank:
 
     def begin(self, slots: Sequence[int], lengths: Mapping[str, Sequence[int]], steps: Sequence[int]) -> None:
         """Lay out a pass: fresh rows sorted by slot with their tokens by stream, then one token of each of `steps`."""
-        self._segments = {}
+        self._chunks = {}
+        joint = self.dtype != torch.float32 or self.device.type != "cpu"  # where a call costs more than arithmetic
         for stream, counts in lengths.items():
             segments: list[tuple[int, int, int]] = []
             start = 0
@@ -222,7 +236,8 @@ class Bank:
                 else:
                     segments.append((start, start + count, slot))
                 start += count
-            self._segments[stream] = [(a, b, pairs) for a, b, slot in segments if (pairs := self._pairs(slot))]
+            adapted = [Segment(a, b, self._slots[slot].rank, p) for a, b, slot in segments if (p := self._pairs(slot))]
+            self._chunks[stream] = chunks(adapted, joint)
         self._fresh = sum(lengths.get("decoder", ()))
         self._steps = len(steps)
         if any(loaded is not None and loaded.layout for loaded in map(self.at, steps)):
@@ -237,15 +252,24 @@ class Bank:
             return y if pair is None else y + (x @ pair[0]) @ pair[1]
         if x.dim() == 2:
             return y  # a pooler inside the body took unpadded tokens for one row; its output is never used
-        rows, out = x[0], y[0]
-        for start, end, pairs in self._segments.get(layer.stream, ()):
-            pair = pairs.get(number)
-            if pair is not None:
-                out[start:end].addmm_(rows[start:end] @ pair[0], pair[1])
+        rows = self._rows(x)
+        out, siblings = y[0], self._siblings[number]
+        for chunk in self._chunks.get(layer.stream, ()):
+            chunk.add(number, siblings, out, rows)
         if self._steps and layer.stream == "decoder":
-            end = self._fresh + self._steps
-            self.stack.add(number, out[self._fresh : end], rows[self._fresh : end])
+            self.stack.add(number, out, rows, self._fresh)
         return y
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """x[0]: the same object for as long as x is, so that layers that read one x know it."""
+        if self._last is None or self._last[0] is not x:
+            self._last = (x, x[0])
+        return self._last[1]
+
+    def finish(self) -> None:
+        """The pass is over: nothing of it is kept."""
+        self._chunks, self._last = {}, None
+        self.stack.forget()
 
     def logits(self, slot: int, pooled: Tensor) -> Tensor:
         """A classifier's head on the pooled vectors of its rows: (B, D) -> (B, C)."""
@@ -285,6 +309,16 @@ def _templates(model: Any, family: Family) -> dict[str, nn.Module]:
     prefix = f"{owner.base_model_prefix}."
     paths += [prefix + name for name in family.body_excludes if getattr(owner.base_model, name, None) is not None]
     return {path: copy.deepcopy(owner.get_submodule(path)).to("meta").eval() for path in paths}
+
+
+def _siblings(paths: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
+    """By layer: those that may read the same input, itself among them."""
+    by_parent: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for path, number in paths.items():
+        parent, _, name = path.rpartition(".")
+        names = next((each for each in SHARING if name in each), (name,))
+        by_parent.setdefault((parent, names), []).append(number)
+    return {number: tuple(group) for group in by_parent.values() for number in group}
 
 
 def _cast(module: nn.Module | None) -> Callable[..., Any] | None:

@@ -250,6 +250,7 @@ class _Routed:
 
     def __exit__(self, *exception: Any) -> None:
         self._route.cache = self._route.positions = None
+        self._route.bank.finish()
         self._around.__exit__(*exception)
 
 

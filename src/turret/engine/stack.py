@@ -1,7 +1,7 @@
 """The factors of the adapters that decode now, side by side, so that one product a layer serves rows of any mixture.
 
-A: (S, R, D_in) and B: (S, R, D_out) a layer, S places, every adapter filled up with zeros to the largest rank R. There
-are two ways to multiply, with the same result:
+A: (S, L, R, D_in) for L layers that read the same x, B: (S, R, D_out) a layer; S places, every adapter filled up with
+zeros to the largest rank R. There are two ways to multiply, with the same result:
 
 - batched: a row is put beside its adapter's place, then h_s = x_s A_s^T, y_s += h_s B_s. Where the library is quick
   with many small products: float32 on a processor, everything on a GPU.
@@ -45,22 +45,32 @@ class _Group:
     at: Tensor | None  # (n,) where each row's adapter is among those places; None where row i has place i
     deep: Tensor | None  # (n,) its number among the rows of its adapter; None where each has one row
     depth: int
-    hidden: Tensor | None  # (n, places * R) what is not the row's own
+    hidden: Tensor | None  # (n, places, 1) the places that are not the row's own
     alone: bool = False  # all rows take place `low`
 
 
 class Stack:
     """Places for adapters, kept while they decode; new ones are added at the end."""
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], like: Tensor, *, batched: bool | None = None) -> None:
-        self._sizes, self._like = sizes, like
+    def __init__(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        siblings: Mapping[int, tuple[int, ...]],
+        like: Tensor,
+        *,
+        batched: bool | None = None,
+    ) -> None:
+        self._sizes, self._siblings, self._like = sizes, siblings, like
+        self.batched = (like.dtype == torch.float32 or like.device.type != "cpu") if batched is None else batched
         self._places: list[Factors] = []
         self._room = self._rank = 0
-        self._A: dict[int, Tensor] = {}
+        self._A: dict[int, Tensor] = {}  # by the first of the layers that share it
         self._B: dict[int, Tensor] = {}
         self._key: tuple[int, ...] = ()  # the adapters of the rows as they are arranged; all are in places, so alive
         self._groups: list[_Group] = []
-        self.batched = (like.dtype == torch.float32 or like.device.type != "cpu") if batched is None else batched
+        self._x: Tensor | None = None
+        self._first = -1
+        self._h: list[Tensor] = []  # a group each, of the layers that read this x
 
     def arrange(self, rows: Sequence[Factors | None]) -> None:
         """The adapter of each row of the steps to come; None for a row without factors."""
@@ -77,29 +87,49 @@ class Stack:
         self._places, self._A, self._B = [], {}, {}
         self._room = self._rank = 0
         self._key, self._groups = (), []
+        self.forget()
 
-    def add(self, layer: int, y: Tensor, x: Tensor) -> None:
-        """y += each row's own product. x: (n, D_in), y: (n, D_out)."""
-        if layer not in self._A:
+    def forget(self) -> None:
+        """Let go of the pass that is over."""
+        self._x, self._first, self._h = None, -1, []
+
+    def add(self, layer: int, y: Tensor, x: Tensor, start: int) -> None:
+        """y += each row's own product, for the rows from `start` on. x: (N, D_in), y: (N, D_out)."""
+        siblings = self._siblings[layer]
+        if siblings[0] not in self._A or layer not in self._B:
             return
-        A, B = self._A[layer], self._B[layer]
-        for group in self._groups:
-            own = x if group.rows is None else x[group.rows]
+        if self._x is not x or self._first != siblings[0]:
+            own = x[start : start + len(self._key)]
+            self._x, self._first = x, siblings[0]
+            self._h = [self._inner(group, own, self._A[siblings[0]]) for group in self._groups]
+        out, number, B = y[start : start + len(self._key)], siblings.index(layer), self._B[layer]
+        for group, h in zip(self._groups, self._h, strict=True):
+            mine = h[..., number * self._rank : (number + 1) * self._rank]  # one layer's ranks
             if group.alone:
-                delta = (own @ A[group.low].mT) @ B[group.low]
+                delta = mine @ B[group.low]
             elif group.hidden is None:
-                delta = _batched(own, A[group.low : group.high], B[group.low : group.high], group)
+                delta = _row_by_row(torch.bmm(mine, B[group.low : group.high]), group)
             else:
-                h = own @ A[group.low : group.high].flatten(0, 1).mT  # (n, places * R)
-                h.masked_fill_(group.hidden, 0.0)
+                flat, wide = mine.flatten(1), B[group.low : group.high].flatten(0, 1)
                 if group.rows is None:
-                    y.addmm_(h, B[group.low : group.high].flatten(0, 1))
+                    out.addmm_(flat, wide)
                     continue
-                delta = h @ B[group.low : group.high].flatten(0, 1)
+                delta = flat @ wide
             if group.rows is None:
-                y += delta
+                out += delta
             else:
-                y.index_add_(0, group.rows, delta)
+                out.index_add_(0, group.rows, delta)
+
+    def _inner(self, group: _Group, x: Tensor, A: Tensor) -> Tensor:
+        """h of a group's rows: (n, L R) alone, (places, depth, L R) batched, (n, places, L R) stacked."""
+        own = x if group.rows is None else x[group.rows]
+        places = A[group.low : group.high].flatten(1, 2)  # (places, L * R, D_in)
+        if group.alone:
+            return own @ places[0].mT
+        if group.hidden is None:
+            return torch.bmm(_beside(own, group), places.mT)
+        h = (own @ places.flatten(0, 1).mT).view(len(own), group.high - group.low, -1)
+        return h.masked_fill_(group.hidden, 0.0)
 
     # --- places ------------------------------------------------------------------------------------------------------
 
@@ -116,11 +146,13 @@ class Stack:
             self._places.append(each)
             at = len(self._places) - 1
             for layer, (A_t, B) in each.pairs().items():
-                if layer not in self._A:
-                    d_in, d_out = self._sizes[layer]
-                    self._A[layer] = self._like.new_zeros(self._room, self._rank, d_in)
+                d_in, d_out = self._sizes[layer]
+                siblings = self._siblings[layer]
+                if siblings[0] not in self._A:
+                    self._A[siblings[0]] = self._like.new_zeros(self._room, len(siblings), self._rank, d_in)
+                if layer not in self._B:
                     self._B[layer] = self._like.new_zeros(self._room, self._rank, d_out)
-                self._A[layer][at, : each.rank] = A_t.mT
+                self._A[siblings[0]][at, siblings.index(layer), : each.rank] = A_t.mT
                 self._B[layer][at, : each.rank] = B
 
     def _grouped(self, places: Sequence[int | None]) -> list[_Group]:
@@ -153,8 +185,8 @@ class Stack:
             straight = depth == 1 and [place - low for place in places] == list(range(high - low))
             deep = None if depth == 1 else torch.tensor(numbers, device=device)
             return _Group(index, low, high, None if straight else at, deep, depth, None)
-        owner = torch.arange(high - low, device=device).repeat_interleave(self._rank)  # (places * R,)
-        return _Group(index, low, high, at, None, 1, owner != at[:, None])
+        owner = torch.arange(high - low, device=device)
+        return _Group(index, low, high, at, None, 1, (owner != at[:, None])[:, :, None])
 
     def _index(self, rows: Sequence[int], count: int) -> Tensor | None:
         if list(rows) == list(range(count)):
@@ -162,15 +194,17 @@ class Stack:
         return torch.tensor(rows, device=self._like.device)
 
 
-def _batched(x: Tensor, A: Tensor, B: Tensor, group: _Group) -> Tensor:
-    """x: (n, D_in), A: (S, R, D_in), B: (S, R, D_out) -> (n, D_out)."""
+def _beside(x: Tensor, group: _Group) -> Tensor:
+    """Every row beside its adapter's place: (n, D_in) -> (places, depth, D_in)."""
     if group.at is None:
-        beside = x[:, None]  # (S, 1, D_in)
-    else:
-        deep = 0 if group.deep is None else group.deep
-        beside = x.new_zeros(len(A), group.depth, x.shape[1])
-        beside[group.at, deep] = x
-    delta = torch.bmm(torch.bmm(beside, A.mT), B)  # (S, depth, D_out)
+        return x[:, None]
+    beside = x.new_zeros(group.high - group.low, group.depth, x.shape[1])
+    beside[group.at, 0 if group.deep is None else group.deep] = x
+    return beside
+
+
+def _row_by_row(y: Tensor, group: _Group) -> Tensor:
+    """And back: (places, depth, D_out) -> (n, D_out)."""
     if group.at is None:
-        return delta[:, 0]
-    return delta[group.at, 0 if group.deep is None else group.deep]
+        return y[:, 0]
+    return y[group.at, 0 if group.deep is None else group.deep]
