@@ -15,12 +15,19 @@ TurretError                 anything a user can mend; its text is one line: what
 │   ├── OutOfMemory         the machine could not hold the step
 │   ├── Interrupted         stopped by the user; resumable
 │   └── ProofFailed         the stored bundle did not reproduce the trained model
-└── StoreError              the store could not be opened, read or written
-    ├── NotFound            no such adapter, version or alias
-    ├── InUse               a version that something still needs
-    ├── GateFailed          a version that does not pass what its alias asks for
-    │   └── ReplayNeeded    golden examples that were never put to the version
-    └── Corrupt             stored bytes do not match their digest
+├── StoreError              the store could not be opened, read or written
+│   ├── NotFound            no such adapter, version or alias
+│   ├── InUse               a version that something still needs
+│   ├── GateFailed          a version that does not pass what its alias asks for
+│   │   └── ReplayNeeded    golden examples that were never put to the version
+│   └── Corrupt             stored bytes do not match their digest
+└── EngineError             the engine did not answer a request
+    ├── Busy                too much is waiting; it says when to come again
+    ├── Draining            the engine takes no new request: it is about to stop, or has stopped
+    ├── Cancelled           the request was withdrawn
+    ├── DeadlineExceeded    the request was not answered in the time it was given
+    ├── NoRoom              an adapter or a text is larger than what the engine was given to hold it
+    └── NotFinite           an adapter's answer was not a number
 """
 
 from __future__ import annotations
@@ -120,3 +127,35 @@ class ReplayNeeded(GateFailed):
 
 class Corrupt(StoreError):
     """Stored bytes do not match their digest."""
+
+
+class EngineError(TurretError):
+    """The engine did not answer a request."""
+
+
+class Busy(EngineError):
+    """Too much is waiting already; `retry_after` says in how many seconds to come again."""
+
+    def __init__(self, text: str, retry_after: float) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+class Draining(EngineError):
+    """The engine takes no new request: it is about to stop, or has stopped."""
+
+
+class Cancelled(EngineError):
+    """The request was withdrawn before it was answered."""
+
+
+class DeadlineExceeded(EngineError):
+    """The request was not answered in the time it was given."""
+
+
+class NoRoom(EngineError):
+    """An adapter or a text needs more than the engine was given to hold it."""
+
+
+class NotFinite(EngineError):
+    """An adapter's logits were NaN or infinite for a row."""

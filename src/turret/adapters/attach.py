@@ -81,6 +81,8 @@ class Attachment(nn.Module):
 
     def prefix_length(self, slot: int) -> int:
         """P of a slot, 0 where it has no prefix."""
+        if self.route.bank is not None:
+            return self.route.bank.prefix_length(slot)
         if slot == BARE or str(slot) not in self.prefixes:
             return 0
         module = self.prefixes[str(slot)]
@@ -88,6 +90,8 @@ class Attachment(nn.Module):
         return module.length
 
     def keys_values(self, slot: int, site: Site) -> tuple[Tensor, Tensor] | None:
+        if self.route.bank is not None:
+            return self.route.bank.keys_values(slot, site.group, site.layer)
         if str(slot) not in self.prefixes:
             return None
         module = self.prefixes[str(slot)]

@@ -82,7 +82,7 @@ def _loss_of_targets(model: Any, task: Any, states: Tensor, wanted: Tensor) -> T
     wanted = wanted.to(states.device)
 
     def part(some: Tensor, of_them: Tensor) -> Tensor:
-        mean: Tensor = task.loss(packed.output_logits(model, some), of_them)
+        mean: Tensor = task.loss(packed.vocabulary_logits(model, some), of_them)
         return mean * (len(of_them) / len(wanted))
 
     parts = list(zip(torch.split(states, TARGETS), torch.split(wanted, TARGETS), strict=True))

@@ -13,6 +13,8 @@ from turret.store import Collected, Deleted, Gate, Golden, Move, Store, Verified
 from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
 
 if TYPE_CHECKING:
+    from turret.engine import Limits
+    from turret.engine.engine import Engine
     from turret.recipe import Recipe
     from turret.store.difference import Difference
     from turret.train import StepRecord
@@ -148,6 +150,22 @@ class Workspace:
         from turret.workspace import answering
 
         return answering.predict(self.store, reference, texts, on_stage, bare=bare)
+
+    def engine(
+        self,
+        base: str,
+        *,
+        limits: Limits | None = None,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        on_stage: Say | None = None,
+    ) -> Engine:
+        """The base in memory, answering with any of the stored versions in any mixture: a context manager.
+
+        limits: what it may hold and take, see `turret.engine.Limits`.
+        """
+        from turret.workspace import serving
+
+        return serving.engine(self.store, base, limits, dtype, on_stage)
 
     def import_adapter(
         self,
