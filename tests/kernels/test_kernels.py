@@ -255,6 +255,14 @@ def test_a_model_trains_alike_with_and_without_kernels(family: str, method: LoRA
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5 * max(1.0, float(theirs.abs().max())))
 
 
+@needed
+def test_the_check_at_the_first_use_works_inside_inference_mode() -> None:
+    code = (
+        "import torch; from turret import kernels\nwith torch.inference_mode(): assert kernels.library(), kernels.why()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 # --- having none ------------------------------------------------------------------------------------------------------
 
 

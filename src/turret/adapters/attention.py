@@ -138,8 +138,7 @@ def _unpadded(
     hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
 ) -> Tensor:
     """Each row of the one long row attends to itself (or, crossing, to its source). q: (1, H, N, D) -> (1, H, N, D)"""
-    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    library = usable(q, k, v) if trains else None
+    library = usable(q, k, v)
     if library is not None:
         return _flash(library, hooked, q, k, v, scaling, dropout, window)
     return _unpadded_plainly(hooked, q, k, v, scaling, dropout, window)

@@ -68,8 +68,11 @@ def measure(
                 seconds = min(seconds, clock() - started)
                 if seconds > LONG:
                     break
-            with saved.counting(), memory.grown() as grown:
-                backward(loss_of(model, task, largest))
+            with memory.grown() as grown:
+                with saved.counting():
+                    loss = loss_of(model, task, largest)
+                backward(loss)  # outside: what is counted is held until then, and must be given up layer by layer
+                del loss
         finally:
             adapters.detach(model)
             model.eval()
