@@ -12,6 +12,7 @@ whole, and what was not listed is only unlisted files. Content that is under the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,18 @@ class Store:
             "alias_history": moves,
             "run": runs.find(database, version.run) if version.run else None,
         }
+
+    def exists(self) -> bool:
+        """Whether there is a store; nothing is made."""
+        return self._catalog.exists() if isinstance(self._catalog, Path) else self._database() is not None
+
+    def writable(self) -> bool:
+        """Whether it may be written, or made where there is none."""
+        if isinstance(self._catalog, Path):
+            there = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
+            return os.access(there, os.W_OK)
+        database = self._database()
+        return database is None or database.writable()
 
     def problems(self) -> Sequence[str]:
         """Files of listed versions that are missing or of another size: a quick look, which hashes nothing."""

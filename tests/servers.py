@@ -1,0 +1,155 @@
+"""Servers that the tests start themselves: PostgreSQL where the machine has one, and moto's S3 on localhost.
+
+Both end with the process that started them, and keep what they have in a folder of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+USER, PASSWORD = "turret", "not:to/be?shown"
+NO_POSTGRES = "needs PostgreSQL: `apt-get install postgresql`, or put its bin folder (with initdb) on PATH"
+S3_WORDS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    """One that runs; who is on this machine needs no password at its socket, and needs it at its port."""
+
+    folder: Path
+    port: int
+
+    def url(self, database: str) -> str:
+        return f"postgresql://{USER}@/{database}?host={quote(str(self.folder), safe='')}"
+
+    def url_with_password(self, database: str, password: str = PASSWORD) -> str:
+        return f"postgresql://{USER}:{quote(password, safe='')}@127.0.0.1:{self.port}/{database}"
+
+    def execute(self, statement: str, database: str = "postgres") -> list[tuple[object, ...]]:
+        import psycopg
+
+        with psycopg.connect(self.url(database), autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    @contextmanager
+    def database(self) -> Iterator[str]:
+        """The name of a new, empty one, for the length of the block."""
+        name = f"t{uuid.uuid4().hex}"
+        self.execute(f"CREATE DATABASE {name}")
+        try:
+            yield name
+        finally:
+            self.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@contextmanager
+def postgres() -> Iterator[PostgresServer]:
+    """A server of its own; skips the test where the machine has none."""
+    programs = _programs()
+    if programs is None:
+        pytest.skip(NO_POSTGRES)
+    folder = Path(tempfile.mkdtemp(prefix="turret-pg-"))
+    owner = _another_user() if os.getuid() == 0 else None  # PostgreSQL refuses to be root
+    if owner is not None:
+        shutil.chown(folder, owner)
+    (folder / "password").write_text(PASSWORD)
+    (folder / "password").chmod(0o644)
+    data, port = folder / "data", _free_port()
+    make = [programs / "initdb", "-D", data, "-U", USER, "-N", "-E", "UTF8", "--locale=C.UTF-8"]
+    make += ["--auth-local=trust", "--auth-host=scram-sha-256", f"--pwfile={folder / 'password'}"]
+    process = None
+    try:
+        made = subprocess.run(make, user=owner, cwd=folder, capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr
+        start = [programs / "postgres", "-D", data, "-k", folder, "-h", "127.0.0.1", "-p", str(port), "-F"]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(start, user=owner, cwd=folder, stdout=log, stderr=log)
+        # The socket's name has the port in it, and libpq takes that from PGPORT.
+        os.environ["PGPORT"] = str(port)
+        server = PostgresServer(folder, port)
+        _wait(lambda: server.execute("SELECT 1"), process, folder / "log")
+        yield server
+    finally:
+        if process is not None:
+            process.send_signal(2)  # SIGINT: a fast shutdown
+            process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def s3() -> Iterator[str]:
+    """The address of an S3 server; this process and those it starts are told of it by the environment."""
+    pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server]'")
+    port = _free_port()
+    address = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as log:
+        command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            _wait(lambda: socket.create_connection(("127.0.0.1", port), timeout=1).close(), process, None)
+            os.environ |= {**S3_WORDS, "AWS_ENDPOINT_URL": address}
+            yield address
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def new_bucket() -> str:
+    """The name of a new bucket of the S3 server."""
+    from s3fs import S3FileSystem
+
+    name = f"t-{uuid.uuid4().hex}"
+    S3FileSystem(use_listings_cache=False, skip_instance_cache=True).mkdir(name)
+    return name
+
+
+def _programs() -> Path | None:
+    if found := shutil.which("initdb"):
+        return Path(found).resolve().parent
+    there = Path("/usr/lib/postgresql").glob("*/bin/initdb")
+    newest = max(there, key=lambda path: float(path.parts[-3]), default=None)
+    return None if newest is None else newest.parent
+
+
+def _another_user() -> str:
+    names = {each.pw_name for each in pwd.getpwall()}
+    return next(name for name in ("postgres", "nobody") if name in names)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(ask: Callable[[], object], process: subprocess.Popen[bytes], log: Path | None) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            ask()
+            return
+        except Exception:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(log.read_text() if log else "the server did not start") from None
+            time.sleep(0.05)
