@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
-from servers import PostgresServer, new_bucket, postgres, s3
+from servers import BUCKET, PostgresServer, postgres, s3
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,14 +49,14 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Makes the URL of a store that is not there yet: a new database, and files in a new bucket or in a folder."""
+    """Makes the URL of a store that is not there yet: a new database, and files under a new prefix or in a folder."""
     with ExitStack() as made:
 
         def new(files: str = "s3") -> str:
             server = request.getfixturevalue("postgres_server")
             if files == "s3":
                 request.getfixturevalue("s3_server")
-                files = f"s3://{new_bucket()}/some/prefix"
+                files = f"s3://{BUCKET}/{uuid.uuid4().hex}/prefix"
             return f"{server.url(made.enter_context(server.database()))}&files={files}&local={tmp_path / 'local'}"
 
         yield new

@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 import pytest
 
+BUCKET = "turret-tests"
 USER, PASSWORD = "turret", "not:to/be?shown"
 NO_POSTGRES = "needs PostgreSQL: `apt-get install postgresql`, or put its bin folder (with initdb) on PATH"
 S3_WORDS = {
@@ -109,19 +110,18 @@ def s3() -> Iterator[str]:
         try:
             _wait(lambda: socket.create_connection(("127.0.0.1", port), timeout=1).close(), process, None)
             os.environ |= {**S3_WORDS, "AWS_ENDPOINT_URL": address}
+            make_bucket(BUCKET)
             yield address
         finally:
             process.terminate()
             process.wait(timeout=60)
 
 
-def new_bucket() -> str:
-    """The name of a new bucket of the S3 server."""
+def make_bucket(name: str) -> None:
+    """Make a bucket of the S3 server."""
     from s3fs import S3FileSystem
 
-    name = f"t-{uuid.uuid4().hex}"
     S3FileSystem(use_listings_cache=False, skip_instance_cache=True).mkdir(name)
-    return name
 
 
 def _programs() -> Path | None:

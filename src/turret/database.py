@@ -58,7 +58,6 @@ metadata = MetaData(
 )
 
 
-
 def bytewise(length: int) -> String:
     """Text that orders by its bytes, whatever language a server speaks."""
     return String(length).with_variant(String(length, collation="C"), "postgresql")

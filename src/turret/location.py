@@ -23,6 +23,7 @@ EXAMPLE = "postgresql://user@host/database?files=s3://bucket/prefix"
 LOCAL = Path(".turret")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)")  # a drive of Windows has one letter
 _BUCKET = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,62})((?:/[^/?#]+)*)/?")
+_KEY = re.compile(r"[a-z_]+=")
 _SECRETS = ("password", "sslpassword")
 _SAME = ("host", "port", "options")  # with hosts and database: which catalog it is, whoever asks and however
 
@@ -71,7 +72,9 @@ def _clear(text: str) -> bool:
         users = urlsplit(text).netloc
     except ValueError:
         return False
-    return "#" not in text and text.isprintable() and text.count("@") == users.count("@") <= 1
+    keys = text.partition("?")[2].split("&") if "?" in text else []
+    whole = all(_KEY.match(each) for each in keys)
+    return whole and "#" not in text and text.isprintable() and text.count("@") == users.count("@") <= 1
 
 
 def _catalog(text: str) -> Location:
@@ -83,10 +86,10 @@ def _catalog(text: str) -> Location:
     if not database or "/" in database:
         raise StoreError(f"store {base}: names no database: expected {EXAMPLE}")
     pairs = [pair.partition("=") for pair in parts.query.split("&") if pair]
-    keys = [unquote(key) for key, _, _ in pairs]
+    keys = [key for key, _, _ in pairs]
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise StoreError(f"store {base}: says {ascii(twice[0])[:40]} twice")
-    shown = "&".join(f"{key}={'***' if unquote(key) in _SECRETS else value}" for key, _, value in pairs)
+    shown = "&".join(f"{key}={'***' if key in _SECRETS else value}" for key, _, value in pairs)
     shown = f"{base}?{shown}" if shown else base
     values = {key: unquote(value) for key, (_, _, value) in zip(keys, pairs, strict=True)}
     files, local = values.pop("files", ""), values.pop("local", "")
@@ -94,7 +97,7 @@ def _catalog(text: str) -> Location:
         raise StoreError(f"store {shown}: lacks where its files go: add ?files=s3://bucket/prefix or ?files=/folder")
     if local and not Path(local).is_absolute():
         raise StoreError(f"store {shown}: local={local[:80]} is not an absolute folder")
-    rest = "&".join(f"{key}={value}" for key, _, value in pairs if unquote(key) in values)
+    rest = "&".join(f"{key}={value}" for key, _, value in pairs if key in values)
     catalog = f"postgresql://{parts.netloc}{parts.path}?{rest}" if rest else f"postgresql://{parts.netloc}{parts.path}"
     which = "\n".join([hosts, database, *(f"{key}={values[key]}" for key in _SAME if key in values)])
     own = f"{re.sub('[^A-Za-z0-9._-]', '-', database)[:40]}-{hashlib.sha256(which.encode()).hexdigest()[:8]}"

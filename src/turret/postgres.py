@@ -33,9 +33,10 @@ class Postgres:
     read_only = False
     name = "catalog"
 
-    def __init__(self, url: str, shown: str) -> None:
+    def __init__(self, url: str, shown: str, *, busy_seconds: int = BUSY_SECONDS) -> None:
         self.store = shown
         self._url = url
+        self._busy_seconds = busy_seconds
         self._secrets: tuple[str, ...] = ()
 
     @cached_property
@@ -52,7 +53,7 @@ class Postgres:
         engine = self._engine.execution_options(isolation_level=level, postgresql_readonly=not writes)
         with engine.begin() as connection:
             if writes:
-                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{BUSY_SECONDS}s'")
+                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{self._busy_seconds}s'")
                 connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
             yield connection
@@ -85,7 +86,7 @@ class Postgres:
         first = reason.strip().partition("\n")[0].removesuffix("?").strip()
         for words, said in _COMPLAINTS:
             if any(word in reason for word in words):
-                return said.format(first=first)
+                return said.format(first=first, seconds=self._busy_seconds)
         return first
 
     def _connect(self) -> Any:
@@ -104,15 +105,24 @@ class Postgres:
 
 
 _COMPLAINTS = (
-    (("lock timeout",), f"another process has held it for {BUSY_SECONDS} seconds: wait for it, or end it"),
-    (("password", "Peer authentication", "no pg_hba.conf entry"), "{first}: set PGPASSWORD or ~/.pgpass, or ask for access"),
+    (("lock timeout",), "another process has held it for {seconds} seconds: wait for it, or end it"),
+    (
+        ("password", "Peer authentication", "no pg_hba.conf entry"),
+        "{first}: set PGPASSWORD or ~/.pgpass, or ask for access",
+    ),
     (("does not exist",), "{first}: make it, or correct the URL"),
     (("permission denied", "must be owner"), "{first}: grant it, or connect as another user"),
     (("read-only transaction",), "it is read-only here: connect to the server that is written to"),
     (("No space left", "disk full"), "the server's disk is full ({first}): free some space there and try again"),
     (("too many clients", "remaining connection slots"), "{first}: try again, or raise max_connections"),
     (
-        ("terminating connection", "server closed", "connection is lost", "connection has been closed", "idle-in-trans"),
+        (
+            "terminating connection",
+            "server closed",
+            "connection is lost",
+            "connection has been closed",
+            "idle-in-trans",
+        ),
         "the connection was lost ({first}): look whether it was done, and try again",
     ),
     (

@@ -42,7 +42,9 @@ def remove(store: Store, reference: str, name: str) -> None:
 
 def everything(store: Store) -> dict[str, bytes]:
     """Every kept file of the bundles and of the runs."""
-    found = {path.relative_to(store.root).as_posix(): path.read_bytes() for path in store.root.rglob("*/*") if path.is_file()}
+    found = {
+        path.relative_to(store.root).as_posix(): path.read_bytes() for path in store.root.rglob("*/*") if path.is_file()
+    }
     files = store._blobs
     if not isinstance(files, Blobs):
         with files._told() as system:

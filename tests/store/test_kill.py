@@ -13,6 +13,7 @@ import pytest
 from turret.store import Store
 
 WRITER = Path(__file__).with_name("writer.py")
+EVERY_KILL = pytest.mark.parametrize("where", ["folder", pytest.param("url", marks=pytest.mark.slow)], indirect=True)
 VERBS = "put,put,put,get,promote,promote,rollback,delete,gc,verify"
 
 
@@ -46,10 +47,10 @@ def check_lines(store: Store, lines: list[str]) -> None:
     assert found == {alias: number for alias, number in ends.items() if number is not None}
 
 
-def test_killed_at_every_file_operation_of_a_put_nothing_listed_is_broken(tmp_path) -> None:
-    store = Store(tmp_path / "store")
+@EVERY_KILL
+def test_killed_at_every_file_operation_of_a_put_nothing_listed_is_broken(where, store, tmp_path) -> None:
     store.new_run("other", "", "")  # the store exists, as it nearly always does
-    process = start(store.root, "put", 1, 500)
+    process = start(where, "put", 1, 500)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     *acknowledged, last = out.split()
@@ -58,33 +59,35 @@ def test_killed_at_every_file_operation_of_a_put_nothing_listed_is_broken(tmp_pa
     assert str(store.put("a", _bundle(tmp_path))) not in acknowledged
 
 
+@EVERY_KILL
 @pytest.mark.parametrize("verb", ["promote", "rollback", "delete", "gc"])
-def test_killed_at_every_file_operation_of_a_verb_it_was_done_or_was_not(tmp_path, verb) -> None:
+def test_killed_at_every_file_operation_of_a_verb_it_was_done_or_was_not(where, verb) -> None:
     """The writer itself looks, after every kill, at what must hold."""
-    process = start(tmp_path / "store", verb, 1, 500)
-    out, err = process.communicate(timeout=120)
+    process = start(where, verb, 1, 500)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out.split() == ["done"]
 
 
-def test_killed_at_every_file_operation_of_the_first_put_the_store_still_opens(tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["folder", pytest.param("url", marks=pytest.mark.slow)])
+def test_killed_at_every_file_operation_of_the_first_put_the_store_still_opens(kind, new_url, tmp_path) -> None:
     """Every round begins without a store, so that the schema is being made when the kill comes."""
     for operation in range(4, 40, 5):
-        store = Store(tmp_path / f"store-{operation}")
-        process = start(store.root, "put", operation, operation)
+        where = new_url() if kind == "url" else str(tmp_path / f"store-{operation}")
+        store, process = Store(where), start(where, "put", operation, operation)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         check(store, set(out.split()) - {"done"})
         store.put("a", _bundle(tmp_path))
 
 
-def _kill_at_random_moments(tmp_path: Path, rounds: int) -> None:
+def _kill_at_random_moments(where: str, tmp_path: Path, rounds: int) -> None:
     """Two processes at all verbs; one is killed, the other one goes on."""
-    store, moments, lines = Store(tmp_path / "store"), random.Random(0), list[str]()
+    store, moments, lines = Store(where), random.Random(0), list[str]()
     store.put("a", _bundle(tmp_path))
-    survivor = start(store.root, "race", 20 * rounds, 1000, VERBS)
+    survivor = start(where, "race", 20 * rounds, 1000, VERBS)
     for number in range(rounds):
-        process = start(store.root, "race", 10_000, number, VERBS)
+        process = start(where, "race", 10_000, number, VERBS)
         assert process.stdout is not None
         first = process.stdout.readline()  # it is at work
         time.sleep(moments.uniform(0, 0.1))
@@ -96,18 +99,18 @@ def _kill_at_random_moments(tmp_path: Path, rounds: int) -> None:
     check_lines(store, lines + out.splitlines(keepends=True))
 
 
-def test_killed_at_random_moments_no_acknowledged_write_is_lost(tmp_path) -> None:
-    _kill_at_random_moments(tmp_path, 4)
+def test_killed_at_random_moments_no_acknowledged_write_is_lost(where, tmp_path) -> None:
+    _kill_at_random_moments(where, tmp_path, 4)
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_a_hundred_times(tmp_path) -> None:
-    _kill_at_random_moments(tmp_path, 100)
+def test_killed_at_random_moments_a_hundred_times(where, tmp_path) -> None:
+    _kill_at_random_moments(where, tmp_path, 100)
 
 
-def _race(tmp_path: Path, processes: int, count: int, verbs: str) -> None:
-    store = Store(tmp_path / "store")
-    writers = [start(store.root, "race", count, seed, verbs) for seed in range(processes)]
+def _race(where: str, processes: int, count: int, verbs: str) -> None:
+    store = Store(where)
+    writers = [start(where, "race", count, seed, verbs) for seed in range(processes)]
     lines: list[str] = []
     for writer in writers:
         out, err = writer.communicate(timeout=900)
@@ -116,25 +119,24 @@ def _race(tmp_path: Path, processes: int, count: int, verbs: str) -> None:
     check_lines(store, lines)
     store.gc()
     assert store.verify().orphans == 0
-    assert list((store.root / "tmp").iterdir()) == []
+    assert list(store._blobs.leftovers()) == []
 
 
 @pytest.mark.parametrize("verbs", [VERBS, "put,get,delete,gc"])
-def test_processes_at_all_verbs_at_once_break_nothing(tmp_path, verbs) -> None:
+def test_processes_at_all_verbs_at_once_break_nothing(where, verbs) -> None:
     """All of them put the same few contents again and again, which the others delete and collect."""
-    _race(tmp_path, 3, 25, verbs)
+    _race(where, 3, 25, verbs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verbs", [VERBS, "put,get,delete,gc"])
-def test_six_processes_at_all_verbs_for_long_break_nothing(tmp_path, verbs) -> None:
-    _race(tmp_path, 6, 300, verbs)
+def test_six_processes_at_all_verbs_for_long_break_nothing(where, verbs) -> None:
+    _race(where, 6, 300, verbs)
 
 
-def test_processes_that_put_at_once_get_numbers_of_their_own(tmp_path) -> None:
+def test_processes_that_put_at_once_get_numbers_of_their_own(where, store) -> None:
     """Among them they also make the store: it does not exist before."""
-    store = Store(tmp_path / "store")
-    writers = [start(store.root, "put", 8) for _ in range(4)]
+    writers = [start(where, "put", 8) for _ in range(4)]
     acknowledged: list[str] = []
     for writer in writers:
         out, err = writer.communicate(timeout=120)

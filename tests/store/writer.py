@@ -2,8 +2,8 @@
 
 - `writer.py STORE put COUNT` puts COUNT versions of the name `a` and prints each once it is acknowledged
 - `writer.py STORE VERB FIRST LAST` forks a child for each n from FIRST to LAST that carries out the verb and kills
-  itself, with SIGKILL, at its n-th file operation; looks after each that the store holds what it must; prints what was
-  acknowledged, and `done` when a child came through
+  itself, with SIGKILL, at its n-th file operation or call of a server; looks after each that the store holds what it
+  must; prints what was acknowledged, and `done` when a child came through
 - `writer.py STORE race COUNT SEED VERBS` carries out COUNT verbs of those, `get` and `verify`, drawn with the seed, on
   contents that all processes share; prints `deleting a@1` before and `put a@1`, `delete a@1` after
 """
@@ -20,6 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from s3fs import S3FileSystem
+from sqlalchemy import Engine
+from sqlalchemy.event import listen
 from store.bundles import tensors, write_bundle
 
 from turret.errors import InUse, NotFound
@@ -34,18 +37,30 @@ def put(store: Store, folder: Path) -> None:
     print(version, flush=True)
 
 
-def die_at(operation: int) -> None:
-    """Kill this process at its n-th file operation from now."""
+def die_at(operation: int, store: Store) -> None:
+    """Kill this process at its n-th file operation from now; of a store by URL, at its n-th call of a server."""
     seen = 0
 
-    def hook(event: str, _arguments: object) -> None:
+    def count(*_: object) -> None:
         nonlocal seen
-        if event.startswith(DISK_EVENTS):
-            seen += 1
-            if seen == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
+        seen += 1
+        if seen == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(hook)
+    if store.location.catalog is None:
+        sys.addaudithook(lambda event, _: count() if event.startswith(DISK_EVENTS) else None)
+        return
+    for moment in ("before_cursor_execute", "after_cursor_execute", "commit"):
+        listen(Engine, moment, count)
+    ask = S3FileSystem._call_s3
+
+    async def counted(self: S3FileSystem, *arguments: object, **more: object) -> object:
+        count()
+        answer = await ask(self, *arguments, **more)
+        count()
+        return answer
+
+    S3FileSystem._call_s3 = counted
 
 
 # --- killed at every operation: what is made ready, what is done, what must hold after ------------------------------
@@ -92,12 +107,13 @@ def ready_to_gc(store: Store, folder: Path) -> Callable[[bool], None]:
     if not store.list():
         store.put("a", write_bundle(folder, tensors(0)))
     store.delete(str(store.put("a", write_bundle(folder, tensors(1)))))
-    (store.root / "tmp" / "left").write_bytes(b"x")
-    os.utime(store.root / "tmp" / "left", (0, 0))
+    if store.location.catalog is None:
+        (store.root / "tmp" / "left").write_bytes(b"x")
+        os.utime(store.root / "tmp" / "left", (0, 0))
 
     def hold(acknowledged: bool) -> None:
         assert len(store.list()) == 1
-        assert not acknowledged or (store.verify().orphans == 0 and not list((store.root / "tmp").iterdir()))
+        assert not acknowledged or (store.verify().orphans == 0 and not list(store._blobs.leftovers()))
 
     return hold
 
@@ -122,11 +138,11 @@ def killed_at_each(root: str, verb: str, first: int, last: int, folder: Path) ->
         hold = ready(Store(root), folder)
         child = os.fork()
         if child == 0:
-            die_at(operation)
+            die_at(operation, Store(root))
             act(Store(root), folder)
             os._exit(0)
         through = os.waitpid(child, 0)[1] == 0
-        found = Store(root).verify() if Path(root, "turret.db").exists() and Store(root).list() else None
+        found = Store(root).verify() if Store(root).list() else None
         assert found is None or found.ok, (operation, found)
         hold(through)
         if through:

@@ -3,8 +3,8 @@
 Under the prefix, as in a folder (`turret.store.blobs`):
 
 - `blobs/sha256/<first two hex digits>/<64 hex digits>`: the bytes. An object store has no rename and needs none: an
-  object is there whole once its upload is complete, and not at all before. Small content is one PUT; larger content goes
-  up in parts while it is hashed, and the upload is completed only where the hash is the one in the name
+  object is there whole once its upload is complete, and not at all before. Small content is one PUT of bytes that were
+  hashed; larger content goes up in parts as it is hashed, and is completed only where the hash is the one in the name
 - `catalog`: the id of the catalog that the files belong to
 - bytes are hashed again whenever they are read
 - no list of objects is remembered: what another process put or removed is seen at once
@@ -20,25 +20,27 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from turret.errors import Corrupt, StoreError, TurretError
 from turret.store.blobs import OWNER, Blob, changed, hash_file, missing, place, stream
 
-PART = 32 << 20  # bytes; what is smaller is one PUT
+PART = 32 << 20
 _OBJECT = re.compile(r"blobs/sha256/([0-9a-f]{2})/(\1[0-9a-f]{62})", re.ASCII)
 
 
 class Objects:
     """The content-addressed files under a prefix of an object store; nothing is asked before the first use.
 
-    connect: makes the fsspec filesystem; made anew after a fork, which it does not outlive.
+    connect: makes the fsspec filesystem; it is made anew after a fork, which none outlives.
+    part: bytes of a part; what is smaller is one PUT.
     """
 
-    def __init__(self, url: str, connect: Callable[[], Any] | None = None) -> None:
+    def __init__(self, url: str, connect: Callable[[], Any] | None = None, *, part: int = PART) -> None:
         self._url = url
+        self._part = part
         self._prefix = url.partition("://")[2]
         self._connect = connect or (lambda: _s3(url))
         self._made: tuple[int, Any] | None = None
@@ -50,7 +52,7 @@ class Objects:
         key = self._blob(blob.digest)
         if self._hash(key) == blob:
             return blob
-        if blob.bytes < PART:
+        if blob.bytes < self._part:
             data = source.read_bytes()
             _same(Blob(f"sha256:{hashlib.sha256(data).hexdigest()}", len(data)), blob, source)
             with self._told() as system:
@@ -158,20 +160,22 @@ class Objects:
 
     def _put_in_parts(self, source: Path, blob: Blob, key: str) -> None:
         with self._told() as system, source.open("rb") as read:
-            upload = system.open(key, "wb", block_size=PART, autocommit=False)
+            upload = system.open(key, "wb", block_size=self._part, autocommit=False)
             try:
                 copied = stream(read, upload)
                 upload.close()  # every part is there, and nothing under the key
                 _same(copied, blob, source)
                 upload.commit()
             except BaseException:
+                with suppress(Exception):
+                    upload.close()  # a file that is left open tries to send the rest when it is forgotten
                 upload.discard()
                 raise
 
     def _hash(self, key: str) -> Blob | None:
         with self._told() as system:
             try:
-                with system.open(key, "rb", block_size=PART, cache_type="readahead") as read:
+                with system.open(key, "rb", block_size=self._part, cache_type="readahead") as read:
                     return stream(read, None)
             except FileNotFoundError:
                 return None
@@ -203,7 +207,7 @@ class Objects:
             if self._made is None or self._made[0] != os.getpid():
                 self._made = (os.getpid(), self._connect())
             yield self._made[1]
-        except (TurretError, FileNotFoundError):
+        except TurretError:
             raise
         except Exception as error:
             raise StoreError(f"files {self._url}: {_plainly(error)}") from error

@@ -308,8 +308,8 @@ class Store:
             owner = self._blobs.owner()
         if owner != mine:
             raise StoreError(
-                f"store {self}: {self.location.files} holds the files of another catalog ({owner}, this is {mine}): give "
-                f"each its own; if that catalog is gone, delete {self.location.files}/{OWNER} first"
+                f"store {self}: {self.location.files} holds the files of another catalog ({owner}, this is {mine}): "
+                f"give each its own; if that catalog is gone, delete {self.location.files}/{OWNER} first"
             )
         self._owned = True
 
