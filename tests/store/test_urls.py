@@ -1,4 +1,4 @@
-"""A store by URL: every verb as in a folder, trouble in one line, no password shown, no catalog takes another's files."""
+"""A store by URL: verbs as in a folder, trouble in one line, no password shown, no catalog takes another's files."""
 
 from __future__ import annotations
 
@@ -90,6 +90,15 @@ def test_a_catalog_never_takes_the_files_of_another(new_url, make_bundle, tmp_pa
         one_line(said)
     assert len(Store(one).files("a")) == 3
     assert Store(one).gc().removed == ()
+
+
+def test_a_catalog_that_was_dumped_without_its_id_says_so(new_url, make_bundle, postgres_server) -> None:
+    url = new_url()
+    Store(url).put("a", make_bundle(b"1"))
+    postgres_server.execute("COMMENT ON TABLE alembic_version IS NULL", urlsplit(url).path.removeprefix("/"))
+    with pytest.raises(StoreError, match=r"has lost its id, .*: set it to what s3://.*/catalog holds"):
+        Store(url).put("a", make_bundle(b"2"))
+    assert len(Store(url).files("a")) == 3
 
 
 def test_a_gc_leaves_files_alone_that_no_catalog_ever_marked(new_url, make_bundle, tmp_path) -> None:
@@ -227,7 +236,6 @@ def test_a_user_who_may_only_read_reads_and_is_told_so(new_url, postgres_server,
         Store(reader).materialize("a", tmp_path / "out")
         assert Store(reader).verify().ok
         for write in (
-            lambda: Store(reader).put("a", make_bundle(b"2")),
             lambda: Store(reader).promote("a", "production"),
             lambda: Store(reader).delete("a@1"),
         ):
@@ -236,7 +244,11 @@ def test_a_user_who_may_only_read_reads_and_is_told_so(new_url, postgres_server,
             ) as said:
                 write()
             one_line(said)
-        assert Store(reader).gc().removed == ()
+        for write in (lambda: Store(reader).put("a", make_bundle(b"2")), Store(reader).gc):
+            with pytest.raises(StoreError, match="is read-only for this user: grant INSERT"):
+                write()
+        assert Store(url).verify().orphans == 0
+        assert Store(reader).gc(dry_run=True).removed == ()
         assert run(["doctor", "--store", reader]) == 0
         assert "1 versions, read-only" in " ".join(capsys.readouterr().out.split())
     finally:

@@ -28,7 +28,7 @@ from turret.database import files as listing
 from turret.store.blobs import Files
 
 OLD = 3600  # seconds
-_AT_ONCE = 500  # files a transaction: other writers wait for it
+_AT_ONCE = 100  # files a transaction: other writers wait for it, and an object store takes its time
 _RUN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}", re.ASCII)
 
 

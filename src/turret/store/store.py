@@ -294,16 +294,23 @@ class Store:
         if database is None:
             return
         if self._owned or self._blobs.owner() is not None:  # without a mark, nothing there was put by this catalog
-            self._own(database)
+            self._own(database, writes=not dry_run)
             yield from gc.unlisted(self._blobs, database, dry_run=dry_run)
         yield from gc.of_runs(self.root, database, dry_run=dry_run)
 
-    def _own(self, database: Database) -> None:
+    def _own(self, database: Database, *, writes: bool = True) -> None:
         """Mark the files as this catalog's; raises StoreError where they are another's, whose files a gc would take."""
         if self._owned:
             return
+        if writes and not database.writable():
+            raise StoreError(f"store {self} is read-only for this user: grant INSERT, or connect as another user")
         mine, owner = database.identity(), self._blobs.owner()
-        if owner is None and mine is not None:
+        if mine is None:
+            raise StoreError(
+                f"store {self}: its catalog has lost its id, the comment on the table alembic_version that a dump has: "
+                f"set it to what {self.location.files}/{OWNER} holds"
+            )
+        if owner is None:
             self._blobs.claim(mine)
             owner = self._blobs.owner()
         if owner != mine:
@@ -311,7 +318,7 @@ class Store:
                 f"store {self}: {self.location.files} holds the files of another catalog ({owner}, this is {mine}): "
                 f"give each its own; if that catalog is gone, delete {self.location.files}/{OWNER} first"
             )
-        self._owned = True
+        self._owned = writes
 
     def _database(self) -> Database | None:
         """The database, opened once; None where there is no store yet."""
