@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.errors import StoreError
+from turret.cli.main import run
+from turret.errors import BadLocation
 from turret.location import Location
 from turret.store import Store
 
@@ -80,9 +81,16 @@ def test_runs_of_two_catalogs_are_apart_and_of_one_together_whoever_asks() -> No
     ],
 )
 def test_what_is_no_store_is_refused_with_an_example_of_one(said, complaint) -> None:
-    with pytest.raises(StoreError, match=complaint) as raised:
+    with pytest.raises(BadLocation, match=complaint) as raised:
         Store(said)
     assert "\n" not in str(raised.value)
+
+
+def test_the_command_says_it_in_one_line_with_status_2(capsys) -> None:
+    assert run(["list", "--store", "postgresql://me:secret@host/db"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("turret: store postgresql://me:***@host/db: lacks where its files go")
+    assert said.count("\n") == 1
 
 
 SECRET = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=6).map(lambda word: f"Q{word}Q")
@@ -109,7 +117,7 @@ def shown_of(url: str) -> str:
     """All that anybody gets to see of it."""
     try:
         found = Location.parse(url)
-    except StoreError as error:
+    except BadLocation as error:
         return str(error)
     assert found.catalog is not None
     assert len(found.catalog) > len("postgresql://host/db")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from turret.errors import StoreError
+from turret.errors import BadLocation
 
 EXAMPLE = "postgresql://user@host/database?files=s3://bucket/prefix"
 LOCAL = Path(".turret")
@@ -42,27 +42,27 @@ class Location:
 
     @classmethod
     def parse(cls, said: Location | Path | str) -> Location:
-        """Raises StoreError, which never repeats a password."""
+        """Raises BadLocation, which never repeats a password."""
         if isinstance(said, Location):
             return said
         url = _URL.match(str(said))
         if url is None:
             return cls(str(Path(said)), Path(said), Path(said))
         if not url[2]:
-            raise StoreError(f"store {url[1]}:/...: a URL has two slashes, and in Python it is a str, not a Path")
+            raise BadLocation(f"store {url[1]}:/...: a URL has two slashes, and in Python it is a str, not a Path")
         text = str(said)
         if not _clear(text):
-            raise StoreError(
+            raise BadLocation(
                 f"store {url[1]}://...: cannot tell its parts: write % codes for what is special in a user or password "
                 "(%40 for @, %2F for /, %3F for ?, %23 for #), or leave the password to PGPASSWORD or ~/.pgpass"
             )
         if url[1] == "s3":
-            raise StoreError(
+            raise BadLocation(
                 "store s3://...: an object store keeps files and no catalog of them: name the catalog, and the files "
                 f"in it, such as {EXAMPLE}"
             )
         if url[1] != "postgresql":
-            raise StoreError(f"store {url[1]}://...: expected a folder, or {EXAMPLE}")
+            raise BadLocation(f"store {url[1]}://...: expected a folder, or {EXAMPLE}")
         return _catalog(text)
 
 
@@ -84,19 +84,19 @@ def _catalog(text: str) -> Location:
     database = unquote(parts.path.removeprefix("/"))
     base = f"postgresql://{user}{colon and ':***'}{at}{hosts}{parts.path}"
     if not database or "/" in database:
-        raise StoreError(f"store {base}: names no database: expected {EXAMPLE}")
+        raise BadLocation(f"store {base}: names no database: expected {EXAMPLE}")
     pairs = [pair.partition("=") for pair in parts.query.split("&") if pair]
     keys = [key for key, _, _ in pairs]
     if twice := [key for key in keys if keys.count(key) > 1]:
-        raise StoreError(f"store {base}: says {ascii(twice[0])[:40]} twice")
+        raise BadLocation(f"store {base}: says {ascii(twice[0])[:40]} twice")
     shown = "&".join(f"{key}={'***' if key in _SECRETS else value}" for key, _, value in pairs)
     shown = f"{base}?{shown}" if shown else base
     values = {key: unquote(value) for key, (_, _, value) in zip(keys, pairs, strict=True)}
     files, local = values.pop("files", ""), values.pop("local", "")
     if not files:
-        raise StoreError(f"store {shown}: lacks where its files go: add ?files=s3://bucket/prefix or ?files=/folder")
+        raise BadLocation(f"store {shown}: lacks where its files go: add ?files=s3://bucket/prefix or ?files=/folder")
     if local and not Path(local).is_absolute():
-        raise StoreError(f"store {shown}: local={local[:80]} is not an absolute folder")
+        raise BadLocation(f"store {shown}: local={local[:80]} is not an absolute folder")
     rest = "&".join(f"{key}={value}" for key, _, value in pairs if key in values)
     catalog = f"postgresql://{parts.netloc}{parts.path}?{rest}" if rest else f"postgresql://{parts.netloc}{parts.path}"
     which = "\n".join([hosts, database, *(f"{key}={values[key]}" for key in _SAME if key in values)])
@@ -109,5 +109,5 @@ def _files(files: str, shown: str) -> Path | str:
     if bucket and not {".", ".."} & set(bucket[2].split("/")):
         return f"s3://{bucket[1]}{bucket[2]}"
     if _URL.match(files) or not Path(files).is_absolute():
-        raise StoreError(f"store {shown}: files={files[:80]}: expected s3://bucket/prefix or an absolute folder")
+        raise BadLocation(f"store {shown}: files={files[:80]}: expected s3://bucket/prefix or an absolute folder")
     return Path(files)

@@ -16,7 +16,7 @@ from servers import PASSWORD, USER
 from store.bundles import tensors, write_bundle
 
 from turret.cli.main import run
-from turret.errors import NotFound, StoreError
+from turret.errors import BadLocation, InUse, NotFound, StoreError
 from turret.location import Location
 from turret.postgres import Postgres
 from turret.store import Store
@@ -71,6 +71,31 @@ def test_names_order_by_their_bytes_as_in_a_folder(store, make_bundle) -> None:
         store.put(name, make_bundle())
     assert [version.name for version in store.list()] == sorted(names)
     assert list(store.show("aa")["files"]) == sorted(store.show("aa")["files"])
+
+
+def test_two_stores_in_one_database_are_apart(new_url, postgres_server, make_bundle, tmp_path) -> None:
+    url = new_url(str(tmp_path / "files"))
+    postgres_server.execute("CREATE SCHEMA team_a", urlsplit(url).path.removeprefix("/"))
+    one, two = Store(url), Store(f"{url.replace('/files', '/other')}&options=-csearch_path%3Dteam_a")
+    one.put("a", make_bundle(b"1"))
+    assert not two.exists()
+    two.put("b", make_bundle(b"2"))
+    assert [str(version) for version in one.list()] == ["a@1"]
+    assert [str(version) for version in two.list()] == ["b@1"]
+    assert one.root != two.root
+
+
+def test_characters_that_a_server_may_refuse_harm_no_verb(store, put) -> None:
+    put(said={"note": "a\0b", "half": "\ud800", "lineage": {"recipe": "\0"}})
+    put(said={"lineage": {"parent": "a@1"}})
+    assert store.list()[0].manifest["note"] == "a\0b"
+    assert store.verify().ok
+    with pytest.raises(InUse, match="a@2 was made from it"):
+        store.delete("a@1")
+    store.delete("a@2")
+    run = store.new_run("a", "x", "y")
+    store.end_run(run, "failed", error="bad \0 byte \ud800", result={"said": "\0"})
+    assert [str(gate) for gate in store.gate("a", "production", add=[f"{'x' * 99}.{'y' * 99}>1"])]
 
 
 # --- whose files ------------------------------------------------------------------------------------------------------
@@ -296,5 +321,5 @@ def test_a_workspace_opens_a_url(new_url, make_bundle, tmp_path) -> None:
     assert workspace.doctor()["store"] | {"path": ""} == {
         "path": "", "exists": True, "versions": 1, "writable": True, "problems": [],
     }  # fmt: skip
-    with pytest.raises(StoreError, match="it is a str, not a Path"):
+    with pytest.raises(BadLocation, match="it is a str, not a Path"):
         Workspace(Path(url))
