@@ -10,13 +10,18 @@ The schema, in bullets (its number is `SCHEMA`; every change is a new Alembic fi
   `version_id` becomes NULL (both NULL: the alias was taken away); `verb` is promote, rollback or delete; `before` is
   the move that a rollback from here goes back to
 - `gates`: what a version's metrics must reach before an alias may be moved to it
+- `golden_sets`: examples with what an answer to them must be, as JSON lines under their sha256; never changed
+- `golden_gates`: which of these sets an alias asks for, and the share of it that must pass
+- `replays`: how the version of that digest did on such a set, append-only; the newest of a set counts
 - `runs`: a row a training; `state` is running, interrupted, failed or finished; the version it made has its `run`
 
-Times are ISO 8601 in UTC, as text. Names order by their bytes, on PostgreSQL too (`bytewise`).
+Times are ISO 8601 in UTC, as text; `who` is the user that did it, NULL where that is not known. Names order by their
+bytes, on PostgreSQL too (`bytewise`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -46,7 +51,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-SCHEMA = "0002"  # the newest file in migrations/versions; a test holds the two together
+SCHEMA = "0003"  # the newest file in migrations/versions; a test holds the two together
 
 metadata = MetaData(
     naming_convention={
@@ -83,6 +88,7 @@ versions = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("metrics", JSON, nullable=False),
     Column("manifest", JSON, nullable=False),
+    Column("who", String(100)),
     UniqueConstraint("adapter_id", "number"),
     UniqueConstraint("adapter_id", "digest"),
 )
@@ -113,6 +119,7 @@ alias_history = Table(
     Column("number", Integer),
     Column("verb", String(16)),
     Column("before", Integer),
+    Column("who", String(100)),
 )
 gates = Table(
     "gates",
@@ -124,6 +131,35 @@ gates = Table(
     Column("relation", String(2), primary_key=True),
     Column("threshold", Float, nullable=False),
     Column("created", String(32), nullable=False),
+)
+golden_sets = Table(
+    "golden_sets",
+    metadata,
+    Column("digest", String(80), primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("examples", Integer, nullable=False),
+    Column("content", Text, nullable=False),
+    Column("created", String(32), nullable=False),
+)
+golden_gates = Table(
+    "golden_gates",
+    metadata,
+    Column("adapter_id", ForeignKey(adapters.c.id), primary_key=True),
+    Column("alias", bytewise(32), primary_key=True),
+    Column("golden", ForeignKey(golden_sets.c.digest), primary_key=True),
+    Column("share", Float, nullable=False),
+    Column("created", String(32), nullable=False),
+)
+replays = Table(
+    "replays",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version", String(80), nullable=False, index=True),
+    Column("golden", ForeignKey(golden_sets.c.digest), nullable=False),
+    Column("passed", Integer, nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("first", JSON),
+    Column("replayed", String(32), nullable=False),
 )
 runs = Table(
     "runs",
@@ -248,6 +284,11 @@ def told(where: Path | Location) -> Iterator[None]:
     except (DBAPIError, sqlite3.Error) as error:
         reason, server = str(getattr(error, "orig", None) or error), _server(where)
         raise StoreError(f"store {server.store}: {server.plainly(reason)}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        server = _server(where)
+        raise StoreError(
+            f"store {server.store}: {server.name} holds a row that is no JSON ({error}): restore it from a copy"
+        ) from error
     except OSError as error:
         place = error.filename or (where if isinstance(where, Path) else where.local)
         raise StoreError(f"store {_server(where).store}: {error.strerror or error}: {place}") from error

@@ -5,17 +5,19 @@ The journal is WAL and a commit is on the disk before it returns.
 
 from __future__ import annotations
 
+import random
 import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool
 
 BUSY_SECONDS = 60  # how long a writer waits for the writers before it
@@ -38,12 +40,39 @@ class Sqlite:
     def _engine(self) -> Engine:
         return _engine(self.path, self.read_only, self._alone)
 
+    @cached_property
+    def _without_room(self) -> Engine:
+        return _engine(self.path, self.read_only, alone=True, patience=0)
+
     @contextmanager
     def transaction(self, *, writes: bool) -> Iterator[Connection]:
-        """A transaction that sees one moment; one that writes is the only such until it ends."""
-        engine = self._engine.execution_options(turret_writes=writes)
-        with engine.begin() as connection:
-            yield connection
+        """A transaction that sees one moment; one that writes is the only such until it ends.
+
+        Where the disk refuses the index of the WAL, 32 kB that the first of all readers makes, because it is full say,
+        one that reads is alone for as long as it takes and keeps the index in memory.
+        """
+        with ExitStack() as opened:
+            if writes:
+                yield opened.enter_context(self._engine.execution_options(turret_writes=True).begin())
+            else:
+                yield self._look(opened)
+
+    def _look(self, opened: ExitStack) -> Connection:
+        """A transaction that has read something and ends with `opened`."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                return _looked(self._engine, opened)
+            except (DatabaseError, sqlite3.Error) as error:
+                refused = any(said in str(error) for said in ("I/O", "is full"))
+                if self._alone or self.read_only or not refused:
+                    raise
+            try:
+                return _looked(self._without_room, opened)
+            except (DatabaseError, sqlite3.Error) as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0.001, 0.02))  # two that both would be alone: neither may wait for the other
 
     def identity(self, _connection: Connection) -> None:
         """None: the files are in the same folder."""
@@ -69,6 +98,11 @@ class Sqlite:
         path = self.path
         if "is full" in reason or ("disk I/O error" in reason and no_room(path)):
             return f"the disk of {path.parent} is full: free some space and try again; what was stored before is intact"
+        if "disk I/O error" in reason:
+            return (
+                f"the disk refuses to read or write {path.name} ({reason}): look at quotas, file-size limits and its "
+                "health; what was stored before is intact"
+            )
         if "readonly" in reason or "read-only" in reason:
             return "it is read-only here: give write permission, or use another --store"
         if "unable to open" in reason:
@@ -85,7 +119,16 @@ def no_room(path: Path) -> bool:
     return shutil.disk_usage(path.parent).free < 1 << 16
 
 
-def _engine(path: Path, read_only: bool, alone: bool) -> Engine:
+def _looked(engine: Engine, opened: ExitStack) -> Connection:
+    """A transaction of `engine` that goes with `opened`, once it has read: BEGIN alone reads nothing."""
+    with ExitStack() as trying:
+        connection = trying.enter_context(engine.begin())
+        connection.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1")
+        opened.push(trying.pop_all())
+    return connection
+
+
+def _engine(path: Path, read_only: bool, alone: bool, patience: float = BUSY_SECONDS) -> Engine:
     if read_only:
         # Without a -wal beside it nobody is writing, and SQLite can do without the files it may not create.
         still = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
@@ -95,7 +138,7 @@ def _engine(path: Path, read_only: bool, alone: bool) -> Engine:
 
     def connect() -> sqlite3.Connection:
         # isolation_level=None: transactions are opened below, not guessed by the driver from the statement.
-        return sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        return sqlite3.connect(address, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
 
     engine = create_engine("sqlite+pysqlite://", creator=connect, poolclass=NullPool)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
 
 from turret.store import Store
 from turret.store.blobs import Blobs
@@ -52,18 +55,30 @@ def everything(store: Store) -> dict[str, bytes]:
     return found
 
 
-def execute(store: Store, statement: str) -> None:
-    """Change rows, without a look at foreign keys."""
-    if store.location.catalog is None:
-        with sqlite3.connect(store.root / "turret.db") as connection:
-            connection.execute(statement)
-        connection.close()
-        return
-    import psycopg
+@contextmanager
+def catalog(store: Store) -> Iterator[Any]:
+    """A transaction of the database itself that writes, without a look at foreign keys."""
+    if store.location.catalog is not None:
+        import psycopg
 
-    with psycopg.connect(store.location.catalog) as server:
-        server.execute("SET session_replication_role = replica")
-        server.execute(statement)
+        with psycopg.connect(store.location.catalog) as server:
+            server.execute("SET session_replication_role = replica")
+            yield server
+        return
+    connection = sqlite3.connect(store.root / "turret.db", isolation_level=None)
+    with closing(connection):
+        connection.execute("BEGIN IMMEDIATE")
+        yield connection
+        connection.execute("COMMIT")
+
+
+def execute(store: Store, statement: str, *values: object) -> None:
+    """Change rows; `?` in the statement stands for a value."""
+    with catalog(store) as connection:
+        if store.location.catalog is None:
+            connection.execute(statement, values)
+        else:
+            connection.execute(statement.replace("?", "%s"), values or None)
 
 
 def age(path: object, seconds: float = 7200) -> None:

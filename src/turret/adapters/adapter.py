@@ -91,7 +91,7 @@ def extract(model: Any, slot: int = 1) -> Extracted:
         module = attached.prefixes[key]
         assert isinstance(module, PrefixSlot)
         groups = {name: group.folded() for name, group in module.groups.items() if isinstance(group, PrefixGroup)}
-        names_ = _prompt_names(list(groups))
+        names_ = prompt_names(list(groups))
         return Extracted({names_[name]: _copy(value) for name, value in groups.items()}, head, method)
     return Extracted({}, head, method)
 
@@ -207,7 +207,7 @@ def _mount_prefix(model: Any, attached: Attachment, adapter: Adapter, slot: int)
     groups: dict[str, list[Any]] = {}
     for site in attached.sites:
         groups.setdefault(site.group, []).append(site)
-    names = {name: group for group, name in _prompt_names(list(groups)).items()}
+    names = {name: group for group, name in prompt_names(list(groups)).items()}
     unknown = sorted(set(adapter.tensors) - set(names))
     if unknown or not adapter.tensors:
         raise AdapterError(f"a prefix of {attached.family.name} holds {', '.join(names)}, given {unknown or 'nothing'}")
@@ -225,7 +225,7 @@ def _mount_prefix(model: Any, attached: Attachment, adapter: Adapter, slot: int)
     attached.prefixes[str(slot)] = PrefixSlot(modules).requires_grad_(False).to(device_of(model)).eval()
 
 
-def _prompt_names(groups: list[str]) -> dict[str, str]:
+def prompt_names(groups: list[str]) -> dict[str, str]:
     """group -> tensor name. An encoder alone has the plain name, which PEFT reads too."""
     return {"encoder": PROMPT["decoder"]} if groups == ["encoder"] else {group: PROMPT[group] for group in groups}
 

@@ -18,9 +18,12 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from turret.adapters.attend import attend
 from turret.adapters.blocks import Layout, Side
+from turret.adapters.dropout import Masks
+from turret.adapters.flash import flash
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
 from turret.families import Site
+from turret.kernels import KEPT, Library, Prefixes, Rows, usable
 
 NAME = "turret"
 KeysValues = Callable[[int, Site], tuple[Tensor, Tensor] | None]
@@ -133,6 +136,65 @@ def _unpadded(
     hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
 ) -> Tensor:
     """Each row of the one long row attends to itself (or, crossing, to its source). q: (1, H, N, D) -> (1, H, N, D)"""
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    library = usable(q, k, v) if trains else None
+    if library is not None:
+        return _flash(library, hooked, q, k, v, scaling, dropout, window)
+    return _unpadded_plainly(hooked, q, k, v, scaling, dropout, window)
+
+
+def _flash(
+    library: Library,
+    hooked: Hooked,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    p: float,
+    window: int | None,
+) -> Tensor:
+    """`_unpadded_plainly` by a kernel, with little kept for the backward pass."""
+    route, site = hooked.route, hooked.site
+    assert route.lengths is not None
+    slots = [route.slot_of(row) for row in range(len(next(iter(route.lengths.values()))))]
+    pairs = {slot: pair for slot in dict.fromkeys(slots) if slot != BARE and (pair := hooked.prefix(slot, site))}
+    place = ("rows", site.group, window, scaling, id(hooked.bias_module), tuple(pairs))
+    if place not in route.memo:
+        longest = max((pair[0].shape[1] for pair in pairs.values()), default=0)
+        route.memo[place] = _rows(hooked, scaling, window, longest)
+    order = {slot: index for index, slot in enumerate(pairs)}
+    prefixes = Prefixes(
+        [(key.to(k.dtype), value.to(k.dtype)) for key, value in pairs.values()], [*map(order.get, slots)]
+    )
+    dropped = (route.masks or Masks()).dropped(p) if p > 0.0 else KEPT
+    return flash(library, route.memo[place], q, k, v, prefixes, dropped)
+
+
+def _rows(hooked: Hooked, scaling: float, window: int | None, longest_prefix: int) -> Rows:
+    """Where this batch's rows lie and what they see: once a batch for all layers of a group."""
+    route, site = hooked.route, hooked.site
+    queries = torch.tensor(route.spans("encoder" if site.group == "encoder" else "decoder"))  # (B, 2)
+    cross = site.group == "cross"
+    keys = torch.tensor(route.spans("encoder")) if cross else queries
+    lengths = queries[:, 1] - queries[:, 0], keys[:, 1] - keys[:, 0]
+    bias, zero = None, 0
+    if hooked.bias_module is not None and not cross:
+        zero = longest_prefix + int(lengths[0].max())
+        with torch.no_grad():
+            relative = torch.arange(
+                -zero, int(lengths[1].max()), device=hooked.bias_module.relative_attention_bias.weight.device
+            )
+            bias = relative_bias(hooked.bias_module, relative[None])[0, :, 0].float().contiguous()  # (H, W)
+    return Rows(
+        queries[:, 0].contiguous(), lengths[0], keys[:, 0].contiguous(), lengths[1], scaling,
+        causal=site.causal and not cross, window=0 if window is None or cross else window, bias=bias, zero=zero,
+    )  # fmt: skip
+
+
+def _unpadded_plainly(
+    hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
+) -> Tensor:
+    """The same block by block in torch's own operations: the reference of the kernels, and the way without them."""
     layout = _layout(hooked, q.device)
     parts = []
     for block in layout.blocks:

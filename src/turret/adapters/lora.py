@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.dropout import Masks, dropout, kept_share, masked
+from turret.adapters.dropout import HashedMask, KeptMask, Mask, Masks, dropout, kept_share
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
+from turret.kernels import usable
 from turret.methods import LoRA
 
 
@@ -50,11 +51,19 @@ class LoRAFactors(nn.Module):
         if self.initial_A is not None or not torch.is_grad_enabled() or x.device.type != "cpu":
             delta: Tensor = self(x)
             return y + delta.to(y.dtype)
-        p = self.dropout if self.training else 0.0
-        mask = (masks or Masks()).like(y.new_empty(()).expand(x.shape), p) if p > 0.0 else None
-        scaling = self.scaling / kept_share(p)
-        added: Tensor = _LowRank.apply(y, x.contiguous(), self.lora_A, self.lora_B, mask, scaling)  # type: ignore[no-untyped-call]
+        added: Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
+            y, x.contiguous(), self.lora_A, self.lora_B, self._mask(x, y, masks or Masks()), self.scaling
+        )
         return added
+
+    def _mask(self, x: Tensor, y: Tensor, masks: Masks) -> Mask | None:
+        p = self.dropout if self.training else 0.0
+        if p == 0.0:
+            return None
+        library = usable(y)
+        if library is not None and x.numel() < 1 << 32:
+            return HashedMask(library, masks.dropped(p))
+        return KeptMask(masks.like(y.new_empty(()).expand(x.shape), p).view(-1, x.shape[-1]), 1.0 / kept_share(p))
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the plain LoRA with the same output; PiSSA's has twice the rank and the same scaling."""
@@ -65,36 +74,34 @@ class LoRAFactors(nn.Module):
 
 
 class _LowRank(torch.autograd.Function):
-    """y <- y + s (x mask) A^T B^T, s = scaling / (1 - p), multiplied in y's precision and accumulated in float32.
+    """y <- y + s (x mask) A^T B^T, multiplied in y's precision, added up in float32; s = scaling / (1 - p).
 
     h = (x mask) A^T;  dB = s dy^T h;  dh = s dy B;  dA = dh^T (x mask);  dx = (dh A) mask;  dy goes on as it is.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Mask | None, scaling: float) -> Tensor:
         A, B = A.to(y.dtype), B.to(y.dtype)
         rows = x.to(y.dtype).reshape(-1, x.shape[-1])  # (N, D_in)
-        words = None if mask is None else mask.view(rows.shape)
-        h = (rows if words is None else masked(rows, words)) @ A.mT  # (N, R)
-        y.view(-1, y.shape[-1]).addmm_(h, B.mT, alpha=scaling)
+        h = (rows if mask is None else mask.of(rows)) @ A.mT  # (N, R)
+        ctx.scaling, ctx.shape, ctx.mask = scaling * (1.0 if mask is None else mask.scale), x.shape, mask
+        y.view(-1, y.shape[-1]).addmm_(h, B.mT, alpha=ctx.scaling)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(rows, A, B, h, words)
-        ctx.scaling, ctx.shape = scaling, x.shape
+        ctx.save_for_backward(rows, A, B, h)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        rows, A, B, h, words = ctx.saved_tensors
+        rows, A, B, h = ctx.saved_tensors
+        mask = ctx.mask
         dy = gradients[0].reshape(-1, B.shape[0])
         dh = (dy @ B).mul_(ctx.scaling)  # (N, R)
         dB = (dy.mT @ h).float().mul_(ctx.scaling)
-        dA = (dh.mT @ (rows if words is None else masked(rows, words))).float()
+        dA = (dh.mT @ (rows if mask is None else mask.of(rows))).float()
         dx = None
         if ctx.needs_input_grad[1]:
             dx = dh @ A
-            if words is not None:
-                dx.view(words.dtype).bitwise_and_(words)
-            dx = dx.view(ctx.shape)
+            dx = (dx if mask is None else mask.of(dx)).view(ctx.shape)
         return gradients[0], dx, dA, dB, None, None
 
 

@@ -46,15 +46,17 @@ def target_logits(
     sources: B rows (S_i,), targets: B rows (T_i,), int64. A decoder reads [source; target] as one row; an
     encoder-decoder reads the source, and the target shifted right. Only target positions reach the output layer.
     """
+    return output_logits(model, target_states(model, sources, targets, slots))
+
+
+def target_states(
+    model: Any, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None = None
+) -> Tensor:
+    """What the output layer makes those logits of: (sum of len(target), D)."""
     attached = attachment(model)
     if attached.family.kind == "encoder-decoder":
         shifted = [_shift_right(model.config, row) for row in targets]
-        hidden = _encoder_decoder_hidden(model, sources, shifted, slots)
-        if getattr(model.config, "scale_decoder_outputs", False):
-            hidden = hidden * model.config.d_model**-0.5
-        logits: Tensor = model.lm_head(hidden[: sum(len(row) for row in targets)])
-        bias = getattr(model, "final_logits_bias", None)
-        return logits if bias is None else logits + bias
+        return _encoder_decoder_hidden(model, sources, shifted, slots)[: sum(len(row) for row in targets)]
     rows = [torch.cat([source, target]) for source, target in zip(sources, targets, strict=True)]
     hidden = _hidden(model, rows, slots)
     ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
@@ -62,8 +64,16 @@ def target_logits(
         torch.arange(end - len(target) - 1, end - 1, device=hidden.device)
         for end, target in zip(ends, targets, strict=True)
     ]
-    predicted: Tensor = model.get_output_embeddings()(hidden[torch.cat(before)])  # (sum of T_i, V)
-    return predicted
+    return hidden[torch.cat(before)]
+
+
+def output_logits(model: Any, states: Tensor) -> Tensor:
+    """The output layer of a decoder or an encoder-decoder: (N, D) -> (N, V)."""
+    if attachment(model).family.kind == "encoder-decoder" and getattr(model.config, "scale_decoder_outputs", False):
+        states = states * model.config.d_model**-0.5
+    logits: Tensor = model.get_output_embeddings()(states)
+    bias = getattr(model, "final_logits_bias", None)
+    return logits if bias is None else logits + bias
 
 
 def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None) -> Tensor:

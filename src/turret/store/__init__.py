@@ -4,8 +4,22 @@ from turret.store.aliases import Move
 from turret.store.catalog import Deleted, Version
 from turret.store.gates import Gate
 from turret.store.gc import Collected
+from turret.store.golden import Example, Golden, GoldenSet, Replay
 from turret.store.runs import Run
 from turret.store.store import Store
 from turret.store.verify import Verified
 
-__all__ = ["Collected", "Deleted", "Gate", "Move", "Run", "Store", "Verified", "Version"]
+__all__ = [
+    "Collected",
+    "Deleted",
+    "Example",
+    "Gate",
+    "Golden",
+    "GoldenSet",
+    "Move",
+    "Replay",
+    "Run",
+    "Store",
+    "Verified",
+    "Version",
+]
