@@ -3,6 +3,7 @@
     python benchmarks/store_scale.py --report
     python benchmarks/store_scale.py                  # 10, 100 and 1000 versions; minutes
     python benchmarks/store_scale.py --versions 10 100
+    python benchmarks/store_scale.py --versions 100 --url 'postgresql://…?files=s3://…' --kind 'PostgreSQL, S3'
 
 A version is a bundle of LoRA's size with random weights; ten versions a name, and every fifth has the weights of an
 earlier one, as a copied tenant has. Each verb is timed in this process on the full store, `--repeats` times; start-up
@@ -52,23 +53,30 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kilobytes", type=int, default=300, help="of weights a version (default 300)")
     parser.add_argument("--repeats", type=int, default=20, help="of each verb (default 20)")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--url", help="a new, empty store in place of a folder; one number of versions")
+    parser.add_argument("--kind", default="folder", help="what the table calls that store, such as 'PostgreSQL, S3'")
     parser.add_argument("--report", action="store_true", help="only print the table of what is kept")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.url and (len(options.versions) != 1 or options.kind == "folder"):
+        parser.error("--url needs one number of --versions, and --kind")
+    if options.url and Store(options.url).list():
+        parser.error("--url is a store that has versions already: make a new database")
+    return options
 
 
 def _same(earlier: Any, run: Any) -> bool:
-    return all(earlier[key] == run[key] for key in ("versions", "kilobytes", "seed"))
+    keys = ("versions", "kilobytes", "seed")
+    return all(earlier[key] == run[key] for key in keys) and earlier.get("store", "folder") == run["store"]
 
 
 def _measure(versions: int, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        root, beside = Path(folder, "store"), Path(folder, "beside")
+        root, beside = options.url or str(Path(folder, "store")), Path(folder, "beside")
         store, draw = Store(root), np.random.default_rng(options.seed)
         weights = _Weights(draw, options.kilobytes, beside / "weights")
         filled = [_put(store, f"tenant{n // A_NAME}", beside, weights.next(n)) for n in range(versions)]
-        on_disk = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+        on_disk, database = (store.verify().bytes, None) if options.url else _sizes(Path(root))
         distinct, offered = weights.distinct, weights.all
-        database = sum(path.stat().st_size for path in root.glob("turret.db*"))
         seconds = {verb: [] for verb in VERBS}
         chosen, name = random.Random(options.seed), "tenant0"
         for repeat in range(options.repeats):
@@ -87,12 +95,13 @@ def _measure(versions: int, options: argparse.Namespace) -> dict[str, Any]:
             seconds["list"].append(_timed(store.list))
             seconds["list of a name"].append(_timed(lambda store=store: store.list(name)))
         for _ in range(max(options.repeats // 4, 3)):
-            command = [sys.executable, "-m", "turret", "list", name, "--json", "--store", str(root)]
+            command = [sys.executable, "-m", "turret", "list", name, "--json", "--store", root]
             seconds["start-up"].append(
                 _timed(lambda command=command: subprocess.run(command, check=True, capture_output=True))
             )
         seconds["verify"].append(_timed(store.verify))
         return {
+            "store": options.kind,
             "versions": versions,
             "kilobytes": options.kilobytes,
             "seed": options.seed,
@@ -101,6 +110,12 @@ def _measure(versions: int, options: argparse.Namespace) -> dict[str, Any]:
             "bytes": {"on_disk": on_disk, "database": database, "distinct_weights": distinct, "offered": offered},
             "machine": record.machine(threads=1),
         }
+
+
+def _sizes(root: Path) -> tuple[int, int]:
+    """Bytes of everything in the folder, and of its database."""
+    sizes = {path: path.stat().st_size for path in root.rglob("*") if path.is_file()}
+    return sum(sizes.values()), sum(size for path, size in sizes.items() if path.name.startswith("turret.db"))
 
 
 class _Weights:
@@ -160,8 +175,9 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _report() -> None:
-    runs = sorted(record.load(NAME), key=lambda run: run["versions"])
+    runs = sorted(record.load(NAME), key=lambda run: (run.get("store", "folder"), run["versions"]))
     header = [
+        "store",
         "versions",
         *(f"{verb}, ms" for verb in VERBS),
         "weights offered, MB",
@@ -173,8 +189,9 @@ def _report() -> None:
     for run in runs:
         count = run["bytes"]
         medians = [f"{1000 * statistics.median(run['seconds'][verb]):.1f}" for verb in VERBS]
-        sizes = [f"{count[key] / 1e6:.2f}" for key in ("offered", "distinct_weights", "on_disk", "database")]
-        rows.append([run["versions"], *medians, *sizes])
+        sizes = [count[key] for key in ("offered", "distinct_weights", "on_disk", "database")]
+        sizes = ["" if size is None else f"{size / 1e6:.2f}" for size in sizes]
+        rows.append([run.get("store", "folder"), run["versions"], *medians, *sizes])
     print(record.table(header, rows))
 
 

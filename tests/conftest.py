@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 # Before torch and the tokenizers are loaded: two workers with two threads each are slower than two with one.
@@ -12,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
+from servers import BUCKET, PostgresServer, postgres, s3
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +31,35 @@ def turret_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "turret-cache"
     return Path(os.environ.setdefault("TURRET_CACHE", str(folder)))
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """PostgreSQL, started for this process's tests; they are skipped where the machine has none."""
+    with postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """An S3 server, started for this process's tests."""
+    with s3() as address:
+        yield address
+
+
+@pytest.fixture
+def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Makes the URL of a store that is not there yet: a new database, and files under a new prefix or in a folder."""
+    with ExitStack() as made:
+
+        def new(files: str = "s3") -> str:
+            server = request.getfixturevalue("postgres_server")
+            if files == "s3":
+                request.getfixturevalue("s3_server")
+                files = f"s3://{BUCKET}/{uuid.uuid4().hex}/prefix"
+            return f"{server.url(made.enter_context(server.database()))}&files={files}&local={tmp_path / 'local'}"
+
+        yield new
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

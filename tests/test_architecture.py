@@ -18,7 +18,16 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src" / "turret").rglob("*.py"))
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "sklearn", "numpy")
 QUICK = ("turret", "turret.errors", "turret.reference", "turret.methods", "turret.families", "turret.recipe")
-QUICK += ("turret.database", "turret.store", "turret.workspace", "turret.cli.main", "turret.engine.scheduler")
+QUICK += (
+    "turret.location",
+    "turret.sqlite",
+    "turret.postgres",
+    "turret.database",
+    "turret.store",
+    "turret.workspace",
+    "turret.cli.main",
+    "turret.engine.scheduler",
+)
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -1,10 +1,15 @@
-"""The schema has a number, is made and migrated when the store opens, and a newer one is refused."""
+"""The schema has a number, is made and migrated when the store opens, and a newer one is refused.
+
+`place` is one of each kind in turn: a file of SQLite and a database on PostgreSQL, not made yet.
+"""
 
 from __future__ import annotations
 
 import sqlite3
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +18,12 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, insert, select
+from sqlalchemy import Connection, insert, select
 
 from turret import database as db
 from turret.database import SCHEMA, Database
 from turret.errors import StoreError
+from turret.location import Location
 from turret.store import Store
 
 MIGRATIONS = Path(db.__file__).parent / "migrations"
@@ -29,28 +35,40 @@ def test_the_number_of_the_schema_is_the_newest_migration() -> None:
     assert ScriptDirectory.from_config(config).get_heads() == [SCHEMA]
 
 
-def test_the_migrations_make_exactly_the_tables_that_the_code_uses(tmp_path) -> None:
-    with Database(tmp_path / "turret.db").reading() as connection:
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, new_url: Callable[..., str]) -> Path | Location:
+    if request.param == "sqlite":
+        return tmp_path / "turret.db"
+    return Location.parse(new_url(str(tmp_path / "files")))
+
+
+def test_the_migrations_make_exactly_the_tables_that_the_code_uses(place) -> None:
+    with Database(place).reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
 
 
-def test_a_newer_schema_is_refused_with_both_numbers_and_untouched(tmp_path) -> None:
-    Database(tmp_path / "turret.db")
-    _execute(tmp_path, "UPDATE alembic_version SET version_num = '0999'")
+def test_nothing_is_made_by_looking(place) -> None:
+    assert Database.found(place) is None
+    assert Database.found(place) is None
+    Database(place)
+    assert Database.found(place) is not None
+
+
+def test_a_newer_schema_is_refused_with_both_numbers_and_untouched(place) -> None:
+    Database(place)
+    _execute(place, "UPDATE alembic_version SET version_num = '0999'")
     with pytest.raises(StoreError, match=rf"has format 0999, this turret reads up to {SCHEMA}: .* upgrade turret"):
-        Database(tmp_path / "turret.db")
-    assert _execute(tmp_path, "SELECT version_num FROM alembic_version") == [("0999",)]
+        Database(place)
+    assert _execute(place, "SELECT version_num FROM alembic_version") == [("0999",)]
 
 
-def _first_format(folder: Path) -> None:
+def _first_format(place: Path | Location) -> None:
     """A store as the first format had it, with a name, two versions and an alias that was moved twice."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
-    engine = create_engine(f"sqlite:///{folder / 'turret.db'}")
-    with engine.begin() as connection:
+    with db._server(place).transaction(writes=True) as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "0001")
-    engine.dispose()
     for statement in (
         "INSERT INTO adapters VALUES (1, 'a', 2, 'then')",
         "INSERT INTO versions VALUES (1, 1, 1, 'sha256:1', 'then', NULL, 5, '{}', '{}')",
@@ -60,48 +78,57 @@ def _first_format(folder: Path) -> None:
         "INSERT INTO alias_history VALUES (2, 1, 'candidate', 1, 'then')",
         "INSERT INTO alias_history VALUES (3, 1, 'production', 2, 'then')",
     ):
-        _execute(folder, statement)
+        _execute(place, statement)
 
 
-def test_an_older_store_is_brought_up_to_date_when_it_is_opened(tmp_path) -> None:
-    _first_format(tmp_path)
-    store = Store(tmp_path)
+def _store(place: Path | Location) -> Store:
+    return Store(place.parent if isinstance(place, Path) else place)
+
+
+def test_an_older_store_is_brought_up_to_date_when_it_is_opened(place) -> None:
+    _first_format(place)
+    store = _store(place)
     assert [str(version) for version in store.list()] == ["a@1", "a@2"]
-    assert _execute(tmp_path, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
-    with Database(tmp_path / "turret.db").reading() as connection:
+    assert _execute(place, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
+    with Database(place).reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
-    history = _execute(tmp_path, "SELECT id, verb, number, before FROM alias_history ORDER BY id")
+    history = _execute(place, "SELECT id, verb, number, before FROM alias_history ORDER BY id")
     assert history == [(1, "promote", 1, None), (2, "promote", 1, None), (3, "promote", 2, 1)]
     assert list(store.gate("a")) == []
 
 
-def test_processes_that_open_an_older_store_at_once_bring_it_up_to_date_once(tmp_path) -> None:
-    _first_format(tmp_path)
-    code = "import sys; from turret.store import Store; assert len(Store(sys.argv[1]).list()) == 2"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    opened = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+@pytest.mark.parametrize("older", [True, False])
+def test_processes_that_open_a_new_or_older_store_at_once_bring_it_up_to_date_once(place, older) -> None:
+    if older:
+        _first_format(place)
+    code = "import sys; from turret.store import Store; assert Store(sys.argv[1])._made().writable()"
+    where = str(place.parent if isinstance(place, Path) else _url(place))
+    opened = [
+        subprocess.Popen([sys.executable, "-c", code, where], stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
     for process in opened:
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
-    assert _execute(tmp_path, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
+    assert _execute(place, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
 
 
 def test_an_older_store_that_may_not_be_written_says_what_to_do_and_stays_as_it_was(tmp_path) -> None:
-    _first_format(tmp_path)
+    path = tmp_path / "turret.db"
+    _first_format(path)
     with pytest.raises(StoreError, match=r"has format 0001, this turret reads \d+, and it is read-only here: run"):
-        Database(tmp_path / "turret.db", read_only=True)
-    assert _execute(tmp_path, "SELECT version_num FROM alembic_version") == [("0001",)]
+        Database(path, read_only=True)
+    assert _execute(path, "SELECT version_num FROM alembic_version") == [("0001",)]
 
 
 def test_the_journal_is_wal(tmp_path) -> None:
     Database(tmp_path / "turret.db")
-    assert _execute(tmp_path, "PRAGMA journal_mode") == [("wal",)]
+    assert _execute(tmp_path / "turret.db", "PRAGMA journal_mode") == [("wal",)]
 
 
-def test_a_transaction_that_fails_leaves_nothing(tmp_path) -> None:
-    database = Database(tmp_path / "turret.db")
+def test_a_transaction_that_fails_leaves_nothing(place) -> None:
+    database = Database(place)
     row = {"name": "a", "last_number": 0, "created": "now"}
-    with pytest.raises(StoreError, match="UNIQUE constraint failed"), database.writing() as connection:
+    with pytest.raises(StoreError, match=r"(?i)unique constraint"), database.writing() as connection:
         connection.execute(insert(db.adapters), [row, row])
     with database.reading() as connection:
         assert connection.execute(select(db.adapters)).all() == []
@@ -126,8 +153,42 @@ def test_opening_a_store_of_this_format_loads_no_alembic_and_no_torch(tmp_path) 
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
-def _execute(folder: Path, statement: str) -> list[tuple[object, ...]]:
-    connection = sqlite3.connect(folder / "turret.db")
+def test_a_writer_sees_what_the_writer_before_it_committed_and_a_reader_one_moment(place) -> None:
+    database, seen = Database(place), list[int]()
+
+    def count(connection: Connection) -> int:
+        return len(connection.execute(select(db.adapters)).all())
+
+    def write() -> None:
+        with database.writing() as connection:
+            seen.append(count(connection))
+
+    second = threading.Thread(target=write)
+    with database.reading() as reader:
+        assert count(reader) == 0
+        with database.writing() as connection:
+            second.start()
+            second.join(timeout=0.3)
+            assert second.is_alive()  # it waits before it looks
+            connection.execute(insert(db.adapters), {"name": "a", "last_number": 0, "created": "now"})
+        second.join(timeout=60)
+        assert count(reader) == 0
+    assert seen == [1]
+
+
+def _url(location: Location) -> str:
+    assert location.catalog is not None
+    return f"{location.catalog}&files={location.files}&local={location.local.parent}"
+
+
+def _execute(place: Path | Location, statement: str) -> list[tuple[object, ...]]:
+    if isinstance(place, Location):
+        import psycopg
+
+        with psycopg.connect(place.catalog) as server:
+            cursor = server.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+    connection = sqlite3.connect(place)
     try:
         with connection:
             return connection.execute(statement).fetchall()

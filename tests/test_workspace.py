@@ -29,7 +29,7 @@ from turret.errors import (
     WrongBase,
 )
 from turret.recipe import Recipe
-from turret.train import read_curve
+from turret.train import StepRecord, read_curve
 from turret.workspace import RunResult, Workspace
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
@@ -92,6 +92,24 @@ def test_a_result_has_the_documented_keys_and_honest_numbers(trained) -> None:
     assert set(said["memory"]) == {"base_bytes", "peak_bytes", "above_base_bytes", "predicted_bytes"}
     assert said["memory"]["peak_bytes"] > said["memory"]["base_bytes"] > 0
     assert said["bundle_bytes"] == trained.workspace.resolve("reviews").bytes
+
+
+def test_the_same_recipe_makes_the_same_version_in_a_store_by_url(trained, new_url, tmp_path) -> None:
+    """Trained, stopped and taken up, stored, asked: the run is here, the rest on two servers."""
+    workspace = Workspace(new_url())
+
+    def stop(record: StepRecord) -> None:
+        if record.step == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        workspace.train(trained.recipe, on_record=stop)
+    result = workspace.train(trained.recipe)
+    assert result.digest == trained.result.digest
+    assert [path.name for path in workspace.store.root.iterdir()] == ["runs"]
+    assert workspace.store.root.parent == tmp_path / "local"
+    assert {each["label"] for each in workspace.predict("reviews@1", [*GOOD, *BAD])} <= {"good", "bad"}
+    assert workspace.verify().ok
 
 
 def test_every_step_is_reported_and_kept_with_the_run(trained) -> None:

@@ -15,29 +15,24 @@ The schema, in bullets (its number is `SCHEMA`; every change is a new Alembic fi
 - `replays`: how the version of that digest did on such a set, append-only; the newest of a set counts
 - `runs`: a row a training; `state` is running, interrupted, failed or finished; the version it made has its `run`
 
-Times are ISO 8601 in UTC, as text; `who` is the user that did it, NULL where that is not known. On SQLite the journal
-is WAL and a commit is on disk before it returns.
+Times are ISO 8601 in UTC, as text; `who` is the user that did it, NULL where that is not known. Names order by their
+bytes, on PostgreSQL too (`bytewise`).
 """
 
 from __future__ import annotations
 
 import json
-import random
-import shutil
+import os
 import sqlite3
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 from sqlalchemy import (
     JSON,
     BigInteger,
     Column,
     Connection,
-    Engine,
     Float,
     ForeignKey,
     Integer,
@@ -46,18 +41,17 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    create_engine,
-    event,
     inspect,
     text,
 )
-from sqlalchemy.exc import DatabaseError
-from sqlalchemy.pool import NullPool
+from sqlalchemy.exc import DBAPIError
 
 from turret.errors import StoreError
+from turret.location import Location
+from turret.postgres import Postgres
+from turret.sqlite import Sqlite
 
 SCHEMA = "0003"  # the newest file in migrations/versions; a test holds the two together
-BUSY_SECONDS = 60  # how long a writer waits for the writers before it
 
 metadata = MetaData(
     naming_convention={
@@ -68,11 +62,17 @@ metadata = MetaData(
     }
 )
 
+
+def bytewise(length: int) -> String:
+    """Text that orders by its bytes, whatever language a server speaks."""
+    return String(length).with_variant(String(length, collation="C"), "postgresql")
+
+
 adapters = Table(
     "adapters",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("name", String(100), nullable=False, unique=True),
+    Column("name", bytewise(100), nullable=False, unique=True),
     Column("last_number", Integer, nullable=False),
     Column("created", String(32), nullable=False),
 )
@@ -96,7 +96,7 @@ files = Table(
     "files",
     metadata,
     Column("version_id", ForeignKey(versions.c.id), primary_key=True),
-    Column("path", String(255), primary_key=True),
+    Column("path", bytewise(255), primary_key=True),
     Column("digest", String(80), nullable=False, index=True),
     Column("bytes", BigInteger, nullable=False),
 )
@@ -104,7 +104,7 @@ aliases = Table(
     "aliases",
     metadata,
     Column("adapter_id", ForeignKey(adapters.c.id), primary_key=True),
-    Column("alias", String(32), primary_key=True),
+    Column("alias", bytewise(32), primary_key=True),
     Column("version_id", ForeignKey(versions.c.id), nullable=False, index=True),
     Column("moved", String(32), nullable=False),
 )
@@ -113,7 +113,7 @@ alias_history = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("adapter_id", ForeignKey(adapters.c.id), nullable=False, index=True),
-    Column("alias", String(32), nullable=False),
+    Column("alias", bytewise(32), nullable=False),
     Column("version_id", ForeignKey(versions.c.id)),
     Column("moved", String(32), nullable=False),
     Column("number", Integer),
@@ -125,7 +125,7 @@ gates = Table(
     "gates",
     metadata,
     Column("adapter_id", ForeignKey(adapters.c.id), primary_key=True),
-    Column("alias", String(32), primary_key=True),
+    Column("alias", bytewise(32), primary_key=True),
     Column("split", String(100), primary_key=True),
     Column("metric", String(200), primary_key=True),
     Column("relation", String(2), primary_key=True),
@@ -145,7 +145,7 @@ golden_gates = Table(
     "golden_gates",
     metadata,
     Column("adapter_id", ForeignKey(adapters.c.id), primary_key=True),
-    Column("alias", String(32), primary_key=True),
+    Column("alias", bytewise(32), primary_key=True),
     Column("golden", ForeignKey(golden_sets.c.digest), primary_key=True),
     Column("share", Float, nullable=False),
     Column("created", String(32), nullable=False),
@@ -177,88 +177,86 @@ runs = Table(
 
 
 class Database:
-    """One SQLite file: `reading()` and `writing()` are its only doors, each a transaction.
+    """One catalog: `reading()` and `writing()` are its only doors, each a transaction.
 
-    alone: no other process may have it open meanwhile; then it can be read on a disk without a byte to spare.
+    where: a file of SQLite, or a location on PostgreSQL; made where there is none yet.
+    alone: no other process may have the file open meanwhile; then it can be read on a disk without a byte to spare.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False, alone: bool = False) -> None:
-        self.path = path
-        self.read_only = read_only
-        self._engine = _engine(path, read_only, alone)
-        self._without_room = self._engine if alone or read_only else _engine(path, read_only, alone=True, patience=0)
-        with told(path):
+    def __init__(self, where: Path | Location, *, read_only: bool = False, alone: bool = False) -> None:
+        self._where = where
+        self._server = _server(where, read_only=read_only, alone=alone)
+        with told(where):
             self._reach_schema()
+
+    @classmethod
+    def found(cls, where: Path | Location) -> Database | None:
+        """The catalog that is there, or None; nothing is made."""
+        with told(where):
+            if isinstance(where, Path):
+                if not where.exists():
+                    return None
+                return cls(where, read_only=not (os.access(where.parent, os.W_OK) and os.access(where, os.W_OK)))
+            with _server(where).transaction(writes=False) as connection:
+                if _schema_of(connection) is None:
+                    return None
+        return cls(where)
+
+    @property
+    def name(self) -> str:
+        """What a problem of the catalog itself is said to be in."""
+        return self._server.name
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection that sees one moment of the database."""
-        with told(self.path), self._seen() as connection:
+        with told(self._where), self._server.transaction(writes=False) as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A connection that is the only writer until it commits, or leaves everything as it was."""
-        if self.read_only:
+        if self._server.read_only:
             raise StoreError(
-                f"store {self.path.parent} is read-only here: give write permission, or use another --store"
+                f"store {self._server.store} is read-only here: give write permission, or use another --store"
             )
-        writer = self._engine.execution_options(turret_writes=True)
-        with told(self.path), writer.begin() as connection:
+        with told(self._where), self._server.transaction(writes=True) as connection:
             yield connection
 
-    @contextmanager
-    def _seen(self) -> Iterator[Connection]:
-        """A transaction that has read something.
+    def identity(self) -> str | None:
+        """What tells this catalog from every other; None where its files are in its own folder, or it was lost."""
+        with self.reading() as connection:
+            return self._server.identity(connection)
 
-        Where the disk refuses the index of the WAL, 32 kB that the first of all readers makes, because it is full say,
-        this one is alone for as long as it takes and keeps the index in memory.
-        """
-        with ExitStack() as opened:
-            yield self._look(opened)
+    def writable(self) -> bool:
+        """Whether it may be written from here."""
+        with self.reading() as connection:
+            return self._server.writable(connection)
 
-    def _look(self, opened: ExitStack) -> Connection:
-        deadline = time.monotonic() + BUSY_SECONDS
-        while True:
-            try:
-                return _looked(self._engine, opened)
-            except (DatabaseError, sqlite3.Error) as error:
-                if self._without_room is self._engine or not any(said in str(error) for said in ("I/O", "is full")):
-                    raise
-            try:
-                return _looked(self._without_room, opened)
-            except (DatabaseError, sqlite3.Error) as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-            time.sleep(random.uniform(0.001, 0.02))  # two that both would be alone: neither may wait for the other
+    def damage(self, connection: Connection) -> Iterator[str]:
+        """What the database itself says is wrong with it."""
+        return self._server.damage(connection)
 
     def _reach_schema(self) -> None:
-        with self._seen() as connection:
+        store = self._server.store
+        with self._server.transaction(writes=False) as connection:
             found = _schema_of(connection)
         if found == SCHEMA:
             return
         if found is not None and found > SCHEMA:
             raise StoreError(
-                f"store {self.path.parent} has format {found}, this turret reads up to {SCHEMA}: "
+                f"store {store} has format {found}, this turret reads up to {SCHEMA}: "
                 "it was written by a newer turret; upgrade turret, or use another --store"
             )
-        if self.read_only:
+        if self._server.read_only:
             raise StoreError(
-                f"store {self.path.parent} has format {found}, this turret reads {SCHEMA}, and it is read-only here: "
+                f"store {store} has format {found}, this turret reads {SCHEMA}, and it is read-only here: "
                 "run `turret list` once where it may be written, which brings it up to date"
             )
         with self.writing() as connection:
             if _schema_of(connection) != SCHEMA:  # nobody else brought it there while this process waited
                 _migrate(connection)
-
-
-def _looked(engine: Engine, opened: ExitStack) -> Connection:
-    """A transaction of `engine` that goes with `opened`, once it has read: BEGIN alone reads nothing."""
-    with ExitStack() as trying:
-        connection = trying.enter_context(engine.begin())
-        connection.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1")
-        opened.push(trying.pop_all())
-    return connection
+                self._server.identify(connection)
 
 
 def _schema_of(connection: Connection) -> str | None:
@@ -278,87 +276,26 @@ def _migrate(connection: Connection) -> None:
     command.upgrade(config, "head")
 
 
-def _engine(path: Path, read_only: bool, alone: bool, patience: float = BUSY_SECONDS) -> Engine:
-    if read_only:
-        # Without a -wal beside it nobody is writing, and SQLite can do without the files it may not create.
-        still = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
-        address = f"file:{quote(str(path.absolute()))}?mode=ro{still}"
-    else:
-        address = f"file:{quote(str(path.absolute()))}"
-
-    def connect() -> sqlite3.Connection:
-        # isolation_level=None: transactions are opened below, not guessed by the driver from the statement.
-        return sqlite3.connect(address, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
-
-    engine = create_engine("sqlite+pysqlite://", creator=connect, poolclass=NullPool)
-
-    @event.listens_for(engine, "connect")
-    def _prepare(connection: sqlite3.Connection, _record: Any) -> None:
-        connection.execute("PRAGMA foreign_keys = ON")
-        if alone:
-            connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # the index of the WAL stays in memory
-        if not read_only:
-            _use_wal(connection)
-            connection.execute("PRAGMA synchronous = FULL")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get("turret_writes", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine
-
-
-def _use_wal(connection: sqlite3.Connection) -> None:
-    """Two processes that create the file at once: the switch to WAL does not wait for its lock, so this does."""
-    if connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
-        return
-    deadline = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-
-
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def told(where: Path | Location) -> Iterator[None]:
     """Turn what the disk and the database say into one line that names the store."""
     try:
         yield
-    except (DatabaseError, sqlite3.Error) as error:
-        reason = str(getattr(error, "orig", None) or error)
-        raise StoreError(f"store {path.parent}: {_plainly(reason, path)}") from error
+    except (DBAPIError, sqlite3.Error) as error:
+        reason, server = str(getattr(error, "orig", None) or error), _server(where)
+        raise StoreError(f"store {server.store}: {server.plainly(reason)}") from error
     except (json.JSONDecodeError, RecursionError) as error:
+        server = _server(where)
         raise StoreError(
-            f"store {path.parent}: {path.name} holds a row that is no JSON ({error}): restore it from a copy"
+            f"store {server.store}: {server.name} holds a row that is no JSON ({error}): restore it from a copy"
         ) from error
     except OSError as error:
-        raise StoreError(f"store {path.parent}: {error.strerror or error}: {error.filename or path}") from error
+        place = error.filename or (where if isinstance(where, Path) else where.local)
+        raise StoreError(f"store {_server(where).store}: {error.strerror or error}: {place}") from error
 
 
-def no_room(path: Path) -> bool:
-    """Whether the disk is too full for SQLite to open a database that is in WAL mode."""
-    return shutil.disk_usage(path.parent).free < 1 << 16
-
-
-def _plainly(reason: str, path: Path) -> str:
-    if "is full" in reason or ("disk I/O error" in reason and no_room(path)):
-        return f"the disk of {path.parent} is full: free some space and try again; what was stored before is intact"
-    if "disk I/O error" in reason:
-        return (
-            f"the disk refuses to read or write {path.name} ({reason}): look at quotas, file-size limits and its "
-            "health; what was stored before is intact"
-        )
-    if "readonly" in reason or "read-only" in reason:
-        return "it is read-only here: give write permission, or use another --store"
-    if "unable to open" in reason:
-        return f"cannot open {path.name}: check that the folder exists and may be written"
-    if "not a database" in reason or "malformed" in reason:
-        return f"{path.name} is not a turret store or is damaged: restore it from a copy, or use another --store"
-    if "locked" in reason:
-        return f"another process has held it for {BUSY_SECONDS} seconds: wait for it, or end it"
-    return reason.replace("\n", " ")
+def _server(where: Path | Location, *, read_only: bool = False, alone: bool = False) -> Sqlite | Postgres:
+    if isinstance(where, Path):
+        return Sqlite(where, read_only=read_only, alone=alone)
+    assert where.catalog is not None
+    return Postgres(where.catalog, where.shown)

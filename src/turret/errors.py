@@ -16,6 +16,7 @@ TurretError                 anything a user can mend; its text is one line: what
 │   ├── Interrupted         stopped by the user; resumable
 │   └── ProofFailed         the stored bundle did not reproduce the trained model
 ├── StoreError              the store could not be opened, read or written
+│   ├── BadLocation         a `--store` that is neither a folder nor the URL of one
 │   ├── NotFound            no such adapter, version or alias
 │   ├── InUse               a version that something still needs
 │   ├── GateFailed          a version that does not pass what its alias asks for
@@ -103,6 +104,12 @@ class ProofFailed(TrainingError):
 
 class StoreError(TurretError):
     """The store could not be opened, read or written."""
+
+
+class BadLocation(StoreError):
+    """What is said to be a store is neither a folder nor a catalog's URL with its files; never repeats a password."""
+
+    exit_status = 2
 
 
 class NotFound(StoreError):

@@ -1,4 +1,7 @@
-"""Bundles small enough to make by the hundred: the store looks at the manifest's digest and files only."""
+"""Bundles small enough to make by the hundred: the store looks at the manifest's digest and files only.
+
+`store` is one of each kind in turn: a folder, and a catalog on PostgreSQL with its files on S3.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,28 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
     return make
 
 
+@pytest.fixture(params=["folder", "url"])
+def where(request: pytest.FixtureRequest, tmp_path: Path, new_url: Callable[..., str]) -> str:
+    """What `--store` may be."""
+    return str(tmp_path / "store") if request.param == "folder" else new_url()
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(where: str) -> Store:
+    return Store(where)
+
+
+@pytest.fixture
+def folder_store(tmp_path: Path) -> Store:
+    """For what only a folder can have: its disk, its SQLite file."""
     return Store(tmp_path / "store")
 
 
 @pytest.fixture
-def put(store: Store, tmp_path: Path) -> Callable[..., Version]:
+def put(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Version]:
     """Stores a version with tensors of its own and these metrics of its test split."""
-    seeds = iter(range(1000))
+    name = "folder_store" if "folder_store" in request.fixturenames else "store"
+    store, seeds = request.getfixturevalue(name), iter(range(1000))
 
     def put(name: str = "a", said: dict[str, Any] | None = None, **test: Any) -> Version:
         bundle = write_bundle(tmp_path / "bundles", tensors(next(seeds)), said=said)

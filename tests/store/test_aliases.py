@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from store import by_hand
 
 from turret.errors import BadReference, Corrupt, InUse, NotFound
 from turret.store import Store
@@ -102,14 +103,12 @@ def test_any_run_of_promotes_and_rollbacks_is_a_stack(store, put, verbs) -> None
 def test_a_damaged_version_is_not_promoted(store, put) -> None:
     put(), put()
     store.promote("a@1", "production")
-    path = store.files("a@2")["adapter_model.safetensors"]
-    path.chmod(0o644)
-    good = path.read_bytes()
-    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    good = by_hand.read(store, "a@2", "adapter_model.safetensors")
+    by_hand.write(store, "a@2", "adapter_model.safetensors", good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(Corrupt, match="does not match its digest"):
         store.promote("a@2", "production")
     assert named(store) == "a@1"
-    path.write_bytes(good)
+    by_hand.write(store, "a@2", "adapter_model.safetensors", good)
     assert store.promote("a@2", "production").changed
 
 
@@ -117,7 +116,7 @@ def test_rollback_never_lands_on_a_version_whose_files_are_gone_or_cut(store, pu
     put(), put()
     store.promote("a@1", "production")
     store.promote("a@2", "production")
-    store.files("a@1")["adapter_model.safetensors"].unlink()
+    by_hand.remove(store, "a@1", "adapter_model.safetensors")
     with pytest.raises(
         Corrupt, match=r"a@production stays at a@2: a@1 is damaged, adapter_model\.safetensors is missing"
     ):
@@ -230,7 +229,7 @@ def test_a_name_alone_is_not_deleted(store, put) -> None:
 def test_a_workspace_has_the_same_verbs(store, put) -> None:
     """Each gives what the store gives; no torch is loaded for them (`tests/test_architecture.py`)."""
     put(accuracy=0.8), put(accuracy=0.95)
-    workspace = Workspace(store.root)
+    workspace = Workspace(store.location)
     assert workspace.promote("a@1", "production").changed
     assert workspace.promote("a@2", "production", require=["accuracy>=0.9"]).before == "a@1"
     assert workspace.rollback("a").version == "a@1"

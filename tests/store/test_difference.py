@@ -145,11 +145,11 @@ def test_a_damaged_version_is_not_compared(store, make_bundle, put) -> None:
         store.diff("a@1", "a@2")
 
 
-def test_diff_loads_no_torch(store, put) -> None:
+def test_diff_loads_no_torch(store, put, where) -> None:
     put(), put()
     code = (
         "import sys; from turret.store import Store; store = Store(sys.argv[1])\n"
         "store.diff('a@1', 'a@2'); store.verify()\n"
         "assert not {'torch', 'pandas', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, str(store.root)], check=True)
+    subprocess.run([sys.executable, "-c", code, where], check=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 from pathlib import Path
 
 import pytest
+from store import by_hand
 
 from turret.cli.main import run
 from turret.errors import BadReference, Corrupt, StoreError
@@ -16,14 +16,6 @@ from turret.store.golden import digest_of
 from turret.workspace import Workspace
 
 READS = [["list"], ["show", "a@1"], ["diff", "a@1", "a@2"], ["verify"], ["gate", "a"], ["gc", "--dry-run"]]
-
-
-def meddle(store: Store, statement: str, *values: object) -> None:
-    """What a stranger wrote into the database, by hand and without foreign keys."""
-    connection = sqlite3.connect(store.root / "turret.db")
-    with connection:
-        connection.execute(statement, values)
-    connection.close()
 
 
 def blob(store: Store) -> Path:
@@ -36,16 +28,18 @@ def blob(store: Store) -> Path:
     "path",
     ["../outside", "/tmp/outside", "a/../../outside", "..\\outside", "C:outside", "a\0b", "", ".", "a\nb", "./a"],
 )
-def test_a_path_that_leaves_the_bundle_is_never_written_to(store, put, tmp_path, path) -> None:
+def test_a_path_that_leaves_the_bundle_is_never_written_to(where, store, put, tmp_path, path) -> None:
+    if "\0" in path and store.location.catalog is not None:
+        pytest.skip("PostgreSQL holds no NUL")
     put(), put()
-    meddle(store, "UPDATE files SET path = ? WHERE path = 'adapter_config.json' AND version_id = 1", path)
+    by_hand.execute(store, "UPDATE files SET path = ? WHERE path = 'adapter_config.json' AND version_id = 1", path)
     before = sorted(tmp_path.rglob("*"))
     for call in (
         lambda: store.materialize("a@1", tmp_path / "deep" / "out"),
         lambda: store.files("a@1"),
         lambda: store.promote("a@1", "production"),
-        lambda: Workspace(store.root).export("a@1", tmp_path / "exported"),
-        lambda: Workspace(store.root).predict("a@1", ["x"]),
+        lambda: Workspace(where).export("a@1", tmp_path / "exported"),
+        lambda: Workspace(where).predict("a@1", ["x"]),
     ):
         with pytest.raises(Corrupt, match="which is no path inside a bundle: delete the version") as refused:
             call()
@@ -59,37 +53,38 @@ def test_a_path_that_leaves_the_bundle_is_never_written_to(store, put, tmp_path,
 
 
 @pytest.mark.parametrize("make", [os.symlink, os.link, lambda _target, path: os.mkfifo(path), lambda _, p: p.mkdir()])
-def test_a_stored_file_that_is_a_link_a_pipe_or_a_folder_is_not_read(store, put, tmp_path, make) -> None:
+def test_a_stored_file_that_is_a_link_a_pipe_or_a_folder_is_not_read(folder_store, put, tmp_path, make) -> None:
     """A hard link to what has other bytes is damage; a pipe would never end."""
     put()
-    path = blob(store)
+    path = blob(folder_store)
     (tmp_path / "secret").write_bytes(path.read_bytes()[::-1])
     path.unlink()
     make(tmp_path / "secret", path)
     with pytest.raises((Corrupt, StoreError)):
-        store.materialize("a@1", tmp_path / "out")
+        folder_store.materialize("a@1", tmp_path / "out")
     with pytest.raises((Corrupt, StoreError)):
-        store.files("a@1")
-    assert not store.verify().ok
+        folder_store.files("a@1")
+    assert not folder_store.verify().ok
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_a_link_is_not_followed_even_to_the_right_bytes(store, put, tmp_path) -> None:
+def test_a_link_is_not_followed_even_to_the_right_bytes(folder_store, put, tmp_path) -> None:
     put()
-    path = blob(store)
+    path = blob(folder_store)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(Corrupt, match="is no plain file"):
-        store.files("a@1")
+        folder_store.files("a@1")
 
 
 @pytest.mark.parametrize("column", ["manifest", "metrics"])
 @pytest.mark.parametrize("value", ["{", "", "[" * 50_000, "nonsense"])
-def test_a_row_that_is_no_json_is_one_line(store, put, capsys, column, value) -> None:
+def test_a_row_that_is_no_json_is_one_line(folder_store, put, capsys, column, value) -> None:
+    """PostgreSQL takes none."""
     put(), put()
-    meddle(store, f"UPDATE versions SET {column} = ? WHERE id = 1", value)
+    by_hand.execute(folder_store, f"UPDATE versions SET {column} = ? WHERE id = 1", value)
     for arguments in (["list"], ["show", "a@1"], ["promote", "a@1", "x"]):
-        assert run([*arguments, "--store", str(store.root)]) == 1
+        assert run([*arguments, "--store", str(folder_store.root)]) == 1
         err = capsys.readouterr().err
         assert "restore it from a copy" in err, arguments
         assert err.count("\n") == 1
@@ -105,19 +100,21 @@ def test_a_row_that_is_no_json_is_one_line(store, put, capsys, column, value) ->
         {"base": {"id": "\x1b[2J", "fingerprint": 3, "revision": {}}, "method": {"kind": "\x1b[31m", "\x07": "\x1b"}},
     ],
 )
-def test_a_manifest_of_another_shape_is_shown_as_far_as_it_goes_and_moves_no_cursor(store, put, capsys, said) -> None:
+def test_a_manifest_of_another_shape_is_shown_as_far_as_it_goes_and_moves_no_cursor(
+    where, store, put, capsys, said
+) -> None:
     put(), put()
-    meddle(store, "UPDATE versions SET manifest = ?", json.dumps(said))
-    meddle(
+    by_hand.execute(store, "UPDATE versions SET manifest = ?", json.dumps(said))
+    by_hand.execute(
         store, "UPDATE versions SET metrics = ?", json.dumps([[1], {"test": 7, "x": {"loss": "\x1b"}}][len(said) % 2])
     )
     for arguments in READS:
-        status = run([*arguments, "--store", str(store.root)])
+        status = run([*arguments, "--store", where])
         out, err = capsys.readouterr()
         assert "bug in turret" not in err, (arguments, err)
         assert (status, err) == (int(arguments == ["verify"]), "") or err.count("\n") == 1
         assert out.replace("\n", "").isprintable()
-        assert run([*arguments, "--json", "--store", str(store.root)]) in (0, 1)
+        assert run([*arguments, "--json", "--store", where]) in (0, 1)
         out, err = capsys.readouterr()
         assert "bug in turret" not in err, (arguments, err)
         json.loads(out or "{}")
@@ -130,8 +127,8 @@ def test_golden_examples_that_make_no_sense_and_have_the_right_digest_are_one_li
     put(said={"task": {"kind": "classify", "labels": ["b"]}})
     store.gate("a", "production", examples=GoldenSet((Example("a", "label", "b"),)))
     digest = digest_of(content)
-    meddle(store, "UPDATE golden_sets SET digest = ?, content = ?", digest, content)
-    meddle(store, "UPDATE golden_gates SET golden = ?", digest)
+    by_hand.execute(store, "UPDATE golden_sets SET digest = ?, content = ?", digest, content)
+    by_hand.execute(store, "UPDATE golden_gates SET golden = ?", digest)
     with pytest.raises(Corrupt, match=r"golden examples golden:\w+ make no sense"):
         store.promote("a", "production")
     with pytest.raises(Corrupt, match="make no sense"):
@@ -140,12 +137,12 @@ def test_golden_examples_that_make_no_sense_and_have_the_right_digest_are_one_li
 
 @pytest.mark.parametrize("name", ["../x", "A", "\x1b[2J", "%2e%2e"])
 def test_a_name_that_no_store_of_ours_gives_is_printed_plainly_and_cannot_be_asked_for(
-    store, put, capsys, name
+    where, store, put, capsys, tmp_path, name
 ) -> None:
     put()
-    meddle(store, "UPDATE adapters SET name = ?", name)
-    assert run(["list", "--store", str(store.root)]) == 0
+    by_hand.execute(store, "UPDATE adapters SET name = ?", name)
+    assert run(["list", "--store", where]) == 0
     assert capsys.readouterr().out.replace("\n", "").isprintable()
     with pytest.raises(BadReference):
-        store.materialize(f"{name}@1", store.root / "out")
-    assert not (store.root / "out").exists()
+        store.materialize(f"{name}@1", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

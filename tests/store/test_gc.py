@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from store.by_hand import age, everything
 
 from turret.database import Database
 from turret.store import Store, catalog, gc, incoming
-from turret.store.blobs import Blob, Blobs
-
-
-def everything(root: Path) -> dict[str, bytes]:
-    """Every stored file but the database's own."""
-    found = (path for path in sorted(root.rglob("*")) if path.is_file() and not path.name.startswith("turret.db"))
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
-
-
-def age(path: Path, seconds: float = 7200) -> None:
-    os.utime(path, (time.time() - seconds,) * 2)
+from turret.store.blobs import Blob
 
 
 def test_the_files_of_a_deleted_version_go_and_shared_ones_stay(store, put) -> None:
     put(), put()
-    kept = everything(store.root)
+    kept = everything(store)
     third = put()
     store.delete(str(third))
     would = store.gc(dry_run=True)
-    assert len(everything(store.root)) == len(kept) + 2
+    assert len(everything(store)) == len(kept) + 2
     done = store.gc()
     assert (would.dry_run, done.dry_run) == (True, False)
     assert would.removed == done.removed
     assert done.bytes == sum(each.bytes for each in done.removed) > 0
     assert {each.why for each in done.removed} == {"no version lists it"}
-    assert everything(store.root) == kept
+    assert everything(store) == kept
     assert store.verify().orphans == 0
     assert store.gc().removed == ()
 
@@ -44,13 +33,14 @@ def test_the_files_of_a_deleted_version_go_and_shared_ones_stay(store, put) -> N
 def test_a_listed_file_is_never_removed(store, put) -> None:
     for _ in range(3):
         put()
-    before = everything(store.root)
+    before = everything(store)
     assert store.gc().removed == ()
-    assert everything(store.root) == before
+    assert everything(store) == before
     assert store.verify().ok
 
 
-def test_leftovers_go_once_they_are_old_and_not_before(store, put) -> None:
+def test_leftovers_go_once_they_are_old_and_not_before(folder_store, put) -> None:
+    store = folder_store
     put()
     old, new = store.root / "tmp" / "old", store.root / "tmp" / "new"
     for path in (old, new):
@@ -94,23 +84,27 @@ def test_a_run_that_never_began_goes_once_it_is_old(store) -> None:
     assert len(list((store.root / "runs").iterdir())) == 3
 
 
-class Collecting(Blobs):
-    """A gc comes after every file that is written, until all four are."""
+class Collecting:
+    """Files where a gc comes after every one that is written, until all four are."""
 
-    calls = 0
+    def __init__(self, store: Store) -> None:
+        self._store, self._files, self.calls = Store(store.location), store._blobs, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._files, name)
 
     def put(self, source: Path) -> Blob:
-        blob = super().put(source)
+        blob = self._files.put(source)
         self.calls += 1
         if self.calls <= 4:
-            Store(self._beside.parent).gc()
-            assert not self.has(blob.digest)
+            self._store.gc()
+            assert not self._files.has(blob.digest)
         return blob
 
 
 def test_a_put_whose_files_a_gc_removed_before_they_were_listed_writes_them_again(store, make_bundle, put) -> None:
     put()
-    store._blobs = Collecting(store.root)
+    store._blobs = Collecting(store)
     version = store.put("b", make_bundle(b"written, removed, written", more=b"x", **{"adapter_config.json": b"{ }"}))
     assert store._blobs.calls == 8
     assert len(store.files(str(version))) == 4
@@ -126,8 +120,8 @@ def test_a_gc_waits_for_a_put_that_is_listing_its_files(store, make_bundle, put,
     collected: list[list[gc.Removed]] = []
 
     def collect() -> None:
-        database = Database(store.root / "turret.db", alone=alone)  # alone: as on a full disk
-        collected.append(list(gc.collect(store.root, store._blobs, database, dry_run=False)))
+        database = Database(store._catalog, alone=alone)  # alone: as on a full disk
+        collected.append(list(gc.unlisted(store._blobs, database, dry_run=False)))
 
     other = threading.Thread(target=collect)
     with store._made().writing() as connection:

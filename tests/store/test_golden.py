@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 
 import pytest
+from store import by_hand
 
 from turret.errors import BadReference, Corrupt, DataError, GateFailed, NotFound, ReplayNeeded
 from turret.store import Example, Golden, GoldenSet, Replay
@@ -188,6 +188,20 @@ def test_a_share_is_a_fraction_of_examples_that_are_there(store, put, share) -> 
     assert list(store.gate("a")) == []
 
 
+def test_characters_that_a_database_may_refuse_are_kept_and_asked_for(store, put) -> None:
+    version = put(said=WRITES)
+    wanted = GoldenSet((Example("nul \0, half \ud800, \u2028", "contains", ("\0", "\udfff")),))
+    store.gate("a", "production", examples=wanted)
+    assert store.examples(wanted.digest) == wanted
+    first = {"example": 1, "text": "nul \0", "expected": "\ud800", "given": "\0\udfff"}
+    store.keep_replay(version, Replay(wanted.digest, 0, 1, first, "2026-01-02T03:04:05.000Z"))
+    assert store.show("a")["replays"][0]["first"] == first
+    assert store.verify().ok
+    with pytest.raises(GateFailed, match="1 of 1 golden examples failed") as refused:
+        store.promote("a", "production")
+    assert "\0" not in str(refused.value)
+
+
 def test_rollback_asks_no_golden_examples(store, put) -> None:
     put(said=CLASSIFIES), put(said=CLASSIFIES)
     store.promote("a@1", "production")
@@ -199,9 +213,7 @@ def test_rollback_asks_no_golden_examples(store, put) -> None:
 def test_examples_that_were_changed_in_the_database_are_found(store, put) -> None:
     put(said=CLASSIFIES)
     store.gate("a", "production", examples=labelled("good"))
-    with sqlite3.connect(store.root / "turret.db") as connection:
-        connection.execute("UPDATE golden_sets SET content = replace(content, 'good', 'bad')")
-    connection.close()
+    by_hand.execute(store, "UPDATE golden_sets SET content = replace(content, 'good', 'bad')")
     assert any("does not match its digest" in str(each) for each in store.verify().problems)
     with pytest.raises(Corrupt, match=r"golden examples golden:\w+ do not match their digest"):
         store.promote("a", "production")

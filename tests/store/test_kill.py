@@ -15,6 +15,8 @@ import pytest
 from turret.store import Store
 
 WRITER = Path(__file__).with_name("writer.py")
+KINDS = ["folder", pytest.param("url", marks=pytest.mark.slow)]
+EVERY_KILL = pytest.mark.parametrize("where", KINDS, indirect=True)
 QUICK = ("promote", "rollback", "gate", "replay", "delete", "gc", "put", "migrate")  # those of `verbs.py`
 BESIDE = QUICK[:-1]  # a reader would bring an older store up to date itself
 WITH_TORCH = ("import", "export")
@@ -52,14 +54,6 @@ def check_lines(store: Store, lines: list[str]) -> None:
     assert found == {alias: number for alias, number in ends.items() if number is not None}
 
 
-def told(*arguments: object) -> list[str]:
-    """What the process said that kills others; it looks itself, after every kill, at what must hold."""
-    process = start(*arguments)
-    out, err = process.communicate(timeout=560)
-    assert process.returncode == 0, err
-    return out.splitlines()
-
-
 def broken_off(*arguments: object) -> tuple[Counter[str], set[str]]:
     """How many rounds ended how, and what was put: of the process that kills others, and looks after every kill itself
     at what must hold."""
@@ -70,12 +64,12 @@ def broken_off(*arguments: object) -> tuple[Counter[str], set[str]]:
     return Counter(ast.literal_eval(ended)), set(acknowledged)
 
 
-def beside_readers(root: Path, *arguments: object) -> tuple[Counter[str], set[str]]:
+def beside_readers(where: str, folder: Path, *arguments: object) -> tuple[Counter[str], set[str]]:
     """The same, while two processes read all there is again and again."""
-    Store(root).put("seen", _bundle(root.parent))
-    readers = [start(root, "read") for _ in range(2)]
+    Store(where).put("seen", _bundle(folder))
+    readers = [start(where, "read") for _ in range(2)]
     try:
-        ended = broken_off(root, *arguments)
+        ended = broken_off(where, *arguments)
         for reader in readers:
             out, err = reader.communicate("enough\n", timeout=60)
             assert reader.returncode == 0, err
@@ -84,31 +78,37 @@ def beside_readers(root: Path, *arguments: object) -> tuple[Counter[str], set[st
         for reader in readers:
             reader.kill()
             reader.communicate()
-    check(Store(root), {"seen@1"} | ended[1])
+    check(Store(where), {"seen@1"} | ended[1])
     return ended
 
 
-def test_killed_at_every_file_operation_of_a_put_nothing_listed_is_broken(tmp_path) -> None:
-    store = Store(tmp_path / "store")
+@EVERY_KILL
+def test_killed_at_every_file_operation_of_a_put_nothing_listed_is_broken(where, store, tmp_path) -> None:
     store.new_run("other", "", "")  # the store exists, as it nearly always does
-    ended, acknowledged = broken_off(store.root, "operations", "put", 1, 500)
+    ended, acknowledged = broken_off(where, "operations", "put", 1, 500)
     assert ended["done"] == 1
     check(store, acknowledged)
     assert str(store.put("a", _bundle(tmp_path))) not in acknowledged
 
 
 @pytest.mark.parametrize(
-    "verb", [*QUICK[:-2], "migrate", *(pytest.param(verb, marks=pytest.mark.slow) for verb in WITH_TORCH)]
+    ("where", "verb"),
+    [
+        *(("folder", verb) for verb in QUICK if verb != "put"),
+        *(pytest.param("url", verb, marks=pytest.mark.slow) for verb in QUICK if verb != "put"),
+        *(pytest.param("folder", verb, marks=pytest.mark.slow) for verb in WITH_TORCH),  # they put and lay out
+    ],
+    indirect=["where"],
 )
-def test_killed_at_every_file_operation_of_a_verb_it_was_done_or_was_not(tmp_path, verb) -> None:
-    ended, _ = broken_off(tmp_path / "store", "operations", verb, 1, 500)
+def test_killed_at_every_file_operation_of_a_verb_it_was_done_or_was_not(where, verb) -> None:
+    ended, _ = broken_off(where, "operations", verb, 1, 500)
     assert ended["killed"] > 1
     assert ended["done"] == 1
 
 
 def test_killed_within_a_write_of_any_verb_the_store_holds_what_it_must_and_readers_see_nothing_of_it(tmp_path) -> None:
     """The kernel kills at the write that makes a file longer than so many bytes, within SQLite too."""
-    ended, acknowledged = beside_readers(tmp_path / "store", "writes", ",".join(BESIDE), 170_000, 34_000)
+    ended, acknowledged = beside_readers(str(tmp_path / "store"), tmp_path, "writes", ",".join(BESIDE), 170_000, 34_000)
     assert ended["killed"] > len(BESIDE)
     assert ended.total() == 5 * len(BESIDE)
     assert acknowledged
@@ -122,16 +122,30 @@ def test_a_write_that_fails_within_any_verb_is_said_in_one_line_and_the_verb_not
     assert ended.total() == 5 * len(QUICK)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "first", "second"), [("moments", 50, 7), ("writes", 260_000, 5_200)])
-@pytest.mark.parametrize("verb", [*QUICK, *WITH_TORCH])
-def test_killed_again_and_again_in_any_verb_beside_readers(tmp_path, verb, mode, first, second) -> None:
-    with_readers = verb != "migrate"  # a reader would bring the store up to date itself
-    if verb in WITH_TORCH:  # a round takes ten times as long
-        first, second = (first // 2, second) if mode == "moments" else (first, 2 * second)
-    ended, _ = (beside_readers if with_readers else broken_off)(tmp_path / "store", mode, verb, first, second)
+def _kill_again_and_again(where: str, folder: Path, verb: str, *how: object) -> None:
+    if verb == "migrate":  # a reader would bring the store up to date itself
+        ended, _ = broken_off(where, how[0], verb, *how[1:])
+    else:
+        ended, _ = beside_readers(where, folder, how[0], verb, *how[1:])
     assert ended["killed"] > 1
     assert ended.total() >= 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "verb"),
+    [*(("folder", verb) for verb in (*QUICK, *WITH_TORCH)), *(("url", verb) for verb in QUICK)],
+    indirect=["where"],
+)
+def test_killed_again_and_again_in_any_verb_beside_readers(where, tmp_path, verb) -> None:
+    _kill_again_and_again(where, tmp_path, verb, "moments", 25, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", [*QUICK, *WITH_TORCH])
+def test_killed_within_writes_of_many_sizes_beside_readers(tmp_path, verb) -> None:
+    step = 10_400 if verb in WITH_TORCH else 5_200  # with torch, a round takes ten times as long
+    _kill_again_and_again(str(tmp_path / "store"), tmp_path, verb, "writes", 260_000, step)
 
 
 @pytest.mark.slow
@@ -141,22 +155,24 @@ def test_a_write_that_fails_at_many_sizes_is_said_in_one_line_and_the_verb_not_d
     assert ended.total() >= 25
 
 
-def test_killed_at_every_file_operation_of_the_first_put_the_store_still_opens(tmp_path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_every_file_operation_of_the_first_put_the_store_still_opens(kind, new_url, tmp_path) -> None:
     """Every round begins without a store, so that the schema is being made when the kill comes."""
     for operation in range(4, 40, 5):
-        store = Store(tmp_path / f"store-{operation}")
-        _, acknowledged = broken_off(store.root, "operations", "put", operation, operation)
+        where = new_url() if kind == "url" else str(tmp_path / f"store-{operation}")
+        store = Store(where)
+        _, acknowledged = broken_off(where, "operations", "put", operation, operation)
         check(store, acknowledged)
         store.put("a", _bundle(tmp_path))
 
 
-def _kill_at_random_moments(tmp_path: Path, rounds: int) -> None:
+def _kill_at_random_moments(where: str, tmp_path: Path, rounds: int) -> None:
     """Two processes at all verbs; one is killed, the other one goes on."""
-    store, moments, lines = Store(tmp_path / "store"), random.Random(0), list[str]()
+    store, moments, lines = Store(where), random.Random(0), list[str]()
     store.put("a", _bundle(tmp_path))
-    survivor = start(store.root, "race", 20 * rounds, 1000, VERBS)
+    survivor = start(where, "race", 20 * rounds, 1000, VERBS)
     for number in range(rounds):
-        process = start(store.root, "race", 10_000, number, VERBS)
+        process = start(where, "race", 10_000, number, VERBS)
         assert process.stdout is not None
         first = process.stdout.readline()  # it is at work
         time.sleep(moments.uniform(0, 0.1))
@@ -169,18 +185,18 @@ def _kill_at_random_moments(tmp_path: Path, rounds: int) -> None:
     check_lines(store, lines + out.splitlines(keepends=True))
 
 
-def test_killed_at_random_moments_no_acknowledged_write_is_lost(tmp_path) -> None:
-    _kill_at_random_moments(tmp_path, 4)
+def test_killed_at_random_moments_no_acknowledged_write_is_lost(where, tmp_path) -> None:
+    _kill_at_random_moments(where, tmp_path, 4)
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_a_hundred_times(tmp_path) -> None:
-    _kill_at_random_moments(tmp_path, 100)
+def test_killed_at_random_moments_a_hundred_times(where, tmp_path) -> None:
+    _kill_at_random_moments(where, tmp_path, 100)
 
 
-def _race(tmp_path: Path, processes: int, count: int, verbs: str) -> None:
-    store = Store(tmp_path / "store")
-    writers = [start(store.root, "race", count, seed, verbs) for seed in range(processes)]
+def _race(where: str, processes: int, count: int, verbs: str) -> None:
+    store = Store(where)
+    writers = [start(where, "race", count, seed, verbs) for seed in range(processes)]
     lines: list[str] = []
     for writer in writers:
         out, err = writer.communicate(timeout=900)
@@ -189,25 +205,24 @@ def _race(tmp_path: Path, processes: int, count: int, verbs: str) -> None:
     check_lines(store, lines)
     store.gc()
     assert store.verify().orphans == 0
-    assert list((store.root / "tmp").iterdir()) == []
+    assert list(store._blobs.leftovers()) == []
 
 
 @pytest.mark.parametrize("verbs", [VERBS, "put,get,delete,gc"])
-def test_processes_at_all_verbs_at_once_break_nothing(tmp_path, verbs) -> None:
+def test_processes_at_all_verbs_at_once_break_nothing(where, verbs) -> None:
     """All of them put the same few contents again and again, which the others delete and collect."""
-    _race(tmp_path, 3, 25, verbs)
+    _race(where, 3, 25, verbs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verbs", [VERBS, "put,get,delete,gc"])
-def test_six_processes_at_all_verbs_for_long_break_nothing(tmp_path, verbs) -> None:
-    _race(tmp_path, 6, 300, verbs)
+def test_six_processes_at_all_verbs_for_long_break_nothing(where, verbs) -> None:
+    _race(where, 6, 300, verbs)
 
 
-def test_processes_that_put_at_once_get_numbers_of_their_own(tmp_path) -> None:
+def test_processes_that_put_at_once_get_numbers_of_their_own(where, store) -> None:
     """Among them they also make the store: it does not exist before."""
-    store = Store(tmp_path / "store")
-    writers = [start(store.root, "put", 8) for _ in range(4)]
+    writers = [start(where, "put", 8) for _ in range(4)]
     acknowledged: list[str] = []
     for writer in writers:
         out, err = writer.communicate(timeout=120)

@@ -42,17 +42,17 @@ def test_an_ended_run_is_not_taken_up(store, state) -> None:
 
 def test_a_running_run_is_left_to_its_process(store) -> None:
     run = store.new_run("a", RECIPE, DATA)
-    assert Store(store.root).unfinished_run(RECIPE, DATA) is None
+    assert Store(store.location).unfinished_run(RECIPE, DATA) is None
     store.end_run(run, "interrupted")
 
 
-def test_the_run_of_a_killed_process_is_taken_up(store) -> None:
+def test_the_run_of_a_killed_process_is_taken_up(store, where) -> None:
     child = (
         "import os, signal, sys; from turret.store import Store\n"
         f"run = Store(sys.argv[1]).new_run('a', {RECIPE!r}, {DATA!r})\n"
         "print(run.id, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    killed = subprocess.run([sys.executable, "-c", child, str(store.root)], capture_output=True, text=True, check=False)
+    killed = subprocess.run([sys.executable, "-c", child, where], capture_output=True, text=True, check=False)
     assert killed.returncode == -9
     run = store.unfinished_run(RECIPE, DATA)
     assert run is not None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-from pathlib import Path
 
 import pytest
+from store import by_hand
 from store.bundles import safetensors, write_bundle
 
 from turret.errors import NotFound
@@ -15,11 +14,6 @@ from turret.store import Store
 
 def problems(store: Store, reference: str | None = None) -> list[str]:
     return [str(problem) for problem in store.verify(reference).problems]
-
-
-def spoil(path: Path, content: bytes) -> None:
-    path.chmod(0o644)
-    path.write_bytes(content)
 
 
 def test_a_whole_store_verifies(store, put) -> None:
@@ -34,21 +28,20 @@ def test_a_whole_store_verifies(store, put) -> None:
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "manifest.json"])
 def test_a_flipped_bit_in_any_file_is_found_and_named(store, put, name) -> None:
     put(), put()
-    path = store.files("a@2")[name]
-    good = path.read_bytes()
+    good = by_hand.read(store, "a@2", name)
     for place in {0, len(good) // 2, len(good) - 1}:
-        spoil(path, good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        by_hand.write(store, "a@2", name, good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         assert any(said.startswith(f"a@2 {name}: stored file") for said in problems(store)), place
         assert problems(store, "a@2")
-    spoil(path, good)
+    by_hand.write(store, "a@2", name, good)
     assert store.verify().ok
 
 
 def test_a_file_that_is_missing_or_cut_is_found(store, put) -> None:
     put(), put()
-    first, second = (store.files(f"a@{number}")["adapter_model.safetensors"] for number in (1, 2))
-    first.unlink()
-    spoil(second, second.read_bytes()[:-1])
+    name = "adapter_model.safetensors"
+    by_hand.remove(store, "a@1", name)
+    by_hand.write(store, "a@2", name, by_hand.read(store, "a@2", name)[:-1])
     one, two = problems(store)
     assert one.startswith("a@1 adapter_model.safetensors: stored file sha256:")
     assert "is missing" in one
@@ -79,9 +72,7 @@ def test_a_file_that_never_was_safetensors_is_found(store, make_bundle) -> None:
 def test_rows_that_do_not_agree_with_the_files_are_found(store, put, statement, said) -> None:
     put()
     store.promote("a@1", "production")
-    with sqlite3.connect(store.root / "turret.db") as connection:  # by hand, without foreign keys
-        connection.execute(statement)
-    connection.close()
+    by_hand.execute(store, statement)
     assert any(problem.startswith(said) for problem in problems(store)), problems(store)
 
 
@@ -94,15 +85,15 @@ def test_files_that_no_version_lists_are_counted_and_no_problem(store, put, tmp_
     assert found.orphan_bytes > 0
 
 
-def test_one_version_is_looked_at_alone_and_one_that_is_not_there_is_said(store, put) -> None:
+def test_one_version_is_looked_at_alone_and_one_that_is_not_there_is_said(store, put, tmp_path) -> None:
     put(), put()
-    store.files("a@1")["manifest.json"].unlink()
+    by_hand.remove(store, "a@1", "manifest.json")
     assert store.verify("a@2").ok
     assert not store.verify("a@1").ok
     with pytest.raises(NotFound, match="no a@7"):
         store.verify("a@7")
     with pytest.raises(NotFound, match="nothing to look at: there is no store at"):
-        Store(store.root / "none").verify()
+        Store(tmp_path / "none").verify()
 
 
 def test_a_manifest_that_changed_with_its_digest_is_found(store, tmp_path) -> None:
@@ -113,8 +104,6 @@ def test_a_manifest_that_changed_with_its_digest_is_found(store, tmp_path) -> No
     other["base"] = {"id": "another"}
     (bundle / "manifest.json").write_text(json.dumps(other))
     blob = store._blobs.put(bundle / "manifest.json")
-    with sqlite3.connect(store.root / "turret.db") as connection:
-        change = "UPDATE files SET digest = ?, bytes = ? WHERE path = 'manifest.json'"
-        connection.execute(change, (blob.digest, blob.bytes))
-    connection.close()
+    change = f"UPDATE files SET digest = '{blob.digest}', bytes = {blob.bytes} WHERE path = 'manifest.json'"
+    by_hand.execute(store, change)
     assert problems(store) == ["a@1 manifest.json: differs from the manifest that is listed"]

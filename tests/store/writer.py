@@ -8,8 +8,8 @@
 Of the next, each round forks a child that carries out one of the verbs of `verbs.py` and does not come through; after
 each the store must hold what it must. They print what was acknowledged, and at the end how many rounds ended how:
 
-- `writer.py STORE operations VERBS FIRST LAST` kills the child at its n-th file operation, for n from FIRST to LAST or
-  until one comes through
+- `writer.py STORE operations VERBS FIRST LAST` kills the child at its n-th file operation or call of a server, for n
+  from FIRST to LAST or until one comes through
 - `writer.py STORE moments VERBS ROUNDS SEED` kills it at a random moment of the time that the verb takes
 - `writer.py STORE writes VERBS MOST STEP` lets the kernel kill it in the middle of the write that makes any file longer
   than n bytes, for n from 0 to MOST: inside SQLite too
@@ -37,6 +37,7 @@ from store.bundles import tensors, write_bundle
 from store.verbs import VERBS, put, ready_to_put
 
 from turret.errors import InUse, NotFound, TurretError
+from turret.location import Location
 from turret.store import Store
 
 DISK_EVENTS = ("open", "os.", "sqlite3.connect", "shutil.")
@@ -47,18 +48,42 @@ Wait = Callable[[int], None]
 # --- a child that does not come through -----------------------------------------------------------------------------
 
 
-def at_operation(operation: int, root: Path) -> None:
-    """Kill this process at its n-th file operation in the store from now."""
-    seen = 0
+def at_operation(operation: int, where: str) -> None:
+    """Kill this process at its n-th file operation in the store from now; of a store by URL, or call of a server."""
+    location, seen = Location.parse(where), 0
+
+    def count(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal seen
-        if event.startswith(DISK_EVENTS) and any(str(root) in str(argument) for argument in arguments):
-            seen += 1
-            if seen == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if event.startswith(DISK_EVENTS) and any(str(location.local) in str(argument) for argument in arguments):
+            count()
 
     sys.addaudithook(hook)
+    if location.catalog is not None:
+        count_calls(count)
+
+
+def count_calls(count: Callable[..., None]) -> None:
+    """Before and after each statement and each request, and before each commit."""
+    from s3fs import S3FileSystem
+    from sqlalchemy import Engine
+    from sqlalchemy.event import listen
+
+    for moment in ("before_cursor_execute", "after_cursor_execute", "commit"):
+        listen(Engine, moment, count)
+    ask = S3FileSystem._call_s3
+
+    async def counted(self: S3FileSystem, *arguments: object, **more: object) -> object:
+        count()
+        answer = await ask(self, *arguments, **more)
+        count()
+        return answer
+
+    S3FileSystem._call_s3 = counted
 
 
 def at_size(size: int, *, killed: bool) -> None:
@@ -88,19 +113,19 @@ def child(act: Callable[[], object], arm: Callable[[], None]) -> int:
     return process
 
 
-def rounds(root: Path, verb: str, folder: Path, how: Iterator[tuple[Callable[[], None], Wait]]) -> Iterator[str]:
+def rounds(where: str, verb: str, folder: Path, how: Iterator[tuple[Callable[[], None], Wait]]) -> Iterator[str]:
     """`done`, `killed` or `said` for each, once the store was found to hold what it must."""
     made = VERBS[verb]
     for arm, wait in how:
-        hold = made.ready(root, folder)
-        process = child(lambda: made.act(root, folder), arm)
+        hold = made.ready(where, folder)
+        process = child(lambda: made.act(where, folder), arm)
         wait(process)
         status = os.waitpid(process, 0)[1]
         told = {0: "done", SAID: "said"}.get(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1)
         told = told or ("killed" if os.WIFSIGNALED(status) else "failed")
         assert told != "failed", f"{verb} ended with status {status}"
-        store = Store(root)
-        found = store.verify() if (root / "turret.db").exists() and store.list() else None
+        store = Store(where)
+        found = store.verify() if store.list() else None
         assert found is None or found.ok, (verb, found)
         hold(told == "done")
         yield told
@@ -110,9 +135,9 @@ def nothing(_process: int) -> None:
     pass
 
 
-def operations(root: Path, first: int, last: int) -> Iterator[tuple[Callable[[], None], Wait]]:
+def operations(where: str, first: int, last: int) -> Iterator[tuple[Callable[[], None], Wait]]:
     for operation in range(first, last + 1):
-        yield partial(at_operation, operation, root), nothing
+        yield partial(at_operation, operation, where), nothing
 
 
 def moments(count: int, seed: int) -> Iterator[tuple[Callable[[], None], Wait]]:
@@ -137,14 +162,14 @@ def sizes(most: int, step: int, *, killed: bool) -> Iterator[tuple[Callable[[], 
         yield partial(at_size, size, killed=killed), nothing
 
 
-def broken_off(root: Path, mode: str, verbs: list[str], first: int, second: int, folder: Path) -> None:
+def broken_off(where: str, mode: str, verbs: list[str], first: int, second: int, folder: Path) -> None:
     ended: Counter[str] = Counter()
     for verb in verbs:
         if mode == "operations":
-            how = operations(root, first, second)
+            how = operations(where, first, second)
         else:
             how = moments(first, second) if mode == "moments" else sizes(first, second, killed=mode == "writes")
-        for told in rounds(root, verb, folder, how):
+        for told in rounds(where, verb, folder, how):
             ended[told] += 1
             if mode == "operations" and told == "done":
                 break
@@ -154,8 +179,8 @@ def broken_off(root: Path, mode: str, verbs: list[str], first: int, second: int,
 # --- racing, and reading --------------------------------------------------------------------------------------------
 
 
-def race(root: str, count: int, seed: int, verbs: list[str], folder: Path) -> None:
-    store, draw = Store(root), random.Random(seed)
+def race(where: str, count: int, seed: int, verbs: list[str], folder: Path) -> None:
+    store, draw = Store(where), random.Random(seed)
     bundles = [write_bundle(folder, tensors(content), {"same": b"in every version"}) for content in range(6)]
     for _ in range(count):
         verb = draw.choice(verbs)
@@ -181,11 +206,11 @@ def race(root: str, count: int, seed: int, verbs: list[str], folder: Path) -> No
             pass
 
 
-def read(root: str, folder: Path) -> None:
+def read(where: str, folder: Path) -> None:
     """Every version that is listed can be shown, laid out and verified, and every alias names one, until it is gone."""
     turns = 0
     while not select.select([sys.stdin], [], [], 0)[0]:
-        store = Store(root)
+        store = Store(where)
         for version in store.list():
             try:
                 assert store.show(str(version))["digest"] == version.digest
@@ -194,26 +219,26 @@ def read(root: str, folder: Path) -> None:
                     assert store.resolve(f"{version.name}@{alias}").aliases
             except NotFound:  # deleted, or moved, since it was listed
                 pass
-        if (Path(root) / "turret.db").exists():
+        if store.exists():
             found = store.verify()
             assert found.ok, found
         turns += 1
     print(turns, flush=True)
 
 
-def main(root: str, verb: str, *rest: str) -> None:
+def main(where: str, verb: str, *rest: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if verb == "race":
-            race(root, int(rest[0]), int(rest[1]), rest[2].split(","), folder)
+            race(where, int(rest[0]), int(rest[1]), rest[2].split(","), folder)
         elif verb == "read":
-            read(root, folder)
+            read(where, folder)
         elif verb in ("operations", "moments", "writes", "limits"):
-            broken_off(Path(root), verb, rest[0].split(","), int(rest[1]), int(rest[2]), folder)
+            broken_off(where, verb, rest[0].split(","), int(rest[1]), int(rest[2]), folder)
         else:
             for _ in range(int(rest[0])):
-                ready_to_put(Path(root), folder)
-                put(Path(root), folder)
+                ready_to_put(where, folder)
+                put(where, folder)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ the store; the headlines stand beside those of the bare base with the same promp
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +18,7 @@ from turret.cli.output import columns, emit, grid, many, metrics, number, safe, 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from turret.location import Location
     from turret.workspace import RunResult, Workspace
 
 # What the tour changes in the presets: sizes only, never a learning rate.
@@ -144,8 +145,8 @@ def _chief(measured: dict[str, Any]) -> str:
     return f"{name} {number(measured[name])}"
 
 
-def _next(news: RunResult, headline: RunResult, store: Path, out: Console) -> None:
-    where = "" if str(store) == ".turret" else f" --store {store}"
+def _next(news: RunResult, headline: RunResult, store: Location, out: Console) -> None:
+    where = "" if str(store) == ".turret" else f" --store {shlex.quote(str(store))}"
     out.print("[bold]try[/]")
     for command in (
         f'predict {news.version} "a text of your own"',

@@ -54,9 +54,9 @@ def _kernels(said: str) -> str:
 
 
 def _store(store: Mapping[str, Any]) -> str:
-    if not store["exists"]:
-        return f"{safe(store['path'])}  [dim]not there yet; `turret train` makes it[/]"
     if store["problems"]:
         return f"{BAD}{safe(store['path'])}"
+    if not store["exists"]:
+        return f"{safe(store['path'])}  [dim]not there yet; `turret train` makes it[/]"
     writable = "" if store["writable"] else ", read-only"
     return f"{GOOD}{safe(store['path'])}, {store['versions']} versions{writable}"

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from turret.errors import RecipeError
+from turret.location import Location
 
-Store = Annotated[Path, typer.Option("--store", envvar="TURRET_STORE", help="Folder of the store.")]
+Store = Annotated[
+    Location,
+    typer.Option(
+        "--store",
+        envvar="TURRET_STORE",
+        parser=Location.parse,
+        metavar="STORE",
+        help="Folder of the store, or postgresql://user@host/database?files=s3://bucket/prefix.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, such as train.lr=1e-3; repeatable."),
 ]
 
-STORE = Path(".turret")
+STORE = Location.parse(".turret")
 
 
 def overrides(pairs: list[str] | None) -> dict[str, str]:

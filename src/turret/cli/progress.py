@@ -5,6 +5,7 @@ The bar goes to stderr. Where stderr is no terminal, a line a tenth of the way s
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,7 @@ def print_result(result: RunResult, store: str, out: Console) -> None:
     """What was stored, what it cost, and the next commands."""
     out.print(f"[bold green]{safe(result.version)}[/]  [dim]{safe(result.digest)}[/]")
     out.print(grid(_result(result)))
-    where = "" if store == ".turret" else f" --store {store}"
+    where = "" if store == ".turret" else f" --store {shlex.quote(store)}"
     text = '"a text of your own"'
     out.print("[bold]try[/]")
     for command in (f"predict {result.version} {text}", f"show {result.version}", "list"):

@@ -1,6 +1,6 @@
-"""Files known by the sha256 of their bytes. Refuses to know names, versions and the database.
+"""Files known by the sha256 of their bytes, in a folder. Refuses to know names, versions and the database.
 
-On disk, under the store's root:
+`Files` says what any place for them can do; `turret.store.objects` is the other one. In a folder:
 
 - `blobs/sha256/<first two hex digits>/<64 hex digits>`: the bytes, read-only; written beside (`tmp/`), flushed to disk,
   then renamed, so that a file under its final name is always whole
@@ -8,6 +8,7 @@ On disk, under the store's root:
 - a file that no version lists may be removed at any moment by `turret.store.gc`: who lists one looks, while it is the
   only writer of the database, whether it is still there
 - bytes are hashed again whenever they are read, so a flipped bit is never handed on
+- `catalog`: the id of the catalog that the files belong to, where that is not in this folder too
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from turret.disk import sync
 from turret.errors import Corrupt
 
+OWNER = "catalog"
 _CHUNK = 1 << 20
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})", re.ASCII)
 
@@ -38,19 +40,60 @@ class Blob:
     bytes: int
 
 
+class Files(Protocol):
+    """Where content is kept under its digest. Names are paths under the place's root, as people are shown them."""
+
+    def put(self, source: Path) -> Blob:
+        """Keep a copy of the file; content that is there already, and whole, is not written again."""
+
+    def has(self, digest: str) -> bool:
+        """Whether content of that digest is there; what is there is whole, unless something damaged it."""
+
+    def glance(self, blob: Blob) -> str | None:
+        """What is wrong at a quick look, which hashes nothing."""
+
+    def glances(self, blobs: Iterable[Blob]) -> Mapping[str, str]:
+        """Digest -> what is wrong with it, of many, at a quick look."""
+
+    def check(self, digest: str) -> Blob:
+        """Hash the content again; raises Corrupt."""
+
+    def copy(self, digest: str, target: Path) -> None:
+        """A copy of the content that was hashed on its way, so what arrives is what was stored; raises Corrupt."""
+
+    def held(self, digest: str) -> AbstractContextManager[Path]:
+        """The content, hashed again, as a file that nobody may write to, while the block lasts; raises Corrupt."""
+
+    def local(self, digest: str) -> Path:
+        """The same, for as long as this object lasts."""
+
+    def walk(self) -> Iterator[tuple[str, Blob]]:
+        """Every stored content with its name, listed or not; nothing is hashed."""
+
+    def leftovers(self) -> Iterator[tuple[str, int, float]]:
+        """Name, bytes and last change of what is being written, or was when its writer was killed."""
+
+    def remove(self, name: str) -> bool:
+        """Take away what `walk` or `leftovers` named; False where it is gone already."""
+
+    def owner(self) -> str | None:
+        """The id of the catalog that these files belong to."""
+
+    def claim(self, identity: str) -> None:
+        """Write down that they belong to that catalog."""
+
+
 class Blobs:
-    """The content-addressed files of one store."""
+    """The content-addressed files of a folder."""
 
     def __init__(self, root: Path) -> None:
+        self._folder = root
         self._root = root / "blobs" / "sha256"
         self._beside = root / "tmp"
 
     def path(self, digest: str) -> Path:
         """Where the content of that digest is, or would be."""
-        match = _DIGEST.fullmatch(digest)
-        if match is None:
-            raise Corrupt(f"{digest[:80]!r} is not a digest: expected sha256: and 64 hex digits")
-        return self._root / match[1][:2] / match[1]
+        return self._root / place(digest)
 
     def put(self, source: Path) -> Blob:
         """Keep a copy of the file; content that is there already, and whole, is not written again."""
@@ -64,7 +107,7 @@ class Blobs:
         beside = self._beside / uuid.uuid4().hex
         try:
             with source.open("rb") as read, beside.open("xb") as write:
-                copied = _copy(read, write)
+                copied = stream(read, write)
                 flush(write)
             if copied != blob:
                 raise Corrupt(f"{source} changed while it was being stored: try again when nothing writes to it")
@@ -86,30 +129,72 @@ class Blobs:
             return f"is missing ({path})"
         return None if path.stat().st_size == blob.bytes else f"is cut ({path})"
 
-    def walk(self) -> Iterator[tuple[Path, Blob]]:
-        """Every stored file with its address, listed or not; nothing is hashed."""
+    def glances(self, blobs: Iterable[Blob]) -> Mapping[str, str]:
+        """Digest -> what is wrong with it, of many, at a quick look."""
+        return {blob.digest: said for blob in blobs if (said := self.glance(blob))}
+
+    def walk(self) -> Iterator[tuple[str, Blob]]:
+        """Every stored file with its name, listed or not; nothing is hashed."""
         for path in sorted(self._root.glob("??/*")):
             if re.fullmatch(r"[0-9a-f]{64}", path.name):
                 with suppress(FileNotFoundError):  # removed since
-                    yield path, Blob(f"sha256:{path.name}", path.stat().st_size)
+                    yield self._name(path), Blob(f"sha256:{path.name}", path.stat().st_size)
 
-    def leftovers(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """What is being written, or was when its writer was killed."""
+    def leftovers(self) -> Iterator[tuple[str, int, float]]:
+        """Name, bytes and last change of what is being written, or was when its writer was killed."""
         for path in sorted(self._beside.glob("*")):
             with suppress(FileNotFoundError):
-                yield path, path.lstat()
+                found = path.lstat()
+                yield self._name(path), found.st_size, found.st_mtime
 
-    def check(self, digest: str) -> Path:
-        """The path of the content, after hashing it again; raises Corrupt."""
+    def remove(self, name: str) -> bool:
+        """Take away what `walk` or `leftovers` named; False where it is gone already."""
+        try:
+            (self._folder / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def owner(self) -> str | None:
+        """The id of the catalog that these files belong to; a folder store's own is in its folder."""
+        if (self._folder / "turret.db").exists():
+            return f"of {self._folder / 'turret.db'}"
+        try:
+            return (self._folder / OWNER).read_text(encoding="ascii").strip()
+        except FileNotFoundError:
+            return None
+
+    def claim(self, identity: str) -> None:
+        """Write down that they belong to that catalog."""
+        _folder(self._beside)
+        beside = self._beside / uuid.uuid4().hex
+        with beside.open("xb") as file:
+            file.write(identity.encode())
+            flush(file)
+        os.replace(beside, self._folder / OWNER)
+        sync(self._folder)
+
+    def check(self, digest: str) -> Blob:
+        """Hash the content again; raises Corrupt."""
         path = self.path(digest)
         try:
             _require_plain(path, digest)
             found = hash_file(path)
         except FileNotFoundError:
-            raise _missing(path, digest) from None
+            raise missing(path, digest) from None
         if found.digest != digest:
-            raise _changed(path, digest)
-        return path
+            raise changed(path, digest)
+        return found
+
+    @contextmanager
+    def held(self, digest: str) -> Iterator[Path]:
+        """The content, hashed again, as a file that nobody may write to, while the block lasts; raises Corrupt."""
+        yield self.local(digest)
+
+    def local(self, digest: str) -> Path:
+        """The file itself, after hashing it again; raises Corrupt."""
+        self.check(digest)
+        return self.path(digest)
 
     def copy(self, digest: str, target: Path) -> None:
         """A copy of the content that was hashed on its way, so what arrives is what was stored; raises Corrupt."""
@@ -118,18 +203,29 @@ class Blobs:
             _require_plain(path, digest)
             read = path.open("rb")
         except FileNotFoundError:
-            raise _missing(path, digest) from None
+            raise missing(path, digest) from None
         with read, target.open("xb") as write:
-            copied = _copy(read, write)
+            copied = stream(read, write)
         if copied.digest != digest:
             target.unlink()
-            raise _changed(path, digest)
+            raise changed(path, digest)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
+
+
+def place(digest: str) -> str:
+    """Where the content of that digest is under `blobs/sha256/`; raises Corrupt."""
+    match = _DIGEST.fullmatch(digest)
+    if match is None:
+        raise Corrupt(f"{digest[:80]!r} is not a digest: expected sha256: and 64 hex digits")
+    return f"{match[1][:2]}/{match[1]}"
 
 
 def hash_file(path: Path) -> Blob:
     """The address that the file's content has, or would have."""
     with path.open("rb") as file:
-        return _copy(file, None)
+        return stream(file, None)
 
 
 def flush(file: BinaryIO) -> None:
@@ -138,7 +234,8 @@ def flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _copy(read: BinaryIO, write: BinaryIO | None) -> Blob:
+def stream(read: BinaryIO, write: BinaryIO | None) -> Blob:
+    """Read to the end, in pieces, and write what was read; returns its address."""
     digest, size = hashlib.sha256(), 0
     while chunk := read.read(_CHUNK):
         digest.update(chunk)
@@ -171,11 +268,11 @@ def _require_plain(path: Path, digest: str) -> None:
         raise Corrupt(f"stored file {digest} is no plain file: restore {path} from a copy, or train again")
 
 
-def _missing(path: Path, digest: str) -> Corrupt:
+def missing(path: object, digest: str) -> Corrupt:
     return Corrupt(f"stored file {digest} is missing: restore {path} from a copy, or train again")
 
 
-def _changed(path: Path, digest: str) -> Corrupt:
+def changed(path: object, digest: str) -> Corrupt:
     return Corrupt(
         f"stored file {path} does not match its digest {digest[:19]}...: restore it from a copy, or train again"
     )

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, Text, cast, delete, func, insert, or_, select, update
 
 from turret.database import adapters, aliases, files, versions
 from turret.errors import Corrupt, NotFound
@@ -166,9 +166,16 @@ def row_of(connection: Connection, version: Version) -> int:
 
 def children(connection: Connection, version: Version) -> list[str]:
     """The versions whose lineage says that they were made from it."""
-    parent = versions.c.manifest[("lineage", "parent")].as_string()
-    rows = connection.execute(_versions().where(parent.in_((version.digest, str(version)))))
-    return [f"{row.name}@{row.number}" for row in rows]
+    names = (version.digest, str(version))
+    text = cast(versions.c.manifest, Text)  # its JSON functions make PostgreSQL stumble over a \u0000 anywhere in it
+    near = or_(*(text.contains(name, autoescape=True) for name in names))
+    rows = connection.execute(_versions().where(near))
+    return [f"{row.name}@{row.number}" for row in rows if _parent(row.manifest) in names]
+
+
+def _parent(manifest: Mapping[str, Any]) -> Any:
+    lineage = manifest.get("lineage")
+    return lineage.get("parent") if isinstance(lineage, Mapping) else None
 
 
 def remove(connection: Connection, version: Version) -> Deleted:

@@ -5,6 +5,7 @@ What goes, and why no process that is at work misses it:
 - files that no version lists: each is removed while this process is the only writer of the database, after a look
   whether it is listed. A put looks, as the only writer, whether its files are still there before it lists them, and
   writes again what is not; so a file is either listed and kept, or gone and written again
+  (a catalog on a server is asked before each removal whether that still holds: the connection may have been lost)
 - leftovers in `tmp/` and run folders that were never listed: after an hour without a change; their writer is dead
 - the checkpoint, and the bundle that was being proven, of a finished run: nothing goes on from it
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +23,12 @@ from typing import Any
 
 from sqlalchemy import select
 
-from turret.database import Database, files, runs
-from turret.store.blobs import Blobs
+from turret.database import Database, runs
+from turret.database import files as listing
+from turret.store.blobs import Files
 
 OLD = 3600  # seconds
-_AT_ONCE = 500  # files a transaction: other writers wait for it
+_AT_ONCE = 100  # files a transaction: other writers wait for it, and an object store takes its time
 _RUN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}", re.ASCII)
 
 
@@ -34,7 +36,7 @@ _RUN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}", re.ASCII)
 class Removed:
     """One thing that is gone, or would be."""
 
-    path: str  # under the store's root
+    path: str  # under the place of the files; of a run, under its folder on this machine
     bytes: int
     why: str
 
@@ -54,36 +56,34 @@ class Collected:
         return {"dry_run": self.dry_run, "bytes": self.bytes, "removed": [asdict(each) for each in self.removed]}
 
 
-def leftovers(root: Path, blobs: Blobs, *, dry_run: bool) -> Iterator[Removed]:
+def leftovers(files: Files, *, dry_run: bool) -> Iterator[Removed]:
     """Dead writers' files; asks no database, so that it makes room on a disk too full for one."""
-    for path, found in blobs.leftovers():
-        if _old(found.st_mtime):
-            yield from _take(path, found.st_size, "leftover of a killed writer", root, dry_run)
+    for name, size, changed in list(files.leftovers()):
+        if _old(changed) and (dry_run or files.remove(name)):
+            yield Removed(name, size, "leftover of a killed writer")
 
 
-def collect(root: Path, blobs: Blobs, database: Database, *, dry_run: bool) -> Iterator[Removed]:
-    """Unlisted files, and what finished and unlisted runs left."""
-    yield from _unlisted(root, blobs, database, dry_run=dry_run)
-    yield from _of_runs(root, database, dry_run=dry_run)
-
-
-def _unlisted(root: Path, blobs: Blobs, database: Database, *, dry_run: bool) -> Iterator[Removed]:
+def unlisted(files: Files, database: Database, *, dry_run: bool) -> Iterator[Removed]:
+    """Files that no version lists."""
     door = database.reading if dry_run else database.writing
-    there = list(blobs.walk())
+    there = list(files.walk())
     for start in range(0, len(there), _AT_ONCE):
         some = there[start : start + _AT_ONCE]
         digests = [blob.digest for _, blob in some]
         taken: list[Removed] = []
         with door() as connection:
-            rows = connection.execute(select(files.c.digest).where(files.c.digest.in_(digests)).distinct())
+            rows = connection.execute(select(listing.c.digest).where(listing.c.digest.in_(digests)).distinct())
             listed = set(rows.scalars())
-            for path, blob in some:
+            for name, blob in some:
                 if blob.digest not in listed:
-                    taken += _take(path, blob.bytes, "no version lists it", root, dry_run)
+                    connection.execute(select(1))  # raises where this is the only writer no more
+                    if dry_run or files.remove(name):
+                        taken.append(Removed(name, blob.bytes, "no version lists it"))
         yield from taken
 
 
-def _of_runs(root: Path, database: Database, *, dry_run: bool) -> Iterator[Removed]:
+def of_runs(root: Path, database: Database, *, dry_run: bool) -> Iterator[Removed]:
+    """What finished and unlisted runs left on this machine."""
     folders = [path for path in sorted((root / "runs").glob("*")) if _RUN.fullmatch(path.name) and path.is_dir()]
     with database.reading() as connection:
         states = {row.id: row.state for row in connection.execute(select(runs.c.id, runs.c.state))}
@@ -97,10 +97,9 @@ def _of_runs(root: Path, database: Database, *, dry_run: bool) -> Iterator[Remov
 
 
 def _take(path: Path, size: int, why: str, root: Path, dry_run: bool) -> Iterable[Removed]:
-    remove: Callable[[Path], object] = shutil.rmtree if path.is_dir() else Path.unlink
     if not dry_run:
         try:
-            remove(path)
+            shutil.rmtree(path)
         except FileNotFoundError:  # another gc was quicker
             return []
     return [Removed(path.relative_to(root).as_posix(), size, why)]

@@ -222,7 +222,7 @@ def problems(connection: Connection) -> Iterable[tuple[str, str]]:
     """(name, what is wrong) of every set that is not as it was stored."""
     for row in connection.execute(select(golden_sets.c.digest, golden_sets.c.content)):
         if digest_of(row.content) != row.digest:
-            yield name_of(row.digest), "does not match its digest: restore turret.db from a copy"
+            yield name_of(row.digest), "does not match its digest: restore the catalog from a copy"
 
 
 # --- how versions did ------------------------------------------------------------------------------------------------

@@ -104,6 +104,8 @@ def take_up(database: Database, folder: Path, recipe_toml: str, data_digest: str
 
 def end(database: Database, run: Run, state: State, *, error: str | None, result: Mapping[str, Any] | None) -> None:
     """Write down how the run ended, and let go of it."""
+    if error is not None:  # a database takes neither half a character nor NUL
+        error = error.encode("utf-8", "replace").decode().replace("\0", "?")
     row = {"state": state, "ended": now(), "error": error, "result": plain(result) if result is not None else None}
     try:
         with database.writing() as connection:

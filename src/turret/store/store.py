@@ -1,10 +1,10 @@
 """The store: put a bundle in, get it back by reference, for ever the same. Refuses to know what is inside the tensors.
 
-On disk, under the root (format `turret.database.SCHEMA`):
+A folder, or a catalog on PostgreSQL with the files beside it (`turret.location`), format `turret.database.SCHEMA`:
 
-- `turret.db`: names, versions, aliases and runs (`turret.database`)
-- `blobs/`, `tmp/`: the files of all bundles (`turret.store.blobs`)
-- `runs/`: a folder a training (`turret.store.runs`)
+- `turret.db`, or that catalog: names, versions, aliases and runs (`turret.database`)
+- `blobs/`, `tmp/`: the files of all bundles, in a folder or an object store (`turret.store.blobs`, `.objects`)
+- `runs/`: a folder a training, always on this machine (`turret.store.runs`)
 
 A put writes the files first and the rows last, in one transaction: after a kill at any moment every listed version is
 whole, and what was not listed is only unlisted files. Content that is under the name already keeps its number.
@@ -13,22 +13,25 @@ whole, and what was not listed is only unlisted files. Content that is under the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turret.database import Database, no_room, told
+from turret.database import Database, told
 from turret.errors import BadReference, BundleError, Corrupt, InUse, NotFound, StoreError
+from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
+from turret.sqlite import no_room
 from turret.store import aliases, catalog, gates, gc, golden, incoming, runs
 from turret.store import verify as verifying
 from turret.store.aliases import Move
-from turret.store.blobs import Blob, Blobs
+from turret.store.blobs import OWNER, Blob, Blobs, Files
 from turret.store.catalog import PRODUCTION, Deleted, Version
 from turret.store.gates import Gate
 from turret.store.gc import Collected, Removed
 from turret.store.golden import Golden, GoldenSet, Replay
+from turret.store.objects import Objects
 from turret.store.runs import Run, State
 from turret.store.verify import Verified
 
@@ -37,12 +40,19 @@ if TYPE_CHECKING:
 
 
 class Store:
-    """A folder of adapters. Nothing is made on disk before the first write."""
+    """A place for adapters: a folder, or a URL. Nothing is made before the first write."""
 
-    def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
-        self._blobs = Blobs(self.root)
+    def __init__(self, where: Location | Path | str) -> None:
+        self.location = Location.parse(where)
+        self.root = self.location.local  # on this machine: the whole of a folder store; of any other, its runs
+        self._catalog = self.location if self.location.catalog else self.root / "turret.db"
+        files = self.location.files
+        self._blobs: Files = Blobs(files) if isinstance(files, Path) else Objects(files)
         self._opened: Database | None = None
+        self._owned = self.location.catalog is None  # the files are known to be this catalog's
+
+    def __str__(self) -> str:
+        return str(self.location)
 
     # --- versions -----------------------------------------------------------------------------------------------------
 
@@ -53,7 +63,8 @@ class Store:
         check_name(name)
         manifest, paths = incoming.read(bundle)
         database = self._made()
-        with told(database.path):
+        with told(self._catalog):
+            self._own(database)
             content = {path: self._blobs.put(file) for path, file in paths.items()}
         incoming.agree(manifest, content, bundle)
         with database.writing() as connection:
@@ -78,10 +89,13 @@ class Store:
             return catalog.listed(connection, name)
 
     def files(self, reference: str | Reference) -> dict[str, Path]:
-        """Path in the bundle -> file in the store, hashed again; raises Corrupt."""
+        """Path in the bundle -> a file to read, hashed again; raises Corrupt.
+
+        It is the stored file, or a copy that lasts as long as this object where the files are in an object store.
+        """
         version, content = self._look_up(reference)
         try:
-            return {path: self._blobs.check(blob.digest) for path, blob in content.items()}
+            return {path: self._blobs.local(blob.digest) for path, blob in content.items()}
         except Corrupt:
             self._still_listed(version)
             raise
@@ -122,6 +136,18 @@ class Store:
             "run": runs.find(database, version.run) if version.run else None,
         }
 
+    def exists(self) -> bool:
+        """Whether there is a store; nothing is made."""
+        return self._catalog.exists() if isinstance(self._catalog, Path) else self._database() is not None
+
+    def writable(self) -> bool:
+        """Whether it may be written, or made where there is none."""
+        if isinstance(self._catalog, Path):
+            there = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
+            return os.access(there, os.W_OK)
+        database = self._database()
+        return database is None or database.writable()
+
     def problems(self) -> Sequence[str]:
         """Files of listed versions that are missing or of another size: a quick look, which hashes nothing."""
         database = self._database()
@@ -129,11 +155,9 @@ class Store:
             return []
         with database.reading() as connection:
             content = catalog.contents(connection)
-        found = []
-        for reference, path, blob in content:
-            if said := self._blobs.glance(blob):
-                found.append(f"{reference}: {path} {said}")
-        return found
+        with told(self._catalog):
+            said = self._blobs.glances({blob.digest: blob for _, _, blob in content}.values())
+        return [f"{reference}: {path} {said[blob.digest]}" for reference, path, blob in content if blob.digest in said]
 
     def diff(self, first: str, second: str) -> Difference:
         """Two versions side by side, and how far the weights of the second are from those of the first."""
@@ -154,7 +178,7 @@ class Store:
         wanted = [Gate.parse(text) for text in require]
         version = self.resolve(reference)
         exact = Reference(version.name, version=version.number)
-        self.files(exact)
+        self._check(exact)
         with self._there(exact).writing() as connection:
             version = catalog.find(connection, exact)
             gates.check(version, alias, [*gates.of(connection, version.name, alias), *wanted])
@@ -235,17 +259,14 @@ class Store:
 
     def gc(self, *, dry_run: bool = False) -> Collected:
         """Remove what nothing refers to, or say what that is; safe beside everything else."""
-        if not self.root.is_dir():
-            return Collected(dry_run, ())
-        with told(self.root / "turret.db"):
-            removed = list(gc.leftovers(self.root, self._blobs, dry_run=dry_run))
+        with told(self._catalog):
+            removed = list(gc.leftovers(self._blobs, dry_run=dry_run))
             try:
-                removed += self._collected(self._database(), dry_run)
+                removed += list(self._collected(self._database(), dry_run))
             except StoreError:
-                path = self.root / "turret.db"
-                if not no_room(path):
+                if not isinstance(self._catalog, Path) or not no_room(self._catalog):
                     raise
-                removed += self._collected(Database(path, alone=True), dry_run)
+                removed += list(self._collected(Database(self._catalog, alone=True), dry_run))
         return Collected(dry_run, tuple(removed))
 
     # --- runs ---------------------------------------------------------------------------------------------------------
@@ -253,7 +274,7 @@ class Store:
     def new_run(self, name: str, recipe_toml: str, data_digest: str) -> Run:
         """A new training of that recipe, held by this process until `end_run`."""
         database = self._made()
-        with told(database.path):
+        with told(self._catalog):
             return runs.begin(database, self.root / "runs", check_name(name), recipe_toml, data_digest)
 
     def unfinished_run(self, recipe_toml: str, data_digest: str) -> Run | None:
@@ -261,7 +282,7 @@ class Store:
         database = self._database()
         if database is None:
             return None
-        with told(database.path):
+        with told(self._catalog):
             return runs.take_up(database, self.root / "runs", recipe_toml, data_digest)
 
     def end_run(
@@ -287,31 +308,65 @@ class Store:
         database = self._database()
         if database is None:
             what = f"no {wanted}" if wanted else "nothing to look at"
-            raise NotFound(f"{what}: there is no store at {self.root}; `turret train` makes one")
+            raise NotFound(f"{what}: there is no store at {self}; `turret train` makes one")
         return database
 
-    def _collected(self, database: Database | None, dry_run: bool) -> Sequence[Removed]:
-        return () if database is None else tuple(gc.collect(self.root, self._blobs, database, dry_run=dry_run))
+    def _check(self, reference: Reference) -> None:
+        """Hash the version's files again; raises Corrupt."""
+        version, content = self._look_up(reference)
+        try:
+            for blob in content.values():
+                self._blobs.check(blob.digest)
+        except Corrupt:
+            self._still_listed(version)
+            raise
+
+    def _collected(self, database: Database | None, dry_run: bool) -> Iterator[Removed]:
+        if database is None:
+            return
+        if self._owned or self._blobs.owner() is not None:  # without a mark, nothing there was put by this catalog
+            self._own(database, writes=not dry_run)
+            yield from gc.unlisted(self._blobs, database, dry_run=dry_run)
+        yield from gc.of_runs(self.root, database, dry_run=dry_run)
+
+    def _own(self, database: Database, *, writes: bool = True) -> None:
+        """Mark the files as this catalog's; raises StoreError where they are another's, whose files a gc would take."""
+        if self._owned:
+            return
+        if writes and not database.writable():
+            raise StoreError(f"store {self} is read-only for this user: grant INSERT, or connect as another user")
+        mine, owner = database.identity(), self._blobs.owner()
+        if mine is None:
+            raise StoreError(
+                f"store {self}: its catalog has lost its id, the comment on the table alembic_version that a dump has: "
+                f"set it to what {self.location.files}/{OWNER} holds"
+            )
+        if owner is None:
+            self._blobs.claim(mine)
+            owner = self._blobs.owner()
+        if owner != mine:
+            raise StoreError(
+                f"store {self}: {self.location.files} holds the files of another catalog ({owner}, this is {mine}): "
+                f"give each its own; if that catalog is gone, delete {self.location.files}/{OWNER} first"
+            )
+        self._owned = writes
 
     def _database(self) -> Database | None:
         """The database, opened once; None where there is no store yet."""
         if self._opened is None:
-            path = self.root / "turret.db"
-            with told(path):
-                if not path.exists():
-                    return None
-                writable = os.access(self.root, os.W_OK) and os.access(path, os.W_OK)
-            self._opened = Database(path, read_only=not writable)
+            self._opened = Database.found(self._catalog)
         return self._opened
 
     def _made(self) -> Database:
         """The database, made where there is none yet."""
         if (there := self._database()) is not None:
             return there
-        path = self.root / "turret.db"
-        if self.root.exists() and not self.root.is_dir():
-            raise StoreError(f"store {self.root} is a file: expected a folder, use another --store")
-        with told(path):
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._opened = Database(path)
+        if isinstance(self._catalog, Path):
+            if self.root.exists() and not self.root.is_dir():
+                raise StoreError(f"store {self.root} is a file: expected a folder, use another --store")
+            if (self.root / OWNER).exists():
+                raise StoreError(f"store {self.root} holds the files of a catalog elsewhere: use another --store")
+            with told(self._catalog):
+                self.root.mkdir(parents=True, exist_ok=True)
+        self._opened = Database(self._catalog)
         return self._opened

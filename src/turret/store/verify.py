@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from turret.database import Database
 from turret.errors import Corrupt
 from turret.reference import Reference
 from turret.store import aliases, catalog, golden
-from turret.store.blobs import Blob, Blobs
+from turret.store.blobs import Blob, Files
 from turret.store.catalog import Version
 from turret.store.incoming import MANIFEST
 
@@ -26,7 +26,7 @@ from turret.store.incoming import MANIFEST
 class Problem:
     """One thing that is not as it was stored."""
 
-    where: str  # a version, an alias, golden examples, or "turret.db"
+    where: str  # a version, an alias, golden examples, or the catalog: "turret.db", "catalog"
     path: str | None  # in the bundle
     problem: str
 
@@ -53,18 +53,18 @@ class Verified:
         return {"ok": self.ok, **asdict(self), "problems": [asdict(each) for each in self.problems]}
 
 
-def verify(database: Database, blobs: Blobs, reference: Reference | None = None) -> Verified:
+def verify(database: Database, blobs: Files, reference: Reference | None = None) -> Verified:
     """One version with the aliases that name it, or the whole store; raises NotFound for a reference without one."""
     with database.reading() as connection:
         versions = [catalog.find(connection, reference)] if reference else catalog.listed(connection)
-        problems = [] if reference else list(_of_database(connection))
+        problems = [] if reference else list(_of_database(database, connection))
         content: dict[str, dict[str, Blob]] = {}
         for version in versions:
             try:
                 content[str(version)] = catalog.content_of(connection, version)
             except Corrupt as error:
                 problems.append(Problem(str(version), None, str(error)))
-    seen: dict[str, str | None] = {}
+    seen: dict[tuple[str, bool], _Look] = {}
     for version in versions:
         if str(version) in content:
             problems += _of_version(version, content[str(version)], blobs, seen)
@@ -83,54 +83,65 @@ def verify(database: Database, blobs: Blobs, reference: Reference | None = None)
     )
 
 
-def _of_database(connection: Connection) -> Iterator[Problem]:
-    for (said,) in connection.exec_driver_sql("PRAGMA quick_check(5)"):
-        if said != "ok":
-            yield Problem("turret.db", None, f"{said}: restore it from a copy")
-    for row in connection.exec_driver_sql("PRAGMA foreign_key_check"):
-        yield Problem("turret.db", None, f"a row of {row[0]} refers to a row of {row[2]} that is not there")
+def _of_database(database: Database, connection: Connection) -> Iterator[Problem]:
+    for said in database.damage(connection):
+        yield Problem(database.name, None, said)
     for alias in aliases.dangling(connection):
         yield Problem(alias, None, "names a version that is not listed: move it with `turret promote`")
     for where, said in golden.problems(connection):
         yield Problem(where, None, said)
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What one content has wrong: its bytes; as tensors, its header. Of a manifest, the text too."""
+
+    broken: str | None = None
+    header: str | None = None
+    text: bytes = b""
+
+
 def _of_version(
-    version: Version, content: Mapping[str, Blob], blobs: Blobs, seen: dict[str, str | None]
+    version: Version, content: Mapping[str, Blob], blobs: Files, seen: dict[tuple[str, bool], _Look]
 ) -> Iterator[Problem]:
-    whole = set()
+    looks: dict[str, _Look] = {}
     for path, blob in content.items():
-        if blob.digest not in seen:
-            seen[blob.digest] = _of_file(blob, blobs)
-        said = seen[blob.digest]
-        if said is None:
-            whole.add(path)
+        key = blob.digest, path.endswith(".safetensors")
+        if key not in seen or path == MANIFEST:
+            looks[path] = _look(path, blob, blobs)
+            seen[key] = replace(looks[path], text=b"")
         else:
-            yield Problem(str(version), path, said)
+            looks[path] = seen[key]
+    for path, look in looks.items():
+        if look.broken is not None:
+            yield Problem(str(version), path, look.broken)
     if MANIFEST not in content:
         yield Problem(str(version), MANIFEST, "is not listed: delete the version, and store it again")
-    elif MANIFEST in whole:
-        for said in _of_manifest(version, content, blobs.path(content[MANIFEST].digest)):
+    elif looks[MANIFEST].broken is None:
+        for said in _of_manifest(version, content, looks[MANIFEST].text):
             yield Problem(str(version), MANIFEST, said)
-    for path in sorted(whole):
-        said = _of_header(blobs.path(content[path].digest)) if path.endswith(".safetensors") else None
-        if said is not None:
-            yield Problem(str(version), path, said)
+    for path, look in looks.items():
+        if look.broken is None and look.header is not None:
+            yield Problem(str(version), path, look.header)
 
 
-def _of_file(blob: Blob, blobs: Blobs) -> str | None:
+def _look(path: str, blob: Blob, blobs: Files) -> _Look:
     try:
-        found = blobs.check(blob.digest).stat().st_size
+        with blobs.held(blob.digest) as file:
+            found = file.stat().st_size
+            if found != blob.bytes:
+                return _Look(f"has {found} bytes, and {blob.bytes} are listed")
+            header = _of_header(file) if path.endswith(".safetensors") else None
+            return _Look(None, header, file.read_bytes() if path == MANIFEST else b"")
     except Corrupt as error:
-        return str(error)
+        return _Look(str(error))
     except OSError as error:
-        return f"cannot be read: {error.strerror}: {error.filename}"
-    return None if found == blob.bytes else f"has {found} bytes, and {blob.bytes} are listed"
+        return _Look(f"cannot be read: {error.strerror}: {error.filename}")
 
 
-def _of_manifest(version: Version, content: Mapping[str, Blob], path: Path) -> Iterator[str]:
+def _of_manifest(version: Version, content: Mapping[str, Blob], text: bytes) -> Iterator[str]:
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
         yield f"is not JSON ({error})"
         return
@@ -156,7 +167,7 @@ def _of_header(path: Path) -> str | None:
         return f"is no readable safetensors file ({error})"
 
 
-def _orphans(database: Database, blobs: Blobs) -> Sequence[Blob]:
+def _orphans(database: Database, blobs: Files) -> Sequence[Blob]:
     there = [blob for _, blob in blobs.walk()]
     with database.reading() as connection:  # after the walk: what a put has listed meanwhile is none
         listed = {blob.digest for _, _, blob in catalog.contents(connection)}

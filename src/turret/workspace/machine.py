@@ -43,7 +43,7 @@ def facts(store: Store) -> dict[str, Any]:
             for kind, source, package, install in BUNDLED
         ],
         "hub": "offline by HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") == "1" else "not tried",
-        "store": _store(store, there),
+        "store": _store(store),
     }
 
 
@@ -66,13 +66,13 @@ def _processor() -> dict[str, Any]:
     }
 
 
-def _store(store: Store, there: Path) -> dict[str, Any]:
-    said: dict[str, Any] = {"path": str(store.root), "exists": (store.root / "turret.db").exists()}
+def _store(store: Store) -> dict[str, Any]:
+    said: dict[str, Any] = {"path": str(store), "exists": False, "versions": None, "writable": False, "problems": []}
     try:
-        problems = list(store.problems())
-        said |= {"versions": len(store.list()), "writable": os.access(there, os.W_OK), "problems": problems}
+        said |= {"exists": store.exists(), "writable": store.writable()}
+        said |= {"problems": list(store.problems()), "versions": len(store.list())}
     except StoreError as error:
-        said |= {"versions": None, "writable": os.access(there, os.W_OK), "problems": [str(error)]}
+        said["problems"] = [str(error)]
     return said
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from turret.location import Location
 from turret.store import Collected, Deleted, Gate, Golden, Move, Store, Verified, Version
 from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
 
@@ -24,9 +25,9 @@ Say = Callable[[str], None]
 
 
 class Workspace:
-    """A folder of adapters and everything that can be done with them."""
+    """A folder of adapters, or a catalog's URL, and everything that can be done with them."""
 
-    def __init__(self, path: str | Path = ".turret") -> None:
+    def __init__(self, path: str | Path | Location = ".turret") -> None:
         self.store = Store(path)
 
     def list(self, name: str | None = None) -> Sequence[Version]:

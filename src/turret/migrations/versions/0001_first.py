@@ -7,11 +7,15 @@ revision = "0001"
 down_revision = None
 
 
+def bytewise(length: int) -> sa.String:
+    return sa.String(length).with_variant(sa.String(length, collation="C"), "postgresql")
+
+
 def upgrade() -> None:
     op.create_table(
         "adapters",
         sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("name", sa.String(100), nullable=False),
+        sa.Column("name", bytewise(100), nullable=False),
         sa.Column("last_number", sa.Integer(), nullable=False),
         sa.Column("created", sa.String(32), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_adapters"),
@@ -38,7 +42,7 @@ def upgrade() -> None:
     op.create_table(
         "files",
         sa.Column("version_id", sa.Integer(), nullable=False),
-        sa.Column("path", sa.String(255), nullable=False),
+        sa.Column("path", bytewise(255), nullable=False),
         sa.Column("digest", sa.String(80), nullable=False),
         sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("version_id", "path", name="pk_files"),
@@ -48,7 +52,7 @@ def upgrade() -> None:
     op.create_table(
         "aliases",
         sa.Column("adapter_id", sa.Integer(), nullable=False),
-        sa.Column("alias", sa.String(32), nullable=False),
+        sa.Column("alias", bytewise(32), nullable=False),
         sa.Column("version_id", sa.Integer(), nullable=False),
         sa.Column("moved", sa.String(32), nullable=False),
         sa.PrimaryKeyConstraint("adapter_id", "alias", name="pk_aliases"),
@@ -60,7 +64,7 @@ def upgrade() -> None:
         "alias_history",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("adapter_id", sa.Integer(), nullable=False),
-        sa.Column("alias", sa.String(32), nullable=False),
+        sa.Column("alias", bytewise(32), nullable=False),
         sa.Column("version_id", sa.Integer()),
         sa.Column("moved", sa.String(32), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_alias_history"),

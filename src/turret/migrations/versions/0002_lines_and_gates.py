@@ -20,7 +20,7 @@ def upgrade() -> None:
     op.create_table(
         "gates",
         sa.Column("adapter_id", sa.Integer(), nullable=False),
-        sa.Column("alias", sa.String(32), nullable=False),
+        sa.Column("alias", sa.String(32).with_variant(sa.String(32, collation="C"), "postgresql"), nullable=False),
         sa.Column("split", sa.String(100), nullable=False),
         sa.Column("metric", sa.String(200), nullable=False),
         sa.Column("relation", sa.String(2), nullable=False),

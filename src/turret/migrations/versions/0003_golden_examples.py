@@ -22,7 +22,7 @@ def upgrade() -> None:
     op.create_table(
         "golden_gates",
         sa.Column("adapter_id", sa.Integer(), nullable=False),
-        sa.Column("alias", sa.String(32), nullable=False),
+        sa.Column("alias", sa.String(32).with_variant(sa.String(32, collation="C"), "postgresql"), nullable=False),
         sa.Column("golden", sa.String(80), nullable=False),
         sa.Column("share", sa.Float(), nullable=False),
         sa.Column("created", sa.String(32), nullable=False),

@@ -1,0 +1,142 @@
+"""How PostgreSQL is reached, written to by one at a time, and understood when it complains. Refuses to know tables.
+
+- who writes holds one advisory lock of the database until the transaction ends, and sees all that was committed before
+  it got it (READ COMMITTED); so there is one writer at a time, as with SQLite
+- who reads sees one moment (REPEATABLE READ) and waits for nobody
+- a transaction whose client was lost is ended by the server, which frees the lock; nothing of it is kept
+- every transaction is a connection of its own: nothing is open between two, and a fork inherits none
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy.pool import NullPool
+
+from turret.errors import StoreError
+
+LOCK = 0x747572726574  # "turret"; a database's schemas share it
+BUSY_SECONDS = 60  # how long a writer waits for the writers before it
+IDLE_SECONDS = 600  # after which the server ends the transaction of a writer that is heard no more
+CONNECT_SECONDS = 10
+_DEFAULTS = {"connect_timeout": CONNECT_SECONDS, "application_name": "turret", "client_encoding": "utf-8"}
+
+
+class Postgres:
+    """One database of a server; reached at the first transaction, not before."""
+
+    read_only = False
+    name = "catalog"
+
+    def __init__(self, url: str, shown: str, *, busy_seconds: int = BUSY_SECONDS) -> None:
+        self.store = shown
+        self._url = url
+        self._busy_seconds = busy_seconds
+        self._secrets: tuple[str, ...] = ()
+
+    @cached_property
+    def _engine(self) -> Engine:
+        _driver(self.store)
+        return create_engine(
+            "postgresql+psycopg://", creator=self._connect, poolclass=NullPool, use_native_hstore=False
+        )
+
+    @contextmanager
+    def transaction(self, *, writes: bool) -> Iterator[Connection]:
+        """A transaction that sees one moment; one that writes is the only such until it ends."""
+        level = "READ COMMITTED" if writes else "REPEATABLE READ"
+        engine = self._engine.execution_options(isolation_level=level, postgresql_readonly=not writes)
+        with engine.begin() as connection:
+            if writes:
+                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{self._busy_seconds}s'")
+                connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
+            yield connection
+
+    def identity(self, connection: Connection) -> str | None:
+        """What tells this catalog from every other, on whatever server it is; None where that was lost.
+
+        It is the comment on the table `alembic_version`, so that a dump carries it.
+        """
+        found = connection.exec_driver_sql("SELECT obj_description('alembic_version'::regclass, 'pg_class')").scalar()
+        return None if found is None else str(found)
+
+    def identify(self, connection: Connection) -> None:
+        """Give it a new one, where it has none."""
+        if self.identity(connection) is None:
+            connection.exec_driver_sql(f"COMMENT ON TABLE alembic_version IS '{uuid.uuid4()}'")
+
+    def writable(self, connection: Connection) -> bool:
+        """Whether this user may write, on this server."""
+        query = "SELECT has_table_privilege('versions', 'INSERT') AND NOT pg_is_in_recovery()"
+        return bool(connection.exec_driver_sql(query).scalar())
+
+    def damage(self, _connection: Connection) -> Iterator[str]:
+        """Nothing: the server itself looks after its files and its references."""
+        yield from ()
+
+    def plainly(self, reason: str) -> str:
+        """What it complains of, and what to do."""
+        for secret in self._secrets:
+            reason = reason.replace(secret, "***")
+        first = reason.strip().partition("\n")[0].removesuffix("?").strip()
+        for words, said in _COMPLAINTS:
+            if any(word in reason for word in words):
+                return said.format(first=first, seconds=self._busy_seconds)
+        return first
+
+    def _connect(self) -> Any:
+        psycopg = _driver(self.store)
+        try:
+            wanted = psycopg.conninfo.conninfo_to_dict(self._url)
+        except psycopg.ProgrammingError:  # it repeats the URL, and with it the password
+            wanted = None
+        if wanted is None:
+            raise StoreError(
+                f"store {self.store}: PostgreSQL cannot read this URL: expected keys that libpq knows beside files and "
+                "local, a number as port, and % codes for what is special"
+            )
+        self._secrets = tuple(str(wanted[key]) for key in ("password", "sslpassword") if wanted.get(key))
+        return psycopg.connect(**{**_DEFAULTS, **wanted}, prepare_threshold=None)
+
+
+_COMPLAINTS = (
+    (("lock timeout",), "another process has held it for {seconds} seconds: wait for it, or end it"),
+    (
+        ("password", "Peer authentication", "no pg_hba.conf entry"),
+        "{first}: set PGPASSWORD or ~/.pgpass, or ask for access",
+    ),
+    (("does not exist",), "{first}: make it, or correct the URL"),
+    (("permission denied", "must be owner"), "{first}: grant it, or connect as another user"),
+    (("read-only transaction",), "it is read-only here: connect to the server that is written to"),
+    (("No space left", "disk full"), "the server's disk is full ({first}): free some space there and try again"),
+    (("too many clients", "remaining connection slots"), "{first}: try again, or raise max_connections"),
+    (
+        (
+            "terminating connection",
+            "server closed",
+            "connection is lost",
+            "connection has been closed",
+            "idle-in-trans",
+        ),
+        "the connection was lost ({first}): look whether it was done, and try again",
+    ),
+    (
+        ("connection failed", "connection to server", "could not translate", "failed to resolve", "timeout expired"),
+        "cannot be reached ({first}): check host and port, and that it runs",
+    ),
+)
+
+
+def _driver(store: str) -> Any:
+    try:
+        import psycopg
+        import psycopg.conninfo
+    except ImportError as error:
+        raise StoreError(f"store {store}: PostgreSQL needs psycopg ({error}): pip install 'turret[postgres]'") from None
+    return psycopg

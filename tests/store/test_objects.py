@@ -1,0 +1,255 @@
+"""Content in an object store is there whole or not at all, comes back as it went, and every trouble is one line.
+
+On S3, and on fsspec's own memory as the plainest filesystem there is.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from servers import BUCKET
+
+from turret.errors import Corrupt, StoreError
+from turret.store.blobs import Blob, hash_file
+from turret.store.objects import Objects, _s3
+
+PART = 5 << 20  # the smallest that S3 takes
+Make = Callable[..., Objects]
+
+
+@pytest.fixture(params=["s3", "memory"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """Opens the same place again and again, as processes do."""
+    url = f"{request.param}://{BUCKET}/{uuid.uuid4().hex}"
+    if request.param == "s3":
+        request.getfixturevalue("s3_server")
+        return lambda connect=None: Objects(url, connect, part=PART)
+    memory = MemoryFileSystem(global_store=False, skip_instance_cache=True)
+    return lambda connect=None: Objects(url, connect or (lambda: memory), part=PART)
+
+
+@pytest.fixture
+def s3(s3_server) -> Make:
+    url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    return lambda connect=None: Objects(url, connect, part=PART)
+
+
+def file(folder: Path, content: bytes) -> Path:
+    path = folder / uuid.uuid4().hex
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("size", [0, 1, PART - 1, PART, 2 * PART + 7])
+def test_content_of_any_size_comes_back_as_it_went(make, tmp_path, size) -> None:
+    source = file(tmp_path, os.urandom(size))
+    objects = make()
+    blob = objects.put(source)
+    assert blob == hash_file(source)
+    other = make()
+    assert other.has(blob.digest)
+    assert other.glance(blob) is None
+    assert other.check(blob.digest) == blob
+    other.copy(blob.digest, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == source.read_bytes()
+    with other.held(blob.digest) as held:
+        assert hash_file(held) == blob
+    assert not held.exists()
+    assert [each for _, each in other.walk()] == [blob]
+
+
+def test_local_copies_last_as_long_as_what_made_them(make, tmp_path) -> None:
+    objects = make()
+    blob = objects.put(file(tmp_path, b"content"))
+    path = objects.local(blob.digest)
+    assert objects.local(blob.digest) == path
+    assert path.read_bytes() == b"content"
+    del objects
+    gc.collect()
+    assert not path.exists()
+
+
+def test_what_is_removed_is_gone_for_all_at_once_and_only_once(make, tmp_path) -> None:
+    one, other = make(), make()
+    blobs = [one.put(file(tmp_path, b"%d" % i)) for i in range(3)]
+    names = {blob.digest: name for name, blob in other.walk()}
+    assert other.remove(names[blobs[0].digest])
+    assert not one.remove(names[blobs[0].digest])
+    assert not one.has(blobs[0].digest)
+    assert {blob.digest for _, blob in one.walk()} == {blob.digest for blob in blobs[1:]}
+    assert list(one.glances(blobs)) == [blobs[0].digest]
+    assert "is missing" in one.glances(blobs)[blobs[0].digest]
+    with pytest.raises(Corrupt, match="is missing"):
+        one.check(blobs[0].digest)
+    with pytest.raises(Corrupt, match="is missing"):
+        one.copy(blobs[0].digest, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Watched:
+    """A filesystem that calls `before` ahead of every upload, and breaks off uploads where it is told to."""
+
+    def __init__(self, system: Any, before: Callable[[], object], breaks: bool = False) -> None:
+        self._system, self._before, self._breaks = system, before, breaks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._system, name)
+
+    def open(self, key: str, mode: str, **more: Any) -> Any:
+        if mode != "wb":
+            return self._system.open(key, mode, **more)
+        self._before()
+        upload = self._system.open(key, mode, **more)
+        if self._breaks:
+            write, written = upload.write, []
+
+            def broken(data: bytes) -> int:
+                written.append(len(data))
+                if sum(written) > PART + (1 << 20):
+                    raise OSError("the network is down")
+                return int(write(data))
+
+            upload.write = broken
+        return upload
+
+
+def unended(system: Any) -> list[Any]:
+    return list(system.list_multipart_uploads(BUCKET))
+
+
+def test_a_source_that_changes_on_its_way_is_not_kept_under_the_name_it_had(s3, tmp_path) -> None:
+    source, system = file(tmp_path, os.urandom(PART + 9)), _s3("")
+    before = hash_file(source)
+    objects = s3(lambda: Watched(system, lambda: source.write_bytes(os.urandom(PART + 9))))
+    with pytest.raises(Corrupt, match="changed while it was being stored"):
+        objects.put(source)
+    assert not s3().has(before.digest)
+    assert list(s3().walk()) == []
+    assert unended(system) == []
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(s3, tmp_path) -> None:
+    source, system = file(tmp_path, os.urandom(3 * PART)), _s3("")
+    objects = s3(lambda: Watched(system, lambda: None, breaks=True))
+    with pytest.raises(StoreError, match="the network is down"):
+        objects.put(source)
+    assert list(s3().walk()) == []
+    assert unended(system) == []
+    assert s3().put(source) == hash_file(source)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from s3fs import S3FileSystem
+from turret.store.objects import Objects
+ask = S3FileSystem.call_s3
+def watched(self, method, *arguments, **more):
+    answer = ask(self, method, *arguments, **more)
+    if method == "upload_part":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer
+S3FileSystem.call_s3 = watched
+Objects(sys.argv[1], part=5 << 20).put(Path(sys.argv[2]))
+"""
+
+
+def test_an_upload_whose_process_was_killed_is_not_there_and_can_be_made_again(s3, tmp_path) -> None:
+    source, objects = file(tmp_path, os.urandom(3 * PART)), s3()
+    killed = subprocess.run([sys.executable, "-c", KILLED, objects._url, str(source)], check=False)
+    assert killed.returncode == -9
+    assert len(unended(_s3(""))) == 1
+    assert list(objects.walk()) == []
+    assert not objects.has(hash_file(source).digest)
+    assert objects.put(source) == hash_file(source)
+    _s3("").clear_multipart_uploads(BUCKET)
+
+
+def test_a_flipped_bit_is_found_by_every_way_to_read(make, tmp_path) -> None:
+    objects = make()
+    blob = objects.put(file(tmp_path, b"0123456789"))
+    with objects._told() as system:
+        system.pipe_file(objects._blob(blob.digest), b"012345678x")
+    assert objects.glance(blob) is None  # which hashes nothing
+    for read in (objects.check, objects.local, lambda digest: objects.copy(digest, tmp_path / "out")):
+        with pytest.raises(Corrupt, match="does not match its digest"):
+            read(blob.digest)
+    with pytest.raises(Corrupt, match="does not match its digest"), objects.held(blob.digest):
+        pass
+    assert not (tmp_path / "out").exists()
+    objects.put(file(tmp_path, b"0123456789"))
+    assert objects.check(blob.digest) == blob
+
+
+def test_it_works_after_a_fork(s3, tmp_path) -> None:
+    objects = s3()
+    blob = objects.put(file(tmp_path, b"content"))
+    code = (
+        "import os, sys; from turret.store.objects import Objects; objects = Objects(sys.argv[1])\n"
+        "objects.check(sys.argv[2]); child = os.fork()\n"
+        "objects.check(sys.argv[2])\n"
+        "os._exit(0) if child == 0 else sys.exit(os.waitpid(child, 0)[1])"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, objects._url, blob.digest], check=True, timeout=60)
+
+
+def test_files_of_another_name_are_nobodys(make, tmp_path) -> None:
+    objects = make()
+    blob = objects.put(file(tmp_path, b"content"))
+    with objects._told() as system:
+        for name in ("blobs/sha256/ab/short", "blobs/sha256/xx", "blobs/other", f"blobs/sha256/00/{'f' * 64}"):
+            system.pipe_file(f"{objects._prefix}/{name}", b"x")
+    assert [each for _, each in objects.walk()] == [blob]
+
+
+# --- trouble ----------------------------------------------------------------------------------------------------------
+
+
+def complaint(objects: Objects, source: Path) -> str:
+    with pytest.raises(StoreError) as raised:
+        objects.put(source)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_bucket_that_is_not_there_is_said(s3_server, tmp_path) -> None:
+    said = complaint(Objects("s3://no-such-bucket/x"), file(tmp_path, b"1"))
+    assert said.startswith("files s3://no-such-bucket/x: The specified bucket does not exist: make the bucket")
+
+
+def test_a_server_that_is_not_there_is_said(s3_server, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    said = complaint(Objects("s3://bucket/x"), file(tmp_path, b"1"))
+    assert "cannot be reached" in said
+    assert "AWS_ENDPOINT_URL" in said
+
+
+def test_missing_credentials_are_said(s3_server, tmp_path, monkeypatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    said = complaint(Objects("s3://bucket/x"), file(tmp_path, b"1"))
+    assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" in said
+
+
+def test_nothing_is_asked_before_the_first_use() -> None:
+    Objects("s3://bucket/x", lambda: pytest.fail("asked"))
+
+
+def test_a_bad_digest_is_no_key(make) -> None:
+    for digest in ("sha256:x", "sha256:../../x", "", f"sha256:{'A' * 64}"):
+        with pytest.raises(Corrupt, match="is not a digest"):
+            make().check(digest)
+        with pytest.raises(Corrupt, match="is not a digest"):
+            make().glance(Blob(digest, 1))

@@ -1,0 +1,325 @@
+"""A store by URL: verbs as in a folder, trouble in one line, no password shown, no catalog takes another's files."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from servers import PASSWORD, USER
+from store.bundles import tensors, write_bundle
+
+from turret.cli.main import run
+from turret.errors import BadLocation, InUse, NotFound, StoreError
+from turret.location import Location
+from turret.postgres import Postgres
+from turret.store import Store
+from turret.workspace import Workspace
+
+
+@pytest.fixture
+def database(postgres_server) -> Iterator[str]:
+    with postgres_server.database() as name:
+        yield name
+
+
+def one_line(said: pytest.ExceptionInfo[StoreError]) -> str:
+    text = str(said.value)
+    assert "\n" not in text
+    assert PASSWORD not in text
+    return text
+
+
+def test_the_files_of_a_catalog_may_be_in_a_folder(new_url, tmp_path) -> None:
+    store = Store(new_url(str(tmp_path / "files")))
+    for seed in range(3):
+        store.put("a", write_bundle(tmp_path, tensors(seed)), metrics={"test": {"loss": 0.1 * seed}})
+    store.promote("a@1", "production")
+    store.promote("a@2", "production")
+    assert store.rollback("a").version == "a@1"
+    store.delete("a@3")
+    assert len(store.gc().removed) == 2
+    assert store.verify().ok
+    assert len(store.materialize("a", tmp_path / "out").digest) > 60
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {"blobs", "tmp", "catalog"}
+    assert not store.root.exists()  # no run was begun
+
+
+def test_runs_stay_on_this_machine(new_url, tmp_path) -> None:
+    url = new_url()
+    first = Store(url).new_run("a", "x", "y")
+    assert first.folder.parents[2] == tmp_path / "local"
+    Store(url).end_run(first, "interrupted")
+    elsewhere = Store(url.replace(str(tmp_path / "local"), str(tmp_path / "another machine")))
+    assert elsewhere.unfinished_run("x", "y") is None
+    assert elsewhere.gc().removed == ()
+    again = Store(url).unfinished_run("x", "y")
+    assert again is not None
+    assert again.id == first.id
+    Store(url).end_run(again, "finished")
+
+
+def test_names_order_by_their_bytes_as_in_a_folder(store, make_bundle) -> None:
+    names = ["a-b", "a.b", "a0", "aa", "a_a", "b"]
+    for name in reversed(names):
+        store.put(name, make_bundle())
+    assert [version.name for version in store.list()] == sorted(names)
+    assert list(store.show("aa")["files"]) == sorted(store.show("aa")["files"])
+
+
+def test_two_stores_in_one_database_are_apart(new_url, postgres_server, make_bundle, tmp_path) -> None:
+    url = new_url(str(tmp_path / "files"))
+    postgres_server.execute("CREATE SCHEMA team_a", urlsplit(url).path.removeprefix("/"))
+    one, two = Store(url), Store(f"{url.replace('/files', '/other')}&options=-csearch_path%3Dteam_a")
+    one.put("a", make_bundle(b"1"))
+    assert not two.exists()
+    two.put("b", make_bundle(b"2"))
+    assert [str(version) for version in one.list()] == ["a@1"]
+    assert [str(version) for version in two.list()] == ["b@1"]
+    assert one.root != two.root
+
+
+def test_characters_that_a_server_may_refuse_harm_no_verb(store, put) -> None:
+    put(said={"note": "a\0b", "half": "\ud800", "lineage": {"recipe": "\0"}})
+    put(said={"lineage": {"parent": "a@1"}})
+    assert store.list()[0].manifest["note"] == "a\0b"
+    assert store.verify().ok
+    with pytest.raises(InUse, match="a@2 was made from it"):
+        store.delete("a@1")
+    store.delete("a@2")
+    run = store.new_run("a", "x", "y")
+    store.end_run(run, "failed", error="bad \0 byte \ud800", result={"said": "\0"})
+    assert [str(gate) for gate in store.gate("a", "production", add=[f"{'x' * 99}.{'y' * 99}>1"])]
+
+
+# --- whose files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("files", ["s3", "folder"])
+def test_a_catalog_never_takes_the_files_of_another(new_url, make_bundle, tmp_path, files) -> None:
+    """A gc would remove them all: this catalog lists none of them."""
+    one = Location.parse(new_url("s3" if files == "s3" else str(tmp_path / "files")))
+    Store(one).put("a", make_bundle(b"1"))
+    other = Store(new_url(str(one.files)))
+    for write in (lambda: other.put("b", make_bundle(b"2")), lambda: (other._made(), other.gc())):
+        with pytest.raises(
+            StoreError, match=r"holds the files of another catalog .* give each its own; if that"
+        ) as said:
+            write()
+        one_line(said)
+    assert len(Store(one).files("a")) == 3
+    assert Store(one).gc().removed == ()
+
+
+def test_a_catalog_that_was_dumped_without_its_id_says_so(new_url, make_bundle, postgres_server) -> None:
+    url = new_url()
+    Store(url).put("a", make_bundle(b"1"))
+    postgres_server.execute("COMMENT ON TABLE alembic_version IS NULL", urlsplit(url).path.removeprefix("/"))
+    with pytest.raises(StoreError, match=r"has lost its id, .*: set it to what s3://.*/catalog holds"):
+        Store(url).put("a", make_bundle(b"2"))
+    assert len(Store(url).files("a")) == 3
+
+
+def test_a_gc_leaves_files_alone_that_no_catalog_ever_marked(new_url, make_bundle, tmp_path) -> None:
+    folder = Store(tmp_path / "store")
+    folder.put("a", make_bundle())
+    (tmp_path / "copy").mkdir()
+    (folder.root / "blobs").rename(tmp_path / "copy" / "blobs")
+    store = Store(new_url(str(tmp_path / "copy")))
+    store._made()
+    assert store.gc().removed == ()
+    assert store.verify().orphans == 3
+
+
+def test_a_folder_store_and_a_catalog_do_not_share_a_folder(new_url, make_bundle, tmp_path) -> None:
+    folder = Store(tmp_path / "store")
+    folder.put("a", make_bundle())
+    with pytest.raises(StoreError, match=r"holds the files of another catalog \(of .*turret\.db"):
+        Store(new_url(str(folder.root))).put("a", make_bundle())
+    Store(new_url(str(tmp_path / "files"))).put("a", make_bundle())
+    with pytest.raises(StoreError, match="holds the files of a catalog elsewhere: use another --store"):
+        Store(tmp_path / "files").put("a", make_bundle())
+
+
+# --- many at once -----------------------------------------------------------------------------------------------------
+
+
+class Cut:
+    """Files whose catalog loses every connection after the first file is removed."""
+
+    def __init__(self, store: Store, cut: Any) -> None:
+        self._files, self._cut, self.removed = store._blobs, cut, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+    def remove(self, name: str) -> bool:
+        done = bool(self._files.remove(name))
+        self.removed += 1
+        self._cut()
+        return done
+
+
+def test_a_gc_that_is_the_only_writer_no_more_removes_nothing_more(new_url, make_bundle, postgres_server) -> None:
+    store = Store(new_url())
+    store.put("a", make_bundle(b"1"))
+    store.delete("a@1")
+
+    def cut() -> None:
+        postgres_server.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'turret'"
+        )
+
+    store._blobs = Cut(store, cut)
+    with pytest.raises(
+        StoreError, match=r"the connection was lost .*: look whether it was done, and try again"
+    ) as said:
+        store.gc()
+    one_line(said)
+    assert store._blobs.removed == 1
+    assert store.verify().orphans == 2
+    store._blobs = store._blobs._files
+    assert len(store.gc().removed) == 2
+
+
+def test_a_writer_that_waits_too_long_says_so(postgres_server, database) -> None:
+    url = postgres_server.url(database)
+    held = Postgres(url, "x")
+    with held.transaction(writes=True):
+        waiting = Postgres(url, "x", busy_seconds=1)
+        with pytest.raises(Exception, match="lock timeout") as raised, waiting.transaction(writes=True):
+            pass
+    said = waiting.plainly(str(raised.value.orig))
+    assert said == "another process has held it for 1 seconds: wait for it, or end it"
+
+
+# --- trouble ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_password_opens_the_door_and_is_never_shown(postgres_server, database, make_bundle, tmp_path, capsys) -> None:
+    url = f"{postgres_server.url_with_password(database)}?files={tmp_path}/files&local={tmp_path}/local"
+    Store(url).put("a", make_bundle())
+    for verb in (["list"], ["verify"], ["show", "a"], ["doctor"], ["gc"], ["promote", "a@7", "x"], ["list", "none"]):
+        for form in ([], ["--json"]):
+            run([*verb, *form, "--store", url])
+            out = "".join(capsys.readouterr())
+            assert PASSWORD not in out
+            assert "not%3Ato" not in out
+    assert run(["list", "--store", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["store"].startswith(f"postgresql://{USER}:***@127.0.0.1:")
+    assert PASSWORD not in repr(Store(url).location)
+    with pytest.raises(NotFound, match=r"no store at postgresql://turret:\*\*\*@"):
+        Store(url.replace(database, "template1")).resolve("a")
+
+
+def test_a_wrong_password_is_said_and_not_shown(postgres_server, database, tmp_path) -> None:
+    with pytest.raises(StoreError, match=r"password authentication failed .*: set PGPASSWORD or ~/.pgpass") as said:
+        Store(f"{postgres_server.url_with_password(database, 'WRONG!word')}?files={tmp_path}").list()
+    assert "WRONG" not in one_line(said)
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("postgresql://me:Secret@127.0.0.1:9/db?files=/x", r"cannot be reached \(.*refused\): check host and port"),
+        ("postgresql://me:Secret@127.0.0.1:port/db?files=/x", 'invalid integer value "port"'),
+        (
+            "postgresql://me:Secret@127.0.0.1/db?files=/x&unknown=1",
+            "PostgreSQL cannot read this URL: expected keys that",
+        ),
+        ("postgresql://me:Sec%ret@127.0.0.1/db?files=/x", "PostgreSQL cannot read this URL"),
+    ],
+)
+def test_a_server_that_cannot_be_reached_is_said(url, complaint) -> None:
+    with pytest.raises(StoreError, match=complaint) as said:
+        Store(url).list()
+    assert "Sec" not in one_line(said)
+
+
+def test_a_database_that_is_not_there_is_said(postgres_server, tmp_path) -> None:
+    with pytest.raises(StoreError, match='database "none" does not exist: make it, or correct the URL') as said:
+        Store(f"{postgres_server.url('none')}&files={tmp_path}").list()
+    one_line(said)
+
+
+def test_a_user_who_may_only_read_reads_and_is_told_so(new_url, postgres_server, make_bundle, tmp_path, capsys) -> None:
+    url = new_url()
+    Store(url).put("a", make_bundle(tensors(1)))
+    database = urlsplit(url).path.removeprefix("/")
+    role = f"reader_{database}"
+    postgres_server.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        postgres_server.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}", database)
+        reader = url.replace(f"//{USER}@", f"//{role}@")
+        assert [str(version) for version in Store(reader).list()] == ["a@1"]
+        Store(reader).materialize("a", tmp_path / "out")
+        assert Store(reader).verify().ok
+        for write in (
+            lambda: Store(reader).promote("a", "production"),
+            lambda: Store(reader).delete("a@1"),
+        ):
+            with pytest.raises(
+                StoreError, match=r"permission denied for table .*: grant it, or connect as another"
+            ) as said:
+                write()
+            one_line(said)
+        for write in (lambda: Store(reader).put("a", make_bundle(b"2")), Store(reader).gc):
+            with pytest.raises(StoreError, match="is read-only for this user: grant INSERT"):
+                write()
+        assert Store(url).verify().orphans == 0
+        assert Store(reader).gc(dry_run=True).removed == ()
+        assert run(["doctor", "--store", reader]) == 0
+        assert "1 versions, read-only" in " ".join(capsys.readouterr().out.split())
+    finally:
+        postgres_server.execute(f"DROP OWNED BY {role}", database)
+        postgres_server.execute(f"DROP ROLE {role}")
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("psycopg", r"PostgreSQL needs psycopg .*: pip install 'turret\[postgres\]'"),
+        ("s3fs", r"S3 needs s3fs .*: pip install 'turret\[s3\]'"),
+    ],
+)
+def test_what_is_not_installed_is_one_line_that_says_what_to_install(new_url, module, words) -> None:
+    url = new_url()
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "from turret.cli.main import run\n"
+        "from turret.store import Store\n"
+        "from turret.errors import StoreError\n"
+        "try: Store(sys.argv[1])._made(); Store(sys.argv[1]).verify()\n"
+        "except StoreError as error: sys.exit(str(error))"
+    )
+    out = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, check=False)
+    assert out.returncode == 1
+    assert re.search(words, out.stderr), out.stderr
+    assert out.stderr.count("\n") == 1
+
+
+def test_a_folder_store_loads_neither_driver(tmp_path) -> None:
+    Store(tmp_path / "store").put("a", write_bundle(tmp_path, tensors(1)))
+    code = (
+        "import sys; from turret.store import Store; store = Store(sys.argv[1]); store.files('a'); store.verify()\n"
+        "assert not {'psycopg', 's3fs', 'fsspec', 'aiobotocore', 'botocore'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "store")], check=True)
+
+
+def test_a_workspace_opens_a_url(new_url, make_bundle, tmp_path) -> None:
+    url = new_url()
+    Store(url).put("a", make_bundle())
+    workspace = Workspace(url)
+    assert workspace.promote("a", "production").changed
+    assert workspace.doctor()["store"] | {"path": ""} == {
+        "path": "", "exists": True, "versions": 1, "writable": True, "problems": [],
+    }  # fmt: skip
+    with pytest.raises(BadLocation, match="it is a str, not a Path"):
+        Workspace(Path(url))
