@@ -10,6 +10,7 @@ The schema, in bullets (its number is `SCHEMA`; every change is a new Alembic fi
   `version_id` becomes NULL (both NULL: the alias was taken away); `verb` is promote, rollback or delete; `before` is
   the move that a rollback from here goes back to
 - `gates`: what a version's metrics must reach before an alias may be moved to it
+- `tokens`: who may ask a server; `hash` is of the token, which is kept nowhere; quotas are a minute, NULL for none
 - `runs`: a row a training; `state` is running, interrupted, failed or finished; the version it made has its `run`
 
 Times are ISO 8601 in UTC, as text. On SQLite the journal is WAL and a commit is on disk before it returns.
@@ -50,7 +51,7 @@ from sqlalchemy.pool import NullPool
 
 from turret.errors import StoreError
 
-SCHEMA = "0002"  # the newest file in migrations/versions; a test holds the two together
+SCHEMA = "0003"  # the newest file in migrations/versions; a test holds the two together
 BUSY_SECONDS = 60  # how long a writer waits for the writers before it
 
 metadata = MetaData(
@@ -123,6 +124,18 @@ gates = Table(
     Column("relation", String(2), primary_key=True),
     Column("threshold", Float, nullable=False),
     Column("created", String(32), nullable=False),
+)
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", String(100), nullable=False, unique=True),
+    Column("hash", String(80), nullable=False, unique=True),
+    Column("scopes", JSON, nullable=False),
+    Column("created", String(32), nullable=False),
+    Column("revoked", String(32)),
+    Column("requests_per_minute", Integer),
+    Column("tokens_per_minute", Integer),
 )
 runs = Table(
     "runs",

@@ -15,11 +15,25 @@ TurretError                 anything a user can mend; its text is one line: what
 │   ├── OutOfMemory         the machine could not hold the step
 │   ├── Interrupted         stopped by the user; resumable
 │   └── ProofFailed         the stored bundle did not reproduce the trained model
-└── StoreError              the store could not be opened, read or written
-    ├── NotFound            no such adapter, version or alias
-    ├── InUse               a version that something still needs
-    ├── GateFailed          a version whose metrics do not pass what its alias asks for
-    └── Corrupt             stored bytes do not match their digest
+├── StoreError              the store could not be opened, read or written
+│   ├── NotFound            no such adapter, version or alias
+│   ├── InUse               a version that something still needs
+│   ├── GateFailed          a version whose metrics do not pass what its alias asks for
+│   └── Corrupt             stored bytes do not match their digest
+├── EngineError             the engine did not answer
+│   ├── Busy                too much is waiting; `retry_after` says for how many seconds
+│   ├── Draining            it finishes what runs and takes nothing new
+│   ├── Cancelled           the request was taken back before its answer was whole
+│   └── DeadlineExceeded    the answer was not there in time
+├── ServeRefused            a server that must not start as it was asked to
+└── RequestError            an HTTP request that is not carried out
+    ├── BadRequest          it cannot be read, or asks for what is not offered
+    ├── Unauthorized        no token, or none that is known
+    ├── Forbidden           a token without the scope
+    ├── TooLarge            more bytes than the limit
+    ├── TooSlow             its bytes did not come in time
+    ├── WrongMediaType      a body that is not JSON
+    └── QuotaSpent          a quota is used up; `retry_after` says for how many seconds
 """
 
 from __future__ import annotations
@@ -111,3 +125,69 @@ class GateFailed(StoreError):
 
 class Corrupt(StoreError):
     """Stored bytes do not match their digest."""
+
+
+class EngineError(TurretError):
+    """The engine did not answer."""
+
+
+class Busy(EngineError):
+    """Too much is waiting already."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after  # seconds
+
+
+class Draining(EngineError):
+    """What runs is finished, nothing new is taken."""
+
+
+class Cancelled(EngineError):
+    """The request was taken back before its answer was whole."""
+
+
+class DeadlineExceeded(EngineError):
+    """The answer was not there in time."""
+
+
+class ServeRefused(TurretError):
+    """A server must not start as it was asked to."""
+
+    exit_status = 2
+
+
+class RequestError(TurretError):
+    """An HTTP request is not carried out, or a server cannot be asked."""
+
+
+class BadRequest(RequestError):
+    """A request cannot be read, or asks for what is not offered."""
+
+
+class Unauthorized(RequestError):
+    """No token came with the request, or none that is known."""
+
+
+class Forbidden(RequestError):
+    """The token lacks the scope."""
+
+
+class TooLarge(RequestError):
+    """The request has more bytes than the limit."""
+
+
+class TooSlow(RequestError):
+    """The bytes of the request did not come in time."""
+
+
+class WrongMediaType(RequestError):
+    """The body is not JSON."""
+
+
+class QuotaSpent(RequestError):
+    """A quota of requests or tokens a minute is used up."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after  # seconds

@@ -1,11 +1,12 @@
 """Where adapters live: immutable numbered versions, content-addressed files, runs. Refuses to know models and torch."""
 
-from turret.store.aliases import Move
+from turret.store.aliases import Move, Pointing
 from turret.store.catalog import Deleted, Version
 from turret.store.gates import Gate
 from turret.store.gc import Collected
 from turret.store.runs import Run
 from turret.store.store import Store
+from turret.store.tokens import Token, Tokens
 from turret.store.verify import Verified
 
-__all__ = ["Collected", "Deleted", "Gate", "Move", "Run", "Store", "Verified", "Version"]
+__all__ = ["Collected", "Deleted", "Gate", "Move", "Pointing", "Run", "Store", "Token", "Tokens", "Verified", "Version"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from turret.store import Collected, Deleted, Gate, Move, Store, Verified, Version
+from turret.store import Collected, Deleted, Gate, Move, Store, Tokens, Verified, Version
 from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ class Workspace:
     def delete(self, reference: str, *, force: bool = False) -> Deleted:
         """Take a version out of the catalog; its number is never given again, its files go with the next gc."""
         return self.store.delete(reference, force=force)
+
+    @property
+    def tokens(self) -> Tokens:
+        """Who may ask a server: `create(name, scopes)`, `list()`, `revoke(name)`."""
+        return self.store.tokens
 
     def plan(self, recipe: Recipe, *, on_stage: Say | None = None) -> Planned:
         """The preflight of a training, without training: fills what the recipe leaves to be seen, and checks it."""
