@@ -229,10 +229,10 @@ def _made(told: Mapping[str, Any], retry_after: str | None) -> TurretError:
     kind = getattr(errors, name, RequestError)
     if not (isinstance(kind, type) and issubclass(kind, TurretError)):
         kind = RequestError
-    made = kind(str(told.get("message")))
-    if retry_after is not None and hasattr(made, "retry_after"):
-        made.retry_after = float(retry_after)
-    return made
+    said = str(told.get("message"))
+    if kind in (errors.Busy, errors.QuotaSpent):
+        return kind(said, float(retry_after or 1))
+    return kind(said)
 
 
 def _unreachable(url: Any, error: Exception) -> RequestError:

@@ -20,11 +20,13 @@ TurretError                 anything a user can mend; its text is one line: what
 │   ├── InUse               a version that something still needs
 │   ├── GateFailed          a version whose metrics do not pass what its alias asks for
 │   └── Corrupt             stored bytes do not match their digest
-├── EngineError             the engine did not answer
-│   ├── Busy                too much is waiting; `retry_after` says for how many seconds
-│   ├── Draining            it finishes what runs and takes nothing new
-│   ├── Cancelled           the request was taken back before its answer was whole
-│   └── DeadlineExceeded    the answer was not there in time
+├── EngineError             the engine did not answer a request
+│   ├── Busy                too much is waiting; it says when to come again
+│   ├── Draining            the engine takes no new request: it is about to stop, or has stopped
+│   ├── Cancelled           the request was withdrawn
+│   ├── DeadlineExceeded    the request was not answered in the time it was given
+│   ├── NoRoom              an adapter or a text is larger than what the engine was given to hold it
+│   └── NotFinite           an adapter's answer was not a number
 ├── ServeRefused            a server that must not start as it was asked to
 └── RequestError            an HTTP request that is not carried out
     ├── BadRequest          it cannot be read, or asks for what is not offered
@@ -128,27 +130,35 @@ class Corrupt(StoreError):
 
 
 class EngineError(TurretError):
-    """The engine did not answer."""
+    """The engine did not answer a request."""
 
 
 class Busy(EngineError):
-    """Too much is waiting already."""
+    """Too much is waiting already; `retry_after` says in how many seconds to come again."""
 
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after  # seconds
+    def __init__(self, text: str, retry_after: float) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
 
 
 class Draining(EngineError):
-    """What runs is finished, nothing new is taken."""
+    """The engine takes no new request: it is about to stop, or has stopped."""
 
 
 class Cancelled(EngineError):
-    """The request was taken back before its answer was whole."""
+    """The request was withdrawn before it was answered."""
 
 
 class DeadlineExceeded(EngineError):
-    """The answer was not there in time."""
+    """The request was not answered in the time it was given."""
+
+
+class NoRoom(EngineError):
+    """An adapter or a text needs more than the engine was given to hold it."""
+
+
+class NotFinite(EngineError):
+    """An adapter's logits were NaN or infinite for a row."""
 
 
 class ServeRefused(TurretError):
@@ -186,8 +196,8 @@ class WrongMediaType(RequestError):
 
 
 class QuotaSpent(RequestError):
-    """A quota of requests or tokens a minute is used up."""
+    """A quota of requests or tokens a minute is used up; `retry_after` says in how many seconds to come again."""
 
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after  # seconds
+    def __init__(self, text: str, retry_after: float) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from turret.errors import AdapterError, Busy, Cancelled, DataError, Draining, NotFound, WrongBase
+from turret.errors import AdapterError, Busy, Cancelled, DeadlineExceeded, Draining, NotFound, WrongBase
 from turret.store import Store
 
 FINGERPRINT = "sha256:echo"
@@ -95,7 +95,9 @@ def probabilities(digest: str, text: str) -> dict[str, float]:
 
 
 class Ticket:
-    def __init__(self, engine: Echo, receipt: Receipt, kind: str, text: Any, options: Options | None) -> None:
+    def __init__(
+        self, engine: Echo, receipt: Receipt, kind: str, text: Any, options: Options | None, deadline: float | None
+    ) -> None:
         self.receipt, self.kind, self.text = receipt, kind, text
         self.engine = engine
         said = words(receipt.digest, text, options) if kind == "generate" else []
@@ -105,6 +107,7 @@ class Ticket:
         self._listeners: list[Callable[[Any], None]] = []
         self._lock = threading.Lock()
         self.over = False
+        self.until = None if deadline is None else time.monotonic() + deadline
 
     def listen(self, fn: Callable[[Any], None]) -> None:
         with self._lock:
@@ -127,6 +130,10 @@ class Ticket:
     def step(self) -> bool:
         """Whether there is more to do."""
         if self.over:
+            return False
+        if self.until is not None and time.monotonic() > self.until:
+            self.over = True
+            self.tell(Failed(DeadlineExceeded("there was no time left")))
             return False
         if self.left:
             self.tell(Piece(self.left.pop(0)))
@@ -172,11 +179,17 @@ class Echo:
 
     # --- the face ---------------------------------------------------------------------------------------------------
 
-    def submit(self, kind: str, text: Any, adapter: str | None, options: Options | None = None) -> Ticket:
+    def submit(
+        self,
+        kind: str,
+        text: Any,
+        adapter: str | None,
+        options: Options | None = None,
+        *,
+        deadline: float | None = None,
+    ) -> Ticket:
         if self._draining:
             raise Draining("the echo is going down")
-        if "\0" in str(text):
-            raise DataError("a text with a NUL: expected text")
         if adapter is None and kind == "classify":
             raise AdapterError("the bare base has no head: name an adapter")
         receipt = Receipt(f"echo-{next(self._numbers)}", None, 0, None)
@@ -187,7 +200,7 @@ class Echo:
                 if named.digest not in self._slots:
                     self.cold.append(str(named))
             self._load(named).requests += 1
-        ticket = Ticket(self, receipt, kind, text, options)
+        ticket = Ticket(self, receipt, kind, text, options, deadline)
         with self._work:
             if len(self._tickets) >= self.waiting:
                 raise Busy(f"{self.waiting} requests are waiting: try again", retry_after=2.4)

@@ -14,7 +14,8 @@ CLASSES = [value for value in vars(errors).values() if isinstance(value, type) a
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_error_has_a_status_a_code_that_is_its_name_and_no_path(kind) -> None:
-    told = problem(kind("cannot read /var/lib/turret/blobs/ab: /etc/passwd, C:\\Users\\me"))
+    words = "cannot read /var/lib/turret/blobs/ab: /etc/passwd, C:\\Users\\me"
+    told = problem(kind(words, 3.0) if kind in (errors.Busy, errors.QuotaSpent) else kind(words))
     assert 400 <= told.status < 600
     body = told.body["error"]
     assert set(body) == {"message", "type", "param", "code"}

@@ -14,17 +14,19 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from turret.errors import Cancelled, DeadlineExceeded
-from turret.server.face import Receipt, Ticket, named
+from turret.server.face import Receipt, Text, Ticket, named
 
 T = TypeVar("T")
 Answer = dict[str, Any]
+CHARACTERS = 4  # of a token, where nobody has counted
 
 
 class Asked:
     """Tickets at work, in the order of their inputs; all of one version."""
 
-    def __init__(self, tickets: Sequence[Ticket], request: Request, seconds: float) -> None:
+    def __init__(self, tickets: Sequence[Ticket], texts: Sequence[Text], request: Request, seconds: float) -> None:
         self.tickets = tickets
+        self._guessed = [len(text) // CHARACTERS + 1 if isinstance(text, str) else len(text) for text in texts]
         self.receipt: Receipt = tickets[0].receipt
         self.answers: list[Answer | None] = [None] * len(tickets)
         self._pieces = [0] * len(tickets)
@@ -53,9 +55,13 @@ class Asked:
 
     @property
     def tokens(self) -> int:
-        """Read and decided; of an answer that was not waited for, the pieces that came."""
-        pairs = zip(self.answers, self._pieces, strict=True)
-        return sum(prompt_tokens(each) + made_tokens(each) if each is not None else pieces for each, pieces in pairs)
+        """Read and decided. Of an answer that nobody waited for, the pieces that came; of a prompt that the engine
+        does not count, a guess by its length."""
+        total = 0
+        for answer, pieces, guess in zip(self.answers, self._pieces, self._guessed, strict=True):
+            total += prompt_tokens(answer or {}) or guess
+            total += pieces if answer is None else made_tokens(answer)
+        return total
 
     async def all(self) -> list[Answer]:
         """An answer per input, or the first error; raises Cancelled when the client goes away before."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Path, Query
 
+from turret.errors import BadReference, BadRequest
 from turret.reference import Reference as Parsed
 from turret.server.problems import without_paths
 from turret.server.routes import Here, router
@@ -25,12 +27,12 @@ from turret.server.schemas import (
     Version,
 )
 from turret.server.served import Served, said
-from turret.store import Move
+from turret.store import Gate, Move
 from turret.store.catalog import plain
 
 control = router("admin")
 Ref = Annotated[Reference, Path(description="name, name@3 or name@production")]
-After = Annotated[str | None, Query(max_length=140, description="The last version of the page before.")]
+After = Annotated[Reference | None, Query(description="The last version of the page before.")]
 
 
 @control.get("/api/status")
@@ -87,7 +89,7 @@ async def load(reference: Ref, here: Here, body: LoadRequest | None = None) -> V
 
 @control.post("/api/adapters/{reference}/unload")
 async def unload(reference: Ref, here: Here) -> Version:
-    """Take a version out of memory once nothing runs on it; the next request loads it again."""
+    """Take a version out of memory, where no request needs it now; the next one loads it again."""
     return await _by_name(here, reference, here.engine.unload)
 
 
@@ -122,10 +124,20 @@ async def verify(reference: Ref, here: Here) -> dict[str, Any]:
 @control.post("/api/adapters/{reference}/promote")
 async def promote(reference: Ref, body: PromoteRequest, here: Here) -> Moved:
     """Move an alias to a version: loaded first, so that no request waits, and not moved where it cannot be."""
+    check_gates(body.require)
     exact = str(await here.control(here.workspace.resolve, reference))
     if body.alias == here.settings.alias or here.follow.means(exact.partition("@")[0], body.alias):
         await here.control(here.engine.warm, exact)
     return await _moved(here, await here.control(here.workspace.promote, exact, body.alias, require=body.require))
+
+
+def check_gates(texts: Sequence[str]) -> None:
+    """Raises BadRequest: a gate that cannot be read is the request's fault, not a name that is not there."""
+    try:
+        for text in texts:
+            Gate.parse(text)
+    except BadReference as error:
+        raise BadRequest(str(error)) from None
 
 
 @control.post("/api/aliases/{name}/{alias}/rollback")

@@ -70,7 +70,7 @@ class Bounded:
             await answer(Draining("the server is going down: ask another, or later"), scope, receive, send)
             return
         if self.load.requests >= self.limits.in_flight:
-            await answer(Busy(f"{self.load.requests} requests are in flight: try again"), scope, receive, send)
+            await answer(Busy(f"{self.load.requests} requests are in flight: try again", 1), scope, receive, send)
             return
         self.load.requests += 1
         body = _Body(self.limits, self.load)
@@ -128,7 +128,7 @@ class _Body:
         if len(self.content) + len(piece) > self.limits.body_bytes:
             raise self._too_large()
         if self.load.bytes + len(piece) > self.limits.bodies_bytes:
-            raise Busy("the bodies of other requests take all the memory that is meant for them: try again")
+            raise Busy("the bodies of other requests take all the memory that is meant for them: try again", 1)
         self.content += piece
         self.load.bytes += len(piece)
 

@@ -38,9 +38,10 @@ _STORE = "the store cannot be read or written now: the server's log says why"
 # The nearest class in an error's own line of classes decides.
 TABLE: dict[type[BaseException], Rule] = {
     errors.BadRequest: Rule(400, _INVALID),
-    errors.BadReference: Rule(400, _INVALID),
+    errors.BadReference: Rule(404, _INVALID),  # nothing can be called so
     errors.RecipeError: Rule(400, _INVALID),
     errors.DataError: Rule(400, _INVALID),
+    errors.NoRoom: Rule(400, _INVALID),
     errors.Unauthorized: Rule(401, "authentication_error"),
     errors.Forbidden: Rule(403, "permission_error"),
     errors.NotFound: Rule(404, _INVALID),
@@ -57,12 +58,13 @@ TABLE: dict[type[BaseException], Rule] = {
     errors.Draining: Rule(503, _SERVER),
     errors.StoreError: Rule(503, _SERVER, _STORE),
     errors.Corrupt: Rule(500, _SERVER, "the stored bytes of this version are damaged: verify it, and store it again"),
+    errors.NotFinite: Rule(500, _SERVER),
     errors.DeadlineExceeded: Rule(504, _SERVER),
     TurretError: Rule(500, _SERVER, "the server could not do it: its log says why"),
     Exception: Rule(500, _SERVER, "this is a bug in turret: the server's log has the request's id"),
 }
 STATUSES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed"}  # of what the router says by itself
-RETRY_AFTER = {429: 1.0, 503: 1.0}  # seconds, where the error says none
+RETRY_AFTER = {429: 1.0, 503: 5.0}  # seconds, where the error says none
 
 _KEY = re.compile(r"(?!(?:str|int|float|bool|dict|list|none)$)[A-Za-z_][A-Za-z0-9_]*", re.ASCII)  # no form of a union
 _PATH = re.compile(r"(?<![\w.:/])(?!/v1/|/api/)(?:[A-Za-z]:\\|/)[^\s'\"(),;]+")

@@ -39,7 +39,7 @@ class Patient(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.most:
-            self._refuse(Busy(f"{self.most} connections are open: try again"))
+            self._refuse(Busy(f"{self.most} connections are open: try again", 1))
         else:
             self._expect()
 

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from turret.server.limits import MOST_CHOICES, MOST_INPUTS, MOST_MESSAGES, MOST_STOPS, MOST_TEXT, MOST_TOKENS
+
+
+def _is_whole(given: Any) -> bool:
+    return isinstance(given, float) and given.is_integer()
+
 
 Name = Annotated[
     str,
@@ -22,7 +27,9 @@ Name = Annotated[
     ),
 ]
 Text = Annotated[str, Field(max_length=MOST_TEXT)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0, le=10_000_000)]], Field(min_length=1, max_length=1 << 17)]
+# JSON knows one kind of number: 5.0 is a whole one.
+WHOLE = BeforeValidator(lambda given: int(given) if _is_whole(given) else given)
+Tokens = Annotated[list[Annotated[int, Field(ge=0, le=10_000_000), WHOLE]], Field(min_length=1, max_length=1 << 17)]
 Nothing = Annotated[float, Field(ge=0, le=0)] | None  # a penalty that changes nothing
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -44,12 +51,12 @@ class Generation(Model):
     model: Name
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=100_000), WHOLE] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    num_beams: Annotated[int, Field(ge=1, le=16)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=16), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), WHOLE] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=1024)] | None = Field(None, description="Taken, and not used.")
@@ -70,7 +77,7 @@ class CompletionRequest(Generation):
         | Tokens
         | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_INPUTS)]
     )
-    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
     best_of: Literal[1] | None = Field(None, description="Only 1.")
     echo: Literal[False] | None = Field(None, description="Only false.")
     logprobs: None = None
@@ -104,8 +111,8 @@ class ResponseFormat(Model):
 
 class ChatRequest(Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
     logprobs: Literal[False] | None = Field(None, description="Only false.")
     response_format: ResponseFormat | None = None
 
@@ -199,12 +206,17 @@ class ModelList(BaseModel):
 
 # --- the control plane -----------------------------------------------------------------------------------------------
 
+_NAME = r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*"
 Reference = Annotated[
-    str, Field(min_length=1, max_length=140, pattern=r"^[a-z0-9][a-z0-9._-]{0,99}(@[a-z0-9][a-z0-9_-]{0,31})?$")
+    str,
+    Field(min_length=1, max_length=133, pattern=rf"^{_NAME}(@([1-9][0-9]{{0,8}}|[a-z][a-z0-9_-]{{0,31}}))?$"),
 ]
-AdapterName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$")]
+AdapterName = Annotated[str, Field(min_length=1, max_length=100, pattern=rf"^{_NAME}$")]
 AliasName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
-Gate = Annotated[str, Field(min_length=1, max_length=400)]
+Gate = Annotated[
+    str,
+    Field(max_length=300, pattern=r"^[^<>=\x00-\x1f]{1,200}(>=|<=|>|<)-?[0-9]{1,15}(\.[0-9]{1,15})?(e-?[0-9]{1,2})?$"),
+]
 
 
 class LoadRequest(Model):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -120,7 +120,7 @@ class Served:
         if self.settings.log_texts:
             self.log.say("texts", request=request.state.request_id, model=model, texts=list(texts))
         tickets = await self._thread(self._asking, self._submit, kind, model, texts, options)
-        asked = Asked(tickets, request, self.limits.answer_seconds)
+        asked = Asked(tickets, texts, request, self.limits.answer_seconds + 1)  # the engine's own deadline is first
         try:
             self._admit_adapter(asked)
         except TurretError:
@@ -165,14 +165,14 @@ class Served:
         raise NotFound(f"{ascii(model)[:60]} is being deleted again and again: try again")
 
     def _submit_one(self, kind: Kind, text: Text, reference: str | None, options: Any) -> Ticket:
-        exact = None if reference is None else self.follow.exact(reference)
+        exact, seconds = None if reference is None else self.follow.exact(reference), self.limits.answer_seconds
         try:
-            return self.engine.submit(kind, text, exact, options)
+            return self.engine.submit(kind, text, exact, options, deadline=seconds)
         except NotFound:
             if exact == reference:
                 raise
             # What was in force here was deleted before its follower took over: the store says what the alias means.
-            return self.engine.submit(kind, text, reference, options)
+            return self.engine.submit(kind, text, reference, options, deadline=seconds)
 
     # --- control ----------------------------------------------------------------------------------------------------
 
@@ -236,9 +236,13 @@ class Served:
 
 def said(value: Any) -> dict[str, Any]:
     """A small value object of the engine, as JSON says it."""
-    if hasattr(value, "as_json"):
-        made: dict[str, Any] = value.as_json()
-        return made
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    return dict(value)
+    found = value if isinstance(value, Mapping) else {each.name: getattr(value, each.name) for each in fields(value)}
+    return {str(key): _plainly(each) for key, each in found.items()}
+
+
+def _plainly(value: Any) -> Any:
+    if isinstance(value, Mapping) or is_dataclass(value):
+        return said(value)
+    if isinstance(value, list | tuple):
+        return [_plainly(each) for each in value]
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
