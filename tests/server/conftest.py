@@ -28,10 +28,10 @@ SEEDS = itertools.count()
 class Running:
     """A server at work, and what a test asks of it."""
 
-    def __init__(self, workspace: Workspace, engine: Echo, settings: Settings) -> None:
+    def __init__(self, workspace: Workspace, engine: Any, settings: Settings, options: Any = Options) -> None:
         self.workspace, self.engine = workspace, engine
         self.lines = io.StringIO()
-        self.served = Served(workspace, engine, Options, settings, log=Log(self.lines))
+        self.served = Served(workspace, engine, options, settings, log=Log(self.lines))
         self.server = Server(self.served)
         self._socket = bind("127.0.0.1", 0)
         self.url = url_of(self._socket)

@@ -1,0 +1,139 @@
+"""The server over the real engine on small bases: what is answered over HTTP is what the store's version answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import small_models
+
+from turret.recipe import Recipe
+from turret.workspace import Workspace
+
+engine_room = pytest.importorskip("turret.engine")
+if not hasattr(Workspace, "engine"):
+    pytest.skip("Workspace.engine is not there", allow_module_level=True)
+
+from server.conftest import Running  # noqa: E402
+
+from turret.server.served import Settings  # noqa: E402
+
+TEXTS = ["a great film", "a dull story about the bank", "quick"]
+
+
+@dataclass
+class House:
+    """A served base with two versions of one adapter."""
+
+    workspace: Workspace
+    running: Running
+    answers: dict[str, list[dict[str, Any]]]  # version -> what the store's version answers to TEXTS
+
+
+def house(folder: Path, family: str, task: str) -> House:
+    base = str(small_models.save_base(family, folder / family))
+    table = folder / "data.csv"
+    columns = "text,label" if task == "classify" else "prompt,completion"
+    rows = [f"{'great film' if n % 2 else 'dull story'} {n},{'good' if n % 2 else 'bad'}" for n in range(24)]
+    table.write_text("\n".join([columns, *rows, ""]))
+    workspace = Workspace(folder / "store")
+    for seed in (1, 2):
+        recipe = Recipe(
+            name="a",
+            base=base,
+            seed=seed,
+            data={"source": str(table), "train": 16, "test": 8},
+            task={"kind": task, "max_tokens": 32} | ({} if task == "classify" else {"max_target_tokens": 12}),
+            train={"epochs": 2, "lr": 3e-2},
+        )
+        workspace.train(recipe)
+    workspace.promote("a@1", "production")
+    answers = {f"a@{number}": list(workspace.predict(f"a@{number}", TEXTS)) for number in (1, 2)}
+    running = Running(workspace, workspace.engine(base), Settings(), options=engine_room.Options)
+    return House(workspace, running.start(), answers)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Iterator[House]:
+    made = house(tmp_path_factory.mktemp("classifier"), "bert", "classify")
+    yield made
+    made.running.stop()
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory) -> Iterator[House]:
+    made = house(tmp_path_factory.mktemp("generator"), "qwen3", "generate")
+    yield made
+    made.running.stop()
+
+
+def test_labels_over_http_are_those_of_the_stored_version(classifier) -> None:
+    client = classifier.running.client()
+    for model, version in (("a", "a@1"), ("a@2", "a@2")):
+        got = client.post("/v1/classify", json={"model": model, "input": TEXTS})
+        assert got.status_code == 200, got.text
+        assert got.json()["model"] == version
+        assert got.headers["turret-digest"] == classifier.workspace.resolve(version).digest
+        for said, expected in zip(got.json()["data"], classifier.answers[version], strict=True):
+            assert said["label"] == expected["label"]
+            assert said["probabilities"] == pytest.approx(expected["probabilities"], abs=2e-5)
+
+
+def test_a_promote_by_another_process_is_followed(classifier, until) -> None:
+    client = classifier.running.client()
+
+    def version() -> str:
+        return client.post("/v1/classify", json={"model": "a", "input": "x"}).json()["model"]
+
+    Workspace(classifier.workspace.store.root).promote("a@2", "production")
+    until(lambda: version() == "a@2", seconds=5)
+    Workspace(classifier.workspace.store.root).rollback("a")
+    until(lambda: version() == "a@1", seconds=5)
+
+
+def test_a_text_over_http_whole_and_in_pieces_is_that_of_the_stored_version(generator) -> None:
+    with openai.OpenAI(base_url=f"{generator.running.url}/v1", api_key="none", max_retries=0) as client:
+        for version, answers in generator.answers.items():
+            got = client.completions.create(model=version, prompt=TEXTS)
+            assert [choice.text for choice in got.choices] == [answer["text"] for answer in answers]
+            assert [choice.finish_reason for choice in got.choices] == [answer["finish_reason"] for answer in answers]
+            message = [{"role": "user", "content": TEXTS[0]}]
+            with client.chat.completions.create(model=version, messages=message, stream=True) as stream:
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            assert text == answers[0]["text"]
+
+
+def test_the_bare_base_answers_by_its_own_name_and_chat_template(generator) -> None:
+    client = generator.running.client()
+    body = {"model": "qwen3", "prompt": "the market", "max_tokens": 5}
+    got = client.post("/v1/completions", json=body)
+    assert got.status_code == 200, got.text
+    assert "turret-adapter" not in got.headers
+    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    got = client.post("/v1/chat/completions", json={"model": "qwen3", "messages": said, "max_tokens": 5})
+    assert got.status_code == 200, got.text
+
+
+def test_what_the_engine_refuses_is_told_by_the_table(generator) -> None:
+    client = generator.running.client()
+    assert client.post("/v1/completions", json={"model": "a@9", "prompt": "x"}).status_code == 404
+    assert client.post("/v1/classify", json={"model": "a", "input": "x"}).status_code in (400, 409)
+    assert client.post("/v1/completions", json={"model": "a", "prompt": [9_999_999]}).status_code == 400
+    beams = {"model": "a", "prompt": "x", "num_beams": 2, "temperature": 1.0}
+    assert client.post("/v1/completions", json=beams).status_code == 400
+
+
+def test_the_control_plane_shows_and_unloads_what_the_engine_holds(classifier) -> None:
+    client = classifier.running.client()
+    assert client.post("/api/adapters/a@2/load", json={"pin": True}).status_code == 200
+    loaded = {each["version"]: each for each in client.get("/api/loaded").json()["loaded"]}
+    assert loaded["a@2"]["pinned"] is True
+    assert client.post("/api/adapters/a@2/unpin").status_code == 200
+    assert client.post("/api/adapters/a@2/unload").status_code == 200
+    assert "a@2" not in {each["version"] for each in client.get("/api/loaded").json()["loaded"]}
+    assert client.get("/api/status").json()["base"]["id"] == "bert"
+    assert "turret_engine_" in client.get("/metrics").text
