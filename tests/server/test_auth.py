@@ -46,7 +46,7 @@ def test_an_authorization_that_is_no_known_token_is_401(serve, workspace, said) 
     assert "nobody" not in got.text
 
 
-def test_a_token_is_nowhere_in_the_store_and_the_log(serve, put, workspace) -> None:
+def test_a_token_is_nowhere_in_the_store_and_the_log(serve, put, workspace, until) -> None:
     put()
     kept, secret = workspace.tokens.create("reader")
     assert secret.startswith(PREFIX)
@@ -54,6 +54,7 @@ def test_a_token_is_nowhere_in_the_store_and_the_log(serve, put, workspace) -> N
     running = serve()
     assert running.client(secret).post("/v1/classify", json=CLASSIFY).status_code == 200
     running.client(secret).get("/api/status")
+    until(lambda: sum(line["event"] == "request" for line in running.log()) == 2)
     assert secret not in running.lines.getvalue()
     assert '"token": "reader"' in running.lines.getvalue()
     row = sqlite3.connect(workspace.store.root / "turret.db").execute("SELECT * FROM tokens").fetchone()

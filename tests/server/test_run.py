@@ -66,7 +66,8 @@ def test_ctrl_c_twice_ends_at_once(process) -> None:
         httpx2.Client(base_url=url, timeout=20, trust_env=False) as client,
         client.stream("POST", "/v1/completions", json=body) as got,
     ):
-        next(got.iter_lines())
+        lines = got.iter_lines()
+        next(lines)
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
         assert process.poll() is None

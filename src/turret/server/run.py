@@ -47,7 +47,7 @@ def url_of(listening: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn, ended by draining."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, announce: Callable[[], None] = lambda: None) -> None:
         limits = served.limits
         super().__init__(
             uvicorn.Config(
@@ -65,6 +65,7 @@ class Server(uvicorn.Server):
             )
         )
         self.served = served
+        self._announce = announce
         self._until = float("inf")
 
     def drain(self) -> None:
@@ -79,6 +80,10 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
         self.drain()
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()  # it listens now
+
     async def on_tick(self, counter: int) -> bool:
         load = self.served.load
         ended = load.draining and (not load.requests or self.served.clock() >= self._until)
@@ -87,14 +92,16 @@ class Server(uvicorn.Server):
 
 def run(served: Served, listening: socket.socket, announce: Callable[[str], None] = lambda url: None) -> None:
     """Serve until a signal says otherwise, then give everything back but the engine. announce: told the address."""
-    server = Server(served)
-    with _forwarding(served.log):
-        served.start()
-        url = url_of(listening)
+    url = url_of(listening)
+
+    def begun() -> None:
         served.log.say("serving", url=url, base=served.base_id, guarded=not served.guard.open)
         announce(url)
+
+    with _forwarding(served.log):
+        served.start()
         try:
-            server.run(sockets=[listening])
+            Server(served, begun).run(sockets=[listening])
         finally:
             served.load.draining = True
             served.stop()
