@@ -87,6 +87,19 @@ def test_a_revoked_token_is_unknown_within_a_second_and_the_door_stays_closed(se
     assert serve().client().get("/v1/models").status_code == 401
 
 
+def test_a_load_that_takes_its_time_does_not_hold_up_a_token_that_is_revoked(serve, put, workspace, until) -> None:
+    put()
+    put()
+    workspace.promote("a@1", "production")
+    _, secret = workspace.tokens.create("reader")
+    running = serve()
+    running.engine.load_seconds = 3.0
+    workspace.promote("a@2", "production")
+    workspace.tokens.revoke("reader")
+    client = running.client(secret)
+    until(lambda: client.get("/v1/models").status_code == 401, seconds=1.5)
+
+
 def test_a_first_token_closes_the_door_of_a_server_that_runs(serve, workspace, until) -> None:
     client = serve().client()
     assert client.get("/v1/models").status_code == 200

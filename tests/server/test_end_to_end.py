@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import turret
+from turret.store import Version
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
 from turret.workspace import Workspace
@@ -23,6 +24,8 @@ if not hasattr(Workspace, "engine"):
     pytest.skip("Workspace.engine is not there", allow_module_level=True)
 
 from server.conftest import Running  # noqa: E402
+from server.storm import ADAPTERS, storm  # noqa: E402
+from server.storm import TEXTS as TEXTS_OF_A_STORM  # noqa: E402
 
 from turret.server.served import Settings  # noqa: E402
 
@@ -160,3 +163,40 @@ def test_the_control_plane_shows_and_unloads_what_the_engine_holds(classifier) -
     assert "a@2" not in {each["version"] for each in client.get("/api/loaded").json()["loaded"]}
     assert client.get("/api/status").json()["base"]["id"] == "bert"
     assert "turret_engine_" in client.get("/metrics").text
+
+
+@pytest.mark.slow
+def test_every_answer_is_its_adapters_own_and_none_is_lost_while_everything_moves(tmp_path) -> None:
+    base = small_models.save_base("bert", tmp_path / "bert")
+    workspace = Workspace(tmp_path / "store")
+    known: dict[str, str] = {}
+    spare: dict[str, Path] = {}
+    for number in range(ADAPTERS):
+        for seed in (1, 2, 3):
+            made = bundle(tmp_path / f"{number}-{seed}", base, "bert", "classify", 3 * number + seed)
+            if seed < 3:
+                version = workspace.store.put(f"n{number}", made)
+                known[str(version)] = version.digest
+            else:
+                spare[f"n{number}"] = made
+        workspace.promote(f"n{number}@1", "production")
+    room = 25 * workspace.resolve("n0@1").bytes  # for half of what is asked for
+    engine = workspace.engine(str(base), dtype="float32", memory=room)
+    answers = {}
+    for name in spare:
+        workspace.store.put(name, spare[name])
+        for number in (1, 2, 3):
+            found = engine.classify(TEXTS_OF_A_STORM, adapter=f"{name}@{number}")
+            digest = workspace.resolve(f"{name}@{number}").digest
+            answers[digest] = {text: each["probabilities"] for text, each in zip(TEXTS_OF_A_STORM, found, strict=True)}
+        workspace.delete(f"{name}@3")
+    running = Running(workspace, engine, Settings(), options=engine_room.Options)
+
+    def put(name: str) -> Version:
+        return workspace.store.put(name, spare[name])
+
+    try:
+        storm(running.start(), workspace, put, known, lambda digest, text: answers[digest][text], 20)
+        assert engine.stats().evictions > 0
+    finally:
+        running.stop()

@@ -187,6 +187,20 @@ def test_a_number_that_is_another_version_now_is_seen_by_its_digest() -> None:
     assert follow._in_force["a", "production"].digest == "sha256:other"
 
 
+def test_plain_names_mean_the_followed_alias() -> None:
+    world = World()
+    world.move("a@1")
+    world.move("a@2", alias="candidate")
+    world.move("b@1", name="b")
+    follow = Follow(
+        lambda: world.number, world.pointing, world.warm, bool, base="ours", alias="candidate", clock=lambda: 0.0
+    )
+    follow.poll()
+    assert [follow.exact(each) for each in ("a", "a@production", "b")] == ["a@2", "a@1", "b"]
+    assert [follow.spelled(each) for each in ("a", "a@production", "b")] == ["a@candidate", "a@production", "b"]
+    assert world.memory == {"sha256:a@2"}
+
+
 # --- with a server, a store and other processes' changes -------------------------------------------------------
 
 

@@ -28,9 +28,7 @@ def serve(
     base: Base = None,
     host: Annotated[str, typer.Option("--host", help="Address; beyond loopback only with tokens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
-    alias: Annotated[
-        str, typer.Option("--alias", help="The alias whose versions are loaded beforehand.")
-    ] = "production",
+    alias: Annotated[str, typer.Option("--alias", help="What plain names mean; loaded beforehand.")] = "production",
     memory: Memory = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
     requests: Annotated[

@@ -24,8 +24,11 @@ CHARACTERS = 4  # of a token, where nobody has counted
 class Asked:
     """Tickets at work, in the order of their inputs; all of one version."""
 
-    def __init__(self, tickets: Sequence[Ticket], texts: Sequence[Text], request: Request, seconds: float) -> None:
+    def __init__(
+        self, tickets: Sequence[Ticket], texts: Sequence[Text], request: Request, seconds: float, server: str
+    ) -> None:
         self.tickets = tickets
+        self._server = server
         self._guessed = [len(text) // CHARACTERS + 1 if isinstance(text, str) else len(text) for text in texts]
         self.receipt: Receipt = tickets[0].receipt
         self.answers: list[Answer | None] = [None] * len(tickets)
@@ -38,6 +41,11 @@ class Asked:
             ticket.listen(self._listener(place))
 
     @property
+    def id(self) -> str:
+        """Of the answer: the engine counts its own, and every server that ever ran has another first part."""
+        return f"{self._server}-{self.receipt.id}"
+
+    @property
     def model(self) -> str | None:
         return named(self.receipt)
 
@@ -45,7 +53,7 @@ class Asked:
     def headers(self) -> dict[str, str]:
         """The receipt, as every answer carries it."""
         said = {
-            "turret-receipt": self.receipt.id,
+            "turret-receipt": self.id,
             "turret-adapter": self.receipt.name,
             "turret-version": str(self.receipt.number) if self.receipt.name else None,
             "turret-digest": self.receipt.digest,

@@ -38,7 +38,7 @@ async def chat(body: ChatRequest, here: Here, request: Request, response: Respon
     ]
     model = asked.model or here.base_id
     return ChatCompletion(
-        id=f"chatcmpl-{asked.receipt.id}", created=here.now(), model=model, choices=choices, usage=usage(answers)
+        id=f"chatcmpl-{asked.id}", created=here.now(), model=model, choices=choices, usage=usage(answers)
     )
 
 

@@ -18,7 +18,7 @@ async def classify(body: ClassifyRequest, here: Here, request: Request, response
         answers = await asked.all()
     response.headers.update(asked.headers)
     return Classification(
-        id=f"classify-{asked.receipt.id}",
+        id=f"classify-{asked.id}",
         created=here.now(),
         model=asked.model or here.base_id,
         data=[_data(place, answer) for place, answer in enumerate(answers)],

@@ -31,9 +31,7 @@ async def complete(body: CompletionRequest, here: Here, request: Request, respon
         for place, answer in enumerate(answers)
     ]
     model = asked.model or here.base_id
-    return Completion(
-        id=f"cmpl-{asked.receipt.id}", created=here.now(), model=model, choices=choices, usage=usage(answers)
-    )
+    return Completion(id=f"cmpl-{asked.id}", created=here.now(), model=model, choices=choices, usage=usage(answers))
 
 
 class Pieces:

@@ -3,7 +3,7 @@
 The store may move an alias at any time, from any process. A look at the number of the newest move tells whether one
 has. A version that takes the place of one in memory is loaded first and takes over then, so no request waits for a
 load; where it cannot be loaded the old one stays in force and the problem is told. An alias whose version is not in
-memory moves at once. The followed alias (`production`) is loaded beforehand, as far as there is time.
+memory moves at once. The followed alias (`production`) is what plain names mean, and is loaded beforehand.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 from turret.errors import BadReference, TurretError
 from turret.reference import Reference
 from turret.store import Pointing
-from turret.store.catalog import PRODUCTION
 
 AGAIN = 30.0  # seconds until a version that could not be loaded is tried again
 Key = tuple[str, str]  # name, alias
@@ -47,7 +46,7 @@ class Follow:
     ) -> None:
         self._last_move, self._pointing = last_move, pointing
         self._warm, self._in_memory = warm, in_memory
-        self._base, self.alias = base, alias  # the base's fingerprint; the alias that is loaded beforehand
+        self._base, self.alias = base, alias  # the base's fingerprint; the alias that plain names mean
         self._clock = clock
         self._seen = -1
         self._wanted: Mapping[Key, Pointing] = {}
@@ -64,7 +63,7 @@ class Follow:
 
     def means(self, name: str, alias: str | None) -> int | None:
         """The version in force here; None where the store is to say."""
-        found = self._in_force.get((name, alias or PRODUCTION))
+        found = self._in_force.get((name, alias or self.alias))
         return None if found is None else found.number
 
     def exact(self, reference: str) -> str:
@@ -75,6 +74,10 @@ class Follow:
             return reference
         number = None if wanted.version is not None else self.means(wanted.name, wanted.alias)
         return reference if number is None else f"{wanted.name}@{number}"
+
+    def spelled(self, reference: str) -> str:
+        """`sentiment` -> `sentiment@production` where that is in force here; anything else as it is."""
+        return f"{reference}@{self.alias}" if (reference, self.alias) in self._in_force else reference
 
     def poll(self, seconds: float = 0.5) -> None:
         """One look at the store, and what follows from it; loads ahead for about so many seconds."""

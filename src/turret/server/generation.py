@@ -95,7 +95,7 @@ async def _lines(
     here: Served, body: Generation, asked: Asked, events: AsyncIterator[tuple[int, str | None]], shape: Shape
 ) -> AsyncIterator[str]:
     head = {
-        "id": f"{shape.prefix}-{asked.receipt.id}",
+        "id": f"{shape.prefix}-{asked.id}",
         "object": shape.object,
         "created": here.now(),
         "model": asked.model or here.base_id,
@@ -106,7 +106,7 @@ async def _lines(
             for choice in _choices(asked, shape, begun, place, text):
                 yield _line(head | {"choices": [choice]})
     except TurretError as error:
-        here.log.say("stream", "error", error=type(error).__name__, receipt=asked.receipt.id)
+        here.log.say("stream", "error", error=type(error).__name__, receipt=asked.id)
         yield _line(problem(error).body)
         return
     if body.stream_options is not None and body.stream_options.include_usage:

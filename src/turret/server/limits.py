@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -81,7 +80,6 @@ class Bounded:
             body.close()
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send, body: _Body) -> None:
-        send = _impatient(send, self.limits.write_seconds)
         try:
             content = await body.read(scope, receive)
         except TooLarge as error:
@@ -161,11 +159,3 @@ def _replayed(content: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": content, "more_body": False}
 
     return replay
-
-
-def _impatient(send: Send, seconds: float) -> Send:
-    async def hand(message: Any) -> None:
-        async with asyncio.timeout(seconds):
-            await send(message)
-
-    return hand

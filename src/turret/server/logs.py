@@ -86,8 +86,6 @@ class Logged:
 
         try:
             await self.app(scope, receive, heard)
-        except TimeoutError:
-            status = status or 499  # a client that did not read
         except Exception as error:
             self.log.bug(error, request=request_id)
             if not status:

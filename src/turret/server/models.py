@@ -52,7 +52,8 @@ def _adapters(here: Served, versions: Sequence[Version]) -> Iterator[ModelCard]:
         numbered = {each.number: each for each in several}
         aliases = sorted(alias for each in numbered.values() for alias in each.aliases)
         meant = {f"{name}@{alias}": here.follow.means(name, alias) for alias in aliases}
-        plain = meant.get(f"{name}@{PRODUCTION}") if PRODUCTION in aliases else max(numbered)
+        spoken = next((each for each in (here.follow.alias, PRODUCTION) if each in aliases), None)
+        plain = max(numbered) if spoken is None else meant[f"{name}@{spoken}"]
         for model, number in {name: plain, **meant}.items():
             version = numbered.get(number or 0)
             if version is not None and fingerprint(version) == here.engine.base.fingerprint:

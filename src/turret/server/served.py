@@ -6,6 +6,7 @@ Questions and control have threads of their own: no flood of loads holds up an a
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -38,7 +39,7 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    alias: str = "production"  # loaded beforehand
+    alias: str = "production"  # what plain names mean, and loaded beforehand
     limits: Limits = field(default_factory=Limits)
     per_adapter: Quota = field(default_factory=Quota)
     log_texts: bool = False
@@ -61,7 +62,7 @@ class Served:
         self.settings = settings or Settings()
         self.limits = self.settings.limits
         self.log, self.clock = log or Log(), clock
-        self.began = int(time.time())
+        self.began, self.id = int(time.time()), secrets.token_hex(4)
         self.load = Load()
         self.guard = Guard(self.settings.host, workspace.tokens.list())
         self.quotas = Quotas(clock)
@@ -79,7 +80,7 @@ class Served:
         self._control = ThreadPoolExecutor(4, "turret-control")
         self._controlling = 0
         self._ended = threading.Event()
-        self._follower: threading.Thread | None = None
+        self._followers: list[threading.Thread] = []
 
     def now(self) -> int:
         """What OpenAI calls `created`: seconds since 1970."""
@@ -120,7 +121,8 @@ class Served:
         if self.settings.log_texts:
             self.log.say("texts", request=request.state.request_id, model=model, texts=list(texts))
         tickets = await self._thread(self._asking, self._submit, kind, model, texts, options)
-        asked = Asked(tickets, texts, request, self.limits.answer_seconds + 1)  # the engine's own deadline is first
+        seconds = self.limits.answer_seconds + 1  # the engine's own deadline is first
+        asked = Asked(tickets, texts, request, seconds, self.id)
         try:
             self._admit_adapter(asked)
         except TurretError:
@@ -139,7 +141,7 @@ class Served:
         self.quotas.charge(asker.key, asker.quota, tokens)
         if asked.receipt.name:
             self.quotas.charge(f"adapter {asked.receipt.name}", self.settings.per_adapter, tokens)
-        told = {"adapter": asked.model, "receipt": asked.receipt.id, "inputs": len(asked.tickets), "tokens": tokens}
+        told = {"adapter": asked.model, "receipt": asked.id, "inputs": len(asked.tickets), "tokens": tokens}
         request.state.told = told
 
     def _admit_adapter(self, asked: Asked) -> None:
@@ -172,7 +174,8 @@ class Served:
             if exact == reference:
                 raise
             # What was in force here was deleted before its follower took over: the store says what the alias means.
-            return self.engine.submit(kind, text, reference, options, deadline=seconds)
+            meant = None if reference is None else self.follow.spelled(reference)
+            return self.engine.submit(kind, text, meant, options, deadline=seconds)
 
     # --- control ----------------------------------------------------------------------------------------------------
 
@@ -190,21 +193,25 @@ class Served:
         return await asyncio.get_running_loop().run_in_executor(pool, lambda: verb(*arguments, **settings))
 
     def look(self) -> None:
-        """Follow the store once: aliases and tokens."""
+        """Follow the store once: tokens and aliases."""
+        self._know()
         self.follow.poll()
+
+    def _know(self) -> None:
         self.guard.know(self.workspace.tokens.list())
 
     # --- beginning and end ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Follow the store from now on."""
-        self._follower = threading.Thread(target=self._follow_on, name="turret-follow", daemon=True)
-        self._follower.start()
+        """Follow the store from now on; a load that takes its time does not hold up a token that is revoked."""
+        for name, look in (("turret-follow", self.follow.poll), ("turret-tokens", self._know)):
+            self._followers.append(threading.Thread(target=self._keep_on, args=[look], name=name, daemon=True))
+            self._followers[-1].start()
 
-    def _follow_on(self) -> None:
+    def _keep_on(self, look: Callable[[], None]) -> None:
         while not self._ended.is_set():
             try:
-                self.look()
+                look()
             except Exception as error:  # a store that is away for a moment must not end the following
                 self.follow.failures += 1
                 self.log.say("follow", "error", error=type(error).__name__, message=str(error))
@@ -213,8 +220,8 @@ class Served:
     def stop(self) -> None:
         """Stop following, and let the threads go."""
         self._ended.set()
-        if self._follower is not None:
-            self._follower.join(timeout=5)
+        for each in self._followers:
+            each.join(timeout=5)
         self._asking.shutdown(wait=False, cancel_futures=True)
         self._control.shutdown(wait=False, cancel_futures=True)
 
