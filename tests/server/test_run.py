@@ -93,6 +93,17 @@ def test_a_port_that_is_taken_and_an_address_that_is_not_ours_are_one_line(put, 
         bind("192.0.2.1", 0)
 
 
+def test_small_answers_are_sent_at_once(serve, put) -> None:
+    """Without TCP_NODELAY each answer waits for the other side's delayed acknowledgement: 40 ms."""
+    put()
+    client, seconds = serve().client(), []
+    for _ in range(30):
+        started = time.perf_counter()
+        client.post("/v1/classify", json={"model": "a", "input": "x"})
+        seconds.append(time.perf_counter() - started)
+    assert sorted(seconds)[5] < 0.03
+
+
 @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
 def test_an_address_of_version_six_is_written_in_brackets() -> None:
     with bind("::1", 0) as six:

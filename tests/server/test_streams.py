@@ -10,6 +10,7 @@ import time
 
 import httpx2
 import pytest
+from server.echo import Options, words
 
 from turret.errors import AdapterError
 from turret.server.asked import CHARACTERS
@@ -142,3 +143,35 @@ def test_a_second_signal_ends_at_once(serve, put) -> None:
     assert not running.server.force_exit
     running.server.handle_exit(signal.SIGTERM, None)
     assert running.server.force_exit
+
+
+def test_a_request_keeps_the_version_it_started_with(serve, put, workspace) -> None:
+    first = put()
+    put()
+    workspace.promote("a@1", "production")
+    running = serve(pace=0.01)
+    client = running.client()
+    with client.stream("POST", "/v1/completions", json=BODY) as got:
+        lines = got.iter_lines()
+        said = [next(lines)]
+        moved = running.client().post("/api/adapters/a@2/promote", json={"alias": "production"})
+        assert moved.json()["serving"] == "a@2"
+        workspace.delete("a@1", force=True)
+        said += [line for line in lines if line]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in said if line and "[DONE]" not in line]
+    assert {chunk["model"] for chunk in chunks} == {"a@1"}
+    text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    assert text == "".join(words(first.digest, LONG, Options(max_tokens=200)))
+    assert client.post("/v1/classify", json={"model": "a", "input": "x"}).json()["model"] == "a@2"
+
+
+def test_choices_of_one_stream_are_told_apart_by_their_index(serve, put) -> None:
+    version = put()
+    body = {"model": "a", "prompt": ["one two", "three"], "n": 2, "seed": 1, "stream": True}
+    got = serve().client().post("/v1/completions", json=body)
+    texts = ["", "", "", ""]
+    for line in got.text.strip().split("\n\n")[:-1]:
+        choice = json.loads(line.removeprefix("data: "))["choices"][0]
+        texts[choice["index"]] += choice["text"]
+    wanted = [("one two", 1), ("one two", 2), ("three", 1), ("three", 2)]
+    assert texts == ["".join(words(version.digest, text, Options(seed=seed))) for text, seed in wanted]

@@ -26,8 +26,8 @@ LIBRARIES = ("uvicorn", "asyncio")
 def bind(host: str, port: int) -> socket.socket:
     """A socket of that address that does not listen yet; port 0 takes a free one. Raises ServeRefused."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind)
+        family, kind, wire, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, wire)  # asyncio sends at once (TCP_NODELAY) only where the protocol is said
     except OSError as error:
         raise ServeRefused(f"serve on {host}: {error.strerror or error}: give an address of this machine") from None
     try:
