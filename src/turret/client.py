@@ -229,10 +229,10 @@ def _made(told: Mapping[str, Any], retry_after: str | None) -> TurretError:
     kind = getattr(errors, name, RequestError)
     if not (isinstance(kind, type) and issubclass(kind, TurretError)):
         kind = RequestError
-    said = str(told.get("message"))
+    made: TurretError = kind.__new__(kind, str(told.get("message")))  # what else a class is made with stays there
     if kind in (errors.Busy, errors.QuotaSpent):
-        return kind(said, float(retry_after or 1))
-    return kind(said)
+        vars(made)["retry_after"] = float(retry_after or 1)
+    return made
 
 
 def _unreachable(url: Any, error: Exception) -> RequestError:

@@ -181,7 +181,7 @@ def test_every_answer_is_its_adapters_own_and_none_is_lost_while_everything_move
                 spare[f"n{number}"] = made
         workspace.promote(f"n{number}@1", "production")
     room = 25 * workspace.resolve("n0@1").bytes  # for half of what is asked for
-    engine = workspace.engine(str(base), dtype="float32", memory=room)
+    engine = workspace.engine(str(base), dtype="float32", limits=engine_room.Limits(memory=room))
     answers = {}
     for name in spare:
         workspace.store.put(name, spare[name])

@@ -15,7 +15,7 @@ CLASSES = [value for value in vars(errors).values() if isinstance(value, type) a
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_error_has_a_status_a_code_that_is_its_name_and_no_path(kind) -> None:
     words = "cannot read /var/lib/turret/blobs/ab: /etc/passwd, C:\\Users\\me"
-    told = problem(kind(words, 3.0) if kind in (errors.Busy, errors.QuotaSpent) else kind(words))
+    told = problem(kind.__new__(kind, words))  # whatever else it is made with
     assert 400 <= told.status < 600
     body = told.body["error"]
     assert set(body) == {"message", "type", "param", "code"}

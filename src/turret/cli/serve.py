@@ -83,9 +83,9 @@ def opened(workspace: Workspace, base: str, memory: int | None, dtype: str) -> t
     make = getattr(workspace, "engine", None)
     if make is None:
         raise ServeRefused("this turret has no engine to serve with: install a version that has `Workspace.engine`")
-    from turret.engine import Options  # type: ignore[import-not-found]
+    from turret.engine import Limits, Options  # type: ignore[import-not-found]
 
-    return make(base, memory=memory, dtype=dtype), Options
+    return make(base, limits=Limits(memory=memory), dtype=dtype), Options
 
 
 def only_base(workspace: Workspace) -> str:
