@@ -133,7 +133,7 @@ def examine(guarded, examples: int) -> None:
         try:
             holds()
         except BaseExceptionGroup as error:
-            broken.append(f"{operation.label}: {error.exceptions}")
+            broken.append(f"{operation.label}: {[each.message for each in error.exceptions]}")
     assert broken == []
     assert not [line for line in running.log() if line["event"] == "bug"]
 

@@ -23,7 +23,7 @@ def test_the_store_is_listed_by_pages_with_what_is_in_memory(serve, put) -> None
     shown = client.get("/api/adapters/a@2").json()
     assert (shown["digest"], shown["loaded"]) == (versions[1].digest, True)
     assert client.get("/api/adapters/a@9").status_code == 404
-    assert client.get("/api/adapters/A@9").status_code == 400
+    assert client.get("/api/adapters/A@9").status_code == 404
 
 
 def test_load_pin_unpin_and_unload(serve, put) -> None:
