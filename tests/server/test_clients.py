@@ -123,17 +123,23 @@ def examine(guarded, examples: int) -> None:
             case.headers = {**(case.headers or {}), "Authorization": f"Bearer {data}"}
 
     broken: list[str] = []
+    heard: list[str] = []
     for result in schema.get_all_operations():
         operation = result.ok()
 
         @_each(operation, examples)
         def holds(case) -> None:
-            case.call_and_validate()
+            got = case.call()
+            try:
+                case.validate_response(got)
+            except BaseExceptionGroup:
+                heard.append(got.text[:300])
+                raise
 
         try:
             holds()
         except BaseExceptionGroup as error:
-            broken.append(f"{operation.label}: {[each.message for each in error.exceptions]}")
+            broken.append(f"{operation.label}: {[each.message for each in error.exceptions]} {heard[-1]}")
     assert broken == []
     assert not [line for line in running.log() if line["event"] == "bug"]
 

@@ -53,7 +53,7 @@ class Generation(Model):
     top_k: Annotated[int, Field(ge=1, le=100_000), WHOLE] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     num_beams: Annotated[int, Field(ge=1, le=16), WHOLE] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=1 - (1 << 53), le=(1 << 53) - 1), WHOLE] | None = None  # as JSON carries it safely
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
     stream: bool | None = None
