@@ -28,6 +28,7 @@ QUICK += (
     "turret.cli.main",
     "turret.engine.scheduler",
 )
+QUICK += ("turret.client", "turret.server.app", "turret.server.run")
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -56,7 +57,7 @@ def test_the_light_names_load_nothing_heavy() -> None:
 
 
 def test_the_public_names_are_these_and_each_is_there() -> None:
-    names = ["Full", "Head", "LoRA", "Prefix", "Recipe", "TurretError", "Workspace", "__version__"]
+    names = ["AsyncClient", "Full", "Head", "LoRA", "Prefix", "Recipe", "TurretError", "Workspace", "__version__"]
     names += ["attach", "detach", "save"]
     assert sorted(turret.__all__) == names == dir(turret)
     for name in names:
@@ -76,7 +77,9 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     assert not hasattr(turret, "torch")
 
 
-@pytest.mark.parametrize("room", ["adapters", "bases", "engine", "recipe", "store", "tasks", "train", "workspace"])
+@pytest.mark.parametrize(
+    "room", ["adapters", "bases", "engine", "recipe", "server", "store", "tasks", "train", "workspace"]
+)
 def test_what_a_room_exports_is_there(room: str) -> None:
     module = importlib.import_module(f"turret.{room}")
     for name in getattr(module, "__all__", ()):

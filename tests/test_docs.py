@@ -84,7 +84,7 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     run_page(page("docs/tutorial.md"), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/reference/python.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/reference/python.md", "docs/howto/serve.md"])
 def test_every_python_block_is_python(name: str) -> None:
     for code in re.findall(r"^```python\n(.*?)^```$", page(name), re.MULTILINE | re.DOTALL):
         compile(code, name, "exec")
@@ -167,12 +167,62 @@ def test_the_reference_has_every_verb_of_a_workspace_with_its_arguments(verb: st
     assert all(name in row.group() for name in arguments), f"{verb}: {arguments}"
 
 
+# --- HTTP -------------------------------------------------------------------------------------------------------------
+
+
+def routes() -> dict[str, Any]:
+    """`GET /v1/models` -> its part of the description that the server gives of itself."""
+    from types import SimpleNamespace
+
+    from turret.server.app import routes as app
+
+    paths = app(SimpleNamespace()).openapi()["paths"]  # type: ignore[arg-type]
+    return {f"{method.upper()} {path}": said for path, methods in paths.items() for method, said in methods.items()}
+
+
+def test_the_reference_has_every_route_and_no_other() -> None:
+    heads = re.findall(r"^### `([A-Z]+ /.*)`$", page("docs/reference/http.md"), re.MULTILINE)
+    assert sorted(heads) == sorted(routes())
+
+
+def test_the_reference_has_every_key_of_every_request() -> None:
+    from turret.server import schemas
+
+    text = page("docs/reference/http.md")
+    requests = [schemas.CompletionRequest, schemas.ChatRequest, schemas.ClassifyRequest, schemas.PromoteRequest]
+    for request in requests:
+        assert [name for name in request.model_fields if f"`{name}`" not in text] == [], request.__name__
+    for said in routes().values():
+        names = [each["name"] for each in said.get("parameters", ()) if each["in"] == "query"]
+        assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_the_reference_has_every_limit_of_a_server_with_its_value() -> None:
+    from dataclasses import fields
+
+    from turret.server.limits import Limits
+
+    for field in fields(Limits):
+        shown = str(field.default).removesuffix(".0")
+        assert f"| `{field.name}` | {shown} |" in page("docs/reference/http.md"), field.name
+
+
+def test_the_reference_has_every_metric_and_every_verb_of_the_client() -> None:
+    from turret.client import AsyncClient
+    from turret.server.metrics import Metrics
+
+    names = set(re.findall(r"^# TYPE (\w+)", Metrics(dict).text().decode(), re.MULTILINE))
+    assert [name for name in names if name not in page("docs/reference/http.md")] == []
+    verbs = [name for name in vars(AsyncClient) if not name.startswith("_") and name != "close"]
+    assert [name for name in verbs if f"`{name}" not in section("docs/reference/python.md", "The client")] == []
+
+
 def test_the_readme_names_every_family() -> None:
     text = page("README.md").replace("-", "").lower()
     assert [name for name in FAMILIES if name not in text] == []
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/index.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/index.md", "docs/howto/serve.md"])
 def test_a_page_names_no_command_that_is_not_there(name: str) -> None:
     said = re.findall(r"^ *turret +([a-z]+)|`turret ([a-z]+)", page(name), re.MULTILINE)
     assert {first or second for first, second in said} <= set(COMMANDS)

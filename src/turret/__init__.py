@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from turret.adapters import attach, detach, save
+    from turret.client import AsyncClient
     from turret.errors import TurretError
     from turret.methods import Full, Head, LoRA, Prefix
     from turret.recipe import Recipe
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
     "Full",
     "Head",
     "LoRA",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncClient": "turret.client",
     "Full": "turret.methods",
     "Head": "turret.methods",
     "LoRA": "turret.methods",

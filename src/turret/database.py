@@ -13,6 +13,7 @@ The schema, in bullets (its number is `SCHEMA`; every change is a new Alembic fi
 - `golden_sets`: examples with what an answer to them must be, as JSON lines under their sha256; never changed
 - `golden_gates`: which of these sets an alias asks for, and the share of it that must pass
 - `replays`: how the version of that digest did on such a set, append-only; the newest of a set counts
+- `tokens`: who may ask a server; `hash` is of the token, which is kept nowhere; quotas are a minute, NULL for none
 - `runs`: a row a training; `state` is running, interrupted, failed or finished; the version it made has its `run`
 
 Times are ISO 8601 in UTC, as text; `who` is the user that did it, NULL where that is not known. Names order by their
@@ -51,7 +52,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-SCHEMA = "0003"  # the newest file in migrations/versions; a test holds the two together
+SCHEMA = "0004"  # the newest file in migrations/versions; a test holds the two together
 
 metadata = MetaData(
     naming_convention={
@@ -160,6 +161,18 @@ replays = Table(
     Column("total", Integer, nullable=False),
     Column("first", JSON),
     Column("replayed", String(32), nullable=False),
+)
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", String(100), nullable=False, unique=True),
+    Column("hash", String(80), nullable=False, unique=True),
+    Column("scopes", JSON, nullable=False),
+    Column("created", String(32), nullable=False),
+    Column("revoked", String(32)),
+    Column("requests_per_minute", Integer),
+    Column("tokens_per_minute", Integer),
 )
 runs = Table(
     "runs",

@@ -22,13 +22,22 @@ TurretError                 anything a user can mend; its text is one line: what
 │   ├── GateFailed          a version that does not pass what its alias asks for
 │   │   └── ReplayNeeded    golden examples that were never put to the version
 │   └── Corrupt             stored bytes do not match their digest
-└── EngineError             the engine did not answer a request
-    ├── Busy                too much is waiting; it says when to come again
-    ├── Draining            the engine takes no new request: it is about to stop, or has stopped
-    ├── Cancelled           the request was withdrawn
-    ├── DeadlineExceeded    the request was not answered in the time it was given
-    ├── NoRoom              an adapter or a text is larger than what the engine was given to hold it
-    └── NotFinite           an adapter's answer was not a number
+├── EngineError             the engine did not answer a request
+│   ├── Busy                too much is waiting; it says when to come again
+│   ├── Draining            the engine takes no new request: it is about to stop, or has stopped
+│   ├── Cancelled           the request was withdrawn
+│   ├── DeadlineExceeded    the request was not answered in the time it was given
+│   ├── NoRoom              an adapter or a text is larger than what the engine was given to hold it
+│   └── NotFinite           an adapter's answer was not a number
+├── ServeRefused            a server that must not start as it was asked to
+└── RequestError            an HTTP request that is not carried out
+    ├── BadRequest          it cannot be read, or asks for what is not offered
+    ├── Unauthorized        no token, or none that is known
+    ├── Forbidden           a token without the scope
+    ├── TooLarge            more bytes than the limit
+    ├── TooSlow             its bytes did not come in time
+    ├── WrongMediaType      a body that is not JSON
+    └── QuotaSpent          a quota is used up; `retry_after` says for how many seconds
 """
 
 from __future__ import annotations
@@ -166,3 +175,45 @@ class NoRoom(EngineError):
 
 class NotFinite(EngineError):
     """An adapter's logits were NaN or infinite for a row."""
+
+
+class ServeRefused(TurretError):
+    """A server must not start as it was asked to."""
+
+    exit_status = 2
+
+
+class RequestError(TurretError):
+    """An HTTP request is not carried out, or a server cannot be asked."""
+
+
+class BadRequest(RequestError):
+    """A request cannot be read, or asks for what is not offered."""
+
+
+class Unauthorized(RequestError):
+    """No token came with the request, or none that is known."""
+
+
+class Forbidden(RequestError):
+    """The token lacks the scope."""
+
+
+class TooLarge(RequestError):
+    """The request has more bytes than the limit."""
+
+
+class TooSlow(RequestError):
+    """The bytes of the request did not come in time."""
+
+
+class WrongMediaType(RequestError):
+    """The body is not JSON."""
+
+
+class QuotaSpent(RequestError):
+    """A quota of requests or tokens a minute is used up; `retry_after` says in how many seconds to come again."""
+
+    def __init__(self, text: str, retry_after: float) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after

@@ -13,6 +13,10 @@ from turret.workspace import Evaluation, RunResult
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
 VERBS = [(command.name or getattr(command.callback, "__name__", "")) for command in app.registered_commands]
+GROUPS = {
+    group.name: [each.name or each.callback.__name__ for each in group.typer_instance.registered_commands]
+    for group in app.registered_groups
+}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -24,7 +28,15 @@ def test_every_verb_and_option_is_on_the_page(verb, capsys) -> None:
 
 
 def test_every_verb_on_the_page_is_there() -> None:
-    assert sorted(re.findall(r"^## `turret ([a-z]+)", PAGE, re.MULTILINE)) == sorted(VERBS)
+    assert sorted(re.findall(r"^## `turret ([a-z]+)", PAGE, re.MULTILINE)) == sorted([*VERBS, *GROUPS])
+
+
+@pytest.mark.parametrize(("group", "verb"), [(group, verb) for group, verbs in GROUPS.items() for verb in verbs])
+def test_every_verb_and_option_of_a_group_is_on_the_page(group, verb, capsys) -> None:
+    assert f"`turret {group} {verb}" in PAGE
+    assert run([group, verb, "--help"]) == 0
+    for option in re.findall(r"^ +(?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE):
+        assert option in PAGE, option
 
 
 @pytest.mark.parametrize("result", [RunResult, Evaluation])

@@ -240,3 +240,19 @@ def test_labels_of_many_at_once_are_compared_as_a_set(tmp_path) -> None:
     assert promoting.judged("d", wanted, [{"label": ["a", "b"]}] * 2).passed == 2
     found = promoting.judged("d", wanted, [{"label": ["a", "b"]}, {"label": ["a"]}])
     assert (found.passed, found.first["example"], found.first["given"]) == (1, 2, ["a"])
+
+
+def test_whoever_has_the_base_in_memory_is_asked_in_place_of_a_base_that_is_loaded(
+    workspace, tmp_path, monkeypatch
+) -> None:
+    golden = table(tmp_path / "golden.csv", ["text", "label"], [["one", "good"], ["two", "bad"]])
+    workspace.gate("tone", "production", golden=golden)
+    monkeypatch.setattr(answering, "mounted", None)  # whoever loads a base fails
+    asked: list[tuple[str, list[str]]] = []
+
+    def ask(version, texts):
+        asked.append((version, list(texts)))
+        return [{"label": "good"}, {"label": "bad"}]
+
+    assert workspace.promote("tone", "production", ask=ask).replays[0].passed == 2
+    assert asked == [("tone@1", ["one", "two"])]

@@ -129,14 +129,14 @@ class Engine:
         return request.ticket
 
     def classify(self, texts: Sequence[str], adapter: str, **settings: Any) -> list[Answer]:
-        """`{"label", "probabilities"}` for each text, in their order; settings: priority, deadline."""
+        """`{"label", "probabilities", "prompt_tokens"}` for each text, in their order; settings: priority, deadline."""
         submit = functools.partial(self.submit, "classify", adapter=adapter, **settings)
         return answers(texts, submit, self.limits.max_inputs)
 
     def generate(
         self, texts: Sequence[str], adapter: str | None = None, options: Options | None = None, **settings: Any
     ) -> list[Answer]:
-        """`{"text", "finish_reason", "tokens"}` for each text, in their order; settings: priority, deadline."""
+        """`{"text", "finish_reason", "tokens", "prompt_tokens"}` a text, in order; settings: priority, deadline."""
         submit = functools.partial(self.submit, "generate", adapter=adapter, options=options, **settings)
         return answers(texts, submit, self.limits.max_inputs)
 

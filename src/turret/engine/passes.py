@@ -96,7 +96,8 @@ class Passes:
                 raise self._not_finite(request)
             loaded = self._runner.bank.at(request.entry.slot)
             assert loaded is not None
-            self._end(request, Done(loaded.task.answers(logits[None])[0]), 0)
+            answer = loaded.task.answers(logits[None])[0]
+            self._end(request, Done({**answer, "prompt_tokens": len(request.ids or ())}), 0)
         except Exception as error:
             self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected(error)), 0)
 

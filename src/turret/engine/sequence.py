@@ -102,7 +102,8 @@ class Generating:
                 self.reason = "stop"
         self._text.end()
         self._tell(self._text)
-        return {"text": self._text.text, "finish_reason": self.reason, "tokens": len(self.tokens)}
+        said = {"text": self._text.text, "finish_reason": self.reason, "tokens": len(self.tokens)}
+        return said | {"prompt_tokens": len(self.request.ids or ())}
 
     def close(self, cache: KeyValueCache) -> None:
         for lane in self.lanes:

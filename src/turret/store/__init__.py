@@ -1,12 +1,13 @@
 """Where adapters live: immutable numbered versions, content-addressed files, runs. Refuses to know models and torch."""
 
-from turret.store.aliases import Move
+from turret.store.aliases import Move, Pointing
 from turret.store.catalog import Deleted, Version
 from turret.store.gates import Gate
 from turret.store.gc import Collected
 from turret.store.golden import Example, Golden, GoldenSet, Replay
 from turret.store.runs import Run
 from turret.store.store import Store
+from turret.store.tokens import Token, Tokens
 from turret.store.verify import Verified
 
 __all__ = [
@@ -17,9 +18,12 @@ __all__ = [
     "Golden",
     "GoldenSet",
     "Move",
+    "Pointing",
     "Replay",
     "Run",
     "Store",
+    "Token",
+    "Tokens",
     "Verified",
     "Version",
 ]

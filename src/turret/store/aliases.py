@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from turret.database import adapters, alias_history, aliases, versions
 from turret.errors import NotFound
@@ -106,6 +106,36 @@ def moves(connection: Connection, name: str) -> list[dict[str, Any]]:
         }
         for row in connection.execute(query)
     ]
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """Where an alias points now."""
+
+    name: str
+    alias: str
+    number: int
+    digest: str
+    base: str | None  # the fingerprint of the version's base
+    moved: str
+
+
+def last_move(connection: Connection) -> int:
+    """The number of the newest move in the whole store: while it stays, no alias has moved."""
+    return int(connection.execute(select(func.max(alias_history.c.id))).scalar() or 0)
+
+
+def pointing(connection: Connection) -> list[Pointing]:
+    """Every alias of every name."""
+    base = versions.c.manifest[("base", "fingerprint")].as_string()
+    query = (
+        select(adapters.c.name, aliases.c.alias, versions.c.number, versions.c.digest)
+        .add_columns(base.label("base"), aliases.c.moved)
+        .join(adapters, aliases.c.adapter_id == adapters.c.id)
+        .join(versions, aliases.c.version_id == versions.c.id)
+        .order_by(adapters.c.name, aliases.c.alias)
+    )
+    return [Pointing(**row._mapping) for row in connection.execute(query)]
 
 
 def dangling(connection: Connection) -> list[str]:

@@ -25,7 +25,7 @@ from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
 from turret.store import aliases, catalog, gates, gc, golden, incoming, runs
 from turret.store import verify as verifying
-from turret.store.aliases import Move
+from turret.store.aliases import Move, Pointing
 from turret.store.blobs import OWNER, Blob, Blobs, Files
 from turret.store.catalog import PRODUCTION, Deleted, Version
 from turret.store.gates import Gate
@@ -33,6 +33,7 @@ from turret.store.gc import Collected, Removed
 from turret.store.golden import Golden, GoldenSet, Replay
 from turret.store.objects import Objects
 from turret.store.runs import Run, State
+from turret.store.tokens import Tokens
 from turret.store.verify import Verified
 
 if TYPE_CHECKING:
@@ -234,6 +235,27 @@ class Store:
         exact = Reference(version.name, version=version.number)
         with self._there(exact).writing() as connection:
             golden.record(connection, catalog.find(connection, exact), replay)
+
+    def pointing(self) -> tuple[int, Sequence[Pointing]]:
+        """(the number of the newest move, every alias as it points then): what a server follows."""
+        database = self._database()
+        if database is None:
+            return 0, ()
+        with database.reading() as connection:
+            return aliases.last_move(connection), aliases.pointing(connection)
+
+    def last_move(self) -> int:
+        """The number of the newest move of any alias: while it stays, `pointing` does too."""
+        database = self._database()
+        if database is None:
+            return 0
+        with database.reading() as connection:
+            return aliases.last_move(connection)
+
+    @property
+    def tokens(self) -> Tokens:
+        """Who may ask a server of this store."""
+        return Tokens(self._database, self._made)
 
     # --- upkeep -------------------------------------------------------------------------------------------------------
 

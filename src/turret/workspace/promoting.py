@@ -19,15 +19,23 @@ if TYPE_CHECKING:
     from turret.workspace.answering import Mounted
 
 Stage = Callable[[str], None] | None
+Ask = Callable[[str, Sequence[str]], Sequence[dict[str, Any]]]  # (version, texts) -> answers, as predict gives them
 SHOWN = 500  # characters of an answer that are kept with a failure
 
 
 def promote(
-    store: Store, reference: str, alias: str, require: Sequence[str], *, again: bool = False, stage: Stage = None
+    store: Store,
+    reference: str,
+    alias: str,
+    require: Sequence[str],
+    *,
+    again: bool = False,
+    stage: Stage = None,
+    ask: Ask | None = None,
 ) -> Move:
-    """Move the alias; `again` replays what was replayed before too."""
+    """Move the alias; `again` replays what was replayed before too; `ask` answers in place of a base loaded for it."""
     version = store.resolve(reference)  # from here on by number, which never means anything else
-    asker = _Asker(store, version, stage)
+    asker = _Asker(store, version, stage, ask)
     if again:
         kept = [gate.golden for gate in store.gate(version.name, alias) if isinstance(gate, Golden)]
         asker.ask(kept, only_fitting=True)
@@ -39,26 +47,30 @@ def promote(
 
 
 class _Asker:
-    """One version, put on its base when it is asked first."""
+    """One version, asked by whoever has its base in memory, or put on its base when it is asked first."""
 
-    def __init__(self, store: Store, version: Version, stage: Stage) -> None:
+    def __init__(self, store: Store, version: Version, stage: Stage, ask: Ask | None) -> None:
         self._store, self._version, self._stage = store, version, stage
+        self._answers = ask or self._mounted
         self._ready: Mounted | None = None
 
     def ask(self, sets: Sequence[str], *, only_fitting: bool = False) -> None:
         """Replay these sets and keep how each went; `only_fitting` leaves what cannot be asked to the store."""
-        from turret.workspace import answering
-
         for digest in sets:
             wanted = self._store.examples(digest)
             if only_fitting and misfit(self._version, wanted):
                 continue
-            if self._ready is None:
-                self._ready = answering.mounted(self._store, str(self._version), self._stage)
             if self._stage is not None:
                 self._stage(f"asking {len(wanted.examples)} golden examples ({name_of(digest)})")
-            given = answering.answers(self._ready, [example.text for example in wanted.examples])
+            given = self._answers(str(self._version), [example.text for example in wanted.examples])
             self._store.keep_replay(self._version, judged(digest, wanted, given))
+
+    def _mounted(self, version: str, texts: Sequence[str]) -> Sequence[dict[str, Any]]:
+        from turret.workspace import answering
+
+        if self._ready is None:
+            self._ready = answering.mounted(self._store, version, self._stage)
+        return answering.answers(self._ready, texts)
 
 
 def judged(digest: str, wanted: GoldenSet, given: Sequence[dict[str, Any]]) -> Replay:

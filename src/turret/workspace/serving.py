@@ -6,6 +6,9 @@ Refuses to know HTTP, and how an engine works.
 from __future__ import annotations
 
 import tempfile
+import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,17 +20,41 @@ from turret.families import FAMILIES
 from turret.reference import Reference
 from turret.store import Store
 
+REMEMBERED = 4096  # versions
+FRESH = 1.0  # seconds that a version is taken to be there still; what `name@3` is never changes
+
 
 class StoreSource:
-    """The versions of a store, hashed on their way out of it (`turret.engine.source.Source`)."""
+    """The versions of a store, hashed on their way out of it (`turret.engine.source.Source`).
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    `name@3` is one digest for ever, so it is looked up once a second however often it is asked for; aliases and plain
+    names are looked up each time. A version that is deleted is refused a second later at most.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._clock = store, clock
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, tuple[float, Named]] = OrderedDict()  # reference -> (until when, what it is)
 
     def resolve(self, reference: str) -> Named:
         """What the reference means now. Raises NotFound."""
+        with self._lock:
+            until, named = self._known.get(reference, (0.0, None))
+        if named is not None and self._clock() < until:
+            return named
+        asked = self._clock()
         version = self._store.resolve(reference)
-        return Named(version.name, version.number, version.digest, version.bytes)
+        named = Named(version.name, version.number, version.digest, version.bytes)
+        if reference == str(named):
+            self._keep(reference, asked + FRESH, named)
+        return named
+
+    def _keep(self, reference: str, until: float, named: Named) -> None:
+        with self._lock:
+            self._known[reference] = until, named
+            self._known.move_to_end(reference)
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
 
     def load(self, named: Named) -> adapters.Adapter:
         """Read the version. Raises Corrupt for damaged files, NotFound for one that was deleted meanwhile."""

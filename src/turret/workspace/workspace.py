@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from turret.location import Location
-from turret.store import Collected, Deleted, Gate, Golden, Move, Store, Verified, Version
+from turret.store import Collected, Deleted, Gate, Golden, Move, Store, Tokens, Verified, Version
 from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from turret.recipe import Recipe
     from turret.store.difference import Difference
     from turret.train import StepRecord
+    from turret.workspace.promoting import Ask
 
 
 Say = Callable[[str], None]
@@ -53,6 +54,7 @@ class Workspace:
         *,
         require: Iterable[str] = (),
         replay: bool = False,
+        ask: Ask | None = None,
         on_stage: Say | None = None,
     ) -> Move:
         """Move an alias to a version whose files hash right, whose metrics pass the alias's gates, and whose answers to
@@ -60,10 +62,11 @@ class Workspace:
 
         require: gates for this time only, such as "accuracy>=0.9" or "validation.loss<0.4".
         replay: ask the golden examples again where this version was asked before.
+        ask: gives a version's answers to texts as `predict` does, for a program that has the base in memory.
         """
         from turret.workspace import promoting
 
-        return promoting.promote(self.store, reference, alias, list(require), again=replay, stage=on_stage)
+        return promoting.promote(self.store, reference, alias, list(require), again=replay, stage=on_stage, ask=ask)
 
     def rollback(self, name: str, alias: str = "production") -> Move:
         """Move an alias back to what it named before; again and again walks further back."""
@@ -102,6 +105,11 @@ class Workspace:
     def delete(self, reference: str, *, force: bool = False) -> Deleted:
         """Take a version out of the catalog; its number is never given again, its files go with the next gc."""
         return self.store.delete(reference, force=force)
+
+    @property
+    def tokens(self) -> Tokens:
+        """Who may ask a server: `create(name, scopes)`, `list()`, `revoke(name)`."""
+        return self.store.tokens
 
     def plan(self, recipe: Recipe, *, on_stage: Say | None = None) -> Planned:
         """The preflight of a training, without training: fills what the recipe leaves to be seen, and checks it."""

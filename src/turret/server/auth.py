@@ -1,0 +1,119 @@
+"""Who may ask what: bearer tokens with scopes, looked at before anything of a body is read.
+
+`Guard` is the policy: it knows tokens, scopes and whether the door stands open. It stands open only on loopback, and
+only until the store has had a token; what was guarded once stays so until the server ends. `Guarded` is the door.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from turret.errors import Forbidden, ServeRefused, TurretError, Unauthorized
+from turret.server.limits import OPEN
+from turret.server.problems import answer
+from turret.server.quotas import Quota
+from turret.store import Token
+from turret.store.tokens import which
+
+LONGEST = 256  # characters of a token
+INFER, ADMIN = "/v1/", ("/api/", "/metrics")  # paths; anything else that is there takes any token
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Who sent a request."""
+
+    name: str | None  # of the token; None where the door stands open
+    quota: Quota = field(default_factory=Quota)
+
+    @property
+    def key(self) -> str:
+        return f"token {self.name}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """The tokens as they were read last, and what they open."""
+
+    def __init__(self, host: str, tokens: Sequence[Token]) -> None:
+        self._tokens: Sequence[Token] = ()
+        self._open = True
+        self.know(tokens)
+        if self._open and not is_loopback(host):
+            raise ServeRefused(
+                f"serve on {host} without tokens: expected a loopback address such as 127.0.0.1, "
+                "or a token: make one with `turret token create NAME`"
+            )
+
+    @property
+    def open(self) -> bool:
+        return self._open
+
+    def know(self, tokens: Sequence[Token]) -> None:
+        """Take the newest list. A store that has had a token, even one revoked since, keeps the door closed."""
+        self._tokens = [token for token in tokens if token.revoked is None]
+        self._open = self._open and not tokens
+
+    def admit(self, path: str, authorization: str | None, host: str | None) -> Asker:
+        """Raises Unauthorized or Forbidden."""
+        if self._open:
+            if host is not None and not is_loopback(_without_port(host)):
+                raise Forbidden("a server without tokens answers to loopback names only: ask 127.0.0.1, or make tokens")
+            return Asker(None)
+        token = self._token(authorization)
+        wanted = "infer" if path.startswith(INFER) else "admin" if path.startswith(ADMIN) else None
+        if wanted is not None and wanted not in token.scopes:
+            raise Forbidden(f"token {token.name!r} has no scope {wanted}: use one that has")
+        return Asker(token.name, Quota(token.requests_per_minute, token.tokens_per_minute))
+
+    def _token(self, authorization: str | None) -> Token:
+        if authorization is None:
+            raise Unauthorized("no token: expected the header Authorization: Bearer TOKEN")
+        scheme, _, secret = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not secret.strip() or len(secret) > LONGEST:
+            raise Unauthorized("the authorization cannot be read: expected Bearer TOKEN")
+        token = which(self._tokens, secret.strip())
+        if token is None:
+            raise Unauthorized("the token is not known, or was revoked: make one with `turret token create NAME`")
+        return token
+
+
+def _without_port(host: str) -> str:
+    """`127.0.0.1:8000` -> `127.0.0.1`, `[::1]:8000` -> `::1`."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host
+
+
+class Guarded:
+    """An ASGI application behind the guard; who asks is `request.state.asker`."""
+
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+        self.app = app
+        self.guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN:
+            await self.app(scope, receive, send)
+            return
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            asker = self.guard.admit(scope["path"], headers.get(b"authorization".lower()), headers.get(b"host"))
+        except TurretError as error:
+            await answer(error, scope, receive, send, close=True)
+            return
+        scope.setdefault("state", {})["asker"] = asker
+        await self.app(scope, receive, send)

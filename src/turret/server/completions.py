@@ -1,0 +1,50 @@
+"""`POST /v1/completions`: a prompt goes on, by an adapter or the base. Decode, call, encode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Request, Response
+
+from turret.server.generation import Chunk, options, several, stream
+from turret.server.routes import Here, router, usage
+from turret.server.schemas import Completion, CompletionChoice, CompletionRequest
+
+questions = router("infer")
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or as a stream."}
+}
+
+
+@questions.post("/v1/completions", response_model=Completion, responses=EVENTS)
+async def complete(body: CompletionRequest, here: Here, request: Request, response: Response) -> Any:
+    """Texts that follow prompts; with an adapter each prompt is put as the adapter's task puts it."""
+    texts = several(body, body.prompts())
+    asking = options(here, body, body.max_tokens, len(texts))
+    if body.stream:
+        return await stream(here, request, body, texts, asking, Pieces())
+    async with here.ask(request, "generate", body.model, texts, asking) as asked:
+        answers = await asked.all()
+    response.headers.update(asked.headers)
+    choices = [
+        CompletionChoice(index=place, text=answer["text"], finish_reason=answer["finish_reason"])
+        for place, answer in enumerate(answers)
+    ]
+    model = asked.model or here.base_id
+    return Completion(id=f"cmpl-{asked.id}", created=here.now(), model=model, choices=choices, usage=usage(answers))
+
+
+class Pieces:
+    """The chunks of a streamed completion."""
+
+    object = "text_completion"
+    prefix = "cmpl"
+
+    def begin(self, index: int) -> Chunk | None:
+        return None
+
+    def piece(self, index: int, text: str) -> Chunk:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+
+    def end(self, index: int, finish_reason: str | None) -> Chunk:
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason}

@@ -1,0 +1,66 @@
+"""What every file of routes begins with: a router that says what it may answer, strict JSON, the served object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, HTTPException, Request, Response, Security
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from pydantic_core import from_json
+
+from turret.server.asked import Answer, made_tokens, prompt_tokens
+from turret.server.schemas import Error, Usage
+from turret.server.served import Served
+
+_BEARER = HTTPBearer(auto_error=False, description="A token of `turret token create`.")
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Error, "description": "What was wrong, in OpenAI's shape."},
+    "5XX": {"model": Error, "description": "What the server could not do, in OpenAI's shape."},
+}
+
+
+def _served(request: Request) -> Served:
+    found: Served = request.app.state.served
+    return found
+
+
+Here = Annotated[Served, Depends(_served)]
+
+
+class StrictRequest(Request):
+    """A request whose body is JSON as the standard has it: UTF-8, no NaN, nested within reason."""
+
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise HTTPException(400, f"the body is not JSON: {error}") from None
+
+
+class StrictRoute(APIRoute):
+    """A route that reads its body as `StrictRequest` does."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(StrictRequest(request.scope, request.receive, request._send))
+
+        return handle
+
+
+def router(scope: str) -> APIRouter:
+    """Routes that need a token with the scope; the guard sees to it, and this says so."""
+    return APIRouter(
+        route_class=StrictRoute, responses=PROBLEMS, tags=[scope], dependencies=[Security(_BEARER)] if scope else []
+    )
+
+
+def usage(answers: Sequence[Answer]) -> Usage | None:
+    """What OpenAI calls usage; None where the engine does not count prompts."""
+    if not all("prompt_tokens" in answer for answer in answers):
+        return None
+    read, made = sum(map(prompt_tokens, answers)), sum(map(made_tokens, answers))
+    return Usage(prompt_tokens=read, completion_tokens=made, total_tokens=read + made)

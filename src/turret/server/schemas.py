@@ -1,0 +1,308 @@
+"""What goes over the wire, as OpenAI and vLLM say it, and what of it is taken. Unknown keys are refused.
+
+A key that is known elsewhere and would change an answer is taken at the value that changes nothing, and refused at any
+other: a request is never half carried out. Keys beyond OpenAI's: `top_k`, `repetition_penalty`, `num_beams`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from turret.server.limits import MOST_CHOICES, MOST_INPUTS, MOST_MESSAGES, MOST_STOPS, MOST_TEXT, MOST_TOKENS
+
+
+def _is_whole(given: Any) -> bool:
+    return isinstance(given, float) and given.is_integer()
+
+
+Name = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=200,
+        description="An adapter: name, name@3 or name@production; or the id of the base.",
+    ),
+]
+Text = Annotated[str, Field(max_length=MOST_TEXT)]
+# JSON knows one kind of number: 5.0 is a whole one.
+WHOLE = BeforeValidator(lambda given: int(given) if _is_whole(given) else given)
+Tokens = Annotated[list[Annotated[int, Field(ge=0, le=10_000_000), WHOLE]], Field(min_length=1, max_length=1 << 17)]
+Nothing = Annotated[float, Field(ge=0, le=0)] | None  # a penalty that changes nothing
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+# --- questions -------------------------------------------------------------------------------------------------------
+
+
+class StreamOptions(Model):
+    include_usage: bool | None = None
+
+
+class Generation(Model):
+    """How to decode; what is left out or null is the adapter's own setting, else the engine's default."""
+
+    model: Name
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=100_000), WHOLE] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=16), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=1 - (1 << 53), le=(1 << 53) - 1), WHOLE] | None = None  # as JSON carries it safely
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = Field(None, description="Taken, and not used.")
+    presence_penalty: Nothing = Field(None, description="Only 0.")
+    frequency_penalty: Nothing = Field(None, description="Only 0.")
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(None, description="Only empty.")
+
+    def stops(self) -> tuple[str, ...] | None:
+        if self.stop is None:
+            return None
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class CompletionRequest(Generation):
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_INPUTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
+    best_of: Literal[1] | None = Field(None, description="Only 1.")
+    echo: Literal[False] | None = Field(None, description="Only false.")
+    logprobs: None = None
+    suffix: None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt  # type: ignore[return-value]
+
+
+class Part(Model):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Model):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=MOST_MESSAGES)]
+    name: Annotated[str, Field(max_length=256)] | None = Field(None, description="Taken, and not used.")
+
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ResponseFormat(Model):
+    type: Literal["text"]
+
+
+class ChatRequest(Generation):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
+    logprobs: Literal[False] | None = Field(None, description="Only false.")
+    response_format: ResponseFormat | None = None
+
+
+class ClassifyRequest(Model):
+    model: Name
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+    user: Annotated[str, Field(max_length=1024)] | None = Field(None, description="Taken, and not used.")
+
+    def texts(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: str | None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str = Field(description="The version that answered, such as name@3.")
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: None = None
+    finish_reason: str | None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+
+
+class ClassifyData(BaseModel):
+    index: int
+    label: str | list[str] = Field(description="A list where the task has many labels at once.")
+    probs: list[float]
+    num_classes: int
+    probabilities: dict[str, float] = Field(description="Label to probability, in the order of `probs`.")
+
+
+class Classification(BaseModel):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[ClassifyData]
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["turret"] = "turret"
+    root: str = Field(description="The version that it means here now, or the base.")
+    parent: str | None = Field(description="The base of an adapter.")
+    task: str | None = None
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+# --- the control plane -----------------------------------------------------------------------------------------------
+
+# What cannot be a name is 404, as what is not there: the grammar stands in `turret.reference` alone.
+Reference = Annotated[str, Field(min_length=1, max_length=200)]
+AdapterName = Annotated[str, Field(min_length=1, max_length=200)]
+AliasName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+Gate = Annotated[
+    str,
+    Field(max_length=300, pattern=r"^[^<>=\x00-\x1f]{1,200}(>=|<=|>|<)-?[0-9]{1,15}(\.[0-9]{1,15})?(e-?[0-9]{1,2})?$"),
+]
+
+
+class LoadRequest(Model):
+    pin: bool = False
+
+
+class PromoteRequest(Model):
+    alias: AliasName
+    require: Annotated[list[Gate], Field(max_length=32)] = Field(default_factory=list)
+    replay: bool = Field(False, description="Ask golden examples again that this version was asked before.")
+
+
+class Adapter(BaseModel):
+    """As `turret list --json` says it, and whether it is in memory."""
+
+    version: str
+    digest: str
+    created: str
+    aliases: list[str]
+    base: str | None
+    method: str | None
+    task: str | None
+    metrics: dict[str, Any]
+    bytes: int
+    run: str | None
+    loaded: bool
+
+
+class Adapters(BaseModel):
+    adapters: list[Adapter]
+    after: str | None = Field(description="Ask for what comes after this; null at the end.")
+
+
+class Alias(BaseModel):
+    name: str
+    alias: str
+    version: str = Field(description="What the store says.")
+    serving: str | None = Field(description="What is in force here; null where it is of another base.")
+    problem: str | None = Field(description="Why the two differ.")
+    moved: str
+
+
+class Aliases(BaseModel):
+    aliases: list[Alias]
+
+
+class Replay(BaseModel):
+    """How the version did on a set of golden examples."""
+
+    golden: str = Field(description="The digest of the set.")
+    passed: int
+    total: int
+    first: dict[str, Any] | None = Field(description="The first that failed, where that was allowed.")
+    replayed: str
+
+
+class Moved(BaseModel):
+    name: str
+    alias: str
+    version: str
+    before: str | None
+    changed: bool
+    skipped: list[str]
+    replays: list[Replay]
+    serving: str | None = Field(description="What is in force here now.")
+
+
+class LoadedList(BaseModel):
+    loaded: list[dict[str, Any]]
+
+
+class Version(BaseModel):
+    version: str
+    digest: str
+
+
+class Status(BaseModel):
+    base: dict[str, str]
+    ready: bool
+    draining: bool
+    in_flight: int
+    engine: dict[str, Any]
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Error(BaseModel):
+    error: ErrorBody

@@ -1,0 +1,131 @@
+"""A real server on a loopback port, in a thread, over a real store and the echo."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from server.echo import FINGERPRINT, LABELS, Echo, Options
+from store.bundles import tensors, write_bundle
+
+from turret.server.logs import Log
+from turret.server.run import Server, bind, url_of
+from turret.server.served import Served, Settings
+from turret.store import Version
+from turret.workspace import Workspace
+
+SEEDS = itertools.count()
+
+
+class Running:
+    """A server at work, and what a test asks of it."""
+
+    def __init__(self, workspace: Workspace, engine: Any, settings: Settings, options: Any = Options) -> None:
+        self.workspace, self.engine = workspace, engine
+        self.lines = io.StringIO()
+        self.served = Served(workspace, engine, options, settings, log=Log(self.lines))
+        self.server = Server(self.served)
+        self._socket = bind("127.0.0.1", 0)
+        self.url = url_of(self._socket)
+        self.port = int(self.url.rpartition(":")[2])
+        self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._socket]}, daemon=True)
+        self._opened: list[Any] = []
+
+    def start(self) -> Running:
+        self.served.look()
+        self.served.start()
+        self._thread.start()
+        until = time.monotonic() + 10
+        while not self.server.started and time.monotonic() < until:
+            time.sleep(0.002)
+        return self
+
+    def stop(self) -> None:
+        for each in self._opened:
+            each.close()
+        self.server.drain()
+        self.server.should_exit = True
+        self._thread.join(timeout=10)
+        self.served.stop()
+        self._socket.close()
+        self.engine.close()
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    def client(self, token: str | None = None, **settings: Any) -> httpx2.Client:
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        made = httpx2.Client(base_url=self.url, headers=headers, timeout=20, trust_env=False, **settings)
+        self._opened.append(made)
+        return made
+
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.lines.getvalue().splitlines()]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "store")
+
+
+@pytest.fixture
+def put(workspace: Workspace, tmp_path: Path) -> Callable[..., Version]:
+    """Stores one more version of a name, on the echo's base unless told otherwise."""
+
+    def put(name: str = "a", base: str = FINGERPRINT, **test: Any) -> Version:
+        task = {"kind": "classify", "labels": list(LABELS)}
+        said = {"base": {"id": "echo", "fingerprint": base}, "task": task}
+        bundle = write_bundle(tmp_path / "bundles", tensors(next(SEEDS)), said=said)
+        return workspace.store.put(name, bundle, metrics={"test": test} if test else {})
+
+    return put
+
+
+@pytest.fixture
+def serve(workspace: Workspace) -> Iterator[Callable[..., Running]]:
+    """`serve(pace=0.01, limits=Limits(...))`: settings of the echo and of the server."""
+    running: list[Running] = []
+
+    def serve(engine: Echo | None = None, **settings: Any) -> Running:
+        ours = {key: settings.pop(key) for key in list(settings) if key in Settings.__dataclass_fields__}
+        made = Running(workspace, engine or Echo(workspace.store, **settings), Settings(**ours))
+        running.append(made.start())
+        return made
+
+    yield serve
+    for each in running:
+        each.stop()
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], Any]], None]:
+    """Waits until something is so, and fails where it does not come."""
+
+    def until(so: Callable[[], Any], seconds: float = 10.0) -> None:
+        end = time.monotonic() + seconds
+        while not so():
+            assert time.monotonic() < end, "it did not come"
+            time.sleep(0.005)
+
+    return until
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One server with an adapter `a` for all tests of a module that leave it as it was."""
+    folder = tmp_path_factory.mktemp("shared")
+    workspace = Workspace(folder / "store")
+    said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": {"kind": "classify"}}
+    workspace.store.put("a", write_bundle(folder, tensors(next(SEEDS)), said=said))
+    running = Running(workspace, Echo(workspace.store), Settings())
+    yield running.start()
+    running.stop()

@@ -1,0 +1,307 @@
+"""An engine that answers at once and always the same: what it says is made of the version's digest and the text.
+
+It has the engine's public face, a thread of its own, slots, a queue with an end, and switches to be slow or to fail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from turret.errors import AdapterError, Busy, Cancelled, DeadlineExceeded, Draining, NotFound, WrongBase
+from turret.store import Store
+
+FINGERPRINT = "sha256:echo"
+LABELS = ("bad", "good", "so-so")
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str
+    number: int
+    digest: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.number}"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    id: str
+    name: str | None
+    number: int
+    digest: str | None
+    base: str = FINGERPRINT
+
+
+@dataclass(frozen=True)
+class Options:
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] | None = None
+    seed: int | None = None
+    num_beams: int | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    answer: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Failed:
+    error: Exception
+
+
+@dataclass
+class Loaded:
+    version: str
+    digest: str
+    bytes: int
+    pinned: bool = False
+    requests: int = 0
+
+
+def words(digest: str | None, text: Any, options: Options | None = None) -> list[str]:
+    """What is generated: who answers, then the text's own words; a seed is said too."""
+    said = [f"<{(digest or 'base')[-8:]}>", *str(text).split()]
+    if options is not None and options.seed is not None:
+        said.append(f"seed{options.seed}")
+    said = said[: (options and options.max_tokens) or 16]
+    return [said[0], *(f" {word}" for word in said[1:])]
+
+
+def probabilities(digest: str, text: str) -> dict[str, float]:
+    """Three numbers that every version and text have of their own."""
+    raw = hashlib.sha256(f"{digest}\0{text}".encode()).digest()[:3]
+    parts = [byte + 1 for byte in raw]
+    return {label: part / sum(parts) for label, part in zip(LABELS, parts, strict=True)}
+
+
+class Ticket:
+    def __init__(
+        self, engine: Echo, receipt: Receipt, kind: str, text: Any, options: Options | None, deadline: float | None
+    ) -> None:
+        self.receipt, self.kind, self.text = receipt, kind, text
+        self.engine = engine
+        said = words(receipt.digest, text, options) if kind == "generate" else []
+        self.left = list(said)
+        self.said = said
+        self._events: list[Any] = []
+        self._listeners: list[Callable[[Any], None]] = []
+        self._lock = threading.Lock()
+        self.over = False
+        self.until = None if deadline is None else time.monotonic() + deadline
+
+    def listen(self, fn: Callable[[Any], None]) -> None:
+        with self._lock:
+            self._listeners.append(fn)
+            for event in self._events:
+                fn(event)
+
+    def result(self, timeout: float | None = None) -> dict[str, Any]:
+        ends: queue.Queue[Any] = queue.Queue()
+        self.listen(ends.put)
+        while True:
+            event = ends.get(timeout=timeout)
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Done):
+                return event.answer
+
+    def tell(self, event: Any) -> None:
+        with self._lock:
+            self._events.append(event)
+            for fn in self._listeners:
+                fn(event)
+
+    def cancel(self) -> None:
+        if not self.over:
+            self.over = True
+            self.engine.cancelled.append(self.receipt.id)
+            self.tell(Failed(Cancelled("taken back")))
+
+    def step(self) -> bool:
+        """Whether there is more to do."""
+        if self.over:
+            return False
+        if self.until is not None and time.monotonic() > self.until:
+            self.over = True
+            self.tell(Failed(DeadlineExceeded("there was no time left")))
+            return False
+        if self.left:
+            self.tell(Piece(self.left.pop(0)))
+            return True
+        self.over = True
+        count = len(str(self.text).split())
+        if self.kind == "classify":
+            found = probabilities(str(self.receipt.digest), self.text)
+            label = max(found, key=lambda key: found[key])
+            self.tell(Done({"label": label, "probabilities": found, "prompt_tokens": count}))
+        else:
+            answer = {"text": "".join(self.said), "finish_reason": "stop", "tokens": len(self.said)}
+            self.tell(Done(answer | {"prompt_tokens": count}))
+        return False
+
+
+@dataclass
+class Echo:
+    """slots: how many versions fit; waiting: how many tickets; pace: seconds a step; load_seconds: a load takes."""
+
+    store: Store
+    slots: int = 64
+    waiting: int = 4096
+    pace: float = 0.0
+    load_seconds: float = 0.0
+    broken: set[str] = field(default_factory=set)  # versions that cannot be loaded
+    tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        self.base = SimpleNamespace(id="echo", fingerprint=FINGERPRINT, tokenizer=self.tokenizer)
+        self.loads: list[str] = []
+        self.cold: list[str] = []  # versions that a question had to wait for
+        self.cancelled: list[str] = []
+        self.priorities: list[int] = []
+        self._numbers = itertools.count(1)
+        self._slots: OrderedDict[str, Loaded] = OrderedDict()
+        self._tickets: list[Ticket] = []
+        self._lock = threading.RLock()
+        self._work = threading.Condition()
+        self._over = threading.Event()
+        self._closed = self._draining = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    # --- the face ---------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        kind: str,
+        text: Any,
+        adapter: str | None,
+        options: Options | None = None,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Ticket:
+        if self._draining:
+            raise Draining("the echo is going down")
+        if adapter is None and kind == "classify":
+            raise AdapterError("the bare base has no head: name an adapter")
+        receipt = Receipt(f"echo-{next(self._numbers)}", None, 0, None)
+        if adapter is not None:
+            named = self._resolve(adapter)
+            receipt = Receipt(receipt.id, named.name, named.number, named.digest)
+            with self._lock:
+                if named.digest not in self._slots:
+                    self.cold.append(str(named))
+            self._load(named).requests += 1
+        ticket = Ticket(self, receipt, kind, text, options, deadline)
+        with self._work:
+            if len(self._tickets) >= self.waiting:
+                raise Busy(f"{self.waiting} requests are waiting: try again", retry_after=2.4)
+            self._tickets.append(ticket)
+            self.priorities.append(priority)
+            self._work.notify()
+        return ticket
+
+    def warm(self, reference: str, *, pin: bool = False) -> Named:
+        named = self._resolve(reference)
+        self._load(named).pinned |= pin
+        return named
+
+    def unload(self, reference: str) -> None:
+        named = self._resolve(reference)
+        with self._lock:
+            if self._slots.pop(named.digest, None) is None:
+                raise NotFound(f"{named} is not in memory")
+
+    def unpin(self, reference: str) -> None:
+        with self._lock:
+            if (found := self._slots.get(self._resolve(reference).digest)) is not None:
+                found.pinned = False
+
+    def loaded(self) -> Sequence[Loaded]:
+        with self._lock:
+            return list(self._slots.values())
+
+    def stats(self) -> dict[str, Any]:
+        with self._lock:
+            return {"queue_length": len(self._tickets), "loads": len(self.loads), "versions": {"a": 1}}
+
+    def drain(self, timeout: float) -> bool:
+        self._draining = True
+        until = time.monotonic() + timeout
+        while self._tickets and time.monotonic() < until:
+            time.sleep(0.005)
+        return not self._tickets
+
+    def close(self) -> None:
+        self._over.set()
+        with self._work:
+            self._closed = True
+            self._work.notify()
+        self._thread.join()
+
+    def __enter__(self) -> Echo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- the inside -------------------------------------------------------------------------------------------------
+
+    def _resolve(self, reference: str) -> Named:
+        found = self.store.resolve(reference)
+        if (found.manifest.get("base") or {}).get("fingerprint") != FINGERPRINT:
+            raise WrongBase(f"{found} was trained on another base: start that one")
+        return Named(found.name, found.number, found.digest, found.bytes)
+
+    def _load(self, named: Named) -> Loaded:
+        with self._lock:
+            if named.digest in self._slots:
+                self._slots.move_to_end(named.digest)
+                return self._slots[named.digest]
+        if self.load_seconds:
+            time.sleep(self.load_seconds)
+        if str(named) in self.broken:
+            raise AdapterError(f"{named} cannot be mounted: /secret/place/adapter.safetensors has no rank")
+        with self._lock:
+            self.loads.append(str(named))
+            made = self._slots.setdefault(named.digest, Loaded(str(named), named.digest, named.bytes))
+            while len(self._slots) > self.slots:
+                oldest = next(key for key, each in self._slots.items() if not each.pinned)
+                del self._slots[oldest]
+            return made
+
+    def _run(self) -> None:
+        while True:
+            with self._work:
+                while not self._tickets and not self._closed:
+                    self._work.wait()
+                if self._closed:
+                    return
+                tickets = list(self._tickets)
+            for ticket in tickets:
+                if not ticket.step():
+                    with self._work:
+                        self._tickets.remove(ticket)
+            if self.pace:
+                self._over.wait(self.pace)

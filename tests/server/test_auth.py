@@ -1,0 +1,161 @@
+"""Who may ask: tokens with scopes on every path, kept as hashes; without tokens loopback only."""
+
+from __future__ import annotations
+
+import hmac
+import sqlite3
+
+import pytest
+
+from turret.errors import BadReference, Forbidden, InUse, NotFound, ServeRefused, Unauthorized
+from turret.server.auth import Guard, is_loopback
+from turret.store import Store
+from turret.store.tokens import PREFIX, hashed, which
+
+CLASSIFY = {"model": "a", "input": "x"}
+
+
+def test_without_a_token_401_with_the_wrong_scope_403_on_every_guarded_path(serve, put, workspace) -> None:
+    put()
+    _, infer = workspace.tokens.create("reader")
+    _, admin = workspace.tokens.create("boss", ["admin"])
+    running = serve()
+    anyone, reader, boss = running.client(), running.client(infer), running.client(admin)
+    for path in ("/api/status", "/api/adapters", "/api/loaded", "/api/aliases", "/metrics"):
+        assert anyone.get(path).status_code == 401, path
+        assert reader.get(path).status_code == 403, path
+        assert boss.get(path).status_code == 200, path
+    for client, status in ((anyone, 401), (boss, 403), (reader, 200)):
+        assert client.post("/v1/classify", json=CLASSIFY).status_code == status
+        assert client.get("/v1/models").status_code == status
+    assert anyone.get("/nothing/here").status_code == 401
+    assert anyone.get("/openapi.json").status_code == 401
+    assert reader.get("/openapi.json").status_code == 200
+    got = anyone.get("/v1/models")
+    assert got.headers["www-authenticate"] == "Bearer"
+    assert got.json()["error"]["code"] == "unauthorized"
+    for path in ("/healthz", "/readyz"):
+        assert anyone.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("said", ["", "Bearer", "Basic abc", "Bearer turret-nobody", "Bearer " + "x" * 9999])
+def test_an_authorization_that_is_no_known_token_is_401(serve, workspace, said) -> None:
+    workspace.tokens.create("reader")
+    got = serve().client().get("/v1/models", headers={"authorization": said})
+    assert got.status_code == 401
+    assert "nobody" not in got.text
+
+
+def test_a_token_is_nowhere_in_the_store_and_the_log(serve, put, workspace, until) -> None:
+    put()
+    kept, secret = workspace.tokens.create("reader")
+    assert secret.startswith(PREFIX)
+    assert len(secret) > 40
+    running = serve()
+    assert running.client(secret).post("/v1/classify", json=CLASSIFY).status_code == 200
+    running.client(secret).get("/api/status")
+    until(lambda: sum(line["event"] == "request" for line in running.log()) == 2)
+    assert secret not in running.lines.getvalue()
+    assert '"token": "reader"' in running.lines.getvalue()
+    row = sqlite3.connect(workspace.store.root / "turret.db").execute("SELECT * FROM tokens").fetchone()
+    assert secret not in str(row)
+    assert hashed(secret) in row
+    assert secret not in repr(kept)
+    assert kept.hash not in repr(kept)
+    assert "hash" not in kept.as_json()
+
+
+def test_a_token_is_compared_in_constant_time_with_every_one_known(tmp_path, monkeypatch) -> None:
+    tokens = Store(tmp_path / "store").tokens
+    made = [tokens.create(f"t{number}") for number in range(4)]
+    compared = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append(a) or a == b)
+    known = [kept for kept, _ in made]
+    assert which(known, made[0][1]) == known[0]
+    assert compared == [kept.hash for kept in known]
+    assert which(known, "\ud800 not text") is None
+
+
+def test_a_revoked_token_is_unknown_within_a_second_and_the_door_stays_closed(serve, workspace, until) -> None:
+    _, secret = workspace.tokens.create("reader")
+    running = serve()
+    client = running.client(secret)
+    assert client.get("/v1/models").status_code == 200
+    workspace.tokens.revoke("reader")
+    until(lambda: client.get("/v1/models").status_code == 401, seconds=2)
+    assert running.client().get("/v1/models").status_code == 401
+    assert serve().client().get("/v1/models").status_code == 401
+
+
+def test_a_load_that_takes_its_time_does_not_hold_up_a_token_that_is_revoked(serve, put, workspace, until) -> None:
+    put()
+    put()
+    workspace.promote("a@1", "production")
+    _, secret = workspace.tokens.create("reader")
+    running = serve()
+    running.engine.load_seconds = 3.0
+    workspace.promote("a@2", "production")
+    workspace.tokens.revoke("reader")
+    client = running.client(secret)
+    until(lambda: client.get("/v1/models").status_code == 401, seconds=1.5)
+
+
+def test_a_first_token_closes_the_door_of_a_server_that_runs(serve, workspace, until) -> None:
+    client = serve().client()
+    assert client.get("/v1/models").status_code == 200
+    workspace.tokens.create("reader")
+    until(lambda: client.get("/v1/models").status_code == 401, seconds=2)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org"])
+def test_without_tokens_nothing_but_loopback_is_served(tmp_path, host) -> None:
+    with pytest.raises(ServeRefused, match="without tokens: expected a loopback address"):
+        Guard(host, [])
+    tokens = Store(tmp_path / "store").tokens
+    kept, secret = tokens.create("reader")
+    assert Guard(host, [kept]).admit("/v1/models", f"Bearer {secret}", None).name == "reader"
+
+
+def test_an_open_server_answers_to_loopback_names_only(serve) -> None:
+    """A page in a browser may get its own name to point at 127.0.0.1; the browser then sends that name."""
+    client = serve().client()
+    got = client.get("/v1/models", headers={"host": "evil.example:8000"})
+    assert got.status_code == 403
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+def test_what_is_loopback() -> None:
+    assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.8.8.8", "::1", "[::1]")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "localhost.example.org", "", "128.0.0.1")))
+
+
+def test_names_scopes_and_quotas_of_tokens_are_checked(tmp_path) -> None:
+    tokens = Store(tmp_path / "store").tokens
+    assert list(tokens.list()) == []
+    with pytest.raises(NotFound, match="no token named 'x'"):
+        tokens.revoke("x")
+    for name in ("", "-x", "a b", "x" * 101, "ä"):
+        with pytest.raises(BadReference, match="bad token name"):
+            tokens.create(name)
+    for scopes in ([], ["root"]):
+        with pytest.raises(BadReference, match="bad scopes"):
+            tokens.create("x", scopes)
+    with pytest.raises(BadReference, match="a quota is a number"):
+        tokens.create("x", requests_per_minute=0)
+    kept, _ = tokens.create("x", ["admin", "infer"], requests_per_minute=3, tokens_per_minute=9)
+    assert (kept.scopes, kept.requests_per_minute, kept.tokens_per_minute) == (("infer", "admin"), 3, 9)
+    tokens.revoke("x")
+    assert tokens.revoke("x").revoked
+    with pytest.raises(InUse, match="there is a token 'x' already, or was"):
+        tokens.create("x")
+
+
+def test_the_guard_tells_what_is_wrong_by_class(tmp_path) -> None:
+    kept, secret = Store(tmp_path / "store").tokens.create("reader")
+    guard = Guard("127.0.0.1", [kept])
+    with pytest.raises(Unauthorized, match="no token"):
+        guard.admit("/v1/models", None, None)
+    with pytest.raises(Forbidden, match="no scope admin"):
+        guard.admit("/api/status", f"Bearer {secret}", None)
+    assert guard.admit("/v1/models", f"bearer {secret}", None).name == "reader"

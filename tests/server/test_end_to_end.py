@@ -1,0 +1,213 @@
+"""The server over the real engine on small bases: what is answered over HTTP is what the store's version answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import small_models
+import torch
+from server.conftest import Running
+from server.storm import ADAPTERS, storm
+from server.storm import TEXTS as TEXTS_OF_A_STORM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import turret
+from turret import engine as engine_room
+from turret.server.served import Settings
+from turret.store import Version
+from turret.tasks.classify import Classify
+from turret.tasks.generate import Generate
+from turret.workspace import Workspace
+
+TOLERANCE = 2e-2  # of a probability: the base is bfloat16 where the processor has it
+TEXTS = ["a great film", "a dull story about the bank", "quick"]
+
+
+@dataclass
+class House:
+    """A served base with two versions of one adapter."""
+
+    workspace: Workspace
+    running: Running
+    answers: dict[str, list[dict[str, Any]]]  # version -> what it answers to TEXTS alone
+
+
+def bundle(folder: Path, base: Path, family: str, kind: str, seed: int) -> Path:
+    """An adapter with random numbers in every tensor, as a training of this base would leave it."""
+    model = AutoModelForSequenceClassification.from_pretrained(base) if kind == "classify" else None
+    model = model or AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = small_models.tokenizer(family)
+    draw = torch.Generator().manual_seed(seed)
+    turret.attach(model, turret.LoRA(r=4, lora_alpha=8, init_lora_weights=False), generator=draw)
+    with torch.no_grad():
+        for each in model.parameters():
+            if each.requires_grad:
+                each.add_(torch.randn(each.shape, generator=draw) * 0.2)
+    if kind == "classify":
+        task = Classify(("bad", "good"), tokenizer, max_tokens=32)
+        turret.save(model, folder, base=str(base), task=task.spec())
+    else:
+        said = Generate(tokenizer, "decoder", max_tokens=32, max_target_tokens=12, kind="generate")
+        turret.save(model, folder, base=str(base), task=said.spec(), generation=said.generation)
+    return folder
+
+
+def alone(workspace: Workspace, engine: Any, version: str, kind: str) -> list[dict[str, Any]]:
+    """What the version answers to each text where nothing else runs; labels by the plain way, without an engine."""
+    if kind == "classify":
+        return list(workspace.predict(version, TEXTS))
+    return [engine.generate([text], adapter=version)[0] for text in TEXTS]
+
+
+def house(folder: Path, family: str, kind: str) -> House:
+    base = small_models.save_base(family, folder / family)
+    workspace = Workspace(folder / "store")
+    for seed in (1, 2):
+        workspace.store.put("a", bundle(folder / f"bundle-{seed}", base, family, kind, seed))
+    workspace.promote("a@1", "production")
+    engine = workspace.engine(str(base), dtype="float32")
+    answers = {version: alone(workspace, engine, version, kind) for version in ("a@1", "a@2")}
+    running = Running(workspace, engine, Settings(), options=engine_room.Options)
+    return House(workspace, running.start(), answers)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Iterator[House]:
+    made = house(tmp_path_factory.mktemp("classifier"), "bert", "classify")
+    yield made
+    made.running.stop()
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory) -> Iterator[House]:
+    made = house(tmp_path_factory.mktemp("generator"), "qwen3", "generate")
+    yield made
+    made.running.stop()
+
+
+def test_labels_over_http_are_those_of_the_stored_version(classifier) -> None:
+    client = classifier.running.client()
+    first, second = ([each["probabilities"]["good"] for each in some] for some in classifier.answers.values())
+    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) > 10 * TOLERANCE
+    for model, version in (("a", "a@1"), ("a@2", "a@2")):
+        got = client.post("/v1/classify", json={"model": model, "input": TEXTS})
+        assert got.status_code == 200, got.text
+        assert got.json()["model"] == version
+        assert got.headers["turret-digest"] == classifier.workspace.resolve(version).digest
+        for said, expected in zip(got.json()["data"], classifier.answers[version], strict=True):
+            assert said["probabilities"] == pytest.approx(expected["probabilities"], abs=TOLERANCE)
+
+
+def test_a_promote_by_another_process_is_followed(classifier, until) -> None:
+    client = classifier.running.client()
+
+    def version() -> str:
+        return client.post("/v1/classify", json={"model": "a", "input": "x"}).json()["model"]
+
+    Workspace(classifier.workspace.store.root).promote("a@2", "production")
+    until(lambda: version() == "a@2", seconds=5)
+    Workspace(classifier.workspace.store.root).rollback("a")
+    until(lambda: version() == "a@1", seconds=5)
+
+
+def test_a_text_over_http_whole_and_in_pieces_is_that_of_the_stored_version(generator) -> None:
+    with openai.OpenAI(base_url=f"{generator.running.url}/v1", api_key="none", max_retries=0) as client:
+        assert generator.answers["a@1"] != generator.answers["a@2"]
+        for version, answers in generator.answers.items():
+            got = client.completions.create(model=version, prompt=TEXTS)
+            assert [choice.text for choice in got.choices] == [answer["text"] for answer in answers]
+            assert [choice.finish_reason for choice in got.choices] == [answer["finish_reason"] for answer in answers]
+            read, made = (sum(answer[key] for answer in answers) for key in ("prompt_tokens", "tokens"))
+            assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (read, made)
+            assert read > len(TEXTS)
+            message = [{"role": "user", "content": TEXTS[0]}]
+            with client.chat.completions.create(model=version, messages=message, stream=True) as stream:
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            assert text == answers[0]["text"]
+
+
+def test_the_bare_base_answers_by_its_own_name_and_chat_template(generator) -> None:
+    client = generator.running.client()
+    body = {"model": "qwen3", "prompt": "the market", "max_tokens": 5}
+    got = client.post("/v1/completions", json=body)
+    assert got.status_code == 200, got.text
+    assert "turret-adapter" not in got.headers
+    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    got = client.post("/v1/chat/completions", json={"model": "qwen3", "messages": said, "max_tokens": 5})
+    assert got.status_code == 200, got.text
+
+
+def test_what_the_engine_refuses_is_told_by_the_table(generator) -> None:
+    client = generator.running.client()
+    assert client.post("/v1/completions", json={"model": "a@9", "prompt": "x"}).status_code == 404
+    assert client.post("/v1/classify", json={"model": "a", "input": "x"}).status_code in (400, 409)
+    assert client.post("/v1/completions", json={"model": "a", "prompt": [9_999_999]}).status_code == 400
+    beams = {"model": "a", "prompt": "x", "num_beams": 2, "temperature": 1.0}
+    assert client.post("/v1/completions", json=beams).status_code == 400
+
+
+def test_the_control_plane_shows_and_unloads_what_the_engine_holds(classifier) -> None:
+    client = classifier.running.client()
+    assert client.post("/api/adapters/a@2/load", json={"pin": True}).status_code == 200
+    loaded = {each["version"]: each for each in client.get("/api/loaded").json()["loaded"]}
+    assert loaded["a@2"]["pinned"] is True
+    assert client.post("/api/adapters/a@2/unpin").status_code == 200
+    assert client.post("/api/adapters/a@2/unload").status_code == 200
+    assert "a@2" not in {each["version"] for each in client.get("/api/loaded").json()["loaded"]}
+    assert client.get("/api/status").json()["base"]["id"] == "bert"
+    assert "turret_engine_" in client.get("/metrics").text
+
+
+def test_golden_examples_are_put_to_the_engine_that_serves_and_no_second_base_is_loaded(
+    classifier, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("turret.bases.load", None)  # whoever loads a base fails
+    golden = tmp_path / "golden.csv"
+    said = [f"{text},{answer['label']}" for text, answer in zip(TEXTS, classifier.answers["a@2"], strict=True)]
+    golden.write_text("\n".join(["text,label", *said]))
+    classifier.workspace.gate("a", "checked", golden=golden)
+    got = classifier.running.client().post("/api/adapters/a@2/promote", json={"alias": "checked"})
+    assert got.status_code == 200, got.text
+    assert [(each["passed"], each["total"]) for each in got.json()["replays"]] == [(len(TEXTS), len(TEXTS))]
+
+
+@pytest.mark.slow
+def test_every_answer_is_its_adapters_own_and_none_is_lost_while_everything_moves(tmp_path) -> None:
+    base = small_models.save_base("bert", tmp_path / "bert")
+    workspace = Workspace(tmp_path / "store")
+    known: dict[str, str] = {}
+    spare: dict[str, Path] = {}
+    for number in range(ADAPTERS):
+        for seed in (1, 2, 3):
+            made = bundle(tmp_path / f"{number}-{seed}", base, "bert", "classify", 3 * number + seed)
+            if seed < 3:
+                version = workspace.store.put(f"n{number}", made)
+                known[str(version)] = version.digest
+            else:
+                spare[f"n{number}"] = made
+        workspace.promote(f"n{number}@1", "production")
+    room = 25 * workspace.resolve("n0@1").bytes  # for half of what is asked for
+    engine = workspace.engine(str(base), dtype="float32", limits=engine_room.Limits(memory=room))
+    answers = {}
+    for name in spare:
+        workspace.store.put(name, spare[name])
+        for number in (1, 2, 3):
+            found = engine.classify(TEXTS_OF_A_STORM, adapter=f"{name}@{number}")
+            digest = workspace.resolve(f"{name}@{number}").digest
+            answers[digest] = {text: each["probabilities"] for text, each in zip(TEXTS_OF_A_STORM, found, strict=True)}
+        workspace.delete(f"{name}@3")
+    running = Running(workspace, engine, Settings(), options=engine_room.Options)
+
+    def put(name: str) -> Version:
+        return workspace.store.put(name, spare[name])
+
+    try:
+        storm(running.start(), workspace, put, known, lambda digest, text: answers[digest][text], 20)
+        assert engine.stats().evictions > 0
+    finally:
+        running.stop()

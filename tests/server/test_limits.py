@@ -1,0 +1,307 @@
+"""What is too much, too slow or no request at all is answered with 4xx, quickly, and good traffic goes on."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import quote
+
+import pytest
+
+from turret.server.limits import Limits
+
+GOOD = {"model": "a", "input": "x"}
+
+
+@contextmanager
+def raw(running) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=20) as opened:
+        yield opened
+
+
+def head(length: int | str = 10, more: str = "", path: str = "/v1/classify") -> bytes:
+    return (
+        f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        f"content-length: {length}\r\n{more}\r\n"
+    ).encode()
+
+
+def said(opened: socket.socket) -> tuple[int, dict]:
+    """(status, body) of the one answer on the connection."""
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        piece = opened.recv(65536)
+        assert piece, "closed without an answer"
+        answer += piece
+    headers, _, body = answer.partition(b"\r\n\r\n")
+    length = int(next(line for line in headers.lower().split(b"\r\n") if line.startswith(b"content-length")).split()[1])
+    while len(body) < length:
+        body += opened.recv(65536)
+    return int(headers.split()[1]), json.loads(body)
+
+
+def well(running) -> None:
+    assert running.client().post("/v1/classify", json=GOOD).status_code == 200
+
+
+def test_a_body_of_100_mb_is_413_before_it_is_sent_and_while_it_is(serve, put) -> None:
+    put()
+    running = serve()
+    started = time.monotonic()
+    with raw(running) as opened:
+        opened.sendall(head(100_000_000))
+        assert said(opened)[0] == 413
+    with raw(running) as opened:  # without a length, in chunks, until the server says stop
+        opened.sendall(head(0).replace(b"content-length: 0", b"transfer-encoding: chunked"))
+        chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+        for _ in range(1500):
+            opened.sendall(chunk)
+        opened.sendall(b"0\r\n\r\n")
+        status, body = said(opened)
+        assert (status, body["error"]["code"]) == (413, "too_large")
+    got = running.client().post("/v1/classify", content=b"x" * 100_000_000)  # a client that sends before it listens
+    assert got.status_code == 413
+    assert time.monotonic() - started < 15
+    assert running.served.load.bytes == 0
+    well(running)
+
+
+def test_a_body_that_comes_a_byte_a_second_is_408(serve, put) -> None:
+    put()
+    running = serve(limits=Limits(body_seconds=0.3))
+    with raw(running) as opened:
+        opened.sendall(head(1000))
+        for _ in range(2):
+            opened.sendall(b"{")
+            time.sleep(0.1)
+        status, body = said(opened)
+        assert (status, body["error"]["code"]) == (408, "too_slow")
+    well(running)
+
+
+def test_headers_that_come_a_byte_a_second_are_408_also_on_a_connection_that_was_good(serve, put) -> None:
+    put()
+    running = serve(limits=Limits(header_seconds=0.3))
+    with raw(running) as opened:
+        opened.sendall(b"POST /v1/cla")
+        assert said(opened)[0] == 408
+    with raw(running) as opened:
+        assert said(opened)[0] == 408  # not a byte
+    with raw(running) as opened:
+        body = json.dumps(GOOD).encode()
+        opened.sendall(head(len(body)) + body)
+        assert said(opened)[0] == 200
+        opened.sendall(b"GET /v1/mod")
+        assert said(opened)[0] == 408
+    well(running)
+
+
+def test_half_a_body_is_400(serve, put) -> None:
+    put()
+    running = serve()
+    with raw(running) as opened:
+        opened.sendall(head(1000) + b'{"model": "a"')
+        opened.shutdown(socket.SHUT_WR)
+        status, body = said(opened)
+        assert (status, body["error"]["code"]) == (400, "bad_request")
+        assert "ended before" in body["error"]["message"]
+    well(running)
+
+
+@pytest.mark.parametrize("nonsense", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET / HTTP/9\r\n\r\n", b"x" * 70_000])
+def test_what_is_not_http_is_400_in_json(serve, put, nonsense) -> None:
+    put()
+    running = serve()
+    with raw(running) as opened:
+        opened.sendall(nonsense + b"\r\n\r\n")
+        status, body = said(opened)
+        assert (status, set(body["error"])) == (400, {"message", "type", "param", "code"})
+    well(running)
+
+
+def test_a_wrong_content_type_is_415(serve, put) -> None:
+    put()
+    running = serve()
+    client, body = running.client(), json.dumps(GOOD)
+    for kind in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "",
+        "application/xml",
+    ):
+        got = client.post("/v1/classify", content=body, headers={"content-type": kind})
+        assert (got.status_code, got.json()["error"]["code"]) == (415, "wrong_media_type"), kind
+    packed = client.post(
+        "/v1/classify", content=body, headers={"content-type": "application/json", "content-encoding": "gzip"}
+    )
+    assert packed.status_code == 415
+    fine = client.post("/v1/classify", content=body, headers={"content-type": "application/json; charset=utf-8"})
+    assert fine.status_code == 200
+
+
+DEEP = 200_000
+BAD_BODIES = {
+    "nested": b"[" * DEEP + b"]" * DEEP,
+    "nested objects": b'{"a":' * DEEP + b"1" + b"}" * DEEP,
+    "nested in place": b'{"model":"a","input":' + b"[" * DEEP + b"]" * DEEP + b"}",
+    "not JSON": b"{'model': 'a'}",
+    "not UTF-8": b'{"model": "a", "input": "\xff\xfe"}',
+    "half a character": b'{"model": "a", "input": "\\ud800"}',
+    "NaN": b'{"model": "a", "prompt": "x", "temperature": NaN}',
+    "a number of 100,000 digits": b'{"model": "a", "prompt": "x", "seed": ' + b"9" * 100_000 + b"}",
+    "nothing": b"",
+    "null": b"null",
+    "a list": b"[]",
+    "an unknown key": b'{"model": "a", "input": "x", "prompt": "x", "colour": 1}',
+}
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/completions"])
+def test_a_body_that_is_not_a_request_is_400_quickly(shared, name, path) -> None:
+    started = time.monotonic()
+    headers = {"content-type": "application/json"}
+    got = shared.client().post(path, content=BAD_BODIES[name], headers=headers)
+    assert (got.status_code, got.json()["error"]["type"]) == (400, "invalid_request_error"), got.text
+    assert time.monotonic() - started < 5
+    assert len(got.content) < 1000
+
+
+BILLION = 1_000_000_000
+TOO_MUCH = [
+    {"n": BILLION},
+    {"max_tokens": BILLION},
+    {"max_tokens": 0},
+    {"max_tokens": -1},
+    {"n": 16, "prompt": ["x"] * 1024},
+    {"prompt": ["x"] * 100_000},
+    {"prompt": []},
+    {"prompt": [[1]] * 100_000},
+    {"prompt": [-1]},
+    {"prompt": [True]},
+    {"stop": ["x"] * 100},
+    {"stop": ""},
+    {"temperature": 1e9},
+    {"top_p": 0},
+    {"top_k": BILLION},
+    {"num_beams": BILLION},
+    {"repetition_penalty": 0},
+    {"seed": 1 << 70},
+    {"echo": True},
+    {"best_of": 3},
+    {"logprobs": 1},
+    {"presence_penalty": 0.5},
+    {"logit_bias": {"1": 1}},
+    {"suffix": "x"},
+    {"model": "x" * 10_000},
+    {"model": None},
+    {"max_tokens": "5"},
+    {"stream": "yes"},
+]
+
+
+@pytest.mark.parametrize("more", TOO_MUCH, ids=lambda more: str(more)[:40])
+def test_what_asks_for_too_much_or_for_what_is_not_offered_is_4xx_quickly(shared, more) -> None:
+    started = time.monotonic()
+    got = shared.client().post("/v1/completions", json={"model": "a", "prompt": "x", **more})
+    assert got.status_code == 400, got.text
+    assert got.json()["error"]["param"] in (*more, None)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "name", ["../a", "/etc/passwd", "a\0", "a\\b", "-a", "%2e%2e", "\u0430", "a\n", "A", "a@", "a@0", "@a"]
+)
+def test_a_name_that_could_mean_more_is_404(shared, name) -> None:
+    client = shared.client()
+    got = client.post("/v1/classify", json={"model": name, "input": "x"})
+    assert (got.status_code, got.json()["error"]["code"]) == (404, "bad_reference")
+    assert client.get(f"/api/adapters/{quote(name, safe='')}").status_code == 404
+    assert client.post(f"/api/adapters/{quote(name, safe='')}/load").status_code == 404
+
+
+def test_100_000_inputs_in_one_request_are_400(shared) -> None:
+    got = shared.client().post("/v1/classify", json={"model": "a", "input": ["x"] * 100_000})
+    assert got.status_code == 400
+    assert "1024" in got.json()["error"]["message"]
+    assert shared.client().post("/v1/classify", json={"model": "a", "input": ["x"] * 1024}).status_code == 200
+
+
+def test_what_changes_nothing_is_taken(shared) -> None:
+    more = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "best_of": 1, "echo": False, "user": "u"}
+    got = shared.client().post("/v1/completions", json={"model": "a", "prompt": "x", "suffix": None, **more})
+    assert got.status_code == 200, got.text
+
+
+def test_more_requests_than_may_be_in_flight_are_429_with_retry_after(serve, put, until) -> None:
+    put()
+    running = serve(limits=Limits(in_flight=2))
+    with raw(running) as one, raw(running) as two:
+        for opened in (one, two):
+            opened.sendall(head(10))
+        until(lambda: running.served.load.requests == 2)
+        got = running.client().post("/v1/classify", json=GOOD)
+        assert (got.status_code, got.json()["error"]["code"]) == (429, "busy")
+        assert int(got.headers["retry-after"]) >= 1
+        assert running.client().get("/healthz").status_code == 200
+    until(lambda: running.served.load.requests == 0)
+    well(running)
+
+
+def test_bodies_together_never_take_more_memory_than_is_meant_for_them(serve, put, until) -> None:
+    put()
+    running = serve(limits=Limits(bodies_bytes=100_000))
+    with raw(running) as one:
+        one.sendall(head(95_000) + b"x" * 90_000)
+        until(lambda: running.served.load.bytes == 90_000)
+        with raw(running) as two:
+            two.sendall(head(20_000) + b"x" * 20_000)
+            assert said(two)[0] == 429
+    until(lambda: running.served.load.bytes == 0)
+    well(running)
+
+
+def test_more_connections_than_the_limit_are_told_and_closed(serve, put) -> None:
+    put()
+    running = serve(limits=Limits(connections=3))
+    opened = [socket.create_connection(("127.0.0.1", running.port), timeout=10) for _ in range(3)]
+    time.sleep(0.1)
+    with raw(running) as one_more:
+        assert said(one_more)[0] == 429
+    for each in opened:
+        each.close()
+    time.sleep(0.1)
+    well(running)
+
+
+def test_a_full_queue_is_429_with_the_engines_own_retry_after(serve, put) -> None:
+    put()
+    running = serve(waiting=4, pace=0.2)
+    got = running.client().post("/v1/completions", json={"model": "a", "prompt": ["x y z"] * 5})
+    assert got.status_code == 429
+    assert got.headers["retry-after"] == "3"
+    assert len(running.engine.cancelled) == 4  # all or none
+    time.sleep(0.3)
+    well(running)
+
+
+def test_an_answer_that_takes_too_long_is_504_and_its_ticket_is_taken_back(serve, put, until) -> None:
+    put()
+    running = serve(pace=1.0, limits=Limits(answer_seconds=0.2))
+    got = running.client().post("/v1/completions", json={"model": "a", "prompt": "one two three"})
+    assert (got.status_code, got.json()["error"]["code"]) == (504, "deadline_exceeded")
+    until(lambda: running.engine.stats()["queue_length"] == 0)
+
+
+def test_methods_and_paths_that_are_not_there_are_told_in_the_same_shape(shared) -> None:
+    client = shared.client()
+    assert client.get("/v1/classify").status_code == 405
+    assert client.get("/v1/classify").headers["allow"] == "POST"
+    got = client.get("/v1/nothing")
+    assert (got.status_code, got.json()["error"]["code"]) == (404, "not_found")
+    assert client.request("TRACE", "/v1/models").status_code == 405
+    assert client.get("/v1/models/").status_code in (400, 404)

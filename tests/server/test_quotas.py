@@ -1,0 +1,110 @@
+"""Quotas are buckets that fill up again: so much a minute and no more, whatever the pattern; time is handed in."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turret.errors import QuotaSpent
+from turret.server import quotas as module
+from turret.server.quotas import Quota, Quotas
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_quota_of_requests_is_given_at_once_and_then_a_piece_at_a_time() -> None:
+    clock = Clock()
+    quotas = Quotas(clock)
+    for _ in range(6):
+        quotas.admit("t", "token t", Quota(requests=6))
+    with pytest.raises(
+        QuotaSpent, match=r"the quota of token t is spent: 6 requests a minute; try again in 10 s"
+    ) as said:
+        quotas.admit("t", "token t", Quota(requests=6))
+    assert said.value.retry_after == pytest.approx(10)
+    clock.now += said.value.retry_after
+    quotas.admit("t", "token t", Quota(requests=6))
+    quotas.admit("other", "token other", Quota(requests=6))
+
+
+def test_tokens_are_charged_when_they_are_known_and_the_debt_is_waited_for() -> None:
+    clock = Clock()
+    quotas, quota = Quotas(clock), Quota(tokens=60)
+    quotas.admit("t", "t", quota)
+    quotas.charge("t", quota, 100)
+    with pytest.raises(QuotaSpent, match="60 tokens a minute") as said:
+        quotas.admit("t", "t", quota)
+    assert said.value.retry_after == pytest.approx(41)
+    clock.now += 41
+    quotas.admit("t", "t", quota)
+
+
+def test_a_refused_request_takes_nothing() -> None:
+    clock = Clock()
+    quotas, quota = Quotas(clock), Quota(requests=2, tokens=10)
+    quotas.admit("t", "t", quota)
+    quotas.charge("t", quota, 10)
+    for _ in range(5):
+        with pytest.raises(QuotaSpent):
+            quotas.admit("t", "t", quota)
+    clock.now += 6  # one token, and a fifth of a request on top of the one that is left
+    quotas.admit("t", "t", quota)
+    with pytest.raises(QuotaSpent, match="2 requests a minute"):
+        quotas.admit("t", "t", quota)
+
+
+def test_without_a_quota_nothing_is_kept() -> None:
+    quotas = Quotas(Clock())
+    for number in range(100):
+        quotas.admit(f"t{number}", "t", Quota())
+        quotas.charge(f"t{number}", Quota(), 1000)
+    assert len(quotas) == 0
+
+
+def test_what_is_full_again_is_forgotten(monkeypatch) -> None:
+    monkeypatch.setattr(module, "MOST_KEPT", 10)
+    clock = Clock()
+    quotas = Quotas(clock)
+    for number in range(100):
+        clock.now += 60
+        quotas.admit(f"t{number}", "t", Quota(requests=1))
+    assert len(quotas) <= 11
+
+
+@given(st.lists(st.floats(0, 30), max_size=60), st.integers(1, 20))
+@settings(max_examples=100, deadline=None)
+def test_never_more_than_the_quota_and_what_filled_up_meanwhile(pauses, quota) -> None:
+    clock = Clock()
+    quotas, admitted, waits = Quotas(clock), 0, []
+    for pause in pauses:
+        clock.now += pause
+        try:
+            quotas.admit("t", "t", Quota(requests=quota))
+            admitted += 1
+        except QuotaSpent as error:
+            waits.append(error.retry_after)
+    assert all(0 < wait <= 60 / quota + 1e-6 for wait in waits)
+    assert admitted <= quota + clock.now * quota / 60 + 1e-6
+
+
+def test_over_http_a_spent_quota_is_429_and_others_go_on(serve, put, workspace) -> None:
+    put()
+    put("b")
+    _, few = workspace.tokens.create("few", requests_per_minute=2)
+    _, many = workspace.tokens.create("many")
+    running = serve(per_adapter=Quota(tokens=50))
+    body = {"model": "a", "input": "x"}
+    assert [running.client(few).post("/v1/classify", json=body).status_code for _ in range(3)] == [200, 200, 429]
+    client = running.client(many)
+    got = running.client(few).post("/v1/classify", json=body)
+    assert got.json()["error"]["code"] == "quota_spent"
+    assert 1 <= int(got.headers["retry-after"]) <= 30
+    assert client.post("/v1/classify", json=body | {"input": ["x"] * 60}).status_code == 200
+    assert client.post("/v1/classify", json=body).status_code == 429  # of the adapter a
+    assert client.post("/v1/classify", json=body | {"model": "b"}).status_code == 200
