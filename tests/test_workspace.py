@@ -250,6 +250,35 @@ def test_a_flipped_bit_is_never_answered_from(trained, tmp_path) -> None:
         workspace.evaluate("reviews", trained.recipe.data.source)
 
 
+def test_the_engine_answers_from_the_store_as_predict_does(trained) -> None:
+    texts = ["a great film", "a dull story"]
+    with trained.workspace.engine(trained.recipe.base) as engine:
+        for answer, wanted in zip(
+            engine.classify(texts, "reviews"), trained.workspace.predict("reviews", texts), strict=True
+        ):
+            assert answer["label"] == wanted["label"]
+            assert answer["probabilities"] == pytest.approx(wanted["probabilities"], abs=5e-3)
+        ticket = engine.submit("classify", texts[0], "reviews@1")
+        assert ticket.receipt.digest == trained.result.digest
+        assert ticket.receipt.base == trained.result.base["fingerprint"]
+        with pytest.raises(NotFound):
+            engine.submit("classify", "x", "other")
+        assert ticket.result(30)
+
+
+def test_the_engine_never_answers_from_a_flipped_bit(trained, tmp_path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(trained.workspace.store.root, store)
+    workspace = Workspace(store)
+    path = workspace.store.files("reviews")["adapter_model.safetensors"]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.chmod(0o644)
+    path.write_bytes(content)
+    with workspace.engine(trained.recipe.base) as engine, pytest.raises(Corrupt):
+        engine.classify(["a great film"], "reviews")
+
+
 def test_answers_need_a_version_and_texts(trained) -> None:
     with pytest.raises(NotFound):
         trained.workspace.predict("other", ["x"])
@@ -283,5 +312,8 @@ def test_a_prefix_on_a_decoder_goes_the_whole_way(tmp_path) -> None:
     (answer,) = workspace.predict("short", ["the market fell, 3"])
     assert set(answer) == {"text", "finish_reason", "tokens"}
     assert answer["finish_reason"] in ("stop", "length")
+    with workspace.engine(str(base), dtype="float32") as engine:
+        (served,) = engine.generate(["the market fell, 3"], "short")
+        assert set(served) == {*answer, "prompt_tokens"}
     found = workspace.evaluate("short", str(tmp_path / "pairs.jsonl"))
     assert found.data["examples"] == 20

@@ -166,9 +166,11 @@ class AsyncClient:
         query = {} if name is None else {"name": name}
         return list((await self._json("GET", "/api/aliases", query=query))["aliases"])
 
-    async def promote(self, reference: str, alias: str, *, require: Sequence[str] = ()) -> dict[str, Any]:
-        """Move an alias to a version, once it is loaded."""
-        body = {"alias": alias, "require": list(require)}
+    async def promote(
+        self, reference: str, alias: str, *, require: Sequence[str] = (), replay: bool = False
+    ) -> dict[str, Any]:
+        """Move an alias to a version, once it is loaded and has passed; `replay` asks its golden examples again."""
+        body = {"alias": alias, "require": list(require), "replay": replay}
         return await self._json("POST", f"/api/adapters/{reference}/promote", body)
 
     async def rollback(self, name: str, alias: str = "production") -> dict[str, Any]:

@@ -10,19 +10,25 @@ The schema, in bullets (its number is `SCHEMA`; every change is a new Alembic fi
   `version_id` becomes NULL (both NULL: the alias was taken away); `verb` is promote, rollback or delete; `before` is
   the move that a rollback from here goes back to
 - `gates`: what a version's metrics must reach before an alias may be moved to it
+- `golden_sets`: examples with what an answer to them must be, as JSON lines under their sha256; never changed
+- `golden_gates`: which of these sets an alias asks for, and the share of it that must pass
+- `replays`: how the version of that digest did on such a set, append-only; the newest of a set counts
 - `tokens`: who may ask a server; `hash` is of the token, which is kept nowhere; quotas are a minute, NULL for none
 - `runs`: a row a training; `state` is running, interrupted, failed or finished; the version it made has its `run`
 
-Times are ISO 8601 in UTC, as text. On SQLite the journal is WAL and a commit is on disk before it returns.
+Times are ISO 8601 in UTC, as text; `who` is the user that did it, NULL where that is not known. On SQLite the journal
+is WAL and a commit is on disk before it returns.
 """
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -51,7 +57,7 @@ from sqlalchemy.pool import NullPool
 
 from turret.errors import StoreError
 
-SCHEMA = "0003"  # the newest file in migrations/versions; a test holds the two together
+SCHEMA = "0004"  # the newest file in migrations/versions; a test holds the two together
 BUSY_SECONDS = 60  # how long a writer waits for the writers before it
 
 metadata = MetaData(
@@ -83,6 +89,7 @@ versions = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("metrics", JSON, nullable=False),
     Column("manifest", JSON, nullable=False),
+    Column("who", String(100)),
     UniqueConstraint("adapter_id", "number"),
     UniqueConstraint("adapter_id", "digest"),
 )
@@ -113,6 +120,7 @@ alias_history = Table(
     Column("number", Integer),
     Column("verb", String(16)),
     Column("before", Integer),
+    Column("who", String(100)),
 )
 gates = Table(
     "gates",
@@ -124,6 +132,35 @@ gates = Table(
     Column("relation", String(2), primary_key=True),
     Column("threshold", Float, nullable=False),
     Column("created", String(32), nullable=False),
+)
+golden_sets = Table(
+    "golden_sets",
+    metadata,
+    Column("digest", String(80), primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("examples", Integer, nullable=False),
+    Column("content", Text, nullable=False),
+    Column("created", String(32), nullable=False),
+)
+golden_gates = Table(
+    "golden_gates",
+    metadata,
+    Column("adapter_id", ForeignKey(adapters.c.id), primary_key=True),
+    Column("alias", String(32), primary_key=True),
+    Column("golden", ForeignKey(golden_sets.c.digest), primary_key=True),
+    Column("share", Float, nullable=False),
+    Column("created", String(32), nullable=False),
+)
+replays = Table(
+    "replays",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version", String(80), nullable=False, index=True),
+    Column("golden", ForeignKey(golden_sets.c.digest), nullable=False),
+    Column("passed", Integer, nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("first", JSON),
+    Column("replayed", String(32), nullable=False),
 )
 tokens = Table(
     "tokens",
@@ -162,13 +199,14 @@ class Database:
         self.path = path
         self.read_only = read_only
         self._engine = _engine(path, read_only, alone)
+        self._without_room = self._engine if alone or read_only else _engine(path, read_only, alone=True, patience=0)
         with told(path):
             self._reach_schema()
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection that sees one moment of the database."""
-        with told(self.path), self._engine.begin() as connection:
+        with told(self.path), self._seen() as connection:
             yield connection
 
     @contextmanager
@@ -182,8 +220,33 @@ class Database:
         with told(self.path), writer.begin() as connection:
             yield connection
 
+    @contextmanager
+    def _seen(self) -> Iterator[Connection]:
+        """A transaction that has read something.
+
+        Where the disk refuses the index of the WAL, 32 kB that the first of all readers makes, because it is full say,
+        this one is alone for as long as it takes and keeps the index in memory.
+        """
+        with ExitStack() as opened:
+            yield self._look(opened)
+
+    def _look(self, opened: ExitStack) -> Connection:
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                return _looked(self._engine, opened)
+            except (DatabaseError, sqlite3.Error) as error:
+                if self._without_room is self._engine or not any(said in str(error) for said in ("I/O", "is full")):
+                    raise
+            try:
+                return _looked(self._without_room, opened)
+            except (DatabaseError, sqlite3.Error) as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0.001, 0.02))  # two that both would be alone: neither may wait for the other
+
     def _reach_schema(self) -> None:
-        with self._engine.begin() as connection:
+        with self._seen() as connection:
             found = _schema_of(connection)
         if found == SCHEMA:
             return
@@ -200,6 +263,15 @@ class Database:
         with self.writing() as connection:
             if _schema_of(connection) != SCHEMA:  # nobody else brought it there while this process waited
                 _migrate(connection)
+
+
+def _looked(engine: Engine, opened: ExitStack) -> Connection:
+    """A transaction of `engine` that goes with `opened`, once it has read: BEGIN alone reads nothing."""
+    with ExitStack() as trying:
+        connection = trying.enter_context(engine.begin())
+        connection.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1")
+        opened.push(trying.pop_all())
+    return connection
 
 
 def _schema_of(connection: Connection) -> str | None:
@@ -219,7 +291,7 @@ def _migrate(connection: Connection) -> None:
     command.upgrade(config, "head")
 
 
-def _engine(path: Path, read_only: bool, alone: bool) -> Engine:
+def _engine(path: Path, read_only: bool, alone: bool, patience: float = BUSY_SECONDS) -> Engine:
     if read_only:
         # Without a -wal beside it nobody is writing, and SQLite can do without the files it may not create.
         still = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
@@ -229,7 +301,7 @@ def _engine(path: Path, read_only: bool, alone: bool) -> Engine:
 
     def connect() -> sqlite3.Connection:
         # isolation_level=None: transactions are opened below, not guessed by the driver from the statement.
-        return sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        return sqlite3.connect(address, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
 
     engine = create_engine("sqlite+pysqlite://", creator=connect, poolclass=NullPool)
 
@@ -273,6 +345,10 @@ def told(path: Path) -> Iterator[None]:
     except (DatabaseError, sqlite3.Error) as error:
         reason = str(getattr(error, "orig", None) or error)
         raise StoreError(f"store {path.parent}: {_plainly(reason, path)}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise StoreError(
+            f"store {path.parent}: {path.name} holds a row that is no JSON ({error}): restore it from a copy"
+        ) from error
     except OSError as error:
         raise StoreError(f"store {path.parent}: {error.strerror or error}: {error.filename or path}") from error
 
@@ -285,6 +361,11 @@ def no_room(path: Path) -> bool:
 def _plainly(reason: str, path: Path) -> str:
     if "is full" in reason or ("disk I/O error" in reason and no_room(path)):
         return f"the disk of {path.parent} is full: free some space and try again; what was stored before is intact"
+    if "disk I/O error" in reason:
+        return (
+            f"the disk refuses to read or write {path.name} ({reason}): look at quotas, file-size limits and its "
+            "health; what was stored before is intact"
+        )
     if "readonly" in reason or "read-only" in reason:
         return "it is read-only here: give write permission, or use another --store"
     if "unable to open" in reason:

@@ -18,7 +18,8 @@ TurretError                 anything a user can mend; its text is one line: what
 ├── StoreError              the store could not be opened, read or written
 │   ├── NotFound            no such adapter, version or alias
 │   ├── InUse               a version that something still needs
-│   ├── GateFailed          a version whose metrics do not pass what its alias asks for
+│   ├── GateFailed          a version that does not pass what its alias asks for
+│   │   └── ReplayNeeded    golden examples that were never put to the version
 │   └── Corrupt             stored bytes do not match their digest
 ├── EngineError             the engine did not answer a request
 │   ├── Busy                too much is waiting; it says when to come again
@@ -122,7 +123,15 @@ class InUse(StoreError):
 
 
 class GateFailed(StoreError):
-    """The stored metrics of a version do not pass the gates of an alias."""
+    """A version does not pass the gates of an alias: its stored metrics, or its answers to golden examples."""
+
+
+class ReplayNeeded(GateFailed):
+    """Golden examples that an alias asks for were never put to the version; `sets` has their digests."""
+
+    def __init__(self, message: str, sets: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.sets = sets
 
 
 class Corrupt(StoreError):

@@ -125,6 +125,7 @@ class Train(_Section):
     epochs: int = Field(default=3, ge=1)
     batch_size: int = Field(default=8, ge=1, le=65536)
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None  # None: the method's own; auto: found by trials
+    init_from: str | None = Field(default=None, min_length=1)  # a stored version to go on from; None: the base alone
     evaluate: Literal["epoch", "never"] | Annotated[int, Field(ge=1)] = "epoch"  # a number: every so many steps
     max_steps: int | None = Field(default=None, ge=1)  # None: as many as the epochs make
     warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0.06  # fraction of the steps, or steps
@@ -135,9 +136,7 @@ class Train(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; adapters are float32
     gradient_clip: float = Field(default=1.0, gt=0)  # largest norm
     checkpoint_every: int | None = Field(default=None, ge=1)  # steps; None: every epoch
-    micro_batch_tokens: int = Field(
-        default=512, ge=1
-    )  # most tokens in one pass; more are accumulated, the result is the same
+    micro_batch_tokens: int | None = Field(default=None, ge=1)  # most in one pass; None: by the size of the base
 
 
 def _method_word(value: Any) -> Any:

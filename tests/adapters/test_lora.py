@@ -9,6 +9,7 @@ import pytest
 import torch
 from batches import padded, rows, with_eos
 from small_models import FAMILIES, build
+from torch import nn
 
 from turret.adapters import attach, attachment, classify_logits, detach, extract, mount, set_route, trainable_parameters
 from turret.adapters.adapter import Adapter, BaseInfo
@@ -221,15 +222,15 @@ def test_factors_that_do_not_fit_are_refused_by_name() -> None:
 def test_the_fast_way_is_the_formula_with_its_gradients(rate: float) -> None:
     torch.manual_seed(0)
     factors = LoRAFactors(torch.randn(3, 8), torch.randn(6, 3), 0.7, rate).train()
-    x, base = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 6, requires_grad=True)
-    inputs = (x, base, factors.lora_A, factors.lora_B)
+    x, layer = torch.randn(2, 5, 8, requires_grad=True), nn.Linear(8, 6).requires_grad_(False)
+    inputs = (x, factors.lora_A, factors.lora_B)
     torch.manual_seed(1)
-    fast = factors.added_to(base * 1, x, None)
+    fast = factors.with_base(layer, x, None)
     torch.manual_seed(1)
-    plain = base + factors(x)
+    plain = layer(x) + factors(x)
     torch.testing.assert_close(fast, plain)
     dy = torch.randn_like(plain)
     for ours, theirs in zip(torch.autograd.grad(fast, inputs, dy), torch.autograd.grad(plain, inputs, dy), strict=True):
         torch.testing.assert_close(ours, theirs)
     torch.manual_seed(2)
-    assert rate == 0.0 or not torch.allclose(factors.added_to(base * 1, x, None), plain)  # the control: another mask
+    assert rate == 0.0 or not torch.allclose(factors.with_base(layer, x, None), plain)  # the control: another mask

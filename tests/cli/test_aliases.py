@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -53,6 +54,7 @@ def test_promote_and_rollback_json_have_stable_keys(said) -> None:
     moved = told(said("promote", "news@2", "candidate", "--json"))
     assert moved == {
         "name": "news", "alias": "candidate", "version": "news@2", "before": "news@1", "changed": True, "skipped": [],
+        "replays": [],
     }  # fmt: skip
     assert set(told(said("rollback", "news", "candidate", "--json"))) == set(moved)
 
@@ -131,3 +133,22 @@ def test_what_cannot_be_is_one_line(said, arguments, status, complaint) -> None:
     err = said(*arguments, status=status)
     assert complaint in err
     assert err.count("\n") == 1
+
+
+def test_golden_examples_are_kept_shown_refused_and_removed(said, tmp_path) -> None:
+    """The versions of this store classify nothing: their kind alone is refused, which needs no base."""
+    (tmp_path / "golden.csv").write_text("text,label\nx,good\ny,bad\n")
+    shown = said("gate", "news", "production", "loss<1", "--golden", str(tmp_path / "golden.csv"), "--share", "0.95")
+    assert re.search(r"news@production +golden:\w{12}>=0\.95 +2 golden examples", shown)
+    metric, golden = told(said("gate", "news", "--json"))["gates"]
+    assert set(golden) == {"alias", "golden", "kind", "examples", "share", "gate"}
+    assert (metric["gate"], golden["examples"], golden["share"]) == ("test.loss<1", 2, 0.95)
+    err = said("promote", "news@2", "production", "--replay", status=1)
+    assert f"{golden['gate'].partition('>')[0]} has labels as answers, and news@2 writes texts" in err
+    assert err.count("\n") == 1
+    said("gate", "news", "production", "--remove", golden["gate"])
+    assert told(said("gate", "news", "--json"))["gates"] == [metric]
+    assert "a fraction above 0" in said(
+        "gate", "news", "production", "--golden", str(tmp_path / "golden.csv"), "--share", "95", status=2
+    )
+    assert "give --golden FILE" in said("gate", "news", "production", "--share", "0.5", status=2)

@@ -45,7 +45,7 @@ def test_list_json_is_one_object_with_stable_keys(stored, capsys) -> None:
     assert set(said) == {"store", "versions"}
     assert [version["version"] for version in said["versions"]] == ["news@1", "news@2"]
     assert set(said["versions"][0]) == {
-        "version", "digest", "created", "aliases", "base", "method", "task", "metrics", "bytes", "run",
+        "version", "digest", "created", "who", "aliases", "base", "method", "task", "metrics", "bytes", "run",
     }  # fmt: skip
 
 
@@ -69,7 +69,8 @@ def test_show_json_is_the_whole_version(stored, capsys) -> None:
     said = json.loads(capsys.readouterr().out)
     assert said["version"] == "news@1"
     assert set(said) == {
-        "version", "digest", "created", "aliases", "bytes", "metrics", "files", "manifest", "alias_history", "run",
+        "version", "digest", "created", "who", "aliases", "bytes", "metrics", "files", "manifest", "alias_history",
+        "replays", "run",
     }  # fmt: skip
 
 

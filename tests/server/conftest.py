@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from server.echo import FINGERPRINT, Echo, Options
+from server.echo import FINGERPRINT, LABELS, Echo, Options
 from store.bundles import tensors, write_bundle
 
 from turret.server.logs import Log
@@ -82,7 +82,8 @@ def put(workspace: Workspace, tmp_path: Path) -> Callable[..., Version]:
     """Stores one more version of a name, on the echo's base unless told otherwise."""
 
     def put(name: str = "a", base: str = FINGERPRINT, **test: Any) -> Version:
-        said = {"base": {"id": "echo", "fingerprint": base}, "task": {"kind": "classify"}}
+        task = {"kind": "classify", "labels": list(LABELS)}
+        said = {"base": {"id": "echo", "fingerprint": base}, "task": task}
         bundle = write_bundle(tmp_path / "bundles", tensors(next(SEEDS)), said=said)
         return workspace.store.put(name, bundle, metrics={"test": test} if test else {})
 

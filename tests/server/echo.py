@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import queue
 import threading
 import time
 from collections import OrderedDict
@@ -115,6 +116,16 @@ class Ticket:
             for event in self._events:
                 fn(event)
 
+    def result(self, timeout: float | None = None) -> dict[str, Any]:
+        ends: queue.Queue[Any] = queue.Queue()
+        self.listen(ends.put)
+        while True:
+            event = ends.get(timeout=timeout)
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Done):
+                return event.answer
+
     def tell(self, event: Any) -> None:
         with self._lock:
             self._events.append(event)
@@ -167,6 +178,7 @@ class Echo:
         self.loads: list[str] = []
         self.cold: list[str] = []  # versions that a question had to wait for
         self.cancelled: list[str] = []
+        self.priorities: list[int] = []
         self._numbers = itertools.count(1)
         self._slots: OrderedDict[str, Loaded] = OrderedDict()
         self._tickets: list[Ticket] = []
@@ -186,6 +198,7 @@ class Echo:
         adapter: str | None,
         options: Options | None = None,
         *,
+        priority: int = 0,
         deadline: float | None = None,
     ) -> Ticket:
         if self._draining:
@@ -205,6 +218,7 @@ class Echo:
             if len(self._tickets) >= self.waiting:
                 raise Busy(f"{self.waiting} requests are waiting: try again", retry_after=2.4)
             self._tickets.append(ticket)
+            self.priorities.append(priority)
             self._work.notify()
         return ticket
 

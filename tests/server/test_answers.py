@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
-from server.echo import FINGERPRINT, LABELS, probabilities, words
+from server.echo import FINGERPRINT, LABELS, Options, probabilities, words
+
+from turret.server.generation import options
+from turret.server.schemas import CompletionRequest
 
 
 def test_classify_answers_in_the_shape_vllm_uses_with_a_receipt(serve, put) -> None:
@@ -143,3 +147,16 @@ def test_a_chat_of_several_messages_goes_through_the_bases_own_template(serve, p
     ids = tokenizer.apply_chat_template(told, add_generation_prompt=True, tokenize=True, return_dict=False)
     answer = got.json()["choices"][0]["message"]["content"]
     assert answer.partition(" ")[2].startswith(str(list(ids))[:20])
+
+
+def test_what_narrows_the_draws_without_a_temperature_draws_at_1(serve) -> None:
+    for said, temperature in (
+        ({"top_k": 5}, 1.0),
+        ({"top_p": 0.9}, 1.0),
+        ({"top_p": 1.0}, None),
+        ({"top_k": 5, "temperature": 0.0}, 0.0),
+        ({}, None),
+    ):
+        body = CompletionRequest(model="a", prompt="x", **said)
+        (made,) = options(SimpleNamespace(options=Options), body, None, 1)  # type: ignore[arg-type]
+        assert made.temperature == temperature, said

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import threading
+from pathlib import Path
+from typing import Any
+
+from server.echo import probabilities
 
 from turret.server.limits import Limits
 
@@ -87,6 +92,90 @@ def test_gates_hold_and_are_told(serve, put, workspace) -> None:
     assert got.json()["error"]["code"] == "gate_failed"
     assert client.post("/api/adapters/a@1/promote", json={"alias": "beta", "require": ["nonsense"]}).status_code == 400
     assert client.post("/api/adapters/a@1/promote", json={"alias": "Beta"}).status_code == 400
+
+
+def golden(workspace, folder: Path, digest: str, texts: list[str], wrong: int | None = None) -> None:
+    """production of `a` asks for what that version says to these texts; one of them turned into a mistake."""
+    rows = []
+    for place, text in enumerate(texts):
+        found = probabilities(digest, text)
+        rows.append([text, (min if place == wrong else max)(found, key=lambda label: found[label])])
+    with (folder / "golden.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], *rows])
+    workspace.gate("a", "production", golden=folder / "golden.csv")
+
+
+def test_golden_examples_are_asked_behind_everybody_and_nobody_waits_for_them(serve, put, workspace, tmp_path) -> None:
+    version, texts = put(), [f"text {number}" for number in range(200)]
+    golden(workspace, tmp_path, version.digest, texts)
+    running = serve(pace=0.02)
+    moved: list[dict[str, Any]] = []
+
+    def promote() -> None:
+        got = running.client().post("/api/adapters/a@1/promote", json={"alias": "production"})
+        moved.append(got.json())
+
+    promoting = threading.Thread(target=promote)
+    promoting.start()
+    client, answered = running.client(), 0
+    while promoting.is_alive():
+        assert client.get("/api/aliases").status_code == 200
+        assert client.get("/healthz").status_code == 200
+        answered += client.post("/v1/classify", json={"model": "a@1", "input": "x"}).status_code == 200
+    promoting.join()
+    assert answered > 3
+    assert moved[0]["serving"] == "a@1"
+    (replay,) = moved[0]["replays"]
+    assert (replay["passed"], replay["total"], replay["first"]) == (200, 200, None)
+    assert running.engine.priorities.count(-1) == 200
+    again = client.post("/api/adapters/a@1/promote", json={"alias": "production"}).json()
+    assert again["replays"] == moved[0]["replays"]  # what was answered is kept
+    assert running.engine.priorities.count(-1) == 200
+    body = {"alias": "production", "replay": True}
+    assert client.post("/api/adapters/a@1/promote", json=body).json()["replays"][0]["passed"] == 200
+    assert running.engine.priorities.count(-1) == 400
+
+
+def test_a_wrong_golden_answer_is_named_and_moves_nothing(serve, put, workspace, tmp_path) -> None:
+    version = put()
+    golden(workspace, tmp_path, version.digest, ["one", "two", "three"], wrong=1)
+    got = serve().client().post("/api/adapters/a@1/promote", json={"alias": "production"})
+    assert (got.status_code, got.json()["error"]["code"]) == (409, "gate_failed")
+    assert "1 of 3 golden examples failed" in got.json()["error"]["message"]
+    assert "example 2 'two'" in got.json()["error"]["message"]
+    assert workspace.resolve("a@1").aliases == ()
+
+
+def test_a_full_queue_is_waited_for_by_golden_examples(serve, put, workspace, tmp_path) -> None:
+    version = put()
+    golden(workspace, tmp_path, version.digest, [f"text {number}" for number in range(20)])
+    got = serve(waiting=8, pace=0.01).client().post("/api/adapters/a@1/promote", json={"alias": "production"})
+    assert got.status_code == 200, got.text
+    assert got.json()["replays"][0]["passed"] == 20
+
+
+def test_many_promotes_with_golden_examples_are_told_to_come_again_and_sigterm_ends_the_asking(
+    serve, put, workspace, tmp_path, until
+) -> None:
+    version = put()
+    golden(workspace, tmp_path, version.digest, [f"text {number}" for number in range(500)])
+    running = serve(pace=0.05)
+    told: list[tuple[int, str]] = []
+
+    def promote() -> None:
+        got = running.client().post("/api/adapters/a@1/promote", json={"alias": "production"})
+        told.append((got.status_code, got.json()["error"]["code"]))
+
+    threads = [threading.Thread(target=promote) for _ in range(6)]
+    for each in threads:
+        each.start()
+    until(lambda: len(told) == 2)
+    assert told == [(429, "busy")] * 2
+    running.server.drain()
+    for each in threads:
+        each.join()
+    assert told[2:] == [(503, "draining")] * 4
+    assert workspace.resolve("a@1").aliases == ()
 
 
 def test_verify_finds_a_flipped_bit_and_promote_refuses_it(serve, put, workspace) -> None:

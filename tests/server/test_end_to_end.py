@@ -11,23 +11,18 @@ import openai
 import pytest
 import small_models
 import torch
+from server.conftest import Running
+from server.storm import ADAPTERS, storm
+from server.storm import TEXTS as TEXTS_OF_A_STORM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import turret
+from turret import engine as engine_room
+from turret.server.served import Settings
 from turret.store import Version
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
 from turret.workspace import Workspace
-
-engine_room = pytest.importorskip("turret.engine")
-if not hasattr(Workspace, "engine"):
-    pytest.skip("Workspace.engine is not there", allow_module_level=True)
-
-from server.conftest import Running  # noqa: E402
-from server.storm import ADAPTERS, storm  # noqa: E402
-from server.storm import TEXTS as TEXTS_OF_A_STORM  # noqa: E402
-
-from turret.server.served import Settings  # noqa: E402
 
 TOLERANCE = 2e-2  # of a probability: the base is bfloat16 where the processor has it
 TEXTS = ["a great film", "a dull story about the bank", "quick"]
@@ -127,6 +122,9 @@ def test_a_text_over_http_whole_and_in_pieces_is_that_of_the_stored_version(gene
             got = client.completions.create(model=version, prompt=TEXTS)
             assert [choice.text for choice in got.choices] == [answer["text"] for answer in answers]
             assert [choice.finish_reason for choice in got.choices] == [answer["finish_reason"] for answer in answers]
+            read, made = (sum(answer[key] for answer in answers) for key in ("prompt_tokens", "tokens"))
+            assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (read, made)
+            assert read > len(TEXTS)
             message = [{"role": "user", "content": TEXTS[0]}]
             with client.chat.completions.create(model=version, messages=message, stream=True) as stream:
                 text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
@@ -163,6 +161,19 @@ def test_the_control_plane_shows_and_unloads_what_the_engine_holds(classifier) -
     assert "a@2" not in {each["version"] for each in client.get("/api/loaded").json()["loaded"]}
     assert client.get("/api/status").json()["base"]["id"] == "bert"
     assert "turret_engine_" in client.get("/metrics").text
+
+
+def test_golden_examples_are_put_to_the_engine_that_serves_and_no_second_base_is_loaded(
+    classifier, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("turret.bases.load", None)  # whoever loads a base fails
+    golden = tmp_path / "golden.csv"
+    said = [f"{text},{answer['label']}" for text, answer in zip(TEXTS, classifier.answers["a@2"], strict=True)]
+    golden.write_text("\n".join(["text,label", *said]))
+    classifier.workspace.gate("a", "checked", golden=golden)
+    got = classifier.running.client().post("/api/adapters/a@2/promote", json={"alias": "checked"})
+    assert got.status_code == 200, got.text
+    assert [(each["passed"], each["total"]) for each in got.json()["replays"]] == [(len(TEXTS), len(TEXTS))]
 
 
 @pytest.mark.slow

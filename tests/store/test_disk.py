@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 from small_disk import mounted_disk
+from store.bundles import tensors
 
 from turret.errors import StoreError
-from turret.store import Store
+from turret.store import Example, GoldenSet, Replay, Store
+
+GOLDEN = GoldenSet((Example("a great film", "label", "good"),))
 
 
 @pytest.fixture
@@ -80,7 +84,10 @@ def test_on_a_full_disk_every_verb_is_done_or_says_so_and_gc_makes_room(small_di
         for verb in (
             lambda: store.promote("a@3", "production"),
             lambda: store.rollback("a"),
-            lambda: store.gate("a", "candidate", add=["loss<1"]),
+            lambda: store.gate("a", "candidate", add=["loss<1"], examples=GOLDEN),
+            lambda: store.keep_replay(store.resolve("a@1"), Replay(GOLDEN.digest, 1, 1, None, "then")),
+            lambda: store.put("b", make_bundle(os.urandom(5000))),
+            lambda: store.new_run("a", "", ""),
             lambda: store.delete("a@3", force=True),
         ):
             said = complaint(verb)
@@ -111,6 +118,73 @@ def test_gc_needs_not_a_byte_of_room(small_disk, make_bundle) -> None:
     assert len(store.files("a@production")) == 3
 
 
+def fill(disk: Path) -> None:
+    """Not a byte is left."""
+    (disk / "filler").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+    assert os.statvfs(disk).f_bavail == 0
+
+
+def two_promoted(root: Path, make_bundle: Callable[..., Path]) -> Store:
+    store = Store(root)
+    for number in (1, 2):
+        store.put("a", make_bundle(tensors(number)), metrics={"test": {"loss": 0.1}})
+        store.promote(f"a@{number}", "production")
+    store.gate("a", "production", add=["loss<1"], examples=GOLDEN)
+    store.keep_replay(store.resolve("a@1"), Replay(GOLDEN.digest, 1, 1, None, "then"))
+    return store
+
+
+def read_all(store: Store, out: Path) -> None:
+    """Every verb that reads."""
+    assert [str(version) for version in store.list()] == ["a@1", "a@2"]
+    assert str(store.resolve("a")) == "a@2"
+    assert len(store.show("a@1")["replays"]) == 1
+    assert len(store.files("a@1")) == 3
+    assert store.materialize("a", out).number == 2
+    assert store.diff("a@1", "a@2").moved is not None
+    assert len(store.gate("a")) == 2
+    assert store.examples(GOLDEN.digest) == GOLDEN
+    assert store.verify().ok
+    assert store.problems() == []
+    assert store.gc(dry_run=True).removed == ()
+
+
+@pytest.mark.parametrize("left", ["closed", "killed"])
+def test_everything_can_be_read_on_a_disk_without_a_byte_to_spare(small_disk, make_bundle, tmp_path, left) -> None:
+    """Also where a killed writer left a journal that nobody has an index of; and again after a write that failed."""
+    disk = small_disk("size=2m")
+    two_promoted(disk / "store", make_bundle).promote("a@1", "production")
+    if left == "killed":
+        killed = (
+            "import os, signal, sys; from turret.store import Store\n"
+            "with Store(sys.argv[1])._made().reading():\n"  # so that the journal is not folded away
+            "    Store(sys.argv[1]).rollback('a')\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)"
+        )
+        subprocess.run([sys.executable, "-c", killed, str(disk / "store")], check=False)
+        (disk / "store" / "turret.db-shm").unlink()
+        assert (disk / "store" / "turret.db-wal").stat().st_size
+    else:
+        Store(disk / "store").rollback("a")
+    fill(disk)
+    read_all(Store(disk / "store"), tmp_path / "1")
+    with pytest.raises(StoreError, match=r"the disk of .* is full"):
+        Store(disk / "store").promote("a@1", "production")
+    read_all(Store(disk / "store"), tmp_path / "2")
+
+
+def test_readers_beside_each_other_on_a_full_disk_wait_for_each_other(small_disk, make_bundle) -> None:
+    disk = small_disk("size=2m")
+    two_promoted(disk / "store", make_bundle)
+    fill(disk)
+    code = "import sys; from turret.store import Store\nfor _ in range(20): assert len(Store(sys.argv[1]).list()) == 2"
+    command = [sys.executable, "-c", code, str(disk / "store")]
+    readers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for reader in readers:
+        _, err = reader.communicate(timeout=60)
+        assert reader.returncode == 0, err
+
+
 def test_a_new_store_on_a_full_disk_says_so(small_disk, make_bundle) -> None:
     disk = small_disk("size=64k")
     with pytest.raises(StoreError, match=r"disk of .* is full|No space left on device"):
@@ -128,12 +202,15 @@ def test_a_read_only_store_can_be_read_and_says_that_it_cannot_be_written(small_
     assert store.verify("a").problems[0].path == "adapter_model.safetensors"  # which is none, in this test
     assert store.gc(dry_run=True).removed == ()
     assert list(store.gate("a")) == []
+    version = store.resolve("a")
     for write in (
         lambda: store.put("a", make_bundle(b"2")),
         lambda: store.new_run("a", "", ""),
         lambda: store.promote("a", "production"),
         lambda: store.rollback("a"),
         lambda: store.gate("a", "production", add=["loss<1"]),
+        lambda: store.gate("a", "production", examples=GOLDEN),
+        lambda: store.keep_replay(version, Replay(GOLDEN.digest, 1, 1, None, "then")),
         lambda: store.delete("a@1"),
         store.gc,
     ):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,16 @@ import pytest
 from turret.store import Store
 
 WRITER = Path(__file__).with_name("writer.py")
+QUICK = ("promote", "rollback", "gate", "replay", "delete", "gc", "put", "migrate")  # those of `verbs.py`
+BESIDE = QUICK[:-1]  # a reader would bring an older store up to date itself
+WITH_TORCH = ("import", "export")
 VERBS = "put,put,put,get,promote,promote,rollback,delete,gc,verify"
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, str(WRITER), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def check(store: Store, acknowledged: set[str]) -> None:
@@ -46,35 +52,101 @@ def check_lines(store: Store, lines: list[str]) -> None:
     assert found == {alias: number for alias, number in ends.items() if number is not None}
 
 
+def told(*arguments: object) -> list[str]:
+    """What the process said that kills others; it looks itself, after every kill, at what must hold."""
+    process = start(*arguments)
+    out, err = process.communicate(timeout=560)
+    assert process.returncode == 0, err
+    return out.splitlines()
+
+
+def broken_off(*arguments: object) -> tuple[Counter[str], set[str]]:
+    """How many rounds ended how, and what was put: of the process that kills others, and looks after every kill itself
+    at what must hold."""
+    process = start(*arguments)
+    out, err = process.communicate(timeout=560)
+    assert process.returncode == 0, err
+    *acknowledged, ended = out.splitlines()
+    return Counter(ast.literal_eval(ended)), set(acknowledged)
+
+
+def beside_readers(root: Path, *arguments: object) -> tuple[Counter[str], set[str]]:
+    """The same, while two processes read all there is again and again."""
+    Store(root).put("seen", _bundle(root.parent))
+    readers = [start(root, "read") for _ in range(2)]
+    try:
+        ended = broken_off(root, *arguments)
+        for reader in readers:
+            out, err = reader.communicate("enough\n", timeout=60)
+            assert reader.returncode == 0, err
+            assert int(out) > 0
+    finally:
+        for reader in readers:
+            reader.kill()
+            reader.communicate()
+    check(Store(root), {"seen@1"} | ended[1])
+    return ended
+
+
 def test_killed_at_every_file_operation_of_a_put_nothing_listed_is_broken(tmp_path) -> None:
     store = Store(tmp_path / "store")
     store.new_run("other", "", "")  # the store exists, as it nearly always does
-    process = start(store.root, "put", 1, 500)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    *acknowledged, last = out.split()
-    assert last == "done"
-    check(store, set(acknowledged))
+    ended, acknowledged = broken_off(store.root, "operations", "put", 1, 500)
+    assert ended["done"] == 1
+    check(store, acknowledged)
     assert str(store.put("a", _bundle(tmp_path))) not in acknowledged
 
 
-@pytest.mark.parametrize("verb", ["promote", "rollback", "delete", "gc"])
+@pytest.mark.parametrize(
+    "verb", [*QUICK[:-2], "migrate", *(pytest.param(verb, marks=pytest.mark.slow) for verb in WITH_TORCH)]
+)
 def test_killed_at_every_file_operation_of_a_verb_it_was_done_or_was_not(tmp_path, verb) -> None:
-    """The writer itself looks, after every kill, at what must hold."""
-    process = start(tmp_path / "store", verb, 1, 500)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert out.split() == ["done"]
+    ended, _ = broken_off(tmp_path / "store", "operations", verb, 1, 500)
+    assert ended["killed"] > 1
+    assert ended["done"] == 1
+
+
+def test_killed_within_a_write_of_any_verb_the_store_holds_what_it_must_and_readers_see_nothing_of_it(tmp_path) -> None:
+    """The kernel kills at the write that makes a file longer than so many bytes, within SQLite too."""
+    ended, acknowledged = beside_readers(tmp_path / "store", "writes", ",".join(BESIDE), 170_000, 34_000)
+    assert ended["killed"] > len(BESIDE)
+    assert ended.total() == 5 * len(BESIDE)
+    assert acknowledged
+
+
+def test_a_write_that_fails_within_any_verb_is_said_in_one_line_and_the_verb_not_done(tmp_path) -> None:
+    """A file that may not grow, as on a full disk or with a quota; needs no disk of its own."""
+    ended, _ = broken_off(tmp_path / "store", "limits", ",".join(QUICK), 260_000, 52_000)
+    assert ended["said"] >= len(QUICK)
+    assert ended["done"]
+    assert ended.total() == 5 * len(QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "first", "second"), [("moments", 50, 7), ("writes", 260_000, 5_200)])
+@pytest.mark.parametrize("verb", [*QUICK, *WITH_TORCH])
+def test_killed_again_and_again_in_any_verb_beside_readers(tmp_path, verb, mode, first, second) -> None:
+    with_readers = verb != "migrate"  # a reader would bring the store up to date itself
+    if verb in WITH_TORCH:  # a round takes ten times as long
+        first, second = (first // 2, second) if mode == "moments" else (first, 2 * second)
+    ended, _ = (beside_readers if with_readers else broken_off)(tmp_path / "store", mode, verb, first, second)
+    assert ended["killed"] > 1
+    assert ended.total() >= 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", [*QUICK, *WITH_TORCH])
+def test_a_write_that_fails_at_many_sizes_is_said_in_one_line_and_the_verb_not_done(tmp_path, verb) -> None:
+    ended, _ = broken_off(tmp_path / "store", "limits", verb, 260_000, 10_400 if verb in WITH_TORCH else 5_200)
+    assert ended.total() >= 25
 
 
 def test_killed_at_every_file_operation_of_the_first_put_the_store_still_opens(tmp_path) -> None:
     """Every round begins without a store, so that the schema is being made when the kill comes."""
     for operation in range(4, 40, 5):
         store = Store(tmp_path / f"store-{operation}")
-        process = start(store.root, "put", operation, operation)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-        check(store, set(out.split()) - {"done"})
+        _, acknowledged = broken_off(store.root, "operations", "put", operation, operation)
+        check(store, acknowledged)
         store.put("a", _bundle(tmp_path))
 
 
@@ -89,7 +161,8 @@ def _kill_at_random_moments(tmp_path: Path, rounds: int) -> None:
         first = process.stdout.readline()  # it is at work
         time.sleep(moments.uniform(0, 0.1))
         process.kill()
-        rest, _ = process.communicate(timeout=60)
+        rest = process.stdout.read()  # communicate would pass over what readline has taken ahead
+        process.communicate(timeout=60)
         lines += [first, *rest.splitlines(keepends=True)]
     out, err = survivor.communicate(timeout=600)
     assert survivor.returncode == 0, err

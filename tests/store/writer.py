@@ -1,46 +1,59 @@
-"""A process that writes to a store and says so on stdout; the tests kill it, or let many of it race.
+"""A process that is at work in a store and says so on stdout; the tests kill it, or let many of it race.
 
 - `writer.py STORE put COUNT` puts COUNT versions of the name `a` and prints each once it is acknowledged
-- `writer.py STORE VERB FIRST LAST` forks a child for each n from FIRST to LAST that carries out the verb and kills
-  itself, with SIGKILL, at its n-th file operation; looks after each that the store holds what it must; prints what was
-  acknowledged, and `done` when a child came through
-- `writer.py STORE race COUNT SEED VERBS` carries out COUNT verbs of those, `get` and `verify`, drawn with the seed, on
-  contents that all processes share; prints `deleting a@1` before and `put a@1`, `delete a@1` after
+- `writer.py STORE race COUNT SEED VERBS` carries out COUNT verbs, drawn with the seed, on contents that all processes
+  share; prints `deleting a@1` before and `put a@1`, `delete a@1` after
+- `writer.py STORE read` reads all there is again and again until its stdin ends, and fails at anything not whole
+
+Of the next, each round forks a child that carries out one of the verbs of `verbs.py` and does not come through; after
+each the store must hold what it must. They print what was acknowledged, and at the end how many rounds ended how:
+
+- `writer.py STORE operations VERBS FIRST LAST` kills the child at its n-th file operation, for n from FIRST to LAST or
+  until one comes through
+- `writer.py STORE moments VERBS ROUNDS SEED` kills it at a random moment of the time that the verb takes
+- `writer.py STORE writes VERBS MOST STEP` lets the kernel kill it in the middle of the write that makes any file longer
+  than n bytes, for n from 0 to MOST: inside SQLite too
+- `writer.py STORE limits VERBS MOST STEP` lets that write fail instead, as a full disk or a quota does
 """
 
 from __future__ import annotations
 
 import os
 import random
+import resource
+import select
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from store.bundles import tensors, write_bundle
+from store.verbs import VERBS, put, ready_to_put
 
-from turret.errors import InUse, NotFound
+from turret.errors import InUse, NotFound, TurretError
 from turret.store import Store
 
 DISK_EVENTS = ("open", "os.", "sqlite3.connect", "shutil.")
+SAID = 3  # exit status of a child that said in one line why not
+Wait = Callable[[int], None]
 
 
-def put(store: Store, folder: Path) -> None:
-    seed = int.from_bytes(os.urandom(6), "big")
-    version = store.put("a", write_bundle(folder, tensors(seed, 5000), {"same": b"in every version"}))
-    print(version, flush=True)
+# --- a child that does not come through -----------------------------------------------------------------------------
 
 
-def die_at(operation: int) -> None:
-    """Kill this process at its n-th file operation from now."""
+def at_operation(operation: int, root: Path) -> None:
+    """Kill this process at its n-th file operation in the store from now."""
     seen = 0
 
-    def hook(event: str, _arguments: object) -> None:
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal seen
-        if event.startswith(DISK_EVENTS):
+        if event.startswith(DISK_EVENTS) and any(str(root) in str(argument) for argument in arguments):
             seen += 1
             if seen == operation:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -48,93 +61,97 @@ def die_at(operation: int) -> None:
     sys.addaudithook(hook)
 
 
-# --- killed at every operation: what is made ready, what is done, what must hold after ------------------------------
+def at_size(size: int, *, killed: bool) -> None:
+    """The write that makes a file longer than this kills the process, or fails as `File too large`."""
+    if killed:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def ready_to_put(store: Store, folder: Path) -> Callable[[bool], None]:
-    return lambda _acknowledged: None  # what was acknowledged is on stdout
+def child(act: Callable[[], object], arm: Callable[[], None]) -> int:
+    """The process id of one that carries the verb out."""
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            arm()
+            act()
+            status = 0
+        except TurretError as error:
+            os.write(2, f"{error}\n".encode())
+            status = 1 if "\n" in str(error) else SAID
+        except BaseException as error:
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
+        finally:
+            os._exit(status)
+    return process
 
 
-def ready_to_promote(store: Store, folder: Path) -> Callable[[bool], None]:
-    """`production` names a@1, and is moved to a@2."""
-    while len(store.list()) < 2:
-        store.put("a", write_bundle(folder, tensors(len(store.list()))))
-    store.promote("a@1", "production")
-    return lambda acknowledged: names(store, ("a@2",) if acknowledged else ("a@1", "a@2"))
+def rounds(root: Path, verb: str, folder: Path, how: Iterator[tuple[Callable[[], None], Wait]]) -> Iterator[str]:
+    """`done`, `killed` or `said` for each, once the store was found to hold what it must."""
+    made = VERBS[verb]
+    for arm, wait in how:
+        hold = made.ready(root, folder)
+        process = child(lambda: made.act(root, folder), arm)
+        wait(process)
+        status = os.waitpid(process, 0)[1]
+        told = {0: "done", SAID: "said"}.get(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1)
+        told = told or ("killed" if os.WIFSIGNALED(status) else "failed")
+        assert told != "failed", f"{verb} ended with status {status}"
+        store = Store(root)
+        found = store.verify() if (root / "turret.db").exists() and store.list() else None
+        assert found is None or found.ok, (verb, found)
+        hold(told == "done")
+        yield told
 
 
-def ready_to_rollback(store: Store, folder: Path) -> Callable[[bool], None]:
-    """`production` names a@2, and goes back to a@1."""
-    ready_to_promote(store, folder)
-    store.promote("a@2", "production")
-    return lambda acknowledged: names(store, ("a@1",) if acknowledged else ("a@1", "a@2"))
+def nothing(_process: int) -> None:
+    pass
 
 
-def ready_to_delete(store: Store, folder: Path) -> Callable[[bool], None]:
-    """a@1 is kept and the newest is deleted with the alias that names it."""
-    if not store.list():
-        store.put("a", write_bundle(folder, tensors(0)))
-    newest = store.put("a", write_bundle(folder, tensors(1)))
-    store.promote(str(newest), "candidate")
-
-    def hold(acknowledged: bool) -> None:
-        listed = [str(version) for version in store.list()]
-        assert "a@1" in listed
-        assert not acknowledged or listed == ["a@1"]
-        if str(newest) in listed:
-            assert store.resolve("a@candidate") == store.resolve(str(newest))
-
-    return hold
-
-
-def ready_to_gc(store: Store, folder: Path) -> Callable[[bool], None]:
-    """One version is listed, another was deleted, and a killed writer left something."""
-    if not store.list():
-        store.put("a", write_bundle(folder, tensors(0)))
-    store.delete(str(store.put("a", write_bundle(folder, tensors(1)))))
-    (store.root / "tmp" / "left").write_bytes(b"x")
-    os.utime(store.root / "tmp" / "left", (0, 0))
-
-    def hold(acknowledged: bool) -> None:
-        assert len(store.list()) == 1
-        assert not acknowledged or (store.verify().orphans == 0 and not list((store.root / "tmp").iterdir()))
-
-    return hold
-
-
-READY = {
-    "put": (ready_to_put, lambda store, folder: put(store, folder)),
-    "promote": (ready_to_promote, lambda store, _: store.promote("a@2", "production")),
-    "rollback": (ready_to_rollback, lambda store, _: store.rollback("a")),
-    "delete": (ready_to_delete, lambda store, _: store.delete("a@candidate", force=True)),
-    "gc": (ready_to_gc, lambda store, _: store.gc()),
-}
-
-
-def names(store: Store, allowed: tuple[str, ...]) -> None:
-    found = str(store.resolve("a@production"))
-    assert found in allowed, (found, allowed)
-
-
-def killed_at_each(root: str, verb: str, first: int, last: int, folder: Path) -> None:
-    ready, act = READY[verb]
+def operations(root: Path, first: int, last: int) -> Iterator[tuple[Callable[[], None], Wait]]:
     for operation in range(first, last + 1):
-        hold = ready(Store(root), folder)
-        child = os.fork()
-        if child == 0:
-            die_at(operation)
-            act(Store(root), folder)
-            os._exit(0)
-        through = os.waitpid(child, 0)[1] == 0
-        found = Store(root).verify() if Path(root, "turret.db").exists() and Store(root).list() else None
-        assert found is None or found.ok, (operation, found)
-        hold(through)
-        if through:
-            print("done", flush=True)
-            return
+        yield partial(at_operation, operation, root), nothing
 
 
-# --- racing ---------------------------------------------------------------------------------------------------------
+def moments(count: int, seed: int) -> Iterator[tuple[Callable[[], None], Wait]]:
+    draw, whole = random.Random(seed), [0.01]
+
+    def timed(process: int) -> None:
+        started = time.perf_counter()
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+        whole[:] = [time.perf_counter() - started]
+
+    def wait(process: int) -> None:
+        time.sleep(draw.uniform(0, 1.2 * whole[0]))
+        os.kill(process, signal.SIGKILL)
+
+    yield lambda: None, timed
+    for _ in range(count):
+        yield lambda: None, wait
+
+
+def sizes(most: int, step: int, *, killed: bool) -> Iterator[tuple[Callable[[], None], Wait]]:
+    for size in range(0, most, step):
+        yield partial(at_size, size, killed=killed), nothing
+
+
+def broken_off(root: Path, mode: str, verbs: list[str], first: int, second: int, folder: Path) -> None:
+    ended: Counter[str] = Counter()
+    for verb in verbs:
+        if mode == "operations":
+            how = operations(root, first, second)
+        else:
+            how = moments(first, second) if mode == "moments" else sizes(first, second, killed=mode == "writes")
+        for told in rounds(root, verb, folder, how):
+            ended[told] += 1
+            if mode == "operations" and told == "done":
+                break
+    print(dict(ended), flush=True)
+
+
+# --- racing, and reading --------------------------------------------------------------------------------------------
 
 
 def race(root: str, count: int, seed: int, verbs: list[str], folder: Path) -> None:
@@ -164,16 +181,39 @@ def race(root: str, count: int, seed: int, verbs: list[str], folder: Path) -> No
             pass
 
 
+def read(root: str, folder: Path) -> None:
+    """Every version that is listed can be shown, laid out and verified, and every alias names one, until it is gone."""
+    turns = 0
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        store = Store(root)
+        for version in store.list():
+            try:
+                assert store.show(str(version))["digest"] == version.digest
+                store.materialize(str(version), folder / f"out-{turns}-{version}")
+                for alias in version.aliases:
+                    assert store.resolve(f"{version.name}@{alias}").aliases
+            except NotFound:  # deleted, or moved, since it was listed
+                pass
+        if (Path(root) / "turret.db").exists():
+            found = store.verify()
+            assert found.ok, found
+        turns += 1
+    print(turns, flush=True)
+
+
 def main(root: str, verb: str, *rest: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         if verb == "race":
-            race(root, int(rest[0]), int(rest[1]), rest[2].split(","), Path(folder))
-        elif len(rest) == 2:
-            killed_at_each(root, verb, int(rest[0]), int(rest[1]), Path(folder))
+            race(root, int(rest[0]), int(rest[1]), rest[2].split(","), folder)
+        elif verb == "read":
+            read(root, folder)
+        elif verb in ("operations", "moments", "writes", "limits"):
+            broken_off(Path(root), verb, rest[0].split(","), int(rest[1]), int(rest[2]), folder)
         else:
-            store = Store(root)
             for _ in range(int(rest[0])):
-                put(store, Path(folder))
+                ready_to_put(Path(root), folder)
+                put(Path(root), folder)
 
 
 if __name__ == "__main__":

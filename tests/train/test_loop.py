@@ -22,7 +22,7 @@ from turret.train import checkpoint, evaluate, fit, read_curve
 from turret.train.batches import Items
 from turret.train.memory import Prediction
 from turret.train.optim import AdamW
-from turret.train.run import attach
+from turret.train.start import attach
 from turret.train.step import explained, loss_of, train_step
 
 
@@ -127,11 +127,11 @@ def test_running_out_of_memory_names_the_setting_and_the_prediction() -> None:
     predicted = Prediction(10**9, 0, 0, 0, 2 * 10**8, 0)
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")):
         expected = r"step 7.*train.micro_batch_tokens to \d+.*predicted 1.2 GB"
-        with pytest.raises(OutOfMemory, match=expected), explained(made.train, batch, 7, predicted):
+        with pytest.raises(OutOfMemory, match=expected), explained(512, batch, 7, predicted):
             raise error
-    with pytest.raises(OutOfMemory, match=r"lower task.max_tokens"), explained(made.train, batch[:1], 7, None):
+    with pytest.raises(OutOfMemory, match=r"lower task.max_tokens"), explained(512, batch[:1], 7, None):
         raise MemoryError
-    with pytest.raises(RuntimeError, match="something else"), explained(made.train, batch, 7, None):
+    with pytest.raises(RuntimeError, match="something else"), explained(512, batch, 7, None):
         raise RuntimeError("something else")
 
 

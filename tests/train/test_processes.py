@@ -26,7 +26,7 @@ from turret.train import checkpoint, processes
 from turret.train.batches import Items
 from turret.train.optim import AdamW
 from turret.train.processes import Processes
-from turret.train.run import attach
+from turret.train.start import attach
 from turret.train.step import train_step
 
 

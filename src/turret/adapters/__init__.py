@@ -10,6 +10,7 @@ from turret.adapters.bundle import read_bundle, read_manifest, save_bundle
 from turret.adapters.packed import classify_logits, target_logits
 from turret.adapters.route import BARE, Route, set_route
 from turret.adapters.save import save
+from turret.adapters.start import start_from
 
 __all__ = [
     "BARE",
@@ -29,6 +30,7 @@ __all__ = [
     "save",
     "save_bundle",
     "set_route",
+    "start_from",
     "target_logits",
     "target_paths",
     "trainable_parameters",

@@ -26,7 +26,7 @@ from turret.adapters.attach import (
 from turret.adapters.lora import LoRAFactors, sizes
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.errors import AdapterError, WrongBase
-from turret.families import family_of
+from turret.families import Family, family_of
 from turret.methods import Full, LoRA, Method, Prefix
 
 LORA_PREFIX = "base_model.model."  # as PEFT names the layers of a LoRA
@@ -91,7 +91,7 @@ def extract(model: Any, slot: int = 1) -> Extracted:
         module = attached.prefixes[key]
         assert isinstance(module, PrefixSlot)
         groups = {name: group.folded() for name, group in module.groups.items() if isinstance(group, PrefixGroup)}
-        names_ = _prompt_names(list(groups))
+        names_ = prompt_names(list(groups))
         return Extracted({names_[name]: _copy(value) for name, value in groups.items()}, head, method)
     return Extracted({}, head, method)
 
@@ -168,6 +168,17 @@ def unmount(model: Any, slot: int) -> None:
 
 
 def _mount_lora(model: Any, attached: Attachment, adapter: Adapter, method: LoRA, slot: int) -> None:
+    for path, (A, B) in checked_factors(model, adapter, method).items():
+        factors = LoRAFactors(A.float().clone(), B.float().clone(), method.scaling).requires_grad_(False)
+        layer = routed_linear(model, attached, path)
+        layer.slots[str(slot)] = factors.to(device_of(layer.base_layer)).eval()
+
+
+def checked_factors(model: Any, adapter: Adapter, method: LoRA) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (R, D_in) and B (D_out, R) of every layer the LoRA adapts, as they are stored.
+
+    All of its tensors are among them and fit, or AdapterError says which does not.
+    """
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in adapter.tensors.items():
         path, _, factor = name.removeprefix(LORA_PREFIX).removesuffix(".weight").rpartition(".")
@@ -178,19 +189,20 @@ def _mount_lora(model: Any, attached: Attachment, adapter: Adapter, method: LoRA
         pairs.setdefault(path, {})[factor] = tensor
     if not pairs:
         raise AdapterError("a LoRA without any factors would change nothing: export it again from where it was trained")
+    checked = {}
     for path, pair in pairs.items():
         layer = _linear_at(model, path)
         if set(pair) != {"lora_A", "lora_B"}:
             raise AdapterError(f"LoRA of {path} needs lora_A and lora_B, given only {next(iter(pair))}")
         d_in, d_out = sizes(layer)
-        A, B = pair["lora_A"].float(), pair["lora_B"].float()
+        A, B = pair["lora_A"], pair["lora_B"]
         if A.shape != (method.r, d_in) or B.shape != (d_out, method.r):
             raise AdapterError(
                 f"LoRA of {path} has shapes {tuple(A.shape)} and {tuple(B.shape)}: expected ({method.r}, {d_in}) and "
                 f"({d_out}, {method.r}); it belongs to another base or rank"
             )
-        factors = LoRAFactors(A.clone(), B.clone(), method.scaling).requires_grad_(False)
-        routed_linear(model, attached, path).slots[str(slot)] = factors.to(device_of(layer)).eval()
+        checked[path] = (A, B)
+    return checked
 
 
 def _linear_at(model: Any, path: str) -> nn.Module:
@@ -204,14 +216,20 @@ def _linear_at(model: Any, path: str) -> nn.Module:
 
 
 def _mount_prefix(model: Any, attached: Attachment, adapter: Adapter, slot: int) -> None:
+    modules = {group: PrefixGroup(tensor, None, None) for group, tensor in checked_prefix(attached, adapter).items()}
+    attached.prefixes[str(slot)] = PrefixSlot(modules).requires_grad_(False).to(device_of(model)).eval()
+
+
+def checked_prefix(attached: Attachment, adapter: Adapter) -> dict[str, Tensor]:
+    """Keys and values by group, (L, 2, H, P, D), as they are stored; all of the prefix's tensors, and they fit."""
     groups: dict[str, list[Any]] = {}
     for site in attached.sites:
         groups.setdefault(site.group, []).append(site)
-    names = {name: group for group, name in _prompt_names(list(groups)).items()}
+    names = {name: group for group, name in prompt_names(list(groups)).items()}
     unknown = sorted(set(adapter.tensors) - set(names))
     if unknown or not adapter.tensors:
         raise AdapterError(f"a prefix of {attached.family.name} holds {', '.join(names)}, given {unknown or 'nothing'}")
-    modules = {}
+    checked = {}
     for name, tensor in adapter.tensors.items():
         sites = groups[names[name]]
         expected = (len(sites), 2, sites[0].kv_heads, sites[0].head_dim)
@@ -221,11 +239,11 @@ def _mount_prefix(model: Any, attached: Attachment, adapter: Adapter, slot: int)
                 f"{name} has shape {tuple(tensor.shape)}: expected ({layers}, {two}, {heads}, virtual tokens, {dim}); "
                 "it belongs to another base"
             )
-        modules[names[name]] = PrefixGroup(tensor, None, None)
-    attached.prefixes[str(slot)] = PrefixSlot(modules).requires_grad_(False).to(device_of(model)).eval()
+        checked[names[name]] = tensor
+    return checked
 
 
-def _prompt_names(groups: list[str]) -> dict[str, str]:
+def prompt_names(groups: list[str]) -> dict[str, str]:
     """group -> tensor name. An encoder alone has the plain name, which PEFT reads too."""
     return {"encoder": PROMPT["decoder"]} if groups == ["encoder"] else {group: PROMPT[group] for group in groups}
 
@@ -235,29 +253,29 @@ def _mount_head(model: Any, attached: Attachment, head: dict[str, Tensor], slot:
     missing = [name for name in required if not any(key.startswith(name + ".") for key in head)]
     if missing:
         raise AdapterError(f"the adapter has no head {', '.join(missing)}: a classifier needs one; retrain, or give it")
-    for path in _head_paths(model, attached, head):
+    for path in head_paths(attached.family, head):
         module = attached.heads[path].base_module if path in attached.heads else model.get_submodule(path)
         values = {key[len(path) + 1 :]: value for key, value in head.items() if key.startswith(path + ".")}
-        routed_module(model, attached, path).slots[str(slot)] = _filled(module, path, values)
+        routed_module(model, attached, path).slots[str(slot)] = filled_head(module, path, values, device_of(module))
 
 
-def _head_paths(model: Any, attached: Attachment, head: dict[str, Tensor]) -> list[str]:
+def head_paths(family: Family, head: dict[str, Tensor]) -> list[str]:
     """The modules that the head's tensors fill: the family's head modules, and poolers inside the body."""
     paths: list[str] = []
     for key in head:
-        path = next((name for name in attached.family.head_modules if key.startswith(name + ".")), None)
+        path = next((name for name in family.head_modules if key.startswith(name + ".")), None)
         if path is None:
-            at = next((key.find(f".{part}.") for part in attached.family.body_excludes if f".{part}." in key), -1)
+            at = next((key.find(f".{part}.") for part in family.body_excludes if f".{part}." in key), -1)
             if at < 0:
-                raise AdapterError(f"tensor {key!r} belongs to no head of {attached.family.name}: remove it or retrain")
+                raise AdapterError(f"tensor {key!r} belongs to no head of {family.name}: remove it or retrain")
             path = key[: key.index(".", at + 1)]
         if path not in paths:
             paths.append(path)
     return paths
 
 
-def _filled(module: nn.Module, path: str, values: dict[str, Tensor]) -> nn.Module:
-    """A frozen copy of a head module with these values; the last layer takes its size from them."""
+def filled_head(module: nn.Module, path: str, values: dict[str, Tensor], device: torch.device) -> nn.Module:
+    """A frozen float32 copy of a head module with these values; the last layer takes its size from them."""
     twin = copy.deepcopy(module).float().eval()
     expected = set(twin.state_dict())
     if set(values) != expected:
@@ -269,7 +287,7 @@ def _filled(module: nn.Module, path: str, values: dict[str, Tensor]) -> nn.Modul
         last = isinstance(owner, nn.Linear)
         if value.dim() != old.dim() or value.shape[1:] != old.shape[1:] or (not last and value.shape != old.shape):
             raise AdapterError(f"head {path}.{key} has shape {tuple(value.shape)}: expected {tuple(old.shape)}")
-        setattr(owner, name, nn.Parameter(value.float().clone().to(old.device), requires_grad=False))
+        setattr(owner, name, nn.Parameter(value.float().clone().to(device), requires_grad=False))
         if isinstance(owner, nn.Linear) and name == "weight":
             owner.out_features = value.shape[0]
     return twin

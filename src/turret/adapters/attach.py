@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters import attention, positions
+from turret.adapters import activations, attention, positions, rotary
 from turret.adapters.dropout import RoutedDropout
 from turret.adapters.lora import RoutedLinear, initial_factors
 from turret.adapters.norms import CLASSES, FrozenNorm
@@ -81,6 +81,8 @@ class Attachment(nn.Module):
 
     def prefix_length(self, slot: int) -> int:
         """P of a slot, 0 where it has no prefix."""
+        if self.route.bank is not None:
+            return self.route.bank.prefix_length(slot)
         if slot == BARE or str(slot) not in self.prefixes:
             return 0
         module = self.prefixes[str(slot)]
@@ -88,6 +90,8 @@ class Attachment(nn.Module):
         return module.length
 
     def keys_values(self, slot: int, site: Site) -> tuple[Tensor, Tensor] | None:
+        if self.route.bank is not None:
+            return self.route.bank.keys_values(slot, site.group, site.layer)
         if str(slot) not in self.prefixes:
             return None
         module = self.prefixes[str(slot)]
@@ -211,11 +215,14 @@ def hook_model(model: Any) -> Attachment:
     handles = [stack.register_forward_pre_hook(_refresher(attached, groups)) for stack, groups in stacks(model)]
     handles += positions.hook(model, attached.family, attached.route, attached.prefix_length)
     bias_undo = positions.hook_bias(bias_modules.values(), attached.route)
+    rotary_undo = [rotary.hook(site.module) for site in attached.sites]
 
     def undo() -> None:
         for handle in handles:
             handle.remove()
         bias_undo()
+        for undo_one in rotary_undo:
+            undo_one()
         for site in attached.sites:
             del site.module.turret_hook
         for key, config in configs.items():
@@ -230,6 +237,8 @@ def hook_model(model: Any) -> Attachment:
             _replace(model, attached, path, RoutedDropout(module, attached.route))
         elif type(module).__name__ in CLASSES:
             _replace(model, attached, path, FrozenNorm(module))
+        elif (twin := activations.in_place_of(module)) is not None:
+            _replace(model, attached, path, twin)
     model.add_module(ATTRIBUTE, attached)
     return attached
 

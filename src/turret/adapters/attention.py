@@ -18,9 +18,12 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from turret.adapters.attend import attend
 from turret.adapters.blocks import Layout, Side
-from turret.adapters.route import BARE, Route
+from turret.adapters.dropout import Masks
+from turret.adapters.flash import flash
+from turret.adapters.route import BARE, Held, Route
 from turret.errors import AdapterError
 from turret.families import Site
+from turret.kernels import KEPT, Library, Prefixes, Rows, usable
 
 NAME = "turret"
 KeysValues = Callable[[int, Site], tuple[Tensor, Tensor] | None]
@@ -60,7 +63,9 @@ def routed_attention(
     route = hooked.route
     if route.capture is not None:
         route.capture[hooked.site.name] = (key.detach(), value.detach())
-    if route.lengths is not None:
+    if route.cache is not None and hooked.site.group != "encoder":
+        output = _cached(hooked, query, key, value, scaling, sliding_window)
+    elif route.lengths is not None:
         output = _unpadded(hooked, query, key, value, scaling, dropout, sliding_window)
     else:
         output = _padded(hooked, query, key, value, _sum(attention_mask, position_bias), scaling, dropout)
@@ -133,6 +138,64 @@ def _unpadded(
     hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
 ) -> Tensor:
     """Each row of the one long row attends to itself (or, crossing, to its source). q: (1, H, N, D) -> (1, H, N, D)"""
+    library = usable(q, k, v)
+    if library is not None:
+        return _flash(library, hooked, q, k, v, scaling, dropout, window)
+    return _unpadded_plainly(hooked, q, k, v, scaling, dropout, window)
+
+
+def _flash(
+    library: Library,
+    hooked: Hooked,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    p: float,
+    window: int | None,
+) -> Tensor:
+    """`_unpadded_plainly` by a kernel, with little kept for the backward pass."""
+    route, site = hooked.route, hooked.site
+    assert route.lengths is not None
+    slots = [route.slot_of(row) for row in range(len(next(iter(route.lengths.values()))))]
+    pairs = {slot: pair for slot in dict.fromkeys(slots) if slot != BARE and (pair := hooked.prefix(slot, site))}
+    place = ("rows", site.group, window, scaling, id(hooked.bias_module), tuple(pairs))
+    if place not in route.memo:
+        longest = max((pair[0].shape[1] for pair in pairs.values()), default=0)
+        route.memo[place] = _rows(hooked, scaling, window, longest)
+    order = {slot: index for index, slot in enumerate(pairs)}
+    prefixes = Prefixes(
+        [(key.to(k.dtype), value.to(k.dtype)) for key, value in pairs.values()], [*map(order.get, slots)]
+    )
+    dropped = (route.masks or Masks()).dropped(p) if p > 0.0 else KEPT
+    return flash(library, route.memo[place], q, k, v, prefixes, dropped)
+
+
+def _rows(hooked: Hooked, scaling: float, window: int | None, longest_prefix: int) -> Rows:
+    """Where this batch's rows lie and what they see: once a batch for all layers of a group."""
+    route, site = hooked.route, hooked.site
+    queries = torch.tensor(route.spans("encoder" if site.group == "encoder" else "decoder"))  # (B, 2)
+    cross = site.group == "cross"
+    keys = torch.tensor(route.spans("encoder")) if cross else queries
+    lengths = queries[:, 1] - queries[:, 0], keys[:, 1] - keys[:, 0]
+    bias, zero = None, 0
+    if hooked.bias_module is not None and not cross:
+        zero = longest_prefix + int(lengths[0].max())
+        with torch.no_grad():
+            relative = torch.arange(
+                -zero, int(lengths[1].max()), device=hooked.bias_module.relative_attention_bias.weight.device
+            )
+            bias = relative_bias(hooked.bias_module, relative[None])[0, :, 0].float().contiguous()  # (H, W)
+    return Rows(
+        queries[:, 0].contiguous(), lengths[0], keys[:, 0].contiguous(), lengths[1], scaling,
+        causal=site.causal and not cross, window=0 if window is None or cross else window, bias=bias, zero=zero,
+    )  # fmt: skip
+
+
+def _unpadded_plainly(
+    hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
+) -> Tensor:
+    """The same block by block in torch's own operations: the reference of the kernels, and the way without them."""
     layout = _layout(hooked, q.device)
     parts = []
     for block in layout.blocks:
@@ -141,6 +204,60 @@ def _unpadded(
         output = _one_slot(hooked, block.kind, queries, keys, values, bias, scaling, dropout)
         parts.append(block.queries.unblock(output))
     return layout.join(parts)
+
+
+def _cached(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+    """Fresh rows as `_unpadded` has them, behind them one token a row against what the cache holds of it."""
+    route, site = hooked.route, hooked.site
+    cache, crossing = route.cache, site.group == "cross"
+    assert cache is not None
+    fresh, keys = cache.fresh("decoder"), cache.fresh("encoder" if crossing else "decoder")
+    parts = []
+    if fresh:
+        own = k[:, :, :keys], v[:, :, :keys]
+        cache.keep(site.group, site.layer, *own)
+        parts.append(_unpadded(hooked, q[:, :, :fresh], *own, scaling, 0.0, window))
+    if fresh < q.shape[2]:
+        new = (None, None) if crossing else (k[:, :, keys:], v[:, :, keys:])
+        start = fresh
+        for held in cache.step(site.group, site.layer, *new):
+            end = start + held.keys.shape[0]
+            parts.append(_step(hooked, q[:, :, start:end], held, scaling, window))
+            start = end
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _step(hooked: Hooked, q: Tensor, held: Held, scaling: float, window: int | None) -> Tensor:
+    """One query a row against its keys, its prefix among them. q: (1, H, B, D) -> (1, H, B, D)
+
+    Queries that share a head of keys are the rows of one product, so no key is copied.
+    """
+    B, heads = held.keys.shape[:2]
+    queries = q[0].transpose(0, 1).reshape(B, heads, -1, q.shape[3])  # (B, H_kv, G, D)
+    place = ("held", hooked.site.group, held.number, window, id(hooked.bias_module))
+    memo = hooked.route.memo
+    if place not in memo:
+        memo[place] = _held_bias(hooked, held, window, q)
+    output = attend(queries, held.keys, held.values, memo[place], scaling)
+    return output.reshape(B, -1, q.shape[3]).transpose(0, 1)[None]
+
+
+def _held_bias(hooked: Hooked, held: Held, window: int | None, q: Tensor) -> Tensor | None:
+    """What hides the keys that are not there or out of the window, and T5's bias: (B, H or 1, 1, S), or None."""
+    crossing = hooked.site.group == "cross"
+    if held.full and (crossing or (window is None and hooked.bias_module is None)):
+        return None
+    column = torch.arange(held.keys.shape[2], device=q.device)[None]  # (1, S)
+    newest = held.lengths[:, None] - 1  # (B, 1)
+    hidden = column > newest
+    if window is not None and not crossing:
+        hidden = hidden | ((newest - column >= window) & (column >= held.prefixes[:, None]))
+    bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, torch.finfo(q.dtype).min)
+    bias = bias[:, None, None]  # (B, 1, 1, S)
+    if hooked.bias_module is not None:
+        own = relative_bias(hooked.bias_module, column - newest)  # (1, H, B, S): rows in place of queries
+        bias = bias + own[0].transpose(0, 1)[:, :, None].to(q.dtype)
+    return bias
 
 
 def _layout(hooked: Hooked, device: torch.device) -> Layout:

@@ -3,18 +3,22 @@
     y = x * mask / (1 - p),    mask ~ Bernoulli(1 - p) an element, p rounded to 1/65536
 
 On the CPU torch draws one double an element, which in attention takes longer than the two matrix products beside it.
-Here 16 random bits decide an element, a mask is a word of all ones or all zeros as wide as the element, and applying it
-is one bitwise `and`. The masks of one pass are windows at random places into one run of such words, so that a layer
-keeps no mask of its own: at any one element the masks of two layers are independent unless they start at the same
-place, which is avoided.
+Here 16 random bits decide an element. Where kernels are compiled no mask is kept at all: an element's bits are a hash
+of its place and two seeds, computed again in the backward pass. Else a mask is a word of all ones or all zeros as wide
+as the element, and applying it is one bitwise `and`; the masks of one pass are windows at random places into one run of
+such words, so that a layer keeps none of its own: at any one element the masks of two layers are independent unless
+they start at the same place, which is avoided.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from turret.kernels import Dropped, Library, usable
 
 if TYPE_CHECKING:
     from turret.adapters.route import Route
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 STEPS = 1 << 16  # a rate is kept to this many steps
 ALIGNED = 64  # windows begin at multiples of so many elements
 ROOM = 1 << 14  # elements that a run has beside a quarter more than its first window
+SPREAD = 0x9E3779B97F4A7C15  # between the states of two masks (SplitMix64; Steele et al. 2014)
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
 
 
@@ -31,6 +36,15 @@ class Masks:
     def __init__(self) -> None:
         self._runs: dict[tuple[int, torch.dtype], Tensor] = {}
         self._used: set[tuple[int, torch.dtype, int]] = set()
+        self._seed: int | None = None
+        self._drawn = 0
+
+    def dropped(self, p: float) -> Dropped:
+        """The next mask of this pass as a kernel makes it: from two numbers, whenever it is needed."""
+        if self._seed is None:
+            self._seed = int(torch.randint(1 << 62, ()))
+        self._drawn += 1
+        return Dropped.of(p, _mixed(self._seed + self._drawn * SPREAD))
 
     def like(self, x: Tensor, p: float) -> Tensor:
         """Words of x's width and shape: all ones where an element is kept (probability 1 - p), else zero."""
@@ -54,9 +68,64 @@ def _run(size: int, threshold: int, word: torch.dtype) -> Tensor:
     return words.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1).neg_().to(word)  # 0 or 1, then 0 or -1
 
 
+def _mixed(state: int) -> tuple[int, int]:
+    """SplitMix64's output for a state, as two seeds of 32 bits."""
+    z = state % (1 << 64)
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % (1 << 64)
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % (1 << 64)
+    z ^= z >> 31
+    return z >> 32, z % (1 << 32)
+
+
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """x where the mask's words are all ones, zero elsewhere. Not differentiable by itself."""
     return (x.view(mask.dtype) & mask).view(x.dtype)
+
+
+class Mask(Protocol):
+    """A mask that is applied more than once."""
+
+    @property
+    def scale(self) -> float:
+        """1 / (1 - p), which `of` leaves to the caller."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """x where it is kept, zero elsewhere."""
+
+
+@dataclass(frozen=True)
+class KeptMask:
+    words: Tensor
+    scale: float
+
+    def of(self, x: Tensor) -> Tensor:
+        return masked(x, self.words)
+
+
+@dataclass(frozen=True)
+class HashedMask:
+    library: Library
+    dropped: Dropped
+
+    @property
+    def scale(self) -> float:
+        return self.dropped.scale
+
+    def of(self, x: Tensor) -> Tensor:
+        return self.library.dropout(x.contiguous(), self.dropped, 1.0)
+
+
+class _Hashed(torch.autograd.Function):
+    """Dropout by kernels: the same mask both ways from the same seeds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, library: Library, dropped: Dropped) -> Tensor:
+        ctx.library, ctx.dropped = library, dropped
+        return library.dropout(x, dropped)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return ctx.library.dropout(gradients[0].contiguous(), ctx.dropped), None, None
 
 
 class _Dropout(torch.autograd.Function):
@@ -83,7 +152,11 @@ def dropout(x: Tensor, p: float, masks: Masks | None = None) -> Tensor:
         return x
     if x.device.type != "cpu" or round(p * STEPS) == STEPS:
         return torch.nn.functional.dropout(x, p)
-    mask = (masks or Masks()).like(x, p)
+    masks = masks or Masks()
+    if (library := usable(x)) is not None and x.numel() < 1 << 32:
+        hashed: Tensor = _Hashed.apply(x.contiguous(), library, masks.dropped(p))  # type: ignore[no-untyped-call]
+        return hashed
+    mask = masks.like(x, p)
     y: Tensor = _Dropout.apply(x.contiguous(), mask, 1.0 / kept_share(p))  # type: ignore[no-untyped-call]
     return y
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.dropout import Masks, dropout, kept_share, masked
+from turret.adapters.dropout import HashedMask, KeptMask, Mask, Masks, dropout, kept_share
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
+from turret.kernels import usable
 from turret.methods import LoRA
 
 
@@ -45,16 +46,30 @@ class LoRAFactors(nn.Module):
             y = y - (x @ self.initial_A.mT * self.scaling) @ self.initial_B.mT
         return y
 
-    def added_to(self, y: Tensor, x: Tensor, masks: Masks | None) -> Tensor:
-        """y + delta(x), in the base's own precision and with little kept for the backward pass. Uses y up."""
-        if self.initial_A is not None or not torch.is_grad_enabled() or x.device.type != "cpu":
+    def with_base(self, layer: nn.Module, x: Tensor, masks: Masks | None) -> Tensor:
+        """W x + bias + delta(x), in the base's own precision and with little kept for the backward pass."""
+        weight, bias = _matrix(layer)
+        if self.initial_A is not None or not self._trains_beside(weight, x):
+            y: Tensor = layer(x)
             delta: Tensor = self(x)
             return y + delta.to(y.dtype)
-        p = self.dropout if self.training else 0.0
-        mask = (masks or Masks()).like(y.new_empty(()).expand(x.shape), p) if p > 0.0 else None
-        scaling = self.scaling / kept_share(p)
-        added: Tensor = _LowRank.apply(y, x.contiguous(), self.lora_A, self.lora_B, mask, scaling)  # type: ignore[no-untyped-call]
+        mask = self._mask(x, masks or Masks())
+        added: Tensor = _Adapted.apply(x, weight, bias, self.lora_A, self.lora_B, mask, self.scaling)  # type: ignore[no-untyped-call]
         return added
+
+    def _trains_beside(self, weight: Tensor, x: Tensor) -> bool:
+        """Whether one function can compute both: training on the CPU, with the base frozen and in x's precision."""
+        here = torch.is_grad_enabled() and x.device.type == "cpu"
+        return here and weight.dtype == x.dtype and not weight.requires_grad
+
+    def _mask(self, x: Tensor, masks: Masks) -> Mask | None:
+        p = self.dropout if self.training else 0.0
+        if p == 0.0:
+            return None
+        library = usable(x)
+        if library is not None and x.numel() < 1 << 32:
+            return HashedMask(library, masks.dropped(p))
+        return KeptMask(masks.like(x, p).view(-1, x.shape[-1]), 1.0 / kept_share(p))
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the plain LoRA with the same output; PiSSA's has twice the rank and the same scaling."""
@@ -64,38 +79,52 @@ class LoRAFactors(nn.Module):
         return torch.cat([A, self.initial_A]), torch.cat([B, -self.initial_B], dim=1)  # (2R, D_in), (D_out, 2R)
 
 
-class _LowRank(torch.autograd.Function):
-    """y <- y + s (x mask) A^T B^T, s = scaling / (1 - p), multiplied in y's precision and accumulated in float32.
+class _Adapted(torch.autograd.Function):
+    """y = W x + b + s (x mask) A^T B^T, multiplied in x's precision, added up in float32; s = scaling / (1 - p).
 
-    h = (x mask) A^T;  dB = s dy^T h;  dh = s dy B;  dA = dh^T (x mask);  dx = (dh A) mask;  dy goes on as it is.
+    h = (x mask) A^T;  dB = s dy^T h;  dh = s dy B;  dA = dh^T (x mask);  dx = dy W + (dh A) mask.
+    x: (..., D_in), weight: (D_out, D_in) and bias: (D_out,) or none, frozen.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        A, B = A.to(y.dtype), B.to(y.dtype)
-        rows = x.to(y.dtype).reshape(-1, x.shape[-1])  # (N, D_in)
-        words = None if mask is None else mask.view(rows.shape)
-        h = (rows if words is None else masked(rows, words)) @ A.mT  # (N, R)
-        y.view(-1, y.shape[-1]).addmm_(h, B.mT, alpha=scaling)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(rows, A, B, h, words)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        return y
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        mask: Mask | None,
+        scaling: float,
+    ) -> Tensor:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])  # (N, D_in)
+        h = (rows if mask is None else mask.of(rows)) @ A.mT  # (N, R)
+        ctx.scaling, ctx.shape, ctx.mask = scaling * (1.0 if mask is None else mask.scale), x.shape, mask
+        y = nn.functional.linear(rows, weight, bias).addmm_(h, B.mT, alpha=ctx.scaling)
+        ctx.save_for_backward(rows, weight, A, B, h)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        rows, A, B, h, words = ctx.saved_tensors
+        rows, weight, A, B, h = ctx.saved_tensors
+        mask = ctx.mask
         dy = gradients[0].reshape(-1, B.shape[0])
         dh = (dy @ B).mul_(ctx.scaling)  # (N, R)
         dB = (dy.mT @ h).float().mul_(ctx.scaling)
-        dA = (dh.mT @ (rows if words is None else masked(rows, words))).float()
+        dA = (dh.mT @ (rows if mask is None else mask.of(rows))).float()
         dx = None
-        if ctx.needs_input_grad[1]:
-            dx = dh @ A
-            if words is not None:
-                dx.view(words.dtype).bitwise_and_(words)
-            dx = dx.view(ctx.shape)
-        return gradients[0], dx, dA, dB, None, None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight
+            dx = (dx.addmm_(dh, A) if mask is None else dx.add_(mask.of(dh @ A))).view(ctx.shape)
+        return dx, None, None, dA, dB, None, None
+
+
+def _matrix(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(D_out, D_in) and the bias of a linear layer; GPT-2's Conv1D keeps its weight transposed."""
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    return (weight if isinstance(layer, nn.Linear) else weight.mT), bias
 
 
 class RoutedLinear(nn.Module):
@@ -124,10 +153,17 @@ class RoutedLinear(nn.Module):
         return bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (B, T, D_out)
+        if self.route.bank is not None:
+            bare: Tensor = self.base_layer(x)
+            return self.route.bank.added(self, bare, x)
         slot = self.route.single()
+        if slot is not None and slot != BARE and str(slot) in self.slots:
+            factors = self.slots[str(slot)]
+            assert isinstance(factors, LoRAFactors)
+            return factors.with_base(self.base_layer, x, self.route.masks)
+        y: Tensor = self.base_layer(x)  # (B, T, D_out)
         if slot is not None:
-            return self._add(y, x, slot)
+            return y
         if self.route.lengths is not None and x.dim() == 2:
             return y  # a pooler inside the body took unpadded tokens for one row; its output is never used
         if self.route.lengths is not None:
@@ -135,13 +171,6 @@ class RoutedLinear(nn.Module):
             return self._add_groups(y, x, groups, dim=1)
         rows = {slot: torch.tensor(rows, device=x.device) for slot, rows in self.route.rows_by_slot().items()}
         return self._add_groups(y, x, rows, dim=0)
-
-    def _add(self, y: Tensor, x: Tensor, slot: int) -> Tensor:
-        if slot == BARE or str(slot) not in self.slots:
-            return y
-        factors = self.slots[str(slot)]
-        assert isinstance(factors, LoRAFactors)
-        return factors.added_to(y, x, self.route.masks)
 
     def _add_groups(self, y: Tensor, x: Tensor, groups: dict[int, Tensor], dim: int) -> Tensor:
         for slot, index in groups.items():

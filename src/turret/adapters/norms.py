@@ -3,15 +3,17 @@
     y = w n,    n = x r,    r = 1 / sqrt(mean(x^2) + eps),    over the last dimension, in float32
 
 (Zhang & Sennrich 2019.) Autograd keeps several float32 copies of x for this; here x itself and r are kept, and n is
-computed again. The outputs are the base's to the last bit.
+computed again. Without gradients the outputs are the base's to the last bit; with them, to the order of one sum.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from turret.kernels import usable
 
 CLASSES = ("LlamaRMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
 
@@ -31,6 +33,12 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.kernels = usable(x, weight)
+        if ctx.kernels is not None:
+            x = x.contiguous()
+            y, r = ctx.kernels.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, r, weight)
+            return cast(Tensor, y)
         wide = x.float()
         r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # (..., 1)
         ctx.save_for_backward(x, r, weight)
@@ -39,6 +47,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, r, weight = ctx.saved_tensors
+        if ctx.kernels is not None:
+            return ctx.kernels.rms_norm_backward(x, weight, r, gradients[0].contiguous()), None, None
         g = (gradients[0] * weight).float()
         n = x.float() * r
         g.sub_(n.mul_((g * n).mean(-1, keepdim=True))).mul_(r)

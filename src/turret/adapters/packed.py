@@ -28,11 +28,11 @@ def classify_logits(model: Any, inputs: Sequence[Tensor], slots: Sequence[int] |
     attached = attachment(model)
     family, lengths = attached.family, [len(row) for row in inputs]
     if family.kind == "encoder-decoder":  # the whole input again as the decoder's, shifted; its last token is read
-        shifted = [_shift_right(model.config, row) for row in inputs]
+        shifted = [shift_right(model.config, row) for row in inputs]
         hidden = _encoder_decoder_hidden(model, inputs, shifted, slots)
     else:
         hidden = _hidden(model, inputs, slots)
-    pooled = _pool(family.pooling, getattr(model.config, "classifier_pooling", "cls"), hidden, lengths)
+    pooled = pool(family.pooling, getattr(model.config, "classifier_pooling", "cls"), hidden, lengths)
     with set_route(attached.route, slots, None):
         logits: Tensor = family.classify(model, pooled)
     return logits
@@ -46,15 +46,17 @@ def target_logits(
     sources: B rows (S_i,), targets: B rows (T_i,), int64. A decoder reads [source; target] as one row; an
     encoder-decoder reads the source, and the target shifted right. Only target positions reach the output layer.
     """
+    return vocabulary_logits(model, target_states(model, sources, targets, slots))
+
+
+def target_states(
+    model: Any, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None = None
+) -> Tensor:
+    """What the output layer makes those logits of: (sum of len(target), D)."""
     attached = attachment(model)
     if attached.family.kind == "encoder-decoder":
-        shifted = [_shift_right(model.config, row) for row in targets]
-        hidden = _encoder_decoder_hidden(model, sources, shifted, slots)
-        if getattr(model.config, "scale_decoder_outputs", False):
-            hidden = hidden * model.config.d_model**-0.5
-        logits: Tensor = model.lm_head(hidden[: sum(len(row) for row in targets)])
-        bias = getattr(model, "final_logits_bias", None)
-        return logits if bias is None else logits + bias
+        shifted = [shift_right(model.config, row) for row in targets]
+        return _encoder_decoder_hidden(model, sources, shifted, slots)[: sum(len(row) for row in targets)]
     rows = [torch.cat([source, target]) for source, target in zip(sources, targets, strict=True)]
     hidden = _hidden(model, rows, slots)
     ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
@@ -62,8 +64,16 @@ def target_logits(
         torch.arange(end - len(target) - 1, end - 1, device=hidden.device)
         for end, target in zip(ends, targets, strict=True)
     ]
-    predicted: Tensor = model.get_output_embeddings()(hidden[torch.cat(before)])  # (sum of T_i, V)
-    return predicted
+    return hidden[torch.cat(before)]
+
+
+def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
+    """The output layer of a model that generates, as its own forward has it: (N, D) -> (N, V)."""
+    if getattr(model.config, "scale_decoder_outputs", False):  # T5, where it is tied to the embeddings
+        hidden = hidden * model.config.d_model**-0.5
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    bias = getattr(model, "final_logits_bias", None)  # BART
+    return logits if bias is None else logits + bias
 
 
 def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None) -> Tensor:
@@ -77,7 +87,7 @@ def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None) -> 
     with set_route(attached.route, slots, {attached.family.kind: lengths}, in_body=True):
         output = model.base_model(
             input_ids=ids,
-            attention_mask=_ready_mask(ids),
+            attention_mask=ready_mask(ids),
             position_ids=row_positions(lengths, offset, ids.device)[None],
             **call,
         )
@@ -94,12 +104,12 @@ def _encoder_decoder_hidden(
     lengths = {"encoder": [len(row) for row in sources], "decoder": [len(row) for row in targets]}
     source, target = (torch.cat(list(rows))[None].to(device_of(model)) for rows in (sources, targets))
     with set_route(attached.route, slots, lengths, in_body=True):
-        encoded = model.get_encoder()(input_ids=source, attention_mask=_ready_mask(source))[0]  # (1, N, D)
+        encoded = model.get_encoder()(input_ids=source, attention_mask=ready_mask(source))[0]  # (1, N, D)
         output = model.get_decoder()(
             input_ids=target,
-            attention_mask=_ready_mask(target),
+            attention_mask=ready_mask(target),
             encoder_hidden_states=encoded,
-            encoder_attention_mask=_ready_mask(target),
+            encoder_attention_mask=ready_mask(target),
             use_cache=False,
         )
     hidden: Tensor = output[0][0]
@@ -120,12 +130,12 @@ def _filled(
     return [*rows, rows[-1].new_zeros(missing)], None if slots is None else [*slots, slots[-1]]
 
 
-def _ready_mask(ids: Tensor) -> Tensor:
+def ready_mask(ids: Tensor) -> Tensor:
     """A 4-dimensional mask counts as made already, so no (N, N) mask is built; the attention function makes its own."""
     return torch.zeros(1, 1, 1, 1, device=ids.device)
 
 
-def _pool(pooling: str, modernbert: str, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+def pool(pooling: str, modernbert: str, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
     """The vector a classifier reads of each row: hidden (N, D) -> (B, D)."""
     ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
     hidden = hidden[: sum(lengths)]
@@ -136,6 +146,6 @@ def _pool(pooling: str, modernbert: str, hidden: Tensor, lengths: Sequence[int])
     return hidden[ends - torch.tensor(lengths, device=hidden.device)]
 
 
-def _shift_right(config: Any, row: Tensor) -> Tensor:
+def shift_right(config: Any, row: Tensor) -> Tensor:
     start = torch.full((1,), config.decoder_start_token_id, dtype=row.dtype, device=row.device)
     return torch.cat([start, row[:-1]])

@@ -84,7 +84,7 @@ def _shift(route: Route, prefix_length: Length, rows: int, stream: str, device: 
 
 def _decoder_hook(names: list[str], route: Route, prefix_length: Length) -> Callable[..., Any]:
     def shift_positions(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if route.capture is not None:
+        if route.capture is not None or route.positions is not None:
             return None
         call = dict(zip(names, args, strict=False)) | kwargs
         tokens = call.get("input_ids")
@@ -114,6 +114,8 @@ def _table_hook(stream: str, route: Route, prefix_length: Length) -> Callable[..
     def give_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if route.capture is not None:
             return None
+        if route.positions is not None:
+            return args, kwargs | {"position_ids": route.positions[stream]}
         tokens = args[0] if args else kwargs["input_ids"]
         shift = None
         if stream == "decoder":

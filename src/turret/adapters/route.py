@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,56 @@ from torch import Tensor
 from turret.adapters.dropout import Masks
 
 BARE = 0  # the slot of the bare base: no adapter at all
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a cache holds of some rows at one attention site, their newest token included, and which rows they are.
+
+    keys, values: (B, H_kv, S, D), of which the first `lengths` of each row count, `prefixes` of them its prefix.
+    number: tells these rows from others of the same pass, for what is computed once for all layers of a group.
+    """
+
+    number: int
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor  # (B,) int64
+    prefixes: Tensor  # (B,) int64
+    full: bool  # every row has S tokens
+
+
+class Cache(Protocol):
+    """The keys and values of earlier passes, where somebody other than transformers keeps them.
+
+    The tokens of a pass are those of fresh rows, as `Route.lengths` says, and behind them one token of each row that
+    the cache knows already.
+    """
+
+    def fresh(self, stream: str) -> int:
+        """How many tokens of a stream belong to fresh rows."""
+        ...
+
+    def keep(self, group: str, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Take the fresh rows' keys and values, (1, H_kv, N, D)."""
+        ...
+
+    def step(self, group: str, layer: int, keys: Tensor | None, values: Tensor | None) -> Sequence[Held]:
+        """Take the new token of every known row, (1, H_kv, B, D), and give all that is held of these rows, in order."""
+        ...
+
+
+class Bank(Protocol):
+    """Where the adapters of a pass are, if they are not in the slots of the modules."""
+
+    def added(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
+        """y + delta(x) of every row's adapter, for a routed linear layer. Uses y up."""
+        ...
+
+    def keys_values(self, slot: int, group: str, layer: int) -> tuple[Tensor, Tensor] | None:
+        """A slot's prefix at one site: (key, value), each (H_kv, P, D)."""
+        ...
+
+    def prefix_length(self, slot: int) -> int: ...
 
 
 @dataclass
@@ -38,6 +88,9 @@ class Route:
     in_body: bool = False
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict)  # layouts and biases of this batch's lengths
     masks: Masks | None = None  # of the unpadded pass under way
+    bank: Bank | None = None  # has the adapters instead of the modules' slots
+    cache: Cache | None = None  # has the keys and values of earlier passes
+    positions: Mapping[str, Tensor] | None = None  # of every unpadded token, ready made: (N,) int64 a stream
 
     def slot_of(self, row: int) -> int:
         return self.active if self.slots is None else self.slots[row]

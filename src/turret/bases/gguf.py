@@ -18,8 +18,8 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from turret.bases.cache import cache_folder
 from turret.bases.quiet import quiet
+from turret.cache import cache_folder
 from turret.errors import BaseModelError
 
 FORMAT = 1  # of the converted folder

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import transformers
 
-from turret.bases.cache import cache_folder, write_beside
+from turret.cache import cache_folder, write_beside
 from turret.fingerprint import FORMAT
 
 

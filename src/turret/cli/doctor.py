@@ -27,6 +27,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     memory = f"{size(facts['memory_bytes'])} memory, {size(facts['memory_available_bytes'])} of it free"
     yield "machine", f"{facts['cores']} cores, {memory}, {size(facts['disk_free_bytes'])} free on disk"
     yield "processor", _processor(facts["processor"])
+    if "kernels" in facts["processor"]:
+        yield "kernels", _kernels(facts["processor"]["kernels"])
     for name, version in facts["libraries"].items():
         yield name, GOOD + version if version else f"{BAD}not installed: pip install {name}"
     for thing in facts["bundled"]:
@@ -44,6 +46,11 @@ def _processor(processor: Mapping[str, Any]) -> str:
     gpu = safe(processor["gpu"]) if processor["gpu"] else "no GPU"
     dtype = f", bases in {processor['dtype']}" if "dtype" in processor else ""
     return f"{processor['instructions']}, {processor['threads']} threads, {gpu}{dtype}"
+
+
+def _kernels(said: str) -> str:
+    there = said.startswith("compiled")
+    return GOOD + "compiled for this processor" if there else f"{BAD}{safe(said)}; training is slower without them"
 
 
 def _store(store: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,8 +13,10 @@ from turret.cli.output import console, emit, safe, status
 from turret.errors import ServeRefused
 
 if TYPE_CHECKING:
+    from turret.server.served import Settings
     from turret.workspace import Workspace
 
+Dtype = Literal["auto", "float32", "bfloat16"]
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 Base = Annotated[
     str | None, typer.Option("--base", help="Where left out: the one that the store's adapters were trained on.")
@@ -30,7 +32,7 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
     alias: Annotated[str, typer.Option("--alias", help="What plain names mean; loaded beforehand.")] = "production",
     memory: Memory = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Precision of the base.")] = "auto",
     requests: Annotated[
         int | None, typer.Option("--adapter-requests-per-minute", min=1, help="Quota of each adapter.")
     ] = None,
@@ -55,7 +57,10 @@ def serve(
     _serve(workspace, base or only_base(workspace), settings, size_of(memory), dtype, as_json)
 
 
-def _serve(workspace: Workspace, base: str, settings: Any, memory: int | None, dtype: str, as_json: bool) -> None:
+def _serve(
+    workspace: Workspace, base: str, settings: Settings, memory: int | None, dtype: Dtype, as_json: bool
+) -> None:
+    from turret.engine import Limits, Options
     from turret.server.auth import Guard
     from turret.server.run import bind, run
     from turret.server.served import Served
@@ -63,10 +68,10 @@ def _serve(workspace: Workspace, base: str, settings: Any, memory: int | None, d
     Guard(settings.host, workspace.tokens.list())  # refuse before anything is loaded
     with bind(settings.host, settings.port) as listening:
         with status() as stage:
-            stage(f"loading {base}")
-            engine, options_of = opened(workspace, base, memory, dtype)
+            limits = Limits(memory=memory)
+            engine = workspace.engine(base, limits=limits, dtype=dtype, on_stage=stage)
         with engine:
-            served = Served(workspace, engine, options_of, settings)
+            served = Served(workspace, engine, Options, settings)
             run(served, listening, lambda url: _announce(url, served.base_id, as_json))
             engine.drain(served.limits.drain_seconds)
 
@@ -76,16 +81,6 @@ def _announce(url: str, base: str, as_json: bool) -> None:
         emit({"url": url, "base": base})
     else:
         console().print(f"[green]{safe(base)}[/] answers at [bold]{safe(url)}[/]  [dim](Ctrl-C ends it)[/]")
-
-
-def opened(workspace: Workspace, base: str, memory: int | None, dtype: str) -> tuple[Any, Any]:
-    """(the engine, the class of its options)."""
-    make = getattr(workspace, "engine", None)
-    if make is None:
-        raise ServeRefused("this turret has no engine to serve with: install a version that has `Workspace.engine`")
-    from turret.engine import Limits, Options  # type: ignore[import-not-found]
-
-    return make(base, limits=Limits(memory=memory), dtype=dtype), Options
 
 
 def only_base(workspace: Workspace) -> str:

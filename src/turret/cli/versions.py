@@ -100,23 +100,59 @@ def _print_show(shown: Mapping[str, Any]) -> None:
 
 def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     manifest = shown["manifest"]
-    base, method, task = (manifest.get(key) or {} for key in ("base", "method", "task"))
-    yield "created", f"{shown['created'][:16].replace('T', ' ')} UTC, {age(shown['created'])} ago"
-    yield "base", f"{safe(base.get('id'))}  [dim]{safe(str(base.get('fingerprint'))[:19])}[/]"
+    base, method, task, lineage = (_part(manifest, key) for key in ("base", "method", "task", "lineage"))
+    by = f" by {safe(shown['who'])}" if shown["who"] else ""
+    yield "created", f"{shown['created'][:16].replace('T', ' ')} UTC, {age(shown['created'])} ago{by}"
+    revision = f"  [dim]revision[/] {safe(str(base['revision'])[:12])}" if base.get("revision") else ""
+    yield "base", f"{safe(base.get('id'))}  [dim]{safe(str(base.get('fingerprint'))[:19])}[/]{revision}"
     settings = dict(_short(method))
     yield "method", safe(" ".join([str(settings.pop("kind", "?")), *(f"{k}={v}" for k, v in settings.items())]))
-    yield "task", safe(f"{task.get('kind')}  {', '.join(task.get('labels') or ())}")
+    yield "task", safe(f"{task.get('kind')}  {', '.join(map(str, task.get('labels') or ()))}")
     for split, values in shown["metrics"].items():
         yield safe(split), metrics(values)
     yield "size", size(shown["bytes"])
+    yield from _lineage(lineage)
     if shown["run"]:
         yield "run", f"{safe(shown['run']['id'])}  [dim]its recipe and curve are in runs/[/]"
+    for replay in shown["replays"]:
+        yield "golden", _golden(replay)
     if (earlier := len(shown["alias_history"]) - MOVES) > 0:
         yield "moves", f"[dim]{earlier} earlier ones are in --json[/]"
     for move in shown["alias_history"][-MOVES:]:
         where = f"{move['alias']} to {move['version']}" if move["version"] else f"{move['alias']} taken away"
         gone = ", deleted since" if move["deleted"] else ""
-        yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {move['moved'][:16].replace('T', ' ')} UTC")
+        by = f" by {move['who']}" if move["who"] else ""
+        yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {move['moved'][:16].replace('T', ' ')} UTC{by}")
+
+
+def _part(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = manifest.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _lineage(lineage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What it was made from, each where it is known."""
+    for name in ("parent", "data", "tokenizer"):
+        if lineage.get(name):
+            yield name, safe(str(lineage[name])[:19])
+    if "seed" in lineage:
+        yield "seed", safe(lineage["seed"])
+    libraries = lineage.get("libraries")
+    if isinstance(libraries, Mapping):
+        yield "made with", safe(", ".join(f"{name} {version}" for name, version in sorted(libraries.items())))
+    if lineage.get("imported"):
+        yield "imported", "[dim]from outside; its files' digests are in --json[/]"
+    if lineage.get("recipe"):
+        lines = len(str(lineage["recipe"]).splitlines())
+        yield "recipe", f"[dim]{lines} lines, in --json; `turret diff` compares it key by key[/]"
+
+
+def _golden(replay: Mapping[str, Any]) -> str:
+    first = replay["first"]
+    failed = f", first failed: example {first['example']}" if first else ""
+    name = replay["golden"].removeprefix("sha256:")[:12]
+    said = f"{replay['passed']} of {replay['total']} passed{failed}, {replay['replayed'][:16].replace('T', ' ')} UTC"
+    return safe(f"{name}  {said}")
 
 
 def _short(method: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Path, Query
 
-from turret.errors import BadReference, BadRequest
+from turret.errors import BadReference, BadRequest, ReplayNeeded
 from turret.reference import Reference as Parsed
+from turret.server import golden
 from turret.server.problems import without_paths
 from turret.server.routes import Here, router
 from turret.server.schemas import (
@@ -128,7 +131,16 @@ async def promote(reference: Ref, body: PromoteRequest, here: Here) -> Moved:
     exact = str(await here.control(here.workspace.resolve, reference))
     if body.alias == here.settings.alias or here.follow.means(exact.partition("@")[0], body.alias):
         await here.control(here.engine.warm, exact)
-    return await _moved(here, await here.control(here.workspace.promote, exact, body.alias, require=body.require))
+    return await _moved(here, await _promoted(here, exact, body))
+
+
+async def _promoted(here: Served, exact: str, body: PromoteRequest) -> Move:
+    """At once where every golden example was asked before; else aside, for it may take minutes."""
+    if not body.replay:
+        with suppress(ReplayNeeded):
+            return await here.control(here.workspace.store.promote, exact, body.alias, require=body.require)
+    asked = {"require": body.require, "replay": body.replay, "ask": partial(golden.answers, here)}
+    return await here.aside(here.workspace.promote, exact, body.alias, **asked)
 
 
 def check_gates(texts: Sequence[str]) -> None:

@@ -34,6 +34,7 @@ class Ticket(Protocol):
     @property
     def receipt(self) -> Receipt: ...
     def listen(self, fn: Callable[[Any], None]) -> None: ...
+    def result(self, timeout: float | None = None) -> dict[str, Any]: ...  # raises what went wrong
     def cancel(self) -> None: ...
 
 
@@ -54,7 +55,14 @@ class Engine(Protocol):
     @property
     def base(self) -> Base: ...
     def submit(
-        self, kind: Kind, text: Text, adapter: str | None, options: Any = None, *, deadline: float | None = None
+        self,
+        kind: Kind,
+        text: Text,
+        adapter: str | None,
+        options: Any = None,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> Ticket: ...
     def warm(self, reference: str, *, pin: bool = False) -> Any: ...
     def unload(self, reference: str) -> Any: ...

@@ -49,6 +49,8 @@ def options(here: Served, body: Generation, max_tokens: int | None, count: int) 
     keys = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
     said = {key: getattr(body, key) for key in keys} | {"max_tokens": max_tokens, "stop": body.stops()}
     said = {key: value for key, value in said.items() if value is not None}
+    if "temperature" not in said and ("top_k" in said or said.get("top_p", 1.0) < 1.0):
+        said["temperature"] = 1.0  # what OpenAI's API means where it is left out
     if body.seed is None:
         return [here.options(**said)] * count
     return [here.options(**said, seed=body.seed + place % (body.n or 1)) for place in range(count)]

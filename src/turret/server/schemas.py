@@ -222,6 +222,7 @@ class LoadRequest(Model):
 class PromoteRequest(Model):
     alias: AliasName
     require: Annotated[list[Gate], Field(max_length=32)] = Field(default_factory=list)
+    replay: bool = Field(False, description="Ask golden examples again that this version was asked before.")
 
 
 class Adapter(BaseModel):
@@ -258,6 +259,16 @@ class Aliases(BaseModel):
     aliases: list[Alias]
 
 
+class Replay(BaseModel):
+    """How the version did on a set of golden examples."""
+
+    golden: str = Field(description="The digest of the set.")
+    passed: int
+    total: int
+    first: dict[str, Any] | None = Field(description="The first that failed, where that was allowed.")
+    replayed: str
+
+
 class Moved(BaseModel):
     name: str
     alias: str
@@ -265,6 +276,7 @@ class Moved(BaseModel):
     before: str | None
     changed: bool
     skipped: list[str]
+    replays: list[Replay]
     serving: str | None = Field(description="What is in force here now.")
 
 

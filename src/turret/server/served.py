@@ -30,6 +30,7 @@ from turret.workspace import Workspace
 
 T = TypeVar("T")
 POLL_SECONDS = 0.25
+MOST_ASIDE = 4  # promotes that ask golden examples at a time, those that wait for their turn included
 TRIES = 5  # of one request whose version is deleted while its inputs go in
 
 
@@ -78,7 +79,8 @@ class Served:
         )
         self._asking = ThreadPoolExecutor(8, "turret-ask")
         self._control = ThreadPoolExecutor(4, "turret-control")
-        self._controlling = 0
+        self._aside = ThreadPoolExecutor(1, "turret-aside")
+        self._controlling = self._waiting_aside = 0
         self._ended = threading.Event()
         self._followers: list[threading.Thread] = []
 
@@ -189,6 +191,16 @@ class Served:
         finally:
             self._controlling -= 1
 
+    async def aside(self, verb: Callable[..., T], *arguments: Any, **settings: Any) -> T:
+        """Carry out a verb that may take minutes, one at a time, so that the others of the control plane go on."""
+        if self._waiting_aside >= MOST_ASIDE:
+            raise Busy(f"{self._waiting_aside} promotes are asking golden examples: try again", retry_after=10)
+        self._waiting_aside += 1
+        try:
+            return await self._thread(self._aside, verb, *arguments, **settings)
+        finally:
+            self._waiting_aside -= 1
+
     async def _thread(self, pool: ThreadPoolExecutor, verb: Callable[..., T], *arguments: Any, **settings: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, lambda: verb(*arguments, **settings))
 
@@ -224,6 +236,7 @@ class Served:
             each.join(timeout=5)
         self._asking.shutdown(wait=False, cancel_futures=True)
         self._control.shutdown(wait=False, cancel_futures=True)
+        self._aside.shutdown(wait=False, cancel_futures=True)
 
     # --- figures ----------------------------------------------------------------------------------------------------
 

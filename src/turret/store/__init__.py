@@ -4,9 +4,26 @@ from turret.store.aliases import Move, Pointing
 from turret.store.catalog import Deleted, Version
 from turret.store.gates import Gate
 from turret.store.gc import Collected
+from turret.store.golden import Example, Golden, GoldenSet, Replay
 from turret.store.runs import Run
 from turret.store.store import Store
 from turret.store.tokens import Token, Tokens
 from turret.store.verify import Verified
 
-__all__ = ["Collected", "Deleted", "Gate", "Move", "Pointing", "Run", "Store", "Token", "Tokens", "Verified", "Version"]
+__all__ = [
+    "Collected",
+    "Deleted",
+    "Example",
+    "Gate",
+    "Golden",
+    "GoldenSet",
+    "Move",
+    "Pointing",
+    "Replay",
+    "Run",
+    "Store",
+    "Token",
+    "Tokens",
+    "Verified",
+    "Version",
+]

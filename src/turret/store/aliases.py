@@ -18,7 +18,8 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 from turret.database import adapters, alias_history, aliases, versions
 from turret.errors import NotFound
 from turret.store import catalog
-from turret.store.catalog import Version, now
+from turret.store.catalog import Version, now, who
+from turret.store.golden import Replay
 
 Verb = Literal["promote", "rollback", "delete"]
 
@@ -33,9 +34,11 @@ class Move:
     before: str | None  # what it named until now
     changed: bool  # False: it named that version already, and nothing was written
     skipped: tuple[str, ...] = ()  # versions deleted since, which a rollback passed over
+    replays: tuple[Replay, ...] = ()  # how it did on the golden examples that a promote asked for
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "skipped": list(self.skipped)}
+        replays = [each.as_json() for each in self.replays]
+        return {**asdict(self), "skipped": list(self.skipped), "replays": replays}
 
 
 def promote(connection: Connection, version: Version, alias: str) -> Move:
@@ -99,6 +102,7 @@ def moves(connection: Connection, name: str) -> list[dict[str, Any]]:
             "version": row.number,
             "deleted": row.number is not None and row.version_id is None,
             "moved": row.moved,
+            "who": row.who,
         }
         for row in connection.execute(query)
     ]
@@ -164,7 +168,7 @@ def _move(
     connection.execute(delete(aliases).where(this))
     if version_id is not None:
         connection.execute(insert(aliases).values(**key, version_id=version_id, moved=at))
-    row = {**key, "version_id": version_id, "number": number, "moved": at, "verb": verb, "before": before}
+    row = {**key, "version_id": version_id, "number": number, "moved": at, "verb": verb, "before": before, "who": who()}
     connection.execute(insert(alias_history).values(row))
 
 

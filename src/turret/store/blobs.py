@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -102,6 +103,7 @@ class Blobs:
         """The path of the content, after hashing it again; raises Corrupt."""
         path = self.path(digest)
         try:
+            _require_plain(path, digest)
             found = hash_file(path)
         except FileNotFoundError:
             raise _missing(path, digest) from None
@@ -113,6 +115,7 @@ class Blobs:
         """A copy of the content that was hashed on its way, so what arrives is what was stored; raises Corrupt."""
         path = self.path(digest)
         try:
+            _require_plain(path, digest)
             read = path.open("rb")
         except FileNotFoundError:
             raise _missing(path, digest) from None
@@ -147,7 +150,7 @@ def _copy(read: BinaryIO, write: BinaryIO | None) -> Blob:
 
 def _whole(path: Path, blob: Blob) -> bool:
     try:
-        return hash_file(path) == blob
+        return stat.S_ISREG(path.lstat().st_mode) and hash_file(path) == blob
     except FileNotFoundError:
         return False
 
@@ -160,6 +163,12 @@ def _folder(folder: Path) -> None:
     for level in reversed(missing):
         level.mkdir(exist_ok=True)
         sync(level.parent)
+
+
+def _require_plain(path: Path, digest: str) -> None:
+    """A link, pipe or device in a store was put there by nobody of ours, and a pipe would never end."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise Corrupt(f"stored file {digest} is no plain file: restore {path} from a copy, or train again")
 
 
 def _missing(path: Path, digest: str) -> Corrupt:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import getpass
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
 
 from turret.database import adapters, aliases, files, versions
-from turret.errors import NotFound
+from turret.errors import Corrupt, NotFound
 from turret.reference import Reference
 from turret.store.blobs import Blob
 
@@ -31,17 +34,23 @@ class Version:
     metrics: Mapping[str, Any]
     manifest: Mapping[str, Any] = field(repr=False)
     aliases: tuple[str, ...] = ()
+    who: str | None = None  # stored it
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
 
+    def part(self, key: str) -> Mapping[str, Any]:
+        """A section of the manifest; empty where it has none, or none that makes sense."""
+        return _mapping(self.manifest.get(key))
+
     def as_json(self) -> dict[str, Any]:
         """What `turret list --json` says of a version."""
-        said = {key: self.manifest.get(key) or {} for key in ("base", "method", "task")}
+        said = {key: self.part(key) for key in ("base", "method", "task")}
         return {
             "version": str(self),
             "digest": self.digest,
             "created": self.created,
+            "who": self.who,
             "aliases": list(self.aliases),
             "base": said["base"].get("id"),
             "method": said["method"].get("kind"),
@@ -67,6 +76,15 @@ class Deleted:
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def who() -> str | None:
+    """The user at work: TURRET_USER where it is set, else as the system calls them."""
+    try:
+        said = os.environ.get("TURRET_USER") or getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user without a name
+        return None
+    return "".join(c for c in said if c.isprintable())[:100] or None
 
 
 def add(
@@ -98,6 +116,7 @@ def add(
         "bytes": sum(blob.bytes for blob in content.values()),
         "metrics": plain(metrics),
         "manifest": plain(manifest),
+        "who": who(),
     }
     version_id = connection.execute(insert(versions).values(row)).inserted_primary_key[0]  # type: ignore[index]
     rows = [{"version_id": version_id, "path": p, "digest": b.digest, "bytes": b.bytes} for p, b in content.items()]
@@ -178,7 +197,13 @@ def content_of(connection: Connection, version: Version) -> dict[str, Blob]:
         .where(adapters.c.name == version.name, versions.c.number == version.number)
         .order_by(files.c.path)
     )
-    return {row.path: Blob(row.digest, row.bytes) for row in connection.execute(query)}
+    found = {row.path: Blob(row.digest, row.bytes) for row in connection.execute(query)}
+    for path in found:
+        if not plain_path(path):
+            raise Corrupt(
+                f"{version} lists a file {ascii(path)[:80]}, which is no path inside a bundle: delete the version"
+            )
+    return found
 
 
 def contents(connection: Connection) -> list[tuple[str, str, Blob]]:
@@ -193,13 +218,26 @@ def contents(connection: Connection) -> list[tuple[str, str, Blob]]:
     return [(f"{row.name}@{row.number}", row.path, Blob(row.digest, row.bytes)) for row in rows]
 
 
+def plain_path(path: str) -> bool:
+    """Whether it stays inside a bundle, whatever the system."""
+    inside = PurePosixPath(path)
+    odd = inside.is_absolute() or ".." in inside.parts or "\\" in path or ":" in path or not path.isprintable()
+    return path not in ("", ".") and not odd and str(inside) == path
+
+
 def _versions() -> Select[Any]:
     return select(adapters.c.name, versions).join(adapters, versions.c.adapter_id == adapters.c.id)
 
 
 def _version(row: Row[Any], pointing: tuple[str, ...]) -> Version:
-    shared = {key: getattr(row, key) for key in ("name", "number", "digest", "created", "run", "bytes")}
-    return Version(**shared, metrics=row.metrics, manifest=row.manifest, aliases=pointing)
+    shared = {key: getattr(row, key) for key in ("name", "number", "digest", "created", "run", "bytes", "who")}
+    metrics = {split: values for split, values in _mapping(row.metrics).items() if isinstance(values, Mapping)}
+    return Version(**shared, metrics=metrics, manifest=_mapping(row.manifest), aliases=pointing)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """What a row says, or nothing where it was not written by us; `verify` tells."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def pointed_at(connection: Connection, adapter_id: int, alias: str) -> int | None:

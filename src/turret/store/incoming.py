@@ -6,11 +6,12 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from turret.errors import BundleError
 from turret.store.blobs import Blob
+from turret.store.catalog import plain_path
 
 MANIFEST = "manifest.json"
 _LIMIT = 16 << 20  # bytes; a manifest is a few thousand
@@ -31,8 +32,7 @@ def read(bundle: Path) -> tuple[dict[str, Any], dict[str, Path]]:
         raise BundleError(f"{path} lacks 'digest' or 'files': this is not a bundle that turret wrote")
     named = [MANIFEST, *manifest["files"]]
     for name in named:
-        inside = PurePosixPath(name)
-        if inside.is_absolute() or ".." in inside.parts or "\\" in name or "\0" in name or str(inside) != name:
+        if not plain_path(name):
             raise BundleError(f"{path} names {name!r}: expected plain paths inside the bundle")
         try:
             _plain_file(bundle / name)

@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turret.database import Database, no_room, told
 from turret.errors import BadReference, BundleError, Corrupt, InUse, NotFound, StoreError
 from turret.reference import Reference, check_alias, check_name
-from turret.store import aliases, catalog, gates, gc, incoming, runs
+from turret.store import aliases, catalog, gates, gc, golden, incoming, runs
 from turret.store import verify as verifying
 from turret.store.aliases import Move, Pointing
 from turret.store.blobs import Blob, Blobs
 from turret.store.catalog import PRODUCTION, Deleted, Version
 from turret.store.gates import Gate
 from turret.store.gc import Collected, Removed
+from turret.store.golden import Golden, GoldenSet, Replay
 from turret.store.runs import Run, State
 from turret.store.tokens import Tokens
 from turret.store.verify import Verified
@@ -105,16 +107,19 @@ class Store:
         database = self._made()
         with database.reading() as connection:
             moves = aliases.moves(connection, version.name)
+            replays = golden.replays_of(connection, version)
         return {
             "version": str(version),
             "digest": version.digest,
             "created": version.created,
+            "who": version.who,
             "aliases": list(version.aliases),
             "bytes": version.bytes,
             "metrics": dict(version.metrics),
             "files": {path: {"digest": blob.digest, "bytes": blob.bytes} for path, blob in content.items()},
             "manifest": dict(version.manifest),
             "alias_history": moves,
+            "replays": [replay.as_json() for replay in replays.values()],
             "run": runs.find(database, version.run) if version.run else None,
         }
 
@@ -142,7 +147,10 @@ class Store:
     # --- aliases ------------------------------------------------------------------------------------------------------
 
     def promote(self, reference: str, alias: str, *, require: Iterable[str] = ()) -> Move:
-        """Move an alias to a version whose files hash right and whose metrics pass the alias's gates and `require`."""
+        """Move an alias to a version whose files hash right and that passes the alias's gates and `require`.
+
+        Golden examples are gates too: raises ReplayNeeded for those that were never put to it, see `keep_replay`.
+        """
         check_alias(alias)
         wanted = [Gate.parse(text) for text in require]
         version = self.resolve(reference)
@@ -151,7 +159,8 @@ class Store:
         with self._there(exact).writing() as connection:
             version = catalog.find(connection, exact)
             gates.check(version, alias, [*gates.of(connection, version.name, alias), *wanted])
-            return aliases.promote(connection, version, alias)
+            replays = golden.check(connection, version, alias)
+            return replace(aliases.promote(connection, version, alias), replays=replays)
 
     def rollback(self, name: str, alias: str = PRODUCTION) -> Move:
         """Move an alias back to what it named before; again and again walks further back."""
@@ -164,22 +173,44 @@ class Store:
             return move
 
     def gate(
-        self, name: str, alias: str | None = None, *, add: Iterable[str] = (), remove: Iterable[str] = ()
-    ) -> Sequence[Gate]:
+        self,
+        name: str,
+        alias: str | None = None,
+        *,
+        add: Iterable[str] = (),
+        remove: Iterable[str] = (),
+        examples: GoldenSet | None = None,
+        share: float | None = None,
+    ) -> Sequence[Gate | Golden]:
         """The gates of a name's alias (of all its aliases where left out), after taking some away and adding some."""
         wanted = Reference(check_name(name), alias=None if alias is None else check_alias(alias))
+        part = golden.check_share(share, examples)
         added, removed = [Gate.parse(text, alias or "") for text in add], list(remove)
-        if not added and not removed:
+        if not added and not removed and examples is None:
             with self._there(wanted).reading() as connection:
-                return gates.of(connection, name, alias)
+                return [*gates.of(connection, name, alias), *golden.of(connection, name, alias)]
         if alias is None:
             raise BadReference(f"a gate of {name} needs an alias: say which, such as production")
         with self._there(wanted).writing() as connection:
             for text in removed:
-                gates.drop(connection, name, alias, text)
+                drop = golden.drop if text.strip().startswith(golden.WORD) else gates.drop
+                drop(connection, name, alias, text)
             for gate in added:
                 gates.keep(connection, name, gate)
-            return gates.of(connection, name, alias)
+            if examples is not None:
+                golden.keep(connection, name, alias, examples, part)
+            return [*gates.of(connection, name, alias), *golden.of(connection, name, alias)]
+
+    def examples(self, digest: str) -> GoldenSet:
+        """The golden examples of that digest; raises Corrupt."""
+        with self._there(None).reading() as connection:
+            return golden.content_of(connection, digest)
+
+    def keep_replay(self, version: Version, replay: Replay) -> None:
+        """Keep how a version did on golden examples; the newest of a set counts."""
+        exact = Reference(version.name, version=version.number)
+        with self._there(exact).writing() as connection:
+            golden.record(connection, catalog.find(connection, exact), replay)
 
     def pointing(self) -> tuple[int, Sequence[Pointing]]:
         """(the number of the newest move, every alias as it points then): what a server follows."""

@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from turret.database import Database
 from turret.errors import Corrupt
 from turret.reference import Reference
-from turret.store import aliases, catalog
+from turret.store import aliases, catalog, golden
 from turret.store.blobs import Blob, Blobs
 from turret.store.catalog import Version
 from turret.store.incoming import MANIFEST
@@ -26,7 +26,7 @@ from turret.store.incoming import MANIFEST
 class Problem:
     """One thing that is not as it was stored."""
 
-    where: str  # a version, an alias, or "turret.db"
+    where: str  # a version, an alias, golden examples, or "turret.db"
     path: str | None  # in the bundle
     problem: str
 
@@ -57,11 +57,17 @@ def verify(database: Database, blobs: Blobs, reference: Reference | None = None)
     """One version with the aliases that name it, or the whole store; raises NotFound for a reference without one."""
     with database.reading() as connection:
         versions = [catalog.find(connection, reference)] if reference else catalog.listed(connection)
-        content = {str(version): catalog.content_of(connection, version) for version in versions}
         problems = [] if reference else list(_of_database(connection))
+        content: dict[str, dict[str, Blob]] = {}
+        for version in versions:
+            try:
+                content[str(version)] = catalog.content_of(connection, version)
+            except Corrupt as error:
+                problems.append(Problem(str(version), None, str(error)))
     seen: dict[str, str | None] = {}
     for version in versions:
-        problems += _of_version(version, content[str(version)], blobs, seen)
+        if str(version) in content:
+            problems += _of_version(version, content[str(version)], blobs, seen)
     loose = [] if reference else _orphans(database, blobs)
     with database.reading() as connection:  # what was deleted while this read it is no problem
         still = {str(version) for version in catalog.listed(connection)}
@@ -85,6 +91,8 @@ def _of_database(connection: Connection) -> Iterator[Problem]:
         yield Problem("turret.db", None, f"a row of {row[0]} refers to a row of {row[2]} that is not there")
     for alias in aliases.dangling(connection):
         yield Problem(alias, None, "names a version that is not listed: move it with `turret promote`")
+    for where, said in golden.problems(connection):
+        yield Problem(where, None, said)
 
 
 def _of_version(

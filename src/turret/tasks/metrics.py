@@ -75,6 +75,11 @@ def texts(given: Sequence[str], references: Sequence[str], mean_loss: float | No
     return values
 
 
+def rouge_l(given: str, reference: str) -> float:
+    """ROUGE-L of one text, as a fraction."""
+    return float(RougeScorer(["rougeL"], use_stemmer=True).score(reference, given)["rougeL"].fmeasure)
+
+
 def perplexity(mean_loss: float) -> float:
     """`exp(mean_loss)`, kept finite."""
     return math.exp(min(float(mean_loss), _LARGEST_EXPONENT))

@@ -6,6 +6,8 @@ around it here, so that a cut never costs a special token or an instruction. Ref
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +60,22 @@ class Tokens:
             if token is not None:
                 return int(token)
         return 0
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 over all that makes ids of texts: vocabulary, rules, special tokens, chat template.
+
+    Not over what a call has set, such as how it cuts.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is not None:
+        rules: dict[str, Any] = json.loads(core.to_str())
+        rules |= {"truncation": None, "padding": None}
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    said = {"rules": rules, "special": special, "chat_template": getattr(tokenizer, "chat_template", None)}
+    return f"sha256:{hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}"
 
 
 def _find(whole: list[int], part: list[int]) -> int:

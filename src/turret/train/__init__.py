@@ -10,6 +10,7 @@
 Knows recipes, bases, tasks and adapters. Refuses to know the store, the engine and the terminal.
 """
 
+from turret.train.batches import pass_tokens
 from turret.train.checkpoint import step_of
 from turret.train.checks import Check
 from turret.train.curve import Curve, StepRecord, read_curve
@@ -20,6 +21,7 @@ from turret.train.plan import Plan, plan
 from turret.train.proof import Probe, probe, prove
 from turret.train.rates import Found
 from turret.train.run import Fitted
+from turret.train.start import Start
 from turret.train.trials import find_rate
 
 __all__ = [
@@ -29,12 +31,14 @@ __all__ = [
     "Found",
     "Plan",
     "Probe",
+    "Start",
     "StepRecord",
     "default_learning_rate",
     "evaluate",
     "find_rate",
     "fit",
     "generate",
+    "pass_tokens",
     "plan",
     "probe",
     "prove",

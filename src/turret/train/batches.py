@@ -14,6 +14,8 @@ from torch import Tensor
 
 from turret.errors import DataError
 
+KEPT_STATES = 9_000_000  # hidden states of all layers in one pass
+FEWEST_TOKENS, MOST_TOKENS = 512, 2048  # of one pass, where the recipe says nothing
 ENCODED_AT_ONCE = 1024  # examples
 KEPT_TOKENS = 1 << 26  # encoded examples are kept up to here (256 MB of int32); further ones are encoded anew
 
@@ -146,6 +148,17 @@ def micro_batches(items: Sequence[Item], most_tokens: int) -> list[list[Item]]:
         pieces[-1].append(item)
         room -= item.tokens
     return pieces
+
+
+def pass_tokens(train: Any, config: Any) -> int:
+    """Most tokens of one pass: the recipe's `micro_batch_tokens`, else as many as suit the base.
+
+    Larger passes use a processor better and keep more for the backward pass, in proportion to layers times width.
+    """
+    if train.micro_batch_tokens is not None:
+        return int(train.micro_batch_tokens)
+    fitting = KEPT_STATES // (config.num_hidden_layers * config.hidden_size)
+    return int(min(max(fitting // 64 * 64, FEWEST_TOKENS), MOST_TOKENS))
 
 
 def by_length(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:

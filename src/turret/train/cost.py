@@ -13,9 +13,9 @@ from typing import Any
 
 from turret import adapters
 from turret.train import memory
-from turret.train.batches import Item, Items, Schedule, micro_batches
-from turret.train.run import attach
+from turret.train.batches import Item, Items, Schedule, micro_batches, pass_tokens
 from turret.train.seeds import Randomness
+from turret.train.start import Start, attach
 from turret.train.step import backward, loss_of
 
 LONG = 3.0  # seconds of a step that is not run twice to be timed
@@ -39,6 +39,7 @@ def measure(
     items: Items,
     schedule: Schedule,
     *,
+    start: Start | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
     """Attach the recipe's adapter, run forward and backward on a typical batch and on the largest piece, detach.
@@ -47,13 +48,13 @@ def measure(
     was counted. What the libraries keep for good by then (a plan for every shape, say) counts as runtime.
     """
     batches = [items.take(indices) for (_, indices), _ in zip(schedule.batches(), range(LOOKED_AT), strict=False)]
-    most = recipe.train.micro_batch_tokens
+    most = pass_tokens(recipe.train, base.model.config)
     typical = sorted(batches, key=_tokens)[len(batches) // 2]
     largest = max((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens)
     model = base.model
     randomness = Randomness(recipe.seed, model.device)
     with randomness:
-        attach(recipe, base, task)
+        attach(recipe, base, task, start)
         try:
             model.train()
             trainable = memory.trainable_bytes(adapters.trainable_parameters(model))
@@ -67,8 +68,11 @@ def measure(
                 seconds = min(seconds, clock() - started)
                 if seconds > LONG:
                     break
-            with saved.counting(), memory.grown() as grown:
-                backward(loss_of(model, task, largest))
+            with memory.grown() as grown:
+                with saved.counting():
+                    loss = loss_of(model, task, largest)
+                backward(loss)  # outside: what is counted is held until then, and must be given up layer by layer
+                del loss
         finally:
             adapters.detach(model)
             model.eval()

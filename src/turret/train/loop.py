@@ -18,6 +18,7 @@ from turret.train.curve import StepRecord
 from turret.train.interrupt import StopRequest
 from turret.train.optim import learning_rate
 from turret.train.run import Fitted, Run
+from turret.train.start import Start
 from turret.train.step import explained, train_step
 
 SAVE_SECONDS = 60.0  # longest time without a checkpoint where the recipe names no number of steps
@@ -32,6 +33,7 @@ def fit(
     *,
     folder: Path | None = None,
     predicted: memory.Prediction | None = None,
+    start: Start | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[StepRecord, None, Fitted]:
     """Train `recipe` on a loaded base; yields a StepRecord a step and returns `Fitted`.
@@ -39,10 +41,11 @@ def fit(
     folder: where the checkpoint is kept; one that is there already is gone on from, and the rest of the run is the same
     to the last bit. Without a folder nothing is written. Every record is yielded before the checkpoint that includes
     it, so a curve that is cut back to the checkpoint's step has no gap. On any error the base is left as it was.
+    start: the version that the recipe's `train.init_from` names, whose numbers the adapter begins with.
     Under torchrun every process makes the same call, with the same folder; the main one alone evaluates and writes.
     """
     memory.reset_peak()
-    run = Run.begin(recipe, base, task, dataset, folder)
+    run = Run.begin(recipe, base, task, dataset, folder, start)
     train, model, here = recipe.train, base.model, run.processes
     try:
         with StopRequest() as stop:
@@ -52,7 +55,7 @@ def fit(
                     step, total=run.schedule.steps, peak=run.lr, warmup=run.warmup, schedule=train.schedule
                 )
                 started = clock()
-                with run.randomness, explained(train, batch, step, predicted):
+                with run.randomness, explained(run.most_tokens, batch, step, predicted):
                     loss, norm = train_step(
                         model,
                         task,
@@ -60,7 +63,7 @@ def fit(
                         batch,
                         rate=rate,
                         clip=train.gradient_clip,
-                        most_tokens=train.micro_batch_tokens,
+                        most_tokens=run.most_tokens,
                         processes=here,
                     )
                 seconds = clock() - started

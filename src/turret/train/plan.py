@@ -18,6 +18,7 @@ from turret.train.cost import Cost, measure
 from turret.train.optim import default_learning_rate
 from turret.train.rates import AUTO, MOST_TRIALS, Found, Size, size_of
 from turret.train.splits import Splits, splits_of
+from turret.train.start import Start
 from turret.train.step import memory_ran_out
 
 LOOKED_AT = 1000  # training examples whose lengths are looked at
@@ -69,7 +70,7 @@ class Plan:
         }
 
 
-def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = True) -> Plan:
+def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = True, start: Start | None = None) -> Plan:
     """Check a recipe against its base and data; `measured` runs two passes on the model for memory and time."""
     made = splits_of(recipe, dataset)
     train = recipe.train
@@ -93,7 +94,7 @@ def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = Tr
     ]
     cost = None
     if measured and not any(check.level == "refuse" for check in found):
-        cost = _cost(recipe, base, task, items, schedule, total, found)
+        cost = _cost(recipe, base, task, items, schedule, total, found, start)
     seconds = None
     if cost is not None:
         seconds = _seconds(recipe, made, task, schedule, cost)
@@ -114,7 +115,14 @@ def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = Tr
 
 
 def _cost(
-    recipe: Any, base: Any, task: Any, items: Items, schedule: Schedule, total: int, found: list[Check]
+    recipe: Any,
+    base: Any,
+    task: Any,
+    items: Items,
+    schedule: Schedule,
+    total: int,
+    found: list[Check],
+    start: Start | None,
 ) -> Cost | None:
     """Measured, unless the machine cannot hold even that: then a refusal is added to `found`."""
     room = memory.available(base.model.device)
@@ -124,7 +132,7 @@ def _cost(
         found.append(Check("memory", "refuse", f"{needed}, {memory.mega(room)} are free", remedy))
         return None
     try:
-        return measure(recipe, base, task, items, schedule)
+        return measure(recipe, base, task, items, schedule, start=start)
     except (MemoryError, RuntimeError) as error:
         if not memory_ran_out(error):
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,15 +21,18 @@ from torch import Tensor
 from turret import adapters
 from turret.adapters import Adapter, BaseInfo
 from turret.errors import TrainingError
-from turret.methods import Prefix
+from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, memory, processes
-from turret.train.batches import Item, Items, Schedule
+from turret.train.batches import Item, Items, Schedule, pass_tokens
 from turret.train.curve import StepRecord
 from turret.train.evaluate import evaluate
 from turret.train.optim import AdamW, default_learning_rate, warmup_steps
 from turret.train.processes import Processes
 from turret.train.seeds import Randomness
 from turret.train.splits import Splits, splits_of
+from turret.train.start import Start, attach
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "turret")
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,16 @@ class Run:
     originals: list[Tensor]  # what it is the checksum of
     total: int  # weights of the base
     processes: Processes
+    start: Start | None
     progress: Progress = field(default_factory=Progress)
     best_weights: Tensor | None = None
     resumed_from: int = 0
 
     @classmethod
-    def begin(cls, recipe: Any, base: Any, task: Any, dataset: Any, folder: Path | None) -> Run:
-        """Attach a new adapter, seeded; go on from the folder's checkpoint where there is one."""
+    def begin(
+        cls, recipe: Any, base: Any, task: Any, dataset: Any, folder: Path | None, start: Start | None = None
+    ) -> Run:
+        """Attach a new adapter, seeded or from `start`; go on from the folder's checkpoint where there is one."""
         here, train = processes.begin(), recipe.train
         if train.lr == "auto":
             raise TrainingError(
@@ -104,7 +111,7 @@ class Run:
         total = sum(each.numel() for each in base.model.parameters())
         randomness = Randomness(recipe.seed, base.model.device)
         with randomness:
-            attach(recipe, base, task)
+            attach(recipe, base, task, start)
         if not here.main:  # attached alike, dropped out apart
             randomness = Randomness(here.seed(recipe.seed), base.model.device)
         try:
@@ -128,6 +135,7 @@ class Run:
                 originals=originals,
                 total=total,
                 processes=here,
+                start=start,
             )
             here.require_same(**run._identity())
             run._resume()
@@ -153,6 +161,11 @@ class Run:
             for step, indices in self.schedule.batches(after=self.progress.step):
                 yield step, self.items.take(indices)
 
+    @property
+    def most_tokens(self) -> int:
+        """Of one pass."""
+        return pass_tokens(self.recipe.train, self.model.config)
+
     def evaluates(self, step: int) -> bool:
         every = self.recipe.train.evaluate
         if self.watched is None or every == "never":
@@ -163,8 +176,7 @@ class Run:
     def evaluate(self) -> dict[str, Any]:
         """Metrics of the weights as they are, on the examples that are watched."""
         assert self.watched is not None
-        most = self.recipe.train.micro_batch_tokens
-        metrics, _ = evaluate(self.model, self.task, self.watched, most_tokens=most, texts=False)
+        metrics, _ = evaluate(self.model, self.task, self.watched, most_tokens=self.most_tokens, texts=False)
         return metrics
 
     def saves(self, step: int) -> bool:
@@ -225,14 +237,25 @@ class Run:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        return {
+        said = {
             "recipe": hashlib.sha256(self.recipe.to_toml().encode()).hexdigest(),
             "data": self.dataset.digest,
             "base": self.base.fingerprint,
+            "tokenizer": tokenizer_digest(self.base.tokenizer),
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "world_size": self.processes.size,  # who draws which dropout, and the order of sums
         }
+        return said if self.start is None else {**said, "parent": self.start.digest}
+
+    def _lineage(self) -> dict[str, Any]:
+        """Everything the weights depend on, and nothing that differs when the same training is repeated."""
+        said = {key: value for key, value in self._identity().items() if key not in ("torch", "transformers")}
+        libraries = {name: version(name) for name in LIBRARIES}
+        libraries["python"] = platform.python_version()
+        said |= {"recipe": self.recipe.to_toml(), "seed": self.recipe.seed, "libraries": libraries}
+        said |= {"steps": self.progress.step, "lr": self.lr}
+        return said if self.best_weights is None else {**said, "kept_step": self.progress.best_step}
 
     def save(self) -> None:
         """Write the checkpoint, unless the weights are no longer good; the main process does, the others wait."""
@@ -299,9 +322,6 @@ class Run:
         progress = self.progress
         tensors, head, method = adapters.extract(self.model)
         base, spec = self.base, self.task.spec()
-        lineage = {**self._identity(), "recipe": self.recipe.to_toml(), "steps": progress.step, "lr": self.lr}
-        if self.best_weights is not None:
-            lineage["kept_step"] = progress.best_step
         adapter = Adapter(
             method=method,
             tensors=tensors,
@@ -309,7 +329,7 @@ class Run:
             base=BaseInfo(id=base.id, fingerprint=base.fingerprint, family=base.family.name, revision=base.revision),
             task=spec,
             generation=dict(spec.get("generation") or {}),
-            lineage=lineage,
+            lineage=self._lineage(),
         )
         stored = sum(each.numel() for each in (*tensors.values(), *head.values()))
         return Fitted(
@@ -364,36 +384,6 @@ def _random_state(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     """The states of one process's generators in a checkpoint."""
     named = {name.removeprefix(_random_prefix(rank)): each for name, each in tensors.items()}
     return {name: named[name] for name in ("python", "torch", "cuda") if name in named}
-
-
-def attach(recipe: Any, base: Any, task: Any) -> None:
-    """Put the recipe's new adapter on the base: seeded factors, a prefix from real words, the head trainable."""
-    own = tuple(f"{name}." for name in base.family.head_modules)
-    fresh = {name.rpartition(".")[0] for name in base.fresh if not name.startswith(own)}  # a pooler, say
-    adapters.attach(
-        base.model,
-        recipe.method,
-        init_ids=starting_words(recipe, base, task),
-        generator=torch.Generator().manual_seed(recipe.seed),
-        head=tuple(sorted(fresh)) if task.kind == "classify" else (),
-    )
-
-
-def starting_words(recipe: Any, base: Any, task: Any) -> Tensor | None:
-    """Token ids of the text whose keys and values a prefix starts from: the recipe's, or a plain order for the task."""
-    if not isinstance(recipe.method, Prefix):
-        return None
-    text = recipe.method.init_text
-    if not text and task.kind != "classify":
-        text = recipe.task.prefix_text.replace("{document}", " ").strip() or (
-            "Summarize the following text in a few words."
-            if task.kind == "summarize"
-            else "Write the answer to the following text."
-        )
-    elif not text:
-        text = f"Classify the following text as {', '.join(task.labels)}."
-    ids: Tensor = torch.tensor(base.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-    return ids
 
 
 def merit(metrics: dict[str, Any]) -> tuple[float, float]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from turret.adapters import packed
 from turret.errors import LossNotFinite, OutOfMemory
@@ -16,6 +17,8 @@ from turret.train.batches import Item, micro_batches
 from turret.train.memory import Prediction
 from turret.train.optim import AdamW
 from turret.train.processes import ALONE, Processes
+
+TARGETS = 32  # whose logits are there at a time
 
 
 def train_step(
@@ -64,13 +67,28 @@ def loss_of(model: Any, task: Any, piece: Sequence[Item]) -> Tensor:
     sources = [item.source for item in piece]
     targets = [item.target for item in piece if item.target is not None]
     if targets:
-        logits = packed.target_logits(model, sources, targets)  # (N, V)
-        wanted = torch.cat(targets)  # (N,)
-    else:
-        logits = packed.classify_logits(model, sources)  # (B, C)
-        wanted = task.targets([item.example for item in piece])  # (B,) or (B, C)
+        return _loss_of_targets(model, task, packed.target_states(model, sources, targets), torch.cat(targets))
+    logits = packed.classify_logits(model, sources)  # (B, C)
+    wanted = task.targets([item.example for item in piece])  # (B,) or (B, C)
     loss: Tensor = task.loss(logits, wanted.to(logits.device))
     return loss
+
+
+def _loss_of_targets(model: Any, task: Any, states: Tensor, wanted: Tensor) -> Tensor:
+    """The mean over N targets, TARGETS at a time: logits of a large vocabulary are made again and never all there.
+
+    states: (N, D), wanted: (N,) int64.
+    """
+    wanted = wanted.to(states.device)
+
+    def part(some: Tensor, of_them: Tensor) -> Tensor:
+        mean: Tensor = task.loss(packed.vocabulary_logits(model, some), of_them)
+        return mean * (len(of_them) / len(wanted))
+
+    parts = list(zip(torch.split(states, TARGETS), torch.split(wanted, TARGETS), strict=True))
+    if len(parts) == 1:
+        return part(*parts[0])
+    return torch.stack([cast(Tensor, checkpoint(part, *each, use_reentrant=False)) for each in parts]).sum()
 
 
 _NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "DefaultCPUAllocator", "bad_alloc")
@@ -82,18 +100,18 @@ def memory_ran_out(error: Exception) -> bool:
 
 
 @contextmanager
-def explained(train: Any, batch: Sequence[Item], step: int, predicted: Prediction | None) -> Iterator[None]:
+def explained(most_tokens: int, batch: Sequence[Item], step: int, predicted: Prediction | None) -> Iterator[None]:
     """Turns whatever torch raises when memory runs out into OutOfMemory, with the setting to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not memory_ran_out(error):
             raise
-        pieces = micro_batches(batch, train.micro_batch_tokens)
+        pieces = micro_batches(batch, most_tokens)
         most = max(sum(item.tokens for item in piece) for piece in pieces)
         longest = max(item.tokens for item in batch)
         if most > longest:
-            remedy = f"set train.micro_batch_tokens to {max(longest, most // 2)} (now {train.micro_batch_tokens})"
+            remedy = f"set train.micro_batch_tokens to {max(longest, most // 2)} (now {most_tokens})"
         else:
             remedy = f"lower task.max_tokens (this text alone has {longest} tokens)"
         plan = f"; the plan predicted {predicted}" if predicted else ""

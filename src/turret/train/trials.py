@@ -16,13 +16,13 @@ import torch
 
 from turret import adapters
 from turret.errors import LossNotFinite
-from turret.train.batches import Items, Schedule
+from turret.train.batches import Items, Schedule, pass_tokens
 from turret.train.evaluate import example_losses
 from turret.train.optim import AdamW, default_learning_rate, learning_rate
 from turret.train.rates import Found, Score, search, size_of
-from turret.train.run import attach
 from turret.train.seeds import Randomness
 from turret.train.splits import splits_of
+from turret.train.start import Start, attach
 from turret.train.step import explained, train_step
 
 RISING = 0.25  # of a trial's steps
@@ -31,7 +31,13 @@ LATEST = 4  # losses whose mean tells
 
 
 def find_rate(
-    recipe: Any, base: Any, task: Any, dataset: Any, *, on_trial: Callable[[float, int], None] | None = None
+    recipe: Any,
+    base: Any,
+    task: Any,
+    dataset: Any,
+    *,
+    start: Start | None = None,
+    on_trial: Callable[[float, int], None] | None = None,
 ) -> Found:
     """The rate to train `recipe` with on a loaded base, from its training split alone.
 
@@ -44,7 +50,7 @@ def find_rate(
     size = size_of(len(examples), run.steps)
     if size.reason is not None:
         return Found(default, default, size, {})
-    with trials(recipe, base, task, examples, steps=size.steps, held=size.held) as tried:
+    with trials(recipe, base, task, examples, steps=size.steps, held=size.held, start=start) as tried:
 
         def score(lr: float) -> Score | None:
             if on_trial is not None:
@@ -84,7 +90,7 @@ class Trials:
             batch = self.items.take(indices)
             rate = learning_rate(step, total=self.steps, peak=lr, warmup=rising, schedule="constant")
             try:
-                with randomness, explained(train, batch, step, None):
+                with randomness, explained(self.most_tokens, batch, step, None):
                     loss, _ = train_step(
                         self.base.model,
                         self.task,
@@ -92,7 +98,7 @@ class Trials:
                         batch,
                         rate=rate,
                         clip=train.gradient_clip,
-                        most_tokens=train.micro_batch_tokens,
+                        most_tokens=self.most_tokens,
                     )
             except LossNotFinite:
                 return None
@@ -113,17 +119,23 @@ class Trials:
         self.optimiser.load_state({"weights": self.start, "exp_avg": zero, "exp_avg_sq": zero}, steps=0)
 
     def _held_out(self) -> Score:
-        most = self.recipe.train.micro_batch_tokens
-        return Score(*example_losses(self.base.model, self.task, self.held, most_tokens=most))
+        return Score(*example_losses(self.base.model, self.task, self.held, most_tokens=self.most_tokens))
+
+    @property
+    def most_tokens(self) -> int:
+        """Of one pass."""
+        return pass_tokens(self.recipe.train, self.base.model.config)
 
 
 @contextmanager
-def trials(recipe: Any, base: Any, task: Any, examples: Sequence[Any], *, steps: int, held: int) -> Iterator[Trials]:
+def trials(
+    recipe: Any, base: Any, task: Any, examples: Sequence[Any], *, steps: int, held: int, start: Start | None = None
+) -> Iterator[Trials]:
     """The recipe's adapter on the base for the length of the block; `held` of the examples are never trained on."""
     order = list(range(len(examples)))
     random.Random(recipe.seed).shuffle(order)
     with Randomness(recipe.seed, base.model.device):
-        attach(recipe, base, task)
+        attach(recipe, base, task, start)
     try:
         base.model.train()
         optimiser = AdamW(adapters.trainable_parameters(base.model), weight_decay=recipe.train.weight_decay)

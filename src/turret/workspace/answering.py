@@ -67,6 +67,11 @@ def predict(
     ready = mounted(store, reference, stage)
     if stage is not None:
         stage(f"answering {len(texts)} texts" if len(texts) > 1 else "answering")
+    return answers(ready, texts, bare=bare)
+
+
+def answers(ready: Mounted, texts: Sequence[str], *, bare: bool = False) -> list[dict[str, Any]]:
+    """An answer per text, in their order, of a version that is on its base."""
     if ready.task.kind == "classify":
         if bare:
             raise AdapterError(f"{ready.version} classifies, and the bare base has no head to do it: ask without bare")
@@ -79,14 +84,14 @@ def predict(
 
 def _labels(ready: Mounted, texts: Sequence[str]) -> list[dict[str, Any]]:
     rows = [encoded.ids for encoded in ready.task.encode_all(texts)]
-    answers: list[dict[str, Any]] = [{} for _ in rows]
+    found: list[dict[str, Any]] = [{} for _ in rows]
     ready.model.eval()
     with torch.inference_mode():
         for places in by_length([len(row) for row in rows], MOST_TOKENS):
             logits = adapters.classify_logits(ready.model, [rows[place] for place in places])
             for place, answer in zip(places, ready.task.answers(logits), strict=True):
-                answers[place] = answer
-    return answers
+                found[place] = answer
+    return found
 
 
 def evaluate(
@@ -119,6 +124,6 @@ def evaluate(
 
 def inputs(store: Store, reference: str, source: str, column: str | None) -> list[str]:
     """The texts in a file, by the column that is named, or that the version's kind of task reads."""
-    kind = (store.resolve(reference).manifest.get("task") or {}).get("kind", "classify")
+    kind = store.resolve(reference).part("task").get("kind", "classify")
     role = {"classify": "text", "summarize": "document", "generate": "prompt"}[kind]
     return tables.read_inputs(Data.model_validate({"source": source, role: column}), kind)

@@ -53,6 +53,7 @@ def _processor() -> dict[str, Any]:
         import torch
 
         from turret.bases import native_bfloat16
+        from turret.kernels import why
     except (ImportError, OSError) as error:  # a broken install is what a doctor is called for
         return {"problem": f"torch cannot be loaded: {error}"}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -61,6 +62,7 @@ def _processor() -> dict[str, Any]:
         "dtype": "bfloat16" if native_bfloat16() else "float32",  # of a base with train.dtype = "auto"
         "threads": torch.get_num_threads(),
         "gpu": name,
+        "kernels": why(),
     }
 
 

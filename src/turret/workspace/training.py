@@ -62,10 +62,12 @@ class Ready:
     notes: list[str]
     load_seconds: float
     resident: int  # bytes of the process once the base is loaded
+    start: trainer.Start | None  # the version that the adapter goes on from
 
 
-def prepare(recipe: Recipe, watching: Watching) -> Ready:
+def prepare(store: Store, recipe: Recipe, watching: Watching) -> Ready:
     """Read the data, load the base, and fill in what the recipe left to be seen."""
+    start = _start(store, recipe, watching)
     watching.stage(f"reading {recipe.data.source}")
     dataset = tables.read(recipe.data, recipe.task.kind, recipe.seed, multi_label=recipe.task.multi_label)
     watching.stage(f"loading {recipe.base}")
@@ -78,14 +80,26 @@ def prepare(recipe: Recipe, watching: Watching) -> Ready:
         seed=recipe.seed,
     )
     load_seconds = time.perf_counter() - started
-    filled = _filled(recipe, dataset, base)
+    filled = _filled(recipe, dataset, base, start)
     task = make.make_task(filled.task, dataset, base.tokenizer, base.family.kind)
     notes = [*dataset.notes, *base.notes]
+    if start is not None:
+        notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
     memory.give_back()
-    return Ready(filled, dataset, base, task, notes, load_seconds, memory.resident())
+    return Ready(filled, dataset, base, task, notes, load_seconds, memory.resident(), start)
 
 
-def _filled(recipe: Recipe, dataset: Any, base: Any) -> Recipe:
+def _start(store: Store, recipe: Recipe, watching: Watching) -> trainer.Start | None:
+    """The version that `train.init_from` names, read before anything else is."""
+    if recipe.train.init_from is None:
+        return None
+    watching.stage(f"reading {recipe.train.init_from}")
+    with tempfile.TemporaryDirectory(prefix="turret-") as folder:
+        version = store.materialize(recipe.train.init_from, Path(folder) / "bundle")
+        return trainer.Start(str(version), version.digest, adapters.read_bundle(Path(folder) / "bundle"))
+
+
+def _filled(recipe: Recipe, dataset: Any, base: Any, start: trainer.Start | None) -> Recipe:
     """The recipe that says what was guessed, so that a later default or a later guess changes nothing."""
     total = sum(parameter.numel() for parameter in base.model.parameters())
     rate = recipe.train.lr or trainer.default_learning_rate(recipe.method, total)  # "auto" stays until it is found
@@ -93,19 +107,21 @@ def _filled(recipe: Recipe, dataset: Any, base: Any) -> Recipe:
         update={
             "data": recipe.data.model_copy(update=dataset.columns),
             "task": recipe.task.model_copy(update={"kind": dataset.kind}),
-            "train": recipe.train.model_copy(update={"lr": rate}),
+            "train": recipe.train.model_copy(
+                update={"lr": rate, "init_from": None if start is None else start.version}
+            ),
         }
     )
 
 
-def plan(recipe: Recipe, watching: Watching) -> Planned:
+def plan(store: Store, recipe: Recipe, watching: Watching) -> Planned:
     """The preflight alone."""
-    return _plan(prepare(recipe, watching), watching)
+    return _plan(prepare(store, recipe, watching), watching)
 
 
 def _plan(ready: Ready, watching: Watching) -> Planned:
     watching.stage("checking the plan")
-    made = trainer.plan(ready.recipe, ready.base, ready.task, ready.dataset)
+    made = trainer.plan(ready.recipe, ready.base, ready.task, ready.dataset, start=ready.start)
     memory.give_back()
     return Planned(ready.recipe, made, ready.notes)
 
@@ -119,6 +135,7 @@ def _with_rate(ready: Ready, planned: Planned, watching: Watching) -> Planned:
         ready.base,
         ready.task,
         ready.dataset,
+        start=ready.start,
         on_trial=lambda lr, steps: watching.stage(f"trying the learning rate {lr:.3g} for {steps} steps"),
     )
     recipe = ready.recipe.model_copy(update={"train": ready.recipe.train.model_copy(update={"lr": found.lr})})
@@ -130,7 +147,7 @@ def train(store: Store, recipe: Recipe, watching: Watching, *, fresh: bool, besi
     here = processes.begin()
     here.require_same(recipe=recipe.to_toml())
     watching = watching if here.main else Watching()
-    ready = here.main_first(lambda: prepare(recipe, watching))
+    ready = here.main_first(lambda: prepare(store, recipe, watching))
     if here.device is not None:
         ready.base.model.to(here.device)
     planned = here.from_main(lambda: _planned(_noted(ready, here), watching))
@@ -170,7 +187,7 @@ def _noted(ready: Ready, here: processes.Processes) -> Ready:
 def _follow(here: processes.Processes, ready: Ready) -> RunResult:
     """What every process but the main one does: the same steps, and nothing else. Returns the main one's result."""
     folder: Path = here.from_main(_never)
-    for _ in trainer.fit(ready.recipe, ready.base, ready.task, ready.dataset, folder=folder):
+    for _ in trainer.fit(ready.recipe, ready.base, ready.task, ready.dataset, folder=folder, start=ready.start):
         pass
     adapters.detach(ready.base.model)
     result: RunResult = here.from_main(_never)
@@ -242,6 +259,7 @@ def _fit(run: Run, ready: Ready, planned: Planned, watching: Watching) -> Any:
         ready.dataset,
         folder=run.checkpoint,
         predicted=planned.plan.memory,
+        start=ready.start,
     )
     while True:
         try:
@@ -255,7 +273,7 @@ def _fit(run: Run, ready: Ready, planned: Planned, watching: Watching) -> Any:
 
 def _measure(ready: Ready, slot: int | None = None) -> dict[str, dict[str, Any]]:
     """Metrics of the finished adapter on every split that was held out."""
-    most = ready.recipe.train.micro_batch_tokens
+    most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
     held = {"validation": ready.dataset.validation, "test": ready.dataset.test}
     model, task = ready.base.model, ready.task
     return {

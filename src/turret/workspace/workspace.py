@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from turret.store import Collected, Deleted, Gate, Move, Store, Tokens, Verified, Version
+from turret.store import Collected, Deleted, Gate, Golden, Move, Store, Tokens, Verified, Version
 from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
 
 if TYPE_CHECKING:
+    from turret.engine import Limits
+    from turret.engine.engine import Engine
     from turret.recipe import Recipe
     from turret.store.difference import Difference
     from turret.train import StepRecord
+    from turret.workspace.promoting import Ask
 
 
 Say = Callable[[str], None]
@@ -43,22 +46,52 @@ class Workspace:
         """Two versions side by side: settings, metrics, sizes, and how far the weights are apart."""
         return self.store.diff(first, second)
 
-    def promote(self, reference: str, alias: str, *, require: Iterable[str] = ()) -> Move:
-        """Move an alias to a version whose files hash right and whose metrics pass the alias's gates.
+    def promote(
+        self,
+        reference: str,
+        alias: str,
+        *,
+        require: Iterable[str] = (),
+        replay: bool = False,
+        ask: Ask | None = None,
+        on_stage: Say | None = None,
+    ) -> Move:
+        """Move an alias to a version whose files hash right, whose metrics pass the alias's gates, and whose answers to
+        the alias's golden examples do.
 
         require: gates for this time only, such as "accuracy>=0.9" or "validation.loss<0.4".
+        replay: ask the golden examples again where this version was asked before.
+        ask: gives a version's answers to texts as `predict` does, for a program that has the base in memory.
         """
-        return self.store.promote(reference, alias, require=require)
+        from turret.workspace import promoting
+
+        return promoting.promote(self.store, reference, alias, list(require), again=replay, stage=on_stage, ask=ask)
 
     def rollback(self, name: str, alias: str = "production") -> Move:
         """Move an alias back to what it named before; again and again walks further back."""
         return self.store.rollback(name, alias)
 
     def gate(
-        self, name: str, alias: str | None = None, *, add: Iterable[str] = (), remove: Iterable[str] = ()
-    ) -> Sequence[Gate]:
-        """What the metrics of a version must pass before it may take the alias, after removing and adding some."""
-        return self.store.gate(name, alias, add=add, remove=remove)
+        self,
+        name: str,
+        alias: str | None = None,
+        *,
+        add: Iterable[str] = (),
+        remove: Iterable[str] = (),
+        golden: str | Path | None = None,
+        share: float | None = None,
+    ) -> Sequence[Gate | Golden]:
+        """What a version must pass before it may take the alias, after removing and adding some.
+
+        golden: a table (CSV, JSONL) of texts with what the answer to each must be. share: of them that must pass, all
+        where left out.
+        """
+        examples = None
+        if golden is not None:
+            from turret.workspace.examples import read_examples
+
+            examples = read_examples(golden)
+        return self.store.gate(name, alias, add=add, remove=remove, examples=examples, share=share)
 
     def verify(self, reference: str | None = None) -> Verified:
         """Hash and open everything in the store again, or all of one version."""
@@ -81,7 +114,7 @@ class Workspace:
         """The preflight of a training, without training: fills what the recipe leaves to be seen, and checks it."""
         from turret.workspace import training
 
-        return training.plan(recipe, training.Watching(on_stage=on_stage))
+        return training.plan(self.store, recipe, training.Watching(on_stage=on_stage))
 
     def train(
         self,
@@ -125,6 +158,22 @@ class Workspace:
         from turret.workspace import answering
 
         return answering.predict(self.store, reference, texts, on_stage, bare=bare)
+
+    def engine(
+        self,
+        base: str,
+        *,
+        limits: Limits | None = None,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        on_stage: Say | None = None,
+    ) -> Engine:
+        """The base in memory, answering with any of the stored versions in any mixture: a context manager.
+
+        limits: what it may hold and take, see `turret.engine.Limits`.
+        """
+        from turret.workspace import serving
+
+        return serving.engine(self.store, base, limits, dtype, on_stage)
 
     def import_adapter(
         self,

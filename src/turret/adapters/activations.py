@@ -1,0 +1,137 @@
+"""The base's activations with less kept for the backward pass. Knows tensors; refuses to know models.
+
+    gated: y = W_down (silu(W_gate x) * W_up x)      (Shazeer 2020; Llama, Mistral, Qwen)
+    GELU:  y = x Phi(x), Phi the normal distribution (Hendrycks & Gimpel 2016; the exact one, not tanh's)
+
+Autograd keeps gate, up, silu(gate) and the product, each two to four times as wide as x. Here only gate and up are kept
+and one kernel gives both gradients; where the three matrices are the frozen base's alone, only x is kept, and gate and
+up are computed again: a sixth more products for half the memory, which larger passes give back twice. Without kernels,
+or without gradients, the base's own modules compute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turret.kernels import Library, usable
+
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # act_fn, gate_proj, up_proj, down_proj
+SILU = ("SiLU", "SiLUActivation")
+
+
+class _SwiGLU(torch.autograd.Function):
+    """y = silu(gate) * up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, library: Library) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.library = library
+        return library.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return *ctx.library.swiglu_backward(*ctx.saved_tensors, gradients[0].contiguous()), None
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, library: Library) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.library = library
+        return library.gelu(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return ctx.library.gelu_backward(*ctx.saved_tensors, gradients[0].contiguous()), None
+
+
+class _FrozenGatedMLP(torch.autograd.Function):
+    """y = W_down (silu(W_gate x) * W_up x) of three frozen matrices, with x alone kept: gate and up are computed again.
+
+    dgate, dup = swiglu_backward(gate, up, dy W_down);  dx = dgate W_gate + dup W_up
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, library: Library) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (N, D)
+        ctx.save_for_backward(rows, gate, up, down)
+        ctx.library, ctx.shape = library, x.shape
+        return (library.swiglu(rows @ gate.mT, rows @ up.mT) @ down.mT).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        rows, gate, up, down = ctx.saved_tensors
+        dy = gradients[0].reshape(rows.shape) @ down
+        dgate, dup = ctx.library.swiglu_backward(rows @ gate.mT, rows @ up.mT, dy)
+        return (dgate @ gate).addmm_(dup, up).view(ctx.shape), None, None, None, None
+
+
+class FrozenGated(nn.Module):
+    """In place of a gated MLP of the base, with the very same layers under the very same names."""
+
+    def __init__(self, replaced: Any) -> None:
+        super().__init__()
+        self.gate_proj: nn.Module = replaced.gate_proj
+        self.up_proj: nn.Module = replaced.up_proj
+        self.down_proj: nn.Module = replaced.down_proj
+        self.act_fn: nn.Module = replaced.act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        library = _kernels(x)
+        if library is not None and all(_frozen(layer, x.dtype) for layer in layers):
+            weights = (layer.weight for layer in layers)
+            whole: Tensor = _FrozenGatedMLP.apply(x, *weights, library)  # type: ignore[no-untyped-call]
+            return whole
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        library = _kernels(gate, up)
+        product = self.act_fn(gate) * up if library is None else _swiglu(gate, up, library)
+        output: Tensor = self.down_proj(product)
+        return output
+
+
+class FrozenGELU(nn.Module):
+    """In place of the base's exact GELU."""
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        self.replaced = replaced
+
+    def forward(self, x: Tensor) -> Tensor:
+        library = _kernels(x)
+        plain = library is None
+        output: Tensor = self.replaced(x) if plain else _GELU.apply(x.contiguous(), library)  # type: ignore[no-untyped-call]
+        return output
+
+
+def _swiglu(gate: Tensor, up: Tensor, library: Library) -> Tensor:
+    product: Tensor = _SwiGLU.apply(gate.contiguous(), up.contiguous(), library)  # type: ignore[no-untyped-call]
+    return product
+
+
+def _frozen(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a layer is a matrix of the base and nothing else."""
+    if type(layer) is not nn.Linear or list(dict(layer.named_parameters())) != ["weight"]:
+        return False
+    return layer.weight.dtype == dtype and not layer.weight.requires_grad
+
+
+def _kernels(*tensors: Tensor) -> Library | None:
+    """The kernels, where there is a gradient to be computed through these."""
+    if not torch.is_grad_enabled() or not any(each.requires_grad for each in tensors):
+        return None
+    return usable(*tensors)
+
+
+def in_place_of(module: nn.Module) -> nn.Module | None:
+    """What takes this module's place while a model is attached, or None where nothing does."""
+    name = type(module).__name__
+    if name in GATED and type(getattr(module, "act_fn", None)).__name__ in SILU:
+        return FrozenGated(module)
+    exact = name == "GELU" and getattr(module, "approximate", "") == "none"
+    if exact or (name == "GELUActivation" and getattr(module, "act", None) is nn.functional.gelu):
+        return FrozenGELU(module)
+    return None

@@ -1,0 +1,80 @@
+"""Attention over all rows of an unpadded batch in one kernel that keeps no probabilities (Dao et al. 2022). CPU only.
+
+    P = softmax(scaling q k^T + bias),   y = dropout(P) v
+
+What is kept for the backward pass is q, k, v, which exist anyway, and the logarithm of each row's sum; scores are
+computed again, some queries at a time, while they are in a core's cache. No row is padded, and each has its own
+prefix. The reference is `attention._unpadded_plainly`. Refuses to know modules, slots and sites.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turret.kernels import Dropped, Library, Prefixes, Rows
+
+
+class _Flash(torch.autograd.Function):
+    """q: (1, H, N, D); k, v: (1, H_kv, M, D); prefixes: key and value (H_kv, P, D) of each pair, one behind another."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        library: Library,
+        rows: Rows,
+        of_row: tuple[int | None, ...],
+        dropped: Dropped,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *prefixes: Tensor,
+    ) -> Tensor:
+        ctx.library, ctx.rows, ctx.of_row, ctx.dropped = library, rows, of_row, dropped
+        pairs = _pairs(prefixes, of_row)
+        y, log_sum = library.attention(rows, _tokens(q), _tokens(k), _tokens(v), pairs, dropped)
+        ctx.save_for_backward(q, k, v, log_sum, *prefixes)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        q, k, v, log_sum, *prefixes = ctx.saved_tensors
+        *parts, all_rows = ctx.library.attention_backward(
+            ctx.rows, *map(_tokens, (q, k, v)), _pairs(prefixes, ctx.of_row), ctx.dropped, gradients[0].contiguous(),
+            log_sum,
+        )  # fmt: skip
+        sums = [torch.zeros(each.shape) for each in prefixes]
+        for row, pair in enumerate(ctx.of_row):
+            if pair is not None:
+                P = prefixes[2 * pair].shape[1]
+                for side in (0, 1):
+                    sums[2 * pair + side] += all_rows[row, side, :, :P]
+        back = [each.transpose(0, 1)[None] for each in parts]
+        return None, None, None, None, *back, *(s.to(p.dtype) for s, p in zip(sums, prefixes, strict=True))
+
+
+def flash(
+    library: Library,
+    rows: Rows,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefixes: Prefixes,
+    dropped: Dropped,
+) -> Tensor:
+    """(1, H, N, D) out of q: (1, H, N, D); k, v: (1, H_kv, M, D), each row by itself behind its own prefix."""
+    flat = [each for pair in prefixes.pairs for each in pair]
+    y: Tensor = _Flash.apply(library, rows, tuple(prefixes.of_row), dropped, q, k, v, *flat)  # type: ignore[no-untyped-call]
+    return y.transpose(0, 1)[None]
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(1, H, N, D) -> (N, H, D) whose last axis is contiguous."""
+    tokens = x[0].transpose(0, 1)
+    return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+
+
+def _pairs(flat: Any, of_row: tuple[int | None, ...]) -> Prefixes:
+    return Prefixes([(flat[i].contiguous(), flat[i + 1].contiguous()) for i in range(0, len(flat), 2)], of_row)

@@ -1,0 +1,201 @@
+"""The key-value cache: what was said so far, as every attention layer sees it. Knows lanes, lengths and tensors.
+
+A sequence has a lane in a block: the same place in a tensor (lanes, H_kv, S, D) of keys and one of values a layer.
+Blocks differ in S, a power of two, so a lane is at most twice as long as asked for. The lanes of a block that are in
+use are its first ones, whatever comes and goes, so a step reads them as they lie and copies nothing. A prefix stands at
+the beginning of its sequence's own lane; nothing is shared between lanes. A lane that is given back is zeroed.
+
+Refuses to know adapters, tokens and who may have how much: `scheduler` counts by `capacity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from turret.adapters.blocks import rounded
+from turret.adapters.route import Bank, Held
+from turret.families import Site
+
+SHORTEST = 32  # tokens of the shortest lane
+STEPS = ((256, 16), (1024, 64), (1 << 62, 256))  # how many of a block's tokens a step looks at, rounded up
+
+
+def capacity(tokens: int) -> int:
+    """Tokens that a lane for so many takes; none for none."""
+    return 0 if tokens <= 0 else max(SHORTEST, 1 << (tokens - 1).bit_length())
+
+
+@dataclass(eq=False)
+class Lane:
+    """One sequence's place, and how much of it is in use: tokens by group, its prefix included."""
+
+    block: LaneBlock
+    index: int
+    lengths: dict[str, int] = field(default_factory=dict)
+    prefixes: dict[str, int] = field(default_factory=dict)
+
+
+class LaneBlock:
+    """Lanes of equal length. sizes: S by group."""
+
+    def __init__(self, sites: Mapping[str, Sequence[Site]], sizes: Mapping[str, int], like: Tensor) -> None:
+        self.sizes = dict(sizes)
+        self.lanes: list[Lane] = []
+        self.room = 1
+        self.stored = {
+            group: [
+                like.new_zeros(2, self.room, site.kv_heads, self.sizes[group], site.head_dim) for site in sites[group]
+            ]
+            for group in self.sizes
+        }
+
+    def open(self) -> Lane:
+        if len(self.lanes) == self.room:
+            self._resize(2 * self.room)
+        lane = Lane(self, len(self.lanes), dict.fromkeys(self.sizes, 0), dict.fromkeys(self.sizes, 0))
+        self.lanes.append(lane)
+        return lane
+
+    def close(self, lane: Lane) -> None:
+        """Its place is taken by the last lane, and the last place is zeroed: a NaN would reach through any mask."""
+        last = self.lanes.pop()
+        for layers in self.stored.values():
+            for stored in layers:
+                if last is not lane:
+                    stored[:, lane.index] = stored[:, last.index]
+                stored[:, last.index] = 0.0
+        if last is not lane:
+            self.lanes[lane.index], last.index = last, lane.index
+        if self.room > 4 and 4 * len(self.lanes) <= self.room:
+            self._resize(self.room // 2)
+
+    def copy(self, lanes: Sequence[Lane], sources: Sequence[Lane]) -> None:
+        """Every lane becomes what its source was before: beams that go on from other beams."""
+        moved = [(lane, source) for lane, source in zip(lanes, sources, strict=True) if lane is not source]
+        if not moved:
+            return
+        device = next(iter(self.stored.values()))[0].device
+        to = torch.tensor([lane.index for lane, _ in moved], device=device)
+        of = torch.tensor([source.index for _, source in moved], device=device)
+        for group, layers in self.stored.items():
+            used = max(source.lengths[group] for _, source in moved)
+            for stored in layers:
+                stored[:, to, :, :used] = stored[:, of, :, :used]
+        for lane, lengths, prefixes in [(lane, dict(s.lengths), dict(s.prefixes)) for lane, s in moved]:
+            lane.lengths, lane.prefixes = lengths, prefixes
+
+    def _resize(self, room: int) -> None:
+        kept = min(room, len(self.lanes))
+        for layers in self.stored.values():
+            for number, stored in enumerate(layers):
+                grown = stored.new_zeros(2, room, *stored.shape[2:])
+                grown[:, :kept] = stored[:, :kept]
+                layers[number] = grown
+        self.room = room
+
+
+class KeyValueCache:
+    """All lanes, by the lengths they have."""
+
+    def __init__(self, sites: Sequence[Site], like: Tensor) -> None:
+        self._sites: dict[str, list[Site]] = {}
+        for site in sites:
+            if site.group != "encoder":
+                self._sites.setdefault(site.group, []).append(site)
+        self._like = like
+        self._blocks: dict[tuple[int, ...], LaneBlock] = {}
+
+    def __len__(self) -> int:
+        return sum(len(block.lanes) for block in self._blocks.values())
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors, in use or not."""
+        every = [each for block in self._blocks.values() for layers in block.stored.values() for each in layers]
+        return sum(each.numel() * each.element_size() for each in every)
+
+    def open(self, tokens: Mapping[str, int]) -> Lane:
+        """A lane for at most so many tokens of each group, empty."""
+        sizes = {group: capacity(tokens[group]) for group in self._sites}
+        key = tuple(sizes.values())
+        if key not in self._blocks:
+            self._blocks = {each: block for each, block in self._blocks.items() if block.lanes}
+            self._blocks[key] = LaneBlock(self._sites, sizes, self._like)
+        return self._blocks[key].open()
+
+    def close(self, lane: Lane) -> None:
+        lane.block.close(lane)
+
+
+class PassCache:
+    """What the attention function asks of the cache in one pass (`route.Cache`).
+
+    fresh: a lane (or None: nothing is kept) a fresh row, its slot, and its (start, end) among the tokens of each
+    stream. steps: the lanes of the rows that go on, those of a block together and in the order of its lanes.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        fresh: Sequence[tuple[Lane | None, int, Mapping[str, tuple[int, int]]]],
+        tokens: Mapping[str, int],
+        steps: Sequence[Lane],
+        device: torch.device,
+    ) -> None:
+        self._bank, self._fresh, self._tokens, self._device = bank, fresh, tokens, device
+        self._parts: list[list[Lane]] = []
+        for lane in steps:
+            if not self._parts or self._parts[-1][0].block is not lane.block:
+                self._parts.append([])
+            assert lane.index == len(self._parts[-1]), "lanes that take a step are the first of their block, in order"
+            self._parts[-1].append(lane)
+        self._known: dict[str, list[tuple[Tensor, Tensor, Tensor, int, bool]]] = {}
+
+    def fresh(self, stream: str) -> int:
+        return self._tokens[stream]
+
+    def keep(self, group: str, layer: int, keys: Tensor, values: Tensor) -> None:
+        stream = "encoder" if group == "cross" else "decoder"
+        for lane, slot, spans in self._fresh:
+            if lane is None:
+                continue
+            stored, (start, end), at = lane.block.stored[group][layer], spans[stream], 0
+            prefix = self._bank.keys_values(slot, group, layer)
+            if prefix is not None:
+                at = prefix[0].shape[1]
+                stored[0, lane.index, :, :at], stored[1, lane.index, :, :at] = prefix
+            stored[0, lane.index, :, at : at + end - start] = keys[0, :, start:end]
+            stored[1, lane.index, :, at : at + end - start] = values[0, :, start:end]
+
+    def step(self, group: str, layer: int, keys: Tensor | None, values: Tensor | None) -> list[Held]:
+        if group not in self._known:
+            self._known[group] = [self._lengths(group, part) for part in self._parts]
+        held, start = [], 0
+        for number, (part, known) in enumerate(zip(self._parts, self._known[group], strict=True)):
+            rows, lengths, prefixes, longest, full = known
+            stored, count = part[0].block.stored[group][layer], len(part)
+            if keys is not None and values is not None:
+                newest = lengths - 1
+                stored[0][rows, :, newest] = keys[0, :, start : start + count].transpose(0, 1)
+                stored[1][rows, :, newest] = values[0, :, start : start + count].transpose(0, 1)
+            both = stored[:, :count, :, :longest]
+            held.append(Held(number, both[0], both[1], lengths, prefixes, full))
+            start += count
+        return held
+
+    def _lengths(self, group: str, part: Sequence[Lane]) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+        """(rows, tokens a row with its new one, those of its prefix, tokens to look at, whether no row has fewer)."""
+        new = 0 if group == "cross" else 1
+        lengths = [lane.lengths[group] + new for lane in part]
+        longest = min(rounded(max(lengths), STEPS), part[0].block.sizes[group])
+        return (
+            torch.arange(len(part), device=self._device),
+            torch.tensor(lengths, device=self._device),
+            torch.tensor([lane.prefixes[group] for lane in part], device=self._device),
+            longest,
+            min(lengths) == longest,
+        )

@@ -1,0 +1,215 @@
+"""The next token of a row: what the base and the request ask for, greedy or drawn, in the order of transformers.
+
+    repetition penalty, no repeated n-gram, minimal length, forced tokens, temperature, top_k, top_p
+
+A draw is one number of the request's own generator against the summed probabilities, so who shares a batch has no part
+in it. Knows logits and token ids; refuses to know adapters, lanes and texts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from turret.engine.request import MAX_TOKENS, Options
+from turret.errors import BaseModelError, DataError
+
+LOOKED_AT = 64  # tokens that top_p looks at first; more where they do not reach it
+# What a base's generation_config.json may ask of the scores that is not done here, and the value that asks for nothing.
+NOT_DONE: dict[str, tuple[Any, ...]] = {
+    "guidance_scale": (None, 1, 1.0),
+    "sequence_bias": (None,),
+    "encoder_repetition_penalty": (None, 1, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one request generates, with nothing left open."""
+
+    max_tokens: int
+    eos: tuple[int, ...]
+    heat: float = 0.0  # 0: greedy
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_length: int = 0  # of everything the penalties count
+    min_new_tokens: int = 0
+    forced_bos: int | None = None
+    forced_eos: tuple[int, ...] = ()
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    @property
+    def plain(self) -> bool:
+        """The scores are taken as they are."""
+        return (
+            self.repetition_penalty == 1.0
+            and not self.no_repeat_ngram_size
+            and not self.min_length
+            and not self.min_new_tokens
+            and self.forced_bos is None
+            and not self.forced_eos
+        )
+
+
+def habits(model: Any, tokenizer: Any) -> Settings:
+    """What the base's own generation configuration asks for. Raises BaseModelError for what is not done here."""
+    config = getattr(model, "generation_config", None)
+    eos = dict.fromkeys([*_ids(getattr(config, "eos_token_id", None)), *_ids(tokenizer.eos_token_id)])
+    if config is None:
+        return Settings(MAX_TOKENS, tuple(eos))
+    for name, nothing in NOT_DONE.items():
+        if getattr(config, name, None) not in nothing:
+            raise BaseModelError(
+                f"the base's generation_config.json sets {name}, which this engine does not do: take it out of the file"
+            )
+    forced_bos = config.forced_bos_token_id if model.config.is_encoder_decoder else None
+    return Settings(
+        MAX_TOKENS,
+        tuple(eos),
+        repetition_penalty=float(config.repetition_penalty or 1.0),
+        no_repeat_ngram_size=int(config.no_repeat_ngram_size or 0),
+        min_length=int(config.min_length or 0),
+        min_new_tokens=int(config.min_new_tokens or 0),
+        forced_bos=None if forced_bos is None else int(forced_bos),
+        forced_eos=tuple(_ids(config.forced_eos_token_id)),
+        length_penalty=float(1.0 if config.length_penalty is None else config.length_penalty),
+        early_stopping=config.early_stopping or False,
+    )
+
+
+def resolved(options: Options, own: Settings, task: Any | None, *, room: int, vocabulary: int) -> Settings:
+    """The request's options over the adapter's settings over the base's habits. room: tokens there is place for."""
+    if room < 1:
+        raise DataError("the prompt leaves no room for an answer: shorten it, or raise the engine's max_tokens")
+    most, beams, eos = own.max_tokens, 1, own.eos
+    if task is not None:
+        most, beams = int(task.generation["max_new_tokens"]), int(task.generation["num_beams"])
+        eos = (int(task.generation["eos_token_id"]),)
+    if options.max_tokens is not None and options.max_tokens > room:
+        raise DataError(f"max_tokens = {options.max_tokens}: the prompt leaves room for {room}, ask for no more")
+    if options.samples:
+        beams = 1
+    beams = options.num_beams or beams
+    if 2 * beams > vocabulary:
+        raise DataError(f"num_beams = {beams}: a vocabulary of {vocabulary} allows {vocabulary // 2}")
+    penalty = options.repetition_penalty
+    return replace(
+        own,
+        max_tokens=min(most, room) if options.max_tokens is None else options.max_tokens,
+        eos=eos,
+        heat=options.heat,
+        top_k=options.top_k,
+        top_p=None if options.top_p is None or options.top_p >= 1.0 else options.top_p,
+        seed=random.SystemRandom().getrandbits(63) if options.seed is None else options.seed,
+        stop=options.stop,
+        num_beams=beams,
+        repetition_penalty=own.repetition_penalty if penalty is None else penalty,
+    )
+
+
+class Row(Protocol):
+    """What choosing needs to know of a row."""
+
+    settings: Settings
+    random: random.Random
+
+    def counted(self) -> Sequence[int]:
+        """The tokens that penalties count, the answer so far at their end."""
+        ...
+
+    @property
+    def new(self) -> int:
+        """Tokens of the answer so far."""
+        ...
+
+
+def choose(scores: Tensor, rows: Sequence[Row]) -> list[int | None]:
+    """A token a row; None where its scores are no numbers. scores: (n, V) float32, used up."""
+    finite = torch.isfinite(scores.sum(-1)).tolist()
+    for number, row in enumerate(rows):
+        if not row.settings.plain and finite[number]:
+            adjust(scores[number], row.counted(), row.new, row.settings)
+    greedy = scores.argmax(-1).tolist()
+    return [
+        None if not fine else token if row.settings.heat == 0.0 else draw(scores[number], row.settings, row.random)
+        for number, (row, fine, token) in enumerate(zip(rows, finite, greedy, strict=True))
+    ]
+
+
+def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: Settings) -> None:
+    """What a row's own past makes of its scores (V,), in place."""
+    if settings.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({token for token in counted if token < len(scores)}), device=scores.device)
+        own = scores[seen]
+        scores[seen] = torch.where(own < 0, own * settings.repetition_penalty, own / settings.repetition_penalty)
+    if settings.no_repeat_ngram_size:
+        banned = _would_repeat(counted, settings.no_repeat_ngram_size)
+        scores[torch.tensor(banned, dtype=torch.long, device=scores.device)] = -torch.inf
+    if len(counted) < settings.min_length or new < settings.min_new_tokens:
+        scores[list(settings.eos)] = -torch.inf
+    forced: tuple[int, ...] = (settings.forced_bos,) if new == 0 and settings.forced_bos is not None else ()
+    if settings.forced_eos and new == settings.max_tokens - 1:
+        forced = settings.forced_eos
+    if forced:
+        scores.fill_(-torch.inf)
+        scores[list(forced)] = 0.0
+
+
+def draw(scores: Tensor, settings: Settings, generator: random.Random) -> int:
+    """One token by its probability, after temperature, top_k and top_p. scores: (V,)"""
+    scores = scores.double()
+    scores = (scores - scores.max()) / settings.heat
+    ids: Tensor | None = None
+    if settings.top_k is not None and settings.top_k < len(scores):
+        scores, ids = scores.topk(settings.top_k)
+    probabilities = scores.exp() / scores.exp().sum()
+    if settings.top_p is not None:
+        kept, places = _nucleus(probabilities, settings.top_p)
+        probabilities, ids = kept, places if ids is None else ids[places]
+    summed = probabilities.cumsum(0)
+    place = int(torch.searchsorted(summed, generator.random() * summed[-1].item(), right=True))
+    place = min(place, len(summed) - 1)
+    return place if ids is None else int(ids[place])
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The fewest tokens, most probable first, whose probabilities reach top_p: (probabilities, places)."""
+    looked = LOOKED_AT
+    while True:
+        values, places = probabilities.topk(min(looked, len(probabilities)))
+        before = values.cumsum(0) - values
+        if looked >= len(probabilities) or float(before[-1]) >= top_p:
+            kept = int((before < top_p).sum())
+            return values[: max(1, kept)], places[: max(1, kept)]
+        looked *= 8
+
+
+def _would_repeat(counted: Sequence[int], size: int) -> list[int]:
+    """Tokens that would make an n-gram which is there already."""
+    if len(counted) + 1 < size:
+        return []
+    last = list(counted[len(counted) - size + 1 :])
+    starts = range(len(counted) - size + 1)
+    return sorted({counted[at + size - 1] for at in starts if list(counted[at : at + size - 1]) == last})
+
+
+def _ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [int(each) for each in (value if isinstance(value, list | tuple) else [value])]

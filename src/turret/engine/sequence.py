@@ -1,0 +1,111 @@
+"""One generating request between two passes: its tokens, its lanes, its text, and when it is over.
+
+Knows lanes, choices and texts. Refuses to know which other rows share its passes, threads and queues.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from turret.engine.beams import Beams
+from turret.engine.cache import KeyValueCache, Lane
+from turret.engine.decode import Settings
+from turret.engine.request import Request
+from turret.engine.runner import Fresh, Step
+from turret.engine.text import Growing
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class Generating:
+    """A row that takes a token a pass, or as many rows as it has beams."""
+
+    def __init__(self, request: Request, settings: Settings, slot: int, lane: Lane, before: Sequence[int]) -> None:
+        assert request.ids is not None
+        self.request, self.settings, self.slot = request, settings, slot
+        self.random = random.Random(settings.seed)
+        self.lanes = [lane]
+        self.tokens: list[int] = []
+        self.beams = Beams(settings, before) if settings.num_beams > 1 else None
+        self.reason: str | None = None  # why it is over
+        self._before = list(before)
+        self._text: Growing | None = None
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def first(self) -> Fresh:
+        assert self.request.ids is not None
+        return Fresh(self.request.ids, self.slot, self.lanes[0])
+
+    def steps(self) -> list[Step]:
+        """A row a lane."""
+        if self.beams is None:
+            return [Step(self.tokens[-1], self.slot, self.lanes[0])]
+        return [Step(text[-1], self.slot, lane) for text, lane in zip(self.beams.running, self.lanes, strict=True)]
+
+    def counted(self) -> Sequence[int]:
+        return [*self._before, *self.tokens]
+
+    @property
+    def new(self) -> int:
+        return len(self.tokens)
+
+    # --- a pass later -------------------------------------------------------------------------------------------------
+
+    def take(self, token: int, decode: Decode) -> None:
+        """One more token; sets `reason` where it is the last."""
+        if token in self.settings.eos:
+            self.reason = "stop"
+        else:
+            self.tokens.append(token)
+            if len(self.tokens) >= self.settings.max_tokens:
+                self.reason = "length"
+        if self.settings.stop or self.request.ticket.heard:
+            self._say(decode)
+
+    def search(self, logits: Tensor, cache: KeyValueCache, open_lane: Callable[[], Lane]) -> None:
+        """One more step of all beams. logits: (rows, V)"""
+        assert self.beams is not None
+        sources = self.beams.advance(logits)
+        if sources is not None:
+            self.lanes += [open_lane() for _ in range(len(sources) - len(self.lanes))]
+            self.lanes[0].block.copy(self.lanes, [self.lanes[source] for source in sources])
+            return
+        best = list(self.beams.best)
+        self.reason = "stop" if best and best[-1] in self.settings.eos else "length"
+        self.tokens = best[:-1] if self.reason == "stop" else best
+
+    def _say(self, decode: Decode) -> None:
+        if self._text is None:
+            self._text = Growing(decode, self.settings.stop)
+        self._text.grow(self.tokens)
+        if self._text.stopped:
+            self.reason = "stop"
+        self._tell(self._text)
+
+    def _tell(self, text: Growing) -> None:
+        """What is settled and was not said yet, to those who listen."""
+        ticket = self.request.ticket
+        if ticket.heard:
+            ticket.say(text.text[ticket.said :])
+
+    def answer(self, decode: Decode) -> dict[str, Any]:
+        """What the request gets, all of it said to those who listen."""
+        if self._text is None:
+            self._text = Growing(decode, self.settings.stop)
+            self._text.grow(self.tokens)
+            if self._text.stopped:
+                self.reason = "stop"
+        self._text.end()
+        self._tell(self._text)
+        said = {"text": self._text.text, "finish_reason": self.reason, "tokens": len(self.tokens)}
+        return said | {"prompt_tokens": len(self.request.ids or ())}
+
+    def close(self, cache: KeyValueCache) -> None:
+        for lane in self.lanes:
+            cache.close(lane)
+        self.lanes = []

@@ -1,0 +1,8 @@
+"""Small operations between two matrix products, compiled for this machine where it has a compiler.
+
+`library()` gives them or None; every caller keeps its plain path beside. `TURRET_KERNELS=off` takes the plain path.
+"""
+
+from turret.kernels.library import KEPT, Dropped, Library, Prefixes, Rows, Seeds, library, usable, why, without
+
+__all__ = ["KEPT", "Dropped", "Library", "Prefixes", "Rows", "Seeds", "library", "usable", "why", "without"]

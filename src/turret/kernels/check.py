@@ -1,0 +1,89 @@
+"""Every kernel against torch, once, when the library is loaded: a wrong one costs speed and not results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from turret.kernels.build import NotBuilt
+from turret.kernels.library import KEPT, Dropped, Library, Prefixes, Rows
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the largest element
+
+
+def require(library: Library) -> None:
+    """Raises NotBuilt naming the first kernel that does not give what torch gives."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, tolerance in TOLERANCES.items():
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+            results = _results(library, dtype, generator)
+        for name, (given, expected) in results.items():
+            off = (given.double() - expected.double()).abs().max() / expected.double().abs().max()
+            if not bool(off <= tolerance):
+                raise NotBuilt(f"kernel {name} in {dtype} is off by {float(off):.1e}")
+
+
+def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    results: dict[str, tuple[Tensor, Tensor]] = {}
+    gate, up, dy = draw(3, 37), draw(3, 37), draw(3, 37)
+    wide, wider = gate.double().requires_grad_(), up.double().requires_grad_()
+    y = torch.nn.functional.silu(wide) * wider
+    dgate, dup = torch.autograd.grad(y, (wide, wider), dy.double())
+    results["swiglu"] = (library.swiglu(gate, up), y.detach())
+    given = library.swiglu_backward(gate, up, dy)
+    results |= {"swiglu_backward": (given[0], dgate), "swiglu_backward (up)": (given[1], dup)}
+    y = torch.nn.functional.gelu(wide)
+    results["gelu"] = (library.gelu(gate), y.detach())
+    results["gelu_backward"] = (library.gelu_backward(gate, dy), torch.autograd.grad(y, wide, dy.double())[0])
+    weight = draw(37)
+    r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+    y = weight.double() * (wide * r)
+    normed, found = library.rms_norm(gate, weight, 1e-5)
+    results["rms_norm"] = (normed, y.detach())
+    expected = torch.autograd.grad(y, wide, dy.double())[0]
+    results["rms_norm_backward"] = (library.rms_norm_backward(gate, weight, found, dy), expected)
+    x, angle = draw(5, 2, 8), torch.rand(5, 8, generator=generator)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    turned = torch.cat([-x[..., 4:], x[..., :4]], -1).double()
+    results["rotate"] = (
+        library.rotate(x, cos, sin, 1.0),
+        x.double() * cos.double()[:, None] + turned * sin.double()[:, None],
+    )
+    ones = library.dropout(torch.ones(40_000, dtype=dtype), Dropped.of(0.25, (12345, 678)))
+    kept = float((ones > 0).double().mean())
+    results["dropout"] = (ones.max()[None], torch.full((1,), 4 / 3 if abs(kept - 0.75) < 0.02 else 0.0))
+    return results | _attention(library, draw)
+
+
+def _attention(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Two causal rows of 40 and 3 tokens, grouped heads, a prefix of 2 before the second one."""
+    q, k, v, dy = draw(43, 4, 24), draw(43, 2, 24), draw(43, 2, 24), draw(43, 4, 24)
+    prefix = draw(2, 2, 24), draw(2, 2, 24)
+    starts, lengths = torch.tensor([0, 40]), torch.tensor([40, 3])
+    rows = Rows(starts, lengths, starts, lengths, scaling=0.3, causal=True)
+    prefixes = Prefixes([prefix], [None, 0])
+    y, log_sum = library.attention(rows, q, k, v, prefixes, KEPT)
+    dq, dk, dv, dprefix = library.attention_backward(rows, q, k, v, prefixes, KEPT, dy, log_sum)
+    wide = [each.double().requires_grad_() for each in (q, k, v, *prefix)]
+    expected = []
+    for (start, end), P in (((0, 40), 0), ((40, 43), 2)):
+        keys, values = (
+            torch.cat([pre.transpose(0, 1)[:P], each[start:end]]).repeat_interleave(2, 1)
+            for pre, each in ((wide[3], wide[1]), (wide[4], wide[2]))
+        )
+        scores = 0.3 * torch.einsum("thd,shd->hts", wide[0][start:end], keys)
+        hidden = torch.arange(P + end - start)[None] > P + torch.arange(end - start)[:, None]
+        P_ = scores.masked_fill(hidden, -1e30).softmax(-1)
+        expected.append(torch.einsum("hts,shd->thd", P_, values))
+    whole = torch.cat(expected)
+    gradients = torch.autograd.grad(whole, wide, dy.double())
+    names = ("attention dq", "attention dk", "attention dv")
+    results = {"attention": (y, whole.detach())}
+    results |= {name: pair for name, *pair in zip(names, (dq, dk, dv), gradients[:3], strict=True)}  # type: ignore[misc]
+    results |= {f"attention prefix {i}": (dprefix[1, i], gradients[3 + i]) for i in (0, 1)}
+    return results

@@ -1,0 +1,152 @@
+/* operations.inc.c for bfloat16 and for float, and what both need. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SERIAL 8192      /* elements below which a second thread costs more than it saves */
+#define HIDDEN (-1e30f)  /* a score nobody looks at; its probability is written as zero */
+
+typedef uint16_t bfloat16;
+
+static inline float wide(bfloat16 x)
+{
+    uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline bfloat16 narrow(float f) /* to nearest, ties to even */
+{
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return (bfloat16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+/* e^x for x <= 0 (up to 88 it holds too), within 2 ulp near 0 and 1e-5 of itself at -87; below that 0; NaN stays NaN */
+static inline float exponential(float x)
+{
+    float bounded = x < -87.0f ? -87.0f : x;
+    float n = floorf(bounded * 1.44269504f + 0.5f);
+    float r = bounded - n * 0.693147181f;
+    float e = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666657f + r * (0.0416665785f + r * (0.00833345205f + r * 0.00139171646f)))));
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return x < -87.0f ? 0.0f : e * power;
+}
+
+static inline float sigmoid(float x)
+{
+    float e = exponential(-fabsf(x)); /* never above 1 */
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+static inline float normal_cdf(float x, float bell) /* bell = exp(-x^2 / 2); Abramowitz and Stegun 7.1.26: within 1e-7 */
+{
+    float z = fabsf(x) * 0.70710678f;
+    float t = 1.0f / (1.0f + 0.3275911f * z);
+    float tail = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float half = 0.5f * tail * bell;
+    return x < 0.0f ? half : 1.0f - half;
+}
+
+static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /* two rounds of multiply and shift */
+{
+    uint32_t x = i + seed;
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= (x >> 15) ^ other;
+    x *= 0x846ca68bu;
+    x ^= x >> 16;
+    return x;
+}
+
+/* A loop over n elements in one piece a thread, CHUNK at a time; y and z are floats that are narrowed together:
+   EACH(n) y[i] = ...; DONE put(to + at, y, size); END, where i counts inside a chunk and `at` is where it begins. */
+#define CHUNK 128
+#define PRAGMA(x) _Pragma(#x)
+#define EACH(n) \
+    PRAGMA(omp parallel for num_threads(threads) schedule(static) if ((n) > SERIAL)) \
+    for (long at = 0; at < (n); at += CHUNK) { \
+        float y[CHUNK] = {0}, z[CHUNK]; \
+        long size = (n) - at < CHUNK ? (n) - at : CHUNK; \
+        (void)z; \
+        for (long i = 0; i < size; i++) {
+#define DONE }
+#define END }
+
+#include "products.inc.c"
+
+#define T float
+#define LOAD(x) (x)
+#define STORE(x) (x)
+#define NAME(x) x##_float32
+#include "operations.inc.c"
+#define E float
+#define PACK(x) (x)
+#define PACK_ROW(to, from, n) memcpy(to, from, sizeof(float) * (n))
+#define PRODUCT product_float
+#define TRANSPOSED transposed_float
+#define RIGHT_OF_TRANSPOSED transposed_float
+#define RIGHT_OF(to, from, k, n) memcpy(to, from, sizeof(float) * (k) * (n))
+#define RIGHT_OF_FLOAT right_of_float
+#define BEGIN
+#define END_PRODUCTS
+#include "attention.inc.c"
+#undef T
+#undef LOAD
+#undef STORE
+#undef NAME
+
+#define T bfloat16
+#define LOAD wide
+#define STORE narrow
+#define NAME(x) x##_bfloat16
+#ifdef TILES
+#define PACK_CHUNK pack_row_tiles
+#endif
+#include "operations.inc.c"
+#ifdef TILES
+#undef E
+#undef PACK
+#undef PACK_ROW
+#undef PRODUCT
+#undef TRANSPOSED
+#undef RIGHT_OF_TRANSPOSED
+#undef RIGHT_OF
+#undef RIGHT_OF_FLOAT
+#undef BEGIN
+#undef END_PRODUCTS
+#define E bfloat16
+#define PACK narrow
+#define PACK_ROW pack_row_tiles
+#define PRODUCT product_tiles
+#define TRANSPOSED transposed_tiles
+#define RIGHT_OF_TRANSPOSED right_of_transposed_tiles
+#define RIGHT_OF right_of_tiles
+#define RIGHT_OF_FLOAT right_of_float_tiles
+#define BEGIN struct tile_config before; begin_tiles(&before);
+#define END_PRODUCTS end_tiles(&before);
+#endif
+#include "attention.inc.c"
+
+/* 0 where the library was made for matrix tiles and the system does not grant them */
+int ready(void)
+{
+#ifdef TILES
+    return ask_for_tiles();
+#else
+    return 1;
+#endif
+}
+
+int tiles(void)
+{
+#ifdef TILES
+    return 1;
+#else
+    return 0;
+#endif
+}

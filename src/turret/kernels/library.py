@@ -1,0 +1,284 @@
+"""The kernels as functions of tensors: shapes and strides checked here, memory and threads handed to C.
+
+`library()` is None where there are none; every caller then takes its plain path. Refuses to know autograd and modules.
+Axes: B rows, N tokens of all rows, H heads, P prefix, D head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turret.kernels.build import NotBuilt, library_path
+
+NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+Seeds = tuple[int, int]
+LARGEST = 1 << 32  # elements a mask can number
+STEPS = 1 << 16  # a rate is kept to this many steps
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Dropout as a kernel needs it: an element is kept where its random word reaches the threshold."""
+
+    seeds: Seeds
+    threshold: int  # of STEPS
+    scale: float  # 1 / (1 - p)
+
+    @classmethod
+    def of(cls, p: float, seeds: Seeds) -> Dropped:
+        threshold = min(round(p * STEPS), STEPS - 1)
+        return cls(seeds, threshold, 1.0 / (1.0 - threshold / STEPS))
+
+
+KEPT = Dropped((0, 0), 0, 1.0)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where each row of an unpadded batch lies, and what its queries may look at.
+
+    All int64 on the CPU, (B,). window: 0 for none, else |key - query| < window. bias: (H, W) float32 by key - query,
+    its zero at column `zero`; keys of a prefix are at -P … -1.
+    """
+
+    query_starts: Tensor
+    query_lengths: Tensor
+    key_starts: Tensor
+    key_lengths: Tensor
+    scaling: float
+    causal: bool
+    window: int = 0
+    bias: Tensor | None = None
+    zero: int = 0
+
+    @property
+    def count(self) -> int:
+        return len(self.query_starts)
+
+    @property
+    def longest_query(self) -> int:
+        return int(self.query_lengths.max())
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """pairs: keys and values (H_kv, P, D), contiguous; of_row: which pair each row has, or None."""
+
+    pairs: Sequence[tuple[Tensor, Tensor]]
+    of_row: Sequence[int | None]
+
+
+class Library:
+    """The loaded kernels. Tensors are on the CPU, contiguous where nothing else is said, and of one dtype."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        self._loaded = loaded
+        self._functions: dict[str, Any] = {}
+
+    def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
+        key = f"{name}_{NAMES[dtype]}"
+        function = self._functions.get(key)
+        if function is None:
+            function = getattr(self._loaded, key)
+            function.restype = None
+            self._functions[key] = function
+        function(*arguments)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up."""
+        y = torch.empty_like(gate)
+        self._call("swiglu", gate.dtype, _n(gate), _p(gate), _p(up), _p(y), _threads())
+        return y
+
+    def swiglu_backward(self, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        self._call("swiglu_backward", gate.dtype, _n(gate), _p(gate), _p(up), _p(dy), _p(dgate), _p(dup), _threads())
+        return dgate, dup
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """x Phi(x), Phi the normal distribution."""
+        y = torch.empty_like(x)
+        self._call("gelu", x.dtype, _n(x), _p(x), _p(y), _threads())
+        return y
+
+    def gelu_backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        dx = torch.empty_like(x)
+        self._call("gelu_backward", x.dtype, _n(x), _p(x), _p(dy), _p(dx), _threads())
+        return dx
+
+    def dropout(self, x: Tensor, dropped: Dropped, scale: float | None = None) -> Tensor:
+        """x where it is kept, times `scale` (1 / (1 - p) where left out), zero elsewhere."""
+        y = torch.empty_like(x)
+        by = ctypes.c_float(dropped.scale if scale is None else scale)
+        first, second = (ctypes.c_uint32(seed) for seed in dropped.seeds)
+        self._call(
+            "dropout", x.dtype, _n(x), _p(x), _p(y), first, second, ctypes.c_uint32(dropped.threshold), by, _threads()
+        )
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(weight * x r, r) with r = 1 / sqrt(mean(x^2) + eps), (...,) float32."""
+        width = x.shape[-1]
+        y, r = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+        rows = ctypes.c_long(r.numel())
+        self._call(
+            "rms_norm", x.dtype, rows, ctypes.c_long(width), _p(x), _p(weight), ctypes.c_float(eps), _p(y), _p(r),
+            _threads(),
+        )  # fmt: skip
+        return y, r
+
+    def rms_norm_backward(self, x: Tensor, weight: Tensor, r: Tensor, dy: Tensor) -> Tensor:
+        dx = torch.empty_like(x)
+        rows, width = ctypes.c_long(r.numel()), ctypes.c_long(x.shape[-1])
+        self._call("rms_norm_backward", x.dtype, rows, width, _p(x), _p(weight), _p(r), _p(dy), _p(dx), _threads())
+        return dx
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+        """x: (N, H, D) whose last axis is contiguous; cos, sin: (N, D). Contiguous (N, H, D)."""
+        tokens, heads, dim = x.shape
+        y = x.new_empty(tokens, heads, dim)
+        self._call(
+            "rotate", x.dtype, *map(ctypes.c_long, (tokens, heads, dim)), _p(x), *map(ctypes.c_long, x.stride()[:2]),
+            _p(cos), _p(sin), ctypes.c_float(sign), _p(y), _threads(),
+        )  # fmt: skip
+        return y
+
+    def attention(
+        self, rows: Rows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, dropped: Dropped
+    ) -> tuple[Tensor, Tensor]:
+        """(y (N, H, D), log_sum (N, H) float32) of every row of an unpadded batch by itself.
+
+        q: (N, H, D); k, v: (M, H_kv, D), the last axis contiguous. y = dropout(softmax(scaling q k^T + bias)) v.
+        """
+        y, log_sum = q.new_empty(q.shape), torch.empty(q.shape[:2], dtype=torch.float32)
+        words, _kept = _words(rows, q, k, v, prefixes, dropped)
+        self._call("attention", q.dtype, ctypes.byref(words), _p(q), _p(k), _p(v), _p(y), _p(log_sum), _threads())
+        return y, log_sum
+
+    def attention_backward(
+        self,
+        rows: Rows,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefixes: Prefixes,
+        dropped: Dropped,
+        dy: Tensor,
+        log_sum: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(dq, dk, dv, dprefixes (B, 2, H_kv, P, D) float32 with P of the longest prefix; a shorter one has less)."""
+        dq, dk, dv = (torch.empty(each.shape, dtype=each.dtype) for each in (q, k, v))
+        words, _kept = _words(rows, q, k, v, prefixes, dropped)
+        dprefixes = torch.zeros(rows.count, 2, k.shape[1], words.most_prefix, q.shape[2])
+        self._call("attention_backward", q.dtype, ctypes.byref(words), _p(q), _p(k), _p(v), _p(dy), _p(log_sum), _p(dq),
+                   _p(dk), _p(dv), _p(dprefixes), _threads())  # fmt: skip
+        return dq, dk, dv, dprefixes
+
+
+def _p(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def _n(x: Tensor) -> ctypes.c_long:
+    return ctypes.c_long(x.numel())
+
+
+def _threads() -> ctypes.c_int:
+    return ctypes.c_int(torch.get_num_threads())
+
+
+class _Words(ctypes.Structure):
+    """`struct rows` of products.inc.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("rows", "heads", "kv_heads", "dim")),
+        *((name, ctypes.c_long) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
+        *((name, ctypes.c_long) for name in ("most", "most_prefix", "work")),
+        *((name, ctypes.c_void_p) for name in ("query_starts", "query_lengths", "key_starts", "key_lengths")),
+        *((name, ctypes.c_void_p) for name in ("prefix_lengths", "prefix_keys", "prefix_values", "bias")),
+        *((name, ctypes.c_long) for name in ("bias_width", "bias_zero", "window")),
+        ("causal", ctypes.c_int),
+        *((name, ctypes.c_uint32) for name in ("seed", "other", "threshold")),
+        *((name, ctypes.c_float) for name in ("scale", "scaling")),
+    )
+
+
+def _words(
+    rows: Rows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, dropped: Dropped
+) -> tuple[_Words, list[Tensor]]:
+    """The struct, and what must live as long as it does."""
+    for each in (q, k, v):
+        assert each.stride(-1) == 1
+    pairs = [None if place is None else prefixes.pairs[place] for place in prefixes.of_row]
+    lengths = torch.tensor([0 if pair is None else pair[0].shape[1] for pair in pairs])
+    addresses = [torch.tensor([0 if pair is None else pair[side].data_ptr() for pair in pairs]) for side in (0, 1)]
+    longest = int((rows.key_lengths + lengths).max())
+    most_prefix = int(lengths.max())
+    if rows.bias is not None and rows.zero < most_prefix + rows.longest_query:
+        raise ValueError("the bias does not reach the prefix")
+    words = _Words(
+        rows.count, q.shape[1], k.shape[1], q.shape[2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        -(-longest // 32) * 32, most_prefix, longest * q.shape[0] * q.shape[1],
+        *(each.data_ptr() for each in (rows.query_starts, rows.query_lengths, rows.key_starts, rows.key_lengths)),
+        lengths.data_ptr(), *(each.data_ptr() for each in addresses),
+        None if rows.bias is None else rows.bias.data_ptr(),
+        0 if rows.bias is None else rows.bias.shape[1], rows.zero, rows.window, int(rows.causal), *dropped.seeds,
+        dropped.threshold, dropped.scale, rows.scaling,
+    )  # fmt: skip
+    return words, [lengths, *addresses]
+
+
+@functools.cache
+def _found() -> tuple[Library | None, str]:
+    from turret.kernels import check
+
+    try:
+        path = library_path()
+        loaded = ctypes.CDLL(str(path))
+        if not loaded.ready():
+            raise NotBuilt("the system does not grant the processor's matrix tiles")
+        library = Library(loaded)
+        check.require(library)
+    except (NotBuilt, OSError, AttributeError) as error:
+        return None, str(error)
+    return library, f"compiled as {path.name}"
+
+
+_off: ContextVar[bool] = ContextVar("off", default=False)
+
+
+def library() -> Library | None:
+    """The kernels of this machine, built and checked at the first call; None where there are none."""
+    return None if _off.get() else _found()[0]
+
+
+@contextmanager
+def without() -> Iterator[None]:
+    """The plain path for the length of the block: what the kernels are compared with."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
+def why() -> str:
+    """How `library` ended, for people."""
+    return _found()[1]
+
+
+def usable(*tensors: Tensor) -> Library | None:
+    """The kernels, if they can take these tensors: on the CPU and all of one dtype that they know."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.dtype not in NAMES or any(each.dtype != first.dtype for each in tensors):
+        return None
+    return library()

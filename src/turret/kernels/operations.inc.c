@@ -1,0 +1,156 @@
+/* The small operations between two matrix products, each in one pass over memory. Included by kernels.c twice: once
+   with T = bfloat16 and once with T = float; sums and products are float in both. Plain C on purpose: the compiler turns
+   the inner loops into vector instructions of the machine it runs on.
+
+   Every function has a plain reference in torch beside its caller, and a check at start (check.py) against it.
+   Axes: N tokens, H heads, D head size; all tensors contiguous unless strides are given. */
+
+/* --- gated and plain activations --------------------------------------------------------------------------------- */
+
+/* n floats to T */
+static inline void NAME(put)(T *to, const float *from, long n)
+{
+    long i = 0;
+#ifdef PACK_CHUNK
+    i = n / 32 * 32;
+    PACK_CHUNK(to, from, i);
+#endif
+    for (; i < n; i++) to[i] = STORE(from[i]);
+}
+
+/* y = silu(gate) * up */
+void NAME(swiglu)(long n, const T *gate, const T *up, T *to, int threads)
+{
+    EACH(n)
+        float g = LOAD(gate[at + i]);
+        y[i] = g * sigmoid(g) * LOAD(up[at + i]);
+    DONE
+        NAME(put)(to + at, y, size);
+    END
+}
+
+/* dgate = dy up s (1 + g (1 - s)),  dup = dy g s,  s = sigmoid(g) */
+void NAME(swiglu_backward)(long n, const T *gate, const T *up, const T *dy, T *dgate, T *dup, int threads)
+{
+    EACH(n)
+        float g = LOAD(gate[at + i]), d = LOAD(dy[at + i]), s = sigmoid(g);
+        y[i] = d * LOAD(up[at + i]) * s * (1.0f + g * (1.0f - s));
+        z[i] = d * g * s;
+    DONE
+        NAME(put)(dgate + at, y, size);
+        NAME(put)(dup + at, z, size);
+    END
+}
+
+/* y = x (1 + erf(x / sqrt 2)) / 2 */
+void NAME(gelu)(long n, const T *x, T *to, int threads)
+{
+    EACH(n)
+        float v = LOAD(x[at + i]);
+        y[i] = v * normal_cdf(v, exponential(-0.5f * v * v));
+    DONE
+        NAME(put)(to + at, y, size);
+    END
+}
+
+/* dx = dy (cdf(x) + x exp(-x^2 / 2) / sqrt(2 pi)) */
+void NAME(gelu_backward)(long n, const T *x, const T *dy, T *dx, int threads)
+{
+    EACH(n)
+        float v = LOAD(x[at + i]), bell = exponential(-0.5f * v * v);
+        y[i] = LOAD(dy[at + i]) * (normal_cdf(v, bell) + v * 0.3989422804f * bell);
+    DONE
+        NAME(put)(dx + at, y, size);
+    END
+}
+
+/* --- dropout ----------------------------------------------------------------------------------------------------- */
+
+/* y_i = keep(i) ? scale x_i : 0, where keep(i) depends on the seeds and i alone, so nothing has to be remembered.
+   One word decides two elements, half a chunk apart; threshold is of 2^16. */
+void NAME(dropout)(long n, const T *x, T *to, uint32_t seed, uint32_t other, uint32_t threshold, float scale, int threads)
+{
+    EACH(n)
+        y[i] = LOAD(x[at + i]) * scale;
+    DONE
+        for (long i = 0; i < CHUNK / 2; i++) {
+            uint32_t word = random_word((uint32_t)(at / 2 + i), seed, other);
+            z[i] = (word & 0xffffu) >= threshold ? y[i] : 0.0f;
+            z[i + CHUNK / 2] = (word >> 16) >= threshold ? y[i + CHUNK / 2] : 0.0f;
+        }
+        NAME(put)(to + at, z, size);
+    END
+}
+
+/* --- RMS norm ---------------------------------------------------------------------------------------------------- */
+
+/* y = w round(x r),  r = 1 / sqrt(mean(x^2) + eps);  x: (rows, width), r: (rows,) float */
+void NAME(rms_norm)(long rows, long width, const T *x, const T *w, float eps, T *y, float *r, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > SERIAL)
+    for (long row = 0; row < rows; row++) {
+        const T *a = x + row * width;
+        T *b = y + row * width;
+        float sum = 0.0f;
+        for (long i = 0; i < width; i++) sum += LOAD(a[i]) * LOAD(a[i]);
+        float s = 1.0f / sqrtf(sum / (float)width + eps);
+        r[row] = s;
+        for (long at = 0; at < width; at += CHUNK) {
+            float y[CHUNK];
+            long size = width - at < CHUNK ? width - at : CHUNK;
+            for (long i = 0; i < size; i++) y[i] = LOAD(a[at + i]) * s;
+            NAME(put)(b + at, y, size);
+            for (long i = 0; i < size; i++) y[i] = LOAD(w[at + i]) * LOAD(b[at + i]);
+            NAME(put)(b + at, y, size);
+        }
+    }
+}
+
+/* dx = r (g - n mean(g n)),  g = w dy,  n = x r */
+void NAME(rms_norm_backward)(long rows, long width, const T *x, const T *w, const float *r, const T *dy, T *dx, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > SERIAL)
+    for (long row = 0; row < rows; row++) {
+        const T *a = x + row * width, *d = dy + row * width;
+        T *b = dx + row * width;
+        float s = r[row], sum = 0.0f;
+        for (long i = 0; i < width; i++) sum += LOAD(w[i]) * LOAD(d[i]) * LOAD(a[i]);
+        float mean = sum * s / (float)width;
+        for (long at = 0; at < width; at += CHUNK) {
+            float y[CHUNK];
+            long size = width - at < CHUNK ? width - at : CHUNK;
+            for (long i = at; i < at + size; i++) y[i - at] = s * (LOAD(w[i]) * LOAD(d[i]) - LOAD(a[i]) * s * mean);
+            NAME(put)(b + at, y, size);
+        }
+    }
+}
+
+/* --- rotary positions -------------------------------------------------------------------------------------------- */
+
+/* y = x cos + rotate_half(x) sin, or its transpose (sign = -1).  x: (N, H, D) with strides; cos, sin: (N, D); y: (N, H, D) */
+void NAME(rotate)(long tokens, long heads, long dim, const T *x, long token_stride, long head_stride, const T *cosine,
+                  const T *sine, float sign, T *y, int threads)
+{
+    long half = dim / 2;
+#pragma omp parallel for num_threads(threads) schedule(static) if (tokens * heads * dim > SERIAL)
+    for (long n = 0; n < tokens; n++) {
+        float turned[dim];
+        const T *c = cosine + n * dim, *s = sine + n * dim;
+        for (long h = 0; h < heads; h++) {
+            const T *a = x + n * token_stride + h * head_stride;
+            if (sign > 0.0f)
+                for (long i = 0; i < half; i++) {
+                    float u = LOAD(a[i]), v = LOAD(a[i + half]);
+                    turned[i] = u * LOAD(c[i]) - v * LOAD(s[i]);
+                    turned[i + half] = v * LOAD(c[i + half]) + u * LOAD(s[i + half]);
+                }
+            else
+                for (long i = 0; i < half; i++) {
+                    float u = LOAD(a[i]), v = LOAD(a[i + half]);
+                    turned[i] = u * LOAD(c[i]) + v * LOAD(s[i + half]);
+                    turned[i + half] = v * LOAD(c[i + half]) - u * LOAD(s[i]);
+                }
+            NAME(put)(y + (n * heads + h) * dim, turned, dim);
+        }
+    }
+}

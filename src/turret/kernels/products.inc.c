@@ -1,0 +1,189 @@
+/* Small matrix products in a core's own cache: with a processor's matrix tiles (AMX) where it has them, else with vectors.
+
+   C (m, n) float = A (m, k) B (k, n); m, n, k multiples of 32. A lies in rows. B lies in rows too for vectors; for tiles, two
+   rows are woven into one: B[2i][j], B[2i + 1][j] side by side. */
+
+#define PIECE 32 /* queries at a time */
+#define ROUND(n) (((n) + 31) / 32 * 32)
+#define CUT(type, n) ((type *)cut(&next, sizeof(type) * (n)))
+
+static char *scratch(size_t bytes) { return aligned_alloc(64, (bytes + 16384) / 64 * 64); }
+
+static char *cut(char **next, size_t bytes)
+{
+    char *start = *next;
+    *next += (bytes + 63) / 64 * 64;
+    return start;
+}
+
+/* --- vectors ----------------------------------------------------------------------------------------------------- */
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+typedef float v16 __attribute__((vector_size(64), aligned(4)));
+#ifdef __AVX512F__
+#define HIGH 8
+#else
+#define HIGH 4
+#endif
+
+static void product_float(float *c, long ldc, const float *a, long lda, const float *b, long ldb, long m, long n, long k, int add)
+{
+    for (long j = 0; j < n; j += 32)
+        for (long i = 0; i < m; i += HIGH) {
+            v16 sum[HIGH][2];
+            for (int r = 0; r < HIGH; r++)
+                for (int w = 0; w < 2; w++) {
+                    if (add) sum[r][w] = *(const v16 *)(c + (i + r) * ldc + j + 16 * w);
+                    else memset(&sum[r][w], 0, sizeof(v16));
+                }
+            for (long e = 0; e < k; e++) {
+                v16 first = *(const v16 *)(b + e * ldb + j), second = *(const v16 *)(b + e * ldb + j + 16);
+#pragma GCC unroll 8
+                for (int r = 0; r < HIGH; r++) {
+                    float x = a[(i + r) * lda + e];
+                    sum[r][0] += x * first;
+                    sum[r][1] += x * second;
+                }
+            }
+            for (int r = 0; r < HIGH; r++)
+                for (int w = 0; w < 2; w++) *(v16 *)(c + (i + r) * ldc + j + 16 * w) = sum[r][w];
+        }
+}
+
+/* n (a multiple of 32) numbers of one column */
+static inline void column(float *to, const float *from, long stride, long n)
+{
+#ifdef __AVX512F__
+    const __m512i steps = _mm512_mullo_epi32(_mm512_set1_epi32((int)stride),
+                                             _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (long i = 0; i < n; i += 16) _mm512_storeu_ps(to + i, _mm512_i32gather_ps(steps, from + i * stride, 4));
+#else
+    for (long i = 0; i < n; i++) to[i] = from[i * stride];
+#endif
+}
+
+static void transposed_float(float *to, const float *from, long m, long n)
+{
+    for (long i = 0; i < m; i++)
+        for (long j = 0; j < n; j++) to[j * m + i] = from[i * n + j];
+}
+
+static void right_of_float(float *to, const float *from, long stride, long n)
+{
+    for (long i = 0; i < PIECE; i++) memcpy(to + i * n, from + i * stride, sizeof(float) * n);
+}
+
+/* --- tiles ------------------------------------------------------------------------------------------------------- */
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+
+struct tile_config { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; };
+
+static void begin_tiles(struct tile_config *before)
+{
+    struct tile_config mine = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_storeconfig(before);
+    _tile_loadconfig(&mine);
+}
+
+static void end_tiles(const struct tile_config *before) /* as another library left them */
+{
+    if (before->palette) _tile_loadconfig(before);
+    else _tile_release();
+}
+
+static int ask_for_tiles(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; } /* ARCH_REQ_XCOMP_PERM, tile data */
+
+static void product_tiles(float *c, long ldc, const bfloat16 *a, long lda, const bfloat16 *b, long ldb, long m, long n, long k, int add)
+{
+    for (long i = 0; i < m; i += 32)
+        for (long j = 0; j < n; j += 32) {
+            float *c0 = c + i * ldc + j, *c1 = c0 + 16 * ldc;
+            if (add) {
+                _tile_loadd(0, c0, ldc * 4); _tile_loadd(1, c0 + 16, ldc * 4);
+                _tile_loadd(2, c1, ldc * 4); _tile_loadd(3, c1 + 16, ldc * 4);
+            } else { _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); }
+            for (long e = 0; e < k; e += 32) {
+                _tile_loadd(4, a + i * lda + e, lda * 2);
+                _tile_loadd(6, b + e * ldb + j * 2, ldb * 4);
+                _tile_loadd(7, b + e * ldb + j * 2 + 32, ldb * 4);
+                _tile_loadd(5, a + (i + 16) * lda + e, lda * 2);
+                _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, c0, ldc * 4); _tile_stored(1, c0 + 16, ldc * 4);
+            _tile_stored(2, c1, ldc * 4); _tile_stored(3, c1 + 16, ldc * 4);
+        }
+}
+
+static void pack_row_tiles(bfloat16 *to, const float *from, long n)
+{
+    for (long j = 0; j < n; j += 32) {
+        __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + j + 16), _mm512_loadu_ps(from + j));
+        memcpy(to + j, &both, 64);
+    }
+}
+
+/* B of X^T for X (n, k): the pairs of a row of X become a column */
+static void right_of_transposed_tiles(bfloat16 *to, const bfloat16 *from, long n, long k)
+{
+    uint32_t *y = (uint32_t *)to;
+    const __m512i column = _mm512_mullo_epi32(_mm512_set1_epi32((int)(k / 2)),
+                                              _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (long j = 0; j < n; j += 16)
+        for (long e = 0; e < k / 2; e++)
+            _mm512_storeu_si512(y + e * n + j, _mm512_i32gather_epi32(column, from + j * k + 2 * e, 4));
+}
+
+static const uint16_t woven[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+/* B of X (k, n): two rows woven into one */
+static void right_of_tiles(bfloat16 *to, const bfloat16 *from, long k, long n)
+{
+    const __m512i order = _mm512_loadu_si512(woven);
+    for (long e = 0; e < k; e += 2)
+        for (long j = 0; j < n; j += 16) {
+            __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const void *)(from + e * n + j))),
+                                              _mm256_loadu_si256((const void *)(from + (e + 1) * n + j)), 1);
+            _mm512_storeu_si512(to + e * n + 2 * j, _mm512_permutexvar_epi16(order, both));
+        }
+}
+
+static void right_of_float_tiles(bfloat16 *to, const float *from, long stride, long n)
+{
+    const __m512i order = _mm512_loadu_si512(woven);
+    for (long e = 0; e < PIECE; e += 2)
+        for (long j = 0; j < n; j += 16) {
+            __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + (e + 1) * stride + j), _mm512_loadu_ps(from + e * stride + j));
+            __m512i bits;
+            memcpy(&bits, &both, 64);
+            _mm512_storeu_si512(to + e * n + 2 * j, _mm512_permutexvar_epi16(order, bits));
+        }
+}
+
+static void transposed_tiles(bfloat16 *to, const bfloat16 *from, long m, long n)
+{
+    for (long j = 0; j < n; j++)
+        for (long i = 0; i < m; i++) to[j * m + i] = from[i * n + j];
+}
+#endif
+
+/* The rows of an unpadded batch; what is not a number is one entry a row. */
+struct rows {
+    long rows, heads, kv_heads, dim;
+    long q_token, q_head, k_token, k_head, v_token, v_head; /* strides, in elements */
+    long most, most_prefix, work;
+    const int64_t *query_starts, *query_lengths, *key_starts, *key_lengths, *prefix_lengths;
+    const uint64_t *prefix_keys, *prefix_values; /* addresses of (H_kv, P, D), 0 for none */
+    const float *bias; /* (H, bias_width) by key - query, whose zero is at bias_zero; or none */
+    long bias_width, bias_zero, window;
+    int causal;
+    uint32_t seed, other, threshold; /* of 2^16; 0: no dropout */
+    float scale, scaling;
+};

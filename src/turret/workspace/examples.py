@@ -1,0 +1,112 @@
+"""Golden examples in a file: a table with a text and what the answer to it must be. Loads no torch.
+
+Refuses to know how an answer is judged. Columns: `text`, or one of `prompt`, `document`; and `label`, `equals`,
+`contains` or `expected` with `min_score`. Where there are several of these, each row fills one.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from turret.errors import DataError
+from turret.store.golden import CHECKS, MOST_EXAMPLES, Example, GoldenSet, shortly
+from turret.tasks import cells
+from turret.tasks.files import Table, open_table
+
+TEXTS = ("text", "prompt", "document")
+SCORE = "min_score"
+
+
+def read_examples(path: str | Path) -> GoldenSet:
+    """The examples of a table, in its order; raises DataError that names the line."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"there is no file {str(path)[:200]!r}: give a table of golden examples, such as golden.csv")
+    table = open_table(path)
+    text, checks = _columns(table)
+    examples: list[Example] = []
+    wanted = [text, *checks, *([SCORE] if SCORE in table.columns else [])]
+    for place, row in table.read(wanted):
+        said = dict(zip(wanted, row, strict=True))
+        try:
+            examples.append(_example(said.pop(text), said))
+        except DataError as error:
+            raise DataError(f"{table.name} {table.unit} {place}: {error}") from None
+        if len(examples) > MOST_EXAMPLES:
+            raise DataError(f"{table.name} has more than {MOST_EXAMPLES} golden examples: keep fewer")
+    if not examples:
+        raise DataError(f"{table.name} has columns and no rows: give at least one golden example")
+    _refuse_contradictions(table, examples)
+    return GoldenSet(tuple(examples))
+
+
+def _columns(table: Table) -> tuple[str, list[str]]:
+    """The column of the texts, and those that say what an answer must be."""
+    texts = [name for name in TEXTS if name in table.columns]
+    checks = [name for name in CHECKS if name in table.columns]
+    there = ", ".join(table.columns)
+    if len(texts) != 1:
+        raise DataError(f"{table.name} needs one column {', '.join(TEXTS[:-1])} or {TEXTS[-1]}: it has {there}")
+    if not checks:
+        raise DataError(
+            f"{table.name} says of no text what its answer must be: add a column {', '.join(CHECKS[:-1])} or "
+            f"{CHECKS[-1]} (with {SCORE}); it has {there}"
+        )
+    if odd := [name for name in table.columns if name not in (*texts, *checks, SCORE)]:
+        raise DataError(
+            f"{table.name} has an unknown column {odd[0]!r}: known are {', '.join((*TEXTS, *CHECKS, SCORE))}"
+        )
+    if ("expected" in checks) != (SCORE in table.columns):
+        raise DataError(f"{table.name}: the columns expected and {SCORE} come together; it has {there}")
+    return texts[0], checks
+
+
+def _example(text: Any, said: dict[str, Any]) -> Example:
+    source = cells.text_of(text, cells.Mended())
+    if source is None:
+        raise DataError("the text is missing")
+    score = _score(said.pop(SCORE, None))
+    given = {check: wanted for check, cell in said.items() if (wanted := _wanted(check, cell))}
+    if len(given) != 1:
+        found = " and ".join(given) if given else "nothing"
+        raise DataError(f"expected one of {', '.join(said)}, found {found}")
+    ((check, wanted),) = given.items()
+    if (check == "expected") != (score is not None):
+        raise DataError(f"expected and {SCORE} come together, and other checks have no score")
+    return Example(source, check, wanted, score)
+
+
+def _wanted(check: str, cell: Any) -> str | tuple[str, ...] | None:
+    if check == "label":
+        return cells.label_of(cell, (), multi_label=isinstance(cell, list | tuple))
+    if check == "contains" and isinstance(cell, list | tuple):
+        parts = tuple(cells.text_of(part, cells.Mended()) for part in cell)
+        if not all(parts):
+            raise DataError("contains lists a text that is missing")
+        return tuple(part for part in parts if part)
+    return cells.text_of(cell, cells.Mended())
+
+
+def _score(cell: Any) -> float | None:
+    if cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    try:
+        score = float(cell)
+    except (TypeError, ValueError):
+        score = math.nan
+    if isinstance(cell, bool) or not 0 < score <= 1:
+        raise DataError(f"{SCORE} {shortly(cell)}: expected a number above 0 and at most 1")
+    return score
+
+
+def _refuse_contradictions(table: Table, examples: list[Example]) -> None:
+    """A text that must have two labels, or equal two texts, lets no version pass."""
+    seen: dict[tuple[str, str], str | tuple[str, ...]] = {}
+    for example in examples:
+        if example.check in ("label", "equals") and seen.setdefault((example.text, example.check), example.wanted) != (
+            example.wanted
+        ):
+            both = f"{shortly(seen[example.text, example.check])} and {shortly(example.wanted)}"
+            raise DataError(f"{table.name} wants {both} for {shortly(example.text)}: no version can answer both")

@@ -1,0 +1,87 @@
+"""Lanes of the key-value cache: what one sequence leaves never reaches another, and memory follows what is in use."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turret.engine.cache import SHORTEST, KeyValueCache, Lane, capacity
+from turret.families import Site
+
+SITES = [
+    Site("self", None, "decoder", 0, 2, 4),
+    Site("cross", None, "cross", 0, 2, 4),
+    Site("e", None, "encoder", 0, 2, 4),
+]
+
+
+def new() -> KeyValueCache:
+    return KeyValueCache(SITES, torch.zeros(()))
+
+
+def mark(lane: Lane, value: float) -> None:
+    for layers in lane.block.stored.values():
+        layers[0][:, lane.index] = value
+    lane.lengths = dict.fromkeys(lane.lengths, 3)
+
+
+def marks(lane: Lane) -> set[float]:
+    return {float(v) for layers in lane.block.stored.values() for v in layers[0][:, lane.index].unique()}
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 200), st.integers(0, 30)), max_size=40))
+def test_a_lane_is_empty_when_it_is_opened_and_its_own_until_it_is_closed(steps: list[tuple[bool, int, int]]) -> None:
+    cache, lanes = new(), {}
+    for number, (opens, tokens, which) in enumerate(steps, 1):
+        if opens or not lanes:
+            lane = cache.open({"decoder": tokens + 1, "cross": tokens // 2 + 1})
+            assert marks(lane) == {0.0}
+            assert lane.lengths == {"decoder": 0, "cross": 0}
+            mark(lane, number)
+            lanes[number] = lane
+        else:
+            cache.close(lanes.pop(sorted(lanes)[which % len(lanes)]))
+        for value, lane in lanes.items():
+            assert marks(lane) == {float(value)}
+            assert lane.block.lanes[lane.index] is lane
+        assert len(cache) == len(lanes)
+
+
+def test_a_nan_that_a_sequence_leaves_is_wiped_with_it() -> None:
+    cache = new()
+    first, second = cache.open({"decoder": 9, "cross": 9}), cache.open({"decoder": 9, "cross": 9})
+    mark(first, torch.nan)
+    mark(second, 2.0)
+    first.lengths = {"decoder": 0, "cross": 0}  # as after a pass that failed
+    cache.close(first)
+    assert marks(second) == {2.0}
+    assert marks(cache.open({"decoder": 9, "cross": 9})) == {0.0}
+
+
+def test_copies_are_of_what_was_there_before_any_of_them() -> None:
+    cache = new()
+    lanes = [cache.open({"decoder": 9, "cross": 9}) for _ in range(3)]
+    for number, lane in enumerate(lanes):
+        mark(lane, number + 1.0)
+        for layers in lane.block.stored.values():  # what counts is as long as the lane is used
+            layers[0][:, lane.index, :, 3:] = 0.0
+    lanes[0].block.copy(lanes, [lanes[1], lanes[0], lanes[0]])
+    assert [marks(lane) - {0.0} for lane in lanes] == [{2.0}, {1.0}, {1.0}]
+
+
+def test_a_lane_is_at_most_twice_as_long_as_asked_for_and_memory_shrinks_with_use() -> None:
+    assert capacity(0) == 0
+    assert capacity(1) == SHORTEST
+    assert [capacity(n) for n in (64, 65, 128, 1000)] == [64, 128, 128, 1024]
+    cache = new()
+    lanes = [cache.open({"decoder": 64, "cross": 32}) for _ in range(64)]
+    full = cache.bytes
+    for lane in lanes[3:]:
+        cache.close(lane)
+    assert cache.bytes <= full / 8
+    for lane in lanes[:3]:
+        cache.close(lane)
+    cache.open({"decoder": 500, "cross": 32})
+    assert len(cache._blocks) == 1, "a block without lanes goes when another length is asked for"

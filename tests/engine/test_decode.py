@@ -1,0 +1,156 @@
+"""The next token: transformers' own processors and warpers are the reference; a draw is the request's own."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import transformers
+from small_models import build, tokenizer
+
+from turret.engine.decode import Settings, adjust, choose, draw, habits, resolved
+from turret.engine.request import Options
+from turret.errors import BaseModelError, DataError
+
+V = 50
+
+
+def scores(seed: int = 0) -> torch.Tensor:
+    return torch.randn(V, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@dataclass
+class Row:
+    settings: Settings
+    past: list[int] = field(default_factory=list)
+    new: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.settings.seed)
+
+    def counted(self) -> list[int]:
+        return self.past
+
+
+@pytest.mark.parametrize(
+    ("settings", "processor"),
+    [
+        ({"repetition_penalty": 1.7}, transformers.RepetitionPenaltyLogitsProcessor(1.7)),
+        ({"no_repeat_ngram_size": 2}, transformers.NoRepeatNGramLogitsProcessor(2)),
+        ({"no_repeat_ngram_size": 3}, transformers.NoRepeatNGramLogitsProcessor(3)),
+        ({"min_length": 9}, transformers.MinLengthLogitsProcessor(9, 5)),
+        ({"min_length": 8}, transformers.MinLengthLogitsProcessor(8, 5)),
+        ({"min_new_tokens": 4}, transformers.MinNewTokensLengthLogitsProcessor(5, 4, 5)),
+        ({"min_new_tokens": 3}, transformers.MinNewTokensLengthLogitsProcessor(5, 3, 5)),
+        ({"forced_eos": (5,), "max_tokens": 4}, transformers.ForcedEOSTokenLogitsProcessor(9, 5)),
+        ({"forced_eos": (5,), "max_tokens": 5}, transformers.ForcedEOSTokenLogitsProcessor(10, 5)),
+    ],
+)
+def test_what_a_rows_past_makes_of_its_scores_is_transformers(settings: dict, processor: object) -> None:
+    past = [3, 7, 3, 7, 9, 3, 7, 3]  # 5 of a prompt, 3 of an answer
+    ours = scores()
+    theirs = processor(torch.tensor([past]), scores()[None])[0]  # type: ignore[operator]
+    adjust(ours, past, 3, Settings(**({"max_tokens": 99, "eos": (5,)} | settings)))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warpers"),
+    [
+        ({"heat": 0.7}, [transformers.TemperatureLogitsWarper(0.7)]),
+        ({"heat": 1.0, "top_k": 5}, [transformers.TopKLogitsWarper(5)]),
+        ({"heat": 1.0, "top_p": 0.6}, [transformers.TopPLogitsWarper(0.6)]),
+        ({"heat": 1.3, "top_k": 9, "top_p": 0.7},
+         [transformers.TemperatureLogitsWarper(1.3), transformers.TopKLogitsWarper(9),
+          transformers.TopPLogitsWarper(0.7)]),
+        ({"heat": 1.0, "top_p": 1e-9}, [transformers.TopPLogitsWarper(1e-9)]),
+    ],
+)  # fmt: skip
+def test_tokens_are_drawn_by_the_probabilities_of_transformers(settings: dict, warpers: list) -> None:
+    wanted = scores()[None]
+    for each in warpers:
+        wanted = each(None, wanted)
+    probabilities = wanted.softmax(-1)[0]
+    generator, count = random.Random(1), 4000
+    own = Settings(9, (1,), **settings)
+    drawn = torch.bincount(torch.tensor([draw(scores(), own, generator) for _ in range(count)]), minlength=V) / count
+    assert not drawn[probabilities == 0].any()
+    assert (drawn - probabilities).abs().max() < 5 * (0.25 / count) ** 0.5
+
+
+def test_the_fewest_tokens_that_reach_top_p_are_found_however_many_they_are() -> None:
+    flat = torch.zeros(4000)
+    drawn = {draw(flat, Settings(9, (1,), heat=1.0, top_p=0.5), random.Random(seed)) for seed in range(300)}
+    assert len(drawn) > 200
+
+
+def test_rows_that_share_a_batch_do_not_touch_each_other() -> None:
+    settings = [
+        Settings(9, (1,)),
+        Settings(9, (1,), heat=1.0, seed=3),
+        Settings(9, (1,), heat=1.0, seed=3, repetition_penalty=2.0),
+        Settings(9, (1,), heat=0.5, seed=4, top_k=3),
+    ]
+    alone = [choose(scores(7)[None], [Row(each, [1, 2])])[0] for each in settings]
+    together = choose(scores(7)[None].repeat(4, 1), [Row(each, [1, 2]) for each in settings])
+    assert together == alone
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_no_number_has_no_token_and_the_others_have_theirs(value: float) -> None:
+    both = torch.stack([scores(), scores()])
+    both[0, 3] = value
+    assert choose(both, [Row(Settings(9, (1,)))] * 2) == [None, int(scores().argmax())]
+
+
+def test_a_base_that_asks_for_what_is_not_done_is_refused_by_name() -> None:
+    model = build("llama", "generate")
+    model.generation_config.suppress_tokens = [3]
+    with pytest.raises(BaseModelError, match=r"sets suppress_tokens, which this engine does not do"):
+        habits(model, tokenizer("llama"))
+
+
+def test_options_go_before_the_adapters_settings_and_those_before_the_bases() -> None:
+    own = Settings(128, (5,), repetition_penalty=1.5)
+    task = type("Task", (), {"generation": {"max_new_tokens": 30, "num_beams": 2, "eos_token_id": 7}})()
+    plain = resolved(Options(), own, None, room=500, vocabulary=V)
+    assert (plain.max_tokens, plain.num_beams, plain.eos, plain.repetition_penalty) == (128, 1, (5,), 1.5)
+    by_task = resolved(Options(), own, task, room=20, vocabulary=V)
+    assert (by_task.max_tokens, by_task.num_beams, by_task.eos) == (20, 2, (7,))
+    asked = Options(max_tokens=9, repetition_penalty=1.0, temperature=0.5, seed=4)
+    by_option = resolved(asked, own, task, room=20, vocabulary=V)
+    assert (by_option.max_tokens, by_option.num_beams, by_option.repetition_penalty) == (9, 1, 1.0)
+    assert (by_option.heat, by_option.seed) == (0.5, 4)
+    with pytest.raises(DataError, match="max_tokens = 21: the prompt leaves room for 20"):
+        resolved(Options(max_tokens=21), own, task, room=20, vocabulary=V)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0},
+        {"max_tokens": 1.5},
+        {"max_tokens": True},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": 0},
+        {"repetition_penalty": 0},
+        {"num_beams": 17},
+        {"stop": ("",)},
+        {"stop": ("x",) * 17},
+        {"seed": "1"},
+        {"num_beams": 2, "temperature": 0.5},
+    ],
+)
+def test_an_option_out_of_range_is_refused(wrong: dict) -> None:
+    with pytest.raises(DataError):
+        Options(**wrong)
+
+
+def test_top_p_or_top_k_without_a_temperature_samples_at_one() -> None:
+    assert Options(top_p=0.5).heat == Options(top_k=3).heat == 1.0
+    assert Options(top_p=1.0).heat == Options(top_k=3, temperature=0).heat == Options(seed=3).heat == 0.0

@@ -1,0 +1,451 @@
+"""The engine's face: which version answers, what waits, what fails and whom it fails, and that every ticket ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from adapters_at_hand import METHODS, made
+from shelf import LABELS, Shelf, agree, reference
+
+from turret.adapters import Adapter, BaseInfo
+from turret.engine import Limits, Options
+from turret.errors import (
+    AdapterError,
+    BundleError,
+    Busy,
+    Cancelled,
+    DataError,
+    DeadlineExceeded,
+    Draining,
+    EngineError,
+    InUse,
+    NoRoom,
+    NotFinite,
+    NotFound,
+    WrongBase,
+)
+from turret.methods import Full
+
+TEXTS = ["a great film", "dull and boring", "the market fell", "x", "why not?"]
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    filled = Shelf("bert")
+    for seed, (name, method) in enumerate({"a": "lora", "b": "wide", "c": "prefix", "d": "head"}.items(), 1):
+        filled.put(name, method, seed, labels=2 + seed % 4)
+    return filled
+
+
+# --- which version answers --------------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_each_adapter_alone(shelf: Shelf) -> None:
+    with shelf.engine() as engine:
+        for name in "abcd":
+            agree(engine.classify(TEXTS, name), reference(shelf, name, TEXTS))
+
+
+def test_a_request_keeps_the_version_its_alias_meant_when_it_was_asked(shelf: Shelf) -> None:
+    shelf.aliases["live"] = "a@1"
+    shelf.gate.clear()
+    with shelf.engine() as engine:
+        before = engine.submit("classify", TEXTS[0], "live")
+        shelf.aliases["live"] = "c@1"
+        after = engine.submit("classify", TEXTS[0], "live")
+        shelf.gate.set()
+        agree([before.result(30)], reference(shelf, "a", TEXTS[:1]))
+        agree([after.result(30)], reference(shelf, "c", TEXTS[:1]))
+    receipts = [before.receipt, after.receipt]
+    assert [(each.name, each.number, each.digest) for each in receipts] == [
+        ("a", 1, "sha256:a@1"),
+        ("c", 1, "sha256:c@1"),
+    ]
+    assert receipts[0].base == "sha256:small"
+    assert receipts[0].id != receipts[1].id
+
+
+def test_a_name_that_is_used_again_for_other_weights_gets_no_stale_answer(shelf: Shelf) -> None:
+    with shelf.engine() as engine:
+        engine.classify(TEXTS, "a")
+        shelf.adapters["a@2"] = shelf.adapters["b@1"]
+        shelf.aliases["a"] = "a@2"
+        agree(engine.classify(TEXTS, "a"), reference(shelf, "b", TEXTS))
+
+
+def test_a_generator_of_a_base_classifies_as_its_classifier_does() -> None:
+    for family in ("llama", "gpt2", "t5", "bart"):
+        classifiers = Shelf(family)
+        classifiers.put("c", "wide", 3, labels=4)
+        generators = Shelf(family, "generate")
+        generators.put("g", "lora", 2)
+        generators.adapters |= classifiers.adapters
+        with generators.engine() as engine:
+            alone_first = engine.generate(["a great film"], "g")
+            tickets = [engine.submit("classify", text, "c") for text in TEXTS]
+            beside = engine.submit("generate", "a great film", "g")
+            agree([ticket.result(30) for ticket in tickets], reference(classifiers, "c", TEXTS))
+            assert beside.result(30) == alone_first[0]
+
+
+def test_the_base_is_given_back_as_it_was(shelf: Shelf) -> None:
+    base = shelf.base()
+    modules = {name: id(each) for name, each in base.model.named_modules()}
+    before = {name: each.clone() for name, each in base.model.state_dict().items()}
+    with shelf.engine(base) as engine:
+        engine.classify(TEXTS, "b")
+    assert modules == {name: id(each) for name, each in base.model.named_modules()}
+    after = base.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_answered_is_refused_at_once(shelf: Shelf) -> None:
+    with shelf.engine(max_inputs=3, max_tokens=20) as engine:
+        with pytest.raises(NotFound, match="no nobody"):
+            engine.submit("classify", "x", "nobody")
+        with pytest.raises(AdapterError, match="bare base has no head"):
+            engine.submit("classify", "x", None)
+        with pytest.raises(AdapterError, match="cannot generate"):
+            engine.submit("generate", "x", None)
+        with pytest.raises(DataError, match="kind 'guess'"):
+            engine.submit("guess", "x", "a")  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=r"1 to 3 texts \(limit max_inputs\), given 4 texts"):
+            engine.classify(TEXTS[:4], "a")
+        with pytest.raises(DataError, match="given one text"):
+            engine.classify("x", "a")
+        with pytest.raises(DataError, match="has 24 tokens and this engine takes at most 20"):
+            engine.submit("classify", [5] * 24, "a")
+        engine.warm("a")
+        with pytest.raises(AdapterError, match="cannot generate"):
+            engine.submit("generate", "x", "a")
+        assert engine.stats().waiting == 0
+        assert engine.loaded()[0].requests == 0
+
+
+def test_an_adapter_is_asked_for_what_it_does() -> None:
+    shelf = Shelf("llama", "generate")
+    shelf.put("g")
+    with shelf.engine() as engine:
+        ticket = engine.submit("classify", "x", "g")  # not loaded yet: its ticket says it
+        with pytest.raises(AdapterError, match="g@1 generates and was asked to classify: ask it to generate"):
+            ticket.result(30)
+        with pytest.raises(AdapterError, match="asked to classify"):
+            engine.submit("classify", "x", "g")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "said"),
+    [
+        (lambda adapter: BundleError("torn"), BundleError, "torn"),
+        (lambda adapter: OSError("disk"), AdapterError, r"bad@1 cannot be loaded \(OSError: disk\)"),
+        (lambda a: Adapter(a.method, a.tensors, a.head, BaseInfo("x", "sha256:o"), a.task), WrongBase, "trained on"),
+        (lambda a: Adapter(a.method, a.tensors, {}, a.base, a.task), AdapterError, "has no head classifier"),
+        (lambda a: Adapter(a.method, a.tensors, a.head, a.base, {}), AdapterError, "says nothing of its task"),
+        (lambda a: Adapter(Full(), a.tensors, a.head, a.base, a.task), AdapterError, "export it merged"),
+        (lambda a: Adapter(a.method, {k: v * torch.nan for k, v in a.tensors.items()}, a.head, a.base, a.task),
+         AdapterError, "not finite"),
+        (lambda a: Adapter(a.method, dict(list(a.tensors.items())[1:]), a.head, a.base, a.task), AdapterError, "needs"),
+    ],
+)  # fmt: skip
+def test_a_load_that_fails_fails_its_own_requests_only(shelf: Shelf, break_it: Any, error: Any, said: str) -> None:
+    broken = break_it(shelf.adapters["a@1"])
+    (shelf.broken if isinstance(broken, BaseException) else shelf.adapters)["bad@1"] = broken
+    with shelf.engine() as engine:
+        good = [engine.submit("classify", text, "b") for text in TEXTS]
+        bad = [engine.submit("classify", text, "bad") for text in TEXTS]
+        for ticket in bad:
+            with pytest.raises(error, match=said):
+                ticket.result(30)
+        agree([ticket.result(30) for ticket in good], reference(shelf, "b", TEXTS))
+        with pytest.raises(error, match=said):
+            engine.warm("bad")
+        assert engine.stats().failed_loads == len(shelf.loads) - 1 >= 2
+        assert [each.version for each in engine.loaded()] == ["b@1"]
+
+
+def test_an_exception_in_a_pass_fails_the_requests_in_it_and_the_engine_goes_on() -> None:
+    shelf = Shelf("llama", "generate")
+    shelf.put("a")
+    with shelf.engine() as engine:
+        expected = engine.generate(["a great film"], "a")
+        run, fails = engine._runner.run, iter([False, False, True])
+
+        def sometimes(*work: Any) -> Any:
+            if next(fails, False):
+                raise RuntimeError("a bad day")
+            return run(*work)
+
+        engine._runner.run = sometimes  # type: ignore[method-assign]
+        ticket = engine.submit("generate", "a great film", "a")
+        with pytest.raises(EngineError, match=r"a pass failed \(RuntimeError: a bad day\)"):
+            ticket.result(30)
+        assert engine.generate(["a great film"], "a") == expected
+        stats = engine.stats()
+        assert (stats.running, stats.cache_tokens, stats.errors) == (0, 0, 1)
+        assert len(engine._runner.cache) == 0
+
+
+@pytest.mark.parametrize("kind", ["classify", "generate"])
+def test_numbers_that_are_none_are_an_error_for_their_row_and_nobody_elses(kind: Any) -> None:
+    shelf = Shelf("llama", kind)
+    shelf.put("good", "wide")
+    adapter = shelf.put("huge", "wide", 2)
+    tensors = {name: value * 1e30 for name, value in adapter.tensors.items()}  # finite, and their products are not
+    shelf.adapters["huge@1"] = Adapter(adapter.method, tensors, adapter.head, adapter.base, adapter.task)
+    with shelf.engine() as engine:
+        engine.warm("good")
+        engine.warm("huge")
+        expected = [engine.submit(kind, text, "good").result(30) for text in TEXTS]
+        tickets = [(engine.submit(kind, text, "good"), engine.submit(kind, text, "huge")) for text in TEXTS]
+        for (good, huge), wanted in zip(tickets, expected, strict=True):
+            with pytest.raises(NotFinite, match="huge@1 gave numbers that are not finite"):
+                huge.result(30)
+            if kind == "classify":
+                agree([good.result(30)], [wanted])
+            else:
+                assert good.result(30) == wanted
+        assert len(engine._runner.cache) == 0
+
+
+# --- waiting, deadlines, cancelling -----------------------------------------------------------------------------------
+
+
+def test_a_queue_that_is_full_says_when_to_come_again(shelf: Shelf) -> None:
+    shelf.gate.clear()
+    with shelf.engine(queue_tokens=20) as engine:
+        tickets = [engine.submit("classify", [5] * 8, "a"), engine.submit("classify", [5] * 8, "a")]
+        with pytest.raises(Busy, match=r"16 tokens wait already and the limit of queue_tokens is 20") as caught:
+            engine.submit("classify", [5] * 8, "b")
+        assert 0 < caught.value.retry_after <= 60
+        assert engine.stats().waiting_tokens == 16
+        shelf.gate.set()
+        assert all(ticket.result(30) for ticket in tickets)
+        assert engine.stats().waiting_tokens == 0
+
+
+def test_many_texts_of_one_call_wait_for_room_in_the_queue(shelf: Shelf) -> None:
+    with shelf.engine(queue_tokens=20) as engine:
+        agree(engine.classify(TEXTS * 8, "a"), reference(shelf, "a", TEXTS) * 8)
+
+
+def test_a_deadline_ends_a_request_wherever_it_waits(shelf: Shelf) -> None:
+    shelf.gate.clear()
+    with shelf.engine() as engine:
+        ticket = engine.submit("classify", "x", "a", deadline=0.05)
+        with pytest.raises(DeadlineExceeded, match=r"has no answer after 0\.0"):
+            ticket.result(30)
+        shelf.gate.set()
+        agree(engine.classify(TEXTS, "a", deadline=30.0), reference(shelf, "a", TEXTS))
+
+
+def test_a_deadline_ends_a_generation() -> None:
+    shelf = Shelf("llama", "generate")
+    shelf.put("a")
+    with shelf.engine(max_tokens=1_000_000, cache_tokens=2_000_000) as engine:
+        ticket = engine.submit("generate", "x", "a", Options(max_tokens=500_000), deadline=0.3)
+        with pytest.raises(DeadlineExceeded):
+            ticket.result(30)
+        assert engine.stats().running == 0
+
+
+def test_cancelling_ends_a_request_that_waits_and_an_answer_that_is_there_stays(shelf: Shelf) -> None:
+    shelf.gate.clear()
+    with shelf.engine() as engine:
+        ticket, other = engine.submit("classify", "x", "a"), engine.submit("classify", "x", "a")
+        ended: list[Any] = []
+        ticket.add_done_callback(lambda each: ended.append(each.error()))
+        ticket.cancel()
+        with pytest.raises(Cancelled):
+            ticket.result(30)
+        assert isinstance(ended[0], Cancelled)
+        shelf.gate.set()
+        answer = other.result(30)
+        other.cancel()
+        assert other.result() == answer
+        assert other.error() is None
+
+
+def test_a_result_that_takes_longer_than_its_timeout_is_still_to_come(shelf: Shelf) -> None:
+    shelf.gate.clear()
+    with shelf.engine() as engine:
+        ticket = engine.submit("classify", "x", "a")
+        with pytest.raises(TimeoutError, match=r"not answered after 0\.01 s"):
+            ticket.result(0.01)
+        shelf.gate.set()
+        assert ticket.result(30)
+
+
+def test_a_listener_that_fails_is_left_out_and_the_answer_comes(shelf: Shelf) -> None:
+    with shelf.engine() as engine:
+        shelf.gate.clear()
+        ticket = engine.submit("classify", "x", "a")
+
+        def fails(event: Any) -> None:
+            raise ValueError("mine")
+
+        ticket.listen(fails)
+        shelf.gate.set()
+        assert ticket.result(30)
+        assert engine.classify(["x"], "a")
+
+
+# --- slots ------------------------------------------------------------------------------------------------------------
+
+
+def test_loading_one_adapter_does_not_keep_the_others_waiting(shelf: Shelf) -> None:
+    with shelf.engine() as engine:
+        engine.warm("a")
+        shelf.gate.clear()
+        slow = engine.submit("classify", TEXTS[0], "b")
+        agree(engine.classify(TEXTS, "a"), reference(shelf, "a", TEXTS))
+        assert not slow.done
+        shelf.gate.set()
+        agree([slow.result(30)], reference(shelf, "b", TEXTS[:1]))
+
+
+def test_more_adapters_than_slots_take_turns_and_pins_stay(shelf: Shelf) -> None:
+    with shelf.engine(slots=2) as engine:
+        engine.warm("a", pin=True)
+        tickets = [(name, text, engine.submit("classify", text, name)) for text in TEXTS for name in "abcd"]
+        for name, text, ticket in tickets:
+            agree([ticket.result(30)], reference(shelf, name, [text]))
+        stats = engine.stats()
+        assert stats.evictions >= 2
+        assert stats.adapters <= 2
+        assert shelf.loads.count("a@1") == 1
+        pinned = [each for each in engine.loaded() if each.pinned]
+        assert [each.version for each in pinned] == ["a@1"]
+        engine.warm("b", pin=True)
+        with pytest.raises(NoRoom, match="all 2 slots hold pinned adapters"):
+            engine.submit("classify", "x", "c")
+        engine.unpin("a")
+        agree(engine.classify(TEXTS, "c"), reference(shelf, "c", TEXTS))
+        assert {each.version for each in engine.loaded()} == {"b@1", "c@1"}
+
+
+def test_memory_is_counted_in_the_bases_precision_and_never_passed(shelf: Shelf) -> None:
+    with shelf.engine() as engine:
+        engine.warm("b")
+        size = engine.loaded()[0].bytes
+    tensors = [*shelf.adapters["b@1"].tensors.values(), *shelf.adapters["b@1"].head.values()]
+    assert size == sum(each.numel() * 4 for each in tensors)
+    shelf.put("e", "wide", 9, labels=4)
+    with shelf.engine(memory=size + 100) as engine:
+        for name in "bebe":
+            agree(engine.classify(TEXTS, name), reference(shelf, name, TEXTS))
+            assert engine.stats().adapter_bytes <= size + 100
+    with shelf.engine(memory=size - 1) as engine, pytest.raises(NoRoom, match="limit of memory"):
+        engine.submit("classify", "x", "b").result(30)
+
+
+def test_one_adapter_that_is_always_asked_for_does_not_keep_the_only_slot(shelf: Shelf) -> None:
+    with shelf.engine(slots=1) as engine:
+        stop = threading.Event()
+
+        def flood() -> None:
+            while not stop.is_set():
+                tickets = [engine.submit("classify", "x", "a") for _ in range(8)]
+                tickets[0].result(30)
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        try:
+            agree([engine.submit("classify", TEXTS[0], "b").result(20)], reference(shelf, "b", TEXTS[:1]))
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_unloading_puts_an_adapter_out_unless_a_request_needs_it(shelf: Shelf) -> None:
+    with shelf.engine() as engine:
+        with pytest.raises(NotFound, match="a@1 is not loaded here"):
+            engine.unload("a")
+        engine.warm("a", pin=True)
+        engine.unload("a")
+        assert engine.loaded() == []
+        agree(engine.classify(TEXTS, "a"), reference(shelf, "a", TEXTS))
+        with engine._wake:  # no pass can run
+            ticket = engine.submit("classify", "x", "a")
+            with pytest.raises(InUse, match="needed by 1 requests"):
+                engine.unload("a")
+        assert ticket.result(30)
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def test_draining_ends_what_was_taken_and_takes_nothing_new(shelf: Shelf) -> None:
+    with shelf.engine() as engine:
+        tickets = [engine.submit("classify", text, name) for text in TEXTS for name in "abc"]
+        assert engine.drain(30)
+        assert all(ticket.done and ticket.error() is None for ticket in tickets)
+        for ask in (lambda: engine.submit("classify", "x", "a"), lambda: engine.warm("a")):
+            with pytest.raises(Draining):
+                ask()
+
+
+def test_closing_ends_every_ticket(shelf: Shelf) -> None:
+    shelf.gate.clear()
+    engine = shelf.engine()
+    tickets = [engine.submit("classify", text, name) for text in TEXTS for name in "ab"]
+    warming: list[BaseException] = []
+
+    def warm() -> None:
+        try:
+            engine.warm("c")
+        except EngineError as error:
+            warming.append(error)
+
+    thread = threading.Thread(target=warm)
+    thread.start()
+    assert not engine.drain(0.05)
+    time.sleep(0.05)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    for ticket in tickets:
+        with pytest.raises(Draining, match="was closed before it answered"):
+            ticket.result(30)
+    shelf.gate.set()
+    closing.join(30)
+    thread.join(30)
+    assert not closing.is_alive()
+    assert all(isinstance(each, Draining) for each in warming)
+    engine.close()  # once more does no harm
+
+
+def test_a_limit_that_is_no_number_is_refused() -> None:
+    for wrong in ({"slots": 0}, {"memory": -1}, {"batch_tokens": 1.5}):
+        with pytest.raises(DataError, match="expected a whole number"):
+            Limits(**wrong)  # type: ignore[arg-type]
+
+
+def test_counts_are_kept_by_version(shelf: Shelf) -> None:
+    shelf.broken["bad@1"] = BundleError("torn")
+    with shelf.engine() as engine:
+        engine.classify(TEXTS, "a")
+        with pytest.raises(BundleError):
+            engine.classify(["x"], "bad")
+        stats = engine.stats()
+        one = stats.versions["sha256:a@1"]
+        assert (one.version, one.requests, one.answers, one.errors) == ("a@1", 5, 5, 0)
+        assert one.prompt_tokens == stats.prompt_tokens > 0
+        assert stats.versions["sha256:bad@1"].errors == stats.errors == 1
+        assert (stats.answers, stats.loads, stats.failed_loads, stats.adapters) == (5, 1, 1, 1)
+
+
+def test_labels_of_every_number_share_a_batch(shelf: Shelf) -> None:
+    shelf.adapters["two@1"] = made("bert", "classify", METHODS["lora"], 7, 2, shelf.spec(2))
+    shelf.adapters["five@1"] = made("bert", "classify", METHODS["head"], 8, 5, shelf.spec(5))
+    with shelf.engine() as engine:
+        tickets = [engine.submit("classify", text, name) for text in TEXTS for name in ("two", "five")]
+        widths = [len(ticket.result(30)["probabilities"]) for ticket in tickets]
+    assert widths == [2, 5] * len(TEXTS)
+    assert set(LABELS) >= {ticket.result()["label"] for ticket in tickets}

@@ -1,0 +1,215 @@
+"""Texts from the engine: transformers' generate() for each adapter alone, whoever else is asked at the same time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from adapters_at_hand import alone
+from shelf import Shelf
+from small_models import GENERATORS
+
+from turret.engine import Done, Failed, Options, Piece
+from turret.errors import Cancelled, DataError, NoRoom
+from turret.tasks.make import task_from_spec
+
+TEXTS = ("a great film", "why not", "the market in london fell by 12%", "x")
+
+
+def shelf(family: str, **settings: Any) -> Shelf:
+    made = Shelf(family, "generate")
+    for seed, (name, method) in enumerate({"narrow": "lora", "wide": "wide", "prefix": "prefix"}.items(), 1):
+        made.put(name, method, seed, **settings)
+    return made
+
+
+def reference(shelf: Shelf, name: str | None, text: str, **settings: Any) -> tuple[str, int, str]:
+    """(text, tokens, reason) by transformers' own generate(), one row."""
+    adapter = None if name is None else shelf.adapters[f"{name}@1"]
+    model, base = alone(shelf.family, "generate", adapter), shelf.base()
+    if adapter is None:
+        ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+        own = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    else:
+        task = task_from_spec(adapter.task, base.tokenizer)
+        ids, own = task.encode_sources([text])[0].ids[None], dict(task.generation)
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **(own | settings))
+    row = out[0, 1 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()
+    eos = model.generation_config.eos_token_id if adapter is None else own["eos_token_id"]
+    kept = row[: row.index(eos)] if eos in row else row
+    said = base.tokenizer.decode(kept, skip_special_tokens=True).strip()
+    return said, len(kept), "stop" if eos in row else "length"
+
+
+@pytest.mark.parametrize("family", GENERATORS)
+def test_greedy_answers_of_a_crowd_equal_each_alone(family: str) -> None:
+    made = shelf(family)
+    asked = [(name, text) for text in TEXTS for name in ("narrow", "wide", "prefix", None)]
+    with made.engine(batch_tokens=64, running=5) as engine:
+        tickets = [engine.submit("generate", text, name, Options(max_tokens=12)) for name, text in asked]
+        for (name, text), ticket in zip(asked, tickets, strict=True):
+            answer = ticket.result(30)
+            got = answer["text"], answer["tokens"], answer["finish_reason"]
+            assert got == reference(made, name, text, max_new_tokens=12), (name, text)
+        assert engine.stats().cache_tokens == engine.stats().running == 0
+
+
+def test_control_another_adapters_answer_would_be_seen() -> None:
+    made = shelf("llama")
+    said = {reference(made, name, TEXTS[0]) for name in ("narrow", "wide", "prefix", None)}
+    assert len(said) == 4
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+@pytest.mark.parametrize("family", GENERATORS)
+def test_beam_search_equals_transformers(family: str, beams: int) -> None:
+    made = shelf(family)
+    with made.engine() as engine:
+        tickets = [
+            (name, text, engine.submit("generate", text, name, Options(num_beams=beams, max_tokens=9)))
+            for name in ("wide", "prefix", "narrow")
+            for text in TEXTS[:2]
+        ]
+        other = engine.submit("generate", TEXTS[2], "narrow")
+        for name, text, ticket in tickets:
+            answer = ticket.result(30)
+            got = answer["text"], answer["tokens"], answer["finish_reason"]
+            assert got == reference(made, name, text, num_beams=beams, max_new_tokens=9), (name, text)
+        assert other.result(30)["text"] == reference(made, "narrow", TEXTS[2])[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"length_penalty": 2.0},
+        {"length_penalty": -1.0, "early_stopping": "never"},
+        {"early_stopping": True, "no_repeat_ngram_size": 2},
+        {"forced_bos_token_id": 9, "forced_eos_token_id": 2, "min_length": 6},
+        {"repetition_penalty": 1.8, "early_stopping": "never"},
+    ],
+)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_what_a_bases_generation_config_asks_for_is_done(settings: dict[str, Any], beams: int) -> None:
+    made = shelf("bart")
+    base = made.base()
+    for name, value in settings.items():
+        setattr(base.model.generation_config, name, value)
+    with made.engine(base) as engine:
+        for name in ("narrow", "wide"):
+            for text in TEXTS:
+                answer = engine.generate([text], name, Options(num_beams=beams))[0]
+                if beams == 1:
+                    wanted = {k: v for k, v in settings.items() if k not in ("length_penalty", "early_stopping")}
+                else:
+                    wanted = settings
+                expected = reference(made, name, text, num_beams=beams, **wanted)
+                assert (answer["text"], answer["tokens"], answer["finish_reason"]) == expected
+
+
+def test_sampled_texts_depend_on_their_seed_and_not_on_who_is_asked_beside() -> None:
+    made = shelf("qwen3")
+    options = {seed: Options(temperature=1.2, top_p=0.9, seed=seed, max_tokens=12) for seed in range(4)}
+    with made.engine() as engine:
+        first = {seed: engine.generate([TEXTS[0]], "wide", each)[0] for seed, each in options.items()}
+    with made.engine(batch_tokens=40, running=3) as engine:
+        crowd = [engine.submit("generate", text, name) for text in TEXTS for name in ("narrow", "prefix", None)]
+        tickets = {seed: engine.submit("generate", TEXTS[0], "wide", each) for seed, each in options.items()}
+        assert {seed: ticket.result(30) for seed, ticket in tickets.items()} == first
+        assert all(ticket.result(30) for ticket in crowd)
+    assert len({answer["text"] for answer in first.values()}) == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_is_streamed_joins_to_the_answer(family: str) -> None:
+    made = shelf(family)
+    with made.engine() as engine:
+        for options in (Options(), Options(temperature=1.0, seed=1), Options(num_beams=2)):
+            ticket = engine.submit("generate", TEXTS[0], "narrow", options)
+            pieces = list(ticket.stream())
+            assert (
+                "".join(pieces) == ticket.result()["text"] == engine.generate(TEXTS[:1], "narrow", options)[0]["text"]
+            )
+        assert len(pieces) == 1, "beams are decided at the end"
+
+
+def test_events_come_in_order_and_end_once() -> None:
+    made = shelf("llama")
+    with made.engine() as engine:
+        events: list[Any] = []
+        ticket = engine.submit("generate", TEXTS[0], "narrow")
+        ticket.listen(events.append)
+        ticket.result(30)
+        late: list[Any] = []
+        ticket.listen(late.append)
+    assert all(isinstance(each, Piece) for each in events[:-1])
+    assert isinstance(events[-1], Done)
+    assert [type(each) for each in late] == [Piece, Done]
+    assert "".join(each.text for each in events[:-1]) == late[0].text == ticket.result()["text"]
+
+
+def test_a_stop_string_ends_the_text_before_it_and_frees_its_rows() -> None:
+    made = shelf("llama", max_target_tokens=40)
+    with made.engine() as engine:
+        whole = engine.generate([TEXTS[0]], "narrow")[0]["text"]
+        for size in (1, 3, 5):
+            stop = whole[4 : 4 + size]
+            ticket = engine.submit("generate", TEXTS[0], "narrow", Options(stop=(stop, "never there")))
+            answer = ticket.result(30)
+            assert answer["text"] == whole[: whole.index(stop)].strip()
+            assert answer["finish_reason"] == "stop"
+            streamed = engine.submit("generate", TEXTS[0], "narrow", Options(stop=(stop,)))
+            assert "".join(streamed.stream()) == answer["text"]
+        assert engine.stats().running == 0
+
+
+def test_token_ids_are_taken_as_they_are() -> None:
+    made = shelf("gpt2")
+    with made.engine() as engine:
+        ids = engine.base.tokenizer("a great film")["input_ids"]
+        options = Options(max_tokens=8)
+        answer = engine.submit("generate", ids, None, options).result(30)
+        assert answer == engine.generate(["a great film"], None, options)[0]
+        with pytest.raises(DataError, match="0 to 127"):
+            engine.submit("generate", [1, 128], None)
+        with pytest.raises(DataError, match="one or more"):
+            engine.submit("generate", [], None)
+
+
+def test_a_cancelled_generation_ends_and_gives_its_rows_back() -> None:
+    made = shelf("llama")
+    with made.engine(max_tokens=100_000, cache_tokens=200_000) as engine:
+        ticket = engine.submit("generate", TEXTS[0], "narrow", Options(max_tokens=50_000))
+        stream = ticket.stream()
+        next(stream)
+        ticket.cancel()
+        with pytest.raises(Cancelled, match="was cancelled"):
+            ticket.result(30)
+        with pytest.raises(Cancelled):
+            list(stream)
+        assert isinstance(ticket._end, Failed)
+        stats = engine.stats()
+        assert (stats.running, stats.cache_tokens, stats.waiting) == (0, 0, 0)
+        assert engine.loaded()[0].requests == 0
+        assert engine.generate([TEXTS[0]], "narrow")[0]["tokens"] > 0
+
+
+def test_what_does_not_fit_the_cache_is_refused_and_what_does_not_fit_now_waits() -> None:
+    made = shelf("llama", max_target_tokens=30)
+    with made.engine(cache_tokens=64) as engine:
+        tickets = [engine.submit("generate", text, "narrow") for text in TEXTS]  # 64 tokens each
+        answers = [ticket.result(30)["text"] for ticket in tickets]
+        with pytest.raises(NoRoom, match=r"needs 128 tokens .* limit of cache_tokens is 64"):
+            engine.submit("generate", TEXTS[0], "narrow", Options(max_tokens=90)).result(30)
+    with made.engine() as engine:
+        assert [each["text"] for each in engine.generate(TEXTS, "narrow")] == answers
+
+
+def test_positions_that_a_base_does_not_have_are_refused_not_read() -> None:
+    made = shelf("gpt2")
+    with made.engine() as engine:
+        with pytest.raises(DataError, match="max_tokens = 510: the prompt leaves room for"):
+            engine.submit("generate", TEXTS[0], None, Options(max_tokens=510))
+        with pytest.raises(DataError, match="has 600 tokens and this engine takes at most 512"):
+            engine.submit("generate", [5] * 600, None)
+        assert engine.generate([TEXTS[0]], None, Options(max_tokens=500))[0]["tokens"] <= 500

@@ -1,0 +1,229 @@
+"""Mixtures against PEFT and the bare base, with controls: what one pass promises about rows that share it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapters_at_hand import CLASSIFIES, LENGTHS, METHODS, alone, made, runner_of
+from batches import padded, rows, with_eos
+from small_models import FAMILIES, build
+
+from turret.adapters import Adapter, attachment, classify_logits
+from turret.engine.bank import Bank
+from turret.engine.cache import Lane
+from turret.engine.runner import Fresh, Runner, Step
+from turret.methods import LoRA
+
+
+def loras(family: str, task: Any, count: int = 8) -> list[Adapter]:
+    """Of different ranks, targets and scalings."""
+    kinds = [
+        LoRA(
+            r=2 + seed % 3 * 3, lora_alpha=6 + seed, lora_dropout=0.0, init_lora_weights=False, use_rslora=seed % 2 == 0
+        )
+        for seed in range(count)
+    ]
+    kinds = [
+        each.model_copy(update={"target_modules": "all-linear"}) if seed % 2 else each
+        for seed, each in enumerate(kinds)
+    ]
+    return [made(family, task, kind, seed) for seed, kind in enumerate(kinds, 1)]
+
+
+def peft_logits(family: str, adapter: Adapter, inputs: list[torch.Tensor]) -> torch.Tensor:
+    method = adapter.method
+    assert isinstance(method, LoRA)
+    names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in adapter.tensors}
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=method.r,
+        lora_alpha=method.lora_alpha,
+        target_modules=sorted(names),
+        use_rslora=method.use_rslora,
+        fan_in_fan_out=family == "gpt2",
+    )
+    model = peft.get_peft_model(build(family, "classify"), config).eval()
+    state = model.state_dict()
+    for name, value in adapter.tensors.items():
+        state[name.replace(".weight", ".default.weight")].copy_(value)
+    for name, value in adapter.head.items():
+        module, _, leaf = name.partition(".")
+        saved = f"base_model.model.{module}.modules_to_save.default.{leaf}"
+        state[saved if saved in state else f"base_model.model.{name}"].copy_(value)
+    logits: torch.Tensor = model(**padded(inputs, model.config.pad_token_id)).logits
+    return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_mixed_pass_of_loras_equals_peft_row_by_row(family: str) -> None:
+    adapters = loras(family, "classify", 4)
+    runner = runner_of(family, "classify", adapters)
+    inputs = with_eos(runner.model, rows())
+    mixed = runner.run([Fresh(row.tolist(), slot) for slot, row in enumerate(inputs, 1)]).classes
+    for adapter, row, logits in zip(adapters, inputs, mixed, strict=True):
+        torch.testing.assert_close(logits, peft_logits(family, adapter, [row])[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
+@torch.no_grad()
+def test_control_one_layer_left_out_for_one_row_would_be_seen(family: str) -> None:
+    adapters = loras(family, "classify", 4)
+    runner = runner_of(family, "classify", adapters)
+    inputs = with_eos(runner.model, rows())
+    fresh = [Fresh(row.tolist(), slot) for slot, row in enumerate(inputs, 1)]
+    whole = runner.run(fresh).classes
+    loaded = runner.bank._slots[2]
+    for layer in loaded.pairs():
+        kept = runner.bank._pairs(2)
+        runner.bank._viewed[2] = {number: pair for number, pair in kept.items() if number != layer}
+        torn = runner.run(fresh).classes
+        runner.bank._viewed[2] = kept
+        assert (torn[1] - whole[1]).abs().max() > 1e-4, layer
+        assert all(torch.equal(torn[row], whole[row]) for row in (0, 2, 3))
+
+
+def prompts(runner: Runner, slots: list[int]) -> tuple[torch.Tensor, list[Lane]]:
+    """Scores of the first tokens of a crowd, and the crowd's lanes."""
+    inputs = with_eos(runner.model, rows(lengths=LENGTHS))
+    lanes = [runner.lane(len(row), 8, slot) for row, slot in zip(inputs, slots, strict=True)]
+    fresh = [Fresh(row.tolist(), slot, lane) for row, slot, lane in zip(inputs, slots, lanes, strict=True)]
+    return runner.run(fresh).vocabulary, lanes
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bart"])
+@torch.no_grad()
+def test_a_bare_row_is_bit_equal_to_the_bare_base_in_a_pass_of_the_same_shapes(family: str) -> None:
+    runner = runner_of(family, "generate", loras(family, "generate"))
+    bare, lanes = prompts(runner, [0] * 8)
+    steps = runner.run([], [Step(5 + row, 0, lane) for row, lane in enumerate(lanes)]).vocabulary
+    for lane in lanes:
+        runner.cache.close(lane)
+    slots = [0, 0, 0, 1, 2, 3, 4, 5]  # as a pass sorts them, so that every row lies where it lay
+    mixed, lanes = prompts(runner, slots)
+    assert torch.equal(mixed[:3], bare[:3])
+    assert (mixed[3:] - bare[3:]).abs().amin(0).max() > 1e-3
+    again = runner.run([], [Step(5 + row, slot, lanes[row]) for row, slot in enumerate(slots)]).vocabulary
+    assert torch.equal(again[:3], steps[:3])
+
+
+@torch.no_grad()
+def test_a_bare_row_beside_prefixes_equals_the_bare_base() -> None:
+    adapters = [made("llama", "generate", METHODS["prefix"], seed) for seed in range(5)]
+    runner = runner_of("llama", "generate", adapters)
+    bare, _ = prompts(runner, [0] * 8)
+    mixed, _ = prompts(runner, [1, 0, 2, 0, 3, 4, 0, 5])
+    torch.testing.assert_close(mixed[[1, 3, 6]], bare[[1, 3, 6]], atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@torch.no_grad()
+def test_permuting_rows_permutes_answers(family: str) -> None:
+    adapters = [made(family, "classify", METHODS[kind], seed) for seed, kind in enumerate(["lora", "wide", "prefix"])]
+    runner = runner_of(family, "classify", adapters)
+    inputs = with_eos(runner.model, rows(lengths=LENGTHS))
+    slots = [1, 2, 3, 3, 2, 1, 2, 1]
+    fresh = [Fresh(row.tolist(), slot) for row, slot in zip(inputs, slots, strict=True)]
+    straight = runner.run(fresh).classes
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(3)).tolist()
+    permuted = runner.run([fresh[row] for row in order]).classes
+    for place, row in enumerate(order):
+        torch.testing.assert_close(permuted[place], straight[row], atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [1, 2, 3, 4, 5, 6, 7, 8],
+        [3, 3, 3, 3, 3, 3, 3, 3],
+        [1, 1, 1, 1, 1, 1, 2, 0],
+        [0, 4, 4, 0, 2, 2, 8, 1],
+        [0, 0, 0, 0, 0, 0, 0, 5],
+        [2, 1, 2, 1, 2, 1, 0, 3],
+    ],
+)
+@torch.no_grad()
+def test_steps_of_any_mixture_equal_the_plain_loop_over_segments(batched: bool, slots: list[int]) -> None:
+    runner = runner_of("llama", "generate", loras("llama", "generate"))
+    runner.bank.stack.batched = batched
+    inputs = rows(lengths=LENGTHS)
+    lanes = [runner.lane(len(row), 8, slot) for row, slot in zip(inputs, slots, strict=True)]
+    runner.run([Fresh(r.tolist(), slot, lane) for r, slot, lane in zip(inputs, slots, lanes, strict=True)])
+    for count in (8, 5, 8):  # rows leave and come back, so places are used again
+        picked = slots[:count]
+        fresh = [Fresh([*row.tolist(), 7], slot, runner.lane(30, 8, slot)) for row, slot in zip(inputs, picked)]  # noqa: B905
+        whole = runner.run(fresh).vocabulary  # the plain loop: every row as a segment of a prompt
+        for each in fresh:
+            assert each.lane is not None
+            runner.cache.close(each.lane)
+        before = [dict(lane.lengths) for lane in lanes]
+        steps = runner.run([], [Step(7, slot, lane) for slot, lane in zip(picked, lanes)]).vocabulary  # noqa: B905
+        for lane, lengths in zip(lanes, before, strict=True):
+            lane.lengths = lengths
+        torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_in_bfloat16_a_mixed_pass_is_as_near_to_float32_as_each_row_alone() -> None:
+    adapters = loras("bert", "classify", 4)
+    exact = [alone("bert", "classify", adapter) for adapter in adapters]
+    runner = runner_of("bert", "classify", adapters, torch.bfloat16)
+    inputs = rows()
+    mixed = runner.run([Fresh(row.tolist(), slot) for slot, row in enumerate(inputs, 1)]).classes
+    for model, row, logits in zip(exact, inputs, mixed, strict=True):
+        wanted = classify_logits(model, [row])[0]
+        assert (logits - wanted).abs().max() < 0.05 * wanted.abs().max() + 0.05
+
+
+@torch.no_grad()
+def test_decoding_in_bfloat16_takes_the_stacked_way_and_is_near_to_float32() -> None:
+    adapters = loras("llama", "generate", 8)
+    outcomes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        runner = runner_of("llama", "generate", adapters, dtype)
+        _, lanes = prompts(runner, [1, 2, 3, 4, 5, 6, 7, 8])
+        steps = [Step(9, slot, lane) for slot, lane in enumerate(lanes, 1)]
+        assert runner.bank.stack.batched is (dtype == torch.float32)
+        outcomes.append(runner.run([], steps).vocabulary)
+    assert (outcomes[0] - outcomes[1]).abs().max() < 0.05 * outcomes[0].abs().max()
+
+
+def test_mounting_takes_as_long_beside_a_thousand_as_beside_none() -> None:
+    adapter = loras("bert", "classify", 1)[0]
+    bank: Bank = runner_of("bert", "classify", [adapter]).bank
+    touched: list[Any] = []
+    loaded = bank.prepare(adapter, "sha256:x", CLASSIFIES)
+    for slot in range(1, 1001):
+        bank.mount(slot, loaded)
+    for linear in attachment(bank._model).linears.values():
+        linear.register_module = lambda *a: touched.append(a)  # type: ignore[method-assign]
+    bank.mount(1001, loaded)
+    bank.unmount(1)
+    assert not touched
+    assert all(not linear.slots for linear in attachment(bank._model).linears.values())
+
+
+def test_a_lora_in_memory_is_one_run_in_the_bases_precision() -> None:
+    adapter = made("bert", "classify", METHODS["wide"])
+    loaded = runner_of("bert", "classify", [], torch.bfloat16).bank.prepare(adapter, "sha256:x", CLASSIFIES)
+    numbers = sum(each.numel() for each in adapter.tensors.values())
+    assert loaded.run.untyped_storage().nbytes() == 2 * numbers
+    assert loaded.bytes == 2 * numbers + sum(4 * each.numel() for each in adapter.head.values())
+
+
+@torch.no_grad()
+def test_a_pooler_is_adapted_where_the_head_reads_it() -> None:
+    adapter = made("bert", "classify", METHODS["wide"], 4)
+    assert any("pooler" in name for name in adapter.tensors)
+    runner = runner_of("bert", "classify", [adapter])
+    row = rows()[0]
+    own = runner.run([Fresh(row.tolist(), 1)]).classes[0]
+    torch.testing.assert_close(own, classify_logits(alone("bert", "classify", adapter), [row])[0], atol=1e-5, rtol=1e-5)
+    without = {name: each * (0.0 if "pooler" in name else 1.0) for name, each in adapter.tensors.items()}
+    changed = Adapter(adapter.method, without, adapter.head, adapter.base)
+    runner.bank.mount(2, runner.bank.prepare(changed, "sha256:y", CLASSIFIES))
+    assert (runner.run([Fresh(row.tolist(), 2)]).classes[0] - own).abs().max() > 1e-3

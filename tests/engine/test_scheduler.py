@@ -1,0 +1,158 @@
+"""Who goes next: nobody starves, the bounds hold, turns are fair, priorities and deadlines count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turret.engine.request import Named, Options, Receipt, Request, Ticket
+from turret.engine.scheduler import Scheduler
+from turret.errors import Cancelled, DeadlineExceeded
+
+_numbers = iter(range(1 << 30))
+
+
+def request(adapter: str = "a", tokens: int = 10, kind: Any = "classify", **settings: Any) -> Request:
+    named = Named(adapter, 1, f"sha256:{adapter}", 1) if adapter else None
+    ticket = Ticket(Receipt(str(next(_numbers)), adapter or None, 1, None, "base"), lambda: None)
+    return Request(kind, ticket, named, "text", Options(), tokens, settings.pop("arrived", 0.0), **settings)
+
+
+def scheduler(**settings: Any) -> Scheduler:
+    return Scheduler(**({"batch_tokens": 100, "running": 4, "cache_tokens": 1000} | settings))
+
+
+REQUESTS = st.builds(
+    lambda adapter, tokens, generates, priority, rows, cache: (
+        request(
+            adapter, tokens, "generate" if generates else "classify", priority=priority, rows=rows, cache_tokens=cache
+        )
+        if generates
+        else request(adapter, tokens, priority=priority)
+    ),
+    st.sampled_from("abcde"),
+    st.integers(1, 400),
+    st.booleans(),
+    st.integers(-1, 2),
+    st.integers(1, 4),
+    st.integers(1, 1000),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(REQUESTS, max_size=4), max_size=12), st.integers(1, 5), st.randoms())
+def test_everybody_is_served_once_and_no_bound_is_passed(arrivals: Any, steps: int, random: Any) -> None:
+    plan = scheduler()
+    waiting = [each for group in arrivals for each in group]
+    pending, served, running = list(arrivals), [], []
+    for _ in range(20 * len(waiting) + 20):
+        if pending:
+            for each in pending.pop(0):
+                plan.add(each)
+        rows = plan.rows
+        chosen = plan.next()
+        served += chosen
+        fresh = sum(each.tokens for each in chosen)
+        assert len(chosen) <= 1 or fresh + rows <= plan.batch_tokens
+        running += [[each, steps] for each in chosen if each.kind == "generate"]
+        assert plan.rows == sum(each.rows for each, _ in running) <= plan.running
+        assert plan.held_tokens == sum(each.cache_tokens for each, _ in running) <= plan.cache_tokens
+        for entry in running:
+            entry[1] -= 1
+        for entry in [entry for entry in running if entry[1] < 1]:
+            running.remove(entry)
+            plan.finished(entry[0])
+    assert sorted(map(id, served)) == sorted(map(id, waiting))
+    assert len(plan) == plan.waiting_tokens == plan.rows == plan.held_tokens == 0
+
+
+def test_an_adapter_that_floods_the_queue_does_not_keep_another_waiting() -> None:
+    plan = scheduler(quantum=50)
+    for _ in range(200):
+        plan.add(request("flood", 20))
+    plan.add(request("small", 20))
+    assert any(each.named and each.named.name == "small" for each in plan.next())
+
+
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=5), st.integers(5, 40))
+@settings(deadline=None)
+def test_adapters_that_always_wait_get_equal_tokens(sizes: list[int], passes: int) -> None:
+    plan, got = scheduler(quantum=50, patience=1000), [0] * len(sizes)
+    sent: list[int] = []
+    for passes_gone in range(passes):
+        for index, size in enumerate(sizes):
+            for _ in range(120 // size + 1 if not passes_gone else sent[index]):
+                plan.add(request(str(index), size))
+        sent = [0] * len(sizes)
+        for each in plan.next():
+            got[int(each.flow[7:])] += each.tokens
+            sent[int(each.flow[7:])] += 1
+    assert max(got) - min(got) <= plan.quantum + max(sizes)
+
+
+def test_a_higher_priority_goes_first() -> None:
+    plan = scheduler()
+    low, high = request("a", 80), request("b", 80, priority=1)
+    plan.add(low)
+    plan.add(high)
+    assert plan.next() == [high]
+    assert plan.next() == [low]
+
+
+def test_a_low_priority_is_not_passed_over_for_ever() -> None:
+    plan = scheduler(patience=5)
+    low = request("a", 80)
+    plan.add(low)
+    for count in range(1, 10):
+        plan.add(request("b", 80, priority=9))
+        if low in plan.next():
+            assert count == 6
+            return
+    raise AssertionError("never served")
+
+
+def test_a_large_request_gets_its_cache_although_small_ones_keep_coming() -> None:
+    plan, running = scheduler(patience=5), []
+    large = request("large", 10, "generate", cache_tokens=1000)
+    plan.add(request("small", 1, "generate", cache_tokens=400))
+    running += plan.next()
+    plan.add(large)
+    for _ in range(30):
+        plan.add(request("small", 1, "generate", cache_tokens=400))
+        chosen = plan.next()
+        if large in chosen:
+            return
+        running += chosen
+        if len(running) > 1 or not chosen:
+            plan.finished(running.pop(0))
+    raise AssertionError("never served")
+
+
+def test_generating_rows_take_their_tokens_of_a_pass_before_others_begin() -> None:
+    plan = scheduler(batch_tokens=10, running=8)
+    for _ in range(6):
+        plan.add(request("a", 1, "generate", cache_tokens=1))
+    assert len(plan.next()) == 6
+    plan.add(request("b", 4))
+    plan.add(request("b", 1))
+    assert [each.tokens for each in plan.next()] == [4]
+
+
+def test_what_is_removed_never_goes() -> None:
+    plan = scheduler()
+    first, second = request("a", 5), request("a", 6)
+    plan.add(first)
+    plan.add(second)
+    plan.remove([first])
+    assert plan.waiting_tokens == 6
+    assert plan.next() == [second]
+
+
+def test_a_request_knows_when_its_time_is_over() -> None:
+    late = request("a", arrived=1.0, deadline=3.0)
+    assert late.end_of_time(2.9) is None
+    assert isinstance(late.end_of_time(3.0), DeadlineExceeded)
+    late.cancelled = True
+    assert isinstance(late.end_of_time(2.0), Cancelled)

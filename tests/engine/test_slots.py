@@ -1,0 +1,96 @@
+"""Which adapter sits in which slot: the bounds hold, pins and holds stay, the least recently used goes."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turret.engine.slots import Slots
+from turret.errors import NoRoom
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["open", "fill", "fail", "hold", "release", "pin", "unpin"]),
+        st.sampled_from("abcdefgh"),
+        st.integers(1, 60),
+    ),
+    max_size=60,
+)
+
+
+@settings(deadline=None)
+@given(STEPS, st.integers(1, 4), st.one_of(st.none(), st.integers(20, 100)))
+def test_the_bounds_hold_and_what_is_held_or_pinned_stays(steps: Any, count: int, memory: int | None) -> None:
+    slots = Slots(count, memory)
+    for verb, digest, size in steps:
+        safe = {each.digest for each in slots.entries() if each.holds or each.pinned or not each.ready}
+        entry = slots.find(digest)
+        out = []
+        if verb == "open" and entry is None:
+            with suppress(NoRoom):
+                out = slots.open(digest, size)[1]
+        elif entry is None:
+            continue
+        elif verb == "fill" and not entry.ready:
+            filled = slots.filled(entry, size)
+            out = [entry] if filled is None else filled
+            safe.discard(digest)
+        elif verb == "fail" and not entry.ready:
+            slots.close(entry)
+            safe.discard(digest)
+        elif verb == "hold":
+            slots.hold(entry)
+        elif verb == "release" and entry.holds:
+            slots.release(entry)
+        elif verb in ("pin", "unpin"):
+            entry.pinned = verb == "pin"
+        entries = slots.entries()
+        assert len(entries) <= count
+        assert slots.bytes == sum(each.bytes for each in entries)
+        assert memory is None or slots.bytes <= memory
+        assert len({each.slot for each in entries}) == len(entries)
+        assert all(1 <= each.slot <= count for each in entries)
+        assert safe.isdisjoint(each.digest for each in out)
+        assert safe <= {each.digest for each in entries}
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    slots = Slots(2, None)
+    for digest in "ab":
+        entry, _ = slots.open(digest, 1)
+        assert entry is not None
+        slots.filled(entry, 1)
+    first = slots.find("a")
+    assert first is not None
+    slots.hold(first)
+    slots.release(first)
+    assert [each.digest for each in slots.open("c", 1)[1]] == ["b"]
+
+
+def test_a_slot_is_waited_for_while_all_are_held_and_refused_while_all_are_pinned() -> None:
+    slots = Slots(1, None)
+    entry, _ = slots.open("a", 1)
+    assert entry is not None
+    slots.filled(entry, 1)
+    slots.hold(entry)
+    assert slots.open("b", 1) == (None, [])
+    entry.pinned = True
+    with pytest.raises(NoRoom, match="all 1 slots hold pinned"):
+        slots.open("b", 1)
+
+
+def test_an_adapter_larger_than_the_bound_is_refused_with_both_numbers() -> None:
+    with pytest.raises(NoRoom, match="takes 11 bytes and the limit of memory is 10"):
+        Slots(1, 10).open("a", 11)
+
+
+def test_one_that_turns_out_larger_than_there_is_room_for_is_out_again() -> None:
+    slots = Slots(2, 10)
+    entry, _ = slots.open("a", 5)
+    assert entry is not None
+    assert slots.filled(entry, 11) is None
+    assert len(slots) == slots.bytes == 0

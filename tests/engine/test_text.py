@@ -1,0 +1,54 @@
+"""A text while it grows: pieces join to the whole, and no stop string leaks, wherever the tokens' borders are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turret.engine.text import Growing
+
+WORDS = st.lists(st.sampled_from(["a", "b", " ", "ab", "\n", "ba ", " a", "aab"]), max_size=20)
+
+
+def grown(words: Sequence[str], stop: Sequence[str]) -> tuple[list[str], Growing]:
+    pieces = []
+    text = Growing(lambda tokens: "".join(words[: len(tokens)]), stop)
+    for count in range(1, len(words) + 1):
+        pieces.append(text.grow(range(count)))
+        if text.stopped:
+            break
+    pieces.append(text.end())
+    return pieces, text
+
+
+@settings(deadline=None)
+@given(WORDS, st.lists(st.text("ab \n", min_size=1, max_size=4), max_size=3))
+def test_pieces_join_to_the_text_before_the_first_stop_string(words: list[str], stop: list[str]) -> None:
+    pieces, text = grown(words, stop)
+    whole = "".join(words)
+    if text.stopped:
+        # the first token that completes a stop string ends the text, at the earliest stop string there is by then
+        ends = [min((at for each in stop if (at := "".join(words[:n]).find(each)) >= 0), default=-1) for n in
+                range(1, len(words) + 1)]  # fmt: skip
+        whole = whole[: next(end for end in ends if end >= 0)]
+    else:
+        assert not any(each in whole for each in stop)
+    assert "".join(pieces) == text.text == whole.strip()
+
+
+def test_a_stop_string_over_the_border_of_tokens_is_held_back_until_it_is_decided() -> None:
+    assert grown(["x", "E", "N", "D", "y"], ["END"])[0] == ["x", "", "", "", ""]
+    assert grown(["x", "E", "N", "O"], ["END"])[0] == ["x", "", "", "ENO", ""]
+
+
+def test_half_a_character_is_held_back_until_it_is_whole() -> None:
+    text = Growing(lambda tokens: ["", "a�", "aé"][len(tokens)], [])
+    assert [text.grow([1]), text.grow([1, 2]), text.end()] == ["a", "é", ""]
+
+
+def test_blanks_around_the_text_are_never_said() -> None:
+    pieces, text = grown([" ", "a", " ", "b", " "], [])
+    assert "".join(pieces) == text.text == "a b"
+    assert pieces[:3] == ["", "a", ""]

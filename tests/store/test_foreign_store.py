@@ -1,0 +1,151 @@
+"""A store folder that comes from somebody else is read, or refused in one line, and reaches nothing outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from turret.cli.main import run
+from turret.errors import BadReference, Corrupt, StoreError
+from turret.store import Example, GoldenSet, Store
+from turret.store.golden import digest_of
+from turret.workspace import Workspace
+
+READS = [["list"], ["show", "a@1"], ["diff", "a@1", "a@2"], ["verify"], ["gate", "a"], ["gc", "--dry-run"]]
+
+
+def meddle(store: Store, statement: str, *values: object) -> None:
+    """What a stranger wrote into the database, by hand and without foreign keys."""
+    connection = sqlite3.connect(store.root / "turret.db")
+    with connection:
+        connection.execute(statement, values)
+    connection.close()
+
+
+def blob(store: Store) -> Path:
+    path = store.files("a@1")["adapter_model.safetensors"]
+    path.chmod(0o644)
+    return path
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../outside", "/tmp/outside", "a/../../outside", "..\\outside", "C:outside", "a\0b", "", ".", "a\nb", "./a"],
+)
+def test_a_path_that_leaves_the_bundle_is_never_written_to(store, put, tmp_path, path) -> None:
+    put(), put()
+    meddle(store, "UPDATE files SET path = ? WHERE path = 'adapter_config.json' AND version_id = 1", path)
+    before = sorted(tmp_path.rglob("*"))
+    for call in (
+        lambda: store.materialize("a@1", tmp_path / "deep" / "out"),
+        lambda: store.files("a@1"),
+        lambda: store.promote("a@1", "production"),
+        lambda: Workspace(store.root).export("a@1", tmp_path / "exported"),
+        lambda: Workspace(store.root).predict("a@1", ["x"]),
+    ):
+        with pytest.raises(Corrupt, match="which is no path inside a bundle: delete the version") as refused:
+            call()
+        assert str(refused.value).isprintable()
+    assert [each for each in sorted(tmp_path.rglob("*")) if "turret.db-" not in each.name] == before
+    (problem,) = store.verify().problems
+    assert problem.where == "a@1"
+    assert store.materialize("a@2", tmp_path / "fine").number == 2
+    store.delete("a@1")
+    assert store.verify().ok
+
+
+@pytest.mark.parametrize("make", [os.symlink, os.link, lambda _target, path: os.mkfifo(path), lambda _, p: p.mkdir()])
+def test_a_stored_file_that_is_a_link_a_pipe_or_a_folder_is_not_read(store, put, tmp_path, make) -> None:
+    """A hard link to what has other bytes is damage; a pipe would never end."""
+    put()
+    path = blob(store)
+    (tmp_path / "secret").write_bytes(path.read_bytes()[::-1])
+    path.unlink()
+    make(tmp_path / "secret", path)
+    with pytest.raises((Corrupt, StoreError)):
+        store.materialize("a@1", tmp_path / "out")
+    with pytest.raises((Corrupt, StoreError)):
+        store.files("a@1")
+    assert not store.verify().ok
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_link_is_not_followed_even_to_the_right_bytes(store, put, tmp_path) -> None:
+    put()
+    path = blob(store)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Corrupt, match="is no plain file"):
+        store.files("a@1")
+
+
+@pytest.mark.parametrize("column", ["manifest", "metrics"])
+@pytest.mark.parametrize("value", ["{", "", "[" * 50_000, "nonsense"])
+def test_a_row_that_is_no_json_is_one_line(store, put, capsys, column, value) -> None:
+    put(), put()
+    meddle(store, f"UPDATE versions SET {column} = ? WHERE id = 1", value)
+    for arguments in (["list"], ["show", "a@1"], ["promote", "a@1", "x"]):
+        assert run([*arguments, "--store", str(store.root)]) == 1
+        err = capsys.readouterr().err
+        assert "restore it from a copy" in err, arguments
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"base": "x", "method": [1], "task": 7, "lineage": "y"},
+        {"base": {"id": [1]}, "method": {"kind": {}}, "task": {"kind": None, "labels": [1, None]}},
+        {"lineage": {"libraries": [1], "recipe": 7, "parent": {"a": 1}, "imported": [], "seed": {}}},
+        [],
+        {"base": {"id": "\x1b[2J", "fingerprint": 3, "revision": {}}, "method": {"kind": "\x1b[31m", "\x07": "\x1b"}},
+    ],
+)
+def test_a_manifest_of_another_shape_is_shown_as_far_as_it_goes_and_moves_no_cursor(store, put, capsys, said) -> None:
+    put(), put()
+    meddle(store, "UPDATE versions SET manifest = ?", json.dumps(said))
+    meddle(
+        store, "UPDATE versions SET metrics = ?", json.dumps([[1], {"test": 7, "x": {"loss": "\x1b"}}][len(said) % 2])
+    )
+    for arguments in READS:
+        status = run([*arguments, "--store", str(store.root)])
+        out, err = capsys.readouterr()
+        assert "bug in turret" not in err, (arguments, err)
+        assert (status, err) == (int(arguments == ["verify"]), "") or err.count("\n") == 1
+        assert out.replace("\n", "").isprintable()
+        assert run([*arguments, "--json", "--store", str(store.root)]) in (0, 1)
+        out, err = capsys.readouterr()
+        assert "bug in turret" not in err, (arguments, err)
+        json.loads(out or "{}")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]\n", '{"text": 1}\n', '{"label": "x"}\n', '{"text": "a", "label": "b"}\n{"text": "a"}\n']
+)
+def test_golden_examples_that_make_no_sense_and_have_the_right_digest_are_one_line(store, put, content) -> None:
+    put(said={"task": {"kind": "classify", "labels": ["b"]}})
+    store.gate("a", "production", examples=GoldenSet((Example("a", "label", "b"),)))
+    digest = digest_of(content)
+    meddle(store, "UPDATE golden_sets SET digest = ?, content = ?", digest, content)
+    meddle(store, "UPDATE golden_gates SET golden = ?", digest)
+    with pytest.raises(Corrupt, match=r"golden examples golden:\w+ make no sense"):
+        store.promote("a", "production")
+    with pytest.raises(Corrupt, match="make no sense"):
+        store.examples(digest)
+
+
+@pytest.mark.parametrize("name", ["../x", "A", "\x1b[2J", "%2e%2e"])
+def test_a_name_that_no_store_of_ours_gives_is_printed_plainly_and_cannot_be_asked_for(
+    store, put, capsys, name
+) -> None:
+    put()
+    meddle(store, "UPDATE adapters SET name = ?", name)
+    assert run(["list", "--store", str(store.root)]) == 0
+    assert capsys.readouterr().out.replace("\n", "").isprintable()
+    with pytest.raises(BadReference):
+        store.materialize(f"{name}@1", store.root / "out")
+    assert not (store.root / "out").exists()

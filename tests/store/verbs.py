@@ -1,0 +1,268 @@
+"""Every verb that changes a store or is read from one, made ready to be killed: what is done, and what must hold after.
+
+A verb is made ready again and again in the same store, so what an earlier round left, done or not, must not matter.
+`import` and `export` load torch; no other does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from store.bundles import tensors, write_bundle
+
+from turret.errors import NotFound
+from turret.store import Example, GoldenSet, Replay, Store
+
+Hold = Callable[[bool], None]  # told whether the verb was acknowledged; asserts what must be so
+TASK = {"task": {"kind": "classify", "labels": ["bad", "good"]}}
+GOLDEN = GoldenSet((Example("a great film", "label", "good"),))
+BUILT: dict[Path, Path] = {}  # folder -> a real bundle in it
+NEXT: dict[Path, Path] = {}  # folder -> the bundle that is put next
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Makes a store ready, carries the verb out in another process, and says what must hold after."""
+
+    ready: Callable[[Path, Path], Hold]  # of the store's root, and a folder for what else it needs
+    act: Callable[[Path, Path], object]
+
+
+def unlike(folder: Path) -> Path:
+    """A bundle that no other is like."""
+    seed = int.from_bytes(os.urandom(6), "big")
+    return write_bundle(folder, tensors(seed, 5000), {"same": b"in every version"}, TASK)
+
+
+def ready_to_put(_root: Path, folder: Path) -> Hold:
+    NEXT[folder] = unlike(folder)
+    return lambda _done: None  # what was acknowledged is on stdout
+
+
+def put(root: Path, folder: Path) -> None:
+    print(Store(root).put("a", NEXT[folder]), flush=True)
+
+
+def two(root: Path, folder: Path) -> Store:
+    """A store with a@1 and a@2, which pass the gates of `production`: one of a metric, one of golden examples."""
+    store = Store(root)
+    for number in range(len(store.list("a")), 2):
+        version = store.put("a", write_bundle(folder, tensors(number), said=TASK), metrics={"test": {"accuracy": 0.9}})
+        store.gate("a", "production", add=["accuracy>=0.9"], examples=GOLDEN)
+        store.keep_replay(version, Replay(GOLDEN.digest, 1, 1, None, "then"))
+    return store
+
+
+def names(root: Path, *allowed: str) -> None:
+    found = str(Store(root).resolve("a@production"))
+    assert found in allowed, (found, allowed)
+
+
+def ready_to_promote(root: Path, folder: Path) -> Hold:
+    two(root, folder).promote("a@1", "production")
+    return lambda done: names(root, "a@2") if done else names(root, "a@1", "a@2")
+
+
+def ready_to_rollback(root: Path, folder: Path) -> Hold:
+    store = two(root, folder)
+    store.promote("a@1", "production")
+    store.promote("a@2", "production")
+    return lambda done: names(root, "a@1") if done else names(root, "a@1", "a@2")
+
+
+def ready_to_gate(root: Path, folder: Path) -> Hold:
+    """One transaction takes two gates away and adds two."""
+    store = two(root, folder)
+    for gate in store.gate("a", "candidate"):
+        store.gate("a", "candidate", remove=[str(gate)])
+    before = ["test.loss<1", f"golden:{OTHER.digest[7:19]}>=1"]
+    store.gate("a", "candidate", add=before[:1], examples=OTHER)
+    after = ["test.accuracy>=0.5", f"golden:{GOLDEN.digest[7:19]}>=0.5"]
+
+    def hold(done: bool) -> None:
+        found = [str(gate) for gate in Store(root).gate("a", "candidate")]
+        assert found == after or (found == before and not done), found
+        assert Store(root).examples(GOLDEN.digest) == GOLDEN
+
+    return hold
+
+
+OTHER = GoldenSet((Example("a dull story", "label", "bad"),) * 200)
+
+
+def gate(root: Path, folder: Path) -> None:
+    remove = ["loss", f"golden:{OTHER.digest[7:19]}"]
+    Store(root).gate("a", "candidate", add=["accuracy>=0.5"], remove=remove, examples=GOLDEN, share=0.5)
+
+
+def ready_to_replay(root: Path, folder: Path) -> Hold:
+    store = two(root, folder)
+    passed = {"then": 1, "now": 1}
+    store.keep_replay(store.resolve("a@1"), Replay(GOLDEN.digest, 1, 1, None, "then"))
+
+    def hold(done: bool) -> None:
+        (found,) = Store(root).show("a@1")["replays"]
+        assert found["passed"] == passed[found["replayed"]]
+        assert found["replayed"] == "now" or not done
+
+    return hold
+
+
+def replay(root: Path, folder: Path) -> None:
+    store = Store(root)
+    store.keep_replay(store.resolve("a@1"), Replay(GOLDEN.digest, 1, 1, None, "now"))
+
+
+def ready_to_delete(root: Path, folder: Path) -> Hold:
+    """The newest is deleted with the alias that names it."""
+    store = two(root, folder)
+    newest = str(store.put("a", unlike(folder)))
+    store.promote(newest, "candidate2")
+
+    def hold(done: bool) -> None:
+        listed = [str(version) for version in Store(root).list("a")]
+        assert {"a@1", "a@2"} <= set(listed)
+        assert not (done and newest in listed)
+        if newest in listed:
+            assert str(Store(root).resolve("a@candidate2")) == newest
+        else:
+            try:
+                Store(root).resolve("a@candidate2")
+            except NotFound:
+                pass
+            else:
+                raise AssertionError("an alias names what is not listed")
+
+    return hold
+
+
+def delete(root: Path, folder: Path) -> None:
+    Store(root).delete("a@candidate2", force=True)
+
+
+def ready_to_gc(root: Path, folder: Path) -> Hold:
+    """Two versions are listed, another was deleted, and a killed writer left something."""
+    store = two(root, folder)
+    store.gc()
+    before = {str(version) for version in store.list()}
+    store.delete(
+        str(store.put("a", write_bundle(folder, tensors(7), said=TASK)))
+    )  # the same, so that no folder is added
+    (root / "tmp" / "left").write_bytes(b"x")
+    os.utime(root / "tmp" / "left", (0, 0))
+
+    def hold(done: bool) -> None:
+        assert {str(version) for version in Store(root).list()} == before
+        assert not done or (Store(root).verify().orphans == 0 and not (root / "tmp" / "left").exists())
+
+    return hold
+
+
+def ready_to_migrate(root: Path, folder: Path) -> Hold:
+    """The store is of the first format, with an alias that was moved."""
+    two(root, folder).promote("a@1", "production")
+    connection = sqlite3.connect(root / "turret.db", isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    if connection.execute("SELECT version_num FROM alembic_version").fetchone()[0] != "0001":
+        for table in ("replays", "golden_gates", "golden_sets", "gates"):
+            connection.execute(f"DROP TABLE {table}")
+        for column in ("who", "number", "verb", "before"):
+            connection.execute(f'ALTER TABLE alias_history DROP COLUMN "{column}"')
+        connection.execute("ALTER TABLE versions DROP COLUMN who")
+        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+    connection.execute("COMMIT")
+    connection.close()
+
+    def hold(_done: bool) -> None:
+        store = Store(root)
+        assert [str(version) for version in store.list("a")][:2] == ["a@1", "a@2"]
+        assert str(store.resolve("a")) == "a@1"
+        for version in store.list("a"):  # the first format had neither gates nor replays
+            store.keep_replay(version, Replay(keep(store), 1, 1, None, "then"))
+
+    return hold
+
+
+def keep(store: Store) -> str:
+    store.gate("a", "production", add=["accuracy>=0.9"], examples=GOLDEN)
+    return GOLDEN.digest
+
+
+def real(folder: Path) -> Path:
+    """A bundle of a two-layer base that is there, made once."""
+    if folder not in BUILT:
+        import small_models
+        import tiny_training
+        import torch
+
+        from turret import LoRA, adapters, bases
+
+        torch.set_num_threads(1)
+        base: Any = bases.load(str(small_models.save_base("bert", folder / "bert")), task="classify", num_labels=2)
+        task = tiny_training.task_of(tiny_training.recipe(), tiny_training.dataset(), base)
+        adapters.attach(base.model, LoRA(init_lora_weights=False), generator=torch.Generator().manual_seed(0))
+        tensors, head, method = adapters.extract(base.model)
+        info = adapters.BaseInfo(base.id, base.fingerprint, base.family.name)
+        adapters.save_bundle(adapters.Adapter(method, tensors, head, info, task.spec()), folder / "real")
+        BUILT[folder] = folder / "real"
+    return BUILT[folder]
+
+
+def ready_to_import(root: Path, folder: Path) -> Hold:
+    store, source = two(root, folder), real(folder)
+    for version in store.list("b"):
+        store.delete(str(version), force=True)
+    store.gc()
+    assert source.exists()
+
+    def hold(done: bool) -> None:
+        assert len(Store(root).list("b")) == 1 or not done
+
+    return hold
+
+
+def import_(root: Path, folder: Path) -> None:
+    from turret import Workspace
+
+    Workspace(root).import_adapter(str(folder / "real"), "b")
+
+
+def ready_to_export(root: Path, folder: Path) -> Hold:
+    from turret import adapters
+
+    store = two(root, folder)
+    store.put("b", real(folder))
+    shutil.rmtree(root / "out", ignore_errors=True)
+
+    def hold(done: bool) -> None:
+        assert (root / "out").exists() or not done
+        if (root / "out").exists():
+            adapters.read_bundle(root / "out")
+
+    return hold
+
+
+def export(root: Path, folder: Path) -> None:
+    from turret import Workspace
+
+    Workspace(root).export("b", root / "out")
+
+
+VERBS = {
+    "put": Verb(ready_to_put, put),
+    "promote": Verb(ready_to_promote, lambda root, _: Store(root).promote("a@2", "production")),
+    "rollback": Verb(ready_to_rollback, lambda root, _: Store(root).rollback("a")),
+    "gate": Verb(ready_to_gate, gate),
+    "replay": Verb(ready_to_replay, replay),
+    "delete": Verb(ready_to_delete, delete),
+    "gc": Verb(ready_to_gc, lambda root, _: Store(root).gc()),
+    "migrate": Verb(ready_to_migrate, lambda root, _: Store(root).list()),
+    "import": Verb(ready_to_import, import_),
+    "export": Verb(ready_to_export, export),
+}
