@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 import turret
-from turret.cli import aliases, answers, demo, difference, doctor, exchange, train, upkeep, versions
+from turret.cli import aliases, answers, demo, difference, doctor, exchange, experiment, train, upkeep, versions
 from turret.cli.output import complain, follows
 from turret.errors import TurretError
 
@@ -44,6 +44,7 @@ app.command()(upkeep.gc)
 app.command()(upkeep.delete)
 app.command("import")(exchange.import_)
 app.command()(exchange.export)
+app.add_typer(experiment.app)
 app.command()(doctor.doctor)
 
 
