@@ -237,9 +237,8 @@ def _print(found: Status) -> None:
     from turret.experiments import words
 
     experiment = found.experiment
-    state = "[green]running[/]" if experiment.state == "running" else "[yellow]ended[/]"
-    since = safe(_time(experiment.created if experiment.ended is None else experiment.ended))
-    console().print(f"[bold]{safe(experiment)}[/] {state} since {since}")
+    ended = f", [yellow]ended[/] {safe(_time(experiment.ended))}" if experiment.ended else ", [green]running[/]"
+    console().print(f"[bold]{safe(experiment)}[/] since {safe(_time(experiment.created))}{ended}")
     better = "more" if experiment.metric.goal == "higher" else "less"
     facts = [
         (

@@ -166,6 +166,8 @@ class Experiment:
 
     def next_share(self) -> float | None:
         """The next planned share of the candidates, where there is one."""
+        if not any(arm.live for arm in self.candidates):
+            return None
         now = sum(self.weights.get(arm.name, 0.0) for arm in self.candidates)
         return next((share for share in self.steps if share > now + 1e-9), None)
 

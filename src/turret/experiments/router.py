@@ -120,7 +120,7 @@ class Router:
     # --- the inside --------------------------------------------------------------------------------------------------
 
     def _running(self) -> dict[str, Experiment]:
-        if self._clock() - self._read >= REFRESH:
+        if self._known is None or self._clock() - self._read >= REFRESH:
             self.turn()
         return self._known or {}
 

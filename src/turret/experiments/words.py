@@ -49,12 +49,12 @@ def advice(found: Weighed) -> str:
     worse = [each for each in found.arms if each.against and each.arm.live and each.against.verdict == "worse"]
     if worse:
         return f"`turret experiment stop {name} --rollback` leaves {experiment.alias} to {found.arms[0].version}"
-    if not any(each.outcomes for each in found.arms) and experiment.candidates:
+    if not any(each.outcomes for each in found.arms) and any(arm.live for arm in experiment.candidates):
         return "tell outcomes: `turret experiment outcome`, or POST them to the server; without them nothing is learnt"
+    if not any(arm.live for arm in experiment.candidates):
+        return f"compare what the shadows do beside the control, then `turret experiment stop {name}`"
     share = experiment.next_share()
     wider = f", or send more there: `turret experiment ramp {name}` goes on to {share:.0%}" if share is not None else ""
-    if not experiment.candidates:
-        return f"compare what the shadows do, then `turret experiment stop {name}`"
     return f"wait{wider}; looking does no harm, however often"
 
 
