@@ -1,4 +1,4 @@
-"""`turret experiment`: a person reads `status` and knows what to do; a machine gets one object; a mistake is one line."""
+"""`turret experiment`: `status` says what to do, `--json` is one object, a mistake one line."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def test_json_has_stable_keys(said) -> None:
     begun = told(said("start", "news", "--candidate", "news@2", "--shadow", "news@3", "--share", "50%", "--json"))
     assert set(begun) == {
         "experiment", "adapter", "number", "state", "alias", "metric", "unit", "alpha", "guards", "steps", "created",
-        "who", "ended", "verdict", "alias_names", "arms", "sample_ratio", "verdicts", "decision", "done", "next", "history",
+        "who", "ended", "verdict", "alias_names", "arms", "sample_ratio", "verdicts", "decision", "done", "next",
+        "history",
     }  # fmt: skip
     assert set(begun["arms"][1]) == {
         "arm", "role", "version", "digest", "live", "share", "units", "outcomes", "mean", "answers", "errors", "slow",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,5 +41,5 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def router(workspace: Workspace, clock: Clock) -> Iterator[Router]:
-    yield workspace.router(clock)
+def router(workspace: Workspace, clock: Clock) -> Router:
+    return workspace.router(clock)

@@ -1,4 +1,4 @@
-"""A process that is killed in the middle of a verb of an experiment has done all of it or nothing, its alias included."""
+"""Killed in the middle of a verb of an experiment, all of it was done or nothing, the alias included."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 from experiments.conftest import filled
@@ -58,7 +59,7 @@ def test_a_candidate_that_is_better_is_promoted_only_where_asked_and_past_its_ga
     assert settled.next == "`turret experiment stop news --promote candidate` gives news@2 the alias production"
     experiment.stop()
     experiment.start("news@2", share=0.5, guards=Guards(promote=True))
-    run(workspace, rates, 400)
+    run(workspace, rates, 400, seed=1)
     workspace.gate("news", "production", add=["accuracy>=0.85"])
     (refused,) = workspace.settle()
     assert "is better and was not promoted: news@2 may not become news@production" in refused.done[0]
@@ -105,8 +106,6 @@ def test_errors_or_latency_beyond_their_bound_roll_a_candidate_back_without_outc
         router.flush()
         (settled,) = workspace.settle()
         assert settled.experiment.state == "ended"
-        import re
-
         assert re.search(why, settled.done[0])
 
 
@@ -232,7 +231,7 @@ def test_what_cannot_be_meant_is_one_line_and_begins_nothing(workspace, settings
 def test_one_experiment_of_a_name_runs_at_a_time_and_earlier_ones_can_be_looked_at(workspace) -> None:
     experiment = workspace.experiment("news")
     experiment.start("news@2", share=0.1)
-    with pytest.raises(ExperimentError, match="news#1 is running since .* stop it with `turret experiment stop news`"):
+    with pytest.raises(ExperimentError, match=r"news#1 is running since .* stop it with `turret experiment stop news`"):
         experiment.start("news@3")
     with pytest.raises(ExperimentError, match="news#1 has no next step, none was planned: say a share"):
         experiment.ramp()

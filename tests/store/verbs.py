@@ -10,6 +10,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,10 +265,8 @@ def begun(root: Path, folder: Path) -> Store:
     from turret import Workspace
 
     store, experiment = two(root, folder), Workspace(root).experiment("a")
-    try:
+    with suppress(ExperimentError, NotFound):
         experiment.stop()
-    except (ExperimentError, NotFound):
-        pass
     store.promote("a@1", "production")
     experiment.start("a@2", steps=(0.1, 0.5, 0.9), guards=Guards(max_errors=0.1))
     return store
