@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src" / "turret").rglob("*.py"))
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "sklearn", "numpy")
 QUICK = ("turret", "turret.errors", "turret.reference", "turret.methods", "turret.families", "turret.recipe")
-QUICK += ("turret.database", "turret.store", "turret.workspace", "turret.cli.main")
+QUICK += ("turret.database", "turret.store", "turret.experiments", "turret.workspace", "turret.cli.main")
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -67,7 +67,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     assert not hasattr(turret, "torch")
 
 
-@pytest.mark.parametrize("room", ["adapters", "bases", "recipe", "store", "tasks", "train", "workspace"])
+@pytest.mark.parametrize("room", ["adapters", "bases", "experiments", "recipe", "store", "tasks", "train", "workspace"])
 def test_what_a_room_exports_is_there(room: str) -> None:
     module = importlib.import_module(f"turret.{room}")
     for name in getattr(module, "__all__", ()):

@@ -13,6 +13,7 @@ from turret.workspace import Evaluation, RunResult
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
 VERBS = [(command.name or getattr(command.callback, "__name__", "")) for command in app.registered_commands]
+VERBS += [str(group.typer_instance.info.name) for group in app.registered_groups if group.typer_instance]
 
 
 @pytest.mark.parametrize("verb", VERBS)
