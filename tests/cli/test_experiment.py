@@ -96,7 +96,7 @@ def test_json_has_stable_keys(said) -> None:
         (["replay", "news@1", "news@1", "x.csv"], 1, "are the same version, news@1"),
         (["replay", "news@1", "news@2"], 1, "nothing to replay: news@production asks for no golden examples"),
         (["list", "--alpha", "2"], 2, "level 2.0"),
-        (["ramp"], 2, "Missing argument 'NAME'"),
+        (["ramp"], 2, "Missing argument 'name'"),
         (["nothing"], 2, "No such command"),
     ],
 )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 import re
+import sqlite3
 
 import pytest
 from experiments.conftest import filled
 
 from turret import Workspace
-from turret.errors import BadExperiment, ExperimentError, GateFailed, InUse, NotFound
+from turret.errors import BadExperiment, ExperimentError, GateFailed, InUse, NotFound, StoreError
 from turret.experiments import Guards
 from turret.experiments.decide import Compared, Health, decide, verdict
 from turret.workspace import promoting
+
+FEW = Guards(max_errors=0.02)
 
 
 def run(workspace: Workspace, rates: dict[str, float], units: int, seed: int = 0, drop: float = 0.0) -> None:
@@ -283,3 +286,25 @@ def test_a_store_without_experiments_says_how_to_begin(tmp_path) -> None:
     assert workspace.settle() == []
     with pytest.raises(NotFound, match="there is no store"):
         Workspace(tmp_path / "none").experiment("news").status()
+
+
+def test_a_row_that_makes_no_sense_is_one_line(workspace) -> None:
+    workspace.experiment("news").start("news@2")
+    for arms in ("{}", "[1]", '[{"name": 1}]', "null"):
+        with sqlite3.connect(workspace.store.root / "turret.db") as connection:
+            connection.execute("UPDATE experiments SET arms = ?", (arms,))
+        connection.close()
+        with pytest.raises(StoreError):
+            workspace.experiment("news").status()
+
+
+def test_a_shadow_that_fails_leaves_an_alias_that_names_nothing_alone(workspace) -> None:
+    router = workspace.router()
+    workspace.experiment("news").start("news@2", control="news@1", shadows="news@3", alias="other", guards=FEW)
+    found = router.assign("news", "ann")
+    for _ in range(50):
+        router.shadowed(found, "shadow", seconds=0.1, error=True)
+    router.flush()
+    (settled,) = workspace.settle()
+    assert (settled.experiment.state, settled.points) == ("running", None)
+    assert "shadow (news@3) rolled back" in settled.done[0]

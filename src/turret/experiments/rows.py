@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, insert, select, update
 
 from turret.database import adapters, experiment_events, experiment_splits, experiments
-from turret.errors import ExperimentError, NotFound
+from turret.errors import Corrupt, ExperimentError, NotFound
 from turret.experiments import assign
 from turret.experiments.experiment import CONTROL, Arm, Experiment, Guards, Metric, shares
 
@@ -207,7 +207,20 @@ def _found(connection: Connection, condition: Any) -> Iterator[Experiment]:
         .where(condition)
         .order_by(adapters.c.name, experiments.c.number)
     )
-    return (_experiment(row) for row in connection.execute(query).all())
+    return (_read(row) for row in connection.execute(query).all())
+
+
+def _read(row: Row[Any]) -> Experiment:
+    """The experiment, of a row that may come from a store of somebody else's."""
+    try:
+        found = _experiment(row)
+        if found.arms[0].name != CONTROL:
+            raise ValueError
+        return found
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise Corrupt(
+            f"experiment {row.name}#{row.number} makes no sense in the database: restore it from a copy"
+        ) from None
 
 
 def _experiment(row: Row[Any]) -> Experiment:

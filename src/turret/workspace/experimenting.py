@@ -326,7 +326,12 @@ def _carried_out(store: Store, weighed: Weighed) -> str | None:
     reference, control = experiment.reference(arm), experiment.reference(experiment.control)
     try:
         if decision.action == "drop":
-            store.back_to(control, experiment.alias, leaving=[reference], also=_dropping(weighed, decision.arm))
+            drop = _dropping(weighed, decision.arm)
+            if arm.role == "shadow":  # it never answered: the alias has nothing to do with it
+                with store.database().writing() as connection:
+                    drop(connection)
+            else:
+                store.back_to(control, experiment.alias, leaving=[reference], also=drop)
             return f"{arm.name} ({reference}) rolled back: {decision.why}"
         if any(each["verb"] == "refused" and each["detail"].get("arm") == arm.name for each in weighed.history):
             return None
