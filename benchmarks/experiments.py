@@ -127,7 +127,7 @@ def _said(stopped: list[int | None], differs: bool) -> str:
         return f"{share:.1%} wrong"
     units = sorted(math.inf if each is None else each for each in stopped)
     median, most = units[len(units) // 2], units[int(0.9 * len(units))]
-    return f"{share:.0%}; {median:g} ({most:g})"
+    return f"{share:.0%}; {median:g} ({most:g})".replace("(inf)", "(not within)")
 
 
 if __name__ == "__main__":

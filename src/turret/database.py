@@ -20,7 +20,7 @@ The schema, in bullets (its number is `SCHEMA`; every change is a new Alembic fi
   one of its unit; append-only
 - `outcomes`: what came of an answer; `counted` is 1 for the first of its unit, which the evidence is made of;
   append-only
-- `experiment_health`: answers, errors, slow ones and seconds of an arm, agreements of a shadow, of a moment; append-only
+- `experiment_health`: answers, errors, slow ones and seconds of an arm, a shadow's agreements, of a moment; append-only
 - `runs`: a row a training; `state` is running, interrupted, failed or finished; the version it made has its `run`
 
 Times are ISO 8601 in UTC, as text; `who` is the user that did it, NULL where that is not known. On SQLite the journal
