@@ -24,6 +24,7 @@ QUICK += (
     "turret.postgres",
     "turret.database",
     "turret.store",
+    "turret.experiments",
     "turret.workspace",
     "turret.cli.main",
     "turret.engine.scheduler",
@@ -78,7 +79,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["adapters", "bases", "engine", "recipe", "server", "store", "tasks", "train", "workspace"]
+    "room", ["adapters", "bases", "engine", "experiments", "recipe", "server", "store", "tasks", "train", "workspace"]
 )
 def test_what_a_room_exports_is_there(room: str) -> None:
     module = importlib.import_module(f"turret.{room}")

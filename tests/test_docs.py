@@ -26,6 +26,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 VERBS = ["train", "plan", "evaluate", "predict", "engine", "inputs", "list", "show", "resolve", "doctor"]
 VERBS += ["import_adapter", "export", "diff", "promote", "rollback", "gate", "verify", "gc", "delete"]
+VERBS += ["experiment", "experiments", "settle", "router", "replay"]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
@@ -84,7 +85,10 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     run_page(page("docs/tutorial.md"), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/reference/python.md", "docs/howto/serve.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "docs/tutorial.md", "docs/reference/python.md", "docs/howto/serve.md", "docs/howto/experiments.md"],
+)
 def test_every_python_block_is_python(name: str) -> None:
     for code in re.findall(r"^```python\n(.*?)^```$", page(name), re.MULTILINE | re.DOTALL):
         compile(code, name, "exec")
@@ -108,6 +112,15 @@ def test_the_reference_has_every_command_with_every_option(command: str) -> None
     for parameter in COMMANDS[command].params:
         names = [name for name in parameter.opts if name.startswith("--")]
         assert all(name in text + shared + same for name in names), f"turret {command} {names}"
+
+
+def test_the_reference_has_every_verb_of_an_experiment_with_every_option() -> None:
+    text = section("docs/reference/commands.md", "`turret experiment")
+    for name, command in COMMANDS["experiment"].commands.items():
+        assert f"`turret experiment {name} " in text or f"`turret experiment {name}`" in text, name
+        options = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
+        shared = ("--store", "--json")
+        assert [option for option in options if option not in shared and f"`{option}" not in text] == [], name
 
 
 @pytest.mark.parametrize("key", [key for key in keys() if not key.startswith("method.")])

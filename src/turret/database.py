@@ -14,6 +14,14 @@ The schema, in bullets (its number is `SCHEMA`; every change is a new Alembic fi
 - `golden_gates`: which of these sets an alias asks for, and the share of it that must pass
 - `replays`: how the version of that digest did on such a set, append-only; the newest of a set counts
 - `tokens`: who may ask a server; `hash` is of the token, which is kept nowhere; quotas are a minute, NULL for none
+- `experiments`: a row an experiment, with its arms by number and digest, and what it ended with; one a name is running
+- `experiment_splits`: which points belong to which arm, a row a change, append-only; the newest counts
+- `experiment_events`: its history, append-only
+- `assignments`: an answer of an experiment: the unit (hashed), the arm and the probability; `first` is 1 for the first
+  one of its unit; append-only
+- `outcomes`: what came of an answer; `counted` is 1 for the first of its unit, which the evidence is made of;
+  append-only
+- `experiment_health`: answers, errors, slow ones and seconds of an arm, a shadow's agreements, of a moment; append-only
 - `runs`: a row a training; `state` is running, interrupted, failed or finished; the version it made has its `run`
 
 Times are ISO 8601 in UTC, as text; `who` is the user that did it, NULL where that is not known. Names order by their
@@ -36,6 +44,7 @@ from sqlalchemy import (
     Connection,
     Float,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -52,7 +61,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-SCHEMA = "0004"  # the newest file in migrations/versions; a test holds the two together
+SCHEMA = "0005"  # the newest file in migrations/versions; a test holds the two together
 
 metadata = MetaData(
     naming_convention={
@@ -186,6 +195,83 @@ runs = Table(
     Column("ended", String(32)),
     Column("error", Text),
     Column("result", JSON),
+)
+experiments = Table(
+    "experiments",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("adapter_id", ForeignKey(adapters.c.id), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("alias", String(32), nullable=False),
+    Column("salt", String(64), nullable=False),
+    Column("settings", JSON, nullable=False),
+    Column("arms", JSON, nullable=False),
+    Column("created", String(32), nullable=False),
+    Column("who", String(100)),
+    Column("ended", String(32)),
+    Column("verdict", JSON),
+    UniqueConstraint("adapter_id", "number"),
+)
+experiment_splits = Table(
+    "experiment_splits",
+    metadata,
+    Column("experiment_id", ForeignKey(experiments.c.id), primary_key=True),
+    Column("revision", Integer, primary_key=True),
+    Column("segments", JSON, nullable=False),
+    Column("created", String(32), nullable=False),
+)
+experiment_events = Table(
+    "experiment_events",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("experiment_id", ForeignKey(experiments.c.id), nullable=False, index=True),
+    Column("verb", String(16), nullable=False),
+    Column("detail", JSON, nullable=False),
+    Column("at", String(32), nullable=False),
+    Column("who", String(100)),
+)
+assignments = Table(
+    "assignments",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("experiment_id", ForeignKey(experiments.c.id), nullable=False),
+    Column("unit", String(32), nullable=False),
+    Column("receipt", String(100), unique=True),
+    Column("arm", String(16), nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("probability", Float, nullable=False),
+    Column("first", Integer, nullable=False),
+    Column("at", String(32), nullable=False),
+    Index(None, "experiment_id", "unit"),
+)
+outcomes = Table(
+    "outcomes",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("assignment_id", ForeignKey(assignments.c.id), nullable=False, unique=True),
+    Column("experiment_id", ForeignKey(experiments.c.id), nullable=False),
+    Column("unit", String(32), nullable=False),
+    Column("arm", String(16), nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("value", Float, nullable=False),
+    Column("counted", Integer, nullable=False),
+    Column("at", String(32), nullable=False),
+    Index(None, "experiment_id", "unit"),
+)
+experiment_health = Table(
+    "experiment_health",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("experiment_id", ForeignKey(experiments.c.id), nullable=False, index=True),
+    Column("arm", String(16), nullable=False),
+    Column("answers", Integer, nullable=False),
+    Column("errors", Integer, nullable=False),
+    Column("slow", Integer, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("compared", Integer, nullable=False),
+    Column("agreed", Integer, nullable=False),
+    Column("at", String(32), nullable=False),
 )
 
 

@@ -15,6 +15,8 @@ TurretError                 anything a user can mend; its text is one line: what
 │   ├── OutOfMemory         the machine could not hold the step
 │   ├── Interrupted         stopped by the user; resumable
 │   └── ProofFailed         the stored bundle did not reproduce the trained model
+├── ExperimentError         an experiment that cannot be begun, changed or carried out as it was asked
+│   └── BadExperiment       settings of an experiment that make no sense
 ├── StoreError              the store could not be opened, read or written
 │   ├── BadLocation         a `--store` that is neither a folder nor the URL of one
 │   ├── NotFound            no such adapter, version or alias
@@ -109,6 +111,16 @@ class Interrupted(TrainingError):
 
 class ProofFailed(TrainingError):
     """The bundle read back in a fresh process did not reproduce the trained model."""
+
+
+class ExperimentError(TurretError):
+    """An experiment cannot be begun, changed or carried out as it was asked."""
+
+
+class BadExperiment(ExperimentError):
+    """Settings of an experiment make no sense: a share, a metric, a margin, an arm."""
+
+    exit_status = 2
 
 
 class StoreError(TurretError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 from store import by_hand
 from store.bundles import tensors, write_bundle
 
-from turret.errors import NotFound
+from turret.errors import ExperimentError, NotFound
+from turret.experiments import Guards, health, rows
+from turret.experiments.health import Answering
 from turret.store import Example, GoldenSet, Replay, Store
 
 Hold = Callable[[bool], None]  # told whether the verb was acknowledged; asserts what must be so
@@ -253,6 +256,98 @@ def export(where: str, folder: Path) -> None:
     Workspace(where).export("b", Store(where).root / "out")
 
 
+# --- experiments ----------------------------------------------------------------------------------------------------
+
+
+def begun(root: Path, folder: Path) -> Store:
+    """An experiment on `a`, fresh, between the two versions: the alias names a@1, one answer was given."""
+    from turret import Workspace
+
+    store, experiment = two(root, folder), Workspace(root).experiment("a")
+    with suppress(ExperimentError, NotFound):
+        experiment.stop()
+    store.promote("a@1", "production")
+    experiment.start("a@2", steps=(0.1, 0.5, 0.9), guards=Guards(max_errors=0.1))
+    return store
+
+
+def state(root: Path) -> tuple[str, float, list[str], str]:
+    """What the experiment says of itself, and the alias."""
+    from turret import Workspace
+
+    said = Workspace(root).experiment("a").status().as_json()
+    return said["state"], said["arms"][1]["share"], [each["verb"] for each in said["history"]], said["alias_names"]
+
+
+def all_or_nothing(before: tuple[object, ...], after: tuple[object, ...], root: Path) -> Hold:
+    """The experiment, its history and the alias are all as before or all as after."""
+
+    def hold(done: bool) -> None:
+        found = state(root)
+        shown = (found[0], round(found[1], 6), *found[2:])
+        assert shown == after or (shown == before and not done), (shown, done)
+
+    return hold
+
+
+BEGUN = ("running", 0.1, ["start"], "a@1")
+
+
+def ready_to_start(root: Path, folder: Path) -> Hold:
+    from turret import Workspace
+
+    begun(root, folder)
+    Workspace(root).experiment("a").stop()
+    return all_or_nothing(("ended", 0.1, ["start", "stop"], "a@1"), ("running", 0.2, ["start"], "a@1"), root)
+
+
+def ready_to_ramp(root: Path, folder: Path) -> Hold:
+    begun(root, folder)
+    return all_or_nothing(BEGUN, ("running", 0.5, ["start", "ramp"], "a@1"), root)
+
+
+def ready_to_outcome(root: Path, folder: Path) -> Hold:
+    """The outcome counts once, however often it is told after the kill."""
+    from turret import Workspace
+
+    begun(root, folder)
+    Workspace(root).experiment("a").assign("ann")
+
+    def hold(done: bool) -> None:
+        experiment = Workspace(root).experiment("a")
+        found = sum(arm["outcomes"] for arm in experiment.status().as_json()["arms"])
+        assert found in ((1,) if done else (0, 1))
+        assert experiment.outcome(1, unit="ann").status == ("repeated" if found else "counted")
+        assert sum(arm["outcomes"] for arm in experiment.status().as_json()["arms"]) == 1
+
+    return hold
+
+
+def ready_to_stop(root: Path, folder: Path) -> Hold:
+    begun(root, folder)
+    return all_or_nothing(BEGUN, ("ended", 0.1, ["start", "promote"], "a@2"), root)
+
+
+def ready_to_settle(root: Path, folder: Path) -> Hold:
+    """The candidate failed so often that it must go, and the alias, which names it, with it."""
+    store = begun(root, folder)
+    store.promote("a@2", "production")
+    with store.database().writing() as connection:
+        running = rows.find(connection, "a")
+        health.keep(connection, {(running.id, "candidate"): Answering(50, 50)}, "then")
+    before = ("running", 0.1, ["start"], "a@2")
+    return all_or_nothing(before, ("ended", 0.0, ["start", "drop", "rollback"], "a@1"), root)
+
+
+def on_experiment(act: Callable[[Any], object]) -> Callable[[Path, Path], object]:
+    def carry_out(root: Path, _: Path) -> object:
+        from turret import Workspace
+
+        return act(Workspace(root).experiment("a"))
+
+    return carry_out
+
+
 VERBS = {
     "put": Verb(ready_to_put, put),
     "promote": Verb(ready_to_promote, lambda where, _: Store(where).promote("a@2", "production")),
@@ -264,4 +359,9 @@ VERBS = {
     "migrate": Verb(ready_to_migrate, lambda where, _: Store(where).list()),
     "import": Verb(ready_to_import, import_),
     "export": Verb(ready_to_export, export),
+    "start": Verb(ready_to_start, on_experiment(lambda each: each.start("a@2", share=0.2))),
+    "ramp": Verb(ready_to_ramp, on_experiment(lambda each: each.ramp())),
+    "outcome": Verb(ready_to_outcome, on_experiment(lambda each: each.outcome(1, unit="ann"))),
+    "stop": Verb(ready_to_stop, on_experiment(lambda each: each.stop(promote="candidate"))),
+    "settle": Verb(ready_to_settle, on_experiment(lambda each: each.settle())),
 }

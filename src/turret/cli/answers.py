@@ -58,7 +58,7 @@ def evaluate(
     """
     from turret.workspace import Workspace
 
-    columns = _columns(sets)
+    columns = data_columns(sets)
     with status() as say:
         found = Workspace(store).evaluate(reference, data, columns=columns, on_stage=say)
     if as_json:
@@ -90,7 +90,7 @@ def _names_a_file(word: str) -> bool:
     return True
 
 
-def _columns(sets: list[str] | None) -> dict[str, Any]:
+def data_columns(sets: list[str] | None) -> dict[str, Any]:
     found = {}
     for key, value in options.overrides(sets).items():
         name = key.removeprefix("data.")

@@ -15,7 +15,20 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 import turret
-from turret.cli import aliases, answers, demo, difference, doctor, exchange, serve, tokens, train, upkeep, versions
+from turret.cli import (
+    aliases,
+    answers,
+    demo,
+    difference,
+    doctor,
+    exchange,
+    experiment,
+    serve,
+    tokens,
+    train,
+    upkeep,
+    versions,
+)
 from turret.cli.output import complain, follows
 from turret.errors import TurretError
 
@@ -46,6 +59,7 @@ app.command("import")(exchange.import_)
 app.command()(exchange.export)
 app.command()(serve.serve)
 app.add_typer(tokens.token, name="token")
+app.add_typer(experiment.app)
 app.command()(doctor.doctor)
 
 

@@ -10,6 +10,7 @@ An alias moves by `promote` and `rollback`; every move is a row of its history, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -75,6 +76,26 @@ def rollback(connection: Connection, name: str, alias: str) -> Move:
         f"nothing to roll back to: {name}@{alias} {where} and named nothing before{gone}: "
         f"move it with `turret promote {name}@NUMBER {alias}`"
     )
+
+
+def back_to(connection: Connection, version: Version, alias: str, leaving: Sequence[str]) -> Move | None:
+    """Move the alias back to this version, where it names nothing or one of `leaving`; None where it stays.
+
+    Where the alias named the version before, it goes on from there, as after rollbacks; else from where it is.
+    """
+    adapter_id, version_id = catalog.adapter_of(connection, version.name), catalog.row_of(connection, version)
+    points = catalog.pointed_at(connection, adapter_id, alias)
+    named = None if points is None else f"{version.name}@{_number(connection, points)}"
+    if points == version_id:
+        return Move(version.name, alias, str(version), named, changed=False)
+    if named is not None and named not in leaving:
+        return None
+    earlier = last = _in_force(connection, adapter_id, alias)
+    while earlier is not None and earlier.version_id != version_id:
+        earlier = None if earlier.before is None else _history(connection, earlier.before)
+    before = earlier.before if earlier is not None else None if last is None else last.before
+    _move(connection, adapter_id, alias, "rollback", version_id, version.number, before)
+    return Move(version.name, alias, str(version), named, changed=True)
 
 
 def forget(connection: Connection, version_id: int) -> None:

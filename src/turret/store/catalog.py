@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, Text, cast, delete, func, insert, or_, select, update
 
-from turret.database import adapters, aliases, files, versions
+from turret.database import adapters, aliases, experiments, files, versions
 from turret.errors import Corrupt, NotFound
 from turret.reference import Reference
 from turret.store.blobs import Blob
@@ -176,6 +176,13 @@ def children(connection: Connection, version: Version) -> list[str]:
 def _parent(manifest: Mapping[str, Any]) -> Any:
     lineage = manifest.get("lineage")
     return lineage.get("parent") if isinstance(lineage, Mapping) else None
+
+
+def tried(connection: Connection, version: Version) -> bool:
+    """Whether an experiment runs with it."""
+    query = select(experiments.c.arms).join(adapters, experiments.c.adapter_id == adapters.c.id)
+    here = connection.execute(query.where(adapters.c.name == version.name, experiments.c.state == "running")).scalars()
+    return any(arm["version"] == version.number for arms in here for arm in arms)
 
 
 def remove(connection: Connection, version: Version) -> Deleted:

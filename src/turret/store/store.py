@@ -13,10 +13,12 @@ whole, and what was not listed is only unlisted files. Content that is under the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection
 
 from turret.database import Database, told
 from turret.errors import BadReference, BundleError, Corrupt, InUse, NotFound, StoreError
@@ -38,6 +40,8 @@ from turret.store.verify import Verified
 
 if TYPE_CHECKING:
     from turret.store.difference import Difference
+
+Also = Callable[[Connection], None] | None  # written in the transaction that moves an alias, or not at all
 
 
 class Store:
@@ -170,7 +174,7 @@ class Store:
 
     # --- aliases ------------------------------------------------------------------------------------------------------
 
-    def promote(self, reference: str, alias: str, *, require: Iterable[str] = ()) -> Move:
+    def promote(self, reference: str, alias: str, *, require: Iterable[str] = (), also: Also = None) -> Move:
         """Move an alias to a version whose files hash right and that passes the alias's gates and `require`.
 
         Golden examples are gates too: raises ReplayNeeded for those that were never put to it, see `keep_replay`.
@@ -184,6 +188,8 @@ class Store:
             version = catalog.find(connection, exact)
             gates.check(version, alias, [*gates.of(connection, version.name, alias), *wanted])
             replays = golden.check(connection, version, alias)
+            if also is not None:
+                also(connection)
             return replace(aliases.promote(connection, version, alias), replays=replays)
 
     def rollback(self, name: str, alias: str = PRODUCTION) -> Move:
@@ -194,6 +200,22 @@ class Store:
             for path, blob in catalog.content_of(connection, catalog.find(connection, exact)).items():
                 if said := self._blobs.glance(blob):  # quick, as it must be; loading hashes everything
                     raise Corrupt(f"{exact} stays at {move.before}: {move.version} is damaged, {path} {said}")
+            return move
+
+    def back_to(self, reference: str, alias: str, *, leaving: Sequence[str], also: Also = None) -> Move | None:
+        """Move an alias back to a version, where it names one of `leaving` or nothing; asks no gate, hashes nothing.
+
+        None where it names something else, which stays.
+        """
+        exact = Reference.parse(reference)
+        with self._there(exact).writing() as connection:
+            if also is not None:
+                also(connection)
+            version = catalog.find(connection, exact)
+            move = aliases.back_to(connection, version, check_alias(alias), leaving)
+            for path, blob in catalog.content_of(connection, version).items() if move is not None else ():
+                if said := self._blobs.glance(blob):
+                    raise Corrupt(f"{exact.name}@{alias} stays where it is: {version} is damaged, {path} {said}")
             return move
 
     def gate(
@@ -257,6 +279,10 @@ class Store:
         """Who may ask a server of this store."""
         return Tokens(self._database, self._made)
 
+    def database(self, *, make: bool = False) -> Database:
+        """The catalog's transactions, for what is kept beside the versions; raises NotFound where there is no store."""
+        return self._made() if make else self._there(None)
+
     # --- upkeep -------------------------------------------------------------------------------------------------------
 
     def delete(self, reference: str, *, force: bool = False) -> Deleted:
@@ -266,6 +292,10 @@ class Store:
             raise BadReference(f"delete {wanted}: expected one version, such as {wanted}@3 or {wanted}@candidate")
         with self._there(wanted).writing() as connection:
             version = catalog.find(connection, wanted)
+            if catalog.tried(connection, version):
+                raise InUse(
+                    f"{version} is not deleted: an experiment runs with it; `turret experiment stop {version.name}`"
+                )
             made_from_it = catalog.children(connection, version)
             if not force and (version.aliases or made_from_it):
                 uses = [f"{version.name}@{alias} names it" for alias in version.aliases]

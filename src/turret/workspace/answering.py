@@ -21,6 +21,7 @@ from turret.errors import AdapterError, DataError
 from turret.recipe import Data
 from turret.store import Store, Version
 from turret.tasks import make, tables
+from turret.tasks.task import Labelled, Pair
 from turret.train.batches import by_length
 from turret.workspace.results import Evaluation
 
@@ -102,12 +103,9 @@ def evaluate(
     stage: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Metrics of the version on the test split of the data, or on all of it where it has no splits."""
-    data = Data.model_validate({"source": source, **columns})
     ready = mounted(store, reference, stage)
     task = ready.task
-    classify = task.kind == "classify"
-    labels, many = (task.labels, task.multi_label) if classify else ((), False)
-    examples, notes = tables.read_test(data, task.kind, labels=labels, multi_label=many)
+    data, examples, notes = labelled(ready, source, columns)
     if stage is not None:
         stage(f"answering {len(examples)} examples")
     started = time.perf_counter()
@@ -120,6 +118,15 @@ def evaluate(
         seconds=time.perf_counter() - started,
         notes=list(notes),
     )
+
+
+def labelled(
+    ready: Mounted, source: str, columns: Mapping[str, Any]
+) -> tuple[Data, Sequence[Labelled | Pair], Sequence[str]]:
+    """Where they were read, the test examples as the version's task has them, and notes."""
+    data, task = Data.model_validate({"source": source, **columns}), ready.task
+    labels, many = (task.labels, task.multi_label) if task.kind == "classify" else ((), False)
+    return data, *tables.read_test(data, task.kind, labels=labels, multi_label=many)
 
 
 def inputs(store: Store, reference: str, source: str, column: str | None) -> list[str]:

@@ -14,6 +14,7 @@ from turret.errors import ReplayNeeded
 from turret.store import Move, Store, Version
 from turret.store.catalog import now
 from turret.store.golden import Example, Golden, GoldenSet, Replay, misfit, name_of
+from turret.store.store import Also
 
 if TYPE_CHECKING:
     from turret.workspace.answering import Mounted
@@ -32,8 +33,12 @@ def promote(
     again: bool = False,
     stage: Stage = None,
     ask: Ask | None = None,
+    also: Also = None,
 ) -> Move:
-    """Move the alias; `again` replays what was replayed before too; `ask` answers in place of a base loaded for it."""
+    """Move the alias; `again` replays what was replayed before too; `ask` answers in place of a base loaded for it.
+
+    also: written in the transaction that moves it.
+    """
     version = store.resolve(reference)  # from here on by number, which never means anything else
     asker = _Asker(store, version, stage, ask)
     if again:
@@ -41,7 +46,7 @@ def promote(
         asker.ask(kept, only_fitting=True)
     while True:
         try:
-            return store.promote(str(version), alias, require=require)
+            return store.promote(str(version), alias, require=require, also=also)
         except ReplayNeeded as needed:
             asker.ask(needed.sets)
 
@@ -78,7 +83,7 @@ def judged(digest: str, wanted: GoldenSet, given: Sequence[dict[str, Any]]) -> R
     first, passed = None, 0
     for place, (example, answer) in enumerate(zip(wanted.examples, given, strict=True), start=1):
         said = answer["label"] if example.check == "label" else answer["text"]
-        why = _fails(example, said)
+        why = fails(example, said)
         if why is None:
             passed += 1
         elif first is None:
@@ -87,7 +92,7 @@ def judged(digest: str, wanted: GoldenSet, given: Sequence[dict[str, Any]]) -> R
     return Replay(digest, passed, len(given), first, now())
 
 
-def _fails(example: Example, given: Any) -> str | None:
+def fails(example: Example, given: Any) -> str | None:
     """None where it passes; else what there is to say beside the answer."""
     wanted = example.wanted
     if example.check == "label":

@@ -5,6 +5,7 @@ Refuses to know HTTP, the terminal, and how anything is done.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,10 +17,13 @@ from turret.workspace.results import Evaluation, Exported, Imported, Planned, Ru
 if TYPE_CHECKING:
     from turret.engine import Limits
     from turret.engine.engine import Engine
+    from turret.experiments import Router
     from turret.recipe import Recipe
     from turret.store.difference import Difference
     from turret.train import StepRecord
+    from turret.workspace.experimenting import LiveExperiment, Status
     from turret.workspace.promoting import Ask
+    from turret.workspace.replaying import Replayed
 
 
 Say = Callable[[str], None]
@@ -30,6 +34,7 @@ class Workspace:
 
     def __init__(self, path: str | Path | Location = ".turret") -> None:
         self.store = Store(path)
+        self._memories: dict[int, Any] = {}  # what `settle` added up of each experiment so far
 
     def list(self, name: str | None = None) -> Sequence[Version]:
         """All stored versions, or those of one name."""
@@ -219,6 +224,47 @@ class Workspace:
         from turret.workspace import answering
 
         return answering.inputs(self.store, reference, source, column)
+
+    def experiment(self, name: str, number: int | None = None) -> LiveExperiment:
+        """The running experiment of an adapter name, or its last: start, ramp, outcome, status, stop, ..."""
+        from turret.workspace.experimenting import LiveExperiment
+
+        return LiveExperiment(self.store, name, number)
+
+    def experiments(self, *, alpha: float = 0.05) -> Sequence[dict[str, Any]]:
+        """Every experiment with its evidence, and which are discoveries, of which at most alpha are false."""
+        from turret.workspace import experimenting
+
+        return experimenting.listed(self.store, alpha)
+
+    def settle(self) -> Sequence[Status]:
+        """Carry out what the guards of all running experiments ask; a server calls it every few seconds."""
+        from turret.workspace import experimenting
+
+        return experimenting.settle_all(self.store, self._memories)
+
+    def router(self, clock: Callable[[], float] = time.time) -> Router:
+        """What a server asks which version answers a request, and tells what came of it; see `turret.experiments`."""
+        from turret.experiments import Router
+
+        return Router(self.store.database(make=True), clock)
+
+    def replay(
+        self,
+        a: str,
+        b: str,
+        data: str | None = None,
+        *,
+        columns: Mapping[str, Any] | None = None,
+        on_stage: Say | None = None,
+    ) -> Replayed:
+        """Compare two versions on the same labelled examples, paired, before traffic is spent.
+
+        data: as for `evaluate`; where left out, the golden examples that a's alias `production` asks for.
+        """
+        from turret.workspace import replaying
+
+        return replaying.replay(self.store, a, b, data, columns or {}, on_stage)
 
     def doctor(self) -> dict[str, Any]:
         """What this machine can run."""

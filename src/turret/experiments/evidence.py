@@ -1,0 +1,174 @@
+"""What the outcomes of one candidate and the control prove, whenever one looks. Numbers in, numbers out.
+
+For the n-th unit, of the candidate (a = 1) or the control (a = 0): y in [0, 1], more is better; pi, the probability
+with which it was sent to the candidate of these two, as it was logged. Everything that is written m, q or lambda is
+known before the n-th outcome. Three processes start at 1, and none expects to grow where its null hypothesis holds:
+
+**better, worse, of a binary outcome** (exact; after Turner, Ly & Gruenwald, "Generic e-variables for exact sequential
+k-sample tests", 2024, with the probabilities that were logged, and Grunwald, de Heide & Koolen, "Safe testing", 2024):
+
+    E_n = mean over d of  prod_i  q_a(y_i) / p0(y_i)       p0 = pi q_1 + (1 - pi) q_0
+    q_1, q_0: Bernoulli with log odds  logit(m) + d (1 - pi),  logit(m) - d pi;  m: the mean of both arms so far
+
+    better: d > 0, and E is a test supermartingale wherever no unit's chance is higher with the candidate; worse: d < 0.
+    (For d > 0 a unit's factor falls in its chance with the control and rises in that with the candidate, and where
+    both are equal it expects sum_a pi_a q_a(y) / p0(y) = 1, whatever that chance is: it may drift, and pi may
+    change.)
+
+**better, worse by more than a margin** (exact; betting, after Waudby-Smith & Ramdas, "Estimating means of bounded
+random variables by betting", 2024), for any y in [0, 1]:
+
+    z = (a - pi)(y - m)      h = pi (1 - pi)      E[z | past] = h (mean of the candidate - mean of the control)
+    E_n = mean over lambda of  prod_i  1 + lambda s_i
+    better: s = z;  worse by more than delta: s = -(z + h delta);  lambda so small that no factor can reach 0
+
+**the interval** (approximate: asymptotic; Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas, "Time-uniform central limit
+theory and asymptotic confidence sequences", 2024, Theorem 2.2), with V = sum (z - h D)^2 and rho tuned to N units:
+
+    D +- n s / sum h * sqrt( 2 (n rho^2 + 1) / (n rho)^2 * log( sqrt(n rho^2 + 1) / alpha ) )
+    D = sum z / sum h      s^2 = V / n
+
+By Ville's inequality the chance that E ever reaches 1/alpha under its null is at most alpha, so one may look after
+every outcome and stop when one likes; `peak` is the highest that was reached, so it does not matter who looked when.
+Equality is tested by (better + worse) / 2. A unit counts once, by its first outcome.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+SHIFTS = np.array([0.05, 0.1, 0.2, 0.4, 0.8, 1.6])  # of log odds
+BETS = np.array([0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
+MOST_BET = 0.9  # of what would lose everything
+TUNED = 1000  # units at which the interval is narrowest
+LEAST = 20  # outcomes of each arm, before an interval that holds for many is shown
+
+
+@dataclass(frozen=True)
+class Process:
+    """A mean of products, as logarithms: one a bet."""
+
+    logs: tuple[float, ...]
+    peak: float = 0.0  # the highest logarithm of the mean
+
+    @property
+    def now(self) -> float:
+        return float(_log_mean(np.array([self.logs]))[0])
+
+    def through(self, factors: Floats) -> Process:
+        """After these logarithms of factors, (N, bets)."""
+        if not len(factors):
+            return self
+        path = np.cumsum(factors, axis=0) + np.array(self.logs)  # (N, bets)
+        return Process(tuple(path[-1].tolist()), max(self.peak, float(_log_mean(path).max())))
+
+
+@dataclass(frozen=True)
+class Tally:
+    """All that is kept of the outcomes of a candidate and the control; grows by `after`."""
+
+    binary: bool
+    margin: float  # of the guard, as a share of the range
+    better: Process
+    worse: Process
+    worse_by: Process
+    counts: tuple[int, int] = (0, 0)  # control, candidate
+    sums: tuple[float, float] = (0.0, 0.0)
+    z: float = 0.0  # sums over the units
+    h: float = 0.0
+    zz: float = 0.0
+    zh: float = 0.0
+    hh: float = 0.0
+
+    @classmethod
+    def empty(cls, *, binary: bool, margin: float | None) -> Tally:
+        """margin None: the guard is off; then `worse_by` is `worse`, as for a margin of 0."""
+        start = Process((0.0,) * len(SHIFTS if binary else BETS))
+        return cls(binary, margin or 0.0, start, start, Process((0.0,) * len(BETS)) if margin else start)
+
+    def after(self, arm: NDArray[np.int64], y: Floats, share: Floats) -> Tally:
+        """With more outcomes, in the order in which they came. arm: (N,) of 0 and 1; y, share (pi): (N,)."""
+        real = (share > 0) & (share < 1)  # where one of the two had no traffic, nothing is compared
+        arm, y, share = arm[real], y[real], share[real]
+        if not len(y):
+            return self
+        m = self._means(y)
+        z, h = (arm - share) * (y - m), share * (1 - share)
+        up, down = _reach(m, share)  # the most that z and -z can be
+        if self.binary:
+            better, worse = (_odds(arm, y, share, m, sign * SHIFTS) for sign in (1.0, -1.0))
+        else:
+            better, worse = _bets(z, down), _bets(-z, up)
+        by_margin = _bets(-(z + h * self.margin), up + h * self.margin) if self.margin else worse
+        counts, sums = [int((arm == a).sum()) for a in (0, 1)], [float(y[arm == a].sum()) for a in (0, 1)]
+        return Tally(
+            self.binary,
+            self.margin,
+            self.better.through(better),
+            self.worse.through(worse),
+            self.worse_by.through(by_margin),
+            (self.counts[0] + counts[0], self.counts[1] + counts[1]),
+            (self.sums[0] + sums[0], self.sums[1] + sums[1]),
+            self.z + float(z.sum()),
+            self.h + float(h.sum()),
+            self.zz + float((z * z).sum()),
+            self.zh + float((z * h).sum()),
+            self.hh + float((h * h).sum()),
+        )
+
+    def _means(self, y: Floats) -> Floats:
+        """The mean of both arms before each outcome, begun with half an outcome."""
+        before = np.cumsum(y) - y + sum(self.sums)
+        return (before + 0.5) / (np.arange(len(y)) + sum(self.counts) + 1.0)
+
+    @property
+    def difference(self) -> float | None:
+        """Candidate minus control, as a share of the range; None without an outcome of each."""
+        return self.z / self.h if min(self.counts) > 0 else None
+
+    def equality(self) -> float:
+        """The logarithm of the evidence against `the arms are equal`, now."""
+        return float(np.logaddexp(self.better.now, self.worse.now)) - math.log(2)
+
+    def interval(self, alpha: float) -> tuple[float, float] | None:
+        """An approximate confidence sequence for the difference; None before it means anything."""
+        if min(self.counts) < LEAST or self.difference is None:
+            return None
+        n, d = sum(self.counts), self.difference
+        variance = max(self.zz - 2 * d * self.zh + d * d * self.hh, 0.0) / n
+        log_two = -2 * math.log(alpha)
+        rho2 = (log_two + math.log(log_two + 1)) / TUNED
+        wide = math.sqrt(2 * (n * rho2 + 1) / (n * n * rho2) * math.log(math.sqrt(n * rho2 + 1) / alpha))
+        half = n / self.h * math.sqrt(variance) * wide
+        return max(d - half, -1.0), min(d + half, 1.0)
+
+
+def _log_mean(logs: Floats) -> Any:
+    """log(mean(exp(logs))) of each row: (N, bets) -> (N,)."""
+    most = logs.max(axis=1)
+    return most + np.log(np.exp(logs - most[:, None]).mean(axis=1))
+
+
+def _odds(arm: NDArray[np.int64], y: Floats, share: Floats, m: Floats, shifts: Floats) -> Floats:
+    """log q_a(y) / p0(y), a column a shift: (N, shifts)."""
+    centre = np.log(m / (1 - m))[:, None]
+    pi, seen = share[:, None], y[:, None] > 0.5
+    q1, q0 = (1 / (1 + np.exp(-(centre + part * shifts))) for part in (1 - pi, -pi))
+    q, p = np.where(arm[:, None] == 1, q1, q0), pi * q1 + (1 - pi) * q0
+    return np.where(seen, np.log(q / p), np.log((1 - q) / (1 - p)))
+
+
+def _reach(m: Floats, share: Floats) -> tuple[Floats, Floats]:
+    return np.maximum((1 - share) * (1 - m), share * m), np.maximum((1 - share) * m, share * (1 - m))
+
+
+def _bets(gain: Floats, most_loss: Floats) -> Floats:
+    """log(1 + lambda gain), a column a bet: (N, bets)."""
+    bets = np.minimum(BETS[None, :], MOST_BET / most_loss[:, None])
+    return np.log1p(bets * gain[:, None])  # type: ignore[no-any-return]

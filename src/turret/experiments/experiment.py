@@ -1,0 +1,283 @@
+"""What an experiment is: its arms, its metric, its guards, what may be said of each. Refuses to know how it is proved.
+
+- arms: `control` first, then `candidate` (`candidate2`, ... where there are several), then `shadow` arms, which are run
+  beside the answer and never returned
+- metric: `binary` (0 or 1), or a real number within bounds, such as `1..5`; more is better unless `goal` is lower
+- unit: what is assigned and counted once: a user, a session, a request
+- alpha: the level; a claim of a difference is wrong in at most that share of experiments, looked at however often
+- guards: when a candidate is rolled back or promoted without being asked
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+from turret.errors import BadExperiment
+
+Role = Literal["control", "candidate", "shadow"]
+CONTROL = "control"
+UNITS = ("user", "session", "request")
+MOST_ARMS = 10
+SLOW_SHARE = 0.05  # of its answers may be slower than `max_seconds`: that is a bound on the 95th percentile
+_BOUNDS = re.compile(r" *(-?[0-9.eE+-]+) *\.\. *(-?[0-9.eE+-]+) *", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What an outcome is, and which way is better."""
+
+    kind: Literal["binary", "real"] = "binary"
+    low: float = 0.0
+    high: float = 1.0
+    goal: Literal["higher", "lower"] = "higher"
+
+    @classmethod
+    def parse(cls, text: str, goal: str = "higher") -> Metric:
+        """`binary`, or bounds such as `1..5`; raises BadExperiment."""
+        if goal not in ("higher", "lower"):
+            raise BadExperiment(f"goal {ascii(goal)[:40]}: expected higher or lower")
+        if text.strip() == "binary":
+            return cls(goal=goal)  # type: ignore[arg-type]
+        found = _BOUNDS.fullmatch(text)
+        try:
+            low, high = (float(found[1]), float(found[2])) if found else (math.nan, math.nan)
+        except ValueError:
+            low = high = math.nan
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise BadExperiment(
+                f"bad metric {ascii(text)[:60]}: expected binary, or the least and the most that an outcome can be, "
+                "such as 1..5"
+            )
+        return cls("real", low, high, goal)  # type: ignore[arg-type]
+
+    def read(self, value: object) -> float | str:
+        """The outcome as a number, or why it is none."""
+        if isinstance(value, str):
+            value = {"true": True, "false": False, "yes": True, "no": False}.get(value.strip().lower(), value)
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if self.kind == "binary" and number not in (0.0, 1.0):
+            return f"outcome {ascii(value)[:40]} is not binary: expected 0 or 1"
+        if not self.low <= number <= self.high:
+            return f"outcome {ascii(value)[:40]} is out of range: expected a number from {self.low:g} to {self.high:g}"
+        return number
+
+    def __str__(self) -> str:
+        return "binary" if self.kind == "binary" else f"{self.low:g}..{self.high:g}"
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What ends an arm, or the experiment, without being asked."""
+
+    worse_by: float | None = 0.0  # in the metric's units; None: never rolled back for its outcomes
+    max_errors: float | None = None  # share of a candidate's answers that may be errors
+    max_seconds: float | None = None  # that 95% of its answers must keep
+    promote: bool = False  # a candidate that is better takes the alias by itself
+
+    def check(self, metric: Metric) -> Guards:
+        """Raises BadExperiment."""
+        wide = metric.high - metric.low
+        if self.worse_by is not None and not 0 <= self.worse_by < wide:
+            raise BadExperiment(
+                f"a margin of {self.worse_by!r}: expected from 0 to less than {wide:g}, the metric's range"
+            )
+        if self.max_errors is not None and not 0 < self.max_errors < 1:
+            raise BadExperiment(
+                f"a bound on errors of {self.max_errors!r}: expected a share between 0 and 1, such as 0.02"
+            )
+        if self.max_seconds is not None and not (math.isfinite(self.max_seconds) and self.max_seconds > 0):
+            raise BadExperiment(f"a bound on latency of {self.max_seconds!r}: expected seconds, such as 2.5")
+        return self
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One version that traffic goes to, or a shadow."""
+
+    name: str
+    role: Role
+    version: int
+    digest: str
+    live: bool = True  # False: rolled back while the others went on
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A row of experiments with its arms and how it is split now."""
+
+    id: int
+    adapter: str
+    number: int
+    state: Literal["running", "ended"]
+    alias: str
+    salt: str
+    metric: Metric
+    unit: str
+    alpha: float
+    guards: Guards
+    steps: tuple[float, ...]  # shares of the candidates that were planned
+    arms: tuple[Arm, ...]
+    revision: int  # of the split
+    segments: tuple[tuple[int, str], ...]  # see `assign`
+    weights: Mapping[str, float]  # exactly as the points fall
+    created: str
+    who: str | None
+    ended: str | None = None
+    verdict: Mapping[str, Any] | None = field(default=None)
+
+    def __str__(self) -> str:
+        return f"{self.adapter}#{self.number}"
+
+    @property
+    def control(self) -> Arm:
+        return self.arms[0]
+
+    @property
+    def candidates(self) -> tuple[Arm, ...]:
+        return tuple(arm for arm in self.arms if arm.role == "candidate")
+
+    @property
+    def shadows(self) -> tuple[Arm, ...]:
+        return tuple(arm for arm in self.arms if arm.role == "shadow" and arm.live)
+
+    def arm(self, name: str) -> Arm:
+        """Raises BadExperiment saying which there are."""
+        for arm in self.arms:
+            if name in (arm.name, self.reference(arm)):
+                return arm
+        known = ", ".join(f"{arm.name} ({self.reference(arm)})" for arm in self.arms)
+        raise BadExperiment(f"no arm {ascii(name)[:60]} in {self}: it has {known}")
+
+    def reference(self, arm: Arm) -> str:
+        return f"{self.adapter}@{arm.version}"
+
+    @property
+    def level(self) -> float:
+        """The level of one candidate: they share alpha."""
+        return self.alpha / max(len(self.candidates), 1)
+
+    def next_share(self) -> float | None:
+        """The next planned share of the candidates, where there is one."""
+        if not any(arm.live for arm in self.candidates):
+            return None
+        now = sum(self.weights.get(arm.name, 0.0) for arm in self.candidates)
+        return next((share for share in self.steps if share > now + 1e-9), None)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "experiment": str(self),
+            "adapter": self.adapter,
+            "number": self.number,
+            "state": self.state,
+            "alias": self.alias,
+            "metric": asdict(self.metric),
+            "unit": self.unit,
+            "alpha": self.alpha,
+            "guards": asdict(self.guards),
+            "steps": list(self.steps),
+            "created": self.created,
+            "who": self.who,
+            "ended": self.ended,
+            "verdict": None if self.verdict is None else dict(self.verdict),
+        }
+
+
+def check_unit(unit: str) -> str:
+    if unit not in UNITS:
+        raise BadExperiment(f"unit {ascii(unit)[:40]}: expected one of {', '.join(UNITS)}")
+    return unit
+
+
+def check_alpha(alpha: float) -> float:
+    if not 0 < alpha <= 0.5:
+        raise BadExperiment(f"level {alpha!r}: expected above 0 and at most 0.5, such as 0.05")
+    return alpha
+
+
+def check_steps(steps: Sequence[float]) -> tuple[float, ...]:
+    """The shares of a planned ramp, which only rises; raises BadExperiment."""
+    given = tuple(float(share) for share in steps)
+    rising = all(a < b for a, b in pairwise(given))
+    if not given or not rising or not all(0 < share <= 1 for share in given):
+        raise BadExperiment(
+            f"a ramp of {', '.join(f'{share:g}' for share in given) or 'nothing'}: expected rising shares above 0 and "
+            "at most 1, such as 0.05, 0.2, 0.5"
+        )
+    return given
+
+
+def read_share(text: str) -> float:
+    """`20%` or `0.2`; raises BadExperiment."""
+    said = text.strip()
+    try:
+        share = float(said.removesuffix("%")) / 100 if said.endswith("%") else float(said)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise BadExperiment(f"share {ascii(text)[:40]}: expected a part of the traffic, such as 20% or 0.2")
+    return share
+
+
+def read_split(text: str) -> float | dict[str, float]:
+    """`20%` for all candidates together, or `candidate=20%,candidate2=10%`; raises BadExperiment."""
+    if "=" not in text:
+        return read_share(text)
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        arm, _, share = part.partition("=")
+        found[arm.strip()] = read_share(share)
+    return found
+
+
+def named_arms(
+    control: tuple[int, str], candidates: Sequence[tuple[int, str]], shadows: Sequence[tuple[int, str]]
+) -> tuple[Arm, ...]:
+    """The arms of these versions (number and digest); raises BadExperiment where two are one version."""
+    if not candidates and not shadows:
+        raise BadExperiment(
+            "an experiment needs two versions: give at least one candidate or shadow beside the control"
+        )
+    if len(candidates) + len(shadows) >= MOST_ARMS:
+        raise BadExperiment(f"{1 + len(candidates) + len(shadows)} arms: at most {MOST_ARMS} are run at once")
+    arms = [Arm(CONTROL, "control", *control)]
+    for role, versions in (("candidate", candidates), ("shadow", shadows)):
+        for place, version in enumerate(versions, start=1):
+            name = role if place == 1 else f"{role}{place}"
+            arms.append(Arm(name, role, *version))  # type: ignore[arg-type]
+    for place, arm in enumerate(arms):
+        for other in arms[:place]:
+            if other.digest == arm.digest:
+                raise BadExperiment(
+                    f"{other.name} and {arm.name} are the same version (number {arm.version}): give two that differ"
+                )
+    return tuple(arms)
+
+
+def shares(arms: Sequence[Arm], wanted: float | Mapping[str, float]) -> dict[str, float]:
+    """Weights of control and live candidates, which add up to 1; raises BadExperiment.
+
+    wanted: the share that the candidates have among them, divided evenly, or a share for each; control has the rest.
+    """
+    live = [arm.name for arm in arms if arm.role == "candidate" and arm.live]
+    if isinstance(wanted, Mapping):
+        given = {name: float(share) for name, share in wanted.items() if name != CONTROL}
+        if unknown := [name for name in given if name not in live]:
+            raise BadExperiment(f"no live candidate {ascii(unknown[0])[:40]}: there are {', '.join(live) or 'none'}")
+        given = {name: given.get(name, 0.0) for name in live}
+    else:
+        given = {name: float(wanted) / len(live) for name in live}
+    total = sum(given.values())
+    if not all(math.isfinite(share) and share >= 0 for share in given.values()) or not 0 <= total <= 1 + 1e-9:
+        raise BadExperiment(
+            f"shares {', '.join(f'{name}={share:g}' for name, share in given.items())}: expected shares from 0 "
+            "that add up to at most 1; control has the rest"
+        )
+    return {CONTROL: max(1.0 - total, 0.0), **given}

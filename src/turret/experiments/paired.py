@@ -1,0 +1,95 @@
+"""Two versions on the same examples, before traffic is spent: what differs, and whether that is chance. Numbers only.
+
+Right or wrong (binary scores): McNemar's exact test (McNemar 1947), of the examples that only one gets right,
+
+    p = min(1, 2 P(X <= min(b, c))),   X ~ Binomial(b + c, 1/2)
+
+Any scores: the percentile bootstrap of the mean of the paired differences (Efron 1979), and its two-sided p-value
+from the sign-flip permutation of them. The examples are seen once, so these are tests of a fixed sample, not to be
+repeated until they please.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import binom
+
+DRAWS, BATCH = 10_000, 500
+
+
+@dataclass(frozen=True)
+class Paired:
+    """B against A on the same examples."""
+
+    examples: int
+    a: float  # mean score
+    b: float
+    difference: float  # b - a
+    low: float  # of the interval of the difference
+    high: float
+    level: float  # of the interval, 0.95
+    p: float
+    test: str  # "McNemar" or "sign flip"
+    only_a: int  # examples where A is better
+    only_b: int
+    equal: int
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse` or `undecided`, of B."""
+        if self.p > 1 - self.level:
+            return "undecided"
+        return "better" if self.difference > 0 else "worse"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def compare(a: Sequence[float], b: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Paired:
+    """a, b: (N,) scores of the same examples, more is better."""
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    differences = second - first  # (N,)
+    generator = np.random.default_rng(seed)
+    low, high = np.quantile(_resampled(differences, generator), [(1 - level) / 2, (1 + level) / 2])
+    only_a, only_b = int((differences < 0).sum()), int((differences > 0).sum())
+    binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
+    p = mcnemar(only_a, only_b) if binary else _sign_flip(differences, generator)
+    return Paired(
+        examples=len(differences),
+        a=float(first.mean()),
+        b=float(second.mean()),
+        difference=float(differences.mean()),
+        low=float(low),
+        high=float(high),
+        level=level,
+        p=p,
+        test="McNemar" if binary else "sign flip",
+        only_a=only_a,
+        only_b=only_b,
+        equal=len(differences) - only_a - only_b,
+    )
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """The exact two-sided p-value."""
+    return min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
+
+
+def _resampled(differences: Any, generator: np.random.Generator) -> Any:
+    """Means of samples of the same size, drawn with replacement: (DRAWS,)."""
+    n = len(differences)
+    means = [differences[generator.integers(0, n, (BATCH, n))].mean(axis=1) for _ in range(DRAWS // BATCH)]
+    return np.concatenate(means)
+
+
+def _sign_flip(differences: Any, generator: np.random.Generator) -> float:
+    seen = abs(differences.mean())
+    beyond = 1  # the sample itself
+    for _ in range(DRAWS // BATCH):
+        signs = generator.choice((-1.0, 1.0), (BATCH, len(differences)))
+        beyond += int((abs((signs * differences).mean(axis=1)) >= seen - 1e-12).sum())
+    return beyond / (DRAWS + 1)

@@ -1,0 +1,405 @@
+"""The verbs of experiments: rows are begun, split and weighed by the room `experiments`, aliases moved by the store.
+
+What ends an experiment and what moves its alias is one transaction of the store, so it is done or not done, whoever is
+killed. Loads numpy where evidence is weighed, torch where golden examples must be asked.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection
+
+from turret.errors import BadExperiment, ExperimentError, GateFailed, NotFound, ReplayNeeded
+from turret.experiments import assign as assigning
+from turret.experiments import outcomes, rows
+from turret.experiments.experiment import (
+    Experiment,
+    Guards,
+    Metric,
+    check_alpha,
+    check_steps,
+    check_unit,
+    named_arms,
+)
+from turret.experiments.outcomes import Recorded, Seen
+from turret.reference import Reference, check_alias, check_name
+from turret.store import Store, Version
+from turret.store.catalog import PRODUCTION, now, who
+
+if TYPE_CHECKING:
+    from turret.experiments.weigh import Memory, Weighed
+
+STEPS = (0.05, 0.2, 0.5)
+AT_ONCE = 1000  # outcomes in one transaction
+Stage = Callable[[str], None] | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """An experiment as it is now: `verdicts` and `next` are for people, `as_json()` for machines."""
+
+    weighed: Weighed
+    done: tuple[str, ...] = ()  # what was carried out just now
+    points: str | None = None  # the version that the alias names
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.weighed.experiment
+
+    @property
+    def verdicts(self) -> tuple[str, ...]:
+        from turret.experiments import words
+
+        return tuple(words.verdicts(self.weighed))
+
+    @property
+    def next(self) -> str:
+        from turret.experiments import words
+
+        return words.advice(self.weighed)
+
+    def as_json(self) -> dict[str, Any]:
+        from turret.experiments.weigh import RATIO_NEEDED
+
+        found, decision = self.weighed, self.weighed.decision
+        ratio = {"ok": not found.mismatch, "units": found.ratio_units, "outcomes": found.ratio_outcomes}
+        return {
+            **self.experiment.as_json(),
+            "alias_names": self.points,
+            "arms": [each.as_json() for each in found.arms],
+            "sample_ratio": {**ratio, "needed": RATIO_NEEDED},
+            "verdicts": list(self.verdicts),
+            "decision": {"action": decision.action, "arm": decision.arm, "why": decision.why},
+            "done": list(self.done),
+            "next": self.next,
+            "history": [dict(each) for each in found.history],
+        }
+
+
+class LiveExperiment:
+    """The experiment of one adapter name: the running one, or the last."""
+
+    def __init__(self, store: Store, name: str, number: int | None = None) -> None:
+        self._store, self.name, self.number = store, check_name(name), number
+
+    def start(
+        self,
+        candidates: str | Sequence[str] = (),
+        *,
+        control: str | None = None,
+        shadows: str | Sequence[str] = (),
+        share: float | Mapping[str, float] | None = None,
+        steps: Sequence[float] | None = None,
+        metric: str = "binary",
+        goal: str = "higher",
+        unit: str = "user",
+        alpha: float = 0.05,
+        guards: Guards | None = None,
+        alias: str = PRODUCTION,
+        salt: str | None = None,
+    ) -> Status:
+        """Begin to split the traffic of this name between the control and candidates, with shadows run beside.
+
+        candidates, control, shadows: versions such as "news@2" or "news@candidate"; control is what the alias names,
+        where left out. share: what the candidates get among them at first, or each by arm, the first of `steps` where
+        left out.
+        """
+        measured = Metric.parse(metric, goal)
+        planned = () if steps is None and share is not None else check_steps(STEPS if steps is None else steps)
+        wanted_guards = (guards or Guards()).check(measured)
+        versions = self._versions(control, _some(candidates), _some(shadows), check_alias(alias))
+        (first, *others), shadowing = versions
+        arms = named_arms(_known(first), [_known(each) for each in others], [_known(each) for each in shadowing])
+        wanted = Experiment(
+            id=0,
+            adapter=self.name,
+            number=0,
+            state="running",
+            alias=alias,
+            salt=salt or secrets.token_hex(16),
+            metric=measured,
+            unit=check_unit(unit),
+            alpha=check_alpha(alpha),
+            guards=wanted_guards,
+            steps=planned if others else (),
+            arms=arms,
+            revision=0,
+            segments=(),
+            weights={},
+            created=now(),
+            who=who(),
+        )
+        with self._store.database().writing() as connection:
+            begun = rows.begin(connection, wanted, share if share is not None else planned[0])
+        return self._status(begun)
+
+    def ramp(self, share: float | Mapping[str, float] | None = None) -> Status:
+        """Send another share of the traffic to the candidates: this one, or the next that was planned."""
+        with self._store.database().writing() as connection:
+            running = self._running(connection)
+            wanted = running.next_share() if share is None else share
+            if wanted is None:
+                said = f"its ramp of {', '.join(f'{step:g}' for step in running.steps)} is at its end"
+                raise ExperimentError(
+                    f"{running} has no next step, {said if running.steps else 'none was planned'}: say a share, such "
+                    f"as `turret experiment ramp {self.name} 50%`"
+                )
+            ramped = rows.ramp(connection, running, wanted, now(), who())
+        return self._status(ramped)
+
+    def assign(self, unit: str, receipt: str | None = None) -> tuple[str, str, float]:
+        """Version, arm and probability of a unit, logged at once; a server asks `Workspace.router`, which is quick."""
+        if receipt is not None:
+            outcomes.check_receipt(receipt)
+        with self._store.database().writing() as connection:
+            running = self._running(connection)
+            key = assigning.key_of(running.salt, unit)
+            arm = running.arm(assigning.arm_at(running.segments, assigning.point_of(key)))
+            chance = running.weights[arm.name]
+            outcomes.log(connection, [Seen(running.id, key, arm.name, running.revision, chance, now(), receipt)])
+        return running.reference(arm), arm.name, chance
+
+    def outcome(self, value: object, *, receipt: str | None = None, unit: str | None = None) -> Recorded:
+        """Tell what came of an answer, by its receipt or its unit; the result says what becomes of it."""
+        if (receipt is None) == (unit is None):
+            raise BadExperiment("an outcome needs the receipt of its answer or its unit, and one of them only")
+        return self.outcomes([(receipt, unit, value)])[0]
+
+    def outcomes(self, told: Iterable[tuple[str | None, str | None, object]]) -> list[Recorded]:
+        """The same for many: (receipt or None, unit or None, value) each."""
+        found: list[Recorded] = []
+        for some in _pieces(told):
+            with self._store.database().writing() as connection:
+                experiment = rows.find(connection, self.name, self.number)
+                for receipt, unit, value in some:
+                    said = outcomes.record(connection, value, now(), receipt=receipt, unit=unit, experiment=experiment)
+                    found.append(said)
+        return found
+
+    def status(self) -> Status:
+        """Everything that is known of it, and what to do; changes nothing."""
+        with self._store.database().reading() as connection:
+            found = rows.find(connection, self.name, self.number)
+        return self._status(found)
+
+    def settle(self, memory: Memory | None = None) -> Status:
+        """Carry out what its guards ask: roll an arm back, or promote one where that was asked for."""
+        done: list[str] = []
+        while True:
+            with self._store.database().reading() as connection:
+                found = rows.find(connection, self.name, self.number)
+            weighed = self._weighed(found, memory)
+            said = _carried_out(self._store, weighed) if found.state == rows.RUNNING else None
+            if said is None:
+                return Status(weighed, tuple(done), self._points(found))
+            done.append(said)
+
+    def stop(self, *, promote: str | None = None, rollback: bool = False, on_stage: Stage = None) -> Status:
+        """End it. promote: the arm that takes the alias, past gates and golden examples; rollback: control does."""
+        if promote is not None and rollback:
+            raise BadExperiment("stop: either --promote an arm or --rollback, not both")
+        with self._store.database().reading() as connection:
+            running = self._running(connection)
+        weighed = self._weighed(running)
+        verdict = _summary(weighed)
+        if promote is not None:
+            from turret.workspace import promoting
+
+            arm = running.arm(promote)
+            said = verdict | {"how": "promote", "arm": arm.name, "why": "asked for"}
+            promoting.promote(
+                self._store, running.reference(arm), running.alias, (), stage=on_stage, also=_ending(running, said)
+            )
+        elif rollback:
+            said = verdict | {"how": "rollback", "arm": None, "why": "asked for"}
+            leaving = [running.reference(arm) for arm in running.arms[1:]]
+            control = running.reference(running.control)
+            self._store.back_to(control, running.alias, leaving=leaving, also=_ending(running, said))
+        else:
+            with self._store.database().writing() as connection:
+                rows.end(connection, running, verdict | {"how": "stop", "arm": None, "why": "asked for"}, now(), who())
+        with self._store.database().reading() as connection:
+            ended = rows.by_id(connection, running.id)
+        return self._status(ended)
+
+    # --- the inside --------------------------------------------------------------------------------------------------
+
+    def _versions(
+        self, control: str | None, candidates: Sequence[str], shadows: Sequence[str], alias: str
+    ) -> tuple[list[Version], list[Version]]:
+        """Control and candidates, and shadows; control is what the alias names, if it names anything."""
+        try:
+            named: Version | None = self._store.resolve(Reference(self.name, alias=alias))
+        except NotFound:
+            self._store.resolve(self.name)  # where the name has no version at all, this says so
+            named = None
+        if control is None and named is None:
+            raise ExperimentError(
+                f"{self.name}@{alias} names nothing, so the control is not known: say it with --control {self.name}@1, "
+                f"or promote a version to {alias} first"
+            )
+        first = self._own(control) if control is not None else named
+        assert first is not None
+        if named is not None and named.number != first.number:
+            raise ExperimentError(
+                f"control is {first}, and {self.name}@{alias} names {named}: the control must be what is in use; leave "
+                f"--control out, or `turret promote {first} {alias}` first"
+            )
+        return [first, *map(self._own, candidates)], [self._own(each) for each in shadows]
+
+    def _own(self, reference: str) -> Version:
+        version = self._store.resolve(reference)
+        if version.name != self.name:
+            raise BadExperiment(f"{version} is no version of {self.name}: an experiment compares versions of one name")
+        return version
+
+    def _running(self, connection: Connection) -> Experiment:
+        return rows.still_running(connection, rows.find(connection, self.name, self.number))
+
+    def _weighed(self, experiment: Experiment, memory: Memory | None = None) -> Weighed:
+        from turret.experiments.weigh import weigh
+
+        with self._store.database().reading() as connection:
+            return weigh(connection, rows.by_id(connection, experiment.id), memory)
+
+    def _status(self, experiment: Experiment) -> Status:
+        return Status(self._weighed(experiment), points=self._points(experiment))
+
+    def _points(self, experiment: Experiment) -> str | None:
+        try:
+            return str(self._store.resolve(Reference(self.name, alias=experiment.alias)))
+        except NotFound:
+            return None
+
+
+def listed(store: Store, alpha: float) -> list[dict[str, Any]]:
+    """Every experiment with its evidence, and which of them are discoveries at that level, over all of them."""
+    from turret.experiments.discoveries import named
+    from turret.experiments.weigh import weigh
+
+    check_alpha(alpha)
+    with store.database().reading() as connection:
+        weighed = [weigh(connection, each) for each in rows.listed(connection)]
+    logs = {str(each.experiment): _log_evidence(each) for each in weighed if each.experiment.candidates}
+    found = named(logs, alpha)
+    return [
+        {
+            **each.experiment.as_json(),
+            "arms": {arm.arm.name: arm.version for arm in each.arms},
+            "outcomes": sum(arm.outcomes for arm in each.arms),
+            "log_evidence": logs.get(str(each.experiment)),
+            "discovery": str(each.experiment) in found,
+            "verdicts": {arm.arm.name: arm.against.verdict for arm in each.arms if arm.against is not None},
+        }
+        for each in weighed
+    ]
+
+
+def settle_all(store: Store, memories: dict[int, Any]) -> list[Status]:
+    """Settle every running experiment; `memories` makes the next time cheap."""
+    from turret.experiments.weigh import Memory
+
+    with store.database().reading() as connection:
+        running = rows.all_running(connection)
+    for gone in set(memories) - {each.id for each in running}:
+        del memories[gone]
+    return [
+        LiveExperiment(store, each.adapter, each.number).settle(memories.setdefault(each.id, Memory()))
+        for each in running
+    ]
+
+
+# --- decisions carried out -------------------------------------------------------------------------------------------
+
+
+def _carried_out(store: Store, weighed: Weighed) -> str | None:
+    """Do what was decided; None where there is nothing to do, or it was tried and refused."""
+    experiment, decision = weighed.experiment, weighed.decision
+    if decision.action not in ("drop", "promote"):
+        return None
+    assert decision.arm is not None
+    arm = experiment.arm(decision.arm)
+    reference, control = experiment.reference(arm), experiment.reference(experiment.control)
+    try:
+        if decision.action == "drop":
+            drop = _dropping(weighed, decision.arm)
+            if arm.role == "shadow":  # it never answered: the alias has nothing to do with it
+                with store.database().writing() as connection:
+                    drop(connection)
+            else:
+                store.back_to(control, experiment.alias, leaving=[reference], also=drop)
+            return f"{arm.name} ({reference}) rolled back: {decision.why}"
+        if any(each["verb"] == "refused" and each["detail"].get("arm") == arm.name for each in weighed.history):
+            return None
+        said = _summary(weighed) | {"how": "promote", "arm": arm.name, "why": decision.why}
+        store.promote(reference, experiment.alias, also=_ending(experiment, said))
+    except (GateFailed, ReplayNeeded) as error:
+        _refuse(store, experiment, arm.name, str(error))
+        return f"{arm.name} ({reference}) is better and was not promoted: {error}"
+    except ExperimentError:  # another process has ended it meanwhile
+        return None
+    return f"{arm.name} ({reference}) promoted to {experiment.alias}: {decision.why}"
+
+
+def _dropping(weighed: Weighed, name: str) -> Callable[[Connection], None]:
+    def drop(connection: Connection) -> None:
+        current = rows.still_running(connection, weighed.experiment)
+        arm = current.arm(name)
+        if not arm.live:
+            raise ExperimentError(f"{name} of {current} was rolled back already")
+        others = [each for each in current.arms[1:] if each.live and each.name != name]
+        why = weighed.decision.why
+        rows.drop(connection, current, arm, {"why": why}, now(), who())
+        if not others:
+            rows.end(
+                connection, current, _summary(weighed) | {"how": "rollback", "arm": name, "why": why}, now(), who()
+            )
+
+    return drop
+
+
+def _ending(experiment: Experiment, verdict: Mapping[str, Any]) -> Callable[[Connection], None]:
+    def end(connection: Connection) -> None:
+        rows.end(connection, experiment, verdict, now(), who())
+
+    return end
+
+
+def _refuse(store: Store, experiment: Experiment, arm: str, why: str) -> None:
+    with store.database().writing() as connection:
+        current = rows.by_id(connection, experiment.id)
+        rows.add_event(connection, current, "refused", {"arm": arm, "why": why}, now(), who())
+
+
+def _summary(weighed: Weighed) -> dict[str, Any]:
+    """What the evidence was at the end."""
+    arms = {each.arm.name: each.against.as_json() for each in weighed.arms if each.against is not None}
+    return {"candidates": arms, "log_evidence": weighed.equality, "mismatch": weighed.mismatch}
+
+
+def _log_evidence(weighed: Weighed) -> float:
+    kept = (weighed.experiment.verdict or {}).get("log_evidence")
+    return float(kept) if kept is not None else weighed.equality
+
+
+def _known(version: Version) -> tuple[int, str]:
+    return version.number, version.digest
+
+
+def _some(references: str | Sequence[str]) -> Sequence[str]:
+    return [references] if isinstance(references, str) else references
+
+
+def _pieces(told: Iterable[Any]) -> Iterator[list[Any]]:
+    piece: list[Any] = []
+    for each in told:
+        piece.append(each)
+        if len(piece) == AT_ONCE:
+            yield piece
+            piece = []
+    if piece:
+        yield piece

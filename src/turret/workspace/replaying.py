@@ -1,0 +1,107 @@
+"""The replay verb: two versions answer the same labelled examples, what differs is told from chance. Loads torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from turret.errors import DataError
+from turret.experiments import paired, words
+from turret.experiments.paired import Paired
+from turret.store import Golden, Store
+from turret.store.catalog import PRODUCTION
+from turret.store.golden import Example
+from turret.tasks.metrics import rouge_l
+from turret.tasks.task import Labelled, Pair
+from turret.workspace import answering
+from turret.workspace.promoting import fails
+
+Stage = Callable[[str], None] | None
+Judge = Callable[[dict[str, Any]], float]  # an answer -> its score, more is better
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Version b against version a on the same examples."""
+
+    a: str
+    b: str
+    source: str
+    score: str  # "accuracy", "ROUGE-L" or "passed"
+    paired: Paired
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return words.replayed(self.paired, self.a, self.b, self.score)
+
+    def as_json(self) -> dict[str, Any]:
+        said = {"a": self.a, "b": self.b, "source": self.source, "score": self.score}
+        return {**said, "paired": self.paired.as_json(), "notes": list(self.notes), "text": self.text}
+
+
+def replay(
+    store: Store, a: str, b: str, source: str | None, columns: Mapping[str, Any], stage: Stage = None
+) -> Replayed:
+    """Both on their bases, one after the other."""
+    first, second = store.resolve(a), store.resolve(b)
+    if first.digest == second.digest:
+        raise DataError(f"{a} and {b} are the same version, {first}: give two that differ")
+    if columns and source is None:
+        raise DataError("columns are named, and no data is: give a table of labelled examples")
+    texts: list[str] = []
+    judges: list[Judge] = []
+    notes: Sequence[str] = ()
+    score = "passed"
+    if source is None:
+        texts, judges = _golden(store, first.name)
+    scores: list[list[float]] = []
+    for version in (first, second):
+        ready = answering.mounted(store, str(version), stage)
+        if source is not None:
+            _, examples, said = answering.labelled(ready, source, columns)
+            if not notes:
+                notes = said
+            score = "accuracy" if ready.task.kind == "classify" else "ROUGE-L"
+            texts, judges = _labelled(examples, texts)
+        if stage is not None:
+            stage(f"asking {version} {len(texts)} examples")
+        answers = answering.answers(ready, texts)
+        scores.append([judge(answer) for judge, answer in zip(judges, answers, strict=True)])
+        del ready
+    found = paired.compare(*scores)
+    return Replayed(str(first), str(second), source or "golden examples", score, found, tuple(notes))
+
+
+def _labelled(examples: Sequence[Labelled | Pair], before: Sequence[str]) -> tuple[list[str], list[Judge]]:
+    """Texts and what their answers are worth; `before` are those that the other version was asked."""
+    texts = [each.text if isinstance(each, Labelled) else each.source for each in examples]
+    if before and list(before) != texts:
+        raise DataError("the two versions read this data as different tasks: compare versions of one kind")
+    return texts, [_judge(example) for example in examples]
+
+
+def _judge(example: Labelled | Pair) -> Judge:
+    if isinstance(example, Pair):
+        return lambda answer: rouge_l(answer["text"], example.target)
+    if isinstance(example.label, tuple):
+        return lambda answer: float(tuple(sorted(answer["label"])) == tuple(sorted(example.label)))
+    return lambda answer: float(answer["label"] == example.label)
+
+
+def _golden(store: Store, name: str) -> tuple[list[str], list[Judge]]:
+    """All examples that the name's `production` asks for."""
+    sets = [gate.golden for gate in store.gate(name, PRODUCTION) if isinstance(gate, Golden)]
+    examples = [example for digest in sets for example in store.examples(digest).examples]
+    if not examples:
+        raise DataError(
+            f"nothing to replay: {name}@{PRODUCTION} asks for no golden examples; give a table of labelled examples, "
+            f"or keep some with `turret gate {name} {PRODUCTION} --golden FILE`"
+        )
+
+    def judge(example: Example) -> Judge:
+        key = "label" if example.check == "label" else "text"
+        return lambda answer: float(key in answer and fails(example, answer[key]) is None)
+
+    return [example.text for example in examples], [judge(example) for example in examples]
