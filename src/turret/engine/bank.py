@@ -4,9 +4,9 @@ Knows tensors, layers and slots. Refuses to know who asks, who loads and what is
 any thread and touches nothing that a pass reads; `mount` and `unmount` are one write in a dictionary, whatever else is
 mounted. B carries the scaling. Heads stay in float32.
 
-In a pass the tokens of fresh rows lie sorted by slot, so a segment is a slice. Where there are kernels, one call a layer
-multiplies all rows of a pass (`spans`). Elsewhere `segments` multiplies a few segments together, and rows that take one
-token each are multiplied by the `Stack`: both are torch's own products, on every device.
+In a pass the tokens of fresh rows lie sorted by slot, so a segment is a slice. Where there are kernels, one call a
+layer multiplies all rows of a pass (`spans`). Elsewhere `segments` multiplies a few segments together, and rows that
+take one token each are multiplied by the `Stack`: both are torch's own products, on every device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A pass's adapters as the kernel `low_rank` reads them: spans of tokens and the addresses of their factors.
 
-Everything is laid out once a pass; a layer is one call then, whatever the mixture, for rows that begin and single tokens
-alike. Knows token spans and one adapter's numbers. Refuses to know slots and requests. Where there is no kernel,
+Everything is laid out once a pass; a layer is one call then, whatever the mixture, for rows that begin and single
+tokens alike. Knows token spans and one adapter's numbers. Refuses to know slots and requests. Where there is no kernel,
 `segments` and `stack` multiply by torch's own products, which are also its reference.
 """
 

@@ -61,7 +61,7 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
 
 
 def _low_rank(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Three spans of 40, none and 5 tokens, ranks 3 and 17, with bare tokens around them; sizes for tiles and odd ones."""
+    """Three spans of 40, none and 5 tokens, ranks 3 and 17, bare tokens around; sizes for tiles and odd ones."""
     results = {}
     for d_in, d_out in ((64, 96), (37, 41)):
         x, y = draw(49, d_in), draw(49, d_out)

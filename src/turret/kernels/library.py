@@ -80,12 +80,13 @@ class Prefixes:
 class Spans:
     """Which tokens of a pass take which factors: made once a pass, read by every layer.
 
-    starts, ends, ranks: (S,) int64; factors: (S, L, 2) int64, the addresses of A (R, D_in) and of the scaled B (R, D_out),
-    both contiguous, zeros for a layer without. Who makes it keeps what is at the addresses alive. tokens: N.
+    starts, ends, ranks: (S,) int64; factors: (S, L, 2) int64, the addresses of A (R, D_in) and of the scaled
+    B (R, D_out), both contiguous, zeros for a layer without; who makes it keeps alive what is there. tokens: N.
     """
 
     def __init__(self, starts: Tensor, ends: Tensor, ranks: Tensor, factors: Tensor, tokens: int) -> None:
-        assert factors.is_contiguous() and len(factors) == len(starts) == len(ends) == len(ranks)
+        assert factors.is_contiguous()
+        assert len(factors) == len(starts) == len(ends) == len(ranks)
         self._kept = (starts, ends, ranks, factors)
         self.tokens, self.layers = tokens, factors.shape[1]
         addresses = (each.data_ptr() for each in self._kept)
@@ -206,8 +207,11 @@ class Library:
         Rows of no span stay as they are.
         """
         d_in, d_out = x.shape[-1], y.shape[-1]
-        assert x.is_contiguous() and y.is_contiguous() and layer < spans.layers
-        assert x.numel() == spans.tokens * d_in and y.numel() == spans.tokens * d_out
+        assert x.is_contiguous()
+        assert y.is_contiguous()
+        assert layer < spans.layers
+        assert x.numel() == spans.tokens * d_in
+        assert y.numel() == spans.tokens * d_out
         function = self._low_rank.get(x.dtype)
         if function is None:
             function = getattr(self._loaded, f"low_rank_{NAMES[x.dtype]}")
