@@ -7,7 +7,7 @@ rounds. Texts are drawn token by token: speed does not read them. The encoder's 
 answers nothing without one. The shares with PEFT are of a run of their own, for its model is the base of before.
 
     python benchmarks/serve_speed.py            a quarter of an hour (make bench-serve)
-    python benchmarks/serve_speed.py --quick    a few minutes: fewer rounds, 8 texts of each kind, 10 and 50 adapters
+    python benchmarks/serve_speed.py --quick    a few minutes: fewer rounds, 8 texts of each kind, 10 and 20 adapters
     python benchmarks/serve_speed.py --report
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -195,8 +196,10 @@ def by_peft(model: Any, task: str, count: int) -> tuple[Any, Callable[[str], Non
 
 def in_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():
+    for name, side in sides.items():
+        began = time.perf_counter()
         side()
+        print(f"warm: {name}, {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
     for _ in range(rounds):
         for name, side in sides.items():
             began = time.perf_counter()
@@ -286,7 +289,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     options.rounds = options.rounds or (3 if options.quick else 7)
-    options.loaded = (10, 50) if options.quick else (10, 100, 500)
+    options.loaded = (10, 20) if options.quick else (10, 100, 500)
     return options
 
 
