@@ -15,7 +15,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench bench-train docs clean
+.PHONY: help setup demo test test-all lint format bench bench-train bench-serve docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,9 @@ bench: $(STAMP)  ## every benchmark, or one: make bench NAME=lora_training
 
 bench-train: $(STAMP)  ## training beside HF Trainer + PEFT, in turns; ARGS="--jobs short", --quality, --report
 	$(BIN)/python benchmarks/train_speed.py $(ARGS)
+
+bench-serve: $(STAMP)  ## mixtures of adapters beside the bare base and PEFT, in turns; ARGS="--quick", --report
+	$(BIN)/python benchmarks/serve_speed.py $(ARGS)
 
 docs: $(DOCS_STAMP)  ## the documentation as pages, in site/
 	$(BIN)/mkdocs build --strict

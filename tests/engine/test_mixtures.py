@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import peft
@@ -11,11 +13,19 @@ from adapters_at_hand import CLASSIFIES, LENGTHS, METHODS, alone, made, runner_o
 from batches import padded, rows, with_eos
 from small_models import FAMILIES, build
 
+from turret import kernels
 from turret.adapters import Adapter, attachment, classify_logits
 from turret.engine.bank import Bank
 from turret.engine.cache import Lane
 from turret.engine.runner import Fresh, Runner, Step
 from turret.methods import LoRA
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How the adapters are multiplied: by the kernel where this machine has one, or by torch's own products."""
+    with kernels.without() if request.param == "torch" else nullcontext():
+        yield request.param
 
 
 def loras(family: str, task: Any, count: int = 8) -> list[Adapter]:
@@ -59,7 +69,7 @@ def peft_logits(family: str, adapter: Adapter, inputs: list[torch.Tensor]) -> to
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_mixed_pass_of_loras_equals_peft_row_by_row(family: str) -> None:
+def test_a_mixed_pass_of_loras_equals_peft_row_by_row(family: str, way: str) -> None:
     adapters = loras(family, "classify", 4)
     runner = runner_of(family, "classify", adapters)
     inputs = with_eos(runner.model, rows())
@@ -70,7 +80,7 @@ def test_a_mixed_pass_of_loras_equals_peft_row_by_row(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
 @torch.no_grad()
-def test_control_one_layer_left_out_for_one_row_would_be_seen(family: str) -> None:
+def test_control_one_layer_left_out_for_one_row_would_be_seen(family: str, way: str) -> None:
     adapters = loras(family, "classify", 4)
     runner = runner_of(family, "classify", adapters)
     inputs = with_eos(runner.model, rows())
@@ -78,10 +88,11 @@ def test_control_one_layer_left_out_for_one_row_would_be_seen(family: str) -> No
     whole = runner.run(fresh).classes
     loaded = runner.bank._slots[2]
     for layer in loaded.pairs():
-        kept = runner.bank._pairs(2)
+        kept, factors = runner.bank._pairs(2), loaded.factors.clone()
         runner.bank._viewed[2] = {number: pair for number, pair in kept.items() if number != layer}
+        loaded.factors[layer] = 0
         torn = runner.run(fresh).classes
-        runner.bank._viewed[2] = kept
+        runner.bank._viewed[2], loaded.factors[:] = kept, factors
         assert (torn[1] - whole[1]).abs().max() > 1e-4, layer
         assert all(torch.equal(torn[row], whole[row]) for row in (0, 2, 3))
 
@@ -96,7 +107,7 @@ def prompts(runner: Runner, slots: list[int]) -> tuple[torch.Tensor, list[Lane]]
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bart"])
 @torch.no_grad()
-def test_a_bare_row_is_bit_equal_to_the_bare_base_in_a_pass_of_the_same_shapes(family: str) -> None:
+def test_a_bare_row_is_bit_equal_to_the_bare_base_in_a_pass_of_the_same_shapes(family: str, way: str) -> None:
     runner = runner_of(family, "generate", loras(family, "generate"))
     bare, lanes = prompts(runner, [0] * 8)
     steps = runner.run([], [Step(5 + row, 0, lane) for row, lane in enumerate(lanes)]).vocabulary
@@ -121,7 +132,7 @@ def test_a_bare_row_beside_prefixes_equals_the_bare_base() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 @torch.no_grad()
-def test_permuting_rows_permutes_answers(family: str) -> None:
+def test_permuting_rows_permutes_answers(family: str, way: str) -> None:
     adapters = [made(family, "classify", METHODS[kind], seed) for seed, kind in enumerate(["lora", "wide", "prefix"])]
     runner = runner_of(family, "classify", adapters)
     inputs = with_eos(runner.model, rows(lengths=LENGTHS))
@@ -134,7 +145,7 @@ def test_permuting_rows_permutes_answers(family: str) -> None:
         torch.testing.assert_close(permuted[place], straight[row], atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("batched", [True, False, None])
 @pytest.mark.parametrize(
     "slots",
     [
@@ -147,28 +158,32 @@ def test_permuting_rows_permutes_answers(family: str) -> None:
     ],
 )
 @torch.no_grad()
-def test_steps_of_any_mixture_equal_the_plain_loop_over_segments(batched: bool, slots: list[int]) -> None:
+def test_steps_of_any_mixture_equal_the_plain_loop_over_segments(batched: bool | None, slots: list[int]) -> None:
+    """batched: one of the stack's two ways, or None for the kernel's."""
     runner = runner_of("llama", "generate", loras("llama", "generate"))
-    runner.bank.stack.batched = batched
+    if batched is not None:
+        runner.bank.stack.batched = batched
     inputs = rows(lengths=LENGTHS)
     lanes = [runner.lane(len(row), 8, slot) for row, slot in zip(inputs, slots, strict=True)]
     runner.run([Fresh(r.tolist(), slot, lane) for r, slot, lane in zip(inputs, slots, lanes, strict=True)])
     for count in (8, 5, 8):  # rows leave and come back, so places are used again
         picked = slots[:count]
         fresh = [Fresh([*row.tolist(), 7], slot, runner.lane(30, 8, slot)) for row, slot in zip(inputs, picked)]  # noqa: B905
-        whole = runner.run(fresh).vocabulary  # the plain loop: every row as a segment of a prompt
+        with kernels.without():
+            whole = runner.run(fresh).vocabulary  # the plain loop: every row as a segment of a prompt
         for each in fresh:
             assert each.lane is not None
             runner.cache.close(each.lane)
         before = [dict(lane.lengths) for lane in lanes]
-        steps = runner.run([], [Step(7, slot, lane) for slot, lane in zip(picked, lanes)]).vocabulary  # noqa: B905
+        with kernels.without() if batched is not None else nullcontext():
+            steps = runner.run([], [Step(7, slot, lane) for slot, lane in zip(picked, lanes)]).vocabulary  # noqa: B905
         for lane, lengths in zip(lanes, before, strict=True):
             lane.lengths = lengths
         torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_in_bfloat16_a_mixed_pass_is_as_near_to_float32_as_each_row_alone() -> None:
+def test_in_bfloat16_a_mixed_pass_is_as_near_to_float32_as_each_row_alone(way: str) -> None:
     adapters = loras("bert", "classify", 4)
     exact = [alone("bert", "classify", adapter) for adapter in adapters]
     runner = runner_of("bert", "classify", adapters, torch.bfloat16)
@@ -180,14 +195,14 @@ def test_in_bfloat16_a_mixed_pass_is_as_near_to_float32_as_each_row_alone() -> N
 
 
 @torch.no_grad()
-def test_decoding_in_bfloat16_takes_the_stacked_way_and_is_near_to_float32() -> None:
+def test_decoding_in_bfloat16_is_near_to_float32(way: str) -> None:
     adapters = loras("llama", "generate", 8)
     outcomes = []
     for dtype in (torch.float32, torch.bfloat16):
         runner = runner_of("llama", "generate", adapters, dtype)
         _, lanes = prompts(runner, [1, 2, 3, 4, 5, 6, 7, 8])
         steps = [Step(9, slot, lane) for slot, lane in enumerate(lanes, 1)]
-        assert runner.bank.stack.batched is (dtype == torch.float32)
+        assert runner.bank.stack.batched is (dtype == torch.float32)  # the stacked way in bfloat16
         outcomes.append(runner.run([], steps).vocabulary)
     assert (outcomes[0] - outcomes[1]).abs().max() < 0.05 * outcomes[0].abs().max()
 
@@ -227,3 +242,20 @@ def test_a_pooler_is_adapted_where_the_head_reads_it() -> None:
     changed = Adapter(adapter.method, without, adapter.head, adapter.base)
     runner.bank.mount(2, runner.bank.prepare(changed, "sha256:y", CLASSIFIES))
     assert (runner.run([Fresh(row.tolist(), 2)]).classes[0] - own).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_pass_of_both_kinds_of_rows_is_the_same_by_kernel_and_by_torch() -> None:
+    """Rows that begin and rows that go on, adapters of other ranks and targets, bare rows and a prefix between them."""
+    adapters = [*loras("llama", "generate", 4), made("llama", "generate", METHODS["prefix"], 9)]
+    outcomes = []
+    for context in (nullcontext(), kernels.without()):
+        runner = runner_of("llama", "generate", adapters)
+        with context:
+            _, lanes = prompts(runner, [0, 1, 2, 2, 3, 4, 5, 5])
+            fresh = [Fresh(row.tolist(), slot, runner.lane(30, 8, slot)) for slot, row in enumerate(rows())]
+            steps = [Step(9, slot, lane) for slot, lane in zip([0, 1, 2, 2, 3, 4, 5, 5], lanes, strict=True)]
+            outcomes.append(runner.run(fresh, steps).vocabulary)
+            assert not runner.bank._spans
+            assert not runner.bank._held
+    torch.testing.assert_close(outcomes[0], outcomes[1], atol=2e-5, rtol=2e-5)

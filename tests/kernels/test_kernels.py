@@ -18,7 +18,7 @@ from torch import Tensor
 from turret import kernels
 from turret.adapters import attach, packed
 from turret.adapters.attend import attend_plainly
-from turret.kernels import KEPT, Dropped, Library, Prefixes, Rows
+from turret.kernels import KEPT, Dropped, Library, Prefixes, Rows, Spans
 from turret.kernels.build import SWITCH, NotBuilt, library_path
 from turret.methods import LoRA, Prefix
 
@@ -99,6 +99,83 @@ def test_rotation_is_undone_by_its_transpose(dtype: torch.dtype, heads: int, dim
     close(turned, x.double() * cos.double()[:, None] + half.double() * sin.double()[:, None], dtype)
     close(compiled().rotate(turned, cos, sin, -1.0), x, dtype)
     assert not torch.allclose(turned.float(), x.float(), atol=0.05)  # the control
+
+
+# --- factors of many adapters -----------------------------------------------------------------------------------------
+
+
+def spans_of(edges: list[tuple[int, int]], factors: list[tuple[Tensor, Tensor] | None], tokens: int) -> Spans:
+    """A middle layer of three; the others have no factors."""
+    there = [(0, 0) if each is None else (each[0].data_ptr(), each[1].data_ptr()) for each in factors]
+    addresses = torch.tensor([[(0, 0), pair, (0, 0)] for pair in there])
+    starts, ends = (torch.tensor(side) for side in zip(*edges, strict=True))
+    ranks = torch.tensor([1 if each is None else len(each[0]) for each in factors])
+    return Spans(starts, ends, ranks, addresses, tokens)
+
+
+def adapted(edges: list[tuple[int, int]], factors: list[tuple[Tensor, Tensor] | None], x: Tensor, y: Tensor) -> Tensor:
+    """The plain loop."""
+    wide = y.double()
+    for (start, end), pair in zip(edges, factors, strict=True):
+        if pair is not None:
+            wide[start:end] += x[start:end].double() @ pair[0].double().mT @ pair[1].double()
+    return wide
+
+
+@needed
+@BOTH
+@pytest.mark.parametrize("sizes", [(32, 64), (96, 32), (37, 41), (1, 1), (40, 576)])
+@pytest.mark.parametrize("rank", [1, 2, 7, 8, 16, 17, 33, 64])
+def test_low_rank_is_the_plain_loop_and_leaves_bare_rows_alone(
+    dtype: torch.dtype, sizes: tuple[int, int], rank: int
+) -> None:
+    """Spans of one token, of a few, of none, and of so many that tiles take them; one without factors in this layer."""
+    d_in, d_out = sizes
+    edges = [(1, 2), (2, 2), (2, 9), (11, 34), (34, 35), (36, 101), (110, 170)]  # the last ends with the tokens
+    x, y = draw(170, d_in, dtype=dtype), draw(170, d_out, dtype=dtype)
+    factors: list[tuple[Tensor, Tensor] | None] = [
+        (draw(rank, d_in, dtype=dtype) * d_in**-0.5, draw(rank, d_out, dtype=dtype) * rank**-0.5) for _ in edges
+    ]
+    factors[4] = None
+    before, spans = y.clone(), spans_of(edges, factors, 170)
+    compiled().low_rank(spans, 0, x, y)  # nobody adapts this layer
+    assert torch.equal(y, before)
+    compiled().low_rank(spans, 1, x, y)
+    close(y, adapted(edges, factors, x, before), dtype)
+    bare = [0, 9, 10, 34, 35, *range(101, 110)]
+    assert torch.equal(y[bare], before[bare])
+
+
+@needed
+@BOTH
+@pytest.mark.parametrize("edges", [[(0, 1), (1, 7)], [(0, 40), (40, 90)]])
+def test_low_rank_of_a_row_does_not_depend_on_who_lies_beside_it(
+    dtype: torch.dtype, edges: list[tuple[int, int]]
+) -> None:
+    x, y = draw(90, 64, dtype=dtype), draw(90, 96, dtype=dtype)
+    factors = [(draw(8, 64, dtype=dtype), draw(8, 96, dtype=dtype)) for _ in edges]
+    together, alone, poisoned = y.clone(), y.clone(), x.clone()
+    compiled().low_rank(spans_of(edges, list(factors), 90), 1, x, together)
+    poisoned[edges[1][0] :] = float("nan")  # another's rows, read beside the last of ours or not
+    compiled().low_rank(spans_of(edges[:1], list(factors[:1]), 90), 1, poisoned, alone)
+    assert torch.equal(together[: edges[0][1]], alone[: edges[0][1]])
+
+
+@needed
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_low_rank_is_the_same_to_the_last_bit_with_any_number_of_threads(threads: int) -> None:
+    x, y = draw(400, 128, dtype=torch.bfloat16), draw(400, 128, dtype=torch.bfloat16)
+    edges = [(0, 200), (200, 201), (201, 390)]
+    factors = [(draw(8, 128, dtype=torch.bfloat16), draw(8, 128, dtype=torch.bfloat16)) for _ in edges]
+    given, kept = [], torch.get_num_threads()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            given.append(y.clone())
+            compiled().low_rank(spans_of(edges, list(factors), 400), 1, x, given[-1])
+    finally:
+        torch.set_num_threads(kept)
+    assert torch.equal(*given)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ Knows tensors, layers and slots. Refuses to know who asks, who loads and what is
 any thread and touches nothing that a pass reads; `mount` and `unmount` are one write in a dictionary, whatever else is
 mounted. B carries the scaling. Heads stay in float32.
 
-In a pass the tokens of fresh rows lie sorted by slot, so a segment is a slice, and `segments` multiplies a few of them
-together. Rows that take one token each are multiplied by the `Stack`. Both are torch's own products on every device.
+In a pass the tokens of fresh rows lie sorted by slot, so a segment is a slice. Where there are kernels, one call a
+layer multiplies all rows of a pass (`spans`). Elsewhere `segments` multiplies a few segments together, and rows that
+take one token each are multiplied by the `Stack`: both are torch's own products, on every device.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,9 +30,11 @@ from turret.adapters.attach import Attachment, device_of, hook_model, routed_lin
 from turret.adapters.lora import sizes
 from turret.adapters.route import BARE
 from turret.engine.segments import Chunk, Segment, chunks
+from turret.engine.spans import laid_out
 from turret.engine.stack import Stack
 from turret.errors import AdapterError
 from turret.families import Family
+from turret.kernels import Library, Spans, usable
 from turret.methods import Full, LoRA, Prefix
 
 VIEWED = 128  # adapters whose views are kept; making them anew takes some microseconds a layer
@@ -68,6 +72,7 @@ class Loaded:
     run: Tensor
     rank: int
     layout: tuple[_Place, ...]  # of a LoRA
+    factors: Tensor  # (L, 2) int64 addresses in the run, by layer (`spans.Numbers`)
     prefix: Mapping[str, Tensor]  # by group: (L, 2, H, P, D), views of the run
     length: int  # P
     head: Callable[[Tensor], Tensor] | None  # pooled (B, D) -> logits (B, C)
@@ -97,11 +102,15 @@ class Bank:
         self.sizes = [sizes(linear.base_layer) for linear in linears]
         self.dtype: torch.dtype = linears[0].weight.dtype
         self.device = device_of(model)
+        self._weights = [linear.weight for linear in linears]
         self.attached.route.bank = self
         self._slots: dict[int, Loaded] = {}
         self._viewed: OrderedDict[int, dict[int, Pair]] = OrderedDict()
         self._siblings = _siblings(self._paths)
         self._chunks: dict[str, list[Chunk]] = {}
+        self._library: Library | None = None  # of the pass under way, and what it reads
+        self._spans: dict[str, Spans] = {}
+        self._held: list[Loaded] = []  # whatever is put out meanwhile
         self._fresh = self._steps = 0
         self._alone: dict[int, Pair] | None = None
         self._last: tuple[Tensor, Tensor] | None = None
@@ -145,7 +154,8 @@ class Bank:
         rank = method.r if isinstance(method, LoRA) else 0
         length = next((each.shape[3] for each in prefix.values()), 0)
         size = run.numel() * run.element_size() + head_bytes
-        return Loaded(digest, task, task.kind, run, rank, tuple(layout), views, length, head, size)
+        factors = _addresses(run, rank, layout, len(self.sizes))
+        return Loaded(digest, task, task.kind, run, rank, tuple(layout), factors, views, length, head, size)
 
     def _at_home(self, adapter: Adapter) -> Adapter:
         """The adapter with its layers called as here: T5's classifier holds its body one level deeper."""
@@ -225,6 +235,10 @@ class Bank:
 
     def begin(self, slots: Sequence[int], lengths: Mapping[str, Sequence[int]], steps: Sequence[int]) -> None:
         """Lay out a pass: fresh rows sorted by slot with their tokens by stream, then one token of each of `steps`."""
+        self._library = usable(*self._weights)
+        if self._library is not None:
+            self._begin_spans(slots, lengths, steps)
+            return
         self._chunks = {}
         joint = self.dtype != torch.float32 or self.device.type != "cpu"  # where a call costs more than arithmetic
         for stream, counts in lengths.items():
@@ -245,6 +259,20 @@ class Bank:
         else:
             self._steps = 0
 
+    def _begin_spans(self, slots: Sequence[int], lengths: Mapping[str, Sequence[int]], steps: Sequence[int]) -> None:
+        """The same for the kernel: rows and single tokens are spans like any other."""
+        self._chunks, self._steps = {}, 0
+        for stream, counts in lengths.items():
+            ends = list(accumulate(counts))
+            rows = [*zip(slots, counts, ends, strict=True)]
+            if stream == "decoder":
+                tokens = ends[-1] if ends else 0
+                rows += [(slot, 1, tokens + place) for place, slot in enumerate(steps, 1)]
+            own = [(end - count, end, x) for slot, count, end in rows if (x := self.at(slot)) is not None and x.layout]
+            self._held += [each for _, _, each in own]
+            if (spans := laid_out(own, rows[-1][2] if rows else 0)) is not None:
+                self._spans[stream] = spans
+
     def added(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
         number = self._number[id(layer)]
         if self._alone is not None:
@@ -252,6 +280,12 @@ class Bank:
             return y if pair is None else y + (x @ pair[0]) @ pair[1]
         if x.dim() == 2:
             return y  # a pooler inside the body took unpadded tokens for one row; its output is never used
+        if self._library is not None:
+            spans = self._spans.get(layer.stream)
+            if spans is not None:
+                y = y.contiguous()
+                self._library.low_rank(spans, number, x.contiguous(), y)
+            return y
         rows = self._rows(x)
         out, siblings = y[0], self._siblings[number]
         for chunk in self._chunks.get(layer.stream, ()):
@@ -269,6 +303,7 @@ class Bank:
     def finish(self) -> None:
         """The pass is over: nothing of it is kept."""
         self._chunks, self._last = {}, None
+        self._library, self._spans, self._held = None, {}, []
         self.stack.forget()
 
     def logits(self, slot: int, pooled: Tensor) -> Tensor:
@@ -309,6 +344,15 @@ def _templates(model: Any, family: Family) -> dict[str, nn.Module]:
     prefix = f"{owner.base_model_prefix}."
     paths += [prefix + name for name in family.body_excludes if getattr(owner.base_model, name, None) is not None]
     return {path: copy.deepcopy(owner.get_submodule(path)).to("meta").eval() for path in paths}
+
+
+def _addresses(run: Tensor, rank: int, layout: Sequence[_Place], layers: int) -> Tensor:
+    """(layers, 2): where A and the scaled B of each layer begin, 0 where the adapter has none."""
+    found = torch.zeros(layers, 2, dtype=torch.int64)
+    for place in layout:
+        begin = run.data_ptr() + place.start * run.element_size()
+        found[place.layer, 0], found[place.layer, 1] = begin, begin + rank * place.d_in * run.element_size()
+    return found
 
 
 def _siblings(paths: Mapping[str, int]) -> dict[int, tuple[int, ...]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from turret.kernels.build import NotBuilt
-from turret.kernels.library import KEPT, Dropped, Library, Prefixes, Rows
+from turret.kernels.library import KEPT, Dropped, Library, Prefixes, Rows, Spans
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the largest element
 
@@ -57,7 +57,25 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
     ones = library.dropout(torch.ones(40_000, dtype=dtype), Dropped.of(0.25, (12345, 678)))
     kept = float((ones > 0).double().mean())
     results["dropout"] = (ones.max()[None], torch.full((1,), 4 / 3 if abs(kept - 0.75) < 0.02 else 0.0))
-    return results | _attention(library, draw)
+    return results | _low_rank(library, draw) | _attention(library, draw)
+
+
+def _low_rank(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Three spans of 40, none and 5 tokens, ranks 3 and 17, bare tokens around; sizes for tiles and odd ones."""
+    results = {}
+    for d_in, d_out in ((64, 96), (37, 41)):
+        x, y = draw(49, d_in), draw(49, d_out)
+        factors = [(draw(3, d_in), draw(3, d_out)), (draw(17, d_in) / 2, draw(17, d_out) / 2)]
+        wide = y.double()
+        for (start, end), (A, B) in zip(((1, 41), (43, 48)), factors, strict=True):
+            wide[start:end] += x[start:end].double() @ A.double().mT @ B.double()
+        addresses = torch.tensor([[[0, 0], [A.data_ptr(), B.data_ptr()]] for A, B in (*factors, factors[1])])
+        spans = Spans(
+            torch.tensor([1, 43, 48]), torch.tensor([41, 48, 48]), torch.tensor([3, 17, 17]), addresses, len(x)
+        )
+        library.low_rank(spans, 1, x, y)
+        results[f"low_rank {d_in}"] = (y, wide)
+    return results
 
 
 def _attention(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -95,6 +95,13 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
 #define BEGIN
 #define END_PRODUCTS
 #include "attention.inc.c"
+#define LANES v16
+#define WIDTH 16
+#define TAKE take16
+#define DOT dot16
+#define WIDE16 take16
+#define NARROW16 give16
+#include "low_rank.inc.c"
 #undef T
 #undef LOAD
 #undef STORE
@@ -131,6 +138,26 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
 #define END_PRODUCTS end_tiles(&before);
 #endif
 #include "attention.inc.c"
+#undef WIDE16
+#undef NARROW16
+#define WIDE16 wide16
+#define NARROW16 narrow16
+#undef TAKE
+#ifdef __AVX512BF16__
+#undef LANES
+#undef WIDTH
+#undef DOT
+#define LANES __m512bh
+#define WIDTH 32
+#define TAKE take32
+#define DOT dot32
+#else
+#define TAKE wide16
+#endif
+#ifdef TILES
+#define MANY low_rank_tiles
+#endif
+#include "low_rank.inc.c"
 
 /* 0 where the library was made for matrix tiles and the system does not grant them */
 int ready(void)

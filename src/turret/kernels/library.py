@@ -77,12 +77,30 @@ class Prefixes:
     of_row: Sequence[int | None]
 
 
+class Spans:
+    """Which tokens of a pass take which factors: made once a pass, read by every layer.
+
+    starts, ends, ranks: (S,) int64; factors: (S, L, 2) int64, the addresses of A (R, D_in) and of the scaled
+    B (R, D_out), both contiguous, zeros for a layer without; who makes it keeps alive what is there. tokens: N.
+    """
+
+    def __init__(self, starts: Tensor, ends: Tensor, ranks: Tensor, factors: Tensor, tokens: int) -> None:
+        assert factors.is_contiguous()
+        assert len(factors) == len(starts) == len(ends) == len(ranks)
+        self._kept = (starts, ends, ranks, factors)
+        self.tokens, self.layers = tokens, factors.shape[1]
+        addresses = (each.data_ptr() for each in self._kept)
+        self.words = _SpanWords(len(starts), self.layers, tokens, *addresses)
+        self.address = ctypes.addressof(self.words)
+
+
 class Library:
     """The loaded kernels. Tensors are on the CPU, contiguous where nothing else is said, and of one dtype."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
         self._functions: dict[str, Any] = {}
+        self._low_rank: dict[torch.dtype, Any] = {}  # with its types declared: it is called once a layer
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
         key = f"{name}_{NAMES[dtype]}"
@@ -183,6 +201,24 @@ class Library:
                    _p(dk), _p(dv), _p(dprefixes), _threads())  # fmt: skip
         return dq, dk, dv, dprefixes
 
+    def low_rank(self, spans: Spans, layer: int, x: Tensor, y: Tensor) -> None:
+        """y += (x A^T) B of every span, added up in float32. x: (..., D_in), y: (..., D_out) of N tokens.
+
+        Rows of no span stay as they are.
+        """
+        d_in, d_out = x.shape[-1], y.shape[-1]
+        assert x.is_contiguous()
+        assert y.is_contiguous()
+        assert layer < spans.layers
+        assert x.numel() == spans.tokens * d_in
+        assert y.numel() == spans.tokens * d_out
+        function = self._low_rank.get(x.dtype)
+        if function is None:
+            function = getattr(self._loaded, f"low_rank_{NAMES[x.dtype]}")
+            function.argtypes, function.restype = _LOW_RANK, None
+            self._low_rank[x.dtype] = function
+        function(spans.address, layer, x.data_ptr(), y.data_ptr(), d_in, d_out, torch.get_num_threads())
+
 
 def _p(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
@@ -194,6 +230,21 @@ def _n(x: Tensor) -> ctypes.c_long:
 
 def _threads() -> ctypes.c_int:
     return ctypes.c_int(torch.get_num_threads())
+
+
+_LOW_RANK = (
+    *(ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p),
+    *(ctypes.c_long, ctypes.c_long, ctypes.c_int),
+)
+
+
+class _SpanWords(ctypes.Structure):
+    """`struct spans` of products.inc.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("count", "layers", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("starts", "ends", "ranks", "factors")),
+    )
 
 
 class _Words(ctypes.Structure):

@@ -75,6 +75,69 @@ static void right_of_float(float *to, const float *from, long stride, long n)
     for (long i = 0; i < PIECE; i++) memcpy(to + i * n, from + i * stride, sizeof(float) * n);
 }
 
+/* --- vectors of numbers as they lie in memory --------------------------------------------------------------------- */
+
+static inline v16 wide16(const bfloat16 *from)
+{
+#ifdef __AVX512F__
+    return (v16)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16));
+#else
+    v16 y;
+    for (int i = 0; i < 16; i++) y[i] = wide(from[i]);
+    return y;
+#endif
+}
+
+static inline void narrow16(bfloat16 *to, v16 from)
+{
+#ifdef __AVX512BF16__
+    __m256bh both = _mm512_cvtneps_pbh((__m512)from);
+    memcpy(to, &both, 32);
+#else
+    for (int i = 0; i < 16; i++) to[i] = narrow(from[i]);
+#endif
+}
+
+static inline void ahead(const void *from, long bytes) /* read soon */
+{
+    for (long i = 0; from && i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
+}
+
+static inline v16 take16(const float *from) { return *(const v16 *)from; }
+static inline void give16(float *to, v16 from) { *(v16 *)to = from; }
+static inline v16 dot16(v16 sum, v16 a, v16 b) { return sum + a * b; }
+
+static inline float added(v16 x) /* by halves, always in one order */
+{
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float y[8];
+    for (int i = 0; i < 8; i++) y[i] = x[i] + x[i + 8];
+    for (int i = 0; i < 4; i++) y[i] += y[i + 4];
+    return (y[0] + y[2]) + (y[1] + y[3]);
+#endif
+}
+
+#ifdef __AVX512BF16__
+static inline __m512bh take32(const bfloat16 *from)
+{
+    __m512bh y;
+    memcpy(&y, from, 64);
+    return y;
+}
+static inline v16 dot32(v16 sum, __m512bh a, __m512bh b) { return (v16)_mm512_dpbf16_ps((__m512)sum, a, b); }
+#endif
+
+/* a token's numbers by a rank's: how many of each at a time keep their sums in registers */
+#ifdef __AVX512F__
+#define ROWS 4
+#define RANKS 4
+#else
+#define ROWS 2
+#define RANKS 2
+#endif
+
 /* --- tiles ------------------------------------------------------------------------------------------------------- */
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -172,7 +235,83 @@ static void transposed_tiles(bfloat16 *to, const bfloat16 *from, long m, long n)
     for (long j = 0; j < n; j++)
         for (long i = 0; i < m; i++) to[j * m + i] = from[i * n + j];
 }
+
+/* y += (x A^T) B for bfloat16, 32 tokens at a time, the factors woven first; `all` tokens may be read behind `start`. Whether it
+   was done: spans too short to pay for the weaving, and odd sizes, are left. */
+#define TILED 24
+static int low_rank_tiles(const bfloat16 *x, bfloat16 *y, const bfloat16 *a, const bfloat16 *b, long start, long tokens,
+                          long all, long d_in, long d_out, long rank)
+{
+    if (tokens < TILED || d_in % 32 || d_out % 32) return 0;
+    long broad = (rank + 15) / 16 * 16, deep = ROUND(rank);
+    char *memory = scratch(2 * (d_in * broad + deep * d_out + 32 * deep + 32 * d_in) + 4 * (32 * broad + 2 * 1024)), *next = memory;
+    if (!memory) return 0;
+    uint32_t *a_woven = (uint32_t *)CUT(bfloat16, d_in * broad); /* (D_in / 2, broad) pairs */
+    bfloat16 *b_woven = CUT(bfloat16, deep * d_out), *h_narrow = CUT(bfloat16, 32 * deep), *last = CUT(bfloat16, 32 * d_in);
+    float *h = CUT(float, 32 * broad), *c = CUT(float, 2 * 1024);
+    const __m512i steps = _mm512_mullo_epi32(_mm512_set1_epi32((int)(d_in / 2)),
+                                             _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (long r = 0; r < broad; r += 16) {
+        __mmask16 there = rank - r >= 16 ? 0xffff : (__mmask16)((1u << (rank - r)) - 1);
+        for (long e = 0; e < d_in / 2; e++)
+            _mm512_storeu_si512(a_woven + e * broad + r,
+                                _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, steps, (const uint32_t *)(a + r * d_in) + e, 4));
+    }
+    const __m512i order = _mm512_loadu_si512(woven);
+    for (long r = 0; r < deep; r += 2)
+        for (long j = 0; j < d_out; j += 16) {
+            __m256i none = _mm256_setzero_si256();
+            __m256i one = r < rank ? _mm256_loadu_si256((const void *)(b + r * d_out + j)) : none;
+            __m256i two = r + 1 < rank ? _mm256_loadu_si256((const void *)(b + (r + 1) * d_out + j)) : none;
+            __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1);
+            _mm512_storeu_si512(b_woven + r * d_out + 2 * j, _mm512_permutexvar_epi16(order, both));
+        }
+    memset(h_narrow, 0, 64 * deep);
+    struct tile_config before;
+    begin_tiles(&before);
+    for (long t = 0; t < tokens; t += 32) {
+        long own = tokens - t < 32 ? tokens - t : 32;
+        const bfloat16 *from = x + (start + t) * d_in;
+        if (start + t + 32 > all) { /* what lies behind the last token is not ours to read */
+            memset(last + own * d_in, 0, 2 * (32 - own) * d_in);
+            from = memcpy(last, from, 2 * own * d_in);
+        }
+        for (long r = 0; r < broad; r += 16) {
+            _tile_zero(0); _tile_zero(2);
+            for (long e = 0; e < d_in; e += 32) {
+                _tile_loadd(6, a_woven + e / 2 * broad + r, broad * 4);
+                _tile_loadd(4, from + e, d_in * 2);
+                _tile_loadd(5, from + 16 * d_in + e, d_in * 2);
+                _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(2, 5, 6);
+            }
+            _tile_stored(0, h + r, broad * 4); _tile_stored(2, h + 16 * broad + r, broad * 4);
+        }
+        for (long i = 0; i < 32; i++)
+            for (long r = 0; r < broad; r += 16) narrow16(h_narrow + i * deep + r, take16(h + i * broad + r));
+        bfloat16 *to = y + (start + t) * d_out;
+        for (long j = 0; j <= d_out; j += 32) { /* tiles are a block ahead of the vectors that add what they made */
+            if (j < d_out) product_tiles(c + j / 32 % 2 * 1024, 32, h_narrow, deep, b_woven + 2 * j, d_out, 32, 32, deep, 0);
+            if (j == 0) continue;
+            const float *made = c + (j / 32 + 1) % 2 * 1024;
+            for (long i = 0; i < own; i++)
+                for (int w = 0; w < 32; w += 16) {
+                    bfloat16 *at = to + i * d_out + j - 32 + w;
+                    narrow16(at, wide16(at) + take16(made + 32 * i + w));
+                }
+        }
+    }
+    end_tiles(&before);
+    free(memory);
+    return 1;
+}
 #endif
+
+/* Tokens that take the same adapter, one entry a span; factors: (count, layers, 2) addresses of A and B, 0 for none. */
+struct spans {
+    long count, layers, tokens; /* tokens: all there are */
+    const int64_t *starts, *ends, *ranks;
+    const uint64_t *factors;
+};
 
 /* The rows of an unpadded batch; what is not a number is one entry a row. */
 struct rows {

@@ -1,0 +1,68 @@
+"""A pass's adapters as the kernel `low_rank` reads them: spans of tokens and the addresses of their factors.
+
+Everything is laid out once a pass; a layer is one call then, whatever the mixture, for rows that begin and single
+tokens alike. Knows token spans and one adapter's numbers. Refuses to know slots and requests. Where there is no kernel,
+`segments` and `stack` multiply by torch's own products, which are also its reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from turret.adapters.blocks import rounded
+from turret.kernels import Spans
+
+PIECE = 256  # tokens of one adapter that one thread takes; a longer span is divided
+STEP = ((1 << 62, 32),)  # pieces are whole tiles, but for the last
+
+
+class Numbers(Protocol):
+    """One adapter as a bank has it."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def factors(self) -> Tensor:
+        """(L, 2) int64: the addresses of A and the scaled B of each layer, 0 for none."""
+        ...
+
+
+Span = tuple[int, int, Numbers]  # (start, end, whose)
+
+
+def laid_out(spans: Sequence[Span], tokens: int) -> Spans | None:
+    """The spans of a pass of so many tokens, in order; None where there are none. The adapters must outlive it."""
+    pieces = [(a, b, own) for start, end, own in _joined(spans) for a, b in _pieces(start, end)]
+    if not pieces:
+        return None
+    starts, ends, owners = zip(*pieces, strict=True)
+    return Spans(
+        torch.tensor(starts),
+        torch.tensor(ends),
+        torch.tensor([own.rank for own in owners]),
+        torch.stack([own.factors for own in owners]),
+        tokens,
+    )
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Neighbours that take one adapter as one span; those of no token left out."""
+    joined: list[Span] = []
+    for start, end, own in spans:
+        if joined and joined[-1][2] is own and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end, own)
+        elif end > start:
+            joined.append((start, end, own))
+    return joined
+
+
+def _pieces(start: int, end: int) -> list[tuple[int, int]]:
+    count = -(-(end - start) // PIECE)
+    size = rounded(-(-(end - start) // count), STEP)
+    return list(pairwise([*range(start, end, size), end]))

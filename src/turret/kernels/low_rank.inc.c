@@ -1,0 +1,102 @@
+/* y += (x A^T) B^T of spans of tokens, each with factors of its own. Included by kernels.c once a dtype, as the others.
+
+   x: (N, D_in), y: (N, D_out), A: (R, D_in), B: (R, D_out) with the scaling in it: all contiguous. h = x A^T is added up in float,
+   and so is y, which is rounded once at its end. A token's sum has the same order whatever lies beside it, but for where
+   tiles take over: in spans of at least TILED tokens. */
+
+/* --- vectors: h of a few tokens and ranks, y of a few tokens and columns ------------------------------------------ */
+
+/* h (tokens, R): `high` tokens by `broad` ranks at a time */
+static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T *x, const T *a, long d_in, long rank, const int high, const int broad)
+{
+    v16 total[ROWS][2 * RANKS];
+    for (int t = 0; t < high; t++)
+        for (int r = 0; r < broad; r++) memset(&total[t][r], 0, sizeof(v16));
+    long at = 0;
+    for (; at + WIDTH <= d_in; at += WIDTH) {
+        LANES from[ROWS];
+        for (int t = 0; t < high; t++) from[t] = TAKE(x + t * d_in + at);
+        for (int r = 0; r < broad; r++) {
+            LANES factor = TAKE(a + r * d_in + at);
+            for (int t = 0; t < high; t++) total[t][r] = DOT(total[t][r], from[t], factor);
+        }
+    }
+    for (int t = 0; t < high; t++)
+        for (int r = 0; r < broad; r++) {
+            float one = added(total[t][r]);
+            for (long i = at; i < d_in; i++) one += LOAD(x[t * d_in + i]) * LOAD(a[r * d_in + i]);
+            h[t * rank + r] = one;
+        }
+}
+
+/* y (high, D_out) += h (high, R) B */
+static inline __attribute__((always_inline)) void NAME(outer)(T *y, const float *h, const T *b, long d_out, long rank, const int high)
+{
+    long at = 0;
+    for (; at + 32 <= d_out; at += 32) {
+        v16 sum[ROWS][2];
+        for (int t = 0; t < high; t++)
+            for (int w = 0; w < 2; w++) sum[t][w] = WIDE16(y + t * d_out + at + 16 * w);
+        for (long r = 0; r < rank; r++) {
+            v16 first = WIDE16(b + r * d_out + at), second = WIDE16(b + r * d_out + at + 16);
+            for (int t = 0; t < high; t++) {
+                sum[t][0] += h[t * rank + r] * first;
+                sum[t][1] += h[t * rank + r] * second;
+            }
+        }
+        for (int t = 0; t < high; t++)
+            for (int w = 0; w < 2; w++) NARROW16(y + t * d_out + at + 16 * w, sum[t][w]);
+    }
+    for (; at < d_out; at++)
+        for (int t = 0; t < high; t++) {
+            float sum = LOAD(y[t * d_out + at]);
+            for (long r = 0; r < rank; r++) sum += h[t * rank + r] * LOAD(b[r * d_out + at]);
+            y[t * d_out + at] = STORE(sum);
+        }
+}
+
+static void NAME(few)(const T *x, T *y, const T *a, const T *b, long tokens, long d_in, long d_out, long rank)
+{
+    float h[ROWS * rank];
+    ahead(b, sizeof(T) * rank * d_out);
+    for (long t = 0; t < tokens;) {
+        long r = 0;
+        if (tokens - t >= ROWS) {
+            for (; r + RANKS <= rank; r += RANKS) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, ROWS, RANKS);
+            for (; r < rank; r++) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, ROWS, 1);
+            NAME(outer)(y + t * d_out, h, b, d_out, rank, ROWS);
+            t += ROWS;
+        } else {
+            for (; r + 2 * RANKS <= rank; r += 2 * RANKS) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, 1, 2 * RANKS);
+            for (; r + RANKS <= rank; r += RANKS) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, 1, RANKS);
+            for (; r < rank; r++) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, 1, 1);
+            NAME(outer)(y + t * d_out, h, b, d_out, rank, 1);
+            t += 1;
+        }
+    }
+}
+
+/* --- all spans of a pass, in one layer ---------------------------------------------------------------------------- */
+
+void NAME(low_rank)(const struct spans *spans, long layer, const T *x, T *y, long d_in, long d_out, int threads)
+{
+    long work = 0, many = 0;
+    for (long i = 0; i < spans->count; i++) {
+        long tokens = spans->ends[i] - spans->starts[i];
+        work += tokens * spans->ranks[i];
+        many |= tokens > ROWS;
+    }
+    long share = many ? 1 : (spans->count + threads - 1) / threads; /* memory decides where tokens are few: neighbours in one thread */
+#pragma omp parallel for num_threads(threads) schedule(dynamic, share) if (spans->count > 1 && work * (d_in + d_out) > 8 * SERIAL)
+    for (long i = 0; i < spans->count; i++) {
+        const uint64_t *factors = spans->factors + 2 * (i * spans->layers + layer);
+        const T *a = (const T *)(uintptr_t)factors[0], *b = (const T *)(uintptr_t)factors[1];
+        long start = spans->starts[i], tokens = spans->ends[i] - start, rank = spans->ranks[i];
+        if (i + 1 < spans->count && !many) ahead((const void *)(uintptr_t)factors[2 * spans->layers], sizeof(T) * spans->ranks[i + 1] * d_in);
+        if (!a || tokens <= 0) continue;
+#ifdef MANY
+        if (MANY(x, y, a, b, start, tokens, spans->tokens, d_in, d_out, rank)) continue;
+#endif
+        NAME(few)(x + start * d_in, y + start * d_out, a, b, tokens, d_in, d_out, rank);
+    }
+}
