@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 import turret
-from turret.cli import aliases, answers, demo, difference, doctor, exchange, train, upkeep, versions
+from turret.cli import aliases, answers, compare, demo, difference, doctor, exchange, train, upkeep, versions
 from turret.cli.output import complain, follows
 from turret.errors import TurretError
 
@@ -31,6 +31,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(train.train)
 app.command()(train.plan)
+app.command()(compare.compare)
 app.command()(answers.evaluate)
 app.command()(answers.predict)
 app.command("list")(versions.list_)

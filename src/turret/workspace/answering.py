@@ -29,9 +29,9 @@ MOST_TOKENS = 4096  # in one pass
 
 @dataclass(frozen=True)
 class Mounted:
-    """A stored version on its base, ready to answer."""
+    """A stored version on its base, or the base alone, ready to answer."""
 
-    version: Version
+    version: Version | None
     model: Any
     task: Any
 
@@ -104,6 +104,7 @@ def evaluate(
     """Metrics of the version on the test split of the data, or on all of it where it has no splits."""
     data = Data.model_validate({"source": source, **columns})
     ready = mounted(store, reference, stage)
+    assert ready.version is not None
     task = ready.task
     classify = task.kind == "classify"
     labels, many = (task.labels, task.multi_label) if classify else ((), False)
