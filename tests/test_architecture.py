@@ -67,7 +67,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     assert not hasattr(turret, "torch")
 
 
-@pytest.mark.parametrize("room", ["adapters", "bases", "recipe", "store", "tasks", "train", "workspace"])
+@pytest.mark.parametrize("room", ["adapters", "bases", "compare", "recipe", "store", "tasks", "train", "workspace"])
 def test_what_a_room_exports_is_there(room: str) -> None:
     module = importlib.import_module(f"turret.{room}")
     for name in getattr(module, "__all__", ()):

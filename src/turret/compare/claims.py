@@ -23,7 +23,7 @@ class Claim:
     answer: Answer
 
 
-def claims(rows: Sequence[Any], against: str, confidence: float) -> tuple[Claim, ...]:
+def claims(rows: Sequence[Any], against: str) -> tuple[Claim, ...]:
     """Every claim for every LoRA and prefix row; none where the yardstick is not full fine-tuning, or has not run."""
     full = next((row for row in rows if row.spec == against and row.kind == "full" and row.costs), None)
     if full is None:

@@ -144,7 +144,7 @@ def comparison(
         },
         rows=rows,
         curves=tuple(_curves(made, results, confidence)) if len(made.fractions) > 1 else (),
-        claims=claims(rows, made.against, confidence),
+        claims=claims(rows, made.against),
         classes=per_class(whole, yardstick, data, classes, confidence, made.recipe.split_seed) if classes else (),
         confusions=confusion(whole, data, classes, specs) if classes else (),
         disagreements=disagreements(whole, data, specs),
@@ -265,7 +265,9 @@ def _merit(metrics: Mapping[str, Any]) -> float:
 def _advice(rows: Sequence[Row]) -> str:
     asked = [row.verdict for row in rows if row.verdict and row.verdict.word == "undecided"]
     few = [each.more_seeds for each in asked if each.more_seeds is not None]
-    return f"about {min(few)} more seeds would settle the first of them" if few else asked[0].advice()
+    if not few:
+        return asked[0].advice()
+    return f"about {min(few)} more seed{'' if min(few) == 1 else 's'} would settle the first of them"
 
 
 def _commonest(data: Any) -> float | None:

@@ -93,8 +93,8 @@ def interval(
     """The mean of d with a hierarchical bootstrap interval: seeds and examples are both drawn anew. d: (S, N).
 
     A draw is `mean + (mean of the drawn seeds - mean) + (mean of the drawn examples - mean)`, so what is neither a
-    seed's nor an example's own counts twice and not, as in drawing whole rows and columns, three times. Two mends make it hold
-    for few seeds and few errors, and the tests' simulations say that it does:
+    seed's nor an example's own counts twice and not, as in drawing whole rows and columns, three times. Two mends make
+    it hold for few seeds and few errors, and the tests' simulations say that it does:
     - seeds are few, so their part is widened by sqrt(S / (S - 1)) and the whole by the t quantile that its degrees of
       freedom ask for. One seed says nothing about others: then the interval is about that one training
     - one example on each side is added (after Bonett & Price 2012), or no disagreement among fifty examples would pass

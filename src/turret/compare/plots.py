@@ -67,7 +67,7 @@ class Axis:
 
     def ticks(self, most: int = 5) -> list[float]:
         """Round numbers, at most about so many."""
-        if not self.log:
+        if not self.log or self.high < 8 * self.low:
             step = _nice((self.high - self.low) / most)
             first = math.ceil(self.low / step - 1e-9)
             return [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
@@ -110,14 +110,14 @@ def plain(value: float) -> str:
 def forest(marks: Sequence[Mark], margin: float, *, unit: str, zero: str) -> str:
     """Differences with intervals, one a line, over a band that is the margin. x of a mark is the difference."""
     row, top = 40, 26
-    height = top + row * len(marks) + 34
+    height = top + row * len(marks) + 40
     values = [0.0, margin, -margin, *(each.low for each in marks), *(each.high for each in marks)]
     x = axis(values, 14, WIDTH - 14)
     foot = top + row * len(marks)
     parts = [
         _rect(x.at(-margin), top - 6, x.at(margin) - x.at(-margin), foot - top + 6, "band"),
         _line(x.at(0), top - 6, x.at(0), foot, "axis"),
-        _text(x.at(0), top - 12, zero, "note", "middle"),
+        _text(_inside(x.at(0), zero), top - 12, zero, "note", "middle"),
     ]
     for place, mark in enumerate(marks):
         y = top + row * place + 26
@@ -193,6 +193,12 @@ def stacks(bars: Sequence[Bar], *, unit: str, number: NUMBER = plain) -> str:
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _inside(x: float, words: str) -> float:
+    """Where the middle of some words may be so that none of them leaves the plot."""
+    half = 3.1 * len(words) + 4
+    return max(half, min(WIDTH - half, x))
 
 
 def _labels(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:

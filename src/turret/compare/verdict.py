@@ -28,7 +28,7 @@ from turret.compare.evidence import (
 
 Word = Literal["within", "worse", "better", "undecided"]
 MOST_SEEDS = 50  # more than that is no advice
-MOST_EXAMPLES = 50  # times as many as there are
+MOST_EXAMPLES = 200  # times as many as there are
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ def count(value: float) -> str:
 
 
 def megabytes(value: float) -> str:
-    """`0.31 MB`, `91 MB`, `1.2 GB`."""
+    """`3.2 kB`, `0.31 MB`, `91 MB`, `1.20 GB`."""
     if abs(value) >= 1e9:
         return f"{value / 1e9:.2f} GB"
+    if abs(value) < 1e5:
+        return f"{value / 1e3:.1f} kB"
     return f"{value / 1e6:.2f} MB" if abs(value) < 1e7 else f"{value / 1e6:.0f} MB"
 
 
@@ -34,8 +36,8 @@ def milliseconds(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """`0.14%`, `100%`."""
-    return f"{100 * share:.2f}%" if share < 0.1 else f"{100 * share:.0f}%"
+    """`0.14%`, `0.0057%`, `100%`."""
+    return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
 
 
 def points(value: float) -> str:

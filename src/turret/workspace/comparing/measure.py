@@ -35,7 +35,7 @@ def version(
     """Everything about one training. result: as `turret train --json` gives it; plan: as its preflight said."""
     dataset = _data(recipe)
     ready = answering.mounted(store, str(result["version"]), say)
-    found = {
+    return {
         **{
             key: result[key]
             for key in ("version", "digest", "base", "parameters", "timing", "bundle_bytes", "run", "notes")
@@ -47,7 +47,6 @@ def version(
         "best": _best(store, str(result["run"])),
         **_answers(ready, dataset.test, say),
     }
-    return found
 
 
 def base(store: Store, recipe: Recipe, say: Say) -> dict[str, Any]:
