@@ -78,7 +78,7 @@ def _split(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
             if not part:
                 continue
         if not methods:
-            raise RecipeError(f"{_short(part)}: a setting belongs after its method, such as lora:{part}")
+            raise RecipeError(f"{_short(part)}: a setting belongs after its method, such as lora:{_short(part)}")
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise RecipeError(f"{_short(part)}: expected SETTING=VALUE after {methods[-1][0]}:, such as lora:r=4")

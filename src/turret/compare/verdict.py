@@ -55,7 +55,7 @@ class Verdict:
             return f"better than {against} ({span})"
         if self.word == "worse":
             return f"worse than {against} by more than {points} ({span})"
-        return f"undecided ({span}): {self.advice()}"
+        return f"undecided against {against} ({span}): {self.advice()}"
 
     def advice(self) -> str:
         """What would settle it."""

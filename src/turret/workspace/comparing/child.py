@@ -6,6 +6,7 @@ It sees a clean environment, so that nothing of torchrun's reaches it, and a std
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from turret.errors import Interrupted
 from turret.process import environment
 
 Say = Callable[[str], None]
+STOPPED = "stopped; the same command goes on with what is missing"
 
 
 def carried_out(here: Path, left: float | None, say: Say) -> str | None:
@@ -25,39 +27,42 @@ def carried_out(here: Path, left: float | None, say: Say) -> str | None:
     """
     command = [sys.executable, "-P", "-m", "turret.workspace.comparing.member", str(here.absolute())]
     out_of_time = threading.Event()
-    with (here / "stderr.txt").open("w+", encoding="utf-8") as errors:
-        child = subprocess.Popen(
+    with (
+        (here / "stderr.txt").open("w+", encoding="utf-8") as errors,
+        subprocess.Popen(
             command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
+        ) as child,
+    ):  # fmt: skip
 
         def stop() -> None:
             out_of_time.set()
             child.terminate()  # the step is finished and a checkpoint written
 
-        timer = threading.Timer(left, stop) if left is not None else None
+        timer = threading.Timer(threading.TIMEOUT_MAX if left is None else max(0.0, left), stop)
+        timer.daemon = True
+        timer.start()
         try:
-            if timer is not None:
-                timer.daemon = True
-                timer.start()
             for words in _said(child.stdout):
                 say(words)
             status = child.wait()
         except KeyboardInterrupt:
             child.terminate()
             child.wait()
-            raise Interrupted("stopped; the same command goes on with what is missing") from None
+            raise Interrupted(STOPPED) from None
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
             child.kill()
-            child.wait()
-        if status == 0 or out_of_time.is_set():
-            return None
         errors.seek(0)
         lines: Sequence[str] = [line.strip() for line in errors if line.strip()]
+    if status == 0 or out_of_time.is_set():
+        return None
     if status == Interrupted.exit_status:
-        raise Interrupted("stopped; the same command goes on with what is missing")
+        raise Interrupted(STOPPED)
+    if status == -signal.SIGKILL:
+        return (
+            "its process was killed, most likely because the machine ran out of memory: lower train.micro_batch_tokens"
+        )
     return lines[-1] if lines else f"its process ended with status {status}"
 
 
