@@ -289,5 +289,5 @@ def _notes(data: Any, rows: Sequence[Row], made: Design) -> tuple[str, ...]:
             f"{judged} rows are judged, each for itself: with many rows some verdict is wrong more often than one is"
         )
     if len(made.seeds) < 3:
-        notes.append("two seeds say little about luck: intervals are wide for that reason")
+        notes.append("fewer than three seeds say little about luck")
     return tuple(notes)

@@ -153,9 +153,17 @@ def _plots(found: Comparison) -> Iterator[tuple[str, str]]:
                 y_label=metric,
             ),
         )
-        yield "components", stacks(list(_stacked(trained)), unit="MB while training, without the program itself")
+        yield (
+            "components",
+            stacks(list(_stacked(trained)), unit="MB while training, without the program itself", number=whole),
+        )
     if found.curves:
         yield "curves", curves(list(_lines(found)), x_label="training examples", y_label=metric)
+
+
+def whole(value: float) -> str:
+    """Megabytes in a plot."""
+    return f"{value:,.0f}"
 
 
 def _difference(row: Row) -> Mark:

@@ -49,7 +49,6 @@ class Sitting:
     store: Store
     folder: Path
     design: Design
-    digest: str  # of the data
     say: Say
     deadline: float | None
     results: list[Result] = field(default_factory=list)
@@ -79,7 +78,7 @@ def compare(store: Store, recipe: Recipe, wanted: Wanted, say: Say) -> Compariso
     )
     folder = state.folder_of(store.root, recipe, data.digest)
     deadline = None if wanted.budget is None else time.monotonic() + wanted.budget
-    sitting = Sitting(store, folder, made, data.digest, say, deadline)
+    sitting = Sitting(store, folder, made, say, deadline)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / "lock", timeout=0)
@@ -127,7 +126,6 @@ def _run(sitting: Sitting, cell: Cell, here: Path, left: float | None, title: st
         "kind": cell.candidate.kind,
         "recipe": cell.recipe.to_toml(),
         "store": str(sitting.store.root.absolute()),
-        "data_digest": sitting.digest,
     }
     state.write(here / "request.json", request)
     sitting.say(title)

@@ -33,7 +33,7 @@ def version(
     store: Store, recipe: Recipe, result: Mapping[str, Any], plan: Mapping[str, Any], say: Say
 ) -> dict[str, Any]:
     """Everything about one training. result: as `turret train --json` gives it; plan: as its preflight said."""
-    dataset = _data(recipe)
+    dataset = data_of(recipe)
     ready = answering.mounted(store, str(result["version"]), say)
     return {
         **{
@@ -68,7 +68,8 @@ def base(store: Store, recipe: Recipe, say: Say) -> dict[str, Any]:
     }
 
 
-def _data(recipe: Recipe) -> Any:
+def data_of(recipe: Recipe) -> Any:
+    """The examples that the recipe means."""
     return tables.read(recipe.data, recipe.task.kind, recipe.split_seed, multi_label=recipe.task.multi_label)
 
 

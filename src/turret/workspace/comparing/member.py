@@ -56,19 +56,19 @@ def _carry_out(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     if request["kind"] == "base":
         found = measure.base(store, recipe, _say)
     else:
-        result = _finished(folder, store, request) or _trained(folder, store, recipe)
+        result = _finished(folder, store, recipe) or _trained(folder, store, recipe)
         found = measure.version(store, recipe, result, state.read(folder / "plan.json") or {}, _say)
     found["wall_seconds"] = time.perf_counter() - started
     return found
 
 
-def _finished(folder: Path, store: Store, request: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(folder: Path, store: Store, recipe: Recipe) -> dict[str, Any] | None:
     """What an earlier process of this cell stored before it could measure it."""
     try:
         filled = (folder / "recipe.toml").read_text(encoding="utf-8")
     except OSError:
         return None
-    result = store.finished_run(filled, request["data_digest"])
+    result = store.finished_run(filled, measure.data_of(recipe).digest)
     if result is None or result["version"] not in {
         str(version) for version in store.list(Recipe.from_toml(filled).name)
     }:
