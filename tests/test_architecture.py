@@ -79,7 +79,20 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["adapters", "bases", "engine", "experiments", "recipe", "server", "store", "tasks", "train", "workspace"]
+    "room",
+    [
+        "adapters",
+        "bases",
+        "compare",
+        "engine",
+        "experiments",
+        "recipe",
+        "server",
+        "store",
+        "tasks",
+        "train",
+        "workspace",
+    ],
 )
 def test_what_a_room_exports_is_there(room: str) -> None:
     module = importlib.import_module(f"turret.{room}")

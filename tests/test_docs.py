@@ -24,7 +24,7 @@ from turret.recipe import keys, presets
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-VERBS = ["train", "plan", "evaluate", "predict", "engine", "inputs", "list", "show", "resolve", "doctor"]
+VERBS = ["train", "plan", "evaluate", "predict", "engine", "inputs", "list", "show", "resolve", "doctor", "compare"]
 VERBS += ["import_adapter", "export", "diff", "promote", "rollback", "gate", "verify", "gc", "delete"]
 VERBS += ["experiment", "experiments", "settle", "router", "replay"]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]

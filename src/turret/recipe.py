@@ -94,6 +94,7 @@ class Data(_Section):
     train: Size = None  # a number, a fraction, or the name of a split; None: all that is not held out
     validation: Size = None  # None: the split of that name, if there is one
     test: Size = None  # None: the split of that name, else a fifth, at most 1000
+    seed: int | None = Field(default=None, ge=0, lt=2**32)  # of the split; None: the recipe's
 
     @model_validator(mode="before")
     @classmethod
@@ -153,6 +154,11 @@ class Recipe(_Section):
     task: Task = Task()
     method: Annotated[Method, BeforeValidator(_method_word)] = LoRA()
     train: Train = Train()
+
+    @property
+    def split_seed(self) -> int:
+        """What the examples are chosen with: trainings that differ in their seed alone may share a split."""
+        return self.seed if self.data.seed is None else self.data.seed
 
     @model_validator(mode="before")
     @classmethod

@@ -173,8 +173,8 @@ def ready_to_migrate(where: str, folder: Path) -> Hold:
     two(where, folder).promote("a@1", "production")
     with by_hand.catalog(Store(where)) as connection:
         if connection.execute("SELECT version_num FROM alembic_version").fetchone()[0] != "0001":
-            later = ("experiment_health", "outcomes", "assignments", "experiment_events", "experiment_splits", "experiments")
-            for table in (*later, "tokens", "replays", "golden_gates", "golden_sets", "gates"):
+            later = ("experiment_health", "outcomes", "assignments", "experiment_events", "experiment_splits")
+            for table in (*later, "experiments", "tokens", "replays", "golden_gates", "golden_sets", "gates"):
                 connection.execute(f"DROP TABLE {table}")
             for column in ("who", "number", "verb", "before"):
                 connection.execute(f'ALTER TABLE alias_history DROP COLUMN "{column}"')

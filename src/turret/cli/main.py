@@ -18,6 +18,7 @@ import turret
 from turret.cli import (
     aliases,
     answers,
+    compare,
     demo,
     difference,
     doctor,
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(train.train)
 app.command()(train.plan)
+app.command()(compare.compare)
 app.command()(answers.evaluate)
 app.command()(answers.predict)
 app.command("list")(versions.list_)

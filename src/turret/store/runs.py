@@ -102,6 +102,15 @@ def take_up(database: Database, folder: Path, recipe_toml: str, data_digest: str
     return None
 
 
+def finished(database: Database, recipe_toml: str, data_digest: str) -> dict[str, Any] | None:
+    """What the newest finished run of this recipe on this data gave."""
+    wanted = (runs.c.recipe_digest == digest_of(recipe_toml)) & (runs.c.data_digest == data_digest)
+    asked = select(runs.c.result).where(wanted, runs.c.state == "finished").order_by(runs.c.id.desc())
+    with database.reading() as connection:
+        row = connection.execute(asked).first()
+    return dict(row.result) if row is not None and row.result else None
+
+
 def end(database: Database, run: Run, state: State, *, error: str | None, result: Mapping[str, Any] | None) -> None:
     """Write down how the run ended, and let go of it."""
     if error is not None:  # a database takes neither half a character nor NUL

@@ -337,6 +337,14 @@ class Store:
         with told(self._catalog):
             return runs.take_up(database, self.root / "runs", recipe_toml, data_digest)
 
+    def finished_run(self, recipe_toml: str, data_digest: str) -> dict[str, Any] | None:
+        """What a training of that recipe on that data gave, if one came to its end."""
+        database = self._database()
+        if database is None:
+            return None
+        with told(self._catalog):
+            return runs.finished(database, recipe_toml, data_digest)
+
     def end_run(
         self, run: Run, state: State, *, error: str | None = None, result: Mapping[str, Any] | None = None
     ) -> None:

@@ -7,7 +7,6 @@ know the store: a bundle that is not proven is not stored, and that is the calle
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,15 +21,13 @@ from torch import Tensor
 
 from turret.adapters import packed
 from turret.errors import ProofFailed
+from turret.process import environment
 from turret.train.batches import Item, Items
 
 ROWS = 4  # examples that are asked
 TARGET_TOKENS = 16  # of each, at most
 TIMEOUT = 900.0  # seconds
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the largest output
-# All that the process gets to see of the environment: where things lie, and how torch computes.
-KEPT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "USERPROFILE", "VIRTUAL_ENV")
-KEPT_BEGINNINGS = ("HF_", "XDG_", "TURRET_", "OMP_", "MKL_", "CUDA_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME")
 
 
 @dataclass(frozen=True)
@@ -102,13 +99,10 @@ def prove(bundle: Path, base: Any, asked: Probe, *, timeout: float = TIMEOUT) ->
 
 def _run(folder: Path, timeout: float) -> str:
     """Run the process; returns what is known of its end, for the case that it wrote no report."""
-    environment = {
-        name: value for name, value in os.environ.items() if name in KEPT or name.startswith(KEPT_BEGINNINGS)
-    }
     command = [sys.executable, "-P", "-m", "turret.train.reload", str(folder)]
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, errors="replace", timeout=timeout, check=False
+            command, env=environment(), capture_output=True, text=True, errors="replace", timeout=timeout, check=False
         )
     except subprocess.TimeoutExpired:
         return f"it took longer than {timeout:.0f} s"

@@ -40,7 +40,7 @@ def splits_of(recipe: Any, dataset: Any) -> Splits:
                 'name data.validation, or set train.keep to "last" without early_stopping'
             )
         order = list(range(len(train)))
-        random.Random(recipe.seed).shuffle(order)
+        random.Random(recipe.split_seed).shuffle(order)
         held = max(1, round(CARVED * len(train)))
         train, validation = [train[i] for i in sorted(order[held:])], [train[i] for i in order[:held]]
         note = f"{held} of the training examples are held back as a validation split, because the recipe names none"

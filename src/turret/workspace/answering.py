@@ -30,9 +30,9 @@ MOST_TOKENS = 4096  # in one pass
 
 @dataclass(frozen=True)
 class Mounted:
-    """A stored version on its base, ready to answer."""
+    """A stored version on its base, or the base alone, ready to answer."""
 
-    version: Version
+    version: Version | None
     model: Any
     task: Any
 
@@ -104,6 +104,7 @@ def evaluate(
 ) -> Evaluation:
     """Metrics of the version on the test split of the data, or on all of it where it has no splits."""
     ready = mounted(store, reference, stage)
+    assert ready.version is not None
     task = ready.task
     data, examples, notes = labelled(ready, source, columns)
     if stage is not None:

@@ -69,7 +69,7 @@ def prepare(store: Store, recipe: Recipe, watching: Watching) -> Ready:
     """Read the data, load the base, and fill in what the recipe left to be seen."""
     start = _start(store, recipe, watching)
     watching.stage(f"reading {recipe.data.source}")
-    dataset = tables.read(recipe.data, recipe.task.kind, recipe.seed, multi_label=recipe.task.multi_label)
+    dataset = tables.read(recipe.data, recipe.task.kind, recipe.split_seed, multi_label=recipe.task.multi_label)
     watching.stage(f"loading {recipe.base}")
     started = time.perf_counter()
     base = bases.load(

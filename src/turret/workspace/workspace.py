@@ -15,6 +15,7 @@ from turret.store import Collected, Deleted, Gate, Golden, Move, Store, Tokens, 
 from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
 
 if TYPE_CHECKING:
+    from turret.compare.comparison import Comparison
     from turret.engine import Limits
     from turret.engine.engine import Engine
     from turret.experiments import Router
@@ -142,6 +143,31 @@ class Workspace:
 
         watching = training.Watching(on_record, on_plan, on_stage)
         return training.train(self.store, recipe, watching, fresh=fresh, beside_base=beside_base)
+
+    def compare(
+        self,
+        recipe: Recipe,
+        *,
+        methods: str | None = None,
+        seeds: int = 5,
+        budget: float | None = None,
+        fractions: Sequence[float] = (1.0,),
+        margin: float = 1.0,
+        against: str = "full",
+        lr: float | Literal["auto"] | None = None,
+        on_stage: Say | None = None,
+    ) -> Comparison:
+        """Train several methods on the same data, each with several seeds in processes of their own, and judge them.
+
+        methods: such as "base,head,full,lora:r=4/16,prefix"; those that the task allows where left out. budget: seconds
+        of this sitting. fractions: of the training examples, for learning curves. margin: points of accuracy or ROUGE-L
+        that are still as good. lr: one rate for all, or "auto"; each method's own where left out. What an earlier call
+        made is used; every training is a version in the store, and the report lies in `.folder`.
+        """
+        from turret.workspace import comparing
+
+        wanted = comparing.Wanted(methods, seeds, budget, tuple(fractions), margin, against, lr)
+        return comparing.compare(self.store, recipe, wanted, on_stage or (lambda _words: None))
 
     def evaluate(
         self, reference: str, data: str, *, columns: Mapping[str, Any] | None = None, on_stage: Say | None = None

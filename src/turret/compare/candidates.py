@@ -1,0 +1,138 @@
+"""What is compared: `base,head,full,lora:r=4/8,r=16` as a list of methods with their settings. Loads no torch.
+
+The grammar, in a line: methods with commas between them, a setting after a colon, further settings after commas, and
+numbers to be tried one by one with slashes between them.
+
+    base                         the base itself; a classifier's has a head that nobody trained
+    head, full, lora, prefix     the recipe's own settings where it trains that method, else the defaults
+    lora:r=4,lora_alpha=8        settings by the names that a recipe has, and lr
+    lora:r=4/8/16                three rows
+    lora:target_modules=query+value
+
+Refuses to know how anything is trained.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from turret.errors import RecipeError
+from turret.recipe import Recipe
+
+KINDS = ("base", "head", "full", "lora", "prefix")
+CLASSIFYING = "base,head,full,lora,prefix"
+WRITING = "base,full,lora,prefix"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One method with its settings: a row of the comparison."""
+
+    spec: str  # how it is said: "lora:r=4"
+    kind: str  # base, head, full, lora, prefix
+    recipe: Recipe  # of its training, but for seed and data; the base trains nothing
+
+    @property
+    def label(self) -> str:
+        """For reading: `lora r=4`."""
+        return self.spec.replace(":", " ", 1).replace(",", " ")
+
+    @property
+    def slug(self) -> str:
+        """For the name of a file."""
+        return re.sub(r"[^a-z0-9]+", "-", self.spec.lower()).strip("-")[:60]
+
+
+def candidates(
+    text: str | None, recipe: Recipe, kind: str, lr: float | Literal["auto"] | None = None
+) -> list[Candidate]:
+    """The rows that `text` names, each with the learning rate that is its own. kind: of the task.
+
+    A rate in the recipe belongs to the recipe's own method; lr: a rate for all, or "auto".
+    """
+    named = list(_split(text or (CLASSIFYING if kind == "classify" else WRITING)))
+    found: dict[str, Candidate] = {}
+    for method, settings in named:
+        if method == "head" and kind != "classify":
+            raise RecipeError(f"head: a base that is to {kind} has no head to train alone: leave head out")
+        for chosen in _expanded(settings):
+            made = _candidate(method, chosen, recipe, lr)
+            found.setdefault(made.spec, made)
+    if not found:
+        raise RecipeError(f"no method to compare: give some, such as {CLASSIFYING}")
+    return list(found.values())
+
+
+def _split(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """("lora", [("r", "4"), ...]) for every method that is named."""
+    methods: list[tuple[str, list[tuple[str, str]]]] = []
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        head, colon, rest = part.partition(":")
+        if colon or "=" not in part:
+            methods.append((_kind(head.strip(), rest.strip()), []))
+            part = rest.strip()
+            if not part:
+                continue
+        if not methods:
+            raise RecipeError(f"{_short(part)}: a setting belongs after its method, such as lora:{_short(part)}")
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise RecipeError(f"{_short(part)}: expected SETTING=VALUE after {methods[-1][0]}:, such as lora:r=4")
+        methods[-1][1].append((key.strip(), value.strip()))
+    yield from methods
+
+
+def _kind(word: str, rest: str) -> str:
+    if word == "peft":
+        raise RecipeError(
+            f"peft:{_short(rest or 'METHOD')}: methods of PEFT that turret has no own form of cannot be compared yet: "
+            f"give {', '.join(KINDS)}"
+        )
+    if word not in KINDS:
+        raise RecipeError(f"{_short(word)} is no method to compare: expected {', '.join(KINDS)}")
+    return word
+
+
+def _expanded(settings: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Every choice of the numbers that have slashes between them."""
+    choices = []
+    for key, value in settings:
+        parts = value.split("/")
+        many = len(parts) > 1 and all(re.fullmatch(r"[0-9.eE+-]+", part) for part in parts)
+        choices.append([(key, part) for part in parts] if many else [(key, value)])
+    yield from (list(each) for each in itertools.product(*choices))
+
+
+def _candidate(
+    method: str, settings: list[tuple[str, str]], recipe: Recipe, lr: float | Literal["auto"] | None
+) -> Candidate:
+    spec = method + (":" + ",".join(f"{key}={value}" for key, value in settings) if settings else "")
+    if method == "base":
+        if settings:
+            raise RecipeError(f"{_short(spec)}: the base is not trained and has no settings: say base")
+        return Candidate("base", "base", _changed(recipe, {"method": "head", "train.lr": "none"}))
+    rate = lr if lr is not None else recipe.train.lr if method == recipe.method.kind else None
+    if rate is None and recipe.train.lr == "auto":
+        rate = "auto"
+    changes: dict[str, Any] = {"method": method, "train.lr": "none" if rate is None else str(rate)}
+    for key, value in settings:
+        name = "train.lr" if key == "lr" else f"method.{key}"
+        changes[name] = value.replace("+", ",") if key == "target_modules" else value
+    try:
+        return Candidate(spec, method, _changed(recipe, changes))
+    except RecipeError as error:
+        raise RecipeError(f"{_short(spec)}: {error}") from None
+
+
+def _changed(recipe: Recipe, changes: dict[str, str]) -> Recipe:
+    made = recipe.with_overrides(changes)
+    start = made.train.model_copy(update={"init_from": None})  # every method begins at the base
+    return made.model_copy(update={"train": start})
+
+
+def _short(text: str) -> str:
+    return ascii(text[:60])[1:-1]

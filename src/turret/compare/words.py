@@ -1,0 +1,51 @@
+"""Numbers as a report says them. Knows units and nothing of what is measured."""
+
+from __future__ import annotations
+
+
+def count(value: float) -> str:
+    """`74k`, `22.7M`."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def megabytes(value: float) -> str:
+    """`3.2 kB`, `0.31 MB`, `91 MB`, `1.20 GB`."""
+    if abs(value) >= 1e9:
+        return f"{value / 1e9:.2f} GB"
+    if abs(value) < 1e5:
+        return f"{value / 1e3:.1f} kB"
+    return f"{value / 1e6:.2f} MB" if abs(value) < 1e7 else f"{value / 1e6:.0f} MB"
+
+
+def seconds(value: float) -> str:
+    """`0.8 s`, `42 s`, `3 min 05 s`."""
+    if value < 10:
+        return f"{value:.1f} s"
+    if value < 100:
+        return f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def milliseconds(value: float) -> str:
+    """`3.1 ms`, `420 ms`, `1.2 s`."""
+    return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.1f} ms" if value < 0.1 else f"{1000 * value:.0f} ms"
+
+
+def percent(share: float) -> str:
+    """`0.14%`, `0.0057%`, `100%`."""
+    return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
+
+
+def points(value: float) -> str:
+    """One digit behind the point."""
+    return f"{value:.1f}"
+
+
+def signed(value: float) -> str:
+    """`+0.4`, `-1.2`; never a minus before zero."""
+    said = f"{value:+.1f}"
+    return "0.0" if said in ("+0.0", "-0.0") else said.replace("-", "\u2212")

@@ -1,0 +1,170 @@
+"""What is measured of one training once its version is stored, and of the base alone: answers and scores on every test
+example, the time of one answer, what was forgotten, what it cost. Refuses to judge any of it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turret import adapters
+from turret import train as trainer
+from turret.methods import LoRA
+from turret.recipe import Recipe
+from turret.store import Store
+from turret.tasks import tables
+from turret.tasks.metrics import rouge_l
+from turret.tasks.task import Labelled, texts_of
+from turret.train.start import attach
+from turret.workspace import answering, training
+from turret.workspace.comparing.neutral import PARAGRAPHS
+
+Say = Callable[[str], None]
+ASKED = {"classify": 24, "summarize": 6, "generate": 6}  # texts, one at a time, for the time of an answer
+LEAD = 24  # tokens of a neutral paragraph that are given, the rest is predicted
+
+
+def version(
+    store: Store, recipe: Recipe, result: Mapping[str, Any], plan: Mapping[str, Any], say: Say
+) -> dict[str, Any]:
+    """Everything about one training. result: as `turret train --json` gives it; plan: as its preflight said."""
+    dataset = data_of(recipe)
+    ready = answering.mounted(store, str(result["version"]), say)
+    return {
+        **{
+            key: result[key]
+            for key in ("version", "digest", "base", "parameters", "timing", "bundle_bytes", "run", "notes")
+        },
+        "method": dict(store.resolve(str(result["version"])).part("method")),
+        "lr": plan.get("lr"),
+        "stored_metrics": result["metrics"],
+        "memory": _memory(result, plan),
+        "best": _best(store, str(result["run"])),
+        **_answers(ready, dataset.test, say),
+    }
+
+
+def base(store: Store, recipe: Recipe, say: Say) -> dict[str, Any]:
+    """The base alone on the same examples: a classifier's with a head that nobody trained."""
+    ready = training.prepare(store, recipe, training.Watching(on_stage=say))
+    writes = ready.task.kind != "classify"
+    shown = recipe.model_copy(update={"method": LoRA()}) if writes else recipe
+    attach(shown, ready.base, ready.task)
+    ready.base.model.eval()
+    mounted = answering.Mounted(None, ready.base.model, ready.task)
+    total = sum(each.numel() for each in ready.base.model.parameters())
+    return {
+        "version": None,
+        "base": {"id": ready.base.id, "fingerprint": ready.base.fingerprint},
+        "parameters": {"trainable": 0, "stored": 0, "total": total},
+        "bundle_bytes": 0,
+        "notes": ready.notes,
+        **_answers(mounted, ready.dataset.test, say, bare=writes),
+    }
+
+
+def data_of(recipe: Recipe) -> Any:
+    """The examples that the recipe means."""
+    return tables.read(recipe.data, recipe.task.kind, recipe.split_seed, multi_label=recipe.task.multi_label)
+
+
+def _answers(ready: answering.Mounted, examples: Sequence[Any], say: Say, *, bare: bool = False) -> dict[str, Any]:
+    """Metrics, an answer and a score for every example, the time of one answer, and what was forgotten."""
+    say(f"answering {len(examples)} test examples")
+    model, task = ready.model, ready.task
+    slot = adapters.BARE if bare else None
+    metrics, answers = trainer.evaluate(model, task, examples, most_tokens=answering.MOST_TOKENS, slot=slot)
+    if task.kind == "classify":
+        given = [each["label"] for each in answers]
+        scores = [float(_same(label, example)) for label, example in zip(given, examples, strict=True)]
+    else:
+        given = [each["text"] for each in answers]
+        scores = [rouge_l(text, example.target) for text, example in zip(given, examples, strict=True)]
+    say("timing single answers")
+    return {
+        "kind": task.kind,
+        "metrics": metrics,
+        "answers": given,
+        "scores": scores,
+        "latency": _latency(ready, texts_of(examples), bare),
+        "forgetting": None if task.kind == "classify" else _forgetting(model, task.tokenizer),
+    }
+
+
+def _same(given: Any, example: Labelled) -> bool:
+    wanted = example.label
+    return sorted(given) == sorted(wanted) if isinstance(given, list) else bool(given == wanted)
+
+
+def _latency(ready: answering.Mounted, texts: Sequence[str], bare: bool) -> dict[str, float]:
+    """Seconds of one answer to one text, the first left out."""
+    count = min(len(texts), ASKED[ready.task.kind])
+    asked = [texts[place * len(texts) // count] for place in range(count)]
+    answering.answers(ready, asked[:1], bare=bare)
+    seconds = []
+    for text in asked:
+        started = time.perf_counter()
+        answering.answers(ready, [text], bare=bare)
+        seconds.append(time.perf_counter() - started)
+    return {
+        "median_seconds": statistics.median(seconds),
+        "slowest_seconds": max(seconds),
+        "answers": len(seconds),
+    }
+
+
+def _forgetting(model: Any, tokenizer: Any) -> dict[str, float]:
+    """Loss per token of neutral text, given its first words, with the adapter and without."""
+    sources, targets = [], []
+    for paragraph in PARAGRAPHS:
+        ids = torch.tensor(tokenizer(paragraph)["input_ids"], dtype=torch.long)[:256]
+        sources.append(ids[:LEAD])
+        targets.append(ids[LEAD:])
+    losses = {}
+    for name, slot in (("loss", 1), ("base_loss", adapters.BARE)):
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for source, target in zip(sources, targets, strict=True):
+                logits = adapters.target_logits(model, [source], [target], [slot])
+                total += float(
+                    torch.nn.functional.cross_entropy(logits.float(), target.to(logits.device), reduction="sum")
+                )
+                count += len(target)
+        losses[name] = total / count
+    return losses
+
+
+def _memory(result: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Bytes by component: as the plan predicted, and measured. What is trained, its gradients and moments are known
+    exactly; what else the process took above the base while it trained is its activations."""
+    said, trainable = result["memory"], 4 * int(result["parameters"]["trainable"])
+    above = int(said["above_base_bytes"])
+    return {
+        "peak_bytes": said["peak_bytes"],
+        "above_base_bytes": above,
+        "predicted": plan.get("memory"),
+        "measured": {
+            "weights": said["base_bytes"],
+            "trainable": trainable,
+            "gradients": trainable,
+            "optimiser": 2 * trainable,
+            "activations": max(0, above - 4 * trainable),
+        },
+    }
+
+
+def _best(store: Store, run: str) -> dict[str, Any] | None:
+    """Seconds of training up to the best evaluation on the way, and the split that it looked at."""
+    seconds, best = 0.0, None
+    for record in trainer.read_curve(Path(store.root) / "runs" / run / "curve.jsonl"):
+        seconds += record.seconds
+        if record.metrics:
+            merit = record.metrics.get("accuracy", -record.metrics["loss"])
+            if best is None or merit > best["merit"]:
+                best = {"merit": merit, "seconds": seconds, "step": record.step, "split": record.split}
+    return best

@@ -1,0 +1,36 @@
+"""What `turret compare` understands, without a training."""
+
+from __future__ import annotations
+
+import pytest
+
+from turret.cli.compare import duration, shares
+from turret.cli.main import run
+from turret.errors import RecipeError
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("30m", 1800), ("1.5h", 5400), ("1h30m", 5400), ("2 h", 7200)]
+)
+def test_a_budget_is_a_time(text: str, seconds: float) -> None:
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "5d", "-3m", "3m!", "m"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="expected a time such as 30m"):
+        duration(text)
+
+
+def test_fractions_are_numbers() -> None:
+    assert shares("0.05, 0.25,1") == (0.05, 0.25, 1.0)
+    with pytest.raises(RecipeError, match="expected numbers such as"):
+        shares("a,b")
+
+
+def test_an_unknown_method_is_one_line_and_status_two(tmp_path, capsys) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("text,label\n" + "".join(f"some words {n},{'ab'[n % 2]}\n" for n in range(20)))
+    status = run(["compare", str(table), "--base", "none", "--methods", "full,qlora", "--store", str(tmp_path / "s")])
+    assert status == 2
+    assert "qlora is no method to compare" in capsys.readouterr().err

@@ -1,0 +1,175 @@
+"""A comparison on a two-layer base: trained in processes of its own, stored, judged; killed, and gone on with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small_models
+
+from turret.errors import RecipeError, StoreError, TrainingError
+from turret.recipe import Recipe
+from turret.workspace import Workspace
+from turret.workspace.comparing import state
+
+GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
+
+
+def recipe_in(folder: Path, family: str = "bert", **changes: str) -> Recipe:
+    base = folder / family
+    if not base.exists():
+        small_models.save_base(family, base)
+    with (folder / "reviews.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["text", "label"] if family == "bert" else ["document", "summary"])
+        for row in range(60):
+            words = (GOOD if row % 2 else BAD)[row // 2 % 3]
+            answer = "good" if row % 2 else "bad"
+            table.writerow([f"{words}, number {row}", answer if family == "bert" else f"{answer} film"])
+    settings = {"train.epochs": "1", "train.max_steps": "3", "data.test": "20"} | changes
+    made = Recipe(name="reviews", base=str(base), data=str(folder / "reviews.csv"))
+    return made.with_overrides(settings)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    recipe, workspace, stages = recipe_in(folder), Workspace(folder / "store"), []
+    found = workspace.compare(recipe, methods="lora", against="lora", seeds=1, on_stage=stages.append)
+    return recipe, workspace, found, stages
+
+
+def test_every_training_is_a_version_with_measured_costs(compared) -> None:
+    _, workspace, found, _ = compared
+    assert {str(version) for version in workspace.list()} == {"reviews@1"}
+    for row in found.rows:
+        costs = row.costs
+        assert costs.trainable > 0
+        assert costs.bundle_bytes == workspace.resolve(row.versions[0]).bytes
+        assert costs.train_seconds.mean > 0
+        assert costs.answer_seconds.mean > 0
+        assert costs.measured["optimiser"] == 8 * costs.trainable
+        assert set(costs.measured) <= set(costs.predicted)
+
+
+def test_the_scores_are_those_of_the_stored_version(compared) -> None:
+    _, workspace, found, _ = compared
+    for row in found.rows:
+        stored = workspace.resolve(row.versions[0]).metrics["test"]["accuracy"]
+        assert row.score.mean == pytest.approx(100 * stored)
+
+
+def test_the_report_lies_in_the_store_and_survives_a_gc(compared) -> None:
+    _, workspace, found, _ = compared
+    workspace.gc()
+    assert {"report.html", "report.md", "report.json"} <= {path.name for path in Path(found.folder).iterdir()}
+    assert json.loads((Path(found.folder) / "report.json").read_text())["name"] == "reviews"
+
+
+def test_the_same_command_again_trains_nothing_and_says_the_same(compared) -> None:
+    recipe, workspace, found, _ = compared
+    before, stages = len(workspace.list()), []
+    again = workspace.compare(recipe, methods="lora", against="lora", seeds=1, on_stage=stages.append)
+    assert len(workspace.list()) == before
+    assert again.as_json() == found.as_json()
+    assert not [words for words in stages if "of 1" in words]
+
+
+@pytest.mark.slow
+def test_a_process_that_stored_its_version_and_died_is_only_measured_again(compared) -> None:
+    recipe, workspace, found, _ = compared
+    results = sorted(Path(found.folder).glob("cells/lora-*/result.json"))
+    results[0].unlink()
+    before = [str(version) for version in workspace.list()]
+    again = workspace.compare(recipe, methods="lora", against="lora", seeds=1)
+    assert [str(version) for version in workspace.list()] == before
+    assert again.rows[0].versions == found.rows[0].versions
+
+
+def test_a_comparison_that_is_held_by_another_process_is_refused(compared) -> None:
+    from filelock import FileLock
+
+    recipe, workspace, found, _ = compared
+    with (
+        FileLock(Path(found.folder) / "lock", thread_local=False),
+        pytest.raises(StoreError, match="being compared by another process"),
+    ):
+        workspace.compare(recipe, methods="lora", against="lora", seeds=1)
+
+
+def test_a_budget_that_is_over_at_once_leaves_everything_for_later(tmp_path) -> None:
+    recipe, workspace = recipe_in(tmp_path), Workspace(tmp_path / "store")
+    with pytest.raises(TrainingError, match="the budget ended before the first run did"):
+        workspace.compare(recipe, methods="full,lora", seeds=1, budget=0)
+    assert list(workspace.list()) == []
+
+
+def test_what_is_judged_against_must_be_among_the_methods(tmp_path) -> None:
+    recipe = recipe_in(tmp_path)
+    with pytest.raises(RecipeError, match="--against"):
+        Workspace(tmp_path / "store").compare(recipe, methods="lora", seeds=1)
+
+
+def test_another_seed_or_method_is_the_same_comparison_and_other_data_is_another(tmp_path) -> None:
+    recipe = recipe_in(tmp_path)
+    one = state.folder_of(tmp_path, recipe, "sha256:a")
+    assert one == state.folder_of(tmp_path, recipe.with_overrides({"method": "prefix", "train.lr": "1e-4"}), "sha256:a")
+    assert one != state.folder_of(tmp_path, recipe, "sha256:b")
+    assert one != state.folder_of(tmp_path, recipe.with_overrides({"train.epochs": "7"}), "sha256:a")
+
+
+def test_a_result_is_whole_or_not_there(tmp_path) -> None:
+    state.write(tmp_path / "a" / "result.json", {"x": 1})
+    assert state.read(tmp_path / "a" / "result.json") == {"x": 1}
+    assert state.read(tmp_path / "none.json") is None
+    (tmp_path / "half.json").write_text('{"x": ')
+    with pytest.raises(StoreError, match="delete it"):
+        state.read(tmp_path / "half.json")
+
+
+@pytest.mark.slow
+def test_a_comparison_killed_at_any_moment_goes_on_with_what_is_missing(tmp_path) -> None:
+    """Killed with SIGKILL again and again; every training is in the store once, and none is lost."""
+    recipe_in(tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "turret",
+        "compare",
+        str(tmp_path / "reviews.csv"),
+        "--base",
+        str(tmp_path / "bert"),
+    ]
+    command += ["--methods", "full,lora", "--seeds", "2", "--store", str(tmp_path / "store"), "--json"]
+    command += ["--set", "data.test=20", "--set", "train.epochs=1", "--set", "train.checkpoint_every=1"]
+    for seconds in (9, 14):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["missing"] == 0
+    versions = [version for row in said["rows"] for version in row["versions"]]
+    assert len(versions) == len(set(versions)) == 4
+    assert len(Workspace(tmp_path / "store").list()) == 4
+
+
+@pytest.mark.slow
+def test_writers_are_judged_by_rouge_and_by_what_they_forget(tmp_path) -> None:
+    recipe = recipe_in(tmp_path, "llama", **{"task.max_target_tokens": "8"})
+    found = Workspace(tmp_path / "store").compare(recipe, methods="base,full,lora", seeds=2)
+    assert found.metric == "rougeL"
+    base, full, lora = found.rows
+    assert base.costs.forgetting.mean == 0
+    assert full.costs.forgetting.mean != 0
+    assert lora.verdict.seeds == 2
+    assert not [row for row in found.rows if row.failed]
