@@ -61,7 +61,7 @@ app.command("import")(exchange.import_)
 app.command()(exchange.export)
 app.command()(serve.serve)
 app.add_typer(tokens.token, name="token")
-app.add_typer(experiment.app)
+app.add_typer(experiment.app, name="experiment")
 app.command()(doctor.doctor)
 
 
