@@ -103,8 +103,8 @@ class Prompts:
     def _check_kind(self, request: Request, loaded: Loaded | None) -> None:
         if request.kind == "generate" and not self.can_generate:
             raise AdapterError(
-                f"base {self._base.id} was loaded as a classifier and cannot generate: load it with task='generate', "
-                "or ask to classify"
+                f"base {self._base.id} was loaded as a classifier and cannot generate: ask it to classify, or ask an "
+                "engine on a base that generates"
             )
         if loaded is None:
             return
