@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from turret.server.served import Settings
 from turret.store import Version
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
-from turret.workspace import Workspace
+from turret.workspace import Workspace, serving
 
 TOLERANCE = 2e-2  # of a probability: the base is bfloat16 where the processor has it
 TEXTS = ["a great film", "a dull story about the bank", "quick"]
@@ -161,6 +162,24 @@ def test_the_control_plane_shows_and_unloads_what_the_engine_holds(classifier) -
     assert "a@2" not in {each["version"] for each in client.get("/api/loaded").json()["loaded"]}
     assert client.get("/api/status").json()["base"]["id"] == "bert"
     assert "turret_engine_" in client.get("/metrics").text
+
+
+def test_a_version_that_is_deleted_while_it_waits_to_be_loaded_loses_no_request(classifier, tmp_path, until) -> None:
+    workspace, client = classifier.workspace, classifier.running.client()
+    base = Path(workspace.resolve("a@1").manifest["base"]["id"])
+    third = str(workspace.store.put("a", bundle(tmp_path / "third", base, "bert", "classify", 3)))
+    workspace.promote(third, "production")
+    follow, text = classifier.running.served.follow, {"input": "x"}
+    until(lambda: client.post("/v1/classify", json={"model": "a"} | text).json()["model"] == third, seconds=5)
+    with follow._one:  # the server learns nothing new for now
+        time.sleep(serving.FRESH)
+        assert client.post(f"/api/adapters/{third}/unload").status_code == 200
+        workspace.promote("a@1", "production")
+        workspace.delete(third)
+        assert follow.exact("a") == third
+        got = client.post("/v1/classify", json={"model": "a"} | text)
+        assert (got.status_code, got.json()["model"]) == (200, "a@1"), got.text
+        assert client.post("/v1/classify", json={"model": third} | text).status_code == 404
 
 
 def test_golden_examples_are_put_to_the_engine_that_serves_and_no_second_base_is_loaded(

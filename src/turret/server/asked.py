@@ -7,17 +7,18 @@ closes it: what is unfinished then is cancelled, so a client that goes away free
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from turret.errors import Cancelled, DeadlineExceeded
+from turret.errors import Cancelled, DeadlineExceeded, NotFound
 from turret.server.face import Receipt, Text, Ticket, named
 
 T = TypeVar("T")
 Answer = dict[str, Any]
+TRIES = 4  # after the first, of a request whose version is deleted while it waits to be loaded
 CHARACTERS = 4  # of a token, where nobody has counted
 
 
@@ -25,20 +26,30 @@ class Asked:
     """Tickets at work, in the order of their inputs; all of one version."""
 
     def __init__(
-        self, tickets: Sequence[Ticket], texts: Sequence[Text], request: Request, seconds: float, server: str
+        self,
+        tickets: Sequence[Ticket],
+        texts: Sequence[Text],
+        request: Request,
+        seconds: float,
+        server: str,
+        submit: Callable[[], Coroutine[Any, Any, Sequence[Ticket]]],
     ) -> None:
-        self.tickets = tickets
-        self._server = server
+        self._server, self._submit = server, submit
+        self._tries = TRIES
         self._guessed = [len(text) // CHARACTERS + 1 if isinstance(text, str) else len(text) for text in texts]
-        self.receipt: Receipt = tickets[0].receipt
-        self.answers: list[Answer | None] = [None] * len(tickets)
-        self._pieces = [0] * len(tickets)
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._until = self._loop.time() + seconds
+        self._hear(tickets)
+
+    def _hear(self, tickets: Sequence[Ticket]) -> None:
+        self.tickets = tickets
+        self.receipt: Receipt = tickets[0].receipt
+        self.answers: list[Answer | None] = [None] * len(tickets)
+        self._pieces = [0] * len(tickets)
         self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         for place, ticket in enumerate(tickets):
-            ticket.listen(self._listener(place))
+            ticket.listen(self._listener(place, self._events))
 
     @property
     def id(self) -> str:
@@ -91,7 +102,10 @@ class Asked:
         while left:
             place, event = await self._next()
             if (error := getattr(event, "error", None)) is not None:
-                raise error
+                if not isinstance(error, NotFound) or any(self.answers) or any(self._pieces) or not self._tries:
+                    raise error
+                await self._again()
+                continue
             if (answer := getattr(event, "answer", None)) is not None:
                 self.answers[place] = answer
                 left -= 1
@@ -106,6 +120,17 @@ class Asked:
             if answer is None:
                 ticket.cancel()
 
+    async def _again(self) -> None:
+        """All once more: the version was deleted while it waited to be loaded, and the reference means another now."""
+        self._tries -= 1
+        self.close()
+        submitted = asyncio.ensure_future(self._submit())
+        try:
+            self._hear(await asyncio.shield(submitted))
+        except asyncio.CancelledError:
+            submitted.add_done_callback(_give_back)
+            raise
+
     async def _next(self) -> tuple[int, Any]:
         try:
             async with asyncio.timeout_at(self._until):
@@ -113,12 +138,18 @@ class Asked:
         except TimeoutError:
             raise DeadlineExceeded("the answer was not there in time: ask for less at once, or fewer tokens") from None
 
-    def _listener(self, place: int) -> Callable[[Any], None]:
+    def _listener(self, place: int, events: asyncio.Queue[tuple[int, Any]]) -> Callable[[Any], None]:
         def hear(event: Any) -> None:
             with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (place, event))
+                self._loop.call_soon_threadsafe(events.put_nowait, (place, event))
 
         return hear
+
+
+def _give_back(submitted: asyncio.Future[Sequence[Ticket]]) -> None:
+    if not submitted.cancelled() and submitted.exception() is None:
+        for ticket in submitted.result():
+            ticket.cancel()
 
 
 def prompt_tokens(answer: Answer) -> int:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -122,9 +123,9 @@ class Served:
         request.state.began = self.clock()
         if self.settings.log_texts:
             self.log.say("texts", request=request.state.request_id, model=model, texts=list(texts))
-        tickets = await self._thread(self._asking, self._submit, kind, model, texts, options)
+        submit = partial(self._thread, self._asking, self._submit, kind, model, texts, options)
         seconds = self.limits.answer_seconds + 1  # the engine's own deadline is first
-        asked = Asked(tickets, texts, request, seconds, self.id)
+        asked = Asked(await submit(), texts, request, seconds, self.id, submit)
         try:
             self._admit_adapter(asked)
         except TurretError:

@@ -16,6 +16,7 @@ from turret import adapters, bases
 from turret.bases.load import Dtype
 from turret.engine import Limits, Named
 from turret.engine.engine import Engine
+from turret.errors import NotFound
 from turret.families import FAMILIES
 from turret.reference import Reference
 from turret.store import Store
@@ -49,6 +50,10 @@ class StoreSource:
             self._keep(reference, asked + FRESH, named)
         return named
 
+    def _forget(self, reference: str) -> None:
+        with self._lock:
+            self._known.pop(reference, None)
+
     def _keep(self, reference: str, until: float, named: Named) -> None:
         with self._lock:
             self._known[reference] = until, named
@@ -60,7 +65,11 @@ class StoreSource:
         """Read the version. Raises Corrupt for damaged files, NotFound for one that was deleted meanwhile."""
         with tempfile.TemporaryDirectory(prefix="turret-") as folder:
             bundle = Path(folder) / "bundle"
-            self._store.materialize(Reference(named.name, version=named.number), bundle)
+            try:
+                self._store.materialize(Reference(named.name, version=named.number), bundle)
+            except NotFound:
+                self._forget(str(named))
+                raise
             return adapters.read_bundle(bundle)
 
 
