@@ -132,13 +132,14 @@ def _kill_again_and_again(where: str, folder: Path, verb: str, *how: object) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("where", "verb"),
-    [*(("folder", verb) for verb in (*QUICK, *WITH_TORCH)), *(("url", verb) for verb in QUICK)],
-    indirect=["where"],
-)
-def test_killed_again_and_again_in_any_verb_beside_readers(where, tmp_path, verb) -> None:
-    _kill_again_and_again(where, tmp_path, verb, "moments", 25, 7)
+@pytest.mark.parametrize("verb", [*QUICK, *WITH_TORCH])
+def test_killed_again_and_again_in_any_verb_beside_readers(tmp_path, verb) -> None:
+    _kill_again_and_again(str(tmp_path / "store"), tmp_path, verb, "moments", 25, 7)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_in_all_verbs_of_a_store_by_url_beside_readers(new_url, tmp_path) -> None:
+    _kill_again_and_again(new_url(), tmp_path, ",".join(BESIDE), "moments", 6, 7)
 
 
 @pytest.mark.slow
