@@ -253,7 +253,9 @@ def test_a_base_that_changed_under_its_name_is_refused(trained, tmp_path) -> Non
         shutil.copytree(kept, base)
 
 
-def test_a_flipped_bit_is_never_answered_from(trained, tmp_path) -> None:
+@pytest.fixture
+def flipped(trained, tmp_path) -> Workspace:
+    """The store with one bit of the adapter's weights turned over."""
     store = tmp_path / "store"
     shutil.copytree(trained.workspace.store.root, store)
     workspace = Workspace(store)
@@ -262,10 +264,14 @@ def test_a_flipped_bit_is_never_answered_from(trained, tmp_path) -> None:
     content[-3] ^= 4
     path.chmod(0o644)
     path.write_bytes(content)
+    return workspace
+
+
+def test_a_flipped_bit_is_never_answered_from(trained, flipped) -> None:
     with pytest.raises(Corrupt):
-        workspace.predict("reviews", ["a great film"])
+        flipped.predict("reviews", ["a great film"])
     with pytest.raises(Corrupt):
-        workspace.evaluate("reviews", trained.recipe.data.source)
+        flipped.evaluate("reviews", trained.recipe.data.source)
 
 
 def test_the_engine_answers_from_the_store_as_predict_does(trained) -> None:
@@ -284,16 +290,8 @@ def test_the_engine_answers_from_the_store_as_predict_does(trained) -> None:
         assert ticket.result(30)
 
 
-def test_the_engine_never_answers_from_a_flipped_bit(trained, tmp_path) -> None:
-    store = tmp_path / "store"
-    shutil.copytree(trained.workspace.store.root, store)
-    workspace = Workspace(store)
-    path = workspace.store.files("reviews")["adapter_model.safetensors"]
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 4
-    path.chmod(0o644)
-    path.write_bytes(content)
-    with workspace.engine(trained.recipe.base) as engine, pytest.raises(Corrupt):
+def test_the_engine_never_answers_from_a_flipped_bit(trained, flipped) -> None:
+    with flipped.engine(trained.recipe.base) as engine, pytest.raises(Corrupt):
         engine.classify(["a great film"], "reviews")
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.kernels import Dropped, Library, usable
+from turret.kernels import LARGEST, Dropped, Library, usable
 
 if TYPE_CHECKING:
     from turret.adapters.route import Route
@@ -45,6 +45,13 @@ class Masks:
             self._seed = int(torch.randint(1 << 62, ()))
         self._drawn += 1
         return Dropped.of(p, _mixed(self._seed + self._drawn * SPREAD))
+
+    def mask(self, x: Tensor, p: float) -> Mask:
+        """The next mask of this pass for x: hashed by kernels that can number all of its elements, else kept words."""
+        library = usable(x) if x.numel() < LARGEST else None
+        if library is not None:
+            return HashedMask(library, self.dropped(p))
+        return KeptMask(self.like(x, p), 1.0 / kept_share(p))
 
     def like(self, x: Tensor, p: float) -> Tensor:
         """Words of x's width and shape: all ones where an element is kept (probability 1 - p), else zero."""
@@ -83,14 +90,17 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class Mask(Protocol):
-    """A mask that is applied more than once."""
+    """One mask, to be applied as often as it is needed."""
 
     @property
     def scale(self) -> float:
         """1 / (1 - p), which `of` leaves to the caller."""
 
     def of(self, x: Tensor) -> Tensor:
-        """x where it is kept, zero elsewhere."""
+        """x where it is kept, zero elsewhere; any shape of as many elements."""
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """The same, times `scale`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,10 @@ class KeptMask:
     scale: float
 
     def of(self, x: Tensor) -> Tensor:
-        return masked(x, self.words)
+        return masked(x, self.words.view(x.shape))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.of(x).mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -114,31 +127,21 @@ class HashedMask:
     def of(self, x: Tensor) -> Tensor:
         return self.library.dropout(x.contiguous(), self.dropped, 1.0)
 
-
-class _Hashed(torch.autograd.Function):
-    """Dropout by kernels: the same mask both ways from the same seeds."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, library: Library, dropped: Dropped) -> Tensor:
-        ctx.library, ctx.dropped = library, dropped
-        return library.dropout(x, dropped)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return ctx.library.dropout(gradients[0].contiguous(), ctx.dropped), None, None
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.library.dropout(x, self.dropped)
 
 
 class _Dropout(torch.autograd.Function):
+    """y = x mask / (1 - p), and dy likewise."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.scale = scale
-        return masked(x, mask).mul_(scale)
+    def forward(ctx: Any, x: Tensor, mask: Mask) -> Tensor:
+        ctx.mask = mask
+        return mask.scaled(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (mask,) = ctx.saved_tensors
-        return masked(gradients[0].contiguous(), mask).mul_(ctx.scale), None, None
+        return ctx.mask.scaled(gradients[0].contiguous()), None
 
 
 def kept_share(p: float) -> float:
@@ -152,12 +155,7 @@ def dropout(x: Tensor, p: float, masks: Masks | None = None) -> Tensor:
         return x
     if x.device.type != "cpu" or round(p * STEPS) == STEPS:
         return torch.nn.functional.dropout(x, p)
-    masks = masks or Masks()
-    if (library := usable(x)) is not None and x.numel() < 1 << 32:
-        hashed: Tensor = _Hashed.apply(x.contiguous(), library, masks.dropped(p))  # type: ignore[no-untyped-call]
-        return hashed
-    mask = masks.like(x, p)
-    y: Tensor = _Dropout.apply(x.contiguous(), mask, 1.0 / kept_share(p))  # type: ignore[no-untyped-call]
+    y: Tensor = _Dropout.apply(x.contiguous(), (masks or Masks()).mask(x, p))  # type: ignore[no-untyped-call]
     return y
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.dropout import HashedMask, KeptMask, Mask, Masks, dropout, kept_share
+from turret.adapters.dropout import Mask, Masks, dropout
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
-from turret.kernels import usable
 from turret.methods import LoRA
 
 
@@ -53,7 +52,8 @@ class LoRAFactors(nn.Module):
             y: Tensor = layer(x)
             delta: Tensor = self(x)
             return y + delta.to(y.dtype)
-        mask = self._mask(x, masks or Masks())
+        p = self.dropout if self.training else 0.0
+        mask = (masks or Masks()).mask(x, p) if p > 0.0 else None
         added: Tensor = _Adapted.apply(x, weight, bias, self.lora_A, self.lora_B, mask, self.scaling)  # type: ignore[no-untyped-call]
         return added
 
@@ -61,15 +61,6 @@ class LoRAFactors(nn.Module):
         """Whether one function can compute both: training on the CPU, with the base frozen and in x's precision."""
         here = torch.is_grad_enabled() and x.device.type == "cpu"
         return here and weight.dtype == x.dtype and not weight.requires_grad
-
-    def _mask(self, x: Tensor, masks: Masks) -> Mask | None:
-        p = self.dropout if self.training else 0.0
-        if p == 0.0:
-            return None
-        library = usable(x)
-        if library is not None and x.numel() < 1 << 32:
-            return HashedMask(library, masks.dropped(p))
-        return KeptMask(masks.like(x, p).view(-1, x.shape[-1]), 1.0 / kept_share(p))
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the plain LoRA with the same output; PiSSA's has twice the rank and the same scaling."""

@@ -3,6 +3,32 @@
 `library()` gives them or None; every caller keeps its plain path beside. `TURRET_KERNELS=off` takes the plain path.
 """
 
-from turret.kernels.library import KEPT, Dropped, Library, Prefixes, Rows, Seeds, Spans, library, usable, why, without
+from turret.kernels.library import (
+    KEPT,
+    LARGEST,
+    Dropped,
+    Library,
+    Prefixes,
+    Rows,
+    Seeds,
+    Spans,
+    library,
+    usable,
+    why,
+    without,
+)
 
-__all__ = ["KEPT", "Dropped", "Library", "Prefixes", "Rows", "Seeds", "Spans", "library", "usable", "why", "without"]
+__all__ = [
+    "KEPT",
+    "LARGEST",
+    "Dropped",
+    "Library",
+    "Prefixes",
+    "Rows",
+    "Seeds",
+    "Spans",
+    "library",
+    "usable",
+    "why",
+    "without",
+]

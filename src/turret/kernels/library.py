@@ -23,6 +23,12 @@ NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 Seeds = tuple[int, int]
 LARGEST = 1 << 32  # elements a mask can number
 STEPS = 1 << 16  # a rate is kept to this many steps
+DECLARED = {  # arguments as plain numbers, where a kernel is called once a layer
+    "low_rank": (
+        *(ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_long, ctypes.c_long, ctypes.c_int),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -99,16 +105,14 @@ class Library:
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
-        self._functions: dict[str, Any] = {}
-        self._low_rank: dict[torch.dtype, Any] = {}  # with its types declared: it is called once a layer
+        self._functions: dict[tuple[str, torch.dtype], Any] = {}
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
-        key = f"{name}_{NAMES[dtype]}"
-        function = self._functions.get(key)
+        function = self._functions.get((name, dtype))
         if function is None:
-            function = getattr(self._loaded, key)
-            function.restype = None
-            self._functions[key] = function
+            function = getattr(self._loaded, f"{name}_{NAMES[dtype]}")
+            function.argtypes, function.restype = DECLARED.get(name), None
+            self._functions[name, dtype] = function
         function(*arguments)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -212,12 +216,8 @@ class Library:
         assert layer < spans.layers
         assert x.numel() == spans.tokens * d_in
         assert y.numel() == spans.tokens * d_out
-        function = self._low_rank.get(x.dtype)
-        if function is None:
-            function = getattr(self._loaded, f"low_rank_{NAMES[x.dtype]}")
-            function.argtypes, function.restype = _LOW_RANK, None
-            self._low_rank[x.dtype] = function
-        function(spans.address, layer, x.data_ptr(), y.data_ptr(), d_in, d_out, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        self._call("low_rank", x.dtype, spans.address, layer, x.data_ptr(), y.data_ptr(), d_in, d_out, threads)
 
 
 def _p(x: Tensor | None) -> ctypes.c_void_p:
@@ -230,12 +230,6 @@ def _n(x: Tensor) -> ctypes.c_long:
 
 def _threads() -> ctypes.c_int:
     return ctypes.c_int(torch.get_num_threads())
-
-
-_LOW_RANK = (
-    *(ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p),
-    *(ctypes.c_long, ctypes.c_long, ctypes.c_int),
-)
 
 
 class _SpanWords(ctypes.Structure):
