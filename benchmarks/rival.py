@@ -81,6 +81,16 @@ def adapt(model: Any, kind: str, method: str) -> Any:
     return adapted
 
 
+def begin_with(adapted: Any, folder: Path) -> None:
+    """Start from the numbers of a bundle on disk instead of random ones."""
+    import peft
+    import safetensors.torch
+
+    left = peft.set_peft_model_state_dict(adapted, safetensors.torch.load_file(folder / "adapter_model.safetensors"))
+    if left.unexpected_keys:
+        raise RuntimeError(f"PEFT found no place for {', '.join(left.unexpected_keys)}")
+
+
 def _in_own_dtype(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     dtype = next(weight for weight in head.parameters() if weight.requires_grad).dtype
     return (inputs[0].to(dtype), *inputs[1:])

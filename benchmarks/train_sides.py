@@ -242,7 +242,7 @@ def _facts(model: Any, batches: Sequence[Sequence[Any]]) -> dict[str, Any]:
 
 def ours(errand: Errand, turns: Turns) -> dict[str, Any]:
     """turret: its plan, its loop, its evaluation."""
-    from turret import bases, train
+    from turret import train
     from turret.tasks import tables
     from turret.tasks.make import make_task
     from turret.train import memory
@@ -250,13 +250,7 @@ def ours(errand: Errand, turns: Turns) -> dict[str, Any]:
 
     recipe = errand.recipe
     dataset: Any = tables.read(recipe.data, recipe.task.kind, recipe.seed)
-    base = bases.load(
-        recipe.base,
-        task="classify" if dataset.kind == "classify" else "generate",
-        num_labels=len(dataset.labels) or None,
-        dtype=recipe.train.dtype,
-        seed=recipe.seed,
-    )
+    base = _base(recipe, dataset)
     task: Any = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     facts = _facts(base.model, _batches(recipe, Items(task, dataset.train)))
     plan = train.plan(recipe, base, task, dataset)
@@ -294,6 +288,28 @@ def ours(errand: Errand, turns: Turns) -> dict[str, Any]:
     return facts
 
 
+def _base(recipe: Any, dataset: Any) -> Any:
+    from turret import bases
+
+    return bases.load(
+        recipe.base,
+        task="classify" if dataset.kind == "classify" else "generate",
+        num_labels=len(dataset.labels) or None,
+        dtype=recipe.train.dtype,
+        seed=recipe.seed,
+    )
+
+
+def _first_numbers(recipe: Any, task: Any, dataset: Any, folder: Path) -> None:
+    """The adapter that turret trains, before its first step, as a bundle that PEFT reads."""
+    import turret
+    from turret.train import start
+
+    base = _base(recipe, dataset)
+    start.attach(recipe, base, task)
+    turret.save(base.model, folder)
+
+
 def _mean(losses: Sequence[float], weights: Sequence[int]) -> dict[str, Any]:
     """The mean loss per target token, and what it is made of."""
     mean = sum(a * b for a, b in zip(losses, weights, strict=True)) / sum(weights)
@@ -316,9 +332,9 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
     job, recipe = JOBS[errand.job], errand.recipe
     way = ways(job.kind)[errand.side]
     dataset: Any = tables.read(recipe.data, recipe.task.kind, recipe.seed)
-    folder = str(resolve(job.base).folder)
-    model = hf.load(folder, job.kind, len(dataset.labels), way)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    base = str(resolve(job.base).folder)
+    model = hf.load(base, job.kind, len(dataset.labels), way)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -327,6 +343,10 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
     facts = _facts(model, batches)
     memory.reset_peak()
     model = hf.adapt(model, job.kind, job.method)
+    if errand.scored and job.method == "lora":  # how lucky a start is differs more than the two sides do
+        with tempfile.TemporaryDirectory() as folder:
+            _first_numbers(recipe, task, dataset, Path(folder) / "first")
+            hf.begin_with(model, Path(folder) / "first")
     collate = hf.collator(tokenizer, job.kind, job.width if way.padded else None)
     with tempfile.TemporaryDirectory() as output:
         arguments = hf.arguments(

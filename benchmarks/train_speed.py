@@ -187,7 +187,11 @@ def _in_turns(name: str, steps: int, rounds: int, options: argparse.Namespace, f
 
 
 def measure_quality(options: argparse.Namespace, folder: Path) -> None:
-    """Every job, seed and side that is not kept yet; the seed draws the examples and starts the weights."""
+    """Every job, seed and side that is not kept yet; the seed draws the examples and starts the weights.
+
+    LoRA and its head start from the same numbers on both sides; a prefix does not, since each side's own start is part
+    of what is compared.
+    """
     for name in options.jobs:
         job = JOBS[name]
         train, test = options.train or job.train, options.test or job.test
@@ -196,6 +200,7 @@ def measure_quality(options: argparse.Namespace, folder: Path) -> None:
                 settings = {
                     "job": name, "train": train, "test": test, "epochs": options.epochs, "batch": hf.BATCH,
                     "lr": LEARNING_RATE, "threads": options.threads,
+                    "start": "the same" if job.method == "lora" else "each its own",
                     "data": str(options.data) if options.data else None,
                 }  # fmt: skip
                 run: Run = {"what": "quality", "who": who, "seed": seed, "settings": settings}
