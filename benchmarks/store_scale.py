@@ -3,6 +3,7 @@
     python benchmarks/store_scale.py --report
     python benchmarks/store_scale.py                  # 10, 100 and 1000 versions; minutes
     python benchmarks/store_scale.py --versions 10 100
+    python benchmarks/store_scale.py --servers        # on PostgreSQL and moto's S3, started for this
     python benchmarks/store_scale.py --versions 100 --url 'postgresql://…?files=s3://…' --kind 'PostgreSQL, S3'
 
 A version is a bundle of LoRA's size with random weights; ten versions a name, and every fifth has the weights of an
@@ -22,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,31 @@ A_NAME, SHARED = 10, 5  # versions a name; every how manieth shares its weights
 def main() -> None:
     options = _options()
     if not options.report:
-        for versions in options.versions:
-            run = _measure(versions, options)
-            record.keep(NAME, CLAIM, run, lambda earlier, run=run: _same(earlier, run))
+        with _servers(options) as new_url:
+            for versions in options.versions:
+                run = _measure(versions, new_url(), options)
+                record.keep(NAME, CLAIM, run, lambda earlier, run=run: _same(earlier, run))
     _report()
+
+
+@contextmanager
+def _servers(options: argparse.Namespace) -> Iterator[Callable[[], str | None]]:
+    """What makes the URL of an empty store, or None for a folder."""
+    if not options.servers:
+        yield lambda: options.url
+        return
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from servers import BUCKET, postgres, s3
+
+    with ExitStack() as opened:
+        server, _ = opened.enter_context(postgres()), opened.enter_context(s3())
+        options.kind = "PostgreSQL, moto's S3"
+
+        def new_url() -> str:
+            name = opened.enter_context(server.database())
+            return f"{server.url_with_password(name)}?files=s3://{BUCKET}/{name}&local={tempfile.gettempdir()}"
+
+        yield new_url
 
 
 def _options() -> argparse.Namespace:
@@ -53,6 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kilobytes", type=int, default=300, help="of weights a version (default 300)")
     parser.add_argument("--repeats", type=int, default=20, help="of each verb (default 20)")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--servers", action="store_true", help="on PostgreSQL and moto's S3, started for this")
     parser.add_argument("--url", help="a new, empty store in place of a folder; one number of versions")
     parser.add_argument("--kind", default="folder", help="what the table calls that store, such as 'PostgreSQL, S3'")
     parser.add_argument("--report", action="store_true", help="only print the table of what is kept")
@@ -69,13 +93,13 @@ def _same(earlier: Any, run: Any) -> bool:
     return all(earlier[key] == run[key] for key in keys) and earlier.get("store", "folder") == run["store"]
 
 
-def _measure(versions: int, options: argparse.Namespace) -> dict[str, Any]:
+def _measure(versions: int, url: str | None, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        root, beside = options.url or str(Path(folder, "store")), Path(folder, "beside")
+        root, beside = url or str(Path(folder, "store")), Path(folder, "beside")
         store, draw = Store(root), np.random.default_rng(options.seed)
         weights = _Weights(draw, options.kilobytes, beside / "weights")
         filled = [_put(store, f"tenant{n // A_NAME}", beside, weights.next(n)) for n in range(versions)]
-        on_disk, database = (store.verify().bytes, None) if options.url else _sizes(Path(root))
+        on_disk, database = (store.verify().bytes, None) if url else _sizes(Path(root))
         distinct, offered = weights.distinct, weights.all
         seconds = {verb: [] for verb in VERBS}
         chosen, name = random.Random(options.seed), "tenant0"

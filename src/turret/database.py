@@ -282,9 +282,11 @@ class Database:
     alone: no other process may have the file open meanwhile; then it can be read on a disk without a byte to spare.
     """
 
-    def __init__(self, where: Path | Location, *, read_only: bool = False, alone: bool = False) -> None:
+    def __init__(
+        self, where: Path | Location, *, read_only: bool = False, alone: bool = False, server: Postgres | None = None
+    ) -> None:
         self._where = where
-        self._server = _server(where, read_only=read_only, alone=alone)
+        self._server = server or _server(where, read_only=read_only, alone=alone)
         with told(where):
             self._reach_schema()
 
@@ -296,10 +298,11 @@ class Database:
                 if not where.exists():
                     return None
                 return cls(where, read_only=not (os.access(where.parent, os.W_OK) and os.access(where, os.W_OK)))
-            with _server(where).transaction(writes=False) as connection:
+            server = _on_server(where)
+            with server.transaction(writes=False) as connection:
                 if _schema_of(connection) is None:
                     return None
-        return cls(where)
+        return cls(where, server=server)
 
     @property
     def name(self) -> str:
@@ -396,5 +399,9 @@ def told(where: Path | Location) -> Iterator[None]:
 def _server(where: Path | Location, *, read_only: bool = False, alone: bool = False) -> Sqlite | Postgres:
     if isinstance(where, Path):
         return Sqlite(where, read_only=read_only, alone=alone)
+    return _on_server(where)
+
+
+def _on_server(where: Location) -> Postgres:
     assert where.catalog is not None
     return Postgres(where.catalog, where.shown)

@@ -4,19 +4,21 @@
   it got it (READ COMMITTED); so there is one writer at a time, as with SQLite
 - who reads sees one moment (REPEATABLE READ) and waits for nobody
 - a transaction whose client was lost is ended by the server, which frees the lock; nothing of it is kept
-- every transaction is a connection of its own: nothing is open between two, and a fork inherits none
+- a connection is used again by the next transactions of its process, for a minute, each time after a look whether the
+  server still has it; a fork makes its own
 """
 
 from __future__ import annotations
 
+import os
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine
-from sqlalchemy.pool import NullPool
 
 from turret.errors import StoreError
 
@@ -24,6 +26,9 @@ LOCK = 0x747572726574  # "turret"; a database's schemas share it
 BUSY_SECONDS = 60  # how long a writer waits for the writers before it
 IDLE_SECONDS = 600  # after which the server ends the transaction of a writer that is heard no more
 CONNECT_SECONDS = 10
+KEPT_SECONDS = 60  # from its making on, a connection is used again: none idles for so long that a firewall forgets it
+KEPT = 2  # connections a process keeps for the next transaction; more at once are made and closed
+_SECRETS = ("password", "sslpassword")
 _DEFAULTS = {"connect_timeout": CONNECT_SECONDS, "application_name": "turret", "client_encoding": "utf-8"}
 
 
@@ -37,14 +42,25 @@ class Postgres:
         self.store = shown
         self._url = url
         self._busy_seconds = busy_seconds
-        self._secrets: tuple[str, ...] = ()
+        self._engines: dict[int, Engine] = {}  # of this process; a parent's stays, unused: closing it would end theirs
 
-    @cached_property
+    @property
     def _engine(self) -> Engine:
-        _driver(self.store)
-        return create_engine(
-            "postgresql+psycopg://", creator=self._connect, poolclass=NullPool, use_native_hstore=False
-        )
+        process = os.getpid()
+        if process not in self._engines:
+            _driver(self.store)
+            engine = create_engine(
+                "postgresql+psycopg://",
+                creator=partial(_connect, self._url, self.store),
+                pool_size=KEPT,
+                max_overflow=-1,
+                pool_pre_ping=True,
+                pool_recycle=KEPT_SECONDS,
+                use_native_hstore=False,
+            )
+            self._engines[process] = engine
+            weakref.finalize(self, _close, engine, process)
+        return self._engines[process]
 
     @contextmanager
     def transaction(self, *, writes: bool) -> Iterator[Connection]:
@@ -82,27 +98,14 @@ class Postgres:
 
     def plainly(self, reason: str) -> str:
         """What it complains of, and what to do."""
-        for secret in self._secrets:
-            reason = reason.replace(secret, "***")
+        for key in _SECRETS:
+            if secret := _wanted(self._url, self.store).get(key):
+                reason = reason.replace(str(secret), "***")
         first = reason.strip().partition("\n")[0].removesuffix("?").strip()
         for words, said in _COMPLAINTS:
             if any(word in reason for word in words):
                 return said.format(first=first, seconds=self._busy_seconds)
         return first
-
-    def _connect(self) -> Any:
-        psycopg = _driver(self.store)
-        try:
-            wanted = psycopg.conninfo.conninfo_to_dict(self._url)
-        except psycopg.ProgrammingError:  # it repeats the URL, and with it the password
-            wanted = None
-        if wanted is None:
-            raise StoreError(
-                f"store {self.store}: PostgreSQL cannot read this URL: expected keys that libpq knows beside files and "
-                "local, a number as port, and % codes for what is special"
-            )
-        self._secrets = tuple(str(wanted[key]) for key in ("password", "sslpassword") if wanted.get(key))
-        return psycopg.connect(**{**_DEFAULTS, **wanted}, prepare_threshold=None)
 
 
 _COMPLAINTS = (
@@ -131,6 +134,29 @@ _COMPLAINTS = (
         "cannot be reached ({first}): check host and port, and that it runs",
     ),
 )
+
+
+def _wanted(url: str, store: str) -> dict[str, Any]:
+    """What the URL says, by libpq's keys; raises StoreError."""
+    psycopg = _driver(store)
+    try:
+        return dict(psycopg.conninfo.conninfo_to_dict(url))
+    except psycopg.ProgrammingError:  # it repeats the URL, and with it the password
+        pass
+    raise StoreError(
+        f"store {store}: PostgreSQL cannot read this URL: expected keys that libpq knows beside files and "
+        "local, a number as port, and % codes for what is special"
+    )
+
+
+def _connect(url: str, store: str) -> Any:
+    return _driver(store).connect(**{**_DEFAULTS, **_wanted(url, store)}, prepare_threshold=None)
+
+
+def _close(engine: Engine, process: int) -> None:
+    """End an engine's connections, in the process that made them."""
+    if os.getpid() == process:
+        engine.dispose()
 
 
 def _driver(store: str) -> Any:

@@ -8,6 +8,7 @@ import pytest
 from store.bundles import write_bundle
 
 from turret.cli.main import run
+from turret.recipe import Recipe
 from turret.store import Store
 
 
@@ -33,7 +34,42 @@ def test_list_is_a_line_a_version(stored, capsys) -> None:
 
 def test_list_of_one_name_leaves_the_others_out(stored, capsys) -> None:
     assert run(["list", "other", "--store", stored]) == 0
-    assert "nothing stored" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(f"no version of other in {stored} yet: turret train")
+    assert run(["list", "news@1", "--store", stored]) == 2
+    assert capsys.readouterr().err.startswith("turret: bad adapter name 'news@1': expected")
+
+
+def test_a_list_of_many_shows_the_newest_of_each_name_and_those_with_an_alias(stored, tmp_path, capsys) -> None:
+    """Forty are a screen; all are in the list of one name, and in --json."""
+    store = Store(stored)
+    for number in range(38):
+        store.put("one", write_bundle(tmp_path, b"%d" % number))
+    assert run(["list", "--store", stored]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 40
+    store.put("one", write_bundle(tmp_path, b"the 41st"))
+    store.promote("one@3", "production")
+    assert run(["list", "--store", stored]) == 0
+    _, *rows, more = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["news@2", "one@3", "one@39"]
+    assert more == "38 earlier versions without an alias: turret list NAME, or --json"
+    assert run(["list", "one", "--store", stored]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 39
+    assert run(["list", "--json", "--store", stored]) == 0
+    assert len(json.loads(capsys.readouterr().out)["versions"]) == 41
+
+
+def test_show_recipe_prints_what_train_takes(tmp_path, capsys) -> None:
+    made = Recipe(name="a", base="tiny", data={"source": "a [b].csv"})
+    store = Store(tmp_path / "store")
+    store.put("a", write_bundle(tmp_path, b"1", said={"lineage": {"recipe": made.to_toml()}}))
+    store.put("imported", write_bundle(tmp_path, b"2"))
+    assert run(["show", "a", "--recipe", "--store", str(store.root)]) == 0
+    (tmp_path / "again.toml").write_text(capsys.readouterr().out)
+    assert Recipe.load(tmp_path / "again.toml") == made
+    assert run(["show", "a", "--recipe", "--json", "--store", str(store.root)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"version": "a@1", "recipe": made.to_toml()}
+    assert run(["show", "imported", "--recipe", "--store", str(store.root)]) == 1
+    assert "imported@1 has no recipe" in capsys.readouterr().err
 
 
 def test_list_json_is_one_object_with_stable_keys(stored, capsys) -> None:

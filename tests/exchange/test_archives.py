@@ -171,6 +171,16 @@ def test_a_zip_that_is_encrypted_or_packed_oddly_is_refused(bundle, tmp_path, ca
     assert "packed by method 14" in refused(capsys, tmp_path / "store", path)
 
 
+@pytest.mark.parametrize("kind", ["bz2", "xz"])
+def test_what_is_packed_another_way_is_refused_and_says_which_ways_are_read(kind, bundle, tmp_path, capsys) -> None:
+    mode: Any = f"w:{kind}"
+    for name in (f"a.tar.{kind}", f"a.t{kind}", "a.tar", "a.tar.gz"):
+        with tarfile.open(tmp_path / name, mode) as file:
+            file.add(bundle, "adapter")
+        said = refused(capsys, tmp_path / "store", tmp_path / name)
+        assert "as .zip, .tar, .tar.gz, .tgz" in said
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["a.zip", "a.tar", "a.tar.gz"]), at=st.integers(0, 3000), noise=st.binary(max_size=60))
 def test_a_mangled_archive_is_an_error_and_never_a_crash(

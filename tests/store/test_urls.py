@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,63 @@ def test_a_writer_that_waits_too_long_says_so(postgres_server, database) -> None
     assert said == "another process has held it for 1 seconds: wait for it, or end it"
 
 
+def open_now(server: Any, database: str) -> list[int]:
+    """The server's own numbers of the connections that turret has."""
+    query = f"SELECT pid FROM pg_stat_activity WHERE application_name = 'turret' AND datname = '{database}' ORDER BY 1"
+    return [pid for (pid,) in server.execute(query)]
+
+
+def test_a_connection_is_used_again_and_goes_with_its_store(new_url, postgres_server, make_bundle, tmp_path) -> None:
+    url = new_url(str(tmp_path / "files"))
+    database = urlsplit(url).path.removeprefix("/")
+    store = Store(url)
+    store.put("a", make_bundle(b"1"))
+    first = open_now(postgres_server, database)
+    store.promote("a", "production")
+    store.list()
+    assert open_now(postgres_server, database) == first
+    assert len(first) == 1
+    del store
+    deadline = time.monotonic() + 10  # the server is told, and takes its time
+    while open_now(postgres_server, database) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert open_now(postgres_server, database) == []
+
+
+def test_a_connection_that_the_server_ended_meanwhile_is_made_anew(
+    new_url, postgres_server, make_bundle, tmp_path
+) -> None:
+    """A restart of the server, or its idle timeout: the next verb does not notice."""
+    url = new_url(str(tmp_path / "files"))
+    store = Store(url)
+    store.put("a", make_bundle(b"1"))
+    for pid in open_now(postgres_server, urlsplit(url).path.removeprefix("/")):
+        postgres_server.execute(f"SELECT pg_terminate_backend({pid}, 5000)")
+    assert store.promote("a", "production").changed
+
+
+def test_a_fork_makes_a_connection_of_its_own_and_leaves_its_parents_alone(
+    new_url, postgres_server, make_bundle, tmp_path
+) -> None:
+    url = new_url(str(tmp_path / "files"))
+    database = urlsplit(url).path.removeprefix("/")
+    store = Store(url)
+    store.put("a", make_bundle(b"1"))
+    (mine,) = open_now(postgres_server, database)
+    code = (
+        "import os, sys; from turret.store import Store; store = Store(sys.argv[1]); store.list()\n"
+        "child = os.fork()\n"
+        "if child == 0: store.promote('a', 'production'); del store; sys.exit()\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "assert store.resolve('a').aliases == ('production',)\n"
+        "(opened,) = store._opened._server._engines.values()\n"
+        "assert opened.pool.status().startswith('Pool size: 2  Connections in pool: 1 ')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert open_now(postgres_server, database) == [mine]
+
+
 # --- trouble ----------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +274,13 @@ def test_a_password_opens_the_door_and_is_never_shown(postgres_server, database,
     assert PASSWORD not in repr(Store(url).location)
     with pytest.raises(NotFound, match=r"no store at postgresql://turret:\*\*\*@"):
         Store(url.replace(database, "template1")).resolve("a")
+
+
+def test_what_a_server_says_is_told_without_the_password_also_by_who_never_connected() -> None:
+    server = Postgres("postgresql://me:Sec%2Fret@h/db?sslpassword=Other", "x")
+    assert server.plainly("password Sec/ret of key Other is wrong") == (
+        "password *** of key *** is wrong: set PGPASSWORD or ~/.pgpass, or ask for access"
+    )
 
 
 def test_a_wrong_password_is_said_and_not_shown(postgres_server, database, tmp_path) -> None:
@@ -275,7 +340,7 @@ def test_a_user_who_may_only_read_reads_and_is_told_so(new_url, postgres_server,
         assert Store(url).verify().orphans == 0
         assert Store(reader).gc(dry_run=True).removed == ()
         assert run(["doctor", "--store", reader]) == 0
-        assert "1 versions, read-only" in " ".join(capsys.readouterr().out.split())
+        assert "1 version, read-only" in " ".join(capsys.readouterr().out.split())
     finally:
         postgres_server.execute(f"DROP OWNED BY {role}", database)
         postgres_server.execute(f"DROP ROLE {role}")

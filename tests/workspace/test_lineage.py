@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import small_models
 import tiny_training
 import torch
+from safetensors.torch import load_file
 
 from turret import LoRA, Recipe, Workspace, adapters, bases
 from turret.cli.main import run
@@ -98,6 +102,36 @@ def test_plan_reads_the_version_too_and_what_is_not_there_or_does_not_fit_is_sai
     assert any("starts from tone@1" in note for note in planned.notes)
     with pytest.raises(AdapterError, match="training cannot start from tone@1: it has r 8"):
         workspace.plan(recipe(folder, init_from="tone@1").with_overrides({"method.r": "4"}))
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_go_on_from_a_version_as_one_does(trained, folder, tmp_path) -> None:
+    """Both of them read it, one stores; where it is not there, both end and one says so."""
+    small_models.save_base("bert", tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    still = {"base": str(tmp_path / "bert"), "method.lora_dropout": "0", "train.dtype": "float32"}
+    made = recipe(folder, init_from="tone@1").with_overrides(still)
+    (tmp_path / "tone.toml").write_text(made.to_toml())
+    for name in ("alone", "together"):
+        Workspace(tmp_path / name).store.put("tone", folder / "parent")
+    Workspace(tmp_path / "alone").train(made)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "turret"]
+    command = [*launch, "train", str(tmp_path / "tone.toml"), "--json", "--store"]
+    done = subprocess.run([*command, str(tmp_path / "together")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["version"] == "tone@2"
+    assert [str(each) for each in Workspace(tmp_path / "together").list()] == ["tone@1", "tone@2"]
+    lineages = [Workspace(tmp_path / n).show("tone@2")["manifest"]["lineage"] for n in ("alone", "together")]
+    assert lineages[0]["parent"] == lineages[1]["parent"] == trained[0].resolve("tone@1").digest
+    start, alone, together = (
+        load_file(Workspace(tmp_path / name).store.files(version)["adapter_model.safetensors"])
+        for name, version in (("alone", "tone@1"), ("alone", "tone@2"), ("together", "tone@2"))
+    )
+    assert max(float((alone[name] - together[name]).abs().max()) for name in alone) < 1e-5
+    assert max(float((alone[name] - start[name]).abs().max()) for name in start) > 1e-4
+    done = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert len(re.findall(r"^turret: no tone@1: there is no store at", done.stderr, re.MULTILINE)) == 1, done.stderr
+    assert done.stderr.count("turret: ") == 1
 
 
 @pytest.mark.slow

@@ -37,11 +37,13 @@ def _print(found: Difference) -> None:
     console().print(columns(("differs", a, b), sides))
     measured = list(_measured(found))
     if measured:
-        console().print("\n", columns(("metric", a, b, "difference"), measured, right=(a, b, "difference")), sep="")
+        console().print()
+        console().print(columns(("metric", a, b, "difference"), measured, right=(a, b, "difference")))
     groups = [*found.weights, *([found.moved] if found.moved else [])]
     if groups:
         rows = [(f"  {safe(each.group)}", str(each.tensors), _share(each.distance)) for each in groups]
-        console().print("\n", columns(("weights", "tensors", "moved"), rows, right=("tensors", "moved")), sep="")
+        console().print()
+        console().print(columns(("weights", "tensors", "moved"), rows, right=("tensors", "moved")))
     if found.not_compared:
         few = ", ".join(found.not_compared[:3]) + (", ..." if len(found.not_compared) > 3 else "")
         console().print(

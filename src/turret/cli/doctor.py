@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from turret.cli import options
-from turret.cli.output import console, emit, grid, safe, size
+from turret.cli.output import console, counted, emit, grid, safe, size
 
 GOOD, BAD = "[green]ok[/]  ", "[yellow]--[/]  "
 
@@ -59,4 +59,4 @@ def _store(store: Mapping[str, Any]) -> str:
     if not store["exists"]:
         return f"{safe(store['path'])}  [dim]not there yet; `turret train` makes it[/]"
     writable = "" if store["writable"] else ", read-only"
-    return f"{GOOD}{safe(store['path'])}, {store['versions']} versions{writable}"
+    return f"{GOOD}{safe(store['path'])}, {counted(store['versions'], 'version')}{writable}"

@@ -131,6 +131,11 @@ def many(count: float) -> str:
     return f"{count:.0f}{unit}" if unit == "" or count >= 100 else f"{count:.1f}{unit}"
 
 
+def counted(count: int, thing: str) -> str:
+    """`1 file`, `3 files`."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def span(seconds: float) -> str:
     """A duration for people: `0.8 s`, `42 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds < 10:

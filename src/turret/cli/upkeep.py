@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from turret.cli import options
-from turret.cli.output import console, emit, rows, safe, size
+from turret.cli.output import console, counted, emit, rows, safe, size
 
 
 def verify(
@@ -28,9 +28,11 @@ def verify(
         for problem in found.problems:
             console().print(f"[red]{safe(problem.where)}[/] {safe(problem.path or '')}: {safe(problem.problem)}")
         said = "[green]all whole[/]" if found.ok else f"[red]broken: {len(found.problems)}[/]"
-        console().print(f"{said}: {found.versions} versions, {found.files} files, {size(found.bytes)} hashed")
+        versions, files = counted(found.versions, "version"), counted(found.files, "file")
+        console().print(f"{said}: {versions}, {files}, {size(found.bytes)} hashed")
         if found.orphans:
-            console().print(f"[dim]{found.orphans} files ({size(found.orphan_bytes)}) no version lists: turret gc[/]")
+            loose = f"{counted(found.orphans, 'file')} ({size(found.orphan_bytes)})"
+            console().print(f"[dim]{loose} no version lists: turret gc[/]")
     if not found.ok:
         raise typer.Exit(1)
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, console, emit, grid, metrics, number, safe, size, span
+from turret.cli.output import columns, console, counted, emit, grid, metrics, number, safe, size, span
+from turret.errors import NotFound
 
 if TYPE_CHECKING:
     from turret.store import Version
 
+FEW = 40  # versions: more than these, and only the newest of each name and those with an alias are shown to people
 MOVES = 12  # of the aliases, the last ones, that people are shown
 CHIEF = ("accuracy", "rougeL", "loss")  # the first of these is what one column has room for
 
@@ -30,11 +32,14 @@ def list_(
     if as_json:
         emit({"store": str(store), "versions": [version.as_json() for version in found]})
     else:
-        _print_list(found, str(store))
+        _print_list(found if name else chosen(found), len(found), f"{f'{name} in ' if name else ''}{store}")
 
 
 def show(
     reference: Annotated[str, typer.Argument(metavar="REF", help="name, name@3 or name@production")],
+    recipe: Annotated[
+        bool, typer.Option("--recipe", help="Only the recipe it was made by, which `turret train` takes.")
+    ] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -42,10 +47,20 @@ def show(
     from turret.workspace import Workspace
 
     shown = Workspace(store).show(reference)
-    if as_json:
+    if recipe:
+        _print_recipe(shown, as_json)
+    elif as_json:
         emit(shown)
     else:
         _print_show(shown)
+
+
+def chosen(found: Sequence[Version]) -> Sequence[Version]:
+    """What one screen has room for: all where they are few, else those with an alias and the newest of each name."""
+    newest = {version.name: version.number for version in found}
+    if len(found) <= FEW:
+        return found
+    return [version for version in found if version.aliases or version.number == newest[version.name]]
 
 
 def chief(measured: Mapping[str, Any]) -> tuple[str, Any] | None:
@@ -64,12 +79,14 @@ def age(created: str) -> str:
     return span(passed) if passed < 86400 * 2 else f"{passed / 86400:.0f} days"
 
 
-def _print_list(found: Sequence[Version], store: str) -> None:
+def _print_list(found: Sequence[Version], count: int, where: str) -> None:
     if not found:
-        console().print(f"nothing stored in {safe(store)} yet: [bold]turret train reviews.csv[/] makes a first version")
+        console().print(f"no version of {safe(where)} yet: [bold]turret train reviews.csv[/] makes a first one")
         return
     heads = ("version", "alias", "method", "base", "metric", "size", "age")
     console().print(columns(heads, (_row(version) for version in found), right=("size", "age")))
+    if more := count - len(found):
+        console().print(f"[dim]{counted(more, 'earlier version')} without an alias: turret list NAME, or --json[/]")
 
 
 def _row(version: Version) -> tuple[str, ...]:
@@ -95,7 +112,19 @@ def _print_show(shown: Mapping[str, Any]) -> None:
             console().print(f"\n[dim]{safe(split)}, a class a line[/]")
             console().print(_report(classes))
     files = [(f"  {safe(path)}", size(file["bytes"]), file["digest"][:19]) for path, file in shown["files"].items()]
-    console().print("\n", columns(("files", "size", "digest"), files, right=("size",)), sep="")
+    console().print()
+    console().print(columns(("files", "size", "digest"), files, right=("size",)))
+
+
+def _print_recipe(shown: Mapping[str, Any], as_json: bool) -> None:
+    found = _part(shown["manifest"], "lineage").get("recipe")
+    if not isinstance(found, str):
+        raise NotFound(f"{shown['version']} has no recipe: it was not trained here; `turret show` says what is known")
+    if as_json:
+        emit({"version": shown["version"], "recipe": found})
+    else:
+        for line in found.splitlines():
+            console().print(safe(line))
 
 
 def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -144,7 +173,7 @@ def _lineage(lineage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "imported", "[dim]from outside; its files' digests are in --json[/]"
     if lineage.get("recipe"):
         lines = len(str(lineage["recipe"]).splitlines())
-        yield "recipe", f"[dim]{lines} lines, in --json; `turret diff` compares it key by key[/]"
+        yield "recipe", f"[dim]{lines} lines: turret show REF --recipe; `turret diff` compares it key by key[/]"
 
 
 def _golden(replay: Mapping[str, Any]) -> str:

@@ -279,7 +279,8 @@ def there(connection: Connection, adapter_id: int) -> str:
         return "no version left"
     numbers = f"versions {first} to {last}" if first != last else f"version {first}"
     names = sorted({alias for some in _aliases(connection, adapter_id).values() for alias in some})
-    return f"{numbers} and {'aliases ' + ', '.join(names) if names else 'no alias'}"
+    called = f"{'alias' if len(names) == 1 else 'aliases'} {', '.join(names)}"
+    return f"{numbers} and {called if names else 'no alias'}"
 
 
 def plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, insert, select, update
 
 from turret.database import golden_gates, golden_sets, replays
 from turret.errors import BadReference, Corrupt, DataError, GateFailed, NotFound, ReplayNeeded
@@ -183,11 +183,14 @@ def of(connection: Connection, name: str, alias: str | None = None) -> Sequence[
 
 
 def keep(connection: Connection, name: str, alias: str, wanted: GoldenSet, share: float) -> None:
-    """Store the set, once, and let the alias ask for it; the same set again changes the share."""
+    """Store the set, once, and let the alias ask for it; the same set again changes the share, and mends it."""
     adapter_id, digest = catalog.adapter_of(connection, name), wanted.digest
-    if connection.execute(select(golden_sets.c.digest).where(golden_sets.c.digest == digest)).first() is None:
-        row = {"digest": digest, "kind": wanted.kind, "examples": len(wanted.examples), "content": wanted.content}
-        connection.execute(insert(golden_sets).values(**row, created=now()))
+    row = {"kind": wanted.kind, "examples": len(wanted.examples), "content": wanted.content}
+    there = connection.execute(select(golden_sets).where(golden_sets.c.digest == digest)).first()
+    if there is None:
+        connection.execute(insert(golden_sets).values(**row, digest=digest, created=now()))
+    elif any(there._mapping[key] != value for key, value in row.items()):  # damaged since
+        connection.execute(update(golden_sets).where(golden_sets.c.digest == digest).values(row))
     connection.execute(delete(golden_gates).where(_one(adapter_id, alias, digest)))
     key = {"adapter_id": adapter_id, "alias": alias, "golden": digest}
     connection.execute(insert(golden_gates).values(**key, share=share, created=now()))
@@ -211,18 +214,20 @@ def content_of(connection: Connection, digest: str) -> GoldenSet:
     content = connection.execute(select(golden_sets.c.content).where(golden_sets.c.digest == digest)).scalar()
     if content is None or digest_of(content) != digest:
         said = "are missing" if content is None else "do not match their digest"
-        raise Corrupt(f"golden examples {name_of(digest)} {said}: add them again with `turret gate --golden`")
+        raise Corrupt(f"golden examples {name_of(digest)} {said}: give the same file again to `turret gate --golden`")
     try:
         return GoldenSet.of_content(content)
     except (ValueError, KeyError, TypeError, StopIteration, RecursionError, DataError):
-        raise Corrupt(f"golden examples {name_of(digest)} make no sense: add them again with `turret gate`") from None
+        raise Corrupt(
+            f"golden examples {name_of(digest)} make no sense: take them off the alias with `turret gate --remove`"
+        ) from None
 
 
 def problems(connection: Connection) -> Iterable[tuple[str, str]]:
     """(name, what is wrong) of every set that is not as it was stored."""
     for row in connection.execute(select(golden_sets.c.digest, golden_sets.c.content)):
         if digest_of(row.content) != row.digest:
-            yield name_of(row.digest), "does not match its digest: restore the catalog from a copy"
+            yield name_of(row.digest), "does not match its digest: give the same file again to `turret gate --golden`"
 
 
 # --- how versions did ------------------------------------------------------------------------------------------------

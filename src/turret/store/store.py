@@ -25,7 +25,7 @@ from turret.errors import BadReference, BundleError, Corrupt, InUse, NotFound, S
 from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
-from turret.store import aliases, catalog, gates, gc, golden, incoming, runs
+from turret.store import aliases, catalog, gates, gc, golden, incoming, owner, runs
 from turret.store import verify as verifying
 from turret.store.aliases import Move, Pointing
 from turret.store.blobs import OWNER, Blob, Blobs, Files
@@ -87,6 +87,8 @@ class Store:
 
     def list(self, name: str | None = None) -> Sequence[Version]:
         """All versions, or those of one name, by name and number."""
+        if name is not None:
+            check_name(name)
         database = self._database()
         if database is None:
             return []
@@ -197,9 +199,7 @@ class Store:
         exact = Reference(check_name(name), alias=check_alias(alias))
         with self._there(exact).writing() as connection:
             move = aliases.rollback(connection, name, alias)
-            for path, blob in catalog.content_of(connection, catalog.find(connection, exact)).items():
-                if said := self._blobs.glance(blob):  # quick, as it must be; loading hashes everything
-                    raise Corrupt(f"{exact} stays at {move.before}: {move.version} is damaged, {path} {said}")
+            self._glance(connection, catalog.find(connection, exact), f"{exact} stays at {move.before}")
             return move
 
     def back_to(self, reference: str, alias: str, *, leaving: Sequence[str], also: Also = None) -> Move | None:
@@ -213,9 +213,8 @@ class Store:
                 also(connection)
             version = catalog.find(connection, exact)
             move = aliases.back_to(connection, version, check_alias(alias), leaving)
-            for path, blob in catalog.content_of(connection, version).items() if move is not None else ():
-                if said := self._blobs.glance(blob):
-                    raise Corrupt(f"{exact.name}@{alias} stays where it is: {version} is damaged, {path} {said}")
+            if move is not None:
+                self._glance(connection, version, f"{exact.name}@{alias} stays where it is")
             return move
 
     def gate(
@@ -390,26 +389,15 @@ class Store:
         yield from gc.of_runs(self.root, database, dry_run=dry_run)
 
     def _own(self, database: Database, *, writes: bool = True) -> None:
-        """Mark the files as this catalog's; raises StoreError where they are another's, whose files a gc would take."""
-        if self._owned:
-            return
-        if writes and not database.writable():
-            raise StoreError(f"store {self} is read-only for this user: grant INSERT, or connect as another user")
-        mine, owner = database.identity(), self._blobs.owner()
-        if mine is None:
-            raise StoreError(
-                f"store {self}: its catalog has lost its id, the comment on the table alembic_version that a dump has: "
-                f"set it to what {self.location.files}/{OWNER} holds"
-            )
-        if owner is None:
-            self._blobs.claim(mine)
-            owner = self._blobs.owner()
-        if owner != mine:
-            raise StoreError(
-                f"store {self}: {self.location.files} holds the files of another catalog ({owner}, this is {mine}): "
-                f"give each its own; if that catalog is gone, delete {self.location.files}/{OWNER} first"
-            )
-        self._owned = writes
+        if not self._owned:
+            owner.own(self.location, database, self._blobs, writes=writes)
+            self._owned = writes
+
+    def _glance(self, connection: Connection, version: Version, stays: str) -> None:
+        """A look at the files that an alias goes back to, quick as a rollback must be; loading hashes everything."""
+        for path, blob in catalog.content_of(connection, version).items():
+            if said := self._blobs.glance(blob):
+                raise Corrupt(f"{stays}: {version} is damaged, {path} {said}")
 
     def _database(self) -> Database | None:
         """The database, opened once; None where there is no store yet."""
