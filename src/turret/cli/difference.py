@@ -63,6 +63,7 @@ def _value(value: Any) -> str:
     if value is None:
         return "[dim]-[/]"
     said = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    said = said[:19] if said.startswith("sha256:") else said  # as everywhere; --json has all of it
     return safe(said if len(said) <= 60 else f"{said[:57]}...")
 
 
