@@ -65,7 +65,10 @@ def test_what_is_exported_comes_back_with_the_same_digest(name: str, workspace: 
     assert set(out.files) == {WEIGHTS, CONFIG, MANIFEST, "README.md"}
     again = Workspace(tmp_path / "elsewhere").import_adapter(tmp_path / "out", "other")
     assert again.digest == out.digest == workspace.resolve(name).digest
-    assert workspace.import_adapter(tmp_path / "out", name).version == out.version  # stored already
+    assert not any("already" in note for note in again.notes)
+    known = workspace.import_adapter(tmp_path / "out", name)
+    assert known.version == out.version
+    assert f"{out.version} is this content already: nothing new is stored" in known.notes
 
 
 @pytest.mark.parametrize("form", ["peft", "merged"])

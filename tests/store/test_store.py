@@ -109,11 +109,19 @@ def test_a_stored_file_that_is_gone_is_said(store, make_bundle, tmp_path) -> Non
         store.materialize("a", tmp_path / "out")
 
 
-def test_storing_damaged_content_again_mends_it(store, make_bundle) -> None:
+@pytest.mark.parametrize("damage", [b"012345678x", b"0123", None])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_storing_damaged_content_again_mends_it(store, make_bundle, name, damage) -> None:
+    """Changed, cut or gone; also where the version is there already, and stays what it is."""
     bundle = make_bundle(b"0123456789")
     store.put("a", bundle)
-    by_hand.write(store, "a", "adapter_model.safetensors", b"012345678x")
-    store.put("b", bundle)
+    if damage is None:
+        by_hand.remove(store, "a", "adapter_model.safetensors")
+    else:
+        by_hand.write(store, "a", "adapter_model.safetensors", damage)
+    with pytest.raises(Corrupt):
+        store.files("a")
+    assert store.put(name, bundle).number == 1
     assert store.files("a")["adapter_model.safetensors"].read_bytes() == b"0123456789"
 
 

@@ -90,7 +90,11 @@ def import_adapter(
             bundle = Path(beside) / "bundle" / name
             adapters.save_bundle(adapter, bundle)
         say("storing")
-        return _imported(store.put(name, bundle), adapter, base, found, notes)
+        before = {version.digest for version in store.list(name)}
+        version = store.put(name, bundle)
+        if version.digest in before:
+            notes.append(f"{version} is this content already: nothing new is stored")
+        return _imported(version, adapter, base, found, notes)
 
 
 @contextmanager
