@@ -35,7 +35,7 @@ def test_a_change_is_seen_within_a_second_and_a_name_without_experiment_is_none(
     clock.now += 1
     found = router.assign("news", "ann")
     assert (found.version, found.arm, found.probability, found.experiment) == ("news@2", "candidate", 1.0, "news#1")
-    assert router.unit_of("news") == "session"
+    assert router.running("news").unit == "session"
     assert router.assign("other", "ann") is None
     workspace.experiment("news").stop()
     clock.now += 1

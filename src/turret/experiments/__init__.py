@@ -6,6 +6,6 @@ assigning a unit and recording an outcome need none.
 
 from turret.experiments.experiment import Arm, Experiment, Guards, Metric
 from turret.experiments.outcomes import Recorded
-from turret.experiments.router import Assignment, Router
+from turret.experiments.router import Assignment, Router, Told
 
-__all__ = ["Arm", "Assignment", "Experiment", "Guards", "Metric", "Recorded", "Router"]
+__all__ = ["Arm", "Assignment", "Experiment", "Guards", "Metric", "Recorded", "Router", "Told"]

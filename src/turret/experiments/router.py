@@ -12,7 +12,7 @@ from the unit. While the store cannot be reached, the experiments that were know
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,11 +20,12 @@ from datetime import UTC, datetime
 from sqlalchemy import Connection
 
 from turret.database import Database
-from turret.errors import BadExperiment, StoreError
+from turret.errors import BadExperiment, BadReference, NotFound, StoreError
 from turret.experiments import assign, health, outcomes, rows
 from turret.experiments.experiment import Experiment
 from turret.experiments.health import Answering
 from turret.experiments.outcomes import Recorded, Seen, check_receipt
+from turret.reference import check_name
 
 REFRESH = 1.0  # seconds that what is known may be old, and that a log may be unwritten
 MOST_KEPT = 100_000  # answers, while the store cannot be reached
@@ -40,6 +41,18 @@ class Assignment:
     experiment: str  # "news#1"
     shadows: tuple[tuple[str, str], ...]  # arm and version of those that are run beside and never returned
     experiment_id: int
+    unit: str  # hashed
+    revision: int  # of the split
+
+
+@dataclass(frozen=True)
+class Told:
+    """An outcome as somebody tells it: of the answer with this receipt, or of a unit of the adapter's experiment."""
+
+    value: object
+    receipt: str | None = None
+    unit: str | None = None
+    adapter: str | None = None
 
 
 class Router:
@@ -60,28 +73,51 @@ class Router:
         self.problem: str | None = None  # why the store could not be reached
         self.lost = 0  # answers that could not be logged
 
+    def running(self, name: str) -> Experiment | None:
+        """The experiment that runs on the name; its `unit` says what is to be assigned: user, session or request."""
+        return self._running().get(name)
+
+    def all_running(self) -> list[Experiment]:
+        return list(self._running().values())
+
     def assign(self, name: str, unit: str, receipt: str | None = None) -> Assignment | None:
         """Which version answers this unit, logged; None where no experiment runs on the name.
 
-        unit: whoever the experiment counts, such as a user's id (`unit_of` says which); it is kept as a hash only.
+        unit: whoever the experiment counts, such as a user's id (`running` says which); it is kept as a hash only.
         receipt: the id of the answer, which its outcome is told by.
         """
         if receipt is not None:
             check_receipt(receipt)
-        experiment = self._running().get(name)
+        experiment = self.running(name)
         if experiment is None:
             return None
+        found = self.choose(experiment, unit)
+        self.log(found, receipt)
+        return found
+
+    def choose(self, experiment: Experiment, unit: str) -> Assignment:
+        """As `assign`, for who knows the answer's id only later: `log` must follow, whatever becomes of the answer."""
         key = assign.key_of(experiment.salt, unit)
         arm = experiment.arm(assign.arm_at(experiment.segments, assign.point_of(key)))
-        chance = experiment.weights[arm.name]
-        self._log(Seen(experiment.id, key, arm.name, experiment.revision, chance, self._at(), receipt))
-        shadows = tuple((each.name, experiment.reference(each)) for each in experiment.shadows)
-        return Assignment(experiment.reference(arm), arm.name, chance, str(experiment), shadows, experiment.id)
+        return Assignment(
+            version=experiment.reference(arm),
+            arm=arm.name,
+            probability=experiment.weights[arm.name],
+            experiment=str(experiment),
+            shadows=tuple((each.name, experiment.reference(each)) for each in experiment.shadows),
+            experiment_id=experiment.id,
+            unit=key,
+            revision=experiment.revision,
+        )
 
-    def unit_of(self, name: str) -> str | None:
-        """What the running experiment of the name counts: user, session or request; None where none runs."""
-        experiment = self._running().get(name)
-        return None if experiment is None else experiment.unit
+    def log(self, found: Assignment, receipt: str | None = None) -> None:
+        """Note that the unit was sent to its arm; written within a second."""
+        seen = Seen(found.experiment_id, found.unit, found.arm, found.revision, found.probability, self._at(), receipt)
+        with self._lock:
+            if len(self._unwritten) >= MOST_KEPT:
+                self.lost += 1
+                return
+            self._unwritten.append(seen)
 
     def answered(self, assignment: Assignment, *, seconds: float, error: bool = False) -> None:
         """Add an answer of the arm to what is known of its errors and latency."""
@@ -97,11 +133,20 @@ class Router:
         self, value: object, *, receipt: str | None = None, unit: str | None = None, name: str | None = None
     ) -> Recorded:
         """Record what came of an answer: by its receipt, or by the unit and the adapter's name."""
-        if (receipt is None) == (unit is None) or (unit is not None and name is None):
-            raise BadExperiment("an outcome needs the receipt of its answer, or the unit and the adapter's name")
+        told = Told(value, receipt, unit, name)
         with self._written() as connection:
-            experiment = rows.find(connection, name) if name is not None else None
-            return outcomes.record(connection, value, self._at(), receipt=receipt, unit=unit, experiment=experiment)
+            return self._record(connection, told)
+
+    def outcomes(self, told: Sequence[Told]) -> list[Recorded]:
+        """The same for many, in one transaction; of a name that has no experiment an outcome is `unknown`."""
+        found: list[Recorded] = []
+        with self._written() as connection:
+            for each in told:
+                try:
+                    found.append(self._record(connection, each))
+                except (NotFound, BadReference) as error:
+                    found.append(Recorded("unknown", str(error)))
+        return found
 
     def turn(self) -> None:
         """Read what runs and write the log, once a second; what goes wrong is in `problem`."""
@@ -111,6 +156,12 @@ class Router:
         except StoreError as error:
             self.problem = str(error)
 
+    def look(self) -> None:
+        """Read what runs now, however lately it was read."""
+        with self._lock:
+            self._read = float("-inf")
+        self._refresh(wait=True)
+
     def flush(self) -> None:
         """Write what is not written yet; raises StoreError."""
         if self._unwritten or self._sums:
@@ -119,14 +170,21 @@ class Router:
 
     # --- the inside --------------------------------------------------------------------------------------------------
 
+    def _record(self, connection: Connection, told: Told) -> Recorded:
+        receipt, unit, adapter = told.receipt, told.unit, told.adapter
+        if (receipt is None) == (unit is None) or (unit is not None and adapter is None):
+            raise BadExperiment("an outcome needs the receipt of its answer, or the unit and the adapter's name")
+        experiment = rows.find(connection, check_name(adapter)) if adapter is not None else None
+        return outcomes.record(connection, told.value, self._at(), receipt=receipt, unit=unit, experiment=experiment)
+
     def _running(self) -> dict[str, Experiment]:
         if self._known is None or self._clock() - self._read >= REFRESH:
             self.turn()
         return self._known or {}
 
-    def _refresh(self) -> None:
+    def _refresh(self, *, wait: bool = False) -> None:
         """Read what runs. One thread does; the others go on with what was known, where something was."""
-        if not self._reading.acquire(blocking=self._known is None):
+        if not self._reading.acquire(blocking=wait or self._known is None):
             return
         try:
             now = self._clock()
@@ -164,13 +222,6 @@ class Router:
                     for key, each in sums.items():
                         self._sums[key] = self._sums.get(key, Answering()) + each
                 raise
-
-    def _log(self, seen: Seen) -> None:
-        with self._lock:
-            if len(self._unwritten) >= MOST_KEPT:
-                self.lost += 1
-                return
-            self._unwritten.append(seen)
 
     def _add(self, assignment: Assignment, arm: str, seconds: float, error: bool, agrees: bool | None) -> None:
         bound = self._slow.get(assignment.experiment_id)

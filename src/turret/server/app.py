@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from turret import __version__
 from turret.errors import TurretError
-from turret.server import chat, classify, completions, control, health, models
+from turret.server import chat, classify, completions, control, experiments, health, models
 from turret.server.auth import Guarded
 from turret.server.limits import Bounded
 from turret.server.logs import Logged
@@ -31,6 +31,8 @@ ROUTERS = (
     chat.questions,
     classify.questions,
     control.control,
+    experiments.control,
+    experiments.outcomes,
     health.control,
     health.anyone,
 )
@@ -60,7 +62,7 @@ def routes(served: Served) -> FastAPI:
         told = problem(error)
         if told.status >= 500:
             served.log.say("failed", "error", request=_id(request), error=type(error).__name__, message=str(error))
-        return _encoded(told)
+        return _encoded(told, getattr(request.state, "receipt", None))
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request: Request, error: RequestValidationError) -> Response:
@@ -73,7 +75,7 @@ def routes(served: Served) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
-        return _encoded(problem(error))  # it is raised on to the log
+        return _encoded(problem(error), getattr(request.state, "receipt", None))  # it is raised on to the log
 
     return app
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.requests import Request
 
 from turret.errors import Cancelled, DeadlineExceeded, NotFound
 from turret.server.face import Receipt, Text, Ticket, named
+from turret.server.routing import Placed
 
 T = TypeVar("T")
 Answer = dict[str, Any]
@@ -22,28 +23,41 @@ TRIES = 4  # after the first, of a request whose version is deleted while it wai
 CHARACTERS = 4  # of a token, where nobody has counted
 
 
+class Put(NamedTuple):
+    """The inputs of one request, at the engine: all at one version, the one of an experiment's arm or not."""
+
+    tickets: Sequence[Ticket]
+    placed: Placed | None
+
+
 class Asked:
-    """Tickets at work, in the order of their inputs; all of one version."""
+    """Tickets at work, in the order of their inputs; all of one version. began: on the clock, when they were put."""
 
     def __init__(
         self,
-        tickets: Sequence[Ticket],
+        put: Put,
         texts: Sequence[Text],
         request: Request,
         seconds: float,
         server: str,
-        submit: Callable[[], Coroutine[Any, Any, Sequence[Ticket]]],
+        submit: Callable[[], Coroutine[Any, Any, Put]],
+        began: float,
+        clock: Callable[[], float],
     ) -> None:
         self._server, self._submit = server, submit
+        self.began, self._clock = began, clock
+        self.error: BaseException | None = None  # what was raised to whoever asked
         self._tries = TRIES
         self._guessed = [len(text) // CHARACTERS + 1 if isinstance(text, str) else len(text) for text in texts]
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._until = self._loop.time() + seconds
-        self._hear(tickets)
+        self._hear(put)
 
-    def _hear(self, tickets: Sequence[Ticket]) -> None:
+    def _hear(self, put: Put) -> None:
+        tickets, self.placed = put
         self.tickets = tickets
+        self._heard = self._clock()
         self.receipt: Receipt = tickets[0].receipt
         self.answers: list[Answer | None] = [None] * len(tickets)
         self._pieces = [0] * len(tickets)
@@ -69,8 +83,19 @@ class Asked:
             "turret-version": str(self.receipt.number) if self.receipt.name else None,
             "turret-digest": self.receipt.digest,
             "turret-base": self.receipt.base,
+            **(self.placed.headers if self.placed is not None else {}),
         }
         return {key: value for key, value in said.items() if value is not None}
+
+    @property
+    def seconds(self) -> float:
+        """From putting it until the engine said the last word so far, however slowly the client reads."""
+        return self._heard - self.began
+
+    @property
+    def spoke(self) -> bool:
+        """Whether anything was answered yet."""
+        return any(self._pieces) or any(answer is not None for answer in self.answers)
 
     @property
     def tokens(self) -> int:
@@ -102,7 +127,8 @@ class Asked:
         while left:
             place, event = await self._next()
             if (error := getattr(event, "error", None)) is not None:
-                if not isinstance(error, NotFound) or any(self.answers) or any(self._pieces) or not self._tries:
+                if not isinstance(error, NotFound) or self.spoke or not self._tries:
+                    self.error = error
                     raise error
                 await self._again()
                 continue
@@ -136,19 +162,22 @@ class Asked:
             async with asyncio.timeout_at(self._until):
                 return await self._events.get()
         except TimeoutError:
-            raise DeadlineExceeded("the answer was not there in time: ask for less at once, or fewer tokens") from None
+            self.error = DeadlineExceeded("the answer was not there in time: ask for less at once, or fewer tokens")
+            raise self.error from None
 
     def _listener(self, place: int, events: asyncio.Queue[tuple[int, Any]]) -> Callable[[Any], None]:
         def hear(event: Any) -> None:
+            if events is self._events:
+                self._heard = self._clock()
             with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
                 self._loop.call_soon_threadsafe(events.put_nowait, (place, event))
 
         return hear
 
 
-def _give_back(submitted: asyncio.Future[Sequence[Ticket]]) -> None:
+def _give_back(submitted: asyncio.Future[Put]) -> None:
     if not submitted.cancelled() and submitted.exception() is None:
-        for ticket in submitted.result():
+        for ticket in submitted.result().tickets:
             ticket.cancel()
 
 

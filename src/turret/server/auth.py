@@ -21,6 +21,7 @@ from turret.store.tokens import which
 
 LONGEST = 256  # characters of a token
 INFER, ADMIN = "/v1/", ("/api/", "/metrics")  # paths; anything else that is there takes any token
+EITHER = "/api/outcomes"  # whoever may ask may say what came of the answer, and so may who looks on
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,15 @@ class Guard:
                 raise Forbidden("a server without tokens answers to loopback names only: ask 127.0.0.1, or make tokens")
             return Asker(None)
         token = self._token(authorization)
-        wanted = "infer" if path.startswith(INFER) else "admin" if path.startswith(ADMIN) else None
+        wanted = (
+            None
+            if path == EITHER
+            else "infer"
+            if path.startswith(INFER)
+            else "admin"
+            if path.startswith(ADMIN)
+            else None
+        )
         if wanted is not None and wanted not in token.scopes:
             raise Forbidden(f"token {token.name!r} has no scope {wanted}: use one that has")
         return Asker(token.name, Quota(token.requests_per_minute, token.tokens_per_minute))

@@ -14,7 +14,7 @@ from turret.errors import BadRequest
 from turret.server.completions import EVENTS
 from turret.server.face import Text
 from turret.server.generation import Chunk, options, several, stream
-from turret.server.routes import Here, router, usage
+from turret.server.routes import Here, Unit, router, usage
 from turret.server.schemas import ChatChoice, ChatCompletion, ChatMessage, ChatRequest, Message
 from turret.server.served import Served
 
@@ -22,13 +22,13 @@ questions = router("infer")
 
 
 @questions.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
-async def chat(body: ChatRequest, here: Here, request: Request, response: Response) -> Any:
+async def chat(body: ChatRequest, here: Here, unit: Unit, request: Request, response: Response) -> Any:
     """What the assistant says next."""
     texts = several(body, [prompt(here, body.model, body.messages)])
     asking = options(here, body, body.max_completion_tokens or body.max_tokens, len(texts))
     if body.stream:
-        return await stream(here, request, body, texts, asking, Deltas())
-    async with here.ask(request, "generate", body.model, texts, asking) as asked:
+        return await stream(here, request, body, texts, asking, unit, Deltas())
+    async with here.ask(request, "generate", body.model, texts, asking, unit=unit or body.user) as asked:
         answers = await asked.all()
     response.headers.update(asked.headers)
     said = [ChatMessage(role="assistant", content=answer["text"]) for answer in answers]

@@ -5,16 +5,18 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from turret.server.asked import Answer
-from turret.server.routes import Here, router, usage
+from turret.server.routes import Here, Unit, router, usage
 from turret.server.schemas import Classification, ClassifyData, ClassifyRequest
 
 questions = router("infer")
 
 
 @questions.post("/v1/classify")
-async def classify(body: ClassifyRequest, here: Here, request: Request, response: Response) -> Classification:
+async def classify(
+    body: ClassifyRequest, here: Here, unit: Unit, request: Request, response: Response
+) -> Classification:
     """Labels for one text or many, each with the probabilities of all labels."""
-    async with here.ask(request, "classify", body.model, body.texts()) as asked:
+    async with here.ask(request, "classify", body.model, body.texts(), unit=unit or body.user) as asked:
         answers = await asked.all()
     response.headers.update(asked.headers)
     return Classification(

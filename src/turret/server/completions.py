@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from turret.server.generation import Chunk, options, several, stream
-from turret.server.routes import Here, router, usage
+from turret.server.routes import Here, Unit, router, usage
 from turret.server.schemas import Completion, CompletionChoice, CompletionRequest
 
 questions = router("infer")
@@ -17,13 +17,13 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 
 
 @questions.post("/v1/completions", response_model=Completion, responses=EVENTS)
-async def complete(body: CompletionRequest, here: Here, request: Request, response: Response) -> Any:
+async def complete(body: CompletionRequest, here: Here, unit: Unit, request: Request, response: Response) -> Any:
     """Texts that follow prompts; with an adapter each prompt is put as the adapter's task puts it."""
     texts = several(body, body.prompts())
     asking = options(here, body, body.max_tokens, len(texts))
     if body.stream:
-        return await stream(here, request, body, texts, asking, Pieces())
-    async with here.ask(request, "generate", body.model, texts, asking) as asked:
+        return await stream(here, request, body, texts, asking, unit, Pieces())
+    async with here.ask(request, "generate", body.model, texts, asking, unit=unit or body.user) as asked:
         answers = await asked.all()
     response.headers.update(asked.headers)
     choices = [

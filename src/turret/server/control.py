@@ -43,7 +43,7 @@ async def status(here: Here) -> Status:
     """The base, and what is at work now."""
     return Status(
         base={"id": here.base_id, "fingerprint": here.engine.base.fingerprint},
-        ready=here.follow.ready,
+        ready=here.ready,
         draining=here.load.draining,
         in_flight=here.load.requests,
         engine=plain(said(here.engine.stats())),

@@ -57,10 +57,16 @@ def options(here: Served, body: Generation, max_tokens: int | None, count: int) 
 
 
 async def stream(
-    here: Served, request: Request, body: Generation, texts: Sequence[Text], options: Sequence[Any], shape: Shape
+    here: Served,
+    request: Request,
+    body: Generation,
+    texts: Sequence[Text],
+    options: Sequence[Any],
+    unit: str | None,
+    shape: Shape,
 ) -> StreamingResponse:
     """Open the tickets and begin to answer once the first word is there: until then an error has a status."""
-    asked = await here.open(request, "generate", body.model, texts, options)
+    asked = await here.open(request, "generate", body.model, texts, options, unit=unit or body.user)
     try:
         first, rest = await asked.first()
     except BaseException:

@@ -13,9 +13,9 @@ from turret.errors import Busy, Draining
 from turret.server.asked import Answer
 from turret.server.face import Kind, Ticket
 from turret.server.served import Served
+from turret.server.shadows import BEHIND
 
 AT_ONCE = 16
-BEHIND = -1  # priority: everybody else's is 0
 PATIENCE = 60.0  # seconds that a full queue is waited for
 
 

@@ -22,7 +22,7 @@ async def healthz() -> dict[str, str]:
 @anyone.get("/readyz")
 async def readyz(here: Here) -> Response:
     """It may be sent requests: it has followed the store, loaded ahead, and is not going down."""
-    if here.load.draining or not here.follow.ready:
+    if here.load.draining or not here.ready:
         said = "going down" if here.load.draining else "not ready yet: adapters are being loaded"
         told = problem(Draining(f"the server is {said}"))
         return JSONResponse(told.body, told.status, told.headers)

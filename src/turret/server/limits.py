@@ -22,6 +22,8 @@ MOST_TOKENS = 4096
 MOST_MESSAGES = 256
 MOST_STOPS = 4
 MOST_TEXT = 1_000_000  # characters
+MOST_OUTCOMES = 1000
+MOST_UNIT = 1024  # characters
 
 OPEN = ("/healthz", "/readyz")  # answered whatever happens
 
@@ -41,6 +43,8 @@ class Limits:
     connections: int = 1024
     in_flight: int = 256  # requests being read or answered
     control_waiting: int = 32  # verbs of the control plane that wait for a thread
+    outcomes_waiting: int = 32  # requests that tell outcomes, at a time
+    shadow_inputs: int = 16  # that shadows work on at a time; beyond it they are shed
     drain_seconds: float = 60.0
 
 

@@ -1,7 +1,7 @@
 """What Prometheus reads: counters, histograms, and the engine's own figures. Labels are few, whatever is asked for.
 
-A label is a route of ours, a status, or a version that answered; never words of a request. Beyond `MOST_VERSIONS`
-versions the rest are counted together as `other`.
+A label is a route of ours, a status, an experiment's arm, or a version that answered; never words of a request. Beyond
+`MOST_VERSIONS` versions and experiments the rest are counted together as `other`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ class Metrics:
         self._failures = self._counter("turret_adapter_failures", "Answers of a version that failed", "adapter", "kind")
         self._tokens = self._counter("turret_adapter_tokens", "Tokens of a version's answers", "adapter")
         self._latency = self._histogram("turret_adapter_seconds", "Seconds of a version's answers", "adapter")
+        arm = ("experiment", "arm")
+        self._arms = self._counter("turret_experiment_answers", "Answers of an arm", *arm, "adapter")
+        self._arm_failures = self._counter("turret_experiment_failures", "Errors of an arm's own", *arm, "adapter")
+        self._arm_latency = self._histogram("turret_experiment_seconds", "Seconds of an arm's answers", *arm)
+        self._outside = self._counter("turret_experiment_uncounted", "Requests without a unit", "experiment")
+        self._shadows = self._counter("turret_experiment_shadows", "What shadows did", *arm, "what")
+        self._outcomes = self._counter("turret_experiment_outcomes", "Outcomes that were told", "experiment", "status")
         self._registry.register(_Gauges(gauges))
 
     def request(self, route: str, status: int, seconds: float) -> None:
@@ -45,10 +52,29 @@ class Metrics:
         self._tokens.labels(label).inc(tokens)
         self._latency.labels(label).observe(seconds)
 
+    def arm(self, experiment: str, arm: str, version: str, seconds: float, *, failed: bool) -> None:
+        """One answer of an arm, or one error that is its own."""
+        labels = self._label(experiment), arm, self._label(version)
+        (self._arm_failures if failed else self._arms).labels(*labels).inc()
+        self._arm_latency.labels(*labels[:2]).observe(seconds)
+
+    def outside(self, experiment: str) -> None:
+        """A request that an experiment covers and does not count."""
+        self._outside.labels(self._label(experiment)).inc()
+
+    def shadow(self, experiment: str, arm: str, what: str) -> None:
+        """What a shadow did: agreed, differed, answered (and was not compared), failed, shed."""
+        self._shadows.labels(self._label(experiment), arm, what).inc()
+
+    def told(self, experiment: str | None, status: str) -> None:
+        """An outcome, and what became of it."""
+        self._outcomes.labels(self._label(experiment) if experiment else "none", status).inc()
+
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
     def _label(self, version: str) -> str:
+        """Of a version or an experiment."""
         if version not in self._versions and len(self._versions) >= MOST_VERSIONS:
             return "other"
         self._versions.add(version)

@@ -49,6 +49,8 @@ TABLE: dict[type[BaseException], Rule] = {
     errors.AdapterError: Rule(409, _INVALID),
     errors.BundleError: Rule(409, _INVALID, "this version cannot be read: the server's log says why; verify it"),
     errors.InUse: Rule(409, _INVALID),
+    errors.ExperimentError: Rule(409, _INVALID),
+    errors.BadExperiment: Rule(400, _INVALID),
     errors.GateFailed: Rule(409, _INVALID),
     errors.TooLarge: Rule(413, _INVALID),
     errors.WrongMediaType: Rule(415, _INVALID),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, HTTPException, Request, Response, Security
+from fastapi import APIRouter, Depends, Header, HTTPException, Request, Response, Security
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic_core import from_json
 
 from turret.server.asked import Answer, made_tokens, prompt_tokens
+from turret.server.limits import MOST_UNIT
 from turret.server.schemas import Error, Usage
 from turret.server.served import Served
 
@@ -27,6 +28,20 @@ def _served(request: Request) -> Served:
 
 
 Here = Annotated[Served, Depends(_served)]
+_UNIT = "Whose request it is, such as a user's id: what an experiment assigns. Goes before the body's `user`."
+
+
+def _unit(turret_unit: Annotated[str | None, Header(max_length=MOST_UNIT, description=_UNIT)] = None) -> str | None:
+    """As UTF-8 where it is, else as HTTP has it; None where nothing was said."""
+    if not turret_unit:
+        return None
+    try:
+        return turret_unit.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return turret_unit
+
+
+Unit = Annotated[str | None, Depends(_unit)]
 
 
 class StrictRequest(Request):

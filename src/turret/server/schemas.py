@@ -10,7 +10,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from turret.server.limits import MOST_CHOICES, MOST_INPUTS, MOST_MESSAGES, MOST_STOPS, MOST_TEXT, MOST_TOKENS
+from turret.experiments.experiment import MOST_ARMS
+from turret.server.limits import (
+    MOST_CHOICES,
+    MOST_INPUTS,
+    MOST_MESSAGES,
+    MOST_OUTCOMES,
+    MOST_STOPS,
+    MOST_TEXT,
+    MOST_TOKENS,
+    MOST_UNIT,
+)
 
 
 def _is_whole(given: Any) -> bool:
@@ -31,6 +41,8 @@ WHOLE = BeforeValidator(lambda given: int(given) if _is_whole(given) else given)
 Tokens = Annotated[list[Annotated[int, Field(ge=0, le=10_000_000), WHOLE]], Field(min_length=1, max_length=1 << 17)]
 Nothing = Annotated[float, Field(ge=0, le=0)] | None  # a penalty that changes nothing
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+User = Annotated[str, Field(max_length=MOST_UNIT)]
+USER: Any = Field(None, description="Whose request it is: what an experiment assigns, without a Turret-Unit header.")
 
 
 class Model(BaseModel):
@@ -58,7 +70,7 @@ class Generation(Model):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Annotated[str, Field(max_length=1024)] | None = Field(None, description="Taken, and not used.")
+    user: User | None = USER
     presence_penalty: Nothing = Field(None, description="Only 0.")
     frequency_penalty: Nothing = Field(None, description="Only 0.")
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(None, description="Only empty.")
@@ -119,7 +131,7 @@ class ChatRequest(Generation):
 class ClassifyRequest(Model):
     model: Name
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
-    user: Annotated[str, Field(max_length=1024)] | None = Field(None, description="Taken, and not used.")
+    user: User | None = USER
 
     def texts(self) -> list[str]:
         return [self.input] if isinstance(self.input, str) else self.input
@@ -278,6 +290,87 @@ class Moved(BaseModel):
     skipped: list[str]
     replays: list[Replay]
     serving: str | None = Field(description="What is in force here now.")
+
+
+# --- experiments -----------------------------------------------------------------------------------------------------
+
+Share = Annotated[float, Field(ge=0, le=1)]
+ArmName = Annotated[str, Field(min_length=1, max_length=200)]
+Shares = Share | Annotated[dict[ArmName, Share], Field(min_length=1, max_length=MOST_ARMS)]
+Value = bool | Annotated[float, Field(ge=-1e15, le=1e15)]
+_METRIC = r"^(binary|-?[0-9]{1,9}(\.[0-9]{1,9})?\.\.-?[0-9]{1,9}(\.[0-9]{1,9})?)$"
+
+
+class OutcomeOfAnswer(Model):
+    """What came of one answer."""
+
+    value: Value = Field(description="0 or 1, or a number within the bounds of the experiment's metric.")
+    receipt: Annotated[str, Field(min_length=1, max_length=200)] = Field(
+        description="The answer's `turret-receipt`, or the `id` in its body."
+    )
+
+
+class OutcomeOfUnit(Model):
+    """What came of the last answer that an experiment gave to a unit."""
+
+    value: Value
+    unit: Annotated[str, Field(min_length=1, max_length=MOST_UNIT)]
+    adapter: AdapterName
+
+
+Outcome = OutcomeOfAnswer | OutcomeOfUnit
+Told = Outcome | Annotated[list[Outcome], Field(min_length=1, max_length=MOST_OUTCOMES)]
+
+
+class BecameOf(BaseModel):
+    status: Literal["counted", "noted", "repeated", "unknown", "late", "refused"]
+    text: str
+    experiment: str | None
+    arm: str | None
+
+
+class Outcomes(BaseModel):
+    outcomes: list[BecameOf] = Field(description="What became of each, in their order.")
+    counts: dict[str, int]
+
+
+class GuardsAsked(Model):
+    worse_by: Annotated[float, Field(ge=0, le=1e15)] | None = Field(
+        0.0, description="Roll back what is worse by more than this; null: never for its outcomes."
+    )
+    max_errors: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    promote: bool = False
+
+
+class StartRequest(Model):
+    """As `turret experiment start`."""
+
+    candidates: Annotated[list[Reference], Field(max_length=MOST_ARMS)] = Field(default_factory=list)
+    control: Reference | None = Field(None, description="What the alias names, where left out.")
+    shadows: Annotated[list[Reference], Field(max_length=MOST_ARMS)] = Field(default_factory=list)
+    share: Shares | None = Field(None, description="Of the candidates together, or by arm.")
+    steps: Annotated[list[Share], Field(min_length=1, max_length=32)] | None = Field(None, description="Rising.")
+    metric: Annotated[str, Field(max_length=60, pattern=_METRIC)] = "binary"
+    goal: Literal["higher", "lower"] = "higher"
+    unit: Literal["user", "session", "request"] = "user"
+    alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    guards: GuardsAsked = Field(default_factory=GuardsAsked)
+    alias: AliasName = "production"
+
+
+class RampRequest(Model):
+    share: Shares | None = Field(None, description="The next planned one, where left out.")
+
+
+class StopRequest(Model):
+    promote: ArmName | None = Field(None, description="The arm that takes the alias.")
+    rollback: bool = Field(False, description="Give the alias to the control.")
+
+
+class Experiments(BaseModel):
+    alpha: float
+    experiments: list[dict[str, Any]]
 
 
 class LoadedList(BaseModel):

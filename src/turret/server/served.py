@@ -1,36 +1,38 @@
 """Everything that a handler needs, in one object, and the two ways into the engine: questions and control.
 
-Questions and control have threads of their own: no flood of loads holds up an answer. Refuses to know routes.
+Questions, control and outcomes have threads of their own: no flood of loads holds up an answer. Refuses to know routes.
 """
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import Request
 
-from turret.errors import Busy, NotFound, TurretError
-from turret.server.asked import Asked
+from turret.errors import Cancelled, NotFound, TurretError
+from turret.server.asked import Asked, Put
 from turret.server.auth import Asker, Guard
 from turret.server.face import Engine, Kind, Text, Ticket, named
 from turret.server.follow import Follow
+from turret.server.lanes import Lane
 from turret.server.limits import Limits, Load
 from turret.server.logs import Log
 from turret.server.metrics import Metrics, numbers
 from turret.server.quotas import Quota, Quotas
+from turret.server.routing import Placed, Routing
+from turret.server.shadows import Shadows
 from turret.workspace import Workspace
 
-T = TypeVar("T")
 POLL_SECONDS = 0.25
+TURN_SECONDS = 1.0  # until a change of an experiment is seen, and its log is written
+SETTLE_SECONDS = 3.0  # between two looks at what the guards of experiments ask
 MOST_ASIDE = 4  # promotes that ask golden examples at a time, those that wait for their turn included
 TRIES = 5  # of one request whose version is deleted while its inputs go in
 
@@ -78,10 +80,29 @@ class Served:
             alias=self.settings.alias,
             clock=clock,
         )
-        self._asking = ThreadPoolExecutor(8, "turret-ask")
-        self._control = ThreadPoolExecutor(4, "turret-control")
-        self._aside = ThreadPoolExecutor(1, "turret-aside")
-        self._controlling = self._waiting_aside = 0
+        self.routing = Routing(
+            workspace.router(),
+            self.follow,
+            engine.warm,
+            workspace.resolve,
+            base=engine.base.fingerprint,
+            clock=clock,
+        )
+        self.shadows = Shadows(
+            engine,
+            self.routing,
+            self.metrics,
+            most=self.limits.shadow_inputs,
+            seconds=self.limits.answer_seconds,
+            clock=clock,
+            log=self.log if self.settings.log_texts else None,
+        )
+        waiting = self.limits.control_waiting
+        self._asking = Lane("ask", 8, 2 * self.limits.in_flight, "questions are being put", 1)
+        # For verbs that may take their time; for those that may take minutes, one by one, so that the others go on.
+        self.control = Lane("control", 4, waiting, "verbs of the control plane are waiting", 1)
+        self.aside = Lane("aside", 1, MOST_ASIDE, "promotes are asking golden examples", 10)
+        self.telling = Lane("tell", 1, self.limits.outcomes_waiting, "requests with outcomes are waiting", 1)
         self._ended = threading.Event()
         self._followers: list[threading.Thread] = []
 
@@ -104,17 +125,34 @@ class Served:
 
     @asynccontextmanager
     async def ask(
-        self, request: Request, kind: Kind, model: str, texts: Sequence[Text], options: Sequence[Any] | None = None
+        self,
+        request: Request,
+        kind: Kind,
+        model: str,
+        texts: Sequence[Text],
+        options: Sequence[Any] | None = None,
+        *,
+        unit: str | None = None,
     ) -> AsyncIterator[Asked]:
-        """Put the inputs of one request to one version; what is unfinished at the end of the block is cancelled."""
-        asked = await self.open(request, kind, model, texts, options)
+        """Put the inputs of one request to one version; what is unfinished at the end of the block is cancelled.
+
+        unit: whose request it is, as the client says; an experiment assigns it.
+        """
+        asked = await self.open(request, kind, model, texts, options, unit=unit)
         try:
             yield asked
         finally:
             self.close(request, kind, asked)
 
     async def open(
-        self, request: Request, kind: Kind, model: str, texts: Sequence[Text], options: Sequence[Any] | None = None
+        self,
+        request: Request,
+        kind: Kind,
+        model: str,
+        texts: Sequence[Text],
+        options: Sequence[Any] | None = None,
+        *,
+        unit: str | None = None,
     ) -> Asked:
         """As `ask`, for a stream: whoever opens it closes it."""
         asker: Asker = request.state.asker
@@ -123,12 +161,13 @@ class Served:
         request.state.began = self.clock()
         if self.settings.log_texts:
             self.log.say("texts", request=request.state.request_id, model=model, texts=list(texts))
-        submit = partial(self._thread, self._asking, self._submit, kind, model, texts, options)
+        submit = partial(self._asking, self._submit, request, kind, model, texts, options, unit)
         seconds = self.limits.answer_seconds + 1  # the engine's own deadline is first
-        asked = Asked(await submit(), texts, request, seconds, self.id, submit)
+        asked = Asked(await submit(), texts, request, seconds, self.id, submit, request.state.began, self.clock)
         try:
             self._admit_adapter(asked)
-        except TurretError:
+        except TurretError as error:
+            asked.error = error
             asked.close()
             raise
         return asked
@@ -145,13 +184,64 @@ class Served:
         if asked.receipt.name:
             self.quotas.charge(f"adapter {asked.receipt.name}", self.settings.per_adapter, tokens)
         told = {"adapter": asked.model, "receipt": asked.id, "inputs": len(asked.tickets), "tokens": tokens}
+        if asked.placed is not None:
+            self._count(asked.placed, kind, asked)
+            told |= {"experiment": str(asked.placed.experiment), "arm": asked.placed.arm}
         request.state.told = told
+
+    def _count(self, placed: Placed, kind: Kind, asked: Asked) -> None:
+        """What an experiment is to know of the answer."""
+        if placed.found is None:
+            self.metrics.outside(str(placed.experiment))
+            return
+        seconds, failed = asked.seconds, False
+        if all(answer is not None for answer in asked.answers):
+            self.routing.answered(placed, seconds)
+        elif asked.error is not None and not isinstance(asked.error, Cancelled):
+            failed = True
+            if not self.routing.failed(placed, kind, asked.error, seconds):
+                return
+        else:
+            seconds = self.clock() - asked.began
+            if asked.spoke or not self.routing.given_up(placed, seconds):
+                return
+        self.metrics.arm(placed.found.experiment, placed.arm, placed.found.version, seconds, failed=failed)
 
     def _admit_adapter(self, asked: Asked) -> None:
         if name := asked.receipt.name:
             self.quotas.admit(f"adapter {name}", f"adapter {name}", self.settings.per_adapter)
 
-    def _submit(self, kind: Kind, model: str, texts: Sequence[Text], options: Sequence[Any] | None) -> Sequence[Ticket]:
+    def _submit(
+        self,
+        request: Request,
+        kind: Kind,
+        model: str,
+        texts: Sequence[Text],
+        options: Sequence[Any] | None,
+        unit: str | None,
+    ) -> Put:
+        """Every input to the version of its unit's arm, or to the one that the reference means."""
+        began = self.clock()
+        placed = None if model == self.base_id else self.routing.place(model, unit, request.state.request_id)
+        found = None if placed is None else placed.found
+        if placed is not None:  # an error says whose it is, too
+            request.state.receipt = placed.headers | ({} if found is None else _version(found.version))
+        try:
+            tickets = self._tickets(kind, model if found is None else found.version, texts, options)
+        except BaseException as error:
+            if placed is not None and found is not None:
+                seconds = self.clock() - began
+                if self.routing.refused(placed, kind, error, seconds):
+                    self.metrics.arm(found.experiment, found.arm, found.version, seconds, failed=True)
+            raise
+        if placed is not None:
+            self.routing.began(placed, f"{self.id}-{tickets[0].receipt.id}")
+            self.shadows.beside(placed, kind, texts, options, tickets)
+        return Put(tickets, placed)
+
+    def _tickets(
+        self, kind: Kind, model: str, texts: Sequence[Text], options: Sequence[Any] | None
+    ) -> Sequence[Ticket]:
         """Every input to the version that the first one got; all or none."""
         for _ in range(TRIES):
             tickets: list[Ticket] = []
@@ -180,35 +270,26 @@ class Served:
             meant = None if reference is None else self.follow.spelled(reference)
             return self.engine.submit(kind, text, meant, options, deadline=seconds)
 
-    # --- control ----------------------------------------------------------------------------------------------------
-
-    async def control(self, verb: Callable[..., T], *arguments: Any, **settings: Any) -> T:
-        """Carry out a verb that may take its time, on a thread of the control plane; refuses when many wait."""
-        if self._controlling >= self.limits.control_waiting:
-            raise Busy(f"{self._controlling} verbs of the control plane are waiting: try again", retry_after=1)
-        self._controlling += 1
-        try:
-            return await self._thread(self._control, verb, *arguments, **settings)
-        finally:
-            self._controlling -= 1
-
-    async def aside(self, verb: Callable[..., T], *arguments: Any, **settings: Any) -> T:
-        """Carry out a verb that may take minutes, one at a time, so that the others of the control plane go on."""
-        if self._waiting_aside >= MOST_ASIDE:
-            raise Busy(f"{self._waiting_aside} promotes are asking golden examples: try again", retry_after=10)
-        self._waiting_aside += 1
-        try:
-            return await self._thread(self._aside, verb, *arguments, **settings)
-        finally:
-            self._waiting_aside -= 1
-
-    async def _thread(self, pool: ThreadPoolExecutor, verb: Callable[..., T], *arguments: Any, **settings: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(pool, lambda: verb(*arguments, **settings))
+    # --- following the store ----------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Follow the store once: tokens and aliases."""
+        """Follow the store once: tokens, aliases and experiments."""
         self._know()
         self.follow.poll()
+        self.routing.look()
+
+    @property
+    def ready(self) -> bool:
+        """Whether what will be asked for first is loaded, or was tried."""
+        return self.follow.ready and self.routing.ready
+
+    def _settle(self) -> None:
+        """Carry out what the guards of experiments ask."""
+        done = [(str(each.experiment), line) for each in self.workspace.settle() for line in each.done]
+        for experiment, line in done:
+            self.log.say("experiment", experiment=experiment, done=line)
+        if done:
+            self.look()
 
     def _know(self) -> None:
         self.guard.know(self.workspace.tokens.list())
@@ -216,28 +297,38 @@ class Served:
     # --- beginning and end ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Follow the store from now on; a load that takes its time does not hold up a token that is revoked."""
-        for name, look in (("turret-follow", self.follow.poll), ("turret-tokens", self._know)):
-            self._followers.append(threading.Thread(target=self._keep_on, args=[look], name=name, daemon=True))
+        """Follow the store from now on, each part by itself: a load holds up no token that is revoked and no log."""
+        for name, look, seconds in (
+            ("turret-follow", self.follow.poll, POLL_SECONDS),
+            ("turret-tokens", self._know, POLL_SECONDS),
+            ("turret-arms", self.routing.prepare, POLL_SECONDS),
+            ("turret-turn", self.routing.turn, TURN_SECONDS),
+            ("turret-settle", self._settle, SETTLE_SECONDS),
+        ):
+            self._followers.append(threading.Thread(target=self._keep_on, args=[look, seconds], name=name, daemon=True))
             self._followers[-1].start()
 
-    def _keep_on(self, look: Callable[[], None]) -> None:
+    def _keep_on(self, look: Callable[[], None], seconds: float) -> None:
         while not self._ended.is_set():
             try:
                 look()
             except Exception as error:  # a store that is away for a moment must not end the following
                 self.follow.failures += 1
                 self.log.say("follow", "error", error=type(error).__name__, message=str(error))
-            self._ended.wait(POLL_SECONDS)
+            self._ended.wait(seconds)
 
     def stop(self) -> None:
-        """Stop following, and let the threads go."""
+        """Stop following, write the last of the log, and let the threads go."""
         self._ended.set()
         for each in self._followers:
             each.join(timeout=5)
-        self._asking.shutdown(wait=False, cancel_futures=True)
-        self._control.shutdown(wait=False, cancel_futures=True)
-        self._aside.shutdown(wait=False, cancel_futures=True)
+        self.shadows.close()
+        try:
+            self.routing.router.flush()
+        except TurretError as error:
+            self.log.say("experiments", "error", error=type(error).__name__, message=f"the last log is lost: {error}")
+        for lane in (self._asking, self.control, self.aside, self.telling):
+            lane.close()
 
     # --- figures ----------------------------------------------------------------------------------------------------
 
@@ -247,12 +338,21 @@ class Served:
                 "in_flight": float(self.load.requests),
                 "body_bytes": float(self.load.bytes),
                 "draining": float(self.load.draining),
-                "ready": float(self.follow.ready),
+                "ready": float(self.ready),
                 "follow_failures": float(self.follow.failures),
                 "follow_trouble": float(len(self.follow.trouble)),
+                "experiments_away": float(self.routing.router.problem is not None),
+                "experiments_unlogged": float(self.routing.router.lost),
+                "shadow_inputs": float(self.shadows.inputs),
             }
             return ours | numbers("engine", said(self.engine.stats()))
         return {}
+
+
+def _version(reference: str) -> dict[str, str]:
+    """The headers of a version that was to answer."""
+    name, _, number = reference.partition("@")
+    return {"turret-adapter": name, "turret-version": number}
 
 
 def said(value: Any) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from turret.store.catalog import PRODUCTION, now, who
 
 if TYPE_CHECKING:
     from turret.experiments.weigh import Memory, Weighed
+    from turret.workspace.promoting import Ask
 
 STEPS = (0.05, 0.2, 0.5)
 AT_ONCE = 1000  # outcomes in one transaction
@@ -198,8 +199,18 @@ class LiveExperiment:
                 return Status(weighed, tuple(done), self._points(found))
             done.append(said)
 
-    def stop(self, *, promote: str | None = None, rollback: bool = False, on_stage: Stage = None) -> Status:
-        """End it. promote: the arm that takes the alias, past gates and golden examples; rollback: control does."""
+    def stop(
+        self,
+        *,
+        promote: str | None = None,
+        rollback: bool = False,
+        ask: Ask | None = None,
+        on_stage: Stage = None,
+    ) -> Status:
+        """End it. promote: the arm that takes the alias, past gates and golden examples; rollback: control does.
+
+        ask: gives a version's answers to golden examples, as for `Workspace.promote`.
+        """
         if promote is not None and rollback:
             raise BadExperiment("stop: either --promote an arm or --rollback, not both")
         with self._store.database().reading() as connection:
@@ -211,8 +222,9 @@ class LiveExperiment:
 
             arm = running.arm(promote)
             said = verdict | {"how": "promote", "arm": arm.name, "why": "asked for"}
+            also = _ending(running, said)
             promoting.promote(
-                self._store, running.reference(arm), running.alias, (), stage=on_stage, also=_ending(running, said)
+                self._store, running.reference(arm), running.alias, (), stage=on_stage, ask=ask, also=also
             )
         elif rollback:
             said = verdict | {"how": "rollback", "arm": None, "why": "asked for"}
