@@ -6,13 +6,18 @@
         async for piece in client.stream("Once", "stories@production"):
             print(piece, end="")
 
+Where an experiment runs on a name, `unit` says whose question it is, and outcomes say what came of answers:
+
+        answer = await client.classify("a great film", "sentiment", unit="ann")
+        await client.outcome(1, receipt=answer.receipt.id)
+
 What a server refuses is raised as the same class of `turret.errors` that it was there.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -34,6 +39,9 @@ class Receipt:
     version: str | None  # "sentiment@3"
     digest: str | None
     base: str  # fingerprint
+    experiment: str | None = None  # "sentiment#1", where one covers what was asked
+    arm: str | None = None  # "none": not counted, because no unit was said
+    probability: float | None = None  # of the arm
 
 
 @dataclass(frozen=True)
@@ -80,32 +88,47 @@ class AsyncClient:
 
     # --- questions --------------------------------------------------------------------------------------------------
 
-    async def classify(self, texts: str | Sequence[str], model: str) -> Answer:
+    async def classify(self, texts: str | Sequence[str], model: str, *, unit: str | None = None) -> Answer:
         """Labels with probabilities."""
         given = texts if isinstance(texts, str) else list(texts)
-        return _answer(await self._ask("POST", "/v1/classify", {"model": model, "input": given}))
+        return _answer(await self._ask("POST", "/v1/classify", {"model": model, "input": given, **_user(unit)}))
 
-    async def complete(self, prompt: str | Sequence[Any], model: str, **options: Any) -> Answer:
+    async def complete(
+        self, prompt: str | Sequence[Any], model: str, *, unit: str | None = None, **options: Any
+    ) -> Answer:
         """Texts that follow prompts."""
         given = prompt if isinstance(prompt, str) else list(prompt)
-        return _answer(await self._ask("POST", "/v1/completions", {"model": model, "prompt": given, **options}))
+        body = {"model": model, "prompt": given, **options, **_user(unit)}
+        return _answer(await self._ask("POST", "/v1/completions", body))
 
-    async def chat(self, messages: Messages, model: str, **options: Any) -> Answer:
+    async def chat(self, messages: Messages, model: str, *, unit: str | None = None, **options: Any) -> Answer:
         """What the assistant says next."""
-        body = {"model": model, "messages": [dict(each) for each in messages], **options}
+        body = {"model": model, "messages": [dict(each) for each in messages], **options, **_user(unit)}
         return _answer(await self._ask("POST", "/v1/chat/completions", body))
 
-    async def stream(self, prompt: str | Messages, model: str, **options: Any) -> AsyncIterator[str]:
-        """The pieces of one text, of a prompt or of messages; leaving the loop early ends the work on the server."""
+    async def stream(
+        self,
+        prompt: str | Messages,
+        model: str,
+        *,
+        unit: str | None = None,
+        on_receipt: Callable[[Receipt], None] = lambda receipt: None,
+        **options: Any,
+    ) -> AsyncIterator[str]:
+        """The pieces of one text, of a prompt or of messages; leaving the loop early ends the work on the server.
+
+        on_receipt: told who answers, before the first piece.
+        """
         if isinstance(prompt, str):
             path, body = "/v1/completions", {"model": model, "prompt": prompt, **options}
         else:
             path, body = "/v1/chat/completions", {"model": model, "messages": [dict(m) for m in prompt], **options}
         try:
-            async with self._http.stream("POST", path, json=body | {"stream": True}) as got:
+            async with self._http.stream("POST", path, json=body | {"stream": True} | _user(unit)) as got:
                 if got.status_code >= 400:
                     await got.aread()
                     raise _error(got)
+                on_receipt(_receipt(got))
                 async for line in got.aiter_lines():
                     if (piece := _piece(line)) is not None:
                         yield piece
@@ -115,6 +138,21 @@ class AsyncClient:
     async def models(self) -> list[dict[str, Any]]:
         """The base, and every adapter on it by name and by alias."""
         return list((await self._json("GET", "/v1/models"))["data"])
+
+    # --- what came of answers ---------------------------------------------------------------------------------------
+
+    async def outcome(
+        self, value: float, *, receipt: str | None = None, unit: str | None = None, adapter: str | None = None
+    ) -> dict[str, Any]:
+        """Tell what came of an answer, by its receipt, or by the unit and the adapter: `status` and `text` of it."""
+        named = {"receipt": receipt, "unit": unit, "adapter": adapter}
+        given = {key: said for key, said in named.items() if said is not None}
+        return (await self.outcomes([{"value": value, **given}]))[0]
+
+    async def outcomes(self, told: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The same for many, each with `value`, and `receipt` or `unit` and `adapter`."""
+        body = [dict(each) for each in told]
+        return list((await self._json("POST", "/api/outcomes", body))["outcomes"])
 
     # --- control ----------------------------------------------------------------------------------------------------
 
@@ -177,6 +215,28 @@ class AsyncClient:
         """Move an alias back to what it named before."""
         return await self._json("POST", f"/api/aliases/{name}/{alias}/rollback")
 
+    async def experiments(self, *, alpha: float = 0.05) -> list[dict[str, Any]]:
+        """Every experiment, and which of them are discoveries at that level."""
+        return list((await self._json("GET", "/api/experiments", query={"alpha": str(alpha)}))["experiments"])
+
+    async def experiment(self, name: str, number: int | None = None) -> dict[str, Any]:
+        """The running experiment of a name, or its last, or that one."""
+        return await self._json(
+            "GET", f"/api/experiments/{name}", query={} if number is None else {"number": str(number)}
+        )
+
+    async def start_experiment(self, name: str, candidates: Sequence[str] = (), **settings: Any) -> dict[str, Any]:
+        """Begin: `shadows`, `share`, `steps`, `metric`, `unit`, `guards`, … as the API has them."""
+        return await self._json("POST", f"/api/experiments/{name}/start", {"candidates": list(candidates), **settings})
+
+    async def ramp_experiment(self, name: str, share: float | Mapping[str, float] | None = None) -> dict[str, Any]:
+        """Send another share to the candidates, or the next that was planned."""
+        return await self._json("POST", f"/api/experiments/{name}/ramp", {"share": share})
+
+    async def stop_experiment(self, name: str, *, promote: str | None = None, rollback: bool = False) -> dict[str, Any]:
+        """End it; `promote` gives an arm the alias, `rollback` the control."""
+        return await self._json("POST", f"/api/experiments/{name}/stop", {"promote": promote, "rollback": rollback})
+
     # --- the wire ---------------------------------------------------------------------------------------------------
 
     async def _json(
@@ -197,11 +257,28 @@ class AsyncClient:
         return got
 
 
+def _user(unit: str | None) -> dict[str, str]:
+    return {} if unit is None else {"user": unit}
+
+
 def _answer(got: httpx2.Response) -> Answer:
+    return Answer(got.json(), _receipt(got))
+
+
+def _receipt(got: httpx2.Response) -> Receipt:
     said, name = got.headers, got.headers.get("turret-adapter")
     version = None if name is None else f"{name}@{said['turret-version']}"
-    receipt = Receipt(said["turret-receipt"], name, version, said.get("turret-digest"), said["turret-base"])
-    return Answer(got.json(), receipt)
+    chance = said.get("turret-probability")
+    return Receipt(
+        id=said["turret-receipt"],
+        adapter=name,
+        version=version,
+        digest=said.get("turret-digest"),
+        base=said["turret-base"],
+        experiment=said.get("turret-experiment"),
+        arm=said.get("turret-arm"),
+        probability=None if chance is None else float(chance),
+    )
 
 
 def _piece(line: str) -> str | None:

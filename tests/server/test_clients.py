@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from server.echo import words
 
 from turret import AsyncClient
-from turret.errors import Forbidden, NotFound, QuotaSpent, RequestError, Unauthorized
+from turret.errors import ExperimentError, Forbidden, NotFound, QuotaSpent, RequestError, Unauthorized
 
 
 @pytest.fixture
@@ -193,6 +193,41 @@ def test_our_client_asks_streams_and_steers(serve, put, workspace) -> None:
             await client.promote("a@2", "production")
             assert (await client.rollback("a"))["version"] == "a@1"
             assert [each["serving"] for each in await client.aliases("a")] == ["a@1"]
+
+    asyncio.run(talk())
+
+
+def test_our_client_says_units_hears_arms_tells_outcomes_and_steers_experiments(serve, put, workspace) -> None:
+    put()
+    put()
+    workspace.promote("a@1", "production")
+    _, secret = workspace.tokens.create("boss", ["infer", "admin"])
+    url = serve().url
+
+    async def talk() -> None:
+        async with AsyncClient(url, secret) as client:
+            begun = await client.start_experiment("a", ["a@2"], share=1.0, guards={"max_errors": 0.1})
+            assert begun["serving"]["in_force"] is True
+            answers = [
+                await client.classify("x", "a", unit="Zoë\n"),
+                await client.complete("x", "a", unit="Zoë\n"),
+                await client.chat([{"role": "user", "content": "x"}], "a", unit="Zoë\n"),
+            ]
+            heard: list = []
+            assert [piece async for piece in client.stream("x", "a", unit="Zoë\n", on_receipt=heard.append)]
+            for receipt in (*(answer.receipt for answer in answers), *heard):
+                assert (receipt.version, receipt.experiment, receipt.arm) == ("a@2", "a#1", "candidate")
+                assert receipt.probability == 1.0
+            assert (await client.classify("x", "a")).receipt.arm == "none"
+            assert (await client.outcome(1, receipt=heard[0].id))["status"] == "counted"
+            told = [{"value": 0, "receipt": heard[0].id}, {"value": 1, "unit": "nobody", "adapter": "a"}]
+            assert [each["status"] for each in await client.outcomes(told)] == ["repeated", "unknown"]
+            assert (await client.ramp_experiment("a", 0.5))["experiment"] == "a#1"
+            assert [each["experiment"] for each in await client.experiments()] == ["a#1"]
+            assert (await client.experiment("a", 1))["state"] == "running"
+            assert (await client.stop_experiment("a", rollback=True))["alias_names"] == "a@1"
+            with pytest.raises(ExperimentError, match="has ended"):
+                await client.ramp_experiment("a", 0.5)
 
     asyncio.run(talk())
 

@@ -1,0 +1,486 @@
+"""Experiments on live traffic: who is answered by which arm, what is told of it, and what no experiment may do."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import pytest
+from server.conftest import Running
+from server.echo import probabilities
+
+from turret.experiments import Guards
+from turret.server.limits import Limits
+from turret.workspace import Workspace
+
+UNITS = [f"user {number}" for number in range(40)]
+Begin = Callable[..., Running]
+
+
+@pytest.fixture
+def begin(serve, put, workspace) -> Begin:
+    """`begin(share=0.5)`: a server that has taken up an experiment on `a`, a@1 against a@2."""
+
+    def begin(candidates: str | tuple[str, ...] = "a@2", engine: dict | None = None, **settings) -> Running:
+        for _ in range(3):
+            put()
+        workspace.promote("a@1", "production")
+        running = serve(**(engine or {}))
+        workspace.experiment("a").start(candidates, **settings)
+        running.served.look()
+        return running
+
+    return begin
+
+
+def asked(client, unit: str | None = None, text: str = "x", model: str = "a", **headers: str):
+    body = {"model": model, "input": text} | ({} if unit is None else {"user": unit})
+    return client.post("/v1/classify", json=body, headers=headers)
+
+
+def status(workspace: Workspace) -> dict:
+    return workspace.experiment("a").status().as_json()
+
+
+def arms(workspace: Workspace, key: str) -> dict[str, int]:
+    return {each["arm"]: each[key] for each in status(workspace)["arms"]}
+
+
+def label(workspace: Workspace, version: str, text: str) -> str:
+    found = probabilities(workspace.resolve(version).digest, text)
+    return max(found, key=lambda key: found[key])
+
+
+def of(arm: str, workspace: Workspace) -> str:
+    """A unit that this arm answers."""
+    router = workspace.router()
+    experiment = router.running("a")
+    return next(unit for unit in UNITS if router.choose(experiment, unit).arm == arm)
+
+
+# --- who is answered by which arm ----------------------------------------------------------------------------------
+
+
+def test_a_unit_is_answered_by_its_arm_which_the_receipt_names_with_its_probability(begin, workspace) -> None:
+    running = begin(share=0.3)
+    client, router, seen = running.client(), workspace.router(), set()
+    for unit in UNITS:
+        found = router.choose(router.running("a"), unit)
+        got = asked(client, unit)
+        assert (got.status_code, got.json()["model"]) == (200, found.version)
+        headers = got.headers
+        assert (headers["turret-experiment"], headers["turret-arm"]) == ("a#1", found.arm)
+        assert float(headers["turret-probability"]) == pytest.approx(found.probability)
+        assert headers["turret-digest"] == workspace.resolve(found.version).digest
+        seen.add(found.arm)
+    assert seen == {"control", "candidate"}
+
+
+def test_a_unit_is_the_same_in_a_header_in_the_body_and_in_every_kind_of_answer(begin, workspace) -> None:
+    running = begin(share=0.5)
+    unit = of("candidate", workspace) + ""
+    client, other = running.client(), of("control", workspace)
+    said = {"turret-unit": unit}
+    assert asked(client, None, **said).headers["turret-arm"] == "candidate"
+    assert asked(client, other, **said).headers["turret-arm"] == "candidate"  # the header goes before the body
+    for path, body in (
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/completions", {"prompt": "x", "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "stream": True}),
+    ):
+        for whose, arm, version in ((unit, "candidate", "2"), (other, "control", "1")):
+            got = client.post(path, json={"model": "a", "user": whose, **body})
+            assert (got.headers["turret-arm"], got.headers["turret-version"]) == (arm, version), path
+    utf8 = client.post("/v1/classify", json={"model": "a", "input": "x"}, headers=[(b"turret-unit", "Zoë".encode())])
+    assert utf8.headers["turret-arm"] == asked(client, "Zoë").headers["turret-arm"]
+
+
+def test_only_the_alias_under_experiment_is_routed_and_a_version_never(begin, workspace) -> None:
+    running = begin(share=1.0)
+    workspace.promote("a@3", "beta")
+    running.served.look()
+    client = running.client()
+    for model, version, arm in (
+        ("a", "a@2", "candidate"),
+        ("a@production", "a@2", "candidate"),
+        ("a@1", "a@1", None),
+        ("a@2", "a@2", None),
+        ("a@beta", "a@3", None),
+    ):
+        got = asked(client, "ann", model=model)
+        assert (got.json()["model"], got.headers.get("turret-arm")) == (version, arm), model
+    assert "turret-arm" not in client.post("/v1/completions", json={"model": "echo", "prompt": "x"}).headers
+
+
+def test_an_experiment_on_another_alias_leaves_plain_names_alone(begin, workspace) -> None:
+    running = begin(share=1.0, alias="beta", control="a@1")
+    got = asked(running.client(), "ann")
+    assert (got.json()["model"], "turret-arm" in got.headers) == ("a@1", False)
+    got = asked(running.client(), "ann", model="a@beta")
+    assert (got.json()["model"], got.headers["turret-arm"]) == ("a@2", "candidate")
+
+
+def test_who_says_no_unit_is_answered_by_the_alias_and_not_counted(begin, workspace) -> None:
+    running = begin(share=1.0)
+    for unit in (None, ""):
+        got = asked(running.client(), unit)
+        assert (got.json()["model"], got.headers["turret-arm"]) == ("a@1", "none")
+        assert "turret-probability" not in got.headers
+    running.served.routing.router.flush()
+    assert sum(arms(workspace, "units").values()) == sum(arms(workspace, "answers").values()) == 0
+    assert 'turret_experiment_uncounted_total{experiment="a#1"} 2.0' in running.client().get("/metrics").text
+
+
+def test_where_requests_are_the_unit_each_is_assigned_for_itself_whatever_it_says(begin, workspace) -> None:
+    running = begin(share=0.5, unit="request")
+    client = running.client()
+    seen = {asked(client, unit).headers["turret-arm"] for unit in ["ann"] * 20 + [None] * 20}
+    assert seen == {"control", "candidate"}
+    got = asked(client)
+    told = {"adapter": "a", "unit": got.headers["x-request-id"], "value": 1}
+    assert client.post("/api/outcomes", json=told).json()["outcomes"][0]["status"] == "counted"
+    assert sum(arms(workspace, "units").values()) == 41
+
+
+def test_where_an_alias_is_moved_by_a_person_that_is_what_answers(begin, workspace) -> None:
+    running = begin(share=1.0)
+    client = running.client()
+    assert asked(client, "ann").json()["model"] == "a@2"
+    workspace.promote("a@3", "production")
+    running.served.look()
+    got = asked(client, "ann")
+    assert (got.json()["model"], got.headers["turret-arm"]) == ("a@3", "none")
+    shown = client.get("/api/experiments/a").json()["serving"]
+    assert shown["in_force"] is False
+    assert "a@production names a@3, not the control a@1" in shown["paused"]
+    workspace.rollback("a")
+    running.served.look()
+    assert asked(client, "ann").json()["model"] == "a@2"
+
+
+# --- versions that are there, and versions that are not --------------------------------------------------------------
+
+
+def test_arms_are_loaded_before_they_answer_and_nobody_waits_for_them(serve, put, workspace, until) -> None:
+    for _ in range(3):
+        put()
+    workspace.promote("a@1", "production")
+    running = serve(load_seconds=0.3)
+    client = running.client()
+    until(lambda: client.get("/readyz").status_code == 200)
+    Workspace(workspace.store.root).experiment("a").start("a@2", share=1.0, shadows="a@3")
+    until(lambda: asked(client, "ann").json()["model"] == "a@2", seconds=5)
+    assert running.engine.cold == []
+    assert {"a@2", "a@3"} <= set(running.engine.loads)
+
+
+def test_a_server_that_begins_is_ready_once_the_arms_of_what_runs_are_loaded(put, workspace, serve, until) -> None:
+    for _ in range(2):
+        put()
+    workspace.promote("a@1", "production")
+    workspace.experiment("a").start("a@2", share=1.0)
+    running = serve()
+    client = running.client()
+    until(lambda: client.get("/readyz").status_code == 200)
+    assert asked(client, "ann").json()["model"] == "a@2"
+    assert running.engine.cold == []
+
+
+def test_an_arm_that_cannot_be_loaded_is_an_error_of_the_arm_and_nobody_answers_for_it(begin, put, workspace) -> None:
+    running = begin(share=0.5, guards=Guards(max_errors=0.02))
+    running.engine.broken.add("a@2")
+    running.engine.unload("a@2")
+    client, bad, good = running.client(), of("candidate", workspace), of("control", workspace)
+    for number in range(12):
+        got = asked(client, bad, f"x {number}")
+        assert (got.status_code, got.headers["turret-arm"], got.headers["turret-version"]) == (409, "candidate", "2")
+        assert "secret" not in got.text
+        assert asked(client, good).json()["model"] == "a@1"
+    running.served.routing.router.flush()
+    assert arms(workspace, "errors") == {"control": 0, "candidate": 12}
+    assert arms(workspace, "units") == {"control": 1, "candidate": 1}  # that it was sent there is known: no mismatch
+    metrics = client.get("/metrics").text
+    assert 'turret_experiment_failures_total{adapter="a@2",arm="candidate",experiment="a#1"} 12.0' in metrics
+    running.served._settle()
+    assert "answers were errors" in status(workspace)["verdict"]["why"]
+    assert asked(client, bad).json()["model"] == "a@1"
+
+
+def test_an_arm_that_cannot_be_loaded_is_told_by_its_experiment(put, workspace, serve) -> None:
+    for _ in range(2):
+        put()
+    workspace.promote("a@1", "production")
+    running = serve()
+    running.engine.broken.add("a@2")
+    workspace.experiment("a").start("a@2", share=1.0)
+    running.served.look()
+    shown = running.client().get("/api/experiments/a").json()["serving"]
+    assert shown["in_force"] is True
+    assert "cannot be mounted: (a file)" in shown["problems"]["candidate"]
+
+
+def test_what_is_not_the_versions_doing_counts_for_nobody(begin, workspace) -> None:
+    running = begin(share=1.0, engine={"waiting": 0})
+    client = running.client()
+    assert asked(client, "ann").status_code == 429
+    assert client.post("/v1/completions", json={"model": "a", "user": "ann", "prompt": [-1]}).status_code == 400
+    running.served.routing.router.flush()
+    assert arms(workspace, "answers")["candidate"] == 0
+    assert arms(workspace, "units")["candidate"] == 1
+
+
+# --- outcomes over HTTP ----------------------------------------------------------------------------------------------
+
+
+def test_each_outcome_over_http_has_one_clear_answer_and_a_unit_counts_once(begin, workspace) -> None:
+    running = begin(share=0.5)
+    client = running.client()
+    first, second, other, last = (asked(client, unit) for unit in ("ann", "ann", "bob", "cid"))
+    told = [
+        {"value": 1, "receipt": first.headers["turret-receipt"]},
+        {"value": 0, "receipt": first.json()["id"]},  # the same answer, as its body calls it
+        {"value": True, "receipt": second.headers["turret-receipt"]},
+        {"value": 1, "receipt": "nothing like it"},
+        {"value": 0.5, "receipt": other.headers["turret-receipt"]},
+        {"value": 0, "adapter": "a", "unit": "bob"},
+        {"value": 0, "adapter": "a", "unit": "nobody"},
+        {"value": 0, "adapter": "nobody", "unit": "ann"},
+        {"value": 0, "adapter": "../../etc", "unit": "ann"},
+    ]
+    got = client.post("/api/outcomes", json=told)
+    assert got.status_code == 200, got.text
+    found = [each["status"] for each in got.json()["outcomes"]]
+    assert found == ["counted", "repeated", "noted", "unknown", "refused", "counted", *["unknown"] * 3]
+    assert got.json()["counts"] == {"counted": 2, "repeated": 1, "noted": 1, "unknown": 4, "refused": 1}
+    assert sum(arms(workspace, "outcomes").values()) == 2
+    client.post("/api/experiments/a/stop")
+    one = client.post("/api/outcomes", json={"value": 1, "receipt": last.headers["turret-receipt"]}).json()
+    assert [each["status"] for each in one["outcomes"]] == ["late"]
+    assert "a#1 ended 20" in one["outcomes"][0]["text"]
+    assert 'turret_experiment_outcomes_total{experiment="a#1",status="counted"} 2.0' in client.get("/metrics").text
+
+
+def test_a_streamed_answer_has_its_outcome_too(begin) -> None:
+    client = begin(share=0.5).client()
+    body = {"model": "a", "prompt": "one two", "stream": True, "user": "ann"}
+    with client.stream("POST", "/v1/completions", json=body) as got:
+        receipt = got.headers["turret-receipt"]
+        list(got.iter_lines())
+    told = client.post("/api/outcomes", json={"value": 1, "receipt": receipt}).json()
+    assert told["outcomes"][0]["status"] == "counted"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        [],
+        {"value": 1},
+        {"value": "x", "receipt": "r"},
+        {"value": 1, "receipt": "r", "unit": "u"},
+        {"value": 1, "unit": "u"},
+        {"value": 1e300, "receipt": "r"},
+        {"value": None, "receipt": "r"},
+        [{"value": 1, "receipt": "r"}] * 1001,
+        {"value": 1, "receipt": "r" * 201},
+        {"value": 1, "unit": "u" * 1025, "adapter": "a"},
+    ],
+)
+def test_what_is_no_outcome_is_400(shared, body) -> None:
+    assert shared.client().post("/api/outcomes", json=body).status_code == 400
+
+
+def test_outcomes_take_either_scope_and_control_takes_admin(begin, workspace) -> None:
+    _, infer = workspace.tokens.create("reader")
+    _, admin = workspace.tokens.create("boss", ["admin"])
+    running = begin(share=0.5)
+    told = {"value": 1, "receipt": "r"}
+    anyone, reader, boss = running.client(), running.client(infer), running.client(admin)
+    for client, outcome, control in ((anyone, 401, 401), (reader, 200, 403), (boss, 200, 200)):
+        assert client.post("/api/outcomes", json=told).status_code == outcome
+        assert client.get("/api/experiments").status_code == control
+        assert client.get("/api/experiments/a").status_code == control
+    for verb in ("start", "ramp", "stop"):
+        assert reader.post(f"/api/experiments/a/{verb}").status_code == 403
+    assert status(workspace)["state"] == "running"
+
+
+def test_too_many_who_tell_outcomes_are_told_to_come_again_and_answers_go_on(begin, workspace) -> None:
+    running = begin(share=0.5, engine={"limits": Limits(outcomes_waiting=0)})
+    got = running.client().post("/api/outcomes", json={"value": 1, "receipt": "r"})
+    assert (got.status_code, got.headers["retry-after"]) == (429, "1")
+    assert asked(running.client(), "ann").status_code == 200
+
+
+def test_a_sample_ratio_mismatch_is_shown_over_http_before_any_verdict(begin, workspace) -> None:
+    running = begin(share=0.5, guards=Guards(promote=True))
+    client, draw, told = running.client(), random.Random(0), []
+    router = running.served.routing.router
+    for number in range(800):  # as many answers over HTTP would take a minute
+        found = router.assign("a", f"u{number}", f"r{number}")
+        value = int(draw.random() < (0.3 if found.arm == "control" else 0.7))
+        if found.arm == "control" or draw.random() < 0.5:  # the candidate's outcomes are lost half of the time
+            told.append({"value": value, "receipt": f"r{number}"})
+    assert client.post("/api/outcomes", json=told).json()["counts"] == {"counted": len(told)}
+    shown = client.get("/api/experiments/a").json()
+    assert shown["sample_ratio"]["ok"] is False
+    assert len(shown["verdicts"]) == 1
+    assert shown["verdicts"][0].startswith("SAMPLE RATIO MISMATCH")
+    running.served._settle()
+    assert client.get("/api/experiments/a").json()["state"] == "running"
+
+
+# --- control over HTTP -----------------------------------------------------------------------------------------------
+
+
+def test_an_experiment_is_begun_ramped_looked_at_and_ended_over_http(serve, put, workspace) -> None:
+    for _ in range(3):
+        put()
+    workspace.promote("a@1", "production")
+    running = serve()
+    client = running.client()
+    body = {"candidates": ["a@2"], "shadows": ["a@3"], "steps": [0.2, 0.5], "guards": {"max_errors": 0.1}}
+    begun = client.post("/api/experiments/a/start", json=body)
+    assert begun.status_code == 200, begun.text
+    assert begun.json()["serving"] == {"in_force": True, "paused": None, "problems": {}}
+    assert begun.json()["guards"]["worse_by"] == 0
+    assert set(running.engine.loads) == {"a@1", "a@2", "a@3"}
+    assert client.post("/api/experiments/a/start", json=body).status_code == 409  # one at a time
+    before = {unit: asked(client, unit).headers["turret-arm"] for unit in UNITS}
+    ramped = client.post("/api/experiments/a/ramp").json()
+    assert {each["arm"]: each["share"] for each in ramped["arms"]}["candidate"] == pytest.approx(0.5)
+    after = {unit: asked(client, unit).headers["turret-arm"] for unit in UNITS}
+    assert {unit for unit in UNITS if before[unit] == "candidate"} <= {u for u in UNITS if after[u] == "candidate"}
+    assert client.post("/api/experiments/a/ramp").status_code == 409  # no further step is planned
+    assert client.post("/api/experiments/a/ramp", json={"share": {"candidate": 0.6}}).status_code == 200
+    listed = client.get("/api/experiments").json()
+    assert [each["experiment"] for each in listed["experiments"]] == ["a#1"]
+    assert listed["alpha"] == 0.05
+    ended = client.post("/api/experiments/a/stop", json={"promote": "candidate"}).json()
+    assert (ended["state"], ended["alias_names"]) == ("ended", "a@2")
+    got = asked(client, "ann")
+    assert (got.json()["model"], "turret-arm" in got.headers) == ("a@2", False)
+    assert client.get("/api/experiments/a", params={"number": 1}).json()["state"] == "ended"
+    client.post("/api/experiments/a/start", json={"candidates": ["a@3"]})
+    assert client.post("/api/experiments/a/stop", json={"rollback": True}).json()["alias_names"] == "a@2"
+
+
+@pytest.mark.parametrize(
+    ("name", "verb", "body", "code"),
+    [
+        ("nobody", "start", {"candidates": ["nobody@1"]}, 404),
+        ("..", "start", {"candidates": ["a@1"]}, 404),
+        ("a", "start", {"candidates": ["a@9"]}, 404),
+        ("a", "start", {"candidates": []}, 400),
+        ("a", "start", {"candidates": ["a@2"], "metric": "5..1"}, 400),
+        ("a", "start", {"candidates": ["a@2"], "steps": [0.5, 0.2]}, 400),
+        ("a", "start", {"candidates": ["a@2"], "unit": "planet"}, 400),
+        ("a", "start", {"candidates": ["a@2"], "weights": 1}, 400),
+        ("a", "start", {"candidates": ["a@1"]}, 400),
+        ("a", "ramp", {"share": 0.5}, 404),
+        ("a", "stop", {}, 404),
+        ("a", "stop", {"promote": "candidate", "rollback": True}, 400),
+    ],
+)
+def test_what_cannot_be_meant_over_http_is_4xx_and_begins_nothing(
+    serve, put, workspace, name, verb, body, code
+) -> None:
+    put()
+    put()
+    workspace.promote("a@1", "production")
+    got = serve().client().post(f"/api/experiments/{name}/{verb}", json=body)
+    assert got.status_code == code, got.text
+    assert list(workspace.experiments()) == []
+
+
+def test_an_experiment_does_not_begin_with_a_version_that_cannot_be_loaded(serve, put, workspace) -> None:
+    put()
+    put()
+    workspace.promote("a@1", "production")
+    running = serve()
+    running.engine.broken.add("a@2")
+    got = running.client().post("/api/experiments/a/start", json={"candidates": ["a@2"]})
+    assert got.status_code == 409
+    assert "secret" not in got.text
+    assert list(workspace.experiments()) == []
+
+
+# --- beside, never returned ------------------------------------------------------------------------------------------
+
+
+def test_a_shadow_answers_the_same_texts_is_compared_and_never_returned(begin, workspace, until) -> None:
+    running = begin((), shadows="a@3")
+    client, texts = running.client(), [f"text {number}" for number in range(30)]
+    for text in texts:
+        got = asked(client, None, text)  # without candidates everybody counts
+        assert (got.json()["model"], got.headers["turret-arm"]) == ("a@1", "control")
+        assert got.json()["data"][0]["label"] == label(workspace, "a@1", text)
+        until(lambda: running.served.shadows.inputs == 0)
+    running.served.routing.router.flush()
+    (shadow,) = [each for each in status(workspace)["arms"] if each["role"] == "shadow"]
+    agreed = sum(label(workspace, "a@1", text) == label(workspace, "a@3", text) for text in texts)
+    assert 0 < agreed < len(texts)
+    assert (shadow["answers"], shadow["compared"], shadow["agreed"], shadow["errors"]) == (30, 30, agreed, 0)
+    assert running.engine.priorities.count(-1) == 30
+    metrics = client.get("/metrics").text
+    assert f'turret_experiment_shadows_total{{arm="shadow",experiment="a#1",what="agreed"}} {agreed}.0' in metrics
+
+
+def test_a_shadow_that_fails_or_dawdles_is_seen_by_its_experiment_and_by_nobody_else(begin, workspace, until) -> None:
+    running = begin((), shadows="a@3", guards=Guards(max_errors=0.02))
+    running.engine.broken.add("a@3")
+    running.engine.unload("a@3")
+    running.engine.load_seconds = 0.3  # of each try
+    client, began = running.client(), time.monotonic()
+    for _ in range(12):
+        assert asked(client, "ann").json()["model"] == "a@1"
+    assert time.monotonic() - began < 2
+    until(lambda: running.served.shadows.inputs == 0)
+    running.served.routing.router.flush()
+    assert arms(workspace, "errors") == {"control": 0, "shadow": 12}
+    running.served._settle()
+    assert status(workspace)["state"] == "ended"
+
+
+def test_shadows_are_shed_when_there_is_no_room_for_them_and_answers_go_on(begin, workspace, until) -> None:
+    running = begin((), shadows="a@3", engine={"limits": Limits(shadow_inputs=2)})
+    client = running.client()
+    body = {"model": "a", "input": ["x"] * 3}
+    assert client.post("/v1/classify", json=body).status_code == 200
+    assert running.engine.priorities.count(-1) == 0
+    assert 'arm="shadow",experiment="a#1",what="shed"} 1.0' in client.get("/metrics").text
+    assert client.post("/v1/classify", json={"model": "a", "input": ["x"] * 2}).status_code == 200
+    until(lambda: running.engine.priorities.count(-1) == 2 and running.served.shadows.inputs == 0)
+
+
+def test_a_server_that_ends_takes_its_shadows_back_and_writes_the_last_of_its_log(begin, workspace) -> None:
+    running = begin("a@2", share=0.5, shadows="a@3", engine={"pace": 0.05})
+    client = running.client()
+    long = " ".join("w" for _ in range(200))
+    body = {"model": "a", "prompt": "x", "user": "ann"}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    body = {"model": "a", "prompt": long, "max_tokens": 200, "stream": True, "user": "bob"}
+    with client.stream("POST", "/v1/completions", json=body) as got:
+        next(got.iter_lines())
+    running.stop()
+    assert sum(arms(workspace, "units").values()) == 2
+    assert sum(arms(workspace, "answers")[arm] for arm in ("control", "candidate")) == 1
+    assert running.served.shadows.inputs == 0
+
+
+def test_many_answers_are_each_of_the_arm_that_the_receipt_says_while_shares_move(begin, workspace) -> None:
+    """Ramps by another process while requests go on: every answer is its version's own, whatever moves."""
+    running = begin(share=0.1)
+    client, other, seen = running.client(), Workspace(workspace.store.root), {"1": set(), "2": set()}
+    for step in range(60):
+        if step % 20 == 10:
+            other.experiment("a").ramp(0.1 + step / 100)
+            running.served.look()
+        got = asked(client, f"u{step % 30}", "some text")
+        version = got.headers["turret-version"]
+        assert got.json()["data"][0]["probabilities"] == probabilities(got.headers["turret-digest"], "some text")
+        assert got.headers["turret-arm"] == {"1": "control", "2": "candidate"}[version]
+        seen[version].add(got.headers["turret-probability"])
+    assert len(seen["1"]) > 1
