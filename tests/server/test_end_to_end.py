@@ -195,6 +195,30 @@ def test_golden_examples_are_put_to_the_engine_that_serves_and_no_second_base_is
     assert [(each["passed"], each["total"]) for each in got.json()["replays"]] == [(len(TEXTS), len(TEXTS))]
 
 
+def test_a_shadow_shares_passes_with_the_answer_which_is_what_it_is_without_one(generator, until) -> None:
+    client, engine, served = generator.running.client(), generator.running.engine, generator.running.served
+
+    def passes(model: str) -> tuple[int, str]:
+        before = engine.stats().passes
+        got = client.post("/v1/completions", json={"model": model, "prompt": TEXTS[0], "user": "ann"})
+        assert got.status_code == 200, got.text
+        until(lambda: served.shadows.inputs == 0)
+        return engine.stats().passes - before, got.json()["choices"][0]["text"]
+
+    (first, text), (second, other) = passes("a@1"), passes("a@2")
+    experiment = generator.workspace.experiment("a")
+    experiment.start(shadows="a@2")
+    try:
+        served.look()
+        both, said = passes("a")
+        assert said == text
+        assert both < first + second - min(first, second) / 2
+    finally:
+        served.routing.router.flush()
+        shadow = experiment.stop().as_json()["arms"][1]
+    assert (shadow["compared"], shadow["agreed"]) == (1, int(text == other))
+
+
 @pytest.mark.slow
 def test_every_answer_is_its_adapters_own_and_none_is_lost_while_everything_moves(tmp_path) -> None:
     base = small_models.save_base("bert", tmp_path / "bert")

@@ -101,11 +101,11 @@ class Routing:
             self.router.log(placed.found, receipt)
 
     def refused(self, placed: Placed, kind: str, error: BaseException, seconds: float) -> bool:
-        """It has not: the unit is noted, for it was sent there; whether the error is the arm's."""
-        if placed.found is None:
-            return False
-        self.router.log(placed.found)
-        return self.failed(placed, kind, error, seconds)
+        """It has not; whether that is the arm's own error. Then the unit is noted: it was sent there."""
+        own = self.failed(placed, kind, error, seconds)
+        if own and placed.found is not None:
+            self.router.log(placed.found)
+        return own
 
     def failed(self, placed: Placed, kind: str, error: BaseException, seconds: float, arm: str | None = None) -> bool:
         """Count the error where it is the arm's own, and say whether it is. arm: a shadow's."""

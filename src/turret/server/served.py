@@ -103,7 +103,7 @@ class Served:
         self.control = Lane("control", 4, waiting, "verbs of the control plane are waiting", 1)
         self.aside = Lane("aside", 1, MOST_ASIDE, "promotes are asking golden examples", 10)
         self.telling = Lane("tell", 1, self.limits.outcomes_waiting, "requests with outcomes are waiting", 1)
-        self._ended = threading.Event()
+        self._ended, self._settling = threading.Event(), threading.Lock()
         self._followers: list[threading.Thread] = []
 
     def now(self) -> int:
@@ -285,7 +285,8 @@ class Served:
 
     def _settle(self) -> None:
         """Carry out what the guards of experiments ask."""
-        done = [(str(each.experiment), line) for each in self.workspace.settle() for line in each.done]
+        with self._settling:
+            done = [(str(each.experiment), line) for each in self.workspace.settle() for line in each.done]
         for experiment, line in done:
             self.log.say("experiment", experiment=experiment, done=line)
         if done:

@@ -112,7 +112,7 @@ class Beside:
                     engine.submit(self._kind, text, version, asked, priority=BEHIND, deadline=deadline)
                 )
         except Exception as error:
-            self._error = error
+            self._error, self._ended = error, clock()
             self.cancel()
             self._tell()
             return
