@@ -203,6 +203,8 @@ def test_the_reference_has_every_key_of_every_request() -> None:
 
     text = page("docs/reference/http.md")
     requests = [schemas.CompletionRequest, schemas.ChatRequest, schemas.ClassifyRequest, schemas.PromoteRequest]
+    requests += [schemas.StartRequest, schemas.RampRequest, schemas.StopRequest, schemas.GuardsAsked]
+    requests += [schemas.OutcomeOfAnswer, schemas.OutcomeOfUnit]
     for request in requests:
         assert [name for name in request.model_fields if f"`{name}`" not in text] == [], request.__name__
     for said in routes().values():
