@@ -39,7 +39,7 @@ def trained(workspace: Workspace, folder: Path, base: Path, name: str, *, spoile
             for row in rows:
                 turned = {"good": "bad", "bad": "good"}[row.label]
                 table.writerow([row.text, turned if spoiled and split == "train" else row.label])
-    training = {"epochs": 6, "lr": 1e-2}
+    training = {"epochs": 8, "lr": 5e-3}
     return str(workspace.train(Recipe(name=name, base=str(base), data=str(folder), train=training)).version)
 
 
@@ -110,7 +110,7 @@ def test_a_candidate_that_is_really_worse_is_rolled_back_by_a_real_server_and_re
         assert all(each.version == {"control": good, "candidate": worse}[each.arm] for each in before)
         told = [{"receipt": each.receipt, "value": each.right} for each in before]
         assert client.post("/api/outcomes", json=told).json()["counts"] == {"counted": len(UNITS)}
-        until(lambda: client.get("/api/experiments/news").json()["state"] == "ended", 30)
+        until(lambda: not client.get("/api/experiments/news").json()["serving"]["in_force"], 30)
         after = [ask(client, unit, number) for number, unit in enumerate(UNITS)]
         ended = client.get("/api/experiments/news").json()
     assert ended["verdict"]["how"] == "rollback"

@@ -31,7 +31,7 @@ from turret.server.shadows import Shadows
 from turret.workspace import Workspace
 
 POLL_SECONDS = 0.25
-TURN_SECONDS = 1.0  # until a change of an experiment is seen, and its log is written
+TURN_SECONDS = 0.5  # between two turns of the router, which reads what runs once a second
 SETTLE_SECONDS = 3.0  # between two looks at what the guards of experiments ask
 MOST_ASIDE = 4  # promotes that ask golden examples at a time, those that wait for their turn included
 TRIES = 5  # of one request whose version is deleted while its inputs go in
