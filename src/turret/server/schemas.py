@@ -336,7 +336,7 @@ class Outcomes(BaseModel):
 
 class GuardsAsked(Model):
     worse_by: Annotated[float, Field(ge=0, le=1e15)] | None = Field(
-        0.0, description="Roll back what is worse by more than this; null: never for its outcomes."
+        default=0.0, description="Roll back what is worse by more than this; null: never for its outcomes."
     )
     max_errors: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -364,8 +364,8 @@ class RampRequest(Model):
 
 
 class StopRequest(Model):
-    promote: ArmName | None = Field(None, description="The arm that takes the alias.")
-    rollback: bool = Field(False, description="Give the alias to the control.")
+    promote: ArmName | None = Field(default=None, description="The arm that takes the alias.")
+    rollback: bool = Field(default=False, description="Give the alias to the control.")
 
 
 class Experiments(BaseModel):

@@ -156,15 +156,16 @@ class Beside:
         self._all._metrics.shadow(str(self._placed.experiment), self._arm, what)
         if self._all._log is not None:  # texts are logged
             answers = [self._answers.get((True, place)) for place in range(len(self._seen))]
-            said = {"experiment": str(self._placed.experiment), "arm": self._arm, "what": what, "answers": answers}
-            self._all._log.say("shadow", **said)
+            experiment = str(self._placed.experiment)
+            self._all._log.say("shadow", experiment=experiment, arm=self._arm, what=what, answers=answers)
 
     def _agrees(self) -> bool | None:
         """The same labels or texts for all inputs; None where one has no answer, or texts are drawn by chance."""
         pairs = [
             (self._answers.get((True, place)), self._answers.get((False, place))) for place in range(len(self._seen))
         ]
-        if self._sampled or not all(shadow and seen for shadow, seen in pairs):
+        both = [(shadow, seen) for shadow, seen in pairs if shadow and seen]
+        if self._sampled or len(both) < len(pairs):
             return None
         key = "label" if self._kind == "classify" else "text"
-        return all(shadow[key] == seen[key] for shadow, seen in pairs)
+        return all(shadow[key] == seen[key] for shadow, seen in both)
