@@ -151,6 +151,7 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
 #define WIDTH 32
 #define TAKE take32
 #define DOT dot32
+#define PAIRS
 #else
 #define TAKE wide16
 #endif

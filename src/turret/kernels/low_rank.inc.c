@@ -1,7 +1,7 @@
 /* y += (x A^T) B^T of spans of tokens, each with factors of its own. Included by kernels.c once a dtype, as the others.
 
    x: (N, D_in), y: (N, D_out), A: (R, D_in), B: (R, D_out) with the scaling in it: all contiguous. h = x A^T is added up in float,
-   and so is y, which is rounded once at its end. A token's sum has the same order whatever lies beside it, but for where
+   and so is y, which is rounded once at its end; between the two a processor that multiplies bfloat16 rounds h to it. A token's sum has the same order whatever lies beside it, but for where
    tiles take over: in spans of at least TILED tokens. */
 
 /* --- vectors: h of a few tokens and ranks, y of a few tokens and columns ------------------------------------------ */
@@ -15,21 +15,81 @@ static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T 
     long at = 0;
     for (; at + WIDTH <= d_in; at += WIDTH) {
         LANES from[ROWS];
-        for (int t = 0; t < high; t++) from[t] = TAKE(x + t * d_in + at);
+        for (int t = 0; t < high; t++) {
+            from[t] = TAKE(x + t * d_in + at);
+            STAY(from[t]);
+        }
         for (int r = 0; r < broad; r++) {
             LANES factor = TAKE(a + r * d_in + at);
+            if (high > 1) STAY(factor);
             for (int t = 0; t < high; t++) total[t][r] = DOT(total[t][r], from[t], factor);
         }
     }
+    float sums[ROWS * 2 * RANKS];
+#ifdef __AVX512F__
+    v16 every[16];
+    for (int i = 0; i < 16; i++) {
+        if (i < high * broad) every[i] = total[i / broad][i % broad];
+        else memset(&every[i], 0, sizeof(v16));
+    }
+    if (high * broad > 4) give16(sums, added_16(every));
+    else
+#endif
+    for (int i = 0; i < high * broad; i++) sums[i] = added(total[i / broad][i % broad]);
     for (int t = 0; t < high; t++)
         for (int r = 0; r < broad; r++) {
-            float one = added(total[t][r]);
+            float one = sums[t * broad + r];
             for (long i = at; i < d_in; i++) one += LOAD(x[t * d_in + i]) * LOAD(a[r * d_in + i]);
             h[t * rank + r] = one;
         }
 }
 
 /* y (high, D_out) += h (high, R) B */
+#ifdef PAIRS
+/* ... for bfloat16 whose pairs the processor multiplies: h is rounded to bfloat16, two ranks are one step. Rows of B are woven
+   inside each eighth of a vector, and so are y's halves: the low one is columns 0-3 of every 8, the high one 4-7. */
+static inline __attribute__((always_inline)) void NAME(outer)(T *y, const float *h, const T *b, long d_out, long rank, const int high)
+{
+    long pairs = (rank + 1) / 2, at = 0;
+    uint32_t both[ROWS * pairs]; /* h of two ranks, side by side */
+    for (int t = 0; t < high; t++)
+        for (long p = 0; p < pairs; p++) {
+            uint32_t second = 2 * p + 1 < rank ? narrow(h[t * rank + 2 * p + 1]) : 0;
+            both[t * pairs + p] = narrow(h[t * rank + 2 * p]) | second << 16;
+        }
+    const __m512i none = _mm512_setzero_si512(), order = _mm512_loadu_si512(unwoven);
+    for (; at + 32 <= d_out; at += 32) {
+        __m512 sum[ROWS][2];
+        for (int t = 0; t < high; t++) {
+            __m512i own = _mm512_loadu_si512(y + t * d_out + at);
+            sum[t][0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, own));
+            sum[t][1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, own));
+        }
+        for (long p = 0; p < pairs; p++) {
+            __m512i one = _mm512_loadu_si512(b + 2 * p * d_out + at);
+            __m512i two = 2 * p + 1 < rank ? _mm512_loadu_si512(b + (2 * p + 1) * d_out + at) : none;
+            STAY(one);
+            STAY(two);
+            __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), above = (__m512bh)_mm512_unpackhi_epi16(one, two);
+            for (int t = 0; t < high; t++) {
+                __m512bh by = (__m512bh)_mm512_set1_epi32((int)both[t * pairs + p]);
+                sum[t][0] = _mm512_dpbf16_ps(sum[t][0], by, low);
+                sum[t][1] = _mm512_dpbf16_ps(sum[t][1], by, above);
+            }
+        }
+        for (int t = 0; t < high; t++) {
+            __m512i narrowed = (__m512i)_mm512_cvtne2ps_pbh(sum[t][1], sum[t][0]);
+            _mm512_storeu_si512(y + t * d_out + at, _mm512_permutexvar_epi16(order, narrowed));
+        }
+    }
+    for (; at < d_out; at++)
+        for (int t = 0; t < high; t++) {
+            float sum = LOAD(y[t * d_out + at]);
+            for (long r = 0; r < rank; r++) sum += LOAD(STORE(h[t * rank + r])) * LOAD(b[r * d_out + at]);
+            y[t * d_out + at] = STORE(sum);
+        }
+}
+#else
 static inline __attribute__((always_inline)) void NAME(outer)(T *y, const float *h, const T *b, long d_out, long rank, const int high)
 {
     long at = 0;
@@ -39,6 +99,8 @@ static inline __attribute__((always_inline)) void NAME(outer)(T *y, const float 
             for (int w = 0; w < 2; w++) sum[t][w] = WIDE16(y + t * d_out + at + 16 * w);
         for (long r = 0; r < rank; r++) {
             v16 first = WIDE16(b + r * d_out + at), second = WIDE16(b + r * d_out + at + 16);
+            STAY(first);
+            STAY(second);
             for (int t = 0; t < high; t++) {
                 sum[t][0] += h[t * rank + r] * first;
                 sum[t][1] += h[t * rank + r] * second;
@@ -54,6 +116,7 @@ static inline __attribute__((always_inline)) void NAME(outer)(T *y, const float 
             y[t * d_out + at] = STORE(sum);
         }
 }
+#endif
 
 static void NAME(few)(const T *x, T *y, const T *a, const T *b, long tokens, long d_in, long d_out, long rank)
 {
