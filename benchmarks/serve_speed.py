@@ -279,7 +279,7 @@ def loads(
     engine: Any, shelf: Shelf, rival: tuple[Any, Callable[[str], None], int], task: str, folder: Path,
     counts: Sequence[int],
 ) -> list[Any]:  # fmt: skip
-    """Seconds from a file to loaded, from there to a first answer, and to one of another adapter, with so many there."""
+    """Seconds from a file to loaded, then to a first answer, and to one of another adapter, with so many there."""
     import torch
 
     from turret.adapters import save_bundle

@@ -78,7 +78,7 @@ def test_a_mixed_pass_of_loras_equals_peft_row_by_row(family: str, way: str) -> 
         torch.testing.assert_close(logits, peft_logits(family, adapter, [row])[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_control_one_layer_left_out_for_one_row_would_be_seen(family: str, way: str) -> None:
     adapters = loras(family, "classify", 4)

@@ -2,45 +2,100 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from adapters_at_hand import LENGTHS, METHODS, alone, made, runner_of
-from batches import rows, with_eos
+from batches import own_target_logits, rows, with_eos
 from small_models import FAMILIES, GENERATORS
 
 from turret.adapters import Adapter, classify_logits
 from turret.engine.runner import Fresh, Runner, Step
+from turret.methods import Method, Prefix
 
-PATTERNS = {
-    "identical": [1] * 8,
+PATTERNS = {  # whose each row is; 7 of every set of methods is a head alone: the bare base's body
+    "identical": [2] * 8,
     "distinct": [1, 2, 3, 4, 5, 6, 7, 8],
     "uniform": [3, 1, 4, 2, 2, 1, 4, 3],
     "zipf": [1, 1, 1, 2, 1, 2, 3, 1],
     "skewed": [5, 1, 1, 1, 1, 1, 1, 1],
+    "with base rows": [7, 1, 7, 2, 7, 3, 4, 7],
+    "with prefix rows": [1, 3, 2, 6, 3, 4, 6, 8],
+    "other ranks": [1, 2, 4, 5, 1, 2, 4, 5],
+    "other heads": [4, 5, 6, 7, 8, 4, 6, 5],
+}
+SETS = {
+    "lora": ["lora", "wide", "high", "lora", "wide", "high", "head", "one"],  # ranks 4, 12, 20 and 1
+    "prefix": ["prefix", "long", "prefix", "long", "prefix", "long", "head", "prefix"],
+    "all": ["lora", "wide", "prefix", "high", "one", "long", "head", "wide"],
+}
+MORE: dict[str, Method] = {
+    "high": METHODS["wide"].model_copy(update={"r": 20}),
+    "one": METHODS["lora"].model_copy(update={"r": 1, "lora_alpha": 2}),
+    "long": Prefix(num_virtual_tokens=9, reparametrize=False),
 }
 
 
+@functools.cache
+def adapter_of(family: str, task: Any, kind: str, seed: int) -> tuple[Adapter, Any]:
+    """One with 2, 3 or 4 labels, and the model that has it and nothing else."""
+    labels = 2 + seed % 3
+    adapter = made(family, task, (METHODS | MORE)[kind], seed, labels)
+    return adapter, alone(family, task, adapter, labels)
+
+
+def set_of(family: str, task: Any, methods: str) -> tuple[list[Adapter], list[Any]]:
+    """Eight adapters of a set of methods, and each alone; what generates has no head, so there 7 is one more LoRA."""
+    kinds = [kind if task == "classify" or kind != "head" else "lora" for kind in SETS[methods]]
+    both = [adapter_of(family, task, kind, seed) for seed, kind in enumerate(kinds, 1)]
+    return [adapter for adapter, _ in both], [model for _, model in both]
+
+
 def adapters_of(family: str, task: Any) -> list[Adapter]:
-    """Eight of different methods, ranks, targets and numbers of labels."""
-    kinds = ["lora", "wide", "prefix", "lora", "wide", "prefix", "lora", "wide"]
-    kinds = [*kinds[:6], "head", "wide"] if task == "classify" else kinds
-    return [made(family, task, METHODS[kind], seed, 2 + seed % 3) for seed, kind in enumerate(kinds, 1)]
+    return set_of(family, task, "all")[0]
 
 
+@pytest.mark.parametrize("methods", SETS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_mixed_pass_of_classifiers_equals_each_row_alone(family: str) -> None:
-    adapters = adapters_of(family, "classify")
+def test_a_mixed_pass_of_classifiers_equals_each_row_alone(family: str, methods: str) -> None:
+    adapters, models = set_of(family, "classify", methods)
     runner = runner_of(family, "classify", adapters)
-    models = [alone(family, "classify", adapter, 2 + seed % 3) for seed, adapter in enumerate(adapters, 1)]
     inputs = with_eos(runner.model, rows(lengths=LENGTHS))
     for name, slots in PATTERNS.items():
         outcome = runner.run([Fresh(row.tolist(), slot) for row, slot in zip(inputs, slots, strict=True)])
         for row, slot, logits in zip(inputs, slots, outcome.classes, strict=True):
             expected = classify_logits(models[slot - 1], [row])[0]
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("methods", SETS)
+@pytest.mark.parametrize("family", GENERATORS)
+@torch.no_grad()
+def test_scores_of_a_mixed_pass_and_of_the_step_behind_it_equal_each_row_alone(family: str, methods: str) -> None:
+    """The bare base is slot 0 here; what it says stands in the column of 7."""
+    adapters, models = set_of(family, "generate", methods)
+    runner = runner_of(family, "generate", adapters)
+    inputs = with_eos(runner.model, rows(lengths=LENGTHS))
+    models = [alone(family, "generate", None), *models]
+    target = torch.tensor([17, 23])
+    wanted = {
+        (row, slot): own_target_logits(models[slot], [inputs[row]], [target])
+        for slots in PATTERNS.values()
+        for row, slot in enumerate(0 if slot == 7 else slot for slot in slots)
+    }  # (2, V) each
+    for name, numbers in PATTERNS.items():
+        slots = [0 if slot == 7 else slot for slot in numbers]
+        lanes = [runner.lane(len(row), 2, slot) for row, slot in zip(inputs, slots, strict=True)]
+        fresh = [Fresh(r.tolist(), slot, lane) for r, slot, lane in zip(inputs, slots, lanes, strict=True)]
+        first = runner.run(fresh).vocabulary
+        second = runner.run([], [Step(17, slot, lane) for slot, lane in zip(slots, lanes, strict=True)]).vocabulary
+        for row, slot in enumerate(slots):
+            got = torch.stack([first[row], second[row]])
+            torch.testing.assert_close(got, wanted[row, slot], atol=1e-5, rtol=1e-5, msg=name)
+            runner.cache.close(lanes[row])
 
 
 def greedy(runner: Runner, prompts: list[Any], slots: list[int], count: int, together: bool = True) -> list[list[int]]:
