@@ -162,6 +162,22 @@ def test_low_rank_of_a_row_does_not_depend_on_who_lies_beside_it(
 
 
 @needed
+@BOTH
+@pytest.mark.parametrize("sizes", [(64, 96), (384, 40), (37, 41)])
+@pytest.mark.parametrize("rank", [1, 3, 8, 17])
+def test_low_rank_of_a_token_is_the_same_among_its_neighbours_as_by_itself(
+    dtype: torch.dtype, sizes: tuple[int, int], rank: int
+) -> None:
+    """Four tokens are multiplied at a time and the rest one by one, so places in a span must not show."""
+    x, y = draw(7, sizes[0], dtype=dtype), draw(7, sizes[1], dtype=dtype)
+    factors = (draw(rank, sizes[0], dtype=dtype), draw(rank, sizes[1], dtype=dtype))
+    together, alone = y.clone(), y.clone()
+    compiled().low_rank(spans_of([(0, 7)], [factors], 7), 1, x, together)
+    compiled().low_rank(spans_of([(t, t + 1) for t in range(7)], [factors] * 7, 7), 1, x, alone)
+    assert torch.equal(together, alone)
+
+
+@needed
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_low_rank_is_the_same_to_the_last_bit_with_any_number_of_threads(threads: int) -> None:
     x, y = draw(400, 128, dtype=torch.bfloat16), draw(400, 128, dtype=torch.bfloat16)

@@ -6,6 +6,13 @@
 
 /* --- vectors: h of a few tokens and ranks, y of a few tokens and columns ------------------------------------------ */
 
+static inline LANES NAME(some)(const T *from, long n)
+{
+    T whole[WIDTH] = {0};
+    memcpy(whole, from, sizeof(T) * n);
+    return TAKE(whole);
+}
+
 /* h (tokens, R): `high` tokens by `broad` ranks at a time */
 static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T *x, const T *a, long d_in, long rank, const int high, const int broad)
 {
@@ -25,6 +32,14 @@ static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T 
             for (int t = 0; t < high; t++) total[t][r] = DOT(total[t][r], from[t], factor);
         }
     }
+    if (at < d_in) { /* what is left, filled up with zeros, is one more step like the others */
+        LANES from[ROWS];
+        for (int t = 0; t < high; t++) from[t] = NAME(some)(x + t * d_in + at, d_in - at);
+        for (int r = 0; r < broad; r++) {
+            LANES factor = NAME(some)(a + r * d_in + at, d_in - at);
+            for (int t = 0; t < high; t++) total[t][r] = DOT(total[t][r], from[t], factor);
+        }
+    }
     float sums[ROWS * 2 * RANKS];
 #ifdef __AVX512F__
     v16 every[16];
@@ -37,86 +52,89 @@ static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T 
 #endif
     for (int i = 0; i < high * broad; i++) sums[i] = added(total[i / broad][i % broad]);
     for (int t = 0; t < high; t++)
-        for (int r = 0; r < broad; r++) {
-            float one = sums[t * broad + r];
-            for (long i = at; i < d_in; i++) one += LOAD(x[t * d_in + i]) * LOAD(a[r * d_in + i]);
-            h[t * rank + r] = one;
-        }
+        for (int r = 0; r < broad; r++) h[t * rank + r] = sums[t * broad + r];
 }
 
-/* y (high, D_out) += h (high, R) B */
+/* 32 columns of y (high, D_out) += h (high, R) B */
 #ifdef PAIRS
-/* ... for bfloat16 whose pairs the processor multiplies: h is rounded to bfloat16, two ranks are one step. Rows of B are woven
-   inside each eighth of a vector, and so are y's halves: the low one is columns 0-3 of every 8, the high one 4-7. */
+/* ... for bfloat16 whose pairs the processor multiplies: two ranks are one step, h2 has two of them in a word. Rows of B are
+   woven inside each eighth of a vector, and so are y's halves: the low one is columns 0-3 of every 8, the high one 4-7. */
+#define H uint32_t
+static inline __attribute__((always_inline)) void NAME(block)(T *y, long ldy, const H *h2, const T *b, long ldb, long rank, const int high)
+{
+    const __m512i none = _mm512_setzero_si512(), order = _mm512_loadu_si512(unwoven);
+    long pairs = (rank + 1) / 2;
+    __m512 sum[ROWS][2];
+    for (int t = 0; t < high; t++) {
+        __m512i own = _mm512_loadu_si512(y + t * ldy);
+        sum[t][0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, own));
+        sum[t][1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, own));
+    }
+    for (long p = 0; p < pairs; p++) {
+        __m512i one = _mm512_loadu_si512(b + 2 * p * ldb);
+        __m512i two = 2 * p + 1 < rank ? _mm512_loadu_si512(b + (2 * p + 1) * ldb) : none;
+        STAY(one);
+        STAY(two);
+        __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), above = (__m512bh)_mm512_unpackhi_epi16(one, two);
+        for (int t = 0; t < high; t++) {
+            __m512bh by = (__m512bh)_mm512_set1_epi32((int)h2[t * pairs + p]);
+            sum[t][0] = _mm512_dpbf16_ps(sum[t][0], by, low);
+            sum[t][1] = _mm512_dpbf16_ps(sum[t][1], by, above);
+        }
+    }
+    for (int t = 0; t < high; t++) {
+        __m512i narrowed = (__m512i)_mm512_cvtne2ps_pbh(sum[t][1], sum[t][0]);
+        _mm512_storeu_si512(y + t * ldy, _mm512_permutexvar_epi16(order, narrowed));
+    }
+}
+#else
+#define H float
+static inline __attribute__((always_inline)) void NAME(block)(T *y, long ldy, const H *h, const T *b, long ldb, long rank, const int high)
+{
+    v16 sum[ROWS][2];
+    for (int t = 0; t < high; t++)
+        for (int w = 0; w < 2; w++) sum[t][w] = WIDE16(y + t * ldy + 16 * w);
+    for (long r = 0; r < rank; r++) {
+        v16 first = WIDE16(b + r * ldb), second = WIDE16(b + r * ldb + 16);
+        STAY(first);
+        STAY(second);
+        for (int t = 0; t < high; t++) {
+            v16 by = spread16(h[t * rank + r]);
+            sum[t][0] = dot16(sum[t][0], by, first);
+            sum[t][1] = dot16(sum[t][1], by, second);
+        }
+    }
+    for (int t = 0; t < high; t++)
+        for (int w = 0; w < 2; w++) NARROW16(y + t * ldy + 16 * w, sum[t][w]);
+}
+#endif
+
 static inline __attribute__((always_inline)) void NAME(outer)(T *y, const float *h, const T *b, long d_out, long rank, const int high)
 {
-    long pairs = (rank + 1) / 2, at = 0;
-    uint32_t both[ROWS * pairs]; /* h of two ranks, side by side */
+#ifdef PAIRS
+    long pairs = (rank + 1) / 2;
+    H ready[ROWS * pairs];
     for (int t = 0; t < high; t++)
         for (long p = 0; p < pairs; p++) {
             uint32_t second = 2 * p + 1 < rank ? narrow(h[t * rank + 2 * p + 1]) : 0;
-            both[t * pairs + p] = narrow(h[t * rank + 2 * p]) | second << 16;
+            ready[t * pairs + p] = narrow(h[t * rank + 2 * p]) | second << 16;
         }
-    const __m512i none = _mm512_setzero_si512(), order = _mm512_loadu_si512(unwoven);
-    for (; at + 32 <= d_out; at += 32) {
-        __m512 sum[ROWS][2];
-        for (int t = 0; t < high; t++) {
-            __m512i own = _mm512_loadu_si512(y + t * d_out + at);
-            sum[t][0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, own));
-            sum[t][1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, own));
-        }
-        for (long p = 0; p < pairs; p++) {
-            __m512i one = _mm512_loadu_si512(b + 2 * p * d_out + at);
-            __m512i two = 2 * p + 1 < rank ? _mm512_loadu_si512(b + (2 * p + 1) * d_out + at) : none;
-            STAY(one);
-            STAY(two);
-            __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), above = (__m512bh)_mm512_unpackhi_epi16(one, two);
-            for (int t = 0; t < high; t++) {
-                __m512bh by = (__m512bh)_mm512_set1_epi32((int)both[t * pairs + p]);
-                sum[t][0] = _mm512_dpbf16_ps(sum[t][0], by, low);
-                sum[t][1] = _mm512_dpbf16_ps(sum[t][1], by, above);
-            }
-        }
-        for (int t = 0; t < high; t++) {
-            __m512i narrowed = (__m512i)_mm512_cvtne2ps_pbh(sum[t][1], sum[t][0]);
-            _mm512_storeu_si512(y + t * d_out + at, _mm512_permutexvar_epi16(order, narrowed));
-        }
-    }
-    for (; at < d_out; at++)
-        for (int t = 0; t < high; t++) {
-            float sum = LOAD(y[t * d_out + at]);
-            for (long r = 0; r < rank; r++) sum += LOAD(STORE(h[t * rank + r])) * LOAD(b[r * d_out + at]);
-            y[t * d_out + at] = STORE(sum);
-        }
-}
 #else
-static inline __attribute__((always_inline)) void NAME(outer)(T *y, const float *h, const T *b, long d_out, long rank, const int high)
-{
-    long at = 0;
-    for (; at + 32 <= d_out; at += 32) {
-        v16 sum[ROWS][2];
-        for (int t = 0; t < high; t++)
-            for (int w = 0; w < 2; w++) sum[t][w] = WIDE16(y + t * d_out + at + 16 * w);
-        for (long r = 0; r < rank; r++) {
-            v16 first = WIDE16(b + r * d_out + at), second = WIDE16(b + r * d_out + at + 16);
-            STAY(first);
-            STAY(second);
-            for (int t = 0; t < high; t++) {
-                sum[t][0] += h[t * rank + r] * first;
-                sum[t][1] += h[t * rank + r] * second;
-            }
-        }
-        for (int t = 0; t < high; t++)
-            for (int w = 0; w < 2; w++) NARROW16(y + t * d_out + at + 16 * w, sum[t][w]);
-    }
-    for (; at < d_out; at++)
-        for (int t = 0; t < high; t++) {
-            float sum = LOAD(y[t * d_out + at]);
-            for (long r = 0; r < rank; r++) sum += h[t * rank + r] * LOAD(b[r * d_out + at]);
-            y[t * d_out + at] = STORE(sum);
-        }
-}
+    const H *ready = h;
 #endif
+    long at = 0;
+    for (; at + 32 <= d_out; at += 32) NAME(block)(y + at, d_out, ready, b + at, d_out, rank, high);
+    if (at == d_out) return;
+    long left = d_out - at; /* one more block, of which only the columns that are there come back */
+    T own[ROWS * 32], factors[32 * rank];
+    memset(own, 0, sizeof(own));
+    memset(factors, 0, sizeof(T) * 32 * rank);
+    for (int t = 0; t < high; t++) memcpy(own + 32 * t, y + t * d_out + at, sizeof(T) * left);
+    for (long r = 0; r < rank; r++) memcpy(factors + 32 * r, b + r * d_out + at, sizeof(T) * left);
+    NAME(block)(own, 32, ready, factors, 32, rank, high);
+    for (int t = 0; t < high; t++) memcpy(y + t * d_out + at, own + 32 * t, sizeof(T) * left);
+}
+#undef H
 
 static void NAME(few)(const T *x, T *y, const T *a, const T *b, long tokens, long d_in, long d_out, long rank)
 {

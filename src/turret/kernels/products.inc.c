@@ -112,7 +112,17 @@ static inline void ahead(const void *from, long bytes) /* read soon */
 
 static inline v16 take16(const float *from) { return *(const v16 *)from; }
 static inline void give16(float *to, v16 from) { *(v16 *)to = from; }
-static inline v16 dot16(v16 sum, v16 a, v16 b) { return sum + a * b; }
+
+static inline v16 spread16(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+static inline v16 dot16(v16 sum, v16 a, v16 b) /* one rounding wherever it is used: the compiler may not choose */
+{
+#ifdef __AVX512F__
+    return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#else
+    return sum + a * b;
+#endif
+}
 
 static inline float added(v16 x) /* by halves, always in one order */
 {
