@@ -27,6 +27,7 @@ from transformers import AutoModelForSequenceClassification
 from turret.adapters import Adapter, require_base
 from turret.adapters.adapter import LORA_PREFIX, checked_factors, checked_prefix, filled_head, head_paths
 from turret.adapters.attach import Attachment, device_of, hook_model, routed_linear, target_paths
+from turret.adapters.bundle import all_finite
 from turret.adapters.lora import sizes
 from turret.adapters.route import BARE
 from turret.engine.segments import Chunk, Segment, chunks
@@ -138,12 +139,9 @@ class Bank:
             parts = list(prefix.values())
         elif adapter.tensors:
             raise AdapterError(f"a head holds no other tensors, given {', '.join(sorted(adapter.tensors)[:3])}")
-        run = torch.empty(sum(part.numel() for part in parts), dtype=self.dtype, device=self.device)
-        at = 0
-        for part in parts:
-            run[at : at + part.numel()] = part.reshape(-1)
-            at += part.numel()
-        if not bool(torch.isfinite(run).all()):
+        flat = torch.cat([part.reshape(-1) for part in parts]) if parts else torch.empty(0)
+        run = flat.to(device=self.device, dtype=self.dtype)
+        if not all_finite(run):
             raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")
         starts = torch.tensor([0, *(each.numel() for each in prefix.values())]).cumsum(0).tolist()
         views = {
