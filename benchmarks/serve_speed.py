@@ -3,8 +3,8 @@
 An encoder (all-MiniLM-L6, 32 texts of 64-256 tokens) and a decoder (SmolLM2-135M, 16 prompts of 60 tokens, greedy):
 float32 and bfloat16, LoRA r=8 on all linear layers. One process does everything in turns, round after round, on the
 same token ids. A speed is the time of the engine's bare base over a side's of the same round; the median over the
-rounds. Texts are drawn token by token: speed does not read them. The encoder's bare base is a head alone, for it
-answers nothing without one. The shares with PEFT are of a run of their own, for its model is the base of before.
+rounds, of which those with a rival are a third as many. Texts are drawn token by token: speed does not read them. The
+encoder's bare base is a head alone, for it answers nothing without one.
 
     python benchmarks/serve_speed.py            a quarter of an hour (make bench-serve)
     python benchmarks/serve_speed.py --kinds encoder --dtypes float32
@@ -91,17 +91,18 @@ def measure(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any
     sizes = {"padded": count} | (
         {"bucketed": BUCKET} if kind == "encoder" else {}
     )  # a decoder's rows are of one length
-    rounds = options.rounds or (3 if options.quick else 5 if kind == "encoder" else 3)
+    rounds = options.rounds or (3 if options.quick else 15 if kind == "encoder" else 5)
+    slow_rounds = -(-rounds // 3)  # where the rival takes part
     with Engine(source, shelf, Limits(running=64, batch_tokens=512, slots=2048)) as engine:
         sides: dict[str, Side] = {
             f"engine {name}": _bound(answered, engine, task, rows, names, tokens)
             for name, names in mixes(count).items()
         }
-        times = in_turns(
-            sides | {f"transformers {name}": _bound(by_transformers, rival, task, rows, None, size, tokens)
-                     for name, size in sizes.items()},
-            rounds,
-        )  # fmt: skip
+        times = in_turns(sides, rounds)
+        bare = {"engine bare": sides["engine bare"]}
+        bare |= {f"transformers {name}": _bound(by_transformers, rival, task, rows, None, size, tokens)
+                 for name, size in sizes.items()}  # fmt: skip
+        bare_times = in_turns(bare, slow_rounds)
         model, load = by_peft(rival, task, count)
         off = compared(model, numbers, rows, ours)
         names = [f"a{number}" for number in range(count)]
@@ -113,7 +114,7 @@ def measure(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any
                 bases.load(BASES[kind], task=task, num_labels=labels, dtype="float32").model, task, count
             )
             with_peft[STOCK] = _bound(by_transformers, stock, task, rows, names, count, tokens)
-        peft_times = in_turns(with_peft, rounds)
+        peft_times = in_turns(with_peft, slow_rounds)
         with tempfile.TemporaryDirectory() as folder:
             most = 100 if kind == "encoder" else count
             loading = loads(engine, shelf, (model, load, most), task, Path(folder), options.loaded)
@@ -123,7 +124,8 @@ def measure(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any
             "base_bytes": source.bytes,
             "float32_base_bytes": sum(4 * each.numel() for each in source.model.parameters()),
         }
-    return {"seconds": times, "seconds_with_peft": peft_times, "off": off, "loading": loading, "memory": memory}
+    beside = {"seconds_with_transformers": bare_times, "seconds_with_peft": peft_times}
+    return {"seconds": times, **beside, "off": off, "loading": loading, "memory": memory}
 
 
 def _bound(function: Callable[..., None], *arguments: Any) -> Side:
@@ -356,7 +358,7 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
         settings, own = run["settings"], run["settings"]["kind"]
         lines.append(f"\n{own}, {settings['dtype']}, {settings['threads']} threads{', quick' * settings['quick']}\n")
         rows = []
-        for times in (run["seconds"], run["seconds_with_peft"]):
+        for times in (run["seconds"], run["seconds_with_transformers"], run["seconds_with_peft"]):
             rows += [
                 [name, f"{1e3 * statistics.median(each):.0f}", _share(times, name)] for name, each in times.items()
             ]

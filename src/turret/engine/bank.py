@@ -139,8 +139,8 @@ class Bank:
             parts = list(prefix.values())
         elif adapter.tensors:
             raise AdapterError(f"a head holds no other tensors, given {', '.join(sorted(adapter.tensors)[:3])}")
-        flat = torch.cat([part.reshape(-1) for part in parts]) if parts else torch.empty(0)
-        run = flat.to(device=self.device, dtype=self.dtype)
+        parts = [part.reshape(-1).to(device=self.device, dtype=self.dtype) for part in parts]  # each of them is small
+        run = torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype, device=self.device)
         if not all_finite(run):
             raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")
         starts = torch.tensor([0, *(each.numel() for each in prefix.values())]).cumsum(0).tolist()
