@@ -115,7 +115,7 @@ async def ask(
 ) -> None:
     """One client: each answer must be of a version that was meant, and be what that version answers alone."""
     draw = random.Random(number)
-    async with httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
         for turn in itertools.takewhile(going, itertools.count()):
             name, text = f"n{int(draw.paretovariate(0.7)) % ADAPTERS}", f"text {(number + turn) % 8}"
             model = draw.choice((name, f"{name}@production", f"{name}@1", f"{name}@2"))
