@@ -217,3 +217,14 @@ def test_examples_that_were_changed_in_the_database_are_found(store, put) -> Non
     assert any("does not match its digest" in str(each) for each in store.verify().problems)
     with pytest.raises(Corrupt, match=r"golden examples golden:\w+ do not match their digest"):
         store.promote("a", "production")
+
+
+def test_the_same_examples_again_mend_those_that_were_damaged(store, put) -> None:
+    put(said=CLASSIFIES)
+    store.gate("a", "production", examples=labelled("good"))
+    by_hand.execute(store, "UPDATE golden_sets SET content = replace(content, 'good', 'bad')")
+    assert not store.verify().ok
+    store.gate("a", "production", examples=labelled("good"))
+    assert store.verify().ok
+    with pytest.raises(ReplayNeeded):  # they are asked for again, as they were
+        store.promote("a", "production")
