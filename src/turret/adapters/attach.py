@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters import activations, attention, positions, rotary
+from turret.adapters import activations, attention, positions, residual, rotary
 from turret.adapters.dropout import RoutedDropout
 from turret.adapters.lora import RoutedLinear, initial_factors
 from turret.adapters.norms import CLASSES, FrozenNorm
@@ -78,6 +78,7 @@ class Attachment(nn.Module):
         self.undo: list[Callable[[], None]] = []
         self.originals = dict(model.named_parameters())  # the base's own, before anything was put in their place
         self.sites = attention_sites(model)
+        self.narrows = False  # whether the last layer can go on with the tokens of `route.read` alone
 
     def prefix_length(self, slot: int) -> int:
         """P of a slot, 0 where it has no prefix."""
@@ -210,7 +211,7 @@ def hook_model(model: Any) -> Attachment:
     bias_modules = _bias_modules(attached)
     for site in attached.sites:
         site.module.turret_hook = attention.Hooked(
-            site, attached.route, attached.keys_values, bias_modules.get(site.group)
+            site, attached.route, attached.keys_values, bias_modules.get(site.group), last=site is attached.sites[-1]
         )
     handles = [stack.register_forward_pre_hook(_refresher(attached, groups)) for stack, groups in stacks(model)]
     handles += positions.hook(model, attached.family, attached.route, attached.prefix_length)
@@ -237,6 +238,10 @@ def hook_model(model: Any) -> Attachment:
             _replace(model, attached, path, RoutedDropout(module, attached.route))
         elif type(module).__name__ in CLASSES:
             _replace(model, attached, path, FrozenNorm(module))
+        elif type(module).__name__ in residual.CLASSES:
+            ends = path == residual.narrowing(attached.sites[-1].name)
+            attached.narrows |= ends
+            _replace(model, attached, path, residual.FrozenOutput(module, attached.route, ends))
         elif (twin := activations.in_place_of(module)) is not None:
             _replace(model, attached, path, twin)
     model.add_module(ATTRIBUTE, attached)

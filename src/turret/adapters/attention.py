@@ -37,6 +37,7 @@ class Hooked:
     route: Route
     prefix: KeysValues  # (slot, site) -> keys and values (H, P, D), or None
     bias_module: Any | None  # T5: the first layer of the stack, which owns the relative position bias
+    last: bool = False  # of the model: here `Route.read` are the only queries
 
 
 def routed_attention(
@@ -159,10 +160,11 @@ def _flash(
     assert route.lengths is not None
     slots = [route.slot_of(row) for row in range(len(next(iter(route.lengths.values()))))]
     pairs = {slot: pair for slot in dict.fromkeys(slots) if slot != BARE and (pair := hooked.prefix(slot, site))}
-    place = ("rows", site.group, window, scaling, id(hooked.bias_module), tuple(pairs))
+    asked = route.read if hooked.last else None
+    place = ("rows", site.group, window, scaling, id(hooked.bias_module), tuple(pairs), asked is None)
     if place not in route.memo:
         longest = max((pair[0].shape[1] for pair in pairs.values()), default=0)
-        route.memo[place] = _rows(hooked, scaling, window, longest)
+        route.memo[place] = _rows(hooked, scaling, window, longest, asked)
     order = {slot: index for index, slot in enumerate(pairs)}
     prefixes = Prefixes(
         [(key.to(k.dtype), value.to(k.dtype)) for key, value in pairs.values()], [*map(order.get, slots)]
@@ -171,13 +173,15 @@ def _flash(
     return flash(library, route.memo[place], q, k, v, prefixes, dropped)
 
 
-def _rows(hooked: Hooked, scaling: float, window: int | None, longest_prefix: int) -> Rows:
-    """Where this batch's rows lie and what they see: once a batch for all layers of a group."""
+def _rows(hooked: Hooked, scaling: float, window: int | None, longest_prefix: int, asked: Tensor | None) -> Rows:
+    """Where this batch's rows lie and what they see: once a batch for all layers of a group, and once for the last."""
     route, site = hooked.route, hooked.site
     queries = torch.tensor(route.spans("encoder" if site.group == "encoder" else "decoder"))  # (B, 2)
     cross = site.group == "cross"
     keys = torch.tensor(route.spans("encoder")) if cross else queries
     lengths = queries[:, 1] - queries[:, 0], keys[:, 1] - keys[:, 0]
+    if asked is not None:  # the first token of every row but the one that fills the batch up, which has none
+        lengths = (torch.arange(len(queries)) < len(asked)).long(), lengths[1]
     bias, zero = None, 0
     if hooked.bias_module is not None and not cross:
         zero = longest_prefix + int(lengths[0].max())
@@ -189,6 +193,7 @@ def _rows(hooked: Hooked, scaling: float, window: int | None, longest_prefix: in
     return Rows(
         queries[:, 0].contiguous(), lengths[0], keys[:, 0].contiguous(), lengths[1], scaling,
         causal=site.causal and not cross, window=0 if window is None or cross else window, bias=bias, zero=zero,
+        all_asked=asked is None,
     )  # fmt: skip
 
 

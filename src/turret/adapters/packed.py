@@ -30,6 +30,10 @@ def classify_logits(model: Any, inputs: Sequence[Tensor], slots: Sequence[int] |
     if family.kind == "encoder-decoder":  # the whole input again as the decoder's, shifted; its last token is read
         shifted = [shift_right(model.config, row) for row in inputs]
         hidden = _encoder_decoder_hidden(model, inputs, shifted, slots)
+    elif attached.narrows and slots is None and family.pooling == "first" and attached.route.bank is None:
+        ends = torch.tensor(lengths).cumsum(0)
+        hidden = _hidden(model, inputs, slots, read=(ends - torch.tensor(lengths)).to(device_of(model)))
+        lengths = [1] * len(lengths)  # the body gives (B, D)
     else:
         hidden = _hidden(model, inputs, slots)
     pooled = pool(family.pooling, getattr(model.config, "classifier_pooling", "cls"), hidden, lengths)
@@ -76,15 +80,17 @@ def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
     return logits if bias is None else logits + bias
 
 
-def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None) -> Tensor:
-    """Last hidden states of an encoder or a decoder: (N, D)."""
+def _hidden(
+    model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None, read: Tensor | None = None
+) -> Tensor:
+    """Last hidden states of an encoder or a decoder: (N, D), or (B, D) of the tokens that are `read`."""
     attached = attachment(model)
     rows, slots = _filled(rows, slots)
     lengths = [len(row) for row in rows]
     ids = torch.cat(list(rows))[None].to(device_of(model))  # (1, N)
     offset = attached.family.position_offset(model.config)
     call: dict[str, Any] = {"use_cache": False} if attached.family.kind == "decoder" else {}
-    with set_route(attached.route, slots, {attached.family.kind: lengths}, in_body=True):
+    with set_route(attached.route, slots, {attached.family.kind: lengths}, in_body=True, read=read):
         output = model.base_model(
             input_ids=ids,
             attention_mask=ready_mask(ids),

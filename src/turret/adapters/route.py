@@ -90,6 +90,7 @@ class Route:
     masks: Masks | None = None  # of the unpadded pass under way
     bank: Bank | None = None  # has the adapters instead of the modules' slots
     cache: Cache | None = None  # has the keys and values of earlier passes
+    read: Tensor | None = None  # the only tokens whose last hidden states anybody reads, (B,) int64; None for all
     positions: Mapping[str, Tensor] | None = None  # of every unpadded token, ready made: (N,) int64 a stream
 
     def slot_of(self, row: int) -> int:
@@ -126,15 +127,19 @@ class Route:
 
 @contextmanager
 def set_route(
-    route: Route, slots: Sequence[int] | None, lengths: Mapping[str, Sequence[int]] | None, in_body: bool = False
+    route: Route,
+    slots: Sequence[int] | None,
+    lengths: Mapping[str, Sequence[int]] | None,
+    in_body: bool = False,
+    read: Tensor | None = None,
 ) -> Iterator[None]:
     """Point `route` at another batch for the length of the block."""
-    before = route.slots, route.lengths, route.in_body, route.memo, route.masks
+    before = route.slots, route.lengths, route.in_body, route.memo, route.masks, route.read
     route.slots = None if slots is None else tuple(slots)
     route.lengths = None if lengths is None else {name: tuple(each) for name, each in lengths.items()}
-    route.in_body, route.memo = in_body, {}
+    route.in_body, route.memo, route.read = in_body, {}, read
     route.masks = None if lengths is None else Masks()
     try:
         yield
     finally:
-        route.slots, route.lengths, route.in_body, route.memo, route.masks = before
+        route.slots, route.lengths, route.in_body, route.memo, route.masks, route.read = before

@@ -47,6 +47,12 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
     results["rms_norm"] = (normed, y.detach())
     expected = torch.autograd.grad(y, wide, dy.double())[0]
     results["rms_norm_backward"] = (library.rms_norm_backward(gate, weight, found, dy), expected)
+    shift = draw(37)
+    y = torch.nn.functional.layer_norm(wide + wider, (37,), weight.double(), shift.double(), 1e-5)
+    normed, added, stats = library.added_norm(gate, up, weight, shift, 1e-5, KEPT)
+    results["added_norm"] = (normed, y.detach())
+    given = library.added_norm_backward(added, weight, stats, KEPT, dy)
+    results["added_norm_backward"] = (given[1], torch.autograd.grad(y, wide, dy.double())[0])
     x, angle = draw(5, 2, 8), torch.rand(5, 8, generator=generator)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     turned = torch.cat([-x[..., 4:], x[..., :4]], -1).double()

@@ -111,11 +111,11 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
 #define LOAD wide
 #define STORE narrow
 #define NAME(x) x##_bfloat16
-#ifdef TILES
-#define PACK_CHUNK pack_row_tiles
+#ifdef __AVX512BF16__
+#define PACK_CHUNK pack_row_pairs
 #endif
 #include "operations.inc.c"
-#ifdef TILES
+#ifdef __AVX512BF16__
 #undef E
 #undef PACK
 #undef PACK_ROW
@@ -124,18 +124,22 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
 #undef RIGHT_OF_TRANSPOSED
 #undef RIGHT_OF
 #undef RIGHT_OF_FLOAT
-#undef BEGIN
-#undef END_PRODUCTS
 #define E bfloat16
 #define PACK narrow
-#define PACK_ROW pack_row_tiles
+#define PACK_ROW pack_row_pairs
+#define TRANSPOSED transposed_pairs
+#define RIGHT_OF_TRANSPOSED right_of_transposed_pairs
+#define RIGHT_OF right_of_pairs
+#define RIGHT_OF_FLOAT right_of_float_pairs
+#ifndef TILES
+#define PRODUCT product_pairs
+#else
 #define PRODUCT product_tiles
-#define TRANSPOSED transposed_tiles
-#define RIGHT_OF_TRANSPOSED right_of_transposed_tiles
-#define RIGHT_OF right_of_tiles
-#define RIGHT_OF_FLOAT right_of_float_tiles
+#undef BEGIN
+#undef END_PRODUCTS
 #define BEGIN struct tile_config before; begin_tiles(&before);
 #define END_PRODUCTS end_tiles(&before);
+#endif
 #endif
 #include "attention.inc.c"
 #undef WIDE16

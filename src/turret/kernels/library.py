@@ -65,6 +65,7 @@ class Rows:
     window: int = 0
     bias: Tensor | None = None
     zero: int = 0
+    all_asked: bool = True  # else some tokens are in no row's queries: their y is not written, their dq is zero
 
     @property
     def count(self) -> int:
@@ -164,6 +165,30 @@ class Library:
         self._call("rms_norm_backward", x.dtype, rows, width, _p(x), _p(weight), _p(r), _p(dy), _p(dx), _threads())
         return dx
 
+    def added_norm(
+        self, a: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dropped: Dropped
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(LayerNorm of s, s = dropout(a) + x, mean and 1 / deviation of each row of s (..., 2) float32)."""
+        s, y, stats = torch.empty_like(a), torch.empty_like(a), torch.empty(*a.shape[:-1], 2, dtype=torch.float32)
+        rows, width = ctypes.c_long(stats.numel() // 2), ctypes.c_long(a.shape[-1])
+        self._call(
+            "added_norm", a.dtype, rows, width, *map(_p, (a, x, weight, bias)), ctypes.c_float(eps), *_mask(dropped),
+            *map(_p, (s, y, stats)), _threads(),
+        )  # fmt: skip
+        return y, s, stats
+
+    def added_norm_backward(
+        self, s: Tensor, weight: Tensor, stats: Tensor, dropped: Dropped, dy: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(da, dx)."""
+        da, dx = torch.empty_like(s), torch.empty_like(s)
+        rows, width = ctypes.c_long(stats.numel() // 2), ctypes.c_long(s.shape[-1])
+        self._call(
+            "added_norm_backward", s.dtype, rows, width, *map(_p, (s, weight, stats, dy)), *_mask(dropped), _p(da),
+            _p(dx), _threads(),
+        )  # fmt: skip
+        return da, dx
+
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         """x: (N, H, D) whose last axis is contiguous; cos, sin: (N, D). Contiguous (N, H, D)."""
         tokens, heads, dim = x.shape
@@ -199,6 +224,8 @@ class Library:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(dq, dk, dv, dprefixes (B, 2, H_kv, P, D) float32 with P of the longest prefix; a shorter one has less)."""
         dq, dk, dv = (torch.empty(each.shape, dtype=each.dtype) for each in (q, k, v))
+        if not rows.all_asked:
+            dq.zero_()
         words, _kept = _words(rows, q, k, v, prefixes, dropped)
         dprefixes = torch.zeros(rows.count, 2, k.shape[1], words.most_prefix, q.shape[2])
         self._call("attention_backward", q.dtype, ctypes.byref(words), _p(q), _p(k), _p(v), _p(dy), _p(log_sum), _p(dq),
@@ -226,6 +253,11 @@ def _p(x: Tensor | None) -> ctypes.c_void_p:
 
 def _n(x: Tensor) -> ctypes.c_long:
     return ctypes.c_long(x.numel())
+
+
+def _mask(dropped: Dropped) -> tuple[Any, ...]:
+    """seed, other, threshold, scale"""
+    return *map(ctypes.c_uint32, (*dropped.seeds, dropped.threshold)), ctypes.c_float(dropped.scale)
 
 
 def _threads() -> ctypes.c_int:

@@ -125,6 +125,78 @@ void NAME(rms_norm_backward)(long rows, long width, const T *x, const T *w, cons
     }
 }
 
+/* --- dropout, residual sum and LayerNorm -------------------------------------------------------------------------- */
+
+/* What `dropout` multiplies element f by. */
+static inline float NAME(kept)(uint32_t f, uint32_t seed, uint32_t other, uint32_t threshold, float scale)
+{
+    uint32_t word = random_word(f / CHUNK * (CHUNK / 2) + f % (CHUNK / 2), seed, other);
+    return ((f & (CHUNK / 2)) ? word >> 16 : word & 0xffffu) >= threshold ? scale : 0.0f;
+}
+
+/* s = drop(a) + x,  y = w (s - mean) r + b,  r = 1 / sqrt(var + eps), of s as it is kept;  stats: (rows, 2) mean and r */
+void NAME(added_norm)(long rows, long width, const T *a, const T *x, const T *w, const T *b, float eps, uint32_t seed,
+                      uint32_t other, uint32_t threshold, float scale, T *s, T *y, float *stats, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > SERIAL)
+    for (long row = 0; row < rows; row++) {
+        const T *u = a + row * width, *v = x + row * width;
+        T *to = s + row * width;
+        float sum = 0.0f, squares = 0.0f;
+        for (long at = 0; at < width; at += CHUNK) {
+            float z[CHUNK];
+            long size = width - at < CHUNK ? width - at : CHUNK;
+            uint32_t first = (uint32_t)(row * width + at);
+            if (threshold)
+                for (long i = 0; i < size; i++)
+                    z[i] = LOAD(u[at + i]) * NAME(kept)(first + (uint32_t)i, seed, other, threshold, scale) + LOAD(v[at + i]);
+            else
+                for (long i = 0; i < size; i++) z[i] = LOAD(u[at + i]) + LOAD(v[at + i]);
+            NAME(put)(to + at, z, size);
+            for (long i = 0; i < size; i++) sum += LOAD(to[at + i]);
+        }
+        float mean = sum / (float)width;
+        for (long i = 0; i < width; i++) squares += (LOAD(to[i]) - mean) * (LOAD(to[i]) - mean);
+        float r = 1.0f / sqrtf(squares / (float)width + eps);
+        stats[2 * row] = mean;
+        stats[2 * row + 1] = r;
+        for (long at = 0; at < width; at += CHUNK) {
+            float z[CHUNK];
+            long size = width - at < CHUNK ? width - at : CHUNK;
+            for (long i = 0; i < size; i++) z[i] = LOAD(w[at + i]) * ((LOAD(to[at + i]) - mean) * r) + LOAD(b[at + i]);
+            NAME(put)(y + row * width + at, z, size);
+        }
+    }
+}
+
+/* dx = r (g - mean(g) - n mean(g n)),  g = w dy,  n = (s - mean) r;  da = drop(dx) */
+void NAME(added_norm_backward)(long rows, long width, const T *s, const T *w, const float *stats, const T *dy, uint32_t seed,
+                               uint32_t other, uint32_t threshold, float scale, T *da, T *dx, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > SERIAL)
+    for (long row = 0; row < rows; row++) {
+        const T *from = s + row * width, *d = dy + row * width;
+        float mean = stats[2 * row], r = stats[2 * row + 1], first = 0.0f, second = 0.0f;
+        for (long i = 0; i < width; i++) {
+            float g = LOAD(w[i]) * LOAD(d[i]);
+            first += g;
+            second += g * (LOAD(from[i]) - mean) * r;
+        }
+        first /= (float)width;
+        second /= (float)width;
+        for (long at = 0; at < width; at += CHUNK) {
+            float z[CHUNK];
+            long size = width - at < CHUNK ? width - at : CHUNK, to = row * width + at;
+            for (long i = 0; i < size; i++)
+                z[i] = r * (LOAD(w[at + i]) * LOAD(d[at + i]) - first - (LOAD(from[at + i]) - mean) * r * second);
+            NAME(put)(dx + to, z, size);
+            if (threshold)
+                for (long i = 0; i < size; i++) z[i] *= NAME(kept)((uint32_t)(to + i), seed, other, threshold, scale);
+            NAME(put)(da + to, z, size);
+        }
+    }
+}
+
 /* --- rotary positions -------------------------------------------------------------------------------------------- */
 
 /* y = x cos + rotate_half(x) sin, or its transpose (sign = -1).  x: (N, H, D) with strides; cos, sin: (N, D); y: (N, H, D) */

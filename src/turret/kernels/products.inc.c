@@ -1,7 +1,7 @@
 /* Small matrix products in a core's own cache: with a processor's matrix tiles (AMX) where it has them, else with vectors.
 
-   C (m, n) float = A (m, k) B (k, n); m, n, k multiples of 32. A lies in rows. B lies in rows too for vectors; for tiles, two
-   rows are woven into one: B[2i][j], B[2i + 1][j] side by side. */
+   C (m, n) float = A (m, k) B (k, n); m, n, k multiples of 32. A lies in rows. B lies in rows too for floats; where products
+   of bfloat16 are the processor's own, two rows are woven into one: B[2i][j], B[2i + 1][j] side by side. */
 
 #define PIECE 32 /* queries at a time */
 #define ROUND(n) (((n) + 31) / 32 * 32)
@@ -180,6 +180,88 @@ static const uint16_t unwoven[32] = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20,
 #define RANKS 2
 #endif
 
+/* --- pairs of bfloat16: two rows of B woven into one, for vectors and for tiles --------------------------------------- */
+
+#ifdef __AVX512BF16__
+static void product_pairs(float *c, long ldc, const bfloat16 *a, long lda, const bfloat16 *b, long ldb, long m, long n, long k, int add)
+{
+    for (long j = 0; j < n; j += 32)
+        for (long i = 0; i < m; i += 8) {
+            __m512 sum[8][2];
+            for (int r = 0; r < 8; r++)
+                for (int w = 0; w < 2; w++)
+                    sum[r][w] = add ? _mm512_loadu_ps(c + (i + r) * ldc + j + 16 * w) : _mm512_setzero_ps();
+            for (long e = 0; e < k; e += 2) {
+                __m512bh first, second;
+                memcpy(&first, b + e * ldb + 2 * j, 64);
+                memcpy(&second, b + e * ldb + 2 * j + 32, 64);
+#pragma GCC unroll 8
+                for (int r = 0; r < 8; r++) {
+                    int32_t both;
+                    memcpy(&both, a + (i + r) * lda + e, 4);
+                    __m512bh x = (__m512bh)_mm512_set1_epi32(both);
+                    sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x, first);
+                    sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x, second);
+                }
+            }
+            for (int r = 0; r < 8; r++)
+                for (int w = 0; w < 2; w++) _mm512_storeu_ps(c + (i + r) * ldc + j + 16 * w, sum[r][w]);
+        }
+}
+
+static void pack_row_pairs(bfloat16 *to, const float *from, long n)
+{
+    for (long j = 0; j < n; j += 32) {
+        __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + j + 16), _mm512_loadu_ps(from + j));
+        memcpy(to + j, &both, 64);
+    }
+}
+
+/* B of X^T for X (n, k): the pairs of a row of X become a column */
+static void right_of_transposed_pairs(bfloat16 *to, const bfloat16 *from, long n, long k)
+{
+    uint32_t *y = (uint32_t *)to;
+    const __m512i column = _mm512_mullo_epi32(_mm512_set1_epi32((int)(k / 2)),
+                                              _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (long j = 0; j < n; j += 16)
+        for (long e = 0; e < k / 2; e++)
+            _mm512_storeu_si512(y + e * n + j, _mm512_i32gather_epi32(column, from + j * k + 2 * e, 4));
+}
+
+static const uint16_t woven[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+/* B of X (k, n): two rows woven into one */
+static void right_of_pairs(bfloat16 *to, const bfloat16 *from, long k, long n)
+{
+    const __m512i order = _mm512_loadu_si512(woven);
+    for (long e = 0; e < k; e += 2)
+        for (long j = 0; j < n; j += 16) {
+            __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const void *)(from + e * n + j))),
+                                              _mm256_loadu_si256((const void *)(from + (e + 1) * n + j)), 1);
+            _mm512_storeu_si512(to + e * n + 2 * j, _mm512_permutexvar_epi16(order, both));
+        }
+}
+
+static void right_of_float_pairs(bfloat16 *to, const float *from, long stride, long n)
+{
+    const __m512i order = _mm512_loadu_si512(woven);
+    for (long e = 0; e < PIECE; e += 2)
+        for (long j = 0; j < n; j += 16) {
+            __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + (e + 1) * stride + j), _mm512_loadu_ps(from + e * stride + j));
+            __m512i bits;
+            memcpy(&bits, &both, 64);
+            _mm512_storeu_si512(to + e * n + 2 * j, _mm512_permutexvar_epi16(order, bits));
+        }
+}
+
+static void transposed_pairs(bfloat16 *to, const bfloat16 *from, long m, long n)
+{
+    for (long j = 0; j < n; j++)
+        for (long i = 0; i < m; i++) to[j * m + i] = from[i * n + j];
+}
+#endif
+
 /* --- tiles ------------------------------------------------------------------------------------------------------- */
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -224,58 +306,6 @@ static void product_tiles(float *c, long ldc, const bfloat16 *a, long lda, const
             _tile_stored(0, c0, ldc * 4); _tile_stored(1, c0 + 16, ldc * 4);
             _tile_stored(2, c1, ldc * 4); _tile_stored(3, c1 + 16, ldc * 4);
         }
-}
-
-static void pack_row_tiles(bfloat16 *to, const float *from, long n)
-{
-    for (long j = 0; j < n; j += 32) {
-        __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + j + 16), _mm512_loadu_ps(from + j));
-        memcpy(to + j, &both, 64);
-    }
-}
-
-/* B of X^T for X (n, k): the pairs of a row of X become a column */
-static void right_of_transposed_tiles(bfloat16 *to, const bfloat16 *from, long n, long k)
-{
-    uint32_t *y = (uint32_t *)to;
-    const __m512i column = _mm512_mullo_epi32(_mm512_set1_epi32((int)(k / 2)),
-                                              _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    for (long j = 0; j < n; j += 16)
-        for (long e = 0; e < k / 2; e++)
-            _mm512_storeu_si512(y + e * n + j, _mm512_i32gather_epi32(column, from + j * k + 2 * e, 4));
-}
-
-static const uint16_t woven[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-
-/* B of X (k, n): two rows woven into one */
-static void right_of_tiles(bfloat16 *to, const bfloat16 *from, long k, long n)
-{
-    const __m512i order = _mm512_loadu_si512(woven);
-    for (long e = 0; e < k; e += 2)
-        for (long j = 0; j < n; j += 16) {
-            __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const void *)(from + e * n + j))),
-                                              _mm256_loadu_si256((const void *)(from + (e + 1) * n + j)), 1);
-            _mm512_storeu_si512(to + e * n + 2 * j, _mm512_permutexvar_epi16(order, both));
-        }
-}
-
-static void right_of_float_tiles(bfloat16 *to, const float *from, long stride, long n)
-{
-    const __m512i order = _mm512_loadu_si512(woven);
-    for (long e = 0; e < PIECE; e += 2)
-        for (long j = 0; j < n; j += 16) {
-            __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + (e + 1) * stride + j), _mm512_loadu_ps(from + e * stride + j));
-            __m512i bits;
-            memcpy(&bits, &both, 64);
-            _mm512_storeu_si512(to + e * n + 2 * j, _mm512_permutexvar_epi16(order, bits));
-        }
-}
-
-static void transposed_tiles(bfloat16 *to, const bfloat16 *from, long m, long n)
-{
-    for (long j = 0; j < n; j++)
-        for (long i = 0; i < m; i++) to[j * m + i] = from[i * n + j];
 }
 
 /* y += (x A^T) B for bfloat16, 32 tokens at a time, the factors woven first; `all` tokens may be read behind `start`. Whether it

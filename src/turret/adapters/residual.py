@@ -1,0 +1,82 @@
+"""The end of a half of an encoder's layer as one operation: dropout, the sum with what went in, LayerNorm. Knows tensors.
+
+    s = dropout(W h + bias) + x,    y = w (s - mean(s)) / sqrt(var(s) + eps) + b        (Ba et al. 2016)
+
+Written out it is three operations and three more on the way back, each one pass over memory; here one and one, with s
+alone kept, which LayerNorm keeps anyway. Where a classifier reads one token of a row (`Route.read`), the last layer goes
+on with these tokens alone after its attention: nobody reads what the others would become. Refuses to know families:
+what it stands in for is told by the names of classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turret.adapters.dropout import Masks
+from turret.adapters.route import Route
+from turret.kernels import KEPT, LARGEST, Dropped, Library, usable
+
+AFTER_ATTENTION = ("BertSelfOutput", "RobertaSelfOutput")
+CLASSES = (*AFTER_ATTENTION, "BertOutput", "RobertaOutput")  # dense, LayerNorm, dropout
+
+
+class _AddedNorm(torch.autograd.Function):
+    """y = LayerNorm(dropout(a) + x) with frozen weights. a, x: (..., D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dropped: Dropped, library: Library
+    ) -> Tensor:
+        y, s, stats = library.added_norm(a, x, weight, bias, eps, dropped)
+        ctx.save_for_backward(s, weight, stats)
+        ctx.dropped, ctx.library = dropped, library
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        s, weight, stats = ctx.saved_tensors
+        da, dx = ctx.library.added_norm_backward(s, weight, stats, ctx.dropped, gradients[0].contiguous())
+        return da, dx, None, None, None, None, None
+
+
+class FrozenOutput(nn.Module):
+    """In place of the base's own, with the very same layers under the very same names.
+
+    narrows: it ends the attention of the last layer, so the tokens of `Route.read` alone need to go on.
+    """
+
+    def __init__(self, replaced: Any, route: Route, narrows: bool) -> None:
+        super().__init__()
+        self.dense: nn.Module = replaced.dense
+        self.LayerNorm: nn.LayerNorm = replaced.LayerNorm
+        self.dropout: nn.Dropout = replaced.dropout
+        self.route, self.narrows = route, narrows
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if self.narrows and self.route.read is not None:  # (1, N, D) -> (1, B, D)
+            hidden_states, input_tensor = (x.index_select(1, self.route.read) for x in (hidden_states, input_tensor))
+        a, x, norm = self.dense(hidden_states), input_tensor, self.LayerNorm
+        library = self._kernels(a, x)
+        if library is None:
+            plain: Tensor = norm(self.dropout(a) + x)
+            return plain
+        p = self.dropout.p if self.dropout.training else 0.0
+        dropped = (self.route.masks or Masks()).dropped(p) if p > 0.0 else KEPT
+        y: Tensor = _AddedNorm.apply(  # type: ignore[no-untyped-call]
+            a.contiguous(), x.contiguous(), norm.weight, norm.bias, norm.eps, dropped, library
+        )
+        return y
+
+    def _kernels(self, a: Tensor, x: Tensor) -> Library | None:
+        """The kernels, where there is a gradient to be computed through frozen weights."""
+        norm = self.LayerNorm
+        trains = torch.is_grad_enabled() and (a.requires_grad or x.requires_grad) and not norm.weight.requires_grad
+        return usable(a, x, norm.weight, norm.bias) if trains and a.numel() < LARGEST else None
+
+
+def narrowing(last_attention: str) -> str:
+    """The path of what ends the attention whose own path is given."""
+    return f"{last_attention.rpartition('.')[0]}.output"

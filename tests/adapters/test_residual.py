@@ -1,0 +1,127 @@
+"""Dropout, residual sum and LayerNorm in one are the three one after another, and nobody misses the tokens left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import build
+from torch import Tensor
+from transformers.models.bert.modeling_bert import BertConfig, BertOutput, BertSelfOutput
+
+from turret.adapters import attach, attachment, classify_logits, detach, trainable_parameters
+from turret.adapters.residual import CLASSES, FrozenOutput, _AddedNorm
+from turret.adapters.route import Route
+from turret.kernels import KEPT, Dropped, library, without
+from turret.methods import Full, LoRA, Method, Prefix
+
+METHODS: tuple[Method, ...] = (
+    LoRA(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.0),
+    Prefix(num_virtual_tokens=3),
+)
+
+
+def own_output(kind: Any, width: int, dtype: torch.dtype, p: float = 0.1) -> Any:
+    torch.manual_seed(0)
+    own = kind(BertConfig(hidden_size=width, intermediate_size=width, num_attention_heads=1, hidden_dropout_prob=p))
+    for each in own.parameters():
+        each.data.add_(0.3 * torch.randn_like(each)).requires_grad_(False)
+    return own.requires_grad_(False).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [BertSelfOutput, BertOutput])
+@pytest.mark.parametrize("width", [37, 128, 384])
+def test_it_gives_what_the_base_gives_and_the_same_gradients(kind: Any, dtype: torch.dtype, width: int) -> None:
+    own = own_output(kind, width, dtype).eval()
+    ours = FrozenOutput(own, Route(), narrows=False)
+    h, x = (torch.randn(1, 9, width).to(dtype).requires_grad_() for _ in range(2))
+    close = {"atol": 2e-6, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 0.06, "rtol": 0.05}
+    mine, theirs = ours(h, x), own(h, x)
+    torch.testing.assert_close(mine, theirs, **close)
+    dy = torch.randn_like(mine)
+    for given, wanted in zip(torch.autograd.grad(mine, (h, x), dy), torch.autograd.grad(theirs, (h, x), dy), strict=True):
+        torch.testing.assert_close(given, wanted, **close)
+    with torch.no_grad():
+        assert torch.equal(ours(h, x), own(h, x))
+
+
+@pytest.mark.skipif(library() is None, reason="no kernels on this machine")
+@pytest.mark.parametrize("width", [37, 200, 384])
+def test_what_is_dropped_is_dropped_on_the_way_back_too(width: int) -> None:
+    """Against the three operations in double, with the mask that the kernel for dropout alone makes of these seeds."""
+    found, dropped = library(), Dropped.of(0.3, (123, 456))
+    assert found is not None
+    a, x, weight, bias = torch.randn(11, width), torch.randn(11, width), torch.rand(width), torch.randn(width)
+    mask = found.dropout(torch.ones(11, width), dropped).double()
+    assert 0.5 < float((mask > 0).double().mean()) < 0.9
+    wide = [each.double().requires_grad_() for each in (a, x)]
+    expected = torch.nn.functional.layer_norm(wide[0] * mask + wide[1], (width,), weight.double(), bias.double(), 1e-12)
+    given = [each.requires_grad_() for each in (a, x)]
+    y = _AddedNorm.apply(*given, weight, bias, 1e-12, dropped, found)  # type: ignore[no-untyped-call]
+    dy = torch.randn(11, width)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+    for mine, wanted in zip(torch.autograd.grad(y, given, dy), torch.autograd.grad(expected, wide, dy.double()), strict=True):
+        torch.testing.assert_close(mine.double(), wanted, atol=2e-5, rtol=2e-5)
+    plain = _AddedNorm.apply(*given, weight, bias, 1e-12, KEPT, found)  # type: ignore[no-untyped-call]
+    assert not torch.allclose(y, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_every_output_of_the_family_is_replaced_and_comes_back(family: str) -> None:
+    model = build(family, "classify")
+    own = {path: module for path, module in model.named_modules() if type(module).__name__ in CLASSES}
+    names = {name for name, _ in model.named_parameters()}
+    attach(model, Prefix(num_virtual_tokens=2))
+    twins = [model.get_submodule(path) for path in own]
+    assert twins
+    assert all(isinstance(each, FrozenOutput) for each in twins)
+    assert [each.narrows for each in twins] == [*[False] * (len(twins) - 2), True, False]
+    assert names <= {name for name, _ in model.named_parameters()}
+    detach(model)
+    assert all(model.get_submodule(path) is module for path, module in own.items())
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_the_last_layer_of_the_tokens_that_are_read_is_all_of_the_answer_and_of_the_gradient(
+    family: str, method: Method, kernels: bool
+) -> None:
+    model = attach(build(family, "classify"), method, generator=torch.Generator().manual_seed(1)).eval()
+    rows = [torch.tensor([2, 5, 6, 7, 8, 9, 3]), torch.tensor([2, 3]), torch.tensor([2, *range(5, 40), 3])]
+    widths: list[int] = []
+    body = model.base_model.encoder.layer[-1]
+    body.register_forward_hook(lambda *call: widths.append(call[2].shape[1]))
+
+    def outcome() -> tuple[Tensor, list[Tensor]]:
+        logits = classify_logits(model, rows)
+        trained = list(trainable_parameters(model).values())
+        return logits, list(torch.autograd.grad(logits.square().sum(), trained, allow_unused=True))
+
+    def both() -> tuple[Any, Any]:
+        attached = attachment(model)
+        assert attached.narrows
+        narrow = outcome()
+        attached.narrows = False
+        return narrow, outcome()
+
+    if kernels:
+        narrow, whole = both()
+    else:
+        with without():
+            narrow, whole = both()
+    assert widths[0] == len(rows)
+    assert widths[1] > sum(map(len, rows))
+    torch.testing.assert_close(narrow[0], whole[0], atol=1e-5, rtol=1e-5)
+    for given, wanted in zip(narrow[1], whole[1], strict=True):
+        assert (given is None) == (wanted is None)
+        if given is not None:
+            torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_norm_that_is_trained_gets_its_gradient() -> None:
+    model = attach(build("bert", "classify"), Full()).train()
+    classify_logits(model, [torch.tensor([2, 5, 6, 3])]).square().sum().backward()
+    assert all(each.grad is not None for name, each in model.named_parameters() if "output.LayerNorm" in name)
