@@ -76,6 +76,18 @@ def test_moving_the_row_tells_whoever_caches_by_version() -> None:
     assert not layer.weight.any()
 
 
+def test_its_end_gives_back_all_but_the_weights() -> None:
+    parameter = nn.Parameter(torch.randn(3, 4))
+    optimiser = AdamW({"a": parameter})
+    optimiser.gradients.fill_(1.0)
+    optimiser.step(0.1)
+    before = parameter.detach().clone()
+    optimiser.end()
+    assert torch.equal(parameter, before)
+    assert parameter.grad is None
+    assert [each.numel() for each in (optimiser.gradients, optimiser.exp_avg, optimiser.exp_avg_sq)] == [0, 0, 0]
+
+
 def test_weights_in_half_precision_are_refused_with_the_remedy() -> None:
     with pytest.raises(TrainingError, match=r"weight is bfloat16.*train.dtype to float32"):
         AdamW(dict(nn.Linear(2, 2).bfloat16().named_parameters()))

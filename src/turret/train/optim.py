@@ -140,6 +140,12 @@ class AdamW:
         self.steps = steps
         self._changed()
 
+    def end(self) -> None:
+        """Give back all but the weights, which are about to be copied: no update can follow."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        self.gradients = self.exp_avg = self.exp_avg_sq = self.weights.new_empty(0)
+
     @torch.no_grad()
     def set_weights(self, weights: Tensor) -> None:
         self.weights.copy_(weights)

@@ -259,7 +259,8 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint, unless the weights are no longer good; the main process does, the others wait."""
-        if not bool(torch.isfinite(self.optimiser.weights).all()):
+        ends = torch.stack(torch.aminmax(self.optimiser.weights))  # a NaN is both; no copy is made
+        if not bool(torch.isfinite(ends).all()):
             return  # the next loss will say so; the last good state stays
         tensors = dict(self.optimiser.state())
         for rank, states in enumerate(self.processes.gather(self.randomness.tensors())):
@@ -312,6 +313,7 @@ class Run:
         """Keep the last or the best weights, check that the base is untouched, and read the adapter off the model."""
         if self.best_weights is not None:
             self.optimiser.set_weights(self.best_weights)
+        self.optimiser.end()
         self.model.eval()
         if checksum(self.originals) != self.unchanged:
             raise TrainingError(
