@@ -41,7 +41,9 @@ def test_it_gives_what_the_base_gives_and_the_same_gradients(kind: Any, dtype: t
     mine, theirs = ours(h, x), own(h, x)
     torch.testing.assert_close(mine, theirs, **close)
     dy = torch.randn_like(mine)
-    for given, wanted in zip(torch.autograd.grad(mine, (h, x), dy), torch.autograd.grad(theirs, (h, x), dy), strict=True):
+    for given, wanted in zip(
+        torch.autograd.grad(mine, (h, x), dy), torch.autograd.grad(theirs, (h, x), dy), strict=True
+    ):
         torch.testing.assert_close(given, wanted, **close)
     with torch.no_grad():
         assert torch.equal(ours(h, x), own(h, x))
@@ -62,7 +64,9 @@ def test_what_is_dropped_is_dropped_on_the_way_back_too(width: int) -> None:
     y = _AddedNorm.apply(*given, weight, bias, 1e-12, dropped, found)  # type: ignore[no-untyped-call]
     dy = torch.randn(11, width)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
-    for mine, wanted in zip(torch.autograd.grad(y, given, dy), torch.autograd.grad(expected, wide, dy.double()), strict=True):
+    for mine, wanted in zip(
+        torch.autograd.grad(y, given, dy), torch.autograd.grad(expected, wide, dy.double()), strict=True
+    ):
         torch.testing.assert_close(mine.double(), wanted, atol=2e-5, rtol=2e-5)
     plain = _AddedNorm.apply(*given, weight, bias, 1e-12, KEPT, found)  # type: ignore[no-untyped-call]
     assert not torch.allclose(y, plain, atol=1e-3)

@@ -80,9 +80,7 @@ def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
     return logits if bias is None else logits + bias
 
 
-def _hidden(
-    model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None, read: Tensor | None = None
-) -> Tensor:
+def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None, read: Tensor | None = None) -> Tensor:
     """Last hidden states of an encoder or a decoder: (N, D), or (B, D) of the tokens that are `read`."""
     attached = attachment(model)
     rows, slots = _filled(rows, slots)

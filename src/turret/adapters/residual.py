@@ -1,11 +1,11 @@
-"""The end of a half of an encoder's layer as one operation: dropout, the sum with what went in, LayerNorm. Knows tensors.
+"""The end of a half of an encoder's layer as one operation: dropout, the sum with what went in, LayerNorm.
 
     s = dropout(W h + bias) + x,    y = w (s - mean(s)) / sqrt(var(s) + eps) + b        (Ba et al. 2016)
 
 Written out it is three operations and three more on the way back, each one pass over memory; here one and one, with s
-alone kept, which LayerNorm keeps anyway. Where a classifier reads one token of a row (`Route.read`), the last layer goes
-on with these tokens alone after its attention: nobody reads what the others would become. Refuses to know families:
-what it stands in for is told by the names of classes.
+alone kept, which LayerNorm keeps anyway. Where a classifier reads one token of a row (`Route.read`), the last layer
+goes on with these tokens alone after its attention: nobody reads what the others would become. Knows tensors. Refuses
+to know families: what it stands in for is told by the names of classes.
 """
 
 from __future__ import annotations
