@@ -128,7 +128,7 @@ def main(folder: Path, kill_after: int | None) -> None:
 def run_out_of_memory(grant: int) -> None:
     """64 texts of 500 tokens in one pass, with so many bytes of address space more than are in use."""
     settings = {"train__batch_size": 64, "task__max_tokens": 500, "train__micro_batch_tokens": 100_000}
-    made, on, data = recipe(**settings), base("bert"), dataset(train=64)
+    made, on, data = recipe(**settings), base("bert", num_hidden_layers=4), dataset(train=64)
     data = replace(data, train=[Labelled("the market in london " * 100, each.label) for each in data.train])
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + grant, resource.RLIM_INFINITY))
