@@ -58,7 +58,18 @@ def test_the_light_names_load_nothing_heavy() -> None:
 
 
 def test_the_public_names_are_these_and_each_is_there() -> None:
-    names = ["AsyncClient", "Full", "Head", "LoRA", "Prefix", "Recipe", "TurretError", "Workspace", "__version__"]
+    names = [
+        "AsyncClient",
+        "Full",
+        "Head",
+        "LoRA",
+        "Peft",
+        "Prefix",
+        "Recipe",
+        "TurretError",
+        "Workspace",
+        "__version__",
+    ]
     names += ["attach", "detach", "save"]
     assert sorted(turret.__all__) == names == dir(turret)
     for name in names:

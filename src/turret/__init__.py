@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from turret.adapters import attach, detach, save
     from turret.client import AsyncClient
     from turret.errors import TurretError
-    from turret.methods import Full, Head, LoRA, Prefix
+    from turret.methods import Full, Head, LoRA, Peft, Prefix
     from turret.recipe import Recipe
     from turret.workspace import Workspace
 
@@ -23,6 +23,7 @@ __all__ = [
     "Full",
     "Head",
     "LoRA",
+    "Peft",
     "Prefix",
     "Recipe",
     "TurretError",
@@ -38,6 +39,7 @@ _HOMES = {
     "Full": "turret.methods",
     "Head": "turret.methods",
     "LoRA": "turret.methods",
+    "Peft": "turret.methods",
     "Prefix": "turret.methods",
     "Recipe": "turret.recipe",
     "TurretError": "turret.errors",

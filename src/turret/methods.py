@@ -5,9 +5,9 @@ Refuses to know models and tensors: `adapters` turns these words into numbers.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class _Method(BaseModel):
@@ -53,4 +53,42 @@ class Full(_Method):
     kind: Literal["full"] = "full"
 
 
-Method = Annotated[LoRA | Prefix | Head | Full, Field(discriminator="kind")]
+class Peft(_Method):
+    """Any other method of PEFT: `peft_type` is PEFT's name of it, every further key one of PEFT's configuration.
+
+    Which keys there are is PEFT's to say, when the method is put on a base; here they are plain values.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    kind: Literal["peft"] = "peft"
+    peft_type: str = Field(min_length=1, max_length=60)  # IA3, DORA, VERA, PROMPT_TUNING, ...
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, value: Any) -> Any:
+        """Without keys that say nothing, and with lists for whatever is listed."""
+        if not isinstance(value, dict):
+            return value
+        return {key: _listed(each) for key, each in value.items() if each is not None}
+
+    @field_validator("peft_type")
+    @classmethod
+    def _capital(cls, value: str) -> str:
+        return value.strip().upper().replace("-", "_")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """PEFT's own settings, those that were said."""
+        return dict(self.model_extra or {})
+
+    def with_options(self, options: dict[str, Any]) -> Peft:
+        return Peft(peft_type=self.peft_type, **options)
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(each) for key, each in value.items()}
+    return [_listed(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+Method = Annotated[LoRA | Prefix | Head | Full | Peft, Field(discriminator="kind")]

@@ -29,10 +29,10 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from turret.errors import BadReference, RecipeError
-from turret.methods import Full, Head, LoRA, Method, Prefix
+from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
 from turret.reference import check_name
 
-_METHODS: dict[str, type[BaseModel]] = {"lora": LoRA, "prefix": Prefix, "head": Head, "full": Full}
+_METHODS: dict[str, type[BaseModel]] = {"lora": LoRA, "prefix": Prefix, "head": Head, "full": Full, "peft": Peft}
 _KIND_NAMES = {"string": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 _KIND_NAMES |= {
     "int_from_float": "a whole number",
@@ -299,10 +299,21 @@ def _set(value: dict[str, Any], key: str, text: str) -> None:
         value["task"]["class_weights"] = {**(old if isinstance(old, dict) else {}), weight: number}
         return
     field = model.model_fields.get(rest)
+    if field is None and model is Peft:  # what there is, PEFT knows when it is put on a base
+        value[head][rest] = _plain(text)
+        return
     if field is None or (not head and rest in _SECTIONS):
         raise RecipeError(_unknown(key, value["method"]["kind"]))
     annotated: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     (value[head] if head else value)[rest] = _typed(key, text, TypeAdapter(annotated, config=ConfigDict(strict=True)))
+
+
+def _plain(text: str) -> Any:
+    """`text` as the first of: nothing, a TOML value, words with commas, itself."""
+    if text.strip().lower() == "none":
+        return None
+    read = _toml_value_or_text(text)
+    return _comma_words(read) if isinstance(read, str) and "," in read and read == text else read
 
 
 def _typed(key: str, text: str, type_: TypeAdapter[Any]) -> Any:

@@ -11,6 +11,7 @@ from turret.adapters.packed import classify_logits, target_logits
 from turret.adapters.route import BARE, Route, set_route
 from turret.adapters.save import save
 from turret.adapters.start import start_from
+from turret.adapters.through_peft import config_of as peft_config_of
 
 __all__ = [
     "BARE",
@@ -24,6 +25,7 @@ __all__ = [
     "extract",
     "mount",
     "on_slot",
+    "peft_config_of",
     "read_bundle",
     "read_manifest",
     "require_base",

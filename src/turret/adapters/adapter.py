@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turret.adapters import through_peft
 from turret.adapters.attach import (
     ATTRIBUTE,
     Attachment,
     attachment,
     device_of,
     hook_model,
+    invite,
     routed_linear,
     routed_module,
     swap_parameters,
@@ -27,7 +29,7 @@ from turret.adapters.lora import LoRAFactors, sizes
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.errors import AdapterError, WrongBase
 from turret.families import Family, family_of
-from turret.methods import Full, LoRA, Method, Prefix
+from turret.methods import Full, LoRA, Method, Peft, Prefix
 
 LORA_PREFIX = "base_model.model."  # as PEFT names the layers of a LoRA
 PROMPT = {"decoder": "prompt_embeddings", "encoder": "encoder_prompt_embeddings", "cross": "cross_prompt_embeddings"}
@@ -87,6 +89,10 @@ def extract(model: Any, slot: int = 1) -> Extracted:
         return Extracted({k: v for k, v in tensors.items() if k not in head}, head, method)
     if isinstance(method, LoRA):
         return Extracted(*_extract_lora(attached, key, method, head))
+    if isinstance(method, Peft):
+        assert attached.guest is not None
+        tensors = {name: _copy(value) for name, value in through_peft.tensors_of(attached.guest).items()}
+        return Extracted(tensors, head, through_peft.finished(attached.guest.method))
     if isinstance(method, Prefix):
         module = attached.prefixes[key]
         assert isinstance(module, PrefixSlot)
@@ -123,7 +129,7 @@ def mount(model: Any, adapter: Adapter, slot: int = 1, *, fingerprint: str | Non
     require_base(adapter, fingerprint)
     if slot < 1:
         raise AdapterError(f"slot {slot} cannot hold an adapter: slot 0 is the bare base; use 1 or more")
-    attached = getattr(model, ATTRIBUTE, None) or hook_model(model)
+    attached = getattr(model, ATTRIBUTE, None) or hook_model(model, plain=isinstance(adapter.method, Peft))
     unmount(model, slot)
     if isinstance(adapter.method, Full):
         if attached.methods:
@@ -135,6 +141,8 @@ def mount(model: Any, adapter: Adapter, slot: int = 1, *, fingerprint: str | Non
             _mount_lora(model, attached, adapter, adapter.method, slot)
         elif isinstance(adapter.method, Prefix):
             _mount_prefix(model, attached, adapter, slot)
+        elif isinstance(adapter.method, Peft):
+            _mount_peft(model, attached, adapter, adapter.method, slot)
         elif adapter.tensors:
             raise AdapterError(f"a head holds no other tensors, given {', '.join(sorted(adapter.tensors)[:3])}")
         _mount_head(model, attached, adapter.head, slot)
@@ -156,6 +164,9 @@ def unmount(model: Any, slot: int) -> None:
     """Empty a slot; nothing happens where it is empty already."""
     attached = attachment(model)
     key = str(slot)
+    if attached.guest is not None and slot in attached.methods:
+        attached.guest.leave()
+        attached.guest = None
     slots = [linear.slots for linear in attached.linears.values()] + [head.slots for head in attached.heads.values()]
     for each in slots:
         if key in each:
@@ -246,6 +257,18 @@ def checked_prefix(attached: Attachment, adapter: Adapter) -> dict[str, Tensor]:
 def prompt_names(groups: list[str]) -> dict[str, str]:
     """group -> tensor name. An encoder alone has the plain name, which PEFT reads too."""
     return {"encoder": PROMPT["decoder"]} if groups == ["encoder"] else {group: PROMPT[group] for group in groups}
+
+
+def _mount_peft(model: Any, attached: Attachment, adapter: Adapter, method: Peft, slot: int) -> None:
+    if attached.methods or slot != 1:
+        raise AdapterError("an adapter of PEFT answers alone: mount it in slot 1 of a model without adapters")
+    invite(model, attached, method)
+    assert attached.guest is not None
+    through_peft.fill(attached.guest, adapter.tensors)
+    for each in attached.guest.parameters.values():
+        each.requires_grad_(False)
+    for part in (*attached.guest.layers, *attached.prefixes.values()):
+        part.eval()
 
 
 def _mount_head(model: Any, attached: Attachment, head: dict[str, Tensor], slot: int) -> None:

@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters import activations, attention, positions, residual, rotary
+from turret.adapters import activations, attention, positions, residual, rotary, through_peft
 from turret.adapters.dropout import RoutedDropout
 from turret.adapters.lora import RoutedLinear, initial_factors
 from turret.adapters.norms import CLASSES, FrozenNorm
-from turret.adapters.prefix import PrefixSlot, new_slot
-from turret.adapters.route import BARE, Route
+from turret.adapters.prefix import Groups, PrefixSlot, new_slot
+from turret.adapters.route import BARE, Route, set_route
 from turret.errors import AdapterError
 from turret.families import Family, Site, attention_sites, family_of, linear_stream, stacks
-from turret.methods import Full, LoRA, Method, Prefix
+from turret.methods import Full, LoRA, Method, Peft, Prefix
 
 ATTRIBUTE = "turret"  # where the attachment sits on the model
+PREFIXES = (PrefixSlot, through_peft.Prompt)  # what may stand in front of the keys and values
 
 
 class RoutedModule(nn.Module):
@@ -75,6 +76,7 @@ class Attachment(nn.Module):
         self.linears: dict[str, RoutedLinear] = {}  # by path in the model; the modules belong to the model
         self.heads: dict[str, RoutedModule] = {}
         self.full: dict[str, nn.Parameter] = {}  # the trained copies of a full adapter, by name
+        self.guest: through_peft.Guest | None = None  # a method that PEFT itself put on the model
         self.undo: list[Callable[[], None]] = []
         self.originals = dict(model.named_parameters())  # the base's own, before anything was put in their place
         self.sites = attention_sites(model)
@@ -87,7 +89,7 @@ class Attachment(nn.Module):
         if slot == BARE or str(slot) not in self.prefixes:
             return 0
         module = self.prefixes[str(slot)]
-        assert isinstance(module, PrefixSlot)
+        assert isinstance(module, PREFIXES)
         return module.length
 
     def keys_values(self, slot: int, site: Site) -> tuple[Tensor, Tensor] | None:
@@ -96,7 +98,7 @@ class Attachment(nn.Module):
         if str(slot) not in self.prefixes:
             return None
         module = self.prefixes[str(slot)]
-        assert isinstance(module, PrefixSlot)
+        assert isinstance(module, PREFIXES)
         return module.keys_values(site.group, site.layer)
 
 
@@ -124,8 +126,14 @@ def attach(
     """
     if isinstance(getattr(model, ATTRIBUTE, None), Attachment):
         raise AdapterError("this model already carries an adapter: call turret.detach(model) first")
-    attached = hook_model(model)
+    attached = hook_model(model, plain=isinstance(method, Peft))
     attached.methods[1] = method
+    if isinstance(method, Peft):
+        try:
+            invite(model, attached, method, generator)
+        except BaseException:
+            detach(model)
+            raise
     if isinstance(method, Full):
         swap_parameters(model, attached, {})
     else:
@@ -197,8 +205,11 @@ def target_paths(model: Any, targets: tuple[str, ...] | str | None) -> list[str]
     return found
 
 
-def hook_model(model: Any) -> Attachment:
-    """Put the hooks on a model without any adapter: attention function, route, positions, frozen parameters."""
+def hook_model(model: Any, *, plain: bool = False) -> Attachment:
+    """Put the hooks on a model without any adapter: attention function, route, positions, frozen parameters.
+
+    plain: leave dropout, norms and MLPs as they are, for one who changes them himself.
+    """
     attached = Attachment(model, family_of(model.config))
     attention.register()
     flags = {name: each.requires_grad for name, each in model.named_parameters()}
@@ -233,7 +244,7 @@ def hook_model(model: Any) -> Attachment:
             each.requires_grad_(flags[name])
 
     attached.undo.append(undo)
-    for path, module in list(model.named_modules()):
+    for path, module in [] if plain else list(model.named_modules()):
         if type(module) is nn.Dropout and module.p > 0.0:
             _replace(model, attached, path, RoutedDropout(module, attached.route))
         elif type(module).__name__ in CLASSES:
@@ -259,12 +270,47 @@ def _bias_modules(attached: Attachment) -> dict[str, Any]:
 
 def _refresher(attached: Attachment, groups: tuple[str, ...]) -> Callable[..., None]:
     def refresh(*_: Any) -> None:
+        if attached.guest is not None and attached.guest.layers and attached.route.capture is None:
+            slot = attached.route.single()
+            if slot is None:
+                raise AdapterError("an adapter of PEFT answers alone: ask the bare base and others in another batch")
+            through_peft.switch(attached.guest, slot != BARE)
         for module in attached.prefixes.values():
-            assert isinstance(module, PrefixSlot)
+            assert isinstance(module, PREFIXES)
             for group in groups:
                 module.refresh(group)
 
     return refresh
+
+
+def invite(model: Any, attached: Attachment, method: Peft, generator: torch.Generator | None = None) -> None:
+    """Have PEFT put its method on a hooked model, in slot 1; it leaves with everything else."""
+    guest = through_peft.invite(model, attached.family, method, generator)
+    attached.guest = guest
+    attached.undo.append(guest.leave)
+    if not guest.layers:
+        prompt = through_peft.Prompt(guest, functools.partial(_read, model, attached))
+        attached.prefixes["1"] = prompt.to(device_of(model))
+
+
+def _read(model: Any, attached: Attachment, tokens: Tensor) -> Groups:
+    """Keys and values that the bare base gives to virtual tokens alone, by group. tokens: (1, P, D)."""
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
+    route = attached.route
+    before = route.active, route.capture
+    route.active, route.capture = BARE, captured
+    try:
+        with set_route(route, None, None):
+            mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+            dtype = model.get_input_embeddings().weight.dtype
+            model.base_model(inputs_embeds=tokens.to(dtype), attention_mask=mask, use_cache=False)
+    finally:
+        route.active, route.capture = before
+    groups: Groups = {}
+    for site in attached.sites:
+        key, value = captured[site.name]
+        groups.setdefault(site.group, []).append((key[0], value[0]))
+    return groups
 
 
 def routed_linear(model: Any, attached: Attachment, path: str) -> RoutedLinear:

@@ -63,7 +63,7 @@ def routed_attention(
         scaling = query.shape[-1] ** -0.5
     route = hooked.route
     if route.capture is not None:
-        route.capture[hooked.site.name] = (key.detach(), value.detach())
+        route.capture[hooked.site.name] = (key, value)
     if route.cache is not None and hooked.site.group != "encoder":
         output = _cached(hooked, query, key, value, scaling, sliding_window)
     elif route.lengths is not None:

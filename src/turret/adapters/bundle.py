@@ -23,11 +23,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, BaseInfo
-from turret.adapters.peft_config import check_agreement, check_config, method_of, peft_config
+from turret.adapters.peft_config import (
+    belongs,
+    check_agreement,
+    check_config,
+    check_through_peft,
+    method_of,
+    peft_config,
+)
 from turret.adapters.prefix import from_peft, to_peft
 from turret.disk import sync
 from turret.errors import BundleError
-from turret.methods import Full, LoRA, Method
+from turret.methods import Full, LoRA, Method, Peft, Prefix
 
 FORMAT = 1
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
@@ -108,8 +115,11 @@ def read_bundle(folder: str | Path) -> Adapter:
         adapter_tensors, head = _split(tensors, method, config)
         return Adapter(method, adapter_tensors, head, base)
     method = _method(manifest["method"])
-    check_config(config)
-    check_agreement(config, method)
+    if isinstance(method, Peft):
+        check_through_peft(config, method)
+    else:
+        check_config(config)
+        check_agreement(config, method)
     adapter_tensors, head = _split(tensors, method, config)
     base = BaseInfo(**{key: manifest["base"].get(key) for key in ("id", "fingerprint", "family", "revision")})
     return Adapter(method, adapter_tensors, head, base, manifest["task"], manifest["generation"], manifest["lineage"])
@@ -169,7 +179,9 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 def _stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
     prefix = "" if isinstance(adapter.method, Full) else LORA_PREFIX
-    own = {name: to_peft(each) if name in PROMPT.values() else each for name, each in adapter.tensors.items()}
+    own = adapter.tensors
+    if isinstance(adapter.method, Prefix):
+        own = {name: to_peft(each) if name in PROMPT.values() else each for name, each in own.items()}
     tensors = {**own, **{f"{prefix}{name}": value for name, value in adapter.head.items()}}
     return {name: tensors[name].contiguous() for name in sorted(tensors)}
 
@@ -183,7 +195,9 @@ def _split(
     own: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if name in PROMPT.values():
+        if isinstance(method, Peft) and belongs(method, name):
+            own[name] = value
+        elif name in PROMPT.values() and isinstance(method, Prefix):
             own[name] = _unflattened(name, value, config)
         elif isinstance(method, LoRA) and ".lora_" in name:
             own[name] = value

@@ -6,14 +6,17 @@ every layer, and no weight can say that.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from turret.adapters import through_peft
 from turret.adapters.adapter import LORA_PREFIX, Adapter
 from turret.errors import AdapterError
-from turret.methods import LoRA, Prefix
+from turret.families import family_of
+from turret.methods import LoRA, Peft, Prefix
 
 
 def merged_weight(W: Tensor, A: Tensor, B: Tensor, scaling: float, *, transposed: bool = False) -> Tensor:
@@ -44,7 +47,9 @@ def merged_state(model: Any, adapter: Adapter) -> dict[str, Tensor]:
     require_mergeable(adapter)
     state: dict[str, Tensor] = dict(model.state_dict())
     new = {**adapter.head}
-    if isinstance(adapter.method, LoRA):
+    if isinstance(adapter.method, Peft):
+        new |= _peft(model, adapter, adapter.method)
+    elif isinstance(adapter.method, LoRA):
         new |= _lora(model, adapter, adapter.method)
     else:
         new |= adapter.tensors
@@ -57,6 +62,18 @@ def merged_state(model: Any, adapter: Adapter) -> dict[str, Tensor]:
         for each in shared.get(name, (name,)):
             state[each] = value.to(state[each].dtype).contiguous()
     return state
+
+
+def _peft(model: Any, adapter: Adapter, method: Peft) -> dict[str, Tensor]:
+    """The weights that PEFT's own merging changes, on a copy."""
+    twin = copy.deepcopy(model)
+    guest = through_peft.invite(twin, family_of(twin.config), method)
+    through_peft.fill(guest, adapter.tensors)
+    before = model.state_dict()
+    whole = through_peft.merged(guest)
+    if odd := sorted(set(whole) ^ set(before)):
+        raise AdapterError(f"PEFT does not merge {method.peft_type} whole ({odd[0]}): export it without --merged")
+    return {name: each for name, each in whole.items() if not torch.equal(each, before[name])}
 
 
 def _lora(model: Any, adapter: Adapter, method: LoRA) -> dict[str, Tensor]:

@@ -7,10 +7,11 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
+from turret.adapters import through_peft
 from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter
 from turret.errors import BundleError
 from turret.families import FAMILIES
-from turret.methods import LoRA, Method, Prefix
+from turret.methods import LoRA, Method, Peft, Prefix
 
 TASK_TYPES = {"classify": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM", "decoder": "CAUSAL_LM"}
 
@@ -74,6 +75,11 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
             "bias": "none",
             "modules_to_save": head or None,
         }
+    if isinstance(method, Peft):
+        made = through_peft.config_of(method)
+        config |= through_peft.kept(made) | {"peft_type": made.peft_type.value}
+        if head:
+            config["modules_to_save"] = head
     if isinstance(method, Prefix):
         config |= _prefix_shape(adapter) | {"peft_type": "PREFIX_TUNING", "prefix_projection": False}
     return config
@@ -137,6 +143,29 @@ def check_agreement(config: dict[str, Any], method: Method) -> None:
                 f"adapter_config.json and manifest.json disagree on {key} ({_short(config.get(key))} and "
                 f"{expected!r}): export it again"
             )
+
+
+def check_through_peft(config: dict[str, Any], method: Peft) -> None:
+    """The same for a method of PEFT's own: what PEFT makes of the manifest's method, and no code."""
+    for key in CODE:
+        if config.get(key) is not None:
+            raise BundleError(f"adapter_config.json carries {key}, which names code: no code from outside is run")
+    made = through_peft.config_of(method)
+    for key, expected in (through_peft.kept(made) | {"peft_type": made.peft_type.value}).items():
+        if config.get(key) != expected:
+            raise BundleError(
+                f"adapter_config.json and manifest.json disagree on {key} ({_short(config.get(key))} and "
+                f"{_short(expected)}): export it again"
+            )
+
+
+def belongs(method: Peft, name: str) -> bool:
+    """Whether a tensor is the method's own, by the mark that PEFT gives its names, and not the head's."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    made = through_peft.config_of(method)
+    mark = PEFT_TYPE_TO_PREFIX_MAPPING.get(made.peft_type)
+    return name == PROMPT["decoder"] if made.is_prompt_learning else bool(mark and mark in name)
 
 
 def _short(value: object) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from turret.methods import Prefix
 
 EMBEDDING_SIZE = 64  # of each virtual token inside the reparametrisation
+Groups = dict[str, list[tuple[Tensor, Tensor]]]  # (key, value) of every layer, each (H, P, D), by group
 
 
 class PrefixGroup(nn.Module):

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from turret.adapters import through_peft
 from turret.adapters.adapter import LORA_PREFIX, Adapter, prompt_names
 from turret.adapters.attach import Attachment, attachment, device_of
 from turret.adapters.lora import LoRAFactors
 from turret.adapters.prefix import PrefixGroup, PrefixSlot, new_slot
 from turret.errors import AdapterError
-from turret.methods import Full, LoRA, Prefix
+from turret.methods import Full, LoRA, Peft, Prefix
 
 
 @torch.no_grad()
@@ -32,6 +33,14 @@ def start_from(model: object, adapter: Adapter, generator: torch.Generator | Non
     if isinstance(method, Full):
         _fill(attached.full, {**adapter.tensors, **adapter.head})
         return
+    if isinstance(method, Peft):
+        assert attached.guest is not None
+        if (given.model_dump(), method.peft_type) != (
+            attached.guest.method.model_dump(),
+            getattr(given, "peft_type", ""),
+        ):
+            raise AdapterError("it has other settings of PEFT than the method here: set [method] as it has it")
+        through_peft.fill(attached.guest, adapter.tensors)
     _fill(_heads(attached), adapter.head)
     if isinstance(method, LoRA):
         assert isinstance(given, LoRA)

@@ -58,7 +58,7 @@ def compare(
             margin=margin,
             against=against,
             lr=_rate(lr),
-            on_stage=_say(live),
+            on_stage=say_titles(live),
         )
     emit(found.as_json()) if as_json else _print(found, voice(as_json))
 
@@ -88,7 +88,7 @@ def _rate(text: str | None) -> float | Literal["auto"] | None:
         raise RecipeError(f"--lr {ascii(text)[1:40]}: expected a number or auto") from None
 
 
-def _say(live: Any) -> Any:
+def say_titles(live: Any) -> Any:
     """A changing line where someone looks; else a line whenever another training begins."""
     err, told = console(stderr=True), [""]
 

@@ -19,6 +19,7 @@ from turret.cli import (
     aliases,
     answers,
     compare,
+    control,
     demo,
     difference,
     doctor,
@@ -46,6 +47,7 @@ app.command()(demo.demo)
 app.command()(train.train)
 app.command()(train.plan)
 app.command()(compare.compare)
+app.command()(control.control)
 app.command()(answers.evaluate)
 app.command()(answers.predict)
 app.command("list")(versions.list_)

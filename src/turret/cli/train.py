@@ -22,7 +22,7 @@ Base = Annotated[str | None, typer.Option("--base", help="Hub id, folder, .gguf 
 Name = Annotated[str | None, typer.Option("--name", help="Name of the adapter in the store.")]
 Data = Annotated[str | None, typer.Option("--data", help="Another source of data than the recipe's.")]
 Kind = Annotated[str | None, typer.Option("--task", help="classify, summarize or generate.")]
-Method = Annotated[str | None, typer.Option("--method", help="lora, prefix, head or full.")]
+Method = Annotated[str | None, typer.Option("--method", help="lora, prefix, head, full or peft.")]
 Rate = Annotated[str | None, typer.Option("--lr", help="Largest learning rate, or auto: short trials find it.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
 

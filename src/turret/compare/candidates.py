@@ -8,6 +8,7 @@ numbers to be tried one by one with slashes between them.
     lora:r=4,lora_alpha=8        settings by the names that a recipe has, and lr
     lora:r=4/8/16                three rows
     lora:target_modules=query+value
+    peft:IA3, peft:VERA,r=64     a method of PEFT by its name there, with PEFT's own settings
 
 Refuses to know how anything is trained.
 """
@@ -21,11 +22,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from turret.errors import RecipeError
+from turret.methods import Head, LoRA, Peft
 from turret.recipe import Recipe
 
-KINDS = ("base", "head", "full", "lora", "prefix")
+KINDS = ("base", "head", "full", "lora", "prefix", "peft")
 CLASSIFYING = "base,head,full,lora,prefix"
 WRITING = "base,full,lora,prefix"
+TYPE = "peft_type"
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,13 @@ class Candidate:
     """One method with its settings: a row of the comparison."""
 
     spec: str  # how it is said: "lora:r=4"
-    kind: str  # base, head, full, lora, prefix
+    kind: str  # base, head, full, lora, prefix, peft
     recipe: Recipe  # of its training, but for seed and data; the base trains nothing
 
     @property
     def label(self) -> str:
         """For reading: `lora r=4`."""
-        return self.spec.replace(":", " ", 1).replace(",", " ")
+        return self.spec.removeprefix("peft:").replace(":", " ", 1).replace(",", " ")
 
     @property
     def slug(self) -> str:
@@ -57,6 +60,8 @@ def candidates(
     named = list(_split(text or (CLASSIFYING if kind == "classify" else WRITING)))
     found: dict[str, Candidate] = {}
     for method, settings in named:
+        if method == "peft":
+            settings = _named(settings, recipe)
         if method == "head" and kind != "classify":
             raise RecipeError(f"head: a base that is to {kind} has no head to train alone: leave head out")
         for chosen in _expanded(settings):
@@ -73,8 +78,10 @@ def _split(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     for part in filter(None, (each.strip() for each in text.split(","))):
         head, colon, rest = part.partition(":")
         if colon or "=" not in part:
-            methods.append((_kind(head.strip(), rest.strip()), []))
+            methods.append((_kind(head.strip()), []))
             part = rest.strip()
+            if part and methods[-1][0] == "peft" and "=" not in part:
+                part = f"{TYPE}={part}"
             if not part:
                 continue
         if not methods:
@@ -86,15 +93,22 @@ def _split(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     yield from methods
 
 
-def _kind(word: str, rest: str) -> str:
-    if word == "peft":
-        raise RecipeError(
-            f"peft:{_short(rest or 'METHOD')}: methods of PEFT that turret has no own form of cannot be compared yet: "
-            f"give {', '.join(KINDS)}"
-        )
+def _kind(word: str) -> str:
     if word not in KINDS:
-        raise RecipeError(f"{_short(word)} is no method to compare: expected {', '.join(KINDS)}")
+        raise RecipeError(
+            f"{_short(word)} is no method to compare: expected {', '.join(KINDS)}, or peft:NAME for one of PEFT's"
+        )
     return word
+
+
+def _named(settings: list[tuple[str, str]], recipe: Recipe) -> list[tuple[str, str]]:
+    """The settings of a method of PEFT with its name in front; the recipe's own where nothing names one."""
+    said = [value for key, value in settings if key == TYPE]
+    if not said and isinstance(recipe.method, Peft):
+        said = [recipe.method.peft_type]
+    if len(said) != 1:
+        raise RecipeError("peft: expected one method of PEFT by its name, such as peft:IA3 or peft:DORA,r=4")
+    return [(TYPE, said[0].upper().replace("-", "_")), *(pair for pair in settings if pair[0] != TYPE)]
 
 
 def _expanded(settings: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
@@ -110,22 +124,30 @@ def _expanded(settings: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
 def _candidate(
     method: str, settings: list[tuple[str, str]], recipe: Recipe, lr: float | Literal["auto"] | None
 ) -> Candidate:
-    spec = method + (":" + ",".join(f"{key}={value}" for key, value in settings) if settings else "")
+    said = [value if key == TYPE else f"{key}={value}" for key, value in settings]
+    spec = method + (":" + ",".join(said) if said else "")
     if method == "base":
         if settings:
             raise RecipeError(f"{_short(spec)}: the base is not trained and has no settings: say base")
         return Candidate("base", "base", _changed(recipe, {"method": "head", "train.lr": "none"}))
-    rate = lr if lr is not None else recipe.train.lr if method == recipe.method.kind else None
+    own = method == recipe.method.kind and _type(settings) in (None, getattr(recipe.method, TYPE, None))
+    if not own:  # from that method's defaults
+        recipe = recipe.model_copy(update={"method": Head() if method != "head" else LoRA()})
+    rate = lr if lr is not None else recipe.train.lr if own else None
     if rate is None and recipe.train.lr == "auto":
         rate = "auto"
     changes: dict[str, Any] = {"method": method, "train.lr": "none" if rate is None else str(rate)}
     for key, value in settings:
         name = "train.lr" if key == "lr" else f"method.{key}"
-        changes[name] = value.replace("+", ",") if key == "target_modules" else value
+        changes[name] = value.replace("+", ",") if key.endswith("_modules") else value
     try:
         return Candidate(spec, method, _changed(recipe, changes))
     except RecipeError as error:
         raise RecipeError(f"{_short(spec)}: {error}") from None
+
+
+def _type(settings: list[tuple[str, str]]) -> str | None:
+    return next((value for key, value in settings if key == TYPE), None)
 
 
 def _changed(recipe: Recipe, changes: dict[str, str]) -> Recipe:

@@ -76,6 +76,7 @@ class Comparison:
     data: Mapping[str, Any]
     rows: tuple[Row, ...]
     curves: tuple[Point, ...]
+    overtaking: tuple[str, ...]  # a sentence a method: with how much data it is better, as good or worse
     claims: tuple[Claim, ...]
     classes: tuple[PerClass, ...]
     confusions: tuple[Confusion, ...]
@@ -123,6 +124,7 @@ def comparison(
     classes = data.labels if data.kind == "classify" and isinstance(getattr(data.test[0], "label", None), str) else ()
     specs = [row.spec for row in rows if row.score is not None]
     first = results[0]
+    points = tuple(_curves(made, results, confidence)) if len(made.fractions) > 1 else ()
     return Comparison(
         name=made.recipe.name,
         base=first.base,
@@ -143,7 +145,8 @@ def comparison(
             "commonest": _commonest(data),
         },
         rows=rows,
-        curves=tuple(_curves(made, results, confidence)) if len(made.fractions) > 1 else (),
+        curves=points,
+        overtaking=overtaking(points, rows, made.against),
         claims=claims(rows, made.against),
         classes=per_class(whole, yardstick, data, classes, confidence, made.recipe.split_seed) if classes else (),
         confusions=confusion(whole, data, classes, specs) if classes else (),
@@ -230,6 +233,24 @@ def _curves(made: Design, results: Sequence[Result], confidence: float) -> list[
                 )
             )
     return points
+
+
+WORDS = {"better": "better than", "within": "as good as", "worse": "worse than", "undecided": "undecided against"}
+
+
+def overtaking(points: Sequence[Point], rows: Sequence[Row], against: str) -> tuple[str, ...]:
+    """With how many training examples a method is ahead of the yardstick, level with it or behind, by verdict alone."""
+    labels = {row.spec: row.label for row in rows}
+    found = []
+    for row in rows:
+        said = [
+            (word, [str(point.examples) for point in points if point.spec == row.spec and point.word == word])
+            for word in WORDS
+        ]
+        parts = [f"{WORDS[word]} {labels[against]} with {', '.join(sizes)}" for word, sizes in said if sizes]
+        if parts and row.kind != "base":
+            found.append(f"{row.label}: {'; '.join(parts)} training examples")
+    return tuple(found)
 
 
 def _promotion(rows: Sequence[Row], made: Design, whole: Sequence[Result]) -> Promotion:

@@ -123,6 +123,7 @@ def forest(marks: Sequence[Mark], margin: float, *, unit: str, zero: str) -> str
         y = top + row * place + 26
         said = f"{mark.x:+.1f}  ({mark.low:+.1f} to {mark.high:+.1f})"
         parts += [
+            _behind(y - 12, said),
             _text(14, y - 12, mark.label, "name"),
             _text(WIDTH - 14, y - 12, said, "value", "end"),
             _line(x.at(mark.low), y, x.at(mark.high), y, f"whisker k-{mark.kind}"),
@@ -130,6 +131,30 @@ def forest(marks: Sequence[Mark], margin: float, *, unit: str, zero: str) -> str
         ]
     parts += _x_axis(x, foot, unit, lambda value: f"{value:+g}" if value else "0")
     return _svg(height, parts, f"Differences in {unit}")
+
+
+def rates(marks: Sequence[Mark], lines: Sequence[tuple[float, str]], *, unit: str) -> str:
+    """Shares with intervals, one a line, between 0 and 100, with what to hold them against as vertical lines."""
+    row, top = 40, 12 + 15 * len(lines)
+    foot = top + row * len(marks)
+    x = Axis(0.0, 100.0, 14, WIDTH - 14)
+    parts = []
+    for place, (value, words) in enumerate(lines):
+        y = 12 + 15 * place
+        said = f"{words} {value:.0f}"
+        parts += [_line(x.at(value), y + 4, x.at(value), foot, "axis dashed")]
+        parts += [_text(_inside(x.at(value), said), y, said, "note", "middle")]
+    for place, mark in enumerate(marks):
+        y = top + row * place + 26
+        said = f"{mark.x:.0f}%  ({mark.low:.0f} to {mark.high:.0f})"
+        parts += [
+            _behind(y - 12, said),
+            _text(14, y - 12, mark.label, "name"),
+            _text(WIDTH - 14, y - 12, said, "value", "end"),
+            _line(x.at(mark.low), y, x.at(mark.high), y, f"whisker k-{mark.kind}"),
+            _dot(x.at(mark.x), y, mark.kind, f"{mark.label}: {said}"),
+        ]
+    return _svg(foot + 40, [*parts, *_x_axis(x, foot, unit, plain)], unit)
 
 
 def scatter(
@@ -193,6 +218,12 @@ def stacks(bars: Sequence[Bar], *, unit: str, number: NUMBER = plain) -> str:
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _behind(y: float, words: str) -> str:
+    """Paper under words that end at the right edge, so that no line runs through them."""
+    width = 6.3 * len(words) + 6
+    return _rect(WIDTH - 14 - width, y - 11, width, 15, "paper")
 
 
 def _inside(x: float, words: str) -> float:

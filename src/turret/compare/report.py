@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from turret.compare.comparison import Comparison, Row
+from turret.compare.pages import environment
 from turret.compare.plots import Bar, Line, Mark, curves, forest, scatter, stacks
-from turret.compare.words import count, megabytes, milliseconds, percent, points, seconds, signed
 
 PARTS = ("weights", "trainable", "gradients", "optimiser", "activations")
 WORDS = {"within": "as good", "better": "better", "worse": "worse", "undecided": "undecided"}
@@ -29,12 +27,12 @@ def write_report(found: Comparison, folder: Path, write: Callable[[Path, str], N
 
 def as_html(found: Comparison) -> str:
     """One page that needs nothing but itself."""
-    return _environment(True).get_template("report.html.j2").render(**_said(found), plots=dict(_plots(found)))
+    return environment(True).get_template("report.html.j2").render(**_said(found), plots=dict(_plots(found)))
 
 
 def as_markdown(found: Comparison) -> str:
     """The same as text; plots are left out, their numbers are in the tables."""
-    return _environment(False).get_template("report.md.j2").render(**_said(found))
+    return environment(False).get_template("report.md.j2").render(**_said(found))
 
 
 def headline(found: Comparison) -> str:
@@ -67,28 +65,6 @@ def _and(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _environment(html: bool) -> Environment:
-    made = Environment(
-        loader=PackageLoader("turret.compare", "."),
-        autoescape=html,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    made.filters |= {
-        "count": count, "mb": megabytes, "ms": milliseconds, "percent": percent, "points": points,
-        "seconds": seconds, "signed": signed, "cell": _cell,
-    }  # fmt: skip
-    return made
-
-
-def _cell(text: object) -> str:
-    """Someone's words in a cell of a Markdown table."""
-    line = " ".join(str(text).split())
-    return "".join(f"\\{c}" if c in "\\|`*_[]<>#" else c for c in line)
-
-
 def _said(found: Comparison) -> dict[str, Any]:
     labels = {row.spec: row.label for row in found.rows}
     kinds = {row.spec: row.kind for row in found.rows}
@@ -101,8 +77,19 @@ def _said(found: Comparison) -> dict[str, Any]:
         "metric": "accuracy" if found.metric == "accuracy" else "ROUGE-L",
         "parts": PARTS,
         "classes": _by_class(found),
+        "memory": list(_memory(found)),
+        "tests": [row for row in found.rows if row.verdict is not None and row.kind != "base"],
         "writes": found.task != "classify",
     }
+
+
+def _memory(found: Comparison) -> Iterator[tuple[str, str, Any, float]]:
+    """(method, predicted or measured, bytes by component, what is above the base)."""
+    for row in found.rows:
+        for what in ("predicted", "measured"):
+            parts = getattr(row.costs, what, None)
+            if parts:
+                yield row.label, what, parts, sum(parts.get(name, 0) for name in PARTS if name != "weights")
 
 
 def _by_class(found: Comparison) -> list[tuple[str, int, dict[str, Any]]]:

@@ -40,6 +40,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
 
 
+def chance(p: float) -> str:
+    """`0.03`, `0.4`, `below 0.001`."""
+    return "below 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.995 else "1"
+
+
 def points(value: float) -> str:
     """One digit behind the point."""
     return f"{value:.1f}"

@@ -36,7 +36,7 @@ from turret.engine.stack import Stack
 from turret.errors import AdapterError
 from turret.families import Family
 from turret.kernels import Library, Spans, usable
-from turret.methods import Full, LoRA, Prefix
+from turret.methods import Full, LoRA, Peft, Prefix
 
 VIEWED = 128  # adapters whose views are kept; making them anew takes some microseconds a layer
 
@@ -128,6 +128,11 @@ class Bank:
             raise AdapterError(
                 "a full fine-tuning replaces every weight and cannot share a base with others: "
                 "export it merged and serve it as a base of its own"
+            )
+        if isinstance(method, Peft):
+            raise AdapterError(
+                f"{method.peft_type} is computed by PEFT, one adapter at a time, and cannot share a base with others: "
+                "export it merged and serve it as a base of its own, where PEFT merges it"
             )
         parts: list[Tensor] = []
         layout: list[_Place] = []

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from turret.adapters import target_paths
 from turret.bases import native_bfloat16
 from turret.errors import AdapterError
-from turret.methods import Full, LoRA, Prefix
+from turret.methods import Full, LoRA, Peft, Prefix
 from turret.train.batches import Item, Schedule
 from turret.train.optim import default_learning_rate, warmup_steps
 from turret.train.rates import MOST_TRIALS, Size
@@ -47,6 +47,8 @@ class Check:
 
 def targets(method: Any, model: Any) -> Check:
     """LoRA: are the layers there that it adapts?"""
+    if isinstance(method, Peft):
+        return Check("method", "ok", f"{method.peft_type} by PEFT itself, at its own settings but for those named")
     if not isinstance(method, LoRA):
         said = {"prefix": "a prefix in every attention layer", "full": "every weight, on a copy"}
         return Check("method", "ok", said.get(method.kind, "only the head"))
@@ -200,8 +202,9 @@ def positions(recipe: Any, task: Any, base: Any) -> Iterator[Check]:
         if task.kind != "classify":
             needed += max(task.max_target_tokens, int(task.generation["max_new_tokens"]))
             said += " and the target"
-        if isinstance(recipe.method, Prefix):
-            needed += recipe.method.num_virtual_tokens
+        virtual = getattr(recipe.method, "num_virtual_tokens", None)
+        if isinstance(virtual, int):
+            needed += virtual
             said += " and the prefix"
     if needed <= limit:
         return

@@ -85,6 +85,10 @@ def _idle(model: Any, adapter: Adapter, sources: list[Tensor], targets: list[Ten
 def _owned(model: Any) -> dict[str, nn.Parameter]:
     """The parameters of slot 1, known by where they sit."""
     attached = adapters.attachment(model)
+    if attached.guest is not None:
+        heads = {path: each.slots["1"] for path, each in attached.heads.items() if "1" in each.slots}
+        own = {f"{path}.{name}": each for path, part in heads.items() for name, each in part.named_parameters()}
+        return {**attached.guest.parameters, **own}
     parts: dict[str, nn.Module] = {f"prefix.{name}": each for name, each in attached.prefixes.items()}
     routed: dict[str, Any] = {**attached.linears, **attached.heads}
     parts |= {path: each.slots["1"] for path, each in routed.items() if "1" in each.slots}

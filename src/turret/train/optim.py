@@ -13,9 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from turret.errors import TrainingError
-from turret.methods import Full, Head, LoRA, Method, Prefix
+from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
 
 LARGE_BASE = 1_000_000_000  # parameters; from here on the published LoRA rates hold, below it the measured ones
+
+
+# IA3 (Liu et al. 2022) and VeRA (Kopiczko et al. 2024) train few numbers that multiply, at several times LoRA's rate;
+# the embeddings of a prompt are trained as the keys and values of a prefix without its MLP. All else as LoRA.
+PEFT_RATES = {"IA3": 3e-3, "VERA": 4e-3, "PROMPT_TUNING": 1e-2, "P_TUNING": 1e-3}
 
 
 def default_learning_rate(method: Method, base_parameters: int = 0) -> float:
@@ -27,7 +32,9 @@ def default_learning_rate(method: Method, base_parameters: int = 0) -> float:
     where the keys and values themselves are trained (Li & Liang 2021 use 5e-5, and far more steps).
     Full: 2e-5, Devlin et al. (2019). A head alone is a logistic regression on frozen features: 1e-3.
     """
-    if isinstance(method, LoRA):
+    if isinstance(method, Peft) and method.peft_type in PEFT_RATES:
+        return PEFT_RATES[method.peft_type]
+    if isinstance(method, (LoRA, Peft)):
         return 2e-4 if base_parameters >= LARGE_BASE else 1e-3
     if isinstance(method, Prefix):
         return 1e-3 if method.reparametrize else 1e-2

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from turret import adapters, bases
 from turret import train as trainer
 from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
+from turret.methods import Peft
 from turret.recipe import Recipe
 from turret.store import Run, Store, Version
 from turret.tasks import make, tables
@@ -67,6 +68,8 @@ class Ready:
 
 def prepare(store: Store, recipe: Recipe, watching: Watching) -> Ready:
     """Read the data, load the base, and fill in what the recipe left to be seen."""
+    if isinstance(recipe.method, Peft):
+        adapters.peft_config_of(recipe.method)  # a mistake in it costs no loading
     start = _start(store, recipe, watching)
     watching.stage(f"reading {recipe.data.source}")
     dataset = tables.read(recipe.data, recipe.task.kind, recipe.split_seed, multi_label=recipe.task.multi_label)

@@ -16,6 +16,7 @@ from turret.workspace.results import Evaluation, Exported, Imported, Planned, Ru
 
 if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
+    from turret.compare.control import Control
     from turret.engine import Limits
     from turret.engine.engine import Engine
     from turret.experiments import Router
@@ -168,6 +169,27 @@ class Workspace:
 
         wanted = comparing.Wanted(methods, seeds, budget, tuple(fractions), margin, against, lr)
         return comparing.compare(self.store, recipe, wanted, on_stage or (lambda _words: None))
+
+    def control(
+        self,
+        recipe: Recipe,
+        aspects: Sequence[str],
+        *,
+        methods: str | None = None,
+        seeds: int = 1,
+        judge: str | None = None,
+        on_stage: Say | None = None,
+    ) -> Control:
+        """Train an adapter an aspect, and measure how often an output is of the aspect that was asked for.
+
+        recipe: with `{aspect}` where the data of the aspects differ, in data.source or in a column. judge: the base of
+        the classifier that learns the aspects from the references; a small encoder where left out. What an earlier call
+        made is used; every training is a version in the store, and the report lies in `.folder`.
+        """
+        from turret.workspace.comparing import controlling
+
+        asked = controlling.Asked(tuple(aspects), methods, seeds, judge or controlling.JUDGE)
+        return controlling.control(self.store, recipe, asked, on_stage or (lambda _words: None))
 
     def evaluate(
         self, reference: str, data: str, *, columns: Mapping[str, Any] | None = None, on_stage: Say | None = None

@@ -9,6 +9,8 @@ Under the store's root, `comparisons/<name>-<digest of recipe and data>/`:
 - `cells/<key>/failed.json`: why it came to no result; the next sitting tries again
 - `report.html`, `report.md`, `report.json`: of all results so far
 
+Findings on control lie alike under `controls/`, with what its classifier learns from in `references/`.
+
 A cell's key is made of its recipe, so more methods, seeds or fractions later use what is there. Refuses to know what a
 result means.
 """
@@ -28,12 +30,12 @@ from turret.recipe import Recipe
 FORMAT = 1
 
 
-def folder_of(root: Path, recipe: Recipe, data_digest: str) -> Path:
+def folder_of(root: Path, recipe: Recipe, data_digest: str, room: str = "comparisons") -> Path:
     """Where the comparison of methods on this recipe's base, data and training lives: the method is left out of it."""
     same = recipe.with_overrides({"method": "head", "train.lr": "none"})
     same = same.model_copy(update={"train": same.train.model_copy(update={"init_from": None})})
     digest = hashlib.sha256(f"{FORMAT}\n{same.to_toml()}\n{data_digest}".encode()).hexdigest()
-    return root / "comparisons" / f"{recipe.name}-{digest[:10]}"
+    return root / room / f"{recipe.name}-{digest[:10]}"
 
 
 def write(path: Path, value: Any) -> None:

@@ -1,0 +1,382 @@
+"""Any other method of PEFT on an attached base: PEFT makes its modules and their numbers, the hooks carry the rows.
+
+Two ways, and PEFT's own classes in both:
+
+- a method that replaces layers works token by token, so PEFT puts its layers into the model and unpadded rows run
+  through them as through any other
+- a prompt of P virtual tokens in front of a decoder is a prefix whose keys and values the base itself makes of them:
+  PEFT's module makes the tokens, one pass of the base over P tokens makes the prefix, and every row reads that
+
+Refuses in one line what neither way can do. Refuses to know files, data and training.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turret.adapters.prefix import Groups
+from turret.errors import AdapterError, RecipeError, TurretError
+from turret.families import Family
+from turret.methods import LoRA, Peft
+
+NAME = "default"  # of the adapter inside PEFT
+# Said by turret itself, for every method alike.
+OURS = {
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("modules_to_save", "peft_version"),
+}
+LORA = LoRA().model_dump(include={"r", "lora_alpha", "lora_dropout"})  # as turret's own, so that they compare
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {  # what is called a method of its own and is an option in PEFT
+    "DORA": ("LORA", {**LORA, "use_dora": True}),
+    "RSLORA": ("LORA", {**LORA, "use_rslora": True}),
+}
+PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+REFUSED = {
+    "PREFIX_TUNING": 'turret has a form of its own: say method.kind = "prefix"',
+    "ADALORA": "it moves ranks between layers on a schedule of its own while it trains, which this loop does not call",
+    "ADAPTION_PROMPT": "it puts an attention of its own in place of the base's",
+    "CARTRIDGE": "it starts from a cache of keys and values that has to be distilled first",
+    "CPT": "it needs to know which tokens of a prompt are whose, and no recipe says that",
+    "MULTITASK_PROMPT_TUNING": "it needs a task's number beside every text, and a recipe has one task",
+    "OSF": "it rewrites the base's weights, and the base is never written to",
+    "POLY": "it needs a task's number beside every text, and a recipe has one task",
+    "SHADOW": "it trains a second model beside the base",
+    "XLORA": "it mixes LoRAs that are trained already",
+}
+
+
+@dataclass
+class Guest:
+    """PEFT's model around ours, and what it put there."""
+
+    wrapped: Any  # PeftModel
+    method: Peft  # as it is kept: which layers it found is written out
+    layers: tuple[Any, ...]  # its layers in the model; none for a prompt
+    parameters: dict[str, nn.Parameter]  # its own, by name
+    leave: Callable[[], None]
+
+
+# --- the configuration ------------------------------------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    """What `peft_type` may say."""
+    return sorted({*_classes(), *ALIASES} - set(REFUSED))
+
+
+def config_of(method: Peft) -> Any:
+    """PEFT's own configuration of the method; raises RecipeError in one line for what PEFT or turret does not take."""
+    kind, extra = ALIASES.get(method.peft_type, (method.peft_type, {}))
+    known = _classes()
+    if kind in REFUSED:
+        raise RecipeError(f"peft_type {kind} cannot be used: {REFUSED[kind]}")
+    if kind not in known:
+        near = difflib.get_close_matches(method.peft_type, names(), n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names())}"
+        raise RecipeError(f"method.peft_type {_short(method.peft_type)} is no method of PEFT: {remedy}")
+    allowed = [field.name for field in fields(known[kind]) if field.init and field.name not in OURS]
+    for key in method.options:
+        if key in OURS:
+            raise RecipeError(f"method.{key}: turret says that itself, leave it out")
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"{kind} knows {', '.join(sorted(allowed))}"
+            raise RecipeError(f"unknown key 'method.{_short(key)}': {remedy}")
+    try:
+        with _quiet():
+            return known[kind](**{**extra, **method.options})
+    except (TypeError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise RecipeError(f"PEFT does not take this {kind}: {_line(error)}") from None
+
+
+def kept(config: Any) -> dict[str, Any]:
+    """Every setting of a configuration that says something, as JSON has it."""
+    found = {}
+    for field in fields(config):
+        value = _plain(getattr(config, field.name, None))
+        if field.init and field.name not in OURS and value not in (None, {}, []):
+            found[field.name] = value
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return value if isinstance(value, (bool, int, float, str, list)) else None
+
+
+def _classes() -> dict[str, Any]:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {getattr(kind, "value", str(kind)): each for kind, each in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+# --- on a model -------------------------------------------------------------------------------------------------------
+
+
+def invite(model: Any, family: Family, method: Peft, generator: torch.Generator | None = None) -> Guest:
+    """Have PEFT put the method on a model that has its hooks already. Raises AdapterError where it cannot."""
+    config = config_of(method)
+    prompt = bool(config.is_prompt_learning)
+    if prompt:
+        _require_writer(model, family, config)
+        config.task_type = "CAUSAL_LM"
+    before = dict(model.named_modules())
+    attributes, sums = set(vars(model)), _sums(model)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    leave = _leaving(model, before, attributes)
+    try:
+        with torch.random.fork_rng(devices=[]), _quiet():
+            torch.manual_seed(seed)
+            wrapped = _wrapped(model, family, config)
+        layers = () if prompt else _layers(model, before)
+        _require_sound(model, family, config, before, layers, sums)
+    except (TurretError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        leave()
+        if isinstance(error, TurretError):
+            raise
+        raise AdapterError(f"PEFT cannot put {config.peft_type.value} on this {family.name}: {_line(error)}") from None
+    owner = wrapped.prompt_encoder if prompt else wrapped
+    own = {name: each for name, each in owner.named_parameters() if each.requires_grad}
+    if not own:
+        leave()
+        raise AdapterError(f"PEFT's {config.peft_type.value} trains nothing on this {family.name}: give other settings")
+    return Guest(wrapped, method.with_options(kept(wrapped.peft_config[NAME])), layers, own, leave)
+
+
+def _wrapped(model: Any, family: Family, config: Any) -> Any:
+    from peft import get_peft_model
+
+    targets = getattr(config, "target_modules", ())
+    if targets == "all-linear":
+        config.target_modules = _linear(model, family)
+    try:
+        return get_peft_model(model, config, adapter_name=NAME)
+    except ValueError:
+        if targets is not None:
+            raise
+        config.target_modules = list(family.lora_targets)  # PEFT has none of its own for this architecture
+        return get_peft_model(model, config, adapter_name=NAME)
+
+
+def _linear(model: Any, family: Family) -> list[str]:
+    """Every linear layer of the body."""
+    outside = (*family.head_modules, "lm_head")
+    return [
+        path
+        for path, each in model.named_modules()
+        if isinstance(each, nn.Linear) and path.split(".")[0] not in outside
+    ]
+
+
+def _require_writer(model: Any, family: Family, config: Any) -> None:
+    kind = config.peft_type.value
+    if kind not in PROMPTS:
+        raise AdapterError(f"{kind} is no prompt that turret can read: expected {', '.join(PROMPTS)}, or prefix")
+    if family.kind != "decoder" or not hasattr(model, "lm_head"):
+        raise AdapterError(
+            f"{kind} puts virtual tokens before the text of a decoder that writes, and this is "
+            f"{'a classifier' if family.kind == 'decoder' else f'an {family.kind}'}: use the method prefix"
+        )
+
+
+def _require_sound(
+    model: Any,
+    family: Family,
+    config: Any,
+    before: Mapping[str, nn.Module],
+    layers: tuple[Any, ...],
+    sums: Mapping[int, tuple[float, float]],
+) -> None:
+    """The base is as it was, the head is nobody's, and every number is where the model finds it."""
+    kind = config.peft_type.value
+    if config.is_prompt_learning:
+        return
+    if not layers:
+        raise AdapterError(f"PEFT's {kind} found no layer of this {family.name}: name method.target_modules")
+    head = [
+        path for path, each in model.named_modules() if each in layers and path.split(".")[0] in family.head_modules
+    ]
+    if head:
+        raise AdapterError(f"{kind} would change {head[0]}, the head: name method.target_modules within the body")
+    changed = [path for path, each in before.items() if any(sums[id(p)] != _sum(p) for p in each.parameters(False))]
+    if changed:
+        raise AdapterError(f"this {kind} rewrites the base's weights ({changed[0]}), and the base is never written to")
+
+
+def _layers(model: Any, before: Mapping[str, nn.Module]) -> tuple[Any, ...]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return tuple(each for each in model.modules() if isinstance(each, BaseTunerLayer))
+
+
+def _sums(model: Any) -> dict[int, tuple[float, float]]:
+    return {id(each): _sum(each) for each in model.parameters()}
+
+
+def _sum(weight: Tensor) -> tuple[float, float]:
+    """Tells a weight from what it was before; not from every other."""
+    flat = weight.detach().float()
+    return float(flat.sum()), float(flat.square().sum())
+
+
+def _leaving(model: Any, before: Mapping[str, nn.Module], attributes: set[str]) -> Callable[[], None]:
+    """What puts the very same modules back."""
+
+    def leave() -> None:
+        for path, module in before.items():
+            parent_path, _, name = path.rpartition(".")
+            parent = before.get(parent_path)
+            if path and parent is not None and parent._modules.get(name) is not module:
+                parent._modules[name] = module
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
+
+    return leave
+
+
+def switch(guest: Guest, on: bool) -> None:
+    """Whether the layers take part in the pass that begins. Not PEFT's own switch, which drops requires_grad."""
+    for layer in guest.layers:
+        layer._disable_adapters = not on
+
+
+# --- its numbers ------------------------------------------------------------------------------------------------------
+
+
+def tensors_of(guest: Guest) -> dict[str, Tensor]:
+    """Under the names that PEFT saves them by."""
+    from peft import get_peft_model_state_dict
+
+    with _quiet():
+        found: dict[str, Tensor] = get_peft_model_state_dict(
+            guest.wrapped, adapter_name=NAME, save_embedding_layers=False
+        )
+    odd = [name for name, each in found.items() if not each.is_floating_point()]
+    if odd:
+        raise AdapterError(f"{guest.method.peft_type} keeps whole numbers ({odd[0]}), which a bundle does not hold")
+    return found
+
+
+def fill(guest: Guest, tensors: Mapping[str, Tensor]) -> None:
+    """Put stored numbers in place; every one must fit, and none may be missing."""
+    expected = {name: tuple(each.shape) for name, each in tensors_of(guest).items()}
+    kind = guest.method.peft_type
+    if odd := sorted(set(expected) ^ set(tensors)):
+        word = "lacks" if odd[0] in expected else "has"
+        raise AdapterError(f"the {kind} {word} {odd[0]}: it belongs to another base, or to another version of PEFT")
+    for name, each in tensors.items():
+        if tuple(each.shape) != expected[name]:
+            raise AdapterError(f"{name} has shape {tuple(each.shape)}: expected {expected[name]}; another base's")
+    if not guest.layers:
+        module = guest.wrapped.prompt_encoder[NAME]
+        with torch.no_grad():
+            module.embedding.weight.copy_(next(iter(tensors.values())))
+        return
+    from peft import set_peft_model_state_dict
+
+    with _quiet():
+        set_peft_model_state_dict(guest.wrapped, {name: each.float() for name, each in tensors.items()}, NAME)
+
+
+def finished(method: Peft) -> Peft:
+    """The same method to be mounted: of a prompt only the tokens are kept, however they were made."""
+    if method.peft_type != "P_TUNING":
+        return method
+    options = {key: value for key, value in method.options.items() if not key.startswith("encoder_")}
+    return Peft(peft_type="PROMPT_TUNING", **options)
+
+
+class Prompt(nn.Module):
+    """The virtual tokens of PEFT's module as a prefix of every layer: the base reads them once a pass.
+
+    tokens: (1, P, D). Its keys and values are what the base gives to them alone, as in PEFT, where they stand in front
+    of the text and see nothing of it.
+    """
+
+    def __init__(self, guest: Guest, keys_values: Callable[[Tensor], Groups]) -> None:
+        super().__init__()
+        self.encoder = guest.wrapped.prompt_encoder
+        self.places = guest.wrapped.prompt_tokens[NAME][None]  # (1, P)
+        self.length = int(self.places.shape[1])
+        self._read = keys_values
+        self._current: Groups = {}
+        self._seen: tuple[int, ...] = ()
+        self._busy = False
+
+    def tokens(self) -> Tensor:
+        """(1, P, D), with gradients to whatever is trained."""
+        module = self.encoder[NAME]
+        found: Tensor = module(self.places.to(next(module.parameters()).device))
+        return found
+
+    def refresh(self, group: str) -> None:
+        """Read the tokens for the pass that begins; without gradients, only when a parameter has changed."""
+        versions = tuple(each._version for each in self.parameters())
+        if self._busy or (not torch.is_grad_enabled() and self._seen == versions):
+            return
+        self._busy = True
+        try:
+            self._current = self._read(self.tokens())
+        finally:
+            self._busy = False
+        plain = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        self._seen = versions if plain else ()
+
+    def keys_values(self, group: str, layer: int) -> tuple[Tensor, Tensor] | None:
+        """(key, value), each (H, P, D), of one layer."""
+        if self._busy:
+            return None
+        if group not in self._current:
+            self.refresh(group)
+        return self._current[group][layer]
+
+
+# --- merged -----------------------------------------------------------------------------------------------------------
+
+
+def merged(guest: Guest) -> dict[str, Tensor]:
+    """The state dict of the model with the layers folded into the weights under them: it is changed, give a copy."""
+    kind = guest.method.peft_type
+    if not guest.layers:
+        raise AdapterError(f"{kind} cannot be merged: it is virtual tokens before the text, not a change of weights")
+    try:
+        with _quiet():
+            whole = guest.wrapped.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError, AttributeError, RuntimeError, TypeError) as error:
+        raise AdapterError(f"PEFT does not merge {kind} ({_line(error)}): export it without --merged") from None
+    return dict(whole.state_dict())
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT warns of what does not concern a user here: fan_in_fan_out it sets itself, names of adapters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _short(text: str) -> str:
+    return ascii(text[:60])[1:-1]

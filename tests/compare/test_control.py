@@ -1,0 +1,87 @@
+"""How often an output is of the asked aspect: counted on texts of known aspect, and what the pages say of it."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from turret.compare.control import Control, Written, headline, rated, shares_of_nearest, shown
+from turret.compare.control_report import as_html, as_markdown, write_report
+
+ASPECTS = ("short", "long")
+LABELS, KINDS = {"prefix": "prefix", "base": "base"}, {"prefix": "prefix", "base": "base"}
+HOSTILE = "<script>alert(1)</script>"
+
+
+def written(spec: str, aspect: str, share: float, count: int = 60, seed: int = 1) -> Written:
+    """`share` of the texts are of the aspect, by both judges."""
+    row = ASPECTS.index(aspect)
+    right = np.arange(count) % 100 < 100 * share
+    said = [aspect if each else ASPECTS[1 - row] for each in right]
+    rouge = np.where(right[:, None] == (np.arange(2) == row)[None], 0.6, 0.2)
+    texts = [f"text {number} {HOSTILE}" for number in range(count)]
+    return Written(spec, aspect, seed, None if spec == "base" else f"x-{aspect}@1", texts, said, rouge)
+
+
+def found(share: float = 0.8) -> Control:
+    some = [written("prefix", aspect, share, 100) for aspect in ASPECTS]
+    some += [written("base", "short", 1.0, 100), written("base", "long", 0.0, 100)]
+    references = {aspect: [f"{aspect} reference {HOSTILE}"] * 100 for aspect in ASPECTS}
+    return Control(
+        name="x", base={"id": "small", "fingerprint": "sha256:b"}, source="t-{aspect}.csv", aspects=ASPECTS,
+        documents=100, train=10, seeds=(1,), confidence=0.95, chance=50.0,
+        judge={"version": "x-judge@1", "base": "b", "accuracy": 90.0, "learnt_from": 20, "references": 200},
+        rated=rated(some, ASPECTS, LABELS, KINDS, 0), shown=shown(some, ["a document"] * 100, references),
+        failures={}, recipes={"prefix, short": "name = 1"}, notes=(HOSTILE,), missing=0, folder="f",
+    )  # fmt: skip
+
+
+def test_the_rate_is_the_share_of_outputs_of_the_asked_aspect_by_either_judge() -> None:
+    one = rated([written("prefix", aspect, 0.75, 100) for aspect in ASPECTS], ASPECTS, LABELS, KINDS, 0)[0]
+    assert one.by_classifier.mean == pytest.approx(75)
+    assert one.by_rouge.mean == pytest.approx(75)
+    assert one.by_classifier.low < 75 < one.by_classifier.high
+    assert one.said == ((0.75, 0.25), (0.25, 0.75))
+    assert one.rouge_asked.mean == pytest.approx(100 * (0.75 * 0.6 + 0.25 * 0.2))
+
+
+def test_a_base_that_writes_the_same_whatever_is_asked_is_at_chance() -> None:
+    same = [written("base", "short", 1.0, 50), written("base", "long", 0.0, 50)]
+    assert rated(same, ASPECTS, LABELS, KINDS, 0)[0].by_classifier.mean == pytest.approx(50)
+
+
+def test_equals_share_and_a_text_like_none_counts_for_none() -> None:
+    shares = shares_of_nearest(np.array([[0.5, 0.5, 0.1], [0.0, 0.0, 0.0], [0.1, 0.2, 0.3]]))
+    assert shares.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+def test_an_empty_output_is_of_no_aspect_whatever_the_classifier_says() -> None:
+    some = [written("prefix", aspect, 1.0, 10) for aspect in ASPECTS]
+    blank = Written("prefix", "short", 1, "x@1", ["  "] * 10, ["short"] * 10, np.zeros((10, 2)))
+    assert rated([blank, some[1]], ASPECTS, LABELS, KINDS, 0)[0].by_classifier.mean == pytest.approx(50)
+
+
+def test_a_method_that_lacks_an_aspect_is_not_rated_and_whole_seeds_are() -> None:
+    some = [written("prefix", aspect, 0.5) for aspect in ASPECTS] + [written("prefix", "short", 0.5, seed=2)]
+    assert rated(some, ASPECTS, LABELS, KINDS, 0)[0].seeds == (1,)
+    assert rated([written("prefix", "short", 0.5)], ASPECTS, LABELS, KINDS, 0) == ()
+
+
+def test_the_headline_says_when_control_is_not_shown() -> None:
+    assert "80% of the outputs are of the asked aspect" in headline(found())
+    assert "control is not shown" not in headline(found())
+    assert "control is not shown" in headline(found(0.5))
+
+
+def test_the_pages_are_whole_and_words_from_outside_are_no_markup(tmp_path) -> None:
+    page, text = as_html(found()), as_markdown(found())
+    assert HOSTILE not in page
+    assert "&lt;script&gt;" in page
+    assert "src=" not in page
+    ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    assert "| prefix | 80.0%" in text
+    write_report(found(), tmp_path, lambda path, words: path.write_text(words, encoding="utf-8") and None)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["headline"] == headline(found())
