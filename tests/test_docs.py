@@ -18,13 +18,26 @@ import typer.main
 
 from turret.cli.main import app
 from turret.families import FAMILIES
-from turret.methods import Full, Head, LoRA, Prefix
+from turret.methods import Full, Head, LoRA, Peft, Prefix
 from turret.recipe import keys, presets
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-VERBS = ["train", "plan", "evaluate", "predict", "engine", "inputs", "list", "show", "resolve", "doctor", "compare"]
+VERBS = [
+    "train",
+    "plan",
+    "evaluate",
+    "predict",
+    "engine",
+    "inputs",
+    "list",
+    "show",
+    "resolve",
+    "doctor",
+    "compare",
+    "control",
+]
 VERBS += ["import_adapter", "export", "diff", "promote", "rollback", "gate", "verify", "gc", "delete"]
 VERBS += ["experiment", "experiments", "settle", "router", "replay"]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -130,7 +143,7 @@ def test_the_reference_has_every_key_of_a_recipe(key: str) -> None:
     assert f"| `{leaf}` |" in text
 
 
-@pytest.mark.parametrize("method", [LoRA, Prefix, Head, Full])
+@pytest.mark.parametrize("method", [LoRA, Prefix, Head, Full, Peft])
 def test_the_reference_has_every_key_of_every_method_with_its_default(method: type[Any]) -> None:
     text = section("docs/reference/recipe.md", "`[method]`")
     for name, field in method.model_fields.items():
@@ -138,7 +151,9 @@ def test_the_reference_has_every_key_of_every_method_with_its_default(method: ty
         assert row, name
         default = field.default
         shown = str(default).lower() if isinstance(default, bool) else f'"{default}"' if name == "kind" else default
-        assert name == "kind" or default is None or f"| {shown} |" in row.group().replace("`", ""), row.group()
+        assert (
+            name == "kind" or default is None or field.is_required() or f"| {shown} |" in row.group().replace("`", "")
+        ), row.group()
 
 
 def test_the_reference_has_every_default_of_a_recipe() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from turret.compare.candidates import candidates
 from turret.compare.design import design
 from turret.errors import RecipeError
+from turret.methods import Peft
 from turret.recipe import Recipe
 
 RECIPE = Recipe(name="tiny", base="small", data="tiny.csv")
@@ -60,16 +61,35 @@ def test_every_method_begins_at_the_base() -> None:
     assert [each.recipe.train.init_from for each in candidates("full,lora", recipe, "classify")] == [None, None]
 
 
+def test_a_method_of_peft_is_named_and_its_settings_are_pefts() -> None:
+    found = candidates("full,peft:ia3,peft:VERA,r=32/64,target_modules=query+value", RECIPE, "classify")
+    assert [each.spec for each in found[1:]] == [
+        "peft:IA3",
+        "peft:VERA,r=32,target_modules=query+value",
+        "peft:VERA,r=64,target_modules=query+value",
+    ]
+    assert found[1].label == "IA3"
+    assert found[2].recipe.method == Peft(peft_type="VERA", r=32, target_modules=["query", "value"])
+
+
+def test_a_recipe_of_peft_lends_its_settings_and_rate_to_its_own_method_alone() -> None:
+    recipe = RECIPE.with_overrides({"method": "peft", "method.peft_type": "VERA", "method.r": "16", "train.lr": "3e-3"})
+    own, other, full = candidates("peft,peft:IA3,full", recipe, "classify")
+    assert (own.recipe.method, own.recipe.train.lr) == (Peft(peft_type="VERA", r=16), 3e-3)
+    assert (other.recipe.method, other.recipe.train.lr) == (Peft(peft_type="IA3"), None)
+    assert full.recipe.train.lr is None
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("qlora", "qlora is no method to compare: expected base, head, full, lora, prefix"),
+        ("qlora", "qlora is no method to compare: expected base, head, full, lora, prefix, peft"),
         ("lora:rank=4", "lora:rank=4: "),
         ("lora:r=0", "lora:r=0: method.r"),
         ("r=4,lora", "a setting belongs after its method"),
         ("lora:r", "expected SETTING=VALUE"),
         ("base:r=4", "the base is not trained and has no settings"),
-        ("peft:IA3", "peft:IA3: methods of PEFT that turret has no own form of cannot be compared yet"),
+        ("peft", "expected one method of PEFT by its name, such as peft:IA3"),
         (",", "no method to compare"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from turret.errors import TrainingError
-from turret.methods import Full, Head, LoRA, Prefix
+from turret.methods import Full, Head, LoRA, Peft, Prefix
 from turret.train.optim import AdamW, default_learning_rate, learning_rate, warmup_steps
 
 
@@ -117,7 +117,11 @@ def test_every_method_has_its_own_rate() -> None:
     assert default_learning_rate(Prefix()) == 1e-3
     assert default_learning_rate(Prefix(reparametrize=False)) == 1e-2
     assert default_learning_rate(Head()) == 1e-3
-    assert default_learning_rate(Full()) == 2e-5
+    assert default_learning_rate(Full(), 7_000_000_000) == 2e-5
+    assert default_learning_rate(Full(), 135_000_000) == 1e-4
+    assert default_learning_rate(Full(), 22_700_000) == 2e-4
+    assert default_learning_rate(Peft(peft_type="IA3")) == 3e-3
+    assert default_learning_rate(Peft(peft_type="DORA")) == default_learning_rate(LoRA())
 
 
 def test_a_gradient_that_is_not_finite_is_reported_and_not_scaled() -> None:

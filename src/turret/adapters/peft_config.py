@@ -165,7 +165,10 @@ def belongs(method: Peft, name: str) -> bool:
 
     made = through_peft.config_of(method)
     mark = PEFT_TYPE_TO_PREFIX_MAPPING.get(made.peft_type)
-    return name == PROMPT["decoder"] if made.is_prompt_learning else bool(mark and mark in name)
+    if made.is_prompt_learning:
+        return name == PROMPT["decoder"]
+    shared = not name.startswith(LORA_PREFIX)  # what all layers read, such as VeRA's matrices
+    return shared or bool(mark and mark in name)
 
 
 def _short(value: object) -> str:

@@ -50,6 +50,7 @@ REFUSED = {
     "OSF": "it rewrites the base's weights, and the base is never written to",
     "POLY": "it needs a task's number beside every text, and a recipe has one task",
     "SHADOW": "it trains a second model beside the base",
+    "TRAINABLE_TOKENS": "it trains embeddings of new tokens, and the base's tokenizer has none",
     "XLORA": "it mixes LoRAs that are trained already",
 }
 
@@ -236,9 +237,13 @@ def _sum(weight: Tensor) -> tuple[float, float]:
 
 
 def _leaving(model: Any, before: Mapping[str, nn.Module], attributes: set[str]) -> Callable[[], None]:
-    """What puts the very same modules back."""
+    """What puts the very same modules back, and the numbers of a weight that was given others."""
+    numbers = {id(each): (each, each.data) for each in model.parameters()}
 
     def leave() -> None:
+        for each, data in numbers.values():
+            if each.data_ptr() != data.data_ptr():
+                each.data = data
         for path, module in before.items():
             parent_path, _, name = path.rpartition(".")
             parent = before.get(parent_path)
