@@ -163,6 +163,7 @@ def test_a_prompt_is_not_merged() -> None:
         (Peft(peft_type="IA4"), "'?IA4'? is no method of PEFT: did you mean IA3"),
         (Peft(peft_type="IA3", feed_forward_modules=["a"]), "did you mean 'feedforward_modules'"),
         (Peft(peft_type="DORA", task_type="SEQ_CLS"), "turret says that itself"),
+        (Peft(peft_type="LORA", megatron_core="os"), "leave it out"),
         (Peft(peft_type="PREFIX_TUNING"), 'say method.kind = "prefix"'),
         (Peft(peft_type="ADALORA"), "on a schedule of its own"),
         (Peft(peft_type="LOHA", r="eight"), "PEFT"),

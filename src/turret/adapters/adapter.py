@@ -262,7 +262,7 @@ def prompt_names(groups: list[str]) -> dict[str, str]:
 def _mount_peft(model: Any, attached: Attachment, adapter: Adapter, method: Peft, slot: int) -> None:
     if attached.methods or slot != 1:
         raise AdapterError("an adapter of PEFT answers alone: mount it in slot 1 of a model without adapters")
-    invite(model, attached, method)
+    invite(model, attached, through_peft.finished(method))
     assert attached.guest is not None
     through_peft.fill(attached.guest, adapter.tensors)
     for each in attached.guest.parameters.values():

@@ -35,10 +35,7 @@ def start_from(model: object, adapter: Adapter, generator: torch.Generator | Non
         return
     if isinstance(method, Peft):
         assert attached.guest is not None
-        if (given.model_dump(), method.peft_type) != (
-            attached.guest.method.model_dump(),
-            getattr(given, "peft_type", ""),
-        ):
+        if given != through_peft.finished(attached.guest.method):
             raise AdapterError("it has other settings of PEFT than the method here: set [method] as it has it")
         through_peft.fill(attached.guest, adapter.tensors)
     _fill(_heads(attached), adapter.head)

@@ -29,10 +29,10 @@ from turret.families import Family
 from turret.methods import LoRA, Peft
 
 NAME = "default"  # of the adapter inside PEFT
-# Said by turret itself, for every method alike.
+# Said by turret itself, for every method alike; and what names code to be imported, which nobody may say.
 OURS = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    *("modules_to_save", "peft_version"),
+    *("modules_to_save", "peft_version", "megatron_config", "megatron_core", "tokenizer_kwargs"),
 }
 LORA = LoRA().model_dump(include={"r", "lora_alpha", "lora_dropout"})  # as turret's own, so that they compare
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {  # what is called a method of its own and is an option in PEFT
@@ -87,7 +87,7 @@ def config_of(method: Peft) -> Any:
     allowed = [field.name for field in fields(known[kind]) if field.init and field.name not in OURS]
     for key in method.options:
         if key in OURS:
-            raise RecipeError(f"method.{key}: turret says that itself, leave it out")
+            raise RecipeError(f"method.{key}: turret says that itself, or nobody may: leave it out")
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
             remedy = f"did you mean {near[0]!r}?" if near else f"{kind} knows {', '.join(sorted(allowed))}"
@@ -139,7 +139,7 @@ def invite(model: Any, family: Family, method: Peft, generator: torch.Generator 
         config.task_type = "CAUSAL_LM"
     before = dict(model.named_modules())
     attributes, sums = set(vars(model)), _sums(model)
-    seed = int(torch.randint(2**31, (1,), generator=generator))
+    seed = 0 if generator is None else int(torch.randint(2**31, (1,), generator=generator))
     leave = _leaving(model, before, attributes)
     try:
         with torch.random.fork_rng(devices=[]), _quiet():
@@ -300,10 +300,11 @@ def fill(guest: Guest, tensors: Mapping[str, Tensor]) -> None:
 
 
 def finished(method: Peft) -> Peft:
-    """The same method to be mounted: of a prompt only the tokens are kept, however they were made."""
-    if method.peft_type != "P_TUNING":
+    """The same method to be mounted: of a prompt only the tokens are kept, however they were made or begun."""
+    if method.peft_type not in PROMPTS:
         return method
-    options = {key: value for key, value in method.options.items() if not key.startswith("encoder_")}
+    gone = ("encoder_", "prompt_tuning_init", "tokenizer_")
+    options = {key: value for key, value in method.options.items() if not key.startswith(gone)}
     return Peft(peft_type="PROMPT_TUNING", **options)
 
 
