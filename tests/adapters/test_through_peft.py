@@ -94,8 +94,12 @@ def test_a_prompt_read_as_a_prefix_is_what_peft_computes_with_virtual_tokens(fam
         torch.testing.assert_close(logits[-len(target) - 1 : -1], mine, atol=1e-4, rtol=1e-4)
     mask = torch.ones(1, len(SOURCES[0]), dtype=torch.long)
     told = {"input_ids": SOURCES[0][None], "attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
-    written = model.generate(**told)
-    assert torch.equal(theirs.generate(**told)[0][-6:], written[0][-6:])
+    written = model.generate(**told)[0]
+    ids = SOURCES[0][None]
+    for _ in range(6):  # token by token and whole: PEFT's own generate() and a cache disagree with its own forward
+        logits = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
+        ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
+    assert torch.equal(ids[0], written)
 
 
 @pytest.mark.parametrize("method", [*LAYERED, PROMPT], ids=lambda each: each.peft_type)
