@@ -34,12 +34,7 @@ from turret.reference import check_name
 
 _METHODS: dict[str, type[BaseModel]] = {"lora": LoRA, "prefix": Prefix, "head": Head, "full": Full, "peft": Peft}
 _KIND_NAMES = {"string": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
-_KIND_NAMES |= {
-    "int_from_float": "a whole number",
-    "model_attributes": "a table",
-    "model": "a table",
-    "dict": "a table",
-}
+_KIND_NAMES |= {"int_from_float": "a whole number", **dict.fromkeys(("model_attributes", "model", "dict"), "a table")}
 _ELSEWHERE = {  # what other tools call our keys
     "alpha": "lora_alpha", "dropout": "lora_dropout", "rank": "r", "learning_rate": "lr", "num_train_epochs": "epochs",
     "num_epochs": "epochs", "per_device_train_batch_size": "batch_size", "warmup_steps": "warmup",
@@ -300,7 +295,7 @@ def _set(value: dict[str, Any], key: str, text: str) -> None:
         return
     field = model.model_fields.get(rest)
     if field is None and model is Peft:  # what there is, PEFT knows when it is put on a base
-        value[head][rest] = _plain(text)
+        value[head][rest] = None if text.strip().lower() == "none" else _plain(text)
         return
     if field is None or (not head and rest in _SECTIONS):
         raise RecipeError(_unknown(key, value["method"]["kind"]))
@@ -309,11 +304,9 @@ def _set(value: dict[str, Any], key: str, text: str) -> None:
 
 
 def _plain(text: str) -> Any:
-    """`text` as the first of: nothing, a TOML value, words with commas, itself."""
-    if text.strip().lower() == "none":
-        return None
+    """`text` as a TOML value, else as words where there is a comma, else as it is."""
     read = _toml_value_or_text(text)
-    return _comma_words(read) if isinstance(read, str) and "," in read and read == text else read
+    return _comma_words(text) if read == text and "," in text else read
 
 
 def _typed(key: str, text: str, type_: TypeAdapter[Any]) -> Any:
