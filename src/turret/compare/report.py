@@ -20,7 +20,8 @@ WORDS = {"within": "as good", "better": "better", "worse": "worse", "undecided":
 
 def write_report(found: Comparison, folder: Path, write: Callable[[Path, str], None]) -> None:
     """report.html, report.md and report.json in a folder; `write` puts one file there, whole."""
-    write(folder / "report.json", json.dumps(found.as_json(), ensure_ascii=False, indent=1, allow_nan=False))
+    said = found.as_json() | {"headline": headline(found)}
+    write(folder / "report.json", json.dumps(said, ensure_ascii=False, indent=1, allow_nan=False))
     write(folder / "report.md", as_markdown(found))
     write(folder / "report.html", as_html(found))
 

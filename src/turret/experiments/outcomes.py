@@ -133,10 +133,11 @@ def record(
 
 
 def counted(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[Any]:
-    """`id, arm, revision, value` of the outcomes that count, in the order in which they came, after that id."""
+    """`id, arm, revision, value, at` of the outcomes that count, in the order in which they came, after that id."""
     mine = (outcomes.c.experiment_id == experiment.id) & (outcomes.c.counted == 1) & (outcomes.c.id > after)
-    query = select(outcomes.c.id, outcomes.c.arm, outcomes.c.revision, outcomes.c.value).where(mine)
-    return connection.execute(query.order_by(outcomes.c.id)).all()
+    table = outcomes.c
+    query = select(table.id, table.arm, table.revision, table.value, table.at).where(mine).order_by(table.id)
+    return connection.execute(query).all()
 
 
 def _answer(

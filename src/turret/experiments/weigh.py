@@ -36,9 +36,10 @@ class Memory:
         """Add the outcomes that are new."""
         found = outcomes.counted(connection, experiment, self.last)
         for start in range(0, len(found), AT_ONCE):
-            self._add(experiment, split, found[start : start + AT_ONCE])
+            self.add(experiment, split, found[start : start + AT_ONCE])
 
-    def _add(self, experiment: Experiment, split: Mapping[int, Mapping[str, float]], found: Any) -> None:
+    def add(self, experiment: Experiment, split: Mapping[int, Mapping[str, float]], found: Any) -> None:
+        """Add these outcomes (`outcomes.counted`), at least one."""
         metric, guards = experiment.metric, experiment.guards
         wide = metric.high - metric.low
         values = np.array([row.value for row in found])
@@ -160,7 +161,7 @@ def weigh(connection: Connection, experiment: Experiment, memory: Memory | None 
             count := sum(counts.get(arm.name, 0) for counts in memory.counts.values()),
             memory.sums[arm.name] / count if count else None,
             answering.get(arm.name, Answering()),
-            _against(experiment, arm, memory, mismatch) if arm.role == "candidate" else None,
+            against(experiment, arm, memory, mismatch) if arm.role == "candidate" else None,
         )
         for arm in experiment.arms
     )
@@ -203,7 +204,8 @@ def _compared(experiment: Experiment, arm: Arm, memory: Memory) -> Compared:
     return Compared(arm.name, experiment.level, tally.better.peak, tally.worse.peak, tally.worse_by.peak)
 
 
-def _against(experiment: Experiment, arm: Arm, memory: Memory, mismatch: bool) -> Against:
+def against(experiment: Experiment, arm: Arm, memory: Memory, mismatch: bool) -> Against:
+    """The candidate against the control, by what the memory has."""
     found, tally = _compared(experiment, arm, memory), memory.tallies.get(arm.name)
     metric, level = experiment.metric, experiment.level
     scale = (metric.high - metric.low) * (1 if metric.goal == "higher" else -1)

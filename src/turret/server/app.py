@@ -1,6 +1,6 @@
 """The application: routes behind the doors, in the order in which a request meets them.
 
-    log and request id -> who asks -> how much -> route
+    log and request id -> page or API -> who asks -> how much -> route
 
 Refuses to know sockets; `run.py` has those.
 """
@@ -24,6 +24,8 @@ from turret.server.limits import Bounded
 from turret.server.logs import Logged
 from turret.server.problems import Problem, by_status, invalid, problem
 from turret.server.served import Served
+from turret.server.web import adapters, comparisons, entry, experiments, playground, runs, upkeep
+from turret.server.web.door import Paged
 
 ROUTERS = (
     models.questions,
@@ -35,13 +37,21 @@ ROUTERS = (
     experiments.outcomes,
     health.control,
     health.anyone,
+    entry.router,
+    adapters.router,
+    runs.router,
+    comparisons.router,
+    playground.router,
+    experiments.router,
+    upkeep.router,
 )
 
 
 def create(served: Served) -> ASGIApp:
     """The whole server as an ASGI application."""
     bounded = Bounded(routes(served), served.limits, served.load)
-    return Logged(Guarded(bounded, served.guard), served.log, served.metrics.request, served.clock)
+    doors = Paged(Guarded(bounded, served.guard))
+    return Logged(doors, served.log, served.metrics.request, served.clock)
 
 
 def routes(served: Served) -> FastAPI:

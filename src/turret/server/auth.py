@@ -1,25 +1,30 @@
 """Who may ask what: bearer tokens with scopes, looked at before anything of a body is read.
 
 `Guard` is the policy: it knows tokens, scopes and whether the door stands open. It stands open only on loopback, and
-only until the store has had a token; what was guarded once stays so until the server ends. `Guarded` is the door.
+only until the store has had a token; what was guarded once stays so until the server ends. The API takes tokens, pages
+take the session that a token began; a page of another site may write to neither. `Guarded` is the door.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from turret.errors import Forbidden, ServeRefused, TurretError, Unauthorized
 from turret.server.limits import OPEN
+from turret.server.paths import INFER_PAGES, UNSIGNED, first, is_page
 from turret.server.problems import answer
 from turret.server.quotas import Quota
+from turret.server.sessions import Sessions, session_of
 from turret.store import Token
-from turret.store.tokens import which
+from turret.store.tokens import SCOPES, which
 
 LONGEST = 256  # characters of a token
+READS = ("GET", "HEAD", "OPTIONS")
 INFER, ADMIN = "/v1/", ("/api/", "/metrics")  # paths; anything else that is there takes any token
 EITHER = "/api/outcomes"  # whoever may ask may say what came of the answer, and so may who looks on
 
@@ -30,6 +35,8 @@ class Asker:
 
     name: str | None  # of the token; None where the door stands open
     quota: Quota = field(default_factory=Quota)
+    scopes: tuple[str, ...] = ()
+    session: str | None = None  # of a page
 
     @property
     def key(self) -> str:
@@ -49,7 +56,8 @@ def is_loopback(host: str) -> bool:
 class Guard:
     """The tokens as they were read last, and what they open."""
 
-    def __init__(self, host: str, tokens: Sequence[Token]) -> None:
+    def __init__(self, host: str, tokens: Sequence[Token], clock: Callable[[], float] = time.monotonic) -> None:
+        self.sessions = Sessions(clock)
         self._tokens: Sequence[Token] = ()
         self._open = True
         self.know(tokens)
@@ -69,11 +77,9 @@ class Guard:
         self._open = self._open and not tokens
 
     def admit(self, path: str, authorization: str | None, host: str | None) -> Asker:
-        """Raises Unauthorized or Forbidden."""
+        """Of the API; raises Unauthorized or Forbidden."""
         if self._open:
-            if host is not None and not is_loopback(_without_port(host)):
-                raise Forbidden("a server without tokens answers to loopback names only: ask 127.0.0.1, or make tokens")
-            return Asker(None)
+            return self._anyone(host)
         token = self._token(authorization)
         wanted = (
             None
@@ -86,7 +92,30 @@ class Guard:
         )
         if wanted is not None and wanted not in token.scopes:
             raise Forbidden(f"token {token.name!r} has no scope {wanted}: use one that has")
-        return Asker(token.name, Quota(token.requests_per_minute, token.tokens_per_minute))
+        return _asker(token)
+
+    def visit(self, path: str, session: str | None, host: str | None) -> Asker:
+        """Of a page; raises Unauthorized or Forbidden."""
+        if self._open:
+            return self._anyone(host)
+        known = self.sessions.whose(session)
+        token = next((each for each in self._tokens if each.hash == known), None)
+        if token is None and first(path) not in UNSIGNED:
+            raise Unauthorized("nobody is signed in here: sign in with a token of `turret token create`")
+        if token is None:
+            return Asker(None)
+        if "admin" not in token.scopes and first(path) not in INFER_PAGES | UNSIGNED:
+            raise Forbidden(f"token {token.name!r} has no scope admin: it opens the playground")
+        return _asker(token, session)
+
+    def enter(self, secret: str) -> str:
+        """Begin a session for whoever has this token; raises Unauthorized."""
+        return self.sessions.begin(self._token(f"Bearer {secret}").hash)
+
+    def _anyone(self, host: str | None) -> Asker:
+        if host is not None and not is_loopback(_without_port(host)):
+            raise Forbidden("a server without tokens answers to loopback names only: ask 127.0.0.1, or make tokens")
+        return Asker(None, scopes=SCOPES)
 
     def _token(self, authorization: str | None) -> Token:
         if authorization is None:
@@ -98,6 +127,26 @@ class Guard:
         if token is None:
             raise Unauthorized("the token is not known, or was revoked: make one with `turret token create NAME`")
         return token
+
+
+def _asker(token: Token, session: str | None = None) -> Asker:
+    return Asker(token.name, Quota(token.requests_per_minute, token.tokens_per_minute), token.scopes, session)
+
+
+def check_origin(method: str, headers: Mapping[bytes, str], *, page: bool) -> None:
+    """Raises Forbidden for a write that a page of another site sends. Browsers say where a write comes from; a program
+    says nothing, which is enough for the API and not for a form."""
+    if method in READS:
+        return
+    site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+    if site is not None:
+        ours = site == "same-origin" or (site == "none" and not page)
+    elif origin is not None:
+        ours = origin.partition("://")[2] == headers.get(b"host")
+    else:
+        ours = not page
+    if not ours:
+        raise Forbidden("this was sent by a page of another site, and nothing was done: use the server's own pages")
 
 
 def _without_port(host: str) -> str:
@@ -120,9 +169,17 @@ class Guarded:
             return
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         try:
-            asker = self.guard.admit(scope["path"], headers.get(b"authorization".lower()), headers.get(b"host"))
+            asker = self._asker(scope["path"], scope["method"], headers)
         except TurretError as error:
             await answer(error, scope, receive, send, close=True)
             return
         scope.setdefault("state", {})["asker"] = asker
         await self.app(scope, receive, send)
+
+    def _asker(self, path: str, method: str, headers: Mapping[bytes, str]) -> Asker:
+        page, host = is_page(path), headers.get(b"host")
+        if page or self.guard.open:
+            check_origin(method, headers, page=page)
+        if page:
+            return self.guard.visit(path, session_of(headers.get(b"cookie")), host)
+        return self.guard.admit(path, headers.get(b"authorization"), host)

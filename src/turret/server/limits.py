@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.errors import Busy, Draining, TooLarge, TooSlow, WrongMediaType
+from turret.server.paths import is_page
 from turret.server.problems import answer
 
 # Of what one request may say; they stand in the schemas.
@@ -26,6 +27,7 @@ MOST_OUTCOMES = 1000
 MOST_UNIT = 1024  # characters
 
 OPEN = ("/healthz", "/readyz")  # answered whatever happens
+JSON, FORM = "application/json", "application/x-www-form-urlencoded"  # the body of the API, and of a page
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class _Body:
                 f"the body was not there after {self.limits.body_seconds:g} seconds: send it in one go"
             ) from None
         if self.content:
-            _check_type(headers)
+            _check_type(headers, FORM if is_page(scope["path"]) else JSON)
         return bytes(self.content)
 
     def _take(self, piece: bytes) -> None:
@@ -142,13 +144,12 @@ class _Body:
         self.content = bytearray()
 
 
-def _check_type(headers: dict[bytes, bytes]) -> None:
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if kind != b"application/json":
-        shown = ascii(kind.decode("latin-1"))[:60]
-        raise WrongMediaType(f"content-type is {shown}: expected application/json")
+def _check_type(headers: dict[bytes, bytes], wanted: str) -> None:
+    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
+    if kind != wanted:
+        raise WrongMediaType(f"content-type is {ascii(kind)[:60]}: expected {wanted}")
     if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
-        raise WrongMediaType("the body is encoded: expected JSON as it is, without content-encoding")
+        raise WrongMediaType("the body is encoded: expected it as it is, without content-encoding")
 
 
 def _replayed(content: bytes, receive: Receive) -> Receive:

@@ -6,7 +6,8 @@ A label is a route of ours, a status, an experiment's arm, or a version that ans
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -16,6 +17,19 @@ from prometheus_client.registry import Collector
 MOST_VERSIONS = 200
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one version has answered since the server began."""
+
+    version: str
+    requests: int
+    answers: int
+    failures: int
+    tokens: int
+    mean_seconds: float | None
+    most_seconds: float | None  # 95% of its requests took at most this: the bound of a bucket
 
 
 class Metrics:
@@ -85,6 +99,41 @@ class Metrics:
 
     def _histogram(self, name: str, said: str, *labels: str) -> Histogram:
         return Histogram(name, said, labels, buckets=SECONDS, registry=self._registry)
+
+    def traffic(self) -> Sequence[Traffic]:
+        """What was answered since the server began, a version a row, the busiest first."""
+        rows = [_of_version(version, self._sums(version)) for version in sorted(self._versions)]
+        return sorted((each for each in rows if each.requests), key=lambda each: -each.requests)
+
+    def _sums(self, version: str) -> dict[str, Any]:
+        found: dict[str, Any] = {"buckets": {}}
+        for metric in (self._answers, self._failures, self._tokens, self._latency):
+            for sample in next(iter(metric.collect())).samples:
+                if sample.labels.get("adapter") != version or sample.name.endswith("_created"):
+                    continue
+                if (most := sample.labels.get("le")) is not None:
+                    found["buckets"][float(most)] = sample.value
+                else:
+                    found[sample.name] = found.get(sample.name, 0.0) + sample.value
+        return found
+
+
+def _of_version(version: str, sums: Mapping[str, Any]) -> Traffic:
+    requests = int(sums.get("turret_adapter_seconds_count", 0))
+    return Traffic(
+        version,
+        requests,
+        int(sums.get("turret_adapter_answers_total", 0)),
+        int(sums.get("turret_adapter_failures_total", 0)),
+        int(sums.get("turret_adapter_tokens_total", 0)),
+        sums.get("turret_adapter_seconds_sum", 0.0) / requests if requests else None,
+        _within(sums["buckets"], 0.95 * requests) if requests else None,
+    )
+
+
+def _within(buckets: Mapping[float, float], wanted: float) -> float:
+    """The bound of the first bucket that holds so many: an upper bound of that quantile."""
+    return next(most for most, held in sorted(buckets.items()) if held >= wanted)
 
 
 class _Gauges(Collector):

@@ -68,7 +68,7 @@ class Served:
         self.log, self.clock = log or Log(), clock
         self.began, self.id = int(time.time()), secrets.token_hex(4)
         self.load = Load()
-        self.guard = Guard(self.settings.host, workspace.tokens.list())
+        self.guard = Guard(self.settings.host, workspace.tokens.list(), clock)
         self.quotas = Quotas(clock)
         self.metrics = Metrics(self._gauges)
         self.follow = Follow(

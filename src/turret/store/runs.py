@@ -130,6 +130,13 @@ def find(database: Database, run_id: str) -> dict[str, Any] | None:
     return dict(row._mapping) if row is not None else None
 
 
+def listed(database: Database, most: int) -> list[dict[str, Any]]:
+    """What is known of the newest runs, the newest first."""
+    with database.reading() as connection:
+        rows = connection.execute(select(runs).order_by(runs.c.id.desc()).limit(most)).all()
+    return [dict(row._mapping) for row in rows]
+
+
 def digest_of(text: str) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 

@@ -344,6 +344,18 @@ class Store:
         with told(self._catalog):
             return runs.finished(database, recipe_toml, data_digest)
 
+    def runs(self, most: int = 500) -> Sequence[dict[str, Any]]:
+        """What is known of the newest trainings, the newest first."""
+        database = self._database()
+        return [] if database is None else runs.listed(database, most)
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        """What is known of one training; raises NotFound."""
+        found = runs.find(self._there(None), run_id)
+        if found is None:
+            raise NotFound(f"no run {ascii(run_id)[:60]}: `turret train` makes one")
+        return found
+
     def end_run(
         self, run: Run, state: State, *, error: str | None = None, result: Mapping[str, Any] | None = None
     ) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from turret.engine import Limits
     from turret.engine.engine import Engine
     from turret.experiments import Router
+    from turret.experiments.course import Course
     from turret.recipe import Recipe
     from turret.store.difference import Difference
     from turret.train import StepRecord
@@ -37,6 +38,7 @@ class Workspace:
     def __init__(self, path: str | Path | Location = ".turret") -> None:
         self.store = Store(path)
         self._memories: dict[int, Any] = {}  # what `settle` added up of each experiment so far
+        self._courses: dict[int, Any] = {}  # what `course` did
 
     def list(self, name: str | None = None) -> Sequence[Version]:
         """All stored versions, or those of one name."""
@@ -191,6 +193,34 @@ class Workspace:
         asked = controlling.Asked(tuple(aspects), methods, seeds, judge or controlling.JUDGE)
         return controlling.control(self.store, recipe, asked, on_stage or (lambda _words: None))
 
+    def runs(self, most: int = 500) -> Sequence[dict[str, Any]]:
+        """The newest trainings, the newest first: id, name, state, created, ended, error, result."""
+        return self.store.runs(most)
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        """One training: the same, with its `recipe` and `touched`, the time of its last step, where they lie here."""
+        from turret.workspace import trainings
+
+        return trainings.run(self.store, run_id)
+
+    def curve(self, run_id: str, *, most: int = 2000) -> Sequence[StepRecord]:
+        """The steps of a training so far, at most so many, evenly chosen; those that evaluated are all there."""
+        from turret.workspace import trainings
+
+        return trainings.curve(self.store, run_id, most)
+
+    def comparisons(self) -> Sequence[dict[str, Any]]:
+        """The reports that `compare` wrote in this store, the newest first."""
+        from turret.workspace.comparing import reports
+
+        return reports.listed(self.store.root)
+
+    def report(self, key: str) -> str:
+        """The report of one comparison, as HTML; key: as `comparisons` has it."""
+        from turret.workspace.comparing import reports
+
+        return reports.read(self.store.root, key)
+
     def evaluate(
         self, reference: str, data: str, *, columns: Mapping[str, Any] | None = None, on_stage: Say | None = None
     ) -> Evaluation:
@@ -284,6 +314,12 @@ class Workspace:
         from turret.workspace import experimenting
 
         return experimenting.listed(self.store, alpha)
+
+    def course(self, name: str, number: int | None = None) -> Course:
+        """How the evidence of an experiment grew, outcome by outcome; see `turret.experiments.course`."""
+        from turret.workspace import courses
+
+        return courses.course(self.store, name, number, self._courses)
 
     def settle(self) -> Sequence[Status]:
         """Carry out what the guards of all running experiments ask; a server calls it every few seconds."""

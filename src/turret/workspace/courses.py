@@ -1,0 +1,22 @@
+"""The course of an experiment's evidence, kept while the workspace lives so that looking again costs what is new."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from turret.experiments import rows
+from turret.store import Store
+
+if TYPE_CHECKING:
+    from turret.experiments.course import Course
+
+
+def course(store: Store, name: str, number: int | None, known: dict[int, Course]) -> Course:
+    """Of the running experiment of that name, or its last; raises NotFound."""
+    from turret.experiments.course import Course
+
+    with store.database().reading() as connection:
+        experiment = rows.find(connection, name, number)
+        found = known.setdefault(experiment.id, Course())
+        found.read(connection, experiment)
+    return found

