@@ -142,7 +142,7 @@ def check_origin(method: str, headers: Mapping[bytes, str], *, page: bool) -> No
     if site is not None:
         ours = site == "same-origin" or (site == "none" and not page)
     elif origin is not None:
-        ours = origin.partition("://")[2] == headers.get(b"host")
+        ours = origin.partition("://")[2] == (headers.get(b"host") or "-")
     else:
         ours = not page
     if not ours:

@@ -142,5 +142,3 @@ def _alias(text: str) -> str:
         return check_alias(text)
     except BadReference as error:
         raise BadRequest(str(error)) from None
-
-

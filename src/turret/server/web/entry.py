@@ -81,5 +81,3 @@ def _within(wanted: str) -> str:
 def _secure(request: Request) -> bool:
     """Whether the browser came by https: it says so, even where a proxy stands between."""
     return request.headers.get("origin", "").startswith("https://") or request.url.scheme == "https"
-
-

@@ -141,5 +141,7 @@ def said(value: Any, name: str = "") -> str:
 def code(text: str) -> Markup:
     """A line of ours, its `commands` set as code; everything in it escaped."""
     parts = str(text).split("`")
-    shown = [escape(part) if place % 2 == 0 else Markup("<code>{}</code>").format(part) for place, part in enumerate(parts)]
+    shown = [
+        escape(part) if place % 2 == 0 else Markup("<code>{}</code>").format(part) for place, part in enumerate(parts)
+    ]
     return Markup("").join(shown)

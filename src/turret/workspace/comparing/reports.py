@@ -28,7 +28,9 @@ def read(root: Path, key: str) -> str:
     except FileNotFoundError:
         raise NotFound(f"no comparison {ascii(key)[:60]}: `turret compare` makes one") from None
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read ({type(error).__name__}): compare again, which writes it anew") from None
+        raise StoreError(
+            f"{path} cannot be read ({type(error).__name__}): compare again, which writes it anew"
+        ) from None
 
 
 def _one(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@
     const { xhr, elt } = event.detail;
     if (xhr.status >= 400) {
       event.detail.shouldSwap = true;
+      event.detail.isError = false; // it is told in the page
       event.detail.target = problemOf(elt);
       event.detail.swapOverride = "innerHTML";
       elt.querySelector?.(".waiting-now")?.remove();

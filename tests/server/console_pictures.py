@@ -1,0 +1,126 @@
+"""The pictures of the console in docs/images/console, taken by Chromium from the store of `console_store.py`.
+
+python tests/server/console_pictures.py STORE FOLDER [NAME…]      every picture, or those of these names
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from browser import Page, browser
+from console_store import BASE
+
+from turret import Workspace
+from turret.server.logs import Log
+
+Steps = Callable[[Page], Any]
+TEXT = "The central bank kept its rate, and shares in London rose as traders had hoped."
+
+
+def nothing(page: Page) -> None:
+    """The page as it opens."""
+
+
+def moving(page: Page) -> None:
+    page.get_by_role("link", name="Promote news@1").click()
+    page.get_by_role("button", name="Promote", exact=True).click()
+    page.locator("dialog .problem").wait_for()
+
+
+def playing(page: Page) -> None:
+    page.get_by_label("Text").fill(TEXT)
+    for box in page.get_by_role("checkbox").all():
+        box.set_checked("desk" in (box.get_attribute("value") or "") or "news@" in (box.get_attribute("value") or ""))
+    page.get_by_role("button", name="Ask").click()
+    page.locator(".panel .receipt").nth(3).wait_for()
+
+
+def settled(page: Page) -> None:
+    page.locator(".uplot").first.wait_for()
+    page.wait_for_timeout(300)
+
+
+def checked(page: Page) -> None:
+    page.get_by_role("button", name="Verify all").click()
+    page.locator("#checked .done").wait_for()
+
+
+def unfolded(page: Page) -> None:
+    page.wait_for_timeout(800)
+
+
+# name -> (path, steps, phone, dark)
+PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
+    "adapters": ("/adapters", nothing, False, False),
+    "adapters-phone": ("/adapters", nothing, True, False),
+    "adapter": ("/adapters/news", nothing, False, False),
+    "adapter-dark": ("/adapters/news", nothing, False, True),
+    "promote": ("/adapters/news", moving, False, False),
+    "version": ("/adapters/news/2", nothing, False, False),
+    "runs": ("/runs", nothing, False, False),
+    "run": ("RUN", settled, False, False),
+    "run-phone-dark": ("RUN", settled, True, True),
+    "comparisons": ("/comparisons", nothing, False, False),
+    "comparison": ("COMPARISON", unfolded, False, False),
+    "playground": ("/playground", playing, False, False),
+    "playground-phone": ("/playground", playing, True, False),
+    "experiments": ("/experiments", nothing, False, False),
+    "experiment": ("/experiments/news/2", settled, False, False),
+    "experiment-phone-dark": ("/experiments/news/2", settled, True, True),
+    "store": ("/store", checked, False, False),
+    "store-dark": ("/store", checked, False, True),
+    "sign-in": ("SIGN-IN", nothing, False, False),
+}
+
+
+@contextmanager
+def served(workspace: Workspace) -> Iterator[str]:
+    """A server on the bundled base, at a free port."""
+    from turret.engine import Options
+    from turret.server.run import Server, bind, url_of
+    from turret.server.served import Served
+
+    listening = bind("127.0.0.1", 0)
+    with workspace.engine(BASE) as engine:
+        served = Served(workspace, engine, Options, log=Log(io.StringIO()))
+        served.look()
+        server = Server(served)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield url_of(listening)
+        server.should_exit = True
+        thread.join(timeout=10)
+
+
+def main(store: Path, folder: Path, wanted: list[str]) -> None:
+    workspace = Workspace(store)
+    newest = max((run for run in workspace.runs() if run["name"] == "news"), key=lambda run: run["id"])
+    special = {"RUN": f"/runs/{newest['id']}", "COMPARISON": f"/comparisons/{workspace.comparisons()[0]['key']}"}
+    folder.mkdir(parents=True, exist_ok=True)
+    with served(workspace) as url, browser() as chromium:
+        for name, (path, steps, phone, dark) in PICTURES.items():
+            if (wanted and name not in wanted) or path == "SIGN-IN":
+                continue
+            size = {"width": 390, "height": 844} if phone else {"width": 1200, "height": 760}
+            page = chromium.new_page(viewport=size, color_scheme="dark" if dark else "light", device_scale_factor=1)
+            page.goto(url + special.get(path, path))
+            steps(page)
+            shown = page.evaluate("document.documentElement.scrollHeight")
+            page.set_viewport_size({**size, "height": min(max(shown, 500), 1500)})
+            page.wait_for_timeout(150)
+            page.screenshot(path=folder / f"{name}.png")
+            page.close()
+            print(name, (folder / f"{name}.png").stat().st_size)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,554 @@
+"""The console without a browser: who gets in, what a page of another site may do, what is escaped, what is empty."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from store.bundles import tensors, write_bundle
+
+from turret.compare.report import write_report
+from turret.errors import Forbidden, Unauthorized
+from turret.server.app import ROUTERS, create
+from turret.server.auth import Guard, check_origin
+from turret.server.sessions import COOKIE, Sessions, cookie, session_of
+from turret.store import Store
+
+PAGES = ("/adapters", "/runs", "/comparisons", "/playground", "/experiments", "/store")
+SCRIPT = "<script>alert(1)</script>"
+
+
+def form_token(client, path: str = "/adapters") -> str:
+    return re.search(r'"x-form-token": "(\w+)"', client.get(path).text)[1]
+
+
+def post(client, path: str, proof: str | None = None, *, site: str | None = "same-origin", **fields: str):
+    headers = {"content-type": "application/x-www-form-urlencoded"} | ({"sec-fetch-site": site} if site else {})
+    said = {"form_token": proof if proof is not None else form_token(client), **fields}
+    return client.post(path, data=said, headers=headers)
+
+
+def signed_in(running, secret: str):
+    client = running.client()
+    got = post(client, "/sign-in", form_token(client, "/sign-in"), token=secret)
+    assert got.status_code == 303, got.text
+    return client
+
+
+# --- signing in ------------------------------------------------------------------------------------------------------
+
+
+def test_without_tokens_nobody_signs_in(serve) -> None:
+    client = serve().client()
+    assert client.get("/").headers["location"] == "/adapters"
+    for path in PAGES:
+        got = client.get(path)
+        assert got.status_code == 200, path
+        assert got.headers["content-type"] == "text/html; charset=utf-8"
+    assert client.get("/sign-in").status_code == 303
+
+
+def test_another_name_for_an_open_server_opens_no_page(serve) -> None:
+    got = serve().client().get("/adapters", headers={"host": "evil.example:8000"})
+    assert got.status_code == 403
+    assert "loopback names only" in got.text
+
+
+def test_with_tokens_every_page_leads_to_the_sign_in_and_back(serve, workspace) -> None:
+    _, secret = workspace.tokens.create("boss", ["admin"])
+    running = serve()
+    client = running.client()
+    for path in ("/", *PAGES, "/adapters/news/1", "/runs/x/curve"):
+        got = client.get(path)
+        assert got.status_code == 303, path
+        assert got.headers["location"].startswith("/sign-in?next="), path
+    got = client.get("/store/traffic", headers={"hx-request": "true"})
+    assert (got.status_code, got.headers["hx-redirect"]) == (401, "/sign-in?next=%2Fstore%2Ftraffic")
+    page = client.get("/sign-in?next=/runs")
+    assert page.status_code == 200
+    assert client.get("/static/console.css").status_code == 200
+    got = post(client, "/sign-in", form_token(client, "/sign-in"), token=secret, next="/runs")
+    assert (got.status_code, got.headers["location"]) == (303, "/runs")
+    assert signed_in(running, secret).get("/runs").status_code == 200
+
+
+def test_a_wrong_token_is_told_in_the_page_and_begins_nothing(serve, workspace) -> None:
+    workspace.tokens.create("boss", ["admin"])
+    running = serve()
+    client = running.client()
+    for wrong in ("turret-nobody", "", "x" * 300):
+        got = post(client, "/sign-in", form_token(client, "/sign-in"), token=wrong)
+        assert got.status_code == 401
+        assert 'role="alert"' in got.text
+        assert "set-cookie" not in got.headers
+    assert len(running.served.guard.sessions) == 0
+
+
+@pytest.mark.parametrize("wanted", ["//evil.example", "https://evil.example", "/\\evil.example", "/a\r\nx: y", "runs"])
+def test_signing_in_leads_to_no_other_server(serve, workspace, wanted) -> None:
+    _, secret = workspace.tokens.create("boss", ["admin"])
+    client = serve().client()
+    got = post(client, "/sign-in", form_token(client, "/sign-in"), token=secret, next=wanted)
+    assert got.headers["location"] == "/"
+
+
+def test_the_cookie_is_for_this_server_alone_and_secure_where_the_browser_came_by_https(serve, workspace) -> None:
+    _, secret = workspace.tokens.create("boss", ["admin"])
+    client = serve().client()
+    said = {"token": secret, "form_token": form_token(client, "/sign-in")}
+    plain = client.post("/sign-in", data=said, headers={"origin": f"http://127.0.0.1:{client.base_url.port}"})
+    parts = plain.headers["set-cookie"].split("; ")
+    assert parts[1:] == ["Path=/", "Max-Age=43200", "HttpOnly", "SameSite=Strict"]
+    assert secret not in plain.headers["set-cookie"]
+    headers = {"origin": f"https://127.0.0.1:{client.base_url.port}"}
+    assert client.post("/sign-in", data=said, headers=headers).headers["set-cookie"].endswith("; Secure")
+
+
+def test_signing_out_ends_the_session_here_too(serve, workspace) -> None:
+    _, secret = workspace.tokens.create("boss", ["admin"])
+    running = serve()
+    client = signed_in(running, secret)
+    kept = client.cookies[COOKIE]
+    got = post(client, "/sign-out")
+    assert "Max-Age=0" in got.headers["set-cookie"]
+    again = running.client()
+    again.cookies.set(COOKIE, kept)
+    assert again.get("/adapters").status_code == 303
+
+
+def test_a_revoked_token_ends_its_sessions(serve, workspace) -> None:
+    _, secret = workspace.tokens.create("boss", ["admin"])
+    running = serve()
+    client = signed_in(running, secret)
+    workspace.tokens.revoke("boss")
+    running.served.look()
+    assert client.get("/adapters").status_code == 303
+
+
+def test_infer_opens_the_playground_and_nothing_else(serve, put, workspace) -> None:
+    put()
+    _, secret = workspace.tokens.create("reader")
+    client = signed_in(serve(), secret)
+    assert client.get("/").headers["location"] == "/playground"
+    page = client.get("/playground").text
+    assert 'href="/adapters"' not in page
+    for path in PAGES:
+        assert client.get(path).status_code == (200 if path == "/playground" else 403), path
+    got = post(client, "/adapters/a/move/promote", form_token(client, "/playground"), version="1", alias="production")
+    assert got.status_code == 403
+    assert "has no scope admin" in got.text
+    answer = post(client, "/playground/answer", form_token(client, "/playground"), model="a@1", text="x")
+    assert answer.status_code == 200
+
+
+def test_a_session_is_no_key_to_the_api_and_a_bearer_token_none_to_the_pages(serve, workspace) -> None:
+    _, secret = workspace.tokens.create("boss", ["admin", "infer"])
+    running = serve()
+    assert signed_in(running, secret).get("/api/status").status_code == 401
+    assert running.client(secret).get("/adapters").status_code == 303
+
+
+def test_sessions_end_by_time_and_by_number_and_are_kept_as_hashes() -> None:
+    now = [0.0]
+    sessions = Sessions(lambda: now[0], seconds=10, most=2)
+    first = sessions.begin("one")
+    assert sessions.whose(first) == "one"
+    assert first not in str(vars(sessions))
+    now[0] = 10.0
+    assert sessions.whose(first) is None
+    others = [sessions.begin(name) for name in ("two", "three")]
+    assert len(sessions) == 2
+    assert [sessions.whose(each) for each in others] == ["two", "three"]
+    assert [sessions.whose(each) for each in (None, "", "nobody")] == [None, None, None]
+    assert session_of(f"other=1; {cookie('abc', 5, secure=False).split(';')[0]}") == "abc"
+    assert session_of("=;;\x00") is None
+
+
+def test_forms_of_one_session_are_none_of_another() -> None:
+    sessions = Sessions(time.monotonic)
+    assert sessions.is_ours("a", sessions.form_token("a"))
+    for session, token in (("b", sessions.form_token("a")), ("a", ""), ("a", "ü"), (None, sessions.form_token("a"))):
+        assert not sessions.is_ours(session, token)
+    assert not Sessions(time.monotonic).is_ours("a", sessions.form_token("a"))
+
+
+# --- pages of other sites --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "none"])
+def test_a_form_from_another_site_writes_nothing_even_with_its_token(serve, put, workspace, site) -> None:
+    put()
+    client = serve().client()
+    got = post(client, "/adapters/a/move/promote", site=site, version="1", alias="production")
+    assert got.status_code == 403
+    assert "another site" in got.text
+    assert workspace.resolve("a").aliases == ()
+
+
+def test_an_origin_is_compared_where_a_browser_says_no_more(serve, put, workspace) -> None:
+    put()
+    client = serve().client()
+    said = {"form_token": form_token(client), "version": "1", "alias": "production"}
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
+        assert client.post("/adapters/a/move/promote", data=said, headers={"origin": origin}).status_code == 403
+    assert client.post("/adapters/a/move/promote", data=said).status_code == 403  # nobody says where it comes from
+    origin = f"http://127.0.0.1:{client.base_url.port}"
+    assert client.post("/adapters/a/move/promote", data=said, headers={"origin": origin}).status_code == 303
+    assert workspace.resolve("a").aliases == ("production",)
+
+
+def test_no_page_writes_without_the_form_token(serve, put, workspace) -> None:
+    """Every route of a page that is not read, found by itself, so that a new one is held to it too."""
+    put()
+    workspace.promote("a@1", "production")
+    put()
+    client = serve().client()
+    values = {"name": "a", "number": "1", "verb": "rollback", "key": "x", "run_id": "x"}
+    writes = [
+        route.path.format(**{**values, "verb": "stop"})
+        for router in ROUTERS
+        for route in router.routes
+        if not route.include_in_schema and route.methods != {"GET"}
+    ]
+    assert len(writes) >= 11
+    for path in writes:
+        for wrong in ("", "0" * 64):
+            assert post(client, path, wrong, version="2", alias="production").status_code == 403, path
+    assert str(workspace.resolve("a")) == "a@1"
+
+
+def test_an_open_api_takes_no_writes_from_pages_of_other_sites(serve, put, workspace) -> None:
+    """A write without a body needs no preflight: the browser sends it, and says where it comes from."""
+    put()
+    put()
+    workspace.promote("a@1", "production")
+    workspace.promote("a@2", "production")
+    client = serve().client()
+    path = "/api/aliases/a/production/rollback"
+    for headers in ({"sec-fetch-site": "cross-site"}, {"origin": "http://evil.example"}, {"origin": "null"}):
+        assert client.post(path, headers=headers).status_code == 403
+    assert str(workspace.resolve("a")) == "a@2"
+    assert client.post(path).status_code == 200  # a program says nothing
+
+
+def test_where_a_write_comes_from() -> None:
+    check_origin("GET", {b"sec-fetch-site": "cross-site"}, page=True)
+    check_origin("POST", {b"sec-fetch-site": "same-origin"}, page=True)
+    check_origin("POST", {}, page=False)
+    for headers in ({}, {b"sec-fetch-site": "none"}, {b"origin": "null", b"host": ""}):
+        with pytest.raises(Forbidden):
+            check_origin("POST", headers, page=True)
+
+
+def test_a_page_takes_forms_and_no_other_body(serve, put) -> None:
+    put()
+    client = serve().client()
+    headers = {"sec-fetch-site": "same-origin", "x-form-token": form_token(client)}
+    assert client.post("/store/verify", headers=headers).status_code == 200
+    assert client.post("/store/verify", headers=headers, json={}).status_code == 415
+    kind = {"content-type": "application/x-www-form-urlencoded"}
+    for body in (b"a=%ff", b"\xff", "&".join(f"k{n}=1" for n in range(99)).encode()):
+        got = client.post("/store/verify", headers=headers | kind, content=body)
+        assert got.status_code == 400, body
+        assert "the form cannot be read" in got.text
+    assert client.post("/v1/classify", data={"model": "a"}).status_code == 415
+
+
+# --- what a page is --------------------------------------------------------------------------------------------------
+
+
+def test_every_answer_of_a_page_has_the_strict_headers(serve, put) -> None:
+    put()
+    client = serve().client()
+    for path in (*PAGES, "/adapters/a", "/adapters/none", "/static/console.js", "/runs/none", "/store/verify"):
+        headers = client.get(path).headers
+        content = headers["content-security-policy"]
+        assert "script-src 'self';" in content, path
+        assert "unsafe" not in content, path
+        assert "frame-ancestors 'none'" in content, path
+        assert headers["x-frame-options"] == "DENY", path
+        assert headers["x-content-type-options"] == "nosniff", path
+        assert headers["referrer-policy"] == "same-origin", path
+        kept = "public" if path.startswith("/static/") else "no-store"
+        assert headers["cache-control"].startswith(kept), path
+    assert "content-security-policy" not in client.get("/api/status").headers
+
+
+def test_no_page_has_a_script_or_a_style_inside_it(serve, put, workspace) -> None:
+    put()
+    put()
+    workspace.promote("a@1", "production")
+    workspace.experiment("a").start(["a@2"])
+    client = serve().client()
+    for path in (*PAGES, "/adapters/a", "/adapters/a/1", "/experiments/a/1", "/adapters/a/move/promote"):
+        text = client.get(path).text
+        assert re.findall(r"<script(?![^>]* src=\"/static/)", text) == [], path
+        assert re.findall(r"<style| style=| on[a-z]+=\"|javascript:|https?://", text) == [], path
+
+
+def test_words_of_others_are_escaped_wherever_they_stand(serve, workspace, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TURRET_USER", SCRIPT)
+    said = {
+        "base": {"id": SCRIPT, "fingerprint": "sha256:echo"},
+        "task": {"kind": "classify", "labels": [SCRIPT]},
+        "lineage": {"seed": SCRIPT, "libraries": {SCRIPT: SCRIPT}, "recipe": SCRIPT},
+    }
+    for seed in (1, 2):
+        bundle = write_bundle(tmp_path / "b", tensors(seed), said=said)
+        workspace.store.put("a", bundle, metrics={SCRIPT: {SCRIPT: 0.5, "per_class": {SCRIPT: {"f1": 1.0}}}})
+    workspace.promote("a@1", "production")
+    workspace.experiment("a").start(["a@2"])
+    run = workspace.store.new_run("a", f"# {SCRIPT}", "sha256:x")
+    workspace.store.end_run(run, "failed", error=SCRIPT)
+    client = serve().client()
+    paths = ("/adapters", "/adapters/a", "/adapters/a/1", "/runs", f"/runs/{run.id}", "/experiments/a/1", "/playground")
+    for path in paths:
+        text = client.get(path).text
+        assert "<script>alert" not in text, path
+    assert "&lt;script&gt;" in client.get("/adapters/a/1").text
+    fields = {"model": SCRIPT, "text": f"{SCRIPT}\"'"}
+    for path in ("/playground", "/playground/answer"):
+        assert "<script>alert" not in post(client, path, **fields).text
+    assert "<script>alert" not in client.get(f"/adapters/{SCRIPT.replace('/', '')}").text
+    assert "<script>alert" not in client.get("/sign-in", params={"next": SCRIPT}).text
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("/adapters", "turret train"),
+        ("/runs", "turret train"),
+        ("/comparisons", "turret compare"),
+        ("/playground", "turret train"),
+        ("/experiments", "turret experiment start"),
+    ],
+)
+def test_an_empty_page_says_what_to_run(serve, path, command) -> None:
+    assert f"<pre><code>{command}" in serve().client().get(path).text
+
+
+def test_what_is_not_there_is_one_line_in_a_page(serve, put) -> None:
+    put()
+    client = serve().client()
+    for path, words in (
+        ("/adapters/none", "no adapter named"),
+        ("/adapters/a/9", "no a@9"),
+        ("/adapters/a/x", "valid integer"),
+        ("/adapters/a/move/delete", "no move"),
+        ("/runs/../../etc", ""),
+        ("/runs/none", "no run"),
+        ("/comparisons/none", "no comparison"),
+        ("/comparisons/none/report", "no comparison"),
+        ("/experiments/a/1", "no experiment"),
+        ("/static/none.js", "no such file"),
+        ("/static/../app.py", ""),
+    ):
+        got = client.get(path)
+        assert got.status_code in (400, 404), path
+        if words:
+            assert words in got.text, path
+            assert 'role="alert"' in got.text, path
+    got = client.get("/adapters/none", headers={"hx-request": "true"})
+    assert got.text.startswith('<p class="problem" role="alert">')
+
+
+def test_pages_meet_the_log_the_limits_and_the_draining_like_every_route(serve, put, until) -> None:
+    put()
+    running = serve()
+    client = running.client()
+    client.get("/adapters/a?moved=production")
+    until(lambda: any(line.get("route") == "/adapters/{name}" for line in running.log()))
+    headers = {"sec-fetch-site": "same-origin", "content-type": "application/x-www-form-urlencoded"}
+    got = client.post("/store/verify", headers=headers, content=b"x" * (5 << 20))
+    assert got.status_code == 413
+    assert 'role="alert"' in got.text
+    running.served.load.draining = True
+    got = running.client().get("/adapters")
+    assert got.status_code == 503
+    assert "going down" in got.text
+    assert got.headers["retry-after"]
+
+
+# --- what pages do ---------------------------------------------------------------------------------------------------
+
+
+def test_a_refused_gate_is_told_and_a_promote_and_a_rollback_move_the_alias(serve, put, workspace) -> None:
+    put(accuracy=0.9)
+    put(accuracy=0.5)
+    workspace.promote("a@1", "production")
+    workspace.gate("a", "production", add=["accuracy>=0.8"])
+    client = serve().client()
+    got = post(client, "/adapters/a/move/promote", version="2", alias="production")
+    assert got.status_code == 409
+    assert "test.accuracy&gt;=0.8 is wanted" in got.text
+    assert post(client, "/adapters/a/move/promote", version="2", alias="candidate").status_code == 303
+    assert str(workspace.resolve("a@candidate")) == "a@2"
+    workspace.gate("a", "production", remove=["accuracy"])
+    assert post(client, "/adapters/a/move/promote", version="2", alias="production").status_code == 303
+    got = post(client, "/adapters/a/move/rollback", alias="production")
+    assert got.headers["location"] == "/adapters/a?moved=production"
+    assert str(workspace.resolve("a")) == "a@1"
+    assert "names <b>a@1</b> now" in client.get(got.headers["location"]).text
+    for fields in ({"version": "x", "alias": "production"}, {"version": "1", "alias": "BAD"}, {}):
+        assert post(client, "/adapters/a/move/promote", **fields).status_code == 400
+
+
+def test_an_experiment_ramps_and_ends_by_its_buttons(serve, put, workspace) -> None:
+    put()
+    put()
+    workspace.promote("a@1", "production")
+    live = workspace.experiment("a")
+    live.start(["a@2"], steps=[0.2, 0.5])
+    for number in range(60):
+        live.assign(f"u{number}")
+    live.outcomes((None, f"u{number}", number % 2) for number in range(60))
+    client = serve().client()
+    assert post(client, "/experiments/a/1/do/ramp", share="50%").status_code == 303
+    assert live.status().experiment.next_share() is None
+    assert post(client, "/experiments/a/1/do/ramp", share="lots").status_code == 400
+    points = client.get("/experiments/a/1/course").json()["points"]
+    assert [each["outcomes"] for each in points] == list(range(1, 61))
+    assert points[-1]["means"].keys() == {"control", "candidate"}
+    assert post(client, "/experiments/a/1/do/promote", arm="nobody").status_code == 400
+    assert post(client, "/experiments/a/1/do/promote", arm="candidate").status_code == 303
+    assert str(workspace.resolve("a")) == "a@2"
+    got = post(client, "/experiments/a/1/do/rollback")
+    assert got.status_code == 409
+    assert "has ended" in got.text
+
+
+def test_the_last_point_of_a_course_is_what_the_status_says(put, workspace) -> None:
+    put()
+    put()
+    workspace.promote("a@1", "production")
+    live = workspace.experiment("a")
+    live.start(["a@2"], share=0.5)
+    for number in range(900):
+        live.assign(f"u{number}")
+    live.outcomes((None, f"u{number}", int(number % 3 > 0)) for number in range(450))
+    assert len(workspace.course("a").points) <= 400
+    live.outcomes((None, f"u{number}", int(number % 3 > 0)) for number in range(450, 900))
+    points = workspace.course("a").points
+    assert len(points) < 400
+    last, weighed = points[-1], live.status().weighed
+    assert last.outcomes == sum(arm.outcomes for arm in weighed.arms)
+    assert last.against["candidate"].better == pytest.approx(weighed.arms[1].against.better)
+    assert last.against["candidate"].interval == pytest.approx(weighed.arms[1].against.interval)
+    assert last.means["control"] == pytest.approx(weighed.arms[0].mean)
+
+
+def test_a_run_shows_its_curve_while_it_trains(serve, workspace) -> None:
+    from turret.train import Curve, StepRecord
+
+    run = workspace.store.new_run("a", 'name = "a"\n', "sha256:x")
+    step = StepRecord(1, 4, 0.5, 0.7, 1e-3, 1.0, 8, 80, 0.1, 800.0, 10**8)
+    curve = Curve(run.curve)
+    client = serve().client()
+    assert client.get(f"/runs/{run.id}/curve").json() == {"steps": [], "of": None}
+    curve.append(step)
+    curve.append(replace(step, step=2, loss=0.5, metrics={"accuracy": 0.75, "loss": 0.6}, split="test"))
+    said = client.get(f"/runs/{run.id}/curve").json()
+    assert [each["loss"] for each in said["steps"]] == [0.7, 0.5]
+    assert said["of"] == 4
+    page = client.get(f"/runs/{run.id}").text
+    assert 'hx-trigger="every 2s"' in page
+    assert "step 2 of 4" in page
+    workspace.store.end_run(run, "finished", result={"version": "a@1"})
+    assert "hx-trigger" not in client.get(f"/runs/{run.id}/state").text
+    assert len(workspace.curve(run.id, most=1)) == 2  # the last, and what was evaluated
+
+
+def test_a_report_is_served_as_it_was_written_and_may_run_nothing(serve, workspace, tmp_path) -> None:
+    from simulated_comparison import made
+
+    found = made("head,full,lora", seeds=2, count=60)
+    folder = workspace.store.root / "comparisons" / "news-0123456789"
+    folder.mkdir(parents=True)
+    write_report(found, folder, lambda path, text: path.write_text(text, encoding="utf-8"))
+    (one,) = workspace.comparisons()
+    assert one["key"] == "news-0123456789"
+    assert one["headline"]
+    client = serve().client()
+    assert one["headline"][:20] in client.get("/comparisons").text
+    assert 'src="/comparisons/news-0123456789/report"' in client.get("/comparisons/news-0123456789").text
+    got = client.get("/comparisons/news-0123456789/report")
+    assert got.text == (folder / "report.html").read_text(encoding="utf-8")
+    assert got.headers["content-security-policy"].startswith("default-src 'none'; style-src 'unsafe-inline'")
+    assert got.headers["x-frame-options"] == "SAMEORIGIN"
+    (folder / "report.json").write_text("[")
+    assert "cannot be read" in client.get("/comparisons").text
+
+
+def test_the_playground_says_who_answered_and_what_the_switch_took(serve, put) -> None:
+    version = put()
+    running = serve(load_seconds=0.05)
+    client = running.client()
+    first = post(client, "/playground/answer", model="a@1", text="a text").text
+    assert "to switch in" in first
+    again = post(client, "/playground/answer", model="a@1", text="a text").text
+    assert "in memory already" in again
+    for text in (first, again):
+        assert version.digest.removeprefix("sha256:")[:12] in text
+        assert "Receipt" in text
+    panels = post(client, "/playground", model="a@1", text='say "<b>"').text
+    assert panels.count("data-problem") == 1
+    got = post(client, "/playground/stream", model="a@1", text="one two", max_tokens="2", temperature="0")
+    assert got.headers["turret-adapter"] == "a"
+    assert got.text.endswith("data: [DONE]\n\n")
+    for wrong in ({"text": " "}, {"max_tokens": "0"}, {"temperature": "hot"}, {"model": ""}):
+        fields = {"model": "a@1", "text": "x", **wrong}
+        assert post(client, "/playground/stream", **fields).status_code == 400
+    rows = running.served.metrics.traffic()
+    assert [(row.version, row.requests, row.failures) for row in rows] == [("a@1", 3, 0)]
+    assert 0 < rows[0].mean_seconds <= rows[0].most_seconds
+
+
+def test_the_store_is_verified_on_demand_and_gc_is_only_asked(serve, put, workspace) -> None:
+    put()
+    client = serve().client()
+    assert "is whole" in post(client, "/store/verify").text
+    assert "is whole" in post(client, "/adapters/a/1/verify").text
+    workspace.delete("a@1")
+    said = post(client, "/store/gc").text
+    assert "A gc would remove" in said
+    assert "Nothing is removed here" in said
+    assert workspace.gc(dry_run=True).removed
+    path = next(workspace.store.root.glob("blobs/sha256/*/*"))
+    put()
+    broken = max(workspace.store.files("a@2").values(), key=lambda each: each.stat().st_size)
+    broken.chmod(0o644)
+    broken.write_bytes(b"x")
+    assert "problem" in post(client, "/store/verify").text
+    assert "1 problem" in client.get("/store").text
+    assert path.exists()
+
+
+# --- the guard, alone ------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_tells_pages_apart(tmp_path: Path) -> None:
+    tokens = Store(tmp_path / "store").tokens
+    kept, secret = tokens.create("boss", ["admin"])
+    guard = Guard("127.0.0.1", [kept], lambda: 0.0)
+    session = guard.enter(secret)
+    assert guard.visit("/adapters", session, None).name == "boss"
+    assert guard.visit("/sign-in", None, None).scopes == ()
+    with pytest.raises(Unauthorized):
+        guard.visit("/adapters", "nobody", None)
+    with pytest.raises(Unauthorized):
+        guard.admit("/api/status", None, None)
+    assert create  # the doors are put around routes in `app`
+
+
+def test_vendored_files_have_their_licence_and_version_beside_them() -> None:
+    from turret.server.web.render import HERE
+
+    folder = HERE / "static" / "vendor"
+    said = (folder / "README.md").read_text(encoding="utf-8")
+    files = {path.name for path in folder.iterdir()} - {"README.md"}
+    assert files == set(re.findall(r"`([\w.]+)`", said))
+    for name in ("htmx", "uPlot", "pico"):
+        assert (folder / f"{name}.LICENSE.txt").stat().st_size > 300

@@ -1,0 +1,355 @@
+"""The console in Chromium: a user's path through each page, by mouse and by keyboard, on a desk and on a phone.
+
+Every page that is opened here fails its test when it asks another host for anything or writes an error to its console.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from browser import Browser, Page, browser
+from server.conftest import SEEDS, Running
+from server.echo import FINGERPRINT, LABELS, Echo
+from simulated_comparison import made
+from store.bundles import tensors, write_bundle
+
+from turret.compare.report import write_report
+from turret.errors import NotFound
+from turret.server.served import Settings
+from turret.train import Curve, StepRecord
+from turret.workspace import Workspace
+
+PHONE = {"width": 360, "height": 760}
+Open = Callable[..., Page]
+
+
+def filled(folder: Path) -> Workspace:
+    """Two versions of `news`, `tale` that writes, a run that trains, a comparison, an experiment with outcomes."""
+    workspace = Workspace(folder / "store")
+    for accuracy in (0.91, 0.52):
+        put(workspace, folder, "news", "classify", accuracy)
+    put(workspace, folder, "tale", "generate", 0.7)
+    workspace.promote("news@1", "production")
+    workspace.gate("news", "production", add=["accuracy>=0.8"])
+    report = workspace.store.root / "comparisons" / "news-0123456789"
+    report.mkdir(parents=True)
+    write_report(made("full,lora", seeds=2, count=60), report, lambda path, text: path.write_text(text, "utf-8"))
+    live, draw = workspace.experiment("news"), random.Random(3)
+    live.start(["news@2"], steps=[0.3, 0.5], guards=None)
+    for number in range(120):
+        live.assign(f"u{number}")
+    live.outcomes((None, f"u{number}", draw.randint(0, 1)) for number in range(120))
+    return workspace
+
+
+def put(workspace: Workspace, folder: Path, name: str, kind: str, accuracy: float) -> None:
+    said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": {"kind": kind, "labels": list(LABELS)}}
+    bundle = write_bundle(folder / "bundles", tensors(next(SEEDS)), said=said)
+    workspace.store.put(name, bundle, metrics={"test": {"accuracy": accuracy, "loss": 0.4}})
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    workspace = filled(tmp_path_factory.mktemp("console"))
+    made = Running(workspace, Echo(workspace.store, load_seconds=0.02), Settings())
+    yield made.start()
+    made.stop()
+
+
+class Watched:
+    """What the pages of one test asked for, and what they complained of."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.asked, self.complaints = url, set[str](), list[str]()
+        self.expected = ["status of 409"]  # a refusal that a test asks for: Chromium tells of each
+
+    def watch(self, page: Page) -> None:
+        page.on("request", lambda request: self.asked.add(request.url))
+        page.on("console", self._hear)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def _hear(self, message: Any) -> None:
+        if message.type in ("error", "warning") and not any(each in message.text for each in self.expected):
+            self.complaints.append(message.text)
+
+    def check(self) -> None:
+        assert self.complaints == []
+        ours = urlsplit(self.url).netloc
+        assert [each for each in self.asked if urlsplit(each).netloc not in (ours, "") or each.startswith("ws")] == []
+
+
+@pytest.fixture
+def opened(chromium: Browser, running: Running) -> Iterator[Open]:
+    """`opened("/adapters", phone=True)`: a page, watched until the test ends."""
+    watched = Watched(running.url)
+    contexts = []
+
+    def opened(
+        path: str, *, phone: bool = False, url: str = running.url, expected: tuple[str, ...] = (), **settings: Any
+    ) -> Page:
+        size = PHONE if phone else {"width": 1200, "height": 800}
+        contexts.append(chromium.new_context(viewport=size, **settings))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(15_000)
+        watched.url = url
+        watched.expected += expected
+        watched.watch(page)
+        page.goto(url + path)
+        return page
+
+    yield opened
+    for each in contexts:
+        each.close()
+    watched.check()
+
+
+def run_of(workspace: Workspace) -> Any:
+    """A run that is training, with a curve of some steps."""
+    run = workspace.store.new_run("news", 'name = "news"\n[train]\nepochs = 3\n', "sha256:x")
+    curve = Curve(run.curve)
+    for number in range(1, 21):
+        curve.append(step(number))
+    return run, curve
+
+
+def step(number: int) -> StepRecord:
+    metrics = {"accuracy": 0.5 + number / 100, "loss": 1.0} if number % 10 == 0 else None
+    split = "test" if metrics else None
+    return StepRecord(number, 40, number / 20, 2 / number, 1e-3, 1.0, 8, 500, 0.1, 5e3, 10**8, metrics, split)
+
+
+# --- a path through each page ----------------------------------------------------------------------------------------
+
+
+def test_from_the_list_to_a_version_and_back(opened: Open) -> None:
+    page = opened("/")
+    assert page.title() == "Adapters · Turret"
+    page.get_by_role("link", name="news", exact=True).click()
+    assert page.get_by_role("heading", name="news", exact=True).is_visible()
+    page.locator("table").get_by_role("link", name="news@2", exact=True).click()
+    page.wait_for_url("**/adapters/news/2")
+    assert page.get_by_text("52.0%").is_visible()
+    page.get_by_role("button", name="Verify").click()
+    page.get_by_text("News@2 is whole").wait_for()
+    page.go_back()
+    page.wait_for_url("**/adapters/news")
+    page.go_back()
+    page.wait_for_url("**/adapters")
+
+
+def test_a_gate_refuses_in_the_dialog_and_what_passes_moves_the_alias(opened: Open, running: Running) -> None:
+    page = opened("/adapters/news", expected=("status of 404",))
+    page.get_by_role("link", name="Promote news@2").click()
+    dialog = page.get_by_role("dialog")
+    assert dialog.get_by_label("Version").input_value() == "2"
+    dialog.get_by_role("button", name="Promote").click()
+    dialog.get_by_role("alert").wait_for()
+    assert "test.accuracy>=0.8 is wanted, found 0.52" in dialog.get_by_role("alert").inner_text()
+    assert str(running.workspace.resolve("news")) == "news@1"
+    dialog.get_by_label("Alias").fill("candidate")
+    dialog.get_by_role("button", name="Promote").click()
+    page.get_by_role("status").wait_for()
+    assert page.get_by_role("status").inner_text() == "candidate names news@2 now."
+    page.locator("#rollback-candidate").click()
+    page.get_by_role("dialog").get_by_role("button", name="Roll back").click()
+    page.get_by_role("dialog").get_by_role("alert").wait_for()  # it named nothing before
+    page.keyboard.press("Escape")
+    assert not page.get_by_role("dialog").is_visible()
+
+
+def test_curves_grow_while_a_run_trains(opened: Open, running: Running) -> None:
+    run, curve = run_of(running.workspace)
+    page = opened("/runs")
+    page.get_by_role("link", name=run.id[-6:]).click()
+    page.locator(".uplot").nth(3).wait_for()
+    page.get_by_text("step 20 of 40").wait_for()
+    for number in range(21, 31):
+        curve.append(step(number))
+    page.get_by_text("step 30 of 40").wait_for()
+    running.workspace.store.end_run(
+        run,
+        "finished",
+        result={
+            "version": "news@1",
+            "metrics": {"test": {"accuracy": 0.91}},
+            "timing": {"train_seconds": 3.2, "examples_per_second": 80.0, "tokens_per_second": 5e3},
+            "memory": {"peak_bytes": 3 * 10**8, "above_base_bytes": 10**8, "predicted_bytes": None},
+            "parameters": {"trainable": 1000, "stored": 1000, "total": 100_000},
+        },
+    )
+    page.get_by_text("finished").wait_for()
+    assert page.get_by_text("91.0%").is_visible()
+    assert page.get_by_text("1k of 100k parameters").is_visible()
+    page.get_by_text("Recipe").click()
+    assert page.get_by_text("epochs = 3").is_visible()
+
+
+def test_a_report_opens_in_the_page_as_tall_as_it_is(opened: Open) -> None:
+    page = opened("/comparisons")
+    page.get_by_role("heading").get_by_role("link").click()
+    frame = page.frame_locator("iframe")
+    frame.get_by_role("heading", level=1).wait_for()
+    page.wait_for_function("document.querySelector('iframe').clientHeight > 900")
+    page.go_back()
+    page.wait_for_url("**/comparisons")
+
+
+def test_one_text_goes_to_several_versions_side_by_side(opened: Open, running: Running) -> None:
+    with suppress(NotFound):
+        running.engine.unload("news@2")
+    page = opened("/playground")
+    page.get_by_label("Text").fill("a text of five words")
+    for box in page.get_by_role("checkbox").all():
+        box.check()
+    page.get_by_label("Text").press("Control+Enter")
+    page.locator(".panel .receipt").nth(3).wait_for()
+    assert page.locator(".panel").count() == 4  # the bare base writes too
+    assert "switch in" in page.locator(".panel", has_text="news@2").inner_text()
+    written = page.locator(".panel", has_text="tale@1")
+    assert "a text of five words" in written.locator(".written").inner_text()
+    assert "First word" in written.inner_text()
+    page.get_by_role("button", name="Ask").click()
+    page.locator(".panel", has_text="news@2").get_by_text("in memory already").wait_for()
+
+
+def test_a_text_that_cannot_be_asked_is_told_in_place(opened: Open) -> None:
+    page = opened("/playground?model=none@1", expected=("status of 404",))
+    page.evaluate("document.querySelectorAll('[name=model]').forEach((each) => (each.checked = each.value == 'echo'))")
+    page.evaluate("document.querySelector('[name=model]:checked').value = 'none@1'")
+    page.get_by_label("Text").fill("x")
+    with page.expect_response(lambda response: response.url.endswith("/playground/stream")) as answered:
+        page.get_by_role("button", name="Ask").click()
+    assert answered.value.status == 404
+    page.locator(".panel [role=alert]").wait_for()
+    assert "no adapter named" in page.locator(".panel [role=alert]").inner_text()
+
+
+def test_an_experiment_is_read_ramped_and_ended(opened: Open, running: Running) -> None:
+    page = opened("/experiments")
+    page.get_by_role("link", name="news#1").click()
+    page.locator(".uplot").nth(1).wait_for()
+    assert page.get_by_text("as planned").is_visible()
+    page.get_by_role("link", name="Ramp to 50%").click()
+    page.get_by_role("dialog").get_by_role("button", name="Ramp").click()
+    page.get_by_text("ramped:").wait_for()
+    assert running.workspace.experiment("news").status().experiment.weights["candidate"] == pytest.approx(0.5)
+    page.get_by_role("link", name="Promote…").click()
+    page.get_by_role("dialog").get_by_role("button", name="Promote and end").click()
+    page.get_by_role("dialog").get_by_role("alert").wait_for()  # the gate
+    page.get_by_role("link", name="Cancel").click()
+    page.get_by_role("link", name="Roll back…").click()
+    page.get_by_role("dialog").get_by_role("button", name="Roll back and end").click()
+    page.get_by_text("ended", exact=True).wait_for()
+    assert page.get_by_role("link", name="Ramp").count() == 0
+
+
+def test_the_store_is_checked_and_traffic_moves(opened: Open, running: Running) -> None:
+    page = opened("/store")
+    page.get_by_role("button", name="Verify all").click()
+    page.get_by_text("The store is whole").wait_for()
+    page.get_by_role("button", name="What would gc remove?").click()
+    page.get_by_text("A gc would remove").wait_for()
+    for _ in range(3):
+        running.client().post("/v1/classify", json={"model": "news@1", "input": "x"})
+    page.locator("#traffic").get_by_role("cell", name="news@1", exact=True).first.wait_for()
+
+
+def test_a_server_that_has_gone_is_told(opened: Open) -> None:
+    page = opened("/adapters/news/1", expected=("htmx:afterRequest", "htmx:sendError", "ERR_FAILED"))
+    page.route("**/verify", lambda route: route.abort())
+    page.get_by_role("button", name="Verify").click()
+    page.get_by_text("The server does not answer").wait_for()
+
+
+# --- by hand of any kind ---------------------------------------------------------------------------------------------
+
+
+def test_everything_can_be_reached_by_keyboard_and_the_focus_is_seen(opened: Open) -> None:
+    page = opened("/adapters")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    assert page.evaluate("document.activeElement.getBoundingClientRect().top") >= 0
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "news"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/adapters/news")
+    page.locator("#promote").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("dialog").wait_for()
+    assert page.evaluate("document.activeElement.name") == "version"
+    for _ in range(6):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement == document.body || !!document.activeElement.closest('dialog')")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == "promote"
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_no_page_is_wider_than_a_phone(opened: Open, running: Running, dark: bool) -> None:
+    run = running.workspace.runs()[0]["id"] if running.workspace.runs() else run_of(running.workspace)[0].id
+    paths = ["/adapters", "/adapters/news", "/adapters/news/1", "/adapters/news/move/promote", "/runs", f"/runs/{run}"]
+    paths += ["/comparisons", "/comparisons/news-0123456789", "/playground", "/experiments", "/experiments/news/1"]
+    page = opened("/store", phone=True, color_scheme="dark" if dark else "light")
+    for path in ["/store", *paths]:
+        page.goto(running.url + path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
+        unnamed = "[...document.querySelectorAll('input, select, textarea')].filter((each) => each.type != 'hidden'"
+        assert page.evaluate(unnamed + " && !each.labels.length).length") == 0, path
+    shade = page.evaluate("getComputedStyle(document.body).backgroundColor + getComputedStyle(document.body).color")
+    assert ("20, 23, 27" in page.evaluate("getComputedStyle(document.documentElement).backgroundColor") + shade) == dark
+
+
+# --- signing in ------------------------------------------------------------------------------------------------------
+
+
+def test_signing_in_and_out(opened: Open, chromium: Browser, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "store")
+    _, secret = workspace.tokens.create("boss", ["admin"])
+    guarded = Running(workspace, Echo(workspace.store), Settings()).start()
+    try:
+        page = opened("/runs", url=guarded.url)
+        assert page.url.endswith("/sign-in?next=%2Fruns")
+        page.keyboard.type(secret)  # the field has the focus
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/runs")
+        (kept,) = page.context.cookies()
+        assert (kept["httpOnly"], kept["sameSite"], kept["path"]) == (True, "Strict", "/")
+        assert page.evaluate("document.cookie") == ""
+        page.get_by_role("button", name="Sign out").click()
+        page.wait_for_url("**/sign-in")
+        assert page.context.cookies() == []
+        page.goto(guarded.url + "/runs")
+        assert "/sign-in" in page.url
+    finally:
+        guarded.stop()
+
+
+def test_a_page_of_another_site_changes_nothing(opened: Open, running: Running) -> None:
+    """A form that posts here from a page of another origin, as a browser really sends it."""
+    page = opened("/adapters")
+    proof = page.evaluate("JSON.parse(document.body.getAttribute('hx-headers'))['x-form-token']")
+    action = f"{running.url}/adapters/news/move/promote"
+    form = f"<form method=post action={action}><input name=version value=1><input name=alias value=stolen>"
+    other = page.context.new_page()
+    other.route("http://other.test/", lambda route: route.fulfill(
+        content_type="text/html", body=f"{form}<input name=form_token value={proof}><button>Win</button></form>"
+    ))  # fmt: skip
+    other.goto("http://other.test/")
+    other.get_by_role("button").click()
+    other.get_by_text("sent by a page of another site").wait_for()
+    assert "stolen" not in running.workspace.resolve("news@1").aliases
