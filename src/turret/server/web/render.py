@@ -50,9 +50,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {
-        "age": age, "bytes": megabytes, "chief": chief, "code": code, "count": count, "ms": milliseconds, "number": number,
-        "percent": percent, "said": said, "seconds": in_seconds, "share": share, "short": short, "when": when,
-        "whole": whole,
+        "age": age, "bytes": megabytes, "chief": chief, "code": code, "count": count, "evidence": "{:.3g}".format,
+        "ms": milliseconds, "number": number, "percent": percent, "said": said, "seconds": in_seconds, "share": share,
+        "short": short, "when": when, "whole": whole,
     }  # fmt: skip
     made.globals |= {"digest": digest, "pages": PAGES, "version_of_turret": __version__}
     return made

@@ -1,4 +1,4 @@
-"""The store's health and this server's traffic: what is stored, whether it is whole, who is asked, what is in memory."""
+"""The store's health and this server's traffic: what is stored, is it whole, who is asked, what is in memory."""
 
 from __future__ import annotations
 

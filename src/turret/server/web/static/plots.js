@@ -14,8 +14,9 @@
 
   function options(element, plot) {
     const axis = { stroke: colour("soft"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
-    const x = { ...axis, grid: { show: false }, values: (_, ticks) => ticks.map((each) => (Number.isInteger(each) ? short(each) : "")) };
-    const y = { ...axis, size: 54, values: (_, ticks) => ticks.map((each) => (each == null ? "" : (plot.say || short)(each))) };
+    const x = { ...axis, size: 30, grid: { show: false }, values: (_, ticks) => ticks.map((each) => (Number.isInteger(each) ? short(each) : "")) };
+    const tens = (_, ticks) => ticks.map((each) => (Number.isInteger(Math.log10(each)) ? each : null));
+    const y = { ...axis, grid: { ...axis.grid, filter: plot.log ? tens : undefined }, size: 54, values: (_, ticks) => ticks.map((each) => (each == null ? "" : (plot.say || short)(each))) };
     return {
       width: Math.max(220, element.clientWidth),
       height: 220,
