@@ -39,7 +39,19 @@ VERBS = [
     "control",
 ]
 VERBS += ["import_adapter", "export", "diff", "promote", "rollback", "gate", "verify", "gc", "delete"]
-VERBS += ["experiment", "experiments", "settle", "router", "replay", "runs", "run", "curve", "comparisons", "report", "course"]
+VERBS += [
+    "experiment",
+    "experiments",
+    "settle",
+    "router",
+    "replay",
+    "runs",
+    "run",
+    "curve",
+    "comparisons",
+    "report",
+    "course",
+]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 

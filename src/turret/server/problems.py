@@ -41,7 +41,6 @@ TABLE: dict[type[BaseException], Rule] = {
     errors.BadReference: Rule(404, _INVALID),  # nothing can be called so
     errors.RecipeError: Rule(400, _INVALID),
     errors.DataError: Rule(400, _INVALID),
-    errors.BadExperiment: Rule(400, _INVALID),
     errors.NoRoom: Rule(400, _INVALID),
     errors.Unauthorized: Rule(401, "authentication_error"),
     errors.Forbidden: Rule(403, "permission_error"),
@@ -53,7 +52,6 @@ TABLE: dict[type[BaseException], Rule] = {
     errors.ExperimentError: Rule(409, _INVALID),
     errors.BadExperiment: Rule(400, _INVALID),
     errors.GateFailed: Rule(409, _INVALID),
-    errors.ExperimentError: Rule(409, _INVALID),
     errors.TooLarge: Rule(413, _INVALID),
     errors.WrongMediaType: Rule(415, _INVALID),
     errors.QuotaSpent: Rule(429, _LIMIT),

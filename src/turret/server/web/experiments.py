@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Path, Request, Response
@@ -10,6 +11,7 @@ from fastapi.responses import JSONResponse
 from turret.errors import NotFound
 from turret.experiments import words
 from turret.experiments.experiment import read_split
+from turret.server import golden
 from turret.server.routes import Here
 from turret.server.served import Served
 from turret.server.web import render
@@ -87,7 +89,10 @@ async def _carried_out(here: Served, name: str, number: int, verb: str, form: Fo
     if verb == "ramp":
         await here.control(live.ramp, read_split(form.text("share")) if form.text("share") else None)
     elif verb == "promote":
-        await here.aside(live.stop, promote=form.text("arm"))
+        experiment = (await here.control(live.status)).experiment
+        arm = experiment.arm(form.text("arm"))
+        await here.control(here.engine.warm, experiment.reference(arm))  # loaded first: no request waits
+        await here.aside(live.stop, promote=arm.name, ask=partial(golden.answers, here))
     else:
         await here.control(live.stop, rollback=verb == "rollback")
 
