@@ -97,14 +97,17 @@ def test_signing_in_leads_to_no_other_server(serve, workspace, wanted) -> None:
 
 def test_the_cookie_is_for_this_server_alone_and_secure_where_the_browser_came_by_https(serve, workspace) -> None:
     _, secret = workspace.tokens.create("boss", ["admin"])
-    client = serve().client()
-    said = {"token": secret, "form_token": form_token(client, "/sign-in")}
-    plain = client.post("/sign-in", data=said, headers={"origin": f"http://127.0.0.1:{client.base_url.port}"})
-    parts = plain.headers["set-cookie"].split("; ")
-    assert parts[1:] == ["Path=/", "Max-Age=43200", "HttpOnly", "SameSite=Strict"]
-    assert secret not in plain.headers["set-cookie"]
-    headers = {"origin": f"https://127.0.0.1:{client.base_url.port}"}
-    assert client.post("/sign-in", data=said, headers=headers).headers["set-cookie"].endswith("; Secure")
+    running = serve()
+
+    def cookie_of(scheme: str) -> str:
+        client = running.client()
+        said = {"token": secret, "form_token": form_token(client, "/sign-in")}
+        origin = {"origin": f"{scheme}://127.0.0.1:{running.port}"}
+        return str(client.post("/sign-in", data=said, headers=origin).headers["set-cookie"])
+
+    assert cookie_of("http").split("; ")[1:] == ["Path=/", "Max-Age=43200", "HttpOnly", "SameSite=Strict"]
+    assert secret not in cookie_of("http")
+    assert cookie_of("https").endswith("; SameSite=Strict; Secure")
 
 
 def test_signing_out_ends_the_session_here_too(serve, workspace) -> None:

@@ -50,7 +50,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {
-        "age": age, "bytes": megabytes, "chief": chief, "code": code, "count": count, "evidence": "{:.3g}".format,
+        "age": age, "bytes": size, "chief": chief, "code": code, "count": count, "evidence": "{:.3g}".format,
         "ms": milliseconds, "number": number, "percent": percent, "said": said, "seconds": in_seconds, "share": share,
         "short": short, "when": when, "whole": whole,
     }  # fmt: skip
@@ -109,6 +109,11 @@ def number(value: Any) -> str:
 
 def whole(value: float) -> str:
     return f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """`640 B`, `3.2 kB`, `91 MB`."""
+    return f"{value:.0f} B" if value < 1000 else megabytes(value)
 
 
 def share(value: float) -> str:

@@ -16,7 +16,7 @@
     const axis = { stroke: colour("soft"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
     const x = { ...axis, size: 30, grid: { show: false }, values: (_, ticks) => ticks.map((each) => (Number.isInteger(each) ? short(each) : "")) };
     const tens = (_, ticks) => ticks.map((each) => (Number.isInteger(Math.log10(each)) ? each : null));
-    const y = { ...axis, grid: { ...axis.grid, filter: plot.log ? tens : undefined }, size: 54, values: (_, ticks) => ticks.map((each) => (each == null ? "" : (plot.say || short)(each))) };
+    const y = { ...axis, grid: plot.log ? { ...axis.grid, filter: tens } : axis.grid, size: 54, values: (_, ticks) => ticks.map((each) => (each == null ? "" : (plot.say || short)(each))) };
     return {
       width: Math.max(220, element.clientWidth),
       height: 220,
@@ -72,7 +72,7 @@
 
   function smooth(values) {
     let mean = null;
-    const keep = 1 - 1 / Math.max(4, Math.min(40, values.length / 12));
+    const keep = 1 - 1 / Math.max(2, Math.min(40, values.length / 15));
     return values.map((value) => (mean = mean == null ? value : keep * mean + (1 - keep) * value));
   }
 
