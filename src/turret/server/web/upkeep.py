@@ -54,7 +54,7 @@ def _traffic(here: Served) -> dict[str, Any]:
         "traffic": here.metrics.traffic(),
         "engine": said(here.engine.stats()),
         "memory": [said(each) for each in here.engine.loaded()],
-        "in_flight": here.load.requests,
+        "in_flight": max(0, here.load.requests - 1),  # this page is one
         "trouble": here.follow.trouble,
         "since": here.now() - here.began,
     }
