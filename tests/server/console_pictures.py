@@ -19,6 +19,8 @@ from console_store import BASE
 
 from turret import Workspace
 from turret.server.logs import Log
+from turret.server.served import Served
+from turret.store import Token
 
 Steps = Callable[[Page], Any]
 TEXT = "The central bank kept its rate, and shares in London rose as traders had hoped."
@@ -81,11 +83,10 @@ PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
 
 
 @contextmanager
-def served(workspace: Workspace) -> Iterator[str]:
+def serving(workspace: Workspace) -> Iterator[tuple[str, Served]]:
     """A server on the bundled base, at a free port."""
     from turret.engine import Options
     from turret.server.run import Server, bind, url_of
-    from turret.server.served import Served
 
     listening = bind("127.0.0.1", 0)
     with workspace.engine(BASE) as engine:
@@ -96,7 +97,7 @@ def served(workspace: Workspace) -> Iterator[str]:
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield url_of(listening)
+        yield url_of(listening), served
         server.should_exit = True
         thread.join(timeout=10)
 
@@ -104,12 +105,18 @@ def served(workspace: Workspace) -> Iterator[str]:
 def main(store: Path, folder: Path, wanted: list[str]) -> None:
     workspace = Workspace(store)
     newest = max((run for run in workspace.runs() if run["name"] == "news"), key=lambda run: run["id"])
-    special = {"RUN": f"/runs/{newest['id']}", "COMPARISON": f"/comparisons/{workspace.comparisons()[0]['key']}"}
+    special = {
+        "SIGN-IN": "/sign-in",
+        "RUN": f"/runs/{newest['id']}",
+        "COMPARISON": f"/comparisons/{workspace.comparisons()[0]['key']}",
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    with served(workspace) as url, browser() as chromium:
+    with serving(workspace) as (url, served), browser() as chromium:
         for name, (path, steps, phone, dark) in PICTURES.items():
-            if (wanted and name not in wanted) or path == "SIGN-IN":
+            if wanted and name not in wanted:
                 continue
+            if path == "SIGN-IN":  # the last: a server that has seen a token stays closed
+                served.guard.know([Token("me", ("admin",), "", None, None, None, hash="")])
             size = {"width": 390, "height": 844} if phone else {"width": 1200, "height": 760}
             page = chromium.new_page(viewport=size, color_scheme="dark" if dark else "light", device_scale_factor=1)
             page.goto(url + special.get(path, path))
