@@ -9,7 +9,6 @@ from fastapi import Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from turret.errors import NotFound
-from turret.experiments import words
 from turret.experiments.experiment import read_split
 from turret.server import golden
 from turret.server.routes import Here
@@ -99,6 +98,8 @@ async def _carried_out(here: Served, name: str, number: int, verb: str, form: Fo
 
 async def _known(here: Served, name: str, number: int) -> dict[str, Any]:
     status = await here.control(here.workspace.experiment(name, number).status)
+    from turret.experiments import words  # with numpy, which whoever asks no experiment need not wait for
+
     experiment = status.experiment
     said = {"traffic": words.traffic(experiment), "guards": words.guards(experiment)}
     history = [(each, words.event(each["verb"], dict(each["detail"]))) for each in reversed(status.weighed.history)]
