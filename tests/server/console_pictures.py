@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from browser import Page, browser
-from console_store import BASE
+from console_store import BASE, fill
 
 from turret import Workspace
 from turret.server.logs import Log
@@ -103,7 +103,7 @@ def serving(workspace: Workspace) -> Iterator[tuple[str, Served]]:
 
 
 def main(store: Path, folder: Path, wanted: list[str]) -> None:
-    workspace = Workspace(store)
+    workspace = fill(store)
     newest = max((run for run in workspace.runs() if run["name"] == "news"), key=lambda run: run["id"])
     special = {
         "SIGN-IN": "/sign-in",
