@@ -38,19 +38,19 @@ def fill(root: Path) -> Workspace:
     wanted = [
         recipe("news", turret.LoRA(r=4, lora_alpha=16), 80, epochs=1, evaluate=10),
         recipe("news", lora, 400, evaluate=10),
-        recipe("news", lora, 240, epochs=1, init_from="news@2"),
+        recipe("news", lora, 120, epochs=1, init_from="news@2"),
     ]
     for each in wanted[len(workspace.list("news")) :]:
         workspace.train(each)
     if not any(version.name == "desk" for version in workspace.list()):
-        workspace.train(recipe("desk", turret.Prefix(num_virtual_tokens=8), 240))
+        workspace.train(recipe("desk", turret.Prefix(num_virtual_tokens=8), 120))
         for version, alias in (("news@1", "production"), ("news@2", "production"), ("news@3", "candidate")):
             workspace.promote(version, alias)
         workspace.gate("news", "production", add=[f"accuracy>={between(workspace):.2f}", "loss<1.2"])
         workspace.promote("desk@1", "production")
     if not workspace.comparisons():
-        base = recipe("news-methods", lora, 120).with_overrides({"data.test": "80"})
-        workspace.compare(base, methods="head,full,lora", seeds=2, margin=2.0, budget=BUDGET)
+        base = recipe("news-methods", lora, 80).with_overrides({"data.test": "60"})
+        workspace.compare(base, methods="full,lora", seeds=2, margin=2.0, budget=BUDGET)
     if not workspace.experiments():
         experiment(workspace)
     return workspace
