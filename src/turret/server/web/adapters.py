@@ -70,7 +70,7 @@ async def promote(request: Request, here: Here, name: Name, form: Sent) -> Respo
     number, alias = form.text("version"), _alias(form.text("alias"))
     if not number.isdecimal():
         raise BadRequest(f"version {ascii(number)[:40]}: expected a number")
-    await control.promote(f"{name}@{int(number)}", PromoteRequest(alias=alias), here)
+    await control.promote(f"{name}@{int(number)}", PromoteRequest(alias=alias, replay=False), here)
     return gone(request, f"/adapters/{name}?moved={alias}")
 
 

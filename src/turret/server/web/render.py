@@ -50,7 +50,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {
-        "age": age, "bytes": size, "chief": chief, "code": code, "count": count, "evidence": "{:.3g}".format,
+        "age": age, "bytes": size, "chief": chief, "code": code, "count": count, "evidence": evidence,
         "ms": milliseconds, "number": number, "percent": percent, "said": said, "seconds": in_seconds, "share": share,
         "short": short, "when": when, "whole": whole,
     }  # fmt: skip
@@ -109,6 +109,11 @@ def number(value: Any) -> str:
 
 def whole(value: float) -> str:
     return f"{value:,.0f}"
+
+
+def evidence(value: float) -> str:
+    """Three digits, and no powers of ten while it can be read without."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
 
 
 def size(value: float) -> str:

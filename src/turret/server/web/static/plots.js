@@ -20,7 +20,7 @@
     return {
       width: Math.max(220, element.clientWidth),
       height: 220,
-      padding: [8, 12, 0, 0],
+      padding: [8, 24, 0, 0],
       cursor: { drag: { x: true, y: false }, points: { size: 6 } },
       legend: { live: true },
       scales: { x: { time: false }, y: { distr: plot.log ? 3 : 1, range: plot.range } },
