@@ -123,7 +123,7 @@ def main(store: Path, folder: Path, wanted: list[str]) -> None:
             page.goto(url + special.get(path, path))
             steps(page)
             shown = page.evaluate("document.documentElement.scrollHeight")
-            page.set_viewport_size({**size, "height": min(max(shown, 500), 1500)})
+            page.set_viewport_size({**size, "height": min(max(shown, 500), 760 if name == "comparison" else 1500)})
             page.wait_for_timeout(150)
             page.screenshot(path=folder / f"{name}.png")
             page.close()

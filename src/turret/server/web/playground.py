@@ -106,11 +106,11 @@ async def _loaded(here: Served, model: str) -> float | None:
 
 
 async def _versions(here: Served) -> list[Version]:
-    """Those of this base: what has an alias first, then the newest."""
+    """Those that this base carries, which a full fine-tuning is not: what has an alias first, then the newest."""
     found = [
         each
         for each in await here.control(here.workspace.list)
-        if fingerprint(each) == here.engine.base.fingerprint
+        if fingerprint(each) == here.engine.base.fingerprint and each.part("method").get("kind") != "full"
     ]  # fmt: skip
     return sorted(found, key=lambda each: (not each.aliases, each.name, -each.number))
 
