@@ -24,7 +24,8 @@ from turret.server.limits import Bounded
 from turret.server.logs import Logged
 from turret.server.problems import Problem, by_status, invalid, problem
 from turret.server.served import Served
-from turret.server.web import adapters, comparisons, entry, experiments, playground, runs, upkeep
+from turret.server.web import adapters, comparisons, entry, playground, runs, upkeep
+from turret.server.web import experiments as experiment_pages
 from turret.server.web.door import Paged
 
 ROUTERS = (
@@ -42,7 +43,7 @@ ROUTERS = (
     runs.router,
     comparisons.router,
     playground.router,
-    experiments.router,
+    experiment_pages.router,
     upkeep.router,
 )
 

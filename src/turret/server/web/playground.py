@@ -67,7 +67,7 @@ async def stream(request: Request, here: Here, form: Sent) -> Response:
     body = _request(form)
     loading = await _loaded(here, body.model)
     options = generation.options(here, body, body.max_tokens, 1)
-    streamed = await generation.stream(here, request, body, body.prompts(), options, Pieces())
+    streamed = await generation.stream(here, request, body, body.prompts(), options, None, Pieces())
     if loading is not None:
         streamed.headers["turret-load-seconds"] = f"{loading:.6f}"
     return streamed
