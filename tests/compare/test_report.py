@@ -76,6 +76,12 @@ def test_the_yardstick_is_promoted_where_all_else_is_worse() -> None:
     assert comparison.promotion.spec == "full"
 
 
+def test_nothing_is_promoted_while_the_yardstick_is_alone() -> None:
+    comparison = made("full,lora", without=("lora",))
+    assert comparison.promotion.version is None
+    assert comparison.promotion.why == "nothing beside full has run yet"
+
+
 def test_the_claims_have_a_value_and_a_yes_or_no_each() -> None:
     comparison = made("full,lora,prefix", seeds=4, count=1500)
     said = {(claim.claim, claim.spec): claim for claim in comparison.claims}

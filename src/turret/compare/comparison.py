@@ -268,6 +268,8 @@ def _promotion(rows: Sequence[Row], made: Design, whole: Sequence[Result]) -> Pr
         judged = [row for row in rows if row.verdict is not None and row.kind != "base"]
         if not yard:
             return Promotion(None, None, f"{made.against} has not run, so nothing can be judged yet")
+        if not judged:
+            return Promotion(None, None, f"nothing beside {made.against} has run yet")
         if any(row.verdict and row.verdict.word == "undecided" for row in judged):
             return Promotion(None, None, f"nothing is shown to be as good as {made.against} yet: {_advice(judged)}")
         chosen, why = yard[0], "every other method is worse by more than the margin"
