@@ -79,7 +79,7 @@ def test_a_target_module_that_is_not_there_is_refused_with_the_nearest_name() ->
     [
         ({"train__lr": 2e-5}, "LoRA stays near chance"),
         ({"train__lr": 3e-5, "method": "prefix"}, "a prefix hardly moves"),
-        ({"train__lr": 1e-3, "method": "full"}, "wipes out"),
+        ({"train__lr": 2e-3, "method": "full"}, "wipes out"),
         ({"train__lr": 0.5}, "likely to diverge"),
     ],
 )

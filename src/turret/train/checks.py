@@ -91,7 +91,7 @@ def learning_rate(recipe: Any, base_parameters: int) -> Check:
             "loss 3.07 after 80 steps at 1e-3, 5.4 before the first)",
             keep,
         )
-    if rate >= 20 * usual:
+    if rate >= (10 if isinstance(method, Full) else 20) * usual:
         lost = "wipes out what the base has learnt" if isinstance(method, Full) else "is likely to diverge"
         return Check(
             "learning rate", "warn", f"train.lr = {rate:g} is {rate / usual:.0f} times the usual and {lost}", keep
