@@ -17,7 +17,7 @@ from turret.adapters.blocks import rounded
 from turret.adapters.positions import row_positions
 from turret.adapters.route import set_route
 
-STEPS = ((512, 32), (1 << 62, 64))  # all rows together are filled up: to 512 tokens by 32, then by 64
+STEPS = ((64, 8), (512, 32), (1 << 62, 64))  # all rows together are filled up: to 64 tokens by 8, and so on
 
 
 def classify_logits(model: Any, inputs: Sequence[Tensor], slots: Sequence[int] | None = None) -> Tensor:
