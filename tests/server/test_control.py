@@ -82,6 +82,21 @@ def test_promote_of_what_cannot_be_loaded_moves_nothing(serve, put, workspace) -
     assert client.post("/api/adapters/z@1/promote", json={"alias": "production"}).status_code == 409
 
 
+def test_a_move_of_an_alias_is_kept_with_the_token_that_asked_for_it(serve, put, workspace) -> None:
+    put()
+    put()
+    secrets = {name: workspace.tokens.create(name, ["admin"])[1] for name in ("ann", "bob")}
+    running = serve()
+    for reference, name in (("a@1", "ann"), ("a@2", "bob")):
+        got = running.client(secrets[name]).post(f"/api/adapters/{reference}/promote", json={"alias": "production"})
+        assert got.status_code == 200
+    running.client(secrets["ann"]).post("/api/aliases/a/production/rollback")
+    workspace.promote("a@2", "candidate")  # by this process
+    *asked, own = (move["who"] for move in workspace.show("a@1")["alias_history"])
+    assert asked == ["token ann", "token bob", "token ann"]
+    assert own == workspace.resolve("a@1").who
+
+
 def test_gates_hold_and_are_told(serve, put, workspace) -> None:
     put(accuracy=0.5)
     workspace.gate("a", "production", add=["accuracy>=0.9"])

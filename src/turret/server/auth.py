@@ -20,7 +20,7 @@ from turret.server.paths import INFER_PAGES, UNSIGNED, first, is_page
 from turret.server.problems import answer
 from turret.server.quotas import Quota
 from turret.server.sessions import Sessions, session_of
-from turret.store import Token
+from turret.store import Token, acting
 from turret.store.tokens import SCOPES, which
 
 LONGEST = 256  # characters of a token
@@ -174,7 +174,8 @@ class Guarded:
             await answer(error, scope, receive, send, close=True)
             return
         scope.setdefault("state", {})["asker"] = asker
-        await self.app(scope, receive, send)
+        with acting(None if asker.name is None else asker.key):
+            await self.app(scope, receive, send)
 
     def _asker(self, path: str, method: str, headers: Mapping[bytes, str]) -> Asker:
         page, host = is_page(path), headers.get(b"host")

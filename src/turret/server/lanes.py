@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 from turret.errors import Busy
@@ -25,8 +26,9 @@ class Lane:
             raise Busy(f"{self._taken} {self._said}: try again", retry_after=self._retry_after)
         self._taken += 1
         try:
+            here = copy_context()  # who asks is known in the thread too
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, lambda: verb(*arguments, **settings))
+            return await loop.run_in_executor(self._pool, lambda: here.run(verb, *arguments, **settings))
         finally:
             self._taken -= 1
 

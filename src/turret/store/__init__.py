@@ -1,7 +1,7 @@
 """Where adapters live: immutable numbered versions, content-addressed files, runs. Refuses to know models and torch."""
 
 from turret.store.aliases import Move, Pointing
-from turret.store.catalog import Deleted, Version
+from turret.store.catalog import Deleted, Version, acting
 from turret.store.gates import Gate
 from turret.store.gc import Collected
 from turret.store.golden import Example, Golden, GoldenSet, Replay
@@ -26,4 +26,5 @@ __all__ = [
     "Tokens",
     "Verified",
     "Version",
+    "acting",
 ]

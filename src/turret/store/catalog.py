@@ -5,7 +5,9 @@ from __future__ import annotations
 import getpass
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -78,10 +80,23 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def who() -> str | None:
-    """The user at work: TURRET_USER where it is set, else as the system calls them."""
+_ACTING: ContextVar[str | None] = ContextVar("acting", default=None)
+
+
+@contextmanager
+def acting(name: str | None) -> Iterator[None]:
+    """Whatever is done inside is this one's doing; None: the user of the process."""
+    before = _ACTING.set(name)
     try:
-        said = os.environ.get("TURRET_USER") or getpass.getuser()
+        yield
+    finally:
+        _ACTING.reset(before)
+
+
+def who() -> str | None:
+    """Who is at work: whom `acting` names, else TURRET_USER where it is set, else the user as the system calls them."""
+    try:
+        said = _ACTING.get() or os.environ.get("TURRET_USER") or getpass.getuser()
     except (OSError, KeyError, ImportError):  # a container's user without a name
         return None
     return "".join(c for c in said if c.isprintable())[:100] or None
