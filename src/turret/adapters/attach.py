@@ -76,6 +76,9 @@ class Attachment(nn.Module):
         self.linears: dict[str, RoutedLinear] = {}  # by path in the model; the modules belong to the model
         self.heads: dict[str, RoutedModule] = {}
         self.full: dict[str, nn.Parameter] = {}  # the trained copies of a full adapter, by name
+        self.swapped: list[
+            tuple[dict[str, Any], str, nn.Parameter, nn.Parameter]
+        ] = []  # whose, key, the base's, the copy
         self.guest: through_peft.Guest | None = None  # a method that PEFT itself put on the model
         self.undo: list[Callable[[], None]] = []
         self.originals = dict(model.named_parameters())  # the base's own, before anything was put in their place
@@ -160,13 +163,21 @@ def detach(model: Any) -> Any:
 
 @contextmanager
 def on_slot(model: Any, slot: int) -> Iterator[None]:
-    """For the length of the block every row takes `slot`; with 0 the model answers as the bare base does."""
-    route = attachment(model).route
+    """For the length of the block every row takes `slot`; with 0 the model answers as the bare base does.
+
+    The copies that a full adapter put in place of all weights are no slot: with 0 the base's own stand there again.
+    """
+    attached = attachment(model)
+    route, bare = attached.route, attached.swapped if slot == BARE else []
     before, route.active = route.active, slot
+    for parameters, key, original, _ in bare:
+        parameters[key] = original
     try:
         yield
     finally:
         route.active = before
+        for parameters, key, _, copy in bare:
+            parameters[key] = copy
 
 
 def trainable_parameters(model: Any) -> dict[str, nn.Parameter]:
@@ -365,6 +376,7 @@ def swap_parameters(model: Any, attached: Attachment, values: dict[str, Tensor])
                 twins[id(original)] = nn.Parameter(value.float().clone(), requires_grad=not values)
                 attached.full[names[id(original)]] = twins[id(original)]
             module._parameters[key] = twins[id(original)]
+            attached.swapped.append((module._parameters, key, original, twins[id(original)]))
             attached.undo.append(functools.partial(module._parameters.__setitem__, key, original))
 
 

@@ -346,6 +346,12 @@ class GuardsAsked(Model):
 class StartRequest(Model):
     """As `turret experiment start`."""
 
+    # one of them at least: what has nothing beside the control is no experiment
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [{"required": [key], "properties": {key: {"minItems": 1}}} for key in ("candidates", "shadows")]
+        }
+    )
     candidates: Annotated[list[Reference], Field(max_length=MOST_ARMS)] = Field(default_factory=list)
     control: Reference | None = Field(None, description="What the alias names, where left out.")
     shadows: Annotated[list[Reference], Field(max_length=MOST_ARMS)] = Field(default_factory=list)

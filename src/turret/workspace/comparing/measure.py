@@ -128,9 +128,9 @@ def _forgetting(model: Any, tokenizer: Any) -> dict[str, float]:
     losses = {}
     for name, slot in (("loss", 1), ("base_loss", adapters.BARE)):
         total, count = 0.0, 0
-        with torch.no_grad():
+        with torch.no_grad(), adapters.on_slot(model, slot):
             for source, target in zip(sources, targets, strict=True):
-                logits = adapters.target_logits(model, [source], [target], [slot])
+                logits = adapters.target_logits(model, [source], [target])
                 total += float(
                     torch.nn.functional.cross_entropy(logits.float(), target.to(logits.device), reduction="sum")
                 )
