@@ -64,8 +64,10 @@ def test_an_interval_holds_the_truth_about_as_often_as_it_says(seeds: int, luck:
 @pytest.mark.parametrize("examples", [50, 200, 1000])
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10])
 def test_intervals_hold_the_truth_over_many_designs(seeds: int, examples: int, luck: float) -> None:
-    """Two trainings that differ much by luck are the hardest case: there it is 90%, which the documentation says."""
-    assert coverage(400, seeds, examples, -0.01, luck=luck) >= (0.89 if seeds == 2 else 0.915)
+    """Two trainings that differ much by luck are the hardest case: there it is 91%, which the documentation says, and
+    asked so often that one unlucky run of draws in a hundred cannot pass for a fault."""
+    repeats = 1600 if seeds == 2 and luck == 0.02 else 400
+    assert coverage(repeats, seeds, examples, -0.01, luck=luck) >= (0.89 if seeds == 2 else 0.915)
 
 
 def test_an_interval_is_not_much_wider_than_it_must_be() -> None:
