@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from turret.families import Family, Site, attention_sites, family_of, linear_str
 from turret.methods import Full, LoRA, Method, Peft, Prefix
 
 ATTRIBUTE = "turret"  # where the attachment sits on the model
+Swapped = tuple[dict[str, Any], str, nn.Parameter, nn.Parameter]  # whose parameters, key, the base's own, its copy
 PREFIXES = (PrefixSlot, through_peft.Prompt)  # what may stand in front of the keys and values
 
 
@@ -170,8 +171,7 @@ def on_slot(model: Any, slot: int) -> Iterator[None]:
     attached = attachment(model)
     route, bare = attached.route, attached.swapped if slot == BARE else []
     before, route.active = route.active, slot
-    for parameters, key, original, _ in bare:
-        parameters[key] = original
+    _put_back(bare)
     try:
         yield
     finally:
@@ -377,7 +377,13 @@ def swap_parameters(model: Any, attached: Attachment, values: dict[str, Tensor])
                 attached.full[names[id(original)]] = twins[id(original)]
             module._parameters[key] = twins[id(original)]
             attached.swapped.append((module._parameters, key, original, twins[id(original)]))
-            attached.undo.append(functools.partial(module._parameters.__setitem__, key, original))
+    attached.undo.append(functools.partial(_put_back, attached.swapped))
+
+
+def _put_back(swapped: Sequence[Swapped]) -> None:
+    """The base's own parameters where copies stand."""
+    for parameters, key, original, _ in swapped:
+        parameters[key] = original
 
 
 def _starts(

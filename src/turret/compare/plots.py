@@ -120,15 +120,8 @@ def forest(marks: Sequence[Mark], margin: float, *, unit: str, zero: str) -> str
         _text(_inside(x.at(0), zero), top - 12, zero, "note", "middle"),
     ]
     for place, mark in enumerate(marks):
-        y = top + row * place + 26
         said = f"{mark.x:+.1f}  ({mark.low:+.1f} to {mark.high:+.1f})"
-        parts += [
-            _behind(y - 12, said),
-            _text(14, y - 12, mark.label, "name"),
-            _text(WIDTH - 14, y - 12, said, "value", "end"),
-            _line(x.at(mark.low), y, x.at(mark.high), y, f"whisker k-{mark.kind}"),
-            _dot(x.at(mark.x), y, mark.kind, f"{mark.label}: {said}"),
-        ]
+        parts += _measured(x, top + row * place + 26, mark, said)
     parts += _x_axis(x, foot, unit, lambda value: f"{value:+g}" if value else "0")
     return _svg(height, parts, f"Differences in {unit}")
 
@@ -145,16 +138,20 @@ def rates(marks: Sequence[Mark], lines: Sequence[tuple[float, str]], *, unit: st
         parts += [_line(x.at(value), y + 4, x.at(value), foot, "axis dashed")]
         parts += [_text(_inside(x.at(value), said), y, said, "note", "middle")]
     for place, mark in enumerate(marks):
-        y = top + row * place + 26
         said = f"{mark.x:.0f}%  ({mark.low:.0f} to {mark.high:.0f})"
-        parts += [
-            _behind(y - 12, said),
-            _text(14, y - 12, mark.label, "name"),
-            _text(WIDTH - 14, y - 12, said, "value", "end"),
-            _line(x.at(mark.low), y, x.at(mark.high), y, f"whisker k-{mark.kind}"),
-            _dot(x.at(mark.x), y, mark.kind, f"{mark.label}: {said}"),
-        ]
+        parts += _measured(x, top + row * place + 26, mark, said)
     return _svg(foot + 40, [*parts, *_x_axis(x, foot, unit, plain)], unit)
+
+
+def _measured(x: Axis, y: float, mark: Mark, said: str) -> list[str]:
+    """A line of a plot: the name and the numbers, under them the dot on its interval."""
+    return [
+        _behind(y - 12, said),
+        _text(14, y - 12, mark.label, "name"),
+        _text(WIDTH - 14, y - 12, said, "value", "end"),
+        _line(x.at(mark.low), y, x.at(mark.high), y, f"whisker k-{mark.kind}"),
+        _dot(x.at(mark.x), y, mark.kind, f"{mark.label}: {said}"),
+    ]
 
 
 def scatter(

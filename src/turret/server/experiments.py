@@ -82,13 +82,20 @@ async def ramp_experiment(name: Name, here: Here, body: RampRequest | None = Non
 @control.post("/api/experiments/{name}/stop")
 async def stop_experiment(name: Name, here: Here, body: StopRequest | None = None) -> dict[str, Any]:
     """End it, in one go with what becomes of the alias."""
-    wanted, verb = body or StopRequest(), here.workspace.experiment(name).stop
-    if wanted.promote is None or wanted.rollback:
-        return await _taken_up(here, await here.control(verb, promote=wanted.promote, rollback=wanted.rollback))
-    now = (await here.control(_status, here, name, None)).experiment
-    await here.control(_load, here, [now.reference(now.arm(wanted.promote))])
-    ask = partial(golden.answers, here)  # golden examples may take minutes
-    return await _taken_up(here, await here.aside(verb, promote=wanted.promote, ask=ask))
+    wanted = body or StopRequest()
+    return await _taken_up(here, await end(here, name, None, promote=wanted.promote, rollback=wanted.rollback))
+
+
+async def end(here: Served, name: str, number: int | None, *, promote: str | None, rollback: bool) -> Status:
+    """Stop an experiment. An arm that takes the alias is loaded first, so that no request waits, and golden examples
+    are asked of the engine that serves, aside, because that may take minutes."""
+    live = here.workspace.experiment(name, number)
+    if promote is None or rollback:
+        return await here.control(live.stop, promote=promote, rollback=rollback)
+    now = (await here.control(live.status)).experiment
+    arm = now.arm(promote)
+    await here.control(_load, here, [now.reference(arm)])
+    return await here.aside(live.stop, promote=arm.name, ask=partial(golden.answers, here))
 
 
 def _status(here: Served, name: str, number: int | None) -> Status:

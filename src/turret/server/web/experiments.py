@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Path, Request, Response
@@ -10,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from turret.errors import NotFound
 from turret.experiments.experiment import read_split
-from turret.server import golden
+from turret.server.experiments import end
 from turret.server.routes import Here
 from turret.server.served import Served
 from turret.server.web import render
@@ -84,16 +83,12 @@ async def act(request: Request, here: Here, name: Name, number: Number, verb: st
 
 
 async def _carried_out(here: Served, name: str, number: int, verb: str, form: Form) -> None:
-    live = here.workspace.experiment(name, number)
     if verb == "ramp":
+        live = here.workspace.experiment(name, number)
         await here.control(live.ramp, read_split(form.text("share")) if form.text("share") else None)
-    elif verb == "promote":
-        experiment = (await here.control(live.status)).experiment
-        arm = experiment.arm(form.text("arm"))
-        await here.control(here.engine.warm, experiment.reference(arm))  # loaded first: no request waits
-        await here.aside(live.stop, promote=arm.name, ask=partial(golden.answers, here))
-    else:
-        await here.control(live.stop, rollback=verb == "rollback")
+        return
+    arm = form.text("arm") if verb == "promote" else None
+    await end(here, name, number, promote=arm, rollback=verb == "rollback")
 
 
 async def _known(here: Served, name: str, number: int) -> dict[str, Any]:
