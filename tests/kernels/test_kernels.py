@@ -18,7 +18,7 @@ from torch import Tensor
 from turret import kernels
 from turret.adapters import attach, packed
 from turret.adapters.attend import attend_plainly
-from turret.kernels import KEPT, Dropped, Library, Prefixes, Rows, Spans
+from turret.kernels import KEPT, Dropped, Kept, Library, Prefixes, Rows, Spans
 from turret.kernels.build import SWITCH, NotBuilt, library_path
 from turret.methods import LoRA, Prefix
 
@@ -193,6 +193,68 @@ def test_low_rank_is_the_same_to_the_last_bit_with_any_number_of_threads(threads
     finally:
         torch.set_num_threads(kept)
     assert torch.equal(*given)
+
+
+# --- a step of decoding -----------------------------------------------------------------------------------------------
+
+
+@needed
+@BOTH
+@pytest.mark.parametrize("sizes", [(32, 64), (576, 1536), (37, 41), (1, 1), (40, 3), (384, 18)])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 7, 8, 16, 61, 128])
+def test_linear_is_torchs_product_and_a_token_is_the_same_in_any_company(
+    dtype: torch.dtype, sizes: tuple[int, int], tokens: int
+) -> None:
+    tokens = min(tokens, compiled().few(dtype))
+    if tokens == 0:
+        pytest.skip("not for this processor")
+    d_in, d_out = sizes
+    x, weight, bias = (
+        draw(tokens, d_in, dtype=dtype),
+        draw(d_out, d_in, dtype=dtype) * d_in**-0.5,
+        draw(d_out, dtype=dtype),
+    )
+    y = compiled().linear(x, weight, bias)
+    close(y, x.double() @ weight.double().mT + bias.double(), dtype)
+    close(compiled().linear(x, weight, None), x.double() @ weight.double().mT, dtype)
+    for token in {0, tokens // 2, tokens - 1}:
+        assert torch.equal(compiled().linear(x[token : token + 1], weight, bias)[0], y[token])
+    poisoned = x.clone()
+    poisoned[0] = float("nan")
+    assert torch.equal(compiled().linear(poisoned, weight, bias)[1:], y[1:])
+    assert compiled().linear(poisoned, weight, bias)[0].isnan().all()
+
+
+@needed
+@BOTH
+@pytest.mark.parametrize("dim", [1, 16, 24, 64, 80, 128])
+@pytest.mark.parametrize("window", [0, 1, 5])
+def test_a_query_sees_what_the_cache_holds_of_its_row_and_nothing_else(
+    dtype: torch.dtype, dim: int, window: int
+) -> None:
+    lengths, prefixes = torch.tensor([1, 40, 17, 16, 9]), torch.tensor([0, 3, 0, 16, 2])
+    room = draw(2, 7, 2, 48, dim, dtype=dtype)  # (keys and values, lanes, H_kv, S, D)
+    new_keys, new_values, q = (draw(5, heads, dim, dtype=dtype) for heads in (2, 2, 6))
+    for row, length in enumerate(lengths):
+        room[:, row, :, length:] = float("nan")  # what is not there yet may be anything
+    keys, values = room[0, :5, :, :40], room[1, :5, :, :40]
+    kept = Kept(lengths, prefixes, keys)
+    before = room.clone()
+    compiled().keep_step(kept, keys, values, new_keys, new_values)
+    rows = torch.arange(5)
+    assert torch.equal(keys[rows, :, lengths - 1], new_keys)
+    assert torch.equal(values[rows, :, lengths - 1], new_values)
+    before[0][rows, :, lengths - 1], before[1][rows, :, lengths - 1] = new_keys, new_values
+    assert torch.equal(before.nan_to_num(7.0), room.nan_to_num(7.0))  # and nothing else was written
+    y = compiled().attend_step(kept, q, keys, values, 0.2, window)
+    for row, (length, P) in enumerate(zip(lengths.tolist(), prefixes.tolist(), strict=True)):
+        own, seen = (each[row, :, :length].double().repeat_interleave(3, 0) for each in (keys, values))  # (H, S, D)
+        scores = 0.2 * torch.einsum("hd,hsd->hs", q[row].double(), own)
+        column = torch.arange(length)
+        if window:
+            scores = scores.masked_fill((length - 1 - column >= window) & (column >= P), -1e30)
+        close(y[row], torch.einsum("hs,hsd->hd", scores.softmax(-1), seen), dtype)
+    assert torch.equal(compiled().attend_step(kept, q, keys, values, 0.2, window), y)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 Autograd keeps gate, up, silu(gate) and the product, each two to four times as wide as x. Here only gate and up are kept
 and one kernel gives both gradients; where the three matrices are the frozen base's alone, only x is kept, and gate and
 up are computed again: a sixth more products for half the memory, which larger passes give back twice. Without kernels,
-or without gradients, the base's own modules compute.
+or without gradients outside an engine, the base's own modules compute.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.route import Route
 from turret.kernels import Library, usable
 
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # act_fn, gate_proj, up_proj, down_proj
@@ -72,8 +73,9 @@ class _FrozenGatedMLP(torch.autograd.Function):
 class FrozenGated(nn.Module):
     """In place of a gated MLP of the base, with the very same layers under the very same names."""
 
-    def __init__(self, replaced: Any) -> None:
+    def __init__(self, replaced: Any, route: Route) -> None:
         super().__init__()
+        self.route = route
         self.gate_proj: nn.Module = replaced.gate_proj
         self.up_proj: nn.Module = replaced.up_proj
         self.down_proj: nn.Module = replaced.down_proj
@@ -87,8 +89,11 @@ class FrozenGated(nn.Module):
             whole: Tensor = _FrozenGatedMLP.apply(x, *weights, library)  # type: ignore[no-untyped-call]
             return whole
         gate, up = self.gate_proj(x), self.up_proj(x)
-        library = _kernels(gate, up)
-        product = self.act_fn(gate) * up if library is None else _swiglu(gate, up, library)
+        if self.route.serves and (library := usable(gate, up)) is not None:
+            product = library.swiglu(gate.contiguous(), up.contiguous())
+        else:
+            library = _kernels(gate, up)
+            product = self.act_fn(gate) * up if library is None else _swiglu(gate, up, library)
         output: Tensor = self.down_proj(product)
         return output
 
@@ -96,11 +101,13 @@ class FrozenGated(nn.Module):
 class FrozenGELU(nn.Module):
     """In place of the base's exact GELU."""
 
-    def __init__(self, replaced: nn.Module) -> None:
+    def __init__(self, replaced: nn.Module, route: Route) -> None:
         super().__init__()
-        self.replaced = replaced
+        self.replaced, self.route = replaced, route
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.route.serves and (library := usable(x)) is not None:
+            return library.gelu(x.contiguous())
         library = _kernels(x)
         plain = library is None
         output: Tensor = self.replaced(x) if plain else _GELU.apply(x.contiguous(), library)  # type: ignore[no-untyped-call]
@@ -126,12 +133,12 @@ def _kernels(*tensors: Tensor) -> Library | None:
     return usable(*tensors)
 
 
-def in_place_of(module: nn.Module) -> nn.Module | None:
+def in_place_of(module: nn.Module, route: Route) -> nn.Module | None:
     """What takes this module's place while a model is attached, or None where nothing does."""
     name = type(module).__name__
     if name in GATED and type(getattr(module, "act_fn", None)).__name__ in SILU:
-        return FrozenGated(module)
+        return FrozenGated(module, route)
     exact = name == "GELU" and getattr(module, "approximate", "") == "none"
     if exact or (name == "GELUActivation" and getattr(module, "act", None) is nn.functional.gelu):
-        return FrozenGELU(module)
+        return FrozenGELU(module, route)
     return None

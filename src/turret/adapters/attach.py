@@ -238,7 +238,7 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
     handles = [stack.register_forward_pre_hook(_refresher(attached, groups)) for stack, groups in stacks(model)]
     handles += positions.hook(model, attached.family, attached.route, attached.prefix_length)
     bias_undo = positions.hook_bias(bias_modules.values(), attached.route)
-    rotary_undo = [rotary.hook(site.module) for site in attached.sites]
+    rotary_undo = [rotary.hook(site.module, attached.route) for site in attached.sites]
 
     def undo() -> None:
         for handle in handles:
@@ -259,12 +259,12 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
         if type(module) is nn.Dropout and module.p > 0.0:
             _replace(model, attached, path, RoutedDropout(module, attached.route))
         elif type(module).__name__ in CLASSES:
-            _replace(model, attached, path, FrozenNorm(module))
+            _replace(model, attached, path, FrozenNorm(module, attached.route))
         elif type(module).__name__ in residual.CLASSES:
             ends = path == residual.narrowing(attached.sites[-1].name)
             attached.narrows |= ends
             _replace(model, attached, path, residual.FrozenOutput(module, attached.route, ends))
-        elif (twin := activations.in_place_of(module)) is not None:
+        elif (twin := activations.in_place_of(module, attached.route)) is not None:
             _replace(model, attached, path, twin)
     model.add_module(ATTRIBUTE, attached)
     return attached

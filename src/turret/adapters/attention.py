@@ -237,6 +237,11 @@ def _step(hooked: Hooked, q: Tensor, held: Held, scaling: float, window: int | N
 
     Queries that share a head of keys are the rows of one product, so no key is copied.
     """
+    library = usable(q, held.keys, held.values) if held.kept is not None and hooked.bias_module is None else None
+    if library is not None and held.kept is not None and q.stride(3) == 1:
+        near = 0 if window is None or hooked.site.group == "cross" else window
+        rows = q[0].transpose(0, 1)  # (B, H, D)
+        return library.attend_step(held.kept, rows, held.keys, held.values, scaling, near).transpose(0, 1)[None]
     B, heads = held.keys.shape[:2]
     queries = q[0].transpose(0, 1).reshape(B, heads, -1, q.shape[3])  # (B, H_kv, G, D)
     place = ("held", hooked.site.group, held.number, window, id(hooked.bias_module))

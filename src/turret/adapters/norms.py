@@ -3,7 +3,7 @@
     y = w n,    n = x r,    r = 1 / sqrt(mean(x^2) + eps),    over the last dimension, in float32
 
 (Zhang & Sennrich 2019.) Autograd keeps several float32 copies of x for this; here x itself and r are kept, and n is
-computed again. Without gradients the outputs are the base's to the last bit; with them, to the order of one sum.
+computed again. Without gradients the outputs are the base's to the last bit; with them, and in an engine, nearly so.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.route import Route
 from turret.kernels import usable
 
 CLASSES = ("LlamaRMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
@@ -58,8 +59,9 @@ class _RMSNorm(torch.autograd.Function):
 class FrozenNorm(nn.Module):
     """In place of an RMS norm of the base, with the very same weight."""
 
-    def __init__(self, replaced: Any) -> None:
+    def __init__(self, replaced: Any, route: Route) -> None:
         super().__init__()
+        self.route = route
         self.weight: nn.Parameter = replaced.weight
         self.variance_epsilon: float = replaced.variance_epsilon
         self.narrows = type(replaced).__name__ == "T5LayerNorm"
@@ -69,5 +71,7 @@ class FrozenNorm(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad and weight.dtype == x.dtype:
             y: Tensor = _RMSNorm.apply(x, weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
             return y
+        if self.route.serves and (library := usable(x, weight)) is not None and x.numel() > 0:
+            return library.rms_norm(x.contiguous(), weight, self.variance_epsilon)[0]
         narrows = self.narrows and weight.dtype in (torch.float16, torch.bfloat16)
         return rms_norm(x, weight, self.variance_epsilon, weight.dtype if narrows else x.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from turret.adapters.attach import attachment, device_of
 from turret.adapters.blocks import rounded
+from turret.adapters.frozen import linear
 from turret.adapters.positions import row_positions
 from turret.adapters.route import set_route
 
@@ -75,7 +76,7 @@ def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
     """The output layer of a model that generates, as its own forward has it: (N, D) -> (N, V)."""
     if getattr(model.config, "scale_decoder_outputs", False):  # T5, where it is tied to the embeddings
         hidden = hidden * model.config.d_model**-0.5
-    logits: Tensor = model.get_output_embeddings()(hidden)
+    logits = linear(model.get_output_embeddings(), hidden)
     bias = getattr(model, "final_logits_bias", None)  # BART
     return logits if bias is None else logits + bias
 

@@ -65,16 +65,19 @@ class FrozenOutput(nn.Module):
             return plain
         p = self.dropout.p if self.dropout.training else 0.0
         dropped = (self.route.masks or Masks()).dropped(p) if p > 0.0 else KEPT
+        if not torch.is_grad_enabled():
+            return library.added_norm(a.contiguous(), x.contiguous(), norm.weight, norm.bias, norm.eps, dropped)[0]
         y: Tensor = _AddedNorm.apply(  # type: ignore[no-untyped-call]
             a.contiguous(), x.contiguous(), norm.weight, norm.bias, norm.eps, dropped, library
         )
         return y
 
     def _kernels(self, a: Tensor, x: Tensor) -> Library | None:
-        """The kernels, where there is a gradient to be computed through frozen weights."""
+        """The kernels, in an engine and where there is a gradient to be computed through frozen weights."""
         norm = self.LayerNorm
         trains = torch.is_grad_enabled() and (a.requires_grad or x.requires_grad) and not norm.weight.requires_grad
-        return usable(a, x, norm.weight, norm.bias) if trains and a.numel() < LARGEST else None
+        wanted = trains or (self.route.serves and not torch.is_grad_enabled())
+        return usable(a, x, norm.weight, norm.bias) if wanted and a.numel() < LARGEST else None
 
 
 def narrowing(last_attention: str) -> str:

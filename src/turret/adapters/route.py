@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters.dropout import Masks
+from turret.kernels import Kept
 
 BARE = 0  # the slot of the bare base: no adapter at all
 
@@ -34,6 +35,7 @@ class Held:
     lengths: Tensor  # (B,) int64
     prefixes: Tensor  # (B,) int64
     full: bool  # every row has S tokens
+    kept: Kept | None = None  # the same for the kernels, where there are some
 
 
 class Cache(Protocol):
@@ -92,6 +94,11 @@ class Route:
     cache: Cache | None = None  # has the keys and values of earlier passes
     read: Tensor | None = None  # the only tokens whose last hidden states anybody reads, (B,) int64; None for all
     positions: Mapping[str, Tensor] | None = None  # of every unpadded token, ready made: (N,) int64 a stream
+
+    @property
+    def serves(self) -> bool:
+        """Whether an engine answers by this model: then kernels compute what they can, for the bare base as well."""
+        return self.bank is not None
 
     def slot_of(self, row: int) -> int:
         return self.active if self.slots is None else self.slots[row]

@@ -19,6 +19,7 @@ from torch import Tensor
 from turret.adapters.blocks import rounded
 from turret.adapters.route import Bank, Held
 from turret.families import Site
+from turret.kernels import Kept, usable
 
 SHORTEST = 32  # tokens of the shortest lane
 STEPS = ((256, 16), (1024, 64), (1 << 62, 256))  # how many of a block's tokens a step looks at, rounded up
@@ -153,7 +154,7 @@ class PassCache:
                 self._parts.append([])
             assert lane.index == len(self._parts[-1]), "lanes that take a step are the first of their block, in order"
             self._parts[-1].append(lane)
-        self._known: dict[str, list[tuple[Tensor, Tensor, Tensor, int, bool]]] = {}
+        self._known: dict[str, list[_Known]] = {}
 
     def fresh(self, stream: str) -> int:
         return self._tokens[stream]
@@ -176,26 +177,45 @@ class PassCache:
             self._known[group] = [self._lengths(group, part) for part in self._parts]
         held, start = [], 0
         for number, (part, known) in enumerate(zip(self._parts, self._known[group], strict=True)):
-            rows, lengths, prefixes, longest, full = known
             stored, count = part[0].block.stored[group][layer], len(part)
+            both = stored[:, :count, :, : known.longest]
             if keys is not None and values is not None:
-                newest = lengths - 1
-                stored[0][rows, :, newest] = keys[0, :, start : start + count].transpose(0, 1)
-                stored[1][rows, :, newest] = values[0, :, start : start + count].transpose(0, 1)
-            both = stored[:, :count, :, :longest]
-            held.append(Held(number, both[0], both[1], lengths, prefixes, full))
+                new = (each[0, :, start : start + count].transpose(0, 1) for each in (keys, values))  # (B, H_kv, D)
+                known.keep(both[0], both[1], *new)
+            held.append(Held(number, both[0], both[1], known.lengths, known.prefixes, known.full, known.kept))
             start += count
         return held
 
-    def _lengths(self, group: str, part: Sequence[Lane]) -> tuple[Tensor, Tensor, Tensor, int, bool]:
-        """(rows, tokens a row with its new one, those of its prefix, tokens to look at, whether no row has fewer)."""
+    def _lengths(self, group: str, part: Sequence[Lane]) -> _Known:
         new = 0 if group == "cross" else 1
         lengths = [lane.lengths[group] + new for lane in part]
         longest = min(rounded(max(lengths), STEPS), part[0].block.sizes[group])
-        return (
-            torch.arange(len(part), device=self._device),
-            torch.tensor(lengths, device=self._device),
-            torch.tensor([lane.prefixes[group] for lane in part], device=self._device),
-            longest,
-            min(lengths) == longest,
-        )
+        prefixes = torch.tensor([lane.prefixes[group] for lane in part], device=self._device)
+        numbers = torch.tensor(lengths, device=self._device)
+        like = part[0].block.stored[group][0][0, : len(part), :, :longest]
+        kept = Kept(numbers, prefixes, like) if usable(like) is not None else None
+        return _Known(numbers, prefixes, longest, min(lengths) == longest, kept)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What all layers of a group have in common in one pass, of the lanes of one block.
+
+    lengths: tokens a row with its new one, prefixes: those of its prefix, (B,) int64; longest: tokens to look at.
+    """
+
+    lengths: Tensor
+    prefixes: Tensor
+    longest: int
+    full: bool  # no row has fewer
+    kept: Kept | None
+
+    def keep(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
+        """The newest token of every row. keys, values: (B, H_kv, S, D), new ones: (B, H_kv, D)."""
+        library = usable(keys, new_keys, new_values)
+        alike = new_keys.stride() == new_values.stride() and new_keys.stride(-1) == 1
+        if library is not None and self.kept is not None and alike:
+            library.keep_step(self.kept, keys, values, new_keys, new_values)
+            return
+        rows, newest = torch.arange(len(self.lengths), device=keys.device), self.lengths - 1
+        keys[rows, :, newest], values[rows, :, newest] = new_keys, new_values

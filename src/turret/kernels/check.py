@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from turret.kernels.build import NotBuilt
-from turret.kernels.library import KEPT, Dropped, Library, Prefixes, Rows, Spans
+from turret.kernels.library import KEPT, Dropped, Kept, Library, Prefixes, Rows, Spans
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the largest element
 
@@ -63,7 +63,7 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
     ones = library.dropout(torch.ones(40_000, dtype=dtype), Dropped.of(0.25, (12345, 678)))
     kept = float((ones > 0).double().mean())
     results["dropout"] = (ones.max()[None], torch.full((1,), 4 / 3 if abs(kept - 0.75) < 0.02 else 0.0))
-    return results | _low_rank(library, draw) | _attention(library, draw)
+    return results | _low_rank(library, draw) | _attention(library, draw) | _step(library, draw)
 
 
 def _low_rank(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -110,4 +110,31 @@ def _attention(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple
     results = {"attention": (y, whole.detach())}
     results |= {name: pair for name, *pair in zip(names, (dq, dk, dv), gradients[:3], strict=True)}  # type: ignore[misc]
     results |= {f"attention prefix {i}": (dprefix[1, i], gradients[3 + i]) for i in (0, 1)}
+    return results
+
+
+def _step(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A product for 5 tokens; three rows of 20, 1 and 7 keys, grouped heads, the last row with a prefix of 2."""
+    results = {}
+    x, weight, bias = draw(5, 37), draw(19, 37), draw(19)
+    if library.few(x.dtype):
+        results["linear"] = (library.linear(x, weight, bias), x.double() @ weight.double().mT + bias.double())
+    keys, values, new_keys, new_values, q = (
+        draw(3, 2, 24, 40),
+        draw(3, 2, 24, 40),
+        draw(3, 2, 40),
+        draw(3, 2, 40),
+        draw(3, 4, 40),
+    )
+    lengths, prefixes = torch.tensor([20, 1, 7]), torch.tensor([0, 0, 2])
+    kept = Kept(lengths, prefixes, keys)
+    library.keep_step(kept, keys, values, new_keys, new_values)
+    newest = [each[torch.arange(3), :, lengths - 1] for each in (keys, values)]
+    results |= {"keep_step keys": (newest[0], new_keys), "keep_step values": (newest[1], new_values)}
+    column = torch.arange(24)[None]
+    hidden = (column >= lengths[:, None]) | ((lengths[:, None] - 1 - column >= 4) & (column >= prefixes[:, None]))
+    wide = [each.double().repeat_interleave(2, 1) for each in (keys, values)]  # (3, 4, 24, 40)
+    scores = 0.3 * torch.einsum("bhd,bhsd->bhs", q.double(), wide[0])
+    y = torch.einsum("bhs,bhsd->bhd", scores.masked_fill(hidden[:, None], -1e30).softmax(-1), wide[1])
+    results["attend_step"] = (library.attend_step(kept, q, keys, values, 0.3, window=4), y)
     return results

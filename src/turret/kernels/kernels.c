@@ -5,6 +5,7 @@
 #include <string.h>
 
 #define SERIAL 8192      /* elements below which a second thread costs more than it saves */
+#define FEW 128          /* tokens that `linear` takes at most */
 #define HIDDEN (-1e30f)  /* a score nobody looks at; its probability is written as zero */
 
 typedef uint16_t bfloat16;
@@ -102,6 +103,7 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
 #define WIDE16 take16
 #define NARROW16 give16
 #include "low_rank.inc.c"
+#include "step.inc.c"
 #undef T
 #undef LOAD
 #undef STORE
@@ -163,6 +165,29 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
 #define MANY low_rank_tiles
 #endif
 #include "low_rank.inc.c"
+#include "step.inc.c"
+
+/* Tokens up to which `linear` is for, at most FEW; 0 where there are no vectors wide enough for it. Beyond, a library that packs
+   its matrices is as quick; with tiles its products are so quick that only memory's share of the time can be saved. */
+long linear_up_to_float32(void)
+{
+#ifdef __AVX512F__
+    return FEW;
+#else
+    return 0;
+#endif
+}
+
+long linear_up_to_bfloat16(void)
+{
+#if defined(TILES)
+    return 16;
+#elif defined(__AVX512BF16__)
+    return 64;
+#else
+    return 0;
+#endif
+}
 
 /* 0 where the library was made for matrix tiles and the system does not grant them */
 int ready(void)

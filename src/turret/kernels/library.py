@@ -23,11 +23,15 @@ NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 Seeds = tuple[int, int]
 LARGEST = 1 << 32  # elements a mask can number
 STEPS = 1 << 16  # a rate is kept to this many steps
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 DECLARED = {  # arguments as plain numbers, where a kernel is called once a layer
-    "low_rank": (
-        *(ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p),
-        *(ctypes.c_long, ctypes.c_long, ctypes.c_int),
-    )
+    "low_rank": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, ctypes.c_int),
+    "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, ctypes.c_int),
+    "keep_step": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER),
+    "attend_step": (
+        *(_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER),
+        *(ctypes.c_float, _LONG, _POINTER, ctypes.c_int),
+    ),
 }
 
 
@@ -101,12 +105,38 @@ class Spans:
         self.address = ctypes.addressof(self.words)
 
 
+class Kept:
+    """What a cache holds of some rows as the kernels of a step read it: made once a pass, read by every layer.
+
+    lengths, prefixes: (B,) int64 on the CPU, the newest token counted; like: (B, H_kv, S, D), a layer's keys or values,
+    whose strides all layers have. A token's D numbers lie together, and a head's tokens behind one another.
+    """
+
+    def __init__(self, lengths: Tensor, prefixes: Tensor, like: Tensor) -> None:
+        rows, kv_heads, longest, dim = like.shape
+        assert like.stride()[2:] == (dim, 1)
+        assert len(lengths) == len(prefixes) == rows
+        most = int(lengths.max())
+        assert most <= longest
+        self.shape, self.strides = (rows, kv_heads, dim), like.stride()
+        self._lengths = lengths, prefixes
+        addresses = (each.data_ptr() for each in self._lengths)
+        self.words = _KeptWords(rows, kv_heads, dim, *like.stride()[:2], most, *addresses)
+        self.address = ctypes.addressof(self.words)
+
+    def require(self, *tensors: Tensor) -> None:
+        for each in tensors:
+            assert (*each.shape[:2], each.shape[3]) == self.shape
+            assert each.stride() == self.strides
+
+
 class Library:
     """The loaded kernels. Tensors are on the CPU, contiguous where nothing else is said, and of one dtype."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
+        self._few = {dtype: int(getattr(loaded, f"linear_up_to_{name}")()) for dtype, name in NAMES.items()}
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
         function = self._functions.get((name, dtype))
@@ -246,6 +276,49 @@ class Library:
         threads = torch.get_num_threads()
         self._call("low_rank", x.dtype, spans.address, layer, x.data_ptr(), y.data_ptr(), d_in, d_out, threads)
 
+    def few(self, dtype: torch.dtype) -> int:
+        """Tokens up to which `linear` is for; 0 where torch's own product is as quick for any number."""
+        return self._few[dtype]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b of at most `few` tokens, added up in float32. x: (..., D_in), weight: (D_out, D_in)."""
+        d_out, d_in = weight.shape
+        tokens = x.numel() // d_in
+        assert x.is_contiguous()
+        assert weight.is_contiguous()
+        assert x.shape[-1] == d_in
+        assert tokens <= self._few[x.dtype]
+        y = x.new_empty(*x.shape[:-1], d_out)
+        b = None if bias is None else bias.data_ptr()
+        threads = torch.get_num_threads()
+        self._call("linear", x.dtype, x.data_ptr(), weight.data_ptr(), b, y.data_ptr(), tokens, d_in, d_out, threads)
+        return y
+
+    def keep_step(self, kept: Kept, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
+        """The newest token of every row into the cache. new_keys, new_values: (B, H_kv, D), of the same strides."""
+        kept.require(keys, values)
+        assert new_keys.shape == new_values.shape == kept.shape
+        assert new_keys.stride() == new_values.stride()
+        assert new_keys.stride(-1) == 1
+        new = new_keys.data_ptr(), new_values.data_ptr(), *new_keys.stride()[:2]
+        self._call("keep_step", keys.dtype, kept.address, *new, keys.data_ptr(), values.data_ptr())
+
+    def attend_step(
+        self, kept: Kept, q: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int = 0
+    ) -> Tensor:
+        """softmax(scaling q K^T) V of one query a row: q (B, H, D) whose last axis is contiguous -> (B, H, D)."""
+        kept.require(keys, values)
+        rows, heads, dim = q.shape
+        assert (rows, dim) == (kept.shape[0], kept.shape[2])
+        assert heads % kept.shape[1] == 0
+        assert q.stride(-1) == 1
+        y = q.new_empty(q.shape)
+        self._call(
+            "attend_step", q.dtype, kept.address, q.data_ptr(), *q.stride()[:2], heads, keys.data_ptr(),
+            values.data_ptr(), scaling, window, y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
 
 def _p(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
@@ -270,6 +343,15 @@ class _SpanWords(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_long) for name in ("count", "layers", "tokens")),
         *((name, ctypes.c_void_p) for name in ("starts", "ends", "ranks", "factors")),
+    )
+
+
+class _KeptWords(ctypes.Structure):
+    """`struct held` of products.inc.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("rows", "kv_heads", "dim", "lane", "head", "most")),
+        *((name, ctypes.c_void_p) for name in ("lengths", "prefixes")),
     )
 
 
@@ -355,7 +437,10 @@ def why() -> str:
 
 def usable(*tensors: Tensor) -> Library | None:
     """The kernels, if they can take these tensors: on the CPU and all of one dtype that they know."""
-    first = tensors[0]
-    if first.device.type != "cpu" or first.dtype not in NAMES or any(each.dtype != first.dtype for each in tensors):
+    dtype = tensors[0].dtype
+    if not tensors[0].is_cpu or dtype not in NAMES:
         return None
+    for each in tensors:  # a loop in place of any(): this is asked some hundred times a step
+        if each.dtype != dtype:
+            return None
     return library()

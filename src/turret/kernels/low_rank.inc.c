@@ -14,8 +14,8 @@ static inline LANES NAME(some)(const T *from, long n)
     return TAKE(whole);
 }
 
-/* h (tokens, R): `high` tokens by `broad` ranks at a time */
-static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T *x, const T *a, long d_in, long rank, const int high, const int broad)
+/* h (tokens, R): `high` tokens by `broad` ranks at a time; from `soon` on so many `lines` of D_in are read next */
+static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T *x, const T *a, long d_in, long rank, const int high, const int broad, const T *soon, const int lines)
 {
     v16 total[ROWS][2 * RANKS];
     for (int t = 0; t < high; t++)
@@ -27,6 +27,7 @@ static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T 
             from[t] = TAKE(x + t * d_in + at);
             STAY(from[t]);
         }
+        for (int r = 0; r < lines; r++) __builtin_prefetch(soon + r * d_in + at, 0, 2);
         for (int r = 0; r < broad; r++) {
             LANES factor = TAKE(a + r * d_in + at);
             if (high > 1) STAY(factor);
@@ -144,14 +145,14 @@ static void NAME(few)(const T *x, T *y, const T *a, const T *b, long tokens, lon
     for (long t = 0; t < tokens;) {
         long r = 0;
         if (tokens - t >= ROWS) {
-            for (; r + RANKS <= rank; r += RANKS) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, ROWS, RANKS);
-            for (; r < rank; r++) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, ROWS, 1);
+            for (; r + RANKS <= rank; r += RANKS) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, ROWS, RANKS, 0, 0);
+            for (; r < rank; r++) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, ROWS, 1, 0, 0);
             NAME(outer)(y + t * d_out, h, b, d_out, rank, ROWS);
             t += ROWS;
         } else {
-            for (; r + 2 * RANKS <= rank; r += 2 * RANKS) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, 1, 2 * RANKS);
-            for (; r + RANKS <= rank; r += RANKS) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, 1, RANKS);
-            for (; r < rank; r++) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, 1, 1);
+            for (; r + 2 * RANKS <= rank; r += 2 * RANKS) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, 1, 2 * RANKS, 0, 0);
+            for (; r + RANKS <= rank; r += RANKS) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, 1, RANKS, 0, 0);
+            for (; r < rank; r++) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, 1, 1, 0, 0);
             NAME(outer)(y + t * d_out, h, b, d_out, rank, 1);
             t += 1;
         }

@@ -398,3 +398,10 @@ struct rows {
     uint32_t seed, other, threshold; /* of 2^16; 0: no dropout */
     float scale, scaling;
 };
+
+/* What a cache holds of some rows: keys and values (rows, H_kv, S, D), of which the first `lengths` of each row count. */
+struct held {
+    long rows, kv_heads, dim, lane, head; /* lane, head: strides, in elements */
+    long most;                            /* the longest row */
+    const int64_t *lengths, *prefixes;
+};

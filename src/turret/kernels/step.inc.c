@@ -1,0 +1,137 @@
+/* What a step of decoding computes for its few tokens. Included by kernels.c once a dtype, behind low_rank.inc.c. Whatever a
+   token becomes does not depend on who lies beside it: with AVX-512 it is the same to the last bit. */
+
+/* --- y = x W^T + b --------------------------------------------------------------------------------------------------
+
+   x: (N, D_in), W: (D_out, D_in), b: (D_out,) or none, y: (N, D_out): all contiguous. W is read once, as it lies: a library that
+   packs it first reads and writes it anew at every call. Sums are float, in the order of `inner`. */
+
+#define OUTPUTS 16 /* numbers of a token at a time */
+
+/* `broad` numbers of every token; the rows of W behind them are asked for meanwhile, so many `lines` with every few tokens */
+static inline __attribute__((always_inline)) void NAME(by_rows)(float *to, const T *x, const T *rows, long tokens, long d_in, const int broad, const T *soon, const int lines)
+{
+    long t = 0;
+    for (; t + ROWS <= tokens; t += ROWS, soon += lines * d_in)
+        NAME(inner)(to + t * OUTPUTS, x + t * d_in, rows, d_in, OUTPUTS, ROWS, broad, soon, lines);
+    for (; t < tokens; t++, soon += lines * d_in)
+        NAME(inner)(to + t * OUTPUTS, x + t * d_in, rows, d_in, OUTPUTS, 1, broad, soon, lines);
+}
+
+void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long d_in, long d_out, int threads)
+{
+    long blocks = (d_out + OUTPUTS - 1) / OUTPUTS, share = blocks / (8 * threads) + 1; /* a thread that has to wait holds up little */
+#pragma omp parallel for num_threads(threads) schedule(dynamic, share) if (d_in * d_out > SERIAL)
+    for (long block = 0; block < blocks; block++) {
+        long first = block * OUTPUTS, own = d_out - first < OUTPUTS ? d_out - first : OUTPUTS;
+        float sums[FEW][OUTPUTS];
+        for (long r = 0; r < own;) {
+            const T *rows = w + (first + r) * d_in;
+            long t = 0;
+            float *to = &sums[0][r];
+            if (own - r < RANKS) {
+                NAME(by_rows)(to, x, rows, tokens, d_in, 1, 0, 0);
+                r += 1;
+                continue;
+            }
+            const T *soon = rows + RANKS * d_in;
+            if (tokens > 3 * ROWS) NAME(by_rows)(to, x, rows, tokens, d_in, RANKS, soon, 1);
+            else if (tokens > ROWS) NAME(by_rows)(to, x, rows, tokens, d_in, RANKS, soon, 2);
+            else NAME(by_rows)(to, x, rows, tokens, d_in, RANKS, soon, 4);
+            r += RANKS;
+        }
+        for (long t = 0; t < tokens; t++)
+            for (long j = 0; j < own; j++) y[t * d_out + first + j] = STORE(sums[t][j] + (bias ? LOAD(bias[first + j]) : 0.0f));
+    }
+}
+#undef OUTPUTS
+
+/* --- attention of one query a row against what a cache holds of it ------------------------------------------------------
+
+   y = softmax(scaling q K^T) V over the first `length` keys of a row; with a window, a key further back is seen where it belongs
+   to the row's prefix. Scores and sums are float. */
+
+static inline __attribute__((always_inline)) v16 NAME(lanes_of)(const T *q, const T *key, long dim)
+{
+    v16 sum = spread16(0.0f);
+    long at = 0;
+    for (; at + WIDTH <= dim; at += WIDTH) sum = DOT(sum, TAKE(q + at), TAKE(key + at));
+    if (at < dim) sum = DOT(sum, NAME(some)(q + at, dim - at), NAME(some)(key + at, dim - at));
+    return sum;
+}
+
+static void NAME(weighed)(T *y, const float *weights, const T *values, long length, long dim)
+{
+    long at = 0;
+    for (; at + 64 <= dim; at += 64) {
+        v16 sum[4];
+        for (int w = 0; w < 4; w++) memset(&sum[w], 0, sizeof(v16));
+        for (long s = 0; s < length; s++) {
+            v16 by = spread16(weights[s]);
+            for (int w = 0; w < 4; w++) sum[w] = dot16(sum[w], by, WIDE16(values + s * dim + at + 16 * w));
+        }
+        for (int w = 0; w < 4; w++) NARROW16(y + at + 16 * w, sum[w]);
+    }
+    for (; at + 16 <= dim; at += 16) {
+        v16 sum = spread16(0.0f);
+        for (long s = 0; s < length; s++) sum = dot16(sum, spread16(weights[s]), WIDE16(values + s * dim + at));
+        NARROW16(y + at, sum);
+    }
+    for (; at < dim; at++) {
+        float sum = 0.0f;
+        for (long s = 0; s < length; s++) sum += weights[s] * LOAD(values[s * dim + at]);
+        y[at] = STORE(sum);
+    }
+}
+
+void NAME(attend_step)(const struct held *held, const T *q, long q_token, long q_head, long heads, const T *keys, const T *values,
+                       float scaling, long window, T *y, int threads)
+{
+    long group = heads / held->kv_heads, places = held->rows * held->kv_heads, dim = held->dim;
+#pragma omp parallel for num_threads(threads) schedule(static) if (held->rows * heads * held->most * dim > 8 * SERIAL)
+    for (long place = 0; place < places; place++) {
+        long row = place / held->kv_heads, head = place % held->kv_heads, length = held->lengths[row];
+        const T *k = keys + row * held->lane + head * held->head, *v = values + row * held->lane + head * held->head;
+        float *weights = (float *)scratch(sizeof(float) * (length + 16));
+        long hidden = window ? length - window : 0; /* keys from the prefix to here are out of the window */
+        for (long g = head * group; g < (head + 1) * group; g++) {
+            const T *own = q + row * q_token + g * q_head;
+            T *to = y + (row * heads + g) * dim;
+            if (!weights) { /* no memory: seen as numbers that are not finite */
+                for (long e = 0; e < dim; e++) to[e] = STORE(NAN);
+                continue;
+            }
+            long s = 0;
+#ifdef __AVX512F__
+            for (; s + 16 <= length; s += 16) {
+                v16 every[16];
+                for (int i = 0; i < 16; i++) every[i] = NAME(lanes_of)(own, k + (s + i) * dim, dim);
+                give16(weights + s, added_16(every));
+            }
+#endif
+            for (; s < length; s++) weights[s] = added(NAME(lanes_of)(own, k + s * dim, dim));
+            for (s = 0; s < length; s++) weights[s] *= scaling;
+            for (s = held->prefixes[row]; s < hidden; s++) weights[s] = HIDDEN;
+            float most = HIDDEN, sum = 0.0f;
+            for (s = 0; s < length; s++) most = weights[s] > most ? weights[s] : most;
+            for (s = 0; s < length; s++) {
+                weights[s] = exponential(weights[s] - most);
+                sum += weights[s];
+            }
+            for (s = 0; s < length; s++) weights[s] /= sum;
+            NAME(weighed)(to, weights, v, length, dim);
+        }
+        free(weights);
+    }
+}
+
+/* The newest token of every row into the cache: keys and values (rows, H_kv, D), the last axis contiguous. */
+void NAME(keep_step)(const struct held *held, const T *keys, const T *values, long token, long head, T *kept_keys, T *kept_values)
+{
+    for (long row = 0; row < held->rows; row++)
+        for (long h = 0; h < held->kv_heads; h++) {
+            long from = row * token + h * head, to = row * held->lane + h * held->head + (held->lengths[row] - 1) * held->dim;
+            memcpy(kept_keys + to, keys + from, sizeof(T) * held->dim);
+            memcpy(kept_values + to, values + from, sizeof(T) * held->dim);
+        }
+}
