@@ -245,22 +245,39 @@ def first_answers(source: Any, numbers: Sequence[Any], rows: Sequence[Sequence[i
 def compared(
     model: Any, numbers: Sequence[Any], rows: Sequence[Sequence[int]], ours: Sequence[Any]
 ) -> dict[str, float]:
-    """Gives the rival the same numbers, asks it row by row, and says how far apart the two are, and of what size."""
+    """Gives the rival the same numbers, asks it row by row, and says how far apart the two are, and of what size.
+
+    In float32 both are also held against the rival in float64, which says whose rounding it is.
+    """
     import torch
 
-    state, off, size = model.state_dict(), 0.0, 0.0
+    dtype = next(model.parameters()).dtype
     for number, adapter in enumerate(numbers):
         for name, value in adapter.tensors.items():
-            state[name.replace(".weight", f".a{number}.weight")].copy_(value)
-    for number, (adapter, row, said) in enumerate(zip(numbers, rows, ours, strict=True)):
-        model.set_adapter(f"a{number}")
-        for name, value in adapter.head.items():
-            state[f"base_model.model.{name}"].copy_(value)
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([row])).logits[0].float()  # (C,), or (T, V)
-        wanted = logits if logits.dim() == 1 else logits[-1]
-        off, size = max(off, float((said - wanted).abs().max())), max(size, float(wanted.abs().max()))
-    return {"most": off, "largest": size}
+            model.state_dict()[name.replace(".weight", f".a{number}.weight")].copy_(value)
+
+    def asked() -> list[Any]:
+        state, answers = model.state_dict(), []
+        for number, (adapter, row) in enumerate(zip(numbers, rows, strict=True)):
+            model.set_adapter(f"a{number}")
+            for name, value in adapter.head.items():
+                state[f"base_model.model.{name}"].copy_(value)
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([row])).logits[0].double()  # (C,), or (T, V)
+            answers.append(logits if logits.dim() == 1 else logits[-1])
+        return answers
+
+    def apart(one: Sequence[Any], other: Sequence[Any]) -> float:
+        return max(float((a.double() - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+    theirs = asked()
+    found = {"most": apart(ours, theirs), "largest": max(float(each.abs().max()) for each in theirs)}
+    if dtype == torch.float32:
+        model.double()
+        exact = asked()
+        model.float()
+        found |= {"turret_from_float64": apart(ours, exact), "peft_from_float64": apart(theirs, exact)}
+    return found
 
 
 def in_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
@@ -373,6 +390,9 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
             f"{memory['adapters']} more all-linear adapters: {each:.2f} MB each beside a base of {base:.0f} MB; "
             f"logits of up to {run['off']['largest']:.1f} differ from PEFT's alone by at most {run['off']['most']:.1e}"
         )
+        if "peft_from_float64" in run["off"]:
+            own, other = (run["off"][f"{side}_from_float64"] for side in ("turret", "peft"))
+            lines.append(f"from the same numbers in float64: turret {own:.1e}, PEFT {other:.1e}")
         lines.append(record.table(["goal", "must", "measured", ""], goals(run)))
     return "\n".join(lines)
 

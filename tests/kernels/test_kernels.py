@@ -227,6 +227,40 @@ def test_linear_is_torchs_product_and_a_token_is_the_same_in_any_company(
 
 @needed
 @BOTH
+@pytest.mark.parametrize("sizes", [(32, 64), (96, 32), (37, 41), (1, 1), (40, 576)])
+@pytest.mark.parametrize("rank", [1, 2, 7, 8, 17, 33])
+def test_linear_adds_the_adapter_of_each_token_and_leaves_bare_ones_alone(
+    dtype: torch.dtype, sizes: tuple[int, int], rank: int
+) -> None:
+    """Spans of one token, of none, of a few; one without factors here; an adapter alone and with the others."""
+    if not compiled().few(dtype):
+        pytest.skip("not for this processor")
+    d_in, d_out = sizes
+    edges = [(1, 2), (2, 2), (2, 9), (9, 10), (12, 16)]  # the last ends with the tokens
+    x, weight = draw(16, d_in, dtype=dtype), draw(d_out, d_in, dtype=dtype) * d_in**-0.5
+    factors: list[tuple[Tensor, Tensor] | None] = [
+        (draw(rank, d_in, dtype=dtype) * d_in**-0.5, draw(rank, d_out, dtype=dtype) * rank**-0.5) for _ in edges
+    ]
+    factors[3] = None
+    bare, y = (compiled().linear(x, weight, None, spans, 1) for spans in (None, spans_of(edges, factors, 16)))
+    close(y, adapted(edges, factors, x, x.double() @ weight.double().mT), dtype)
+    alone = [0, 9, 10, 11]
+    assert torch.equal(y[alone], bare[alone])
+    assert torch.equal(compiled().linear(x, weight, None, spans_of(edges, factors, 16), 0), bare)  # another layer
+    assert not torch.equal(y[12:], bare[12:])
+    for edge, own in zip(edges, factors, strict=True):
+        only = (
+            compiled().linear(
+                x[edge[0] : edge[1]], weight, None, spans_of([(0, edge[1] - edge[0])], [own], edge[1] - edge[0]), 1
+            )
+            if edge[1] > edge[0]
+            else y[0:0]
+        )
+        assert torch.equal(only, y[edge[0] : edge[1]])
+
+
+@needed
+@BOTH
 @pytest.mark.parametrize("dim", [1, 16, 24, 64, 80, 128])
 @pytest.mark.parametrize("window", [0, 1, 5])
 def test_a_query_sees_what_the_cache_holds_of_its_row_and_nothing_else(

@@ -5,6 +5,7 @@ PEFT's two files and a manifest. Knows files, JSON and safetensors; refuses to k
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -303,10 +304,14 @@ def _no_number(word: str) -> None:
     raise ValueError(f"{word} is no number")
 
 
+@functools.cache
+def _methods() -> TypeAdapter[Method]:
+    return TypeAdapter(Method)  # making one takes longer than reading a small file
+
+
 def _method(value: Any) -> Method:
     try:
-        adapter: TypeAdapter[Method] = TypeAdapter(Method)
-        return adapter.validate_python(value)
+        return _methods().validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.dropout import Mask, Masks, dropout
-from turret.adapters.frozen import linear
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
 from turret.methods import LoRA
@@ -146,7 +145,7 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.route.bank is not None:
-            return self.route.bank.added(self, linear(self.base_layer, x), x)
+            return self.route.bank.linear(self, x)
         slot = self.route.single()
         if slot is not None and slot != BARE and str(slot) in self.slots:
             factors = self.slots[str(slot)]

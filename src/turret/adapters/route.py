@@ -61,8 +61,8 @@ class Cache(Protocol):
 class Bank(Protocol):
     """Where the adapters of a pass are, if they are not in the slots of the modules."""
 
-    def added(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
-        """y + delta(x) of every row's adapter, for a routed linear layer. Uses y up."""
+    def linear(self, layer: Any, x: Tensor) -> Tensor:
+        """A routed linear layer of the base on x, and delta(x) of every row's adapter."""
         ...
 
     def keys_values(self, slot: int, group: str, layer: int) -> tuple[Tensor, Tensor] | None:

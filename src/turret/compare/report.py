@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from turret.compare import words
 from turret.compare.comparison import Comparison, Row
 from turret.compare.pages import environment
 from turret.compare.plots import Bar, Line, Mark, curves, forest, scatter, stacks
@@ -54,8 +55,7 @@ def headline(found: Comparison) -> str:
         parts.append(f"{_and(worse)} {_is(worse)} worse by more than {margin}")
     if open_:
         parts.append(f"about {_and(open_)} nothing is decided yet")
-    sentence = "; ".join(parts) or f"nothing beside {against} has run yet"
-    return sentence[0].upper() + sentence[1:] + "."
+    return words.sentence("; ".join(parts) or f"nothing beside {against} has run yet") + "."
 
 
 def _is(names: list[str]) -> str:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def sentence(said: str) -> str:
+    """`prefix is …` begins with a capital; a name that has its own spelling keeps it."""
+    return f"LoRA{said[4:]}" if said.startswith("lora") else said[0].upper() + said[1:]
+
+
 def count(value: float) -> str:
     """`74k`, `22.7M`."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

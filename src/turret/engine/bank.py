@@ -28,6 +28,7 @@ from turret.adapters import Adapter, require_base
 from turret.adapters.adapter import LORA_PREFIX, checked_factors, checked_prefix, filled_head, head_paths
 from turret.adapters.attach import Attachment, device_of, hook_model, routed_linear, target_paths
 from turret.adapters.bundle import all_finite
+from turret.adapters.frozen import linear
 from turret.adapters.lora import sizes
 from turret.adapters.route import BARE
 from turret.engine.segments import Chunk, Segment, chunks
@@ -144,10 +145,11 @@ class Bank:
             parts = list(prefix.values())
         elif adapter.tensors:
             raise AdapterError(f"a head holds no other tensors, given {', '.join(sorted(adapter.tensors)[:3])}")
-        parts = [part.reshape(-1).to(device=self.device, dtype=self.dtype) for part in parts]  # each of them is small
-        run = torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype, device=self.device)
-        if not all_finite(run):
-            raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")
+        run = torch.empty(sum(part.numel() for part in parts), dtype=self.dtype, device=self.device)
+        for own, part in zip(run.split([part.numel() for part in parts]), parts, strict=True):
+            own.copy_(part.reshape(-1))  # each of them is small: no second thread is woken beside those of a pass
+            if not all_finite(own):
+                raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")
         starts = torch.tensor([0, *(each.numel() for each in prefix.values())]).cumsum(0).tolist()
         views = {
             group: run[start : start + each.numel()].view(each.shape)
@@ -276,19 +278,16 @@ class Bank:
             if (spans := laid_out(own, rows[-1][2] if rows else 0)) is not None:
                 self._spans[stream] = spans
 
-    def added(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
+    def linear(self, layer: Any, x: Tensor) -> Tensor:
         number = self._number[id(layer)]
+        if self._alone is None and x.dim() != 2 and self._library is not None:
+            return linear(layer.base_layer, x, self._spans.get(layer.stream), number)
+        y = linear(layer.base_layer, x)
         if self._alone is not None:
             pair = self._alone.get(number)
             return y if pair is None else y + (x @ pair[0]) @ pair[1]
         if x.dim() == 2:
             return y  # a pooler inside the body took unpadded tokens for one row; its output is never used
-        if self._library is not None:
-            spans = self._spans.get(layer.stream)
-            if spans is not None:
-                y = y.contiguous()
-                self._library.low_rank(spans, number, x.contiguous(), y)
-            return y
         rows = self._rows(x)
         out, siblings = y[0], self._siblings[number]
         for chunk in self._chunks.get(layer.stream, ()):

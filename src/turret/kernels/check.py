@@ -118,7 +118,13 @@ def _step(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tens
     results = {}
     x, weight, bias = draw(5, 37), draw(19, 37), draw(19)
     if library.few(x.dtype):
-        results["linear"] = (library.linear(x, weight, bias), x.double() @ weight.double().mT + bias.double())
+        y, (A, B) = x.double() @ weight.double().mT + bias.double(), (draw(3, 37), draw(3, 19))
+        results["linear"] = (library.linear(x, weight, bias), y)
+        addresses = torch.tensor([[[A.data_ptr(), B.data_ptr()]]])
+        spans = Spans(torch.tensor([1]), torch.tensor([4]), torch.tensor([3]), addresses, len(x))
+        y = y.clone()
+        y[1:4] += x[1:4].double() @ A.double().mT @ B.double()
+        results["linear and its adapters"] = (library.linear(x, weight, bias, spans), y)
     keys, values, new_keys, new_values, q = (
         draw(3, 2, 24, 40),
         draw(3, 2, 24, 40),

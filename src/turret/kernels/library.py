@@ -26,7 +26,7 @@ STEPS = 1 << 16  # a rate is kept to this many steps
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 DECLARED = {  # arguments as plain numbers, where a kernel is called once a layer
     "low_rank": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, ctypes.c_int),
-    "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, ctypes.c_int),
+    "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, ctypes.c_int),
     "keep_step": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER),
     "attend_step": (
         *(_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER),
@@ -280,18 +280,25 @@ class Library:
         """Tokens up to which `linear` is for; 0 where torch's own product is as quick for any number."""
         return self._few[dtype]
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + b of at most `few` tokens, added up in float32. x: (..., D_in), weight: (D_out, D_in)."""
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, spans: Spans | None = None, layer: int = 0
+    ) -> Tensor:
+        """x W^T + b of at most `few` tokens, and (x A^T) B of each span, added up in float32 and rounded once.
+
+        x: (..., D_in), weight: (D_out, D_in) -> (..., D_out).
+        """
         d_out, d_in = weight.shape
         tokens = x.numel() // d_in
         assert x.is_contiguous()
         assert weight.is_contiguous()
         assert x.shape[-1] == d_in
         assert tokens <= self._few[x.dtype]
+        assert spans is None or (spans.tokens == tokens and layer < spans.layers)
         y = x.new_empty(*x.shape[:-1], d_out)
-        b = None if bias is None else bias.data_ptr()
-        threads = torch.get_num_threads()
-        self._call("linear", x.dtype, x.data_ptr(), weight.data_ptr(), b, y.data_ptr(), tokens, d_in, d_out, threads)
+        self._call(
+            "linear", x.dtype, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+            tokens, d_in, d_out, None if spans is None else spans.address, layer, torch.get_num_threads(),
+        )  # fmt: skip
         return y
 
     def keep_step(self, kept: Kept, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:

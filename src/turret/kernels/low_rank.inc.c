@@ -15,7 +15,7 @@ static inline LANES NAME(some)(const T *from, long n)
 }
 
 /* h (tokens, R): `high` tokens by `broad` ranks at a time; from `soon` on so many `lines` of D_in are read next */
-static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T *x, const T *a, long d_in, long rank, const int high, const int broad, const T *soon, const int lines)
+static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T *x, const T *a, long d_in, long rank, const int high, const int broad, const T *soon, const long lines)
 {
     v16 total[ROWS][2 * RANKS];
     for (int t = 0; t < high; t++)
@@ -138,24 +138,37 @@ static inline __attribute__((always_inline)) void NAME(outer)(T *y, const float 
 }
 #undef H
 
+/* h (tokens, ldh) of a span: four tokens at a time, the rest one by one; with the first of them `soon`, A of the next span, is asked for */
+static inline __attribute__((always_inline)) void NAME(hidden)(float *h, long ldh, const T *x, const T *a, long tokens, long d_in, long rank, const T *soon)
+{
+    for (long t = 0; t < tokens; soon = 0) {
+        const T *from = x + t * d_in;
+        float *to = h + t * ldh;
+        long r = 0, on = soon ? 1 : 0;
+        if (tokens - t >= ROWS) {
+            for (; r + RANKS <= rank; r += RANKS) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, ROWS, RANKS, soon + r * d_in, on * RANKS);
+            for (; r < rank; r++) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, ROWS, 1, soon + r * d_in, on);
+            t += ROWS;
+        } else {
+            for (; r + 2 * RANKS <= rank; r += 2 * RANKS)
+                NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, 1, 2 * RANKS, soon + r * d_in, on * 2 * RANKS);
+            for (; r + RANKS <= rank; r += RANKS) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, 1, RANKS, soon + r * d_in, on * RANKS);
+            for (; r < rank; r++) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, 1, 1, soon + r * d_in, on);
+            t += 1;
+        }
+    }
+}
+
 static void NAME(few)(const T *x, T *y, const T *a, const T *b, long tokens, long d_in, long d_out, long rank)
 {
     float h[ROWS * rank];
     ahead(b, sizeof(T) * rank * d_out);
     for (long t = 0; t < tokens;) {
-        long r = 0;
-        if (tokens - t >= ROWS) {
-            for (; r + RANKS <= rank; r += RANKS) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, ROWS, RANKS, 0, 0);
-            for (; r < rank; r++) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, ROWS, 1, 0, 0);
-            NAME(outer)(y + t * d_out, h, b, d_out, rank, ROWS);
-            t += ROWS;
-        } else {
-            for (; r + 2 * RANKS <= rank; r += 2 * RANKS) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, 1, 2 * RANKS, 0, 0);
-            for (; r + RANKS <= rank; r += RANKS) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, 1, RANKS, 0, 0);
-            for (; r < rank; r++) NAME(inner)(h + r, x + t * d_in, a + r * d_in, d_in, rank, 1, 1, 0, 0);
-            NAME(outer)(y + t * d_out, h, b, d_out, rank, 1);
-            t += 1;
-        }
+        long some = tokens - t >= ROWS ? ROWS : 1;
+        NAME(hidden)(h, rank, x + t * d_in, a, some, d_in, rank, 0);
+        if (some == ROWS) NAME(outer)(y + t * d_out, h, b, d_out, rank, ROWS);
+        else NAME(outer)(y + t * d_out, h, b, d_out, rank, 1);
+        t += some;
     }
 }
 

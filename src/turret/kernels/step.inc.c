@@ -1,12 +1,13 @@
 /* What a step of decoding computes for its few tokens. Included by kernels.c once a dtype, behind low_rank.inc.c. Whatever a
    token becomes does not depend on who lies beside it: with AVX-512 it is the same to the last bit. */
 
-/* --- y = x W^T + b --------------------------------------------------------------------------------------------------
+/* --- y = x W^T + b, and each token's adapter -----------------------------------------------------------------------------
 
    x: (N, D_in), W: (D_out, D_in), b: (D_out,) or none, y: (N, D_out): all contiguous. W is read once, as it lies: a library that
-   packs it first reads and writes it anew at every call. Sums are float, in the order of `inner`. */
+   packs it first reads and writes it anew at every call. Sums are float, in the order of `inner`; to them comes (x A^T) B of a
+   token's span, which stays float throughout, and all are rounded once. */
 
-#define OUTPUTS 16 /* numbers of a token at a time */
+#define OUTPUTS 32 /* numbers of a token at a time */
 
 /* `broad` numbers of every token; the rows of W behind them are asked for meanwhile, so many `lines` with every few tokens */
 static inline __attribute__((always_inline)) void NAME(by_rows)(float *to, const T *x, const T *rows, long tokens, long d_in, const int broad, const T *soon, const int lines)
@@ -18,31 +19,83 @@ static inline __attribute__((always_inline)) void NAME(by_rows)(float *to, const
         NAME(inner)(to + t * OUTPUTS, x + t * d_in, rows, d_in, OUTPUTS, 1, broad, soon, lines);
 }
 
-void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long d_in, long d_out, int threads)
+static inline int NAME(factors)(const struct spans *spans, long i, long layer, const T **a, const T **b)
+{
+    const uint64_t *both = spans->factors + 2 * (i * spans->layers + layer);
+    *a = (const T *)(uintptr_t)both[0], *b = (const T *)(uintptr_t)both[1];
+    return *a != 0;
+}
+
+/* sums (N, OUTPUTS) += h B of every span, `own` columns of B from `first` on. h: (N, most) */
+static void NAME(add_spans)(float (*sums)[OUTPUTS], const struct spans *spans, long layer, const float *h, long most, long first, long own, long d_out)
+{
+    for (long i = 0; i < spans->count; i++) {
+        const T *a, *b;
+        if (!NAME(factors)(spans, i, layer, &a, &b)) continue;
+        for (long t = spans->starts[i]; t < spans->ends[i]; t++)
+            for (long r = 0; r < spans->ranks[i]; r++) {
+                const T *from = b + r * d_out + first;
+                v16 by = spread16(h[t * most + r]);
+                long j = 0;
+                for (; j + 16 <= own; j += 16) give16(sums[t] + j, dot16(take16(sums[t] + j), by, WIDE16(from + j)));
+                for (; j < own; j++) sums[t][j] += h[t * most + r] * LOAD(from[j]);
+            }
+    }
+}
+
+void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long d_in, long d_out, const struct spans *spans, long layer,
+                  int threads)
 {
     long blocks = (d_out + OUTPUTS - 1) / OUTPUTS, share = blocks / (8 * threads) + 1; /* a thread that has to wait holds up little */
-#pragma omp parallel for num_threads(threads) schedule(dynamic, share) if (d_in * d_out > SERIAL)
-    for (long block = 0; block < blocks; block++) {
-        long first = block * OUTPUTS, own = d_out - first < OUTPUTS ? d_out - first : OUTPUTS;
-        float sums[FEW][OUTPUTS];
-        for (long r = 0; r < own;) {
-            const T *rows = w + (first + r) * d_in;
-            long t = 0;
-            float *to = &sums[0][r];
-            if (own - r < RANKS) {
-                NAME(by_rows)(to, x, rows, tokens, d_in, 1, 0, 0);
-                r += 1;
-                continue;
+    long most = 0;
+    for (long i = 0; spans && i < spans->count; i++) most = spans->ranks[i] > most ? spans->ranks[i] : most;
+    float *h = most ? (float *)scratch(sizeof(float) * tokens * most) : 0;
+    int later = most && !h; /* no memory: in a pass of its own */
+#pragma omp parallel num_threads(threads) if (d_in * d_out > SERIAL)
+    {
+        if (h) {
+#pragma omp for schedule(dynamic, (spans->count + threads - 1) / threads)
+            for (long i = 0; i < spans->count; i++) {
+                const T *a, *b, *next = 0;
+                if (i + 1 < spans->count) NAME(factors)(spans, i + 1, layer, &next, &b);
+                if (!NAME(factors)(spans, i, layer, &a, &b)) continue;
+                NAME(hidden)(h + spans->starts[i] * most, most, x + spans->starts[i] * d_in, a, spans->ends[i] - spans->starts[i], d_in, spans->ranks[i], next);
             }
-            const T *soon = rows + RANKS * d_in;
-            if (tokens > 3 * ROWS) NAME(by_rows)(to, x, rows, tokens, d_in, RANKS, soon, 1);
-            else if (tokens > ROWS) NAME(by_rows)(to, x, rows, tokens, d_in, RANKS, soon, 2);
-            else NAME(by_rows)(to, x, rows, tokens, d_in, RANKS, soon, 4);
-            r += RANKS;
         }
-        for (long t = 0; t < tokens; t++)
-            for (long j = 0; j < own; j++) y[t * d_out + first + j] = STORE(sums[t][j] + (bias ? LOAD(bias[first + j]) : 0.0f));
+#pragma omp for schedule(dynamic, share)
+        for (long block = 0; block < blocks; block++) {
+            long first = block * OUTPUTS, own = d_out - first < OUTPUTS ? d_out - first : OUTPUTS;
+            float sums[FEW][OUTPUTS];
+            for (long r = 0; r < own;) {
+                const T *rows = w + (first + r) * d_in, *a, *b;
+                float *to = &sums[0][r];
+                for (long i = r / RANKS; h && i < spans->count; i += OUTPUTS / RANKS) /* B of some spans, wanted at the end of the block */
+                    if (NAME(factors)(spans, i, layer, &a, &b))
+                        for (long e = 0; e < spans->ranks[i]; e++) ahead(b + e * d_out + first, sizeof(T) * own);
+                if (own - r < RANKS) {
+                    NAME(by_rows)(to, x, rows, tokens, d_in, 1, 0, 0);
+                    r += 1;
+                    continue;
+                }
+                const T *soon = rows + RANKS * d_in;
+                if (tokens > 3 * ROWS) NAME(by_rows)(to, x, rows, tokens, d_in, RANKS, soon, 1);
+                else if (tokens > ROWS) NAME(by_rows)(to, x, rows, tokens, d_in, RANKS, soon, 2);
+                else NAME(by_rows)(to, x, rows, tokens, d_in, RANKS, soon, 4);
+                r += RANKS;
+            }
+            if (bias)
+                for (long t = 0; t < tokens; t++)
+                    for (long j = 0; j < own; j++) sums[t][j] += LOAD(bias[first + j]);
+            if (h) NAME(add_spans)(sums, spans, layer, h, most, first, own, d_out);
+            for (long t = 0; t < tokens; t++) {
+                long j = 0;
+                for (; j + 16 <= own; j += 16) NARROW16(y + t * d_out + first + j, take16(sums[t] + j));
+                for (; j < own; j++) y[t * d_out + first + j] = STORE(sums[t][j]);
+            }
+        }
     }
+    free(h);
+    if (later) NAME(low_rank)(spans, layer, x, y, d_in, d_out, threads);
 }
 #undef OUTPUTS
 
