@@ -146,7 +146,7 @@ class Bank:
         elif adapter.tensors:
             raise AdapterError(f"a head holds no other tensors, given {', '.join(sorted(adapter.tensors)[:3])}")
         run = torch.empty(sum(part.numel() for part in parts), dtype=self.dtype, device=self.device)
-        for own, part in zip(run.split([part.numel() for part in parts]), parts, strict=True):
+        for own, part in zip(torch.split(run, [part.numel() for part in parts]), parts, strict=True):
             own.copy_(part.reshape(-1))  # each of them is small: no second thread is woken beside those of a pass
             if not all_finite(own):
                 raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")
