@@ -7,36 +7,10 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from simulated_control import ASPECTS, HOSTILE, KINDS, LABELS, found, written
 
-from turret.compare.control import Control, Written, headline, rated, shares_of_nearest, shown
+from turret.compare.control import Written, headline, rated, shares_of_nearest
 from turret.compare.control_report import as_html, as_markdown, write_report
-
-ASPECTS = ("short", "long")
-LABELS, KINDS = {"prefix": "prefix", "base": "base"}, {"prefix": "prefix", "base": "base"}
-HOSTILE = "<script>alert(1)</script>"
-
-
-def written(spec: str, aspect: str, share: float, count: int = 60, seed: int = 1) -> Written:
-    """`share` of the texts are of the aspect, by both judges."""
-    row = ASPECTS.index(aspect)
-    right = np.arange(count) % 100 < 100 * share
-    said = [aspect if each else ASPECTS[1 - row] for each in right]
-    rouge = np.where(right[:, None] == (np.arange(2) == row)[None], 0.6, 0.2)
-    texts = [f"text {number} {HOSTILE}" for number in range(count)]
-    return Written(spec, aspect, seed, None if spec == "base" else f"x-{aspect}@1", texts, said, rouge)
-
-
-def found(share: float = 0.8) -> Control:
-    some = [written("prefix", aspect, share, 100) for aspect in ASPECTS]
-    some += [written("base", "short", 1.0, 100), written("base", "long", 0.0, 100)]
-    references = {aspect: [f"{aspect} reference {HOSTILE}"] * 100 for aspect in ASPECTS}
-    return Control(
-        name="x", base={"id": "small", "fingerprint": "sha256:b"}, source="t-{aspect}.csv", aspects=ASPECTS,
-        documents=100, train=10, seeds=(1,), confidence=0.95, chance=50.0,
-        judge={"version": "x-judge@1", "base": "b", "accuracy": 90.0, "learnt_from": 20, "references": 200},
-        rated=rated(some, ASPECTS, LABELS, KINDS, 0), shown=shown(some, ["a document"] * 100, references),
-        failures={}, recipes={"prefix, short": "name = 1"}, notes=(HOSTILE,), missing=0, folder="f",
-    )  # fmt: skip
 
 
 def test_the_rate_is_the_share_of_outputs_of_the_asked_aspect_by_either_judge() -> None:

@@ -485,6 +485,26 @@ def test_a_report_is_served_as_it_was_written_and_may_run_nothing(serve, workspa
     assert "cannot be read" in client.get("/comparisons").text
 
 
+def test_a_finding_on_control_is_listed_beside_the_comparisons_and_opened(serve, workspace) -> None:
+    from simulated_control import found
+
+    from turret.compare.control_report import write_report as write_control
+
+    folder = workspace.store.root / "controls" / "aspects-0123456789"
+    folder.mkdir(parents=True)
+    write_control(found(), folder, lambda path, text: path.write_text(text, encoding="utf-8"))
+    (one,) = workspace.comparisons()
+    assert (one["key"], one["kind"]) == ("aspects-0123456789", "control")
+    client = serve().client()
+    page = client.get("/comparisons").text
+    assert "control over short, long" in page
+    assert "80% <span" in page
+    assert SCRIPT not in page
+    assert 'src="/comparisons/aspects-0123456789/report"' in client.get("/comparisons/aspects-0123456789").text
+    got = client.get("/comparisons/aspects-0123456789/report")
+    assert got.text == (folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_playground_says_who_answered_and_what_the_switch_took(serve, put) -> None:
     version = put()
     running = serve(load_seconds=0.05)

@@ -210,13 +210,13 @@ class Workspace:
         return trainings.curve(self.store, run_id, most)
 
     def comparisons(self) -> Sequence[dict[str, Any]]:
-        """The reports that `compare` wrote in this store, the newest first."""
+        """The reports that `compare` and `control` wrote in this store (`kind` says which), the newest first."""
         from turret.workspace.comparing import reports
 
         return reports.listed(self.store.root)
 
     def report(self, key: str) -> str:
-        """The report of one comparison, as HTML; key: as `comparisons` has it."""
+        """One report, as HTML; key: as `comparisons` has it."""
         from turret.workspace.comparing import reports
 
         return reports.read(self.store.root, key)

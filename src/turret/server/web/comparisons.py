@@ -1,4 +1,4 @@
-"""Comparisons: the reports that `turret compare` wrote, listed and opened in the page."""
+"""Comparisons: the reports that `turret compare` and `turret control` wrote, listed and opened in the page."""
 
 from __future__ import annotations
 

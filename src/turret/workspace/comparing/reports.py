@@ -1,4 +1,7 @@
-"""The reports of comparisons that are in a store. Reads what `conduct` wrote and refuses to know how it was judged."""
+"""The reports of comparisons, and of findings on control, that are in a store.
+
+Reads what `conduct` and `controlling` wrote and refuses to know how it was judged.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,25 @@ from typing import Any
 
 from turret.errors import NotFound, StoreError
 
+ROOMS = {"comparisons": "comparison", "controls": "control"}  # where they lie, and what they are
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", re.ASCII)
 
 
 def listed(root: Path) -> Sequence[dict[str, Any]]:
-    """`key`, `written`, `bytes` and what report.json says, the newest first; one that cannot be read has `problem`."""
-    found = [_one(path) for path in (root / "comparisons").glob("*/report.json") if _KEY.fullmatch(path.parent.name)]
+    """`key`, `kind`, `written` and what report.json says, the newest first; one that cannot be read has `problem`."""
+    found = [
+        {**_one(path), "kind": kind}
+        for room, kind in ROOMS.items()
+        for path in (root / room).glob("*/report.json")
+        if _KEY.fullmatch(path.parent.name)
+    ]
     return sorted(found, key=lambda each: (each["written"], each["key"]), reverse=True)
 
 
 def read(root: Path, key: str) -> str:
     """The page; raises NotFound."""
-    path = root / "comparisons" / (key if _KEY.fullmatch(key) else "-") / "report.html"
+    paths = [root / room / (key if _KEY.fullmatch(key) else "-") / "report.html" for room in ROOMS]
+    path = next((each for each in paths if each.exists()), paths[0])
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
