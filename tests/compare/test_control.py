@@ -50,6 +50,13 @@ def test_the_headline_says_when_control_is_not_shown() -> None:
     assert "control is not shown" in headline(found(0.5))
 
 
+def test_a_report_without_texts_has_the_rates_and_no_document() -> None:
+    bare = found().without_texts()
+    assert "a document" not in as_html(bare) + as_markdown(bare) + json.dumps(bare.as_json())
+    assert "a document" in as_html(found())  # the control
+    assert bare.rated == found().rated
+
+
 def test_the_pages_are_whole_and_words_from_outside_are_no_markup(tmp_path) -> None:
     page, text = as_html(found()), as_markdown(found())
     assert HOSTILE not in page

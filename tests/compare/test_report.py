@@ -183,6 +183,15 @@ def test_disagreements_are_those_on_which_methods_differ(found) -> None:
         assert max(shares) > min(shares)
 
 
+def test_a_report_without_texts_has_everything_else(found) -> None:
+    bare = found.without_texts()
+    said = json.dumps(bare.as_json()) + as_html(bare) + as_markdown(bare)
+    assert "alert(" not in said
+    assert "alert(" in json.dumps(found.as_json())  # the control
+    assert "texts of examples were left out" in said
+    assert [row.verdict for row in bare.rows] == [row.verdict for row in found.rows]
+
+
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 STYLES = {"within": "green", "better": "green", "worse": "red", "undecided": "yellow"}
 WORDS = {"within": "as good"}
+Texts = Annotated[bool, typer.Option("--texts/--no-texts", help="Show examples in the report, or leave them out.")]
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
 
@@ -32,6 +33,7 @@ def compare(
     margin: Annotated[float, typer.Option("--margin", help="As good means: at most so many points worse.")] = 1.0,
     against: Annotated[str, typer.Option("--against", help="The method that all others are judged against.")] = "full",
     lr: Annotated[str | None, typer.Option("--lr", help="One rate for all, or auto; each its own if left out.")] = None,
+    texts: Texts = True,
     base: Base = None,
     name: Name = None,
     data: Data = None,
@@ -58,6 +60,7 @@ def compare(
             margin=margin,
             against=against,
             lr=_rate(lr),
+            texts=texts,
             on_stage=say_titles(live),
         )
     emit(found.as_json()) if as_json else _print(found, voice(as_json))

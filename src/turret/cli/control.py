@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turret.cli import options
-from turret.cli.compare import say_titles
+from turret.cli.compare import Texts, say_titles
 from turret.cli.output import columns, emit, safe, status, voice
 from turret.cli.train import Base, Data, Kind, Name, Seed, Source, read_recipe
 
@@ -23,6 +23,7 @@ def control(
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="Trainings a method and aspect.")] = 1,
     judge: Annotated[str | None, typer.Option("--judge", help="Base of the classifier that judges outputs.")] = None,
+    texts: Texts = True,
     base: Base = None,
     name: Name = None,
     data: Data = None,
@@ -42,7 +43,7 @@ def control(
     wanted = [each.strip() for each in aspects.split(",") if each.strip()]
     with status() as live:
         found = Workspace(store).control(
-            recipe, wanted, methods=methods, seeds=seeds, judge=judge, on_stage=say_titles(live)
+            recipe, wanted, methods=methods, seeds=seeds, judge=judge, texts=texts, on_stage=say_titles(live)
         )
     emit(found.as_json()) if as_json else _print(found, voice(as_json))
 

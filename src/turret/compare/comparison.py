@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -87,6 +87,10 @@ class Comparison:
     missing: int
     budget: float | None
     folder: str
+
+    def without_texts(self) -> Comparison:
+        """The same for those who may not read the examples: the texts on which methods disagree are left out."""
+        return replace(self, disagreements=(), notes=(*self.notes, "the texts of examples were left out"))
 
     def as_json(self) -> dict[str, Any]:
         said = asdict(self)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,10 @@ class Control:
     notes: tuple[str, ...]
     missing: int
     folder: str
+
+    def without_texts(self) -> Control:
+        """The same for those who may not read the documents: they and what was written of them are left out."""
+        return replace(self, shown=(), notes=(*self.notes, "documents and outputs were left out"))
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "headline": headline(self), "report": f"{self.folder}/report.html"}

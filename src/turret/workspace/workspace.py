@@ -158,18 +158,20 @@ class Workspace:
         margin: float = 1.0,
         against: str = "full",
         lr: float | Literal["auto"] | None = None,
+        texts: bool = True,
         on_stage: Say | None = None,
     ) -> Comparison:
         """Train several methods on the same data, each with several seeds in processes of their own, and judge them.
 
         methods: such as "base,head,full,lora:r=4/16,prefix"; those that the task allows where left out. budget: seconds
         of this sitting. fractions: of the training examples, for learning curves. margin: points of accuracy or ROUGE-L
-        that are still as good. lr: one rate for all, or "auto"; each method's own where left out. What an earlier call
-        made is used; every training is a version in the store, and the report lies in `.folder`.
+        that are still as good. lr: one rate for all, or "auto"; each method's own where left out. texts: whether the
+        report shows examples. What an earlier call made is used; every training is a version in the store, and the
+        report lies in `.folder`.
         """
         from turret.workspace import comparing
 
-        wanted = comparing.Wanted(methods, seeds, budget, tuple(fractions), margin, against, lr)
+        wanted = comparing.Wanted(methods, seeds, budget, tuple(fractions), margin, against, lr, texts)
         return comparing.compare(self.store, recipe, wanted, on_stage or (lambda _words: None))
 
     def control(
@@ -180,17 +182,19 @@ class Workspace:
         methods: str | None = None,
         seeds: int = 1,
         judge: str | None = None,
+        texts: bool = True,
         on_stage: Say | None = None,
     ) -> Control:
         """Train an adapter an aspect, and measure how often an output is of the aspect that was asked for.
 
         recipe: with `{aspect}` where the data of the aspects differ, in data.source or in a column. judge: the base of
-        the classifier that learns the aspects from the references; a small encoder where left out. What an earlier call
-        made is used; every training is a version in the store, and the report lies in `.folder`.
+        the classifier that learns the aspects from the references; a small encoder where left out. texts: whether the
+        report shows documents and outputs. What an earlier call made is used; every training is a version in the store,
+        and the report lies in `.folder`.
         """
         from turret.workspace.comparing import controlling
 
-        asked = controlling.Asked(tuple(aspects), methods, seeds, judge or controlling.JUDGE)
+        asked = controlling.Asked(tuple(aspects), methods, seeds, judge or controlling.JUDGE, texts=texts)
         return controlling.control(self.store, recipe, asked, on_stage or (lambda _words: None))
 
     def runs(self, most: int = 500) -> Sequence[dict[str, Any]]:

@@ -41,6 +41,7 @@ class Wanted:
     margin: float = 1.0  # points
     against: str = "full"
     lr: float | Literal["auto"] | None = None  # for every method; None: each its own
+    texts: bool = True  # whether the report shows examples
     confidence: float = 0.95
 
 
@@ -85,6 +86,7 @@ def compare(store: Store, recipe: Recipe, wanted: Wanted, say: Say) -> Compariso
             made, data, list(sitting.results.values()), failures=sitting.failures, missing=len(sitting.missing),
             confidence=wanted.confidence, budget=wanted.budget, folder=str(folder),
         )  # fmt: skip
+        found = found if wanted.texts else found.without_texts()
         write_report(found, folder, state.write_text)
     return found
 

@@ -42,6 +42,7 @@ class Asked:
     seeds: int = 1
     judge: str = JUDGE  # base of the classifier
     judge_epochs: int = 5
+    texts: bool = True  # whether the report shows documents and outputs
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def control(store: Store, recipe: Recipe, asked: Asked, say: Say) -> Control:
         say("judging the outputs")
         written = _written(store, made, sitting.results, str(learnt.version))
         found = _found(recipe, asked, made, sitting, learnt, written, folder)
+        found = found if asked.texts else found.without_texts()
         write_report(found, folder, state.write_text)
     return found
 
