@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,10 @@ def test_a_peft_prefix_folder_loads_here(tmp_path: Path) -> None:
     torch.testing.assert_close(expected, out[0, 3:-1], atol=2e-5, rtol=2e-5)
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
+@pytest.fixture(params=["read at once", "mapped, as a large file is"])
+def bundle(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    if request.param != "read at once":
+        monkeypatch.setattr("turret.adapters.bundle.AT_ONCE", 0)
     save_bundle(trained("bert", METHODS[0])[1], tmp_path / "bundle")
     return tmp_path / "bundle"
 
@@ -142,6 +145,19 @@ def refused(folder: Path, text: str) -> None:
 def test_a_pickle_is_refused_unread(bundle: Path) -> None:
     (bundle / "adapter_model.safetensors").rename(bundle / "adapter_model.bin")
     refused(bundle, r"adapter_model.bin is a pickle, which is never opened")
+
+
+def test_both_ways_to_read_weights_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = trained("bert", METHODS[0])[1]
+    odd = {"double": torch.randn(2, 3).double(), "half": torch.randn(5).half(), "brain": torch.randn(1).bfloat16()}
+    save_bundle(replace(adapter, head={**adapter.head, **odd}), tmp_path / "bundle")
+    at_once = read_bundle(tmp_path / "bundle")
+    monkeypatch.setattr("turret.adapters.bundle.AT_ONCE", 0)
+    mapped = read_bundle(tmp_path / "bundle")
+    for one, other in ((at_once.tensors, mapped.tensors), (at_once.head, mapped.head)):
+        assert {name: (each.dtype, each.tolist()) for name, each in one.items()} == {
+            name: (each.dtype, each.tolist()) for name, each in other.items()
+        }
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "manifest.json"])

@@ -217,6 +217,8 @@ def checked_factors(model: Any, adapter: Adapter, method: LoRA) -> dict[str, tup
 
 
 def _linear_at(model: Any, path: str) -> nn.Module:
+    if (known := attachment(model).linears.get(path)) is not None:
+        return known.base_layer  # at once: a path is looked up part by part
     try:
         layer = model.get_submodule(path)
     except AttributeError:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,8 +42,9 @@ WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", 
 KEYS = {"format", "method", "task", "generation", "base", "lineage", "files", "digest"}
 FILES = (WEIGHTS, CONFIG, MANIFEST)
 MAX_FILE, MAX_JSON, MAX_TENSORS = 16 * 2**30, 16 * 2**20, 20_000
+AT_ONCE = 64 * 2**20  # weights up to so many bytes are read once: what is hashed is what is parsed
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TENSOR_NAME = re.compile(r"[\x21-\x7e]{1,500}")
 _SAID: dict[str, tuple[type, ...]] = {  # what a manifest may say of a base
     "id": (str,),
@@ -108,8 +109,10 @@ def read_bundle(folder: str | Path) -> Adapter:
         raise BundleError(f"{folder} is no folder: expected one with {WEIGHTS} and {CONFIG}")
     refuse_foreign_files(folder)
     config = read_config(folder)
-    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    tensors = _tensors(folder / WEIGHTS)
+    path = folder / WEIGHTS
+    content = path.read_bytes() if path.stat().st_size <= AT_ONCE else None
+    manifest = _checked_manifest(folder, content) if (folder / MANIFEST).exists() else None
+    tensors = _tensors(path, content)
     if manifest is None:
         method = method_of(config, tensors)
         base = BaseInfo(str(config.get("base_model_name_or_path") or "unknown"))
@@ -133,6 +136,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, after its own digest and those of the files have been checked."""
+    return _checked_manifest(folder, None)
+
+
+def _checked_manifest(folder: Path, weights: bytes | None) -> dict[str, Any]:
+    """The same; weights: the whole of that file, where it has been read already."""
     manifest = _json(folder / MANIFEST)
     version = manifest.get("format")
     if type(version) is not int or not 1 <= version <= FORMAT:
@@ -153,7 +161,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest["files"], dict) or set(manifest["files"]) != {CONFIG, WEIGHTS}:
         raise BundleError(f"{folder.name}/{MANIFEST} must list {CONFIG} and {WEIGHTS}: export it again")
     for name, entry in manifest["files"].items():
-        if _file_entry(folder / name) != entry:
+        found = _file_entry(folder / name) if weights is None or name != WEIGHTS else _entry(weights)
+        if found != entry:
             raise BundleError(
                 f"{folder.name}/{name} does not match the manifest: it was changed or cut; fetch it again"
             )
@@ -223,29 +232,53 @@ def _unflattened(name: str, value: Tensor, config: dict[str, Any]) -> Tensor:
     return from_peft(value, value.shape[1] // (2 * width), heads, width // heads)
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _tensors(path: Path, content: bytes | None) -> dict[str, Tensor]:
+    """The file's tensors, from `content` where it has been read already."""
     try:
-        with path.open("rb") as raw:
-            promised = int.from_bytes(raw.read(8), "little")
-        if promised > MAX_JSON:
-            raise ValueError(f"its header would take {promised} bytes, at most {MAX_JSON} are read")
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.keys())
-            if len(names) > MAX_TENSORS:
-                raise BundleError(f"{path.name} lists {len(names)} tensors: at most {MAX_TENSORS} are read")
-            for name in names:
-                if not _TENSOR_NAME.fullmatch(name):
-                    raise BundleError(f"{path.name} names a tensor {_visible(name)}: expected plain ASCII names")
-                dtype = str(file.get_slice(name).get_dtype())
-                if dtype not in DTYPES:
-                    raise BundleError(f"tensor {name!r} has dtype {dtype}: expected one of {', '.join(DTYPES)}")
-            tensors = {name: file.get_tensor(name) for name in names}
+        read = _in_file(path) if content is None else _in_memory(path, content)
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise BundleError(f"{path.name} is no readable safetensors file ({error}): fetch it again") from None
-    for name, tensor in tensors.items():
+    for name, tensor in read.items():
         if not all_finite(tensor.float()):  # a float64 may be too large for a float32
             raise BundleError(f"tensor {name!r} in {path.name} holds NaN or infinity: train or export it again")
-    return tensors
+    return read
+
+
+def _in_file(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as raw:
+        _refuse_header(raw.read(8))
+    with safe_open(path, framework="pt", device="cpu") as file:
+        names = list(file.keys())
+        _refuse_listed(path, {name: str(file.get_slice(name).get_dtype()) for name in names[: MAX_TENSORS + 1]})
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _in_memory(path: Path, content: bytes) -> dict[str, Tensor]:
+    _refuse_header(content[:8])
+    listed: dict[str, dict[str, Any]] = dict(deserialize(content))  # type: ignore[no-untyped-call]
+    _refuse_listed(path, {name: each["dtype"] for name, each in listed.items()})
+    return {
+        name: torch.frombuffer(each["data"], dtype=DTYPES[each["dtype"]]).reshape(each["shape"])
+        if each["data"]
+        else torch.empty(each["shape"], dtype=DTYPES[each["dtype"]])
+        for name, each in listed.items()
+    }
+
+
+def _refuse_header(start: bytes) -> None:
+    promised = int.from_bytes(start, "little")
+    if promised > MAX_JSON:
+        raise ValueError(f"its header would take {promised} bytes, at most {MAX_JSON} are read")
+
+
+def _refuse_listed(path: Path, dtypes: dict[str, str]) -> None:
+    if len(dtypes) > MAX_TENSORS:
+        raise BundleError(f"{path.name} lists {len(dtypes)} tensors: at most {MAX_TENSORS} are read")
+    for name, dtype in dtypes.items():
+        if not _TENSOR_NAME.fullmatch(name):
+            raise BundleError(f"{path.name} names a tensor {_visible(name)}: expected plain ASCII names")
+        if dtype not in DTYPES:
+            raise BundleError(f"tensor {name!r} has dtype {dtype}: expected one of {', '.join(DTYPES)}")
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -327,6 +360,10 @@ def _file_entry(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise BundleError(f"{path.parent.name} holds no {path.name}: fetch it again") from None
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _entry(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _pretty(value: Any) -> str:

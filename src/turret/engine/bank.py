@@ -39,6 +39,7 @@ from turret.families import Family
 from turret.kernels import Library, Spans, usable
 from turret.methods import Full, LoRA, Peft, Prefix
 
+PIECE = 2**15  # numbers that one thread adds up by itself
 VIEWED = 128  # adapters whose views are kept; making them anew takes some microseconds a layer
 
 # Linear layers of one parent that read the same x. Cross-attention's query reads another, which is seen in the pass.
@@ -135,32 +136,24 @@ class Bank:
                 f"{method.peft_type} is computed by PEFT, one adapter at a time, and cannot share a base with others: "
                 "export it merged and serve it as a base of its own, where PEFT merges it"
             )
-        parts: list[Tensor] = []
-        layout: list[_Place] = []
-        prefix: dict[str, Tensor] = {}
+        layout: tuple[_Place, ...] = ()
+        views: dict[str, Tensor] = {}
         if isinstance(method, LoRA):
-            layout = self._laid_out(adapter, method, parts)
+            run, layout = self._factors(adapter, method)
         elif isinstance(method, Prefix):
-            prefix = checked_prefix(self.attached, adapter)
-            parts = list(prefix.values())
+            run, views = self._prefix(adapter)
         elif adapter.tensors:
             raise AdapterError(f"a head holds no other tensors, given {', '.join(sorted(adapter.tensors)[:3])}")
-        run = torch.empty(sum(part.numel() for part in parts), dtype=self.dtype, device=self.device)
-        for own, part in zip(torch.split(run, [part.numel() for part in parts]), parts, strict=True):
-            own.copy_(part.reshape(-1))  # each of them is small: no second thread is woken beside those of a pass
-            if not all_finite(own):
-                raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")
-        starts = torch.tensor([0, *(each.numel() for each in prefix.values())]).cumsum(0).tolist()
-        views = {
-            group: run[start : start + each.numel()].view(each.shape)
-            for start, (group, each) in zip(starts, prefix.items(), strict=False)
-        }
+        else:
+            run = self._empty(0)
+        if not all(all_finite(part) for part in torch.split(run, PIECE)):
+            raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")
         head, head_bytes = self._head(adapter, task.kind, {place.layer for place in layout})
         rank = method.r if isinstance(method, LoRA) else 0
-        length = next((each.shape[3] for each in prefix.values()), 0)
+        length = next((each.shape[3] for each in views.values()), 0)
         size = run.numel() * run.element_size() + head_bytes
         factors = _addresses(run, rank, layout, len(self.sizes))
-        return Loaded(digest, task, task.kind, run, rank, tuple(layout), factors, views, length, head, size)
+        return Loaded(digest, task, task.kind, run, rank, layout, factors, views, length, head, size)
 
     def _at_home(self, adapter: Adapter) -> Adapter:
         """The adapter with its layers called as here: T5's classifier holds its body one level deeper."""
@@ -172,15 +165,35 @@ class Bank:
                    for name, tensor in adapter.tensors.items()}  # fmt: skip
         return replace(adapter, tensors=tensors)
 
-    def _laid_out(self, adapter: Adapter, method: LoRA, parts: list[Tensor]) -> list[_Place]:
+    def _factors(self, adapter: Adapter, method: LoRA) -> tuple[Tensor, tuple[_Place, ...]]:
+        """A and the scaled B of every layer, one behind the other."""
+        checked = checked_factors(self._model, adapter, method)
+        if other := next((path for path in checked if path not in self._paths), None):
+            raise AdapterError(f"LoRA of {other}: the engine adapts linear layers inside the base; drop this target")
+        parts = [part for A, B in checked.values() for part in (A, B)]
+        run = self._empty(sum(part.numel() for part in parts))
+        places = iter(torch.split(run, [part.numel() for part in parts]))  # each is small: no second thread is woken
         layout, start = [], 0
-        for path, (A, B) in checked_factors(self._model, adapter, method).items():
-            if path not in self._paths:
-                raise AdapterError(f"LoRA of {path}: the engine adapts linear layers inside the base; drop this target")
-            parts += [A.float(), (B.float() * method.scaling).mT]
+        for path, (A, B) in checked.items():
+            next(places).view(A.shape).copy_(A)
+            scaled = B.mT * method.scaling if B.dtype == torch.float32 else B.mT.float() * method.scaling
+            next(places).view(scaled.shape).copy_(scaled)
             layout.append(_Place(self._paths[path], start, A.shape[1], B.shape[0]))
             start += A.numel() + B.numel()
-        return layout
+        return run, tuple(layout)
+
+    def _prefix(self, adapter: Adapter) -> tuple[Tensor, dict[str, Tensor]]:
+        """Keys and values of every group, one behind the other, and the view of each."""
+        groups = checked_prefix(self.attached, adapter)
+        run = self._empty(sum(each.numel() for each in groups.values()))
+        places = torch.split(run, [each.numel() for each in groups.values()])
+        views = {group: place.view(each.shape) for place, (group, each) in zip(places, groups.items(), strict=True)}
+        for group, each in groups.items():
+            views[group].copy_(each)
+        return run, views
+
+    def _empty(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=self.dtype, device=self.device)
 
     def _head(self, adapter: Adapter, kind: str, adapted: set[int]) -> tuple[Callable[[Tensor], Tensor] | None, int]:
         """The head as a function of pooled vectors, with the adapter's own modules in place of the base's."""
@@ -350,11 +363,12 @@ def _templates(model: Any, family: Family) -> dict[str, nn.Module]:
 
 def _addresses(run: Tensor, rank: int, layout: Sequence[_Place], layers: int) -> Tensor:
     """(layers, 2): where A and the scaled B of each layer begin, 0 where the adapter has none."""
-    found = torch.zeros(layers, 2, dtype=torch.int64)
+    found = [(0, 0)] * layers
+    size = run.element_size()
     for place in layout:
-        begin = run.data_ptr() + place.start * run.element_size()
-        found[place.layer, 0], found[place.layer, 1] = begin, begin + rank * place.d_in * run.element_size()
-    return found
+        begin = run.data_ptr() + place.start * size
+        found[place.layer] = begin, begin + rank * place.d_in * size
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def _siblings(paths: Mapping[str, int]) -> dict[int, tuple[int, ...]]:

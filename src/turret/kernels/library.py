@@ -384,11 +384,14 @@ def _words(
     """The struct, and what must live as long as it does."""
     for each in (q, k, v):
         assert each.stride(-1) == 1
-    pairs = [None if place is None else prefixes.pairs[place] for place in prefixes.of_row]
-    lengths = torch.tensor([0 if pair is None else pair[0].shape[1] for pair in pairs])
-    addresses = [torch.tensor([0 if pair is None else pair[side].data_ptr() for pair in pairs]) for side in (0, 1)]
-    longest = int((rows.key_lengths + lengths).max())
-    most_prefix = int(lengths.max())
+    if prefixes.pairs:
+        pairs = [None if place is None else prefixes.pairs[place] for place in prefixes.of_row]
+        lengths = torch.tensor([0 if pair is None else pair[0].shape[1] for pair in pairs])
+        addresses = [torch.tensor([0 if pair is None else pair[side].data_ptr() for pair in pairs]) for side in (0, 1)]
+        longest, most_prefix = int((rows.key_lengths + lengths).max()), int(lengths.max())
+    else:
+        lengths = torch.zeros(rows.count, dtype=torch.int64)
+        addresses, longest, most_prefix = [lengths, lengths], int(rows.key_lengths.max()), 0
     if rows.bias is not None and rows.zero < most_prefix + rows.longest_query:
         raise ValueError("the bias does not reach the prefix")
     words = _Words(
