@@ -5,12 +5,14 @@ model. Three ways in turn: torch's linear; oneDNN's with W packed ahead for this
 it is used. How much is left to win for many tokens is seen from how far they all are from the peak.
 
     python benchmarks/products.py            a few minutes
+    python benchmarks/products.py --avx2     as on a processor with AVX2 alone: torch, oneDNN and turret use no more
     python benchmarks/products.py --report
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +31,24 @@ WAYS = ("torch", "packed ahead", "turret")
 def main() -> None:
     options = _options()
     if not options.report:
+        if options.avx2:
+            only_avx2()
         import torch
 
         torch.set_num_threads(options.threads)
-        for dtype in ("float32", "bfloat16"):
-            settings = {"dtype": dtype, "threads": options.threads}
+        for dtype in ("float32",) if options.avx2 else ("float32", "bfloat16"):
+            settings = {"dtype": dtype, "threads": options.threads, "avx2": options.avx2}
             run = {"settings": settings, "rows": measure(dtype, options), "machine": record.machine(options.threads)}
             record.keep(NAME, CLAIM, run, lambda earlier, own=settings: earlier["settings"] == own)  # type: ignore[misc]
     print(report(record.load(NAME)))
+
+
+def only_avx2() -> None:
+    """Before torch is imported: nobody uses wider vectors than a processor with AVX2 has."""
+    os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+    from turret.kernels import build
+
+    build.FLAGS = tuple("-march=haswell" if flag == "-march=native" else flag for flag in build.FLAGS)
 
 
 def measure(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -83,9 +95,9 @@ def in_turns(
 def report(runs: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for run in runs:
-        lines.append(
-            f"\n{run['settings']['dtype']}, {run['settings']['threads']} threads, GFLOP/s [least, most of shapes]\n"
-        )
+        own = run["settings"]
+        alone = ", AVX2 alone" * own["avx2"]
+        lines.append(f"\n{own['dtype']}, {own['threads']} threads{alone}, GFLOP/s [least, most of shapes]\n")
         table = []
         for tokens in TOKENS:
             rows = [row for row in run["rows"] if row["tokens"] == tokens]
@@ -108,6 +120,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=CLAIM)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--avx2", action="store_true")
     parser.add_argument("--report", action="store_true")
     return parser.parse_args()
 

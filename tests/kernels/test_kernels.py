@@ -233,21 +233,22 @@ def test_linear_adds_the_adapter_of_each_token_and_leaves_bare_ones_alone(
     dtype: torch.dtype, sizes: tuple[int, int], rank: int
 ) -> None:
     """Spans of one token, of none, of a few; one without factors here; an adapter alone and with the others."""
-    if not compiled().few(dtype):
+    tokens = min(16, compiled().few(dtype))
+    if tokens == 0:
         pytest.skip("not for this processor")
     d_in, d_out = sizes
-    edges = [(1, 2), (2, 2), (2, 9), (9, 10), (12, 16)]  # the last ends with the tokens
-    x, weight = draw(16, d_in, dtype=dtype), draw(d_out, d_in, dtype=dtype) * d_in**-0.5
+    edges = [(1, 2), (2, 2), (2, 9), (9, 10), (12, 16)] if tokens == 16 else [(1, 1), (1, 2), (2, 2), (2, 3), (3, 4)]
+    alone = [0, 9, 10, 11] if tokens == 16 else [0, 2]  # the last span ends with the tokens
+    x, weight = draw(tokens, d_in, dtype=dtype), draw(d_out, d_in, dtype=dtype) * d_in**-0.5
     factors: list[tuple[Tensor, Tensor] | None] = [
         (draw(rank, d_in, dtype=dtype) * d_in**-0.5, draw(rank, d_out, dtype=dtype) * rank**-0.5) for _ in edges
     ]
     factors[3] = None
-    bare, y = (compiled().linear(x, weight, None, spans, 1) for spans in (None, spans_of(edges, factors, 16)))
+    bare, y = (compiled().linear(x, weight, None, spans, 1) for spans in (None, spans_of(edges, factors, tokens)))
     close(y, adapted(edges, factors, x, x.double() @ weight.double().mT), dtype)
-    alone = [0, 9, 10, 11]
     assert torch.equal(y[alone], bare[alone])
-    assert torch.equal(compiled().linear(x, weight, None, spans_of(edges, factors, 16), 0), bare)  # another layer
-    assert not torch.equal(y[12:], bare[12:])
+    assert torch.equal(compiled().linear(x, weight, None, spans_of(edges, factors, tokens), 0), bare)  # another layer
+    assert not torch.equal(y[edges[-1][0] :], bare[edges[-1][0] :])
     for edge, own in zip(edges, factors, strict=True):
         only = (
             compiled().linear(

@@ -114,16 +114,17 @@ def _attention(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple
 
 
 def _step(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A product for 5 tokens; three rows of 20, 1 and 7 keys, grouped heads, the last row with a prefix of 2."""
+    """A product for 5 tokens or as many as it takes; rows of 20, 1 and 7 keys, grouped heads, the last with a prefix of 2."""
     results = {}
     x, weight, bias = draw(5, 37), draw(19, 37), draw(19)
-    if library.few(x.dtype):
+    x = x[: library.few(x.dtype)]
+    if len(x):
         y, (A, B) = x.double() @ weight.double().mT + bias.double(), (draw(3, 37), draw(3, 19))
         results["linear"] = (library.linear(x, weight, bias), y)
         addresses = torch.tensor([[[A.data_ptr(), B.data_ptr()]]])
-        spans = Spans(torch.tensor([1]), torch.tensor([4]), torch.tensor([3]), addresses, len(x))
+        spans = Spans(torch.tensor([1]), torch.tensor([len(x) - 1]), torch.tensor([3]), addresses, len(x))
         y = y.clone()
-        y[1:4] += x[1:4].double() @ A.double().mT @ B.double()
+        y[1:-1] += x[1:-1].double() @ A.double().mT @ B.double()
         results["linear and its adapters"] = (library.linear(x, weight, bias, spans), y)
     keys, values, new_keys, new_values, q = (
         draw(3, 2, 24, 40),

@@ -168,11 +168,14 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
 #include "step.inc.c"
 
 /* Tokens up to which `linear` is for, at most FEW; 0 where there are no vectors wide enough for it. Beyond, a library that packs
-   its matrices is as quick; with tiles its products are so quick that only memory's share of the time can be saved. */
+   its matrices is as quick; with tiles its products are so quick that only memory's share of the time can be saved, and with AVX2
+   the sums of more tokens do not fit the registers. */
 long linear_up_to_float32(void)
 {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     return FEW;
+#elif defined(__AVX2__) && defined(__FMA__)
+    return 4;
 #else
     return 0;
 #endif

@@ -2,8 +2,8 @@
 
    x: (N, D_in), y: (N, D_out), A: (R, D_in), B: (R, D_out) with the scaling in it: all contiguous. h = x A^T is added up in float,
    and so is y, which is rounded once at its end; between the two a processor that multiplies bfloat16 rounds h to it. With AVX-512
-   a token's sum is the same to the last bit whatever lies beside it, but for where tiles take over: in spans of at least TILED
-   tokens. Narrower vectors leave the order of some additions to the compiler. */
+   or AVX2 a token's sum is the same to the last bit whatever lies beside it, but for where tiles take over: in spans of at least
+   TILED tokens. Narrower vectors leave the order of some additions to the compiler. */
 
 /* --- vectors: h of a few tokens and ranks, y of a few tokens and columns ------------------------------------------ */
 

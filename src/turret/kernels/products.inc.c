@@ -18,8 +18,11 @@ static char *cut(char **next, size_t bytes)
 
 /* --- vectors ----------------------------------------------------------------------------------------------------- */
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define HALVES /* a vector is two of the processor's */
 #endif
 typedef float v16 __attribute__((vector_size(64), aligned(4)));
 #ifdef __AVX512F__
@@ -115,10 +118,29 @@ static inline void give16(float *to, v16 from) { *(v16 *)to = from; }
 
 static inline v16 spread16(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
+#ifdef HALVES
+static inline __m256 half(v16 x, const int which)
+{
+    __m256 halves[2];
+    memcpy(halves, &x, 64);
+    return halves[which];
+}
+
+static inline v16 both_halves(__m256 low, __m256 high)
+{
+    v16 y;
+    __m256 halves[2] = {low, high};
+    memcpy(&y, halves, 64);
+    return y;
+}
+#endif
+
 static inline v16 dot16(v16 sum, v16 a, v16 b) /* one rounding wherever it is used: the compiler may not choose */
 {
 #ifdef __AVX512F__
     return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(HALVES)
+    return both_halves(_mm256_fmadd_ps(half(a, 0), half(b, 0), half(sum, 0)), _mm256_fmadd_ps(half(a, 1), half(b, 1), half(sum, 1)));
 #else
     return sum + a * b;
 #endif
@@ -128,6 +150,11 @@ static inline float added(v16 x) /* by halves, always in one order */
 {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)x);
+#elif defined(HALVES)
+    __m256 both = _mm256_add_ps(half(x, 0), half(x, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
     float y[8];
     for (int i = 0; i < 8; i++) y[i] = x[i] + x[i + 8];

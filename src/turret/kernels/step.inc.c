@@ -1,5 +1,5 @@
 /* What a step of decoding computes for its few tokens. Included by kernels.c once a dtype, behind low_rank.inc.c. Whatever a
-   token becomes does not depend on who lies beside it: with AVX-512 it is the same to the last bit. */
+   token becomes does not depend on who lies beside it: with AVX-512 or AVX2 it is the same to the last bit. */
 
 /* --- y = x W^T + b, and each token's adapter -----------------------------------------------------------------------------
 
