@@ -5,7 +5,15 @@ data, tasks, stores and HTTP.
 """
 
 from turret.adapters.adapter import Adapter, BaseInfo, extract, mount, require_base, unmount
-from turret.adapters.attach import attach, attachment, detach, on_slot, target_paths, trainable_parameters
+from turret.adapters.attach import (
+    attach,
+    attachment,
+    detach,
+    mixed_precision,
+    on_slot,
+    target_paths,
+    trainable_parameters,
+)
 from turret.adapters.bundle import read_bundle, read_manifest, save_bundle
 from turret.adapters.packed import classify_logits, target_logits
 from turret.adapters.route import BARE, Route, set_route
@@ -23,6 +31,7 @@ __all__ = [
     "classify_logits",
     "detach",
     "extract",
+    "mixed_precision",
     "mount",
     "on_slot",
     "peft_config_of",

@@ -162,6 +162,18 @@ def detach(model: Any) -> Any:
     return model
 
 
+def mixed_precision(model: Any) -> torch.autocast:
+    """Around the loss of a training step: a full fine-tuning of float32 copies multiplies in the precision of its base.
+
+    Micikevicius et al. 2018. Whatever else is attached computes in its base's precision by itself, and so does what
+    wants no gradient: an evaluation reads the weights as they are stored.
+    """
+    attached = attachment(model)
+    dtype = next(each.dtype for each in attached.originals.values() if each.is_floating_point())
+    mixed = bool(attached.full) and dtype != torch.float32 and torch.is_grad_enabled()
+    return torch.autocast(device_of(model).type, dtype, enabled=mixed)
+
+
 @contextmanager
 def on_slot(model: Any, slot: int) -> Iterator[None]:
     """For the length of the block every row takes `slot`; with 0 the model answers as the bare base does.

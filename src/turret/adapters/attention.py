@@ -61,6 +61,9 @@ def routed_attention(
         )
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions leave queries and keys in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     route = hooked.route
     if route.capture is not None:
         route.capture[hooked.site.name] = (key, value)

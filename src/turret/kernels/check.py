@@ -114,7 +114,7 @@ def _attention(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple
 
 
 def _step(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A product for 5 tokens or as many as it takes; rows of 20, 1 and 7 keys, grouped heads, the last with a prefix of 2."""
+    """A product for up to 5 tokens; three rows of 20, 1 and 7 keys, grouped heads, the last row with a prefix of 2."""
     results = {}
     x, weight, bias = draw(5, 37), draw(19, 37), draw(19)
     x = x[: library.few(x.dtype)]

@@ -262,7 +262,7 @@ def precision(recipe: Any, base: Any) -> Iterator[Check]:
     remedy = 'set train.dtype to "float32"'
     if isinstance(recipe.method, Full):
         yield Check("dtype", "warn", "a full fine-tuning starts from weights rounded to bfloat16", remedy)
-    elif not native_bfloat16():
+    if not native_bfloat16():
         yield Check("dtype", "warn", "this processor emulates bfloat16, several times slower than float32", remedy)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from turret.adapters import packed
+from turret.adapters import mixed_precision, packed
 from turret.errors import LossNotFinite, OutOfMemory
 from turret.train.batches import Item, micro_batches
 from turret.train.memory import Prediction
@@ -66,12 +66,13 @@ def loss_of(model: Any, task: Any, piece: Sequence[Item]) -> Tensor:
     """The task's mean loss over some examples: a scalar with a graph."""
     sources = [item.source for item in piece]
     targets = [item.target for item in piece if item.target is not None]
-    if targets:
-        return _loss_of_targets(model, task, packed.target_states(model, sources, targets), torch.cat(targets))
-    logits = packed.classify_logits(model, sources)  # (B, C)
-    wanted = task.targets([item.example for item in piece])  # (B,) or (B, C)
-    loss: Tensor = task.loss(logits, wanted.to(logits.device))
-    return loss
+    with mixed_precision(model):
+        if targets:
+            return _loss_of_targets(model, task, packed.target_states(model, sources, targets), torch.cat(targets))
+        logits = packed.classify_logits(model, sources)  # (B, C)
+        wanted = task.targets([item.example for item in piece])  # (B,) or (B, C)
+        loss: Tensor = task.loss(logits, wanted.to(logits.device))
+        return loss
 
 
 def _loss_of_targets(model: Any, task: Any, states: Tensor, wanted: Tensor) -> Tensor:
