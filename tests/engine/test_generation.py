@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from adapters_at_hand import alone
+from batches import own_target_logits
 from shelf import Shelf
 from small_models import GENERATORS
 
@@ -213,3 +214,53 @@ def test_positions_that_a_base_does_not_have_are_refused_not_read() -> None:
         with pytest.raises(DataError, match="has 600 tokens and this engine takes at most 512"):
             engine.submit("generate", [5] * 600, None)
         assert engine.generate([TEXTS[0]], None, Options(max_tokens=500))[0]["tokens"] <= 500
+
+
+# --- probabilities ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
+@pytest.mark.parametrize("name", ["narrow", "prefix", None])
+def test_logprobs_are_transformers_own_before_penalties_and_temperature(family: str, name: str | None) -> None:
+    made, text = shelf(family), TEXTS[2]
+    adapter = None if name is None else made.adapters[f"{name}@1"]
+    model, base = alone(family, "generate", adapter), made.base()
+    source = (
+        torch.tensor(base.tokenizer(text)["input_ids"])
+        if adapter is None
+        else task_from_spec(adapter.task, base.tokenizer).encode_sources([text])[0].ids
+    )
+    for options in (
+        Options(max_tokens=6, logprobs=3),
+        Options(max_tokens=6, logprobs=0, temperature=2.0, seed=5),
+        Options(max_tokens=6, logprobs=2, repetition_penalty=3.0),
+    ):
+        with made.engine() as engine:
+            beside = engine.submit("generate", TEXTS[0], "wide", Options(max_tokens=9))
+            answer = engine.submit("generate", text, name, options).result(30)
+            assert "logprobs" not in beside.result(30)
+        said = answer["logprobs"]
+        assert len(said) == answer["tokens"] > 0
+        ids = torch.tensor([each["id"] for each in said])
+        with torch.inference_mode():
+            logits = own_target_logits(model, [source], [ids])  # (T, V), along the tokens that were chosen
+        expected = logits.float().log_softmax(-1)
+        for row, each in zip(expected, said, strict=True):
+            assert each["logprob"] == pytest.approx(float(row[each["id"]]), abs=1e-4)
+            assert len(each["top"]) == options.logprobs
+            most = row.topk(options.logprobs or 0)
+            assert [other["logprob"] for other in each["top"]] == pytest.approx(most.values.tolist(), abs=1e-4)
+            assert each["logprob"] <= max((other["logprob"] for other in each["top"]), default=0.0) + 1e-9
+        assert "".join(each["token"] for each in said).strip() == answer["text"]
+
+
+def test_logprobs_of_beams_and_too_many_of_them_are_refused() -> None:
+    with pytest.raises(DataError, match=r"logprobs = 21: expected a whole number from 0 to 20"):
+        Options(logprobs=21)
+    with shelf("llama", num_beams=3).engine() as engine:
+        with pytest.raises(DataError, match=r"this answer has 3 beams: ask for num_beams = 1"):
+            engine.submit("generate", TEXTS[0], "narrow", Options(logprobs=1)).result(30)
+        answer = engine.submit("generate", TEXTS[0], "narrow", Options(logprobs=1, num_beams=1, max_tokens=3)).result(
+            30
+        )
+        assert len(answer["logprobs"]) == answer["tokens"]

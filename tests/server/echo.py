@@ -53,6 +53,7 @@ class Options:
     stop: tuple[str, ...] | None = None
     seed: int | None = None
     num_beams: int | None = None
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,16 @@ def words(digest: str | None, text: Any, options: Options | None = None) -> list
     return [said[0], *(f" {word}" for word in said[1:])]
 
 
+def told(said: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """A logarithm for every word by its place, and so many other words beside it, the most probable first."""
+    return [
+        {"token": word, "id": place, "logprob": -0.25 * place, "top": [
+            {"token": f"{word}{other}", "id": other, "logprob": -float(other)} for other in range(count)
+        ]}
+        for place, word in enumerate(said)
+    ]  # fmt: skip
+
+
 def probabilities(digest: str, text: str) -> dict[str, float]:
     """Three numbers that every version and text have of their own."""
     raw = hashlib.sha256(f"{digest}\0{text}".encode()).digest()[:3]
@@ -100,7 +111,7 @@ class Ticket:
         self, engine: Echo, receipt: Receipt, kind: str, text: Any, options: Options | None, deadline: float | None
     ) -> None:
         self.receipt, self.kind, self.text = receipt, kind, text
-        self.engine = engine
+        self.engine, self.options = engine, options
         said = words(receipt.digest, text, options) if kind == "generate" else []
         self.left = list(said)
         self.said = said
@@ -157,7 +168,9 @@ class Ticket:
             self.tell(Done({"label": label, "probabilities": found, "prompt_tokens": count}))
         else:
             answer = {"text": "".join(self.said), "finish_reason": "stop", "tokens": len(self.said)}
-            self.tell(Done(answer | {"prompt_tokens": count}))
+            wanted = None if self.options is None else self.options.logprobs
+            beside = {} if wanted is None else {"logprobs": told(self.said, wanted)}
+            self.tell(Done(answer | {"prompt_tokens": count} | beside))
         return False
 
 

@@ -64,6 +64,47 @@ def test_prompts_times_n_are_choices_in_order_with_seeds_of_their_own(serve, put
     assert [choice["text"].partition(" ")[2] for choice in tokens] == ["[1, 2]", "[3]"]
 
 
+def test_logprobs_come_beside_every_token_of_a_completion(serve, put) -> None:
+    put()
+    body = {"model": "a", "prompt": "hello there", "max_tokens": 8, "logprobs": 2}
+    client = serve().client()
+    choice = client.post("/v1/completions", json=body).json()["choices"][0]
+    said = choice["logprobs"]
+    assert "".join(said["tokens"]) == choice["text"]
+    assert said["token_logprobs"] == [0.0, -0.25, -0.5]
+    assert said["top_logprobs"][1] == {" hello0": 0.0, " hello1": -1.0}
+    assert [
+        choice["text"][at:][: len(token)] for at, token in zip(said["text_offset"], said["tokens"], strict=True)
+    ] == said["tokens"]
+    none = client.post("/v1/completions", json=body | {"logprobs": 0}).json()["choices"][0]["logprobs"]
+    assert none["top_logprobs"] == [{}, {}, {}]
+    for more in ({"stream": True}, {"num_beams": 2}, {"logprobs": 21}):
+        got = client.post("/v1/completions", json=body | more)
+        assert got.status_code == 400
+        assert "logprobs" in got.text
+
+
+def test_logprobs_come_beside_every_token_of_a_chat(serve, put) -> None:
+    put()
+    body = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 1}
+    client = serve().client()
+    choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert "".join(each["token"] for each in content) == choice["message"]["content"]
+    assert content[1]["logprob"] == -0.25
+    assert bytes(content[1]["bytes"]).decode() == " hi"
+    assert content[1]["top_logprobs"] == [{"token": " hi0", "logprob": 0.0, "bytes": list(b" hi0")}]
+    assert (
+        client.post("/v1/chat/completions", json=body | {"logprobs": False, "top_logprobs": None}).json()["choices"][0][
+            "logprobs"
+        ]
+        is None
+    )
+    got = client.post("/v1/chat/completions", json=body | {"logprobs": None})
+    assert got.status_code == 400
+    assert "top_logprobs are told with logprobs" in got.text
+
+
 def events(text: str) -> list[dict]:
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"

@@ -3,7 +3,8 @@
     repetition penalty, no repeated n-gram, minimal length, forced tokens, temperature, top_k, top_p
 
 A draw is one number of the request's own generator against the summed probabilities, so who shares a batch has no part
-in it. Knows logits and token ids; refuses to know adapters, lanes and texts.
+in it. What is told of probabilities is the model's own: before penalties, temperature and narrowing. Knows logits and
+token ids; refuses to know adapters, lanes and texts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from turret.engine.request import MAX_TOKENS, Options
 from turret.errors import BaseModelError, DataError
 
+LOWEST = -9999.0  # what is told of the logarithm of nothing, for which JSON has no number
 LOOKED_AT = 64  # tokens that top_p looks at first; more where they do not reach it
 # What a base's generation_config.json may ask of the scores that is not done here, and the value that asks for nothing.
 NOT_DONE: dict[str, tuple[Any, ...]] = {
@@ -53,6 +55,7 @@ class Settings:
     forced_eos: tuple[int, ...] = ()
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    logprobs: int | None = None  # how many alternatives are told beside a token; None: nothing is
 
     @property
     def plain(self) -> bool:
@@ -106,6 +109,8 @@ def resolved(options: Options, own: Settings, task: Any | None, *, room: int, vo
     if options.samples:
         beams = 1
     beams = options.num_beams or beams
+    if options.logprobs is not None and beams > 1:
+        raise DataError(f"logprobs are told of single texts, and this answer has {beams} beams: ask for num_beams = 1")
     if 2 * beams > vocabulary:
         raise DataError(f"num_beams = {beams}: a vocabulary of {vocabulary} allows {vocabulary // 2}")
     penalty = options.repetition_penalty
@@ -119,6 +124,7 @@ def resolved(options: Options, own: Settings, task: Any | None, *, room: int, vo
         seed=random.SystemRandom().getrandbits(63) if options.seed is None else options.seed,
         stop=options.stop,
         num_beams=beams,
+        logprobs=options.logprobs,
         repetition_penalty=own.repetition_penalty if penalty is None else penalty,
     )
 
@@ -150,6 +156,20 @@ def choose(scores: Tensor, rows: Sequence[Row]) -> list[int | None]:
         None if not fine else token if row.settings.heat == 0.0 else draw(scores[number], row.settings, row.random)
         for number, (row, fine, token) in enumerate(zip(rows, finite, greedy, strict=True))
     ]
+
+
+class Told(NamedTuple):
+    """A token of an answer, the logarithm of its probability, and the most probable ones in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token, logprob), the most probable first
+
+
+def told(logprobs: Tensor, token: int, count: int) -> Told:
+    """logprobs: (V,), the logarithms of the probabilities that the token was chosen by."""
+    values, ids = logprobs.clamp(min=LOWEST).topk(min(count, len(logprobs)))
+    return Told(token, max(float(logprobs[token]), LOWEST), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: Settings) -> None:

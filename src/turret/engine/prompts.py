@@ -18,6 +18,7 @@ from turret.engine.request import Limits, Request
 from turret.engine.runner import Runner
 from turret.errors import AdapterError, DataError, NoRoom
 
+BEHIND = 4  # tokens that decide how the next one is written
 CHARACTERS_A_TOKEN = 3  # a guess, until a text's adapter is there to encode it
 TABLES = ("bert", "roberta", "distilbert", "gpt2", "bart")  # families whose positions end
 
@@ -89,6 +90,14 @@ class Prompts:
         """The text of some tokens, blanks around it included."""
         with self._lock:
             return str(self._base.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def word(self, before: Sequence[int], token: int) -> str:
+        """A token as it stands behind others, its blank included; one that has no text of its own by its name."""
+        near = list(before[-BEHIND:])
+        with self._lock:
+            decode = self._base.tokenizer.decode
+            start, whole = str(decode(near)) if near else "", str(decode([*near, token]))
+            return whole[len(start) :] if whole.startswith(start) else str(decode([token]))
 
     def _encoded(self, kind: str, text: str, loaded: Loaded | None) -> list[int]:
         if loaded is not None:

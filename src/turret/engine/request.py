@@ -22,6 +22,7 @@ MAX_TOKENS = 128  # of an answer, where neither the request nor the adapter says
 STOPS = 16  # most stop strings of one request
 STOP_CHARACTERS = 256  # of one stop string
 BEAMS = 16  # most beams of one request
+TOP = 20  # most alternatives that are told beside a token
 
 log = logging.getLogger("turret.engine")
 
@@ -64,7 +65,8 @@ class Limits:
 class Options:
     """How a text is generated. What is None is the adapter's own setting, else greedy and `MAX_TOKENS`.
 
-    A temperature above zero samples; top_p or top_k without a temperature sample at temperature 1.
+    A temperature above zero samples; top_p or top_k without a temperature sample at temperature 1. logprobs: so many
+    most probable tokens are told beside each token of the answer, 0 the token's own probability alone.
     """
 
     max_tokens: int | None = None
@@ -75,6 +77,7 @@ class Options:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     num_beams: int | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         given: Any = self.stop
@@ -86,6 +89,7 @@ class Options:
         _between("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
         _between("seed", self.seed, -(1 << 63), 1 << 64, whole=True)
         _between("num_beams", self.num_beams, 1, BEAMS, whole=True)
+        _between("logprobs", self.logprobs, 0, TOP, whole=True)
         if len(self.stop) > STOPS or not all(isinstance(s, str) and 0 < len(s) <= STOP_CHARACTERS for s in self.stop):
             raise DataError(f"stop: expected at most {STOPS} texts of 1 to {STOP_CHARACTERS} characters each")
         if self.samples and (self.num_beams or 1) > 1:

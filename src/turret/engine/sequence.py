@@ -13,12 +13,13 @@ from torch import Tensor
 
 from turret.engine.beams import Beams
 from turret.engine.cache import KeyValueCache, Lane
-from turret.engine.decode import Settings
+from turret.engine.decode import Settings, Told, told
 from turret.engine.request import Request
 from turret.engine.runner import Fresh, Step
 from turret.engine.text import Growing
 
 Decode = Callable[[Sequence[int]], str]
+Word = Callable[[Sequence[int], int], str]  # what a token is behind others
 
 
 class Generating:
@@ -34,6 +35,7 @@ class Generating:
         self.reason: str | None = None  # why it is over
         self._before = list(before)
         self._text: Growing | None = None
+        self._told: list[Told] = []  # a token, where they are wanted
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -56,12 +58,14 @@ class Generating:
 
     # --- a pass later -------------------------------------------------------------------------------------------------
 
-    def take(self, token: int, decode: Decode) -> None:
-        """One more token; sets `reason` where it is the last."""
+    def take(self, token: int, decode: Decode, logprobs: Tensor | None = None) -> None:
+        """One more token; sets `reason` where it is the last. logprobs: (V,), where they are to be told."""
         if token in self.settings.eos:
             self.reason = "stop"
         else:
             self.tokens.append(token)
+            if logprobs is not None:
+                self._told.append(told(logprobs, token, self.settings.logprobs or 0))
             if len(self.tokens) >= self.settings.max_tokens:
                 self.reason = "length"
         if self.settings.stop or self.request.ticket.heard:
@@ -93,7 +97,7 @@ class Generating:
         if ticket.heard:
             ticket.say(text.text[ticket.said :])
 
-    def answer(self, decode: Decode) -> dict[str, Any]:
+    def answer(self, decode: Decode, word: Word) -> dict[str, Any]:
         """What the request gets, all of it said to those who listen."""
         if self._text is None:
             self._text = Growing(decode, self.settings.stop)
@@ -102,8 +106,21 @@ class Generating:
                 self.reason = "stop"
         self._text.end()
         self._tell(self._text)
-        said = {"text": self._text.text, "finish_reason": self.reason, "tokens": len(self.tokens)}
-        return said | {"prompt_tokens": len(self.request.ids or ())}
+        said: dict[str, Any] = {
+            "text": self._text.text,
+            "finish_reason": self.reason,
+            "tokens": len(self.tokens),
+            "prompt_tokens": len(self.request.ids or ()),
+        }
+        if self.settings.logprobs is not None:
+            said["logprobs"] = [self._in_words(place, each, word) for place, each in enumerate(self._told)]
+        return said
+
+    def _in_words(self, place: int, each: Told, word: Word) -> dict[str, Any]:
+        before = self.tokens[:place]
+        tokens = [(each.token, each.logprob), *each.top]
+        own, *top = [{"token": word(before, token), "id": token, "logprob": logprob} for token, logprob in tokens]
+        return {**own, "top": top}
 
     def close(self, cache: KeyValueCache) -> None:
         for lane in self.lanes:

@@ -15,7 +15,16 @@ from turret.server.completions import EVENTS
 from turret.server.face import Text
 from turret.server.generation import Chunk, options, several, stream
 from turret.server.routes import Here, Unit, router, usage
-from turret.server.schemas import ChatChoice, ChatCompletion, ChatMessage, ChatRequest, Message
+from turret.server.schemas import (
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatMessage,
+    ChatRequest,
+    Message,
+    TokenLogprob,
+    TopLogprob,
+)
 from turret.server.served import Served
 
 questions = router("infer")
@@ -33,7 +42,7 @@ async def chat(body: ChatRequest, here: Here, unit: Unit, request: Request, resp
     response.headers.update(asked.headers)
     said = [ChatMessage(role="assistant", content=answer["text"]) for answer in answers]
     choices = [
-        ChatChoice(index=place, message=message, finish_reason=answer["finish_reason"])
+        ChatChoice(index=place, message=message, logprobs=logprobs(answer), finish_reason=answer["finish_reason"])
         for place, (message, answer) in enumerate(zip(said, answers, strict=True))
     ]
     model = asked.model or here.base_id
@@ -60,6 +69,23 @@ def prompt(here: Served, model: str, messages: list[Message]) -> Text:
     if alone:
         return messages[0].text()
     raise BadRequest("this base has no chat template: expected one user message")
+
+
+def logprobs(answer: dict[str, Any]) -> ChatLogprobs | None:
+    """The answer's in the shape of OpenAI's chats; the bytes are those of the token's text."""
+    told = answer.get("logprobs")
+    if told is None:
+        return None
+    return ChatLogprobs(
+        content=[
+            TokenLogprob(**_top(each).model_dump(), top_logprobs=[_top(other) for other in each["top"]])
+            for each in told
+        ]
+    )
+
+
+def _top(each: dict[str, Any]) -> TopLogprob:
+    return TopLogprob(token=each["token"], logprob=each["logprob"], bytes=list(each["token"].encode()))
 
 
 class Deltas:

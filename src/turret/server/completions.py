@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 from fastapi import Request, Response
 
 from turret.server.generation import Chunk, options, several, stream
 from turret.server.routes import Here, Unit, router, usage
-from turret.server.schemas import Completion, CompletionChoice, CompletionRequest
+from turret.server.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 
 questions = router("infer")
 EVENTS: dict[int | str, dict[str, Any]] = {
@@ -27,11 +28,31 @@ async def complete(body: CompletionRequest, here: Here, unit: Unit, request: Req
         answers = await asked.all()
     response.headers.update(asked.headers)
     choices = [
-        CompletionChoice(index=place, text=answer["text"], finish_reason=answer["finish_reason"])
+        CompletionChoice(
+            index=place, text=answer["text"], logprobs=logprobs(answer), finish_reason=answer["finish_reason"]
+        )
         for place, answer in enumerate(answers)
     ]
     model = asked.model or here.base_id
     return Completion(id=f"cmpl-{asked.id}", created=here.now(), model=model, choices=choices, usage=usage(answers))
+
+
+def logprobs(answer: dict[str, Any]) -> CompletionLogprobs | None:
+    """The answer's in the shape of OpenAI's completions: where two tokens have one text, the more probable counts."""
+    told = answer.get("logprobs")
+    if told is None:
+        return None
+    tokens = [each["token"] for each in told]
+    whole = "".join(tokens)
+    blank = len(whole) - len(whole.lstrip())  # in front, which the answer's text leaves out
+    return CompletionLogprobs(
+        tokens=tokens,
+        token_logprobs=[each["logprob"] for each in told],
+        top_logprobs=[{other["token"]: other["logprob"] for other in reversed(each["top"])} for each in told],
+        text_offset=[
+            max(0, end - len(token) - blank) for end, token in zip(accumulate(map(len, tokens)), tokens, strict=True)
+        ],
+    )
 
 
 class Pieces:

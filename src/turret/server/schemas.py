@@ -6,14 +6,15 @@ other: a request is never half carried out. Keys beyond OpenAI's: `top_k`, `repe
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from turret.experiments.experiment import MOST_ARMS
 from turret.server.limits import (
     MOST_CHOICES,
     MOST_INPUTS,
+    MOST_LOGPROBS,
     MOST_MESSAGES,
     MOST_OUTCOMES,
     MOST_STOPS,
@@ -56,6 +57,15 @@ class StreamOptions(Model):
     include_usage: bool | None = None
 
 
+def _told_alone(logprobs: dict[str, Any]) -> list[dict[str, Any]]:
+    """For a schema: where logprobs are wanted, no stream and no beams. logprobs: what wants them."""
+    others: dict[str, dict[str, Any]] = {"stream": {"const": True}, "num_beams": {"type": "integer", "minimum": 2}}
+    return [
+        {"not": {"required": ["logprobs", key], "properties": {"logprobs": logprobs, key: value}}}
+        for key, value in others.items()
+    ]
+
+
 class Generation(Model):
     """How to decode; what is left out or null is the adapter's own setting, else the engine's default."""
 
@@ -75,6 +85,18 @@ class Generation(Model):
     frequency_penalty: Nothing = Field(None, description="Only 0.")
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(None, description="Only empty.")
 
+    def told(self) -> int | None:
+        """How many alternatives are told beside each token; None where nothing is."""
+        return None
+
+    @model_validator(mode="after")
+    def _told_of_whole_single_texts(self) -> Self:
+        if self.told() is not None and self.stream:
+            raise ValueError("logprobs are told with a whole answer: leave out stream, or logprobs")
+        if self.told() is not None and (self.num_beams or 1) > 1:
+            raise ValueError("logprobs are told of single texts: leave out num_beams, or logprobs")
+        return self
+
     def stops(self) -> tuple[str, ...] | None:
         if self.stop is None:
             return None
@@ -82,6 +104,7 @@ class Generation(Model):
 
 
 class CompletionRequest(Generation):
+    model_config = ConfigDict(json_schema_extra={"allOf": _told_alone({"type": "integer"})})  # type: ignore[dict-item]
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
@@ -91,8 +114,11 @@ class CompletionRequest(Generation):
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
     best_of: Literal[1] | None = Field(None, description="Only 1.")
     echo: Literal[False] | None = Field(None, description="Only false.")
-    logprobs: None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] | None = None
     suffix: None = None
+
+    def told(self) -> int | None:
+        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
@@ -121,11 +147,34 @@ class ResponseFormat(Model):
 
 
 class ChatRequest(Generation):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                *_told_alone({"const": True}),
+                {"anyOf": [
+                    {"properties": {"top_logprobs": {"type": "null"}}},
+                    {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
+                ]},
+            ]
+        }
+    )  # fmt: skip
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
-    logprobs: Literal[False] | None = Field(None, description="Only false.")
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] | None = Field(
+        None, description="Only with logprobs."
+    )
     response_format: ResponseFormat | None = None
+
+    def told(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs are told with logprobs: set it to true")
+        return self
 
 
 class ClassifyRequest(Model):
@@ -146,10 +195,19 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class CompletionLogprobs(BaseModel):
+    """A number and a text for each token of the answer; the top ones in its place by their texts."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int] = Field(description="Where each token begins in the text, in characters.")
+
+
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: str | None
 
 
@@ -167,10 +225,25 @@ class ChatMessage(BaseModel):
     content: str | None = None
 
 
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None
 
 
