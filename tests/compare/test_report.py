@@ -101,7 +101,7 @@ def test_a_method_that_could_not_run_stands_there_with_the_reason() -> None:
     comparison = made("full,lora,prefix", without=("prefix",), failures={"prefix": "seed 42: no room"}, missing=4)
     assert rows(comparison)["prefix"].failed == "seed 42: no room"
     assert "no room" in as_html(comparison)
-    assert "4 of the trainings are not made yet" in as_html(comparison)
+    assert "Not made yet: 4 of the trainings" in as_html(comparison)
 
 
 def test_without_its_yardstick_a_comparison_says_so() -> None:

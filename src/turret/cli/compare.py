@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, console, emit, many, safe, size, span, status, voice
+from turret.cli.output import columns, console, counted, emit, many, safe, size, span, status, voice
 from turret.cli.train import Base, Data, Kind, Name, Seed, Source, read_recipe
 from turret.errors import RecipeError
 
@@ -117,7 +117,7 @@ def _print(found: Any, out: Console) -> None:
         if row.failed:
             out.print(f"  [red]{safe(row.label)}[/] did not run: {safe(row.failed)}")
     if found.missing:
-        out.print(f"\n[yellow]{found.missing} trainings are missing[/]: the same command goes on with them")
+        out.print(f"\n[yellow]{counted(found.missing, 'training')} missing[/]: the same command goes on")
     said = found.promotion
     where = f"turret promote {said.version} production" if said.version else "promote nothing yet"
     out.print(f"\n[bold]{safe(where)}[/]  [dim]{safe(said.why)}[/]")
