@@ -240,12 +240,13 @@ def test_the_reference_has_every_page_and_no_other() -> None:
 
 
 def test_the_reference_has_every_key_of_every_request() -> None:
-    from turret.server import schemas
+    from turret.server import control_schemas, schemas
 
     text = page("docs/reference/http.md")
-    requests = [schemas.CompletionRequest, schemas.ChatRequest, schemas.ClassifyRequest, schemas.PromoteRequest]
-    requests += [schemas.StartRequest, schemas.RampRequest, schemas.StopRequest, schemas.GuardsAsked]
-    requests += [schemas.OutcomeOfAnswer, schemas.OutcomeOfUnit]
+    requests = [schemas.CompletionRequest, schemas.ChatRequest, schemas.ClassifyRequest]
+    requests += [control_schemas.PromoteRequest, control_schemas.StartRequest, control_schemas.RampRequest]
+    requests += [control_schemas.StopRequest, control_schemas.GuardsAsked]
+    requests += [control_schemas.OutcomeOfAnswer, control_schemas.OutcomeOfUnit]
     for request in requests:
         assert [name for name in request.model_fields if f"`{name}`" not in text] == [], request.__name__
     for said in routes().values():

@@ -413,11 +413,11 @@ def test_an_experiment_does_not_begin_with_a_version_that_cannot_be_loaded(serve
 def test_a_shadow_answers_the_same_texts_is_compared_and_never_returned(begin, workspace, until) -> None:
     running = begin((), shadows="a@3")
     client, texts = running.client(), [f"text {number}" for number in range(30)]
-    for text in texts:
+    for number, text in enumerate(texts, 1):
         got = asked(client, None, text)  # without candidates everybody counts
         assert (got.json()["model"], got.headers["turret-arm"]) == ("a@1", "control")
         assert got.json()["data"][0]["label"] == label(workspace, "a@1", text)
-        until(lambda: running.served.shadows.inputs == 0)
+        until(lambda put=number: running.engine.priorities.count(-1) == put and running.served.shadows.inputs == 0)
     running.served.routing.router.flush()
     (shadow,) = [each for each in status(workspace)["arms"] if each["role"] == "shadow"]
     agreed = sum(label(workspace, "a@1", text) == label(workspace, "a@3", text) for text in texts)

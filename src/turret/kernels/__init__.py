@@ -3,21 +3,8 @@
 `library()` gives them or None; every caller keeps its plain path beside. `TURRET_KERNELS=off` takes the plain path.
 """
 
-from turret.kernels.library import (
-    KEPT,
-    LARGEST,
-    Dropped,
-    Kept,
-    Library,
-    Prefixes,
-    Rows,
-    Seeds,
-    Spans,
-    library,
-    usable,
-    why,
-    without,
-)
+from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rows, Seeds, Spans
+from turret.kernels.library import LARGEST, Library, library, usable, why, without
 
 __all__ = [
     "KEPT",

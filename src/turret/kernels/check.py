@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rows, Spans
 from turret.kernels.build import NotBuilt
-from turret.kernels.library import KEPT, Dropped, Kept, Library, Prefixes, Rows, Spans
+from turret.kernels.library import Library
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the largest element
 

@@ -12,9 +12,7 @@ from fastapi import Path, Query
 from turret.errors import BadReference, BadRequest, ReplayNeeded
 from turret.reference import Reference as Parsed
 from turret.server import golden
-from turret.server.problems import without_paths
-from turret.server.routes import Here, router
-from turret.server.schemas import (
+from turret.server.control_schemas import (
     Adapter,
     AdapterName,
     Adapters,
@@ -29,6 +27,8 @@ from turret.server.schemas import (
     Status,
     Version,
 )
+from turret.server.problems import without_paths
+from turret.server.routes import Here, router
 from turret.server.served import Served, said
 from turret.store import Gate, Move
 from turret.store.catalog import plain

@@ -10,11 +10,11 @@ from fastapi import Body, Path, Query
 
 from turret.experiments import Guards, Recorded, Told
 from turret.experiments.outcomes import grouped
+from turret.server import control_schemas as said
 from turret.server import golden
-from turret.server import schemas as said
+from turret.server.control_schemas import AdapterName, Experiments, Outcomes, RampRequest, StartRequest, StopRequest
 from turret.server.problems import without_paths
 from turret.server.routes import Here, router
-from turret.server.schemas import AdapterName, Experiments, Outcomes, RampRequest, StartRequest, StopRequest
 from turret.server.served import Served
 from turret.workspace.experimenting import Status
 

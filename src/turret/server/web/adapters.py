@@ -12,8 +12,8 @@ from fastapi.responses import RedirectResponse
 from turret.errors import BadReference, BadRequest, NotFound
 from turret.reference import check_alias
 from turret.server import control
+from turret.server.control_schemas import PromoteRequest
 from turret.server.routes import Here
-from turret.server.schemas import PromoteRequest
 from turret.server.served import Served
 from turret.server.web import render
 from turret.server.web.forms import Sent, pages

@@ -1,0 +1,189 @@
+"""What the control plane takes and says over the wire: adapters, aliases, experiments. Unknown keys are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from turret.experiments.experiment import MOST_ARMS
+from turret.server.limits import MOST_OUTCOMES, MOST_UNIT
+from turret.server.schemas import Model
+
+# What cannot be a name is 404, as what is not there: the grammar stands in `turret.reference` alone.
+Reference = Annotated[str, Field(min_length=1, max_length=200)]
+AdapterName = Annotated[str, Field(min_length=1, max_length=200)]
+AliasName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+Gate = Annotated[
+    str,
+    Field(max_length=300, pattern=r"^[^<>=\x00-\x1f]{1,200}(>=|<=|>|<)-?[0-9]{1,15}(\.[0-9]{1,15})?(e-?[0-9]{1,2})?$"),
+]
+
+
+class LoadRequest(Model):
+    pin: bool = False
+
+
+class PromoteRequest(Model):
+    alias: AliasName
+    require: Annotated[list[Gate], Field(max_length=32)] = Field(default_factory=list)
+    replay: bool = Field(False, description="Ask golden examples again that this version was asked before.")
+
+
+class Adapter(BaseModel):
+    """As `turret list --json` says it, and whether it is in memory."""
+
+    version: str
+    digest: str
+    created: str
+    aliases: list[str]
+    base: str | None
+    method: str | None
+    task: str | None
+    metrics: dict[str, Any]
+    bytes: int
+    run: str | None
+    loaded: bool
+
+
+class Adapters(BaseModel):
+    adapters: list[Adapter]
+    after: str | None = Field(description="Ask for what comes after this; null at the end.")
+
+
+class Alias(BaseModel):
+    name: str
+    alias: str
+    version: str = Field(description="What the store says.")
+    serving: str | None = Field(description="What is in force here; null where it is of another base.")
+    problem: str | None = Field(description="Why the two differ.")
+    moved: str
+
+
+class Aliases(BaseModel):
+    aliases: list[Alias]
+
+
+class Replay(BaseModel):
+    """How the version did on a set of golden examples."""
+
+    golden: str = Field(description="The digest of the set.")
+    passed: int
+    total: int
+    first: dict[str, Any] | None = Field(description="The first that failed, where that was allowed.")
+    replayed: str
+
+
+class Moved(BaseModel):
+    name: str
+    alias: str
+    version: str
+    before: str | None
+    changed: bool
+    skipped: list[str]
+    replays: list[Replay]
+    serving: str | None = Field(description="What is in force here now.")
+
+
+# --- experiments -----------------------------------------------------------------------------------------------------
+
+Share = Annotated[float, Field(ge=0, le=1)]
+ArmName = Annotated[str, Field(min_length=1, max_length=200)]
+Shares = Share | Annotated[dict[ArmName, Share], Field(min_length=1, max_length=MOST_ARMS)]
+Value = bool | Annotated[float, Field(ge=-1e15, le=1e15)]
+_METRIC = r"^(binary|-?[0-9]{1,9}(\.[0-9]{1,9})?\.\.-?[0-9]{1,9}(\.[0-9]{1,9})?)$"
+
+
+class OutcomeOfAnswer(Model):
+    """What came of one answer."""
+
+    value: Value = Field(description="0 or 1, or a number within the bounds of the experiment's metric.")
+    receipt: Annotated[str, Field(min_length=1, max_length=200)] = Field(
+        description="The answer's `turret-receipt`, or the `id` in its body."
+    )
+
+
+class OutcomeOfUnit(Model):
+    """What came of the last answer that an experiment gave to a unit."""
+
+    value: Value
+    unit: Annotated[str, Field(min_length=1, max_length=MOST_UNIT)]
+    adapter: AdapterName
+
+
+Outcome = OutcomeOfAnswer | OutcomeOfUnit
+Told = Outcome | Annotated[list[Outcome], Field(min_length=1, max_length=MOST_OUTCOMES)]
+
+
+class BecameOf(BaseModel):
+    status: Literal["counted", "noted", "repeated", "unknown", "late", "refused"]
+    text: str
+    experiment: str | None
+    arm: str | None
+
+
+class Outcomes(BaseModel):
+    outcomes: list[BecameOf] = Field(description="What became of each, in their order.")
+    counts: dict[str, int]
+
+
+class GuardsAsked(Model):
+    worse_by: Annotated[float, Field(ge=0, le=1e15)] | None = Field(
+        default=0.0, description="Roll back what is worse by more than this; null: never for its outcomes."
+    )
+    max_errors: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    promote: bool = False
+
+
+class StartRequest(Model):
+    """As `turret experiment start`."""
+
+    # one of them at least: what has nothing beside the control is no experiment
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [{"required": [key], "properties": {key: {"minItems": 1}}} for key in ("candidates", "shadows")]
+        }
+    )
+    candidates: Annotated[list[Reference], Field(max_length=MOST_ARMS)] = Field(default_factory=list)
+    control: Reference | None = Field(None, description="What the alias names, where left out.")
+    shadows: Annotated[list[Reference], Field(max_length=MOST_ARMS)] = Field(default_factory=list)
+    share: Shares | None = Field(None, description="Of the candidates together, or by arm.")
+    steps: Annotated[list[Share], Field(min_length=1, max_length=32)] | None = Field(None, description="Rising.")
+    metric: Annotated[str, Field(max_length=60, pattern=_METRIC)] = "binary"
+    goal: Literal["higher", "lower"] = "higher"
+    unit: Literal["user", "session", "request"] = "user"
+    alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    guards: GuardsAsked = Field(default_factory=GuardsAsked)
+    alias: AliasName = "production"
+
+
+class RampRequest(Model):
+    share: Shares | None = Field(None, description="The next planned one, where left out.")
+
+
+class StopRequest(Model):
+    promote: ArmName | None = Field(default=None, description="The arm that takes the alias.")
+    rollback: bool = Field(default=False, description="Give the alias to the control.")
+
+
+class Experiments(BaseModel):
+    alpha: float
+    experiments: list[dict[str, Any]]
+
+
+class LoadedList(BaseModel):
+    loaded: list[dict[str, Any]]
+
+
+class Version(BaseModel):
+    version: str
+    digest: str
+
+
+class Status(BaseModel):
+    base: dict[str, str]
+    ready: bool
+    draining: bool
+    in_flight: int
+    engine: dict[str, Any]
