@@ -160,8 +160,12 @@ def test_all_three_files_are_written_and_the_json_has_the_verdicts(found, tmp_pa
 
 
 def test_the_markdown_tables_have_as_many_cells_in_every_line(found) -> None:
-    for table in re.findall(r"(?:^\|.*\|\n)+", as_markdown(found), re.MULTILINE):
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
+    tables = re.findall(r"(?:^\|.*\|\n)+", as_markdown(found), re.MULTILINE)
+    assert len(tables) > 4
+    for table in tables:
+        lines = table.splitlines()
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1, table
+        assert re.fullmatch(r"(\| --- )+\|", lines[1]), table  # a blank line would have cut it
 
 
 def test_a_writer_says_what_it_forgot_and_has_no_classes() -> None:
