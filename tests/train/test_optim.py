@@ -119,7 +119,7 @@ def test_every_method_has_its_own_rate() -> None:
     assert default_learning_rate(Head()) == 1e-3
     assert default_learning_rate(Full(), 7_000_000_000) == 2e-5
     assert default_learning_rate(Full(), 135_000_000) == 1e-4
-    assert default_learning_rate(Full(), 22_700_000) == 2e-4
+    assert default_learning_rate(Full(), 22_700_000) == 1e-4
     assert default_learning_rate(Peft(peft_type="IA3")) == 3e-3
     assert default_learning_rate(Peft(peft_type="DORA")) == default_learning_rate(LoRA())
 
