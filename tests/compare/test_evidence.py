@@ -115,6 +115,14 @@ def test_clear_cases_are_decided() -> None:
     assert verdicts(20, 5, 1000, 0.08, margin=1, accuracy=0.8)["better"] > 0.9
 
 
+def test_a_share_is_never_above_all_or_below_none() -> None:
+    rng = np.random.default_rng(0)
+    for shares in (np.ones((3, 40)), np.zeros((3, 40))):
+        found = interval(shares, rng, between=(0, 1))
+        assert 0 <= found.low <= found.mean <= found.high <= 1
+        assert found.high - found.low > 0.01
+
+
 def test_fifty_examples_without_a_disagreement_are_no_certainty() -> None:
     rng = np.random.default_rng(0)
     few = judge(np.zeros((3, 50)), 1.0, rng)

@@ -116,10 +116,11 @@ def interval(
     quantile = float(stdtrit(found.freedom(seeds, examples), 0.5 + confidence / 2))
     wider = quantile / NormalDist().inv_cdf(0.5 + confidence / 2)
     mean = float(d.mean())
+    least, most = (-math.inf, math.inf) if between is None else between
     return Interval(
         mean,
-        min(mean, middle + wider * (float(low) - middle)),
-        max(mean, middle + wider * (float(high) - middle)),
+        max(least, min(mean, middle + wider * (float(low) - middle))),
+        min(most, max(mean, middle + wider * (float(high) - middle))),
         confidence,
     )
 
