@@ -65,11 +65,12 @@ def flash(
     dropped: Dropped,
 ) -> Tensor:
     """(1, H, N, D) out of q: (1, H, N, D); k, v: (1, H_kv, M, D), each row by itself behind its own prefix."""
-    if not torch.is_grad_enabled():
-        pairs = Prefixes([(key.contiguous(), value.contiguous()) for key, value in prefixes.pairs], prefixes.of_row)
-        return library.attention(rows, _tokens(q), _tokens(k), _tokens(v), pairs, dropped)[0].transpose(0, 1)[None]
-    flat = [each for pair in prefixes.pairs for each in pair]
-    y: Tensor = _Flash.apply(library, rows, tuple(prefixes.of_row), dropped, q, k, v, *flat)  # type: ignore[no-untyped-call]
+    flat, of_row = [each for pair in prefixes.pairs for each in pair], tuple(prefixes.of_row)
+    y: Tensor
+    if torch.is_grad_enabled():
+        y = _Flash.apply(library, rows, of_row, dropped, q, k, v, *flat)  # type: ignore[no-untyped-call]
+    else:
+        y, _ = library.attention(rows, _tokens(q), _tokens(k), _tokens(v), _pairs(flat, of_row), dropped)
     return y.transpose(0, 1)[None]
 
 

@@ -176,7 +176,7 @@ class Bank:
         layout, start = [], 0
         for path, (A, B) in checked.items():
             next(places).view(A.shape).copy_(A)
-            scaled = B.mT * method.scaling if B.dtype == torch.float32 else B.mT.float() * method.scaling
+            scaled = B.float().mT * method.scaling
             next(places).view(scaled.shape).copy_(scaled)
             layout.append(_Place(self._paths[path], start, A.shape[1], B.shape[0]))
             start += A.numel() + B.numel()

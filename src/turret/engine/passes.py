@@ -115,13 +115,14 @@ class Passes:
         if single:
             index = [place for place, _ in single]
             own = scores if len(index) == len(scores) else scores[index]
-            logprobs = [
-                None if sequence.settings.logprobs is None else row.log_softmax(-1)
-                for row, (_, sequence) in zip(own, single, strict=True)
-            ]  # before the scores are used up
+            logprobs = {
+                sequence: own[row].log_softmax(-1)
+                for row, (_, sequence) in enumerate(single)
+                if sequence.settings.logprobs is not None
+            }  # before the scores are used up
             tokens = choose(own, [sequence for _, sequence in single])
-            for (_, sequence), token, beside in zip(single, tokens, logprobs, strict=True):
-                self._safely(sequence, functools.partial(self._take, sequence, token, beside))
+            for (_, sequence), token in zip(single, tokens, strict=True):
+                self._safely(sequence, functools.partial(self._take, sequence, token, logprobs.get(sequence)))
 
     def _take(self, sequence: Generating, token: int | None, logprobs: torch.Tensor | None) -> None:
         if token is None:
@@ -139,7 +140,7 @@ class Passes:
             step()
             if sequence.reason is None:
                 return
-            end: Done | Failed = Done(sequence.answer(self._prompts.decode, self._prompts.word))
+            end: Done | Failed = Done(sequence.answer(self._prompts.decode, self._prompts.words))
         except Exception as error:
             end = Failed(error if isinstance(error, TurretError) else _unexpected(error))
         self._drop(sequence)

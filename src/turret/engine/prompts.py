@@ -91,13 +91,16 @@ class Prompts:
         with self._lock:
             return str(self._base.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def word(self, before: Sequence[int], token: int) -> str:
-        """A token as it stands behind others, its blank included; one that has no text of its own by its name."""
-        near = list(before[-BEHIND:])
+    def words(self, before: Sequence[int], tokens: Sequence[int]) -> list[str]:
+        """Each token as it stands behind `before`, its blank included; one that has no text of its own by its name."""
+        near, decode = list(before[-BEHIND:]), self._base.tokenizer.decode
         with self._lock:
-            decode = self._base.tokenizer.decode
-            start, whole = str(decode(near)) if near else "", str(decode([*near, token]))
-            return whole[len(start) :] if whole.startswith(start) else str(decode([token]))
+            start = str(decode(near)) if near else ""
+            wholes = [str(decode([*near, token])) for token in tokens]
+            return [
+                whole[len(start) :] if whole.startswith(start) else str(decode([token]))
+                for whole, token in zip(wholes, tokens, strict=True)
+            ]
 
     def _encoded(self, kind: str, text: str, loaded: Loaded | None) -> list[int]:
         if loaded is not None:

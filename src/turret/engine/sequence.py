@@ -19,7 +19,7 @@ from turret.engine.runner import Fresh, Step
 from turret.engine.text import Growing
 
 Decode = Callable[[Sequence[int]], str]
-Word = Callable[[Sequence[int], int], str]  # what a token is behind others
+Words = Callable[[Sequence[int], Sequence[int]], list[str]]  # what each of some tokens is behind others
 
 
 class Generating:
@@ -97,7 +97,7 @@ class Generating:
         if ticket.heard:
             ticket.say(text.text[ticket.said :])
 
-    def answer(self, decode: Decode, word: Word) -> dict[str, Any]:
+    def answer(self, decode: Decode, words: Words) -> dict[str, Any]:
         """What the request gets, all of it said to those who listen."""
         if self._text is None:
             self._text = Growing(decode, self.settings.stop)
@@ -113,13 +113,16 @@ class Generating:
             "prompt_tokens": len(self.request.ids or ()),
         }
         if self.settings.logprobs is not None:
-            said["logprobs"] = [self._in_words(place, each, word) for place, each in enumerate(self._told)]
+            said["logprobs"] = [self._in_words(place, each, words) for place, each in enumerate(self._told)]
         return said
 
-    def _in_words(self, place: int, each: Told, word: Word) -> dict[str, Any]:
-        before = self.tokens[:place]
-        tokens = [(each.token, each.logprob), *each.top]
-        own, *top = [{"token": word(before, token), "id": token, "logprob": logprob} for token, logprob in tokens]
+    def _in_words(self, place: int, each: Told, words: Words) -> dict[str, Any]:
+        tokens, logprobs = zip((each.token, each.logprob), *each.top, strict=True)
+        texts = words(self.tokens[:place], tokens)
+        own, *top = [
+            {"token": text, "id": token, "logprob": logprob}
+            for text, token, logprob in zip(texts, tokens, logprobs, strict=True)
+        ]
         return {**own, "top": top}
 
     def close(self, cache: KeyValueCache) -> None:

@@ -47,8 +47,8 @@ def several(body: Generation, prompts: Sequence[Text]) -> list[Text]:
 def options(here: Served, body: Generation, max_tokens: int | None, count: int) -> list[Any]:
     """An options object for each choice; choices of one prompt draw by seeds that follow each other."""
     keys = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
-    said = {key: getattr(body, key) for key in keys} | {"max_tokens": max_tokens, "stop": body.stops()}
-    said["logprobs"] = body.told()
+    said = {key: getattr(body, key) for key in keys}
+    said |= {"max_tokens": max_tokens, "stop": body.stops(), "logprobs": body.told()}
     said = {key: value for key, value in said.items() if value is not None}
     if "temperature" not in said and ("top_k" in said or said.get("top_p", 1.0) < 1.0):
         said["temperature"] = 1.0  # what OpenAI's API means where it is left out
