@@ -141,10 +141,15 @@ class Beside:
         return hear
 
     def _tell(self) -> None:
-        """It has ended: what is known of it."""
-        with self._all._lock:
-            self._all._taken -= len(self._seen)
-            self._all._at_work.discard(self)
+        """It has ended: record what is known of it, and then, whatever comes of that, make room for the next."""
+        try:
+            self._record()
+        finally:
+            with self._all._lock:
+                self._all._taken -= len(self._seen)
+                self._all._at_work.discard(self)
+
+    def _record(self) -> None:
         routing, seconds, agrees = self._all._routing, self._ended - self._began, self._agrees()
         assert self._placed.found is not None
         if self._error is not None:
