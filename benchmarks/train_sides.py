@@ -357,7 +357,8 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
         around = hf.callback(turns.begin, turns.end)
         trainer = hf.trainer(model, arguments, rows, collate, around)
         started = time.perf_counter()
-        trainer.train()
+        with memory.kept():
+            trainer.train()
         seconds = time.perf_counter() - started
     facts |= {
         "dtype": "bfloat16" if way.bf16_weights or way.autocast else "float32",

@@ -60,8 +60,8 @@ void NAME(attention)(const struct rows *r, const T *q, const T *k, const T *v, T
         char *room = scratch(sizeof(E) * (most * Dp * 4 + PIECE * (Dp + most)) + sizeof(float) * PIECE * (most + Dp) + 4096);
         char *next = room;
         E *keys = CUT(E, most * Dp), *right = CUT(E, most * Dp), *values = CUT(E, most * Dp), *sums = CUT(E, most * Dp);
-        E *left = CUT(E, PIECE * Dp), *weights = CUT(E, PIECE * most);
         float *s = CUT(float, PIECE * most), *out = CUT(float, PIECE * Dp);
+        E *left = CUT(E, PIECE * Dp), *weights = PACKED(s, PIECE * most);
         BEGIN
 #pragma omp for collapse(2) schedule(dynamic, 1)
         for (long row = 0; row < r->rows; row++)
@@ -94,8 +94,8 @@ void NAME(attention)(const struct rows *r, const T *q, const T *k, const T *v, T
 #pragma omp simd
                                 for (long j = 0; j < n / 2; j++) {
                                     uint32_t word = random_word(place + (uint32_t)j, seed, other);
-                                    p[j] = (word & 0xffffu) >= threshold ? p[j] * by : 0.0f;
-                                    p[j + n / 2] = (word >> 16) >= threshold ? p[j + n / 2] * by : 0.0f;
+                                    p[j] = bits_of(p[j] * by, every_bit((word & 0xffffu) >= threshold), 0);
+                                    p[j + n / 2] = bits_of(p[j + n / 2] * by, every_bit((word >> 16) >= threshold), 0);
                                 }
                             } else
                                 for (long j = 0; j < n; j++) p[j] *= by;
@@ -127,8 +127,8 @@ void NAME(attention_backward)(const struct rows *r, const T *q, const T *k, cons
         E *keys = CUT(E, most * Dp), *values = CUT(E, most * Dp), *right = CUT(E, most * Dp);
         E *right_v = CUT(E, most * Dp), *sums = CUT(E, most * Dp);
         E *left = CUT(E, PIECE * Dp), *left_t = CUT(E, PIECE * Dp), *up = CUT(E, PIECE * Dp), *up_t = CUT(E, PIECE * Dp);
-        E *dS = CUT(E, PIECE * most), *dS_right = CUT(E, PIECE * most), *P_right = CUT(E, PIECE * most);
         float *s = CUT(float, PIECE * most), *g = CUT(float, PIECE * most), *out = CUT(float, PIECE * Dp);
+        E *dS = PACKED(g, PIECE * most), *dS_right = PACKED(g, PIECE * most), *P_right = PACKED(s, PIECE * most);
         float *dkeys = CUT(float, most * Dp), *dvalues = CUT(float, most * Dp); /* transposed: (Dp, Sp) */
         BEGIN
 #pragma omp for collapse(2) schedule(dynamic, 1)
@@ -166,18 +166,18 @@ void NAME(attention_backward)(const struct rows *r, const T *q, const T *k, cons
                             const float *bias = r->bias ? r->bias + h * r->bias_width + r->bias_zero : 0;
                             float less = log_sum[(first + i) * H + h];
                             NAME(mask)(r, p, t + i, n, P, length, bias);
+                            for (long j = 0; j < n; j++) p[j] = exponential(p[j] - less);
                             if (threshold) {
                                 uint32_t place = (uint32_t)(((first + i) * H + h) * (r->most / 2));
 #pragma omp simd reduction(+ : sum)
                                 for (long j = 0; j < n / 2; j++) {
                                     uint32_t word = random_word(place + (uint32_t)j, seed, other);
-                                    float a = exponential(p[j] - less), b = exponential(p[j + n / 2] - less);
-                                    float keep = (word & 0xffffu) >= threshold ? scale : 0.0f;
-                                    float kept = (word >> 16) >= threshold ? scale : 0.0f;
-                                    d[j] *= keep;
-                                    d[j + n / 2] *= kept;
-                                    p[j] = keep > 0.0f ? a : -a; /* the sign remembers what was dropped */
-                                    p[j + n / 2] = kept > 0.0f ? b : -b;
+                                    uint32_t keep = every_bit((word & 0xffffu) >= threshold), kept = every_bit((word >> 16) >= threshold);
+                                    float a = p[j], b = p[j + n / 2];
+                                    d[j] = bits_of(d[j] * scale, keep, 0);
+                                    d[j + n / 2] = bits_of(d[j + n / 2] * scale, kept, 0);
+                                    p[j] = bits_of(a, ~0u, ~keep & SIGN); /* the sign remembers what was dropped */
+                                    p[j + n / 2] = bits_of(b, ~0u, ~kept & SIGN);
                                     sum += a * d[j] + b * d[j + n / 2];
                                 }
                                 for (long j = 0; j < n; j++) {
@@ -185,7 +185,7 @@ void NAME(attention_backward)(const struct rows *r, const T *q, const T *k, cons
                                     p[j] = p[j] > 0.0f ? p[j] * scale : 0.0f;
                                 }
                             } else {
-                                for (long j = 0; j < n; j++) sum += (p[j] = exponential(p[j] - less)) * d[j];
+                                for (long j = 0; j < n; j++) sum += p[j] * d[j];
                                 for (long j = 0; j < n; j++) d[j] = p[j] * (d[j] - sum);
                             }
                             PACK_ROW(dS + i * most, d, n);
@@ -193,8 +193,8 @@ void NAME(attention_backward)(const struct rows *r, const T *q, const T *k, cons
                         RIGHT_OF_FLOAT(P_right, s, most, n);
                         RIGHT_OF_FLOAT(dS_right, g, most, n);
                         PRODUCT(out, Dp, dS, most, sums, Dp, PIECE, Dp, n, 0);
-                        PRODUCT(dvalues, Sp, up_t, PIECE, P_right, n, Dp, n, PIECE, 1);
-                        PRODUCT(dkeys, Sp, left_t, PIECE, dS_right, n, Dp, n, PIECE, 1);
+                        PRODUCT(dvalues, Sp, up_t, PIECE, P_right, LINE(most, n), Dp, n, PIECE, 1);
+                        PRODUCT(dkeys, Sp, left_t, PIECE, dS_right, LINE(most, n), Dp, n, PIECE, 1);
                         for (long i = 0; i < m * Dp; i++) out[i] *= r->scaling;
                         for (long i = 0; i < m; i++) NAME(put)(dq + ((first + i) * H + h) * D, out + i * Dp, D);
                     }

@@ -17,9 +17,9 @@ static inline LANES NAME(some)(const T *from, long n)
 /* h (tokens, R): `high` tokens by `broad` ranks at a time; from `soon` on so many `lines` of D_in are read next */
 static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T *x, const T *a, long d_in, long rank, const int high, const int broad, const T *soon, const long lines)
 {
-    v16 total[ROWS][2 * RANKS];
+    vector total[ROWS][ALONE];
     for (int t = 0; t < high; t++)
-        for (int r = 0; r < broad; r++) memset(&total[t][r], 0, sizeof(v16));
+        for (int r = 0; r < broad; r++) memset(&total[t][r], 0, sizeof(vector));
     long at = 0;
     for (; at + WIDTH <= d_in; at += WIDTH) {
         LANES from[ROWS];
@@ -42,14 +42,14 @@ static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T 
             for (int t = 0; t < high; t++) total[t][r] = DOT(total[t][r], from[t], factor);
         }
     }
-    float sums[ROWS * 2 * RANKS];
+    float sums[ROWS * ALONE];
 #ifdef __AVX512F__
-    v16 every[16];
+    vector every[16];
     for (int i = 0; i < 16; i++) {
         if (i < high * broad) every[i] = total[i / broad][i % broad];
-        else memset(&every[i], 0, sizeof(v16));
+        else memset(&every[i], 0, sizeof(vector));
     }
-    if (high * broad > 4) give16(sums, added_16(every));
+    if (high * broad > 4) store_floats(sums, added_16(every));
     else
 #endif
     for (int i = 0; i < high * broad; i++) sums[i] = added(total[i / broad][i % broad]);
@@ -93,21 +93,22 @@ static inline __attribute__((always_inline)) void NAME(block)(T *y, long ldy, co
 #define H float
 static inline __attribute__((always_inline)) void NAME(block)(T *y, long ldy, const H *h, const T *b, long ldb, long rank, const int high)
 {
-    v16 sum[ROWS][2];
+    vector sum[ROWS][COLUMNS];
     for (int t = 0; t < high; t++)
-        for (int w = 0; w < 2; w++) sum[t][w] = WIDE16(y + t * ldy + 16 * w);
+        for (int w = 0; w < COLUMNS; w++) sum[t][w] = LOADS(y + t * ldy + ACROSS * w);
     for (long r = 0; r < rank; r++) {
-        v16 first = WIDE16(b + r * ldb), second = WIDE16(b + r * ldb + 16);
-        STAY(first);
-        STAY(second);
+        vector factor[COLUMNS];
+        for (int w = 0; w < COLUMNS; w++) {
+            factor[w] = LOADS(b + r * ldb + ACROSS * w);
+            STAY(factor[w]);
+        }
         for (int t = 0; t < high; t++) {
-            v16 by = spread16(h[t * rank + r]);
-            sum[t][0] = dot16(sum[t][0], by, first);
-            sum[t][1] = dot16(sum[t][1], by, second);
+            vector by = spread(h[t * rank + r]);
+            for (int w = 0; w < COLUMNS; w++) sum[t][w] = dot(sum[t][w], by, factor[w]);
         }
     }
     for (int t = 0; t < high; t++)
-        for (int w = 0; w < 2; w++) NARROW16(y + t * ldy + 16 * w, sum[t][w]);
+        for (int w = 0; w < COLUMNS; w++) STORES(y + t * ldy + ACROSS * w, sum[t][w]);
 }
 #endif
 
@@ -138,7 +139,7 @@ static inline __attribute__((always_inline)) void NAME(outer)(T *y, const float 
 }
 #undef H
 
-/* h (tokens, ldh) of a span: four tokens at a time, the rest one by one; with the first of them `soon`, A of the next span, is asked for */
+/* h (tokens, ldh) of a span: ROWS tokens at a time, the rest one by one; with the first of them `soon`, A of the next span, is asked for */
 static inline __attribute__((always_inline)) void NAME(hidden)(float *h, long ldh, const T *x, const T *a, long tokens, long d_in, long rank, const T *soon)
 {
     for (long t = 0; t < tokens; soon = 0) {
@@ -150,8 +151,7 @@ static inline __attribute__((always_inline)) void NAME(hidden)(float *h, long ld
             for (; r < rank; r++) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, ROWS, 1, soon + r * d_in, on);
             t += ROWS;
         } else {
-            for (; r + 2 * RANKS <= rank; r += 2 * RANKS)
-                NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, 1, 2 * RANKS, soon + r * d_in, on * 2 * RANKS);
+            for (; r + ALONE <= rank; r += ALONE) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, 1, ALONE, soon + r * d_in, on * ALONE);
             for (; r + RANKS <= rank; r += RANKS) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, 1, RANKS, soon + r * d_in, on * RANKS);
             for (; r < rank; r++) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, 1, 1, soon + r * d_in, on);
             t += 1;

@@ -18,40 +18,59 @@ static char *cut(char **next, size_t bytes)
 
 /* --- vectors ----------------------------------------------------------------------------------------------------- */
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #include <immintrin.h>
-#elif defined(__AVX2__) && defined(__FMA__)
-#include <immintrin.h>
-#define HALVES /* a vector is two of the processor's */
 #endif
-typedef float v16 __attribute__((vector_size(64), aligned(4)));
+
+/* ACROSS numbers: what the processor's own registers hold. GCC would keep sums in a wider vector in memory, at a twentieth of the
+   speed. HIGH rows by two vectors of sums at a time; LAST for what is left of a multiple of 32. */
 #ifdef __AVX512F__
+#define ACROSS 16
 #define HIGH 8
+#define LAST 8
 #else
-#define HIGH 4
+#ifdef __AVX2__
+#define ACROSS 8
+#else
+#define ACROSS 4
 #endif
+#define HIGH 6
+#define LAST 4
+#endif
+typedef float vector __attribute__((vector_size(4 * ACROSS), aligned(4)));
+
+static inline __attribute__((always_inline)) void sums_float(float *c, long ldc, const float *a, long lda, const float *b, long ldb, long k, int add, const int high)
+{
+    vector sum[HIGH][2];
+    for (int r = 0; r < high; r++)
+        for (int w = 0; w < 2; w++) {
+            if (add) sum[r][w] = *(const vector *)(c + r * ldc + ACROSS * w);
+            else memset(&sum[r][w], 0, sizeof(vector));
+        }
+    for (long e = 0; e < k; e++) {
+        vector first = *(const vector *)(b + e * ldb), second = *(const vector *)(b + e * ldb + ACROSS);
+#pragma GCC unroll 8
+        for (int r = 0; r < high; r++) {
+            float x = a[r * lda + e];
+            sum[r][0] += x * first;
+            sum[r][1] += x * second;
+        }
+    }
+    for (int r = 0; r < high; r++)
+        for (int w = 0; w < 2; w++) *(vector *)(c + r * ldc + ACROSS * w) = sum[r][w];
+}
 
 static void product_float(float *c, long ldc, const float *a, long lda, const float *b, long ldb, long m, long n, long k, int add)
 {
-    for (long j = 0; j < n; j += 32)
-        for (long i = 0; i < m; i += HIGH) {
-            v16 sum[HIGH][2];
-            for (int r = 0; r < HIGH; r++)
-                for (int w = 0; w < 2; w++) {
-                    if (add) sum[r][w] = *(const v16 *)(c + (i + r) * ldc + j + 16 * w);
-                    else memset(&sum[r][w], 0, sizeof(v16));
-                }
-            for (long e = 0; e < k; e++) {
-                v16 first = *(const v16 *)(b + e * ldb + j), second = *(const v16 *)(b + e * ldb + j + 16);
-#pragma GCC unroll 8
-                for (int r = 0; r < HIGH; r++) {
-                    float x = a[(i + r) * lda + e];
-                    sum[r][0] += x * first;
-                    sum[r][1] += x * second;
-                }
+    for (long j = 0; j < n; j += 2 * ACROSS)
+        for (long i = 0, left = m; left; left = m - i) {
+            if (left == HIGH || left > 2 * LAST) {
+                sums_float(c + i * ldc + j, ldc, a + i * lda, lda, b + j, ldb, k, add, HIGH);
+                i += HIGH;
+            } else {
+                sums_float(c + i * ldc + j, ldc, a + i * lda, lda, b + j, ldb, k, add, LAST);
+                i += LAST;
             }
-            for (int r = 0; r < HIGH; r++)
-                for (int w = 0; w < 2; w++) *(v16 *)(c + (i + r) * ldc + j + 16 * w) = sum[r][w];
         }
 }
 
@@ -73,31 +92,31 @@ static void transposed_float(float *to, const float *from, long m, long n)
         for (long j = 0; j < n; j++) to[j * m + i] = from[i * n + j];
 }
 
-static void right_of_float(float *to, const float *from, long stride, long n)
-{
-    for (long i = 0; i < PIECE; i++) memcpy(to + i * n, from + i * stride, sizeof(float) * n);
-}
-
 /* --- vectors of numbers as they lie in memory --------------------------------------------------------------------- */
 
-static inline v16 wide16(const bfloat16 *from)
+static inline vector load_floats(const float *from) { return *(const vector *)from; }
+static inline void store_floats(float *to, vector from) { *(vector *)to = from; }
+
+static inline vector load_bfloats(const bfloat16 *from)
 {
-#ifdef __AVX512F__
-    return (v16)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16));
+#if defined(__AVX512F__)
+    return (vector)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16));
+#elif defined(__AVX2__)
+    return (vector)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)from)), 16));
 #else
-    v16 y;
-    for (int i = 0; i < 16; i++) y[i] = wide(from[i]);
+    vector y;
+    for (int i = 0; i < ACROSS; i++) y[i] = wide(from[i]);
     return y;
 #endif
 }
 
-static inline void narrow16(bfloat16 *to, v16 from)
+static inline void store_bfloats(bfloat16 *to, vector from)
 {
 #ifdef __AVX512BF16__
     __m256bh both = _mm512_cvtneps_pbh((__m512)from);
     memcpy(to, &both, 32);
 #else
-    for (int i = 0; i < 16; i++) to[i] = narrow(from[i]);
+    for (int i = 0; i < ACROSS; i++) to[i] = narrow(from[i]);
 #endif
 }
 
@@ -113,60 +132,45 @@ static inline void ahead(const void *from, long bytes) /* read soon */
 #define STAY(x)
 #endif
 
-static inline v16 take16(const float *from) { return *(const v16 *)from; }
-static inline void give16(float *to, v16 from) { *(v16 *)to = from; }
-
-static inline v16 spread16(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-
-#ifdef HALVES
-static inline __m256 half(v16 x, const int which)
+static inline vector spread(float x)
 {
-    __m256 halves[2];
-    memcpy(halves, &x, 64);
-    return halves[which];
-}
-
-static inline v16 both_halves(__m256 low, __m256 high)
-{
-    v16 y;
-    __m256 halves[2] = {low, high};
-    memcpy(&y, halves, 64);
+    vector y;
+    for (int i = 0; i < ACROSS; i++) y[i] = x;
     return y;
 }
-#endif
 
-static inline v16 dot16(v16 sum, v16 a, v16 b) /* one rounding wherever it is used: the compiler may not choose */
+static inline vector dot(vector sum, vector a, vector b) /* one rounding wherever it is used: the compiler may not choose */
 {
-#ifdef __AVX512F__
-    return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif defined(HALVES)
-    return both_halves(_mm256_fmadd_ps(half(a, 0), half(b, 0), half(sum, 0)), _mm256_fmadd_ps(half(a, 1), half(b, 1), half(sum, 1)));
+#if defined(__AVX512F__)
+    return (vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
 #else
     return sum + a * b;
 #endif
 }
 
-static inline float added(v16 x) /* by halves, always in one order */
+static inline float added(vector x) /* by halves, always in one order */
 {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);
-#elif defined(HALVES)
-    __m256 both = _mm256_add_ps(half(x, 0), half(x, 1));
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+#elif defined(__AVX2__) && defined(__FMA__)
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
-    float y[8];
-    for (int i = 0; i < 8; i++) y[i] = x[i] + x[i + 8];
-    for (int i = 0; i < 4; i++) y[i] += y[i + 4];
-    return (y[0] + y[2]) + (y[1] + y[3]);
+    float y[ACROSS];
+    store_floats(y, x);
+    for (int half = ACROSS / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) y[i] += y[i + half];
+    return y[0];
 #endif
 }
 
 #ifdef __AVX512F__
 /* 16 vectors added up each by itself, with the same order of halves as `added`: lane 4 t + r of the result is vector 4 t + r's.
    Each step folds two vectors into one, so all together cost 45 operations in place of 16 reductions. */
-static inline __attribute__((always_inline)) v16 added_16(const v16 *x)
+static inline __attribute__((always_inline)) vector added_16(const vector *x)
 {
     __m512 a[8], b[4], c[2];
     for (int i = 0; i < 8; i++) {
@@ -180,7 +184,7 @@ static inline __attribute__((always_inline)) v16 added_16(const v16 *x)
         c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(one, two)), _mm512_castpd_ps(_mm512_unpackhi_pd(one, two)));
     }
     __m512 all = _mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd));
-    return (v16)_mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15), all);
+    return (vector)_mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15), all);
 }
 #endif
 
@@ -191,21 +195,22 @@ static inline __m512bh take32(const bfloat16 *from)
     memcpy(&y, from, 64);
     return y;
 }
-static inline v16 dot32(v16 sum, __m512bh a, __m512bh b) { return (v16)_mm512_dpbf16_ps((__m512)sum, a, b); }
+static inline vector dot32(vector sum, __m512bh a, __m512bh b) { return (vector)_mm512_dpbf16_ps((__m512)sum, a, b); }
 
 /* columns 0-3 and 4-7 of every 8, side by side in two halves, back in line */
 static const uint16_t unwoven[32] = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23,
                                      8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
 #endif
 
-/* a token's numbers by a rank's: how many of each at a time keep their sums in registers */
+/* a token's numbers by a rank's: how many of each at a time keep their sums in registers; of one token alone, ALONE ranks */
 #ifdef __AVX512F__
 #define ROWS 4
-#define RANKS 4
 #else
-#define ROWS 2
-#define RANKS 2
+#define ROWS 3
 #endif
+#define RANKS 4
+#define ALONE 8
+#define COLUMNS (32 / ACROSS) /* vectors */
 
 /* --- pairs of bfloat16: two rows of B woven into one, for vectors and for tiles --------------------------------------- */
 
@@ -386,7 +391,7 @@ static int low_rank_tiles(const bfloat16 *x, bfloat16 *y, const bfloat16 *a, con
             _tile_stored(0, h + r, broad * 4); _tile_stored(2, h + 16 * broad + r, broad * 4);
         }
         for (long i = 0; i < 32; i++)
-            for (long r = 0; r < broad; r += 16) narrow16(h_narrow + i * deep + r, take16(h + i * broad + r));
+            for (long r = 0; r < broad; r += 16) store_bfloats(h_narrow + i * deep + r, load_floats(h + i * broad + r));
         bfloat16 *to = y + (start + t) * d_out;
         for (long j = 0; j <= d_out; j += 32) { /* tiles are a block ahead of the vectors that add what they made */
             if (j < d_out) product_tiles(c + j / 32 % 2 * 1024, 32, h_narrow, deep, b_woven + 2 * j, d_out, 32, 32, deep, 0);
@@ -395,7 +400,7 @@ static int low_rank_tiles(const bfloat16 *x, bfloat16 *y, const bfloat16 *a, con
             for (long i = 0; i < own; i++)
                 for (int w = 0; w < 32; w += 16) {
                     bfloat16 *at = to + i * d_out + j - 32 + w;
-                    narrow16(at, wide16(at) + take16(made + 32 * i + w));
+                    store_bfloats(at, load_bfloats(at) + load_floats(made + 32 * i + w));
                 }
         }
     }

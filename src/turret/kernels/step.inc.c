@@ -35,9 +35,9 @@ static void NAME(add_spans)(float (*sums)[OUTPUTS], const struct spans *spans, l
         for (long t = spans->starts[i]; t < spans->ends[i]; t++)
             for (long r = 0; r < spans->ranks[i]; r++) {
                 const T *from = b + r * d_out + first;
-                v16 by = spread16(h[t * most + r]);
+                vector by = spread(h[t * most + r]);
                 long j = 0;
-                for (; j + 16 <= own; j += 16) give16(sums[t] + j, dot16(take16(sums[t] + j), by, WIDE16(from + j)));
+                for (; j + ACROSS <= own; j += ACROSS) store_floats(sums[t] + j, dot(load_floats(sums[t] + j), by, LOADS(from + j)));
                 for (; j < own; j++) sums[t][j] += h[t * most + r] * LOAD(from[j]);
             }
     }
@@ -89,7 +89,7 @@ void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long
             if (h) NAME(add_spans)(sums, spans, layer, h, most, first, own, d_out);
             for (long t = 0; t < tokens; t++) {
                 long j = 0;
-                for (; j + 16 <= own; j += 16) NARROW16(y + t * d_out + first + j, take16(sums[t] + j));
+                for (; j + ACROSS <= own; j += ACROSS) STORES(y + t * d_out + first + j, load_floats(sums[t] + j));
                 for (; j < own; j++) y[t * d_out + first + j] = STORE(sums[t][j]);
             }
         }
@@ -104,9 +104,9 @@ void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long
    y = softmax(scaling q K^T) V over the first `length` keys of a row; with a window, a key further back is seen where it belongs
    to the row's prefix. Scores and sums are float. */
 
-static inline __attribute__((always_inline)) v16 NAME(lanes_of)(const T *q, const T *key, long dim)
+static inline __attribute__((always_inline)) vector NAME(lanes_of)(const T *q, const T *key, long dim)
 {
-    v16 sum = spread16(0.0f);
+    vector sum = spread(0.0f);
     long at = 0;
     for (; at + WIDTH <= dim; at += WIDTH) sum = DOT(sum, TAKE(q + at), TAKE(key + at));
     if (at < dim) sum = DOT(sum, NAME(some)(q + at, dim - at), NAME(some)(key + at, dim - at));
@@ -116,19 +116,19 @@ static inline __attribute__((always_inline)) v16 NAME(lanes_of)(const T *q, cons
 static void NAME(weighed)(T *y, const float *weights, const T *values, long length, long dim)
 {
     long at = 0;
-    for (; at + 64 <= dim; at += 64) {
-        v16 sum[4];
-        for (int w = 0; w < 4; w++) memset(&sum[w], 0, sizeof(v16));
+    for (; at + 4 * ACROSS <= dim; at += 4 * ACROSS) {
+        vector sum[4];
+        for (int w = 0; w < 4; w++) memset(&sum[w], 0, sizeof(vector));
         for (long s = 0; s < length; s++) {
-            v16 by = spread16(weights[s]);
-            for (int w = 0; w < 4; w++) sum[w] = dot16(sum[w], by, WIDE16(values + s * dim + at + 16 * w));
+            vector by = spread(weights[s]);
+            for (int w = 0; w < 4; w++) sum[w] = dot(sum[w], by, LOADS(values + s * dim + at + ACROSS * w));
         }
-        for (int w = 0; w < 4; w++) NARROW16(y + at + 16 * w, sum[w]);
+        for (int w = 0; w < 4; w++) STORES(y + at + ACROSS * w, sum[w]);
     }
-    for (; at + 16 <= dim; at += 16) {
-        v16 sum = spread16(0.0f);
-        for (long s = 0; s < length; s++) sum = dot16(sum, spread16(weights[s]), WIDE16(values + s * dim + at));
-        NARROW16(y + at, sum);
+    for (; at + ACROSS <= dim; at += ACROSS) {
+        vector sum = spread(0.0f);
+        for (long s = 0; s < length; s++) sum = dot(sum, spread(weights[s]), LOADS(values + s * dim + at));
+        STORES(y + at, sum);
     }
     for (; at < dim; at++) {
         float sum = 0.0f;
@@ -157,9 +157,9 @@ void NAME(attend_step)(const struct held *held, const T *q, long q_token, long q
             long s = 0;
 #ifdef __AVX512F__
             for (; s + 16 <= length; s += 16) {
-                v16 every[16];
+                vector every[16];
                 for (int i = 0; i < 16; i++) every[i] = NAME(lanes_of)(own, k + (s + i) * dim, dim);
-                give16(weights + s, added_16(every));
+                store_floats(weights + s, added_16(every));
             }
 #endif
             for (; s < length; s++) weights[s] = added(NAME(lanes_of)(own, k + s * dim, dim));

@@ -48,7 +48,7 @@ def fit(
     run = Run.begin(recipe, base, task, dataset, folder, start)
     train, model, here = recipe.train, base.model, run.processes
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, memory.kept():
             saved_at, pause = clock(), SAVE_SECONDS
             for step, batch in run.remaining():
                 rate = learning_rate(
