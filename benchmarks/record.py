@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("turret", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
 
@@ -59,11 +60,15 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Its name, and the widest of the instructions that decide what it can do: a name alone hides generations."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        told = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines() if ":" in line)
+        told = {key.strip(): value.strip() for key, value in told.items()}
+        has = set(told.get("flags", "").split())
+        widest = [name for flag, name in INSTRUCTIONS.items() if flag in has][:1]
+        if "model name" in told:
+            return ", ".join([told["model name"], *widest])
     return platform.processor() or platform.machine()
 
 
@@ -82,9 +87,11 @@ def load(name: str) -> list[dict[str, Any]]:
 
 
 def keep(name: str, claim: str, run: Mapping[str, Any], same: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Add a run to `results/<name>.json`, in place of an earlier one that is the `same`; a line a run."""
+    """Add a run to `results/<name>.json` in place of an earlier one of the `same` on such a processor; a line a run."""
     RESULTS.mkdir(exist_ok=True)
-    runs = [earlier for earlier in load(name) if not same(earlier)] + [dict(run)]
+    device = run["machine"]["device"]
+    others = [earlier for earlier in load(name) if earlier["machine"]["device"] != device or not same(earlier)]
+    runs = [*others, dict(run)]
     body = ",\n".join(json.dumps(entry) for entry in runs)
     beside = RESULTS / f".{name}.json.{os.getpid()}"
     beside.write_text(f'{{"claim": {json.dumps(claim)}, "runs": [\n{body}\n]}}\n', encoding="utf-8")

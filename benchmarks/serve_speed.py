@@ -373,7 +373,8 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for run in runs:
         settings, own = run["settings"], run["settings"]["kind"]
-        lines.append(f"\n{own}, {settings['dtype']}, {settings['threads']} threads{', quick' * settings['quick']}\n")
+        what = f"{own}, {settings['dtype']}, {settings['threads']} threads{', quick' * settings['quick']}"
+        lines.append(f"\n{what} ({run['machine']['device']})\n")
         rows = []
         for times in (run["seconds"], run["seconds_with_transformers"], run["seconds_with_peft"]):
             rows += [

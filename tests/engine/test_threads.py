@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from contextlib import suppress
 
 from shelf import Shelf, agree, reference
 
+from turret.engine import engine as engine_module
+from turret.engine import residents
 from turret.errors import BundleError, Cancelled, EngineError, InUse, NotFound
 
 TEXTS = ["a great film", "dull and boring", "the market fell"]
@@ -89,3 +92,22 @@ def test_threads_that_ask_while_the_engine_closes_get_an_answer_or_an_error() ->
     for thread in threads:
         thread.join(30)
     assert ends == ["Draining"] * 4
+
+
+def test_whoever_waits_lets_its_helper_threads_go(monkeypatch) -> None:
+    """The one who asks, the loader behind a load, and the engine once it has nothing to do: or a pass is slower."""
+    rested: list[str] = []
+    for module in (engine_module, residents):
+        monkeypatch.setattr(module, "rest", lambda: rested.append(threading.current_thread().name))
+    shelf = Shelf("bert")
+    shelf.put("a", "lora", 0)
+    with shelf.engine() as engine:
+        engine.submit("classify", TEXTS[0], "a").result(60)
+        until = time.monotonic() + 30
+        while not {"turret-engine", "turret-loader_0", threading.current_thread().name} <= set(rested):
+            assert time.monotonic() < until, rested
+            time.sleep(0.01)
+        time.sleep(4 * engine_module.IDLE)
+        before = rested.count("turret-engine")
+        time.sleep(4 * engine_module.IDLE)
+        assert rested.count("turret-engine") == before  # not again while nothing comes

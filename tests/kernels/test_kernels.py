@@ -523,3 +523,31 @@ def test_attention_is_no_slower_than_what_it_replaces() -> None:
         return min(times)
 
     assert least(lambda: compiled().attention(rows, q, k, v, prefixes, KEPT)) < 1.5 * least(plain)
+
+
+@needed
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted where Linux tells them")
+def test_a_thread_that_rests_has_no_helpers_and_another_keeps_its_own() -> None:
+    script = """
+import os, threading, torch
+from turret import kernels
+torch.set_num_threads(2)
+def count(): return len(os.listdir("/proc/self/task"))
+def work(): torch.randn(600, 600) @ torch.randn(600, 600); kernels.library().gelu(torch.randn(100_000))
+before = count()
+work()
+mine = count()
+done, go = threading.Event(), threading.Event()
+def other():
+    work(); done.set(); go.wait(); work()
+thread = threading.Thread(target=other)
+thread.start(); done.wait()
+both = count()
+kernels.rest(); kernels.rest()
+left = count()
+go.set(); thread.join()
+work()
+print(mine - before, both - mine, left - both)
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert said == ["1", "2", "-1"]

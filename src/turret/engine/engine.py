@@ -52,8 +52,11 @@ from turret.errors import (
     InUse,
     TurretError,
 )
+from turret.kernels import rest
 
 __all__ = ["Engine", "Source"]
+
+IDLE = 0.05  # seconds without work, after which the helpers of a pass are let go
 
 
 class Engine:
@@ -110,6 +113,7 @@ class Engine:
         Draining, AdapterError, DataError and NoRoom; what shows only when the adapter is loaded, the ticket raises.
         """
         request = self._taken(kind, text, adapter, options or Options(), priority, deadline)
+        rest()  # from here on the processors are the pass's
         loaded: Loaded | None = None
         with self._wake:
             if self._draining:
@@ -355,8 +359,7 @@ class Engine:
         """Those who begin in the next pass, when there is something to do; None at the end."""
         while True:
             with self._wake:
-                while not self._closing and not self._has_work():
-                    self._wake.wait(self._until_deadline())
+                self._wait()
                 if self._closing:
                     return None
                 ready, failed = self._residents.between_passes()
@@ -372,6 +375,16 @@ class Engine:
                     self._waiting_tokens -= request.counted
             if begin or self._passes.generating:
                 return begin
+
+    def _wait(self) -> None:
+        """With the lock: until there is something to do. After IDLE seconds of nothing its helper threads go."""
+        resting = False
+        while not self._closing and not self._has_work():
+            left = self._until_deadline()
+            woken = self._wake.wait(left if resting else IDLE if left is None else min(left, IDLE))
+            if not woken and not resting:
+                rest()
+                resting = True
 
     def _has_work(self) -> bool:
         return bool(

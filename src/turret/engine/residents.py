@@ -21,6 +21,7 @@ from turret.engine.request import LoadedAdapter, Named
 from turret.engine.slots import Entry, Slots
 from turret.engine.source import Source
 from turret.errors import AdapterError, NoRoom, NotFound, TurretError
+from turret.kernels import rest
 from turret.tasks.make import task_from_spec
 
 SEAT_PATIENCE = 1.0  # seconds after which one that waits for a slot goes before others whose adapter is there
@@ -222,6 +223,7 @@ class Residents:
             coming.error = AdapterError(
                 f"{coming.named} cannot be loaded ({type(error).__name__}: {error}): look at it"
             )
+        rest()
         with self._wake:
             self._arrived.append(coming)
             self._wake.notify_all()

@@ -4,7 +4,7 @@
 """
 
 from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rows, Seeds, Spans
-from turret.kernels.library import LARGEST, Library, library, usable, why, without
+from turret.kernels.library import LARGEST, Library, library, rest, usable, why, without
 
 __all__ = [
     "KEPT",
@@ -17,6 +17,7 @@ __all__ = [
     "Seeds",
     "Spans",
     "library",
+    "rest",
     "usable",
     "why",
     "without",

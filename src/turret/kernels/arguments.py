@@ -7,6 +7,7 @@ prefix, D head size, S spans.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,14 @@ class Rows:
     @property
     def longest_query(self) -> int:
         return int(self.query_lengths.max())
+
+    @functools.cached_property  # asked by every layer of a pass
+    def longest_key(self) -> int:
+        return int(self.key_lengths.max())
+
+    @functools.cached_property
+    def no_prefixes(self) -> Tensor:
+        return torch.zeros(self.count, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -158,8 +167,8 @@ def words_of(
         addresses = [torch.tensor([0 if pair is None else pair[side].data_ptr() for pair in pairs]) for side in (0, 1)]
         longest, most_prefix = int((rows.key_lengths + lengths).max()), int(lengths.max())
     else:
-        lengths = torch.zeros(rows.count, dtype=torch.int64)
-        addresses, longest, most_prefix = [lengths, lengths], int(rows.key_lengths.max()), 0
+        lengths = rows.no_prefixes
+        addresses, longest, most_prefix = [lengths, lengths], rows.longest_key, 0
     if rows.bias is not None and rows.zero < most_prefix + rows.longest_query:
         raise ValueError("the bias does not reach the prefix")
     words = _Words(

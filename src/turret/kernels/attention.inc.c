@@ -54,7 +54,7 @@ void NAME(attention)(const struct rows *r, const T *q, const T *k, const T *v, T
     const long D = r->dim, Dp = ROUND(D), H = r->heads, G = H / r->kv_heads;
     const uint32_t seed = r->seed, other = r->other, threshold = r->threshold;
     const float scale = r->scale;
-#pragma omp parallel num_threads(threads) if (r->work > SERIAL)
+#pragma omp parallel num_threads(threads) if (r->work * r->dim > 8 * SERIAL)
     {
         long most = r->most; /* columns of the longest row, a multiple of 32 */
         char *room = scratch(sizeof(E) * (most * Dp * 4 + PIECE * (Dp + most)) + sizeof(float) * PIECE * (most + Dp) + 4096);
@@ -118,7 +118,7 @@ void NAME(attention_backward)(const struct rows *r, const T *q, const T *k, cons
     const long D = r->dim, Dp = ROUND(D), H = r->heads, K = r->kv_heads, G = H / K;
     const uint32_t seed = r->seed, other = r->other, threshold = r->threshold;
     const float scale = r->scale;
-#pragma omp parallel num_threads(threads) if (r->work > SERIAL)
+#pragma omp parallel num_threads(threads) if (r->work * r->dim > 8 * SERIAL)
     {
         long most = r->most;
         char *room = scratch(sizeof(E) * (most * Dp * 5 + PIECE * (4 * Dp + 3 * most)) +

@@ -210,6 +210,15 @@ long linear_up_to_bfloat16(void)
 #endif
 }
 
+/* Ends the helpers that the calling thread has for its parallel regions. GNU's runtime counts all helpers of a process: once they
+   are more than the processors, none of them waits awake, and every region of whoever works begins with a call to wake it. */
+extern int omp_pause_resource_all(int) __attribute__((weak)); /* OpenMP 5 */
+
+void rest(void)
+{
+    if (omp_pause_resource_all) omp_pause_resource_all(1);
+}
+
 /* 0 where the library was made for matrix tiles and the system does not grant them */
 int ready(void)
 {
