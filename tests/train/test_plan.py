@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,11 @@ def made(
     return result, by_name
 
 
+def parameters_alive() -> int:
+    gc.collect()
+    return sum(type(each) is torch.nn.Parameter for each in gc.get_objects())
+
+
 @pytest.mark.parametrize(
     ("family", "kind", "method"),
     [
@@ -47,9 +53,10 @@ def test_a_measured_plan_is_json_and_leaves_the_base_and_the_random_numbers_as_t
     on = tiny.base(family, "classify" if kind == "classify" else "generate")
     data, recipe = tiny.dataset(kind, train=80), tiny.recipe(method=method)
     before = {name: each.clone() for name, each in on.model.state_dict().items()}
-    state = torch.get_rng_state()
+    state, alive = torch.get_rng_state(), parameters_alive()
     result = plan(recipe, on, tiny.task_of(recipe, data, on), data)
     assert torch.equal(state, torch.get_rng_state())
+    assert parameters_alive() == alive  # a copy of all weights, with gradients, had stayed for good
     assert all(torch.equal(before[name], each) for name, each in on.model.state_dict().items())
     assert not any(each.requires_grad or each.grad is not None for each in on.model.parameters())
     assert not on.model.training

@@ -178,7 +178,7 @@ class SavedForBackward:
             self._kept[address] = storage
             self.bytes += storage.nbytes()
             self.largest = max(self.largest, storage.nbytes())
-        return tensor
+        return tensor.detach()  # itself would keep the graph that it is kept for, and that the model, for good
 
     @contextmanager
     def counting(self) -> Iterator[None]:
