@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from turret.bases import Base
+from turret.engine import idle
 from turret.engine.bank import Loaded
 from turret.engine.calls import answers
 from turret.engine.passes import Passes
@@ -55,8 +56,6 @@ from turret.errors import (
 from turret.kernels import rest
 
 __all__ = ["Engine", "Source"]
-
-IDLE = 0.05  # seconds without work, after which the helpers of a pass are let go
 
 
 class Engine:
@@ -185,23 +184,22 @@ class Engine:
     def stats(self) -> Stats:
         """What waits, runs and has been done."""
         with self._wake:
-            tally = self._tally
             return Stats(
                 waiting=len(self._waiting),
                 waiting_tokens=self._waiting_tokens,
                 running=self._scheduler.rows,
                 cache_tokens=self._scheduler.held_tokens,
-                passes=tally.passes,
-                prompt_tokens=tally.prompt_tokens,
-                tokens=tally.tokens,
-                answers=tally.answers,
-                errors=tally.errors,
+                passes=self._tally.passes,
+                prompt_tokens=self._tally.prompt_tokens,
+                tokens=self._tally.tokens,
+                answers=self._tally.answers,
+                errors=self._tally.errors,
                 loads=self._residents.loads,
                 failed_loads=self._residents.failed_loads,
                 evictions=self._slots.evictions,
                 adapters=len(self._slots),
                 adapter_bytes=self._slots.bytes,
-                versions=tally.versions(),
+                versions=self._tally.versions(),
             )
 
     # --- the end ------------------------------------------------------------------------------------------------------
@@ -359,7 +357,7 @@ class Engine:
         """Those who begin in the next pass, when there is something to do; None at the end."""
         while True:
             with self._wake:
-                self._wait()
+                idle.wait(self._wake, lambda: self._closing or self._has_work(), self._until_deadline)
                 if self._closing:
                     return None
                 ready, failed = self._residents.between_passes()
@@ -375,16 +373,6 @@ class Engine:
                     self._waiting_tokens -= request.counted
             if begin or self._passes.generating:
                 return begin
-
-    def _wait(self) -> None:
-        """With the lock: until there is something to do. After IDLE seconds of nothing its helper threads go."""
-        resting = False
-        while not self._closing and not self._has_work():
-            left = self._until_deadline()
-            woken = self._wake.wait(left if resting else IDLE if left is None else min(left, IDLE))
-            if not woken and not resting:
-                rest()
-                resting = True
 
     def _has_work(self) -> bool:
         return bool(
