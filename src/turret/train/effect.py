@@ -47,9 +47,7 @@ def effect_of(base: Any, adapter: Adapter, sources: Sequence[Tensor], targets: S
         with torch.no_grad():
             bare = _without(model, adapter, sources, targets)
             adapters.mount(model, adapter, fingerprint=base.fingerprint)
-            outputs = answer(
-                model, sources, targets, 1
-            )  # as the bare base is asked: another order would round otherwise
+            outputs = answer(model, sources, targets, 1)  # by slot, as the bare base is asked: or it rounds otherwise
         effect = float((outputs - bare).abs().max()) / float(outputs.abs().max().clamp_min(1e-30))
         return Effect(outputs, effect, _idle(model, adapter, sources, targets))
 
