@@ -12,6 +12,7 @@ take one token each are multiplied by the `Stack`: both are torch's own products
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ SHARING = (
 Pair = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
     """Where a layer's factors are in the run: A (R, D_in), behind it B (R, D_out)."""
 
@@ -173,14 +174,12 @@ class Bank:
         parts = [part for A, B in checked.values() for part in (A, B)]
         run = self._empty(sum(part.numel() for part in parts))
         places = iter(torch.split(run, [part.numel() for part in parts]))  # each is small: no second thread is woken
-        layout, start = [], 0
-        for path, (A, B) in checked.items():
+        for A, B in checked.values():
             next(places).view(A.shape).copy_(A)
-            scaled = B.float().mT * method.scaling
-            next(places).view(scaled.shape).copy_(scaled)
-            layout.append(_Place(self._paths[path], start, A.shape[1], B.shape[0]))
-            start += A.numel() + B.numel()
-        return run, tuple(layout)
+            torch.mul(B.float().mT, method.scaling, out=next(places).view(B.shape[::-1]))
+        return run, _layout(
+            method.r, tuple((self._paths[path], A.shape[1], B.shape[0]) for path, (A, B) in checked.items())
+        )
 
     def _prefix(self, adapter: Adapter) -> tuple[Tensor, dict[str, Tensor]]:
         """Keys and values of every group, one behind the other, and the view of each."""
@@ -359,6 +358,15 @@ def _templates(model: Any, family: Family) -> dict[str, nn.Module]:
     prefix = f"{owner.base_model_prefix}."
     paths += [prefix + name for name in family.body_excludes if getattr(owner.base_model, name, None) is not None]
     return {path: copy.deepcopy(owner.get_submodule(path)).to("meta").eval() for path in paths}
+
+
+@functools.lru_cache(256)
+def _layout(rank: int, layers: tuple[tuple[int, int, int], ...]) -> tuple[_Place, ...]:
+    """(number, D_in, D_out) of layers that lie one behind the other; adapters of one kind share it."""
+    ends = accumulate(rank * (d_in + d_out) for _, d_in, d_out in layers)
+    return tuple(
+        _Place(number, start, d_in, d_out) for start, (number, d_in, d_out) in zip((0, *ends), layers, strict=False)
+    )
 
 
 def _addresses(run: Tensor, rank: int, layout: Sequence[_Place], layers: int) -> Tensor:

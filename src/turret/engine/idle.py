@@ -1,11 +1,12 @@
-"""How the engine's thread waits: awake for a moment, and then without the helper threads that others would wait for."""
+"""How the engine's thread waits: soon without the helper threads that others' work would wait for, and with them again
+when somebody begins something."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 
-from turret.kernels import rest
+from turret import kernels
 
 IDLE = 0.05  # seconds without work, after which the helpers of a pass are let go
 
@@ -15,7 +16,14 @@ def wait(wake: threading.Condition, busy: Callable[[], bool], left: Callable[[],
     resting = False
     while not busy():
         seconds = left()
-        woken = wake.wait(seconds if resting else IDLE if seconds is None else min(seconds, IDLE))
-        if not woken and not resting:
-            rest()
+        told = wake.wait(seconds if resting else IDLE if seconds is None else min(seconds, IDLE))
+        if told:  # work, or a load that work will follow
+            wake.release()
+            try:
+                kernels.wake()
+            finally:
+                wake.acquire()
+            resting = False
+        elif not resting:
+            kernels.rest()
             resting = True

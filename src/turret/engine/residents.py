@@ -199,6 +199,7 @@ class Residents:
                 return False
             coming = self._coming[named.digest] = _Coming(named, entry)
             self._loader.submit(self._load, coming)
+            self._wake.notify_all()  # who runs the passes makes ready meanwhile
         self._slots.hold(entry)
         need.entry = entry
         if not entry.ready:

@@ -4,7 +4,7 @@
 """
 
 from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rows, Seeds, Spans
-from turret.kernels.library import LARGEST, Library, library, rest, usable, why, without
+from turret.kernels.library import LARGEST, Library, library, rest, usable, wake, why, without
 
 __all__ = [
     "KEPT",
@@ -19,6 +19,7 @@ __all__ = [
     "library",
     "rest",
     "usable",
+    "wake",
     "why",
     "without",
 ]

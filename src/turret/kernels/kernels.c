@@ -1,8 +1,11 @@
 /* operations.inc.c for bfloat16 and for float, and what both need. */
+#define _GNU_SOURCE /* for sched.h */
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define SERIAL 8192      /* elements below which a second thread costs more than it saves */
 #define FEW 128          /* tokens that `linear` takes at most */
@@ -212,11 +215,46 @@ long linear_up_to_bfloat16(void)
 
 /* Ends the helpers that the calling thread has for its parallel regions. GNU's runtime counts all helpers of a process: once they
    are more than the processors, none of them waits awake, and every region of whoever works begins with a call to wake it. */
-extern int omp_pause_resource_all(int) __attribute__((weak)); /* OpenMP 5 */
+extern int omp_pause_resource_all(int) __attribute__((weak)); /* OpenMP 5; omp.h of older compilers has no word for its 1 */
+extern int omp_get_thread_num(void), omp_get_num_threads(void);
 
 void rest(void)
 {
     if (omp_pause_resource_all) omp_pause_resource_all(1);
+}
+
+/* Has the helpers of the calling thread awake, each on a processor of its own. Linux often puts one that is new, or slept, where its
+   waker runs; there it gets its turn only when the waker has waited for it in vain for 3 ms, awake, and so in the next region. Here
+   the caller sleeps meanwhile, and a helper that finds its processor taken moves; its affinity is what it was. */
+void wake(int threads)
+{
+    cpu_set_t taken;
+    int awake = 1;
+    CPU_ZERO(&taken);
+    CPU_SET(sched_getcpu(), &taken);
+#pragma omp parallel num_threads(threads)
+    {
+        if (omp_get_thread_num()) {
+#pragma omp critical
+            {
+                int cpu = sched_getcpu();
+                cpu_set_t allowed, one;
+                if (CPU_ISSET(cpu, &taken) && !sched_getaffinity(0, sizeof(allowed), &allowed)) {
+                    for (cpu = 0; cpu < CPU_SETSIZE && (CPU_ISSET(cpu, &taken) || !CPU_ISSET(cpu, &allowed));) cpu++;
+                    CPU_ZERO(&one);
+                    CPU_SET(cpu, &one); /* one that is out of range does nothing, here and below */
+                    if (!sched_setaffinity(0, sizeof(one), &one)) sched_setaffinity(0, sizeof(allowed), &allowed);
+                }
+                CPU_SET(cpu, &taken);
+            }
+            __atomic_add_fetch(&awake, 1, __ATOMIC_RELEASE);
+        } else {
+            struct timespec moment = {0, 20000};
+            int all = omp_get_num_threads();
+            for (int i = 0; i < 2000 && __atomic_load_n(&awake, __ATOMIC_ACQUIRE) < all; i++) continue;
+            while (__atomic_load_n(&awake, __ATOMIC_ACQUIRE) < all) nanosleep(&moment, NULL);
+        }
+    }
 }
 
 /* 0 where the library was made for matrix tiles and the system does not grant them */

@@ -1,0 +1,81 @@
+"""The products of many adapters: the plain loop, and the same whoever lies beside and however many threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled_kernels import BOTH, adapted, close, compiled, draw, needed, spans_of
+from torch import Tensor
+
+
+@needed
+@BOTH
+@pytest.mark.parametrize("sizes", [(32, 64), (96, 32), (37, 41), (1, 1), (40, 576)])
+@pytest.mark.parametrize("rank", [1, 2, 7, 8, 16, 17, 33, 64])
+def test_low_rank_is_the_plain_loop_and_leaves_bare_rows_alone(
+    dtype: torch.dtype, sizes: tuple[int, int], rank: int
+) -> None:
+    """Spans of one token, of a few, of none, and of so many that tiles take them; one without factors in this layer."""
+    d_in, d_out = sizes
+    edges = [(1, 2), (2, 2), (2, 9), (11, 34), (34, 35), (36, 101), (110, 170)]  # the last ends with the tokens
+    x, y = draw(170, d_in, dtype=dtype), draw(170, d_out, dtype=dtype)
+    factors: list[tuple[Tensor, Tensor] | None] = [
+        (draw(rank, d_in, dtype=dtype) * d_in**-0.5, draw(rank, d_out, dtype=dtype) * rank**-0.5) for _ in edges
+    ]
+    factors[4] = None
+    before, spans = y.clone(), spans_of(edges, factors, 170)
+    compiled().low_rank(spans, 0, x, y)  # nobody adapts this layer
+    assert torch.equal(y, before)
+    compiled().low_rank(spans, 1, x, y)
+    close(y, adapted(edges, factors, x, before), dtype)
+    bare = [0, 9, 10, 34, 35, *range(101, 110)]
+    assert torch.equal(y[bare], before[bare])
+
+
+@needed
+@BOTH
+@pytest.mark.parametrize("edges", [[(0, 1), (1, 7)], [(0, 40), (40, 90)]])
+def test_low_rank_of_a_row_does_not_depend_on_who_lies_beside_it(
+    dtype: torch.dtype, edges: list[tuple[int, int]]
+) -> None:
+    x, y = draw(90, 64, dtype=dtype), draw(90, 96, dtype=dtype)
+    factors = [(draw(8, 64, dtype=dtype), draw(8, 96, dtype=dtype)) for _ in edges]
+    together, alone, poisoned = y.clone(), y.clone(), x.clone()
+    compiled().low_rank(spans_of(edges, list(factors), 90), 1, x, together)
+    poisoned[edges[1][0] :] = float("nan")  # another's rows, read beside the last of ours or not
+    compiled().low_rank(spans_of(edges[:1], list(factors[:1]), 90), 1, poisoned, alone)
+    assert torch.equal(together[: edges[0][1]], alone[: edges[0][1]])
+
+
+@needed
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx2"), reason="narrower vectors promise no order")
+@BOTH
+@pytest.mark.parametrize("sizes", [(64, 96), (384, 40), (37, 41)])
+@pytest.mark.parametrize("rank", [1, 3, 8, 17])
+def test_low_rank_of_a_token_is_the_same_among_its_neighbours_as_by_itself(
+    dtype: torch.dtype, sizes: tuple[int, int], rank: int
+) -> None:
+    """Some tokens are multiplied at a time and the rest one by one, so places in a span must not show."""
+    x, y = draw(7, sizes[0], dtype=dtype), draw(7, sizes[1], dtype=dtype)
+    factors = (draw(rank, sizes[0], dtype=dtype), draw(rank, sizes[1], dtype=dtype))
+    together, alone = y.clone(), y.clone()
+    compiled().low_rank(spans_of([(0, 7)], [factors], 7), 1, x, together)
+    compiled().low_rank(spans_of([(t, t + 1) for t in range(7)], [factors] * 7, 7), 1, x, alone)
+    assert torch.equal(together, alone)
+
+
+@needed
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_low_rank_is_the_same_to_the_last_bit_with_any_number_of_threads(threads: int) -> None:
+    x, y = draw(400, 128, dtype=torch.bfloat16), draw(400, 128, dtype=torch.bfloat16)
+    edges = [(0, 200), (200, 201), (201, 390)]
+    factors = [(draw(8, 128, dtype=torch.bfloat16), draw(8, 128, dtype=torch.bfloat16)) for _ in edges]
+    given, kept = [], torch.get_num_threads()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            given.append(y.clone())
+            compiled().low_rank(spans_of(edges, list(factors), 400), 1, x, given[-1])
+    finally:
+        torch.set_num_threads(kept)
+    assert torch.equal(*given)
