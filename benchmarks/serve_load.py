@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import record
-from serve_speed import BASES, LABELS, adapters
+from serve_sides import BASES, LABELS, adapters
 
 NAME = "serve_load"
 CLAIM = "64 clients over HTTP get most of what one offline batch of the same requests gets"
