@@ -138,9 +138,10 @@ def compared(
     import torch
 
     dtype = next(model.parameters()).dtype
+    own = model.state_dict()
     for number, adapter in enumerate(numbers):
         for name, value in adapter.tensors.items():
-            model.state_dict()[name.replace(".weight", f".a{number}.weight")].copy_(value)
+            own[name.replace(".weight", f".a{number}.weight")].copy_(value)
 
     def asked() -> list[Any]:
         state, answers = model.state_dict(), []
