@@ -323,6 +323,7 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
     """HF Trainer + PEFT on the same token ids in the same order."""
     import transformers
 
+    from turret import heap
     from turret.bases.source import resolve
     from turret.tasks import tables
     from turret.tasks.make import make_task
@@ -357,7 +358,7 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
         around = hf.callback(turns.begin, turns.end)
         trainer = hf.trainer(model, arguments, rows, collate, around)
         started = time.perf_counter()
-        with memory.kept():
+        with heap.kept():
             trainer.train()
         seconds = time.perf_counter() - started
     facts |= {

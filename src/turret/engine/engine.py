@@ -12,11 +12,11 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
 
+from turret import heap
 from turret.bases import Base
 from turret.engine import idle
 from turret.engine.bank import Loaded
@@ -44,15 +44,7 @@ from turret.engine.scheduler import Scheduler
 from turret.engine.slots import Entry, Slots
 from turret.engine.source import Source
 from turret.engine.tally import Tally
-from turret.errors import (
-    AdapterError,
-    Busy,
-    DataError,
-    Draining,
-    EngineError,
-    InUse,
-    TurretError,
-)
+from turret.errors import AdapterError, Busy, DataError, Draining, EngineError, InUse, TurretError
 from turret.kernels import rest
 
 __all__ = ["Engine", "Source"]
@@ -232,9 +224,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # --- requests coming in -------------------------------------------------------------------------------------------
@@ -335,6 +325,7 @@ class Engine:
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
+    @heap.kept()
     def _loop(self) -> None:
         why: TurretError = Draining("the engine was closed before it answered: ask another one")
         try:

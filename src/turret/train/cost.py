@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from turret import adapters
+from turret import adapters, heap
 from turret.train import memory
 from turret.train.batches import Item, Items, Schedule, micro_batches, pass_tokens
 from turret.train.seeds import Randomness
@@ -76,7 +76,7 @@ def measure(
         finally:
             adapters.detach(model)
             model.eval()
-    memory.give_back()
+    heap.give_back()
     prediction = memory.Prediction(
         weights=base.bytes,
         trainable=trainable,

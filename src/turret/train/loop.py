@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+from turret import heap
 from turret.errors import Interrupted, LossNotFinite
 from turret.train import memory
 from turret.train.curve import StepRecord
@@ -48,7 +49,7 @@ def fit(
     run = Run.begin(recipe, base, task, dataset, folder, start)
     train, model, here = recipe.train, base.model, run.processes
     try:
-        with StopRequest() as stop, memory.kept():
+        with StopRequest() as stop, heap.kept():
             saved_at, pause = clock(), SAVE_SECONDS
             for step, batch in run.remaining():
                 rate = learning_rate(

@@ -5,8 +5,6 @@ Refuses to know recipes and data: `plan` hands it numbers.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +16,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from turret import heap
+
 _PEAK_IS_MINE = Path("/proc/self/clear_refs")  # writing 5 here sets the peak back to what is resident now
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # that mallopt takes on 64 bits
 
 
 def resident() -> int:
@@ -60,44 +58,13 @@ class Grown:
 @contextmanager
 def grown() -> Iterator[Grown]:
     """Measure by how much the process grows within the block, from what it needs at its beginning."""
-    give_back()
+    heap.give_back()
     found, before = Grown(), resident()
     reset_peak()
     told = peak() < before + (16 << 20)  # a peak that cannot be set back is that of some earlier passage
     yield found
     if told:
         found.bytes = max(0, peak() - before)
-
-
-def give_back() -> None:
-    """Return what is free to the system, where the C library keeps it for itself (glibc); elsewhere this does nothing.
-
-    A passage that held much for a short while (a load, a plan) would otherwise stay in the process as holes.
-    """
-    gc.collect()
-    trim = _glibc("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-@contextmanager
-def kept() -> Iterator[None]:
-    """Have the C library (glibc) keep what a step frees for the next step, where it would give back whatever is free
-    at the top and have the system clear those pages anew: 20000 a step of articles. The peak stays the same.
-    """
-    option = _glibc("mallopt")
-    if option is not None:
-        option(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        option(_TRIM_THRESHOLD, 0x7FFFFFFF)
-    try:
-        yield
-    finally:
-        if option is not None:
-            option(_TRIM_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)  # what it comes to by itself after large blocks
-
-
-def _glibc(name: str) -> Any:
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 
 def available(device: torch.device) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from turret import adapters, bases
+from turret import adapters, bases, heap
 from turret import train as trainer
 from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
 from turret.methods import Peft
@@ -88,7 +88,7 @@ def prepare(store: Store, recipe: Recipe, watching: Watching) -> Ready:
     notes = [*dataset.notes, *base.notes]
     if start is not None:
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
-    memory.give_back()
+    heap.give_back()
     return Ready(filled, dataset, base, task, notes, load_seconds, memory.resident(), start)
 
 
@@ -125,7 +125,7 @@ def plan(store: Store, recipe: Recipe, watching: Watching) -> Planned:
 def _plan(ready: Ready, watching: Watching) -> Planned:
     watching.stage("checking the plan")
     made = trainer.plan(ready.recipe, ready.base, ready.task, ready.dataset, start=ready.start)
-    memory.give_back()
+    heap.give_back()
     return Planned(ready.recipe, made, ready.notes)
 
 
