@@ -120,8 +120,12 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
 #define WIDTH ACROSS
 #define TAKE load_floats
 #define DOT dot
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#define BY_TOKENS
+#endif
 #include "low_rank.inc.c"
 #include "step.inc.c"
+#undef BY_TOKENS
 #undef T
 #undef LOAD
 #undef STORE
@@ -196,7 +200,7 @@ long linear_up_to_float32(void)
 #if defined(__AVX512F__)
     return FEW;
 #elif defined(__AVX2__) && defined(__FMA__)
-    return 16;
+    return FEW;
 #else
     return 0;
 #endif

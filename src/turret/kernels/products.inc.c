@@ -134,9 +134,15 @@ static inline void ahead(const void *from, long bytes) /* read soon */
 
 static inline vector spread(float x)
 {
+#if defined(__AVX512F__)
+    return (vector)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (vector)_mm256_set1_ps(x);
+#else
     vector y;
     for (int i = 0; i < ACROSS; i++) y[i] = x;
     return y;
+#endif
 }
 
 static inline vector dot(vector sum, vector a, vector b) /* one rounding wherever it is used: the compiler may not choose */

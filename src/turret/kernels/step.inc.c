@@ -7,7 +7,11 @@
    packs it first reads and writes it anew at every call. Sums are float, in the order of `inner`; to them comes (x A^T) B of a
    token's span, which stays float throughout, and all are rounded once. */
 
-#define OUTPUTS 32 /* numbers of a token at a time */
+#ifdef BY_TOKENS
+#define OUTPUTS 48 /* numbers of a token at a time */
+#else
+#define OUTPUTS 32
+#endif
 
 /* `broad` numbers of every token; the rows of W behind them are asked for meanwhile, so many `lines` with every few tokens */
 static inline __attribute__((always_inline)) void NAME(by_rows)(float *to, const T *x, const T *rows, long tokens, long d_in, const int broad, const T *soon, const int lines)
@@ -18,6 +22,62 @@ static inline __attribute__((always_inline)) void NAME(by_rows)(float *to, const
     for (; t < tokens; t++, soon += lines * d_in)
         NAME(inner)(to + t * OUTPUTS, x + t * d_in, rows, d_in, OUTPUTS, 1, broad, soon, lines);
 }
+
+#ifdef BY_TOKENS
+/* The same with a token in each lane of up to two vectors: a number of W is spread over all of them, so that nothing is added up
+   across lanes, and a token's sum is a chain in the order of W's columns. Lines of up to 2 * ACROSS tokens, x^T each, lie one
+   behind the other: (D_in, ACROSS or 2 * ACROSS), the last filled up with zeros. */
+#define CHAIN 256                     /* columns that are added up one by one; a longer chain would round worse */
+#define SOON ((long)(64 / sizeof(T))) /* columns between two looks ahead */
+#define LINE_OF(tokens) ((tokens) > ACROSS ? 2 * ACROSS : ACROSS)
+
+static void NAME(turned)(float *to, const T *x, long tokens, long d_in, long from, long end)
+{
+    for (long t = 0; t < tokens; t += 2 * ACROSS, to += 2 * ACROSS * d_in) {
+        long line = LINE_OF(tokens - t);
+        for (long i = 0; i < line; i++)
+            for (long k = from; k < end; k++) to[k * line + i] = t + i < tokens ? LOAD(x[(t + i) * d_in + k]) : 0.0f;
+    }
+}
+
+static inline __attribute__((always_inline)) void NAME(across)(float *to, const float *line, long tokens, const T *rows, long d_in, const int broad, const int vectors, const T *soon)
+{
+    float lanes[8][2 * ACROSS] = {{0}};
+    for (long first = 0; first < d_in; first += CHAIN) {
+        long last = first + CHAIN < d_in ? first + CHAIN : d_in;
+        vector sum[8][2];
+        for (int r = 0; r < broad; r++)
+            for (int v = 0; v < vectors; v++) sum[r][v] = spread(0.0f);
+        for (long from = first; from < last; from += SOON) {
+            for (int r = 0; soon && r < broad; r++) __builtin_prefetch(soon + r * d_in + from, 0, 3);
+            long end = from + SOON < last ? from + SOON : last;
+#pragma GCC unroll 4
+            for (long k = from; k < end; k++, line += vectors * ACROSS) {
+                vector x[2];
+                for (int v = 0; v < vectors; v++) x[v] = load_floats(line + v * ACROSS);
+                for (int r = 0; r < broad; r++) {
+                    vector by = spread(LOAD(rows[r * d_in + k]));
+                    for (int v = 0; v < vectors; v++) sum[r][v] = dot(sum[r][v], by, x[v]);
+                }
+            }
+        }
+        for (int r = 0; r < broad; r++)
+            for (int v = 0; v < vectors; v++) store_floats(lanes[r] + v * ACROSS, load_floats(lanes[r] + v * ACROSS) + sum[r][v]);
+    }
+    for (long t = 0; t < tokens; t++)
+        for (int r = 0; r < broad; r++) to[t * OUTPUTS + r] = lanes[r][t];
+}
+
+static inline __attribute__((always_inline)) void NAME(by_tokens)(float *to, const float *turned, const T *rows, long tokens, long d_in, const int broad)
+{
+    for (long t = 0; t < tokens; t += 2 * ACROSS) {
+        long left = tokens - t, own = left < 2 * ACROSS ? left : 2 * ACROSS;
+        const T *soon = t ? 0 : rows + broad * d_in;
+        if (own > ACROSS) NAME(across)(to + t * OUTPUTS, turned + t * d_in, own, rows, d_in, broad, 2, soon);
+        else NAME(across)(to + t * OUTPUTS, turned + t * d_in, own, rows, d_in, broad, 1, soon);
+    }
+}
+#endif
 
 static inline int NAME(factors)(const struct spans *spans, long i, long layer, const T **a, const T **b)
 {
@@ -51,8 +111,16 @@ void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long
     for (long i = 0; spans && i < spans->count; i++) most = spans->ranks[i] > most ? spans->ranks[i] : most;
     float *h = most ? (float *)scratch(sizeof(float) * tokens * most) : 0;
     int later = most && !h; /* no memory: in a pass of its own */
+#ifdef BY_TOKENS
+    float *turned = (float *)scratch(sizeof(float) * (tokens + 2 * ACROSS) * d_in);
+#endif
 #pragma omp parallel num_threads(threads) if (d_in * d_out > SERIAL)
     {
+#ifdef BY_TOKENS
+#pragma omp for schedule(static)
+        for (long k = 0; k < d_in; k += 64)
+            if (turned) NAME(turned)(turned, x, tokens, d_in, k, k + 64 < d_in ? k + 64 : d_in);
+#endif
         if (h) {
 #pragma omp for schedule(dynamic, (spans->count + threads - 1) / threads)
             for (long i = 0; i < spans->count; i++) {
@@ -72,6 +140,16 @@ void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long
                 for (long i = r / RANKS; h && i < spans->count; i += OUTPUTS / RANKS) /* B of some spans, wanted at the end of the block */
                     if (NAME(factors)(spans, i, layer, &a, &b))
                         for (long e = 0; e < spans->ranks[i]; e++) ahead(b + e * d_out + first, sizeof(T) * own);
+#ifdef BY_TOKENS
+                if (turned) {
+                    long broad = own - r < 6 ? 1 : tokens > ACROSS || own - r < 8 ? 6 : 8;
+                    if (broad == 8) NAME(by_tokens)(to, turned, rows, tokens, d_in, 8);
+                    else if (broad == 6) NAME(by_tokens)(to, turned, rows, tokens, d_in, 6);
+                    else NAME(by_tokens)(to, turned, rows, tokens, d_in, 1);
+                    r += broad;
+                    continue;
+                }
+#endif
                 if (own - r < RANKS) {
                     NAME(by_rows)(to, x, rows, tokens, d_in, 1, 0, 0);
                     r += 1;
@@ -95,6 +173,9 @@ void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long
         }
     }
     free(h);
+#ifdef BY_TOKENS
+    free(turned);
+#endif
     if (later) NAME(low_rank)(spans, layer, x, y, d_in, d_out, threads);
 }
 #undef OUTPUTS
