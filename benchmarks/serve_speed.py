@@ -75,7 +75,7 @@ def measure(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any
     )  # a decoder's rows are of one length
     rounds = options.rounds or (3 if options.quick else 15 if kind == "encoder" else 5)
     slow_rounds = -(-rounds // 3)  # where the rival takes part
-    with Engine(source, shelf, Limits(running=64, batch_tokens=512, slots=2048)) as engine:
+    with Engine(source, shelf, Limits(running=64, slots=2048)) as engine:
         sides: dict[str, Side] = {
             f"engine {name}": _bound(answered, engine, task, rows, names, tokens)
             for name, names in mixes(count).items()

@@ -10,9 +10,10 @@ import torch
 from adapters_at_hand import LENGTHS, METHODS, alone, made, runner_of
 from batches import own_target_logits, rows, with_eos
 from small_models import FAMILIES, GENERATORS
+from tiny_training import base
 
 from turret.adapters import Adapter, classify_logits
-from turret.engine.runner import Fresh, Runner, Step
+from turret.engine.runner import Fresh, Runner, Step, pass_tokens
 from turret.methods import Method, Prefix
 
 PATTERNS = {  # whose each row is; 7 of every set of methods is a head alone: the bare base's body
@@ -148,3 +149,10 @@ def test_greedy_tokens_of_a_mixed_batch_equal_transformers_generate_alone(family
         for prompt, slot, tokens in zip(prompts, slots, got, strict=True):
             assert tokens == hf_greedy(models[slot], prompt, 12), slot
     assert len(runner.cache) == 0
+
+
+def test_a_small_encoder_takes_longer_passes_than_others() -> None:
+    encoder, decoder = (base(family, task) for family, task in (("bert", "classify"), ("llama", "generate")))
+    assert (pass_tokens(encoder), pass_tokens(decoder)) == (1024, 512)
+    encoder.model.config.num_hidden_layers = 400
+    assert pass_tokens(encoder) == 512

@@ -97,7 +97,7 @@ def test_threads_that_ask_while_the_engine_closes_get_an_answer_or_an_error() ->
 def test_whoever_waits_lets_its_helper_threads_go(monkeypatch) -> None:
     """The one who asks, the loader behind a load, and the engine once it has nothing to do: or a pass is slower."""
     rested: list[str] = []
-    for module in (engine_module, idle, residents):
+    for module in (engine_module, idle.kernels, residents):
         monkeypatch.setattr(module, "rest", lambda: rested.append(threading.current_thread().name))
     shelf = Shelf("bert")
     shelf.put("a", "lora", 0)

@@ -39,7 +39,7 @@ from turret.engine.request import (
     log,
 )
 from turret.engine.residents import Need, Residents, Warm
-from turret.engine.runner import Runner
+from turret.engine.runner import Runner, pass_tokens
 from turret.engine.scheduler import Scheduler
 from turret.engine.slots import Entry, Slots
 from turret.engine.source import Source
@@ -73,7 +73,9 @@ class Engine:
             self._runner.bank, self._slots, source, base.tokenizer, self._wake, clock, self._encode
         )
         self._scheduler = Scheduler(
-            batch_tokens=self.limits.batch_tokens, running=self.limits.running, cache_tokens=self.limits.cache_tokens
+            batch_tokens=self.limits.batch_tokens or pass_tokens(base),
+            running=self.limits.running,
+            cache_tokens=self.limits.cache_tokens,
         )
         self._open: set[Request] = set()  # not ended
         self._waiting: set[Request] = set()  # not begun

@@ -47,7 +47,7 @@ class Limits:
     memory: int | None = None  # bytes of mounted adapters; None: no bound but `slots`
     slots: int = 1024  # adapters mounted at a time
     queue_tokens: int = 65_536  # tokens that wait; beyond it a submit is Busy
-    batch_tokens: int = 512  # of one pass: a micro-batch that fits the processor's cache
+    batch_tokens: int | None = None  # of one pass; None: as many as suit the base (`runner.pass_tokens`)
     running: int = 64  # generating rows at a time; a beam is a row
     cache_tokens: int = 65_536  # tokens whose keys and values are held
     max_inputs: int = 1024  # of one `classify` or `generate` call

@@ -23,6 +23,9 @@ from turret.bases import Base
 from turret.engine.bank import Bank
 from turret.engine.cache import KeyValueCache, Lane, PassCache
 
+SHORT_PASS, LONG_PASS = 512, 1024  # tokens
+SMALL = 5000  # layers times width of an encoder that takes a long pass in the time that others take a short one
+
 
 @dataclass(frozen=True)
 class Fresh:
@@ -235,6 +238,13 @@ class Runner:
         if wanted:
             vocabulary = vocabulary_logits(self.model, hidden[torch.tensor(wanted, device=hidden.device)]).float()
         return Outcome([classes[row] for row in range(len(fresh)) if row in classes], vocabulary)
+
+
+def pass_tokens(base: Base) -> int:
+    """Tokens of one pass: enough to use the processor well, and no more, since others wait for its end."""
+    config = base.model.config
+    small = base.family.kind == "encoder" and config.num_hidden_layers * config.hidden_size <= SMALL
+    return LONG_PASS if small else SHORT_PASS
 
 
 class _Routed:
