@@ -40,6 +40,9 @@ Asked = tuple[str, str]  # adapter, text
 def main() -> None:
     options = _options()
     if not options.report:
+        from turret.bases.numerics import native_bfloat16
+
+        options.dtype = options.dtype or ("bfloat16" if native_bfloat16() else "float32")
         for kind in options.kinds:
             with tempfile.TemporaryDirectory(prefix="turret-bench-") as folder:
                 measured = measure(kind, Path(folder), options)
@@ -180,7 +183,7 @@ def _quantile(seconds: Sequence[float], share: float) -> float:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=CLAIM)
     parser.add_argument("--kinds", nargs="+", choices=list(BASES), default=list(BASES))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="what this processor multiplies quickly")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=1024, help="a quarter as many for the decoder")
     parser.add_argument("--seconds", type=float, default=90.0, help="most that clients ask")
