@@ -14,8 +14,8 @@ from turret.kernels import Library, Spans
 
 TOLERANCES = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 3e-2}}
 BOTH = pytest.mark.parametrize("dtype", list(TOLERANCES))
-HAS_COMPILER = sys.platform == "linux" and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-needed = pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler on this machine")
+COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None) if sys.platform == "linux" else None
+needed = pytest.mark.skipif(COMPILER is None, reason="no C compiler on this machine")
 
 
 def compiled() -> Library:

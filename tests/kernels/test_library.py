@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compiled_kernels import needed
+from compiled_kernels import COMPILER, needed
 
 from turret.kernels.build import SWITCH, NotBuilt, library_path
 
@@ -51,7 +51,10 @@ def test_a_cache_that_cannot_be_written_is_a_reason(tmp_path: Path, monkeypatch:
 @needed
 def test_processes_that_build_at_once_end_with_one_library(tmp_path: Path) -> None:
     code = "from turret.kernels.build import library_path; print(library_path())"
-    environment = {**os.environ, "TURRET_CACHE": str(tmp_path)}
+    compiler = tmp_path / "quick"
+    compiler.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
+    compiler.chmod(0o700)
+    environment = {**os.environ, "TURRET_CACHE": str(tmp_path), "CC": str(compiler)}
     started = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)

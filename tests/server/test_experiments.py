@@ -432,11 +432,11 @@ def test_a_shadow_that_fails_or_dawdles_is_seen_by_its_experiment_and_by_nobody_
     running = begin((), shadows="a@3", guards=Guards(max_errors=0.02))
     running.engine.broken.add("a@3")
     running.engine.unload("a@3")
-    running.engine.load_seconds = 0.3  # of each try
+    running.engine.load_seconds = 0.5  # of each try
     client, began = running.client(), time.monotonic()
     for _ in range(12):
         assert asked(client, "ann").json()["model"] == "a@1"
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5  # and not 6 or more
     until(lambda: running.served.shadows.inputs == 0)
     running.served.routing.router.flush()
     assert arms(workspace, "errors") == {"control": 0, "shadow": 12}
