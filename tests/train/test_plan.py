@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +18,8 @@ import torch
 from turret import adapters
 from turret.errors import AdapterError, PreflightRefused
 from turret.tasks import Labelled, Pair
-from turret.train import Check, Plan, memory, plan
+from turret.train import Check, Plan, checks, memory, plan
+from turret.train.cost import Others
 from turret.train.plan import fits
 
 
@@ -194,3 +199,39 @@ def test_resident_and_peak_memory_are_read() -> None:
     assert memory.available(torch.device("cpu")) > 0
     assert memory.mega(87e6) == "87 MB"
     assert memory.mega(1.25e9) == "1.2 GB"
+
+
+@pytest.mark.parametrize(
+    ("others", "threads", "count", "remedy"),
+    [
+        (0.9, 2, 2, "OMP_NUM_THREADS=1 "),
+        (3.2, 16, 16, "OMP_NUM_THREADS=12 "),
+        (0.4, 2, 2, None),
+        (1.0, 1, 2, None),
+        (4.0, 8, 16, None),
+    ],
+)
+def test_other_work_on_the_processors_is_a_warning_where_threads_will_wait_for_it(
+    others: float, threads: int, count: int, remedy: str | None
+) -> None:
+    found = list(checks.processors(others, threads, count))
+    assert len(found) == (remedy is not None)
+    assert remedy is None or (found[0].level == "warn" and found[0].remedy.startswith(remedy))
+
+
+def test_the_work_of_others_is_told_from_ones_own() -> None:
+    """The least of some tries, since other tests may be at work; then with a process that does nothing but work."""
+
+    def measured() -> float:
+        others, end = Others(), time.monotonic() + 0.5
+        while time.monotonic() < end:  # this process is busy all the time
+            pass
+        return others.busy()
+
+    alone = min(measured() for _ in range(3))
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            assert max(measured() for _ in range(3)) > 0.25
+        finally:
+            other.kill()
+    assert alone < (os.cpu_count() or 1) - 0.2  # its own share is no one else's

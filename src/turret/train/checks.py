@@ -23,6 +23,7 @@ from turret.train.splits import Splits
 
 FEW_STEPS = 20
 MANY_CUT = 0.05  # share of the inputs that lose their end, from which on it is worth a warning
+BUSY = 0.5  # processors that others keep busy, from which on it is worth a warning
 SKEWED = 10  # times as many examples of the largest class as of the smallest
 ABSOLUTE = ("bert", "roberta", "distilbert", "bart", "gpt2")  # families with a table of positions: it has an end
 
@@ -68,6 +69,18 @@ def share(trainable: int, total: int) -> Check:
     return Check(
         "trainable", "ok", f"{trainable:,} weights are trained, {trainable / total:.2%} of the base's {total:,}"
     )
+
+
+def processors(others: float, threads: int, count: int) -> Iterator[Check]:
+    """others: processors that other processes keep busy. An operation that several threads share waits for the last."""
+    if threads > 1 and others >= BUSY and others + threads > count + BUSY / 2:
+        yield Check(
+            "processors",
+            "warn",
+            f"other work keeps {others:.1f} of {count} busy, and each small operation waits for the slower of "
+            f"{threads} threads",
+            f"OMP_NUM_THREADS={max(1, count - math.ceil(others))} for as long as that lasts: up to ten times faster",
+        )
 
 
 def learning_rate(recipe: Any, base_parameters: int) -> Check:

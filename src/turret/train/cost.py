@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from turret import adapters, heap
 from turret.train import memory
 from turret.train.batches import Item, Items, Schedule, micro_batches, pass_tokens
@@ -19,6 +21,7 @@ from turret.train.start import Start, attach
 from turret.train.step import backward, loss_of
 
 LONG = 3.0  # seconds of a step that is not run twice to be timed
+TOLD_APART = 0.3  # seconds, of which the system counts hundredths
 LOOKED_AT = 50  # batches, of which the typical and the largest are taken
 
 
@@ -30,6 +33,25 @@ class Cost:
     step_tokens: float
     memory: memory.Prediction
     trainable: int  # weights
+    others: float  # processors that other processes kept busy meanwhile
+
+
+class Others:
+    """How many processors other processes keep busy, from here to `busy`; 0 where the time is too short to tell."""
+
+    def __init__(self) -> None:
+        self._began, self._before = time.perf_counter(), self._worked()
+
+    def busy(self) -> float:
+        seconds = time.perf_counter() - self._began
+        return max(0.0, (self._worked() - self._before) / seconds) if seconds >= TOLD_APART else 0.0
+
+    @staticmethod
+    def _worked() -> float:
+        """Processor seconds of all processes but this one, since some moment. A guest's are its host's too."""
+        machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle = sum(getattr(machine, name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
+        return float(sum(machine) - idle - own.user - own.system)
 
 
 def measure(
@@ -60,7 +82,7 @@ def measure(
             trainable = memory.trainable_bytes(adapters.trainable_parameters(model))
             backward(loss_of(model, task, typical[:1]))  # the first pass of all is slow
             saved = memory.SavedForBackward(model)
-            seconds = math.inf
+            others, seconds = Others(), math.inf
             for _ in range(2):  # the better of two: a neighbour's burst must not become the plan
                 started = clock()
                 for piece in micro_batches(typical, most):
@@ -68,6 +90,7 @@ def measure(
                 seconds = min(seconds, clock() - started)
                 if seconds > LONG:
                     break
+            busy = others.busy()
             with memory.grown() as grown:
                 with saved.counting():
                     loss = loss_of(model, task, largest)
@@ -85,7 +108,7 @@ def measure(
         activations=max(grown.bytes, saved.bytes + 2 * saved.largest),
         runtime=max(0, memory.resident() - base.bytes),
     )
-    return Cost(seconds, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4)
+    return Cost(seconds, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4, busy)
 
 
 def _tokens(batch: Sequence[Item]) -> int:

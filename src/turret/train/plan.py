@@ -5,9 +5,12 @@ Asks `checks` and `cost`, and leaves the base as it was. Refuses to know how a p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from turret.errors import PreflightRefused
 from turret.methods import Full
@@ -102,6 +105,7 @@ def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = Tr
         found += [
             fits(cost.memory, base),
             Check("time", "ok", f"about {duration(seconds)} for {schedule.steps} steps{_trials(auto, cost)}"),
+            *checks.processors(cost.others, torch.get_num_threads(), os.cpu_count() or 1),
         ]
     return Plan(
         checks=tuple(found),
