@@ -11,18 +11,18 @@ from turret import kernels
 IDLE = 0.05  # seconds without work, after which the helpers of a pass are let go
 
 
-def wait(wake: threading.Condition, busy: Callable[[], bool], left: Callable[[], float | None]) -> None:
+def wait(condition: threading.Condition, busy: Callable[[], bool], left: Callable[[], float | None]) -> None:
     """With the lock: until there is something to do. left: seconds until there will be, None for never."""
     resting = False
     while not busy():
         seconds = left()
-        told = wake.wait(seconds if resting else IDLE if seconds is None else min(seconds, IDLE))
+        told = condition.wait(seconds if resting else IDLE if seconds is None else min(seconds, IDLE))
         if told:  # work, or a load that work will follow
-            wake.release()
+            condition.release()
             try:
                 kernels.wake()
             finally:
-                wake.acquire()
+                condition.acquire()
             resting = False
         elif not resting:
             kernels.rest()

@@ -197,9 +197,7 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
    its matrices is as quick; with tiles its products are so quick that only memory's share of the time can be saved. */
 long linear_up_to_float32(void)
 {
-#if defined(__AVX512F__)
-    return FEW;
-#elif defined(__AVX2__) && defined(__FMA__)
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
     return FEW;
 #else
     return 0;

@@ -4,7 +4,7 @@
 /* --- y = x W^T + b, and each token's adapter -----------------------------------------------------------------------------
 
    x: (N, D_in), W: (D_out, D_in), b: (D_out,) or none, y: (N, D_out): all contiguous. W is read once, as it lies: a library that
-   packs it first reads and writes it anew at every call. Sums are float, in the order of `inner`; to them comes (x A^T) B of a
+   packs it first reads and writes it anew at every call. Sums are float, in the order of `inner` or of `across`; to them comes (x A^T) B of a
    token's span, which stays float throughout, and all are rounded once. */
 
 #ifdef BY_TOKENS
