@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters import activations, attention, positions, residual, rotary, through_peft
+from turret.adapters import activations, attention, layers, positions, residual, rotary, through_peft
 from turret.adapters.dropout import RoutedDropout
 from turret.adapters.lora import RoutedLinear, initial_factors
 from turret.adapters.norms import CLASSES, FrozenNorm
@@ -250,13 +250,14 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
     handles = [stack.register_forward_pre_hook(_refresher(attached, groups)) for stack, groups in stacks(model)]
     handles += positions.hook(model, attached.family, attached.route, attached.prefix_length)
     bias_undo = positions.hook_bias(bias_modules.values(), attached.route)
-    rotary_undo = [rotary.hook(site.module, attached.route) for site in attached.sites]
+    hook_undo = [rotary.hook(site.module, attached.route) for site in attached.sites]
+    hook_undo += [] if plain else [layers.hook(module, attached.route) for module in model.modules()]
 
     def undo() -> None:
         for handle in handles:
             handle.remove()
         bias_undo()
-        for undo_one in rotary_undo:
+        for undo_one in hook_undo:
             undo_one()
         for site in attached.sites:
             del site.module.turret_hook

@@ -18,7 +18,7 @@ def linear(layer: nn.Module, x: Tensor, spans: Spans | None = None, number: int 
 
     spans: the adapters of a pass, of which the layer takes the factors of its `number`; only where there are kernels.
     """
-    if _plain(layer) and not torch.is_grad_enabled():
+    if plain(layer) and not torch.is_grad_enabled():
         assert isinstance(layer, nn.Linear)
         weight, bias = layer.weight, layer.bias
         library = usable(x, weight) if bias is None else usable(x, weight, bias)
@@ -34,7 +34,7 @@ def linear(layer: nn.Module, x: Tensor, spans: Spans | None = None, number: int 
     return y
 
 
-def _plain(layer: nn.Module) -> bool:
+def plain(layer: nn.Module) -> bool:
     """Whether calling it is a product and nothing else: no subclass, no hooks, no forward of its own."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
     return type(layer) is nn.Linear and not hooked

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from turret.adapters.route import Route
 from turret.kernels import usable
 
-CLASSES = ("LlamaRMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
+CLASSES = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters.dropout import Masks
-from turret.kernels import Kept
+from turret.kernels import Kept, Library, Spans
 
 BARE = 0  # the slot of the bare base: no adapter at all
 
@@ -59,10 +59,23 @@ class Cache(Protocol):
 
 
 class Bank(Protocol):
-    """Where the adapters of a pass are, if they are not in the slots of the modules."""
+    """Where the adapters of a pass are, if they are not in the slots of the modules.
+
+    library: the kernels that compute the pass under way, or None.
+    """
+
+    library: Library | None
 
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         """A routed linear layer of the base on x, and delta(x) of every row's adapter."""
+        ...
+
+    def number(self, layer: Any) -> int:
+        """What a routed linear layer is called in `spans`."""
+        ...
+
+    def spans(self, stream: str) -> Spans | None:
+        """The adapters of the pass under way as the kernels read them; None where no token has one."""
         ...
 
     def keys_values(self, slot: int, group: str, layer: int) -> tuple[Tensor, Tensor] | None:

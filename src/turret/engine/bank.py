@@ -112,7 +112,7 @@ class Bank:
         self._viewed: OrderedDict[int, dict[int, Pair]] = OrderedDict()
         self._siblings = _siblings(self._paths)
         self._chunks: dict[str, list[Chunk]] = {}
-        self._library: Library | None = None  # of the pass under way, and what it reads
+        self.library: Library | None = None  # of the pass under way, and what it reads
         self._spans: dict[str, Spans] = {}
         self._held: list[Loaded] = []  # whatever is put out meanwhile
         self._fresh = self._steps = 0
@@ -252,8 +252,8 @@ class Bank:
 
     def begin(self, slots: Sequence[int], lengths: Mapping[str, Sequence[int]], steps: Sequence[int]) -> None:
         """Lay out a pass: fresh rows sorted by slot with their tokens by stream, then one token of each of `steps`."""
-        self._library = usable(*self._weights)
-        if self._library is not None:
+        self.library = usable(*self._weights)
+        if self.library is not None:
             self._begin_spans(slots, lengths, steps)
             return
         self._chunks = {}
@@ -290,9 +290,15 @@ class Bank:
             if (spans := laid_out(own, rows[-1][2] if rows else 0)) is not None:
                 self._spans[stream] = spans
 
+    def number(self, layer: Any) -> int:
+        return self._number[id(layer)]
+
+    def spans(self, stream: str) -> Spans | None:
+        return self._spans.get(stream)
+
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         number = self._number[id(layer)]
-        if self._alone is None and x.dim() != 2 and self._library is not None:
+        if self._alone is None and x.dim() != 2 and self.library is not None:
             return linear(layer.base_layer, x, self._spans.get(layer.stream), number)
         y = linear(layer.base_layer, x)
         if self._alone is not None:
@@ -317,7 +323,7 @@ class Bank:
     def finish(self) -> None:
         """The pass is over: nothing of it is kept."""
         self._chunks, self._last = {}, None
-        self._library, self._spans, self._held = None, {}, []
+        self.library, self._spans, self._held = None, {}, []
         self.stack.forget()
 
     def logits(self, slot: int, pooled: Tensor) -> Tensor:

@@ -3,15 +3,17 @@
 `library()` gives them or None; every caller keeps its plain path beside. `TURRET_KERNELS=off` takes the plain path.
 """
 
-from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rows, Seeds, Spans
+from turret.kernels.arguments import KEPT, DecoderLayer, Dropped, Kept, Matrix, Prefixes, Rows, Seeds, Spans
 from turret.kernels.library import LARGEST, Library, library, rest, usable, wake, why, without
 
 __all__ = [
     "KEPT",
     "LARGEST",
+    "DecoderLayer",
     "Dropped",
     "Kept",
     "Library",
+    "Matrix",
     "Prefixes",
     "Rows",
     "Seeds",

@@ -17,7 +17,10 @@ from pathlib import Path
 
 from turret.cache import cache_folder
 
-SOURCES = ("kernels.c", "operations.inc.c", "products.inc.c", "attention.inc.c", "low_rank.inc.c", "step.inc.c")
+SOURCES = (
+    *("kernels.c", "operations.inc.c", "products.inc.c", "attention.inc.c", "low_rank.inc.c", "step.inc.c"),
+    "layer.inc.c",
+)
 # No -ffast-math: it would have the library set the whole process to flush small numbers, and assume there are no NaNs.
 FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-shared", "-std=gnu11"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turret.kernels.arguments import Dropped, Kept, Prefixes, Rows, Spans, words_of
+from turret.kernels.arguments import DecoderLayer, Dropped, Kept, PartWords, Prefixes, Rows, Spans, words_of
 from turret.kernels.build import NotBuilt, library_path
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -30,7 +30,12 @@ DECLARED = {  # arguments as plain numbers, where a kernel is called once a laye
         *(_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER),
         *(ctypes.c_float, _LONG, _POINTER, ctypes.c_int),
     ),
+    "decoder_layer": (
+        *(_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER),
+        *(_LONG, _POINTER, _POINTER, _POINTER, ctypes.c_int),
+    ),
 }
+RETURNED = {"decoder_layer": _LONG}
 
 
 class Library:
@@ -41,13 +46,13 @@ class Library:
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         self._few = {dtype: int(getattr(loaded, f"linear_up_to_{name}")()) for dtype, name in NAMES.items()}
 
-    def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> Any:
         function = self._functions.get((name, dtype))
         if function is None:
             function = getattr(self._loaded, f"{name}_{NAMES[dtype]}")
-            function.argtypes, function.restype = DECLARED.get(name), None
+            function.argtypes, function.restype = DECLARED.get(name), RETURNED.get(name)
             self._functions[name, dtype] = function
-        function(*arguments)
+        return function(*arguments)
 
     def rest(self) -> None:
         self._loaded.rest()
@@ -233,6 +238,48 @@ class Library:
             "attend_step", q.dtype, kept.address, q.data_ptr(), *q.stride()[:2], heads, keys.data_ptr(),
             values.data_ptr(), scaling, window, y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
+        return y
+
+    def decoder_layer(
+        self,
+        layer: DecoderLayer,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        spans: Spans | None,
+        parts: Sequence[tuple[Kept, Tensor, Tensor]],
+    ) -> Tensor:
+        """The whole layer on the next token of every row, at most `few` of them: the same numbers as its parts give.
+
+        x: (..., D) of N tokens, cos, sin: (..., head size). parts: what the cache holds of the rows, in their order,
+        keys and values (B, H_kv, S, head size); the new ones are kept there.
+        """
+        tokens = x.numel() // layer.width
+        assert x.is_contiguous()
+        assert x.shape[-1] == layer.width
+        assert x.dtype == cos.dtype == sin.dtype == layer.dtype
+        assert 0 < tokens <= self._few[x.dtype]
+        assert spans is None or spans.tokens == tokens
+        for each in (cos, sin):
+            assert each.is_contiguous()
+            assert each.numel() == tokens * layer.dim
+        assert sum(kept.shape[0] for kept, _, _ in parts) == tokens
+        for kept, keys, values in parts:
+            kept.require(keys, values)
+            assert kept.shape[1:] == (layer.kv_heads, layer.dim)
+        words = (PartWords * len(parts))(
+            *(PartWords(kept.address, keys.data_ptr(), values.data_ptr()) for kept, keys, values in parts)
+        )
+        y = torch.empty_like(x)
+        told = (
+            layer.address, tokens, x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            None if spans is None else spans.address, len(parts), ctypes.addressof(words), y.data_ptr(),
+        )  # fmt: skip
+        threads = torch.get_num_threads()
+        if tokens not in layer.room:
+            layer.room[tokens] = self._call("decoder_layer", x.dtype, *told, None, threads)
+        room = torch.empty(layer.room[tokens], dtype=torch.uint8)
+        self._call("decoder_layer", x.dtype, *told, room.data_ptr(), threads)
         return y
 
 

@@ -443,3 +443,23 @@ struct held {
     long most;                            /* the longest row */
     const int64_t *lengths, *prefixes;
 };
+
+/* Those of one layer's rows that lie in one place: keys and values as T. */
+struct part {
+    const struct held *held;
+    void *keys, *values;
+};
+
+/* A frozen linear layer, and by what number the factors of adapters call it. */
+struct matrix {
+    long d_in, d_out, number;
+    const void *weight, *bias; /* (d_out, d_in), and (d_out,) or none */
+};
+
+/* A layer of a gated decoder; q_norm and k_norm are over a head, or none. */
+struct decoder_layer {
+    struct matrix q, k, v, o, gate, up, down;
+    const void *norm, *q_norm, *k_norm, *norm_behind;
+    long dim, window;
+    float eps, eps_behind, scaling;
+};

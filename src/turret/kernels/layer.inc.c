@@ -1,0 +1,62 @@
+/* A whole layer in one call, where tokens are few and what lies between two products takes longer than they do. Included by
+   kernels.c once a dtype, behind step.inc.c. It calls the functions that the modules of the layer call one by one, in their order
+   and with their roundings, so it gives the same numbers. `room` is memory for what comes between; where it is 0, nothing is
+   computed and the bytes that it takes are returned. */
+
+/* y = x + a */
+static void NAME(sum)(long n, const T *x, const T *a, T *to, int threads)
+{
+    EACH(n)
+        y[i] = LOAD(x[at + i]) + LOAD(a[at + i]);
+    DONE
+        NAME(put)(to + at, y, size);
+    END
+}
+
+static void NAME(times)(const struct matrix *m, const T *x, T *y, long tokens, const struct spans *spans, int threads)
+{
+    NAME(linear)(x, m->weight, m->bias, y, tokens, m->d_in, m->d_out, spans, m->number, threads);
+}
+
+/* The next token of every row through a gated decoder's layer (Llama, Mistral, Qwen). x, y: (N, D); cosine, sine: (N, head size);
+   the rows lie in `count` parts of a cache, one behind the other.
+
+     h = x + W_o attention(rotate(W_q n), rotate(W_k n), W_v n),    n = rms_norm(x)
+     y = h + W_down (silu(W_gate m) * W_up m),                      m = rms_norm(h) */
+long NAME(decoder_layer)(const struct decoder_layer *l, long tokens, const T *x, const T *cosine, const T *sine, const struct spans *spans,
+                         long count, const struct part *parts, T *y, void *room, int threads)
+{
+    long width = l->q.d_in, inner = l->up.d_out, dim = l->dim, heads = l->q.d_out / dim, kv_heads = l->k.d_out / dim;
+    char *next = room;
+    float *r = CUT(float, tokens * heads);
+    T *normed = CUT(T, tokens * width), *added = CUT(T, tokens * width), *h = CUT(T, tokens * width);
+    T *q = CUT(T, tokens * heads * dim), *turned_q = CUT(T, tokens * heads * dim), *seen = CUT(T, tokens * heads * dim);
+    T *k = CUT(T, tokens * kv_heads * dim), *turned_k = CUT(T, tokens * kv_heads * dim), *v = CUT(T, tokens * kv_heads * dim);
+    T *gate = CUT(T, tokens * inner), *up = CUT(T, tokens * inner), *both = CUT(T, tokens * inner);
+    if (!room) return next - (char *)room;
+
+    NAME(rms_norm)(tokens, width, x, l->norm, l->eps, normed, r, threads);
+    NAME(times)(&l->q, normed, q, tokens, spans, threads);
+    NAME(times)(&l->k, normed, k, tokens, spans, threads);
+    NAME(times)(&l->v, normed, v, tokens, spans, threads);
+    if (l->q_norm) NAME(rms_norm)(tokens * heads, dim, q, l->q_norm, l->eps, q, r, threads);
+    if (l->k_norm) NAME(rms_norm)(tokens * kv_heads, dim, k, l->k_norm, l->eps, k, r, threads);
+    NAME(rotate)(tokens, heads, dim, q, heads * dim, dim, cosine, sine, 1.0f, turned_q, threads);
+    NAME(rotate)(tokens, kv_heads, dim, k, kv_heads * dim, dim, cosine, sine, 1.0f, turned_k, threads);
+    for (long i = 0, from = 0; i < count; from += parts[i].held->rows, i++) {
+        const struct part *p = parts + i;
+        NAME(keep_step)(p->held, turned_k + from * kv_heads * dim, v + from * kv_heads * dim, kv_heads * dim, dim, p->keys, p->values);
+        NAME(attend_step)(p->held, turned_q + from * heads * dim, heads * dim, dim, heads, p->keys, p->values, l->scaling, l->window,
+                          seen + from * heads * dim, threads);
+    }
+    NAME(times)(&l->o, seen, added, tokens, spans, threads);
+    NAME(sum)(tokens * width, x, added, h, threads);
+
+    NAME(rms_norm)(tokens, width, h, l->norm_behind, l->eps_behind, normed, r, threads);
+    NAME(times)(&l->gate, normed, gate, tokens, spans, threads);
+    NAME(times)(&l->up, normed, up, tokens, spans, threads);
+    NAME(swiglu)(tokens * inner, gate, up, both, threads);
+    NAME(times)(&l->down, both, added, tokens, spans, threads);
+    NAME(sum)(tokens * width, h, added, y, threads);
+    return 0;
+}

@@ -1,0 +1,199 @@
+"""A decoder's layer in one call: the same bits as its modules give, and the modules where it does not fit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import small_models
+import torch
+import transformers
+from compiled_kernels import compiled, needed
+from tiny_training import Base
+from torch import Tensor
+
+from turret import kernels
+from turret.adapters import Adapter, BaseInfo, attach, detach, extract
+from turret.adapters.layers import Step as LayerStep
+from turret.adapters.norms import FrozenNorm
+from turret.engine.bank import Bank
+from turret.engine.runner import Fresh, Runner, Step
+from turret.families import family_of
+from turret.methods import LoRA, Method, Prefix
+
+pytestmark = needed
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "llama with biases": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=6),  # narrower than the rows
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES),
+}
+METHODS: list[Method] = [
+    LoRA(r=4, lora_dropout=0.0, init_lora_weights=False, target_modules="all-linear"),
+    LoRA(r=9, lora_dropout=0.0, init_lora_weights=False),  # queries and values alone
+    Prefix(num_virtual_tokens=5, reparametrize=False),
+]
+LENGTHS = (9, 3, 14, 1, 40, 6)
+SLOTS = (1, 2, 0, 3, 1, 3)
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def model_of(name: str, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+    for key, each in model.named_parameters():  # norms and biases that matter
+        if each.ndim == 1:
+            each.add_(torch.randn_like(each) * 0.2)
+        assert bool(each.any()), key
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def made(model: Any, method: Method) -> Adapter:
+    attach(model, method, generator=torch.Generator().manual_seed(1))
+    tensors, head, kept = extract(model)
+    detach(model)
+    return Adapter(
+        kept, {key: each + 0.1 * torch.randn_like(each) for key, each in tensors.items()}, head, BaseInfo("b")
+    )
+
+
+def runner_of(name: str, dtype: torch.dtype) -> Runner:
+    model = model_of(name, dtype)
+    adapters = [made(model, method) for method in METHODS]
+    runner = Runner(Base(model, small_models.tokenizer("llama"), family_of(model.config), bytes=1))
+    for slot, adapter in enumerate(adapters, 1):
+        runner.bank.mount(slot, runner.bank.prepare(adapter, f"sha256:{slot}", Kind()))
+    return runner
+
+
+class Kind:
+    kind = "generate"
+
+
+def steps(runner: Runner, count: int = 4, slots: tuple[int, ...] = SLOTS) -> list[Tensor]:
+    """What a pass of every prompt says, and so many steps behind it."""
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(5, 128, (LENGTHS[i % 6],), generator=generator).tolist() for i in range(len(slots))]
+    lanes = [runner.lane(len(row), count + 1, slot) for row, slot in zip(rows, slots, strict=True)]
+    said = [runner.run([Fresh(row, slot, lane) for row, slot, lane in zip(rows, slots, lanes, strict=True)]).vocabulary]
+    for place in range(count):
+        going = [Step(7 + place, slot, lane) for slot, lane in zip(slots, lanes, strict=True)]
+        said.append(runner.run([], going).vocabulary)
+    for lane in lanes:
+        runner.cache.close(lane)
+    return said
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Whether the one call computed, at every layer of a pass that asked it."""
+    taken: list[bool] = []
+    own = LayerStep.__call__
+
+    def counted(self: LayerStep, *arguments: Any) -> Tensor | None:
+        y = own(self, *arguments)
+        taken.append(y is not None)
+        return y
+
+    monkeypatch.setattr(LayerStep, "__call__", counted)
+    return taken
+
+
+def by_modules(runner: Runner, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[Tensor]:
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStep, "__call__", lambda *_: None)
+        return steps(runner, **settings)
+
+
+def few(dtype: torch.dtype) -> bool:
+    return compiled().few(dtype) >= len(SLOTS)
+
+
+@BOTH
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_is_to_the_bit_what_the_modules_give(
+    name: str, dtype: torch.dtype, calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of several lane sizes, adapters of other ranks and targets, prefixes and bare rows."""
+    runner = runner_of(name, dtype)
+    calls.clear()
+    ours = steps(runner)
+    layers = runner.model.config.num_hidden_layers
+    assert calls == [False] * layers + [few(dtype)] * 4 * layers
+    for one, other in zip(ours, by_modules(runner, monkeypatch), strict=True):
+        assert torch.equal(one, other)
+    monkeypatch.setattr(Bank, "spans", lambda *_: None)  # the control: what adapters say matters
+    bare = steps(runner)
+    assert not few(dtype) or not torch.allclose(bare[1].float(), ours[1].float(), atol=0.1)
+
+
+def test_a_pass_in_which_a_row_begins_is_the_modules(calls: list[bool]) -> None:
+    if not few(torch.float32):
+        pytest.skip("not for this processor")
+    runner = runner_of("llama", torch.float32)
+    calls.clear()
+    first, second = runner.lane(3, 4, 1), runner.lane(2, 4, 2)
+    runner.run([Fresh([5, 6, 7], 1, first)])
+    runner.run([Fresh([8, 9], 2, second)], [Step(7, 1, first)])
+    assert not any(calls)
+    calls.clear()
+    runner.run([], [Step(7, 1, first), Step(8, 2, second)])
+    assert all(calls)
+    assert len(calls) == 3
+
+
+def test_more_rows_than_the_kernel_takes_are_the_modules(calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.Library, "few", lambda *_: 5)
+    steps(runner_of("llama", torch.float32), count=1)
+    assert not any(calls)
+
+
+def _other_mlp(layer: Any) -> None:
+    layer.mlp = copy.deepcopy(layer.mlp.act_fn)
+
+
+def _other_norm(layer: Any) -> None:
+    layer.input_layernorm = torch.nn.Identity()
+
+
+def _hooked(layer: Any) -> None:
+    layer.self_attn.o_proj.base_layer.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+@pytest.mark.parametrize("change", [_other_norm, _other_mlp, _hooked])
+def test_a_layer_that_is_something_else_is_computed_by_its_modules(
+    change: Any, calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_of("llama", torch.float32)
+    change(runner.model.model.layers[1])
+    calls.clear()
+    ours = steps(runner, count=1)
+    assert calls[3:] == [few(torch.float32), False, few(torch.float32)]
+    for one, other in zip(ours, by_modules(runner, monkeypatch, count=1), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_without_kernels_and_after_the_engine_the_layers_are_the_bases_own(calls: list[bool]) -> None:
+    runner = runner_of("llama", torch.float32)
+    with kernels.without():
+        steps(runner, count=1)
+    assert not any(calls)
+    layers = runner.model.model.layers
+    assert all("forward" in vars(layer) for layer in layers)
+    runner.close()
+    assert not any("forward" in vars(layer) for layer in layers)
+    assert not isinstance(layers[0].input_layernorm, FrozenNorm)
