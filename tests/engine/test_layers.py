@@ -1,9 +1,10 @@
-"""A decoder's layer in one call: the same bits as its modules give, and the modules where it does not fit."""
+"""A layer in one call: the same bits as its modules give, and the modules where it does not fit."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from turret import kernels
 from turret.adapters import Adapter, BaseInfo, attach, detach, extract
-from turret.adapters.layers import Step as LayerStep
+from turret.adapters.layers import OneCall
 from turret.adapters.norms import FrozenNorm
 from turret.engine.bank import Bank
 from turret.engine.runner import Fresh, Runner, Step
 from turret.families import family_of
-from turret.methods import LoRA, Method, Prefix
+from turret.methods import Head, LoRA, Method, Prefix
 
 pytestmark = needed
 SIZES: dict[str, Any] = {
@@ -41,6 +42,19 @@ CONFIGS = {
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES),
 }
+ENCODER = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "num_labels": 3,
+}
+ENCODERS = {
+    "bert": lambda: transformers.BertConfig(**ENCODER),
+    "roberta": lambda: transformers.RobertaConfig(**ENCODER, max_position_embeddings=64),
+}
 METHODS: list[Method] = [
     LoRA(r=4, lora_dropout=0.0, init_lora_weights=False, target_modules="all-linear"),
     LoRA(r=9, lora_dropout=0.0, init_lora_weights=False),  # queries and values alone
@@ -53,7 +67,10 @@ BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 def model_of(name: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+    auto: Any = transformers.AutoModelForCausalLM
+    if name in ENCODERS:
+        auto = transformers.AutoModelForSequenceClassification
+    model = auto.from_config((CONFIGS | ENCODERS)[name]()).eval().requires_grad_(False)
     for key, each in model.named_parameters():  # norms and biases that matter
         if each.ndim == 1:
             each.add_(torch.randn_like(each) * 0.2)
@@ -73,15 +90,12 @@ def made(model: Any, method: Method) -> Adapter:
 
 def runner_of(name: str, dtype: torch.dtype) -> Runner:
     model = model_of(name, dtype)
-    adapters = [made(model, method) for method in METHODS]
+    adapters = [made(model, method) for method in (*METHODS, *([Head()] if name in ENCODERS else []))]
     runner = Runner(Base(model, small_models.tokenizer("llama"), family_of(model.config), bytes=1))
     for slot, adapter in enumerate(adapters, 1):
-        runner.bank.mount(slot, runner.bank.prepare(adapter, f"sha256:{slot}", Kind()))
+        task = SimpleNamespace(kind="classify" if name in ENCODERS else "generate")
+        runner.bank.mount(slot, runner.bank.prepare(adapter, f"sha256:{slot}", task))
     return runner
-
-
-class Kind:
-    kind = "generate"
 
 
 def steps(runner: Runner, count: int = 4, slots: tuple[int, ...] = SLOTS) -> list[Tensor]:
@@ -102,20 +116,20 @@ def steps(runner: Runner, count: int = 4, slots: tuple[int, ...] = SLOTS) -> lis
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Whether the one call computed, at every layer of a pass that asked it."""
     taken: list[bool] = []
-    own = LayerStep.__call__
+    own = OneCall.__call__
 
-    def counted(self: LayerStep, *arguments: Any) -> Tensor | None:
+    def counted(self: OneCall, *arguments: Any) -> Tensor | None:
         y = own(self, *arguments)
         taken.append(y is not None)
         return y
 
-    monkeypatch.setattr(LayerStep, "__call__", counted)
+    monkeypatch.setattr(OneCall, "__call__", counted)
     return taken
 
 
 def by_modules(runner: Runner, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[Tensor]:
     with monkeypatch.context() as patch:
-        patch.setattr(LayerStep, "__call__", lambda *_: None)
+        patch.setattr(OneCall, "__call__", lambda *_: None)
         return steps(runner, **settings)
 
 
@@ -139,6 +153,35 @@ def test_a_step_is_to_the_bit_what_the_modules_give(
     monkeypatch.setattr(Bank, "spans", lambda *_: None)  # the control: what adapters say matters
     bare = steps(runner)
     assert not few(dtype) or not torch.allclose(bare[1].float(), ours[1].float(), atol=0.1)
+
+
+def short_texts(runner: Runner) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    fresh = [
+        Fresh(torch.randint(5, 128, (length,), generator=generator).tolist(), slot)
+        for length, slot in zip((9, 3, 14, 1, 11), (1, 2, 4, 3, 1), strict=True)
+    ]
+    return runner.run(fresh).classes
+
+
+@BOTH
+@pytest.mark.parametrize("name", ENCODERS)
+def test_short_texts_are_to_the_bit_what_the_modules_give(
+    name: str, dtype: torch.dtype, calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two LoRAs, a prefix and a head alone."""
+    runner = runner_of(name, dtype)
+    calls.clear()
+    ours = short_texts(runner)
+    assert calls == [compiled().few(dtype) >= 40] * 3
+    with monkeypatch.context() as patch:
+        patch.setattr(OneCall, "__call__", lambda *_: None)
+        theirs = short_texts(runner)
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    monkeypatch.setattr(Bank, "spans", lambda *_: None)
+    bare = short_texts(runner)
+    assert not calls[0] or not torch.allclose(bare[0], ours[0], atol=0.02)
+    assert torch.equal(bare[2], ours[2])  # a head alone
 
 
 def test_a_pass_in_which_a_row_begins_is_the_modules(calls: list[bool]) -> None:

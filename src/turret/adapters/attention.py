@@ -159,6 +159,13 @@ def _flash(
     window: int | None,
 ) -> Tensor:
     """`_unpadded_plainly` by a kernel, with little kept for the backward pass."""
+    rows, prefixes = rows_and_prefixes(hooked, scaling, window, k.dtype)
+    dropped = (hooked.route.masks or Masks()).dropped(p) if p > 0.0 else KEPT
+    return flash(library, rows, q, k, v, prefixes, dropped)
+
+
+def rows_and_prefixes(hooked: Hooked, scaling: float, window: int | None, dtype: torch.dtype) -> tuple[Rows, Prefixes]:
+    """What a kernel is told of the rows of an unpadded batch at one site."""
     route, site = hooked.route, hooked.site
     assert route.lengths is not None
     slots = [route.slot_of(row) for row in range(len(next(iter(route.lengths.values()))))]
@@ -169,11 +176,8 @@ def _flash(
         longest = max((pair[0].shape[1] for pair in pairs.values()), default=0)
         route.memo[place] = _rows(hooked, scaling, window, longest, asked)
     order = {slot: index for index, slot in enumerate(pairs)}
-    prefixes = Prefixes(
-        [(key.to(k.dtype), value.to(k.dtype)) for key, value in pairs.values()], [*map(order.get, slots)]
-    )
-    dropped = (route.masks or Masks()).dropped(p) if p > 0.0 else KEPT
-    return flash(library, route.memo[place], q, k, v, prefixes, dropped)
+    prefixes = Prefixes([(key.to(dtype), value.to(dtype)) for key, value in pairs.values()], [*map(order.get, slots)])
+    return route.memo[place], prefixes
 
 
 def _rows(hooked: Hooked, scaling: float, window: int | None, longest_prefix: int, asked: Tensor | None) -> Rows:

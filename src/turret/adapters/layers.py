@@ -1,79 +1,119 @@
-"""A whole layer of a gated decoder in one call, where every token of a pass is the next one of some row.
+"""A whole layer in one call, where an engine's pass has few tokens: a short text, or the next token of some rows.
 
-    h = x + W_o attention(rotate(W_q n), rotate(W_k n), W_v n),    n = rms_norm(x)
-    y = h + W_down (silu(W_gate m) * W_up m),                      m = rms_norm(h)        (Llama, Mistral, Qwen)
+    BERT, RoBERTa:         h = norm(W_o attention(W_q x, W_k x, W_v x) + x),    y = norm(W_down gelu(W_up h) + h)
+    Llama, Mistral, Qwen:  h = x + W_o attention(rotate(W_q n), rotate(W_k n), W_v n),    n = rms_norm(x)
+                           y = h + W_down (silu(W_gate m) * W_up m),                      m = rms_norm(h)
 
 For so few tokens the dozen modules of a layer take longer than its arithmetic. The one call does what theirs do, in
-their order and with their roundings, so it gives the same numbers; whatever it does not know, the modules compute. An
-engine's passes only. Knows modules by the names of their parts; refuses to know what an adapter is.
+their order and with their roundings, so it gives the same numbers; whatever it does not know, the modules compute.
+Knows modules by the names of their parts; refuses to know what an adapter is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.activations import FrozenGated
+from turret.adapters.activations import FrozenGated, FrozenGELU
+from turret.adapters.attention import rows_and_prefixes
 from turret.adapters.frozen import plain
 from turret.adapters.lora import RoutedLinear
 from turret.adapters.norms import FrozenNorm
+from turret.adapters.residual import FrozenOutput
 from turret.adapters.route import Bank, Route
-from turret.kernels import DecoderLayer, Matrix, usable
-
-CLASSES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-MATRICES = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
+from turret.kernels import DecoderLayer, EncoderLayer, LayerNorm, Library, Matrix, usable
 
 
-class Step:
-    """What one layer computes for the next token of every row, or None where its modules shall."""
+class OneCall:
+    """What one layer computes in one call, or None where its modules shall."""
 
     def __init__(self, module: Any, route: Route) -> None:
         self._module, self._route = module, route
-        self._known: tuple[Bank, DecoderLayer | None] | None = None
+        self._known: tuple[Bank, Any] | None = None  # the layer's weights, where they are what the kernel computes with
 
-    def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor | None:
-        """x: (1, N, D), turn: cos and sin, each (1, N, head size) -> (1, N, D)."""
-        cache, bank = self._route.cache, self._route.bank
+    def __call__(self, x: Tensor, settings: dict[str, Any]) -> Tensor | None:
+        """x: (1, N, D) -> (1, N, D). settings: what else the layer is called with."""
+        bank = self._route.bank
         library = None if bank is None else bank.library
-        if bank is None or cache is None or library is None or turn is None or cache.fresh("decoder"):
+        if bank is None or library is None or torch.is_grad_enabled() or self._module.training:
             return None
-        cos, sin = (each.contiguous() for each in turn)
-        few = 0 < x.shape[1] <= library.few(x.dtype) and cos.shape[:2] == x.shape[:2] and usable(x, cos, sin)
-        if not few or torch.is_grad_enabled():
+        if not 0 < x.shape[1] <= library.few(x.dtype) or usable(x) is None:
             return None
         if self._known is None or self._known[0] is not bank:
             self._known = bank, self._layer(bank)
         layer = self._known[1]
         if layer is None or layer.dtype != x.dtype:
             return None
+        return self._computed(library, layer, bank, x.contiguous(), settings)
+
+    def _layer(self, bank: Bank) -> Any:
+        raise NotImplementedError
+
+    def _computed(self, library: Library, layer: Any, bank: Bank, x: Tensor, settings: dict[str, Any]) -> Tensor | None:
+        raise NotImplementedError
+
+
+class Encoder(OneCall):
+    """Every token of the pass."""
+
+    def _computed(
+        self, library: Library, layer: EncoderLayer, bank: Bank, x: Tensor, settings: dict[str, Any]
+    ) -> Tensor | None:
+        if self._route.lengths is None or self._route.read is not None:
+            return None
+        attention = self._module.attention.self
+        told = rows_and_prefixes(attention.turret_hook, attention.scaling, None, x.dtype)
+        return library.encoder_layer(layer, x, bank.spans("encoder"), *told)
+
+    def _layer(self, bank: Bank) -> EncoderLayer | None:
+        module, attention = self._module, self._module.attention.self
+        behind, last = module.attention.output, module.output
+        active = isinstance(module.intermediate.intermediate_act_fn, FrozenGELU)
+        if not active or module.is_decoder or not all(isinstance(each, FrozenOutput) for each in (behind, last)):
+            return None
+        linears = [attention.query, attention.key, attention.value, behind.dense, module.intermediate.dense, last.dense]
+        matrices, norms = _matrices(bank, linears), [each.LayerNorm for each in (behind, last)]
+        if matrices is None or not all(_is_affine(each) for each in norms):
+            return None
+        if not _one_dtype([*(each.weight for each in matrices), *(own for n in norms for own in n.parameters())]):
+            return None
+        one, other = (LayerNorm(each.weight, each.bias, each.eps) for each in norms)
+        return EncoderLayer(matrices, (one, other), attention.attention_head_size)
+
+
+class Decoder(OneCall):
+    """The next token of every row, where no row begins."""
+
+    def _computed(
+        self, library: Library, layer: DecoderLayer, bank: Bank, x: Tensor, settings: dict[str, Any]
+    ) -> Tensor | None:
+        cache, turn = self._route.cache, settings.get("position_embeddings")
+        if cache is None or turn is None or cache.fresh("decoder"):
+            return None
+        cos, sin = (each.contiguous() for each in turn)
+        if cos.shape[:2] != x.shape[:2] or usable(x, cos, sin) is None:
+            return None
         parts = []
         for held in cache.step("decoder", self._module.self_attn.turret_hook.site.layer, None, None):
             if held.kept is None:
                 return None
             parts.append((held.kept, held.keys, held.values))
-        return library.decoder_layer(layer, x.contiguous(), cos, sin, bank.spans("decoder"), parts)
+        return library.decoder_layer(layer, x, cos, sin, bank.spans("decoder"), parts)
 
     def _layer(self, bank: Bank) -> DecoderLayer | None:
-        """The layer's weights, if it is made of what the kernel computes and of nothing else."""
-        module, attention = self._module, self._module.self_attn
+        module, attention, mlp = self._module, self._module.self_attn, self._module.mlp
         before, behind = module.input_layernorm, module.post_attention_layernorm
         heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         norms = [each for each in (before, *heads, behind) if each is not None]
-        known = isinstance(module.mlp, FrozenGated) and all(isinstance(each, FrozenNorm) for each in norms)
+        known = isinstance(mlp, FrozenGated) and all(isinstance(each, FrozenNorm) for each in norms)
         if not known or len({each.variance_epsilon for each in norms[:-1]}) > 1:
             return None
-        linears = [module.get_submodule(path) for path in MATRICES]
-        if not all(isinstance(each, RoutedLinear) and plain(each.base_layer) for each in linears):
-            return None
-        matrices = [Matrix(bank.number(each), each.weight, each.bias) for each in linears]
-        weights = [*(each.weight for each in norms), *(each.weight for each in matrices)]
-        if any(each.dtype != weights[0].dtype or not each.is_contiguous() for each in weights):
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        matrices = _matrices(bank, [*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj])
+        if matrices is None or not _one_dtype([each.weight for each in (*matrices, *norms)]):
             return None
         return DecoderLayer(
             matrices,
@@ -85,6 +125,27 @@ class Step:
         )
 
 
+LAYERS: dict[str, type[OneCall]] = {
+    **dict.fromkeys(("BertLayer", "RobertaLayer"), Encoder),
+    **dict.fromkeys(("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"), Decoder),
+}
+
+
+def _matrices(bank: Bank, linears: Sequence[Any]) -> list[Matrix] | None:
+    """Routed linear layers, or None where one is more than a product."""
+    if not all(isinstance(each, RoutedLinear) and plain(each.base_layer) for each in linears):
+        return None
+    return [Matrix(bank.number(each), each.weight, each.bias) for each in linears]
+
+
+def _is_affine(norm: nn.Module) -> bool:
+    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
+
+
+def _one_dtype(weights: Sequence[Tensor]) -> bool:
+    return all(each.dtype == weights[0].dtype and each.is_contiguous() for each in weights)
+
+
 def _window(attention: Any) -> int | None:
     """What the module hands its attention function as `sliding_window`."""
     name = type(attention).__name__
@@ -92,13 +153,14 @@ def _window(attention: Any) -> int | None:
 
 
 def hook(module: nn.Module, route: Route) -> Callable[[], object]:
-    """Let one layer compute a step in one call, if it is one of those; returns what undoes it."""
-    if type(module).__name__ not in CLASSES or "forward" in vars(module):
+    """Let one layer compute in one call where it can, if it is one of those; returns what undoes it."""
+    kind = LAYERS.get(type(module).__name__)
+    if kind is None or "forward" in vars(module):
         return lambda: None
-    theirs, step = module.forward, Step(module, route)
+    theirs, one_call = module.forward, kind(module, route)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = step(hidden_states, kwargs.get("position_embeddings"))
+        y = one_call(hidden_states, kwargs)
         return theirs(hidden_states, *args, **kwargs) if y is None else y
 
     module.forward = forward

@@ -3,7 +3,8 @@
 `library()` gives them or None; every caller keeps its plain path beside. `TURRET_KERNELS=off` takes the plain path.
 """
 
-from turret.kernels.arguments import KEPT, DecoderLayer, Dropped, Kept, Matrix, Prefixes, Rows, Seeds, Spans
+from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rows, Seeds, Spans
+from turret.kernels.layers import DecoderLayer, EncoderLayer, LayerNorm, Matrix
 from turret.kernels.library import LARGEST, Library, library, rest, usable, wake, why, without
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "LARGEST",
     "DecoderLayer",
     "Dropped",
+    "EncoderLayer",
     "Kept",
+    "LayerNorm",
     "Library",
     "Matrix",
     "Prefixes",

@@ -1,7 +1,7 @@
-"""What the kernels are told beside tensors: rows, prefixes, spans of adapters, caches, layers, dropout, as C reads it.
+"""What the kernels are told beside tensors: rows, prefixes, spans of adapters, a cache, dropout, as C reads them.
 
-Each of them is made once a pass, a layer once and for all. Refuses to know what is computed. Axes: B rows, N tokens of
-all rows, H heads, P prefix, D head size, S spans.
+Each of them is made once a pass. Refuses to know what is computed. Axes: B rows, N tokens of all rows, H heads, P
+prefix, D head size, S spans.
 """
 
 from __future__ import annotations
@@ -119,89 +119,6 @@ class Kept:
         for each in tensors:
             assert (*each.shape[:2], each.shape[3]) == self.shape
             assert each.stride() == self.strides
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A frozen linear layer: weight (D_out, D_in), bias (D_out,) or none, and its number in `Spans`."""
-
-    number: int
-    weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def words(self) -> _MatrixWords:
-        d_out, d_in = self.weight.shape
-        return _MatrixWords(d_in, d_out, self.number, self.weight.data_ptr(), _address(self.bias))
-
-
-class DecoderLayer:
-    """A layer of a gated decoder as `Library.decoder_layer` reads it.
-
-    matrices: q, k, v, o, gate, up, down. norms: the weights of those before attention, of queries and of keys over a
-    head (or none), and behind attention. eps: of the first three, and of the last. dim: of a head. window: 0 for none.
-    """
-
-    def __init__(
-        self,
-        matrices: Sequence[Matrix],
-        norms: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
-        eps: tuple[float, float],
-        *,
-        dim: int,
-        scaling: float,
-        window: int = 0,
-    ) -> None:
-        q, k, v, o, gate, up, down = (each.weight.shape for each in matrices)
-        assert q[1] == k[1] == v[1] == gate[1] == up[1] == o[0] == down[0]
-        assert (q[0], k[0], gate[0]) == (o[1], v[0], up[0])
-        assert gate[0] == down[1]
-        assert q[0] % dim == k[0] % dim == 0
-        assert [*map(_size, norms)] == [q[1], *(None if each is None else dim for each in norms[1:3]), q[1]]
-        every = [each for matrix in matrices for each in (matrix.weight, matrix.bias)] + [*norms]
-        assert all(each is None or each.is_contiguous() for each in every)
-        self.dtype, self.width, self.dim, self.heads, self.kv_heads = (
-            norms[0].dtype,
-            q[1],
-            dim,
-            q[0] // dim,
-            k[0] // dim,
-        )
-        assert all(each is None or each.dtype == self.dtype for each in every)
-        self._kept = every
-        self.words = _DecoderLayerWords(
-            *(each.words for each in matrices), *map(_address, norms), dim, window, *eps, scaling
-        )
-        self.address = ctypes.addressof(self.words)
-        self.room: dict[int, int] = {}  # bytes between the products, by tokens
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _size(x: Tensor | None) -> int | None:
-    return None if x is None else x.numel()
-
-
-class _MatrixWords(ctypes.Structure):
-    """`struct matrix` of products.inc.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_long) for name in ("d_in", "d_out", "number")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
-    )
-
-
-class _DecoderLayerWords(ctypes.Structure):
-    """`struct decoder_layer` of products.inc.c."""
-
-    _fields_ = (
-        *((name, _MatrixWords) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, ctypes.c_void_p) for name in ("norm", "q_norm", "k_norm", "norm_behind")),
-        *((name, ctypes.c_long) for name in ("dim", "window")),
-        *((name, ctypes.c_float) for name in ("eps", "eps_behind", "scaling")),
-    )
 
 
 class PartWords(ctypes.Structure):

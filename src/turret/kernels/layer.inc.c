@@ -60,3 +60,36 @@ long NAME(decoder_layer)(const struct decoder_layer *l, long tokens, const T *x,
     NAME(sum)(tokens * width, h, added, y, threads);
     return 0;
 }
+
+/* y = LayerNorm(a + x) */
+static void NAME(normed_sum)(const struct layer_norm *norm, long tokens, long width, const T *a, const T *x, T *sum, T *y, float *stats, int threads)
+{
+    NAME(added_norm)(tokens, width, a, x, norm->weight, norm->bias, norm->eps, 0, 0, 0, 1.0f, sum, y, stats, threads);
+}
+
+/* All tokens of a pass through an encoder's layer (BERT, RoBERTa), without dropout. x, y: (N, D)
+
+     h = norm(W_o attention(W_q x, W_k x, W_v x) + x),    y = norm(W_down gelu(W_up h) + h) */
+long NAME(encoder_layer)(const struct encoder_layer *l, const struct rows *rows, long tokens, const T *x, const struct spans *spans, T *y,
+                         void *room, int threads)
+{
+    long width = l->q.d_in, inner = l->up.d_out, all = l->q.d_out;
+    char *next = room;
+    float *log_sum = CUT(float, tokens * rows->heads), *stats = CUT(float, 2 * tokens);
+    T *q = CUT(T, tokens * all), *k = CUT(T, tokens * all), *v = CUT(T, tokens * all), *seen = CUT(T, tokens * all);
+    T *added = CUT(T, tokens * width), *sum = CUT(T, tokens * width), *h = CUT(T, tokens * width);
+    T *up = CUT(T, tokens * inner), *active = CUT(T, tokens * inner);
+    if (!room) return next - (char *)room;
+
+    NAME(times)(&l->q, x, q, tokens, spans, threads);
+    NAME(times)(&l->k, x, k, tokens, spans, threads);
+    NAME(times)(&l->v, x, v, tokens, spans, threads);
+    NAME(attention)(rows, q, k, v, seen, log_sum, threads);
+    NAME(times)(&l->o, seen, added, tokens, spans, threads);
+    NAME(normed_sum)(&l->norm, tokens, width, added, x, sum, h, stats, threads);
+    NAME(times)(&l->up, h, up, tokens, spans, threads);
+    NAME(gelu)(tokens * inner, up, active, threads);
+    NAME(times)(&l->down, active, added, tokens, spans, threads);
+    NAME(normed_sum)(&l->norm_behind, tokens, width, added, h, sum, y, stats, threads);
+    return 0;
+}

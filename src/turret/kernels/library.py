@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turret.kernels.arguments import DecoderLayer, Dropped, Kept, PartWords, Prefixes, Rows, Spans, words_of
+from turret.kernels.arguments import KEPT, Dropped, Kept, PartWords, Prefixes, Rows, Spans, words_of
 from turret.kernels.build import NotBuilt, library_path
+from turret.kernels.layers import DecoderLayer, EncoderLayer, Layer
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 LARGEST = 1 << 32  # elements a mask can number
@@ -30,12 +31,10 @@ DECLARED = {  # arguments as plain numbers, where a kernel is called once a laye
         *(_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER),
         *(ctypes.c_float, _LONG, _POINTER, ctypes.c_int),
     ),
-    "decoder_layer": (
-        *(_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER),
-        *(_LONG, _POINTER, _POINTER, _POINTER, ctypes.c_int),
-    ),
+    "encoder_layer": (_POINTER, _POINTER, _LONG, *(_POINTER,) * 4, ctypes.c_int),
+    "decoder_layer": (_POINTER, _LONG, *(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, ctypes.c_int),
 }
-RETURNED = {"decoder_layer": _LONG}
+RETURNED = {"encoder_layer": _LONG, "decoder_layer": _LONG}
 
 
 class Library:
@@ -211,7 +210,7 @@ class Library:
         y = x.new_empty(*x.shape[:-1], d_out)
         self._call(
             "linear", x.dtype, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-            tokens, d_in, d_out, None if spans is None else spans.address, layer, torch.get_num_threads(),
+            tokens, d_in, d_out, _at(spans), layer, torch.get_num_threads(),
         )  # fmt: skip
         return y
 
@@ -240,6 +239,19 @@ class Library:
         )  # fmt: skip
         return y
 
+    def encoder_layer(
+        self, layer: EncoderLayer, x: Tensor, spans: Spans | None, rows: Rows, prefixes: Prefixes
+    ) -> Tensor:
+        """The whole layer on at most `few` tokens, dropout off: the same numbers as its parts give. x: (..., D)."""
+        tokens = self._layers_tokens(layer, x, spans)
+        assert rows.all_asked
+        like = torch.empty(tokens, layer.heads, layer.dim, dtype=x.dtype, device="meta")  # of queries, keys and values
+        words, _kept = words_of(rows, like, like, like, prefixes, KEPT)
+        y = torch.empty_like(x)
+        told = (layer.address, ctypes.addressof(words), tokens, x.data_ptr(), _at(spans), y.data_ptr())
+        self._in_room("encoder_layer", layer, tokens, told)
+        return y
+
     def decoder_layer(
         self,
         layer: DecoderLayer,
@@ -254,33 +266,47 @@ class Library:
         x: (..., D) of N tokens, cos, sin: (..., head size). parts: what the cache holds of the rows, in their order,
         keys and values (B, H_kv, S, head size); the new ones are kept there.
         """
-        tokens = x.numel() // layer.width
-        assert x.is_contiguous()
-        assert x.shape[-1] == layer.width
-        assert x.dtype == cos.dtype == sin.dtype == layer.dtype
-        assert 0 < tokens <= self._few[x.dtype]
-        assert spans is None or spans.tokens == tokens
+        tokens = self._layers_tokens(layer, x, spans)
         for each in (cos, sin):
             assert each.is_contiguous()
+            assert each.dtype == x.dtype
             assert each.numel() == tokens * layer.dim
         assert sum(kept.shape[0] for kept, _, _ in parts) == tokens
         for kept, keys, values in parts:
             kept.require(keys, values)
+            assert keys.dtype == values.dtype == x.dtype
             assert kept.shape[1:] == (layer.kv_heads, layer.dim)
         words = (PartWords * len(parts))(
             *(PartWords(kept.address, keys.data_ptr(), values.data_ptr()) for kept, keys, values in parts)
         )
         y = torch.empty_like(x)
         told = (
-            layer.address, tokens, x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            None if spans is None else spans.address, len(parts), ctypes.addressof(words), y.data_ptr(),
+            layer.address, tokens, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), _at(spans), len(parts),
+            ctypes.addressof(words), y.data_ptr(),
         )  # fmt: skip
+        self._in_room("decoder_layer", layer, tokens, told)
+        return y
+
+    def _layers_tokens(self, layer: Layer, x: Tensor, spans: Spans | None) -> int:
+        tokens = x.numel() // layer.width
+        assert x.is_contiguous()
+        assert x.shape[-1] == layer.width
+        assert x.dtype == layer.dtype
+        assert 0 < tokens <= self._few[x.dtype]
+        assert spans is None or spans.tokens == tokens
+        return tokens
+
+    def _in_room(self, name: str, layer: Layer, tokens: int, told: tuple[Any, ...]) -> None:
+        """The call, with the memory that it says it needs for so many tokens."""
         threads = torch.get_num_threads()
         if tokens not in layer.room:
-            layer.room[tokens] = self._call("decoder_layer", x.dtype, *told, None, threads)
+            layer.room[tokens] = self._call(name, layer.dtype, *told, None, threads)
         room = torch.empty(layer.room[tokens], dtype=torch.uint8)
-        self._call("decoder_layer", x.dtype, *told, room.data_ptr(), threads)
-        return y
+        self._call(name, layer.dtype, *told, room.data_ptr(), threads)
+
+
+def _at(spans: Spans | None) -> int | None:
+    return None if spans is None else spans.address
 
 
 def _p(x: Tensor | None) -> ctypes.c_void_p:

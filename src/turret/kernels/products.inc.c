@@ -456,6 +456,18 @@ struct matrix {
     const void *weight, *bias; /* (d_out, d_in), and (d_out,) or none */
 };
 
+/* The scale and the shift of a LayerNorm. */
+struct layer_norm {
+    const void *weight, *bias;
+    float eps;
+};
+
+/* A layer of an encoder. */
+struct encoder_layer {
+    struct matrix q, k, v, o, up, down;
+    struct layer_norm norm, norm_behind;
+};
+
 /* A layer of a gated decoder; q_norm and k_norm are over a head, or none. */
 struct decoder_layer {
     struct matrix q, k, v, o, gate, up, down;
