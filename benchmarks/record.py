@@ -54,7 +54,9 @@ def machine(threads: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": dict(_versions()),
-        "environment": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(("OMP_", "MALLOC_"))},
+        "environment": {
+            key: os.environ[key] for key in sorted(os.environ) if key.startswith(("OMP_", "GOMP_", "MALLOC_"))
+        },
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -1,6 +1,6 @@
-"""What a fresh process of this Python gets to see: where things lie, and how torch computes, and nothing else.
+"""What a process of turret's own computes with: how its threads wait, and what a fresh one of them gets to see.
 
-Refuses to know what the process does. Leaves out what torchrun set: the process is alone.
+Refuses to know what the process does. Loads no torch: what is set here, its libraries read when they are loaded.
 """
 
 from __future__ import annotations
@@ -8,9 +8,22 @@ from __future__ import annotations
 import os
 
 KEPT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "USERPROFILE", "VIRTUAL_ENV")
-KEPT_BEGINNINGS = ("HF_", "XDG_", "TURRET_", "OMP_", "MKL_", "CUDA_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME")
+KEPT_BEGINNINGS = ("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "CUDA_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME")
+SPIN = "3000"  # rounds that a thread waits awake, some tenths of a millisecond
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+def wait_briefly() -> None:
+    """Have a thread that waits for another give its processor up soon, unless the environment says how it shall wait.
+
+    GNU's OpenMP waits awake for 300,000 rounds. Where two processes of several threads share the processors, one waits
+    awake on the very processor that the thread it waits for needs, and every operation takes as long as the system lets
+    it: two trainings at once were 50 times slower each, not twice (`benchmarks/busy_machine.py`).
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ["GOMP_SPINCOUNT"] = SPIN
 
 
 def environment() -> dict[str, str]:
-    """The variables that are handed on."""
+    """The variables that are handed on; not what torchrun set: the process is alone."""
     return {name: value for name, value in os.environ.items() if name in KEPT or name.startswith(KEPT_BEGINNINGS)}

@@ -49,6 +49,23 @@ def test_a_lane_is_empty_when_it_is_opened_and_its_own_until_it_is_closed(steps:
         assert len(cache) == len(lanes)
 
 
+def test_lanes_that_are_opened_together_have_their_room_at_once() -> None:
+    """Nothing is copied when they come, and blocks that hold nothing make way for others, as ever."""
+    cache = new()
+    cache.close(cache.open({"decoder": 900, "cross": 9}))
+    wanted = [{"decoder": 9, "cross": 9}] * 5 + [{"decoder": 99, "cross": 9}] * 2
+    cache.reserve(wanted)
+    before = [id(each) for block in cache._blocks.values() for each in block.stored["decoder"]]
+    lanes = [cache.open(each) for each in wanted]
+    assert [id(each) for block in cache._blocks.values() for each in block.stored["decoder"]] == before
+    assert [block.room for block in cache._blocks.values()] == [8, 2]
+    assert all(marks(lane) == {0.0} for lane in lanes)
+    mark(lanes[0], 3.0)
+    cache.reserve([{"decoder": 9, "cross": 9}] * 4)  # grows: what is there stays, and what is new is empty
+    assert marks(lanes[0]) == {3.0}
+    assert marks(cache.open({"decoder": 9, "cross": 9})) == {0.0}
+
+
 def test_a_nan_that_a_sequence_leaves_is_wiped_with_it() -> None:
     cache = new()
     first, second = cache.open({"decoder": 9, "cross": 9}), cache.open({"decoder": 9, "cross": 9})

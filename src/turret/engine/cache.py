@@ -10,6 +10,7 @@ Refuses to know adapters, tokens and who may have how much: `scheduler` counts b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -54,9 +55,14 @@ class LaneBlock:
             for group in self.sizes
         }
 
+    def reserve(self, count: int) -> None:
+        """Room for so many more lanes: opened one by one they would have everything copied at every doubling."""
+        wanted = len(self.lanes) + count
+        if wanted > self.room:
+            self._resize(1 << (wanted - 1).bit_length())
+
     def open(self) -> Lane:
-        if len(self.lanes) == self.room:
-            self._resize(2 * self.room)
+        self.reserve(1)
         lane = Lane(self, len(self.lanes), dict.fromkeys(self.sizes, 0), dict.fromkeys(self.sizes, 0))
         self.lanes.append(lane)
         return lane
@@ -93,8 +99,9 @@ class LaneBlock:
         kept = min(room, len(self.lanes))
         for layers in self.stored.values():
             for number, stored in enumerate(layers):
-                grown = stored.new_zeros(2, room, *stored.shape[2:])
+                grown = stored.new_empty(2, room, *stored.shape[2:])
                 grown[:, :kept] = stored[:, :kept]
+                grown[:, kept:] = 0.0
                 layers[number] = grown
         self.room = room
 
@@ -119,14 +126,26 @@ class KeyValueCache:
         every = [each for block in self._blocks.values() for layers in block.stored.values() for each in layers]
         return sum(each.numel() * each.element_size() for each in every)
 
+    def reserve(self, lanes: Sequence[Mapping[str, int]]) -> None:
+        """Room for lanes of so many tokens each that will be opened now."""
+        counts = Counter(map(self._sizes, lanes))
+        if not counts.keys() <= self._blocks.keys():
+            self._blocks = {sizes: block for sizes, block in self._blocks.items() if block.lanes or sizes in counts}
+        for sizes, count in counts.items():
+            if sizes not in self._blocks:
+                named = dict(zip(self._sites, sizes, strict=True))
+                self._blocks[sizes] = LaneBlock(self._sites, named, self._like)
+            self._blocks[sizes].reserve(count)
+
     def open(self, tokens: Mapping[str, int]) -> Lane:
         """A lane for at most so many tokens of each group, empty."""
-        sizes = {group: capacity(tokens[group]) for group in self._sites}
-        key = tuple(sizes.values())
-        if key not in self._blocks:
-            self._blocks = {each: block for each, block in self._blocks.items() if block.lanes}
-            self._blocks[key] = LaneBlock(self._sites, sizes, self._like)
-        return self._blocks[key].open()
+        sizes = self._sizes(tokens)
+        if sizes not in self._blocks:
+            self.reserve([tokens])
+        return self._blocks[sizes].open()
+
+    def _sizes(self, tokens: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(capacity(tokens[group]) for group in self._sites)
 
     def close(self, lane: Lane) -> None:
         lane.block.close(lane)

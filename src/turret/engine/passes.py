@@ -12,7 +12,6 @@ from collections.abc import Callable, Container, Sequence
 
 import torch
 
-from turret.engine.cache import Lane
 from turret.engine.decode import choose
 from turret.engine.prompts import Prompts
 from turret.engine.request import Done, Failed, Request, log
@@ -66,6 +65,7 @@ class Passes:
 
     def _run(self, begin: Sequence[Request], going: Sequence[Generating], started: list[Generating]) -> None:
         began = time.monotonic()
+        self._runner.reserve([self._row(request) for request in begin if request.kind == "generate"])
         fresh = [self._begun(request, started) for request in begin]
         steps = [step for sequence in going for step in sequence.steps()]
         outcome = self._runner.run(fresh, steps)
@@ -78,17 +78,17 @@ class Passes:
 
     def _begun(self, request: Request, started: list[Generating]) -> Fresh:
         assert request.ids is not None
-        slot = request.entry.slot if request.entry is not None else 0
         if request.kind == "classify":
-            return Fresh(request.ids, slot)
-        lane = self._lane(request, slot)
+            return Fresh(request.ids, _slot(request))
+        lane, slot = self._runner.lane(*self._row(request)), _slot(request)
         before = self._prompts.before(request)
         started.append(Generating(request, request.settings, slot, lane, before))
         return started[-1].first()
 
-    def _lane(self, request: Request, slot: int) -> Lane:
+    def _row(self, request: Request) -> tuple[int, int, int]:
+        """What its lane has to hold: tokens of the prompt, at most so many of the answer, and the slot's prefix."""
         assert request.ids is not None
-        return self._runner.lane(len(request.ids), request.settings.max_tokens, slot)
+        return len(request.ids), request.settings.max_tokens, _slot(request)
 
     def _classified(self, request: Request, logits: torch.Tensor) -> None:
         try:
@@ -132,7 +132,7 @@ class Passes:
     def _search(self, sequence: Generating, scores: torch.Tensor) -> None:
         if not bool(torch.isfinite(scores.sum(-1)).all()):
             raise self._not_finite(sequence.request)
-        sequence.search(scores, self._runner.cache, lambda: self._lane(sequence.request, sequence.slot))
+        sequence.search(scores, self._runner.cache, lambda: self._runner.lane(*self._row(sequence.request)))
 
     def _safely(self, sequence: Generating, step: Callable[[], None]) -> None:
         """What goes wrong with one sequence is its own error; what is over ends."""
@@ -162,6 +162,10 @@ class Passes:
         return NotFinite(
             f"{who} gave numbers that are not finite for this text: retrain it, or promote another version"
         )
+
+
+def _slot(request: Request) -> int:
+    return request.entry.slot if request.entry is not None else 0
 
 
 def _unexpected(error: Exception) -> EngineError:

@@ -73,6 +73,10 @@ class Runner:
         """A lane for a prompt of so many tokens and an answer of at most so many."""
         return self.cache.open(self.needs(prompt, answer, self.bank.prefix_length(slot)))
 
+    def reserve(self, rows: Sequence[tuple[int, int, int]]) -> None:
+        """Room for the lanes of these that are about to begin: (prompt, answer, slot) each, as `lane` takes them."""
+        self.cache.reserve([self.needs(prompt, answer, self.bank.prefix_length(slot)) for prompt, answer, slot in rows])
+
     def needs(self, prompt: int, answer: int, prefix: int = 0) -> dict[str, int]:
         """Tokens by group that a row holds at its end; the last token of an answer is never read."""
         if self._crossing:

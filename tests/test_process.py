@@ -1,0 +1,47 @@
+"""How the threads of a `turret` process wait for each other, and what a process of its own is handed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from turret.process import SPIN, WAITING, environment, wait_briefly
+
+COMMAND = """
+import os, sys
+from turret.cli.main import main
+sys.argv = ["turret", "--version"]
+try:
+    main()
+except SystemExit:
+    print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+"""
+
+
+def said(**variables: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if name not in WAITING}
+    done = subprocess.run([sys.executable, "-c", COMMAND], env=kept | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_the_command_says_how_threads_wait_before_any_library_reads_it() -> None:
+    assert said() == f"{SPIN} False"
+
+
+def test_what_the_user_said_of_it_stands() -> None:
+    assert said(GOMP_SPINCOUNT="7") == "7 False"
+    assert said(OMP_WAIT_POLICY="active") == "None False"
+
+
+def test_processes_of_its_own_wait_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    assert "GOMP_SPINCOUNT" not in environment()
+    wait_briefly()
+    assert environment()["GOMP_SPINCOUNT"] == SPIN
+    assert "RANK" not in environment()
