@@ -1,4 +1,4 @@
-"""Claim: two trainings at once share a machine fairly, where OpenMP's own way of waiting is 50 times slower.
+"""Claim: two trainings at once share a machine, where OpenMP's own way of waiting makes each several times slower.
 
 One LoRA on short texts (all-MiniLM-L6, 8 texts of 28 tokens a step): alone on the machine, beside a process that keeps
 one processor busy, and beside another such training. With the threads that the `turret` command takes and its way of
@@ -28,7 +28,7 @@ import record
 import train_sides as sides
 
 NAME = "busy_machine"
-CLAIM = "two trainings at once share a machine fairly, where OpenMP's own way of waiting is 50 times slower"
+CLAIM = "two trainings at once share a machine, where OpenMP's own way of waiting makes each several times slower"
 WARM = 4  # steps before those that count
 SECONDS = 40.0  # of one way, at most
 

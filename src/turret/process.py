@@ -18,7 +18,7 @@ def wait_briefly() -> None:
 
     GNU's OpenMP waits awake for 300,000 rounds. Where two processes of several threads share the processors, one waits
     awake on the very processor that the thread it waits for needs, and every operation takes as long as the system lets
-    it: two trainings at once were 50 times slower each, not twice (`benchmarks/busy_machine.py`).
+    it: beside another such training one was 5 to 50 times slower than alone, not twice (`benchmarks/busy_machine.py`).
     """
     if not any(name in os.environ for name in WAITING):
         os.environ["GOMP_SPINCOUNT"] = SPIN

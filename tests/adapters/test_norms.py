@@ -8,6 +8,8 @@ import pytest
 import torch
 from small_models import build
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
@@ -16,7 +18,7 @@ from turret.adapters.norms import CLASSES, FrozenNorm
 from turret.adapters.route import Route
 from turret.methods import Full, Head
 
-OWN: tuple[Any, ...] = (LlamaRMSNorm, Qwen3RMSNorm, T5LayerNorm)
+OWN: tuple[Any, ...] = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, T5LayerNorm)
 
 
 @pytest.mark.parametrize("kind", OWN)

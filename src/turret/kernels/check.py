@@ -1,4 +1,7 @@
-"""Every kernel against torch, once, when the library is loaded: a wrong one costs speed and not results."""
+"""Every kernel against torch, once, when the library is loaded: a wrong one costs speed and not results.
+
+A whole layer in one call is made of what is checked here, and held to the bit by its tests.
+"""
 
 from __future__ import annotations
 

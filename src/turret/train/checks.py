@@ -79,7 +79,7 @@ def processors(others: float, threads: int, count: int) -> Iterator[Check]:
             "warn",
             f"other work keeps {others:.1f} of {count} busy, and each small operation waits for the slower of "
             f"{threads} threads",
-            f"OMP_NUM_THREADS={max(1, count - math.ceil(others))} for as long as that lasts: up to ten times faster",
+            f"OMP_NUM_THREADS={max(1, count - math.ceil(others))} for as long as that lasts: about twice as fast",
         )
 
 
