@@ -240,3 +240,19 @@ def test_without_kernels_and_after_the_engine_the_layers_are_the_bases_own(calls
     runner.close()
     assert not any("forward" in vars(layer) for layer in layers)
     assert not isinstance(layers[0].input_layernorm, FrozenNorm)
+
+
+@torch.no_grad()
+def test_a_copy_of_an_attached_model_computes_with_its_own_weights() -> None:
+    for family, task in (("llama", "generate"), ("bert", "classify")):
+        model: Any = attach(small_models.build(family, task), METHODS[0])
+        ids = torch.tensor([[5, 6, 7]])
+        before = model(input_ids=ids).logits
+        twin = copy.deepcopy(model)
+        for name, each in twin.named_parameters():
+            if "layer" in name and "lora" not in name:
+                each.mul_(1.5)
+        assert torch.equal(model(input_ids=ids).logits, before)
+        assert not torch.allclose(twin(input_ids=ids).logits, before, atol=1e-3)
+        detach(model)
+        assert not any("forward" in vars(module) for module in model.modules())

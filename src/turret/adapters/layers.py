@@ -31,7 +31,7 @@ class OneCall:
     """What one layer computes in one call, or None where its modules shall."""
 
     def __init__(self, module: Any, route: Route) -> None:
-        self._module, self._route = module, route
+        self._module, self._route, self._theirs = module, route, module.forward
         self._known: tuple[Bank, Any] | None = None  # the layer's weights, where they are what the kernel computes with
 
     def __call__(self, x: Tensor, settings: dict[str, Any]) -> Tensor | None:
@@ -48,6 +48,11 @@ class OneCall:
         if layer is None or layer.dtype != x.dtype:
             return None
         return self._computed(library, layer, bank, x.contiguous(), settings)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """In place of the module's own; bound, so that a copy of the model computes with the copy's weights."""
+        y = self(hidden_states, kwargs)
+        return self._theirs(hidden_states, *args, **kwargs) if y is None else y
 
     def _layer(self, bank: Bank) -> Any:
         raise NotImplementedError
@@ -94,7 +99,7 @@ class Decoder(OneCall):
         if cache is None or turn is None or cache.fresh("decoder"):
             return None
         cos, sin = (each.contiguous() for each in turn)
-        if cos.shape[:2] != x.shape[:2] or usable(x, cos, sin) is None:
+        if any(each.shape != (1, x.shape[1], layer.dim) for each in (cos, sin)) or usable(x, cos, sin) is None:
             return None
         parts = []
         for held in cache.step("decoder", self._module.self_attn.turret_hook.site.layer, None, None):
@@ -157,11 +162,5 @@ def hook(module: nn.Module, route: Route) -> Callable[[], object]:
     kind = LAYERS.get(type(module).__name__)
     if kind is None or "forward" in vars(module):
         return lambda: None
-    theirs, one_call = module.forward, kind(module, route)
-
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = one_call(hidden_states, kwargs)
-        return theirs(hidden_states, *args, **kwargs) if y is None else y
-
-    module.forward = forward
+    module.forward = kind(module, route).forward
     return lambda: vars(module).__delitem__("forward")
