@@ -27,13 +27,13 @@ long NAME(decoder_layer)(const struct decoder_layer *l, long tokens, const T *x,
                          long count, const struct part *parts, T *y, void *room, int threads)
 {
     long width = l->q.d_in, inner = l->up.d_out, dim = l->dim, heads = l->q.d_out / dim, kv_heads = l->k.d_out / dim;
-    char *next = room;
+    char *start = room ? room : (void *)64, *next = start; /* counted from anywhere but 0 */
     float *r = CUT(float, tokens * heads);
     T *normed = CUT(T, tokens * width), *added = CUT(T, tokens * width), *h = CUT(T, tokens * width);
     T *q = CUT(T, tokens * heads * dim), *turned_q = CUT(T, tokens * heads * dim), *seen = CUT(T, tokens * heads * dim);
     T *k = CUT(T, tokens * kv_heads * dim), *turned_k = CUT(T, tokens * kv_heads * dim), *v = CUT(T, tokens * kv_heads * dim);
     T *gate = CUT(T, tokens * inner), *up = CUT(T, tokens * inner), *both = CUT(T, tokens * inner);
-    if (!room) return next - (char *)room;
+    if (!room) return next - start;
 
     NAME(rms_norm)(tokens, width, x, l->norm, l->eps, normed, r, threads);
     NAME(times)(&l->q, normed, q, tokens, spans, threads);
@@ -74,12 +74,12 @@ long NAME(encoder_layer)(const struct encoder_layer *l, const struct rows *rows,
                          void *room, int threads)
 {
     long width = l->q.d_in, inner = l->up.d_out, all = l->q.d_out;
-    char *next = room;
+    char *start = room ? room : (void *)64, *next = start; /* counted from anywhere but 0 */
     float *log_sum = CUT(float, tokens * rows->heads), *stats = CUT(float, 2 * tokens);
     T *q = CUT(T, tokens * all), *k = CUT(T, tokens * all), *v = CUT(T, tokens * all), *seen = CUT(T, tokens * all);
     T *added = CUT(T, tokens * width), *sum = CUT(T, tokens * width), *h = CUT(T, tokens * width);
     T *up = CUT(T, tokens * inner), *active = CUT(T, tokens * inner);
-    if (!room) return next - (char *)room;
+    if (!room) return next - start;
 
     NAME(times)(&l->q, x, q, tokens, spans, threads);
     NAME(times)(&l->k, x, k, tokens, spans, threads);
