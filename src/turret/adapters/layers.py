@@ -11,6 +11,7 @@ Knows modules by the names of their parts; refuses to know what an adapter is.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from turret.adapters.route import Bank, Route
 from turret.kernels import DecoderLayer, EncoderLayer, LayerNorm, Library, Matrix, usable
 
 
-class OneCall:
+class OneCall(ABC):
     """What one layer computes in one call, or None where its modules shall."""
 
     def __init__(self, module: Any, route: Route) -> None:
@@ -54,11 +55,13 @@ class OneCall:
         y = self(hidden_states, kwargs)
         return self._theirs(hidden_states, *args, **kwargs) if y is None else y
 
+    @abstractmethod
     def _layer(self, bank: Bank) -> Any:
-        raise NotImplementedError
+        """The layer's weights, or None where it is made of anything else than the kernel computes."""
 
+    @abstractmethod
     def _computed(self, library: Library, layer: Any, bank: Bank, x: Tensor, settings: dict[str, Any]) -> Tensor | None:
-        raise NotImplementedError
+        """The layer on x, where this pass is one for it."""
 
 
 class Encoder(OneCall):
