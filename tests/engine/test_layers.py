@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import small_models
 import torch
 import transformers
-from compiled_kernels import compiled, needed
+from compiled_kernels import BOTH, compiled, needed
 from tiny_training import Base
 from torch import Tensor
 
@@ -62,7 +62,6 @@ METHODS: list[Method] = [
 ]
 LENGTHS = (9, 3, 14, 1, 40, 6)
 SLOTS = (1, 2, 0, 3, 1, 3)
-BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def model_of(name: str, dtype: torch.dtype) -> Any:
@@ -98,14 +97,14 @@ def runner_of(name: str, dtype: torch.dtype) -> Runner:
     return runner
 
 
-def steps(runner: Runner, count: int = 4, slots: tuple[int, ...] = SLOTS) -> list[Tensor]:
+def steps(runner: Runner, count: int = 4) -> list[Tensor]:
     """What a pass of every prompt says, and so many steps behind it."""
     generator = torch.Generator().manual_seed(2)
-    rows = [torch.randint(5, 128, (LENGTHS[i % 6],), generator=generator).tolist() for i in range(len(slots))]
-    lanes = [runner.lane(len(row), count + 1, slot) for row, slot in zip(rows, slots, strict=True)]
-    said = [runner.run([Fresh(row, slot, lane) for row, slot, lane in zip(rows, slots, lanes, strict=True)]).vocabulary]
+    rows = [torch.randint(5, 128, (length,), generator=generator).tolist() for length in LENGTHS]
+    lanes = [runner.lane(len(row), count + 1, slot) for row, slot in zip(rows, SLOTS, strict=True)]
+    said = [runner.run([Fresh(*each) for each in zip(rows, SLOTS, lanes, strict=True)]).vocabulary]
     for place in range(count):
-        going = [Step(7 + place, slot, lane) for slot, lane in zip(slots, lanes, strict=True)]
+        going = [Step(7 + place, slot, lane) for slot, lane in zip(SLOTS, lanes, strict=True)]
         said.append(runner.run([], going).vocabulary)
     for lane in lanes:
         runner.cache.close(lane)
@@ -113,7 +112,7 @@ def steps(runner: Runner, count: int = 4, slots: tuple[int, ...] = SLOTS) -> lis
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the one call computed, at every layer of a pass that asked it."""
     taken: list[bool] = []
     own = OneCall.__call__
@@ -127,10 +126,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     return taken
 
 
-def by_modules(runner: Runner, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[Tensor]:
+def require_the_modules_bits(
+    ours: list[Tensor], asked: Callable[[], list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the same passes say where the modules compute every layer is what was said, to the bit."""
     with monkeypatch.context() as patch:
         patch.setattr(OneCall, "__call__", lambda *_: None)
-        return steps(runner, **settings)
+        theirs = asked()
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 def few(dtype: torch.dtype) -> bool:
@@ -148,8 +151,7 @@ def test_a_step_is_to_the_bit_what_the_modules_give(
     ours = steps(runner)
     layers = runner.model.config.num_hidden_layers
     assert calls == [False] * layers + [few(dtype)] * 4 * layers
-    for one, other in zip(ours, by_modules(runner, monkeypatch), strict=True):
-        assert torch.equal(one, other)
+    require_the_modules_bits(ours, lambda: steps(runner), monkeypatch)
     monkeypatch.setattr(Bank, "spans", lambda *_: None)  # the control: what adapters say matters
     bare = steps(runner)
     assert not few(dtype) or not torch.allclose(bare[1].float(), ours[1].float(), atol=0.1)
@@ -174,10 +176,7 @@ def test_short_texts_are_to_the_bit_what_the_modules_give(
     calls.clear()
     ours = short_texts(runner)
     assert calls == [compiled().few(dtype) >= 40] * 3
-    with monkeypatch.context() as patch:
-        patch.setattr(OneCall, "__call__", lambda *_: None)
-        theirs = short_texts(runner)
-    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    require_the_modules_bits(ours, lambda: short_texts(runner), monkeypatch)
     monkeypatch.setattr(Bank, "spans", lambda *_: None)
     bare = short_texts(runner)
     assert not calls[0] or not torch.allclose(bare[0], ours[0], atol=0.02)
@@ -226,8 +225,7 @@ def test_a_layer_that_is_something_else_is_computed_by_its_modules(
     calls.clear()
     ours = steps(runner, count=1)
     assert calls[3:] == [few(torch.float32), False, few(torch.float32)]
-    for one, other in zip(ours, by_modules(runner, monkeypatch, count=1), strict=True):
-        assert torch.equal(one, other)
+    require_the_modules_bits(ours, lambda: steps(runner, count=1), monkeypatch)
 
 
 def test_without_kernels_and_after_the_engine_the_layers_are_the_bases_own(calls: list[bool]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from server import patience
 from server.echo import FINGERPRINT, LABELS, Echo, Options
 from store.bundles import tensors, write_bundle
 
@@ -114,16 +115,8 @@ def serve(workspace: Workspace) -> Iterator[Callable[..., Running]]:
 
 
 @pytest.fixture
-def until() -> Callable[[Callable[[], Any]], None]:
-    """Waits until something is so, and fails where it does not come."""
-
-    def until(so: Callable[[], Any], seconds: float = 10.0) -> None:
-        end = time.monotonic() + seconds
-        while not so():
-            assert time.monotonic() < end, "it did not come"
-            time.sleep(0.005)
-
-    return until
+def until() -> Callable[..., None]:
+    return patience.until
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
+from server.patience import until
 
 from turret.errors import TurretError
 from turret.store import Version
@@ -168,9 +169,7 @@ def storm(
             each.join(timeout=20)
     assert [each.mistakes for each in churning] == [[], []]
     assert sum(each.turns for each in churning) > 5
-    patience = time.monotonic() + 10.0
-    while running.served.load.requests and time.monotonic() < patience:  # an answer is out before its request is over
-        time.sleep(0.05)
+    until(lambda: running.served.load.requests == 0)  # an answer is out before its request is over
     assert running.served.load.requests == 0
     assert not [line for line in running.log() if line["event"] == "bug"]
     if turns is not None:

@@ -12,7 +12,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import httpx2
 import small_models
+from server.patience import until
 from tiny_training import labelled
 
 from turret.recipe import Recipe
@@ -64,13 +64,6 @@ def serving(store: Path, *command: str) -> Iterator[tuple[httpx2.Client, subproc
 
 def real(store: Path, base: Path) -> tuple[str, ...]:
     return ("-m", "turret", "serve", "--store", str(store), "--base", str(base), "--port", "0", "--json")
-
-
-def until(so, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not so():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.05)
 
 
 @dataclass(frozen=True)

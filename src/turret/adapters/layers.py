@@ -41,7 +41,7 @@ class OneCall(ABC):
         library = None if bank is None else bank.library
         if bank is None or library is None or torch.is_grad_enabled() or self._module.training:
             return None
-        if not 0 < x.shape[1] <= library.few(x.dtype) or usable(x) is None:
+        if usable(x) is None or not 0 < x.shape[1] <= library.few(x.dtype):
             return None
         if self._known is None or self._known[0] is not bank:
             self._known = bank, self._layer(bank)
@@ -86,7 +86,7 @@ class Encoder(OneCall):
         matrices, norms = _matrices(bank, linears), [each.LayerNorm for each in (behind, last)]
         if matrices is None or not all(_is_affine(each) for each in norms):
             return None
-        if not _one_dtype([*(each.weight for each in matrices), *(own for n in norms for own in n.parameters())]):
+        if not _alike(matrices, [own for norm in norms for own in norm.parameters()]):
             return None
         one, other = (LayerNorm(each.weight, each.bias, each.eps) for each in norms)
         return EncoderLayer(matrices, (one, other), attention.attention_head_size)
@@ -121,7 +121,7 @@ class Decoder(OneCall):
             return None
         linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         matrices = _matrices(bank, [*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj])
-        if matrices is None or not _one_dtype([each.weight for each in (*matrices, *norms)]):
+        if matrices is None or not _alike(matrices, [each.weight for each in norms]):
             return None
         return DecoderLayer(
             matrices,
@@ -150,8 +150,10 @@ def _is_affine(norm: nn.Module) -> bool:
     return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
 
 
-def _one_dtype(weights: Sequence[Tensor]) -> bool:
-    return all(each.dtype == weights[0].dtype and each.is_contiguous() for each in weights)
+def _alike(matrices: Sequence[Matrix], others: Sequence[Tensor]) -> bool:
+    """Whether all numbers of a layer, biases among them, are of one dtype and lie as they are read."""
+    own = [each for matrix in matrices for each in (matrix.weight, matrix.bias) if each is not None]
+    return all(each.dtype == own[0].dtype and each.is_contiguous() for each in (*own, *others))
 
 
 def _window(attention: Any) -> int | None:
