@@ -151,8 +151,8 @@ void NAME(attention_backward)(const struct rows *r, const T *q, const T *k, cons
                         long n = NAME(columns)(r, t, P, length), first = r->query_starts[row] + t;
                         NAME(take)(left, PIECE, Dp, q + first * r->q_token + h * r->q_head, r->q_token, m, D, r->scaling);
                         NAME(take)(up, PIECE, Dp, dy + (first * H + h) * D, H * D, m, D, 1.0f);
-                        TRANSPOSED(left_t, left, PIECE, Dp);
-                        TRANSPOSED(up_t, up, PIECE, Dp);
+                        TRANSPOSED(left_t, left, Dp);
+                        TRANSPOSED(up_t, up, Dp);
                         PRODUCT(s, most, left, Dp, right, Sp, PIECE, n, Dp, 0);
                         PRODUCT(g, most, up, Dp, right_v, Sp, PIECE, n, Dp, 0);
                         for (long i = 0; i < PIECE; i++) {
@@ -198,13 +198,13 @@ void NAME(attention_backward)(const struct rows *r, const T *q, const T *k, cons
                         for (long i = 0; i < m * Dp; i++) out[i] *= r->scaling;
                         for (long i = 0; i < m; i++) NAME(put)(dq + ((first + i) * H + h) * D, out + i * Dp, D);
                     }
-                for (long j = 0; j < length; j++) {
-                    long to = ((r->key_starts[row] + j) * K + kv) * D;
-                    column(out, dkeys + P + j, Sp, Dp);
-                    NAME(put)(dk + to, out, D);
-                    column(out, dvalues + P + j, Sp, Dp);
-                    NAME(put)(dv + to, out, D);
-                }
+                const float *made[2] = {dkeys, dvalues};
+                for (int side = 0; side < 2; side++)
+                    for (long j = P / 16 * 16; j < P + length; j += 16) { /* 16 keys or values at a time */
+                        transposed_words(out, Dp, made[side] + j, Sp, Dp, 16);
+                        for (long i = j < P ? P - j : 0; i < 16 && j + i < P + length; i++)
+                            NAME(put)((side ? dv : dk) + ((r->key_starts[row] + j + i - P) * K + kv) * D, out + i * Dp, D);
+                    }
                 float *back = dprefix + (row * 2 * K + kv) * r->most_prefix * D;
                 for (long j = 0; j < P; j++)
                     for (long d = 0; d < D; d++) {

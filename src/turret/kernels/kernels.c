@@ -107,7 +107,7 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
 #define LINE(whole, n) (whole)
 #define PACK_ROW(to, from, n) ((void)0)
 #define PRODUCT product_float
-#define TRANSPOSED transposed_float
+#define TRANSPOSED(to, from, n) transposed_float(to, from, PIECE, n)
 #define RIGHT_OF_TRANSPOSED transposed_float
 #define RIGHT_OF(to, from, k, n) memcpy(to, from, sizeof(float) * (k) * (n))
 #define RIGHT_OF_FLOAT(to, from, line, n) ((void)0)

@@ -74,23 +74,53 @@ static void product_float(float *c, long ldc, const float *a, long lda, const fl
         }
 }
 
-/* n (a multiple of 32) numbers of one column */
-static inline void column(float *to, const float *from, long stride, long n)
+#ifdef __AVX512F__
+/* 16 x 16 words, their rows `line` words apart, turned over: each step folds two rows into two halves of columns */
+static inline __attribute__((always_inline)) void turned(const void *from, long line, __m512i column[16])
+{
+    __m512i x[16], y[16];
+    for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_si512((const uint32_t *)from + i * line);
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int w = 0; w < 2; w++) {
+            x[i + 2 * w] = _mm512_unpacklo_epi64(y[i + w], y[i + w + 2]);
+            x[i + 2 * w + 1] = _mm512_unpackhi_epi64(y[i + w], y[i + w + 2]);
+        }
+    for (int w = 0; w < 4; w++) { /* x[4 i + w]: rows 4 i to 4 i + 3 of columns w, w + 4, w + 8, w + 12 */
+        y[w] = _mm512_shuffle_i32x4(x[w], x[w + 4], 0x88);
+        y[w + 4] = _mm512_shuffle_i32x4(x[w], x[w + 4], 0xdd);
+        y[w + 8] = _mm512_shuffle_i32x4(x[w + 8], x[w + 12], 0x88);
+        y[w + 12] = _mm512_shuffle_i32x4(x[w + 8], x[w + 12], 0xdd);
+    }
+    for (int w = 0; w < 4; w++) {
+        column[w] = _mm512_shuffle_i32x4(y[w], y[w + 8], 0x88);
+        column[w + 8] = _mm512_shuffle_i32x4(y[w], y[w + 8], 0xdd);
+        column[w + 4] = _mm512_shuffle_i32x4(y[w + 4], y[w + 12], 0x88);
+        column[w + 12] = _mm512_shuffle_i32x4(y[w + 4], y[w + 12], 0xdd);
+    }
+}
+#endif
+
+/* X (m, n) of words to X^T (n, m); `line` and `high`: words from one row to the next. m, n multiples of 16. */
+static void transposed_words(void *restrict to, long high, const void *restrict from, long line, long m, long n)
 {
 #ifdef __AVX512F__
-    const __m512i steps = _mm512_mullo_epi32(_mm512_set1_epi32((int)stride),
-                                             _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    for (long i = 0; i < n; i += 16) _mm512_storeu_ps(to + i, _mm512_i32gather_ps(steps, from + i * stride, 4));
+    for (long i = 0; i < m; i += 16)
+        for (long j = 0; j < n; j += 16) {
+            __m512i column[16];
+            turned((const uint32_t *)from + i * line + j, line, column);
+            for (int r = 0; r < 16; r++) _mm512_storeu_si512((uint32_t *)to + (j + r) * high + i, column[r]);
+        }
 #else
-    for (long i = 0; i < n; i++) to[i] = from[i * stride];
+    for (long i = 0; i < m; i++)
+        for (long j = 0; j < n; j++) ((uint32_t *)to)[j * high + i] = ((const uint32_t *)from)[i * line + j];
 #endif
 }
 
-static void transposed_float(float *to, const float *from, long m, long n)
-{
-    for (long i = 0; i < m; i++)
-        for (long j = 0; j < n; j++) to[j * m + i] = from[i * n + j];
-}
+static void transposed_float(float *to, const float *from, long m, long n) { transposed_words(to, m, from, n, m, n); }
 
 /* --- vectors of numbers as they lie in memory --------------------------------------------------------------------- */
 
@@ -258,12 +288,7 @@ static void pack_row_pairs(bfloat16 *to, const float *from, long n)
 /* B of X^T for X (n, k): the pairs of a row of X become a column */
 static void right_of_transposed_pairs(bfloat16 *to, const bfloat16 *from, long n, long k)
 {
-    uint32_t *y = (uint32_t *)to;
-    const __m512i column = _mm512_mullo_epi32(_mm512_set1_epi32((int)(k / 2)),
-                                              _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    for (long j = 0; j < n; j += 16)
-        for (long e = 0; e < k / 2; e++)
-            _mm512_storeu_si512(y + e * n + j, _mm512_i32gather_epi32(column, from + j * k + 2 * e, 4));
+    transposed_words(to, n, from, k / 2, n, k / 2);
 }
 
 static const uint16_t woven[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
@@ -293,10 +318,19 @@ static void right_of_float_pairs(bfloat16 *to, const float *from, long stride, l
         }
 }
 
-static void transposed_pairs(bfloat16 *to, const bfloat16 *from, long m, long n)
+/* X (PIECE, n) to X^T (n, PIECE): two rows woven into one, whose words are then turned over */
+static void transposed_pairs(bfloat16 *to, const bfloat16 *from, long n)
 {
-    for (long j = 0; j < n; j++)
-        for (long i = 0; i < m; i++) to[j * m + i] = from[i * n + j];
+    const __m512i order = _mm512_loadu_si512(woven);
+    for (long j = 0; j < n; j += 16) {
+        uint32_t both[PIECE / 2][16];
+        for (long e = 0; e < PIECE; e += 2) {
+            __m512i two = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const void *)(from + e * n + j))),
+                                             _mm256_loadu_si256((const void *)(from + (e + 1) * n + j)), 1);
+            _mm512_storeu_si512(both[e / 2], _mm512_permutexvar_epi16(order, two));
+        }
+        transposed_words(to + j * PIECE, PIECE / 2, both, 16, PIECE / 2, 16);
+    }
 }
 #endif
 
