@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import peft
@@ -11,6 +12,7 @@ from batches import padded, rows, with_eos
 from small_models import FAMILIES, build
 from torch import nn
 
+from turret import kernels
 from turret.adapters import attach, attachment, classify_logits, detach, extract, mount, set_route, trainable_parameters
 from turret.adapters.adapter import Adapter, BaseInfo
 from turret.adapters.lora import LoRAFactors
@@ -219,18 +221,26 @@ def test_factors_that_do_not_fit_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_the_fast_way_is_the_formula_with_its_gradients(rate: float) -> None:
+@pytest.mark.parametrize("sizes", [(8, 6), (64, 32)], ids=["odd sizes", "sizes that kernels take"])
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_the_fast_way_is_the_formula_with_its_gradients(rate: float, sizes: tuple[int, int], by_kernels: bool) -> None:
     torch.manual_seed(0)
-    factors = LoRAFactors(torch.randn(3, 8), torch.randn(6, 3), 0.7, rate).train()
-    x, layer = torch.randn(2, 5, 8, requires_grad=True), nn.Linear(8, 6).requires_grad_(False)
+    d_in, d_out = sizes
+    factors = LoRAFactors(torch.randn(3, d_in), torch.randn(d_out, 3), 0.7, rate).train()
+    x, layer = torch.randn(2, 5, d_in, requires_grad=True), nn.Linear(d_in, d_out).requires_grad_(False)
     inputs = (x, factors.lora_A, factors.lora_B)
-    torch.manual_seed(1)
-    fast = factors.with_base(layer, x, None)
-    torch.manual_seed(1)
-    plain = layer(x) + factors(x)
-    torch.testing.assert_close(fast, plain)
-    dy = torch.randn_like(plain)
-    for ours, theirs in zip(torch.autograd.grad(fast, inputs, dy), torch.autograd.grad(plain, inputs, dy), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    torch.manual_seed(2)
-    assert rate == 0.0 or not torch.allclose(factors.with_base(layer, x, None), plain)  # the control: another mask
+    with nullcontext() if by_kernels else kernels.without():
+        torch.manual_seed(1)
+        fast = factors.with_base(layer, x, None)
+        torch.manual_seed(1)
+        plain = layer(x) + factors(x)
+        expected = by_kernels and kernels.library() is not None and d_in % 32 == 0
+        assert ("Kernels" in type(fast.grad_fn).__name__) == expected
+        torch.testing.assert_close(fast, plain)
+        dy = torch.randn_like(plain)
+        given, wanted = (torch.autograd.grad(each, inputs, dy) for each in (fast, plain))
+        for ours, theirs in zip(given, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.manual_seed(2)
+        other = factors.with_base(layer, x, None)
+    assert rate == 0.0 or not torch.allclose(other, plain)  # the control: another mask

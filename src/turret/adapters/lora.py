@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from turret.adapters.dropout import Mask, Masks, dropout
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
+from turret.kernels import KEPT, LARGEST, Dropped, Library, usable
 from turret.methods import LoRA
 
 
@@ -53,8 +54,12 @@ class LoRAFactors(nn.Module):
             delta: Tensor = self(x)
             return y + delta.to(y.dtype)
         p = self.dropout if self.training else 0.0
-        mask = (masks or Masks()).mask(x, p) if p > 0.0 else None
-        added: Tensor = _Adapted.apply(x, weight, bias, self.lora_A, self.lora_B, mask, self.scaling)  # type: ignore[no-untyped-call]
+        masks, own = masks or Masks(), (x, weight, bias, self.lora_A, self.lora_B)
+        added: Tensor
+        if (library := _kernels(x, weight, self.lora_A, self.lora_B)) is not None:
+            added = _AdaptedByKernels.apply(*own, masks.dropped(p) if p > 0.0 else KEPT, self.scaling, library)  # type: ignore[no-untyped-call]
+        else:
+            added = _Adapted.apply(*own, masks.mask(x, p) if p > 0.0 else None, self.scaling)  # type: ignore[no-untyped-call]
         return added
 
     def _trains_beside(self, weight: Tensor, x: Tensor) -> bool:
@@ -109,6 +114,44 @@ class _Adapted(torch.autograd.Function):
             dx = dy @ weight
             dx = (dx.addmm_(dh, A) if mask is None else dx.add_(mask.of(dh @ A))).view(ctx.shape)
         return dx, None, None, dA, dB, None, None
+
+
+class _AdaptedByKernels(torch.autograd.Function):
+    """The same, in x's precision for W alone: what the adapter adds is multiplied and added up in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        dropped: Dropped,
+        scaling: float,
+        library: Library,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (N, D_in)
+        y = nn.functional.linear(rows, weight, bias)
+        ctx.scaling, ctx.shape, ctx.dropped, ctx.library = scaling * dropped.scale, x.shape, dropped, library
+        h = library.lora(rows, A, B, ctx.scaling, dropped, y)
+        ctx.save_for_backward(rows, weight, A, B, h)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        rows, weight, A, B, h = ctx.saved_tensors
+        dy = gradients[0].reshape(-1, len(B)).contiguous()
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dA, dB = ctx.library.lora_backward(rows, A, B, ctx.scaling, ctx.dropped, h, dy, dx)
+        return None if dx is None else dx.view(ctx.shape), None, None, dA, dB, None, None, None
+
+
+def _kernels(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Library | None:
+    """The kernels, where their vectors fit the layer."""
+    if x.shape[-1] % 32 or len(B) % 32 or x.numel() >= LARGEST or not x.is_contiguous():
+        return None
+    return usable(x, weight) if usable(A, B) is not None and A.dtype == torch.float32 else None
 
 
 def _matrix(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

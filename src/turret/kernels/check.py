@@ -67,7 +67,18 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
     ones = library.dropout(torch.ones(40_000, dtype=dtype), Dropped.of(0.25, (12345, 678)))
     kept = float((ones > 0).double().mean())
     results["dropout"] = (ones.max()[None], torch.full((1,), 4 / 3 if abs(kept - 0.75) < 0.02 else 0.0))
-    return results | _low_rank(library, draw) | _attention(library, draw) | _step(library, draw)
+    return results | _lora(library, draw) | _low_rank(library, draw) | _attention(library, draw) | _step(library, draw)
+
+
+def _lora(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Five tokens, rank 9: so many that every way of blocking takes part."""
+    x, y, dy, dx, A, B = draw(5, 64), draw(5, 32), draw(5, 32), draw(5, 64), draw(9, 64).float(), draw(32, 9).float()
+    h, dh = x.double() @ A.double().mT, 0.5 * dy.double() @ B.double()
+    expected = {"lora": y.double() + 0.5 * h @ B.double().mT, "lora dx": dx.double() + dh @ A.double()}
+    expected |= {"lora dA": dh.mT @ x.double(), "lora dB": 0.5 * dy.double().mT @ h}
+    found = library.lora(x, A, B, 0.5, KEPT, y)
+    given = y, dx, *library.lora_backward(x, A, B, 0.5, KEPT, found, dy, dx)
+    return {name: (one, each) for one, (name, each) in zip(given, expected.items(), strict=True)}
 
 
 def _low_rank(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

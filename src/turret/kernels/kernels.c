@@ -126,6 +126,7 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
 #include "low_rank.inc.c"
 #include "step.inc.c"
 #include "layer.inc.c"
+#include "lora.inc.c"
 #undef BY_TOKENS
 #undef T
 #undef LOAD
@@ -194,6 +195,7 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /*
 #include "low_rank.inc.c"
 #include "step.inc.c"
 #include "layer.inc.c"
+#include "lora.inc.c"
 
 /* Tokens up to which `linear` is for, at most FEW; 0 where there are no vectors wide enough for it. Beyond, a library that packs
    its matrices is as quick; with tiles its products are so quick that only memory's share of the time can be saved. */

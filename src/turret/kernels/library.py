@@ -23,6 +23,7 @@ from turret.kernels.layers import DecoderLayer, EncoderLayer, Layer
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 LARGEST = 1 << 32  # elements a mask can number
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
+_LORA = (*(_LONG,) * 4, *(_POINTER,) * 3, ctypes.c_float, *(ctypes.c_uint32,) * 3)
 DECLARED = {  # arguments as plain numbers, where a kernel is called once a layer
     "low_rank": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, ctypes.c_int),
     "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, ctypes.c_int),
@@ -31,6 +32,8 @@ DECLARED = {  # arguments as plain numbers, where a kernel is called once a laye
         *(_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER),
         *(ctypes.c_float, _LONG, _POINTER, ctypes.c_int),
     ),
+    "lora": (*_LORA, *(_POINTER,) * 3, ctypes.c_int),
+    "lora_backward": (*_LORA, *(_POINTER,) * 7, ctypes.c_int),
     "encoder_layer": (_POINTER, _POINTER, _LONG, *(_POINTER,) * 4, ctypes.c_int),
     "decoder_layer": (_POINTER, _LONG, *(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, ctypes.c_int),
 }
@@ -174,6 +177,33 @@ class Library:
         self._call("attention_backward", q.dtype, ctypes.byref(words), _p(q), _p(k), _p(v), _p(dy), _p(log_sum), _p(dq),
                    _p(dk), _p(dv), _p(dprefixes), _threads())  # fmt: skip
         return dq, dk, dv, dprefixes
+
+    def lora(self, x: Tensor, A: Tensor, B: Tensor, by: float, dropped: Dropped, y: Tensor) -> Tensor:
+        """y += by (dropout(x) A^T) B^T, where dropout does not scale; gives h = dropout(x) A^T (N, R) float32.
+
+        x: (N, D_in), y: (N, D_out) of one dtype, D_in and D_out multiples of 32; A: (R, D_in), B: (D_out, R) float32.
+        """
+        turned, h = torch.empty_like(B), torch.empty(len(x), len(A))
+        told = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
+        self._call("lora", x.dtype, *told, *map(_p, (turned, h, y)), _threads())
+        return h
+
+    def lora_backward(
+        self,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        by: float,
+        dropped: Dropped,
+        h: Tensor,
+        dy: Tensor,
+        dx: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(dA, dB); dx, where it is wanted, holds dy W and is added to."""
+        dA, dB, turned, dh = (torch.empty_like(each) for each in (A, B, B, h))
+        told = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
+        self._call("lora_backward", x.dtype, *told, *map(_p, (turned, dh, h, dy, dx, dA, dB)), _threads())
+        return dA, dB
 
     def low_rank(self, spans: Spans, layer: int, x: Tensor, y: Tensor) -> None:
         """y += (x A^T) B of every span, added up in float32. x: (..., D_in), y: (..., D_out) of N tokens.
@@ -320,6 +350,19 @@ def _n(x: Tensor) -> ctypes.c_long:
 def _mask(dropped: Dropped) -> tuple[Any, ...]:
     """seed, other, threshold, scale"""
     return *map(ctypes.c_uint32, (*dropped.seeds, dropped.threshold)), ctypes.c_float(dropped.scale)
+
+
+def _lora(x: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
+    """tokens, D_in, D_out, R, x, A, B"""
+    (rank, d_in), d_out = A.shape, len(B)
+    assert B.shape == (d_out, rank)
+    assert d_in % 32 == d_out % 32 == 0
+    assert x.is_contiguous()
+    assert x.shape == (len(x), d_in)
+    assert A.is_contiguous()
+    assert B.is_contiguous()
+    assert A.dtype == B.dtype == torch.float32
+    return len(x), d_in, d_out, rank, x.data_ptr(), A.data_ptr(), B.data_ptr()
 
 
 def _threads() -> ctypes.c_int:

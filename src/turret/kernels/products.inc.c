@@ -150,6 +150,25 @@ static inline void store_bfloats(bfloat16 *to, vector from)
 #endif
 }
 
+/* Words of random bits, and what of ACROSS numbers `dropout` leaves: `first` is the number of the first, a multiple of ACROSS. */
+typedef uint32_t words __attribute__((vector_size(4 * ACROSS), aligned(4)));
+
+struct mask { uint32_t seed, other, threshold; }; /* of 2^16 */
+
+static inline __attribute__((always_inline)) vector left(uint32_t first, vector x, const struct mask *mask)
+{
+    words at;
+    for (int i = 0; i < ACROSS; i++) at[i] = (uint32_t)i;
+    at += first / CHUNK * (CHUNK / 2) + first % (CHUNK / 2) + mask->seed; /* as `random_word` */
+    at ^= at >> 16;
+    at *= 0x7feb352du;
+    at ^= (at >> 15) ^ mask->other;
+    at *= 0x846ca68bu;
+    at ^= at >> 16;
+    at = first & (CHUNK / 2) ? at >> 16 : at & 0xffffu;
+    return (vector)((words)x & (words)(at >= mask->threshold));
+}
+
 static inline void ahead(const void *from, long bytes) /* read soon */
 {
     for (long i = 0; from && i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);

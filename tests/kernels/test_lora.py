@@ -1,0 +1,93 @@
+"""A LoRA that trains: the formula and its gradients in float64, whatever the sizes, and whoever's thread adds up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled_kernels import BOTH, close, compiled, draw, needed
+from torch import Tensor
+
+from turret.kernels import KEPT, Dropped
+
+Numbers = tuple[Tensor, ...]
+BY = 1.7
+HALF = Dropped.of(0.5, (12345, 678))
+
+
+def drawn(tokens: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype) -> Numbers:
+    """x, A, B, what y holds before, dy, what dx holds before."""
+    torch.manual_seed(tokens)
+    sizes = ((tokens, d_in), (tokens, d_out), (tokens, d_out), (tokens, d_in))
+    x, y, dy, dx = (draw(*size, dtype=dtype) for size in sizes)
+    return x, draw(rank, d_in) * d_in**-0.5, draw(d_out, rank), y, dy, dx
+
+
+def ours(numbers: Numbers, dropped: Dropped) -> Numbers:
+    """y, dx, dA, dB"""
+    x, A, B, y, dy, dx = (each.clone() for each in numbers)
+    h = compiled().lora(x, A, B, BY, dropped, y)
+    dA, dB = compiled().lora_backward(x, A, B, BY, dropped, h, dy, dx)
+    return y, dx, dA, dB
+
+
+def plainly(numbers: Numbers, dropped: Dropped) -> Numbers:
+    x, A, B, y, dy, dx = (each.double() for each in numbers)
+    mask = compiled().dropout(torch.ones_like(numbers[0]), dropped, 1.0).double()
+    dh = BY * dy @ B
+    return y + BY * (x * mask) @ A.mT @ B.mT, dx + (dh @ A) * mask, dh.mT @ (x * mask), BY * dy.mT @ (x * mask @ A.mT)
+
+
+@needed
+@BOTH
+@pytest.mark.parametrize("dropped", [KEPT, HALF], ids=["kept", "dropped"])
+@pytest.mark.parametrize("rank", [1, 3, 4, 8, 13, 32])
+@pytest.mark.parametrize("sizes", [(37, 64, 96), (1, 32, 32), (64, 160, 384)])
+def test_lora_and_its_gradients_are_the_formula(
+    sizes: tuple[int, int, int], rank: int, dropped: Dropped, dtype: torch.dtype
+) -> None:
+    numbers = drawn(*sizes, rank, dtype)
+    for given, expected in zip(ours(numbers, dropped), plainly(numbers, dropped), strict=True):
+        scale = float(expected.abs().max())
+        close(given / scale, expected / scale, dtype)
+
+
+@needed
+def test_one_mask_for_another_is_seen() -> None:
+    """The control of the test above, and that a mask is the one of the seeds."""
+    numbers = drawn(37, 64, 96, 8, torch.float32)
+    other = ours(numbers, Dropped.of(0.5, (12345, 679)))
+    for given, expected in zip(other, plainly(numbers, HALF), strict=True):
+        assert not torch.allclose(given.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+@needed
+@BOTH
+def test_without_dx_the_factors_gradients_are_the_same(dtype: torch.dtype) -> None:
+    x, A, B, y, dy, _ = drawn(37, 64, 96, 8, dtype)
+    h = compiled().lora(x, A, B, BY, HALF, y)
+    given = compiled().lora_backward(x, A, B, BY, HALF, h, dy, None)
+    _, _, *expected = ours(drawn(37, 64, 96, 8, dtype), HALF)
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+
+
+@needed
+@BOTH
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_number_is_the_same_to_the_last_bit_with_any_number_of_threads(dtype: torch.dtype, threads: int) -> None:
+    numbers, given, kept = drawn(301, 128, 96, 9, dtype), [], torch.get_num_threads()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            given.append(ours(numbers, HALF))
+    finally:
+        torch.set_num_threads(kept)
+    assert all(torch.equal(a, b) for a, b in zip(*given, strict=True))
+
+
+@needed
+def test_what_is_not_a_number_stays_in_its_own_row() -> None:
+    x, A, B, y, dy, dx = drawn(5, 64, 32, 4, torch.float32)
+    x[3, 7] = float("nan")
+    given = ours((x, A, B, y, dy, dx), KEPT)[0]
+    assert given[3].isnan().all()
+    assert given[[0, 1, 2, 4]].isfinite().all()
