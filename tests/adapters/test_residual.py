@@ -61,14 +61,16 @@ def test_what_is_dropped_is_dropped_on_the_way_back_too(width: int) -> None:
     wide = [each.double().requires_grad_() for each in (a, x)]
     expected = torch.nn.functional.layer_norm(wide[0] * mask + wide[1], (width,), weight.double(), bias.double(), 1e-12)
     given = [each.requires_grad_() for each in (a, x)]
-    y = _AddedNorm.apply(*given, weight, bias, 1e-12, dropped, found)  # type: ignore[no-untyped-call]
+    y, s, stats = _AddedNorm.apply(*given, weight, bias, 1e-12, dropped, found)  # type: ignore[no-untyped-call]
+    assert not s.requires_grad
+    assert torch.equal(found.added_norm_again(s, weight, bias, stats), y)
     dy = torch.randn(11, width)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
     for mine, wanted in zip(
         torch.autograd.grad(y, given, dy), torch.autograd.grad(expected, wide, dy.double()), strict=True
     ):
         torch.testing.assert_close(mine.double(), wanted, atol=2e-5, rtol=2e-5)
-    plain = _AddedNorm.apply(*given, weight, bias, 1e-12, KEPT, found)  # type: ignore[no-untyped-call]
+    plain, *_ = _AddedNorm.apply(*given, weight, bias, 1e-12, KEPT, found)  # type: ignore[no-untyped-call]
     assert not torch.allclose(y, plain, atol=1e-3)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.norms import kept
 from turret.adapters.route import Route
 from turret.kernels import Library, usable
 
@@ -52,22 +53,25 @@ class _GELU(torch.autograd.Function):
 class _FrozenGatedMLP(torch.autograd.Function):
     """y = W_down (silu(W_gate x) * W_up x) of three frozen matrices, with x alone kept: gate and up are computed again.
 
-    dgate, dup = swiglu_backward(gate, up, dy W_down);  dx = dgate W_gate + dup W_up
+    dgate, dup = swiglu_backward(gate, up, dy W_down);  dx = dgate W_gate + dup W_up. Of an x that a norm made, what the
+    norm was given is kept in its place.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, library: Library) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, D)
-        ctx.save_for_backward(rows, gate, up, down)
-        ctx.library, ctx.shape = library, x.shape
+        own, ctx.norm = kept(x)
+        ctx.save_for_backward(own, gate, up, down)
+        ctx.library = library
         return (library.swiglu(rows @ gate.mT, rows @ up.mT) @ down.mT).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        rows, gate, up, down = ctx.saved_tensors
+        x, gate, up, down = ctx.saved_tensors
+        rows = (x if ctx.norm is None else ctx.norm.of(x)).reshape(-1, x.shape[-1])
         dy = gradients[0].reshape(rows.shape) @ down
         dgate, dup = ctx.library.swiglu_backward(rows @ gate.mT, rows @ up.mT, dy)
-        return (dgate @ gate).addmm_(dup, up).view(ctx.shape), None, None, None, None
+        return (dgate @ gate).addmm_(dup, up).view(x.shape), None, None, None, None
 
 
 class FrozenGated(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.dropout import Mask, Masks, dropout
+from turret.adapters.norms import kept
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
 from turret.kernels import KEPT, LARGEST, Dropped, Library, usable
@@ -117,7 +118,10 @@ class _Adapted(torch.autograd.Function):
 
 
 class _AdaptedByKernels(torch.autograd.Function):
-    """The same, in x's precision for W alone: what the adapter adds is multiplied and added up in float32."""
+    """The same, in x's precision for W alone: what the adapter adds is multiplied and added up in float32.
+
+    Of an x that a norm made, what the norm was given is kept in its place.
+    """
 
     @staticmethod
     def forward(
@@ -133,18 +137,20 @@ class _AdaptedByKernels(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, D_in)
         y = nn.functional.linear(rows, weight, bias)
-        ctx.scaling, ctx.shape, ctx.dropped, ctx.library = scaling * dropped.scale, x.shape, dropped, library
+        ctx.scaling, ctx.dropped, ctx.library = scaling * dropped.scale, dropped, library
         h = library.lora(rows, A, B, ctx.scaling, dropped, y)
-        ctx.save_for_backward(rows, weight, A, B, h)
+        own, ctx.norm = kept(x)
+        ctx.save_for_backward(own, weight, A, B, h)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        rows, weight, A, B, h = ctx.saved_tensors
+        x, weight, A, B, h = ctx.saved_tensors
+        rows = (x if ctx.norm is None else ctx.norm.of(x)).reshape(-1, x.shape[-1])
         dy = gradients[0].reshape(-1, len(B)).contiguous()
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dA, dB = ctx.library.lora_backward(rows, A, B, ctx.scaling, ctx.dropped, h, dy, dx)
-        return None if dx is None else dx.view(ctx.shape), None, None, dA, dB, None, None, None
+        return None if dx is None else dx.view(x.shape), None, None, dA, dB, None, None, None
 
 
 def _kernels(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Library | None:

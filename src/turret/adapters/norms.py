@@ -3,19 +3,21 @@
     y = w n,    n = x r,    r = 1 / sqrt(mean(x^2) + eps),    over the last dimension, in float32
 
 (Zhang & Sennrich 2019.) Autograd keeps several float32 copies of x for this; here x itself and r are kept, and n is
-computed again. Without gradients the outputs are the base's to the last bit; with them, and in an engine, nearly so.
+computed again. Nor need those who read y keep it: what it was made from goes along (`kept`).
+Without gradients the outputs are the base's to the last bit; with them, and in an engine, nearly so.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from turret.adapters.route import Route
-from turret.kernels import usable
+from turret.kernels import Library, usable
 
+MADE_FROM = "turret_made_from"  # an attribute of a norm's output
 CLASSES = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
 
 
@@ -29,17 +31,44 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return weight * n.to(dtype)
 
 
+class Again(Protocol):
+    """A norm with frozen weights, to be computed again to the last bit."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """Its output, from what it keeps anyway."""
+
+
+class RMSNormAgain(NamedTuple):
+    weight: Tensor
+    eps: float
+    library: Library
+
+    def of(self, x: Tensor) -> Tensor:
+        return self.library.rms_norm(x, self.weight, self.eps)[0]
+
+
+def marked(y: Tensor, x: Tensor, norm: Again) -> Tensor:
+    """y, a norm's output, with what makes it again."""
+    setattr(y, MADE_FROM, (y._version, x.detach(), norm))
+    return y
+
+
+def kept(y: Tensor) -> tuple[Tensor, Again | None]:
+    """What to keep of y for a backward pass: (y, None), or of a norm's output (what the norm keeps itself, norm)."""
+    version, x, norm = getattr(y, MADE_FROM, (None, y, None))
+    return (x, norm) if version == y._version else (y, None)  # not if somebody has changed y since
+
+
 class _RMSNorm(torch.autograd.Function):
     """dx = r (g - n mean(g n)),  g = w dy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.kernels = usable(x, weight)
-        if ctx.kernels is not None:
-            x = x.contiguous()
-            y, r = ctx.kernels.rms_norm(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, library: Library | None) -> Tensor:
+        ctx.library = library
+        if library is not None:
+            y, r = library.rms_norm(x, weight, eps)
             ctx.save_for_backward(x, r, weight)
-            return cast(Tensor, y)
+            return y
         wide = x.float()
         r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # (..., 1)
         ctx.save_for_backward(x, r, weight)
@@ -48,12 +77,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, r, weight = ctx.saved_tensors
-        if ctx.kernels is not None:
-            return ctx.kernels.rms_norm_backward(x, weight, r, gradients[0].contiguous()), None, None
+        if ctx.library is not None:
+            return ctx.library.rms_norm_backward(x, weight, r, gradients[0].contiguous()), None, None, None
         g = (gradients[0] * weight).float()
         n = x.float() * r
         g.sub_(n.mul_((g * n).mean(-1, keepdim=True))).mul_(r)
-        return g.to(x.dtype), None, None
+        return g.to(x.dtype), None, None, None
 
 
 class FrozenNorm(nn.Module):
@@ -69,8 +98,10 @@ class FrozenNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         x, weight = hidden_states, self.weight
         if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad and weight.dtype == x.dtype:
-            y: Tensor = _RMSNorm.apply(x, weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
-            return y
+            library = usable(x, weight)
+            x = x if library is None else x.contiguous()
+            y: Tensor = _RMSNorm.apply(x, weight, self.variance_epsilon, library)  # type: ignore[no-untyped-call]
+            return y if library is None else marked(y, x, RMSNormAgain(weight, self.variance_epsilon, library))
         if self.route.serves and (library := usable(x, weight)) is not None and x.numel() > 0:
             return library.rms_norm(x.contiguous(), weight, self.variance_epsilon)[0]
         narrows = self.narrows and weight.dtype in (torch.float16, torch.bfloat16)

@@ -10,12 +10,13 @@ to know families: what it stands in for is told by the names of classes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from turret.adapters.dropout import Masks
+from turret.adapters.norms import marked
 from turret.adapters.route import Route
 from turret.kernels import KEPT, LARGEST, Dropped, Library, usable
 
@@ -24,22 +25,34 @@ CLASSES = (*AFTER_ATTENTION, "BertOutput", "RobertaOutput")  # dense, LayerNorm,
 
 
 class _AddedNorm(torch.autograd.Function):
-    """y = LayerNorm(dropout(a) + x) with frozen weights. a, x: (..., D)."""
+    """y = LayerNorm(s), s = dropout(a) + x, with frozen weights: (y, s, stats of s). a, x: (..., D)."""
 
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dropped: Dropped, library: Library
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y, s, stats = library.added_norm(a, x, weight, bias, eps, dropped)
         ctx.save_for_backward(s, weight, stats)
+        ctx.mark_non_differentiable(s, stats)
+        ctx.set_materialize_grads(False)
         ctx.dropped, ctx.library = dropped, library
-        return y
+        return y, s, stats
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         s, weight, stats = ctx.saved_tensors
         da, dx = ctx.library.added_norm_backward(s, weight, stats, ctx.dropped, gradients[0].contiguous())
         return da, dx, None, None, None, None, None
+
+
+class LayerNormAgain(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    stats: Tensor
+    library: Library
+
+    def of(self, s: Tensor) -> Tensor:
+        return self.library.added_norm_again(s, self.weight, self.bias, self.stats)
 
 
 class FrozenOutput(nn.Module):
@@ -67,10 +80,10 @@ class FrozenOutput(nn.Module):
         dropped = (self.route.masks or Masks()).dropped(p) if p > 0.0 else KEPT
         if not torch.is_grad_enabled():
             return library.added_norm(a.contiguous(), x.contiguous(), norm.weight, norm.bias, norm.eps, dropped)[0]
-        y: Tensor = _AddedNorm.apply(  # type: ignore[no-untyped-call]
+        y, s, stats = _AddedNorm.apply(  # type: ignore[no-untyped-call]
             a.contiguous(), x.contiguous(), norm.weight, norm.bias, norm.eps, dropped, library
         )
-        return y
+        return marked(y, s, LayerNormAgain(norm.weight, norm.bias, stats, library))
 
     def _kernels(self, a: Tensor, x: Tensor) -> Library | None:
         """The kernels, in an engine and where there is a gradient to be computed through frozen weights."""

@@ -134,6 +134,25 @@ static inline float NAME(kept)(uint32_t f, uint32_t seed, uint32_t other, uint32
     return ((f & (CHUNK / 2)) ? word >> 16 : word & 0xffffu) >= threshold ? scale : 0.0f;
 }
 
+/* y (width,) = w (s - mean) r + b; one function for all, or the compiler would choose another order of operations elsewhere */
+static __attribute__((noinline)) void NAME(normed)(long width, const T *s, const T *w, const T *b, float mean, float r, T *y)
+{
+    for (long at = 0; at < width; at += CHUNK) {
+        float z[CHUNK];
+        long size = width - at < CHUNK ? width - at : CHUNK;
+        for (long i = 0; i < size; i++) z[i] = LOAD(w[at + i]) * ((LOAD(s[at + i]) - mean) * r) + LOAD(b[at + i]);
+        NAME(put)(y + at, z, size);
+    }
+}
+
+/* what `added_norm` gave, again, from what it kept */
+void NAME(added_norm_again)(long rows, long width, const T *s, const T *w, const T *b, const float *stats, T *y, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > SERIAL)
+    for (long row = 0; row < rows; row++)
+        NAME(normed)(width, s + row * width, w, b, stats[2 * row], stats[2 * row + 1], y + row * width);
+}
+
 /* s = drop(a) + x,  y = w (s - mean) r + b,  r = 1 / sqrt(var + eps), of s as it is kept;  stats: (rows, 2) mean and r */
 void NAME(added_norm)(long rows, long width, const T *a, const T *x, const T *w, const T *b, float eps, uint32_t seed,
                       uint32_t other, uint32_t threshold, float scale, T *s, T *y, float *stats, int threads)
@@ -160,12 +179,7 @@ void NAME(added_norm)(long rows, long width, const T *a, const T *x, const T *w,
         float r = 1.0f / sqrtf(squares / (float)width + eps);
         stats[2 * row] = mean;
         stats[2 * row + 1] = r;
-        for (long at = 0; at < width; at += CHUNK) {
-            float z[CHUNK];
-            long size = width - at < CHUNK ? width - at : CHUNK;
-            for (long i = 0; i < size; i++) z[i] = LOAD(w[at + i]) * ((LOAD(to[at + i]) - mean) * r) + LOAD(b[at + i]);
-            NAME(put)(y + row * width + at, z, size);
-        }
+        NAME(normed)(width, to, w, b, mean, r, y + row * width);
     }
 }
 

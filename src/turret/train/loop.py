@@ -48,6 +48,7 @@ def fit(
     memory.reset_peak()
     run = Run.begin(recipe, base, task, dataset, folder, start)
     train, model, here = recipe.train, base.model, run.processes
+    heap.give_back()  # what reading the tokenizer's rules and the first numbers took
     try:
         with StopRequest() as stop, heap.kept():
             saved_at, pause = clock(), SAVE_SECONDS
