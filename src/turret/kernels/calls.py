@@ -1,0 +1,62 @@
+"""The loaded kernels and how one is called: what each takes as plain numbers, and tensors as addresses."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turret.kernels.arguments import Spans
+
+NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
+_LORA = (*(_LONG,) * 4, *(_POINTER,) * 3, ctypes.c_float, *(ctypes.c_uint32,) * 3)
+DECLARED = {  # arguments as plain numbers, where a kernel is called once a layer
+    "low_rank": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, ctypes.c_int),
+    "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, ctypes.c_int),
+    "keep_step": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER),
+    "attend_step": (
+        *(_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER),
+        *(ctypes.c_float, _LONG, _POINTER, ctypes.c_int),
+    ),
+    "lora": (*_LORA, *(_POINTER,) * 3, ctypes.c_int),
+    "lora_backward": (*_LORA, *(_POINTER,) * 7, ctypes.c_int),
+    "encoder_layer": (_POINTER, _POINTER, _LONG, *(_POINTER,) * 4, ctypes.c_int),
+    "decoder_layer": (_POINTER, _LONG, *(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, ctypes.c_int),
+}
+RETURNED = {"encoder_layer": _LONG, "decoder_layer": _LONG}
+
+
+class Calls:
+    """Tensors are on the CPU, contiguous where nothing else is said, and of one dtype."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        self._loaded = loaded
+        self._functions: dict[tuple[str, torch.dtype], Any] = {}
+        self._few = {dtype: int(getattr(loaded, f"linear_up_to_{name}")()) for dtype, name in NAMES.items()}
+
+    def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> Any:
+        function = self._functions.get((name, dtype))
+        if function is None:
+            function = getattr(self._loaded, f"{name}_{NAMES[dtype]}")
+            function.argtypes, function.restype = DECLARED.get(name), RETURNED.get(name)
+            self._functions[name, dtype] = function
+        return function(*arguments)
+
+
+def p(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def n(x: Tensor) -> ctypes.c_long:
+    return ctypes.c_long(x.numel())
+
+
+def at(spans: Spans | None) -> int | None:
+    return None if spans is None else spans.address
+
+
+def threads() -> ctypes.c_int:
+    return ctypes.c_int(torch.get_num_threads())

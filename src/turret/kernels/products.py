@@ -1,0 +1,92 @@
+"""Matrix products: of an adapter that trains, of many that answer, of few tokens (lora, low_rank and step.inc.c)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from turret.kernels.arguments import Dropped, Spans
+from turret.kernels.calls import Calls, at, p, threads
+
+
+class Products(Calls):
+    """Axes: N tokens, R ranks."""
+
+    def lora(self, x: Tensor, A: Tensor, B: Tensor, by: float, dropped: Dropped, y: Tensor) -> Tensor:
+        """y += by (dropout(x) A^T) B^T, where dropout does not scale; gives h = dropout(x) A^T (N, R) float32.
+
+        x: (N, D_in), y: (N, D_out) of one dtype, D_in and D_out multiples of 32; A: (R, D_in), B: (D_out, R) float32.
+        """
+        turned, h = torch.empty_like(B), torch.empty(len(x), len(A))
+        told = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
+        self._call("lora", x.dtype, *told, *map(p, (turned, h, y)), threads())
+        return h
+
+    def lora_backward(
+        self,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        by: float,
+        dropped: Dropped,
+        h: Tensor,
+        dy: Tensor,
+        dx: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(dA, dB); dx, where it is wanted, holds dy W and is added to."""
+        dA, dB, turned, dh = (torch.empty_like(each) for each in (A, B, B, h))
+        told = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
+        self._call("lora_backward", x.dtype, *told, *map(p, (turned, dh, h, dy, dx, dA, dB)), threads())
+        return dA, dB
+
+    def low_rank(self, spans: Spans, layer: int, x: Tensor, y: Tensor) -> None:
+        """y += (x A^T) B of every span, added up in float32. x: (..., D_in), y: (..., D_out) of N tokens.
+
+        Rows of no span stay as they are.
+        """
+        d_in, d_out = x.shape[-1], y.shape[-1]
+        assert x.is_contiguous()
+        assert y.is_contiguous()
+        assert layer < spans.layers
+        assert x.numel() == spans.tokens * d_in
+        assert y.numel() == spans.tokens * d_out
+        threads = torch.get_num_threads()
+        self._call("low_rank", x.dtype, spans.address, layer, x.data_ptr(), y.data_ptr(), d_in, d_out, threads)
+
+    def few(self, dtype: torch.dtype) -> int:
+        """Tokens up to which `linear` is for; 0 where torch's own product is as quick for any number."""
+        return self._few[dtype]
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, spans: Spans | None = None, layer: int = 0
+    ) -> Tensor:
+        """x W^T + b of at most `few` tokens, and (x A^T) B of each span, added up in float32 and rounded once.
+
+        x: (..., D_in), weight: (D_out, D_in) -> (..., D_out).
+        """
+        d_out, d_in = weight.shape
+        tokens = x.numel() // d_in
+        assert x.is_contiguous()
+        assert weight.is_contiguous()
+        assert x.shape[-1] == d_in
+        assert tokens <= self._few[x.dtype]
+        assert spans is None or (spans.tokens == tokens and layer < spans.layers)
+        y = x.new_empty(*x.shape[:-1], d_out)
+        self._call(
+            "linear", x.dtype, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+            tokens, d_in, d_out, at(spans), layer, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+
+def _lora(x: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
+    """tokens, D_in, D_out, R, x, A, B"""
+    (rank, d_in), d_out = A.shape, len(B)
+    assert B.shape == (d_out, rank)
+    assert d_in % 32 == d_out % 32 == 0
+    assert x.is_contiguous()
+    assert x.shape == (len(x), d_in)
+    assert A.is_contiguous()
+    assert B.is_contiguous()
+    assert A.dtype == B.dtype == torch.float32
+    return len(x), d_in, d_out, rank, x.data_ptr(), A.data_ptr(), B.data_ptr()
