@@ -21,6 +21,7 @@ from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
 
 LABELS = ("bad", "good", "odd", "dull", "fine")
+TEXTS = ["a great film", "dull and boring", "the market fell", "x", "why not?"]
 
 
 class Shelf:

@@ -9,37 +9,21 @@ from typing import Any
 import pytest
 import torch
 from adapters_at_hand import METHODS, made
-from shelf import LABELS, Shelf, agree, reference
+from shelf import LABELS, TEXTS, Shelf, agree, reference
 
 from turret.adapters import Adapter, BaseInfo
-from turret.engine import Limits, Options
+from turret.engine import Limits
 from turret.errors import (
     AdapterError,
     BundleError,
-    Busy,
-    Cancelled,
     DataError,
-    DeadlineExceeded,
     Draining,
     EngineError,
-    InUse,
-    NoRoom,
     NotFinite,
     NotFound,
     WrongBase,
 )
 from turret.methods import Full
-
-TEXTS = ["a great film", "dull and boring", "the market fell", "x", "why not?"]
-
-
-@pytest.fixture
-def shelf() -> Shelf:
-    filled = Shelf("bert")
-    for seed, (name, method) in enumerate({"a": "lora", "b": "wide", "c": "prefix", "d": "head"}.items(), 1):
-        filled.put(name, method, seed, labels=2 + seed % 4)
-    return filled
-
 
 # --- which version answers --------------------------------------------------------------------------------------------
 
@@ -213,170 +197,6 @@ def test_numbers_that_are_none_are_an_error_for_their_row_and_nobody_elses(kind:
             else:
                 assert good.result(30) == wanted
         assert len(engine._runner.cache) == 0
-
-
-# --- waiting, deadlines, cancelling -----------------------------------------------------------------------------------
-
-
-def test_a_queue_that_is_full_says_when_to_come_again(shelf: Shelf) -> None:
-    shelf.gate.clear()
-    with shelf.engine(queue_tokens=20) as engine:
-        tickets = [engine.submit("classify", [5] * 8, "a"), engine.submit("classify", [5] * 8, "a")]
-        with pytest.raises(Busy, match=r"16 tokens wait already and the limit of queue_tokens is 20") as caught:
-            engine.submit("classify", [5] * 8, "b")
-        assert 0 < caught.value.retry_after <= 60
-        assert engine.stats().waiting_tokens == 16
-        shelf.gate.set()
-        assert all(ticket.result(30) for ticket in tickets)
-        assert engine.stats().waiting_tokens == 0
-
-
-def test_many_texts_of_one_call_wait_for_room_in_the_queue(shelf: Shelf) -> None:
-    with shelf.engine(queue_tokens=20) as engine:
-        agree(engine.classify(TEXTS * 8, "a"), reference(shelf, "a", TEXTS) * 8)
-
-
-def test_a_deadline_ends_a_request_wherever_it_waits(shelf: Shelf) -> None:
-    shelf.gate.clear()
-    with shelf.engine() as engine:
-        ticket = engine.submit("classify", "x", "a", deadline=0.05)
-        with pytest.raises(DeadlineExceeded, match=r"has no answer after 0\.0"):
-            ticket.result(30)
-        shelf.gate.set()
-        agree(engine.classify(TEXTS, "a", deadline=30.0), reference(shelf, "a", TEXTS))
-
-
-def test_a_deadline_ends_a_generation() -> None:
-    shelf = Shelf("llama", "generate")
-    shelf.put("a")
-    with shelf.engine(max_tokens=1_000_000, cache_tokens=2_000_000) as engine:
-        ticket = engine.submit("generate", "x", "a", Options(max_tokens=500_000), deadline=0.3)
-        with pytest.raises(DeadlineExceeded):
-            ticket.result(30)
-        assert engine.stats().running == 0
-
-
-def test_cancelling_ends_a_request_that_waits_and_an_answer_that_is_there_stays(shelf: Shelf) -> None:
-    shelf.gate.clear()
-    with shelf.engine() as engine:
-        ticket, other = engine.submit("classify", "x", "a"), engine.submit("classify", "x", "a")
-        ended: list[Any] = []
-        ticket.add_done_callback(lambda each: ended.append(each.error()))
-        ticket.cancel()
-        with pytest.raises(Cancelled):
-            ticket.result(30)
-        assert isinstance(ended[0], Cancelled)
-        shelf.gate.set()
-        answer = other.result(30)
-        other.cancel()
-        assert other.result() == answer
-        assert other.error() is None
-
-
-def test_a_result_that_takes_longer_than_its_timeout_is_still_to_come(shelf: Shelf) -> None:
-    shelf.gate.clear()
-    with shelf.engine() as engine:
-        ticket = engine.submit("classify", "x", "a")
-        with pytest.raises(TimeoutError, match=r"not answered after 0\.01 s"):
-            ticket.result(0.01)
-        shelf.gate.set()
-        assert ticket.result(30)
-
-
-def test_a_listener_that_fails_is_left_out_and_the_answer_comes(shelf: Shelf) -> None:
-    with shelf.engine() as engine:
-        shelf.gate.clear()
-        ticket = engine.submit("classify", "x", "a")
-
-        def fails(event: Any) -> None:
-            raise ValueError("mine")
-
-        ticket.listen(fails)
-        shelf.gate.set()
-        assert ticket.result(30)
-        assert engine.classify(["x"], "a")
-
-
-# --- slots ------------------------------------------------------------------------------------------------------------
-
-
-def test_loading_one_adapter_does_not_keep_the_others_waiting(shelf: Shelf) -> None:
-    with shelf.engine() as engine:
-        engine.warm("a")
-        shelf.gate.clear()
-        slow = engine.submit("classify", TEXTS[0], "b")
-        agree(engine.classify(TEXTS, "a"), reference(shelf, "a", TEXTS))
-        assert not slow.done
-        shelf.gate.set()
-        agree([slow.result(30)], reference(shelf, "b", TEXTS[:1]))
-
-
-def test_more_adapters_than_slots_take_turns_and_pins_stay(shelf: Shelf) -> None:
-    with shelf.engine(slots=2) as engine:
-        engine.warm("a", pin=True)
-        tickets = [(name, text, engine.submit("classify", text, name)) for text in TEXTS for name in "abcd"]
-        for name, text, ticket in tickets:
-            agree([ticket.result(30)], reference(shelf, name, [text]))
-        stats = engine.stats()
-        assert stats.evictions >= 2
-        assert stats.adapters <= 2
-        assert shelf.loads.count("a@1") == 1
-        pinned = [each for each in engine.loaded() if each.pinned]
-        assert [each.version for each in pinned] == ["a@1"]
-        engine.warm("b", pin=True)
-        with pytest.raises(NoRoom, match="all 2 slots hold pinned adapters"):
-            engine.submit("classify", "x", "c")
-        engine.unpin("a")
-        agree(engine.classify(TEXTS, "c"), reference(shelf, "c", TEXTS))
-        assert {each.version for each in engine.loaded()} == {"b@1", "c@1"}
-
-
-def test_memory_is_counted_in_the_bases_precision_and_never_passed(shelf: Shelf) -> None:
-    with shelf.engine() as engine:
-        engine.warm("b")
-        size = engine.loaded()[0].bytes
-    tensors = [*shelf.adapters["b@1"].tensors.values(), *shelf.adapters["b@1"].head.values()]
-    assert size == sum(each.numel() * 4 for each in tensors)
-    shelf.put("e", "wide", 9, labels=4)
-    with shelf.engine(memory=size + 100) as engine:
-        for name in "bebe":
-            agree(engine.classify(TEXTS, name), reference(shelf, name, TEXTS))
-            assert engine.stats().adapter_bytes <= size + 100
-    with shelf.engine(memory=size - 1) as engine, pytest.raises(NoRoom, match="limit of memory"):
-        engine.submit("classify", "x", "b").result(30)
-
-
-def test_one_adapter_that_is_always_asked_for_does_not_keep_the_only_slot(shelf: Shelf) -> None:
-    with shelf.engine(slots=1) as engine:
-        stop = threading.Event()
-
-        def flood() -> None:
-            while not stop.is_set():
-                tickets = [engine.submit("classify", "x", "a") for _ in range(8)]
-                tickets[0].result(30)
-
-        thread = threading.Thread(target=flood)
-        thread.start()
-        try:
-            agree([engine.submit("classify", TEXTS[0], "b").result(20)], reference(shelf, "b", TEXTS[:1]))
-        finally:
-            stop.set()
-            thread.join()
-
-
-def test_unloading_puts_an_adapter_out_unless_a_request_needs_it(shelf: Shelf) -> None:
-    with shelf.engine() as engine:
-        with pytest.raises(NotFound, match="a@1 is not loaded here"):
-            engine.unload("a")
-        engine.warm("a", pin=True)
-        engine.unload("a")
-        assert engine.loaded() == []
-        agree(engine.classify(TEXTS, "a"), reference(shelf, "a", TEXTS))
-        with engine._wake:  # no pass can run
-            ticket = engine.submit("classify", "x", "a")
-            with pytest.raises(InUse, match="needed by 1 requests"):
-                engine.unload("a")
-        assert ticket.result(30)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------

@@ -115,6 +115,22 @@ def serve(workspace: Workspace) -> Iterator[Callable[..., Running]]:
 
 
 @pytest.fixture
+def begin(serve, put, workspace) -> Callable[..., Running]:
+    """`begin(share=0.5)`: a server that has taken up an experiment on `a`, a@1 against a@2."""
+
+    def begin(candidates: str | tuple[str, ...] = "a@2", engine: dict | None = None, **settings) -> Running:
+        for _ in range(3):
+            put()
+        workspace.promote("a@1", "production")
+        running = serve(**(engine or {}))
+        workspace.experiment("a").start(candidates, **settings)
+        running.served.look()
+        return running
+
+    return begin
+
+
+@pytest.fixture
 def until() -> Callable[..., None]:
     return patience.until
 

@@ -1,63 +1,13 @@
-"""Experiments on live traffic: who is answered by which arm, what is told of it, and what no experiment may do."""
+"""Experiments on live traffic: who is answered by which arm, and control over HTTP."""
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Callable
-
 import pytest
-from server.conftest import Running
+from server.arms import UNITS, arms, asked, of, status
 from server.echo import probabilities
 
 from turret.experiments import Guards
-from turret.server.limits import Limits
 from turret.workspace import Workspace
-
-UNITS = [f"user {number}" for number in range(40)]
-Begin = Callable[..., Running]
-
-
-@pytest.fixture
-def begin(serve, put, workspace) -> Begin:
-    """`begin(share=0.5)`: a server that has taken up an experiment on `a`, a@1 against a@2."""
-
-    def begin(candidates: str | tuple[str, ...] = "a@2", engine: dict | None = None, **settings) -> Running:
-        for _ in range(3):
-            put()
-        workspace.promote("a@1", "production")
-        running = serve(**(engine or {}))
-        workspace.experiment("a").start(candidates, **settings)
-        running.served.look()
-        return running
-
-    return begin
-
-
-def asked(client, unit: str | None = None, text: str = "x", model: str = "a", **headers: str):
-    body = {"model": model, "input": text} | ({} if unit is None else {"user": unit})
-    return client.post("/v1/classify", json=body, headers=headers)
-
-
-def status(workspace: Workspace) -> dict:
-    return workspace.experiment("a").status().as_json()
-
-
-def arms(workspace: Workspace, key: str) -> dict[str, int]:
-    return {each["arm"]: each[key] for each in status(workspace)["arms"]}
-
-
-def label(workspace: Workspace, version: str, text: str) -> str:
-    found = probabilities(workspace.resolve(version).digest, text)
-    return max(found, key=lambda key: found[key])
-
-
-def of(arm: str, workspace: Workspace) -> str:
-    """A unit that this arm answers."""
-    router = workspace.router()
-    experiment = router.running("a")
-    return next(unit for unit in UNITS if router.choose(experiment, unit).arm == arm)
-
 
 # --- who is answered by which arm ----------------------------------------------------------------------------------
 
@@ -160,6 +110,22 @@ def test_where_an_alias_is_moved_by_a_person_that_is_what_answers(begin, workspa
     assert asked(client, "ann").json()["model"] == "a@2"
 
 
+def test_many_answers_are_each_of_the_arm_that_the_receipt_says_while_shares_move(begin, workspace) -> None:
+    """Ramps by another process while requests go on: every answer is its version's own, whatever moves."""
+    running = begin(share=0.1)
+    client, other, seen = running.client(), Workspace(workspace.store.root), {"1": set(), "2": set()}
+    for step in range(60):
+        if step % 20 == 10:
+            other.experiment("a").ramp(0.1 + step / 100)
+            running.served.look()
+        got = asked(client, f"u{step % 30}", "some text")
+        version = got.headers["turret-version"]
+        assert got.json()["data"][0]["probabilities"] == probabilities(got.headers["turret-digest"], "some text")
+        assert got.headers["turret-arm"] == {"1": "control", "2": "candidate"}[version]
+        seen[version].add(got.headers["turret-probability"])
+    assert len(seen["1"]) > 1
+
+
 # --- versions that are there, and versions that are not --------------------------------------------------------------
 
 
@@ -229,107 +195,6 @@ def test_what_is_not_the_versions_doing_counts_for_nobody(begin, workspace) -> N
     running.served.routing.router.flush()
     assert arms(workspace, "answers")["candidate"] == 0
     assert arms(workspace, "units")["candidate"] == 0
-
-
-# --- outcomes over HTTP ----------------------------------------------------------------------------------------------
-
-
-def test_each_outcome_over_http_has_one_clear_answer_and_a_unit_counts_once(begin, workspace) -> None:
-    running = begin(share=0.5)
-    client = running.client()
-    first, second, other, last = (asked(client, unit) for unit in ("ann", "ann", "bob", "cid"))
-    told = [
-        {"value": 1, "receipt": first.headers["turret-receipt"]},
-        {"value": 0, "receipt": first.json()["id"]},  # the same answer, as its body calls it
-        {"value": True, "receipt": second.headers["turret-receipt"]},
-        {"value": 1, "receipt": "nothing like it"},
-        {"value": 0.5, "receipt": other.headers["turret-receipt"]},
-        {"value": 0, "adapter": "a", "unit": "bob"},
-        {"value": 0, "adapter": "a", "unit": "nobody"},
-        {"value": 0, "adapter": "nobody", "unit": "ann"},
-        {"value": 0, "adapter": "../../etc", "unit": "ann"},
-    ]
-    got = client.post("/api/outcomes", json=told)
-    assert got.status_code == 200, got.text
-    found = [each["status"] for each in got.json()["outcomes"]]
-    assert found == ["counted", "repeated", "noted", "unknown", "refused", "counted", *["unknown"] * 3]
-    assert got.json()["counts"] == {"counted": 2, "repeated": 1, "noted": 1, "unknown": 4, "refused": 1}
-    assert sum(arms(workspace, "outcomes").values()) == 2
-    client.post("/api/experiments/a/stop")
-    one = client.post("/api/outcomes", json={"value": 1, "receipt": last.headers["turret-receipt"]}).json()
-    assert [each["status"] for each in one["outcomes"]] == ["late"]
-    assert "a#1 ended 20" in one["outcomes"][0]["text"]
-    assert 'turret_experiment_outcomes_total{experiment="a#1",status="counted"} 2.0' in client.get("/metrics").text
-
-
-def test_a_streamed_answer_has_its_outcome_too(begin) -> None:
-    client = begin(share=0.5).client()
-    body = {"model": "a", "prompt": "one two", "stream": True, "user": "ann"}
-    with client.stream("POST", "/v1/completions", json=body) as got:
-        receipt = got.headers["turret-receipt"]
-        list(got.iter_lines())
-    told = client.post("/api/outcomes", json={"value": 1, "receipt": receipt}).json()
-    assert told["outcomes"][0]["status"] == "counted"
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {},
-        [],
-        {"value": 1},
-        {"value": "x", "receipt": "r"},
-        {"value": 1, "receipt": "r", "unit": "u"},
-        {"value": 1, "unit": "u"},
-        {"value": 1e300, "receipt": "r"},
-        {"value": None, "receipt": "r"},
-        [{"value": 1, "receipt": "r"}] * 1001,
-        {"value": 1, "receipt": "r" * 201},
-        {"value": 1, "unit": "u" * 1025, "adapter": "a"},
-    ],
-)
-def test_what_is_no_outcome_is_400(shared, body) -> None:
-    assert shared.client().post("/api/outcomes", json=body).status_code == 400
-
-
-def test_outcomes_take_either_scope_and_control_takes_admin(begin, workspace) -> None:
-    _, infer = workspace.tokens.create("reader")
-    _, admin = workspace.tokens.create("boss", ["admin"])
-    running = begin(share=0.5)
-    told = {"value": 1, "receipt": "r"}
-    anyone, reader, boss = running.client(), running.client(infer), running.client(admin)
-    for client, outcome, control in ((anyone, 401, 401), (reader, 200, 403), (boss, 200, 200)):
-        assert client.post("/api/outcomes", json=told).status_code == outcome
-        assert client.get("/api/experiments").status_code == control
-        assert client.get("/api/experiments/a").status_code == control
-    for verb in ("start", "ramp", "stop"):
-        assert reader.post(f"/api/experiments/a/{verb}").status_code == 403
-    assert status(workspace)["state"] == "running"
-
-
-def test_too_many_who_tell_outcomes_are_told_to_come_again_and_answers_go_on(begin, workspace) -> None:
-    running = begin(share=0.5, engine={"limits": Limits(outcomes_waiting=0)})
-    got = running.client().post("/api/outcomes", json={"value": 1, "receipt": "r"})
-    assert (got.status_code, got.headers["retry-after"]) == (429, "1")
-    assert asked(running.client(), "ann").status_code == 200
-
-
-def test_a_sample_ratio_mismatch_is_shown_over_http_before_any_verdict(begin, workspace) -> None:
-    running = begin(share=0.5, guards=Guards(promote=True))
-    client, draw, told = running.client(), random.Random(0), []
-    router = running.served.routing.router
-    for number in range(800):  # as many answers over HTTP would take a minute
-        found = router.assign("a", f"u{number}", f"r{number}")
-        value = int(draw.random() < (0.3 if found.arm == "control" else 0.7))
-        if found.arm == "control" or draw.random() < 0.5:  # the candidate's outcomes are lost half of the time
-            told.append({"value": value, "receipt": f"r{number}"})
-    assert client.post("/api/outcomes", json=told).json()["counts"] == {"counted": len(told)}
-    shown = client.get("/api/experiments/a").json()
-    assert shown["sample_ratio"]["ok"] is False
-    assert len(shown["verdicts"]) == 1
-    assert shown["verdicts"][0].startswith("SAMPLE RATIO MISMATCH")
-    running.served._settle()
-    assert client.get("/api/experiments/a").json()["state"] == "running"
 
 
 # --- control over HTTP -----------------------------------------------------------------------------------------------
@@ -405,82 +270,3 @@ def test_an_experiment_does_not_begin_with_a_version_that_cannot_be_loaded(serve
     assert got.status_code == 409
     assert "secret" not in got.text
     assert list(workspace.experiments()) == []
-
-
-# --- beside, never returned ------------------------------------------------------------------------------------------
-
-
-def test_a_shadow_answers_the_same_texts_is_compared_and_never_returned(begin, workspace, until) -> None:
-    running = begin((), shadows="a@3")
-    client, texts = running.client(), [f"text {number}" for number in range(30)]
-    for number, text in enumerate(texts, 1):
-        got = asked(client, None, text)  # without candidates everybody counts
-        assert (got.json()["model"], got.headers["turret-arm"]) == ("a@1", "control")
-        assert got.json()["data"][0]["label"] == label(workspace, "a@1", text)
-        until(lambda put=number: running.engine.priorities.count(-1) == put and running.served.shadows.inputs == 0)
-    running.served.routing.router.flush()
-    (shadow,) = [each for each in status(workspace)["arms"] if each["role"] == "shadow"]
-    agreed = sum(label(workspace, "a@1", text) == label(workspace, "a@3", text) for text in texts)
-    assert 0 < agreed < len(texts)
-    assert (shadow["answers"], shadow["compared"], shadow["agreed"], shadow["errors"]) == (30, 30, agreed, 0)
-    assert running.engine.priorities.count(-1) == 30
-    metrics = client.get("/metrics").text
-    assert f'turret_experiment_shadows_total{{arm="shadow",experiment="a#1",what="agreed"}} {agreed}.0' in metrics
-
-
-def test_a_shadow_that_fails_or_dawdles_is_seen_by_its_experiment_and_by_nobody_else(begin, workspace, until) -> None:
-    running = begin((), shadows="a@3", guards=Guards(max_errors=0.02))
-    running.engine.broken.add("a@3")
-    running.engine.unload("a@3")
-    running.engine.load_seconds = 0.5  # of each try
-    client, began = running.client(), time.monotonic()
-    for _ in range(12):
-        assert asked(client, "ann").json()["model"] == "a@1"
-    assert time.monotonic() - began < 5  # and not 6 or more
-    until(lambda: running.served.shadows.inputs == 0)
-    running.served.routing.router.flush()
-    assert arms(workspace, "errors") == {"control": 0, "shadow": 12}
-    running.served._settle()
-    assert status(workspace)["state"] == "ended"
-
-
-def test_shadows_are_shed_when_there_is_no_room_for_them_and_answers_go_on(begin, workspace, until) -> None:
-    running = begin((), shadows="a@3", engine={"limits": Limits(shadow_inputs=2)})
-    client = running.client()
-    body = {"model": "a", "input": ["x"] * 3}
-    assert client.post("/v1/classify", json=body).status_code == 200
-    assert running.engine.priorities.count(-1) == 0
-    assert 'arm="shadow",experiment="a#1",what="shed"} 1.0' in client.get("/metrics").text
-    assert client.post("/v1/classify", json={"model": "a", "input": ["x"] * 2}).status_code == 200
-    until(lambda: running.engine.priorities.count(-1) == 2 and running.served.shadows.inputs == 0)
-
-
-def test_a_server_that_ends_takes_its_shadows_back_and_writes_the_last_of_its_log(begin, workspace) -> None:
-    running = begin("a@2", share=0.5, shadows="a@3", engine={"pace": 0.05})
-    client = running.client()
-    long = " ".join("w" for _ in range(200))
-    body = {"model": "a", "prompt": "x", "user": "ann"}
-    assert client.post("/v1/completions", json=body).status_code == 200
-    body = {"model": "a", "prompt": long, "max_tokens": 200, "stream": True, "user": "bob"}
-    with client.stream("POST", "/v1/completions", json=body) as got:
-        next(got.iter_lines())
-    running.stop()
-    assert sum(arms(workspace, "units").values()) == 2
-    assert sum(arms(workspace, "answers")[arm] for arm in ("control", "candidate")) == 1
-    assert running.served.shadows.inputs == 0
-
-
-def test_many_answers_are_each_of_the_arm_that_the_receipt_says_while_shares_move(begin, workspace) -> None:
-    """Ramps by another process while requests go on: every answer is its version's own, whatever moves."""
-    running = begin(share=0.1)
-    client, other, seen = running.client(), Workspace(workspace.store.root), {"1": set(), "2": set()}
-    for step in range(60):
-        if step % 20 == 10:
-            other.experiment("a").ramp(0.1 + step / 100)
-            running.served.look()
-        got = asked(client, f"u{step % 30}", "some text")
-        version = got.headers["turret-version"]
-        assert got.json()["data"][0]["probabilities"] == probabilities(got.headers["turret-digest"], "some text")
-        assert got.headers["turret-arm"] == {"1": "control", "2": "candidate"}[version]
-        seen[version].add(got.headers["turret-probability"])
-    assert len(seen["1"]) > 1

@@ -4,9 +4,10 @@
     GELU:  y = x Phi(x), Phi the normal distribution (Hendrycks & Gimpel 2016; the exact one, not tanh's)
 
 Autograd keeps gate, up, silu(gate) and the product, each two to four times as wide as x. Here only gate and up are kept
-and one kernel gives both gradients; where the three matrices are the frozen base's alone, only x is kept, and gate and
-up are computed again: a sixth more products for half the memory, which larger passes give back twice. Without kernels,
-or without gradients outside an engine, the base's own modules compute.
+and one kernel gives both gradients; where the three matrices are the frozen base's alone and the processor has matrix
+tiles, only x is kept, and gate and up are computed again: a sixth more products for half the memory. Without tiles
+products are most of a step, which would take a sixth longer. Without kernels, or without gradients outside an engine,
+the base's own modules compute.
 """
 
 from __future__ import annotations
@@ -51,27 +52,30 @@ class _GELU(torch.autograd.Function):
 
 
 class _FrozenGatedMLP(torch.autograd.Function):
-    """y = W_down (silu(W_gate x) * W_up x) of three frozen matrices, with x alone kept: gate and up are computed again.
+    """y = W_down (silu(W_gate x) * W_up x) of three frozen matrices.
 
-    dgate, dup = swiglu_backward(gate, up, dy W_down);  dx = dgate W_gate + dup W_up. Of an x that a norm made, what the
-    norm was given is kept in its place.
+    dgate, dup = swiglu_backward(gate, up, dy W_down);  dx = dgate W_gate + dup W_up. Kept are gate and up; where matrix
+    tiles make them again at little cost, x, and of an x that a norm made what the norm keeps anyway.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, library: Library) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, D)
+        both = rows @ gate.mT, rows @ up.mT
         own, ctx.norm = kept(x)
-        ctx.save_for_backward(own, gate, up, down)
-        ctx.library = library
-        return (library.swiglu(rows @ gate.mT, rows @ up.mT) @ down.mT).view(x.shape)
+        ctx.again, ctx.library = library.tiled(x.dtype), library
+        ctx.save_for_backward(gate, up, down, *((own,) if ctx.again else both))
+        return (library.swiglu(*both) @ down.mT).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, gate, up, down = ctx.saved_tensors
-        rows = (x if ctx.norm is None else ctx.norm.of(x)).reshape(-1, x.shape[-1])
-        dy = gradients[0].reshape(rows.shape) @ down
-        dgate, dup = ctx.library.swiglu_backward(rows @ gate.mT, rows @ up.mT, dy)
-        return (dgate @ gate).addmm_(dup, up).view(x.shape), None, None, None, None
+        gate, up, down, *both = ctx.saved_tensors
+        if ctx.again:
+            rows = (both[0] if ctx.norm is None else ctx.norm.of(both[0])).reshape(-1, gate.shape[1])
+            both = [rows @ gate.mT, rows @ up.mT]
+        dy = gradients[0].reshape(-1, gate.shape[1]) @ down
+        dgate, dup = ctx.library.swiglu_backward(*both, dy)
+        return (dgate @ gate).addmm_(dup, up).view(gradients[0].shape), None, None, None, None
 
 
 class FrozenGated(nn.Module):

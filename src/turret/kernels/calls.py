@@ -34,8 +34,13 @@ class Calls:
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
+        self._tiles = bool(loaded.tiles())
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         self._few = {dtype: int(getattr(loaded, f"linear_up_to_{name}")()) for dtype, name in NAMES.items()}
+
+    def tiled(self, dtype: torch.dtype) -> bool:
+        """Whether the processor multiplies with matrix tiles, some eight times as quickly as without."""
+        return self._tiles and dtype == torch.bfloat16
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> Any:
         function = self._functions.get((name, dtype))

@@ -1,0 +1,93 @@
+"""Adapters that come and go under requests: slots, pins, memory, unloading."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from shelf import TEXTS, Shelf, agree, reference
+
+from turret.errors import (
+    InUse,
+    NoRoom,
+    NotFound,
+)
+
+
+def test_loading_one_adapter_does_not_keep_the_others_waiting(shelf: Shelf) -> None:
+    with shelf.engine() as engine:
+        engine.warm("a")
+        shelf.gate.clear()
+        slow = engine.submit("classify", TEXTS[0], "b")
+        agree(engine.classify(TEXTS, "a"), reference(shelf, "a", TEXTS))
+        assert not slow.done
+        shelf.gate.set()
+        agree([slow.result(30)], reference(shelf, "b", TEXTS[:1]))
+
+
+def test_more_adapters_than_slots_take_turns_and_pins_stay(shelf: Shelf) -> None:
+    with shelf.engine(slots=2) as engine:
+        engine.warm("a", pin=True)
+        tickets = [(name, text, engine.submit("classify", text, name)) for text in TEXTS for name in "abcd"]
+        for name, text, ticket in tickets:
+            agree([ticket.result(30)], reference(shelf, name, [text]))
+        stats = engine.stats()
+        assert stats.evictions >= 2
+        assert stats.adapters <= 2
+        assert shelf.loads.count("a@1") == 1
+        pinned = [each for each in engine.loaded() if each.pinned]
+        assert [each.version for each in pinned] == ["a@1"]
+        engine.warm("b", pin=True)
+        with pytest.raises(NoRoom, match="all 2 slots hold pinned adapters"):
+            engine.submit("classify", "x", "c")
+        engine.unpin("a")
+        agree(engine.classify(TEXTS, "c"), reference(shelf, "c", TEXTS))
+        assert {each.version for each in engine.loaded()} == {"b@1", "c@1"}
+
+
+def test_memory_is_counted_in_the_bases_precision_and_never_passed(shelf: Shelf) -> None:
+    with shelf.engine() as engine:
+        engine.warm("b")
+        size = engine.loaded()[0].bytes
+    tensors = [*shelf.adapters["b@1"].tensors.values(), *shelf.adapters["b@1"].head.values()]
+    assert size == sum(each.numel() * 4 for each in tensors)
+    shelf.put("e", "wide", 9, labels=4)
+    with shelf.engine(memory=size + 100) as engine:
+        for name in "bebe":
+            agree(engine.classify(TEXTS, name), reference(shelf, name, TEXTS))
+            assert engine.stats().adapter_bytes <= size + 100
+    with shelf.engine(memory=size - 1) as engine, pytest.raises(NoRoom, match="limit of memory"):
+        engine.submit("classify", "x", "b").result(30)
+
+
+def test_one_adapter_that_is_always_asked_for_does_not_keep_the_only_slot(shelf: Shelf) -> None:
+    with shelf.engine(slots=1) as engine:
+        stop = threading.Event()
+
+        def flood() -> None:
+            while not stop.is_set():
+                tickets = [engine.submit("classify", "x", "a") for _ in range(8)]
+                tickets[0].result(30)
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        try:
+            agree([engine.submit("classify", TEXTS[0], "b").result(20)], reference(shelf, "b", TEXTS[:1]))
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_unloading_puts_an_adapter_out_unless_a_request_needs_it(shelf: Shelf) -> None:
+    with shelf.engine() as engine:
+        with pytest.raises(NotFound, match="a@1 is not loaded here"):
+            engine.unload("a")
+        engine.warm("a", pin=True)
+        engine.unload("a")
+        assert engine.loaded() == []
+        agree(engine.classify(TEXTS, "a"), reference(shelf, "a", TEXTS))
+        with engine._wake:  # no pass can run
+            ticket = engine.submit("classify", "x", "a")
+            with pytest.raises(InUse, match="needed by 1 requests"):
+                engine.unload("a")
+        assert ticket.result(30)
