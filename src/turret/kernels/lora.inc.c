@@ -4,8 +4,8 @@
        dh = by dy B,  dA = dh^T drop(x),  dB = by dy^T h,  dx += drop(dh A)
 
    x, dx: (N, D_in) and y, dy: (N, D_out) as T; A: (R, D_in), B: (D_out, R), h: (N, R) and the factors' gradients float, as all
-   sums are; `by` is the scaling and dropout's 1 / (1 - p); `turned` has room for B. D_in and D_out are multiples of 32. Each sum is one thread's, in one
-   order, so results do not depend on how many threads there are. */
+   sums are; `by` is the scaling and dropout's 1 / (1 - p); `turned` has room for B. D_in and D_out are multiples of 32. Each
+   sum is one thread's, in one order, so results do not depend on how many threads there are. */
 
 /* ACROSS numbers of token t from column `at` on, those that `dropout` drops as zeros */
 static inline __attribute__((always_inline)) vector NAME(left_of)(const T *x, long d, long t, long at, const struct mask *mask)
