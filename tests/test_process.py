@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 
 import pytest
 
-from turret.process import SPIN, WAITING, environment, wait_briefly
+from turret.process import SELDOM, SPIN, WAITING, environment, wait_briefly
 
 COMMAND = """
 import os, sys
@@ -30,6 +31,13 @@ def said(**variables: str) -> str:
 
 def test_the_command_says_how_threads_wait_before_any_library_reads_it() -> None:
     assert said() == f"{SPIN} False"
+
+
+def test_the_command_has_all_objects_looked_through_seldom_and_young_ones_as_ever() -> None:
+    program = COMMAND.replace('os.environ.get("GOMP_SPINCOUNT")', "__import__('gc').get_threshold()")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    young, middle, _ = gc.get_threshold()
+    assert done.stdout.splitlines()[-1] == f"({young}, {middle}, {SELDOM}) False"
 
 
 def test_what_the_user_said_of_it_stands() -> None:

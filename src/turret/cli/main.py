@@ -33,7 +33,7 @@ from turret.cli import (
 )
 from turret.cli.output import complain, follows
 from turret.errors import TurretError
-from turret.process import wait_briefly
+from turret.process import look_through_seldom, wait_briefly
 
 app = typer.Typer(
     name="turret",
@@ -86,6 +86,7 @@ def _root(
 def main() -> None:
     """The console script. Of several processes of one training, one is heard."""
     wait_briefly()
+    look_through_seldom()
     if follows():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
     sys.exit(run(sys.argv[1:]))
