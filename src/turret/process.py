@@ -1,4 +1,4 @@
-"""What a process of turret's own computes with: how threads wait, how often all objects are looked through, what it sees.
+"""What a process of turret's own runs with: how threads wait, how often all objects are looked through, what it sees.
 
 Refuses to know what the process does. Loads no torch: what is set here, its libraries read when they are loaded.
 """
