@@ -29,8 +29,8 @@ def wait_briefly() -> None:
 def look_through_seldom() -> None:
     """Have Python look for cycles among all objects a tenth as often, and among the young ones as before.
 
-    Loading torch and transformers makes a million objects that stay. Walking through all of them nine times on the way
-    is a second of every command that needs them, and a pause of 0.15 seconds each time in a server.
+    Loading torch and transformers makes a million objects that stay. All of them were walked through again and again on
+    the way, which every command that needs them had to wait for.
     """
     young, middle, old = gc.get_threshold()
     gc.set_threshold(young, middle, max(old, SELDOM))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.norms import kept
+from turret.adapters.norms import kept, made
 from turret.adapters.route import Route
 from turret.kernels import Library, usable
 
@@ -62,16 +62,19 @@ class _FrozenGatedMLP(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, library: Library) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, D)
         both = rows @ gate.mT, rows @ up.mT
-        own, ctx.norm = kept(x)
         ctx.again, ctx.library = library.tiled(x.dtype), library
-        ctx.save_for_backward(gate, up, down, *((own,) if ctx.again else both))
+        if ctx.again:
+            own, ctx.norm = kept(x)
+            ctx.save_for_backward(gate, up, down, own)
+        else:
+            ctx.save_for_backward(gate, up, down, *both)
         return (library.swiglu(*both) @ down.mT).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         gate, up, down, *both = ctx.saved_tensors
         if ctx.again:
-            rows = (both[0] if ctx.norm is None else ctx.norm.of(both[0])).reshape(-1, gate.shape[1])
+            rows = made(both[0], ctx.norm).reshape(-1, gate.shape[1])
             both = [rows @ gate.mT, rows @ up.mT]
         dy = gradients[0].reshape(-1, gate.shape[1]) @ down
         dgate, dup = ctx.library.swiglu_backward(*both, dy)

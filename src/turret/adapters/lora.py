@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.dropout import Mask, Masks, dropout
-from turret.adapters.norms import kept
+from turret.adapters.norms import kept, made
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
 from turret.kernels import KEPT, LARGEST, Dropped, Library, usable
@@ -146,7 +146,7 @@ class _AdaptedByKernels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, A, B, h = ctx.saved_tensors
-        rows = (x if ctx.norm is None else ctx.norm.of(x)).reshape(-1, x.shape[-1])
+        rows = made(x, ctx.norm).reshape(-1, x.shape[-1])
         dy = gradients[0].reshape(-1, len(B)).contiguous()
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dA, dB = ctx.library.lora_backward(rows, A, B, ctx.scaling, ctx.dropped, h, dy, dx)
@@ -154,10 +154,11 @@ class _AdaptedByKernels(torch.autograd.Function):
 
 
 def _kernels(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Library | None:
-    """The kernels, where their vectors fit the layer."""
-    if x.shape[-1] % 32 or len(B) % 32 or x.numel() >= LARGEST or not x.is_contiguous():
+    """The kernels, where their vectors fit the layer and all lies as they read it."""
+    if x.shape[-1] % 32 or len(B) % 32 or x.numel() >= LARGEST:
         return None
-    return usable(x, weight) if usable(A, B) is not None and A.dtype == torch.float32 else None
+    laid_out = all(each.is_contiguous() for each in (x, A, B)) and A.dtype == B.dtype == torch.float32
+    return usable(x, weight) if laid_out else None
 
 
 def _matrix(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

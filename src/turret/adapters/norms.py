@@ -59,6 +59,11 @@ def kept(y: Tensor) -> tuple[Tensor, Again | None]:
     return (x, norm) if version == y._version else (y, None)  # not if somebody has changed y since
 
 
+def made(x: Tensor, norm: Again | None) -> Tensor:
+    """y, of what `kept` gave."""
+    return x if norm is None else norm.of(x)
+
+
 class _RMSNorm(torch.autograd.Function):
     """dx = r (g - n mean(g n)),  g = w dy."""
 

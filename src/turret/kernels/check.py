@@ -55,6 +55,7 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
     y = torch.nn.functional.layer_norm(wide + wider, (37,), weight.double(), shift.double(), 1e-5)
     normed, added, stats = library.added_norm(gate, up, weight, shift, 1e-5, KEPT)
     results["added_norm"] = (normed, y.detach())
+    results["added_norm_again"] = (library.added_norm_again(added, weight, shift, stats), y.detach())
     given = library.added_norm_backward(added, weight, stats, KEPT, dy)
     results["added_norm_backward"] = (given[1], torch.autograd.grad(y, wide, dy.double())[0])
     x, angle = draw(5, 2, 8), torch.rand(5, 8, generator=generator)
@@ -71,8 +72,8 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
 
 
 def _lora(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Five tokens, rank 9: so many that every way of blocking takes part."""
-    x, y, dy, dx, A, B = draw(5, 64), draw(5, 32), draw(5, 32), draw(5, 64), draw(9, 64).float(), draw(32, 9).float()
+    """Five tokens, rank 13: so many that every way of blocking takes part."""
+    x, y, dy, dx, A, B = draw(5, 64), draw(5, 32), draw(5, 32), draw(5, 64), draw(13, 64).float(), draw(32, 13).float()
     h, dh = x.double() @ A.double().mT, 0.5 * dy.double() @ B.double()
     expected = {"lora": y.double() + 0.5 * h @ B.double().mT, "lora dx": dx.double() + dh @ A.double()}
     expected |= {"lora dA": dh.mT @ x.double(), "lora dB": 0.5 * dy.double().mT @ h}

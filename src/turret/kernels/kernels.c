@@ -69,14 +69,20 @@ static inline float bits_of(float x, uint32_t kept, uint32_t flipped)
     return x;
 }
 
-static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other) /* two rounds of multiply and shift */
+/* two rounds of multiply and shift, of a number or of a vector of them */
+#define SCRAMBLE(x, other) \
+    do { \
+        (x) ^= (x) >> 16; \
+        (x) *= 0x7feb352du; \
+        (x) ^= ((x) >> 15) ^ (other); \
+        (x) *= 0x846ca68bu; \
+        (x) ^= (x) >> 16; \
+    } while (0)
+
+static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other)
 {
     uint32_t x = i + seed;
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= (x >> 15) ^ other;
-    x *= 0x846ca68bu;
-    x ^= x >> 16;
+    SCRAMBLE(x, other);
     return x;
 }
 

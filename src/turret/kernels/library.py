@@ -88,11 +88,11 @@ class Library(Operations, Attention, Products):
 
     def _in_room(self, name: str, layer: Layer, tokens: int, told: tuple[Any, ...]) -> None:
         """The call, with the memory that it says it needs for so many tokens."""
-        threads = torch.get_num_threads()
+        helpers = torch.get_num_threads()
         if tokens not in layer.room:
-            layer.room[tokens] = self._call(name, layer.dtype, *told, None, threads)
+            layer.room[tokens] = self._call(name, layer.dtype, *told, None, helpers)
         room = torch.empty(layer.room[tokens], dtype=torch.uint8)
-        self._call(name, layer.dtype, *told, room.data_ptr(), threads)
+        self._call(name, layer.dtype, *told, room.data_ptr(), helpers)
 
     def rest(self) -> None:
         self._loaded.rest()

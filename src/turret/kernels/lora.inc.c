@@ -7,6 +7,15 @@
    sums are; `by` is the scaling and dropout's 1 / (1 - p); `turned` has room for B. D_in and D_out are multiples of 32. Each
    sum is one thread's, in one order, so results do not depend on how many threads there are. */
 
+/* OF(so many at a time), from many to one; as many as keep their sums in registers */
+#ifndef BLOCKS_OF_RANKS
+#ifdef __AVX512F__
+#define BLOCKS_OF_RANKS OF(8) OF(4) OF(1)
+#else
+#define BLOCKS_OF_RANKS OF(4) OF(1)
+#endif
+#endif
+
 /* ACROSS numbers of token t from column `at` on, those that `dropout` drops as zeros */
 static inline __attribute__((always_inline)) vector NAME(left_of)(const T *x, long d, long t, long at, const struct mask *mask)
 {
@@ -41,11 +50,7 @@ static void NAME(lora_inner)(float *h, const T *x, const float *a, long d, long 
         if (two) NAME(lora_block)(h, x, a, d, rank, t, r, mask, 2, broad); \
         else NAME(lora_block)(h, x, a, d, rank, t, r, mask, 1, broad); \
     }
-#ifdef __AVX512F__
-    OF(8)
-#endif
-    OF(4)
-    OF(1)
+    BLOCKS_OF_RANKS
 #undef OF
 }
 
@@ -102,11 +107,7 @@ static void NAME(lora_outer)(float *to, long row, long column, float by, const f
         for (int j = 0; j < broad; j++) \
             for (int i = 0; i < 32; i++) to[(r + j) * row + i * column] = by * sums[j * 32 + i]; \
     }
-#ifdef __AVX512F__
-    OF(8)
-#endif
-    OF(4)
-    OF(1)
+    BLOCKS_OF_RANKS
 #undef OF
 }
 

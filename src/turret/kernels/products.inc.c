@@ -104,6 +104,8 @@ static inline __attribute__((always_inline)) void turned(const void *from, long 
 }
 #endif
 
+typedef uint32_t __attribute__((may_alias)) any_word; /* of 32 bits, whatever they mean */
+
 /* X (m, n) of words to X^T (n, m); `line` and `high`: words from one row to the next. m, n multiples of 16. */
 static void transposed_words(void *restrict to, long high, const void *restrict from, long line, long m, long n)
 {
@@ -116,7 +118,7 @@ static void transposed_words(void *restrict to, long high, const void *restrict 
         }
 #else
     for (long i = 0; i < m; i++)
-        for (long j = 0; j < n; j++) ((uint32_t *)to)[j * high + i] = ((const uint32_t *)from)[i * line + j];
+        for (long j = 0; j < n; j++) ((any_word *)to)[j * high + i] = ((const any_word *)from)[i * line + j];
 #endif
 }
 
@@ -159,12 +161,8 @@ static inline __attribute__((always_inline)) vector left(uint32_t first, vector 
 {
     words at;
     for (int i = 0; i < ACROSS; i++) at[i] = (uint32_t)i;
-    at += first / CHUNK * (CHUNK / 2) + first % (CHUNK / 2) + mask->seed; /* as `random_word` */
-    at ^= at >> 16;
-    at *= 0x7feb352du;
-    at ^= (at >> 15) ^ mask->other;
-    at *= 0x846ca68bu;
-    at ^= at >> 16;
+    at += first / CHUNK * (CHUNK / 2) + first % (CHUNK / 2) + mask->seed;
+    SCRAMBLE(at, mask->other);
     at = first & (CHUNK / 2) ? at >> 16 : at & 0xffffu;
     return (vector)((words)x & (words)(at >= mask->threshold));
 }

@@ -50,8 +50,8 @@ class Products(Calls):
         assert layer < spans.layers
         assert x.numel() == spans.tokens * d_in
         assert y.numel() == spans.tokens * d_out
-        threads = torch.get_num_threads()
-        self._call("low_rank", x.dtype, spans.address, layer, x.data_ptr(), y.data_ptr(), d_in, d_out, threads)
+        numbers = spans.address, layer, x.data_ptr(), y.data_ptr(), d_in, d_out
+        self._call("low_rank", x.dtype, *numbers, torch.get_num_threads())
 
     def few(self, dtype: torch.dtype) -> int:
         """Tokens up to which `linear` is for; 0 where torch's own product is as quick for any number."""

@@ -125,7 +125,6 @@ def plan(store: Store, recipe: Recipe, watching: Watching) -> Planned:
 def _plan(ready: Ready, watching: Watching) -> Planned:
     watching.stage("checking the plan")
     made = trainer.plan(ready.recipe, ready.base, ready.task, ready.dataset, start=ready.start)
-    heap.give_back()
     return Planned(ready.recipe, made, ready.notes)
 
 
