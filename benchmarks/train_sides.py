@@ -55,7 +55,11 @@ JOBS = {
     "decoder-prefix": Job("generate", DECODER, f"{BBC}?as=headlines", "prefix", 150, 2, 5, 240, 60, 24),
 }
 TURRET, RIVAL = "turret", "HF dynamic"  # whom the others are compared with; who stands for the rival in quality
-DTYPES = {TURRET: "auto", "turret fp32": "float32"}
+OURS: dict[str, dict[str, Any]] = {
+    TURRET: {"dtype": "auto"},
+    "turret int8": {"dtype": "auto", "int8": True},
+    "turret fp32": {"dtype": "float32"},
+}
 
 
 def ways(kind: str) -> dict[str, hf.Way]:
@@ -69,7 +73,8 @@ def ways(kind: str) -> dict[str, hf.Way]:
     }
 
 
-SIDES = (*ways("classify"), *DTYPES)
+SIDES = (*ways("classify"), *OURS)
+SCORED = (RIVAL, TURRET, "turret int8")  # in runs for quality
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Errand:
                     "epochs": math.ceil(self.steps * hf.BATCH / self.train), "max_steps": self.steps,
                     "batch_size": hf.BATCH, "lr": self.lr, "warmup": hf.WARMUP, "schedule": "linear",
                     "weight_decay": 0.0, "gradient_clip": 1.0, "evaluate": "never",
-                    "dtype": DTYPES.get(self.side, "float32"),
+                    **OURS.get(self.side, {"dtype": "float32"}),
                 },
             }
         )  # fmt: skip
@@ -178,7 +183,7 @@ def run(errand: Errand, turns: Turns) -> None:
     torch.set_num_threads(errand.threads)
     transformers.logging.set_verbosity_error()
     transformers.set_seed(errand.seed)
-    side = ours if errand.side in DTYPES else rivals
+    side = ours if errand.side in OURS else rivals
     turns.say(facts=side(errand, turns))
 
 

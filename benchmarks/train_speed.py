@@ -39,7 +39,7 @@ from typing import Any
 import record
 import rival as hf
 import train_sides as sides
-from train_sides import JOBS, RIVAL, SIDES, TURRET, WARM
+from train_sides import JOBS, RIVAL, SCORED, SIDES, TURRET, WARM
 
 NAME = "train_speed"
 CLAIM = "turret trains an adapter several times faster than HF Trainer + PEFT, in a fraction of the memory, as well"
@@ -196,7 +196,7 @@ def measure_quality(options: argparse.Namespace, folder: Path) -> None:
         job = JOBS[name]
         train, test = options.train or job.train, options.test or job.test
         for seed in options.seeds:
-            for who in (RIVAL, TURRET):
+            for who in (each for each in SCORED if each in options.sides):
                 settings = {
                     "job": name, "train": train, "test": test, "epochs": options.epochs, "batch": hf.BATCH,
                     "lr": LEARNING_RATE, "threads": options.threads,
@@ -296,28 +296,31 @@ def _predicted(side: Run) -> Iterator[str]:
 
 
 def _quality(runs: Sequence[Run]) -> str:
-    sides_ = {who: {run["seed"]: run for run in runs if run["who"] == who} for who in (RIVAL, TURRET)}
+    sides_ = {who: {run["seed"]: run for run in runs if run["who"] == who} for who in SCORED}
+    sides_ = {who: of for who, of in sides_.items() if of}
     metric = "accuracy" if JOBS[runs[0]["settings"]["job"]].kind == "classify" else "loss per target token"
     seeds = sorted({run["seed"] for run in runs})
     rows: list[list[object]] = [
         [seed, *(f"{of[seed]['metric']:.4f}" if seed in of else "-" for of in sides_.values())] for seed in seeds
     ]
-    text = f"{_title(runs[0])}: {metric}\n\n"
-    paired = [
-        (sides_[RIVAL][seed], sides_[TURRET][seed]) for seed in seeds if all(seed in of for of in sides_.values())
-    ]
-    if paired:
-        means = [statistics.fmean(pair[place]["metric"] for pair in paired) for place in (0, 1)]
-        rows.append([f"mean of {len(paired)}", *(f"{mean:.4f}" for mean in means)])
-    text += record.table(["seed", *sides_], rows)
-    if len(paired) < 2:
-        return text
+    means = [statistics.fmean(run["metric"] for run in of.values()) for of in sides_.values()]
+    rows.append(["mean", *(f"{mean:.4f}" for mean in means)])
+    text = f"{_title(runs[0])}: {metric}\n\n" + record.table(["seed", *sides_], rows)
+    theirs = sides_.get(RIVAL, {})
+    for who, of in sides_.items():
+        paired = [(theirs[seed], of[seed]) for seed in seeds if seed in theirs and seed in of]
+        if who != RIVAL and len(paired) > 1:
+            text += f"\n\n{_difference(who, paired)}"
+    return text
+
+
+def _difference(who: str, paired: Sequence[tuple[Run, Run]]) -> str:
     by_seed = record.student([b["metric"] - a["metric"] for a, b in paired])
     each = [y - x for a, b in paired for x, y in zip(a["each"], b["each"], strict=True)]
     weights = [weight for a, _ in paired for weight in a.get("weights", [])] or None
     return (
-        f"{text}\n\nturret - rival, paired over {len(paired)} seeds: {by_seed} (95%, Student's t)\n"
-        f"turret - rival, paired over {len(each)} answers: {record.bootstrap(each, weights)} (95%, bootstrap)"
+        f"{who} - rival, paired over {len(paired)} seeds: {by_seed} (95%, Student's t)\n"
+        f"{who} - rival, paired over {len(each)} answers: {record.bootstrap(each, weights)} (95%, bootstrap)"
     )
 
 

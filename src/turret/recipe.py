@@ -130,6 +130,7 @@ class Train(_Section):
     early_stopping: int | None = Field(default=None, ge=1)  # evaluations of the validation split without gain
     keep: Literal["last", "best"] = "last"  # best by the validation split, never by the test split
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; adapters are float32
+    int8: bool = False  # frozen layers multiply in 8 bits in a step of training, and in dtype everywhere else
     gradient_clip: float = Field(default=1.0, gt=0)  # largest norm
     checkpoint_every: int | None = Field(default=None, ge=1)  # steps; None: every epoch
     micro_batch_tokens: int | None = Field(default=None, ge=1)  # most in one pass; None: by the size of the base

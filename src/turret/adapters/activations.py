@@ -3,11 +3,11 @@
     gated: y = W_down (silu(W_gate x) * W_up x)      (Shazeer 2020; Llama, Mistral, Qwen)
     GELU:  y = x Phi(x), Phi the normal distribution (Hendrycks & Gimpel 2016; the exact one, not tanh's)
 
-Autograd keeps gate, up, silu(gate) and the product, each two to four times as wide as x. Here only gate and up are kept
-and one kernel gives both gradients; where the three matrices are the frozen base's alone and the processor has matrix
-tiles, only x is kept, and gate and up are computed again: a sixth more products for half the memory. Without tiles
-products are most of a step, which would take a sixth longer. Without kernels, or without gradients outside an engine,
-the base's own modules compute.
+Autograd keeps gate, up, silu(gate) and the product, each two to four times as wide as x. Here only gate and up are
+kept and one kernel gives both gradients; where the three matrices are the frozen base's alone and multiply in matrix
+tiles or in 8 bits, only x is kept, and gate and up are computed again: a sixth more products for half the memory.
+Otherwise products are most of a step, which would take a sixth longer. Without kernels, or without gradients outside an
+engine, the base's own modules compute.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.int8 import FrozenProducts, products
 from turret.adapters.norms import kept, made
 from turret.adapters.route import Route
 from turret.kernels import Library, usable
@@ -54,31 +55,33 @@ class _GELU(torch.autograd.Function):
 class _FrozenGatedMLP(torch.autograd.Function):
     """y = W_down (silu(W_gate x) * W_up x) of three frozen matrices.
 
-    dgate, dup = swiglu_backward(gate, up, dy W_down);  dx = dgate W_gate + dup W_up. Kept are gate and up; where matrix
-    tiles make them again at little cost, x, and of an x that a norm made what the norm keeps anyway.
+    dgate, dup = swiglu_backward(gate, up, dy W_down);  dx = dgate W_gate + dup W_up. Kept are gate and up; where tiles
+    or 8 bits make them again at little cost, x, and of an x that a norm made what the norm keeps anyway.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, library: Library) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, library: Library, by: FrozenProducts
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, D)
-        both = rows @ gate.mT, rows @ up.mT
-        ctx.again, ctx.library = library.tiled(x.dtype), library
+        both = by.forward(rows, gate), by.forward(rows, up)
+        ctx.again, ctx.library, ctx.by = by.cheap or library.tiled(x.dtype), library, by
         if ctx.again:
             own, ctx.norm = kept(x)
             ctx.save_for_backward(gate, up, down, own)
         else:
             ctx.save_for_backward(gate, up, down, *both)
-        return (library.swiglu(*both) @ down.mT).view(x.shape)
+        return by.forward(library.swiglu(*both), down).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         gate, up, down, *both = ctx.saved_tensors
         if ctx.again:
             rows = made(both[0], ctx.norm).reshape(-1, gate.shape[1])
-            both = [rows @ gate.mT, rows @ up.mT]
-        dy = gradients[0].reshape(-1, gate.shape[1]) @ down
-        dgate, dup = ctx.library.swiglu_backward(*both, dy)
-        return (dgate @ gate).addmm_(dup, up).view(gradients[0].shape), None, None, None, None
+            both = [ctx.by.forward(rows, gate), ctx.by.forward(rows, up)]
+        dy = ctx.by.backward(gradients[0].reshape(-1, gate.shape[1]), down)
+        dx = ctx.by.backward_both(ctx.library.swiglu_backward(*both, dy), (gate, up))
+        return dx.view(gradients[0].shape), None, None, None, None, None
 
 
 class FrozenGated(nn.Module):
@@ -96,8 +99,9 @@ class FrozenGated(nn.Module):
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         library = _kernels(x)
         if library is not None and all(_frozen(layer, x.dtype) for layer in layers):
-            weights = (layer.weight for layer in layers)
-            whole: Tensor = _FrozenGatedMLP.apply(x, *weights, library)  # type: ignore[no-untyped-call]
+            weights: Any = [layer.weight for layer in layers]
+            by = products(self.route, x, weights[0])  # the others have the same two sizes
+            whole: Tensor = _FrozenGatedMLP.apply(x, *weights, library, by)  # type: ignore[no-untyped-call]
             return whole
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.route.serves and (library := usable(gate, up)) is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters import activations, attention, layers, positions, residual, rotary, through_peft
+from turret.adapters import activations, attention, int8, layers, positions, residual, rotary, through_peft
 from turret.adapters.dropout import RoutedDropout
 from turret.adapters.lora import RoutedLinear, initial_factors
 from turret.adapters.norms import CLASSES, FrozenNorm
@@ -281,6 +281,22 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
             _replace(model, attached, path, twin)
     model.add_module(ATTRIBUTE, attached)
     return attached
+
+
+def multiply_in_int8(model: Any) -> None:
+    """Have the frozen layers of an attached model's body multiply in 8 bits where a gradient is wanted, until `detach`.
+
+    Raises AdapterError where they cannot.
+    """
+    attached = attachment(model)
+    layers = int8_layers(model)
+    attached.route.int8 = True
+    attached.undo += [int8.hook(layer, attached.route) for layer in layers]
+
+
+def int8_layers(model: Any) -> list[nn.Linear]:
+    """Those layers. Raises AdapterError where there are none."""
+    return int8.layers_of(model, (*family_of(model.config).head_modules, "lm_head"))
 
 
 def _bias_modules(attached: Attachment) -> dict[str, Any]:

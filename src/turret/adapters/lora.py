@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.dropout import Mask, Masks, dropout
+from turret.adapters.int8 import FrozenProducts, products
 from turret.adapters.norms import kept, made
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
@@ -47,7 +48,7 @@ class LoRAFactors(nn.Module):
             y = y - (x @ self.initial_A.mT * self.scaling) @ self.initial_B.mT
         return y
 
-    def with_base(self, layer: nn.Module, x: Tensor, masks: Masks | None) -> Tensor:
+    def with_base(self, layer: nn.Module, x: Tensor, route: Route) -> Tensor:
         """W x + bias + delta(x), in the base's own precision and with little kept for the backward pass."""
         weight, bias = _matrix(layer)
         if self.initial_A is not None or not self._trains_beside(weight, x):
@@ -55,10 +56,11 @@ class LoRAFactors(nn.Module):
             delta: Tensor = self(x)
             return y + delta.to(y.dtype)
         p = self.dropout if self.training else 0.0
-        masks, own = masks or Masks(), (x, weight, bias, self.lora_A, self.lora_B)
+        masks, own = route.masks or Masks(), (x, weight, bias, self.lora_A, self.lora_B)
         added: Tensor
         if (library := _kernels(x, weight, self.lora_A, self.lora_B)) is not None:
-            added = _AdaptedByKernels.apply(*own, masks.dropped(p) if p > 0.0 else KEPT, self.scaling, library)  # type: ignore[no-untyped-call]
+            dropped, by = masks.dropped(p) if p > 0.0 else KEPT, products(route, x, weight, bias)
+            added = _AdaptedByKernels.apply(*own, dropped, self.scaling, library, by)  # type: ignore[no-untyped-call]
         else:
             added = _Adapted.apply(*own, masks.mask(x, p) if p > 0.0 else None, self.scaling)  # type: ignore[no-untyped-call]
         return added
@@ -134,10 +136,11 @@ class _AdaptedByKernels(torch.autograd.Function):
         dropped: Dropped,
         scaling: float,
         library: Library,
+        by: FrozenProducts,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, D_in)
-        y = nn.functional.linear(rows, weight, bias)
-        ctx.scaling, ctx.dropped, ctx.library = scaling * dropped.scale, dropped, library
+        y = by.forward(rows, weight, bias)
+        ctx.scaling, ctx.dropped, ctx.library, ctx.by = scaling * dropped.scale, dropped, library, by
         h = library.lora(rows, A, B, ctx.scaling, dropped, y)
         own, ctx.norm = kept(x)
         ctx.save_for_backward(own, weight, A, B, h)
@@ -148,9 +151,9 @@ class _AdaptedByKernels(torch.autograd.Function):
         x, weight, A, B, h = ctx.saved_tensors
         rows = made(x, ctx.norm).reshape(-1, x.shape[-1])
         dy = gradients[0].reshape(-1, len(B)).contiguous()
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dx = ctx.by.backward(dy, weight) if ctx.needs_input_grad[0] else None
         dA, dB = ctx.library.lora_backward(rows, A, B, ctx.scaling, ctx.dropped, h, dy, dx)
-        return None if dx is None else dx.view(x.shape), None, None, dA, dB, None, None, None
+        return None if dx is None else dx.view(x.shape), None, None, dA, dB, None, None, None, None
 
 
 def _kernels(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Library | None:
@@ -200,7 +203,7 @@ class RoutedLinear(nn.Module):
         if slot is not None and slot != BARE and str(slot) in self.slots:
             factors = self.slots[str(slot)]
             assert isinstance(factors, LoRAFactors)
-            return factors.with_base(self.base_layer, x, self.route.masks)
+            return factors.with_base(self.base_layer, x, self.route)
         y: Tensor = self.base_layer(x)  # (B, T, D_out)
         if slot is not None:
             return y

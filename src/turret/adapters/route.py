@@ -106,6 +106,7 @@ class Route:
     bank: Bank | None = None  # has the adapters instead of the modules' slots
     cache: Cache | None = None  # has the keys and values of earlier passes
     read: Tensor | None = None  # the only tokens whose last hidden states anybody reads, (B,) int64; None for all
+    int8: bool = False  # frozen layers multiply in 8 bits where a gradient is wanted
     positions: Mapping[str, Tensor] | None = None  # of every unpadded token, ready made: (N,) int64 a stream
 
     @property

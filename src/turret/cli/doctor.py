@@ -28,7 +28,7 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "machine", f"{facts['cores']} cores, {memory}, {size(facts['disk_free_bytes'])} free on disk"
     yield "processor", _processor(facts["processor"])
     if "kernels" in facts["processor"]:
-        yield "kernels", _kernels(facts["processor"]["kernels"])
+        yield "kernels", _kernels(facts["processor"]["kernels"], facts["processor"]["int8"])
     for name, version in facts["libraries"].items():
         yield name, GOOD + version if version else f"{BAD}not installed: pip install {name}"
     for thing in facts["bundled"]:
@@ -48,9 +48,10 @@ def _processor(processor: Mapping[str, Any]) -> str:
     return f"{processor['instructions']}, {processor['threads']} threads, {gpu}{dtype}"
 
 
-def _kernels(said: str) -> str:
-    there = said.startswith("compiled")
-    return GOOD + "compiled for this processor" if there else f"{BAD}{safe(said)}; training is slower without them"
+def _kernels(said: str, int8: bool) -> str:
+    if not said.startswith("compiled"):
+        return f"{BAD}{safe(said)}; training is slower without them"
+    return f"{GOOD}compiled for this processor{'; products in 8 bits for train.int8' if int8 else ''}"
 
 
 def _store(store: Mapping[str, Any]) -> str:

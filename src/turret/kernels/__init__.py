@@ -5,7 +5,7 @@
 
 from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rows, Seeds, Spans
 from turret.kernels.layers import DecoderLayer, EncoderLayer, LayerNorm, Matrix
-from turret.kernels.library import LARGEST, Library, library, rest, usable, wake, why, without
+from turret.kernels.library import LARGEST, Library, int8, library, rest, usable, wake, why, without
 
 __all__ = [
     "KEPT",
@@ -21,6 +21,7 @@ __all__ = [
     "Rows",
     "Seeds",
     "Spans",
+    "int8",
     "library",
     "rest",
     "usable",

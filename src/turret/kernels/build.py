@@ -19,7 +19,7 @@ from turret.cache import cache_folder
 
 SOURCES = (
     *("kernels.c", "operations.inc.c", "products.inc.c", "attention.inc.c", "low_rank.inc.c", "step.inc.c"),
-    *("layer.inc.c", "lora.inc.c"),
+    *("layer.inc.c", "lora.inc.c", "int8.inc.c"),
 )
 # No -ffast-math: it would have the library set the whole process to flush small numbers, and assume there are no NaNs.
 FLAGS = (

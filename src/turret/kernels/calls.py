@@ -23,10 +23,11 @@ DECLARED = {  # arguments as plain numbers, where a kernel is called once a laye
     ),
     "lora": (*_LORA, *(_POINTER,) * 3, ctypes.c_int),
     "lora_backward": (*_LORA, *(_POINTER,) * 7, ctypes.c_int),
+    "linear_int8": (*(_POINTER,) * 4, _LONG, _LONG, _LONG, ctypes.c_int, _POINTER, ctypes.c_int),
     "encoder_layer": (_POINTER, _POINTER, _LONG, *(_POINTER,) * 4, ctypes.c_int),
     "decoder_layer": (_POINTER, _LONG, *(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, ctypes.c_int),
 }
-RETURNED = {"encoder_layer": _LONG, "decoder_layer": _LONG}
+RETURNED = dict.fromkeys(("linear_int8", "encoder_layer", "decoder_layer"), _LONG)
 
 
 class Calls:
@@ -35,6 +36,7 @@ class Calls:
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
         self._tiles = bool(loaded.tiles())
+        self.int8 = bool(loaded.int8())  # whether the processor has products of whole numbers: `linear_int8`
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         self._few = {dtype: int(getattr(loaded, f"linear_up_to_{name}")()) for dtype, name in NAMES.items()}
 

@@ -68,6 +68,8 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
     ones = library.dropout(torch.ones(40_000, dtype=dtype), Dropped.of(0.25, (12345, 678)))
     kept = float((ones > 0).double().mean())
     results["dropout"] = (ones.max()[None], torch.full((1,), 4 / 3 if abs(kept - 0.75) < 0.02 else 0.0))
+    if library.int8:
+        results |= _int8(draw, library)
     return results | _lora(library, draw) | _low_rank(library, draw) | _attention(library, draw) | _step(library, draw)
 
 
@@ -80,6 +82,16 @@ def _lora(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tens
     found = library.lora(x, A, B, 0.5, KEPT, y)
     given = y, dx, *library.lora_backward(x, A, B, 0.5, KEPT, found, dy, dx)
     return {name: (one, each) for one, (name, each) in zip(given, expected.items(), strict=True)}
+
+
+def _int8(draw: Callable[..., Tensor], library: Library) -> dict[str, tuple[Tensor, Tensor]]:
+    """Whole numbers up to 127, which rounding leaves as they are; ten tokens, a second block of two."""
+    x, W, b = (draw(*shape).float().mul(40).round().clamp(-126, 126) for shape in ((10, 64), (64, 64), (64,)))
+    x[:, 0], W[:, 0], W[0] = 127, 127, 127
+    like, wide = draw(1), x.double() @ W.double().mT + b.double()
+    x, W, b = (each.to(like.dtype) for each in (x, W, b))
+    given = library.linear_int8(x, W, b), library.linear_int8(x, W.mT.contiguous(), b, turned=True)
+    return {"linear_int8": (given[0], wide), "linear_int8 turned": (given[1], wide)}
 
 
 def _low_rank(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

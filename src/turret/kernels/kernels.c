@@ -100,6 +100,8 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other)
 #define DONE }
 #define END }
 
+extern int omp_get_thread_num(void), omp_get_num_threads(void);
+
 #include "products.inc.c"
 
 #define T float
@@ -133,6 +135,7 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other)
 #include "step.inc.c"
 #include "layer.inc.c"
 #include "lora.inc.c"
+#include "int8.inc.c"
 #undef BY_TOKENS
 #undef T
 #undef LOAD
@@ -202,6 +205,7 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other)
 #include "step.inc.c"
 #include "layer.inc.c"
 #include "lora.inc.c"
+#include "int8.inc.c"
 
 /* Tokens up to which `linear` is for, at most FEW; 0 where there are no vectors wide enough for it. Beyond, a library that packs
    its matrices is as quick; with tiles its products are so quick that only memory's share of the time can be saved. */
@@ -228,7 +232,6 @@ long linear_up_to_bfloat16(void)
 /* Ends the helpers that the calling thread has for its parallel regions. GNU's runtime counts all helpers of a process: once they
    are more than the processors, none of them waits awake, and every region of whoever works begins with a call to wake it. */
 extern int omp_pause_resource_all(int) __attribute__((weak)); /* OpenMP 5; omp.h of older compilers has no word for its 1 */
-extern int omp_get_thread_num(void), omp_get_num_threads(void);
 
 void rest(void)
 {
@@ -276,6 +279,16 @@ int ready(void)
     return ask_for_tiles();
 #else
     return 1;
+#endif
+}
+
+/* whether there are products of whole numbers, linear_int8 */
+int int8(void)
+{
+#ifdef INT8
+    return 1;
+#else
+    return 0;
 #endif
 }
 

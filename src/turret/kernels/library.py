@@ -135,6 +135,12 @@ def without() -> Iterator[None]:
         _off.reset(token)
 
 
+def int8() -> bool:
+    """Whether there are kernels here that multiply in 8 bits."""
+    found = library()
+    return found is not None and found.int8
+
+
 def why() -> str:
     """How `library` ended, for people."""
     return _found()[1]

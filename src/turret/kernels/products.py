@@ -1,4 +1,4 @@
-"""Matrix products: of an adapter that trains, of many that answer, of few tokens (lora, low_rank and step.inc.c)."""
+"""Matrix products: of an adapter that trains and of what is frozen beside it, of many that answer, of few tokens."""
 
 from __future__ import annotations
 
@@ -38,6 +38,26 @@ class Products(Calls):
         told = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
         self._call("lora_backward", x.dtype, *told, *map(p, (turned, dh, h, dy, dx, dA, dB)), threads())
         return dA, dB
+
+    def linear_int8(self, x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False) -> Tensor:
+        """x W^T + b, or turned x W, with x and W rounded to whole numbers: of every token, and of every output of W.
+
+        x: (N, E), weight: (O, E) or turned (E, O), bias: (O,) -> (N, O). E a multiple of 64, O of 32. Only with `int8`.
+        """
+        outputs, deep = weight.shape[::-1] if turned else weight.shape
+        assert self.int8
+        assert x.shape == (len(x), deep)
+        assert deep % 64 == outputs % 32 == 0
+        assert x.is_contiguous()
+        assert weight.is_contiguous()
+        assert weight.dtype == x.dtype
+        assert bias is None or (bias.is_contiguous() and bias.dtype == x.dtype and len(bias) == outputs)
+        y = x.new_empty(len(x), outputs)
+        told = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
+        sizes, helpers = (len(x), deep, outputs, turned), torch.get_num_threads()
+        room = torch.empty(self._call("linear_int8", x.dtype, *told, *sizes, None, helpers), dtype=torch.uint8)
+        self._call("linear_int8", x.dtype, *told, *sizes, room.data_ptr(), helpers)
+        return y
 
     def low_rank(self, spans: Spans, layer: int, x: Tensor, y: Tensor) -> None:
         """y += (x A^T) B of every span, added up in float32. x: (..., D_in), y: (..., D_out) of N tokens.

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from turret.adapters import target_paths
+from turret.adapters import int8_layers, target_paths
 from turret.bases import native_bfloat16
 from turret.errors import AdapterError
 from turret.methods import Full, LoRA, Peft, Prefix
@@ -270,6 +270,9 @@ def labels(task: Any, examples: Sequence[Any]) -> Iterator[Check]:
 
 
 def precision(recipe: Any, base: Any) -> Iterator[Check]:
+    """The base's numbers, and the products of a step."""
+    if recipe.train.int8:
+        yield _in_8_bits(recipe.method, base.model)
     if not str(base.dtype).endswith("bfloat16"):
         return
     remedy = 'set train.dtype to "float32"'
@@ -277,6 +280,18 @@ def precision(recipe: Any, base: Any) -> Iterator[Check]:
         yield Check("dtype", "warn", "a full fine-tuning starts from weights rounded to bfloat16", remedy)
     if not native_bfloat16():
         yield Check("dtype", "warn", "this processor emulates bfloat16, several times slower than float32", remedy)
+
+
+def _in_8_bits(method: Any, model: Any) -> Check:
+    if isinstance(method, (Full, Peft)):
+        said = "trains the weights themselves" if isinstance(method, Full) else "has PEFT multiply"
+        return Check("int8", "warn", f"method {method.kind} {said}: it multiplies in train.dtype as ever")
+    try:
+        layers = int8_layers(model)
+    except AdapterError as error:
+        text, _, remedy = str(error).partition(": ")
+        return Check("int8", "refuse", text, remedy)
+    return Check("int8", "ok", f"{len(layers)} frozen layers multiply in 8 bits while it trains")
 
 
 def text_of(example: Any) -> str:

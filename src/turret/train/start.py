@@ -14,7 +14,7 @@ from torch import Tensor
 from turret import adapters
 from turret.adapters import Adapter
 from turret.errors import AdapterError, TrainingError
-from turret.methods import Prefix
+from turret.methods import Full, Peft, Prefix
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ def attach(recipe: Any, base: Any, task: Any, start: Start | None = None) -> Non
         generator=torch.Generator().manual_seed(recipe.seed),
         head=tuple(sorted(fresh)) if task.kind == "classify" else (),
     )
+    if recipe.train.int8 and not isinstance(recipe.method, (Full, Peft)):  # as a comparison trains them beside others
+        adapters.multiply_in_int8(base.model)
     if start is not None:
         try:
             start.require_fits(base, task)

@@ -53,7 +53,7 @@ def _processor() -> dict[str, Any]:
         import torch
 
         from turret.bases import native_bfloat16
-        from turret.kernels import why
+        from turret.kernels import int8, why
     except (ImportError, OSError) as error:  # a broken install is what a doctor is called for
         return {"problem": f"torch cannot be loaded: {error}"}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -63,6 +63,7 @@ def _processor() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": name,
         "kernels": why(),
+        "int8": int8(),  # whether a recipe may say train.int8
     }
 
 

@@ -1,0 +1,109 @@
+"""The frozen layers of a training step in 8 bits: `train.int8`.
+
+    y = x W^T + b,  dx = dy W:    of x, dy and W, whole numbers from -127 to 127 and a scale for every token and output
+
+A frozen layer needs no third product, the gradient of W, which is the one that 8 bits spoil (Wortsman et al. 2023,
+"SwitchBack"). The adapter beside it stays float32, and whoever wants no gradient gets the base in its own precision: an
+evaluation scores what will be served. The base keeps its weights; they are rounded anew at every product. Knows tensors
+and linear layers; refuses to know families.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from turret.adapters.route import Route
+from turret.errors import AdapterError
+from turret.kernels import Library, usable
+from turret.kernels import int8 as possible
+
+LEAST = 32  # tokens; for fewer the weights' rounding takes longer than it saves
+
+
+class FrozenProducts(NamedTuple):
+    """How a frozen matrix multiplies rows of tokens (N, D): with `int8` by these kernels, else in its own precision."""
+
+    int8: Library | None = None
+
+    @property
+    def cheap(self) -> bool:
+        """Whether to make something again costs little."""
+        return self.int8 is not None
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b."""
+        if self.int8 is None:
+            return nn.functional.linear(x, weight, bias)
+        return self.int8.linear_int8(x.contiguous(), weight, bias)
+
+    def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """dy W."""
+        return dy @ weight if self.int8 is None else self.int8.linear_int8(dy.contiguous(), weight, None, turned=True)
+
+    def backward_both(self, dy: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor]) -> Tensor:
+        """dy[0] W[0] + dy[1] W[1]."""
+        y = self.backward(dy[0], weights[0])
+        return y.addmm_(dy[1], weights[1]) if self.int8 is None else y.add_(self.backward(dy[1], weights[1]))
+
+
+def products(route: Route, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> FrozenProducts:
+    """What multiplies x (..., D) while `route` trains."""
+    if not route.int8 or x.numel() < LEAST * x.shape[-1] or not fits(weight):
+        return FrozenProducts()
+    return FrozenProducts(usable(x, weight) if bias is None else usable(x, weight, bias))
+
+
+def fits(weight: Tensor) -> bool:
+    return all(size % 64 == 0 for size in weight.shape) and weight.is_contiguous()
+
+
+def layers_of(model: nn.Module, skipped: tuple[str, ...]) -> list[nn.Linear]:
+    """The linear layers of a model that may multiply in 8 bits: of the right sizes, and not in what is `skipped`.
+
+    Raises AdapterError, saying why, where there are none or the machine cannot.
+    """
+    if not possible():
+        raise AdapterError(
+            "this machine has no products in 8 bits (AVX-512 VNNI, and a C compiler): leave train.int8 off"
+        )
+    linear = [(path, each) for path, each in model.named_modules() if type(each) is nn.Linear]
+    layers = [each for path, each in linear if fits(each.weight) and path.split(".")[0] not in skipped]
+    if not layers:
+        raise AdapterError("no layer of this base has sizes that are multiples of 64: leave train.int8 off")
+    return layers
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b with frozen W and b. x: (..., D_in) -> (..., D_out)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, by: FrozenProducts) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.by = by
+        return by.forward(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        dy = gradients[0]
+        return ctx.by.backward(dy.reshape(-1, dy.shape[-1]), weight).view(*dy.shape[:-1], -1), None, None, None
+
+
+def hook(layer: nn.Linear, route: Route) -> Callable[[], None]:
+    """Let one frozen layer multiply in 8 bits where a gradient is wanted; returns what undoes it."""
+
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        own = self.weight, self.bias
+        by = products(route, x, *own) if torch.is_grad_enabled() and not self.weight.requires_grad else FrozenProducts()
+        if by.int8 is None:
+            return nn.functional.linear(x, *own)
+        y: Tensor = _Linear.apply(x, *own, by)  # type: ignore[no-untyped-call]
+        return y
+
+    layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
+    return lambda: vars(layer).__delitem__("forward")

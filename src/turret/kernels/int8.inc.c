@@ -1,0 +1,175 @@
+/* A frozen layer's product in 8 bits while an adapter trains, forward and backward. Included by kernels.c once a dtype.
+
+       y = x W^T + b,    x_te ~ s_t p_te,  W_oe ~ r_o q_oe,    y_to = s_t r_o sum_e p_te q_oe + b_o
+
+   p, q: whole numbers from -127 to 127; s_t = max_e |x_te| / 127 of a token, r_o = max_e |W_oe| / 127 of an output. `turned`: the
+   layer's matrix lies as (E, O), as it does for dx = dy W. Nothing is kept of either: W is rounded and laid out anew at every call,
+   a part of it at a time. Sums are whole numbers, so neither threads nor order change them. A token or an output that is not finite
+   anywhere has nothing finite to show. E is a multiple of 64, O of 32. */
+
+#ifdef __AVX512VNNI__
+#ifndef INT8
+#define INT8
+#define AT_ONCE 8             /* tokens; by 32 outputs their sums fill half of the registers */
+#define PART (256 * 1024)     /* bytes of the matrix that are laid out at a time: a core's own cache holds them, */
+#define SHARE (128 * 1024)    /* and so many of the tokens */
+
+static inline __m512i magnitude(vector x) { return _mm512_and_si512((__m512i)x, _mm512_set1_epi32(0x7fffffff)); }
+
+/* Of magnitudes as whole numbers, among which NaN is the largest of all: 127 / most, and most / 127; what is so small that the
+   first would overflow counts as zero */
+static inline void scales_of(float most, float *times, float *scale)
+{
+    *times = most < 0x1p-120f ? 0.0f : 127.0f / most;
+    *scale = most / 127.0f;
+}
+
+static inline __m512i whole(vector x, vector times) { return _mm512_cvtps_epi32((__m512)(x * times)); } /* to nearest, ties to even */
+
+/* `high` tokens by 32 outputs: p (high, E), q: four numbers of 32 outputs side by side, 128 above themselves */
+static inline __attribute__((always_inline)) void sums_int8(int32_t *c, const int8_t *p, const uint8_t *q, long deep)
+{
+    __m512i sum[AT_ONCE][2];
+    for (int r = 0; r < AT_ONCE; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
+    for (long e = 0; e < deep; e += 4) {
+        __m512i first = _mm512_loadu_si512(q + e * 32), second = _mm512_loadu_si512(q + e * 32 + 64);
+#pragma GCC unroll 8
+        for (int r = 0; r < AT_ONCE; r++) {
+            int32_t four;
+            memcpy(&four, p + r * deep + e, 4);
+            __m512i x = _mm512_set1_epi32(four);
+            sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], first, x);
+            sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], second, x);
+        }
+    }
+    for (int r = 0; r < AT_ONCE; r++)
+        for (int w = 0; w < 2; w++) _mm512_storeu_si512(c + 32 * r + 16 * w, sum[r][w]);
+}
+#endif
+
+/* p of one token, its scale, and 128 times the sum of p, which q's being 128 too high adds to every output */
+static void NAME(round_token)(int8_t *p, float *scale, int32_t *above, const T *x, long deep)
+{
+    __m512i most = _mm512_setzero_si512(), sum = _mm512_setzero_si512();
+    for (long e = 0; e < deep; e += 16) most = _mm512_max_epi32(most, magnitude(LOADS(x + e)));
+    int32_t bits = _mm512_reduce_max_epi32(most);
+    float times, largest;
+    memcpy(&largest, &bits, 4);
+    scales_of(largest, &times, scale);
+    for (long e = 0; e < deep; e += 16) {
+        __m512i y = whole(LOADS(x + e), spread(times));
+        sum = _mm512_add_epi32(sum, y);
+        _mm_storeu_si128((void *)(p + e), _mm512_cvtsepi32_epi8(y));
+    }
+    *above = 128 * _mm512_reduce_add_epi32(sum);
+}
+
+/* q of 32 outputs whose numbers lie in rows, and their scales; `rows` has room for 16 of them, rounded */
+static void NAME(round_rows)(uint8_t *q, float *scales, const T *w, long deep, uint8_t *rows)
+{
+    for (int half = 0; half < 2; half++) {
+        for (int o = 0; o < 16; o++) {
+            const T *from = w + (16 * half + o) * deep;
+            __m512i most = _mm512_setzero_si512();
+            for (long e = 0; e < deep; e += 16) most = _mm512_max_epi32(most, magnitude(LOADS(from + e)));
+            int32_t bits = _mm512_reduce_max_epi32(most);
+            float times, largest;
+            memcpy(&largest, &bits, 4);
+            scales_of(largest, &times, scales + 16 * half + o);
+            for (long e = 0; e < deep; e += 16) {
+                __m512i y = _mm512_add_epi32(whole(LOADS(from + e), spread(times)), _mm512_set1_epi32(128));
+                _mm_storeu_si128((void *)(rows + o * deep + e), _mm512_cvtepi32_epi8(y));
+            }
+        }
+        transposed_words(q + 64 * half, 32, rows, deep / 4, 16, deep / 4);
+    }
+}
+
+/* the same of 32 outputs whose numbers lie in columns, `line` numbers from one row to the next */
+static void NAME(round_columns)(uint8_t *q, float *scales, const T *w, long line, long deep)
+{
+    for (int half = 0; half < 2; half++) {
+        const T *from = w + 16 * half;
+        __m512i most = _mm512_setzero_si512();
+        float largest[16], times[16];
+        for (long e = 0; e < deep; e++) most = _mm512_max_epi32(most, magnitude(LOADS(from + e * line)));
+        memcpy(largest, &most, 64);
+        for (int o = 0; o < 16; o++) scales_of(largest[o], times + o, scales + 16 * half + o);
+        vector by = load_floats(times);
+        for (long e = 0; e < deep; e += 4) {
+            __m512i four = _mm512_setzero_si512();
+            for (int i = 3; i >= 0; i--) {
+                __m512i y = _mm512_add_epi32(whole(LOADS(from + (e + i) * line), by), _mm512_set1_epi32(128));
+                four = _mm512_or_si512(_mm512_slli_epi32(four, 8), _mm512_and_si512(y, _mm512_set1_epi32(255)));
+            }
+            _mm512_storeu_si512(q + e * 32 + 64 * half, four);
+        }
+    }
+}
+
+/* What `linear_int8` needs for so many tokens, cut from `room`, or how many bytes that is. */
+struct NAME(int8_room) {
+    int8_t *p;
+    float *scales, *own; /* of tokens, and of the outputs of a part */
+    int32_t *above;
+    uint8_t *q, *rows; /* rows: one piece a thread */
+};
+
+static long NAME(int8_cut)(struct NAME(int8_room) *room, void *memory, long tokens, long deep, long part, int threads)
+{
+    char *next = memory;
+    long all = (tokens + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
+    room->p = CUT(int8_t, all * deep);
+    room->scales = CUT(float, all);
+    room->above = CUT(int32_t, all);
+    room->q = CUT(uint8_t, part * deep);
+    room->own = CUT(float, part);
+    room->rows = CUT(uint8_t, 16 * deep * threads);
+    return next - (char *)memory;
+}
+
+/* y (N, O), x (N, E), W (O, E) or, turned, (E, O), b (O,) or none. Without `memory`: how many bytes of it are needed. */
+long NAME(linear_int8)(const T *x, const T *w, const T *b, T *y, long tokens, long deep, long outputs, int turned, void *memory, int threads)
+{
+    long part = PART / deep / 32 * 32, share = SHARE / deep / AT_ONCE * AT_ONCE, all = (tokens + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
+    long even = (all / AT_ONCE + threads - 1) / threads * AT_ONCE; /* tokens, so that every thread has some */
+    part = part < 32 ? 32 : part > outputs ? outputs : part;
+    share = share < AT_ONCE ? AT_ONCE : share > even ? even : share;
+    struct NAME(int8_room) room;
+    long bytes = NAME(int8_cut)(&room, memory, tokens, deep, part, threads);
+    if (!memory) return bytes;
+#pragma omp parallel num_threads(threads) if (tokens * deep > SERIAL)
+    {
+        uint8_t *rows = room.rows + omp_get_thread_num() * 16 * deep;
+#pragma omp for schedule(static)
+        for (long t = 0; t < all; t++) {
+            if (t < tokens) NAME(round_token)(room.p + t * deep, room.scales + t, room.above + t, x + t * deep, deep);
+            else memset(room.p + t * deep, 0, deep);
+        }
+        for (long first = 0; first < outputs; first += part) {
+            long last = first + part < outputs ? first + part : outputs;
+#pragma omp for schedule(static)
+            for (long o = first; o < last; o += 32) {
+                uint8_t *q = room.q + (o - first) * deep;
+                if (turned) NAME(round_columns)(q, room.own + o - first, w + o, outputs, deep);
+                else NAME(round_rows)(q, room.own + o - first, w + o * deep, deep, rows);
+            }
+#pragma omp for schedule(static)
+            for (long start = 0; start < all; start += share)
+                for (long o = first; o < last; o += 32)
+                    for (long t = start; t < start + share && t < all; t += AT_ONCE) {
+                        int32_t c[AT_ONCE * 32];
+                        sums_int8(c, room.p + t * deep, room.q + (o - first) * deep, deep);
+                        for (long i = t; i < t + AT_ONCE && i < tokens; i++)
+                            for (int v = 0; v < 32; v += 16) {
+                                __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(c + (i - t) * 32 + v), _mm512_set1_epi32(room.above[i]));
+                                vector value = (vector)_mm512_cvtepi32_ps(sum) * spread(room.scales[i]);
+                                vector bias = b ? LOADS(b + o + v) : spread(0.0f);
+                                STORES(y + i * outputs + o + v, dot(bias, value, load_floats(room.own + o - first + v)));
+                            }
+                    }
+        }
+    }
+    return bytes;
+}
+#endif
