@@ -79,3 +79,15 @@ def test_low_rank_is_the_same_to_the_last_bit_with_any_number_of_threads(threads
     finally:
         torch.set_num_threads(kept)
     assert torch.equal(*given)
+
+
+@needed
+@BOTH
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_an_adapter_is_laid_out_as_torch_does_to_the_bit(rank: int, dtype: torch.dtype) -> None:
+    factors = [(draw(rank, d_in), draw(d_out, rank)) for d_in, d_out in ((64, 96), (37, 41), (1, 1))]
+    factors[1][0][0, 5] = float("nan")
+    run = torch.empty(sum(A.numel() + B.numel() for A, B in factors), dtype=dtype)
+    compiled().lay_out(factors, 1.7, run)
+    parts = [part for A, B in factors for part in (A.to(dtype), (B.mT * 1.7).to(dtype))]
+    assert torch.equal(run.nan_to_num(9.0), torch.cat([part.flatten() for part in parts]).nan_to_num(9.0))

@@ -173,13 +173,17 @@ class Bank:
             raise AdapterError(f"LoRA of {other}: the engine adapts linear layers inside the base; drop this target")
         parts = [part for A, B in checked.values() for part in (A, B)]
         run = self._empty(sum(part.numel() for part in parts))
+        layout = _layout(
+            method.r, tuple((self._paths[path], A.shape[1], B.shape[0]) for path, (A, B) in checked.items())
+        )
+        if (kernels := usable(run)) is not None and all(p.dtype == torch.float32 and p.is_contiguous() for p in parts):
+            kernels.lay_out(list(checked.values()), method.scaling, run)
+            return run, layout
         places = iter(torch.split(run, [part.numel() for part in parts]))  # each is small: no second thread is woken
         for A, B in checked.values():
             next(places).view(A.shape).copy_(A)
             torch.mul(B.float().mT, method.scaling, out=next(places).view(B.shape[::-1]))
-        return run, _layout(
-            method.r, tuple((self._paths[path], A.shape[1], B.shape[0]) for path, (A, B) in checked.items())
-        )
+        return run, layout
 
     def _prefix(self, adapter: Adapter) -> tuple[Tensor, dict[str, Tensor]]:
         """Keys and values of every group, one behind the other, and the view of each."""

@@ -15,6 +15,7 @@ _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 _LORA = (*(_LONG,) * 4, *(_POINTER,) * 3, ctypes.c_float, *(ctypes.c_uint32,) * 3)
 DECLARED = {  # arguments as plain numbers, where a kernel is called once a layer
     "low_rank": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, ctypes.c_int),
+    "lay_out": (_POINTER, _POINTER, _LONG, _LONG, ctypes.c_float, _POINTER),
     "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, ctypes.c_int),
     "keep_step": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER),
     "attend_step": (

@@ -109,6 +109,10 @@ def _low_rank(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[
         )
         library.low_rank(spans, 1, x, y)
         results[f"low_rank {d_in}"] = (y, wide)
+        A, B = draw(3, d_in).float(), draw(d_out, 3).float()
+        run = draw(2 * 3 * (d_in + d_out))
+        library.lay_out([(A, B), (A, B)], 2.0, run)
+        results[f"lay_out {d_in}"] = (run, torch.cat([A.flatten(), 2.0 * B.mT.flatten()] * 2))
     return results
 
 

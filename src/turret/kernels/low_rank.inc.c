@@ -172,6 +172,23 @@ static void NAME(few)(const T *x, T *y, const T *a, const T *b, long tokens, lon
     }
 }
 
+/* --- an adapter as it lies in a bank ------------------------------------------------------------------------------- */
+
+/* A (R, D_in) and by B^T (R, D_out) of one layer behind those of another: factors (count, 2) addresses of A and of B (D_out, R),
+   floats; sizes (count, 2) D_in and D_out */
+void NAME(lay_out)(const uint64_t *factors, const int64_t *sizes, long count, long rank, float by, T *run)
+{
+    for (long i = 0; i < count; i++) {
+        const float *a = (const float *)(uintptr_t)factors[2 * i], *b = (const float *)(uintptr_t)factors[2 * i + 1];
+        long d_in = sizes[2 * i], d_out = sizes[2 * i + 1];
+        for (long e = 0; e < rank * d_in; e++) run[e] = STORE(a[e]);
+        run += rank * d_in;
+        for (long o = 0; o < d_out; o++)
+            for (long r = 0; r < rank; r++) run[r * d_out + o] = STORE(b[o * rank + r] * by);
+        run += rank * d_out;
+    }
+}
+
 /* --- all spans of a pass, in one layer ---------------------------------------------------------------------------- */
 
 void NAME(low_rank)(const struct spans *spans, long layer, const T *x, T *y, long d_in, long d_out, int threads)

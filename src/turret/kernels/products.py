@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,24 @@ class Products(Calls):
         assert y.numel() == spans.tokens * d_out
         numbers = spans.address, layer, x.data_ptr(), y.data_ptr(), d_in, d_out
         self._call("low_rank", x.dtype, *numbers, torch.get_num_threads())
+
+    def lay_out(self, factors: Sequence[tuple[Tensor, Tensor]], by: float, run: Tensor) -> None:
+        """A and by B^T of every layer, one behind the other, rounded to run's precision.
+
+        factors: (A (R, D_in), B (D_out, R)) float32, of one R; run: (sum of R (D_in + D_out),).
+        """
+        rank = len(factors[0][0])
+        for A, B in factors:
+            assert A.dtype == B.dtype == torch.float32
+            assert A.is_contiguous()
+            assert B.is_contiguous()
+            assert len(A) == B.shape[1] == rank
+        assert run.is_contiguous()
+        assert run.numel() == sum(A.numel() + B.numel() for A, B in factors)
+        addresses = torch.tensor([(A.data_ptr(), B.data_ptr()) for A, B in factors])
+        sizes = torch.tensor([(A.shape[1], len(B)) for A, B in factors])
+        told = addresses.data_ptr(), sizes.data_ptr(), len(factors), rank, by, run.data_ptr()
+        self._call("lay_out", run.dtype, *told)
 
     def few(self, dtype: torch.dtype) -> int:
         """Tokens up to which `linear` is for; 0 where torch's own product is as quick for any number."""
