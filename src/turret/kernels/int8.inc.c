@@ -131,17 +131,17 @@ static long NAME(int8_cut)(struct NAME(int8_room) *room, void *memory, long toke
 /* y (N, O), x (N, E), W (O, E) or, turned, (E, O), b (O,) or none. Without `memory`: how many bytes of it are needed. */
 long NAME(linear_int8)(const T *x, const T *w, const T *b, T *y, long tokens, long deep, long outputs, int turned, void *memory, int threads)
 {
-    long part = PART / deep / 32 * 32, share = SHARE / deep / AT_ONCE * AT_ONCE, all = (tokens + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
-    long even = (all / AT_ONCE + threads - 1) / threads * AT_ONCE; /* tokens, so that every thread has some */
+    long part = PART / deep / 32 * 32, blocks = (tokens + AT_ONCE - 1) / AT_ONCE, all = blocks * AT_ONCE;
+    long rounds = (blocks * AT_ONCE * deep + threads * SHARE - 1) / (threads * SHARE); /* in which every thread takes as much as another */
+    long share = (blocks + threads * rounds - 1) / (threads * rounds) * AT_ONCE;
     part = part < 32 ? 32 : part > outputs ? outputs : part;
-    share = share < AT_ONCE ? AT_ONCE : share > even ? even : share;
     struct NAME(int8_room) room;
     long bytes = NAME(int8_cut)(&room, memory, tokens, deep, part, threads);
     if (!memory) return bytes;
 #pragma omp parallel num_threads(threads) if (tokens * deep > SERIAL)
     {
         uint8_t *rows = room.rows + omp_get_thread_num() * 16 * deep;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (long t = 0; t < all; t++) {
             if (t < tokens) NAME(round_token)(room.p + t * deep, room.scales + t, room.above + t, x + t * deep, deep);
             else memset(room.p + t * deep, 0, deep);
@@ -154,7 +154,7 @@ long NAME(linear_int8)(const T *x, const T *w, const T *b, T *y, long tokens, lo
                 if (turned) NAME(round_columns)(q, room.own + o - first, w + o, outputs, deep);
                 else NAME(round_rows)(q, room.own + o - first, w + o * deep, deep, rows);
             }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (long start = 0; start < all; start += share)
                 for (long o = first; o < last; o += 32)
                     for (long t = start; t < start + share && t < all; t += AT_ONCE) {
@@ -168,6 +168,9 @@ long NAME(linear_int8)(const T *x, const T *w, const T *b, T *y, long tokens, lo
                                 STORES(y + i * outputs + o + v, dot(bias, value, load_floats(room.own + o - first + v)));
                             }
                     }
+            if (last < outputs) {
+#pragma omp barrier /* before the next part takes the place of this one */
+            }
         }
     }
     return bytes;
