@@ -77,6 +77,13 @@ SIDES = (*ways("classify"), *OURS)
 SCORED = (RIVAL, TURRET, "turret int8")  # in runs for quality
 
 
+def possible(side: str) -> bool:
+    """Whether this processor can multiply as a side of turret's is told to."""
+    from turret.kernels import int8
+
+    return int8() or not OURS.get(side, {}).get("int8", False)
+
+
 @dataclass(frozen=True)
 class Errand:
     """What one process is sent to do."""

@@ -14,8 +14,6 @@
 #define PART (256 * 1024)     /* bytes of the matrix that are laid out at a time: a core's own cache holds them, */
 #define SHARE (128 * 1024)    /* and so many of the tokens */
 
-static inline __m512i magnitude(vector x) { return _mm512_and_si512((__m512i)x, _mm512_set1_epi32(0x7fffffff)); }
-
 /* Of magnitudes as whole numbers, among which NaN is the largest of all: 127 / most, and most / 127; what is so small that the
    first would overflow counts as zero */
 static inline void scales_of(float most, float *times, float *scale)
@@ -24,7 +22,43 @@ static inline void scales_of(float most, float *times, float *scale)
     *scale = most / 127.0f;
 }
 
-static inline __m512i whole(vector x, vector times) { return _mm512_cvtps_epi32((__m512)(x * times)); } /* to nearest, ties to even */
+/* x times as a whole number, to nearest, ties to even: the last byte of a float that is 1.5 * 2^23 + `above` larger, whose bits are
+   SHIFTED + above larger than it. */
+#define SHIFTED 0x4b400000
+static inline __m512i whole(vector x, vector times, float above)
+{
+    return (__m512i)dot(spread(0x1.8p23f + above), x, times);
+}
+
+/* the last bytes of four words side by side */
+static inline __m512i joined(const __m512i x[4])
+{
+    __m512i y = x[0];
+    y = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffffff00), _mm512_slli_epi32(x[1], 8), y, 0xca); /* of the mask ? a : b */
+    y = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff0000), _mm512_slli_epi32(x[2], 16), y, 0xca);
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xff000000), _mm512_slli_epi32(x[3], 24), y, 0xca);
+}
+
+static inline float largest_of(const float *x, long n)
+{
+    __m512i most = _mm512_setzero_si512();
+    for (long e = 0; e < n; e += 16) most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_loadu_si512(x + e), _mm512_set1_epi32(0x7fffffff)));
+    int32_t bits = _mm512_reduce_max_epi32(most);
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+static inline float largest_of_bfloats(const bfloat16 *x, long n)
+{
+    __m512i most = _mm512_setzero_si512();
+    for (long e = 0; e < n; e += 32) most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_loadu_si512(x + e), _mm512_set1_epi16(0x7fff)));
+    __m512i both = _mm512_max_epu32(_mm512_slli_epi32(most, 16), _mm512_and_si512(most, _mm512_set1_epi32(0xffff0000)));
+    uint32_t bits = _mm512_reduce_max_epu32(both);
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
 
 /* `high` tokens by 32 outputs: p (high, E), q: four numbers of 32 outputs side by side, 128 above themselves */
 static inline __attribute__((always_inline)) void sums_int8(int32_t *c, const int8_t *p, const uint8_t *q, long deep)
@@ -47,21 +81,23 @@ static inline __attribute__((always_inline)) void sums_int8(int32_t *c, const in
 }
 #endif
 
+/* 16 words of four whole numbers each: numbers e, e + 16, e + 32 and e + 48 of 64 share a word, in p as in q. Returns their sums. */
+static inline __m512i NAME(round_64)(void *to, const T *x, vector times, float above)
+{
+    __m512i y[4];
+    for (int i = 0; i < 4; i++) y[i] = whole(LOADS(x + 16 * i), times, above);
+    _mm512_storeu_si512(to, joined(y));
+    return _mm512_add_epi32(_mm512_add_epi32(y[0], y[1]), _mm512_add_epi32(y[2], y[3]));
+}
+
 /* p of one token, its scale, and 128 times the sum of p, which q's being 128 too high adds to every output */
 static void NAME(round_token)(int8_t *p, float *scale, int32_t *above, const T *x, long deep)
 {
-    __m512i most = _mm512_setzero_si512(), sum = _mm512_setzero_si512();
-    for (long e = 0; e < deep; e += 16) most = _mm512_max_epi32(most, magnitude(LOADS(x + e)));
-    int32_t bits = _mm512_reduce_max_epi32(most);
-    float times, largest;
-    memcpy(&largest, &bits, 4);
-    scales_of(largest, &times, scale);
-    for (long e = 0; e < deep; e += 16) {
-        __m512i y = whole(LOADS(x + e), spread(times));
-        sum = _mm512_add_epi32(sum, y);
-        _mm_storeu_si128((void *)(p + e), _mm512_cvtsepi32_epi8(y));
-    }
-    *above = 128 * _mm512_reduce_add_epi32(sum);
+    __m512i sum = _mm512_setzero_si512();
+    float times;
+    scales_of(LARGEST(x, deep), &times, scale);
+    for (long e = 0; e < deep; e += 64) sum = _mm512_add_epi32(sum, NAME(round_64)(p + e, x + e, spread(times), 0.0f));
+    *above = (int32_t)(128u * ((uint32_t)_mm512_reduce_add_epi32(sum) - (uint32_t)deep * SHIFTED));
 }
 
 /* q of 32 outputs whose numbers lie in rows, and their scales; `rows` has room for 16 of them, rounded */
@@ -70,16 +106,9 @@ static void NAME(round_rows)(uint8_t *q, float *scales, const T *w, long deep, u
     for (int half = 0; half < 2; half++) {
         for (int o = 0; o < 16; o++) {
             const T *from = w + (16 * half + o) * deep;
-            __m512i most = _mm512_setzero_si512();
-            for (long e = 0; e < deep; e += 16) most = _mm512_max_epi32(most, magnitude(LOADS(from + e)));
-            int32_t bits = _mm512_reduce_max_epi32(most);
-            float times, largest;
-            memcpy(&largest, &bits, 4);
-            scales_of(largest, &times, scales + 16 * half + o);
-            for (long e = 0; e < deep; e += 16) {
-                __m512i y = _mm512_add_epi32(whole(LOADS(from + e), spread(times)), _mm512_set1_epi32(128));
-                _mm_storeu_si128((void *)(rows + o * deep + e), _mm512_cvtepi32_epi8(y));
-            }
+            float times;
+            scales_of(LARGEST(from, deep), &times, scales + 16 * half + o);
+            for (long e = 0; e < deep; e += 64) NAME(round_64)(rows + o * deep + e, from + e, spread(times), 128.0f);
         }
         transposed_words(q + 64 * half, 32, rows, deep / 4, 16, deep / 4);
     }
@@ -92,18 +121,17 @@ static void NAME(round_columns)(uint8_t *q, float *scales, const T *w, long line
         const T *from = w + 16 * half;
         __m512i most = _mm512_setzero_si512();
         float largest[16], times[16];
-        for (long e = 0; e < deep; e++) most = _mm512_max_epi32(most, magnitude(LOADS(from + e * line)));
+        for (long e = 0; e < deep; e++)
+            most = _mm512_max_epi32(most, _mm512_and_si512((__m512i)LOADS(from + e * line), _mm512_set1_epi32(0x7fffffff)));
         memcpy(largest, &most, 64);
         for (int o = 0; o < 16; o++) scales_of(largest[o], times + o, scales + 16 * half + o);
         vector by = load_floats(times);
-        for (long e = 0; e < deep; e += 4) {
-            __m512i four = _mm512_setzero_si512();
-            for (int i = 3; i >= 0; i--) {
-                __m512i y = _mm512_add_epi32(whole(LOADS(from + (e + i) * line), by), _mm512_set1_epi32(128));
-                four = _mm512_or_si512(_mm512_slli_epi32(four, 8), _mm512_and_si512(y, _mm512_set1_epi32(255)));
+        for (long e = 0; e < deep; e += 64)
+            for (long word = 0; word < 16; word++) {
+                __m512i y[4];
+                for (int i = 0; i < 4; i++) y[i] = whole(LOADS(from + (e + 16 * i + word) * line), by, 128.0f);
+                _mm512_storeu_si512(q + (e + 4 * word) * 32 + 64 * half, joined(y));
             }
-            _mm512_storeu_si512(q + e * 32 + 64 * half, four);
-        }
     }
 }
 

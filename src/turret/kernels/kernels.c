@@ -135,7 +135,9 @@ extern int omp_get_thread_num(void), omp_get_num_threads(void);
 #include "step.inc.c"
 #include "layer.inc.c"
 #include "lora.inc.c"
+#define LARGEST largest_of
 #include "int8.inc.c"
+#undef LARGEST
 #undef BY_TOKENS
 #undef T
 #undef LOAD
@@ -205,6 +207,7 @@ extern int omp_get_thread_num(void), omp_get_num_threads(void);
 #include "step.inc.c"
 #include "layer.inc.c"
 #include "lora.inc.c"
+#define LARGEST largest_of_bfloats
 #include "int8.inc.c"
 
 /* Tokens up to which `linear` is for, at most FEW; 0 where there are no vectors wide enough for it. Beyond, a library that packs
