@@ -38,6 +38,7 @@ class Calls:
         self._loaded = loaded
         self._tiles = bool(loaded.tiles())
         self.int8 = bool(loaded.int8())  # whether the processor has products of whole numbers: `linear_int8`
+        self._int8_rooms: dict[tuple[object, ...], int] = {}
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         self._few = {dtype: int(getattr(loaded, f"linear_up_to_{name}")()) for dtype, name in NAMES.items()}
 

@@ -57,7 +57,9 @@ class Products(Calls):
         y = x.new_empty(len(x), outputs)
         told = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
         sizes, helpers = (len(x), deep, outputs, turned), torch.get_num_threads()
-        room = torch.empty(self._call("linear_int8", x.dtype, *told, *sizes, None, helpers), dtype=torch.uint8)
+        if (key := (*sizes, x.dtype, helpers)) not in self._int8_rooms:  # bytes that the kernel asks for
+            self._int8_rooms[key] = self._call("linear_int8", x.dtype, *told, *sizes, None, helpers)
+        room = torch.empty(self._int8_rooms[key], dtype=torch.uint8)
         self._call("linear_int8", x.dtype, *told, *sizes, room.data_ptr(), helpers)
         return y
 
