@@ -231,7 +231,7 @@ def test_the_fast_way_is_the_formula_with_its_gradients(rate: float, sizes: tupl
     inputs = (x, factors.lora_A, factors.lora_B)
     with nullcontext() if by_kernels else kernels.without():
         torch.manual_seed(1)
-        fast = factors.with_base(layer, x, None)
+        fast = factors.with_base(layer, x, Route())
         torch.manual_seed(1)
         plain = layer(x) + factors(x)
         expected = by_kernels and kernels.library() is not None and d_in % 32 == 0
@@ -242,5 +242,5 @@ def test_the_fast_way_is_the_formula_with_its_gradients(rate: float, sizes: tupl
         for ours, theirs in zip(given, wanted, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         torch.manual_seed(2)
-        other = factors.with_base(layer, x, None)
+        other = factors.with_base(layer, x, Route())
     assert rate == 0.0 or not torch.allclose(other, plain)  # the control: another mask
