@@ -16,6 +16,7 @@ from turret import kernels
 from turret.adapters import attach, attachment, classify_logits, detach, extract, mount, set_route, trainable_parameters
 from turret.adapters.adapter import Adapter, BaseInfo
 from turret.adapters.lora import LoRAFactors
+from turret.adapters.route import Route
 from turret.errors import AdapterError
 from turret.methods import LoRA
 
