@@ -303,8 +303,10 @@ def _quality(runs: Sequence[Run]) -> str:
     rows: list[list[object]] = [
         [seed, *(f"{of[seed]['metric']:.4f}" if seed in of else "-" for of in sides_.values())] for seed in seeds
     ]
-    means = [statistics.fmean(run["metric"] for run in of.values()) for of in sides_.values()]
-    rows.append(["mean", *(f"{mean:.4f}" for mean in means)])
+    common = [seed for seed in seeds if all(seed in of for of in sides_.values())]
+    if common:
+        means = [statistics.fmean(of[seed]["metric"] for seed in common) for of in sides_.values()]
+        rows.append([f"mean of {len(common)}", *(f"{mean:.4f}" for mean in means)])
     text = f"{_title(runs[0])}: {metric}\n\n" + record.table(["seed", *sides_], rows)
     theirs = sides_.get(RIVAL, {})
     for who, of in sides_.items():

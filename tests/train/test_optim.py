@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from turret.adapters.prefix import GRADIENT_STAYS, PrefixGroup
 from turret.errors import TrainingError
 from turret.methods import Full, Head, LoRA, Peft, Prefix
 from turret.train.optim import AdamW, default_learning_rate, learning_rate, warmup_steps
+from turret.train.step import backward
 
 
 def twins() -> tuple[nn.Module, nn.Module]:
@@ -129,3 +131,30 @@ def test_a_gradient_that_is_not_finite_is_reported_and_not_scaled() -> None:
     optimiser = AdamW(dict(layer.named_parameters()))
     optimiser.gradients.fill_(math.inf)
     assert optimiser.clip_gradients(1.0) == math.inf
+
+
+def test_a_gradient_that_stays_is_added_to_and_is_a_prefixs_own() -> None:
+    """The largest one of a prefix goes straight into the optimiser's row; nobody else's `grad` is written to."""
+
+    def gradients(group: PrefixGroup, passes: int) -> list[torch.Tensor]:
+        for _ in range(passes):
+            backward(group.folded().square().sum())
+        return [each.grad.clone() for each in group.parameters() if each.grad is not None]
+
+    torch.manual_seed(1)
+    start = torch.randn(2, 2, 2, 5, 8)
+    groups = [PrefixGroup(start, 16, torch.Generator().manual_seed(0)) for _ in range(2)]
+    wanted = gradients(groups[0], 2)
+    optimiser = AdamW(dict(groups[1].named_parameters()))
+    outer = groups[1].outer_weight
+    given = gradients(groups[1], 2)
+    assert len(given) == len(wanted) == 5
+    for mine, theirs in zip(given, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert outer.grad is not None
+    assert outer.grad.untyped_storage().data_ptr() == optimiser.gradients.untyped_storage().data_ptr()
+    assert not hasattr(groups[0].outer_weight, GRADIENT_STAYS)
+    optimiser.end()
+    assert not hasattr(outer, GRADIENT_STAYS)
+    assert outer.grad is None
+    assert torch.autograd.grad(groups[1].folded().square().sum(), outer)[0] is not None

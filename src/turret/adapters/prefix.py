@@ -13,6 +13,8 @@ the MLP is never stored.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,30 @@ from turret.methods import Prefix
 
 EMBEDDING_SIZE = 64  # of each virtual token inside the reparametrisation
 Groups = dict[str, list[tuple[Tensor, Tensor]]]  # (key, value) of every layer, each (H, P, D), by group
+
+
+GRADIENT_STAYS = "turret_gradient_stays"  # an attribute of a parameter whose `grad` is there from step to step
+
+
+class _Outer(torch.autograd.Function):
+    """h W^T. Where W's `grad` stays, what is added to it goes there at once: it is large, and never in memory twice.
+
+    h: (P, hidden), W: (N, hidden) -> (P, N).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: nn.Parameter) -> Tensor:
+        ctx.save_for_backward(h, weight)
+        ctx.parameter = weight
+        return h @ weight.mT
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (h, weight), dy = ctx.saved_tensors, gradients[0]
+        if getattr(ctx.parameter, GRADIENT_STAYS, False) and (grad := ctx.parameter.grad) is not None:
+            grad.addmm_(dy.mT, h)
+            return dy @ weight, None
+        return dy @ weight, dy.mT @ h
 
 
 class PrefixGroup(nn.Module):
@@ -47,7 +73,8 @@ class PrefixGroup(nn.Module):
             return self.keys_values
         layers, two, heads, tokens, dim = self.shape
         h = torch.tanh(self.embedding @ self.inner_weight.mT + self.inner_bias)  # (P, hidden)
-        change = h @ self.outer_weight.mT + self.outer_bias  # (P, L * 2 * H * D)
+        change: Tensor = _Outer.apply(h, self.outer_weight)  # type: ignore[no-untyped-call]
+        change = change + self.outer_bias  # (P, L * 2 * H * D)
         change = change.view(tokens, layers, two, heads, dim).permute(1, 2, 3, 0, 4)  # (L, 2, H, P, D)
         start: Tensor = self.get_buffer("start")
         return start + change

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.prefix import GRADIENT_STAYS
 from turret.errors import TrainingError
 from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
 
@@ -112,6 +113,7 @@ class AdamW:
             view.copy_(parameter.detach())
             parameter.data = view
             parameter.grad = self.gradients[start:stop].view(parameter.shape)
+            setattr(parameter, GRADIENT_STAYS, True)
             self.layout[name] = list(parameter.shape)
             start = stop
 
@@ -155,6 +157,7 @@ class AdamW:
         """Give back all but the weights, which are about to be copied: no update can follow."""
         for parameter in self._parameters:
             parameter.grad = None
+            delattr(parameter, GRADIENT_STAYS)
         self.gradients = self.exp_avg = self.exp_avg_sq = self.weights.new_empty(0)
 
     @torch.no_grad()
