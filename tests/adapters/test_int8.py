@@ -133,6 +133,12 @@ def test_a_base_without_a_layer_of_such_sizes_is_refused_and_stays_attached_as_i
     assert not adapters.attachment(model).route.int8
 
 
+@able
+def test_a_base_on_another_device_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"are a processor's, and this base is on meta: leave train.int8 off"):
+        adapters.int8_layers(build("bert", "classify").to("meta"))
+
+
 def test_a_machine_that_cannot_says_so() -> None:
     model = attach(build("bert", "classify"), FEW)
     with kernels.without(), pytest.raises(AdapterError, match=r"no products in 8 bits .*: leave train.int8 off"):

@@ -113,6 +113,15 @@ def test_what_is_not_finite_stays_so_where_it_is(bad: float, turned: bool, dtype
 
 
 @able
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_longest_sums_do_not_overflow(sign: float) -> None:
+    x, weight = torch.full((3, 1 << 16), sign), torch.ones(32, 1 << 16)
+    torch.testing.assert_close(ours(x, weight, None, False), torch.full((3, 32), sign * 65536.0))
+    with pytest.raises(AssertionError):
+        compiled().linear_int8(torch.ones(1, 64 + (1 << 16)), torch.ones(32, 64 + (1 << 16)), None)
+
+
+@able
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("tiny", [0.0, 1e-38, 1e-44])
 def test_zeros_and_what_is_as_small_give_the_bias(tiny: float, turned: bool) -> None:

@@ -23,6 +23,7 @@ from turret.kernels import Library, usable
 from turret.kernels import int8 as possible
 
 LEAST = 32  # tokens; for fewer the weights' rounding takes longer than it saves
+MOST = 1 << 16  # numbers of a sum: 255 * 127 of each fit 31 bits
 
 
 class FrozenProducts(NamedTuple):
@@ -59,7 +60,7 @@ def products(route: Route, x: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def fits(weight: Tensor) -> bool:
-    return all(size % 64 == 0 for size in weight.shape) and weight.is_contiguous()
+    return all(size % 64 == 0 and size <= MOST for size in weight.shape) and weight.is_contiguous()
 
 
 def layers_of(model: nn.Module, skipped: tuple[str, ...]) -> list[nn.Linear]:
@@ -71,6 +72,8 @@ def layers_of(model: nn.Module, skipped: tuple[str, ...]) -> list[nn.Linear]:
         raise AdapterError(
             "this machine has no products in 8 bits (AVX-512 VNNI, and a C compiler): leave train.int8 off"
         )
+    if (device := next(model.parameters()).device).type != "cpu":
+        raise AdapterError(f"products in 8 bits are a processor's, and this base is on {device}: leave train.int8 off")
     linear = [(path, each) for path, each in model.named_modules() if type(each) is nn.Linear]
     layers = [each for path, each in linear if fits(each.weight) and path.split(".")[0] not in skipped]
     if not layers:

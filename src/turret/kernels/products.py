@@ -50,6 +50,7 @@ class Products(Calls):
         assert self.int8
         assert x.shape == (len(x), deep)
         assert deep % 64 == outputs % 32 == 0
+        assert deep <= 1 << 16  # what a sum in 32 bits holds
         assert x.is_contiguous()
         assert weight.is_contiguous()
         assert weight.dtype == x.dtype
