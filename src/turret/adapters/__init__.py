@@ -9,7 +9,6 @@ from turret.adapters.attach import (
     attach,
     attachment,
     detach,
-    int8_layers,
     mixed_precision,
     multiply_in_int8,
     on_slot,
@@ -17,6 +16,7 @@ from turret.adapters.attach import (
     trainable_parameters,
 )
 from turret.adapters.bundle import read_bundle, read_manifest, save_bundle
+from turret.adapters.int8 import int8_layers
 from turret.adapters.packed import classify_logits, target_logits
 from turret.adapters.route import BARE, Route, set_route
 from turret.adapters.save import save

@@ -284,19 +284,10 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
 
 
 def multiply_in_int8(model: Any) -> None:
-    """Have the frozen layers of an attached model's body multiply in 8 bits where a gradient is wanted, until `detach`.
-
-    Raises AdapterError where they cannot.
-    """
-    attached = attachment(model)
-    layers = int8_layers(model)
+    """Have `int8_layers` of an attached model multiply in 8 bits where a gradient is wanted, until `detach`."""
+    attached, found = attachment(model), int8.int8_layers(model)
     attached.route.int8 = True
-    attached.undo += [int8.hook(layer, attached.route) for layer in layers]
-
-
-def int8_layers(model: Any) -> list[nn.Linear]:
-    """Those layers. Raises AdapterError where there are none."""
-    return int8.layers_of(model, (*family_of(model.config).head_modules, "lm_head"))
+    attached.undo += [int8.hook(layer, attached.route) for layer in found]
 
 
 def _bias_modules(attached: Attachment) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 A frozen layer needs no third product, the gradient of W, which is the one that 8 bits spoil (Wortsman et al. 2023,
 "SwitchBack"). The adapter beside it stays float32, and whoever wants no gradient gets the base in its own precision: an
 evaluation scores what will be served. The base keeps its weights; they are rounded anew at every product. Knows tensors
-and linear layers; refuses to know families.
+and linear layers; refuses to know what an adapter is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from turret.adapters.route import Route
 from turret.errors import AdapterError
+from turret.families import family_of
 from turret.kernels import Library, usable
 from turret.kernels import int8 as possible
 
@@ -63,8 +64,8 @@ def fits(weight: Tensor) -> bool:
     return all(size % 64 == 0 and size <= MOST for size in weight.shape) and weight.is_contiguous()
 
 
-def layers_of(model: nn.Module, skipped: tuple[str, ...]) -> list[nn.Linear]:
-    """The linear layers of a model that may multiply in 8 bits: of the right sizes, and not in what is `skipped`.
+def int8_layers(model: Any) -> list[nn.Linear]:
+    """The linear layers of a model's body that may multiply in 8 bits: those of the right sizes.
 
     Raises AdapterError, saying why, where there are none or the machine cannot.
     """
@@ -74,6 +75,7 @@ def layers_of(model: nn.Module, skipped: tuple[str, ...]) -> list[nn.Linear]:
         )
     if (device := next(model.parameters()).device).type != "cpu":
         raise AdapterError(f"products in 8 bits are a processor's, and this base is on {device}: leave train.int8 off")
+    skipped = (*family_of(model.config).head_modules, "lm_head")
     linear = [(path, each) for path, each in model.named_modules() if type(each) is nn.Linear]
     layers = [each for path, each in linear if fits(each.weight) and path.split(".")[0] not in skipped]
     if not layers:
