@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from turret.adapters.route import Route
 from turret.errors import AdapterError
 from turret.families import family_of
-from turret.kernels import Library, usable
+from turret.kernels import LONGEST_INT8, Library, usable
 from turret.kernels import int8 as possible
 
 LEAST = 32  # tokens; for fewer the weights' rounding takes longer than it saves
-MOST = 1 << 16  # numbers of a sum: 255 * 127 of each fit 31 bits
 
 
 class FrozenProducts(NamedTuple):
@@ -61,7 +60,7 @@ def products(route: Route, x: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def fits(weight: Tensor) -> bool:
-    return all(size % 64 == 0 and size <= MOST for size in weight.shape) and weight.is_contiguous()
+    return all(size % 64 == 0 and size <= LONGEST_INT8 for size in weight.shape) and weight.is_contiguous()
 
 
 def int8_layers(model: Any) -> list[nn.Linear]:

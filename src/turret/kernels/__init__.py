@@ -6,10 +6,12 @@
 from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rows, Seeds, Spans
 from turret.kernels.layers import DecoderLayer, EncoderLayer, LayerNorm, Matrix
 from turret.kernels.library import LARGEST, Library, int8, library, rest, usable, wake, why, without
+from turret.kernels.products import LONGEST_INT8
 
 __all__ = [
     "KEPT",
     "LARGEST",
+    "LONGEST_INT8",
     "DecoderLayer",
     "Dropped",
     "EncoderLayer",

@@ -60,7 +60,7 @@ static inline float largest_of_bfloats(const bfloat16 *x, long n)
     return y;
 }
 
-/* `high` tokens by 32 outputs: p (high, E), q: four numbers of 32 outputs side by side, 128 above themselves */
+/* AT_ONCE tokens by 32 outputs: p (AT_ONCE, E), q: four numbers of 32 outputs side by side, 128 above themselves */
 static inline __attribute__((always_inline)) void sums_int8(int32_t *c, const int8_t *p, const uint8_t *q, long deep)
 {
     __m512i sum[AT_ONCE][2];

@@ -10,6 +10,8 @@ from torch import Tensor
 from turret.kernels.arguments import Dropped, Spans
 from turret.kernels.calls import Calls, at, p, threads
 
+LONGEST_INT8 = 1 << 16  # numbers of a sum in 8 bits: 255 * 127 of each fit 31 bits
+
 
 class Products(Calls):
     """Axes: N tokens, R ranks."""
@@ -50,7 +52,7 @@ class Products(Calls):
         assert self.int8
         assert x.shape == (len(x), deep)
         assert deep % 64 == outputs % 32 == 0
-        assert deep <= 1 << 16  # what a sum in 32 bits holds
+        assert deep <= LONGEST_INT8
         assert x.is_contiguous()
         assert weight.is_contiguous()
         assert weight.dtype == x.dtype
