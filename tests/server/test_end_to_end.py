@@ -210,13 +210,13 @@ def test_a_shadow_shares_passes_with_the_answer_which_is_what_it_is_without_one(
     experiment.start(shadows="a@2")
     try:
         served.look()
-        both, said = passes("a")
-        assert said == text
-        assert both < first + second - min(first, second) / 2
+        tries = [passes("a") for _ in range(8)]  # on a busy machine an answer may have ended before its shadow begins
+        assert {said for _, said in tries} == {text}
+        assert min(both for both, _ in tries) < first + second - min(first, second) / 2
     finally:
         served.routing.router.flush()
         shadow = experiment.stop().as_json()["arms"][1]
-    assert (shadow["compared"], shadow["agreed"]) == (1, int(text == other))
+    assert (shadow["compared"], shadow["agreed"]) == (len(tries), len(tries) * (text == other))
 
 
 @pytest.mark.slow
