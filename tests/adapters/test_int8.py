@@ -10,7 +10,7 @@ from small_models import build
 from torch import Tensor
 
 from turret import adapters, kernels
-from turret.adapters import attach, classify_logits, detach, multiply_in_int8, trainable_parameters
+from turret.adapters import attach, classify_logits, detach, int8, multiply_in_int8, trainable_parameters
 from turret.adapters.packed import target_states
 from turret.errors import AdapterError
 from turret.methods import LoRA, Method, Prefix
@@ -53,6 +53,11 @@ def gradients(model: Any) -> Tensor:
 
 def off(given: Tensor, expected: Tensor) -> float:
     return float((given.double() - expected.double()).norm() / expected.double().norm())
+
+
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the base were too large for its rounded matrices to be kept."""
+    monkeypatch.setattr(int8, "SMALL", 0)
 
 
 @able
@@ -108,7 +113,45 @@ def test_the_adapter_is_taken_off_with_everything() -> None:
 
 
 @able
-def test_few_tokens_are_multiplied_as_ever() -> None:
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_what_is_kept_rounded_gives_the_same_numbers_as_what_is_rounded_anew(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, anew = model_of(family, EVERYWHERE), model_of(family, EVERYWHERE)
+    multiply_in_int8(kept)
+    large(monkeypatch)
+    multiply_in_int8(anew)
+    monkeypatch.setattr(int8, "LEAST", 1)  # as few tokens as are kept for
+    assert torch.equal(output(kept), output(anew))
+    assert torch.equal(gradients(kept), gradients(anew))
+    assert adapters.attachment(kept).route.rounded
+    assert adapters.attachment(anew).route.rounded is None
+
+
+@able
+def test_no_more_is_kept_rounded_than_the_layers_matrices_twice() -> None:
+    model = model_of("bert", EVERYWHERE)
+    layers = adapters.int8_layers(model)
+    multiply_in_int8(model)
+    gradients(model)
+    route = adapters.attachment(model).route
+    bytes_, numbers = adapters.rounded_bytes(route), 2 * sum(each.weight.numel() for each in layers)
+    assert numbers * 0.9 < bytes_ < numbers * 1.1  # the first layer's queries have nobody to hand a gradient down to
+
+
+@able
+def test_weights_that_have_changed_since_are_rounded_again() -> None:
+    model = model_of("bert", EVERYWHERE)
+    multiply_in_int8(model)
+    before = output(model).detach()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].intermediate.dense.base_layer.weight.mul_(-1.0)
+    assert off(output(model).detach(), before) > 0.1
+
+
+@able
+def test_few_tokens_are_multiplied_as_ever_where_every_product_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    large(monkeypatch)
     model = model_of("bert", EVERYWHERE).eval()
     row = [torch.tensor([2, 7, 3])]
     before = classify_logits(model, row)

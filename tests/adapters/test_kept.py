@@ -13,6 +13,8 @@ from torch import Tensor
 
 from turret.adapters import attach, classify_logits, norms, trainable_parameters
 from turret.adapters.packed import target_states
+from turret.adapters.trained_decoder import TrainedDecoder
+from turret.adapters.trained_encoder import TrainedEncoder
 from turret.kernels import Library, library
 from turret.methods import LoRA, Method, Prefix
 
@@ -59,6 +61,8 @@ def test_less_is_kept_and_the_gradients_are_the_same(
 ) -> None:
     """tiled: as on a processor with matrix tiles, where a gated MLP keeps its input instead of what it made of it."""
     monkeypatch.setattr(Library, "tiled", lambda *_: tiled)
+    for kind in (TrainedEncoder, TrainedDecoder):  # which ask nobody what he keeps
+        monkeypatch.setattr(kind, "__call__", lambda *_: None)
     kind = "classify" if family in ("bert", "roberta") else "generate"
     wide = {} if kind == "classify" else {"hidden_size": 64}  # a multiple of what the kernels of LoRA take
     model = attach(build(family, kind, **wide), method, generator=torch.Generator().manual_seed(1)).train()

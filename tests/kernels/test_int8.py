@@ -28,7 +28,13 @@ def plainly(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def ours(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
-    return compiled().linear_int8(x, weight.mT.contiguous() if turned else weight, bias, turned)
+    """By a matrix that is rounded on the way, and by one that was before: the same."""
+    laid_out = weight.mT.contiguous() if turned else weight
+    y = compiled().linear_int8(x, laid_out, bias, turned)
+    again = compiled().linear_int8(x, compiled().round_int8(laid_out, turned), bias)
+    assert torch.equal(y.isfinite(), again.isfinite())
+    assert torch.equal(y.nan_to_num(), again.nan_to_num())
+    return y
 
 
 def off(given: Tensor, expected: Tensor) -> float:

@@ -16,7 +16,7 @@ from turret.adapters.attach import (
     trainable_parameters,
 )
 from turret.adapters.bundle import read_bundle, read_manifest, save_bundle
-from turret.adapters.int8 import int8_layers
+from turret.adapters.int8 import int8_layers, rounded_bytes
 from turret.adapters.packed import classify_logits, target_logits
 from turret.adapters.route import BARE, Route, set_route
 from turret.adapters.save import save
@@ -42,6 +42,7 @@ __all__ = [
     "read_bundle",
     "read_manifest",
     "require_base",
+    "rounded_bytes",
     "save",
     "save_bundle",
     "set_route",

@@ -286,7 +286,7 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
 def multiply_in_int8(model: Any) -> None:
     """Have `int8_layers` of an attached model multiply in 8 bits where a gradient is wanted, until `detach`."""
     attached, found = attachment(model), int8.int8_layers(model)
-    attached.route.int8 = True
+    attached.route.int8, attached.route.rounded = True, {} if int8.small(found) else None
     attached.undo += [int8.hook(layer, attached.route) for layer in found]
 
 

@@ -164,6 +164,12 @@ def _flash(
     return flash(library, rows, q, k, v, prefixes, dropped)
 
 
+def window_of(module: Any) -> int | None:
+    """What a module hands its attention function as `sliding_window`."""
+    name = type(module).__name__
+    return getattr(module.config if name == "MistralAttention" else module, "sliding_window", None)
+
+
 def rows_and_prefixes(hooked: Hooked, scaling: float, window: int | None, dtype: torch.dtype) -> tuple[Rows, Prefixes]:
     """What a kernel is told of the rows of an unpadded batch at one site."""
     route, site = hooked.route, hooked.site

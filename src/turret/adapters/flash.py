@@ -9,6 +9,7 @@ prefix. The reference is `attention._unpadded_plainly`. Refuses to know modules,
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class _Flash(torch.autograd.Function):
         *prefixes: Tensor,
     ) -> Tensor:
         ctx.library, ctx.rows, ctx.of_row, ctx.dropped = library, rows, of_row, dropped
-        pairs = _pairs(prefixes, of_row)
+        pairs = pairs_of(prefixes, of_row)
         y, log_sum = library.attention(rows, _tokens(q), _tokens(k), _tokens(v), pairs, dropped)
         ctx.save_for_backward(q, k, v, log_sum, *prefixes)
         return y
@@ -42,17 +43,11 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         q, k, v, log_sum, *prefixes = ctx.saved_tensors
         *parts, all_rows = ctx.library.attention_backward(
-            ctx.rows, *map(_tokens, (q, k, v)), _pairs(prefixes, ctx.of_row), ctx.dropped, gradients[0].contiguous(),
+            ctx.rows, *map(_tokens, (q, k, v)), pairs_of(prefixes, ctx.of_row), ctx.dropped, gradients[0].contiguous(),
             log_sum,
         )  # fmt: skip
-        sums = [torch.zeros(each.shape) for each in prefixes]
-        for row, pair in enumerate(ctx.of_row):
-            if pair is not None:
-                P = prefixes[2 * pair].shape[1]
-                for side in (0, 1):
-                    sums[2 * pair + side] += all_rows[row, side, :, :P]
         back = [each.transpose(0, 1)[None] for each in parts]
-        return None, None, None, None, *back, *(s.to(p.dtype) for s, p in zip(sums, prefixes, strict=True))
+        return None, None, None, None, *back, *added_to_prefixes(all_rows, prefixes, ctx.of_row)
 
 
 def flash(
@@ -70,8 +65,19 @@ def flash(
     if torch.is_grad_enabled():
         y = _Flash.apply(library, rows, of_row, dropped, q, k, v, *flat)  # type: ignore[no-untyped-call]
     else:
-        y, _ = library.attention(rows, _tokens(q), _tokens(k), _tokens(v), _pairs(flat, of_row), dropped)
+        y, _ = library.attention(rows, _tokens(q), _tokens(k), _tokens(v), pairs_of(flat, of_row), dropped)
     return y.transpose(0, 1)[None]
+
+
+def added_to_prefixes(all_rows: Tensor, prefixes: Sequence[Tensor], of_row: tuple[int | None, ...]) -> Iterator[Tensor]:
+    """Each prefix's gradient from that of every row, (B, 2, H_kv, P, D) with P of the longest prefix."""
+    sums = [torch.zeros(each.shape) for each in prefixes]
+    for row, pair in enumerate(of_row):
+        if pair is not None:
+            P = prefixes[2 * pair].shape[1]
+            for side in (0, 1):
+                sums[2 * pair + side] += all_rows[row, side, :, :P]
+    return (s.to(p.dtype) for s, p in zip(sums, prefixes, strict=True))
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -80,5 +86,6 @@ def _tokens(x: Tensor) -> Tensor:
     return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
 
 
-def _pairs(flat: Any, of_row: tuple[int | None, ...]) -> Prefixes:
+def pairs_of(flat: Sequence[Tensor], of_row: tuple[int | None, ...]) -> Prefixes:
+    """What a kernel is told of prefixes: key and value of each pair, one behind another."""
     return Prefixes([(flat[i].contiguous(), flat[i + 1].contiguous()) for i in range(0, len(flat), 2)], of_row)

@@ -4,32 +4,33 @@
 
 A frozen layer needs no third product, the gradient of W, which is the one that 8 bits spoil (Wortsman et al. 2023,
 "SwitchBack"). The adapter beside it stays float32, and whoever wants no gradient gets the base in its own precision: an
-evaluation scores what will be served. The base keeps its weights; they are rounded anew at every product. Knows tensors
-and linear layers; refuses to know what an adapter is.
+evaluation scores what will be served. The base keeps its weights; they are rounded anew at every product, or once where
+the base is small. Knows tensors and linear layers; refuses to know what an adapter is.
 """
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.route import Route
+from turret.adapters.route import RoundedMatrices, Route
 from turret.errors import AdapterError
 from turret.families import family_of
-from turret.kernels import LONGEST_INT8, Library, usable
+from turret.kernels import LONGEST_INT8, Library, Rounded, usable
 from turret.kernels import int8 as possible
 
 LEAST = 32  # tokens; for fewer the weights' rounding takes longer than it saves
+SMALL = 32 << 20  # bytes of a base's rounded matrices, forward and backward: so many are kept
 
 
 class FrozenProducts(NamedTuple):
     """How a frozen matrix multiplies rows of tokens (N, D): with `int8` by these kernels, else in its own precision."""
 
     int8: Library | None = None
+    rounded: RoundedMatrices | None = None  # None: every product rounds
 
     @property
     def cheap(self) -> bool:
@@ -40,27 +41,50 @@ class FrozenProducts(NamedTuple):
         """x W^T + b."""
         if self.int8 is None:
             return nn.functional.linear(x, weight, bias)
-        return self.int8.linear_int8(x.contiguous(), weight, bias)
+        return self.int8.linear_int8(x.contiguous(), self._matrix(self.int8, weight, False), bias)
 
     def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
         """dy W."""
-        return dy @ weight if self.int8 is None else self.int8.linear_int8(dy.contiguous(), weight, None, turned=True)
+        if self.int8 is None:
+            return dy @ weight
+        return self.int8.linear_int8(dy.contiguous(), self._matrix(self.int8, weight, True), None, turned=True)
 
     def backward_both(self, dy: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor]) -> Tensor:
         """dy[0] W[0] + dy[1] W[1]."""
         y = self.backward(dy[0], weights[0])
         return y.addmm_(dy[1], weights[1]) if self.int8 is None else y.add_(self.backward(dy[1], weights[1]))
 
+    def _matrix(self, library: Library, weight: Tensor, turned: bool) -> Tensor | Rounded:
+        if self.rounded is None:
+            return weight
+        key = weight.data_ptr(), turned
+        version, found = self.rounded.get(key, (None, None))
+        if found is None or version != weight._version:
+            found = library.round_int8(weight, turned)
+            self.rounded[key] = weight._version, found
+        return found
+
 
 def products(route: Route, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> FrozenProducts:
     """What multiplies x (..., D) while `route` trains."""
-    if not route.int8 or x.numel() < LEAST * x.shape[-1] or not fits(weight):
+    few = route.rounded is None and x.numel() < LEAST * x.shape[-1]
+    if not route.int8 or few or not fits(weight):
         return FrozenProducts()
-    return FrozenProducts(usable(x, weight) if bias is None else usable(x, weight, bias))
+    return FrozenProducts(usable(x, weight) if bias is None else usable(x, weight, bias), route.rounded)
 
 
 def fits(weight: Tensor) -> bool:
     return all(size % 64 == 0 and size <= LONGEST_INT8 for size in weight.shape) and weight.is_contiguous()
+
+
+def small(layers: list[nn.Linear]) -> bool:
+    """Whether the matrices of these layers stay rounded, for a pass of few tokens takes longer to round them."""
+    return 2 * sum(each.weight.numel() for each in layers) <= SMALL
+
+
+def rounded_bytes(route: Route) -> int:
+    """How much the matrices take that were rounded by now and stay so."""
+    return 0 if route.rounded is None else sum(each.bytes.nbytes for _, each in route.rounded.values())
 
 
 def int8_layers(model: Any) -> list[nn.Linear]:
@@ -98,16 +122,22 @@ class _Linear(torch.autograd.Function):
         return ctx.by.backward(dy.reshape(-1, dy.shape[-1]), weight).view(*dy.shape[:-1], -1), None, None, None
 
 
-def hook(layer: nn.Linear, route: Route) -> Callable[[], None]:
-    """Let one frozen layer multiply in 8 bits where a gradient is wanted; returns what undoes it."""
+class Forward:
+    """In place of a frozen layer's own: in 8 bits where a gradient is wanted."""
 
-    def forward(self: nn.Linear, x: Tensor) -> Tensor:
-        own = self.weight, self.bias
-        by = products(route, x, *own) if torch.is_grad_enabled() and not self.weight.requires_grad else FrozenProducts()
+    def __init__(self, layer: nn.Linear, route: Route) -> None:
+        self._layer, self._route = layer, route
+
+    def __call__(self, x: Tensor) -> Tensor:
+        own, trains = (self._layer.weight, self._layer.bias), torch.is_grad_enabled()
+        by = products(self._route, x, *own) if trains and not own[0].requires_grad else FrozenProducts()
         if by.int8 is None:
             return nn.functional.linear(x, *own)
         y: Tensor = _Linear.apply(x, *own, by)  # type: ignore[no-untyped-call]
         return y
 
-    layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
+
+def hook(layer: nn.Linear, route: Route) -> Callable[[], None]:
+    """Let one frozen layer multiply in 8 bits where a gradient is wanted; returns what undoes it."""
+    layer.forward = Forward(layer, route)  # type: ignore[method-assign, assignment]
     return lambda: vars(layer).__delitem__("forward")

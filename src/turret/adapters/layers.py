@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.activations import FrozenGated, FrozenGELU
-from turret.adapters.attention import rows_and_prefixes
+from turret.adapters.attention import rows_and_prefixes, window_of
 from turret.adapters.frozen import plain
 from turret.adapters.lora import RoutedLinear
 from turret.adapters.norms import FrozenNorm
 from turret.adapters.residual import FrozenOutput
 from turret.adapters.route import Bank, Route
+from turret.adapters.trained_decoder import TrainedDecoder
+from turret.adapters.trained_encoder import TrainedEncoder
 from turret.kernels import DecoderLayer, EncoderLayer, LayerNorm, Library, Matrix, usable
 
 
@@ -65,7 +67,14 @@ class OneCall(ABC):
 
 
 class Encoder(OneCall):
-    """Every token of the pass."""
+    """Every token of the pass; and while an adapter trains, one operation."""
+
+    def __init__(self, module: Any, route: Route) -> None:
+        super().__init__(module, route)
+        self._trained = TrainedEncoder(module, route)
+
+    def __call__(self, x: Tensor, settings: dict[str, Any]) -> Tensor | None:
+        return self._trained(x) if torch.is_grad_enabled() else super().__call__(x, settings)
 
     def _computed(
         self, library: Library, layer: EncoderLayer, bank: Bank, x: Tensor, settings: dict[str, Any]
@@ -93,7 +102,16 @@ class Encoder(OneCall):
 
 
 class Decoder(OneCall):
-    """The next token of every row, where no row begins."""
+    """The next token of every row, where no row begins; and while an adapter trains, one operation."""
+
+    def __init__(self, module: Any, route: Route) -> None:
+        super().__init__(module, route)
+        self._trained = TrainedDecoder(module, route)
+
+    def __call__(self, x: Tensor, settings: dict[str, Any]) -> Tensor | None:
+        if torch.is_grad_enabled():
+            return self._trained(x, settings.get("position_embeddings"))
+        return super().__call__(x, settings)
 
     def _computed(
         self, library: Library, layer: DecoderLayer, bank: Bank, x: Tensor, settings: dict[str, Any]
@@ -129,7 +147,7 @@ class Decoder(OneCall):
             (before.variance_epsilon, behind.variance_epsilon),
             dim=attention.head_dim,
             scaling=attention.scaling,
-            window=_window(attention) or 0,
+            window=window_of(attention) or 0,
         )
 
 
@@ -154,12 +172,6 @@ def _alike(matrices: Sequence[Matrix], others: Sequence[Tensor]) -> bool:
     """Whether all numbers of a layer, biases among them, are of one dtype and lie as they are read."""
     own = [each for matrix in matrices for each in (matrix.weight, matrix.bias) if each is not None]
     return all(each.dtype == own[0].dtype and each.is_contiguous() for each in (*own, *others))
-
-
-def _window(attention: Any) -> int | None:
-    """What the module hands its attention function as `sliding_window`."""
-    name = type(attention).__name__
-    return getattr(attention.config if name == "MistralAttention" else attention, "sliding_window", None)
 
 
 def hook(module: nn.Module, route: Route) -> Callable[[], object]:

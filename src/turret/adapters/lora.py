@@ -65,6 +65,10 @@ class LoRAFactors(nn.Module):
             added = _Adapted.apply(*own, masks.mask(x, p) if p > 0.0 else None, self.scaling)  # type: ignore[no-untyped-call]
         return added
 
+    def by_kernels(self, weight: Tensor) -> bool:
+        """Whether the kernels compute what it adds to a frozen layer, x being of the weight's dtype and on the CPU."""
+        return self.initial_A is None and not weight.requires_grad and _fits(self.lora_A, self.lora_B)
+
     def _trains_beside(self, weight: Tensor, x: Tensor) -> bool:
         """Whether one function can compute both: training on the CPU, with the base frozen and in x's precision."""
         here = torch.is_grad_enabled() and x.device.type == "cpu"
@@ -157,11 +161,16 @@ class _AdaptedByKernels(torch.autograd.Function):
 
 
 def _kernels(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Library | None:
-    """The kernels, where their vectors fit the layer and all lies as they read it."""
-    if x.shape[-1] % 32 or len(B) % 32 or x.numel() >= LARGEST:
+    """The kernels, where their vectors fit the factors and all lies as they read it."""
+    if x.numel() >= LARGEST or not x.is_contiguous() or not _fits(A, B):
         return None
-    laid_out = all(each.is_contiguous() for each in (x, A, B)) and A.dtype == B.dtype == torch.float32
-    return usable(x, weight) if laid_out else None
+    return usable(x, weight)
+
+
+def _fits(A: Tensor, B: Tensor) -> bool:
+    if A.shape[1] % 32 or B.shape[0] % 32 or not A.is_contiguous() or not B.is_contiguous():
+        return False
+    return A.dtype == B.dtype == torch.float32
 
 
 def _matrix(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -196,13 +205,19 @@ class RoutedLinear(nn.Module):
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
         return bias
 
+    def factors(self, slot: int) -> LoRAFactors | None:
+        """What a slot adds here, or None."""
+        if slot == BARE or str(slot) not in self.slots:
+            return None
+        factors = self.slots[str(slot)]
+        assert isinstance(factors, LoRAFactors)
+        return factors
+
     def forward(self, x: Tensor) -> Tensor:
         if self.route.bank is not None:
             return self.route.bank.linear(self, x)
         slot = self.route.single()
-        if slot is not None and slot != BARE and str(slot) in self.slots:
-            factors = self.slots[str(slot)]
-            assert isinstance(factors, LoRAFactors)
+        if slot is not None and (factors := self.factors(slot)) is not None:
             return factors.with_base(self.base_layer, x, self.route)
         y: Tensor = self.base_layer(x)  # (B, T, D_out)
         if slot is not None:

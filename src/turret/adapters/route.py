@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from turret.adapters.dropout import Masks
-from turret.kernels import Kept, Library, Spans
+from turret.kernels import Kept, Library, Rounded, Spans
 
+RoundedMatrices = dict[tuple[int, bool], tuple[int, Rounded]]  # (address, turned) -> (version, that matrix in 8 bits)
 BARE = 0  # the slot of the bare base: no adapter at all
 
 
@@ -107,6 +108,7 @@ class Route:
     cache: Cache | None = None  # has the keys and values of earlier passes
     read: Tensor | None = None  # the only tokens whose last hidden states anybody reads, (B,) int64; None for all
     int8: bool = False  # frozen layers multiply in 8 bits where a gradient is wanted
+    rounded: RoundedMatrices | None = None  # of a small base, for `int8`
     positions: Mapping[str, Tensor] | None = None  # of every unpadded token, ready made: (N,) int64 a stream
 
     @property

@@ -3,7 +3,7 @@
 `library()` gives them or None; every caller keeps its plain path beside. `TURRET_KERNELS=off` takes the plain path.
 """
 
-from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rows, Seeds, Spans
+from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rounded, Rows, Seeds, Spans
 from turret.kernels.layers import DecoderLayer, EncoderLayer, LayerNorm, Matrix
 from turret.kernels.library import LARGEST, Library, int8, library, rest, usable, wake, why, without
 from turret.kernels.products import LONGEST_INT8
@@ -20,6 +20,7 @@ __all__ = [
     "Library",
     "Matrix",
     "Prefixes",
+    "Rounded",
     "Rows",
     "Seeds",
     "Spans",

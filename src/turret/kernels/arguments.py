@@ -36,6 +36,16 @@ KEPT = Dropped((0, 0), 0, 1.0)
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """A matrix (O, E) in 8 bits as `linear_int8` multiplies by it: whole numbers, and a scale for every output."""
+
+    bytes: Tensor  # (O E + 4 O,) uint8
+    outputs: int
+    deep: int
+    dtype: torch.dtype  # of what it was
+
+
+@dataclass(frozen=True)
 class Rows:
     """Where each row of an unpadded batch lies, and what its queries may look at.
 
@@ -56,7 +66,7 @@ class Rows:
 
     @property
     def count(self) -> int:
-        return len(self.query_starts)
+        return self.query_starts.shape[0]
 
     @property
     def longest_query(self) -> int:

@@ -24,7 +24,8 @@ DECLARED = {  # arguments as plain numbers, where a kernel is called once a laye
     ),
     "lora": (*_LORA, *(_POINTER,) * 3, ctypes.c_int),
     "lora_backward": (*_LORA, *(_POINTER,) * 7, ctypes.c_int),
-    "linear_int8": (*(_POINTER,) * 4, _LONG, _LONG, _LONG, ctypes.c_int, _POINTER, ctypes.c_int),
+    "round_int8": (*(_POINTER,) * 3, _LONG, _LONG, ctypes.c_int, ctypes.c_int),
+    "linear_int8": (*(_POINTER,) * 5, _LONG, _LONG, _LONG, ctypes.c_int, _POINTER, ctypes.c_int),
     "encoder_layer": (_POINTER, _POINTER, _LONG, *(_POINTER,) * 4, ctypes.c_int),
     "decoder_layer": (_POINTER, _LONG, *(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, ctypes.c_int),
 }

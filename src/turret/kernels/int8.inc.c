@@ -3,9 +3,9 @@
        y = x W^T + b,    x_te ~ s_t p_te,  W_oe ~ r_o q_oe,    y_to = s_t r_o sum_e p_te q_oe + b_o
 
    p, q: whole numbers from -127 to 127; s_t = max_e |x_te| / 127 of a token, r_o = max_e |W_oe| / 127 of an output. `turned`: the
-   layer's matrix lies as (E, O), as it does for dx = dy W. Nothing is kept of either: W is rounded and laid out anew at every call,
-   a part of it at a time. Sums are whole numbers, so neither threads nor order change them. A token or an output that is not finite
-   anywhere has nothing finite to show. E is a multiple of 64, O of 32. */
+   layer's matrix lies as (E, O), as it does for dx = dy W. W is rounded and laid out anew at every call, a part of it at a time,
+   unless `round_int8` did it beforehand. Sums are whole numbers, so neither threads nor order change them. A token or an output that
+   is not finite anywhere has nothing finite to show. E is a multiple of 64, O of 32. */
 
 #ifdef __AVX512VNNI__
 #ifndef INT8
@@ -156,44 +156,64 @@ static long NAME(int8_cut)(struct NAME(int8_room) *room, void *memory, long toke
     return next - (char *)memory;
 }
 
-/* y (N, O), x (N, E), W (O, E) or, turned, (E, O), b (O,) or none. Without `memory`: how many bytes of it are needed. */
-long NAME(linear_int8)(const T *x, const T *w, const T *b, T *y, long tokens, long deep, long outputs, int turned, void *memory, int threads)
+/* q (O / 32, E / 4, 32, 4) and the scales of outputs `first` to `last`, by the threads of a region */
+static void NAME(round_part)(uint8_t *q, float *scales, const T *w, long deep, long outputs, long first, long last, int turned, uint8_t *rows)
+{
+#pragma omp for schedule(static)
+    for (long o = first; o < last; o += 32) {
+        uint8_t *to = q + (o - first) * deep;
+        if (turned) NAME(round_columns)(to, scales + o - first, w + o, outputs, deep);
+        else NAME(round_rows)(to, scales + o - first, w + o * deep, deep, rows);
+    }
+}
+
+/* W (O, E) or, turned, (E, O) as `linear_int8` takes it in W's place: q of all outputs (O E bytes) and behind it their scales (O floats).
+   rows: 16 E bytes a thread */
+void NAME(round_int8)(const T *w, uint8_t *rounded, uint8_t *rows, long deep, long outputs, int turned, int threads)
+{
+#pragma omp parallel num_threads(threads) if (outputs * deep > SERIAL)
+    NAME(round_part)(rounded, (float *)(rounded + outputs * deep), w, deep, outputs, 0, outputs, turned, rows + omp_get_thread_num() * 16 * deep);
+}
+
+/* y (N, O), x (N, E), W (O, E) or, turned, (E, O), or none where it is `rounded`, b (O,) or none. Without `memory`: how many bytes of it
+   are needed. */
+long NAME(linear_int8)(const T *x, const T *w, const uint8_t *rounded, const T *b, T *y, long tokens, long deep, long outputs, int turned,
+                       void *memory, int threads)
 {
     long part = PART / deep / 32 * 32, blocks = (tokens + AT_ONCE - 1) / AT_ONCE, all = blocks * AT_ONCE;
     long rounds = (blocks * AT_ONCE * deep + threads * SHARE - 1) / (threads * SHARE); /* in which every thread takes as much as another */
     long share = (blocks + threads * rounds - 1) / (threads * rounds) * AT_ONCE;
-    part = part < 32 ? 32 : part > outputs ? outputs : part;
+    part = rounded || part > outputs ? outputs : part < 32 ? 32 : part;
     struct NAME(int8_room) room;
-    long bytes = NAME(int8_cut)(&room, memory, tokens, deep, part, threads);
+    long bytes = NAME(int8_cut)(&room, memory, tokens, deep, rounded ? 0 : part, threads);
     if (!memory) return bytes;
-#pragma omp parallel num_threads(threads) if (tokens * deep > SERIAL)
+    const uint8_t *q = rounded ? rounded : room.q;
+    const float *own = rounded ? (const float *)(rounded + outputs * deep) : room.own;
+#pragma omp parallel num_threads(threads) if (tokens * deep * outputs > 128 * SERIAL)
     {
-        uint8_t *rows = room.rows + omp_get_thread_num() * 16 * deep;
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(static)
         for (long t = 0; t < all; t++) {
             if (t < tokens) NAME(round_token)(room.p + t * deep, room.scales + t, room.above + t, x + t * deep, deep);
             else memset(room.p + t * deep, 0, deep);
         }
         for (long first = 0; first < outputs; first += part) {
             long last = first + part < outputs ? first + part : outputs;
-#pragma omp for schedule(static)
-            for (long o = first; o < last; o += 32) {
-                uint8_t *q = room.q + (o - first) * deep;
-                if (turned) NAME(round_columns)(q, room.own + o - first, w + o, outputs, deep);
-                else NAME(round_rows)(q, room.own + o - first, w + o * deep, deep, rows);
+            if (!rounded) {
+                uint8_t *rows = room.rows + omp_get_thread_num() * 16 * deep;
+                NAME(round_part)(room.q, room.own, w, deep, outputs, first, last, turned, rows);
             }
-#pragma omp for schedule(static) nowait
+#pragma omp for collapse(2) schedule(static) nowait
             for (long start = 0; start < all; start += share)
                 for (long o = first; o < last; o += 32)
                     for (long t = start; t < start + share && t < all; t += AT_ONCE) {
                         int32_t c[AT_ONCE * 32];
-                        sums_int8(c, room.p + t * deep, room.q + (o - first) * deep, deep);
+                        sums_int8(c, room.p + t * deep, q + (o - first) * deep, deep);
                         for (long i = t; i < t + AT_ONCE && i < tokens; i++)
                             for (int v = 0; v < 32; v += 16) {
                                 __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(c + (i - t) * 32 + v), _mm512_set1_epi32(room.above[i]));
                                 vector value = (vector)_mm512_cvtepi32_ps(sum) * spread(room.scales[i]);
                                 vector bias = b ? LOADS(b + o + v) : spread(0.0f);
-                                STORES(y + i * outputs + o + v, dot(bias, value, load_floats(room.own + o - first + v)));
+                                STORES(y + i * outputs + o + v, dot(bias, value, load_floats(own + o - first + v)));
                             }
                     }
             if (last < outputs) {

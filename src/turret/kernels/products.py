@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from turret.kernels.arguments import Dropped, Spans
+from turret.kernels.arguments import Dropped, Rounded, Spans
 from turret.kernels.calls import Calls, at, p, threads
 
 LONGEST_INT8 = 1 << 16  # numbers of a sum in 8 bits: 255 * 127 of each fit 31 bits
@@ -21,7 +21,7 @@ class Products(Calls):
 
         x: (N, D_in), y: (N, D_out) of one dtype, D_in and D_out multiples of 32; A: (R, D_in), B: (D_out, R) float32.
         """
-        turned, h = torch.empty_like(B), torch.empty(len(x), len(A))
+        turned, h = torch.empty_like(B), torch.empty(x.shape[0], A.shape[0])
         told = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
         self._call("lora", x.dtype, *told, *map(p, (turned, h, y)), threads())
         return h
@@ -43,28 +43,49 @@ class Products(Calls):
         self._call("lora_backward", x.dtype, *told, *map(p, (turned, dh, h, dy, dx, dA, dB)), threads())
         return dA, dB
 
-    def linear_int8(self, x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False) -> Tensor:
+    def round_int8(self, weight: Tensor, turned: bool = False) -> Rounded:
+        """W for many `linear_int8`: (O, E), or turned (E, O). E a multiple of 64, O of 32. Only with `int8`."""
+        outputs, deep = self._sizes_int8(weight, turned)
+        found = Rounded(torch.empty(outputs * (deep + 4), dtype=torch.uint8), outputs, deep, weight.dtype)
+        helpers = torch.get_num_threads()
+        rows = torch.empty(helpers, 16 * deep, dtype=torch.uint8)
+        told = weight.data_ptr(), found.bytes.data_ptr(), rows.data_ptr()
+        self._call("round_int8", weight.dtype, *told, deep, outputs, turned, helpers)
+        return found
+
+    def linear_int8(self, x: Tensor, weight: Tensor | Rounded, bias: Tensor | None, turned: bool = False) -> Tensor:
         """x W^T + b, or turned x W, with x and W rounded to whole numbers: of every token, and of every output of W.
 
-        x: (N, E), weight: (O, E) or turned (E, O), bias: (O,) -> (N, O). E a multiple of 64, O of 32. Only with `int8`.
+        x: (N, E), weight: (O, E) or turned (E, O), or either rounded before, bias: (O,) -> (N, O). E a multiple of 64,
+        O of 32. Only with `int8`.
         """
-        outputs, deep = weight.shape[::-1] if turned else weight.shape
-        assert self.int8
-        assert x.shape == (len(x), deep)
-        assert deep % 64 == outputs % 32 == 0
-        assert deep <= LONGEST_INT8
+        by: tuple[int | None, int | None]
+        if rounded := isinstance(weight, Rounded):
+            (outputs, deep), by = (weight.outputs, weight.deep), (None, weight.bytes.data_ptr())
+        else:
+            (outputs, deep), by = self._sizes_int8(weight, turned), (weight.data_ptr(), None)
+        tokens, own = x.shape
+        assert own == deep
         assert x.is_contiguous()
-        assert weight.is_contiguous()
         assert weight.dtype == x.dtype
-        assert bias is None or (bias.is_contiguous() and bias.dtype == x.dtype and len(bias) == outputs)
-        y = x.new_empty(len(x), outputs)
-        told = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
-        sizes, helpers = (len(x), deep, outputs, turned), torch.get_num_threads()
-        if (key := (*sizes, x.dtype, helpers)) not in self._int8_rooms:  # bytes that the kernel asks for
+        assert bias is None or (bias.is_contiguous() and bias.dtype == x.dtype and bias.shape == (outputs,))
+        y = x.new_empty(tokens, outputs)
+        told = x.data_ptr(), *by, None if bias is None else bias.data_ptr(), y.data_ptr()
+        sizes, helpers = (tokens, deep, outputs, turned), torch.get_num_threads()
+        if (key := (*sizes, x.dtype, rounded, helpers)) not in self._int8_rooms:  # bytes that the kernel asks for
             self._int8_rooms[key] = self._call("linear_int8", x.dtype, *told, *sizes, None, helpers)
         room = torch.empty(self._int8_rooms[key], dtype=torch.uint8)
         self._call("linear_int8", x.dtype, *told, *sizes, room.data_ptr(), helpers)
         return y
+
+    def _sizes_int8(self, weight: Tensor, turned: bool) -> tuple[int, int]:
+        """(O, E)"""
+        outputs, deep = weight.shape[::-1] if turned else weight.shape
+        assert self.int8
+        assert deep % 64 == outputs % 32 == 0
+        assert deep <= LONGEST_INT8
+        assert weight.is_contiguous()
+        return outputs, deep
 
     def low_rank(self, spans: Spans, layer: int, x: Tensor, y: Tensor) -> None:
         """y += (x A^T) B of every span, added up in float32. x: (..., D_in), y: (..., D_out) of N tokens.
@@ -126,12 +147,11 @@ class Products(Calls):
 
 def _lora(x: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
     """tokens, D_in, D_out, R, x, A, B"""
-    (rank, d_in), d_out = A.shape, len(B)
-    assert B.shape == (d_out, rank)
+    (rank, d_in), (d_out, ranks), (tokens, own) = A.shape, B.shape, x.shape
+    assert (ranks, own) == (rank, d_in)
     assert d_in % 32 == d_out % 32 == 0
     assert x.is_contiguous()
-    assert x.shape == (len(x), d_in)
     assert A.is_contiguous()
     assert B.is_contiguous()
     assert A.dtype == B.dtype == torch.float32
-    return len(x), d_in, d_out, rank, x.data_ptr(), A.data_ptr(), B.data_ptr()
+    return tokens, d_in, d_out, rank, x.data_ptr(), A.data_ptr(), B.data_ptr()

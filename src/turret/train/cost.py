@@ -96,6 +96,7 @@ def measure(
                     loss = loss_of(model, task, largest)
                 backward(loss)  # outside: what is counted is held until then, and must be given up layer by layer
                 del loss
+            rounded = adapters.rounded_bytes(adapters.attachment(model).route)
         finally:
             adapters.detach(model)
             model.eval()
@@ -106,6 +107,7 @@ def measure(
         gradients=trainable,
         optimiser=2 * trainable,
         activations=max(grown.bytes, saved.bytes + 2 * saved.largest),
+        rounded=rounded,
         runtime=max(0, memory.resident() - base.bytes),
     )
     return Cost(seconds, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4, busy)

@@ -101,10 +101,11 @@ class Prediction:
     optimiser: int  # two moments
     activations: int  # what one micro-batch keeps for its backward pass, and its largest temporary
     runtime: int  # the program itself
+    rounded: int = 0  # the frozen matrices in 8 bits, with train.int8 and a small base
 
     @property
     def above_base(self) -> int:
-        return self.trainable + self.gradients + self.optimiser + self.activations
+        return self.trainable + self.gradients + self.optimiser + self.activations + self.rounded
 
     @property
     def total(self) -> int:
@@ -115,7 +116,8 @@ class Prediction:
         return {**own, "above_base": self.above_base, "total": self.total}
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {mega(getattr(self, name))}" for name in self.__dataclass_fields__)
+        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        parts = ", ".join(f"{name} {mega(size)}" for name, size in sizes.items() if size or name != "rounded")
         return f"{mega(self.total)} ({parts})"
 
 

@@ -1,0 +1,260 @@
+"""A layer as one operation: the numbers of its modules to the last bit, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from small_models import build
+from torch import Tensor, nn
+
+from turret.adapters import (
+    attach,
+    attachment,
+    classify_logits,
+    detach,
+    multiply_in_int8,
+    trainable_parameters,
+    trained_encoder,
+)
+from turret.adapters.packed import target_states
+from turret.adapters.route import set_route
+from turret.adapters.trained_decoder import TrainedDecoder
+from turret.adapters.trained_encoder import TrainedEncoder
+from turret.kernels import Library, int8, library, without
+from turret.methods import LoRA, Method, Prefix
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no kernels on this machine")
+ENCODERS, DECODERS = ("bert", "roberta"), ("llama", "llama with biases", "mistral", "qwen2", "qwen3")
+DROPPED = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3, "intermediate_size": 128}
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attention_dropout": 0.2,
+    "pad_token_id": 0,
+}
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "llama": transformers.LlamaConfig,
+    "llama with biases": partial(transformers.LlamaConfig, attention_bias=True, mlp_bias=True),
+    "mistral": partial(transformers.MistralConfig, sliding_window=7),  # narrower than a row
+    "qwen2": partial(transformers.Qwen2Config, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": transformers.Qwen3Config,
+}
+METHODS: dict[str, Method] = {
+    "LoRA on all": LoRA(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.2),
+    "LoRA on some": LoRA(r=3, init_lora_weights=False, lora_dropout=0.0),
+    "prefix": Prefix(num_virtual_tokens=3),
+}
+BEHIND = {
+    **dict.fromkeys(ENCODERS, LoRA(r=2, target_modules=("output.dense",), init_lora_weights=False)),
+    **dict.fromkeys(DECODERS, LoRA(r=2, target_modules=("o_proj", "up_proj"), init_lora_weights=False)),
+}
+ROWS = [torch.tensor([2, *range(5, 5 + n), 3]) for n in (5, 0, 60)]
+
+
+def model_of(family: str, method: Method, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    if family in ENCODERS:
+        model: Any = build(family, "classify", **{**DROPPED, **changes})
+    else:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](**{**SIZES, **changes}))
+        for each in model.parameters():
+            each.data.add_(0.05 * torch.randn_like(each))  # norms and biases too
+    return attach(model.to(dtype), method, generator=torch.Generator().manual_seed(1)).train()
+
+
+def outcome(model: Any) -> list[Tensor]:
+    """What the model gives, all gradients, and the next random number."""
+    torch.manual_seed(3)
+    if hasattr(model, "classifier"):
+        y = classify_logits(model, ROWS)
+    else:
+        y = target_states(model, ROWS, [torch.tensor([7, 8, 9, 3]) for _ in ROWS])
+    trained = list(trainable_parameters(model).values())
+    given = torch.autograd.grad(y.float().square().sum(), trained, allow_unused=True)
+    return [y.detach(), *(each for each in given if each is not None), torch.rand(1)]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each layer that was asked computed itself as one operation."""
+    found: list[bool] = []
+
+    def counting(theirs: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def call(*given: Any) -> Tensor | None:
+            y = theirs(*given)
+            found.append(y is not None)
+            return y
+
+        return call
+
+    for kind in (TrainedEncoder, TrainedDecoder):
+        monkeypatch.setattr(kind, "__call__", counting(kind.__call__))
+    return found
+
+
+def by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (TrainedEncoder, TrainedDecoder):
+        monkeypatch.setattr(kind, "__call__", lambda *_: None)
+
+
+def same(given: list[Tensor], wanted: list[Tensor]) -> bool:
+    return all(torch.equal(mine, theirs) for mine, theirs in zip(given, wanted, strict=True))
+
+
+@pytest.mark.parametrize("eights", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", [*METHODS, "LoRA behind attention"])
+@pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
+def test_it_gives_the_modules_numbers_to_the_last_bit(
+    family: str, method: str, dtype: torch.dtype, eights: bool, counted: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if eights and not int8():
+        pytest.skip("no products in 8 bits on this processor")
+    model = model_of(family, METHODS.get(method) or BEHIND[family], dtype)
+    if eights:
+        multiply_in_int8(model)
+    given = outcome(model)
+    first = family in ENCODERS  # a decoder's first layer is given embeddings, which want no gradient
+    assert counted == [first, *[True] * (model.config.num_hidden_layers - 1)]
+    by_modules(monkeypatch)
+    assert same(given, outcome(model))
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_gated_mlp_that_is_made_again_gives_the_same(
+    method: Method, tiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Library, "tiled", lambda *_: tiled)
+    model = model_of("llama", method, torch.bfloat16)
+    given = outcome(model)
+    by_modules(monkeypatch)
+    assert same(given, outcome(model))
+
+
+def test_a_sliding_window_slides(counted: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("mistral", METHODS["LoRA on some"], sliding_window=7)
+    given = outcome(model)
+    assert any(counted)
+    by_modules(monkeypatch)
+    assert same(given, outcome(model))
+    assert not same(given, outcome(model_of("mistral", METHODS["LoRA on some"], sliding_window=70)))
+
+
+def test_another_order_of_random_words_gives_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the tests above."""
+    model = model_of("bert", METHODS["LoRA on all"])
+    given = outcome(model)
+    monkeypatch.setattr(trained_encoder, "Q", 1)
+    monkeypatch.setattr(trained_encoder, "K", 0)
+    assert not same(given, outcome(model))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("family", ["bert", "llama", "qwen3"])
+def test_no_more_is_kept_than_the_modules_keep(family: str, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept() -> int:
+        found: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            outcome(model)
+        return sum(found.values())
+
+    model = model_of(family, method)
+    mine = kept()
+    by_modules(monkeypatch)
+    assert mine <= kept()
+
+
+def test_below_the_first_adapter_there_is_nothing_to_be_done(
+    counted: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = LoRA(r=4, target_modules=("encoder.layer.1.attention.self.query",), init_lora_weights=False)
+    model = model_of("bert", last, num_hidden_layers=3)
+    given = outcome(model)
+    assert counted == [False, True, True]
+    by_modules(monkeypatch)
+    assert same(given, outcome(model))
+
+
+def hooked(layer: Any) -> None:
+    (layer.attention.self if hasattr(layer, "attention") else layer.self_attn).register_forward_hook(lambda *_: None)
+
+
+def hooked_linear(layer: Any) -> None:
+    linear = layer.intermediate.dense if hasattr(layer, "attention") else layer.mlp.up_proj
+    linear.register_forward_pre_hook(lambda *_: None)
+
+
+def thawed(layer: Any) -> None:
+    norm = layer.output.LayerNorm if hasattr(layer, "attention") else layer.post_attention_layernorm
+    norm.weight.requires_grad_(True)
+
+
+def other(layer: Any) -> None:
+    if hasattr(layer, "attention"):
+        layer.intermediate.intermediate_act_fn = nn.ReLU()
+    else:
+        layer.mlp = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_linear, thawed, other])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_what_it_does_not_know_the_modules_compute(
+    family: str, change: Callable[[Any], None], counted: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(family, METHODS["LoRA on some"], torch.bfloat16)
+    layers = model.bert.encoder.layer if family == "bert" else model.model.layers
+    change(layers[1])
+    given = outcome(model)
+    assert not counted[1]
+    by_modules(monkeypatch)
+    assert same(given, outcome(model))
+
+
+def test_rows_of_several_adapters_and_padded_ones_are_the_modules(counted: list[bool]) -> None:
+    model = model_of("bert", METHODS["LoRA on some"])
+    classify_logits(model, ROWS, slots=[1, 0, 1])
+    with set_route(attachment(model).route, None, None):
+        model(ROWS[0][None])
+    model = model_of("llama", METHODS["LoRA on some"])
+    model(ROWS[0][None])
+    assert counted
+    assert not any(counted)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_pissa_is_the_modules(family: str, counted: list[bool]) -> None:
+    outcome(model_of(family, LoRA(r=2, init_lora_weights="pissa")))
+    assert counted
+    assert not any(counted)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_machine_without_kernels_has_its_modules(family: str, counted: list[bool]) -> None:
+    with without():
+        outcome(model_of(family, METHODS["LoRA on some"]))
+    assert counted
+    assert not any(counted)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_nothing_of_it_is_left_behind(family: str) -> None:
+    model = build(family, "classify")
+    before = [vars(each).copy() for each in model.modules()]
+    detach(attach(model, METHODS["prefix"]))
+    assert [vars(each).keys() for each in model.modules()] == [each.keys() for each in before]
