@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.route import RoundedMatrices, Route
+from turret.adapters.route import RoundedMatrix, Route
 from turret.errors import AdapterError
 from turret.families import family_of
 from turret.kernels import LONGEST_INT8, Library, Rounded, usable
@@ -30,7 +30,7 @@ class FrozenProducts(NamedTuple):
     """How a frozen matrix multiplies rows of tokens (N, D): with `int8` by these kernels, else in its own precision."""
 
     int8: Library | None = None
-    rounded: RoundedMatrices | None = None  # None: every product rounds
+    rounded: dict[tuple[int, bool], RoundedMatrix] | None = None  # None: every product rounds
 
     @property
     def cheap(self) -> bool:
@@ -58,11 +58,11 @@ class FrozenProducts(NamedTuple):
         if self.rounded is None:
             return weight
         key = weight.data_ptr(), turned
-        version, found = self.rounded.get(key, (None, None))
-        if found is None or version != weight._version:
+        known = self.rounded.get(key)
+        if known is None or known.version != weight._version:
             found = library.round_int8(weight, turned)
-            self.rounded[key] = weight._version, found
-        return found
+            known = self.rounded[key] = RoundedMatrix(weight.detach(), weight._version, found)
+        return known.rounded
 
 
 def products(route: Route, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> FrozenProducts:
@@ -84,7 +84,7 @@ def small(layers: list[nn.Linear]) -> bool:
 
 def rounded_bytes(route: Route) -> int:
     """How much the matrices take that were rounded by now and stay so."""
-    return 0 if route.rounded is None else sum(each.bytes.nbytes for _, each in route.rounded.values())
+    return 0 if route.rounded is None else sum(each.rounded.bytes.nbytes for each in route.rounded.values())
 
 
 def int8_layers(model: Any) -> list[nn.Linear]:

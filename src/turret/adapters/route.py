@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,15 @@ from torch import Tensor
 from turret.adapters.dropout import Masks
 from turret.kernels import Kept, Library, Rounded, Spans
 
-RoundedMatrices = dict[tuple[int, bool], tuple[int, Rounded]]  # (address, turned) -> (version, that matrix in 8 bits)
 BARE = 0  # the slot of the bare base: no adapter at all
+
+
+class RoundedMatrix(NamedTuple):
+    """A frozen matrix in 8 bits, of which version of its numbers; the matrix too, so that its address stays its own."""
+
+    matrix: Tensor
+    version: int
+    rounded: Rounded
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class Route:
     cache: Cache | None = None  # has the keys and values of earlier passes
     read: Tensor | None = None  # the only tokens whose last hidden states anybody reads, (B,) int64; None for all
     int8: bool = False  # frozen layers multiply in 8 bits where a gradient is wanted
-    rounded: RoundedMatrices | None = None  # of a small base, for `int8`
+    rounded: dict[tuple[int, bool], RoundedMatrix] | None = None  # of a small base: (address, turned) -> in 8 bits
     positions: Mapping[str, Tensor] | None = None  # of every unpadded token, ready made: (N,) int64 a stream
 
     @property
