@@ -128,7 +128,7 @@ def _kill_again_and_again(where: str, folder: Path, verb: str, *how: object) -> 
         ended, _ = broken_off(where, how[0], verb, *how[1:])
     else:
         ended, _ = beside_readers(where, folder, how[0], verb, *how[1:])
-    assert ended["killed"] > 1
+    assert ended["killed"]  # how often depends on how far the log of the database grew beside the readers
     assert ended.total() >= 25
 
 
