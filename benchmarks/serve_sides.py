@@ -133,7 +133,8 @@ def compared(
 ) -> dict[str, float]:
     """Gives the rival the same numbers, asks it row by row, and says how far apart the two are, and of what size.
 
-    In float32 both are also held against the rival in float64, which says whose rounding it is.
+    In float32 both are also held against the rival in float64, which says whose rounding it is, and the rival against
+    itself with its other attention, which says how near two ways of computing the same come to each other.
     """
     import torch
 
@@ -160,6 +161,10 @@ def compared(
     theirs = asked()
     found = {"most": apart(ours, theirs), "largest": max(float(each.abs().max()) for each in theirs)}
     if dtype == torch.float32:
+        usual = model.config._attn_implementation
+        model.base_model.model.set_attn_implementation("eager")
+        found["peft_eager_from_peft"] = apart(asked(), theirs)
+        model.base_model.model.set_attn_implementation(usual)
         model.double()
         exact = asked()
         model.float()

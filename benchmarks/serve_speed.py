@@ -241,6 +241,8 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
         if "peft_from_float64" in run["off"]:
             own, other = (run["off"][f"{side}_from_float64"] for side in ("turret", "peft"))
             lines.append(f"from the same numbers in float64: turret {own:.1e}, PEFT {other:.1e}")
+        if "peft_eager_from_peft" in run["off"]:
+            lines.append(f"PEFT with eager attention from PEFT: {run['off']['peft_eager_from_peft']:.1e}")
         lines.append(record.table(["goal", "must", "measured", ""], goals(run)))
     return "\n".join(lines)
 

@@ -13,9 +13,10 @@ static void NAME(sum)(long n, const T *x, const T *a, T *to, int threads)
     END
 }
 
-static void NAME(times)(const struct matrix *m, const T *x, T *y, long tokens, const struct spans *spans, int threads)
+/* `next`: what is multiplied next with the same spans, whose factors are asked for meanwhile */
+static void NAME(times)(const struct matrix *m, const struct matrix *next, const T *x, T *y, long tokens, const struct spans *spans, int threads)
 {
-    NAME(linear)(x, m->weight, m->bias, y, tokens, m->d_in, m->d_out, spans, m->number, threads);
+    NAME(linear_then)(next, x, m->weight, m->bias, y, tokens, m->d_in, m->d_out, spans, m->number, threads);
 }
 
 /* The next token of every row through a gated decoder's layer (Llama, Mistral, Qwen). x, y: (N, D); cosine, sine: (N, head size);
@@ -36,9 +37,9 @@ long NAME(decoder_layer)(const struct decoder_layer *l, long tokens, const T *x,
     if (!room) return next - start;
 
     NAME(rms_norm)(tokens, width, x, l->norm, l->eps, normed, r, threads);
-    NAME(times)(&l->q, normed, q, tokens, spans, threads);
-    NAME(times)(&l->k, normed, k, tokens, spans, threads);
-    NAME(times)(&l->v, normed, v, tokens, spans, threads);
+    NAME(times)(&l->q, &l->k, normed, q, tokens, spans, threads);
+    NAME(times)(&l->k, &l->v, normed, k, tokens, spans, threads);
+    NAME(times)(&l->v, &l->o, normed, v, tokens, spans, threads);
     if (l->q_norm) NAME(rms_norm)(tokens * heads, dim, q, l->q_norm, l->eps, q, r, threads);
     if (l->k_norm) NAME(rms_norm)(tokens * kv_heads, dim, k, l->k_norm, l->eps, k, r, threads);
     NAME(rotate)(tokens, heads, dim, q, heads * dim, dim, cosine, sine, 1.0f, turned_q, threads);
@@ -49,14 +50,14 @@ long NAME(decoder_layer)(const struct decoder_layer *l, long tokens, const T *x,
         NAME(attend_step)(p->held, turned_q + from * heads * dim, heads * dim, dim, heads, p->keys, p->values, l->scaling, l->window,
                           seen + from * heads * dim, threads);
     }
-    NAME(times)(&l->o, seen, added, tokens, spans, threads);
+    NAME(times)(&l->o, &l->gate, seen, added, tokens, spans, threads);
     NAME(sum)(tokens * width, x, added, h, threads);
 
     NAME(rms_norm)(tokens, width, h, l->norm_behind, l->eps_behind, normed, r, threads);
-    NAME(times)(&l->gate, normed, gate, tokens, spans, threads);
-    NAME(times)(&l->up, normed, up, tokens, spans, threads);
+    NAME(times)(&l->gate, &l->up, normed, gate, tokens, spans, threads);
+    NAME(times)(&l->up, &l->down, normed, up, tokens, spans, threads);
     NAME(swiglu)(tokens * inner, gate, up, both, threads);
-    NAME(times)(&l->down, both, added, tokens, spans, threads);
+    NAME(times)(&l->down, 0, both, added, tokens, spans, threads);
     NAME(sum)(tokens * width, h, added, y, threads);
     return 0;
 }
@@ -81,15 +82,15 @@ long NAME(encoder_layer)(const struct encoder_layer *l, const struct rows *rows,
     T *up = CUT(T, tokens * inner), *active = CUT(T, tokens * inner);
     if (!room) return next - start;
 
-    NAME(times)(&l->q, x, q, tokens, spans, threads);
-    NAME(times)(&l->k, x, k, tokens, spans, threads);
-    NAME(times)(&l->v, x, v, tokens, spans, threads);
+    NAME(times)(&l->q, &l->k, x, q, tokens, spans, threads);
+    NAME(times)(&l->k, &l->v, x, k, tokens, spans, threads);
+    NAME(times)(&l->v, &l->o, x, v, tokens, spans, threads);
     NAME(attention)(rows, q, k, v, seen, log_sum, threads);
-    NAME(times)(&l->o, seen, added, tokens, spans, threads);
+    NAME(times)(&l->o, &l->up, seen, added, tokens, spans, threads);
     NAME(normed_sum)(&l->norm, tokens, width, added, x, sum, h, stats, threads);
-    NAME(times)(&l->up, h, up, tokens, spans, threads);
+    NAME(times)(&l->up, &l->down, h, up, tokens, spans, threads);
     NAME(gelu)(tokens * inner, up, active, threads);
-    NAME(times)(&l->down, active, added, tokens, spans, threads);
+    NAME(times)(&l->down, 0, active, added, tokens, spans, threads);
     NAME(normed_sum)(&l->norm_behind, tokens, width, added, h, sum, y, stats, threads);
     return 0;
 }

@@ -9,8 +9,10 @@
 
 #ifdef BY_TOKENS
 #define OUTPUTS 48 /* numbers of a token at a time */
+#define STEPS 6     /* at least so many for all of them */
 #else
 #define OUTPUTS 32
+#define STEPS (OUTPUTS / RANKS)
 #endif
 
 /* `broad` numbers of every token; the rows of W behind them are asked for meanwhile, so many `lines` with every few tokens */
@@ -92,22 +94,43 @@ static void NAME(add_spans)(float (*sums)[OUTPUTS], const struct spans *spans, l
     for (long i = 0; i < spans->count; i++) {
         const T *a, *b;
         if (!NAME(factors)(spans, i, layer, &a, &b)) continue;
-        for (long t = spans->starts[i]; t < spans->ends[i]; t++)
-            for (long r = 0; r < spans->ranks[i]; r++) {
-                const T *from = b + r * d_out + first;
-                vector by = spread(h[t * most + r]);
-                long j = 0;
-                for (; j + ACROSS <= own; j += ACROSS) store_floats(sums[t] + j, dot(load_floats(sums[t] + j), by, LOADS(from + j)));
-                for (; j < own; j++) sums[t][j] += h[t * most + r] * LOAD(from[j]);
+        for (long t = spans->starts[i]; t < spans->ends[i]; t++) {
+            const float *by = h + t * most;
+            long j = 0;
+            for (; j + ACROSS <= own; j += ACROSS) { /* in a register through all ranks */
+                vector sum = load_floats(sums[t] + j);
+                for (long r = 0; r < spans->ranks[i]; r++) sum = dot(sum, spread(by[r]), LOADS(b + r * d_out + first + j));
+                store_floats(sums[t] + j, sum);
             }
+            for (; j < own; j++)
+                for (long r = 0; r < spans->ranks[i]; r++) sums[t][j] += by[r] * LOAD(b[r * d_out + first + j]);
+        }
     }
 }
 
-void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long d_in, long d_out, const struct spans *spans, long layer,
-                  int threads)
+/* The A of a thread's spans in the layer that is multiplied next, asked for a few lines of the cache at a time. */
+struct NAME(coming) {
+    const struct spans *spans;
+    long layer, d_in, span, last, line; /* spans from `span` to `last`; `line` of the first is the next one */
+};
+
+static inline void NAME(ask)(struct NAME(coming) *own, long lines)
+{
+    while (lines > 0 && own->span < own->last) {
+        const T *a, *b;
+        long rank = NAME(factors)(own->spans, own->span, own->layer, &a, &b) ? own->spans->ranks[own->span] : 0;
+        long all = (long)(sizeof(T) * rank * own->d_in + 63) / 64;
+        for (; lines > 0 && own->line < all; own->line++, lines--) __builtin_prefetch((const char *)a + 64 * own->line, 0, 2);
+        if (own->line >= all) own->span++, own->line = 0;
+    }
+}
+
+/* `next`: what is multiplied after it with the same spans, or none */
+static void NAME(linear_then)(const struct matrix *next, const T *x, const T *w, const T *bias, T *y, long tokens, long d_in, long d_out,
+                              const struct spans *spans, long layer, int threads)
 {
     long blocks = (d_out + OUTPUTS - 1) / OUTPUTS, share = blocks / (8 * threads) + 1; /* a thread that has to wait holds up little */
-    long most = 0;
+    long most = 0, each = spans ? (spans->count + threads - 1) / threads : 0; /* spans of a thread */
     for (long i = 0; spans && i < spans->count; i++) most = spans->ranks[i] > most ? spans->ranks[i] : most;
     float *h = most ? (float *)scratch(sizeof(float) * tokens * most) : 0;
     int later = most && !h; /* no memory: in a pass of its own */
@@ -122,13 +145,21 @@ void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long
             if (turned) NAME(turned)(turned, x, tokens, d_in, k, k + 64 < d_in ? k + 64 : d_in);
 #endif
         if (h) {
-#pragma omp for schedule(dynamic, (spans->count + threads - 1) / threads)
+#pragma omp for schedule(static, each)
             for (long i = 0; i < spans->count; i++) {
-                const T *a, *b, *next = 0;
-                if (i + 1 < spans->count) NAME(factors)(spans, i + 1, layer, &next, &b);
+                const T *a, *b, *behind = 0;
+                if (i + 1 < spans->count) NAME(factors)(spans, i + 1, layer, &behind, &b);
                 if (!NAME(factors)(spans, i, layer, &a, &b)) continue;
-                NAME(hidden)(h + spans->starts[i] * most, most, x + spans->starts[i] * d_in, a, spans->ends[i] - spans->starts[i], d_in, spans->ranks[i], next);
+                NAME(hidden)(h + spans->starts[i] * most, most, x + spans->starts[i] * d_in, a, spans->ends[i] - spans->starts[i], d_in, spans->ranks[i], behind);
             }
+        }
+        struct NAME(coming) coming = {0};
+        long lines = 0; /* of it at every step */
+        if (h && next) {
+            long first = each * omp_get_thread_num(), last = first + each < spans->count ? first + each : spans->count, ranks = 0;
+            for (long i = first; i < last; i++) ranks += spans->ranks[i];
+            coming = (struct NAME(coming)){spans, next->number, next->d_in, first, last, 0};
+            lines = (long)sizeof(T) * ranks * next->d_in / 64 * threads / (blocks * STEPS) + 1;
         }
 #pragma omp for schedule(dynamic, share)
         for (long block = 0; block < blocks; block++) {
@@ -137,6 +168,7 @@ void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long
             for (long r = 0; r < own;) {
                 const T *rows = w + (first + r) * d_in, *a, *b;
                 float *to = &sums[0][r];
+                NAME(ask)(&coming, lines);
                 for (long i = r / RANKS; h && i < spans->count; i += OUTPUTS / RANKS) /* B of some spans, wanted at the end of the block */
                     if (NAME(factors)(spans, i, layer, &a, &b))
                         for (long e = 0; e < spans->ranks[i]; e++) ahead(b + e * d_out + first, sizeof(T) * own);
@@ -178,7 +210,14 @@ void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long
 #endif
     if (later) NAME(low_rank)(spans, layer, x, y, d_in, d_out, threads);
 }
+
+void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long d_in, long d_out, const struct spans *spans, long layer,
+                  int threads)
+{
+    NAME(linear_then)(0, x, w, bias, y, tokens, d_in, d_out, spans, layer, threads);
+}
 #undef OUTPUTS
+#undef STEPS
 
 /* --- attention of one query a row against what a cache holds of it ------------------------------------------------------
 
