@@ -65,11 +65,15 @@ def test_low_rank_of_a_token_is_the_same_among_its_neighbours_as_by_itself(
 
 
 @needed
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_low_rank_is_the_same_to_the_last_bit_with_any_number_of_threads(threads: int) -> None:
+@pytest.mark.parametrize("edges", [[(0, 200), (200, 201), (201, 390)], [(3, 60), (61, 62)], [(0, 180)]])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_low_rank_is_the_same_to_the_last_bit_with_any_number_of_threads(
+    threads: int, edges: list[tuple[int, int]]
+) -> None:
+    """Threads share spans at whatever token makes their work equal, and leave none out."""
     x, y = draw(400, 128, dtype=torch.bfloat16), draw(400, 128, dtype=torch.bfloat16)
-    edges = [(0, 200), (200, 201), (201, 390)]
-    factors = [(draw(8, 128, dtype=torch.bfloat16), draw(8, 128, dtype=torch.bfloat16)) for _ in edges]
+    ranks = (8, 3, 16)
+    factors = [(draw(r, 128, dtype=torch.bfloat16), draw(r, 128, dtype=torch.bfloat16)) for _, r in zip(edges, ranks, strict=False)]
     given, kept = [], torch.get_num_threads()
     try:
         for count in (1, threads):
@@ -79,6 +83,9 @@ def test_low_rank_is_the_same_to_the_last_bit_with_any_number_of_threads(threads
     finally:
         torch.set_num_threads(kept)
     assert torch.equal(*given)
+    changed = (given[1] != y).any(1)
+    assert [bool(changed[start:end].all()) for start, end in edges] == [True] * len(edges)
+    assert int(changed.sum()) == sum(end - start for start, end in edges)
 
 
 @needed

@@ -8,17 +8,12 @@ tokens alike. Knows token spans and one adapter's numbers. Refuses to know slots
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from turret.adapters.blocks import rounded
 from turret.kernels import Spans
-
-PIECE = 256  # tokens of one adapter that one thread takes; a longer span is divided
-STEP = ((1 << 62, 32),)  # pieces are whole tiles, but for the last
 
 
 class Numbers(Protocol):
@@ -38,10 +33,10 @@ Span = tuple[int, int, Numbers]  # (start, end, whose)
 
 def laid_out(spans: Sequence[Span], tokens: int) -> Spans | None:
     """The spans of a pass of so many tokens, in order; None where there are none. The adapters must outlive it."""
-    pieces = [(a, b, own) for start, end, own in _joined(spans) for a, b in _pieces(start, end)]
-    if not pieces:
+    joined = _joined(spans)
+    if not joined:
         return None
-    starts, ends, owners = zip(*pieces, strict=True)
+    starts, ends, owners = zip(*joined, strict=True)
     return Spans(
         torch.tensor(starts),
         torch.tensor(ends),
@@ -60,9 +55,3 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
         elif end > start:
             joined.append((start, end, own))
     return joined
-
-
-def _pieces(start: int, end: int) -> list[tuple[int, int]]:
-    count = -(-(end - start) // PIECE)
-    size = rounded(-(-(end - start) // count), STEP)
-    return list(pairwise([*range(start, end, size), end]))

@@ -9,6 +9,7 @@
 
 #define SERIAL 8192      /* elements below which a second thread costs more than it saves */
 #define FEW 128          /* tokens that `linear` takes at most */
+#define TILED 24         /* tokens of a span that pay for weaving its factors for tiles, whoever shares them */
 #define HIDDEN (-1e30f)  /* a score nobody looks at; its probability is written as zero */
 
 typedef uint16_t bfloat16;

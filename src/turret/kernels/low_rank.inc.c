@@ -191,25 +191,31 @@ void NAME(lay_out)(const uint64_t *factors, const int64_t *sizes, long count, lo
 
 /* --- all spans of a pass, in one layer ---------------------------------------------------------------------------- */
 
+/* Threads take stretches of equal work, one behind the other: as a library divides the product whose y this is, so most of y
+   is still in the thread's own cache. */
 void NAME(low_rank)(const struct spans *spans, long layer, const T *x, T *y, long d_in, long d_out, int threads)
 {
-    long work = 0, many = 0;
-    for (long i = 0; i < spans->count; i++) {
-        long tokens = spans->ends[i] - spans->starts[i];
-        work += tokens * spans->ranks[i];
-        many |= tokens > ROWS;
-    }
-    long share = many ? 1 : (spans->count + threads - 1) / threads; /* memory decides where tokens are few: neighbours in one thread */
-#pragma omp parallel for num_threads(threads) schedule(dynamic, share) if (spans->count > 1 && work * (d_in + d_out) > 8 * SERIAL)
-    for (long i = 0; i < spans->count; i++) {
-        const uint64_t *factors = spans->factors + 2 * (i * spans->layers + layer);
-        const T *a = (const T *)(uintptr_t)factors[0], *b = (const T *)(uintptr_t)factors[1];
-        long start = spans->starts[i], tokens = spans->ends[i] - start, rank = spans->ranks[i];
-        if (i + 1 < spans->count && !many) ahead((const void *)(uintptr_t)factors[2 * spans->layers], sizeof(T) * spans->ranks[i + 1] * d_in);
-        if (!a || tokens <= 0) continue;
+    long work = 0;
+    for (long i = 0; i < spans->count; i++)
+        if (spans->factors[2 * (i * spans->layers + layer)]) work += (spans->ends[i] - spans->starts[i]) * spans->ranks[i];
+    if (!work) return;
+#pragma omp parallel num_threads(threads) if (work * (d_in + d_out) > 8 * SERIAL)
+    {
+        long first = work * omp_get_thread_num() / omp_get_num_threads(), last = work * (omp_get_thread_num() + 1) / omp_get_num_threads();
+        for (long i = 0, before = 0; i < spans->count && before < last; i++) {
+            const uint64_t *factors = spans->factors + 2 * (i * spans->layers + layer);
+            const T *a = (const T *)(uintptr_t)factors[0], *b = (const T *)(uintptr_t)factors[1];
+            if (!a) continue;
+            long rank = spans->ranks[i], tokens = spans->ends[i] - spans->starts[i];
+            long from = before_work(first - before, rank, tokens), end = before_work(last - before, rank, tokens), start = spans->starts[i] + from;
+            before += tokens * rank;
+            if (end <= from) continue;
+            if (i + 1 < spans->count && tokens <= ROWS)
+                ahead((const void *)(uintptr_t)factors[2 * spans->layers], sizeof(T) * spans->ranks[i + 1] * d_in);
 #ifdef MANY
-        if (MANY(x, y, a, b, start, tokens, spans->tokens, d_in, d_out, rank)) continue;
+            if (tokens >= TILED && MANY(x, y, a, b, start, end - from, spans->tokens, d_in, d_out, rank)) continue;
 #endif
-        NAME(few)(x + start * d_in, y + start * d_out, a, b, tokens, d_in, d_out, rank);
+            NAME(few)(x + start * d_in, y + start * d_out, a, b, end - from, d_in, d_out, rank);
+        }
     }
 }

@@ -398,12 +398,11 @@ static void product_tiles(float *c, long ldc, const bfloat16 *a, long lda, const
 }
 
 /* y += (x A^T) B for bfloat16, 32 tokens at a time, the factors woven first; `all` tokens may be read behind `start`. Whether it
-   was done: spans too short to pay for the weaving, and odd sizes, are left. */
-#define TILED 24
+   was done: odd sizes are left. */
 static int low_rank_tiles(const bfloat16 *x, bfloat16 *y, const bfloat16 *a, const bfloat16 *b, long start, long tokens,
                           long all, long d_in, long d_out, long rank)
 {
-    if (tokens < TILED || d_in % 32 || d_out % 32) return 0;
+    if (d_in % 32 || d_out % 32) return 0;
     long broad = (rank + 15) / 16 * 16, deep = ROUND(rank);
     char *memory = scratch(2 * (d_in * broad + deep * d_out + 32 * deep + 32 * d_in) + 4 * (32 * broad + 2 * 1024)), *next = memory;
     if (!memory) return 0;
@@ -473,6 +472,14 @@ struct spans {
     const int64_t *starts, *ends, *ranks;
     const uint64_t *factors;
 };
+
+/* how many of a span's tokens come before so much work is done, a rank of a token being one: all of them, or whole tiles */
+static inline long before_work(long work, long rank, long tokens)
+{
+    if (work <= 0 || work >= tokens * rank) return work <= 0 ? 0 : tokens;
+    long whole = (work / rank + 16) / 32 * 32;
+    return whole < tokens ? whole : tokens;
+}
 
 /* The rows of an unpadded batch; what is not a number is one entry a row. */
 struct rows {
