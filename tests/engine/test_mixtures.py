@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -88,11 +89,14 @@ def test_control_one_layer_left_out_for_one_row_would_be_seen(family: str, way: 
     whole = runner.run(fresh).classes
     loaded = runner.bank._slots[2]
     for layer in loaded.pairs():
-        kept, factors = runner.bank._pairs(2), loaded.factors.clone()
+        kept, layout = runner.bank._pairs(2), loaded.layout
+        assert layout is not None
+        offsets = layout.offsets.clone()
+        offsets[layer] = -1
         runner.bank._viewed[2] = {number: pair for number, pair in kept.items() if number != layer}
-        loaded.factors[layer] = 0
+        loaded.layout = replace(layout, offsets=offsets)
         torn = runner.run(fresh).classes
-        runner.bank._viewed[2], loaded.factors[:] = kept, factors
+        runner.bank._viewed[2], loaded.layout = kept, layout
         assert (torn[1] - whole[1]).abs().max() > 1e-4, layer
         assert all(torch.equal(torn[row], whole[row]) for row in (0, 2, 3))
 
@@ -226,8 +230,10 @@ def test_a_lora_in_memory_is_one_run_in_the_bases_precision() -> None:
     adapter = made("bert", "classify", METHODS["wide"])
     loaded = runner_of("bert", "classify", [], torch.bfloat16).bank.prepare(adapter, "sha256:x", CLASSIFIES)
     numbers = sum(each.numel() for each in adapter.tensors.values())
-    assert loaded.run.untyped_storage().nbytes() == 2 * numbers
-    assert loaded.bytes == 2 * numbers + sum(4 * each.numel() for each in adapter.head.values())
+    numbers += sum(each.numel() for each in adapter.head.values())
+    assert loaded.run.untyped_storage().nbytes() == loaded.bytes == 2 * numbers
+    for name, value in adapter.head.items():
+        torch.testing.assert_close(loaded.head[name].float(), value, atol=0, rtol=2**-8)
 
 
 @torch.no_grad()

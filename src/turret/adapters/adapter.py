@@ -7,6 +7,7 @@ used. Refuses to know files; `bundle` writes and reads them.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -299,19 +300,23 @@ def head_paths(family: Family, head: dict[str, Tensor]) -> list[str]:
     return paths
 
 
-def filled_head(module: nn.Module, path: str, values: dict[str, Tensor], device: torch.device) -> nn.Module:
-    """A frozen float32 copy of a head module with these values; the last layer takes its size from them."""
-    twin = _twin(module)
-    expected = set(twin.state_dict())
-    if set(values) != expected:
+def check_head(module: nn.Module, path: str, values: Mapping[str, Tensor]) -> None:
+    """Whether the values are all that the module holds, and fit; the last layer takes its size from them."""
+    expected = module.state_dict()
+    if set(values) != set(expected):
         raise AdapterError(f"head {path} needs {', '.join(sorted(expected))}, given {', '.join(sorted(values))}")
     for key, value in values.items():
-        owner = twin.get_submodule(key.rpartition(".")[0])
-        name = key.rpartition(".")[2]
-        old = getattr(owner, name)
-        last = isinstance(owner, nn.Linear)
+        old, last = expected[key], isinstance(module.get_submodule(key.rpartition(".")[0]), nn.Linear)
         if value.dim() != old.dim() or value.shape[1:] != old.shape[1:] or (not last and value.shape != old.shape):
             raise AdapterError(f"head {path}.{key} has shape {tuple(value.shape)}: expected {tuple(old.shape)}")
+
+
+def filled_head(module: nn.Module, path: str, values: dict[str, Tensor], device: torch.device) -> nn.Module:
+    """A frozen float32 copy of a head module with these values."""
+    check_head(module, path, values)
+    twin = _twin(module)
+    for key, value in values.items():
+        owner, name = twin.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
         setattr(owner, name, nn.Parameter(value.float().clone().to(device), requires_grad=False))
         if isinstance(owner, nn.Linear) and name == "weight":
             owner.out_features = value.shape[0]

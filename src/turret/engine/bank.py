@@ -2,7 +2,7 @@
 
 Knows tensors, layers and slots. Refuses to know who asks, who loads and what is put out. `prepare` may take its time on
 any thread and touches nothing that a pass reads; `mount` and `unmount` are one write in a dictionary, whatever else is
-mounted. B carries the scaling. Heads stay in float32.
+mounted. B carries the scaling.
 
 In a pass the tokens of fresh rows lie sorted by slot, so a segment is a slice. Where there are kernels, one call a
 layer multiplies all rows of a pass (`spans`). Elsewhere `segments` multiplies a few segments together, and rows that
@@ -11,27 +11,25 @@ take one token each are multiplied by the `Stack`: both are torch's own products
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from torch import Tensor
 
 from turret.adapters import Adapter, require_base
-from turret.adapters.adapter import LORA_PREFIX, checked_factors, checked_prefix, filled_head, head_paths
+from turret.adapters.adapter import LORA_PREFIX, checked_factors, checked_prefix
 from turret.adapters.attach import Attachment, device_of, hook_model, routed_linear, target_paths
 from turret.adapters.bundle import all_finite
 from turret.adapters.frozen import linear
 from turret.adapters.lora import sizes
 from turret.adapters.route import BARE
+from turret.engine.heads import Heads
+from turret.engine.loaded import Layout, Loaded, Pair, layout_of, shapes_of
 from turret.engine.segments import Chunk, Segment, chunks
 from turret.engine.spans import laid_out
 from turret.engine.stack import Stack
@@ -53,44 +51,6 @@ SHARING = (
     ("wi_0", "wi_1"),
 )
 
-Pair = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a layer's factors are in the run: A (R, D_in), behind it B (R, D_out)."""
-
-    layer: int
-    start: int
-    d_in: int
-    d_out: int
-
-
-@dataclass(eq=False)
-class Loaded:
-    """One adapter's numbers. `run` is everything but the head."""
-
-    digest: str
-    task: Any  # that encodes its texts and makes its answers
-    kind: str
-    run: Tensor
-    rank: int
-    layout: tuple[_Place, ...]  # of a LoRA
-    factors: Tensor  # (L, 2) int64 addresses in the run, by layer (`spans.Numbers`)
-    prefix: Mapping[str, Tensor]  # by group: (L, 2, H, P, D), views of the run
-    length: int  # P
-    head: Callable[[Tensor], Tensor] | None  # pooled (B, D) -> logits (B, C)
-    bytes: int
-
-    def pairs(self) -> dict[int, Pair]:
-        """A^T (D_in, R) and the scaled B (R, D_out) by layer: views of the run."""
-        R, pairs = self.rank, {}
-        for place in self.layout:
-            middle = place.start + R * place.d_in
-            A = self.run[place.start : middle].view(R, place.d_in)
-            pairs[place.layer] = A.mT, self.run[middle : middle + R * place.d_out].view(R, place.d_out)
-        return pairs
-
 
 class Bank:
     """Every mounted adapter of one hooked model, and the layout of the pass under way (`route.Bank`)."""
@@ -98,7 +58,7 @@ class Bank:
     def __init__(self, model: Any, family: Family, fingerprint: str | None) -> None:
         self.family, self.fingerprint = family, fingerprint
         self._model = model
-        self._heads = _templates(model, family)
+        self._heads = Heads(model, family)
         self.attached: Attachment = hook_model(model)
         linears = [routed_linear(model, self.attached, path) for path in target_paths(model, "all-linear")]
         self._number = {id(linear): number for number, linear in enumerate(linears)}
@@ -137,24 +97,23 @@ class Bank:
                 f"{method.peft_type} is computed by PEFT, one adapter at a time, and cannot share a base with others: "
                 "export it merged and serve it as a base of its own, where PEFT merges it"
             )
-        layout: tuple[_Place, ...] = ()
+        head = self._heads.checked(adapter, task.kind)
+        behind = shapes_of(head).count
+        layout: Layout | None = None
         views: dict[str, Tensor] = {}
         if isinstance(method, LoRA):
-            run, layout = self._factors(adapter, method)
+            run, layout = self._factors(adapter, method, behind)
         elif isinstance(method, Prefix):
-            run, views = self._prefix(adapter)
+            run, views = self._prefix(adapter, behind)
         elif adapter.tensors:
             raise AdapterError(f"a head holds no other tensors, given {', '.join(sorted(adapter.tensors)[:3])}")
         else:
-            run = self._empty(0)
+            run = self._empty(behind)
+        loaded = Loaded(digest, task, run, layout, views, shapes_of(head))
+        _fill(loaded.head, head)
         if not all(all_finite(part) for part in torch.split(run, PIECE)):
             raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")
-        head, head_bytes = self._head(adapter, task.kind, {place.layer for place in layout})
-        rank = method.r if isinstance(method, LoRA) else 0
-        length = next((each.shape[3] for each in views.values()), 0)
-        size = run.numel() * run.element_size() + head_bytes
-        factors = _addresses(run, rank, layout, len(self.sizes))
-        return Loaded(digest, task, task.kind, run, rank, layout, factors, views, length, head, size)
+        return loaded
 
     def _at_home(self, adapter: Adapter) -> Adapter:
         """The adapter with its layers called as here: T5's classifier holds its body one level deeper."""
@@ -166,68 +125,39 @@ class Bank:
                    for name, tensor in adapter.tensors.items()}  # fmt: skip
         return replace(adapter, tensors=tensors)
 
-    def _factors(self, adapter: Adapter, method: LoRA) -> tuple[Tensor, tuple[_Place, ...]]:
-        """A and the scaled B of every layer, one behind the other."""
+    def _factors(self, adapter: Adapter, method: LoRA, behind: int) -> tuple[Tensor, Layout]:
+        """A and the scaled B of every layer, one behind the other, and room for so many numbers behind them."""
         checked = checked_factors(self._model, adapter, method)
         if other := next((path for path in checked if path not in self._paths), None):
             raise AdapterError(f"LoRA of {other}: the engine adapts linear layers inside the base; drop this target")
+        if both := next((path for path in checked if f"{path}.weight" in adapter.head), None):
+            raise AdapterError(f"{both} is both trained whole and adapted by LoRA: train one of them")
         parts = [part for A, B in checked.values() for part in (A, B)]
-        run = self._empty(sum(part.numel() for part in parts))
-        layout = _layout(
-            method.r, tuple((self._paths[path], A.shape[1], B.shape[0]) for path, (A, B) in checked.items())
-        )
+        count = sum(part.numel() for part in parts)
+        run = self._empty(count + behind)
+        layers = tuple((self._paths[path], A.shape[1], B.shape[0]) for path, (A, B) in checked.items())
+        layout = layout_of(method.r, layers, len(self.sizes), self.dtype)
         if (kernels := usable(run)) is not None and all(p.dtype == torch.float32 and p.is_contiguous() for p in parts):
-            kernels.lay_out(list(checked.values()), method.scaling, run)
+            kernels.lay_out(list(checked.values()), method.scaling, run[:count])
             return run, layout
-        places = iter(torch.split(run, [part.numel() for part in parts]))  # each is small: no second thread is woken
+        own = torch.split(run[:count], [part.numel() for part in parts])  # each is small: no second thread is woken
+        places = iter(own)
         for A, B in checked.values():
             next(places).view(A.shape).copy_(A)
             torch.mul(B.float().mT, method.scaling, out=next(places).view(B.shape[::-1]))
         return run, layout
 
-    def _prefix(self, adapter: Adapter) -> tuple[Tensor, dict[str, Tensor]]:
-        """Keys and values of every group, one behind the other, and the view of each."""
+    def _prefix(self, adapter: Adapter, behind: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Keys and values of every group, one behind the other, and the view of each; room behind them as well."""
         groups = checked_prefix(self.attached, adapter)
-        run = self._empty(sum(each.numel() for each in groups.values()))
-        places = torch.split(run, [each.numel() for each in groups.values()])
-        views = {group: place.view(each.shape) for place, (group, each) in zip(places, groups.items(), strict=True)}
-        for group, each in groups.items():
-            views[group].copy_(each)
+        shapes = shapes_of(groups)
+        run = self._empty(shapes.count + behind)
+        views = shapes.views(run[: shapes.count])
+        _fill(views, groups)
         return run, views
 
     def _empty(self, count: int) -> Tensor:
         return torch.empty(count, dtype=self.dtype, device=self.device)
-
-    def _head(self, adapter: Adapter, kind: str, adapted: set[int]) -> tuple[Callable[[Tensor], Tensor] | None, int]:
-        """The head as a function of pooled vectors, with the adapter's own modules in place of the base's."""
-        if kind != "classify":
-            if adapter.head:
-                raise AdapterError(f"an adapter that generates has no head, given {next(iter(adapter.head))}")
-            return None, 0
-        own: dict[str, nn.Module] = {}
-        for path in head_paths(self.family, adapter.head):
-            values = {key[len(path) + 1 :]: v for key, v in adapter.head.items() if key.startswith(path + ".")}
-            if path not in self._heads:
-                raise AdapterError(f"the base has no {path!r}: the adapter belongs to another architecture")
-            if any(each.startswith(path + ".") and number in adapted for each, number in self._paths.items()):
-                raise AdapterError(f"{path} is both trained whole and adapted by LoRA: train one of them")
-            own[path] = filled_head(self._heads[path], path, values, self.device)
-        if missing := [name for name in self.family.head_modules if name in self._heads and name not in own]:
-            raise AdapterError(f"the adapter has no head {', '.join(missing)}: a classifier needs one; retrain")
-        parts = {name: _cast(own[name]) for name in self.family.head_modules if name in own}
-        body = {
-            name: _cast(next((own[path] for path in own if path.endswith("." + name)), getattr(self._body, name, None)))
-            for name in self.family.body_excludes
-        }
-        stand_in = SimpleNamespace(**parts, base_model=SimpleNamespace(**body), dropout=_same, drop=_same)
-        size = sum(
-            each.numel() * each.element_size() for module in own.values() for each in module.state_dict().values()
-        )
-        return lambda pooled: self.family.classify(stand_in, pooled), size
-
-    @property
-    def _body(self) -> Any:
-        return self._model.base_model
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
@@ -243,7 +173,7 @@ class Bank:
 
     def _pairs(self, slot: int) -> dict[int, Pair]:
         loaded = self.at(slot)
-        if loaded is None or not loaded.layout:
+        if loaded is None or loaded.layout is None:
             return {}
         if slot not in self._viewed:
             self._viewed[slot] = loaded.pairs()
@@ -275,8 +205,8 @@ class Bank:
             self._chunks[stream] = chunks(adapted, joint)
         self._fresh = sum(lengths.get("decoder", ()))
         self._steps = len(steps)
-        if any(loaded is not None and loaded.layout for loaded in map(self.at, steps)):
-            self.stack.arrange([None if (own := self.at(s)) is None or not own.layout else own for s in steps])
+        if any(loaded is not None and loaded.layout is not None for loaded in map(self.at, steps)):
+            self.stack.arrange([None if (own := self.at(s)) is None or own.layout is None else own for s in steps])
         else:
             self._steps = 0
 
@@ -289,7 +219,11 @@ class Bank:
             if stream == "decoder":
                 tokens = ends[-1] if ends else 0
                 rows += [(slot, 1, tokens + place) for place, slot in enumerate(steps, 1)]
-            own = [(end - count, end, x) for slot, count, end in rows if (x := self.at(slot)) is not None and x.layout]
+            own = [
+                (end - count, end, x)
+                for slot, count, end in rows
+                if (x := self.at(slot)) is not None and x.layout is not None
+            ]
             self._held += [each for _, _, each in own]
             if (spans := laid_out(own, rows[-1][2] if rows else 0)) is not None:
                 self._spans[stream] = spans
@@ -333,9 +267,8 @@ class Bank:
     def logits(self, slot: int, pooled: Tensor) -> Tensor:
         """A classifier's head on the pooled vectors of its rows: (B, D) -> (B, C)."""
         loaded = self._slots[slot]
-        assert loaded.head is not None
         with self._only(slot):
-            return loaded.head(pooled)
+            return self._heads.logits(loaded.head, pooled)
 
     @contextmanager
     def _only(self, slot: int) -> Iterator[None]:
@@ -358,35 +291,9 @@ class Bank:
         return 0 if loaded is None else loaded.length
 
 
-def _templates(model: Any, family: Family) -> dict[str, nn.Module]:
-    """The shapes of the head's modules by path: this model's, or those of the classifier of the same configuration."""
-    owner = model
-    if not all(hasattr(model, name) for name in family.head_modules):
-        with torch.device("meta"):
-            owner = AutoModelForSequenceClassification.from_config(model.config)
-    paths = [name for name in family.head_modules if hasattr(owner, name)]
-    prefix = f"{owner.base_model_prefix}."
-    paths += [prefix + name for name in family.body_excludes if getattr(owner.base_model, name, None) is not None]
-    return {path: copy.deepcopy(owner.get_submodule(path)).to("meta").eval() for path in paths}
-
-
-@functools.lru_cache(256)
-def _layout(rank: int, layers: tuple[tuple[int, int, int], ...]) -> tuple[_Place, ...]:
-    """(number, D_in, D_out) of layers that lie one behind the other; adapters of one kind share it."""
-    ends = accumulate(rank * (d_in + d_out) for _, d_in, d_out in layers)
-    return tuple(
-        _Place(number, start, d_in, d_out) for start, (number, d_in, d_out) in zip((0, *ends), layers, strict=False)
-    )
-
-
-def _addresses(run: Tensor, rank: int, layout: Sequence[_Place], layers: int) -> Tensor:
-    """(layers, 2): where A and the scaled B of each layer begin, 0 where the adapter has none."""
-    found = [(0, 0)] * layers
-    size = run.element_size()
-    for place in layout:
-        begin = run.data_ptr() + place.start * size
-        found[place.layer] = begin, begin + rank * place.d_in * size
-    return torch.tensor(found, dtype=torch.int64)
+def _fill(views: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        views[name].copy_(value)
 
 
 def _siblings(paths: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
@@ -397,15 +304,3 @@ def _siblings(paths: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
         names = next((each for each in SHARING if name in each), (name,))
         by_parent.setdefault((parent, names), []).append(number)
     return {number: tuple(group) for group in by_parent.values() for number in group}
-
-
-def _cast(module: nn.Module | None) -> Callable[..., Any] | None:
-    """The module on inputs of whatever precision."""
-    if module is None:
-        return None
-    dtype = next(module.parameters()).dtype
-    return lambda x, *rest: module(x.to(dtype), *rest)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

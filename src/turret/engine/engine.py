@@ -19,8 +19,8 @@ import torch
 from turret import heap
 from turret.bases import Base
 from turret.engine import idle
-from turret.engine.bank import Loaded
 from turret.engine.calls import answers
+from turret.engine.loaded import Loaded
 from turret.engine.passes import Passes
 from turret.engine.prompts import Prompts
 from turret.engine.request import (

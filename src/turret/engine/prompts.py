@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from turret.bases import Base
-from turret.engine.bank import Loaded
 from turret.engine.cache import capacity
 from turret.engine.decode import habits, resolved
+from turret.engine.loaded import Loaded
 from turret.engine.request import Limits, Request
 from turret.engine.runner import Runner
 from turret.errors import AdapterError, DataError, NoRoom
@@ -120,7 +120,7 @@ class Prompts:
             )
         if loaded is None:
             return
-        does = "classify" if loaded.kind == "classify" else "generate"
+        does = "classify" if loaded.task.kind == "classify" else "generate"
         if does != request.kind:
             verbs = {"classify": "classifies", "generate": "generates"}
             raise AdapterError(f"{request.named} {verbs[does]} and was asked to {request.kind}: ask it to {does}")

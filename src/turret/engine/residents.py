@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from threading import Condition
 from typing import Any, Protocol
 
-from turret.engine.bank import Bank, Loaded
+from turret.engine.bank import Bank
+from turret.engine.loaded import Loaded
 from turret.engine.request import LoadedAdapter, Named
 from turret.engine.slots import Entry, Slots
 from turret.engine.source import Source

@@ -23,8 +23,13 @@ class Numbers(Protocol):
     def rank(self) -> int: ...
 
     @property
-    def factors(self) -> Tensor:
-        """(L, 2) int64: the addresses of A and the scaled B of each layer, 0 for none."""
+    def address(self) -> int:
+        """Where its numbers begin."""
+        ...
+
+    @property
+    def offsets(self) -> Tensor:
+        """(L, 2) int64: bytes from there to A and to the scaled B of each layer, -1 for none."""
         ...
 
 
@@ -37,11 +42,13 @@ def laid_out(spans: Sequence[Span], tokens: int) -> Spans | None:
     if not joined:
         return None
     starts, ends, owners = zip(*joined, strict=True)
+    offsets = torch.stack([own.offsets for own in owners])
+    addresses = offsets + torch.tensor([own.address for own in owners])[:, None, None]
     return Spans(
         torch.tensor(starts),
         torch.tensor(ends),
         torch.tensor([own.rank for own in owners]),
-        torch.stack([own.factors for own in owners]),
+        addresses.masked_fill_(offsets < 0, 0),
         tokens,
     )
 

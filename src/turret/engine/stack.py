@@ -28,7 +28,8 @@ CHUNK = 16  # rows of one stacked product
 class Factors(Protocol):
     """One adapter's factors, as the bank has them."""
 
-    rank: int
+    @property
+    def rank(self) -> int: ...
 
     def pairs(self) -> Mapping[int, tuple[Tensor, Tensor]]:
         """A^T (D_in, R) and the scaled B (R, D_out) of every layer it adapts."""
