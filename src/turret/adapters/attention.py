@@ -174,16 +174,22 @@ def rows_and_prefixes(hooked: Hooked, scaling: float, window: int | None, dtype:
     """What a kernel is told of the rows of an unpadded batch at one site."""
     route, site = hooked.route, hooked.site
     assert route.lengths is not None
+    asked = route.read if hooked.last else None
+    place = ("rows", site.group, window, scaling, id(hooked.bias_module), asked is None)
+    known: tuple[Rows, Prefixes] | None = route.memo.get(place)
+    if known is not None:  # nobody has a prefix: all layers are told the same
+        return known
     slots = [route.slot_of(row) for row in range(len(next(iter(route.lengths.values()))))]
     pairs = {slot: pair for slot in dict.fromkeys(slots) if slot != BARE and (pair := hooked.prefix(slot, site))}
-    asked = route.read if hooked.last else None
-    place = ("rows", site.group, window, scaling, id(hooked.bias_module), tuple(pairs), asked is None)
-    if place not in route.memo:
+    if (prefixed := (*place, tuple(pairs))) not in route.memo:
         longest = max((pair[0].shape[1] for pair in pairs.values()), default=0)
-        route.memo[place] = _rows(hooked, scaling, window, longest, asked)
+        route.memo[prefixed] = _rows(hooked, scaling, window, longest, asked)
     order = {slot: index for index, slot in enumerate(pairs)}
     prefixes = Prefixes([(key.to(dtype), value.to(dtype)) for key, value in pairs.values()], [*map(order.get, slots)])
-    return route.memo[place], prefixes
+    told = route.memo[prefixed], prefixes
+    if not pairs:
+        route.memo[place] = told
+    return told
 
 
 def _rows(hooked: Hooked, scaling: float, window: int | None, longest_prefix: int, asked: Tensor | None) -> Rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class Rows:
     bias: Tensor | None = None
     zero: int = 0
     all_asked: bool = True  # else some tokens are in no row's queries: their y is not written, their dq is zero
+    told: dict[tuple[object, ...], tuple[_Words, list[Tensor]]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def count(self) -> int:
@@ -174,7 +175,11 @@ class _Words(ctypes.Structure):
 def words_of(
     rows: Rows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, dropped: Dropped
 ) -> tuple[_Words, list[Tensor]]:
-    """The struct, and what must live as long as it does."""
+    """The struct, and what must live as long as it does; kept with the rows where neither is one layer's own."""
+    alike = (*(each.shape for each in (q, k)), *(each.stride() for each in (q, k, v)))
+    own = bool(prefixes.pairs) or dropped is not KEPT
+    if not own and alike in rows.told:
+        return rows.told[alike]
     for each in (q, k, v):
         assert each.stride(-1) == 1
     if prefixes.pairs:
@@ -196,4 +201,6 @@ def words_of(
         0 if rows.bias is None else rows.bias.shape[1], rows.zero, rows.window, int(rows.causal), *dropped.seeds,
         dropped.threshold, dropped.scale, rows.scaling,
     )  # fmt: skip
+    if not own:
+        rows.told[alike] = words, [lengths, *addresses]
     return words, [lengths, *addresses]
