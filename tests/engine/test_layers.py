@@ -228,6 +228,49 @@ def test_a_layer_that_is_something_else_is_computed_by_its_modules(
     require_the_modules_bits(ours, lambda: steps(runner, count=1), monkeypatch)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_pass_is_one_call_for_all_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, asked = runner_of(name, torch.float32), steps if name == "llama" else short_texts
+    counts = []
+    for kind in ("encoder_layers", "decoder_layers"):
+        own = getattr(kernels.Library, kind)
+
+        def counted(self: Any, layers: Any, *rest: Any, own: Any = own) -> Tensor:
+            counts.append(len(layers))
+            y: Tensor = own(self, layers, *rest)
+            return y
+
+        monkeypatch.setattr(kernels.Library, kind, counted)
+    asked(runner)
+    passes = 4 if name == "llama" else 1
+    assert counts == [3] * passes * few(torch.float32)
+
+
+def _before(layer: Any) -> None:
+    layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1, *inputs[1:]))
+
+
+def _behind(layer: Any) -> None:
+    layer.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def _fewer(layer: Any) -> None:
+    layer.self_attn.config.num_hidden_layers = 2
+
+
+@pytest.mark.parametrize("change", [_before, _behind, _fewer])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_who_looks_between_two_layers_sees_what_the_modules_show(
+    change: Any, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_of("llama", torch.float32)
+    plain = steps(runner, count=2)
+    change(runner.model.model.layers[place])
+    ours = steps(runner, count=2)
+    require_the_modules_bits(ours, lambda: steps(runner, count=2), monkeypatch)
+    assert not torch.allclose(ours[1], plain[1], atol=1e-3)
+
+
 def test_without_kernels_and_after_the_engine_the_layers_are_the_bases_own(calls: list[bool]) -> None:
     runner = runner_of("llama", torch.float32)
     with kernels.without():

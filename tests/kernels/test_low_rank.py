@@ -73,7 +73,10 @@ def test_low_rank_is_the_same_to_the_last_bit_with_any_number_of_threads(
     """Threads share spans at whatever token makes their work equal, and leave none out."""
     x, y = draw(400, 128, dtype=torch.bfloat16), draw(400, 128, dtype=torch.bfloat16)
     ranks = (8, 3, 16)
-    factors = [(draw(r, 128, dtype=torch.bfloat16), draw(r, 128, dtype=torch.bfloat16)) for _, r in zip(edges, ranks, strict=False)]
+    factors = [
+        (draw(r, 128, dtype=torch.bfloat16), draw(r, 128, dtype=torch.bfloat16))
+        for _, r in zip(edges, ranks, strict=False)
+    ]
     given, kept = [], torch.get_num_threads()
     try:
         for count in (1, threads):

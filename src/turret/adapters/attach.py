@@ -251,7 +251,7 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
     handles += positions.hook(model, attached.family, attached.route, attached.prefix_length)
     bias_undo = positions.hook_bias(bias_modules.values(), attached.route)
     hook_undo = [rotary.hook(site.module, attached.route) for site in attached.sites]
-    hook_undo += [] if plain else [layers.hook(module, attached.route) for module in model.modules()]
+    hook_undo += [] if plain else layers.hook(model, attached.route)
 
     def undo() -> None:
         for handle in handles:

@@ -1,16 +1,18 @@
-"""A whole layer in one call, where an engine's pass has few tokens: a short text, or the next token of some rows.
+"""Whole layers in one call, where an engine's pass has few tokens: a short text, or the next token of some rows.
 
     BERT, RoBERTa:         h = norm(W_o attention(W_q x, W_k x, W_v x) + x),    y = norm(W_down gelu(W_up h) + h)
     Llama, Mistral, Qwen:  h = x + W_o attention(rotate(W_q n), rotate(W_k n), W_v n),    n = rms_norm(x)
                            y = h + W_down (silu(W_gate m) * W_up m),                      m = rms_norm(h)
 
 For so few tokens the dozen modules of a layer take longer than its arithmetic. The one call does what theirs do, in
-their order and with their roundings, so it gives the same numbers; whatever it does not know, the modules compute.
+their order and with their roundings, so it gives the same numbers; whatever it does not know, the modules compute. A
+layer takes those behind it along, as far as nobody looks in between; they pass on what they are given.
 Knows modules by the names of their parts; refuses to know what an adapter is.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,63 +29,112 @@ from turret.adapters.residual import FrozenOutput
 from turret.adapters.route import Bank, Route
 from turret.adapters.trained_decoder import TrainedDecoder
 from turret.adapters.trained_encoder import TrainedEncoder
-from turret.kernels import DecoderLayer, EncoderLayer, LayerNorm, Library, Matrix, usable
+from turret.kernels import DecoderLayer, EncoderLayer, LayerNorm, Layers, Library, Matrix, usable
+
+THROUGH = ("through",)  # in a route's memo: what a call gave, and the place of the first layer behind it
 
 
 class OneCall(ABC):
-    """What one layer computes in one call, or None where its modules shall."""
+    """A layer, and those behind it, in one call; None where its modules shall compute. order: of all of a model."""
 
-    def __init__(self, module: Any, route: Route) -> None:
+    def __init__(self, module: Any, route: Route, order: list[OneCall]) -> None:
         self._module, self._route, self._theirs = module, route, module.forward
+        self._order, self._place = order, len(order)
         self._known: tuple[Bank, Any] | None = None  # the layer's weights, where they are what the kernel computes with
+        self._runs: dict[int, Layers] = {}  # by how many layers
+        order.append(self)
 
     def __call__(self, x: Tensor, settings: dict[str, Any]) -> Tensor | None:
         """x: (1, N, D) -> (1, N, D). settings: what else the layer is called with."""
+        through: tuple[Tensor, int] | None = self._route.memo.get(THROUGH)
+        if through is not None and through[0] is x and self._place < through[1]:
+            return x
         bank = self._route.bank
         library = None if bank is None else bank.library
         if bank is None or library is None or torch.is_grad_enabled() or self._module.training:
             return None
         if usable(x) is None or not 0 < x.shape[1] <= library.few(x.dtype):
             return None
-        if self._known is None or self._known[0] is not bank:
-            self._known = bank, self._layer(bank)
-        layer = self._known[1]
-        if layer is None or layer.dtype != x.dtype:
+        along = self._along(bank, x.dtype)
+        if not along:
             return None
-        return self._computed(library, layer, bank, x.contiguous(), settings)
+        if len(along) not in self._runs:
+            self._runs[len(along)] = Layers([each.weights(bank) for each in along])
+        y = self._computed(library, self._runs[len(along)], along, bank, x.contiguous(), settings)
+        if y is not None:
+            self._route.memo[THROUGH] = y, self._place + len(along)
+        return y
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of the module's own; bound, so that a copy of the model computes with the copy's weights."""
         y = self(hidden_states, kwargs)
         return self._theirs(hidden_states, *args, **kwargs) if y is None else y
 
+    def weights(self, bank: Bank) -> Any:
+        """The layer's, or None where it is made of anything else than the kernel computes."""
+        if self._known is None or self._known[0] is not bank:
+            self._known, self._runs = (bank, self._layer(bank)), {}
+        return self._known[1]
+
+    def _along(self, bank: Bank, dtype: torch.dtype) -> list[Any]:
+        """This layer and those behind it that its call computes; none where its modules shall."""
+        along: list[OneCall] = []
+        first = self.weights(bank)
+        for each in self._order[self._place : self._layers]:
+            own = each.weights(bank)
+            if own is None or own.alike != first.alike or own.dtype != dtype:
+                break
+            if along and each._module._forward_pre_hooks:
+                break
+            along.append(each)
+            if each._module._forward_hooks:
+                break
+        return along
+
+    @property
+    @abstractmethod
+    def _layers(self) -> int:
+        """How many the model computes."""
+
     @abstractmethod
     def _layer(self, bank: Bank) -> Any:
         """The layer's weights, or None where it is made of anything else than the kernel computes."""
 
     @abstractmethod
-    def _computed(self, library: Library, layer: Any, bank: Bank, x: Tensor, settings: dict[str, Any]) -> Tensor | None:
-        """The layer on x, where this pass is one for it."""
+    def _computed(
+        self, library: Library, layers: Layers, along: Sequence[Any], bank: Bank, x: Tensor, settings: dict[str, Any]
+    ) -> Tensor | None:
+        """The layers on x, where this pass is one for them."""
 
 
 class Encoder(OneCall):
     """Every token of the pass; and while an adapter trains, one operation."""
 
-    def __init__(self, module: Any, route: Route) -> None:
-        super().__init__(module, route)
+    def __init__(self, module: Any, route: Route, order: list[OneCall]) -> None:
+        super().__init__(module, route, order)
         self._trained = TrainedEncoder(module, route)
 
     def __call__(self, x: Tensor, settings: dict[str, Any]) -> Tensor | None:
         return self._trained(x) if torch.is_grad_enabled() else super().__call__(x, settings)
 
+    @property
+    def _layers(self) -> int:
+        return int(self._module.attention.self.config.num_hidden_layers)
+
     def _computed(
-        self, library: Library, layer: EncoderLayer, bank: Bank, x: Tensor, settings: dict[str, Any]
+        self,
+        library: Library,
+        layers: Layers,
+        along: Sequence[Encoder],
+        bank: Bank,
+        x: Tensor,
+        settings: dict[str, Any],
     ) -> Tensor | None:
         if self._route.lengths is None or self._route.read is not None:
             return None
-        attention = self._module.attention.self
-        told = rows_and_prefixes(attention.turret_hook, attention.scaling, None, x.dtype)
-        return library.encoder_layer(layer, x, bank.spans("encoder"), *told)
+        attentions = [each._module.attention.self for each in along]
+        told = [rows_and_prefixes(each.turret_hook, each.scaling, None, x.dtype) for each in attentions]
+        return library.encoder_layers(layers, x, bank.spans("encoder"), told)
 
     def _layer(self, bank: Bank) -> EncoderLayer | None:
         module, attention = self._module, self._module.attention.self
@@ -104,8 +155,8 @@ class Encoder(OneCall):
 class Decoder(OneCall):
     """The next token of every row, where no row begins; and while an adapter trains, one operation."""
 
-    def __init__(self, module: Any, route: Route) -> None:
-        super().__init__(module, route)
+    def __init__(self, module: Any, route: Route, order: list[OneCall]) -> None:
+        super().__init__(module, route, order)
         self._trained = TrainedDecoder(module, route)
 
     def __call__(self, x: Tensor, settings: dict[str, Any]) -> Tensor | None:
@@ -113,21 +164,32 @@ class Decoder(OneCall):
             return self._trained(x, settings.get("position_embeddings"))
         return super().__call__(x, settings)
 
+    @property
+    def _layers(self) -> int:
+        return int(self._module.self_attn.config.num_hidden_layers)
+
     def _computed(
-        self, library: Library, layer: DecoderLayer, bank: Bank, x: Tensor, settings: dict[str, Any]
+        self,
+        library: Library,
+        layers: Layers,
+        along: Sequence[Decoder],
+        bank: Bank,
+        x: Tensor,
+        settings: dict[str, Any],
     ) -> Tensor | None:
         cache, turn = self._route.cache, settings.get("position_embeddings")
         if cache is None or turn is None or cache.fresh("decoder"):
             return None
         cos, sin = (each.contiguous() for each in turn)
-        if any(each.shape != (1, x.shape[1], layer.dim) for each in (cos, sin)) or usable(x, cos, sin) is None:
+        if any(each.shape != (1, x.shape[1], layers.dim) for each in (cos, sin)) or usable(x, cos, sin) is None:
             return None
         parts = []
-        for held in cache.step("decoder", self._module.self_attn.turret_hook.site.layer, None, None):
-            if held.kept is None:
+        for each in along:
+            held = cache.step("decoder", each._module.self_attn.turret_hook.site.layer, None, None)
+            if any(part.kept is None for part in held):
                 return None
-            parts.append((held.kept, held.keys, held.values))
-        return library.decoder_layer(layer, x, cos, sin, bank.spans("decoder"), parts)
+            parts.append([(part.kept, part.keys, part.values) for part in held if part.kept is not None])
+        return library.decoder_layers(layers, x, cos, sin, bank.spans("decoder"), parts)
 
     def _layer(self, bank: Bank) -> DecoderLayer | None:
         module, attention, mlp = self._module, self._module.self_attn, self._module.mlp
@@ -174,10 +236,13 @@ def _alike(matrices: Sequence[Matrix], others: Sequence[Tensor]) -> bool:
     return all(each.dtype == own[0].dtype and each.is_contiguous() for each in (*own, *others))
 
 
-def hook(module: nn.Module, route: Route) -> Callable[[], object]:
-    """Let one layer compute in one call where it can, if it is one of those; returns what undoes it."""
-    kind = LAYERS.get(type(module).__name__)
-    if kind is None or "forward" in vars(module):
-        return lambda: None
-    module.forward = kind(module, route).forward
-    return lambda: vars(module).__delitem__("forward")
+def hook(model: nn.Module, route: Route) -> list[Callable[[], object]]:
+    """Let the layers of a model compute in one call where they can; returns what undoes it."""
+    order: list[OneCall] = []
+    undo: list[Callable[[], object]] = []
+    for module in model.modules():
+        kind = LAYERS.get(type(module).__name__)
+        if kind is not None and "forward" not in vars(module):
+            module.forward = kind(module, route, order).forward
+            undo.append(functools.partial(vars(module).__delitem__, "forward"))
+    return undo

@@ -4,7 +4,7 @@
 """
 
 from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rounded, Rows, Seeds, Spans
-from turret.kernels.layers import DecoderLayer, EncoderLayer, LayerNorm, Matrix
+from turret.kernels.layers import DecoderLayer, EncoderLayer, LayerNorm, Layers, Matrix
 from turret.kernels.library import LARGEST, Library, int8, library, rest, usable, wake, why, without
 from turret.kernels.products import LONGEST_INT8
 
@@ -17,6 +17,7 @@ __all__ = [
     "EncoderLayer",
     "Kept",
     "LayerNorm",
+    "Layers",
     "Library",
     "Matrix",
     "Prefixes",

@@ -26,10 +26,10 @@ DECLARED = {  # arguments as plain numbers, where a kernel is called once a laye
     "lora_backward": (*_LORA, *(_POINTER,) * 7, ctypes.c_int),
     "round_int8": (*(_POINTER,) * 3, _LONG, _LONG, ctypes.c_int, ctypes.c_int),
     "linear_int8": (*(_POINTER,) * 5, _LONG, _LONG, _LONG, ctypes.c_int, _POINTER, ctypes.c_int),
-    "encoder_layer": (_POINTER, _POINTER, _LONG, *(_POINTER,) * 4, ctypes.c_int),
-    "decoder_layer": (_POINTER, _LONG, *(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, ctypes.c_int),
+    "encoder_layers": (_POINTER, _POINTER, _LONG, _LONG, *(_POINTER,) * 4, ctypes.c_int),
+    "decoder_layers": (_POINTER, _LONG, _LONG, *(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, ctypes.c_int),
 }
-RETURNED = dict.fromkeys(("linear_int8", "encoder_layer", "decoder_layer"), _LONG)
+RETURNED = dict.fromkeys(("linear_int8", "encoder_layers", "decoder_layers"), _LONG)
 
 
 class Calls:

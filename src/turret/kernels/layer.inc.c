@@ -1,7 +1,7 @@
-/* A whole layer in one call, where tokens are few and what lies between two products takes longer than they do. Included by
-   kernels.c once a dtype, behind step.inc.c. It calls the functions that the modules of the layer call one by one, in their order
-   and with their roundings, so it gives the same numbers. `room` is memory for what comes between; where it is 0, nothing is
-   computed and the bytes that it takes are returned. */
+/* Whole layers in one call, where tokens are few and what lies between two products takes longer than they do. Included by
+   kernels.c once a dtype, behind step.inc.c. A layer calls the functions that its modules call one by one, in their order and with
+   their roundings, so it gives the same numbers. `room` is memory for what comes between; where it is 0, nothing is computed and
+   the bytes that it takes are returned. y may be x. */
 
 /* y = x + a */
 static void NAME(sum)(long n, const T *x, const T *a, T *to, int threads)
@@ -23,8 +23,10 @@ static void NAME(times)(const struct matrix *m, const struct matrix *next, const
    the rows lie in `count` parts of a cache, one behind the other.
 
      h = x + W_o attention(rotate(W_q n), rotate(W_k n), W_v n),    n = rms_norm(x)
-     y = h + W_down (silu(W_gate m) * W_up m),                      m = rms_norm(h) */
-long NAME(decoder_layer)(const struct decoder_layer *l, long tokens, const T *x, const T *cosine, const T *sine, const struct spans *spans,
+     y = h + W_down (silu(W_gate m) * W_up m),                      m = rms_norm(h)
+
+   `behind`: the layer that follows, or none */
+static long NAME(decoder_layer)(const struct decoder_layer *l, const struct decoder_layer *behind, long tokens, const T *x, const T *cosine, const T *sine, const struct spans *spans,
                          long count, const struct part *parts, T *y, void *room, int threads)
 {
     long width = l->q.d_in, inner = l->up.d_out, dim = l->dim, heads = l->q.d_out / dim, kv_heads = l->k.d_out / dim;
@@ -57,9 +59,22 @@ long NAME(decoder_layer)(const struct decoder_layer *l, long tokens, const T *x,
     NAME(times)(&l->gate, &l->up, normed, gate, tokens, spans, threads);
     NAME(times)(&l->up, &l->down, normed, up, tokens, spans, threads);
     NAME(swiglu)(tokens * inner, gate, up, both, threads);
-    NAME(times)(&l->down, 0, both, added, tokens, spans, threads);
+    NAME(times)(&l->down, behind ? &behind->q : 0, both, added, tokens, spans, threads);
     NAME(sum)(tokens * width, h, added, y, threads);
     return 0;
+}
+
+/* `layers` of them; parts: `count` a layer */
+long NAME(decoder_layers)(const struct decoder_layer *const *l, long layers, long tokens, const T *x, const T *cosine, const T *sine,
+                          const struct spans *spans, long count, const struct part *parts, T *y, void *room, int threads)
+{
+    long most = 0;
+    for (long i = 0; i < layers; i++, x = y) {
+        const struct decoder_layer *behind = i + 1 < layers ? l[i + 1] : 0;
+        long bytes = NAME(decoder_layer)(l[i], behind, tokens, x, cosine, sine, spans, count, parts + i * count, y, room, threads);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
 }
 
 /* y = LayerNorm(a + x) */
@@ -71,7 +86,7 @@ static void NAME(normed_sum)(const struct layer_norm *norm, long tokens, long wi
 /* All tokens of a pass through an encoder's layer (BERT, RoBERTa), without dropout. x, y: (N, D)
 
      h = norm(W_o attention(W_q x, W_k x, W_v x) + x),    y = norm(W_down gelu(W_up h) + h) */
-long NAME(encoder_layer)(const struct encoder_layer *l, const struct rows *rows, long tokens, const T *x, const struct spans *spans, T *y,
+static long NAME(encoder_layer)(const struct encoder_layer *l, const struct encoder_layer *behind, const struct rows *rows, long tokens, const T *x, const struct spans *spans, T *y,
                          void *room, int threads)
 {
     long width = l->q.d_in, inner = l->up.d_out, all = l->q.d_out;
@@ -90,7 +105,19 @@ long NAME(encoder_layer)(const struct encoder_layer *l, const struct rows *rows,
     NAME(normed_sum)(&l->norm, tokens, width, added, x, sum, h, stats, threads);
     NAME(times)(&l->up, &l->down, h, up, tokens, spans, threads);
     NAME(gelu)(tokens * inner, up, active, threads);
-    NAME(times)(&l->down, 0, active, added, tokens, spans, threads);
+    NAME(times)(&l->down, behind ? &behind->q : 0, active, added, tokens, spans, threads);
     NAME(normed_sum)(&l->norm_behind, tokens, width, added, h, sum, y, stats, threads);
     return 0;
+}
+
+/* `layers` of them, each with what its rows see */
+long NAME(encoder_layers)(const struct encoder_layer *const *l, const struct rows *const *rows, long layers, long tokens, const T *x,
+                          const struct spans *spans, T *y, void *room, int threads)
+{
+    long most = 0;
+    for (long i = 0; i < layers; i++, x = y) {
+        long bytes = NAME(encoder_layer)(l[i], i + 1 < layers ? l[i + 1] : 0, rows[i], tokens, x, spans, y, room, threads);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
 }

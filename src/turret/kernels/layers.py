@@ -1,6 +1,6 @@
-"""The frozen weights of a whole layer, as the kernels that compute one in one call read them.
+"""The frozen weights of whole layers, as the kernels that compute them in one call read them.
 
-Made once a layer and kept as long as it; tensors are kept alive and checked here, so that a call checks its input only.
+Made once and kept as long as the layers; tensors are kept alive and checked here, so that a call checks its input only.
 Refuses to know modules and adapters.
 """
 
@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -51,7 +52,6 @@ class Layer:
         query, key = (each.weight.shape for each in matrices[:2])
         self.dtype, self.width, self.dim = matrices[0].weight.dtype, query[1], dim
         self.heads, self.kv_heads = query[0] // dim, key[0] // dim
-        self.room: dict[int, int] = {}  # bytes for what lies between the products, by tokens
         assert query[0] % dim == key[0] % dim == 0
         assert all(each.dtype == self.dtype and each.is_contiguous() and each.is_cpu for each in self._kept)
         assert all(m.bias is None or m.bias.shape == m.weight.shape[:1] for m in matrices)
@@ -59,6 +59,11 @@ class Layer:
     @property
     def address(self) -> int:
         return ctypes.addressof(self.words)
+
+    @property
+    def alike(self) -> tuple[type[Layer], torch.dtype, int, int, int, int]:
+        """What layers that one call computes have in common."""
+        return type(self), self.dtype, self.width, self.heads, self.kv_heads, self.dim
 
 
 class EncoderLayer(Layer):
@@ -101,6 +106,24 @@ class DecoderLayer(Layer):
         self.words = _DecoderLayerWords(
             *(each.words for each in matrices), *map(_address, norms), dim, window, *eps, scaling
         )
+
+
+class Layers:
+    """Alike layers, of which each takes what the one before it gives."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._kept, alike = tuple(layers), layers[0].alike
+        self.kind, self.dtype, self.width, self.heads, self.kv_heads, self.dim = alike
+        assert all(each.alike == alike for each in layers)
+        self.room: dict[int, int] = {}  # bytes for what lies between the products, by tokens
+        self._addresses = (ctypes.c_void_p * len(layers))(*(each.address for each in layers))
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._addresses)
 
 
 def _address(x: Tensor | None) -> int | None:

@@ -19,7 +19,7 @@ from turret.kernels.arguments import KEPT, Kept, PartWords, Prefixes, Rows, Span
 from turret.kernels.attention import Attention
 from turret.kernels.build import NotBuilt, library_path
 from turret.kernels.calls import NAMES, at, threads
-from turret.kernels.layers import DecoderLayer, EncoderLayer, Layer
+from turret.kernels.layers import DecoderLayer, EncoderLayer, Layer, Layers
 from turret.kernels.operations import Operations
 from turret.kernels.products import Products
 
@@ -27,72 +27,84 @@ LARGEST = 1 << 32  # elements a mask can number
 
 
 class Library(Operations, Attention, Products):
-    """All of them: what a layer is made of, and whole layers in one call."""
+    """All of them: what a layer is made of, and rows of whole layers in one call."""
 
-    def encoder_layer(
-        self, layer: EncoderLayer, x: Tensor, spans: Spans | None, rows: Rows, prefixes: Prefixes
+    def encoder_layers(
+        self, layers: Layers, x: Tensor, spans: Spans | None, told: Sequence[tuple[Rows, Prefixes]]
     ) -> Tensor:
-        """The whole layer on at most `few` tokens, dropout off: the same numbers as its parts give. x: (..., D)."""
-        tokens = self._layers_tokens(layer, x, spans)
-        assert rows.all_asked
-        like = torch.empty(tokens, layer.heads, layer.dim, dtype=x.dtype, device="meta")  # of queries, keys and values
-        words, _kept = words_of(rows, like, like, like, prefixes, KEPT)
+        """Whole layers on at most `few` tokens, dropout off: the same numbers as their parts give. x: (..., D).
+
+        told: of every layer, where rows lie and what they see.
+        """
+        tokens = self._tokens(layers, EncoderLayer, x, spans)
+        assert len(told) == len(layers)
+        assert all(rows.all_asked for rows, _ in told)
+        like = torch.empty(
+            tokens, layers.heads, layers.dim, dtype=x.dtype, device="meta"
+        )  # of queries, keys and values
+        words = [words_of(rows, like, like, like, prefixes, KEPT) for rows, prefixes in told]
+        every = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(each) for each, _ in words))
         y = torch.empty_like(x)
-        told = (layer.address, ctypes.addressof(words), tokens, x.data_ptr(), at(spans), y.data_ptr())
-        self._in_room("encoder_layer", layer, tokens, told)
+        numbers = layers.address, ctypes.addressof(every), len(layers), tokens, x.data_ptr(), at(spans), y.data_ptr()
+        self._in_room("encoder_layers", layers, tokens, numbers)
         return y
 
-    def decoder_layer(
+    def decoder_layers(
         self,
-        layer: DecoderLayer,
+        layers: Layers,
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
         spans: Spans | None,
-        parts: Sequence[tuple[Kept, Tensor, Tensor]],
+        parts: Sequence[Sequence[tuple[Kept, Tensor, Tensor]]],
     ) -> Tensor:
-        """The whole layer on the next token of every row, at most `few` of them: the same numbers as its parts give.
+        """Whole layers on the next token of every layers, at most `few` of them: the same numbers as their parts give.
 
         x: (..., D) of N tokens, cos, sin: (..., head size). parts: what the cache holds of the rows, in their order,
-        keys and values (B, H_kv, S, head size); the new ones are kept there.
+        for every layer, keys and values (B, H_kv, S, head size); the new ones are kept there.
         """
-        tokens = self._layers_tokens(layer, x, spans)
+        tokens = self._tokens(layers, DecoderLayer, x, spans)
         for each in (cos, sin):
             assert each.is_contiguous()
             assert each.dtype == x.dtype
-            assert each.numel() == tokens * layer.dim
-        assert sum(kept.shape[0] for kept, _, _ in parts) == tokens
-        for kept, keys, values in parts:
-            kept.require(keys, values)
-            assert keys.dtype == values.dtype == x.dtype
-            assert kept.shape[1:] == (layer.kv_heads, layer.dim)
-        words = (PartWords * len(parts))(
-            *(PartWords(kept.address, keys.data_ptr(), values.data_ptr()) for kept, keys, values in parts)
+            assert each.numel() == tokens * layers.dim
+        assert len(parts) == len(layers)
+        count = len(parts[0])
+        for layer in parts:
+            assert len(layer) == count
+            assert sum(kept.shape[0] for kept, _, _ in layer) == tokens
+            for kept, keys, values in layer:
+                kept.require(keys, values)
+                assert keys.dtype == values.dtype == x.dtype
+                assert kept.shape[1:] == (layers.kv_heads, layers.dim)
+        words = (PartWords * (len(layers) * count))(
+            *(PartWords(kept.address, k.data_ptr(), v.data_ptr()) for layer in parts for kept, k, v in layer)
         )
         y = torch.empty_like(x)
         told = (
-            layer.address, tokens, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), at(spans), len(parts),
+            layers.address, len(layers), tokens, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), at(spans), count,
             ctypes.addressof(words), y.data_ptr(),
         )  # fmt: skip
-        self._in_room("decoder_layer", layer, tokens, told)
+        self._in_room("decoder_layers", layers, tokens, told)
         return y
 
-    def _layers_tokens(self, layer: Layer, x: Tensor, spans: Spans | None) -> int:
-        tokens = x.numel() // layer.width
+    def _tokens(self, layers: Layers, kind: type[Layer], x: Tensor, spans: Spans | None) -> int:
+        assert layers.kind is kind
+        tokens = x.numel() // layers.width
         assert x.is_contiguous()
-        assert x.shape[-1] == layer.width
-        assert x.dtype == layer.dtype
+        assert x.shape[-1] == layers.width
+        assert x.dtype == layers.dtype
         assert 0 < tokens <= self._few[x.dtype]
         assert spans is None or spans.tokens == tokens
         return tokens
 
-    def _in_room(self, name: str, layer: Layer, tokens: int, told: tuple[Any, ...]) -> None:
+    def _in_room(self, name: str, layers: Layers, tokens: int, told: tuple[Any, ...]) -> None:
         """The call, with the memory that it says it needs for so many tokens."""
         helpers = torch.get_num_threads()
-        if tokens not in layer.room:
-            layer.room[tokens] = self._call(name, layer.dtype, *told, None, helpers)
-        room = torch.empty(layer.room[tokens], dtype=torch.uint8)
-        self._call(name, layer.dtype, *told, room.data_ptr(), helpers)
+        if tokens not in layers.room:
+            layers.room[tokens] = self._call(name, layers.dtype, *told, None, helpers)
+        room = torch.empty(layers.room[tokens], dtype=torch.uint8)
+        self._call(name, layers.dtype, *told, room.data_ptr(), helpers)
 
     def rest(self) -> None:
         self._loaded.rest()
