@@ -10,7 +10,7 @@ import os
 
 KEPT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "USERPROFILE", "VIRTUAL_ENV")
 KEPT_BEGINNINGS = ("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "CUDA_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME")
-SPIN = "3000"  # rounds that a thread waits awake, some tenths of a millisecond
+SPIN = "10000"  # rounds that a thread waits awake, less than a millisecond
 SELDOM = 100  # collections of the middle generation for one of all; Python's own is 10
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 

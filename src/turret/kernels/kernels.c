@@ -102,6 +102,7 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other)
 #define END }
 
 extern int omp_get_thread_num(void), omp_get_num_threads(void);
+void wake(int threads);
 
 #include "products.inc.c"
 

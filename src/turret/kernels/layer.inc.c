@@ -69,6 +69,7 @@ long NAME(decoder_layers)(const struct decoder_layer *const *l, long layers, lon
                           const struct spans *spans, long count, const struct part *parts, T *y, void *room, int threads)
 {
     long most = 0;
+    if (room) wake(threads); /* a helper that slept may lie where this thread runs, and would stay there for all of them */
     for (long i = 0; i < layers; i++, x = y) {
         const struct decoder_layer *behind = i + 1 < layers ? l[i + 1] : 0;
         long bytes = NAME(decoder_layer)(l[i], behind, tokens, x, cosine, sine, spans, count, parts + i * count, y, room, threads);
@@ -115,6 +116,7 @@ long NAME(encoder_layers)(const struct encoder_layer *const *l, const struct row
                           const struct spans *spans, T *y, void *room, int threads)
 {
     long most = 0;
+    if (room) wake(threads); /* a helper that slept may lie where this thread runs, and would stay there for all of them */
     for (long i = 0; i < layers; i++, x = y) {
         long bytes = NAME(encoder_layer)(l[i], i + 1 < layers ? l[i + 1] : 0, rows[i], tokens, x, spans, y, room, threads);
         most = bytes > most ? bytes : most;
