@@ -98,18 +98,18 @@ class Bank:
                 "export it merged and serve it as a base of its own, where PEFT merges it"
             )
         head = self._heads.checked(adapter, task.kind)
-        behind = shapes_of(head).count
+        ends = shapes_of(head)
         layout: Layout | None = None
         views: dict[str, Tensor] = {}
         if isinstance(method, LoRA):
-            run, layout = self._factors(adapter, method, behind)
+            run, layout = self._factors(adapter, method, ends.count)
         elif isinstance(method, Prefix):
-            run, views = self._prefix(adapter, behind)
+            run, views = self._prefix(adapter, ends.count)
         elif adapter.tensors:
             raise AdapterError(f"a head holds no other tensors, given {', '.join(sorted(adapter.tensors)[:3])}")
         else:
-            run = self._empty(behind)
-        loaded = Loaded(digest, task, run, layout, views, shapes_of(head))
+            run = self._empty(ends.count)
+        loaded = Loaded(digest, task, run, layout, views, ends)
         _fill(loaded.head, head)
         if not all(all_finite(part) for part in torch.split(run, PIECE)):
             raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")

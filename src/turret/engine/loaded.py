@@ -7,7 +7,7 @@ each one's own. Knows tensors. Refuses to know slots, and who made the numbers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -112,7 +112,7 @@ _shapes = functools.lru_cache(256)(Shapes)
 
 
 @functools.lru_cache(256)
-def layout_of(rank: int, layers: Sequence[tuple[int, int, int]], total: int, dtype: torch.dtype) -> Layout:
+def layout_of(rank: int, layers: tuple[tuple[int, int, int], ...], total: int, dtype: torch.dtype) -> Layout:
     """layers: (number, D_in, D_out) of those adapted, one behind the other, of `total` that the base has."""
     offsets = torch.full((total, 2), -1)
     ends = accumulate(rank * (d_in + d_out) for _, d_in, d_out in layers)

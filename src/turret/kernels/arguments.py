@@ -176,8 +176,8 @@ def words_of(
     rows: Rows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, dropped: Dropped
 ) -> tuple[_Words, list[Tensor]]:
     """The struct, and what must live as long as it does; kept with the rows where neither is one layer's own."""
-    alike = (*(each.shape for each in (q, k)), *(each.stride() for each in (q, k, v)))
     own = bool(prefixes.pairs) or dropped is not KEPT
+    alike = () if own else (*(each.shape for each in (q, k)), *(each.stride() for each in (q, k, v)))
     if not own and alike in rows.told:
         return rows.told[alike]
     for each in (q, k, v):

@@ -26,8 +26,9 @@ static void NAME(times)(const struct matrix *m, const struct matrix *next, const
      y = h + W_down (silu(W_gate m) * W_up m),                      m = rms_norm(h)
 
    `behind`: the layer that follows, or none */
-static long NAME(decoder_layer)(const struct decoder_layer *l, const struct decoder_layer *behind, long tokens, const T *x, const T *cosine, const T *sine, const struct spans *spans,
-                         long count, const struct part *parts, T *y, void *room, int threads)
+static long NAME(decoder_layer)(const struct decoder_layer *l, const struct decoder_layer *behind, long tokens, const T *x,
+                                const T *cosine, const T *sine, const struct spans *spans, long count,
+                                const struct part *parts, T *y, void *room, int threads)
 {
     long width = l->q.d_in, inner = l->up.d_out, dim = l->dim, heads = l->q.d_out / dim, kv_heads = l->k.d_out / dim;
     char *start = room ? room : (void *)64, *next = start; /* counted from anywhere but 0 */

@@ -10,7 +10,6 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -52,6 +51,8 @@ class Layer:
         query, key = (each.weight.shape for each in matrices[:2])
         self.dtype, self.width, self.dim = matrices[0].weight.dtype, query[1], dim
         self.heads, self.kv_heads = query[0] // dim, key[0] // dim
+        # what layers that one call computes have in common: it is asked of every layer in every pass
+        self.alike = type(self), self.dtype, self.width, self.heads, self.kv_heads, self.dim
         assert query[0] % dim == key[0] % dim == 0
         assert all(each.dtype == self.dtype and each.is_contiguous() and each.is_cpu for each in self._kept)
         assert all(m.bias is None or m.bias.shape == m.weight.shape[:1] for m in matrices)
@@ -59,11 +60,6 @@ class Layer:
     @property
     def address(self) -> int:
         return ctypes.addressof(self.words)
-
-    @property
-    def alike(self) -> tuple[type[Layer], torch.dtype, int, int, int, int]:
-        """What layers that one call computes have in common."""
-        return type(self), self.dtype, self.width, self.heads, self.kv_heads, self.dim
 
 
 class EncoderLayer(Layer):
