@@ -2,9 +2,10 @@
 
 An encoder (all-MiniLM-L6, 32 texts of 64-256 tokens) and a decoder (SmolLM2-135M, 16 prompts of 60 tokens, greedy):
 float32 and bfloat16, LoRA r=8 on all linear layers. One process does everything in turns, round after round, on the
-same token ids. A speed is the time of the engine's bare base over a side's of the same round; the median over the
-rounds, of which those with a rival are a third as many. Texts are drawn token by token: speed does not read them. The
-encoder's bare base is a head alone, for it answers nothing without one.
+same token ids; its threads wait as those of `turret serve` do, unless GOMP_SPINCOUNT says otherwise. A speed is the
+time of the engine's bare base over a side's of the same round; the median over the rounds, of which those with a rival
+are a third as many. Texts are drawn token by token: speed does not read them. The encoder's bare base is a head alone,
+for it answers nothing without one.
 
     python benchmarks/serve_speed.py            a quarter of an hour (make bench-serve)
     python benchmarks/serve_speed.py --kinds encoder --dtypes float32
@@ -30,7 +31,7 @@ from serve_sides import BASES, LABELS, Shelf, adapters, answered, by_peft, by_tr
 NAME = "serve_speed"
 CLAIM = "a mixture of adapters costs little more than the bare base, and far less than PEFT's adapter_names"
 BUCKET = 4
-REPEATS = 5  # of every load
+REPEATS = 9  # of every load
 AT_ONCE = "turret load and answer"
 STOCK = "peft padded float32"  # beside a bfloat16 engine
 Side = Callable[[], None]
@@ -39,6 +40,9 @@ Side = Callable[[], None]
 def main() -> None:
     options = _options()
     if not options.report:
+        from turret.process import wait_briefly
+
+        wait_briefly()  # as `turret serve` does, before torch is loaded
         import torch
 
         torch.set_num_threads(options.threads)
@@ -101,12 +105,12 @@ def measure(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any
         with tempfile.TemporaryDirectory() as folder:
             most = 100 if kind == "encoder" else count
             loading = loads(engine, shelf, (model, load, most), task, Path(folder), options.loaded)
-        more = 1000 if kind == "encoder" and not options.quick else 50  # a thousand of the decoder's are 5 or 10 GB
-        memory = {
-            **thousand(engine, shelf, more),
-            "base_bytes": source.bytes,
-            "float32_base_bytes": sum(4 * each.numel() for each in source.model.parameters()),
-        }
+            more = 1000 if kind == "encoder" and not options.quick else 50  # a thousand of the decoder's are 5 or 10 GB
+            memory = {
+                **thousand(engine, shelf, Path(folder) / "ours", more),
+                "base_bytes": source.bytes,
+                "float32_base_bytes": sum(4 * each.numel() for each in source.model.parameters()),
+            }
     beside = {"seconds_with_transformers": bare_times, "seconds_with_peft": peft_times}
     return {"seconds": times, **beside, "off": off, "loading": loading, "memory": memory}
 
@@ -213,14 +217,14 @@ def _seconds(work: Side) -> float:
     return time.perf_counter() - began
 
 
-def thousand(engine: Any, shelf: Shelf, count: int) -> dict[str, Any]:
-    """Resident bytes that so many more adapters take, each a copy of its own."""
+def thousand(engine: Any, shelf: Shelf, bundle: Path, count: int) -> dict[str, Any]:
+    """Resident bytes that so many more adapters take, each loaded from its file."""
     import psutil
 
     process = psutil.Process()
     before = process.memory_info().rss
     for number in range(count):
-        shelf.adapters[f"m{number}"] = shelf.adapters["a0"]
+        shelf.adapters[f"m{number}"] = bundle
         engine.warm(f"m{number}")
     return {"adapters": count, "bytes": process.memory_info().rss - before}
 

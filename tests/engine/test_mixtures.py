@@ -251,6 +251,37 @@ def test_a_pooler_is_adapted_where_the_head_reads_it() -> None:
 
 
 @torch.no_grad()
+def test_heads_with_a_pooler_of_their_own_and_without_and_of_other_classes_answer_in_one_pass(way: str) -> None:
+    adapters = [made("bert", "classify", METHODS["wide"], seed, labels=2 + seed) for seed in (1, 2, 3)]
+    pooler = {
+        f"bert.pooler.dense.{name}": torch.randn(shape) for name, shape in (("weight", (64, 64)), ("bias", (64,)))
+    }
+    without = {name: each for name, each in adapters[1].tensors.items() if "pooler" not in name}
+    adapters[1] = replace(adapters[1], tensors=without, head=adapters[1].head | pooler)
+    runner = runner_of("bert", "classify", [*adapters, made("bert", "classify", METHODS["head"], 4)])
+    inputs = [row.tolist() for row in rows()]
+    slots = [2, 1, 4, 2, 3]
+    mixed = runner.run([Fresh(row, slot) for row, slot in zip(inputs, slots, strict=False)]).classes
+    for row, slot, logits in zip(inputs, slots, mixed, strict=False):
+        assert len(logits) == (3 if slot == 4 else 2 + slot)
+        torch.testing.assert_close(logits, runner.run([Fresh(row, slot)]).classes[0], atol=1e-5, rtol=1e-5)
+    shared = replace(adapters[1], head={name: each for name, each in adapters[1].head.items() if "pooler" not in name})
+    runner.bank.mount(5, runner.bank.prepare(shared, "sha256:y", CLASSIFIES))
+    assert (runner.run([Fresh(inputs[0], 5)]).classes[0] - mixed[0]).abs().max() > 1e-3
+
+
+def test_adapters_of_one_shape_share_where_their_tensors_lie_whatever_the_order_of_a_file() -> None:
+    one, other = (made("bert", "classify", METHODS["wide"], seed) for seed in (1, 2))
+    turned = replace(other, **{part: dict(reversed(getattr(other, part).items())) for part in ("tensors", "head")})
+    bank = runner_of("bert", "classify", []).bank
+    first, second, third = (bank.prepare(each, "sha256:x", CLASSIFIES) for each in (one, other, turned))
+    assert first.layout is second.layout is third.layout
+    assert first.ends is third.ends
+    assert torch.equal(second.run, third.run)
+    assert not torch.equal(first.run, third.run)
+
+
+@torch.no_grad()
 def test_a_pass_of_both_kinds_of_rows_is_the_same_by_kernel_and_by_torch() -> None:
     """Rows that begin and rows that go on, adapters of other ranks and targets, bare rows and a prefix between them."""
     adapters = [*loras("llama", "generate", 4), made("llama", "generate", METHODS["prefix"], 9)]

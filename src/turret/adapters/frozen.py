@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from turret.kernels import Spans, usable
 
 
-def linear(layer: nn.Module, x: Tensor, spans: Spans | None = None, number: int = 0) -> Tensor:
+def linear(layer: nn.Module, x: Tensor, spans: Spans | None = None, number: int = 0, *, helped: bool = True) -> Tensor:
     """layer(x), by the kernel where no gradient is wanted and the tokens are few. x: (..., D_in) -> (..., D_out).
 
     spans: the adapters of a pass, of which the layer takes the factors of its `number`; only where there are kernels.
+    helped: whether the threads beside may be awake; where not, a small product is not worth waking them.
     """
     if plain(layer) and not torch.is_grad_enabled():
         assert isinstance(layer, nn.Linear)
@@ -24,7 +25,7 @@ def linear(layer: nn.Module, x: Tensor, spans: Spans | None = None, number: int 
         library = usable(x, weight) if bias is None else usable(x, weight, bias)
         few = library is not None and 0 < x.numel() <= library.few(x.dtype) * x.shape[-1]
         if library is not None and few and weight.is_contiguous() and x.is_contiguous():
-            return library.linear(x, weight, bias, spans, number)
+            return library.linear(x, weight, bias, spans, number, helped=helped)
     y: Tensor = layer(x)
     if spans is not None:
         library = usable(x, y)

@@ -12,10 +12,9 @@ take one token each are multiplied by the `Stack`: both are torch's own products
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ class Bank:
         self._spans: dict[str, Spans] = {}
         self._held: list[Loaded] = []  # whatever is put out meanwhile
         self._fresh = self._steps = 0
-        self._alone: dict[int, Pair] | None = None
+        self._sharing: list[tuple[int, int]] = []  # slots whose heads are computed, and how many rows each has
         self._last: tuple[Tensor, Tensor] | None = None
         self.stack = Stack(self.sizes, self._siblings, torch.zeros((), dtype=self.dtype, device=self.device))
 
@@ -132,6 +131,7 @@ class Bank:
             raise AdapterError(f"LoRA of {other}: the engine adapts linear layers inside the base; drop this target")
         if both := next((path for path in checked if f"{path}.weight" in adapter.head), None):
             raise AdapterError(f"{both} is both trained whole and adapted by LoRA: train one of them")
+        checked = dict(sorted(checked.items(), key=lambda each: self._paths[each[0]]))  # a file's have any order
         parts = [part for A, B in checked.values() for part in (A, B)]
         count = sum(part.numel() for part in parts)
         run = self._empty(count + behind)
@@ -236,20 +236,33 @@ class Bank:
 
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         number = self._number[id(layer)]
-        if self._alone is None and x.dim() != 2 and self.library is not None:
+        if self._sharing:
+            return self._shared(layer.base_layer, number, x)
+        if x.dim() == 2:  # a pooler inside the body took unpadded tokens for one row; nobody reads what it gives
+            return x.new_zeros(len(x), self.sizes[number][1])
+        if self.library is not None:
             return linear(layer.base_layer, x, self._spans.get(layer.stream), number)
         y = linear(layer.base_layer, x)
-        if self._alone is not None:
-            pair = self._alone.get(number)
-            return y if pair is None else y + (x @ pair[0]) @ pair[1]
-        if x.dim() == 2:
-            return y  # a pooler inside the body took unpadded tokens for one row; its output is never used
         rows = self._rows(x)
         out, siblings = y[0], self._siblings[number]
         for chunk in self._chunks.get(layer.stream, ()):
             chunk.add(number, siblings, out, rows)
         if self._steps and layer.stream == "decoder":
             self.stack.add(number, out, rows, self._fresh)
+        return y
+
+    def _shared(self, layer: Any, number: int, x: Tensor) -> Tensor:
+        """A layer that heads share with the body, such as a pooler, on rows (B, D_in) of some adapters."""
+        ends = accumulate(count for _, count in self._sharing)
+        spans = [(end - count, end, slot) for (slot, count), end in zip(self._sharing, ends, strict=True)]
+        if usable(x, layer.weight) is not None:
+            own = [(start, end, self._slots[slot]) for start, end, slot in spans]
+            own = [each for each in own if each[2].layout is not None]
+            return linear(layer, x, laid_out(own, len(x)), number, helped=False)
+        y = linear(layer, x)
+        for start, end, slot in spans:
+            if (pair := self._pairs(slot).get(number)) is not None:
+                y[start:end] += (x[start:end] @ pair[0]) @ pair[1]
         return y
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -264,20 +277,18 @@ class Bank:
         self.library, self._spans, self._held = None, {}, []
         self.stack.forget()
 
-    def logits(self, slot: int, pooled: Tensor) -> Tensor:
-        """A classifier's head on the pooled vectors of its rows: (B, D) -> (B, C)."""
-        loaded = self._slots[slot]
-        with self._only(slot):
-            return self._heads.logits(loaded.head, pooled)
+    def logits(self, slots: Sequence[int], pooled: Tensor) -> list[Tensor]:
+        """Classifiers' heads on the pooled vectors (B, D) of rows sorted by slot: (C,) each."""
+        rows = [(slot, len(list(own))) for slot, own in groupby(slots)]
 
-    @contextmanager
-    def _only(self, slot: int) -> Iterator[None]:
-        """All rows take one adapter: for layers that a head shares with the body, such as a pooler."""
-        self._alone = self._pairs(slot)
-        try:
-            yield
-        finally:
-            self._alone = None
+        def shared(module: Callable[[Tensor], Tensor], x: Tensor, whose: Sequence[int]) -> Tensor:
+            self._sharing = [rows[each] for each in whose]
+            try:
+                return module(x)
+            finally:
+                self._sharing = []
+
+        return self._heads.logits([(self._slots[slot].head, count) for slot, count in rows], pooled, shared)
 
     def keys_values(self, slot: int, group: str, layer: int) -> Pair | None:
         loaded = self.at(slot)

@@ -7,7 +7,8 @@ They are computed with in float32, whatever precision they are kept in.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,11 @@ from turret.adapters.adapter import check_head, head_paths
 from turret.errors import AdapterError
 from turret.families import Family
 
+Rows = tuple[Mapping[str, Tensor], int]  # an adapter's head, and how many rows it answers
+Shared = Callable[
+    [Callable[[Tensor], Tensor], Tensor, Sequence[int]], Tensor
+]  # (a module of the body, rows, which of the heads)
+
 
 class Heads:
     """The shapes of the head's modules by path: the model's own, or those of the classifier of its configuration."""
@@ -32,8 +38,9 @@ class Heads:
             with torch.device("meta"):
                 owner = AutoModelForSequenceClassification.from_config(model.config)
         paths = [name for name in family.head_modules if hasattr(owner, name)]
-        prefix = f"{owner.base_model_prefix}."
-        paths += [prefix + name for name in family.body_excludes if getattr(owner.base_model, name, None) is not None]
+        inside = [name for name in family.body_excludes if getattr(owner.base_model, name, None) is not None]
+        self._inside = {name: (f"{owner.base_model_prefix}.{name}", getattr(self._body, name, None)) for name in inside}
+        paths += [path for path, _ in self._inside.values()]
         self._modules = {path: copy.deepcopy(owner.get_submodule(path)).to("meta").eval() for path in paths}
 
     def checked(self, adapter: Adapter, kind: str) -> dict[str, Tensor]:
@@ -51,21 +58,31 @@ class Heads:
             raise AdapterError(f"the adapter has no head {', '.join(missing)}: a classifier needs one; retrain")
         return dict(adapter.head)
 
-    def logits(self, head: Mapping[str, Tensor], pooled: Tensor) -> Tensor:
-        """Pooled vectors (B, D) -> (B, C), with the adapter's own modules in place of the base's."""
-        own = {path: self._filled(path, values) for path in self._modules if (values := _below(path, head))}
-        parts = {name: own[name] for name in self._family.head_modules if name in own}
-        body = {
-            name: next((own[path] for path in own if path.endswith("." + name)), _cast(getattr(self._body, name, None)))
-            for name in self._family.body_excludes
-        }
-        stand_in = SimpleNamespace(**parts, base_model=SimpleNamespace(**body), dropout=_same, drop=_same)
-        logits: Tensor = self._family.classify(stand_in, pooled)
-        return logits
+    def logits(self, heads: Sequence[Rows], pooled: Tensor, shared: Shared) -> list[Tensor]:
+        """Pooled vectors (B, D) -> (C,) each. heads: of all the rows, in their order."""
 
-    def _filled(self, path: str, values: Mapping[str, Tensor]) -> Callable[..., Any]:
-        module, wide = self._modules[path], {name: value.float() for name, value in values.items()}
-        return lambda x, *rest: functional_call(module, wide, (x.float(), *rest))
+        def own(path: str, module: nn.Module | None, x: Tensor) -> Tensor | list[Tensor]:
+            """A module of the head on rows (B, ...), or the body's own for those heads that bring none."""
+            given = torch.split(x, [count for _, count in heads])
+            values = [_below(path, head) for head, _ in heads]
+            bare = [each for each, parts in enumerate(values) if not parts]
+            made: dict[int, Tensor] = {}
+            if bare:
+                assert module is not None
+                joint = torch.cat([given[each] for each in bare]) if len(bare) < len(heads) else x
+                rows = shared(module, joint.to(next(module.parameters()).dtype), bare)
+                made = dict(zip(bare, torch.split(rows, [heads[each][1] for each in bare]), strict=True))
+            for each, parts in enumerate(values):
+                if parts:
+                    wide = {name: value.float() for name, value in parts.items()}
+                    made[each] = functional_call(self._modules[path], wide, (given[each].float(),))
+            return _joined([made[each] for each in range(len(heads))])
+
+        parts = {name: functools.partial(own, name, None) for name in self._family.head_modules}
+        body = {name: functools.partial(own, path, module) for name, (path, module) in self._inside.items()}
+        model = SimpleNamespace(**parts, base_model=SimpleNamespace(**body), dropout=_same, drop=_same)
+        logits = self._family.classify(model, pooled)
+        return [row for rows in (logits if isinstance(logits, list) else [logits]) for row in rows]
 
 
 def _below(path: str, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -73,12 +90,10 @@ def _below(path: str, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(path) + 1 :]: value for name, value in head.items() if name.startswith(path + ".")}
 
 
-def _cast(module: nn.Module | None) -> Callable[..., Any] | None:
-    """A module of the base, on inputs of whatever precision."""
-    if module is None:
-        return None
-    dtype = next(module.parameters()).dtype
-    return lambda x, *rest: module(x.to(dtype), *rest)
+def _joined(rows: list[Tensor]) -> Tensor | list[Tensor]:
+    """As one, but for a last module's where heads differ in classes."""
+    alike = len({(each.shape[1:], each.dtype) for each in rows}) == 1
+    return torch.cat(rows) if alike else rows
 
 
 def _same(x: Tensor) -> Tensor:

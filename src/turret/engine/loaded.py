@@ -105,7 +105,8 @@ class Loaded:
 
 
 def shapes_of(parts: Mapping[str, Tensor]) -> Shapes:
-    return _shapes(tuple((name, each.shape) for name, each in parts.items()))
+    """By names in their order: those of a file come in any."""
+    return _shapes(tuple((name, each.shape) for name, each in sorted(parts.items())))
 
 
 _shapes = functools.lru_cache(256)(Shapes)

@@ -225,13 +225,9 @@ class Runner:
         if any(row.lane is None for row in rows):
             mode = getattr(self.model.config, "classifier_pooling", "cls")
             pooled = pool(self.base.family.pooling, mode, hidden, lengths)  # (fresh rows, D)
-            by_slot: dict[int, list[int]] = {}
-            for place, row in enumerate(rows):
-                if row.lane is None:
-                    by_slot.setdefault(row.slot, []).append(place)
-            for slot, places in by_slot.items():
-                logits = self.bank.logits(slot, pooled[places]).float().cpu()
-                classes |= {order[place]: row for place, row in zip(places, logits, strict=True)}
+            places = [place for place, row in enumerate(rows) if row.lane is None]
+            logits = self.bank.logits([rows[place].slot for place in places], pooled[places])
+            classes = {order[place]: row.float().cpu() for place, row in zip(places, logits, strict=True)}
         ends = list(accumulate(lengths))
         last = {order[place]: ends[place] - 1 for place, row in enumerate(rows) if row.lane is not None}
         wanted = [last[row] for row in sorted(last)]

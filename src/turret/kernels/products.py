@@ -10,6 +10,7 @@ from torch import Tensor
 from turret.kernels.arguments import Dropped, Rounded, Spans
 from turret.kernels.calls import Calls, at, p, threads
 
+WAKING = 1 << 20  # products of two numbers, that take a thread 0.1 ms; one that sleeps is there after 0.05 to 2
 LONGEST_INT8 = 1 << 16  # numbers of a sum in 8 bits: 255 * 127 of each fit 31 bits
 
 
@@ -124,11 +125,18 @@ class Products(Calls):
         return self._few[dtype]
 
     def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, spans: Spans | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spans: Spans | None = None,
+        layer: int = 0,
+        *,
+        helped: bool = True,
     ) -> Tensor:
         """x W^T + b of at most `few` tokens, and (x A^T) B of each span, added up in float32 and rounded once.
 
-        x: (..., D_in), weight: (D_out, D_in) -> (..., D_out).
+        x: (..., D_in), weight: (D_out, D_in) -> (..., D_out). helped: by threads that are taken to be awake.
         """
         d_out, d_in = weight.shape
         tokens = x.numel() // d_in
@@ -138,9 +146,10 @@ class Products(Calls):
         assert tokens <= self._few[x.dtype]
         assert spans is None or (spans.tokens == tokens and layer < spans.layers)
         y = x.new_empty(*x.shape[:-1], d_out)
+        helpers = torch.get_num_threads() if helped or tokens * d_in * d_out > WAKING else 1
         self._call(
             "linear", x.dtype, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-            tokens, d_in, d_out, at(spans), layer, torch.get_num_threads(),
+            tokens, d_in, d_out, at(spans), layer, helpers,
         )  # fmt: skip
         return y
 
