@@ -8,9 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -20,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,6 +31,7 @@ from turret.adapters.peft_config import (
     peft_config,
 )
 from turret.adapters.prefix import from_peft, to_peft
+from turret.adapters.tensors import Content, read_tensors
 from turret.disk import sync
 from turret.errors import BundleError
 from turret.methods import Full, LoRA, Method, Peft, Prefix
@@ -42,11 +40,9 @@ FORMAT = 1
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
 KEYS = {"format", "method", "task", "generation", "base", "lineage", "files", "digest"}
 FILES = (WEIGHTS, CONFIG, MANIFEST)
-MAX_FILE, MAX_JSON, MAX_TENSORS = 16 * 2**30, 16 * 2**20, 20_000
+MAX_FILE, MAX_JSON = 16 * 2**30, 16 * 2**20
 AT_ONCE = 64 * 2**20  # weights up to so many bytes are read once: what is hashed is what is parsed
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_TENSOR_NAME = re.compile(r"[\x21-\x7e]{1,500}")
 _SAID: dict[str, tuple[type, ...]] = {  # what a manifest may say of a base
     "id": (str,),
     "fingerprint": (str, type(None)),
@@ -111,9 +107,9 @@ def read_bundle(folder: str | Path) -> Adapter:
     refuse_foreign_files(folder)
     config = read_config(folder)
     path = folder / WEIGHTS
-    content = path.read_bytes() if path.stat().st_size <= AT_ONCE else None
+    content = np.fromfile(path, np.uint8) if path.stat().st_size <= AT_ONCE else None
     manifest = _checked_manifest(folder, content) if (folder / MANIFEST).exists() else None
-    tensors = _tensors(path, content)
+    tensors = read_tensors(path, content)
     if manifest is None:
         method = method_of(config, tensors)
         base = BaseInfo(str(config.get("base_model_name_or_path") or "unknown"))
@@ -140,7 +136,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return _checked_manifest(folder, None)
 
 
-def _checked_manifest(folder: Path, weights: bytes | None) -> dict[str, Any]:
+def _checked_manifest(folder: Path, weights: Content | None) -> dict[str, Any]:
     """The same; weights: the whole of that file, where it has been read already."""
     manifest = _json(folder / MANIFEST)
     version = manifest.get("format")
@@ -233,72 +229,6 @@ def _unflattened(name: str, value: Tensor, config: dict[str, Any]) -> Tensor:
     return from_peft(value, value.shape[1] // (2 * width), heads, width // heads)
 
 
-def _tensors(path: Path, content: bytes | None) -> dict[str, Tensor]:
-    """The file's tensors, from `content` where it has been read already."""
-    try:
-        read = _in_file(path) if content is None else _in_memory(path, content)
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise BundleError(f"{path.name} is no readable safetensors file ({error}): fetch it again") from None
-    if content is not None and _finite_as_one(content, read):
-        return read
-    for name, tensor in read.items():
-        if not all_finite(tensor.float()):  # a float64 may be too large for a float32
-            raise BundleError(f"tensor {name!r} in {path.name} holds NaN or infinity: train or export it again")
-    return read
-
-
-def _finite_as_one(content: bytes, read: dict[str, Tensor]) -> bool:
-    """Whether all is float32 and has a finite sum: one sum in place of one a tensor."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    size = sum(each.numel() for each in read.values())
-    if start % 4 or not size or any(each.dtype != torch.float32 for each in read.values()):
-        return False
-    with np.errstate(over="ignore", invalid="ignore"):
-        return math.isfinite(np.frombuffer(content, np.float32, size, start).sum())
-
-
-def _in_file(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as raw:
-        _refuse_header(raw.read(8))
-    with safe_open(path, framework="pt", device="cpu") as file:
-        names = list(file.keys())
-        _refuse_listed(path, {name: str(file.get_slice(name).get_dtype()) for name in names[: MAX_TENSORS + 1]})
-        return {name: file.get_tensor(name) for name in names}
-
-
-def _in_memory(path: Path, content: bytes) -> dict[str, Tensor]:
-    _refuse_header(content[:8])
-    listed: dict[str, dict[str, Any]] = dict(deserialize(content))  # type: ignore[no-untyped-call]
-    _refuse_listed(path, {name: each["dtype"] for name, each in listed.items()})
-    return {
-        name: torch.frombuffer(each["data"], dtype=DTYPES[each["dtype"]]).reshape(each["shape"])
-        if each["data"]
-        else torch.empty(each["shape"], dtype=DTYPES[each["dtype"]])
-        for name, each in listed.items()
-    }
-
-
-def _refuse_header(start: bytes) -> None:
-    promised = int.from_bytes(start, "little")
-    if promised > MAX_JSON:
-        raise ValueError(f"its header would take {promised} bytes, at most {MAX_JSON} are read")
-
-
-def _refuse_listed(path: Path, dtypes: dict[str, str]) -> None:
-    if len(dtypes) > MAX_TENSORS:
-        raise BundleError(f"{path.name} lists {len(dtypes)} tensors: at most {MAX_TENSORS} are read")
-    for name, dtype in dtypes.items():
-        if not _TENSOR_NAME.fullmatch(name):
-            raise BundleError(f"{path.name} names a tensor {_visible(name)}: expected plain ASCII names")
-        if dtype not in DTYPES:
-            raise BundleError(f"tensor {name!r} has dtype {dtype}: expected one of {', '.join(DTYPES)}")
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite: a sum that is finite says so in one pass, and quickly."""
-    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
-
-
 def refuse_foreign_files(folder: Path) -> None:
     """A pickle instead of safetensors, a link, a device, a file too large: BundleError, before anything is read."""
     names = sorted(each.name for each in folder.iterdir())
@@ -375,8 +305,8 @@ def _file_entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _entry(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def _entry(content: Content) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content.data).hexdigest()}
 
 
 def _pretty(value: Any) -> str:

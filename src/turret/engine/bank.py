@@ -23,10 +23,10 @@ from torch import Tensor
 from turret.adapters import Adapter, require_base
 from turret.adapters.adapter import LORA_PREFIX, checked_factors, checked_prefix
 from turret.adapters.attach import Attachment, device_of, hook_model, routed_linear, target_paths
-from turret.adapters.bundle import all_finite
 from turret.adapters.frozen import linear
 from turret.adapters.lora import sizes
 from turret.adapters.route import BARE
+from turret.adapters.tensors import all_finite
 from turret.engine.heads import Heads
 from turret.engine.loaded import Layout, Loaded, Pair, layout_of, shapes_of
 from turret.engine.segments import Chunk, Segment, chunks
