@@ -9,6 +9,8 @@ Every public method is called with the engine's lock held; the loader takes it i
 
 from __future__ import annotations
 
+import functools
+import json
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +27,7 @@ from turret.errors import AdapterError, NoRoom, NotFound, TurretError
 from turret.kernels import rest
 from turret.tasks.make import task_from_spec
 
+TASKS = 64  # that adapters share, where they say the same of theirs
 SEAT_PATIENCE = 1.0  # seconds after which one that waits for a slot goes before others whose adapter is there
 
 
@@ -71,7 +74,8 @@ class Residents:
         clock: Callable[[], float],
         encode: Callable[[Need, Loaded], None],
     ) -> None:
-        self._bank, self._slots, self._source, self._tokenizer = bank, slots, source, tokenizer
+        self._bank, self._slots, self._source = bank, slots, source
+        self._task = functools.lru_cache(TASKS)(lambda spec: task_from_spec(json.loads(spec), tokenizer))
         self._wake, self._clock, self._encode = wake, clock, encode
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="turret-loader")
         self._waiting: deque[Need] = deque()  # for a slot
@@ -213,7 +217,7 @@ class Residents:
             adapter = self._source.load(coming.named)
             if not adapter.task:
                 raise AdapterError(f"{coming.named} says nothing of its task: it cannot answer; train it again")
-            task = task_from_spec(adapter.task, self._tokenizer)
+            task = self._task(json.dumps(adapter.task))
             coming.loaded = self._bank.prepare(adapter, coming.named.digest, task)
             with self._wake:
                 needs = list(coming.needs)
