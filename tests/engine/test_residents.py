@@ -60,6 +60,19 @@ def test_memory_is_counted_in_the_bases_precision_and_never_passed(shelf: Shelf)
         engine.submit("classify", "x", "b").result(30)
 
 
+def test_adapters_that_say_the_same_of_their_task_share_one(shelf: Shelf) -> None:
+    for name, kind, labels in (("e", "lora", 4), ("f", "wide", 4), ("g", "lora", 5)):
+        shelf.put(name, kind, ord(name), labels=labels)
+    with shelf.engine() as engine:
+        for name in "efg":
+            agree(engine.classify(TEXTS, name), reference(shelf, name, TEXTS))
+        loaded = {each.version[0]: engine._runner.bank.at(each.slot) for each in engine.loaded()}
+        assert all(loaded.values())
+        e, f, g = (loaded[name].task for name in "efg")
+        assert e is f
+        assert e is not g
+
+
 def test_one_adapter_that_is_always_asked_for_does_not_keep_the_only_slot(shelf: Shelf) -> None:
     with shelf.engine(slots=1) as engine:
         stop = threading.Event()

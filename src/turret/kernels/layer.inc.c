@@ -1,6 +1,6 @@
 /* Whole layers in one call, where tokens are few and what lies between two products takes longer than they do. Included by
-   kernels.c once a dtype, behind step.inc.c. A layer calls the functions that its modules call one by one, in their order and with
-   their roundings, so it gives the same numbers. `room` is memory for what comes between; where it is 0, nothing is computed and
+   kernels.c once a dtype, behind step.inc.c. A layer calls the functions that its modules call, in their order and with
+   their roundings, products of one x together, so it gives the same numbers. `room` is memory for what comes between; where it is 0, nothing is computed and
    the bytes that it takes are returned. y may be x. */
 
 /* y = x + a */
@@ -11,12 +11,6 @@ static void NAME(sum)(long n, const T *x, const T *a, T *to, int threads)
     DONE
         NAME(put)(to + at, y, size);
     END
-}
-
-/* `next`: what is multiplied next with the same spans, whose factors are asked for meanwhile */
-static void NAME(times)(const struct matrix *m, const struct matrix *next, const T *x, T *y, long tokens, const struct spans *spans, int threads)
-{
-    NAME(linear_then)(next, x, m->weight, m->bias, y, tokens, m->d_in, m->d_out, spans, m->number, threads);
 }
 
 /* The next token of every row through a gated decoder's layer (Llama, Mistral, Qwen). x, y: (N, D); cosine, sine: (N, head size);
@@ -38,11 +32,12 @@ static long NAME(decoder_layer)(const struct decoder_layer *l, const struct deco
     T *k = CUT(T, tokens * kv_heads * dim), *turned_k = CUT(T, tokens * kv_heads * dim), *v = CUT(T, tokens * kv_heads * dim);
     T *gate = CUT(T, tokens * inner), *up = CUT(T, tokens * inner), *both = CUT(T, tokens * inner);
     if (!room) return next - start;
+    struct NAME(products) in = {3, {&l->q, &l->k, &l->v}, {q, k, v}}, out = {1, {&l->o}, {added}};
+    struct NAME(products) wider = {2, {&l->gate, &l->up}, {gate, up}}, down = {1, {&l->down}, {added}}, following = {0};
+    if (behind) following = (struct NAME(products)){3, {&behind->q, &behind->k, &behind->v}, {0}};
 
     NAME(rms_norm)(tokens, width, x, l->norm, l->eps, normed, r, threads);
-    NAME(times)(&l->q, &l->k, normed, q, tokens, spans, threads);
-    NAME(times)(&l->k, &l->v, normed, k, tokens, spans, threads);
-    NAME(times)(&l->v, &l->o, normed, v, tokens, spans, threads);
+    NAME(multiply)(&in, &out, normed, tokens, spans, threads);
     if (l->q_norm) NAME(rms_norm)(tokens * heads, dim, q, l->q_norm, l->eps, q, r, threads);
     if (l->k_norm) NAME(rms_norm)(tokens * kv_heads, dim, k, l->k_norm, l->eps, k, r, threads);
     NAME(rotate)(tokens, heads, dim, q, heads * dim, dim, cosine, sine, 1.0f, turned_q, threads);
@@ -53,14 +48,13 @@ static long NAME(decoder_layer)(const struct decoder_layer *l, const struct deco
         NAME(attend_step)(p->held, turned_q + from * heads * dim, heads * dim, dim, heads, p->keys, p->values, l->scaling, l->window,
                           seen + from * heads * dim, threads);
     }
-    NAME(times)(&l->o, &l->gate, seen, added, tokens, spans, threads);
+    NAME(multiply)(&out, &wider, seen, tokens, spans, threads);
     NAME(sum)(tokens * width, x, added, h, threads);
 
     NAME(rms_norm)(tokens, width, h, l->norm_behind, l->eps_behind, normed, r, threads);
-    NAME(times)(&l->gate, &l->up, normed, gate, tokens, spans, threads);
-    NAME(times)(&l->up, &l->down, normed, up, tokens, spans, threads);
+    NAME(multiply)(&wider, &down, normed, tokens, spans, threads);
     NAME(swiglu)(tokens * inner, gate, up, both, threads);
-    NAME(times)(&l->down, behind ? &behind->q : 0, both, added, tokens, spans, threads);
+    NAME(multiply)(&down, &following, both, tokens, spans, threads);
     NAME(sum)(tokens * width, h, added, y, threads);
     return 0;
 }
@@ -98,16 +92,17 @@ static long NAME(encoder_layer)(const struct encoder_layer *l, const struct enco
     T *added = CUT(T, tokens * width), *sum = CUT(T, tokens * width), *h = CUT(T, tokens * width);
     T *up = CUT(T, tokens * inner), *active = CUT(T, tokens * inner);
     if (!room) return next - start;
+    struct NAME(products) in = {3, {&l->q, &l->k, &l->v}, {q, k, v}}, out = {1, {&l->o}, {added}};
+    struct NAME(products) wider = {1, {&l->up}, {up}}, down = {1, {&l->down}, {added}}, following = {0};
+    if (behind) following = (struct NAME(products)){3, {&behind->q, &behind->k, &behind->v}, {0}};
 
-    NAME(times)(&l->q, &l->k, x, q, tokens, spans, threads);
-    NAME(times)(&l->k, &l->v, x, k, tokens, spans, threads);
-    NAME(times)(&l->v, &l->o, x, v, tokens, spans, threads);
+    NAME(multiply)(&in, &out, x, tokens, spans, threads);
     NAME(attention)(rows, q, k, v, seen, log_sum, threads);
-    NAME(times)(&l->o, &l->up, seen, added, tokens, spans, threads);
+    NAME(multiply)(&out, &wider, seen, tokens, spans, threads);
     NAME(normed_sum)(&l->norm, tokens, width, added, x, sum, h, stats, threads);
-    NAME(times)(&l->up, &l->down, h, up, tokens, spans, threads);
+    NAME(multiply)(&wider, &down, h, tokens, spans, threads);
     NAME(gelu)(tokens * inner, up, active, threads);
-    NAME(times)(&l->down, behind ? &behind->q : 0, active, added, tokens, spans, threads);
+    NAME(multiply)(&down, &following, active, tokens, spans, threads);
     NAME(normed_sum)(&l->norm_behind, tokens, width, added, h, sum, y, stats, threads);
     return 0;
 }

@@ -108,36 +108,49 @@ static void NAME(add_spans)(float (*sums)[OUTPUTS], const struct spans *spans, l
     }
 }
 
-/* The A of a thread's spans in the layer that is multiplied next, asked for a few lines of the cache at a time. */
+/* Products of one x: W and b of each, and where it goes. */
+struct NAME(products) {
+    long count;
+    const struct matrix *of[3];
+    T *y[3];
+};
+
+/* The A of a thread's spans in what is multiplied next, asked for a few lines of the cache at a time. */
 struct NAME(coming) {
     const struct spans *spans;
-    long layer, d_in, span, last, line; /* spans from `span` to `last`; `line` of the first is the next one */
+    const struct NAME(products) *next;
+    long first, last, product, span, line; /* spans from `first` to `last`; the line, span and product that are next */
 };
 
 static inline void NAME(ask)(struct NAME(coming) *own, long lines)
 {
-    while (lines > 0 && own->span < own->last) {
+    while (lines > 0 && own->product < own->next->count && own->first < own->last) {
         const T *a, *b;
-        long rank = NAME(factors)(own->spans, own->span, own->layer, &a, &b) ? own->spans->ranks[own->span] : 0;
-        long all = (long)(sizeof(T) * rank * own->d_in + 63) / 64;
+        const struct matrix *m = own->next->of[own->product];
+        long rank = NAME(factors)(own->spans, own->span, m->number, &a, &b) ? own->spans->ranks[own->span] : 0;
+        long all = (long)(sizeof(T) * rank * m->d_in + 63) / 64;
         for (; lines > 0 && own->line < all; own->line++, lines--) __builtin_prefetch((const char *)a + 64 * own->line, 0, 2);
-        if (own->line >= all) own->span++, own->line = 0;
+        if (own->line < all) return;
+        own->line = 0;
+        if (++own->span == own->last) own->span = own->first, own->product++;
     }
 }
 
-/* `next`: what is multiplied after it with the same spans, or none */
-static void NAME(linear_then)(const struct matrix *next, const T *x, const T *w, const T *bias, T *y, long tokens, long d_in, long d_out,
-                              const struct spans *spans, long layer, int threads)
+/* One region for all of them, since every region ends with a wait. `next`: what is multiplied after them with the same spans */
+static void NAME(multiply)(const struct NAME(products) *now, const struct NAME(products) *next, const T *x, long tokens,
+                           const struct spans *spans, int threads)
 {
-    long blocks = (d_out + OUTPUTS - 1) / OUTPUTS, share = blocks / (8 * threads) + 1; /* a thread that has to wait holds up little */
+    long d_in = now->of[0]->d_in, blocks = 0, outputs = 0;
+    for (long p = 0; p < now->count; p++) blocks += (now->of[p]->d_out + OUTPUTS - 1) / OUTPUTS, outputs += now->of[p]->d_out;
+    long share = blocks / (8 * threads) + 1;                               /* a thread that has to wait holds up little */
     long most = 0, each = spans ? (spans->count + threads - 1) / threads : 0; /* spans of a thread */
     for (long i = 0; spans && i < spans->count; i++) most = spans->ranks[i] > most ? spans->ranks[i] : most;
-    float *h = most ? (float *)scratch(sizeof(float) * tokens * most) : 0;
-    int later = most && !h; /* no memory: in a pass of its own */
+    float *h = most ? (float *)scratch(sizeof(float) * now->count * tokens * most) : 0; /* (products, N, most) */
+    int later = most && !h;                                                             /* no memory: in a pass of its own */
 #ifdef BY_TOKENS
     float *turned = (float *)scratch(sizeof(float) * (tokens + 2 * ACROSS) * d_in);
 #endif
-#pragma omp parallel num_threads(threads) if (d_in * d_out > SERIAL)
+#pragma omp parallel num_threads(threads) if (d_in * outputs > SERIAL)
     {
 #ifdef BY_TOKENS
 #pragma omp for schedule(static)
@@ -147,30 +160,41 @@ static void NAME(linear_then)(const struct matrix *next, const T *x, const T *w,
         if (h) {
 #pragma omp for schedule(static, each)
             for (long i = 0; i < spans->count; i++) {
-                const T *a, *b, *behind = 0;
-                if (i + 1 < spans->count) NAME(factors)(spans, i + 1, layer, &behind, &b);
-                if (!NAME(factors)(spans, i, layer, &a, &b)) continue;
-                NAME(hidden)(h + spans->starts[i] * most, most, x + spans->starts[i] * d_in, a, spans->ends[i] - spans->starts[i], d_in, spans->ranks[i], behind);
+                for (long p = 0; p < now->count; p++) {
+                    const T *a, *b, *behind = 0;
+                    long after = p + 1 < now->count ? i : i + 1, number = now->of[p + 1 < now->count ? p + 1 : 0]->number;
+                    if (after < spans->count) NAME(factors)(spans, after, number, &behind, &b);
+                    if (!NAME(factors)(spans, i, now->of[p]->number, &a, &b)) continue;
+                    NAME(hidden)(h + (p * tokens + spans->starts[i]) * most, most, x + spans->starts[i] * d_in, a,
+                                 spans->ends[i] - spans->starts[i], d_in, spans->ranks[i], behind);
+                }
             }
         }
-        struct NAME(coming) coming = {0};
+        struct NAME(coming) coming = {spans, next, 0, 0, 0, 0, 0};
         long lines = 0; /* of it at every step */
-        if (h && next) {
-            long first = each * omp_get_thread_num(), last = first + each < spans->count ? first + each : spans->count, ranks = 0;
-            for (long i = first; i < last; i++) ranks += spans->ranks[i];
-            coming = (struct NAME(coming)){spans, next->number, next->d_in, first, last, 0};
-            lines = (long)sizeof(T) * ranks * next->d_in / 64 * threads / (blocks * STEPS) + 1;
+        if (h && next->count) {
+            long ranks = 0, wide = 0;
+            coming.first = coming.span = each * omp_get_thread_num();
+            coming.last = coming.first + each < spans->count ? coming.first + each : spans->count;
+            for (long i = coming.first; i < coming.last; i++) ranks += spans->ranks[i];
+            for (long p = 0; p < next->count; p++) wide += next->of[p]->d_in;
+            lines = (long)sizeof(T) * ranks * wide / 64 * threads / (blocks * STEPS) + 1;
         }
 #pragma omp for schedule(dynamic, share)
         for (long block = 0; block < blocks; block++) {
-            long first = block * OUTPUTS, own = d_out - first < OUTPUTS ? d_out - first : OUTPUTS;
+            long place = block, p = 0;
+            for (; place >= (now->of[p]->d_out + OUTPUTS - 1) / OUTPUTS; p++) place -= (now->of[p]->d_out + OUTPUTS - 1) / OUTPUTS;
+            const struct matrix *m = now->of[p];
+            const T *w = m->weight, *bias = m->bias;
+            T *y = now->y[p];
+            long d_out = m->d_out, first = place * OUTPUTS, own = d_out - first < OUTPUTS ? d_out - first : OUTPUTS;
             float sums[FEW][OUTPUTS];
             for (long r = 0; r < own;) {
                 const T *rows = w + (first + r) * d_in, *a, *b;
                 float *to = &sums[0][r];
-                NAME(ask)(&coming, lines);
+                if (lines) NAME(ask)(&coming, lines);
                 for (long i = r / RANKS; h && i < spans->count; i += OUTPUTS / RANKS) /* B of some spans, wanted at the end of the block */
-                    if (NAME(factors)(spans, i, layer, &a, &b))
+                    if (NAME(factors)(spans, i, m->number, &a, &b))
                         for (long e = 0; e < spans->ranks[i]; e++) ahead(b + e * d_out + first, sizeof(T) * own);
 #ifdef BY_TOKENS
                 if (turned) {
@@ -196,7 +220,7 @@ static void NAME(linear_then)(const struct matrix *next, const T *x, const T *w,
             if (bias)
                 for (long t = 0; t < tokens; t++)
                     for (long j = 0; j < own; j++) sums[t][j] += LOAD(bias[first + j]);
-            if (h) NAME(add_spans)(sums, spans, layer, h, most, first, own, d_out);
+            if (h) NAME(add_spans)(sums, spans, m->number, h + p * tokens * most, most, first, own, d_out);
             for (long t = 0; t < tokens; t++) {
                 long j = 0;
                 for (; j + ACROSS <= own; j += ACROSS) STORES(y + t * d_out + first + j, load_floats(sums[t] + j));
@@ -208,13 +232,15 @@ static void NAME(linear_then)(const struct matrix *next, const T *x, const T *w,
 #ifdef BY_TOKENS
     free(turned);
 #endif
-    if (later) NAME(low_rank)(spans, layer, x, y, d_in, d_out, threads);
+    for (long p = 0; later && p < now->count; p++) NAME(low_rank)(spans, now->of[p]->number, x, now->y[p], d_in, now->of[p]->d_out, threads);
 }
 
 void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long d_in, long d_out, const struct spans *spans, long layer,
                   int threads)
 {
-    NAME(linear_then)(0, x, w, bias, y, tokens, d_in, d_out, spans, layer, threads);
+    const struct matrix m = {.weight = w, .bias = bias, .d_in = d_in, .d_out = d_out, .number = layer};
+    const struct NAME(products) now = {1, {&m}, {y}}, none = {0};
+    NAME(multiply)(&now, &none, x, tokens, spans, threads);
 }
 #undef OUTPUTS
 #undef STEPS
