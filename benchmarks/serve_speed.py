@@ -273,7 +273,7 @@ def goals(run: Mapping[str, Any]) -> list[list[str]]:
     def goal(name: str, must: float, got: float, most: bool = False) -> None:
         reached = got <= must if most else got >= must
         rows.append(
-            [name, f"{must:g}", f"{got:.2g}" if got < 0.01 else f"{got:.2f}", "reached" if reached else "missed"]
+            [name, f"{must:g}", f"{got:.2g}" if got < 0.01 else f"{got:.3g}", "reached" if reached else "missed"]
         )
 
     bare = 0.92 if kind == "encoder" else 0.85
