@@ -250,21 +250,25 @@ def test_a_pooler_is_adapted_where_the_head_reads_it() -> None:
     assert (runner.run([Fresh(row.tolist(), 2)]).classes[0] - own).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_heads_with_a_pooler_of_their_own_and_without_and_of_other_classes_answer_in_one_pass(way: str) -> None:
+def test_heads_with_a_pooler_of_their_own_and_without_and_of_other_classes_answer_in_one_pass(
+    dtype: torch.dtype, way: str
+) -> None:
     adapters = [made("bert", "classify", METHODS["wide"], seed, labels=2 + seed) for seed in (1, 2, 3)]
     pooler = {
         f"bert.pooler.dense.{name}": torch.randn(shape) for name, shape in (("weight", (64, 64)), ("bias", (64,)))
     }
     without = {name: each for name, each in adapters[1].tensors.items() if "pooler" not in name}
     adapters[1] = replace(adapters[1], tensors=without, head=adapters[1].head | pooler)
-    runner = runner_of("bert", "classify", [*adapters, made("bert", "classify", METHODS["head"], 4)])
+    runner = runner_of("bert", "classify", [*adapters, made("bert", "classify", METHODS["head"], 4)], dtype)
+    close = 1e-5 if dtype == torch.float32 else 0.03
     inputs = [row.tolist() for row in rows()]
     slots = [2, 1, 4, 2, 3]
     mixed = runner.run([Fresh(row, slot) for row, slot in zip(inputs, slots, strict=False)]).classes
     for row, slot, logits in zip(inputs, slots, mixed, strict=False):
         assert len(logits) == (3 if slot == 4 else 2 + slot)
-        torch.testing.assert_close(logits, runner.run([Fresh(row, slot)]).classes[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits, runner.run([Fresh(row, slot)]).classes[0], atol=close, rtol=close)
     shared = replace(adapters[1], head={name: each for name, each in adapters[1].head.items() if "pooler" not in name})
     runner.bank.mount(5, runner.bank.prepare(shared, "sha256:y", CLASSIFIES))
     assert (runner.run([Fresh(inputs[0], 5)]).classes[0] - mixed[0]).abs().max() > 1e-3

@@ -70,7 +70,7 @@ class Heads:
             if bare:
                 assert module is not None
                 joint = torch.cat([given[each] for each in bare]) if len(bare) < len(heads) else x
-                rows = shared(module, joint.to(next(module.parameters()).dtype), bare)
+                rows = shared(module, joint.to(next(module.parameters()).dtype), bare).float()
                 made = dict(zip(bare, torch.split(rows, [heads[each][1] for each in bare]), strict=True))
             for each, parts in enumerate(values):
                 if parts:
@@ -92,8 +92,7 @@ def _below(path: str, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _joined(rows: list[Tensor]) -> Tensor | list[Tensor]:
     """As one, but for a last module's where heads differ in classes."""
-    alike = len({(each.shape[1:], each.dtype) for each in rows}) == 1
-    return torch.cat(rows) if alike else rows
+    return torch.cat(rows) if len({each.shape[1:] for each in rows}) == 1 else rows
 
 
 def _same(x: Tensor) -> Tensor:
