@@ -31,7 +31,7 @@ from turret.adapters.peft_config import (
     peft_config,
 )
 from turret.adapters.prefix import from_peft, to_peft
-from turret.adapters.tensors import Content, read_tensors
+from turret.adapters.tensors import Content, read_tensors, visible
 from turret.disk import sync
 from turret.errors import BundleError
 from turret.methods import Full, LoRA, Method, Peft, Prefix
@@ -234,20 +234,15 @@ def refuse_foreign_files(folder: Path) -> None:
     names = sorted(each.name for each in folder.iterdir())
     for name in names:
         if name.casefold() in FILES and name not in FILES:
-            raise BundleError(f"{folder.name} holds {_visible(name)}: expected {name.casefold()}, in small letters")
+            raise BundleError(f"{folder.name} holds {visible(name)}: expected {name.casefold()}, in small letters")
     for name in FILES:
         path = folder / name
         if name in names:
             refuse_odd_file(path, f"{folder.name}/{name}")
     if WEIGHTS not in names:
         pickles = [name for name in names if name.lower().endswith(PICKLES)]
-        found = f"; {_visible(pickles[0])} is a pickle, which is never opened" if pickles else ""
+        found = f"; {visible(pickles[0])} is a pickle, which is never opened" if pickles else ""
         raise BundleError(f"{folder.name} holds no {WEIGHTS}{found}: save the adapter as safetensors")
-
-
-def _visible(name: str) -> str:
-    """A name from outside in visible ASCII, short enough for one line."""
-    return ascii(name)[1:-1][:60]
 
 
 def refuse_odd_file(path: Path, called: str) -> None:

@@ -45,13 +45,12 @@ _known: dict[bytes, _Floats] = {}
 def read_tensors(path: Path, content: Content | None) -> dict[str, Tensor]:
     """The file's tensors, from `content` where it has been read already. Raises BundleError in one line."""
     try:
-        floats = None if content is None else _floats(content)
         if content is None:
             read = _in_file(path)
-        elif floats is None:
-            read = _in_memory(path, content)
-        else:
+        elif (floats := _floats(content)) is not None:
             return floats
+        else:
+            read = _in_memory(path, content)
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise BundleError(f"{path.name} is no readable safetensors file ({error}): fetch it again") from None
     for name, tensor in read.items():
@@ -67,12 +66,11 @@ def all_finite(tensor: Tensor) -> bool:
 
 def _floats(content: Content) -> dict[str, Tensor] | None:
     """Views of a file whose header is known, where the sum of its numbers is finite; None says nothing of it."""
-    begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    if begin > KNOWN_SIZE or (known := _known.get(content[:begin].tobytes())) is None:
+    header = _header(content)
+    known = _known.get(header)
+    if known is None or len(header) + 4 * sum(known.counts) != len(content):
         return None
-    if begin + 4 * sum(known.counts) != len(content):
-        return None
-    numbers = content[begin:].view(np.float32)
+    numbers = content[len(header) :].view(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         if not math.isfinite(numbers.sum()):
             return None
@@ -83,8 +81,10 @@ def _floats(content: Content) -> dict[str, Tensor] | None:
 def _in_memory(path: Path, content: Content) -> dict[str, Tensor]:
     _refuse_header(content[:8].tobytes())
     listed: dict[str, dict[str, Any]] = dict(deserialize(content.tobytes()))  # type: ignore[no-untyped-call]
-    _refuse_listed(path, {name: each["dtype"] for name, each in listed.items()})
-    _remember(content, {name: each["dtype"] for name, each in listed.items()})
+    dtypes = {name: each["dtype"] for name, each in listed.items()}
+    _refuse_listed(path, dtypes)
+    if set(dtypes.values()) == {"F32"}:
+        _remember(_header(content))
     return {
         name: torch.frombuffer(each["data"], dtype=DTYPES[each["dtype"]]).reshape(each["shape"])
         if each["data"]
@@ -93,12 +93,16 @@ def _in_memory(path: Path, content: Content) -> dict[str, Tensor]:
     }
 
 
-def _remember(content: Content, dtypes: dict[str, str]) -> None:
-    """The header of a file that the library has read, so that no byte of it is in none or in two of the tensors."""
-    begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    if begin > KNOWN_SIZE or begin % 4 or set(dtypes.values()) != {"F32"}:
+def _header(content: Content) -> bytes:
+    """All that lies before the numbers; nothing where it is too long to be remembered."""
+    begin = 8 + _promised(content[:8].tobytes())
+    return content[:begin].tobytes() if begin <= KNOWN_SIZE else b""
+
+
+def _remember(header: bytes) -> None:
+    """Of a file that the library has read, so that no byte of it is in none or in two of the tensors: all float32."""
+    if not header or len(header) % 4:
         return
-    header = content[:begin].tobytes()
     entries = {name: entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"}
     places = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
     shapes = tuple(torch.Size(entries[name]["shape"]) for _, _, name in places)
@@ -116,8 +120,13 @@ def _in_file(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
+def _promised(start: bytes) -> int:
+    """Bytes of the header behind the first eight."""
+    return int.from_bytes(start, "little")
+
+
 def _refuse_header(start: bytes) -> None:
-    promised = int.from_bytes(start, "little")
+    promised = _promised(start)
     if promised > MAX_HEADER:
         raise ValueError(f"its header would take {promised} bytes, at most {MAX_HEADER} are read")
 
@@ -127,6 +136,11 @@ def _refuse_listed(path: Path, dtypes: dict[str, str]) -> None:
         raise BundleError(f"{path.name} lists {len(dtypes)} tensors: at most {MAX_TENSORS} are read")
     for name, dtype in dtypes.items():
         if not _NAME.fullmatch(name):
-            raise BundleError(f"{path.name} names a tensor {ascii(name)[1:-1][:60]}: expected plain ASCII names")
+            raise BundleError(f"{path.name} names a tensor {visible(name)}: expected plain ASCII names")
         if dtype not in DTYPES:
             raise BundleError(f"tensor {name!r} has dtype {dtype}: expected one of {', '.join(DTYPES)}")
+
+
+def visible(name: str) -> str:
+    """A name from outside in visible ASCII, short enough for one line."""
+    return ascii(name)[1:-1][:60]

@@ -214,19 +214,18 @@ class Bank:
         """The same for the kernel: rows and single tokens are spans like any other."""
         self._chunks, self._steps = {}, 0
         for stream, counts in lengths.items():
-            ends = list(accumulate(counts))
-            rows = [*zip(slots, counts, ends, strict=True)]
-            if stream == "decoder":
-                tokens = ends[-1] if ends else 0
-                rows += [(slot, 1, tokens + place) for place, slot in enumerate(steps, 1)]
-            own = [
-                (end - count, end, x)
-                for slot, count, end in rows
-                if (x := self.at(slot)) is not None and x.layout is not None
-            ]
+            going = steps if stream == "decoder" else ()
+            tokens = [*counts, *(1 for _ in going)]
+            own = [(start, end, self._slots[slot]) for start, end, slot in self._adapted([*slots, *going], tokens)]
             self._held += [each for _, _, each in own]
-            if (spans := laid_out(own, rows[-1][2] if rows else 0)) is not None:
+            if (spans := laid_out(own, sum(tokens))) is not None:
                 self._spans[stream] = spans
+
+    def _adapted(self, slots: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(start, end, slot) of those stretches, one behind the other, whose slot has a LoRA."""
+        ends = accumulate(counts)
+        stretches = [(end - count, end, slot) for slot, count, end in zip(slots, counts, ends, strict=True)]
+        return [each for each in stretches if (own := self.at(each[2])) is not None and own.layout is not None]
 
     def number(self, layer: Any) -> int:
         return self._number[id(layer)]
@@ -253,11 +252,9 @@ class Bank:
 
     def _shared(self, layer: Any, number: int, x: Tensor) -> Tensor:
         """A layer that heads share with the body, such as a pooler, on rows (B, D_in) of some adapters."""
-        ends = accumulate(count for _, count in self._sharing)
-        spans = [(end - count, end, slot) for (slot, count), end in zip(self._sharing, ends, strict=True)]
+        spans = self._adapted(*zip(*self._sharing, strict=True))
         if usable(x, layer.weight) is not None:
             own = [(start, end, self._slots[slot]) for start, end, slot in spans]
-            own = [each for each in own if each[2].layout is not None]
             return linear(layer, x, laid_out(own, len(x)), number, helped=False)
         y = linear(layer, x)
         for start, end, slot in spans:
@@ -278,7 +275,7 @@ class Bank:
         self.stack.forget()
 
     def logits(self, slots: Sequence[int], pooled: Tensor) -> list[Tensor]:
-        """Classifiers' heads on the pooled vectors (B, D) of rows sorted by slot: (C,) each."""
+        """Classifiers' heads on the pooled vectors (B, D) of rows sorted by slot: (C,) float32 on the CPU each."""
         rows = [(slot, len(list(own))) for slot, own in groupby(slots)]
 
         def shared(module: Callable[[Tensor], Tensor], x: Tensor, whose: Sequence[int]) -> Tensor:

@@ -59,7 +59,7 @@ class Heads:
         return dict(adapter.head)
 
     def logits(self, heads: Sequence[Rows], pooled: Tensor, shared: Shared) -> list[Tensor]:
-        """Pooled vectors (B, D) -> (C,) each. heads: of all the rows, in their order."""
+        """Pooled vectors (B, D) -> (C,) float32 on the CPU each. heads: of all the rows, in their order."""
 
         def own(path: str, module: nn.Module | None, x: Tensor) -> Tensor | list[Tensor]:
             """A module of the head on rows (B, ...), or the body's own for those heads that bring none."""
@@ -82,7 +82,7 @@ class Heads:
         body = {name: functools.partial(own, path, module) for name, (path, module) in self._inside.items()}
         model = SimpleNamespace(**parts, base_model=SimpleNamespace(**body), dropout=_same, drop=_same)
         logits = self._family.classify(model, pooled)
-        return [row for rows in (logits if isinstance(logits, list) else [logits]) for row in rows]
+        return [row for rows in (logits if isinstance(logits, list) else [logits]) for row in rows.cpu()]
 
 
 def _below(path: str, head: Mapping[str, Tensor]) -> dict[str, Tensor]:

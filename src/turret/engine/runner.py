@@ -227,7 +227,7 @@ class Runner:
             pooled = pool(self.base.family.pooling, mode, hidden, lengths)  # (fresh rows, D)
             places = [place for place, row in enumerate(rows) if row.lane is None]
             logits = self.bank.logits([rows[place].slot for place in places], pooled[places])
-            classes = {order[place]: row.float().cpu() for place, row in zip(places, logits, strict=True)}
+            classes = {order[place]: row for place, row in zip(places, logits, strict=True)}
         ends = list(accumulate(lengths))
         last = {order[place]: ends[place] - 1 for place, row in enumerate(rows) if row.lane is not None}
         wanted = [last[row] for row in sorted(last)]

@@ -115,6 +115,11 @@ struct NAME(products) {
     T *y[3];
 };
 
+static inline long NAME(blocks_of)(const struct matrix *m)
+{
+    return (m->d_out + OUTPUTS - 1) / OUTPUTS;
+}
+
 /* The A of a thread's spans in what is multiplied next, asked for a few lines of the cache at a time. */
 struct NAME(coming) {
     const struct spans *spans;
@@ -141,7 +146,7 @@ static void NAME(multiply)(const struct NAME(products) *now, const struct NAME(p
                            const struct spans *spans, int threads)
 {
     long d_in = now->of[0]->d_in, blocks = 0, outputs = 0;
-    for (long p = 0; p < now->count; p++) blocks += (now->of[p]->d_out + OUTPUTS - 1) / OUTPUTS, outputs += now->of[p]->d_out;
+    for (long p = 0; p < now->count; p++) blocks += NAME(blocks_of)(now->of[p]), outputs += now->of[p]->d_out;
     long share = blocks / (8 * threads) + 1;                               /* a thread that has to wait holds up little */
     long most = 0, each = spans ? (spans->count + threads - 1) / threads : 0; /* spans of a thread */
     for (long i = 0; spans && i < spans->count; i++) most = spans->ranks[i] > most ? spans->ranks[i] : most;
@@ -183,7 +188,7 @@ static void NAME(multiply)(const struct NAME(products) *now, const struct NAME(p
 #pragma omp for schedule(dynamic, share)
         for (long block = 0; block < blocks; block++) {
             long place = block, p = 0;
-            for (; place >= (now->of[p]->d_out + OUTPUTS - 1) / OUTPUTS; p++) place -= (now->of[p]->d_out + OUTPUTS - 1) / OUTPUTS;
+            for (; place >= NAME(blocks_of)(now->of[p]); p++) place -= NAME(blocks_of)(now->of[p]);
             const struct matrix *m = now->of[p];
             const T *w = m->weight, *bias = m->bias;
             T *y = now->y[p];
@@ -192,7 +197,7 @@ static void NAME(multiply)(const struct NAME(products) *now, const struct NAME(p
             for (long r = 0; r < own;) {
                 const T *rows = w + (first + r) * d_in, *a, *b;
                 float *to = &sums[0][r];
-                if (lines) NAME(ask)(&coming, lines);
+                NAME(ask)(&coming, lines);
                 for (long i = r / RANKS; h && i < spans->count; i += OUTPUTS / RANKS) /* B of some spans, wanted at the end of the block */
                     if (NAME(factors)(spans, i, m->number, &a, &b))
                         for (long e = 0; e < spans->ranks[i]; e++) ahead(b + e * d_out + first, sizeof(T) * own);
