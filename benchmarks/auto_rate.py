@@ -59,7 +59,7 @@ def main() -> None:
     if options.job and not options.report:
         for seed in options.seed:
             measure(options.job, seed, options)
-    print(report(record.load(NAME)))
+    print(report(record.newest(record.load(NAME), _key)))
 
 
 def measure(name: str, seed: int, options: argparse.Namespace) -> None:
@@ -89,8 +89,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> None:
                 run = {"job": name, "seed": seed, "side": side, "settings": asdict(job)}
                 run |= _trained(workspace, Path(folder, "store"), recipe)
                 run |= {"machine": record.machine(options.threads)}
-            key = (name, seed, side, repr(asdict(job)))
-            record.keep(NAME, CLAIM, run, same=lambda earlier, key=key: _key(earlier) == key)
+            record.keep(NAME, CLAIM, run)
             kept[side] = run
             print(name, seed, side, f"{run['lr']:g}", run["metrics"], f"{run['total_seconds']:.0f} s", flush=True)
 

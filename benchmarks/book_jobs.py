@@ -38,7 +38,7 @@ def main() -> None:
             print("nothing is run without --job, --train-file and --test-file; the runs kept:", file=sys.stderr)
         else:
             measure(options)
-    print(report(record.load(NAME)))
+    print(report(record.newest(record.load(NAME), lambda run: (run["values"], json.dumps(run["ran"])))))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -113,9 +113,8 @@ def _keep(values: str, result: dict[str, Any], recipe: Any, train: int, test: in
         "max_steps": recipe.train.max_steps, "seed": recipe.seed,
     }  # fmt: skip
     run = {"values": values, "ran": ran, **result, "machine": record.machine(options.threads)}
-    key = (values, json.dumps(ran))
     print(f"{options.job}, {values}: {_short(run['metrics'])}", flush=True)
-    record.keep(NAME, CLAIM, run, same=lambda earlier: (earlier["values"], json.dumps(earlier["ran"])) == key)
+    record.keep(NAME, CLAIM, run)
 
 
 def report(runs: Sequence[dict[str, Any]]) -> str:

@@ -64,7 +64,7 @@ def main() -> None:
         print(json.dumps(_worker(Path(options.worker), options.steps)))
         return
     if not options.report:
-        record.keep(NAME, CLAIM, measure(options), lambda _: True)
+        record.keep(NAME, CLAIM, measure(options))
     print(report(record.load(NAME)))
 
 

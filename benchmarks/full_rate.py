@@ -50,7 +50,7 @@ def main() -> None:
     if options.job and not options.report:
         for lr in options.lr:
             measure(options.job, lr, options)
-    print(report(record.load(NAME)))
+    print(report(record.newest(record.load(NAME), _key)))
 
 
 def measure(name: str, lr: float, options: argparse.Namespace) -> None:
@@ -88,7 +88,7 @@ def measure(name: str, lr: float, options: argparse.Namespace) -> None:
     run: dict[str, Any] = {"job": name, "lr": lr, "seed": options.seed, "settings": asdict(job), "validation": kept}
     run |= {"curve": [round(each.loss, 4) for each in steps], "seconds": round(seconds, 1)}
     run |= {"machine": record.machine(options.threads)}
-    record.keep(NAME, CLAIM, run, same=lambda earlier: _key(earlier) == key)
+    record.keep(NAME, CLAIM, run)
     print(name, f"{lr:g}", kept, f"{seconds:.0f} s", flush=True)
 
 

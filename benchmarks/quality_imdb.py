@@ -38,7 +38,7 @@ def main() -> None:
             print("nothing is run without --side, --train and --test; the runs kept:", file=sys.stderr)
         else:
             measure(options)
-    print(report(record.load(NAME)))
+    print(report(record.newest(record.load(NAME), _key)))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -61,8 +61,7 @@ def measure(options: argparse.Namespace) -> None:
         }
         print(f"{options.side} seed {seed}: accuracy {run['accuracy']:.4f}, {run['train_seconds']:.0f} s", flush=True)
         if options.max_steps is None:
-            key = _key(run)
-            record.keep(NAME, CLAIM, run, same=lambda earlier, key=key: _key(earlier) == key)
+            record.keep(NAME, CLAIM, run)
 
 
 def rival(folder: Path, train: Rows, test: Rows, seed: int, options: argparse.Namespace) -> dict[str, Any]:

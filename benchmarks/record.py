@@ -1,6 +1,6 @@
-"""What every benchmark here shares: draw examples, note the machine, keep raw results, say what a difference is worth.
+"""What every benchmark here shares: draw examples, note the machine, keep every run, say what a difference is worth.
 
-Refuses to know turret, its rivals and what any benchmark measures.
+Knows nothing of turret, its rivals and what a benchmark measures.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,21 +58,47 @@ def machine(threads: int) -> dict[str, Any]:
         "environment": {
             key: os.environ[key] for key in sorted(os.environ) if key.startswith(("OMP_", "GOMP_", "MALLOC_"))
         },
+        "commit": _commit(),
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
 def _processor() -> str:
-    """Its name, and the widest of the instructions that decide what it can do: a name alone hides generations."""
+    """Its name, family, model, and the widest instructions it has: "AMD EPYC" alone is Zen 3, Zen 4 and Zen 5."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        told = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines() if ":" in line)
-        told = {key.strip(): value.strip() for key, value in told.items()}
-        has = set(told.get("flags", "").split())
-        widest = [name for flag, name in INSTRUCTIONS.items() if flag in has][:1]
-        if "model name" in told:
-            return ", ".join([told["model name"], *widest])
-    return platform.processor() or platform.machine()
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    told = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines() if ":" in line)
+    told = {key.strip(): value.strip() for key, value in told.items()}
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    has = set(told.get("flags", "").split())
+    widest = next((name for flag, name in INSTRUCTIONS.items() if flag in has), "")
+    generation = _generation(told.get("vendor_id", ""), int(told.get("cpu family", 0)), int(told.get("model", 0)))
+    which = f"family {told.get('cpu family')} model {told.get('model')}"
+    return ", ".join(part for part in (told["model name"], generation, which, widest) if part)
+
+
+def _generation(vendor: str, family: int, model: int) -> str:
+    """The generation of an AMD processor. Source: the families and models that Linux lists in asm/amd."""
+    if vendor != "AuthenticAMD":
+        return ""
+    if family == 26:
+        return "Zen 5"
+    if family == 25:
+        return "Zen 4" if 0x10 <= model <= 0x1F or 0x60 <= model <= 0xAF else "Zen 3"
+    return {23: "Zen 1 or 2"}.get(family, "")
+
+
+def _commit() -> str | None:
+    """The commit that was measured, with "+" where files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "../src"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed else "")
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -83,18 +110,20 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def load(name: str) -> list[dict[str, Any]]:
-    """The runs kept so far under `results/<name>.json`."""
+    """Every run kept under `results/<name>.json`, the oldest first."""
     path = RESULTS / f"{name}.json"
     return list(json.loads(path.read_text(encoding="utf-8"))["runs"]) if path.exists() else []
 
 
-def keep(name: str, claim: str, run: Mapping[str, Any], same: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Add a run to `results/<name>.json` in place of an earlier one of the `same` on such a processor; a line a run."""
+def newest(runs: Sequence[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], Hashable]) -> list[dict[str, Any]]:
+    """The newest run of each key on each processor, in the order in which the keys came first."""
+    return list({(run["machine"]["device"], key(run)): dict(run) for run in runs}.values())
+
+
+def keep(name: str, claim: str, run: Mapping[str, Any]) -> None:
+    """Add a run to `results/<name>.json`; a line a run. No run is ever taken away."""
     RESULTS.mkdir(exist_ok=True)
-    device = run["machine"]["device"]
-    others = [earlier for earlier in load(name) if earlier["machine"]["device"] != device or not same(earlier)]
-    runs = [*others, dict(run)]
-    body = ",\n".join(json.dumps(entry) for entry in runs)
+    body = ",\n".join(json.dumps(entry) for entry in [*load(name), dict(run)])
     beside = RESULTS / f".{name}.json.{os.getpid()}"
     beside.write_text(f'{{"claim": {json.dumps(claim)}, "runs": [\n{body}\n]}}\n', encoding="utf-8")
     beside.rename(RESULTS / f"{name}.json")

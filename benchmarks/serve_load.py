@@ -48,8 +48,8 @@ def main() -> None:
                 measured = measure(kind, Path(folder), options)
             settings = {"kind": kind, "dtype": options.dtype, "threads": options.threads, "clients": options.clients}
             run = {"settings": settings, **measured, "machine": record.machine(options.threads)}
-            record.keep(NAME, CLAIM, run, lambda earlier, own=settings: earlier["settings"] == own)  # type: ignore[misc]
-    print(report(record.load(NAME)))
+            record.keep(NAME, CLAIM, run)
+    print(report(record.newest(record.load(NAME), lambda run: repr(run["settings"]))))
 
 
 def measure(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:

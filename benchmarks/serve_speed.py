@@ -51,8 +51,8 @@ def main() -> None:
                 measured = measure(kind, dtype, options)
                 settings = {"kind": kind, "dtype": dtype, "threads": options.threads, "quick": options.quick}
                 run = {"settings": settings, **measured, "machine": record.machine(options.threads)}
-                record.keep(NAME, CLAIM, run, lambda earlier, own=settings: earlier["settings"] == own)  # type: ignore[misc]
-    print(report(record.load(NAME)))
+                record.keep(NAME, CLAIM, run)
+    print(report(record.newest(record.load(NAME), lambda run: repr(run["settings"]))))
 
 
 def measure(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:

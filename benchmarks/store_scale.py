@@ -46,7 +46,7 @@ def main() -> None:
         with _servers(options) as new_url:
             for versions in options.versions:
                 run = _measure(versions, new_url(), options)
-                record.keep(NAME, CLAIM, run, lambda earlier, run=run: _same(earlier, run))
+                record.keep(NAME, CLAIM, run)
     _report()
 
 
@@ -88,9 +88,8 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _same(earlier: Any, run: Any) -> bool:
-    keys = ("versions", "kilobytes", "seed")
-    return all(earlier[key] == run[key] for key in keys) and earlier.get("store", "folder") == run["store"]
+def _key(run: Any) -> tuple[Any, ...]:
+    return run.get("store", "folder"), run["versions"], run["kilobytes"], run["seed"]
 
 
 def _measure(versions: int, url: str | None, options: argparse.Namespace) -> dict[str, Any]:
@@ -199,7 +198,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _report() -> None:
-    runs = sorted(record.load(NAME), key=lambda run: (run.get("store", "folder"), run["versions"]))
+    runs = sorted(record.newest(record.load(NAME), _key), key=lambda run: _key(run)[:2])
     header = [
         "store",
         "versions",

@@ -57,7 +57,7 @@ def main() -> None:
     if not options.report:
         with tempfile.TemporaryDirectory() as folder:
             (measure_quality if options.quality else measure_speed)(options, Path(folder))
-    print(report(record.load(NAME)))
+    print(report(record.newest(record.load(NAME), _key)))
 
 
 class Side:
@@ -136,7 +136,7 @@ def measure_speed(options: argparse.Namespace, folder: Path) -> None:
             "what": "speed", "settings": settings, "peaks": peaks, "sides": results,
             "machine": record.machine(options.threads),
         }  # fmt: skip
-        _keep(run)
+        record.keep(NAME, CLAIM, run)
         print(f"{name}: done", file=sys.stderr, flush=True)
 
 
@@ -215,7 +215,7 @@ def measure_quality(options: argparse.Namespace, folder: Path) -> None:
                     run |= side.hear("facts")
                 for each in ("tokens", "target_tokens", "examples"):
                     run.pop(each)
-                _keep({**run, "machine": record.machine(options.threads)})
+                record.keep(NAME, CLAIM, {**run, "machine": record.machine(options.threads)})
                 print(f"{name}, seed {seed}, {who}: {run['metric']:.4f} in {run['train_seconds']:.0f} s", flush=True)
 
 
@@ -326,12 +326,8 @@ def _difference(who: str, paired: Sequence[tuple[Run, Run]]) -> str:
     )
 
 
-def _key(run: Run) -> tuple[object, ...]:
+def _key(run: Mapping[str, Any]) -> tuple[object, ...]:
     return run["what"], run.get("who"), run.get("seed"), json.dumps(run["settings"])
-
-
-def _keep(run: Run) -> None:
-    record.keep(NAME, CLAIM, run, same=lambda earlier: _key(dict(earlier)) == _key(run))
 
 
 def _options() -> argparse.Namespace:

@@ -6,8 +6,8 @@ code that came with a model.
 
 from turret.bases.licence import licence_of
 from turret.bases.load import Base, load
-from turret.bases.numerics import native_bfloat16
+from turret.bases.numerics import float32_products, native_bfloat16
 from turret.bases.source import resolve
 from turret.fingerprint import fingerprint
 
-__all__ = ["Base", "fingerprint", "licence_of", "load", "native_bfloat16", "resolve"]
+__all__ = ["Base", "fingerprint", "float32_products", "licence_of", "load", "native_bfloat16", "resolve"]

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from turret.bases.numerics import native_bfloat16
+from turret.bases.numerics import native_bfloat16, use_quick_float32
 from turret.bases.quiet import quiet
 from turret.bases.remember import remember, remembered
 from turret.bases.source import Source, resolve
@@ -84,6 +84,8 @@ def load(
     fresh = _fresh(source, family, model, loading)
     digest = _known_fingerprint(source, model, verify)
     wanted = _dtype(dtype)
+    if wanted == torch.float32:
+        use_quick_float32()
     _cast(model, wanted)
     tokenizer, notes = _read_tokenizer(source, model)
     model.requires_grad_(False).eval()

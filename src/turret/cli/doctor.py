@@ -27,6 +27,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     memory = f"{size(facts['memory_bytes'])} memory, {size(facts['memory_available_bytes'])} of it free"
     yield "machine", f"{facts['cores']} cores, {memory}, {size(facts['disk_free_bytes'])} free on disk"
     yield "processor", _processor(facts["processor"])
+    if "float32_products" in facts["processor"]:
+        yield "float32", safe(facts["processor"]["float32_products"])
     if "kernels" in facts["processor"]:
         yield "kernels", _kernels(facts["processor"]["kernels"], facts["processor"]["int8"])
     for name, version in facts["libraries"].items():

@@ -52,7 +52,7 @@ def _processor() -> dict[str, Any]:
     try:
         import torch
 
-        from turret.bases import native_bfloat16
+        from turret.bases import float32_products, native_bfloat16
         from turret.kernels import int8, why
     except (ImportError, OSError) as error:  # a broken install is what a doctor is called for
         return {"problem": f"torch cannot be loaded: {error}"}
@@ -60,6 +60,7 @@ def _processor() -> dict[str, Any]:
     return {
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "dtype": "bfloat16" if native_bfloat16() else "float32",  # of a base with train.dtype = "auto"
+        "float32_products": str(float32_products()),  # which library multiplies float32
         "threads": torch.get_num_threads(),
         "gpu": name,
         "kernels": why(),

@@ -1,0 +1,45 @@
+"""What the benchmarks keep: every run stays, and a report takes the newest of its kind on each processor."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("benchmark_record", BENCHMARKS / "record.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    module.RESULTS = tmp_path
+    return module
+
+
+def run(device: str, job: str, seconds: float) -> dict:
+    return {"job": job, "seconds": seconds, "machine": {"device": device}}
+
+
+def test_a_second_run_of_the_same_on_the_same_processor_is_kept_beside_the_first(record) -> None:
+    for seconds in (1.0, 2.0):
+        record.keep("speed", "it is fast", run("Zen 5", "short", seconds))
+    assert [each["seconds"] for each in record.load("speed")] == [1.0, 2.0]
+
+
+def test_a_report_takes_the_newest_run_of_each_kind_on_each_processor(record) -> None:
+    for each in (run("Zen 5", "short", 1.0), run("Zen 4", "short", 3.0), run("Zen 5", "short", 2.0)):
+        record.keep("speed", "it is fast", each)
+    newest = record.newest(record.load("speed"), lambda each: each["job"])
+    assert [(each["machine"]["device"], each["seconds"]) for each in newest] == [("Zen 5", 2.0), ("Zen 4", 3.0)]
+
+
+def test_the_machine_names_the_processor_by_generation_and_the_commit(record) -> None:
+    assert record._generation("AuthenticAMD", 26, 2) == "Zen 5"
+    assert record._generation("AuthenticAMD", 25, 0x11) == "Zen 4"
+    assert record._generation("AuthenticAMD", 25, 0x01) == "Zen 3"
+    assert {"device", "threads", "commit", "versions", "at"} <= set(record.machine(1))
