@@ -38,7 +38,9 @@ def test_no_page_has_a_script_or_a_style_inside_it(serve, put, workspace) -> Non
     workspace.experiment("a").start(["a@2"])
     client = serve().client()
     for path in (*PAGES, "/adapters/a", "/adapters/a/1", "/experiments/a/1", "/adapters/a/move/promote"):
-        text = client.get(path).text
+        got = client.get(path)
+        assert got.status_code == 200, path
+        text = got.text
         assert re.findall(r"<script(?![^>]* src=\"/static/)", text) == [], path
         assert re.findall(r"<style| style=| on[a-z]+=\"|javascript:|https?://", text) == [], path
 
@@ -60,14 +62,20 @@ def test_words_of_others_are_escaped_wherever_they_stand(serve, workspace, tmp_p
     client = serve().client()
     paths = ("/adapters", "/adapters/a", "/adapters/a/1", "/runs", f"/runs/{run.id}", "/experiments/a/1", "/playground")
     for path in paths:
-        text = client.get(path).text
-        assert "<script>alert" not in text, path
+        got = client.get(path)
+        assert got.status_code == 200, path
+        assert "<script>alert" not in got.text, path
     assert "&lt;script&gt;" in client.get("/adapters/a/1").text
     fields = {"model": SCRIPT, "text": f"{SCRIPT}\"'"}
-    for path in ("/playground", "/playground/answer"):
-        assert "<script>alert" not in post(client, path, **fields).text
-    assert "<script>alert" not in client.get(f"/adapters/{SCRIPT.replace('/', '')}").text
-    assert "<script>alert" not in client.get("/sign-in", params={"next": SCRIPT}).text
+    answers = [post(client, path, **fields) for path in ("/playground", "/playground/answer")]
+    answers.append(client.get(f"/adapters/{SCRIPT.replace('/', '')}"))
+    assert [got.status_code for got in answers] == [200, 404, 404]
+    for got in answers:
+        assert "&lt;script&gt;" in got.text
+        assert "<script>alert" not in got.text
+    elsewhere = client.get("/sign-in", params={"next": SCRIPT})
+    assert (elsewhere.status_code, elsewhere.text) == (303, ""), elsewhere.headers
+    assert elsewhere.headers["location"] == "/"
 
 
 @pytest.mark.parametrize(
