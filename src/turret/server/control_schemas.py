@@ -26,7 +26,7 @@ class LoadRequest(Model):
 
 class PromoteRequest(Model):
     alias: AliasName
-    require: Annotated[list[Gate], Field(max_length=32)] = Field(default_factory=list)
+    require: Annotated[list[Gate], Field(max_length=32, fail_fast=True)] = Field(default_factory=list)
     replay: bool = Field(False, description="Ask golden examples again that this version was asked before.")
 
 
@@ -112,7 +112,7 @@ class OutcomeOfUnit(Model):
 
 
 Outcome = OutcomeOfAnswer | OutcomeOfUnit
-Told = Outcome | Annotated[list[Outcome], Field(min_length=1, max_length=MOST_OUTCOMES)]
+Told = Outcome | Annotated[list[Outcome], Field(min_length=1, max_length=MOST_OUTCOMES, fail_fast=True)]
 
 
 class BecameOf(BaseModel):
@@ -145,11 +145,13 @@ class StartRequest(Model):
             "anyOf": [{"required": [key], "properties": {key: {"minItems": 1}}} for key in ("candidates", "shadows")]
         }
     )
-    candidates: Annotated[list[Reference], Field(max_length=MOST_ARMS)] = Field(default_factory=list)
+    candidates: Annotated[list[Reference], Field(max_length=MOST_ARMS, fail_fast=True)] = Field(default_factory=list)
     control: Reference | None = Field(None, description="What the alias names, where left out.")
-    shadows: Annotated[list[Reference], Field(max_length=MOST_ARMS)] = Field(default_factory=list)
+    shadows: Annotated[list[Reference], Field(max_length=MOST_ARMS, fail_fast=True)] = Field(default_factory=list)
     share: Shares | None = Field(None, description="Of the candidates together, or by arm.")
-    steps: Annotated[list[Share], Field(min_length=1, max_length=32)] | None = Field(None, description="Rising.")
+    steps: Annotated[list[Share], Field(min_length=1, max_length=32, fail_fast=True)] | None = Field(
+        None, description="Rising."
+    )
     metric: Annotated[str, Field(max_length=60, pattern=_METRIC)] = "binary"
     goal: Literal["higher", "lower"] = "higher"
     unit: Literal["user", "session", "request"] = "user"

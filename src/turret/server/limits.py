@@ -37,6 +37,8 @@ class Limits:
 
     body_bytes: int = 4 << 20  # of one request
     bodies_bytes: int = 64 << 20  # of all requests that are being read or answered
+    body_keys: int = 4096  # of all objects in a body
+    body_values: int = 1 << 18  # of all lists and objects in a body
     body_seconds: float = 10.0  # until the last byte of a body
     header_seconds: float = 10.0  # until the last byte of the headers
     header_bytes: int = 32 << 10

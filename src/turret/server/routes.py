@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Request, Response, Security
+from fastapi import APIRouter, Depends, Header, Request, Response, Security
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
-from pydantic_core import from_json
 
+from turret.server import bodies
 from turret.server.asked import Answer, made_tokens, prompt_tokens
 from turret.server.limits import MOST_UNIT
 from turret.server.schemas import Error, Usage
@@ -44,24 +44,30 @@ def _unit(turret_unit: Annotated[str | None, Header(max_length=MOST_UNIT, descri
 Unit = Annotated[str | None, Depends(_unit)]
 
 
-class StrictRequest(Request):
-    """A request whose body is JSON as the standard has it: UTF-8, no NaN, nested within reason."""
+class ReadRequest(Request):
+    """A request whose body was read already."""
+
+    value: Any = None  # of the route's model; FastAPI takes it as it is
 
     async def json(self) -> Any:
-        try:
-            return from_json(await self.body(), allow_inf_nan=False)
-        except ValueError as error:
-            raise HTTPException(400, f"the body is not JSON: {error}") from None
+        return self.value
 
 
 class StrictRoute(APIRoute):
-    """A route that reads its body as `StrictRequest` does."""
+    """A route whose body is JSON as the standard has it (UTF-8, no NaN), within the limits, and read off the event loop
+    where it is large."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
+        handler, field = super().get_route_handler(), self.body_field
 
         async def handle(request: Request) -> Response:
-            return await handler(StrictRequest(request.scope, request.receive, request._send))
+            given = ReadRequest(request.scope, request.receive, request._send)
+            if field is not None and (content := await given.body()):
+                here = _served(request)
+                small = len(content) <= bodies.INLINE
+                reading = (content, field, here.limits)
+                given.value = bodies.read(*reading) if small else await here.reading(bodies.read, *reading)
+            return await handler(given)
 
         return handle
 

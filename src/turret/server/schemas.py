@@ -37,7 +37,9 @@ Name = Annotated[
 Text = Annotated[str, Field(max_length=MOST_TEXT)]
 # JSON knows one kind of number: 5.0 is a whole one.
 WHOLE = BeforeValidator(lambda given: int(given) if _is_whole(given) else given)
-Tokens = Annotated[list[Annotated[int, Field(ge=0, le=10_000_000), WHOLE]], Field(min_length=1, max_length=1 << 17)]
+Tokens = Annotated[
+    list[Annotated[int, Field(ge=0, le=10_000_000), WHOLE]], Field(min_length=1, max_length=1 << 17, fail_fast=True)
+]
 Nothing = Annotated[float, Field(ge=0, le=0)] | None  # a penalty that changes nothing
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 User = Annotated[str, Field(max_length=MOST_UNIT)]
@@ -74,7 +76,7 @@ class Generation(Model):
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     num_beams: Annotated[int, Field(ge=1, le=16), WHOLE] | None = None
     seed: Annotated[int, Field(ge=1 - (1 << 53), le=(1 << 53) - 1), WHOLE] | None = None  # as JSON carries it safely
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -105,9 +107,9 @@ class CompletionRequest(Generation):
     model_config = ConfigDict(json_schema_extra={"allOf": _told_alone({"type": "integer"})})  # type: ignore[dict-item]
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_INPUTS)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
     best_of: Literal[1] | None = Field(None, description="Only 1.")
@@ -133,7 +135,7 @@ class Part(Model):
 
 class Message(Model):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, max_length=MOST_MESSAGES)]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     name: Annotated[str, Field(max_length=256)] | None = Field(None, description="Taken, and not used.")
 
     def text(self) -> str:
@@ -156,7 +158,7 @@ class ChatRequest(Generation):
             ]
         }
     )  # fmt: skip
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
     logprobs: bool | None = None
@@ -177,7 +179,7 @@ class ChatRequest(Generation):
 
 class ClassifyRequest(Model):
     model: Name
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
     user: User | None = USER
 
     def texts(self) -> list[str]:
