@@ -15,7 +15,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench bench-train bench-serve docs clean
+.PHONY: help setup demo test test-all lint format bench bench-train bench-serve figures docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +65,9 @@ bench-train: $(STAMP)  ## training beside HF Trainer + PEFT, in turns; ARGS="--j
 bench-serve: $(STAMP)  ## mixtures of adapters beside the bare base and PEFT, then 64 clients over HTTP; ARGS="--report"
 	$(BIN)/python benchmarks/serve_speed.py $(ARGS)
 	$(BIN)/python benchmarks/serve_load.py $(if $(findstring --report,$(ARGS)),--report)
+
+figures: $(STAMP)  ## write every measured figure of README and docs from benchmarks/results
+	$(BIN)/python benchmarks/figures.py $(ARGS)
 
 docs: $(DOCS_STAMP)  ## the documentation as pages, in site/
 	$(BIN)/mkdocs build --strict

@@ -29,6 +29,7 @@ class Way:
     bf16_weights: bool = False  # of the base; what is trained stays float32
     autocast: bool = False  # TrainingArguments(bf16=True)
     attention: str | None = None  # None: transformers' own choice
+    compiled: bool = False  # TrainingArguments(torch_compile=True)
 
 
 def wheel_folder() -> str:

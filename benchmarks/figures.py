@@ -1,0 +1,342 @@
+"""Writes every measured figure of README and docs from `benchmarks/results/`, into marked blocks, and draws the charts.
+
+A block is what stands between `<!-- figures: NAME -->` and `<!-- end of figures -->`. `BLOCKS` says what each name
+writes. A figure that no result carries has no place in README or docs.
+
+    python benchmarks/figures.py            write blocks and charts (make figures)
+    python benchmarks/figures.py --check    say what differs, and fail; nothing is written
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import charts
+import float32_products
+import plan_memory
+import record
+import serve_speed
+import store_scale
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+CHARTS = ROOT / "docs" / "images" / "measured"
+BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+# Runs before 2026-11-27 noted less of the processor. These are the machines that they ran on.
+EARLIER = {
+    "AMD EPYC, AVX2": "AMD EPYC, Zen 3, AVX2",
+    "AMD EPYC, AVX-512 BF16": "AMD EPYC, Zen 4, AVX-512 BF16",
+    "Intel(R) Xeon(R) Processor": "Intel Xeon, AMX",
+    "Intel(R) Xeon(R) Processor @ 2.80GHz": "Intel Xeon, AVX-512",
+}
+JOBS = {
+    "short": "LoRA, short texts, MiniLM",
+    "full": "LoRA, articles, MiniLM",
+    "decoder-lora": "LoRA, headlines, SmolLM2-135M",
+    "decoder-prefix": "prefix, headlines, SmolLM2-135M",
+}
+FLOAT32, BFLOAT16, INT8 = "turret fp32", "turret", "turret int8"
+HF_FLOAT32, HF_BFLOAT16 = "HF dynamic", "HF tuned bf16 weights"
+Run = Mapping[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a block or chart differs")
+    options = parser.parse_args(arguments)
+    differing = list(differences())
+    if options.check:
+        for path, _ in differing:
+            print(f"{path.relative_to(ROOT)}: differs from benchmarks/results: run `make figures`", file=sys.stderr)
+        return 1 if differing else 0
+    for path, text in differing:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+def differences() -> Iterator[tuple[Path, str]]:
+    """(file, what it should be) of every page and chart that differs."""
+    wanted = [(page, filled(page.read_text(encoding="utf-8"))) for page in PAGES]
+    wanted += [
+        (CHARTS / f"{name}-{theme}.svg", charts.drawn(*chart(), theme))
+        for name, chart in DRAWN.items()
+        for theme in charts.COLOURS
+    ]
+    for path, text in wanted:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            yield path, text
+
+
+def filled(page: str) -> str:
+    """The page with every block written anew. Raises KeyError for a name that `BLOCKS` does not have."""
+    return BLOCK.sub(lambda match: f"{match[1]}{BLOCKS[match[2]]()}\n{match[3]}", page)
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def speed_runs() -> list[Run]:
+    """The newest run for speed of each job on each machine, machines with the newest runs first."""
+    runs = [run for run in record.load("train_speed") if run["what"] == "speed" and not again(run)]
+    newest = record.newest(runs, lambda run: run["settings"]["job"])
+    last = {machine(run): at(run) for run in sorted(newest, key=at)}  # of any job on that machine
+    order = sorted(last, key=lambda name: last[name], reverse=True)
+    return sorted(newest, key=lambda run: (order.index(machine(run)), list(JOBS).index(run["settings"]["job"])))
+
+
+def ratio(run: Run, rival: str, ours: str) -> tuple[float, float, float] | None:
+    """(median, least, most) over the rounds of the rival's time over ours in the same round.
+
+    None where one of them did not run, or the two did not compute in one precision: Turret takes float32 by itself
+    where the processor has no bfloat16.
+    """
+    sides = [run["sides"].get(name, {}) for name in (rival, ours)]
+    if not all(side.get("blocks") for side in sides) or sides[0]["dtype"] != sides[1]["dtype"]:
+        return None
+    each = [sum(a) / sum(b) for a, b in zip(sides[0]["blocks"], sides[1]["blocks"], strict=True)]
+    return statistics.median(each), min(each), max(each)
+
+
+def faster(run: Run, rival: str, ours: str) -> str:
+    found = ratio(run, rival, ours)
+    return "" if found is None else f"{found[0]:.1f}x [{found[1]:.1f}, {found[2]:.1f}]"
+
+
+def step(run: Run, side: str) -> str:
+    """Milliseconds of a step, the median."""
+    blocks = run["sides"].get(side, {}).get("blocks")
+    return "" if not blocks else f"{1000 * statistics.median(one for block in blocks for one in block):.0f}"
+
+
+def memory(run: Run) -> str:
+    """How many times less memory above the loaded base than the rival, both with a base in bfloat16."""
+    sides = [run["sides"].get(name) for name in (HF_BFLOAT16, BFLOAT16)]
+    if ratio(run, HF_BFLOAT16, BFLOAT16) is None:
+        return ""
+    above = [side["peak"] - side["resident"] for side in sides if side]
+    return f"{above[0] / above[1]:.1f}x less"
+
+
+def training_table() -> str:
+    rows = [
+        (
+            machine(run),
+            JOBS[run["settings"]["job"]],
+            step(run, BFLOAT16),
+            faster(run, HF_BFLOAT16, BFLOAT16),
+            faster(run, HF_FLOAT32, FLOAT32),
+            faster(run, HF_BFLOAT16, INT8),
+            memory(run),
+            when(run),
+        )
+        for run in speed_runs()
+    ]
+    header = [
+        "processor", "job", "ms a step", "bfloat16 against bfloat16", "float32 against float32",
+        "`train.int8` against bfloat16", "memory above the base, bfloat16", "measured",
+    ]  # fmt: skip
+    return record.table(header, rows)
+
+
+def compiled_table() -> str:
+    """Turret against the rival under torch.compile, where that was run."""
+    rows = [
+        (
+            machine(run),
+            JOBS[run["settings"]["job"]],
+            faster(run, "HF compiled", FLOAT32),
+            faster(run, "HF bf16 weights compiled", BFLOAT16),
+            when(run),
+        )
+        for run in speed_runs()
+        if "HF compiled" in run["sides"]
+    ]
+    if not rows:
+        return "Not run yet on any machine."
+    return record.table(["processor", "job", "float32, compiled", "bfloat16, compiled", "measured"], rows)
+
+
+def quality_table() -> str:
+    """Paired differences of held-out quality, Turret minus HF Trainer + PEFT, and 8 bits minus bfloat16."""
+    rows = []
+    for job, name in JOBS.items():
+        runs = [run for run in record.load("train_speed") if run["what"] == "quality" and run["settings"]["job"] == job]
+        runs = [run for run in runs if run["settings"].get("start") in ("the same", "each its own")]
+        if job != "decoder-prefix":
+            runs = [run for run in runs if run["settings"]["start"] == "the same"]
+        if job == "full":
+            runs = [run for run in runs if run["settings"]["test"] == 400]
+        by_side: dict[str, dict[int, float]] = {}
+        for run in runs:
+            by_side.setdefault(run["who"], {})[run["seed"]] = run["metric"]
+        points = job in ("short", "full")
+        rows.append([
+            name, "accuracy, points" if points else "loss per target token",
+            paired(by_side, BFLOAT16, HF_FLOAT32, points), paired(by_side, INT8, BFLOAT16, points),
+        ])  # fmt: skip
+    header = ["job", "score", "bfloat16 minus HF + PEFT in float32", "`train.int8` minus bfloat16"]
+    return record.table(header, rows)
+
+
+def paired(by_side: Mapping[str, Mapping[int, float]], one: str, other: str, points: bool) -> str:
+    """The mean difference over common seeds with its 95% interval (Student's t)."""
+    common = sorted(set(by_side.get(one, {})) & set(by_side.get(other, {})))
+    if len(common) < 2:
+        return ""
+    factor, digits = (100, 1) if points else (1, 3)
+    found = record.student([factor * (by_side[one][seed] - by_side[other][seed]) for seed in common])
+    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}], {len(common)} seeds"
+
+
+# --- serving --------------------------------------------------------------------------------------------------------
+
+
+def serving_runs() -> list[Run]:
+    """The newest full run of each kind and precision on each machine."""
+    runs = [run for run in record.load("serve_speed") if not run["settings"]["quick"] and not again(run)]
+    newest = record.newest(runs, lambda run: (run["settings"]["kind"], run["settings"]["dtype"]))
+    return sorted(newest, key=lambda run: (machine(run), *run["settings"].values()), reverse=True)
+
+
+def serving_table() -> str:
+    different = "engine all different"
+    rows = []
+    for run in serving_runs():
+        settings = run["settings"]
+        own, beside = run["seconds"], run["seconds_with_peft"]
+        adapters = 32 if settings["kind"] == "encoder" else 16
+        rival = "peft bucketed" if "peft bucketed" in beside else "peft padded"
+        rows.append([
+            machine(run), f"{settings['kind']}, {settings['dtype']}, {adapters} adapters in the batch",
+            spread(own, "engine bare", different, 2), spread(beside, rival, different, 1, "x"),
+            loaded(run), when(run),
+        ])  # fmt: skip
+    header = [
+        "processor", "batch", "speed of the bare base that is left", "faster than PEFT `adapter_names`, same precision",
+        "new adapter's first answer, faster than PEFT", "measured",
+    ]  # fmt: skip
+    return record.table(header, rows)
+
+
+def spread(times: Mapping[str, Sequence[float]], slow: str, quick: str, digits: int, unit: str = "") -> str:
+    each = [a / b for a, b in zip(times[slow], times[quick], strict=True)]
+    low, high = f"{min(each):.{digits}f}", f"{max(each):.{digits}f}"
+    return f"{statistics.median(each):.{digits}f}{unit} [{low}, {high}]"
+
+
+def loaded(run: Run) -> str:
+    """The most adapters beside which PEFT loaded one too, and how many times sooner Turret's answer was there."""
+    both = [at_ for at_ in run["loading"] if "peft load" in at_["seconds"]]
+    if not both:
+        return ""
+    last = both[-1]
+    took = {name: statistics.median(each) for name, each in last["seconds"].items()}
+    ours = took.get("turret load and answer", took["turret load"] + took["turret answer"])
+    return f"{(took['peft load'] + took['peft answer']) / ours:.0f}x, beside {last['present']}"
+
+
+def missed() -> str:
+    """Every goal that the newest runs of serving did not reach."""
+    rows = [
+        [machine(run), f"{run['settings']['kind']}, {run['settings']['dtype']}", name, must, got]
+        for run in serving_runs()
+        for name, must, got, verdict in serve_speed.goals(run)
+        if verdict == "missed"
+    ]
+    return record.table(["processor", "batch", "goal", "wanted", "measured"], rows) if rows else "None."
+
+
+# --- the front page -------------------------------------------------------------------------------------------------
+
+
+def summary() -> str:
+    """The README's lines: the newest machine, the same precision on both sides."""
+    runs = speed_runs()
+    newest = machine(runs[0])
+    lines = [
+        f"- **{JOBS[run['settings']['job']]}**: a training step is {words(ratio(run, HF_BFLOAT16, BFLOAT16))} than HF "
+        f"Trainer + PEFT in bfloat16 and {words(ratio(run, HF_FLOAT32, FLOAT32))} in float32, with {memory(run)} "
+        "memory above the base."
+        for run in runs
+        if machine(run) == newest
+    ]
+    named = {"encoder": "32 LoRAs in one batch of MiniLM", "decoder": "16 LoRAs decoding on SmolLM2-135M"}
+    for run in serving_runs():
+        if run["settings"]["dtype"] == "bfloat16":
+            beside, different = run["seconds_with_peft"], "engine all different"
+            rival = "peft bucketed" if "peft bucketed" in beside else "peft padded"
+            lines.append(
+                f"- **{named[run['settings']['kind']]}** ({machine(run)}): "
+                f"{spread(run['seconds'], 'engine bare', different, 2)} of the bare base's speed, "
+                f"{spread(beside, rival, different, 1, 'x')} faster than PEFT's `adapter_names`, both in bfloat16."
+            )
+    return f"On two cores of an {newest}, medians over rounds:\n\n" + "\n".join(lines)
+
+
+def words(found: tuple[float, float, float] | None) -> str:
+    return "not measured" if found is None else f"{found[0]:.1f}x faster"
+
+
+def training_chart() -> tuple[str, str, list[charts.Bar]]:
+    runs = speed_runs()
+    newest = machine(runs[0])
+    bars = []
+    for run in (each for each in runs if machine(each) == newest):
+        for precision, rival, ours in (("bfloat16", HF_BFLOAT16, BFLOAT16), ("float32", HF_FLOAT32, FLOAT32)):
+            if found := ratio(run, rival, ours):
+                bars.append(charts.Bar(f"{JOBS[run['settings']['job']]}, {precision}", *found))
+    return (
+        "A training step against HF Trainer + PEFT, same precision",
+        f"{newest}, two cores. Dashed: HF Trainer + PEFT. Thin lines: least to most over the rounds.",
+        bars,
+    )
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+def again(run: Run) -> bool:
+    """Whether a run on Zen 4 was repeated there since its instructions are noted."""
+    return str(run["machine"]["device"]) == "AMD EPYC"
+
+
+def machine(run: Run) -> str:
+    """The processor, by family and model where the run noted them."""
+    device = str(run["machine"]["device"])
+    return EARLIER.get(device, re.sub(r", family \d+ model \d+", "", device))
+
+
+def at(run: Run) -> str:
+    return str(run["machine"]["at"])
+
+
+def when(run: Run) -> str:
+    """Date and commit of what was measured."""
+    commit = run["machine"].get("commit")
+    return f"{at(run)[:10]}, {commit or 'older tree'}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "training": training_table,
+    "compiled": compiled_table,
+    "quality": quality_table,
+    "serving": serving_table,
+    "missed": missed,
+    "float32": lambda: float32_products.report(record.newest(record.load("float32_products"), lambda _: 0)),
+    "plan-memory": lambda: plan_memory.report(record.load("plan_memory")),
+    "store": store_scale.report,
+}
+DRAWN: dict[str, Callable[[], tuple[str, str, list[charts.Bar]]]] = {"training": training_chart}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Measured figures in README and docs come from `benchmarks/results/`, inside marked blocks, and nowhere else."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+EXEMPT = ("docs/lab/", "docs/reports/")  # the diary, and what commands wrote
+PAGES = [
+    page
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if not page.relative_to(ROOT).as_posix().startswith(EXEMPT)
+]
+BLOCK = re.compile(r"<!-- figures: [a-z-]+ -->.*?<!-- end of figures -->", re.DOTALL)
+CODE = re.compile(r"```.*?```|^(?: {4}|\t).*$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+# A time, a rate, a ratio, a score or a share of something that somebody measured.
+MEASURED = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"\b\d+(?:\.\d+)?x\b",
+        r"\b\d+(?:\.\d+)?(?: to \d+(?:\.\d+)?)? times (?:as |faster|slower|less|more|quicker|smaller|the )",
+        r"(?<![\d/])1/\d+(?:\.\d+)?\b",
+        r"\b\d+(?:\.\d+)? ?(?:tokens/s|requests/s|GFLOP/s|TFLOP/s|tokens a second|requests a second)",
+        r"(?:accuracy|F1|ROUGE[-\w]*|BLEU|loss|score)[^.|\n]{0,40}\b\d+\.\d+",
+        r"[+-]?\d+(?:\.\d+)? points\b",
+        r"\b0\.[1-9]\d\d\b",
+        r"\b(?:takes?|took|in|needs?|costs?) (?:about |under )?\d+(?:\.\d+)? ?(?:ms|milliseconds|minutes)\b",
+    )
+]
+# What looks like a measurement and is none: a limit, a setting, an example, or somebody else's published figure.
+NO_MEASUREMENT = {
+    "docs/measured.md": ("2.0x [1.8, 2.3]",),
+    "docs/howto/compare.md": ("Hu et al. 2021", "Li & Liang 2021", "within a point"),
+}
+
+
+def unmarked(text: str, allowed: tuple[str, ...] = ()) -> list[str]:
+    """Lines that carry a measured figure outside of a block."""
+    outside = CODE.sub("", BLOCK.sub("", text))
+    lines = [line for line in outside.splitlines() if not any(word in line for word in allowed)]
+    return [line for line in lines if any(pattern.search(line) for pattern in MEASURED)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_measured_figure_stands_in_a_marked_block(page: Path) -> None:
+    allowed = NO_MEASUREMENT.get(page.relative_to(ROOT).as_posix(), ())
+    assert unmarked(page.read_text(encoding="utf-8"), allowed) == []
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "A step takes 1/4.0 of the time of HF Trainer + PEFT.",
+        "It is 2.8x faster than PEFT.",
+        "Prefix tuning reaches an accuracy of 0.935 there.",
+        "Sixteen adapters decode at 605 tokens/s.",
+        "Looking costs 1.6 to 2.1 times as many units.",
+        "A load takes 4.7 ms.",
+    ],
+)
+def test_a_claim_without_a_source_is_noticed(claim: str) -> None:
+    assert unmarked(f"Some text.\n\n{claim}\n") == [claim]
+    assert unmarked(f"<!-- figures: summary -->\n{claim}\n<!-- end of figures -->\n") == []
+
+
+def figures(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "figures.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_every_block_and_chart_is_what_the_results_say() -> None:
+    done = figures("--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_figure_that_was_changed_by_hand_is_noticed() -> None:
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import figures\n"
+        "page = figures.PAGES[0].read_text(encoding='utf-8')\n"
+        "assert figures.filled(page) == page\n"
+        "changed = page.replace('x faster', '9x faster', 1)\n"
+        "assert changed != page and figures.filled(changed) == page\n"
+    )
+    command = [sys.executable, "-c", program, str(BENCHMARKS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
