@@ -38,6 +38,20 @@ def test_without_a_token_401_with_the_wrong_scope_403_on_every_guarded_path(serv
         assert anyone.get(path).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/nothing/here", "/v2/models", "/metrics/x", "/api", "/v1", "//v1/models"]
+)
+def test_an_unknown_path_is_401_without_a_token_403_with_one_that_is_not_admin_and_404_with_one_that_is(
+    serve, workspace, path
+) -> None:
+    _, infer = workspace.tokens.create("reader")
+    _, admin = workspace.tokens.create("boss", ["admin"])
+    running = serve()
+    for token, status in ((None, 401), (infer, 403), (admin, 404)):
+        for method in ("GET", "POST", "DELETE"):
+            assert running.client(token).request(method, running.url + path).status_code == status, (method, token)
+
+
 @pytest.mark.parametrize("said", ["", "Bearer", "Basic abc", "Bearer turret-nobody", "Bearer " + "x" * 9999])
 def test_an_authorization_that_is_no_known_token_is_401(serve, workspace, said) -> None:
     workspace.tokens.create("reader")

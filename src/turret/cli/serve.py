@@ -38,6 +38,13 @@ def serve(
     tokens: Annotated[
         int | None, typer.Option("--adapter-tokens-per-minute", min=1, help="Quota of each adapter.")
     ] = None,
+    connections: Annotated[
+        int, typer.Option("--connections-per-client", min=0, help="Most open at a time from one address; 0: any.")
+    ] = 128,
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option("--proxy", metavar="ADDRESS", help="Of a reverse proxy: its connections are not limited."),
+    ] = None,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write the texts of requests to the log.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
@@ -46,13 +53,23 @@ def serve(
 
     One base with all its adapters. SIGTERM and Ctrl-C let running answers finish; a second one ends at once.
     """
+    from turret.server.clients import networks
+    from turret.server.limits import Limits
     from turret.server.quotas import Quota
     from turret.server.served import Settings
     from turret.workspace import Workspace
 
     workspace = Workspace(store)
     quota = Quota(requests, tokens)
-    settings = Settings(host=host, port=port, alias=alias, per_adapter=quota, log_texts=log_texts)
+    settings = Settings(
+        host=host,
+        port=port,
+        alias=alias,
+        limits=Limits(connections_per_client=connections or None),
+        per_adapter=quota,
+        log_texts=log_texts,
+        proxies=networks(proxy or ()),
+    )
     _serve(workspace, base or only_base(workspace), settings, size_of(memory), dtype, as_json)
 
 

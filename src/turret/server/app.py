@@ -1,6 +1,6 @@
 """The application: routes behind the doors, in the order in which a request meets them.
 
-    log and request id -> page or API -> who asks -> how much -> route
+    log and request id -> page or API -> one way to read it -> who asks -> how much -> route
 
 Refuses to know sockets; `run.py` has those.
 """
@@ -20,6 +20,7 @@ from turret import __version__
 from turret.errors import TurretError
 from turret.server import chat, classify, completions, control, experiments, health, models
 from turret.server.auth import Guarded
+from turret.server.headers import Unambiguous
 from turret.server.limits import Bounded
 from turret.server.logs import Logged
 from turret.server.problems import Problem, by_status, invalid, problem
@@ -50,8 +51,8 @@ ROUTERS = (
 
 def create(served: Served) -> ASGIApp:
     """The whole server as an ASGI application."""
-    bounded = Bounded(routes(served), served.limits, served.load)
-    doors = Paged(Guarded(bounded, served.guard))
+    bounded = Bounded(routes(served), served.limits, served.load, served.clients)
+    doors = Paged(Unambiguous(Guarded(bounded, served.guard)))
     return Logged(doors, served.log, served.metrics.request, served.clock)
 
 

@@ -25,8 +25,9 @@ from turret.store.tokens import SCOPES, which
 
 LONGEST = 256  # characters of a token
 READS = ("GET", "HEAD", "OPTIONS")
-INFER, ADMIN = "/v1/", ("/api/", "/metrics")  # paths; anything else that is there takes any token
-EITHER = "/api/outcomes"  # whoever may ask may say what came of the answer, and so may who looks on
+INFER = "/v1/"  # paths that the scope infer opens; any other path needs admin, one that is not there too
+# Paths that any token opens. Who may ask may also say what came of the answer.
+ANY = ("/api/outcomes", "/openapi.json")
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,8 @@ class Guard:
         if self._open:
             return self._anyone(host)
         token = self._token(authorization)
-        wanted = (
-            None
-            if path == EITHER
-            else "infer"
-            if path.startswith(INFER)
-            else "admin"
-            if path.startswith(ADMIN)
-            else None
-        )
-        if wanted is not None and wanted not in token.scopes:
+        wanted = "infer" if path.startswith(INFER) else "admin"
+        if path not in ANY and wanted not in token.scopes:
             raise Forbidden(f"token {token.name!r} has no scope {wanted}: use one that has")
         return _asker(token)
 

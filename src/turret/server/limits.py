@@ -8,11 +8,13 @@ Refuses to know what a request means.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.errors import Busy, Draining, TooLarge, TooSlow, WrongMediaType
+from turret.server.clients import Clients, take
 from turret.server.paths import is_page
 from turret.server.problems import answer
 
@@ -46,6 +48,7 @@ class Limits:
     write_seconds: float = 30.0  # until a client that does not read is given up
     answer_seconds: float = 300.0
     connections: int = 1024
+    connections_per_client: int | None = 128  # half of in_flight, so that one client leaves room for others
     in_flight: int = 256  # requests being read or answered
     control_waiting: int = 32  # verbs of the control plane that wait for a thread
     outcomes_waiting: int = 32  # requests that tell outcomes, at a time
@@ -58,17 +61,19 @@ class Load:
 
     def __init__(self) -> None:
         self.requests = 0
-        self.bytes = 0
+        self.bytes = 0  # of bodies
+        self.bytes_of: Counter[str] = Counter()  # of these, by client
         self.draining = False
 
 
 class Bounded:
     """An ASGI application behind its limits."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, load: Load) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, load: Load, clients: Clients) -> None:
         self.app = app
         self.limits = limits
         self.load = load
+        self.clients = clients
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN:
@@ -81,7 +86,7 @@ class Bounded:
             await answer(Busy(f"{self.load.requests} requests are in flight: try again", 1), scope, receive, send)
             return
         self.load.requests += 1
-        body = _Body(self.limits, self.load)
+        body = _Body(self.limits, self.load, self.clients.limited(scope.get("client")))
         try:
             await self._pass(scope, receive, send, body)
         finally:
@@ -102,11 +107,12 @@ class Bounded:
 
 
 class _Body:
-    """The bytes of one request, counted while they are held."""
+    """The bytes of one request, counted while they are held. client: for whom they count too."""
 
-    def __init__(self, limits: Limits, load: Load) -> None:
+    def __init__(self, limits: Limits, load: Load, client: str | None) -> None:
         self.limits = limits
         self.load = load
+        self.client = client
         self.content = bytearray()
 
     async def read(self, scope: Scope, receive: Receive) -> bytes | None:
@@ -136,6 +142,11 @@ class _Body:
             raise self._too_large()
         if self.load.bytes + len(piece) > self.limits.bodies_bytes:
             raise Busy("the bodies of other requests take all the memory that is meant for them: try again", 1)
+        if self.client is not None:
+            held = self.load.bytes_of[self.client]
+            if held > len(self.content) and held + len(piece) > self.limits.bodies_bytes // 2:
+                raise Busy(f"other bodies of {self.client} take all the memory that is meant for one client", 1)
+            self.load.bytes_of[self.client] += len(piece)
         self.content += piece
         self.load.bytes += len(piece)
 
@@ -144,6 +155,7 @@ class _Body:
 
     def close(self) -> None:
         self.load.bytes -= len(self.content)
+        take(self.load.bytes_of, self.client, len(self.content))
         self.content = bytearray()
 
 

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from turret.errors import BadRequest, Busy, TooSlow, TurretError
+from turret.server.clients import Clients
 from turret.server.limits import Limits
 from turret.server.problems import problem
 
 
-def protocol(limits: Limits) -> type[asyncio.Protocol]:
-    """The protocol with these limits, as uvicorn wants it: a class."""
+def protocol(limits: Limits, open_by: Clients) -> type[asyncio.Protocol]:
+    """The protocol with these limits, as uvicorn wants it: a class. open_by: the connections of each client."""
 
     class Bound(Patient):
         header_seconds, write_seconds = limits.header_seconds, limits.write_seconds
-        most = limits.connections
+        clients = open_by
 
     return Bound
 
@@ -33,21 +36,26 @@ class Patient(H11Protocol):
 
     header_seconds = 10.0
     write_seconds = 30.0
-    most = 1024
+    clients: Clients
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._late: asyncio.TimerHandle | None = None
         self._stuck: asyncio.TimerHandle | None = None
+        self._leave: Callable[[], None] = lambda: None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         opened = transport.get_extra_info("socket")
         if opened is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # what is closed while nobody reads ends too
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.write_seconds * 1000))
-        if len(self.connections) > self.most:
-            self._refuse(Busy(f"{self.most} connections are open: try again", 1))
+        client = self.clients.limited(transport.get_extra_info("peername"))
+        try:
+            self.clients.enter(client)
+        except Busy as error:
+            self._refuse(error)
         else:
+            self._leave = partial(self.clients.leave, client)
             self._expect()
 
     def data_received(self, data: bytes) -> None:
@@ -70,6 +78,7 @@ class Patient(H11Protocol):
         self._reads()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._leave()
         self._came()
         self._reads()
         super().connection_lost(exc)

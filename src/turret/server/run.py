@@ -52,7 +52,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create(served),
-                http=protocol(limits),
+                http=protocol(limits, served.clients),
                 ws="none",
                 lifespan="off",
                 log_config=None,

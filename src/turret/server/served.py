@@ -19,6 +19,7 @@ from starlette.requests import Request
 from turret.errors import Cancelled, NotFound, TurretError
 from turret.server.asked import Asked, Put
 from turret.server.auth import Asker, Guard
+from turret.server.clients import Clients, Network
 from turret.server.face import Engine, Kind, Text, Ticket, named
 from turret.server.follow import Follow
 from turret.server.lanes import Lane
@@ -47,6 +48,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     per_adapter: Quota = field(default_factory=Quota)
     log_texts: bool = False
+    proxies: Sequence[Network] = ()  # their connections are many clients', and have no limit of their own
 
 
 class Served:
@@ -68,6 +70,7 @@ class Served:
         self.log, self.clock = log or Log(), clock
         self.began, self.id = int(time.time()), secrets.token_hex(4)
         self.load = Load()
+        self.clients = Clients(self.limits.connections, self.limits.connections_per_client, self.settings.proxies)
         self.guard = Guard(self.settings.host, workspace.tokens.list(), clock)
         self.quotas = Quotas(clock)
         self.metrics = Metrics(self._gauges)
