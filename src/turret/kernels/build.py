@@ -1,56 +1,104 @@
-"""The compiled kernels as a shared library: built once a machine by its own C compiler, kept in the user's cache.
+"""The compiled kernels as a loaded library: one that ships in the wheel, else one compiled here and kept in the cache.
 
-The file's name holds a digest of the source, the compiler and the processor, so a library is never used where it was
-not made for. Refuses to know what a kernel computes.
+A cached library's name holds a digest of the source, the compiler and the processor, so a library is never used where
+it was not made for. A cache that somebody else could write to is never loaded from.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 
-from turret.cache import cache_folder
+from turret.cache import cache_folder, open_private, private_folder
+from turret.kernels.compiler import FLAGS, LEVELS, NATIVE, SOURCES, CompilerError, compile_library, run
 
-SOURCES = (
-    *("kernels.c", "operations.inc.c", "products.inc.c", "attention.inc.c", "low_rank.inc.c", "step.inc.c"),
-    *("layer.inc.c", "lora.inc.c", "int8.inc.c"),
-)
-# No -ffast-math: it would have the library set the whole process to flush small numbers, and assume there are no NaNs.
-FLAGS = (
-    *("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-shared", "-std=gnu11"),
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
-)
-SECONDS = 120  # that a compiler may take
-SWITCH = "TURRET_KERNELS"  # "off" in the environment: the plain path
+SWITCH = "TURRET_KERNELS"  # in the environment: "off" for the plain path, "compile" to pass over those in the wheel
+FOLDER = Path(__file__).parent  # of the source
+SHIPPED = FOLDER / "shipped"  # made by the package's build; a source checkout has none
+
+_log = logging.getLogger(__name__)
 
 
 class NotBuilt(Exception):
     """Why there is no library; never an error for a user, who gets the plain path."""
 
 
-def library_path() -> Path:
-    """The library for this machine, built now if it is not there. Raises NotBuilt."""
-    if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
+def load() -> tuple[ctypes.CDLL, str]:
+    """The library for this machine, and where it came from. Raises NotBuilt."""
+    choice = os.environ.get(SWITCH, "").lower()
+    if choice in ("off", "0", "no"):
         raise NotBuilt(f"switched off by {SWITCH}")
-    if os.name != "posix" or platform.system() != "Linux":
+    if platform.system() != "Linux":
         raise NotBuilt(f"no kernels for {platform.system()} yet")
-    compiler = _compiler()
-    place = cache_folder() / "kernels" / f"{_digest(compiler)}.so"
     try:
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _compile(compiler, place)
-        if place.stat().st_uid != os.getuid():
-            raise NotBuilt(f"{place} belongs to another user")
+        return (None if choice == "compile" else shipped(SHIPPED, features())) or _compiled()
+    except CompilerError as error:
+        raise NotBuilt(str(error)) from None
+    except OSError as error:  # a library that the system does not load
+        raise NotBuilt(f"cannot load the kernels: {error}") from None
+
+
+def features() -> frozenset[str]:
+    """What Linux says that this processor can do, and lets it do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
+
+
+def shipped(folder: Path, features: frozenset[str]) -> tuple[ctypes.CDLL, str] | None:
+    """The best library of the wheel for a processor with these features, or None. Raises OSError."""
+    for level in LEVELS:
+        place = folder / f"kernels-{level.name}.so"
+        if level.features <= features and place.exists():
+            loaded = ctypes.CDLL(str(place))
+            if loaded.ready():
+                return loaded, f"shipped for {level.title}"
+    return None
+
+
+def _compiled() -> tuple[ctypes.CDLL, str]:
+    compiler = _compiler()
+    name = f"{_digest(compiler)}.so"
+    try:
+        folder = private_folder(cache_folder() / "kernels")
+        if not (folder / name).exists():
+            _compile(compiler, folder, name)
+        return _load(folder / name), f"compiled as {name}"
     except OSError as error:
-        raise NotBuilt(f"cannot write {place}: {error.strerror}") from None
-    return place
+        reason = _said(error)
+    with tempfile.TemporaryDirectory(prefix="turret-") as own:
+        try:
+            folder = private_folder(Path(own))
+            _compile(compiler, folder, name)
+            loaded = _load(folder / name)
+        except OSError as error:
+            raise NotBuilt(f"{reason}; and {_said(error)}") from None
+    _log.warning("kernels are compiled anew in every process, their cache is not used: %s", reason)
+    return loaded, f"compiled for this process alone, the cache is not used: {reason}"
+
+
+def _said(error: OSError) -> str:
+    return f"{error.filename} {error.strerror}" if error.filename else str(error)
+
+
+def _load(place: Path) -> ctypes.CDLL:
+    """Load the very file that was checked, whatever its name leads to by then."""
+    descriptor = open_private(place)
+    try:
+        loaded = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+    if not loaded.ready():
+        raise NotBuilt("the system does not grant the processor's matrix tiles")
+    return loaded
 
 
 def _compiler() -> str:
@@ -62,32 +110,19 @@ def _compiler() -> str:
 
 
 def _digest(compiler: str) -> str:
-    known = hashlib.sha256(" ".join(FLAGS).encode())
+    known = hashlib.sha256(" ".join((*FLAGS, *NATIVE)).encode())
     for name in SOURCES:
-        known.update((files("turret.kernels") / name).read_bytes())
-    known.update(_asked([compiler, "--version"]))
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text("utf-8", "replace").splitlines() if cpu.exists() else []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    known.update(features.encode())
+        known.update((FOLDER / name).read_bytes())
+    known.update(run([compiler, "--version"]))
+    known.update(" ".join(sorted(features())).encode() or platform.processor().encode())
     return known.hexdigest()[:32]
 
 
-def _compile(compiler: str, place: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".partial-") as folder:
-        for name in SOURCES:
-            (Path(folder) / name).write_bytes((files("turret.kernels") / name).read_bytes())
-        made = Path(folder) / "kernels.so"
-        _asked([compiler, *FLAGS, "-o", str(made), str(Path(folder) / SOURCES[0]), "-lm"])
-        os.replace(made, place)
-
-
-def _asked(command: list[str]) -> bytes:
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotBuilt(f"{command[0]} did not run: {error}") from None
-    if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise NotBuilt(f"{command[0]} failed: {said[0] if said else f'status {done.returncode}'}")
-    return done.stdout
+def _compile(compiler: str, folder: Path, name: str) -> None:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as own:
+        for source in SOURCES:
+            (Path(own) / source).write_bytes((FOLDER / source).read_bytes())
+        made = Path(own) / name
+        compile_library(compiler, Path(own), made)
+        made.chmod(0o700)
+        os.replace(made, folder / name)

@@ -39,6 +39,15 @@ static inline __m512i joined(const __m512i x[4])
     return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xff000000), _mm512_slli_epi32(x[3], 24), y, 0xca);
 }
 
+/* modulo 2^32, where _mm512_reduce_add_epi32 adds signed numbers, which must not overflow */
+static inline uint32_t added_words(__m512i x)
+{
+    uint32_t each[16], sum = 0;
+    _mm512_storeu_si512(each, x);
+    for (int i = 0; i < 16; i++) sum += each[i];
+    return sum;
+}
+
 static inline float largest_of(const float *x, long n)
 {
     __m512i most = _mm512_setzero_si512();
@@ -97,7 +106,7 @@ static void NAME(round_token)(int8_t *p, float *scale, int32_t *above, const T *
     float times;
     scales_of(LARGEST(x, deep), &times, scale);
     for (long e = 0; e < deep; e += 64) sum = _mm512_add_epi32(sum, NAME(round_64)(p + e, x + e, spread(times), 0.0f));
-    *above = (int32_t)(128u * ((uint32_t)_mm512_reduce_add_epi32(sum) - (uint32_t)deep * SHIFTED));
+    *above = (int32_t)(128u * (added_words(sum) - (uint32_t)deep * SHIFTED));
 }
 
 /* q of 32 outputs whose numbers lie in rows, and their scales; `rows` has room for 16 of them, rounded */
@@ -181,7 +190,7 @@ long NAME(linear_int8)(const T *x, const T *w, const uint8_t *rounded, const T *
                        void *memory, int threads)
 {
     long part = PART / deep / 32 * 32, blocks = (tokens + AT_ONCE - 1) / AT_ONCE, all = blocks * AT_ONCE;
-    long rounds = (blocks * AT_ONCE * deep + threads * SHARE - 1) / (threads * SHARE); /* in which every thread takes as much as another */
+    long rounds = (blocks * AT_ONCE * deep + (long)threads * SHARE - 1) / ((long)threads * SHARE); /* in which every thread takes as much as another */
     long share = (blocks + threads * rounds - 1) / (threads * rounds) * AT_ONCE;
     part = rounded || part > outputs ? outputs : part < 32 ? 32 : part;
     struct NAME(int8_room) room;

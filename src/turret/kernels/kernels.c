@@ -32,11 +32,11 @@ static inline bfloat16 narrow(float f) /* to nearest, ties to even */
 /* e^x for x <= 0 (up to 88 it holds too), within 2 ulp near 0 and 1e-5 of itself at -87; below that 0; NaN stays NaN */
 static inline float exponential(float x)
 {
-    float bounded = x < -87.0f ? -87.0f : x;
+    float bounded = x > -87.0f ? x : -87.0f; /* of NaN too: a NaN has no whole number, and is in r */
     float n = floorf(bounded * 1.44269504f + 0.5f);
-    float r = bounded - n * 0.693147181f;
+    float r = x - n * 0.693147181f;
     float e = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666657f + r * (0.0416665785f + r * (0.00833345205f + r * 0.00139171646f)))));
-    int32_t bits = ((int32_t)n + 127) << 23;
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
     return x < -87.0f ? 0.0f : e * power;

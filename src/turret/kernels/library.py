@@ -17,7 +17,7 @@ from torch import Tensor
 
 from turret.kernels.arguments import KEPT, Kept, PartWords, Prefixes, Rows, Spans, words_of
 from turret.kernels.attention import Attention
-from turret.kernels.build import NotBuilt, library_path
+from turret.kernels.build import NotBuilt, load
 from turret.kernels.calls import NAMES, at, threads
 from turret.kernels.layers import DecoderLayer, EncoderLayer, Layer, Layers
 from turret.kernels.operations import Operations
@@ -118,15 +118,12 @@ def _found() -> tuple[Library | None, str]:
     from turret.kernels import check
 
     try:
-        path = library_path()
-        loaded = ctypes.CDLL(str(path))
-        if not loaded.ready():
-            raise NotBuilt("the system does not grant the processor's matrix tiles")
+        loaded, origin = load()
         library = Library(loaded)
         check.require(library)
-    except (NotBuilt, OSError, AttributeError) as error:
+    except (NotBuilt, AttributeError) as error:  # AttributeError: a kernel that the library lacks
         return None, str(error)
-    return library, f"compiled as {path.name}"
+    return library, origin
 
 
 _off: ContextVar[bool] = ContextVar("off", default=False)

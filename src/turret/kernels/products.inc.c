@@ -37,18 +37,22 @@ static char *cut(char **next, size_t bytes)
 #define HIGH 6
 #define LAST 4
 #endif
-typedef float vector __attribute__((vector_size(4 * ACROSS), aligned(4)));
+typedef float vector __attribute__((vector_size(4 * ACROSS)));
+typedef float in_memory __attribute__((vector_size(4 * ACROSS), aligned(4))); /* where any float may begin it */
+
+static inline vector load_floats(const float *from) { return *(const in_memory *)from; }
+static inline void store_floats(float *to, vector from) { *(in_memory *)to = from; }
 
 static inline __attribute__((always_inline)) void sums_float(float *c, long ldc, const float *a, long lda, const float *b, long ldb, long k, int add, const int high)
 {
     vector sum[HIGH][2];
     for (int r = 0; r < high; r++)
         for (int w = 0; w < 2; w++) {
-            if (add) sum[r][w] = *(const vector *)(c + r * ldc + ACROSS * w);
+            if (add) sum[r][w] = load_floats(c + r * ldc + ACROSS * w);
             else memset(&sum[r][w], 0, sizeof(vector));
         }
     for (long e = 0; e < k; e++) {
-        vector first = *(const vector *)(b + e * ldb), second = *(const vector *)(b + e * ldb + ACROSS);
+        vector first = load_floats(b + e * ldb), second = load_floats(b + e * ldb + ACROSS);
 #pragma GCC unroll 8
         for (int r = 0; r < high; r++) {
             float x = a[r * lda + e];
@@ -57,7 +61,7 @@ static inline __attribute__((always_inline)) void sums_float(float *c, long ldc,
         }
     }
     for (int r = 0; r < high; r++)
-        for (int w = 0; w < 2; w++) *(vector *)(c + r * ldc + ACROSS * w) = sum[r][w];
+        for (int w = 0; w < 2; w++) store_floats(c + r * ldc + ACROSS * w, sum[r][w]);
 }
 
 static void product_float(float *c, long ldc, const float *a, long lda, const float *b, long ldb, long m, long n, long k, int add)
@@ -126,9 +130,6 @@ static void transposed_float(float *to, const float *from, long m, long n) { tra
 
 /* --- vectors of numbers as they lie in memory --------------------------------------------------------------------- */
 
-static inline vector load_floats(const float *from) { return *(const vector *)from; }
-static inline void store_floats(float *to, vector from) { *(vector *)to = from; }
-
 static inline vector load_bfloats(const bfloat16 *from)
 {
 #if defined(__AVX512F__)
@@ -153,7 +154,7 @@ static inline void store_bfloats(bfloat16 *to, vector from)
 }
 
 /* Words of random bits, and what of ACROSS numbers `dropout` leaves: `first` is the number of the first, a multiple of ACROSS. */
-typedef uint32_t words __attribute__((vector_size(4 * ACROSS), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(4 * ACROSS)));
 
 struct mask { uint32_t seed, other, threshold; }; /* of 2^16 */
 
