@@ -44,6 +44,49 @@ TurretError                 anything a user can mend; its text is one line: what
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+LINE = 300  # characters, at most, of the line that an error is printed as
+
+
+def one_line(text: str, most: int = LINE) -> str:
+    """The text on one line of at most `most` characters: without control characters, and cut in the middle.
+
+    What failed is at the start of an error and the remedy at its end, so both stay. Long words are cut first.
+    """
+    if len(text) > 20 * most:
+        text = f"{text[: 10 * most]} {text[-10 * most :]}"
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if len(line) > most:
+        line = " ".join(_cut(word, 80) for word in line.split(" "))
+    return _cut(line, most)
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value that somebody gave, as an error shows it: its repr on one line, cut in the middle."""
+    try:
+        return one_line(repr(value), most)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in lists in lists
+        return f"a very large {type(value).__name__}"
+
+
+def listed(values: Iterable[str], most: int = 100) -> str:
+    """Names that somebody gave, quoted, with commas: as many as fit, and how many more there are."""
+    names, line = list(values), ""
+    for place, name in enumerate(names):
+        longer = f"{line}, {shown(name, 40)}" if line else shown(name, 40)
+        if place and len(longer) > most:
+            return f"{line} and {len(names) - place} more"
+        line = longer
+    return line or "none"
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    end = (most - 3) // 3
+    return f"{text[: most - 3 - end]}...{text[-end:]}"
+
 
 class TurretError(Exception):
     """Base of all; `exit_status` is what the command line returns for it."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from datetime import date, time
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -28,7 +30,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from turret.errors import BadReference, RecipeError
+from turret.errors import BadReference, RecipeError, one_line, shown
 from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
 from turret.reference import check_name
 
@@ -45,6 +47,9 @@ _ELSEWHERE = {  # what other tools call our keys
 }  # fmt: skip
 
 
+MOST = 10**12  # steps, epochs, examples: beyond it a number is a mistake
+
+
 class _Section(BaseModel):
     """A part of a recipe; however it is made, a mistake in it is one `RecipeError` of one line."""
 
@@ -57,17 +62,17 @@ class _Section(BaseModel):
         try:
             return handler(value)
         except ValidationError as error:
-            raise RecipeError("; ".join(_sentences(cls, error))) from None
+            raise RecipeError(_as_many_as_fit(list(_sentences(cls, error)))) from None
 
 
 def _size(value: Any) -> Any:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
     if value is None or whole or (isinstance(value, float) and 0 < value < 1):
         return value
     if isinstance(value, str) and re.match(r"[A-Za-z_]", value):
         return value
     raise ValueError(
-        f"expected a number of at least 1, a fraction between 0 and 1 or the name of a split, given {_short(value)}"
+        f"expected a number of at least 1, a fraction between 0 and 1 or the name of a split, given {shown(value)}"
     )
 
 
@@ -118,22 +123,28 @@ class Train(_Section):
 
     section: ClassVar[str] = "train"
 
-    epochs: int = Field(default=3, ge=1)
+    epochs: int = Field(default=3, ge=1, le=MOST)
     batch_size: int = Field(default=8, ge=1, le=65536)
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None  # None: the method's own; auto: found by trials
     init_from: str | None = Field(default=None, min_length=1)  # a stored version to go on from; None: the base alone
-    evaluate: Literal["epoch", "never"] | Annotated[int, Field(ge=1)] = "epoch"  # a number: every so many steps
-    max_steps: int | None = Field(default=None, ge=1)  # None: as many as the epochs make
-    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0.06  # fraction of the steps, or steps
+    evaluate: Literal["epoch", "never"] | Annotated[int, Field(ge=1, le=MOST)] = (
+        "epoch"  # a number: every so many steps
+    )
+    max_steps: int | None = Field(default=None, ge=1, le=MOST)  # None: as many as the epochs make
+    warmup: Annotated[int, Field(ge=0, le=MOST)] | Annotated[float, Field(ge=0, lt=1)] = (
+        0.06  # fraction of the steps, or steps
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    early_stopping: int | None = Field(default=None, ge=1)  # evaluations of the validation split without gain
+    early_stopping: int | None = Field(default=None, ge=1, le=MOST)  # evaluations of the validation split without gain
     keep: Literal["last", "best"] = "last"  # best by the validation split, never by the test split
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; adapters are float32
     int8: bool = False  # frozen layers multiply in 8 bits in a step of training, and in dtype everywhere else
     gradient_clip: float = Field(default=1.0, gt=0)  # largest norm
-    checkpoint_every: int | None = Field(default=None, ge=1)  # steps; None: every epoch
-    micro_batch_tokens: int | None = Field(default=None, ge=1)  # most in one pass; None: by the size of the base
+    checkpoint_every: int | None = Field(default=None, ge=1, le=MOST)  # steps; None: every epoch
+    micro_batch_tokens: int | None = Field(
+        default=None, ge=1, le=MOST
+    )  # most in one pass; None: by the size of the base
 
 
 def _method_word(value: Any) -> Any:
@@ -182,25 +193,28 @@ class Recipe(_Section):
     @classmethod
     def load(cls, source: str | Path) -> Recipe:
         """Read a TOML file, or the preset of that name where no such file exists."""
-        path, known = Path(source), presets()
-        if not path.is_file() and str(source) in known:
+        known = presets()
+        if str(source) in known and not os.path.isfile(source):  # unlike Path's, it bears any name
             return cls.from_toml(preset_text(str(source)), where=f"preset {source}")
         try:
-            text = path.read_text("utf-8-sig")
+            text = Path(source).read_text("utf-8-sig")
         except (OSError, ValueError) as error:
             reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else _os_reason(error)
             raise RecipeError(
-                f"recipe {_short(str(source))} cannot be read ({reason}): "
+                f"recipe {shown(str(source))} cannot be read ({reason}): "
                 f"give a TOML file or one of the presets {', '.join(known)}"
             ) from None
         return cls.from_toml(text, where=str(source))
 
     @classmethod
     def from_toml(cls, text: str, *, where: str = "recipe") -> Recipe:
+        where = one_line(where, 60)
         try:
-            value = tomllib.loads(text)
+            value = _loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise RecipeError(f"{where} is not TOML: {str(error) or 'nested too deeply'}") from None
+            raise RecipeError(f"{where} is not TOML: {one_line(str(error), 160) or 'nested too deeply'}") from None
+        except ValueError as error:
+            raise RecipeError(f"{where} cannot be read: {error}") from None
         try:
             return cls.model_validate(value)
         except RecipeError as error:
@@ -228,7 +242,7 @@ class Recipe(_Section):
         kind = keys.pop("method.kind", None)
         if kind is not None and kind != value["method"]["kind"]:
             if kind not in _METHODS:
-                raise RecipeError(f"method.kind: expected {', '.join(_METHODS)}, given {_short(kind)}")
+                raise RecipeError(f"method.kind: expected {', '.join(_METHODS)}, given {shown(kind)}")
             value["method"] = {"kind": kind}
         for key, text in keys.items():
             _set(value, key, text)
@@ -238,6 +252,27 @@ class Recipe(_Section):
 _ALONE = {"data": "data.source", "method": "method.kind"}
 _SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "task": Task, "train": Train}
 _TOP = tuple(Recipe.model_fields)
+
+
+def _loads(text: str) -> dict[str, Any]:
+    """Read TOML. Raises ValueError, also for values that TOML has and no setting is."""
+    try:
+        value = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:
+        raise ValueError("it has a whole number of thousands of digits: a setting has at most 64 bits") from None
+    _check_plain(value)
+    return value
+
+
+def _check_plain(value: Any) -> None:
+    if isinstance(value, int) and abs(value) >> 63:
+        raise ValueError(f"it has a whole number of {value.bit_length()} bits: a setting has at most 64")
+    if isinstance(value, (date, time)):
+        raise ValueError(f"it has the date or time {value}: put it in quotes where text is meant")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_plain(each)
 
 
 def name_from(source: str) -> str:
@@ -333,7 +368,7 @@ def _none(text: str) -> None:
 def _toml_value(text: str) -> Any:
     if "\n" in text:
         raise ValueError(text)
-    return tomllib.loads(f"value = {text}")["value"]
+    return _loads(f"value = {text}")["value"]
 
 
 def _toml_value_or_text(text: str) -> Any:
@@ -378,6 +413,16 @@ def _sentences(model: type[BaseModel], error: ValidationError) -> Iterator[str]:
             yield f"{path}: {_complaint(items)}"
 
 
+def _as_many_as_fit(sentences: list[str], most: int = 230) -> str:
+    """The first mistakes, and how many more there are: with the recipe's name before it, one line."""
+    said = one_line(sentences[0], most)
+    for place, sentence in enumerate(sentences[1:], 1):
+        if len(said) + len(sentence) > most:
+            return f"{said}; and {len(sentences) - place} more"
+        said = f"{said}; {sentence}"
+    return said
+
+
 def _complaint(items: list[Any]) -> str:
     texts: list[str] = []
     for item in items:
@@ -387,7 +432,7 @@ def _complaint(items: list[Any]) -> str:
         text = text.replace("input should be", "expected")
         texts.append(text if not texts else text.removeprefix("expected "))
     text = " or ".join(dict.fromkeys(texts))
-    return text if "given" in text or "bad adapter name" in text else f"{text}, given {_short(items[0].get('input'))}"
+    return text if "given" in text or "bad adapter name" in text else f"{text}, given {shown(items[0].get('input'))}"
 
 
 def _unknown(key: str, method: str) -> str:
@@ -407,7 +452,7 @@ def _unknown(key: str, method: str) -> str:
         remedy = f"did you mean {meant[0]!r}?"
     else:
         remedy = f"known {f'in [{section}] ' if beside and section else ''}are {', '.join(leaves if beside else _TOP)}"
-    return f"unknown key {_short(key)}: {remedy}"
+    return f"unknown key {shown(key)}: {remedy}"
 
 
 def _missing_remedy(name: str) -> str:
@@ -420,12 +465,7 @@ def _missing_remedy(name: str) -> str:
 
 def _given_kind(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, Mapping) else value
-    return ", none given" if kind is None else f", given {_short(kind)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return ", none given" if kind is None else f", given {shown(kind)}"
 
 
 def _os_reason(error: Exception) -> str:

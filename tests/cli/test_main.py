@@ -114,6 +114,59 @@ def test_a_message_of_many_lines_is_still_one_line(capsys) -> None:
     assert "first second" in err
 
 
+def test_a_long_message_keeps_what_failed_and_the_remedy(capsys) -> None:
+    path, many = "/folder" * 2000, "word " * 3000
+    run([], failing(errors.StoreError(f"the store cannot be read: {path}: {many}: make it readable")))
+    err = capsys.readouterr().err
+    assert len(err) <= errors.LINE + 1
+    assert err.startswith("turret: the store cannot be read: /folder/folder")
+    assert err.endswith("word : make it readable\n")
+
+
+LONG = "x" * 10_000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["list", "--store", LONG],
+        ["list", "--store", f"postgresql://{LONG}"],
+        ["show", LONG],
+        ["show", f"a@{LONG}"],
+        ["predict", LONG, "text"],
+        ["evaluate", "a", LONG],
+        ["train", LONG],
+        ["train", f"~{LONG}/r.toml"],
+        ["plan", "quick-classify", "--set", f"data.source={LONG}"],
+        ["plan", "quick-classify", "--set", f"data.source=~{LONG}"],
+        ["plan", "quick-classify", "--set", f"base={LONG}"],
+        ["plan", "quick-classify", "--set", f"{LONG}=1"],
+        ["plan", "quick-classify", "--set", f"method={LONG}"],
+        ["plan", "quick-classify", "--set", f"seed={'9' * 5000}"],
+        ["import", LONG, "--name", "a"],
+        ["import", ".", "--name", LONG],
+        ["promote", "a@1", LONG],
+        ["gate", "a", "production", "--add", LONG],
+        ["gate", "a", "production", "--golden", LONG],
+        ["export", "a@1", LONG],
+        ["token", "create", LONG, "--scope", LONG],
+        ["experiment", "start", LONG, LONG],
+        [LONG],
+        ["list", f"--{LONG}"],
+    ],
+    ids=lambda words: " ".join(word[:30] for word in words),
+)
+def test_a_name_of_10000_characters_costs_one_line_of_300(arguments, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) in (1, 2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("turret: ")
+    assert err.count("\n") == 1
+    assert len(err) <= errors.LINE + 1
+    assert "bug in turret" not in err
+
+
 def test_ctrl_c_is_130_without_a_traceback(capsys) -> None:
     assert run([], failing(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "turret: stopped\n"

@@ -95,7 +95,7 @@ def test_targets_are_numbers_in_the_order_of_the_labels() -> None:
 
 
 def test_an_unknown_label_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(DataError, match="label 'odd' is unknown to this classifier: it knows bad, fine, good"):
+    with pytest.raises(DataError, match="label 'odd' is unknown to this classifier: it knows 'bad', 'fine', 'good'"):
         classifier().targets([Labelled("x", "odd")])
 
 

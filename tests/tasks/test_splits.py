@@ -65,10 +65,14 @@ def test_fewer_rows_than_asked_for_are_all_used_and_said() -> None:
     ("counts", "wanted", "said"),
     [
         ({"": 10}, {"test": "dev"}, r"data.test = 'dev', but the source is one table without splits"),
-        ({"train": 9, "test": 9}, {"validation": "extra"}, "data.validation = 'extra', but the splits are train, test"),
+        (
+            {"train": 9, "test": 9},
+            {"validation": "extra"},
+            "data.validation = 'extra', but the splits are 'train', 'test'",
+        ),
         ({"train": 9, "test": 9}, {"train": "test", "test": "test"}, "train and test are both the split 'test'"),
         ({"train": 9, "test": 9}, {"test": "train"}, "there is no training split"),
-        ({"a": 9, "b": 9}, {}, "there is no training split: the splits are a, b, so name one in data.train"),
+        ({"a": 9, "b": 9}, {}, "there is no training split: the splits are 'a', 'b', so name one in data.train"),
         ({"": 10}, {"test": 10}, "10 usable rows and 10 of them held out leave none to train on"),
         ({"": 10}, {"test": 8, "validation": 5}, "10 usable rows and 13 of them held out"),
         ({"": 1}, {}, "1 usable rows and 1 of them held out"),

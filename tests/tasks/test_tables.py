@@ -75,7 +75,7 @@ def test_a_summary_may_be_named_prompt_and_completion_when_the_task_is_said(tmp_
     [
         ({"text": "txt"}, None, r"no column 'txt': the columns are 'text', 'label', 'summary', did you mean 'text'\?"),
         ({"label": "y"}, None, "no column 'y': the columns are 'text', 'label', 'summary'$"),
-        ({}, None, r"fit classify \(text, label\) and summarize \(text, summary\): say task.kind"),
+        ({}, None, r"fit classify \('text', 'label'\) and summarize \('text', 'summary'\): say task.kind"),
         ({"text": "text", "summary": "summary"}, None, "belong to different tasks: name one pair"),
         ({"label": "label"}, "summarize", "data.label does not belong to summarize: name document and summary"),
         ({}, "generate", None),
@@ -102,7 +102,7 @@ def test_unknown_columns_are_listed_with_the_setting_that_names_them(tmp_path: P
 def test_a_test_table_without_the_column_is_refused(tmp_path: Path) -> None:
     write_csv(tmp_path / "train.csv", POLES)
     write_csv(tmp_path / "test.csv", [{"text": "x", "other": "y"}])
-    with pytest.raises(DataError, match=r"test.csv has no column 'label': its columns are text, other"):
+    with pytest.raises(DataError, match=r"test.csv has no column 'label': its columns are 'text', 'other'"):
         load(tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_labels_are_words_in_order(tmp_path: Path, written: list[Any], labels: t
     ("written", "said"),
     [
         ([0.5, 1], r"line 1, column 'label': the label 0.5 is not a whole number: classes are whole numbers or words"),
-        (["0.73", "1"], "line 1, column 'label': the label 0.73 is a fraction"),
+        (["0.73", "1"], "line 1, column 'label': the label '0.73' is a fraction"),
         ([float("inf"), 1], "the label inf is not a whole number"),
         (["Good", "good"], "the labels 'Good' and 'good' differ in case or blanks only: write them alike"),
         (["good", "good "], "the labels 'good' and 'good ' differ in case or blanks only"),

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from turret.errors import one_line
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -57,14 +59,13 @@ def follows() -> bool:
 
 
 def complain(message: str) -> None:
-    """One line on stderr, whatever the message holds; of several processes that fail, one says it."""
+    """One line of at most `LINE` characters on stderr; of several processes that fail, one says it."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from turret.train.processes import tells
 
         if not tells():
             return
-    line = plainly(" ".join(str(message).split()))
-    sys.stderr.write(f"turret: {line}\n")
+    sys.stderr.write(one_line(f"turret: {message}") + "\n")
     sys.stderr.flush()
 
 

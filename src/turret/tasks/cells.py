@@ -17,10 +17,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from turret.errors import DataError
+from turret.errors import DataError, listed, shown
 from turret.tasks.files import FIELD_LIMIT
 
 MOST_CLASSES = 10_000
+LABEL_LIMIT = 1000  # characters
 _WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
 _FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]+([eE][+-]?[0-9]+)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -45,7 +46,7 @@ def text_of(cell: Any, mended: Mended) -> str | None:
     elif cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return None
     elif isinstance(cell, (int, float)):
-        text = str(cell)
+        text = _digits(cell)
     else:
         raise DataError(f"expected text, found {type(cell).__name__}")
     if len(text) > FIELD_LIMIT:
@@ -69,7 +70,7 @@ def label_of(cell: Any, names: Sequence[str], multi_label: bool) -> Label | None
         one = _one_label(cell, names)
         return one if one is None or not multi_label else (one,)
     if not multi_label:
-        raise DataError(f"the label is a list ({str(cell)[:40]}): set task.multi_label = true")
+        raise DataError(f"the label is a list ({shown(cell, 40)}): set task.multi_label = true")
     labels = [label for item in cell if (label := _one_label(item, names)) is not None]
     return tuple(sorted(set(labels)))
 
@@ -81,7 +82,7 @@ def _several(text: str) -> Any:
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
-            raise DataError(f"the label {text[:40]!r} starts like a JSON list and is none") from None
+            raise DataError(f"the label {shown(text, 40)} starts like a JSON list and is none") from None
     return [part.strip() for part in text.split("|")]
 
 
@@ -94,29 +95,40 @@ def _one_label(cell: Any, names: Sequence[str]) -> str | None:
         return _numbered(cell, names)
     if not isinstance(cell, str):
         raise DataError(f"expected a label, found {type(cell).__name__}")
-    text = cell.strip()
+    text = _no_longer_than_a_label(cell.strip())
     if whole := _WHOLE.fullmatch(text):
         return whole.group(1)
     if _FRACTION.fullmatch(text):
-        raise DataError(f"the label {text} is a fraction: classes are whole numbers or words")
+        raise DataError(f"the label {shown(text, 40)} is a fraction: classes are whole numbers or words")
     if "\0" in text or _SURROGATE.search(text):
-        raise DataError(f"the label {text[:40]!r} has characters that are no text: mend it")
-    if len(text) > 1000:
-        raise DataError(f"a label of {len(text)} characters: is this the column of labels?")
+        raise DataError(f"the label {shown(text, 40)} has characters that are no text: mend it")
     return cell if text else None  # as written: whether blanks make it another label is asked later
 
 
 def _numbered(number: float, names: Sequence[str]) -> str | None:
-    if not math.isfinite(number) or number != int(number):
+    if isinstance(number, float) and not number.is_integer():  # NaN and infinity neither
         raise DataError(f"the label {number} is not a whole number: classes are whole numbers or words")
     index = int(number)
     if not names:
-        return str(index)
+        return _no_longer_than_a_label(_digits(index))
     if index == -1:  # how `datasets` writes "no label"
         return None
     if not 0 <= index < len(names):
-        raise DataError(f"the label {index} has no name: the names are {', '.join(names)}")
+        raise DataError(f"the label {shown(index, 40)} has no name: the names are {listed(names)}")
     return names[index]
+
+
+def _digits(number: float) -> str:
+    try:
+        return str(number)
+    except ValueError:
+        raise DataError("a whole number of thousands of digits: expected text or a label; mend it") from None
+
+
+def _no_longer_than_a_label(text: str) -> str:
+    if len(text) > LABEL_LIMIT:
+        raise DataError(f"a label of {len(text)} characters, the limit is {LABEL_LIMIT}: is this the column of labels?")
+    return text
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
@@ -131,7 +143,8 @@ def check_alike(labels: Iterable[str]) -> None:
         key = " ".join(label.split()).casefold()
         if key in seen:
             raise DataError(
-                f"the labels {seen[key]!r} and {label!r} differ in case or blanks only: write them alike in the table"
+                f"the labels {shown(seen[key])} and {shown(label)} differ in case or blanks only: "
+                "write them alike in the table"
             )
         seen[key] = label
 
@@ -139,11 +152,13 @@ def check_alike(labels: Iterable[str]) -> None:
 def check_classes(counts: Mapping[str, int], rows: int, column: str, multi_label: bool) -> None:
     """Refuse what cannot be classes: none, one, or nearly as many as there are rows."""
     if not multi_label and len(counts) == 1:
-        raise DataError(f"column {column!r} has one class, {next(iter(counts))!r}: a classifier needs two or more")
+        raise DataError(
+            f"column {shown(column)} has one class, {shown(next(iter(counts)))}: a classifier needs two or more"
+        )
     if not counts:
-        raise DataError(f"column {column!r} has no labels at all: classifying needs them")
+        raise DataError(f"column {shown(column)} has no labels at all: classifying needs them")
     if len(counts) > MOST_CLASSES or (len(counts) > 100 and 2 * len(counts) > rows):
         raise DataError(
-            f"column {column!r} has {len(counts)} different labels in {rows} rows: is it a column of texts or numbers? "
-            "name the right one in data.label"
+            f"column {shown(column)} has {len(counts)} different labels in {rows} rows: "
+            "is it a column of texts or numbers? name the right one in data.label"
         )

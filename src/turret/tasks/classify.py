@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turret.errors import DataError
+from turret.errors import DataError, listed, shown
 from turret.tasks import metrics
 from turret.tasks.task import Encoded, Labelled
 from turret.tasks.tokens import Tokens
@@ -40,7 +40,7 @@ class Classify:
         unknown = sorted(set(class_weights or {}) - set(labels))
         if unknown:
             raise DataError(
-                f"task.class_weights names {unknown[0]!r}, which is no class: the classes are {', '.join(labels)}"
+                f"task.class_weights names {shown(unknown[0])}, which is no class: the classes are {listed(labels)}"
             )
         self.labels = tuple(labels)
         self.multi_label = multi_label
@@ -85,7 +85,7 @@ class Classify:
             return many
         except KeyError as error:
             raise DataError(
-                f"label {error.args[0]!r} is unknown to this classifier: it knows {', '.join(self.labels)}"
+                f"label {shown(error.args[0])} is unknown to this classifier: it knows {listed(self.labels)}"
             ) from None
 
     # --- logits in -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from turret.errors import DataError
+from turret.errors import DataError, listed, shown
 from turret.tasks.task import Kind
 
 _TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")
@@ -62,8 +62,10 @@ def find_columns(data: Any, columns: Sequence[str], kind: Kind | None) -> Column
     if not found:
         raise DataError(_not_found(given, columns, kind))
     if len(found) > 1 and not given:
-        both = " and ".join(f"{f.kind} ({', '.join(f.wanted)})" for f in found)
-        raise DataError(f"the columns {', '.join(columns)} fit {both}: say task.kind, or name the columns under [data]")
+        both = " and ".join(f"{f.kind} ({listed(f.wanted, 60)})" for f in found[:2])
+        raise DataError(
+            f"the columns {listed(columns, 80)} fit {both}: say task.kind, or name the columns under [data]"
+        )
     best = found[0]
     if all(role in given for role in best.roles):
         return best
@@ -86,7 +88,7 @@ def find_input(data: Any, columns: Sequence[str], kind: Kind) -> str:
     if found or len(columns) == 1:
         return found[0] if found else columns[0]
     raise DataError(
-        f"cannot tell which column has the inputs; the columns are {_list(columns)}: name one with --column"
+        f"cannot tell which column has the inputs; the columns are {listed(columns)}: name one with --column"
     )
 
 
@@ -124,21 +126,16 @@ def _guess(kind: Kind, roles: tuple[str, str], given: dict[str, str], columns: S
 def _check_there(name: str, columns: Sequence[str]) -> None:
     if name not in columns:
         near = difflib.get_close_matches(name, columns, n=1)
-        meant = f", did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"there is no column {name!r}: the columns are {_list(columns)}{meant}")
+        meant = f", did you mean {shown(near[0])}?" if near else ""
+        raise DataError(f"there is no column {shown(name)}: the columns are {listed(columns)}{meant}")
 
 
 def _not_found(given: dict[str, str], columns: Sequence[str], kind: Kind | None) -> str:
-    named = f" beside {', '.join(given.values())}" if given else ""
+    named = f" beside {listed(given.values(), 60)}" if given else ""
     if kind == "classify" or {"text", "label"} & given.keys():
         remedy = "set data.text and data.label, for example --set data.text=COLUMN --set data.label=COLUMN"
     elif kind:
         remedy = "set data.document and data.summary (or data.prompt and data.completion) to column names"
     else:
         remedy = "set data.text and data.label, or data.document and data.summary, to column names"
-    return f"cannot tell which columns to use{named}; the columns are {_list(columns)}: {remedy}"
-
-
-def _list(columns: Sequence[str]) -> str:
-    shown = [repr(name if len(name) <= 40 else name[:37] + "...") for name in columns[:20]]
-    return ", ".join(shown) + (f" and {len(columns) - 20} more" if len(columns) > 20 else "")
+    return f"cannot tell which columns to use{named}; the columns are {listed(columns)}: {remedy}"

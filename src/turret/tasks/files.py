@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from turret.errors import DataError
+from turret.errors import DataError, listed, one_line, shown
 
 FIELD_LIMIT = 10_000_000  # characters; ten long novels
 LINE_LIMIT = 32_000_000
@@ -48,21 +48,26 @@ class Table:
     unit: str = "line"
 
 
+def name_of(path: Path) -> str:
+    """The file's name for a message."""
+    return one_line(path.name, 60)
+
+
 def open_table(path: Path) -> Table:
     """The table in a file, its columns known and no more of it read than that takes."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(f"{path.name} has no known kind of table: expected one of {', '.join(SUFFIXES)}")
+        raise DataError(f"{name_of(path)} has no known kind of table: expected one of {', '.join(SUFFIXES)}")
     try:
         if path.stat().st_size == 0:
-            raise DataError(f"{path.name} is empty: give a table with rows")
+            raise DataError(f"{name_of(path)} is empty: give a table with rows")
         if suffix == ".parquet":
             return _parquet(path)
         if suffix == ".json":
             return _json(path)
         return _separated(path, "," if suffix == ".csv" else "\t") if suffix in (".csv", ".tsv") else _jsonl(path)
     except OSError as error:
-        raise DataError(f"{path.name} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{name_of(path)} cannot be read: {_reason_of(error)}") from None
 
 
 # --- text, a line at a time ------------------------------------------------------------------------------------------
@@ -76,12 +81,14 @@ def _lines(path: Path, newline: str) -> Iterator[str]:
             while line := file.readline(LINE_LIMIT + 1):
                 number += 1
                 if len(line) > LINE_LIMIT:
-                    raise DataError(f"{path.name} line {number} is longer than {LINE_LIMIT} characters: {_TOO_LONG}")
+                    raise DataError(
+                        f"{name_of(path)} line {number} is longer than {LINE_LIMIT} characters: {_TOO_LONG}"
+                    )
                 yield line
     except UnicodeDecodeError:
-        raise DataError(f"{path.name} is not UTF-8 ({_bad_place(path)}): save it as UTF-8") from None
+        raise DataError(f"{name_of(path)} is not UTF-8 ({_bad_place(path)}): save it as UTF-8") from None
     except OSError as error:
-        raise DataError(f"{path.name} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{name_of(path)} cannot be read: {_reason_of(error)}") from None
 
 
 def lines_of(path: Path) -> list[str]:
@@ -115,18 +122,20 @@ def _separated(path: Path, delimiter: str) -> Table:
         others = [mark for mark in ",;\t|" if mark in header[0]]
         if others:
             delimiter, header = others[0], _header(path, others[0])
-            notes = (f"{path.name}: columns are separated by {delimiter!r}",)
+            notes = (f"{name_of(path)}: columns are separated by {delimiter!r}",)
     names = tuple(name.strip() or f"unnamed {i}" for i, name in enumerate(header, 1))
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"{path.name} has the column {twice[0]!r} more than once: the first line must name the columns")
-    return Table(path.name, names, partial(_separated_rows, path, delimiter, names), notes=notes)
+        raise DataError(
+            f"{name_of(path)} has the column {shown(twice[0])} more than once: the first line must name the columns"
+        )
+    return Table(name_of(path), names, partial(_separated_rows, path, delimiter, names), notes=notes)
 
 
 def _header(path: Path, delimiter: str) -> list[str]:
     for _, cells in _fields(path, delimiter):
         return cells
-    raise DataError(f"{path.name} is empty: give a table with rows")
+    raise DataError(f"{name_of(path)} is empty: give a table with rows")
 
 
 def _separated_rows(path: Path, delimiter: str, names: tuple[str, ...], wanted: Sequence[str]) -> Iterator[Row]:
@@ -136,7 +145,7 @@ def _separated_rows(path: Path, delimiter: str, names: tuple[str, ...], wanted: 
     for line, cells in rows:
         if len(cells) != len(names):
             raise DataError(
-                f"{path.name} line {line} has {len(cells)} fields and the header has {len(names)}: "
+                f"{name_of(path)} line {line} has {len(cells)} fields and the header has {len(names)}: "
                 f"put texts with {delimiter!r} in double quotes"
             )
         yield line, tuple(cells[place] for place in places)
@@ -151,7 +160,7 @@ def _fields(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{path.name}, row from line {start}: {_reason(error, delimiter)}") from None
+            raise DataError(f"{name_of(path)}, row from line {start}: {_reason(error, delimiter)}") from None
         finally:
             csv.field_size_limit(usual)
         if cells is None:
@@ -172,6 +181,9 @@ def _reason(error: csv.Error, delimiter: str) -> str:
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
+_BEYOND = "nested too deeply, or a number of thousands of digits"
+
+
 def _jsonl(path: Path) -> Table:
     columns: dict[str, None] = {}
     for count, (_, row) in enumerate(_objects(path), 1):
@@ -179,13 +191,13 @@ def _jsonl(path: Path) -> Table:
         if count == _LOOKED_AT:
             break
     if not columns:
-        raise DataError(f"{path.name} is empty: give a table with rows")
+        raise DataError(f"{name_of(path)} is empty: give a table with rows")
 
     def read(wanted: Sequence[str]) -> Iterator[Row]:
         for line, row in _objects(path):
             yield line, tuple(row.get(name) for name in wanted)
 
-    return Table(path.name, tuple(columns), read)
+    return Table(name_of(path), tuple(columns), read)
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -195,29 +207,27 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            what = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "out of bounds"
-            )
-            raise DataError(f"{path.name} line {number} is not JSON ({what}): expected one object a line") from None
+            what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else _BEYOND
+            raise DataError(f"{name_of(path)} line {number} is not JSON ({what}): expected one object a line") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path.name} line {number}: expected an object, found {type(row).__name__}")
+            raise DataError(f"{name_of(path)} line {number}: expected an object, found {type(row).__name__}")
         yield number, row
 
 
 def _json(path: Path) -> Table:
     if path.stat().st_size > JSON_LIMIT:
-        raise DataError(f"{path.name} is over {JSON_LIMIT} bytes, too much for one value: save it as JSONL")
+        raise DataError(f"{name_of(path)} is over {JSON_LIMIT} bytes, too much for one value: save it as JSONL")
     try:
         rows = json.loads("".join(_lines_of_json(path)))
     except (ValueError, RecursionError) as error:
-        place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{path.name} is not JSON{place}: expected a list of objects, or use .jsonl") from None
+        place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else f" ({_BEYOND})"
+        raise DataError(f"{name_of(path)} is not JSON{place}: expected a list of objects, or use .jsonl") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path.name}: expected a list of objects, found {_shape(rows)}")
+        raise DataError(f"{name_of(path)}: expected a list of objects, found {_shape(rows)}")
     if not rows:
-        raise DataError(f"{path.name} has no rows: give a table with rows")
+        raise DataError(f"{name_of(path)} has no rows: give a table with rows")
     columns = tuple(dict.fromkeys(key for row in rows[:_LOOKED_AT] for key in row))
-    return from_rows(path.name, columns, rows)
+    return from_rows(name_of(path), columns, rows)
 
 
 def _lines_of_json(path: Path) -> Iterator[str]:
@@ -225,7 +235,7 @@ def _lines_of_json(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8-sig") as file:
             yield file.read()
     except UnicodeDecodeError:
-        raise DataError(f"{path.name} is not UTF-8 ({_bad_place(path)}): save it as UTF-8") from None
+        raise DataError(f"{name_of(path)} is not UTF-8 ({_bad_place(path)}): save it as UTF-8") from None
 
 
 def _shape(value: Any) -> str:
@@ -249,27 +259,59 @@ def from_rows(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any
 
 
 def _parquet(path: Path) -> Table:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         schema = pq.read_schema(path)
-    except pa.ArrowException as error:
-        raise DataError(f"{path.name} is not Parquet: {_first_line(error)}") from None
+        names = tuple(str(name) for name in schema.names)
+    except _unreadable() as error:
+        if isinstance(error, OSError) and error.errno:  # the system's word, not Parquet's
+            raise
+        raise DataError(f"{name_of(path)} is not Parquet, or broken: {_reason_of(error)}: write it again") from None
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{name_of(path)} has the column {shown(twice[0])} more than once: give each its own name")
 
     def read(wanted: Sequence[str]) -> Iterator[Row]:
         number = 0
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=256, columns=list(dict.fromkeys(wanted))):
-                    cells = [batch.column(name).to_pylist() for name in wanted]
+                    cells = [_cells(batch.column(name), name_of(path), name, number) for name in wanted]
                     for row in zip(*cells, strict=True):
                         number += 1
                         yield number, row
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path.name} is broken after row {number}: {_first_line(error)}") from None
+        except _unreadable() as error:
+            what = f"{name_of(path)} is broken after row {number}: {_reason_of(error)}"
+            raise DataError(f"{what}: write it again") from None
 
-    return Table(path.name, tuple(schema.names), read, classes=_parquet_classes(schema.metadata), unit="row")
+    return Table(name_of(path), names, read, classes=_parquet_classes(schema.metadata), unit="row")
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What pyarrow raises for a file that it cannot read, or for a value that Python has no place for."""
+    import pyarrow as pa
+
+    return (pa.ArrowException, ArithmeticError, LookupError, OSError, TypeError, ValueError)
+
+
+def _cells(cells: Any, table: str, column: str, before: int) -> list[Any]:
+    """The cells of one batch as Python's values; `before`: the rows of the batches before it."""
+    try:
+        return list(cells.to_pylist())
+    except _unreadable() as error:
+        row = before + 1 + next((place for place, cell in enumerate(cells) if not _is_readable(cell)), 0)
+        raise DataError(
+            f"{table} row {row}, column {shown(column, 40)}: this {one_line(str(cells.type), 40)} cannot be read "
+            f"({_reason_of(error, 60)}): expected text or a label; mend it, or leave the row out"
+        ) from None
+
+
+def _is_readable(cell: Any) -> bool:
+    try:
+        cell.as_py()
+    except _unreadable():
+        return False
+    return True
 
 
 def _parquet_classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequence[str]]:
@@ -285,8 +327,10 @@ def _parquet_classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequen
         return {}
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason_of(error: Exception, most: int = 120) -> str:
+    """What a library or the system says, for one line."""
+    said = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    return one_line(said[0], most) if said else type(error).__name__
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -301,7 +345,9 @@ def open_folder(folder: Path) -> dict[str, Table]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )  # fmt: skip
     if not paths:
-        raise DataError(f"the folder {folder} has no tables: expected files with {', '.join(SUFFIXES)}")
+        raise DataError(
+            f"the folder {shown(str(folder), 100)} has no tables: expected files with {', '.join(SUFFIXES)}"
+        )
     groups: dict[str, list[Path]] = {}
     for path in paths:
         groups.setdefault(split_in(path.relative_to(folder)), []).append(path)
@@ -339,8 +385,8 @@ def _joined(folder: Path, paths: Sequence[Path]) -> Table:
     for table in tables[1:]:
         if set(table.columns) != set(first.columns):
             raise DataError(
-                f"{first.name} and {table.name} in {folder.name} have different columns "
-                f"({', '.join(first.columns)} and {', '.join(table.columns)}): give one file, or make them alike"
+                f"{first.name} and {table.name} in {name_of(folder)} have different columns "
+                f"({listed(first.columns, 60)} and {listed(table.columns, 60)}): give one file, or make them alike"
             )
     if len(tables) == 1:
         return first

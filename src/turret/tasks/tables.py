@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from turret.errors import DataError
+from turret.errors import DataError, listed, shown
 from turret.tasks import cells, hub, packaged
 from turret.tasks.columns import Columns, find_columns, find_input
 from turret.tasks.files import SUFFIXES, Table, lines_of, open_folder, open_table
@@ -115,7 +116,8 @@ def read_test(
     unknown = sorted({label.strip() for label in scan.labels} - set(labels)) if labels else []
     if unknown:
         raise DataError(
-            f"{table.name} has the label {unknown[0]!r}, which the adapter does not know: it knows {_some(labels)}"
+            f"{table.name} has the label {shown(unknown[0])}, which the adapter does not know: "
+            f"it knows {listed(labels)}"
         )
     notes = [*table.notes, *([columns.note] if columns.note else []), *scan.notes(table.name)]
     if data.test is not None and not isinstance(data.test, str):
@@ -126,8 +128,8 @@ def read_test(
 
 def read_inputs(data: DataLike, kind: Kind) -> list[str]:
     """The inputs of every row of a table without splits (a missing one is ""), or the lines of a `.txt` file."""
-    path = Path(data.source).expanduser()
-    if path.suffix.lower() == ".txt" and path.is_file():
+    path = Path(os.path.expanduser(data.source))
+    if path.suffix.lower() == ".txt" and os.path.isfile(path):  # unlike Path's, it bears any name
         return lines_of(path)
     tables = open_source(data.source)
     table = tables[test_split(data, list(tables))]
@@ -147,19 +149,20 @@ def read_inputs(data: DataLike, kind: Kind) -> list[str]:
 def open_source(source: str) -> dict[str, Table]:
     """Split -> table, of a wheel, a file, a folder or the Hub; the split is "" where there is but one table."""
     if "\0" in source or not source.strip():
-        raise DataError(f"data.source {source!r} names nothing: give a file, a folder, a Hub id or pypi:package")
+        raise DataError(f"data.source {shown(source)} names nothing: give a file, a folder, a Hub id or pypi:package")
     if source.startswith("pypi:"):
         return packaged.load(source)
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if path.is_dir():
             return open_folder(path)
         if path.exists():
             return {"": open_table(path)}
-    except OSError as error:
-        raise DataError(f"data {source[:80]!r} cannot be read: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of a user who is not there
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"data {shown(source, 100)} cannot be read: {reason}: check the path") from None
     if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or not hub.looks_like_id(source):
-        raise DataError(f"there is no file or folder {source[:200]!r}{_near(path)}")
+        raise DataError(f"there is no file or folder {shown(source, 100)}{_near(path)}")
     return hub.load(source)
 
 
@@ -167,16 +170,20 @@ def _near(path: Path) -> str:
     try:
         names = [other.name for other in path.parent.iterdir() if other.suffix.lower() in SUFFIXES or other.is_dir()]
     except OSError:
-        return f": there is no folder {str(path.parent)[:200]!r} either"
+        return f": there is no folder {shown(str(path.parent), 100)} either"
     close = difflib.get_close_matches(path.name, names, n=1)
-    return f": did you mean {str(path.with_name(close[0]))!r}?" if close else f" in {str(path.parent.resolve())!r}"
+    return (
+        f": did you mean {shown(str(path.with_name(close[0])), 100)}?"
+        if close
+        else f" in {shown(str(path.parent.resolve()), 100)}"
+    )
 
 
 def _check_columns(used: Mapping[str, Table], columns: Columns) -> None:
     for table in used.values():
         for name in columns.wanted:
             if name not in table.columns:
-                raise DataError(f"{table.name} has no column {name!r}: its columns are {', '.join(table.columns)}")
+                raise DataError(f"{table.name} has no column {shown(name)}: its columns are {listed(table.columns)}")
 
 
 # --- the first pass --------------------------------------------------------------------------------------------------
@@ -201,7 +208,7 @@ class _Scan:
         if not self.rows:
             raise DataError(f"{table.name} has columns and no rows: give a table with rows")
         if not self.usable:
-            lost = " and ".join(f"{n} without {column!r}" for column, n in self.without.items())
+            lost = " and ".join(f"{n} without {shown(column, 40)}" for column, n in self.without.items())
             raise DataError(f"{table.name} has no usable row: of {self.rows} rows {lost}")
 
 
@@ -229,7 +236,7 @@ def _examples(table: Table, columns: Columns, multi_label: bool, scan: _Scan) ->
             else:
                 output = cells.text_of(b, scan.mended)
         except DataError as error:
-            raise DataError(f"{table.name} {table.unit} {place}, column {column!r}: {error}") from None
+            raise DataError(f"{table.name} {table.unit} {place}, column {shown(column, 40)}: {error}") from None
         if source is None or output is None:
             scan.without[first if source is None else second] += 1
         else:
@@ -250,14 +257,10 @@ def _labels(
         unknown = [label for label in scan.labels if label not in scans[train].labels]
         if unknown:
             raise DataError(
-                f"{used[split].name} has the label {unknown[0]!r} ({scan.labels[unknown[0]]} rows), which the training "
-                f"table lacks: its labels are {_some(cells.in_order(scans[train].labels))}"
+                f"{used[split].name} has the label {shown(unknown[0])} ({scan.labels[unknown[0]]} rows), which the "
+                f"training table lacks: its labels are {listed(cells.in_order(scans[train].labels))}"
             )
     return cells.in_order(label.strip() for label in scans[train].labels)
-
-
-def _some(names: Sequence[str], most: int = 20) -> str:
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # --- the second pass -------------------------------------------------------------------------------------------------
@@ -303,14 +306,16 @@ def _class_notes(labels: Sequence[str], train: Sequence[Example], multi_label: b
         if isinstance(example, Labelled):
             counts.update(example.label if isinstance(example.label, tuple) else (example.label,))
     if not multi_label and len(counts) == 1:
-        raise DataError(f"all {len(train)} training examples have the label {next(iter(counts))!r}: raise data.train")
+        raise DataError(
+            f"all {len(train)} training examples have the label {shown(next(iter(counts)))}: raise data.train"
+        )
     notes = []
     if multi_label and any("," in label for label in labels):
         notes.append("labels have commas in them: with multi_label a cell's labels are separated by |")
     for number, word in ((0, "no training example"), (1, "one training example only")):
         found = [label for label in labels if counts[label] == number]
         if found:
-            notes.append(f"{word} for the class {_some(found, 5)}")
+            notes.append(f"{word} for the class {listed(found)}")
     return notes
 
 

@@ -7,10 +7,11 @@ Refuses to know how an answer is judged. Columns: `text`, or one of `prompt`, `d
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
-from turret.errors import DataError
+from turret.errors import DataError, shown
 from turret.store.golden import CHECKS, MOST_EXAMPLES, Example, GoldenSet, shortly
 from turret.tasks import cells
 from turret.tasks.files import Table, open_table
@@ -21,9 +22,11 @@ SCORE = "min_score"
 
 def read_examples(path: str | Path) -> GoldenSet:
     """The examples of a table, in its order; raises DataError that names the line."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise DataError(f"there is no file {str(path)[:200]!r}: give a table of golden examples, such as golden.csv")
+    path = Path(os.path.expanduser(path))
+    if not os.path.isfile(path):  # unlike Path's, it bears any name
+        raise DataError(
+            f"there is no file {shown(str(path), 100)}: give a table of golden examples, such as golden.csv"
+        )
     table = open_table(path)
     text, checks = _columns(table)
     examples: list[Example] = []

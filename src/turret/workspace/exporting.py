@@ -56,7 +56,7 @@ def export(
 ) -> Exported:
     """Write the version into `folder`, which is new, empty, or given up with `force`."""
     say = stage or (lambda _words: None)
-    target = Path(folder).expanduser().absolute()
+    target = Path(os.path.expanduser(folder)).absolute()
     _refuse(target, force)
     version = store.resolve(reference)
     with _written(target), _beside(target) as beside:
@@ -169,6 +169,12 @@ def _outputs(model: Any, rows: list[tuple[Tensor, Tensor | None]]) -> Tensor:
 
 
 def _refuse(target: Path, force: bool) -> None:
+    try:
+        os.lstat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise StoreError(f"cannot write {target}: {error.strerror}: choose another folder") from None
     if target.is_symlink():
         raise StoreError(f"{target} is a link: expected a new folder; name the folder itself")
     if not target.exists():
