@@ -167,7 +167,10 @@ def test_the_same_unit_sees_the_same_arm_and_the_experiment_goes_on(workspace: W
 def test_runs_have_their_recipes_and_curves(workspace: Workspace) -> None:
     assert [[run["id"], run["name"], run["state"]] for run in workspace.runs()] == EXPECTED["runs"]
     for run_id, name, _ in EXPECTED["runs"]:
-        assert Recipe.from_toml(workspace.run(run_id)["recipe"]).name == name
+        recipe = Recipe.from_toml(workspace.run(run_id)["recipe"])
+        assert recipe.name == name
+        again = "a setting that was added must have None as its default, see Recipe.to_toml"
+        assert recipe.to_toml() == workspace.run(run_id)["recipe"], again
         assert len(workspace.curve(run_id)) > 1
     assert [each["key"] for each in workspace.comparisons() if each["problem"] is None] == [EXPECTED["comparison"]]
     assert "compared@1" in workspace.report(EXPECTED["comparison"])

@@ -221,7 +221,11 @@ class Recipe(_Section):
             raise RecipeError(f"{where}: {error}") from None
 
     def to_toml(self) -> str:
-        """Every setting written out, defaults too: `from_toml(to_toml())` is equal, whatever defaults become later."""
+        """Every setting written out, defaults too: `from_toml(to_toml())` is equal, whatever defaults become later.
+
+        An unfinished run is found by the digest of this text. So a setting that is added later has None as its default,
+        which is not written: the text of an older run's recipe stays the same.
+        """
         lines, tables = [], []
         checked = Recipe.model_validate(self.model_dump())  # so that a default of 32 is written as the float it is
         for key, value in checked.model_dump().items():
