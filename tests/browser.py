@@ -1,10 +1,13 @@
-"""Chromium without a head, for tests of pages: the system's own, driven by Playwright; skipped where it is missing.
+"""Chromium without a head, for tests of pages: the system's own, driven by Playwright.
+
+Where it is missing tests are skipped, and in CI they fail.
 
 with browser() as chromium: page = chromium.new_page(...)
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +31,10 @@ ARGUMENTS = (
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """One browser; skips the test where the machine has none."""
+    """One browser; where the machine has none, skips the test, or fails it in CI."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
-        pytest.skip("needs chromium or google-chrome on PATH")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs chromium or google-chrome on PATH")
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=found, headless=True, args=list(ARGUMENTS))
         try:

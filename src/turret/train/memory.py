@@ -42,8 +42,12 @@ def peak() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    import resource  # not on Windows, which has no /proc either
+    try:
+        import resource
+    except ImportError:  # Windows, which has no /proc either
+        import psutil
 
+        return int(psutil.Process().memory_info().peak_wset)
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
 

@@ -59,7 +59,7 @@ def carried_out(here: Path, left: float | None, say: Say) -> str | None:
         return None
     if status == Interrupted.exit_status:
         raise Interrupted(STOPPED)
-    if status == -signal.SIGKILL:
+    if hasattr(signal, "SIGKILL") and status == -signal.SIGKILL:
         return (
             "its process was killed, most likely because the machine ran out of memory: lower train.micro_batch_tokens"
         )

@@ -1,0 +1,77 @@
+"""Write requirements/*.txt: what `make setup` installs, each file pinned by its SHA-256. Run by `make lock`.
+
+- build.txt: what builds the packages that ship as source alone
+- common.txt: everything else but torch
+- cpu.txt, cuda.txt: torch and what only that build of it needs
+
+The versions are the newest that pyproject.toml allows, for every Python and system that turret runs on. Needs `uv`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LOCKS = ROOT / "requirements"
+TORCH = "2.13.0"
+BUILD = ("setuptools", "wheel")
+CUDA = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)==")
+NOTE = "# Made by `make lock`. Install with: pip install --no-deps --require-hashes -r FILE\n"
+
+
+def compiled(*arguments: str) -> dict[str, str]:
+    """Requirements with their hashes, by what is before the hashes."""
+    command = ["uv", "pip", "compile", "--universal", "--python-version", "3.11", "--generate-hashes", "--upgrade"]
+    said = subprocess.run(
+        [*command, "--quiet", "--no-header", "--no-annotate", *arguments], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    ).stdout.decode()
+    return {block.partition(" \\\n")[0]: block for block in re.split(r"\n(?=\S)", said.strip())}
+
+
+def cpu_build(folder: str) -> list[str]:
+    """The hashes of torch's CPU builds for Linux: those known before, and that of the one that pip finds here."""
+    before = LOCKS / "cpu.txt"
+    said = before.read_text() if before.exists() else ""
+    known = re.search(rf"^torch=={TORCH}\+cpu .*\n((?: +--hash.*\n?)*)", said, re.MULTILINE)
+    hashes = set(re.findall("sha256:[0-9a-f]{64}", known[1])) if known else set()
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, f"torch=={TORCH}+cpu"]
+    if subprocess.run(command, check=False).returncode == 0:
+        (wheel,) = Path(folder).iterdir()
+        hashes.add(f"sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}")
+    if not hashes:
+        sys.exit(f"pip finds no CPU build of torch {TORCH}, and requirements/cpu.txt has no hash of one")
+    return sorted(hashes)
+
+
+def write(name: str, blocks: list[str]) -> None:
+    (LOCKS / name).write_text(NOTE + "".join(f"{block.rstrip()}\n" for block in blocks))
+
+
+def main() -> None:
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    with tempfile.TemporaryDirectory() as folder:
+        pinned, bundled = Path(folder) / "torch.txt", Path(folder) / "bundled.txt"
+        pinned.write_text(f"torch=={TORCH}\n")
+        bundled.write_text("\n".join(groups["bundled"]))
+        every = compiled("-c", str(pinned), "--group", "dev", "--group", "docs", "pyproject.toml")
+        every |= compiled("--no-deps", str(bundled))
+        (Path(folder) / "wheels").mkdir()
+        hashes = cpu_build(str(Path(folder) / "wheels"))
+    cuda = [block for name, block in every.items() if CUDA.match(name)]
+    build = [block for name, block in every.items() if name.partition("==")[0] in BUILD]
+    write("build.txt", build)
+    write("common.txt", sorted(block for block in every.values() if block not in cuda and block not in build))
+    write("cuda.txt", cuda)
+    lines = " \\\n    --hash=".join([f"torch=={TORCH}+cpu ; sys_platform == 'linux'", *hashes])
+    plain = next(block for name, block in every.items() if name.startswith("torch=="))
+    write("cpu.txt", [lines, plain.replace(f"torch=={TORCH}", f"torch=={TORCH} ; sys_platform != 'linux'", 1)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What the project installs: no dependency twice, all of them locked by hash; and a CI that cannot skip pages."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+HASHES = r"(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+"
+LOCKED = re.compile(rf"^([^\s;]+)==([^\s;]+)(?: ; [^\\]+?)? \\\n{HASHES}", re.MULTILINE)
+
+
+def groups() -> dict[str, list[Requirement]]:
+    texts = {"dependencies": PROJECT["project"]["dependencies"]}
+    texts |= PROJECT["project"]["optional-dependencies"] | PROJECT["dependency-groups"]
+    return {name: [Requirement(text) for text in some] for name, some in texts.items()}
+
+
+def locked(*names: str) -> dict[str, list[str]]:
+    """Versions by package."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        text = (ROOT / "requirements" / name).read_text()
+        every = LOCKED.findall(text)
+        lines = [line for line in text.splitlines() if line and not line.startswith((" ", "#"))]
+        assert len(every) == len(lines), f"{name}: not every requirement has a version and hashes"
+        for package, version in every:
+            found.setdefault(canonicalize_name(package), []).append(version)
+    return found
+
+
+def test_no_dependency_stands_twice() -> None:
+    for name, some in groups().items():
+        packages = [canonicalize_name(each.name) for each in some]
+        assert len(packages) == len(set(packages)), f"{name}: {sorted(packages)}"
+
+
+@pytest.mark.parametrize("torch", ["cpu.txt", "cuda.txt"])
+def test_the_locks_hold_every_dependency_in_a_version_that_the_project_allows(torch: str) -> None:
+    versions = locked("build.txt", "common.txt", torch)
+    for some in groups().values():
+        for each in some:
+            for version in versions[canonicalize_name(each.name)]:
+                assert each.specifier.contains(version, prereleases=True), f"{each} is locked to {version}"
+    assert not any(name.startswith(("nvidia-", "cuda-", "triton")) for name in locked("common.txt", "cpu.txt"))
+    assert "nvidia-cublas" in locked("cuda.txt")
+
+
+def test_the_locks_name_neither_a_file_nor_a_host() -> None:
+    for place in (ROOT / "requirements").iterdir():
+        assert not re.search(r"://|file:|\s@\s|--(extra-)?index-url|--find-links|\s/", place.read_text()), place.name
+
+
+def test_without_a_browser_tests_of_pages_are_skipped_by_hand_and_fail_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    from browser import browser
+
+    monkeypatch.setenv("PATH", "")
+    for ci, outcome in (("", pytest.skip.Exception), ("true", pytest.fail.Exception)):
+        monkeypatch.setenv("CI", ci)
+        with pytest.raises(outcome, match="needs chromium"), browser():
+            pass
