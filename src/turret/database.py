@@ -56,6 +56,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 
+from turret.disk import plainly
 from turret.errors import StoreError
 from turret.location import Location
 from turret.postgres import Postgres
@@ -392,8 +393,8 @@ def told(where: Path | Location) -> Iterator[None]:
             f"store {server.store}: {server.name} holds a row that is no JSON ({error}): restore it from a copy"
         ) from error
     except OSError as error:
-        place = error.filename or (where if isinstance(where, Path) else where.local)
-        raise StoreError(f"store {_server(where).store}: {error.strerror or error}: {place}") from error
+        said = plainly(error, where if isinstance(where, Path) else where.local)
+        raise StoreError(f"store {_server(where).store}: {said}") from error
 
 
 def _server(where: Path | Location, *, read_only: bool = False, alone: bool = False) -> Sqlite | Postgres:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 KEPT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "USERPROFILE", "VIRTUAL_ENV")
 KEPT_BEGINNINGS = ("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "CUDA_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME")
@@ -34,6 +35,12 @@ def look_through_seldom() -> None:
     """
     young, middle, old = gc.get_threshold()
     gc.set_threshold(young, middle, max(old, SELDOM))
+
+
+def stop_on_sigterm() -> None:
+    """Have SIGTERM stop what is at work as Ctrl-C does, so that it cleans up, unless the environment ignores it."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def environment() -> dict[str, str]:

@@ -20,6 +20,8 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool
 
+from turret.disk import make_file
+
 BUSY_SECONDS = 60  # how long a writer waits for the writers before it
 
 
@@ -137,6 +139,8 @@ def _engine(path: Path, read_only: bool, alone: bool, patience: float = BUSY_SEC
         address = f"file:{quote(str(path.absolute()))}"
 
     def connect() -> sqlite3.Connection:
+        if not read_only:
+            make_file(path)  # SQLite gives -wal and -shm its permissions
         # isolation_level=None: transactions are opened below, not guessed by the driver from the statement.
         return sqlite3.connect(address, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
 

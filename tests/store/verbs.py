@@ -168,6 +168,18 @@ def ready_to_gc(where: str, folder: Path) -> Hold:
     return hold
 
 
+def ready_to_begin(where: str, folder: Path) -> Hold:
+    store = two(where, folder)
+    before = len(store.runs())
+
+    def hold(done: bool) -> None:
+        runs = Store(where).runs()
+        assert len(runs) - before in ((1,) if done else (0, 1))
+        assert all((store.root / "runs" / run["id"] / "recipe.toml").read_text() == "recipe" for run in runs)
+
+    return hold
+
+
 def ready_to_migrate(where: str, folder: Path) -> Hold:
     """The store is of the first format, with an alias that was moved."""
     two(where, folder).promote("a@1", "production")
@@ -357,6 +369,7 @@ VERBS = {
     "replay": Verb(ready_to_replay, replay),
     "delete": Verb(ready_to_delete, delete),
     "gc": Verb(ready_to_gc, lambda where, _: Store(where).gc()),
+    "begin": Verb(ready_to_begin, lambda where, _: Store(where).new_run("a", "recipe", "data")),
     "migrate": Verb(ready_to_migrate, lambda where, _: Store(where).list()),
     "import": Verb(ready_to_import, import_),
     "export": Verb(ready_to_export, export),

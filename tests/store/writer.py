@@ -14,6 +14,8 @@ each the store must hold what it must. They print what was acknowledged, and at 
 - `writer.py STORE writes VERBS MOST STEP` lets the kernel kill it in the middle of the write that makes any file longer
   than n bytes, for n from 0 to MOST: inside SQLite too
 - `writer.py STORE limits VERBS MOST STEP` lets that write fail instead, as a full disk or a quota does
+- `writer.py STORE errors VERBS FIRST LAST` lets the n-th write or flush fail as of a broken disk (`failing_disk.py`),
+  for n from FIRST to LAST or until none fails; a verb that is then acknowledged all the same is an error
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from failing_disk import fail_at, of_sqlite, what_failed
 from store.bundles import tensors, write_bundle
 from store.verbs import VERBS, put, ready_to_put
 
@@ -162,9 +165,24 @@ def sizes(most: int, step: int, *, killed: bool) -> Iterator[tuple[Callable[[], 
         yield partial(at_size, size, killed=killed), nothing
 
 
+def errors(where: str, verb: str, first: int, last: int, folder: Path) -> Iterator[str]:
+    told, root = folder / "failed", Location.parse(where).local.absolute()
+    for number in range(first, last + 1):
+        arm = partial(fail_at, number, root, told)
+        (ended,) = rounds(where, verb, folder, iter([(arm, nothing)]))
+        failed = what_failed(told)
+        assert failed is None or ended == "said" or of_sqlite(failed), f"{verb}: nobody heard that {failed} failed"
+        yield ended
+        if failed is None:
+            return
+
+
 def broken_off(where: str, mode: str, verbs: list[str], first: int, second: int, folder: Path) -> None:
     ended: Counter[str] = Counter()
     for verb in verbs:
+        if mode == "errors":
+            ended.update(errors(where, verb, first, second, folder))
+            continue
         if mode == "operations":
             how = operations(where, first, second)
         else:
@@ -233,7 +251,7 @@ def main(where: str, verb: str, *rest: str) -> None:
             race(where, int(rest[0]), int(rest[1]), rest[2].split(","), folder)
         elif verb == "read":
             read(where, folder)
-        elif verb in ("operations", "moments", "writes", "limits"):
+        elif verb in ("operations", "moments", "writes", "limits", "errors"):
             broken_off(where, verb, rest[0].split(","), int(rest[1]), int(rest[2]), folder)
         else:
             for _ in range(int(rest[0])):

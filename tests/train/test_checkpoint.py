@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import failing_disk
 import pytest
 import torch
 
@@ -86,3 +90,49 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(TrainingError, match=r"could not be written to .*file/run"):
         save(tmp_path / "file" / "run")
+
+
+FAILING = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from failing_disk import fail_at, what_failed
+from turret.errors import TrainingError
+from turret.train import checkpoint
+folder, told = Path(sys.argv[2]), Path(sys.argv[3])
+def save(step):
+    tensors = {"weights": torch.arange(50.0) + step}
+    checkpoint.save(folder, tensors, identity={}, layout={}, progress={"step": step})
+save(1)
+for number in range(1, 50):
+    fail_at(number, folder, told)
+    try:
+        save(number + 1)
+        said = None
+    except TrainingError as error:
+        said = str(error)
+    failed = what_failed(told)
+    if failed is None:
+        break
+    assert said is not None, f"nobody heard that {failed} failed"
+    assert checkpoint.load(folder, identity={}) is not None
+    print(said)
+"""
+
+
+@failing_disk.needed
+def test_a_failing_disk_is_named_and_never_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    arguments = [str(Path(failing_disk.__file__).parent), str(tmp_path / "run"), str(tmp_path / "failed")]
+    found = subprocess.run(
+        [sys.executable, "-c", FAILING, *arguments],
+        capture_output=True, text=True, env=failing_disk.environment(tmp_path), check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    said = found.stdout.splitlines()
+    assert len(said) >= 3  # a write, its flush, and that of the folder
+    for line in said:
+        assert re.search(r"Input/output error: .*: the disk at /.* fails, look at its health", line), line
+        assert "the previous checkpoint is intact" in line or line == said[-1]
+    assert said[-1].endswith("it may not outlast a power cut")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from turret.adapters.bundle import CONFIG, FILES, MAX_FILE, MAX_JSON, PICKLES, WEIGHTS
+from turret.disk import FAILING, NO_ROOM
 from turret.errors import BundleError
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -46,6 +47,8 @@ def unpack(archive: Path, folder: Path) -> None:
     except RuntimeError as error:  # zipfile, of an encrypted member
         raise BundleError(f"{called} cannot be unpacked ({error}): give it without a password") from None
     except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno in (*NO_ROOM, *FAILING):  # of the disk, not of what is in it
+            raise
         if isinstance(error, OSError) and error.filename == str(archive):
             raise BundleError(f"{called} cannot be read ({error.strerror}): check its permissions") from None
         reason = " ".join(str(error).split())[:120] or type(error).__name__

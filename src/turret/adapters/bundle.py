@@ -8,10 +8,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
 import stat
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from turret.adapters.peft_config import (
 )
 from turret.adapters.prefix import from_peft, to_peft
 from turret.adapters.tensors import Content, read_tensors, visible
-from turret.disk import sync
+from turret.disk import make_folder, permissions, sync
 from turret.errors import BundleError
 from turret.methods import Full, LoRA, Method, Peft, Prefix
 
@@ -59,11 +58,10 @@ def save_bundle(adapter: Adapter, folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if folder.exists():
         raise BundleError(f"{folder} exists already: expected a new folder; remove it or choose another name")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    make_folder(beside)
     try:
         manifest = _write(adapter, beside)
-        os.chmod(beside, 0o755)
         beside.rename(folder)
         sync(folder.parent)
     except BaseException:
@@ -90,6 +88,7 @@ def _write(adapter: Adapter, folder: Path) -> dict[str, Any]:
     }
     manifest["digest"] = manifest_digest(manifest)
     (folder / MANIFEST).write_text(_pretty(manifest), encoding="utf-8")
+    (folder / WEIGHTS).chmod(permissions(folder) & 0o666)  # as the process makes files, whatever safetensors made of it
     for name in (WEIGHTS, CONFIG, MANIFEST):
         sync(folder / name)
     sync(folder)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from turret.bases.quiet import quiet
 from turret.cache import cache_folder
+from turret.disk import sync
 from turret.errors import BaseModelError
 
 FORMAT = 1  # of the converted folder
@@ -68,7 +69,10 @@ def _convert(path: Path, folder: Path, name: str) -> None:
         with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its bar asks nobody
             _write(path, partial, name)
         partial.chmod(0o755)
+        for each in (*partial.iterdir(), partial):
+            sync(each)
         partial.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

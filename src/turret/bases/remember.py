@@ -5,7 +5,6 @@ Knows files and the user's cache. Refuses to know models.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from pathlib import Path
 import transformers
 
 from turret.cache import cache_folder, write_beside
+from turret.disk import FAILING, plainly
+from turret.errors import BaseModelError
 from turret.fingerprint import FORMAT
 
 
@@ -28,9 +29,14 @@ def remembered(files: Sequence[Path]) -> str | None:
 
 
 def remember(files: Sequence[Path], value: str) -> None:
-    """Keep `value` for the next load; a cache that cannot be written is no error."""
-    with contextlib.suppress(OSError):
+    """Keep `value` for the next load; a cache that cannot be written is no error, a disk that fails is."""
+    try:
         write_beside(_record(files), json.dumps({"fingerprint": value, "files": [str(file) for file in files]}))
+    except OSError as error:
+        if error.errno in FAILING:
+            raise BaseModelError(
+                f"the cache cannot be written: {plainly(error, cache_folder())}; set TURRET_CACHE to another disk"
+            ) from error
 
 
 def _record(files: Sequence[Path]) -> Path:

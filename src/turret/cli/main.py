@@ -1,7 +1,7 @@
 """The entry of the `turret` command: which verbs there are, and how a mistake is told. Loads no torch.
 
-A mistake costs one line on stderr and exit status 1 or 2; Ctrl-C is 130. A bug of ours is one line too, unless
-TURRET_DEBUG=1 asks for the traceback.
+A mistake costs one line on stderr and exit status 1 or 2; Ctrl-C and SIGTERM are 130. A bug of ours is one line
+too, unless TURRET_DEBUG=1 asks for the traceback.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from turret.cli import (
 )
 from turret.cli.output import complain, follows
 from turret.errors import TurretError
-from turret.process import look_through_seldom, wait_briefly
+from turret.process import look_through_seldom, stop_on_sigterm, wait_briefly
 
 app = typer.Typer(
     name="turret",
@@ -87,6 +87,7 @@ def main() -> None:
     """The console script. Of several processes of one training, one is heard."""
     wait_briefly()
     look_through_seldom()
+    stop_on_sigterm()
     if follows():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
     sys.exit(run(sys.argv[1:]))

@@ -3,7 +3,7 @@
 `Files` says what any place for them can do; `turret.store.objects` is the other one. In a folder:
 
 - `blobs/sha256/<first two hex digits>/<64 hex digits>`: the bytes, read-only; written beside (`tmp/`), flushed to disk,
-  then renamed, so that a file under its final name is always whole
+  then renamed, so that a file under its final name is always whole; who may enter its folder may read it
 - `tmp/`: what is being written; after a kill, leftovers that nothing refers to
 - a file that no version lists may be removed at any moment by `turret.store.gc`: who lists one looks, while it is the
   only writer of the database, whether it is still there
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from turret.disk import sync
+from turret.disk import PRIVATE, create, flush, make_folder, permissions, sync
 from turret.errors import Corrupt
 
 OWNER = "catalog"
@@ -90,6 +90,7 @@ class Blobs:
         self._folder = root
         self._root = root / "blobs" / "sha256"
         self._beside = root / "tmp"
+        self._made: set[Path] = set()
 
     def path(self, digest: str) -> Path:
         """Where the content of that digest is, or would be."""
@@ -102,16 +103,16 @@ class Blobs:
         if _whole(final, blob):
             sync(final.parent)  # whoever wrote it may have been killed before this
             return blob
-        _folder(self._beside)
-        _folder(final.parent)
+        self._make(self._beside)
+        self._make(final.parent)
         beside = self._beside / uuid.uuid4().hex
         try:
-            with source.open("rb") as read, beside.open("xb") as write:
+            with source.open("rb") as read, create(beside) as write:
                 copied = stream(read, write)
                 flush(write)
             if copied != blob:
                 raise Corrupt(f"{source} changed while it was being stored: try again when nothing writes to it")
-            beside.chmod(0o444)
+            beside.chmod(0o444 & permissions(final.parent))
             os.replace(beside, final)
             sync(final.parent)
         finally:
@@ -166,11 +167,12 @@ class Blobs:
 
     def claim(self, identity: str) -> None:
         """Write down that they belong to that catalog."""
-        _folder(self._beside)
+        self._make(self._beside)
         beside = self._beside / uuid.uuid4().hex
-        with beside.open("xb") as file:
+        with create(beside) as file:
             file.write(identity.encode())
             flush(file)
+        beside.chmod(0o666 & permissions(self._folder))
         os.replace(beside, self._folder / OWNER)
         sync(self._folder)
 
@@ -210,6 +212,16 @@ class Blobs:
             target.unlink()
             raise changed(path, digest)
 
+    def _make(self, folder: Path) -> None:
+        """Make a folder here, once a process: it has the permissions of the folder it is in, the topmost is private."""
+        if folder in self._made and folder.is_dir():
+            return
+        if not self._folder.exists():
+            make_folder(self._folder, PRIVATE)
+        for level in (*reversed(folder.relative_to(self._folder).parents[:-1]), folder.relative_to(self._folder)):
+            make_folder(self._folder / level, permissions((self._folder / level).parent))
+        self._made.add(folder)
+
     def _name(self, path: Path) -> str:
         return path.relative_to(self._folder).as_posix()
 
@@ -228,12 +240,6 @@ def hash_file(path: Path) -> Blob:
         return stream(file, None)
 
 
-def flush(file: BinaryIO) -> None:
-    """Returns when the bytes are on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def stream(read: BinaryIO, write: BinaryIO | None) -> Blob:
     """Read to the end, in pieces, and write what was read; returns its address."""
     digest, size = hashlib.sha256(), 0
@@ -250,16 +256,6 @@ def _whole(path: Path, blob: Blob) -> bool:
         return stat.S_ISREG(path.lstat().st_mode) and hash_file(path) == blob
     except FileNotFoundError:
         return False
-
-
-def _folder(folder: Path) -> None:
-    """Make the folder so that it is still there after a power cut."""
-    missing = [folder] if not folder.exists() else []
-    while missing and not missing[-1].parent.exists():
-        missing.append(missing[-1].parent)
-    for level in reversed(missing):
-        level.mkdir(exist_ok=True)
-        sync(level.parent)
 
 
 def _require_plain(path: Path, digest: str) -> None:

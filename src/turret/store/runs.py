@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from sqlalchemy import insert, select, update
 
 from turret.database import Database, runs
-from turret.disk import sync
+from turret.disk import PRIVATE, flush, make_folder, permissions, sync
 from turret.errors import StoreError
-from turret.store.blobs import flush
 from turret.store.catalog import now, plain
 
 if TYPE_CHECKING:
@@ -58,12 +57,14 @@ def begin(database: Database, folder: Path, name: str, recipe_toml: str, data_di
     """A new run, held by this process."""
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     own = folder / run_id
-    own.mkdir(parents=True)
+    if not folder.parent.exists():  # of a store by URL, this is the first thing on this machine
+        make_folder(folder.parent, PRIVATE)
+    make_folder(folder, permissions(folder.parent))
+    make_folder(own, permissions(folder))
     with (own / "recipe.toml").open("xb") as file:
         file.write(recipe_toml.encode())
         flush(file)
     sync(own)
-    sync(folder)
     lock = _hold(own)
     if lock is None:
         raise StoreError(f"run {run_id} is held by another process as it begins: try again")

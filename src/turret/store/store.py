@@ -5,6 +5,7 @@ A folder, or a catalog on PostgreSQL with the files beside it (`turret.location`
 - `turret.db`, or that catalog: names, versions, aliases and runs (`turret.database`)
 - `blobs/`, `tmp/`: the files of all bundles, in a folder or an object store (`turret.store.blobs`, `.objects`)
 - `runs/`: a folder a training, always on this machine (`turret.store.runs`)
+- `scratch/`: what imports and exports that are at work need, always on this machine (`turret.store.scratch`)
 
 A put writes the files first and the rows last, in one transaction: after a kill at any moment every listed version is
 whole, and what was not listed is only unlisted files. Content that is under the name already keeps its number.
@@ -21,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection
 
 from turret.database import Database, told
+from turret.disk import PRIVATE, make_folder
 from turret.errors import BadReference, BundleError, Corrupt, InUse, NotFound, StoreError
 from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
-from turret.store import aliases, catalog, gates, gc, golden, incoming, owner, runs
+from turret.store import aliases, catalog, gates, gc, golden, incoming, owner, runs, scratch
 from turret.store import verify as verifying
 from turret.store.aliases import Move, Pointing
 from turret.store.blobs import OWNER, Blob, Blobs, Files
@@ -312,6 +314,7 @@ class Store:
         """Remove what nothing refers to, or say what that is; safe beside everything else."""
         with told(self._catalog):
             removed = list(gc.leftovers(self._blobs, dry_run=dry_run))
+            removed += [Removed(*each, scratch.WHY) for each in scratch.leftovers(self.root, dry_run=dry_run)]
             try:
                 removed += list(self._collected(self._database(), dry_run))
             except StoreError:
@@ -427,6 +430,6 @@ class Store:
             if (self.root / OWNER).exists():
                 raise StoreError(f"store {self.root} holds the files of a catalog elsewhere: use another --store")
             with told(self._catalog):
-                self.root.mkdir(parents=True, exist_ok=True)
+                make_folder(self.root, PRIVATE)
         self._opened = Database(self._catalog)
         return self._opened

@@ -15,7 +15,6 @@ It is written beside, synced and renamed, so a kill or a full disk leaves the on
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -27,13 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turret.disk import sync
+from turret.disk import NO_ROOM, make_folder, mount_of, number_of, plainly, sync
 from turret.errors import TrainingError
 from turret.train.memory import mega
 
 FORMAT = 1
 NAME = "checkpoint.safetensors"
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -55,19 +53,21 @@ def save(
 ) -> None:
     """Replace the folder's checkpoint by this one, or leave it untouched and raise TrainingError."""
     text = json.dumps({"format": FORMAT, "identity": identity, "layout": layout, "progress": progress})
-    final, beside = folder / NAME, folder / (NAME + ".new")
+    final, beside, placed = folder / NAME, folder / (NAME + ".new"), False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         save_file(
             {name: each.detach().contiguous() for name, each in tensors.items()}, beside, metadata={"turret": text}
         )
         sync(beside)
         os.replace(beside, final)
+        placed = True
         sync(folder)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
+        kept = _kept(folder, placed)
+        with contextlib.suppress(OSError):  # the next one is written over it
             beside.unlink()
-        raise TrainingError(_write_failure(folder, error, tensors, int(progress["step"]))) from error
+        raise TrainingError(_write_failure(folder, error, tensors, int(progress["step"]), kept)) from error
 
 
 def load(folder: Path, *, identity: dict[str, Any]) -> Checkpoint | None:
@@ -108,18 +108,20 @@ def step_of(folder: Path) -> int:
         raise TrainingError(f"checkpoint {path} cannot be read ({error}): delete it to begin the run anew") from error
 
 
-def _write_failure(folder: Path, error: Exception, tensors: dict[str, Tensor], step: int) -> str:
-    """The sentence for a checkpoint that could not be written; a full disk is named."""
-    kept = "the previous checkpoint is intact" if (folder / NAME).exists() else "there is no earlier one"
-    text = str(error)
-    code = getattr(error, "errno", None)
-    no_room = code in _NO_ROOM or any(f"os error {each}" in text for each in _NO_ROOM)
-    if not no_room:
-        return f"checkpoint of step {step} could not be written to {folder} ({text}): make it writable; {kept}"
+def _kept(folder: Path, placed: bool) -> str:
+    """What is there after a failure; placed: the new checkpoint has its name already."""
+    if not (folder / NAME).exists():
+        return "there is no earlier one"
+    return "it may not outlast a power cut" if placed else "the previous checkpoint is intact"
+
+
+def _write_failure(folder: Path, error: Exception, tensors: dict[str, Tensor], step: int, kept: str) -> str:
+    """The sentence for a checkpoint that could not be written; a full or failing disk is named."""
+    if number_of(error) not in NO_ROOM:
+        said = plainly(error, folder)
+        return f"checkpoint of step {step} could not be written to {folder} ({said}): make it writable; {kept}"
     needed = sum(each.numel() * each.element_size() for each in tensors.values())
-    mount = folder.resolve()
-    while not os.path.ismount(mount):
-        mount = mount.parent
+    mount = mount_of(folder)
     return (
         f"disk full: checkpoint of step {step} needs {mega(needed)} in {folder}, the disk at {mount} has "
         f"{mega(shutil.disk_usage(mount).free)} free: make room and start the same command again; {kept}"

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from turret.disk import sync
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -50,6 +52,7 @@ class Curve:
         kept = [record for record in read_curve(path) if record.step <= resume_after]
         beside = path.with_name(path.name + ".new")
         beside.write_text("".join(record.to_json() + "\n" for record in kept), encoding="utf-8")
+        sync(beside)
         os.replace(beside, path)
 
     def append(self, record: StepRecord) -> None:

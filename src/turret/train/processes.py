@@ -184,7 +184,8 @@ def _connected_to(promised: int) -> Processes:
             f"WORLD_SIZE promises {promised} processes, the group has {here.size} and {present} answered: start them "
             f"all with one `{LAUNCH}`"
         )
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    free = signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, signal.default_int_handler)  # no program's own
+    if threading.current_thread() is threading.main_thread() and free:
         signal.signal(signal.SIGTERM, _end_soon)
     return here
 

@@ -1,16 +1,19 @@
 """The export verb: a stored version as a folder that PEFT, transformers or vLLM loads.
 
 `peft` is the bundle as it is stored, with a model card; `vllm` the same, once it is sure that vLLM takes it; `merged` a
-whole model. A folder is written beside and renamed, so it is whole or not there; one that holds something is left alone
-unless `force`, and then nothing but files of the same names and those of an earlier export is replaced.
+whole model. Everything is written and flushed in a folder of its own on the target's disk:
+
+- a new target is that folder, renamed: whole or not there
+- in a target that is there, the configurations of an earlier export, without which nothing loads it, are removed first,
+  and those of this export come last: a kill between leaves a folder that is refused, never one half of each
+- a target that holds something is left alone unless `force`; then nothing but files of the same names and those of
+  an earlier export is replaced
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,14 +25,16 @@ from torch import Tensor
 
 from turret import adapters, bases
 from turret.adapters import Adapter, merge, vllm
-from turret.adapters.bundle import FILES, MANIFEST, read_config
+from turret.adapters.bundle import FILES, read_config
 from turret.bases.licence import licence_of
 from turret.bases.quiet import quiet
-from turret.disk import sync
+from turret.disk import alone, permissions, plainly, sync
 from turret.errors import AdapterError, StoreError
-from turret.store import Store, Version
+from turret.store import Store, Version, scratch
+from turret.store.scratch import BESIDE, LOADED, Beside
 from turret.tasks import make
 from turret.tasks.classify import Classify
+from turret.train.interrupt import StopRequest
 from turret.workspace.card import card
 from turret.workspace.importing import PROBE, WRITTEN
 from turret.workspace.results import Exported
@@ -59,29 +64,33 @@ def export(
     target = Path(os.path.expanduser(folder)).absolute()
     _refuse(target, force)
     version = store.resolve(reference)
-    with _written(target), _beside(target) as beside:
-        notes = []
-        if form == "merged":
-            with tempfile.TemporaryDirectory(prefix="turret-export-") as stored:
-                store.materialize(str(version), Path(stored))
-                task_type = _task_type(Path(stored))
-                notes += _write_merged(adapters.read_bundle(Path(stored)), version, beside, say)
-        else:
-            store.materialize(str(version), beside)
-            task_type = _task_type(beside)
-            if form == "vllm":
-                rank = vllm.max_lora_rank(adapters.read_bundle(beside))
-                notes.append(
-                    f"vLLM serves it with: vllm serve BASE --enable-lora --max-lora-rank {rank} "
-                    f"--lora-modules {version.name}=FOLDER"
-                )
-        shown = store.show(str(version))
-        licence = licence_of(str((shown["manifest"].get("base") or {}).get("id") or ""))
-        (beside / CARD).write_text(card(shown, licence, form, task_type, notes), encoding="utf-8")
-        files = {each.name: each.stat().st_size for each in sorted(beside.iterdir())}
+    beside = Beside(store.root, target)
+    with _written(target, beside), beside:
+        notes = _write(store, version, form, beside, say)
+        files = {each.name: each.stat().st_size for each in sorted(beside.files.iterdir())}
         say("writing")
         _place(beside, target)
     return Exported(str(version), version.digest, form, str(target), files, notes)
+
+
+def _write(store: Store, version: Version, form: Form, beside: Beside, say: Callable[[str], None]) -> list[str]:
+    """Everything that becomes the target, and a card; returns what to know of it."""
+    stored = beside.folder / "stored" if form == "merged" else beside.files
+    store.materialize(str(version), stored)
+    notes = []
+    if form == "merged":
+        notes += _write_merged(adapters.read_bundle(stored), version, beside.files, say)
+    elif form == "vllm":
+        rank = vllm.max_lora_rank(adapters.read_bundle(stored))
+        notes.append(
+            f"vLLM serves it with: vllm serve BASE --enable-lora --max-lora-rank {rank} "
+            f"--lora-modules {version.name}=FOLDER"
+        )
+    shown = store.show(str(version))
+    licence = licence_of(str((shown["manifest"].get("base") or {}).get("id") or ""))
+    text = card(shown, licence, form, _task_type(stored), notes)
+    (beside.files / CARD).write_text(text, encoding="utf-8")
+    return notes
 
 
 def _task_type(folder: Path) -> str | None:
@@ -181,57 +190,93 @@ def _refuse(target: Path, force: bool) -> None:
         return
     if not target.is_dir():
         raise StoreError(f"{target} is a file: expected a new folder; choose another name")
-    if not force and any(target.iterdir()):
+    if not force and _holds_something(target):
         raise StoreError(f"{target} is not empty: expected a new folder; choose another one, or give --force")
 
 
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A folder on the target's disk, next to it or in it, gone afterwards unless it became the target."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    where = target if target.exists() else target.parent  # a folder that is there may be a disk of its own
-    beside = Path(tempfile.mkdtemp(prefix=".turret-export-", dir=where))
-    try:
-        yield beside
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+def _holds_something(target: Path) -> bool:
+    """Whether anything but an export that broke off is in the folder."""
+    names = {each.name for each in target.iterdir()}
+    begun = {name for name in names if name.startswith(BESIDE)}
+    rest = names - begun
+    placed = rest <= OURS and not rest & set(LOADED) and any(scratch.broken_off(target / name) for name in begun)
+    return bool(rest) and not placed
 
 
-def _place(beside: Path, target: Path) -> None:
-    """Rename the finished folder, or its files into a folder that is there, the manifest last."""
-    for each in beside.iterdir():
-        each.chmod(0o644)
+def _place(beside: Beside, target: Path) -> None:
+    """Rename the finished folder, or its files into a folder that is there, the configurations last."""
+    for each in beside.files.iterdir():
+        each.chmod(permissions(beside.files) & 0o666)  # as the process makes files, whatever a library made of it
         sync(each)
-    beside.chmod(0o755)
+    sync(beside.files)
     if not target.exists():
-        beside.rename(target)
-        sync(target.parent)
+        beside.files.rename(target)
+        try:
+            sync(target.parent)
+        except OSError:
+            target.rename(beside.files)
+            raise
         return
-    new = {each.name for each in beside.iterdir()}
+    new = {each.name for each in beside.files.iterdir()}
     for name in new:
         if (target / name).is_dir() and not (target / name).is_symlink():
             raise StoreError(f"{target / name} is a folder, where a file of that name would go: choose another folder")
-    for name in sorted(OURS - new):  # an earlier export of another form would be loaded in place of this one
+    with alone(target) as held, StopRequest():  # a signal waits until the folder is whole
+        if not held:
+            raise StoreError(f"{target} is being written by another export: wait for it, or choose another folder")
+        beside.begin_placing(sorted(new))
+        try:
+            _replace(beside.files, target, new)
+        except BaseException:
+            for name in new:
+                if not (beside.files / name).exists():
+                    (target / name).unlink(missing_ok=True)
+            raise
+
+
+def _replace(files: Path, target: Path, new: set[str]) -> None:
+    """Move the files, so that at no moment those of two exports are in a folder that anything loads."""
+    for name in (*LOADED, *sorted(OURS - new)):  # another form's would be loaded in place of these
         if (target / name).is_file() or (target / name).is_symlink():
             (target / name).unlink()
-    for name in sorted(new, key=lambda name: (name == MANIFEST, name)):
-        os.replace(beside / name, target / name)
+    sync(target)
+    for name in sorted(new - set(LOADED)):
+        os.replace(files / name, target / name)
+    sync(target)
+    for name in sorted(new & set(LOADED)):
+        os.replace(files / name, target / name)
     sync(target)
 
 
 @contextmanager
-def _written(target: Path) -> Iterator[None]:
-    """What the disk says, as one line that names the folder."""
+def _written(target: Path, beside: Beside) -> Iterator[None]:
+    """What the disk says, as one line that names the folder and says what is there now."""
+    before = _names(target)
     try:
         yield
     except StoreError as error:
         if not isinstance(error.__cause__, OSError):
             raise
-        raise _told(target, error.__cause__) from error
+        raise _told(target, beside, error.__cause__, before) from error
     except (OSError, SafetensorError) as error:
-        raise _told(target, error) from error
+        raise _told(target, beside, error, before) from error
 
 
-def _told(target: Path, error: Exception) -> StoreError:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
-    return StoreError(f"cannot write {target}: {reason}: make room or choose another folder; nothing was left there")
+def _names(folder: Path) -> set[str] | None:
+    """What is in the folder; None where it is not there."""
+    return {each.name for each in folder.iterdir()} if folder.exists() else None
+
+
+def _told(target: Path, beside: Beside, error: Exception, before: set[str] | None) -> StoreError:
+    there = _names(target)
+    gone = sorted((before or set()) - (there or set()))
+    if there is None:
+        now = "nothing is there"
+    elif gone:
+        now = f"of what was there, {', '.join(gone)[:60]} is gone"
+    else:
+        now = "what was there is as it was" if before is not None else "it is there, but may not outlast a power cut"
+    left = f"; {beside.folder} is left, `turret gc` removes it" if beside.left else ""
+    return StoreError(
+        f"cannot write {target}: {plainly(error, target)}: make room or choose another folder; {now}{left}"
+    )

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,12 +20,13 @@ from torch import Tensor
 from turret import adapters, bases
 from turret.adapters import Adapter, BaseInfo, outside
 from turret.adapters.bundle import CONFIG, WEIGHTS, read_config
+from turret.disk import plainly
 from turret.errors import AdapterError, BaseModelError, RecipeError, StoreError
 from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.recipe import Task as TaskSettings
 from turret.reference import check_name
-from turret.store import Store, Version
+from turret.store import Store, Version, scratch
 from turret.tasks import make
 from turret.tasks.classify import Classify
 from turret.tasks.task import Labelled, Pair
@@ -60,9 +59,9 @@ def import_adapter(
     """Bring the adapter here, check it on its base, and store it as the next version of `name`."""
     say = stage or (lambda _words: None)
     check_name(name)
-    with _told(source), tempfile.TemporaryDirectory(prefix="turret-import-") as beside:
+    with _told(store, source), scratch.folder(store.root) as beside:
         say(f"reading {source}")
-        brought = outside.bring(source, Path(beside))
+        brought = outside.bring(source, beside)
         given = adapters.read_bundle(brought.folder)
         config = read_config(brought.folder)
         if given.task:
@@ -87,7 +86,7 @@ def import_adapter(
         found = _checked(base, adapter)
         bundle = brought.folder
         if adapter is not given:
-            bundle = Path(beside) / "bundle" / name
+            bundle = beside / "bundle" / name
             adapters.save_bundle(adapter, bundle)
         say("storing")
         before = {version.digest for version in store.list(name)}
@@ -98,16 +97,14 @@ def import_adapter(
 
 
 @contextmanager
-def _told(source: str) -> Iterator[None]:
+def _told(store: Store, source: str) -> Iterator[None]:
     """What the disk says while the adapter is copied and looked at, as one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
-        where = getattr(error, "filename", None) or tempfile.gettempdir()
         raise StoreError(
-            f"adapter {ascii(source)[:80]} cannot be copied: {reason}: {where}: make room there, make it readable, or "
-            "set TMPDIR to another folder"
+            f"adapter {ascii(source)[:80]} cannot be copied into {store.root}: {plainly(error, store.root)}: make room "
+            "there, make it readable, or use another --store"
         ) from error
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from turret import adapters, bases, heap
 from turret import train as trainer
+from turret.disk import plainly
 from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
 from turret.methods import Peft
 from turret.recipe import Recipe
@@ -252,7 +253,8 @@ def _fit(run: Run, ready: Ready, planned: Planned, watching: Watching) -> Any:
     after = trainer.step_of(run.checkpoint)
     if after:
         watching.stage(f"going on from step {after} of run {run.id}")
-    curve = trainer.Curve(run.curve, resume_after=after)
+    with _written(run):
+        curve = trainer.Curve(run.curve, resume_after=after)
     processes.begin().from_main(lambda: run.checkpoint)
     steps = trainer.fit(
         ready.recipe,
@@ -305,8 +307,7 @@ def _written(run: Run) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         raise StoreError(
-            f"run {run.id} cannot write to {run.folder}: {reason}: make room or make it writable, "
+            f"run {run.id} cannot write to {run.folder}: {plainly(error, run.folder)}: make room or make it writable, "
             "and start the same command again to go on"
         ) from error
