@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from turret.compare.candidates import candidates
 from turret.compare.comparison import Comparison, comparison
 from turret.compare.design import Cell, design
+from turret.compare.power import Spread, power
 from turret.compare.results import Result
 from turret.recipe import Recipe
 from turret.tasks.tables import Dataset
@@ -31,14 +33,35 @@ def dataset(count: int, kind: Any = "classify", text: str = "number {}") -> Data
     )  # fmt: skip
 
 
-def result(cell: Cell, data: Dataset, accuracy: float, number: int) -> Result:
+MADE = {
+    "date": "2026-01-02T03:04:05Z", "device": "cpu, Some Processor (family 1, model 2)", "threads": 1,
+    "precision": "float32", "versions": {"python": "3.12.0", "turret": "0.1.0", "torch": "2.9.0"}, "commit": "abc123",
+}  # fmt: skip
+
+
+def losses(accuracy: float, number: int, steps: int = 40, falling: bool = False) -> list[float]:
+    """A loss that falls early, or to the last step, or not at all where nothing is learnt."""
+    noise = 0.01 * np.random.default_rng([3, number]).standard_normal(steps)
+    if accuracy <= 0.5:
+        return (0.69 + noise).tolist()
+    time = np.linspace(0, 1, steps)
+    fallen = time if falling else 1 - np.exp(-8 * time)
+    return (0.69 - 0.5 * fallen + noise).tolist()
+
+
+def result(cell: Cell, data: Dataset, accuracy: float, number: int, falling: bool = False) -> Result:
     kind = cell.candidate.kind
     rng = np.random.default_rng([7, number])
     hard = np.random.default_rng(1).random(len(data.test))
     own = np.where(rng.random(len(hard)) < 0.8, hard, rng.random(len(hard)))
     scores = (own < accuracy).astype(float)
-    if data.kind == "classify":
+    if data.kind == "classify" and accuracy <= 0.5:  # one answer to every text
+        answers = [LABELS[0]] * len(scores)
+        scores = np.array([float(e.label == LABELS[0]) for e in data.test])
+    elif data.kind == "classify":
         answers = [e.label if s else LABELS[e.label == "bad"] for e, s in zip(data.test, scores, strict=True)]
+    elif accuracy <= 0.5:
+        scores, answers = np.full(len(scores), 0.05), ["nonsense"] * len(scores)
     else:
         answers = [e.target if s else "nonsense" for e, s in zip(data.test, scores, strict=True)]
     size = 4 * WEIGHTS[kind]
@@ -50,6 +73,7 @@ def result(cell: Cell, data: Dataset, accuracy: float, number: int) -> Result:
             "peak_bytes": 5e8 + 4 * size, "above_base_bytes": 5e7 + 4 * size, "predicted": parts, "measured": parts,
         },
         "best": {"merit": 0.9, "seconds": 12.0, "step": 5, "split": "test"},
+        "losses": losses(accuracy, number, falling=falling), "made": MADE,
     }  # fmt: skip
     said = {
         "kind": data.kind, "base": {"id": "small", "fingerprint": "sha256:base"}, "answers": answers,
@@ -58,6 +82,7 @@ def result(cell: Cell, data: Dataset, accuracy: float, number: int) -> Result:
         "bundle_bytes": size, "latency": {"median_seconds": 0.004, "slowest_seconds": 0.01, "answers": 20},
         "forgetting": None if data.kind == "classify" else {"loss": 3.2, "base_loss": 3.0},
         "wall_seconds": 40.0, "notes": [], "version": None,
+        "guess": None if data.kind == "classify" else 0.05,
     }  # fmt: skip
     return Result.of(cell, said | ({} if kind == "base" else trained))
 
@@ -75,9 +100,12 @@ def made(
     failures: dict[str, str] | None = None,
     without: tuple[str, ...] = (),
     missing: int = 0,
+    collapsed: Mapping[str, Sequence[int]] | None = None,
+    falling: Sequence[str] = (),
     **quality: float,
 ) -> Comparison:
-    """quality: the accuracy of a method, by its kind."""
+    """quality: the accuracy of a method, by its kind; collapsed: seeds of a method that learnt nothing; falling: specs
+    whose loss falls to the last step."""
     usual = {"base": 0.5, "head": 0.8, "full": 0.95, "lora": 0.95, "prefix": 0.85} | quality
     recipe = Recipe(name="tiny", base="small", data="tiny.csv")
     data = dataset(count, kind, text)
@@ -85,11 +113,17 @@ def made(
         recipe, candidates(methods, recipe, data.kind), seeds=seeds, fractions=fractions, against=against,
         margin=margin, train=len(data.train),
     )  # fmt: skip
+
+    def accuracy(cell: Cell) -> float:
+        lost = cell.seed in (collapsed or {}).get(cell.candidate.spec, ())
+        return 0.5 if lost else usual[cell.candidate.kind] - 0.1 * (1 - cell.fraction)
+
     results = [
-        result(cell, data, usual[cell.candidate.kind] - 0.1 * (1 - cell.fraction), number)
+        result(cell, data, accuracy(cell), number, cell.candidate.spec in falling)
         for number, cell in enumerate(plan.cells(), 1)
         if cell.candidate.spec not in without
     ]
     return comparison(
         plan, data, results, failures=failures or {}, missing=missing, confidence=0.95, budget=None, folder="there",
+        command="turret compare tiny.csv --base small", power=power(Spread.assumed(data.kind), seeds, count, margin),
     )  # fmt: skip

@@ -31,4 +31,6 @@ def found(share: float = 0.8) -> Control:
         judge={"version": "x-judge@1", "base": "b", "accuracy": 90.0, "learnt_from": 20, "references": 200},
         rated=rated(some, ASPECTS, LABELS, KINDS, 0), shown=shown(some, ["a document"] * 100, references),
         failures={}, recipes={"prefix, short": "name = 1"}, notes=(HOSTILE,), missing=0, folder="f",
+        made={"from": "2026-01-02T03:04:05Z", "to": "2026-01-02T04:04:05Z", "device": "cpu", "versions": {}},
+        command="turret control t-{aspect}.csv",
     )  # fmt: skip

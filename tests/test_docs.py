@@ -36,6 +36,7 @@ VERBS = [
     "resolve",
     "doctor",
     "compare",
+    "plan_comparison",
     "control",
 ]
 VERBS += ["import_adapter", "export", "diff", "promote", "rollback", "gate", "verify", "gc", "delete"]

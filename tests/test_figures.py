@@ -36,7 +36,14 @@ MEASURED = [
 # What looks like a measurement and is none: a limit, a setting, an example, or somebody else's published figure.
 NO_MEASUREMENT = {
     "docs/measured.md": ("2.0x [1.8, 2.3]",),
-    "docs/howto/compare.md": ("Hu et al. 2021", "Li & Liang 2021", "within a point"),
+    "docs/howto/compare.md": (
+        "Hu et al. 2021",
+        "Li & Liang 2021",
+        "within a point",
+        "points of luck",
+        "-100 to +100 points",
+        "14 points of",
+    ),
 }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from turret.cli.compare import duration, shares
@@ -34,3 +37,35 @@ def test_an_unknown_method_is_one_line_and_status_two(tmp_path, capsys) -> None:
     status = run(["compare", str(table), "--base", "none", "--methods", "full,qlora", "--store", str(tmp_path / "s")])
     assert status == 2
     assert "qlora is no method to compare" in capsys.readouterr().err
+
+
+def reviews(folder: Path) -> Path:
+    table = folder / "t.csv"
+    table.write_text("text,label\n" + "".join(f"some words {n},{'ab'[n % 2]}\n" for n in range(100)))
+    return table
+
+
+def test_the_plan_says_what_the_design_can_decide_before_anything_is_trained(tmp_path, capsys) -> None:
+    asked = ["compare", str(reviews(tmp_path)), "--base", "none", "--plan", "--store", str(tmp_path / "s")]
+    assert run(asked) == 0
+    said = capsys.readouterr().out
+    assert "25 runs, judged against full" in said
+    assert "would be called as good within 1 point with 5 seeds and 20 test examples" in said
+    assert "more test examples would decide within 1 point" in said
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_plan_as_json_is_one_object(tmp_path, capsys) -> None:
+    asked = ["compare", str(reviews(tmp_path)), "--base", "none", "--plan", "--store", str(tmp_path / "s")]
+    assert run([*asked, "--seeds", "3", "--margin", "2", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {"name", "methods", "against", "trainings", "missing", "power"} <= set(said)
+    assert (said["trainings"], said["missing"]) == (15, 15)
+    assert 0 <= said["power"]["within"] <= said["power"]["at_ten_times"] <= 1
+    assert (said["power"]["seeds"], said["power"]["examples"], said["power"]["margin"]) == (3, 20, 2)
+
+
+def test_one_seed_can_still_be_planned(tmp_path, capsys) -> None:
+    asked = ["compare", str(reviews(tmp_path)), "--base", "none", "--plan", "--store", str(tmp_path / "s")]
+    assert run([*asked, "--seeds", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["power"]["decides"] is None

@@ -64,5 +64,8 @@ def test_the_pages_are_whole_and_words_from_outside_are_no_markup(tmp_path) -> N
     assert "src=" not in page
     ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
     assert "| prefix | 80.0%" in text
+    for words in ("2026-01-02", "device: cpu", "turret control t-{aspect}.csv"):
+        assert words in page
+        assert words in text
     write_report(found(), tmp_path, lambda path, words: path.write_text(words, encoding="utf-8") and None)
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["headline"] == headline(found())

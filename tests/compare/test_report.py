@@ -8,11 +8,18 @@ import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from simulated_comparison import made
 
-from turret.compare.plots import Axis, Mark, axis, forest, scatter
+from turret.compare.evidence import Interval, interval
+from turret.compare.labels import CHARACTER, WIDTH
+from turret.compare.plots import Axis, Course, Mark, axis, courses, forest, scatter
 from turret.compare.report import as_html, as_markdown, headline, write_report
+from turret.compare.verdict import Verdict
+from turret.compare.words import rounded
 
 HOSTILE = "<script>alert(1)</script> | `x` **b** {{{{ 7*7 }}}} number {}"
 VOID = {"meta", "br", "link", "input", "hr", "img"}
@@ -120,6 +127,60 @@ def test_only_seeds_that_both_have_are_compared() -> None:
     assert [len(row.mcnemar) for row in comparison.rows] == [0, 3]
 
 
+def test_the_headline_names_every_method_that_was_judged_with_its_number() -> None:
+    said = headline(made("base,head,full,lora,prefix", seeds=4, count=1500, margin=2))
+    for name in ("base (-", "head (-", "LoRA (", "prefix (-"):
+        assert name in said
+    assert re.search(r"LoRA \([+-]?\d\.\d, -\d\.\d to \+?\d\.\d\) is as good as full within 2 points", said)
+    assert (
+        "lora did not run" in headline(made("full,lora", without=("lora",), failures={"lora": "seed 42: no"})).lower()
+    )
+
+
+def test_advice_has_no_more_digits_than_an_estimate_has() -> None:
+    assert [rounded(value) for value in (7, 42, 243, 8921, 11569, 1_234_567)] == [
+        "7", "42", "240", "8,900", "12,000", "1,200,000",
+    ]  # fmt: skip
+    d = Interval(-1.3, -3.1, 0.5)
+    assert "about 12,000 more test examples would" in Verdict("undecided", d, 1, 5, 500, 0.1, None, 11569).sentence()
+
+
+def test_no_interval_leaves_what_a_difference_can_be() -> None:
+    """Two seeds, a class with three examples: a t of one degree of freedom would say -316 to +298."""
+    d = np.array([[1.0, 1.0, 1.0], [-1.0, -1.0, 0.0]])
+    found = interval(d, np.random.default_rng(0)).times(100)
+    assert -100 <= found.low <= found.mean <= found.high <= 100
+    assert found.open
+    wide = Verdict("undecided", found, 1, 2, 3, 0.5)
+    assert "not determined by so little" in wide.sentence()
+    assert not interval(np.zeros((3, 500)), np.random.default_rng(0)).times(100).open  # the control
+    for row in made("full,lora,prefix", seeds=2, count=8).classes:
+        assert -100 <= row.difference.low <= row.difference.high <= 100
+
+
+def test_a_method_whose_loss_still_fell_is_marked_not_trained_out() -> None:
+    comparison = made("full,lora,prefix", seeds=3, count=300, falling=["prefix"])
+    assert [row.trained_out for row in comparison.rows] == [True, True, False]
+    assert "not trained out" in headline(comparison)
+    assert "not trained out" in as_html(comparison).split("How they trained")[0]
+    assert "prefix is not trained out" in as_markdown(comparison)
+    assert "not trained out" not in headline(made("full,lora", seeds=3, count=300))  # the control
+
+
+def test_a_report_says_when_where_and_with_what_and_how_to_make_it_again(found) -> None:
+    for page in (as_html(found), as_markdown(found).replace("\\", "")):
+        for words in ("2026-01-02", "family 1, model 2", "float32", "torch 2.9.0", "abc123", "turret compare tiny.csv"):
+            assert words in page
+    assert found.as_json()["made"]["threads"] == 1
+    assert found.as_json()["power"]["sentences"]
+
+
+def test_examples_are_evenly_chosen_with_every_methods_answer(found) -> None:
+    assert len(found.examples) == 6
+    assert {spec for spec, _, _ in found.examples[0].answers} == {"head", "full", "lora", "lora:r=4", "prefix"}
+    assert "Some test examples" in as_html(found)
+
+
 def test_the_page_is_whole_and_fetches_nothing(found) -> None:
     page = as_html(found)
     parsed = Balanced()
@@ -143,7 +204,7 @@ def test_words_from_the_data_cannot_become_markup(found) -> None:
 
 def test_every_plot_is_well_formed_and_knows_no_colour_of_its_own(found) -> None:
     plots = re.findall(r"<svg.*?</svg>", as_html(found), re.DOTALL)
-    assert len(plots) == 6
+    assert len(plots) == 7
     for plot in plots:
         ElementTree.fromstring(plot)
         assert not re.search(r'fill="|stroke="|style=|#[0-9a-f]{3}', plot)
@@ -213,13 +274,102 @@ def test_an_axis_keeps_what_lies_outside_at_its_end() -> None:
     assert Axis(1, 10, 0, 100, log=True).at(0) == 0
 
 
-def test_names_of_points_that_lie_together_do_not_cover_each_other() -> None:
-    marks = [Mark(f"lora r={r}", "lora", 1e5, 90 + r / 100, 89, 91) for r in range(5)]
-    plot = ElementTree.fromstring(scatter(marks, x_label="x", y_label="y"))
-    names = [each for each in plot.iter() if each.get("class") == "name"]
-    places = sorted(float(each.get("y")) for each in names)
-    assert len(places) == 5
-    assert min(b - a for a, b in itertools.pairwise(places)) >= 13.9
+def boxes(plot: str) -> list[tuple[str, float, float, float, float]]:
+    """(words, left, top, right, bottom) of the names in a plot, with letters as wide as `labels` takes them to be."""
+    found = []
+    for each in ElementTree.fromstring(plot).iter():
+        if "name" in each.get("class", "").split():
+            words, x, y = each.text or "", float(each.get("x", 0)), float(each.get("y", 0))
+            width, anchor = CHARACTER * len(words), each.get("text-anchor")
+            left = x - width if anchor == "end" else x
+            found.append((words, left, y - 10, left + width, y + 2))
+    return found
+
+
+def covered(plot: str) -> list[tuple[str, str]]:
+    """The pairs of names that cover each other."""
+    return [
+        (a[0], b[0])
+        for a, b in itertools.combinations(boxes(plot), 2)
+        if min(a[3], b[3]) > max(a[1], b[1]) and min(a[4], b[4]) > max(a[2], b[2])
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(3, 7), st.integers(80, 99)), min_size=1, max_size=7))
+def test_names_in_a_plot_never_cover_each_other_and_stay_inside(places) -> None:
+    marks = [Mark(f"lora r={n}", "lora", 10.0**x, y, y - 1, y + 1) for n, (x, y) in enumerate(places)]
+    plot = scatter(marks, x_label="x", y_label="y")
+    assert covered(plot) == []
+    assert all(left >= 0 and right <= WIDTH for _, left, _, right, _ in boxes(plot))
+    lines = [Course(mark.label, "lora", (1.0, mark.y)) for mark in marks]
+    assert covered(courses(lines, x_label="x", y_label="y")) == []
+
+
+def test_names_at_one_place_would_cover_each_other() -> None:
+    """The control: the same names, each right of its point."""
+    drawn = "".join(f'<text class="name" x="100" y="{100 + n}" text-anchor="start">lora r={n}</text>' for n in range(3))
+    assert len(covered(f"<svg>{drawn}</svg>")) == 3
+
+
+def test_a_long_name_leaves_room_for_its_numbers() -> None:
+    long = "lora r=4 lora_alpha=16 target_modules=query+value+dense"
+    (name, *_, right, _), *_ = boxes(forest([Mark(long, "lora", 0.5, 0.5, -1, 2)], 1.0, unit="points", zero="full"))
+    assert name.endswith("…")
+    assert right < WIDTH - 14 - 6 * len("+0.5  (-1.0 to +2.0)")
+
+
+def test_the_contenders_choose_the_scale_and_what_lies_outside_is_an_arrow() -> None:
+    near, far = Mark("lora", "lora", 0.2, 0.2, -1.0, 1.5), Mark("head", "head", -36.0, -36.0, -40.0, -31.0)
+    plot = forest([near, far], 1.0, unit="points", zero="full", scale=[near])
+    assert "off scale  -36.0 (-40.0 to -31.0)" in plot.replace("-36.0  (", "-36.0 (")
+    assert "<polygon" in plot
+    assert width_of(plot) > 5 * width_of(forest([near, far], 1.0, unit="points", zero="full"))
+
+
+def width_of(plot: str) -> float:
+    """Of the interval of lora."""
+    line = next(each for each in ElementTree.fromstring(plot).iter() if each.get("class") == "whisker k-lora")
+    return float(line.get("x2")) - float(line.get("x1"))
+
+
+def test_the_untrained_head_is_in_the_plots_and_chooses_no_scale(found) -> None:
+    plots = re.findall(r"<svg.*?</svg>", as_html(found), re.DOTALL)
+    assert ">base<" in plots[0]
+    assert "off scale" in plots[0]
+    assert "head" in plots[1]
+    assert "off scale" in plots[1]
+
+
+@pytest.mark.slow
+def test_a_browser_draws_no_name_over_another_and_nothing_wider_than_the_page(tmp_path) -> None:
+    from browser import browser
+
+    page_of = made("base,head,full,lora,lora:r=4,prefix", fractions=(0.25, 1.0), count=300, seeds=3)
+    (tmp_path / "report.html").write_text(as_html(page_of), encoding="utf-8")
+    with browser() as chromium:
+        for width in (1280, 390):
+            page = chromium.new_page(viewport={"width": width, "height": 900})
+            page.goto((tmp_path / "report.html").as_uri())
+            assert page.evaluate(OVERLAPS) == []
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            page.close()
+
+
+OVERLAPS = """() => {
+  const found = [];
+  for (const svg of document.querySelectorAll("svg")) {
+    const drawn = [...svg.querySelectorAll("text.name, text.value")];
+    const texts = drawn.map(t => [t.textContent, t.getBoundingClientRect()]);
+    for (let i = 0; i < texts.length; i++) for (let j = i + 1; j < texts.length; j++) {
+      const [a, b] = [texts[i][1], texts[j][1]];
+      const x = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+      const y = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+      if (x > 1 && y > 3) found.push([texts[i][0], texts[j][0], x, y]);
+    }
+  }
+  return found;
+}"""
 
 
 def test_a_difference_without_width_is_still_drawn() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,11 +15,16 @@ from pathlib import Path
 
 import pytest
 import small_models
+from simulated_comparison import dataset, result
 
+from turret.compare.candidates import candidates
+from turret.compare.design import design
 from turret.errors import RecipeError, StoreError, TrainingError
 from turret.recipe import Recipe
+from turret.store import Store
 from turret.workspace import Workspace
-from turret.workspace.comparing import state
+from turret.workspace.comparing import Wanted, state
+from turret.workspace.comparing.conduct import Sitting, _title
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 
@@ -91,6 +98,58 @@ def test_a_process_that_stored_its_version_and_died_is_only_measured_again(compa
     again = workspace.compare(recipe, methods="lora", against="lora", seeds=1)
     assert [str(version) for version in workspace.list()] == before
     assert again.rows[0].versions == found.rows[0].versions
+
+
+def test_the_report_says_when_where_and_with_what_and_keeps_the_losses(compared) -> None:
+    _, _, found, _ = compared
+    said = json.loads((Path(found.folder) / "report.json").read_text())
+    made = said["made"]
+    assert made["from"][:4].isdigit()
+    assert made["device"].startswith("cpu, ")
+    assert made["threads"] >= 1
+    assert "float32" in made["precision"]
+    assert {"python", "turret", "torch"} <= set(made["versions"])
+    assert len(said["rows"][0]["losses"][0][1]) == 3, "a loss a step"
+    assert said["command"].startswith("turret compare ")
+    assert said["power"]["examples"] == 20
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "prefix", "method.num_virtual_tokens": "7", "train.lr": "1e-3", "seed": "7"},
+        {"task.kind": "classify", "task.class_weights.good one": "2", "train.gradient_clip": "0.5"},
+        {"method.target_modules": "query,value", "data.seed": "3", "train.lr": "auto", "data.text": "my text"},
+    ],
+)
+def test_the_command_in_a_report_asks_for_the_same_again(tmp_path, changes) -> None:
+    from turret.cli.options import overrides
+    from turret.cli.train import read_recipe
+
+    recipe = recipe_in(tmp_path, **changes)
+    words = shlex.split(Wanted(methods="full,lora:r=4/8", seeds=3, margin=2.0).command(recipe))
+    given = {name: [v for n, v in itertools.pairwise(words) if n == name] for name in ("--base", "--name", "--seed")}
+    sets = [value for name, value in itertools.pairwise(words) if name == "--set"]
+    assert overrides(sets)
+    base, name, seed = (values[0] for values in given.values())
+    assert read_recipe(words[2], base, name, None, None, None, None, int(seed), sets) == recipe
+    assert words[-8:] == ["--methods", "full,lora:r=4/8", "--seeds", "3", "--margin", "2", "--against", "full"]
+
+
+def test_progress_says_the_last_score_and_the_time_left(tmp_path) -> None:
+    """From the second training on; without a training, by cells whose results are there."""
+    made = design(
+        recipe_in(tmp_path), candidates("full,lora", recipe_in(tmp_path), "classify"), seeds=2, fractions=(1.0,),
+        against="full", margin=1.0, train=40,
+    )  # fmt: skip
+    cells, stages = list(made.cells()), []
+    sitting = Sitting(Store(tmp_path / "store"), tmp_path, stages.append)
+    assert _title(sitting, cells, 1) == "1 of 4  full, seed 42"
+    done = result(cells[0], dataset(20), 0.9, 1)  # of 40 seconds
+    sitting.results[cells[0].key], sitting.last = done, "full 90.0"
+    state.write(tmp_path / "cells" / cells[0].key / "result.json", {})
+    assert _title(sitting, cells, 2) == "2 of 4  lora, seed 42; last full 90.0; about 2 min 00 s left"
 
 
 def test_a_comparison_that_is_held_by_another_process_is_refused(compared) -> None:
@@ -168,6 +227,7 @@ def test_writers_are_judged_by_rouge_and_by_what_they_forget(tmp_path) -> None:
     recipe = recipe_in(tmp_path, "llama", **{"task.max_target_tokens": "8"})
     found = Workspace(tmp_path / "store").compare(recipe, methods="base,full,lora", seeds=2)
     assert found.metric == "rougeL"
+    assert all(len(row.losses) == 2 for row in found.rows[1:])
     base, full, lora = found.rows
     assert base.costs.forgetting.mean == 0
     assert full.costs.forgetting.mean != 0

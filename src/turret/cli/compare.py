@@ -15,6 +15,8 @@ from turret.errors import RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from turret.compare.design import Planned as ComparisonPlan
+
 STYLES = {"within": "green", "better": "green", "worse": "red", "undecided": "yellow"}
 WORDS = {"within": "as good"}
 Texts = Annotated[bool, typer.Option("--texts/--no-texts", help="Show examples in the report, or leave them out.")]
@@ -34,6 +36,7 @@ def compare(
     against: Annotated[str, typer.Option("--against", help="The method that all others are judged against.")] = "full",
     lr: Annotated[str | None, typer.Option("--lr", help="One rate for all, or auto; each its own if left out.")] = None,
     texts: Texts = True,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what this design can decide, and train nothing.")] = False,
     base: Base = None,
     name: Name = None,
     data: Data = None,
@@ -50,20 +53,33 @@ def compare(
     from turret.workspace import Workspace
 
     recipe = read_recipe(source, base, name, data, task, None, None, seed, sets)
+    workspace, out = Workspace(store), voice(as_json)
+    limit, parts, rate = None if budget is None else duration(budget), shares(fractions), _rate(lr)
     with status() as live:
-        found = Workspace(store).compare(
-            recipe,
-            methods=methods,
-            seeds=seeds,
-            budget=None if budget is None else duration(budget),
-            fractions=shares(fractions),
-            margin=margin,
-            against=against,
-            lr=_rate(lr),
-            texts=texts,
-            on_stage=say_titles(live),
-        )
-    emit(found.as_json()) if as_json else _print(found, voice(as_json))
+        if plan:
+            planned = workspace.plan_comparison(
+                recipe, methods=methods, seeds=seeds, fractions=parts, margin=margin, against=against, lr=rate,
+                on_stage=live,
+            )  # fmt: skip
+        else:
+            found = workspace.compare(
+                recipe, methods=methods, seeds=seeds, budget=limit, fractions=parts, margin=margin, against=against,
+                lr=rate, texts=texts, on_stage=say_titles(live),
+                on_plan=lambda made: _print_plan(made, console(stderr=True)),
+            )  # fmt: skip
+    if plan:
+        emit(planned.as_json()) if as_json else _print_plan(planned, out)
+    else:
+        emit(found.as_json()) if as_json else _print(found, out)
+
+
+def _print_plan(planned: ComparisonPlan, out: Console) -> None:
+    """What is trained, which difference that can decide, and what would decide."""
+    missing = f", {planned.missing} of them missing" if planned.missing < planned.trainings else ""
+    out.print(f"[bold]{safe(planned.name)}[/]  [dim]{safe(', '.join(planned.methods))}[/]")
+    out.print(f"  {counted(planned.trainings, 'run')}{missing}, judged against {safe(planned.against)}")
+    for sentence in planned.power.sentences():
+        out.print(f"  {safe(sentence)}")
 
 
 def duration(text: str) -> float:
@@ -114,6 +130,10 @@ def _print(found: Any, out: Console) -> None:
     for row in found.rows:
         if row.verdict is not None and row.verdict.word == "undecided" and row.kind != "base":
             out.print(f"  [dim]{safe(row.label)}: {safe(row.verdict.advice())}[/]")
+        for mark in row.marks if row.kind != "base" else ():
+            out.print(f"  [yellow]{safe(row.label)}: {safe(mark)}[/]")
+        for each in row.collapses:
+            out.print(f"    [yellow]{safe(each)}[/]")
         if row.failed:
             out.print(f"  [red]{safe(row.label)}[/] did not run: {safe(row.failed)}")
     if found.missing:

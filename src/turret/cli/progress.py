@@ -42,6 +42,7 @@ class Progress:
         self._loss: float | None = None
         self._metric = ""
         self._told = -1
+        self._spent, self._steps = 0.0, 0  # seconds and steps of this process
 
     def __enter__(self) -> Progress:
         return self
@@ -65,6 +66,7 @@ class Progress:
     def record(self, record: StepRecord) -> None:
         """One more step."""
         self._loss = record.loss if self._loss is None else 0.9 * self._loss + 0.1 * record.loss
+        self._spent, self._steps = self._spent + record.seconds, self._steps + 1
         if record.metrics:
             name = next((name for name in CHIEF if name in record.metrics), None)
             self._metric = f"{record.split} {name} {number(record.metrics[name])}" if name else ""
@@ -72,7 +74,8 @@ class Progress:
             self._draw(record)
         elif record.metrics or record.step * 10 // record.steps > self._told:
             self._told = record.step * 10 // record.steps
-            self._err.print(f"step {record.step}/{record.steps}  {self._words(record)}")
+            left = span(self._spent / self._steps * (record.steps - record.step))
+            self._err.print(f"step {record.step}/{record.steps}  {self._words(record)}  {left} left")
 
     def stored(self, result: RunResult, store: str) -> None:
         """What came of it, and what to do next."""

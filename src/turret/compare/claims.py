@@ -69,10 +69,12 @@ def _quality(row: Any) -> Claim:
     verdict = row.verdict
     if verdict is None:
         return Claim(ORDER[2], row.spec, "not measured", "not shown")
-    d = verdict.difference
-    said = f"{d.mean:+.1f} points, {round(100 * d.confidence)}% interval {d.low:+.1f} to {d.high:+.1f}"
+    said = verdict.span()
     if verdict.seeds < 2:
         return Claim(ORDER[2], row.spec, f"{said}, one seed", "not shown")
+    if verdict.collapsed:
+        return Claim(ORDER[2], row.spec, f"{verdict.collapses()}; in the others {said}", "not shown")
+    d = verdict.difference
     return Claim(ORDER[2], row.spec, said, "yes" if d.low >= -2 else "no" if d.high < -2 else "not shown")
 
 

@@ -13,13 +13,27 @@ from typing import Any
 import numpy as np
 
 from turret.compare.claims import Claim, claims
+from turret.compare.collapse import Collapse, Learnt, learnt, trained
 from turret.compare.costs import Costs, costs
 from turret.compare.design import Design
-from turret.compare.details import Confusion, Disagreement, PerClass, confusion, disagreements, per_class
+from turret.compare.details import (
+    Confusion,
+    Disagreement,
+    PerClass,
+    confusion,
+    disagreements,
+    per_class,
+    some_examples,
+)
 from turret.compare.evidence import Array, Interval, interval, mcnemar
-from turret.compare.results import Result
+from turret.compare.losses import still_falling
+from turret.compare.power import Power
+from turret.compare.promotion import Promotion, promotion
+from turret.compare.results import Result, made_with
 from turret.compare.verdict import Verdict, judge
 from turret.errors import TrainingError
+
+FLOORS = ("base", "head")  # kinds that show how little is enough, and do not contend
 
 
 @dataclass(frozen=True)
@@ -32,12 +46,24 @@ class Row:
     lr: float | None
     seeds: tuple[int, ...]
     versions: tuple[str, ...]
-    score: Interval | None  # points of the metric; None: nothing ran
-    metrics: Mapping[str, float]  # means over seeds
+    score: Interval | None  # points of the metric, of the seeds that did not collapse; None: nothing ran
+    metrics: Mapping[str, float]  # means over the seeds that did not collapse
     verdict: Verdict | None  # None for the row that the others are judged against
     mcnemar: tuple[tuple[int, int, float], ...]  # a seed: (only this right, only that right, exact p)
     costs: Costs | None
     failed: str | None
+    collapses: tuple[Collapse, ...] = ()  # trainings that learnt nothing while others of this method did
+    learnt_nothing: bool = False  # every seed is at the level of guessing
+    trained_out: bool | None = None  # False: the loss still fell at the last step of half of the trainings or more
+    losses: tuple[tuple[int, tuple[float, ...]], ...] = ()  # a seed: of training, means over equal stretches
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What a reader must know beside the score."""
+        count = len(self.seeds)
+        said = [f"{len(self.collapses)} of {count} collapsed"] if self.collapses else []
+        said += ["learnt nothing"] if self.learnt_nothing else []
+        return (*said, *(["not trained out"] if self.trained_out is False else []))
 
 
 @dataclass(frozen=True)
@@ -50,15 +76,6 @@ class Point:
     score: Interval
     seeds: int
     word: str | None
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """What to do with all this."""
-
-    spec: str | None
-    version: str | None
-    why: str
 
 
 @dataclass(frozen=True)
@@ -81,22 +98,30 @@ class Comparison:
     classes: tuple[PerClass, ...]
     confusions: tuple[Confusion, ...]
     disagreements: tuple[Disagreement, ...]
+    examples: tuple[Disagreement, ...]  # evenly over the test examples, none chosen
     promotion: Promotion
     recipes: Mapping[str, str]  # spec -> TOML of its first seed
     notes: tuple[str, ...]
     missing: int
     budget: float | None
     folder: str
+    made: Mapping[str, Any]  # when, where and with what its trainings were made
+    command: str  # that makes it again
+    power: Power | None  # what this design could decide
 
     def without_texts(self) -> Comparison:
-        """The same for those who may not read the examples: the texts on which methods disagree are left out."""
-        return replace(self, disagreements=(), notes=(*self.notes, "the texts of examples were left out"))
+        """The same for those who may not read the examples: their texts and the answers to them are left out."""
+        notes = (*self.notes, "the texts of examples were left out")
+        return replace(self, disagreements=(), examples=(), notes=notes)
 
     def as_json(self) -> dict[str, Any]:
         said = asdict(self)
         for row, made in zip(self.rows, said["rows"], strict=True):
+            made["marks"] = list(row.marks)
             if row.verdict is not None:
                 made["verdict"]["sentence"] = row.verdict.sentence(self.against_label)
+        if self.power is not None:
+            said["power"] = self.power.as_json()
         return said | {"report": f"{self.folder}/report.html"}
 
     @property
@@ -114,21 +139,24 @@ def comparison(
     confidence: float,
     budget: float | None,
     folder: str,
+    command: str = "",
+    power: Power | None = None,
 ) -> Comparison:
     """Judge what there is. data: the data set, whose test examples the scores belong to."""
     bases = {result.base["fingerprint"] for result in results}
     if len(bases) > 1:
         raise TrainingError(f"the base changed between trainings of this comparison: delete {folder} and compare again")
     whole = [result for result in results if result.fraction == made.fractions[0]]
-    yardstick = {result.seed: result for result in whole if result.spec == made.against}
+    sides = {candidate.spec: Side.of(candidate.spec, whole, data.test) for candidate in made.candidates}
+    yardstick = sides[made.against]
     rows = tuple(
-        _row(made, candidate, [each for each in whole if each.spec == candidate.spec], yardstick, failures, confidence)
-        for candidate in made.candidates
+        _row(made, candidate, sides[candidate.spec], yardstick, failures, confidence) for candidate in made.candidates
     )
+    good = [each for each in whole if each.seed not in sides[each.spec].learnt.seeds]
     classes = data.labels if data.kind == "classify" and isinstance(getattr(data.test[0], "label", None), str) else ()
     specs = [row.spec for row in rows if row.score is not None]
     first = results[0]
-    points = tuple(_curves(made, results, confidence)) if len(made.fractions) > 1 else ()
+    points = tuple(_curves(made, results, data.test, confidence)) if len(made.fractions) > 1 else ()
     return Comparison(
         name=made.recipe.name,
         base=first.base,
@@ -152,16 +180,40 @@ def comparison(
         curves=points,
         overtaking=overtaking(points, rows, made.against),
         claims=claims(rows, made.against),
-        classes=per_class(whole, yardstick, data, classes, confidence, made.recipe.split_seed) if classes else (),
-        confusions=confusion(whole, data, classes, specs) if classes else (),
-        disagreements=disagreements(whole, data, specs),
-        promotion=_promotion(rows, made, whole),
+        classes=per_class(good, yardstick.trained, data, classes, confidence, made.recipe.split_seed)
+        if classes
+        else (),
+        confusions=confusion(good, data, classes, specs) if classes else (),
+        disagreements=disagreements(good, data, specs),
+        examples=some_examples(good, data, specs),
+        promotion=promotion(rows, made.against, good),
         recipes={spec: next(each.recipe for each in whole if each.spec == spec) for spec in specs},
         notes=_notes(data, rows, made),
         missing=missing,
         budget=budget,
         folder=folder,
+        made=made_with(results),
+        command=command,
+        power=power,
     )
+
+
+@dataclass(frozen=True)
+class Side:
+    """The trainings of one row, by seed, and which of them learnt."""
+
+    all: Mapping[int, Result]
+    learnt: Learnt
+
+    @classmethod
+    def of(cls, spec: str, results: Sequence[Result], examples: Sequence[Any]) -> Side:
+        own = {each.seed: each for each in results if each.spec == spec}
+        return cls(own, learnt(list(own.values()), examples))
+
+    @property
+    def trained(self) -> dict[int, Result]:
+        """Without those that collapsed."""
+        return trained(self.all, self.learnt.seeds)
 
 
 def generator(seed: int, *words: object) -> np.random.Generator:
@@ -175,65 +227,84 @@ def paired(first: Mapping[int, Result], second: Mapping[int, Result]) -> Array |
     return np.stack([first[seed].scores - second[seed].scores for seed in seeds]) if seeds else None
 
 
+def judged(mine: Side, yardstick: Side, margin: float, rng: np.random.Generator, confidence: float) -> Verdict | None:
+    """The verdict over the seeds at which both learnt; over all, claiming nothing, where there is none of them."""
+    d = paired(mine.trained, yardstick.trained)
+    claimed = d is not None
+    if d is None:
+        d = paired(mine.all, yardstick.all)
+    if d is None:
+        return None
+    collapsed = sorted(mine.learnt.seeds)
+    return judge(d, margin, rng, confidence=confidence, collapsed=collapsed, trainings=len(mine.all), claimed=claimed)
+
+
 def _row(
     made: Design,
     candidate: Any,
-    own: Sequence[Result],
-    yardstick: Mapping[int, Result],
+    side: Side,
+    yardstick: Side,
     failures: Mapping[str, str],
     confidence: float,
 ) -> Row:
     spec, seed = candidate.spec, made.recipe.split_seed
-    mine = {result.seed: result for result in own}
-    d = None if spec == made.against else paired(mine, yardstick)
+    own, good = list(side.all.values()), list(side.trained.values())
     verdict = None
-    if d is not None:
-        verdict = judge(d, made.margin, generator(seed, spec, "verdict"), confidence=confidence)
+    if spec != made.against:
+        verdict = judged(side, yardstick, made.margin, generator(seed, spec, "verdict"), confidence)
     tests = [
-        mcnemar(mine[each].scores == 1, yardstick[each].scores == 1)
-        for each in sorted(mine.keys() & yardstick.keys())
-        if verdict is not None and mine[each].kind == "classify"
+        mcnemar(side.all[each].scores == 1, yardstick.all[each].scores == 1)
+        for each in sorted(side.all.keys() & yardstick.all.keys())
+        if verdict is not None and side.all[each].kind == "classify"
     ]
     score = None
     if own:
-        scores = np.stack([result.scores for result in own])
+        scores = np.stack([result.scores for result in good])
         score = interval(scores, generator(seed, spec), confidence=confidence, between=(0, 1)).times(100)
     numbers = [key for key in (own[0].metrics if own else ()) if isinstance(own[0].metrics[key], (int, float))]
+    falling = [still_falling(each.losses) for each in good if each.losses]
     return Row(
         spec=spec,
         label=candidate.label,
         kind=candidate.kind,
         lr=own[0].lr if own else None,
-        seeds=tuple(mine),
+        seeds=tuple(side.all),
         versions=tuple(each.version for each in own if each.version is not None),
         score=score,
-        metrics={key: fmean(float(each.metrics[key]) for each in own) for key in numbers},
+        metrics={key: fmean(float(each.metrics[key]) for each in good) for key in numbers},
         verdict=verdict,
         mcnemar=tuple(tests),
         costs=costs(own) if own else None,
         failed=failures.get(spec),
+        collapses=side.learnt.collapses,
+        learnt_nothing=side.learnt.nothing,
+        trained_out=2 * sum(falling) < len(falling) if falling else None,
+        losses=tuple((each.seed, tuple(each.losses)) for each in own if each.losses),
     )
 
 
-def _curves(made: Design, results: Sequence[Result], confidence: float) -> list[Point]:
+def _curves(made: Design, results: Sequence[Result], examples: Sequence[Any], confidence: float) -> list[Point]:
     points = []
     for candidate in made.candidates:
         for fraction in sorted(made.fractions):
-            own = {each.seed: each for each in results if each.spec == candidate.spec and each.fraction == fraction}
-            if not own:
+            part = [each for each in results if each.fraction == fraction]
+            own, yard = (Side.of(spec, part, examples) for spec in (candidate.spec, made.against))
+            if not own.all:
                 continue
-            yard = {each.seed: each for each in results if each.spec == made.against and each.fraction == fraction}
             rng = generator(made.recipe.split_seed, candidate.spec, fraction)
-            scores = np.stack([each.scores for each in own.values()])
-            d = None if candidate.spec == made.against else paired(own, yard)
+            scores = np.stack([each.scores for each in own.trained.values()])
+            score = interval(scores, rng, confidence=confidence, between=(0, 1)).times(100)
+            verdict = None
+            if candidate.spec != made.against:
+                verdict = judged(own, yard, made.margin, rng, confidence)
             points.append(
                 Point(
                     candidate.spec,
                     fraction,
                     max(1, round(fraction * made.train)),
-                    interval(scores, rng, confidence=confidence, between=(0, 1)).times(100),
-                    len(own),
-                    None if d is None else judge(d, made.margin, rng, confidence=confidence).word,
+                    score,
+                    len(own.all),
+                    verdict.word if verdict else None,
                 )
             )
     return points
@@ -257,46 +328,6 @@ def overtaking(points: Sequence[Point], rows: Sequence[Row], against: str) -> tu
     return tuple(found)
 
 
-def _promotion(rows: Sequence[Row], made: Design, whole: Sequence[Result]) -> Promotion:
-    """The smallest of those as good as the yardstick; a seed is chosen by validation, never by the test examples."""
-    good = [row for row in rows if row.verdict and row.verdict.word in ("within", "better") and row.versions]
-    if good:
-        chosen = min(good, key=lambda row: (row.costs.bundle_bytes if row.costs else 0, row.spec))
-        why = (
-            f"the smallest of those as good as {made.against}"
-            if len(good) > 1
-            else f"as good as {made.against}, and smaller"
-        )
-    else:
-        yard = [row for row in rows if row.spec == made.against and row.versions]
-        judged = [row for row in rows if row.verdict is not None and row.kind != "base"]
-        if not yard:
-            return Promotion(None, None, f"{made.against} has not run, so nothing can be judged yet")
-        if not judged:
-            return Promotion(None, None, f"nothing beside {made.against} has run yet")
-        if any(row.verdict and row.verdict.word == "undecided" for row in judged):
-            return Promotion(None, None, f"nothing is shown to be as good as {made.against} yet: {_advice(judged)}")
-        chosen, why = yard[0], "every other method is worse by more than the margin"
-    mine = [each for each in whole if each.spec == chosen.spec and each.version is not None]
-    measured = [each for each in mine if each.held.get("validation")]
-    if measured:
-        best = max(measured, key=lambda each: _merit(each.held["validation"]))
-        return Promotion(chosen.spec, best.version, f"{why}; of its seeds the best on the validation split")
-    return Promotion(chosen.spec, mine[0].version, f"{why}; its first seed, because the test examples choose nothing")
-
-
-def _merit(metrics: Mapping[str, Any]) -> float:
-    return float(metrics.get("accuracy", -metrics["loss"]))
-
-
-def _advice(rows: Sequence[Row]) -> str:
-    asked = [row.verdict for row in rows if row.verdict and row.verdict.word == "undecided"]
-    few = [each.more_seeds for each in asked if each.more_seeds is not None]
-    if not few:
-        return asked[0].advice()
-    return f"about {min(few)} more seed{'' if min(few) == 1 else 's'} would settle the first of them"
-
-
 def _commonest(data: Any) -> float | None:
     """What always giving the commonest class of the training examples would score, in points."""
     if data.kind != "classify" or not isinstance(getattr(data.test[0], "label", None), str):
@@ -310,6 +341,14 @@ def _commonest(data: Any) -> float | None:
 
 def _notes(data: Any, rows: Sequence[Row], made: Design) -> tuple[str, ...]:
     notes = list(data.notes)
+    for row in rows:
+        notes += [f"{row.label} collapsed at {each}; scores and intervals leave it out" for each in row.collapses]
+        if row.learnt_nothing and row.kind != "base":
+            notes.append(f"{row.label} learnt nothing: the answers of every seed have nothing to do with the texts")
+        if row.trained_out is False:
+            notes.append(
+                f"{row.label} is not trained out: its loss still fell at the last step; more epochs would help it"
+            )
     judged = sum(row.verdict is not None for row in rows)
     if judged > 1:
         notes.append(

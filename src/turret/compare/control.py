@@ -82,6 +82,8 @@ class Control:
     notes: tuple[str, ...]
     missing: int
     folder: str
+    made: Mapping[str, Any]  # when, where and with what its trainings were made
+    command: str  # that makes it again
 
     def without_texts(self) -> Control:
         """The same for those who may not read the documents: they and what was written of them are left out."""

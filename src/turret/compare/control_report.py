@@ -9,7 +9,7 @@ from typing import Any
 
 from turret.compare.control import Control, headline
 from turret.compare.evidence import Interval
-from turret.compare.pages import environment
+from turret.compare.pages import environment, facts
 from turret.compare.plots import Mark, rates
 
 PARTS = ("asked", "others")
@@ -33,7 +33,7 @@ def as_markdown(found: Control) -> str:
 
 def _said(found: Control) -> dict[str, Any]:
     labels = {each.spec: each.label for each in found.rated}
-    return {"c": found, "headline": headline(found), "labels": labels, "parts": ()}
+    return {"c": found, "headline": headline(found), "labels": labels, "parts": (), "made": list(facts(found.made))}
 
 
 def _plot(found: Control) -> str:

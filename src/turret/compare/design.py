@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from turret.compare.candidates import Candidate
+from turret.compare.power import Power
 from turret.errors import RecipeError
 from turret.recipe import Recipe
 
@@ -63,6 +65,22 @@ class Design:
             data["train"] = max(1, round(fraction * self.train))
         made = candidate.recipe
         return made.model_copy(update={"seed": seed, "data": made.data.model_copy(update=data)})
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A comparison before its trainings: what there will be, and which difference it can decide."""
+
+    name: str
+    methods: tuple[str, ...]
+    against: str
+    trainings: int
+    missing: int  # of them
+    power: Power
+    folder: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "power": self.power.as_json()}
 
 
 def design(

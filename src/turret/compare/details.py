@@ -15,6 +15,7 @@ from turret.compare.results import Result
 
 MOST_CLASSES = 30
 MOST_EXAMPLES = 12
+SOME_EXAMPLES = 6
 MOST_CHARACTERS = 400
 
 
@@ -40,7 +41,7 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A test example that some methods get right and others do not."""
+    """A test example with every method's answer to it."""
 
     text: str
     wanted: str
@@ -92,23 +93,35 @@ def confusion(whole: Sequence[Result], data: Any, labels: Sequence[str], specs: 
 
 def disagreements(whole: Sequence[Result], data: Any, specs: Sequence[str]) -> tuple[Disagreement, ...]:
     """The test examples on which the trained rows differ most."""
-    rows = {spec: [each for each in whole if each.spec == spec and each.version is not None] for spec in specs}
-    rows = {spec: own for spec, own in rows.items() if own}
+    rows = _trained(whole, specs)
     if len(rows) < 2:
         return ()
     means = np.stack([np.mean([each.scores for each in own], axis=0) for own in rows.values()])  # (rows, N)
     apart = means.max(0) - means.min(0)
-    found = []
-    for place in np.argsort(-apart, kind="stable")[:MOST_EXAMPLES]:
-        if apart[place] <= 0:
-            break
-        example = data.test[int(place)]
-        answers = tuple(
-            (spec, _commonest([each.answers[place] for each in own]), float(means[number, place]))
-            for number, (spec, own) in enumerate(rows.items())
-        )
-        found.append(Disagreement(_short(_text(example)), _short(_wanted(example)), answers))
-    return tuple(found)
+    places = [int(place) for place in np.argsort(-apart, kind="stable")[:MOST_EXAMPLES] if apart[place] > 0]
+    return tuple(_answered(rows, data.test, place) for place in places)
+
+
+def some_examples(whole: Sequence[Result], data: Any, specs: Sequence[str]) -> tuple[Disagreement, ...]:
+    """A few test examples, evenly over all, whatever was answered."""
+    rows, count = _trained(whole, specs), min(SOME_EXAMPLES, len(data.test))
+    return (
+        tuple(_answered(rows, data.test, number * len(data.test) // count) for number in range(count)) if rows else ()
+    )
+
+
+def _trained(whole: Sequence[Result], specs: Sequence[str]) -> dict[str, list[Result]]:
+    """The trainings of each row that has any."""
+    rows = {spec: [each for each in whole if each.spec == spec and each.version is not None] for spec in specs}
+    return {spec: own for spec, own in rows.items() if own}
+
+
+def _answered(rows: Mapping[str, Sequence[Result]], examples: Sequence[Any], place: int) -> Disagreement:
+    answers = tuple(
+        (spec, _commonest([each.answers[place] for each in own]), float(np.mean([each.scores[place] for each in own])))
+        for spec, own in rows.items()
+    )
+    return Disagreement(_short(_text(examples[place])), _short(_wanted(examples[place])), answers)
 
 
 def _text(example: Any) -> str:

@@ -16,7 +16,7 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
+from scipy.special import betaincinv, stdtrit
 
 Array = npt.NDArray[np.float64]
 RESAMPLES = 4000
@@ -31,6 +31,11 @@ class Interval:
     low: float
     high: float
     confidence: float = 0.95
+
+    @property
+    def open(self) -> bool:
+        """Whether it leaves nearly everything possible: half of all that a difference in points may be, or more."""
+        return self.high - self.low >= 100
 
     def times(self, factor: float) -> Interval:
         return Interval(factor * self.mean, factor * self.low, factor * self.high, self.confidence)
@@ -99,6 +104,8 @@ def interval(
       freedom ask for. One seed says nothing about others: then the interval is about that one training
     - one example on each side is added (after Bonett & Price 2012), or no disagreement among fifty examples would pass
       for certainty. between: the least and the most that a score can be, where d is no difference
+    Scores lie between 0 and 1, so a difference lies between -1 and 1, and so does its interval: what is cut off could
+    not be true.
     """
     widened = with_one_more_each_way(grouped(d), between)
     seeds, examples = widened.shape
@@ -116,7 +123,7 @@ def interval(
     quantile = float(stdtrit(found.freedom(seeds, examples), 0.5 + confidence / 2))
     wider = quantile / NormalDist().inv_cdf(0.5 + confidence / 2)
     mean = float(d.mean())
-    least, most = (-math.inf, math.inf) if between is None else between
+    least, most = (-1.0, 1.0) if between is None else between
     return Interval(
         mean,
         max(least, min(mean, middle + wider * (float(low) - middle))),
@@ -166,6 +173,14 @@ def sign_test(wins: int, losses: int) -> float:
         for k in range(fewer + 1)
     ]
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+
+
+def rate(times: int, trials: int, confidence: float = 0.95) -> Interval:
+    """How often something happens, in points, with the exact interval of Clopper and Pearson (1934)."""
+    rest, level = trials - times, (1 - confidence) / 2
+    low = 0.0 if not times else float(betaincinv(times, rest + 1, level))
+    high = 1.0 if not rest else float(betaincinv(times + 1, rest, 1 - level))
+    return Interval(times / trials, low, high, confidence).times(100)
 
 
 def sign_flips(d: Array, generator: np.random.Generator, resamples: int = RESAMPLES) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from turret.compare.words import chance, count, megabytes, milliseconds, percent, points, seconds, signed
@@ -28,3 +31,17 @@ def _cell(text: object) -> str:
     """Someone's words in a cell of a Markdown table."""
     line = " ".join(str(text).split())
     return "".join(f"\\{c}" if c in "\\|`*_[]<>#" else c for c in line)
+
+
+def facts(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(what, value) of when, where and with what the trainings were made."""
+    if not said:
+        return
+    first, last = str(said["from"])[:10], str(said["to"])[:10]
+    yield "date", first if first == last else f"{first} to {last}"
+    for key in ("device", "threads", "precision", "commit"):
+        value = said.get(key)
+        if value is not None:
+            yield key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    for versions in said["versions"] if isinstance(said["versions"], list) else [said["versions"]]:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)

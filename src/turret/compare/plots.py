@@ -12,8 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH = 420
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 40
+from turret.compare.labels import CHARACTER, LEFT, RIGHT, TOP, WIDTH, fitted, inside, labels, spread
+from turret.compare.words import plus
+
+BOTTOM = 40
+NAMES = 96  # room for names at the ends of lines
 NUMBER = Callable[[float], str]
 
 
@@ -38,6 +41,16 @@ class Line:
     label: str
     kind: str
     marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True)
+class Course:
+    """Values from the beginning of a training to its end, evenly spaced; dashed: one that collapsed."""
+
+    label: str
+    kind: str
+    values: tuple[float, ...]
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,20 +120,24 @@ def plain(value: float) -> str:
 # --- the plots -------------------------------------------------------------------------------------------------------
 
 
-def forest(marks: Sequence[Mark], margin: float, *, unit: str, zero: str) -> str:
-    """Differences with intervals, one a line, over a band that is the margin. x of a mark is the difference."""
+def forest(marks: Sequence[Mark], margin: float, *, unit: str, zero: str, scale: Sequence[Mark] | None = None) -> str:
+    """Differences with intervals, one a line, over a band that is the margin. x of a mark is the difference.
+
+    scale: the marks that choose the axis, all where left out; what lies outside is an arrow at its edge.
+    """
     row, top = 40, 26
     height = top + row * len(marks) + 40
-    values = [0.0, margin, -margin, *(each.low for each in marks), *(each.high for each in marks)]
+    chosen = marks if scale is None else scale
+    values = [0.0, margin, -margin, *(each.low for each in chosen), *(each.high for each in chosen)]
     x = axis(values, 14, WIDTH - 14)
     foot = top + row * len(marks)
     parts = [
         _rect(x.at(-margin), top - 6, x.at(margin) - x.at(-margin), foot - top + 6, "band"),
         _line(x.at(0), top - 6, x.at(0), foot, "axis"),
-        _text(_inside(x.at(0), zero), top - 12, zero, "note", "middle"),
+        _text(inside(x.at(0), zero), top - 12, zero, "note", "middle"),
     ]
     for place, mark in enumerate(marks):
-        said = f"{mark.x:+.1f}  ({mark.low:+.1f} to {mark.high:+.1f})"
+        said = f"{plus(mark.x)}  ({plus(mark.low)} to {plus(mark.high)})"
         parts += _measured(x, top + row * place + 26, mark, said)
     parts += _x_axis(x, foot, unit, lambda value: f"{value:+g}" if value else "0")
     return _svg(height, parts, f"Differences in {unit}")
@@ -136,7 +153,7 @@ def rates(marks: Sequence[Mark], lines: Sequence[tuple[float, str]], *, unit: st
         y = 12 + 15 * place
         said = f"{words} {value:.0f}"
         parts += [_line(x.at(value), y + 4, x.at(value), foot, "axis dashed")]
-        parts += [_text(_inside(x.at(value), said), y, said, "note", "middle")]
+        parts += [_text(inside(x.at(value), said), y, said, "note", "middle")]
     for place, mark in enumerate(marks):
         said = f"{mark.x:.0f}%  ({mark.low:.0f} to {mark.high:.0f})"
         parts += _measured(x, top + row * place + 26, mark, said)
@@ -144,33 +161,60 @@ def rates(marks: Sequence[Mark], lines: Sequence[tuple[float, str]], *, unit: st
 
 
 def _measured(x: Axis, y: float, mark: Mark, said: str) -> list[str]:
-    """A line of a plot: the name and the numbers, under them the dot on its interval."""
-    return [
-        _behind(y - 12, said),
-        _text(14, y - 12, mark.label, "name"),
-        _text(WIDTH - 14, y - 12, said, "value", "end"),
+    """A line of a plot: the name and the numbers, under them the dot on its interval, or an arrow to where it lies."""
+    outside = -1 if mark.x < x.low else 1 if mark.x > x.high else 0
+    words = f"off scale  {said}" if outside else said
+    shown = [
         _line(x.at(mark.low), y, x.at(mark.high), y, f"whisker k-{mark.kind}"),
         _dot(x.at(mark.x), y, mark.kind, f"{mark.label}: {said}"),
+    ]
+    if outside:
+        shown = [_arrow(x.start if outside < 0 else x.end, y, outside, 0, mark.kind, f"{mark.label}: {said}")]
+    return [
+        _behind(y - 12, words),
+        _text(14, y - 12, fitted(mark.label, WIDTH - 44 - CHARACTER * len(words)), "name"),
+        _text(WIDTH - 14, y - 12, words, "value", "end"),
+        *shown,
     ]
 
 
 def scatter(
-    marks: Sequence[Mark], *, x_label: str, y_label: str, log: bool = True, number: NUMBER = plain, height: int = 300
+    marks: Sequence[Mark],
+    *,
+    x_label: str,
+    y_label: str,
+    log: bool = True,
+    number: NUMBER = plain,
+    height: int = 300,
+    scale: Sequence[Mark] | None = None,
 ) -> str:
-    """Points with intervals in y (and whiskers in x where they are known), each with its name beside it."""
+    """Points with intervals in y (and whiskers in x where they are known), each with its name beside it.
+
+    scale: the marks that choose the y axis, all where left out; what lies outside is an arrow at its edge.
+    """
     foot = height - BOTTOM
     xs = [value for each in marks for value in (each.x, each.x_low, each.x_high) if value is not None]
     x = axis(xs, LEFT, WIDTH - RIGHT, log=log, room=0.12)
-    y = axis([value for each in marks for value in (each.low, each.high)], foot, TOP)
+    y = axis([value for each in scale or marks for value in (each.low, each.high)], foot, TOP)
     parts = [*_grid(x, y, foot, x_label, y_label, number)]
-    places = _labels([(x.at(each.x), y.at(each.y), each.label) for each in marks])
-    for mark, (tx, ty, anchor) in zip(marks, places, strict=True):
-        cx, cy = x.at(mark.x), y.at(mark.y)
-        parts.append(_line(cx, y.at(mark.low), cx, y.at(mark.high), f"whisker k-{mark.kind}"))
-        if mark.x_low is not None and mark.x_high is not None:
-            parts.append(_line(x.at(mark.x_low), cy, x.at(mark.x_high), cy, f"whisker k-{mark.kind}"))
+    beyond = {place: 1 if mark.y < y.low else -1 for place, mark in enumerate(marks) if not y.low <= mark.y <= y.high}
+    names = [
+        fitted(f"{mark.label} {mark.y:.1f}, off scale" if place in beyond else mark.label, 190)
+        for place, mark in enumerate(marks)
+    ]
+    spots = [(x.at(mark.x), y.at(mark.y)) for mark in marks]
+    places = labels([(cx, cy, name) for (cx, cy), name in zip(spots, names, strict=True)], foot)
+    for place, mark in enumerate(marks):
+        (cx, cy), (tx, ty, anchor) = spots[place], places[place]
         said = f"{mark.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) at {number(mark.x)}"
-        parts += [_dot(cx, cy, mark.kind, said), _text(tx, ty, mark.label, "name", anchor)]
+        if place in beyond:
+            parts.append(_arrow(cx, cy, 0, beyond[place], mark.kind, said))
+        else:
+            parts.append(_line(cx, y.at(mark.low), cx, y.at(mark.high), f"whisker k-{mark.kind}"))
+            if mark.x_low is not None and mark.x_high is not None:
+                parts.append(_line(x.at(mark.x_low), cy, x.at(mark.x_high), cy, f"whisker k-{mark.kind}"))
+            parts.append(_dot(cx, cy, mark.kind, said))
+        parts.append(_text(tx, ty, names[place], "name", anchor))
     return _svg(height, parts, f"{y_label} against {x_label}")
 
 
@@ -178,11 +222,10 @@ def curves(lines: Sequence[Line], *, x_label: str, y_label: str, height: int = 3
     """Lines over a logarithmic x, with an interval at every point and the name at the end."""
     foot = height - BOTTOM
     marks = [mark for line in lines for mark in line.marks]
-    x = axis([mark.x for mark in marks], LEFT, WIDTH - 96, log=True)
+    x = axis([mark.x for mark in marks], LEFT, WIDTH - NAMES, log=True)
     y = axis([value for mark in marks for value in (mark.low, mark.high)], foot, TOP)
     parts = [*_grid(x, y, foot, x_label, y_label, plain)]
-    ends = [(WIDTH - 92.0, y.at(line.marks[-1].y), line.label) for line in lines]
-    for line, (tx, ty, _) in zip(lines, _spread(ends), strict=True):
+    for line in lines:
         points = " ".join(f"{x.at(mark.x)},{y.at(mark.y)}" for mark in line.marks)
         parts.append(f'<polyline class="curve k-{line.kind}" points="{points}"/>')
         for mark in line.marks:
@@ -190,8 +233,32 @@ def curves(lines: Sequence[Line], *, x_label: str, y_label: str, height: int = 3
             parts.append(_line(cx, y.at(mark.low), cx, y.at(mark.high), f"whisker thin k-{line.kind}"))
             said = f"{line.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) with {mark.x:.0f}"
             parts.append(_dot(cx, y.at(mark.y), line.kind, said, 3.5))
-        parts.append(_text(tx, ty + 4, line.label, f"name k-{line.kind}"))
+    parts += _at_the_end([(y.at(line.marks[-1].y), line.label, line.kind) for line in lines], foot)
     return _svg(height, parts, f"{y_label} against {x_label}")
+
+
+def courses(lines: Sequence[Course], *, x_label: str, y_label: str, height: int = 320) -> str:
+    """Lines from the beginning of a training to its end, with the name at the end."""
+    foot = height - BOTTOM
+    x = Axis(0.0, 100.0, LEFT, WIDTH - NAMES)
+    y = axis([value for line in lines for value in line.values], foot, TOP)
+    parts = [*_grid(x, y, foot, x_label, y_label, plain)]
+    for line in lines:
+        step = 100 / max(1, len(line.values) - 1)
+        points = " ".join(f"{x.at(step * place)},{y.at(value)}" for place, value in enumerate(line.values))
+        title, kind = f"<title>{escape(line.label)}</title>", f"curve k-{line.kind}{' dashed' if line.dashed else ''}"
+        parts.append(f'<polyline class="{kind}" points="{points}">{title}</polyline>')
+    parts += _at_the_end([(y.at(line.values[-1]), line.label, line.kind) for line in lines], foot)
+    return _svg(height, parts, f"{y_label} against {x_label}")
+
+
+def _at_the_end(ends: Sequence[tuple[float, str, str]], foot: float) -> list[str]:
+    """The names of lines right of where they end. ends: (y, name, kind)."""
+    heights = spread([y for y, _, _ in ends], TOP, foot)
+    return [
+        _text(WIDTH - NAMES + 4, y + 4, fitted(label, NAMES - 8), f"name k-{kind}")
+        for y, (_, label, kind) in zip(heights, ends, strict=True)
+    ]
 
 
 def stacks(bars: Sequence[Bar], *, unit: str, number: NUMBER = plain) -> str:
@@ -204,7 +271,8 @@ def stacks(bars: Sequence[Bar], *, unit: str, number: NUMBER = plain) -> str:
     for place, bar in enumerate(bars):
         y, at = top + row * place + 16, 0.0
         whole = sum(value for _, value in bar.parts)
-        parts += [_text(14, y - 3, bar.label, "name"), _text(WIDTH - 14, y - 3, number(whole), "value", "end")]
+        parts += [_text(14, y - 3, fitted(bar.label, WIDTH - 100), "name")]
+        parts += [_text(WIDTH - 14, y - 3, number(whole), "value", "end")]
         for name, value in bar.parts:
             start, end = x.at(at), x.at(at + value)
             if end - start > 0.2:
@@ -221,43 +289,6 @@ def _behind(y: float, words: str) -> str:
     """Paper under words that end at the right edge, so that no line runs through them."""
     width = 6.3 * len(words) + 6
     return _rect(WIDTH - 14 - width, y - 11, width, 15, "paper")
-
-
-def _inside(x: float, words: str) -> float:
-    """Where the middle of some words may be so that none of them leaves the plot."""
-    half = 3.1 * len(words) + 4
-    return max(half, min(WIDTH - half, x))
-
-
-def _labels(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """(x, y, anchor) of a name beside each point, none over another where that can be had."""
-    placed: list[tuple[float, float, float]] = []  # left, right, y of names that are there
-    found: dict[int, tuple[float, float, str]] = {}
-    for place in sorted(range(len(points)), key=lambda each: points[each][1]):
-        px, py, label = points[place]
-        width = 6.4 * len(label)
-        right = px + 9 + width <= WIDTH - 2
-        left_edge = px + 9 if right else px - 9 - width
-        y = py - 6
-        while any(
-            left_edge < end and left_edge + width > begin and abs(y - other) < 14 for begin, end, other in placed
-        ):
-            y += 7
-        placed.append((left_edge, left_edge + width, y))
-        found[place] = (px + 9 if right else px - 9, y, "start" if right else "end")
-    return [found[place] for place in range(len(points))]
-
-
-def _spread(points: Sequence[tuple[float, float, str]], gap: float = 15) -> list[tuple[float, float, str]]:
-    """The same points with their y moved so far apart that names do not touch."""
-    order = sorted(range(len(points)), key=lambda each: points[each][1])
-    found: dict[int, tuple[float, float, str]] = {}
-    last = -math.inf
-    for place in order:
-        x, y, label = points[place]
-        last = max(y, last + gap)
-        found[place] = (x, last, label)
-    return [found[place] for place in range(len(points))]
 
 
 def _grid(x: Axis, y: Axis, foot: float, x_label: str, y_label: str, number: NUMBER) -> list[str]:
@@ -304,3 +335,12 @@ def _dot(x: float, y: float, kind: str, said: str, radius: float = 5) -> str:
 
 def _text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> str:
     return f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _arrow(x: float, y: float, right: int, down: int, kind: str, said: str) -> str:
+    """A triangle at the edge of the plot that points to what lies beyond it."""
+    if down:
+        points = f"{x - 6:g},{y - 9 * down:g} {x + 6:g},{y - 9 * down:g} {x:g},{y:g}"
+    else:
+        points = f"{x - 9 * right:g},{y - 6:g} {x - 9 * right:g},{y + 6:g} {x:g},{y:g}"
+    return f'<polygon class="dot k-{kind}" points="{points}"><title>{escape(said)}, off scale</title></polygon>'

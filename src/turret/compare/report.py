@@ -6,14 +6,16 @@ Every word that came from data is escaped, in HTML by Jinja2 and in SVG by `plot
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from turret.compare import words
-from turret.compare.comparison import Comparison, Row
-from turret.compare.pages import environment
-from turret.compare.plots import Bar, Line, Mark, curves, forest, scatter, stacks
+from turret.compare.comparison import FLOORS, Comparison, Row
+from turret.compare.pages import environment, facts
+from turret.compare.plots import Bar, Course, Line, Mark, courses, curves, forest, scatter, stacks
 
 PARTS = ("weights", "trainable", "gradients", "optimiser", "activations")
 WORDS = {"within": "as good", "better": "better", "worse": "worse", "undecided": "undecided"}
@@ -38,28 +40,36 @@ def as_markdown(found: Comparison) -> str:
 
 
 def headline(found: Comparison) -> str:
-    """The answer in one sentence."""
-    judged = [row for row in found.rows if row.verdict is not None and row.kind not in ("base", "head")]
-    against = found.against_label
-    margin = f"{found.margin:g} point{'' if found.margin == 1 else 's'}"
-    good = [row.label for row in judged if row.verdict and row.verdict.word == "within"]
-    better = [row.label for row in judged if row.verdict and row.verdict.word == "better"]
-    worse = [row.label for row in judged if row.verdict and row.verdict.word == "worse"]
-    open_ = [row.label for row in judged if row.verdict and row.verdict.word == "undecided"]
+    """The answer in one sentence: every method that was judged, with its number."""
+    against, margin = found.against_label, f"{found.margin:g} point{'' if found.margin == 1 else 's'}"
+    said = {
+        "better": f"better than {against}",
+        "within": f"as good as {against} within {margin}",
+        "undecided": f"not decided against {against} within {margin}",
+        "worse": f"worse than {against} by more than {margin}",
+    }
     parts = []
-    if better:
-        parts.append(f"{_and(better)} {_is(better)} better than {against}")
-    if good:
-        parts.append(f"{_and(good)} {_is(good)} as good as {against} within {margin}")
-    if worse:
-        parts.append(f"{_and(worse)} {_is(worse)} worse by more than {margin}")
-    if open_:
-        parts.append(f"about {_and(open_)} nothing is decided yet")
-    return words.sentence("; ".join(parts) or f"nothing beside {against} has run yet") + "."
+    for word, words_ in said.items():
+        names = [_named(row) for row in found.rows if row.verdict is not None and row.verdict.word == word]
+        if names:
+            parts.append(f"{_and(names)} {'is' if len(names) == 1 else 'are'} {words_}")
+    parts += [f"{row.label} did not run" for row in found.rows if row.failed and row.score is None]
+    if not any(row.verdict is not None for row in found.rows):
+        parts = [f"nothing is judged against {against} yet", *parts]
+    return words.sentence("; ".join(parts)) + "."
 
 
-def _is(names: list[str]) -> str:
-    return "is" if len(names) == 1 else "are"
+def _named(row: Row) -> str:
+    """`lora (-0.7, -1.8 to +0.5)`: in points; of a floor the mean alone."""
+    assert row.verdict is not None
+    d = row.verdict.difference
+    span = words.plus(d.mean)
+    if not row.verdict.claimed or d.open:
+        span = f"{span}, no interval"
+    elif row.kind not in FLOORS:
+        span = f"{span}, {words.plus(d.low)} to {words.plus(d.high)}"
+    marks = row.marks if row.kind != "base" else ()
+    return f"{row.label} ({'; '.join((*marks, span))})"
 
 
 def _and(names: list[str]) -> str:
@@ -81,6 +91,7 @@ def _said(found: Comparison) -> dict[str, Any]:
         "memory": list(_memory(found)),
         "tests": [row for row in found.rows if row.verdict is not None and row.kind != "base"],
         "writes": found.task != "classify",
+        "made": list(facts(found.made)),
     }
 
 
@@ -106,47 +117,60 @@ def _by_class(found: Comparison) -> list[tuple[str, int, dict[str, Any]]]:
 
 def _plots(found: Comparison) -> Iterator[tuple[str, str]]:
     rows = [row for row in found.rows if row.score is not None and row.costs is not None]
-    judged = [_difference(row) for row in rows if row.verdict is not None and row.kind != "base"]
+    contenders = [row for row in rows if row.kind not in FLOORS and not row.learnt_nothing] or rows
+    judged = [row for row in rows if row.verdict is not None]
     metric = "accuracy" if found.metric == "accuracy" else "ROUGE-L"
     if judged:
         zero = f"{found.against_label}, and {found.margin:g} to either side"
-        yield "forest", forest(judged, found.margin, unit=f"points of {metric}", zero=zero)
+        scale = [_difference(row) for row in contenders if row.verdict is not None] or None
+        marks = [_difference(row) for row in judged]
+        yield "forest", forest(marks, found.margin, unit=f"points of {metric}", zero=zero, scale=scale)
     trained = [row for row in rows if row.kind != "base"]
     if trained:
-        yield (
-            "parameters",
-            scatter(
-                [_mark(row, row.costs.trainable) for row in trained if row.costs and row.costs.trainable],
-                x_label="trainable parameters",
-                y_label=metric,
-            ),
-        )
-        yield (
-            "time",
-            scatter(
-                [_mark(row, span.mean, span) for row in trained if row.costs and (span := row.costs.train_seconds)],
-                x_label="seconds of training",
-                y_label=metric,
-            ),
-        )
-        yield (
-            "memory",
-            scatter(
-                [
-                    _mark(row, span.mean / 1e6, span, 1e-6)
-                    for row in trained
-                    if row.costs and (span := row.costs.above_base) and span.mean > 0
-                ],
-                x_label="peak memory above the loaded base, MB",
-                y_label=metric,
-            ),
+        yield from _against_costs(
+            trained, [_mark(row, 1.0) for row in contenders if row.kind != "base"] or None, metric
         )
         yield (
             "components",
             stacks(list(_stacked(trained)), unit="MB while training, without the program itself", number=whole),
         )
+    losses = list(_courses(trained))
+    if losses:
+        yield "losses", courses(losses, x_label="% of the training", y_label="loss on the training examples")
     if found.curves:
         yield "curves", curves(list(_lines(found)), x_label="training examples", y_label=metric)
+
+
+def _against_costs(trained: list[Row], scale: list[Mark] | None, metric: str) -> Iterator[tuple[str, str]]:
+    """Quality against what is trained, against time and against memory."""
+    costly = [(row, row.costs) for row in trained if row.costs is not None]
+    marks = {
+        ("parameters", "trainable parameters"): [_mark(row, each.trainable) for row, each in costly if each.trainable],
+        ("time", "seconds of training"): [
+            _mark(row, span.mean, span) for row, each in costly if (span := each.train_seconds)
+        ],
+        ("memory", "peak memory above the loaded base, MB"): [
+            _mark(row, span.mean / 1e6, span, 1e-6)
+            for row, each in costly
+            if (span := each.above_base) and span.mean > 0
+        ],
+    }
+    for (key, label), some in marks.items():
+        if some:
+            yield key, scatter(some, x_label=label, y_label=metric, scale=scale)
+
+
+def _courses(rows: Sequence[Row]) -> Iterator[Course]:
+    """The mean loss of each row, and beside it every training that collapsed."""
+    for row in rows:
+        lost = {each.seed for each in row.collapses}
+        good = [values for seed, values in row.losses if seed not in lost]
+        shortest = min((len(values) for values in good), default=0)
+        if shortest > 1:
+            yield Course(row.label, row.kind, tuple(np.mean([v[:shortest] for v in good], axis=0).tolist()))
+        for seed, values in row.losses:
+            if seed in lost and len(values) > 1:
+                yield Course(f"{row.label} {seed}", row.kind, values, dashed=True)
 
 
 def whole(value: float) -> str:

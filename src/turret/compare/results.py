@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,9 @@ class Result:
     best: Mapping[str, Any] | None  # of the evaluations on the way
     wall_seconds: float
     notes: Sequence[str]
+    losses: Sequence[float] = ()  # of training, means over equal stretches
+    guess: float | None = None  # mean score of outputs against the references of other texts
+    made: Mapping[str, Any] | None = None  # when, where and with what: date, device, threads, precision, versions
 
     @classmethod
     def of(cls, cell: Cell, said: Mapping[str, Any]) -> Result:
@@ -66,4 +69,21 @@ class Result:
             best=said.get("best"),
             wall_seconds=said["wall_seconds"],
             notes=said["notes"],
+            losses=said.get("losses", ()),
+            guess=said.get("guess"),
+            made=said.get("made"),
         )
+
+
+def made_with(results: Iterable[Result]) -> dict[str, Any]:
+    """When, where and with what the trainings were made: `from` and `to`, and a list of values where they differ."""
+    told = [each.made for each in results if each.made]
+    if not told:
+        return {}
+    days = sorted(str(each["date"]) for each in told)
+    said: dict[str, Any] = {"from": days[0], "to": days[-1]}
+    for key in told[0]:
+        if key != "date":
+            seen = {repr(each.get(key)): each.get(key) for each in told}
+            said[key] = list(seen.values()) if len(seen) > 1 else told[0][key]
+    return said

@@ -56,6 +56,22 @@ def points(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """`+0.4`, `-1.2`; never a minus before zero."""
+    """`+0.4`, `-1.2` with a typographic minus; never a minus before zero."""
+    return plus(value).replace("-", "\u2212")
+
+
+def plus(value: float) -> str:
+    """The same with a plain minus, for a terminal."""
     said = f"{value:+.1f}"
-    return "0.0" if said in ("+0.0", "-0.0") else said.replace("-", "\u2212")
+    return "0.0" if said in ("+0.0", "-0.0") else said
+
+
+def rounded(value: float) -> str:
+    """`12,000`, `240`, `35`: two digits, because an estimate has no more."""
+    size = 10 ** max(0, len(str(round(abs(value)))) - 2)
+    return f"{round(value / size) * size:,}"
+
+
+def share(value: float) -> str:
+    """`8%`, `below 1%`, `over 99%`."""
+    return "below 1%" if value < 0.01 else "over 99%" if value > 0.99 else f"{100 * value:.0f}%"

@@ -17,6 +17,7 @@ from turret.workspace.results import Evaluation, Exported, Imported, Planned, Ru
 if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
     from turret.compare.control import Control
+    from turret.compare.design import Planned as ComparisonPlan
     from turret.engine import Limits
     from turret.engine.engine import Engine
     from turret.experiments import Router
@@ -159,6 +160,7 @@ class Workspace:
         against: str = "full",
         lr: float | Literal["auto"] | None = None,
         texts: bool = True,
+        on_plan: Callable[[ComparisonPlan], None] | None = None,
         on_stage: Say | None = None,
     ) -> Comparison:
         """Train several methods on the same data, each with several seeds in processes of their own, and judge them.
@@ -166,13 +168,35 @@ class Workspace:
         methods: such as "base,head,full,lora:r=4/16,prefix"; those that the task allows where left out. budget: seconds
         of this sitting. fractions: of the training examples, for learning curves. margin: points of accuracy or ROUGE-L
         that are still as good. lr: one rate for all, or "auto"; each method's own where left out. texts: whether the
-        report shows examples. What an earlier call made is used; every training is a version in the store, and the
-        report lies in `.folder`.
+        report shows examples. on_plan: called once, before the first training. What an earlier call made is used; every
+        training is a version in the store, and the report lies in `.folder`.
         """
         from turret.workspace import comparing
 
         wanted = comparing.Wanted(methods, seeds, budget, tuple(fractions), margin, against, lr, texts)
-        return comparing.compare(self.store, recipe, wanted, on_stage or (lambda _words: None))
+        return comparing.compare(self.store, recipe, wanted, on_stage or (lambda _words: None), on_plan)
+
+    def plan_comparison(
+        self,
+        recipe: Recipe,
+        *,
+        methods: str | None = None,
+        seeds: int = 5,
+        fractions: Sequence[float] = (1.0,),
+        margin: float = 1.0,
+        against: str = "full",
+        lr: float | Literal["auto"] | None = None,
+        on_stage: Say | None = None,
+    ) -> ComparisonPlan:
+        """What `compare` would train, and which difference its verdicts could decide. Trains and writes nothing.
+
+        `.power` says how often equal methods would be called as good with so many seeds and test examples, and what
+        would decide. It takes the spread of what has run where an earlier call made some, else an assumed one.
+        """
+        from turret.workspace import comparing
+
+        wanted = comparing.Wanted(methods, seeds, None, tuple(fractions), margin, against, lr)
+        return comparing.prepare(self.store, recipe, wanted, on_stage or (lambda _words: None)).planned
 
     def control(
         self,

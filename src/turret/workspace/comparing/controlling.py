@@ -20,12 +20,13 @@ from turret.compare.candidates import Candidate, candidates
 from turret.compare.control import Control, Written, rated, shown
 from turret.compare.control_report import write_report
 from turret.compare.design import Cell
-from turret.compare.results import Result
+from turret.compare.results import Result, made_with
 from turret.errors import DataError, RecipeError, TrainingError
 from turret.recipe import Recipe
 from turret.reference import check_name
 from turret.store import Store
 from turret.workspace.comparing import state
+from turret.workspace.comparing.command import command
 from turret.workspace.comparing.conduct import Say, Sitting, held, require_known, run_cells
 
 MARK = "{aspect}"
@@ -43,6 +44,12 @@ class Asked:
     judge: str = JUDGE  # base of the classifier
     judge_epochs: int = 5
     texts: bool = True  # whether the report shows documents and outputs
+
+    def command(self, recipe: Recipe) -> str:
+        """The command line that asks for the same."""
+        judge = None if self.judge == JUDGE else self.judge
+        options = {"aspects": ",".join(self.aspects), "methods": self.methods, "seeds": self.seeds, "judge": judge}
+        return command("control", recipe, options | {"no-texts": not self.texts})
 
 
 @dataclass(frozen=True)
@@ -235,4 +242,6 @@ def _found(
         notes=tuple(dict.fromkeys(note for data in made.data.values() for note in data.notes)),
         missing=len(sitting.missing),
         folder=str(folder),
+        made=made_with(sitting.results.values()),
+        command=asked.command(recipe),
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from turret import adapters
 from turret import train as trainer
+from turret.compare.losses import binned
 from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.store import Store
@@ -23,6 +24,7 @@ from turret.tasks.task import Labelled, texts_of
 from turret.train.start import attach
 from turret.workspace import answering, training
 from turret.workspace.comparing.neutral import PARAGRAPHS
+from turret.workspace.comparing.provenance import provenance
 
 Say = Callable[[str], None]
 ASKED = {"classify": 24, "summarize": 6, "generate": 6}  # texts, one at a time, for the time of an answer
@@ -45,6 +47,8 @@ def version(
         "stored_metrics": result["metrics"],
         "memory": _memory(result, plan),
         "best": _best(store, str(result["run"])),
+        "losses": binned([record.loss for record in _curve(store, str(result["run"]))]),
+        "made": provenance(ready.model, recipe.train.int8),
         **_answers(ready, dataset.test, say),
     }
 
@@ -80,17 +84,19 @@ def _answers(ready: answering.Mounted, examples: Sequence[Any], say: Say, *, bar
     slot = adapters.BARE if bare else None
     metrics, answers = trainer.evaluate(model, task, examples, most_tokens=answering.MOST_TOKENS, slot=slot)
     if task.kind == "classify":
-        given = [each["label"] for each in answers]
+        given, guess = [each["label"] for each in answers], None
         scores = [float(_same(label, example)) for label, example in zip(given, examples, strict=True)]
     else:
         given = [each["text"] for each in answers]
         scores = [rouge_l(text, example.target) for text, example in zip(given, examples, strict=True)]
+        guess = statistics.fmean(rouge_l(text, examples[place - 1].target) for place, text in enumerate(given))
     say("timing single answers")
     return {
         "kind": task.kind,
         "metrics": metrics,
         "answers": given,
         "scores": scores,
+        "guess": guess,
         "latency": _latency(ready, texts_of(examples), bare),
         "forgetting": None if task.kind == "classify" else _forgetting(model, task.tokenizer),
     }
@@ -158,10 +164,14 @@ def _memory(result: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any
     }
 
 
+def _curve(store: Store, run: str) -> Iterator[trainer.StepRecord]:
+    return trainer.read_curve(Path(store.root) / "runs" / run / "curve.jsonl")
+
+
 def _best(store: Store, run: str) -> dict[str, Any] | None:
     """Seconds of training up to the best evaluation on the way, and the split that it looked at."""
     seconds, best = 0.0, None
-    for record in trainer.read_curve(Path(store.root) / "runs" / run / "curve.jsonl"):
+    for record in _curve(store, run):
         seconds += record.seconds
         if record.metrics:
             merit = record.metrics.get("accuracy", -record.metrics["loss"])

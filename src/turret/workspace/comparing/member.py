@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from turret.compare.words import seconds as span
 from turret.errors import Interrupted, TurretError
 from turret.recipe import Recipe
 from turret.store import Store
@@ -81,9 +82,13 @@ def _trained(folder: Path, store: Store, recipe: Recipe) -> dict[str, Any]:
         state.write_text(folder / "recipe.toml", made.recipe.to_toml())
         state.write(folder / "plan.json", made.plan.to_json())
 
+    spent = [0.0, 0]  # seconds and steps of this process
+
     def record(step: Any) -> None:
+        spent[0], spent[1] = spent[0] + step.seconds, spent[1] + 1
         if step.step % max(1, step.steps // 50) == 0:
-            _say(f"step {step.step} of {step.steps}, loss {step.loss:.3f}")
+            left = span(spent[0] / spent[1] * (step.steps - step.step))
+            _say(f"step {step.step} of {step.steps}, loss {step.loss:.3f}, {left} left of this training")
 
     watching = training.Watching(record, planned, _say)
     return training.train(store, recipe, watching, fresh=False).as_json()
