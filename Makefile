@@ -14,7 +14,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock release demo test test-all lint format bench bench-train bench-serve figures docs clean
+.PHONY: help setup lock release demo test test-all lint format bench bench-train bench-serve figures reports docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -75,6 +75,9 @@ bench-serve: $(STAMP)  ## mixtures of adapters beside the bare base and PEFT, th
 
 figures: $(STAMP)  ## write every measured figure of README and docs from benchmarks/results
 	$(BIN)/python benchmarks/figures.py $(ARGS)
+
+reports: $(STAMP)  ## the reports of `turret compare` in docs/reports, or one: make reports NAME=bbc
+	PATH="$(CURDIR)/.venv/bin:$$PATH" docs/reports/make.sh $(NAME)
 
 docs: $(STAMP)  ## the documentation as pages, in site/
 	$(BIN)/mkdocs build --strict
