@@ -37,8 +37,10 @@ def told(out: str) -> Any:
 def test_an_experiment_from_its_start_to_its_end(said, tmp_path) -> None:
     assert "no experiments yet: turret experiment start" in said("list")
     begun = said("start", "news", "--candidate", "news@2", "--ramp", "20%,0.5", "--max-errors", "0.02")
-    assert "traffic  control 80%, candidate 20% (planned 20% → 50%)" in begun
-    assert "rolled back by itself when worse, or over 2% errors; promoted only when asked" in begun
+    assert "traffic   control 80%, candidate 20% (planned 20% → 50%)" in begun
+    assert (
+        "rolled back by itself when worse, or over 2% errors and more than control; promoted only when asked" in begun
+    )
     assert "next: tell outcomes: `turret experiment outcome`" in begun
     assert "control 50%, candidate 50%" in said("ramp", "news")
     assert "is at its end: say a share" in said("ramp", "news", status=1)
@@ -51,6 +53,7 @@ def test_an_experiment_from_its_start_to_its_end(said, tmp_path) -> None:
     lines = said("outcome", "news", "--file", str(table)).splitlines()
     assert lines[0] == "3 outcomes: 2 repeated, 1 unknown"
     assert "not decided yet; the evidence came to" in said("status", "news")
+    assert "count for 7 days after the first answer; a unit without one by then is missing" in said("status", "news")
     ended = said("stop", "news", "--rollback")
     assert "nothing: it has ended (asked for)" in ended
     assert "news#1" in said("list")
@@ -60,16 +63,18 @@ def test_an_experiment_from_its_start_to_its_end(said, tmp_path) -> None:
 def test_json_has_stable_keys(said) -> None:
     begun = told(said("start", "news", "--candidate", "news@2", "--shadow", "news@3", "--share", "50%", "--json"))
     assert set(begun) == {
-        "experiment", "adapter", "number", "state", "alias", "metric", "unit", "alpha", "guards", "steps", "created",
-        "who", "ended", "verdict", "alias_names", "arms", "sample_ratio", "verdicts", "decision", "done", "next",
-        "history",
+        "experiment", "adapter", "number", "state", "alias", "metric", "unit", "alpha", "guards", "steps",
+        "outcome_ttl", "created", "who", "ended", "verdict", "alias_names", "arms", "sample_ratio", "void", "verdicts",
+        "decision", "done", "next", "history",
     }  # fmt: skip
     assert set(begun["arms"][1]) == {
-        "arm", "role", "version", "digest", "live", "share", "units", "outcomes", "mean", "answers", "errors", "slow",
-        "mean_seconds", "compared", "agreed", "against_control",
+        "arm", "role", "version", "digest", "live", "share", "units", "outcomes", "missing", "half_within", "mean",
+        "answers", "errors", "slow", "mean_seconds", "compared", "agreed", "against_control",
     }  # fmt: skip
-    assert set(begun["arms"][1]["against_control"]) == {"verdict", "difference", "interval", "evidence"}
-    assert set(begun["sample_ratio"]) == {"ok", "units", "outcomes", "needed"}
+    assert set(begun["arms"][1]["against_control"]) == {
+        "verdict", "difference", "interval", "evidence", "since_verdict",
+    }  # fmt: skip
+    assert set(begun["sample_ratio"]) == {"ok", "units", "outcomes", "delays", "needed"}
     assert set(told(said("assign", "news", "ann", "--json"))) == {"version", "arm", "probability"}
     outcome = told(said("outcome", "news", "1", "--unit", "ann", "--json"))
     assert set(outcome) == {"outcomes", "counts", "done"}
@@ -96,6 +101,16 @@ def test_json_has_stable_keys(said) -> None:
         (["replay", "news@1", "news@1", "x.csv"], 1, "are the same version, news@1"),
         (["replay", "news@1", "news@2"], 1, "nothing to replay: news@production asks for no golden examples"),
         (["list", "--alpha", "2"], 2, "level 2.0"),
+        (
+            ["start", "news", "--candidate", "news@2", "--outcome-ttl", "soon"],
+            2,
+            "duration 'soon': expected a number with",
+        ),
+        (
+            ["start", "news", "--candidate", "news@2", "--outcome-ttl", "0s"],
+            2,
+            "outcomes that count for 0.0 s: expected",
+        ),
         (["ramp"], 2, "Missing argument 'name'"),
         (["nothing"], 2, "No such command"),
     ],

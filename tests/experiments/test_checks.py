@@ -10,39 +10,83 @@ import pytest
 from scipy import stats
 
 from turret.experiments import bounds, discoveries, paired, ratio
+from turret.experiments.validity import NEEDED
 
 HALF = {"control": 0.5, "candidate": 0.5}
+UNITS = 0  # the class
+
+
+def closed(splits: list[tuple[dict[str, float], dict[str, int]]]) -> float:
+    """The reference of the evidence of a ratio: a likelihood ratio in closed form, of each split and its counts."""
+    logs = []
+    for k in ratio.CONCENTRATIONS:
+        log = 0.0
+        for pi, n in splits:
+            log += math.lgamma(k) - math.lgamma(k + sum(n.values()))
+            for arm, count in n.items():
+                log += math.lgamma(k * pi[arm] + count) - math.lgamma(k * pi[arm]) - count * math.log(pi[arm])
+        logs.append(log)
+    return float(np.logaddexp.reduce(logs)) - math.log(len(logs))
+
+
+def fallen(*splits: tuple[dict[str, float], list[str]]) -> ratio.Ratio:
+    """Units as they fell, one split after the other."""
+    found, planned = ratio.Ratio(), dict(enumerate(pi for pi, _ in splits))
+    for revision, (_, arms) in enumerate(splits):
+        found = found.after([((revision, UNITS), arm) for arm in arms], planned)
+    return found
+
+
+def drawn(generator: np.random.Generator, share: float, units: int) -> list[str]:
+    return ["candidate" if one else "control" for one in generator.random(units) < share]
 
 
 def test_units_that_fall_as_planned_raise_no_alarm_at_any_look_through_a_ramp() -> None:
-    generator, alarms, runs = np.random.default_rng(0), 0, 200
+    generator, runs = np.random.default_rng(0), 200
+    splits = [{"control": 1 - share, "candidate": share} for share in (0.05, 0.5)]
+    alarms = 0
     for _ in range(runs):
-        seen = {share: {"control": 0, "candidate": 0} for share in (0.05, 0.5)}
-        peak = 0.0
-        for share in seen:
-            for _ in range(10):
-                candidate = int(generator.binomial(100, share))
-                seen[share]["candidate"] += candidate
-                seen[share]["control"] += 100 - candidate
-                splits = [({"control": 1 - share, "candidate": share}, counts) for share, counts in seen.items()]
-                peak = max(peak, ratio.evidence(splits))
-        alarms += peak >= math.log(1 / 0.05)
+        found = fallen(*((pi, drawn(generator, pi["candidate"], 1000)) for pi in splits))
+        alarms += found.process.peak >= math.log(1 / 0.05)
     assert alarms <= stats.binom.ppf(0.999, runs, 0.05)
 
 
+def test_the_ratio_unit_by_unit_is_the_closed_form_however_it_is_cut() -> None:
+    generator = np.random.default_rng(0)
+    splits = [({"control": 0.8, "candidate": 0.2}, drawn(generator, 0.2, 300)), (HALF, drawn(generator, 0.6, 200))]
+    counts = [(pi, {arm: arms.count(arm) for arm in pi}) for pi, arms in splits]
+    whole, pieces = fallen(*splits), ratio.Ratio()
+    for revision, (_, arms) in enumerate(splits):
+        for start, end in itertools.pairwise((0, 1, 50, 300)):
+            seen = [((revision, UNITS), arm) for arm in arms[start:end]]
+            pieces = pieces.after(seen, {0: splits[0][0], 1: HALF})
+    assert whole.process.now == pytest.approx(closed(counts))
+    assert pieces.process.logs == pytest.approx(whole.process.logs)
+    assert pieces.process.peak == pytest.approx(whole.process.peak)
+
+
 def test_units_that_are_missing_from_an_arm_are_noticed_and_a_ramp_is_not_taken_for_it() -> None:
-    assert ratio.evidence([(HALF, {"control": 5000, "candidate": 4500})]) > math.log(1 / ratio.LEVEL)
-    ramped = [
-        ({"control": 0.95, "candidate": 0.05}, {"control": 9500, "candidate": 500}),
-        (HALF, {"control": 500, "candidate": 500}),
-    ]
-    assert ratio.evidence(ramped) < 0
-    pooled = {"control": 10000, "candidate": 1000}
-    assert ratio.evidence([(HALF, pooled)]) > 100
+    generator = np.random.default_rng(1)
+    found = fallen((HALF, drawn(generator, 0.46, 9500)))
+    assert found.process.peak > math.log(NEEDED)
+    slow = {"control": 0.95, "candidate": 0.05}
+    assert fallen((slow, drawn(generator, 0.05, 5000)), (HALF, drawn(generator, 0.5, 5000))).process.peak < 3
+    pooled = [*drawn(generator, 0.05, 5000), *drawn(generator, 0.5, 5000)]
+    assert fallen((HALF, pooled)).process.peak > 100
+
+
+def test_an_alarm_stays_when_later_units_fall_as_planned() -> None:
+    """The evidence as it is now falls back under the line; its peak does not."""
+    skewed = ["control"] * 60 + ["control", "candidate"] * 30
+    found = fallen((HALF, skewed))
+    assert found.process.peak >= math.log(NEEDED)
+    after = found.after([((0, UNITS), arm) for arm in ["candidate"] * 60 + ["control", "candidate"] * 3000], {0: HALF})
+    assert after.process.now < math.log(NEEDED)  # what was looked at before
+    assert after.process.peak >= math.log(NEEDED)
 
 
 def test_a_unit_in_an_arm_without_traffic_is_a_mismatch_at_once() -> None:
-    assert ratio.evidence([({"control": 1.0}, {"control": 10, "candidate": 1})]) == math.inf
+    assert fallen(({"control": 1.0}, ["control"] * 10 + ["candidate"])).process.peak > 100
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.1, 0.9), (0.2, 0.3, 0.5)])
@@ -51,7 +95,7 @@ def test_summed_over_all_splits_of_six_units_the_ratio_expects_one(shares) -> No
     planned, expected = dict(zip(names, shares, strict=True)), 0.0
     for fell in itertools.product(names, repeat=6):
         chance = math.prod(planned[name] for name in fell)
-        expected += chance * math.exp(ratio.evidence([(planned, {name: fell.count(name) for name in names})]))
+        expected += chance * math.exp(fallen((planned, list(fell))).process.now)
     assert expected == pytest.approx(1)
 
 

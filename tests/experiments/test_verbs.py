@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import sqlite3
+from dataclasses import replace
 
 import pytest
 from experiments.conftest import filled
@@ -12,7 +13,7 @@ from experiments.conftest import filled
 from turret import Workspace
 from turret.errors import BadExperiment, ExperimentError, GateFailed, InUse, NotFound, StoreError
 from turret.experiments import Guards
-from turret.experiments.decide import Compared, Health, decide, verdict
+from turret.experiments.decide import Compared, Health, decide
 from turret.workspace import promoting
 
 FEW = Guards(max_errors=0.02)
@@ -86,6 +87,55 @@ def test_a_promotion_by_itself_moves_the_alias_and_ends_the_experiment(workspace
     assert settled.points == "news@2"
 
 
+def test_a_verdict_that_the_later_outcomes_turn_is_shown_and_promotes_nothing_by_itself(workspace) -> None:
+    experiment = workspace.experiment("news")
+    experiment.start("news@2", share=0.5, guards=Guards(worse_by=None), salt="salt")
+    run(workspace, {"control": 0.3, "candidate": 0.7}, 150)
+    assert "is better than control" in experiment.status().verdicts[0]
+    for seed in (1, 2):
+        run(workspace, {"control": 0.7, "candidate": 0.3}, 180, seed=seed)
+    found = experiment.status()
+    said = r"candidate \(news@2\) was better than control when the verdict came, and the \d+ outcomes since then have"
+    assert re.match(rf"{said} taken it back \(difference -0\.\d+\): the verdict has turned$", found.verdicts[0])
+    assert found.next.startswith("do not promote candidate: find out what changed")
+    against = found.as_json()["arms"][1]["against_control"]
+    assert against["verdict"] == "better"
+    assert against["since_verdict"]["turned"] is True
+    assert against["since_verdict"]["difference"] < 0
+
+
+def test_a_verdict_whose_evidence_has_gone_since_says_so(workspace) -> None:
+    experiment = workspace.experiment("news")
+    experiment.start("news@2", share=0.5, guards=Guards(worse_by=None), salt="salt")
+    run(workspace, {"control": 0.3, "candidate": 0.7}, 150)
+    run(workspace, {"control": 0.7, "candidate": 0.3}, 120, seed=1)
+    assert re.search(
+        r"is better than control: .* its evidence came to \S+ and is \S+ now$", experiment.status().verdicts[0]
+    )
+
+
+def test_among_many_experiments_a_promotion_by_itself_waits_until_it_is_a_discovery(workspace) -> None:
+    """Twenty that found nothing stand beside it: evidence of 20 decides for it alone, among all it takes 420."""
+    experiment = workspace.experiment("news")
+    for _ in range(20):
+        experiment.start("news@2", share=0.5)
+        experiment.stop()
+    experiment.start("news@2", share=0.5, guards=Guards(promote=True), salt="salt")
+    for seed, units in ((6, 75), (7, 10), (8, 10)):
+        run(workspace, {"control": 0.2, "candidate": 0.6}, units, seed=seed)
+    (waiting,) = workspace.settle()
+    assert waiting.done == ()
+    assert "is better than control" in waiting.verdicts[0]
+    assert (
+        "`turret experiment stop news --promote candidate` gives news@2 the alias production, or wait" in waiting.next
+    )
+    assert "evidence of 420 makes it a discovery among all experiments here" in waiting.next
+    run(workspace, {"control": 0.2, "candidate": 0.6}, 150, seed=9)
+    (settled,) = workspace.settle()
+    assert settled.done == ("candidate (news@2) promoted to production: its outcomes are better",)
+    assert workspace.experiments()[-1]["discovery"] is True
+
+
 def test_less_can_be_better(workspace) -> None:
     workspace.experiment("news").start("news@2", share=0.5, goal="lower", metric="0..1")
     run(workspace, {"control": 0.6, "candidate": 0.3}, 400)
@@ -155,6 +205,7 @@ def test_a_shadow_is_run_beside_recorded_and_never_assigned(workspace, router) -
     assert (shadow["answers"], shadow["compared"], shadow["agreed"], shadow["share"]) == (80, 80, 60, 0.0)
     assert "compare what the shadows do" in experiment.status().next
     for _ in range(20):
+        router.answered(found, seconds=0.1)
         router.shadowed(found, "shadow", seconds=0.2, error=True)
     router.flush()
     assert "shadow (news@3) rolled back: 20 of 100 answers were errors" in workspace.settle()[0].done[0]
@@ -164,29 +215,30 @@ def test_a_sample_ratio_mismatch_is_shown_before_any_verdict_and_nothing_is_deci
     workspace.experiment("news").start("news@2", share=0.5, guards=Guards(promote=True))
     run(workspace, {"control": 0.3, "candidate": 0.7}, 800, drop=0.5)
     (settled,) = workspace.settle()
-    assert settled.done == ()
     (said,) = settled.verdicts
-    assert said.startswith("SAMPLE RATIO MISMATCH: outcomes come back from the arms in other shares than units go")
-    assert "find out why units are missing" in settled.next
-    assert {each.against.verdict for each in settled.weighed.arms if each.against} == {"mismatch"}
+    assert settled.done == (said,)
+    assert said.startswith("OUTCOMES MISSING: they come back from the arms in other shares than units go")
+    assert "find out how the arms differ" in settled.next
+    assert {each.against.verdict for each in settled.weighed.arms if each.against} == {"void"}
     assert settled.as_json()["sample_ratio"]["ok"] is False
 
 
 def test_the_policy_in_its_order() -> None:
     far, near = 20.0, 0.0
-    good, bad = Compared("candidate", 0.05, far, near, near), Compared("candidate", 0.05, near, far, far)
+    good = Compared("candidate", 0.05, far, near, near, "better")
+    bad = Compared("candidate", 0.05, near, far, far, "worse")
     fine = Health("candidate", "candidate", 0.05, near, near)
     failing = Health("candidate", "candidate", 0.05, far, near, "errors", "slow")
     ask = Guards(promote=True)
-    assert decide([good], [failing], ask, mismatch=True).action == "drop"
-    assert decide([good], [fine], ask, mismatch=True).action == "hold"
-    assert decide([bad], [fine], ask, mismatch=False).action == "drop"
-    assert decide([bad], [fine], Guards(worse_by=None), mismatch=False).action == "continue"
-    assert decide([good], [fine], ask, mismatch=False).action == "promote"
-    assert decide([good], [fine], Guards(), mismatch=False).action == "continue"
-    assert verdict(Compared("candidate", 0.05, 3.6, 0.0, 0.0), mismatch=False) == "undecided"  # log 40 is 3.69
-    assert verdict(Compared("candidate", 0.05, 3.7, 0.0, 0.0), mismatch=False) == "better"
-    assert decide([], [fine], ask, mismatch=False).action == "continue"
+    assert decide([good], [failing], ask, void="units").action == "drop"
+    assert decide([good], [fine], ask, void="units").action == "hold"
+    assert decide([bad], [fine], ask, void=None).action == "drop"
+    assert decide([bad], [fine], Guards(worse_by=None), void=None).action == "continue"
+    assert decide([good], [fine], ask, void=None).action == "promote"
+    assert decide([good], [fine], Guards(), void=None).action == "continue"
+    assert decide([good], [fine], ask, void=None, named=False).action == "continue"
+    assert decide([replace(good, turned=True)], [fine], ask, void=None).action == "continue"
+    assert decide([], [fine], ask, void=None).action == "continue"
 
 
 def test_what_an_experiment_runs_with_is_not_deleted(workspace) -> None:
@@ -305,6 +357,7 @@ def test_a_shadow_that_fails_leaves_an_alias_that_names_nothing_alone(workspace)
     workspace.experiment("news").start("news@2", control="news@1", shadows="news@3", alias="other", guards=FEW)
     found = router.assign("news", "ann")
     for _ in range(50):
+        router.answered(found, seconds=0.1)
         router.shadowed(found, "shadow", seconds=0.1, error=True)
     router.flush()
     (settled,) = workspace.settle()

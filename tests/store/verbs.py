@@ -347,7 +347,8 @@ def ready_to_settle(root: Path, folder: Path) -> Hold:
     store.promote("a@2", "production")
     with store.database().writing() as connection:
         running = rows.find(connection, "a")
-        health.keep(connection, {(running.id, "candidate"): Answering(50, 50)}, "then")
+        seen = {(running.id, "control"): Answering(50), (running.id, "candidate"): Answering(50, 50)}
+        health.keep(connection, seen, "then")
     before = ("running", 0.1, ["start"], "a@2")
     return all_or_nothing(before, ("ended", 0.0, ["start", "drop", "rollback"], "a@1"), root)
 

@@ -52,15 +52,20 @@ def start(
         "user"
     ),
     alpha: Annotated[float, typer.Option("--alpha", help="Share of experiments that may name a false winner.")] = 0.05,
+    outcome_ttl: Annotated[
+        str,
+        typer.Option("--outcome-ttl", help="How long after its first answer the outcome of a unit counts: 12h, 7d."),
+    ] = "7d",
     worse_by: Annotated[
         float, typer.Option("--worse-by", help="Roll back what is worse by more than this margin.")
     ] = 0.0,
     keep_worse: Annotated[bool, typer.Option("--keep-worse", help="Never roll back for outcomes.")] = False,
     max_errors: Annotated[
-        float | None, typer.Option("--max-errors", help="Roll back beyond this share of errors, such as 0.02.")
+        float | None, typer.Option("--max-errors", help="Roll back beyond this share of errors, and beyond control's.")
     ] = None,
     max_seconds: Annotated[
-        float | None, typer.Option("--max-seconds", help="Roll back when over 5% of answers take longer.")
+        float | None,
+        typer.Option("--max-seconds", help="Roll back when over 5% of answers take longer, and more than of control."),
     ] = None,
     promote: Annotated[bool, typer.Option("--promote", help="A better candidate takes the alias by itself.")] = False,
     alias: Annotated[str, typer.Option("--alias", help="The alias that is at stake.")] = "production",
@@ -69,7 +74,7 @@ def start(
 ) -> None:
     """Begin an experiment on a name: 5% to the candidate, unless said otherwise."""
     from turret.experiments import Guards
-    from turret.experiments.experiment import read_share, read_split
+    from turret.experiments.experiment import read_duration, read_share, read_split
     from turret.workspace import Workspace
 
     guards = Guards(None if keep_worse else worse_by, max_errors, max_seconds, promote)
@@ -86,6 +91,7 @@ def start(
             goal=goal,
             unit=unit,
             alpha=alpha,
+            outcome_ttl=read_duration(outcome_ttl),
             guards=guards,
             alias=alias,
         )
@@ -245,6 +251,7 @@ def _print(found: Status) -> None:
             "metric",
             f"{experiment.metric}, {better} is better; a {experiment.unit} counts once; level {experiment.alpha:g}",
         ),
+        ("outcomes", words.lives(experiment)),
         ("traffic", words.traffic(experiment)),
         ("guards", words.guards(experiment)),
         ("alias", f"{experiment.alias} names {found.points or 'nothing'}"),
@@ -256,6 +263,7 @@ def _print(found: Status) -> None:
         "share",
         "units",
         "outcomes",
+        "missing",
         "mean",
         "against control",
         "evidence",
@@ -263,7 +271,7 @@ def _print(found: Status) -> None:
         "errors",
         "s",
     )
-    right = ("share", "units", "outcomes", "mean", "answers", "errors", "s")
+    right = ("share", "units", "outcomes", "missing", "mean", "answers", "errors", "s")
     console().print("\n", columns(heads, (_row(each) for each in found.weighed.arms), right=right), "\n", sep="")
     for line in (*found.done, *found.verdicts):
         console().print(safe(line))
@@ -293,6 +301,7 @@ def _row(each: ArmWeighed) -> tuple[str, ...]:
         f"{100 * each.share:.3g}%" if each.arm.role != "shadow" else "",
         str(each.units),
         str(each.outcomes),
+        str(each.missing),
         "" if each.mean is None else number(each.mean),
         safe(compared),
         safe(evidence),

@@ -1,4 +1,4 @@
-"""How the evidence of an experiment grew: what was known after each so many outcomes. Refuses to know what it decides.
+"""How the evidence of an experiment grew: what was known after each so many outcomes.
 
 A `Course` is added to as outcomes come; beyond twice `POINTS` every other point goes, so that it stays small.
 """
@@ -57,7 +57,7 @@ class Course:
             for arm, count in split.items():
                 counts[arm] = counts.get(arm, 0) + count
         means = {arm.name: _mean(self._memory.sums.get(arm.name), counts.get(arm.name)) for arm in experiment.arms}
-        known = {arm.name: against(experiment, arm, self._memory, mismatch=False) for arm in experiment.candidates}
+        known = {arm.name: against(experiment, arm, self._memory, void=False) for arm in experiment.candidates}
         return Point(self._seen, at, means, known)
 
 

@@ -31,42 +31,29 @@ theory and asymptotic confidence sequences", 2024, Theorem 2.2), with V = sum (z
 By Ville's inequality the chance that E ever reaches 1/alpha under its null is at most alpha, so one may look after
 every outcome and stop when one likes; `peak` is the highest that was reached, so it does not matter who looked when.
 Equality is tested by (better + worse) / 2. A unit counts once, by its first outcome.
+
+**after a verdict** its process goes on, and both are begun anew with the outcomes that come later. The verdict has
+turned where its process has fallen back to 1, or the outcomes since then decide for the other side. Where the effect
+stays what it was, a likelihood ratio's inverse is a martingale too: evidence of 40 is all lost in 1 case of 40.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from turret.experiments.process import Floats, Process
+
 SHIFTS = np.array([0.05, 0.1, 0.2, 0.4, 0.8, 1.6])  # of log odds
 BETS = np.array([0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
 MOST_BET = 0.9  # of what would lose everything
 TUNED = 1000  # units at which the interval is narrowest
+Side = Literal["better", "worse"]
 LEAST = 20  # outcomes of each arm, before an interval that holds for many is shown
-
-
-@dataclass(frozen=True)
-class Process:
-    """A mean of products, as logarithms: one a bet."""
-
-    logs: tuple[float, ...]
-    peak: float = 0.0  # the highest logarithm of the mean
-
-    @property
-    def now(self) -> float:
-        return float(_log_mean(np.array([self.logs]))[0])
-
-    def through(self, factors: Floats) -> Process:
-        """After these logarithms of factors, (N, bets)."""
-        if not len(factors):
-            return self
-        path = np.cumsum(factors, axis=0) + np.array(self.logs)  # (N, bets)
-        return Process(tuple(path[-1].tolist()), max(self.peak, float(_log_mean(path).max())))
 
 
 @dataclass(frozen=True)
@@ -85,12 +72,16 @@ class Tally:
     zz: float = 0.0
     zh: float = 0.0
     hh: float = 0.0
+    decides: float = math.inf  # the logarithm of evidence that is a verdict
+    verdict: Side | None = None  # the first that was reached
+    since: Tally | None = None  # of the outcomes after the verdict alone
 
     @classmethod
-    def empty(cls, *, binary: bool, margin: float | None) -> Tally:
+    def empty(cls, *, binary: bool, margin: float | None, decides: float = math.inf) -> Tally:
         """margin None: the guard is off; then `worse_by` is `worse`, as for a margin of 0."""
-        start = Process((0.0,) * len(SHIFTS if binary else BETS))
-        return cls(binary, margin or 0.0, start, start, Process((0.0,) * len(BETS)) if margin else start)
+        start = Process.of(len(SHIFTS if binary else BETS))
+        by_margin = Process.of(len(BETS)) if margin else start
+        return cls(binary, margin or 0.0, start, start, by_margin, decides=decides)
 
     def after(self, arm: NDArray[np.int64], y: Floats, share: Floats) -> Tally:
         """With more outcomes, in the order in which they came. arm: (N,) of 0 and 1; y, share (pi): (N,)."""
@@ -106,6 +97,7 @@ class Tally:
         else:
             better, worse = _bets(z, down), _bets(-z, up)
         by_margin = _bets(-(z + h * self.margin), up + h * self.margin) if self.margin else worse
+        verdict, since = self._decided(arm, y, share, better, worse)
         counts, sums = [int((arm == a).sum()) for a in (0, 1)], [float(y[arm == a].sum()) for a in (0, 1)]
         return Tally(
             self.binary,
@@ -120,7 +112,32 @@ class Tally:
             self.zz + float((z * z).sum()),
             self.zh + float((z * h).sum()),
             self.hh + float((h * h).sum()),
+            self.decides,
+            verdict,
+            since,
         )
+
+    def _decided(
+        self, arm: NDArray[np.int64], y: Floats, share: Floats, better: Floats, worse: Floats
+    ) -> tuple[Side | None, Tally | None]:
+        """The verdict after these outcomes, and what those that came after it say."""
+        if self.since is not None:
+            return self.verdict, self.since.after(arm, y, share)
+        first = [process.first(steps, self.decides) for process, steps in ((self.better, better), (self.worse, worse))]
+        end = min(first)
+        if end == len(y):
+            return None, None
+        anew = Tally.empty(binary=self.binary, margin=None)
+        rest = slice(end + 1, None)
+        return "better" if first[0] == end else "worse", anew.after(arm[rest], y[rest], share[rest])
+
+    @property
+    def turned(self) -> bool:
+        """Whether the outcomes after the verdict have taken it back."""
+        if self.since is None:
+            return False
+        mine, other = (self.better, self.since.worse) if self.verdict == "better" else (self.worse, self.since.better)
+        return mine.now <= 0 or other.peak >= self.decides
 
     def _means(self, y: Floats) -> Floats:
         """The mean of both arms before each outcome, begun with half an outcome."""
@@ -147,12 +164,6 @@ class Tally:
         wide = math.sqrt(2 * (n * rho2 + 1) / (n * n * rho2) * math.log(math.sqrt(n * rho2 + 1) / alpha))
         half = n / self.h * math.sqrt(variance) * wide
         return max(d - half, -1.0), min(d + half, 1.0)
-
-
-def _log_mean(logs: Floats) -> Any:
-    """log(mean(exp(logs))) of each row: (N, bets) -> (N,)."""
-    most = logs.max(axis=1)
-    return most + np.log(np.exp(logs - most[:, None]).mean(axis=1))
 
 
 def _odds(arm: NDArray[np.int64], y: Floats, share: Floats, m: Floats, shifts: Floats) -> Floats:

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -24,6 +25,9 @@ CONTROL = "control"
 UNITS = ("user", "session", "request")
 MOST_ARMS = 10
 SLOW_SHARE = 0.05  # of its answers may be slower than `max_seconds`: that is a bound on the 95th percentile
+OUTCOME_TTL = 7 * 86400.0  # seconds
+LONGEST_TTL = 3650 * 86400.0
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _BOUNDS = re.compile(r" *(-?[0-9.eE+-]+) *\.\. *(-?[0-9.eE+-]+) *", re.ASCII)
 
 
@@ -124,6 +128,7 @@ class Experiment:
     alpha: float
     guards: Guards
     steps: tuple[float, ...]  # shares of the candidates that were planned
+    outcome_ttl: float | None  # seconds after its first answer that the outcome of a unit counts; None: for ever
     arms: tuple[Arm, ...]
     revision: int  # of the split
     segments: tuple[tuple[int, str], ...]  # see `assign`
@@ -183,6 +188,7 @@ class Experiment:
             "alpha": self.alpha,
             "guards": asdict(self.guards),
             "steps": list(self.steps),
+            "outcome_ttl": self.outcome_ttl,
             "created": self.created,
             "who": self.who,
             "ended": self.ended,
@@ -212,6 +218,36 @@ def check_steps(steps: Sequence[float]) -> tuple[float, ...]:
             "at most 1, such as 0.05, 0.2, 0.5"
         )
     return given
+
+
+def check_ttl(seconds: float) -> float:
+    """The time to live of outcomes; raises BadExperiment."""
+    if not 1 <= seconds <= LONGEST_TTL:
+        raise BadExperiment(f"outcomes that count for {seconds!r} s: expected 1 second to 10 years, such as 7d")
+    return float(seconds)
+
+
+def read_duration(text: str) -> float:
+    """`90`, `90s`, `15m`, `12h` or `7d` in seconds; raises BadExperiment."""
+    said = text.strip().lower()
+    unit = SECONDS.get(said[-1:], 1)
+    try:
+        return float(said[:-1] if said[-1:] in SECONDS else said) * unit
+    except ValueError:
+        raise BadExperiment(f"duration {ascii(text)[:40]}: expected a number with s, m, h or d, such as 7d") from None
+
+
+def lasting(seconds: float) -> str:
+    """`7 days`, `1.5 hours`, for people."""
+    for name, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {name}{'' if seconds == size else 's'}"
+    return f"{seconds:.3g} s"
+
+
+def seconds_between(first: str, then: str) -> float:
+    """Of two times as the store keeps them."""
+    return (datetime.fromisoformat(then) - datetime.fromisoformat(first)).total_seconds()
 
 
 def read_share(text: str) -> float:

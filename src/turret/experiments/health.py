@@ -1,4 +1,4 @@
-"""How the arms answer, as rows: answers, errors, slow ones, how often a shadow agrees. Refuses to know what it proves.
+"""How the arms answer, as rows: answers, errors, slow ones, how often a shadow agrees.
 
 A replica adds up what it saw in a second and writes one row an arm. `slow` counts answers over the guard's
 `max_seconds`.
@@ -6,11 +6,11 @@ A replica adds up what it saw in a second and writes one row an arm. `slow` coun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, insert, select
 
 from turret.database import experiment_health
 from turret.experiments.experiment import Experiment
@@ -28,8 +28,14 @@ class Answering:
     agreed: int = 0
 
     def __add__(self, other: Answering) -> Answering:
-        pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
-        return Answering(*(a + b for a, b in pairs))
+        return Answering(
+            self.answers + other.answers,
+            self.errors + other.errors,
+            self.slow + other.slow,
+            self.seconds + other.seconds,
+            self.compared + other.compared,
+            self.agreed + other.agreed,
+        )
 
 
 def keep(connection: Connection, sums: Mapping[tuple[int, str], Answering], at: str) -> None:
@@ -39,17 +45,8 @@ def keep(connection: Connection, sums: Mapping[tuple[int, str], Answering], at: 
         connection.execute(insert(experiment_health), rows)
 
 
-def of(connection: Connection, experiment: Experiment) -> dict[str, Answering]:
-    """Arm -> all that is known of its answers."""
+def rows(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[Any]:
+    """`id, arm, at` and the sums of what was written down after that id, in its order."""
     table = experiment_health.c
-    columns = ("answers", "errors", "slow", "seconds", "compared", "agreed")
-    query = (
-        select(table.arm, *(func.sum(table[name]).label(name) for name in columns))
-        .where(table.experiment_id == experiment.id)
-        .group_by(table.arm)
-    )
-    found: dict[str, Answering] = {}
-    for row in connection.execute(query):
-        sums: dict[str, Any] = {name: int(getattr(row, name)) for name in columns if name != "seconds"}
-        found[row.arm] = Answering(**sums, seconds=float(row.seconds))
-    return found
+    mine = (table.experiment_id == experiment.id) & (table.id > after)
+    return connection.execute(select(experiment_health).where(mine).order_by(table.id)).all()

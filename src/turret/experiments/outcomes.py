@@ -8,7 +8,7 @@ An outcome names its answer by receipt, or its unit. Whatever is told gets one c
 | noted | its unit counted already, by another answer | yes | no |
 | repeated | the same answer was told before | no | no |
 | unknown | no answer of an experiment has this receipt, no unit of it this name | no | no |
-| late | the experiment has ended | no | no |
+| late | the experiment has ended, or outcomes do not live that long | no | no |
 | refused | the value is no outcome of this metric | no | no |
 """
 
@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, insert, select
+from sqlalchemy import ColumnElement, Connection, Row, exists, func, insert, select
 
 from turret.database import assignments, outcomes
 from turret.errors import BadExperiment
 from turret.experiments import assign, rows
-from turret.experiments.experiment import Experiment
+from turret.experiments.experiment import Experiment, lasting, seconds_between
 
 Status = Literal["counted", "noted", "repeated", "unknown", "late", "refused"]
 LONGEST_RECEIPT = 100
@@ -114,6 +114,10 @@ def record(
     if same := [row.value for row in before if row.assignment_id == found.id]:
         other = "" if same[0] == number else f", not {number:g}"
         return Recorded("repeated", f"this answer has its outcome, {same[0]:g}, already: it stays{other}", **said)
+    if not before and (waited := _too_late(connection, now, found.unit, at)) is not None:
+        lives = f"outcomes of {now} count for {lasting(now.outcome_ttl or 0.0)}"
+        said_late = f"this {now.unit} was first answered {lasting(waited)} before, and {lives}: not counted"
+        return Recorded("late", said_late, **said)
     row = {
         "assignment_id": found.id,
         "experiment_id": now.id,
@@ -133,11 +137,50 @@ def record(
 
 
 def counted(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[Any]:
-    """`id, arm, revision, value, at` of the outcomes that count, in the order in which they came, after that id."""
+    """The outcomes that count, in the order in which they came, after that id.
+
+    `id, arm, revision, value, at`, and `first`: when the unit was first answered.
+    """
     mine = (outcomes.c.experiment_id == experiment.id) & (outcomes.c.counted == 1) & (outcomes.c.id > after)
+    unit = (assignments.c.experiment_id == experiment.id) & (assignments.c.unit == outcomes.c.unit)
     table = outcomes.c
-    query = select(table.id, table.arm, table.revision, table.value, table.at).where(mine).order_by(table.id)
+    query = (
+        select(table.id, table.arm, table.revision, table.value, table.at, assignments.c.at.label("first"))
+        .join(assignments, unit & (assignments.c.first == 1))
+        .where(mine)
+        .order_by(table.id)
+    )
     return connection.execute(query).all()
+
+
+def units(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[Any]:
+    """`id, arm, revision` of the first answer to each unit, in their order, after that id."""
+    table = assignments.c
+    query = select(table.id, table.arm, table.revision).where(_first(experiment, after)).order_by(table.id)
+    return connection.execute(query).all()
+
+
+def missing(connection: Connection, experiment: Experiment, after: int, until: str | None) -> tuple[Sequence[Any], int]:
+    """`arm, revision, at` of units first answered up to `until` that have no outcome that counts, after that id.
+
+    The second value is the id to go on from. Units are taken in the order of their ids, up to the first younger one.
+    """
+    if until is None:
+        return (), after
+    table, new = assignments.c, _first(experiment, after)
+    younger = connection.execute(select(func.min(table.id)).where(new & (table.at > until))).scalar()
+    old = new if younger is None else new & (table.id < younger)
+    last = connection.execute(select(func.max(table.id)).where(old)).scalar()
+    if last is None:
+        return (), after
+    told = (outcomes.c.experiment_id == experiment.id) & (outcomes.c.unit == table.unit) & (outcomes.c.counted == 1)
+    query = select(table.arm, table.revision, table.at).where(old & ~exists().where(told)).order_by(table.id)
+    return connection.execute(query).all(), last
+
+
+def _first(experiment: Experiment, after: int) -> ColumnElement[bool]:
+    table = assignments.c
+    return (table.experiment_id == experiment.id) & (table.first == 1) & (table.id > after)
 
 
 def _answer(
@@ -169,6 +212,16 @@ def _answer(
             str(experiment),
         )
     return row
+
+
+def _too_late(connection: Connection, experiment: Experiment, unit: str, at: str) -> float | None:
+    """Seconds since the unit was first answered, where that is longer than outcomes live."""
+    if experiment.outcome_ttl is None:
+        return None
+    mine = _first(experiment, 0) & (assignments.c.unit == unit)
+    first = connection.execute(select(assignments.c.at).where(mine)).scalar_one()
+    waited = seconds_between(first, at)
+    return waited if waited > experiment.outcome_ttl else None
 
 
 def _is_receipt(receipt: str) -> bool:

@@ -1,40 +1,62 @@
-"""Did the arms get the units that they were to get? Counts in, evidence out; a mismatch makes every comparison void.
+"""Did each arm get its share of what was counted? The test for a sample ratio mismatch, a unit at a time.
 
-Under the split as planned, a unit of revision r is in arm a with probability pi[r, a]. Against it stands a mixture of
-splits, a Dirichlet with mean pi[r] for each revision, so that the evidence is a ratio of likelihoods in closed form
-(Lindon & Malek, "Anytime-valid inference for multinomial count data", 2022):
+Under the null a unit of stratum r is in arm a with probability pi[r, a], whatever came before. Against it stands a
+mixture of shares, a Dirichlet with mean pi[r] and concentration k for each stratum. Its ratio of likelihoods is a
+product with one factor a unit (Lindon & Malek, "Anytime-valid inference for multinomial count data", 2022):
 
-    E = mean over k of  prod over r of  B(k pi + n) / B(k pi) / prod_a pi_a^n_a         B: multivariate beta
+    E_n = mean over k of  prod_i  (k pi_a + n_a) / ((k + n) pi_a)      n, n_a: units of the stratum before, in arm a
 
-n: the units counted so far. It is a martingale where the split is as planned, so it may be looked at any time: the
-chance that it ever reaches 1/level is at most the level.
+The strata may be any classes that the arm has no effect on: revisions of the split, or how long an outcome took.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.special import gammaln
 
-LEVEL = 0.001  # how rarely a split that is as planned may be called wrong
-CONCENTRATIONS = (10.0, 100.0, 1000.0, 10000.0)
+from turret.experiments.process import Floats, Process
 
-Split = tuple[Mapping[str, float], Mapping[str, int]]  # of one revision: probability of each arm, units of each arm
+CONCENTRATIONS = np.array([10.0, 100.0, 1000.0, 10000.0])
+CERTAIN = 1000.0  # the logarithm of a factor: a unit in an arm that gets none
+
+Stratum = tuple[int, int]  # revision of the split, class
+Planned = Mapping[int, Mapping[str, float]]  # revision -> arm -> probability
 
 
-def evidence(splits: Iterable[Split]) -> float:
-    """The logarithm of the evidence that units did not fall as planned; infinite where one without traffic got some."""
-    logs = np.zeros(len(CONCENTRATIONS))
-    for planned, seen in splits:
-        if any(count and planned.get(arm, 0.0) <= 0 for arm, count in seen.items()):
-            return math.inf
-        arms = [arm for arm, probability in planned.items() if probability > 0]
-        pi = np.array([planned[arm] for arm in arms])
-        n = np.array([seen.get(arm, 0) for arm in arms], dtype=np.float64)
-        for place, k in enumerate(CONCENTRATIONS):
-            grown = gammaln(k * pi + n) - gammaln(k * pi)
-            logs[place] += grown.sum() + gammaln(k) - gammaln(k + n.sum()) - (n * np.log(pi)).sum()
-    most = float(logs.max())
-    return most + math.log(float(np.exp(logs - most).mean()))
+@dataclass(frozen=True)
+class Ratio:
+    """What was counted so far, and the evidence that it did not fall as planned."""
+
+    counts: Mapping[Stratum, Mapping[str, int]] = field(default_factory=dict)
+    process: Process = field(default_factory=lambda: Process.of(len(CONCENTRATIONS)))
+
+    def after(self, seen: Sequence[tuple[Stratum, str]], planned: Planned) -> Ratio:
+        """With more units, in their order. seen: the stratum and the arm of each."""
+        places: dict[Stratum, list[int]] = {}
+        for place, (stratum, _) in enumerate(seen):
+            places.setdefault(stratum, []).append(place)
+        factors = np.zeros((len(seen), len(CONCENTRATIONS)))
+        counts = dict(self.counts)
+        for stratum, here in places.items():
+            arms = [seen[place][1] for place in here]
+            factors[here], counts[stratum] = _factors(arms, planned[stratum[0]], counts.get(stratum, {}))
+        return Ratio(counts, self.process.through(factors))
+
+
+def _factors(
+    arms: Sequence[str], planned: Mapping[str, float], before: Mapping[str, int]
+) -> tuple[Floats, Mapping[str, int]]:
+    """Of units of one stratum: logarithms of factors, (N, concentrations), and the counts after them."""
+    names = sorted({*planned, *arms})
+    which = np.array([names.index(arm) for arm in arms])
+    share = np.array([planned.get(name, 0.0) for name in names])[which]
+    one = (which[:, None] == np.arange(len(names))).astype(np.float64)  # (N, arms)
+    start = np.array([before.get(name, 0) for name in names], dtype=np.float64)
+    seen = np.cumsum(one, axis=0) - one + start  # before each unit
+    mine, total, pi = seen[np.arange(len(arms)), which][:, None], seen.sum(axis=1)[:, None], share[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factors = np.log((CONCENTRATIONS * pi + mine) / ((CONCENTRATIONS + total) * pi))
+    after = start + one.sum(axis=0)
+    return np.where(pi > 0, factors, CERTAIN), {name: int(n) for name, n in zip(names, after, strict=True) if n}

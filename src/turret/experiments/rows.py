@@ -37,6 +37,7 @@ def begin(connection: Connection, wanted: Experiment, share: float | Mapping[str
         "alpha": wanted.alpha,
         "guards": asdict(wanted.guards),
         "steps": list(wanted.steps),
+        "outcome_ttl": wanted.outcome_ttl,
     }
     row = {
         "adapter_id": adapter_id,
@@ -153,6 +154,13 @@ def probabilities(connection: Connection, experiment: Experiment) -> dict[int, d
     return {row.revision: _weights(_segments(row.segments)) for row in connection.execute(query)}
 
 
+def splits(connection: Connection, experiment: Experiment) -> list[tuple[str, dict[str, float]]]:
+    """When each split began, and the weights of its arms, oldest first."""
+    mine = experiment_splits.c.experiment_id == experiment.id
+    rows = connection.execute(select(experiment_splits).where(mine).order_by(experiment_splits.c.revision))
+    return [(row.created, _weights(_segments(row.segments))) for row in rows]
+
+
 # --- the inside ------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +245,7 @@ def _experiment(row: Row[Any]) -> Experiment:
         alpha=row.settings["alpha"],
         guards=Guards(**row.settings["guards"]),
         steps=tuple(row.settings["steps"]),
+        outcome_ttl=row.settings.get("outcome_ttl"),  # none was kept of experiments that began before there was one
         arms=tuple(Arm(**arm) for arm in row.arms),
         revision=row.revision,
         segments=segments,

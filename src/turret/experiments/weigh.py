@@ -1,4 +1,4 @@
-"""An experiment weighed: its rows become evidence, the evidence a decision. Refuses to know what is done about it.
+"""An experiment weighed: its rows become evidence, the evidence a decision.
 
 `Memory` keeps what was added up of the outcomes read so far, so that looking again costs only what is new.
 """
@@ -6,37 +6,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, Row, func, select
+from sqlalchemy import Connection
 
-from turret.database import assignments
-from turret.experiments import bounds, decide, health, outcomes, ratio, rows
+from turret.experiments import decide, discoveries, health, outcomes, rows
 from turret.experiments.decide import Compared, Decision, Health, Verdict
 from turret.experiments.evidence import Tally
 from turret.experiments.experiment import SLOW_SHARE, Arm, Experiment
+from turret.experiments.guarding import Watch, Watched
 from turret.experiments.health import Answering
+from turret.experiments.process import capped
+from turret.experiments.validity import Validity
 
+VOID = "void"  # the event of an alarm
 AT_ONCE = 50_000  # outcomes that are added up in one piece
 
 
 @dataclass
 class Memory:
-    """What was added up of one experiment's counted outcomes. The numbers are pure; this only remembers where it is."""
+    """What was added up of one experiment so far, and where to go on."""
 
     last: int = 0
     tallies: dict[str, Tally] = field(default_factory=dict)  # of each candidate
     counts: dict[int, dict[str, int]] = field(default_factory=dict)  # revision -> arm -> outcomes
     sums: dict[str, float] = field(default_factory=dict)  # arm -> outcomes, added up
+    validity: Validity = field(default_factory=Validity)
+    watch: Watch | None = None  # of errors and latency
 
-    def read(self, connection: Connection, experiment: Experiment, split: Mapping[int, Mapping[str, float]]) -> None:
-        """Add the outcomes that are new."""
+    def read(self, connection: Connection, experiment: Experiment, now: str) -> None:
+        """Add what is new."""
+        split = rows.probabilities(connection, experiment)
         found = outcomes.counted(connection, experiment, self.last)
         for start in range(0, len(found), AT_ONCE):
             self.add(experiment, split, found[start : start + AT_ONCE])
+        self.validity.read(connection, experiment, split, found, now)
+        self.watch = self.watch or Watch(experiment.control.name)
+        self.watch.read(health.rows(connection, experiment, self.watch.last), rows.splits(connection, experiment))
 
     def add(self, experiment: Experiment, split: Mapping[int, Mapping[str, float]], found: Any) -> None:
         """Add these outcomes (`outcomes.counted`), at least one."""
@@ -51,13 +60,27 @@ class Memory:
             shares = [_share(split[row.revision], arm.name, experiment.control.name) for row in found]
             which = np.array([int(row.arm == arm.name) for row in found])
             margin = None if guards.worse_by is None else guards.worse_by / wide
-            tally = self.tallies.get(arm.name) or Tally.empty(binary=metric.kind == "binary", margin=margin)
+            tally = self.tallies.get(arm.name) or Tally.empty(
+                binary=metric.kind == "binary", margin=margin, decides=decide.needed(experiment.level)
+            )
             self.tallies[arm.name] = tally.after(which[here], y[here], np.array(shares)[here])
         for row in found:
             counts = self.counts.setdefault(row.revision, {})
             counts[row.arm] = counts.get(row.arm, 0) + 1
             self.sums[row.arm] = self.sums.get(row.arm, 0.0) + row.value
         self.last = found[-1].id
+
+
+@dataclass(frozen=True)
+class Since:
+    """What the outcomes that came after a verdict say, taken alone."""
+
+    outcomes: int
+    difference: float | None  # in the metric's units
+    turned: bool  # they have taken it back
+
+    def as_json(self) -> dict[str, Any]:
+        return {"outcomes": self.outcomes, "difference": self.difference, "turned": self.turned}
 
 
 @dataclass(frozen=True)
@@ -70,8 +93,14 @@ class Against:
     better: float  # peak / 2
     worse: float
     worse_by: float | None  # peak / 2; None where the guard is off
+    now: float  # of the side of the verdict, as it is now, halved
     equality: float  # logarithm, as it is now
     needed: float  # 1 / level
+    since: Since | None  # None without a verdict
+
+    @property
+    def turned(self) -> bool:
+        return self.since is not None and self.since.turned
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -79,6 +108,7 @@ class Against:
             "difference": self.difference,
             "interval": None if self.interval is None else list(self.interval),
             "evidence": {"better": self.better, "worse": self.worse, "worse_by": self.worse_by, "needed": self.needed},
+            "since_verdict": None if self.since is None else self.since.as_json(),
         }
 
 
@@ -91,6 +121,8 @@ class ArmWeighed:
     share: float
     units: int
     outcomes: int
+    missing: int  # units that have none within the time to live of outcomes
+    half_within: float | None  # seconds in which half of its outcomes come
     mean: float | None
     answering: Answering
     against: Against | None  # of a candidate
@@ -106,6 +138,8 @@ class ArmWeighed:
             "share": self.share,
             "units": self.units,
             "outcomes": self.outcomes,
+            "missing": self.missing,
+            "half_within": self.half_within,
             "mean": self.mean,
             "answers": seen.answers,
             "errors": seen.errors,
@@ -123,53 +157,112 @@ class Weighed:
 
     experiment: Experiment
     arms: tuple[ArmWeighed, ...]
-    ratio_units: float  # e-values against `the units fell as planned`
-    ratio_outcomes: float
+    checks: Mapping[str, float]  # check of `validity` -> e-value at its peak
+    alarm: str | None  # the check that makes the outcomes void
+    recorded: Mapping[str, Any] | None  # the alarm as it was written down
+    discovery: float | None  # the logarithm of the evidence that a better candidate needs among all experiments
     decision: Decision
     history: tuple[Mapping[str, Any], ...]
 
     @property
-    def mismatch(self) -> bool:
-        return max(self.ratio_units, self.ratio_outcomes) >= RATIO_NEEDED
+    def void(self) -> bool:
+        return self.alarm is not None
 
     @property
-    def equality(self) -> float:
-        """The logarithm of the evidence that some candidate differs, as it is now: a mean of e-values is one."""
-        logs = [each.against.equality for each in self.arms if each.against is not None]
-        return float(np.logaddexp.reduce(logs)) - math.log(len(logs)) if logs else 0.0
+    def evidence(self) -> float | None:
+        """The logarithm of the evidence that some candidate differs, as it is now; None where it is void."""
+        return None if self.void else _equality([each.against for each in self.arms])
 
 
-RATIO_NEEDED = 2 / ratio.LEVEL  # two checks share the level
+def weigh(
+    connection: Connection,
+    experiment: Experiment,
+    now: str,
+    memory: Memory | None = None,
+    others: Callable[[], Sequence[float]] = tuple,
+) -> Weighed:
+    """Read what is new and weigh all of it.
 
-
-def weigh(connection: Connection, experiment: Experiment, memory: Memory | None = None) -> Weighed:
-    """Read what is new and weigh all of it."""
+    Args:
+        now: the time, as the store keeps it.
+        others: the logarithms of the evidence of all other experiments of the store; asked only where it matters.
+    """
     memory = memory if memory is not None else Memory()
-    split = rows.probabilities(connection, experiment)
-    memory.read(connection, experiment, split)
-    units = _units(connection, experiment)
-    ratios = tuple(_capped(ratio.evidence(_splits(split, counts))) for counts in (units, memory.counts))
-    mismatch = max(ratios) >= RATIO_NEEDED
-    answering = health.of(connection, experiment)
-    compared = [_compared(experiment, arm, memory) for arm in experiment.candidates]
+    memory.read(connection, experiment, now)
+    history = tuple(rows.events(connection, experiment))
+    recorded = next((each["detail"] for each in history if each["verb"] == VOID), None)
+    alarm = memory.validity.alarm if recorded is None else str(recorded.get("check"))
+    watch, counted, seen = memory.watch, _added(memory.counts), _added(memory.validity.units.counts)
+    missing, half = memory.validity.missing(), memory.validity.half_within()
+    assert watch is not None
     arms = tuple(
         ArmWeighed(
             arm,
             experiment.reference(arm),
             experiment.weights.get(arm.name, 0.0),
-            sum(counts.get(arm.name, 0) for counts in units.values()),
-            count := sum(counts.get(arm.name, 0) for counts in memory.counts.values()),
-            memory.sums[arm.name] / count if count else None,
-            answering.get(arm.name, Answering()),
-            against(experiment, arm, memory, mismatch) if arm.role == "candidate" else None,
+            seen.get(arm.name, 0),
+            counted.get(arm.name, 0),
+            missing.get(arm.name, 0),
+            half.get(arm.name),
+            memory.sums[arm.name] / counted[arm.name] if arm.name in counted else None,
+            watch.sums.get(arm.name, Answering()),
+            against(experiment, arm, memory, void=alarm is not None) if arm.role == "candidate" else None,
         )
         for arm in experiment.arms
     )
-    live = [each for each in compared if experiment.arm(each.arm).live]
-    guarded = [_health(experiment, each.arm, each.answering) for each in arms[1:] if each.arm.live]
-    decision = decide.decide(live, guarded, experiment.guards, mismatch=mismatch)
-    history = tuple(rows.events(connection, experiment))
-    return Weighed(experiment, arms, ratios[0], ratios[1], decision, history)
+    live = [_compared(experiment, arm, memory) for arm in experiment.candidates if arm.live]
+    guarded = [_health(experiment, each, watch) for each in arms[1:] if each.arm.live]
+    won = alarm is None and any(each.verdict == "better" and not each.turned for each in live)
+    beside = others() if won and experiment.state == rows.RUNNING else ()
+    discovery = discoveries.needed(beside, experiment.alpha) if beside else None
+    named = discovery is None or _equality([each.against for each in arms]) >= discovery
+    decision = decide.decide(live, guarded, experiment.guards, void=alarm, named=named)
+    checks = {check: capped(peak) for check, peak in memory.validity.peaks().items()}
+    return Weighed(experiment, arms, checks, alarm, recorded, discovery, decision, history)
+
+
+def against(experiment: Experiment, arm: Arm, memory: Memory, *, void: bool) -> Against:
+    """The candidate against the control, by what the memory has."""
+    found, tally = _compared(experiment, arm, memory), memory.tallies.get(arm.name)
+    metric, level = experiment.metric, experiment.level
+    scale = (metric.high - metric.low) * (1 if metric.goal == "higher" else -1)
+    interval = None if tally is None else tally.interval(level)
+    difference = None if tally is None else tally.difference
+    ends = sorted(end * scale for end in interval) if interval is not None else None
+    side = None if tally is None else tally.worse if found.verdict == "worse" else tally.better
+    return Against(
+        verdict="void" if void else found.verdict,
+        difference=None if difference is None else difference * scale,
+        interval=None if ends is None else (ends[0], ends[1]),
+        better=capped(found.better) / 2,
+        worse=capped(found.worse) / 2,
+        worse_by=None if experiment.guards.worse_by is None else capped(found.worse_by) / 2,
+        now=0.5 if side is None else capped(side.now) / 2,
+        equality=0.0 if tally is None else tally.equality(),
+        needed=1 / level,
+        since=None if tally is None else _since(tally, scale),
+    )
+
+
+def _since(tally: Tally, scale: float) -> Since | None:
+    after = tally.since
+    if after is None:
+        return None
+    difference = after.difference
+    return Since(sum(after.counts), None if difference is None else difference * scale, tally.turned)
+
+
+def _equality(found: Sequence[Against | None]) -> float:
+    logs = [each.equality for each in found if each is not None]
+    return float(np.logaddexp.reduce(logs)) - math.log(len(logs)) if logs else 0.0
+
+
+def _added(counts: Mapping[Any, Mapping[str, int]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for split in counts.values():
+        for arm, count in split.items():
+            found[arm] = found.get(arm, 0) + count
+    return found
 
 
 def _share(split: Mapping[str, float], candidate: str, control: str) -> float:
@@ -178,68 +271,29 @@ def _share(split: Mapping[str, float], candidate: str, control: str) -> float:
     return split.get(candidate, 0.0) / both if both > 0 else 0.0
 
 
-def _units(connection: Connection, experiment: Experiment) -> dict[int, dict[str, int]]:
-    """Revision -> arm -> units that were sent there when they were first seen."""
-    table = assignments.c
-    query = (
-        select(table.revision, table.arm, func.count().label("units"))
-        .where((table.experiment_id == experiment.id) & (table.first == 1))
-        .group_by(table.revision, table.arm)
-    )
-    found: dict[int, dict[str, int]] = {}
-    row: Row[Any]
-    for row in connection.execute(query):
-        found.setdefault(row.revision, {})[row.arm] = row.units
-    return found
-
-
-def _splits(split: Mapping[int, Mapping[str, float]], counts: Mapping[int, Mapping[str, int]]) -> list[ratio.Split]:
-    return [(split[revision], seen) for revision, seen in sorted(counts.items())]
-
-
 def _compared(experiment: Experiment, arm: Arm, memory: Memory) -> Compared:
     tally = memory.tallies.get(arm.name)
     if tally is None:
         return Compared(arm.name, experiment.level, 0.0, 0.0, 0.0)
-    return Compared(arm.name, experiment.level, tally.better.peak, tally.worse.peak, tally.worse_by.peak)
+    better, worse, by_margin = (process.peak for process in (tally.better, tally.worse, tally.worse_by))
+    verdict: Verdict = tally.verdict or "undecided"
+    return Compared(arm.name, experiment.level, better, worse, by_margin, verdict, tally.turned)
 
 
-def against(experiment: Experiment, arm: Arm, memory: Memory, mismatch: bool) -> Against:
-    """The candidate against the control, by what the memory has."""
-    found, tally = _compared(experiment, arm, memory), memory.tallies.get(arm.name)
-    metric, level = experiment.metric, experiment.level
-    scale = (metric.high - metric.low) * (1 if metric.goal == "higher" else -1)
-    interval = None if tally is None else tally.interval(level)
-    difference = None if tally is None else tally.difference
-    ends = sorted(end * scale for end in interval) if interval is not None else None
-    return Against(
-        verdict=decide.verdict(found, mismatch=mismatch),
-        difference=None if difference is None else difference * scale,
-        interval=None if ends is None else (ends[0], ends[1]),
-        better=_capped(found.better) / 2,
-        worse=_capped(found.worse) / 2,
-        worse_by=None if experiment.guards.worse_by is None else _capped(found.worse_by) / 2,
-        equality=0.0 if tally is None else tally.equality(),
-        needed=1 / level,
-    )
-
-
-def _health(experiment: Experiment, arm: Arm, seen: Answering) -> Health:
-    guards = experiment.guards
+def _health(experiment: Experiment, each: ArmWeighed, watch: Watch) -> Health:
+    guards, seen = experiment.guards, each.answering
+    control = watch.sums.get(experiment.control.name, Answering())
+    watched = watch.arms.get(each.arm.name, Watched())
     errors = slow = -math.inf
     said_errors = said_slow = ""
     if guards.max_errors is not None:
-        errors = bounds.evidence(seen.errors, seen.answers, guards.max_errors)
-        said_errors = (
-            f"{seen.errors} of {seen.answers} answers were errors, at most {guards.max_errors:.3g} of them may be"
-        )
+        errors = watched.evidence("errors", seen, guards.max_errors)
+        counted = f"{seen.errors} of {seen.answers} answers were errors, at most {guards.max_errors:.3g} of them may be"
+        said_errors = f"{counted}; of the control's {control.errors} of {control.answers} were"
     if guards.max_seconds is not None:
-        slow = bounds.evidence(seen.slow, seen.answers, SLOW_SHARE)
+        slow = watched.evidence("slow", seen, SLOW_SHARE)
         took = f"{seen.slow} of {seen.answers} answers took longer than {guards.max_seconds:g} s"
-        said_slow = f"{took}, at most {SLOW_SHARE:.0%} of them may"
-    return Health(arm.name, arm.role, experiment.alpha, errors, slow, said_errors, said_slow)
-
-
-def _capped(log: float) -> float:
-    """An e-value that JSON can say."""
-    return math.exp(min(log, 690.0))
+        said_slow = (
+            f"{took}, at most {SLOW_SHARE:.0%} of them may; of the control's {control.slow} of {control.answers} did"
+        )
+    return Health(each.arm.name, each.arm.role, experiment.alpha, errors, slow, said_errors, said_slow)

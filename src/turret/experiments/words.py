@@ -1,20 +1,22 @@
-"""What a person reads of an experiment: the state in a line, then what to do. Refuses to know what proves it."""
+"""What a person reads of an experiment: the state in a line, then what to do."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from turret.experiments.experiment import Experiment
+from turret.experiments.experiment import Experiment, lasting
 from turret.experiments.paired import Paired
-from turret.experiments.weigh import RATIO_NEEDED, Against, ArmWeighed, Weighed
+from turret.experiments.validity import NEEDED
+from turret.experiments.weigh import Against, ArmWeighed, Weighed
 
 
 def verdicts(found: Weighed) -> Iterator[str]:
     """A line a verdict, the most important first."""
     experiment = found.experiment
-    if found.mismatch:
-        yield _mismatch(found)
+    if found.void:
+        yield void(found)
         return
     for each in found.arms:
         if each.against is None:
@@ -34,20 +36,25 @@ def advice(found: Weighed) -> str:
         return f"nothing: it has ended{f' ({how})' if how else ''}; `turret experiment start {name}` begins another"
     if decision.action == "hold":
         return (
-            "find out why units are missing from an arm (answers that fail, outcomes not told, caches, robots); "
-            f"then `turret experiment stop {name}` and begin anew, this one cannot be mended"
+            "find out how the arms differ (answers that fail, outcomes not told or told late, caches, robots); "
+            f"then `turret experiment stop {name}` and begin anew: this one stays void"
         )
     if decision.action == "drop":
         return f"roll {decision.arm} back, {decision.why}: `turret experiment settle {name}` does it, as a server would"
-    better = [each for each in found.arms if each.against and each.arm.live and each.against.verdict == "better"]
+    judged = [each for each in found.arms if each.against and each.arm.live]
+    if turned := [each for each in judged if each.against and each.against.turned]:
+        return (
+            f"do not promote {turned[0].arm.name}: find out what changed, then `turret experiment stop {name}` and "
+            "begin anew"
+        )
+    better = [each for each in judged if each.against and each.against.verdict == "better"]
     if better:
         best = max(better, key=lambda each: each.against.better if each.against else 0.0)
         if refused := _refused(found, best.arm.name):
             return f"{refused}: mend that, then `turret experiment stop {name} --promote {best.arm.name}`"
         command = f"`turret experiment stop {name} --promote {best.arm.name}`"
-        return f"{command} gives {best.version} the alias {experiment.alias}"
-    worse = [each for each in found.arms if each.against and each.arm.live and each.against.verdict == "worse"]
-    if worse:
+        return f"{command} gives {best.version} the alias {experiment.alias}{_discovery(found)}"
+    if any(each.against and each.against.verdict == "worse" for each in judged):
         return f"`turret experiment stop {name} --rollback` leaves {experiment.alias} to {found.arms[0].version}"
     if not any(each.outcomes for each in found.arms) and any(arm.live for arm in experiment.candidates):
         return "tell outcomes: `turret experiment outcome`, or POST them to the server; without them nothing is learnt"
@@ -67,17 +74,28 @@ def traffic(experiment: Experiment) -> str:
     return ", ".join(parts) + planned
 
 
+def lives(experiment: Experiment) -> str:
+    """How long an outcome counts."""
+    if experiment.outcome_ttl is None:
+        return "count however late they come"
+    return f"count for {lasting(experiment.outcome_ttl)} after the first answer; a unit without one by then is missing"
+
+
 def guards(experiment: Experiment) -> str:
     """What happens without being asked."""
     wanted, said = experiment.guards, []
     if wanted.worse_by is not None and experiment.candidates:
         said.append("worse" if wanted.worse_by == 0 else f"worse by more than {wanted.worse_by:g}")
     if wanted.max_errors is not None:
-        said.append(f"over {_percent(wanted.max_errors)} errors")
+        said.append(f"over {_percent(wanted.max_errors)} errors and more than control")
     if wanted.max_seconds is not None:
-        said.append(f"over {wanted.max_seconds:g} s for more than 5% of answers")
+        said.append(f"over {wanted.max_seconds:g} s for more than 5% of answers and more often than control")
     back = f"rolled back by itself when {', or '.join(said)}" if said else "never rolled back by itself"
-    forth = f"takes {experiment.alias} by itself when better" if wanted.promote else "promoted only when asked"
+    forth = (
+        f"takes {experiment.alias} by itself when a better one is a discovery"
+        if wanted.promote
+        else "promoted only when asked"
+    )
     return f"{back}; {forth}"
 
 
@@ -88,6 +106,8 @@ def event(verb: str, detail: dict[str, Any]) -> str:
     if verb in ("ramp", "drop"):
         now = ", ".join(f"{arm} {_percent(share)}" for arm, share in detail.get("weights", {}).items())
         return f"rolled {detail.get('arm')} back, {detail.get('why')}: {now}" if verb == "drop" else f"ramped: {now}"
+    if verb == "void":
+        return f"void from now on: {detail.get('why')}"
     words = {"stop": "stopped", "rollback": "rolled back", "promote": "promoted", "refused": "promotion refused"}
     arm = f" {detail['arm']}" if detail.get("arm") else ""
     moved = f" ({detail['moved']})" if detail.get("moved") else ""
@@ -121,28 +141,54 @@ def _worth(found: Paired, a: str, b: str) -> str:
 # --- the inside ------------------------------------------------------------------------------------------------------
 
 
+def void(found: Weighed) -> str:
+    """Why the arms cannot be compared, as it was first written down, and that this is for good."""
+    if found.recorded is not None:
+        return str(found.recorded.get("why"))
+    check = found.alarm or ""
+    live = [each for each in found.arms if each.arm.role != "shadow"]
+    if check == "units":
+        said = ", ".join(f"{each.arm.name} {each.units}" for each in live)
+        what = f"SAMPLE RATIO MISMATCH: units did not fall as planned ({said})"
+    elif check == "outcomes":
+        said = ", ".join(
+            f"{each.arm.name} {each.outcomes} of {each.units} units, {each.missing} missing" for each in live
+        )
+        what = f"OUTCOMES MISSING: they come back from the arms in other shares than units go ({said})"
+    else:
+        said = ", ".join(f"{each.arm.name} half within {lasting(each.half_within or 0.0)}" for each in live)
+        what = f"OUTCOMES DELAYED: they take longer in one arm than in another ({said})"
+    evidence = f"evidence {found.checks[check]:.3g}, {NEEDED:.3g} is beyond chance"
+    return f"{what}; {evidence}: no verdict, the arms hold no comparable units and all evidence is void"
+
+
 def _verdict(experiment: Experiment, each: ArmWeighed, found: Against) -> str:
     who = f"{each.arm.name} ({each.version})"
     level = f"{1 / found.needed:.3g}"
-    if found.verdict == "better":
-        return f"{who} is better than control: wrong in at most {level} of experiments, however often one looks"
-    if found.verdict == "worse":
-        return f"{who} is worse than control: wrong in at most {level} of experiments, however often one looks"
-    most = max(found.better, found.worse)
-    return f"{who}: not decided yet; the evidence came to {most:.2g} at most, and {found.needed:.3g} decides"
+    if found.verdict not in ("better", "worse"):
+        most = max(found.better, found.worse)
+        return f"{who}: not decided yet; the evidence came to {most:.2g} at most, and {found.needed:.3g} decides"
+    claim = f"{who} {'is' if not found.turned else 'was'} {found.verdict} than control"
+    if found.turned and found.since is not None:
+        return (
+            f"{claim} when the verdict came, and the {found.since.outcomes} outcomes since then have taken it back "
+            f"(difference {found.since.difference or 0.0:+.3f}): the verdict has turned"
+        )
+    peak = found.better if found.verdict == "better" else found.worse
+    lost = found.now < max(found.needed, peak / found.needed)
+    fell = f"; its evidence came to {peak:.3g} and is {found.now:.2g} now" if lost else ""
+    return f"{claim}: wrong in at most {level} of experiments, however often one looks{fell}"
 
 
-def _mismatch(found: Weighed) -> str:
-    units, told = found.ratio_units >= RATIO_NEEDED, found.ratio_outcomes >= RATIO_NEEDED
-    live = [each for each in found.arms if each.arm.role != "shadow"]
-    seen = ", ".join(f"{each.arm.name} {each.units} units and {each.outcomes} outcomes" for each in live)
-    what = (
-        "units did not fall as planned" if units else "outcomes come back from the arms in other shares than units go"
-    )
-    evidence = max(found.ratio_units if units else 0.0, found.ratio_outcomes if told else 0.0)
+def _discovery(found: Weighed) -> str:
+    """What is lacking until it is a discovery among all experiments, where something is."""
+    evidence = found.evidence
+    if found.discovery is None or evidence is None or evidence >= found.discovery:
+        return ""
+    itself = "; then it is promoted by itself" if found.experiment.guards.promote else ""
     return (
-        f"SAMPLE RATIO MISMATCH: {what} ({seen}; evidence {evidence:.3g}, {RATIO_NEEDED:.3g} is beyond chance): "
-        "no verdict, the arms do not hold comparable units"
+        f", or wait: evidence of {math.exp(found.discovery):.3g} makes it a discovery among all experiments here, "
+        f"{math.exp(evidence):.3g} is there{itself}"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from turret.experiments.experiment import MOST_ARMS
+from turret.experiments.experiment import LONGEST_TTL, MOST_ARMS, OUTCOME_TTL
 from turret.server.limits import MOST_OUTCOMES, MOST_UNIT
 from turret.server.schemas import Model
 
@@ -156,6 +156,9 @@ class StartRequest(Model):
     goal: Literal["higher", "lower"] = "higher"
     unit: Literal["user", "session", "request"] = "user"
     alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    outcome_ttl: Annotated[float, Field(ge=1, le=LONGEST_TTL)] = Field(
+        OUTCOME_TTL, description="Seconds after the first answer to a unit that its outcome counts."
+    )
     guards: GuardsAsked = Field(default_factory=GuardsAsked)
     alias: AliasName = "production"
 

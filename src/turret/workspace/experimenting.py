@@ -6,6 +6,7 @@ killed. Loads numpy where evidence is weighed, torch where golden examples must 
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from turret.errors import BadExperiment, ExperimentError, GateFailed, NotFound, 
 from turret.experiments import assign as assigning
 from turret.experiments import outcomes, rows
 from turret.experiments.experiment import (
+    OUTCOME_TTL,
     Experiment,
     Guards,
     Metric,
     check_alpha,
     check_steps,
+    check_ttl,
     check_unit,
     named_arms,
 )
@@ -64,15 +67,16 @@ class Status:
         return words.advice(self.weighed)
 
     def as_json(self) -> dict[str, Any]:
-        from turret.experiments.weigh import RATIO_NEEDED
+        from turret.experiments.validity import NEEDED
+        from turret.experiments.words import void
 
         found, decision = self.weighed, self.weighed.decision
-        ratio = {"ok": not found.mismatch, "units": found.ratio_units, "outcomes": found.ratio_outcomes}
         return {
             **self.experiment.as_json(),
             "alias_names": self.points,
             "arms": [each.as_json() for each in found.arms],
-            "sample_ratio": {**ratio, "needed": RATIO_NEEDED},
+            "sample_ratio": {"ok": not found.void, **found.checks, "needed": NEEDED},
+            "void": void(found) if found.void else None,
             "verdicts": list(self.verdicts),
             "decision": {"action": decision.action, "arm": decision.arm, "why": decision.why},
             "done": list(self.done),
@@ -99,6 +103,7 @@ class LiveExperiment:
         goal: str = "higher",
         unit: str = "user",
         alpha: float = 0.05,
+        outcome_ttl: float = OUTCOME_TTL,
         guards: Guards | None = None,
         alias: str = PRODUCTION,
         salt: str | None = None,
@@ -107,7 +112,7 @@ class LiveExperiment:
 
         candidates, control, shadows: versions such as "news@2" or "news@candidate"; control is what the alias names,
         where left out. share: what the candidates get among them at first, or each by arm, the first of `steps` where
-        left out.
+        left out. outcome_ttl: seconds after the first answer to a unit that its outcome counts.
         """
         measured = Metric.parse(metric, goal)
         planned = () if steps is None and share is not None else check_steps(STEPS if steps is None else steps)
@@ -127,6 +132,7 @@ class LiveExperiment:
             alpha=check_alpha(alpha),
             guards=wanted_guards,
             steps=planned if others else (),
+            outcome_ttl=check_ttl(outcome_ttl),
             arms=arms,
             revision=0,
             segments=(),
@@ -220,6 +226,8 @@ class LiveExperiment:
         if promote is not None:
             from turret.workspace import promoting
 
+            _check_valid(weighed, promote)
+
             arm = running.arm(promote)
             said = verdict | {"how": "promote", "arm": arm.name, "why": "asked for"}
             also = _ending(running, said)
@@ -276,7 +284,8 @@ class LiveExperiment:
         from turret.experiments.weigh import weigh
 
         with self._store.database().reading() as connection:
-            return weigh(connection, rows.by_id(connection, experiment.id), memory)
+            found = rows.by_id(connection, experiment.id)
+            return weigh(connection, found, now(), memory, lambda: _others(connection, found))
 
     def _status(self, experiment: Experiment) -> Status:
         return Status(self._weighed(experiment), points=self._points(experiment))
@@ -295,9 +304,9 @@ def listed(store: Store, alpha: float) -> list[dict[str, Any]]:
 
     check_alpha(alpha)
     with store.database().reading() as connection:
-        weighed = [weigh(connection, each) for each in rows.listed(connection)]
+        weighed = [weigh(connection, each, now()) for each in rows.listed(connection)]
     logs = {str(each.experiment): _log_evidence(each) for each in weighed if each.experiment.candidates}
-    found = named(logs, alpha)
+    found = named({name: -math.inf if log is None else log for name, log in logs.items()}, alpha)
     return [
         {
             **each.experiment.as_json(),
@@ -331,6 +340,8 @@ def settle_all(store: Store, memories: dict[int, Any]) -> list[Status]:
 def _carried_out(store: Store, weighed: Weighed) -> str | None:
     """Do what was decided; None where there is nothing to do, or it was tried and refused."""
     experiment, decision = weighed.experiment, weighed.decision
+    if decision.action == "hold":
+        return None if weighed.recorded else _alarmed(store, weighed)
     if decision.action not in ("drop", "promote"):
         return None
     assert decision.arm is not None
@@ -381,6 +392,49 @@ def _ending(experiment: Experiment, verdict: Mapping[str, Any]) -> Callable[[Con
     return end
 
 
+def _alarmed(store: Store, weighed: Weighed) -> str | None:
+    """Write down, once, that the evidence is void: from then on it stays so, whatever comes."""
+    from turret.experiments.weigh import VOID
+    from turret.experiments.words import void
+
+    why = void(weighed)
+    try:
+        with store.database().writing() as connection:
+            current = rows.still_running(connection, weighed.experiment)
+            if any(each["verb"] == VOID for each in rows.events(connection, current)):
+                return None  # another process was quicker
+            rows.add_event(connection, current, VOID, {"check": weighed.alarm, "why": why}, now(), who())
+    except ExperimentError:  # another process has ended it meanwhile
+        return None
+    return why
+
+
+def _check_valid(weighed: Weighed, arm: str) -> None:
+    """Raises ExperimentError where the evidence is void."""
+    if weighed.alarm is None:
+        return
+    running = weighed.experiment
+    version = running.reference(running.arm(arm))
+    raise ExperimentError(
+        f"{running} is void ({weighed.alarm} of the arms differ): it can promote nothing; `turret experiment stop "
+        f"{running.adapter}` and begin anew, or `turret promote {version} {running.alias}` without its evidence"
+    )
+
+
+def _others(connection: Connection, experiment: Experiment) -> list[float]:
+    """The logarithms of the evidence of all other experiments; of those that ended, as it was then."""
+    from turret.experiments.weigh import weigh
+
+    found = []
+    for each in rows.listed(connection):
+        if each.id == experiment.id or not each.candidates:
+            continue
+        known = each.verdict or {}
+        log = known["log_evidence"] if "log_evidence" in known else weigh(connection, each, now()).evidence
+        found.append(-math.inf if log is None else float(log))
+    return found
+
+
 def _refuse(store: Store, experiment: Experiment, arm: str, why: str) -> None:
     with store.database().writing() as connection:
         current = rows.by_id(connection, experiment.id)
@@ -390,12 +444,14 @@ def _refuse(store: Store, experiment: Experiment, arm: str, why: str) -> None:
 def _summary(weighed: Weighed) -> dict[str, Any]:
     """What the evidence was at the end."""
     arms = {each.arm.name: each.against.as_json() for each in weighed.arms if each.against is not None}
-    return {"candidates": arms, "log_evidence": weighed.equality, "mismatch": weighed.mismatch}
+    return {"candidates": arms, "log_evidence": weighed.evidence, "void": weighed.alarm}
 
 
-def _log_evidence(weighed: Weighed) -> float:
-    kept = (weighed.experiment.verdict or {}).get("log_evidence")
-    return float(kept) if kept is not None else weighed.equality
+def _log_evidence(weighed: Weighed) -> float | None:
+    """As it is now, or was when the experiment ended; None where it is void."""
+    known = weighed.experiment.verdict or {}
+    kept = known.get("log_evidence", weighed.evidence)
+    return None if kept is None else float(kept)
 
 
 def _known(version: Version) -> tuple[int, str]:

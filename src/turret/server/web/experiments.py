@@ -96,9 +96,13 @@ async def _known(here: Served, name: str, number: int) -> dict[str, Any]:
     from turret.experiments import words  # with numpy, which whoever asks no experiment need not wait for
 
     experiment = status.experiment
-    said = {"traffic": words.traffic(experiment), "guards": words.guards(experiment)}
+    said = {
+        "traffic": words.traffic(experiment),
+        "guards": words.guards(experiment),
+        "lives": words.lives(experiment),
+    }
     history = [(each, words.event(each["verb"], dict(each["detail"]))) for each in reversed(status.weighed.history)]
     ramp = experiment.next_share() if experiment.state == "running" else None
     needed = status.as_json()["sample_ratio"]["needed"]
-    values = {"history": history, "next_share": ramp, "ratio_needed": needed, "said": said}
+    values = {"history": history, "next_share": ramp, "needed": needed, "said": said}
     return {"status": status, "experiment": experiment, "running": experiment.state == "running", **values}

@@ -1,0 +1,93 @@
+"""Does an arm fail, or take too long, more often than its bound allows and more often than the control does?
+
+Both must be so: an outage that hits every arm says nothing about a candidate. Answers are compared in blocks of one
+time, which end as soon as both arms have `LEAST` answers, and wherever the split changes. While the control gets no
+traffic there is nothing to compare with, and the bound alone decides.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from turret.experiments import bounds, excess
+from turret.experiments.health import Answering
+from turret.experiments.process import Process
+
+LEAST = 4  # answers of each arm in a block
+KINDS = ("errors", "slow")
+NOTHING = Answering()
+
+
+@dataclass
+class Watched:
+    """One arm beside the control: the block that is open, and the evidence of those that have ended."""
+
+    arm: Answering = NOTHING
+    control: Answering = NOTHING
+    alone: Answering = NOTHING  # answers of a time in which the control got no traffic
+    excess: dict[str, Process] = field(default_factory=lambda: {kind: Process.of(len(excess.ODDS)) for kind in KINDS})
+
+    def end(self) -> None:
+        """End the block."""
+        if self.arm.answers and self.control.answers:
+            for kind, process in self.excess.items():
+                bad, control_bad = getattr(self.arm, kind), getattr(self.control, kind)
+                steps = excess.factors(bad, self.arm.answers, control_bad, self.control.answers)
+                self.excess[kind] = process.through(steps[None])
+        self.arm = self.control = NOTHING
+
+    def evidence(self, kind: str, total: Answering, bound: float) -> float:
+        """The logarithm of the evidence that more than `bound` are bad, and more than of the control's."""
+        both = min(_over(total, kind, bound), self.excess[kind].peak)
+        return max(both, _over(self.alone, kind, bound))
+
+
+@dataclass
+class Watch:
+    """Every arm beside the control; grows by `read`."""
+
+    control: str
+    last: int = 0
+    arms: dict[str, Watched] = field(default_factory=dict)
+    sums: dict[str, Answering] = field(default_factory=dict)  # arm -> all of its answers
+    _split: int = 0
+
+    def read(self, found: Sequence[Any], splits: Sequence[tuple[str, Mapping[str, float]]]) -> None:
+        """Add these rows (`health.rows`), whole flushes in their order. splits: since when, and the weights."""
+        begins = [at for at, _ in splits]
+        place = 0
+        while place < len(found):
+            at, flush = found[place].at, dict[str, Answering]()
+            while place < len(found) and found[place].at == at:  # what one process saw in one second
+                row = found[place]
+                seen = Answering(row.answers, row.errors, row.slow, row.seconds, row.compared, row.agreed)
+                flush[row.arm] = flush.get(row.arm, NOTHING) + seen
+                self.last, place = row.id, place + 1
+            split = max(bisect_right(begins, at) - 1, 0)
+            self._add(flush, changed=split != self._split, alone=splits[split][1].get(self.control, 0.0) <= 0)
+            self._split = split
+
+    def _add(self, flush: Mapping[str, Answering], *, changed: bool, alone: bool) -> None:
+        for arm, seen in flush.items():
+            self.sums[arm] = self.sums.get(arm, NOTHING) + seen
+            if arm != self.control:
+                self.arms.setdefault(arm, Watched())
+        control = flush.get(self.control, NOTHING)
+        for arm, watched in self.arms.items():
+            if changed:
+                watched.end()
+            seen = flush.get(arm, NOTHING)
+            if alone:
+                watched.alone += seen
+                continue
+            watched.arm, watched.control = watched.arm + seen, watched.control + control
+            if min(watched.arm.answers, watched.control.answers) >= LEAST:
+                watched.end()
+
+
+def _over(seen: Answering, kind: str, bound: float) -> float:
+    return bounds.evidence(getattr(seen, kind), seen.answers, bound) if seen.answers else -math.inf
