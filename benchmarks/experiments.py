@@ -1,29 +1,39 @@
-"""Evidence that may be looked at any time keeps its level, and costs few more outcomes than a test at a fixed end.
+"""Evidence that may be looked at any time keeps its level; what that costs, at equal power, against a fixed test.
 
     python benchmarks/experiments.py --report
-    python benchmarks/experiments.py                  # about a minute on one core
+    python benchmarks/experiments.py                  # a few minutes on one core
 
-Simulated experiments with binary outcomes: no difference (also with a base rate that drifts while traffic ramps 5%,
-20%, 50%), and known differences. `z, peeking` is the two-proportion z-test looked at every 50 units from the 100th
-on; `fixed` is the number of units that this test needs, looked at once, to find the difference in 80% of experiments.
+Four simulations:
+
+- verdicts: experiments with binary outcomes, with no difference (also with a base rate that drifts while traffic ramps
+  5%, 20%, 50%) and with known ones. `z, peeking` is the two-proportion z-test looked at every 50 units from the 100th
+  on. `fixed` is the number of units that this test needs, looked at once, to find the difference in 80% of experiments;
+  `equal power` the number that the evidence needs to have found it in 80% too.
+- discoveries: stores of 20 experiments of which 4 have a real difference. Each ends by itself: at its own verdict, or
+  once it is also a discovery among all.
+- outages: one answer in a hundred is an error, and for ten seconds half of them, of both arms or the candidate alone.
+- other mix: both arms tell as many outcomes, as quickly, and of one arm they are mostly the good ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import record
 from scipy.stats import norm
 
-from turret.experiments.evidence import Process, Tally
+from turret.experiments import bounds, decide, discoveries, validity
+from turret.experiments.evidence import Tally
+from turret.experiments.guarding import Watch
+from turret.experiments.process import Process
+from turret.experiments.ratio import Ratio
 
 NAME = "experiments"
-CLAIM = (
-    "evidence that may be looked at any time keeps its level, and costs few more outcomes than a test at a fixed end"
-)
+CLAIM = "evidence that may be looked at any time keeps its level, and costs units against a test at a fixed end"
 ALPHA = 0.05
 LOOK = 100  # units between two looks; a look after every unit would find no more
 EVEN, RAMP = (0.5,), (0.05, 0.2, 0.5)
@@ -34,8 +44,12 @@ SETTINGS = (  # control, candidate, drift, ramp, most units
     (0.3, 0.4, False, EVEN, 5000),
     (0.3, 0.35, False, EVEN, 10000),
     (0.3, 0.35, False, RAMP, 10000),
-    (0.03, 0.045, False, EVEN, 10000),
+    (0.03, 0.045, False, EVEN, 20000),
 )
+POWER = 0.8
+REAL, ALL = 4, 20  # experiments of a store
+BASE, BETTER, MOST = 0.3, 0.4, 6000  # chances without and with a real difference, and the most units
+BOUND, NORMAL, OUTAGE = 0.02, 0.01, 0.5  # shares of errors: the guard's, usually, and in an outage
 
 
 def main() -> None:
@@ -45,8 +59,15 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only print the table of what is kept")
     options = parser.parse_args()
     if not options.report:
-        rows = [_measure(setting, options) for setting in SETTINGS]
-        run = {"experiments": options.experiments, "seed": options.seed, "alpha": ALPHA, "rows": rows}
+        run: dict[str, Any] = {"experiments": options.experiments, "seed": options.seed, "alpha": ALPHA}
+        run["rows"] = [_measure(setting, options) for setting in SETTINGS]
+        run["discoveries"] = {
+            rule: [_store(options.seed, number, rule) for number in range(options.experiments // 10)] for rule in RULES
+        }
+        run["outages"] = {
+            who: [_outage(options.seed, number, who) for number in range(options.experiments)] for who in OUTAGES
+        }
+        run["other_mix"] = [_other_mix(options.seed, number) for number in range(options.experiments)]
         run["machine"] = record.machine(threads=1)
         record.keep(NAME, CLAIM, run)
     _report()
@@ -106,18 +127,153 @@ def _fixed(control: float, candidate: float) -> int:
     return math.ceil(2 * (norm.ppf(1 - ALPHA / 2) + norm.ppf(0.8)) ** 2 * variance / (candidate - control) ** 2)
 
 
+# --- discoveries ----------------------------------------------------------------------------------------------------
+
+RULES = ("own verdict", "discovery")
+
+
+def _store(seed: int, number: int, rule: str) -> dict[str, Any]:
+    """Twenty experiments that run at the same time; each ends by itself, by one rule or the other."""
+    paths = [_evidence(seed, number, place) for place in range(ALL)]
+    ended: list[int | None] = [None] * ALL
+    now = [0.0] * ALL
+    for look in range(MOST // LOOK):
+        for place, path in enumerate(paths):
+            if ended[place] is None:
+                now[place] = path[look][0]
+        for place, path in enumerate(paths):
+            verdict = path[look][1]
+            if ended[place] is None and verdict is not None:
+                enough = discoveries.needed(now[:place] + now[place + 1 :], ALPHA)
+                if rule == "own verdict" or verdict == "worse" or now[place] >= enough:
+                    ended[place] = (look + 1) * LOOK
+    named = discoveries.named({str(place): log for place, log in enumerate(now)}, ALPHA)
+    real = sum(int(place) < REAL for place in named)
+    return {"real": real, "false": len(named) - real, "units": [end or MOST for end in ended[:REAL]]}
+
+
+def _evidence(seed: int, number: int, place: int) -> list[tuple[float, str | None]]:
+    """After each look: the logarithm of the evidence, and the verdict. The first experiments have a real difference."""
+    generator = np.random.default_rng([seed, number, place])
+    arm = (generator.random(MOST) < 0.5).astype(np.int64)
+    chance = np.where(arm == 1, BETTER if place < REAL else BASE, BASE)
+    y, share = (generator.random(MOST) < chance).astype(np.float64), np.full(MOST, 0.5)
+    tally, found = Tally.empty(binary=True, margin=None, decides=decide.needed(ALPHA)), []
+    for start in range(0, MOST, LOOK):
+        some = slice(start, start + LOOK)
+        tally = tally.after(arm[some], y[some], share[some])
+        found.append((tally.equality(), tally.verdict))
+    return found
+
+
+# --- outages --------------------------------------------------------------------------------------------------------
+
+OUTAGES = ("both arms", "candidate alone")
+SECONDS, BEGINS, ENDS = 60, 20, 30
+
+
+def _outage(seed: int, number: int, who: str) -> dict[str, Any]:
+    """The second at which the guard, and the bound alone, would have rolled the candidate back."""
+    generator, watch, alone = np.random.default_rng([seed, number]), Watch("control"), None
+    splits = [("", {"control": 0.5, "candidate": 0.5})]
+    for second in range(SECONDS):
+        rows, candidate = [], int(generator.binomial(10, 0.5))
+        for arm, answers in (("candidate", candidate), ("control", 10 - candidate)):
+            hit = BEGINS <= second < ENDS and (arm == "candidate" or who == "both arms")
+            errors = int(generator.binomial(answers, OUTAGE if hit else NORMAL))
+            sums = {"errors": errors, "slow": 0, "seconds": 0.0, "compared": 0, "agreed": 0}
+            rows.append(SimpleNamespace(id=second, at=f"{second:03}", arm=arm, answers=answers, **sums))
+        watch.read(rows, splits)
+        total = watch.sums["candidate"]
+        if alone is None and bounds.evidence(total.errors, total.answers, BOUND) >= math.log(1 / ALPHA):
+            alone = second
+        if watch.arms["candidate"].evidence("errors", total, BOUND) >= decide.needed(ALPHA):
+            return {"guard": second, "bound_alone": alone}
+    return {"guard": None, "bound_alone": alone}
+
+
+# --- outcomes of another mix ----------------------------------------------------------------------------------------
+
+
+def _other_mix(seed: int, number: int) -> dict[str, Any]:
+    """No difference, half of the outcomes are told at once; of the candidate those that are good, as far as they go."""
+    generator = np.random.default_rng([seed, number])
+    arm = (generator.random(MOST) < 0.5).astype(np.int64)
+    good = generator.random(MOST) < BASE
+    told = np.where(arm == 1, good | (generator.random(MOST) < (0.5 - BASE) / (1 - BASE)), generator.random(MOST) < 0.5)
+    tally = Tally.empty(binary=True, margin=None, decides=decide.needed(ALPHA))
+    tally = tally.after(arm[told], good[told].astype(np.float64), np.full(int(told.sum()), 0.5))
+    planned = {0: {"control": 0.5, "candidate": 0.5}}
+    seen = [((0, int(not each)), "candidate" if a else "control") for a, each in zip(arm, told, strict=True)]
+    peak = Ratio().after(seen, planned).process.peak
+    return {"verdict": tally.verdict, "alarm": bool(peak >= math.log(validity.NEEDED))}
+
+
+# --- what is said of it ---------------------------------------------------------------------------------------------
+
+
 def _report() -> None:
-    header = ["chances", "traffic", "most units", "binary", "bounded", "z, peeking", "fixed"]
-    for run in record.load(NAME):
-        rows = []
-        for row in run["rows"]:
-            chances = f"{row['control']:g} and {row['candidate']:g}{', drifting' if row['drift'] else ''}"
-            traffic = " → ".join(f"{100 * share:g}%" for share in row["ramp"])
-            said = [
-                _said(row["stopped"][kind], row["control"] != row["candidate"]) for kind in ("binary", "bounded", "z")
-            ]
-            rows.append([chances, traffic, row["most"], *said, row["fixed"] or ""])
-        print(record.table(header, rows))
+    for section in (verdicts, named, guarded, mixed):
+        print(section(), end="\n\n")
+
+
+def newest() -> dict[str, Any]:
+    """The newest run that has all four simulations."""
+    return [run for run in record.load(NAME) if "other_mix" in run][-1]
+
+
+def verdicts() -> str:
+    """A row a setting: wrong verdicts, or those that were found and the units that took."""
+    header = ["chances", "traffic", "most units", "binary", "bounded", "z, peeking", "fixed", "equal power", "times"]
+    rows = []
+    for row in newest()["rows"]:
+        chances = f"{row['control']:g} and {row['candidate']:g}{', drifting' if row['drift'] else ''}"
+        traffic = " → ".join(f"{100 * share:g}%" for share in row["ramp"])
+        differs = row["control"] != row["candidate"]
+        said = [_said(row["stopped"][kind], differs) for kind in ("binary", "bounded")]
+        z = "" if differs else _said(row["stopped"]["z"], differs)
+        equal = equal_power(row["stopped"]["binary"]) if row["fixed"] else None
+        times = "" if equal is None else f"{equal / row['fixed']:.1f}x"
+        rows.append([chances, traffic, row["most"], *said, z, row["fixed"] or "", equal or "", times])
+    return record.table(header, rows)
+
+
+def equal_power(stopped: list[int | None]) -> int | None:
+    """Units after which 80% of the experiments had found the difference."""
+    units = sorted(math.inf if each is None else each for each in stopped)
+    found = units[math.ceil(POWER * len(units)) - 1]
+    return None if math.isinf(found) else int(found)
+
+
+def named() -> str:
+    """A row a rule: how many of the real differences are discoveries, and how many are false."""
+    rows = []
+    for rule, stores in newest()["discoveries"].items():
+        real = sum(each["real"] for each in stores) / (REAL * len(stores))
+        false = sum(each["false"] / max(each["real"] + each["false"], 1) for each in stores) / len(stores)
+        units = sorted(units for each in stores for units in each["units"])
+        rows.append([f"its {rule}", len(stores), f"{real:.0%}", f"{false:.1%}", units[len(units) // 2]])
+    return record.table(["ends by itself at", "stores", "of 4 real ones named", "false among the named", "units"], rows)
+
+
+def guarded() -> str:
+    """A row an outage: how often the candidate goes, and after how many seconds."""
+    rows = []
+    for who, found in newest()["outages"].items():
+        gone = [each["guard"] for each in found if each["guard"] is not None]
+        alone = sum(each["bound_alone"] is not None for each in found) / len(found)
+        after = f"{sorted(gone)[len(gone) // 2] - BEGINS + 1} s" if who == "candidate alone" else ""
+        rows.append([who, f"{len(gone) / len(found):.1%}", f"{alone:.1%}", after])
+    return record.table(["outage of", "rolled back", "by the bound alone", "median time"], rows)
+
+
+def mixed() -> str:
+    """False verdicts, and alarms, where one arm's outcomes are of another mix."""
+    found = newest()["other_mix"]
+    false = sum(each["verdict"] is not None for each in found) / len(found)
+    seen = sum(each["alarm"] for each in found) / len(found)
+    header = ["outcomes of the candidate", "false verdicts", "noticed"]
+    return record.table(header, [["as many, as quick, other mix", f"{false:.0%}", f"{seen:.0%}"]])
 
 
 def _said(stopped: list[int | None], differs: bool) -> str:

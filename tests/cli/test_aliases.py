@@ -99,13 +99,16 @@ def test_show_tells_the_last_moves_of_many(said) -> None:
 def test_a_gate_is_kept_shown_asked_and_removed(said) -> None:
     assert said("gate", "news") == "no gate on news\n"
     assert "news@production  test.accuracy>=0.9" in said("gate", "news", "production", "accuracy>=0.9", "loss<1")
+    assert "production names nothing yet" in said("gate", "news")
     err = said("promote", "news@1", "production", status=1)
     assert "news@1 may not become news@production: test.accuracy>=0.9 is wanted, found 0.5" in err
     said("promote", "news@2", "production")
     listed = told(said("gate", "news", "--json"))
     assert listed["name"] == "news"
     assert [gate["gate"] for gate in listed["gates"]] == ["test.accuracy>=0.9", "test.loss<1"]
-    assert set(listed["gates"][0]) == {"alias", "split", "metric", "relation", "threshold", "gate"}
+    assert set(listed["gates"][0]) == {
+        "alias", "split", "metric", "relation", "threshold", "gate", "holder", "passes", "found",
+    }  # fmt: skip
     said("gate", "news", "production", "--remove", "accuracy", "--remove", "test.loss<1")
     assert said("gate", "news", "production") == "no gate on news@production\n"
 
@@ -135,13 +138,30 @@ def test_what_cannot_be_is_one_line(said, arguments, status, complaint) -> None:
     assert err.count("\n") == 1
 
 
+def test_a_gate_says_at_once_whether_the_present_holder_passes(said) -> None:
+    said("promote", "news@1", "production")
+    shown = said("gate", "news", "production", "accuracy>=0.9", "loss<1")
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "news@production test.accuracy>=0.9 news@1 fails, found 0.5" in lines
+    assert any(line.startswith("news@production test.loss<1 news@1") for line in lines)
+    found = {gate["metric"]: (gate["holder"], gate["passes"]) for gate in told(said("gate", "news", "--json"))["gates"]}
+    assert found["accuracy"] == ("news@1", False)
+    said("promote", "news@2", "production")
+    assert "news@2 passes, found 0.9" in " ".join(said("gate", "news").split())
+    said("gate", "news", "production", "f1>0.1")
+    assert "news@2 fails, and test has no such number" in " ".join(said("gate", "news").split())
+
+
 def test_golden_examples_are_kept_shown_refused_and_removed(said, tmp_path) -> None:
     """The versions of this store classify nothing: their kind alone is refused, which needs no base."""
     (tmp_path / "golden.csv").write_text("text,label\nx,good\ny,bad\n")
     shown = said("gate", "news", "production", "loss<1", "--golden", str(tmp_path / "golden.csv"), "--share", "0.95")
     assert re.search(r"news@production +golden:\w{12}>=0\.95 +2 golden examples", shown)
+    assert "production names nothing yet" in shown
     metric, golden = told(said("gate", "news", "--json"))["gates"]
-    assert set(golden) == {"alias", "golden", "kind", "examples", "share", "gate"}
+    assert set(golden) == {
+        "alias", "golden", "kind", "examples", "share", "gate", "holder", "passes", "found",
+    }  # fmt: skip
     assert (metric["gate"], golden["examples"], golden["share"]) == ("test.loss<1", 2, 0.95)
     err = said("promote", "news@2", "production", "--replay", status=1)
     assert f"{golden['gate'].partition('>')[0]} has labels as answers, and news@2 writes texts" in err

@@ -104,6 +104,6 @@ def test_a_sample_ratio_mismatch_is_shown_over_http_before_any_verdict(begin, wo
     shown = client.get("/api/experiments/a").json()
     assert shown["sample_ratio"]["ok"] is False
     assert len(shown["verdicts"]) == 1
-    assert shown["verdicts"][0].startswith("SAMPLE RATIO MISMATCH")
+    assert shown["verdicts"][0].startswith("OUTCOMES MISSING")
     running.served._settle()
     assert client.get("/api/experiments/a").json()["state"] == "running"

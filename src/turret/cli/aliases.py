@@ -11,7 +11,7 @@ from turret.cli import options
 from turret.cli.output import columns, console, emit, many, safe, status
 
 if TYPE_CHECKING:
-    from turret.store import Gate, Golden, Move
+    from turret.store import Gate, Golden, Move, Standing
 
 PRODUCTION = "production"
 Alias = Annotated[str, typer.Argument(help="such as production or candidate")]
@@ -77,15 +77,20 @@ def gate(
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Show, add or remove what an alias asks of a version."""
+    """Show, add or remove what an alias asks of a version, and say whether its present holder passes."""
     from turret.workspace import Workspace
 
-    found = Workspace(store).gate(name, alias, add=add or (), remove=remove or (), golden=golden, share=share)
+    workspace = Workspace(store)
+    workspace.gate(name, alias, add=add or (), remove=remove or (), golden=golden, share=share)
+    found = workspace.standing(name, alias)
     if as_json:
         emit({"name": name, "gates": [each.as_json() for each in found]})
     elif found:
-        rows = [(f"[green]{safe(name)}@{safe(each.alias)}[/]", safe(each), _much(each)) for each in found]
-        console().print(columns(("alias", "gate", ""), rows))
+        rows = [
+            (f"[green]{safe(name)}@{safe(each.gate.alias)}[/]", safe(each.gate), _much(each.gate), _stands(each))
+            for each in found
+        ]
+        console().print(columns(("alias", "gate", "", "holder"), rows))
     else:
         console().print(f"no gate on {safe(f'{name}@{alias}' if alias else name)}")
 
@@ -94,6 +99,14 @@ def _much(gate: Gate | Golden) -> str:
     """What the words of a gate do not tell."""
     count = getattr(gate, "examples", None)
     return "" if count is None else f"[dim]{many(count)} golden example{'' if count == 1 else 's'}[/]"
+
+
+def _stands(each: Standing) -> str:
+    """`news@2 passes, found 0.93`."""
+    if each.holder is None:
+        return f"[dim]{safe(each.found)}[/]"
+    said = {True: "[green]passes[/]", False: "[red]fails[/]", None: "[yellow]not known[/]"}[each.passes]
+    return f"{safe(each.holder)} {said}, {safe(each.found)}"
 
 
 def _answer(move: Move, as_json: bool) -> None:

@@ -6,6 +6,7 @@ from turret.store.gates import Gate
 from turret.store.gc import Collected
 from turret.store.golden import Example, Golden, GoldenSet, Replay
 from turret.store.runs import Run
+from turret.store.standing import Standing
 from turret.store.store import Store
 from turret.store.tokens import Token, Tokens
 from turret.store.verify import Verified
@@ -21,6 +22,7 @@ __all__ = [
     "Pointing",
     "Replay",
     "Run",
+    "Standing",
     "Store",
     "Token",
     "Tokens",

@@ -62,19 +62,21 @@ class Gate:
 
 def check(version: Version, alias: str, wanted: Iterable[Gate]) -> None:
     """Raises GateFailed naming every gate that the version's stored metrics do not pass."""
-    failed = []
-    for gate in wanted:
-        value = _found(version.metrics, gate)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number:
-            failed.append(f"{gate} is wanted, and {_lacks(version.metrics, gate)}")
-        elif not _HOLDS[gate.relation](value, gate.threshold):
-            failed.append(f"{gate} is wanted, found {value!r}")
+    found = [(gate, *judged(version, gate)) for gate in wanted]
+    failed = [f"{gate} is wanted, {said}" for gate, passes, said in found if not passes]
     if failed:
         raise GateFailed(
             f"{version} may not become {version.name}@{alias}: {'; '.join(failed)}: promote another version, or change "
             f"the gate with `turret gate {version.name} {alias}`"
         )
+
+
+def judged(version: Version, gate: Gate) -> tuple[bool, str]:
+    """Whether the version's stored metrics pass the gate, and what was found."""
+    value = _found(version.metrics, gate)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return False, f"and {_lacks(version.metrics, gate)}"
+    return _HOLDS[gate.relation](value, gate.threshold), f"found {value!r}"
 
 
 def of(connection: Connection, name: str, alias: str | None = None) -> Sequence[Gate]:

@@ -260,7 +260,7 @@ def check(connection: Connection, version: Version, alias: str) -> tuple[Replay,
                     f"{_refused(version, alias)}: {name_of(gate.golden)} {said}: {_remedy(version, alias)}"
                 )
             missing.append(gate.golden)
-        elif replay.passed < gate.share * replay.total - 1e-9:
+        elif not passed(replay, gate):
             failed.append(_said(replay, gate))
     if failed:
         raise GateFailed(f"{_refused(version, alias)}: {'; '.join(failed)}: {_remedy(version, alias)}")
@@ -271,6 +271,21 @@ def check(connection: Connection, version: Version, alias: str) -> tuple[Replay,
             tuple(missing),
         )
     return tuple(kept[gate.golden] for gate in wanted)
+
+
+def judged(connection: Connection, version: Version, gate: Golden) -> tuple[bool | None, str]:
+    """Whether the version passed the examples when they were put to it, None where they never were; and how it did."""
+    replay = replays_of(connection, version).get(gate.golden)
+    if replay is None:
+        said = misfit(version, content_of(connection, gate.golden))
+        return (None, "never put to it") if said is None else (False, said)
+    when = replay.replayed[:16].replace("T", " ")
+    return passed(replay, gate), f"{replay.passed} of {replay.total} passed, {when} UTC"
+
+
+def passed(replay: Replay, gate: Golden) -> bool:
+    """Whether that is enough."""
+    return replay.passed >= gate.share * replay.total - 1e-9
 
 
 def misfit(version: Version, wanted: GoldenSet) -> str | None:

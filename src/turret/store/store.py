@@ -27,7 +27,7 @@ from turret.errors import BadReference, BundleError, Corrupt, InUse, NotFound, S
 from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
-from turret.store import aliases, catalog, gates, gc, golden, incoming, owner, runs, scratch
+from turret.store import aliases, catalog, gates, gc, golden, incoming, owner, runs, scratch, standing
 from turret.store import verify as verifying
 from turret.store.aliases import Move, Pointing
 from turret.store.blobs import OWNER, Blob, Blobs, Files
@@ -37,6 +37,7 @@ from turret.store.gc import Collected, Removed
 from turret.store.golden import Golden, GoldenSet, Replay
 from turret.store.objects import Objects
 from turret.store.runs import Run, State
+from turret.store.standing import Standing
 from turret.store.tokens import Tokens
 from turret.store.verify import Verified
 
@@ -247,6 +248,12 @@ class Store:
             if examples is not None:
                 golden.keep(connection, name, alias, examples, part)
             return [*gates.of(connection, name, alias), *golden.of(connection, name, alias)]
+
+    def standing(self, name: str, alias: str | None = None) -> Sequence[Standing]:
+        """Whether the version that the alias (or each alias) names passes the alias's gates now, gate by gate."""
+        wanted = Reference(check_name(name), alias=None if alias is None else check_alias(alias))
+        with self._there(wanted).reading() as connection:
+            return standing.of(connection, name, alias)
 
     def examples(self, digest: str) -> GoldenSet:
         """The golden examples of that digest; raises Corrupt."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from turret.location import Location
-from turret.store import Collected, Deleted, Gate, Golden, Move, Store, Tokens, Verified, Version
+from turret.store import Collected, Deleted, Gate, Golden, Move, Standing, Store, Tokens, Verified, Version
 from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
 
 if TYPE_CHECKING:
@@ -103,6 +103,10 @@ class Workspace:
 
             examples = read_examples(golden)
         return self.store.gate(name, alias, add=add, remove=remove, examples=examples, share=share)
+
+    def standing(self, name: str, alias: str | None = None) -> Sequence[Standing]:
+        """Whether the version that the alias (or each alias) names passes the alias's gates now, gate by gate."""
+        return self.store.standing(name, alias)
 
     def verify(self, reference: str | None = None) -> Verified:
         """Hash and open everything in the store again, or all of one version."""
