@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import charts
+import experiments
 import float32_products
 import plan_memory
 import record
@@ -334,6 +335,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "float32": lambda: float32_products.report(record.newest(record.load("float32_products"), lambda _: 0)),
     "plan-memory": lambda: plan_memory.report(record.load("plan_memory")),
     "store": store_scale.report,
+    "experiments": experiments.verdicts,
+    "discoveries": experiments.named,
+    "outages": experiments.guarded,
+    "other-mix": experiments.mixed,
 }
 DRAWN: dict[str, Callable[[], tuple[str, str, list[charts.Bar]]]] = {"training": training_chart}
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from turret.experiments import bounds, discoveries, paired, ratio
+from turret.experiments import bounds, decide, discoveries, paired, ratio
+from turret.experiments.evidence import Tally
 from turret.experiments.validity import NEEDED
 
 HALF = {"control": 0.5, "candidate": 0.5}
@@ -148,6 +149,53 @@ def false_discoveries(expected: float, alpha: float = 0.1) -> float:
 def test_few_of_the_named_are_false_as_long_as_null_evidence_is_worth_at_most_one() -> None:
     assert 0.04 < false_discoveries(1.0) <= 0.1
     assert false_discoveries(2.0) > 0.1  # evidence that reaches its bound too often is seen
+
+
+def test_what_one_more_experiment_needs_is_what_names_it() -> None:
+    others = [math.log(value) for value in (200.0, 120.0, 30.0, 1.0, 0.5)]
+    enough = discoveries.needed(others, 0.05)
+    assert math.exp(enough) == pytest.approx(6 / (0.05 * 4))  # the fourth beside 200, 120 and 30
+    assert "one" in discoveries.named({str(log): log for log in others} | {"one": enough}, 0.05)
+    assert "one" not in discoveries.named({str(log): log for log in others} | {"one": enough - 1e-6}, 0.05)
+    assert math.exp(discoveries.needed([], 0.05)) == pytest.approx(20)
+    assert math.exp(discoveries.needed([-math.inf] * 19, 0.05)) == pytest.approx(400)
+
+
+MANY, REAL, UNITS_EACH, STEP = 20, 4, 2400, 100
+
+
+def evidence_of(seed: int, place: int) -> list[tuple[float, str | None]]:
+    """Of one experiment of a store after each look; the first few have a real difference."""
+    generator = np.random.default_rng([seed, place])
+    arm = (generator.random(UNITS_EACH) < 0.5).astype(np.int64)
+    chance = np.where(arm == 1, 0.45 if place < REAL else 0.3, 0.3)
+    y, share = (generator.random(UNITS_EACH) < chance).astype(np.float64), np.full(UNITS_EACH, 0.5)
+    found, known = [], Tally.empty(binary=True, margin=None, decides=decide.needed(0.05))
+    for start in range(0, UNITS_EACH, STEP):
+        known = known.after(*(part[start : start + STEP] for part in (arm, y, share)))
+        found.append((known.equality(), known.verdict))
+    return found
+
+
+def ended(paths: list[list[tuple[float, str | None]]], *, waits: bool) -> frozenset[str]:
+    """The discoveries among experiments of which each ends at its verdict, or waits until it is one of them."""
+    now, over = [0.0] * len(paths), [False] * len(paths)
+    for look in range(UNITS_EACH // STEP):
+        for place, path in enumerate(paths):
+            now[place] = now[place] if over[place] else path[look][0]
+        for place, path in enumerate(paths):
+            enough = discoveries.needed(now[:place] + now[place + 1 :], 0.05)
+            over[place] |= path[look][1] is not None and (not waits or now[place] >= enough)
+    return discoveries.named({str(place): log for place, log in enumerate(now)}, 0.05)
+
+
+def test_four_real_differences_among_twenty_are_discoveries_where_experiments_wait_for_it() -> None:
+    stores = [[evidence_of(seed, place) for place in range(MANY)] for seed in range(3)]
+    early = [name for paths in stores for name in ended(paths, waits=False)]
+    found = [name for paths in stores for name in ended(paths, waits=True)]
+    assert len(early) <= 2  # the evidence of 20 with which each ended names nearly none
+    assert sum(int(name) < REAL for name in found) >= 11
+    assert sum(int(name) >= REAL for name in found) <= 1
 
 
 def test_right_and_wrong_are_compared_by_mcnemar_and_texts_by_sign_flips() -> None:
