@@ -134,6 +134,19 @@ def test_people_are_told_what_was_stored_and_what_to_try(typed, capsys) -> None:
         assert words in out
 
 
+def test_progress_without_a_terminal_says_the_last_score_and_the_time_left(capsys) -> None:
+    from turret.train import StepRecord
+
+    with Progress(as_json=False) as shown:
+        for step in (1, 2, 3):
+            scored = {"accuracy": 0.5} if step == 1 else None
+            shown.record(StepRecord(step, 10, step / 10, 0.7, 1e-3, 1.0, 8, 80, 2.0, 40.0, 10**8, scored, "validation"))
+    lines = capsys.readouterr().err.splitlines()
+    assert "18 s left" in lines[0]
+    assert "14 s left" in lines[-1]
+    assert "validation accuracy 0.500" in lines[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "complaint"),
     [

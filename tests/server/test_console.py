@@ -226,7 +226,7 @@ def test_a_run_shows_its_curve_while_it_trains(serve, workspace) -> None:
 def test_a_report_is_served_as_it_was_written_and_may_run_nothing(serve, workspace, tmp_path) -> None:
     from simulated_comparison import made
 
-    found = made("head,full,lora", seeds=2, count=60)
+    found = made("head,full,lora", seeds=2, count=60, falling=["lora"])
     folder = workspace.store.root / "comparisons" / "news-0123456789"
     folder.mkdir(parents=True)
     write_report(found, folder, lambda path, text: path.write_text(text, encoding="utf-8"))
@@ -234,7 +234,9 @@ def test_a_report_is_served_as_it_was_written_and_may_run_nothing(serve, workspa
     assert one["key"] == "news-0123456789"
     assert one["headline"]
     client = serve().client()
-    assert one["headline"][:20] in client.get("/comparisons").text
+    page = client.get("/comparisons").text
+    assert one["headline"][:20] in page
+    assert '<span class="badge open">not trained out</span>' in page
     assert 'src="/comparisons/news-0123456789/report"' in client.get("/comparisons/news-0123456789").text
     got = client.get("/comparisons/news-0123456789/report")
     assert got.text == (folder / "report.html").read_text(encoding="utf-8")
