@@ -211,7 +211,7 @@ def test_positions_that_a_base_does_not_have_are_refused_not_read() -> None:
     with made.engine() as engine:
         with pytest.raises(DataError, match="max_tokens = 510: the prompt leaves room for"):
             engine.submit("generate", TEXTS[0], None, Options(max_tokens=510))
-        with pytest.raises(DataError, match="has 600 tokens and this engine takes at most 512"):
+        with pytest.raises(DataError, match="has 600 tokens or more and this engine takes at most 512"):
             engine.submit("generate", [5] * 600, None)
         assert engine.generate([TEXTS[0]], None, Options(max_tokens=500))[0]["tokens"] <= 500
 

@@ -108,3 +108,13 @@ def test_over_http_a_spent_quota_is_429_and_others_go_on(serve, put, workspace) 
     assert client.post("/v1/classify", json=body | {"input": ["x"] * 60}).status_code == 200
     assert client.post("/v1/classify", json=body).status_code == 429  # of the adapter a
     assert client.post("/v1/classify", json=body | {"model": "b"}).status_code == 200
+
+
+def test_of_a_text_that_is_cut_a_token_is_charged_for_every_64_characters_sent(serve, put, workspace) -> None:
+    put()
+    _, secret = workspace.tokens.create("some", tokens_per_minute=1000)
+    running = serve()
+    client, body = running.client(secret), {"model": "a", "prompt": "x" * 640_000, "max_tokens": 1}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    got = client.post("/v1/completions", json=body | {"prompt": "x"})
+    assert (got.status_code, got.json()["error"]["code"]) == (429, "quota_spent")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from turret.bases import Base
@@ -17,6 +18,7 @@ from turret.engine.loaded import Loaded
 from turret.engine.request import Limits, Request
 from turret.engine.runner import Runner
 from turret.errors import AdapterError, DataError, NoRoom
+from turret.tasks.tokens import Tokens
 
 BEHIND = 4  # tokens that decide how the next one is written
 CHARACTERS_A_TOKEN = 3  # a guess, until a text's adapter is there to encode it
@@ -33,6 +35,10 @@ class Prompts:
         self._lock = threading.Lock()
         self.can_generate = base.model.get_output_embeddings() is not None and base.family.kind != "encoder"
         self.crossing = base.family.kind == "encoder-decoder"
+
+    @cached_property
+    def _tokens(self) -> Tokens:
+        return Tokens(self._base.tokenizer)
 
     def guess(self, text: str) -> int:
         """How many tokens a text may have, before it is encoded."""
@@ -107,7 +113,8 @@ class Prompts:
             task: Any = loaded.task
             encoded = task.encode(text) if kind == "classify" else task.encode_sources([text])[0]
             return [int(token) for token in encoded.ids.tolist()]
-        ids = [int(token) for token in self._base.tokenizer(text, verbose=False)["input_ids"]]
+        tokens = self._tokens
+        ids = [*tokens.before, *tokens.plain([text], most=self._limits.max_tokens)[0], *tokens.after]
         if not ids:
             raise DataError("the text has no tokens: give at least one character")
         return ids
@@ -136,4 +143,4 @@ class Prompts:
 
     def _too_long(self, length: int, most: int | None = None) -> DataError:
         most = self._limits.max_tokens if most is None else most
-        return DataError(f"the text has {length} tokens and this engine takes at most {most} here: shorten it")
+        return DataError(f"the text has {length} tokens or more and this engine takes at most {most} here: shorten it")

@@ -21,6 +21,7 @@ T = TypeVar("T")
 Answer = dict[str, Any]
 TRIES = 4  # after the first, of a request whose version is deleted while it waits to be loaded
 CHARACTERS = 4  # of a token, where nobody has counted
+LEAST = 64  # characters of a text for which a token is charged at least, however few of its tokens are kept
 
 
 class Put(NamedTuple):
@@ -49,6 +50,7 @@ class Asked:
         self.error: BaseException | None = None  # what was raised to whoever asked
         self._tries = TRIES
         self._guessed = [len(text) // CHARACTERS + 1 if isinstance(text, str) else len(text) for text in texts]
+        self._least = [len(text) // LEAST if isinstance(text, str) else 0 for text in texts]
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._until = self._loop.time() + seconds
@@ -99,11 +101,12 @@ class Asked:
 
     @property
     def tokens(self) -> int:
-        """Read and decided. Of an answer that nobody waited for, the pieces that came; of a prompt that the engine
-        does not count, a guess by its length."""
+        """Read and decided: what a quota is charged. Of an answer that nobody waited for, the pieces that came; of a
+        prompt that the engine does not count, a guess by its length."""
         total = 0
-        for answer, pieces, guess in zip(self.answers, self._pieces, self._guessed, strict=True):
-            total += prompt_tokens(answer or {}) or guess
+        counts = zip(self.answers, self._pieces, self._guessed, self._least, strict=True)
+        for answer, pieces, guess, least in counts:
+            total += max(prompt_tokens(answer or {}) or guess, least)
             total += pieces if answer is None else made_tokens(answer)
         return total
 

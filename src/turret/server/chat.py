@@ -14,6 +14,7 @@ from turret.errors import BadRequest
 from turret.server.completions import EVENTS
 from turret.server.face import Text
 from turret.server.generation import Chunk, options, several, stream
+from turret.server.limits import MOST_TEXT
 from turret.server.routes import Here, Unit, router, usage
 from turret.server.schemas import (
     ChatChoice,
@@ -33,7 +34,7 @@ questions = router("infer")
 @questions.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
 async def chat(body: ChatRequest, here: Here, unit: Unit, request: Request, response: Response) -> Any:
     """What the assistant says next."""
-    texts = several(body, [prompt(here, body.model, body.messages)])
+    texts = several(body, [await here.reading(prompt, here, body.model, body.messages)])
     asking = options(here, body, body.max_completion_tokens or body.max_tokens, len(texts))
     if body.stream:
         return await stream(here, request, body, texts, asking, unit, Deltas())
@@ -58,6 +59,8 @@ def prompt(here: Served, model: str, messages: list[Message]) -> Text:
         return messages[0].text()
     tokenizer = here.engine.base.tokenizer
     if getattr(tokenizer, "chat_template", None):
+        if (characters := sum(len(message.text()) for message in messages)) > MOST_TEXT:
+            raise BadRequest(f"the messages have {characters} characters: expected at most {MOST_TEXT} in all")
         said = [
             {"role": message.role.replace("developer", "system"), "content": message.text()} for message in messages
         ]

@@ -102,7 +102,7 @@ class Served:
         )
         waiting = self.limits.control_waiting
         self._asking = Lane("ask", 8, 2 * self.limits.in_flight, "questions are being put", 1)
-        self.reading = Lane("read", 2, self.limits.in_flight, "large bodies are being read", 1)
+        self.reading = Lane("read", 1, self.limits.in_flight, "large bodies are being read", 1)
         # For verbs that may take their time; for those that may take minutes, one by one, so that the others go on.
         self.control = Lane("control", 4, waiting, "verbs of the control plane are waiting", 1)
         self.aside = Lane("aside", 1, MOST_ASIDE, "promotes are asking golden examples", 10)

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from turret.errors import BaseModelError
-
-_CHARACTERS_A_TOKEN = 64  # only texts longer than this many characters a token of the limit are shortened beforehand
+from turret.tasks.beginnings import Beginnings
 
 
 class Tokens:
@@ -21,6 +20,7 @@ class Tokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._beginnings = Beginnings(tokenizer)
         plain = self._ids(["a"])[0]
         around = list(tokenizer("a", verbose=False)["input_ids"])
         at = _find(around, plain)
@@ -34,17 +34,12 @@ class Tokens:
         return [list(ids) for ids in coded["input_ids"]]
 
     def plain(self, texts: Sequence[str], *, most: int | None = None, literal: bool = False) -> list[list[int]]:
-        """Ids without special tokens. `most`: only the first so many and one more will be looked at, so that a very
-        long text need not be tokenized whole. `literal`: a special token written in a text is read as characters."""
+        """Ids without special tokens. `most`: only the first so many and one more will be looked at, so a long text is
+        read no further than these need. `literal`: a special token written in a text is read as characters."""
         settings = {"split_special_tokens": True} if literal else {}
-        if most is None:
+        if most is None or not texts:
             return self._ids(texts, **settings)
-        shortened = [_shortened(text, _CHARACTERS_A_TOKEN * (most + 64)) for text in texts]
-        coded = self._ids(shortened, **settings)
-        again = [i for i, text in enumerate(texts) if len(shortened[i]) < len(text) and len(coded[i]) < most + 64]
-        for i, ids in zip(again, self._ids([texts[i] for i in again], **settings), strict=True):
-            coded[i] = ids  # so few tokens from so many characters: blanks, or one endless word
-        return coded
+        return self._beginnings.ids(texts, most + 1, settings)
 
     @property
     def eos(self) -> int:
@@ -83,11 +78,3 @@ def _find(whole: list[int], part: list[int]) -> int:
         if whole[at : at + len(part)] == part:
             return at
     raise BaseModelError("the tokenizer changes a text when it adds special tokens: use another base")
-
-
-def _shortened(text: str, characters: int) -> str:
-    """The text's beginning, up to a blank, so that no word is torn; the whole text where that saves little."""
-    if len(text) < 2 * characters:
-        return text
-    at = max(text.rfind(" ", 0, characters), text.rfind("\n", 0, characters))
-    return text[:at] if at > characters // 2 else text
