@@ -28,7 +28,7 @@ from turret.adapters import Adapter, merge, vllm
 from turret.adapters.bundle import FILES, read_config
 from turret.bases.licence import licence_of
 from turret.bases.quiet import quiet
-from turret.disk import alone, permissions, plainly, sync
+from turret.disk import alone, number_of, permissions, plainly, sync
 from turret.errors import AdapterError, StoreError
 from turret.store import Store, Version, scratch
 from turret.store.scratch import BESIDE, LOADED, Beside
@@ -120,7 +120,8 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Callabl
     state = merge.merged_state(base.model, adapter)
     with quiet():
         _labelled(base.model, adapter.task).save_pretrained(folder, state_dict=state)
-        base.tokenizer.save_pretrained(folder)
+        with _said_by_tokenizers(folder):
+            base.tokenizer.save_pretrained(folder)
     model_class, precision = type(base.model), base.dtype
     del base, state
     say("reading it back")
@@ -134,6 +135,18 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Callabl
         )
     word = str(precision).removeprefix("torch.")
     return [f"Its weights are {word}; read back, its outputs differ from the adapter's by {error:.1e} of the largest."]
+
+
+@contextmanager
+def _said_by_tokenizers(folder: Path) -> Iterator[None]:
+    """What the disk says; tokenizers raises it as a bare Exception, with the number in its words."""
+    try:
+        yield
+    except Exception as error:
+        number = number_of(error)
+        if isinstance(error, OSError) or number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def _dtype_of(base_id: str) -> Literal["float32", "bfloat16"]:
