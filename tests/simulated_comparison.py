@@ -74,6 +74,7 @@ def result(cell: Cell, data: Dataset, accuracy: float, number: int, falling: boo
         },
         "best": {"merit": 0.9, "seconds": 12.0, "step": 5, "split": "test"},
         "losses": losses(accuracy, number, falling=falling), "made": MADE,
+        "warnings": ["its loss is that of guessing"] if accuracy <= 0.5 else [],
     }  # fmt: skip
     said = {
         "kind": data.kind, "base": {"id": "small", "fingerprint": "sha256:base"}, "answers": answers,

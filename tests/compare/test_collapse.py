@@ -145,6 +145,7 @@ def test_the_report_names_the_seed_and_the_mean_leaves_it_out() -> None:
         assert "seed 44 (score 50.0, loss flat at 0.69, one answer to 100% of the texts)" in page.replace("\\", "")
     assert made("full,lora", seeds=5, count=1500, margin=2).rows[1].verdict.word == "within"  # the control
     assert found.promotion.version is None
+    assert "lora, seed 44: its loss is that of guessing" in found.notes
 
 
 def test_a_writer_whose_outputs_fit_any_text_as_well_has_collapsed() -> None:

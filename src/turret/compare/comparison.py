@@ -188,7 +188,7 @@ def comparison(
         examples=some_examples(good, data, specs),
         promotion=promotion(rows, made.against, good),
         recipes={spec: next(each.recipe for each in whole if each.spec == spec) for spec in specs},
-        notes=_notes(data, rows, made),
+        notes=_notes(data, rows, made, whole),
         missing=missing,
         budget=budget,
         folder=folder,
@@ -339,7 +339,7 @@ def _commonest(data: Any) -> float | None:
     return 100 * sum(1 for example in data.test if example.label == commonest) / len(data.test)
 
 
-def _notes(data: Any, rows: Sequence[Row], made: Design) -> tuple[str, ...]:
+def _notes(data: Any, rows: Sequence[Row], made: Design, whole: Sequence[Result]) -> tuple[str, ...]:
     notes = list(data.notes)
     for row in rows:
         notes += [f"{row.label} collapsed at {each}; scores and intervals leave it out" for each in row.collapses]
@@ -349,6 +349,7 @@ def _notes(data: Any, rows: Sequence[Row], made: Design) -> tuple[str, ...]:
             notes.append(
                 f"{row.label} is not trained out: its loss still fell at the last step; more epochs would help it"
             )
+    notes += [f"{each.spec}, seed {each.seed}: {warning}" for each in whole for warning in each.warnings]
     judged = sum(row.verdict is not None for row in rows)
     if judged > 1:
         notes.append(

@@ -41,6 +41,7 @@ class Result:
     notes: Sequence[str]
     losses: Sequence[float] = ()  # of training, means over equal stretches
     guess: float | None = None  # mean score of outputs against the references of other texts
+    warnings: Sequence[str] = ()  # of the training, a sentence each: why not to trust its version
     made: Mapping[str, Any] | None = None  # when, where and with what: date, device, threads, precision, versions
 
     @classmethod
@@ -72,6 +73,7 @@ class Result:
             losses=said.get("losses", ()),
             guess=said.get("guess"),
             made=said.get("made"),
+            warnings=said.get("warnings", ()),
         )
 
 

@@ -49,6 +49,7 @@ def version(
         "best": _best(store, str(result["run"])),
         "losses": binned([record.loss for record in _curve(store, str(result["run"]))]),
         "made": provenance(ready.model, recipe.train.int8),
+        "warnings": list(result.get("warnings", ())),
         **_answers(ready, dataset.test, say),
     }
 
