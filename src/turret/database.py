@@ -4,7 +4,9 @@ The schema, in bullets (its number is `SCHEMA`; every change is a new Alembic fi
 
 - `adapters`: a row a name; `last_number` is the last number given out, so that a number is never used twice
 - `versions`: a row a stored version, never changed after it is written; `manifest` and `metrics` are JSON
-- `files`: which content (sha256) a version has under which path
+- `files`: which content (sha256) a version has under which path; `upload` is which copy of it (`turret.store.uploads`),
+  one for all versions that have it, and empty for those that format 0005 wrote
+- `uploads`: puts that are writing files; `since` is when the last file was begun
 - `aliases`: where a movable name points now
 - `alias_history`: every move, append-only; `number` is the version's, and stays when the version is deleted and
   `version_id` becomes NULL (both NULL: the alias was taken away); `verb` is promote, rollback or delete; `before` is
@@ -62,7 +64,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-SCHEMA = "0005"  # the newest file in migrations/versions; a test holds the two together
+SCHEMA = "0006"  # the newest file in migrations/versions; a test holds the two together
 
 metadata = MetaData(
     naming_convention={
@@ -110,6 +112,13 @@ files = Table(
     Column("path", bytewise(255), primary_key=True),
     Column("digest", String(80), nullable=False, index=True),
     Column("bytes", BigInteger, nullable=False),
+    Column("upload", String(32), nullable=False),
+)
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("since", String(32), nullable=False),
 )
 aliases = Table(
     "aliases",

@@ -3,19 +3,24 @@
 - who writes holds one advisory lock of the database until the transaction ends, and sees all that was committed before
   it got it (READ COMMITTED); so there is one writer at a time, as with SQLite
 - who reads sees one moment (REPEATABLE READ) and waits for nobody
-- a transaction whose client was lost is ended by the server, which frees the lock; nothing of it is kept
+- a transaction whose client was lost is ended by the server within `IDLE_SECONDS`, which is less than the next writer
+  waits; this frees the lock, and nothing of it is kept. So no transaction that writes may wait for anything else, such
+  as an object store
 - a connection is used again by the next transactions of its process, for a minute, each time after a look whether the
   server still has it; a fork makes its own
+- a server that is silent is given up after `ANSWER_SECONDS` by the client's own clock, and so is its connection: a time
+  limit of the server does not help where the server is stopped, and TCP's do not where its kernel still answers
 """
 
 from __future__ import annotations
 
 import os
+import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine
@@ -24,12 +29,21 @@ from turret.errors import StoreError
 
 LOCK = 0x747572726574  # "turret"; a database's schemas share it
 BUSY_SECONDS = 60  # how long a writer waits for the writers before it
-IDLE_SECONDS = 600  # after which the server ends the transaction of a writer that is heard no more
+IDLE_SECONDS = 30  # after which the server ends the transaction of a writer that is heard no more
 CONNECT_SECONDS = 10
+ANSWER_SECONDS = 20.0  # of a statement, beyond what a writer waits for the writers before it
 KEPT_SECONDS = 60  # from its making on, a connection is used again: none idles for so long that a firewall forgets it
 KEPT = 2  # connections a process keeps for the next transaction; more at once are made and closed
 _SECRETS = ("password", "sslpassword")
-_DEFAULTS = {"connect_timeout": CONNECT_SECONDS, "application_name": "turret", "client_encoding": "utf-8"}
+_DEFAULTS = {
+    "connect_timeout": CONNECT_SECONDS,
+    "application_name": "turret",
+    "client_encoding": "utf-8",
+    "keepalives_idle": 20,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": int(1000 * ANSWER_SECONDS),
+}
 
 
 class Postgres:
@@ -69,10 +83,20 @@ class Postgres:
         engine = self._engine.execution_options(isolation_level=level, postgresql_readonly=not writes)
         with engine.begin() as connection:
             if writes:
-                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{self._busy_seconds}s'")
-                connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
-                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
+                self._wait_for_writers(connection)
             yield connection
+
+    def _wait_for_writers(self, connection: Connection) -> None:
+        limits = f"'lock_timeout', '{self._busy_seconds}s', true), set_config('idle_in_transaction_session_timeout'"
+        connection.exec_driver_sql(f"SELECT set_config({limits}, '{IDLE_SECONDS}s', true)")
+        driver: Any = connection.connection.dbapi_connection
+        driver.waits = self._busy_seconds
+        try:
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
+        finally:
+            driver.waits = 0
+        # A change of a table waits for its readers, and must be told so by the server before this process gives up.
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{int(ANSWER_SECONDS / 2)}s'")
 
     def identity(self, connection: Connection) -> str | None:
         """What tells this catalog from every other, on whatever server it is; None where that was lost.
@@ -110,6 +134,10 @@ class Postgres:
 
 _COMPLAINTS = (
     (("lock timeout",), "another process has held it for {seconds} seconds: wait for it, or end it"),
+    (
+        ("the server is silent",),
+        "{first}: look at the server and the network, and whether it was done; then try again",
+    ),
     (
         ("password", "Peer authentication", "no pg_hba.conf entry"),
         "{first}: set PGPASSWORD or ~/.pgpass, or ask for access",
@@ -150,7 +178,37 @@ def _wanted(url: str, store: str) -> dict[str, Any]:
 
 
 def _connect(url: str, store: str) -> Any:
-    return _driver(store).connect(**{**_DEFAULTS, **_wanted(url, store)}, prepare_threshold=None)
+    return _answering(_driver(store)).connect(**{**_DEFAULTS, **_wanted(url, store)}, prepare_threshold=None)
+
+
+@cache
+def _answering(psycopg: Any) -> Any:
+    """psycopg's connection, which is closed where the server is silent for too long."""
+
+    class Answering(psycopg.Connection):  # type: ignore[misc]  # psycopg is loaded where it is needed
+        waits = 0  # seconds that the next statement may take beside what an answer may
+
+        def wait(self, gen: Generator[Any, Any, Any], *more: Any, **limits: Any) -> Any:
+            return super().wait(self._limited(gen), *more, **limits)
+
+        def _limited(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+            """The same exchange with the server; psycopg resumes it every tenth of a second while nothing comes."""
+            seconds = self.waits + ANSWER_SECONDS
+            deadline = time.monotonic() + seconds
+            try:
+                wants = next(gen)
+                while True:
+                    ready = yield wants
+                    if ready:
+                        deadline = time.monotonic() + seconds
+                    elif time.monotonic() > deadline:
+                        self.pgconn.finish()
+                        raise psycopg.OperationalError(f"the server is silent for {seconds:.0f} seconds")
+                    wants = gen.send(ready)
+            except StopIteration as ended:
+                return ended.value
+
+    return Answering
 
 
 def _close(engine: Engine, process: int) -> None:

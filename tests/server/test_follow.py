@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import dataclass, field
 
@@ -257,6 +258,30 @@ def test_a_bad_version_that_another_process_promotes_is_told_and_the_old_one_ans
     got = client.post("/v1/classify", json={"model": "a@2", "input": "x"})
     assert got.status_code == 409
     assert "secret" not in got.text
+
+
+def test_a_server_that_cannot_reach_the_store_says_once_that_it_follows_no_more_and_once_that_it_does_again(
+    serve, put, workspace, until
+) -> None:
+    put()
+    workspace.promote("a@1", "production")
+    running = serve()
+    client, root = running.client(), workspace.store.root
+    assert "turret_following 1.0" in client.get("/metrics").text
+    away = root.rename(root.with_name("away"))
+    until(lambda: "turret_following 0.0" in client.get("/metrics").text)
+    until(lambda: len(followed(running, "turret-tokens")) == 1 and running.served.follow.failures > 20)
+    assert client.get("/readyz").status_code == 200
+    away.rename(root)
+    until(lambda: "turret_following 1.0" in client.get("/metrics").text)
+    for part in ("turret-follow", "turret-tokens"):
+        assert followed(running, part) == [False, True]
+
+
+def followed(running, part: str) -> list[bool]:
+    """What the log says of a part of the server: whether it follows the store."""
+    said = [json.loads(line) for line in running.lines.getvalue().splitlines()]
+    return [line["following"] for line in said if line["event"] == "follow" and line["part"] == part]
 
 
 def test_an_alias_that_is_flipped_1000_times_between_looks_is_the_last_one() -> None:

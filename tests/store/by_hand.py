@@ -7,40 +7,66 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from turret.store import Store
-from turret.store.blobs import Blobs
+from turret.store import catalog as catalogue
+from turret.store.blobs import Blob, Blobs
+
+
+def copy(store: Store, reference: str, name: str) -> Blob:
+    """Which copy a version has of a file."""
+    return store._look_up(reference)[1][name]
 
 
 def read(store: Store, reference: str, name: str) -> bytes:
     """The bytes of a version's file as they are kept."""
-    files, digest = store._blobs, store.show(reference)["files"][name]["digest"]
+    files, blob = store._blobs, copy(store, reference, name)
     if isinstance(files, Blobs):
-        return files.path(digest).read_bytes()
+        return files.path(blob).read_bytes()
     with files._told() as system:
-        return system.cat_file(files._blob(digest))
+        return system.cat_file(files._key(blob))
 
 
 def write(store: Store, reference: str, name: str, content: bytes) -> None:
     """Put other bytes in their place."""
-    files, digest = store._blobs, store.show(reference)["files"][name]["digest"]
+    files, blob = store._blobs, copy(store, reference, name)
     if isinstance(files, Blobs):
-        files.path(digest).chmod(0o644)
-        files.path(digest).write_bytes(content)
+        files.path(blob).chmod(0o644)
+        files.path(blob).write_bytes(content)
     else:
         with files._told() as system:
-            system.pipe_file(files._blob(digest), content)
+            system.pipe_file(files._key(blob), content)
 
 
 def remove(store: Store, reference: str, name: str) -> None:
     """Take them away."""
-    files, digest = store._blobs, store.show(reference)["files"][name]["digest"]
+    files, blob = store._blobs, copy(store, reference, name)
     if isinstance(files, Blobs):
-        files.path(digest).unlink()
+        files.path(blob).unlink()
     else:
         with files._told() as system:
-            system.rm_file(files._blob(digest))
+            system.rm_file(files._key(blob))
+
+
+def as_format_five(store: Store) -> None:
+    """Give every listed file the name that it had before copies had uploads; the catalog is changed by the caller."""
+    files = store._blobs
+    with store.database().reading() as connection:
+        blobs = {blob.digest: blob for _, _, blob in catalogue.contents(connection) if blob.upload}
+    for blob in blobs.values():
+        before = replace(blob, upload="")
+        if isinstance(files, Blobs):
+            files.path(blob).rename(files.path(before))
+        else:
+            with files._told() as system:
+                system.mv(files._key(blob), files._key(before))
+
+
+def forget_uploads(store: Store) -> None:
+    """As if every put that is at work had begun its last file long ago."""
+    execute(store, "UPDATE uploads SET since = '2000-01-01T00:00:00+00:00'")
 
 
 def everything(store: Store) -> dict[str, bytes]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from store.by_hand import age, everything
+from store import by_hand
+from store.bundles import tensors
+from store.by_hand import age, everything, forget_uploads
 
 from turret.database import Database
+from turret.errors import StoreError
 from turret.store import Store, catalog, gc, incoming
-from turret.store.blobs import Blob
+from turret.store.blobs import Blob, hash_file
+from turret.store.uploads import Upload
 
 
 def test_the_files_of_a_deleted_version_go_and_shared_ones_stay(store, put) -> None:
@@ -85,38 +90,107 @@ def test_a_run_that_never_began_goes_once_it_is_old(store) -> None:
 
 
 class Collecting:
-    """Files where a gc comes after every one that is written, until all four are."""
+    """Files where a gc comes after every one that is written, for the first `most`; `old`: as if an hour later."""
 
-    def __init__(self, store: Store) -> None:
-        self._store, self._files, self.calls = Store(store.location), store._blobs, 0
+    def __init__(self, store: Store, most: int = 1000, *, old: bool) -> None:
+        self._store, self._files, self._most, self._old = Store(store.location), store._blobs, most, old
+        self.written: list[Blob] = []
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._files, name)
 
-    def put(self, source: Path) -> Blob:
-        blob = self._files.put(source)
-        self.calls += 1
-        if self.calls <= 4:
+    def put(self, source: Path, blob: Blob) -> None:
+        self._files.put(source, blob)
+        self.written.append(blob)
+        if len(self.written) <= self._most:
+            if self._old:
+                forget_uploads(self._store)
             self._store.gc()
-            assert not self._files.has(blob.digest)
-        return blob
+            assert (self._files.glance(blob) is not None) == self._old
 
 
-def test_a_put_whose_files_a_gc_removed_before_they_were_listed_writes_them_again(store, make_bundle, put) -> None:
+def test_a_gc_leaves_what_a_put_at_work_has_written(store, make_bundle, put) -> None:
     put()
-    store._blobs = Collecting(store)
-    version = store.put("b", make_bundle(b"written, removed, written", more=b"x", **{"adapter_config.json": b"{ }"}))
-    assert store._blobs.calls == 8
+    store._blobs = Collecting(store, old=False)
+    version = store.put("b", make_bundle(tensors(500), more=b"x", **{"adapter_config.json": b"{ }"}))
+    assert len(store._blobs.written) == 4
     assert len(store.files(str(version))) == 4
+    assert store.verify().orphans == 0
+
+
+def test_a_put_whose_files_were_collected_as_abandoned_writes_them_again_under_new_names(store, make_bundle) -> None:
+    """A clock that jumps, or a file that takes more than an hour."""
+    store.new_run("other", "", "")
+    store._blobs = Collecting(store, 4, old=True)
+    version = store.put("b", make_bundle(tensors(501), more=b"x"))
+    names = Counter(blob.digest for blob in store._blobs.written)
+    assert set(names.values()) == {2}
+    assert len({(blob.digest, blob.upload) for blob in store._blobs.written}) == 8
+    assert len(store.files(str(version))) == 4
+    assert store.verify().ok
+
+
+def test_a_put_whose_files_are_collected_again_and_again_says_so(store, make_bundle) -> None:
+    store.new_run("other", "", "")
+    store._blobs = Collecting(store, old=True)
+    with pytest.raises(StoreError, match=r"b was not stored: its files were collected 3 times .*: try again") as said:
+        store.put("b", make_bundle(tensors(502)))
+    assert len(str(said.value)) < 300
+    assert list(store.list()) == []
+    store.gc()
+    assert store.verify().orphans == 0
+
+
+def test_what_a_killed_put_wrote_goes_once_it_is_old(store, make_bundle, put) -> None:
+    put()
+    bundle = make_bundle(tensors(503))
+    _, paths = incoming.read(bundle)
+    Upload(store.database(), store._blobs).write({hash_file(path): path for path in paths.values()})
+    assert store.gc().removed == ()
+    assert store.verify().orphans == 0
+    forget_uploads(store)
+    would = store.gc(dry_run=True)
+    assert store.verify().orphans == len(would.removed) == 2  # the configuration is that of another version
+    assert store.gc().removed == would.removed
+    assert str(store.put("a", bundle)) == "a@2"
+    assert store.verify().ok
+
+
+def test_what_a_put_that_failed_had_written_goes_at_once(store, make_bundle, put) -> None:
+    put()
+    bundle = make_bundle(tensors(504))
+    store._blobs = Failing(store)
+    with pytest.raises(StoreError, match="no more"):
+        store.put("a", bundle)
+    store._blobs = store._blobs._files
+    assert len(store.gc().removed) == 1
+    assert store.verify().orphans == 0
+
+
+class Failing:
+    """Files of which one can be written, and the second not."""
+
+    def __init__(self, store: Store) -> None:
+        self._files, self._puts = store._blobs, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._files, name)
+
+    def put(self, source: Path, blob: Blob) -> None:
+        self._puts += 1
+        if self._puts > 1:
+            raise StoreError("no more")
+        self._files.put(source, blob)
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_gc_waits_for_a_put_that_is_listing_its_files(store, make_bundle, put, alone) -> None:
-    """Were it to look before and remove after, the put would list what is gone."""
+def test_a_gc_beside_a_put_that_is_listing_its_files_removes_none(store, make_bundle, put, alone) -> None:
     put()
-    bundle = make_bundle(b"about to be listed")
+    bundle = make_bundle(tensors(505))
     manifest, paths = incoming.read(bundle)
-    content = {path: store._blobs.put(file) for path, file in paths.items()}
+    content = incoming.hashed(manifest, paths)
+    upload = Upload(store.database(), store._blobs)
+    upload.write({blob: paths[path] for path, blob in content.items()})
     collected: list[list[gc.Removed]] = []
 
     def collect() -> None:
@@ -124,14 +198,45 @@ def test_a_gc_waits_for_a_put_that_is_listing_its_files(store, make_bundle, put,
         collected.append(list(gc.unlisted(store._blobs, database, dry_run=False)))
 
     other = threading.Thread(target=collect)
-    with store._made().writing() as connection:
+    with store.database().writing() as connection:
+        copies = upload.settle(connection, content.values())
         other.start()
-        other.join(timeout=0.5)
-        assert other.is_alive()
-        catalog.add(connection, "b", manifest, content, run=None, metrics={})
+        other.join(timeout=0.5 if alone else 10)
+        kept = {path: copies[blob.digest] for path, blob in content.items()}
+        catalog.add(connection, "b", manifest, kept, run=None, metrics={})
     other.join(timeout=60)
     assert collected == [[]]
     assert len(store.files("b@1")) == 3
+
+
+def test_two_puts_of_one_content_at_once_list_one_copy(store, make_bundle) -> None:
+    store.new_run("other", "", "")
+    bundle, other = make_bundle(tensors(506)), Store(store.location)
+    manifest, paths = incoming.read(bundle)
+    content = incoming.hashed(manifest, paths)
+    upload = Upload(store.database(), store._blobs)
+    upload.write({blob: paths[path] for path, blob in content.items()})
+    assert str(other.put("a", bundle)) == "a@1"
+    with store.database().writing() as connection:
+        copies = upload.settle(connection, content.values())
+    assert {copy.upload for copy in copies.values()} == {by_hand.copy(store, "a", "manifest.json").upload}
+    assert len(store.gc().removed) == 3
+    assert store.verify().ok
+
+
+def test_what_was_listed_when_a_put_looked_and_collected_since_is_written(store, make_bundle) -> None:
+    bundle = make_bundle(tensors(507))
+    store.put("a", bundle)
+    manifest, paths = incoming.read(bundle)
+    content = incoming.hashed(manifest, paths)
+    upload = Upload(store.database(), store._blobs)
+    upload.write({blob: paths[path] for path, blob in content.items()})
+    store.delete("a@1")
+    with store.database().writing() as connection:
+        assert upload.settle(connection, content.values()) is None
+    store.gc()
+    assert str(store.put("a", bundle)) == "a@2"
+    assert store.verify().ok
 
 
 def test_gc_without_a_store_makes_none(store) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ def s3(s3_server) -> Make:
     return lambda connect=None: Objects(url, connect, part=PART)
 
 
+def put(objects: Objects, source: Path) -> Blob:
+    """Keep a copy that has a name of its own."""
+    blob = replace(hash_file(source), upload=uuid.uuid4().hex)
+    objects.put(source, blob)
+    return blob
+
+
 def file(folder: Path, content: bytes) -> Path:
     path = folder / uuid.uuid4().hex
     path.write_bytes(content)
@@ -53,25 +61,36 @@ def file(folder: Path, content: bytes) -> Path:
 def test_content_of_any_size_comes_back_as_it_went(make, tmp_path, size) -> None:
     source = file(tmp_path, os.urandom(size))
     objects = make()
-    blob = objects.put(source)
-    assert blob == hash_file(source)
+    blob = put(objects, source)
     other = make()
-    assert other.has(blob.digest)
     assert other.glance(blob) is None
-    assert other.check(blob.digest) == blob
-    other.copy(blob.digest, tmp_path / "out")
+    other.check(blob)
+    other.copy(blob, tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == source.read_bytes()
-    with other.held(blob.digest) as held:
+    with other.held(blob) as held:
         assert hash_file(held) == blob
     assert not held.exists()
-    assert [each for _, each in other.walk()] == [blob]
+    assert [(each, each.upload) for _, each in other.walk()] == [(blob, blob.upload)]
+
+
+def test_copies_of_one_content_are_apart_and_names_of_format_five_are_read(make, tmp_path) -> None:
+    source, objects = file(tmp_path, b"content"), make()
+    first, second, before = put(objects, source), put(objects, source), hash_file(source)
+    objects.put(source, before)
+    names = {each.upload: name for name, each in objects.walk()}
+    assert set(names) == {first.upload, second.upload, ""}
+    assert objects.remove(names[first.upload])
+    assert "is missing" in objects.glances([first])[first.digest]
+    assert objects.glances([second]) == objects.glances([before]) == {}
+    objects.check(second)
+    objects.check(before)
 
 
 def test_local_copies_last_as_long_as_what_made_them(make, tmp_path) -> None:
     objects = make()
-    blob = objects.put(file(tmp_path, b"content"))
-    path = objects.local(blob.digest)
-    assert objects.local(blob.digest) == path
+    blob = put(objects, file(tmp_path, b"content"))
+    path = objects.local(blob)
+    assert objects.local(blob) == path
     assert path.read_bytes() == b"content"
     del objects
     gc.collect()
@@ -80,18 +99,18 @@ def test_local_copies_last_as_long_as_what_made_them(make, tmp_path) -> None:
 
 def test_what_is_removed_is_gone_for_all_at_once_and_only_once(make, tmp_path) -> None:
     one, other = make(), make()
-    blobs = [one.put(file(tmp_path, b"%d" % i)) for i in range(3)]
+    blobs = [put(one, file(tmp_path, b"%d" % i)) for i in range(3)]
     names = {blob.digest: name for name, blob in other.walk()}
     assert other.remove(names[blobs[0].digest])
     assert not one.remove(names[blobs[0].digest])
-    assert not one.has(blobs[0].digest)
+    assert one.glance(blobs[0]) is not None
     assert {blob.digest for _, blob in one.walk()} == {blob.digest for blob in blobs[1:]}
     assert list(one.glances(blobs)) == [blobs[0].digest]
     assert "is missing" in one.glances(blobs)[blobs[0].digest]
     with pytest.raises(Corrupt, match="is missing"):
-        one.check(blobs[0].digest)
+        one.check(blobs[0])
     with pytest.raises(Corrupt, match="is missing"):
-        one.copy(blobs[0].digest, tmp_path / "out")
+        one.copy(blobs[0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -128,11 +147,9 @@ def unended(system: Any) -> list[Any]:
 
 def test_a_source_that_changes_on_its_way_is_not_kept_under_the_name_it_had(s3, tmp_path) -> None:
     source, system = file(tmp_path, os.urandom(PART + 9)), _s3("")
-    before = hash_file(source)
     objects = s3(lambda: Watched(system, lambda: source.write_bytes(os.urandom(PART + 9))))
     with pytest.raises(Corrupt, match="changed while it was being stored"):
-        objects.put(source)
-    assert not s3().has(before.digest)
+        put(objects, source)
     assert list(s3().walk()) == []
     assert unended(system) == []
 
@@ -141,25 +158,27 @@ def test_an_upload_that_breaks_off_leaves_nothing(s3, tmp_path) -> None:
     source, system = file(tmp_path, os.urandom(3 * PART)), _s3("")
     objects = s3(lambda: Watched(system, lambda: None, breaks=True))
     with pytest.raises(StoreError, match="the network is down"):
-        objects.put(source)
+        put(objects, source)
     assert list(s3().walk()) == []
     assert unended(system) == []
-    assert s3().put(source) == hash_file(source)
+    put(s3(), source)
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from s3fs import S3FileSystem
+from turret.store.blobs import hash_file
 from turret.store.objects import Objects
-ask = S3FileSystem.call_s3
-def watched(self, method, *arguments, **more):
-    answer = ask(self, method, *arguments, **more)
+ask = S3FileSystem._call_s3
+async def watched(self, method, *arguments, **more):
+    answer = await ask(self, method, *arguments, **more)
     if method == "upload_part":
         os.kill(os.getpid(), signal.SIGKILL)
     return answer
-S3FileSystem.call_s3 = watched
-Objects(sys.argv[1], part=5 << 20).put(Path(sys.argv[2]))
+S3FileSystem._call_s3 = watched
+source = Path(sys.argv[2])
+Objects(sys.argv[1], part=5 << 20).put(source, hash_file(source))
 """
 
 
@@ -169,42 +188,41 @@ def test_an_upload_whose_process_was_killed_is_not_there_and_can_be_made_again(s
     assert killed.returncode == -9
     assert len(unended(_s3(""))) == 1
     assert list(objects.walk()) == []
-    assert not objects.has(hash_file(source).digest)
-    assert objects.put(source) == hash_file(source)
+    put(objects, source)
     _s3("").clear_multipart_uploads(BUCKET)
 
 
 def test_a_flipped_bit_is_found_by_every_way_to_read(make, tmp_path) -> None:
     objects = make()
-    blob = objects.put(file(tmp_path, b"0123456789"))
+    blob = put(objects, file(tmp_path, b"0123456789"))
     with objects._told() as system:
-        system.pipe_file(objects._blob(blob.digest), b"012345678x")
+        system.pipe_file(objects._key(blob), b"012345678x")
     assert objects.glance(blob) is None  # which hashes nothing
-    for read in (objects.check, objects.local, lambda digest: objects.copy(digest, tmp_path / "out")):
+    for read in (objects.check, objects.local, lambda blob: objects.copy(blob, tmp_path / "out")):
         with pytest.raises(Corrupt, match="does not match its digest"):
-            read(blob.digest)
-    with pytest.raises(Corrupt, match="does not match its digest"), objects.held(blob.digest):
+            read(blob)
+    with pytest.raises(Corrupt, match="does not match its digest"), objects.held(blob):
         pass
     assert not (tmp_path / "out").exists()
-    objects.put(file(tmp_path, b"0123456789"))
-    assert objects.check(blob.digest) == blob
 
 
 def test_it_works_after_a_fork(s3, tmp_path) -> None:
     objects = s3()
-    blob = objects.put(file(tmp_path, b"content"))
+    blob = put(objects, file(tmp_path, b"content"))
     code = (
         "import os, sys; from turret.store.objects import Objects; objects = Objects(sys.argv[1])\n"
-        "objects.check(sys.argv[2]); child = os.fork()\n"
-        "objects.check(sys.argv[2])\n"
+        "from turret.store.blobs import Blob; blob = Blob(sys.argv[2], 7, sys.argv[3])\n"
+        "objects.check(blob); child = os.fork()\n"
+        "objects.check(blob)\n"
         "os._exit(0) if child == 0 else sys.exit(os.waitpid(child, 0)[1])"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, objects._url, blob.digest], check=True, timeout=60)
+    command = [sys.executable, "-W", "ignore", "-c", code, objects._url, blob.digest, blob.upload]
+    subprocess.run(command, check=True, timeout=60)
 
 
 def test_files_of_another_name_are_nobodys(make, tmp_path) -> None:
     objects = make()
-    blob = objects.put(file(tmp_path, b"content"))
+    blob = put(objects, file(tmp_path, b"content"))
     with objects._told() as system:
         for name in ("blobs/sha256/ab/short", "blobs/sha256/xx", "blobs/other", f"blobs/sha256/00/{'f' * 64}"):
             system.pipe_file(f"{objects._prefix}/{name}", b"x")
@@ -216,7 +234,7 @@ def test_files_of_another_name_are_nobodys(make, tmp_path) -> None:
 
 def complaint(objects: Objects, source: Path) -> str:
     with pytest.raises(StoreError) as raised:
-        objects.put(source)
+        put(objects, source)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -250,6 +268,9 @@ def test_nothing_is_asked_before_the_first_use() -> None:
 def test_a_bad_digest_is_no_key(make) -> None:
     for digest in ("sha256:x", "sha256:../../x", "", f"sha256:{'A' * 64}"):
         with pytest.raises(Corrupt, match="is not a digest"):
-            make().check(digest)
+            make().check(Blob(digest, 1))
         with pytest.raises(Corrupt, match="is not a digest"):
             make().glance(Blob(digest, 1))
+    for upload in ("x", "../../x", "A" * 32):
+        with pytest.raises(Corrupt, match="is not an upload"):
+            make().check(Blob(f"sha256:{'a' * 64}", 1, upload))

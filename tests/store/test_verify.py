@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from store import by_hand
@@ -10,6 +11,7 @@ from store.bundles import safetensors, write_bundle
 
 from turret.errors import NotFound
 from turret.store import Store
+from turret.store.blobs import hash_file
 
 
 def problems(store: Store, reference: str | None = None) -> list[str]:
@@ -103,7 +105,8 @@ def test_a_manifest_that_changed_with_its_digest_is_found(store, tmp_path) -> No
     other = json.loads((bundle / "manifest.json").read_text())
     other["base"] = {"id": "another"}
     (bundle / "manifest.json").write_text(json.dumps(other))
-    blob = store._blobs.put(bundle / "manifest.json")
+    blob = replace(hash_file(bundle / "manifest.json"), upload=by_hand.copy(store, "a", "manifest.json").upload)
+    store._blobs.put(bundle / "manifest.json", blob)
     change = f"UPDATE files SET digest = '{blob.digest}', bytes = {blob.bytes} WHERE path = 'manifest.json'"
     by_hand.execute(store, change)
     assert problems(store) == ["a@1 manifest.json: differs from the manifest that is listed"]

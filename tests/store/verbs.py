@@ -21,6 +21,8 @@ from turret.errors import ExperimentError, NotFound
 from turret.experiments import Guards, health, rows
 from turret.experiments.health import Answering
 from turret.store import Example, GoldenSet, Replay, Store
+from turret.store.blobs import hash_file
+from turret.store.uploads import Upload
 
 Hold = Callable[[bool], None]  # told whether the verb was acknowledged; asserts what must be so
 TASK = {"task": {"kind": "classify", "labels": ["bad", "good"]}}
@@ -150,13 +152,15 @@ def delete(where: str, folder: Path) -> None:
 
 
 def ready_to_gc(where: str, folder: Path) -> Hold:
-    """Two versions are listed, another was deleted, and a killed writer left something."""
+    """Two versions are listed, another was deleted, a put was killed, and a killed writer left something."""
     store = two(where, folder)
     store.gc()
     before = {str(version) for version in store.list()}
-    store.delete(
-        str(store.put("a", write_bundle(folder, tensors(7), said=TASK)))
-    )  # the same, so that no folder is added
+    begun = {hash_file(path): path for path in write_bundle(folder, tensors(8)).iterdir()}
+    Upload(store.database(), store._blobs).write(begun)  # by a put that was killed
+    by_hand.forget_uploads(store)
+    again = write_bundle(folder, tensors(7), said=TASK)  # the same each time, so that no folder is added
+    store.delete(str(store.put("a", again)))
     if store.location.catalog is None:
         (store.root / "tmp" / "left").write_bytes(b"x")
         os.utime(store.root / "tmp" / "left", (0, 0))
@@ -164,6 +168,11 @@ def ready_to_gc(where: str, folder: Path) -> Hold:
     def hold(done: bool) -> None:
         assert {str(version) for version in Store(where).list()} == before
         assert not done or (Store(where).verify().orphans == 0 and not (store.root / "tmp" / "left").exists())
+        put = str(store.put("a", again))  # what was being removed is used again
+        Store(where).gc()
+        found = Store(where).verify()
+        assert (found.problems, found.orphans) == ((), 0)
+        store.delete(put)
 
     return hold
 
@@ -185,7 +194,16 @@ def ready_to_migrate(where: str, folder: Path) -> Hold:
     two(where, folder).promote("a@1", "production")
     with by_hand.catalog(Store(where)) as connection:
         if connection.execute("SELECT version_num FROM alembic_version").fetchone()[0] != "0001":
-            later = ("experiment_health", "outcomes", "assignments", "experiment_events", "experiment_splits")
+            by_hand.as_format_five(Store(where))
+            connection.execute("ALTER TABLE files DROP COLUMN upload")
+            later = (
+                "uploads",
+                "experiment_health",
+                "outcomes",
+                "assignments",
+                "experiment_events",
+                "experiment_splits",
+            )
             for table in (*later, "experiments", "tokens", "replays", "golden_gates", "golden_sets", "gates"):
                 connection.execute(f"DROP TABLE {table}")
             for column in ("who", "number", "verb", "before"):

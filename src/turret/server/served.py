@@ -109,6 +109,7 @@ class Served:
         self.telling = Lane("tell", 1, self.limits.outcomes_waiting, "requests with outcomes are waiting", 1)
         self._ended, self._settling = threading.Event(), threading.Lock()
         self._followers: list[threading.Thread] = []
+        self._away: set[str] = set()  # those of them that could not reach the store when they last looked
 
     def now(self) -> int:
         """What OpenAI calls `created`: seconds since 1970."""
@@ -319,8 +320,23 @@ class Served:
                 look()
             except Exception as error:  # a store that is away for a moment must not end the following
                 self.follow.failures += 1
-                self.log.say("follow", "error", error=type(error).__name__, message=str(error))
+                self._follows(error)
+            else:
+                self._follows(None)
             self._ended.wait(seconds)
+
+    def _follows(self, error: Exception | None) -> None:
+        """Say once that a part of this server follows the store no more, and once that it follows again."""
+        part, away = threading.current_thread().name, error is not None
+        if error is not None and part not in self._away:
+            said = {"error": type(error).__name__, "message": str(error)}
+            self.log.say("follow", "error", part=part, following=False, **said)
+        elif not away and part in self._away:
+            self.log.say("follow", part=part, following=True)
+        if away:
+            self._away.add(part)
+        else:
+            self._away.discard(part)
 
     def stop(self) -> None:
         """Stop following, write the last of the log, and let the threads go."""
@@ -344,6 +360,7 @@ class Served:
                 "body_bytes": float(self.load.bytes),
                 "draining": float(self.load.draining),
                 "ready": float(self.ready),
+                "following": float(not self._away),
                 "follow_failures": float(self.follow.failures),
                 "follow_trouble": float(len(self.follow.trouble)),
                 "experiments_away": float(self.routing.router.problem is not None),

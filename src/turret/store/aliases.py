@@ -57,6 +57,21 @@ def promote(connection: Connection, version: Version, alias: str) -> Move:
 def rollback(connection: Connection, name: str, alias: str) -> Move:
     """Move the alias to what it named before; raises NotFound where it named nothing."""
     adapter_id = catalog.adapter_of(connection, name)
+    points = catalog.pointed_at(connection, adapter_id, alias)
+    earlier, skipped = _earlier(connection, name, alias)
+    _move(connection, adapter_id, alias, "rollback", earlier.version_id, earlier.number, earlier.before)
+    named = None if points is None else f"{name}@{_number(connection, points)}"
+    return Move(name, alias, f"{name}@{earlier.number}", named, changed=True, skipped=skipped)
+
+
+def back_from(connection: Connection, name: str, alias: str) -> int:
+    """The number of the version that a rollback moves the alias to now; raises NotFound where there is none."""
+    return int(_earlier(connection, name, alias)[0].number)
+
+
+def _earlier(connection: Connection, name: str, alias: str) -> tuple[Row[Any], tuple[str, ...]]:
+    """The move that a rollback goes back to, and the versions between that were deleted since."""
+    adapter_id = catalog.adapter_of(connection, name)
     last, points = _in_force(connection, adapter_id, alias), catalog.pointed_at(connection, adapter_id, alias)
     if last is None:
         raise NotFound(f"no {name}@{alias} to roll back: {name} has {catalog.there(connection, adapter_id)}")
@@ -67,9 +82,7 @@ def rollback(connection: Connection, name: str, alias: str) -> Move:
         if earlier.version_id is None:
             skipped += [f"{name}@{earlier.number}"] if earlier.number is not None else []
         elif earlier.version_id != points:
-            _move(connection, adapter_id, alias, "rollback", earlier.version_id, earlier.number, earlier.before)
-            named = None if points is None else f"{name}@{_number(connection, points)}"
-            return Move(name, alias, f"{name}@{earlier.number}", named, changed=True, skipped=tuple(skipped))
+            return earlier, tuple(skipped)
     where = "is taken away" if points is None else f"names {name}@{_number(connection, points)}"
     gone = f" but what was deleted since ({', '.join(skipped)})" if skipped else ""
     raise NotFound(

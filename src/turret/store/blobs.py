@@ -2,11 +2,11 @@
 
 `Files` says what any place for them can do; `turret.store.objects` is the other one. In a folder:
 
-- `blobs/sha256/<first two hex digits>/<64 hex digits>`: the bytes, read-only; written beside (`tmp/`), flushed to disk,
-  then renamed, so that a file under its final name is always whole; who may enter its folder may read it
+- `blobs/sha256/<first two hex digits>/<64 hex digits>-<upload>`: the bytes, read-only; written beside (`tmp/`), flushed
+  to disk, then renamed, so that a file under its final name is always whole; who may enter its folder may read it. The
+  upload is the put that wrote it (`turret.store.uploads`); up to format 0005 names ended after the digest
 - `tmp/`: what is being written; after a kill, leftovers that nothing refers to
-- a file that no version lists may be removed at any moment by `turret.store.gc`: who lists one looks, while it is the
-  only writer of the database, whether it is still there
+- a name is written once: nothing is ever written under the name of a file that was removed
 - bytes are hashed again whenever they are read, so a flipped bit is never handed on
 - `catalog`: the id of the catalog that the files belong to, where that is not in this folder too
 """
@@ -20,7 +20,7 @@ import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -30,24 +30,24 @@ from turret.errors import Corrupt
 OWNER = "catalog"
 _CHUNK = 1 << 20
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})", re.ASCII)
+_UPLOAD = re.compile(r"[0-9a-f]{32}", re.ASCII)
+_PLACE = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{62})(?:-([0-9a-f]{32}))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """The address and size of one file's content."""
+    """The address and size of one file's content. Two are equal when their content is."""
 
     digest: str  # "sha256:<hex>"
     bytes: int
+    upload: str = field(default="", compare=False)  # which of its copies; "" for those of format 0005 and before
 
 
 class Files(Protocol):
     """Where content is kept under its digest. Names are paths under the place's root, as people are shown them."""
 
-    def put(self, source: Path) -> Blob:
-        """Keep a copy of the file; content that is there already, and whole, is not written again."""
-
-    def has(self, digest: str) -> bool:
-        """Whether content of that digest is there; what is there is whole, unless something damaged it."""
+    def put(self, source: Path, blob: Blob) -> None:
+        """Keep a copy of the file as `blob`; raises Corrupt where the file is not what `blob` says."""
 
     def glance(self, blob: Blob) -> str | None:
         """What is wrong at a quick look, which hashes nothing."""
@@ -55,16 +55,16 @@ class Files(Protocol):
     def glances(self, blobs: Iterable[Blob]) -> Mapping[str, str]:
         """Digest -> what is wrong with it, of many, at a quick look."""
 
-    def check(self, digest: str) -> Blob:
+    def check(self, blob: Blob) -> None:
         """Hash the content again; raises Corrupt."""
 
-    def copy(self, digest: str, target: Path) -> None:
+    def copy(self, blob: Blob, target: Path) -> None:
         """A copy of the content that was hashed on its way, so what arrives is what was stored; raises Corrupt."""
 
-    def held(self, digest: str) -> AbstractContextManager[Path]:
+    def held(self, blob: Blob) -> AbstractContextManager[Path]:
         """The content, hashed again, as a file that nobody may write to, while the block lasts; raises Corrupt."""
 
-    def local(self, digest: str) -> Path:
+    def local(self, blob: Blob) -> Path:
         """The same, for as long as this object lasts."""
 
     def walk(self) -> Iterator[tuple[str, Blob]]:
@@ -92,17 +92,13 @@ class Blobs:
         self._beside = root / "tmp"
         self._made: set[Path] = set()
 
-    def path(self, digest: str) -> Path:
-        """Where the content of that digest is, or would be."""
-        return self._root / place(digest)
+    def path(self, blob: Blob) -> Path:
+        """Where that content is, or would be."""
+        return self._root / place(blob)
 
-    def put(self, source: Path) -> Blob:
-        """Keep a copy of the file; content that is there already, and whole, is not written again."""
-        blob = hash_file(source)
-        final = self.path(blob.digest)
-        if _whole(final, blob):
-            sync(final.parent)  # whoever wrote it may have been killed before this
-            return blob
+    def put(self, source: Path, blob: Blob) -> None:
+        """Keep a copy of the file as `blob`; raises Corrupt where the file is not what `blob` says."""
+        final = self.path(blob)
         self._make(self._beside)
         self._make(final.parent)
         beside = self._beside / uuid.uuid4().hex
@@ -117,15 +113,10 @@ class Blobs:
             sync(final.parent)
         finally:
             beside.unlink(missing_ok=True)
-        return blob
-
-    def has(self, digest: str) -> bool:
-        """Whether a file of that digest is there; what is there is whole, unless the disk damaged it."""
-        return self.path(digest).is_file()
 
     def glance(self, blob: Blob) -> str | None:
         """What is wrong at a quick look, which hashes nothing."""
-        path = self.path(blob.digest)
+        path = self.path(blob)
         if not path.is_file():
             return f"is missing ({path})"
         return None if path.stat().st_size == blob.bytes else f"is cut ({path})"
@@ -137,9 +128,9 @@ class Blobs:
     def walk(self) -> Iterator[tuple[str, Blob]]:
         """Every stored file with its name, listed or not; nothing is hashed."""
         for path in sorted(self._root.glob("??/*")):
-            if re.fullmatch(r"[0-9a-f]{64}", path.name):
+            if found := placed(path.relative_to(self._root).as_posix()):
                 with suppress(FileNotFoundError):  # removed since
-                    yield self._name(path), Blob(f"sha256:{path.name}", path.stat().st_size)
+                    yield self._name(path), Blob(found[0], path.stat().st_size, found[1])
 
     def leftovers(self) -> Iterator[tuple[str, int, float]]:
         """Name, bytes and last change of what is being written, or was when its writer was killed."""
@@ -176,41 +167,40 @@ class Blobs:
         os.replace(beside, self._folder / OWNER)
         sync(self._folder)
 
-    def check(self, digest: str) -> Blob:
+    def check(self, blob: Blob) -> None:
         """Hash the content again; raises Corrupt."""
-        path = self.path(digest)
+        path = self.path(blob)
         try:
-            _require_plain(path, digest)
+            _require_plain(path, blob.digest)
             found = hash_file(path)
         except FileNotFoundError:
-            raise missing(path, digest) from None
-        if found.digest != digest:
-            raise changed(path, digest)
-        return found
+            raise missing(path, blob.digest) from None
+        if found.digest != blob.digest:
+            raise changed(path, blob.digest)
 
     @contextmanager
-    def held(self, digest: str) -> Iterator[Path]:
+    def held(self, blob: Blob) -> Iterator[Path]:
         """The content, hashed again, as a file that nobody may write to, while the block lasts; raises Corrupt."""
-        yield self.local(digest)
+        yield self.local(blob)
 
-    def local(self, digest: str) -> Path:
+    def local(self, blob: Blob) -> Path:
         """The file itself, after hashing it again; raises Corrupt."""
-        self.check(digest)
-        return self.path(digest)
+        self.check(blob)
+        return self.path(blob)
 
-    def copy(self, digest: str, target: Path) -> None:
+    def copy(self, blob: Blob, target: Path) -> None:
         """A copy of the content that was hashed on its way, so what arrives is what was stored; raises Corrupt."""
-        path = self.path(digest)
+        path = self.path(blob)
         try:
-            _require_plain(path, digest)
+            _require_plain(path, blob.digest)
             read = path.open("rb")
         except FileNotFoundError:
-            raise missing(path, digest) from None
+            raise missing(path, blob.digest) from None
         with read, target.open("xb") as write:
             copied = stream(read, write)
-        if copied.digest != digest:
+        if copied.digest != blob.digest:
             target.unlink()
-            raise changed(path, digest)
+            raise changed(path, blob.digest)
 
     def _make(self, folder: Path) -> None:
         """Make a folder here, once a process: it has the permissions of the folder it is in, the topmost is private."""
@@ -226,12 +216,20 @@ class Blobs:
         return path.relative_to(self._folder).as_posix()
 
 
-def place(digest: str) -> str:
-    """Where the content of that digest is under `blobs/sha256/`; raises Corrupt."""
-    match = _DIGEST.fullmatch(digest)
+def place(blob: Blob) -> str:
+    """Where that content is under `blobs/sha256/`; raises Corrupt."""
+    match = _DIGEST.fullmatch(blob.digest)
     if match is None:
-        raise Corrupt(f"{digest[:80]!r} is not a digest: expected sha256: and 64 hex digits")
-    return f"{match[1][:2]}/{match[1]}"
+        raise Corrupt(f"{blob.digest[:80]!r} is not a digest: expected sha256: and 64 hex digits")
+    if blob.upload and not _UPLOAD.fullmatch(blob.upload):
+        raise Corrupt(f"{blob.upload[:80]!r} is not an upload: expected 32 hex digits")
+    return f"{match[1][:2]}/{match[1]}{'-' if blob.upload else ''}{blob.upload}"
+
+
+def placed(name: str) -> tuple[str, str] | None:
+    """The digest and the upload of what lies there under `blobs/sha256/`; None where `place` gives no such name."""
+    match = _PLACE.fullmatch(name)
+    return None if match is None else (f"sha256:{match[2]}", match[3] or "")
 
 
 def hash_file(path: Path) -> Blob:
@@ -249,13 +247,6 @@ def stream(read: BinaryIO, write: BinaryIO | None) -> Blob:
         if write is not None:
             write.write(chunk)
     return Blob(f"sha256:{digest.hexdigest()}", size)
-
-
-def _whole(path: Path, blob: Blob) -> bool:
-    try:
-        return stat.S_ISREG(path.lstat().st_mode) and hash_file(path) == blob
-    except FileNotFoundError:
-        return False
 
 
 def _require_plain(path: Path, digest: str) -> None:

@@ -134,7 +134,10 @@ def add(
         "who": who(),
     }
     version_id = connection.execute(insert(versions).values(row)).inserted_primary_key[0]  # type: ignore[index]
-    rows = [{"version_id": version_id, "path": p, "digest": b.digest, "bytes": b.bytes} for p, b in content.items()]
+    rows = [
+        {"version_id": version_id, "path": path, "digest": blob.digest, "bytes": blob.bytes, "upload": blob.upload}
+        for path, blob in content.items()
+    ]
     connection.execute(insert(files), rows)
     connection.execute(update(adapters).where(adapters.c.id == adapter_id).values(last_number=last + 1))
     return int(last + 1)
@@ -220,13 +223,13 @@ def listed(connection: Connection, name: str | None = None) -> list[Version]:
 def content_of(connection: Connection, version: Version) -> dict[str, Blob]:
     """Path in the bundle -> content."""
     query = (
-        select(files.c.path, files.c.digest, files.c.bytes)
+        select(files.c.path, files.c.digest, files.c.bytes, files.c.upload)
         .join(versions, files.c.version_id == versions.c.id)
         .join(adapters, versions.c.adapter_id == adapters.c.id)
         .where(adapters.c.name == version.name, versions.c.number == version.number)
         .order_by(files.c.path)
     )
-    found = {row.path: Blob(row.digest, row.bytes) for row in connection.execute(query)}
+    found = {row.path: Blob(row.digest, row.bytes, row.upload) for row in connection.execute(query)}
     for path in found:
         if not plain_path(path):
             raise Corrupt(
@@ -238,13 +241,13 @@ def content_of(connection: Connection, version: Version) -> dict[str, Blob]:
 def contents(connection: Connection) -> list[tuple[str, str, Blob]]:
     """(reference, path in the bundle, content) of every file of every version."""
     query = (
-        select(adapters.c.name, versions.c.number, files.c.path, files.c.digest, files.c.bytes)
+        select(adapters.c.name, versions.c.number, files.c.path, files.c.digest, files.c.bytes, files.c.upload)
         .join(versions, files.c.version_id == versions.c.id)
         .join(adapters, versions.c.adapter_id == adapters.c.id)
         .order_by(adapters.c.name, versions.c.number, files.c.path)
     )
     rows = connection.execute(query)
-    return [(f"{row.name}@{row.number}", row.path, Blob(row.digest, row.bytes)) for row in rows]
+    return [(f"{row.name}@{row.number}", row.path, Blob(row.digest, row.bytes, row.upload)) for row in rows]
 
 
 def plain_path(path: str) -> bool:

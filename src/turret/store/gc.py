@@ -2,10 +2,8 @@
 
 What goes, and why no process that is at work misses it:
 
-- files that no version lists: each is removed while this process is the only writer of the database, after a look
-  whether it is listed. A put looks, as the only writer, whether its files are still there before it lists them, and
-  writes again what is not; so a file is either listed and kept, or gone and written again
-  (a catalog on a server is asked before each removal whether that still holds: the connection may have been lost)
+- files that no version lists and no put is writing: no version ever lists them again (`turret.store.uploads` says why),
+  so nobody waits for their removal, and it may arrive late
 - leftovers in `tmp/` and run folders that were never listed: after an hour without a change; their writer is dead
 - the checkpoint, and the bundle that was being proven, of a finished run: nothing goes on from it
 """
@@ -24,11 +22,10 @@ from typing import Any
 from sqlalchemy import select
 
 from turret.database import Database, runs
-from turret.database import files as listing
-from turret.store.blobs import Files
+from turret.store import uploads
+from turret.store.blobs import Blob, Files
 
 OLD = 3600  # seconds
-_AT_ONCE = 100  # files a transaction: other writers wait for it, and an object store takes its time
 _RUN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}", re.ASCII)
 
 
@@ -64,22 +61,21 @@ def leftovers(files: Files, *, dry_run: bool) -> Iterator[Removed]:
 
 
 def unlisted(files: Files, database: Database, *, dry_run: bool) -> Iterator[Removed]:
-    """Files that no version lists."""
-    door = database.reading if dry_run else database.writing
-    there = list(files.walk())
-    for start in range(0, len(there), _AT_ONCE):
-        some = there[start : start + _AT_ONCE]
-        digests = [blob.digest for _, blob in some]
-        taken: list[Removed] = []
-        with door() as connection:
-            rows = connection.execute(select(listing.c.digest).where(listing.c.digest.in_(digests)).distinct())
-            listed = set(rows.scalars())
-            for name, blob in some:
-                if blob.digest not in listed:
-                    connection.execute(select(1))  # raises where this is the only writer no more
-                    if dry_run or files.remove(name):
-                        taken.append(Removed(name, blob.bytes, "no version lists it"))
-        yield from taken
+    """Files that no version lists and no put is writing."""
+    there = list(files.walk())  # before the catalog is asked: what is written after this is not looked at
+    with database.reading() as connection:
+        dead = uploads.dead(connection, there, without=uploads.abandoned(connection) if dry_run else ())
+    yield from _gone(files, dead, dry_run)
+    if not dry_run and uploads.forget_abandoned(database):  # last: on a full disk there may be room for it now
+        with database.reading() as connection:
+            late = [each for each in uploads.dead(connection, there) if each not in dead]
+        yield from _gone(files, late, dry_run)
+
+
+def _gone(files: Files, dead: Iterable[tuple[str, Blob]], dry_run: bool) -> Iterator[Removed]:
+    for name, blob in dead:
+        if dry_run or files.remove(name):
+            yield Removed(name, blob.bytes, "no version lists it")
 
 
 def of_runs(root: Path, database: Database, *, dry_run: bool) -> Iterator[Removed]:

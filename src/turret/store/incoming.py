@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.errors import BundleError
-from turret.store.blobs import Blob
+from turret.store.blobs import Blob, hash_file
 from turret.store.catalog import plain_path
 
 MANIFEST = "manifest.json"
@@ -48,8 +48,13 @@ def _plain_file(path: Path) -> os.stat_result:
     return found
 
 
-def agree(manifest: Mapping[str, Any], content: Mapping[str, Blob], bundle: Path) -> None:
-    """What was stored is what the manifest says; raises BundleError."""
+def hashed(manifest: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[str, Blob]:
+    """Path in the bundle -> content; raises BundleError where it is not what the manifest says."""
+    try:
+        content = {name: hash_file(path) for name, path in paths.items()}
+    except OSError as error:
+        raise BundleError(f"{error.filename} cannot be read: {error.strerror}") from error
     for name, said in manifest["files"].items():
         if said.get("sha256") != content[name].digest.removeprefix("sha256:"):
-            raise BundleError(f"{bundle / name} does not match the digest in {MANIFEST}: the bundle was changed")
+            raise BundleError(f"{paths[name]} does not match the digest in {MANIFEST}: the bundle was changed")
+    return content

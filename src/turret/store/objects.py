@@ -2,9 +2,12 @@
 
 Under the prefix, as in a folder (`turret.store.blobs`):
 
-- `blobs/sha256/<first two hex digits>/<64 hex digits>`: the bytes. An object store has no rename and needs none: an
-  object is there whole once its upload is complete, and not at all before. Small content is one PUT of bytes that were
-  hashed; larger content goes up in parts as it is hashed, and is completed only where the hash is the one in the name
+- `blobs/sha256/<first two hex digits>/<64 hex digits>-<upload>`: the bytes. An object store has no rename and needs
+  none: an object is there whole once its upload is complete, and not at all before. Small content is one PUT of bytes
+  that were hashed; larger content goes up in parts as it is hashed, and is completed only where the hash is the one in
+  the name
+- a request may arrive long after its process gave up or ended. No name is used for other content, nor again after it
+  was removed (`turret.store.uploads`), so a late request harms nothing
 - `catalog`: the id of the catalog that the files belong to
 - bytes are hashed again whenever they are read
 - no list of objects is remembered: what another process put or removed is seen at once
@@ -14,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -25,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from turret.errors import Corrupt, StoreError, TurretError
-from turret.store.blobs import OWNER, Blob, changed, hash_file, missing, place, stream
+from turret.store.blobs import OWNER, Blob, changed, hash_file, missing, place, placed, stream
 
-PART = 32 << 20
-_OBJECT = re.compile(r"blobs/sha256/([0-9a-f]{2})/(\1[0-9a-f]{62})", re.ASCII)
+PART = 8 << 20
 
 
 class Objects:
@@ -46,12 +47,9 @@ class Objects:
         self._made: tuple[int, Any] | None = None
         self._copies: Path | None = None
 
-    def put(self, source: Path) -> Blob:
-        """Keep a copy of the file; content that is there already, and whole, is not written again."""
-        blob = hash_file(source)
-        key = self._blob(blob.digest)
-        if self._hash(key) == blob:
-            return blob
+    def put(self, source: Path, blob: Blob) -> None:
+        """Keep a copy of the file as `blob`; raises Corrupt where the file is not what `blob` says."""
+        key = self._key(blob)
         if blob.bytes < self._part:
             data = source.read_bytes()
             _same(Blob(f"sha256:{hashlib.sha256(data).hexdigest()}", len(data)), blob, source)
@@ -59,35 +57,32 @@ class Objects:
                 system.pipe_file(key, data)
         else:
             self._put_in_parts(source, blob, key)
-        return blob
-
-    def has(self, digest: str) -> bool:
-        """Whether content of that digest is there; what is there is whole, unless something damaged it."""
-        return self._size(self._blob(digest)) is not None
 
     def glance(self, blob: Blob) -> str | None:
         """What is wrong at a quick look, which hashes nothing."""
-        key = self._blob(blob.digest)
-        return self._said(self._size(key), blob)
+        return self._said(self._size(self._key(blob)), blob)
 
     def glances(self, blobs: Iterable[Blob]) -> Mapping[str, str]:
         """Digest -> what is wrong with it, of many, at a quick look: one listing."""
-        there = {blob.digest: blob.bytes for _, blob in self.walk()}
-        return {blob.digest: said for blob in blobs if (said := self._said(there.get(blob.digest), blob))}
+        there = {(blob.digest, blob.upload): blob.bytes for _, blob in self.walk()}
+        looked = ((blob, self._said(there.get((blob.digest, blob.upload)), blob)) for blob in blobs)
+        return {blob.digest: said for blob, said in looked if said}
 
-    def check(self, digest: str) -> Blob:
+    def check(self, blob: Blob) -> None:
         """Hash the content again; raises Corrupt."""
-        key = self._blob(digest)
-        found = self._hash(key)
-        if found is None:
-            raise missing(self._shown(key), digest)
-        if found.digest != digest:
-            raise changed(self._shown(key), digest)
-        return found
+        key = self._key(blob)
+        with self._told() as system:
+            try:
+                with system.open(key, "rb", block_size=self._part, cache_type="readahead") as read:
+                    found = stream(read, None)
+            except FileNotFoundError:
+                raise missing(self._shown(key), blob.digest) from None
+        if found.digest != blob.digest:
+            raise changed(self._shown(key), blob.digest)
 
-    def copy(self, digest: str, target: Path) -> None:
+    def copy(self, blob: Blob, target: Path) -> None:
         """A copy of the content that was hashed before it is handed on; raises Corrupt."""
-        key = self._blob(digest)
+        key = self._key(blob)
         with target.open("xb"):
             pass
         try:
@@ -95,27 +90,27 @@ class Objects:
                 try:
                     system.get_file(key, str(target))
                 except FileNotFoundError:
-                    raise missing(self._shown(key), digest) from None
-            if hash_file(target).digest != digest:
-                raise changed(self._shown(key), digest)
+                    raise missing(self._shown(key), blob.digest) from None
+            if hash_file(target).digest != blob.digest:
+                raise changed(self._shown(key), blob.digest)
         except BaseException:
             target.unlink(missing_ok=True)
             raise
 
     @contextmanager
-    def held(self, digest: str) -> Iterator[Path]:
+    def held(self, blob: Blob) -> Iterator[Path]:
         """The content, hashed, as a file that is there while the block lasts; raises Corrupt."""
         with tempfile.TemporaryDirectory(prefix="turret-") as folder:
-            self.copy(digest, Path(folder) / "content")
+            self.copy(blob, Path(folder) / "content")
             yield Path(folder) / "content"
 
-    def local(self, digest: str) -> Path:
+    def local(self, blob: Blob) -> Path:
         """A copy, hashed, that goes when this object does; raises Corrupt."""
         if self._copies is None:
             self._copies = Path(tempfile.mkdtemp(prefix="turret-"))
             weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
-        beside, copy = self._copies / uuid.uuid4().hex, self._copies / place(digest).rpartition("/")[2]
-        self.copy(digest, beside)
+        beside, copy = self._copies / uuid.uuid4().hex, self._copies / place(blob).rpartition("/")[2]
+        self.copy(blob, beside)
         os.replace(beside, copy)
         return copy
 
@@ -125,8 +120,8 @@ class Objects:
             found = system.find(f"{self._prefix}/blobs/sha256", detail=True)
         for key in sorted(found):
             name = key.strip("/").removeprefix(f"{self._prefix}/")
-            if match := _OBJECT.fullmatch(name):
-                yield name, Blob(f"sha256:{match[2]}", found[key]["size"])
+            if match := placed(name.removeprefix("blobs/sha256/")):
+                yield name, Blob(match[0], found[key]["size"], match[1])
 
     def leftovers(self) -> Iterator[tuple[str, int, float]]:
         """None that a listing shows: parts of an upload that never ended go by a rule of the bucket."""
@@ -167,18 +162,10 @@ class Objects:
                 _same(copied, blob, source)
                 upload.commit()
             except BaseException:
-                with suppress(Exception):
-                    upload.close()  # a file that is left open tries to send the rest when it is forgotten
-                upload.discard()
+                with suppress(Exception):  # the bucket's rule ends the upload where this cannot
+                    upload.closed = True  # a file that is left open tries to send the rest when it is forgotten
+                    upload.discard()
                 raise
-
-    def _hash(self, key: str) -> Blob | None:
-        with self._told() as system:
-            try:
-                with system.open(key, "rb", block_size=self._part, cache_type="readahead") as read:
-                    return stream(read, None)
-            except FileNotFoundError:
-                return None
 
     def _size(self, key: str) -> int | None:
         with self._told() as system:
@@ -188,11 +175,11 @@ class Objects:
                 return None
         return int(found["size"]) if found["type"] == "file" else None
 
-    def _blob(self, digest: str) -> str:
-        return f"{self._prefix}/blobs/sha256/{place(digest)}"
+    def _key(self, blob: Blob) -> str:
+        return f"{self._prefix}/blobs/sha256/{place(blob)}"
 
     def _said(self, size: int | None, blob: Blob) -> str | None:
-        where = self._shown(self._blob(blob.digest))
+        where = self._shown(self._key(blob))
         if size is None:
             return f"is missing ({where})"
         return None if size == blob.bytes else f"is cut ({where})"
@@ -215,10 +202,10 @@ class Objects:
 
 def _s3(url: str) -> Any:
     try:
-        from s3fs import S3FileSystem
+        from turret.store.s3 import S3
     except ImportError as error:
         raise StoreError(f"files {url}: S3 needs s3fs ({error}): pip install 'turret[s3]'") from None
-    return S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+    return S3()
 
 
 def _same(found: Blob, wanted: Blob, source: Path) -> None:
@@ -236,4 +223,6 @@ def _plainly(error: Exception) -> str:
         return f"{reason}: make the bucket, or correct the URL"
     if type(error).__name__ in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError"):
         return f"cannot be reached ({reason}): check the network and AWS_ENDPOINT_URL"
+    if isinstance(error, TimeoutError) or type(error).__name__ in ("Silent", "ReadTimeoutError"):
+        return f"does not answer ({reason}): check the network and AWS_ENDPOINT_URL, and try again"
     return f"{reason}: nothing was listed; try again"

@@ -3,7 +3,8 @@
 A folder, or a catalog on PostgreSQL with the files beside it (`turret.location`), format `turret.database.SCHEMA`:
 
 - `turret.db`, or that catalog: names, versions, aliases and runs (`turret.database`)
-- `blobs/`, `tmp/`: the files of all bundles, in a folder or an object store (`turret.store.blobs`, `.objects`)
+- `blobs/`, `tmp/`: the files of all bundles, in a folder or an object store (`turret.store.blobs`, `.objects`); how
+  puts and gcs keep out of each other's way is said in `turret.store.uploads`
 - `runs/`: a folder a training, always on this machine (`turret.store.runs`)
 - `scratch/`: what imports and exports that are at work need, always on this machine (`turret.store.scratch`)
 
@@ -23,7 +24,7 @@ from sqlalchemy import Connection
 
 from turret.database import Database, told
 from turret.disk import PRIVATE, make_folder
-from turret.errors import BadReference, BundleError, Corrupt, InUse, NotFound, StoreError
+from turret.errors import BadReference, Corrupt, InUse, NotFound, StoreError
 from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
@@ -39,11 +40,13 @@ from turret.store.objects import Objects
 from turret.store.runs import Run, State
 from turret.store.standing import Standing
 from turret.store.tokens import Tokens
+from turret.store.uploads import Upload
 from turret.store.verify import Verified
 
 if TYPE_CHECKING:
     from turret.store.difference import Difference
 
+ATTEMPTS = 3  # of a put whose files others collect or delete while it writes
 Also = Callable[[Connection], None] | None  # written in the transaction that moves an alias, or not at all
 
 
@@ -70,17 +73,24 @@ class Store:
         """Store the bundle as the next version of `name`; the same content again is the version it was."""
         check_name(name)
         manifest, paths = incoming.read(bundle)
+        content = incoming.hashed(manifest, paths)
         database = self._made()
         with told(self._catalog):
             self._own(database)
-            content = {path: self._blobs.put(file) for path, file in paths.items()}
-        incoming.agree(manifest, content, bundle)
-        with database.writing() as connection:
-            for path, blob in content.items():
-                if not self._blobs.has(blob.digest) and self._blobs.put(paths[path]) != blob:  # a gc was quicker
-                    raise BundleError(f"{paths[path]} changed while it was being stored: try again")
-            number = catalog.add(connection, name, manifest, content, run=run, metrics=metrics or {})
-            return catalog.find(connection, Reference(name, version=number))
+        for _ in range(ATTEMPTS):
+            upload = Upload(database, self._blobs)
+            with told(self._catalog):
+                upload.write({blob: paths[path] for path, blob in content.items()})
+            with database.writing() as connection:
+                copies = upload.settle(connection, content.values())
+                if copies is not None:
+                    kept = {path: copies[blob.digest] for path, blob in content.items()}
+                    number = catalog.add(connection, name, manifest, kept, run=run, metrics=metrics or {})
+                    return catalog.find(connection, Reference(name, version=number))
+        raise StoreError(
+            f"{name} was not stored: its files were collected {ATTEMPTS} times while they were being written: "
+            "try again when no `turret gc` runs"
+        )
 
     def resolve(self, reference: str | Reference) -> Version:
         """What the reference means now. A plain name means `@production` where that exists, else the newest."""
@@ -105,7 +115,7 @@ class Store:
         """
         version, content = self._look_up(reference)
         try:
-            return {path: self._blobs.local(blob.digest) for path, blob in content.items()}
+            return {path: self._blobs.local(blob) for path, blob in content.items()}
         except Corrupt:
             self._still_listed(version)
             raise
@@ -118,7 +128,7 @@ class Store:
                 for path, blob in content.items():
                     target = folder / path
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    self._blobs.copy(blob.digest, target)
+                    self._blobs.copy(blob, target)
         except Corrupt:
             self._still_listed(version)
             raise
@@ -200,10 +210,19 @@ class Store:
     def rollback(self, name: str, alias: str = PRODUCTION) -> Move:
         """Move an alias back to what it named before; again and again walks further back."""
         exact = Reference(check_name(name), alias=check_alias(alias))
-        with self._there(exact).writing() as connection:
-            move = aliases.rollback(connection, name, alias)
-            self._glance(connection, catalog.find(connection, exact), f"{exact} stays at {move.before}")
-            return move
+        database = self._there(exact)
+        while True:  # until no other process moved the alias while this one looked at the files
+            with database.writing() as connection:  # says first of all where nothing may be written
+                version = catalog.find(connection, Reference(name, version=aliases.back_from(connection, name, alias)))
+                content = catalog.content_of(connection, version)
+            damage = self._damage(version, content)
+            with database.writing() as connection:
+                if aliases.back_from(connection, name, alias) != version.number:
+                    continue
+                move = aliases.rollback(connection, name, alias)
+                if damage:
+                    raise Corrupt(f"{exact} stays at {move.before}: {damage}")
+                return move
 
     def back_to(self, reference: str, alias: str, *, leaving: Sequence[str], also: Also = None) -> Move | None:
         """Move an alias back to a version, where it names one of `leaving` or nothing; asks no gate, hashes nothing.
@@ -211,13 +230,13 @@ class Store:
         None where it names something else, which stays.
         """
         exact = Reference.parse(reference)
+        damage = self._damage(*self._look_up(exact))
         with self._there(exact).writing() as connection:
             if also is not None:
                 also(connection)
-            version = catalog.find(connection, exact)
-            move = aliases.back_to(connection, version, check_alias(alias), leaving)
-            if move is not None:
-                self._glance(connection, version, f"{exact.name}@{alias} stays where it is")
+            move = aliases.back_to(connection, catalog.find(connection, exact), check_alias(alias), leaving)
+            if move is not None and damage:
+                raise Corrupt(f"{exact.name}@{alias} stays where it is: {damage}")
             return move
 
     def gate(
@@ -397,7 +416,7 @@ class Store:
         version, content = self._look_up(reference)
         try:
             for blob in content.values():
-                self._blobs.check(blob.digest)
+                self._blobs.check(blob)
         except Corrupt:
             self._still_listed(version)
             raise
@@ -415,11 +434,12 @@ class Store:
             owner.own(self.location, database, self._blobs, writes=writes)
             self._owned = writes
 
-    def _glance(self, connection: Connection, version: Version, stays: str) -> None:
+    def _damage(self, version: Version, content: Mapping[str, Blob]) -> str | None:
         """A look at the files that an alias goes back to, quick as a rollback must be; loading hashes everything."""
-        for path, blob in catalog.content_of(connection, version).items():
+        for path, blob in content.items():
             if said := self._blobs.glance(blob):
-                raise Corrupt(f"{stays}: {version} is damaged, {path} {said}")
+                return f"{version} is damaged, {path} {said}"
+        return None
 
     def _database(self) -> Database | None:
         """The database, opened once; None where there is no store yet."""

@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from turret.database import Database
 from turret.errors import Corrupt
 from turret.reference import Reference
-from turret.store import aliases, catalog, golden
+from turret.store import aliases, catalog, golden, uploads
 from turret.store.blobs import Blob, Files
 from turret.store.catalog import Version
 from turret.store.incoming import MANIFEST
@@ -42,7 +42,7 @@ class Verified:
     files: int  # of these versions; equal ones count each time
     bytes: int  # read and hashed; equal files once
     problems: tuple[Problem, ...]
-    orphans: int  # files that no version lists, which `gc` removes
+    orphans: int  # files that no version lists and no put is writing, which `gc` removes
     orphan_bytes: int
 
     @property
@@ -127,7 +127,7 @@ def _of_version(
 
 def _look(path: str, blob: Blob, blobs: Files) -> _Look:
     try:
-        with blobs.held(blob.digest) as file:
+        with blobs.held(blob) as file:
             found = file.stat().st_size
             if found != blob.bytes:
                 return _Look(f"has {found} bytes, and {blob.bytes} are listed")
@@ -168,7 +168,7 @@ def _of_header(path: Path) -> str | None:
 
 
 def _orphans(database: Database, blobs: Files) -> Sequence[Blob]:
-    there = [blob for _, blob in blobs.walk()]
+    there = list(blobs.walk())
     with database.reading() as connection:  # after the walk: what a put has listed meanwhile is none
-        listed = {blob.digest for _, _, blob in catalog.contents(connection)}
-    return [blob for blob in there if blob.digest not in listed]
+        dead = uploads.dead(connection, there, without=uploads.abandoned(connection))
+    return [blob for _, blob in dead]

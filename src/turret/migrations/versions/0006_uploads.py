@@ -1,0 +1,21 @@
+"""Uploads: which copy of a content versions have, and which puts are writing one."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0006"
+down_revision = "0005"
+
+
+def upgrade() -> None:
+    with op.batch_alter_table("files") as files:
+        files.add_column(sa.Column("upload", sa.String(32), nullable=False, server_default=""))
+    # A process of the format before must not list files any more: it knows no upload, and fails at the missing value.
+    with op.batch_alter_table("files") as files:
+        files.alter_column("upload", existing_type=sa.String(32), existing_nullable=False, server_default=None)
+    op.create_table(
+        "uploads",
+        sa.Column("id", sa.String(32), nullable=False),
+        sa.Column("since", sa.String(32), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_uploads"),
+    )
