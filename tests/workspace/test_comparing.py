@@ -110,6 +110,7 @@ def test_the_report_says_when_where_and_with_what_and_keeps_the_losses(compared)
     assert "float32" in made["precision"]
     assert {"python", "turret", "torch"} <= set(made["versions"])
     assert len(said["rows"][0]["losses"][0][1]) == 3, "a loss a step"
+    assert said["rows"][0]["trained_out"] is None, "three steps do not tell"
     assert said["command"].startswith("turret compare ")
     assert said["power"]["examples"] == 20
 

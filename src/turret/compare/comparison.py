@@ -26,7 +26,7 @@ from turret.compare.details import (
     some_examples,
 )
 from turret.compare.evidence import Array, Interval, interval, mcnemar
-from turret.compare.losses import still_falling
+from turret.compare.losses import FEWEST, still_falling
 from turret.compare.power import Power
 from turret.compare.promotion import Promotion, promotion
 from turret.compare.results import Result, made_with
@@ -262,7 +262,7 @@ def _row(
         scores = np.stack([result.scores for result in good])
         score = interval(scores, generator(seed, spec), confidence=confidence, between=(0, 1)).times(100)
     numbers = [key for key in (own[0].metrics if own else ()) if isinstance(own[0].metrics[key], (int, float))]
-    falling = [still_falling(each.losses) for each in good if each.losses]
+    falling = [still_falling(each.losses) for each in good if len(each.losses) >= FEWEST]
     return Row(
         spec=spec,
         label=candidate.label,
