@@ -20,6 +20,7 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
 )
 NATIVE = ("-march=native",)
+TUNE = "-mtune=znver3"  # for libraries of all makes: tuned for none, GCC 12 copies chunks so that activations take twice as long
 SECONDS = 600  # that a compiler may take, on a machine that is busy with other things
 
 
@@ -49,7 +50,7 @@ def _levels() -> tuple[Level, ...]:
         ("amx", "matrix tiles", "-mamx-tile -mamx-bf16", "amx_tile amx_bf16"),
     ):
         own = tuple(more.split())
-        flags = own if own[0].startswith("-march") else flags + own
+        flags = (TUNE, *own) if own[0].startswith("-march") else flags + own
         features |= frozenset(needed.split())
         levels.append(Level(name, title, flags, features))
     return tuple(reversed(levels))
