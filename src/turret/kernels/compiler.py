@@ -20,7 +20,8 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
 )
 NATIVE = ("-march=native",)
-TUNE = "-mtune=znver3"  # for libraries of all makes: tuned for none, GCC 12 copies chunks so that activations take twice as long
+# Of the wheel's libraries. Tuned for no processor, GCC 12 copies small chunks slowly: activations take twice as long.
+TUNE = "-mtune=znver3"
 SECONDS = 600  # that a compiler may take, on a machine that is busy with other things
 
 
