@@ -36,9 +36,14 @@ class Prefix(_Method):
     kind: Literal["prefix"] = "prefix"
     num_virtual_tokens: int = Field(default=20, ge=1, le=4096)  # P
     init_text: str | None = None  # its activations start the prefix; None: the task's own words
-    reparametrize: bool = True  # train an MLP over a small embedding, fold it away at save
+    reparametrize: bool | None = None  # train an MLP over a small embedding, fold it away at save; None: see `on`
     encoder_hidden_size: int = Field(default=512, ge=1, le=16384)  # width of that MLP
     encoder: bool = True  # of an encoder-decoder: also the encoder and the cross-attention (False: PEFT's shape)
+
+    def on(self, family_kind: str) -> Prefix:
+        """The method with `reparametrize` filled in: through the MLP an encoder's prefix does not learn."""
+        chosen = family_kind != "encoder" if self.reparametrize is None else self.reparametrize
+        return self.model_copy(update={"reparametrize": chosen})
 
 
 class Head(_Method):

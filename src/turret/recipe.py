@@ -123,7 +123,7 @@ class Train(_Section):
 
     section: ClassVar[str] = "train"
 
-    epochs: int = Field(default=3, ge=1, le=MOST)
+    epochs: int | None = Field(default=None, ge=1, le=MOST)  # None: 3, and more of few examples
     batch_size: int = Field(default=8, ge=1, le=65536)
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None  # None: the method's own; auto: found by trials
     init_from: str | None = Field(default=None, min_length=1)  # a stored version to go on from; None: the base alone

@@ -46,7 +46,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     ("method", "rate", "epochs", "share", "accuracy"),
     [
         ("lora", 1e-2, 4, 0.5, 0.9),
-        ("prefix", 3e-3, 20, 0.8, 0.8),
+        ("prefix", 3e-2, 20, 0.8, 0.8),
         ("head", 1e-2, 4, 0.9, 0.0),
         ("full", 1e-3, 4, 0.5, 0.9),
     ],

@@ -10,8 +10,7 @@ from torch import nn
 
 from turret.adapters.prefix import GRADIENT_STAYS, PrefixGroup
 from turret.errors import TrainingError
-from turret.methods import Full, Head, LoRA, Peft, Prefix
-from turret.train.optim import AdamW, default_learning_rate, learning_rate, warmup_steps
+from turret.train.optim import AdamW, learning_rate, warmup_steps
 from turret.train.step import backward
 
 
@@ -111,19 +110,6 @@ def test_the_rate_rises_to_its_peak_and_no_step_is_spent_at_zero(schedule: str) 
 
 def test_warmup_is_a_share_or_a_number_of_steps() -> None:
     assert [warmup_steps(each, 100) for each in (0, 0.06, 0.5, 1, 30, 1000)] == [0, 6, 50, 1, 30, 100]
-
-
-def test_every_method_has_its_own_rate() -> None:
-    assert default_learning_rate(LoRA()) == 1e-3
-    assert default_learning_rate(LoRA(), 7_000_000_000) == 2e-4
-    assert default_learning_rate(Prefix()) == 1e-3
-    assert default_learning_rate(Prefix(reparametrize=False)) == 1e-2
-    assert default_learning_rate(Head()) == 1e-3
-    assert default_learning_rate(Full(), 7_000_000_000) == 2e-5
-    assert default_learning_rate(Full(), 135_000_000) == 1e-4
-    assert default_learning_rate(Full(), 22_700_000) == 1e-4
-    assert default_learning_rate(Peft(peft_type="IA3")) == 3e-3
-    assert default_learning_rate(Peft(peft_type="DORA")) == default_learning_rate(LoRA())
 
 
 def test_a_gradient_that_is_not_finite_is_reported_and_not_scaled() -> None:

@@ -15,6 +15,7 @@ from turret.recipe import Recipe
 from turret.tasks import Labelled
 from turret.train import find_rate, plan
 from turret.train.batches import Items
+from turret.train.defaults import Defaults
 from turret.train.evaluate import evaluate, example_losses
 from turret.train.rates import Found
 from turret.train.run import checksum
@@ -35,7 +36,7 @@ def default(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets the method's own rate."""
 
     def put(rate: float) -> None:
-        monkeypatch.setattr("turret.train.trials.default_learning_rate", lambda *_: rate)
+        monkeypatch.setattr("turret.train.trials.defaults_of", lambda *_, **__: Defaults(rate, 20))
 
     return put
 

@@ -131,6 +131,8 @@ def attach(
     if isinstance(getattr(model, ATTRIBUTE, None), Attachment):
         raise AdapterError("this model already carries an adapter: call turret.detach(model) first")
     attached = hook_model(model, plain=isinstance(method, Peft))
+    if isinstance(method, Prefix):
+        method = method.on(attached.family.kind)
     attached.methods[1] = method
     if isinstance(method, Peft):
         try:

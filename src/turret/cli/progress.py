@@ -84,7 +84,8 @@ class Progress:
 
     def _words(self, record: StepRecord) -> str:
         speed = f"{many(record.tokens_per_second)} tokens/s"
-        return "  ".join(filter(None, (f"loss {self._loss:.3f}", self._metric, speed, size(record.rss))))
+        loss = f"loss {self._loss:.3f}" + ("" if record.guessing is None else f", guessing {record.guessing:.3f}")
+        return "  ".join(filter(None, (loss, self._metric, speed, size(record.rss))))
 
     def _draw(self, record: StepRecord) -> None:
         if self._bar is None:
@@ -124,6 +125,8 @@ def print_result(result: RunResult, store: str, out: Console) -> None:
     """What was stored, what it cost, and the next commands."""
     out.print(f"[bold green]{safe(result.version)}[/]  [dim]{safe(result.digest)}[/]")
     out.print(grid(_result(result)))
+    for warning in result.warnings:
+        out.print(f"  [yellow]warn[/]  {safe(warning)}")
     where = "" if store == ".turret" else f" --store {shlex.quote(store)}"
     text = '"a text of your own"'
     out.print("[bold]try[/]")

@@ -164,6 +164,10 @@ def _lineage(lineage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("parent", "data", "tokenizer"):
         if lineage.get(name):
             yield name, safe(str(lineage[name])[:19])
+    flat = lineage.get("flat_loss")
+    if isinstance(flat, Mapping):
+        loss, guessing = (number(flat.get(name)) for name in ("loss", "guessing"))
+        yield "warning", f"[yellow]nothing was learnt[/]: training loss {loss}, guessing has {guessing}"
     if "seed" in lineage:
         yield "seed", safe(lineage["seed"])
     libraries = lineage.get("libraries")

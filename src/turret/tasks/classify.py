@@ -105,6 +105,21 @@ class Classify:
             return F.cross_entropy(logits, targets)
         return (F.cross_entropy(logits, targets, reduction="none") * weight[targets]).mean()  # (B,) -> ()
 
+    def guessing_loss(self, examples: Sequence[Labelled]) -> float:
+        """The loss of the best constant answer: the entropy of the classes' shares, weighted as the loss is.
+
+        One class: a_c = share_c w_c, loss = sum_c a_c log(sum(a) / a_c). Many: the same for yes and no of each class,
+        with the share of yes times w[c], and their mean.
+        """
+        wanted = self.targets(examples)
+        weight = self._weight(wanted.device)
+        if self.multi_label:
+            yes = wanted.mean(0)  # (C,)
+            parts = torch.stack([yes if weight is None else yes * weight, 1 - yes])  # (2, C)
+            return float(_constant_loss(parts).mean())
+        shares = torch.bincount(wanted, minlength=len(self.labels)) / len(wanted)  # (C,)
+        return float(_constant_loss(shares if weight is None else shares * weight))
+
     def _weight(self, device: torch.device) -> Tensor | None:
         if self.class_weights is None:
             return None
@@ -158,3 +173,9 @@ def balanced_weights(labels: Sequence[str], examples: Sequence[Labelled], *, mul
         return {label: (n - k) / k if 0 < k < n else 1.0 for label, k in counts.items()}
     seen = sum(k > 0 for k in counts.values())
     return {label: n / (seen * k) if k else 1.0 for label, k in counts.items()}
+
+
+def _constant_loss(parts: Tensor) -> Tensor:
+    """sum_c a_c log(sum(a) / a_c) over the first axis, with 0 log 0 = 0."""
+    loss: Tensor = torch.xlogy(parts, parts.sum(0)).sum(0) - torch.xlogy(parts, parts).sum(0)
+    return loss

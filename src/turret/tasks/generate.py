@@ -16,7 +16,7 @@ from torch import Tensor
 
 from turret.errors import DataError
 from turret.tasks import metrics
-from turret.tasks.task import Encoded
+from turret.tasks.task import Encoded, Example
 from turret.tasks.tokens import Tokens
 
 SLOT = "{document}"
@@ -167,6 +167,9 @@ class Generate:
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy over target tokens: a scalar. logits: (N, V), targets: (N,) int64."""
         return F.cross_entropy(logits.float(), targets)
+
+    def guessing_loss(self, examples: Sequence[Example]) -> None:
+        """None: a base that writes begins far below any constant answer."""
 
     def metrics(self, texts: Sequence[str], references: Sequence[str], mean_loss: float | None) -> dict[str, float]:
         """rouge1, rouge2, rougeL, bleu, and loss and perplexity where a mean loss is given."""

@@ -53,6 +53,10 @@ class Task(Protocol):
         """The mean over examples (classify) or target tokens (generate): a scalar."""
         ...
 
+    def guessing_loss(self, examples: Sequence[Any]) -> float | None:
+        """The least loss of an answer that does not look at the input, over some examples; None where nobody asks."""
+        ...
+
 
 def texts_of(examples: Sequence[Example]) -> list[str]:
     """The inputs of some examples of either kind."""

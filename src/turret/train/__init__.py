@@ -14,27 +14,30 @@ from turret.train.batches import pass_tokens
 from turret.train.checkpoint import step_of
 from turret.train.checks import Check
 from turret.train.curve import Curve, StepRecord, read_curve
+from turret.train.defaults import Defaults, defaults_of, filled
 from turret.train.evaluate import evaluate, generate
 from turret.train.loop import fit
-from turret.train.optim import default_learning_rate
 from turret.train.plan import Plan, plan
 from turret.train.proof import Probe, probe, prove
 from turret.train.rates import Found
 from turret.train.run import Fitted
+from turret.train.splits import splits_of
 from turret.train.start import Start
 from turret.train.trials import find_rate
 
 __all__ = [
     "Check",
     "Curve",
+    "Defaults",
     "Fitted",
     "Found",
     "Plan",
     "Probe",
     "Start",
     "StepRecord",
-    "default_learning_rate",
+    "defaults_of",
     "evaluate",
+    "filled",
     "find_rate",
     "fit",
     "generate",
@@ -43,5 +46,6 @@ __all__ = [
     "probe",
     "prove",
     "read_curve",
+    "splits_of",
     "step_of",
 ]

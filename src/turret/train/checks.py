@@ -17,11 +17,11 @@ from turret.bases import native_bfloat16
 from turret.errors import AdapterError
 from turret.methods import Full, LoRA, Peft, Prefix
 from turret.train.batches import Item, Schedule
-from turret.train.optim import default_learning_rate, warmup_steps
+from turret.train.defaults import epochs_for
+from turret.train.optim import warmup_steps
 from turret.train.rates import MOST_TRIALS, Size
 from turret.train.splits import Splits
 
-FEW_STEPS = 20
 MANY_CUT = 0.05  # share of the inputs that lose their end, from which on it is worth a warning
 BUSY = 0.5  # processors that others keep busy, from which on it is worth a warning
 SKEWED = 10  # times as many examples of the largest class as of the smallest
@@ -83,10 +83,9 @@ def processors(others: float, threads: int, count: int) -> Iterator[Check]:
         )
 
 
-def learning_rate(recipe: Any, base_parameters: int) -> Check:
+def learning_rate(recipe: Any, usual: float) -> Check:
     """The chapter's rates for LoRA and prefix are rates for full fine-tuning; what they cost was measured."""
-    method, usual = recipe.method, default_learning_rate(recipe.method, base_parameters)
-    rate = recipe.train.lr or usual
+    method, rate = recipe.method, recipe.train.lr
     keep = f"leave train.lr out (this method's own is {usual:g})"
     if isinstance(method, LoRA) and rate <= usual / 10:
         return Check(
@@ -120,14 +119,28 @@ def rates(size: Size, usual: float) -> Check:
     return Check("learning rate", "ok", f"auto: training first tries {tried}")
 
 
-def steps(recipe: Any, schedule: Schedule) -> Check:
+def reparametrized(method: Any, family_kind: str) -> Iterator[Check]:
+    """An encoder's prefix through the MLP: one step moves all keys and values together, and too far."""
+    if isinstance(method, Prefix) and method.reparametrize and family_kind == "encoder":
+        yield Check(
+            "reparametrize",
+            "warn",
+            "through the MLP an encoder's prefix often stays at guessing on texts that are hard to tell apart",
+            "leave method.reparametrize out, and train.lr",
+        )
+
+
+def steps(recipe: Any, schedule: Schedule, enough: int) -> Check:
+    """enough: the steps below which the method is not trained out."""
     warmup = warmup_steps(recipe.train.warmup, schedule.steps)
     text = f"{schedule.steps} steps of {schedule.batch_size} examples, {warmup} of them warm-up"
-    if schedule.steps < FEW_STEPS:
-        return Check(
-            "steps", "warn", f"only {text}: little can be learnt", "raise train.epochs or lower train.batch_size"
-        )
-    return Check("steps", "ok", text)
+    if schedule.steps >= enough:
+        return Check("steps", "ok", text)
+    epochs = epochs_for(enough, schedule.examples, schedule.batch_size)
+    remedy = f"train.epochs = {epochs} would do"
+    if schedule.max_steps is not None:
+        remedy += f", with train.max_steps = {enough} or none"
+    return Check("steps", "warn", f"only {text}, and {recipe.method.kind} needs about {enough}", remedy)
 
 
 def splits(made: Splits, dataset: Any) -> Iterator[Check]:

@@ -30,6 +30,7 @@ class StepRecord:
     rss: int  # resident bytes of the process after the step
     metrics: dict[str, Any] | None = None  # on the steps that evaluate
     split: str | None = None  # what those metrics were measured on: validation, or test for reporting only
+    guessing: float | None = None  # the loss of guessing, where the latest losses are no better
 
     def to_json(self) -> str:
         return json.dumps({key: value for key, value in asdict(self).items() if value is not None})

@@ -47,7 +47,7 @@ def fit(
     """
     memory.reset_peak()
     run = Run.begin(recipe, base, task, dataset, folder, start)
-    train, model, here = recipe.train, base.model, run.processes
+    train, model, here = run.recipe.train, base.model, run.processes
     heap.give_back()  # what reading the tokenizer's rules and the first numbers took
     try:
         with StopRequest() as stop, heap.kept():
@@ -69,7 +69,7 @@ def fit(
                         processes=here,
                     )
                 seconds = clock() - started
-                run.count(step, batch, seconds)
+                run.count(step, batch, loss, seconds)
 
                 metrics = None
                 if run.evaluates(step):

@@ -14,39 +14,6 @@ from torch import Tensor, nn
 
 from turret.adapters.prefix import GRADIENT_STAYS
 from turret.errors import TrainingError
-from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
-
-LARGE_BASE = 1_000_000_000  # parameters; from here on the published LoRA rates hold, below it the measured ones
-
-
-# IA3 (Liu et al. 2022) and VeRA (Kopiczko et al. 2024) train few numbers that multiply, at several times LoRA's rate;
-# the embeddings of a prompt are trained as the keys and values of a prefix without its MLP. All else as LoRA.
-PEFT_RATES = {"IA3": 3e-3, "VERA": 4e-3, "PROMPT_TUNING": 1e-2, "P_TUNING": 1e-3}
-
-
-def default_learning_rate(method: Method, base_parameters: int = 0) -> float:
-    """The rate a method learns at when the recipe names none.
-
-    LoRA: Hu et al. (2021) train GPT-2 and RoBERTa at 2e-4 to 5e-4; on bases below a billion weights 1e-3 measured best
-    (0.836 accuracy on movie snippets, SmolLM2 headlines at a loss of 3.15), and QLoRA (Dettmers et al. 2023) uses 2e-4
-    for 7B and 13B. Prefix: 1e-3 through the reparametrising MLP (3.07 on the same headlines, 3e-3 gives 3.26), 1e-2
-    where the keys and values themselves are trained (Li & Liang 2021 use 5e-5, and far more steps).
-    Full: 2e-5 from a billion weights on. Devlin et al. (2019) take 2e-5 to 5e-5 for BERT, and far more steps than a
-    small data set makes; on a few hundred examples smaller bases hardly move with it. So 1e-4: SmolLM2-135M on
-    headlines has a loss of 3.20, at 2e-5 3.82; all-MiniLM-L6 on BBC an accuracy of 0.955, at 2e-5 0.575, at 2e-4 0.945
-    (validation examples in benchmarks/full_rate.py). At 2e-4 one of five trainings on IMDB never left a training loss
-    of 0.69, which at 1e-4 it did within 40 steps. A head alone is a logistic regression on frozen features: 1e-3.
-    """
-    if isinstance(method, Peft) and method.peft_type in PEFT_RATES:
-        return PEFT_RATES[method.peft_type]
-    if isinstance(method, (LoRA, Peft)):
-        return 2e-4 if base_parameters >= LARGE_BASE else 1e-3
-    if isinstance(method, Prefix):
-        return 1e-3 if method.reparametrize else 1e-2
-    if isinstance(method, Full):
-        return 2e-5 if base_parameters >= LARGE_BASE else 1e-4
-    assert isinstance(method, Head)
-    return 1e-3
 
 
 def warmup_steps(warmup: float, total: int) -> int:

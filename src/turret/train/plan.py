@@ -18,7 +18,7 @@ from turret.train import checks, memory
 from turret.train.batches import Items, Schedule
 from turret.train.checks import Check
 from turret.train.cost import Cost, measure
-from turret.train.optim import default_learning_rate
+from turret.train.defaults import defaults_of, filled
 from turret.train.rates import AUTO, MOST_TRIALS, Found, Size, size_of
 from turret.train.splits import Splits, splits_of
 from turret.train.start import Start
@@ -76,17 +76,19 @@ class Plan:
 def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = True, start: Start | None = None) -> Plan:
     """Check a recipe against its base and data; `measured` runs two passes on the model for memory and time."""
     made = splits_of(recipe, dataset)
+    recipe = filled(recipe, base, task.kind, len(made.train))
     train = recipe.train
     schedule = Schedule(len(made.train), train.batch_size, train.epochs, recipe.seed, train.max_steps)
     items = Items(task, made.train)
     seen = items.take(_spread(len(items), LOOKED_AT))
     total = sum(each.numel() for each in base.model.parameters())
-    usual = default_learning_rate(recipe.method, total)
+    own = defaults_of(recipe.method, base.family.kind, classify=task.kind == "classify", parameters=total)
     auto = size_of(len(made.train), schedule.steps) if train.lr == AUTO else None
     found = [
         checks.targets(recipe.method, base.model),
-        checks.learning_rate(recipe, total) if auto is None else checks.rates(auto, usual),
-        checks.steps(recipe, schedule),
+        checks.learning_rate(recipe, own.lr) if auto is None else checks.rates(auto, own.lr),
+        *checks.reparametrized(recipe.method, base.family.kind),
+        checks.steps(recipe, schedule, own.steps),
         *checks.splits(made, dataset),
         *checks.labels(task, made.train),
         checks.special_tokens(base, task),
@@ -112,7 +114,7 @@ def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = Tr
         memory=None if cost is None else cost.memory,
         seconds=seconds,
         steps=schedule.steps,
-        lr=usual if auto is not None else train.lr or usual,
+        lr=own.lr if auto is not None else train.lr,
         trainable=None if cost is None else cost.trainable,
         total=total,
     )

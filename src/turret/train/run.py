@@ -25,8 +25,10 @@ from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, memory, processes
 from turret.train.batches import Item, Items, Schedule, pass_tokens
 from turret.train.curve import StepRecord
+from turret.train.defaults import defaults_of, filled
 from turret.train.evaluate import evaluate
-from turret.train.optim import AdamW, default_learning_rate, warmup_steps
+from turret.train.flat_loss import WINDOW, FlatLoss, flat_loss
+from turret.train.optim import AdamW, warmup_steps
 from turret.train.processes import Processes
 from turret.train.seeds import Randomness
 from turret.train.splits import Splits, splits_of
@@ -51,6 +53,7 @@ class Fitted:
     stopped_early: bool
     best: dict[str, Any] | None  # step and metrics of the best evaluation on the validation split
     parameters: dict[str, int]  # trainable, stored, total
+    flat_loss: FlatLoss | None  # where the training loss ended at the level of guessing
 
 
 @dataclass
@@ -66,6 +69,7 @@ class Progress:
     best_metrics: dict[str, Any] | None = None
     stale: int = 0  # evaluations since the best one
     gave_up: bool = False
+    losses: list[float] = field(default_factory=list)  # of the latest WINDOW steps
 
 
 @dataclass
@@ -88,6 +92,7 @@ class Run:
     unchanged: str  # checksum of the base before anything was attached
     originals: list[Tensor]  # what it is the checksum of
     total: int  # weights of the base
+    guessing: float | None  # the loss of an answer that does not look at the input
     processes: Processes
     start: Start | None
     progress: Progress = field(default_factory=Progress)
@@ -99,12 +104,14 @@ class Run:
         cls, recipe: Any, base: Any, task: Any, dataset: Any, folder: Path | None, start: Start | None = None
     ) -> Run:
         """Attach a new adapter, seeded or from `start`; go on from the folder's checkpoint where there is one."""
-        here, train = processes.begin(), recipe.train
+        here = processes.begin()
+        splits = splits_of(recipe, dataset)
+        recipe = filled(recipe, base, task.kind, len(splits.train))
+        train = recipe.train
         if train.lr == "auto":
             raise TrainingError(
                 'train.lr is "auto": find it first (Workspace.train does, or find_rate), or give a number'
             )
-        splits = splits_of(recipe, dataset)
         schedule = Schedule(len(splits.train), train.batch_size, train.epochs, recipe.seed, train.max_steps)
         originals = [each.detach() for each in (*base.model.parameters(), *base.model.buffers())]
         unchanged = checksum(originals)
@@ -129,11 +136,12 @@ class Run:
                 schedule=schedule,
                 optimiser=optimiser,
                 randomness=randomness,
-                lr=train.lr or default_learning_rate(recipe.method, total),
+                lr=train.lr,
                 warmup=warmup_steps(train.warmup, schedule.steps),
                 unchanged=unchanged,
                 originals=originals,
                 total=total,
+                guessing=task.guessing_loss(splits.train),
                 processes=here,
                 start=start,
             )
@@ -186,8 +194,9 @@ class Run:
 
     # --- what a step leaves -----------------------------------------------------------------------------------------
 
-    def count(self, step: int, batch: Sequence[Item], seconds: float) -> None:
+    def count(self, step: int, batch: Sequence[Item], loss: float, seconds: float) -> None:
         self.progress.step = step
+        self.progress.losses = [*self.progress.losses, loss][-WINDOW:]
         self.progress.examples += len(batch)
         self.progress.tokens += sum(item.tokens for item in batch)
         self.progress.seconds += seconds
@@ -232,7 +241,14 @@ class Run:
             rss=memory.resident(),
             metrics=metrics,
             split=self.splits.watched_name if metrics is not None else None,
+            guessing=None if self.flat_loss() is None else self.guessing,
         )
+
+    def flat_loss(self) -> FlatLoss | None:
+        """Whether the latest losses lie at the level of guessing; nothing is said of the first steps of a long run."""
+        progress = self.progress
+        early = progress.step < min(WINDOW, self.schedule.steps)
+        return None if early else flat_loss(progress.losses, self.guessing)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -255,6 +271,8 @@ class Run:
         libraries["python"] = platform.python_version()
         said |= {"recipe": self.recipe.to_toml(), "seed": self.recipe.seed, "libraries": libraries}
         said |= {"steps": self.progress.step, "lr": self.lr}
+        if (flat := self.flat_loss()) is not None:
+            said |= {"flat_loss": flat.to_json()}
         return said if self.best_weights is None else {**said, "kept_step": self.progress.best_step}
 
     def save(self) -> None:
@@ -351,6 +369,7 @@ class Run:
                 "stored": stored,
                 "total": self.total,
             },
+            flat_loss=self.flat_loss(),
         )
 
     def abandon(self) -> None:
@@ -362,7 +381,9 @@ class Run:
 
     def what_to_change(self) -> str:
         """The remedy for a loss that is not finite, and what is left of the run."""
-        usual = default_learning_rate(self.recipe.method, self.total)
+        classify = self.task.kind == "classify"
+        family = self.base.family.kind
+        usual = defaults_of(self.recipe.method, family, classify=classify, parameters=self.total).lr
         remedy = f"set train.lr to {min(usual, self.lr / 10):g} (now {self.lr:g})"
         if str(self.base.dtype).endswith("bfloat16"):
             remedy += ' or train.dtype to "float32"'

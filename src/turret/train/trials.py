@@ -17,8 +17,9 @@ import torch
 from turret import adapters
 from turret.errors import LossNotFinite
 from turret.train.batches import Items, Schedule, pass_tokens
+from turret.train.defaults import defaults_of, filled
 from turret.train.evaluate import example_losses
-from turret.train.optim import AdamW, default_learning_rate, learning_rate
+from turret.train.optim import AdamW, learning_rate
 from turret.train.rates import Found, Score, search, size_of
 from turret.train.seeds import Randomness
 from turret.train.splits import splits_of
@@ -44,8 +45,12 @@ def find_rate(
     Of recipe, data and base alone, so a run that was killed finds the same rate again. on_trial hears of every rate and
     the steps it is tried for, before it is.
     """
-    default = default_learning_rate(recipe.method, sum(each.numel() for each in base.model.parameters()))
-    examples, train = splits_of(recipe, dataset).train, recipe.train
+    examples = splits_of(recipe, dataset).train
+    recipe = filled(recipe, base, task.kind, len(examples))
+    parameters = sum(each.numel() for each in base.model.parameters())
+    classify = task.kind == "classify"
+    default = defaults_of(recipe.method, base.family.kind, classify=classify, parameters=parameters).lr
+    train = recipe.train
     run = Schedule(len(examples), train.batch_size, train.epochs, recipe.seed, train.max_steps)
     size = size_of(len(examples), run.steps)
     if size.reason is not None:

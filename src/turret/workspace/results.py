@@ -21,6 +21,8 @@ class RunResult:
     run: str  # the id of its folder in runs/
     resumed_from: int = 0  # the step that this sitting went on from
     stopped_early: bool = False
+    flat_loss: dict[str, float] | None = None  # loss, guessing: where the training ended no better than guessing
+    warnings: list[str] = field(default_factory=list)  # a sentence each: why not to trust this version
     notes: list[str] = field(default_factory=list)  # what was guessed, dropped or cut
 
     def as_json(self) -> dict[str, Any]:

