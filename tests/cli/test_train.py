@@ -117,6 +117,25 @@ def test_a_plan_that_refuses_has_status_1_and_train_says_the_same_in_one_line(ty
     assert not (tmp_path / "store").exists()
 
 
+def test_a_version_that_learnt_nothing_is_stored_with_a_warning(typed, tmp_path, capsys) -> None:
+    assert json.loads(typed.out)["warnings"] == []  # the control
+    where = ["--store", str(tmp_path / "store")]
+    still = [*typed.arguments, "--set", "train.epochs=8", "--set", "train.lr=1e-9", "--set", "train.evaluate=never"]
+    assert run(["train", *still, "--json", *where]) == 0
+    out, err = capsys.readouterr()
+    said = json.loads(out)
+    assert said["flat_loss"]["guessing"] == pytest.approx(0.693, abs=0.01)
+    assert said["warnings"][0].startswith("nothing was learnt")
+    for words in (", guessing 0.69", "storing, flagged"):
+        assert words in err
+    with Progress(as_json=False) as shown:
+        from turret.workspace import RunResult
+
+        shown.stored(RunResult(**said), "elsewhere")
+    assert run(["show", "film-reviews", *where]) == 0
+    assert capsys.readouterr().out.count("nothing was learnt") == 2
+
+
 def test_people_are_told_what_was_stored_and_what_to_try(typed, capsys) -> None:
     from turret.workspace import RunResult
 

@@ -48,7 +48,9 @@ def test_the_documented_defaults_are_those_of_the_code() -> None:
 
 
 def test_some_of_pefts_methods_have_a_rate_of_their_own() -> None:
-    lora, ia3, vera = (defaults_of(Peft(peft_type=each), "encoder", classify=True).lr for each in ("DORA", "IA3", "VERA"))
+    lora, ia3, vera = (
+        defaults_of(Peft(peft_type=each), "encoder", classify=True).lr for each in ("DORA", "IA3", "VERA")
+    )
     assert (lora, ia3, vera) == (1e-3, 3e-3, 4e-3)
 
 

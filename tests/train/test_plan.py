@@ -158,6 +158,26 @@ def test_labels_that_are_skewed_alone_or_missing_are_named() -> None:
     assert any("no training example is good" in check.text for check in result.checks)
 
 
+@pytest.mark.parametrize(("method", "needed", "epochs"), [("lora", 250, 50), ("prefix", 500, 100), ("full", 100, 20)])
+def test_a_run_that_is_too_short_for_its_method_is_told_which_epochs_would_do(
+    method: str, needed: int, epochs: int
+) -> None:
+    data = tiny.dataset(train=40)
+    short = made(data=data, method=method, train__epochs=epochs - 1)[1]["steps"]
+    assert short.level == "warn"
+    assert f"{method} needs about {needed}" in short.text
+    assert short.remedy == f"train.epochs = {epochs} would do"
+    assert made(data=data, method=method, train__epochs=epochs)[1]["steps"].level == "ok"
+    cut = made(data=data, method=method, train__epochs=epochs, train__max_steps=30)[1]["steps"]
+    assert f"train.max_steps = {needed}" in str(cut)
+
+
+def test_an_encoders_prefix_through_its_mlp_is_warned_of() -> None:
+    assert made(method="prefix", method__reparametrize="true")[1]["reparametrize"].level == "warn"
+    assert "reparametrize" not in made(method="prefix")[1]
+    assert "reparametrize" not in made("llama", "summarize", method="prefix")[1]
+
+
 def test_duplicates_empty_inputs_few_steps_and_splits_are_said() -> None:
     data = tiny.dataset(train=40)
     _, rows = made(data=replace(data, duplicates=2))
