@@ -126,6 +126,7 @@ class Train(_Section):
     epochs: int | None = Field(default=None, ge=1, le=MOST)  # None: 3, and more of few examples
     batch_size: int = Field(default=8, ge=1, le=65536)
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None  # None: the method's own; auto: found by trials
+    head_lr_ratio: float | None = Field(default=None, gt=0, le=1000)  # the head's rate over lr; None: the method's own
     init_from: str | None = Field(default=None, min_length=1)  # a stored version to go on from; None: the base alone
     evaluate: Literal["epoch", "never"] | Annotated[int, Field(ge=1, le=MOST)] = (
         "epoch"  # a number: every so many steps

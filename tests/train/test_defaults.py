@@ -32,12 +32,14 @@ DOCUMENTED: dict[str, tuple[Method, str]] = {
 
 def test_the_documented_defaults_are_those_of_the_code() -> None:
     text = REFERENCE.read_text("utf-8")
-    rows = re.findall(r"^\| (`[a-z]+`[^|]*) \| ([0-9e-]+) \| ([0-9e-]+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    number = r" ([0-9e-]+) \|"
+    rows = re.findall(rf"^\| (`[a-z]+`[^|]*) \|{number * 5}$", text, re.MULTILINE)
     said = {name.strip(): tuple(map(float, numbers)) for name, *numbers in rows}
     known = {
         name: (
             defaults_of(*of, classify=True).lr,
             defaults_of(*of, classify=True, parameters=LARGE_BASE).lr,
+            defaults_of(*of, classify=True).head_lr_ratio or 1,
             defaults_of(*of, classify=True).steps,
             defaults_of(*of, classify=False).steps,
         )
@@ -81,6 +83,36 @@ def test_what_a_recipe_states_is_kept() -> None:
     made = Recipe.model_validate({"name": "t", "base": "b", "data": "t.csv", **stated})
     assert filled(made, tiny.base("bert"), "classify", 24) == made
     assert Recipe.from_toml(made.to_toml()) == made
+
+
+def test_a_head_beside_lora_moves_faster_unless_the_recipe_states_a_rate() -> None:
+    def ratio(**train: object) -> float | None:
+        made = Recipe.model_validate({"name": "t", "base": "b", "data": "t.csv", "train": train})
+        after = filled(made, tiny.base("bert"), "classify", 24)
+        assert filled(after, tiny.base("bert"), "classify", 24) == after
+        found: float | None = after.train.head_lr_ratio
+        return found
+
+    assert [ratio(), ratio(lr="auto"), ratio(lr=1e-3), ratio(lr=1e-3, head_lr_ratio=3.0)] == [10, 10, None, 3]
+    pairs = filled(Recipe(name="t", base="b", data="t.csv"), tiny.base("llama", "generate"), "summarize", 24)
+    assert pairs.train.head_lr_ratio is None
+
+
+def test_the_head_alone_moves_at_its_ratio() -> None:
+    """The first step of Adam moves every weight by its rate."""
+    moved = {}
+    for ratio in (1.0, 10.0):
+        on, data = tiny.base("bert"), tiny.dataset(train=8)
+        steady = {"train__epochs": 1, "train__warmup": 0, "train__schedule": "constant"}
+        made = tiny.recipe(**steady, train__lr=1e-3, train__head_lr_ratio=ratio)
+        before = dict(on.model.named_parameters())["classifier.bias"].clone()
+        _, fitted = tiny.train(fit(made, on, tiny.task_of(made, data, on), data))
+        head = float((fitted.adapter.head["classifier.bias"] - before).abs().max())
+        factors = max(float(each.abs().max()) for name, each in fitted.adapter.tensors.items() if "lora_B" in name)
+        moved[ratio] = (head, factors)
+        adapters.detach(on.model)
+    assert moved[1.0] == pytest.approx((1e-3, 1e-3), rel=0.01)
+    assert moved[10.0] == pytest.approx((1e-2, 1e-3), rel=0.01)
 
 
 def test_auto_is_left_to_the_trials() -> None:

@@ -70,8 +70,8 @@ def test_an_example_counts_by_its_target_tokens() -> None:
     assert better(one, other)  # the same gain a token everywhere: no noise at all
 
 
-def test_a_trial_is_a_tenth_of_the_run_within_bounds_and_too_little_gives_a_reason() -> None:
-    assert size_of(400, 150).steps == 15
+def test_a_trial_is_a_fifth_of_the_run_within_bounds_and_too_little_gives_a_reason() -> None:
+    assert size_of(400, 150).steps == 30
     assert size_of(400, 40).steps == 10
     assert size_of(100_000, 37_500).steps == MOST_STEPS
     assert size_of(100_000, 37_500).held == MOST_HELD
@@ -85,7 +85,7 @@ def test_what_was_found_reads_in_a_line_and_keeps_the_whole_table() -> None:
     found = Found(0.003, 0.001, size, {0.001: 0.47, 0.003: 0.41, 0.01: 0.4, 0.03: None})
     assert (
         str(found)
-        == "0.003, found by trying 4 rates for 20 steps each (held-back loss 0.41, 0.47 at the default 0.001)"
+        == "0.003, found by trying 4 rates for 40 steps each (held-back loss 0.41, 0.47 at the default 0.001)"
     )
     assert found.note().endswith(": 0.001: 0.47, 0.003: 0.41, 0.01: 0.4, 0.03: diverged")
     assert found.to_json()["tried"][3] == {"lr": 0.03, "loss": None}

@@ -26,6 +26,7 @@ class Defaults:
 
     lr: float
     steps: int  # with fewer it is not trained out
+    head_lr_ratio: float | None = None  # how many times the rate a classifier's head moves at; None: once
 
 
 def defaults_of(method: Method, family_kind: str, *, classify: bool, parameters: int = 0) -> Defaults:
@@ -38,13 +39,15 @@ def defaults_of(method: Method, family_kind: str, *, classify: bool, parameters:
     its hidden units, so it moves by up to `encoder_hidden_size` times as much, and all virtual tokens move together.
     Full: 1e-4, and 2e-5 from a billion weights on (Devlin et al. 2019 take 2e-5 to 5e-5 for BERT, and far more steps).
     Head: a logistic regression on frozen features, 1e-3.
+    A new head beside LoRA moves ten times as fast: at LoRA's rate its weights take hundreds of steps to become as large
+    as twelve classes need, and until then little reaches LoRA.
     """
     large = parameters >= LARGE_BASE
     steps = CLASSIFY_STEPS.get(method.kind, FEWEST_STEPS) if classify else FEWEST_STEPS
     if isinstance(method, Peft) and method.peft_type in PEFT_RATES:
         return Defaults(PEFT_RATES[method.peft_type], steps)
     if isinstance(method, (LoRA, Peft)):
-        return Defaults(2e-4 if large else 1e-3, steps)
+        return Defaults(2e-4 if large else 1e-3, steps, HEAD_LR_RATIO if classify else None)
     if isinstance(method, Prefix):
         flat = 3e-2 if family_kind == "encoder" else 1e-2
         return Defaults(1e-3 if method.on(family_kind).reparametrize else flat, steps)
@@ -55,6 +58,7 @@ def defaults_of(method: Method, family_kind: str, *, classify: bool, parameters:
 
 
 FEWEST_STEPS = 20  # with fewer little can be learnt, whatever the method
+HEAD_LR_RATIO = 10.0
 CLASSIFY_STEPS = {"lora": 250, "prefix": 500, "full": 100, "head": 100, "peft": 250}
 
 
@@ -79,5 +83,6 @@ def filled(recipe: Any, base: Any, task_kind: str, examples: int) -> Any:
     own = defaults_of(method, base.family.kind, classify=task_kind == "classify", parameters=parameters)
     wanted = epochs_for(own.steps, max(1, examples), train.batch_size)
     epochs = train.epochs or min(MOST_EPOCHS, max(FEWEST_EPOCHS, wanted))
-    update = {"lr": train.lr or own.lr, "epochs": epochs}
+    ratio = None if isinstance(train.lr, float) else own.head_lr_ratio  # a rate that is stated is that of all
+    update = {"lr": train.lr or own.lr, "epochs": epochs, "head_lr_ratio": train.head_lr_ratio or ratio}
     return recipe.model_copy(update={"method": method, "train": train.model_copy(update=update)})

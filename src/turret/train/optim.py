@@ -45,6 +45,7 @@ class AdamW:
 
     weights, gradients, exp_avg, exp_avg_sq: (N,) float32; the first `decayed` of N decay, which leaves out whatever has
     fewer than two dimensions (biases, norms). A parameter that a step does not reach has a zero gradient.
+    ratios: by name, how many times the rate a parameter moves at; 1 where it names none. Decay is at the rate itself.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class AdamW:
         parameters: Mapping[str, nn.Parameter],
         *,
         weight_decay: float = 0.0,
+        ratios: Mapping[str, float] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
@@ -73,6 +75,7 @@ class AdamW:
         self.exp_avg_sq = torch.zeros_like(self.weights)
         self.layout: dict[str, list[int]] = {}  # name -> shape, in the order of the row
         self._parameters = [parameter for _, parameter in ordered]
+        self._faster: list[tuple[slice, float]] = []  # where the ratio is not 1
         start = 0
         for name, parameter in ordered:
             stop = start + parameter.numel()
@@ -82,6 +85,8 @@ class AdamW:
             parameter.grad = self.gradients[start:stop].view(parameter.shape)
             setattr(parameter, GRADIENT_STAYS, True)
             self.layout[name] = list(parameter.shape)
+            if (ratio := (ratios or {}).get(name, 1.0)) != 1.0:
+                self._faster.append((slice(start, stop), ratio))
             start = stop
 
     def zero_gradients(self) -> None:
@@ -106,7 +111,10 @@ class AdamW:
             self.weights[: self.decayed].mul_(1 - rate * self.weight_decay)
         torch.sqrt(self.exp_avg_sq, out=gradients)
         gradients.div_(math.sqrt(1 - beta2**self.steps)).add_(self.eps)
-        self.weights.addcdiv_(self.exp_avg, gradients, value=-rate / (1 - beta1**self.steps))
+        value = -rate / (1 - beta1**self.steps)
+        self.weights.addcdiv_(self.exp_avg, gradients, value=value)
+        for part, ratio in self._faster:
+            self.weights[part].addcdiv_(self.exp_avg[part], gradients[part], value=value * (ratio - 1))
         self._changed()
 
     def state(self) -> dict[str, Tensor]:

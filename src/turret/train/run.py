@@ -32,7 +32,7 @@ from turret.train.optim import AdamW, warmup_steps
 from turret.train.processes import Processes
 from turret.train.seeds import Randomness
 from turret.train.splits import Splits, splits_of
-from turret.train.start import Start, attach
+from turret.train.start import Start, attach, optimiser_of
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "turret")
 
@@ -122,8 +122,7 @@ class Run:
         if not here.main:  # attached alike, dropped out apart
             randomness = Randomness(here.seed(recipe.seed), base.model.device)
         try:
-            trained = adapters.trainable_parameters(base.model)
-            optimiser = AdamW(trained, weight_decay=train.weight_decay)
+            optimiser = optimiser_of(recipe, base)
             run = cls(
                 recipe=recipe,
                 base=base,

@@ -15,6 +15,7 @@ from turret import adapters
 from turret.adapters import Adapter
 from turret.errors import AdapterError, TrainingError
 from turret.methods import Full, Peft, Prefix
+from turret.train.optim import AdamW
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ def attach(recipe: Any, base: Any, task: Any, start: Start | None = None) -> Non
         except AdapterError as error:
             adapters.detach(base.model)
             raise type(error)(f"training cannot start from {start.version}: {error}") from error
+
+
+def optimiser_of(recipe: Any, base: Any) -> AdamW:
+    """The optimiser of what is attached; the family's head moves at `train.head_lr_ratio` times the rate."""
+    trained, train = adapters.trainable_parameters(base.model), recipe.train
+    heads = tuple(f"{name}." for name in base.family.head_modules)
+    ratios = {name: train.head_lr_ratio or 1.0 for name in trained if name.startswith(heads)}
+    return AdamW(trained, weight_decay=train.weight_decay, ratios=ratios)
 
 
 def starting_words(recipe: Any, base: Any, task: Any) -> Tensor | None:

@@ -23,7 +23,7 @@ from turret.train.optim import AdamW, learning_rate
 from turret.train.rates import Found, Score, search, size_of
 from turret.train.seeds import Randomness
 from turret.train.splits import splits_of
-from turret.train.start import Start, attach
+from turret.train.start import Start, attach, optimiser_of
 from turret.train.step import explained, train_step
 
 RISING = 0.25  # of a trial's steps
@@ -143,7 +143,7 @@ def trials(
         attach(recipe, base, task, start)
     try:
         base.model.train()
-        optimiser = AdamW(adapters.trainable_parameters(base.model), weight_decay=recipe.train.weight_decay)
+        optimiser = optimiser_of(recipe, base)
         yield Trials(
             recipe,
             base,
