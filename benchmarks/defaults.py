@@ -260,7 +260,7 @@ def thinned(losses: list[float], points: int = 12) -> list[float]:
 LORA, FULL, PREFIX = (("kind", "lora"),), (("kind", "full"),), (("kind", "prefix"),)
 FLAT, MLP = (*PREFIX, ("reparametrize", False)), (*PREFIX, ("reparametrize", True))
 SMALL, LARGE = 200, 2000  # examples
-CODES = {"full": "1", "lora": "2", "prefix": "1"}  # raised when a method's defaults change: its runs are made anew
+CODES = {"full": "1", "lora": "2", "prefix": "2"}  # raised when a method's defaults change: its runs are made anew
 
 
 def small() -> Iterator[Job]:
@@ -286,7 +286,7 @@ def prefixes() -> Iterator[Job]:
 
 def longer() -> Iterator[Job]:
     """An encoder's prefix for twice the epochs."""
-    yield from (Job(name, LARGE, FLAT, (("lr", 3e-2), ("epochs", 6))) for name in ("similar", "pairs", "snippets"))
+    yield from (Job(name, LARGE, FLAT, (("lr", 3e-2), ("epochs", 6))) for name in ("pairs", "similar", "snippets"))
 
 
 def decoders() -> Iterator[Job]:

@@ -236,7 +236,9 @@ def test_gradients_reach_every_part_also_with_activation_checkpointing(family: s
 @pytest.mark.parametrize("family", [*ENCODERS, "llama"])
 def test_a_prefix_alone_learns_to_classify(family: str) -> None:
     """The head stays as it is, so all that is learnt is learnt by the prefix."""
-    model = attach(build(family, "classify"), Prefix(num_virtual_tokens=P, encoder_hidden_size=8)).train()
+    model = attach(
+        build(family, "classify"), Prefix(num_virtual_tokens=P, reparametrize=True, encoder_hidden_size=8)
+    ).train()
     prefix = [each for each in attachment(model).prefixes.parameters() if each.requires_grad]
     optimizer = torch.optim.Adam(prefix, lr=0.03)
     inputs, labels, losses = rows(9), torch.tensor([0, 1, 2, 1]), []

@@ -120,7 +120,7 @@ def test_a_plan_that_refuses_has_status_1_and_train_says_the_same_in_one_line(ty
 def test_a_version_that_learnt_nothing_is_stored_with_a_warning(typed, tmp_path, capsys) -> None:
     assert json.loads(typed.out)["warnings"] == []  # the control
     where = ["--store", str(tmp_path / "store")]
-    still = [*typed.arguments, "--set", "train.epochs=8", "--set", "train.lr=1e-9", "--set", "train.evaluate=never"]
+    still = [*typed.arguments, "--set", "train.epochs=8", "--set", "train.lr=1e-5", "--set", "train.evaluate=never"]
     assert run(["train", *still, "--json", *where]) == 0
     out, err = capsys.readouterr()
     said = json.loads(out)

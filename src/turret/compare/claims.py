@@ -90,7 +90,7 @@ def _time(row: Any, full: Any) -> Claim:
         return Claim(ORDER[4], row.spec, "not measured", "not shown")
     ratios = [theirs[place] / max(mine[place], 1e-9) for place in range(count)]
     several = f"{min(ratios):.2f} to {max(ratios):.2f} times as fast, over {count} seeds"
-    said = f"{several if count > 1 else f'{ratios[0]:.2f} times as fast, one seed'}, same steps"
+    said = f"{several if count > 1 else f'{ratios[0]:.2f} times as fast, one seed'}, the whole training"
     faster = all(ratio > 1.05 for ratio in ratios)
     slower = all(ratio < 1 / 1.05 for ratio in ratios) or max(ratios) <= 1.05
     return Claim(ORDER[4], row.spec, said, "yes" if faster else "no" if slower else "not shown")

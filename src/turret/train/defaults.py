@@ -59,7 +59,7 @@ def defaults_of(method: Method, family_kind: str, *, classify: bool, parameters:
 
 FEWEST_STEPS = 20  # with fewer little can be learnt, whatever the method
 HEAD_LR_RATIO = 10.0
-CLASSIFY_STEPS = {"lora": 250, "prefix": 500, "full": 100, "head": 100, "peft": 250}
+CLASSIFY_STEPS = {"lora": 250, "prefix": 1200, "full": 100, "head": 100, "peft": 250}
 
 
 def epochs_for(steps: int, examples: int, batch_size: int) -> int:

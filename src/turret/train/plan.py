@@ -87,7 +87,7 @@ def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = Tr
     found = [
         checks.targets(recipe.method, base.model),
         checks.learning_rate(recipe, own.lr) if auto is None else checks.rates(auto, own.lr),
-        *checks.reparametrized(recipe.method, base.family.kind),
+        *checks.encoder_prefix(recipe.method, base.family.kind),
         checks.steps(recipe, schedule, own.steps),
         *checks.splits(made, dataset),
         *checks.labels(task, made.train),
