@@ -124,7 +124,7 @@ def encoder_prefix(method: Any, family_kind: str) -> Iterator[Check]:
     if not isinstance(method, Prefix) or family_kind != "encoder":
         return
     if not method.reparametrize:
-        said = "an encoder's prefix trails LoRA and full fine-tuning, most on pairs of sentences (docs/measured.md)"
+        said = "an encoder's prefix trails LoRA and full fine-tuning a little (docs/measured.md)"
         yield Check("prefix", "ok", said)
     else:
         yield Check(
