@@ -50,7 +50,7 @@ def test_a_default_that_is_far_too_small_is_left(default: Any) -> None:
 
 def test_a_default_that_diverges_is_left_for_a_smaller_one(default: Any) -> None:
     default(1.0)
-    result, _ = found(train__gradient_clip=1e9)
+    result, _ = found(train__gradient_clip=1e9, train__head_lr_ratio=1)
     assert result.lr < result.default
 
 
