@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
+import torch
 
 from turret import adapters, heap
 from turret.train import memory
 from turret.train.batches import Item, Items, Schedule, micro_batches, pass_tokens
+from turret.train.evaluate import GENERATED_ROWS, generate
 from turret.train.seeds import Randomness
 from turret.train.start import Start, attach
 from turret.train.step import backward, loss_of
@@ -23,6 +25,20 @@ from turret.train.step import backward, loss_of
 LONG = 3.0  # seconds of a step that is not run twice to be timed
 TOLD_APART = 0.3  # seconds, of which the system counts hundredths
 LOOKED_AT = 50  # batches, of which the typical and the largest are taken
+WRITTEN, FIRST_TOKENS = 8, (1, 5)  # texts that are begun, and how far
+SIZES = 5  # sizes of a pass that are tried: a heap has other holes after each
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Seconds of generating texts with the cache, for a few rows at a time."""
+
+    prompt: float  # of reading one row's prompt
+    step: float  # of one more token for all rows
+
+    def seconds(self, rows: int, new_tokens: int) -> float:
+        """Of so many rows in batches, with so many new tokens each: what it takes where no text ends early."""
+        return rows * self.prompt + -(-rows // GENERATED_ROWS) * new_tokens * self.step
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,7 @@ class Cost:
     memory: memory.Prediction
     trainable: int  # weights
     others: float  # processors that other processes kept busy meanwhile
+    writing: Writing | None  # None where the task writes no text
 
 
 class Others:
@@ -61,41 +78,40 @@ def measure(
     items: Items,
     schedule: Schedule,
     *,
+    before: int | None = None,
     start: Start | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
-    """Attach the recipe's adapter, run forward and backward on a typical batch and on the largest piece, detach.
+    """Attach the recipe's adapter, run what a training runs on real batches, and detach.
 
-    What a pass takes is what the process grew by at its peak, where the system tells (Linux), and never less than what
-    was counted. What the libraries keep for good by then (a plan for every shape, say) counts as runtime.
+    The passes are: forward and backward on a typical batch, timed; on pieces of other sizes; on the largest piece; and
+    a forward pass without gradients, as in an evaluation. Memory that a pass frees is kept, as a training keeps it. So
+    the growth of the process at its peak holds the libraries, the holes between blocks of many sizes, and the
+    activations. It is never less than what was counted of the largest piece.
+
+    Args:
+        before: bytes of the process once the base was loaded; what reading the examples took since then counts too.
     """
     batches = [items.take(indices) for (_, indices), _ in zip(schedule.batches(), range(LOOKED_AT), strict=False)]
     most = pass_tokens(recipe.train, base.model.config)
     typical = sorted(batches, key=_tokens)[len(batches) // 2]
-    largest = max((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens)
+    pieces = sorted((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens)
     model = base.model
     randomness = Randomness(recipe.seed, model.device)
-    with randomness:
+    heap.give_back()
+    now = memory.resident()
+    before = now if before is None else min(before, now)
+    with memory.grown() as grown, heap.kept(), randomness:
         attach(recipe, base, task, start)
         try:
             model.train()
             trainable = memory.trainable_bytes(adapters.trainable_parameters(model))
             backward(loss_of(model, task, typical[:1]))  # the first pass of all is slow
-            saved = memory.SavedForBackward(model)
-            others, seconds = Others(), math.inf
-            for _ in range(2):  # the better of two: a neighbour's burst must not become the plan
-                started = clock()
-                for piece in micro_batches(typical, most):
-                    backward(loss_of(model, task, piece))
-                seconds = min(seconds, clock() - started)
-                if seconds > LONG:
-                    break
+            others = Others()
+            seconds = _seconds(model, task, micro_batches(typical, most), clock)
             busy = others.busy()
-            with memory.grown() as grown:
-                with saved.counting():
-                    loss = loss_of(model, task, largest)
-                backward(loss)  # outside: what is counted is held until then, and must be given up layer by layer
-                del loss
+            saved = _kept_by(model, task, pieces, 1 if seconds > LONG else SIZES)
+            writing = None if typical[0].target is None else _writing(model, task, typical[:WRITTEN], clock)
             rounded = adapters.rounded_bytes(adapters.attachment(model).route)
         finally:
             adapters.detach(model)
@@ -106,11 +122,55 @@ def measure(
         trainable=trainable,
         gradients=trainable,
         optimiser=2 * trainable,
-        activations=max(grown.bytes, saved.bytes + 2 * saved.largest),
+        activations=max(grown.bytes - 2 * trainable - rounded, saved.bytes + 2 * saved.largest),
         rounded=rounded,
-        runtime=max(0, memory.resident() - base.bytes),
+        prepared=now - before,
+        runtime=max(0, before - base.bytes),
     )
-    return Cost(seconds, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4, busy)
+    return Cost(seconds, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4, busy, writing)
+
+
+def _seconds(model: Any, task: Any, pieces: Sequence[Sequence[Item]], clock: Callable[[], float]) -> float:
+    """Seconds of a step of these pieces: the shorter of two, so that a neighbour's burst does not become the plan."""
+    seconds = math.inf
+    for _ in range(2):
+        started = clock()
+        for piece in pieces:
+            backward(loss_of(model, task, piece))
+        seconds = min(seconds, clock() - started)
+        if seconds > LONG:
+            break
+    return seconds
+
+
+def _kept_by(model: Any, task: Any, pieces: Sequence[Sequence[Item]], sizes: int) -> memory.SavedForBackward:
+    """Run pieces of so many sizes, from the least to the largest; what the largest kept for its backward pass."""
+    saved = memory.SavedForBackward(model)
+    for place in range(1, sizes):
+        backward(loss_of(model, task, pieces[(len(pieces) - 1) * place // sizes]))
+    for _ in range(min(sizes, 2)):
+        saved = memory.SavedForBackward(model)
+        with saved.counting():
+            loss = loss_of(model, task, pieces[-1])
+        backward(loss)  # outside: what is counted is held until then, and must be given up layer by layer
+        del loss
+    with torch.no_grad():
+        model.eval()
+        loss_of(model, task, pieces[-1])
+    return saved
+
+
+def _writing(model: Any, task: Any, items: Sequence[Item], clock: Callable[[], float]) -> Writing:
+    """Time the first tokens of a few texts: two lengths, whose difference is what a token takes."""
+    model.eval()
+    seconds = []
+    for new_tokens in FIRST_TOKENS:
+        started = clock()
+        with torch.no_grad():
+            generate(model, task, [item.source for item in items], new_tokens=new_tokens)
+        seconds.append(clock() - started)
+    step = max(0.0, seconds[1] - seconds[0]) / (FIRST_TOKENS[1] - FIRST_TOKENS[0])
+    return Writing(max(0.0, seconds[0] - FIRST_TOKENS[0] * step) / len(items), step)
 
 
 def _tokens(batch: Sequence[Item]) -> int:

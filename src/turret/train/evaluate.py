@@ -6,7 +6,7 @@ Knows models, tasks and lengths. Draws no random number, moves no weight, and le
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,21 +110,28 @@ def _target_loss(model: Any, task: Any, items: Items, most_tokens: int) -> float
     return total / count
 
 
-def generate(model: Any, task: Any, sources: Sequence[Tensor], *, most_tokens: int = 4096) -> list[dict[str, Any]]:
-    """A text per source, decoded with the cache by the task's own settings: {"text", "finish_reason", "tokens"}."""
+def generate(
+    model: Any, task: Any, sources: Sequence[Tensor], *, most_tokens: int = 4096, new_tokens: int | None = None
+) -> list[dict[str, Any]]:
+    """A text per source, decoded with the cache by the task's own settings: {"text", "finish_reason", "tokens"}.
+
+    new_tokens: exactly so many for every text, instead of the task's own limits.
+    """
     settings = task.generation
+    if new_tokens is not None:
+        settings = {**settings, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     answers: list[dict[str, Any]] = [{} for _ in sources]
     lengths = [len(source) + int(settings["max_new_tokens"]) for source in sources]
     for piece in by_length(lengths, max(1, most_tokens // int(settings["num_beams"]))):
         for start in range(0, len(piece), GENERATED_ROWS):
             places = piece[start : start + GENERATED_ROWS]
-            for place, answer in zip(places, _generate_rows(model, task, [sources[i] for i in places]), strict=True):
+            rows = [sources[i] for i in places]
+            for place, answer in zip(places, _generate_rows(model, task, rows, settings), strict=True):
                 answers[place] = answer
     return answers
 
 
-def _generate_rows(model: Any, task: Any, rows: Sequence[Tensor]) -> list[dict[str, Any]]:
-    settings = task.generation
+def _generate_rows(model: Any, task: Any, rows: Sequence[Tensor], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     encoder_decoder = bool(model.config.is_encoder_decoder)
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), int(settings["pad_token_id"]), dtype=torch.long)

@@ -103,13 +103,14 @@ class Prediction:
     trainable: int  # adapter, prefix MLP, head, or the copy of a full fine-tuning
     gradients: int
     optimiser: int  # two moments
-    activations: int  # what one micro-batch keeps for its backward pass, and its largest temporary
+    activations: int  # what passes take at their peak: kept for backward, temporaries, libraries, holes in the heap
     runtime: int  # the program itself
     rounded: int = 0  # the frozen matrices in 8 bits, with train.int8 and a small base
+    prepared: int = 0  # what reading and encoding the examples took, once the base was loaded
 
     @property
     def above_base(self) -> int:
-        return self.trainable + self.gradients + self.optimiser + self.activations + self.rounded
+        return self.trainable + self.gradients + self.optimiser + self.activations + self.rounded + self.prepared
 
     @property
     def total(self) -> int:
@@ -121,7 +122,9 @@ class Prediction:
 
     def __str__(self) -> str:
         sizes = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        parts = ", ".join(f"{name} {mega(size)}" for name, size in sizes.items() if size or name != "rounded")
+        parts = ", ".join(
+            f"{name} {mega(size)}" for name, size in sizes.items() if size or name not in ("rounded", "prepared")
+        )
         return f"{mega(self.total)} ({parts})"
 
 

@@ -34,7 +34,7 @@ class Plan:
 
     checks: tuple[Check, ...]
     memory: memory.Prediction | None  # None where it was not measured
-    seconds: float | None  # of training and the evaluations within it
+    seconds: float | None  # of training, every evaluation, and the proof
     steps: int
     lr: float  # this method's own where it is still to be found
     trainable: int | None
@@ -73,8 +73,24 @@ class Plan:
         }
 
 
-def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = True, start: Start | None = None) -> Plan:
-    """Check a recipe against its base and data; `measured` runs two passes on the model for memory and time."""
+def plan(
+    recipe: Any,
+    base: Any,
+    task: Any,
+    dataset: Any,
+    *,
+    measured: bool = True,
+    start: Start | None = None,
+    proof_seconds: float = 0.0,
+) -> Plan:
+    """Check a recipe against its base and data.
+
+    Args:
+        measured: run a few passes on the model for memory and time.
+        start: the version that the adapter goes on from.
+        proof_seconds: what the proof will take, which loads the base in a fresh process.
+    """
+    before = memory.resident()
     made = splits_of(recipe, dataset)
     recipe = filled(recipe, base, task.kind, len(made.train))
     train = recipe.train
@@ -99,10 +115,10 @@ def plan(recipe: Any, base: Any, task: Any, dataset: Any, *, measured: bool = Tr
     ]
     cost = None
     if measured and not any(check.level == "refuse" for check in found):
-        cost = _cost(recipe, base, task, items, schedule, total, found, start)
+        cost = _cost(recipe, base, task, items, schedule, total, found, start, before)
     seconds = None
     if cost is not None:
-        seconds = _seconds(recipe, made, task, schedule, cost)
+        seconds = _seconds(recipe, made, dataset, task, schedule, cost) + proof_seconds
         found.insert(1, checks.share(cost.trainable, total))
         found += [
             fits(cost.memory, base),
@@ -129,6 +145,7 @@ def _cost(
     total: int,
     found: list[Check],
     start: Start | None,
+    before: int,
 ) -> Cost | None:
     """Measured, unless the machine cannot hold even that: then a refusal is added to `found`."""
     room = memory.available(base.model.device)
@@ -138,7 +155,7 @@ def _cost(
         found.append(Check("memory", "refuse", f"{needed}, {memory.mega(room)} are free", remedy))
         return None
     try:
-        return measure(recipe, base, task, items, schedule, start=start)
+        return measure(recipe, base, task, items, schedule, before=before, start=start)
     except (MemoryError, RuntimeError) as error:
         if not memory_ran_out(error):
             raise
@@ -159,17 +176,26 @@ def fits(predicted: memory.Prediction, base: Any) -> Check:
     return Check("memory", "ok", text)
 
 
-def _seconds(recipe: Any, made: Splits, task: Any, schedule: Schedule, cost: Cost) -> float:
-    """Of all steps, and of the evaluations within the run."""
-    training = schedule.steps * cost.seconds
+def _seconds(recipe: Any, made: Splits, dataset: Any, task: Any, schedule: Schedule, cost: Cost) -> float:
+    """Of all steps, the evaluations within the run, and the last one, which also writes texts."""
+    each_token = EVALUATION * cost.seconds / cost.step_tokens
     every = recipe.train.evaluate
-    if made.watched is None or every == "never":
-        return training
-    times = -(-schedule.steps // (schedule.steps_per_epoch if every == "epoch" else every))
-    watched = Items(task, made.watched)
-    some = watched.take(_spread(len(watched), LOOKED_AT // 10))
-    tokens = sum(item.tokens for item in some) / len(some) * len(watched)
-    return training + times * tokens * EVALUATION * cost.seconds / cost.step_tokens
+    within = 0.0
+    if made.watched is not None and every != "never":
+        times = -(-schedule.steps // (schedule.steps_per_epoch if every == "epoch" else every))
+        within = times * _tokens(task, made.watched) * each_token
+    held = [split for split in (dataset.validation, dataset.test) if split]
+    last = sum(_tokens(task, split) for split in held) * each_token
+    if cost.writing is not None:
+        last += sum(cost.writing.seconds(len(split), int(task.generation["max_new_tokens"])) for split in held)
+    return schedule.steps * cost.seconds + within + last
+
+
+def _tokens(task: Any, examples: Sequence[Any]) -> float:
+    """How many tokens these examples have, from some of them."""
+    items = Items(task, examples)
+    some = items.take(_spread(len(items), LOOKED_AT // 10))
+    return sum(item.tokens for item in some) / len(some) * len(items)
 
 
 def _trials(auto: Size | None, cost: Cost) -> str:

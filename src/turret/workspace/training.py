@@ -32,6 +32,9 @@ from turret.workspace.results import Planned, RunResult
 HOPELESS = (LossNotFinite, ProofFailed)
 
 
+PROOF_START = 6.0  # seconds until a fresh process has imported torch and transformers
+
+
 @dataclass(frozen=True)
 class Watching:
     """Who wants to be told what; each may be left out."""
@@ -123,7 +126,14 @@ def plan(store: Store, recipe: Recipe, watching: Watching) -> Planned:
 
 def _plan(ready: Ready, watching: Watching) -> Planned:
     watching.stage("checking the plan")
-    made = trainer.plan(ready.recipe, ready.base, ready.task, ready.dataset, start=ready.start)
+    made = trainer.plan(
+        ready.recipe,
+        ready.base,
+        ready.task,
+        ready.dataset,
+        start=ready.start,
+        proof_seconds=PROOF_START + ready.load_seconds,
+    )
     return Planned(ready.recipe, made, ready.notes)
 
 
