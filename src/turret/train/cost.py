@@ -26,6 +26,8 @@ LONG = 3.0  # seconds of a step that is not run twice to be timed
 TOLD_APART = 0.3  # seconds, of which the system counts hundredths
 LOOKED_AT = 50  # batches, of which the typical and the largest are taken
 WRITTEN, FIRST_TOKENS = 8, (1, 5)  # texts that are begun, and how far
+HOLES = 1.2  # what a heap holds after hundreds of passes of other sizes, over what it holds after a few
+BESIDE = 10 << 20  # bytes for what a run does between steps: its checkpoint, its curve
 SIZES = 5  # sizes of a pass that are tried: a heap has other holes after each
 
 
@@ -84,10 +86,11 @@ def measure(
 ) -> Cost:
     """Attach the recipe's adapter, run what a training runs on real batches, and detach.
 
-    The passes are: forward and backward on a typical batch, timed; on pieces of other sizes; on the largest piece; and
-    a forward pass without gradients, as in an evaluation. Memory that a pass frees is kept, as a training keeps it. So
-    the growth of the process at its peak holds the libraries, the holes between blocks of many sizes, and the
-    activations. It is never less than what was counted of the largest piece.
+    The passes are: forward and backward on a typical batch, timed; then on pieces of other sizes and on the largest
+    piece; and a pass without gradients, as in an evaluation. What the process took until the second group begins counts
+    as prepared: examples, libraries, plans of products. What it grows by at the peak of the second group counts as
+    activations: also temporaries, and the holes between blocks of many sizes, since a training keeps what a pass frees.
+    It is never less than what was counted of the largest piece.
 
     Args:
         before: bytes of the process once the base was loaded; what reading the examples took since then counts too.
@@ -98,10 +101,8 @@ def measure(
     pieces = sorted((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens)
     model = base.model
     randomness = Randomness(recipe.seed, model.device)
-    heap.give_back()
-    now = memory.resident()
-    before = now if before is None else min(before, now)
-    with memory.grown() as grown, heap.kept(), randomness:
+    before = memory.resident() if before is None else before
+    with heap.kept(), randomness:
         attach(recipe, base, task, start)
         try:
             model.train()
@@ -110,9 +111,12 @@ def measure(
             others = Others()
             seconds = _seconds(model, task, micro_batches(typical, most), clock)
             busy = others.busy()
-            saved = _kept_by(model, task, pieces, 1 if seconds > LONG else SIZES)
-            writing = None if typical[0].target is None else _writing(model, task, typical[:WRITTEN], clock)
+            with memory.grown() as grown:  # from where a training will begin: the libraries are there, the heap is tidy
+                begun = memory.resident()
+                saved = _kept_by(model, task, pieces, 1 if seconds > LONG else SIZES)
+                _evaluate(model, task, [item for batch in batches for item in batch], most)
             rounded = adapters.rounded_bytes(adapters.attachment(model).route)
+            writing = None if typical[0].target is None else _writing(model, task, typical[:WRITTEN], clock)
         finally:
             adapters.detach(model)
             model.eval()
@@ -122,9 +126,9 @@ def measure(
         trainable=trainable,
         gradients=trainable,
         optimiser=2 * trainable,
-        activations=max(grown.bytes - 2 * trainable - rounded, saved.bytes + 2 * saved.largest),
+        activations=max(round(HOLES * grown.bytes), saved.bytes + 2 * saved.largest),
         rounded=rounded,
-        prepared=now - before,
+        prepared=BESIDE + max(0, begun - before - 2 * trainable - rounded),
         runtime=max(0, before - base.bytes),
     )
     return Cost(seconds, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4, busy, writing)
@@ -154,10 +158,15 @@ def _kept_by(model: Any, task: Any, pieces: Sequence[Sequence[Item]], sizes: int
             loss = loss_of(model, task, pieces[-1])
         backward(loss)  # outside: what is counted is held until then, and must be given up layer by layer
         del loss
-    with torch.no_grad():
-        model.eval()
-        loss_of(model, task, pieces[-1])
     return saved
+
+
+def _evaluate(model: Any, task: Any, items: Sequence[Item], most_tokens: int) -> None:
+    """A pass without gradients on the longest texts, as many as an evaluation takes at once."""
+    longest_first = sorted(items, key=lambda item: -item.tokens)
+    model.eval()
+    with torch.no_grad():
+        loss_of(model, task, micro_batches(longest_first, most_tokens)[0])
 
 
 def _writing(model: Any, task: Any, items: Sequence[Item], clock: Callable[[], float]) -> Writing:

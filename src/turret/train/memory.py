@@ -103,10 +103,10 @@ class Prediction:
     trainable: int  # adapter, prefix MLP, head, or the copy of a full fine-tuning
     gradients: int
     optimiser: int  # two moments
-    activations: int  # what passes take at their peak: kept for backward, temporaries, libraries, holes in the heap
+    activations: int  # what passes take at their peak: kept for backward, temporaries, holes in the heap
     runtime: int  # the program itself
     rounded: int = 0  # the frozen matrices in 8 bits, with train.int8 and a small base
-    prepared: int = 0  # what reading and encoding the examples took, once the base was loaded
+    prepared: int = 0  # what examples and libraries took since the base was loaded, and what is done between steps
 
     @property
     def above_base(self) -> int:
