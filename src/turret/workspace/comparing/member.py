@@ -47,7 +47,8 @@ def main(folder: Path) -> int:
 
 def _follow_the_starter() -> None:
     """Ask this process to stop once the one that started it is gone: its end of our stdin closes."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin: at exit Python would wait for its lock, and abort
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
