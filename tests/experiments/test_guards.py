@@ -94,6 +94,17 @@ def test_blocks_without_errors_or_with_nothing_else_say_nothing() -> None:
         assert not excess.factors(*block).any()
 
 
+def test_answers_of_the_control_count_that_came_before_the_first_one_of_an_arm() -> None:
+    def row(number: int, arm: str, answers: int, errors: int) -> SimpleNamespace:
+        sums = {"slow": 0, "seconds": 0.0, "compared": 0, "agreed": 0}
+        return SimpleNamespace(id=number, at=f"{number:04}", arm=arm, answers=answers, errors=errors, **sums)
+
+    watch = Watch("control")
+    late = [row(number, "shadow", 1, 1) for number in range(2, 14)]  # a shadow answers behind the control
+    watch.read([row(1, "control", 12, 0), *late], [("0", {"control": 1.0})])
+    assert watch.arms["shadow"].evidence("errors", watch.sums["shadow"], BOUND) > needed(LEVEL)
+
+
 def test_where_the_control_gets_no_traffic_the_bound_alone_decides(workspace, router) -> None:
     workspace.experiment("news").start("news@2", share=1.0, guards=Guards(max_errors=0.02))
     for number in range(20):
@@ -105,7 +116,7 @@ def test_where_the_control_gets_no_traffic_the_bound_alone_decides(workspace, ro
 
 def test_errors_of_both_arms_roll_nothing_back_and_of_the_candidate_alone_do(workspace, router, clock) -> None:
     workspace.experiment("news").start("news@2", share=0.5, guards=Guards(max_errors=0.02, max_seconds=2.0))
-    for second, failing in enumerate([("control", "candidate")] * 5 + [("candidate",)] * 5):
+    for second, failing in enumerate([("control", "candidate")] * 5 + [("candidate",)] * 20):
         clock.now += 1
         for number in range(20):
             found = router.assign("news", f"{second} {number}")

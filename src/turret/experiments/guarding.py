@@ -55,6 +55,7 @@ class Watch:
     arms: dict[str, Watched] = field(default_factory=dict)
     sums: dict[str, Answering] = field(default_factory=dict)  # arm -> all of its answers
     _split: int = 0
+    _control: Answering = NOTHING  # the control's answers of this split: the block of an arm that has not answered yet
 
     def read(self, found: Sequence[Any], splits: Sequence[tuple[str, Mapping[str, float]]]) -> None:
         """Add these rows (`health.rows`), whole flushes in their order. splits: since when, and the weights."""
@@ -72,11 +73,14 @@ class Watch:
             self._split = split
 
     def _add(self, flush: Mapping[str, Answering], *, changed: bool, alone: bool) -> None:
+        if changed:
+            self._control = NOTHING
         for arm, seen in flush.items():
             self.sums[arm] = self.sums.get(arm, NOTHING) + seen
             if arm != self.control:
-                self.arms.setdefault(arm, Watched())
+                self.arms.setdefault(arm, Watched(control=self._control))
         control = flush.get(self.control, NOTHING)
+        self._control += NOTHING if alone else control
         for arm, watched in self.arms.items():
             if changed:
                 watched.end()
