@@ -7,12 +7,10 @@ Relative paths inside a recipe mean the current directory, so a recipe kept with
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from datetime import date, time
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -30,6 +28,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from turret import toml
 from turret.errors import BadReference, RecipeError, one_line, shown
 from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
 from turret.reference import check_name
@@ -211,7 +210,7 @@ class Recipe(_Section):
     def from_toml(cls, text: str, *, where: str = "recipe") -> Recipe:
         where = one_line(where, 60)
         try:
-            value = _loads(text)
+            value = toml.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise RecipeError(f"{where} is not TOML: {one_line(str(error), 160) or 'nested too deeply'}") from None
         except ValueError as error:
@@ -231,9 +230,9 @@ class Recipe(_Section):
         checked = Recipe.model_validate(self.model_dump())  # so that a default of 32 is written as the float it is
         for key, value in checked.model_dump().items():
             if isinstance(value, Mapping):
-                tables += ["", f"[{key}]", *(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None)]
+                tables += ["", f"[{key}]", *(f"{k} = {toml.written(v)}" for k, v in value.items() if v is not None)]
             elif value is not None:
-                lines.append(f"{key} = {_toml(value)}")
+                lines.append(f"{key} = {toml.written(value)}")
         return "\n".join([*lines, *tables]) + "\n"
 
     def with_overrides(self, overrides: Mapping[str, str]) -> Recipe:
@@ -257,27 +256,6 @@ class Recipe(_Section):
 _ALONE = {"data": "data.source", "method": "method.kind"}
 _SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "task": Task, "train": Train}
 _TOP = tuple(Recipe.model_fields)
-
-
-def _loads(text: str) -> dict[str, Any]:
-    """Read TOML. Raises ValueError, also for values that TOML has and no setting is."""
-    try:
-        value = tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        raise
-    except ValueError:
-        raise ValueError("it has a whole number of thousands of digits: a setting has at most 64 bits") from None
-    _check_plain(value)
-    return value
-
-
-def _check_plain(value: Any) -> None:
-    if isinstance(value, int) and abs(value) >> 63:
-        raise ValueError(f"it has a whole number of {value.bit_length()} bits: a setting has at most 64")
-    if isinstance(value, (date, time)):
-        raise ValueError(f"it has the date or time {value}: put it in quotes where text is meant")
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_plain(each)
 
 
 def name_from(source: str) -> str:
@@ -346,20 +324,20 @@ def _set(value: dict[str, Any], key: str, text: str) -> None:
 
 def _plain(text: str) -> Any:
     """`text` as a TOML value, else as words where there is a comma, else as it is."""
-    read = _toml_value_or_text(text)
+    read = toml.value_or_text(text)
     return _comma_words(text) if read == text and "," in text else read
 
 
 def _typed(key: str, text: str, type_: TypeAdapter[Any]) -> Any:
     """`text` as the first of: nothing, a TOML value, itself, words with commas, that the type admits."""
-    for read in (_none, _toml_value, str, _comma_words):
+    for read in (_none, toml.value, str, _comma_words):
         try:
             candidate = read(text)
             return type_.validate_python(tuple(candidate) if isinstance(candidate, list) else candidate)
         except (ValueError, RecursionError):  # ValidationError and TOMLDecodeError are ValueErrors
             continue
     try:
-        type_.validate_python(_toml_value_or_text(text))
+        type_.validate_python(toml.value_or_text(text))
     except ValidationError as error:
         raise RecipeError(f"{key}: {_complaint(list(error.errors()))}") from None
     raise AssertionError(key)
@@ -368,19 +346,6 @@ def _typed(key: str, text: str, type_: TypeAdapter[Any]) -> Any:
 def _none(text: str) -> None:
     if text.strip().lower() != "none":
         raise ValueError(text)
-
-
-def _toml_value(text: str) -> Any:
-    if "\n" in text:
-        raise ValueError(text)
-    return _loads(f"value = {text}")["value"]
-
-
-def _toml_value_or_text(text: str) -> Any:
-    try:
-        return _toml_value(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def _comma_words(text: str) -> list[str]:
@@ -475,19 +440,3 @@ def _given_kind(value: Any) -> str:
 
 def _os_reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
-
-
-# --- TOML ------------------------------------------------------------------------------------------------------------
-
-
-def _toml(value: Any) -> str:
-    """A TOML value on one line; tomllib reads it back equal."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_toml(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
-    return "[" + ", ".join(_toml(v) for v in value) + "]"
