@@ -15,12 +15,9 @@ whole, and what was not listed is only unlisted files. Content that is under the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from sqlalchemy import Connection
 
 from turret.database import Database, told
 from turret.disk import PRIVATE, make_folder
@@ -28,7 +25,7 @@ from turret.errors import BadReference, Corrupt, InUse, NotFound, StoreError
 from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
-from turret.store import aliases, catalog, gates, gc, golden, incoming, owner, runs, scratch, standing
+from turret.store import aliases, catalog, gc, golden, incoming, owner, promotion, runs, scratch, standing
 from turret.store import verify as verifying
 from turret.store.aliases import Move, Pointing
 from turret.store.blobs import OWNER, Blob, Blobs, Files
@@ -37,6 +34,7 @@ from turret.store.gates import Gate
 from turret.store.gc import Collected, Removed
 from turret.store.golden import Golden, GoldenSet, Replay
 from turret.store.objects import Objects
+from turret.store.promotion import Also
 from turret.store.runs import Run, State
 from turret.store.standing import Standing
 from turret.store.tokens import Tokens
@@ -47,7 +45,6 @@ if TYPE_CHECKING:
     from turret.store.difference import Difference
 
 ATTEMPTS = 3  # of a put whose files others collect or delete while it writes
-Also = Callable[[Connection], None] | None  # written in the transaction that moves an alias, or not at all
 
 
 class Store:
@@ -200,29 +197,12 @@ class Store:
         exact = Reference(version.name, version=version.number)
         self._check(exact)
         with self._there(exact).writing() as connection:
-            version = catalog.find(connection, exact)
-            gates.check(version, alias, [*gates.of(connection, version.name, alias), *wanted])
-            replays = golden.check(connection, version, alias)
-            if also is not None:
-                also(connection)
-            return replace(aliases.promote(connection, version, alias), replays=replays)
+            return promotion.promote(connection, catalog.find(connection, exact), alias, wanted, also)
 
     def rollback(self, name: str, alias: str = PRODUCTION) -> Move:
         """Move an alias back to what it named before; again and again walks further back."""
         exact = Reference(check_name(name), alias=check_alias(alias))
-        database = self._there(exact)
-        while True:  # until no other process moved the alias while this one looked at the files
-            with database.writing() as connection:  # says first of all where nothing may be written
-                version = catalog.find(connection, Reference(name, version=aliases.back_from(connection, name, alias)))
-                content = catalog.content_of(connection, version)
-            damage = self._damage(version, content)
-            with database.writing() as connection:
-                if aliases.back_from(connection, name, alias) != version.number:
-                    continue
-                move = aliases.rollback(connection, name, alias)
-                if damage:
-                    raise Corrupt(f"{exact} stays at {move.before}: {damage}")
-                return move
+        return promotion.rollback(self._there(exact), self._blobs, name, alias)
 
     def back_to(self, reference: str, alias: str, *, leaving: Sequence[str], also: Also = None) -> Move | None:
         """Move an alias back to a version, where it names one of `leaving` or nothing; asks no gate, hashes nothing.
@@ -230,14 +210,7 @@ class Store:
         None where it names something else, which stays.
         """
         exact = Reference.parse(reference)
-        damage = self._damage(*self._look_up(exact))
-        with self._there(exact).writing() as connection:
-            if also is not None:
-                also(connection)
-            move = aliases.back_to(connection, catalog.find(connection, exact), check_alias(alias), leaving)
-            if move is not None and damage:
-                raise Corrupt(f"{exact.name}@{alias} stays where it is: {damage}")
-            return move
+        return promotion.back_to(self._there(exact), self._blobs, exact, alias, leaving, also)
 
     def gate(
         self,
@@ -255,18 +228,14 @@ class Store:
         added, removed = [Gate.parse(text, alias or "") for text in add], list(remove)
         if not added and not removed and examples is None:
             with self._there(wanted).reading() as connection:
-                return [*gates.of(connection, name, alias), *golden.of(connection, name, alias)]
+                return promotion.gates_of(connection, name, alias)
         if alias is None:
             raise BadReference(f"a gate of {name} needs an alias: say which, such as production")
         with self._there(wanted).writing() as connection:
-            for text in removed:
-                drop = golden.drop if text.strip().startswith(golden.WORD) else gates.drop
-                drop(connection, name, alias, text)
-            for gate in added:
-                gates.keep(connection, name, gate)
+            promotion.change_gates(connection, name, alias, added, removed)
             if examples is not None:
                 golden.keep(connection, name, alias, examples, part)
-            return [*gates.of(connection, name, alias), *golden.of(connection, name, alias)]
+            return promotion.gates_of(connection, name, alias)
 
     def standing(self, name: str, alias: str | None = None) -> Sequence[Standing]:
         """Whether the version that the alias (or each alias) names passes the alias's gates now, gate by gate."""
@@ -433,13 +402,6 @@ class Store:
         if not self._owned:
             owner.own(self.location, database, self._blobs, writes=writes)
             self._owned = writes
-
-    def _damage(self, version: Version, content: Mapping[str, Blob]) -> str | None:
-        """A look at the files that an alias goes back to, quick as a rollback must be; loading hashes everything."""
-        for path, blob in content.items():
-            if said := self._blobs.glance(blob):
-                return f"{version} is damaged, {path} {said}"
-        return None
 
     def _database(self) -> Database | None:
         """The database, opened once; None where there is no store yet."""

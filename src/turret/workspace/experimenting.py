@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection
 
-from turret.errors import BadExperiment, ExperimentError, GateFailed, NotFound, ReplayNeeded
+from turret.errors import BadExperiment, ExperimentError, NotFound
 from turret.experiments import assign as assigning
 from turret.experiments import outcomes, rows
 from turret.experiments.experiment import (
@@ -32,6 +32,7 @@ from turret.experiments.outcomes import Recorded, Seen
 from turret.reference import Reference, check_alias, check_name
 from turret.store import Store, Version
 from turret.store.catalog import PRODUCTION, now, who
+from turret.workspace import decisions
 
 if TYPE_CHECKING:
     from turret.experiments.weigh import Memory, Weighed
@@ -200,7 +201,7 @@ class LiveExperiment:
             with self._store.database().reading() as connection:
                 found = rows.find(connection, self.name, self.number)
             weighed = self._weighed(found, memory)
-            said = _carried_out(self._store, weighed) if found.state == rows.RUNNING else None
+            said = decisions.carry_out(self._store, weighed) if found.state == rows.RUNNING else None
             if said is None:
                 return Status(weighed, tuple(done), self._points(found))
             done.append(said)
@@ -222,15 +223,15 @@ class LiveExperiment:
         with self._store.database().reading() as connection:
             running = self._running(connection)
         weighed = self._weighed(running)
-        verdict = _summary(weighed)
+        verdict = decisions.summary(weighed)
         if promote is not None:
             from turret.workspace import promoting
 
-            _check_valid(weighed, promote)
+            decisions.check_valid(weighed, promote)
 
             arm = running.arm(promote)
             said = verdict | {"how": "promote", "arm": arm.name, "why": "asked for"}
-            also = _ending(running, said)
+            also = decisions.ending(running, said)
             promoting.promote(
                 self._store, running.reference(arm), running.alias, (), stage=on_stage, ask=ask, also=also
             )
@@ -238,7 +239,7 @@ class LiveExperiment:
             said = verdict | {"how": "rollback", "arm": None, "why": "asked for"}
             leaving = [running.reference(arm) for arm in running.arms[1:]]
             control = running.reference(running.control)
-            self._store.back_to(control, running.alias, leaving=leaving, also=_ending(running, said))
+            self._store.back_to(control, running.alias, leaving=leaving, also=decisions.ending(running, said))
         else:
             with self._store.database().writing() as connection:
                 rows.end(connection, running, verdict | {"how": "stop", "arm": None, "why": "asked for"}, now(), who())
@@ -334,93 +335,6 @@ def settle_all(store: Store, memories: dict[int, Any]) -> list[Status]:
     ]
 
 
-# --- decisions carried out -------------------------------------------------------------------------------------------
-
-
-def _carried_out(store: Store, weighed: Weighed) -> str | None:
-    """Do what was decided; None where there is nothing to do, or it was tried and refused."""
-    experiment, decision = weighed.experiment, weighed.decision
-    if decision.action == "hold":
-        return None if weighed.recorded else _alarmed(store, weighed)
-    if decision.action not in ("drop", "promote"):
-        return None
-    assert decision.arm is not None
-    arm = experiment.arm(decision.arm)
-    reference, control = experiment.reference(arm), experiment.reference(experiment.control)
-    try:
-        if decision.action == "drop":
-            drop = _dropping(weighed, decision.arm)
-            if arm.role == "shadow":  # it never answered: the alias has nothing to do with it
-                with store.database().writing() as connection:
-                    drop(connection)
-            else:
-                store.back_to(control, experiment.alias, leaving=[reference], also=drop)
-            return f"{arm.name} ({reference}) rolled back: {decision.why}"
-        if any(each["verb"] == "refused" and each["detail"].get("arm") == arm.name for each in weighed.history):
-            return None
-        said = _summary(weighed) | {"how": "promote", "arm": arm.name, "why": decision.why}
-        store.promote(reference, experiment.alias, also=_ending(experiment, said))
-    except (GateFailed, ReplayNeeded) as error:
-        _refuse(store, experiment, arm.name, str(error))
-        return f"{arm.name} ({reference}) is better and was not promoted: {error}"
-    except ExperimentError:  # another process has ended it meanwhile
-        return None
-    return f"{arm.name} ({reference}) promoted to {experiment.alias}: {decision.why}"
-
-
-def _dropping(weighed: Weighed, name: str) -> Callable[[Connection], None]:
-    def drop(connection: Connection) -> None:
-        current = rows.still_running(connection, weighed.experiment)
-        arm = current.arm(name)
-        if not arm.live:
-            raise ExperimentError(f"{name} of {current} was rolled back already")
-        others = [each for each in current.arms[1:] if each.live and each.name != name]
-        why = weighed.decision.why
-        rows.drop(connection, current, arm, {"why": why}, now(), who())
-        if not others:
-            rows.end(
-                connection, current, _summary(weighed) | {"how": "rollback", "arm": name, "why": why}, now(), who()
-            )
-
-    return drop
-
-
-def _ending(experiment: Experiment, verdict: Mapping[str, Any]) -> Callable[[Connection], None]:
-    def end(connection: Connection) -> None:
-        rows.end(connection, experiment, verdict, now(), who())
-
-    return end
-
-
-def _alarmed(store: Store, weighed: Weighed) -> str | None:
-    """Write down, once, that the evidence is void: from then on it stays so, whatever comes."""
-    from turret.experiments.weigh import VOID
-    from turret.experiments.words import void
-
-    why = void(weighed)
-    try:
-        with store.database().writing() as connection:
-            current = rows.still_running(connection, weighed.experiment)
-            if any(each["verb"] == VOID for each in rows.events(connection, current)):
-                return None  # another process was quicker
-            rows.add_event(connection, current, VOID, {"check": weighed.alarm, "why": why}, now(), who())
-    except ExperimentError:  # another process has ended it meanwhile
-        return None
-    return why
-
-
-def _check_valid(weighed: Weighed, arm: str) -> None:
-    """Raises ExperimentError where the evidence is void."""
-    if weighed.alarm is None:
-        return
-    running = weighed.experiment
-    version = running.reference(running.arm(arm))
-    raise ExperimentError(
-        f"{running} is void ({weighed.alarm} of the arms differ): it can promote nothing; `turret experiment stop "
-        f"{running.adapter}` and begin anew, or `turret promote {version} {running.alias}` without its evidence"
-    )
-
-
 def _others(connection: Connection, experiment: Experiment) -> list[float]:
     """The logarithms of the evidence of all other experiments; of those that ended, as it was then."""
     from turret.experiments.weigh import weigh
@@ -433,18 +347,6 @@ def _others(connection: Connection, experiment: Experiment) -> list[float]:
         log = known["log_evidence"] if "log_evidence" in known else weigh(connection, each, now()).evidence
         found.append(-math.inf if log is None else float(log))
     return found
-
-
-def _refuse(store: Store, experiment: Experiment, arm: str, why: str) -> None:
-    with store.database().writing() as connection:
-        current = rows.by_id(connection, experiment.id)
-        rows.add_event(connection, current, "refused", {"arm": arm, "why": why}, now(), who())
-
-
-def _summary(weighed: Weighed) -> dict[str, Any]:
-    """What the evidence was at the end."""
-    arms = {each.arm.name: each.against.as_json() for each in weighed.arms if each.against is not None}
-    return {"candidates": arms, "log_evidence": weighed.evidence, "void": weighed.alarm}
 
 
 def _log_evidence(weighed: Weighed) -> float | None:

@@ -14,7 +14,7 @@ from turret.errors import ReplayNeeded
 from turret.store import Move, Store, Version
 from turret.store.catalog import now
 from turret.store.golden import Example, Golden, GoldenSet, Replay, misfit, name_of
-from turret.store.store import Also
+from turret.store.promotion import Also
 
 if TYPE_CHECKING:
     from turret.workspace.answering import Mounted
