@@ -375,7 +375,8 @@ def test_a_disk_without_room_for_the_copy_is_one_line(foreign, bert, tmp_path, c
     (tmp_path / "disk").mkdir()
     with mounted_disk(tmp_path / "disk", "size=4k") as disk:
         said = refused(capsys, disk / "store", foreign, "--base", str(bert), "--labels", "a,b,c")
-        assert f"cannot be copied into {disk / 'store'}: No space left on device" in said
+        for part in ("cannot be copied into", "No space left on dev", "make room there"):
+            assert part in said  # the line is cut between them where the folder's name is long
         assert list(disk.iterdir()) == []
 
 
