@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import peft
 import pytest
 import small_models
 from exchange.foreign import CONFIG, MANIFEST, WEIGHTS, contents
+from exchange.stopped import at_operation
 
 from turret.errors import BundleError, StoreError
+from turret.store import scratch
 from turret.workspace import Workspace
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -61,6 +65,64 @@ def test_what_a_killed_import_leaves_is_gone_after_gc(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", ["over", "merged-over", "import"])
 def test_stopped_from_outside_at_random_moments(verb: str, sent: str, tmp_path: Path) -> None:
     assert stopped(tmp_path, verb, sent, "moments", 1, 12, 1).total() == 12
+
+
+def sigterm_at(number: int, work: Callable[[], None]) -> int:
+    """Carry out `work` in a process that gets SIGTERM at its n-th file operation; its status, 130 where it stopped."""
+    process = os.fork()
+    if process == 0:
+        status = 99
+        try:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            at_operation(number, signal.SIGTERM)
+            work()
+            status = 0
+        except KeyboardInterrupt:
+            status = 130
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_sigterm_at_any_operation_of_a_scratch_folder_leaves_nothing(there: bool, tmp_path: Path) -> None:
+    """Also while the folder is being made, or removed."""
+    root, room = tmp_path / "store", tmp_path / "room"
+    if there:
+        (root / "scratch").mkdir(parents=True)
+
+    def of_import() -> None:
+        with scratch.folder(root) as own:
+            (own / "weights").write_bytes(b"1")
+
+    def of_export() -> None:
+        with scratch.Beside(root, room / "deep" / "out") as beside:
+            (beside.files / "weights").write_bytes(b"1")
+
+    for work in (of_import, of_export):
+        number, found = 1, [130]
+        while found[-1] == 130:
+            found.append(sigterm_at(number, work))
+            assert [*(root / "scratch").glob("*")] == [], number
+            assert not room.exists(), number
+            number += 1
+        assert found[-1] == 0
+        assert number > 10  # control: signals came while it worked
+
+
+def test_a_scratch_folder_whose_making_fails_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fails when the folder is there, but its name is not yet flushed."""
+    root = tmp_path / "store"
+    (root / "scratch").mkdir(parents=True)
+
+    def fails(path: Path) -> None:
+        if list(root.glob("scratch/*")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("turret.disk.sync", fails)
+    with pytest.raises(OSError, match="Input/output"), scratch.folder(root):
+        pass
+    assert list(root.glob("scratch/*")) == []
 
 
 def killed_at_rename(workspace: Workspace, out: Path, number: int) -> bool:

@@ -1,19 +1,14 @@
-"""Records and their file; the run's own random numbers; Ctrl-C as a request."""
+"""Records and their file; the run's own random numbers."""
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from turret.train.curve import Curve, StepRecord, read_curve
-from turret.train.interrupt import StopRequest
 from turret.train.seeds import Randomness
 
 RECORD = StepRecord(1, 9, 0.5, 1.25, 1e-3, 0.1 + 0.2, 8, 100, 0.5, 200.0, 1000)
@@ -79,29 +74,3 @@ def test_random_numbers_go_on_where_they_were_saved() -> None:
         got = torch.rand(3), random.random()
     assert torch.equal(expected[0], got[0])
     assert expected[1] == got[1]
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_interrupt_asks_and_the_second_stops(sent: signal.Signals) -> None:
-    before = signal.getsignal(sent)
-    with StopRequest() as stop:
-        assert not stop.asked
-        os.kill(os.getpid(), sent)
-        assert stop.asked
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), sent)
-    assert signal.getsignal(sent) is before
-
-
-def test_outside_the_main_thread_no_handler_is_installed() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    seen = []
-
-    def body() -> None:
-        with StopRequest():
-            seen.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join()
-    assert seen == [before]

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from turret.disk import FAILING, PRIVATE, alone, create, flush, make_folder, permissions, sync
+from turret.interrupt import uninterrupted
 
 WHY = "leftover of a killed import or export"
 OLD = 3600  # seconds without a change, after which its process is taken for dead
@@ -36,14 +37,17 @@ _ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 def folder(root: Path) -> Iterator[Path]:
     """A folder in the store that is gone afterwards, and with it the store's own where this made it."""
     made = not root.exists()
-    own = _room(root) / uuid.uuid4().hex
-    make_folder(own, PRIVATE)
+    own = root / "scratch" / uuid.uuid4().hex
     try:
+        with uninterrupted():
+            _room(root)
+            make_folder(own, PRIVATE)
         yield own
     finally:
-        shutil.rmtree(own, ignore_errors=True)  # what stays is gc's
-        if made:
-            _remove_empty([own.parent, root])
+        with uninterrupted():
+            shutil.rmtree(own, ignore_errors=True)  # what stays is gc's
+            if made:
+                _remove_empty([own.parent, root])
 
 
 class Beside:
@@ -64,21 +68,23 @@ class Beside:
     def __enter__(self) -> Beside:
         try:
             said = {"folder": str(self.folder), "made": [str(each) for each in self._made]}
-            _keep_note(self._root, self._note, said)
-            make_folder(self.folder, PRIVATE)
-            make_folder(self.files)
+            with uninterrupted():
+                _keep_note(self._root, self._note, said)
+                make_folder(self.folder, PRIVATE)
+                make_folder(self.files)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.left = self.folder.exists()
-        if not self.left:
-            _remove_empty(self._made)
-            with suppress(OSError):  # a note without a folder is gc's
-                self._note.unlink(missing_ok=True)
+        with uninterrupted():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.left = self.folder.exists()
+            if not self.left:
+                _remove_empty(self._made)
+                with suppress(OSError):  # a note without a folder is gc's
+                    self._note.unlink(missing_ok=True)
 
     def begin_placing(self, names: list[str]) -> None:
         """Write down which files are about to be moved, one by one, into a folder that was there."""
@@ -162,11 +168,10 @@ def _keep_note(root: Path, note: Path, said: Mapping[str, object]) -> None:
             raise
 
 
-def _room(root: Path) -> Path:
+def _room(root: Path) -> None:
     if not root.exists():
         make_folder(root, PRIVATE)
     make_folder(root / "scratch", permissions(root))
-    return root / "scratch"
 
 
 def _write(path: Path, said: object) -> None:

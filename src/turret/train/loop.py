@@ -14,9 +14,9 @@ from typing import Any
 
 from turret import heap
 from turret.errors import Interrupted, LossNotFinite
+from turret.interrupt import StopRequest
 from turret.train import memory
 from turret.train.curve import StepRecord
-from turret.train.interrupt import StopRequest
 from turret.train.optim import learning_rate
 from turret.train.run import Fitted, Run
 from turret.train.start import Start

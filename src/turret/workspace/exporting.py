@@ -30,11 +30,11 @@ from turret.bases.licence import licence_of
 from turret.bases.quiet import quiet
 from turret.disk import alone, number_of, permissions, plainly, sync
 from turret.errors import AdapterError, StoreError
+from turret.interrupt import StopRequest
 from turret.store import Store, Version, scratch
 from turret.store.scratch import BESIDE, LOADED, Beside
 from turret.tasks import make
 from turret.tasks.classify import Classify
-from turret.train.interrupt import StopRequest
 from turret.workspace.card import card
 from turret.workspace.importing import PROBE, WRITTEN
 from turret.workspace.results import Exported

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,6 +16,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.number = 0  # of the signal that asked
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -31,4 +34,16 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self.number = True, number
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """The first SIGINT or SIGTERM takes effect after the block; a second one stops at once."""
+    stop = StopRequest()
+    try:
+        with stop:
+            yield
+    finally:
+        if stop.asked:
+            signal.raise_signal(stop.number)
