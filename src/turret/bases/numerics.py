@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ class Float32Products:
         return self.faster is not None and self.faster >= QUICKER
 
     def __str__(self) -> str:
-        if self.error != self.error:
+        if math.isnan(self.error):
             return "torch's default; this torch has no oneDNN"
         if self.error > TRUE_FLOAT32:
             return f"torch's default; oneDNN would round (error {self.error:.0e})"

@@ -149,7 +149,6 @@ def _seconds(model: Any, task: Any, pieces: Sequence[Sequence[Item]], clock: Cal
 
 def _kept_by(model: Any, task: Any, pieces: Sequence[Sequence[Item]], sizes: int) -> memory.SavedForBackward:
     """Run pieces of so many sizes, from the least to the largest; what the largest kept for its backward pass."""
-    saved = memory.SavedForBackward(model)
     for place in range(1, sizes):
         backward(loss_of(model, task, pieces[(len(pieces) - 1) * place // sizes]))
     for _ in range(min(sizes, 2)):
