@@ -134,6 +134,15 @@ def test_what_is_streamed_joins_to_the_answer(family: str) -> None:
         assert len(pieces) == 1, "beams are decided at the end"
 
 
+@pytest.mark.parametrize("options", [Options(), Options(num_beams=2), Options(stop=("never there",))])
+def test_who_listens_first_when_all_is_answered_gets_the_whole_text(options: Options) -> None:
+    with shelf("llama").engine() as engine:
+        ticket = engine.submit("generate", TEXTS[0], "narrow", options)
+        answer = ticket.result(30)
+        assert answer["text"]
+        assert list(ticket.stream()) == [answer["text"]]
+
+
 def test_events_come_in_order_and_end_once() -> None:
     made = shelf("llama")
     with made.engine() as engine:

@@ -116,7 +116,6 @@ def test_a_promote_by_another_process_is_followed(classifier, until) -> None:
     until(lambda: version() == "a@1", seconds=5)
 
 
-@pytest.mark.slow  # open: in 1 of 10 runs the streamed text came back empty; the cause is not known yet
 def test_a_text_over_http_whole_and_in_pieces_is_that_of_the_stored_version(generator) -> None:
     with openai.OpenAI(base_url=f"{generator.running.url}/v1", api_key="none", max_retries=0) as client:
         assert generator.answers["a@1"] != generator.answers["a@2"]

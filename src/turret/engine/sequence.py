@@ -92,13 +92,12 @@ class Generating:
         self._tell(self._text)
 
     def _tell(self, text: Growing) -> None:
-        """What is settled and was not said yet, to those who listen."""
+        """What is settled and was not said yet, to those who listen now or will: the ticket keeps it."""
         ticket = self.request.ticket
-        if ticket.heard:
-            ticket.say(text.text[ticket.said :])
+        ticket.say(text.text[ticket.said :])
 
     def answer(self, decode: Decode, words: Words) -> dict[str, Any]:
-        """What the request gets, all of it said to those who listen."""
+        """What the request gets, all of it said."""
         if self._text is None:
             self._text = Growing(decode, self.settings.stop)
             self._text.grow(self.tokens)
