@@ -1,6 +1,7 @@
-"""Attention as numbers: softmax(scaling q k^T + bias) v with dropout, the plain way and the fast one.
+"""Attention as numbers: softmax(cap(scaling q k^T) + bias) v with dropout, the plain way and the fast one.
 
-Knows tensors. Refuses to know modules, rows of a batch and prefixes. On the CPU, short rows and dropout make torch's
+cap(s) = softcap tanh(s / softcap), where a base caps its scores (Gemma 2, 2024).
+Knows tensors, not modules, rows of a batch or prefixes. On the CPU, short rows and dropout make torch's
 fused kernel slower than the products written out; these keep one matrix a layer for the backward pass, the
 probabilities before dropout, and no copy of grouped keys and values.
 """
@@ -25,30 +26,42 @@ def attend(
     scaling: float,
     p: float = 0.0,
     masks: Masks | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """softmax(scaling * q k^T + bias) v, with dropout at rate p on the probabilities.
+    """softmax(cap(scaling * q k^T) + bias) v, with dropout at rate p on the probabilities.
 
     q: (B, H, T, D); k, v: (B, H_kv, S, D) with H a multiple of H_kv; bias: broadcasts to (B, H, T, S). -> (B, H, T, D)
     """
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= LARGEST
-    if q.device.type == "cpu" and trains and small and (bias is None or not bias.requires_grad):
+    known = softcap is None and (bias is None or not bias.requires_grad)
+    if q.device.type == "cpu" and trains and small and known:
         mask = None
         if p > 0.0:
             mask = (masks or Masks()).like(q.new_empty(()).expand(*q.shape[:3], k.shape[2]), p)
         output: Tensor = _Attention.apply(q, k, v, bias, scaling, kept_share(p), mask)  # type: ignore[no-untyped-call]
         return output
-    return attend_plainly(q, k, v, bias, scaling, p)
+    return attend_plainly(q, k, v, bias, scaling, p, softcap)
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaling: float, p: float = 0.0) -> Tensor:
+def attend_plainly(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
     """The same in torch's own operations: the reference of the fast way, and the way of every other device."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
-    if p == 0.0 or q.device.type == "cuda":
+    if softcap is None and (p == 0.0 or q.device.type == "cuda"):
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling, dropout_p=p)
     scores = (q * scaling) @ k.mT  # (B, H, T, S); with dropout the fused kernel is slower than this
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if bias is not None:
         scores = scores + bias
     return dropout(scores.softmax(dim=-1), p) @ v

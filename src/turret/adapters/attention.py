@@ -1,15 +1,15 @@
 """The second hook: one attention function, registered with transformers under the name "turret".
 
 It computes every attention of an attached model: padded or unpadded rows, causal or not, cross-attention, grouped
-queries, sliding windows, T5's position bias, and in front of the keys each row's prefix. The prefix never enters the
-key-value cache. Knows tensors, sites and routes; refuses to know where a prefix comes from.
+queries, sliding windows, capped scores, T5's position bias, and in front of the keys each row's prefix. The prefix
+never enters the key-value cache. An argument that is neither computed here nor in `HARMLESS` is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ from turret.kernels import KEPT, Library, Prefixes, Rows, usable
 
 NAME = "turret"
 KeysValues = Callable[[int, Site], tuple[Tensor, Tensor] | None]
+HARMLESS = {  # arguments that models hand over and that change no output of attention, and why
+    "deterministic": "a setting of the flash-attention library, which is not called",
+    "num_items_in_batch": "the loss is divided by it",
+    "output_hidden_states": "transformers collects them from the layers",
+    "position_ids": "queries and keys are rotated already, and the mask keeps packed texts apart",
+    "use_cache": "keys and values have been cached before the call",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,15 @@ class Hooked:
     last: bool = False  # of the model: here `Route.read` are the only queries
 
 
+class AttentionCall(NamedTuple):
+    """What a module asks of one attention call beside its tensors."""
+
+    scaling: float
+    dropout: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+
+
 def routed_attention(
     module: nn.Module,
     query: Tensor,
@@ -50,35 +66,54 @@ def routed_attention(
     dropout: float = 0.0,
     position_bias: Tensor | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    softcap: float | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """The function transformers calls. query: (B, H, T, D); key, value: (B, H_kv, S, D) -> ((B, T, H, D), None)."""
+    """The function transformers calls. query: (B, H, T, D); key, value: (B, H_kv, S, D) -> ((B, T, H, D), None).
+
+    Raises AdapterError for an argument that is not known.
+    """
     hooked: Hooked | None = getattr(module, "turret_hook", None)
     if hooked is None:
         raise AdapterError(
             f"{type(module).__name__} asked for turret's attention, but nothing is attached to its model: "
             "call turret.attach(model, …) or load the model with another attn_implementation"
         )
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
+    _require_known(hooked.site, others)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = AttentionCall(scaling, dropout, sliding_window, softcap)
     if torch.is_autocast_enabled(query.device.type):  # rotary positions leave queries and keys in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     route = hooked.route
     if route.capture is not None:
         route.capture[hooked.site.name] = (key, value)
-    if route.cache is not None and hooked.site.group != "encoder":
-        output = _cached(hooked, query, key, value, scaling, sliding_window)
-    elif route.lengths is not None:
-        output = _unpadded(hooked, query, key, value, scaling, dropout, sliding_window)
-    else:
-        output = _padded(hooked, query, key, value, _sum(attention_mask, position_bias), scaling, dropout)
-    return output.transpose(1, 2).contiguous(), None  # (B, T, H, D)
+    if route.cache is None and route.lengths is None:
+        output = _padded(hooked, query, key, value, _sum(attention_mask, position_bias), call)
+        return output.transpose(1, 2).contiguous(), None  # (B, T, H, D)
+    if position_bias is not None and hooked.bias_module is None and hooked.site.group != "cross":
+        raise AdapterError(
+            f"{hooked.site.name} adds a position_bias that turret cannot make for rows without padding: expected one "
+            "from relative_attention_bias; use a base of another family"
+        )
+    compute = _cached if route.cache is not None and hooked.site.group != "encoder" else _unpadded
+    return compute(hooked, query, key, value, call).transpose(1, 2).contiguous(), None  # (B, T, H, D)
 
 
-def _padded(
-    hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaling: float, dropout: float
-) -> Tensor:
+def _require_known(site: Site, others: dict[str, Any]) -> None:
+    """Raise AdapterError for an argument that would change the output and is not computed here; None says nothing."""
+    for name, value in others.items():
+        if name in HARMLESS or value is None or (name == "output_attentions" and not value):
+            continue
+        if name == "is_causal" and value == site.causal:
+            continue
+        raise AdapterError(
+            f"attention of {site.name} was given {name}, which turret does not compute here: expected only scaling, "
+            "dropout, position_bias, sliding_window and softcap; call the model without it, or detach and ask the base"
+        )
+
+
+def _padded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: AttentionCall) -> Tensor:
     route, site = hooked.route, hooked.site
     if bias is None and site.causal and q.shape[2] > 1:
         raise AdapterError(
@@ -88,18 +123,18 @@ def _padded(
         bias = bias[..., : k.shape[2]].to(q.dtype)
     slot = route.single()
     if slot is not None:
-        return _one_slot(hooked, slot, q, k, v, bias, scaling, dropout)
+        return _one_slot(hooked, slot, q, k, v, bias, call)
     output = torch.empty_like(q)
     for slot, rows in route.rows_by_slot().items():
         index = torch.tensor(rows, device=q.device)
         rows_bias = bias[index] if bias is not None and bias.shape[0] > 1 else bias
-        part = _one_slot(hooked, slot, q[index], k[index], v[index], rows_bias, scaling, dropout)
+        part = _one_slot(hooked, slot, q[index], k[index], v[index], rows_bias, call)
         output = output.index_copy(0, index, part)
     return output
 
 
 def _one_slot(
-    hooked: Hooked, slot: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaling: float, dropout: float
+    hooked: Hooked, slot: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: AttentionCall
 ) -> Tensor:
     """Attention of rows that all take one slot: [prefix; keys], and a bias widened by the prefix's columns."""
     prefix = hooked.prefix(slot, hooked.site) if slot != BARE else None
@@ -114,7 +149,7 @@ def _one_slot(
             bias = torch.cat([columns.expand(*shape, -1), bias.expand(*shape, -1)], dim=-1)  # (., ., T, P + S)
         k = torch.cat([prefix[0].to(k.dtype).expand(rows, -1, -1, -1), k], dim=2)  # (B, H_kv, P + S, D)
         v = torch.cat([prefix[1].to(v.dtype).expand(rows, -1, -1, -1), v], dim=2)
-    return attend(q, k, v, bias, scaling, dropout, hooked.route.masks)
+    return attend(q, k, v, bias, call.scaling, call.dropout, hooked.route.masks, call.softcap)
 
 
 def _prefix_bias(hooked: Hooked, tokens: int, q: Tensor, past: int) -> Tensor:
@@ -138,29 +173,18 @@ def relative_bias(module: Any, relative: Tensor) -> Tensor:
     return bias.permute(2, 0, 1)[None]
 
 
-def _unpadded(
-    hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
-) -> Tensor:
+def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Each row of the one long row attends to itself (or, crossing, to its source). q: (1, H, N, D) -> (1, H, N, D)"""
-    library = usable(q, k, v)
+    library = usable(q, k, v) if call.softcap is None else None
     if library is not None:
-        return _flash(library, hooked, q, k, v, scaling, dropout, window)
-    return _unpadded_plainly(hooked, q, k, v, scaling, dropout, window)
+        return _flash(library, hooked, q, k, v, call)
+    return _unpadded_plainly(hooked, q, k, v, call)
 
 
-def _flash(
-    library: Library,
-    hooked: Hooked,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scaling: float,
-    p: float,
-    window: int | None,
-) -> Tensor:
+def _flash(library: Library, hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """`_unpadded_plainly` by a kernel, with little kept for the backward pass."""
-    rows, prefixes = rows_and_prefixes(hooked, scaling, window, k.dtype)
-    dropped = (hooked.route.masks or Masks()).dropped(p) if p > 0.0 else KEPT
+    rows, prefixes = rows_and_prefixes(hooked, call.scaling, call.window, k.dtype)
+    dropped = (hooked.route.masks or Masks()).dropped(call.dropout) if call.dropout > 0.0 else KEPT
     return flash(library, rows, q, k, v, prefixes, dropped)
 
 
@@ -216,21 +240,19 @@ def _rows(hooked: Hooked, scaling: float, window: int | None, longest_prefix: in
     )  # fmt: skip
 
 
-def _unpadded_plainly(
-    hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None
-) -> Tensor:
+def _unpadded_plainly(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """The same block by block in torch's own operations: the reference of the kernels, and the way without them."""
     layout = _layout(hooked, q.device)
     parts = []
     for block in layout.blocks:
-        bias = _block_bias(hooked, block.queries, block.keys, window, q)
+        bias = _block_bias(hooked, block.queries, block.keys, call.window, q)
         queries, keys, values = block.queries.block(q), block.keys.block(k), block.keys.block(v)
-        output = _one_slot(hooked, block.kind, queries, keys, values, bias, scaling, dropout)
+        output = _one_slot(hooked, block.kind, queries, keys, values, bias, call)
         parts.append(block.queries.unblock(output))
     return layout.join(parts)
 
 
-def _cached(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+def _cached(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Fresh rows as `_unpadded` has them, behind them one token a row against what the cache holds of it."""
     route, site = hooked.route, hooked.site
     cache, crossing = route.cache, site.group == "cross"
@@ -240,34 +262,35 @@ def _cached(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, win
     if fresh:
         own = k[:, :, :keys], v[:, :, :keys]
         cache.keep(site.group, site.layer, *own)
-        parts.append(_unpadded(hooked, q[:, :, :fresh], *own, scaling, 0.0, window))
+        parts.append(_unpadded(hooked, q[:, :, :fresh], *own, call))
     if fresh < q.shape[2]:
         new = (None, None) if crossing else (k[:, :, keys:], v[:, :, keys:])
         start = fresh
         for held in cache.step(site.group, site.layer, *new):
             end = start + held.keys.shape[0]
-            parts.append(_step(hooked, q[:, :, start:end], held, scaling, window))
+            parts.append(_step(hooked, q[:, :, start:end], held, call))
             start = end
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _step(hooked: Hooked, q: Tensor, held: Held, scaling: float, window: int | None) -> Tensor:
+def _step(hooked: Hooked, q: Tensor, held: Held, call: AttentionCall) -> Tensor:
     """One query a row against its keys, its prefix among them. q: (1, H, B, D) -> (1, H, B, D)
 
     Queries that share a head of keys are the rows of one product, so no key is copied.
     """
-    library = usable(q, held.keys, held.values) if held.kept is not None and hooked.bias_module is None else None
+    by_kernel = held.kept is not None and hooked.bias_module is None and call.softcap is None
+    library, window = usable(q, held.keys, held.values) if by_kernel else None, call.window
     if library is not None and held.kept is not None and q.stride(3) == 1:
         near = 0 if window is None or hooked.site.group == "cross" else window
         rows = q[0].transpose(0, 1)  # (B, H, D)
-        return library.attend_step(held.kept, rows, held.keys, held.values, scaling, near).transpose(0, 1)[None]
+        return library.attend_step(held.kept, rows, held.keys, held.values, call.scaling, near).transpose(0, 1)[None]
     B, heads = held.keys.shape[:2]
     queries = q[0].transpose(0, 1).reshape(B, heads, -1, q.shape[3])  # (B, H_kv, G, D)
     place = ("held", hooked.site.group, held.number, window, id(hooked.bias_module))
     memo = hooked.route.memo
     if place not in memo:
         memo[place] = _held_bias(hooked, held, window, q)
-    output = attend(queries, held.keys, held.values, memo[place], scaling)
+    output = attend(queries, held.keys, held.values, memo[place], call.scaling, softcap=call.softcap)
     return output.reshape(B, -1, q.shape[3]).transpose(0, 1)[None]
 
 
