@@ -48,8 +48,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from turret import bases
-    from turret.engine import Limits
-    from turret.engine.engine import Engine
+    from turret.engine import Engine, Limits
 
     base = bases.load(BASES["encoder"], task="classify", num_labels=LABELS, dtype="float32")
     shelf = Shelf()

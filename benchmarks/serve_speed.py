@@ -57,8 +57,7 @@ def main() -> None:
 
 def measure(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     from turret import bases
-    from turret.engine import Limits
-    from turret.engine.engine import Engine
+    from turret.engine import Engine, Limits
 
     task: Any = "classify" if kind == "encoder" else "generate"
     count = 8 if options.quick else 32 if kind == "encoder" else 16

@@ -12,8 +12,7 @@ from adapters_at_hand import METHODS, alone, made
 from small_models import tokenizer
 
 from turret.adapters import Adapter, classify_logits
-from turret.engine import Limits, Named
-from turret.engine.engine import Engine
+from turret.engine import Engine, Limits, Named
 from turret.errors import NotFound
 from turret.families import family_of
 from turret.methods import Method

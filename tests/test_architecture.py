@@ -15,6 +15,7 @@ import pytest
 import turret
 
 ROOT = Path(__file__).parent.parent
+OLD_PATHS = {"turret.engine.engine": "turret.engine"}  # kept for one release: where their names are now
 SOURCES = sorted((ROOT / "src" / "turret").rglob("*.py"))
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "sklearn", "numpy")
 QUICK = ("turret", "turret.errors", "turret.reference", "turret.methods", "turret.families", "turret.recipe")
@@ -27,6 +28,7 @@ QUICK += (
     "turret.experiments",
     "turret.workspace",
     "turret.cli.main",
+    "turret.engine",
     "turret.engine.scheduler",
 )
 QUICK += ("turret.client", "turret.server.app", "turret.server.run")
@@ -141,3 +143,106 @@ def test_every_module_says_what_it_is_and_stays_small(path: Path) -> None:
     assert path.stem not in ("utils", "util", "common", "misc", "helpers", "helper")
     assert "trust_remote_code=True" not in text
     assert "pickle.load" not in text
+
+
+def modules_in(source: Path) -> dict[str, Path]:
+    """Every module below `source` by its dotted name; a package by its own."""
+    found = {}
+    for path in source.rglob("*.py"):
+        parts = path.relative_to(source).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported_by(path: Path, modules: dict[str, Path]) -> set[str]:
+    """What a module imports of `modules`: at its top, for its types alone, or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names | ({node.module} if names - modules.keys() else set())
+    return found & modules.keys()
+
+
+def cycles(source: Path) -> list[str]:
+    """Every group of modules that import each other, directly or through others."""
+    modules = modules_in(source)
+    edges = {name: imported_by(path, modules) - {name} for name, path in modules.items()}
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = edges[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    below = {name: reached(name) for name in modules}
+    groups = {frozenset(each for each in below[name] if name in below[each]) for name in modules if name in below[name]}
+    return sorted(" <-> ".join(sorted(group)) for group in groups)
+
+
+def test_no_modules_import_each_other_not_even_inside_functions_or_for_types_alone() -> None:
+    assert cycles(ROOT / "src") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["from house.b import x", "def f():\n    from house import b", "if TYPE_CHECKING:\n    import house.b"],
+    ids=["at the top", "inside a function", "for types alone"],
+)
+def test_the_test_of_cycles_sees_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house" / "__init__.py").write_text("")
+    (tmp_path / "house" / "a.py").write_text(text)
+    (tmp_path / "house" / "b.py").write_text("from house.c import y")
+    (tmp_path / "house" / "c.py").write_text("from house.a import z")
+    assert cycles(tmp_path) == ["house.a <-> house.b <-> house.c"]
+
+
+def shadowing(source: Path) -> list[str]:
+    """Modules called as their package is, and those that a name of their package hides."""
+    modules = modules_in(source)
+    found = [name for name in modules if name.split(".")[-2:-1] == name.split(".")[-1:]]
+    for name, path in modules.items():
+        if path.name != "__init__.py":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        exported = {f"{name}.{alias.asname or alias.name}": f"{node.module}.{alias.name}" for node in nodes
+                    for alias in node.names}  # fmt: skip
+        found += [each for each, origin in exported.items() if each in modules and origin != each]
+    return sorted(found)
+
+
+def test_no_package_hides_one_of_its_modules() -> None:
+    assert shadowing(ROOT / "src") == sorted(OLD_PATHS)
+
+
+def test_the_test_of_hidden_modules_sees_both_kinds(tmp_path: Path) -> None:
+    for name in ("house/house.py", "house/load.py", "house/seen.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "house" / "__init__.py").write_text("from house.load import load\nfrom house import seen")
+    assert shadowing(tmp_path) == ["house.house", "house.load"]
+
+
+def test_the_engine_is_where_one_looks_for_it_and_loads_nothing_before_it_is_used() -> None:
+    assert loaded_by("from turret.engine import Limits") == set()
+    from turret.engine import Engine
+
+    assert Engine.__name__ == "Engine"
+    assert "Engine" in importlib.import_module("turret.engine").__all__
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_PATHS.items())
+def test_an_import_path_that_the_docs_named_works_for_one_release_with_a_warning(old: str, new: str) -> None:
+    module = importlib.import_module(old)
+    with pytest.warns(DeprecationWarning, match=f"import it from {new}$"):
+        value = module.Engine
+    assert value is importlib.import_module(new).Engine
+    with pytest.raises(AttributeError):
+        module.Engines  # noqa: B018

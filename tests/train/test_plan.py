@@ -20,7 +20,7 @@ from turret.errors import AdapterError, PreflightRefused
 from turret.tasks import Labelled, Pair
 from turret.train import Check, Plan, checks, memory, plan
 from turret.train.cost import Others
-from turret.train.plan import fits
+from turret.train.preflight import fits
 
 
 def made(

@@ -16,7 +16,7 @@ from turret.tasks import Labelled
 from turret.train import find_rate, plan
 from turret.train.batches import Items
 from turret.train.defaults import Defaults
-from turret.train.evaluate import evaluate, example_losses
+from turret.train.evaluation import evaluate, example_losses
 from turret.train.rates import Found
 from turret.train.run import checksum
 from turret.train.trials import trials

@@ -5,7 +5,7 @@ data, tasks, stores and HTTP.
 """
 
 from turret.adapters.adapter import Adapter, BaseInfo, extract, mount, require_base, unmount
-from turret.adapters.attach import (
+from turret.adapters.attached import (
     attach,
     attachment,
     detach,
@@ -15,11 +15,10 @@ from turret.adapters.attach import (
     target_paths,
     trainable_parameters,
 )
-from turret.adapters.bundle import read_bundle, read_manifest, save_bundle
+from turret.adapters.bundle import read_bundle, read_manifest, save, save_bundle
 from turret.adapters.int8 import int8_layers, rounded_bytes
 from turret.adapters.packed import classify_logits, target_logits
 from turret.adapters.route import BARE, Route, set_route
-from turret.adapters.save import save
 from turret.adapters.start import start_from
 from turret.adapters.through_peft import config_of as peft_config_of
 

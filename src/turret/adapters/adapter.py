@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters import through_peft
-from turret.adapters.attach import (
+from turret.adapters.attached import (
     ATTRIBUTE,
     Attachment,
     attachment,

@@ -1,6 +1,6 @@
 """An adapter on disk: write and read the folder that `docs/reference/bundle.md` specifies.
 
-PEFT's two files and a manifest. Knows files, JSON and safetensors; refuses to know stores, models and bases.
+PEFT's two files and a manifest. `save` writes what is attached to a model, for a program that has its own loop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, BaseInfo
+from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, BaseInfo, extract
+from turret.adapters.attached import attachment
 from turret.adapters.peft_config import (
     belongs,
     check_agreement,
@@ -33,6 +34,7 @@ from turret.adapters.prefix import from_peft, to_peft
 from turret.adapters.tensors import Content, read_tensors, visible
 from turret.disk import make_folder, permissions, sync
 from turret.errors import BundleError
+from turret.fingerprint import body, hashed
 from turret.methods import Full, LoRA, Method, Peft, Prefix
 
 FORMAT = 1
@@ -48,6 +50,27 @@ _SAID: dict[str, tuple[type, ...]] = {  # what a manifest may say of a base
     "family": (str, type(None)),
     "revision": (str, type(None)),
 }
+
+
+def save(
+    model: Any,
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    task: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the adapter on `model` as a bundle into a new folder, and return its manifest.
+
+    base: the base's id, where the model's own name is not it. task, generation: what answering will need, such as
+    {"kind": "classify", "labels": [...]}. The fingerprint is that of the weights the model had when it was attached to.
+    """
+    attached = attachment(model)
+    tensors, head, method = extract(model)
+    fingerprint = hashed(body(attached.originals.items(), model, attached.family))
+    name = base or getattr(model.config, "_name_or_path", "") or attached.family.name
+    info = BaseInfo(name, fingerprint, attached.family.name)
+    return save_bundle(Adapter(method, tensors, head, info, task or {}, generation or {}), folder)
 
 
 def save_bundle(adapter: Adapter, folder: str | Path) -> dict[str, Any]:

@@ -13,15 +13,12 @@ they start at the same place, which is avoided.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from turret.kernels import LARGEST, Dropped, Library, usable
-
-if TYPE_CHECKING:
-    from turret.adapters.route import Route
 
 STEPS = 1 << 16  # a rate is kept to this many steps
 ALIGNED = 64  # windows begin at multiples of so many elements
@@ -157,15 +154,3 @@ def dropout(x: Tensor, p: float, masks: Masks | None = None) -> Tensor:
         return torch.nn.functional.dropout(x, p)
     y: Tensor = _Dropout.apply(x.contiguous(), (masks or Masks()).mask(x, p))  # type: ignore[no-untyped-call]
     return y
-
-
-class RoutedDropout(nn.Dropout):
-    """In place of one of the base's own dropout layers: the same, from the cheap masks of the pass."""
-
-    def __init__(self, replaced: nn.Dropout, route: Route) -> None:
-        super().__init__(replaced.p)
-        self.replaced = replaced  # follows train() and eval() with this one
-        self.route = route
-
-    def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p, self.route.masks) if self.training else x

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turret.adapters.attach import attachment, device_of
+from turret.adapters.attached import attachment, device_of
 from turret.adapters.blocks import rounded
 from turret.adapters.frozen import linear
 from turret.adapters.positions import row_positions

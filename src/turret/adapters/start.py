@@ -13,7 +13,7 @@ from torch import Tensor
 
 from turret.adapters import through_peft
 from turret.adapters.adapter import LORA_PREFIX, Adapter, prompt_names
-from turret.adapters.attach import Attachment, attachment, device_of
+from turret.adapters.attached import Attachment, attachment, device_of
 from turret.adapters.lora import LoRAFactors
 from turret.adapters.prefix import PrefixGroup, PrefixSlot, new_slot
 from turret.errors import AdapterError

@@ -4,8 +4,8 @@ Refuses to know adapters, tasks' losses, training and the store. Nothing here wr
 code that came with a model.
 """
 
+from turret.bases.base import Base, load
 from turret.bases.licence import licence_of
-from turret.bases.load import Base, load
 from turret.bases.numerics import float32_products, native_bfloat16
 from turret.bases.source import resolve
 from turret.fingerprint import fingerprint

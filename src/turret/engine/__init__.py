@@ -1,8 +1,12 @@
 """One frozen base in memory and the adapters on it: requests, who goes next, mixed passes, decoding.
 
 Knows adapters, bases and tasks. Refuses to know the store (it is given a `Source`), HTTP and files. Importing the
-package loads no torch; `turret.engine.engine` does.
+package loads no torch; `Engine` does, when it is first used.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from turret.engine.request import (
     Done,
@@ -20,8 +24,12 @@ from turret.engine.request import (
     VersionStats,
 )
 
+if TYPE_CHECKING:
+    from turret.engine.core import Engine
+
 __all__ = [
     "Done",
+    "Engine",
     "Event",
     "Failed",
     "Kind",
@@ -35,3 +43,12 @@ __all__ = [
     "Ticket",
     "VersionStats",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name != "Engine":
+        raise AttributeError(f"module 'turret.engine' has no attribute {name!r}")
+    from turret.engine.core import Engine
+
+    globals()[name] = Engine
+    return Engine

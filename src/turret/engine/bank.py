@@ -22,7 +22,7 @@ from torch import Tensor
 
 from turret.adapters import Adapter, require_base
 from turret.adapters.adapter import LORA_PREFIX, checked_factors, checked_prefix
-from turret.adapters.attach import Attachment, device_of, hook_model, routed_linear, target_paths
+from turret.adapters.attached import Attachment, device_of, hook_model, routed_linear, target_paths
 from turret.adapters.frozen import linear
 from turret.adapters.lora import sizes
 from turret.adapters.route import BARE

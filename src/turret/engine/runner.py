@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters import set_route
-from turret.adapters.attach import detach
+from turret.adapters.attached import detach
 from turret.adapters.blocks import rounded
 from turret.adapters.packed import STEPS, pool, ready_mask, shift_right, vocabulary_logits
 from turret.adapters.route import BARE

@@ -16,6 +16,7 @@ from torch import Tensor
 
 Seeds = tuple[int, int]
 STEPS = 1 << 16  # a rate is kept to this many steps
+LARGEST = 1 << 32  # elements a mask can number
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rows, Spans
 from turret.kernels.build import NotBuilt
-from turret.kernels.library import Library
+from turret.kernels.compiled import Library
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the largest element
 

@@ -2,12 +2,12 @@
 
 from turret.store.aliases import Move, Pointing
 from turret.store.catalog import Deleted, Version, acting
+from turret.store.core import Store
 from turret.store.gates import Gate
 from turret.store.gc import Collected
 from turret.store.golden import Example, Golden, GoldenSet, Replay
 from turret.store.runs import Run
 from turret.store.standing import Standing
-from turret.store.store import Store
 from turret.store.tokens import Token, Tokens
 from turret.store.verify import Verified
 

@@ -15,9 +15,9 @@ from turret.train.checkpoint import step_of
 from turret.train.checks import Check
 from turret.train.curve import Curve, StepRecord, read_curve
 from turret.train.defaults import Defaults, defaults_of, filled
-from turret.train.evaluate import evaluate, generate
+from turret.train.evaluation import evaluate, generate
 from turret.train.loop import fit
-from turret.train.plan import Plan, plan
+from turret.train.preflight import Plan, plan
 from turret.train.proof import Probe, probe, prove
 from turret.train.rates import Found
 from turret.train.run import Fitted

@@ -17,7 +17,7 @@ import torch
 from turret import adapters, heap
 from turret.train import memory
 from turret.train.batches import Item, Items, Schedule, micro_batches, pass_tokens
-from turret.train.evaluate import GENERATED_ROWS, generate
+from turret.train.evaluation import GENERATED_ROWS, generate
 from turret.train.seeds import Randomness
 from turret.train.start import Start, attach
 from turret.train.step import backward, loss_of

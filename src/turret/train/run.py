@@ -26,7 +26,7 @@ from turret.train import checkpoint, memory, processes
 from turret.train.batches import Item, Items, Schedule, pass_tokens
 from turret.train.curve import StepRecord
 from turret.train.defaults import defaults_of, filled
-from turret.train.evaluate import evaluate
+from turret.train.evaluation import evaluate
 from turret.train.flat_loss import WINDOW, FlatLoss, flat_loss
 from turret.train.optim import AdamW, warmup_steps
 from turret.train.processes import Processes

@@ -18,7 +18,7 @@ from turret import adapters
 from turret.errors import LossNotFinite
 from turret.train.batches import Items, Schedule, pass_tokens
 from turret.train.defaults import defaults_of, filled
-from turret.train.evaluate import example_losses
+from turret.train.evaluation import example_losses
 from turret.train.optim import AdamW, learning_rate
 from turret.train.rates import Found, Score, search, size_of
 from turret.train.seeds import Randomness

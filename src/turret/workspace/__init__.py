@@ -3,7 +3,7 @@
 Importing it loads no torch: each verb loads what it needs.
 """
 
+from turret.workspace.core import Workspace
 from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
-from turret.workspace.workspace import Workspace
 
 __all__ = ["Evaluation", "Exported", "Imported", "Planned", "RunResult", "Workspace"]

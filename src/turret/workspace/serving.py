@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from turret import adapters, bases
-from turret.bases.load import Dtype
-from turret.engine import Limits, Named
-from turret.engine.engine import Engine
+from turret.bases.base import Dtype
+from turret.engine import Engine, Limits, Named
 from turret.errors import NotFound
 from turret.families import FAMILIES
 from turret.reference import Reference

@@ -11,8 +11,8 @@ from turret.errors import BadExperiment, DataError
 from turret.experiments.outcomes import Recorded, grouped
 
 if TYPE_CHECKING:
+    from turret.workspace.core import Workspace
     from turret.workspace.experimenting import Status
-    from turret.workspace.workspace import Workspace
 
 SHOWN = 5  # lines about outcomes that were not counted
 COLUMNS = ("receipt", "unit", "value")

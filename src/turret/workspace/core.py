@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
     from turret.compare.control import Control
     from turret.compare.design import Planned as ComparisonPlan
-    from turret.engine import Limits
-    from turret.engine.engine import Engine
+    from turret.engine import Engine, Limits
     from turret.experiments import Router
     from turret.experiments.course import Course
     from turret.recipe import Recipe

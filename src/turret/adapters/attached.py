@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters import activations, attention, int8, layers, positions, residual, rotary, through_peft
-from turret.adapters.dropout import RoutedDropout
 from turret.adapters.lora import RoutedLinear, initial_factors
 from turret.adapters.norms import CLASSES, FrozenNorm
 from turret.adapters.prefix import Groups, PrefixSlot, new_slot
 from turret.adapters.route import BARE, Route, set_route
+from turret.adapters.routed import RoutedDropout, RoutedModule
 from turret.errors import AdapterError
 from turret.families import Family, Site, attention_sites, family_of, linear_stream, stacks
 from turret.methods import Full, LoRA, Method, Peft, Prefix
@@ -29,40 +29,6 @@ from turret.methods import Full, LoRA, Method, Peft, Prefix
 ATTRIBUTE = "turret"  # where the attachment sits on the model
 Swapped = tuple[dict[str, Any], str, nn.Parameter, nn.Parameter]  # whose parameters, key, the base's own, its copy
 PREFIXES = (PrefixSlot, through_peft.Prompt)  # what may stand in front of the keys and values
-
-
-class RoutedModule(nn.Module):
-    """A task's head: the base's own module for slot 0, a copy for every other slot. x: (B, ...) -> (B, ...)."""
-
-    def __init__(self, base_module: nn.Module, route: Route) -> None:
-        super().__init__()
-        self.base_module = base_module
-        self.slots = nn.ModuleDict()
-        self.route = route
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        slot = self.route.single()
-        if slot is not None or self.route.in_body:  # in a body, a pooler's output on unpadded tokens is never used
-            return self._run(self.route.active if slot is None else slot, x, *args, **kwargs)
-        parts = {
-            slot: ((index := torch.tensor(rows, device=x.device)), self._run(slot, x[index], *args, **kwargs))
-            for slot, rows in self.route.rows_by_slot().items()
-        }
-        widths = {part.shape[-1] for _, part in parts.values()}
-        if len(widths) > 1:
-            raise AdapterError(f"heads of different sizes {sorted(widths)} in one batch: answer each size by itself")
-        first = next(iter(parts.values()))[1]
-        output = first.new_empty(x.shape[0], *first.shape[1:])
-        for index, part in parts.values():
-            output = output.index_copy(0, index, part.to(first.dtype))
-        return output
-
-    def _run(self, slot: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        key = str(slot)
-        module = self.slots[key] if key in self.slots else self.base_module  # noqa: SIM401 (a ModuleDict has no get)
-        weight = next(module.parameters(), x)
-        output: Tensor = module(x.to(weight.dtype), *args, **kwargs)
-        return output
 
 
 class Attachment(nn.Module):

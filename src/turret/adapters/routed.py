@@ -1,0 +1,58 @@
+"""Modules that stand where the base's own stood and ask the route: a task's head, and dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turret.adapters.dropout import dropout
+from turret.adapters.route import Route
+from turret.errors import AdapterError
+
+
+class RoutedModule(nn.Module):
+    """A task's head: the base's own module for slot 0, a copy for every other slot. x: (B, ...) -> (B, ...)."""
+
+    def __init__(self, base_module: nn.Module, route: Route) -> None:
+        super().__init__()
+        self.base_module = base_module
+        self.slots = nn.ModuleDict()
+        self.route = route
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        slot = self.route.single()
+        if slot is not None or self.route.in_body:  # in a body, a pooler's output on unpadded tokens is never used
+            return self._run(self.route.active if slot is None else slot, x, *args, **kwargs)
+        parts = {
+            slot: ((index := torch.tensor(rows, device=x.device)), self._run(slot, x[index], *args, **kwargs))
+            for slot, rows in self.route.rows_by_slot().items()
+        }
+        widths = {part.shape[-1] for _, part in parts.values()}
+        if len(widths) > 1:
+            raise AdapterError(f"heads of different sizes {sorted(widths)} in one batch: answer each size by itself")
+        first = next(iter(parts.values()))[1]
+        output = first.new_empty(x.shape[0], *first.shape[1:])
+        for index, part in parts.values():
+            output = output.index_copy(0, index, part.to(first.dtype))
+        return output
+
+    def _run(self, slot: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        key = str(slot)
+        module = self.slots[key] if key in self.slots else self.base_module  # noqa: SIM401 (a ModuleDict has no get)
+        weight = next(module.parameters(), x)
+        output: Tensor = module(x.to(weight.dtype), *args, **kwargs)
+        return output
+
+
+class RoutedDropout(nn.Dropout):
+    """In place of one of the base's own dropout layers: the same, from the cheap masks of the pass."""
+
+    def __init__(self, replaced: nn.Dropout, route: Route) -> None:
+        super().__init__(replaced.p)
+        self.replaced = replaced  # follows train() and eval() with this one
+        self.route = route
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.route.masks) if self.training else x

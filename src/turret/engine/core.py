@@ -1,0 +1,443 @@
+"""The engine: a thread that runs passes over one base for whoever asks, with any mixture of adapters in each.
+
+`submit` takes a request and hands over a ticket; the thread seats its adapter, lets the scheduler choose, runs a pass,
+and ends tickets. Everything that two threads touch is touched with `_wake` held; passes, texts and listeners run
+without it. Refuses to know the store, HTTP and files.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from turret import heap
+from turret.bases import Base
+from turret.engine import idle
+from turret.engine.calls import answers
+from turret.engine.loaded import Loaded
+from turret.engine.passes import Passes
+from turret.engine.prompts import Prompts
+from turret.engine.request import (
+    Answer,
+    Done,
+    Failed,
+    Kind,
+    Limits,
+    LoadedAdapter,
+    Named,
+    Options,
+    Receipt,
+    Request,
+    Stats,
+    Ticket,
+    log,
+)
+from turret.engine.residents import Need, Residents, Warm
+from turret.engine.runner import Runner, pass_tokens
+from turret.engine.scheduler import Scheduler
+from turret.engine.slots import Entry, Slots
+from turret.engine.source import Source
+from turret.engine.tally import Tally
+from turret.errors import AdapterError, Busy, DataError, Draining, EngineError, InUse, TurretError
+from turret.kernels import rest
+
+__all__ = ["Engine", "Source"]
+
+
+class Engine:
+    """One base in memory, and answers by any adapters on it. A context manager; `close` ends every ticket.
+
+    The base's model is the engine's while it is open: it carries the hooks, and `close` takes them off.
+    """
+
+    def __init__(
+        self, base: Base, source: Source, limits: Limits | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.base, self.limits = base, limits or Limits()
+        self._source, self._clock = source, clock
+        self._runner = Runner(base)
+        try:
+            self._prompts = Prompts(base, self._runner, self.limits)
+        except TurretError:
+            self._runner.close()
+            raise
+        self._wake = threading.Condition()
+        self._slots = Slots(self.limits.slots, self.limits.memory)
+        self._residents = Residents(
+            self._runner.bank, self._slots, source, base.tokenizer, self._wake, clock, self._encode
+        )
+        self._scheduler = Scheduler(
+            batch_tokens=self.limits.batch_tokens or pass_tokens(base),
+            running=self.limits.running,
+            cache_tokens=self.limits.cache_tokens,
+        )
+        self._open: set[Request] = set()  # not ended
+        self._waiting: set[Request] = set()  # not begun
+        self._waiting_tokens = 0
+        self._passes = Passes(self._runner, self._prompts, self._end, self._freed, self._passed)
+        self._numbers = itertools.count(1)
+        self._tally = Tally(clock)
+        self._disturbed = False  # somebody cancelled
+        self._draining = self._closing = False
+        self._thread = threading.Thread(target=self._loop, name="turret-engine", daemon=True)
+        self._thread.start()
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        kind: Kind,
+        text: str | Sequence[int],
+        adapter: str | None,
+        options: Options | None = None,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Ticket:
+        """Take a request; the version that `adapter` means now answers it, whatever the alias means later.
+
+        text: a text, or token ids that are taken as they are. deadline: seconds from now. Raises NotFound, Busy,
+        Draining, AdapterError, DataError and NoRoom; what shows only when the adapter is loaded, the ticket raises.
+        """
+        request = self._taken(kind, text, adapter, options or Options(), priority, deadline)
+        rest()  # from here on the processors are the pass's
+        loaded: Loaded | None = None
+        with self._wake:
+            if self._draining:
+                raise Draining("the engine takes no new requests: it is being stopped; ask another one")
+            self._check_queue(request)
+            if request.named is not None:
+                loaded = self._residents.need(request)
+            self._admit(request)
+            if request.named is not None and loaded is None:
+                return request.ticket  # until it is loaded
+        self._encode(request, loaded)
+        if request.error is not None:
+            self._end(request, Failed(request.error))
+            raise request.error
+        with self._wake:
+            self._schedule(request)
+        return request.ticket
+
+    def classify(self, texts: Sequence[str], adapter: str, **settings: Any) -> list[Answer]:
+        """`{"label", "probabilities", "prompt_tokens"}` for each text, in their order; settings: priority, deadline."""
+        submit = functools.partial(self.submit, "classify", adapter=adapter, **settings)
+        return answers(texts, submit, self.limits.max_inputs)
+
+    def generate(
+        self, texts: Sequence[str], adapter: str | None = None, options: Options | None = None, **settings: Any
+    ) -> list[Answer]:
+        """`{"text", "finish_reason", "tokens", "prompt_tokens"}` a text, in order; settings: priority, deadline."""
+        submit = functools.partial(self.submit, "generate", adapter=adapter, options=options, **settings)
+        return answers(texts, submit, self.limits.max_inputs)
+
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    def warm(self, reference: str, *, pin: bool = False) -> Named:
+        """Load a version now, and wait for it; `pin` keeps it until `unpin`."""
+        named = self._source.resolve(reference)
+        warm = Warm(named, self._clock(), pin)
+        with self._wake:
+            if self._draining:
+                raise Draining("the engine loads no adapters: it is being stopped; ask another one")
+            loaded = self._residents.need(warm)
+            if loaded is not None:
+                self._warmed(warm)
+        warm.done.result()
+        return named
+
+    def unpin(self, reference: str) -> Named:
+        """It may be put out again. Raises NotFound where it is not loaded."""
+        named = self._source.resolve(reference)
+        with self._wake:
+            self._residents.entry(named).pinned = False
+            self._wake.notify_all()
+        return named
+
+    def unload(self, reference: str) -> Named:
+        """Put a version out, pinned or not. Raises NotFound where it is not loaded, InUse while requests need it."""
+        named = self._source.resolve(reference)
+        with self._wake:
+            entry = self._residents.entry(named)
+            if entry.holds:
+                raise InUse(f"{named} is needed by {entry.holds} requests: wait for them, or cancel them")
+            self._residents.unload(entry)
+        return named
+
+    def loaded(self) -> list[LoadedAdapter]:
+        """The adapters in memory, the one that was used last first."""
+        with self._wake:
+            return self._residents.loaded()
+
+    def stats(self) -> Stats:
+        """What waits, runs and has been done."""
+        with self._wake:
+            return Stats(
+                waiting=len(self._waiting),
+                waiting_tokens=self._waiting_tokens,
+                running=self._scheduler.rows,
+                cache_tokens=self._scheduler.held_tokens,
+                passes=self._tally.passes,
+                prompt_tokens=self._tally.prompt_tokens,
+                tokens=self._tally.tokens,
+                answers=self._tally.answers,
+                errors=self._tally.errors,
+                loads=self._residents.loads,
+                failed_loads=self._residents.failed_loads,
+                evictions=self._slots.evictions,
+                adapters=len(self._slots),
+                adapter_bytes=self._slots.bytes,
+                versions=self._tally.versions(),
+            )
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def drain(self, timeout: float) -> bool:
+        """Take no new request and let those taken end; whether they all did within `timeout` seconds."""
+        end = time.monotonic() + timeout
+        with self._wake:
+            self._draining = True
+            while self._open:
+                left = end - time.monotonic()
+                if left <= 0:
+                    return False
+                self._wake.wait(min(left, 0.2))
+        return True
+
+    def close(self) -> None:
+        """End every ticket that has not ended (with Draining), stop the thread, and give the base back as it was."""
+        with self._wake:
+            already = self._closing
+            self._draining = self._closing = True
+            self._wake.notify_all()
+        if threading.current_thread() is self._thread:
+            raise EngineError("the engine cannot be closed from one of its own listeners: close it from another thread")
+        self._thread.join()
+        if not already:
+            self._residents.close()
+            self._runner.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- requests coming in -------------------------------------------------------------------------------------------
+
+    def _taken(
+        self,
+        kind: Kind,
+        text: str | Sequence[int],
+        adapter: str | None,
+        options: Options,
+        priority: int,
+        deadline: float | None,
+    ) -> Request:
+        if kind not in ("classify", "generate"):
+            raise DataError(f"kind {kind!r}: expected classify or generate")
+        if kind == "classify" and adapter is None:
+            raise AdapterError("the bare base has no head to classify with: name an adapter")
+        ids = None if isinstance(text, str) else self._prompts.check_ids(text)
+        named = None if adapter is None else self._source.resolve(adapter)
+        now = self._clock()
+        receipt = Receipt(
+            id=f"{next(self._numbers):x}",
+            name=named.name if named else None,
+            number=named.number if named else 0,
+            digest=named.digest if named else None,
+            base=self.base.fingerprint,
+        )
+        ticket = Ticket(receipt, lambda: self._cancel(request))
+        request = Request(
+            kind=kind,
+            ticket=ticket,
+            named=named,
+            text=text if isinstance(text, str) else None,
+            options=options,
+            tokens=self._prompts.guess(text) if isinstance(text, str) else len(ids or ()),
+            arrived=now,
+            priority=priority,
+            deadline=None if deadline is None else now + deadline,
+            ids=ids,
+        )
+        return request
+
+    def _check_queue(self, request: Request) -> None:
+        limit = self.limits.queue_tokens
+        if self._waiting and self._waiting_tokens + request.tokens > limit:
+            again = self._tally.seconds_for(self._waiting_tokens)
+            raise Busy(
+                f"{self._waiting_tokens} tokens wait already and the limit of queue_tokens is {limit}: "
+                f"ask again in {again:.1f} s",
+                retry_after=again,
+            )
+
+    def _admit(self, request: Request) -> None:
+        self._open.add(request)
+        self._waiting.add(request)
+        request.counted = request.tokens
+        self._waiting_tokens += request.counted
+        self._tally.asked(request)
+        if request.deadline is not None:
+            self._wake.notify_all()  # the thread may be asleep for longer than that
+
+    def _encode(self, need: Need, loaded: Loaded | None) -> None:
+        """Make a request ready for the scheduler, or note why it cannot be; on whatever thread has the time."""
+        if not isinstance(need, Request) or need.ready or need.error is not None:
+            return
+        try:
+            self._prompts.prepare(need, loaded)
+        except TurretError as error:
+            need.error = error
+        except Exception as error:  # a text that the tokenizer trips over fails its own request only
+            need.error = DataError(f"the text cannot be encoded ({type(error).__name__}: {error}): give another one")
+        with self._wake:
+            if need in self._waiting:
+                self._waiting_tokens += need.tokens - need.counted
+                need.counted = need.tokens
+            need.ready = need.error is None
+
+    def _schedule(self, request: Request) -> None:
+        """With the lock: from now on the scheduler has it, unless it has ended meanwhile."""
+        if request in self._waiting:
+            self._scheduler.add(request)
+            self._disturbed = self._disturbed or request.cancelled
+            self._wake.notify_all()
+
+    def _cancel(self, request: Request) -> None:
+        with self._wake:
+            request.cancelled = True
+            self._disturbed = True
+            self._wake.notify_all()
+
+    def _warmed(self, warm: Warm) -> None:
+        """With the lock: what `warm` waited for is there."""
+        entry: Entry = warm.entry
+        entry.pinned = entry.pinned or warm.pin
+        self._residents.release(warm)
+        warm.done.set_result(entry)
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    @heap.kept()
+    def _loop(self) -> None:
+        why: TurretError = Draining("the engine was closed before it answered: ask another one")
+        try:
+            while (begin := self._next()) is not None:
+                self._passes.run(begin)
+        except BaseException as error:  # a mistake of ours: nobody may wait for ever
+            log.exception("the engine's thread failed")
+            why = EngineError(f"the engine failed ({type(error).__name__}: {error}): start it again")
+        with self._wake:
+            self._draining = True
+            requests, needs = list(self._open), self._residents.abandon()
+        for request in requests:
+            self._end(request, Failed(why))
+        for need in needs:
+            if isinstance(need, Warm):
+                need.done.set_exception(why)
+        self._passes.abandon()
+
+    def _next(self) -> list[Request] | None:
+        """Those who begin in the next pass, when there is something to do; None at the end."""
+        while True:
+            with self._wake:
+                idle.wait(self._wake, lambda: self._closing or self._has_work(), self._until_deadline)
+                if self._closing:
+                    return None
+                ready, failed = self._residents.between_passes()
+                for need, _ in ready:
+                    if isinstance(need, Warm):
+                        self._warmed(need)
+                over = self._overdue()
+            self._take_up(ready, failed, over)
+            with self._wake:
+                begin = self._scheduler.next()
+                for request in begin:
+                    self._waiting.discard(request)
+                    self._waiting_tokens -= request.counted
+            if begin or self._passes.generating:
+                return begin
+
+    def _has_work(self) -> bool:
+        return bool(
+            self._passes.generating
+            or len(self._scheduler)
+            or self._residents.pending
+            or self._disturbed
+            or self._soonest() <= self._clock()
+        )
+
+    def _soonest(self) -> float:
+        return min((each.deadline for each in self._open if each.deadline is not None), default=float("inf"))
+
+    def _until_deadline(self) -> float | None:
+        soonest = self._soonest()
+        return None if soonest == float("inf") else max(0.0, soonest - self._clock())
+
+    def _overdue(self) -> dict[Request, EngineError]:
+        """With the lock: requests that were cancelled or are late."""
+        if not self._disturbed and self._soonest() > self._clock():
+            return {}
+        self._disturbed = False
+        now = self._clock()
+        over: dict[Request, EngineError] = {
+            each: error for each in self._open if (error := each.end_of_time(now)) is not None
+        }
+        self._scheduler.remove(over)
+        return over
+
+    def _take_up(
+        self,
+        ready: Sequence[tuple[Need, Loaded]],
+        failed: Sequence[tuple[Need, TurretError]],
+        late: Mapping[Request, EngineError],
+    ) -> None:
+        """Without the lock: what became of those who waited for an adapter, and the end of those who are late."""
+        self._passes.drop(late)
+        for request, error in late.items():
+            self._end(request, Failed(error))
+        for need, reason in failed:
+            if isinstance(need, Request):
+                self._end(need, Failed(reason))
+            elif isinstance(need, Warm):
+                need.done.set_exception(reason)
+        for need, loaded in ready:
+            if isinstance(need, Request) and need not in late:
+                self._encode(need, loaded)
+                if need.error is not None:
+                    self._end(need, Failed(need.error))
+                else:
+                    with self._wake:
+                        self._schedule(need)
+
+    def _end(self, request: Request, end: Done | Failed, tokens: int = 0) -> None:
+        with self._wake:
+            if request not in self._open:
+                return
+            self._open.discard(request)
+            if request in self._waiting:
+                self._waiting.discard(request)
+                self._waiting_tokens -= request.counted
+                self._scheduler.remove([request])
+            if request.named is not None:
+                self._residents.release(request)
+            self._tally.ended(request, isinstance(end, Done), tokens)
+            self._wake.notify_all()
+        request.ticket.end(end)
+
+    def _freed(self, request: Request) -> None:
+        with self._wake:
+            self._scheduler.finished(request)
+
+    def _passed(self, begin: Sequence[Request], steps: int, seconds: float) -> None:
+        with self._wake:
+            self._tally.passed(begin, steps, seconds)
