@@ -20,6 +20,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializeAsAny,
     TypeAdapter,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -27,13 +28,13 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from turret import toml
 from turret.errors import BadReference, RecipeError, one_line, shown
-from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
+from turret.methods import METHODS, LoRA, Method, method_class
 from turret.reference import check_name
 
-_METHODS: dict[str, type[BaseModel]] = {"lora": LoRA, "prefix": Prefix, "head": Head, "full": Full, "peft": Peft}
 _KIND_NAMES = {"string": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 _KIND_NAMES |= {"int_from_float": "a whole number", **dict.fromkeys(("model_attributes", "model", "dict"), "a table")}
 _ELSEWHERE = {  # what other tools call our keys
@@ -147,8 +148,18 @@ class Train(_Section):
     )  # most in one pass; None: by the size of the base
 
 
-def _method_word(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
+def _method(value: Any) -> Any:
+    """A method by its table or its kind alone, with the mistakes of its own class as sentences."""
+    if isinstance(value, Method):
+        return value
+    try:
+        found = method_class(value)
+        return found.model_validate({"kind": value} if isinstance(value, str) else value)
+    except ValidationError as error:
+        sentences = list(_sentences(found, error))
+    except ValueError as error:
+        sentences = [str(error)]
+    raise PydanticCustomError("sentences", "{sentences}", {"sentences": sentences})
 
 
 class Recipe(_Section):
@@ -159,7 +170,7 @@ class Recipe(_Section):
     seed: int = Field(default=42, ge=0, lt=2**32)
     data: Data
     task: Task = Task()
-    method: Annotated[Method, BeforeValidator(_method_word)] = LoRA()
+    method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)] = LoRA()
     train: Train = Train()
 
     @property
@@ -245,9 +256,10 @@ class Recipe(_Section):
         keys = {_ALONE.get(key, key): text for key, text in overrides.items()}
         kind = keys.pop("method.kind", None)
         if kind is not None and kind != value["method"]["kind"]:
-            if kind not in _METHODS:
-                raise RecipeError(f"method.kind: expected {', '.join(_METHODS)}, given {shown(kind)}")
-            value["method"] = {"kind": kind}
+            try:
+                value["method"] = {"kind": method_class(kind).model_fields["kind"].default}
+            except ValueError as error:
+                raise RecipeError(str(error)) from None
         for key, text in keys.items():
             _set(value, key, text)
         return Recipe.model_validate(value)
@@ -281,7 +293,7 @@ def keys(method: str | None = None) -> dict[str, Any]:
     """Every key that a recipe (with that kind of method) and `--set` know, with its default, `...` where none."""
     known: dict[str, Any] = {}
     for key, field in Recipe.model_fields.items():
-        methods = _METHODS.values() if method is None else [_METHODS[method]]
+        methods = METHODS.values() if method is None else [METHODS[method]]
         parts = methods if key == "method" else [_SECTIONS[key]] if key in _SECTIONS else []
         for part in parts:
             known |= {f"{key}.{k}": _default(f) for k, f in part.model_fields.items()}
@@ -300,8 +312,9 @@ def _default(field: FieldInfo) -> Any:
 def _set(value: dict[str, Any], key: str, text: str) -> None:
     """Put `text`, read as the type of `key`, into the nested `value`."""
     head, _, rest = key.partition(".")
+    model: type[BaseModel]
     if head == "method" and rest:
-        model = _METHODS[value["method"]["kind"]]
+        model = METHODS[value["method"]["kind"]]
     elif head in _SECTIONS and rest:
         model = _SECTIONS[head]
     else:
@@ -313,7 +326,7 @@ def _set(value: dict[str, Any], key: str, text: str) -> None:
         value["task"]["class_weights"] = {**(old if isinstance(old, dict) else {}), weight: number}
         return
     field = model.model_fields.get(rest)
-    if field is None and model is Peft:  # what there is, PEFT knows when it is put on a base
+    if field is None and model.model_config.get("extra") == "allow":  # PEFT knows its keys when it is put on a base
         value[head][rest] = None if text.strip().lower() == "none" else _plain(text)
         return
     if field is None or (not head and rest in _SECTIONS):
@@ -358,14 +371,8 @@ def _comma_words(text: str) -> list[str]:
 def _sentences(model: type[BaseModel], error: ValidationError) -> Iterator[str]:
     """One sentence for each key that is wrong; every member of a union has complained, the deepest knew best."""
     groups: dict[str, list[Any]] = {}
-    method = "lora"
     for item in error.errors(include_url=False):
-        loc = item["loc"]
-        if loc[:1] == ("method",) and len(loc) > 2:  # ("method", "lora", "r", ...)
-            method, loc = str(loc[1]), ("method", *loc[2:])
-            path = f"method.{loc[1]}"
-        else:
-            path = ".".join(filter(None, [getattr(model, "section", ""), *map(str, loc[:1])]))
+        path = ".".join(filter(None, [getattr(model, "section", ""), *map(str, item["loc"][:1])]))
         groups.setdefault(path, []).append(item)
     if "data" in groups:
         groups.pop("name", None)  # it comes from the data
@@ -374,11 +381,11 @@ def _sentences(model: type[BaseModel], error: ValidationError) -> Iterator[str]:
         items = [item for item in items if len(item["loc"]) == depth]
         kind = items[0]["type"]
         if kind == "extra_forbidden":
-            yield _unknown(path, method)
+            yield _unknown(path, model.model_fields["kind"].default if issubclass(model, Method) else "lora")
         elif kind == "missing":
             yield f"{path} is missing: {_missing_remedy(path)}"
-        elif kind.startswith("union_tag"):
-            yield f"{path}.kind: expected {', '.join(_METHODS)}{_given_kind(items[0].get('input'))}"
+        elif kind == "sentences":
+            yield from items[0]["ctx"]["sentences"]
         else:
             yield f"{path}: {_complaint(items)}"
 
@@ -409,7 +416,7 @@ def _unknown(key: str, method: str) -> str:
     """The sentence for a key that is not known; `method` is the kind of method that the recipe has."""
     every, (section, _, leaf) = list(keys(method)), key.rpartition(".")
     beside = [k for k in every if k.rpartition(".")[0] == section]
-    owners = [kind for kind, model in _METHODS.items() if section == "method" and leaf in model.model_fields]
+    owners = [kind for kind, model in METHODS.items() if section == "method" and leaf in model.model_fields]
     meant = [k for k in beside or every if k.rpartition(".")[2] == _ELSEWHERE.get(leaf, leaf)]
     meant += [k for k in every if k.rpartition(".")[2] == _ELSEWHERE.get(leaf, leaf)]  # `lr` alone means `train.lr`
     leaves = {k.rpartition(".")[2]: k for k in beside or every}
@@ -431,11 +438,6 @@ def _missing_remedy(name: str) -> str:
         "data": "add a [data] table with a source",
         "data.source": "say where the examples are: a file, a folder, a Hub id or a pypi: package",
     }.get(name, "add it")
-
-
-def _given_kind(value: Any) -> str:
-    kind = value.get("kind") if isinstance(value, Mapping) else value
-    return ", none given" if kind is None else f", given {shown(kind)}"
 
 
 def _os_reason(error: Exception) -> str:

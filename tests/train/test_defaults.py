@@ -13,10 +13,11 @@ import torch
 
 from turret import adapters
 from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
+from turret.methods.method import LARGE_BASE
 from turret.recipe import Recipe
 from turret.tasks import Labelled
 from turret.train import evaluate, filled, fit
-from turret.train.defaults import FEWEST_EPOCHS, LARGE_BASE, MOST_EPOCHS, defaults_of
+from turret.train.defaults import FEWEST_EPOCHS, MOST_EPOCHS
 from turret.train.start import attach
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "recipe.md"
@@ -37,29 +38,27 @@ def test_the_documented_defaults_are_those_of_the_code() -> None:
     said = {name.strip(): tuple(map(float, numbers)) for name, *numbers in rows}
     known = {
         name: (
-            defaults_of(*of, classify=True).lr,
-            defaults_of(*of, classify=True, parameters=LARGE_BASE).lr,
-            defaults_of(*of, classify=True).head_lr_ratio or 1,
-            defaults_of(*of, classify=True).steps,
-            defaults_of(*of, classify=False).steps,
+            method.defaults(kind, classify=True).lr,
+            method.defaults(kind, classify=True, parameters=LARGE_BASE).lr,
+            method.defaults(kind, classify=True).head_lr_ratio or 1,
+            method.defaults(kind, classify=True).steps,
+            method.defaults(kind, classify=False).steps,
         )
-        for name, of in DOCUMENTED.items()
+        for name, (method, kind) in DOCUMENTED.items()
     }
     assert said == known
     assert f"at least {FEWEST_EPOCHS}, at most {MOST_EPOCHS}" in text
 
 
 def test_some_of_pefts_methods_have_a_rate_of_their_own() -> None:
-    lora, ia3, vera = (
-        defaults_of(Peft(peft_type=each), "encoder", classify=True).lr for each in ("DORA", "IA3", "VERA")
-    )
+    lora, ia3, vera = (Peft(peft_type=each).defaults("encoder", classify=True).lr for each in ("DORA", "IA3", "VERA"))
     assert (lora, ia3, vera) == (1e-3, 3e-3, 4e-3)
 
 
 def test_a_prefix_without_its_mlp_has_a_rate_of_its_own_by_family() -> None:
     flat, through = Prefix(reparametrize=False), Prefix(reparametrize=True)
-    assert [defaults_of(flat, kind, classify=True).lr for kind in ("encoder", "decoder")] == [3e-2, 1e-2]
-    assert [defaults_of(through, kind, classify=True).lr for kind in ("encoder", "decoder")] == [1e-3, 1e-3]
+    assert [flat.defaults(kind, classify=True).lr for kind in ("encoder", "decoder")] == [3e-2, 1e-2]
+    assert [through.defaults(kind, classify=True).lr for kind in ("encoder", "decoder")] == [1e-3, 1e-3]
 
 
 @pytest.mark.parametrize(

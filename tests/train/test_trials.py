@@ -11,11 +11,12 @@ import small_models
 import tiny_training as tiny
 import torch
 
+from turret.methods import LoRA
+from turret.methods.method import Defaults
 from turret.recipe import Recipe
 from turret.tasks import Labelled
 from turret.train import find_rate, plan
 from turret.train.batches import Items
-from turret.train.defaults import Defaults
 from turret.train.evaluation import evaluate, example_losses
 from turret.train.rates import Found
 from turret.train.run import checksum
@@ -36,7 +37,7 @@ def default(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets the method's own rate."""
 
     def put(rate: float) -> None:
-        monkeypatch.setattr("turret.train.trials.defaults_of", lambda *_, **__: Defaults(rate, 20))
+        monkeypatch.setattr(LoRA, "defaults", lambda *_, **__: Defaults(rate, 20))
 
     return put
 

@@ -5,7 +5,6 @@ PEFT's two files and a manifest. `save` writes what is attached to a model, for 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,7 +34,7 @@ from turret.adapters.tensors import Content, read_tensors, visible
 from turret.disk import make_folder, permissions, sync
 from turret.errors import BundleError
 from turret.fingerprint import body, hashed
-from turret.methods import Full, LoRA, Method, Peft, Prefix
+from turret.methods import Full, LoRA, Method, Peft, Prefix, method_class
 
 FORMAT = 1
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
@@ -297,18 +296,15 @@ def _no_number(word: str) -> None:
     raise ValueError(f"{word} is no number")
 
 
-@functools.cache
-def _methods() -> TypeAdapter[Method]:
-    return TypeAdapter(Method)  # making one takes longer than reading a small file
-
-
 def _method(value: Any) -> Method:
     try:
-        return _methods().validate_python(value)
+        return method_class(value).model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{MANIFEST} names an unusable method ({where}: {first['msg']}): export it again") from None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except ValueError as error:
+        reason = str(error)
+    raise BundleError(f"{MANIFEST} names an unusable method ({reason}): export it again")
 
 
 def _file_entry(path: Path) -> dict[str, Any]:

@@ -22,13 +22,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from turret.errors import RecipeError
-from turret.methods import Head, LoRA, Peft
+from turret.methods import METHODS, method_named
 from turret.recipe import Recipe
 
-KINDS = ("base", "head", "full", "lora", "prefix", "peft")
 CLASSIFYING = "base,head,full,lora,prefix"
 WRITING = "base,full,lora,prefix"
-TYPE = "peft_type"
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,18 @@ class Candidate:
     @property
     def label(self) -> str:
         """For reading: `lora r=4`."""
-        return self.spec.removeprefix("peft:").replace(":", " ", 1).replace(",", " ")
+        named = method_named(self.kind).named_by is not None  # "peft:IA3" reads as IA3
+        return (self.spec.removeprefix(f"{self.kind}:") if named else self.spec).replace(":", " ", 1).replace(",", " ")
 
     @property
     def slug(self) -> str:
         """For the name of a file."""
         return re.sub(r"[^a-z0-9]+", "-", self.spec.lower()).strip("-")[:60]
+
+
+def is_floor(kind: str) -> bool:
+    """Whether such a row only shows how little is enough, and does not contend."""
+    return kind not in METHODS or METHODS[kind].head_alone
 
 
 def candidates(
@@ -60,10 +64,10 @@ def candidates(
     named = list(_split(text or (CLASSIFYING if kind == "classify" else WRITING)))
     found: dict[str, Candidate] = {}
     for method, settings in named:
-        if method == "peft":
-            settings = _named(settings, recipe)
-        if method == "head" and kind != "classify":
-            raise RecipeError(f"head: a base that is to {kind} has no head to train alone: leave head out")
+        if name := method_named(method).named_by:
+            settings = _named(method, name, settings, recipe)
+        if method_named(method).head_alone and kind != "classify":
+            raise RecipeError(f"{method}: a base that is to {kind} has no head to train alone: leave {method} out")
         for chosen in _expanded(settings):
             made = _candidate(method, chosen, recipe, lr)
             found.setdefault(made.spec, made)
@@ -80,8 +84,8 @@ def _split(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         if colon or "=" not in part:
             methods.append((_kind(head.strip()), []))
             part = rest.strip()
-            if part and methods[-1][0] == "peft" and "=" not in part:
-                part = f"{TYPE}={part}"
+            if part and "=" not in part and (name := method_named(methods[-1][0]).named_by):
+                part = f"{name}={part}"
             if not part:
                 continue
         if not methods:
@@ -94,21 +98,22 @@ def _split(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 
 def _kind(word: str) -> str:
-    if word not in KINDS:
+    kinds = dict.fromkeys((*CLASSIFYING.split(","), *METHODS))
+    if word not in kinds:
         raise RecipeError(
-            f"{_short(word)} is no method to compare: expected {', '.join(KINDS)}, or peft:NAME for one of PEFT's"
+            f"{_short(word)} is no method to compare: expected {', '.join(kinds)}, or peft:NAME for one of PEFT's"
         )
     return word
 
 
-def _named(settings: list[tuple[str, str]], recipe: Recipe) -> list[tuple[str, str]]:
-    """The settings of a method of PEFT with its name in front; the recipe's own where nothing names one."""
-    said = [value for key, value in settings if key == TYPE]
-    if not said and isinstance(recipe.method, Peft):
-        said = [recipe.method.peft_type]
+def _named(method: str, name: str, settings: list[tuple[str, str]], recipe: Recipe) -> list[tuple[str, str]]:
+    """The settings with the one in front that names the method; the recipe's own where nothing names one."""
+    said = [value for key, value in settings if key == name]
+    if not said and method == recipe.method.kind:
+        said = [getattr(recipe.method, name)]
     if len(said) != 1:
-        raise RecipeError("peft: expected one method of PEFT by its name, such as peft:IA3 or peft:DORA,r=4")
-    return [(TYPE, said[0].upper().replace("-", "_")), *(pair for pair in settings if pair[0] != TYPE)]
+        raise RecipeError(f"{method}: expected one {method_named(method).named_as}")
+    return [(name, said[0].upper().replace("-", "_")), *(pair for pair in settings if pair[0] != name)]
 
 
 def _expanded(settings: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
@@ -124,30 +129,27 @@ def _expanded(settings: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
 def _candidate(
     method: str, settings: list[tuple[str, str]], recipe: Recipe, lr: float | Literal["auto"] | None
 ) -> Candidate:
-    said = [value if key == TYPE else f"{key}={value}" for key, value in settings]
+    name = method_named(method).named_by
+    said = [value if key == name else f"{key}={value}" for key, value in settings]
     spec = method + (":" + ",".join(said) if said else "")
     if method == "base":
         if settings:
             raise RecipeError(f"{_short(spec)}: the base is not trained and has no settings: say base")
         return Candidate("base", "base", _changed(recipe, {"method": "head", "train.lr": "none"}))
-    own = method == recipe.method.kind and _type(settings) in (None, getattr(recipe.method, TYPE, None))
+    own = method == recipe.method.kind and (name is None or dict(settings)[name] == getattr(recipe.method, name))
     if not own:  # from that method's defaults
-        recipe = recipe.model_copy(update={"method": Head() if method != "head" else LoRA()})
+        recipe = recipe.model_copy(update={"method": METHODS[method].model_construct()})
     rate = lr if lr is not None else recipe.train.lr if own else None
     if rate is None and recipe.train.lr == "auto":
         rate = "auto"
     changes: dict[str, Any] = {"method": method, "train.lr": "none" if rate is None else str(rate)}
     for key, value in settings:
-        name = "train.lr" if key == "lr" else f"method.{key}"
-        changes[name] = value.replace("+", ",") if key.endswith("_modules") else value
+        path = "train.lr" if key == "lr" else f"method.{key}"
+        changes[path] = value.replace("+", ",") if key.endswith("_modules") else value
     try:
         return Candidate(spec, method, _changed(recipe, changes))
     except RecipeError as error:
         raise RecipeError(f"{_short(spec)}: {error}") from None
-
-
-def _type(settings: list[tuple[str, str]]) -> str | None:
-    return next((value for key, value in settings if key == TYPE), None)
 
 
 def _changed(recipe: Recipe, changes: dict[str, str]) -> Recipe:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from turret.methods import method_named
+
 Answer = Literal["yes", "no", "not shown"]
-TUNED = ("lora", "prefix")
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,12 @@ class Claim:
 
 def claims(rows: Sequence[Any], against: str) -> tuple[Claim, ...]:
     """Every claim for every LoRA and prefix row; none where the yardstick is not full fine-tuning, or has not run."""
-    full = next((row for row in rows if row.spec == against and row.kind == "full" and row.costs), None)
-    if full is None:
+    full = next((row for row in rows if row.spec == against and row.costs), None)
+    if full is None or not method_named(full.kind).every_weight:
         return ()
     found: list[Claim] = []
     for row in rows:
-        if row.kind in TUNED and row.costs is not None:
+        if method_named(row.kind).claimed and row.costs is not None:
             found += [
                 _parameters(row, full),
                 _memory(row, full),

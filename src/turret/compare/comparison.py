@@ -33,8 +33,6 @@ from turret.compare.results import Result, made_with
 from turret.compare.verdict import Verdict, judge
 from turret.errors import TrainingError
 
-FLOORS = ("base", "head")  # kinds that show how little is enough, and do not contend
-
 
 @dataclass(frozen=True)
 class Row:

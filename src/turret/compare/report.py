@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from turret.compare import words
-from turret.compare.comparison import FLOORS, Comparison, Row
+from turret.compare.candidates import is_floor
+from turret.compare.comparison import Comparison, Row
 from turret.compare.pages import environment, facts
 from turret.compare.plots import Bar, Course, Line, Mark, courses, curves, forest, scatter, stacks
 
@@ -66,7 +67,7 @@ def _named(row: Row) -> str:
     span = words.plus(d.mean)
     if not row.verdict.claimed or d.open:
         span = f"{span}, no interval"
-    elif row.kind not in FLOORS:
+    elif not is_floor(row.kind):
         span = f"{span}, {words.plus(d.low)} to {words.plus(d.high)}"
     marks = row.marks if row.kind != "base" else ()
     return f"{row.label} ({'; '.join((*marks, span))})"
@@ -117,7 +118,7 @@ def _by_class(found: Comparison) -> list[tuple[str, int, dict[str, Any]]]:
 
 def _plots(found: Comparison) -> Iterator[tuple[str, str]]:
     rows = [row for row in found.rows if row.score is not None and row.costs is not None]
-    contenders = [row for row in rows if row.kind not in FLOORS and not row.learnt_nothing] or rows
+    contenders = [row for row in rows if not is_floor(row.kind) and not row.learnt_nothing] or rows
     judged = [row for row in rows if row.verdict is not None]
     metric = "accuracy" if found.metric == "accuracy" else "ROUGE-L"
     if judged:

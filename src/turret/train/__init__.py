@@ -10,11 +10,11 @@
 Knows recipes, bases, tasks and adapters. Refuses to know the store, the engine and the terminal.
 """
 
+from turret.plan_check import Check
 from turret.train.batches import pass_tokens
 from turret.train.checkpoint import step_of
-from turret.train.checks import Check
 from turret.train.curve import Curve, StepRecord, read_curve
-from turret.train.defaults import Defaults, defaults_of, filled
+from turret.train.defaults import filled
 from turret.train.evaluation import evaluate, generate
 from turret.train.loop import fit
 from turret.train.preflight import Plan, plan
@@ -28,14 +28,12 @@ from turret.train.trials import find_rate
 __all__ = [
     "Check",
     "Curve",
-    "Defaults",
     "Fitted",
     "Found",
     "Plan",
     "Probe",
     "Start",
     "StepRecord",
-    "defaults_of",
     "evaluate",
     "filled",
     "find_rate",

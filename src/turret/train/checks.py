@@ -9,13 +9,13 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from turret.adapters import int8_layers, target_paths
 from turret.bases import native_bfloat16
 from turret.errors import AdapterError
-from turret.methods import Full, LoRA, Peft, Prefix
+from turret.methods import LoRA, Peft
+from turret.plan_check import Check, Level
 from turret.train.batches import Item, Schedule
 from turret.train.defaults import epochs_for
 from turret.train.optim import warmup_steps
@@ -26,24 +26,6 @@ MANY_CUT = 0.05  # share of the inputs that lose their end, from which on it is 
 BUSY = 0.5  # processors that others keep busy, from which on it is worth a warning
 SKEWED = 10  # times as many examples of the largest class as of the smallest
 ABSOLUTE = ("bert", "roberta", "distilbert", "bart", "gpt2")  # families with a table of positions: it has an end
-
-Level = Literal["ok", "warn", "refuse"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row of a plan."""
-
-    name: str
-    level: Level
-    text: str
-    remedy: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return self.text if self.remedy is None else f"{self.text}: {self.remedy}"
 
 
 def targets(method: Any, model: Any) -> Check:
@@ -83,56 +65,12 @@ def processors(others: float, threads: int, count: int) -> Iterator[Check]:
         )
 
 
-def learning_rate(recipe: Any, usual: float) -> Check:
-    """The chapter's rates for LoRA and prefix are rates for full fine-tuning; what they cost was measured."""
-    method, rate = recipe.method, recipe.train.lr
-    keep = f"leave train.lr out (this method's own is {usual:g})"
-    if isinstance(method, LoRA) and rate <= usual / 10:
-        return Check(
-            "learning rate",
-            "warn",
-            f"train.lr = {rate:g} is a rate for full fine-tuning: LoRA stays near chance with it (2e-5 gave 0.51 on "
-            "IMDB and 0.53 on movie snippets after an epoch, where 1e-3 gave 0.83 and 0.84)",
-            keep,
-        )
-    if isinstance(method, Prefix) and rate <= usual / 10:
-        return Check(
-            "learning rate",
-            "warn",
-            f"train.lr = {rate:g} is a rate for full fine-tuning: a prefix hardly moves with it (headlines by SmolLM2: "
-            "loss 3.07 after 80 steps at 1e-3, 5.4 before the first)",
-            keep,
-        )
-    if rate >= (10 if isinstance(method, Full) else 20) * usual:
-        lost = "wipes out what the base has learnt" if isinstance(method, Full) else "is likely to diverge"
-        return Check(
-            "learning rate", "warn", f"train.lr = {rate:g} is {rate / usual:.0f} times the usual and {lost}", keep
-        )
-    return Check("learning rate", "ok", f"{rate:g}, where this method's own is {usual:g}")
-
-
 def rates(size: Size, usual: float) -> Check:
     """`lr = "auto"` before it was carried out: a plan alone does not take the time."""
     if size.reason is not None:
         return Check("learning rate", "ok", f"{usual:g}, this method's own: {size.reason}")
     tried = f"at most {MOST_TRIALS} rates about this method's own {usual:g}, {size.steps} steps each"
     return Check("learning rate", "ok", f"auto: training first tries {tried}")
-
-
-def encoder_prefix(method: Any, family_kind: str) -> Iterator[Check]:
-    """What an encoder's prefix cannot do. Through the MLP one step moves all keys and values together, and too far."""
-    if not isinstance(method, Prefix) or family_kind != "encoder":
-        return
-    if not method.reparametrize:
-        said = "an encoder's prefix trails LoRA and full fine-tuning a little (docs/measured.md)"
-        yield Check("prefix", "ok", said)
-    else:
-        yield Check(
-            "reparametrize",
-            "warn",
-            "through the MLP an encoder's prefix often stays at guessing on texts that are hard to tell apart",
-            "leave method.reparametrize out, and train.lr",
-        )
 
 
 def steps(recipe: Any, schedule: Schedule, enough: int) -> Check:
@@ -294,16 +232,15 @@ def precision(recipe: Any, base: Any) -> Iterator[Check]:
     if not str(base.dtype).endswith("bfloat16"):
         return
     remedy = 'set train.dtype to "float32"'
-    if isinstance(recipe.method, Full):
+    if recipe.method.every_weight:
         yield Check("dtype", "warn", "a full fine-tuning starts from weights rounded to bfloat16", remedy)
     if not native_bfloat16():
         yield Check("dtype", "warn", "this processor emulates bfloat16, several times slower than float32", remedy)
 
 
 def _in_8_bits(method: Any, model: Any) -> Check:
-    if isinstance(method, (Full, Peft)):
-        said = "trains the weights themselves" if isinstance(method, Full) else "has PEFT multiply"
-        return Check("int8", "warn", f"method {method.kind} {said}: it multiplies in train.dtype as ever")
+    if method.not_int8 is not None:
+        return Check("int8", "warn", f"method {method.kind} {method.not_int8}: it multiplies in train.dtype as ever")
     try:
         layers = int8_layers(model)
     except AdapterError as error:

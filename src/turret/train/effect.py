@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from turret import adapters
 from turret.adapters import Adapter
-from turret.methods import Full, Head
+from turret.methods import Head
 from turret.train.proof import answer
 
 
@@ -54,7 +54,7 @@ def effect_of(base: Any, adapter: Adapter, sources: Sequence[Tensor], targets: S
 
 def _without(model: Any, adapter: Adapter, sources: list[Tensor], targets: list[Tensor]) -> Tensor:
     """What the base gives without the adapter: under the adapter's own head, where that is only a part of it."""
-    if adapter.head and not isinstance(adapter.method, (Full, Head)):
+    if adapter.head and adapter.tensors and not adapter.method.every_weight:
         adapters.mount(model, replace(adapter, method=Head(), tensors={}))
         slot = 1
     else:
@@ -72,7 +72,7 @@ def _idle(model: Any, adapter: Adapter, sources: list[Tensor], targets: list[Ten
     mounted = adapters.extract(model)
     stored, there = {**adapter.tensors, **adapter.head}, {**mounted.tensors, **mounted.head}
     lost = [name for name in stored if name not in there or not torch.equal(stored[name].float(), there[name].float())]
-    if lost or isinstance(adapter.method, Full):  # a full fine-tuning replaces also what a task does not use
+    if lost or adapter.method.every_weight:  # a full fine-tuning replaces also what a task does not use
         return lost
     owned = _owned(model)
     for parameter in owned.values():

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from turret.errors import PreflightRefused
-from turret.methods import Full
+from turret.plan_check import Check
 from turret.train import checks, memory
 from turret.train.batches import Items, Schedule
-from turret.train.checks import Check
 from turret.train.cost import Cost, measure
-from turret.train.defaults import defaults_of, filled
+from turret.train.defaults import filled
 from turret.train.rates import AUTO, MOST_TRIALS, Found, Size, size_of
 from turret.train.splits import Splits, splits_of
 from turret.train.start import Start
@@ -98,12 +97,12 @@ def plan(
     items = Items(task, made.train)
     seen = items.take(_spread(len(items), LOOKED_AT))
     total = sum(each.numel() for each in base.model.parameters())
-    own = defaults_of(recipe.method, base.family.kind, classify=task.kind == "classify", parameters=total)
+    own = recipe.method.defaults(base.family.kind, classify=task.kind == "classify", parameters=total)
     auto = size_of(len(made.train), schedule.steps) if train.lr == AUTO else None
     found = [
         checks.targets(recipe.method, base.model),
-        checks.learning_rate(recipe, own.lr) if auto is None else checks.rates(auto, own.lr),
-        *checks.encoder_prefix(recipe.method, base.family.kind),
+        recipe.method.rate_check(train.lr, own.lr) if auto is None else checks.rates(auto, own.lr),
+        *recipe.method.checks(base.family.kind),
         checks.steps(recipe, schedule, own.steps),
         *checks.splits(made, dataset),
         *checks.labels(task, made.train),
@@ -149,7 +148,7 @@ def _cost(
 ) -> Cost | None:
     """Measured, unless the machine cannot hold even that: then a refusal is added to `found`."""
     room = memory.available(base.model.device)
-    if isinstance(recipe.method, Full) and 16 * total > room:
+    if recipe.method.every_weight and 16 * total > room:
         needed = f"every weight, its gradient and two moments take {memory.mega(16 * total)}"
         remedy = "use method lora or prefix, or a smaller base"
         found.append(Check("memory", "refuse", f"{needed}, {memory.mega(room)} are free", remedy))

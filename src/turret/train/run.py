@@ -25,7 +25,7 @@ from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, memory, processes
 from turret.train.batches import Item, Items, Schedule, pass_tokens
 from turret.train.curve import StepRecord
-from turret.train.defaults import defaults_of, filled
+from turret.train.defaults import filled
 from turret.train.evaluation import evaluate
 from turret.train.flat_loss import WINDOW, FlatLoss, flat_loss
 from turret.train.optim import AdamW, warmup_steps
@@ -382,7 +382,7 @@ class Run:
         """The remedy for a loss that is not finite, and what is left of the run."""
         classify = self.task.kind == "classify"
         family = self.base.family.kind
-        usual = defaults_of(self.recipe.method, family, classify=classify, parameters=self.total).lr
+        usual = self.recipe.method.defaults(family, classify=classify, parameters=self.total).lr
         remedy = f"set train.lr to {min(usual, self.lr / 10):g} (now {self.lr:g})"
         if str(self.base.dtype).endswith("bfloat16"):
             remedy += ' or train.dtype to "float32"'

@@ -14,7 +14,6 @@ from torch import Tensor
 from turret import adapters
 from turret.adapters import Adapter
 from turret.errors import AdapterError, TrainingError
-from turret.methods import Full, Peft, Prefix
 from turret.train.optim import AdamW
 
 
@@ -55,7 +54,7 @@ def attach(recipe: Any, base: Any, task: Any, start: Start | None = None) -> Non
         generator=torch.Generator().manual_seed(recipe.seed),
         head=tuple(sorted(fresh)) if task.kind == "classify" else (),
     )
-    if recipe.train.int8 and not isinstance(recipe.method, (Full, Peft)):  # as a comparison trains them beside others
+    if recipe.train.int8 and recipe.method.not_int8 is None:  # a comparison trains those methods beside others
         adapters.multiply_in_int8(base.model)
     if start is not None:
         try:
@@ -75,17 +74,17 @@ def optimiser_of(recipe: Any, base: Any) -> AdamW:
 
 
 def starting_words(recipe: Any, base: Any, task: Any) -> Tensor | None:
-    """Token ids of the text whose keys and values a prefix starts from: the recipe's, or a plain order for the task."""
-    if not isinstance(recipe.method, Prefix):
-        return None
-    text = recipe.method.init_text
-    if not text and task.kind != "classify":
-        text = recipe.task.prefix_text.replace("{document}", " ").strip() or (
+    """Token ids of the text that the method starts from: its own, or an order for the task. None: it needs no text."""
+    if task.kind == "classify":
+        order = f"Classify the following text as {', '.join(task.labels)}."
+    else:
+        order = recipe.task.prefix_text.replace("{document}", " ").strip() or (
             "Summarize the following text in a few words."
             if task.kind == "summarize"
             else "Write the answer to the following text."
         )
-    elif not text:
-        text = f"Classify the following text as {', '.join(task.labels)}."
+    text = recipe.method.starting_text(order)
+    if text is None:
+        return None
     ids: Tensor = torch.tensor(base.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
     return ids

@@ -17,7 +17,7 @@ import torch
 from turret import adapters
 from turret.errors import LossNotFinite
 from turret.train.batches import Items, Schedule, pass_tokens
-from turret.train.defaults import defaults_of, filled
+from turret.train.defaults import filled
 from turret.train.evaluation import example_losses
 from turret.train.optim import AdamW, learning_rate
 from turret.train.rates import Found, Score, search, size_of
@@ -49,7 +49,7 @@ def find_rate(
     recipe = filled(recipe, base, task.kind, len(examples))
     parameters = sum(each.numel() for each in base.model.parameters())
     classify = task.kind == "classify"
-    default = defaults_of(recipe.method, base.family.kind, classify=classify, parameters=parameters).lr
+    default = recipe.method.defaults(base.family.kind, classify=classify, parameters=parameters).lr
     train = recipe.train
     run = Schedule(len(examples), train.batch_size, train.epochs, recipe.seed, train.max_steps)
     size = size_of(len(examples), run.steps)

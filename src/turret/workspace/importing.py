@@ -22,7 +22,6 @@ from turret.adapters import Adapter, BaseInfo, outside
 from turret.adapters.bundle import CONFIG, WEIGHTS, read_config
 from turret.disk import plainly
 from turret.errors import AdapterError, BaseModelError, RecipeError, StoreError
-from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.recipe import Task as TaskSettings
 from turret.reference import check_name
@@ -163,10 +162,7 @@ def _completed(given: Adapter, kind: str, base: Any, name: str, wanted: Wanted, 
         )
     dataset = SimpleNamespace(kind=kind, labels=labels, train=())
     spec = make.make_task(settings, dataset, base.tokenizer, base.family.kind).spec()
-    method = given.method
-    if isinstance(method, LoRA) and method.target_modules is None:
-        layers = {key.rsplit(".lora_", 1)[0].rpartition(".")[2] for key in given.tensors}
-        method = method.model_copy(update={"target_modules": tuple(sorted(layers))})
+    method = given.method.of_tensors(given.tensors)
     tensors, head = ({key: each.float() for key, each in part.items()} for part in (given.tensors, head))
     return Adapter(method, tensors, head, _info(base), spec, dict(spec.get("generation") or {}), given.lineage)
 

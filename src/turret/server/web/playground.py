@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from turret.errors import BadRequest
+from turret.methods import method_named
 from turret.server import generation
 from turret.server.completions import Pieces
 from turret.server.limits import MOST_TEXT, MOST_TOKENS
@@ -106,11 +107,12 @@ async def _loaded(here: Served, model: str) -> float | None:
 
 
 async def _versions(here: Served) -> list[Version]:
-    """Those that this base carries, which a full fine-tuning is not: what has an alias first, then the newest."""
+    """Those that this base carries beside others: what has an alias first, then the newest."""
     found = [
         each
         for each in await here.control(here.workspace.list)
-        if fingerprint(each) == here.engine.base.fingerprint and each.part("method").get("kind") != "full"
+        if fingerprint(each) == here.engine.base.fingerprint
+        and method_named(each.part("method").get("kind")).shares_base
     ]  # fmt: skip
     return sorted(found, key=lambda each: (not each.aliases, each.name, -each.number))
 

@@ -1,0 +1,25 @@
+"""Full fine-tuning's settings, rates and checks."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from turret.methods.method import Method
+
+
+class Full(Method):
+    """Every weight, on a copy; the yardstick of a comparison."""
+
+    every_weight: ClassVar[bool] = True
+    shares_base: ClassVar[bool] = False
+    not_int8: ClassVar[str | None] = "trains the weights themselves"
+    high_rate: ClassVar[tuple[int, str]] = (10, "wipes out what the base has learnt")
+
+    kind: Literal["full"] = "full"
+
+    def rate(self, family_kind: str, large: bool) -> float:
+        """1e-4, and 2e-5 for a large base.
+
+        Devlin et al. (2019) take 2e-5 to 5e-5 for BERT, and far more steps.
+        """
+        return 2e-5 if large else 1e-4

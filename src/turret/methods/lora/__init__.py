@@ -1,0 +1,5 @@
+"""The method `lora`."""
+
+from turret.methods.lora.spec import LoRA
+
+__all__ = ["LoRA"]

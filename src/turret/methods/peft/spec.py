@@ -1,0 +1,65 @@
+"""The settings and rates of a method that PEFT itself computes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from turret.methods.lora import LoRA
+from turret.methods.method import Method
+
+# IA3 (Liu et al. 2022) and VeRA (Kopiczko et al. 2024) train few numbers that multiply, at several times LoRA's rate;
+# the embeddings of a prompt are trained as the keys and values of a prefix without its MLP. All else as LoRA.
+RATES = {"IA3": 3e-3, "VERA": 4e-3, "PROMPT_TUNING": 1e-2, "P_TUNING": 1e-3}
+
+
+class Peft(Method):
+    """Any other method of PEFT: `peft_type` is PEFT's name of it, every further key one of PEFT's configuration.
+
+    PEFT knows which keys there are when the method is put on a base; here they are plain values.
+    """
+
+    shares_base: ClassVar[bool] = False
+    named_by: ClassVar[str | None] = "peft_type"
+    named_as: ClassVar[str] = "method of PEFT by its name, such as peft:IA3 or peft:DORA,r=4"
+    not_int8: ClassVar[str | None] = "has PEFT multiply"
+    classify_steps: ClassVar[int] = 250
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    kind: Literal["peft"] = "peft"
+    peft_type: str = Field(min_length=1, max_length=60)  # IA3, DORA, VERA, PROMPT_TUNING, ...
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, value: Any) -> Any:
+        """Without keys that are None, and with lists instead of tuples."""
+        if not isinstance(value, dict):
+            return value
+        return {key: _listed(each) for key, each in value.items() if each is not None}
+
+    @field_validator("peft_type")
+    @classmethod
+    def _capital(cls, value: str) -> str:
+        return value.strip().upper().replace("-", "_")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """PEFT's own settings, those that are set."""
+        return dict(self.model_extra or {})
+
+    def with_options(self, options: dict[str, Any]) -> Self:
+        return type(self)(peft_type=self.peft_type, **options)
+
+    def rate(self, family_kind: str, large: bool) -> float:
+        return RATES.get(self.peft_type) or LoRA().rate(family_kind, large)
+
+    @property
+    def head_lr_ratio(self) -> float | None:
+        return None if self.peft_type in RATES else LoRA().head_lr_ratio
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(each) for key, each in value.items()}
+    return [_listed(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,61 @@
+"""Prefix tuning's settings, rates and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field
+
+from turret.methods.method import Method
+from turret.plan_check import Check
+
+
+class Prefix(Method):
+    """Prefix tuning: P trained keys and values in front of every attention layer (Li & Liang 2021)."""
+
+    claimed: ClassVar[bool] = True
+    low_rate: ClassVar[str | None] = (
+        "a prefix hardly moves with it (headlines by SmolLM2: loss 3.07 after 80 steps at 1e-3, 5.4 before the first)"
+    )
+    classify_steps: ClassVar[int] = 1200
+
+    kind: Literal["prefix"] = "prefix"
+    num_virtual_tokens: int = Field(default=20, ge=1, le=4096)  # P
+    init_text: str | None = None  # its activations start the prefix; None: the task's own words
+    reparametrize: bool | None = None  # train an MLP over a small embedding, fold it away at save; None: see `on`
+    encoder_hidden_size: int = Field(default=512, ge=1, le=16384)  # width of that MLP
+    encoder: bool = True  # of an encoder-decoder: also the encoder and the cross-attention (False: PEFT's shape)
+
+    def on(self, family_kind: str) -> Self:
+        """The method with `reparametrize` filled in: through the MLP an encoder's prefix does not learn."""
+        chosen = family_kind != "encoder" if self.reparametrize is None else self.reparametrize
+        return self.model_copy(update={"reparametrize": chosen})
+
+    def rate(self, family_kind: str, large: bool) -> float:
+        """1e-3 through the MLP; where the keys and values themselves are trained, 3e-2 on an encoder, else 1e-2.
+
+        One step of Adam moves a weight by about the rate. A key or value behind the MLP is a sum over its hidden units,
+        so it moves by up to `encoder_hidden_size` times as much, and all virtual tokens move together.
+        """
+        if self.on(family_kind).reparametrize:
+            return 1e-3
+        return 3e-2 if family_kind == "encoder" else 1e-2
+
+    def checks(self, family_kind: str) -> Iterator[Check]:
+        """Through the MLP one step moves all keys and values of an encoder together, and too far."""
+        if family_kind != "encoder":
+            return
+        if not self.reparametrize:
+            said = "an encoder's prefix trails LoRA and full fine-tuning a little (docs/measured.md)"
+            yield Check("prefix", "ok", said)
+        else:
+            yield Check(
+                "reparametrize",
+                "warn",
+                "through the MLP an encoder's prefix often stays at guessing on texts that are hard to tell apart",
+                "leave method.reparametrize out, and train.lr",
+            )
+
+    def starting_text(self, instruction: str) -> str | None:
+        return self.init_text or instruction
