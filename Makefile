@@ -14,7 +14,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock release demo test test-all lint format bench bench-train bench-serve figures reports docs clean
+.PHONY: help setup lock release demo test test-all lint prose format bench bench-train bench-serve figures reports docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,13 +45,16 @@ release: $(STAMP)  ## the wheel with its kernels, the sdist, SHA256SUMS and a bi
 demo: $(STAMP)  ## the whole tour on a bundled base and real data; ARGS=--quick for the short one
 	$(BIN)/turret demo $(ARGS)
 
-lint: $(STAMP)  ## ruff, mypy strict, the layers
+lint: $(STAMP) prose  ## ruff, mypy strict, the layers, the prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(STAMP)  ## let ruff mend what it can
+prose: $(STAMP)  ## find sentences in the documentation that a reader must decode
+	$(BIN)/python release/check_prose.py
+
+format: $(STAMP)  ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -65,3 +66,28 @@ def test_without_a_browser_tests_of_pages_are_skipped_by_hand_and_fail_in_ci(mon
         monkeypatch.setenv("CI", ci)
         with pytest.raises(outcome, match="needs chromium"), browser():
             pass
+
+
+def test_every_pre_commit_hook_is_local_and_runs_what_make_lint_runs() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    lint = "\n".join(makefile.split(f"\n{goal}:")[1].split("\n\n")[0] for goal in ("lint", "prose"))
+    programs = set(re.findall(r"^\t\$\(BIN\)/(.+)$", lint, re.MULTILINE))
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert local["repo"] == "local"
+    assert all(hook["language"] == "system" for hook in local["hooks"])
+    run = {hook["entry"].removeprefix(".venv/bin/").replace(" --force-exclude", "") for hook in local["hooks"]}
+    assert run == {program.replace(" --check .", "").removesuffix(" .") for program in programs}
+
+
+def test_the_citation_names_this_version() -> None:
+    import turret
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == turret.__version__
+    assert citation["license"] == PROJECT["project"]["license"]
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
+def test_every_issue_template_can_be_read_by_the_host() -> None:
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md"):
+        assert {"name", "about"} <= set(yaml.safe_load(path.read_text().split("---")[1])), path.name

@@ -39,7 +39,6 @@ app = typer.Typer(
     name="turret",
     help="One frozen base model, many small trained adapters: train, compare, version and answer.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # plain help is there in a tenth of a second
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
