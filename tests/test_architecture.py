@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import turret
+from turret.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 OLD_PATHS = {"turret.engine.engine": "turret.engine"}  # kept for one release: where their names are now
@@ -99,6 +100,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         "compare",
         "engine",
         "experiments",
+        "families",
         "recipe",
         "server",
         "store",
@@ -246,3 +248,55 @@ def test_an_import_path_that_the_docs_named_works_for_one_release_with_a_warning
     assert value is importlib.import_module(new).Engine
     with pytest.raises(AttributeError):
         module.Engines  # noqa: B018
+
+
+def words_of_families() -> set[str]:
+    """Names that belong to one family: its own, and those of its classes."""
+    words: set[str] = set()
+    for family in FAMILIES.values():
+        fast = family.fast
+        words |= {family.name, *family.attention, *family.cross_attention}
+        words |= {*fast.rms_norms, *fast.gated_mlps, *fast.added_norms, *fast.layers}
+    return words
+
+
+def asks_which_family(text: str, words: set[str]) -> list[int]:
+    """Lines that hold a family's word, or compare the name or kind of a family, instead of asking the family."""
+    lines = []
+    for node in ast.walk(ast.parse(text)):
+        named = isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in words
+        sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        compared = any(
+            isinstance(side, ast.Attribute)
+            and side.attr in ("name", "kind")
+            and ast.unparse(side.value).rpartition(".")[2] in ("family", "_family")
+            for side in sides
+        )
+        if named or compared or (isinstance(node, ast.Attribute) and node.attr == "model_type"):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_nothing_outside_families_asks_which_family_it_is() -> None:
+    words = words_of_families()
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in SOURCES
+        if path.parent.name != "families" and (lines := asks_which_family(path.read_text(encoding="utf-8"), words))
+    }
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "if base.family.name in TABLES: pass",
+        "wide = self._family.kind != 'encoder'",
+        "CLASSES = ('T5LayerNorm',)",
+        "fan_in = adapter.base.family == 'gpt2'",
+        "config.model_type",
+    ],
+)
+def test_the_test_of_family_names_sees_one(text: str) -> None:
+    assert asks_which_family(text, words_of_families()) == [1]
+    assert asks_which_family("if base.family.generates: pass", words_of_families()) == []

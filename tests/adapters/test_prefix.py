@@ -150,7 +150,7 @@ def plain_attention(
     length = prefix[0].shape[2]
     if hooked.bias_module is not None:
         there = torch.arange(-length, k.shape[2])[None] - torch.arange(q.shape[2])[:, None]
-        scores = scores + relative_bias(hooked.bias_module, there).double()
+        scores = scores + relative_bias(hooked, there).double()
     if mask is not None:
         hidden = torch.cat([torch.zeros(*mask.shape[:3], length), mask[..., : k.shape[2]]], -1) < -1
         scores = scores.masked_fill(hidden, -1e30)

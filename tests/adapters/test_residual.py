@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.models.bert.modeling_bert import BertConfig, BertOutput, BertSelfOutput
 
 from turret.adapters import attach, attachment, classify_logits, detach, trainable_parameters
-from turret.adapters.residual import CLASSES, FrozenOutput, _AddedNorm
+from turret.adapters.residual import FrozenOutput, _AddedNorm
 from turret.adapters.route import Route
+from turret.families import family_of
 from turret.kernels import KEPT, Dropped, library, without
 from turret.methods import Full, LoRA, Method, Prefix
 
@@ -77,7 +78,8 @@ def test_what_is_dropped_is_dropped_on_the_way_back_too(width: int) -> None:
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_every_output_of_the_family_is_replaced_and_comes_back(family: str) -> None:
     model = build(family, "classify")
-    own = {path: module for path, module in model.named_modules() if type(module).__name__ in CLASSES}
+    outputs = family_of(model.config).fast.added_norms
+    own = {path: module for path, module in model.named_modules() if type(module).__name__ in outputs}
     names = {name for name, _ in model.named_parameters() if ".output." in name}
     attach(model, Prefix(num_virtual_tokens=2))
     twins = [model.get_submodule(path) for path in own]

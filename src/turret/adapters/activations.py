@@ -22,7 +22,6 @@ from turret.adapters.norms import kept, made
 from turret.adapters.route import Route
 from turret.kernels import Library, usable
 
-GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # act_fn, gate_proj, up_proj, down_proj
 SILU = ("SiLU", "SiLUActivation")
 
 
@@ -148,10 +147,13 @@ def _kernels(*tensors: Tensor) -> Library | None:
     return usable(*tensors)
 
 
-def in_place_of(module: nn.Module, route: Route) -> nn.Module | None:
-    """What takes this module's place while a model is attached, or None where nothing does."""
+def in_place_of(module: nn.Module, gated: tuple[str, ...], route: Route) -> nn.Module | None:
+    """What takes this module's place while a model is attached, or None where nothing does.
+
+    gated: class names of MLPs with act_fn, gate_proj, up_proj and down_proj.
+    """
     name = type(module).__name__
-    if name in GATED and type(getattr(module, "act_fn", None)).__name__ in SILU:
+    if name in gated and type(getattr(module, "act_fn", None)).__name__ in SILU:
         return FrozenGated(module, route)
     exact = name == "GELU" and getattr(module, "approximate", "") == "none"
     if exact or (name == "GELUActivation" and getattr(module, "act", None) is nn.functional.gelu):

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from turret.adapters import activations, attention, int8, layers, positions, residual, rotary, through_peft
 from turret.adapters.lora import RoutedLinear, initial_factors
-from turret.adapters.norms import CLASSES, FrozenNorm
+from turret.adapters.norms import FrozenNorm
 from turret.adapters.prefix import Groups, PrefixSlot, new_slot
 from turret.adapters.route import BARE, Route, set_route
 from turret.adapters.routed import RoutedDropout, RoutedModule
 from turret.errors import AdapterError
-from turret.families import Family, Site, attention_sites, family_of, linear_stream, stacks
+from turret.families import Family, Site, family_of
 from turret.methods import Full, LoRA, Method, Peft, Prefix
 
 ATTRIBUTE = "turret"  # where the attachment sits on the model
@@ -49,7 +49,7 @@ class Attachment(nn.Module):
         self.guest: through_peft.Guest | None = None  # a method that PEFT itself put on the model
         self.undo: list[Callable[[], None]] = []
         self.originals = dict(model.named_parameters())  # the base's own, before anything was put in their place
-        self.sites = attention_sites(model)
+        self.sites = family.sites(model)
         self.narrows = False  # whether the last layer can go on with the tokens of `route.read` alone
 
     def prefix_length(self, slot: int) -> int:
@@ -201,7 +201,8 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
 
     plain: leave dropout, norms and MLPs as they are, for one who changes them himself.
     """
-    attached = Attachment(model, family_of(model.config))
+    family = family_of(model.config)
+    attached, fast = Attachment(model, family), family.fast
     attention.register()
     flags = {name: each.requires_grad for name, each in model.named_parameters()}
     for each in model.parameters():
@@ -213,13 +214,14 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
     bias_modules = _bias_modules(attached)
     for site in attached.sites:
         site.module.turret_hook = attention.Hooked(
-            site, attached.route, attached.keys_values, bias_modules.get(site.group), last=site is attached.sites[-1]
-        )
-    handles = [stack.register_forward_pre_hook(_refresher(attached, groups)) for stack, groups in stacks(model)]
-    handles += positions.hook(model, attached.family, attached.route, attached.prefix_length)
-    bias_undo = positions.hook_bias(bias_modules.values(), attached.route)
+            site, attached.route, attached.keys_values, family, bias_modules.get(site.group),
+            last=site is attached.sites[-1],
+        )  # fmt: skip
+    handles = [stack.register_forward_pre_hook(_refresher(attached, groups)) for stack, groups in family.stacks(model)]
+    handles += positions.hook(model, family, attached.route, attached.prefix_length)
+    bias_undo = positions.hook_bias(bias_modules.values(), family, attached.route)
     hook_undo = [rotary.hook(site.module, attached.route) for site in attached.sites]
-    hook_undo += [] if plain else layers.hook(model, attached.route)
+    hook_undo += [] if plain else layers.hook(model, fast, attached.route)
 
     def undo() -> None:
         for handle in handles:
@@ -239,13 +241,13 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
     for path, module in [] if plain else list(model.named_modules()):
         if type(module) is nn.Dropout and module.p > 0.0:
             _replace(model, attached, path, RoutedDropout(module, attached.route))
-        elif type(module).__name__ in CLASSES:
-            _replace(model, attached, path, FrozenNorm(module, attached.route))
-        elif type(module).__name__ in residual.CLASSES:
+        elif type(module).__name__ in fast.rms_norms:
+            _replace(model, attached, path, FrozenNorm(module, attached.route, fast.narrow_norms))
+        elif type(module).__name__ in fast.added_norms:
             ends = path == residual.narrowing(attached.sites[-1].name)
             attached.narrows |= ends
             _replace(model, attached, path, residual.FrozenOutput(module, attached.route, ends))
-        elif (twin := activations.in_place_of(module, attached.route)) is not None:
+        elif (twin := activations.in_place_of(module, fast.gated_mlps, attached.route)) is not None:
             _replace(model, attached, path, twin)
     model.add_module(ATTRIBUTE, attached)
     return attached
@@ -259,12 +261,11 @@ def multiply_in_int8(model: Any) -> None:
 
 
 def _bias_modules(attached: Attachment) -> dict[str, Any]:
-    """T5's owners of relative position bias, by group; empty for every other family."""
-    return {
-        site.group: site.module
-        for site in attached.sites
-        if getattr(site.module, "has_relative_attention_bias", False) and site.group != "cross"
-    }
+    """The owners of a bias by relative position, by group; empty where the family has none."""
+    bias, sites = attached.family.relative_bias, attached.sites
+    if bias is None:
+        return {}
+    return {site.group: site.module for site in sites if site.group != "cross" and bias.owner(site.module)}
 
 
 def _refresher(attached: Attachment, groups: tuple[str, ...]) -> Callable[..., None]:
@@ -314,7 +315,7 @@ def _read(model: Any, attached: Attachment, tokens: Tensor) -> Groups:
 
 def routed_linear(model: Any, attached: Attachment, path: str) -> RoutedLinear:
     if path not in attached.linears:
-        stream = linear_stream(attached.family, path)
+        stream = attached.family.stream(path)
         attached.linears[path] = RoutedLinear(model.get_submodule(path), attached.route, stream)
         _replace(model, attached, path, attached.linears[path])
     return attached.linears[path]
@@ -391,7 +392,7 @@ def _starts(
     try:
         model.eval()
         with torch.no_grad():
-            if attached.family.kind == "encoder-decoder":
+            if attached.family.is_encoder_decoder:
                 encoded = model.get_encoder()(input_ids=ids, attention_mask=ones)[0]
                 model.get_decoder()(
                     input_ids=ids, attention_mask=ones, encoder_hidden_states=encoded, encoder_attention_mask=ones
@@ -404,7 +405,7 @@ def _starts(
             module.training = True
     groups: dict[str, list[Tensor]] = {}
     for site in attached.sites:
-        if site.group == "decoder" or method.encoder or attached.family.kind != "encoder-decoder":
+        if site.group == "decoder" or method.encoder or not attached.family.is_encoder_decoder:
             groups.setdefault(site.group, []).append(torch.stack([x[0] for x in captured[site.name]]))
     return {group: torch.stack(layers).float() for group, layers in groups.items()}
 

@@ -22,7 +22,7 @@ from turret.adapters.dropout import Masks
 from turret.adapters.flash import flash
 from turret.adapters.route import BARE, Held, Route
 from turret.errors import AdapterError
-from turret.families import Site
+from turret.families import Family, Site
 from turret.kernels import KEPT, Library, Prefixes, Rows, usable
 
 NAME = "turret"
@@ -43,7 +43,8 @@ class Hooked:
     site: Site
     route: Route
     prefix: KeysValues  # (slot, site) -> keys and values (H, P, D), or None
-    bias_module: Any | None  # T5: the first layer of the stack, which owns the relative position bias
+    family: Family
+    bias_module: Any | None  # what owns the stack's bias by relative position
     last: bool = False  # of the model: here `Route.read` are the only queries
 
 
@@ -158,19 +159,14 @@ def _prefix_bias(hooked: Hooked, tokens: int, q: Tensor, past: int) -> Tensor:
         return q.new_zeros(1, 1, q.shape[2], tokens)
     positions = torch.arange(q.shape[2], device=q.device)[:, None] + past
     relative = torch.arange(-tokens, 0, device=q.device)[None] - positions  # (T, P)
-    return relative_bias(hooked.bias_module, relative).to(q.dtype)
+    return relative_bias(hooked, relative).to(q.dtype)
 
 
-def relative_bias(module: Any, relative: Tensor) -> Tensor:
-    """T5's bias for relative positions key - query: (T, S) int -> (1, H, T, S)."""
-    buckets = module._relative_position_bucket(
-        relative,
-        bidirectional=not module.is_decoder,
-        num_buckets=module.relative_attention_num_buckets,
-        max_distance=module.relative_attention_max_distance,
-    )
-    bias: Tensor = module.relative_attention_bias(buckets)  # (T, S, H)
-    return bias.permute(2, 0, 1)[None]
+def relative_bias(hooked: Hooked, relative: Tensor) -> Tensor:
+    """The bias for relative positions key - query, of a site that has one: (T, S) int64 -> (1, H, T, S)."""
+    assert hooked.family.relative_bias is not None
+    bias: Tensor = hooked.family.relative_bias.values(hooked.bias_module, relative)
+    return bias
 
 
 def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -186,12 +182,6 @@ def _flash(library: Library, hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, ca
     rows, prefixes = rows_and_prefixes(hooked, call.scaling, call.window, k.dtype)
     dropped = (hooked.route.masks or Masks()).dropped(call.dropout) if call.dropout > 0.0 else KEPT
     return flash(library, rows, q, k, v, prefixes, dropped)
-
-
-def window_of(module: Any) -> int | None:
-    """What a module hands its attention function as `sliding_window`."""
-    name = type(module).__name__
-    return getattr(module.config if name == "MistralAttention" else module, "sliding_window", None)
 
 
 def rows_and_prefixes(hooked: Hooked, scaling: float, window: int | None, dtype: torch.dtype) -> tuple[Rows, Prefixes]:
@@ -229,10 +219,9 @@ def _rows(hooked: Hooked, scaling: float, window: int | None, longest_prefix: in
     if hooked.bias_module is not None and not cross:
         zero = longest_prefix + int(lengths[0].max())
         with torch.no_grad():
-            relative = torch.arange(
-                -zero, int(lengths[1].max()), device=hooked.bias_module.relative_attention_bias.weight.device
-            )
-            bias = relative_bias(hooked.bias_module, relative[None])[0, :, 0].float().contiguous()  # (H, W)
+            device = next(hooked.bias_module.parameters()).device
+            relative = torch.arange(-zero, int(lengths[1].max()), device=device)
+            bias = relative_bias(hooked, relative[None])[0, :, 0].float().contiguous()  # (H, W)
     return Rows(
         queries[:, 0].contiguous(), lengths[0], keys[:, 0].contiguous(), lengths[1], scaling,
         causal=site.causal and not cross, window=0 if window is None or cross else window, bias=bias, zero=zero,
@@ -307,7 +296,7 @@ def _held_bias(hooked: Hooked, held: Held, window: int | None, q: Tensor) -> Ten
     bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, torch.finfo(q.dtype).min)
     bias = bias[:, None, None]  # (B, 1, 1, S)
     if hooked.bias_module is not None:
-        own = relative_bias(hooked.bias_module, column - newest)  # (1, H, B, S): rows in place of queries
+        own = relative_bias(hooked, column - newest)  # (1, H, B, S): rows in place of queries
         bias = bias + own[0].transpose(0, 1)[:, :, None].to(q.dtype)
     return bias
 
@@ -363,7 +352,7 @@ def _row_bias(hooked: Hooked, t: int, s: int, window: int | None, q: Tensor) -> 
             None, None
         ]
         if hooked.bias_module is not None:
-            bias = bias + relative_bias(hooked.bias_module, relative).to(q.dtype)
+            bias = bias + relative_bias(hooked, relative).to(q.dtype)
         memo[place] = bias
     found: Tensor = memo[place]
     return found

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.activations import FrozenGated, FrozenGELU
-from turret.adapters.attention import rows_and_prefixes, window_of
+from turret.adapters.attention import rows_and_prefixes
 from turret.adapters.frozen import plain
 from turret.adapters.lora import RoutedLinear
 from turret.adapters.norms import FrozenNorm
@@ -29,6 +29,7 @@ from turret.adapters.residual import FrozenOutput
 from turret.adapters.route import Bank, Route
 from turret.adapters.trained_decoder import TrainedDecoder
 from turret.adapters.trained_encoder import TrainedEncoder
+from turret.families import FastPaths, Layout
 from turret.kernels import DecoderLayer, EncoderLayer, LayerNorm, Layers, Library, Matrix, usable
 
 THROUGH = ("through",)  # in a route's memo: what a call gave, and the place of the first layer behind it
@@ -209,14 +210,11 @@ class Decoder(OneCall):
             (before.variance_epsilon, behind.variance_epsilon),
             dim=attention.head_dim,
             scaling=attention.scaling,
-            window=window_of(attention) or 0,
+            window=attention.turret_hook.family.window(attention) or 0,
         )
 
 
-LAYERS: dict[str, type[OneCall]] = {
-    **dict.fromkeys(("BertLayer", "RobertaLayer"), Encoder),
-    **dict.fromkeys(("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"), Decoder),
-}
+LAYOUTS: dict[Layout, type[OneCall]] = {"post-norm": Encoder, "pre-norm": Decoder}
 
 
 def _matrices(bank: Bank, linears: Sequence[Any]) -> list[Matrix] | None:
@@ -236,13 +234,15 @@ def _alike(matrices: Sequence[Matrix], others: Sequence[Tensor]) -> bool:
     return all(each.dtype == own[0].dtype and each.is_contiguous() for each in (*own, *others))
 
 
-def hook(model: nn.Module, route: Route) -> list[Callable[[], object]]:
+def hook(model: nn.Module, fast: FastPaths, route: Route) -> list[Callable[[], object]]:
     """Let the layers of a model compute in one call where they can; returns what undoes it."""
+    if fast.layout is None:
+        return []
+    kind = LAYOUTS[fast.layout]
     order: list[OneCall] = []
     undo: list[Callable[[], object]] = []
     for module in model.modules():
-        kind = LAYERS.get(type(module).__name__)
-        if kind is not None and "forward" not in vars(module):
+        if type(module).__name__ in fast.layers and "forward" not in vars(module):
             module.forward = kind(module, route, order).forward
             undo.append(functools.partial(vars(module).__delitem__, "forward"))
     return undo

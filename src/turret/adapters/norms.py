@@ -18,7 +18,6 @@ from turret.adapters.route import Route
 from turret.kernels import Library, usable
 
 MADE_FROM = "turret_made_from"  # an attribute of a norm's output
-CLASSES = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -91,14 +90,17 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class FrozenNorm(nn.Module):
-    """In place of an RMS norm of the base, with the very same weight."""
+    """In place of an RMS norm of the base, with the very same weight.
 
-    def __init__(self, replaced: Any, route: Route) -> None:
+    narrows: it gives the dtype of its weight where that is 16 bits wide, whatever it is given.
+    """
+
+    def __init__(self, replaced: Any, route: Route, narrows: bool = False) -> None:
         super().__init__()
         self.route = route
         self.weight: nn.Parameter = replaced.weight
         self.variance_epsilon: float = replaced.variance_epsilon
-        self.narrows = type(replaced).__name__ == "T5LayerNorm"
+        self.narrows = narrows
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x, weight = hidden_states, self.weight

@@ -6,6 +6,7 @@ apart. Both functions are differentiable and honour train() and eval(). Refuses 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from turret.adapters.blocks import rounded
 from turret.adapters.frozen import linear
 from turret.adapters.positions import row_positions
 from turret.adapters.route import set_route
+from turret.families import Pooling
 
 STEPS = ((64, 8), (512, 32), (1 << 62, 64))  # all rows together are filled up: to 64 tokens by 8, and so on
 
@@ -28,16 +30,16 @@ def classify_logits(model: Any, inputs: Sequence[Tensor], slots: Sequence[int] |
     """
     attached = attachment(model)
     family, lengths = attached.family, [len(row) for row in inputs]
-    if family.kind == "encoder-decoder":  # the whole input again as the decoder's, shifted; its last token is read
+    if family.is_encoder_decoder:  # the whole input again as the decoder's, shifted; its last token is read
         shifted = [shift_right(model.config, row) for row in inputs]
         hidden = _encoder_decoder_hidden(model, inputs, shifted, slots)
-    elif attached.narrows and slots is None and family.pooling == "first" and attached.route.bank is None:
+    elif attached.narrows and slots is None and family.pooling(model.config) == "first" and attached.route.bank is None:
         ends = torch.tensor(lengths).cumsum(0)
         hidden = _hidden(model, inputs, slots, read=(ends - torch.tensor(lengths)).to(device_of(model)))
         lengths = [1] * len(lengths)  # the body gives (B, D)
     else:
         hidden = _hidden(model, inputs, slots)
-    pooled = pool(family.pooling, getattr(model.config, "classifier_pooling", "cls"), hidden, lengths)
+    pooled = pool(family.pooling(model.config), hidden, lengths)
     with set_route(attached.route, slots, None):
         logits: Tensor = family.classify(model, pooled)
     return logits
@@ -59,7 +61,7 @@ def target_states(
 ) -> Tensor:
     """What the output layer makes those logits of: (sum of len(target), D)."""
     attached = attachment(model)
-    if attached.family.kind == "encoder-decoder":
+    if attached.family.is_encoder_decoder:
         shifted = [shift_right(model.config, row) for row in targets]
         return _encoder_decoder_hidden(model, sources, shifted, slots)[: sum(len(row) for row in targets)]
     rows = [torch.cat([source, target]) for source, target in zip(sources, targets, strict=True)]
@@ -74,11 +76,9 @@ def target_states(
 
 def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
     """The output layer of a model that generates, as its own forward has it: (N, D) -> (N, V)."""
-    if getattr(model.config, "scale_decoder_outputs", False):  # T5, where it is tied to the embeddings
-        hidden = hidden * model.config.d_model**-0.5
-    logits = linear(model.get_output_embeddings(), hidden)
-    bias = getattr(model, "final_logits_bias", None)  # BART
-    return logits if bias is None else logits + bias
+    output = functools.partial(linear, model.get_output_embeddings())
+    logits: Tensor = attachment(model).family.vocabulary(model, hidden, output)
+    return logits
 
 
 def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None, read: Tensor | None = None) -> Tensor:
@@ -88,7 +88,7 @@ def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None, rea
     lengths = [len(row) for row in rows]
     ids = torch.cat(list(rows))[None].to(device_of(model))  # (1, N)
     offset = attached.family.position_offset(model.config)
-    call: dict[str, Any] = {"use_cache": False} if attached.family.kind == "decoder" else {}
+    call: dict[str, Any] = {"use_cache": False} if attached.family.decoder_only else {}
     with set_route(attached.route, slots, {attached.family.kind: lengths}, in_body=True, read=read):
         output = model.base_model(
             input_ids=ids,
@@ -140,13 +140,13 @@ def ready_mask(ids: Tensor) -> Tensor:
     return torch.zeros(1, 1, 1, 1, device=ids.device)
 
 
-def pool(pooling: str, modernbert: str, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+def pool(pooling: Pooling, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
     """The vector a classifier reads of each row: hidden (N, D) -> (B, D)."""
     ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
     hidden = hidden[: sum(lengths)]
-    if pooling in ("last", "eos"):  # an encoder-decoder's input ends with its end-of-sequence token
+    if pooling == "last":
         return hidden[ends - 1]
-    if pooling == "modernbert" and modernbert == "mean":
+    if pooling == "mean":
         return torch.stack([row.mean(0) for row in torch.split(hidden, list(lengths))])
     return hidden[ends - torch.tensor(lengths, device=hidden.device)]
 

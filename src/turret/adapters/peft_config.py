@@ -71,7 +71,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
             "lora_dropout": method.lora_dropout,
             "target_modules": sorted(paths),
             "use_rslora": method.use_rslora,
-            "fan_in_fan_out": adapter.base.family == "gpt2",
+            "fan_in_fan_out": _is_transposed(adapter),
             "bias": "none",
             "modules_to_save": head or None,
         }
@@ -92,7 +92,12 @@ def _task_type(adapter: Adapter) -> str | None:
     if family is None:
         return None
     known = FAMILIES.get(family)
-    return TASK_TYPES["encoder-decoder" if known is not None and known.kind == "encoder-decoder" else "decoder"]
+    return TASK_TYPES["encoder-decoder" if known is not None and known.is_encoder_decoder else "decoder"]
+
+
+def _is_transposed(adapter: Adapter) -> bool:
+    known = FAMILIES.get(adapter.base.family or "")
+    return known is not None and known.fan_in_fan_out
 
 
 def _prefix_shape(adapter: Adapter) -> dict[str, Any]:

@@ -22,27 +22,25 @@ Length = Callable[[int], int]  # slot -> P
 
 def hook(model: Any, family: Family, route: Route, prefix_length: Length) -> list[Any]:
     """Register what a family needs; returns the handles that remove it."""
-    if family.kind == "decoder":
+    if family.decoder_only:
         body = model.base_model
         names = list(inspect.signature(type(body).forward).parameters)[1:]
         return [body.register_forward_pre_hook(_decoder_hook(names, route, prefix_length), with_kwargs=True)]
     handles = []
-    for stream in ("encoder", "decoder"):
-        if family.kind == "encoder-decoder":
-            stack = model.get_encoder() if stream == "encoder" else model.get_decoder()
-            table = getattr(stack, "embed_positions", None)  # BART learns its positions and computes them itself
-            if table is not None:
-                before = _table_hook(stream, route, prefix_length)
-                handles.append(table.register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(table.register_forward_hook(lambda module, args, out: out[0] if out.dim() == 4 else out))
+    if family.position_module is not None:
+        for stack, (stream, *_) in family.stacks(model):
+            table = stack.get_submodule(family.position_module)
+            before = _table_hook(stream, route, prefix_length)
+            handles.append(table.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(table.register_forward_hook(lambda module, args, out: out[0] if out.dim() == 4 else out))
     return handles
 
 
-def hook_bias(modules: Iterable[Any], route: Route) -> Callable[[], None]:
-    """Keep T5 from computing an (N, N) bias for N unpadded tokens: the attention function makes each row's own."""
-    modules = list(modules)
+def hook_bias(modules: Iterable[Any], family: Family, route: Route) -> Callable[[], None]:
+    """Keep a base from computing an (N, N) bias for N unpadded tokens: the attention function makes each row's own."""
+    modules, name = list(modules), "" if family.relative_bias is None else family.relative_bias.method
     for module in modules:
-        original = type(module).compute_bias
+        original = getattr(type(module), name)
 
         def compute(
             *args: Any, module: Any = module, original: Any = original, **kwargs: Any
@@ -50,14 +48,14 @@ def hook_bias(modules: Iterable[Any], route: Route) -> Callable[[], None]:
             if route.lengths is None:
                 bias: Tensor = original(module, *args, **kwargs)
                 return bias
-            weight: Tensor = module.relative_attention_bias.weight
+            weight: Tensor = next(module.parameters())
             return weight.new_zeros(1, 1, 1, 1)
 
-        module.compute_bias = compute
+        setattr(module, name, compute)
 
     def undo() -> None:
         for module in modules:
-            del module.compute_bias
+            delattr(module, name)
 
     return undo
 

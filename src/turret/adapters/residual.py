@@ -4,8 +4,7 @@
 
 Written out it is three operations and three more on the way back, each one pass over memory; here one and one, with s
 alone kept, which LayerNorm keeps anyway. Where a classifier reads one token of a row (`Route.read`), the last layer
-goes on with these tokens alone after its attention: nobody reads what the others would become. Knows tensors. Refuses
-to know families: what it stands in for is told by the names of classes.
+goes on with these tokens alone after its attention: nobody reads what the others would become.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ from turret.adapters.dropout import Masks
 from turret.adapters.norms import marked
 from turret.adapters.route import Route
 from turret.kernels import KEPT, LARGEST, Dropped, Library, usable
-
-AFTER_ATTENTION = ("BertSelfOutput", "RobertaSelfOutput")
-CLASSES = (*AFTER_ATTENTION, "BertOutput", "RobertaOutput")  # dense, LayerNorm, dropout
 
 
 class _AddedNorm(torch.autograd.Function):
@@ -56,7 +52,7 @@ class LayerNormAgain(NamedTuple):
 
 
 class FrozenOutput(nn.Module):
-    """In place of the base's own, with the very same layers under the very same names.
+    """In place of the base's own dense, dropout and LayerNorm, with the very same layers under the very same names.
 
     narrows: it ends the attention of the last layer, so the tokens of `Route.read` alone need to go on.
     """

@@ -189,10 +189,10 @@ def _require_writer(model: Any, family: Family, config: Any) -> None:
     kind = config.peft_type.value
     if kind not in PROMPTS:
         raise AdapterError(f"{kind} is no prompt that turret can read: expected {', '.join(PROMPTS)}, or prefix")
-    if family.kind != "decoder" or not hasattr(model, "lm_head"):
+    if not family.decoder_only or not hasattr(model, "lm_head"):
         raise AdapterError(
             f"{kind} puts virtual tokens before the text of a decoder that writes, and this is "
-            f"{'a classifier' if family.kind == 'decoder' else f'an {family.kind}'}: use the method prefix"
+            f"{'a classifier' if family.decoder_only else f'an {family.kind}'}: use the method prefix"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters.activations import FrozenGated
-from turret.adapters.attention import rows_and_prefixes, window_of
+from turret.adapters.attention import rows_and_prefixes
 from turret.adapters.flash import added_to_prefixes, pairs_of
 from turret.adapters.norms import FrozenNorm
 from turret.adapters.route import Route
@@ -155,7 +155,8 @@ class TrainedDecoder:
             return None
         if x.shape[0] != 1 or not cos.shape == sin.shape == (1, x.shape[1], dim):
             return None
-        rows, prefixes = rows_and_prefixes(attention.turret_hook, attention.scaling, window_of(attention), x.dtype)
+        hooked = attention.turret_hook
+        rows, prefixes = rows_and_prefixes(hooked, attention.scaling, hooked.family.window(attention), x.dtype)
         draws = Draws(route)
         matrices = [draws.matrix(*linears[i]) for i in (Q, K, V)]
         dropped = draws.dropped(attention.attention_dropout if attention.training else 0.0)

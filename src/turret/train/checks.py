@@ -25,7 +25,6 @@ from turret.train.splits import Splits
 MANY_CUT = 0.05  # share of the inputs that lose their end, from which on it is worth a warning
 BUSY = 0.5  # processors that others keep busy, from which on it is worth a warning
 SKEWED = 10  # times as many examples of the largest class as of the smallest
-ABSOLUTE = ("bert", "roberta", "distilbert", "bart", "gpt2")  # families with a table of positions: it has an end
 
 
 def targets(method: Any, model: Any) -> Check:
@@ -128,7 +127,7 @@ def inputs(items: Sequence[Item], task: Any, base: Any) -> Iterator[Check]:
         return
     wanted = _percentile(whole_lengths(items, base.tokenizer, task.max_tokens), 0.95)
     text = f"{cut} of {len(items)} inputs ({cut / len(items):.1%}) lose their end at {task.max_tokens} tokens"
-    limit = position_limit(base)
+    limit = base.family.position_limit(base.model.config)
     if limit is not None:
         wanted = min(wanted, limit)
     if cut / len(items) < MANY_CUT or wanted <= task.max_tokens:
@@ -163,11 +162,11 @@ def outputs(items: Sequence[Item], task: Any) -> Iterator[Check]:
 
 def positions(recipe: Any, task: Any, base: Any) -> Iterator[Check]:
     """A table of positions has an end; beyond it there is an index error or noise."""
-    limit = position_limit(base)
+    limit = base.family.position_limit(base.model.config)
     if limit is None:
         return
     needed, said = task.max_tokens, f"task.max_tokens = {task.max_tokens}"
-    if base.family.kind == "decoder":
+    if base.family.decoder_only:
         if task.kind != "classify":
             needed += max(task.max_target_tokens, int(task.generation["max_new_tokens"]))
             said += " and the target"
@@ -177,7 +176,7 @@ def positions(recipe: Any, task: Any, base: Any) -> Iterator[Check]:
             said += " and the prefix"
     if needed <= limit:
         return
-    level: Level = "refuse" if base.family.name in ABSOLUTE else "warn"
+    level: Level = "refuse" if base.family.positions == "table" else "warn"
     fits = task.max_tokens - (needed - limit)
     yield Check(
         "positions",
@@ -185,15 +184,6 @@ def positions(recipe: Any, task: Any, base: Any) -> Iterator[Check]:
         f"{said} need {needed} positions, and {base.id} has {limit}",
         f"set task.max_tokens to {fits} or less" if fits > 0 else "use a base with more positions",
     )
-
-
-def position_limit(base: Any) -> int | None:
-    """Most positions the base knows, None where it has no such limit (T5)."""
-    config = base.model.config
-    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if most is None or base.family.name == "t5":
-        return None
-    return int(most) - int(base.family.position_offset(config))
 
 
 def labels(task: Any, examples: Sequence[Any]) -> Iterator[Check]:

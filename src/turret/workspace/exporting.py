@@ -173,7 +173,7 @@ def _rows(adapter: Adapter, base: Any) -> list[tuple[Tensor, Tensor | None]]:
         return [(each.ids[None], None) for each in task.encode_all(PROBE)]
     target = task.encode_target(WRITTEN).ids[None]
     sources = [each.ids[None] for each in task.encode_sources(PROBE)]
-    if base.family.kind == "encoder-decoder":
+    if base.family.is_encoder_decoder:
         return [(source, target) for source in sources]
     return [(torch.cat([source, target], dim=1), None) for source in sources]
 

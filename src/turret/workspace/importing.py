@@ -246,10 +246,11 @@ def _checked(base: Any, adapter: Adapter) -> Effect:
 
 def _check_task(spec: Mapping[str, Any], base: Any) -> None:
     """What a bundle says of its task is within what a recipe may say, and for a base of this kind."""
-    if spec.get("family_kind", base.family.kind) != base.family.kind:
+    kind = base.family.kind
+    if spec.get("family_kind", kind) != kind:
         raise AdapterError(
             f"the bundle's task is for another kind of base, {ascii(spec['family_kind'])[:40]}, than {base.id}, "
-            f"{base.family.kind!r}: export it again"
+            f"{kind!r}: export it again"
         )
     said = {key: value for key, value in spec.items() if key in TaskSettings.model_fields}
     generation = spec.get("generation")

@@ -79,6 +79,6 @@ def engine(
     if stage is not None:
         stage(f"loading {base}")
     family = FAMILIES.get(str(bases.resolve(base).config.get("model_type")))
-    generates = family is not None and family.kind != "encoder"  # an unknown family is an error of `load`
+    generates = family is not None and family.generates  # an unknown family is an error of `load`
     loaded = bases.load(base, task="generate" if generates else "classify", dtype=dtype)
     return Engine(loaded, StoreSource(store), limits)

@@ -1,0 +1,7 @@
+"""Qwen 3 (Yang et al. 2025)."""
+
+from __future__ import annotations
+
+from turret.families.llama import llama_like
+
+QWEN3 = llama_like("qwen3", "Qwen3")
