@@ -23,6 +23,7 @@ PAGES = (  # files, or folders of .md files
     "CODE_OF_CONDUCT.md",
     "docs/index.md",
     "docs/tutorial.md",
+    "docs/howto",
 )
 EXEMPT = ("docs/lab/", "docs/reports/")  # a diary, and what commands wrote
 UNREAD = re.compile(

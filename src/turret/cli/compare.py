@@ -149,7 +149,7 @@ def _row(row: Any) -> tuple[str, ...]:
         return (safe(row.label), "–", "–", "not run", "–", "–", "–", "–")
     verdict = row.verdict
     d = verdict.difference if verdict else None
-    word = f"[{STYLES[verdict.word]}]{WORDS.get(verdict.word, verdict.word)}[/]" if verdict else "[dim]the yardstick[/]"
+    word = f"[{STYLES[verdict.word]}]{WORDS.get(verdict.word, verdict.word)}[/]" if verdict else "[dim]the baseline[/]"
     return (
         safe(row.label),
         f"{row.score.mean:.1f} [dim]({row.score.low:.1f} to {row.score.high:.1f})[/]",
