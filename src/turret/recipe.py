@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -172,6 +172,20 @@ class Recipe(_Section):
     task: Task = Task()
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)] = LoRA()
     train: Train = Train()
+
+    if TYPE_CHECKING:  # the short forms that the validators read, for type checkers
+
+        def __init__(
+            self,
+            *,
+            base: str | Path,
+            data: Data | Mapping[str, object] | str | Path,
+            name: str | None = None,
+            seed: int = 42,
+            task: Task | Mapping[str, object] = ...,
+            method: Method | Mapping[str, object] | str = ...,
+            train: Train | Mapping[str, object] = ...,
+        ) -> None: ...
 
     @property
     def split_seed(self) -> int:

@@ -1,0 +1,31 @@
+"""The Python in README and docs passes mypy strict as a user would run it: against the installed package."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "tutorial.md", ROOT / "docs" / "howto" / "experiments.md")
+
+
+def checked(folder: Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(folder / "cache"), "."]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_examples_pass_strict_type_checks(tmp_path: Path) -> None:
+    for page in PAGES:
+        examples = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        assert examples
+        for number, example in enumerate(examples):
+            (tmp_path / f"{page.stem.lower()}_{number}.py").write_text(example, encoding="utf-8")
+    found = checked(tmp_path)
+    assert found.returncode == 0, found.stdout + found.stderr
+    (tmp_path / "control.py").write_text("import turret\n\nturret.Recipe(base=1, data={})\n", encoding="utf-8")
+    assert 'control.py:3: error: Argument "base" to "Recipe" has incompatible type "int"' in checked(tmp_path).stdout
