@@ -149,7 +149,7 @@ def _origin(brought: outside.Brought, config: Mapping[str, Any]) -> dict[str, An
 
 def _completed(given: Adapter, kind: str, base: Any, name: str, wanted: Wanted, notes: list[str]) -> Adapter:
     """The adapter with all that a PEFT folder does not say: its base, its task, and a head that the base has."""
-    recipe = Recipe(name=name, base=base.id, data={"source": name}, task={"kind": kind})  # type: ignore[arg-type]
+    recipe = Recipe(name=name, base=base.id, data={"source": name}, task={"kind": kind})
     said = {f"task.{key}": each if isinstance(each, str) else json.dumps(each) for key, each in _settings(wanted)}
     settings = recipe.with_overrides(said).task
     head, labels = given.head, tuple[str, ...]()
