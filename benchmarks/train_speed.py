@@ -26,7 +26,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +38,7 @@ from typing import Any
 import record
 import rival as hf
 import train_sides as sides
+from side import Side
 from train_sides import JOBS, RIVAL, SCORED, SIDES, TURRET, WARM
 
 NAME = "train_speed"
@@ -60,46 +60,14 @@ def main() -> None:
     print(report(record.newest(record.load(NAME), _key)))
 
 
-class Side:
-    """One side's process, as the others see it."""
-
-    def __init__(self, words: Mapping[str, Any], threads: int, log: Path) -> None:
-        limits = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        self._log = log
-        with log.open("w", encoding="utf-8") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, "--worker", json.dumps(words)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **limits},
-            )  # fmt: skip
-
-    def tell(self, steps: int) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
-
-    def hear(self, key: str) -> Any:
-        """The next answer, which is under that key."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            said = self._log.read_text(encoding="utf-8").strip().splitlines()
-            raise RuntimeError(said[-1] if said else f"ended with {self._process.returncode}")
-        return json.loads(line)[key]
-
-    def end(self) -> None:
-        if self._process.poll() is None and self._process.stdin is not None:
-            self._process.stdin.close()
-            try:
-                self._process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+def _started(words: Mapping[str, Any], threads: int, log: Path) -> Side:
+    limits = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    return Side([sys.executable, __file__, "--worker", json.dumps(words)], log, limits)
 
 
 @contextmanager
 def _side(words: Mapping[str, Any], threads: int, log: Path) -> Iterator[Side]:
-    side = Side(words, threads, log)
+    side = _started(words, threads, log)
     try:
         yield side
     finally:
@@ -159,7 +127,7 @@ def _in_turns(name: str, steps: int, rounds: int, options: argparse.Namespace, f
             job=name, side=who, source=_source(name, options, folder), seed=options.seed, steps=total,
             lr=LEARNING_RATE, threads=options.threads, train=min(MOST_EXAMPLES, total * hf.BATCH), test=SMALL_TEST,
         )  # fmt: skip
-        started[who] = Side(asdict(errand), options.threads, folder / f"{who}.log")
+        started[who] = _started(asdict(errand), options.threads, folder / f"{who}.log")
         attempt(who, partial(started[who].hear, "ready"))
         results.setdefault(who, {"blocks": []})
 
