@@ -20,7 +20,6 @@ from turret.adapters.int8 import int8_layers, rounded_bytes
 from turret.adapters.packed import classify_logits, target_logits
 from turret.adapters.route import BARE, Route, set_route
 from turret.adapters.start import start_from
-from turret.adapters.through_peft import config_of as peft_config_of
 
 __all__ = [
     "BARE",
@@ -37,7 +36,6 @@ __all__ = [
     "mount",
     "multiply_in_int8",
     "on_slot",
-    "peft_config_of",
     "read_bundle",
     "read_manifest",
     "require_base",

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters import activations, attention, int8, layers, positions, residual, rotary, through_peft
-from turret.adapters.lora import RoutedLinear, initial_factors
+from turret.adapters.lora import RoutedLinear
 from turret.adapters.norms import FrozenNorm
-from turret.adapters.prefix import Groups, PrefixSlot, new_slot
-from turret.adapters.route import BARE, Route, set_route
+from turret.adapters.prefix import PrefixSlot
+from turret.adapters.route import BARE, Route
 from turret.adapters.routed import RoutedDropout, RoutedModule
 from turret.errors import AdapterError
 from turret.families import Family, Site, family_of
-from turret.methods import Full, LoRA, Method, Peft, Prefix
+from turret.methods import Method
 
 ATTRIBUTE = "turret"  # where the attachment sits on the model
 Swapped = tuple[dict[str, Any], str, nn.Parameter, nn.Parameter]  # whose parameters, key, the base's own, its copy
@@ -96,29 +96,13 @@ def attach(
     """
     if isinstance(getattr(model, ATTRIBUTE, None), Attachment):
         raise AdapterError("this model already carries an adapter: call turret.detach(model) first")
-    attached = hook_model(model, plain=isinstance(method, Peft))
-    if isinstance(method, Prefix):
-        method = method.on(attached.family.kind)
-    attached.methods[1] = method
-    if isinstance(method, Peft):
-        try:
-            invite(model, attached, method, generator)
-        except BaseException:
-            detach(model)
-            raise
-    if isinstance(method, Full):
-        swap_parameters(model, attached, {})
-    else:
-        for name in _head_names(model, attached.family, head):
-            routed_module(model, attached, name).slots["1"] = _trainable_copy(model.get_submodule(name))
-    if isinstance(method, LoRA):
-        for path in target_paths(model, method.target_modules):
-            layer = model.get_submodule(path)
-            factors = initial_factors(method, layer, generator).to(device_of(model))
-            routed_linear(model, attached, path).slots["1"] = factors
-    if isinstance(method, Prefix):
-        starts = _starts(model, attached, method, init_ids, generator)
-        attached.prefixes["1"] = new_slot(method, starts, generator).to(device_of(model))
+    attached = hook_model(model, plain=method.wraps_modules)
+    attached.methods[1] = method = method.on(attached.family.kind)
+    try:
+        method.numbers.start(model, attached, head=head, init_ids=init_ids, generator=generator)
+    except BaseException:
+        detach(model)
+        raise
     attached.route.active = 1
     return model
 
@@ -151,7 +135,7 @@ def on_slot(model: Any, slot: int) -> Iterator[None]:
     attached = attachment(model)
     route, bare = attached.route, attached.swapped if slot == BARE else []
     before, route.active = route.active, slot
-    _put_back(bare)
+    put_back(bare)
     try:
         yield
     finally:
@@ -283,36 +267,6 @@ def _refresher(attached: Attachment, groups: tuple[str, ...]) -> Callable[..., N
     return refresh
 
 
-def invite(model: Any, attached: Attachment, method: Peft, generator: torch.Generator | None = None) -> None:
-    """Have PEFT put its method on a hooked model, in slot 1; it leaves with everything else."""
-    guest = through_peft.invite(model, attached.family, method, generator)
-    attached.guest = guest
-    attached.undo.append(guest.leave)
-    if not guest.layers:
-        prompt = through_peft.Prompt(guest, functools.partial(_read, model, attached))
-        attached.prefixes["1"] = prompt.to(device_of(model))
-
-
-def _read(model: Any, attached: Attachment, tokens: Tensor) -> Groups:
-    """Keys and values that the bare base gives to virtual tokens alone, by group. tokens: (1, P, D)."""
-    captured: dict[str, tuple[Tensor, Tensor]] = {}
-    route = attached.route
-    before = route.active, route.capture
-    route.active, route.capture = BARE, captured
-    try:
-        with set_route(route, None, None):
-            mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-            dtype = model.get_input_embeddings().weight.dtype
-            model.base_model(inputs_embeds=tokens.to(dtype), attention_mask=mask, use_cache=False)
-    finally:
-        route.active, route.capture = before
-    groups: Groups = {}
-    for site in attached.sites:
-        key, value = captured[site.name]
-        groups.setdefault(site.group, []).append((key[0], value[0]))
-    return groups
-
-
 def routed_linear(model: Any, attached: Attachment, path: str) -> RoutedLinear:
     if path not in attached.linears:
         stream = attached.family.stream(path)
@@ -338,9 +292,11 @@ def _replace(model: Any, attached: Attachment, path: str, module: nn.Module) -> 
     attached.undo.append(functools.partial(parent._modules.__setitem__, name, original))
 
 
-def _head_names(model: Any, family: Family, extra: tuple[str, ...]) -> list[str]:
-    own = [name for name in family.head_modules if name in dict(model.named_children())]
-    return own + [name for name in extra if name not in own]
+def start_head(model: Any, attached: Attachment, extra: tuple[str, ...]) -> None:
+    """A trainable copy of the family's head, and of further modules, in slot 1."""
+    own = [name for name in attached.family.head_modules if name in dict(model.named_children())]
+    for name in own + [name for name in extra if name not in own]:
+        routed_module(model, attached, name).slots["1"] = _trainable_copy(model.get_submodule(name))
 
 
 def _trainable_copy(module: nn.Module) -> nn.Module:
@@ -352,62 +308,10 @@ def _trainable_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-def swap_parameters(model: Any, attached: Attachment, values: dict[str, Tensor]) -> None:
-    """Replace every parameter by a copy (or by `values`), ties kept; the originals come back with `undo`."""
-    twins: dict[int, nn.Parameter] = {}
-    names = {id(each): name for name, each in model.named_parameters()}
-    for module in list(model.modules()):
-        for key, original in list(module._parameters.items()):
-            if original is None:
-                continue
-            if id(original) not in twins:
-                value = values.get(names[id(original)], original).detach().to(original.device)
-                twins[id(original)] = nn.Parameter(value.float().clone(), requires_grad=not values)
-                attached.full[names[id(original)]] = twins[id(original)]
-            module._parameters[key] = twins[id(original)]
-            attached.swapped.append((module._parameters, key, original, twins[id(original)]))
-    attached.undo.append(functools.partial(_put_back, attached.swapped))
-
-
-def _put_back(swapped: Sequence[Swapped]) -> None:
+def put_back(swapped: Sequence[Swapped]) -> None:
     """The base's own parameters where copies stand."""
     for parameters, key, original, _ in swapped:
         parameters[key] = original
-
-
-def _starts(
-    model: Any, attached: Attachment, method: Prefix, init_ids: Tensor | None, generator: torch.Generator | None
-) -> dict[str, Tensor]:
-    """Keys and values of P real words in every layer of the bare base, by group: (L, 2, H, P, D)."""
-    P = method.num_virtual_tokens
-    if init_ids is None or init_ids.numel() == 0:
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        init_ids = torch.randint(vocabulary, (P,), generator=generator)
-    repeats = -(-P // init_ids.numel())
-    ids = init_ids.repeat(repeats)[:P][None].to(device_of(model))  # (1, P)
-    ones = torch.ones_like(ids)
-    was_training = [module for module in model.modules() if module.training]
-    captured: dict[str, tuple[Tensor, Tensor]] = {}
-    attached.route.capture = captured
-    try:
-        model.eval()
-        with torch.no_grad():
-            if attached.family.is_encoder_decoder:
-                encoded = model.get_encoder()(input_ids=ids, attention_mask=ones)[0]
-                model.get_decoder()(
-                    input_ids=ids, attention_mask=ones, encoder_hidden_states=encoded, encoder_attention_mask=ones
-                )
-            else:
-                model.base_model(input_ids=ids, attention_mask=ones)
-    finally:
-        attached.route.capture = None
-        for module in was_training:
-            module.training = True
-    groups: dict[str, list[Tensor]] = {}
-    for site in attached.sites:
-        if site.group == "decoder" or method.encoder or not attached.family.is_encoder_decoder:
-            groups.setdefault(site.group, []).append(torch.stack([x[0] for x in captured[site.name]]))
-    return {group: torch.stack(layers).float() for group, layers in groups.items()}
 
 
 def device_of(model: Any) -> torch.device:

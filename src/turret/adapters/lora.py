@@ -5,7 +5,6 @@ Knows tensors and slots. Refuses to know which layers a model has, files and tra
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from turret.adapters.norms import kept, made
 from turret.adapters.route import BARE, Route
 from turret.errors import AdapterError
 from turret.kernels import KEPT, LARGEST, Dropped, Library, usable
-from turret.methods import LoRA
 
 
 class LoRAFactors(nn.Module):
@@ -78,7 +76,7 @@ class LoRAFactors(nn.Module):
         """(A, B) of the plain LoRA with the same output; PiSSA's has twice the rank and the same scaling."""
         A, B = self.lora_A.detach(), self.lora_B.detach()
         if self.initial_A is None or self.initial_B is None:
-            return A.clone(), B.clone()
+            return A, B
         return torch.cat([A, self.initial_A]), torch.cat([B, -self.initial_B], dim=1)  # (2R, D_in), (D_out, 2R)
 
 
@@ -248,40 +246,3 @@ def sizes(layer: nn.Module) -> tuple[int, int]:
     raise AdapterError(
         f"LoRA cannot adapt a {type(layer).__name__}: expected a linear layer; name other target_modules"
     )
-
-
-def initial_factors(method: LoRA, layer: nn.Module, generator: torch.Generator | None) -> LoRAFactors:
-    """The factors an adapter starts with, as `method.init_lora_weights` says; every choice starts equal to the base.
-
-    True: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero. "gaussian": A normal with deviation 1/R, B zero.
-    "pissa": the R largest singular triples of W, over the scaling. False: both random, for tests.
-    """
-    d_in, d_out = sizes(layer)
-    A = torch.empty(method.r, d_in)
-    B = torch.zeros(d_out, method.r)
-    if method.init_lora_weights == "pissa":
-        A, B = _principal(layer, method)
-    elif method.init_lora_weights == "gaussian":
-        A.normal_(0.0, 1.0 / method.r, generator=generator)
-    else:
-        A.uniform_(-1.0 / math.sqrt(d_in), 1.0 / math.sqrt(d_in), generator=generator)
-        if method.init_lora_weights is False:
-            B.normal_(0.0, 0.02, generator=generator)
-    factors = LoRAFactors(A, B, method.scaling, method.lora_dropout)
-    if method.init_lora_weights == "pissa":
-        factors.initial_A, factors.initial_B = A.clone(), B.clone()
-    return factors
-
-
-def _principal(layer: nn.Module, method: LoRA) -> tuple[Tensor, Tensor]:
-    """B A = (U_R S_R V_R^T) / scaling of the layer's weight W: (D_out, D_in)."""
-    weight: Any = layer.weight
-    W = weight.detach().float()
-    W = W if isinstance(layer, nn.Linear) else W.mT
-    if method.r > min(W.shape):
-        raise AdapterError(
-            f"PiSSA needs r <= {min(W.shape)} for a weight of {tuple(W.shape)}, given {method.r}: lower r"
-        )
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = (S[: method.r] / method.scaling).sqrt()
-    return root[:, None] * Vh[: method.r], U[:, : method.r] * root

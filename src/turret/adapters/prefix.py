@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.methods import Prefix
-
 EMBEDDING_SIZE = 64  # of each virtual token inside the reparametrisation
 Groups = dict[str, list[tuple[Tensor, Tensor]]]  # (key, value) of every layer, each (H, P, D), by group
 
@@ -111,12 +109,6 @@ class PrefixSlot(nn.Module):
             self.refresh(group)
         both = self._current[group][layer]  # (2, H, P, D)
         return both[0], both[1]
-
-
-def new_slot(method: Prefix, starts: dict[str, Tensor], generator: torch.Generator | None) -> PrefixSlot:
-    """A prefix to be trained, from the keys and values of real words (`starts`, by group)."""
-    hidden = method.encoder_hidden_size if method.reparametrize else None
-    return PrefixSlot({name: PrefixGroup(start, hidden, generator) for name, start in starts.items()})
 
 
 def to_peft(keys_values: Tensor) -> Tensor:

@@ -11,13 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from turret.adapters import through_peft
-from turret.adapters.adapter import LORA_PREFIX, Adapter, prompt_names
-from turret.adapters.attached import Attachment, attachment, device_of
-from turret.adapters.lora import LoRAFactors
-from turret.adapters.prefix import PrefixGroup, PrefixSlot, new_slot
+from turret.adapters.adapter import Adapter
+from turret.adapters.attached import Attachment, attachment
 from turret.errors import AdapterError
-from turret.methods import Full, LoRA, Peft, Prefix
 
 
 @torch.no_grad()
@@ -30,32 +26,11 @@ def start_from(model: object, adapter: Adapter, generator: torch.Generator | Non
     method, given = attached.methods[1], adapter.method
     if given.kind != method.kind:
         raise AdapterError(f"it is a {given.kind}, and the method here is {method.kind}: name the same method.kind")
-    if isinstance(method, Full):
-        _fill(attached.full, {**adapter.tensors, **adapter.head})
-        return
-    if isinstance(method, Peft):
-        assert attached.guest is not None
-        if given != through_peft.finished(attached.guest.method):
-            raise AdapterError("it has other settings of PEFT than the method here: set [method] as it has it")
-        through_peft.fill(attached.guest, adapter.tensors)
-    _fill(_heads(attached), adapter.head)
-    if isinstance(method, LoRA):
-        assert isinstance(given, LoRA)
-        if method.init_lora_weights == "pissa":
-            raise AdapterError(
-                'init_lora_weights = "pissa" starts from the base\'s weights: leave it out, or init_from'
-            )
-        if (method.r, method.scaling) != (given.r, given.scaling):
-            raise AdapterError(
-                f"it has r {given.r} and scaling {given.scaling:g}, and the method here r {method.r} and scaling "
-                f"{method.scaling:g}: set method.r and method.lora_alpha as it has them"
-            )
-        _fill(_factors(attached), adapter.tensors)
-    elif isinstance(method, Prefix):
-        _fill_prefix(model, attached, method, adapter.tensors, generator)
+    method.numbers.fill(model, attached, adapter, generator)
 
 
-def _heads(attached: Attachment) -> dict[str, Tensor]:
+def head_parameters(attached: Attachment) -> dict[str, Tensor]:
+    """The head in slot 1, by names in the model."""
     return {
         f"{path}.{name}": parameter
         for path, module in attached.heads.items()
@@ -63,35 +38,15 @@ def _heads(attached: Attachment) -> dict[str, Tensor]:
     }
 
 
-def _factors(attached: Attachment) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for path, layer in attached.linears.items():
-        factors = layer.slots["1"]
-        assert isinstance(factors, LoRAFactors)
-        found[f"{LORA_PREFIX}{path}.lora_A.weight"] = factors.lora_A
-        found[f"{LORA_PREFIX}{path}.lora_B.weight"] = factors.lora_B
-    return found
-
-
-def _fill_prefix(
-    model: object, attached: Attachment, method: Prefix, values: Mapping[str, Tensor], generator: torch.Generator | None
-) -> None:
-    slot = attached.prefixes["1"]
-    assert isinstance(slot, PrefixSlot)
-    groups = {name: group for name, group in slot.groups.items() if isinstance(group, PrefixGroup)}
-    names = prompt_names(list(groups))
-    _require_same({names[name]: group.shape for name, group in groups.items()}, values)
-    starts = {name: values[names[name]] for name in groups}
-    attached.prefixes["1"] = new_slot(method, starts, generator).to(device_of(model))
-
-
-def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    _require_same({name: tuple(each.shape) for name, each in parameters.items()}, values)
+def fill_parameters(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy the values; raises AdapterError unless every one has its parameter, of the same shape."""
+    require_same({name: tuple(each.shape) for name, each in parameters.items()}, values)
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
 
 
-def _require_same(expected: Mapping[str, tuple[int, ...]], values: Mapping[str, Tensor]) -> None:
+def require_same(expected: Mapping[str, tuple[int, ...]], values: Mapping[str, Tensor]) -> None:
+    """Raises AdapterError unless the values have these names and shapes."""
     if odd := sorted(set(expected) ^ set(values)):
         has = "has no" if odd[0] in expected else "has"
         raise AdapterError(f"it {has} {odd[0]}, unlike the method here: set [method] as it has it, and the same head")

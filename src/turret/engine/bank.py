@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turret.adapters import Adapter, require_base
-from turret.adapters.adapter import LORA_PREFIX, checked_factors, checked_prefix
+from turret.adapters import require_base
+from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts
 from turret.adapters.attached import Attachment, device_of, hook_model, routed_linear, target_paths
 from turret.adapters.frozen import linear
 from turret.adapters.lora import sizes
@@ -35,7 +35,6 @@ from turret.engine.stack import Stack
 from turret.errors import AdapterError
 from turret.families import Family
 from turret.kernels import Library, Spans, usable
-from turret.methods import Full, LoRA, Peft, Prefix
 
 PIECE = 2**15  # numbers that one thread adds up by itself
 VIEWED = 128  # adapters whose views are kept; making them anew takes some microseconds a layer
@@ -85,30 +84,14 @@ class Bank:
         """Check that the adapter fits this base and is used whole, and lay its numbers out. Raises AdapterError."""
         require_base(adapter, self.fingerprint)
         adapter = self._at_home(adapter)
-        method = adapter.method
-        if isinstance(method, Full):
-            raise AdapterError(
-                "a full fine-tuning replaces every weight and cannot share a base with others: "
-                "export it merged and serve it as a base of its own"
-            )
-        if isinstance(method, Peft):
-            raise AdapterError(
-                f"{method.peft_type} is computed by PEFT, one adapter at a time, and cannot share a base with others: "
-                "export it merged and serve it as a base of its own, where PEFT merges it"
-            )
+        parts = adapter.method.numbers.parts(self._model, self.attached, adapter)
         head = self._heads.checked(adapter, task.kind)
-        ends = shapes_of(head)
-        layout: Layout | None = None
-        views: dict[str, Tensor] = {}
-        if isinstance(method, LoRA):
-            run, layout = self._factors(adapter, method, ends.count)
-        elif isinstance(method, Prefix):
-            run, views = self._prefix(adapter, ends.count)
-        elif adapter.tensors:
-            raise AdapterError(f"a head holds no other tensors, given {', '.join(sorted(adapter.tensors)[:3])}")
-        else:
-            run = self._empty(ends.count)
-        loaded = Loaded(digest, task, run, layout, views, ends)
+        factors, groups, ends = self._by_layer(parts, head), shapes_of(parts.prefix), shapes_of(head)
+        behind = sum(part.numel() for pair in factors.values() for part in pair)
+        run = torch.empty(behind + groups.count + ends.count, dtype=self.dtype, device=self.device)
+        layout = self._lay_out(factors, parts.scaling, run[:behind]) if factors else None
+        loaded = Loaded(digest, task, run, layout, groups.views(run[behind : behind + groups.count]), ends)
+        _fill(loaded.prefix, parts.prefix)
         _fill(loaded.head, head)
         if not all(all_finite(part) for part in torch.split(run, PIECE)):
             raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")
@@ -124,40 +107,27 @@ class Bank:
                    for name, tensor in adapter.tensors.items()}  # fmt: skip
         return replace(adapter, tensors=tensors)
 
-    def _factors(self, adapter: Adapter, method: LoRA, behind: int) -> tuple[Tensor, Layout]:
-        """A and the scaled B of every layer, one behind the other, and room for so many numbers behind them."""
-        checked = checked_factors(self._model, adapter, method)
-        if other := next((path for path in checked if path not in self._paths), None):
+    def _by_layer(self, parts: Parts, head: Mapping[str, Tensor]) -> dict[str, Pair]:
+        """A and B of every layer in the base's order: a file's have any."""
+        if other := next((path for path in parts.factors if path not in self._paths), None):
             raise AdapterError(f"LoRA of {other}: the engine adapts linear layers inside the base; drop this target")
-        if both := next((path for path in checked if f"{path}.weight" in adapter.head), None):
+        if both := next((path for path in parts.factors if f"{path}.weight" in head), None):
             raise AdapterError(f"{both} is both trained whole and adapted by LoRA: train one of them")
-        checked = dict(sorted(checked.items(), key=lambda each: self._paths[each[0]]))  # a file's have any order
-        parts = [part for A, B in checked.values() for part in (A, B)]
-        count = sum(part.numel() for part in parts)
-        run = self._empty(count + behind)
-        layers = tuple((self._paths[path], A.shape[1], B.shape[0]) for path, (A, B) in checked.items())
-        layout = layout_of(method.r, layers, len(self.sizes), self.dtype)
+        return dict(sorted(parts.factors.items(), key=lambda each: self._paths[each[0]]))
+
+    def _lay_out(self, factors: Mapping[str, Pair], scaling: float, run: Tensor) -> Layout:
+        """Fill the run with A and the scaled B of every layer, one behind the other."""
+        parts = [part for pair in factors.values() for part in pair]
+        layers = tuple((self._paths[path], A.shape[1], B.shape[0]) for path, (A, B) in factors.items())
+        layout = layout_of(len(parts[0]), layers, len(self.sizes), self.dtype)
         if (kernels := usable(run)) is not None and all(p.dtype == torch.float32 and p.is_contiguous() for p in parts):
-            kernels.lay_out(list(checked.values()), method.scaling, run[:count])
-            return run, layout
-        own = torch.split(run[:count], [part.numel() for part in parts])  # each is small: no second thread is woken
-        places = iter(own)
-        for A, B in checked.values():
+            kernels.lay_out(list(factors.values()), scaling, run)
+            return layout
+        places = iter(torch.split(run, [part.numel() for part in parts]))  # each is small: no second thread is woken
+        for A, B in factors.values():
             next(places).view(A.shape).copy_(A)
-            torch.mul(B.float().mT, method.scaling, out=next(places).view(B.shape[::-1]))
-        return run, layout
-
-    def _prefix(self, adapter: Adapter, behind: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Keys and values of every group, one behind the other, and the view of each; room behind them as well."""
-        groups = checked_prefix(self.attached, adapter)
-        shapes = shapes_of(groups)
-        run = self._empty(shapes.count + behind)
-        views = shapes.views(run[: shapes.count])
-        _fill(views, groups)
-        return run, views
-
-    def _empty(self, count: int) -> Tensor:
-        return torch.empty(count, dtype=self.dtype, device=self.device)
+            torch.mul(B.float().mT, scaling, out=next(places).view(B.shape[::-1]))
+        return layout
 
     # --- slots --------------------------------------------------------------------------------------------------------
 

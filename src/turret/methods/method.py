@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from turret.plan_check import Check
+
+if TYPE_CHECKING:
+    from turret.methods.numbers import MethodNumbers
 
 LARGE_BASE = 1_000_000_000  # parameters; from here on the published LoRA rates hold, below it the measured ones
 FEWEST_STEPS = 20  # with fewer little can be learnt, whatever the method
@@ -38,6 +41,7 @@ class Method(BaseModel):
 
     every_weight: ClassVar[bool] = False  # it trains a copy of every weight of the base
     head_alone: ClassVar[bool] = False  # it trains only the task's head: the floor of a comparison
+    wraps_modules: ClassVar[bool] = False  # it wraps the base's modules itself: no other may stand in their place
     shares_base: ClassVar[bool] = True  # one base carries it beside other adapters
     claimed: ClassVar[bool] = False  # a comparison holds the common claims about adapters against it
     named_by: ClassVar[str | None] = None  # the setting that `compare --methods` takes alone, as in peft:IA3
@@ -46,6 +50,21 @@ class Method(BaseModel):
     low_rate: ClassVar[str | None] = None  # what a rate for full fine-tuning gave
     high_rate: ClassVar[tuple[int, str]] = (20, "is likely to diverge")  # times the usual, and what that does
     classify_steps: ClassVar[int] = 100  # a classifier is not trained out with fewer
+
+    @property
+    def summary(self) -> str:
+        """What is trained, as a plan says it."""
+        return "only the head"
+
+    @property
+    def numbers(self) -> MethodNumbers[Method]:
+        """What the method does with tensors. Loads torch."""
+        from turret.methods.numbers import MethodNumbers
+
+        return MethodNumbers(self)
+
+    def require_known(self) -> None:
+        """Raises RecipeError for settings that only the library which computes the method can judge; loads it."""
 
     def on(self, family_kind: str) -> Self:
         """The method with every setting filled in that depends on the kind of base."""

@@ -5,16 +5,14 @@ Knows recipes, lengths and labels. Runs no model: `cost` measures, `plan` puts b
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from turret.adapters import int8_layers, target_paths
+from turret.adapters import int8_layers
 from turret.bases import native_bfloat16
 from turret.errors import AdapterError
-from turret.methods import LoRA, Peft
 from turret.plan_check import Check, Level
 from turret.train.batches import Item, Schedule
 from turret.train.defaults import epochs_for
@@ -25,25 +23,6 @@ from turret.train.splits import Splits
 MANY_CUT = 0.05  # share of the inputs that lose their end, from which on it is worth a warning
 BUSY = 0.5  # processors that others keep busy, from which on it is worth a warning
 SKEWED = 10  # times as many examples of the largest class as of the smallest
-
-
-def targets(method: Any, model: Any) -> Check:
-    """LoRA: are the layers there that it adapts?"""
-    if isinstance(method, Peft):
-        return Check("method", "ok", f"{method.peft_type} by PEFT itself, at its own settings but for those named")
-    if not isinstance(method, LoRA):
-        said = {"prefix": "a prefix in every attention layer", "full": "every weight, on a copy"}
-        return Check("method", "ok", said.get(method.kind, "only the head"))
-    try:
-        paths = target_paths(model, method.target_modules)
-    except AdapterError as error:
-        names = sorted({path.rsplit(".", 1)[-1] for path in target_paths(model, "all-linear")})
-        wanted = [] if isinstance(method.target_modules, str) else list(method.target_modules or ())
-        near = [close for name in wanted if name not in names for close in difflib.get_close_matches(name, names, n=1)]
-        remedy = f"did you mean {', '.join(near)}?" if near else "name other method.target_modules"
-        return Check("method", "refuse", str(error), remedy)
-    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    return Check("method", "ok", f"LoRA of rank {method.r} on {len(paths)} layers ({', '.join(names)})")
 
 
 def share(trainable: int, total: int) -> Check:

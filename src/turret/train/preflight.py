@@ -100,7 +100,7 @@ def plan(
     own = recipe.method.defaults(base.family.kind, classify=task.kind == "classify", parameters=total)
     auto = size_of(len(made.train), schedule.steps) if train.lr == AUTO else None
     found = [
-        checks.targets(recipe.method, base.model),
+        recipe.method.numbers.targets(base.model),
         recipe.method.rate_check(train.lr, own.lr) if auto is None else checks.rates(auto, own.lr),
         *recipe.method.checks(base.family.kind),
         checks.steps(recipe, schedule, own.steps),

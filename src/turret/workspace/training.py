@@ -22,7 +22,6 @@ from turret import adapters, bases, heap
 from turret import train as trainer
 from turret.disk import plainly
 from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
-from turret.methods import Peft
 from turret.recipe import Recipe
 from turret.store import Run, Store, Version
 from turret.tasks import make, tables
@@ -72,8 +71,7 @@ class Ready:
 
 def prepare(store: Store, recipe: Recipe, watching: Watching) -> Ready:
     """Read the data, load the base, and fill in what the recipe left to be seen."""
-    if isinstance(recipe.method, Peft):
-        adapters.peft_config_of(recipe.method)  # a mistake in it costs no loading
+    recipe.method.require_known()  # a mistake in it costs no loading
     start = _start(store, recipe, watching)
     watching.stage(f"reading {recipe.data.source}")
     dataset = tables.read(recipe.data, recipe.task.kind, recipe.split_seed, multi_label=recipe.task.multi_label)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from turret.methods.method import Method
+
+if TYPE_CHECKING:
+    from turret.methods.full.numbers import FullNumbers
 
 
 class Full(Method):
@@ -16,6 +19,16 @@ class Full(Method):
     high_rate: ClassVar[tuple[int, str]] = (10, "wipes out what the base has learnt")
 
     kind: Literal["full"] = "full"
+
+    @property
+    def summary(self) -> str:
+        return "every weight, on a copy"
+
+    @property
+    def numbers(self) -> FullNumbers:
+        from turret.methods.full.numbers import FullNumbers
+
+        return FullNumbers(self)
 
     def rate(self, family_kind: str, large: bool) -> float:
         """1e-4, and 2e-5 for a large base.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from turret.methods.method import Method
+
+if TYPE_CHECKING:
+    from turret.methods.lora.numbers import LoRANumbers
 
 
 class LoRA(Method):
@@ -27,6 +30,12 @@ class LoRA(Method):
     target_modules: tuple[str, ...] | Literal["all-linear"] | None = None  # None: the family's own (query and value)
     use_rslora: bool = False  # scaling = lora_alpha / sqrt(r) (Kalajdzievski 2023)
     init_lora_weights: bool | Literal["gaussian", "pissa"] = True  # True: Kaiming A, zero B
+
+    @property
+    def numbers(self) -> LoRANumbers:
+        from turret.methods.lora.numbers import LoRANumbers
+
+        return LoRANumbers(self)
 
     @property
     def scaling(self) -> float:

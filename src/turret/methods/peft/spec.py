@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from turret.methods.lora import LoRA
 from turret.methods.method import Method
+
+if TYPE_CHECKING:
+    from turret.methods.peft.numbers import PeftNumbers
 
 # IA3 (Liu et al. 2022) and VeRA (Kopiczko et al. 2024) train few numbers that multiply, at several times LoRA's rate;
 # the embeddings of a prompt are trained as the keys and values of a prefix without its MLP. All else as LoRA.
@@ -20,6 +23,7 @@ class Peft(Method):
     PEFT knows which keys there are when the method is put on a base; here they are plain values.
     """
 
+    wraps_modules: ClassVar[bool] = True
     shares_base: ClassVar[bool] = False
     named_by: ClassVar[str | None] = "peft_type"
     named_as: ClassVar[str] = "method of PEFT by its name, such as peft:IA3 or peft:DORA,r=4"
@@ -42,6 +46,19 @@ class Peft(Method):
     @classmethod
     def _capital(cls, value: str) -> str:
         return value.strip().upper().replace("-", "_")
+
+    @property
+    def summary(self) -> str:
+        return f"{self.peft_type} by PEFT itself, at its own settings but for those named"
+
+    @property
+    def numbers(self) -> PeftNumbers:
+        from turret.methods.peft.numbers import PeftNumbers
+
+        return PeftNumbers(self)
+
+    def require_known(self) -> None:
+        self.numbers.require_known()
 
     @property
     def options(self) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from turret.methods.method import Method
 from turret.plan_check import Check
+
+if TYPE_CHECKING:
+    from turret.methods.prefix.numbers import PrefixNumbers
 
 
 class Prefix(Method):
@@ -26,6 +29,16 @@ class Prefix(Method):
     reparametrize: bool | None = None  # train an MLP over a small embedding, fold it away at save; None: see `on`
     encoder_hidden_size: int = Field(default=512, ge=1, le=16384)  # width of that MLP
     encoder: bool = True  # of an encoder-decoder: also the encoder and the cross-attention (False: PEFT's shape)
+
+    @property
+    def summary(self) -> str:
+        return "a prefix in every attention layer"
+
+    @property
+    def numbers(self) -> PrefixNumbers:
+        from turret.methods.prefix.numbers import PrefixNumbers
+
+        return PrefixNumbers(self)
 
     def on(self, family_kind: str) -> Self:
         """The method with `reparametrize` filled in: through the MLP an encoder's prefix does not learn."""

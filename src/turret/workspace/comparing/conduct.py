@@ -22,7 +22,6 @@ from turret.compare.report import write_report
 from turret.compare.results import Result
 from turret.compare.words import seconds as span
 from turret.errors import RecipeError, StoreError, TrainingError
-from turret.methods import Peft
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace.comparing import state
@@ -173,14 +172,10 @@ def held(folder: Path) -> Iterator[None]:
 def require_known(rows: Sequence[Candidate]) -> None:
     """Ask PEFT, loaded for this alone, whether it knows its methods and their settings, before anything is trained."""
     for row in rows:
-        method = row.recipe.method
-        if isinstance(method, Peft):
-            from turret.adapters.through_peft import config_of
-
-            try:
-                config_of(method)
-            except RecipeError as error:
-                raise RecipeError(f"{row.spec}: {error}") from None
+        try:
+            row.recipe.method.require_known()
+        except RecipeError as error:
+            raise RecipeError(f"{row.spec}: {error}") from None
 
 
 def run_cells(sitting: Sitting, cells: Sequence[Cell]) -> None:

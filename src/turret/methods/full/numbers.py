@@ -1,0 +1,84 @@
+"""The tensors of a full fine-tuning: every weight of the base, on a copy."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turret.adapters.adapter import Adapter, Extracted, Parts, copied
+from turret.adapters.attached import Attachment, put_back
+from turret.adapters.start import fill_parameters
+from turret.errors import AdapterError
+from turret.families import family_of
+from turret.methods.full.spec import Full
+from turret.methods.numbers import MethodNumbers
+
+
+class FullNumbers(MethodNumbers[Full]):
+    """Copies in place of all weights."""
+
+    def start(
+        self,
+        model: Any,
+        attached: Attachment,
+        *,
+        head: tuple[str, ...],
+        init_ids: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        _swap(model, attached, {})
+
+    def extract(self, attached: Attachment, slot: int) -> Extracted:
+        names = tuple(f"{name}." for name in attached.family.head_modules)
+        tensors = {name: copied(value) for name, value in attached.full.items()}
+        head = {name: value for name, value in tensors.items() if name.startswith(names)}
+        return Extracted({name: each for name, each in tensors.items() if name not in head}, head, self.method)
+
+    def fill(self, model: Any, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
+        fill_parameters(attached.full, {**adapter.tensors, **adapter.head})
+
+    def parts(self, model: Any, attached: Attachment, adapter: Adapter) -> Parts:
+        raise AdapterError(
+            "a full fine-tuning replaces every weight and cannot share a base with others: "
+            "export it merged and serve it as a base of its own"
+        )
+
+    def mount(self, model: Any, attached: Attachment, adapter: Adapter, slot: int) -> None:
+        if attached.methods:
+            raise AdapterError("a full fine-tuning replaces every weight: mount it alone, on a model without adapters")
+        values = {**adapter.tensors, **adapter.head}
+        _check_names(model, values)
+        _swap(model, attached, values)
+
+
+def _swap(model: Any, attached: Attachment, values: dict[str, Tensor]) -> None:
+    """Replace every parameter by a copy (or by `values`), ties kept; the originals come back with `undo`."""
+    twins: dict[int, nn.Parameter] = {}
+    names = {id(each): name for name, each in model.named_parameters()}
+    for module in list(model.modules()):
+        for key, original in list(module._parameters.items()):
+            if original is None:
+                continue
+            if id(original) not in twins:
+                value = values.get(names[id(original)], original).detach().to(original.device)
+                twins[id(original)] = nn.Parameter(value.float().clone(), requires_grad=not values)
+                attached.full[names[id(original)]] = twins[id(original)]
+            module._parameters[key] = twins[id(original)]
+            attached.swapped.append((module._parameters, key, original, twins[id(original)]))
+    attached.undo.append(functools.partial(put_back, attached.swapped))
+
+
+def _check_names(model: Any, values: dict[str, Tensor]) -> None:
+    expected = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    head = family_of(model.config).head_modules
+    for name, value in values.items():
+        fits = name in expected and (expected[name] == tuple(value.shape) or name.startswith(head))
+        if not fits:
+            raise AdapterError(
+                f"weight {name!r} of shape {tuple(value.shape)} does not fit this base: load its own base"
+            )
+    if missing := sorted(set(expected) - set(values)):
+        raise AdapterError(f"a full fine-tuning needs every weight, {missing[0]!r} is missing: train it again")

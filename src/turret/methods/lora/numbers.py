@@ -1,0 +1,150 @@
+"""LoRA's tensors: two factors a layer, under the names that PEFT gives them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turret.adapters.adapter import LORA_PREFIX, Adapter, Extracted, Parts, linear_at
+from turret.adapters.attached import Attachment, device_of, routed_linear, target_paths
+from turret.adapters.lora import LoRAFactors, sizes
+from turret.errors import AdapterError
+from turret.methods.lora.spec import LoRA
+from turret.methods.numbers import MethodNumbers
+from turret.plan_check import Check
+
+
+class LoRANumbers(MethodNumbers[LoRA]):
+    """LoRA on the linear layers that `target_modules` names."""
+
+    def targets(self, model: Any) -> Check:
+        wanted = self.method.target_modules
+        try:
+            paths = target_paths(model, wanted)
+        except AdapterError as error:
+            names = sorted({path.rsplit(".", 1)[-1] for path in target_paths(model, "all-linear")})
+            odd = [] if isinstance(wanted, str) else [name for name in wanted or () if name not in names]
+            near = [close for name in odd for close in difflib.get_close_matches(name, names, n=1)]
+            remedy = f"did you mean {', '.join(near)}?" if near else "name other method.target_modules"
+            return Check("method", "refuse", str(error), remedy)
+        names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        return Check("method", "ok", f"LoRA of rank {self.method.r} on {len(paths)} layers ({', '.join(names)})")
+
+    def start(
+        self,
+        model: Any,
+        attached: Attachment,
+        *,
+        head: tuple[str, ...],
+        init_ids: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().start(model, attached, head=head, init_ids=init_ids, generator=generator)
+        for path in target_paths(model, self.method.target_modules):
+            factors = _initial(self.method, model.get_submodule(path), generator).to(device_of(model))
+            routed_linear(model, attached, path).slots["1"] = factors
+
+    def tensors(self, attached: Attachment, slot: int) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for path, layer in attached.linears.items():
+            if (factors := layer.factors(slot)) is not None:
+                A, B = factors.folded()
+                found |= {f"{LORA_PREFIX}{path}.lora_A.weight": A, f"{LORA_PREFIX}{path}.lora_B.weight": B}
+        return found
+
+    def extract(self, attached: Attachment, slot: int) -> Extracted:
+        """PiSSA is stored as plain LoRA of twice the rank."""
+        found, method = super().extract(attached, slot), self.method
+        if method.init_lora_weights == "pissa":
+            r = 2 * method.r
+            alpha = method.scaling * (r**0.5 if method.use_rslora else r)
+            method = method.model_copy(update={"r": r, "lora_alpha": alpha, "init_lora_weights": True})
+        return Extracted(found.tensors, found.head, method)
+
+    def fill(self, model: Any, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
+        method, given = self.method, adapter.method
+        assert isinstance(given, LoRA)
+        if method.init_lora_weights == "pissa":
+            raise AdapterError(
+                'init_lora_weights = "pissa" starts from the base\'s weights: leave it out, or init_from'
+            )
+        if (method.r, method.scaling) != (given.r, given.scaling):
+            raise AdapterError(
+                f"it has r {given.r} and scaling {given.scaling:g}, and the method here r {method.r} and scaling "
+                f"{method.scaling:g}: set method.r and method.lora_alpha as it has them"
+            )
+        super().fill(model, attached, adapter, generator)
+
+    def parts(self, model: Any, attached: Attachment, adapter: Adapter) -> Parts:
+        """A (R, D_in) and B (D_out, R) of every layer, as they are stored; all of the tensors, and they fit."""
+        r, pairs = self.method.r, _pairs(adapter)
+        checked = {}
+        for path, pair in pairs.items():
+            layer = linear_at(model, path)
+            if set(pair) != {"lora_A", "lora_B"}:
+                raise AdapterError(f"LoRA of {path} needs lora_A and lora_B, given only {next(iter(pair))}")
+            d_in, d_out = sizes(layer)
+            A, B = pair["lora_A"], pair["lora_B"]
+            if A.shape != (r, d_in) or B.shape != (d_out, r):
+                raise AdapterError(
+                    f"LoRA of {path} has shapes {tuple(A.shape)} and {tuple(B.shape)}: expected ({r}, {d_in}) and "
+                    f"({d_out}, {r}); it belongs to another base or rank"
+                )
+            checked[path] = (A, B)
+        return Parts(checked, self.method.scaling)
+
+
+def _pairs(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+    """Layer -> lora_A, lora_B."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in adapter.tensors.items():
+        path, _, factor = name.removeprefix(LORA_PREFIX).removesuffix(".weight").rpartition(".")
+        if not name.startswith(LORA_PREFIX) or factor not in ("lora_A", "lora_B"):
+            raise AdapterError(
+                f"tensor {name!r} is no LoRA factor: expected {LORA_PREFIX}<layer>.lora_A.weight or lora_B"
+            )
+        pairs.setdefault(path, {})[factor] = tensor
+    if not pairs:
+        raise AdapterError("a LoRA without any factors would change nothing: export it again from where it was trained")
+    return pairs
+
+
+def _initial(method: LoRA, layer: nn.Module, generator: torch.Generator | None) -> LoRAFactors:
+    """The factors an adapter starts with, as `method.init_lora_weights` says; every choice starts equal to the base.
+
+    True: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero. "gaussian": A normal with deviation 1/R, B zero.
+    "pissa": the R largest singular triples of W, over the scaling. False: both random, for tests.
+    """
+    d_in, d_out = sizes(layer)
+    A = torch.empty(method.r, d_in)
+    B = torch.zeros(d_out, method.r)
+    if method.init_lora_weights == "pissa":
+        A, B = _principal(layer, method)
+    elif method.init_lora_weights == "gaussian":
+        A.normal_(0.0, 1.0 / method.r, generator=generator)
+    else:
+        A.uniform_(-1.0 / math.sqrt(d_in), 1.0 / math.sqrt(d_in), generator=generator)
+        if method.init_lora_weights is False:
+            B.normal_(0.0, 0.02, generator=generator)
+    factors = LoRAFactors(A, B, method.scaling, method.lora_dropout)
+    if method.init_lora_weights == "pissa":
+        factors.initial_A, factors.initial_B = A.clone(), B.clone()
+    return factors
+
+
+def _principal(layer: nn.Module, method: LoRA) -> tuple[Tensor, Tensor]:
+    """B A = (U_R S_R V_R^T) / scaling of the layer's weight W: (D_out, D_in)."""
+    weight: Any = layer.weight
+    W = weight.detach().float()
+    W = W if isinstance(layer, nn.Linear) else W.mT
+    if method.r > min(W.shape):
+        raise AdapterError(
+            f"PiSSA needs r <= {min(W.shape)} for a weight of {tuple(W.shape)}, given {method.r}: lower r"
+        )
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = (S[: method.r] / method.scaling).sqrt()
+    return root[:, None] * Vh[: method.r], U[:, : method.r] * root

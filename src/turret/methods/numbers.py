@@ -1,0 +1,73 @@
+"""The tensors of a method: how it starts on a base, what is stored of it, and how that comes back into a slot.
+
+The answers here hold for every method that does not give its own; they are those of `head`. Loads torch: a method
+imports its numbers only when it is asked for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from turret.adapters.adapter import Adapter, Extracted, Parts, copied, head_tensors, mount_head, mount_parts
+from turret.adapters.attached import Attachment, start_head
+from turret.adapters.start import fill_parameters, head_parameters
+from turret.errors import AdapterError
+from turret.methods.method import Method
+from turret.plan_check import Check
+
+M = TypeVar("M", bound=Method, covariant=True)
+
+
+class MethodNumbers(Generic[M]):
+    """What a method does with tensors on an attached model."""
+
+    def __init__(self, method: M) -> None:
+        self.method = method
+
+    def targets(self, model: Any) -> Check:
+        """A row of a plan: what is trained on this base, or that it has no such layers."""
+        return Check("method", "ok", self.method.summary)
+
+    def start(
+        self,
+        model: Any,
+        attached: Attachment,
+        *,
+        head: tuple[str, ...],
+        init_ids: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        """Put a new adapter into slot 1, with requires_grad on whatever is trained; see `adapters.attach`."""
+        start_head(model, attached, head)
+
+    def tensors(self, attached: Attachment, slot: int) -> dict[str, Tensor]:
+        """What a slot holds beside the head, by the names that are stored."""
+        return {}
+
+    def extract(self, attached: Attachment, slot: int) -> Extracted:
+        """Copies of what a slot holds, on the CPU in float32."""
+        tensors = {name: copied(value) for name, value in self.tensors(attached, slot).items()}
+        return Extracted(tensors, head_tensors(attached, slot), self.method)
+
+    def fill(self, model: Any, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
+        """Put a stored adapter's numbers where `start` put new ones. Raises AdapterError where they do not fit."""
+        fill_parameters(head_parameters(attached), adapter.head)
+        fill_parameters(self.tensors(attached, 1), adapter.tensors)
+
+    def parts(self, model: Any, attached: Attachment, adapter: Adapter) -> Parts:
+        """What an adapter adds in the two hooks: in a batch of many adapters it is this and the head.
+
+        Raises AdapterError for tensors that do not fit, and for a method that answers alone.
+        """
+        if adapter.tensors:
+            odd = ", ".join(sorted(adapter.tensors)[:3])
+            raise AdapterError(f"a {self.method.kind} holds no other tensors, given {odd}")
+        return Parts()
+
+    def mount(self, model: Any, attached: Attachment, adapter: Adapter, slot: int) -> None:
+        """Put a finished adapter into an empty slot."""
+        mount_parts(model, attached, self.parts(model, attached, adapter), slot)
+        mount_head(model, attached, adapter.head, slot)

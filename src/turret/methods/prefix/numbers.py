@@ -1,0 +1,123 @@
+"""A prefix's tensors: the keys and values of every group of layers, which start from real words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turret.adapters.adapter import PROMPT, Adapter, Parts
+from turret.adapters.attached import Attachment, device_of
+from turret.adapters.prefix import PrefixGroup, PrefixSlot
+from turret.adapters.start import fill_parameters, head_parameters, require_same
+from turret.errors import AdapterError
+from turret.methods.numbers import MethodNumbers
+from turret.methods.prefix.spec import Prefix
+
+
+class PrefixNumbers(MethodNumbers[Prefix]):
+    """A prefix in front of every attention layer."""
+
+    def start(
+        self,
+        model: Any,
+        attached: Attachment,
+        *,
+        head: tuple[str, ...],
+        init_ids: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().start(model, attached, head=head, init_ids=init_ids, generator=generator)
+        self._put(model, attached, _starts(model, attached, self.method, init_ids, generator), generator)
+
+    def tensors(self, attached: Attachment, slot: int) -> dict[str, Tensor]:
+        groups = _groups(attached, slot)
+        names = prompt_names(list(groups))
+        return {names[name]: group.folded() for name, group in groups.items()}
+
+    def fill(self, model: Any, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
+        """The keys and values become the start of a new prefix; its MLP is drawn anew."""
+        fill_parameters(head_parameters(attached), adapter.head)
+        groups = _groups(attached, 1)
+        names = prompt_names(list(groups))
+        require_same({names[name]: group.shape for name, group in groups.items()}, adapter.tensors)
+        self._put(model, attached, {name: adapter.tensors[names[name]] for name in groups}, generator)
+
+    def parts(self, model: Any, attached: Attachment, adapter: Adapter) -> Parts:
+        """Keys and values by group, as they are stored; all of the tensors, and they fit."""
+        groups: dict[str, list[Any]] = {}
+        for site in attached.sites:
+            groups.setdefault(site.group, []).append(site)
+        names = {name: group for group, name in prompt_names(list(groups)).items()}
+        unknown = sorted(set(adapter.tensors) - set(names))
+        if unknown or not adapter.tensors:
+            raise AdapterError(
+                f"a prefix of {attached.family.name} holds {', '.join(names)}, given {unknown or 'nothing'}"
+            )
+        checked = {}
+        for name, tensor in adapter.tensors.items():
+            sites = groups[names[name]]
+            expected = (len(sites), 2, sites[0].kv_heads, sites[0].head_dim)
+            if tensor.dim() != 5 or (*tensor.shape[:3], tensor.shape[4]) != expected or not tensor.shape[3]:
+                layers, two, heads, dim = expected
+                raise AdapterError(
+                    f"{name} has shape {tuple(tensor.shape)}: expected ({layers}, {two}, {heads}, virtual tokens, "
+                    f"{dim}); it belongs to another base"
+                )
+            checked[names[name]] = tensor
+        return Parts(prefix=checked)
+
+    def _put(
+        self, model: Any, attached: Attachment, starts: dict[str, Tensor], generator: torch.Generator | None
+    ) -> None:
+        """A prefix to be trained in slot 1. starts: keys and values by group."""
+        hidden = self.method.encoder_hidden_size if self.method.reparametrize else None
+        groups = {name: PrefixGroup(start, hidden, generator) for name, start in starts.items()}
+        attached.prefixes["1"] = PrefixSlot(groups).to(device_of(model))
+
+
+def _groups(attached: Attachment, slot: int) -> dict[str, PrefixGroup]:
+    module = attached.prefixes[str(slot)]
+    assert isinstance(module, PrefixSlot)
+    return {name: group for name, group in module.groups.items() if isinstance(group, PrefixGroup)}
+
+
+def prompt_names(groups: list[str]) -> dict[str, str]:
+    """group -> tensor name. An encoder alone has the plain name, which PEFT reads too."""
+    return {"encoder": PROMPT["decoder"]} if groups == ["encoder"] else {group: PROMPT[group] for group in groups}
+
+
+def _starts(
+    model: Any, attached: Attachment, method: Prefix, init_ids: Tensor | None, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    """Keys and values of P real words in every layer of the bare base, by group: (L, 2, H, P, D)."""
+    P = method.num_virtual_tokens
+    if init_ids is None or init_ids.numel() == 0:
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        init_ids = torch.randint(vocabulary, (P,), generator=generator)
+    repeats = -(-P // init_ids.numel())
+    ids = init_ids.repeat(repeats)[:P][None].to(device_of(model))  # (1, P)
+    ones = torch.ones_like(ids)
+    was_training = [module for module in model.modules() if module.training]
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
+    attached.route.capture = captured
+    try:
+        model.eval()
+        with torch.no_grad():
+            if attached.family.is_encoder_decoder:
+                encoded = model.get_encoder()(input_ids=ids, attention_mask=ones)[0]
+                model.get_decoder()(
+                    input_ids=ids, attention_mask=ones, encoder_hidden_states=encoded, encoder_attention_mask=ones
+                )
+            else:
+                model.base_model(input_ids=ids, attention_mask=ones)
+    finally:
+        attached.route.capture = None
+        for module in was_training:
+            module.training = True
+    groups: dict[str, list[Tensor]] = {}
+    for site in attached.sites:
+        if site.group == "decoder" or method.encoder or not attached.family.is_encoder_decoder:
+            groups.setdefault(site.group, []).append(torch.stack([x[0] for x in captured[site.name]]))
+    return {group: torch.stack(layers).float() for group, layers in groups.items()}
