@@ -253,7 +253,7 @@ def named() -> str:
         false = sum(each["false"] / max(each["real"] + each["false"], 1) for each in stores) / len(stores)
         units = sorted(units for each in stores for units in each["units"])
         rows.append([f"its {rule}", len(stores), f"{real:.0%}", f"{false:.1%}", units[len(units) // 2]])
-    return record.table(["ends by itself at", "stores", "of 4 real ones named", "false among the named", "units"], rows)
+    return record.table(["ends at", "stores", "real differences found, of 4", "false discoveries", "units"], rows)
 
 
 def guarded() -> str:

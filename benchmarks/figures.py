@@ -225,8 +225,8 @@ def serving_table() -> str:
             loaded(run), when(run),
         ])  # fmt: skip
     header = [
-        "processor", "batch", "speed of the bare base that is left", "faster than PEFT `adapter_names`, same precision",
-        "new adapter's first answer, faster than PEFT", "measured",
+        "processor", "batch", "speed, the bare base is 1", "faster than PEFT `adapter_names`, same precision",
+        "first answer of a new adapter, faster than PEFT", "measured",
     ]  # fmt: skip
     return record.table(header, rows)
 
@@ -245,7 +245,7 @@ def loaded(run: Run) -> str:
     last = both[-1]
     took = {name: statistics.median(each) for name, each in last["seconds"].items()}
     ours = took.get("turret load and answer", took["turret load"] + took["turret answer"])
-    return f"{(took['peft load'] + took['peft answer']) / ours:.0f}x, beside {last['present']}"
+    return f"{(took['peft load'] + took['peft answer']) / ours:.0f}x, {last['present']} others loaded"
 
 
 def missed() -> str:

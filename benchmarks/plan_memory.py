@@ -131,7 +131,7 @@ def t5_small(folder: Path) -> str:
 
 def report(runs: list[dict[str, Any]]) -> str:
     """A row a case."""
-    header = ["base, method", "weights trained", "MB above the base: planned", "measured", "off", ""]
+    header = ["base, method", "weights trained", "MB above the base: planned", "measured", "error", ""]
     rows = []
     for case in CASES:
         of_case = [run for run in runs if run["case"] == case and run["machine"].get("commit")]

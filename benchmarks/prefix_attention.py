@@ -105,7 +105,7 @@ def report(runs: list[dict[str, Any]]) -> str:
             shares = [f"{100 * each[name]:.0f}%" for name in ("share", "share_of_first")]
             last = f"{100 * run['accuracy']:.1f}" if each is run["looks"][-1] else ""
             rows.append([run["side"], each["step"], *shares, f"{each['length']:.2f}", f"{each['logits']:.4f}", last])
-    header = ["prefix", "step", "attention on it", "of the first token", "its values' length, text's is 1"]
+    header = ["prefix", "step", "attention on the prefix", "by the first token", "norm of its values, text = 1"]
     return record.table([*header, "spread of the logits over texts", "accuracy"], rows)
 
 

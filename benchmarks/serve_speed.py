@@ -291,8 +291,8 @@ def goals(run: Mapping[str, Any]) -> list[list[str]]:
         if "peft load" in took and at["present"] >= 100:
             theirs = took["peft load"] + took["peft answer"]
             ours = took.get(AT_ONCE, took["turret load"] + took["turret answer"])
-            goal(f"file to loaded beside {at['present']}, against PEFT", 50, took["peft load"] / took["turret load"])
-            goal(f"file to first answer beside {at['present']}, against PEFT", 50, theirs / ours)
+            goal(f"load, {at['present']} others loaded, against PEFT", 50, took["peft load"] / took["turret load"])
+            goal(f"load and answer, {at['present']} others loaded, against PEFT", 50, theirs / ours)
     if dtype == "float32":
         goal("first answer against PEFT alone", 1e-5, run["off"]["most"], most=True)
     return rows

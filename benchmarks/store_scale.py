@@ -207,7 +207,7 @@ def report() -> str:
         "weights offered, MB",
         "distinct, MB",
         "on disk, MB",
-        "of it database",
+        "database, MB",
     ]
     rows = []
     for run in runs:
