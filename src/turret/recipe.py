@@ -128,13 +128,9 @@ class Train(_Section):
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None  # None: the method's own; auto: found by trials
     head_lr_ratio: float | None = Field(default=None, gt=0, le=1000)  # the head's rate over lr; None: the method's own
     init_from: str | None = Field(default=None, min_length=1)  # a stored version to go on from; None: the base alone
-    evaluate: Literal["epoch", "never"] | Annotated[int, Field(ge=1, le=MOST)] = (
-        "epoch"  # a number: every so many steps
-    )
+    evaluate: Literal["epoch", "never"] | Annotated[int, Field(ge=1, le=MOST)] = "epoch"  # a number: of steps between
     max_steps: int | None = Field(default=None, ge=1, le=MOST)  # None: as many as the epochs make
-    warmup: Annotated[int, Field(ge=0, le=MOST)] | Annotated[float, Field(ge=0, lt=1)] = (
-        0.06  # fraction of the steps, or steps
-    )
+    warmup: Annotated[int, Field(ge=0, le=MOST)] | Annotated[float, Field(ge=0, lt=1)] = 0.06  # steps, or a part of all
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     early_stopping: int | None = Field(default=None, ge=1, le=MOST)  # evaluations of the validation split without gain
@@ -143,9 +139,7 @@ class Train(_Section):
     int8: bool = False  # frozen layers multiply in 8 bits in a step of training, and in dtype everywhere else
     gradient_clip: float = Field(default=1.0, gt=0)  # largest norm
     checkpoint_every: int | None = Field(default=None, ge=1, le=MOST)  # steps; None: every epoch
-    micro_batch_tokens: int | None = Field(
-        default=None, ge=1, le=MOST
-    )  # most in one pass; None: by the size of the base
+    micro_batch_tokens: int | None = Field(default=None, ge=1, le=MOST)  # of one pass; None: by the size of the base
 
 
 def _method(value: Any) -> Any:
@@ -157,7 +151,7 @@ def _method(value: Any) -> Any:
         return found.model_validate({"kind": value} if isinstance(value, str) else value)
     except ValidationError as error:
         sentences = list(_sentences(found, error))
-    except ValueError as error:
+    except RecipeError as error:
         sentences = [str(error)]
     raise PydanticCustomError("sentences", "{sentences}", {"sentences": sentences})
 
@@ -270,10 +264,8 @@ class Recipe(_Section):
         keys = {_ALONE.get(key, key): text for key, text in overrides.items()}
         kind = keys.pop("method.kind", None)
         if kind is not None and kind != value["method"]["kind"]:
-            try:
-                value["method"] = {"kind": method_class(kind).model_fields["kind"].default}
-            except ValueError as error:
-                raise RecipeError(str(error)) from None
+            method_class(kind)
+            value["method"] = {"kind": kind}
         for key, text in keys.items():
             _set(value, key, text)
         return Recipe.model_validate(value)
@@ -340,7 +332,7 @@ def _set(value: dict[str, Any], key: str, text: str) -> None:
         value["task"]["class_weights"] = {**(old if isinstance(old, dict) else {}), weight: number}
         return
     field = model.model_fields.get(rest)
-    if field is None and model.model_config.get("extra") == "allow":  # PEFT knows its keys when it is put on a base
+    if field is None and issubclass(model, Method) and model.open_settings:
         value[head][rest] = None if text.strip().lower() == "none" else _plain(text)
         return
     if field is None or (not head and rest in _SECTIONS):

@@ -4,9 +4,8 @@ Two hooks carry everything: the routed linear layer (`lora`) and the attention f
 data, tasks, stores and HTTP.
 """
 
-from turret.adapters.adapter import Adapter, BaseInfo, extract, mount, require_base, unmount
+from turret.adapters.adapter import Adapter, BaseInfo, require_base
 from turret.adapters.attached import (
-    attach,
     attachment,
     detach,
     mixed_precision,
@@ -17,9 +16,9 @@ from turret.adapters.attached import (
 )
 from turret.adapters.bundle import read_bundle, read_manifest, save, save_bundle
 from turret.adapters.int8 import int8_layers, rounded_bytes
+from turret.adapters.lifecycle import attach, extract, mount, start_from, unmount
 from turret.adapters.packed import classify_logits, target_logits
 from turret.adapters.route import BARE, Route, set_route
-from turret.adapters.start import start_from
 
 __all__ = [
     "BARE",

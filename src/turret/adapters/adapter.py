@@ -1,7 +1,6 @@
-"""What training makes: one adapter as numbers and words, and the way between it and an attached model.
+"""One adapter as tensors and settings, and its parts in a slot: low-rank factors, a prefix, a head.
 
-`extract` reads an Adapter's tensors off a model, `mount` puts them into a slot and checks that every one fits and is
-used. Refuses to know files; `bundle` writes and reads them.
+A method's own `numbers` reads and checks its tensors; `lifecycle` has the verbs; `bundle` writes and reads files.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.attached import (
-    ATTRIBUTE,
     Attachment,
     attachment,
     device_of,
-    hook_model,
     routed_linear,
     routed_module,
 )
@@ -81,14 +78,6 @@ class Parts:
     prefix: dict[str, Tensor] = field(default_factory=dict)
 
 
-def extract(model: Any, slot: int = 1) -> Extracted:
-    """Copies of what a slot holds, on the CPU in float32. Raises AdapterError for an empty slot."""
-    attached = attachment(model)
-    if slot not in attached.methods:
-        raise AdapterError(f"slot {slot} is empty: expected one of {sorted(attached.methods)}")
-    return attached.methods[slot].numbers.extract(attached, slot)
-
-
 def head_tensors(attached: Attachment, slot: int) -> dict[str, Tensor]:
     """Copies of the head in a slot, by names in the model."""
     return {
@@ -99,23 +88,6 @@ def head_tensors(attached: Attachment, slot: int) -> dict[str, Tensor]:
     }
 
 
-def mount(model: Any, adapter: Adapter, slot: int = 1, *, fingerprint: str | None = None) -> Any:
-    """Put a finished adapter into a slot and make every row take it; returns the same model.
-
-    fingerprint: that of the model's base; where given, an adapter of another base is refused (WrongBase). Every tensor
-    must fit a layer of the model and every layer needs both factors, or AdapterError says which does not.
-    """
-    require_base(adapter, fingerprint)
-    if slot < 1:
-        raise AdapterError(f"slot {slot} cannot hold an adapter: slot 0 is the bare base; use 1 or more")
-    attached = getattr(model, ATTRIBUTE, None) or hook_model(model, plain=adapter.method.wraps_modules)
-    unmount(model, slot)
-    adapter.method.numbers.mount(model, attached, adapter, slot)
-    attached.methods[slot] = adapter.method
-    attached.route.active = slot
-    return model
-
-
 def require_base(adapter: Adapter, fingerprint: str | None) -> None:
     """Raises WrongBase for an adapter of another base; one that does not know its base, or no fingerprint, passes."""
     if fingerprint and adapter.base.fingerprint and fingerprint != adapter.base.fingerprint:
@@ -123,24 +95,6 @@ def require_base(adapter: Adapter, fingerprint: str | None) -> None:
             f"adapter was trained on base {adapter.base.fingerprint[:19]} ({adapter.base.id}), this model is "
             f"{fingerprint[:19]}: load that base, or retrain"
         )
-
-
-def unmount(model: Any, slot: int) -> None:
-    """Empty a slot; nothing happens where it is empty already."""
-    attached = attachment(model)
-    key = str(slot)
-    if attached.guest is not None and slot in attached.methods:
-        attached.guest.leave()
-        attached.guest = None
-    slots = [linear.slots for linear in attached.linears.values()] + [head.slots for head in attached.heads.values()]
-    for each in slots:
-        if key in each:
-            del each[key]
-    if key in attached.prefixes:
-        del attached.prefixes[key]
-    attached.methods.pop(slot, None)
-    if attached.route.active == slot:
-        attached.route.active = 0
 
 
 def mount_parts(model: Any, attached: Attachment, parts: Parts, slot: int) -> None:

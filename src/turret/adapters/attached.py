@@ -80,33 +80,6 @@ def attachment(model: Any) -> Attachment:
     return found
 
 
-def attach(
-    model: Any,
-    method: Method,
-    *,
-    init_ids: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    head: tuple[str, ...] = (),
-) -> Any:
-    """Begin a new adapter on `model`, in slot 1, and return the same model: now an ordinary module that trains.
-
-    init_ids: (n,) int64, token ids of the words a prefix starts from (repeated or cut to P); random words where left
-    out. generator: draws the initial factors. head: dotted names of further modules to train as the head, such as a
-    pooler that the checkpoint did not hold. Only the adapter and its head have requires_grad afterwards.
-    """
-    if isinstance(getattr(model, ATTRIBUTE, None), Attachment):
-        raise AdapterError("this model already carries an adapter: call turret.detach(model) first")
-    attached = hook_model(model, plain=method.wraps_modules)
-    attached.methods[1] = method = method.on(attached.family.kind)
-    try:
-        method.numbers.start(model, attached, head=head, init_ids=init_ids, generator=generator)
-    except BaseException:
-        detach(model)
-        raise
-    attached.route.active = 1
-    return model
-
-
 def detach(model: Any) -> Any:
     """Take everything off: the modules, weights, hooks, attention function and requires_grad that were there before."""
     for undo in reversed(attachment(model).undo):

@@ -19,8 +19,9 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, BaseInfo, extract
+from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, BaseInfo
 from turret.adapters.attached import attachment
+from turret.adapters.lifecycle import extract
 from turret.adapters.peft_config import (
     belongs,
     check_agreement,
@@ -32,7 +33,7 @@ from turret.adapters.peft_config import (
 from turret.adapters.prefix import from_peft, to_peft
 from turret.adapters.tensors import Content, read_tensors, visible
 from turret.disk import make_folder, permissions, sync
-from turret.errors import BundleError
+from turret.errors import BundleError, RecipeError
 from turret.fingerprint import body, hashed
 from turret.methods import Full, LoRA, Method, Peft, Prefix, method_class
 
@@ -302,7 +303,7 @@ def _method(value: Any) -> Method:
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except ValueError as error:
+    except RecipeError as error:
         reason = str(error)
     raise BundleError(f"{MANIFEST} names an unusable method ({reason}): export it again")
 

@@ -35,6 +35,7 @@ from turret.engine.stack import Stack
 from turret.errors import AdapterError
 from turret.families import Family
 from turret.kernels import Library, Spans, usable
+from turret.methods.lookup import numbers_of
 
 PIECE = 2**15  # numbers that one thread adds up by itself
 VIEWED = 128  # adapters whose views are kept; making them anew takes some microseconds a layer
@@ -84,7 +85,7 @@ class Bank:
         """Check that the adapter fits this base and is used whole, and lay its numbers out. Raises AdapterError."""
         require_base(adapter, self.fingerprint)
         adapter = self._at_home(adapter)
-        parts = adapter.method.numbers.parts(self._model, self.attached, adapter)
+        parts = numbers_of(adapter.method).parts(self._model, self.attached, adapter)
         head = self._heads.checked(adapter, task.kind)
         factors, groups, ends = self._by_layer(parts, head), shapes_of(parts.prefix), shapes_of(head)
         behind = sum(part.numel() for pair in factors.values() for part in pair)

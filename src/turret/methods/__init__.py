@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from turret.errors import shown
+from turret.errors import RecipeError, shown
 from turret.methods.full import Full
 from turret.methods.head import Head
 from turret.methods.lora import LoRA
@@ -22,11 +22,11 @@ __all__ = ["METHODS", "Full", "Head", "LoRA", "Method", "Peft", "Prefix", "metho
 
 
 def method_class(value: Any) -> type[Method]:
-    """The class of what a `[method]` table says. Raises ValueError for a kind that is not in the table."""
+    """The class of what a `[method]` table says. Raises RecipeError for a kind that is not in the table."""
     kind = value.get("kind") if isinstance(value, Mapping) else value
     if not isinstance(kind, str) or kind not in METHODS:
         given = "none given" if kind is None else f"given {shown(kind)}"
-        raise ValueError(f"method.kind: expected {', '.join(METHODS)}, {given}")
+        raise RecipeError(f"method.kind: expected {', '.join(METHODS)}, {given}")
     return METHODS[kind]
 
 

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from turret.plan_check import Check
-
-if TYPE_CHECKING:
-    from turret.methods.numbers import MethodNumbers
 
 LARGE_BASE = 1_000_000_000  # parameters; from here on the published LoRA rates hold, below it the measured ones
 FEWEST_STEPS = 20  # with fewer little can be learnt, whatever the method
@@ -39,11 +36,13 @@ class Method(BaseModel):
     section: ClassVar[str] = "method"  # of a recipe
     kind: str
 
+    numbers_at: ClassVar[str] = "turret.methods.numbers:MethodNumbers"  # module:class of what it does with tensors
     every_weight: ClassVar[bool] = False  # it trains a copy of every weight of the base
     head_alone: ClassVar[bool] = False  # it trains only the task's head: the floor of a comparison
     wraps_modules: ClassVar[bool] = False  # it wraps the base's modules itself: no other may stand in their place
     shares_base: ClassVar[bool] = True  # one base carries it beside other adapters
     claimed: ClassVar[bool] = False  # a comparison holds the common claims about adapters against it
+    open_settings: ClassVar[bool] = False  # its keys are those of a library, which judges them when it is loaded
     named_by: ClassVar[str | None] = None  # the setting that `compare --methods` takes alone, as in peft:IA3
     named_as: ClassVar[str] = ""  # what that setting is
     not_int8: ClassVar[str | None] = None  # why `train.int8` changes nothing
@@ -55,16 +54,6 @@ class Method(BaseModel):
     def summary(self) -> str:
         """What is trained, as a plan says it."""
         return "only the head"
-
-    @property
-    def numbers(self) -> MethodNumbers[Method]:
-        """What the method does with tensors. Loads torch."""
-        from turret.methods.numbers import MethodNumbers
-
-        return MethodNumbers(self)
-
-    def require_known(self) -> None:
-        """Raises RecipeError for settings that only the library which computes the method can judge; loads it."""
 
     def on(self, family_kind: str) -> Self:
         """The method with every setting filled in that depends on the kind of base."""

@@ -1,11 +1,11 @@
 """The tensors of a method: how it starts on a base, what is stored of it, and how that comes back into a slot.
 
-The answers here hold for every method that does not give its own; they are those of `head`. Loads torch: a method
-imports its numbers only when it is asked for them.
+The answers here hold for every method that does not give its own; they are those of `head`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from turret.adapters.adapter import Adapter, Extracted, Parts, copied, head_tensors, mount_head, mount_parts
 from turret.adapters.attached import Attachment, start_head
-from turret.adapters.start import fill_parameters, head_parameters
 from turret.errors import AdapterError
 from turret.methods.method import Method
 from turret.plan_check import Check
@@ -26,6 +25,9 @@ class MethodNumbers(Generic[M]):
 
     def __init__(self, method: M) -> None:
         self.method = method
+
+    def require_known(self) -> None:
+        """Raises RecipeError for settings that only a library can judge."""
 
     def targets(self, model: Any) -> Check:
         """A row of a plan: what is trained on this base, or that it has no such layers."""
@@ -71,3 +73,31 @@ class MethodNumbers(Generic[M]):
         """Put a finished adapter into an empty slot."""
         mount_parts(model, attached, self.parts(model, attached, adapter), slot)
         mount_head(model, attached, adapter.head, slot)
+
+
+def head_parameters(attached: Attachment) -> dict[str, Tensor]:
+    """The head in slot 1, by names in the model."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in attached.heads.items()
+        for name, parameter in module.slots["1"].named_parameters()
+    }
+
+
+def fill_parameters(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy the values; raises AdapterError unless every one has its parameter, of the same shape."""
+    require_same({name: tuple(each.shape) for name, each in parameters.items()}, values)
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def require_same(expected: Mapping[str, tuple[int, ...]], values: Mapping[str, Tensor]) -> None:
+    """Raises AdapterError unless the values have these names and shapes."""
+    if odd := sorted(set(expected) ^ set(values)):
+        has = "has no" if odd[0] in expected else "has"
+        raise AdapterError(f"it {has} {odd[0]}, unlike the method here: set [method] as it has it, and the same head")
+    for name, shape in expected.items():
+        if tuple(values[name].shape) != shape:
+            raise AdapterError(
+                f"its {name} has shape {tuple(values[name].shape)}, and here it is {shape}: set [method] as it has it"
+            )

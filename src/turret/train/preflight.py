@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from turret.errors import PreflightRefused
+from turret.methods.lookup import numbers_of
 from turret.plan_check import Check
 from turret.train import checks, memory
 from turret.train.batches import Items, Schedule
@@ -100,7 +101,7 @@ def plan(
     own = recipe.method.defaults(base.family.kind, classify=task.kind == "classify", parameters=total)
     auto = size_of(len(made.train), schedule.steps) if train.lr == AUTO else None
     found = [
-        recipe.method.numbers.targets(base.model),
+        numbers_of(recipe.method).targets(base.model),
         recipe.method.rate_check(train.lr, own.lr) if auto is None else checks.rates(auto, own.lr),
         *recipe.method.checks(base.family.kind),
         checks.steps(recipe, schedule, own.steps),

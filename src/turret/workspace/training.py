@@ -22,6 +22,7 @@ from turret import adapters, bases, heap
 from turret import train as trainer
 from turret.disk import plainly
 from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
+from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import Run, Store, Version
 from turret.tasks import make, tables
@@ -71,7 +72,7 @@ class Ready:
 
 def prepare(store: Store, recipe: Recipe, watching: Watching) -> Ready:
     """Read the data, load the base, and fill in what the recipe left to be seen."""
-    recipe.method.require_known()  # a mistake in it costs no loading
+    numbers_of(recipe.method).require_known()  # a mistake in it costs no loading
     start = _start(store, recipe, watching)
     watching.stage(f"reading {recipe.data.source}")
     dataset = tables.read(recipe.data, recipe.task.kind, recipe.split_seed, multi_label=recipe.task.multi_label)

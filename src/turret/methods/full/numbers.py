@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from turret.adapters.adapter import Adapter, Extracted, Parts, copied
 from turret.adapters.attached import Attachment, put_back
-from turret.adapters.start import fill_parameters
 from turret.errors import AdapterError
 from turret.families import family_of
 from turret.methods.full.spec import Full
-from turret.methods.numbers import MethodNumbers
+from turret.methods.numbers import MethodNumbers, fill_parameters
 
 
 class FullNumbers(MethodNumbers[Full]):

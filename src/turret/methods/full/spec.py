@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from turret.methods.method import Method
-
-if TYPE_CHECKING:
-    from turret.methods.full.numbers import FullNumbers
 
 
 class Full(Method):
     """Every weight, on a copy; the yardstick of a comparison."""
 
+    numbers_at: ClassVar[str] = "turret.methods.full.numbers:FullNumbers"
     every_weight: ClassVar[bool] = True
     shares_base: ClassVar[bool] = False
     not_int8: ClassVar[str | None] = "trains the weights themselves"
@@ -23,12 +21,6 @@ class Full(Method):
     @property
     def summary(self) -> str:
         return "every weight, on a copy"
-
-    @property
-    def numbers(self) -> FullNumbers:
-        from turret.methods.full.numbers import FullNumbers
-
-        return FullNumbers(self)
 
     def rate(self, family_kind: str, large: bool) -> float:
         """1e-4, and 2e-5 for a large base.

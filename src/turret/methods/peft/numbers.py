@@ -13,9 +13,8 @@ from turret.adapters.adapter import Adapter, Extracted, Parts, copied, head_tens
 from turret.adapters.attached import Attachment, device_of
 from turret.adapters.prefix import Groups
 from turret.adapters.route import BARE, set_route
-from turret.adapters.start import fill_parameters, head_parameters
 from turret.errors import AdapterError
-from turret.methods.numbers import MethodNumbers
+from turret.methods.numbers import MethodNumbers, fill_parameters, head_parameters
 from turret.methods.peft.spec import Peft
 
 

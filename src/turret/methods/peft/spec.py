@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from turret.methods.lora import LoRA
 from turret.methods.method import Method
-
-if TYPE_CHECKING:
-    from turret.methods.peft.numbers import PeftNumbers
 
 # IA3 (Liu et al. 2022) and VeRA (Kopiczko et al. 2024) train few numbers that multiply, at several times LoRA's rate;
 # the embeddings of a prompt are trained as the keys and values of a prefix without its MLP. All else as LoRA.
@@ -23,8 +20,10 @@ class Peft(Method):
     PEFT knows which keys there are when the method is put on a base; here they are plain values.
     """
 
+    numbers_at: ClassVar[str] = "turret.methods.peft.numbers:PeftNumbers"
     wraps_modules: ClassVar[bool] = True
     shares_base: ClassVar[bool] = False
+    open_settings: ClassVar[bool] = True
     named_by: ClassVar[str | None] = "peft_type"
     named_as: ClassVar[str] = "method of PEFT by its name, such as peft:IA3 or peft:DORA,r=4"
     not_int8: ClassVar[str | None] = "has PEFT multiply"
@@ -50,15 +49,6 @@ class Peft(Method):
     @property
     def summary(self) -> str:
         return f"{self.peft_type} by PEFT itself, at its own settings but for those named"
-
-    @property
-    def numbers(self) -> PeftNumbers:
-        from turret.methods.peft.numbers import PeftNumbers
-
-        return PeftNumbers(self)
-
-    def require_known(self) -> None:
-        self.numbers.require_known()
 
     @property
     def options(self) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from torch import Tensor
 from turret.adapters.adapter import PROMPT, Adapter, Parts
 from turret.adapters.attached import Attachment, device_of
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
-from turret.adapters.start import fill_parameters, head_parameters, require_same
 from turret.errors import AdapterError
-from turret.methods.numbers import MethodNumbers
+from turret.methods.numbers import MethodNumbers, fill_parameters, head_parameters, require_same
 from turret.methods.prefix.spec import Prefix
 
 

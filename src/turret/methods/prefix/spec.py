@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
 from turret.methods.method import Method
 from turret.plan_check import Check
 
-if TYPE_CHECKING:
-    from turret.methods.prefix.numbers import PrefixNumbers
-
 
 class Prefix(Method):
     """Prefix tuning: P trained keys and values in front of every attention layer (Li & Liang 2021)."""
 
+    numbers_at: ClassVar[str] = "turret.methods.prefix.numbers:PrefixNumbers"
     claimed: ClassVar[bool] = True
     low_rate: ClassVar[str | None] = (
         "a prefix hardly moves with it (headlines by SmolLM2: loss 3.07 after 80 steps at 1e-3, 5.4 before the first)"
@@ -33,12 +31,6 @@ class Prefix(Method):
     @property
     def summary(self) -> str:
         return "a prefix in every attention layer"
-
-    @property
-    def numbers(self) -> PrefixNumbers:
-        from turret.methods.prefix.numbers import PrefixNumbers
-
-        return PrefixNumbers(self)
 
     def on(self, family_kind: str) -> Self:
         """The method with `reparametrize` filled in: through the MLP an encoder's prefix does not learn."""

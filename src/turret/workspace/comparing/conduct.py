@@ -22,6 +22,7 @@ from turret.compare.report import write_report
 from turret.compare.results import Result
 from turret.compare.words import seconds as span
 from turret.errors import RecipeError, StoreError, TrainingError
+from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace.comparing import state
@@ -172,10 +173,11 @@ def held(folder: Path) -> Iterator[None]:
 def require_known(rows: Sequence[Candidate]) -> None:
     """Ask PEFT, loaded for this alone, whether it knows its methods and their settings, before anything is trained."""
     for row in rows:
-        try:
-            row.recipe.method.require_known()
-        except RecipeError as error:
-            raise RecipeError(f"{row.spec}: {error}") from None
+        if row.recipe.method.open_settings:
+            try:
+                numbers_of(row.recipe.method).require_known()
+            except RecipeError as error:
+                raise RecipeError(f"{row.spec}: {error}") from None
 
 
 def run_cells(sitting: Sitting, cells: Sequence[Cell]) -> None:
