@@ -115,14 +115,15 @@ def _trained(workspace: Any, store: Path, recipe: Any) -> dict[str, Any]:
     """Train, read back, score every held-out example."""
     from reloaded import VERSION, Reloaded
 
-    from turret.tasks import tables
+    from turret.data.dataset import read
+    from turret.tasks import schemas
 
     plans: list[Any] = []
     start = time.perf_counter()
     trained = workspace.train(recipe, on_plan=plans.append)
     seconds = time.perf_counter() - start
     there = Reloaded.read(store, trained.version)
-    examples = list(tables.read(recipe.data, recipe.task.kind, recipe.seed).test)
+    examples = list(read(recipe.data, schemas(recipe.task), recipe.seed).test)
     if recipe.task.kind == "classify":
         answers = there.metrics(examples, VERSION)[1]
         losses = [

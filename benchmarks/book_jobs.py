@@ -100,7 +100,7 @@ def _recipe(preset: Any, data: Path, values: str, options: argparse.Namespace) -
 
 
 def _examples(rows: Sequence[dict[str, Any]]) -> list[Any]:
-    from turret.tasks import Labelled, Pair
+    from turret.data import Labelled, Pair
 
     if "article" in rows[0]:
         return [Pair(row["article"], row["highlights"]) for row in rows]

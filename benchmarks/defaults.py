@@ -109,7 +109,7 @@ def headlines(_: Path) -> Iterator[Row]:
 
 def _wheel(source: str) -> Iterator[Row]:
     """The rows of a packaged data set without splits."""
-    from turret.tasks import packaged
+    from turret.data import packaged
 
     tables = packaged.load(source)
     assert list(tables) == [""], "a data set with splits: read its train split only"
@@ -156,8 +156,7 @@ GENERATE = [name for name, each in SETS.items() if each.kind == "generate"]
 
 def dataset(name: str, folder: Path, examples: int) -> Any:
     """`examples` of a set to train on, or all there are, and its validation examples; there is no test split."""
-    from turret.tasks import Labelled, Pair
-    from turret.tasks.tables import Dataset
+    from turret.data import Dataset, Labelled, Pair
 
     chosen = SETS[name]
     rows = list({repr(row): row for row in chosen.rows(folder)}.values())  # none twice
@@ -238,12 +237,12 @@ def measure(job: Job, seed: int, options: argparse.Namespace) -> None:
 def ready(job: Job, seed: int, folder: Path) -> tuple[Any, Any, Any, Any]:
     """(recipe, base, task, data)."""
     from turret import bases
-    from turret.tasks import make
+    from turret.tasks import make_task, task_of
 
     recipe, data = recipe_of(job, seed), dataset(job.set, folder, job.examples)
-    asked: Any = "classify" if data.kind == "classify" else "generate"
-    base = bases.load(recipe.base, task=asked, num_labels=len(data.labels) or None, seed=seed)
-    return recipe, base, make.make_task(recipe.task, data, base.tokenizer, base.family.kind), data
+    asked = task_of(data.kind)
+    base = bases.load(recipe.base, task=asked.request, num_labels=asked.num_labels(data.labels), seed=seed)
+    return recipe, base, make_task(recipe.task, data, base.tokenizer, base.family.kind), data
 
 
 def _bits(right: Iterator[bool]) -> str:

@@ -60,7 +60,8 @@ def measure(name: str, lr: float, options: argparse.Namespace) -> None:
     import turret
     from turret import bases
     from turret import train as trainer
-    from turret.tasks import make, tables
+    from turret.data.dataset import read
+    from turret.tasks import make_task, schemas, task_of
 
     torch.set_num_threads(options.threads)
     job = JOBS[name]
@@ -77,10 +78,9 @@ def measure(name: str, lr: float, options: argparse.Namespace) -> None:
             "train": {"epochs": job.epochs, "batch_size": job.batch_size, "evaluate": "never", "lr": lr},
         }
     )  # fmt: skip
-    dataset = tables.read(recipe.data, job.kind, recipe.split_seed)
-    asked = "classify" if job.kind == "classify" else "generate"
-    base = bases.load(job.base, task=asked, num_labels=len(dataset.labels) or None, seed=recipe.seed)
-    task = make.make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
+    dataset, asked = read(recipe.data, schemas(recipe.task), recipe.split_seed), task_of(job.kind)
+    base = bases.load(job.base, task=asked.request, num_labels=asked.num_labels(dataset.labels), seed=recipe.seed)
+    task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     started, steps = time.perf_counter(), list(trainer.fit(recipe, base, task, dataset))
     seconds = time.perf_counter() - started
     metrics, _ = trainer.evaluate(base.model, task, dataset.validation, texts=False)

@@ -109,13 +109,14 @@ def _recipe(kind: str, options: argparse.Namespace) -> Any:
 
 def _held_out(recipe: Any) -> Any:
     """The recipe's test split."""
-    from turret.tasks import tables
+    from turret.data.dataset import read
+    from turret.tasks import schemas
 
-    return list(tables.read(recipe.data, recipe.task.kind, recipe.seed).test)
+    return list(read(recipe.data, schemas(recipe.task), recipe.seed).test)
 
 
 def _in_words(there: Any) -> Any:
-    from turret.tasks.make import task_from_spec
+    from turret.tasks import task_from_spec
 
     spec = there.task.spec()
     room = len(there.tokenizer(IN_WORDS)["input_ids"])

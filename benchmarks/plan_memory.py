@@ -63,8 +63,8 @@ def measured(case: str, threads: int) -> dict[str, Any]:
 
     import turret
     from turret import bases, heap, train
-    from turret.tasks import tables
-    from turret.tasks.make import make_task
+    from turret.data.dataset import read
+    from turret.tasks import make_task, schemas
     from turret.train import memory
 
     torch.set_num_threads(threads)
@@ -83,7 +83,7 @@ def measured(case: str, threads: int) -> dict[str, Any]:
                 "train": {"epochs": 1, "batch_size": 8, "evaluate": "epoch"},
             }
         )
-        dataset: Any = tables.read(recipe.data, recipe.task.kind, recipe.seed)
+        dataset: Any = read(recipe.data, schemas(recipe.task), recipe.seed)
         base = bases.load(
             recipe.base,
             task="classify" if dataset.kind == "classify" else "generate",

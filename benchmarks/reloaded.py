@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from turret import adapters, bases
+from turret.data import Labelled, Pair
 from turret.store import Store
-from turret.tasks import Labelled, Pair
-from turret.tasks.make import task_from_spec
+from turret.tasks import task_from_spec
 from turret.train import evaluate
 
 BARE, VERSION = 0, 1  # slots

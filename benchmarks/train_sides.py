@@ -131,9 +131,9 @@ class Errand:
 
 def articles() -> Iterator[tuple[str, str]]:
     """(text, label) of every BBC article, in the order of the data set."""
-    from turret.tasks import tables
+    from turret.data.source import open_source
 
-    for _, (article, label) in tables.open_source(BBC)[""].read(("text", "label")):
+    for _, (article, label) in open_source(BBC)[""].read(("text", "label")):
         yield str(article), str(label)
 
 
@@ -264,13 +264,13 @@ def _facts(model: Any, batches: Sequence[Sequence[Any]]) -> dict[str, Any]:
 def ours(errand: Errand, turns: Turns) -> dict[str, Any]:
     """turret: its plan, its loop, its evaluation."""
     from turret import train
-    from turret.tasks import tables
-    from turret.tasks.make import make_task
+    from turret.data.dataset import read
+    from turret.tasks import make_task, schemas
     from turret.train import memory
     from turret.train.batches import Items
 
     recipe = errand.recipe
-    dataset: Any = tables.read(recipe.data, recipe.task.kind, recipe.seed)
+    dataset: Any = read(recipe.data, schemas(recipe.task), recipe.seed)
     base = _base(recipe, dataset)
     task: Any = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     facts = _facts(base.model, _batches(recipe, Items(task, dataset.train)))
@@ -346,14 +346,14 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
 
     from turret import heap
     from turret.bases.source import resolve
-    from turret.tasks import tables
-    from turret.tasks.make import make_task
+    from turret.data.dataset import read
+    from turret.tasks import make_task, schemas
     from turret.train import memory
     from turret.train.batches import Items
 
     job, recipe = JOBS[errand.job], errand.recipe
     way = ways(job.kind)[errand.side]
-    dataset: Any = tables.read(recipe.data, recipe.task.kind, recipe.seed)
+    dataset: Any = read(recipe.data, schemas(recipe.task), recipe.seed)
     base = str(resolve(job.base).folder)
     model = hf.load(base, job.kind, len(dataset.labels), way)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)

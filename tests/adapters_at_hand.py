@@ -17,8 +17,8 @@ from turret.adapters import Adapter, BaseInfo, attach, attachment, extract, moun
 from turret.engine.runner import Runner
 from turret.methods import Head, LoRA, Method, Prefix
 
-CLASSIFIES = SimpleNamespace(kind="classify")  # all that a runner asks of a task
-GENERATES = SimpleNamespace(kind="generate")
+CLASSIFIES = SimpleNamespace(generates=False)  # all that a runner asks of a task
+GENERATES = SimpleNamespace(generates=True)
 LENGTHS = (9, 3, 14, 1, 20, 6, 6, 11)  # of the rows of a crowd
 METHODS: dict[str, Method] = {
     "lora": LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False),

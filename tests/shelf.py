@@ -17,7 +17,7 @@ from turret.errors import NotFound
 from turret.families import family_of
 from turret.methods import Method
 from turret.tasks.classify import Classify
-from turret.tasks.generate import Generate
+from turret.tasks.generate import Summarize
 
 LABELS = ("bad", "good", "odd", "dull", "fine")
 TEXTS = ["a great film", "dull and boring", "the market fell", "x", "why not?"]
@@ -42,7 +42,7 @@ class Shelf:
         if self.task == "classify":
             return Classify(LABELS[:labels], words, 32, **settings).spec()
         kind = tiny_training.base(self.family, "generate").family.kind
-        return Generate(words, kind, 64, **({"max_target_tokens": 12} | settings)).spec()
+        return Summarize(words, kind, 64, **({"max_target_tokens": 12} | settings)).spec()
 
     def put(self, name: str, method: Method | str = "lora", seed: int = 1, labels: int = 3, **settings: Any) -> Adapter:
         chosen = METHODS[method] if isinstance(method, str) else method
@@ -81,7 +81,7 @@ def reference(shelf: Shelf, name: str, texts: list[str]) -> list[dict[str, Any]]
     task = Classify.from_spec(adapter.task, shelf.base().tokenizer)
     model = alone(shelf.family, shelf.task, adapter, len(task.labels))
     with torch.no_grad():
-        return [task.answers(classify_logits(model, [task.encode(text).ids]))[0] for text in texts]
+        return [task.answers(classify_logits(model, [task.encode_source(text).ids]))[0] for text in texts]
 
 
 def agree(answers: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

@@ -12,9 +12,8 @@ from turret.compare.comparison import Comparison, comparison
 from turret.compare.design import Cell, design
 from turret.compare.power import Spread, power
 from turret.compare.results import Result
+from turret.data import Dataset, Labelled, Pair
 from turret.recipe import Recipe
-from turret.tasks.tables import Dataset
-from turret.tasks.task import Labelled, Pair
 
 LABELS = ("bad", "good")
 WEIGHTS = {"full": 22_700_000, "lora": 74_000, "prefix": 900_000, "head": 800, "base": 0}

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from turret.recipe import Data
-from turret.tasks.tables import Dataset, read
+from turret.data import Dataset
+from turret.data.dataset import read
+from turret.recipe import Data, Task
+from turret.tasks import schemas
 
 POLES = [{"text": f"film {i}", "label": "good" if i % 2 else "bad"} for i in range(20)]
 NEWS = [{"document": f"article {i}", "summary": f"headline {i}"} for i in range(20)]
@@ -29,7 +31,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
 
 
 def load(source: Path | str, kind: Any = None, seed: int = 42, *, multi_label: bool = False, **fields: Any) -> Dataset:
-    return read(Data(source=str(source), **fields), kind, seed, multi_label=multi_label)
+    return read(Data(source=str(source), **fields), schemas(Task(kind=kind, multi_label=multi_label)), seed)
 
 
 def labelled(labels: Iterable[Any]) -> list[dict[str, Any]]:

@@ -14,12 +14,14 @@ import pytest
 
 import turret
 from turret.families import FAMILIES
+from turret.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 OLD_PATHS = {"turret.engine.engine": "turret.engine"}  # kept for one release: where their names are now
 SOURCES = sorted((ROOT / "src" / "turret").rglob("*.py"))
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "sklearn", "numpy")
 QUICK = ("turret", "turret.errors", "turret.reference", "turret.methods", "turret.families", "turret.recipe")
+QUICK += ("turret.tasks", "turret.data")
 QUICK += (
     "turret.location",
     "turret.sqlite",
@@ -98,6 +100,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         "adapters",
         "bases",
         "compare",
+        "data",
         "engine",
         "experiments",
         "families",
@@ -300,3 +303,49 @@ def test_nothing_outside_families_asks_which_family_it_is() -> None:
 def test_the_test_of_family_names_sees_one(text: str) -> None:
     assert asks_which_family(text, words_of_families()) == [1]
     assert asks_which_family("if base.family.generates: pass", words_of_families()) == []
+
+
+# --- the axis of tasks -----------------------------------------------------------------------------------------------
+
+REQUESTS = {"request.kind", "kind", "self._kind", "task"}  # in these rooms, what is asked for: `classify` or `generate`
+ASKED = ("engine", "server", "bases")
+
+
+def compared_kinds(text: str) -> list[ast.Compare]:
+    """Comparisons with the name of a task, or of a task's `kind` with anything."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            constants = {each.value for side in sides for each in ast.walk(side) if isinstance(each, ast.Constant)}
+            owners = {ast.unparse(side).rpartition(".kind")[0].rpartition(".")[2] for side in sides}
+            if owners & {"task", "dataset", "data"} or constants & TASKS.keys():
+                found.append(node)
+    return found
+
+
+def of_a_request(node: ast.Compare) -> bool:
+    """Whether nothing but the kind of a request is compared with `classify` or `generate`."""
+    sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+    return "summarize" not in str(sides) and bool(REQUESTS & set(sides))
+
+
+def test_a_comparison_of_a_tasks_kind_is_noticed() -> None:
+    for text in ('task.kind == "classify"', "self.task.kind != x", 'x in ("summarize", "generate")', 'k == "generate"'):
+        assert compared_kinds(text), text
+    for text in ('method.kind == "lora"', "row.kind != 'base'", "task.generates"):
+        assert not compared_kinds(text), text
+    assert not of_a_request(compared_kinds('spec.get("kind") == "classify"')[0])
+    assert of_a_request(compared_kinds('request.kind == "classify"')[0])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
+def test_nothing_outside_tasks_compares_a_tasks_kind(path: Path) -> None:
+    room = path.relative_to(ROOT / "src" / "turret").parts[0]
+    text = path.read_text(encoding="utf-8")
+    if room == "tasks":
+        return
+    found = compared_kinds(text)
+    assert [ast.unparse(node) for node in found if room not in ASKED or not of_a_request(node)] == []
+    names = {each.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) for each in node.names}
+    assert not names & {task.__name__ for task in TASKS.values()}, "ask the object, not for its class"

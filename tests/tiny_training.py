@@ -18,12 +18,11 @@ from typing import Any
 
 import small_models
 
+from turret.data import Dataset, Labelled, Pair
 from turret.errors import OutOfMemory
 from turret.families import Family, family_of
 from turret.recipe import Recipe
-from turret.tasks import Labelled, Pair
-from turret.tasks.make import make_task
-from turret.tasks.tables import Dataset
+from turret.tasks import make_task
 from turret.train import Curve, Fitted, StepRecord, fit
 from turret.train.checkpoint import step_of
 

@@ -34,6 +34,7 @@ from turret import toml
 from turret.errors import BadReference, RecipeError, one_line, shown
 from turret.methods import METHODS, LoRA, Method, method_class
 from turret.reference import check_name
+from turret.tasks.task import TASKS, kinds
 
 _KIND_NAMES = {"string": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 _KIND_NAMES |= {"int_from_float": "a whole number", **dict.fromkeys(("model_attributes", "model", "dict"), "a table")}
@@ -102,12 +103,18 @@ class Data(_Section):
         return {"source": str(value)} if isinstance(value, (str, Path)) else value
 
 
+def _task_kind(value: Any) -> Any:
+    if value not in (None, *TASKS):
+        raise ValueError(f"expected {kinds(repr)}")
+    return value
+
+
 class Task(_Section):
     """What an example is, what is cut, what the loss weighs, and how text is generated."""
 
     section: ClassVar[str] = "task"
 
-    kind: Literal["classify", "summarize", "generate"] | None = None  # None: told by the columns
+    kind: Annotated[str | None, BeforeValidator(_task_kind)] = None  # None: told by the columns
     max_tokens: int = Field(default=256, ge=1, le=1_000_000)  # of the input; longer ones are cut and counted
     max_target_tokens: int | None = Field(default=None, ge=1, le=1_000_000)  # of the target; None: 128
     prefix_text: str = ""  # goes before every input, is never cut

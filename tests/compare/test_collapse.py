@@ -15,8 +15,8 @@ from turret.compare.evidence import interval, rate
 from turret.compare.report import as_html, as_markdown, headline
 from turret.compare.results import Result
 from turret.compare.verdict import Verdict
+from turret.data import Labelled
 from turret.recipe import Recipe
-from turret.tasks.task import Labelled
 
 RECIPE = Recipe(name="tiny", base="small", data="tiny.csv")
 ROWS = {each.spec: each for each in candidates("full,lora", RECIPE, "classify")}

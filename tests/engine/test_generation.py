@@ -13,7 +13,7 @@ from small_models import GENERATORS
 
 from turret.engine import Done, Failed, Options, Piece
 from turret.errors import Cancelled, DataError, NoRoom
-from turret.tasks.make import task_from_spec
+from turret.tasks import task_from_spec
 
 TEXTS = ("a great film", "why not", "the market in london fell by 12%", "x")
 

@@ -92,7 +92,7 @@ def runner_of(name: str, dtype: torch.dtype) -> Runner:
     adapters = [made(model, method) for method in (*METHODS, *([Head()] if name in ENCODERS else []))]
     runner = Runner(Base(model, small_models.tokenizer("llama"), family_of(model.config), bytes=1))
     for slot, adapter in enumerate(adapters, 1):
-        task = SimpleNamespace(kind="classify" if name in ENCODERS else "generate")
+        task = SimpleNamespace(generates=name not in ENCODERS)
         runner.bank.mount(slot, runner.bank.prepare(adapter, f"sha256:{slot}", task))
     return runner
 

@@ -14,7 +14,7 @@ import torch
 
 from turret import adapters, bases
 from turret.cli.main import run
-from turret.tasks import make
+from turret.tasks import task_from_spec
 from turret.workspace import Workspace
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
@@ -50,8 +50,8 @@ def chances(workspace: Workspace, name: str, text: str) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         workspace.store.materialize(name, Path(folder))
         adapters.mount(base.model, adapters.read_bundle(folder), fingerprint=base.fingerprint)
-        task = make.task_from_spec(manifest["task"], base.tokenizer)
-        return adapters.classify_logits(base.model, [task.encode(text).ids]).softmax(-1)[0]
+        task = task_from_spec(manifest["task"], base.tokenizer)
+        return adapters.classify_logits(base.model, [task.encode_source(text).ids]).softmax(-1)[0]
 
 
 def refused(capsys: pytest.CaptureFixture[str], store: Path, source: object, *more: str) -> str:

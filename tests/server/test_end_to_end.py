@@ -53,7 +53,7 @@ def bundle(folder: Path, base: Path, family: str, kind: str, seed: int) -> Path:
         task = Classify(("bad", "good"), tokenizer, max_tokens=32)
         turret.save(model, folder, base=str(base), task=task.spec())
     else:
-        said = Generate(tokenizer, "decoder", max_tokens=32, max_target_tokens=12, kind="generate")
+        said = Generate(tokenizer, "decoder", max_tokens=32, max_target_tokens=12)
         turret.save(model, folder, base=str(base), task=said.spec(), generation=said.generation)
     return folder
 

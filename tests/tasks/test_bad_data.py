@@ -16,11 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from small_tables import load
 
+from turret.data import dataset
+from turret.data.dataset import read_inputs, read_test
+from turret.data.files import Table, from_rows
+from turret.data.source import open_source
 from turret.errors import LINE, DataError, RecipeError, TurretError
 from turret.recipe import Data, Recipe
-from turret.tasks import tables
-from turret.tasks.files import from_rows
+from turret.tasks import task_of
 
 FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60, deadline=None
@@ -62,13 +66,13 @@ def read(path: Path | str, **more: Any) -> None:
     for kind in KINDS:
         for many in (False, True):
             try:
-                tables.read(Data(source=str(path), **more), kind, multi_label=many)
+                load(path, kind, multi_label=many, **more)
             except TurretError as error:
                 checked(error)
         if kind is not None:
-            for ask in (tables.read_test, tables.read_inputs):
+            for ask in (read_test, read_inputs):
                 try:
-                    ask(Data(source=str(path), **more), kind)
+                    ask(Data(source=str(path), **more), task_of(kind).schema())
                 except TurretError as error:
                     checked(error)
 
@@ -151,10 +155,10 @@ def test_a_spoilt_parquet_is_a_table_or_one_error(at: int, noise: bytes, cut: in
 @given(rows=ROWS, names=st.lists(st.text(max_size=2000), max_size=3))
 def test_any_cells_are_examples_or_one_error(rows: Any, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     table = from_rows("t", ("text", "label"), [{"text": a, "label": b} for a, b in rows])
-    given_names = tables.Table(table.name, table.columns, table.read, {"label": names}, (), "row")
+    given_names = Table(table.name, table.columns, table.read, {"label": names}, (), "row")
     for each in (table, given_names):
         with monkeypatch.context() as patch:
-            patch.setattr(tables, "open_source", lambda _source, each=each: {"": each})
+            patch.setattr(dataset, "open_source", lambda _source, each=each: {"": each})
             read("t", text="text", label="label")
             read("t", document="text", summary="label")
 
@@ -173,10 +177,10 @@ def test_a_label_that_is_none_is_refused_with_its_place(cell: Any, said: str | N
     path = tmp_path / "t.jsonl"
     path.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
     if said is None:  # a class as good as any other
-        assert "7" * 400 in tables.read(Data(source=str(path), test=1), "classify").labels
+        assert "7" * 400 in load(path, "classify", test=1).labels
         return
     with pytest.raises(DataError, match=rf"^t\.jsonl line 3, column 'label': {said}") as caught:
-        tables.read(Data(source=str(path)), "classify")
+        load(path, "classify")
     checked(caught.value)
 
 
@@ -184,7 +188,7 @@ def test_a_date_beyond_pythons_calendar_is_refused_with_row_and_column(tmp_path:
     path = tmp_path / "t.parquet"
     dates = pa.array([0] * 300 + [2**62], pa.date64())
     pq.write_table(pa.table({"text": ["a"] * 301, "label": dates}), path)
-    asked = tables.open_source(str(path))[""]
+    asked = open_source(str(path))[""]
     with pytest.raises(DataError, match=r"t\.parquet row 301, column 'label': this date.* cannot be read") as caught:
         list(asked.read(["text", "label"]))
     assert "expected text or a label; mend it, or leave the row out" in checked(caught.value)
@@ -199,7 +203,7 @@ def test_a_parquet_whose_schema_is_broken_is_one_line(tmp_path: Path) -> None:
     for at in range(len(raw) - 200, len(raw)):
         put(path, raw[:at] + bytes([raw[at] ^ 0x5A]) + raw[at + 1 :])
         try:
-            tables.open_source(str(path))
+            open_source(str(path))
         except DataError as error:
             found.add(checked(error)[:36])
     assert "t.parquet is not Parquet, or broken:" in found
@@ -209,7 +213,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"]), pa.array([1])], names=["text", "text", "label"]), path)
     with pytest.raises(DataError, match=r"has the column 'text' more than once: give each its own name"):
-        tables.open_source(str(path))
+        open_source(str(path))
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------

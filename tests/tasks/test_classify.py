@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from small_models import FAMILIES, tokenizer
 from torch.nn import functional as F
 
+from turret.data import Labelled
 from turret.errors import AdapterError, DataError
 from turret.recipe import Task
-from turret.tasks import Labelled
+from turret.tasks import make_task, task_from_spec
 from turret.tasks.classify import Classify, balanced_weights
-from turret.tasks.make import make_task, task_from_spec
 
 TOKENIZERS = {family: tokenizer(family) for family in FAMILIES}
 LABELS = ("bad", "fine", "good")
@@ -40,12 +40,12 @@ def test_a_text_is_encoded_and_cut_as_the_tokenizer_itself_would(
 ) -> None:
     known = TOKENIZERS[family]
     task = classifier(family, max_tokens)
-    for text, encoded in zip(texts, task.encode_all(texts), strict=True):
+    for text, encoded in zip(texts, task.encode_sources(texts), strict=True):
         expected = known(text, truncation=True, max_length=max_tokens)["input_ids"]
         assert encoded.ids.tolist() == (expected or [known.eos_token_id])
         assert encoded.ids.dtype == torch.long
         assert encoded.cut == (len(known(text)["input_ids"]) > max_tokens)
-        assert torch.equal(task.encode(text).ids, encoded.ids)
+        assert torch.equal(task.encode_source(text).ids, encoded.ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,7 +53,7 @@ def test_a_text_is_encoded_and_cut_as_the_tokenizer_itself_would(
     "text", ["", " ", "\n\n", "a", "\x00", "\u200b", "日本語", "🎬", "[PAD][SEP]</s><pad>", "\ufffd"]
 )
 def test_every_text_has_at_least_one_token_and_none_raises(family: str, text: str) -> None:
-    encoded = classifier(family).encode(text)
+    encoded = classifier(family).encode_source(text)
     assert 1 <= len(encoded.ids) <= 16
     assert int(encoded.ids.max()) < len(TOKENIZERS[family])
 
@@ -63,7 +63,7 @@ def test_every_text_has_at_least_one_token_and_none_raises(family: str, text: st
 def test_a_text_of_100000_tokens_is_cut_quickly_and_exactly(family: str, piece: str) -> None:
     text = piece * (20_000 if len(piece) > 1 else 100_000)
     started = time.perf_counter()
-    encoded = classifier(family).encode(text)
+    encoded = classifier(family).encode_source(text)
     assert time.perf_counter() - started < 5
     known = TOKENIZERS[family]
     assert encoded.ids.tolist() == (known(text, truncation=True, max_length=16)["input_ids"] or [known.eos_token_id])
@@ -71,11 +71,11 @@ def test_a_text_of_100000_tokens_is_cut_quickly_and_exactly(family: str, piece: 
 
 def test_a_prefix_text_goes_before_every_text() -> None:
     task = classifier(prefix_text="film: ")
-    assert torch.equal(task.encode("great").ids, classifier().encode("film: great").ids)
+    assert torch.equal(task.encode_source("great").ids, classifier().encode_source("film: great").ids)
 
 
 def test_no_texts_give_no_rows() -> None:
-    assert classifier().encode_all([]) == []
+    assert classifier().encode_sources([]) == []
     assert classifier().targets([]).shape == (0,)
 
 
@@ -202,7 +202,8 @@ def test_a_spec_survives_json_and_makes_the_same_task(settings: dict[str, Any]) 
     assert isinstance(again, Classify)
     assert again.spec() == task.spec()
     assert torch.equal(
-        again.encode("a great film and a dull story").ids, task.encode("a great film and a dull story").ids
+        again.encode_source("a great film and a dull story").ids,
+        task.encode_source("a great film and a dull story").ids,
     )
 
 

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_tables import NEWS, POLES, load, write_csv, write_jsonl
 
+from turret.data.files import FIELD_LIMIT, LINE_LIMIT, open_folder, open_table, split_in
 from turret.errors import DataError
-from turret.tasks.files import FIELD_LIMIT, LINE_LIMIT, open_folder, open_table, split_in
 
 CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 ROWS = st.lists(st.tuples(CELL, CELL), min_size=1, max_size=8)

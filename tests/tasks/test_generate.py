@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from small_models import DECODERS, ENCODER_DECODERS, GENERATORS, build, tokenizer
 from torch.nn import functional as F
 
+from turret.data import Pair
 from turret.errors import BaseModelError, DataError
 from turret.recipe import Task
-from turret.tasks import Pair
-from turret.tasks.generate import Generate
-from turret.tasks.make import make_task, task_from_spec
+from turret.tasks import Generate, Summarize, make_task, task_from_spec
 
 TOKENIZERS = {family: tokenizer(family) for family in GENERATORS}
 LONG = "the quick brown fox jumps over the lazy dog and the film was a great pleasure to watch " * 5
@@ -24,9 +23,11 @@ LINE = st.text(st.sampled_from("abc xyz,.!"), max_size=60)
 LETTERS = st.text(st.sampled_from("abc xyz,.!\n"), max_size=60)
 
 
-def generator(family: str, max_tokens: int = 60, max_target_tokens: int = 12, **settings: Any) -> Generate:
+def generator(
+    family: str, max_tokens: int = 60, max_target_tokens: int = 12, task: type[Generate] = Summarize, **settings: Any
+) -> Generate:
     kind: Any = "decoder" if family in DECODERS else "encoder-decoder"
-    return Generate(TOKENIZERS[family], kind, max_tokens, max_target_tokens, **settings)
+    return task(TOKENIZERS[family], kind, max_tokens, max_target_tokens, **settings)
 
 
 def shown(task: Generate, ids: torch.Tensor) -> str:
@@ -67,7 +68,7 @@ def test_a_document_that_is_too_long_loses_its_end_and_the_template_stays(family
 
 def test_a_decoder_reads_the_document_and_then_where_the_target_begins() -> None:
     assert generator("gpt2").template == "{document}\n\nTL;DR:"
-    assert generator("gpt2", prefix_text="in short: ", kind="generate").template == "in short: {document}\n"
+    assert generator("gpt2", prefix_text="in short: ", task=Generate).template == "in short: {document}\n"
     assert generator("t5", prefix_text="summarize: ").template == "summarize: {document}"
     assert shown(generator("gpt2"), generator("gpt2").encode_source("A fox \n").ids).endswith("a fox tl;dr:")
 
@@ -227,7 +228,7 @@ def test_generation_is_told_everything_and_inherits_no_length() -> None:
     [
         {},
         {"prefix_text": "summarize: ", "num_beams": 3, "max_new_tokens": 5},
-        {"kind": "generate", "prefix_text": "about {document}:"},
+        {"task": Generate, "prefix_text": "about {document}:"},
         {"chat_template": True},
     ],
 )

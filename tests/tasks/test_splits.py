@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from turret.data.splits import Chosen, choose, find_sources, shuffled
+from turret.data.splits import test_split as split_to_test
 from turret.errors import DataError
 from turret.recipe import Data
-from turret.tasks.splits import Chosen, choose, find_sources, shuffled
-from turret.tasks.splits import test_split as split_to_test
 
 
 def taken(counts: dict[str, int], seed: int = 42, **wanted: Any) -> Chosen:

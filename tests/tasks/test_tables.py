@@ -11,10 +11,12 @@ import datasets
 import pytest
 from small_tables import NEWS, POLES, labelled, load, write_csv, write_jsonl
 
+from turret.data import Labelled, Pair
+from turret.data.dataset import read, read_inputs, read_test
+from turret.data.source import open_source
 from turret.errors import DataError
-from turret.recipe import Data
-from turret.tasks import Labelled, Pair
-from turret.tasks.tables import open_source, read, read_inputs, read_test
+from turret.recipe import Data, Task
+from turret.tasks import Classify, Summarize, schemas
 
 
 def labels_of(examples: Any) -> list[Any]:
@@ -22,7 +24,7 @@ def labels_of(examples: Any) -> list[Any]:
 
 
 def test_tables_load_no_torch() -> None:
-    code = "import sys, turret.tasks.tables; print([m for m in ('torch', 'pandas', 'datasets') if m in sys.modules])"
+    code = "import sys, turret.data.dataset; print([m for m in ('torch', 'pandas', 'datasets') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -304,8 +306,8 @@ def test_the_digest_is_the_contents_and_nothing_elses(tmp_path: Path) -> None:
 
 def test_more_than_fits_in_memory_goes_to_a_file_and_comes_back_the_same(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", POLES)
-    held = read(Data(source=str(path)))
-    spilled = read(Data(source=str(path)), memory=30)
+    held, every = load(path), schemas(Task())
+    spilled = read(Data(source=str(path)), every, memory=30)
     assert list(spilled.train) == list(held.train)
     assert spilled.digest == held.digest
 
@@ -323,7 +325,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
 
     reads: list[str] = []
     with pytest.raises(DataError, match="changed while it was read"):
-        read(Growing(source=str(path)))
+        read(Growing(source=str(path)), schemas(Task()))
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -364,7 +366,7 @@ def test_a_data_set_of_the_hub_without_a_connection_is_one_line() -> None:
 
 
 def test_a_data_set_of_the_hub_is_read_with_its_class_names() -> None:
-    from turret.tasks import hub
+    from turret.data import hub
 
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     part = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
@@ -378,16 +380,16 @@ def test_a_data_set_of_the_hub_is_read_with_its_class_names() -> None:
 
 def test_an_evaluation_reads_the_test_split_or_everything(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "all.csv", POLES)
-    examples, _ = read_test(Data(source=str(path)), "classify", labels=("bad", "good"))
+    examples, _ = read_test(Data(source=str(path)), Classify.schema(), labels=("bad", "good"))
     assert examples == [Labelled(row["text"], row["label"]) for row in POLES]
-    some, _ = read_test(Data(source=str(path), test=5), "classify")
+    some, _ = read_test(Data(source=str(path), test=5), Classify.schema())
     assert len(some) == 5
     folder = tmp_path / "parts"
     folder.mkdir()
     write_csv(folder / "train.csv", POLES)
     write_csv(folder / "test.csv", POLES[:3])
-    assert len(read_test(Data(source=str(folder)), "classify")[0]) == 3
-    assert len(read_test(Data(source=str(folder), test="train"), "classify")[0]) == 20
+    assert len(read_test(Data(source=str(folder)), Classify.schema())[0]) == 3
+    assert len(read_test(Data(source=str(folder), test="train"), Classify.schema())[0]) == 20
 
 
 def test_an_evaluation_on_a_label_that_the_adapter_does_not_know_is_refused(tmp_path: Path) -> None:
@@ -395,17 +397,17 @@ def test_an_evaluation_on_a_label_that_the_adapter_does_not_know_is_refused(tmp_
     with pytest.raises(
         DataError, match="has the label 'good', which the adapter does not know: it knows 'bad', 'fine'"
     ):
-        read_test(Data(source=str(path)), "classify", labels=("bad", "fine"))
+        read_test(Data(source=str(path)), Classify.schema(), labels=("bad", "fine"))
 
 
 def test_inputs_alone_are_read_from_a_table_or_a_text_file(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", [{"id": 1, "review": "a"}, {"id": 2, "review": ""}])
-    assert read_inputs(Data(source=str(path)), "classify") == ["a", ""]
-    assert read_inputs(Data(source=str(path), text="id"), "classify") == ["1", "2"]
+    assert read_inputs(Data(source=str(path)), Classify.schema()) == ["a", ""]
+    assert read_inputs(Data(source=str(path), text="id"), Classify.schema()) == ["1", "2"]
     one = write_csv(tmp_path / "one.csv", [{"whatever": "x"}])
-    assert read_inputs(Data(source=str(one)), "summarize") == ["x"]
+    assert read_inputs(Data(source=str(one)), Summarize.schema()) == ["x"]
     (tmp_path / "t.txt").write_bytes(b"first\r\n\nlast")
-    assert read_inputs(Data(source=str(tmp_path / "t.txt")), "classify") == ["first", "", "last"]
+    assert read_inputs(Data(source=str(tmp_path / "t.txt")), Classify.schema()) == ["first", "", "last"]
     odd = write_csv(tmp_path / "odd.csv", [{"a": "x", "b": "y"}])
     with pytest.raises(DataError, match="the inputs; the columns are 'a', 'b': name one with --column"):
-        read_inputs(Data(source=str(odd)), "classify")
+        read_inputs(Data(source=str(odd)), Classify.schema())

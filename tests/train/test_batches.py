@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -72,14 +73,13 @@ def test_evaluation_pieces_hold_every_index_once_with_its_neighbours_in_length(l
 class Letters:
     """A task whose tokens are the letters of a text."""
 
-    kind = "classify"
-
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
 
-    def encode_all(self, texts: Sequence[str]) -> list[SimpleNamespace]:
-        self.calls.append(list(texts))
-        return [SimpleNamespace(ids=torch.arange(len(text)), cut=text == "ccc") for text in texts]
+    def encode_examples(self, examples: Sequence[Any]) -> list[tuple[SimpleNamespace, None]]:
+        texts = [example.text for example in examples]
+        self.calls.append(texts)
+        return [(SimpleNamespace(ids=torch.arange(len(text)), cut=text == "ccc"), None) for text in texts]
 
 
 def test_examples_are_encoded_together_once_while_there_is_room_and_anew_after() -> None:

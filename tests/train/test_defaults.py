@@ -12,10 +12,10 @@ import tiny_training as tiny
 import torch
 
 from turret import adapters
+from turret.data import Labelled
 from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
 from turret.methods.method import LARGE_BASE
 from turret.recipe import Recipe
-from turret.tasks import Labelled
 from turret.train import evaluate, filled, fit
 from turret.train.defaults import FEWEST_EPOCHS, MOST_EPOCHS
 from turret.train.start import attach

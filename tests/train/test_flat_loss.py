@@ -12,7 +12,7 @@ import tiny_training as tiny
 import torch
 
 from turret import adapters
-from turret.tasks import Labelled
+from turret.data import Labelled
 from turret.tasks.classify import Classify, balanced_weights
 from turret.train import fit
 from turret.train.flat_loss import FEWEST, WINDOW, flat_loss

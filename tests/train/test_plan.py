@@ -16,8 +16,8 @@ import tiny_training as tiny
 import torch
 
 from turret import adapters, kernels
+from turret.data import Labelled, Pair
 from turret.errors import AdapterError, PreflightRefused
-from turret.tasks import Labelled, Pair
 from turret.train import Check, Plan, checks, memory, plan
 from turret.train.cost import Others
 from turret.train.preflight import fits

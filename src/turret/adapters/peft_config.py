@@ -12,6 +12,7 @@ from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter
 from turret.errors import BundleError
 from turret.families import FAMILIES
 from turret.methods import LoRA, Method, Peft, Prefix
+from turret.tasks import stored_task
 
 TASK_TYPES = {"classify": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM", "decoder": "CAUSAL_LM"}
 
@@ -86,7 +87,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def _task_type(adapter: Adapter) -> str | None:
-    if adapter.task.get("kind") == "classify" or adapter.head:
+    if adapter.head or not stored_task(adapter.task).generates:
         return TASK_TYPES["classify"]
     family = adapter.base.family
     if family is None:

@@ -18,6 +18,7 @@ from turret.adapters.adapter import LORA_PREFIX, Adapter
 from turret.errors import AdapterError
 from turret.families import FAMILIES
 from turret.methods import LoRA
+from turret.tasks import stored_task
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _LAYER = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)", re.ASCII)
@@ -28,7 +29,7 @@ def max_lora_rank(adapter: Adapter) -> int:
     method, family = adapter.method, adapter.base.family
     if not isinstance(method, LoRA):
         raise AdapterError(f"vLLM takes LoRA alone, and this is a {method.kind}: export it without --vllm")
-    if adapter.head or adapter.task.get("kind") == "classify":
+    if adapter.head or not stored_task(adapter.task).generates:
         raise AdapterError("vLLM takes no adapter with a head (modules_to_save), and this one classifies: use --merged")
     served = [name for name, each in FAMILIES.items() if each.vllm_lora]
     if family not in served:

@@ -12,6 +12,7 @@ import typer
 from turret.cli import options
 from turret.cli.output import console, emit, grid, metrics, plainly, safe, span, status
 from turret.errors import DataError, RecipeError
+from turret.tasks import Task, stored_task
 
 if TYPE_CHECKING:
     from turret.workspace import Evaluation, Workspace
@@ -42,7 +43,7 @@ def predict(
     if as_json:
         emit(list(answers))
     else:
-        _print_answers(texts, answers)
+        _print_answers(stored_task(workspace.resolve(reference).part("task")), texts, answers)
 
 
 def evaluate(
@@ -102,23 +103,14 @@ def data_columns(sets: list[str] | None) -> dict[str, Any]:
     return found
 
 
-def _print_answers(texts: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> None:
+def _print_answers(task: type[Task], texts: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> None:
     for text, answer in zip(texts, answers, strict=True):
         shown = plainly(text)
         short = shown if len(shown) <= 72 else f"{shown[:69]}..."
-        if "label" in answer:
-            console().print(f"{_label(answer)}  [dim]{safe(short)}[/]")
+        if task.generates:
+            console().print(f"[dim]{safe(short)}[/]\n  {safe(task.line(answer))}")
         else:
-            cut = "" if answer["finish_reason"] == "stop" else "  [yellow](cut at the length limit)[/]"
-            console().print(f"[dim]{safe(short)}[/]\n  {safe(answer['text'])}{cut}")
-
-
-def _label(answer: Mapping[str, Any]) -> str:
-    """The label with its probability; for one of many the runner-up too."""
-    chances = answer["probabilities"]
-    if isinstance(answer["label"], list):
-        return "  ".join(f"[bold]{safe(name)}[/] {chances[name]:.2f}" for name in answer["label"]) or "[dim]none[/]"
-    return f"[bold]{safe(answer['label'])}[/] {chances[answer['label']]:.2f}"
+            console().print(f"[bold]{safe(task.line(answer))}[/]  [dim]{safe(short)}[/]")
 
 
 def _print_evaluation(found: Evaluation) -> None:

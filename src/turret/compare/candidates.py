@@ -24,6 +24,7 @@ from typing import Any, Literal
 from turret.errors import RecipeError
 from turret.methods import METHODS, method_named
 from turret.recipe import Recipe
+from turret.tasks import task_of
 
 CLASSIFYING = "base,head,full,lora,prefix"
 WRITING = "base,full,lora,prefix"
@@ -61,12 +62,13 @@ def candidates(
 
     A rate in the recipe belongs to the recipe's own method; lr: a rate for all, or "auto".
     """
-    named = list(_split(text or (CLASSIFYING if kind == "classify" else WRITING)))
+    generates = task_of(kind).generates
+    named = list(_split(text or (WRITING if generates else CLASSIFYING)))
     found: dict[str, Candidate] = {}
     for method, settings in named:
         if name := method_named(method).named_by:
             settings = _named(method, name, settings, recipe)
-        if method_named(method).head_alone and kind != "classify":
+        if method_named(method).head_alone and generates:
             raise RecipeError(f"{method}: a base that is to {kind} has no head to train alone: leave {method} out")
         for chosen in _expanded(settings):
             made = _candidate(method, chosen, recipe, lr)

@@ -16,6 +16,7 @@ from typing import Any
 
 from turret.compare.losses import course
 from turret.compare.results import Result
+from turret.tasks import task_of
 
 PART = 0.25  # of the best seed's skill
 CLEAR, BY_CHANCE = 5.0, 2.0  # standard errors above guessing: surely learnt; not told from guessing
@@ -61,7 +62,7 @@ def learnt(own: Sequence[Result], examples: Sequence[Any]) -> Learnt:
 def skill(result: Result, examples: Sequence[Any]) -> tuple[float, float] | None:
     """(skill, its standard error were there none); None where it is not known."""
     score, count = float(result.scores.mean()), len(result.scores)
-    if result.kind == "classify":
+    if task_of(result.kind).right_or_wrong:
         guess = _agreement_by_chance(result.answers, [each.label for each in examples])
         spread = guess * (1 - guess)
     elif result.guess is not None:

@@ -32,6 +32,7 @@ from turret.compare.promotion import Promotion, promotion
 from turret.compare.results import Result, made_with
 from turret.compare.verdict import Verdict, judge
 from turret.errors import TrainingError
+from turret.tasks import task_of
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def comparison(
         _row(made, candidate, sides[candidate.spec], yardstick, failures, confidence) for candidate in made.candidates
     )
     good = [each for each in whole if each.seed not in sides[each.spec].learnt.seeds]
-    classes = data.labels if data.kind == "classify" and isinstance(getattr(data.test[0], "label", None), str) else ()
+    classes = data.labels if _one_class(data) else ()
     specs = [row.spec for row in rows if row.score is not None]
     first = results[0]
     points = tuple(_curves(made, results, data.test, confidence)) if len(made.fractions) > 1 else ()
@@ -159,7 +160,7 @@ def comparison(
         name=made.recipe.name,
         base=first.base,
         task=data.kind,
-        metric="accuracy" if data.kind == "classify" else "rougeL",
+        metric=task_of(data.kind).metric,
         against=made.against,
         margin=made.margin,
         confidence=confidence,
@@ -253,7 +254,7 @@ def _row(
     tests = [
         mcnemar(side.all[each].scores == 1, yardstick.all[each].scores == 1)
         for each in sorted(side.all.keys() & yardstick.all.keys())
-        if verdict is not None and side.all[each].kind == "classify"
+        if verdict is not None and task_of(side.all[each].kind).right_or_wrong
     ]
     score = None
     if own:
@@ -326,9 +327,14 @@ def overtaking(points: Sequence[Point], rows: Sequence[Row], against: str) -> tu
     return tuple(found)
 
 
+def _one_class(data: Any) -> bool:
+    """Whether an answer is one class, right or wrong."""
+    return task_of(data.kind).right_or_wrong and isinstance(data.test[0].label, str)
+
+
 def _commonest(data: Any) -> float | None:
     """What always giving the commonest class of the training examples would score, in points."""
-    if data.kind != "classify" or not isinstance(getattr(data.test[0], "label", None), str):
+    if not _one_class(data):
         return None
     counts: dict[str, int] = {}
     for example in data.train:

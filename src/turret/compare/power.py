@@ -17,6 +17,7 @@ from scipy.special import stdtrit
 
 from turret.compare import words
 from turret.compare.evidence import Array, components
+from turret.tasks import task_of
 
 DRAWS, RESAMPLES = 1000, 300
 ENOUGH = 0.8  # of designs like this one reach a verdict: the usual power
@@ -37,7 +38,7 @@ class Spread:
     @classmethod
     def assumed(cls, kind: str) -> Spread:
         """Before anything has run. kind: of the task."""
-        if kind == "classify":
+        if task_of(kind).right_or_wrong:
             said = "assumed: 0.8 points of luck a seed, 1 example in 10 right for one method only"
             return cls(0.8, 100 * math.sqrt(0.06), 100 * math.sqrt(0.04), 0.2, said)
         return cls(0.8, 8.0, 12.0, 1.0, "assumed: 0.8 points of luck a seed, 14 points an example")

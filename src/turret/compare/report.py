@@ -17,6 +17,7 @@ from turret.compare.candidates import is_floor
 from turret.compare.comparison import Comparison, Row
 from turret.compare.pages import environment, facts
 from turret.compare.plots import Bar, Course, Line, Mark, courses, curves, forest, scatter, stacks
+from turret.tasks import task_of
 
 PARTS = ("weights", "trainable", "gradients", "optimiser", "activations")
 WORDS = {"within": "as good", "better": "better", "worse": "worse", "undecided": "undecided"}
@@ -86,12 +87,12 @@ def _said(found: Comparison) -> dict[str, Any]:
         "labels": labels,
         "kinds": kinds,
         "words": WORDS,
-        "metric": "accuracy" if found.metric == "accuracy" else "ROUGE-L",
+        "metric": task_of(found.task).metric_label,
         "parts": PARTS,
         "classes": _by_class(found),
         "memory": list(_memory(found)),
         "tests": [row for row in found.rows if row.verdict is not None and row.kind != "base"],
-        "writes": found.task != "classify",
+        "writes": task_of(found.task).generates,
         "made": list(facts(found.made)),
     }
 
@@ -120,7 +121,7 @@ def _plots(found: Comparison) -> Iterator[tuple[str, str]]:
     rows = [row for row in found.rows if row.score is not None and row.costs is not None]
     contenders = [row for row in rows if not is_floor(row.kind) and not row.learnt_nothing] or rows
     judged = [row for row in rows if row.verdict is not None]
-    metric = "accuracy" if found.metric == "accuracy" else "ROUGE-L"
+    metric = task_of(found.task).metric_label
     if judged:
         zero = f"{found.against_label}, and {found.margin:g} to either side"
         scale = [_difference(row) for row in contenders if row.verdict is not None] or None

@@ -86,7 +86,7 @@ class Bank:
         require_base(adapter, self.fingerprint)
         adapter = self._at_home(adapter)
         parts = numbers_of(adapter.method).parts(self._model, self.attached, adapter)
-        head = self._heads.checked(adapter, task.kind)
+        head = self._heads.checked(adapter, task.generates)
         factors, groups, ends = self._by_layer(parts, head), shapes_of(parts.prefix), shapes_of(head)
         behind = sum(part.numel() for pair in factors.values() for part in pair)
         run = torch.empty(behind + groups.count + ends.count, dtype=self.dtype, device=self.device)

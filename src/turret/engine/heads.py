@@ -43,9 +43,9 @@ class Heads:
         paths += [path for path, _ in self._inside.values()]
         self._modules = {path: copy.deepcopy(owner.get_submodule(path)).to("meta").eval() for path in paths}
 
-    def checked(self, adapter: Adapter, kind: str) -> dict[str, Tensor]:
+    def checked(self, adapter: Adapter, generates: bool) -> dict[str, Tensor]:
         """The adapter's head as it is stored, by names in the model: it is whole and fits, or AdapterError says how."""
-        if kind != "classify":
+        if generates:
             if adapter.head:
                 raise AdapterError(f"an adapter that generates has no head, given {next(iter(adapter.head))}")
             return {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 from turret.bases import Base
 from turret.engine.cache import capacity
@@ -58,7 +57,7 @@ class Prompts:
         if request.ids is None:
             assert request.text is not None
             with self._lock:
-                request.ids = self._encoded(request.kind, request.text, loaded)
+                request.ids = self._encoded(request.text, loaded)
         length, shift = len(request.ids), 0 if loaded is None else loaded.length
         most = self._most(shift)
         if length > most:
@@ -107,11 +106,9 @@ class Prompts:
                 for whole, token in zip(wholes, tokens, strict=True)
             ]
 
-    def _encoded(self, kind: str, text: str, loaded: Loaded | None) -> list[int]:
+    def _encoded(self, text: str, loaded: Loaded | None) -> list[int]:
         if loaded is not None:
-            task: Any = loaded.task
-            encoded = task.encode(text) if kind == "classify" else task.encode_sources([text])[0]
-            return [int(token) for token in encoded.ids.tolist()]
+            return [int(token) for token in loaded.task.encode_sources([text])[0].ids.tolist()]
         tokens = self._tokens
         ids = [*tokens.before, *tokens.plain([text], most=self._limits.max_tokens)[0], *tokens.after]
         if not ids:
@@ -126,7 +123,7 @@ class Prompts:
             )
         if loaded is None:
             return
-        does = "classify" if loaded.task.kind == "classify" else "generate"
+        does = loaded.task.request
         if does != request.kind:
             verbs = {"classify": "classifies", "generate": "generates"}
             raise AdapterError(f"{request.named} {verbs[does]} and was asked to {request.kind}: ask it to {does}")

@@ -25,7 +25,7 @@ from turret.engine.slots import Entry, Slots
 from turret.engine.source import Source
 from turret.errors import AdapterError, NoRoom, NotFound, TurretError
 from turret.kernels import rest
-from turret.tasks.make import task_from_spec
+from turret.tasks import task_from_spec
 
 TASKS = 64  # that adapters share, where they say the same of theirs
 SEAT_PATIENCE = 1.0  # seconds after which one that waits for a slot goes before others whose adapter is there

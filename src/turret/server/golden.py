@@ -14,6 +14,7 @@ from turret.server.asked import Answer
 from turret.server.face import Kind, Ticket
 from turret.server.served import Served
 from turret.server.shadows import BEHIND
+from turret.tasks import stored_task
 
 AT_ONCE = 16
 PATIENCE = 60.0  # seconds that a full queue is waited for
@@ -21,8 +22,7 @@ PATIENCE = 60.0  # seconds that a full queue is waited for
 
 def answers(here: Served, reference: str, texts: Sequence[str]) -> list[Answer]:
     """What the version answers to each text, in order; blocking. Raises what `submit` and its tickets do."""
-    task = here.workspace.resolve(reference).part("task")
-    kind: Kind = "classify" if task.get("kind") == "classify" else "generate"
+    kind = stored_task(here.workspace.resolve(reference).part("task")).request
     found: list[Answer] = []
     for start in range(0, len(texts), AT_ONCE):
         tickets: list[Ticket] = []

@@ -34,6 +34,7 @@ from turret.reference import Reference
 from turret.server.follow import AGAIN, Follow
 from turret.store import Version
 from turret.store.catalog import PRODUCTION
+from turret.tasks import stored_task
 
 OUTSIDE = "none"  # in place of an arm, of a request that its experiment does not count
 NOT_ITS_OWN = (Busy, Draining, Cancelled, DataError, RequestError)  # whatever the version
@@ -232,7 +233,7 @@ class Routing:
     def _fits(self, experiment: Experiment, kind: str) -> bool:
         """Whether the control is asked for what it does."""
         try:
-            task = self._resolve(experiment.reference(experiment.control)).part("task").get("kind")
+            task = self._resolve(experiment.reference(experiment.control)).part("task")
         except TurretError:
             return True
-        return (kind == "classify") == (task == "classify")
+        return stored_task(task).request == kind

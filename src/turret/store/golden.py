@@ -25,6 +25,7 @@ from turret.database import golden_gates, golden_sets, replays
 from turret.errors import BadReference, Corrupt, DataError, GateFailed, NotFound, ReplayNeeded
 from turret.store import catalog
 from turret.store.catalog import Version, now, plain
+from turret.tasks import stored_task
 
 MOST_EXAMPLES = 10_000
 MOST_CHARACTERS = 4_000_000  # of a set: it is a row of the database
@@ -291,11 +292,11 @@ def passed(replay: Replay, gate: Golden) -> bool:
 def misfit(version: Version, wanted: GoldenSet) -> str | None:
     """Why no version of that kind could pass, from its manifest alone."""
     task = version.part("task")
-    labels, classifies = task.get("labels") or (), task.get("kind") == "classify"
-    if classifies != (wanted.kind == "label"):
-        does = "classifies" if classifies else "writes texts"
+    labels, generates = task.get("labels") or (), stored_task(task).generates
+    if generates == (wanted.kind == "label"):
+        does = "writes texts" if generates else "classifies"
         return f"has {'labels' if wanted.kind == 'label' else 'texts'} as answers, and {version} {does}"
-    for place, example in enumerate(wanted.examples, start=1) if classifies else ():
+    for place, example in () if generates else enumerate(wanted.examples, start=1):
         many = example.labels if task.get("multi_label") else (example.wanted,)
         for label in many:
             if label not in labels:

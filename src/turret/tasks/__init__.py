@@ -1,9 +1,33 @@
-"""What an example, a target, a loss and a metric are for classify, summarize and generate; and reading tables.
+"""The axis of tasks: classify, summarize and generate, a file each, and the table that all else asks.
 
-Knows texts, labels and tokenizers. Refuses to know training, serving, stores and adapters. Importing the package or
-its `tables` loads no torch; `make`, `classify`, `generate` and `metrics` do.
+A new task is a class with what `Task` lists, under `@register`. Importing the package loads no torch.
 """
 
-from turret.tasks.task import Encoded, Example, Kind, Labelled, Pair, Task, texts_of
+from turret.tasks.classify import Classify
+from turret.tasks.generate import Generate, Summarize
+from turret.tasks.task import (
+    TASKS,
+    Encoded,
+    Task,
+    make_task,
+    register,
+    schemas,
+    stored_task,
+    task_from_spec,
+    task_of,
+)
 
-__all__ = ["Encoded", "Example", "Kind", "Labelled", "Pair", "Task", "texts_of"]
+__all__ = [
+    "TASKS",
+    "Classify",
+    "Encoded",
+    "Generate",
+    "Summarize",
+    "Task",
+    "make_task",
+    "register",
+    "schemas",
+    "stored_task",
+    "task_from_spec",
+    "task_of",
+]

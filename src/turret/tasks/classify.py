@@ -1,29 +1,40 @@
-"""Classification: one class of many for a text, or any number of them. Knows tokens, classes, the loss and the answers.
+"""Classification: one class of many for a text, or any number of them.
 
-Refuses to know models and tables: logits come in, numbers and names go out. Axes: B examples, C classes, T tokens.
+Logits come in, numbers and names go out. Axes: B examples, C classes, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from turret.data import Dataset, Labelled, Schema
+from turret.data.cells import label_of
+from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
-from turret.tasks import metrics
-from turret.tasks.task import Encoded, Labelled
+from turret.tasks.task import Encoded, FamilyKind, Request, register
 from turret.tasks.tokens import Tokens
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")  # names of columns
+LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic")
 THRESHOLD = 0.5  # multi-label: a class is given when its probability reaches it
 
 
+@register
 class Classify:
     """The classes in the order of the logits, and how a text is encoded for them."""
 
-    kind: Literal["classify"] = "classify"
+    kind: ClassVar[str] = "classify"
+    request: ClassVar[Request] = "classify"
+    generates: ClassVar[bool] = False
+    pipeline_tag: ClassVar[str] = "text-classification"
+    metric: ClassVar[str] = "accuracy"
+    metric_label: ClassVar[str] = "accuracy"
+    right_or_wrong: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -57,14 +68,56 @@ class Classify:
                 f"take {needed - 1}, so give at least {needed}"
             )
 
+    @classmethod
+    def schema(cls, *, multi_label: bool = False) -> Schema:
+        return Schema(
+            cls.kind,
+            {LABELLED: [(text, label) for text in TEXTS for label in LABELS]},
+            TEXTS,
+            lambda cell, names, _: label_of(cell, names, multi_label),
+            Labelled,
+            classes=True,
+            many=multi_label,
+        )
+
+    @classmethod
+    def make(cls, settings: Any, dataset: Dataset, tokenizer: Any, family_kind: FamilyKind) -> Classify:
+        weights = settings.class_weights
+        if weights == "balanced":
+            weights = balanced_weights(dataset.labels, dataset.train, multi_label=settings.multi_label)
+        return cls(
+            dataset.labels,
+            tokenizer,
+            settings.max_tokens,
+            multi_label=settings.multi_label,
+            class_weights=weights,
+            prefix_text=settings.prefix_text,
+        )
+
+    @classmethod
+    def num_labels(cls, labels: Sequence[str]) -> int | None:
+        return len(labels) or None
+
+    @classmethod
+    def head_config(cls, spec: Mapping[str, Any]) -> dict[str, Any]:
+        labels = spec["labels"]
+        said = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        return said | ({"problem_type": "multi_label_classification"} if spec.get("multi_label") else {})
+
+    @property
+    def instruction(self) -> str:
+        return f"Classify the following text as {', '.join(self.labels)}."
+
     # --- texts in --------------------------------------------------------------------------------------------------
 
-    def encode(self, text: str) -> Encoded:
+    def encode_source(self, text: str) -> Encoded:
         """`before` + the text's first tokens + `after`: at most `max_tokens`, at least one."""
-        return self.encode_all([text])[0]
+        return self.encode_sources([text])[0]
 
-    def encode_all(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
         """The same for many texts, which is much faster than one by one."""
+        import torch
+
         tokens = self._tokens
         room = self.max_tokens - len(tokens.before) - len(tokens.after)
         encoded = []
@@ -73,8 +126,13 @@ class Classify:
             encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
         return encoded
 
+    def encode_examples(self, examples: Sequence[Labelled]) -> list[tuple[Encoded, Encoded | None]]:
+        return [(source, None) for source in self.encode_sources([example.text for example in examples])]
+
     def targets(self, examples: Sequence[Labelled]) -> Tensor:
         """Class numbers (B,) int64; with `multi_label` ones and zeros (B, C) float32."""
+        import torch
+
         try:
             if not self.multi_label:
                 return torch.tensor([self._index[str(example.label)] for example in examples], dtype=torch.long)
@@ -97,6 +155,8 @@ class Classify:
         Many: `mean_b mean_c` of the binary cross-entropy, the positive term times w[c].
         logits: (B, C), targets: (B,) int64 or (B, C) float32.
         """
+        import torch.nn.functional as F
+
         logits = logits.float()
         weight = self._weight(logits.device)
         if self.multi_label:
@@ -111,6 +171,8 @@ class Classify:
         One class: a_c = share_c w_c, loss = sum_c a_c log(sum(a) / a_c). Many: the same for yes and no of each class,
         with the share of yes times w[c], and their mean.
         """
+        import torch
+
         wanted = self.targets(examples)
         weight = self._weight(wanted.device)
         if self.multi_label:
@@ -121,12 +183,16 @@ class Classify:
         return float(_constant_loss(shares if weight is None else shares * weight))
 
     def _weight(self, device: torch.device) -> Tensor | None:
+        import torch
+
         if self.class_weights is None:
             return None
         return torch.tensor([self.class_weights.get(label, 1.0) for label in self.labels], device=device)  # (C,)
 
     def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Any]:
         """accuracy, macro_f1, loss and a report for each class; logits: (B, C)."""
+        from turret.tasks import metrics
+
         loss = float(self.loss(logits, targets))
         if self.multi_label:
             given = (logits.float().sigmoid() >= THRESHOLD).long()  # (B, C)
@@ -142,6 +208,22 @@ class Classify:
         rows = [dict(zip(self.labels, row, strict=True)) for row in logits.softmax(-1).tolist()]
         best = logits.argmax(-1).tolist()
         return [{"label": self.labels[i], "probabilities": row} for i, row in zip(best, rows, strict=True)]
+
+    @classmethod
+    def judged(cls, answer: Mapping[str, Any]) -> Any:
+        return answer["label"]
+
+    @classmethod
+    def score(cls, given: Any, example: Labelled) -> float:
+        wanted = example.label
+        return float(sorted(given) == sorted(wanted) if isinstance(given, list) else given == wanted)
+
+    @classmethod
+    def line(cls, answer: Mapping[str, Any]) -> str:
+        """The labels with their probabilities."""
+        given, chances = answer["label"], answer["probabilities"]
+        labels = given if isinstance(given, list) else [given]
+        return "  ".join(f"{label} {chances[label]:.2f}" for label in labels) or "none"
 
     # --- kept with the adapter -------------------------------------------------------------------------------------
 
@@ -162,7 +244,7 @@ class Classify:
         return cls(spec["labels"], tokenizer, **settings)
 
 
-def balanced_weights(labels: Sequence[str], examples: Sequence[Labelled], *, multi_label: bool) -> dict[str, float]:
+def balanced_weights(labels: Sequence[str], examples: Sequence[Any], *, multi_label: bool) -> dict[str, float]:
     """`n / (C n_c)` for each class, 1 for one without examples; with many classes a text `(n - n_c) / n_c`."""
     counts = dict.fromkeys(labels, 0)
     for example in examples:
@@ -177,5 +259,7 @@ def balanced_weights(labels: Sequence[str], examples: Sequence[Labelled], *, mul
 
 def _constant_loss(parts: Tensor) -> Tensor:
     """sum_c a_c log(sum(a) / a_c) over the first axis, with 0 log 0 = 0."""
+    import torch
+
     loss: Tensor = torch.xlogy(parts, parts.sum(0)).sum(0) - torch.xlogy(parts, parts).sum(0)
     return loss

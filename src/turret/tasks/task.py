@@ -1,34 +1,19 @@
-"""What an example is, and what every task answers. Knows words only: no tables, no training, and loads no torch."""
+"""What every task answers, and the table of tasks. A task is one file: it imports torch inside its functions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar
+
+from turret.data import Dataset, Schema
+from turret.errors import AdapterError, DataError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["classify", "summarize", "generate"]
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """A text and its class; with `multi_label` a tuple of any number of classes, sorted, none twice."""
-
-    text: str
-    label: str | tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A text and the text that should come of it."""
-
-    source: str
-    target: str
-
-
-Example = Labelled | Pair
+Request = Literal["classify", "generate"]  # what an engine is asked for: the answer of a head, or a text
+FamilyKind = Literal["encoder", "encoder-decoder", "decoder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +25,147 @@ class Encoded:
 
 
 class Task(Protocol):
-    """What training, evaluation and prediction may ask of a task of any kind."""
+    """One task. The class says what is known before a base is loaded, an instance has labels and a tokenizer.
+
+    A task that generates also has `encode_target`, `decode` and `generation`; one that does not has `targets` and
+    `answers`, for the logits (B, num_labels) of its head.
+    """
+
+    kind: ClassVar[str]  # its name in a recipe
+    request: ClassVar[Request]  # the route that answers it, and the head that its base is loaded with
+    generates: ClassVar[bool]  # whether an answer is written a token at a time
+    pipeline_tag: ClassVar[str]  # the Hub's name of it
+    metric: ClassVar[str]  # the number that `compare` judges: the mean of `score`
+    metric_label: ClassVar[str]  # for reading
+    right_or_wrong: ClassVar[bool]  # whether every score is 0 or 1
+
+    # --- of the class ---
+
+    @classmethod
+    def schema(cls, *, multi_label: bool = False) -> Schema:
+        """The columns that it reads and guesses, and what an example is made of."""
+        ...
+
+    @classmethod
+    def make(cls, settings: Any, dataset: Dataset, tokenizer: Any, family_kind: FamilyKind) -> Self:
+        """The task of a recipe's `[task]` and a data set, on a base of that kind of family."""
+        ...
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], tokenizer: Any) -> Self:
+        """The task that `spec` told of."""
+        ...
+
+    @classmethod
+    def num_labels(cls, labels: Sequence[str]) -> int | None:
+        """Outputs of the head for these labels; None where the base brings its own head."""
+        ...
+
+    @classmethod
+    def head_config(cls, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """What the configuration of a merged model says of its head, in the words of transformers."""
+        ...
+
+    # --- answers: as JSON, as a line, and beside what was wanted ---
+
+    @classmethod
+    def judged(cls, answer: Mapping[str, Any]) -> Any:
+        """What of an answer is compared: its label, its labels or its text."""
+        ...
+
+    @classmethod
+    def score(cls, given: Any, example: Any) -> float:
+        """How good what was given is for the example: 0 to 1."""
+        ...
+
+    @classmethod
+    def line(cls, answer: Mapping[str, Any]) -> str:
+        """An answer for a screen."""
+        ...
+
+    # --- of an instance ---
 
     @property
-    def kind(self) -> Kind: ...
+    def labels(self) -> tuple[str, ...]: ...  # empty where answers are texts
+    @property
+    def multi_label(self) -> bool: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def instruction(self) -> str: ...  # the task in words, which a prefix starts from
 
     def spec(self) -> dict[str, Any]:
-        """All that prediction needs, as JSON: `turret.tasks.make.task_from_spec` makes the same task of it."""
+        """All that prediction needs, as JSON: `task_from_spec` makes the same task of it."""
+        ...
+
+    def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
+        """Inputs as tokens."""
+        ...
+
+    def encode_examples(self, examples: Sequence[Any]) -> list[tuple[Encoded, Encoded | None]]:
+        """Inputs and targets as tokens; None where the target is not a text."""
         ...
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean over examples (classify) or target tokens (generate): a scalar."""
+        """The mean over examples, or over target tokens where it generates: a scalar."""
         ...
 
     def guessing_loss(self, examples: Sequence[Any]) -> float | None:
         """The least loss of an answer that does not look at the input, over some examples; None where nobody asks."""
         ...
 
+    @property
+    def metrics(self) -> Callable[..., dict[str, Any]]:
+        """Of (logits, targets); of (texts, references, mean loss) where it generates."""
+        ...
 
-def texts_of(examples: Sequence[Example]) -> list[str]:
-    """The inputs of some examples of either kind."""
-    return [example.text if isinstance(example, Labelled) else example.source for example in examples]
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+TASKS: dict[str, type[Task]] = {}  # by kind, in the order in which columns are matched
+Registered = TypeVar("Registered", bound=type[Task])
+
+
+def register(task: Registered) -> Registered:
+    """Add a task to the table: a decorator of its class."""
+    TASKS[task.kind] = task
+    return task
+
+
+def kinds(form: Callable[[str], str] = str) -> str:
+    """`classify, summarize or generate`."""
+    *most, last = map(form, TASKS)
+    return f"{', '.join(most)} or {last}"
+
+
+def task_of(kind: str) -> type[Task]:
+    """The task of that kind; raises DataError."""
+    if kind not in TASKS:
+        raise DataError(f"there is no task {shown(kind, 40)}: expected {kinds()}")
+    return TASKS[kind]
+
+
+def stored_task(spec: Mapping[str, Any]) -> type[Task]:
+    """The task that a stored adapter's manifest names; `generate` where it names none, as PEFT's own do not."""
+    return TASKS.get(str(spec.get("kind")), TASKS["generate"])
+
+
+def schemas(settings: Any) -> list[Schema]:
+    """What the task of a recipe's `[task]` reads, or what every task reads where none is named."""
+    kinds = TASKS.values() if settings.kind is None else [task_of(settings.kind)]
+    return [task.schema(multi_label=settings.multi_label) for task in kinds]
+
+
+def make_task(settings: Any, dataset: Any, tokenizer: Any, family_kind: FamilyKind) -> Task:
+    """The task that `settings` (a recipe's `[task]`) and a `Dataset` describe, for a base of that kind of family."""
+    return task_of(dataset.kind).make(settings, dataset, tokenizer, family_kind)
+
+
+def task_from_spec(spec: Mapping[str, Any], tokenizer: Any) -> Any:
+    """The task that a stored adapter was trained for."""
+    try:
+        return TASKS[spec["kind"]].from_spec(spec, tokenizer)
+    except (KeyError, TypeError) as error:
+        raise AdapterError(
+            f"the adapter's task cannot be read ({type(error).__name__}: {error}): store it again with this version"
+        ) from None

@@ -81,14 +81,11 @@ def _wide(item: Item) -> Item:
 
 def encode(task: Any, examples: Sequence[Any]) -> list[Item]:
     """The token ids of some examples, cut as the task says."""
-    if task.kind == "classify":
-        encoded = task.encode_all([example.text for example in examples])
-        return [Item(example, each.ids, None, each.cut) for example, each in zip(examples, encoded, strict=True)]
-    sources = task.encode_sources([example.source for example in examples])
-    targets = task.encode_targets([example.target for example in examples])
     return [
-        Item(example, source.ids, target.ids, source.cut, target.cut)
-        for example, source, target in zip(examples, sources, targets, strict=True)
+        Item(example, source.ids, None, source.cut)
+        if target is None
+        else Item(example, source.ids, target.ids, source.cut, target.cut)
+        for example, (source, target) in zip(examples, task.encode_examples(examples), strict=True)
     ]
 
 

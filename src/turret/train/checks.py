@@ -12,6 +12,7 @@ from typing import Any
 
 from turret.adapters import int8_layers
 from turret.bases import native_bfloat16
+from turret.data import texts_of
 from turret.errors import AdapterError
 from turret.plan_check import Check, Level
 from turret.train.batches import Item, Schedule
@@ -87,7 +88,7 @@ def splits(made: Splits, dataset: Any) -> Iterator[Check]:
 def special_tokens(base: Any, task: Any) -> Check:
     tokenizer = base.tokenizer
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if task.kind != "classify" and pad == eos:
+    if task.generates and pad == eos:
         return Check(
             "tokens", "ok", f"pad is eos (token {eos}); the loss never sees padding, every target ends with eos"
         )
@@ -97,7 +98,7 @@ def special_tokens(base: Any, task: Any) -> Check:
 def inputs(items: Sequence[Item], task: Any, base: Any) -> Iterator[Check]:
     """How many inputs are cut at the limit, and what limit would hold most of them."""
     cut = sum(item.cut for item in items)
-    empty = sum(not text_of(item.example).strip() for item in items)
+    empty = sum(not text.strip() for text in texts_of([item.example for item in items]))
     if empty:
         yield Check("inputs", "warn", f"{empty} of {len(items)} inputs are empty", "remove these rows")
     longest = max(len(item.source) for item in items)
@@ -118,7 +119,7 @@ def inputs(items: Sequence[Item], task: Any, base: Any) -> Iterator[Check]:
 
 def outputs(items: Sequence[Item], task: Any) -> Iterator[Check]:
     """Targets that are cut, and whether generation may write as much as the targets have."""
-    if task.kind == "classify":
+    if not task.generates:
         return
     lengths = [item.weight for item in items]
     cut = sum(item.target_cut for item in items)
@@ -146,7 +147,7 @@ def positions(recipe: Any, task: Any, base: Any) -> Iterator[Check]:
         return
     needed, said = task.max_tokens, f"task.max_tokens = {task.max_tokens}"
     if base.family.decoder_only:
-        if task.kind != "classify":
+        if task.generates:
             needed += max(task.max_target_tokens, int(task.generation["max_new_tokens"]))
             said += " and the target"
         virtual = getattr(recipe.method, "num_virtual_tokens", None)
@@ -167,7 +168,7 @@ def positions(recipe: Any, task: Any, base: Any) -> Iterator[Check]:
 
 def labels(task: Any, examples: Sequence[Any]) -> Iterator[Check]:
     """Classes that are missing, alone, or far rarer than the others."""
-    if task.kind != "classify":
+    if not task.labels:
         return
     counts = Counter(
         label for example in examples for label in (example.label if task.multi_label else (example.label,))
@@ -186,7 +187,7 @@ def labels(task: Any, examples: Sequence[Any]) -> Iterator[Check]:
         return
     largest, smallest = max(seen), min(seen)
     text = f"{len(task.labels)} classes, {smallest} to {largest} examples each"
-    if largest >= SKEWED * smallest and task.class_weights is None:
+    if largest >= SKEWED * smallest and getattr(task, "class_weights", {}) is None:  # it could weigh them
         yield Check(
             "labels", "warn", f"{text}: the rare ones will be neglected", 'set task.class_weights to "balanced"'
         )
@@ -218,16 +219,12 @@ def _in_8_bits(method: Any, model: Any) -> Check:
     return Check("int8", "ok", f"{len(layers)} frozen layers multiply in 8 bits while it trains")
 
 
-def text_of(example: Any) -> str:
-    """The input of an example of either kind."""
-    return str(getattr(example, "text", None) if hasattr(example, "text") else example.source)
-
-
 def whole_lengths(items: Sequence[Item], tokenizer: Any, limit: int) -> list[int]:
     """Tokens of the inputs before they were cut; texts beyond forty times the limit count as that long."""
     most = 40 * 6 * limit  # characters
     cut = [item for item in items if item.cut]
-    whole = tokenizer([text_of(item.example)[:most] for item in cut], verbose=False)["input_ids"] if cut else []
+    texts = [text[:most] for text in texts_of([item.example for item in cut])]
+    whole = tokenizer(texts, verbose=False)["input_ids"] if cut else []
     lengths = [len(item.source) for item in items if not item.cut]
     return lengths + [max(limit + 1, len(ids)) for ids in whole]
 

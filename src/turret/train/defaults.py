@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from turret.tasks import task_of
+
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
 
 
@@ -24,7 +26,7 @@ def filled(recipe: Any, base: Any, task_kind: str, examples: int) -> Any:
     """
     method, train = recipe.method.on(base.family.kind), recipe.train
     parameters = sum(each.numel() for each in base.model.parameters())
-    own = method.defaults(base.family.kind, classify=task_kind == "classify", parameters=parameters)
+    own = method.defaults(base.family.kind, classify=not task_of(task_kind).generates, parameters=parameters)
     wanted = epochs_for(own.steps, max(1, examples), train.batch_size)
     epochs = train.epochs or min(MOST_EPOCHS, max(FEWEST_EPOCHS, wanted))
     ratio = None if isinstance(train.lr, float) else own.head_lr_ratio  # a rate that is stated is that of all

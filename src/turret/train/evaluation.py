@@ -39,7 +39,7 @@ def evaluate(
         raise DataError("nothing to evaluate on: the split is empty; name data.test or data.validation")
     items = examples if isinstance(examples, Items) else Items(task, examples)
     with _evaluating(model, slot):
-        if task.kind == "classify":
+        if not task.generates:
             logits = _class_logits(model, items, most_tokens)
             return task.metrics(logits, task.targets(list(items.examples))), task.answers(logits)
         loss = _target_loss(model, task, items, most_tokens)
@@ -60,7 +60,7 @@ def example_losses(
     """The loss of every example, summed over its target tokens, and how many those are (one for a class)."""
     count = len(items)
     with _evaluating(model, None):
-        if task.kind == "classify":
+        if not task.generates:
             logits, wanted = _class_logits(model, items, most_tokens), task.targets(list(items.examples))
             each = [float(task.loss(logits[row : row + 1], wanted[row : row + 1])) for row in range(count)]
             return tuple(each), (1,) * count

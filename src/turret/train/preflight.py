@@ -98,7 +98,7 @@ def plan(
     items = Items(task, made.train)
     seen = items.take(_spread(len(items), LOOKED_AT))
     total = sum(each.numel() for each in base.model.parameters())
-    own = recipe.method.defaults(base.family.kind, classify=task.kind == "classify", parameters=total)
+    own = recipe.method.defaults(base.family.kind, classify=not task.generates, parameters=total)
     auto = size_of(len(made.train), schedule.steps) if train.lr == AUTO else None
     found = [
         numbers_of(recipe.method).targets(base.model),

@@ -380,8 +380,7 @@ class Run:
 
     def what_to_change(self) -> str:
         """The remedy for a loss that is not finite, and what is left of the run."""
-        classify = self.task.kind == "classify"
-        family = self.base.family.kind
+        family, classify = self.base.family.kind, not self.task.generates
         usual = self.recipe.method.defaults(family, classify=classify, parameters=self.total).lr
         remedy = f"set train.lr to {min(usual, self.lr / 10):g} (now {self.lr:g})"
         if str(self.base.dtype).endswith("bfloat16"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from turret import adapters
 from turret.adapters import Adapter
 from turret.errors import AdapterError, TrainingError
+from turret.tasks import stored_task
 from turret.train.optim import AdamW
 
 
@@ -29,10 +30,9 @@ class Start:
         """The same base, and for a classifier the same labels; raises AdapterError or WrongBase."""
         adapters.require_base(self.adapter, base.fingerprint)
         said = self.adapter.task
-        classifies, wanted = said.get("kind") == "classify", task.kind == "classify"
-        if said and classifies != wanted:
+        if said and stored_task(said).generates != task.generates:
             raise AdapterError(f"it is to {said.get('kind')}, and this is to {task.kind}: train from the base instead")
-        if classifies and list(said.get("labels") or ()) != list(task.labels):
+        if said and list(said.get("labels") or ()) != list(task.labels):
             few = [", ".join(map(str, labels[:8])) for labels in (said.get("labels") or (), task.labels)]
             raise AdapterError(f"its labels are {few[0]}, and these are {few[1]}: train from the base instead")
 
@@ -52,7 +52,7 @@ def attach(recipe: Any, base: Any, task: Any, start: Start | None = None) -> Non
         recipe.method,
         init_ids=starting_words(recipe, base, task),
         generator=torch.Generator().manual_seed(recipe.seed),
-        head=tuple(sorted(fresh)) if task.kind == "classify" else (),
+        head=() if task.generates else tuple(sorted(fresh)),
     )
     if recipe.train.int8 and recipe.method.not_int8 is None:  # a comparison trains those methods beside others
         adapters.multiply_in_int8(base.model)
@@ -75,15 +75,7 @@ def optimiser_of(recipe: Any, base: Any) -> AdamW:
 
 def starting_words(recipe: Any, base: Any, task: Any) -> Tensor | None:
     """Token ids of the text that the method starts from: its own, or an order for the task. None: it needs no text."""
-    if task.kind == "classify":
-        order = f"Classify the following text as {', '.join(task.labels)}."
-    else:
-        order = recipe.task.prefix_text.replace("{document}", " ").strip() or (
-            "Summarize the following text in a few words."
-            if task.kind == "summarize"
-            else "Write the answer to the following text."
-        )
-    text = recipe.method.starting_text(order)
+    text = recipe.method.starting_text(task.instruction)
     if text is None:
         return None
     ids: Tensor = torch.tensor(base.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)

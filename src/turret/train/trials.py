@@ -48,8 +48,7 @@ def find_rate(
     examples = splits_of(recipe, dataset).train
     recipe = filled(recipe, base, task.kind, len(examples))
     parameters = sum(each.numel() for each in base.model.parameters())
-    classify = task.kind == "classify"
-    default = recipe.method.defaults(base.family.kind, classify=classify, parameters=parameters).lr
+    default = recipe.method.defaults(base.family.kind, classify=not task.generates, parameters=parameters).lr
     train = recipe.train
     run = Schedule(len(examples), train.batch_size, train.epochs, recipe.seed, train.max_steps)
     size = size_of(len(examples), run.steps)

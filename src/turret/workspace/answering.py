@@ -17,11 +17,12 @@ import torch
 
 from turret import adapters, bases
 from turret import train as trainer
+from turret.data import Example
+from turret.data.dataset import read_inputs, read_test
 from turret.errors import AdapterError, DataError
 from turret.recipe import Data
 from turret.store import Store, Version
-from turret.tasks import make, tables
-from turret.tasks.task import Labelled, Pair
+from turret.tasks import stored_task, task_from_spec
 from turret.train.batches import by_length
 from turret.workspace.results import Evaluation
 
@@ -34,7 +35,7 @@ class Mounted:
 
     version: Version | None
     model: Any
-    task: Any
+    task: Any  # a `tasks.Task`
 
 
 def mounted(store: Store, reference: str, stage: Callable[[str], None] | None) -> Mounted:
@@ -46,12 +47,10 @@ def mounted(store: Store, reference: str, stage: Callable[[str], None] | None) -
         raise AdapterError(f"{version} says nothing of its task: it cannot answer; train it again")
     if stage is not None:
         stage(f"loading {adapter.base.id}")
-    classes = adapter.task.get("labels")
-    base = bases.load(
-        adapter.base.id, task="classify" if classes else "generate", num_labels=len(classes) if classes else None
-    )
+    task, labels = stored_task(adapter.task), adapter.task.get("labels") or ()
+    base = bases.load(adapter.base.id, task=task.request, num_labels=task.num_labels(labels))
     adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
-    return Mounted(version, base.model, make.task_from_spec(adapter.task, base.tokenizer))
+    return Mounted(version, base.model, task_from_spec(adapter.task, base.tokenizer))
 
 
 def predict(
@@ -73,18 +72,17 @@ def predict(
 
 def answers(ready: Mounted, texts: Sequence[str], *, bare: bool = False) -> list[dict[str, Any]]:
     """An answer per text, in their order, of a version that is on its base."""
-    if ready.task.kind == "classify":
-        if bare:
-            raise AdapterError(f"{ready.version} classifies, and the bare base has no head to do it: ask without bare")
-        return _labels(ready, texts)
+    if bare and not ready.task.generates:
+        raise AdapterError(f"{ready.version} classifies, and the bare base has no head to do it: ask without bare")
     sources = [encoded.ids for encoded in ready.task.encode_sources(texts)]
+    if not ready.task.generates:
+        return _labels(ready, sources)
     ready.model.eval()
     with torch.inference_mode(), adapters.on_slot(ready.model, adapters.BARE) if bare else nullcontext():
         return trainer.generate(ready.model, ready.task, sources, most_tokens=MOST_TOKENS)
 
 
-def _labels(ready: Mounted, texts: Sequence[str]) -> list[dict[str, Any]]:
-    rows = [encoded.ids for encoded in ready.task.encode_all(texts)]
+def _labels(ready: Mounted, rows: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{} for _ in rows]
     ready.model.eval()
     with torch.inference_mode():
@@ -121,17 +119,14 @@ def evaluate(
     )
 
 
-def labelled(
-    ready: Mounted, source: str, columns: Mapping[str, Any]
-) -> tuple[Data, Sequence[Labelled | Pair], Sequence[str]]:
+def labelled(ready: Mounted, source: str, columns: Mapping[str, Any]) -> tuple[Data, Sequence[Example], Sequence[str]]:
     """Where they were read, the test examples as the version's task has them, and notes."""
     data, task = Data.model_validate({"source": source, **columns}), ready.task
-    labels, many = (task.labels, task.multi_label) if task.kind == "classify" else ((), False)
-    return data, *tables.read_test(data, task.kind, labels=labels, multi_label=many)
+    schema = task.schema(multi_label=task.multi_label)
+    return data, *read_test(data, schema, labels=task.labels)
 
 
 def inputs(store: Store, reference: str, source: str, column: str | None) -> list[str]:
     """The texts in a file, by the column that is named, or that the version's kind of task reads."""
-    kind = store.resolve(reference).part("task").get("kind", "classify")
-    role = {"classify": "text", "summarize": "document", "generate": "prompt"}[kind]
-    return tables.read_inputs(Data.model_validate({"source": source, role: column}), kind)
+    schema = stored_task(store.resolve(reference).part("task")).schema()
+    return read_inputs(Data.model_validate({"source": source, schema.usual[0]: column}), schema)

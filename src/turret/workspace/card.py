@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from turret.tasks import TASKS, stored_task
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
-_KINDS = {"classify": "text-classification", "summarize": "summarization", "generate": "text-generation"}
 _CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -72,8 +73,8 @@ def _front(manifest: Mapping[str, Any], form: str) -> Iterator[str]:
     yield f"library_name: {'transformers' if form == 'merged' else 'peft'}"
     if base is not None:
         yield f"base_model: {json.dumps(base)}"
-    if kind in _KINDS:
-        yield f"pipeline_tag: {_KINDS[kind]}"
+    if kind in TASKS:
+        yield f"pipeline_tag: {TASKS[kind].pipeline_tag}"
     yield "tags: [turret]"
     yield "---"
 
@@ -134,7 +135,7 @@ def _loading(shown: Mapping[str, Any], base: Mapping[str, Any], form: str, task_
         yield _NO_PREFIX[task_type]
         return
     yield "With PEFT, which does not check the base:"
-    yield from _peft(base, _part(shown["manifest"], "task").get("labels"), kind)
+    yield from _peft(base, _part(shown["manifest"], "task"), kind)
 
 
 def _on_hub(base: Mapping[str, Any]) -> str | None:
@@ -143,11 +144,13 @@ def _on_hub(base: Mapping[str, Any]) -> str | None:
     return name if _HUB_ID.fullmatch(name) and _COMMIT.fullmatch(revision) else None
 
 
-def _peft(base: Mapping[str, Any], labels: object, kind: str) -> Iterator[str]:
+def _peft(base: Mapping[str, Any], task: Mapping[str, Any], kind: str) -> Iterator[str]:
     named = _on_hub(base) or "BASE"
     if named == "BASE":
         yield f"(BASE is a folder or a Hub id that has the weights of {_code(base.get('id'))}.)"
-    shape = f", num_labels={len(labels)}" if isinstance(labels, list) and labels else ""
+    labels = task.get("labels")
+    size = stored_task(task).num_labels(labels if isinstance(labels, list) else ())
+    shape = f", num_labels={size}" if size else ""
     lines = (
         "from peft import PeftModel",
         f"from transformers import {kind}",

@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from turret.data import cells
+from turret.data.files import Table, open_table
 from turret.errors import DataError, shown
 from turret.store.golden import CHECKS, MOST_EXAMPLES, Example, GoldenSet, shortly
-from turret.tasks import cells
-from turret.tasks.files import Table, open_table
 
 TEXTS = ("text", "prompt", "document")
 SCORE = "min_score"

@@ -33,10 +33,9 @@ from turret.errors import AdapterError, StoreError
 from turret.interrupt import StopRequest
 from turret.store import Store, Version, scratch
 from turret.store.scratch import BESIDE, LOADED, Beside
-from turret.tasks import make
-from turret.tasks.classify import Classify
+from turret.tasks import stored_task, task_from_spec
 from turret.workspace.card import card
-from turret.workspace.importing import PROBE, WRITTEN
+from turret.workspace.importing import probe_items
 from turret.workspace.results import Exported
 
 Form = Literal["peft", "merged", "vllm"]
@@ -107,11 +106,10 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Callabl
     merge.require_mergeable(adapter)
     if not adapter.task:
         raise AdapterError(f"{version} says nothing of its task: it cannot be merged; import it with --task")
-    labels = adapter.task.get("labels")
-    kind: Literal["classify", "generate"] = "classify" if labels else "generate"
+    task, labels = stored_task(adapter.task), adapter.task.get("labels") or ()
     say(f"loading {adapter.base.id}")
     dtype = _dtype_of(adapter.base.id)
-    base = bases.load(adapter.base.id, task=kind, num_labels=len(labels) if labels else None, dtype=dtype)
+    base = bases.load(adapter.base.id, task=task.request, num_labels=task.num_labels(labels), dtype=dtype)
     say("merging")
     rows = _rows(adapter, base)
     adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
@@ -119,7 +117,7 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Callabl
     adapters.detach(base.model)
     state = merge.merged_state(base.model, adapter)
     with quiet():
-        _labelled(base.model, adapter.task).save_pretrained(folder, state_dict=state)
+        _configured(base.model, task.head_config(adapter.task)).save_pretrained(folder, state_dict=state)
         with _said_by_tokenizers(folder):
             base.tokenizer.save_pretrained(folder)
     model_class, precision = type(base.model), base.dtype
@@ -155,27 +153,20 @@ def _dtype_of(base_id: str) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if (said.get("dtype") or said.get("torch_dtype")) == "bfloat16" else "float32"
 
 
-def _labelled(model: Any, task: dict[str, Any]) -> Any:
-    """The model with the labels in its configuration."""
-    if labels := task.get("labels"):
-        model.config = copy.deepcopy(model.config)
-        model.config.id2label = dict(enumerate(labels))
-        model.config.label2id = {label: number for number, label in enumerate(labels)}
-        if task.get("multi_label"):
-            model.config.problem_type = "multi_label_classification"
+def _configured(model: Any, said: dict[str, Any]) -> Any:
+    """The model with what is said of its head, such as labels, in its configuration."""
+    model.config = copy.deepcopy(model.config)
+    model.config.update(said)
     return model
 
 
 def _rows(adapter: Adapter, base: Any) -> list[tuple[Tensor, Tensor | None]]:
     """(ids, target ids) of a few texts, (1, T) each."""
-    task = make.task_from_spec(adapter.task, base.tokenizer)
-    if isinstance(task, Classify):
-        return [(each.ids[None], None) for each in task.encode_all(PROBE)]
-    target = task.encode_target(WRITTEN).ids[None]
-    sources = [each.ids[None] for each in task.encode_sources(PROBE)]
+    items = probe_items(task_from_spec(adapter.task, base.tokenizer))
+    pairs = [(item.source[None], None if item.target is None else item.target[None]) for item in items]
     if base.family.is_encoder_decoder:
-        return [(source, target) for source in sources]
-    return [(torch.cat([source, target], dim=1), None) for source in sources]
+        return pairs
+    return [(source if target is None else torch.cat([source, target], dim=1), None) for source, target in pairs]
 
 
 @torch.no_grad()

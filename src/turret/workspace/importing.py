@@ -26,10 +26,9 @@ from turret.recipe import Recipe
 from turret.recipe import Task as TaskSettings
 from turret.reference import check_name
 from turret.store import Store, Version, scratch
-from turret.tasks import make
-from turret.tasks.classify import Classify
-from turret.tasks.task import Labelled, Pair
-from turret.train.batches import Items
+from turret.tasks import TASKS, make_task, task_from_spec, task_of
+from turret.tasks.task import kinds
+from turret.train.batches import Item, Items
 from turret.train.effect import Effect, effect_of
 from turret.workspace.results import Imported
 
@@ -118,15 +117,15 @@ def _kind(adapter: Adapter, config: Mapping[str, Any], wanted: Wanted) -> str:
     told = adapter.task.get("kind") or wanted.task or TASK_TYPES.get(str(config.get("task_type")))
     kind = told or ("classify" if adapter.head else None)
     if kind is None:
-        raise AdapterError("nothing says what the adapter is for: give --task classify, summarize or generate")
-    if kind not in ("classify", "summarize", "generate"):
-        raise AdapterError(f"its task {ascii(kind)[:40]} is not known: expected classify, summarize or generate")
+        raise AdapterError(f"nothing says what the adapter is for: give --task {kinds()}")
+    if kind not in TASKS:
+        raise AdapterError(f"its task {ascii(kind)[:40]} is not known: expected {kinds()}")
     return str(kind)
 
 
 def _load(base_id: str, kind: str, wanted: Wanted) -> Any:
     try:
-        return bases.load(base_id, task="classify" if kind == "classify" else "generate")
+        return bases.load(base_id, task=task_of(kind).request)
     except BaseModelError as error:
         if wanted.base is not None:
             raise
@@ -153,15 +152,15 @@ def _completed(given: Adapter, kind: str, base: Any, name: str, wanted: Wanted, 
     said = {f"task.{key}": each if isinstance(each, str) else json.dumps(each) for key, each in _settings(wanted)}
     settings = recipe.with_overrides(said).task
     head, labels = given.head, tuple[str, ...]()
-    if kind == "classify":
+    if not task_of(kind).generates:
         head = _head(given, base, notes)
-        labels = _labels(head, base, wanted, notes)
+        labels = _labels(kind, head, base, wanted, notes)
     elif wanted.labels:
         raise RecipeError(
             f"--labels are for a classifier, and this is to {kind}: leave them out, or give --task classify"
         )
     dataset = SimpleNamespace(kind=kind, labels=labels, train=())
-    spec = make.make_task(settings, dataset, base.tokenizer, base.family.kind).spec()
+    spec = make_task(settings, dataset, base.tokenizer, base.family.kind).spec()
     method = given.method.of_tensors(given.tensors)
     tensors, head = ({key: each.float() for key, each in part.items()} for part in (given.tensors, head))
     return Adapter(method, tensors, head, _info(base), spec, dict(spec.get("generation") or {}), given.lineage)
@@ -194,7 +193,7 @@ def _head(given: Adapter, base: Any, notes: list[str]) -> dict[str, Tensor]:
     return head
 
 
-def _labels(head: Mapping[str, Tensor], base: Any, wanted: Wanted, notes: list[str]) -> tuple[str, ...]:
+def _labels(kind: str, head: Mapping[str, Tensor], base: Any, wanted: Wanted, notes: list[str]) -> tuple[str, ...]:
     """The names of the head's outputs: as given, or as the base's configuration has them."""
     last = dict(base.model.named_children())[base.family.head_modules[-1]]
     names = [f"{base.family.head_modules[-1]}.{key}" for key, each in last.state_dict().items() if each.dim() == 2]
@@ -204,7 +203,7 @@ def _labels(head: Mapping[str, Tensor], base: Any, wanted: Wanted, notes: list[s
     if wanted.labels:
         if not all(label.strip() for label in wanted.labels):
             raise RecipeError(f"a label is empty: expected {size} names with commas between them, in order")
-        if len(wanted.labels) != size:
+        if task_of(kind).num_labels(wanted.labels) != size:
             raise AdapterError(
                 f"the head has {size} outputs, and {len(wanted.labels)} labels are given: name every output, in order"
             )
@@ -222,12 +221,8 @@ def _checked(base: Any, adapter: Adapter) -> Effect:
     """Every tensor is used, the outputs are not the bare base's, and there are as many as labels; AdapterError."""
     _check_task(adapter.task, base)
     try:
-        task = make.task_from_spec(adapter.task, base.tokenizer)
-        classify = task.kind == "classify"
-        labels = task.labels if isinstance(task, Classify) else ()
-        some: Any = ((labels[0],) if task.multi_label else labels[0]) if isinstance(task, Classify) else None
-        examples = [Labelled(text, some) if classify else Pair(text, WRITTEN) for text in PROBE]
-        items = Items(task, examples).take(range(len(examples)))
+        task = task_from_spec(adapter.task, base.tokenizer)
+        items = probe_items(task)
         targets = [item.target for item in items if item.target is not None]
         found = effect_of(base, adapter, [item.source for item in items], targets)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
@@ -235,13 +230,20 @@ def _checked(base: Any, adapter: Adapter) -> Effect:
         raise AdapterError(
             f"it cannot be used on {base.id} ({reason}): it belongs to another base, or is broken"
         ) from None
-    if labels and found.outputs.shape[1] != len(labels):
+    if found.outputs.shape[1] != (task.num_labels(task.labels) or found.outputs.shape[1]):
         raise AdapterError(
-            f"the head has {found.outputs.shape[1]} outputs, and the bundle names {len(labels)} labels: export it again"
+            f"the head has {found.outputs.shape[1]} outputs, and the bundle names {len(task.labels)} labels: "
+            "export it again"
         )
     if problem := found.problem():
         raise AdapterError(f"not stored: on {base.id} {problem}")
     return found
+
+
+def probe_items(task: Any) -> list[Item]:
+    """A few texts as the task's model sees them."""
+    example = task.schema(multi_label=task.multi_label).example
+    return Items(task, [example(text, WRITTEN) for text in PROBE]).take(range(len(PROBE)))
 
 
 def _check_task(spec: Mapping[str, Any], base: Any) -> None:

@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from turret.data import Example, texts_of
 from turret.errors import DataError
 from turret.experiments import paired, words
 from turret.experiments.paired import Paired
-from turret.store import Golden, Store
+from turret.store import Golden, Store, golden
 from turret.store.catalog import PRODUCTION
-from turret.store.golden import Example
-from turret.tasks.metrics import rouge_l
-from turret.tasks.task import Labelled, Pair
 from turret.workspace import answering
 from turret.workspace.promoting import fails
 
@@ -63,8 +61,8 @@ def replay(
             _, examples, said = answering.labelled(ready, source, columns)
             if not notes:
                 notes = said
-            score = "accuracy" if ready.task.kind == "classify" else "ROUGE-L"
-            texts, judges = _labelled(examples, texts)
+            score = ready.task.metric_label
+            texts, judges = _labelled(ready.task, examples, texts)
         if stage is not None:
             stage(f"asking {version} {len(texts)} examples")
         answers = answering.answers(ready, texts)
@@ -74,20 +72,16 @@ def replay(
     return Replayed(str(first), str(second), source or "golden examples", score, found, tuple(notes))
 
 
-def _labelled(examples: Sequence[Labelled | Pair], before: Sequence[str]) -> tuple[list[str], list[Judge]]:
+def _labelled(task: Any, examples: Sequence[Example], before: Sequence[str]) -> tuple[list[str], list[Judge]]:
     """Texts and what their answers are worth; `before` are those that the other version was asked."""
-    texts = [each.text if isinstance(each, Labelled) else each.source for each in examples]
+    texts = texts_of(examples)
     if before and list(before) != texts:
         raise DataError("the two versions read this data as different tasks: compare versions of one kind")
-    return texts, [_judge(example) for example in examples]
+    return texts, [_judge(task, example) for example in examples]
 
 
-def _judge(example: Labelled | Pair) -> Judge:
-    if isinstance(example, Pair):
-        return lambda answer: rouge_l(answer["text"], example.target)
-    if isinstance(example.label, tuple):
-        return lambda answer: float(tuple(sorted(answer["label"])) == tuple(sorted(example.label)))
-    return lambda answer: float(answer["label"] == example.label)
+def _judge(task: Any, example: Example) -> Judge:
+    return lambda answer: float(task.score(task.judged(answer), example))
 
 
 def _golden(store: Store, name: str) -> tuple[list[str], list[Judge]]:
@@ -100,7 +94,7 @@ def _golden(store: Store, name: str) -> tuple[list[str], list[Judge]]:
             f"or keep some with `turret gate {name} {PRODUCTION} --golden FILE`"
         )
 
-    def judge(example: Example) -> Judge:
+    def judge(example: golden.Example) -> Judge:
         key = "label" if example.check == "label" else "text"
         return lambda answer: float(key in answer and fails(example, answer[key]) is None)
 

@@ -61,7 +61,7 @@ def tell(
 
 def read(path: Path) -> Iterator[Told]:
     """The rows of a table of outcomes; raises DataError that names the line."""
-    from turret.tasks.files import open_table
+    from turret.data.files import open_table
 
     if not path.is_file():
         raise DataError(f"there is no file {str(path)[:200]!r}: give a table with value and receipt or unit")

@@ -20,12 +20,13 @@ from safetensors import SafetensorError
 
 from turret import adapters, bases, heap
 from turret import train as trainer
+from turret.data.dataset import read
 from turret.disk import plainly
 from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import Run, Store, Version
-from turret.tasks import make, tables
+from turret.tasks import make_task, schemas, task_of
 from turret.train import memory, processes
 from turret.workspace.results import Planned, RunResult
 
@@ -75,19 +76,20 @@ def prepare(store: Store, recipe: Recipe, watching: Watching) -> Ready:
     numbers_of(recipe.method).require_known()  # a mistake in it costs no loading
     start = _start(store, recipe, watching)
     watching.stage(f"reading {recipe.data.source}")
-    dataset = tables.read(recipe.data, recipe.task.kind, recipe.split_seed, multi_label=recipe.task.multi_label)
+    dataset = read(recipe.data, schemas(recipe.task), recipe.split_seed)
+    asked = task_of(dataset.kind)
     watching.stage(f"loading {recipe.base}")
     started = time.perf_counter()
     base = bases.load(
         recipe.base,
-        task="classify" if dataset.kind == "classify" else "generate",
-        num_labels=len(dataset.labels) or None,
+        task=asked.request,
+        num_labels=asked.num_labels(dataset.labels),
         dtype=recipe.train.dtype,
         seed=recipe.seed,
     )
     load_seconds = time.perf_counter() - started
     filled = _filled(recipe, dataset, base, start)
-    task = make.make_task(filled.task, dataset, base.tokenizer, base.family.kind)
+    task = make_task(filled.task, dataset, base.tokenizer, base.family.kind)
     notes = [*dataset.notes, *base.notes]
     if start is not None:
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")

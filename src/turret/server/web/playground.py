@@ -21,6 +21,7 @@ from turret.server.served import Served
 from turret.server.web import render
 from turret.server.web.forms import Form, Sent, pages
 from turret.store import Version
+from turret.tasks import stored_task
 
 router = pages()
 MOST = 6  # versions side by side
@@ -33,7 +34,7 @@ async def show(request: Request, here: Here) -> Response:
     asked = request.query_params.getlist("model")
     versions = await _versions(here)
     chosen = asked or [str(each) for each in versions if each.aliases][:2] or [str(each) for each in versions[:1]]
-    writes = any(_kind(each) == "generate" for each in versions)
+    writes = any(stored_task(each.part("task")).generates for each in versions)
     values = {"versions": versions[:SHOWN], "chosen": chosen, "writes": writes, "most": MOST, "kind": _kind}
     return render.page(request, here, "playground.html.j2", **values)
 
@@ -118,4 +119,4 @@ async def _versions(here: Served) -> list[Version]:
 
 
 def _kind(version: Version) -> str:
-    return "classify" if version.part("task").get("kind") == "classify" else "generate"
+    return stored_task(version.part("task")).request

@@ -25,6 +25,7 @@ from turret.errors import RecipeError, StoreError, TrainingError
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import Store
+from turret.tasks import schemas, task_of
 from turret.workspace.comparing import state
 from turret.workspace.comparing.child import carried_out
 from turret.workspace.comparing.command import command
@@ -107,10 +108,10 @@ def compare(
 
 def prepare(store: Store, recipe: Recipe, wanted: Wanted, say: Say) -> Prepared:
     """Read the data, make the design, and say what it can decide. Trains nothing and writes nothing."""
-    from turret.tasks import tables
+    from turret.data.dataset import read
 
     say(f"reading {recipe.data.source}")
-    data = tables.read(recipe.data, recipe.task.kind, recipe.split_seed, multi_label=recipe.task.multi_label)
+    data = read(recipe.data, schemas(recipe.task), recipe.split_seed)
     if not data.test:
         raise RecipeError("a comparison is made on test examples, and there are none: give data.test")
     rows = candidates(wanted.methods, recipe, data.kind, wanted.lr)
@@ -227,7 +228,7 @@ def _same_base(sitting: Sitting, cell: Cell, here: Path) -> dict[str, Any] | Non
         return None
     for key in sitting.results:
         earlier = state.read(sitting.folder / "cells" / key / "result.json")
-        if earlier and earlier["version"] is None and earlier["kind"] != "classify":
+        if earlier and earlier["version"] is None and task_of(earlier["kind"]).generates:
             state.write(here / "result.json", earlier)
             return earlier
     return None

@@ -25,6 +25,7 @@ from turret.errors import DataError, RecipeError, TrainingError
 from turret.recipe import Recipe
 from turret.reference import check_name
 from turret.store import Store
+from turret.tasks import schemas, task_of
 from turret.workspace.comparing import state
 from turret.workspace.comparing.command import command
 from turret.workspace.comparing.conduct import Say, Sitting, held, require_known, run_cells
@@ -85,7 +86,7 @@ def control(store: Store, recipe: Recipe, asked: Asked, say: Say) -> Control:
 
 
 def _prepared(recipe: Recipe, asked: Asked, say: Say) -> Prepared:
-    from turret.tasks import tables
+    from turret.data.dataset import read
 
     if len(set(asked.aspects)) < 2:
         raise RecipeError("--aspects: expected at least two names with commas between them, such as short,long")
@@ -100,8 +101,8 @@ def _prepared(recipe: Recipe, asked: Asked, say: Say) -> Prepared:
     data = {}
     for aspect, each in recipes.items():
         say(f"reading {each.data.source}, {aspect}")
-        data[aspect] = tables.read(each.data, each.task.kind, each.split_seed)
-        if data[aspect].kind == "classify":
+        data[aspect] = read(each.data, schemas(each.task), each.split_seed)
+        if not task_of(data[aspect].kind).generates:
             raise RecipeError("control is measured of what is written: give task.kind summarize or generate")
         if not data[aspect].test:
             raise RecipeError("control is measured on test examples, and there are none: give data.test")
@@ -213,7 +214,7 @@ def _found(
         for cell in cells
         if cell.seed == cells[0].seed and cell.candidate.kind != "base"
     }
-    written_base = next(each.base for key, each in sitting.results.items() if each.kind != "classify")
+    written_base = next(each.base for key, each in sitting.results.items() if task_of(each.kind).generates)
     return Control(
         name=recipe.name,
         base=written_base,

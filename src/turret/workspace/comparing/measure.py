@@ -15,19 +15,19 @@ import torch
 from turret import adapters
 from turret import train as trainer
 from turret.compare.losses import binned
+from turret.data import texts_of
+from turret.data.dataset import read
 from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.store import Store
-from turret.tasks import tables
-from turret.tasks.metrics import rouge_l
-from turret.tasks.task import Labelled, texts_of
+from turret.tasks import schemas
 from turret.train.start import attach
 from turret.workspace import answering, training
 from turret.workspace.comparing.neutral import PARAGRAPHS
 from turret.workspace.comparing.provenance import provenance
 
 Say = Callable[[str], None]
-ASKED = {"classify": 24, "summarize": 6, "generate": 6}  # texts, one at a time, for the time of an answer
+ASKED, WRITTEN = 24, 6  # texts, one at a time, for the time of an answer; of a task that generates
 LEAD = 24  # tokens of a neutral paragraph that are given, the rest is predicted
 
 
@@ -57,7 +57,7 @@ def version(
 def base(store: Store, recipe: Recipe, say: Say) -> dict[str, Any]:
     """The base alone on the same examples: a classifier's with a head that nobody trained."""
     ready = training.prepare(store, recipe, training.Watching(on_stage=say))
-    writes = ready.task.kind != "classify"
+    writes = ready.task.generates
     shown = recipe.model_copy(update={"method": LoRA()}) if writes else recipe
     attach(shown, ready.base, ready.task)
     ready.base.model.eval()
@@ -75,7 +75,7 @@ def base(store: Store, recipe: Recipe, say: Say) -> dict[str, Any]:
 
 def data_of(recipe: Recipe) -> Any:
     """The examples that the recipe means."""
-    return tables.read(recipe.data, recipe.task.kind, recipe.split_seed, multi_label=recipe.task.multi_label)
+    return read(recipe.data, schemas(recipe.task), recipe.split_seed)
 
 
 def _answers(ready: answering.Mounted, examples: Sequence[Any], say: Say, *, bare: bool = False) -> dict[str, Any]:
@@ -84,13 +84,11 @@ def _answers(ready: answering.Mounted, examples: Sequence[Any], say: Say, *, bar
     model, task = ready.model, ready.task
     slot = adapters.BARE if bare else None
     metrics, answers = trainer.evaluate(model, task, examples, most_tokens=answering.MOST_TOKENS, slot=slot)
-    if task.kind == "classify":
-        given, guess = [each["label"] for each in answers], None
-        scores = [float(_same(label, example)) for label, example in zip(given, examples, strict=True)]
-    else:
-        given = [each["text"] for each in answers]
-        scores = [rouge_l(text, example.target) for text, example in zip(given, examples, strict=True)]
-        guess = statistics.fmean(rouge_l(text, examples[place - 1].target) for place, text in enumerate(given))
+    given = [task.judged(each) for each in answers]
+    scores = [task.score(each, example) for each, example in zip(given, examples, strict=True)]
+    guess = None  # what is right by chance, the shares of the classes tell
+    if not task.right_or_wrong:
+        guess = statistics.fmean(task.score(each, examples[place - 1]) for place, each in enumerate(given))
     say("timing single answers")
     return {
         "kind": task.kind,
@@ -99,18 +97,13 @@ def _answers(ready: answering.Mounted, examples: Sequence[Any], say: Say, *, bar
         "scores": scores,
         "guess": guess,
         "latency": _latency(ready, texts_of(examples), bare),
-        "forgetting": None if task.kind == "classify" else _forgetting(model, task.tokenizer),
+        "forgetting": _forgetting(model, task.tokenizer) if task.generates else None,
     }
-
-
-def _same(given: Any, example: Labelled) -> bool:
-    wanted = example.label
-    return sorted(given) == sorted(wanted) if isinstance(given, list) else bool(given == wanted)
 
 
 def _latency(ready: answering.Mounted, texts: Sequence[str], bare: bool) -> dict[str, float]:
     """Seconds of one answer to one text, the first left out."""
-    count = min(len(texts), ASKED[ready.task.kind])
+    count = min(len(texts), WRITTEN if ready.task.generates else ASKED)
     asked = [texts[place * len(texts) // count] for place in range(count)]
     answering.answers(ready, asked[:1], bare=bare)
     seconds = []

@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from turret.data.files import FIELD_LIMIT
 from turret.errors import DataError, listed, shown
-from turret.tasks.files import FIELD_LIMIT
 
 MOST_CLASSES = 10_000
 LABEL_LIMIT = 1000  # characters

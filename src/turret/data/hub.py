@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from turret.data.files import Row, Table
 from turret.errors import DataError, one_line, shown
-from turret.tasks.files import Row, Table
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.+-]+)?", re.ASCII)
 _BATCH = 256

@@ -2,30 +2,30 @@
 
 A table is read twice, a row at a time: the first pass checks every cell and counts usable rows and labels, then the
 splits are chosen by number alone, and the second pass keeps the chosen rows. So `train = 2000` of a table of a
-hundred gigabytes keeps 2000 examples; where more is chosen than fits, `kept` puts it into a temporary file.
+hundred gigabytes keeps 2000 examples; where more is chosen than fits, the `ExampleStore` puts it into a temporary file.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from turret.data import cells
+from turret.data.columns import Columns, Schema, find_columns, find_input
+from turret.data.example_store import MEMORY, ExampleStore
+from turret.data.examples import Dataset, Example, Labelled
+from turret.data.files import Table, lines_of
+from turret.data.source import open_source
+from turret.data.splits import ROLES, Chosen, Role, Sources, choose, find_sources, shuffled, taken, test_split
 from turret.errors import DataError, listed, shown
-from turret.tasks import cells, hub, packaged
-from turret.tasks.columns import Columns, find_columns, find_input
-from turret.tasks.files import SUFFIXES, Table, lines_of, open_folder, open_table
-from turret.tasks.kept import MEMORY, Kept
-from turret.tasks.splits import ROLES, Chosen, Role, Sources, choose, find_sources, shuffled, taken, test_split
-from turret.tasks.task import Example, Kind, Labelled, Pair
 
 
 class DataLike(Protocol):
@@ -53,46 +53,36 @@ class DataLike(Protocol):
     def test(self) -> int | float | str | None: ...
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Examples of one kind in three splits, and all that was decided on the way to them."""
+def read(data: DataLike, schemas: Sequence[Schema], seed: int = 42, *, memory: int = MEMORY) -> Dataset:
+    """Read the source, find the columns, choose the splits with the seed, and say in `notes` what was guessed.
 
-    train: Sequence[Example]  # shuffled with the seed
-    validation: Sequence[Example]  # may be empty
-    test: Sequence[Example]
-    kind: Kind
-    labels: tuple[str, ...]  # classify: every class of the training table, in order; else empty
-    columns: dict[str, str]  # role -> column
-    notes: tuple[str, ...]  # guesses, drops, duplicates: a sentence each, to be shown
-    duplicates: int  # test examples whose input is a training example's too
-    digest: str  # "sha256:..." of the examples in their splits and order
-
-
-def read(
-    data: DataLike, kind: Kind | None = None, seed: int = 42, *, multi_label: bool = False, memory: int = MEMORY
-) -> Dataset:
-    """Read the source, find the columns, choose the splits with the seed, and say in `notes` what was guessed."""
+    Args:
+        data: a recipe's `[data]`.
+        schemas: of the task, or of all tasks where the columns have to tell which.
+        memory: characters of examples that are held; more go to a temporary file.
+    """
     tables = open_source(data.source)
     sources = find_sources(data, list(tables))
     used = {split: tables[split] for split in dict.fromkeys(sources.split.values())}
-    columns = find_columns(data, tables[sources.split["train"]].columns, kind)
+    columns = find_columns(data, tables[sources.split["train"]].columns, schemas)
+    schema = columns.schema
     _check_columns(used, columns)
-    scans = {split: _scan(table, columns, multi_label) for split, table in used.items()}
+    scans = {split: _scan(table, columns) for split, table in used.items()}
     notes = [note for table in used.values() for note in table.notes] + ([columns.note] if columns.note else [])
     notes += [note for split, scan in scans.items() for note in scan.notes(used[split].name)]
     labels: tuple[str, ...] = ()
-    if columns.kind == "classify":
-        labels = _labels(scans, used, sources, columns.wanted[1], multi_label)
+    if schema.classes:
+        labels = _labels(scans, used, sources, columns)
     chosen = choose(data, sources, {split: scan.usable for split, scan in scans.items()}, seed)
-    kept = _keep(used, sources, chosen, columns, multi_label, scans, memory)
-    if columns.kind == "classify":
-        notes += _class_notes(labels, kept["train"], multi_label)
-    duplicates, found = _duplicates(kept, columns.kind, multi_label)
+    kept = _keep(used, sources, chosen, columns, scans, memory)
+    if schema.classes:
+        notes += _class_notes(labels, kept["train"], schema.many)
+    duplicates, found = _duplicates(kept, schema)
     return Dataset(
         train=kept["train"],
         validation=kept["validation"],
         test=kept["test"],
-        kind=columns.kind,
+        kind=schema.kind,
         labels=labels,
         columns=columns.roles,
         notes=(*notes, *chosen.notes, *found),
@@ -102,16 +92,16 @@ def read(
 
 
 def read_test(
-    data: DataLike, kind: Kind, seed: int = 42, *, labels: Sequence[str] = (), multi_label: bool = False
+    data: DataLike, schema: Schema, seed: int = 42, *, labels: Sequence[str] = ()
 ) -> tuple[list[Example], tuple[str, ...]]:
     """Examples to evaluate a finished adapter on, and notes: the split or number that `data.test` says, else the test
     split, else everything there is. `labels` are the classes that the adapter knows."""
     tables = open_source(data.source)
     split = test_split(data, list(tables))
     table = tables[split]
-    columns = find_columns(data, table.columns, kind)
+    columns = find_columns(data, table.columns, [schema])
     scan = _Scan()
-    examples = [_stripped(example) for example in _examples(table, columns, multi_label, scan)]
+    examples = [_stripped(example) for example in _examples(table, columns, scan)]
     scan.check(table)
     unknown = sorted({label.strip() for label in scan.labels} - set(labels)) if labels else []
     if unknown:
@@ -126,7 +116,7 @@ def read_test(
     return examples, tuple(notes)
 
 
-def read_inputs(data: DataLike, kind: Kind) -> list[str]:
+def read_inputs(data: DataLike, schema: Schema) -> list[str]:
     """The inputs of every row of a table without splits (a missing one is ""), or the lines of a `.txt` file."""
     path = Path(os.path.expanduser(data.source))
     if path.suffix.lower() == ".txt" and os.path.isfile(path):  # unlike Path's, it bears any name
@@ -135,48 +125,12 @@ def read_inputs(data: DataLike, kind: Kind) -> list[str]:
     table = tables[test_split(data, list(tables))]
     mended = cells.Mended()
     texts = []
-    for place, (cell,) in table.read([find_input(data, table.columns, kind)]):
+    for place, (cell,) in table.read([find_input(data, table.columns, schema)]):
         try:
             texts.append(cells.text_of(cell, mended) or "")
         except DataError as error:
             raise DataError(f"{table.name} {table.unit} {place}: {error}") from None
     return texts
-
-
-# --- the source ------------------------------------------------------------------------------------------------------
-
-
-def open_source(source: str) -> dict[str, Table]:
-    """Split -> table, of a wheel, a file, a folder or the Hub; the split is "" where there is but one table."""
-    if "\0" in source or not source.strip():
-        raise DataError(f"data.source {shown(source)} names nothing: give a file, a folder, a Hub id or pypi:package")
-    if source.startswith("pypi:"):
-        return packaged.load(source)
-    try:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            return open_folder(path)
-        if path.exists():
-            return {"": open_table(path)}
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of a user who is not there
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"data {shown(source, 100)} cannot be read: {reason}: check the path") from None
-    if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or not hub.looks_like_id(source):
-        raise DataError(f"there is no file or folder {shown(source, 100)}{_near(path)}")
-    return hub.load(source)
-
-
-def _near(path: Path) -> str:
-    try:
-        names = [other.name for other in path.parent.iterdir() if other.suffix.lower() in SUFFIXES or other.is_dir()]
-    except OSError:
-        return f": there is no folder {shown(str(path.parent), 100)} either"
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return (
-        f": did you mean {shown(str(path.with_name(close[0])), 100)}?"
-        if close
-        else f" in {shown(str(path.parent.resolve()), 100)}"
-    )
 
 
 def _check_columns(used: Mapping[str, Table], columns: Columns) -> None:
@@ -212,18 +166,18 @@ class _Scan:
             raise DataError(f"{table.name} has no usable row: of {self.rows} rows {lost}")
 
 
-def _scan(table: Table, columns: Columns, multi_label: bool) -> _Scan:
+def _scan(table: Table, columns: Columns) -> _Scan:
     scan = _Scan()
-    for _ in _examples(table, columns, multi_label, scan):
+    for _ in _examples(table, columns, scan):
         if len(scan.labels) > cells.MOST_CLASSES:
-            cells.check_classes(scan.labels, scan.rows, columns.wanted[1], multi_label)
+            cells.check_classes(scan.labels, scan.rows, columns.wanted[1], columns.schema.many)
     scan.check(table)
     return scan
 
 
-def _examples(table: Table, columns: Columns, multi_label: bool, scan: _Scan) -> Iterator[Example]:
+def _examples(table: Table, columns: Columns, scan: _Scan) -> Iterator[Example]:
     """The usable rows as examples, everything unusable counted in `scan` or refused with its place."""
-    first, second = columns.wanted
+    schema, (first, second) = columns.schema, columns.wanted
     names = table.classes.get(second, ())
     for place, (a, b) in table.read((first, second)):
         scan.rows += 1
@@ -231,28 +185,25 @@ def _examples(table: Table, columns: Columns, multi_label: bool, scan: _Scan) ->
         try:
             source = cells.text_of(a, scan.mended)
             column = second
-            if columns.kind == "classify":
-                output: Any = cells.label_of(b, names, multi_label)
-            else:
-                output = cells.text_of(b, scan.mended)
+            output = schema.output(b, names, scan.mended)
         except DataError as error:
             raise DataError(f"{table.name} {table.unit} {place}, column {shown(column, 40)}: {error}") from None
         if source is None or output is None:
             scan.without[first if source is None else second] += 1
         else:
             scan.usable += 1
-            if columns.kind == "classify":
+            if schema.classes:
                 scan.labels.update(output if isinstance(output, tuple) else (output,))
-            yield Labelled(source, output) if columns.kind == "classify" else Pair(source, output)
+            yield schema.example(source, output)
 
 
 def _labels(
-    scans: Mapping[str, _Scan], used: Mapping[str, Table], sources: Sources, column: str, multi_label: bool
+    scans: Mapping[str, _Scan], used: Mapping[str, Table], sources: Sources, columns: Columns
 ) -> tuple[str, ...]:
     """The classes: the training table's, in order. Other splits may not have more."""
     train = sources.split["train"]
     cells.check_alike({label for scan in scans.values() for label in scan.labels})
-    cells.check_classes(scans[train].labels, scans[train].rows, column, multi_label)
+    cells.check_classes(scans[train].labels, scans[train].rows, columns.wanted[1], columns.schema.many)
     for split, scan in scans.items():
         unknown = [label for label in scan.labels if label not in scans[train].labels]
         if unknown:
@@ -271,11 +222,10 @@ def _keep(
     sources: Sources,
     chosen: Chosen,
     columns: Columns,
-    multi_label: bool,
     scans: Mapping[str, _Scan],
     memory: int,
-) -> dict[Role, Kept]:
-    kept = {role: Kept(len(chosen.rows[role]), memory) for role in ROLES}
+) -> dict[Role, ExampleStore]:
+    kept = {role: ExampleStore(len(chosen.rows[role]), memory) for role in ROLES}
     for split, table in used.items():
         owner = np.zeros(scans[split].usable, dtype=np.int8)  # 0: not chosen
         place = np.zeros(scans[split].usable, dtype=np.int64)
@@ -284,7 +234,7 @@ def _keep(
                 owner[chosen.rows[role]] = number
                 place[chosen.rows[role]] = np.arange(len(chosen.rows[role]))
         seen = 0
-        for example in _examples(table, columns, multi_label, _Scan()):
+        for example in _examples(table, columns, _Scan()):
             if seen < len(owner) and owner[seen]:
                 kept[ROLES[owner[seen] - 1]].put(int(place[seen]), _stripped(example))
             seen += 1
@@ -299,18 +249,18 @@ def _stripped(example: Example) -> Example:
     return example
 
 
-def _class_notes(labels: Sequence[str], train: Sequence[Example], multi_label: bool) -> list[str]:
+def _class_notes(labels: Sequence[str], train: Sequence[Example], many: bool) -> list[str]:
     """Classes that training can hardly learn."""
     counts: Counter[str] = Counter()
     for example in train:
         if isinstance(example, Labelled):
             counts.update(example.label if isinstance(example.label, tuple) else (example.label,))
-    if not multi_label and len(counts) == 1:
+    if not many and len(counts) == 1:
         raise DataError(
             f"all {len(train)} training examples have the label {shown(next(iter(counts)))}: raise data.train"
         )
     notes = []
-    if multi_label and any("," in label for label in labels):
+    if many and any("," in label for label in labels):
         notes.append("labels have commas in them: with multi_label a cell's labels are separated by |")
     for number, word in ((0, "no training example"), (1, "one training example only")):
         found = [label for label in labels if counts[label] == number]
@@ -319,7 +269,7 @@ def _class_notes(labels: Sequence[str], train: Sequence[Example], multi_label: b
     return notes
 
 
-def _duplicates(kept: Mapping[Role, Sequence[Example]], kind: Kind, multi_label: bool) -> tuple[int, list[str]]:
+def _duplicates(kept: Mapping[Role, Sequence[Example]], schema: Schema) -> tuple[int, list[str]]:
     """How many test inputs are training inputs too, and what else occurs twice. Blanks around a text do not count."""
     hashes = {role: _hashes(kept[role]) for role in ROLES}
     train, notes, found = hashes["train"], [], 0
@@ -328,7 +278,7 @@ def _duplicates(kept: Mapping[Role, Sequence[Example]], kind: Kind, multi_label:
         if same:
             notes.append(f"{same} of {len(hashes[role])} {role} inputs occur in the training examples too")
         found = same if role == "test" else found
-    if kind == "classify" and not multi_label:
+    if schema.classes and not schema.many:
         once, with_label = np.unique(train), np.unique(_hashes(kept["train"], outputs=True))
         if len(with_label) > len(once):
             notes.append(f"{len(with_label) - len(once)} training texts occur with more than one label")

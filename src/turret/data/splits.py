@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from turret.data.files import canonical_split
 from turret.errors import DataError, listed, shown
-from turret.tasks.files import canonical_split
 
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")

