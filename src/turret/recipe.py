@@ -35,9 +35,8 @@ from turret.errors import BadReference, RecipeError, one_line, shown
 from turret.methods import METHODS, LoRA, Method, method_class
 from turret.reference import check_name
 from turret.tasks.task import TASKS, kinds
+from turret.validation import as_many_as_fit, complaint
 
-_KIND_NAMES = {"string": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
-_KIND_NAMES |= {"int_from_float": "a whole number", **dict.fromkeys(("model_attributes", "model", "dict"), "a table")}
 _ELSEWHERE = {  # what other tools call our keys
     "alpha": "lora_alpha", "dropout": "lora_dropout", "rank": "r", "learning_rate": "lr", "num_train_epochs": "epochs",
     "num_epochs": "epochs", "per_device_train_batch_size": "batch_size", "warmup_steps": "warmup",
@@ -63,7 +62,7 @@ class _Section(BaseModel):
         try:
             return handler(value)
         except ValidationError as error:
-            raise RecipeError(_as_many_as_fit(list(_sentences(cls, error)))) from None
+            raise RecipeError(as_many_as_fit(list(_sentences(cls, error)))) from None
 
 
 def _size(value: Any) -> Any:
@@ -365,7 +364,7 @@ def _typed(key: str, text: str, type_: TypeAdapter[Any]) -> Any:
     try:
         type_.validate_python(toml.value_or_text(text))
     except ValidationError as error:
-        raise RecipeError(f"{key}: {_complaint(list(error.errors()))}") from None
+        raise RecipeError(f"{key}: {complaint(list(error.errors()))}") from None
     raise AssertionError(key)
 
 
@@ -400,29 +399,7 @@ def _sentences(model: type[BaseModel], error: ValidationError) -> Iterator[str]:
         elif kind == "sentences":
             yield from items[0]["ctx"]["sentences"]
         else:
-            yield f"{path}: {_complaint(items)}"
-
-
-def _as_many_as_fit(sentences: list[str], most: int = 230) -> str:
-    """The first mistakes, and how many more there are: with the recipe's name before it, one line."""
-    said = one_line(sentences[0], most)
-    for place, sentence in enumerate(sentences[1:], 1):
-        if len(said) + len(sentence) > most:
-            return f"{said}; and {len(sentences) - place} more"
-        said = f"{said}; {sentence}"
-    return said
-
-
-def _complaint(items: list[Any]) -> str:
-    texts: list[str] = []
-    for item in items:
-        text = str(item["msg"]).removeprefix("Value error, ")
-        kind = str(item["type"]).removesuffix("_type").removesuffix("_parsing")
-        text = f"expected {_KIND_NAMES[kind]}" if kind in _KIND_NAMES else text[:1].lower() + text[1:]
-        text = text.replace("input should be", "expected")
-        texts.append(text if not texts else text.removeprefix("expected "))
-    text = " or ".join(dict.fromkeys(texts))
-    return text if "given" in text or "bad adapter name" in text else f"{text}, given {shown(items[0].get('input'))}"
+            yield f"{path}: {complaint(items)}"
 
 
 def _unknown(key: str, method: str) -> str:
