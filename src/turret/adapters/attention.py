@@ -32,6 +32,7 @@ HARMLESS = {  # arguments that models hand over and that change no output of att
     "num_items_in_batch": "the loss is divided by it",
     "output_hidden_states": "transformers collects them from the layers",
     "position_ids": "queries and keys are rotated already, and the mask keeps packed texts apart",
+    "return_dict": "the form of the model's output",
     "use_cache": "keys and values have been cached before the call",
 }
 

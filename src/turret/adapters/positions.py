@@ -25,7 +25,8 @@ def hook(model: Any, family: Family, route: Route, prefix_length: Length) -> lis
     if family.decoder_only:
         body = model.base_model
         names = list(inspect.signature(type(body).forward).parameters)[1:]
-        return [body.register_forward_pre_hook(_decoder_hook(names, route, prefix_length), with_kwargs=True)]
+        shift = _decoder_hook(names, family.position_offset(model.config), route, prefix_length)
+        return [body.register_forward_pre_hook(shift, with_kwargs=True)]
     handles = []
     if family.position_module is not None:
         for stack, (stream, *_) in family.stacks(model):
@@ -80,7 +81,7 @@ def _shift(route: Route, prefix_length: Length, rows: int, stream: str, device: 
     return lengths.repeat_interleave(torch.tensor(route.lengths[stream], device=device))[None]
 
 
-def _decoder_hook(names: list[str], route: Route, prefix_length: Length) -> Callable[..., Any]:
+def _decoder_hook(names: list[str], offset: int, route: Route, prefix_length: Length) -> Callable[..., Any]:
     def shift_positions(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if route.capture is not None or route.positions is not None:
             return None
@@ -91,7 +92,7 @@ def _decoder_hook(names: list[str], route: Route, prefix_length: Length) -> Call
         if shift is None:
             return None
         if call.get("position_ids") is None:
-            call["position_ids"] = _positions(tokens, call.get("attention_mask"), call.get("cache"))
+            call["position_ids"] = _positions(tokens, call.get("attention_mask"), call.get("cache")) + offset
         call["position_ids"] = call["position_ids"] + shift
         return (), call
 
