@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "docs")  # files, or folders of .md files
+PAGES = (  # files, or folders of .md files
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CODE_OF_CONDUCT.md",
+    ".github",
+    "benchmarks",
+    "docs",
+)
 EXEMPT = ("docs/lab/", "docs/reports/")  # a diary, and what commands wrote
 UNREAD = re.compile(
     r"```.*?```|<!-- figures: .*?<!-- end of figures -->|<!--.*?-->|`[^`]*`|\]\([^)]*\)|^(?: {4}|\t)[^\n]*$",

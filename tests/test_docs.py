@@ -290,6 +290,18 @@ def test_a_page_names_no_command_that_is_not_there(name: str) -> None:
     assert {first or second for first, second in said} <= set(COMMANDS)
 
 
+def test_the_first_screen_of_the_readme_says_what_it_is_installs_it_and_does_something() -> None:
+    first = page("README.md").partition("\n## ")[0]
+    title, sentence, *_ = first.split("\n\n")
+    assert title == "# Turret"
+    assert sentence.startswith("Turret ")
+    assert len(re.findall(r"[.!?](?:\s|$)", sentence)) == 1
+    assert "pip install" in first
+    assert [language for language, _ in blocks(first)] == ["python"]
+    assert len(re.findall(r"!\[.*\]\(.*\)", first)) == 1
+    assert first.count("\n") < 40
+
+
 # --- the tree and the links ------------------------------------------------------------------------------------------
 
 
