@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from server.conftest import Running
 from turret import bases
 from turret import engine as engine_room
 from turret.adapters import attach, classify_logits, detach, target_logits
-from turret.errors import PreflightRefused, UnknownFamily
+from turret.errors import AdapterError, PreflightRefused, UnknownFamily
 from turret.families import FAMILIES
 from turret.methods import LoRA, Prefix
 from turret.recipe import Recipe
@@ -87,12 +88,20 @@ def house(registered: None, tmp_path_factory: pytest.TempPathFactory) -> House:
     return House(base, sorts, workspace, results, plans)
 
 
-def test_without_the_file_the_architecture_is_not_known(tmp_path: Path) -> None:
-    assert "toy" not in FAMILIES
+def test_without_the_file_the_architecture_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(FAMILIES, "toy", raising=False)
     toy_family.register()
     base = toy_family.save_base(tmp_path / "toy")
     with pytest.raises(UnknownFamily, match="architecture 'toy' is not supported: expected one of bart, bert"):
         bases.load(str(base), task="classify")
+
+
+def test_a_family_that_names_no_module_of_the_model_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "toy", dataclasses.replace(toy_family.TOY, attention=("ToyTails",)))
+    model = toy_family.build(toy_family.ToyForCausalLM)
+    with pytest.raises(AdapterError, match="no attention module of the family toy: expected modules of class ToyTails"):
+        attach(model, LoRA(r=2))
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @torch.no_grad()

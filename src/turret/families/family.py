@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from turret.errors import AdapterError
+
 Kind = Literal["encoder", "encoder-decoder", "decoder"]
 Group = Literal["encoder", "decoder", "cross"]
 Stream = Literal["encoder", "decoder"]
@@ -176,7 +178,10 @@ class Family:
         return int(most) - self.position_offset(config)
 
     def sites(self, model: Any) -> list[Site]:
-        """Every attention module of `model` in the order of its layers, self-attention before cross-attention."""
+        """Every attention module of `model` in the order of its layers, self-attention before cross-attention.
+
+        Raises AdapterError where there is none.
+        """
         counts: dict[Group, int] = {}
         sites = []
         for path, module in model.named_modules():
@@ -186,6 +191,11 @@ class Family:
             layer = counts[group] = counts.get(group, -1) + 1
             kv_heads, head_dim = self.heads(model.config, module)
             sites.append(Site(path, module, group, layer, kv_heads, head_dim))
+        if not sites:
+            raise AdapterError(
+                f"{type(model).__name__} has no attention module of the family {self.name}: expected modules of class "
+                f"{' or '.join(self.attention)}; use transformers' own class of this architecture"
+            )
         return sites
 
     def group(self, path: str) -> Group:
