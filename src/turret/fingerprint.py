@@ -36,7 +36,7 @@ def fingerprint(model: Any) -> str:
 def body(named: Iterable[tuple[str, Tensor]], model: Any, family: Family) -> Iterator[tuple[str, Tensor]]:
     """Of a model's named parameters those that make the base what it is, named relative to the body."""
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    outside = ("lm_head", *family.head_modules, *family.body_excludes)
+    outside = (*family.beside_body, *family.body_excludes)
     for name, tensor in named:
         relative = name.removeprefix(prefix)
         if name.startswith(prefix) and not within(relative, outside):

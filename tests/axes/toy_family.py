@@ -129,11 +129,11 @@ class ToyForCausalLM(ToyPreTrained, GenerationMixin):
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)
         self.body = ToyModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.speak = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        return self.speak
 
     def forward(
         self,
@@ -145,7 +145,7 @@ class ToyForCausalLM(ToyPreTrained, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         out = self.body(input_ids, attention_mask, position_ids, cache, use_cache=use_cache, **kwargs)
-        return CausalLMOutputWithPast(logits=vocabulary(self, out.last_hidden_state, self.lm_head), cache=out.cache)
+        return CausalLMOutputWithPast(logits=vocabulary(self, out.last_hidden_state, self.speak), cache=out.cache)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
@@ -186,6 +186,7 @@ TOY = Family(
     head_modules=("grade",),
     classify=classify,
     head_dropouts=("rest",),
+    output_layer="speak",
     pooling=last,
     positions="table",
     position_offset=lambda config: UNUSED,

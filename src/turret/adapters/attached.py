@@ -137,7 +137,7 @@ def target_paths(model: Any, targets: tuple[str, ...] | str | None) -> list[str]
     linear = {
         path: module
         for path, module in linear.items()
-        if module is not output and path.split(".")[0] not in (*family.head_modules, "lm_head")
+        if module is not output and path.split(".")[0] not in family.beside_body
     }
     if targets == "all-linear":
         return list(linear)

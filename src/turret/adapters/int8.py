@@ -98,7 +98,7 @@ def int8_layers(model: Any) -> list[nn.Linear]:
         )
     if (device := next(model.parameters()).device).type != "cpu":
         raise AdapterError(f"products in 8 bits are a processor's, and this base is on {device}: leave train.int8 off")
-    skipped = (*family_of(model.config).head_modules, "lm_head")
+    skipped = family_of(model.config).beside_body
     linear = [(path, each) for path, each in model.named_modules() if type(each) is nn.Linear]
     layers = [each for path, each in linear if fits(each.weight) and path.split(".")[0] not in skipped]
     if not layers:

@@ -177,7 +177,7 @@ def _wrapped(model: Any, family: Family, config: Any) -> Any:
 
 def _linear(model: Any, family: Family) -> list[str]:
     """Every linear layer of the body."""
-    outside = (*family.head_modules, "lm_head")
+    outside = family.beside_body
     return [
         path
         for path, each in model.named_modules()
@@ -189,7 +189,7 @@ def _require_writer(model: Any, family: Family, config: Any) -> None:
     kind = config.peft_type.value
     if kind not in PROMPTS:
         raise AdapterError(f"{kind} is no prompt that turret can read: expected {', '.join(PROMPTS)}, or prefix")
-    if not family.decoder_only or not hasattr(model, "lm_head"):
+    if not family.decoder_only or not hasattr(model, family.output_layer):
         raise AdapterError(
             f"{kind} puts virtual tokens before the text of a decoder that writes, and this is "
             f"{'a classifier' if family.decoder_only else f'an {family.kind}'}: use the method prefix"

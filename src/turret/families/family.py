@@ -117,6 +117,7 @@ class Family:
         head_modules: of the sequence classifier; trained and stored with every adapter.
         classify: (model, pooled (B, D)) -> logits (B, C).
         head_dropouts: names of the dropout modules that `classify` calls.
+        output_layer: name of the layer that makes logits over the vocabulary.
         pooling: (config) -> which tokens of a row a classifier reads.
         body_excludes: parts of the body that belong to a task, such as a pooler: no part of the fingerprint.
         positions: a learned table that ends, rotary, or by relative position only, which knows no limit.
@@ -140,6 +141,7 @@ class Family:
     head_modules: tuple[str, ...]
     classify: Callable[[Any, Any], Any]
     head_dropouts: tuple[str, ...] = ()
+    output_layer: str = "lm_head"
     pooling: Callable[[Any], Pooling] = first
     body_excludes: tuple[str, ...] = ()
     positions: Literal["table", "rotary", "relative"] = "rotary"
@@ -169,6 +171,11 @@ class Family:
     def decoder_only(self) -> bool:
         """Whether source and target are one row of tokens."""
         return self.kind == "decoder"
+
+    @property
+    def beside_body(self) -> tuple[str, ...]:
+        """The modules of a model that are not its body: the classifier's head and the output layer."""
+        return (*self.head_modules, self.output_layer)
 
     def position_limit(self, config: Any) -> int | None:
         """Most tokens that have a position; None where there is no such limit."""
