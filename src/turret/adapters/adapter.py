@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.attached import (
+    ATTRIBUTE,
     Attachment,
-    attachment,
     device_of,
     routed_linear,
     routed_module,
@@ -51,6 +51,11 @@ class Adapter:
     task: dict[str, Any] = field(default_factory=dict)  # all that answering needs: kind, labels, max_tokens, …
     generation: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)  # recipe, data digest, seed, library versions, …
+
+    @property
+    def head_modules(self) -> list[str]:
+        """The modules of the model that the head's tensors belong to, by the first part of their names."""
+        return sorted({name.split(".")[0] for name in self.head})
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ def mount_parts(model: Any, attached: Attachment, parts: Parts, slot: int) -> No
 
 def linear_at(model: Any, path: str) -> nn.Module:
     """The base's own layer at a path. Raises AdapterError where there is none."""
-    if (known := attachment(model).linears.get(path)) is not None:
+    attached: Attachment | None = getattr(model, ATTRIBUTE, None)
+    if attached is not None and (known := attached.linears.get(path)) is not None:
         return known.base_layer  # at once: a path is looked up part by part
     try:
         layer = model.get_submodule(path)
@@ -182,3 +188,11 @@ def _twin(module: nn.Module) -> nn.Module:
 def copied(value: Tensor) -> Tensor:
     """On the CPU, in float32."""
     return value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).contiguous().clone()
+
+
+def shared_names(model: Any) -> dict[str, tuple[str, ...]]:
+    """Name of a parameter -> all its names."""
+    names: dict[int, list[str]] = {}
+    for name, each in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(each), []).append(name)
+    return {name: tuple(group) for group in names.values() for name in group}

@@ -19,24 +19,20 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, BaseInfo
+from turret.adapters.adapter import Adapter, BaseInfo
 from turret.adapters.attached import attachment
 from turret.adapters.lifecycle import extract
-from turret.adapters.peft_config import (
-    belongs,
-    check_agreement,
-    check_config,
-    check_through_peft,
-    method_of,
-    peft_config,
-)
-from turret.adapters.prefix import from_peft, to_peft
+from turret.adapters.peft_config import check_config, shortly
 from turret.adapters.tensors import Content, read_tensors, visible
 from turret.disk import make_folder, permissions, sync
 from turret.errors import BundleError, RecipeError
+from turret.families import FAMILIES
 from turret.fingerprint import body, hashed
-from turret.methods import Full, LoRA, Method, Peft, Prefix, method_class
+from turret.methods import METHODS, Method, method_class
+from turret.methods.lookup import numbers_of
+from turret.tasks import stored_task
 
+TASK_TYPES = {"classify": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM", "decoder": "CAUSAL_LM"}
 FORMAT = 1
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
 KEYS = {"format", "method", "task", "generation", "base", "lineage", "files", "digest"}
@@ -94,12 +90,13 @@ def save_bundle(adapter: Adapter, folder: str | Path) -> dict[str, Any]:
 
 
 def _write(adapter: Adapter, folder: Path) -> dict[str, Any]:
-    tensors = _stored_tensors(adapter)
+    stored = numbers_of(adapter.method).stored(adapter)
+    tensors = {name: stored[name].contiguous() for name in sorted(stored)}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise BundleError(f"tensor {name!r} holds NaN or infinity: the training diverged; lower the learning rate")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(_pretty(peft_config(adapter)), encoding="utf-8")
+    (folder / CONFIG).write_text(_pretty(_config(adapter)), encoding="utf-8")
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "method": adapter.method.model_dump(mode="json"),
@@ -118,6 +115,27 @@ def _write(adapter: Adapter, folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _config(adapter: Adapter) -> dict[str, Any]:
+    """The JSON object PEFT reads. Paths of layers are whole, so that no suffix can hit another layer."""
+    config: dict[str, Any] = {
+        "peft_type": None,
+        "task_type": _task_type(adapter),
+        "base_model_name_or_path": adapter.base.id,
+        "inference_mode": True,
+    }
+    return config | numbers_of(adapter.method).peft_config(adapter)
+
+
+def _task_type(adapter: Adapter) -> str | None:
+    if adapter.head or not stored_task(adapter.task).generates:
+        return TASK_TYPES["classify"]
+    family = adapter.base.family
+    if family is None:
+        return None
+    known = FAMILIES.get(family)
+    return TASK_TYPES["encoder-decoder" if known is not None and known.is_encoder_decoder else "decoder"]
+
+
 def read_bundle(folder: str | Path) -> Adapter:
     """The adapter in a folder: a bundle of ours, or a plain PEFT folder (then without task and fingerprint).
 
@@ -133,17 +151,13 @@ def read_bundle(folder: str | Path) -> Adapter:
     manifest = _checked_manifest(folder, content) if (folder / MANIFEST).exists() else None
     tensors = read_tensors(path, content)
     if manifest is None:
-        method = method_of(config, tensors)
+        method = _method_of(config, tensors)
         base = BaseInfo(str(config.get("base_model_name_or_path") or "unknown"))
-        adapter_tensors, head = _split(tensors, method, config)
+        adapter_tensors, head = numbers_of(method).read(tensors, config)
         return Adapter(method, adapter_tensors, head, base)
     method = _method(manifest["method"])
-    if isinstance(method, Peft):
-        check_through_peft(config, method)
-    else:
-        check_config(config)
-        check_agreement(config, method)
-    adapter_tensors, head = _split(tensors, method, config)
+    numbers_of(method).check_config(config)
+    adapter_tensors, head = numbers_of(method).read(tensors, config)
     base = BaseInfo(**{key: manifest["base"].get(key) for key in ("id", "fingerprint", "family", "revision")})
     return Adapter(method, adapter_tensors, head, base, manifest["task"], manifest["generation"], manifest["lineage"])
 
@@ -206,51 +220,6 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return "sha256:" + hashlib.sha256(canonical).hexdigest()
 
 
-def _stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    prefix = "" if isinstance(adapter.method, Full) else LORA_PREFIX
-    own = adapter.tensors
-    if isinstance(adapter.method, Prefix):
-        own = {name: to_peft(each) if name in PROMPT.values() else each for name, each in own.items()}
-    tensors = {**own, **{f"{prefix}{name}": value for name, value in adapter.head.items()}}
-    return {name: tensors[name].contiguous() for name in sorted(tensors)}
-
-
-def _split(
-    tensors: dict[str, Tensor], method: Method, config: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The adapter's own tensors, and the head's under their names in the model."""
-    if isinstance(method, Full):
-        return tensors, {}
-    own: dict[str, Tensor] = {}
-    head: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        if isinstance(method, Peft) and belongs(method, name):
-            own[name] = value
-        elif name in PROMPT.values() and isinstance(method, Prefix):
-            own[name] = _unflattened(name, value, config)
-        elif isinstance(method, LoRA) and ".lora_" in name:
-            own[name] = value
-        elif name.startswith(LORA_PREFIX):
-            head[name.removeprefix(LORA_PREFIX)] = value
-        elif name.startswith("base_model."):
-            head[name.removeprefix("base_model.")] = value  # as PEFT names the head of a prompt-tuned model
-        else:
-            raise BundleError(f"tensor {name!r} belongs neither to a {method.kind} nor to a head: export it again")
-    return own, head
-
-
-def _unflattened(name: str, value: Tensor, config: dict[str, Any]) -> Tensor:
-    """A prefix (P, L * 2 * H * D) as the hooks take it, (L, 2, H, P, D)."""
-    heads, width = config.get("num_attention_heads"), config.get("token_dim")
-    if not (isinstance(heads, int) and isinstance(width, int) and heads > 0 and width > 0 and width % heads == 0):
-        raise BundleError(
-            f"{CONFIG} needs token_dim as a multiple of num_attention_heads, given {width!r} and {heads!r}"
-        )
-    if value.dim() != 2 or not value.numel() or value.shape[1] % (2 * width):
-        raise BundleError(f"tensor {name!r} has shape {tuple(value.shape)}: expected (P, layers * {2 * width})")
-    return from_peft(value, value.shape[1] // (2 * width), heads, width // heads)
-
-
 def refuse_foreign_files(folder: Path) -> None:
     """A pickle instead of safetensors, a link, a device, a file too large: BundleError, before anything is read."""
     names = sorted(each.name for each in folder.iterdir())
@@ -295,6 +264,25 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _no_number(word: str) -> None:
     raise ValueError(f"{word} is no number")
+
+
+def _method_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> Method:
+    """The method a PEFT folder holds. Raises BundleError for what is not computed here."""
+    check_config(config)
+    known = {each.peft_name: each for each in METHODS.values() if each.peft_name is not None}
+    found = known.get(str(config.get("peft_type")))
+    if found is None:
+        raise BundleError(
+            f"adapter_config.json has peft_type {shortly(config.get('peft_type'))}: expected {' or '.join(known)}; "
+            "merge it first"
+        )
+    try:
+        return found.from_peft(config, {name: tuple(each.shape) for name, each in tensors.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BundleError(
+            f"adapter_config.json has an unusable {'.'.join(map(str, first['loc']))} ({first['msg']}): train it again"
+        ) from None
 
 
 def _method(value: Any) -> Method:

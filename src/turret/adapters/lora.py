@@ -246,3 +246,12 @@ def sizes(layer: nn.Module) -> tuple[int, int]:
     raise AdapterError(
         f"LoRA cannot adapt a {type(layer).__name__}: expected a linear layer; name other target_modules"
     )
+
+
+def merged_weight(W: Tensor, A: Tensor, B: Tensor, scaling: float, *, transposed: bool = False) -> Tensor:
+    """`W' = W + scaling * B A`, summed in float32 and rounded once to W's dtype; a new tensor.
+
+    W: (D_out, D_in), or (D_in, D_out) where `transposed` (GPT-2's Conv1D). A: (R, D_in), B: (D_out, R).
+    """
+    delta = scaling * (B.float() @ A.float())  # (D_out, D_in)
+    return (W.float() + (delta.mT if transposed else delta)).to(W.dtype)

@@ -17,7 +17,6 @@ import re
 from turret.adapters.adapter import LORA_PREFIX, Adapter
 from turret.errors import AdapterError
 from turret.families import FAMILIES
-from turret.methods import LoRA
 from turret.tasks import stored_task
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -27,17 +26,17 @@ _LAYER = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|
 def max_lora_rank(adapter: Adapter) -> int:
     """The smallest `--max-lora-rank` that takes the adapter; raises AdapterError where vLLM does not take it."""
     method, family = adapter.method, adapter.base.family
-    if not isinstance(method, LoRA):
+    if (wanted := method.vllm_rank) is None:
         raise AdapterError(f"vLLM takes LoRA alone, and this is a {method.kind}: export it without --vllm")
     if adapter.head or not stored_task(adapter.task).generates:
         raise AdapterError("vLLM takes no adapter with a head (modules_to_save), and this one classifies: use --merged")
     served = [name for name, each in FAMILIES.items() if each.vllm_lora]
     if family not in served:
         raise AdapterError(f"vLLM takes LoRA on {', '.join(served)}, and this base is a {family}: use --merged")
-    if method.r > RANKS[-1]:
-        raise AdapterError(f"vLLM takes ranks up to {RANKS[-1]}, and this one has {method.r}: use --merged")
+    if wanted > RANKS[-1]:
+        raise AdapterError(f"vLLM takes ranks up to {RANKS[-1]}, and this one has {wanted}: use --merged")
     for name in adapter.tensors:
         path = name.removeprefix(LORA_PREFIX).rsplit(".lora_", 1)[0]
         if not _LAYER.fullmatch(path):
             raise AdapterError(f"vLLM takes the linear layers of a decoder's blocks, not {path}: use --merged")
-    return next(rank for rank in RANKS if rank >= method.r)
+    return next(rank for rank in RANKS if rank >= wanted)

@@ -85,7 +85,7 @@ class Bank:
         """Check that the adapter fits this base and is used whole, and lay its numbers out. Raises AdapterError."""
         require_base(adapter, self.fingerprint)
         adapter = self._at_home(adapter)
-        parts = numbers_of(adapter.method).parts(self._model, self.attached, adapter)
+        parts = numbers_of(adapter.method).parts(self._model, adapter)
         head = self._heads.checked(adapter, task.generates)
         factors, groups, ends = self._by_layer(parts, head), shapes_of(parts.prefix), shapes_of(head)
         behind = sum(part.numel() for pair in factors.values() for part in pair)

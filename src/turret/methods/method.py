@@ -5,9 +5,9 @@ The answers here hold for every method that does not give its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -42,6 +42,8 @@ class Method(BaseModel):
     wraps_modules: ClassVar[bool] = False  # it wraps the base's modules itself: no other may stand in their place
     shares_base: ClassVar[bool] = True  # one base carries it beside other adapters
     claimed: ClassVar[bool] = False  # a comparison holds the common claims about adapters against it
+    peft_name: ClassVar[str | None] = None  # PEFT's `peft_type`; None: PEFT has no such method
+    peft_cannot: ClassVar[Mapping[str, str]] = {}  # by PEFT's task_type: what PEFT does not do with it
     open_settings: ClassVar[bool] = False  # its keys are those of a library, which judges them when it is loaded
     named_by: ClassVar[str | None] = None  # the setting that `compare --methods` takes alone, as in peft:IA3
     named_as: ClassVar[str] = ""  # what that setting is
@@ -93,6 +95,16 @@ class Method(BaseModel):
     def starting_text(self, instruction: str) -> str | None:
         """The words that it starts from, if it starts from words. instruction: what the task would say."""
         return None
+
+    @property
+    def vllm_rank(self) -> int | None:
+        """The rank that vLLM must make room for; None: vLLM does not take it."""
+        return None
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """The method of a plain PEFT folder: its settings by PEFT's names. shapes: of the tensors, by name."""
+        return cls(**{name: config[name] for name in cls.model_fields if name in config})
 
     def of_tensors(self, names: Iterable[str]) -> Self:
         """The method of an adapter from outside with what only the names of its tensors tell."""

@@ -9,11 +9,23 @@ from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from turret.adapters.adapter import Adapter, Extracted, Parts, copied, head_tensors, mount_head, mount_parts
+from turret.adapters.adapter import (
+    LORA_PREFIX,
+    Adapter,
+    Extracted,
+    Parts,
+    copied,
+    head_tensors,
+    mount_head,
+    mount_parts,
+    shared_names,
+)
 from turret.adapters.attached import Attachment, start_head
-from turret.errors import AdapterError
+from turret.adapters.lora import merged_weight
+from turret.adapters.peft_config import check_agreement, check_config
+from turret.errors import AdapterError, BundleError
 from turret.methods.method import Method
 from turret.plan_check import Check
 
@@ -59,7 +71,59 @@ class MethodNumbers(Generic[M]):
         fill_parameters(head_parameters(attached), adapter.head)
         fill_parameters(self.tensors(attached, 1), adapter.tensors)
 
-    def parts(self, model: Any, attached: Attachment, adapter: Adapter) -> Parts:
+    def owns(self, name: str) -> bool:
+        """Whether a tensor of a file is the method's, and not the head's."""
+        return False
+
+    def stored(self, adapter: Adapter) -> dict[str, Tensor]:
+        """Every tensor of a bundle by its name in the file."""
+        return {**adapter.tensors, **{f"{LORA_PREFIX}{name}": value for name, value in adapter.head.items()}}
+
+    def read(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The other way: the method's own tensors of a file, and the head's under their names in the model."""
+        own: dict[str, Tensor] = {}
+        head: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            if self.owns(name):
+                own[name] = value
+            elif name.startswith(LORA_PREFIX):
+                head[name.removeprefix(LORA_PREFIX)] = value
+            elif name.startswith("base_model."):
+                head[name.removeprefix("base_model.")] = value  # as PEFT names the head of a prompt-tuned model
+            else:
+                kind = self.method.kind
+                raise BundleError(f"tensor {name!r} belongs neither to a {kind} nor to a head: export it again")
+        return own, head
+
+    def peft_words(self) -> dict[str, Any]:
+        """What PEFT's configuration must say of the settings, so that PEFT computes the same."""
+        return {"peft_type": self.method.peft_name}
+
+    def peft_config(self, adapter: Adapter) -> dict[str, Any]:
+        """The method's part of PEFT's configuration."""
+        return self.peft_words()
+
+    def check_config(self, config: dict[str, Any]) -> None:
+        """Raises BundleError for a configuration beside a manifest that says another thing than the method."""
+        check_config(config)
+        check_agreement(config, self.peft_words())
+
+    def require_mergeable(self) -> None:
+        """Raises AdapterError for a method that no weights can say."""
+
+    def merged(self, model: Any, adapter: Adapter) -> dict[str, Tensor]:
+        """The weights that change, by name: those of a model with nothing attached, with the adapter in them."""
+        shared, parts = shared_names(model), self.parts(model, adapter)
+        merged = {}
+        for path, (A, B) in parts.factors.items():
+            if len(shared.get(f"{path}.weight", ())) > 1:
+                raise AdapterError(f"{path} shares its weight with another layer: it cannot be merged into one alone")
+            layer = model.get_submodule(path)
+            transposed = not isinstance(layer, nn.Linear)
+            merged[f"{path}.weight"] = merged_weight(layer.weight, A, B, parts.scaling, transposed=transposed)
+        return merged
+
+    def parts(self, model: Any, adapter: Adapter) -> Parts:
         """What an adapter adds in the two hooks: in a batch of many adapters it is this and the head.
 
         Raises AdapterError for tensors that do not fit, and for a method that answers alone.
@@ -71,7 +135,7 @@ class MethodNumbers(Generic[M]):
 
     def mount(self, model: Any, attached: Attachment, adapter: Adapter, slot: int) -> None:
         """Put a finished adapter into an empty slot."""
-        mount_parts(model, attached, self.parts(model, attached, adapter), slot)
+        mount_parts(model, attached, self.parts(model, adapter), slot)
         mount_head(model, attached, adapter.head, slot)
 
 

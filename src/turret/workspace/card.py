@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from turret.methods import method_named
 from turret.tasks import TASKS, stored_task
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -19,11 +20,6 @@ _CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
-
-_NO_PREFIX = {  # what PEFT 0.21 does
-    "SEQ_CLS": "PEFT does not run a prefix on a classifier.",
-    "SEQ_2_SEQ_LM": "PEFT loads the decoder's part of the prefix alone and gives other outputs.",
 }
 
 
@@ -131,8 +127,8 @@ def _loading(shown: Mapping[str, Any], base: Mapping[str, Any], form: str, task_
     if task_type is None:
         yield "PEFT does not load it: it has no method of that kind."
         return
-    if _part(shown["manifest"], "method").get("kind") == "prefix" and task_type in _NO_PREFIX:
-        yield _NO_PREFIX[task_type]
+    if said := method_named(_part(shown["manifest"], "method").get("kind")).peft_cannot.get(task_type):
+        yield said
         return
     yield "With PEFT, which does not check the base:"
     yield from _peft(base, _part(shown["manifest"], "task"), kind)

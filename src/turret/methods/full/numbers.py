@@ -39,7 +39,16 @@ class FullNumbers(MethodNumbers[Full]):
     def fill(self, model: Any, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
         fill_parameters(attached.full, {**adapter.tensors, **adapter.head})
 
-    def parts(self, model: Any, attached: Attachment, adapter: Adapter) -> Parts:
+    def stored(self, adapter: Adapter) -> dict[str, Tensor]:
+        return {**adapter.tensors, **adapter.head}
+
+    def read(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return tensors, {}
+
+    def merged(self, model: Any, adapter: Adapter) -> dict[str, Tensor]:
+        return adapter.tensors
+
+    def parts(self, model: Any, adapter: Adapter) -> Parts:
         raise AdapterError(
             "a full fine-tuning replaces every weight and cannot share a base with others: "
             "export it merged and serve it as a base of its own"

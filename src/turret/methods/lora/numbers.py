@@ -13,6 +13,7 @@ from turret.adapters.adapter import LORA_PREFIX, Adapter, Extracted, Parts, line
 from turret.adapters.attached import Attachment, device_of, routed_linear, target_paths
 from turret.adapters.lora import LoRAFactors, sizes
 from turret.errors import AdapterError
+from turret.families import FAMILIES
 from turret.methods.lora.spec import LoRA
 from turret.methods.numbers import MethodNumbers
 from turret.plan_check import Check
@@ -79,7 +80,26 @@ class LoRANumbers(MethodNumbers[LoRA]):
             )
         super().fill(model, attached, adapter, generator)
 
-    def parts(self, model: Any, attached: Attachment, adapter: Adapter) -> Parts:
+    def owns(self, name: str) -> bool:
+        return ".lora_" in name
+
+    def peft_words(self) -> dict[str, Any]:
+        r, alpha, rslora = self.method.r, self.method.lora_alpha, self.method.use_rslora
+        return super().peft_words() | {"r": r, "lora_alpha": alpha, "use_rslora": rslora}
+
+    def peft_config(self, adapter: Adapter) -> dict[str, Any]:
+        alpha, paths = self.method.lora_alpha, {name.rsplit(".lora_", 1)[0] for name in adapter.tensors}
+        family = FAMILIES.get(adapter.base.family or "")
+        return self.peft_words() | {
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "lora_dropout": self.method.lora_dropout,
+            "target_modules": sorted(path.removeprefix(LORA_PREFIX) for path in paths),
+            "fan_in_fan_out": family is not None and family.fan_in_fan_out,
+            "bias": "none",
+            "modules_to_save": adapter.head_modules or None,
+        }
+
+    def parts(self, model: Any, adapter: Adapter) -> Parts:
         """A (R, D_in) and B (D_out, R) of every layer, as they are stored; all of the tensors, and they fit."""
         r, pairs = self.method.r, _pairs(adapter)
         checked = {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar, Literal, Self
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ class LoRA(Method):
     """Low-rank adaptation: `y = W x + scaling * B A dropout(x)`, A: (R, D_in), B: (D_out, R) (Hu et al. 2021)."""
 
     numbers_at: ClassVar[str] = "turret.methods.lora.numbers:LoRANumbers"
+    peft_name: ClassVar[str | None] = "LORA"
     claimed: ClassVar[bool] = True
     low_rate: ClassVar[str | None] = (
         "LoRA stays near chance with it (2e-5 gave 0.51 on IMDB and 0.53 on movie snippets after an epoch, where 1e-3 "
@@ -47,6 +48,15 @@ class LoRA(Method):
         Until then little of the gradient reaches LoRA.
         """
         return 10.0
+
+    @property
+    def vllm_rank(self) -> int | None:
+        return self.r
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+        return cls(**{name: config[name] for name in names if name in config})
 
     def of_tensors(self, names: Iterable[str]) -> Self:
         """The last part of the adapted layers' names as `target_modules`, where none are set."""

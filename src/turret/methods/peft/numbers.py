@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from turret.adapters import through_peft
-from turret.adapters.adapter import Adapter, Extracted, Parts, copied, head_tensors, mount_head
+from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, Extracted, Parts, copied, head_tensors, mount_head
 from turret.adapters.attached import Attachment, device_of
+from turret.adapters.peft_config import check_agreement, refuse_code
 from turret.adapters.prefix import Groups
 from turret.adapters.route import BARE, set_route
 from turret.errors import AdapterError
+from turret.families import family_of
 from turret.methods.numbers import MethodNumbers, fill_parameters, head_parameters
 from turret.methods.peft.spec import Peft
 
@@ -49,7 +52,42 @@ class PeftNumbers(MethodNumbers[Peft]):
         through_peft.fill(guest, adapter.tensors)
         fill_parameters(head_parameters(attached), adapter.head)
 
-    def parts(self, model: Any, attached: Attachment, adapter: Adapter) -> Parts:
+    def owns(self, name: str) -> bool:
+        """By the mark that PEFT gives the names of its tensors."""
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+        made = through_peft.config_of(self.method)
+        mark = PEFT_TYPE_TO_PREFIX_MAPPING.get(made.peft_type)
+        if made.is_prompt_learning:
+            return name == PROMPT["decoder"]
+        shared = not name.startswith(LORA_PREFIX)  # what all layers read, such as VeRA's matrices
+        return shared or bool(mark and mark in name)
+
+    def peft_words(self) -> dict[str, Any]:
+        made = through_peft.config_of(self.method)
+        return through_peft.kept(made) | {"peft_type": made.peft_type.value}
+
+    def peft_config(self, adapter: Adapter) -> dict[str, Any]:
+        return self.peft_words() | ({"modules_to_save": adapter.head_modules} if adapter.head else {})
+
+    def check_config(self, config: dict[str, Any]) -> None:
+        refuse_code(config)
+        check_agreement(config, self.peft_words())
+
+    def merged(self, model: Any, adapter: Adapter) -> dict[str, Tensor]:
+        """The weights that PEFT's own merging changes, on a copy."""
+        twin = copy.deepcopy(model)
+        guest = through_peft.invite(twin, family_of(twin.config), self.method)
+        through_peft.fill(guest, adapter.tensors)
+        before = model.state_dict()
+        whole = through_peft.merged(guest)
+        if odd := sorted(set(whole) ^ set(before)):
+            raise AdapterError(
+                f"PEFT does not merge {self.method.peft_type} whole ({odd[0]}): export it without --merged"
+            )
+        return {name: each for name, each in whole.items() if not torch.equal(each, before[name])}
+
+    def parts(self, model: Any, adapter: Adapter) -> Parts:
         raise AdapterError(
             f"{self.method.peft_type} is computed by PEFT, one adapter at a time, and cannot share a base with others: "
             "export it merged and serve it as a base of its own, where PEFT merges it"

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from turret.adapters.adapter import PROMPT, Adapter, Parts
-from turret.adapters.attached import Attachment, device_of
-from turret.adapters.prefix import PrefixGroup, PrefixSlot
-from turret.errors import AdapterError
+from turret.adapters.attached import Attachment, attachment, device_of
+from turret.adapters.prefix import PrefixGroup, PrefixSlot, from_peft, to_peft
+from turret.errors import AdapterError, BundleError
 from turret.methods.numbers import MethodNumbers, fill_parameters, head_parameters, require_same
 from turret.methods.prefix.spec import Prefix
 
@@ -43,8 +43,37 @@ class PrefixNumbers(MethodNumbers[Prefix]):
         require_same({names[name]: group.shape for name, group in groups.items()}, adapter.tensors)
         self._put(model, attached, {name: adapter.tensors[names[name]] for name in groups}, generator)
 
-    def parts(self, model: Any, attached: Attachment, adapter: Adapter) -> Parts:
+    def owns(self, name: str) -> bool:
+        return name in PROMPT.values()
+
+    def stored(self, adapter: Adapter) -> dict[str, Tensor]:
+        return super().stored(adapter) | {name: to_peft(each) for name, each in adapter.tensors.items()}
+
+    def read(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        own, head = super().read(tensors, config)
+        return {name: _unflattened(name, value, config) for name, value in own.items()}, head
+
+    def peft_config(self, adapter: Adapter) -> dict[str, Any]:
+        """PEFT's words for the shape (L, 2, H, P, D) of the decoder's prefix, or of an encoder's where it is alone."""
+        layers, _, heads, tokens, dim = adapter.tensors[PROMPT["decoder"]].shape
+        return self.peft_words() | {
+            "num_virtual_tokens": tokens,
+            "num_layers": layers,
+            "num_attention_heads": heads,
+            "token_dim": heads * dim,
+            "num_transformer_submodules": 2 if len(adapter.tensors) > 1 else 1,
+            "prefix_projection": False,
+        }
+
+    def require_mergeable(self) -> None:
+        raise AdapterError(
+            "a prefix cannot be merged: it is keys and values in front of every layer, not a change of weights; "
+            "export it without --merged"
+        )
+
+    def parts(self, model: Any, adapter: Adapter) -> Parts:
         """Keys and values by group, as they are stored; all of the tensors, and they fit."""
+        attached = attachment(model)
         groups: dict[str, list[Any]] = {}
         for site in attached.sites:
             groups.setdefault(site.group, []).append(site)
@@ -80,6 +109,18 @@ def _groups(attached: Attachment, slot: int) -> dict[str, PrefixGroup]:
     module = attached.prefixes[str(slot)]
     assert isinstance(module, PrefixSlot)
     return {name: group for name, group in module.groups.items() if isinstance(group, PrefixGroup)}
+
+
+def _unflattened(name: str, value: Tensor, config: dict[str, Any]) -> Tensor:
+    """A prefix (P, L * 2 * H * D) as the hooks take it, (L, 2, H, P, D)."""
+    heads, width = config.get("num_attention_heads"), config.get("token_dim")
+    if not (isinstance(heads, int) and isinstance(width, int) and heads > 0 and width > 0 and width % heads == 0):
+        raise BundleError(
+            f"adapter_config.json needs token_dim as a multiple of num_attention_heads, given {width!r} and {heads!r}"
+        )
+    if value.dim() != 2 or not value.numel() or value.shape[1] % (2 * width):
+        raise BundleError(f"tensor {name!r} has shape {tuple(value.shape)}: expected (P, layers * {2 * width})")
+    return from_peft(value, value.shape[1] // (2 * width), heads, width // heads)
 
 
 def prompt_names(groups: list[str]) -> dict[str, str]:

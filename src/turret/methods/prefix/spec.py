@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from turret.errors import BundleError
 from turret.methods.method import Method
 from turret.plan_check import Check
 
@@ -15,6 +16,11 @@ class Prefix(Method):
     """Prefix tuning: P trained keys and values in front of every attention layer (Li & Liang 2021)."""
 
     numbers_at: ClassVar[str] = "turret.methods.prefix.numbers:PrefixNumbers"
+    peft_name: ClassVar[str | None] = "PREFIX_TUNING"
+    peft_cannot: ClassVar[Mapping[str, str]] = {  # what PEFT 0.21 does
+        "SEQ_CLS": "PEFT does not run a prefix on a classifier.",
+        "SEQ_2_SEQ_LM": "PEFT loads the decoder's part of the prefix alone and gives other outputs.",
+    }
     claimed: ClassVar[bool] = True
     low_rate: ClassVar[str | None] = (
         "a prefix hardly moves with it (headlines by SmolLM2: loss 3.07 after 80 steps at 1e-3, 5.4 before the first)"
@@ -61,6 +67,12 @@ class Prefix(Method):
                 "through the MLP an encoder's prefix often stays at guessing on texts that are hard to tell apart",
                 "leave method.reparametrize out, and train.lr",
             )
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        if "prompt_embeddings" not in shapes:
+            raise BundleError("the prefix has no tensor 'prompt_embeddings': save it again with PEFT")
+        return cls(num_virtual_tokens=shapes["prompt_embeddings"][0], encoder=False, reparametrize=False)
 
     def starting_text(self, instruction: str) -> str | None:
         return self.init_text or instruction
