@@ -30,6 +30,7 @@ from small_disk import mounted_disk
 import turret
 from turret import adapters, bases
 from turret.adapters import Adapter, merge, vllm
+from turret.adapters.lora import merged_weight
 from turret.errors import AdapterError, Corrupt, NotFound, StoreError
 from turret.methods import Full, Head, Prefix
 from turret.workspace import Workspace
@@ -158,9 +159,9 @@ def test_a_merged_weight_is_the_sum_written_out() -> None:
     expected = torch.tensor(
         [[W[i, j] + 3 * sum(B[i, k] * A[k, j] for k in range(2)) for j in range(6)] for i in range(4)]
     )
-    torch.testing.assert_close(merge.merged_weight(W, A, B, 3.0), expected)
-    torch.testing.assert_close(merge.merged_weight(W.mT, A, B, 3.0, transposed=True), expected.mT)
-    assert merge.merged_weight(W.bfloat16(), A, B, 3.0).dtype == torch.bfloat16
+    torch.testing.assert_close(merged_weight(W, A, B, 3.0), expected)
+    torch.testing.assert_close(merged_weight(W.mT, A, B, 3.0, transposed=True), expected.mT)
+    assert merged_weight(W.bfloat16(), A, B, 3.0).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("method", [Head(), Full(), Prefix(num_virtual_tokens=2, encoder_hidden_size=8)])
