@@ -72,7 +72,7 @@ def _watched(seen: list[dict[str, float]]) -> Iterator[None]:
 
     plain = attention._unpadded
 
-    def watching(hooked: Any, q: Any, k: Any, v: Any, scaling: float, *rest: Any) -> Any:
+    def watching(hooked: Any, q: Any, k: Any, v: Any, call: Any) -> Any:
         keys, values = (each.float() for each in hooked.prefix(1, hooked.site))  # (H, P, D)
         all_tokens, first, start = [], [], 0
         for length in next(iter(hooked.route.lengths.values())):
@@ -80,7 +80,7 @@ def _watched(seen: list[dict[str, float]]) -> Iterator[None]:
             start += length
             if q.shape[2] <= start - length or q.shape[2] != k.shape[2]:  # the last layer asks for first tokens only
                 break
-            scores = q[0, :, span].float() @ torch.cat([keys, k[0, :, span].float()], 1).transpose(1, 2) * scaling
+            scores = q[0, :, span].float() @ torch.cat([keys, k[0, :, span].float()], 1).transpose(1, 2) * call.scaling
             share = scores.softmax(-1)[..., : keys.shape[1]].sum(-1)  # (H, T)
             all_tokens.append(share.mean())
             first.append(share[:, 0].mean())
@@ -88,7 +88,7 @@ def _watched(seen: list[dict[str, float]]) -> Iterator[None]:
             part = {"share": float(torch.stack(all_tokens).mean()), "share_of_first": float(torch.stack(first).mean())}
             part["length"] = float(values.norm(dim=-1).mean() / v[0].float().norm(dim=-1).mean())
             seen.append(part)
-        return plain(hooked, q, k, v, scaling, *rest)
+        return plain(hooked, q, k, v, call)
 
     attention._unpadded = watching
     try:
