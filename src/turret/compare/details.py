@@ -121,23 +121,15 @@ def _answered(rows: Mapping[str, Sequence[Result]], examples: Sequence[Any], pla
         (spec, _commonest([each.answers[place] for each in own]), float(np.mean([each.scores[place] for each in own])))
         for spec, own in rows.items()
     )
-    return Disagreement(_short(_text(examples[place])), _short(_wanted(examples[place])), answers)
+    return Disagreement(_short(examples[place].input), _short(_words(examples[place].output)), answers)
 
 
-def _text(example: Any) -> str:
-    return str(getattr(example, "text", None) or getattr(example, "source", ""))
-
-
-def _wanted(example: Any) -> str:
-    wanted = getattr(example, "label", None)
-    if wanted is None:
-        return str(example.target)
-    return wanted if isinstance(wanted, str) else ", ".join(wanted)
+def _words(output: str | Sequence[str]) -> str:
+    return output if isinstance(output, str) else ", ".join(output)
 
 
 def _commonest(answers: Sequence[Any]) -> str:
-    said = [answer if isinstance(answer, str) else ", ".join(answer) for answer in answers]
-    return _short(Counter(said).most_common(1)[0][0])
+    return _short(Counter(map(_words, answers)).most_common(1)[0][0])
 
 
 def _short(text: str) -> str:

@@ -1,5 +1,4 @@
-"""From a table's cells to texts and labels, and what is refused on the way. Knows one cell at a time, or the counts
-of all labels; refuses to know files and splits.
+"""From a table's cells to texts and labels, one cell at a time, and what is refused on the way.
 
 - a missing cell is nothing, NaN, or blanks only; rows without input, target or label are left out and counted
 - labels are words: whole numbers lose their `.0`, true and false are written so, blanks around them go

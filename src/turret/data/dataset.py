@@ -254,7 +254,7 @@ def _class_notes(labels: Sequence[str], train: Sequence[Example], many: bool) ->
     counts: Counter[str] = Counter()
     for example in train:
         if isinstance(example, Labelled):
-            counts.update(example.label if isinstance(example.label, tuple) else (example.label,))
+            counts.update(example.labels)
     if not many and len(counts) == 1:
         raise DataError(
             f"all {len(train)} training examples have the label {shown(next(iter(counts)))}: raise data.train"
@@ -287,8 +287,7 @@ def _duplicates(kept: Mapping[Role, Sequence[Example]], schema: Schema) -> tuple
 
 def _hashes(examples: Sequence[Example], outputs: bool = False) -> npt.NDArray[np.uint64]:
     """Eight bytes for each input (with its output)."""
-    texts = ((e.text, str(e.label)) if isinstance(e, Labelled) else (e.source, e.target) for e in examples)
-    numbers = (_hash(f"{a.strip()}\0{b}" if outputs else a.strip()) for a, b in texts)
+    numbers = (_hash(e.input.strip() + (f"\0{e.output}" if outputs else "")) for e in examples)
     return np.fromiter(numbers, dtype=np.uint64, count=len(examples))
 
 
@@ -302,10 +301,8 @@ def _digest(kept: Mapping[Role, Sequence[Example]]) -> str:
     for role in ROLES:
         digest.update(f"{role} {len(kept[role])}\n".encode())
         for example in kept[role]:
-            fields = (
-                (example.text, example.label) if isinstance(example, Labelled) else (example.source, example.target)
-            )
-            for value in (fields[0], *(fields[1] if isinstance(fields[1], tuple) else fields[1:])):
+            output = example.output
+            for value in (example.input, *(output if isinstance(output, tuple) else (output,))):
                 raw = str(value).encode()
                 digest.update(f"{len(raw)}:".encode() + raw)
             digest.update(b"\n")

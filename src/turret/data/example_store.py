@@ -36,7 +36,7 @@ class ExampleStore(Sequence[Example]):
     def put(self, place: int, example: Example) -> None:
         if self._file is None:
             self._held[place] = example
-            self._room -= _characters(example)
+            self._room -= len(example.input) + len(example.output)
             if self._room < 0:
                 self._spill()
         else:
@@ -103,11 +103,4 @@ def _disk_errors() -> Iterator[None]:
 
 
 def _fields(example: Example) -> tuple[str, Any]:
-    if isinstance(example, Pair):
-        return example.source, {"target": example.target}
-    return example.text, example.label
-
-
-def _characters(example: Example) -> int:
-    first, second = _fields(example)
-    return len(first) + (len(second["target"]) if isinstance(second, dict) else len(second))
+    return example.input, {"target": example.target} if isinstance(example, Pair) else example.label

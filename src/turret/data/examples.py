@@ -13,6 +13,19 @@ class Labelled:
     text: str
     label: str | tuple[str, ...]
 
+    @property
+    def input(self) -> str:
+        return self.text
+
+    @property
+    def output(self) -> str | tuple[str, ...]:
+        return self.label
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Its classes, one or many."""
+        return self.label if isinstance(self.label, tuple) else (self.label,)
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -20,6 +33,14 @@ class Pair:
 
     source: str
     target: str
+
+    @property
+    def input(self) -> str:
+        return self.source
+
+    @property
+    def output(self) -> str:
+        return self.target
 
 
 Example = Labelled | Pair
@@ -42,4 +63,4 @@ class Dataset:
 
 def texts_of(examples: Sequence[Example]) -> list[str]:
     """The inputs of some examples of either kind."""
-    return [example.text if isinstance(example, Labelled) else example.source for example in examples]
+    return [example.input for example in examples]

@@ -1,6 +1,6 @@
 """Table files, read a row at a time: CSV, TSV, JSONL, JSON and Parquet, and a folder of them. Loads no torch.
 
-Refuses to know what a column means. Limits and rules, all of them on purpose:
+What a column means is not decided here. Limits and rules, all of them on purpose:
 
 - text files are UTF-8, with or without a byte order mark; anything else is an error that names the line
 - a field holds at most `FIELD_LIMIT` characters, a line at most `LINE_LIMIT`: memory stays bounded whatever is sent

@@ -1,5 +1,5 @@
 """Data sets of the Hugging Face Hub, through `datasets`: `owner/name`, or `owner/name:configuration`. Loads no torch
-by itself. Refuses to run code that comes with a data set (`datasets` no longer can)."""
+by itself. Code that comes with a data set is never run (`datasets` no longer can)."""
 
 from __future__ import annotations
 

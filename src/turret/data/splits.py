@@ -1,4 +1,4 @@
-"""Which rows make the training, validation and test examples. Knows counts and a seed; refuses to know rows.
+"""Which rows make the training, validation and test examples, from their counts and a seed alone.
 
 - a split that the recipe names is that split, whole
 - a number or a fraction is taken from the split of that name where the source has one, else from the training table

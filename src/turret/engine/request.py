@@ -11,11 +11,12 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError
+from turret.tasks.task import RequestKind
 
-Kind = Literal["classify", "generate"]
+Kind = RequestKind
 Answer = dict[str, Any]
 
 MAX_TOKENS = 128  # of an answer, where neither the request nor the adapter says

@@ -7,9 +7,11 @@ has been decided: events with `text` (a piece), `answer` (done) or `error` (fail
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-Kind = Literal["classify", "generate"]
+from turret.tasks.task import RequestKind
+
+Kind = RequestKind
 Text = str | Sequence[int]
 
 

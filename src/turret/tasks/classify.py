@@ -12,7 +12,7 @@ from turret.data import Dataset, Labelled, Schema
 from turret.data.cells import label_of
 from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
-from turret.tasks.task import Encoded, FamilyKind, Request, register
+from turret.tasks.task import Encoded, FamilyKind, RequestKind, register
 from turret.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Classify:
     """The classes in the order of the logits, and how a text is encoded for them."""
 
     kind: ClassVar[str] = "classify"
-    request: ClassVar[Request] = "classify"
+    request: ClassVar[RequestKind] = "classify"
     generates: ClassVar[bool] = False
     pipeline_tag: ClassVar[str] = "text-classification"
     metric: ClassVar[str] = "accuracy"
@@ -248,7 +248,7 @@ def balanced_weights(labels: Sequence[str], examples: Sequence[Any], *, multi_la
     """`n / (C n_c)` for each class, 1 for one without examples; with many classes a text `(n - n_c) / n_c`."""
     counts = dict.fromkeys(labels, 0)
     for example in examples:
-        for label in example.label if isinstance(example.label, tuple) else (example.label,):
+        for label in example.labels:
             counts[label] += 1
     n = len(examples)
     if multi_label:

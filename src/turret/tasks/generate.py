@@ -13,7 +13,7 @@ from turret.data import Dataset, Pair, Schema
 from turret.data.cells import text_of
 from turret.data.columns import COMPLETED, SUMMARISED
 from turret.errors import DataError
-from turret.tasks.task import Encoded, FamilyKind, Request, register
+from turret.tasks.task import Encoded, FamilyKind, RequestKind, register
 from turret.tasks.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Generate:
     """
 
     kind: ClassVar[str] = "generate"
-    request: ClassVar[Request] = "generate"
+    request: ClassVar[RequestKind] = "generate"
     generates: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "text-generation"
     metric: ClassVar[str] = "rougeL"

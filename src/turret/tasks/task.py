@@ -12,7 +12,7 @@ from turret.errors import AdapterError, DataError, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-Request = Literal["classify", "generate"]  # what an engine is asked for: the answer of a head, or a text
+RequestKind = Literal["classify", "generate"]  # what an engine is asked for: the answer of a head, or a text
 FamilyKind = Literal["encoder", "encoder-decoder", "decoder"]
 
 
@@ -32,7 +32,7 @@ class Task(Protocol):
     """
 
     kind: ClassVar[str]  # its name in a recipe
-    request: ClassVar[Request]  # the route that answers it, and the head that its base is loaded with
+    request: ClassVar[RequestKind]  # the route that answers it, and the head that its base is loaded with
     generates: ClassVar[bool]  # whether an answer is written a token at a time
     pipeline_tag: ClassVar[str]  # the Hub's name of it
     metric: ClassVar[str]  # the number that `compare` judges: the mean of `score`

@@ -1,7 +1,7 @@
 """From texts to token ids, many at once: special tokens where the tokenizer puts them, cut where the text ends.
 
 The text is tokenized once, without special tokens; what the tokenizer puts around a text is found out once and put
-around it here, so that a cut never costs a special token or an instruction. Refuses to know labels, losses and models.
+around it here, so that a cut never costs a special token or an instruction.
 """
 
 from __future__ import annotations

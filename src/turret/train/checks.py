@@ -170,9 +170,7 @@ def labels(task: Any, examples: Sequence[Any]) -> Iterator[Check]:
     """Classes that are missing, alone, or far rarer than the others."""
     if not task.labels:
         return
-    counts = Counter(
-        label for example in examples for label in (example.label if task.multi_label else (example.label,))
-    )
+    counts = Counter(label for example in examples for label in example.labels)
     missing = [label for label in task.labels if not counts[label]]
     alone = [label for label in task.labels if counts[label] == 1]
     if missing:
