@@ -44,44 +44,36 @@ class Task(Protocol):
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
         """The columns that it reads and guesses, and what an example is made of."""
-        ...
 
     @classmethod
     def make(cls, settings: Any, dataset: Dataset, tokenizer: Any, family_kind: FamilyKind) -> Self:
         """The task of a recipe's `[task]` and a data set, on a base of that kind of family."""
-        ...
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], tokenizer: Any) -> Self:
         """The task that `spec` told of."""
-        ...
 
     @classmethod
     def num_labels(cls, labels: Sequence[str]) -> int | None:
         """Outputs of the head for these labels; None where the base brings its own head."""
-        ...
 
     @classmethod
     def head_config(cls, spec: Mapping[str, Any]) -> dict[str, Any]:
         """What the configuration of a merged model says of its head, in the words of transformers."""
-        ...
 
     # --- answers: as JSON, as a line, and beside what was wanted ---
 
     @classmethod
     def judged(cls, answer: Mapping[str, Any]) -> Any:
         """What of an answer is compared: its label, its labels or its text."""
-        ...
 
     @classmethod
     def score(cls, given: Any, example: Any) -> float:
         """How good what was given is for the example: 0 to 1."""
-        ...
 
     @classmethod
     def line(cls, answer: Mapping[str, Any]) -> str:
         """An answer for a screen."""
-        ...
 
     # --- of an instance ---
 
@@ -96,28 +88,22 @@ class Task(Protocol):
 
     def spec(self) -> dict[str, Any]:
         """All that prediction needs, as JSON: `task_from_spec` makes the same task of it."""
-        ...
 
     def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
         """Inputs as tokens."""
-        ...
 
     def encode_examples(self, examples: Sequence[Any]) -> list[tuple[Encoded, Encoded | None]]:
         """Inputs and targets as tokens; None where the target is not a text."""
-        ...
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean over examples, or over target tokens where it generates: a scalar."""
-        ...
 
     def guessing_loss(self, examples: Sequence[Any]) -> float | None:
         """The least loss of an answer that does not look at the input, over some examples; None where nobody asks."""
-        ...
 
     @property
     def metrics(self) -> Callable[..., dict[str, Any]]:
         """Of (logits, targets); of (texts, references, mean loss) where it generates."""
-        ...
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
