@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from batches import padded, rows, with_eos
-from small_models import FAMILIES, VOCABULARY, build
+from small_models import FAMILIES, GENERATORS, VOCABULARY, build
 
 from turret.adapters import attach, attachment, classify_logits, set_route
 from turret.adapters.attend import attend, attend_plainly
@@ -157,7 +157,12 @@ def test_what_every_family_hands_over_is_known(family: str) -> None:
     model = build(family, "classify")
     batch = padded(with_eos(model, rows()), model.config.pad_token_id)
     attach(model, LoRA(r=2))
-    told = {"labels": torch.tensor([0, 1, 2, 0]), "num_items_in_batch": torch.tensor(4), "output_hidden_states": True}
+    told: dict[str, Any] = {
+        "labels": torch.tensor([0, 1, 2, 0]),
+        "num_items_in_batch": torch.tensor(4),
+        "output_hidden_states": True,
+    }
+    told["token_type_ids"] = torch.zeros_like(batch["input_ids"])  # a plain tokenizer makes them for every model
     output = model(**batch, **told)
     assert len(output.get("hidden_states") or output.decoder_hidden_states) > 1
 
@@ -174,3 +179,13 @@ def test_a_position_bias_without_an_owner_is_an_error_where_rows_are_not_padded(
             use_cache=False,
             position_bias=torch.ones(1, 4, 7, 7),
         )
+
+
+@pytest.mark.parametrize("family", GENERATORS)
+@torch.no_grad()
+def test_what_generation_hands_over_is_known(family: str) -> None:
+    model = build(family, "generate")
+    batch = padded(rows(), model.config.pad_token_id, left=True)
+    settings = {"max_new_tokens": 3, "do_sample": False, "labels": batch["input_ids"]}  # as Seq2SeqTrainer calls it
+    own = model.generate(**batch, **settings)
+    assert torch.equal(attach(model, LoRA(r=2)).generate(**batch, **settings), own)

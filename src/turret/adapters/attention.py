@@ -29,10 +29,12 @@ NAME = "turret"
 KeysValues = Callable[[int, Site], tuple[Tensor, Tensor] | None]
 HARMLESS = {  # arguments that models hand over and that change no output of attention, and why
     "deterministic": "a setting of the flash-attention library, which is not called",
+    "labels": "the loss reads them; `generate` hands them on to an encoder",
     "num_items_in_batch": "the loss is divided by it",
     "output_hidden_states": "transformers collects them from the layers",
     "position_ids": "queries and keys are rotated already, and the mask keeps packed texts apart",
     "return_dict": "the form of the model's output",
+    "token_type_ids": "a model that knows segments has embedded them",
     "use_cache": "keys and values have been cached before the call",
 }
 
