@@ -96,6 +96,26 @@ def test_a_file_is_read_from_the_descriptor_that_was_checked(tmp_path: Path) -> 
     os.close(descriptor)
 
 
+def test_a_file_that_is_replaced_while_it_is_opened_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, opened = tmp_path / "file", os.open
+    place.write_bytes(b"old")
+
+    def replaced(path: Path, flags: int) -> int:
+        descriptor = opened(path, flags)
+        if Path(f"/proc/self/fd/{descriptor}").read_bytes() == b"old":
+            (tmp_path / "new").write_bytes(b"new")
+            os.replace(tmp_path / "new", path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", replaced)
+    descriptor = open_private(place)
+    monkeypatch.undo()
+    assert Path(f"/proc/self/fd/{descriptor}").read_bytes() == b"new"
+    os.close(descriptor)
+
+
 def test_files_that_others_could_have_written_are_refused(tmp_path: Path) -> None:
     place = tmp_path / "file"
     place.write_bytes(b"x")

@@ -66,9 +66,13 @@ def open_private(path: Path) -> int:
 
     Raises OSError: also for a symbolic link, a file with a second name, and one that others may write to.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    descriptor = _open(path)
     try:
         found = os.fstat(descriptor)
+        while found.st_nlink == 0:  # another process has just put a new file in its place
+            os.close(descriptor)
+            descriptor = _open(path)
+            found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
             raise PermissionError(errno.EPERM, "is no file of one name", str(path))
         _require_own(path, found, (0,))
@@ -78,6 +82,10 @@ def open_private(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _require_own(path: Path, found: os.stat_result, others: tuple[int, ...]) -> None:

@@ -355,7 +355,8 @@ def test_a_row_that_makes_no_sense_is_one_line(workspace) -> None:
 def test_a_shadow_that_fails_leaves_an_alias_that_names_nothing_alone(workspace) -> None:
     router = workspace.router()
     workspace.experiment("news").start("news@2", control="news@1", shadows="news@3", alias="other", guards=FEW)
-    found = router.assign("news", "ann")
+    of_units = (router.assign("news", f"user {number}") for number in range(1000))
+    found = next(each for each in of_units if each.arm == "control")  # the shadow is compared with the control
     for _ in range(50):
         router.answered(found, seconds=0.1)
         router.shadowed(found, "shadow", seconds=0.1, error=True)

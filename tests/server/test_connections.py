@@ -122,7 +122,7 @@ def test_hundreds_of_idle_and_slow_connections_of_one_client_hold_up_no_other(se
             for each in (client, fresh):
                 assert each.get("/healthz").status_code == 200
                 assert each.post("/v1/classify", content=GOOD, headers={"content-type": "application/json"}).is_success
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 5
 
 
 @MANY_ADDRESSES

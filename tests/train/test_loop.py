@@ -199,8 +199,10 @@ def child(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By a process of its own, as the runs that are killed: what a test set in this one may round otherwise."""
     folder = tmp_path_factory.mktemp("whole")
-    tiny.main(folder, None)
+    done = child(folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -215,7 +217,8 @@ def test_a_run_killed_and_started_again_ends_with_the_same_curve_and_weights(
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(list(read_curve(tmp_path / "curve.jsonl"))) == killed_after
     assert checkpoint.step_of(tmp_path) == (killed_after - 1) // 2 * 2
-    tiny.main(tmp_path, None)
+    again = child(tmp_path)
+    assert again.returncode == 0, again.stderr
     expected, got = (json.loads((each / "weights.json").read_text()) for each in (uninterrupted, tmp_path))
     assert got["resumed_from"] == (killed_after - 1) // 2 * 2
     assert got["weights"] == expected["weights"]
