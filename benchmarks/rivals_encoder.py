@@ -199,7 +199,7 @@ def turret(errand: Mapping[str, Any], folder: Path, says: Any) -> None:
     fitted = load_file(folder / "model" / "model.safetensors")
     head = shelf.adapters["bare"].head
     head.update({name: fitted[name] for name in head})
-    with Engine(base, shelf, Limits(running=64, slots=64)) as engine:
+    with Engine(base, shelf, Limits(running=64, slots=64, queue_tokens=1 << 20)) as engine:
 
         def way(names: Sequence[str] | None) -> side.Way:
             def classify(rows: Sequence[Sequence[int]]) -> list[list[float]]:
