@@ -24,6 +24,7 @@ import float32_products
 import plan_memory
 import prefix_attention
 import record
+import rivals
 import rivals_decoder
 import rivals_encoder
 import serve_speed
@@ -297,7 +298,20 @@ def summary() -> str:
                 f"{spread(run['seconds'], 'engine bare', different, 2)} of the bare base's speed, "
                 f"{spread(beside, rival, different, 1, 'x')} faster than PEFT's `adapter_names`, both in bfloat16."
             )
+    lines += [line for run in rivals_decoder.kept() for line in beside_vllm(run)]
     return f"On two cores of an {newest}, medians over rounds:\n\n" + "\n".join(lines)
+
+
+def beside_vllm(run: Run) -> Iterator[str]:
+    """The line of the tuned vLLM with LoRAs."""
+    who, way = rivals_decoder.LORA, rivals_decoder.DIFFERENT
+    if who in run["sides"]:
+        theirs, ours = run["sides"][who], run["sides"][rivals_decoder.TURRET]
+        found = rivals.ratio(theirs["ways"][way], ours["ways"][way])
+        yield (
+            f"- **{run['settings']['prompts']} LoRAs decoding on SmolLM2-135M** ({machine(run)}): {words(found)} than "
+            f"vLLM {theirs['version']} on the CPU, both in {run['settings']['dtype']}."
+        )
 
 
 def words(found: tuple[float, float, float] | None) -> str:
