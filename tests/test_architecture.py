@@ -14,6 +14,7 @@ import pytest
 
 import turret
 from turret.families import FAMILIES
+from turret.methods import METHODS
 from turret.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -303,6 +304,64 @@ def test_nothing_outside_families_asks_which_family_it_is() -> None:
 def test_the_test_of_family_names_sees_one(text: str) -> None:
     assert asks_which_family(text, words_of_families()) == [1]
     assert asks_which_family("if base.family.generates: pass", words_of_families()) == []
+
+
+# --- the axis of methods ---------------------------------------------------------------------------------------------
+
+
+TESTS = ("isinstance", "issubclass", "startswith")
+
+
+def asks_which_method(text: str) -> list[int]:
+    """Lines that test the class of a method or name a kind to compare with, instead of asking the method.
+
+    Whether two methods are of one kind may be asked.
+    """
+    classes, lines = {each.__name__ for each in METHODS.values()}, []
+    for node in ast.walk(ast.parse(text)):
+        sides: list[ast.expr | ast.pattern | None] = []
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in TESTS:
+            sides = [*node.args]
+        elif isinstance(node, ast.match_case):
+            sides = [node.pattern]
+        elif isinstance(node, ast.Dict):
+            sides = [*node.keys]
+        inside = [each for side in sides if side is not None for each in (side, *ast.iter_child_nodes(side))]
+        kinds = {each.value for each in inside if isinstance(each, ast.Constant)} & METHODS.keys()
+        named = {ast.unparse(each).rpartition(".")[2] for each in inside if not isinstance(each, ast.Constant)}
+        if len(kinds | named & classes) > isinstance(node, ast.Dict):  # a table has two at least
+            lines.append(inside[0].lineno)
+    return lines
+
+
+def test_nothing_outside_methods_asks_which_method_it_is() -> None:
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in SOURCES
+        if "methods" not in path.parts and (lines := asks_which_method(path.read_text(encoding="utf-8")))
+    }
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "isinstance(recipe.method, LoRA)",
+        "isinstance(method, (Full, methods.Peft))",
+        "type(method) is Prefix",
+        "if method.kind == 'lora': pass",
+        "wanted = row.kind in ('lora', 'prefix')",
+        "match method.kind:\n    case 'full': pass",
+        "match method:\n    case Head(): pass",
+        "RATES = {'lora': 1e-3, 'full': 1e-4}",
+        "said.startswith('lora')",
+    ],
+)
+def test_the_test_of_methods_sees_one(text: str) -> None:
+    assert len(asks_which_method(text)) == 1
+    assert asks_which_method("if given.kind != method.kind or method.every_weight: pass") == []
 
 
 # --- the axis of tasks -----------------------------------------------------------------------------------------------

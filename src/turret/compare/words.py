@@ -1,11 +1,16 @@
-"""Numbers as a report says them. Knows units and nothing of what is measured."""
+"""Numbers and names as a report says them."""
 
 from __future__ import annotations
+
+import re
+
+from turret.methods import method_named
 
 
 def sentence(said: str) -> str:
     """`prefix is …` begins with a capital; a name that has its own spelling keeps it."""
-    return f"LoRA{said[4:]}" if said.startswith("lora") else said[0].upper() + said[1:]
+    word = re.split(r"\W", said, maxsplit=1)[0]
+    return (method_named(word).title or word[:1].upper() + word[1:]) + said[len(word) :]
 
 
 def count(value: float) -> str:

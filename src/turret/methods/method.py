@@ -37,6 +37,7 @@ class Method(BaseModel):
     kind: str
 
     numbers_at: ClassVar[str] = "turret.methods.numbers:MethodNumbers"  # module:class of what it does with tensors
+    title: ClassVar[str] = ""  # how its kind is spelled at the beginning of a sentence; empty: with a capital
     every_weight: ClassVar[bool] = False  # it trains a copy of every weight of the base
     head_alone: ClassVar[bool] = False  # it trains only the task's head: the floor of a comparison
     wraps_modules: ClassVar[bool] = False  # it wraps the base's modules itself: no other may stand in their place

@@ -14,6 +14,7 @@ class LoRA(Method):
     """Low-rank adaptation: `y = W x + scaling * B A dropout(x)`, A: (R, D_in), B: (D_out, R) (Hu et al. 2021)."""
 
     numbers_at: ClassVar[str] = "turret.methods.lora.numbers:LoRANumbers"
+    title: ClassVar[str] = "LoRA"
     peft_name: ClassVar[str | None] = "LORA"
     claimed: ClassVar[bool] = True
     low_rate: ClassVar[str | None] = (
