@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, linear_at, mount_head
-from turret.adapters.attached import Attachment, device_of, routed_linear, target_paths
+from turret.adapters.attached import Attachment, Beginning, device_of, routed_linear, target_paths
 from turret.adapters.lora import LoRAFactors, sizes
 from turret.errors import AdapterError
 from turret.methods import Method
@@ -55,8 +55,8 @@ class Scaled(nn.Module):
 
 
 class ScaleNumbers(MethodNumbers[Scale]):
-    def start(self, model: Any, attached: Attachment, **kwargs: Any) -> None:
-        super().start(model, attached, **kwargs)
+    def start(self, model: Any, attached: Attachment, beginning: Beginning) -> None:
+        super().start(model, attached, beginning)
         for path in target_paths(model, None):
             self._put(model, attached, path, slot=1)
 

@@ -11,6 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,6 +71,15 @@ class Attachment(nn.Module):
         module = self.prefixes[str(slot)]
         assert isinstance(module, PREFIXES)
         return module.keys_values(site.group, site.layer)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a new adapter starts with; see `attach`."""
+
+    init_ids: Tensor | None = None  # (n,) int64
+    generator: torch.Generator | None = None
+    head: tuple[str, ...] = ()
 
 
 def attachment(model: Any) -> Attachment:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters.adapter import Adapter, Extracted, require_base
-from turret.adapters.attached import ATTRIBUTE, Attachment, attachment, detach, hook_model
+from turret.adapters.attached import ATTRIBUTE, Attachment, Beginning, attachment, detach, hook_model
 from turret.errors import AdapterError
 from turret.methods import Method
 from turret.methods.lookup import numbers_of
@@ -33,7 +33,7 @@ def attach(
     attached = hook_model(model, plain=method.wraps_modules)
     attached.methods[1] = method = method.on(attached.family.kind)
     try:
-        numbers_of(method).start(model, attached, head=head, init_ids=init_ids, generator=generator)
+        numbers_of(method).start(model, attached, Beginning(init_ids, generator, head))
     except BaseException:
         detach(model)
         raise

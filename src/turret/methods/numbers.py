@@ -22,7 +22,7 @@ from turret.adapters.adapter import (
     mount_parts,
     shared_names,
 )
-from turret.adapters.attached import Attachment, start_head
+from turret.adapters.attached import Attachment, Beginning, start_head
 from turret.adapters.lora import merged_weight
 from turret.adapters.peft_config import check_agreement, check_config
 from turret.errors import AdapterError, BundleError
@@ -45,17 +45,9 @@ class MethodNumbers(Generic[M]):
         """A row of a plan: what is trained on this base, or that it has no such layers."""
         return Check("method", "ok", self.method.summary)
 
-    def start(
-        self,
-        model: Any,
-        attached: Attachment,
-        *,
-        head: tuple[str, ...],
-        init_ids: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> None:
+    def start(self, model: Any, attached: Attachment, beginning: Beginning) -> None:
         """Put a new adapter into slot 1, with requires_grad on whatever is trained; see `adapters.attach`."""
-        start_head(model, attached, head)
+        start_head(model, attached, beginning.head)
 
     def tensors(self, attached: Attachment, slot: int) -> dict[str, Tensor]:
         """What a slot holds beside the head, by the names that are stored."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.adapter import Adapter, Extracted, Parts, copied
-from turret.adapters.attached import Attachment, put_back
+from turret.adapters.attached import Attachment, Beginning, put_back
 from turret.errors import AdapterError
 from turret.families import family_of
 from turret.methods.full.spec import Full
@@ -19,15 +19,7 @@ from turret.methods.numbers import MethodNumbers, fill_parameters
 class FullNumbers(MethodNumbers[Full]):
     """Copies in place of all weights."""
 
-    def start(
-        self,
-        model: Any,
-        attached: Attachment,
-        *,
-        head: tuple[str, ...],
-        init_ids: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> None:
+    def start(self, model: Any, attached: Attachment, beginning: Beginning) -> None:
         _swap(model, attached, {})
 
     def extract(self, attached: Attachment, slot: int) -> Extracted:

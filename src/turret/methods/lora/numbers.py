@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Extracted, Parts, linear_at
-from turret.adapters.attached import Attachment, device_of, routed_linear, target_paths
+from turret.adapters.attached import Attachment, Beginning, device_of, routed_linear, target_paths
 from turret.adapters.lora import LoRAFactors, sizes
 from turret.errors import AdapterError
 from turret.families import FAMILIES
@@ -35,18 +35,10 @@ class LoRANumbers(MethodNumbers[LoRA]):
         names = sorted({path.rsplit(".", 1)[-1] for path in paths})
         return Check("method", "ok", f"LoRA of rank {self.method.r} on {len(paths)} layers ({', '.join(names)})")
 
-    def start(
-        self,
-        model: Any,
-        attached: Attachment,
-        *,
-        head: tuple[str, ...],
-        init_ids: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> None:
-        super().start(model, attached, head=head, init_ids=init_ids, generator=generator)
+    def start(self, model: Any, attached: Attachment, beginning: Beginning) -> None:
+        super().start(model, attached, beginning)
         for path in target_paths(model, self.method.target_modules):
-            factors = _initial(self.method, model.get_submodule(path), generator).to(device_of(model))
+            factors = _initial(self.method, model.get_submodule(path), beginning.generator).to(device_of(model))
             routed_linear(model, attached, path).slots["1"] = factors
 
     def tensors(self, attached: Attachment, slot: int) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turret.adapters import through_peft
 from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, Extracted, Parts, copied, head_tensors, mount_head
-from turret.adapters.attached import Attachment, device_of
+from turret.adapters.attached import Attachment, Beginning, device_of
 from turret.adapters.peft_config import check_agreement, refuse_code
 from turret.adapters.prefix import Groups
 from turret.adapters.route import BARE, set_route
@@ -28,17 +28,9 @@ class PeftNumbers(MethodNumbers[Peft]):
         """Raises RecipeError for a method or a setting that PEFT does not know."""
         through_peft.config_of(self.method)
 
-    def start(
-        self,
-        model: Any,
-        attached: Attachment,
-        *,
-        head: tuple[str, ...],
-        init_ids: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> None:
-        _invite(model, attached, self.method, generator)
-        super().start(model, attached, head=head, init_ids=init_ids, generator=generator)
+    def start(self, model: Any, attached: Attachment, beginning: Beginning) -> None:
+        _invite(model, attached, self.method, beginning.generator)
+        super().start(model, attached, beginning)
 
     def extract(self, attached: Attachment, slot: int) -> Extracted:
         guest = _guest(attached)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters.adapter import PROMPT, Adapter, Parts
-from turret.adapters.attached import Attachment, attachment, device_of
+from turret.adapters.attached import Attachment, Beginning, attachment, device_of
 from turret.adapters.prefix import PrefixGroup, PrefixSlot, from_peft, to_peft
 from turret.errors import AdapterError, BundleError
 from turret.methods.numbers import MethodNumbers, fill_parameters, head_parameters, require_same
@@ -18,17 +18,9 @@ from turret.methods.prefix.spec import Prefix
 class PrefixNumbers(MethodNumbers[Prefix]):
     """A prefix in front of every attention layer."""
 
-    def start(
-        self,
-        model: Any,
-        attached: Attachment,
-        *,
-        head: tuple[str, ...],
-        init_ids: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> None:
-        super().start(model, attached, head=head, init_ids=init_ids, generator=generator)
-        self._put(model, attached, _starts(model, attached, self.method, init_ids, generator), generator)
+    def start(self, model: Any, attached: Attachment, beginning: Beginning) -> None:
+        super().start(model, attached, beginning)
+        self._put(model, attached, _starts(model, attached, self.method, beginning), beginning.generator)
 
     def tensors(self, attached: Attachment, slot: int) -> dict[str, Tensor]:
         groups = _groups(attached, slot)
@@ -128,14 +120,12 @@ def prompt_names(groups: list[str]) -> dict[str, str]:
     return {"encoder": PROMPT["decoder"]} if groups == ["encoder"] else {group: PROMPT[group] for group in groups}
 
 
-def _starts(
-    model: Any, attached: Attachment, method: Prefix, init_ids: Tensor | None, generator: torch.Generator | None
-) -> dict[str, Tensor]:
+def _starts(model: Any, attached: Attachment, method: Prefix, beginning: Beginning) -> dict[str, Tensor]:
     """Keys and values of P real words in every layer of the bare base, by group: (L, 2, H, P, D)."""
-    P = method.num_virtual_tokens
+    P, init_ids = method.num_virtual_tokens, beginning.init_ids
     if init_ids is None or init_ids.numel() == 0:
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        init_ids = torch.randint(vocabulary, (P,), generator=generator)
+        init_ids = torch.randint(vocabulary, (P,), generator=beginning.generator)
     repeats = -(-P // init_ids.numel())
     ids = init_ids.repeat(repeats)[:P][None].to(device_of(model))  # (1, P)
     ones = torch.ones_like(ids)
