@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 # Before torch and the tokenizers are loaded: two workers with two threads each are slower than two with one.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,6 +24,17 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_float32_products() -> Iterator[None]:
+    """Loading a base may set torch's float32 products for the whole process; no other module's tests see that."""
+    import torch
+
+    products: Any = torch.backends.mkldnn.matmul
+    products.fp32_precision = "none"
+    yield
+    products.fp32_precision = "none"
 
 
 @pytest.fixture(scope="session", autouse=True)
