@@ -33,7 +33,7 @@ import store_scale
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 CHARTS = ROOT / "docs" / "images" / "measured"
-BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- figures: ([a-z0-9-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 # Runs before 2026-11-27 noted less of the processor. These are the machines that they ran on.
 EARLIER = {
     "AMD EPYC, AVX2": "AMD EPYC, Zen 3, AVX2",

@@ -17,7 +17,7 @@ PAGES = [
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
     if not page.relative_to(ROOT).as_posix().startswith(EXEMPT)
 ]
-BLOCK = re.compile(r"<!-- figures: [a-z-]+ -->.*?<!-- end of figures -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- figures: [a-z0-9-]+ -->.*?<!-- end of figures -->", re.DOTALL)
 CODE = re.compile(r"```.*?```|^(?: {4}|\t).*$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 # A time, a rate, a ratio, a score or a share of something that somebody measured.
 MEASURED = [
@@ -74,6 +74,14 @@ def test_a_measured_figure_stands_in_a_marked_block(page: Path) -> None:
 def test_a_claim_without_a_source_is_noticed(claim: str) -> None:
     assert unmarked(f"Some text.\n\n{claim}\n") == [claim]
     assert unmarked(f"<!-- figures: summary -->\n{claim}\n<!-- end of figures -->\n") == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_block_is_one_that_is_written(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    found = BLOCK.findall(text)
+    assert len(found) == text.count("<!-- figures:")
+    assert all(block.count("\n") > 1 for block in found), "a block without a figure"
 
 
 def figures(*arguments: str) -> subprocess.CompletedProcess[str]:
