@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from shelf import Shelf, agree, reference
 
-from turret.engine import engine as engine_module
+from turret.engine import core as engine_module
 from turret.engine import idle, residents
 from turret.errors import BundleError, Cancelled, EngineError, InUse, NotFound
 
