@@ -442,9 +442,8 @@ def prepare(threads: int, jobs: Sequence[str]) -> dict[str, float]:
 
 def main(words: str) -> None:
     """A process of its own: the errand as JSON in `words`, leave to step on stdin, answers on stdout."""
-    says = answers_alone()
     told = json.loads(words)
-    turns = Turns(None if told.get("scored", True) else sys.stdin, says)
+    turns = Turns(None if told.get("scored", True) else sys.stdin, answers_alone())
     if "prepare" in told:
         turns.say(peaks=prepare(told["threads"], told["prepare"]))
     else:

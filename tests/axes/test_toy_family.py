@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from axes import toy_family
+from axes.points import answered_together, known_to_children
 from batches import own_target_logits, padded, rows
 from server.conftest import Running
 
@@ -30,8 +30,6 @@ GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "bor
 TEXTS = ["a great film", "a dull story about the bank", "quick"]
 TOLERANCE = 2e-2  # of a probability: `predict` has its base in bfloat16 where the processor has it
 CHILDREN = """
-import sys
-sys.path.append({tests!r})
 from axes import toy_family
 from turret.families import FAMILIES
 FAMILIES["toy"] = toy_family.TOY
@@ -42,12 +40,9 @@ toy_family.register()
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The family in the table, here and in the processes that are started from here."""
-    tests, beside = Path(__file__).parent.parent, tmp_path_factory.mktemp("beside")
-    (beside / "sitecustomize.py").write_text(CHILDREN.format(tests=str(tests)))
     toy_family.register()
-    with pytest.MonkeyPatch.context() as patch:
+    with known_to_children(tmp_path_factory.mktemp("beside"), CHILDREN) as patch:
         patch.setitem(FAMILIES, "toy", toy_family.TOY)
-        patch.setenv("PYTHONPATH", str(beside), prepend=os.pathsep)
         yield
 
 
@@ -165,17 +160,11 @@ def test_a_mixed_batch_and_the_server(house: House, monkeypatch: pytest.MonkeyPa
     texts = [engine.generate([text], "writes")[0]["text"] for text in TEXTS]
     bare = [engine.generate([text], None)[0]["text"] for text in TEXTS]
     assert texts != bare
-    sizes, run_pass = list[int](), engine._runner.run
-
-    def counted(fresh: Any, steps: Any) -> Any:
-        sizes.append(len(fresh))
-        return run_pass(fresh, steps)
-
-    monkeypatch.setattr(engine._runner, "run", counted)
-    with engine._wake:  # no pass begins before all of them wait
-        asked = [("classify", "sorts"), ("generate", "writes"), ("generate", None)]
-        tickets = [[engine.submit(kind, text, name) for text in TEXTS] for kind, name in asked]
-    said = [[ticket.result() for ticket in some] for some in tickets]
+    wanted: Any = [("classify", "sorts"), ("generate", "writes"), ("generate", None)]
+    answers, sizes = answered_together(
+        engine, [(kind, text, name) for kind, name in wanted for text in TEXTS], monkeypatch
+    )
+    said = [answers[:3], answers[3:6], answers[6:]]
     assert sizes[0] == 9
     for answer, expected in zip(said[0], labels, strict=True):
         assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=TOLERANCE)

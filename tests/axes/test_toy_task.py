@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import small_models
+from axes.points import answered_together, known_to_children
 from axes.toy_task import Rate
 from server.conftest import Running
 
@@ -27,8 +27,6 @@ WORDS = {"1": "dull boring story", "2": "lazy bank story", "3": "a story", "4": 
 TOLERANCE = 2e-2  # of a probability: `predict` has its base in bfloat16 where the processor has it
 TEXTS = ["a great film", "a dull story about the bank", "quick"]
 CHILDREN = """
-import sys
-sys.path.append({tests!r})
 from axes.toy_task import Rate
 from turret.tasks import register
 register(Rate)
@@ -50,11 +48,8 @@ class House:
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The task in the table, here and in the processes that are started from here."""
-    tests, beside = Path(__file__).parent.parent, tmp_path_factory.mktemp("beside")
-    (beside / "sitecustomize.py").write_text(CHILDREN.format(tests=str(tests)))
-    with pytest.MonkeyPatch.context() as patch:
+    with known_to_children(tmp_path_factory.mktemp("beside"), CHILDREN) as patch:
         patch.setitem(TASKS, Rate.kind, Rate)
-        patch.setenv("PYTHONPATH", f"{beside}:{os.environ.get('PYTHONPATH', '')}")
         yield
 
 
@@ -125,20 +120,12 @@ def test_answers_evaluation_replay_and_the_command_line(house: House, capsys: py
 def test_a_mixed_batch_with_a_classifier_and_the_server(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = house.workspace.engine(str(house.base), dtype="float32")
     expected = {name: house.workspace.predict(name, TEXTS) for name in ("grades", "classes")}
-    sizes, run_pass = list[int](), engine._runner.run
-
-    def counted(fresh: Any, steps: Any) -> Any:
-        sizes.append(len(fresh))
-        return run_pass(fresh, steps)
-
-    monkeypatch.setattr(engine._runner, "run", counted)
     for name in expected:
         engine.warm(name)
-    with engine._wake:  # no pass begins before all of them wait
-        asked = [(name, place) for place in range(len(TEXTS)) for name in expected]
-        tickets = [engine.submit("classify", TEXTS[place], name) for name, place in asked]
-    for (name, place), ticket in zip(asked, tickets, strict=True):
-        assert ticket.result()["probabilities"] == pytest.approx(expected[name][place]["probabilities"], abs=TOLERANCE)
+    asked = [(name, place) for place in range(len(TEXTS)) for name in expected]
+    answers, sizes = answered_together(engine, [("classify", TEXTS[at], name) for name, at in asked], monkeypatch)
+    for (name, place), answer in zip(asked, answers, strict=True):
+        assert answer["probabilities"] == pytest.approx(expected[name][place]["probabilities"], abs=TOLERANCE)
     assert sizes == [6]
     running = Running(house.workspace, engine, Settings(), options=engine_room.Options).start()
     try:
