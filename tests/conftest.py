@@ -27,13 +27,11 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_float32_products() -> Iterator[None]:
+def own_float32_products() -> None:
     """Loading a base may set torch's float32 products for the whole process; no other module's tests see that."""
     import torch
 
     products: Any = torch.backends.mkldnn.matmul
-    products.fp32_precision = "none"
-    yield
     products.fp32_precision = "none"
 
 

@@ -299,7 +299,7 @@ def _held_bias(hooked: Hooked, held: Held, window: int | None, q: Tensor) -> Ten
     bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, torch.finfo(q.dtype).min)
     bias = bias[:, None, None]  # (B, 1, 1, S)
     if hooked.bias_module is not None:
-        own = relative_bias(hooked, column - newest)  # (1, H, B, S): rows in place of queries
+        own = relative_bias(hooked, column - newest)  # (1, H, B, S): a row for each query
         bias = bias + own[0].transpose(0, 1)[:, :, None].to(q.dtype)
     return bias
 
