@@ -27,10 +27,10 @@ import record
 from scipy.stats import norm
 
 from turret.experiments import bounds, decide, discoveries, validity
-from turret.experiments.evidence import Tally
+from turret.experiments.e_process import EProcess
+from turret.experiments.evidence import OutcomeTally
 from turret.experiments.guarding import Watch
-from turret.experiments.process import Process
-from turret.experiments.ratio import Ratio
+from turret.experiments.sample_ratio import SampleRatio
 
 NAME = "experiments"
 CLAIM = "evidence that may be looked at any time keeps its level, and costs units against a test at a fixed end"
@@ -98,7 +98,7 @@ def _measure(setting: tuple[float, float, bool, tuple[float, ...], int], options
 
 def _stopped(arm: Any, y: Any, share: Any, binary: bool) -> int | None:
     """The look, in units, at which a verdict stood."""
-    tally = Tally.empty(binary=binary, margin=None)
+    tally = OutcomeTally.empty(binary=binary, margin=None)
     for start in range(0, len(y), LOOK):
         end = start + LOOK
         tally = tally.after(arm[start:end], y[start:end], share[start:end])
@@ -107,7 +107,7 @@ def _stopped(arm: Any, y: Any, share: Any, binary: bool) -> int | None:
     return None
 
 
-def _reached(process: Process) -> bool:
+def _reached(process: EProcess) -> bool:
     return process.peak >= math.log(2 / ALPHA)
 
 
@@ -158,7 +158,7 @@ def _evidence(seed: int, number: int, place: int) -> list[tuple[float, str | Non
     arm = (generator.random(MOST) < 0.5).astype(np.int64)
     chance = np.where(arm == 1, BETTER if place < REAL else BASE, BASE)
     y, share = (generator.random(MOST) < chance).astype(np.float64), np.full(MOST, 0.5)
-    tally, found = Tally.empty(binary=True, margin=None, decides=decide.needed(ALPHA)), []
+    tally, found = OutcomeTally.empty(binary=True, margin=None, decides=decide.needed(ALPHA)), []
     for start in range(0, MOST, LOOK):
         some = slice(start, start + LOOK)
         tally = tally.after(arm[some], y[some], share[some])
@@ -201,11 +201,11 @@ def _other_mix(seed: int, number: int) -> dict[str, Any]:
     arm = (generator.random(MOST) < 0.5).astype(np.int64)
     good = generator.random(MOST) < BASE
     told = np.where(arm == 1, good | (generator.random(MOST) < (0.5 - BASE) / (1 - BASE)), generator.random(MOST) < 0.5)
-    tally = Tally.empty(binary=True, margin=None, decides=decide.needed(ALPHA))
+    tally = OutcomeTally.empty(binary=True, margin=None, decides=decide.needed(ALPHA))
     tally = tally.after(arm[told], good[told].astype(np.float64), np.full(int(told.sum()), 0.5))
     planned = {0: {"control": 0.5, "candidate": 0.5}}
     seen = [((0, int(not each)), "candidate" if a else "control") for a, each in zip(arm, told, strict=True)]
-    peak = Ratio().after(seen, planned).process.peak
+    peak = SampleRatio().after(seen, planned).process.peak
     return {"verdict": tally.verdict, "alarm": bool(peak >= math.log(validity.NEEDED))}
 
 

@@ -14,7 +14,7 @@ RANK, VIRTUAL_TOKENS, LABELS = 8, 20, 5
 
 
 class Shelf:
-    """Adapters by name, in memory or as a bundle on disk (`turret.engine.source.Source`)."""
+    """Adapters by name, in memory or as a bundle on disk (`turret.engine.adapter_source.Source`)."""
 
     def __init__(self) -> None:
         self.adapters: dict[str, Any] = {}  # an Adapter, or a Path
@@ -110,7 +110,7 @@ def by_peft(model: Any, task: str, count: int) -> tuple[Any, Callable[[str], Non
 
 def first_answers(source: Any, numbers: Sequence[Any], rows: Sequence[Sequence[int]]) -> list[Any]:
     """What one mixed pass says of every row: (C,) or (V,) float32 each."""
-    from turret.engine.runner import Fresh, Runner
+    from turret.engine.runner import Prefill, Runner
     from turret.tasks import task_from_spec
 
     runner = Runner(source)
@@ -121,7 +121,7 @@ def first_answers(source: Any, numbers: Sequence[Any], rows: Sequence[Sequence[i
         generates = numbers[0].task["kind"] == "generate"
         lanes = [runner.lane(len(row), 1, slot) if generates else None for slot, row in enumerate(rows, 1)]
         found = runner.run(
-            [Fresh(row, slot, lane) for slot, (row, lane) in enumerate(zip(rows, lanes, strict=True), 1)]
+            [Prefill(row, slot, lane) for slot, (row, lane) in enumerate(zip(rows, lanes, strict=True), 1)]
         )
     finally:
         runner.close()

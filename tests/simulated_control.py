@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from turret.compare.control import Control, Written, rated, shown
+from turret.compare.control_rates import Control, Written, rated, shown
 
 ASPECTS = ("short", "long")
 LABELS, KINDS = {"prefix": "prefix", "base": "base"}, {"prefix": "prefix", "base": "base"}

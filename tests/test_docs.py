@@ -245,13 +245,13 @@ def test_the_reference_has_every_page_and_no_other() -> None:
 
 
 def test_the_reference_has_every_key_of_every_request() -> None:
-    from turret.server import control_schemas, schemas
+    from turret.server import admin_schemas, schemas
 
     text = page("docs/reference/http.md")
     requests = [schemas.CompletionRequest, schemas.ChatRequest, schemas.ClassifyRequest]
-    requests += [control_schemas.PromoteRequest, control_schemas.StartRequest, control_schemas.RampRequest]
-    requests += [control_schemas.StopRequest, control_schemas.GuardsAsked]
-    requests += [control_schemas.OutcomeOfAnswer, control_schemas.OutcomeOfUnit]
+    requests += [admin_schemas.PromoteRequest, admin_schemas.StartRequest, admin_schemas.RampRequest]
+    requests += [admin_schemas.StopRequest, admin_schemas.GuardsAsked]
+    requests += [admin_schemas.OutcomeOfAnswer, admin_schemas.OutcomeOfUnit]
     for request in requests:
         assert [name for name in request.model_fields if f"`{name}`" not in text] == [], request.__name__
     for said in routes().values():
@@ -262,9 +262,9 @@ def test_the_reference_has_every_key_of_every_request() -> None:
 def test_the_reference_has_every_limit_of_a_server_with_its_value() -> None:
     from dataclasses import fields
 
-    from turret.server.limits import Limits
+    from turret.server.limits import RequestLimits
 
-    for field in fields(Limits):
+    for field in fields(RequestLimits):
         shown = str(field.default).removesuffix(".0")
         assert f"| `{field.name}` | {shown} |" in page("docs/reference/http.md"), field.name
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from turret import Recipe, Workspace, adapters, bases
 from turret.engine.request import Options
 from turret.errors import GateFailed, TrainingError
-from turret.store.tokens import which
+from turret.store.access_tokens import which
 from turret.train import StepRecord
 
 FIXTURE = Path(__file__).parent / "fixtures" / "v0_1"

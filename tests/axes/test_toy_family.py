@@ -23,7 +23,7 @@ from turret.errors import AdapterError, PreflightRefused, UnknownFamily
 from turret.families import FAMILIES
 from turret.methods import LoRA, Prefix
 from turret.recipe import Recipe
-from turret.server.served import Settings
+from turret.server.state import ServerSettings
 from turret.workspace import RunResult, Workspace
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
@@ -169,7 +169,7 @@ def test_a_mixed_batch_and_the_server(house: House, monkeypatch: pytest.MonkeyPa
     for answer, expected in zip(said[0], labels, strict=True):
         assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=TOLERANCE)
     assert [[each["text"] for each in some] for some in said[1:]] == [texts, bare]
-    running = Running(house.workspace, engine, Settings(), options=engine_room.Options).start()
+    running = Running(house.workspace, engine, ServerSettings(), options=engine_room.Options).start()
     try:
         client = running.client()
         classified = client.post("/v1/classify", json={"model": "sorts", "input": TEXTS}).json()["data"]

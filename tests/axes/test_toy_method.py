@@ -21,11 +21,11 @@ from server.conftest import Running
 
 from turret import engine as engine_room
 from turret.adapters import attach, classify_logits, detach, extract
-from turret.engine.runner import Fresh
+from turret.engine.runner import Prefill
 from turret.errors import AdapterError, BundleError, RecipeError
 from turret.methods import METHODS, Full, LoRA
 from turret.recipe import Recipe
-from turret.server.served import Settings
+from turret.server.state import ServerSettings
 from turret.workspace import RunResult, Workspace
 
 WORDS = {"good": "a great film", "bad": "a dull story about the bank"}
@@ -101,7 +101,7 @@ def test_among_others_in_a_pass_it_answers_as_alone(family: str) -> None:
     adapters = [made(family, "classify", method, seed) for seed, method in enumerate((Scale(), AT_HAND["lora"]))]
     runner, slots = runner_of(family, "classify", adapters), [1, 2, 1, 2]
     inputs = with_eos(runner.model, rows(lengths=(9, 3, 14, 6)))
-    outcome = runner.run([Fresh(row.tolist(), slot) for row, slot in zip(inputs, slots, strict=True)])
+    outcome = runner.run([Prefill(row.tolist(), slot) for row, slot in zip(inputs, slots, strict=True)])
     for row, slot, logits in zip(inputs, slots, outcome.classes, strict=True):
         expected = classify_logits(alone(family, "classify", adapters[slot - 1]), [row])[0]
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
@@ -141,7 +141,7 @@ def test_a_mixed_batch_with_a_lora_and_the_server(house: House, monkeypatch: pyt
     for (name, place), answer in zip(asked, answers, strict=True):
         assert answer["probabilities"] == pytest.approx(expected[name][place]["probabilities"], abs=TOLERANCE)
     assert sizes == [6]
-    running = Running(house.workspace, engine, Settings(), options=engine_room.Options).start()
+    running = Running(house.workspace, engine, ServerSettings(), options=engine_room.Options).start()
     try:
         said = running.client().post("/v1/classify", json={"model": "scaled@1", "input": TEXTS}).json()["data"]
         assert [each["label"] for each in said] == [answer["label"] for answer in expected["scaled@1"]]

@@ -19,7 +19,7 @@ from turret import engine as engine_room
 from turret.cli.main import run
 from turret.errors import AdapterError, DataError, RecipeError
 from turret.recipe import Recipe
-from turret.server.served import Settings
+from turret.server.state import ServerSettings
 from turret.tasks import TASKS, task_of
 from turret.workspace import RunResult, Workspace
 
@@ -127,7 +127,7 @@ def test_a_mixed_batch_with_a_classifier_and_the_server(house: House, monkeypatc
     for (name, place), answer in zip(asked, answers, strict=True):
         assert answer["probabilities"] == pytest.approx(expected[name][place]["probabilities"], abs=TOLERANCE)
     assert sizes == [6]
-    running = Running(house.workspace, engine, Settings(), options=engine_room.Options).start()
+    running = Running(house.workspace, engine, ServerSettings(), options=engine_room.Options).start()
     try:
         said = running.client().post("/v1/classify", json={"model": "grades", "input": TEXTS}).json()["data"]
         assert [each["label"] for each in said] == [answer["label"] for answer in expected["grades"]]

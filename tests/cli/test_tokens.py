@@ -8,7 +8,7 @@ import pytest
 
 from turret.cli.main import run
 from turret.store import Store
-from turret.store.tokens import which
+from turret.store.access_tokens import which
 
 
 @pytest.fixture

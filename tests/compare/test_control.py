@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from simulated_control import ASPECTS, HOSTILE, KINDS, LABELS, found, written
 
-from turret.compare.control import Written, headline, rated, shares_of_nearest
+from turret.compare.control_rates import Written, headline, rated, shares_of_nearest
 from turret.compare.control_report import as_html, as_markdown, write_report
 
 

@@ -16,10 +16,10 @@ from simulated_comparison import made
 
 from turret.compare.evidence import Interval, interval
 from turret.compare.labels import CHARACTER, WIDTH
-from turret.compare.plots import Axis, Course, Mark, axis, courses, forest, scatter
+from turret.compare.plots import Axis, LossCurve, Mark, axis, courses, forest, scatter
 from turret.compare.report import as_html, as_markdown, headline, write_report
+from turret.compare.report_text import rounded
 from turret.compare.verdict import Verdict
-from turret.compare.words import rounded
 
 HOSTILE = "<script>alert(1)</script> | `x` **b** {{{{ 7*7 }}}} number {}"
 VOID = {"meta", "br", "link", "input", "hr", "img"}
@@ -302,7 +302,7 @@ def test_names_in_a_plot_never_cover_each_other_and_stay_inside(places) -> None:
     plot = scatter(marks, x_label="x", y_label="y")
     assert covered(plot) == []
     assert all(left >= 0 and right <= WIDTH for _, left, _, right, _ in boxes(plot))
-    lines = [Course(mark.label, "lora", (1.0, mark.y)) for mark in marks]
+    lines = [LossCurve(mark.label, "lora", (1.0, mark.y)) for mark in marks]
     assert covered(courses(lines, x_label="x", y_label="y")) == []
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turret.engine.cache import SHORTEST, KeyValueCache, Lane, capacity
+from turret.engine.cache import SHORTEST, KeyValueCache, KVSlot, capacity
 from turret.families import Site
 
 SITES = [
@@ -20,13 +20,13 @@ def new() -> KeyValueCache:
     return KeyValueCache(SITES, torch.zeros(()))
 
 
-def mark(lane: Lane, value: float) -> None:
+def mark(lane: KVSlot, value: float) -> None:
     for layers in lane.block.stored.values():
         layers[0][:, lane.index] = value
     lane.lengths = dict.fromkeys(lane.lengths, 3)
 
 
-def marks(lane: Lane) -> set[float]:
+def marks(lane: KVSlot) -> set[float]:
     return {float(v) for layers in lane.block.stored.values() for v in layers[0][:, lane.index].unique()}
 
 

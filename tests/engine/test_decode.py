@@ -10,7 +10,7 @@ import torch
 import transformers
 from small_models import build, tokenizer
 
-from turret.engine.decode import Settings, adjust, choose, draw, habits, resolved
+from turret.engine.decode import GenerationSettings, adjust, choose, draw, habits, resolved
 from turret.engine.request import Options
 from turret.errors import BaseModelError, DataError
 
@@ -23,7 +23,7 @@ def scores(seed: int = 0) -> torch.Tensor:
 
 @dataclass
 class Row:
-    settings: Settings
+    settings: GenerationSettings
     past: list[int] = field(default_factory=list)
     new: int = 0
 
@@ -52,7 +52,7 @@ def test_what_a_rows_past_makes_of_its_scores_is_transformers(settings: dict, pr
     past = [3, 7, 3, 7, 9, 3, 7, 3]  # 5 of a prompt, 3 of an answer
     ours = scores()
     theirs = processor(torch.tensor([past]), scores()[None])[0]  # type: ignore[operator]
-    adjust(ours, past, 3, Settings(**({"max_tokens": 99, "eos": (5,)} | settings)))
+    adjust(ours, past, 3, GenerationSettings(**({"max_tokens": 99, "eos": (5,)} | settings)))
     torch.testing.assert_close(ours, theirs)
 
 
@@ -74,7 +74,7 @@ def test_tokens_are_drawn_by_the_probabilities_of_transformers(settings: dict, w
         wanted = each(None, wanted)
     probabilities = wanted.softmax(-1)[0]
     generator, count = random.Random(1), 4000
-    own = Settings(9, (1,), **settings)
+    own = GenerationSettings(9, (1,), **settings)
     drawn = torch.bincount(torch.tensor([draw(scores(), own, generator) for _ in range(count)]), minlength=V) / count
     assert not drawn[probabilities == 0].any()
     assert (drawn - probabilities).abs().max() < 5 * (0.25 / count) ** 0.5
@@ -82,16 +82,16 @@ def test_tokens_are_drawn_by_the_probabilities_of_transformers(settings: dict, w
 
 def test_the_fewest_tokens_that_reach_top_p_are_found_however_many_they_are() -> None:
     flat = torch.zeros(4000)
-    drawn = {draw(flat, Settings(9, (1,), heat=1.0, top_p=0.5), random.Random(seed)) for seed in range(300)}
+    drawn = {draw(flat, GenerationSettings(9, (1,), heat=1.0, top_p=0.5), random.Random(seed)) for seed in range(300)}
     assert len(drawn) > 200
 
 
 def test_rows_that_share_a_batch_do_not_touch_each_other() -> None:
     settings = [
-        Settings(9, (1,)),
-        Settings(9, (1,), heat=1.0, seed=3),
-        Settings(9, (1,), heat=1.0, seed=3, repetition_penalty=2.0),
-        Settings(9, (1,), heat=0.5, seed=4, top_k=3),
+        GenerationSettings(9, (1,)),
+        GenerationSettings(9, (1,), heat=1.0, seed=3),
+        GenerationSettings(9, (1,), heat=1.0, seed=3, repetition_penalty=2.0),
+        GenerationSettings(9, (1,), heat=0.5, seed=4, top_k=3),
     ]
     alone = [choose(scores(7)[None], [Row(each, [1, 2])])[0] for each in settings]
     together = choose(scores(7)[None].repeat(4, 1), [Row(each, [1, 2]) for each in settings])
@@ -102,7 +102,7 @@ def test_rows_that_share_a_batch_do_not_touch_each_other() -> None:
 def test_a_row_that_is_no_number_has_no_token_and_the_others_have_theirs(value: float) -> None:
     both = torch.stack([scores(), scores()])
     both[0, 3] = value
-    assert choose(both, [Row(Settings(9, (1,)))] * 2) == [None, int(scores().argmax())]
+    assert choose(both, [Row(GenerationSettings(9, (1,)))] * 2) == [None, int(scores().argmax())]
 
 
 def test_a_base_that_asks_for_what_is_not_done_is_refused_by_name() -> None:
@@ -113,7 +113,7 @@ def test_a_base_that_asks_for_what_is_not_done_is_refused_by_name() -> None:
 
 
 def test_options_go_before_the_adapters_settings_and_those_before_the_bases() -> None:
-    own = Settings(128, (5,), repetition_penalty=1.5)
+    own = GenerationSettings(128, (5,), repetition_penalty=1.5)
     task = type("Task", (), {"generation": {"max_new_tokens": 30, "num_beams": 2, "eos_token_id": 7}})()
     plain = resolved(Options(), own, None, room=500, vocabulary=V)
     assert (plain.max_tokens, plain.num_beams, plain.eos, plain.repetition_penalty) == (128, 1, (5,), 1.5)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from turret.engine import idle
+from turret.engine import thread_parking
 
 
 class Watched:
@@ -46,7 +46,7 @@ class Waiting:
     def _run(self) -> None:
         with self.lock:
             self.held.set()
-            idle.wait(self.lock, self.busy.is_set, lambda: None)
+            thread_parking.wait(self.lock, self.busy.is_set, lambda: None)
 
     def tell(self) -> None:
         with self.lock:
@@ -64,7 +64,7 @@ class Waiting:
 @pytest.fixture
 def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
     it = Waiting()
-    monkeypatch.setattr(idle, "kernels", it.kernels)
+    monkeypatch.setattr(thread_parking, "kernels", it.kernels)
     it.thread.start()
     it.held.wait()
     yield it
@@ -74,7 +74,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
 def test_helpers_are_let_go_once_and_woken_when_somebody_begins_something(waiting: Waiting) -> None:
     assert waiting.kernels.rested.wait(10)
     waiting.kernels.rested.clear()
-    assert not waiting.kernels.rested.wait(4 * idle.IDLE)  # once is enough
+    assert not waiting.kernels.rested.wait(4 * thread_parking.IDLE)  # once is enough
     waiting.tell()  # a load, and nothing to do for a while
     assert waiting.kernels.rested.wait(10)
     assert waiting.end() == ["rest", "wake", "rest", "wake"]
@@ -82,16 +82,16 @@ def test_helpers_are_let_go_once_and_woken_when_somebody_begins_something(waitin
 
 def test_work_that_is_there_already_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     lock = threading.Condition()
-    monkeypatch.setattr(idle, "kernels", watched := Watched(lock))
+    monkeypatch.setattr(thread_parking, "kernels", watched := Watched(lock))
     with lock:
-        idle.wait(lock, lambda: True, lambda: None)
+        thread_parking.wait(lock, lambda: True, lambda: None)
     assert not watched.calls
 
 
 def test_a_moment_that_comes_by_itself_is_work_too(monkeypatch: pytest.MonkeyPatch) -> None:
     lock = threading.Condition()
-    monkeypatch.setattr(idle, "kernels", watched := Watched(lock))
+    monkeypatch.setattr(thread_parking, "kernels", watched := Watched(lock))
     turns = iter([False, False, True])
     with lock:
-        idle.wait(lock, lambda: next(turns), lambda: 0.001)
+        thread_parking.wait(lock, lambda: next(turns), lambda: 0.001)
     assert watched.calls == ["rest"]

@@ -20,7 +20,7 @@ from turret.adapters import Adapter, BaseInfo, attach, detach, extract
 from turret.adapters.layers import OneCall
 from turret.adapters.norms import FrozenNorm
 from turret.engine.bank import Bank
-from turret.engine.runner import Fresh, Runner, Step
+from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.families import family_of
 from turret.methods import Head, LoRA, Method, Prefix
 
@@ -102,9 +102,9 @@ def steps(runner: Runner, count: int = 4) -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(5, 128, (length,), generator=generator).tolist() for length in LENGTHS]
     lanes = [runner.lane(len(row), count + 1, slot) for row, slot in zip(rows, SLOTS, strict=True)]
-    said = [runner.run([Fresh(*each) for each in zip(rows, SLOTS, lanes, strict=True)]).vocabulary]
+    said = [runner.run([Prefill(*each) for each in zip(rows, SLOTS, lanes, strict=True)]).vocabulary]
     for place in range(count):
-        going = [Step(7 + place, slot, lane) for slot, lane in zip(SLOTS, lanes, strict=True)]
+        going = [DecodeStep(7 + place, slot, lane) for slot, lane in zip(SLOTS, lanes, strict=True)]
         said.append(runner.run([], going).vocabulary)
     for lane in lanes:
         runner.cache.close(lane)
@@ -160,7 +160,7 @@ def test_a_step_is_to_the_bit_what_the_modules_give(
 def short_texts(runner: Runner) -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
     fresh = [
-        Fresh(torch.randint(5, 128, (length,), generator=generator).tolist(), slot)
+        Prefill(torch.randint(5, 128, (length,), generator=generator).tolist(), slot)
         for length, slot in zip((9, 3, 14, 1, 11), (1, 2, 4, 3, 1), strict=True)
     ]
     return runner.run(fresh).classes
@@ -189,11 +189,11 @@ def test_a_pass_in_which_a_row_begins_is_the_modules(calls: list[bool]) -> None:
     runner = runner_of("llama", torch.float32)
     calls.clear()
     first, second = runner.lane(3, 4, 1), runner.lane(2, 4, 2)
-    runner.run([Fresh([5, 6, 7], 1, first)])
-    runner.run([Fresh([8, 9], 2, second)], [Step(7, 1, first)])
+    runner.run([Prefill([5, 6, 7], 1, first)])
+    runner.run([Prefill([8, 9], 2, second)], [DecodeStep(7, 1, first)])
     assert not any(calls)
     calls.clear()
-    runner.run([], [Step(7, 1, first), Step(8, 2, second)])
+    runner.run([], [DecodeStep(7, 1, first), DecodeStep(8, 2, second)])
     assert all(calls)
     assert len(calls) == 3
 

@@ -17,8 +17,8 @@ from small_models import FAMILIES, build
 from turret import kernels
 from turret.adapters import Adapter, attachment, classify_logits
 from turret.engine.bank import Bank
-from turret.engine.cache import Lane
-from turret.engine.runner import Fresh, Runner, Step
+from turret.engine.cache import KVSlot
+from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.methods import LoRA
 
 
@@ -74,7 +74,7 @@ def test_a_mixed_pass_of_loras_equals_peft_row_by_row(family: str, way: str) -> 
     adapters = loras(family, "classify", 4)
     runner = runner_of(family, "classify", adapters)
     inputs = with_eos(runner.model, rows())
-    mixed = runner.run([Fresh(row.tolist(), slot) for slot, row in enumerate(inputs, 1)]).classes
+    mixed = runner.run([Prefill(row.tolist(), slot) for slot, row in enumerate(inputs, 1)]).classes
     for adapter, row, logits in zip(adapters, inputs, mixed, strict=True):
         torch.testing.assert_close(logits, peft_logits(family, adapter, [row])[0], atol=1e-5, rtol=1e-5)
 
@@ -85,7 +85,7 @@ def test_control_one_layer_left_out_for_one_row_would_be_seen(family: str, way: 
     adapters = loras(family, "classify", 4)
     runner = runner_of(family, "classify", adapters)
     inputs = with_eos(runner.model, rows())
-    fresh = [Fresh(row.tolist(), slot) for slot, row in enumerate(inputs, 1)]
+    fresh = [Prefill(row.tolist(), slot) for slot, row in enumerate(inputs, 1)]
     whole = runner.run(fresh).classes
     loaded = runner.bank._slots[2]
     for layer in loaded.pairs():
@@ -101,11 +101,11 @@ def test_control_one_layer_left_out_for_one_row_would_be_seen(family: str, way: 
         assert all(torch.equal(torn[row], whole[row]) for row in (0, 2, 3))
 
 
-def prompts(runner: Runner, slots: list[int]) -> tuple[torch.Tensor, list[Lane]]:
+def prompts(runner: Runner, slots: list[int]) -> tuple[torch.Tensor, list[KVSlot]]:
     """Scores of the first tokens of a crowd, and the crowd's lanes."""
     inputs = with_eos(runner.model, rows(lengths=LENGTHS))
     lanes = [runner.lane(len(row), 8, slot) for row, slot in zip(inputs, slots, strict=True)]
-    fresh = [Fresh(row.tolist(), slot, lane) for row, slot, lane in zip(inputs, slots, lanes, strict=True)]
+    fresh = [Prefill(row.tolist(), slot, lane) for row, slot, lane in zip(inputs, slots, lanes, strict=True)]
     return runner.run(fresh).vocabulary, lanes
 
 
@@ -114,14 +114,14 @@ def prompts(runner: Runner, slots: list[int]) -> tuple[torch.Tensor, list[Lane]]
 def test_a_bare_row_is_bit_equal_to_the_bare_base_in_a_pass_of_the_same_shapes(family: str, way: str) -> None:
     runner = runner_of(family, "generate", loras(family, "generate"))
     bare, lanes = prompts(runner, [0] * 8)
-    steps = runner.run([], [Step(5 + row, 0, lane) for row, lane in enumerate(lanes)]).vocabulary
+    steps = runner.run([], [DecodeStep(5 + row, 0, lane) for row, lane in enumerate(lanes)]).vocabulary
     for lane in lanes:
         runner.cache.close(lane)
     slots = [0, 0, 0, 1, 2, 3, 4, 5]  # as a pass sorts them, so that every row lies where it lay
     mixed, lanes = prompts(runner, slots)
     assert torch.equal(mixed[:3], bare[:3])
     assert (mixed[3:] - bare[3:]).abs().amin(0).max() > 1e-3
-    again = runner.run([], [Step(5 + row, slot, lanes[row]) for row, slot in enumerate(slots)]).vocabulary
+    again = runner.run([], [DecodeStep(5 + row, slot, lanes[row]) for row, slot in enumerate(slots)]).vocabulary
     assert torch.equal(again[:3], steps[:3])
 
 
@@ -141,7 +141,7 @@ def test_permuting_rows_permutes_answers(family: str, way: str) -> None:
     runner = runner_of(family, "classify", adapters)
     inputs = with_eos(runner.model, rows(lengths=LENGTHS))
     slots = [1, 2, 3, 3, 2, 1, 2, 1]
-    fresh = [Fresh(row.tolist(), slot) for row, slot in zip(inputs, slots, strict=True)]
+    fresh = [Prefill(row.tolist(), slot) for row, slot in zip(inputs, slots, strict=True)]
     straight = runner.run(fresh).classes
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3)).tolist()
     permuted = runner.run([fresh[row] for row in order]).classes
@@ -169,10 +169,10 @@ def test_steps_of_any_mixture_equal_the_plain_loop_over_segments(batched: bool |
         runner.bank.stack.batched = batched
     inputs = rows(lengths=LENGTHS)
     lanes = [runner.lane(len(row), 8, slot) for row, slot in zip(inputs, slots, strict=True)]
-    runner.run([Fresh(r.tolist(), slot, lane) for r, slot, lane in zip(inputs, slots, lanes, strict=True)])
+    runner.run([Prefill(r.tolist(), slot, lane) for r, slot, lane in zip(inputs, slots, lanes, strict=True)])
     for count in (8, 5, 8):  # rows leave and come back, so places are used again
         picked = slots[:count]
-        fresh = [Fresh([*row.tolist(), 7], slot, runner.lane(30, 8, slot)) for row, slot in zip(inputs, picked)]  # noqa: B905
+        fresh = [Prefill([*row.tolist(), 7], slot, runner.lane(30, 8, slot)) for row, slot in zip(inputs, picked)]  # noqa: B905
         with kernels.without():
             whole = runner.run(fresh).vocabulary  # the plain loop: every row as a segment of a prompt
         for each in fresh:
@@ -180,7 +180,7 @@ def test_steps_of_any_mixture_equal_the_plain_loop_over_segments(batched: bool |
             runner.cache.close(each.lane)
         before = [dict(lane.lengths) for lane in lanes]
         with kernels.without() if batched is not None else nullcontext():
-            steps = runner.run([], [Step(7, slot, lane) for slot, lane in zip(picked, lanes)]).vocabulary  # noqa: B905
+            steps = runner.run([], [DecodeStep(7, slot, lane) for slot, lane in zip(picked, lanes)]).vocabulary  # noqa: B905
         for lane, lengths in zip(lanes, before, strict=True):
             lane.lengths = lengths
         torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
@@ -192,7 +192,7 @@ def test_in_bfloat16_a_mixed_pass_is_as_near_to_float32_as_each_row_alone(way: s
     exact = [alone("bert", "classify", adapter) for adapter in adapters]
     runner = runner_of("bert", "classify", adapters, torch.bfloat16)
     inputs = rows()
-    mixed = runner.run([Fresh(row.tolist(), slot) for slot, row in enumerate(inputs, 1)]).classes
+    mixed = runner.run([Prefill(row.tolist(), slot) for slot, row in enumerate(inputs, 1)]).classes
     for model, row, logits in zip(exact, inputs, mixed, strict=True):
         wanted = classify_logits(model, [row])[0]
         assert (logits - wanted).abs().max() < 0.05 * wanted.abs().max() + 0.05
@@ -205,7 +205,7 @@ def test_decoding_in_bfloat16_is_near_to_float32(way: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         runner = runner_of("llama", "generate", adapters, dtype)
         _, lanes = prompts(runner, [1, 2, 3, 4, 5, 6, 7, 8])
-        steps = [Step(9, slot, lane) for slot, lane in enumerate(lanes, 1)]
+        steps = [DecodeStep(9, slot, lane) for slot, lane in enumerate(lanes, 1)]
         assert runner.bank.stack.batched is (dtype == torch.float32)  # the stacked way in bfloat16
         outcomes.append(runner.run([], steps).vocabulary)
     assert (outcomes[0] - outcomes[1]).abs().max() < 0.05 * outcomes[0].abs().max()
@@ -242,12 +242,12 @@ def test_a_pooler_is_adapted_where_the_head_reads_it() -> None:
     assert any("pooler" in name for name in adapter.tensors)
     runner = runner_of("bert", "classify", [adapter])
     row = rows()[0]
-    own = runner.run([Fresh(row.tolist(), 1)]).classes[0]
+    own = runner.run([Prefill(row.tolist(), 1)]).classes[0]
     torch.testing.assert_close(own, classify_logits(alone("bert", "classify", adapter), [row])[0], atol=1e-5, rtol=1e-5)
     without = {name: each * (0.0 if "pooler" in name else 1.0) for name, each in adapter.tensors.items()}
     changed = Adapter(adapter.method, without, adapter.head, adapter.base)
     runner.bank.mount(2, runner.bank.prepare(changed, "sha256:y", CLASSIFIES))
-    assert (runner.run([Fresh(row.tolist(), 2)]).classes[0] - own).abs().max() > 1e-3
+    assert (runner.run([Prefill(row.tolist(), 2)]).classes[0] - own).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -265,13 +265,13 @@ def test_heads_with_a_pooler_of_their_own_and_without_and_of_other_classes_answe
     close = 1e-5 if dtype == torch.float32 else 0.03
     inputs = [row.tolist() for row in rows()]
     slots = [2, 1, 4, 2, 3]
-    mixed = runner.run([Fresh(row, slot) for row, slot in zip(inputs, slots, strict=False)]).classes
+    mixed = runner.run([Prefill(row, slot) for row, slot in zip(inputs, slots, strict=False)]).classes
     for row, slot, logits in zip(inputs, slots, mixed, strict=False):
         assert len(logits) == (3 if slot == 4 else 2 + slot)
-        torch.testing.assert_close(logits, runner.run([Fresh(row, slot)]).classes[0], atol=close, rtol=close)
+        torch.testing.assert_close(logits, runner.run([Prefill(row, slot)]).classes[0], atol=close, rtol=close)
     shared = replace(adapters[1], head={name: each for name, each in adapters[1].head.items() if "pooler" not in name})
     runner.bank.mount(5, runner.bank.prepare(shared, "sha256:y", CLASSIFIES))
-    assert (runner.run([Fresh(inputs[0], 5)]).classes[0] - mixed[0]).abs().max() > 1e-3
+    assert (runner.run([Prefill(inputs[0], 5)]).classes[0] - mixed[0]).abs().max() > 1e-3
 
 
 def test_adapters_of_one_shape_share_where_their_tensors_lie_whatever_the_order_of_a_file() -> None:
@@ -294,8 +294,8 @@ def test_a_pass_of_both_kinds_of_rows_is_the_same_by_kernel_and_by_torch() -> No
         runner = runner_of("llama", "generate", adapters)
         with context:
             _, lanes = prompts(runner, [0, 1, 2, 2, 3, 4, 5, 5])
-            fresh = [Fresh(row.tolist(), slot, runner.lane(30, 8, slot)) for slot, row in enumerate(rows())]
-            steps = [Step(9, slot, lane) for slot, lane in zip([0, 1, 2, 2, 3, 4, 5, 5], lanes, strict=True)]
+            fresh = [Prefill(row.tolist(), slot, runner.lane(30, 8, slot)) for slot, row in enumerate(rows())]
+            steps = [DecodeStep(9, slot, lane) for slot, lane in zip([0, 1, 2, 2, 3, 4, 5, 5], lanes, strict=True)]
             outcomes.append(runner.run(fresh, steps).vocabulary)
             assert not runner.bank._spans
             assert not runner.bank._held

@@ -13,7 +13,7 @@ from small_models import FAMILIES, GENERATORS
 from tiny_training import base
 
 from turret.adapters import Adapter, classify_logits
-from turret.engine.runner import Fresh, Runner, Step, pass_tokens
+from turret.engine.runner import DecodeStep, Prefill, Runner, pass_tokens
 from turret.methods import Method, Prefix
 
 PATTERNS = {  # whose each row is; 7 of every set of methods is a head alone: the bare base's body
@@ -66,7 +66,7 @@ def test_a_mixed_pass_of_classifiers_equals_each_row_alone(family: str, methods:
     runner = runner_of(family, "classify", adapters)
     inputs = with_eos(runner.model, rows(lengths=LENGTHS))
     for name, slots in PATTERNS.items():
-        outcome = runner.run([Fresh(row.tolist(), slot) for row, slot in zip(inputs, slots, strict=True)])
+        outcome = runner.run([Prefill(row.tolist(), slot) for row, slot in zip(inputs, slots, strict=True)])
         for row, slot, logits in zip(inputs, slots, outcome.classes, strict=True):
             expected = classify_logits(models[slot - 1], [row])[0]
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5, msg=name)
@@ -90,9 +90,11 @@ def test_scores_of_a_mixed_pass_and_of_the_step_behind_it_equal_each_row_alone(f
     for name, numbers in PATTERNS.items():
         slots = [0 if slot == 7 else slot for slot in numbers]
         lanes = [runner.lane(len(row), 2, slot) for row, slot in zip(inputs, slots, strict=True)]
-        fresh = [Fresh(r.tolist(), slot, lane) for r, slot, lane in zip(inputs, slots, lanes, strict=True)]
+        fresh = [Prefill(r.tolist(), slot, lane) for r, slot, lane in zip(inputs, slots, lanes, strict=True)]
         first = runner.run(fresh).vocabulary
-        second = runner.run([], [Step(17, slot, lane) for slot, lane in zip(slots, lanes, strict=True)]).vocabulary
+        second = runner.run(
+            [], [DecodeStep(17, slot, lane) for slot, lane in zip(slots, lanes, strict=True)]
+        ).vocabulary
         for row, slot in enumerate(slots):
             got = torch.stack([first[row], second[row]])
             torch.testing.assert_close(got, wanted[row, slot], atol=1e-5, rtol=1e-5, msg=name)
@@ -110,11 +112,11 @@ def greedy(runner: Runner, prompts: list[Any], slots: list[int], count: int, tog
             begin = []
         waiting = [row for row in waiting if row not in begin]
         going = list(lanes)
-        steps = [Step(said[row][-1], slots[row], lanes[row]) for row in going]
+        steps = [DecodeStep(said[row][-1], slots[row], lanes[row]) for row in going]
         fresh = []
         for row in begin:
             lanes[row] = runner.lane(len(prompts[row]), count, slots[row])
-            fresh.append(Fresh(prompts[row].tolist(), slots[row], lanes[row]))
+            fresh.append(Prefill(prompts[row].tolist(), slots[row], lanes[row]))
         tokens = runner.run(fresh, steps).vocabulary.argmax(-1).tolist()
         for row, token in zip([*begin, *going], tokens, strict=True):
             said[row].append(token)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turret.engine.text import Growing
+from turret.engine.text import IncrementalText
 
 WORDS = st.lists(st.sampled_from(["a", "b", " ", "ab", "\n", "ba ", " a", "aab"]), max_size=20)
 
 
-def grown(words: Sequence[str], stop: Sequence[str]) -> tuple[list[str], Growing]:
+def grown(words: Sequence[str], stop: Sequence[str]) -> tuple[list[str], IncrementalText]:
     pieces = []
-    text = Growing(lambda tokens: "".join(words[: len(tokens)]), stop)
+    text = IncrementalText(lambda tokens: "".join(words[: len(tokens)]), stop)
     for count in range(1, len(words) + 1):
         pieces.append(text.grow(range(count)))
         if text.stopped:
@@ -44,7 +44,7 @@ def test_a_stop_string_over_the_border_of_tokens_is_held_back_until_it_is_decide
 
 
 def test_half_a_character_is_held_back_until_it_is_whole() -> None:
-    text = Growing(lambda tokens: ["", "a�", "aé"][len(tokens)], [])
+    text = IncrementalText(lambda tokens: ["", "a�", "aé"][len(tokens)], [])
     assert [text.grow([1]), text.grow([1, 2]), text.end()] == ["a", "é", ""]
 
 

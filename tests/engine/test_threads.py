@@ -9,8 +9,8 @@ from contextlib import suppress
 
 from shelf import Shelf, agree, reference
 
+from turret.engine import adapter_loader, thread_parking
 from turret.engine import core as engine_module
-from turret.engine import idle, residents
 from turret.errors import BundleError, Cancelled, EngineError, InUse, NotFound
 
 TEXTS = ["a great film", "dull and boring", "the market fell"]
@@ -97,7 +97,7 @@ def test_threads_that_ask_while_the_engine_closes_get_an_answer_or_an_error() ->
 def test_whoever_waits_lets_its_helper_threads_go(monkeypatch) -> None:
     """The one who asks, the loader behind a load, and the engine once it has nothing to do: or a pass is slower."""
     rested: list[str] = []
-    for module in (engine_module, idle.kernels, residents):
+    for module in (engine_module, thread_parking.kernels, adapter_loader):
         monkeypatch.setattr(module, "rest", lambda: rested.append(threading.current_thread().name))
     shelf = Shelf("bert")
     shelf.put("a", "lora", 0)
@@ -107,7 +107,7 @@ def test_whoever_waits_lets_its_helper_threads_go(monkeypatch) -> None:
         while not {"turret-engine", "turret-loader_0", threading.current_thread().name} <= set(rested):
             assert time.monotonic() < until, rested
             time.sleep(0.01)
-        time.sleep(4 * idle.IDLE)
+        time.sleep(4 * thread_parking.IDLE)
         before = rested.count("turret-engine")
-        time.sleep(4 * idle.IDLE)
+        time.sleep(4 * thread_parking.IDLE)
         assert rested.count("turret-engine") == before  # not again while nothing comes

@@ -96,7 +96,7 @@ def test_sigterm_at_any_operation_of_a_scratch_folder_leaves_nothing(there: bool
             (own / "weights").write_bytes(b"1")
 
     def of_export() -> None:
-        with scratch.Beside(root, room / "deep" / "out") as beside:
+        with scratch.WorkingFolder(root, room / "deep" / "out") as beside:
             (beside.files / "weights").write_bytes(b"1")
 
     for work in (of_import, of_export):

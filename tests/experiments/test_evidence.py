@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import binom, norm
 
 from turret.experiments import evidence
-from turret.experiments.evidence import BETS, SHIFTS, Tally
+from turret.experiments.evidence import BETS, SHIFTS, OutcomeTally
 
 ALPHA = 0.05
 
@@ -25,11 +25,11 @@ def traffic(seed: int, n: int, control: Any, candidate: Any, ramp: tuple[float, 
     return arm, y, share
 
 
-def tally(data: Any, *, binary: bool = True, margin: float | None = None) -> Tally:
-    return Tally.empty(binary=binary, margin=margin).after(*data)
+def tally(data: Any, *, binary: bool = True, margin: float | None = None) -> OutcomeTally:
+    return OutcomeTally.empty(binary=binary, margin=margin).after(*data)
 
 
-def decided(found: Tally) -> bool:
+def decided(found: OutcomeTally) -> bool:
     """Whether somebody who looks after every outcome ever saw a verdict."""
     return max(found.better.peak, found.worse.peak) >= math.log(2 / ALPHA)
 
@@ -149,7 +149,7 @@ def plain_bets(data: Any, delta: float) -> float:
 
 def test_it_is_the_plain_formula_however_the_outcomes_are_cut_into_pieces() -> None:
     data = traffic(1, 300, 0.3, 0.4, RAMP)
-    whole, pieces = tally(data, margin=0.02), Tally.empty(binary=True, margin=0.02)
+    whole, pieces = tally(data, margin=0.02), OutcomeTally.empty(binary=True, margin=0.02)
     for start, end in itertools.pairwise((0, 1, 7, 100, 100, 300)):
         pieces = pieces.after(*(part[start:end] for part in data))
     for name, reference in (
@@ -191,7 +191,7 @@ def test_a_margin_forgives_what_is_within_it() -> None:
 def test_the_interval_holds_at_every_look_nearly_as_often_as_it_says_and_through_a_ramp() -> None:
     missed = 0
     for seed in range(120):
-        data, found = traffic(seed, 1200, 0.3, 0.4, RAMP), Tally.empty(binary=True, margin=None)
+        data, found = traffic(seed, 1200, 0.3, 0.4, RAMP), OutcomeTally.empty(binary=True, margin=None)
         for start in range(0, 1200, 60):
             found = found.after(*(part[start : start + 60] for part in data))
             low, high = found.interval(ALPHA) or (-1.0, 1.0)
@@ -203,7 +203,7 @@ def test_the_interval_holds_at_every_look_nearly_as_often_as_it_says_and_through
 
 def test_no_interval_is_shown_of_a_handful() -> None:
     assert tally(traffic(1, 2 * evidence.LEAST - 1, 0.3, 0.4)).interval(ALPHA) is None
-    assert Tally.empty(binary=True, margin=None).difference is None
+    assert OutcomeTally.empty(binary=True, margin=None).difference is None
 
 
 @pytest.mark.slow

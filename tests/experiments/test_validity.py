@@ -15,7 +15,7 @@ from turret import Workspace
 from turret.errors import ExperimentError
 from turret.experiments import Guards, Told, outcomes
 from turret.experiments.outcomes import Seen
-from turret.experiments.ratio import Ratio
+from turret.experiments.sample_ratio import SampleRatio
 from turret.store.catalog import now
 
 DAY = 86400.0
@@ -180,7 +180,7 @@ def alarms(check: str, effect: float, level: float) -> int:
             ((int(r), int(k)), "candidate" if c else "control")
             for r, k, c in zip(revision, kind, candidate, strict=True)
         ]
-        found += Ratio().after(seen, planned).process.peak >= math.log(1 / level)
+        found += SampleRatio().after(seen, planned).process.peak >= math.log(1 / level)
     return found
 
 

@@ -19,7 +19,7 @@ from store.bundles import tensors, write_bundle
 
 from turret.server.logs import Log
 from turret.server.run import Server, bind, url_of
-from turret.server.served import Served, Settings
+from turret.server.state import ServerSettings, ServerState
 from turret.store import Version
 from turret.workspace import Workspace
 
@@ -33,13 +33,13 @@ class Running:
         self,
         workspace: Workspace,
         engine: Any,
-        settings: Settings,
+        settings: ServerSettings,
         options: Any = Options,
         lines: io.StringIO | None = None,
     ) -> None:
         self.workspace, self.engine = workspace, engine
         self.lines = lines or io.StringIO()
-        self.served = Served(workspace, engine, options, settings, log=Log(self.lines))
+        self.served = ServerState(workspace, engine, options, settings, log=Log(self.lines))
         self.server = Server(self.served)
         self._socket = bind("127.0.0.1", 0)
         self.url = url_of(self._socket)
@@ -104,8 +104,8 @@ def serve(workspace: Workspace) -> Iterator[Callable[..., Running]]:
     running: list[Running] = []
 
     def serve(engine: Echo | None = None, **settings: Any) -> Running:
-        ours = {key: settings.pop(key) for key in list(settings) if key in Settings.__dataclass_fields__}
-        made = Running(workspace, engine or Echo(workspace.store, **settings), Settings(**ours))
+        ours = {key: settings.pop(key) for key in list(settings) if key in ServerSettings.__dataclass_fields__}
+        made = Running(workspace, engine or Echo(workspace.store, **settings), ServerSettings(**ours))
         running.append(made.start())
         return made
 
@@ -142,6 +142,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     workspace = Workspace(folder / "store")
     said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": {"kind": "classify"}}
     workspace.store.put("a", write_bundle(folder, tensors(next(SEEDS)), said=said))
-    running = Running(workspace, Echo(workspace.store), Settings())
+    running = Running(workspace, Echo(workspace.store), ServerSettings())
     yield running.start()
     running.stop()

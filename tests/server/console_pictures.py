@@ -19,7 +19,7 @@ from console_store import BASE, fill
 
 from turret import Workspace
 from turret.server.logs import Log
-from turret.server.served import Served
+from turret.server.state import ServerState
 from turret.store import Token
 
 Steps = Callable[[Page], Any]
@@ -84,14 +84,14 @@ PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
 
 
 @contextmanager
-def serving(workspace: Workspace) -> Iterator[tuple[str, Served]]:
+def serving(workspace: Workspace) -> Iterator[tuple[str, ServerState]]:
     """A server on the bundled base, at a free port."""
     from turret.engine import Options
     from turret.server.run import Server, bind, url_of
 
     listening = bind("127.0.0.1", 0)
     with workspace.engine(BASE) as engine:
-        served = Served(workspace, engine, Options, log=Log(io.StringIO()))
+        served = ServerState(workspace, engine, Options, log=Log(io.StringIO()))
         served.look()
         server = Server(served)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

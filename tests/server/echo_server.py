@@ -8,10 +8,10 @@ from pathlib import Path
 from server.echo import Echo, Options
 
 from turret.server.run import bind, run
-from turret.server.served import Served
+from turret.server.state import ServerState
 from turret.workspace import Workspace
 
 if __name__ == "__main__":
     workspace = Workspace(Path(sys.argv[1]))
     with Echo(workspace.store, pace=float(sys.argv[2])) as engine, bind("127.0.0.1", 0) as listening:
-        run(Served(workspace, engine, Options), listening, lambda url: print(url, flush=True))
+        run(ServerState(workspace, engine, Options), listening, lambda url: print(url, flush=True))

@@ -10,7 +10,7 @@ import pytest
 from turret.errors import BadReference, Forbidden, InUse, NotFound, ServeRefused, Unauthorized
 from turret.server.auth import Guard, is_loopback
 from turret.store import Store
-from turret.store.tokens import PREFIX, hashed, which
+from turret.store.access_tokens import PREFIX, hashed, which
 
 CLASSIFY = {"model": "a", "input": "x"}
 

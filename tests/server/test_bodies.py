@@ -21,7 +21,7 @@ from store.bundles import tensors, write_bundle
 
 from turret.errors import TooLarge
 from turret.server import bodies
-from turret.server.limits import Limits
+from turret.server.limits import RequestLimits
 from turret.workspace import Workspace
 
 TESTS = Path(__file__).parents[1]
@@ -146,7 +146,7 @@ def test_health_is_told_at_once_while_costly_bodies_are_read(server, name) -> No
 
 
 def test_many_keys_and_values_within_a_text_are_none() -> None:
-    limits = Limits(body_keys=3, body_values=4)
+    limits = RequestLimits(body_keys=3, body_values=4)
     for text in ('":,[{' * 9, "\\" * 7 + ":,[{" * 9, '\\":,[{' * 9 + "\\", "\n\t::::\u2028,,,,,"):
         bodies.check_counts(json.dumps({"model": "a", "input": text}).encode(), limits)
         with pytest.raises(TooLarge, match="more than 3 keys"):
@@ -157,7 +157,7 @@ def test_many_keys_and_values_within_a_text_are_none() -> None:
 
 def test_as_many_as_the_limits_say_are_taken_and_one_more_is_not(serve, put) -> None:
     put()
-    client = serve(limits=Limits(body_keys=4, body_values=13)).client()
+    client = serve(limits=RequestLimits(body_keys=4, body_values=13)).client()
     parts = [{"model": "a", "input": ["x"] * count} for count in (10, 11, 12)]
     assert [client.post("/v1/classify", json=each).status_code for each in parts] == [200, 200, 413]
     more = {"model": "a", "input": "x", "a": 1, "b": 2}
@@ -191,10 +191,10 @@ def sizes(value: object) -> tuple[int, int]:
 def test_the_counts_are_exact_for_whatever_is_json(value, ascii_only) -> None:
     content = json.dumps(value, ensure_ascii=ascii_only).encode()
     keys, values = sizes(value)
-    bodies.check_counts(content, Limits(body_keys=keys, body_values=values))
+    bodies.check_counts(content, RequestLimits(body_keys=keys, body_values=values))
     if keys:
         with pytest.raises(TooLarge):
-            bodies.check_counts(content, Limits(body_keys=keys - 1, body_values=values))
+            bodies.check_counts(content, RequestLimits(body_keys=keys - 1, body_values=values))
     if values:
         with pytest.raises(TooLarge):
-            bodies.check_counts(content, Limits(body_keys=keys, body_values=values - 1))
+            bodies.check_counts(content, RequestLimits(body_keys=keys, body_values=values - 1))

@@ -82,7 +82,7 @@ def guarded(tmp_path_factory):
     from server.echo import FINGERPRINT, Echo
     from store.bundles import tensors, write_bundle
 
-    from turret.server.served import Settings
+    from turret.server.state import ServerSettings
     from turret.workspace import Workspace
 
     folder = tmp_path_factory.mktemp("guarded")
@@ -92,7 +92,7 @@ def guarded(tmp_path_factory):
         workspace.store.put("a", write_bundle(folder, tensors(next(SEEDS)), said=said))
     workspace.promote("a@1", "production")
     _, secret = workspace.tokens.create("all", ["infer", "admin"])
-    running = Running(workspace, Echo(workspace.store, tokenizer=Template()), Settings()).start()
+    running = Running(workspace, Echo(workspace.store, tokenizer=Template()), ServerSettings()).start()
     yield running, secret
     running.stop()
 

@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 
 from turret.errors import Busy, ServeRefused
-from turret.server.clients import Clients, client_of, networks
-from turret.server.limits import Limits
+from turret.server.connections import ClientConnections, client_of, networks
+from turret.server.limits import RequestLimits
 
 GOOD = json.dumps({"model": "a", "input": "x"}).encode()
 POST = b"POST /v1/classify HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
@@ -112,7 +112,7 @@ def status(opened: socket.socket) -> int:
 )
 def test_hundreds_of_idle_and_slow_connections_of_one_client_hold_up_no_other(serve, put, until, sent) -> None:
     put()
-    running = serve(limits=Limits(connections=100, connections_per_client=20, in_flight=40))
+    running = serve(limits=RequestLimits(connections=100, connections_per_client=20, in_flight=40))
     client = running.client()
     with crowd(running.port, "127.0.0.2", 300, sent):
         until(lambda: running.served.clients.open >= 20)
@@ -128,7 +128,7 @@ def test_hundreds_of_idle_and_slow_connections_of_one_client_hold_up_no_other(se
 @MANY_ADDRESSES
 def test_a_client_beyond_its_connections_is_told_and_may_come_again_when_one_is_closed(serve, put, until) -> None:
     put()
-    running = serve(limits=Limits(connections_per_client=3))
+    running = serve(limits=RequestLimits(connections_per_client=3))
     with crowd(running.port, "127.0.0.2", 3), crowd(running.port, "127.0.0.2", 1) as (one_more,):
         answer = one_more.recv(65536)
         assert answer.startswith(b"HTTP/1.1 429 ")
@@ -141,7 +141,7 @@ def test_a_client_beyond_its_connections_is_told_and_may_come_again_when_one_is_
 @MANY_ADDRESSES
 def test_a_proxy_has_no_limit_of_its_own(serve, put) -> None:
     put()
-    running = serve(limits=Limits(connections_per_client=2), proxies=networks(["127.0.0.3"]))
+    running = serve(limits=RequestLimits(connections_per_client=2), proxies=networks(["127.0.0.3"]))
     with crowd(running.port, "127.0.0.3", 9, NEXT) as proxy, crowd(running.port, "127.0.0.2", 2, NEXT) as others:
         assert [status(each) for each in (*proxy, *others)] == [200] * 11
         with crowd(running.port, "127.0.0.2", 1, NEXT) as (one_more,):
@@ -151,7 +151,7 @@ def test_a_proxy_has_no_limit_of_its_own(serve, put) -> None:
 @MANY_ADDRESSES
 def test_bodies_of_one_client_leave_half_of_the_memory_to_others(serve, put, until) -> None:
     put()
-    running = serve(limits=Limits(bodies_bytes=100_000))
+    running = serve(limits=RequestLimits(bodies_bytes=100_000))
     slow = POST + b"content-length: 40000\r\n\r\n" + b" " * 30_000
     with crowd(running.port, "127.0.0.2", 1, slow), crowd(running.port, "127.0.0.2", 1, slow) as (second,):
         assert status(second) == 429
@@ -174,9 +174,9 @@ def test_who_a_client_is() -> None:
 
 
 def test_connections_are_counted_by_client_and_forgotten() -> None:
-    clients = Clients(4, 2, networks(["10.0.0.0/8"]))
+    clients = ClientConnections(4, 2, networks(["10.0.0.0/8"]))
     assert clients.limited(("10.9.9.9", 5)) is None
-    assert Clients(4, None).limited(("1.2.3.4", 5)) is None
+    assert ClientConnections(4, None).limited(("1.2.3.4", 5)) is None
     for client in ("1.2.3.4", "1.2.3.4", None, None):
         clients.enter(client)
     with pytest.raises(Busy, match=r"^2 connections of 1\.2\.3\.4 are open"):

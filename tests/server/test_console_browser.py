@@ -21,7 +21,7 @@ from store.bundles import tensors, write_bundle
 
 from turret.compare.report import write_report
 from turret.errors import NotFound
-from turret.server.served import Settings
+from turret.server.state import ServerSettings
 from turret.train import Curve, StepRecord
 from turret.workspace import Workspace
 
@@ -63,7 +63,7 @@ def chromium() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     workspace = filled(tmp_path_factory.mktemp("console"))
-    made = Running(workspace, Echo(workspace.store, load_seconds=0.02), Settings())
+    made = Running(workspace, Echo(workspace.store, load_seconds=0.02), ServerSettings())
     yield made.start()
     made.stop()
 
@@ -320,7 +320,7 @@ def test_no_page_is_wider_than_a_phone(opened: Open, running: Running, dark: boo
 def test_signing_in_and_out(opened: Open, chromium: Browser, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "store")
     _, secret = workspace.tokens.create("boss", ["admin"])
-    guarded = Running(workspace, Echo(workspace.store), Settings()).start()
+    guarded = Running(workspace, Echo(workspace.store), ServerSettings()).start()
     try:
         page = opened("/runs", url=guarded.url)
         assert page.url.endswith("/sign-in?next=%2Fruns")

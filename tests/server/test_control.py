@@ -9,7 +9,7 @@ from typing import Any
 
 from server.echo import probabilities
 
-from turret.server.limits import Limits
+from turret.server.limits import RequestLimits
 
 
 def test_the_store_is_listed_by_pages_with_what_is_in_memory(serve, put) -> None:
@@ -210,7 +210,7 @@ def test_50_bad_loads_in_a_row_and_floods_of_loads_leave_good_traffic_alone(serv
     put()
     for _ in range(8):
         put("b")
-    running = serve(slots=4, limits=Limits(control_waiting=8))
+    running = serve(slots=4, limits=RequestLimits(control_waiting=8))
     running.engine.broken.add("b@1")
     ended, answered, statuses = threading.Event(), [], []
 
@@ -244,7 +244,7 @@ def test_50_bad_loads_in_a_row_and_floods_of_loads_leave_good_traffic_alone(serv
 
 def test_control_that_waits_too_long_in_line_is_told_to_come_again(serve, put) -> None:
     put()
-    running = serve(load_seconds=0.5, limits=Limits(control_waiting=2))
+    running = serve(load_seconds=0.5, limits=RequestLimits(control_waiting=2))
     statuses: list[int] = []
 
     def load() -> None:

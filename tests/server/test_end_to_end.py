@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import turret
 from turret import engine as engine_room
-from turret.server.served import Settings
+from turret.server.state import ServerSettings
 from turret.store import Version
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
@@ -73,7 +73,7 @@ def house(folder: Path, family: str, kind: str) -> House:
     workspace.promote("a@1", "production")
     engine = workspace.engine(str(base), dtype="float32")
     answers = {version: alone(workspace, engine, version, kind) for version in ("a@1", "a@2")}
-    running = Running(workspace, engine, Settings(), options=engine_room.Options)
+    running = Running(workspace, engine, ServerSettings(), options=engine_room.Options)
     return House(workspace, running.start(), answers)
 
 
@@ -246,7 +246,7 @@ def test_for_minutes_no_answer_is_wrong_or_lost_and_memory_does_not_grow(tmp_pat
         workspace.delete(f"{name}@3")
     elsewhere = small_models.save_base("bert", tmp_path / "other", seed=7)
     bad = workspace.store.put("bad", bundle(tmp_path / "bad", elsewhere, "bert", "classify", 1))
-    running = Running(workspace, engine, Settings(), engine_room.Options, OnlyBugs())
+    running = Running(workspace, engine, ServerSettings(), engine_room.Options, OnlyBugs())
 
     def put(name: str) -> Version:
         return workspace.store.put(name, spare[name])

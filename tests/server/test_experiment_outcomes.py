@@ -8,7 +8,7 @@ import pytest
 from server.arms import arms, asked, status
 
 from turret.experiments import Guards
-from turret.server.limits import Limits
+from turret.server.limits import RequestLimits
 
 
 def test_each_outcome_over_http_has_one_clear_answer_and_a_unit_counts_once(begin, workspace) -> None:
@@ -85,7 +85,7 @@ def test_outcomes_take_either_scope_and_control_takes_admin(begin, workspace) ->
 
 
 def test_too_many_who_tell_outcomes_are_told_to_come_again_and_answers_go_on(begin, workspace) -> None:
-    running = begin(share=0.5, engine={"limits": Limits(outcomes_waiting=0)})
+    running = begin(share=0.5, engine={"limits": RequestLimits(outcomes_waiting=0)})
     got = running.client().post("/api/outcomes", json={"value": 1, "receipt": "r"})
     assert (got.status_code, got.headers["retry-after"]) == (429, "1")
     assert asked(running.client(), "ann").status_code == 200

@@ -7,7 +7,7 @@ import time
 from server.arms import arms, asked, label, status
 
 from turret.experiments import Guards
-from turret.server.limits import Limits
+from turret.server.limits import RequestLimits
 
 
 def test_a_shadow_answers_the_same_texts_is_compared_and_never_returned(begin, workspace, until) -> None:
@@ -45,7 +45,7 @@ def test_a_shadow_that_fails_or_dawdles_is_seen_by_its_experiment_and_by_nobody_
 
 
 def test_shadows_are_shed_when_there_is_no_room_for_them_and_answers_go_on(begin, workspace, until) -> None:
-    running = begin((), shadows="a@3", engine={"limits": Limits(shadow_inputs=2)})
+    running = begin((), shadows="a@3", engine={"limits": RequestLimits(shadow_inputs=2)})
     client = running.client()
     body = {"model": "a", "input": ["x"] * 3}
     assert client.post("/v1/classify", json=body).status_code == 200

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from turret.errors import AdapterError
-from turret.server.follow import AGAIN, Follow
+from turret.server.alias_watcher import AGAIN, AliasWatcher
 from turret.store import Pointing, aliases
 
 
@@ -41,8 +41,8 @@ class World:
             raise AdapterError(f"{reference} cannot be mounted")
         self.memory.add(f"sha256:{reference}")
 
-    def follow(self) -> Follow:
-        return Follow(
+    def follow(self) -> AliasWatcher:
+        return AliasWatcher(
             lambda: self.number,
             self.pointing,
             self.warm,
@@ -193,7 +193,7 @@ def test_plain_names_mean_the_followed_alias() -> None:
     world.move("a@1")
     world.move("a@2", alias="candidate")
     world.move("b@1", name="b")
-    follow = Follow(
+    follow = AliasWatcher(
         lambda: world.number, world.pointing, world.warm, bool, base="ours", alias="candidate", clock=lambda: 0.0
     )
     follow.poll()

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import pytest
 
-from turret.server.limits import Limits
+from turret.server.limits import RequestLimits
 
 GOOD = {"model": "a", "input": "x"}
 
@@ -71,7 +71,7 @@ def test_a_body_of_100_mb_is_413_before_it_is_sent_and_while_it_is(serve, put) -
 
 def test_a_body_that_comes_a_byte_a_second_is_408(serve, put) -> None:
     put()
-    running = serve(limits=Limits(body_seconds=0.3))
+    running = serve(limits=RequestLimits(body_seconds=0.3))
     with raw(running) as opened:
         opened.sendall(head(1000))
         for _ in range(2):
@@ -84,7 +84,7 @@ def test_a_body_that_comes_a_byte_a_second_is_408(serve, put) -> None:
 
 def test_headers_that_come_a_byte_a_second_are_408_also_on_a_connection_that_was_good(serve, put) -> None:
     put()
-    running = serve(limits=Limits(header_seconds=0.3))
+    running = serve(limits=RequestLimits(header_seconds=0.3))
     with raw(running) as opened:
         opened.sendall(b"POST /v1/cla")
         assert said(opened)[0] == 408
@@ -240,7 +240,7 @@ def test_what_changes_nothing_is_taken(shared) -> None:
 
 def test_more_requests_than_may_be_in_flight_are_429_with_retry_after(serve, put, until) -> None:
     put()
-    running = serve(limits=Limits(in_flight=2))
+    running = serve(limits=RequestLimits(in_flight=2))
     with raw(running) as one, raw(running) as two:
         for opened in (one, two):
             opened.sendall(head(10))
@@ -255,7 +255,7 @@ def test_more_requests_than_may_be_in_flight_are_429_with_retry_after(serve, put
 
 def test_bodies_together_never_take_more_memory_than_is_meant_for_them(serve, put, until) -> None:
     put()
-    running = serve(limits=Limits(bodies_bytes=100_000))
+    running = serve(limits=RequestLimits(bodies_bytes=100_000))
     with raw(running) as one:
         one.sendall(head(95_000) + b"x" * 90_000)
         until(lambda: running.served.load.bytes == 90_000)
@@ -268,7 +268,7 @@ def test_bodies_together_never_take_more_memory_than_is_meant_for_them(serve, pu
 
 def test_more_connections_than_the_limit_are_told_and_closed(serve, put) -> None:
     put()
-    running = serve(limits=Limits(connections=3))
+    running = serve(limits=RequestLimits(connections=3))
     opened = [socket.create_connection(("127.0.0.1", running.port), timeout=10) for _ in range(3)]
     time.sleep(0.1)
     with raw(running) as one_more:
@@ -292,7 +292,7 @@ def test_a_full_queue_is_429_with_the_engines_own_retry_after(serve, put) -> Non
 
 def test_an_answer_that_takes_too_long_is_504_and_its_ticket_is_taken_back(serve, put, until) -> None:
     put()
-    running = serve(pace=1.0, limits=Limits(answer_seconds=0.2))
+    running = serve(pace=1.0, limits=RequestLimits(answer_seconds=0.2))
     got = running.client().post("/v1/completions", json={"model": "a", "prompt": "one two three"})
     assert (got.status_code, got.json()["error"]["code"]) == (504, "deadline_exceeded")
     until(lambda: running.engine.stats()["queue_length"] == 0)

@@ -6,8 +6,8 @@ import pytest
 
 from turret import errors
 from turret.errors import TurretError
+from turret.server.error_responses import TABLE, code_of, problem, without_paths
 from turret.server.metrics import MOST_VERSIONS, Metrics
-from turret.server.problems import TABLE, code_of, problem, without_paths
 
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, TurretError)]
 

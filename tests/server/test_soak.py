@@ -7,7 +7,7 @@ from server.conftest import Running
 from server.echo import Echo, Options, probabilities
 from server.storm import ADAPTERS, SOAK_SECONDS, OnlyBugs, storm
 
-from turret.server.served import Settings
+from turret.server.state import ServerSettings
 
 
 def filled(put, workspace) -> dict[str, str]:
@@ -34,7 +34,7 @@ def test_for_minutes_no_answer_is_wrong_or_lost_and_memory_does_not_grow(put, wo
     known = filled(put, workspace)
     engine = Echo(workspace.store, slots=20, load_seconds=0.002)
     engine.broken.add(str(put("bad")))
-    running = Running(workspace, engine, Settings(), Options, lines=OnlyBugs())
+    running = Running(workspace, engine, ServerSettings(), Options, lines=OnlyBugs())
     try:
         storm(running.start(), workspace, put, known, probabilities, seconds=SOAK_SECONDS / 3, bad="bad@1")
     finally:

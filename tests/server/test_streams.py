@@ -13,8 +13,8 @@ import pytest
 from server.echo import Options, words
 
 from turret.errors import AdapterError
-from turret.server.asked import CHARACTERS
-from turret.server.limits import Limits
+from turret.server.limits import RequestLimits
+from turret.server.pending_answers import CHARACTERS
 
 LONG = " ".join(f"w{number}" for number in range(200))
 BODY = {"model": "a", "prompt": LONG, "max_tokens": 200, "stream": True}
@@ -49,7 +49,7 @@ def test_a_client_that_goes_away_before_its_first_word_frees_its_request(serve, 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_does_not_read_is_given_up_and_others_go_on(serve, put, until, stream) -> None:
     put()
-    running = serve(limits=Limits(write_seconds=0.3, body_bytes=32 << 20))
+    running = serve(limits=RequestLimits(write_seconds=0.3, body_bytes=32 << 20))
     body = json.dumps({"model": "a", "prompt": ["x" * 900_000] * 20, "stream": stream}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", running.port), timeout=10) as lazy:
@@ -115,7 +115,7 @@ def test_draining_lets_running_answers_finish_and_refuses_new_ones_with_503(serv
 
 def test_draining_ends_when_its_time_is_up(serve, put, until) -> None:
     put()
-    running = serve(pace=5.0, limits=Limits(drain_seconds=0.2))
+    running = serve(pace=5.0, limits=RequestLimits(drain_seconds=0.2))
     failed: list[Exception] = []
 
     def ask() -> None:

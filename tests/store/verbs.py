@@ -18,8 +18,8 @@ from store import by_hand
 from store.bundles import tensors, write_bundle
 
 from turret.errors import ExperimentError, NotFound
-from turret.experiments import Guards, health, rows
-from turret.experiments.health import Answering
+from turret.experiments import Guards, arm_health, rows
+from turret.experiments.arm_health import ArmHealth
 from turret.store import Example, GoldenSet, Replay, Store
 from turret.store.blobs import hash_file
 from turret.store.uploads import Upload
@@ -365,8 +365,8 @@ def ready_to_settle(root: Path, folder: Path) -> Hold:
     store.promote("a@2", "production")
     with store.database().writing() as connection:
         running = rows.find(connection, "a")
-        seen = {(running.id, "control"): Answering(50), (running.id, "candidate"): Answering(50, 50)}
-        health.keep(connection, seen, "then")
+        seen = {(running.id, "control"): ArmHealth(50), (running.id, "candidate"): ArmHealth(50, 50)}
+        arm_health.keep(connection, seen, "then")
     before = ("running", 0.1, ["start"], "a@2")
     return all_or_nothing(before, ("ended", 0.0, ["start", "drop", "rollback"], "a@1"), root)
 

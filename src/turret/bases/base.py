@@ -22,10 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from turret.bases.fingerprint_cache import remember, remembered
 from turret.bases.numerics import native_bfloat16, use_quick_float32
-from turret.bases.quiet import quiet
-from turret.bases.remember import remember, remembered
-from turret.bases.source import Source, resolve
+from turret.bases.silence_transformers import quiet
+from turret.bases.source import BaseSource, resolve
 from turret.errors import BaseModelError
 from turret.families import Family, family_named
 from turret.fingerprint import fingerprint, within
@@ -104,7 +104,7 @@ def load(
 
 
 def _read_model(
-    source: Source, family: Family, task: str, num_labels: int | None, seed: int
+    source: BaseSource, family: Family, task: str, num_labels: int | None, seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(model in the checkpoint's dtype, transformers' account of its keys)."""
     if task == "classify":
@@ -134,7 +134,7 @@ def _read_model(
     return model, loading
 
 
-def _fresh(source: Source, family: Family, model: PreTrainedModel, loading: dict[str, Any]) -> tuple[str, ...]:
+def _fresh(source: BaseSource, family: Family, model: PreTrainedModel, loading: dict[str, Any]) -> tuple[str, ...]:
     """The newly initialised parameters, or an error where one of them is no part of a task."""
     prefix = f"{model.base_model_prefix}."
     reshaped = {name: shapes for name, *shapes in loading["mismatched_keys"]}
@@ -159,7 +159,7 @@ def _fresh(source: Source, family: Family, model: PreTrainedModel, loading: dict
     )
 
 
-def _known_fingerprint(source: Source, model: PreTrainedModel, verify: bool) -> str:
+def _known_fingerprint(source: BaseSource, model: PreTrainedModel, verify: bool) -> str:
     digest = None if verify else remembered(source.weights)
     if digest is None:
         digest = fingerprint(model)
@@ -183,7 +183,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def _read_tokenizer(source: Source, model: PreTrainedModel) -> tuple[PreTrainedTokenizerBase, list[str]]:
+def _read_tokenizer(source: BaseSource, model: PreTrainedModel) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """(tokenizer that fits the model and can pad, what was decided)."""
     if not any((source.folder / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one
         raise BaseModelError(f"base {source.id!r} has no tokenizer: put its tokenizer.json beside its weights")
@@ -206,7 +206,7 @@ def _read_tokenizer(source: Source, model: PreTrainedModel) -> tuple[PreTrainedT
     return tokenizer, notes
 
 
-def _mend_padding(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _mend_padding(source: BaseSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     notes = []
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -226,7 +226,7 @@ def _mend_padding(source: Source, model: PreTrainedModel, tokenizer: PreTrainedT
     return notes
 
 
-def _notes(source: Source, family: Family, model: PreTrainedModel, loading: dict[str, Any]) -> list[str]:
+def _notes(source: BaseSource, family: Family, model: PreTrainedModel, loading: dict[str, Any]) -> list[str]:
     notes = []
     if "auto_map" in source.config:
         notes.append("the base carries code of its own, which is not run; transformers' own classes are used")

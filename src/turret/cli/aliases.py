@@ -11,7 +11,7 @@ from turret.cli import options
 from turret.cli.output import columns, console, emit, many, safe, status
 
 if TYPE_CHECKING:
-    from turret.store import Gate, Golden, Move, Standing
+    from turret.store import Gate, GateStatus, Golden, Move
 
 PRODUCTION = "production"
 Alias = Annotated[str, typer.Argument(help="such as production or candidate")]
@@ -101,7 +101,7 @@ def _much(gate: Gate | Golden) -> str:
     return "" if count is None else f"[dim]{many(count)} golden example{'' if count == 1 else 's'}[/]"
 
 
-def _stands(each: Standing) -> str:
+def _stands(each: GateStatus) -> str:
     """`news@2 passes, found 0.93`."""
     if each.holder is None:
         return f"[dim]{safe(each.found)}[/]"

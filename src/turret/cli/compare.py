@@ -15,7 +15,7 @@ from turret.errors import RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from turret.compare.design import Planned as ComparisonPlan
+    from turret.compare.design import PlannedDesign
 
 STYLES = {"within": "green", "better": "green", "worse": "red", "undecided": "yellow"}
 WORDS = {"within": "as good"}
@@ -73,7 +73,7 @@ def compare(
         emit(found.as_json()) if as_json else _print(found, out)
 
 
-def _print_plan(planned: ComparisonPlan, out: Console) -> None:
+def _print_plan(planned: PlannedDesign, out: Console) -> None:
     """What is trained, which difference that can decide, and what would decide."""
     missing = f", {planned.missing} of them missing" if planned.missing < planned.trainings else ""
     out.print(f"[bold]{safe(planned.name)}[/]  [dim]{safe(', '.join(planned.methods))}[/]")

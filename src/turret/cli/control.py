@@ -49,7 +49,7 @@ def control(
 
 
 def _print(found: Any, out: Console) -> None:
-    from turret.compare.control import headline
+    from turret.compare.control_rates import headline
 
     out.print(f"[bold]{safe(headline(found))}[/]\n")
     heads = ("method", "by the classifier", "by ROUGE", "ROUGE-L, asked", "the others")

@@ -13,7 +13,7 @@ from turret.cli.answers import data_columns
 from turret.cli.output import columns, console, emit, grid, number, safe, status
 
 if TYPE_CHECKING:
-    from turret.experiments.weigh import ArmWeighed
+    from turret.experiments.analyze import ArmAnalysis
     from turret.workspace.experimenting import Status
 
 MOVES = 8  # of the history, for people
@@ -146,7 +146,7 @@ def outcome(
 ) -> None:
     """Tell what came of answers, then do what the guards ask."""
     from turret.workspace import Workspace
-    from turret.workspace.telling import tell
+    from turret.workspace.record_outcomes import tell
 
     told = tell(Workspace(store), name, value, receipt, unit, file)
     if as_json:
@@ -240,7 +240,7 @@ def _answer(found: Status, as_json: bool) -> None:
 
 
 def _print(found: Status) -> None:
-    from turret.experiments import words
+    from turret.experiments import status_text
 
     experiment = found.experiment
     ended = f", [yellow]ended[/] {safe(_time(experiment.ended))}" if experiment.ended else ", [green]running[/]"
@@ -251,9 +251,9 @@ def _print(found: Status) -> None:
             "metric",
             f"{experiment.metric}, {better} is better; a {experiment.unit} counts once; level {experiment.alpha:g}",
         ),
-        ("outcomes", words.lives(experiment)),
-        ("traffic", words.traffic(experiment)),
-        ("guards", words.guards(experiment)),
+        ("outcomes", status_text.lives(experiment)),
+        ("traffic", status_text.traffic(experiment)),
+        ("guards", status_text.guards(experiment)),
         ("alias", f"{experiment.alias} names {found.points or 'nothing'}"),
     ]
     console().print(grid((name, safe(fact)) for name, fact in facts))
@@ -279,11 +279,11 @@ def _print(found: Status) -> None:
     for each in found.weighed.history[-MOVES:]:
         by = f" by {each['who']}" if each["who"] else ""
         console().print(
-            f"  [dim]{safe(_time(each['at']))}{safe(by)}  {safe(words.event(each['verb'], each['detail']))}[/]"
+            f"  [dim]{safe(_time(each['at']))}{safe(by)}  {safe(status_text.event(each['verb'], each['detail']))}[/]"
         )
 
 
-def _row(each: ArmWeighed) -> tuple[str, ...]:
+def _row(each: ArmAnalysis) -> tuple[str, ...]:
     seen, against = each.answering, each.against
     name = each.arm.name if each.arm.live else f"{each.arm.name} (out)"
     compared, evidence = "", ""

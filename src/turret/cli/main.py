@@ -21,14 +21,14 @@ from turret.cli import (
     compare,
     control,
     demo,
-    difference,
+    diff,
     doctor,
     exchange,
     experiment,
+    maintenance,
     serve,
     tokens,
     train,
-    upkeep,
     versions,
 )
 from turret.cli.output import complain, follows
@@ -52,13 +52,13 @@ app.command()(answers.evaluate)
 app.command()(answers.predict)
 app.command("list")(versions.list_)
 app.command()(versions.show)
-app.command()(difference.diff)
+app.command()(diff.diff)
 app.command()(aliases.promote)
 app.command()(aliases.rollback)
 app.command()(aliases.gate)
-app.command()(upkeep.verify)
-app.command()(upkeep.gc)
-app.command()(upkeep.delete)
+app.command()(maintenance.verify)
+app.command()(maintenance.gc)
+app.command()(maintenance.delete)
 app.command("import")(exchange.import_)
 app.command()(exchange.export)
 app.command()(serve.serve)

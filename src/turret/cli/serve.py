@@ -12,7 +12,7 @@ from turret.cli.output import console, emit, safe, status
 from turret.errors import ServeRefused
 
 if TYPE_CHECKING:
-    from turret.server.served import Settings
+    from turret.server.state import ServerSettings
     from turret.workspace import Workspace
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -53,19 +53,19 @@ def serve(
 
     One base with all its adapters. SIGTERM and Ctrl-C let running answers finish; a second one ends at once.
     """
-    from turret.server.clients import networks
-    from turret.server.limits import Limits
+    from turret.server.connections import networks
+    from turret.server.limits import RequestLimits
     from turret.server.quotas import Quota
-    from turret.server.served import Settings
+    from turret.server.state import ServerSettings
     from turret.workspace import Workspace
 
     workspace = Workspace(store)
     quota = Quota(requests, tokens)
-    settings = Settings(
+    settings = ServerSettings(
         host=host,
         port=port,
         alias=alias,
-        limits=Limits(connections_per_client=connections or None),
+        limits=RequestLimits(connections_per_client=connections or None),
         per_adapter=quota,
         log_texts=log_texts,
         proxies=networks(proxy or ()),
@@ -74,12 +74,12 @@ def serve(
 
 
 def _serve(
-    workspace: Workspace, base: str, settings: Settings, memory: int | None, dtype: Dtype, as_json: bool
+    workspace: Workspace, base: str, settings: ServerSettings, memory: int | None, dtype: Dtype, as_json: bool
 ) -> None:
     from turret.engine import Limits, Options
     from turret.server.auth import Guard
     from turret.server.run import bind, run
-    from turret.server.served import Served
+    from turret.server.state import ServerState
 
     Guard(settings.host, workspace.tokens.list())  # refuse before anything is loaded
     with bind(settings.host, settings.port) as listening:
@@ -87,7 +87,7 @@ def _serve(
             limits = Limits(memory=memory)
             engine = workspace.engine(base, limits=limits, dtype=dtype, on_stage=stage)
         with engine:
-            served = Served(workspace, engine, Options, settings)
+            served = ServerState(workspace, engine, Options, settings)
             run(served, listening, lambda url: _announce(url, served.base_id, as_json))
             engine.drain(served.limits.drain_seconds)
 

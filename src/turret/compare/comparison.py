@@ -36,7 +36,7 @@ from turret.tasks import task_of
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One method with its settings, over all its seeds on all training examples."""
 
     spec: str
@@ -66,7 +66,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """A row on a part of the training examples."""
 
     spec: str
@@ -90,8 +90,8 @@ class Comparison:
     confidence: float
     seeds: tuple[int, ...]
     data: Mapping[str, Any]
-    rows: tuple[Row, ...]
-    curves: tuple[Point, ...]
+    rows: tuple[ComparisonRow, ...]
+    curves: tuple[CurvePoint, ...]
     overtaking: tuple[str, ...]  # a sentence a method: with how much data it is better, as good or worse
     claims: tuple[Claim, ...]
     classes: tuple[PerClass, ...]
@@ -245,7 +245,7 @@ def _row(
     yardstick: Side,
     failures: Mapping[str, str],
     confidence: float,
-) -> Row:
+) -> ComparisonRow:
     spec, seed = candidate.spec, made.recipe.split_seed
     own, good = list(side.all.values()), list(side.trained.values())
     verdict = None
@@ -262,7 +262,7 @@ def _row(
         score = interval(scores, generator(seed, spec), confidence=confidence, between=(0, 1)).times(100)
     numbers = [key for key in (own[0].metrics if own else ()) if isinstance(own[0].metrics[key], (int, float))]
     falling = [still_falling(each.losses) for each in good if len(each.losses) >= FEWEST]
-    return Row(
+    return ComparisonRow(
         spec=spec,
         label=candidate.label,
         kind=candidate.kind,
@@ -282,7 +282,7 @@ def _row(
     )
 
 
-def _curves(made: Design, results: Sequence[Result], examples: Sequence[Any], confidence: float) -> list[Point]:
+def _curves(made: Design, results: Sequence[Result], examples: Sequence[Any], confidence: float) -> list[CurvePoint]:
     points = []
     for candidate in made.candidates:
         for fraction in sorted(made.fractions):
@@ -297,7 +297,7 @@ def _curves(made: Design, results: Sequence[Result], examples: Sequence[Any], co
             if candidate.spec != made.against:
                 verdict = judged(own, yard, made.margin, rng, confidence)
             points.append(
-                Point(
+                CurvePoint(
                     candidate.spec,
                     fraction,
                     max(1, round(fraction * made.train)),
@@ -312,7 +312,7 @@ def _curves(made: Design, results: Sequence[Result], examples: Sequence[Any], co
 WORDS = {"better": "better than", "within": "as good as", "worse": "worse than", "undecided": "undecided against"}
 
 
-def overtaking(points: Sequence[Point], rows: Sequence[Row], against: str) -> tuple[str, ...]:
+def overtaking(points: Sequence[CurvePoint], rows: Sequence[ComparisonRow], against: str) -> tuple[str, ...]:
     """With how many training examples a method is ahead of the yardstick, level with it or behind, by verdict alone."""
     labels = {row.spec: row.label for row in rows}
     found = []
@@ -343,7 +343,7 @@ def _commonest(data: Any) -> float | None:
     return 100 * sum(1 for example in data.test if example.label == commonest) / len(data.test)
 
 
-def _notes(data: Any, rows: Sequence[Row], made: Design, whole: Sequence[Result]) -> tuple[str, ...]:
+def _notes(data: Any, rows: Sequence[ComparisonRow], made: Design, whole: Sequence[Result]) -> tuple[str, ...]:
     notes = list(data.notes)
     for row in rows:
         notes += [f"{row.label} collapsed at {each}; scores and intervals leave it out" for each in row.collapses]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from turret.compare.control import Control, headline
+from turret.compare.control_rates import Control, headline
 from turret.compare.evidence import Interval
 from turret.compare.pages import environment, facts
 from turret.compare.plots import Mark, rates

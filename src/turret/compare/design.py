@@ -68,7 +68,7 @@ class Design:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedDesign:
     """A comparison before its trainings: what there will be, and which difference it can decide."""
 
     name: str

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from turret.compare.words import chance, count, megabytes, milliseconds, percent, points, seconds, signed
+from turret.compare.report_text import chance, count, megabytes, milliseconds, percent, points, seconds, signed
 
 
 def environment(html: bool) -> Environment:

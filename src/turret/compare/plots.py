@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 from turret.compare.labels import CHARACTER, LEFT, RIGHT, TOP, WIDTH, fitted, inside, labels, spread
-from turret.compare.words import plus
+from turret.compare.report_text import plus
 
 BOTTOM = 40
 NAMES = 96  # room for names at the ends of lines
@@ -44,7 +44,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Course:
+class LossCurve:
     """Values from the beginning of a training to its end, evenly spaced; dashed: one that collapsed."""
 
     label: str
@@ -237,7 +237,7 @@ def curves(lines: Sequence[Line], *, x_label: str, y_label: str, height: int = 3
     return _svg(height, parts, f"{y_label} against {x_label}")
 
 
-def courses(lines: Sequence[Course], *, x_label: str, y_label: str, height: int = 320) -> str:
+def courses(lines: Sequence[LossCurve], *, x_label: str, y_label: str, height: int = 320) -> str:
     """Lines from the beginning of a training to its end, with the name at the end."""
     foot = height - BOTTOM
     x = Axis(0.0, 100.0, LEFT, WIDTH - NAMES)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from turret.compare import words
+from turret.compare import report_text
 from turret.compare.evidence import Array, components
 from turret.tasks import task_of
 
@@ -83,10 +83,11 @@ class Power:
         """For people: what is decided, what would decide, and what was assumed."""
         if self.decides is None or self.shows_worse is None:
             return ("one seed decides nothing; give at least two",)
-        more = words.rounded(10 * self.examples)
+        more = report_text.rounded(10 * self.examples)
         first = (
-            f"of equal methods {words.share(self.within)} would be called as good within {_points(self.margin)} with "
-            f"{self.seeds} seeds and {self.examples:,} test examples, {words.share(self.at_ten_times)} with {more}"
+            f"of equal methods {report_text.share(self.within)} would be called as good within {_points(self.margin)} "
+            f"with {self.seeds} seeds and {self.examples:,} test examples, "
+            f"{report_text.share(self.at_ten_times)} with {more}"
         )
         second = (
             f"it decides in 8 of 10 cases: equal methods as good within {_points(self.decides)}, and a method that is "
@@ -100,12 +101,12 @@ class Power:
             return "enough for this margin"
         options = []
         if self.more_examples is not None:
-            options.append(f"about {words.rounded(self.more_examples)} more test examples")
+            options.append(f"about {report_text.rounded(self.more_examples)} more test examples")
         if self.more_seeds is not None:
             options.append(f"about {self.more_seeds} more seeds")
         if self.both is not None and not options:
             seeds, examples = self.both
-            options.append(f"about {seeds} more seeds and {words.rounded(examples)} more test examples")
+            options.append(f"about {seeds} more seeds and {report_text.rounded(examples)} more test examples")
         if not options:
             return f"widen the margin to {_points(self.decides or self.margin)}"
         return f"{', or '.join(options)} would decide within {_points(self.margin)}"

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from turret.compare import words
+from turret.compare import report_text
 from turret.compare.candidates import is_floor
-from turret.compare.comparison import Comparison, Row
+from turret.compare.comparison import Comparison, ComparisonRow
 from turret.compare.pages import environment, facts
-from turret.compare.plots import Bar, Course, Line, Mark, courses, curves, forest, scatter, stacks
+from turret.compare.plots import Bar, Line, LossCurve, Mark, courses, curves, forest, scatter, stacks
 from turret.tasks import task_of
 
 PARTS = ("weights", "trainable", "gradients", "optimiser", "activations")
@@ -58,18 +58,18 @@ def headline(found: Comparison) -> str:
     parts += [f"{row.label} did not run" for row in found.rows if row.failed and row.score is None]
     if not any(row.verdict is not None for row in found.rows):
         parts = [f"nothing is judged against {against} yet", *parts]
-    return words.sentence("; ".join(parts)) + "."
+    return report_text.sentence("; ".join(parts)) + "."
 
 
-def _named(row: Row) -> str:
+def _named(row: ComparisonRow) -> str:
     """`lora (-0.7, -1.8 to +0.5)`: in points; of a floor the mean alone."""
     assert row.verdict is not None
     d = row.verdict.difference
-    span = words.plus(d.mean)
+    span = report_text.plus(d.mean)
     if not row.verdict.claimed or d.open:
         span = f"{span}, no interval"
     elif not is_floor(row.kind):
-        span = f"{span}, {words.plus(d.low)} to {words.plus(d.high)}"
+        span = f"{span}, {report_text.plus(d.low)} to {report_text.plus(d.high)}"
     marks = row.marks if row.kind != "base" else ()
     return f"{row.label} ({'; '.join((*marks, span))})"
 
@@ -143,7 +143,7 @@ def _plots(found: Comparison) -> Iterator[tuple[str, str]]:
         yield "curves", curves(list(_lines(found)), x_label="training examples", y_label=metric)
 
 
-def _against_costs(trained: list[Row], scale: list[Mark] | None, metric: str) -> Iterator[tuple[str, str]]:
+def _against_costs(trained: list[ComparisonRow], scale: list[Mark] | None, metric: str) -> Iterator[tuple[str, str]]:
     """Quality against what is trained, against time and against memory."""
     costly = [(row, row.costs) for row in trained if row.costs is not None]
     marks = {
@@ -162,17 +162,17 @@ def _against_costs(trained: list[Row], scale: list[Mark] | None, metric: str) ->
             yield key, scatter(some, x_label=label, y_label=metric, scale=scale)
 
 
-def _courses(rows: Sequence[Row]) -> Iterator[Course]:
+def _courses(rows: Sequence[ComparisonRow]) -> Iterator[LossCurve]:
     """The mean loss of each row, and beside it every training that collapsed."""
     for row in rows:
         lost = {each.seed for each in row.collapses}
         good = [values for seed, values in row.losses if seed not in lost]
         shortest = min((len(values) for values in good), default=0)
         if shortest > 1:
-            yield Course(row.label, row.kind, tuple(np.mean([v[:shortest] for v in good], axis=0).tolist()))
+            yield LossCurve(row.label, row.kind, tuple(np.mean([v[:shortest] for v in good], axis=0).tolist()))
         for seed, values in row.losses:
             if seed in lost and len(values) > 1:
-                yield Course(f"{row.label} {seed}", row.kind, values, dashed=True)
+                yield LossCurve(f"{row.label} {seed}", row.kind, values, dashed=True)
 
 
 def whole(value: float) -> str:
@@ -180,19 +180,19 @@ def whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _difference(row: Row) -> Mark:
+def _difference(row: ComparisonRow) -> Mark:
     assert row.verdict is not None
     d = row.verdict.difference
     return Mark(row.label, row.kind, d.mean, d.mean, d.low, d.high)
 
 
-def _mark(row: Row, x: float, span: Any = None, factor: float = 1.0) -> Mark:
+def _mark(row: ComparisonRow, x: float, span: Any = None, factor: float = 1.0) -> Mark:
     assert row.score is not None
     ends = (None, None) if span is None else (factor * span.least, factor * span.most)
     return Mark(row.label, row.kind, max(x, 1e-9), row.score.mean, row.score.low, row.score.high, *ends)
 
 
-def _stacked(rows: list[Row]) -> Iterator[Bar]:
+def _stacked(rows: list[ComparisonRow]) -> Iterator[Bar]:
     for row in rows:
         if row.costs is None:
             continue

@@ -31,7 +31,7 @@ from turret.compare.evidence import (
     sign_flips,
     with_one_more_each_way,
 )
-from turret.compare.words import plus, rounded
+from turret.compare.report_text import plus, rounded
 
 Word = Literal["within", "worse", "better", "undecided"]
 MOST_SEEDS = 50  # more than that is no advice

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turret.engine.decode import Settings, adjust
+from turret.engine.decode import GenerationSettings, adjust
 
 NEVER = -1e9  # the score of what cannot be chosen, as transformers has it
 
@@ -30,7 +30,7 @@ class Finished:
 class Beams:
     """The texts of one search. Before the first step there is one row of scores, afterwards one a beam."""
 
-    def __init__(self, settings: Settings, before: Sequence[int]) -> None:
+    def __init__(self, settings: GenerationSettings, before: Sequence[int]) -> None:
         self.settings = settings
         self.random = random.Random(settings.seed)
         self._before = list(before)  # what penalties count besides the answer

@@ -32,21 +32,21 @@ def capacity(tokens: int) -> int:
 
 
 @dataclass(eq=False)
-class Lane:
+class KVSlot:
     """One sequence's place, and how much of it is in use: tokens by group, its prefix included."""
 
-    block: LaneBlock
+    block: KVBlock
     index: int
     lengths: dict[str, int] = field(default_factory=dict)
     prefixes: dict[str, int] = field(default_factory=dict)
 
 
-class LaneBlock:
+class KVBlock:
     """Lanes of equal length. sizes: S by group."""
 
     def __init__(self, sites: Mapping[str, Sequence[Site]], sizes: Mapping[str, int], like: Tensor) -> None:
         self.sizes = dict(sizes)
-        self.lanes: list[Lane] = []
+        self.lanes: list[KVSlot] = []
         self.room = 1
         self.stored = {
             group: [
@@ -61,13 +61,13 @@ class LaneBlock:
         if wanted > self.room:
             self._resize(1 << (wanted - 1).bit_length())
 
-    def open(self) -> Lane:
+    def open(self) -> KVSlot:
         self.reserve(1)
-        lane = Lane(self, len(self.lanes), dict.fromkeys(self.sizes, 0), dict.fromkeys(self.sizes, 0))
+        lane = KVSlot(self, len(self.lanes), dict.fromkeys(self.sizes, 0), dict.fromkeys(self.sizes, 0))
         self.lanes.append(lane)
         return lane
 
-    def close(self, lane: Lane) -> None:
+    def close(self, lane: KVSlot) -> None:
         """Its place is taken by the last lane, and the last place is zeroed: a NaN would reach through any mask."""
         last = self.lanes.pop()
         for layers in self.stored.values():
@@ -80,7 +80,7 @@ class LaneBlock:
         if self.room > 4 and 4 * len(self.lanes) <= self.room:
             self._resize(self.room // 2)
 
-    def copy(self, lanes: Sequence[Lane], sources: Sequence[Lane]) -> None:
+    def copy(self, lanes: Sequence[KVSlot], sources: Sequence[KVSlot]) -> None:
         """Every lane becomes what its source was before: beams that go on from other beams."""
         moved = [(lane, source) for lane, source in zip(lanes, sources, strict=True) if lane is not source]
         if not moved:
@@ -115,7 +115,7 @@ class KeyValueCache:
             if site.group != "encoder":
                 self._sites.setdefault(site.group, []).append(site)
         self._like = like
-        self._blocks: dict[tuple[int, ...], LaneBlock] = {}
+        self._blocks: dict[tuple[int, ...], KVBlock] = {}
 
     def __len__(self) -> int:
         return sum(len(block.lanes) for block in self._blocks.values())
@@ -134,10 +134,10 @@ class KeyValueCache:
         for sizes, count in counts.items():
             if sizes not in self._blocks:
                 named = dict(zip(self._sites, sizes, strict=True))
-                self._blocks[sizes] = LaneBlock(self._sites, named, self._like)
+                self._blocks[sizes] = KVBlock(self._sites, named, self._like)
             self._blocks[sizes].reserve(count)
 
-    def open(self, tokens: Mapping[str, int]) -> Lane:
+    def open(self, tokens: Mapping[str, int]) -> KVSlot:
         """A lane for at most so many tokens of each group, empty."""
         sizes = self._sizes(tokens)
         if sizes not in self._blocks:
@@ -147,7 +147,7 @@ class KeyValueCache:
     def _sizes(self, tokens: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(capacity(tokens[group]) for group in self._sites)
 
-    def close(self, lane: Lane) -> None:
+    def close(self, lane: KVSlot) -> None:
         lane.block.close(lane)
 
 
@@ -161,13 +161,13 @@ class PassCache:
     def __init__(
         self,
         bank: Bank,
-        fresh: Sequence[tuple[Lane | None, int, Mapping[str, tuple[int, int]]]],
+        fresh: Sequence[tuple[KVSlot | None, int, Mapping[str, tuple[int, int]]]],
         tokens: Mapping[str, int],
-        steps: Sequence[Lane],
+        steps: Sequence[KVSlot],
         device: torch.device,
     ) -> None:
         self._bank, self._fresh, self._tokens, self._device = bank, fresh, tokens, device
-        self._parts: list[list[Lane]] = []
+        self._parts: list[list[KVSlot]] = []
         for lane in steps:
             if not self._parts or self._parts[-1][0].block is not lane.block:
                 self._parts.append([])
@@ -205,7 +205,7 @@ class PassCache:
             start += count
         return held
 
-    def _lengths(self, group: str, part: Sequence[Lane]) -> _Known:
+    def _lengths(self, group: str, part: Sequence[KVSlot]) -> _Known:
         new = 0 if group == "cross" else 1
         lengths = [lane.lengths[group] + new for lane in part]
         longest = min(rounded(max(lengths), STEPS), part[0].block.sizes[group])

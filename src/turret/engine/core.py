@@ -18,8 +18,11 @@ import torch
 
 from turret import heap
 from turret.bases import Base
-from turret.engine import idle
+from turret.engine import thread_parking
+from turret.engine.adapter_loader import AdapterLoader, Need, Warm
+from turret.engine.adapter_source import AdapterSource
 from turret.engine.calls import answers
+from turret.engine.counters import Counters
 from turret.engine.loaded import Loaded
 from turret.engine.passes import Passes
 from turret.engine.prompts import Prompts
@@ -38,16 +41,13 @@ from turret.engine.request import (
     Ticket,
     log,
 )
-from turret.engine.residents import Need, Residents, Warm
 from turret.engine.runner import Runner, pass_tokens
 from turret.engine.scheduler import Scheduler
 from turret.engine.slots import Entry, Slots
-from turret.engine.source import Source
-from turret.engine.tally import Tally
 from turret.errors import AdapterError, Busy, DataError, Draining, EngineError, InUse, TurretError
 from turret.kernels import rest
 
-__all__ = ["Engine", "Source"]
+__all__ = ["AdapterSource", "Engine"]
 
 
 class Engine:
@@ -57,7 +57,12 @@ class Engine:
     """
 
     def __init__(
-        self, base: Base, source: Source, limits: Limits | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        base: Base,
+        source: AdapterSource,
+        limits: Limits | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.base, self.limits = base, limits or Limits()
         self._source, self._clock = source, clock
@@ -69,7 +74,7 @@ class Engine:
             raise
         self._wake = threading.Condition()
         self._slots = Slots(self.limits.slots, self.limits.memory)
-        self._residents = Residents(
+        self._residents = AdapterLoader(
             self._runner.bank, self._slots, source, base.tokenizer, self._wake, clock, self._encode
         )
         self._scheduler = Scheduler(
@@ -82,7 +87,7 @@ class Engine:
         self._waiting_tokens = 0
         self._passes = Passes(self._runner, self._prompts, self._end, self._freed, self._passed)
         self._numbers = itertools.count(1)
-        self._tally = Tally(clock)
+        self._tally = Counters(clock)
         self._disturbed = False  # somebody cancelled
         self._draining = self._closing = False
         self._thread = threading.Thread(target=self._loop, name="turret-engine", daemon=True)
@@ -350,7 +355,7 @@ class Engine:
         """Those who begin in the next pass, when there is something to do; None at the end."""
         while True:
             with self._wake:
-                idle.wait(self._wake, lambda: self._closing or self._has_work(), self._until_deadline)
+                thread_parking.wait(self._wake, lambda: self._closing or self._has_work(), self._until_deadline)
                 if self._closing:
                     return None
                 ready, failed = self._residents.between_passes()

@@ -36,7 +36,7 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """How one request generates, with nothing left open."""
 
     max_tokens: int
@@ -70,19 +70,19 @@ class Settings:
         )
 
 
-def habits(model: Any, tokenizer: Any) -> Settings:
+def habits(model: Any, tokenizer: Any) -> GenerationSettings:
     """What the base's own generation configuration asks for. Raises BaseModelError for what is not done here."""
     config = getattr(model, "generation_config", None)
     eos = dict.fromkeys([*_ids(getattr(config, "eos_token_id", None)), *_ids(tokenizer.eos_token_id)])
     if config is None:
-        return Settings(MAX_TOKENS, tuple(eos))
+        return GenerationSettings(MAX_TOKENS, tuple(eos))
     for name, nothing in NOT_DONE.items():
         if getattr(config, name, None) not in nothing:
             raise BaseModelError(
                 f"the base's generation_config.json sets {name}, which this engine does not do: take it out of the file"
             )
     forced_bos = config.forced_bos_token_id if model.config.is_encoder_decoder else None
-    return Settings(
+    return GenerationSettings(
         MAX_TOKENS,
         tuple(eos),
         repetition_penalty=float(config.repetition_penalty or 1.0),
@@ -96,7 +96,9 @@ def habits(model: Any, tokenizer: Any) -> Settings:
     )
 
 
-def resolved(options: Options, own: Settings, task: Any | None, *, room: int, vocabulary: int) -> Settings:
+def resolved(
+    options: Options, own: GenerationSettings, task: Any | None, *, room: int, vocabulary: int
+) -> GenerationSettings:
     """The request's options over the adapter's settings over the base's habits. room: tokens there is place for."""
     if room < 1:
         raise DataError("the prompt leaves no room for an answer: shorten it, or raise the engine's max_tokens")
@@ -132,7 +134,7 @@ def resolved(options: Options, own: Settings, task: Any | None, *, room: int, vo
 class Row(Protocol):
     """What choosing needs to know of a row."""
 
-    settings: Settings
+    settings: GenerationSettings
     random: random.Random
 
     def counted(self) -> Sequence[int]:
@@ -158,7 +160,7 @@ def choose(scores: Tensor, rows: Sequence[Row]) -> list[int | None]:
     ]
 
 
-class Told(NamedTuple):
+class TokenLogprobs(NamedTuple):
     """A token of an answer, the logarithm of its probability, and the most probable ones in its place."""
 
     token: int
@@ -166,13 +168,15 @@ class Told(NamedTuple):
     top: tuple[tuple[int, float], ...]  # (token, logprob), the most probable first
 
 
-def told(logprobs: Tensor, token: int, count: int) -> Told:
+def told(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
     """logprobs: (V,), the logarithms of the probabilities that the token was chosen by."""
     values, ids = logprobs.clamp(min=LOWEST).topk(min(count, len(logprobs)))
-    return Told(token, max(float(logprobs[token]), LOWEST), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    return TokenLogprobs(
+        token, max(float(logprobs[token]), LOWEST), tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    )
 
 
-def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: Settings) -> None:
+def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: GenerationSettings) -> None:
     """What a row's own past makes of its scores (V,), in place."""
     if settings.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({token for token in counted if token < len(scores)}), device=scores.device)
@@ -191,7 +195,7 @@ def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: Settings)
         scores[list(forced)] = 0.0
 
 
-def draw(scores: Tensor, settings: Settings, generator: random.Random) -> int:
+def draw(scores: Tensor, settings: GenerationSettings, generator: random.Random) -> int:
     """One token by its probability, after temperature, top_k and top_p. scores: (V,)"""
     scores = scores.double()
     scores = (scores - scores.max()) / settings.heat

@@ -15,8 +15,8 @@ import torch
 from turret.engine.decode import choose
 from turret.engine.prompts import Prompts
 from turret.engine.request import Done, Failed, Request, log
-from turret.engine.runner import Fresh, Runner
-from turret.engine.sequence import Generating
+from turret.engine.runner import Prefill, Runner
+from turret.engine.sequence import RunningSequence
 from turret.errors import EngineError, NotFinite, TurretError
 
 End = Callable[[Request, Done | Failed, int], None]  # with the tokens it generated
@@ -35,7 +35,7 @@ class Passes:
     ) -> None:
         self._runner, self._prompts = runner, prompts
         self._end, self._freed, self._passed = end, freed, passed
-        self.generating: list[Generating] = []
+        self.generating: list[RunningSequence] = []
 
     def drop(self, requests: Container[Request]) -> None:
         """Give back what these hold, if they generate; their tickets are somebody else's."""
@@ -48,7 +48,7 @@ class Passes:
 
     def run(self, begin: Sequence[Request]) -> None:
         """One pass: these begin, and everything that generates goes on. What goes wrong ends these and nobody else."""
-        going, started = list(self.generating), list[Generating]()
+        going, started = list(self.generating), list[RunningSequence]()
         try:
             self._run(begin, going, started)
         except Exception as error:
@@ -63,7 +63,7 @@ class Passes:
             for request in [*begin, *(each.request for each in going)]:
                 self._end(request, Failed(reason), 0)
 
-    def _run(self, begin: Sequence[Request], going: Sequence[Generating], started: list[Generating]) -> None:
+    def _run(self, begin: Sequence[Request], going: Sequence[RunningSequence], started: list[RunningSequence]) -> None:
         began = time.monotonic()
         self._runner.reserve([self._row(request) for request in begin if request.kind == "generate"])
         fresh = [self._begun(request, started) for request in begin]
@@ -76,13 +76,13 @@ class Passes:
             self._classified(request, logits)
         self._go_on([*started, *going], outcome.vocabulary)
 
-    def _begun(self, request: Request, started: list[Generating]) -> Fresh:
+    def _begun(self, request: Request, started: list[RunningSequence]) -> Prefill:
         assert request.ids is not None
         if request.kind == "classify":
-            return Fresh(request.ids, _slot(request))
+            return Prefill(request.ids, _slot(request))
         lane, slot = self._runner.lane(*self._row(request)), _slot(request)
         before = self._prompts.before(request)
-        started.append(Generating(request, request.settings, slot, lane, before))
+        started.append(RunningSequence(request, request.settings, slot, lane, before))
         return started[-1].first()
 
     def _row(self, request: Request) -> tuple[int, int, int]:
@@ -101,7 +101,7 @@ class Passes:
         except Exception as error:
             self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected(error)), 0)
 
-    def _go_on(self, sequences: Sequence[Generating], scores: torch.Tensor) -> None:
+    def _go_on(self, sequences: Sequence[RunningSequence], scores: torch.Tensor) -> None:
         """A step of every sequence by its rows of scores: the next token, or the next beams, or the end."""
         start, single = 0, []
         for sequence in sequences:
@@ -124,17 +124,17 @@ class Passes:
             for (_, sequence), token in zip(single, tokens, strict=True):
                 self._safely(sequence, functools.partial(self._take, sequence, token, logprobs.get(sequence)))
 
-    def _take(self, sequence: Generating, token: int | None, logprobs: torch.Tensor | None) -> None:
+    def _take(self, sequence: RunningSequence, token: int | None, logprobs: torch.Tensor | None) -> None:
         if token is None:
             raise self._not_finite(sequence.request)
         sequence.take(token, self._prompts.decode, logprobs)
 
-    def _search(self, sequence: Generating, scores: torch.Tensor) -> None:
+    def _search(self, sequence: RunningSequence, scores: torch.Tensor) -> None:
         if not bool(torch.isfinite(scores.sum(-1)).all()):
             raise self._not_finite(sequence.request)
         sequence.search(scores, self._runner.cache, lambda: self._runner.lane(*self._row(sequence.request)))
 
-    def _safely(self, sequence: Generating, step: Callable[[], None]) -> None:
+    def _safely(self, sequence: RunningSequence, step: Callable[[], None]) -> None:
         """What goes wrong with one sequence is its own error; what is over ends."""
         try:
             step()
@@ -146,7 +146,7 @@ class Passes:
         self._drop(sequence)
         self._end(sequence.request, end, sequence.new)
 
-    def _drop(self, sequence: Generating) -> None:
+    def _drop(self, sequence: RunningSequence) -> None:
         """Give back what a sequence holds, once."""
         if not sequence.lanes:
             return

@@ -21,28 +21,28 @@ from turret.adapters.packed import STEPS, pool, ready_mask, shift_right, vocabul
 from turret.adapters.route import BARE
 from turret.bases import Base
 from turret.engine.bank import Bank
-from turret.engine.cache import KeyValueCache, Lane, PassCache
+from turret.engine.cache import KeyValueCache, KVSlot, PassCache
 
 SHORT_PASS, LONG_PASS = 512, 1024  # tokens
 SMALL = 5000  # layers times width of an encoder that takes a long pass in the time that others take a short one
 
 
 @dataclass(frozen=True)
-class Fresh:
+class Prefill:
     """A row that begins: its tokens, its adapter, and where its keys and values are kept if it generates."""
 
     ids: Sequence[int]
     slot: int = BARE
-    lane: Lane | None = None  # None: a text to classify
+    lane: KVSlot | None = None  # None: a text to classify
 
 
 @dataclass(frozen=True)
-class Step:
+class DecodeStep:
     """A row that goes on with one token."""
 
     token: int
     slot: int
-    lane: Lane
+    lane: KVSlot
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Runner:
     def close(self) -> None:
         detach(self.model)
 
-    def lane(self, prompt: int, answer: int, slot: int) -> Lane:
+    def lane(self, prompt: int, answer: int, slot: int) -> KVSlot:
         """A lane for a prompt of so many tokens and an answer of at most so many."""
         return self.cache.open(self.needs(prompt, answer, self.bank.prefix_length(slot)))
 
@@ -84,7 +84,7 @@ class Runner:
         return {"decoder": prefix + prompt + answer - 1}
 
     @torch.inference_mode()
-    def run(self, fresh: Sequence[Fresh], steps: Sequence[Step] = ()) -> Outcome:
+    def run(self, fresh: Sequence[Prefill], steps: Sequence[DecodeStep] = ()) -> Outcome:
         """One pass. A lane's lengths grow by what it was given; where the pass fails they stay as they were."""
         order = sorted(range(len(fresh)), key=lambda row: fresh[row].slot)
         rows = [fresh[row] for row in order]
@@ -96,7 +96,7 @@ class Runner:
 
     # --- the body -----------------------------------------------------------------------------------------------------
 
-    def _straight(self, rows: Sequence[Fresh], going: Sequence[Step]) -> tuple[Tensor, list[int]]:
+    def _straight(self, rows: Sequence[Prefill], going: Sequence[DecodeStep]) -> tuple[Tensor, list[int]]:
         """An encoder or a decoder: (hidden states (N, D), tokens a fresh row)."""
         family = self.base.family
         lengths = [len(row.ids) for row in rows]
@@ -118,7 +118,7 @@ class Runner:
             )
         return output[0][0], lengths
 
-    def _crossed(self, rows: Sequence[Fresh], going: Sequence[Step]) -> tuple[Tensor, list[int]]:
+    def _crossed(self, rows: Sequence[Prefill], going: Sequence[DecodeStep]) -> tuple[Tensor, list[int]]:
         """An encoder-decoder: the decoder's hidden states (M, D), and its tokens a fresh row.
 
         A text to classify is read again by the decoder, shifted; a prompt starts with one token.
@@ -164,8 +164,8 @@ class Runner:
 
     def _pass(
         self,
-        rows: Sequence[Fresh],
-        going: Sequence[Step],
+        rows: Sequence[Prefill],
+        going: Sequence[DecodeStep],
         lengths: Mapping[str, Sequence[int]],
         spans: Sequence[Mapping[str, tuple[int, int]]],
         positions: Mapping[str, Tensor],
@@ -189,12 +189,12 @@ class Runner:
         loaded = self.bank.at(slot)
         return loaded is not None and loaded.length > 0
 
-    def _at(self, step: Step) -> int:
+    def _at(self, step: DecodeStep) -> int:
         """The position of a row's next token."""
         shift = self._start(step.slot) - step.lane.prefixes["decoder"]
         return step.lane.lengths["decoder"] + shift
 
-    def _grow(self, rows: Sequence[Fresh], going: Sequence[Step]) -> None:
+    def _grow(self, rows: Sequence[Prefill], going: Sequence[DecodeStep]) -> None:
         for row in rows:
             if row.lane is None:
                 continue
@@ -214,8 +214,8 @@ class Runner:
 
     def _outcome(
         self,
-        fresh: Sequence[Fresh],
-        rows: Sequence[Fresh],
+        fresh: Sequence[Prefill],
+        rows: Sequence[Prefill],
         order: Sequence[int],
         turns: Sequence[int],
         hidden: Tensor,

@@ -12,20 +12,22 @@ from typing import Any
 from torch import Tensor
 
 from turret.engine.beams import Beams
-from turret.engine.cache import KeyValueCache, Lane
-from turret.engine.decode import Settings, Told, told
+from turret.engine.cache import KeyValueCache, KVSlot
+from turret.engine.decode import GenerationSettings, TokenLogprobs, told
 from turret.engine.request import Request
-from turret.engine.runner import Fresh, Step
-from turret.engine.text import Growing
+from turret.engine.runner import DecodeStep, Prefill
+from turret.engine.text import IncrementalText
 
 Decode = Callable[[Sequence[int]], str]
 Words = Callable[[Sequence[int], Sequence[int]], list[str]]  # what each of some tokens is behind others
 
 
-class Generating:
+class RunningSequence:
     """A row that takes a token a pass, or as many rows as it has beams."""
 
-    def __init__(self, request: Request, settings: Settings, slot: int, lane: Lane, before: Sequence[int]) -> None:
+    def __init__(
+        self, request: Request, settings: GenerationSettings, slot: int, lane: KVSlot, before: Sequence[int]
+    ) -> None:
         assert request.ids is not None
         self.request, self.settings, self.slot = request, settings, slot
         self.random = random.Random(settings.seed)
@@ -34,20 +36,22 @@ class Generating:
         self.beams = Beams(settings, before) if settings.num_beams > 1 else None
         self.reason: str | None = None  # why it is over
         self._before = list(before)
-        self._text: Growing | None = None
-        self._told: list[Told] = []  # a token, where they are wanted
+        self._text: IncrementalText | None = None
+        self._told: list[TokenLogprobs] = []  # a token, where they are wanted
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
-    def first(self) -> Fresh:
+    def first(self) -> Prefill:
         assert self.request.ids is not None
-        return Fresh(self.request.ids, self.slot, self.lanes[0])
+        return Prefill(self.request.ids, self.slot, self.lanes[0])
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[DecodeStep]:
         """A row a lane."""
         if self.beams is None:
-            return [Step(self.tokens[-1], self.slot, self.lanes[0])]
-        return [Step(text[-1], self.slot, lane) for text, lane in zip(self.beams.running, self.lanes, strict=True)]
+            return [DecodeStep(self.tokens[-1], self.slot, self.lanes[0])]
+        return [
+            DecodeStep(text[-1], self.slot, lane) for text, lane in zip(self.beams.running, self.lanes, strict=True)
+        ]
 
     def counted(self) -> Sequence[int]:
         return [*self._before, *self.tokens]
@@ -71,7 +75,7 @@ class Generating:
         if self.settings.stop or self.request.ticket.heard:
             self._say(decode)
 
-    def search(self, logits: Tensor, cache: KeyValueCache, open_lane: Callable[[], Lane]) -> None:
+    def search(self, logits: Tensor, cache: KeyValueCache, open_lane: Callable[[], KVSlot]) -> None:
         """One more step of all beams. logits: (rows, V)"""
         assert self.beams is not None
         sources = self.beams.advance(logits)
@@ -85,13 +89,13 @@ class Generating:
 
     def _say(self, decode: Decode) -> None:
         if self._text is None:
-            self._text = Growing(decode, self.settings.stop)
+            self._text = IncrementalText(decode, self.settings.stop)
         self._text.grow(self.tokens)
         if self._text.stopped:
             self.reason = "stop"
         self._tell(self._text)
 
-    def _tell(self, text: Growing) -> None:
+    def _tell(self, text: IncrementalText) -> None:
         """What is settled and was not said yet, to those who listen now or will: the ticket keeps it."""
         ticket = self.request.ticket
         ticket.say(text.text[ticket.said :])
@@ -99,7 +103,7 @@ class Generating:
     def answer(self, decode: Decode, words: Words) -> dict[str, Any]:
         """What the request gets, all of it said."""
         if self._text is None:
-            self._text = Growing(decode, self.settings.stop)
+            self._text = IncrementalText(decode, self.settings.stop)
             self._text.grow(self.tokens)
             if self._text.stopped:
                 self.reason = "stop"
@@ -115,7 +119,7 @@ class Generating:
             said["logprobs"] = [self._in_words(place, each, words) for place, each in enumerate(self._told)]
         return said
 
-    def _in_words(self, place: int, each: Told, words: Words) -> dict[str, Any]:
+    def _in_words(self, place: int, each: TokenLogprobs, words: Words) -> dict[str, Any]:
         tokens, logprobs = zip((each.token, each.logprob), *each.top, strict=True)
         texts = words(self.tokens[:place], tokens)
         own, *top = [

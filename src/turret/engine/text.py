@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 HALF = "�"  # what a decoder writes for a character that is not whole yet
 
 
-class Growing:
+class IncrementalText:
     """decode: tokens -> text, blanks included."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:

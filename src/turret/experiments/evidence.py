@@ -46,7 +46,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from turret.experiments.process import Floats, Process
+from turret.experiments.e_process import EProcess, Floats
 
 SHIFTS = np.array([0.05, 0.1, 0.2, 0.4, 0.8, 1.6])  # of log odds
 BETS = np.array([0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
@@ -57,14 +57,14 @@ LEAST = 20  # outcomes of each arm, before an interval that holds for many is sh
 
 
 @dataclass(frozen=True)
-class Tally:
+class OutcomeTally:
     """All that is kept of the outcomes of a candidate and the control; grows by `after`."""
 
     binary: bool
     margin: float  # of the guard, as a share of the range
-    better: Process
-    worse: Process
-    worse_by: Process
+    better: EProcess
+    worse: EProcess
+    worse_by: EProcess
     counts: tuple[int, int] = (0, 0)  # control, candidate
     sums: tuple[float, float] = (0.0, 0.0)
     z: float = 0.0  # sums over the units
@@ -74,16 +74,16 @@ class Tally:
     hh: float = 0.0
     decides: float = math.inf  # the logarithm of evidence that is a verdict
     verdict: Side | None = None  # the first that was reached
-    since: Tally | None = None  # of the outcomes after the verdict alone
+    since: OutcomeTally | None = None  # of the outcomes after the verdict alone
 
     @classmethod
-    def empty(cls, *, binary: bool, margin: float | None, decides: float = math.inf) -> Tally:
+    def empty(cls, *, binary: bool, margin: float | None, decides: float = math.inf) -> OutcomeTally:
         """margin None: the guard is off; then `worse_by` is `worse`, as for a margin of 0."""
-        start = Process.of(len(SHIFTS if binary else BETS))
-        by_margin = Process.of(len(BETS)) if margin else start
+        start = EProcess.of(len(SHIFTS if binary else BETS))
+        by_margin = EProcess.of(len(BETS)) if margin else start
         return cls(binary, margin or 0.0, start, start, by_margin, decides=decides)
 
-    def after(self, arm: NDArray[np.int64], y: Floats, share: Floats) -> Tally:
+    def after(self, arm: NDArray[np.int64], y: Floats, share: Floats) -> OutcomeTally:
         """With more outcomes, in the order in which they came. arm: (N,) of 0 and 1; y, share (pi): (N,)."""
         real = (share > 0) & (share < 1)  # where one of the two had no traffic, nothing is compared
         arm, y, share = arm[real], y[real], share[real]
@@ -99,7 +99,7 @@ class Tally:
         by_margin = _bets(-(z + h * self.margin), up + h * self.margin) if self.margin else worse
         verdict, since = self._decided(arm, y, share, better, worse)
         counts, sums = [int((arm == a).sum()) for a in (0, 1)], [float(y[arm == a].sum()) for a in (0, 1)]
-        return Tally(
+        return OutcomeTally(
             self.binary,
             self.margin,
             self.better.through(better),
@@ -119,7 +119,7 @@ class Tally:
 
     def _decided(
         self, arm: NDArray[np.int64], y: Floats, share: Floats, better: Floats, worse: Floats
-    ) -> tuple[Side | None, Tally | None]:
+    ) -> tuple[Side | None, OutcomeTally | None]:
         """The verdict after these outcomes, and what those that came after it say."""
         if self.since is not None:
             return self.verdict, self.since.after(arm, y, share)
@@ -127,7 +127,7 @@ class Tally:
         end = min(first)
         if end == len(y):
             return None, None
-        anew = Tally.empty(binary=self.binary, margin=None)
+        anew = OutcomeTally.empty(binary=self.binary, margin=None)
         rest = slice(end + 1, None)
         return "better" if first[0] == end else "worse", anew.after(arm[rest], y[rest], share[rest])
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import gammaln, logsumexp
 
-from turret.experiments.process import Floats
+from turret.experiments.e_process import Floats
 
 ODDS = np.array([1.5, 2.0, 4.0, 8.0, 16.0, 64.0])
 

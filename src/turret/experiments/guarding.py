@@ -14,22 +14,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from turret.experiments import bounds, excess
-from turret.experiments.health import Answering
-from turret.experiments.process import Process
+from turret.experiments.arm_health import ArmHealth
+from turret.experiments.e_process import EProcess
 
 LEAST = 4  # answers of each arm in a block
 KINDS = ("errors", "slow")
-NOTHING = Answering()
+NOTHING = ArmHealth()
 
 
 @dataclass
 class Watched:
     """One arm beside the control: the block that is open, and the evidence of those that have ended."""
 
-    arm: Answering = NOTHING
-    control: Answering = NOTHING
-    alone: Answering = NOTHING  # answers of a time in which the control got no traffic
-    excess: dict[str, Process] = field(default_factory=lambda: {kind: Process.of(len(excess.ODDS)) for kind in KINDS})
+    arm: ArmHealth = NOTHING
+    control: ArmHealth = NOTHING
+    alone: ArmHealth = NOTHING  # answers of a time in which the control got no traffic
+    excess: dict[str, EProcess] = field(default_factory=lambda: {kind: EProcess.of(len(excess.ODDS)) for kind in KINDS})
 
     def end(self) -> None:
         """End the block."""
@@ -40,7 +40,7 @@ class Watched:
                 self.excess[kind] = process.through(steps[None])
         self.arm = self.control = NOTHING
 
-    def evidence(self, kind: str, total: Answering, bound: float) -> float:
+    def evidence(self, kind: str, total: ArmHealth, bound: float) -> float:
         """The logarithm of the evidence that more than `bound` are bad, and more than of the control's."""
         both = min(_over(total, kind, bound), self.excess[kind].peak)
         return max(both, _over(self.alone, kind, bound))
@@ -53,26 +53,26 @@ class Watch:
     control: str
     last: int = 0
     arms: dict[str, Watched] = field(default_factory=dict)
-    sums: dict[str, Answering] = field(default_factory=dict)  # arm -> all of its answers
+    sums: dict[str, ArmHealth] = field(default_factory=dict)  # arm -> all of its answers
     _split: int = 0
-    _control: Answering = NOTHING  # the control's answers of this split: the block of an arm that has not answered yet
+    _control: ArmHealth = NOTHING  # the control's answers of this split: the block of an arm that has not answered yet
 
     def read(self, found: Sequence[Any], splits: Sequence[tuple[str, Mapping[str, float]]]) -> None:
         """Add these rows (`health.rows`), whole flushes in their order. splits: since when, and the weights."""
         begins = [at for at, _ in splits]
         place = 0
         while place < len(found):
-            at, flush = found[place].at, dict[str, Answering]()
+            at, flush = found[place].at, dict[str, ArmHealth]()
             while place < len(found) and found[place].at == at:  # what one process saw in one second
                 row = found[place]
-                seen = Answering(row.answers, row.errors, row.slow, row.seconds, row.compared, row.agreed)
+                seen = ArmHealth(row.answers, row.errors, row.slow, row.seconds, row.compared, row.agreed)
                 flush[row.arm] = flush.get(row.arm, NOTHING) + seen
                 self.last, place = row.id, place + 1
             split = max(bisect_right(begins, at) - 1, 0)
             self._add(flush, changed=split != self._split, alone=splits[split][1].get(self.control, 0.0) <= 0)
             self._split = split
 
-    def _add(self, flush: Mapping[str, Answering], *, changed: bool, alone: bool) -> None:
+    def _add(self, flush: Mapping[str, ArmHealth], *, changed: bool, alone: bool) -> None:
         if changed:
             self._control = NOTHING
         for arm, seen in flush.items():
@@ -93,5 +93,5 @@ class Watch:
                 watched.end()
 
 
-def _over(seen: Answering, kind: str, bound: float) -> float:
+def _over(seen: ArmHealth, kind: str, bound: float) -> float:
     return bounds.evidence(getattr(seen, kind), seen.answers, bound) if seen.answers else -math.inf

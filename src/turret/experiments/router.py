@@ -21,9 +21,9 @@ from sqlalchemy import Connection
 
 from turret.database import Database
 from turret.errors import BadExperiment, BadReference, NotFound, StoreError
-from turret.experiments import assign, health, outcomes, rows
+from turret.experiments import arm_health, assign, outcomes, rows
+from turret.experiments.arm_health import ArmHealth
 from turret.experiments.experiment import Experiment
-from turret.experiments.health import Answering
 from turret.experiments.outcomes import Recorded, Seen, check_receipt
 from turret.reference import check_name
 
@@ -69,7 +69,7 @@ class Router:
         self._slow: dict[int, float | None] = {}  # experiment -> its bound on seconds
         self._read = float("-inf")
         self._unwritten: list[Seen] = []
-        self._sums: dict[tuple[int, str], Answering] = {}
+        self._sums: dict[tuple[int, str], ArmHealth] = {}
         self.problem: str | None = None  # why the store could not be reached
         self.lost = 0  # answers that could not be logged
 
@@ -214,22 +214,22 @@ class Router:
             try:
                 with self._database.writing() as connection:
                     outcomes.log(connection, seen)
-                    health.keep(connection, sums, self._at())
+                    arm_health.keep(connection, sums, self._at())
                     yield connection
             except BaseException:
                 with self._lock:
                     self._unwritten = [*seen, *self._unwritten]
                     for key, each in sums.items():
-                        self._sums[key] = self._sums.get(key, Answering()) + each
+                        self._sums[key] = self._sums.get(key, ArmHealth()) + each
                 raise
 
     def _add(self, assignment: Assignment, arm: str, seconds: float, error: bool, agrees: bool | None) -> None:
         bound = self._slow.get(assignment.experiment_id)
         slow = bound is not None and seconds > bound
-        this = Answering(1, int(error), int(slow), seconds, int(agrees is not None), int(bool(agrees)))
+        this = ArmHealth(1, int(error), int(slow), seconds, int(agrees is not None), int(bool(agrees)))
         key = (assignment.experiment_id, arm)
         with self._lock:
-            self._sums[key] = self._sums.get(key, Answering()) + this
+            self._sums[key] = self._sums.get(key, ArmHealth()) + this
 
     def _at(self) -> str:
         return said(self._clock())

@@ -27,7 +27,7 @@ from sqlalchemy import Connection
 
 from turret.experiments import outcomes
 from turret.experiments.experiment import Experiment, seconds_between
-from turret.experiments.ratio import Planned, Ratio
+from turret.experiments.sample_ratio import Planned, SampleRatio
 
 LEVEL = 0.001  # how rarely comparable arms may be called incomparable
 CHECKS = ("units", "outcomes", "delays")
@@ -40,9 +40,9 @@ ALL, WITH, MISSING = 0, 0, 1  # classes of units
 class Validity:
     """What was counted so far; `read` goes on where it was."""
 
-    units: Ratio = field(default_factory=Ratio)
-    outcomes: Ratio = field(default_factory=Ratio)
-    delays: Ratio = field(default_factory=Ratio)
+    units: SampleRatio = field(default_factory=SampleRatio)
+    outcomes: SampleRatio = field(default_factory=SampleRatio)
+    delays: SampleRatio = field(default_factory=SampleRatio)
     last_unit: int = 0
     last_missing: int = 0
 

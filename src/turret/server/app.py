@@ -18,23 +18,23 @@ from starlette.types import ASGIApp
 
 from turret import __version__
 from turret.errors import TurretError
-from turret.server import chat, classify, completions, control, experiments, health, models
+from turret.server import admin, chat, classify, completions, experiments, health, models
 from turret.server.auth import Guarded
+from turret.server.error_responses import ErrorResponse, by_status, invalid, problem
 from turret.server.headers import Unambiguous
 from turret.server.limits import Bounded
 from turret.server.logs import Logged
-from turret.server.problems import Problem, by_status, invalid, problem
-from turret.server.served import Served
-from turret.server.web import adapters, comparisons, entry, playground, runs, upkeep
+from turret.server.state import ServerState
+from turret.server.web import adapters, comparisons, entry, playground, runs, system
 from turret.server.web import experiments as experiment_pages
-from turret.server.web.door import Paged
+from turret.server.web.page_middleware import PageMiddleware
 
 ROUTERS = (
     models.questions,
     completions.questions,
     chat.questions,
     classify.questions,
-    control.control,
+    admin.control,
     experiments.control,
     experiments.outcomes,
     health.control,
@@ -45,18 +45,18 @@ ROUTERS = (
     comparisons.router,
     playground.router,
     experiment_pages.router,
-    upkeep.router,
+    system.router,
 )
 
 
-def create(served: Served) -> ASGIApp:
+def create(served: ServerState) -> ASGIApp:
     """The whole server as an ASGI application."""
     bounded = Bounded(routes(served), served.limits, served.load, served.clients)
-    doors = Paged(Unambiguous(Guarded(bounded, served.guard)))
+    doors = PageMiddleware(Unambiguous(Guarded(bounded, served.guard)))
     return Logged(doors, served.log, served.metrics.request, served.clock)
 
 
-def routes(served: Served) -> FastAPI:
+def routes(served: ServerState) -> FastAPI:
     """The routes alone; `/openapi.json` says what they take and give."""
     app = FastAPI(
         title="Turret",
@@ -96,5 +96,5 @@ def _id(request: Request) -> Any:
     return request.scope.get("state", {}).get("request_id")
 
 
-def _encoded(told: Problem, more: dict[str, str] | None = None) -> Response:
+def _encoded(told: ErrorResponse, more: dict[str, str] | None = None) -> Response:
     return Response(told.encoded(), told.status, {**told.headers, **(more or {})})

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from turret.errors import Forbidden, ServeRefused, TurretError, Unauthorized
+from turret.server.error_responses import answer
 from turret.server.limits import OPEN
 from turret.server.paths import INFER_PAGES, UNSIGNED, first, is_page
-from turret.server.problems import answer
 from turret.server.quotas import Quota
 from turret.server.sessions import Sessions, session_of
-from turret.store import Token, acting
-from turret.store.tokens import SCOPES, which
+from turret.store import AccessToken, acting
+from turret.store.access_tokens import SCOPES, which
 
 LONGEST = 256  # characters of a token
 READS = ("GET", "HEAD", "OPTIONS")
@@ -57,9 +57,9 @@ def is_loopback(host: str) -> bool:
 class Guard:
     """The tokens as they were read last, and what they open."""
 
-    def __init__(self, host: str, tokens: Sequence[Token], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, host: str, tokens: Sequence[AccessToken], clock: Callable[[], float] = time.monotonic) -> None:
         self.sessions = Sessions(clock)
-        self._tokens: Sequence[Token] = ()
+        self._tokens: Sequence[AccessToken] = ()
         self._open = True
         self.know(tokens)
         if self._open and not is_loopback(host):
@@ -72,7 +72,7 @@ class Guard:
     def open(self) -> bool:
         return self._open
 
-    def know(self, tokens: Sequence[Token]) -> None:
+    def know(self, tokens: Sequence[AccessToken]) -> None:
         """Take the newest list. A store that has had a token, even one revoked since, keeps the door closed."""
         self._tokens = [token for token in tokens if token.revoked is None]
         self._open = self._open and not tokens
@@ -110,7 +110,7 @@ class Guard:
             raise Forbidden("a server without tokens answers to loopback names only: ask 127.0.0.1, or make tokens")
         return Asker(None, scopes=SCOPES)
 
-    def _token(self, authorization: str | None) -> Token:
+    def _token(self, authorization: str | None) -> AccessToken:
         if authorization is None:
             raise Unauthorized("no token: expected the header Authorization: Bearer TOKEN")
         scheme, _, secret = authorization.partition(" ")
@@ -122,7 +122,7 @@ class Guard:
         return token
 
 
-def _asker(token: Token, session: str | None = None) -> Asker:
+def _asker(token: AccessToken, session: str | None = None) -> Asker:
     return Asker(token.name, Quota(token.requests_per_minute, token.tokens_per_minute), token.scopes, session)
 
 

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic_core import from_json
 
 from turret.errors import TooLarge
-from turret.server.limits import Limits
+from turret.server.limits import RequestLimits
 
 INLINE = 64 << 10  # bytes; a larger body is read in a thread
 
@@ -26,7 +26,7 @@ class Field(Protocol):
     ) -> tuple[Any, list[dict[str, Any]]]: ...
 
 
-def read(content: bytes, field: Field, limits: Limits) -> Any:
+def read(content: bytes, field: Field, limits: RequestLimits) -> Any:
     """The body as the route's model. Raises TooLarge, HTTPException (not JSON) and RequestValidationError."""
     check_counts(content, limits)
     try:
@@ -39,7 +39,7 @@ def read(content: bytes, field: Field, limits: Limits) -> Any:
     return value
 
 
-def check_counts(content: bytes, limits: Limits) -> None:
+def check_counts(content: bytes, limits: RequestLimits) -> None:
     """Raises TooLarge. Exact for JSON; of what is not JSON the parser reads no more than was counted."""
     if _keys(content) <= limits.body_keys and _values(content) <= limits.body_values:
         return  # what stands within strings was counted too, and it is few all the same

@@ -12,7 +12,7 @@ from fastapi import Request, Response
 
 from turret.errors import BadRequest
 from turret.server.completions import EVENTS
-from turret.server.face import Text
+from turret.server.engine_protocol import Text
 from turret.server.generation import Chunk, options, several, stream
 from turret.server.limits import MOST_TEXT
 from turret.server.routes import Here, Unit, router, usage
@@ -26,7 +26,7 @@ from turret.server.schemas import (
     TokenLogprob,
     TopLogprob,
 )
-from turret.server.served import Served
+from turret.server.state import ServerState
 
 questions = router("infer")
 
@@ -52,7 +52,7 @@ async def chat(body: ChatRequest, here: Here, unit: Unit, request: Request, resp
     )
 
 
-def prompt(here: Served, model: str, messages: list[Message]) -> Text:
+def prompt(here: ServerState, model: str, messages: list[Message]) -> Text:
     """The messages as one prompt: a text for the adapter's template, or tokens of the base's chat template."""
     alone = len(messages) == 1 and messages[0].role == "user"
     if alone and model != here.base_id:

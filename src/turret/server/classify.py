@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import Request, Response
 
-from turret.server.asked import Answer
+from turret.server.pending_answers import Answer
 from turret.server.routes import Here, Unit, router, usage
 from turret.server.schemas import Classification, ClassifyData, ClassifyRequest
 

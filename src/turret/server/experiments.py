@@ -10,12 +10,12 @@ from fastapi import Body, Path, Query
 
 from turret.experiments import Guards, Recorded, Told
 from turret.experiments.outcomes import grouped
-from turret.server import control_schemas as said
-from turret.server import golden
-from turret.server.control_schemas import AdapterName, Experiments, Outcomes, RampRequest, StartRequest, StopRequest
-from turret.server.problems import without_paths
+from turret.server import admin_schemas as said
+from turret.server import golden_replay
+from turret.server.admin_schemas import AdapterName, Experiments, Outcomes, RampRequest, StartRequest, StopRequest
+from turret.server.error_responses import without_paths
 from turret.server.routes import Here, router
-from turret.server.served import Served
+from turret.server.state import ServerState
 from turret.workspace.experimenting import Status
 
 outcomes, control = router("infer or admin"), router("admin")
@@ -86,7 +86,7 @@ async def stop_experiment(name: Name, here: Here, body: StopRequest | None = Non
     return await _taken_up(here, await end(here, name, None, promote=wanted.promote, rollback=wanted.rollback))
 
 
-async def end(here: Served, name: str, number: int | None, *, promote: str | None, rollback: bool) -> Status:
+async def end(here: ServerState, name: str, number: int | None, *, promote: str | None, rollback: bool) -> Status:
     """Stop an experiment. An arm that takes the alias is loaded first, so that no request waits, and golden examples
     are asked of the engine that serves, aside, because that may take minutes."""
     live = here.workspace.experiment(name, number)
@@ -95,24 +95,24 @@ async def end(here: Served, name: str, number: int | None, *, promote: str | Non
     now = (await here.control(live.status)).experiment
     arm = now.arm(promote)
     await here.control(_load, here, [now.reference(arm)])
-    return await here.aside(live.stop, promote=arm.name, ask=partial(golden.answers, here))
+    return await here.aside(live.stop, promote=arm.name, ask=partial(golden_replay.answers, here))
 
 
-def _status(here: Served, name: str, number: int | None) -> Status:
+def _status(here: ServerState, name: str, number: int | None) -> Status:
     return here.workspace.experiment(name, number).status()
 
 
-def _load(here: Served, references: Sequence[str]) -> None:
+def _load(here: ServerState, references: Sequence[str]) -> None:
     for each in references:
         here.engine.warm(str(here.workspace.resolve(here.follow.exact(each))))
 
 
-async def _taken_up(here: Served, found: Status) -> dict[str, Any]:
+async def _taken_up(here: ServerState, found: Status) -> dict[str, Any]:
     await here.control(here.look)
     return _shown(here, found)
 
 
-def _shown(here: Served, found: Status) -> dict[str, Any]:
+def _shown(here: ServerState, found: Status) -> dict[str, Any]:
     """As `turret experiment status --json`, and what is so on this server."""
     experiment, routing = found.experiment, here.routing
     problems = {arm: without_paths(why) for arm, why in routing.trouble(experiment).items()}

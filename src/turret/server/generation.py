@@ -14,18 +14,18 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from turret.errors import BadRequest, TurretError
-from turret.server.asked import Asked
-from turret.server.face import Text
+from turret.server.engine_protocol import Text
+from turret.server.error_responses import problem
 from turret.server.limits import MOST_INPUTS
-from turret.server.problems import problem
+from turret.server.pending_answers import PendingAnswers
 from turret.server.routes import usage
 from turret.server.schemas import Generation
-from turret.server.served import Served
+from turret.server.state import ServerState
 
 Chunk = dict[str, Any]
 
 
-class Shape(Protocol):
+class ChunkFormat(Protocol):
     """How the chunks of one kind of stream are written."""
 
     object: str
@@ -44,7 +44,7 @@ def several(body: Generation, prompts: Sequence[Text]) -> list[Text]:
     return [prompt for prompt in prompts for _ in range(times)]
 
 
-def options(here: Served, body: Generation, max_tokens: int | None, count: int) -> list[Any]:
+def options(here: ServerState, body: Generation, max_tokens: int | None, count: int) -> list[Any]:
     """An options object for each choice; choices of one prompt draw by seeds that follow each other."""
     keys = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
     said = {key: getattr(body, key) for key in keys}
@@ -58,13 +58,13 @@ def options(here: Served, body: Generation, max_tokens: int | None, count: int) 
 
 
 async def stream(
-    here: Served,
+    here: ServerState,
     request: Request,
     body: Generation,
     texts: Sequence[Text],
     options: Sequence[Any],
     unit: str | None,
-    shape: Shape,
+    shape: ChunkFormat,
 ) -> StreamingResponse:
     """Open the tickets and begin to answer once the first word is there: until then an error has a status."""
     asked = await here.open(request, "generate", body.model, texts, options, unit=unit or body.user)
@@ -101,7 +101,11 @@ async def _again(
 
 
 async def _lines(
-    here: Served, body: Generation, asked: Asked, events: AsyncIterator[tuple[int, str | None]], shape: Shape
+    here: ServerState,
+    body: Generation,
+    asked: PendingAnswers,
+    events: AsyncIterator[tuple[int, str | None]],
+    shape: ChunkFormat,
 ) -> AsyncIterator[str]:
     head = {
         "id": f"{shape.prefix}-{asked.id}",
@@ -124,7 +128,9 @@ async def _lines(
     yield "data: [DONE]\n\n"
 
 
-def _choices(asked: Asked, shape: Shape, begun: set[int], place: int, text: str | None) -> Iterator[Chunk]:
+def _choices(
+    asked: PendingAnswers, shape: ChunkFormat, begun: set[int], place: int, text: str | None
+) -> Iterator[Chunk]:
     if place not in begun:
         begun.add(place)
         if (opening := shape.begin(place)) is not None:

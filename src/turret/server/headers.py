@@ -10,7 +10,7 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from turret.errors import BadRequest
-from turret.server.problems import answer
+from turret.server.error_responses import answer
 
 
 class Unambiguous:

@@ -6,8 +6,8 @@ from fastapi import Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from turret.errors import Draining
+from turret.server.error_responses import problem
 from turret.server.metrics import CONTENT_TYPE
-from turret.server.problems import problem
 from turret.server.routes import Here, router
 
 anyone, control = router(""), router("admin")

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.errors import Busy, Draining, TooLarge, TooSlow, WrongMediaType
-from turret.server.clients import Clients, take
+from turret.server.connections import ClientConnections, take
+from turret.server.error_responses import answer
 from turret.server.paths import is_page
-from turret.server.problems import answer
 
 # Of what one request may say; they stand in the schemas.
 MOST_INPUTS = 1024
@@ -34,7 +34,7 @@ JSON, FORM = "application/json", "application/x-www-form-urlencoded"  # the body
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """Of one server. Seconds are wall clock."""
 
     body_bytes: int = 4 << 20  # of one request
@@ -69,7 +69,7 @@ class Load:
 class Bounded:
     """An ASGI application behind its limits."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, load: Load, clients: Clients) -> None:
+    def __init__(self, app: ASGIApp, limits: RequestLimits, load: Load, clients: ClientConnections) -> None:
         self.app = app
         self.limits = limits
         self.load = load
@@ -109,7 +109,7 @@ class Bounded:
 class _Body:
     """The bytes of one request, counted while they are held. client: for whom they count too."""
 
-    def __init__(self, limits: Limits, load: Load, client: str | None) -> None:
+    def __init__(self, limits: RequestLimits, load: Load, client: str | None) -> None:
         self.limits = limits
         self.load = load
         self.client = client

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from turret.server.problems import problem
+from turret.server.error_responses import problem
 
 Watch = Callable[[str, int, float], None]  # route, status, seconds
 

@@ -12,7 +12,7 @@ from fastapi import Path
 from turret.errors import NotFound
 from turret.server.routes import Here, router
 from turret.server.schemas import ModelCard, ModelList
-from turret.server.served import Served
+from turret.server.state import ServerState
 from turret.store import Version
 from turret.store.catalog import PRODUCTION
 
@@ -43,11 +43,11 @@ def fingerprint(version: Version) -> str | None:
     return None if found is None else str(found)
 
 
-def _base(here: Served) -> ModelCard:
+def _base(here: ServerState) -> ModelCard:
     return ModelCard(id=here.base_id, created=here.began, root=here.base_id, parent=None)
 
 
-def _adapters(here: Served, versions: Sequence[Version]) -> Iterator[ModelCard]:
+def _adapters(here: ServerState, versions: Sequence[Version]) -> Iterator[ModelCard]:
     for name, several in groupby(versions, key=lambda each: each.name):  # they come by name and number
         numbered = {each.number: each for each in several}
         aliases = sorted(alias for each in numbered.values() for alias in each.aliases)
@@ -60,7 +60,7 @@ def _adapters(here: Served, versions: Sequence[Version]) -> Iterator[ModelCard]:
                 yield _card(here, model, version)
 
 
-def _card(here: Served, model: str, version: Version) -> ModelCard:
+def _card(here: ServerState, model: str, version: Version) -> ModelCard:
     created = int(datetime.fromisoformat(version.created).timestamp())
     task = (version.manifest.get("task") or {}).get("kind")
     return ModelCard(id=model, created=created, root=str(version), parent=here.base_id, task=task)

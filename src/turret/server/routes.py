@@ -10,10 +10,10 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from turret.server import bodies
-from turret.server.asked import Answer, made_tokens, prompt_tokens
 from turret.server.limits import MOST_UNIT
+from turret.server.pending_answers import Answer, made_tokens, prompt_tokens
 from turret.server.schemas import Error, Usage
-from turret.server.served import Served
+from turret.server.state import ServerState
 
 _BEARER = HTTPBearer(auto_error=False, description="A token of `turret token create`.")
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -22,12 +22,12 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _served(request: Request) -> Served:
-    found: Served = request.app.state.served
+def _served(request: Request) -> ServerState:
+    found: ServerState = request.app.state.served
     return found
 
 
-Here = Annotated[Served, Depends(_served)]
+Here = Annotated[ServerState, Depends(_served)]
 _UNIT = "Whose request it is, such as a user's id: what an experiment assigns. Goes before the body's `user`."
 
 

@@ -31,7 +31,7 @@ from turret.errors import (
 )
 from turret.experiments import Assignment, Experiment, Router
 from turret.reference import Reference
-from turret.server.follow import AGAIN, Follow
+from turret.server.alias_watcher import AGAIN, AliasWatcher
 from turret.store import Version
 from turret.store.catalog import PRODUCTION
 from turret.tasks import stored_task
@@ -64,7 +64,7 @@ class Routing:
     def __init__(
         self,
         router: Router,
-        follow: Follow,
+        follow: AliasWatcher,
         warm: Callable[[str], object],
         resolve: Callable[[str], Version],
         *,

@@ -16,9 +16,9 @@ import uvicorn
 
 from turret.errors import ServeRefused
 from turret.server.app import create
+from turret.server.http_protocol import protocol
 from turret.server.logs import Forwarded, Log
-from turret.server.protocol import protocol
-from turret.server.served import Served
+from turret.server.state import ServerState
 
 LIBRARIES = ("uvicorn", "asyncio")
 
@@ -47,7 +47,7 @@ def url_of(listening: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn, ended by draining."""
 
-    def __init__(self, served: Served, announce: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, served: ServerState, announce: Callable[[], None] = lambda: None) -> None:
         limits = served.limits
         super().__init__(
             uvicorn.Config(
@@ -90,7 +90,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or ended
 
 
-def run(served: Served, listening: socket.socket, announce: Callable[[str], None] = lambda url: None) -> None:
+def run(served: ServerState, listening: socket.socket, announce: Callable[[str], None] = lambda url: None) -> None:
     """Serve until a signal says otherwise, then give everything back but the engine. announce: told the address."""
     url = url_of(listening)
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from turret.server.face import Engine, Kind, Text, Ticket
+from turret.server.engine_protocol import EngineProtocol, Kind, Text, TicketProtocol
 from turret.server.logs import Log
 from turret.server.metrics import Metrics
 from turret.server.routing import Placed, Routing
@@ -26,7 +26,7 @@ class Shadows:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineProtocol,
         routing: Routing,
         metrics: Metrics,
         *,
@@ -40,7 +40,7 @@ class Shadows:
         self._thread = ThreadPoolExecutor(1, "turret-shadow")
         self._lock = threading.Lock()
         self._taken = 0  # inputs
-        self._at_work: set[Beside] = set()
+        self._at_work: set[ShadowRequest] = set()
         self._over = False
 
     def beside(
@@ -49,7 +49,7 @@ class Shadows:
         kind: Kind,
         texts: Sequence[Text],
         options: Sequence[Any] | None,
-        tickets: Sequence[Ticket],
+        tickets: Sequence[TicketProtocol],
     ) -> None:
         """Run the shadows of the experiment beside these tickets, as far as there is room. Returns at once."""
         if placed.found is None:
@@ -58,7 +58,7 @@ class Shadows:
             if not self._take(len(texts)):
                 self._metrics.shadow(str(placed.experiment), arm, "shed")
                 continue
-            each = Beside(self, placed, arm, kind, tickets)
+            each = ShadowRequest(self, placed, arm, kind, tickets)
             with suppress(RuntimeError):  # it is going down
                 self._thread.submit(each.run, version, list(texts), options)
 
@@ -84,13 +84,13 @@ class Shadows:
             return True
 
 
-class Beside:
+class ShadowRequest:
     """One shadow of one request: ends when it and the answer that it is compared with have ended."""
 
-    def __init__(self, all_: Shadows, placed: Placed, arm: str, kind: Kind, tickets: Sequence[Ticket]) -> None:
+    def __init__(self, all_: Shadows, placed: Placed, arm: str, kind: Kind, tickets: Sequence[TicketProtocol]) -> None:
         self._all, self._placed, self._arm, self._kind = all_, placed, arm, kind
         self._seen = list(tickets)  # those that are returned
-        self._tickets: list[Ticket] = []
+        self._tickets: list[TicketProtocol] = []
         self._answers: dict[tuple[bool, int], Any] = {}  # (a shadow's, input) -> its answer, None where it has none
         self._lock = threading.Lock()
         self._error: BaseException | None = None

@@ -1,31 +1,31 @@
 """Where adapters live: immutable numbered versions, content-addressed files, runs. Refuses to know models and torch."""
 
+from turret.store.access_tokens import AccessToken, AccessTokens
 from turret.store.aliases import Move, Pointing
 from turret.store.catalog import Deleted, Version, acting
 from turret.store.core import Store
+from turret.store.gate_status import GateStatus
 from turret.store.gates import Gate
 from turret.store.gc import Collected
-from turret.store.golden import Example, Golden, GoldenSet, Replay
+from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet
 from turret.store.runs import Run
-from turret.store.standing import Standing
-from turret.store.tokens import Token, Tokens
 from turret.store.verify import Verified
 
 __all__ = [
+    "AccessToken",
+    "AccessTokens",
     "Collected",
     "Deleted",
     "Example",
     "Gate",
+    "GateStatus",
     "Golden",
+    "GoldenReplay",
     "GoldenSet",
     "Move",
     "Pointing",
-    "Replay",
     "Run",
-    "Standing",
     "Store",
-    "Token",
-    "Tokens",
     "Verified",
     "Version",
     "acting",

@@ -20,7 +20,7 @@ from turret.database import adapters, alias_history, aliases, versions
 from turret.errors import NotFound
 from turret.store import catalog
 from turret.store.catalog import Version, now, who
-from turret.store.golden import Replay
+from turret.store.golden import GoldenReplay
 
 Verb = Literal["promote", "rollback", "delete"]
 
@@ -35,7 +35,7 @@ class Move:
     before: str | None  # what it named until now
     changed: bool  # False: it named that version already, and nothing was written
     skipped: tuple[str, ...] = ()  # versions deleted since, which a rollback passed over
-    replays: tuple[Replay, ...] = ()  # how it did on the golden examples that a promote asked for
+    replays: tuple[GoldenReplay, ...] = ()  # how it did on the golden examples that a promote asked for
 
     def as_json(self) -> dict[str, Any]:
         replays = [each.as_json() for each in self.replays]

@@ -25,19 +25,19 @@ from turret.errors import BadReference, Corrupt, InUse, NotFound, StoreError
 from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
-from turret.store import aliases, catalog, gc, golden, incoming, owner, promotion, runs, scratch, standing
+from turret.store import aliases, catalog, gate_status, gc, golden, incoming_bundle, ownership, promotion, runs, scratch
 from turret.store import verify as verifying
+from turret.store.access_tokens import AccessTokens
 from turret.store.aliases import Move, Pointing
 from turret.store.blobs import OWNER, Blob, Blobs, Files
 from turret.store.catalog import PRODUCTION, Deleted, Version
+from turret.store.gate_status import GateStatus
 from turret.store.gates import Gate
 from turret.store.gc import Collected, Removed
-from turret.store.golden import Golden, GoldenSet, Replay
+from turret.store.golden import Golden, GoldenReplay, GoldenSet
 from turret.store.objects import Objects
 from turret.store.promotion import Also
 from turret.store.runs import Run, State
-from turret.store.standing import Standing
-from turret.store.tokens import Tokens
 from turret.store.uploads import Upload
 from turret.store.verify import Verified
 
@@ -69,8 +69,8 @@ class Store:
     ) -> Version:
         """Store the bundle as the next version of `name`; the same content again is the version it was."""
         check_name(name)
-        manifest, paths = incoming.read(bundle)
-        content = incoming.hashed(manifest, paths)
+        manifest, paths = incoming_bundle.read(bundle)
+        content = incoming_bundle.hashed(manifest, paths)
         database = self._made()
         with told(self._catalog):
             self._own(database)
@@ -121,7 +121,7 @@ class Store:
         """Lay the bundle out in `folder`, hashed on its way, as a copy that nobody else writes to; raises Corrupt."""
         version, content = self._look_up(reference)
         try:
-            with told(folder / incoming.MANIFEST):
+            with told(folder / incoming_bundle.MANIFEST):
                 for path, blob in content.items():
                     target = folder / path
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -237,18 +237,18 @@ class Store:
                 golden.keep(connection, name, alias, examples, part)
             return promotion.gates_of(connection, name, alias)
 
-    def standing(self, name: str, alias: str | None = None) -> Sequence[Standing]:
+    def standing(self, name: str, alias: str | None = None) -> Sequence[GateStatus]:
         """Whether the version that the alias (or each alias) names passes the alias's gates now, gate by gate."""
         wanted = Reference(check_name(name), alias=None if alias is None else check_alias(alias))
         with self._there(wanted).reading() as connection:
-            return standing.of(connection, name, alias)
+            return gate_status.of(connection, name, alias)
 
     def examples(self, digest: str) -> GoldenSet:
         """The golden examples of that digest; raises Corrupt."""
         with self._there(None).reading() as connection:
             return golden.content_of(connection, digest)
 
-    def keep_replay(self, version: Version, replay: Replay) -> None:
+    def keep_replay(self, version: Version, replay: GoldenReplay) -> None:
         """Keep how a version did on golden examples; the newest of a set counts."""
         exact = Reference(version.name, version=version.number)
         with self._there(exact).writing() as connection:
@@ -271,9 +271,9 @@ class Store:
             return aliases.last_move(connection)
 
     @property
-    def tokens(self) -> Tokens:
+    def tokens(self) -> AccessTokens:
         """Who may ask a server of this store."""
-        return Tokens(self._database, self._made)
+        return AccessTokens(self._database, self._made)
 
     def database(self, *, make: bool = False) -> Database:
         """The catalog's transactions, for what is kept beside the versions; raises NotFound where there is no store."""
@@ -400,7 +400,7 @@ class Store:
 
     def _own(self, database: Database, *, writes: bool = True) -> None:
         if not self._owned:
-            owner.own(self.location, database, self._blobs, writes=writes)
+            ownership.own(self.location, database, self._blobs, writes=writes)
             self._owned = writes
 
     def _database(self) -> Database | None:

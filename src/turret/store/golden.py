@@ -124,7 +124,7 @@ class Golden:
 
 
 @dataclass(frozen=True)
-class Replay:
+class GoldenReplay:
     """How a version did on a set."""
 
     golden: str
@@ -234,21 +234,21 @@ def problems(connection: Connection) -> Iterable[tuple[str, str]]:
 # --- how versions did ------------------------------------------------------------------------------------------------
 
 
-def record(connection: Connection, version: Version, replay: Replay) -> None:
+def record(connection: Connection, version: Version, replay: GoldenReplay) -> None:
     """Keep how the version did."""
     connection.execute(insert(replays).values(version=version.digest, **plain(asdict(replay))))
 
 
-def replays_of(connection: Connection, version: Version) -> dict[str, Replay]:
+def replays_of(connection: Connection, version: Version) -> dict[str, GoldenReplay]:
     """Digest of a set -> the newest replay of the version on it."""
     query = select(replays).where(replays.c.version == version.digest).order_by(replays.c.id)
     return {
-        row.golden: Replay(row.golden, row.passed, row.total, row.first, row.replayed)
+        row.golden: GoldenReplay(row.golden, row.passed, row.total, row.first, row.replayed)
         for row in connection.execute(query)
     }
 
 
-def check(connection: Connection, version: Version, alias: str) -> tuple[Replay, ...]:
+def check(connection: Connection, version: Version, alias: str) -> tuple[GoldenReplay, ...]:
     """How the version did on all that the alias asks for. Raises GateFailed where that is not enough or cannot be, and
     ReplayNeeded where it was never asked."""
     kept, missing, failed = replays_of(connection, version), [], []
@@ -284,7 +284,7 @@ def judged(connection: Connection, version: Version, gate: Golden) -> tuple[bool
     return passed(replay, gate), f"{replay.passed} of {replay.total} passed, {when} UTC"
 
 
-def passed(replay: Replay, gate: Golden) -> bool:
+def passed(replay: GoldenReplay, gate: Golden) -> bool:
     """Whether that is enough."""
     return replay.passed >= gate.share * replay.total - 1e-9
 
@@ -305,7 +305,7 @@ def misfit(version: Version, wanted: GoldenSet) -> str | None:
     return None
 
 
-def _said(replay: Replay, gate: Golden) -> str:
+def _said(replay: GoldenReplay, gate: Golden) -> str:
     first = replay.first or {}
     asked = replay.replayed[:16].replace("T", " ")
     where = f"example {first.get('example')} {shortly(first.get('text'))}"

@@ -50,7 +50,7 @@ def folder(root: Path) -> Iterator[Path]:
                 _remove_empty([own.parent, root])
 
 
-class Beside:
+class WorkingFolder:
     """The folder of an export, next to the target or in it, while a `with` block lasts.
 
     Afterwards it is gone, with the empty folders that were made for it; `left` says that it could not be removed.
@@ -65,7 +65,7 @@ class Beside:
         self._root, self._note = root, root / "scratch" / f"{number}.json"
         self._made = [each for each in (where, *where.parents) if not each.exists()]
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> WorkingFolder:
         try:
             said = {"folder": str(self.folder), "made": [str(each) for each in self._made]}
             with uninterrupted():

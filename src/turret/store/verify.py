@@ -19,11 +19,11 @@ from turret.reference import Reference
 from turret.store import aliases, catalog, golden, uploads
 from turret.store.blobs import Blob, Files
 from turret.store.catalog import Version
-from turret.store.incoming import MANIFEST
+from turret.store.incoming_bundle import MANIFEST
 
 
 @dataclass(frozen=True)
-class Problem:
+class Damage:
     """One thing that is not as it was stored."""
 
     where: str  # a version, an alias, golden examples, or the catalog: "turret.db", "catalog"
@@ -41,7 +41,7 @@ class Verified:
     versions: int
     files: int  # of these versions; equal ones count each time
     bytes: int  # read and hashed; equal files once
-    problems: tuple[Problem, ...]
+    problems: tuple[Damage, ...]
     orphans: int  # files that no version lists and no put is writing, which `gc` removes
     orphan_bytes: int
 
@@ -63,7 +63,7 @@ def verify(database: Database, blobs: Files, reference: Reference | None = None)
             try:
                 content[str(version)] = catalog.content_of(connection, version)
             except Corrupt as error:
-                problems.append(Problem(str(version), None, str(error)))
+                problems.append(Damage(str(version), None, str(error)))
     seen: dict[tuple[str, bool], _Look] = {}
     for version in versions:
         if str(version) in content:
@@ -83,13 +83,13 @@ def verify(database: Database, blobs: Files, reference: Reference | None = None)
     )
 
 
-def _of_database(database: Database, connection: Connection) -> Iterator[Problem]:
+def _of_database(database: Database, connection: Connection) -> Iterator[Damage]:
     for said in database.damage(connection):
-        yield Problem(database.name, None, said)
+        yield Damage(database.name, None, said)
     for alias in aliases.dangling(connection):
-        yield Problem(alias, None, "names a version that is not listed: move it with `turret promote`")
+        yield Damage(alias, None, "names a version that is not listed: move it with `turret promote`")
     for where, said in golden.problems(connection):
-        yield Problem(where, None, said)
+        yield Damage(where, None, said)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class _Look:
 
 def _of_version(
     version: Version, content: Mapping[str, Blob], blobs: Files, seen: dict[tuple[str, bool], _Look]
-) -> Iterator[Problem]:
+) -> Iterator[Damage]:
     looks: dict[str, _Look] = {}
     for path, blob in content.items():
         key = blob.digest, path.endswith(".safetensors")
@@ -114,15 +114,15 @@ def _of_version(
             looks[path] = seen[key]
     for path, look in looks.items():
         if look.broken is not None:
-            yield Problem(str(version), path, look.broken)
+            yield Damage(str(version), path, look.broken)
     if MANIFEST not in content:
-        yield Problem(str(version), MANIFEST, "is not listed: delete the version, and store it again")
+        yield Damage(str(version), MANIFEST, "is not listed: delete the version, and store it again")
     elif looks[MANIFEST].broken is None:
         for said in _of_manifest(version, content, looks[MANIFEST].text):
-            yield Problem(str(version), MANIFEST, said)
+            yield Damage(str(version), MANIFEST, said)
     for path, look in looks.items():
         if look.broken is None and look.header is not None:
-            yield Problem(str(version), path, look.header)
+            yield Damage(str(version), path, look.header)
 
 
 def _look(path: str, blob: Blob, blobs: Files) -> _Look:

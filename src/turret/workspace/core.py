@@ -1,6 +1,6 @@
-"""`Workspace(path)`: the store's verbs and those that cross rooms, each a few lines over the room that does the work.
+"""`Workspace(path)`: every verb of Turret, each a few lines over the package that does the work.
 
-Refuses to know HTTP, the terminal, and how anything is done.
+It knows nothing of HTTP or of the terminal.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from turret.location import Location
-from turret.store import Collected, Deleted, Gate, Golden, Move, Standing, Store, Tokens, Verified, Version
+from turret.store import AccessTokens, Collected, Deleted, Gate, GateStatus, Golden, Move, Store, Verified, Version
 from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
 
 if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
-    from turret.compare.control import Control
-    from turret.compare.design import Planned as ComparisonPlan
+    from turret.compare.control_rates import Control
+    from turret.compare.design import PlannedDesign
     from turret.engine import Engine, Limits
     from turret.experiments import Router
-    from turret.experiments.course import Course
+    from turret.experiments.evidence_history import EvidenceHistory
     from turret.recipe import Recipe
     from turret.store.difference import Difference
     from turret.train import StepRecord
@@ -103,7 +103,7 @@ class Workspace:
             examples = read_examples(golden)
         return self.store.gate(name, alias, add=add, remove=remove, examples=examples, share=share)
 
-    def standing(self, name: str, alias: str | None = None) -> Sequence[Standing]:
+    def standing(self, name: str, alias: str | None = None) -> Sequence[GateStatus]:
         """Whether the version that the alias (or each alias) names passes the alias's gates now, gate by gate."""
         return self.store.standing(name, alias)
 
@@ -120,7 +120,7 @@ class Workspace:
         return self.store.delete(reference, force=force)
 
     @property
-    def tokens(self) -> Tokens:
+    def tokens(self) -> AccessTokens:
         """Who may ask a server: `create(name, scopes)`, `list()`, `revoke(name)`."""
         return self.store.tokens
 
@@ -163,7 +163,7 @@ class Workspace:
         against: str = "full",
         lr: float | Literal["auto"] | None = None,
         texts: bool = True,
-        on_plan: Callable[[ComparisonPlan], None] | None = None,
+        on_plan: Callable[[PlannedDesign], None] | None = None,
         on_stage: Say | None = None,
     ) -> Comparison:
         """Train several methods on the same data, each with several seeds in processes of their own, and judge them.
@@ -176,7 +176,7 @@ class Workspace:
         """
         from turret.workspace import comparing
 
-        wanted = comparing.Wanted(methods, seeds, budget, tuple(fractions), margin, against, lr, texts)
+        wanted = comparing.ComparisonRequest(methods, seeds, budget, tuple(fractions), margin, against, lr, texts)
         return comparing.compare(self.store, recipe, wanted, on_stage or (lambda _words: None), on_plan)
 
     def plan_comparison(
@@ -190,7 +190,7 @@ class Workspace:
         against: str = "full",
         lr: float | Literal["auto"] | None = None,
         on_stage: Say | None = None,
-    ) -> ComparisonPlan:
+    ) -> PlannedDesign:
         """What `compare` would train, and which difference its verdicts could decide. Trains and writes nothing.
 
         `.power` says how often equal methods would be called as good with so many seeds and test examples, and what
@@ -198,7 +198,7 @@ class Workspace:
         """
         from turret.workspace import comparing
 
-        wanted = comparing.Wanted(methods, seeds, None, tuple(fractions), margin, against, lr)
+        wanted = comparing.ComparisonRequest(methods, seeds, None, tuple(fractions), margin, against, lr)
         return comparing.prepare(self.store, recipe, wanted, on_stage or (lambda _words: None)).planned
 
     def control(
@@ -221,7 +221,7 @@ class Workspace:
         """
         from turret.workspace.comparing import controlling
 
-        asked = controlling.Asked(tuple(aspects), methods, seeds, judge or controlling.JUDGE, texts=texts)
+        asked = controlling.ControlRequest(tuple(aspects), methods, seeds, judge or controlling.JUDGE, texts=texts)
         return controlling.control(self.store, recipe, asked, on_stage or (lambda _words: None))
 
     def runs(self, most: int = 500) -> Sequence[dict[str, Any]]:
@@ -230,15 +230,15 @@ class Workspace:
 
     def run(self, run_id: str) -> dict[str, Any]:
         """One training: the same, with its `recipe` and `touched`, the time of its last step, where they lie here."""
-        from turret.workspace import trainings
+        from turret.workspace import training_runs
 
-        return trainings.run(self.store, run_id)
+        return training_runs.run(self.store, run_id)
 
     def curve(self, run_id: str, *, most: int = 2000) -> Sequence[StepRecord]:
         """The steps of a training so far, at most so many, evenly chosen; those that evaluated are all there."""
-        from turret.workspace import trainings
+        from turret.workspace import training_runs
 
-        return trainings.curve(self.store, run_id, most)
+        return training_runs.curve(self.store, run_id, most)
 
     def comparisons(self) -> Sequence[dict[str, Any]]:
         """The reports that `compare` and `control` wrote in this store (`kind` says which), the newest first."""
@@ -308,7 +308,7 @@ class Workspace:
         """
         from turret.workspace import importing
 
-        wanted = importing.Wanted(base, task, labels, settings)
+        wanted = importing.ImportRequest(base, task, labels, settings)
         return importing.import_adapter(self.store, str(source), name, wanted, on_stage)
 
     def export(
@@ -346,11 +346,11 @@ class Workspace:
 
         return experimenting.listed(self.store, alpha)
 
-    def course(self, name: str, number: int | None = None) -> Course:
-        """How the evidence of an experiment grew, outcome by outcome; see `turret.experiments.course`."""
-        from turret.workspace import courses
+    def course(self, name: str, number: int | None = None) -> EvidenceHistory:
+        """How the evidence of an experiment grew, outcome by outcome; see `turret.experiments.evidence_history`."""
+        from turret.workspace import evidence_histories
 
-        return courses.course(self.store, name, number, self._courses)
+        return evidence_histories.course(self.store, name, number, self._courses)
 
     def settle(self) -> Sequence[Status]:
         """Carry out what the guards of all running experiments ask; a server calls it every few seconds."""

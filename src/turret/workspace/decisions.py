@@ -17,10 +17,10 @@ from turret.store import Store
 from turret.store.catalog import now, who
 
 if TYPE_CHECKING:
-    from turret.experiments.weigh import Weighed
+    from turret.experiments.analyze import Analysis
 
 
-def carry_out(store: Store, weighed: Weighed) -> str | None:
+def carry_out(store: Store, weighed: Analysis) -> str | None:
     """Do what was decided; None where there is nothing to do, or it was tried and refused."""
     experiment, decision = weighed.experiment, weighed.decision
     if decision.action == "hold":
@@ -51,7 +51,7 @@ def carry_out(store: Store, weighed: Weighed) -> str | None:
     return f"{arm.name} ({reference}) promoted to {experiment.alias}: {decision.why}"
 
 
-def _dropping(weighed: Weighed, name: str) -> Callable[[Connection], None]:
+def _dropping(weighed: Analysis, name: str) -> Callable[[Connection], None]:
     def drop(connection: Connection) -> None:
         current = rows.still_running(connection, weighed.experiment)
         arm = current.arm(name)
@@ -75,10 +75,10 @@ def ending(experiment: Experiment, verdict: Mapping[str, Any]) -> Callable[[Conn
     return end
 
 
-def _alarmed(store: Store, weighed: Weighed) -> str | None:
+def _alarmed(store: Store, weighed: Analysis) -> str | None:
     """Write down, once, that the evidence is void: from then on it stays so, whatever comes."""
-    from turret.experiments.weigh import VOID
-    from turret.experiments.words import void
+    from turret.experiments.analyze import VOID
+    from turret.experiments.status_text import void
 
     why = void(weighed)
     try:
@@ -92,7 +92,7 @@ def _alarmed(store: Store, weighed: Weighed) -> str | None:
     return why
 
 
-def check_valid(weighed: Weighed, arm: str) -> None:
+def check_valid(weighed: Analysis, arm: str) -> None:
     """Raises ExperimentError where the evidence is void."""
     if weighed.alarm is None:
         return
@@ -110,7 +110,7 @@ def _refuse(store: Store, experiment: Experiment, arm: str, why: str) -> None:
         rows.add_event(connection, current, "refused", {"arm": arm, "why": why}, now(), who())
 
 
-def summary(weighed: Weighed) -> dict[str, Any]:
+def summary(weighed: Analysis) -> dict[str, Any]:
     """What the evidence was at the end."""
     arms = {each.arm.name: each.against.as_json() for each in weighed.arms if each.against is not None}
     return {"candidates": arms, "log_evidence": weighed.evidence, "void": weighed.alarm}

@@ -35,7 +35,7 @@ from turret.store.catalog import PRODUCTION, now, who
 from turret.workspace import decisions
 
 if TYPE_CHECKING:
-    from turret.experiments.weigh import Memory, Weighed
+    from turret.experiments.analyze import Analysis, Memory
     from turret.workspace.promoting import Ask
 
 STEPS = (0.05, 0.2, 0.5)
@@ -47,7 +47,7 @@ Stage = Callable[[str], None] | None
 class Status:
     """An experiment as it is now: `verdicts` and `next` are for people, `as_json()` for machines."""
 
-    weighed: Weighed
+    weighed: Analysis
     done: tuple[str, ...] = ()  # what was carried out just now
     points: str | None = None  # the version that the alias names
 
@@ -57,19 +57,19 @@ class Status:
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        from turret.experiments import words
+        from turret.experiments import status_text
 
-        return tuple(words.verdicts(self.weighed))
+        return tuple(status_text.verdicts(self.weighed))
 
     @property
     def next(self) -> str:
-        from turret.experiments import words
+        from turret.experiments import status_text
 
-        return words.advice(self.weighed)
+        return status_text.advice(self.weighed)
 
     def as_json(self) -> dict[str, Any]:
+        from turret.experiments.status_text import void
         from turret.experiments.validity import NEEDED
-        from turret.experiments.words import void
 
         found, decision = self.weighed, self.weighed.decision
         return {
@@ -281,8 +281,8 @@ class LiveExperiment:
     def _running(self, connection: Connection) -> Experiment:
         return rows.still_running(connection, rows.find(connection, self.name, self.number))
 
-    def _weighed(self, experiment: Experiment, memory: Memory | None = None) -> Weighed:
-        from turret.experiments.weigh import weigh
+    def _weighed(self, experiment: Experiment, memory: Memory | None = None) -> Analysis:
+        from turret.experiments.analyze import weigh
 
         with self._store.database().reading() as connection:
             found = rows.by_id(connection, experiment.id)
@@ -300,8 +300,8 @@ class LiveExperiment:
 
 def listed(store: Store, alpha: float) -> list[dict[str, Any]]:
     """Every experiment with its evidence, and which of them are discoveries at that level, over all of them."""
+    from turret.experiments.analyze import weigh
     from turret.experiments.discoveries import named
-    from turret.experiments.weigh import weigh
 
     check_alpha(alpha)
     with store.database().reading() as connection:
@@ -323,7 +323,7 @@ def listed(store: Store, alpha: float) -> list[dict[str, Any]]:
 
 def settle_all(store: Store, memories: dict[int, Any]) -> list[Status]:
     """Settle every running experiment; `memories` makes the next time cheap."""
-    from turret.experiments.weigh import Memory
+    from turret.experiments.analyze import Memory
 
     with store.database().reading() as connection:
         running = rows.all_running(connection)
@@ -337,7 +337,7 @@ def settle_all(store: Store, memories: dict[int, Any]) -> list[Status]:
 
 def _others(connection: Connection, experiment: Experiment) -> list[float]:
     """The logarithms of the evidence of all other experiments; of those that ended, as it was then."""
-    from turret.experiments.weigh import weigh
+    from turret.experiments.analyze import weigh
 
     found = []
     for each in rows.listed(connection):
@@ -349,7 +349,7 @@ def _others(connection: Connection, experiment: Experiment) -> list[float]:
     return found
 
 
-def _log_evidence(weighed: Weighed) -> float | None:
+def _log_evidence(weighed: Analysis) -> float | None:
     """As it is now, or was when the experiment ended; None where it is void."""
     known = weighed.experiment.verdict or {}
     kept = known.get("log_evidence", weighed.evidence)

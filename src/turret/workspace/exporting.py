@@ -27,12 +27,12 @@ from turret import adapters, bases
 from turret.adapters import Adapter, merge, vllm
 from turret.adapters.bundle import FILES, read_config
 from turret.bases.licence import licence_of
-from turret.bases.quiet import quiet
+from turret.bases.silence_transformers import quiet
 from turret.disk import alone, number_of, permissions, plainly, sync
 from turret.errors import AdapterError, StoreError
 from turret.interrupt import StopRequest
 from turret.store import Store, Version, scratch
-from turret.store.scratch import BESIDE, LOADED, Beside
+from turret.store.scratch import BESIDE, LOADED, WorkingFolder
 from turret.tasks import stored_task, task_from_spec
 from turret.workspace.card import card
 from turret.workspace.importing import probe_items
@@ -63,7 +63,7 @@ def export(
     target = Path(os.path.expanduser(folder)).absolute()
     _refuse(target, force)
     version = store.resolve(reference)
-    beside = Beside(store.root, target)
+    beside = WorkingFolder(store.root, target)
     with _written(target, beside), beside:
         notes = _write(store, version, form, beside, say)
         files = {each.name: each.stat().st_size for each in sorted(beside.files.iterdir())}
@@ -72,7 +72,7 @@ def export(
     return Exported(str(version), version.digest, form, str(target), files, notes)
 
 
-def _write(store: Store, version: Version, form: Form, beside: Beside, say: Callable[[str], None]) -> list[str]:
+def _write(store: Store, version: Version, form: Form, beside: WorkingFolder, say: Callable[[str], None]) -> list[str]:
     """Everything that becomes the target, and a card; returns what to know of it."""
     stored = beside.folder / "stored" if form == "merged" else beside.files
     store.materialize(str(version), stored)
@@ -207,7 +207,7 @@ def _holds_something(target: Path) -> bool:
     return bool(rest) and not placed
 
 
-def _place(beside: Beside, target: Path) -> None:
+def _place(beside: WorkingFolder, target: Path) -> None:
     """Rename the finished folder, or its files into a folder that is there, the configurations last."""
     for each in beside.files.iterdir():
         each.chmod(permissions(beside.files) & 0o666)  # as the process makes files, whatever a library made of it
@@ -253,7 +253,7 @@ def _replace(files: Path, target: Path, new: set[str]) -> None:
 
 
 @contextmanager
-def _written(target: Path, beside: Beside) -> Iterator[None]:
+def _written(target: Path, beside: WorkingFolder) -> Iterator[None]:
     """What the disk says, as one line that names the folder and says what is there now."""
     before = _names(target)
     try:
@@ -271,7 +271,7 @@ def _names(folder: Path) -> set[str] | None:
     return {each.name for each in folder.iterdir()} if folder.exists() else None
 
 
-def _told(target: Path, beside: Beside, error: Exception, before: set[str] | None) -> StoreError:
+def _told(target: Path, beside: WorkingFolder, error: Exception, before: set[str] | None) -> StoreError:
     there = _names(target)
     gone = sorted((before or set()) - (there or set()))
     if there is None:

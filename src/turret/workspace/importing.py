@@ -42,7 +42,7 @@ WRITTEN = "It was a great pleasure to read."
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ImportRequest:
     """What the user said of the adapter, each where it was said."""
 
     base: str | None = None
@@ -52,7 +52,7 @@ class Wanted:
 
 
 def import_adapter(
-    store: Store, source: str, name: str, wanted: Wanted, stage: Callable[[str], None] | None = None
+    store: Store, source: str, name: str, wanted: ImportRequest, stage: Callable[[str], None] | None = None
 ) -> Imported:
     """Bring the adapter here, check it on its base, and store it as the next version of `name`."""
     say = stage or (lambda _words: None)
@@ -106,13 +106,13 @@ def _told(store: Store, source: str) -> Iterator[None]:
         ) from error
 
 
-def _refuse_retelling(wanted: Wanted) -> None:
+def _refuse_retelling(wanted: ImportRequest) -> None:
     said = {"--task": wanted.task, "--labels": wanted.labels, "--set": wanted.settings}
     if given := [word for word, value in said.items() if value]:
         raise RecipeError(f"this is a bundle, which says its task and labels itself: leave {', '.join(given)} out")
 
 
-def _kind(adapter: Adapter, config: Mapping[str, Any], wanted: Wanted) -> str:
+def _kind(adapter: Adapter, config: Mapping[str, Any], wanted: ImportRequest) -> str:
     """classify, summarize or generate: as given, as the bundle says, or as PEFT's task_type tells."""
     told = adapter.task.get("kind") or wanted.task or TASK_TYPES.get(str(config.get("task_type")))
     kind = told or ("classify" if adapter.head else None)
@@ -123,7 +123,7 @@ def _kind(adapter: Adapter, config: Mapping[str, Any], wanted: Wanted) -> str:
     return str(kind)
 
 
-def _load(base_id: str, kind: str, wanted: Wanted) -> Any:
+def _load(base_id: str, kind: str, wanted: ImportRequest) -> Any:
     try:
         return bases.load(base_id, task=task_of(kind).request)
     except BaseModelError as error:
@@ -146,7 +146,7 @@ def _origin(brought: outside.Brought, config: Mapping[str, Any]) -> dict[str, An
     return {"imported": {"sha256": files, **{key: str(value)[:80] for key, value in said.items() if value}}}
 
 
-def _completed(given: Adapter, kind: str, base: Any, name: str, wanted: Wanted, notes: list[str]) -> Adapter:
+def _completed(given: Adapter, kind: str, base: Any, name: str, wanted: ImportRequest, notes: list[str]) -> Adapter:
     """The adapter with all that a PEFT folder does not say: its base, its task, and a head that the base has."""
     recipe = Recipe(name=name, base=base.id, data={"source": name}, task={"kind": kind})
     said = {f"task.{key}": each if isinstance(each, str) else json.dumps(each) for key, each in _settings(wanted)}
@@ -166,7 +166,7 @@ def _completed(given: Adapter, kind: str, base: Any, name: str, wanted: Wanted, 
     return Adapter(method, tensors, head, _info(base), spec, dict(spec.get("generation") or {}), given.lineage)
 
 
-def _settings(wanted: Wanted) -> Iterator[tuple[str, Any]]:
+def _settings(wanted: ImportRequest) -> Iterator[tuple[str, Any]]:
     for key, value in (wanted.settings or {}).items():
         if key == "kind":
             raise RecipeError("--set task.kind: give --task instead")
@@ -193,7 +193,9 @@ def _head(given: Adapter, base: Any, notes: list[str]) -> dict[str, Tensor]:
     return head
 
 
-def _labels(kind: str, head: Mapping[str, Tensor], base: Any, wanted: Wanted, notes: list[str]) -> tuple[str, ...]:
+def _labels(
+    kind: str, head: Mapping[str, Tensor], base: Any, wanted: ImportRequest, notes: list[str]
+) -> tuple[str, ...]:
     """The names of the head's outputs: as given, or as the base's configuration has them."""
     last = dict(base.model.named_children())[base.family.head_modules[-1]]
     names = [f"{base.family.head_modules[-1]}.{key}" for key, each in last.state_dict().items() if each.dim() == 2]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from turret.errors import ReplayNeeded
 from turret.store import Move, Store, Version
 from turret.store.catalog import now
-from turret.store.golden import Example, Golden, GoldenSet, Replay, misfit, name_of
+from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet, misfit, name_of
 from turret.store.promotion import Also
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class _Asker:
         return answering.answers(self._ready, texts)
 
 
-def judged(digest: str, wanted: GoldenSet, given: Sequence[dict[str, Any]]) -> Replay:
+def judged(digest: str, wanted: GoldenSet, given: Sequence[dict[str, Any]]) -> GoldenReplay:
     """How many passed, and the first that did not."""
     first, passed = None, 0
     for place, (example, answer) in enumerate(zip(wanted.examples, given, strict=True), start=1):
@@ -89,7 +89,7 @@ def judged(digest: str, wanted: GoldenSet, given: Sequence[dict[str, Any]]) -> R
         elif first is None:
             shown = said if not isinstance(said, str) else said[:SHOWN]
             first = {"example": place, "text": example.text[:SHOWN], "expected": example.words() + why, "given": shown}
-    return Replay(digest, passed, len(given), first, now())
+    return GoldenReplay(digest, passed, len(given), first, now())
 
 
 def fails(example: Example, given: Any) -> str | None:

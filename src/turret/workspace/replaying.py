@@ -8,7 +8,7 @@ from typing import Any
 
 from turret.data import Example, texts_of
 from turret.errors import DataError
-from turret.experiments import paired, words
+from turret.experiments import paired, status_text
 from turret.experiments.paired import Paired
 from turret.store import Golden, Store, golden
 from turret.store.catalog import PRODUCTION
@@ -32,7 +32,7 @@ class Replayed:
 
     @property
     def text(self) -> str:
-        return words.replayed(self.paired, self.a, self.b, self.score)
+        return status_text.replayed(self.paired, self.a, self.b, self.score)
 
     def as_json(self) -> dict[str, Any]:
         said = {"a": self.a, "b": self.b, "source": self.source, "score": self.score}

@@ -25,7 +25,7 @@ FRESH = 1.0  # seconds that a version is taken to be there still; what `name@3` 
 
 
 class StoreSource:
-    """The versions of a store, hashed on their way out of it (`turret.engine.source.Source`).
+    """The versions of a store, hashed on their way out of it (`turret.engine.adapter_source.Source`).
 
     `name@3` is one digest for ever, so it is looked up once a second however often it is asked for; aliases and plain
     names are looked up each time. A version that is deleted is refused a second later at most.

@@ -11,10 +11,10 @@ from fastapi.responses import RedirectResponse
 
 from turret.errors import BadReference, BadRequest, NotFound
 from turret.reference import check_alias
-from turret.server import control
-from turret.server.control_schemas import PromoteRequest
+from turret.server import admin
+from turret.server.admin_schemas import PromoteRequest
 from turret.server.routes import Here
-from turret.server.served import Served
+from turret.server.state import ServerState
 from turret.server.web import render
 from turret.server.web.forms import Sent, pages
 from turret.store import Version
@@ -70,7 +70,7 @@ async def promote(request: Request, here: Here, name: Name, form: Sent) -> Respo
     number, alias = form.text("version"), _alias(form.text("alias"))
     if not number.isdecimal():
         raise BadRequest(f"version {ascii(number)[:40]}: expected a number")
-    await control.promote(f"{name}@{int(number)}", PromoteRequest(alias=alias, replay=False), here)
+    await admin.promote(f"{name}@{int(number)}", PromoteRequest(alias=alias, replay=False), here)
     return gone(request, f"/adapters/{name}?moved={alias}")
 
 
@@ -78,7 +78,7 @@ async def promote(request: Request, here: Here, name: Name, form: Sent) -> Respo
 async def rollback(request: Request, here: Here, name: Name, form: Sent) -> Response:
     """Move an alias back to what it named before."""
     alias = _alias(form.text("alias"))
-    await control.rollback(name, alias, here)
+    await admin.rollback(name, alias, here)
     return gone(request, f"/adapters/{name}?moved={alias}")
 
 
@@ -94,7 +94,7 @@ def gone(request: Request, where: str) -> Response:
     return Response(headers={"hx-redirect": where}) if render.live(request) else RedirectResponse(where, 303)
 
 
-async def _known(here: Served, name: str) -> dict[str, Any]:
+async def _known(here: ServerState, name: str) -> dict[str, Any]:
     versions = await here.control(here.workspace.list)
     ours = [each for each in versions if each.name == name]
     if not ours:
@@ -104,7 +104,7 @@ async def _known(here: Served, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "versions": ours[::-1],
-        "aliases": (await control.list_aliases(here, name)).aliases,
+        "aliases": (await admin.list_aliases(here, name)).aliases,
         "gates": await here.control(here.workspace.gate, name),
         "history": shown["alias_history"][::-1],
         "parents": {each.number: _parent(each.manifest, known) for each in ours},
@@ -119,7 +119,7 @@ def _parent(manifest: Mapping[str, Any], known: Mapping[str, Version]) -> Versio
     return None if not parent else known.get(str(parent), str(parent))
 
 
-def _summary(here: Served, name: str, versions: Sequence[Version]) -> dict[str, Any]:
+def _summary(here: ServerState, name: str, versions: Sequence[Version]) -> dict[str, Any]:
     used = next((each for each in versions if PRODUCTION in each.aliases), None)
     return {
         "name": name,

@@ -11,7 +11,7 @@ from turret.errors import NotFound
 from turret.experiments.experiment import read_split
 from turret.server.experiments import end
 from turret.server.routes import Here
-from turret.server.served import Served
+from turret.server.state import ServerState
 from turret.server.web import render
 from turret.server.web.adapters import gone
 from turret.server.web.forms import Form, Sent, pages
@@ -82,7 +82,7 @@ async def act(request: Request, here: Here, name: Name, number: Number, verb: st
     return gone(request, f"/experiments/{name}/{number}")
 
 
-async def _carried_out(here: Served, name: str, number: int, verb: str, form: Form) -> None:
+async def _carried_out(here: ServerState, name: str, number: int, verb: str, form: Form) -> None:
     if verb == "ramp":
         live = here.workspace.experiment(name, number)
         await here.control(live.ramp, read_split(form.text("share")) if form.text("share") else None)
@@ -91,17 +91,19 @@ async def _carried_out(here: Served, name: str, number: int, verb: str, form: Fo
     await end(here, name, number, promote=arm, rollback=verb == "rollback")
 
 
-async def _known(here: Served, name: str, number: int) -> dict[str, Any]:
+async def _known(here: ServerState, name: str, number: int) -> dict[str, Any]:
     status = await here.control(here.workspace.experiment(name, number).status)
-    from turret.experiments import words  # with numpy, which whoever asks no experiment need not wait for
+    from turret.experiments import status_text  # with numpy, which whoever asks no experiment need not wait for
 
     experiment = status.experiment
     said = {
-        "traffic": words.traffic(experiment),
-        "guards": words.guards(experiment),
-        "lives": words.lives(experiment),
+        "traffic": status_text.traffic(experiment),
+        "guards": status_text.guards(experiment),
+        "lives": status_text.lives(experiment),
     }
-    history = [(each, words.event(each["verb"], dict(each["detail"]))) for each in reversed(status.weighed.history)]
+    history = [
+        (each, status_text.event(each["verb"], dict(each["detail"]))) for each in reversed(status.weighed.history)
+    ]
     ramp = experiment.next_share() if experiment.state == "running" else None
     needed = status.as_json()["sample_ratio"]["needed"]
     values = {"history": history, "next_share": ramp, "needed": needed, "said": said}

@@ -17,7 +17,7 @@ from turret.server.limits import MOST_TEXT, MOST_TOKENS
 from turret.server.models import fingerprint
 from turret.server.routes import Here
 from turret.server.schemas import CompletionRequest
-from turret.server.served import Served
+from turret.server.state import ServerState
 from turret.server.web import render
 from turret.server.web.forms import Form, Sent, pages
 from turret.store import Version
@@ -95,7 +95,7 @@ def _text(form: Form) -> str:
     return text
 
 
-async def _loaded(here: Served, model: str) -> float | None:
+async def _loaded(here: ServerState, model: str) -> float | None:
     """Seconds that the version took to be loaded now; None where it was there, or is the base."""
     if model == here.base_id:
         return None
@@ -107,7 +107,7 @@ async def _loaded(here: Served, model: str) -> float | None:
     return here.clock() - began
 
 
-async def _versions(here: Served) -> list[Version]:
+async def _versions(here: ServerState) -> list[Version]:
     """Those that this base carries beside others: what has an alias first, then the newest."""
     found = [
         each

@@ -17,9 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, sel
 from markupsafe import Markup, escape
 
 from turret import __version__
-from turret.compare.words import count, megabytes, milliseconds, percent
-from turret.compare.words import seconds as in_seconds
-from turret.server.served import Served
+from turret.compare.report_text import count, megabytes, milliseconds, percent
+from turret.compare.report_text import seconds as in_seconds
+from turret.server.state import ServerState
 
 HERE = Path(__file__).parent
 CHIEF = ("accuracy", "rougeL", "loss")  # the first of these is what one column has room for
@@ -62,7 +62,7 @@ def template(name: str) -> Template:
     return _environment().get_template(name)
 
 
-def page(request: Request, here: Served, name: str, status: int = 200, /, **values: Any) -> HTMLResponse:
+def page(request: Request, here: ServerState, name: str, status: int = 200, /, **values: Any) -> HTMLResponse:
     """The template with what every page needs."""
     asker = request.state.asker
     common = {

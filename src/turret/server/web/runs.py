@@ -10,7 +10,7 @@ from fastapi import Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from turret.server.routes import Here
-from turret.server.served import Served
+from turret.server.state import ServerState
 from turret.server.web import render
 from turret.server.web.forms import pages
 
@@ -48,7 +48,7 @@ async def curve(here: Here, run_id: RunId) -> Response:
     return JSONResponse({"steps": steps, "of": found[-1].steps if found else None})
 
 
-async def _known(here: Served, run_id: str) -> dict[str, Any]:
+async def _known(here: ServerState, run_id: str) -> dict[str, Any]:
     run = await here.control(here.workspace.run, run_id)
     steps = await here.control(here.workspace.curve, run_id, most=1)
     return {"run": run, "result": run["result"] or {}, "last": steps[-1] if steps else None, "quiet": _quiet(run)}

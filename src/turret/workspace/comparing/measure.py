@@ -23,7 +23,7 @@ from turret.store import Store
 from turret.tasks import schemas
 from turret.train.start import attach
 from turret.workspace import answering, training
-from turret.workspace.comparing.neutral import PARAGRAPHS
+from turret.workspace.comparing.neutral_texts import PARAGRAPHS
 from turret.workspace.comparing.provenance import provenance
 
 Say = Callable[[str], None]

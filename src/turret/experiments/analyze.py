@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection
 
-from turret.experiments import decide, discoveries, health, outcomes, rows
+from turret.experiments import arm_health, decide, discoveries, outcomes, rows
+from turret.experiments.arm_health import ArmHealth
 from turret.experiments.decide import Compared, Decision, Health, Verdict
-from turret.experiments.evidence import Tally
+from turret.experiments.e_process import capped
+from turret.experiments.evidence import OutcomeTally
 from turret.experiments.experiment import SLOW_SHARE, Arm, Experiment
 from turret.experiments.guarding import Watch, Watched
-from turret.experiments.health import Answering
-from turret.experiments.process import capped
 from turret.experiments.validity import Validity
 
 VOID = "void"  # the event of an alarm
@@ -31,7 +31,7 @@ class Memory:
     """What was added up of one experiment so far, and where to go on."""
 
     last: int = 0
-    tallies: dict[str, Tally] = field(default_factory=dict)  # of each candidate
+    tallies: dict[str, OutcomeTally] = field(default_factory=dict)  # of each candidate
     counts: dict[int, dict[str, int]] = field(default_factory=dict)  # revision -> arm -> outcomes
     sums: dict[str, float] = field(default_factory=dict)  # arm -> outcomes, added up
     validity: Validity = field(default_factory=Validity)
@@ -45,7 +45,7 @@ class Memory:
             self.add(experiment, split, found[start : start + AT_ONCE])
         self.validity.read(connection, experiment, split, found, now)
         self.watch = self.watch or Watch(experiment.control.name)
-        self.watch.read(health.rows(connection, experiment, self.watch.last), rows.splits(connection, experiment))
+        self.watch.read(arm_health.rows(connection, experiment, self.watch.last), rows.splits(connection, experiment))
 
     def add(self, experiment: Experiment, split: Mapping[int, Mapping[str, float]], found: Any) -> None:
         """Add these outcomes (`outcomes.counted`), at least one."""
@@ -60,7 +60,7 @@ class Memory:
             shares = [_share(split[row.revision], arm.name, experiment.control.name) for row in found]
             which = np.array([int(row.arm == arm.name) for row in found])
             margin = None if guards.worse_by is None else guards.worse_by / wide
-            tally = self.tallies.get(arm.name) or Tally.empty(
+            tally = self.tallies.get(arm.name) or OutcomeTally.empty(
                 binary=metric.kind == "binary", margin=margin, decides=decide.needed(experiment.level)
             )
             self.tallies[arm.name] = tally.after(which[here], y[here], np.array(shares)[here])
@@ -113,7 +113,7 @@ class Against:
 
 
 @dataclass(frozen=True)
-class ArmWeighed:
+class ArmAnalysis:
     """One arm, with all that is known of it."""
 
     arm: Arm
@@ -124,7 +124,7 @@ class ArmWeighed:
     missing: int  # units that have none within the time to live of outcomes
     half_within: float | None  # seconds in which half of its outcomes come
     mean: float | None
-    answering: Answering
+    answering: ArmHealth
     against: Against | None  # of a candidate
 
     def as_json(self) -> dict[str, Any]:
@@ -152,11 +152,11 @@ class ArmWeighed:
 
 
 @dataclass(frozen=True)
-class Weighed:
+class Analysis:
     """All that is known of an experiment, and what it says to do."""
 
     experiment: Experiment
-    arms: tuple[ArmWeighed, ...]
+    arms: tuple[ArmAnalysis, ...]
     checks: Mapping[str, float]  # check of `validity` -> e-value at its peak
     alarm: str | None  # the check that makes the outcomes void
     recorded: Mapping[str, Any] | None  # the alarm as it was written down
@@ -180,7 +180,7 @@ def weigh(
     now: str,
     memory: Memory | None = None,
     others: Callable[[], Sequence[float]] = tuple,
-) -> Weighed:
+) -> Analysis:
     """Read what is new and weigh all of it.
 
     Args:
@@ -196,7 +196,7 @@ def weigh(
     missing, half = memory.validity.missing(), memory.validity.half_within()
     assert watch is not None
     arms = tuple(
-        ArmWeighed(
+        ArmAnalysis(
             arm,
             experiment.reference(arm),
             experiment.weights.get(arm.name, 0.0),
@@ -205,7 +205,7 @@ def weigh(
             missing.get(arm.name, 0),
             half.get(arm.name),
             memory.sums[arm.name] / counted[arm.name] if arm.name in counted else None,
-            watch.sums.get(arm.name, Answering()),
+            watch.sums.get(arm.name, ArmHealth()),
             against(experiment, arm, memory, void=alarm is not None) if arm.role == "candidate" else None,
         )
         for arm in experiment.arms
@@ -218,7 +218,7 @@ def weigh(
     named = discovery is None or _equality([each.against for each in arms]) >= discovery
     decision = decide.decide(live, guarded, experiment.guards, void=alarm, named=named)
     checks = {check: capped(peak) for check, peak in memory.validity.peaks().items()}
-    return Weighed(experiment, arms, checks, alarm, recorded, discovery, decision, history)
+    return Analysis(experiment, arms, checks, alarm, recorded, discovery, decision, history)
 
 
 def against(experiment: Experiment, arm: Arm, memory: Memory, *, void: bool) -> Against:
@@ -244,7 +244,7 @@ def against(experiment: Experiment, arm: Arm, memory: Memory, *, void: bool) -> 
     )
 
 
-def _since(tally: Tally, scale: float) -> Since | None:
+def _since(tally: OutcomeTally, scale: float) -> Since | None:
     after = tally.since
     if after is None:
         return None
@@ -280,9 +280,9 @@ def _compared(experiment: Experiment, arm: Arm, memory: Memory) -> Compared:
     return Compared(arm.name, experiment.level, better, worse, by_margin, verdict, tally.turned)
 
 
-def _health(experiment: Experiment, each: ArmWeighed, watch: Watch) -> Health:
+def _health(experiment: Experiment, each: ArmAnalysis, watch: Watch) -> Health:
     guards, seen = experiment.guards, each.answering
-    control = watch.sums.get(experiment.control.name, Answering())
+    control = watch.sums.get(experiment.control.name, ArmHealth())
     watched = watch.arms.get(each.arm.name, Watched())
     errors = slow = -math.inf
     said_errors = said_slow = ""

@@ -15,7 +15,7 @@ Kind = RequestKind
 Text = str | Sequence[int]
 
 
-class Receipt(Protocol):
+class ReceiptProtocol(Protocol):
     """Which version answers."""
 
     @property
@@ -30,17 +30,17 @@ class Receipt(Protocol):
     def base(self) -> str: ...  # its fingerprint
 
 
-class Ticket(Protocol):
+class TicketProtocol(Protocol):
     """One request at work."""
 
     @property
-    def receipt(self) -> Receipt: ...
+    def receipt(self) -> ReceiptProtocol: ...
     def listen(self, fn: Callable[[Any], None]) -> None: ...
     def result(self, timeout: float | None = None) -> dict[str, Any]: ...  # raises what went wrong
     def cancel(self) -> None: ...
 
 
-class Base(Protocol):
+class BaseProtocol(Protocol):
     """The base in memory."""
 
     @property
@@ -51,11 +51,11 @@ class Base(Protocol):
     def tokenizer(self) -> Any: ...
 
 
-class Engine(Protocol):
+class EngineProtocol(Protocol):
     """One base and the adapters on it."""
 
     @property
-    def base(self) -> Base: ...
+    def base(self) -> BaseProtocol: ...
     def submit(
         self,
         kind: Kind,
@@ -65,7 +65,7 @@ class Engine(Protocol):
         *,
         priority: int = 0,
         deadline: float | None = None,
-    ) -> Ticket: ...
+    ) -> TicketProtocol: ...
     def warm(self, reference: str, *, pin: bool = False) -> Any: ...
     def unload(self, reference: str) -> Any: ...
     def unpin(self, reference: str) -> Any: ...
@@ -75,6 +75,6 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def named(receipt: Receipt) -> str | None:
+def named(receipt: ReceiptProtocol) -> str | None:
     """`name@3`, or None for the bare base."""
     return f"{receipt.name}@{receipt.number}" if receipt.name else None

@@ -13,7 +13,7 @@ from turret.errors import Busy
 T = TypeVar("T")
 
 
-class Lane:
+class ThreadPool:
     """`await lane(verb, ...)` carries out a blocking verb; with `most` at work or waiting, the next is Busy."""
 
     def __init__(self, name: str, threads: int, most: int, said: str, retry_after: float) -> None:

@@ -25,7 +25,7 @@ def carried_out(here: Path, left: float | None, say: Say) -> str | None:
 
     left: seconds of the budget. Raises Interrupted where the user stopped it.
     """
-    command = [sys.executable, "-P", "-m", "turret.workspace.comparing.member", str(here.absolute())]
+    command = [sys.executable, "-P", "-m", "turret.workspace.comparing.cell_worker", str(here.absolute())]
     out_of_time = threading.Event()
     with (
         (here / "stderr.txt").open("w+", encoding="utf-8") as errors,

@@ -16,27 +16,27 @@ import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from turret.errors import BadRequest, Busy, TooSlow, TurretError
-from turret.server.clients import Clients
-from turret.server.limits import Limits
-from turret.server.problems import problem
+from turret.server.connections import ClientConnections
+from turret.server.error_responses import problem
+from turret.server.limits import RequestLimits
 
 
-def protocol(limits: Limits, open_by: Clients) -> type[asyncio.Protocol]:
+def protocol(limits: RequestLimits, open_by: ClientConnections) -> type[asyncio.Protocol]:
     """The protocol with these limits, as uvicorn wants it: a class. open_by: the connections of each client."""
 
-    class Bound(Patient):
+    class Bound(HttpProtocol):
         header_seconds, write_seconds = limits.header_seconds, limits.write_seconds
         clients = open_by
 
     return Bound
 
 
-class Patient(H11Protocol):
+class HttpProtocol(H11Protocol):
     """A connection that waits for headers and for its reader, and not for ever."""
 
     header_seconds = 10.0
     write_seconds = 30.0
-    clients: Clients
+    clients: ClientConnections
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)

@@ -73,7 +73,7 @@ _PATH = re.compile(r"(?<![\w.:/])(?!/v1/|/api/)(?:[A-Za-z]:\\|/)[^\s'\"(),;]+")
 
 
 @dataclass(frozen=True)
-class Problem:
+class ErrorResponse:
     """An answer that is an error."""
 
     status: int
@@ -90,7 +90,7 @@ def code_of(error: BaseException) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-def problem(error: BaseException, param: str | None = None) -> Problem:
+def problem(error: BaseException, param: str | None = None) -> ErrorResponse:
     """What is answered for the error."""
     rule = next(TABLE[each] for each in type(error).__mro__ if each in TABLE)
     return shaped(
@@ -105,23 +105,23 @@ def problem(error: BaseException, param: str | None = None) -> Problem:
 
 def shaped(
     status: int, message: str, kind: str, code: str, param: str | None = None, retry_after: float | None = None
-) -> Problem:
+) -> ErrorResponse:
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     headers = {"content-type": "application/json"}
     if status in RETRY_AFTER:
         headers["retry-after"] = str(max(1, math.ceil(retry_after or RETRY_AFTER[status])))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Problem(status, body, headers)
+    return ErrorResponse(status, body, headers)
 
 
-def by_status(status: int, message: str) -> Problem:
+def by_status(status: int, message: str) -> ErrorResponse:
     """For what the router or the framework refuses by itself."""
     code = STATUSES.get(status, "bad_request" if status < 500 else "internal_error")
     return shaped(status, message, _INVALID if status < 500 else _SERVER, code)
 
 
-def invalid(found: Sequence[Any]) -> Problem:
+def invalid(found: Sequence[Any]) -> ErrorResponse:
     """For a request that does not fit its schema: where, and what was expected; never what was sent."""
     # Of a value that fits none of several forms, what is wrong with the form that it has says more than its type.
     first = next((each for each in found if not str(each.get("type")).endswith("_type")), found[0] if found else {})

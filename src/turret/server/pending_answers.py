@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.requests import Request
 
 from turret.errors import Cancelled, DeadlineExceeded, NotFound
-from turret.server.face import Receipt, Text, Ticket, named
+from turret.server.engine_protocol import ReceiptProtocol, Text, TicketProtocol, named
 from turret.server.routing import Placed
 
 T = TypeVar("T")
@@ -24,24 +24,24 @@ CHARACTERS = 4  # of a token, where nobody has counted
 LEAST = 64  # characters of a text for which a token is charged at least, however few of its tokens are kept
 
 
-class Put(NamedTuple):
+class Submission(NamedTuple):
     """The inputs of one request, at the engine: all at one version, the one of an experiment's arm or not."""
 
-    tickets: Sequence[Ticket]
+    tickets: Sequence[TicketProtocol]
     placed: Placed | None
 
 
-class Asked:
+class PendingAnswers:
     """Tickets at work, in the order of their inputs; all of one version. began: on the clock, when they were put."""
 
     def __init__(
         self,
-        put: Put,
+        put: Submission,
         texts: Sequence[Text],
         request: Request,
         seconds: float,
         server: str,
-        submit: Callable[[], Coroutine[Any, Any, Put]],
+        submit: Callable[[], Coroutine[Any, Any, Submission]],
         began: float,
         clock: Callable[[], float],
     ) -> None:
@@ -56,11 +56,11 @@ class Asked:
         self._until = self._loop.time() + seconds
         self._hear(put)
 
-    def _hear(self, put: Put) -> None:
+    def _hear(self, put: Submission) -> None:
         tickets, self.placed = put
         self.tickets = tickets
         self._heard = self._clock()
-        self.receipt: Receipt = tickets[0].receipt
+        self.receipt: ReceiptProtocol = tickets[0].receipt
         self.answers: list[Answer | None] = [None] * len(tickets)
         self._pieces = [0] * len(tickets)
         self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
@@ -178,7 +178,7 @@ class Asked:
         return hear
 
 
-def _give_back(submitted: asyncio.Future[Put]) -> None:
+def _give_back(submitted: asyncio.Future[Submission]) -> None:
     if not submitted.cancelled() and submitted.exception() is None:
         for ticket in submitted.result().tickets:
             ticket.cancel()

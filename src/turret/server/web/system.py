@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from turret.server.routes import Here
-from turret.server.served import Served, said
+from turret.server.state import ServerState, said
 from turret.server.web import render
 from turret.server.web.forms import pages
 
@@ -49,7 +49,7 @@ async def leftovers(request: Request, here: Here) -> Response:
     return render.page(request, here, "leftovers.html.j2", found=found)
 
 
-def _traffic(here: Served) -> dict[str, Any]:
+def _traffic(here: ServerState) -> dict[str, Any]:
     return {
         "traffic": here.metrics.traffic(),
         "engine": said(here.engine.stats()),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from turret.experiments.process import Floats, Process
+from turret.experiments.e_process import EProcess, Floats
 
 CONCENTRATIONS = np.array([10.0, 100.0, 1000.0, 10000.0])
 CERTAIN = 1000.0  # the logarithm of a factor: a unit in an arm that gets none
@@ -26,13 +26,13 @@ Planned = Mapping[int, Mapping[str, float]]  # revision -> arm -> probability
 
 
 @dataclass(frozen=True)
-class Ratio:
+class SampleRatio:
     """What was counted so far, and the evidence that it did not fall as planned."""
 
     counts: Mapping[Stratum, Mapping[str, int]] = field(default_factory=dict)
-    process: Process = field(default_factory=lambda: Process.of(len(CONCENTRATIONS)))
+    process: EProcess = field(default_factory=lambda: EProcess.of(len(CONCENTRATIONS)))
 
-    def after(self, seen: Sequence[tuple[Stratum, str]], planned: Planned) -> Ratio:
+    def after(self, seen: Sequence[tuple[Stratum, str]], planned: Planned) -> SampleRatio:
         """With more units, in their order. seen: the stratum and the arm of each."""
         places: dict[Stratum, list[int]] = {}
         for place, (stratum, _) in enumerate(seen):
@@ -42,7 +42,7 @@ class Ratio:
         for stratum, here in places.items():
             arms = [seen[place][1] for place in here]
             factors[here], counts[stratum] = _factors(arms, planned[stratum[0]], counts.get(stratum, {}))
-        return Ratio(counts, self.process.through(factors))
+        return SampleRatio(counts, self.process.through(factors))
 
 
 def _factors(

@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Token:
+class AccessToken:
     """What is known of a token; not the token."""
 
     name: str
@@ -49,7 +49,7 @@ def hashed(secret: str) -> str:
     return "sha256:" + hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def which(known: Iterable[Token], secret: str) -> Token | None:
+def which(known: Iterable[AccessToken], secret: str) -> AccessToken | None:
     """The token that this is. Every one is compared, each in constant time: how long it takes tells nothing."""
     asked, found = hashed(secret), None
     for token in known:
@@ -58,7 +58,7 @@ def which(known: Iterable[Token], secret: str) -> Token | None:
     return found
 
 
-class Tokens:
+class AccessTokens:
     """The table. `there` gives the database where there is one, `made` makes it."""
 
     def __init__(self, there: Callable[[], Database | None], made: Callable[[], Database]) -> None:
@@ -72,7 +72,7 @@ class Tokens:
         *,
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
-    ) -> tuple[Token, str]:
+    ) -> tuple[AccessToken, str]:
         """(what is kept, the token itself, which nothing can show again)."""
         _check(name, scopes, requests_per_minute, tokens_per_minute)
         secret = PREFIX + secrets.token_urlsafe(32)
@@ -90,7 +90,7 @@ class Tokens:
             connection.execute(insert(tokens).values(row))
             return next(token for token in _all(connection) if token.name == name), secret
 
-    def list(self) -> Sequence[Token]:
+    def list(self) -> Sequence[AccessToken]:
         """Every token by name, revoked ones too."""
         database = self._there()
         if database is None:
@@ -98,7 +98,7 @@ class Tokens:
         with database.reading() as connection:
             return _all(connection)
 
-    def revoke(self, name: str) -> Token:
+    def revoke(self, name: str) -> AccessToken:
         """From now on the token is unknown; servers follow within a second. Its name stays taken."""
         if all(token.name != name for token in self.list()):
             known = ", ".join(token.name for token in self.list()[:8]) or "none"
@@ -121,7 +121,7 @@ def _check(name: str, scopes: Sequence[str], *quotas: int | None) -> None:
         raise BadReference("a quota is a number a minute, at least 1: leave it out for none")
 
 
-def _all(connection: Connection) -> list[Token]:
+def _all(connection: Connection) -> list[AccessToken]:
     columns = [column for column in tokens.c if column.name != "id"]
     rows = connection.execute(select(*columns).order_by(tokens.c.name))
-    return [Token(**{**row._mapping, "scopes": tuple(row.scopes)}) for row in rows]
+    return [AccessToken(**{**row._mapping, "scopes": tuple(row.scopes)}) for row in rows]

@@ -30,7 +30,7 @@ class Trouble:
     again: float  # when it is tried next
 
 
-class Follow:
+class AliasWatcher:
     """`poll` is called by one thread; everything else by any."""
 
     def __init__(

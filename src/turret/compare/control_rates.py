@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from turret.compare import words
+from turret.compare import report_text
 from turret.compare.evidence import Array, Interval, interval
 
 MOST_EXAMPLES = 6
@@ -190,7 +190,7 @@ def headline(found: Control) -> str:
         f"a classifier that is right on {found.judge['accuracy']:.0f}% of the references, {best.by_rouge.mean:.0f}% by "
         f"ROUGE; chance is {found.chance:.0f}%"
     )
-    return f"{words.sentence(said)}{'.' if sure else ', so control is not shown.'}"
+    return f"{report_text.sentence(said)}{'.' if sure else ', so control is not shown.'}"
 
 
 def _rows(matrix: Array) -> tuple[tuple[float, ...], ...]:

@@ -12,7 +12,7 @@ SHORTEST, LONGEST = 0.1, 60.0  # seconds that a Busy asks to wait
 KEPT = 4096  # versions whose counts are kept; those asked for least lately go
 
 
-class Tally:
+class Counters:
     """Counts since the engine began."""
 
     def __init__(self, clock: Callable[[], float]) -> None:

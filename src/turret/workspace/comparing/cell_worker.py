@@ -1,4 +1,4 @@
-"""The process of one cell: `python -P -m turret.workspace.comparing.member FOLDER`.
+"""The process of one cell: `python -P -m turret.workspace.comparing.cell_worker FOLDER`.
 
 Reads request.json in FOLDER, trains (or takes the run that an earlier process finished), measures what was stored, and
 writes result.json. On stdout it says how far it is, a JSON object a line. It ends, with a checkpoint, when whoever
@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from turret.compare.words import seconds as span
+from turret.compare.report_text import seconds as span
 from turret.errors import Interrupted, TurretError
 from turret.recipe import Recipe
 from turret.store import Store

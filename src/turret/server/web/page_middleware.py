@@ -29,7 +29,7 @@ HEADERS = {
 }
 
 
-class Paged:
+class PageMiddleware:
     """An ASGI application whose pages are pages in every case."""
 
     def __init__(self, app: ASGIApp) -> None:

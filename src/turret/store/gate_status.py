@@ -16,7 +16,7 @@ from turret.store.golden import Golden
 
 
 @dataclass(frozen=True)
-class Standing:
+class GateStatus:
     """A gate of an alias, and how the version that holds the alias stands before it."""
 
     gate: Gate | Golden
@@ -28,11 +28,11 @@ class Standing:
         return {**self.gate.as_json(), "holder": self.holder, "passes": self.passes, "found": self.found}
 
 
-def of(connection: Connection, name: str, alias: str | None = None) -> list[Standing]:
+def of(connection: Connection, name: str, alias: str | None = None) -> list[GateStatus]:
     """Of all gates of a name's alias, or of all its aliases. Raises NotFound for a name that is not there."""
     wanted: list[Gate | Golden] = [*gates.of(connection, name, alias), *golden.of(connection, name, alias)]
     holders = {each: _holder(connection, name, each) for each in {gate.alias for gate in wanted}}
-    return [_standing(connection, gate, holders[gate.alias]) for gate in wanted]
+    return [_status_of(connection, gate, holders[gate.alias]) for gate in wanted]
 
 
 def _holder(connection: Connection, name: str, alias: str) -> Version | None:
@@ -42,8 +42,8 @@ def _holder(connection: Connection, name: str, alias: str) -> Version | None:
         return None
 
 
-def _standing(connection: Connection, gate: Gate | Golden, holder: Version | None) -> Standing:
+def _status_of(connection: Connection, gate: Gate | Golden, holder: Version | None) -> GateStatus:
     if holder is None:
-        return Standing(gate, None, None, f"{gate.alias} names nothing yet")
+        return GateStatus(gate, None, None, f"{gate.alias} names nothing yet")
     judged = gates.judged(holder, gate) if isinstance(gate, Gate) else golden.judged(connection, holder, gate)
-    return Standing(gate, str(holder), *judged)
+    return GateStatus(gate, str(holder), *judged)

@@ -17,18 +17,18 @@ from typing import Any
 from starlette.requests import Request
 
 from turret.errors import Cancelled, NotFound, TurretError
-from turret.server.asked import Asked, Put
+from turret.server.alias_watcher import AliasWatcher
 from turret.server.auth import Asker, Guard
-from turret.server.clients import Clients, Network
-from turret.server.face import Engine, Kind, Text, Ticket, named
-from turret.server.follow import Follow
-from turret.server.lanes import Lane
-from turret.server.limits import Limits, Load
+from turret.server.connections import ClientConnections, Network
+from turret.server.engine_protocol import EngineProtocol, Kind, Text, TicketProtocol, named
+from turret.server.limits import Load, RequestLimits
 from turret.server.logs import Log
 from turret.server.metrics import Metrics, numbers
+from turret.server.pending_answers import PendingAnswers, Submission
 from turret.server.quotas import Quota, Quotas
 from turret.server.routing import Placed, Routing
 from turret.server.shadows import Shadows
+from turret.server.thread_pool import ThreadPool
 from turret.workspace import Workspace
 
 POLL_SECONDS = 0.25
@@ -39,42 +39,44 @@ TRIES = 5  # of one request whose version is deleted while its inputs go in
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """What `turret serve` was told."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     alias: str = "production"  # what plain names mean, and loaded beforehand
-    limits: Limits = field(default_factory=Limits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     per_adapter: Quota = field(default_factory=Quota)
     log_texts: bool = False
     proxies: Sequence[Network] = ()  # their connections are many clients', and have no limit of their own
 
 
-class Served:
+class ServerState:
     """One workspace and one engine, served. options: the engine's own class for the settings of a generation."""
 
     def __init__(
         self,
         workspace: Workspace,
-        engine: Engine,
+        engine: EngineProtocol,
         options: Callable[..., Any],
-        settings: Settings | None = None,
+        settings: ServerSettings | None = None,
         *,
         log: Log | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.workspace, self.engine, self.options = workspace, engine, options
-        self.settings = settings or Settings()
+        self.settings = settings or ServerSettings()
         self.limits = self.settings.limits
         self.log, self.clock = log or Log(), clock
         self.began, self.id = int(time.time()), secrets.token_hex(4)
         self.load = Load()
-        self.clients = Clients(self.limits.connections, self.limits.connections_per_client, self.settings.proxies)
+        self.clients = ClientConnections(
+            self.limits.connections, self.limits.connections_per_client, self.settings.proxies
+        )
         self.guard = Guard(self.settings.host, workspace.tokens.list(), clock)
         self.quotas = Quotas(clock)
         self.metrics = Metrics(self._gauges)
-        self.follow = Follow(
+        self.follow = AliasWatcher(
             workspace.store.last_move,
             workspace.store.pointing,
             engine.warm,
@@ -101,12 +103,12 @@ class Served:
             log=self.log if self.settings.log_texts else None,
         )
         waiting = self.limits.control_waiting
-        self._asking = Lane("ask", 8, 2 * self.limits.in_flight, "questions are being put", 1)
-        self.reading = Lane("read", 1, self.limits.in_flight, "large bodies are being read", 1)
+        self._asking = ThreadPool("ask", 8, 2 * self.limits.in_flight, "questions are being put", 1)
+        self.reading = ThreadPool("read", 1, self.limits.in_flight, "large bodies are being read", 1)
         # For verbs that may take their time; for those that may take minutes, one by one, so that the others go on.
-        self.control = Lane("control", 4, waiting, "verbs of the control plane are waiting", 1)
-        self.aside = Lane("aside", 1, MOST_ASIDE, "promotes are asking golden examples", 10)
-        self.telling = Lane("tell", 1, self.limits.outcomes_waiting, "requests with outcomes are waiting", 1)
+        self.control = ThreadPool("control", 4, waiting, "verbs of the control plane are waiting", 1)
+        self.aside = ThreadPool("aside", 1, MOST_ASIDE, "promotes are asking golden examples", 10)
+        self.telling = ThreadPool("tell", 1, self.limits.outcomes_waiting, "requests with outcomes are waiting", 1)
         self._ended, self._settling = threading.Event(), threading.Lock()
         self._followers: list[threading.Thread] = []
         self._away: set[str] = set()  # those of them that could not reach the store when they last looked
@@ -138,7 +140,7 @@ class Served:
         options: Sequence[Any] | None = None,
         *,
         unit: str | None = None,
-    ) -> AsyncIterator[Asked]:
+    ) -> AsyncIterator[PendingAnswers]:
         """Put the inputs of one request to one version; what is unfinished at the end of the block is cancelled.
 
         unit: whose request it is, as the client says; an experiment assigns it.
@@ -158,7 +160,7 @@ class Served:
         options: Sequence[Any] | None = None,
         *,
         unit: str | None = None,
-    ) -> Asked:
+    ) -> PendingAnswers:
         """As `ask`, for a stream: whoever opens it closes it."""
         asker: Asker = request.state.asker
         if asker.name is not None:
@@ -168,7 +170,9 @@ class Served:
             self.log.say("texts", request=request.state.request_id, model=model, texts=list(texts))
         submit = partial(self._asking, self._submit, request, kind, model, texts, options, unit)
         seconds = self.limits.answer_seconds + 1  # the engine's own deadline is first
-        asked = Asked(await submit(), texts, request, seconds, self.id, submit, request.state.began, self.clock)
+        asked = PendingAnswers(
+            await submit(), texts, request, seconds, self.id, submit, request.state.began, self.clock
+        )
         try:
             self._admit_adapter(asked)
         except TurretError as error:
@@ -177,7 +181,7 @@ class Served:
             raise
         return asked
 
-    def close(self, request: Request, kind: Kind, asked: Asked) -> None:
+    def close(self, request: Request, kind: Kind, asked: PendingAnswers) -> None:
         """Cancel what is unfinished, and count what was answered."""
         asked.close()
         asker: Asker = request.state.asker
@@ -194,7 +198,7 @@ class Served:
             told |= {"experiment": str(asked.placed.experiment), "arm": asked.placed.arm}
         request.state.told = told
 
-    def _count(self, placed: Placed, kind: Kind, asked: Asked) -> None:
+    def _count(self, placed: Placed, kind: Kind, asked: PendingAnswers) -> None:
         """What an experiment is to know of the answer."""
         if placed.found is None:
             self.metrics.outside(str(placed.experiment))
@@ -212,7 +216,7 @@ class Served:
                 return
         self.metrics.arm(placed.found.experiment, placed.arm, placed.found.version, seconds, failed=failed)
 
-    def _admit_adapter(self, asked: Asked) -> None:
+    def _admit_adapter(self, asked: PendingAnswers) -> None:
         if name := asked.receipt.name:
             self.quotas.admit(f"adapter {name}", f"adapter {name}", self.settings.per_adapter)
 
@@ -224,7 +228,7 @@ class Served:
         texts: Sequence[Text],
         options: Sequence[Any] | None,
         unit: str | None,
-    ) -> Put:
+    ) -> Submission:
         """Every input to the version of its unit's arm, or to the one that the reference means."""
         began = self.clock()
         placed = None if model == self.base_id else self.routing.place(model, unit, request.state.request_id)
@@ -242,14 +246,14 @@ class Served:
         if placed is not None:
             self.routing.began(placed, f"{self.id}-{tickets[0].receipt.id}")
             self.shadows.beside(placed, kind, texts, options, tickets)
-        return Put(tickets, placed)
+        return Submission(tickets, placed)
 
     def _tickets(
         self, kind: Kind, model: str, texts: Sequence[Text], options: Sequence[Any] | None
-    ) -> Sequence[Ticket]:
+    ) -> Sequence[TicketProtocol]:
         """Every input to the version that the first one got; all or none."""
         for _ in range(TRIES):
-            tickets: list[Ticket] = []
+            tickets: list[TicketProtocol] = []
             reference = None if model == self.base_id else model
             try:
                 for place, text in enumerate(texts):
@@ -264,7 +268,7 @@ class Served:
                     raise  # else the version was deleted between two inputs: all once more, to what is meant now
         raise NotFound(f"{ascii(model)[:60]} is being deleted again and again: try again")
 
-    def _submit_one(self, kind: Kind, text: Text, reference: str | None, options: Any) -> Ticket:
+    def _submit_one(self, kind: Kind, text: Text, reference: str | None, options: Any) -> TicketProtocol:
         exact, seconds = None if reference is None else self.follow.exact(reference), self.limits.answer_seconds
         try:
             return self.engine.submit(kind, text, exact, options, deadline=seconds)

@@ -8,7 +8,7 @@ from turret.adapters import Adapter
 from turret.engine.request import Named
 
 
-class Source(Protocol):
+class AdapterSource(Protocol):
     """Where versions come from."""
 
     def resolve(self, reference: str) -> Named:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from turret.experiments.analyze import Against, Analysis, ArmAnalysis
 from turret.experiments.experiment import Experiment, lasting
 from turret.experiments.paired import Paired
 from turret.experiments.validity import NEEDED
-from turret.experiments.weigh import Against, ArmWeighed, Weighed
 
 
-def verdicts(found: Weighed) -> Iterator[str]:
+def verdicts(found: Analysis) -> Iterator[str]:
     """A line a verdict, the most important first."""
     experiment = found.experiment
     if found.void:
@@ -27,7 +27,7 @@ def verdicts(found: Weighed) -> Iterator[str]:
             yield _verdict(experiment, each, each.against)
 
 
-def advice(found: Weighed) -> str:
+def advice(found: Analysis) -> str:
     """What to do now."""
     experiment, decision = found.experiment, found.decision
     name = experiment.adapter
@@ -141,7 +141,7 @@ def _worth(found: Paired, a: str, b: str) -> str:
 # --- the inside ------------------------------------------------------------------------------------------------------
 
 
-def void(found: Weighed) -> str:
+def void(found: Analysis) -> str:
     """Why the arms cannot be compared, as it was first written down, and that this is for good."""
     if found.recorded is not None:
         return str(found.recorded.get("why"))
@@ -162,7 +162,7 @@ def void(found: Weighed) -> str:
     return f"{what}; {evidence}: no verdict, the arms hold no comparable units and all evidence is void"
 
 
-def _verdict(experiment: Experiment, each: ArmWeighed, found: Against) -> str:
+def _verdict(experiment: Experiment, each: ArmAnalysis, found: Against) -> str:
     who = f"{each.arm.name} ({each.version})"
     level = f"{1 / found.needed:.3g}"
     if found.verdict not in ("better", "worse"):
@@ -180,7 +180,7 @@ def _verdict(experiment: Experiment, each: ArmWeighed, found: Against) -> str:
     return f"{claim}: wrong in at most {level} of experiments, however often one looks{fell}"
 
 
-def _discovery(found: Weighed) -> str:
+def _discovery(found: Analysis) -> str:
     """What is lacking until it is a discovery among all experiments, where something is."""
     evidence = found.evidence
     if found.discovery is None or evidence is None or evidence >= found.discovery:
@@ -192,14 +192,14 @@ def _discovery(found: Weighed) -> str:
     )
 
 
-def _why_dropped(found: Weighed, arm: str) -> str:
+def _why_dropped(found: Analysis, arm: str) -> str:
     for each in reversed(found.history):
         if each["verb"] == "drop" and each["detail"].get("arm") == arm:
             return str(each["detail"].get("why"))
     return "as its experiment says"
 
 
-def _refused(found: Weighed, arm: str) -> str | None:
+def _refused(found: Analysis, arm: str) -> str | None:
     for each in reversed(found.history):
         if each["verb"] == "refused" and each["detail"].get("arm") == arm:
             return f"{arm} is better, and was not promoted: {each['detail'].get('why')}"

@@ -10,22 +10,22 @@ import time
 from collections.abc import Sequence
 
 from turret.errors import Busy, Draining
-from turret.server.asked import Answer
-from turret.server.face import Kind, Ticket
-from turret.server.served import Served
+from turret.server.engine_protocol import Kind, TicketProtocol
+from turret.server.pending_answers import Answer
 from turret.server.shadows import BEHIND
+from turret.server.state import ServerState
 from turret.tasks import stored_task
 
 AT_ONCE = 16
 PATIENCE = 60.0  # seconds that a full queue is waited for
 
 
-def answers(here: Served, reference: str, texts: Sequence[str]) -> list[Answer]:
+def answers(here: ServerState, reference: str, texts: Sequence[str]) -> list[Answer]:
     """What the version answers to each text, in order; blocking. Raises what `submit` and its tickets do."""
     kind = stored_task(here.workspace.resolve(reference).part("task")).request
     found: list[Answer] = []
     for start in range(0, len(texts), AT_ONCE):
-        tickets: list[Ticket] = []
+        tickets: list[TicketProtocol] = []
         try:
             tickets.extend(_submitted(here, kind, reference, text) for text in texts[start : start + AT_ONCE])
             found += [ticket.result() for ticket in tickets]
@@ -35,7 +35,7 @@ def answers(here: Served, reference: str, texts: Sequence[str]) -> list[Answer]:
     return found
 
 
-def _submitted(here: Served, kind: Kind, reference: str, text: str) -> Ticket:
+def _submitted(here: ServerState, kind: Kind, reference: str, text: str) -> TicketProtocol:
     until = time.monotonic() + PATIENCE
     while True:
         if here.load.draining:

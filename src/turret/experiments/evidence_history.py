@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from sqlalchemy import Connection
 
 from turret.experiments import outcomes, rows
+from turret.experiments.analyze import Against, Memory, against
 from turret.experiments.experiment import Experiment
-from turret.experiments.weigh import Against, Memory, against
 
 POINTS = 200
 
 
 @dataclass(frozen=True)
-class Point:
+class EvidencePoint:
     """What was known after `outcomes` of them had counted."""
 
     outcomes: int
@@ -29,10 +29,10 @@ class Point:
 
 
 @dataclass
-class Course:
+class EvidenceHistory:
     """The points so far, of one experiment; may be asked by several threads."""
 
-    points: list[Point] = field(default_factory=list)
+    points: list[EvidencePoint] = field(default_factory=list)
     _memory: Memory = field(default_factory=Memory)
     _every: int = 1  # outcomes a point
     _seen: int = 0
@@ -51,14 +51,14 @@ class Course:
                 if len(self.points) >= 2 * POINTS:
                     self.points, self._every = self.points[1::2], 2 * self._every
 
-    def _point(self, experiment: Experiment, at: str) -> Point:
+    def _point(self, experiment: Experiment, at: str) -> EvidencePoint:
         counts: dict[str, int] = {}
         for split in self._memory.counts.values():
             for arm, count in split.items():
                 counts[arm] = counts.get(arm, 0) + count
         means = {arm.name: _mean(self._memory.sums.get(arm.name), counts.get(arm.name)) for arm in experiment.arms}
         known = {arm.name: against(experiment, arm, self._memory, void=False) for arm in experiment.candidates}
-        return Point(self._seen, at, means, known)
+        return EvidencePoint(self._seen, at, means, known)
 
 
 def _mean(total: float | None, count: int | None) -> float | None:

@@ -11,8 +11,8 @@ from fastapi import Path, Query
 
 from turret.errors import BadReference, BadRequest, ReplayNeeded
 from turret.reference import Reference as Parsed
-from turret.server import golden
-from turret.server.control_schemas import (
+from turret.server import golden_replay
+from turret.server.admin_schemas import (
     Adapter,
     AdapterName,
     Adapters,
@@ -27,9 +27,9 @@ from turret.server.control_schemas import (
     Status,
     Version,
 )
-from turret.server.problems import without_paths
+from turret.server.error_responses import without_paths
 from turret.server.routes import Here, router
-from turret.server.served import Served, said
+from turret.server.state import ServerState, said
 from turret.store import Gate, Move
 from turret.store.catalog import plain
 
@@ -112,7 +112,7 @@ def version(named: Any) -> Version:
     return Version(version=str(named), digest=named.digest)
 
 
-async def _by_name(here: Served, reference: str, verb: Any) -> Version:
+async def _by_name(here: ServerState, reference: str, verb: Any) -> Version:
     exact = await here.control(here.workspace.resolve, here.follow.exact(reference))
     await here.control(verb, str(exact))
     return version(exact)
@@ -134,12 +134,12 @@ async def promote(reference: Ref, body: PromoteRequest, here: Here) -> Moved:
     return await _moved(here, await _promoted(here, exact, body))
 
 
-async def _promoted(here: Served, exact: str, body: PromoteRequest) -> Move:
+async def _promoted(here: ServerState, exact: str, body: PromoteRequest) -> Move:
     """At once where every golden example was asked before; else aside, for it may take minutes."""
     if not body.replay:
         with suppress(ReplayNeeded):
             return await here.control(here.workspace.store.promote, exact, body.alias, require=body.require)
-    asked = {"require": body.require, "replay": body.replay, "ask": partial(golden.answers, here)}
+    asked = {"require": body.require, "replay": body.replay, "ask": partial(golden_replay.answers, here)}
     return await here.aside(here.workspace.promote, exact, body.alias, **asked)
 
 
@@ -158,7 +158,7 @@ async def rollback(name: Annotated[AdapterName, Path()], alias: Annotated[AliasN
     return await _moved(here, await here.control(here.workspace.rollback, name, alias))
 
 
-async def _moved(here: Served, move: Move) -> Moved:
+async def _moved(here: ServerState, move: Move) -> Moved:
     await here.control(here.look)
     return Moved(**move.as_json(), serving=_serving(here, move.name, move.alias))
 
@@ -183,11 +183,11 @@ async def list_aliases(here: Here, name: Annotated[AdapterName | None, Query()] 
     )
 
 
-def _serving(here: Served, name: str, alias: str) -> str | None:
+def _serving(here: ServerState, name: str, alias: str) -> str | None:
     number = here.follow.means(name, alias)
     return None if number is None else f"{name}@{number}"
 
 
-def _problem(here: Served, name: str, alias: str) -> str | None:
+def _problem(here: ServerState, name: str, alias: str) -> str | None:
     trouble = here.follow.trouble.get((name, alias))
     return None if trouble is None else without_paths(f"{trouble.version}: {trouble.problem}")

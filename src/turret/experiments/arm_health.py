@@ -17,7 +17,7 @@ from turret.experiments.experiment import Experiment
 
 
 @dataclass(frozen=True)
-class Answering:
+class ArmHealth:
     """Sums over answers of one arm."""
 
     answers: int = 0
@@ -27,8 +27,8 @@ class Answering:
     compared: int = 0  # with the answer that was returned; of a shadow
     agreed: int = 0
 
-    def __add__(self, other: Answering) -> Answering:
-        return Answering(
+    def __add__(self, other: ArmHealth) -> ArmHealth:
+        return ArmHealth(
             self.answers + other.answers,
             self.errors + other.errors,
             self.slow + other.slow,
@@ -38,7 +38,7 @@ class Answering:
         )
 
 
-def keep(connection: Connection, sums: Mapping[tuple[int, str], Answering], at: str) -> None:
+def keep(connection: Connection, sums: Mapping[tuple[int, str], ArmHealth], at: str) -> None:
     """Write down the sums of experiment (by id) and arm."""
     rows = [{"experiment_id": key[0], "arm": key[1], **asdict(each), "at": at} for key, each in sums.items()]
     if rows:

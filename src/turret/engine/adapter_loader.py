@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from threading import Condition
 from typing import Any, Protocol
 
+from turret.engine.adapter_source import AdapterSource
 from turret.engine.bank import Bank
 from turret.engine.loaded import Loaded
 from turret.engine.request import LoadedAdapter, Named
 from turret.engine.slots import Entry, Slots
-from turret.engine.source import Source
 from turret.errors import AdapterError, NoRoom, NotFound, TurretError
 from turret.kernels import rest
 from turret.tasks import task_from_spec
@@ -61,14 +61,14 @@ class _Coming:
     error: TurretError | None = None
 
 
-class Residents:
+class AdapterLoader:
     """encode(need, loaded) does what can be done for a need before its adapter is mounted; it raises nothing."""
 
     def __init__(
         self,
         bank: Bank,
         slots: Slots,
-        source: Source,
+        source: AdapterSource,
         tokenizer: Any,
         wake: Condition,
         clock: Callable[[], float],

@@ -44,7 +44,7 @@ def networks(texts: Iterable[str]) -> tuple[Network, ...]:
     return tuple(found)
 
 
-class Clients:
+class ClientConnections:
     """The open connections. most: of all; most_each: of one client, None for any number. A proxy's count for nobody."""
 
     def __init__(self, most: int, most_each: int | None, proxies: Sequence[Network] = ()) -> None:

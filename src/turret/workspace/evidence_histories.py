@@ -8,15 +8,15 @@ from turret.experiments import rows
 from turret.store import Store
 
 if TYPE_CHECKING:
-    from turret.experiments.course import Course
+    from turret.experiments.evidence_history import EvidenceHistory
 
 
-def course(store: Store, name: str, number: int | None, known: dict[int, Course]) -> Course:
+def course(store: Store, name: str, number: int | None, known: dict[int, EvidenceHistory]) -> EvidenceHistory:
     """Of the running experiment of that name, or its last; raises NotFound."""
-    from turret.experiments.course import Course
+    from turret.experiments.evidence_history import EvidenceHistory
 
     with store.database().reading() as connection:
         experiment = rows.find(connection, name, number)
-        found = known.setdefault(experiment.id, Course())
+        found = known.setdefault(experiment.id, EvidenceHistory())
         found.read(connection, experiment)
     return found

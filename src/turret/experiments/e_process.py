@@ -17,14 +17,14 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Process:
+class EProcess:
     """The products as logarithms, and the highest that their mean was."""
 
     logs: tuple[float, ...]
     peak: float = 0.0  # the highest logarithm of the mean
 
     @classmethod
-    def of(cls, products: int) -> Process:
+    def of(cls, products: int) -> EProcess:
         """At its start."""
         return cls((0.0,) * products)
 
@@ -33,12 +33,12 @@ class Process:
         """The logarithm of the mean."""
         return float(log_mean(np.array([self.logs]))[0])
 
-    def through(self, factors: Floats) -> Process:
+    def through(self, factors: Floats) -> EProcess:
         """After these steps. factors: logarithms, (N, products)."""
         if not len(factors):
             return self
         path = self.path(factors)
-        return Process(tuple(path[-1].tolist()), max(self.peak, float(log_mean(path).max())))
+        return EProcess(tuple(path[-1].tolist()), max(self.peak, float(log_mean(path).max())))
 
     def first(self, factors: Floats, level: float) -> int:
         """The step after which the mean is at least e^level; the number of steps where it never is."""
