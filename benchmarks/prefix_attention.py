@@ -75,7 +75,7 @@ def _watched(seen: list[dict[str, float]]) -> Iterator[None]:
     def watching(hooked: Any, q: Any, k: Any, v: Any, call: Any) -> Any:
         keys, values = (each.float() for each in hooked.prefix(1, hooked.site))  # (H, P, D)
         all_tokens, first, start = [], [], 0
-        for length in next(iter(hooked.route.lengths.values())):
+        for length in next(iter(hooked.context.lengths.values())):
             span = slice(start, start + length)
             start += length
             if q.shape[2] <= start - length or q.shape[2] != k.shape[2]:  # the last layer asks for first tokens only

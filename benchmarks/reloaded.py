@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turret import adapters, bases
+from turret import adapters, bases, bundles
 from turret.data import Labelled, Pair
 from turret.store import Store
 from turret.tasks import task_from_spec
@@ -33,7 +33,7 @@ class Reloaded:
         """Copy the bundle out of the store, read it, and mount it."""
         with tempfile.TemporaryDirectory() as folder:
             Store(store).materialize(reference, Path(folder, "bundle"))
-            adapter = adapters.read_bundle(Path(folder, "bundle"))
+            adapter = bundles.read_bundle(Path(folder, "bundle"))
         kind = "classify" if adapter.task["kind"] == "classify" else "generate"
         labels = len(adapter.task["labels"]) if kind == "classify" else None
         base = bases.load(adapter.base.id, task=kind, num_labels=labels, dtype=dtype)

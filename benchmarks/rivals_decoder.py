@@ -151,7 +151,7 @@ def prepare(errand: Mapping[str, Any], folder: Path) -> str:
     from train_sides import articles
 
     from turret import bases
-    from turret.adapters import save_bundle
+    from turret.bundles import save_bundle
 
     base = bases.load(BASES["decoder"], task="generate", dtype=DTYPE)
     texts = [text for text, _ in articles()]

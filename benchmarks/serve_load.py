@@ -83,7 +83,8 @@ def filled(kind: str, folder: Path, count: int, options: argparse.Namespace) -> 
     import torch
 
     from turret import bases
-    from turret.adapters import BaseInfo, save_bundle
+    from turret.adapters import BaseInfo
+    from turret.bundles import save_bundle
     from turret.workspace import Workspace
 
     torch.set_num_threads(options.threads)

@@ -25,7 +25,7 @@ class Shelf:
         return Named(reference, 1, f"sha256:{reference}", 1 << 20)
 
     def load(self, named: Any) -> Any:
-        from turret.adapters import read_bundle
+        from turret.bundles import read_bundle
 
         found = self.adapters[named.name]
         return read_bundle(found) if isinstance(found, Path) else found
@@ -117,7 +117,7 @@ def first_answers(source: Any, numbers: Sequence[Any], rows: Sequence[Sequence[i
     try:
         for slot, adapter in enumerate(numbers, 1):
             task = task_from_spec(adapter.task, source.tokenizer)
-            runner.bank.mount(slot, runner.bank.prepare(adapter, f"sha256:{slot}", task))
+            runner.adapter_pool.mount(slot, runner.adapter_pool.prepare(adapter, f"sha256:{slot}", task))
         generates = numbers[0].task["kind"] == "generate"
         lanes = [runner.lane(len(row), 1, slot) if generates else None for slot, row in enumerate(rows, 1)]
         found = runner.run(

@@ -156,7 +156,7 @@ def loads(
     """
     import torch
 
-    from turret.adapters import save_bundle
+    from turret.bundles import save_bundle
 
     model, load, most = rival
     save_bundle(shelf.adapters["a1"], folder / "ours")

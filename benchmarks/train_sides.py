@@ -324,10 +324,10 @@ def _base(recipe: Any, dataset: Any) -> Any:
 def _first_numbers(recipe: Any, task: Any, dataset: Any, folder: Path) -> None:
     """The adapter that turret trains, before its first step, as a bundle that PEFT reads."""
     import turret
-    from turret.train import start
+    from turret.train import initialize
 
     base = _base(recipe, dataset)
-    start.attach(recipe, base, task)
+    initialize.attach(recipe, base, task)
     turret.save(base.model, folder)
 
 

@@ -63,5 +63,5 @@ def runner_of(family: str, task: Any, adapters: list[Adapter], dtype: torch.dtyp
     runner = Runner(base)
     for slot, adapter in enumerate(adapters, 1):
         spec = CLASSIFIES if task == "classify" else GENERATES
-        runner.bank.mount(slot, runner.bank.prepare(adapter, f"sha256:{slot}", spec))
+        runner.adapter_pool.mount(slot, runner.adapter_pool.prepare(adapter, f"sha256:{slot}", spec))
     return runner

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from turret import kernels
-from turret.kernels import Library, Spans
+from turret.kernels import AdapterSpans, Library
 
 TOLERANCES = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 3e-2}}
 BOTH = pytest.mark.parametrize("dtype", list(TOLERANCES))
@@ -32,13 +32,13 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(dtype)
 
 
-def spans_of(edges: list[tuple[int, int]], factors: list[tuple[Tensor, Tensor] | None], tokens: int) -> Spans:
+def spans_of(edges: list[tuple[int, int]], factors: list[tuple[Tensor, Tensor] | None], tokens: int) -> AdapterSpans:
     """A middle layer of three; the others have no factors."""
     there = [(0, 0) if each is None else (each[0].data_ptr(), each[1].data_ptr()) for each in factors]
     addresses = torch.tensor([[(0, 0), pair, (0, 0)] for pair in there])
     starts, ends = (torch.tensor(side) for side in zip(*edges, strict=True))
     ranks = torch.tensor([1 if each is None else len(each[0]) for each in factors])
-    return Spans(starts, ends, ranks, addresses, tokens)
+    return AdapterSpans(starts, ends, ranks, addresses, tokens)
 
 
 def adapted(edges: list[tuple[int, int]], factors: list[tuple[Tensor, Tensor] | None], x: Tensor, y: Tensor) -> Tensor:

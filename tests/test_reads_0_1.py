@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from turret import Recipe, Workspace, adapters, bases
+from turret import Recipe, Workspace, adapters, bases, bundles
 from turret.engine.request import Options
 from turret.errors import GateFailed, TrainingError
 from turret.store.access_tokens import which
@@ -45,7 +45,7 @@ def workspace(folder: Path) -> Workspace:
 def logits(bundle: Path, base: str = "bases/bert") -> torch.Tensor:
     """What a classifier's bundle answers to the known texts, (B, C), in float32."""
     loaded = bases.load(base, task="classify", num_labels=2, dtype="float32")
-    adapters.mount(loaded.model, adapters.read_bundle(bundle), fingerprint=loaded.fingerprint)
+    adapters.mount(loaded.model, bundles.read_bundle(bundle), fingerprint=loaded.fingerprint)
     rows = [loaded.tokenizer(text, return_tensors="pt").input_ids[0] for text in EXPECTED["texts"]]
     with torch.no_grad():
         return adapters.classify_logits(loaded.model, rows)
@@ -199,7 +199,7 @@ def test_a_killed_run_ends_with_the_weights_it_would_have_had(folder: Path, work
     result, unfinished = workspace.train(Recipe.load("recipes/unfinished.toml")), EXPECTED["unfinished"]
     assert (result.run, result.resumed_from) == (unfinished["run"], unfinished["checkpoint"])
     workspace.store.materialize(result.version, folder / "made")
-    made, expected = adapters.read_bundle(folder / "made"), load_file(folder / "unfinished.safetensors")
+    made, expected = bundles.read_bundle(folder / "made"), load_file(folder / "unfinished.safetensors")
     assert len(workspace.curve(result.run)) == unfinished["steps"]
     for name, tensor in {**made.tensors, **made.head}.items():
         torch.testing.assert_close(tensor, expected.pop(name), rtol=1e-3, atol=1e-5)

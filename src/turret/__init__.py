@@ -23,7 +23,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from turret.adapters import attach, detach, save
+    from turret.adapters import attach, detach
+    from turret.bundles import save
     from turret.client import AsyncClient
     from turret.errors import TurretError
     from turret.methods import Full, Head, LoRA, Peft, Prefix
@@ -60,7 +61,7 @@ _HOMES = {
     "Workspace": "turret.workspace",
     "attach": "turret.adapters",
     "detach": "turret.adapters",
-    "save": "turret.adapters",
+    "save": "turret.bundles",
 }
 
 

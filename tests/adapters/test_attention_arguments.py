@@ -11,8 +11,8 @@ import transformers
 from batches import padded, rows, with_eos
 from small_models import FAMILIES, GENERATORS, VOCABULARY, build
 
-from turret.adapters import attach, attachment, classify_logits, set_route
-from turret.adapters.attend import attend, attend_plainly
+from turret.adapters import attach, attachment, classify_logits, set_context
+from turret.adapters.attention_math import attend, attend_plainly
 from turret.errors import AdapterError
 from turret.families import FAMILIES as TABLE
 from turret.methods import LoRA, Prefix
@@ -170,8 +170,8 @@ def test_what_every_family_hands_over_is_known(family: str) -> None:
 @torch.no_grad()
 def test_a_position_bias_without_an_owner_is_an_error_where_rows_are_not_padded() -> None:
     model = attach(build("llama", "classify"), LoRA(r=2))
-    route, ids = attachment(model).route, torch.arange(10, 17)[None]
-    with set_route(route, None, {"decoder": [4, 3]}), pytest.raises(AdapterError, match="position_bias"):
+    context, ids = attachment(model).context, torch.arange(10, 17)[None]
+    with set_context(context, None, {"decoder": [4, 3]}), pytest.raises(AdapterError, match="position_bias"):
         model.base_model(
             input_ids=ids,
             attention_mask=torch.zeros(1, 1, 1, 1),

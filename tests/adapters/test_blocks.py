@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turret.adapters import blocks
-from turret.adapters.blocks import Layout, Side, rounded
+from turret.adapters.fused import blocks
+from turret.adapters.fused.blocks import BlockLayout, BlockSide, rounded
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=9)
@@ -23,7 +23,7 @@ def spans(lengths: list[int]) -> list[tuple[int, int]]:
 @settings(deadline=None, max_examples=80)
 @given(LENGTHS, st.integers(1, 3), st.integers(0, 9))
 def test_every_token_comes_back_with_its_own_gradient(lengths: list[int], kinds: int, seed: int) -> None:
-    layout = Layout.of(spans(lengths), spans(lengths), [row % kinds for row in range(len(lengths))], CPU)
+    layout = BlockLayout.of(spans(lengths), spans(lengths), [row % kinds for row in range(len(lengths))], CPU)
     x = torch.randn(1, 2, sum(lengths), 3, generator=torch.Generator().manual_seed(seed)).requires_grad_()
     parts = []
     for block in layout.blocks:
@@ -51,17 +51,17 @@ def test_each_row_is_in_one_block_of_its_own_kind_and_of_like_rows(lengths: list
 
 def test_what_comes_back_to_padding_is_nobodys_gradient() -> None:
     x = torch.ones(1, 1, 7, 2, requires_grad=True)
-    side = Side.of(spans([5, 2]), CPU)
+    side = BlockSide.of(spans([5, 2]), CPU)
     assert side.padded
     side.block(x).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))  # and not more for the tokens that stand in for padding
 
 
 def test_whole_neighbours_are_not_copied_through_an_index() -> None:
-    side = Side.of(spans([32, 32]), CPU)
+    side = BlockSide.of(spans([32, 32]), CPU)
     assert side.start == 0
     assert not side.padded
-    assert Side.of(spans([31, 31]), CPU).start is None  # rounded up to 32
+    assert BlockSide.of(spans([31, 31]), CPU).start is None  # rounded up to 32
 
 
 def test_a_long_row_begins_another_block_where_the_first_is_full(monkeypatch: pytest.MonkeyPatch) -> None:

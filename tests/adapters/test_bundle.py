@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, GENERATORS, build
 
-from turret.adapters import Adapter, BaseInfo, attach, classify_logits, extract, mount, read_bundle, save, save_bundle
+from turret.adapters import Adapter, BaseInfo, attach, classify_logits, extract, mount
+from turret.bundles import read_bundle, save, save_bundle
 from turret.errors import AdapterError, BundleError, WrongBase
 from turret.fingerprint import fingerprint
 from turret.methods import Full, Head, LoRA, Method, Prefix
@@ -131,7 +132,7 @@ def test_a_peft_prefix_folder_loads_here(tmp_path: Path) -> None:
 @pytest.fixture(params=["read at once", "mapped, as a large file is"])
 def bundle(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
     if request.param != "read at once":
-        monkeypatch.setattr("turret.adapters.bundle.AT_ONCE", 0)
+        monkeypatch.setattr("turret.bundles.bundle.AT_ONCE", 0)
     save_bundle(trained("bert", METHODS[0])[1], tmp_path / "bundle")
     return tmp_path / "bundle"
 
@@ -152,7 +153,7 @@ def test_both_ways_to_read_weights_find_the_same(tmp_path: Path, monkeypatch: py
     odd = {"double": torch.randn(2, 3).double(), "half": torch.randn(5).half(), "brain": torch.randn(1).bfloat16()}
     save_bundle(replace(adapter, head={**adapter.head, **odd}), tmp_path / "bundle")
     at_once = read_bundle(tmp_path / "bundle")
-    monkeypatch.setattr("turret.adapters.bundle.AT_ONCE", 0)
+    monkeypatch.setattr("turret.bundles.bundle.AT_ONCE", 0)
     mapped = read_bundle(tmp_path / "bundle")
     for one, other in ((at_once.tensors, mapped.tensors), (at_once.head, mapped.head)):
         assert {name: (each.dtype, each.tolist()) for name, each in one.items()} == {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from turret import kernels
-from turret.adapters.frozen import linear
+from turret.adapters.fused.frozen import linear
 
 needed = pytest.mark.skipif(
     kernels.library() is None or not kernels.library().few(torch.float32),  # type: ignore[union-attr]

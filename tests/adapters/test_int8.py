@@ -10,7 +10,8 @@ from small_models import build
 from torch import Tensor
 
 from turret import adapters, kernels
-from turret.adapters import attach, classify_logits, detach, int8, multiply_in_int8, trainable_parameters
+from turret.adapters import attach, classify_logits, detach, multiply_in_int8, trainable_parameters
+from turret.adapters.fused import int8
 from turret.adapters.packed import target_states
 from turret.errors import AdapterError
 from turret.methods import LoRA, Method, Prefix
@@ -124,8 +125,8 @@ def test_what_is_kept_rounded_gives_the_same_numbers_as_what_is_rounded_anew(
     monkeypatch.setattr(int8, "LEAST", 1)  # as few tokens as are kept for
     assert torch.equal(output(kept), output(anew))
     assert torch.equal(gradients(kept), gradients(anew))
-    assert adapters.attachment(kept).route.rounded
-    assert adapters.attachment(anew).route.rounded is None
+    assert adapters.attachment(kept).context.rounded
+    assert adapters.attachment(anew).context.rounded is None
 
 
 @able
@@ -134,8 +135,8 @@ def test_no_more_is_kept_rounded_than_the_layers_matrices_twice() -> None:
     layers = adapters.int8_layers(model)
     multiply_in_int8(model)
     gradients(model)
-    route = adapters.attachment(model).route
-    bytes_, numbers = adapters.rounded_bytes(route), 2 * sum(each.weight.numel() for each in layers)
+    context = adapters.attachment(model).context
+    bytes_, numbers = adapters.rounded_bytes(context), 2 * sum(each.weight.numel() for each in layers)
     assert numbers * 0.9 < bytes_ < numbers * 1.1  # the first layer's queries have nobody to hand a gradient down to
 
 
@@ -173,7 +174,7 @@ def test_a_base_without_a_layer_of_such_sizes_is_refused_and_stays_attached_as_i
     model = attach(build("llama", "generate"), FEW)  # 48 wide
     with pytest.raises(AdapterError, match=r"no layer of this base has sizes that are multiples of 64: leave"):
         multiply_in_int8(model)
-    assert not adapters.attachment(model).route.int8
+    assert not adapters.attachment(model).context.int8
 
 
 @able

@@ -11,10 +11,11 @@ import torch
 from small_models import build
 from torch import Tensor
 
-from turret.adapters import attach, classify_logits, norms, trainable_parameters
+from turret.adapters import attach, classify_logits, trainable_parameters
+from turret.adapters.fused import norms
+from turret.adapters.fused.trained_decoder import TrainedDecoder
+from turret.adapters.fused.trained_encoder import TrainedEncoder
 from turret.adapters.packed import target_states
-from turret.adapters.trained_decoder import TrainedDecoder
-from turret.adapters.trained_encoder import TrainedEncoder
 from turret.kernels import Library, library
 from turret.methods import LoRA, Method, Prefix
 
@@ -67,8 +68,8 @@ def test_less_is_kept_and_the_gradients_are_the_same(
     wide = {} if kind == "classify" else {"hidden_size": 64}  # a multiple of what the kernels of LoRA take
     model = attach(build(family, kind, **wide), method, generator=torch.Generator().manual_seed(1)).train()
     less, given = outcome(model, family)
-    monkeypatch.setattr("turret.adapters.norms.marked", lambda y, *_: y)
-    monkeypatch.setattr("turret.adapters.residual.marked", lambda y, *_: y)
+    monkeypatch.setattr("turret.adapters.fused.norms.marked", lambda y, *_: y)
+    monkeypatch.setattr("turret.adapters.fused.residual.marked", lambda y, *_: y)
     more, wanted = outcome(model, family)
     assert given
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(given, wanted, strict=True))

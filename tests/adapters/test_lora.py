@@ -13,10 +13,19 @@ from small_models import FAMILIES, build
 from torch import nn
 
 from turret import kernels
-from turret.adapters import attach, attachment, classify_logits, detach, extract, mount, set_route, trainable_parameters
+from turret.adapters import (
+    attach,
+    attachment,
+    classify_logits,
+    detach,
+    extract,
+    mount,
+    set_context,
+    trainable_parameters,
+)
 from turret.adapters.adapter import Adapter, BaseInfo
+from turret.adapters.batch_context import BatchContext
 from turret.adapters.lora import LoRAFactors
-from turret.adapters.route import Route
 from turret.errors import AdapterError
 from turret.methods import LoRA
 
@@ -153,13 +162,13 @@ def test_a_mixed_batch_equals_each_row_alone_and_a_bare_row_equals_the_base(fami
     for slot, adapter in enumerate(adapters, 1):
         mount(model, adapter, slot)
     slots = (1, 0, 2, 1)
-    route = attachment(model).route
-    with set_route(route, slots, None):
+    context = attachment(model).context
+    with set_context(context, slots, None):
         mixed = model(**batch).logits
     unpadded = classify_logits(model, inputs, slots)
     torch.testing.assert_close(mixed, unpadded, atol=2e-5, rtol=2e-5)
     for row, slot in enumerate(slots):
-        route.active = slot
+        context.active = slot
         torch.testing.assert_close(mixed[row], model(**batch).logits[row], atol=1e-5, rtol=1e-5)
         alone = classify_logits(model, [inputs[row]])[0]
         torch.testing.assert_close(unpadded[row], alone, atol=2e-5, rtol=2e-5)
@@ -232,7 +241,7 @@ def test_the_fast_way_is_the_formula_with_its_gradients(rate: float, sizes: tupl
     inputs = (x, factors.lora_A, factors.lora_B)
     with nullcontext() if by_kernels else kernels.without():
         torch.manual_seed(1)
-        fast = factors.with_base(layer, x, Route())
+        fast = factors.with_base(layer, x, BatchContext())
         torch.manual_seed(1)
         plain = layer(x) + factors(x)
         expected = by_kernels and kernels.library() is not None and d_in % 32 == 0
@@ -243,5 +252,5 @@ def test_the_fast_way_is_the_formula_with_its_gradients(rate: float, sizes: tupl
         for ours, theirs in zip(given, wanted, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         torch.manual_seed(2)
-        other = factors.with_base(layer, x, Route())
+        other = factors.with_base(layer, x, BatchContext())
     assert rate == 0.0 or not torch.allclose(other, plain)  # the control: another mask

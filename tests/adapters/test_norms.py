@@ -14,8 +14,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from turret.adapters import attach, detach
-from turret.adapters.norms import FrozenNorm
-from turret.adapters.route import Route
+from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused.norms import FrozenNorm
 from turret.families import family_of
 from turret.methods import Full, Head
 
@@ -32,8 +32,8 @@ def test_it_gives_the_same_bits_and_in_training_the_same_gradient(kind: Any, wei
     own = own.to(getattr(torch, weight))
     x = (3 * torch.randn(2, 7, 16)).to(getattr(torch, input_)).requires_grad_()
     with torch.no_grad():
-        assert torch.equal(FrozenNorm(own, Route(), narrows)(x), own(x))
-    ours, theirs = FrozenNorm(own, Route(), narrows)(x), own(x)
+        assert torch.equal(FrozenNorm(own, BatchContext(), narrows)(x), own(x))
+    ours, theirs = FrozenNorm(own, BatchContext(), narrows)(x), own(x)
     torch.testing.assert_close(ours, theirs, rtol=1e-6 if weight == "float32" else 2**-7, atol=1e-6)
     assert ours.dtype == theirs.dtype
     dy = torch.randn_like(ours)

@@ -16,7 +16,7 @@ from small_models import DECODERS, ENCODERS, FAMILIES, GENERATORS, build
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from turret.adapters import attach, attachment, classify_logits, extract, mount, set_route, target_logits
+from turret.adapters import attach, attachment, classify_logits, extract, mount, set_context, target_logits
 from turret.adapters.adapter import Adapter, BaseInfo
 from turret.adapters.attention import relative_bias
 from turret.adapters.prefix import PrefixSlot, from_peft, to_peft
@@ -92,7 +92,7 @@ def test_unpadded_equals_padded_equals_each_row_alone(family: str) -> None:
     torch.testing.assert_close(classify_logits(model, inputs), right, **CLOSE)
     alone = torch.cat([classify_logits(model, [row]) for row in inputs])
     torch.testing.assert_close(alone, right, **CLOSE)
-    attachment(model).route.active = 0
+    attachment(model).context.active = 0
     bare = classify_logits(model, inputs)
     assert (bare - right).abs().max() > 1e-2, "control: the prefix changes the answer"
 
@@ -120,7 +120,7 @@ def test_generation_with_the_cache_equals_generation_without_and_takes_the_prefi
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
     cached = model.generate(**batch, **settings)
     assert torch.equal(cached, model.generate(**batch, **settings, use_cache=False))
-    attachment(model).route.active = 0
+    attachment(model).context.active = 0
     assert not torch.equal(cached, model.generate(**batch, **settings)), "control: the bare base says something else"
 
 
@@ -205,12 +205,12 @@ def test_a_mixed_batch_of_prefixes_of_different_lengths_and_bare_rows(family: st
     own = model(**batch).logits
     mount(model, first, 1)
     mount(model, second, 2)
-    route, slots = attachment(model).route, (2, 0, 1, 2)
-    with set_route(route, slots, None):
+    context, slots = attachment(model).context, (2, 0, 1, 2)
+    with set_context(context, slots, None):
         mixed = model(**batch).logits
     torch.testing.assert_close(classify_logits(model, inputs, slots), mixed, **CLOSE)
     for row, slot in enumerate(slots):
-        route.active = slot
+        context.active = slot
         torch.testing.assert_close(mixed[row], classify_logits(model, [inputs[row]])[0], **CLOSE)
     torch.testing.assert_close(mixed[1], own[1], **CLOSE)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers.models.bert.modeling_bert import BertConfig, BertOutput, BertSelfOutput
 
 from turret.adapters import attach, attachment, classify_logits, detach, trainable_parameters
-from turret.adapters.residual import FrozenOutput, _AddedNorm
-from turret.adapters.route import Route
+from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused.residual import FrozenOutput, _AddedNorm
 from turret.families import family_of
-from turret.kernels import KEPT, Dropped, library, without
+from turret.kernels import NO_DROPOUT, DropoutArguments, library, without
 from turret.methods import Full, LoRA, Method, Prefix
 
 METHODS: tuple[Method, ...] = (
@@ -36,7 +36,7 @@ def own_output(kind: Any, width: int, dtype: torch.dtype, p: float = 0.1) -> Any
 @pytest.mark.parametrize("width", [37, 128, 384])
 def test_it_gives_what_the_base_gives_and_the_same_gradients(kind: Any, dtype: torch.dtype, width: int) -> None:
     own = own_output(kind, width, dtype).eval()
-    ours = FrozenOutput(own, Route(), narrows=False)
+    ours = FrozenOutput(own, BatchContext(), narrows=False)
     h, x = (torch.randn(1, 9, width).to(dtype).requires_grad_() for _ in range(2))
     close = {"atol": 2e-6, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 0.06, "rtol": 0.05}
     mine, theirs = ours(h, x), own(h, x)
@@ -54,7 +54,7 @@ def test_it_gives_what_the_base_gives_and_the_same_gradients(kind: Any, dtype: t
 @pytest.mark.parametrize("width", [37, 200, 384])
 def test_what_is_dropped_is_dropped_on_the_way_back_too(width: int) -> None:
     """Against the three operations in double, with the mask that the kernel for dropout alone makes of these seeds."""
-    found, dropped = library(), Dropped.of(0.3, (123, 456))
+    found, dropped = library(), DropoutArguments.of(0.3, (123, 456))
     assert found is not None
     a, x, weight, bias = torch.randn(11, width), torch.randn(11, width), torch.rand(width), torch.randn(width)
     mask = found.dropout(torch.ones(11, width), dropped).double()
@@ -71,7 +71,7 @@ def test_what_is_dropped_is_dropped_on_the_way_back_too(width: int) -> None:
         torch.autograd.grad(y, given, dy), torch.autograd.grad(expected, wide, dy.double()), strict=True
     ):
         torch.testing.assert_close(mine.double(), wanted, atol=2e-5, rtol=2e-5)
-    plain, *_ = _AddedNorm.apply(*given, weight, bias, 1e-12, KEPT, found)  # type: ignore[no-untyped-call]
+    plain, *_ = _AddedNorm.apply(*given, weight, bias, 1e-12, NO_DROPOUT, found)  # type: ignore[no-untyped-call]
     assert not torch.allclose(y, plain, atol=1e-3)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from turret.adapters import tensors
+from turret.bundles import tensors
 from turret.errors import BundleError
 
 WHERE = Path("adapter_model.safetensors")

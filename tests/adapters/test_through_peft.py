@@ -22,11 +22,10 @@ from turret.adapters import (
     extract,
     merge,
     mount,
-    read_bundle,
-    save_bundle,
     target_logits,
     through_peft,
 )
+from turret.bundles import read_bundle, save_bundle
 from turret.errors import AdapterError, RecipeError
 from turret.methods import Head, LoRA, Peft
 from turret.recipe import Recipe

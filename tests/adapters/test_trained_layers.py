@@ -12,19 +12,12 @@ import transformers
 from small_models import build
 from torch import Tensor, nn
 
-from turret.adapters import (
-    attach,
-    attachment,
-    classify_logits,
-    detach,
-    multiply_in_int8,
-    trainable_parameters,
-    trained_encoder,
-)
+from turret.adapters import attach, attachment, classify_logits, detach, multiply_in_int8, trainable_parameters
+from turret.adapters.batch_context import set_context
+from turret.adapters.fused import trained_encoder
+from turret.adapters.fused.trained_decoder import TrainedDecoder
+from turret.adapters.fused.trained_encoder import TrainedEncoder
 from turret.adapters.packed import target_states
-from turret.adapters.route import set_route
-from turret.adapters.trained_decoder import TrainedDecoder
-from turret.adapters.trained_encoder import TrainedEncoder
 from turret.kernels import Library, int8, library, without
 from turret.methods import LoRA, Method, Prefix
 
@@ -229,7 +222,7 @@ def test_what_it_does_not_know_the_modules_compute(
 def test_rows_of_several_adapters_and_padded_ones_are_the_modules(counted: list[bool]) -> None:
     model = model_of("bert", METHODS["LoRA on some"])
     classify_logits(model, ROWS, slots=[1, 0, 1])
-    with set_route(attachment(model).route, None, None):
+    with set_context(attachment(model).context, None, None):
         model(ROWS[0][None])
     model = model_of("llama", METHODS["LoRA on some"])
     model(ROWS[0][None])

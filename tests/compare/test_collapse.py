@@ -9,7 +9,7 @@ import pytest
 from simulated_comparison import made
 
 from turret.compare.candidates import candidates
-from turret.compare.comparison import Side, generator, judged, paired
+from turret.compare.comparison import SeededResults, generator, judged, paired
 from turret.compare.design import Cell
 from turret.compare.evidence import interval, rate
 from turret.compare.report import as_html, as_markdown, headline
@@ -49,8 +49,8 @@ def trials(
     return examples, results
 
 
-def sides(examples: list[Labelled], results: list[Result]) -> tuple[Side, Side]:
-    return Side.of("lora", results, examples), Side.of("full", results, examples)
+def sides(examples: list[Labelled], results: list[Result]) -> tuple[SeededResults, SeededResults]:
+    return SeededResults.of("lora", results, examples), SeededResults.of("full", results, examples)
 
 
 def verdict(examples: list[Labelled], results: list[Result], margin: float = 1.0) -> Verdict:
@@ -117,7 +117,7 @@ def test_a_method_of_little_skill_has_not_collapsed() -> None:
     rng = np.random.default_rng(6)
     examples = [Labelled(str(place), "yes" if place % 2 else "no") for place in range(500)]
     results = [trained("lora", seed, examples, rng.random(500) < 0.58) for seed in range(10)]
-    assert Side.of("lora", results, examples).learnt.seeds == frozenset()
+    assert SeededResults.of("lora", results, examples).learnt.seeds == frozenset()
 
 
 def test_where_no_pair_learnt_no_interval_is_claimed() -> None:

@@ -20,33 +20,33 @@ def new() -> KeyValueCache:
     return KeyValueCache(SITES, torch.zeros(()))
 
 
-def mark(lane: KVSlot, value: float) -> None:
-    for layers in lane.block.stored.values():
-        layers[0][:, lane.index] = value
-    lane.lengths = dict.fromkeys(lane.lengths, 3)
+def mark(kv_slot: KVSlot, value: float) -> None:
+    for layers in kv_slot.block.stored.values():
+        layers[0][:, kv_slot.index] = value
+    kv_slot.lengths = dict.fromkeys(kv_slot.lengths, 3)
 
 
-def marks(lane: KVSlot) -> set[float]:
-    return {float(v) for layers in lane.block.stored.values() for v in layers[0][:, lane.index].unique()}
+def marks(kv_slot: KVSlot) -> set[float]:
+    return {float(v) for layers in kv_slot.block.stored.values() for v in layers[0][:, kv_slot.index].unique()}
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 200), st.integers(0, 30)), max_size=40))
 def test_a_lane_is_empty_when_it_is_opened_and_its_own_until_it_is_closed(steps: list[tuple[bool, int, int]]) -> None:
-    cache, lanes = new(), {}
+    cache, kv_slots = new(), {}
     for number, (opens, tokens, which) in enumerate(steps, 1):
-        if opens or not lanes:
-            lane = cache.open({"decoder": tokens + 1, "cross": tokens // 2 + 1})
-            assert marks(lane) == {0.0}
-            assert lane.lengths == {"decoder": 0, "cross": 0}
-            mark(lane, number)
-            lanes[number] = lane
+        if opens or not kv_slots:
+            kv_slot = cache.open({"decoder": tokens + 1, "cross": tokens // 2 + 1})
+            assert marks(kv_slot) == {0.0}
+            assert kv_slot.lengths == {"decoder": 0, "cross": 0}
+            mark(kv_slot, number)
+            kv_slots[number] = kv_slot
         else:
-            cache.close(lanes.pop(sorted(lanes)[which % len(lanes)]))
-        for value, lane in lanes.items():
-            assert marks(lane) == {float(value)}
-            assert lane.block.lanes[lane.index] is lane
-        assert len(cache) == len(lanes)
+            cache.close(kv_slots.pop(sorted(kv_slots)[which % len(kv_slots)]))
+        for value, kv_slot in kv_slots.items():
+            assert marks(kv_slot) == {float(value)}
+            assert kv_slot.block.kv_slots[kv_slot.index] is kv_slot
+        assert len(cache) == len(kv_slots)
 
 
 def test_lanes_that_are_opened_together_have_their_room_at_once() -> None:
@@ -56,13 +56,13 @@ def test_lanes_that_are_opened_together_have_their_room_at_once() -> None:
     wanted = [{"decoder": 9, "cross": 9}] * 5 + [{"decoder": 99, "cross": 9}] * 2
     cache.reserve(wanted)
     before = [id(each) for block in cache._blocks.values() for each in block.stored["decoder"]]
-    lanes = [cache.open(each) for each in wanted]
+    kv_slots = [cache.open(each) for each in wanted]
     assert [id(each) for block in cache._blocks.values() for each in block.stored["decoder"]] == before
     assert [block.room for block in cache._blocks.values()] == [8, 2]
-    assert all(marks(lane) == {0.0} for lane in lanes)
-    mark(lanes[0], 3.0)
+    assert all(marks(kv_slot) == {0.0} for kv_slot in kv_slots)
+    mark(kv_slots[0], 3.0)
     cache.reserve([{"decoder": 9, "cross": 9}] * 4)  # grows: what is there stays, and what is new is empty
-    assert marks(lanes[0]) == {3.0}
+    assert marks(kv_slots[0]) == {3.0}
     assert marks(cache.open({"decoder": 9, "cross": 9})) == {0.0}
 
 
@@ -79,13 +79,13 @@ def test_a_nan_that_a_sequence_leaves_is_wiped_with_it() -> None:
 
 def test_copies_are_of_what_was_there_before_any_of_them() -> None:
     cache = new()
-    lanes = [cache.open({"decoder": 9, "cross": 9}) for _ in range(3)]
-    for number, lane in enumerate(lanes):
-        mark(lane, number + 1.0)
-        for layers in lane.block.stored.values():  # what counts is as long as the lane is used
-            layers[0][:, lane.index, :, 3:] = 0.0
-    lanes[0].block.copy(lanes, [lanes[1], lanes[0], lanes[0]])
-    assert [marks(lane) - {0.0} for lane in lanes] == [{2.0}, {1.0}, {1.0}]
+    kv_slots = [cache.open({"decoder": 9, "cross": 9}) for _ in range(3)]
+    for number, kv_slot in enumerate(kv_slots):
+        mark(kv_slot, number + 1.0)
+        for layers in kv_slot.block.stored.values():  # what counts is as long as the lane is used
+            layers[0][:, kv_slot.index, :, 3:] = 0.0
+    kv_slots[0].block.copy(kv_slots, [kv_slots[1], kv_slots[0], kv_slots[0]])
+    assert [marks(kv_slot) - {0.0} for kv_slot in kv_slots] == [{2.0}, {1.0}, {1.0}]
 
 
 def test_a_lane_is_at_most_twice_as_long_as_asked_for_and_memory_shrinks_with_use() -> None:
@@ -93,12 +93,12 @@ def test_a_lane_is_at_most_twice_as_long_as_asked_for_and_memory_shrinks_with_us
     assert capacity(1) == SHORTEST
     assert [capacity(n) for n in (64, 65, 128, 1000)] == [64, 128, 128, 1024]
     cache = new()
-    lanes = [cache.open({"decoder": 64, "cross": 32}) for _ in range(64)]
+    kv_slots = [cache.open({"decoder": 64, "cross": 32}) for _ in range(64)]
     full = cache.bytes
-    for lane in lanes[3:]:
-        cache.close(lane)
+    for kv_slot in kv_slots[3:]:
+        cache.close(kv_slot)
     assert cache.bytes <= full / 8
-    for lane in lanes[:3]:
-        cache.close(lane)
+    for kv_slot in kv_slots[:3]:
+        cache.close(kv_slot)
     cache.open({"decoder": 500, "cross": 32})
     assert len(cache._blocks) == 1, "a block without lanes goes when another length is asked for"

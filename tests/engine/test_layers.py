@@ -17,9 +17,9 @@ from torch import Tensor
 
 from turret import kernels
 from turret.adapters import Adapter, BaseInfo, attach, detach, extract
-from turret.adapters.layers import OneCall
-from turret.adapters.norms import FrozenNorm
-from turret.engine.bank import Bank
+from turret.adapters.fused.layers import OneCall
+from turret.adapters.fused.norms import FrozenNorm
+from turret.engine.adapter_pool import AdapterPool
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.families import family_of
 from turret.methods import Head, LoRA, Method, Prefix
@@ -93,7 +93,7 @@ def runner_of(name: str, dtype: torch.dtype) -> Runner:
     runner = Runner(Base(model, small_models.tokenizer("llama"), family_of(model.config), bytes=1))
     for slot, adapter in enumerate(adapters, 1):
         task = SimpleNamespace(generates=name not in ENCODERS)
-        runner.bank.mount(slot, runner.bank.prepare(adapter, f"sha256:{slot}", task))
+        runner.adapter_pool.mount(slot, runner.adapter_pool.prepare(adapter, f"sha256:{slot}", task))
     return runner
 
 
@@ -101,13 +101,13 @@ def steps(runner: Runner, count: int = 4) -> list[Tensor]:
     """What a pass of every prompt says, and so many steps behind it."""
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(5, 128, (length,), generator=generator).tolist() for length in LENGTHS]
-    lanes = [runner.lane(len(row), count + 1, slot) for row, slot in zip(rows, SLOTS, strict=True)]
-    said = [runner.run([Prefill(*each) for each in zip(rows, SLOTS, lanes, strict=True)]).vocabulary]
+    kv_slots = [runner.kv_slot(len(row), count + 1, slot) for row, slot in zip(rows, SLOTS, strict=True)]
+    said = [runner.run([Prefill(*each) for each in zip(rows, SLOTS, kv_slots, strict=True)]).vocabulary]
     for place in range(count):
-        going = [DecodeStep(7 + place, slot, lane) for slot, lane in zip(SLOTS, lanes, strict=True)]
+        going = [DecodeStep(7 + place, slot, kv_slot) for slot, kv_slot in zip(SLOTS, kv_slots, strict=True)]
         said.append(runner.run([], going).vocabulary)
-    for lane in lanes:
-        runner.cache.close(lane)
+    for kv_slot in kv_slots:
+        runner.cache.close(kv_slot)
     return said
 
 
@@ -152,7 +152,7 @@ def test_a_step_is_to_the_bit_what_the_modules_give(
     layers = runner.model.config.num_hidden_layers
     assert calls == [False] * layers + [few(dtype)] * 4 * layers
     require_the_modules_bits(ours, lambda: steps(runner), monkeypatch)
-    monkeypatch.setattr(Bank, "spans", lambda *_: None)  # the control: what adapters say matters
+    monkeypatch.setattr(AdapterPool, "spans", lambda *_: None)  # the control: what adapters say matters
     bare = steps(runner)
     assert not few(dtype) or not torch.allclose(bare[1].float(), ours[1].float(), atol=0.1)
 
@@ -177,7 +177,7 @@ def test_short_texts_are_to_the_bit_what_the_modules_give(
     ours = short_texts(runner)
     assert calls == [compiled().few(dtype) >= 40] * 3
     require_the_modules_bits(ours, lambda: short_texts(runner), monkeypatch)
-    monkeypatch.setattr(Bank, "spans", lambda *_: None)
+    monkeypatch.setattr(AdapterPool, "spans", lambda *_: None)
     bare = short_texts(runner)
     assert not calls[0] or not torch.allclose(bare[0], ours[0], atol=0.02)
     assert torch.equal(bare[2], ours[2])  # a head alone
@@ -188,7 +188,7 @@ def test_a_pass_in_which_a_row_begins_is_the_modules(calls: list[bool]) -> None:
         pytest.skip("not for this processor")
     runner = runner_of("llama", torch.float32)
     calls.clear()
-    first, second = runner.lane(3, 4, 1), runner.lane(2, 4, 2)
+    first, second = runner.kv_slot(3, 4, 1), runner.kv_slot(2, 4, 2)
     runner.run([Prefill([5, 6, 7], 1, first)])
     runner.run([Prefill([8, 9], 2, second)], [DecodeStep(7, 1, first)])
     assert not any(calls)

@@ -16,7 +16,7 @@ from small_models import FAMILIES, build
 
 from turret import kernels
 from turret.adapters import Adapter, attachment, classify_logits
-from turret.engine.bank import Bank
+from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KVSlot
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.methods import LoRA
@@ -87,16 +87,16 @@ def test_control_one_layer_left_out_for_one_row_would_be_seen(family: str, way: 
     inputs = with_eos(runner.model, rows())
     fresh = [Prefill(row.tolist(), slot) for slot, row in enumerate(inputs, 1)]
     whole = runner.run(fresh).classes
-    loaded = runner.bank._slots[2]
+    loaded = runner.adapter_pool._slots[2]
     for layer in loaded.pairs():
-        kept, layout = runner.bank._pairs(2), loaded.layout
+        kept, layout = runner.adapter_pool._pairs(2), loaded.layout
         assert layout is not None
         offsets = layout.offsets.clone()
         offsets[layer] = -1
-        runner.bank._viewed[2] = {number: pair for number, pair in kept.items() if number != layer}
+        runner.adapter_pool._viewed[2] = {number: pair for number, pair in kept.items() if number != layer}
         loaded.layout = replace(layout, offsets=offsets)
         torn = runner.run(fresh).classes
-        runner.bank._viewed[2], loaded.layout = kept, layout
+        runner.adapter_pool._viewed[2], loaded.layout = kept, layout
         assert (torn[1] - whole[1]).abs().max() > 1e-4, layer
         assert all(torch.equal(torn[row], whole[row]) for row in (0, 2, 3))
 
@@ -104,24 +104,24 @@ def test_control_one_layer_left_out_for_one_row_would_be_seen(family: str, way: 
 def prompts(runner: Runner, slots: list[int]) -> tuple[torch.Tensor, list[KVSlot]]:
     """Scores of the first tokens of a crowd, and the crowd's lanes."""
     inputs = with_eos(runner.model, rows(lengths=LENGTHS))
-    lanes = [runner.lane(len(row), 8, slot) for row, slot in zip(inputs, slots, strict=True)]
-    fresh = [Prefill(row.tolist(), slot, lane) for row, slot, lane in zip(inputs, slots, lanes, strict=True)]
-    return runner.run(fresh).vocabulary, lanes
+    kv_slots = [runner.kv_slot(len(row), 8, slot) for row, slot in zip(inputs, slots, strict=True)]
+    fresh = [Prefill(row.tolist(), slot, kv_slot) for row, slot, kv_slot in zip(inputs, slots, kv_slots, strict=True)]
+    return runner.run(fresh).vocabulary, kv_slots
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bart"])
 @torch.no_grad()
 def test_a_bare_row_is_bit_equal_to_the_bare_base_in_a_pass_of_the_same_shapes(family: str, way: str) -> None:
     runner = runner_of(family, "generate", loras(family, "generate"))
-    bare, lanes = prompts(runner, [0] * 8)
-    steps = runner.run([], [DecodeStep(5 + row, 0, lane) for row, lane in enumerate(lanes)]).vocabulary
-    for lane in lanes:
-        runner.cache.close(lane)
+    bare, kv_slots = prompts(runner, [0] * 8)
+    steps = runner.run([], [DecodeStep(5 + row, 0, kv_slot) for row, kv_slot in enumerate(kv_slots)]).vocabulary
+    for kv_slot in kv_slots:
+        runner.cache.close(kv_slot)
     slots = [0, 0, 0, 1, 2, 3, 4, 5]  # as a pass sorts them, so that every row lies where it lay
-    mixed, lanes = prompts(runner, slots)
+    mixed, kv_slots = prompts(runner, slots)
     assert torch.equal(mixed[:3], bare[:3])
     assert (mixed[3:] - bare[3:]).abs().amin(0).max() > 1e-3
-    again = runner.run([], [DecodeStep(5 + row, slot, lanes[row]) for row, slot in enumerate(slots)]).vocabulary
+    again = runner.run([], [DecodeStep(5 + row, slot, kv_slots[row]) for row, slot in enumerate(slots)]).vocabulary
     assert torch.equal(again[:3], steps[:3])
 
 
@@ -166,23 +166,23 @@ def test_steps_of_any_mixture_equal_the_plain_loop_over_segments(batched: bool |
     """batched: one of the stack's two ways, or None for the kernel's."""
     runner = runner_of("llama", "generate", loras("llama", "generate"))
     if batched is not None:
-        runner.bank.stack.batched = batched
+        runner.adapter_pool.stack.batched = batched
     inputs = rows(lengths=LENGTHS)
-    lanes = [runner.lane(len(row), 8, slot) for row, slot in zip(inputs, slots, strict=True)]
-    runner.run([Prefill(r.tolist(), slot, lane) for r, slot, lane in zip(inputs, slots, lanes, strict=True)])
+    kv_slots = [runner.kv_slot(len(row), 8, slot) for row, slot in zip(inputs, slots, strict=True)]
+    runner.run([Prefill(r.tolist(), slot, kv_slot) for r, slot, kv_slot in zip(inputs, slots, kv_slots, strict=True)])
     for count in (8, 5, 8):  # rows leave and come back, so places are used again
         picked = slots[:count]
-        fresh = [Prefill([*row.tolist(), 7], slot, runner.lane(30, 8, slot)) for row, slot in zip(inputs, picked)]  # noqa: B905
+        fresh = [Prefill([*row.tolist(), 7], slot, runner.kv_slot(30, 8, slot)) for row, slot in zip(inputs, picked)]  # noqa: B905
         with kernels.without():
             whole = runner.run(fresh).vocabulary  # the plain loop: every row as a segment of a prompt
         for each in fresh:
-            assert each.lane is not None
-            runner.cache.close(each.lane)
-        before = [dict(lane.lengths) for lane in lanes]
+            assert each.kv_slot is not None
+            runner.cache.close(each.kv_slot)
+        before = [dict(kv_slot.lengths) for kv_slot in kv_slots]
         with kernels.without() if batched is not None else nullcontext():
-            steps = runner.run([], [DecodeStep(7, slot, lane) for slot, lane in zip(picked, lanes)]).vocabulary  # noqa: B905
-        for lane, lengths in zip(lanes, before, strict=True):
-            lane.lengths = lengths
+            steps = runner.run([], [DecodeStep(7, slot, kv_slot) for slot, kv_slot in zip(picked, kv_slots)]).vocabulary  # noqa: B905
+        for kv_slot, lengths in zip(kv_slots, before, strict=True):
+            kv_slot.lengths = lengths
         torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
 
 
@@ -204,31 +204,31 @@ def test_decoding_in_bfloat16_is_near_to_float32(way: str) -> None:
     outcomes = []
     for dtype in (torch.float32, torch.bfloat16):
         runner = runner_of("llama", "generate", adapters, dtype)
-        _, lanes = prompts(runner, [1, 2, 3, 4, 5, 6, 7, 8])
-        steps = [DecodeStep(9, slot, lane) for slot, lane in enumerate(lanes, 1)]
-        assert runner.bank.stack.batched is (dtype == torch.float32)  # the stacked way in bfloat16
+        _, kv_slots = prompts(runner, [1, 2, 3, 4, 5, 6, 7, 8])
+        steps = [DecodeStep(9, slot, kv_slot) for slot, kv_slot in enumerate(kv_slots, 1)]
+        assert runner.adapter_pool.stack.batched is (dtype == torch.float32)  # the stacked way in bfloat16
         outcomes.append(runner.run([], steps).vocabulary)
     assert (outcomes[0] - outcomes[1]).abs().max() < 0.05 * outcomes[0].abs().max()
 
 
 def test_mounting_takes_as_long_beside_a_thousand_as_beside_none() -> None:
     adapter = loras("bert", "classify", 1)[0]
-    bank: Bank = runner_of("bert", "classify", [adapter]).bank
+    adapter_pool: AdapterPool = runner_of("bert", "classify", [adapter]).adapter_pool
     touched: list[Any] = []
-    loaded = bank.prepare(adapter, "sha256:x", CLASSIFIES)
+    loaded = adapter_pool.prepare(adapter, "sha256:x", CLASSIFIES)
     for slot in range(1, 1001):
-        bank.mount(slot, loaded)
-    for linear in attachment(bank._model).linears.values():
+        adapter_pool.mount(slot, loaded)
+    for linear in attachment(adapter_pool._model).linears.values():
         linear.register_module = lambda *a: touched.append(a)  # type: ignore[method-assign]
-    bank.mount(1001, loaded)
-    bank.unmount(1)
+    adapter_pool.mount(1001, loaded)
+    adapter_pool.unmount(1)
     assert not touched
-    assert all(not linear.slots for linear in attachment(bank._model).linears.values())
+    assert all(not linear.slots for linear in attachment(adapter_pool._model).linears.values())
 
 
 def test_a_lora_in_memory_is_one_run_in_the_bases_precision() -> None:
     adapter = made("bert", "classify", METHODS["wide"])
-    loaded = runner_of("bert", "classify", [], torch.bfloat16).bank.prepare(adapter, "sha256:x", CLASSIFIES)
+    loaded = runner_of("bert", "classify", [], torch.bfloat16).adapter_pool.prepare(adapter, "sha256:x", CLASSIFIES)
     numbers = sum(each.numel() for each in adapter.tensors.values())
     numbers += sum(each.numel() for each in adapter.head.values())
     assert loaded.run.untyped_storage().nbytes() == loaded.bytes == 2 * numbers
@@ -246,7 +246,7 @@ def test_a_pooler_is_adapted_where_the_head_reads_it() -> None:
     torch.testing.assert_close(own, classify_logits(alone("bert", "classify", adapter), [row])[0], atol=1e-5, rtol=1e-5)
     without = {name: each * (0.0 if "pooler" in name else 1.0) for name, each in adapter.tensors.items()}
     changed = Adapter(adapter.method, without, adapter.head, adapter.base)
-    runner.bank.mount(2, runner.bank.prepare(changed, "sha256:y", CLASSIFIES))
+    runner.adapter_pool.mount(2, runner.adapter_pool.prepare(changed, "sha256:y", CLASSIFIES))
     assert (runner.run([Prefill(row.tolist(), 2)]).classes[0] - own).abs().max() > 1e-3
 
 
@@ -270,15 +270,15 @@ def test_heads_with_a_pooler_of_their_own_and_without_and_of_other_classes_answe
         assert len(logits) == (3 if slot == 4 else 2 + slot)
         torch.testing.assert_close(logits, runner.run([Prefill(row, slot)]).classes[0], atol=close, rtol=close)
     shared = replace(adapters[1], head={name: each for name, each in adapters[1].head.items() if "pooler" not in name})
-    runner.bank.mount(5, runner.bank.prepare(shared, "sha256:y", CLASSIFIES))
+    runner.adapter_pool.mount(5, runner.adapter_pool.prepare(shared, "sha256:y", CLASSIFIES))
     assert (runner.run([Prefill(inputs[0], 5)]).classes[0] - mixed[0]).abs().max() > 1e-3
 
 
 def test_adapters_of_one_shape_share_where_their_tensors_lie_whatever_the_order_of_a_file() -> None:
     one, other = (made("bert", "classify", METHODS["wide"], seed) for seed in (1, 2))
     turned = replace(other, **{part: dict(reversed(getattr(other, part).items())) for part in ("tensors", "head")})
-    bank = runner_of("bert", "classify", []).bank
-    first, second, third = (bank.prepare(each, "sha256:x", CLASSIFIES) for each in (one, other, turned))
+    adapter_pool = runner_of("bert", "classify", []).adapter_pool
+    first, second, third = (adapter_pool.prepare(each, "sha256:x", CLASSIFIES) for each in (one, other, turned))
     assert first.layout is second.layout is third.layout
     assert first.ends is third.ends
     assert torch.equal(second.run, third.run)
@@ -293,10 +293,12 @@ def test_a_pass_of_both_kinds_of_rows_is_the_same_by_kernel_and_by_torch() -> No
     for context in (nullcontext(), kernels.without()):
         runner = runner_of("llama", "generate", adapters)
         with context:
-            _, lanes = prompts(runner, [0, 1, 2, 2, 3, 4, 5, 5])
-            fresh = [Prefill(row.tolist(), slot, runner.lane(30, 8, slot)) for slot, row in enumerate(rows())]
-            steps = [DecodeStep(9, slot, lane) for slot, lane in zip([0, 1, 2, 2, 3, 4, 5, 5], lanes, strict=True)]
+            _, kv_slots = prompts(runner, [0, 1, 2, 2, 3, 4, 5, 5])
+            fresh = [Prefill(row.tolist(), slot, runner.kv_slot(30, 8, slot)) for slot, row in enumerate(rows())]
+            steps = [
+                DecodeStep(9, slot, kv_slot) for slot, kv_slot in zip([0, 1, 2, 2, 3, 4, 5, 5], kv_slots, strict=True)
+            ]
             outcomes.append(runner.run(fresh, steps).vocabulary)
-            assert not runner.bank._spans
-            assert not runner.bank._held
+            assert not runner.adapter_pool._spans
+            assert not runner.adapter_pool._held
     torch.testing.assert_close(outcomes[0], outcomes[1], atol=2e-5, rtol=2e-5)

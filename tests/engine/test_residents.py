@@ -66,7 +66,7 @@ def test_adapters_that_say_the_same_of_their_task_share_one(shelf: Shelf) -> Non
     with shelf.engine() as engine:
         for name in "efg":
             agree(engine.classify(TEXTS, name), reference(shelf, name, TEXTS))
-        loaded = {each.version[0]: engine._runner.bank.at(each.slot) for each in engine.loaded()}
+        loaded = {each.version[0]: engine._runner.adapter_pool.at(each.slot) for each in engine.loaded()}
         assert all(loaded.values())
         e, f, g = (loaded[name].task for name in "efg")
         assert e is f

@@ -89,39 +89,39 @@ def test_scores_of_a_mixed_pass_and_of_the_step_behind_it_equal_each_row_alone(f
     }  # (2, V) each
     for name, numbers in PATTERNS.items():
         slots = [0 if slot == 7 else slot for slot in numbers]
-        lanes = [runner.lane(len(row), 2, slot) for row, slot in zip(inputs, slots, strict=True)]
-        fresh = [Prefill(r.tolist(), slot, lane) for r, slot, lane in zip(inputs, slots, lanes, strict=True)]
+        kv_slots = [runner.kv_slot(len(row), 2, slot) for row, slot in zip(inputs, slots, strict=True)]
+        fresh = [Prefill(r.tolist(), slot, kv_slot) for r, slot, kv_slot in zip(inputs, slots, kv_slots, strict=True)]
         first = runner.run(fresh).vocabulary
         second = runner.run(
-            [], [DecodeStep(17, slot, lane) for slot, lane in zip(slots, lanes, strict=True)]
+            [], [DecodeStep(17, slot, kv_slot) for slot, kv_slot in zip(slots, kv_slots, strict=True)]
         ).vocabulary
         for row, slot in enumerate(slots):
             got = torch.stack([first[row], second[row]])
             torch.testing.assert_close(got, wanted[row, slot], atol=1e-5, rtol=1e-5, msg=name)
-            runner.cache.close(lanes[row])
+            runner.cache.close(kv_slots[row])
 
 
 def greedy(runner: Runner, prompts: list[Any], slots: list[int], count: int, together: bool = True) -> list[list[int]]:
     """Token by token; with `together` the second half joins two steps later than the first."""
     said: list[list[int]] = [[] for _ in prompts]
-    lanes: dict[int, Any] = {}
+    kv_slots: dict[int, Any] = {}
     waiting = list(range(len(prompts)))
-    while waiting or lanes:
-        begin = waiting[: (len(prompts) + 1) // 2] if together else waiting[:1] if not lanes else []
-        if together and lanes and any(len(said[row]) < 2 for row in lanes):
+    while waiting or kv_slots:
+        begin = waiting[: (len(prompts) + 1) // 2] if together else waiting[:1] if not kv_slots else []
+        if together and kv_slots and any(len(said[row]) < 2 for row in kv_slots):
             begin = []
         waiting = [row for row in waiting if row not in begin]
-        going = list(lanes)
-        steps = [DecodeStep(said[row][-1], slots[row], lanes[row]) for row in going]
+        going = list(kv_slots)
+        steps = [DecodeStep(said[row][-1], slots[row], kv_slots[row]) for row in going]
         fresh = []
         for row in begin:
-            lanes[row] = runner.lane(len(prompts[row]), count, slots[row])
-            fresh.append(Prefill(prompts[row].tolist(), slots[row], lanes[row]))
+            kv_slots[row] = runner.kv_slot(len(prompts[row]), count, slots[row])
+            fresh.append(Prefill(prompts[row].tolist(), slots[row], kv_slots[row]))
         tokens = runner.run(fresh, steps).vocabulary.argmax(-1).tolist()
         for row, token in zip([*begin, *going], tokens, strict=True):
             said[row].append(token)
             if len(said[row]) == count:
-                runner.cache.close(lanes.pop(row))
+                runner.cache.close(kv_slots.pop(row))
     return said
 
 

@@ -14,7 +14,7 @@ from exchange.foreign import (
     peft_folder,
 )
 
-from turret import adapters
+from turret import bundles
 from turret.adapters import Adapter
 from turret.workspace import Workspace
 
@@ -67,4 +67,4 @@ def bundle(workspace: Workspace, tmp_path: Path) -> Path:
 @pytest.fixture
 def bundle_of_writer(workspace: Workspace, tmp_path: Path) -> Adapter:
     workspace.export("writer", tmp_path / "writer")
-    return adapters.read_bundle(tmp_path / "writer")
+    return bundles.read_bundle(tmp_path / "writer")

@@ -12,7 +12,7 @@ import pytest
 import small_models
 import torch
 
-from turret import adapters, bases
+from turret import adapters, bases, bundles
 from turret.cli.main import run
 from turret.tasks import task_from_spec
 from turret.workspace import Workspace
@@ -49,7 +49,7 @@ def chances(workspace: Workspace, name: str, text: str) -> torch.Tensor:
     base = bases.load(manifest["base"]["id"], task="classify", dtype="float32")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         workspace.store.materialize(name, Path(folder))
-        adapters.mount(base.model, adapters.read_bundle(folder), fingerprint=base.fingerprint)
+        adapters.mount(base.model, bundles.read_bundle(folder), fingerprint=base.fingerprint)
         task = task_from_spec(manifest["task"], base.tokenizer)
         return adapters.classify_logits(base.model, [task.encode_source(text).ids]).softmax(-1)[0]
 

@@ -23,7 +23,7 @@ from exchange.foreign import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from turret.adapters import archive
+from turret.bundles import archive
 from turret.errors import BundleError
 from turret.workspace import Workspace
 

@@ -28,9 +28,10 @@ from safetensors.torch import load_file
 from small_disk import mounted_disk
 
 import turret
-from turret import adapters, bases
-from turret.adapters import Adapter, merge, vllm
+from turret import adapters, bases, bundles
+from turret.adapters import Adapter, merge
 from turret.adapters.lora import merged_weight
+from turret.bundles import vllm
 from turret.errors import AdapterError, Corrupt, NotFound, StoreError
 from turret.methods import Full, Head, Prefix
 from turret.workspace import Workspace
@@ -95,7 +96,7 @@ def test_peft_loads_an_export_and_gives_the_same_outputs(
 ) -> None:
     workspace.export(name, tmp_path / "out")
     theirs = peft.PeftModel.from_pretrained(small_models.build(family, task), str(tmp_path / "out")).eval()
-    ours = adapters.mount(small_models.build(family, task), adapters.read_bundle(tmp_path / "out"))
+    ours = adapters.mount(small_models.build(family, task), bundles.read_bundle(tmp_path / "out"))
     ids = torch.tensor([[5, 9, 30, 31, 32]])
     torch.testing.assert_close(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
@@ -146,7 +147,7 @@ def test_merging_makes_new_tensors_and_writes_to_none_of_the_base(
 ) -> None:
     base = bases.load(str(bert), task="classify", num_labels=3, dtype="float32")
     before = {name: each.clone() for name, each in base.model.state_dict().items()}
-    adapter = adapters.read_bundle(bundle)
+    adapter = bundles.read_bundle(bundle)
     state = merge.merged_state(base.model, adapter)
     assert all(torch.equal(each, before[name]) for name, each in base.model.state_dict().items())
     changed = {name for name, each in state.items() if not torch.equal(each, before[name])}
@@ -285,7 +286,7 @@ def test_a_lora_on_a_decoder_goes_to_vllm_with_the_rank_to_start_it_with(workspa
 )
 def test_what_vllm_does_not_take_is_refused(family, task, changes, text, tmp_path) -> None:
     peft_folder(family, task, tmp_path / "peft", **changes)
-    adapter = adapters.read_bundle(tmp_path / "peft")
+    adapter = bundles.read_bundle(tmp_path / "peft")
     with pytest.raises(AdapterError, match=text) as caught:
         vllm.max_lora_rank(replace(adapter, base=replace(adapter.base, family=family)))
     assert "\n" not in str(caught.value)

@@ -25,8 +25,8 @@ from exchange.foreign import (
 )
 from safetensors.torch import load_file, save_file
 
-from turret import adapters, bases
-from turret.adapters import outside
+from turret import adapters, bases, bundles
+from turret.bundles import fetch
 from turret.cli.main import run
 from turret.errors import BundleError, TurretError
 from turret.methods import LoRA
@@ -95,7 +95,7 @@ def test_a_bundle_says_its_task_itself(bundle, tmp_path, capsys) -> None:
 def test_a_bundle_without_a_task_is_told_it_and_keeps_its_base(bert, tmp_path, capsys) -> None:
     base = bases.load(str(bert), task="classify", num_labels=2, dtype="float32")
     model = adapters.attach(base.model, LoRA(r=2, init_lora_weights=False), generator=torch.Generator().manual_seed(1))
-    adapters.save(model, tmp_path / "mine", base=str(bert))
+    bundles.save(model, tmp_path / "mine", base=str(bert))
     other = small_models.save_base("bert", tmp_path / "other", seed=1)
     said = refused(capsys, tmp_path / "store", tmp_path / "mine", "--labels", "a,b", "--base", str(other))
     assert "was trained on base" in said
@@ -135,7 +135,7 @@ def test_an_adapter_of_the_hub_is_copied_out_of_its_cache_with_its_commit(foreig
             os.symlink(foreign / name, snapshot / name)
         return str(snapshot)
 
-    brought = outside.bring("owner/adapter", tmp_path / "beside", download=download)
+    brought = fetch.bring("owner/adapter", tmp_path / "beside", download=download)
     assert asked == [("owner/adapter", [WEIGHTS, CONFIG, MANIFEST])]
     assert brought.revision == "c" * 40
     assert contents(brought.folder) == {name: (foreign / name).read_bytes() for name in (WEIGHTS, CONFIG)}
@@ -145,7 +145,7 @@ def test_an_adapter_of_the_hub_is_copied_out_of_its_cache_with_its_commit(foreig
 def test_a_repository_without_safetensors_is_refused(tmp_path) -> None:
     (tmp_path / "snapshot").mkdir()
     with pytest.raises(BundleError, match=r"has no adapter_model\.safetensors: only safetensors is fetched"):
-        outside.bring("owner/adapter", tmp_path / "beside", download=lambda *_, **__: str(tmp_path / "snapshot"))
+        fetch.bring("owner/adapter", tmp_path / "beside", download=lambda *_, **__: str(tmp_path / "snapshot"))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

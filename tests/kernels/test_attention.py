@@ -15,13 +15,13 @@ from torch import Tensor
 
 from turret import kernels
 from turret.adapters import attach, packed
-from turret.adapters.attend import attend_plainly
-from turret.kernels import KEPT, Dropped, Prefixes, Rows
+from turret.adapters.attention_math import attend_plainly
+from turret.kernels import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 from turret.methods import LoRA, Prefix
 
 
 def plainly(
-    rows: Rows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, drop: list[Tensor] | None = None
+    rows: AttentionRows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, drop: list[Tensor] | None = None
 ) -> Tensor:
     """Row by row in double precision, from what `Rows` says."""
     parts = []
@@ -86,12 +86,12 @@ def test_attention_and_its_gradients_are_the_plain_ones_for_any_rows(
     of_row = [(None, 0, 1)[row % 3] if prefixed else None for row in range(len(lengths))]
     zero = 33 + max(lengths)
     bias = draw(H, zero + max(lengths)) if biased else None
-    rows = Rows(starts, each, starts, each, dim**-0.5, causal, window, bias, zero)
+    rows = AttentionRows(starts, each, starts, each, dim**-0.5, causal, window, bias, zero)
     q, dy = draw(n, H, dim, dtype=dtype), draw(n, H, dim, dtype=dtype)
     k, v = draw(n, K, dim, dtype=dtype), draw(n, K, dim, dtype=dtype)
     prefixes = Prefixes(pairs, of_row)
-    y, log_sum = compiled().attention(rows, q, k, v, prefixes, KEPT)
-    dq, dk, dv, dprefix = compiled().attention_backward(rows, q, k, v, prefixes, KEPT, dy, log_sum)
+    y, log_sum = compiled().attention(rows, q, k, v, prefixes, NO_DROPOUT)
+    dq, dk, dv, dprefix = compiled().attention_backward(rows, q, k, v, prefixes, NO_DROPOUT, dy, log_sum)
     wide = [x.double().requires_grad_() for x in (q, k, v)]
     wide_pairs = [(a.double().requires_grad_(), b.double().requires_grad_()) for a, b in pairs]
     expected = plainly(rows, *wide, Prefixes(wide_pairs, of_row))
@@ -114,8 +114,8 @@ def test_attention_and_its_gradients_are_the_plain_ones_for_any_rows(
 def test_attention_drops_the_same_probabilities_forward_and_backward(dtype: torch.dtype) -> None:
     """The mask is read off a forward pass whose values are the identity; then everything is as if it were given."""
     T, dim, p = 64, 64, 0.25
-    rows = Rows(torch.tensor([0]), torch.tensor([T]), torch.tensor([0]), torch.tensor([T]), 0.1, causal=False)
-    none, dropped = Prefixes([], [None]), Dropped.of(p, (3, 4))
+    rows = AttentionRows(torch.tensor([0]), torch.tensor([T]), torch.tensor([0]), torch.tensor([T]), 0.1, causal=False)
+    none, dropped = Prefixes([], [None]), DropoutArguments.of(p, (3, 4))
     q, k, v, dy = (draw(T, 2, dim, dtype=dtype) for _ in range(4))
     identity = torch.eye(T, dtype=dtype)[:, None].expand(T, 2, T).contiguous()
     seen = compiled().attention(rows, q, k, identity, none, dropped)[0]  # (T, 2, S): the dropped probabilities
@@ -128,16 +128,16 @@ def test_attention_drops_the_same_probabilities_forward_and_backward(dtype: torc
     ours = compiled().attention_backward(rows, q, k, v, none, dropped, dy, log_sum)[:3]
     for mine, theirs in zip(ours, torch.autograd.grad(expected, wide, dy.double()), strict=True):
         close(mine, theirs, dtype)
-    undropped = compiled().attention(rows, q, k, v, none, KEPT)[0]
+    undropped = compiled().attention(rows, q, k, v, none, NO_DROPOUT)[0]
     assert not torch.allclose(undropped.float(), y.float(), atol=0.05)  # the control
 
 
 @needed
 def test_a_lost_number_in_one_row_stays_in_that_row() -> None:
-    rows = Rows(*(torch.tensor(x) for x in ([0, 5], [5, 7], [0, 5], [5, 7])), 0.5, causal=False)
+    rows = AttentionRows(*(torch.tensor(x) for x in ([0, 5], [5, 7], [0, 5], [5, 7])), 0.5, causal=False)
     q, k, v = draw(12, 2, 8), draw(12, 1, 8), draw(12, 1, 8)
     k[2] = float("nan")
-    y, _ = compiled().attention(rows, q, k, v, Prefixes([], [None, None]), KEPT)
+    y, _ = compiled().attention(rows, q, k, v, Prefixes([], [None, None]), NO_DROPOUT)
     assert y[:5].isnan().all()
     assert y[5:].isfinite().all()
 
@@ -177,7 +177,7 @@ def test_attention_is_no_slower_than_what_it_replaces() -> None:
     """Sums that a compiler keeps in memory are right and twenty times slower: so with vectors wider than registers."""
     B, T, H, D = 4, 192, 8, 32
     starts, each = torch.arange(B) * T, torch.full((B,), T)
-    rows = Rows(starts, each, starts, each, D**-0.5, causal=False)
+    rows = AttentionRows(starts, each, starts, each, D**-0.5, causal=False)
     q, k, v = (torch.randn(B * T, H, D) for _ in range(3))
     prefixes = Prefixes([], [None] * B)
 
@@ -193,4 +193,4 @@ def test_attention_is_no_slower_than_what_it_replaces() -> None:
             times.append(time.perf_counter() - began)
         return min(times)
 
-    assert least(lambda: compiled().attention(rows, q, k, v, prefixes, KEPT)) < 1.5 * least(plain)
+    assert least(lambda: compiled().attention(rows, q, k, v, prefixes, NO_DROPOUT)) < 1.5 * least(plain)

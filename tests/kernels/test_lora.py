@@ -7,11 +7,11 @@ import torch
 from compiled_kernels import BOTH, close, compiled, draw, needed
 from torch import Tensor
 
-from turret.kernels import KEPT, Dropped
+from turret.kernels import NO_DROPOUT, DropoutArguments
 
 Numbers = tuple[Tensor, ...]
 BY = 1.7
-HALF = Dropped.of(0.5, (12345, 678))
+HALF = DropoutArguments.of(0.5, (12345, 678))
 
 
 def drawn(tokens: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype) -> Numbers:
@@ -22,7 +22,7 @@ def drawn(tokens: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype) -> 
     return x, draw(rank, d_in) * d_in**-0.5, draw(d_out, rank), y, dy, dx
 
 
-def ours(numbers: Numbers, dropped: Dropped) -> Numbers:
+def ours(numbers: Numbers, dropped: DropoutArguments) -> Numbers:
     """y, dx, dA, dB"""
     x, A, B, y, dy, dx = (each.clone() for each in numbers)
     h = compiled().lora(x, A, B, BY, dropped, y)
@@ -30,7 +30,7 @@ def ours(numbers: Numbers, dropped: Dropped) -> Numbers:
     return y, dx, dA, dB
 
 
-def plainly(numbers: Numbers, dropped: Dropped) -> Numbers:
+def plainly(numbers: Numbers, dropped: DropoutArguments) -> Numbers:
     x, A, B, y, dy, dx = (each.double() for each in numbers)
     mask = compiled().dropout(torch.ones_like(numbers[0]), dropped, 1.0).double()
     dh = BY * dy @ B
@@ -39,11 +39,11 @@ def plainly(numbers: Numbers, dropped: Dropped) -> Numbers:
 
 @needed
 @BOTH
-@pytest.mark.parametrize("dropped", [KEPT, HALF], ids=["kept", "dropped"])
+@pytest.mark.parametrize("dropped", [NO_DROPOUT, HALF], ids=["kept", "dropped"])
 @pytest.mark.parametrize("rank", [1, 3, 4, 8, 13, 32])
 @pytest.mark.parametrize("sizes", [(37, 64, 96), (1, 32, 32), (64, 160, 384)])
 def test_lora_and_its_gradients_are_the_formula(
-    sizes: tuple[int, int, int], rank: int, dropped: Dropped, dtype: torch.dtype
+    sizes: tuple[int, int, int], rank: int, dropped: DropoutArguments, dtype: torch.dtype
 ) -> None:
     numbers = drawn(*sizes, rank, dtype)
     for given, expected in zip(ours(numbers, dropped), plainly(numbers, dropped), strict=True):
@@ -55,7 +55,7 @@ def test_lora_and_its_gradients_are_the_formula(
 def test_one_mask_for_another_is_seen() -> None:
     """The control of the test above, and that a mask is the one of the seeds."""
     numbers = drawn(37, 64, 96, 8, torch.float32)
-    other = ours(numbers, Dropped.of(0.5, (12345, 679)))
+    other = ours(numbers, DropoutArguments.of(0.5, (12345, 679)))
     for given, expected in zip(other, plainly(numbers, HALF), strict=True):
         assert not torch.allclose(given.double(), expected, rtol=1e-2, atol=1e-2)
 
@@ -88,6 +88,6 @@ def test_a_number_is_the_same_to_the_last_bit_with_any_number_of_threads(dtype: 
 def test_what_is_not_a_number_stays_in_its_own_row() -> None:
     x, A, B, y, dy, dx = drawn(5, 64, 32, 4, torch.float32)
     x[3, 7] = float("nan")
-    given = ours((x, A, B, y, dy, dx), KEPT)[0]
+    given = ours((x, A, B, y, dy, dx), NO_DROPOUT)[0]
     assert given[3].isnan().all()
     assert given[[0, 1, 2, 4]].isfinite().all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compiled_kernels import BOTH, TOLERANCES, close, compiled, draw, needed
 
-from turret.kernels import Dropped
+from turret.kernels import DropoutArguments
 
 
 @needed
@@ -42,13 +42,13 @@ def test_the_ends_of_the_number_line_neither_overflow_nor_hide() -> None:
 @BOTH
 def test_dropout_keeps_its_share_and_the_same_seeds_keep_the_same(dtype: torch.dtype) -> None:
     x = draw(1_000_003, dtype=dtype).abs() + 1  # a zero of its own would look dropped
-    dropped = Dropped.of(0.3, (7, 8))
+    dropped = DropoutArguments.of(0.3, (7, 8))
     y = compiled().dropout(x, dropped)
     kept = y != 0
     assert kept.double().mean().item() == pytest.approx(0.7, abs=2e-3)
     close(y[kept], x[kept].double() / 0.7, dtype)
     assert torch.equal(kept, compiled().dropout(torch.ones_like(x), dropped) != 0)
-    assert not torch.equal(kept, compiled().dropout(torch.ones_like(x), Dropped.of(0.3, (7, 9))) != 0)
+    assert not torch.equal(kept, compiled().dropout(torch.ones_like(x), DropoutArguments.of(0.3, (7, 9))) != 0)
 
 
 @needed

@@ -7,7 +7,7 @@ import torch
 from compiled_kernels import BOTH, adapted, close, compiled, draw, needed, spans_of
 from torch import Tensor
 
-from turret.kernels import Kept
+from turret.kernels import CachedKVArguments
 
 
 @needed
@@ -85,7 +85,7 @@ def test_a_query_sees_what_the_cache_holds_of_its_row_and_nothing_else(
     for row, length in enumerate(lengths):
         room[:, row, :, length:] = float("nan")  # what is not there yet may be anything
     keys, values = room[0, :5, :, :40], room[1, :5, :, :40]
-    kept = Kept(lengths, prefixes, keys)
+    kept = CachedKVArguments(lengths, prefixes, keys)
     before = room.clone()
     compiled().keep_step(kept, keys, values, new_keys, new_values)
     rows = torch.arange(5)

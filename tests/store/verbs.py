@@ -233,7 +233,7 @@ def real(folder: Path) -> Path:
         import tiny_training
         import torch
 
-        from turret import LoRA, adapters, bases
+        from turret import LoRA, adapters, bases, bundles
 
         torch.set_num_threads(1)
         base: Any = bases.load(str(small_models.save_base("bert", folder / "bert")), task="classify", num_labels=2)
@@ -241,7 +241,7 @@ def real(folder: Path) -> Path:
         adapters.attach(base.model, LoRA(init_lora_weights=False), generator=torch.Generator().manual_seed(0))
         tensors, head, method = adapters.extract(base.model)
         info = adapters.BaseInfo(base.id, base.fingerprint, base.family.name)
-        adapters.save_bundle(adapters.Adapter(method, tensors, head, info, task.spec()), folder / "real")
+        bundles.save_bundle(adapters.Adapter(method, tensors, head, info, task.spec()), folder / "real")
         BUILT[folder] = folder / "real"
     return BUILT[folder]
 
@@ -266,7 +266,7 @@ def import_(where: str, folder: Path) -> None:
 
 
 def ready_to_export(where: str, folder: Path) -> Hold:
-    from turret import adapters
+    from turret import bundles
 
     store = two(where, folder)
     store.put("b", real(folder))
@@ -276,7 +276,7 @@ def ready_to_export(where: str, folder: Path) -> Hold:
     def hold(done: bool) -> None:
         assert out.exists() or not done
         if out.exists():
-            adapters.read_bundle(out)
+            bundles.read_bundle(out)
 
     return hold
 

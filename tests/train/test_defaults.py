@@ -18,7 +18,7 @@ from turret.methods.method import LARGE_BASE
 from turret.recipe import Recipe
 from turret.train import evaluate, filled, fit
 from turret.train.defaults import FEWEST_EPOCHS, MOST_EPOCHS
-from turret.train.start import attach
+from turret.train.initialize import attach
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "recipe.md"
 DOCUMENTED: dict[str, tuple[Method, str]] = {

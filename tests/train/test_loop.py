@@ -20,9 +20,9 @@ from turret import adapters, kernels
 from turret.errors import AdapterError, Interrupted, LossNotFinite, OutOfMemory, RecipeError, TrainingError
 from turret.train import checkpoint, evaluate, fit, read_curve
 from turret.train.batches import Items
+from turret.train.initialize import attach
 from turret.train.memory import Prediction
 from turret.train.optim import AdamW
-from turret.train.start import attach
 from turret.train.step import explained, loss_of, train_step
 
 

@@ -24,9 +24,9 @@ from safetensors import safe_open
 from turret.errors import TrainingError
 from turret.train import checkpoint, processes
 from turret.train.batches import Items
+from turret.train.initialize import attach
 from turret.train.optim import AdamW
 from turret.train.processes import Processes
-from turret.train.start import attach
 from turret.train.step import train_step
 
 

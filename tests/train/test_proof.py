@@ -11,7 +11,7 @@ import small_models
 import tiny_training as tiny
 import torch
 
-from turret import adapters, bases
+from turret import adapters, bases, bundles
 from turret.errors import ProofFailed
 from turret.train import fit, probe, prove, reload
 from turret.train.proof import Probe, answer
@@ -30,7 +30,7 @@ def trained(folder: Path, to: Path, kind: str = "classify", **overrides: Any) ->
     _, fitted = tiny.train(fit(recipe, on, task, data))
     asked = probe(on.model, task, data.test)
     adapters.detach(on.model)
-    adapters.save_bundle(fitted.adapter, to)
+    bundles.save_bundle(fitted.adapter, to)
     return on, asked, fitted.adapter
 
 
@@ -109,7 +109,7 @@ def test_other_outputs_another_base_and_an_adapter_without_effect_are_refused(
     assert "its base had other weights" in report["problem"]
 
     silent = {name: each * 0 if "lora_B" in name else each for name, each in adapter.tensors.items()}
-    adapters.save_bundle(replace(adapter, tensors=silent), tmp_path / "silent")
+    bundles.save_bundle(replace(adapter, tensors=silent), tmp_path / "silent")
     adapters.mount(on.model, replace(adapter, tensors=silent))
     outputs = answer(on.model, asked.sources, []).detach()
     adapters.detach(on.model)

@@ -10,9 +10,9 @@ import pytest
 import tiny_training as tiny
 import torch
 
-from turret import adapters
+from turret import adapters, bundles
 from turret.errors import AdapterError, TrainingError, WrongBase
-from turret.train import Start, find_rate, fit, plan
+from turret.train import InitialAdapter, find_rate, fit, plan
 from turret.train.checkpoint import step_of
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def begun(start: Start, folder: Path | None = None, on: Any = None, **settings: Any) -> Any:
+def begun(start: InitialAdapter, folder: Path | None = None, on: Any = None, **settings: Any) -> Any:
     """(base, steps) of a training that goes on from it."""
     made = tiny.recipe(train__init_from=start.version, train__checkpoint_every=2, train__epochs=1, **settings)
     on, data = on or tiny.base("bert"), tiny.dataset()
@@ -30,11 +30,11 @@ def begun(start: Start, folder: Path | None = None, on: Any = None, **settings: 
 
 
 @pytest.fixture(scope="module", params=list(METHODS))
-def parent(request) -> tuple[Start, dict[str, Any]]:
+def parent(request) -> tuple[InitialAdapter, dict[str, Any]]:
     settings = METHODS[request.param]
     made, on, data = tiny.recipe(train__epochs=1, train__lr=3e-3, **settings), tiny.base("bert"), tiny.dataset()
     _, fitted = tiny.train(fit(made, on, tiny.task_of(made, data, on), data))
-    return Start("tiny@1", "sha256:parent", fitted.adapter), settings
+    return InitialAdapter("tiny@1", "sha256:parent", fitted.adapter), settings
 
 
 def weights(fitted: Any) -> dict[str, torch.Tensor]:
@@ -97,8 +97,8 @@ def test_a_checkpoint_of_a_training_from_another_parent_is_refused(parent, tmp_p
 def test_a_bundle_of_it_reads_back_with_its_parent(parent, tmp_path) -> None:
     start, settings = parent
     _, fitted = tiny.train(begun(start, **settings)[1])
-    adapters.save_bundle(fitted.adapter, tmp_path / "bundle")
-    read = adapters.read_bundle(tmp_path / "bundle")
+    bundles.save_bundle(fitted.adapter, tmp_path / "bundle")
+    read = bundles.read_bundle(tmp_path / "bundle")
     assert read.lineage == fitted.adapter.lineage
     assert same({**read.tensors, **read.head}, weights(fitted))
 
@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_one_line_for_plan_trials_and_training_and_the_base
     task = tiny.task_of(made, data, on)
     _, fitted = tiny.train(fit(tiny.recipe(train__max_steps=1), on, task, data))
     adapters.detach(on.model)
-    start = Start("tiny@1", "sha256:p", replace(fitted.adapter, **change))
+    start = InitialAdapter("tiny@1", "sha256:p", replace(fitted.adapter, **change))
     for call in (
         lambda: next(fit(made, on, task, data, start=start)),
         lambda: plan(made, on, task, data, start=start),

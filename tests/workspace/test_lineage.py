@@ -14,7 +14,7 @@ import tiny_training
 import torch
 from safetensors.torch import load_file
 
-from turret import LoRA, Recipe, Workspace, adapters, bases
+from turret import LoRA, Recipe, Workspace, adapters, bases, bundles
 from turret.cli.main import run
 from turret.errors import AdapterError, InUse, NotFound
 from turret.workspace import RunResult
@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
     adapters.attach(base.model, LoRA(init_lora_weights=False), generator=torch.Generator().manual_seed(0))
     tensors, head, method = adapters.extract(base.model)
     info = adapters.BaseInfo(base.id, base.fingerprint, base.family.name)
-    adapters.save_bundle(adapters.Adapter(method, tensors, head, info, spec), folder / "parent")
+    bundles.save_bundle(adapters.Adapter(method, tensors, head, info, spec), folder / "parent")
     return folder
 
 

@@ -11,7 +11,7 @@ import small_models
 import tiny_training
 import torch
 
-from turret import LoRA, Workspace, adapters, bases
+from turret import LoRA, Workspace, adapters, bases, bundles
 from turret.errors import DataError, GateFailed
 from turret.store import Golden
 from turret.workspace import answering, promoting
@@ -40,7 +40,7 @@ def made(name: str, family: str, kind: str, folder: Path) -> Path:
     tensors, head, method = adapters.extract(base.model)
     head = {key: value + 0.1 * place for place, (key, value) in enumerate(head.items())}
     info = adapters.BaseInfo(base.id, base.fingerprint, base.family.name)
-    adapters.save_bundle(
+    bundles.save_bundle(
         adapters.Adapter(method, tensors, head, info, spec, dict(spec.get("generation") or {})), folder / name
     )
     return folder / name

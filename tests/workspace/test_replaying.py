@@ -9,7 +9,7 @@ import small_models
 import tiny_training
 import torch
 
-from turret import LoRA, Workspace, adapters, bases
+from turret import LoRA, Workspace, adapters, bases, bundles
 from turret.errors import DataError
 
 TEXTS = [f"{words}, number {number}" for number in range(12) for words in ("a great film", "a dull story")]
@@ -22,7 +22,7 @@ def made(name: str, seed: int, folder: Path, source: Path) -> Path:
     tensors, head, method = adapters.extract(base.model)
     head = {key: value + 0.1 * place * (1 - 2 * seed) for place, (key, value) in enumerate(head.items())}
     info = adapters.BaseInfo(base.id, base.fingerprint, base.family.name)
-    adapters.save_bundle(adapters.Adapter(method, tensors, head, info, task.spec()), folder / name)
+    bundles.save_bundle(adapters.Adapter(method, tensors, head, info, task.spec()), folder / name)
     return folder / name
 
 

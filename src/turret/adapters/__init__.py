@@ -14,17 +14,16 @@ from turret.adapters.attached import (
     target_paths,
     trainable_parameters,
 )
-from turret.adapters.bundle import read_bundle, read_manifest, save, save_bundle
-from turret.adapters.int8 import int8_layers, rounded_bytes
+from turret.adapters.batch_context import BARE, BatchContext, set_context
+from turret.adapters.fused.int8 import int8_layers, rounded_bytes
 from turret.adapters.lifecycle import attach, extract, mount, start_from, unmount
 from turret.adapters.packed import classify_logits, target_logits
-from turret.adapters.route import BARE, Route, set_route
 
 __all__ = [
     "BARE",
     "Adapter",
     "BaseInfo",
-    "Route",
+    "BatchContext",
     "attach",
     "attachment",
     "classify_logits",
@@ -35,13 +34,9 @@ __all__ = [
     "mount",
     "multiply_in_int8",
     "on_slot",
-    "read_bundle",
-    "read_manifest",
     "require_base",
     "rounded_bytes",
-    "save",
-    "save_bundle",
-    "set_route",
+    "set_context",
     "start_from",
     "target_logits",
     "target_paths",

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters import activations, attention, int8, layers, positions, residual, rotary, through_peft
+from turret.adapters import attention, positions, through_peft
+from turret.adapters.batch_context import BARE, BatchContext
+from turret.adapters.fused import activations, int8, layers, residual, rotary
+from turret.adapters.fused.norms import FrozenNorm
 from turret.adapters.lora import RoutedLinear
-from turret.adapters.norms import FrozenNorm
 from turret.adapters.prefix import PrefixSlot
-from turret.adapters.route import BARE, Route
 from turret.adapters.routed import RoutedDropout, RoutedModule
 from turret.errors import AdapterError
 from turret.families import Family, Site, family_of
@@ -38,7 +39,7 @@ class Attachment(nn.Module):
     def __init__(self, model: Any, family: Family) -> None:
         super().__init__()
         self.family = family
-        self.route = Route()
+        self.context = BatchContext()
         self.prefixes = nn.ModuleDict()  # by slot
         self.methods: dict[int, Method] = {}
         self.linears: dict[str, RoutedLinear] = {}  # by path in the model; the modules belong to the model
@@ -55,8 +56,8 @@ class Attachment(nn.Module):
 
     def prefix_length(self, slot: int) -> int:
         """P of a slot, 0 where it has no prefix."""
-        if self.route.bank is not None:
-            return self.route.bank.prefix_length(slot)
+        if self.context.adapter_pool is not None:
+            return self.context.adapter_pool.prefix_length(slot)
         if slot == BARE or str(slot) not in self.prefixes:
             return 0
         module = self.prefixes[str(slot)]
@@ -64,8 +65,8 @@ class Attachment(nn.Module):
         return module.length
 
     def keys_values(self, slot: int, site: Site) -> tuple[Tensor, Tensor] | None:
-        if self.route.bank is not None:
-            return self.route.bank.keys_values(slot, site.group, site.layer)
+        if self.context.adapter_pool is not None:
+            return self.context.adapter_pool.keys_values(slot, site.group, site.layer)
         if str(slot) not in self.prefixes:
             return None
         module = self.prefixes[str(slot)]
@@ -116,13 +117,13 @@ def on_slot(model: Any, slot: int) -> Iterator[None]:
     The copies that a full adapter put in place of all weights are no slot: with 0 the base's own stand there again.
     """
     attached = attachment(model)
-    route, bare = attached.route, attached.swapped if slot == BARE else []
-    before, route.active = route.active, slot
+    context, bare = attached.context, attached.swapped if slot == BARE else []
+    before, context.active = context.active, slot
     put_back(bare)
     try:
         yield
     finally:
-        route.active = before
+        context.active = before
         for parameters, key, _, copy in bare:
             parameters[key] = copy
 
@@ -181,14 +182,14 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
     bias_modules = _bias_modules(attached)
     for site in attached.sites:
         site.module.turret_hook = attention.Hooked(
-            site, attached.route, attached.keys_values, family, bias_modules.get(site.group),
+            site, attached.context, attached.keys_values, family, bias_modules.get(site.group),
             last=site is attached.sites[-1],
         )  # fmt: skip
     handles = [stack.register_forward_pre_hook(_refresher(attached, groups)) for stack, groups in family.stacks(model)]
-    handles += positions.hook(model, family, attached.route, attached.prefix_length)
-    bias_undo = positions.hook_bias(bias_modules.values(), family, attached.route)
-    hook_undo = [rotary.hook(site.module, attached.route) for site in attached.sites]
-    hook_undo += [] if plain else layers.hook(model, fast, attached.route)
+    handles += positions.hook(model, family, attached.context, attached.prefix_length)
+    bias_undo = positions.hook_bias(bias_modules.values(), family, attached.context)
+    hook_undo = [rotary.hook(site.module, attached.context) for site in attached.sites]
+    hook_undo += [] if plain else layers.hook(model, fast, attached.context)
 
     def undo() -> None:
         for handle in handles:
@@ -207,14 +208,14 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
     attached.undo.append(undo)
     for path, module in [] if plain else list(model.named_modules()):
         if type(module) is nn.Dropout and module.p > 0.0:
-            _replace(model, attached, path, RoutedDropout(module, attached.route))
+            _replace(model, attached, path, RoutedDropout(module, attached.context))
         elif type(module).__name__ in fast.rms_norms:
-            _replace(model, attached, path, FrozenNorm(module, attached.route, fast.narrow_norms))
+            _replace(model, attached, path, FrozenNorm(module, attached.context, fast.narrow_norms))
         elif type(module).__name__ in fast.added_norms:
             ends = path == residual.narrowing(attached.sites[-1].name)
             attached.narrows |= ends
-            _replace(model, attached, path, residual.FrozenOutput(module, attached.route, ends))
-        elif (twin := activations.in_place_of(module, fast.gated_mlps, attached.route)) is not None:
+            _replace(model, attached, path, residual.FrozenOutput(module, attached.context, ends))
+        elif (twin := activations.in_place_of(module, fast.gated_mlps, attached.context)) is not None:
             _replace(model, attached, path, twin)
     model.add_module(ATTRIBUTE, attached)
     return attached
@@ -223,8 +224,8 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
 def multiply_in_int8(model: Any) -> None:
     """Have `int8_layers` of an attached model multiply in 8 bits where a gradient is wanted, until `detach`."""
     attached, found = attachment(model), int8.int8_layers(model)
-    attached.route.int8, attached.route.rounded = True, {} if int8.small(found) else None
-    attached.undo += [int8.hook(layer, attached.route) for layer in found]
+    attached.context.int8, attached.context.rounded = True, {} if int8.small(found) else None
+    attached.undo += [int8.hook(layer, attached.context) for layer in found]
 
 
 def _bias_modules(attached: Attachment) -> dict[str, Any]:
@@ -237,8 +238,8 @@ def _bias_modules(attached: Attachment) -> dict[str, Any]:
 
 def _refresher(attached: Attachment, groups: tuple[str, ...]) -> Callable[..., None]:
     def refresh(*_: Any) -> None:
-        if attached.guest is not None and attached.guest.layers and attached.route.capture is None:
-            slot = attached.route.single()
+        if attached.guest is not None and attached.guest.layers and attached.context.capture is None:
+            slot = attached.context.single()
             if slot is None:
                 raise AdapterError("an adapter of PEFT answers alone: ask the bare base and others in another batch")
             through_peft.switch(attached.guest, slot != BARE)
@@ -253,14 +254,14 @@ def _refresher(attached: Attachment, groups: tuple[str, ...]) -> Callable[..., N
 def routed_linear(model: Any, attached: Attachment, path: str) -> RoutedLinear:
     if path not in attached.linears:
         stream = attached.family.stream(path)
-        attached.linears[path] = RoutedLinear(model.get_submodule(path), attached.route, stream)
+        attached.linears[path] = RoutedLinear(model.get_submodule(path), attached.context, stream)
         _replace(model, attached, path, attached.linears[path])
     return attached.linears[path]
 
 
 def routed_module(model: Any, attached: Attachment, path: str) -> RoutedModule:
     if path not in attached.heads:
-        attached.heads[path] = RoutedModule(model.get_submodule(path), attached.route)
+        attached.heads[path] = RoutedModule(model.get_submodule(path), attached.context)
         _replace(model, attached, path, attached.heads[path])
     return attached.heads[path]
 

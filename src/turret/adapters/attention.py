@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from turret.adapters.attend import attend
-from turret.adapters.blocks import Layout, Side
-from turret.adapters.dropout import Masks
-from turret.adapters.flash import flash
-from turret.adapters.route import BARE, Held, Route
+from turret.adapters.attention_math import attend
+from turret.adapters.batch_context import BARE, BatchContext, CachedKV
+from turret.adapters.fused.blocks import BlockLayout, BlockSide
+from turret.adapters.fused.dropout import Masks
+from turret.adapters.fused.flash import flash
 from turret.errors import AdapterError
 from turret.families import Family, Site
-from turret.kernels import KEPT, Library, Prefixes, Rows, usable
+from turret.kernels import NO_DROPOUT, AttentionRows, Library, Prefixes, usable
 
 NAME = "turret"
 KeysValues = Callable[[int, Site], tuple[Tensor, Tensor] | None]
@@ -44,11 +44,11 @@ class Hooked:
     """What an attention module of an attached model carries: its site, the route, and how to reach a slot's prefix."""
 
     site: Site
-    route: Route
+    context: BatchContext
     prefix: KeysValues  # (slot, site) -> keys and values (H, P, D), or None
     family: Family
     bias_module: Any | None  # what owns the stack's bias by relative position
-    last: bool = False  # of the model: here `Route.read` are the only queries
+    last: bool = False  # of the model: here `BatchContext.read` are the only queries
 
 
 class AttentionCall(NamedTuple):
@@ -89,10 +89,10 @@ def routed_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary positions leave queries and keys in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    route = hooked.route
-    if route.capture is not None:
-        route.capture[hooked.site.name] = (key, value)
-    if route.cache is None and route.lengths is None:
+    context = hooked.context
+    if context.capture is not None:
+        context.capture[hooked.site.name] = (key, value)
+    if context.cache is None and context.lengths is None:
         output = _padded(hooked, query, key, value, _sum(attention_mask, position_bias), call)
         return output.transpose(1, 2).contiguous(), None  # (B, T, H, D)
     if position_bias is not None and hooked.bias_module is None and hooked.site.group != "cross":
@@ -100,7 +100,7 @@ def routed_attention(
             f"{hooked.site.name} adds a position_bias that turret cannot make for rows without padding: expected one "
             "from relative_attention_bias; use a base of another family"
         )
-    compute = _cached if route.cache is not None and hooked.site.group != "encoder" else _unpadded
+    compute = _cached if context.cache is not None and hooked.site.group != "encoder" else _unpadded
     return compute(hooked, query, key, value, call).transpose(1, 2).contiguous(), None  # (B, T, H, D)
 
 
@@ -118,18 +118,18 @@ def _require_known(site: Site, others: dict[str, Any]) -> None:
 
 
 def _padded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: AttentionCall) -> Tensor:
-    route, site = hooked.route, hooked.site
+    context, site = hooked.context, hooked.site
     if bias is None and site.causal and q.shape[2] > 1:
         raise AdapterError(
             f"{site.name} is causal but was given no mask: pass attention_mask, or none but let it be made"
         )
     if bias is not None:
         bias = bias[..., : k.shape[2]].to(q.dtype)
-    slot = route.single()
+    slot = context.single()
     if slot is not None:
         return _one_slot(hooked, slot, q, k, v, bias, call)
     output = torch.empty_like(q)
-    for slot, rows in route.rows_by_slot().items():
+    for slot, rows in context.rows_by_slot().items():
         index = torch.tensor(rows, device=q.device)
         rows_bias = bias[index] if bias is not None and bias.shape[0] > 1 else bias
         part = _one_slot(hooked, slot, q[index], k[index], v[index], rows_bias, call)
@@ -153,7 +153,7 @@ def _one_slot(
             bias = torch.cat([columns.expand(*shape, -1), bias.expand(*shape, -1)], dim=-1)  # (., ., T, P + S)
         k = torch.cat([prefix[0].to(k.dtype).expand(rows, -1, -1, -1), k], dim=2)  # (B, H_kv, P + S, D)
         v = torch.cat([prefix[1].to(v.dtype).expand(rows, -1, -1, -1), v], dim=2)
-    return attend(q, k, v, bias, call.scaling, call.dropout, hooked.route.masks, call.softcap)
+    return attend(q, k, v, bias, call.scaling, call.dropout, hooked.context.masks, call.softcap)
 
 
 def _prefix_bias(hooked: Hooked, tokens: int, q: Tensor, past: int) -> Tensor:
@@ -183,38 +183,42 @@ def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCa
 def _flash(library: Library, hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """`_unpadded_plainly` by a kernel, with little kept for the backward pass."""
     rows, prefixes = rows_and_prefixes(hooked, call.scaling, call.window, k.dtype)
-    dropped = (hooked.route.masks or Masks()).dropped(call.dropout) if call.dropout > 0.0 else KEPT
+    dropped = (hooked.context.masks or Masks()).dropped(call.dropout) if call.dropout > 0.0 else NO_DROPOUT
     return flash(library, rows, q, k, v, prefixes, dropped)
 
 
-def rows_and_prefixes(hooked: Hooked, scaling: float, window: int | None, dtype: torch.dtype) -> tuple[Rows, Prefixes]:
+def rows_and_prefixes(
+    hooked: Hooked, scaling: float, window: int | None, dtype: torch.dtype
+) -> tuple[AttentionRows, Prefixes]:
     """What a kernel is told of the rows of an unpadded batch at one site."""
-    route, site = hooked.route, hooked.site
-    assert route.lengths is not None
-    asked = route.read if hooked.last else None
+    context, site = hooked.context, hooked.site
+    assert context.lengths is not None
+    asked = context.read if hooked.last else None
     place = ("rows", site.group, window, scaling, id(hooked.bias_module), asked is None)
-    known: tuple[Rows, Prefixes] | None = route.memo.get(place)
+    known: tuple[AttentionRows, Prefixes] | None = context.memo.get(place)
     if known is not None:  # nobody has a prefix: all layers are told the same
         return known
-    slots = [route.slot_of(row) for row in range(len(next(iter(route.lengths.values()))))]
+    slots = [context.slot_of(row) for row in range(len(next(iter(context.lengths.values()))))]
     pairs = {slot: pair for slot in dict.fromkeys(slots) if slot != BARE and (pair := hooked.prefix(slot, site))}
-    if (prefixed := (*place, tuple(pairs))) not in route.memo:
+    if (prefixed := (*place, tuple(pairs))) not in context.memo:
         longest = max((pair[0].shape[1] for pair in pairs.values()), default=0)
-        route.memo[prefixed] = _rows(hooked, scaling, window, longest, asked)
+        context.memo[prefixed] = _rows(hooked, scaling, window, longest, asked)
     order = {slot: index for index, slot in enumerate(pairs)}
     prefixes = Prefixes([(key.to(dtype), value.to(dtype)) for key, value in pairs.values()], [*map(order.get, slots)])
-    told = route.memo[prefixed], prefixes
+    told = context.memo[prefixed], prefixes
     if not pairs:
-        route.memo[place] = told
+        context.memo[place] = told
     return told
 
 
-def _rows(hooked: Hooked, scaling: float, window: int | None, longest_prefix: int, asked: Tensor | None) -> Rows:
+def _rows(
+    hooked: Hooked, scaling: float, window: int | None, longest_prefix: int, asked: Tensor | None
+) -> AttentionRows:
     """Where this batch's rows lie and what they see: once a batch for all layers of a group, and once for the last."""
-    route, site = hooked.route, hooked.site
-    queries = torch.tensor(route.spans("encoder" if site.group == "encoder" else "decoder"))  # (B, 2)
+    context, site = hooked.context, hooked.site
+    queries = torch.tensor(context.spans("encoder" if site.group == "encoder" else "decoder"))  # (B, 2)
     cross = site.group == "cross"
-    keys = torch.tensor(route.spans("encoder")) if cross else queries
+    keys = torch.tensor(context.spans("encoder")) if cross else queries
     lengths = queries[:, 1] - queries[:, 0], keys[:, 1] - keys[:, 0]
     if asked is not None:  # the first token of every row but the one that fills the batch up, which has none
         lengths = (torch.arange(len(queries)) < len(asked)).long(), lengths[1]
@@ -225,7 +229,7 @@ def _rows(hooked: Hooked, scaling: float, window: int | None, longest_prefix: in
             device = next(hooked.bias_module.parameters()).device
             relative = torch.arange(-zero, int(lengths[1].max()), device=device)
             bias = relative_bias(hooked, relative[None])[0, :, 0].float().contiguous()  # (H, W)
-    return Rows(
+    return AttentionRows(
         queries[:, 0].contiguous(), lengths[0], keys[:, 0].contiguous(), lengths[1], scaling,
         causal=site.causal and not cross, window=0 if window is None or cross else window, bias=bias, zero=zero,
         all_asked=asked is None,
@@ -246,8 +250,8 @@ def _unpadded_plainly(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: Att
 
 def _cached(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Fresh rows as `_unpadded` has them, behind them one token a row against what the cache holds of it."""
-    route, site = hooked.route, hooked.site
-    cache, crossing = route.cache, site.group == "cross"
+    context, site = hooked.context, hooked.site
+    cache, crossing = context.cache, site.group == "cross"
     assert cache is not None
     fresh, keys = cache.fresh("decoder"), cache.fresh("encoder" if crossing else "decoder")
     parts = []
@@ -265,7 +269,7 @@ def _cached(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _step(hooked: Hooked, q: Tensor, held: Held, call: AttentionCall) -> Tensor:
+def _step(hooked: Hooked, q: Tensor, held: CachedKV, call: AttentionCall) -> Tensor:
     """One query a row against its keys, its prefix among them. q: (1, H, B, D) -> (1, H, B, D)
 
     Queries that share a head of keys are the rows of one product, so no key is copied.
@@ -279,14 +283,14 @@ def _step(hooked: Hooked, q: Tensor, held: Held, call: AttentionCall) -> Tensor:
     B, heads = held.keys.shape[:2]
     queries = q[0].transpose(0, 1).reshape(B, heads, -1, q.shape[3])  # (B, H_kv, G, D)
     place = ("held", hooked.site.group, held.number, window, id(hooked.bias_module))
-    memo = hooked.route.memo
+    memo = hooked.context.memo
     if place not in memo:
         memo[place] = _held_bias(hooked, held, window, q)
     output = attend(queries, held.keys, held.values, memo[place], call.scaling, softcap=call.softcap)
     return output.reshape(B, -1, q.shape[3]).transpose(0, 1)[None]
 
 
-def _held_bias(hooked: Hooked, held: Held, window: int | None, q: Tensor) -> Tensor | None:
+def _held_bias(hooked: Hooked, held: CachedKV, window: int | None, q: Tensor) -> Tensor | None:
     """What hides the keys that are not there or out of the window, and T5's bias: (B, H or 1, 1, S), or None."""
     crossing = hooked.site.group == "cross"
     if held.full and (crossing or (window is None and hooked.bias_module is None)):
@@ -304,23 +308,23 @@ def _held_bias(hooked: Hooked, held: Held, window: int | None, q: Tensor) -> Ten
     return bias
 
 
-def _layout(hooked: Hooked, device: torch.device) -> Layout:
+def _layout(hooked: Hooked, device: torch.device) -> BlockLayout:
     """The blocks of this batch's rows: once a batch for all layers of a group."""
-    route, site = hooked.route, hooked.site
+    context, site = hooked.context, hooked.site
     place = ("layout", site.group)
-    if place not in route.memo:
-        assert route.lengths is not None
-        rows = range(len(next(iter(route.lengths.values()))))
+    if place not in context.memo:
+        assert context.lengths is not None
+        rows = range(len(next(iter(context.lengths.values()))))
         # a prefix has every layer of a group or none, so this layer speaks for all
-        kinds = [slot if hooked.prefix(slot := route.slot_of(row), site) is not None else BARE for row in rows]
-        queries = route.spans("encoder" if site.group == "encoder" else "decoder")
-        keys = route.spans("encoder") if site.group == "cross" else queries
-        route.memo[place] = Layout.of(queries, keys, kinds, device)
-    layout: Layout = route.memo[place]
+        kinds = [slot if hooked.prefix(slot := context.slot_of(row), site) is not None else BARE for row in rows]
+        queries = context.spans("encoder" if site.group == "encoder" else "decoder")
+        keys = context.spans("encoder") if site.group == "cross" else queries
+        context.memo[place] = BlockLayout.of(queries, keys, kinds, device)
+    layout: BlockLayout = context.memo[place]
     return layout
 
 
-def _block_bias(hooked: Hooked, queries: Side, keys: Side, window: int | None, q: Tensor) -> Tensor | None:
+def _block_bias(hooked: Hooked, queries: BlockSide, keys: BlockSide, window: int | None, q: Tensor) -> Tensor | None:
     """The mask and position bias of one block: (B or 1, H or 1, T or 1, S), or None. Padding keys are hidden.
 
     A causal row needs no mask for its padding: it lies behind every real token.
@@ -328,7 +332,7 @@ def _block_bias(hooked: Hooked, queries: Side, keys: Side, window: int | None, q
     bias = _row_bias(hooked, queries.longest, keys.longest, window, q)
     if not keys.padded or (hooked.site.causal and hooked.site.group != "cross"):
         return bias
-    memo, place = hooked.route.memo, ("padding", keys.lengths)
+    memo, place = hooked.context.memo, ("padding", keys.lengths)
     if place not in memo:
         column = torch.arange(keys.longest, device=q.device)
         hidden = column >= torch.tensor(keys.lengths, device=q.device)[:, None]  # (B, S)
@@ -340,7 +344,7 @@ def _block_bias(hooked: Hooked, queries: Side, keys: Side, window: int | None, q
 
 def _row_bias(hooked: Hooked, t: int, s: int, window: int | None, q: Tensor) -> Tensor | None:
     """The mask and position bias of rows of t queries and s keys: (1, H or 1, t, s), or None."""
-    site, memo = hooked.site, hooked.route.memo
+    site, memo = hooked.site, hooked.context.memo
     if site.group == "cross" or (not site.causal and window is None and hooked.bias_module is None):
         return None
     place = (site.group, t, window, id(hooked.bias_module))

@@ -37,7 +37,7 @@ def attach(
     except BaseException:
         detach(model)
         raise
-    attached.route.active = 1
+    attached.context.active = 1
     return model
 
 
@@ -77,7 +77,7 @@ def mount(model: Any, adapter: Adapter, slot: int = 1, *, fingerprint: str | Non
     unmount(model, slot)
     numbers_of(adapter.method).mount(model, attached, adapter, slot)
     attached.methods[slot] = adapter.method
-    attached.route.active = slot
+    attached.context.active = slot
     return model
 
 
@@ -95,5 +95,5 @@ def unmount(model: Any, slot: int) -> None:
     if key in attached.prefixes:
         del attached.prefixes[key]
     attached.methods.pop(slot, None)
-    if attached.route.active == slot:
-        attached.route.active = 0
+    if attached.context.active == slot:
+        attached.context.active = 0

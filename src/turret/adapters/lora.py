@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.dropout import Mask, Masks, dropout
-from turret.adapters.int8 import FrozenProducts, products
-from turret.adapters.norms import kept, made
-from turret.adapters.route import BARE, Route
+from turret.adapters.batch_context import BARE, BatchContext
+from turret.adapters.fused.dropout import Mask, Masks, dropout
+from turret.adapters.fused.int8 import FrozenProducts, products
+from turret.adapters.fused.norms import kept, made
 from turret.errors import AdapterError
-from turret.kernels import KEPT, LARGEST, Dropped, Library, usable
+from turret.kernels import LARGEST, NO_DROPOUT, DropoutArguments, Library, usable
 
 
 class LoRAFactors(nn.Module):
@@ -46,7 +46,7 @@ class LoRAFactors(nn.Module):
             y = y - (x @ self.initial_A.mT * self.scaling) @ self.initial_B.mT
         return y
 
-    def with_base(self, layer: nn.Module, x: Tensor, route: Route) -> Tensor:
+    def with_base(self, layer: nn.Module, x: Tensor, context: BatchContext) -> Tensor:
         """W x + bias + delta(x), in the base's own precision and with little kept for the backward pass."""
         weight, bias = _matrix(layer)
         if self.initial_A is not None or not self._trains_beside(weight, x):
@@ -54,10 +54,10 @@ class LoRAFactors(nn.Module):
             delta: Tensor = self(x)
             return y + delta.to(y.dtype)
         p = self.dropout if self.training else 0.0
-        masks, own = route.masks or Masks(), (x, weight, bias, self.lora_A, self.lora_B)
+        masks, own = context.masks or Masks(), (x, weight, bias, self.lora_A, self.lora_B)
         added: Tensor
         if (library := _kernels(x, weight, self.lora_A, self.lora_B)) is not None:
-            dropped, by = masks.dropped(p) if p > 0.0 else KEPT, products(route, x, weight, bias)
+            dropped, by = masks.dropped(p) if p > 0.0 else NO_DROPOUT, products(context, x, weight, bias)
             added = _AdaptedByKernels.apply(*own, dropped, self.scaling, library, by)  # type: ignore[no-untyped-call]
         else:
             added = _Adapted.apply(*own, masks.mask(x, p) if p > 0.0 else None, self.scaling)  # type: ignore[no-untyped-call]
@@ -135,7 +135,7 @@ class _AdaptedByKernels(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        dropped: Dropped,
+        dropped: DropoutArguments,
         scaling: float,
         library: Library,
         by: FrozenProducts,
@@ -185,11 +185,11 @@ class RoutedLinear(nn.Module):
     slot 0, or of a slot without factors here, is bit-equal to the base.
     """
 
-    def __init__(self, base_layer: nn.Module, route: Route, stream: str) -> None:
+    def __init__(self, base_layer: nn.Module, context: BatchContext, stream: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.slots = nn.ModuleDict()
-        self.route = route
+        self.context = context
         self.stream = stream
 
     @property
@@ -212,20 +212,20 @@ class RoutedLinear(nn.Module):
         return factors
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.route.bank is not None:
-            return self.route.bank.linear(self, x)
-        slot = self.route.single()
+        if self.context.adapter_pool is not None:
+            return self.context.adapter_pool.linear(self, x)
+        slot = self.context.single()
         if slot is not None and (factors := self.factors(slot)) is not None:
-            return factors.with_base(self.base_layer, x, self.route)
+            return factors.with_base(self.base_layer, x, self.context)
         y: Tensor = self.base_layer(x)  # (B, T, D_out)
         if slot is not None:
             return y
-        if self.route.lengths is not None and x.dim() == 2:
+        if self.context.lengths is not None and x.dim() == 2:
             return y  # a pooler inside the body took unpadded tokens for one row; its output is never used
-        if self.route.lengths is not None:
-            groups = self.route.tokens_by_slot(self.stream, x.device)
+        if self.context.lengths is not None:
+            groups = self.context.tokens_by_slot(self.stream, x.device)
             return self._add_groups(y, x, groups, dim=1)
-        rows = {slot: torch.tensor(rows, device=x.device) for slot, rows in self.route.rows_by_slot().items()}
+        rows = {slot: torch.tensor(rows, device=x.device) for slot, rows in self.context.rows_by_slot().items()}
         return self._add_groups(y, x, rows, dim=0)
 
     def _add_groups(self, y: Tensor, x: Tensor, groups: dict[int, Tensor], dim: int) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from turret.adapters.attached import attachment, device_of
-from turret.adapters.blocks import rounded
-from turret.adapters.frozen import linear
+from turret.adapters.batch_context import set_context
+from turret.adapters.fused.blocks import rounded
+from turret.adapters.fused.frozen import linear
 from turret.adapters.positions import row_positions
-from turret.adapters.route import set_route
 from turret.families import Pooling
 
 STEPS = ((64, 8), (512, 32), (1 << 62, 64))  # all rows together are filled up: to 64 tokens by 8, and so on
@@ -33,14 +33,19 @@ def classify_logits(model: Any, inputs: Sequence[Tensor], slots: Sequence[int] |
     if family.is_encoder_decoder:  # the whole input again as the decoder's, shifted; its last token is read
         shifted = [shift_right(model.config, row) for row in inputs]
         hidden = _encoder_decoder_hidden(model, inputs, shifted, slots)
-    elif attached.narrows and slots is None and family.pooling(model.config) == "first" and attached.route.bank is None:
+    elif (
+        attached.narrows
+        and slots is None
+        and family.pooling(model.config) == "first"
+        and attached.context.adapter_pool is None
+    ):
         ends = torch.tensor(lengths).cumsum(0)
         hidden = _hidden(model, inputs, slots, read=(ends - torch.tensor(lengths)).to(device_of(model)))
         lengths = [1] * len(lengths)  # the body gives (B, D)
     else:
         hidden = _hidden(model, inputs, slots)
     pooled = pool(family.pooling(model.config), hidden, lengths)
-    with set_route(attached.route, slots, None):
+    with set_context(attached.context, slots, None):
         logits: Tensor = family.classify(model, pooled)
     return logits
 
@@ -89,7 +94,7 @@ def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None, rea
     ids = torch.cat(list(rows))[None].to(device_of(model))  # (1, N)
     offset = attached.family.position_offset(model.config)
     call: dict[str, Any] = {"use_cache": False} if attached.family.decoder_only else {}
-    with set_route(attached.route, slots, {attached.family.kind: lengths}, in_body=True, read=read):
+    with set_context(attached.context, slots, {attached.family.kind: lengths}, in_body=True, read=read):
         output = model.base_model(
             input_ids=ids,
             attention_mask=ready_mask(ids),
@@ -108,7 +113,7 @@ def _encoder_decoder_hidden(
     (sources, slots), (targets, _) = _filled(sources, slots, always=True), _filled(targets, slots, always=True)
     lengths = {"encoder": [len(row) for row in sources], "decoder": [len(row) for row in targets]}
     source, target = (torch.cat(list(rows))[None].to(device_of(model)) for rows in (sources, targets))
-    with set_route(attached.route, slots, lengths, in_body=True):
+    with set_context(attached.context, slots, lengths, in_body=True):
         encoded = model.get_encoder()(input_ids=source, attention_mask=ready_mask(source))[0]  # (1, N, D)
         output = model.get_decoder()(
             input_ids=target,

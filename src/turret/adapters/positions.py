@@ -14,30 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turret.adapters.route import Route
+from turret.adapters.batch_context import BatchContext
 from turret.families import Family
 
 Length = Callable[[int], int]  # slot -> P
 
 
-def hook(model: Any, family: Family, route: Route, prefix_length: Length) -> list[Any]:
+def hook(model: Any, family: Family, context: BatchContext, prefix_length: Length) -> list[Any]:
     """Register what a family needs; returns the handles that remove it."""
     if family.decoder_only:
         body = model.base_model
         names = list(inspect.signature(type(body).forward).parameters)[1:]
-        shift = _decoder_hook(names, family.position_offset(model.config), route, prefix_length)
+        shift = _decoder_hook(names, family.position_offset(model.config), context, prefix_length)
         return [body.register_forward_pre_hook(shift, with_kwargs=True)]
     handles = []
     if family.position_module is not None:
         for stack, (stream, *_) in family.stacks(model):
             table = stack.get_submodule(family.position_module)
-            before = _table_hook(stream, route, prefix_length)
+            before = _table_hook(stream, context, prefix_length)
             handles.append(table.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(table.register_forward_hook(lambda module, args, out: out[0] if out.dim() == 4 else out))
     return handles
 
 
-def hook_bias(modules: Iterable[Any], family: Family, route: Route) -> Callable[[], None]:
+def hook_bias(modules: Iterable[Any], family: Family, context: BatchContext) -> Callable[[], None]:
     """Keep a base from computing an (N, N) bias for N unpadded tokens: the attention function makes each row's own."""
     modules, name = list(modules), "" if family.relative_bias is None else family.relative_bias.method
     for module in modules:
@@ -46,7 +46,7 @@ def hook_bias(modules: Iterable[Any], family: Family, route: Route) -> Callable[
         def compute(
             *args: Any, module: Any = module, original: Any = original, **kwargs: Any
         ) -> Tensor:  # instead of the method, on this instance only
-            if route.lengths is None:
+            if context.lengths is None:
                 bias: Tensor = original(module, *args, **kwargs)
                 return bias
             weight: Tensor = next(module.parameters())
@@ -66,29 +66,29 @@ def row_positions(lengths: Iterable[int], offset: int, device: torch.device) -> 
     return torch.cat([torch.arange(offset, offset + length, device=device) for length in lengths])
 
 
-def _shift(route: Route, prefix_length: Length, rows: int, stream: str, device: torch.device) -> Tensor | None:
+def _shift(context: BatchContext, prefix_length: Length, rows: int, stream: str, device: torch.device) -> Tensor | None:
     """P of every row, (B, 1), or of every unpadded token, (1, N); None where nothing has a causal prefix."""
-    slot = route.single()
+    slot = context.single()
     if slot is not None:
         P = prefix_length(slot)
         return torch.full((1, 1), P, device=device) if P else None
-    assert route.slots is not None
-    lengths = torch.tensor([prefix_length(each) for each in route.slots], device=device)
+    assert context.slots is not None
+    lengths = torch.tensor([prefix_length(each) for each in context.slots], device=device)
     if not lengths.any():
         return None
-    if route.lengths is None:
+    if context.lengths is None:
         return lengths[:rows, None]
-    return lengths.repeat_interleave(torch.tensor(route.lengths[stream], device=device))[None]
+    return lengths.repeat_interleave(torch.tensor(context.lengths[stream], device=device))[None]
 
 
-def _decoder_hook(names: list[str], offset: int, route: Route, prefix_length: Length) -> Callable[..., Any]:
+def _decoder_hook(names: list[str], offset: int, context: BatchContext, prefix_length: Length) -> Callable[..., Any]:
     def shift_positions(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if route.capture is not None or route.positions is not None:
+        if context.capture is not None or context.positions is not None:
             return None
         call = dict(zip(names, args, strict=False)) | kwargs
         tokens = call.get("input_ids")
         tokens = call["inputs_embeds"][..., 0] if tokens is None else tokens
-        shift = _shift(route, prefix_length, tokens.shape[0], "decoder", tokens.device)
+        shift = _shift(context, prefix_length, tokens.shape[0], "decoder", tokens.device)
         if shift is None:
             return None
         if call.get("position_ids") is None:
@@ -109,18 +109,18 @@ def _positions(tokens: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
     return torch.arange(past, past + length, device=tokens.device)[None]
 
 
-def _table_hook(stream: str, route: Route, prefix_length: Length) -> Callable[..., Any]:
+def _table_hook(stream: str, context: BatchContext, prefix_length: Length) -> Callable[..., Any]:
     def give_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if route.capture is not None:
+        if context.capture is not None:
             return None
-        if route.positions is not None:
-            return args, kwargs | {"position_ids": route.positions[stream]}
+        if context.positions is not None:
+            return args, kwargs | {"position_ids": context.positions[stream]}
         tokens = args[0] if args else kwargs["input_ids"]
         shift = None
         if stream == "decoder":
-            shift = _shift(route, prefix_length, tokens.shape[0], stream, tokens.device)
-        if route.lengths is not None:
-            where = row_positions(route.lengths[stream], 0, tokens.device)[None]  # (1, N)
+            shift = _shift(context, prefix_length, tokens.shape[0], stream, tokens.device)
+        if context.lengths is not None:
+            where = row_positions(context.lengths[stream], 0, tokens.device)[None]  # (1, N)
         elif shift is None:
             return None
         else:

@@ -7,27 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.dropout import dropout
-from turret.adapters.route import Route
+from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused.dropout import dropout
 from turret.errors import AdapterError
 
 
 class RoutedModule(nn.Module):
     """A task's head: the base's own module for slot 0, a copy for every other slot. x: (B, ...) -> (B, ...)."""
 
-    def __init__(self, base_module: nn.Module, route: Route) -> None:
+    def __init__(self, base_module: nn.Module, context: BatchContext) -> None:
         super().__init__()
         self.base_module = base_module
         self.slots = nn.ModuleDict()
-        self.route = route
+        self.context = context
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        slot = self.route.single()
-        if slot is not None or self.route.in_body:  # in a body, a pooler's output on unpadded tokens is never used
-            return self._run(self.route.active if slot is None else slot, x, *args, **kwargs)
+        slot = self.context.single()
+        if slot is not None or self.context.in_body:  # in a body, a pooler's output on unpadded tokens is never used
+            return self._run(self.context.active if slot is None else slot, x, *args, **kwargs)
         parts = {
             slot: ((index := torch.tensor(rows, device=x.device)), self._run(slot, x[index], *args, **kwargs))
-            for slot, rows in self.route.rows_by_slot().items()
+            for slot, rows in self.context.rows_by_slot().items()
         }
         widths = {part.shape[-1] for _, part in parts.values()}
         if len(widths) > 1:
@@ -49,10 +49,10 @@ class RoutedModule(nn.Module):
 class RoutedDropout(nn.Dropout):
     """In place of one of the base's own dropout layers: the same, from the cheap masks of the pass."""
 
-    def __init__(self, replaced: nn.Dropout, route: Route) -> None:
+    def __init__(self, replaced: nn.Dropout, context: BatchContext) -> None:
         super().__init__(replaced.p)
         self.replaced = replaced  # follows train() and eval() with this one
-        self.route = route
+        self.context = context
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p, self.route.masks) if self.training else x
+        return dropout(x, self.p, self.context.masks) if self.training else x

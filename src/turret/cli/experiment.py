@@ -14,7 +14,7 @@ from turret.cli.output import columns, console, emit, grid, number, safe, status
 
 if TYPE_CHECKING:
     from turret.experiments.analyze import ArmAnalysis
-    from turret.workspace.experimenting import Status
+    from turret.workspace.experimenting import ExperimentStatus
 
 MOVES = 8  # of the history, for people
 Name = Annotated[str, typer.Argument(help="Name of the adapter.", show_default=False)]
@@ -232,14 +232,14 @@ def list_(
         _print_list(found, alpha)
 
 
-def _answer(found: Status, as_json: bool) -> None:
+def _answer(found: ExperimentStatus, as_json: bool) -> None:
     if as_json:
         emit(found.as_json())
     else:
         _print(found)
 
 
-def _print(found: Status) -> None:
+def _print(found: ExperimentStatus) -> None:
     from turret.experiments import status_text
 
     experiment = found.experiment

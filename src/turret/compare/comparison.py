@@ -146,7 +146,7 @@ def comparison(
     if len(bases) > 1:
         raise TrainingError(f"the base changed between trainings of this comparison: delete {folder} and compare again")
     whole = [result for result in results if result.fraction == made.fractions[0]]
-    sides = {candidate.spec: Side.of(candidate.spec, whole, data.test) for candidate in made.candidates}
+    sides = {candidate.spec: SeededResults.of(candidate.spec, whole, data.test) for candidate in made.candidates}
     yardstick = sides[made.against]
     rows = tuple(
         _row(made, candidate, sides[candidate.spec], yardstick, failures, confidence) for candidate in made.candidates
@@ -198,14 +198,14 @@ def comparison(
 
 
 @dataclass(frozen=True)
-class Side:
+class SeededResults:
     """The trainings of one row, by seed, and which of them learnt."""
 
     all: Mapping[int, Result]
     learnt: Learnt
 
     @classmethod
-    def of(cls, spec: str, results: Sequence[Result], examples: Sequence[Any]) -> Side:
+    def of(cls, spec: str, results: Sequence[Result], examples: Sequence[Any]) -> SeededResults:
         own = {each.seed: each for each in results if each.spec == spec}
         return cls(own, learnt(list(own.values()), examples))
 
@@ -226,7 +226,9 @@ def paired(first: Mapping[int, Result], second: Mapping[int, Result]) -> Array |
     return np.stack([first[seed].scores - second[seed].scores for seed in seeds]) if seeds else None
 
 
-def judged(mine: Side, yardstick: Side, margin: float, rng: np.random.Generator, confidence: float) -> Verdict | None:
+def judged(
+    mine: SeededResults, yardstick: SeededResults, margin: float, rng: np.random.Generator, confidence: float
+) -> Verdict | None:
     """The verdict over the seeds at which both learnt; over all, claiming nothing, where there is none of them."""
     d = paired(mine.trained, yardstick.trained)
     claimed = d is not None
@@ -241,8 +243,8 @@ def judged(mine: Side, yardstick: Side, margin: float, rng: np.random.Generator,
 def _row(
     made: Design,
     candidate: Any,
-    side: Side,
-    yardstick: Side,
+    side: SeededResults,
+    yardstick: SeededResults,
     failures: Mapping[str, str],
     confidence: float,
 ) -> ComparisonRow:
@@ -287,7 +289,7 @@ def _curves(made: Design, results: Sequence[Result], examples: Sequence[Any], co
     for candidate in made.candidates:
         for fraction in sorted(made.fractions):
             part = [each for each in results if each.fraction == fraction]
-            own, yard = (Side.of(spec, part, examples) for spec in (candidate.spec, made.against))
+            own, yard = (SeededResults.of(spec, part, examples) for spec in (candidate.spec, made.against))
             if not own.all:
                 continue
             rng = generator(made.recipe.split_seed, candidate.spec, fraction)

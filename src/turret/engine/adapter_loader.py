@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from threading import Condition
 from typing import Any, Protocol
 
+from turret.engine.adapter_pool import AdapterPool
 from turret.engine.adapter_source import AdapterSource
-from turret.engine.bank import Bank
-from turret.engine.loaded import Loaded
+from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.request import LoadedAdapter, Named
 from turret.engine.slots import Entry, Slots
 from turret.errors import AdapterError, NoRoom, NotFound, TurretError
@@ -57,7 +57,7 @@ class _Coming:
     named: Named
     entry: Entry
     needs: list[Need] = field(default_factory=list)
-    loaded: Loaded | None = None
+    loaded: AdapterTensors | None = None
     error: TurretError | None = None
 
 
@@ -66,15 +66,15 @@ class AdapterLoader:
 
     def __init__(
         self,
-        bank: Bank,
+        adapter_pool: AdapterPool,
         slots: Slots,
         source: AdapterSource,
         tokenizer: Any,
         wake: Condition,
         clock: Callable[[], float],
-        encode: Callable[[Need, Loaded], None],
+        encode: Callable[[Need, AdapterTensors], None],
     ) -> None:
-        self._bank, self._slots, self._source = bank, slots, source
+        self._bank, self._slots, self._source = adapter_pool, slots, source
         self._task = functools.lru_cache(TASKS)(lambda spec: task_from_spec(json.loads(spec), tokenizer))
         self._wake, self._clock, self._encode = wake, clock, encode
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="turret-loader")
@@ -89,7 +89,7 @@ class AdapterLoader:
 
     # --- needs --------------------------------------------------------------------------------------------------------
 
-    def need(self, need: Need) -> Loaded | None:
+    def need(self, need: Need) -> AdapterTensors | None:
         """What it needs, held for it; or None, and it is told between two passes. Raises NoRoom for what never fits."""
         named: Named = need.named
         first = self._waiting[0] if self._waiting else None
@@ -150,9 +150,9 @@ class AdapterLoader:
         """Whether `between_passes` has something to do."""
         return bool(self._arrived or self._leaving or (self._waiting and self._released))
 
-    def between_passes(self) -> tuple[list[tuple[Need, Loaded]], list[tuple[Need, TurretError]]]:
+    def between_passes(self) -> tuple[list[tuple[Need, AdapterTensors]], list[tuple[Need, TurretError]]]:
         """Take out what leaves, mount what has arrived, seat who waits: (who can go on, who cannot)."""
-        ready: list[tuple[Need, Loaded]] = []
+        ready: list[tuple[Need, AdapterTensors]] = []
         failed: list[tuple[Need, TurretError]] = []
         for slot in self._leaving:
             self._bank.unmount(slot)
@@ -234,7 +234,9 @@ class AdapterLoader:
             self._arrived.append(coming)
             self._wake.notify_all()
 
-    def _mount(self, coming: _Coming, ready: list[tuple[Need, Loaded]], failed: list[tuple[Need, TurretError]]) -> None:
+    def _mount(
+        self, coming: _Coming, ready: list[tuple[Need, AdapterTensors]], failed: list[tuple[Need, TurretError]]
+    ) -> None:
         entry, loaded, error = coming.entry, coming.loaded, coming.error
         del self._coming[entry.digest]
         evicted: list[Entry] | None = []

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from turret.adapters.blocks import rounded
-from turret.adapters.route import Bank, Held
+from turret.adapters.batch_context import AdapterPoolProtocol, CachedKV
+from turret.adapters.fused.blocks import rounded
 from turret.families import Site
-from turret.kernels import Kept, usable
+from turret.kernels import CachedKVArguments, usable
 
 SHORTEST = 32  # tokens of the shortest lane
 STEPS = ((256, 16), (1024, 64), (1 << 62, 256))  # how many of a block's tokens a step looks at, rounded up
@@ -46,7 +46,7 @@ class KVBlock:
 
     def __init__(self, sites: Mapping[str, Sequence[Site]], sizes: Mapping[str, int], like: Tensor) -> None:
         self.sizes = dict(sizes)
-        self.lanes: list[KVSlot] = []
+        self.kv_slots: list[KVSlot] = []
         self.room = 1
         self.stored = {
             group: [
@@ -57,46 +57,46 @@ class KVBlock:
 
     def reserve(self, count: int) -> None:
         """Room for so many more lanes: opened one by one they would have everything copied at every doubling."""
-        wanted = len(self.lanes) + count
+        wanted = len(self.kv_slots) + count
         if wanted > self.room:
             self._resize(1 << (wanted - 1).bit_length())
 
     def open(self) -> KVSlot:
         self.reserve(1)
-        lane = KVSlot(self, len(self.lanes), dict.fromkeys(self.sizes, 0), dict.fromkeys(self.sizes, 0))
-        self.lanes.append(lane)
-        return lane
+        kv_slot = KVSlot(self, len(self.kv_slots), dict.fromkeys(self.sizes, 0), dict.fromkeys(self.sizes, 0))
+        self.kv_slots.append(kv_slot)
+        return kv_slot
 
-    def close(self, lane: KVSlot) -> None:
+    def close(self, kv_slot: KVSlot) -> None:
         """Its place is taken by the last lane, and the last place is zeroed: a NaN would reach through any mask."""
-        last = self.lanes.pop()
+        last = self.kv_slots.pop()
         for layers in self.stored.values():
             for stored in layers:
-                if last is not lane:
-                    stored[:, lane.index] = stored[:, last.index]
+                if last is not kv_slot:
+                    stored[:, kv_slot.index] = stored[:, last.index]
                 stored[:, last.index] = 0.0
-        if last is not lane:
-            self.lanes[lane.index], last.index = last, lane.index
-        if self.room > 4 and 4 * len(self.lanes) <= self.room:
+        if last is not kv_slot:
+            self.kv_slots[kv_slot.index], last.index = last, kv_slot.index
+        if self.room > 4 and 4 * len(self.kv_slots) <= self.room:
             self._resize(self.room // 2)
 
-    def copy(self, lanes: Sequence[KVSlot], sources: Sequence[KVSlot]) -> None:
+    def copy(self, kv_slots: Sequence[KVSlot], sources: Sequence[KVSlot]) -> None:
         """Every lane becomes what its source was before: beams that go on from other beams."""
-        moved = [(lane, source) for lane, source in zip(lanes, sources, strict=True) if lane is not source]
+        moved = [(kv_slot, source) for kv_slot, source in zip(kv_slots, sources, strict=True) if kv_slot is not source]
         if not moved:
             return
         device = next(iter(self.stored.values()))[0].device
-        to = torch.tensor([lane.index for lane, _ in moved], device=device)
+        to = torch.tensor([kv_slot.index for kv_slot, _ in moved], device=device)
         of = torch.tensor([source.index for _, source in moved], device=device)
         for group, layers in self.stored.items():
             used = max(source.lengths[group] for _, source in moved)
             for stored in layers:
                 stored[:, to, :, :used] = stored[:, of, :, :used]
-        for lane, lengths, prefixes in [(lane, dict(s.lengths), dict(s.prefixes)) for lane, s in moved]:
-            lane.lengths, lane.prefixes = lengths, prefixes
+        for kv_slot, lengths, prefixes in [(kv_slot, dict(s.lengths), dict(s.prefixes)) for kv_slot, s in moved]:
+            kv_slot.lengths, kv_slot.prefixes = lengths, prefixes
 
     def _resize(self, room: int) -> None:
-        kept = min(room, len(self.lanes))
+        kept = min(room, len(self.kv_slots))
         for layers in self.stored.values():
             for number, stored in enumerate(layers):
                 grown = stored.new_empty(2, room, *stored.shape[2:])
@@ -118,7 +118,7 @@ class KeyValueCache:
         self._blocks: dict[tuple[int, ...], KVBlock] = {}
 
     def __len__(self) -> int:
-        return sum(len(block.lanes) for block in self._blocks.values())
+        return sum(len(block.kv_slots) for block in self._blocks.values())
 
     @property
     def bytes(self) -> int:
@@ -126,11 +126,11 @@ class KeyValueCache:
         every = [each for block in self._blocks.values() for layers in block.stored.values() for each in layers]
         return sum(each.numel() * each.element_size() for each in every)
 
-    def reserve(self, lanes: Sequence[Mapping[str, int]]) -> None:
+    def reserve(self, kv_slots: Sequence[Mapping[str, int]]) -> None:
         """Room for lanes of so many tokens each that will be opened now."""
-        counts = Counter(map(self._sizes, lanes))
+        counts = Counter(map(self._sizes, kv_slots))
         if not counts.keys() <= self._blocks.keys():
-            self._blocks = {sizes: block for sizes, block in self._blocks.items() if block.lanes or sizes in counts}
+            self._blocks = {sizes: block for sizes, block in self._blocks.items() if block.kv_slots or sizes in counts}
         for sizes, count in counts.items():
             if sizes not in self._blocks:
                 named = dict(zip(self._sites, sizes, strict=True))
@@ -147,8 +147,8 @@ class KeyValueCache:
     def _sizes(self, tokens: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(capacity(tokens[group]) for group in self._sites)
 
-    def close(self, lane: KVSlot) -> None:
-        lane.block.close(lane)
+    def close(self, kv_slot: KVSlot) -> None:
+        kv_slot.block.close(kv_slot)
 
 
 class PassCache:
@@ -160,19 +160,21 @@ class PassCache:
 
     def __init__(
         self,
-        bank: Bank,
+        adapter_pool: AdapterPoolProtocol,
         fresh: Sequence[tuple[KVSlot | None, int, Mapping[str, tuple[int, int]]]],
         tokens: Mapping[str, int],
         steps: Sequence[KVSlot],
         device: torch.device,
     ) -> None:
-        self._bank, self._fresh, self._tokens, self._device = bank, fresh, tokens, device
+        self._bank, self._fresh, self._tokens, self._device = adapter_pool, fresh, tokens, device
         self._parts: list[list[KVSlot]] = []
-        for lane in steps:
-            if not self._parts or self._parts[-1][0].block is not lane.block:
+        for kv_slot in steps:
+            if not self._parts or self._parts[-1][0].block is not kv_slot.block:
                 self._parts.append([])
-            assert lane.index == len(self._parts[-1]), "lanes that take a step are the first of their block, in order"
-            self._parts[-1].append(lane)
+            assert kv_slot.index == len(self._parts[-1]), (
+                "lanes that take a step are the first of their block, in order"
+            )
+            self._parts[-1].append(kv_slot)
         self._known: dict[str, list[_Known]] = {}
 
     def fresh(self, stream: str) -> int:
@@ -180,18 +182,18 @@ class PassCache:
 
     def keep(self, group: str, layer: int, keys: Tensor, values: Tensor) -> None:
         stream = "encoder" if group == "cross" else "decoder"
-        for lane, slot, spans in self._fresh:
-            if lane is None:
+        for kv_slot, slot, spans in self._fresh:
+            if kv_slot is None:
                 continue
-            stored, (start, end), at = lane.block.stored[group][layer], spans[stream], 0
+            stored, (start, end), at = kv_slot.block.stored[group][layer], spans[stream], 0
             prefix = self._bank.keys_values(slot, group, layer)
             if prefix is not None:
                 at = prefix[0].shape[1]
-                stored[0, lane.index, :, :at], stored[1, lane.index, :, :at] = prefix
-            stored[0, lane.index, :, at : at + end - start] = keys[0, :, start:end]
-            stored[1, lane.index, :, at : at + end - start] = values[0, :, start:end]
+                stored[0, kv_slot.index, :, :at], stored[1, kv_slot.index, :, :at] = prefix
+            stored[0, kv_slot.index, :, at : at + end - start] = keys[0, :, start:end]
+            stored[1, kv_slot.index, :, at : at + end - start] = values[0, :, start:end]
 
-    def step(self, group: str, layer: int, keys: Tensor | None, values: Tensor | None) -> list[Held]:
+    def step(self, group: str, layer: int, keys: Tensor | None, values: Tensor | None) -> list[CachedKV]:
         if group not in self._known:
             self._known[group] = [self._lengths(group, part) for part in self._parts]
         held, start = [], 0
@@ -201,18 +203,18 @@ class PassCache:
             if keys is not None and values is not None:
                 new = (each[0, :, start : start + count].transpose(0, 1) for each in (keys, values))  # (B, H_kv, D)
                 known.keep(both[0], both[1], *new)
-            held.append(Held(number, both[0], both[1], known.lengths, known.prefixes, known.full, known.kept))
+            held.append(CachedKV(number, both[0], both[1], known.lengths, known.prefixes, known.full, known.kept))
             start += count
         return held
 
     def _lengths(self, group: str, part: Sequence[KVSlot]) -> _Known:
         new = 0 if group == "cross" else 1
-        lengths = [lane.lengths[group] + new for lane in part]
+        lengths = [kv_slot.lengths[group] + new for kv_slot in part]
         longest = min(rounded(max(lengths), STEPS), part[0].block.sizes[group])
-        prefixes = torch.tensor([lane.prefixes[group] for lane in part], device=self._device)
+        prefixes = torch.tensor([kv_slot.prefixes[group] for kv_slot in part], device=self._device)
         numbers = torch.tensor(lengths, device=self._device)
         like = part[0].block.stored[group][0][0, : len(part), :, :longest]
-        kept = Kept(numbers, prefixes, like) if usable(like) is not None else None
+        kept = CachedKVArguments(numbers, prefixes, like) if usable(like) is not None else None
         return _Known(numbers, prefixes, longest, min(lengths) == longest, kept)
 
 
@@ -227,7 +229,7 @@ class _Known:
     prefixes: Tensor
     longest: int
     full: bool  # no row has fewer
-    kept: Kept | None
+    kept: CachedKVArguments | None
 
     def keep(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
         """The newest token of every row. keys, values: (B, H_kv, S, D), new ones: (B, H_kv, D)."""

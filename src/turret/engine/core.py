@@ -21,9 +21,9 @@ from turret.bases import Base
 from turret.engine import thread_parking
 from turret.engine.adapter_loader import AdapterLoader, Need, Warm
 from turret.engine.adapter_source import AdapterSource
+from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.calls import answers
 from turret.engine.counters import Counters
-from turret.engine.loaded import Loaded
 from turret.engine.passes import Passes
 from turret.engine.prompts import Prompts
 from turret.engine.request import (
@@ -75,7 +75,7 @@ class Engine:
         self._wake = threading.Condition()
         self._slots = Slots(self.limits.slots, self.limits.memory)
         self._residents = AdapterLoader(
-            self._runner.bank, self._slots, source, base.tokenizer, self._wake, clock, self._encode
+            self._runner.adapter_pool, self._slots, source, base.tokenizer, self._wake, clock, self._encode
         )
         self._scheduler = Scheduler(
             batch_tokens=self.limits.batch_tokens or pass_tokens(base),
@@ -112,7 +112,7 @@ class Engine:
         """
         request = self._taken(kind, text, adapter, options or Options(), priority, deadline)
         rest()  # from here on the processors are the pass's
-        loaded: Loaded | None = None
+        loaded: AdapterTensors | None = None
         with self._wake:
             if self._draining:
                 raise Draining("the engine takes no new requests: it is being stopped; ask another one")
@@ -293,7 +293,7 @@ class Engine:
         if request.deadline is not None:
             self._wake.notify_all()  # the thread may be asleep for longer than that
 
-    def _encode(self, need: Need, loaded: Loaded | None) -> None:
+    def _encode(self, need: Need, loaded: AdapterTensors | None) -> None:
         """Make a request ready for the scheduler, or note why it cannot be; on whatever thread has the time."""
         if not isinstance(need, Request) or need.ready or need.error is not None:
             return
@@ -402,7 +402,7 @@ class Engine:
 
     def _take_up(
         self,
-        ready: Sequence[tuple[Need, Loaded]],
+        ready: Sequence[tuple[Need, AdapterTensors]],
         failed: Sequence[tuple[Need, TurretError]],
         late: Mapping[Request, EngineError],
     ) -> None:

@@ -80,9 +80,9 @@ class Passes:
         assert request.ids is not None
         if request.kind == "classify":
             return Prefill(request.ids, _slot(request))
-        lane, slot = self._runner.lane(*self._row(request)), _slot(request)
+        kv_slot, slot = self._runner.kv_slot(*self._row(request)), _slot(request)
         before = self._prompts.before(request)
-        started.append(RunningSequence(request, request.settings, slot, lane, before))
+        started.append(RunningSequence(request, request.settings, slot, kv_slot, before))
         return started[-1].first()
 
     def _row(self, request: Request) -> tuple[int, int, int]:
@@ -94,7 +94,7 @@ class Passes:
         try:
             if not bool(torch.isfinite(logits).all()):
                 raise self._not_finite(request)
-            loaded = self._runner.bank.at(request.entry.slot)
+            loaded = self._runner.adapter_pool.at(request.entry.slot)
             assert loaded is not None
             answer = loaded.task.answers(logits[None])[0]
             self._end(request, Done({**answer, "prompt_tokens": len(request.ids or ())}), 0)
@@ -105,7 +105,7 @@ class Passes:
         """A step of every sequence by its rows of scores: the next token, or the next beams, or the end."""
         start, single = 0, []
         for sequence in sequences:
-            rows = len(sequence.lanes)
+            rows = len(sequence.kv_slots)
             if sequence.beams is None:
                 single.append((start, sequence))
             else:
@@ -132,7 +132,7 @@ class Passes:
     def _search(self, sequence: RunningSequence, scores: torch.Tensor) -> None:
         if not bool(torch.isfinite(scores.sum(-1)).all()):
             raise self._not_finite(sequence.request)
-        sequence.search(scores, self._runner.cache, lambda: self._runner.lane(*self._row(sequence.request)))
+        sequence.search(scores, self._runner.cache, lambda: self._runner.kv_slot(*self._row(sequence.request)))
 
     def _safely(self, sequence: RunningSequence, step: Callable[[], None]) -> None:
         """What goes wrong with one sequence is its own error; what is over ends."""
@@ -148,14 +148,14 @@ class Passes:
 
     def _drop(self, sequence: RunningSequence) -> None:
         """Give back what a sequence holds, once."""
-        if not sequence.lanes:
+        if not sequence.kv_slots:
             return
         sequence.close(self._runner.cache)
         if sequence in self.generating:
             self.generating.remove(sequence)
         self._freed(sequence.request)
         if not self.generating:
-            self._runner.bank.stack.clear()
+            self._runner.adapter_pool.stack.clear()
 
     def _not_finite(self, request: Request) -> NotFinite:
         who = str(request.named) if request.named else f"base {self._runner.base.id}"

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from turret.bases import Base
+from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.cache import capacity
 from turret.engine.decode import habits, resolved
-from turret.engine.loaded import Loaded
 from turret.engine.request import Limits, Request
 from turret.engine.runner import Runner
 from turret.errors import AdapterError, DataError, NoRoom
@@ -51,7 +51,7 @@ class Prompts:
             raise self._too_long(len(checked))
         return checked
 
-    def prepare(self, request: Request, loaded: Loaded | None) -> None:
+    def prepare(self, request: Request, loaded: AdapterTensors | None) -> None:
         """Encode the request for its adapter and count what it needs. Raises what its ticket ends with."""
         self._check_kind(request, loaded)
         if request.ids is None:
@@ -106,7 +106,7 @@ class Prompts:
                 for whole, token in zip(wholes, tokens, strict=True)
             ]
 
-    def _encoded(self, text: str, loaded: Loaded | None) -> list[int]:
+    def _encoded(self, text: str, loaded: AdapterTensors | None) -> list[int]:
         if loaded is not None:
             return [int(token) for token in loaded.task.encode_sources([text])[0].ids.tolist()]
         tokens = self._tokens
@@ -115,7 +115,7 @@ class Prompts:
             raise DataError("the text has no tokens: give at least one character")
         return ids
 
-    def _check_kind(self, request: Request, loaded: Loaded | None) -> None:
+    def _check_kind(self, request: Request, loaded: AdapterTensors | None) -> None:
         if request.kind == "generate" and not self.can_generate:
             raise AdapterError(
                 f"base {self._base.id} was loaded as a classifier and cannot generate: ask it to classify, or ask an "

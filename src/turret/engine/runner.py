@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turret.adapters import set_route
+from turret.adapters import set_context
 from turret.adapters.attached import detach
-from turret.adapters.blocks import rounded
+from turret.adapters.batch_context import BARE
+from turret.adapters.fused.blocks import rounded
 from turret.adapters.packed import STEPS, pool, ready_mask, shift_right, vocabulary_logits
-from turret.adapters.route import BARE
 from turret.bases import Base
-from turret.engine.bank import Bank
+from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
 
 SHORT_PASS, LONG_PASS = 512, 1024  # tokens
@@ -33,7 +33,7 @@ class Prefill:
 
     ids: Sequence[int]
     slot: int = BARE
-    lane: KVSlot | None = None  # None: a text to classify
+    kv_slot: KVSlot | None = None  # None: a text to classify
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DecodeStep:
 
     token: int
     slot: int
-    lane: KVSlot
+    kv_slot: KVSlot
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,26 @@ class Runner:
     def __init__(self, base: Base) -> None:
         self.base = base
         self.model: Any = base.model
-        self.bank = Bank(self.model, base.family, base.fingerprint)
+        self.adapter_pool = AdapterPool(self.model, base.family, base.fingerprint)
         self.cache = KeyValueCache(
-            self.bank.attached.sites, torch.zeros((), dtype=self.bank.dtype, device=self.bank.device)
+            self.adapter_pool.attached.sites,
+            torch.zeros((), dtype=self.adapter_pool.dtype, device=self.adapter_pool.device),
         )
-        self.device = self.bank.device
+        self.device = self.adapter_pool.device
         self._crossing = base.family.is_encoder_decoder
 
     def close(self) -> None:
         detach(self.model)
 
-    def lane(self, prompt: int, answer: int, slot: int) -> KVSlot:
+    def kv_slot(self, prompt: int, answer: int, slot: int) -> KVSlot:
         """A lane for a prompt of so many tokens and an answer of at most so many."""
-        return self.cache.open(self.needs(prompt, answer, self.bank.prefix_length(slot)))
+        return self.cache.open(self.needs(prompt, answer, self.adapter_pool.prefix_length(slot)))
 
     def reserve(self, rows: Sequence[tuple[int, int, int]]) -> None:
         """Room for the lanes of these that are about to begin: (prompt, answer, slot) each, as `lane` takes them."""
-        self.cache.reserve([self.needs(prompt, answer, self.bank.prefix_length(slot)) for prompt, answer, slot in rows])
+        self.cache.reserve(
+            [self.needs(prompt, answer, self.adapter_pool.prefix_length(slot)) for prompt, answer, slot in rows]
+        )
 
     def needs(self, prompt: int, answer: int, prefix: int = 0) -> dict[str, int]:
         """Tokens by group that a row holds at its end; the last token of an answer is never read."""
@@ -88,7 +91,7 @@ class Runner:
         """One pass. A lane's lengths grow by what it was given; where the pass fails they stay as they were."""
         order = sorted(range(len(fresh)), key=lambda row: fresh[row].slot)
         rows = [fresh[row] for row in order]
-        turns = sorted(range(len(steps)), key=lambda row: (id(steps[row].lane.block), steps[row].lane.index))
+        turns = sorted(range(len(steps)), key=lambda row: (id(steps[row].kv_slot.block), steps[row].kv_slot.index))
         going = [steps[row] for row in turns]
         hidden, lengths = (self._crossed if self._crossing else self._straight)(rows, going)
         self._grow(rows, going)
@@ -126,7 +129,9 @@ class Runner:
         config = self.model.config
         sources = [list(row.ids) for row in rows]
         targets = [
-            [config.decoder_start_token_id] if row.lane is not None else shift_right(config, torch.tensor(ids)).tolist()
+            [config.decoder_start_token_id]
+            if row.kv_slot is not None
+            else shift_right(config, torch.tensor(ids)).tolist()
             for row, ids in zip(rows, sources, strict=True)
         ]
         counts = {"encoder": [len(each) for each in sources], "decoder": [len(each) for each in targets]}
@@ -152,7 +157,7 @@ class Runner:
                 source = torch.tensor([tokens], device=self.device)
                 encoded = self.model.get_encoder()(input_ids=source, attention_mask=ready_mask(source))[0]
             else:  # the sources are in the cache; the decoder still wants something to project
-                encoded = torch.zeros(1, 1, config.hidden_size, dtype=self.bank.dtype, device=self.device)
+                encoded = torch.zeros(1, 1, config.hidden_size, dtype=self.adapter_pool.dtype, device=self.device)
             output = self.model.get_decoder()(
                 input_ids=ids,
                 attention_mask=ready_mask(ids),
@@ -173,41 +178,45 @@ class Runner:
         """Everything the hooks read, for the length of the pass."""
         count = max((len(each) for each in lengths.values()), default=0)
         slots = [row.slot for row in rows] + [BARE] * (count - len(rows))
-        self.bank.begin(slots, lengths, [step.slot for step in going])
+        self.adapter_pool.begin(slots, lengths, [step.slot for step in going])
         tokens = {stream: sum(each) for stream, each in lengths.items()}
-        kept = [(row.lane, row.slot, span) for row, span in zip(rows, spans, strict=True)]
-        cache = PassCache(self.bank, kept, tokens, [step.lane for step in going], self.device)
+        kept = [(row.kv_slot, row.slot, span) for row, span in zip(rows, spans, strict=True)]
+        cache = PassCache(self.adapter_pool, kept, tokens, [step.kv_slot for step in going], self.device)
         return _Routed(
-            self.bank.attached.route, slots, lengths, cache, {s: p.to(self.device) for s, p in positions.items()}
+            self.adapter_pool.attached.context,
+            slots,
+            lengths,
+            cache,
+            {s: p.to(self.device) for s, p in positions.items()},
         )
 
     def _start(self, slot: int) -> int:
         """The position of a row's first token: behind its prefix, where tokens look back; encoders are not shifted."""
-        return self.bank.prefix_length(slot) if self.base.family.generates and self._shifts(slot) else 0
+        return self.adapter_pool.prefix_length(slot) if self.base.family.generates and self._shifts(slot) else 0
 
     def _shifts(self, slot: int) -> bool:
-        loaded = self.bank.at(slot)
+        loaded = self.adapter_pool.at(slot)
         return loaded is not None and loaded.length > 0
 
     def _at(self, step: DecodeStep) -> int:
         """The position of a row's next token."""
-        shift = self._start(step.slot) - step.lane.prefixes["decoder"]
-        return step.lane.lengths["decoder"] + shift
+        shift = self._start(step.slot) - step.kv_slot.prefixes["decoder"]
+        return step.kv_slot.lengths["decoder"] + shift
 
     def _grow(self, rows: Sequence[Prefill], going: Sequence[DecodeStep]) -> None:
         for row in rows:
-            if row.lane is None:
+            if row.kv_slot is None:
                 continue
-            for group in row.lane.lengths:
+            for group in row.kv_slot.lengths:
                 P = self._prefix(row.slot, group)
                 own = len(row.ids) if group == "cross" or not self._crossing else 1
-                row.lane.prefixes[group], row.lane.lengths[group] = P, P + own
+                row.kv_slot.prefixes[group], row.kv_slot.lengths[group] = P, P + own
         for step in going:
-            step.lane.lengths["decoder"] += 1
+            step.kv_slot.lengths["decoder"] += 1
 
     def _prefix(self, slot: int, group: str) -> int:
         """P of a slot in one group; an encoder-decoder's prefix may leave some out."""
-        loaded = self.bank.at(slot)
+        loaded = self.adapter_pool.at(slot)
         return loaded.length if loaded is not None and group in loaded.prefix else 0
 
     # --- what comes of it ---------------------------------------------------------------------------------------------
@@ -222,13 +231,13 @@ class Runner:
         lengths: Sequence[int],
     ) -> Outcome:
         classes: dict[int, Tensor] = {}
-        if any(row.lane is None for row in rows):
+        if any(row.kv_slot is None for row in rows):
             pooled = pool(self.base.family.pooling(self.model.config), hidden, lengths)  # (fresh rows, D)
-            places = [place for place, row in enumerate(rows) if row.lane is None]
-            logits = self.bank.logits([rows[place].slot for place in places], pooled[places])
+            places = [place for place, row in enumerate(rows) if row.kv_slot is None]
+            logits = self.adapter_pool.logits([rows[place].slot for place in places], pooled[places])
             classes = {order[place]: row for place, row in zip(places, logits, strict=True)}
         ends = list(accumulate(lengths))
-        last = {order[place]: ends[place] - 1 for place, row in enumerate(rows) if row.lane is not None}
+        last = {order[place]: ends[place] - 1 for place, row in enumerate(rows) if row.kv_slot is not None}
         wanted = [last[row] for row in sorted(last)]
         behind = hidden.shape[0] - len(turns)
         where = {row: behind + place for place, row in enumerate(turns)}
@@ -249,9 +258,9 @@ def pass_tokens(base: Base) -> int:
 class _Routed:
     """The route of one pass, and the route as it was."""
 
-    def __init__(self, route: Any, slots: Sequence[int], lengths: Any, cache: PassCache, positions: Any) -> None:
-        self._route, self._cache, self._positions = route, cache, positions
-        self._around = set_route(route, slots, lengths, in_body=True)
+    def __init__(self, context: Any, slots: Sequence[int], lengths: Any, cache: PassCache, positions: Any) -> None:
+        self._route, self._cache, self._positions = context, cache, positions
+        self._around = set_context(context, slots, lengths, in_body=True)
 
     def __enter__(self) -> None:
         self._around.__enter__()
@@ -259,7 +268,7 @@ class _Routed:
 
     def __exit__(self, *exception: Any) -> None:
         self._route.cache = self._route.positions = None
-        self._route.bank.finish()
+        self._route.adapter_pool.finish()
         self._around.__exit__(*exception)
 
 

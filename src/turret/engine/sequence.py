@@ -26,12 +26,12 @@ class RunningSequence:
     """A row that takes a token a pass, or as many rows as it has beams."""
 
     def __init__(
-        self, request: Request, settings: GenerationSettings, slot: int, lane: KVSlot, before: Sequence[int]
+        self, request: Request, settings: GenerationSettings, slot: int, kv_slot: KVSlot, before: Sequence[int]
     ) -> None:
         assert request.ids is not None
         self.request, self.settings, self.slot = request, settings, slot
         self.random = random.Random(settings.seed)
-        self.lanes = [lane]
+        self.kv_slots = [kv_slot]
         self.tokens: list[int] = []
         self.beams = Beams(settings, before) if settings.num_beams > 1 else None
         self.reason: str | None = None  # why it is over
@@ -43,14 +43,15 @@ class RunningSequence:
 
     def first(self) -> Prefill:
         assert self.request.ids is not None
-        return Prefill(self.request.ids, self.slot, self.lanes[0])
+        return Prefill(self.request.ids, self.slot, self.kv_slots[0])
 
     def steps(self) -> list[DecodeStep]:
         """A row a lane."""
         if self.beams is None:
-            return [DecodeStep(self.tokens[-1], self.slot, self.lanes[0])]
+            return [DecodeStep(self.tokens[-1], self.slot, self.kv_slots[0])]
         return [
-            DecodeStep(text[-1], self.slot, lane) for text, lane in zip(self.beams.running, self.lanes, strict=True)
+            DecodeStep(text[-1], self.slot, kv_slot)
+            for text, kv_slot in zip(self.beams.running, self.kv_slots, strict=True)
         ]
 
     def counted(self) -> Sequence[int]:
@@ -80,8 +81,8 @@ class RunningSequence:
         assert self.beams is not None
         sources = self.beams.advance(logits)
         if sources is not None:
-            self.lanes += [open_lane() for _ in range(len(sources) - len(self.lanes))]
-            self.lanes[0].block.copy(self.lanes, [self.lanes[source] for source in sources])
+            self.kv_slots += [open_lane() for _ in range(len(sources) - len(self.kv_slots))]
+            self.kv_slots[0].block.copy(self.kv_slots, [self.kv_slots[source] for source in sources])
             return
         best = list(self.beams.best)
         self.reason = "stop" if best and best[-1] in self.settings.eos else "length"
@@ -129,6 +130,6 @@ class RunningSequence:
         return {**own, "top": top}
 
     def close(self, cache: KeyValueCache) -> None:
-        for lane in self.lanes:
-            cache.close(lane)
-        self.lanes = []
+        for kv_slot in self.kv_slots:
+            cache.close(kv_slot)
+        self.kv_slots = []

@@ -54,11 +54,11 @@ class FastPaths:
     """Modules, by the name of their class, that a faster way to the same numbers may replace. None has to be named.
 
     Args:
-        rms_norms: RMS norms with `weight` and `variance_epsilon` (`adapters/norms.py`).
+        rms_norms: RMS norms with `weight` and `variance_epsilon` (`adapters/fused/norms.py`).
         narrow_norms: those norms give the dtype of their weight where it is 16 bits wide (T5).
-        gated_mlps: MLPs of gate_proj, up_proj, down_proj and act_fn (`adapters/activations.py`).
-        added_norms: dense, dropout, residual sum and LayerNorm in one module (`adapters/residual.py`).
-        layers: whole layers (`adapters/layers.py`).
+        gated_mlps: MLPs of gate_proj, up_proj, down_proj and act_fn (`adapters/fused/activations.py`).
+        added_norms: dense, dropout, residual sum and LayerNorm in one module (`adapters/fused/residual.py`).
+        layers: whole layers (`adapters/fused/layers.py`).
         layout: how such a layer is made, with parts named as BERT (post-norm) or Llama (pre-norm) names them.
     """
 

@@ -3,29 +3,39 @@
 `library()` gives them or None; every caller keeps its plain path beside. `TURRET_KERNELS=off` takes the plain path.
 """
 
-from turret.kernels.arguments import KEPT, LARGEST, Dropped, Kept, Prefixes, Rounded, Rows, Seeds, Spans
+from turret.kernels.arguments import (
+    LARGEST,
+    NO_DROPOUT,
+    AdapterSpans,
+    AttentionRows,
+    CachedKVArguments,
+    DropoutArguments,
+    Int8Matrix,
+    Prefixes,
+    Seeds,
+)
 from turret.kernels.available import int8, library, rest, usable, wake, why, without
 from turret.kernels.compiled import Library
-from turret.kernels.layers import DecoderLayer, EncoderLayer, LayerNorm, Layers, Matrix
+from turret.kernels.layers import DecoderLayer, EncoderLayer, LayerMatrix, LayerNorm, Layers
 from turret.kernels.products import LONGEST_INT8
 
 __all__ = [
-    "KEPT",
     "LARGEST",
     "LONGEST_INT8",
+    "NO_DROPOUT",
+    "AdapterSpans",
+    "AttentionRows",
+    "CachedKVArguments",
     "DecoderLayer",
-    "Dropped",
+    "DropoutArguments",
     "EncoderLayer",
-    "Kept",
+    "Int8Matrix",
+    "LayerMatrix",
     "LayerNorm",
     "Layers",
     "Library",
-    "Matrix",
     "Prefixes",
-    "Rounded",
-    "Rows",
     "Seeds",
-    "Spans",
     "int8",
     "library",
     "rest",

@@ -20,7 +20,7 @@ LARGEST = 1 << 32  # elements a mask can number
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DropoutArguments:
     """Dropout as a kernel needs it: an element is kept where its random word reaches the threshold."""
 
     seeds: Seeds
@@ -28,16 +28,16 @@ class Dropped:
     scale: float  # 1 / (1 - p)
 
     @classmethod
-    def of(cls, p: float, seeds: Seeds) -> Dropped:
+    def of(cls, p: float, seeds: Seeds) -> DropoutArguments:
         threshold = min(round(p * STEPS), STEPS - 1)
         return cls(seeds, threshold, 1.0 / (1.0 - threshold / STEPS))
 
 
-KEPT = Dropped((0, 0), 0, 1.0)
+NO_DROPOUT = DropoutArguments((0, 0), 0, 1.0)
 
 
 @dataclass(frozen=True)
-class Rounded:
+class Int8Matrix:
     """A matrix (O, E) in 8 bits as `linear_int8` multiplies by it: whole numbers, and a scale for every output."""
 
     bytes: Tensor  # (O E + 4 O,) uint8
@@ -47,7 +47,7 @@ class Rounded:
 
 
 @dataclass(frozen=True)
-class Rows:
+class AttentionRows:
     """Where each row of an unpadded batch lies, and what its queries may look at.
 
     All int64 on the CPU, (B,). window: 0 for none, else |key - query| < window. bias: (H, W) float32 by key - query,
@@ -91,7 +91,7 @@ class Prefixes:
     of_row: Sequence[int | None]
 
 
-class Spans:
+class AdapterSpans:
     """Which tokens of a pass take which factors: made once a pass, read by every layer.
 
     starts, ends, ranks: (S,) int64; factors: (S, L, 2) int64, the addresses of A (R, D_in) and of the scaled
@@ -108,7 +108,7 @@ class Spans:
         self.address = ctypes.addressof(self.words)
 
 
-class Kept:
+class CachedKVArguments:
     """What a cache holds of some rows as the kernels of a step read it: made once a pass, read by every layer.
 
     lengths, prefixes: (B,) int64 on the CPU, the newest token counted; like: (B, H_kv, S, D), a layer's keys or values,
@@ -174,10 +174,10 @@ class _Words(ctypes.Structure):
 
 
 def words_of(
-    rows: Rows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, dropped: Dropped
+    rows: AttentionRows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, dropped: DropoutArguments
 ) -> tuple[_Words, list[Tensor]]:
     """The struct, and what must live as long as it does; kept with the rows where neither is one layer's own."""
-    own = bool(prefixes.pairs) or dropped is not KEPT
+    own = bool(prefixes.pairs) or dropped is not NO_DROPOUT
     alike = () if own else (*(each.shape for each in (q, k)), *(each.stride() for each in (q, k, v)))
     if not own and alike in rows.told:
         return rows.told[alike]

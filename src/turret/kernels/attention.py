@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from turret.kernels.arguments import Dropped, Kept, Prefixes, Rows, words_of
+from turret.kernels.arguments import AttentionRows, CachedKVArguments, DropoutArguments, Prefixes, words_of
 from turret.kernels.calls import Calls, p, threads
 
 
@@ -15,7 +15,7 @@ class Attention(Calls):
     """Axes: B rows, N tokens of all rows, H heads, P prefix, D head size."""
 
     def attention(
-        self, rows: Rows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, dropped: Dropped
+        self, rows: AttentionRows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, dropped: DropoutArguments
     ) -> tuple[Tensor, Tensor]:
         """(y (N, H, D), log_sum (N, H) float32) of every row of an unpadded batch by itself.
 
@@ -28,12 +28,12 @@ class Attention(Calls):
 
     def attention_backward(
         self,
-        rows: Rows,
+        rows: AttentionRows,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         prefixes: Prefixes,
-        dropped: Dropped,
+        dropped: DropoutArguments,
         dy: Tensor,
         log_sum: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,7 +47,9 @@ class Attention(Calls):
                    p(dk), p(dv), p(dprefixes), threads())  # fmt: skip
         return dq, dk, dv, dprefixes
 
-    def keep_step(self, kept: Kept, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
+    def keep_step(
+        self, kept: CachedKVArguments, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor
+    ) -> None:
         """The newest token of every row into the cache. new_keys, new_values: (B, H_kv, D), of the same strides."""
         kept.require(keys, values)
         assert new_keys.shape == new_values.shape == kept.shape
@@ -57,7 +59,7 @@ class Attention(Calls):
         self._call("keep_step", keys.dtype, kept.address, *new, keys.data_ptr(), values.data_ptr())
 
     def attend_step(
-        self, kept: Kept, q: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int = 0
+        self, kept: CachedKVArguments, q: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int = 0
     ) -> Tensor:
         """softmax(scaling q K^T) V of one query a row: q (B, H, D) whose last axis is contiguous -> (B, H, D)."""
         kept.require(keys, values)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turret.kernels.arguments import Spans
+from turret.kernels.arguments import AdapterSpans
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
@@ -64,7 +64,7 @@ def n(x: Tensor) -> ctypes.c_long:
     return ctypes.c_long(x.numel())
 
 
-def at(spans: Spans | None) -> int | None:
+def at(spans: AdapterSpans | None) -> int | None:
     return None if spans is None else spans.address
 
 

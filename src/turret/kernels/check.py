@@ -10,7 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from turret.kernels.arguments import KEPT, Dropped, Kept, Prefixes, Rows, Spans
+from turret.kernels.arguments import (
+    NO_DROPOUT,
+    AdapterSpans,
+    AttentionRows,
+    CachedKVArguments,
+    DropoutArguments,
+    Prefixes,
+)
 from turret.kernels.build import NotBuilt
 from turret.kernels.compiled import Library
 
@@ -53,10 +60,10 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
     results["rms_norm_backward"] = (library.rms_norm_backward(gate, weight, found, dy), expected)
     shift = draw(37)
     y = torch.nn.functional.layer_norm(wide + wider, (37,), weight.double(), shift.double(), 1e-5)
-    normed, added, stats = library.added_norm(gate, up, weight, shift, 1e-5, KEPT)
+    normed, added, stats = library.added_norm(gate, up, weight, shift, 1e-5, NO_DROPOUT)
     results["added_norm"] = (normed, y.detach())
     results["added_norm_again"] = (library.added_norm_again(added, weight, shift, stats), y.detach())
-    given = library.added_norm_backward(added, weight, stats, KEPT, dy)
+    given = library.added_norm_backward(added, weight, stats, NO_DROPOUT, dy)
     results["added_norm_backward"] = (given[1], torch.autograd.grad(y, wide, dy.double())[0])
     x, angle = draw(5, 2, 8), torch.rand(5, 8, generator=generator)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -65,7 +72,7 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
         library.rotate(x, cos, sin, 1.0),
         x.double() * cos.double()[:, None] + turned * sin.double()[:, None],
     )
-    ones = library.dropout(torch.ones(40_000, dtype=dtype), Dropped.of(0.25, (12345, 678)))
+    ones = library.dropout(torch.ones(40_000, dtype=dtype), DropoutArguments.of(0.25, (12345, 678)))
     kept = float((ones > 0).double().mean())
     results["dropout"] = (ones.max()[None], torch.full((1,), 4 / 3 if abs(kept - 0.75) < 0.02 else 0.0))
     if library.int8:
@@ -79,8 +86,8 @@ def _lora(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tens
     h, dh = x.double() @ A.double().mT, 0.5 * dy.double() @ B.double()
     expected = {"lora": y.double() + 0.5 * h @ B.double().mT, "lora dx": dx.double() + dh @ A.double()}
     expected |= {"lora dA": dh.mT @ x.double(), "lora dB": 0.5 * dy.double().mT @ h}
-    found = library.lora(x, A, B, 0.5, KEPT, y)
-    given = y, dx, *library.lora_backward(x, A, B, 0.5, KEPT, found, dy, dx)
+    found = library.lora(x, A, B, 0.5, NO_DROPOUT, y)
+    given = y, dx, *library.lora_backward(x, A, B, 0.5, NO_DROPOUT, found, dy, dx)
     return {name: (one, each) for one, (name, each) in zip(given, expected.items(), strict=True)}
 
 
@@ -104,7 +111,7 @@ def _low_rank(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[
         for (start, end), (A, B) in zip(((1, 41), (43, 48)), factors, strict=True):
             wide[start:end] += x[start:end].double() @ A.double().mT @ B.double()
         addresses = torch.tensor([[[0, 0], [A.data_ptr(), B.data_ptr()]] for A, B in (*factors, factors[1])])
-        spans = Spans(
+        spans = AdapterSpans(
             torch.tensor([1, 43, 48]), torch.tensor([41, 48, 48]), torch.tensor([3, 17, 17]), addresses, len(x)
         )
         library.low_rank(spans, 1, x, y)
@@ -121,10 +128,10 @@ def _attention(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple
     q, k, v, dy = draw(43, 4, 24), draw(43, 2, 24), draw(43, 2, 24), draw(43, 4, 24)
     prefix = draw(2, 2, 24), draw(2, 2, 24)
     starts, lengths = torch.tensor([0, 40]), torch.tensor([40, 3])
-    rows = Rows(starts, lengths, starts, lengths, scaling=0.3, causal=True)
+    rows = AttentionRows(starts, lengths, starts, lengths, scaling=0.3, causal=True)
     prefixes = Prefixes([prefix], [None, 0])
-    y, log_sum = library.attention(rows, q, k, v, prefixes, KEPT)
-    dq, dk, dv, dprefix = library.attention_backward(rows, q, k, v, prefixes, KEPT, dy, log_sum)
+    y, log_sum = library.attention(rows, q, k, v, prefixes, NO_DROPOUT)
+    dq, dk, dv, dprefix = library.attention_backward(rows, q, k, v, prefixes, NO_DROPOUT, dy, log_sum)
     wide = [each.double().requires_grad_() for each in (q, k, v, *prefix)]
     expected = []
     for (start, end), P in (((0, 40), 0), ((40, 43), 2)):
@@ -154,7 +161,7 @@ def _step(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tens
         y, (A, B) = x.double() @ weight.double().mT + bias.double(), (draw(3, 37), draw(3, 19))
         results["linear"] = (library.linear(x, weight, bias), y)
         addresses = torch.tensor([[[A.data_ptr(), B.data_ptr()]]])
-        spans = Spans(torch.tensor([1]), torch.tensor([len(x) - 1]), torch.tensor([3]), addresses, len(x))
+        spans = AdapterSpans(torch.tensor([1]), torch.tensor([len(x) - 1]), torch.tensor([3]), addresses, len(x))
         y = y.clone()
         y[1:-1] += x[1:-1].double() @ A.double().mT @ B.double()
         results["linear and its adapters"] = (library.linear(x, weight, bias, spans), y)
@@ -166,7 +173,7 @@ def _step(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tens
         draw(3, 4, 40),
     )
     lengths, prefixes = torch.tensor([20, 1, 7]), torch.tensor([0, 0, 2])
-    kept = Kept(lengths, prefixes, keys)
+    kept = CachedKVArguments(lengths, prefixes, keys)
     library.keep_step(kept, keys, values, new_keys, new_values)
     newest = [each[torch.arange(3), :, lengths - 1] for each in (keys, values)]
     results |= {"keep_step keys": (newest[0], new_keys), "keep_step values": (newest[1], new_values)}

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turret.kernels.arguments import KEPT, Kept, PartWords, Prefixes, Rows, Spans, words_of
+from turret.kernels.arguments import (
+    NO_DROPOUT,
+    AdapterSpans,
+    AttentionRows,
+    CachedKVArguments,
+    PartWords,
+    Prefixes,
+    words_of,
+)
 from turret.kernels.attention import Attention
 from turret.kernels.calls import at, threads
 from turret.kernels.layers import DecoderLayer, EncoderLayer, Layer, Layers
@@ -21,7 +29,7 @@ class Library(Operations, Attention, Products):
     """All of them: what a layer is made of, and rows of whole layers in one call."""
 
     def encoder_layers(
-        self, layers: Layers, x: Tensor, spans: Spans | None, told: Sequence[tuple[Rows, Prefixes]]
+        self, layers: Layers, x: Tensor, spans: AdapterSpans | None, told: Sequence[tuple[AttentionRows, Prefixes]]
     ) -> Tensor:
         """Whole layers on at most `few` tokens, dropout off: the same numbers as their parts give. x: (..., D).
 
@@ -33,7 +41,7 @@ class Library(Operations, Attention, Products):
         like = torch.empty(
             tokens, layers.heads, layers.dim, dtype=x.dtype, device="meta"
         )  # of queries, keys and values
-        words = [words_of(rows, like, like, like, prefixes, KEPT) for rows, prefixes in told]
+        words = [words_of(rows, like, like, like, prefixes, NO_DROPOUT) for rows, prefixes in told]
         every = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(each) for each, _ in words))
         y = torch.empty_like(x)
         numbers = layers.address, ctypes.addressof(every), len(layers), tokens, x.data_ptr(), at(spans), y.data_ptr()
@@ -46,8 +54,8 @@ class Library(Operations, Attention, Products):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        spans: Spans | None,
-        parts: Sequence[Sequence[tuple[Kept, Tensor, Tensor]]],
+        spans: AdapterSpans | None,
+        parts: Sequence[Sequence[tuple[CachedKVArguments, Tensor, Tensor]]],
     ) -> Tensor:
         """Whole layers on the next token of every layers, at most `few` of them: the same numbers as their parts give.
 
@@ -79,7 +87,7 @@ class Library(Operations, Attention, Products):
         self._in_room("decoder_layers", layers, tokens, told)
         return y
 
-    def _tokens(self, layers: Layers, kind: type[Layer], x: Tensor, spans: Spans | None) -> int:
+    def _tokens(self, layers: Layers, kind: type[Layer], x: Tensor, spans: AdapterSpans | None) -> int:
         assert layers.kind is kind
         tokens = x.numel() // layers.width
         assert x.is_contiguous()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Matrix:
+class LayerMatrix:
     """A frozen linear layer: weight (D_out, D_in), bias (D_out,) or none, and its number in `Spans`."""
 
     number: int
@@ -45,7 +45,7 @@ class Layer:
 
     words: ctypes.Structure
 
-    def __init__(self, matrices: Sequence[Matrix], others: Sequence[Tensor | None], dim: int) -> None:
+    def __init__(self, matrices: Sequence[LayerMatrix], others: Sequence[Tensor | None], dim: int) -> None:
         kept = [*others, *(each for matrix in matrices for each in (matrix.weight, matrix.bias))]
         self._kept = [each for each in kept if each is not None]
         query, key = (each.weight.shape for each in matrices[:2])
@@ -65,7 +65,7 @@ class Layer:
 class EncoderLayer(Layer):
     """Of BERT and its like. matrices: q, k, v, o, up, down. norms: behind attention and behind the MLP."""
 
-    def __init__(self, matrices: Sequence[Matrix], norms: tuple[LayerNorm, LayerNorm], dim: int) -> None:
+    def __init__(self, matrices: Sequence[LayerMatrix], norms: tuple[LayerNorm, LayerNorm], dim: int) -> None:
         super().__init__(matrices, [each for norm in norms for each in (norm.weight, norm.bias)], dim)
         q, k, v, o, up, down = (each.weight.shape for each in matrices)
         assert q == k == v == o[::-1]
@@ -84,7 +84,7 @@ class DecoderLayer(Layer):
 
     def __init__(
         self,
-        matrices: Sequence[Matrix],
+        matrices: Sequence[LayerMatrix],
         norms: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
         eps: tuple[float, float],
         *,

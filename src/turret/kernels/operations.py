@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turret.kernels.arguments import Dropped
+from turret.kernels.arguments import DropoutArguments
 from turret.kernels.calls import Calls, n, p, threads
 
 
@@ -37,7 +37,7 @@ class Operations(Calls):
         self._call("gelu_backward", x.dtype, n(x), p(x), p(dy), p(dx), threads())
         return dx
 
-    def dropout(self, x: Tensor, dropped: Dropped, scale: float | None = None) -> Tensor:
+    def dropout(self, x: Tensor, dropped: DropoutArguments, scale: float | None = None) -> Tensor:
         """x where it is kept, times `scale` (1 / (1 - p) where left out), zero elsewhere."""
         y = torch.empty_like(x)
         by = ctypes.c_float(dropped.scale if scale is None else scale)
@@ -65,7 +65,7 @@ class Operations(Calls):
         return dx
 
     def added_norm(
-        self, a: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dropped: Dropped
+        self, a: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dropped: DropoutArguments
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(LayerNorm of s, s = dropout(a) + x, mean and 1 / deviation of each row of s (..., 2) float32)."""
         s, y, stats = torch.empty_like(a), torch.empty_like(a), torch.empty(*a.shape[:-1], 2, dtype=torch.float32)
@@ -84,7 +84,7 @@ class Operations(Calls):
         return y
 
     def added_norm_backward(
-        self, s: Tensor, weight: Tensor, stats: Tensor, dropped: Dropped, dy: Tensor
+        self, s: Tensor, weight: Tensor, stats: Tensor, dropped: DropoutArguments, dy: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(da, dx)."""
         da, dx = torch.empty_like(s), torch.empty_like(s)
@@ -106,6 +106,6 @@ class Operations(Calls):
         return y
 
 
-def _mask(dropped: Dropped) -> tuple[Any, ...]:
+def _mask(dropped: DropoutArguments) -> tuple[Any, ...]:
     """seed, other, threshold, scale"""
     return *map(ctypes.c_uint32, (*dropped.seeds, dropped.threshold)), ctypes.c_float(dropped.scale)

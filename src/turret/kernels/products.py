@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from turret.kernels.arguments import Dropped, Rounded, Spans
+from turret.kernels.arguments import AdapterSpans, DropoutArguments, Int8Matrix
 from turret.kernels.calls import Calls, at, p, threads
 
 WAKING = 1 << 20  # products of two numbers, that take a thread 0.1 ms; one that sleeps is there after 0.05 to 2
@@ -17,7 +17,7 @@ LONGEST_INT8 = 1 << 16  # numbers of a sum in 8 bits: 255 * 127 of each fit 31 b
 class Products(Calls):
     """Axes: N tokens, R ranks."""
 
-    def lora(self, x: Tensor, A: Tensor, B: Tensor, by: float, dropped: Dropped, y: Tensor) -> Tensor:
+    def lora(self, x: Tensor, A: Tensor, B: Tensor, by: float, dropped: DropoutArguments, y: Tensor) -> Tensor:
         """y += by (dropout(x) A^T) B^T, where dropout does not scale; gives h = dropout(x) A^T (N, R) float32.
 
         x: (N, D_in), y: (N, D_out) of one dtype, D_in and D_out multiples of 32; A: (R, D_in), B: (D_out, R) float32.
@@ -33,7 +33,7 @@ class Products(Calls):
         A: Tensor,
         B: Tensor,
         by: float,
-        dropped: Dropped,
+        dropped: DropoutArguments,
         h: Tensor,
         dy: Tensor,
         dx: Tensor | None,
@@ -44,24 +44,24 @@ class Products(Calls):
         self._call("lora_backward", x.dtype, *told, *map(p, (turned, dh, h, dy, dx, dA, dB)), threads())
         return dA, dB
 
-    def round_int8(self, weight: Tensor, turned: bool = False) -> Rounded:
+    def round_int8(self, weight: Tensor, turned: bool = False) -> Int8Matrix:
         """W for many `linear_int8`: (O, E), or turned (E, O). E a multiple of 64, O of 32. Only with `int8`."""
         outputs, deep = self._sizes_int8(weight, turned)
-        found = Rounded(torch.empty(outputs * (deep + 4), dtype=torch.uint8), outputs, deep, weight.dtype)
+        found = Int8Matrix(torch.empty(outputs * (deep + 4), dtype=torch.uint8), outputs, deep, weight.dtype)
         helpers = torch.get_num_threads()
         rows = torch.empty(helpers, 16 * deep, dtype=torch.uint8)
         told = weight.data_ptr(), found.bytes.data_ptr(), rows.data_ptr()
         self._call("round_int8", weight.dtype, *told, deep, outputs, turned, helpers)
         return found
 
-    def linear_int8(self, x: Tensor, weight: Tensor | Rounded, bias: Tensor | None, turned: bool = False) -> Tensor:
+    def linear_int8(self, x: Tensor, weight: Tensor | Int8Matrix, bias: Tensor | None, turned: bool = False) -> Tensor:
         """x W^T + b, or turned x W, with x and W rounded to whole numbers: of every token, and of every output of W.
 
         x: (N, E), weight: (O, E) or turned (E, O), or either rounded before, bias: (O,) -> (N, O). E a multiple of 64,
         O of 32. Only with `int8`.
         """
         by: tuple[int | None, int | None]
-        if rounded := isinstance(weight, Rounded):
+        if rounded := isinstance(weight, Int8Matrix):
             (outputs, deep), by = (weight.outputs, weight.deep), (None, weight.bytes.data_ptr())
         else:
             (outputs, deep), by = self._sizes_int8(weight, turned), (weight.data_ptr(), None)
@@ -88,7 +88,7 @@ class Products(Calls):
         assert weight.is_contiguous()
         return outputs, deep
 
-    def low_rank(self, spans: Spans, layer: int, x: Tensor, y: Tensor) -> None:
+    def low_rank(self, spans: AdapterSpans, layer: int, x: Tensor, y: Tensor) -> None:
         """y += (x A^T) B of every span, added up in float32. x: (..., D_in), y: (..., D_out) of N tokens.
 
         Rows of no span stay as they are.
@@ -129,7 +129,7 @@ class Products(Calls):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        spans: Spans | None = None,
+        spans: AdapterSpans | None = None,
         layer: int = 0,
         *,
         helped: bool = True,

@@ -16,7 +16,7 @@ from turret.server.admin_schemas import AdapterName, Experiments, Outcomes, Ramp
 from turret.server.error_responses import without_paths
 from turret.server.routes import Here, router
 from turret.server.state import ServerState
-from turret.workspace.experimenting import Status
+from turret.workspace.experimenting import ExperimentStatus
 
 outcomes, control = router("infer or admin"), router("admin")
 Name = Annotated[AdapterName, Path(description="Of the adapter.")]
@@ -86,7 +86,9 @@ async def stop_experiment(name: Name, here: Here, body: StopRequest | None = Non
     return await _taken_up(here, await end(here, name, None, promote=wanted.promote, rollback=wanted.rollback))
 
 
-async def end(here: ServerState, name: str, number: int | None, *, promote: str | None, rollback: bool) -> Status:
+async def end(
+    here: ServerState, name: str, number: int | None, *, promote: str | None, rollback: bool
+) -> ExperimentStatus:
     """Stop an experiment. An arm that takes the alias is loaded first, so that no request waits, and golden examples
     are asked of the engine that serves, aside, because that may take minutes."""
     live = here.workspace.experiment(name, number)
@@ -98,7 +100,7 @@ async def end(here: ServerState, name: str, number: int | None, *, promote: str 
     return await here.aside(live.stop, promote=arm.name, ask=partial(golden_replay.answers, here))
 
 
-def _status(here: ServerState, name: str, number: int | None) -> Status:
+def _status(here: ServerState, name: str, number: int | None) -> ExperimentStatus:
     return here.workspace.experiment(name, number).status()
 
 
@@ -107,12 +109,12 @@ def _load(here: ServerState, references: Sequence[str]) -> None:
         here.engine.warm(str(here.workspace.resolve(here.follow.exact(each))))
 
 
-async def _taken_up(here: ServerState, found: Status) -> dict[str, Any]:
+async def _taken_up(here: ServerState, found: ExperimentStatus) -> dict[str, Any]:
     await here.control(here.look)
     return _shown(here, found)
 
 
-def _shown(here: ServerState, found: Status) -> dict[str, Any]:
+def _shown(here: ServerState, found: ExperimentStatus) -> dict[str, Any]:
     """As `turret experiment status --json`, and what is so on this server."""
     experiment, routing = found.experiment, here.routing
     problems = {arm: without_paths(why) for arm, why in routing.trouble(experiment).items()}

@@ -8,7 +8,7 @@ from turret.store.gate_status import GateStatus
 from turret.store.gates import Gate
 from turret.store.gc import Collected
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet
-from turret.store.runs import Run
+from turret.store.runs import HeldRun
 from turret.store.verify import Verified
 
 __all__ = [
@@ -22,9 +22,9 @@ __all__ = [
     "Golden",
     "GoldenReplay",
     "GoldenSet",
+    "HeldRun",
     "Move",
     "Pointing",
-    "Run",
     "Store",
     "Verified",
     "Version",

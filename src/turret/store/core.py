@@ -37,7 +37,7 @@ from turret.store.gc import Collected, Removed
 from turret.store.golden import Golden, GoldenReplay, GoldenSet
 from turret.store.objects import Objects
 from turret.store.promotion import Also
-from turret.store.runs import Run, State
+from turret.store.runs import HeldRun, State
 from turret.store.uploads import Upload
 from turret.store.verify import Verified
 
@@ -320,13 +320,13 @@ class Store:
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
-    def new_run(self, name: str, recipe_toml: str, data_digest: str) -> Run:
+    def new_run(self, name: str, recipe_toml: str, data_digest: str) -> HeldRun:
         """A new training of that recipe, held by this process until `end_run`."""
         database = self._made()
         with told(self._catalog):
             return runs.begin(database, self.root / "runs", check_name(name), recipe_toml, data_digest)
 
-    def unfinished_run(self, recipe_toml: str, data_digest: str) -> Run | None:
+    def unfinished_run(self, recipe_toml: str, data_digest: str) -> HeldRun | None:
         """A training of that recipe on that data that was killed or interrupted; now held by this process."""
         database = self._database()
         if database is None:
@@ -355,7 +355,7 @@ class Store:
         return found
 
     def end_run(
-        self, run: Run, state: State, *, error: str | None = None, result: Mapping[str, Any] | None = None
+        self, run: HeldRun, state: State, *, error: str | None = None, result: Mapping[str, Any] | None = None
     ) -> None:
         """Let go of the run: `finished`, `interrupted` (can be taken up again) or `failed`."""
         runs.end(self._made(), run, state, error=error, result=result)

@@ -32,7 +32,7 @@ State = Literal["interrupted", "failed", "finished"]
 
 
 @dataclass(frozen=True)
-class Run:
+class HeldRun:
     """A training that this process holds until it is ended."""
 
     id: str
@@ -53,7 +53,7 @@ class Run:
         return self.folder / "checkpoint"
 
 
-def begin(database: Database, folder: Path, name: str, recipe_toml: str, data_digest: str) -> Run:
+def begin(database: Database, folder: Path, name: str, recipe_toml: str, data_digest: str) -> HeldRun:
     """A new run, held by this process."""
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     own = folder / run_id
@@ -78,10 +78,10 @@ def begin(database: Database, folder: Path, name: str, recipe_toml: str, data_di
     }
     with database.writing() as connection:
         connection.execute(insert(runs).values(row))
-    return Run(run_id, own, False, lock)
+    return HeldRun(run_id, own, False, lock)
 
 
-def take_up(database: Database, folder: Path, recipe_toml: str, data_digest: str) -> Run | None:
+def take_up(database: Database, folder: Path, recipe_toml: str, data_digest: str) -> HeldRun | None:
     """The newest unfinished run of this recipe on this data that no living process holds; now this process holds it."""
     wanted = (
         (runs.c.recipe_digest == digest_of(recipe_toml))
@@ -98,7 +98,7 @@ def take_up(database: Database, folder: Path, recipe_toml: str, data_digest: str
         with database.writing() as connection:
             again = update(runs).where(runs.c.id == run_id, wanted).values(state="running", ended=None, error=None)
             if connection.execute(again).rowcount == 1:  # not ended by another process before this one held the lock
-                return Run(run_id, own, True, lock)
+                return HeldRun(run_id, own, True, lock)
         lock.release()
     return None
 
@@ -112,7 +112,7 @@ def finished(database: Database, recipe_toml: str, data_digest: str) -> dict[str
     return dict(row.result) if row is not None and row.result else None
 
 
-def end(database: Database, run: Run, state: State, *, error: str | None, result: Mapping[str, Any] | None) -> None:
+def end(database: Database, run: HeldRun, state: State, *, error: str | None, result: Mapping[str, Any] | None) -> None:
     """Write down how the run ended, and let go of it."""
     if error is not None:  # a database takes neither half a character nor NUL
         error = error.encode("utf-8", "replace").decode().replace("\0", "?")

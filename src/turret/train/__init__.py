@@ -16,13 +16,13 @@ from turret.train.checkpoint import step_of
 from turret.train.curve import Curve, StepRecord, read_curve
 from turret.train.defaults import filled
 from turret.train.evaluation import evaluate, generate
+from turret.train.initialize import InitialAdapter
 from turret.train.loop import fit
 from turret.train.preflight import Plan, plan
 from turret.train.proof import Probe, probe, prove
 from turret.train.rates import Found
 from turret.train.run import Fitted
 from turret.train.splits import splits_of
-from turret.train.start import Start
 from turret.train.trials import find_rate
 
 __all__ = [
@@ -30,9 +30,9 @@ __all__ = [
     "Curve",
     "Fitted",
     "Found",
+    "InitialAdapter",
     "Plan",
     "Probe",
-    "Start",
     "StepRecord",
     "evaluate",
     "filled",

@@ -18,8 +18,8 @@ from turret import adapters, heap
 from turret.train import memory
 from turret.train.batches import Item, Items, Schedule, micro_batches, pass_tokens
 from turret.train.evaluation import GENERATED_ROWS, generate
+from turret.train.initialize import InitialAdapter, attach
 from turret.train.seeds import Randomness
-from turret.train.start import Start, attach
 from turret.train.step import backward, loss_of
 
 LONG = 3.0  # seconds of a step that is not run twice to be timed
@@ -81,7 +81,7 @@ def measure(
     schedule: Schedule,
     *,
     before: int | None = None,
-    start: Start | None = None,
+    start: InitialAdapter | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
     """Attach the recipe's adapter, run what a training runs on real batches, and detach.
@@ -115,7 +115,7 @@ def measure(
                 begun = memory.resident()
                 saved = _kept_by(model, task, pieces, 1 if seconds > LONG else SIZES)
                 _evaluate(model, task, [item for batch in batches for item in batch], most)
-            rounded = adapters.rounded_bytes(adapters.attachment(model).route)
+            rounded = adapters.rounded_bytes(adapters.attachment(model).context)
             writing = None if typical[0].target is None else _writing(model, task, typical[:WRITTEN], clock)
         finally:
             adapters.detach(model)

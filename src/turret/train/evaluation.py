@@ -83,7 +83,7 @@ def _evaluating(model: Any, slot: int | None) -> Iterator[None]:
     model.eval()
     try:
         # no_grad, not inference_mode: what a model caches here must not enter a later graph
-        with on_slot(model, attachment(model).route.active if slot is None else slot), torch.no_grad():
+        with on_slot(model, attachment(model).context.active if slot is None else slot), torch.no_grad():
             yield
     finally:
         model.train(training)

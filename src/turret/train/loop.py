@@ -17,9 +17,9 @@ from turret.errors import Interrupted, LossNotFinite
 from turret.interrupt import StopRequest
 from turret.train import memory
 from turret.train.curve import StepRecord
+from turret.train.initialize import InitialAdapter
 from turret.train.optim import learning_rate
-from turret.train.run import Fitted, Run
-from turret.train.start import Start
+from turret.train.run import Fitted, TrainingRun
 from turret.train.step import explained, train_step
 
 SAVE_SECONDS = 60.0  # longest time without a checkpoint where the recipe names no number of steps
@@ -34,7 +34,7 @@ def fit(
     *,
     folder: Path | None = None,
     predicted: memory.Prediction | None = None,
-    start: Start | None = None,
+    start: InitialAdapter | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[StepRecord, None, Fitted]:
     """Train `recipe` on a loaded base; yields a StepRecord a step and returns `Fitted`.
@@ -46,7 +46,7 @@ def fit(
     Under torchrun every process makes the same call, with the same folder; the main one alone evaluates and writes.
     """
     memory.reset_peak()
-    run = Run.begin(recipe, base, task, dataset, folder, start)
+    run = TrainingRun.begin(recipe, base, task, dataset, folder, start)
     train, model, here = run.recipe.train, base.model, run.processes
     heap.give_back()  # what reading the tokenizer's rules and the first numbers took
     try:

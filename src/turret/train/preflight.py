@@ -19,9 +19,9 @@ from turret.train import checks, memory
 from turret.train.batches import Items, Schedule
 from turret.train.cost import Cost, measure
 from turret.train.defaults import filled
+from turret.train.initialize import InitialAdapter
 from turret.train.rates import AUTO, MOST_TRIALS, Found, Size, size_of
 from turret.train.splits import Splits, splits_of
-from turret.train.start import Start
 from turret.train.step import memory_ran_out
 
 LOOKED_AT = 1000  # training examples whose lengths are looked at
@@ -80,7 +80,7 @@ def plan(
     dataset: Any,
     *,
     measured: bool = True,
-    start: Start | None = None,
+    start: InitialAdapter | None = None,
     proof_seconds: float = 0.0,
 ) -> Plan:
     """Check a recipe against its base and data.
@@ -144,7 +144,7 @@ def _cost(
     schedule: Schedule,
     total: int,
     found: list[Check],
-    start: Start | None,
+    start: InitialAdapter | None,
     before: int,
 ) -> Cost | None:
     """Measured, unless the machine cannot hold even that: then a refusal is added to `found`."""

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from turret import adapters, bases
+from turret import bases, bundles
 from turret.errors import TurretError
-from turret.train.effect import effect_of
+from turret.train.adapter_effect import effect_of
 
 
 def main(folder: Path) -> None:
@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
 
 def examine(request: dict[str, Any], probe: dict[str, Tensor]) -> dict[str, Any]:
     """Load base and bundle as anyone would, and look at what they give."""
-    adapter = adapters.read_bundle(Path(request["bundle"]))
+    adapter = bundles.read_bundle(Path(request["bundle"]))
     base = bases.load(
         request["base"],
         task="generate" if request["labels"] is None else "classify",

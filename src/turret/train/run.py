@@ -28,11 +28,11 @@ from turret.train.curve import StepRecord
 from turret.train.defaults import filled
 from turret.train.evaluation import evaluate
 from turret.train.flat_loss import WINDOW, FlatLoss, flat_loss
+from turret.train.initialize import InitialAdapter, attach, optimiser_of
 from turret.train.optim import AdamW, warmup_steps
 from turret.train.processes import Processes
 from turret.train.seeds import Randomness
 from turret.train.splits import Splits, splits_of
-from turret.train.start import Start, attach, optimiser_of
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "turret")
 
@@ -57,7 +57,7 @@ class Fitted:
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """The counters of a run, as they stand in its checkpoint."""
 
     step: int = 0
@@ -73,7 +73,7 @@ class Progress:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """One training under way."""
 
     recipe: Any
@@ -94,15 +94,15 @@ class Run:
     total: int  # weights of the base
     guessing: float | None  # the loss of an answer that does not look at the input
     processes: Processes
-    start: Start | None
-    progress: Progress = field(default_factory=Progress)
+    start: InitialAdapter | None
+    progress: RunProgress = field(default_factory=RunProgress)
     best_weights: Tensor | None = None
     resumed_from: int = 0
 
     @classmethod
     def begin(
-        cls, recipe: Any, base: Any, task: Any, dataset: Any, folder: Path | None, start: Start | None = None
-    ) -> Run:
+        cls, recipe: Any, base: Any, task: Any, dataset: Any, folder: Path | None, start: InitialAdapter | None = None
+    ) -> TrainingRun:
         """Attach a new adapter, seeded or from `start`; go on from the folder's checkpoint where there is one."""
         here = processes.begin()
         splits = splits_of(recipe, dataset)
@@ -302,13 +302,13 @@ class Run:
         found = self._read() if here.main else None
         states = None
         if found is not None:
-            self.progress = Progress(**found.progress)
+            self.progress = RunProgress(**found.progress)
             optimiser.load_state(found.tensors, self.progress.step)
             best = found.tensors.get("best")
             self.best_weights = None if best is None else best.to(optimiser.weights.device)
             states = [_random_state(found.tensors, rank) for rank in range(here.size)]
         progress, states, kept = here.from_main(lambda: (vars(self.progress), states, self.best_weights is not None))
-        self.progress = Progress(**progress)
+        self.progress = RunProgress(**progress)
         self.resumed_from = self.progress.step
         rows = {name: here.take_from_main(row) for name, row in optimiser.state().items()}
         optimiser.load_state(rows, self.progress.step)

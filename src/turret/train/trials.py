@@ -19,11 +19,11 @@ from turret.errors import LossNotFinite
 from turret.train.batches import Items, Schedule, pass_tokens
 from turret.train.defaults import filled
 from turret.train.evaluation import example_losses
+from turret.train.initialize import InitialAdapter, attach, optimiser_of
 from turret.train.optim import AdamW, learning_rate
 from turret.train.rates import Found, Score, search, size_of
 from turret.train.seeds import Randomness
 from turret.train.splits import splits_of
-from turret.train.start import Start, attach, optimiser_of
 from turret.train.step import explained, train_step
 
 RISING = 0.25  # of a trial's steps
@@ -37,7 +37,7 @@ def find_rate(
     task: Any,
     dataset: Any,
     *,
-    start: Start | None = None,
+    start: InitialAdapter | None = None,
     on_trial: Callable[[float, int], None] | None = None,
 ) -> Found:
     """The rate to train `recipe` with on a loaded base, from its training split alone.
@@ -133,7 +133,14 @@ class Trials:
 
 @contextmanager
 def trials(
-    recipe: Any, base: Any, task: Any, examples: Sequence[Any], *, steps: int, held: int, start: Start | None = None
+    recipe: Any,
+    base: Any,
+    task: Any,
+    examples: Sequence[Any],
+    *,
+    steps: int,
+    held: int,
+    start: InitialAdapter | None = None,
 ) -> Iterator[Trials]:
     """The recipe's adapter on the base for the length of the block; `held` of the examples are never trained on."""
     order = list(range(len(examples)))

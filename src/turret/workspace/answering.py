@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from turret import adapters, bases
+from turret import adapters, bases, bundles
 from turret import train as trainer
 from turret.data import Example
 from turret.data.dataset import read_inputs, read_test
@@ -42,7 +42,7 @@ def mounted(store: Store, reference: str, stage: Callable[[str], None] | None) -
     """Read the version, load the base it was trained on, and put it on; another base is refused."""
     with tempfile.TemporaryDirectory(prefix="turret-") as folder:
         version = store.materialize(reference, Path(folder) / "bundle")
-        adapter = adapters.read_bundle(Path(folder) / "bundle")
+        adapter = bundles.read_bundle(Path(folder) / "bundle")
     if not adapter.task:
         raise AdapterError(f"{version} says nothing of its task: it cannot answer; train it again")
     if stage is not None:

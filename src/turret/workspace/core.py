@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from turret.recipe import Recipe
     from turret.store.difference import Difference
     from turret.train import StepRecord
-    from turret.workspace.experimenting import LiveExperiment, Status
+    from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
     from turret.workspace.promoting import Ask
     from turret.workspace.replaying import Replayed
 
@@ -352,7 +352,7 @@ class Workspace:
 
         return evidence_histories.course(self.store, name, number, self._courses)
 
-    def settle(self) -> Sequence[Status]:
+    def settle(self) -> Sequence[ExperimentStatus]:
         """Carry out what the guards of all running experiments ask; a server calls it every few seconds."""
         from turret.workspace import experimenting
 

@@ -44,7 +44,7 @@ Stage = Callable[[str], None] | None
 
 
 @dataclass(frozen=True)
-class Status:
+class ExperimentStatus:
     """An experiment as it is now: `verdicts` and `next` are for people, `as_json()` for machines."""
 
     weighed: Analysis
@@ -108,7 +108,7 @@ class LiveExperiment:
         guards: Guards | None = None,
         alias: str = PRODUCTION,
         salt: str | None = None,
-    ) -> Status:
+    ) -> ExperimentStatus:
         """Begin to split the traffic of this name between the control and candidates, with shadows run beside.
 
         candidates, control, shadows: versions such as "news@2" or "news@candidate"; control is what the alias names,
@@ -145,7 +145,7 @@ class LiveExperiment:
             begun = rows.begin(connection, wanted, share if share is not None else planned[0])
         return self._status(begun)
 
-    def ramp(self, share: float | Mapping[str, float] | None = None) -> Status:
+    def ramp(self, share: float | Mapping[str, float] | None = None) -> ExperimentStatus:
         """Send another share of the traffic to the candidates: this one, or the next that was planned."""
         with self._store.database().writing() as connection:
             running = self._running(connection)
@@ -188,13 +188,13 @@ class LiveExperiment:
                     found.append(said)
         return found
 
-    def status(self) -> Status:
+    def status(self) -> ExperimentStatus:
         """Everything that is known of it, and what to do; changes nothing."""
         with self._store.database().reading() as connection:
             found = rows.find(connection, self.name, self.number)
         return self._status(found)
 
-    def settle(self, memory: Memory | None = None) -> Status:
+    def settle(self, memory: Memory | None = None) -> ExperimentStatus:
         """Carry out what its guards ask: roll an arm back, or promote one where that was asked for."""
         done: list[str] = []
         while True:
@@ -203,7 +203,7 @@ class LiveExperiment:
             weighed = self._weighed(found, memory)
             said = decisions.carry_out(self._store, weighed) if found.state == rows.RUNNING else None
             if said is None:
-                return Status(weighed, tuple(done), self._points(found))
+                return ExperimentStatus(weighed, tuple(done), self._points(found))
             done.append(said)
 
     def stop(
@@ -213,7 +213,7 @@ class LiveExperiment:
         rollback: bool = False,
         ask: Ask | None = None,
         on_stage: Stage = None,
-    ) -> Status:
+    ) -> ExperimentStatus:
         """End it. promote: the arm that takes the alias, past gates and golden examples; rollback: control does.
 
         ask: gives a version's answers to golden examples, as for `Workspace.promote`.
@@ -288,8 +288,8 @@ class LiveExperiment:
             found = rows.by_id(connection, experiment.id)
             return weigh(connection, found, now(), memory, lambda: _others(connection, found))
 
-    def _status(self, experiment: Experiment) -> Status:
-        return Status(self._weighed(experiment), points=self._points(experiment))
+    def _status(self, experiment: Experiment) -> ExperimentStatus:
+        return ExperimentStatus(self._weighed(experiment), points=self._points(experiment))
 
     def _points(self, experiment: Experiment) -> str | None:
         try:
@@ -321,7 +321,7 @@ def listed(store: Store, alpha: float) -> list[dict[str, Any]]:
     ]
 
 
-def settle_all(store: Store, memories: dict[int, Any]) -> list[Status]:
+def settle_all(store: Store, memories: dict[int, Any]) -> list[ExperimentStatus]:
     """Settle every running experiment; `memories` makes the next time cheap."""
     from turret.experiments.analyze import Memory
 

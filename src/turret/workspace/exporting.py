@@ -23,11 +23,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from turret import adapters, bases
-from turret.adapters import Adapter, merge, vllm
-from turret.adapters.bundle import FILES, read_config
+from turret import adapters, bases, bundles
+from turret.adapters import Adapter, merge
 from turret.bases.licence import licence_of
 from turret.bases.silence_transformers import quiet
+from turret.bundles import vllm
+from turret.bundles.bundle import FILES, read_config
 from turret.disk import alone, number_of, permissions, plainly, sync
 from turret.errors import AdapterError, StoreError
 from turret.interrupt import StopRequest
@@ -78,9 +79,9 @@ def _write(store: Store, version: Version, form: Form, beside: WorkingFolder, sa
     store.materialize(str(version), stored)
     notes = []
     if form == "merged":
-        notes += _write_merged(adapters.read_bundle(stored), version, beside.files, say)
+        notes += _write_merged(bundles.read_bundle(stored), version, beside.files, say)
     elif form == "vllm":
-        rank = vllm.max_lora_rank(adapters.read_bundle(stored))
+        rank = vllm.max_lora_rank(bundles.read_bundle(stored))
         notes.append(
             f"vLLM serves it with: vllm serve BASE --enable-lora --max-lora-rank {rank} "
             f"--lora-modules {version.name}=FOLDER"

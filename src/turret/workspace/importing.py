@@ -17,9 +17,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from turret import adapters, bases
-from turret.adapters import Adapter, BaseInfo, outside
-from turret.adapters.bundle import CONFIG, WEIGHTS, read_config
+from turret import adapters, bases, bundles
+from turret.adapters import Adapter, BaseInfo
+from turret.bundles import fetch
+from turret.bundles.bundle import CONFIG, WEIGHTS, read_config
 from turret.disk import plainly
 from turret.errors import AdapterError, BaseModelError, RecipeError, StoreError
 from turret.recipe import Recipe
@@ -28,8 +29,8 @@ from turret.reference import check_name
 from turret.store import Store, Version, scratch
 from turret.tasks import TASKS, make_task, task_from_spec, task_of
 from turret.tasks.task import kinds
+from turret.train.adapter_effect import AdapterEffect, effect_of
 from turret.train.batches import Item, Items
-from turret.train.effect import Effect, effect_of
 from turret.workspace.results import Imported
 
 TASK_TYPES = {"SEQ_CLS": "classify", "CAUSAL_LM": "generate", "SEQ_2_SEQ_LM": "generate"}  # PEFT's words
@@ -59,8 +60,8 @@ def import_adapter(
     check_name(name)
     with _told(store, source), scratch.folder(store.root) as beside:
         say(f"reading {source}")
-        brought = outside.bring(source, beside)
-        given = adapters.read_bundle(brought.folder)
+        brought = fetch.bring(source, beside)
+        given = bundles.read_bundle(brought.folder)
         config = read_config(brought.folder)
         if given.task:
             _refuse_retelling(wanted)
@@ -85,7 +86,7 @@ def import_adapter(
         bundle = brought.folder
         if adapter is not given:
             bundle = beside / "bundle" / name
-            adapters.save_bundle(adapter, bundle)
+            bundles.save_bundle(adapter, bundle)
         say("storing")
         before = {version.digest for version in store.list(name)}
         version = store.put(name, bundle)
@@ -136,7 +137,7 @@ def _info(base: Any) -> BaseInfo:
     return BaseInfo(id=base.id, fingerprint=base.fingerprint, family=base.family.name, revision=base.revision)
 
 
-def _origin(brought: outside.Brought, config: Mapping[str, Any]) -> dict[str, Any]:
+def _origin(brought: fetch.Brought, config: Mapping[str, Any]) -> dict[str, Any]:
     """Where the numbers come from, as far as it can be known: the digests of the files, and who wrote them."""
     files = {}
     for name in (CONFIG, WEIGHTS):
@@ -219,7 +220,7 @@ def _labels(
     return found
 
 
-def _checked(base: Any, adapter: Adapter) -> Effect:
+def _checked(base: Any, adapter: Adapter) -> AdapterEffect:
     """Every tensor is used, the outputs are not the bare base's, and there are as many as labels; AdapterError."""
     _check_task(adapter.task, base)
     try:
@@ -269,7 +270,7 @@ def _check_task(spec: Mapping[str, Any], base: Any) -> None:
         raise AdapterError(f"the bundle's task makes no sense ({error}): export it again") from None
 
 
-def _imported(version: Version, adapter: Adapter, base: Any, found: Effect, notes: list[str]) -> Imported:
+def _imported(version: Version, adapter: Adapter, base: Any, found: AdapterEffect, notes: list[str]) -> Imported:
     return Imported(
         version=str(version),
         digest=version.digest,

@@ -12,7 +12,7 @@ from turret.experiments.outcomes import Recorded, grouped
 
 if TYPE_CHECKING:
     from turret.workspace.core import Workspace
-    from turret.workspace.experimenting import Status
+    from turret.workspace.experimenting import ExperimentStatus
 
 SHOWN = 5  # lines about outcomes that were not counted
 COLUMNS = ("receipt", "unit", "value")
@@ -24,7 +24,7 @@ class Telling:
     """What became of the outcomes, and what was done then."""
 
     recorded: tuple[Recorded, ...]
-    settled: Status
+    settled: ExperimentStatus
 
     @property
     def lines(self) -> list[str]:

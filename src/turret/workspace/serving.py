@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-from turret import adapters, bases
+from turret import adapters, bases, bundles
 from turret.bases.base import Dtype
 from turret.engine import Engine, Limits, Named
 from turret.errors import NotFound
@@ -69,7 +69,7 @@ class StoreSource:
             except NotFound:
                 self._forget(str(named))
                 raise
-            return adapters.read_bundle(bundle)
+            return bundles.read_bundle(bundle)
 
 
 def engine(

@@ -18,14 +18,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from turret import adapters, bases, heap
+from turret import adapters, bases, bundles, heap
 from turret import train as trainer
 from turret.data.dataset import read
 from turret.disk import plainly
 from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
-from turret.store import Run, Store, Version
+from turret.store import HeldRun, Store, Version
 from turret.tasks import make_task, schemas, task_of
 from turret.train import memory, processes
 from turret.workspace.results import Planned, RunResult
@@ -68,7 +68,7 @@ class Ready:
     notes: list[str]
     load_seconds: float
     resident: int  # bytes of the process once the base is loaded
-    start: trainer.Start | None  # the version that the adapter goes on from
+    start: trainer.InitialAdapter | None  # the version that the adapter goes on from
 
 
 def prepare(store: Store, recipe: Recipe, watching: Watching) -> Ready:
@@ -97,17 +97,17 @@ def prepare(store: Store, recipe: Recipe, watching: Watching) -> Ready:
     return Ready(filled, dataset, base, task, notes, load_seconds, memory.resident(), start)
 
 
-def _start(store: Store, recipe: Recipe, watching: Watching) -> trainer.Start | None:
+def _start(store: Store, recipe: Recipe, watching: Watching) -> trainer.InitialAdapter | None:
     """The version that `train.init_from` names, read before anything else is."""
     if recipe.train.init_from is None:
         return None
     watching.stage(f"reading {recipe.train.init_from}")
     with tempfile.TemporaryDirectory(prefix="turret-") as folder:
         version = store.materialize(recipe.train.init_from, Path(folder) / "bundle")
-        return trainer.Start(str(version), version.digest, adapters.read_bundle(Path(folder) / "bundle"))
+        return trainer.InitialAdapter(str(version), version.digest, bundles.read_bundle(Path(folder) / "bundle"))
 
 
-def _filled(recipe: Recipe, dataset: Any, base: Any, start: trainer.Start | None) -> Recipe:
+def _filled(recipe: Recipe, dataset: Any, base: Any, start: trainer.InitialAdapter | None) -> Recipe:
     """The recipe that says what was guessed, so that a later default or a later guess changes nothing."""
     seen = recipe.model_copy(
         update={
@@ -211,7 +211,7 @@ def _never() -> Any:
 
 
 def _carry_out(
-    store: Store, run: Run, ready: Ready, planned: Planned, watching: Watching, beside_base: bool
+    store: Store, run: HeldRun, ready: Ready, planned: Planned, watching: Watching, beside_base: bool
 ) -> RunResult:
     fitted = _fit(run, ready, planned, watching)
     try:
@@ -259,7 +259,7 @@ def _carry_out(
     )
 
 
-def _fit(run: Run, ready: Ready, planned: Planned, watching: Watching) -> Any:
+def _fit(run: HeldRun, ready: Ready, planned: Planned, watching: Watching) -> Any:
     """The loop, watched, with its curve written beside its checkpoint."""
     after = trainer.step_of(run.checkpoint)
     if after:
@@ -299,12 +299,12 @@ def _measure(ready: Ready, slot: int | None = None) -> dict[str, dict[str, Any]]
 
 
 def _keep(
-    store: Store, run: Run, ready: Ready, fitted: Any, measured: dict[str, dict[str, Any]], watching: Watching
+    store: Store, run: HeldRun, ready: Ready, fitted: Any, measured: dict[str, dict[str, Any]], watching: Watching
 ) -> Version:
     """Write the bundle, have a fresh process prove it, and store it."""
     with _written(run), tempfile.TemporaryDirectory(prefix="bundle-", dir=run.folder) as beside:
         bundle = Path(beside) / "bundle"
-        adapters.save_bundle(fitted.adapter, bundle)
+        bundles.save_bundle(fitted.adapter, bundle)
         watching.stage("proving the bundle in a fresh process")
         examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
         trainer.prove(bundle, ready.base, trainer.probe(ready.base.model, ready.task, examples))
@@ -313,7 +313,7 @@ def _keep(
 
 
 @contextmanager
-def _written(run: Run) -> Iterator[None]:
+def _written(run: HeldRun) -> Iterator[None]:
     """What the disk says while a run writes its own files, as one line."""
     try:
         yield

@@ -12,9 +12,9 @@ from torch import Tensor
 from turret.adapters import through_peft
 from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, Extracted, Parts, copied, head_tensors, mount_head
 from turret.adapters.attached import Attachment, Beginning, device_of
+from turret.adapters.batch_context import BARE, set_context
 from turret.adapters.peft_config import check_agreement, refuse_code
 from turret.adapters.prefix import Groups
-from turret.adapters.route import BARE, set_route
 from turret.errors import AdapterError
 from turret.families import family_of
 from turret.methods.numbers import MethodNumbers, fill_parameters, head_parameters
@@ -116,16 +116,16 @@ def _invite(model: Any, attached: Attachment, method: Peft, generator: torch.Gen
 def _read(model: Any, attached: Attachment, tokens: Tensor) -> Groups:
     """Keys and values that the bare base gives to virtual tokens alone, by group. tokens: (1, P, D)."""
     captured: dict[str, tuple[Tensor, Tensor]] = {}
-    route = attached.route
-    before = route.active, route.capture
-    route.active, route.capture = BARE, captured
+    context = attached.context
+    before = context.active, context.capture
+    context.active, context.capture = BARE, captured
     try:
-        with set_route(route, None, None):
+        with set_context(context, None, None):
             mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
             dtype = model.get_input_embeddings().weight.dtype
             model.base_model(inputs_embeds=tokens.to(dtype), attention_mask=mask, use_cache=False)
     finally:
-        route.active, route.capture = before
+        context.active, context.capture = before
     groups: Groups = {}
     for site in attached.sites:
         key, value = captured[site.name]

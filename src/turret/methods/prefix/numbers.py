@@ -131,7 +131,7 @@ def _starts(model: Any, attached: Attachment, method: Prefix, beginning: Beginni
     ones = torch.ones_like(ids)
     was_training = [module for module in model.modules() if module.training]
     captured: dict[str, tuple[Tensor, Tensor]] = {}
-    attached.route.capture = captured
+    attached.context.capture = captured
     try:
         model.eval()
         with torch.no_grad():
@@ -143,7 +143,7 @@ def _starts(model: Any, attached: Attachment, method: Prefix, beginning: Beginni
             else:
                 model.base_model(input_ids=ids, attention_mask=ones)
     finally:
-        attached.route.capture = None
+        attached.context.capture = None
         for module in was_training:
             module.training = True
     groups: dict[str, list[Tensor]] = {}

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from turret.compare.candidates import Candidate, candidates, is_floor
-from turret.compare.comparison import Comparison, Side, comparison, paired
+from turret.compare.comparison import Comparison, SeededResults, comparison, paired
 from turret.compare.design import Cell, Design, PlannedDesign, design
 from turret.compare.power import Power, Spread, power
 from turret.compare.report import write_report
@@ -153,7 +153,7 @@ def _there(folder: Path, cell: Cell) -> Result | None:
 def _power(made: Design, data: Any, there: Sequence[Result], confidence: float) -> Power:
     """What the design can decide, from the spread of what has run or from an assumed one."""
     whole = [each for each in there if each.fraction == made.fractions[0]]
-    sides = {row.spec: Side.of(row.spec, whole, data.test).trained for row in made.candidates}
+    sides = {row.spec: SeededResults.of(row.spec, whole, data.test).trained for row in made.candidates}
     contenders = [row.spec for row in made.candidates if not is_floor(row.kind) and row.spec != made.against]
     pairs = [d for spec in contenders if (d := paired(sides[spec], sides[made.against])) is not None]
     spread = Spread.measured(pairs) or Spread.assumed(data.kind)

@@ -21,7 +21,7 @@ from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import schemas
-from turret.train.start import attach
+from turret.train.initialize import attach
 from turret.workspace import answering, training
 from turret.workspace.comparing.neutral_texts import PARAGRAPHS
 from turret.workspace.comparing.provenance import provenance

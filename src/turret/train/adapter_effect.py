@@ -19,7 +19,7 @@ from turret.train.proof import answer
 
 
 @dataclass(frozen=True)
-class Effect:
+class AdapterEffect:
     """outputs: (B, C) or (N, V), float32; effect: how far they are from the bare base's, of the largest output."""
 
     outputs: Tensor
@@ -37,7 +37,7 @@ class Effect:
         return None
 
 
-def effect_of(base: Any, adapter: Adapter, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Effect:
+def effect_of(base: Any, adapter: Adapter, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> AdapterEffect:
     """Mount the adapter on a base without any, and ask both about rows of token ids. It stays mounted, in slot 1.
 
     Raises AdapterError where a tensor does not fit, WrongBase for another base's adapter.
@@ -49,7 +49,7 @@ def effect_of(base: Any, adapter: Adapter, sources: Sequence[Tensor], targets: S
             adapters.mount(model, adapter, fingerprint=base.fingerprint)
             outputs = answer(model, sources, targets, 1)  # by slot, as the bare base is asked: or it rounds otherwise
         effect = float((outputs - bare).abs().max()) / float(outputs.abs().max().clamp_min(1e-30))
-        return Effect(outputs, effect, _idle(model, adapter, sources, targets))
+        return AdapterEffect(outputs, effect, _idle(model, adapter, sources, targets))
 
 
 def _without(model: Any, adapter: Adapter, sources: list[Tensor], targets: list[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from turret.adapters.adapter import Adapter, BaseInfo
 from turret.adapters.attached import attachment
 from turret.adapters.lifecycle import extract
 from turret.adapters.peft_config import check_config, shortly
-from turret.adapters.tensors import Content, read_tensors, visible
+from turret.bundles.tensors import Content, read_tensors, visible
 from turret.disk import make_folder, permissions, sync
 from turret.errors import BundleError, RecipeError
 from turret.families import FAMILIES

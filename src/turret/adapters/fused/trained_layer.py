@@ -14,23 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from turret.adapters import int8
-from turret.adapters.dropout import Masks
+from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused import int8
+from turret.adapters.fused.dropout import Masks
 from turret.adapters.lora import LoRAFactors, RoutedLinear
-from turret.adapters.route import Route
-from turret.kernels import KEPT, Dropped, Library
+from turret.kernels import NO_DROPOUT, DropoutArguments, Library
 
 Linears = list[tuple[nn.Linear, LoRAFactors | None]]  # each frozen layer, and what the slot adds to it
 
 
-class Matrix(NamedTuple):
+class TrainedMatrix(NamedTuple):
     """A frozen linear layer, and where its LoRA's A and B are among the operation's tensors."""
 
     weight: Tensor
     bias: Tensor | None
     place: int | None = None
     scale: float = 1.0  # LoRA's scaling and dropout's 1 / (1 - p)
-    dropped: Dropped = KEPT
+    dropped: DropoutArguments = NO_DROPOUT
 
     @property
     def adapted(self) -> bool:
@@ -43,26 +43,26 @@ class Draws:
     tensors: A (R, D_in) and B (D_out, R) of every adapted matrix that was asked for.
     """
 
-    def __init__(self, route: Route) -> None:
-        self._masks = route.masks or Masks()
+    def __init__(self, context: BatchContext) -> None:
+        self._masks = context.masks or Masks()
         self.tensors: list[Tensor] = []
 
-    def dropped(self, p: float) -> Dropped:
-        return self._masks.dropped(p) if p > 0.0 else KEPT
+    def dropped(self, p: float) -> DropoutArguments:
+        return self._masks.dropped(p) if p > 0.0 else NO_DROPOUT
 
-    def matrix(self, layer: nn.Linear, factors: LoRAFactors | None) -> Matrix:
+    def matrix(self, layer: nn.Linear, factors: LoRAFactors | None) -> TrainedMatrix:
         if factors is None:
-            return Matrix(layer.weight, layer.bias)
+            return TrainedMatrix(layer.weight, layer.bias)
         dropped = self.dropped(factors.dropout if factors.training else 0.0)
         self.tensors += [factors.lora_A, factors.lora_B]
-        return Matrix(layer.weight, layer.bias, len(self.tensors) - 2, factors.scaling * dropped.scale, dropped)
+        return TrainedMatrix(layer.weight, layer.bias, len(self.tensors) - 2, factors.scaling * dropped.scale, dropped)
 
 
 class Matrices:
     """All matrices of one pass: y = W x + b + scale (drop(x) A^T) B^T, and back. Holds no tensor of the pass."""
 
-    def __init__(self, library: Library, route: Route, each: Sequence[Matrix]) -> None:
-        self.each, self._library, self._route = each, library, route
+    def __init__(self, library: Library, context: BatchContext, each: Sequence[TrainedMatrix]) -> None:
+        self.each, self._library, self._route = each, library, context
         self._by = [int8.FrozenProducts()] * len(each)
 
     @property
@@ -110,10 +110,10 @@ class Back(NamedTuple):
     found: list[Tensor | None]  # of each tensor
 
 
-def stands_aside(route: Route) -> bool:
+def stands_aside(context: BatchContext) -> bool:
     """Whether this pass is none of one adapter that trains on unpadded rows."""
-    aside = route.serves or route.cache is not None or route.capture is not None
-    return aside or route.lengths is None or route.single() is None or torch.is_autocast_enabled("cpu")
+    aside = context.serves or context.cache is not None or context.capture is not None
+    return aside or context.lengths is None or context.single() is None or torch.is_autocast_enabled("cpu")
 
 
 def linears_of(modules: Iterable[nn.Module], slot: int) -> Linears | None:

@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.activations import FrozenGated, FrozenGELU
 from turret.adapters.attention import rows_and_prefixes
-from turret.adapters.frozen import plain
+from turret.adapters.batch_context import AdapterPoolProtocol, BatchContext
+from turret.adapters.fused.activations import FrozenGated, FrozenGELU
+from turret.adapters.fused.frozen import plain
+from turret.adapters.fused.norms import FrozenNorm
+from turret.adapters.fused.residual import FrozenOutput
+from turret.adapters.fused.trained_decoder import TrainedDecoder
+from turret.adapters.fused.trained_encoder import TrainedEncoder
 from turret.adapters.lora import RoutedLinear
-from turret.adapters.norms import FrozenNorm
-from turret.adapters.residual import FrozenOutput
-from turret.adapters.route import Bank, Route
-from turret.adapters.trained_decoder import TrainedDecoder
-from turret.adapters.trained_encoder import TrainedEncoder
 from turret.families import FastPaths, Layout
-from turret.kernels import DecoderLayer, EncoderLayer, LayerNorm, Layers, Library, Matrix, usable
+from turret.kernels import DecoderLayer, EncoderLayer, LayerMatrix, LayerNorm, Layers, Library, usable
 
 THROUGH = ("through",)  # in a route's memo: what a call gave, and the place of the first layer behind it
 
@@ -38,10 +38,12 @@ THROUGH = ("through",)  # in a route's memo: what a call gave, and the place of 
 class OneCall(ABC):
     """A layer, and those behind it, in one call; None where its modules shall compute. order: of all of a model."""
 
-    def __init__(self, module: Any, route: Route, order: list[OneCall]) -> None:
-        self._module, self._route, self._theirs = module, route, module.forward
+    def __init__(self, module: Any, context: BatchContext, order: list[OneCall]) -> None:
+        self._module, self._route, self._theirs = module, context, module.forward
         self._order, self._place = order, len(order)
-        self._known: tuple[Bank, Any] | None = None  # the layer's weights, where they are what the kernel computes with
+        self._known: tuple[AdapterPoolProtocol, Any] | None = (
+            None  # the layer's weights, where they are what the kernel computes with
+        )
         self._runs: dict[int, Layers] = {}  # by how many layers
         order.append(self)
 
@@ -50,18 +52,18 @@ class OneCall(ABC):
         through: tuple[Tensor, int] | None = self._route.memo.get(THROUGH)
         if through is not None and through[0] is x and self._place < through[1]:
             return x
-        bank = self._route.bank
-        library = None if bank is None else bank.library
-        if bank is None or library is None or torch.is_grad_enabled() or self._module.training:
+        adapter_pool = self._route.adapter_pool
+        library = None if adapter_pool is None else adapter_pool.library
+        if adapter_pool is None or library is None or torch.is_grad_enabled() or self._module.training:
             return None
         if usable(x) is None or not 0 < x.shape[1] <= library.few(x.dtype):
             return None
-        along = self._along(bank, x.dtype)
+        along = self._along(adapter_pool, x.dtype)
         if not along:
             return None
         if len(along) not in self._runs:
-            self._runs[len(along)] = Layers([each.weights(bank) for each in along])
-        y = self._computed(library, self._runs[len(along)], along, bank, x.contiguous(), settings)
+            self._runs[len(along)] = Layers([each.weights(adapter_pool) for each in along])
+        y = self._computed(library, self._runs[len(along)], along, adapter_pool, x.contiguous(), settings)
         if y is not None:
             self._route.memo[THROUGH] = y, self._place + len(along)
         return y
@@ -71,18 +73,18 @@ class OneCall(ABC):
         y = self(hidden_states, kwargs)
         return self._theirs(hidden_states, *args, **kwargs) if y is None else y
 
-    def weights(self, bank: Bank) -> Any:
+    def weights(self, adapter_pool: AdapterPoolProtocol) -> Any:
         """The layer's, or None where it is made of anything else than the kernel computes."""
-        if self._known is None or self._known[0] is not bank:
-            self._known, self._runs = (bank, self._layer(bank)), {}
+        if self._known is None or self._known[0] is not adapter_pool:
+            self._known, self._runs = (adapter_pool, self._layer(adapter_pool)), {}
         return self._known[1]
 
-    def _along(self, bank: Bank, dtype: torch.dtype) -> list[Any]:
+    def _along(self, adapter_pool: AdapterPoolProtocol, dtype: torch.dtype) -> list[Any]:
         """This layer and those behind it that its call computes; none where its modules shall."""
         along: list[OneCall] = []
-        first = self.weights(bank)
+        first = self.weights(adapter_pool)
         for each in self._order[self._place : self._layers]:
-            own = each.weights(bank)
+            own = each.weights(adapter_pool)
             if own is None or own.alike != first.alike or own.dtype != dtype:
                 break
             if along and each._module._forward_pre_hooks:
@@ -98,12 +100,18 @@ class OneCall(ABC):
         """How many the model computes."""
 
     @abstractmethod
-    def _layer(self, bank: Bank) -> Any:
+    def _layer(self, adapter_pool: AdapterPoolProtocol) -> Any:
         """The layer's weights, or None where it is made of anything else than the kernel computes."""
 
     @abstractmethod
     def _computed(
-        self, library: Library, layers: Layers, along: Sequence[Any], bank: Bank, x: Tensor, settings: dict[str, Any]
+        self,
+        library: Library,
+        layers: Layers,
+        along: Sequence[Any],
+        adapter_pool: AdapterPoolProtocol,
+        x: Tensor,
+        settings: dict[str, Any],
     ) -> Tensor | None:
         """The layers on x, where this pass is one for them."""
 
@@ -111,9 +119,9 @@ class OneCall(ABC):
 class Encoder(OneCall):
     """Every token of the pass; and while an adapter trains, one operation."""
 
-    def __init__(self, module: Any, route: Route, order: list[OneCall]) -> None:
-        super().__init__(module, route, order)
-        self._trained = TrainedEncoder(module, route)
+    def __init__(self, module: Any, context: BatchContext, order: list[OneCall]) -> None:
+        super().__init__(module, context, order)
+        self._trained = TrainedEncoder(module, context)
 
     def __call__(self, x: Tensor, settings: dict[str, Any]) -> Tensor | None:
         return self._trained(x) if torch.is_grad_enabled() else super().__call__(x, settings)
@@ -127,7 +135,7 @@ class Encoder(OneCall):
         library: Library,
         layers: Layers,
         along: Sequence[Encoder],
-        bank: Bank,
+        adapter_pool: AdapterPoolProtocol,
         x: Tensor,
         settings: dict[str, Any],
     ) -> Tensor | None:
@@ -135,16 +143,16 @@ class Encoder(OneCall):
             return None
         attentions = [each._module.attention.self for each in along]
         told = [rows_and_prefixes(each.turret_hook, each.scaling, None, x.dtype) for each in attentions]
-        return library.encoder_layers(layers, x, bank.spans("encoder"), told)
+        return library.encoder_layers(layers, x, adapter_pool.spans("encoder"), told)
 
-    def _layer(self, bank: Bank) -> EncoderLayer | None:
+    def _layer(self, adapter_pool: AdapterPoolProtocol) -> EncoderLayer | None:
         module, attention = self._module, self._module.attention.self
         behind, last = module.attention.output, module.output
         active = isinstance(module.intermediate.intermediate_act_fn, FrozenGELU)
         if not active or module.is_decoder or not all(isinstance(each, FrozenOutput) for each in (behind, last)):
             return None
         linears = [attention.query, attention.key, attention.value, behind.dense, module.intermediate.dense, last.dense]
-        matrices, norms = _matrices(bank, linears), [each.LayerNorm for each in (behind, last)]
+        matrices, norms = _matrices(adapter_pool, linears), [each.LayerNorm for each in (behind, last)]
         if matrices is None or not all(_is_affine(each) for each in norms):
             return None
         if not _alike(matrices, [own for norm in norms for own in norm.parameters()]):
@@ -156,9 +164,9 @@ class Encoder(OneCall):
 class Decoder(OneCall):
     """The next token of every row, where no row begins; and while an adapter trains, one operation."""
 
-    def __init__(self, module: Any, route: Route, order: list[OneCall]) -> None:
-        super().__init__(module, route, order)
-        self._trained = TrainedDecoder(module, route)
+    def __init__(self, module: Any, context: BatchContext, order: list[OneCall]) -> None:
+        super().__init__(module, context, order)
+        self._trained = TrainedDecoder(module, context)
 
     def __call__(self, x: Tensor, settings: dict[str, Any]) -> Tensor | None:
         if torch.is_grad_enabled():
@@ -174,7 +182,7 @@ class Decoder(OneCall):
         library: Library,
         layers: Layers,
         along: Sequence[Decoder],
-        bank: Bank,
+        adapter_pool: AdapterPoolProtocol,
         x: Tensor,
         settings: dict[str, Any],
     ) -> Tensor | None:
@@ -190,9 +198,9 @@ class Decoder(OneCall):
             if any(part.kept is None for part in held):
                 return None
             parts.append([(part.kept, part.keys, part.values) for part in held if part.kept is not None])
-        return library.decoder_layers(layers, x, cos, sin, bank.spans("decoder"), parts)
+        return library.decoder_layers(layers, x, cos, sin, adapter_pool.spans("decoder"), parts)
 
-    def _layer(self, bank: Bank) -> DecoderLayer | None:
+    def _layer(self, adapter_pool: AdapterPoolProtocol) -> DecoderLayer | None:
         module, attention, mlp = self._module, self._module.self_attn, self._module.mlp
         before, behind = module.input_layernorm, module.post_attention_layernorm
         heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
@@ -201,7 +209,7 @@ class Decoder(OneCall):
         if not known or len({each.variance_epsilon for each in norms[:-1]}) > 1:
             return None
         linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        matrices = _matrices(bank, [*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj])
+        matrices = _matrices(adapter_pool, [*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj])
         if matrices is None or not _alike(matrices, [each.weight for each in norms]):
             return None
         return DecoderLayer(
@@ -217,24 +225,24 @@ class Decoder(OneCall):
 LAYOUTS: dict[Layout, type[OneCall]] = {"post-norm": Encoder, "pre-norm": Decoder}
 
 
-def _matrices(bank: Bank, linears: Sequence[Any]) -> list[Matrix] | None:
+def _matrices(adapter_pool: AdapterPoolProtocol, linears: Sequence[Any]) -> list[LayerMatrix] | None:
     """Routed linear layers, or None where one is more than a product."""
     if not all(isinstance(each, RoutedLinear) and plain(each.base_layer) for each in linears):
         return None
-    return [Matrix(bank.number(each), each.weight, each.bias) for each in linears]
+    return [LayerMatrix(adapter_pool.number(each), each.weight, each.bias) for each in linears]
 
 
 def _is_affine(norm: nn.Module) -> bool:
     return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
 
 
-def _alike(matrices: Sequence[Matrix], others: Sequence[Tensor]) -> bool:
+def _alike(matrices: Sequence[LayerMatrix], others: Sequence[Tensor]) -> bool:
     """Whether all numbers of a layer, biases among them, are of one dtype and lie as they are read."""
     own = [each for matrix in matrices for each in (matrix.weight, matrix.bias) if each is not None]
     return all(each.dtype == own[0].dtype and each.is_contiguous() for each in (*own, *others))
 
 
-def hook(model: nn.Module, fast: FastPaths, route: Route) -> list[Callable[[], object]]:
+def hook(model: nn.Module, fast: FastPaths, context: BatchContext) -> list[Callable[[], object]]:
     """Let the layers of a model compute in one call where they can; returns what undoes it."""
     if fast.layout is None:
         return []
@@ -243,6 +251,6 @@ def hook(model: nn.Module, fast: FastPaths, route: Route) -> list[Callable[[], o
     undo: list[Callable[[], object]] = []
     for module in model.modules():
         if type(module).__name__ in fast.layers and "forward" not in vars(module):
-            module.forward = kind(module, route, order).forward
+            module.forward = kind(module, context, order).forward
             undo.append(functools.partial(vars(module).__delitem__, "forward"))
     return undo

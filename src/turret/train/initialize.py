@@ -19,7 +19,7 @@ from turret.train.optim import AdamW
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialAdapter:
     """The version that `train.init_from` names, in memory: the parent of what is trained."""
 
     version: str  # "sentiment@2"
@@ -37,7 +37,7 @@ class Start:
             raise AdapterError(f"its labels are {few[0]}, and these are {few[1]}: train from the base instead")
 
 
-def attach(recipe: Any, base: Any, task: Any, start: Start | None = None) -> None:
+def attach(recipe: Any, base: Any, task: Any, start: InitialAdapter | None = None) -> None:
     """Put the recipe's new adapter on the base: seeded factors, a prefix from real words, the head trainable; or, with
     a start, that version's numbers in their place. Raises AdapterError for one that does not fit."""
     if start is None and recipe.train.init_from is not None:

@@ -45,7 +45,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FactorLayout:
     """A LoRA's factors, layer behind layer."""
 
     rank: int
@@ -63,13 +63,13 @@ class Layout:
 
 
 @dataclass(eq=False, slots=True)
-class Loaded:
+class AdapterTensors:
     """One adapter's numbers."""
 
     digest: str
     task: Any  # that encodes its texts and makes its answers
     run: Tensor
-    layout: Layout | None  # of a LoRA, at the run's begin
+    layout: FactorLayout | None  # of a LoRA, at the run's begin
     prefix: Mapping[str, Tensor]  # by group: (L, 2, H, P, D), views of the run
     ends: Shapes  # the head, at the run's end, by names in the model
 
@@ -113,11 +113,11 @@ _shapes = functools.lru_cache(256)(Shapes)
 
 
 @functools.lru_cache(256)
-def layout_of(rank: int, layers: tuple[tuple[int, int, int], ...], total: int, dtype: torch.dtype) -> Layout:
+def layout_of(rank: int, layers: tuple[tuple[int, int, int], ...], total: int, dtype: torch.dtype) -> FactorLayout:
     """layers: (number, D_in, D_out) of those adapted, one behind the other, of `total` that the base has."""
     offsets = torch.full((total, 2), -1)
     ends = accumulate(rank * (d_in + d_out) for _, d_in, d_out in layers)
     places = tuple(Place(number, start, *sizes) for start, (number, *sizes) in zip((0, *ends), layers, strict=False))
     for place in places:
         offsets[place.layer] = torch.tensor([place.start, place.start + rank * place.d_in]) * dtype.itemsize
-    return Layout(rank, places, offsets)
+    return FactorLayout(rank, places, offsets)

@@ -19,7 +19,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
-from turret.adapters.bundle import CONFIG, FILES, MAX_FILE, MAX_JSON, PICKLES, WEIGHTS
+from turret.bundles.bundle import CONFIG, FILES, MAX_FILE, MAX_JSON, PICKLES, WEIGHTS
 from turret.disk import FAILING, NO_ROOM
 from turret.errors import BundleError
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.route import RoundedMatrix, Route
+from turret.adapters.batch_context import BatchContext, RoundedMatrix
 from turret.errors import AdapterError
 from turret.families import family_of
-from turret.kernels import LONGEST_INT8, Library, Rounded, usable
+from turret.kernels import LONGEST_INT8, Int8Matrix, Library, usable
 from turret.kernels import int8 as possible
 
 LEAST = 32  # tokens; for fewer the weights' rounding takes longer than it saves
@@ -54,7 +54,7 @@ class FrozenProducts(NamedTuple):
         y = self.backward(dy[0], weights[0])
         return y.addmm_(dy[1], weights[1]) if self.int8 is None else y.add_(self.backward(dy[1], weights[1]))
 
-    def _matrix(self, library: Library, weight: Tensor, turned: bool) -> Tensor | Rounded:
+    def _matrix(self, library: Library, weight: Tensor, turned: bool) -> Tensor | Int8Matrix:
         if self.rounded is None:
             return weight
         key = weight.data_ptr(), turned
@@ -65,12 +65,12 @@ class FrozenProducts(NamedTuple):
         return known.rounded
 
 
-def products(route: Route, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> FrozenProducts:
+def products(context: BatchContext, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> FrozenProducts:
     """What multiplies x (..., D) while `route` trains."""
-    few = route.rounded is None and x.numel() < LEAST * x.shape[-1]
-    if not route.int8 or few or not fits(weight):
+    few = context.rounded is None and x.numel() < LEAST * x.shape[-1]
+    if not context.int8 or few or not fits(weight):
         return FrozenProducts()
-    return FrozenProducts(usable(x, weight) if bias is None else usable(x, weight, bias), route.rounded)
+    return FrozenProducts(usable(x, weight) if bias is None else usable(x, weight, bias), context.rounded)
 
 
 def fits(weight: Tensor) -> bool:
@@ -82,9 +82,9 @@ def small(layers: list[nn.Linear]) -> bool:
     return 2 * sum(each.weight.numel() for each in layers) <= SMALL
 
 
-def rounded_bytes(route: Route) -> int:
+def rounded_bytes(context: BatchContext) -> int:
     """How much the matrices take that were rounded by now and stay so."""
-    return 0 if route.rounded is None else sum(each.rounded.bytes.nbytes for each in route.rounded.values())
+    return 0 if context.rounded is None else sum(each.rounded.bytes.nbytes for each in context.rounded.values())
 
 
 def int8_layers(model: Any) -> list[nn.Linear]:
@@ -125,8 +125,8 @@ class _Linear(torch.autograd.Function):
 class Forward:
     """In place of a frozen layer's own: in 8 bits where a gradient is wanted."""
 
-    def __init__(self, layer: nn.Linear, route: Route) -> None:
-        self._layer, self._route = layer, route
+    def __init__(self, layer: nn.Linear, context: BatchContext) -> None:
+        self._layer, self._route = layer, context
 
     def __call__(self, x: Tensor) -> Tensor:
         own, trains = (self._layer.weight, self._layer.bias), torch.is_grad_enabled()
@@ -137,7 +137,7 @@ class Forward:
         return y
 
 
-def hook(layer: nn.Linear, route: Route) -> Callable[[], None]:
+def hook(layer: nn.Linear, context: BatchContext) -> Callable[[], None]:
     """Let one frozen layer multiply in 8 bits where a gradient is wanted; returns what undoes it."""
-    layer.forward = Forward(layer, route)  # type: ignore[method-assign, assignment]
+    layer.forward = Forward(layer, context)  # type: ignore[method-assign, assignment]
     return lambda: vars(layer).__delitem__("forward")

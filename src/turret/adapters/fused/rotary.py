@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.route import Route
+from turret.adapters.batch_context import BatchContext
 from turret.kernels import Library, usable
 
 NAME = "apply_rotary_pos_emb"
@@ -45,13 +45,15 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float, library: Library)
     return library.rotate(tokens, cos[0], sin[0], sign).transpose(0, 1)[None]
 
 
-def instead_of(theirs: Callable[..., tuple[Tensor, Tensor]], route: Route) -> Callable[..., tuple[Tensor, Tensor]]:
+def instead_of(
+    theirs: Callable[..., tuple[Tensor, Tensor]], context: BatchContext
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """`theirs`, computed in one operation where it can be: one unpadded row of tokens that trains, or in an engine."""
 
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         one_row = q.dim() == 4 and q.shape[0] == cos.shape[0] == 1 and cos.shape == (1, q.shape[2], q.shape[3])
         trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-        wanted = one_row and (trains or route.serves)
+        wanted = one_row and (trains or context.serves)
         library = usable(q, k, cos, sin) if wanted and not args and not kwargs else None
         if library is None:
             return theirs(q, k, cos, sin, *args, **kwargs)
@@ -64,7 +66,7 @@ def instead_of(theirs: Callable[..., tuple[Tensor, Tensor]], route: Route) -> Ca
     return rotary
 
 
-def hook(module: nn.Module, route: Route) -> Callable[[], object]:
+def hook(module: nn.Module, context: BatchContext) -> Callable[[], object]:
     """Let one attention module rotate in one operation, if it is one that rotates; returns what undoes it."""
     forward = inspect.unwrap(type(module).forward)
     theirs = forward.__globals__.get(NAME)
@@ -72,7 +74,7 @@ def hook(module: nn.Module, route: Route) -> Callable[[], object]:
         return lambda: None
     twin = types.FunctionType(
         forward.__code__,
-        {**forward.__globals__, NAME: instead_of(theirs, route)},
+        {**forward.__globals__, NAME: instead_of(theirs, context)},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from turret.kernels import Spans
+from turret.kernels import AdapterSpans
 
 
 class Numbers(Protocol):
@@ -36,7 +36,7 @@ class Numbers(Protocol):
 Span = tuple[int, int, Numbers]  # (start, end, whose)
 
 
-def laid_out(spans: Sequence[Span], tokens: int) -> Spans | None:
+def laid_out(spans: Sequence[Span], tokens: int) -> AdapterSpans | None:
     """The spans of a pass of so many tokens, in order; None where there are none. The adapters must outlive it."""
     joined = _joined(spans)
     if not joined:
@@ -44,7 +44,7 @@ def laid_out(spans: Sequence[Span], tokens: int) -> Spans | None:
     starts, ends, owners = zip(*joined, strict=True)
     offsets = torch.stack([own.offsets for own in owners])
     addresses = offsets + torch.tensor([own.address for own in owners])[:, None, None]
-    return Spans(
+    return AdapterSpans(
         torch.tensor(starts),
         torch.tensor(ends),
         torch.tensor([own.rank for own in owners]),

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.int8 import FrozenProducts, products
-from turret.adapters.norms import kept, made
-from turret.adapters.route import Route
+from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused.int8 import FrozenProducts, products
+from turret.adapters.fused.norms import kept, made
 from turret.kernels import Library, usable
 
 SILU = ("SiLU", "SiLUActivation")
@@ -86,9 +86,9 @@ class _FrozenGatedMLP(torch.autograd.Function):
 class FrozenGated(nn.Module):
     """In place of a gated MLP of the base, with the very same layers under the very same names."""
 
-    def __init__(self, replaced: Any, route: Route) -> None:
+    def __init__(self, replaced: Any, context: BatchContext) -> None:
         super().__init__()
-        self.route = route
+        self.context = context
         self.gate_proj: nn.Module = replaced.gate_proj
         self.up_proj: nn.Module = replaced.up_proj
         self.down_proj: nn.Module = replaced.down_proj
@@ -99,11 +99,11 @@ class FrozenGated(nn.Module):
         library = _kernels(x)
         if library is not None and all(_frozen(layer, x.dtype) for layer in layers):
             weights: Any = [layer.weight for layer in layers]
-            by = products(self.route, x, weights[0])  # the others have the same two sizes
+            by = products(self.context, x, weights[0])  # the others have the same two sizes
             whole: Tensor = _FrozenGatedMLP.apply(x, *weights, library, by)  # type: ignore[no-untyped-call]
             return whole
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.route.serves and (library := usable(gate, up)) is not None:
+        if self.context.serves and (library := usable(gate, up)) is not None:
             product = library.swiglu(gate.contiguous(), up.contiguous())
         else:
             library = _kernels(gate, up)
@@ -115,12 +115,12 @@ class FrozenGated(nn.Module):
 class FrozenGELU(nn.Module):
     """In place of the base's exact GELU."""
 
-    def __init__(self, replaced: nn.Module, route: Route) -> None:
+    def __init__(self, replaced: nn.Module, context: BatchContext) -> None:
         super().__init__()
-        self.replaced, self.route = replaced, route
+        self.replaced, self.context = replaced, context
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.route.serves and (library := usable(x)) is not None:
+        if self.context.serves and (library := usable(x)) is not None:
             return library.gelu(x.contiguous())
         library = _kernels(x)
         plain = library is None
@@ -147,15 +147,15 @@ def _kernels(*tensors: Tensor) -> Library | None:
     return usable(*tensors)
 
 
-def in_place_of(module: nn.Module, gated: tuple[str, ...], route: Route) -> nn.Module | None:
+def in_place_of(module: nn.Module, gated: tuple[str, ...], context: BatchContext) -> nn.Module | None:
     """What takes this module's place while a model is attached, or None where nothing does.
 
     gated: class names of MLPs with act_fn, gate_proj, up_proj and down_proj.
     """
     name = type(module).__name__
     if name in gated and type(getattr(module, "act_fn", None)).__name__ in SILU:
-        return FrozenGated(module, route)
+        return FrozenGated(module, context)
     exact = name == "GELU" and getattr(module, "approximate", "") == "none"
     if exact or (name == "GELUActivation" and getattr(module, "act", None) is nn.functional.gelu):
-        return FrozenGELU(module, route)
+        return FrozenGELU(module, context)
     return None

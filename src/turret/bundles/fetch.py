@@ -17,8 +17,8 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import errors as hub
 
-from turret.adapters.archive import ENDINGS, is_archive, unpack
-from turret.adapters.bundle import FILES, PICKLES, WEIGHTS, refuse_foreign_files
+from turret.bundles.archive import ENDINGS, is_archive, unpack
+from turret.bundles.bundle import FILES, PICKLES, WEIGHTS, refuse_foreign_files
 from turret.errors import BundleError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from turret.kernels import LARGEST, Dropped, Library, usable
+from turret.kernels import LARGEST, DropoutArguments, Library, usable
 
 STEPS = 1 << 16  # a rate is kept to this many steps
 ALIGNED = 64  # windows begin at multiples of so many elements
@@ -36,12 +36,12 @@ class Masks:
         self._seed: int | None = None
         self._drawn = 0
 
-    def dropped(self, p: float) -> Dropped:
+    def dropped(self, p: float) -> DropoutArguments:
         """The next mask of this pass as a kernel makes it: from two numbers, whenever it is needed."""
         if self._seed is None:
             self._seed = int(torch.randint(1 << 62, ()))
         self._drawn += 1
-        return Dropped.of(p, _mixed(self._seed + self._drawn * SPREAD))
+        return DropoutArguments.of(p, _mixed(self._seed + self._drawn * SPREAD))
 
     def mask(self, x: Tensor, p: float) -> Mask:
         """The next mask of this pass for x: hashed by kernels that can number all of its elements, else kept words."""
@@ -115,7 +115,7 @@ class KeptMask:
 @dataclass(frozen=True)
 class HashedMask:
     library: Library
-    dropped: Dropped
+    dropped: DropoutArguments
 
     @property
     def scale(self) -> float:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from turret.kernels import Spans, usable
+from turret.kernels import AdapterSpans, usable
 
 
-def linear(layer: nn.Module, x: Tensor, spans: Spans | None = None, number: int = 0, *, helped: bool = True) -> Tensor:
+def linear(
+    layer: nn.Module, x: Tensor, spans: AdapterSpans | None = None, number: int = 0, *, helped: bool = True
+) -> Tensor:
     """layer(x), by the kernel where no gradient is wanted and the tokens are few. x: (..., D_in) -> (..., D_out).
 
     spans: the adapters of a pass, of which the layer takes the factors of its `number`; only where there are kernels.

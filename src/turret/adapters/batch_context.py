@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from turret.adapters.dropout import Masks
-from turret.kernels import Kept, Library, Rounded, Spans
+from turret.adapters.fused.dropout import Masks
+from turret.kernels import AdapterSpans, CachedKVArguments, Int8Matrix, Library
 
 BARE = 0  # the slot of the bare base: no adapter at all
 
@@ -26,11 +26,11 @@ class RoundedMatrix(NamedTuple):
 
     matrix: Tensor
     version: int
-    rounded: Rounded
+    rounded: Int8Matrix
 
 
 @dataclass(frozen=True)
-class Held:
+class CachedKV:
     """What a cache holds of some rows at one attention site, their newest token included, and which rows they are.
 
     keys, values: (B, H_kv, S, D), of which the first `lengths` of each row count, `prefixes` of them its prefix.
@@ -43,13 +43,13 @@ class Held:
     lengths: Tensor  # (B,) int64
     prefixes: Tensor  # (B,) int64
     full: bool  # every row has S tokens
-    kept: Kept | None = None  # the same for the kernels, where there are some
+    kept: CachedKVArguments | None = None  # the same for the kernels, where there are some
 
 
-class Cache(Protocol):
+class KVCacheProtocol(Protocol):
     """The keys and values of earlier passes, where somebody other than transformers keeps them.
 
-    The tokens of a pass are those of fresh rows, as `Route.lengths` says, and behind them one token of each row that
+    The tokens of a pass are those of fresh rows, as `BatchContext.lengths` says, and behind them one token of each row that
     the cache knows already.
     """
 
@@ -61,12 +61,12 @@ class Cache(Protocol):
         """Take the fresh rows' keys and values, (1, H_kv, N, D)."""
         ...
 
-    def step(self, group: str, layer: int, keys: Tensor | None, values: Tensor | None) -> Sequence[Held]:
+    def step(self, group: str, layer: int, keys: Tensor | None, values: Tensor | None) -> Sequence[CachedKV]:
         """Take the new token of every known row, (1, H_kv, B, D), and give all that is held of these rows, in order."""
         ...
 
 
-class Bank(Protocol):
+class AdapterPoolProtocol(Protocol):
     """Where the adapters of a pass are, if they are not in the slots of the modules.
 
     library: the kernels that compute the pass under way, or None.
@@ -82,7 +82,7 @@ class Bank(Protocol):
         """What a routed linear layer is called in `spans`."""
         ...
 
-    def spans(self, stream: str) -> Spans | None:
+    def spans(self, stream: str) -> AdapterSpans | None:
         """The adapters of the pass under way as the kernels read them; None where no token has one."""
         ...
 
@@ -94,7 +94,7 @@ class Bank(Protocol):
 
 
 @dataclass
-class Route:
+class BatchContext:
     """Where each row goes.
 
     slots: one slot a row, or None when every row takes `active`.
@@ -111,8 +111,8 @@ class Route:
     in_body: bool = False
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict)  # layouts and biases of this batch's lengths
     masks: Masks | None = None  # of the unpadded pass under way
-    bank: Bank | None = None  # has the adapters instead of the modules' slots
-    cache: Cache | None = None  # has the keys and values of earlier passes
+    adapter_pool: AdapterPoolProtocol | None = None  # has the adapters instead of the modules' slots
+    cache: KVCacheProtocol | None = None  # has the keys and values of earlier passes
     read: Tensor | None = None  # the only tokens whose last hidden states anybody reads, (B,) int64; None for all
     int8: bool = False  # frozen layers multiply in 8 bits where a gradient is wanted
     rounded: dict[tuple[int, bool], RoundedMatrix] | None = None  # of a small base: (address, turned) -> in 8 bits
@@ -121,7 +121,7 @@ class Route:
     @property
     def serves(self) -> bool:
         """Whether an engine answers by this model: then kernels compute what they can, for the bare base as well."""
-        return self.bank is not None
+        return self.adapter_pool is not None
 
     def slot_of(self, row: int) -> int:
         return self.active if self.slots is None else self.slots[row]
@@ -156,20 +156,20 @@ class Route:
 
 
 @contextmanager
-def set_route(
-    route: Route,
+def set_context(
+    context: BatchContext,
     slots: Sequence[int] | None,
     lengths: Mapping[str, Sequence[int]] | None,
     in_body: bool = False,
     read: Tensor | None = None,
 ) -> Iterator[None]:
     """Point `route` at another batch for the length of the block."""
-    before = route.slots, route.lengths, route.in_body, route.memo, route.masks, route.read
-    route.slots = None if slots is None else tuple(slots)
-    route.lengths = None if lengths is None else {name: tuple(each) for name, each in lengths.items()}
-    route.in_body, route.memo, route.read = in_body, {}, read
-    route.masks = None if lengths is None else Masks()
+    before = context.slots, context.lengths, context.in_body, context.memo, context.masks, context.read
+    context.slots = None if slots is None else tuple(slots)
+    context.lengths = None if lengths is None else {name: tuple(each) for name, each in lengths.items()}
+    context.in_body, context.memo, context.read = in_body, {}, read
+    context.masks = None if lengths is None else Masks()
     try:
         yield
     finally:
-        route.slots, route.lengths, route.in_body, route.memo, route.masks, route.read = before
+        context.slots, context.lengths, context.in_body, context.memo, context.masks, context.read = before

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from turret.adapters.activations import FrozenGated
 from turret.adapters.attention import rows_and_prefixes
-from turret.adapters.flash import added_to_prefixes, pairs_of
-from turret.adapters.norms import FrozenNorm
-from turret.adapters.route import Route
-from turret.adapters.trained_layer import Back, Draws, Matrices, linears_of, stands_aside, watched
-from turret.kernels import LARGEST, Dropped, Library, Rows, usable
+from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused.activations import FrozenGated
+from turret.adapters.fused.flash import added_to_prefixes, pairs_of
+from turret.adapters.fused.norms import FrozenNorm
+from turret.adapters.fused.trained_layer import Back, Draws, Matrices, linears_of, stands_aside, watched
+from turret.kernels import LARGEST, AttentionRows, DropoutArguments, Library, usable
 
 Q, K, V, OUT, GATE, UP, DOWN = range(7)  # the order of the matrices
 
@@ -38,9 +38,9 @@ class _Pass(NamedTuple):
     norms: tuple[_Norm, _Norm]  # before attention, and before the MLP
     of_heads: tuple[_Norm, _Norm] | None  # of queries and of keys
     dim: int  # of a head
-    rows: Rows
+    rows: AttentionRows
     of_row: tuple[int | None, ...]  # which prefix each row has
-    dropped: Dropped  # of attention's probabilities
+    dropped: DropoutArguments  # of attention's probabilities
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -128,14 +128,14 @@ def _bare(matrices: Matrices) -> bool:
 class TrainedDecoder:
     """What one layer computes as one operation, or None where its modules shall."""
 
-    def __init__(self, module: Any, route: Route) -> None:
-        self._module, self._route = module, route
+    def __init__(self, module: Any, context: BatchContext) -> None:
+        self._module, self._route = module, context
 
     def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor | None:
         """x: (1, N, D) -> (1, N, D). turn: cosines and sines (1, N, head size)."""
-        route, module = self._route, self._module
-        slot, attention, mlp = route.single(), module.self_attn, module.mlp
-        if slot is None or turn is None or not x.requires_grad or stands_aside(route) or route.read is not None:
+        context, module = self._route, self._module
+        slot, attention, mlp = context.single(), module.self_attn, module.mlp
+        if slot is None or turn is None or not x.requires_grad or stands_aside(context) or context.read is not None:
             return None
         norms = [module.input_layernorm, module.post_attention_layernorm]
         of_heads = [each for name in ("q_norm", "k_norm") if (each := getattr(attention, name, None)) is not None]
@@ -157,13 +157,13 @@ class TrainedDecoder:
             return None
         hooked = attention.turret_hook
         rows, prefixes = rows_and_prefixes(hooked, attention.scaling, hooked.family.window(attention), x.dtype)
-        draws = Draws(route)
+        draws = Draws(context)
         matrices = [draws.matrix(*linears[i]) for i in (Q, K, V)]
         dropped = draws.dropped(attention.attention_dropout if attention.training else 0.0)
         matrices += [draws.matrix(*linears[i]) for i in (OUT, GATE, UP, DOWN)]
         before, behind, *heads = (_Norm(each.weight, each.variance_epsilon) for each in (*norms, *of_heads))
         told = _Pass(
-            library, Matrices(library, route, matrices), (before, behind), (heads[0], heads[1]) if heads else None,
+            library, Matrices(library, context, matrices), (before, behind), (heads[0], heads[1]) if heads else None,
             dim, rows, tuple(prefixes.of_row), dropped,
         )  # fmt: skip
         tensors = *draws.tensors, *(each for pair in prefixes.pairs for each in pair)

@@ -3,7 +3,7 @@
     s = dropout(W h + bias) + x,    y = w (s - mean(s)) / sqrt(var(s) + eps) + b        (Ba et al. 2016)
 
 Written out it is three operations and three more on the way back, each one pass over memory; here one and one, with s
-alone kept, which LayerNorm keeps anyway. Where a classifier reads one token of a row (`Route.read`), the last layer
+alone kept, which LayerNorm keeps anyway. Where a classifier reads one token of a row (`BatchContext.read`), the last layer
 goes on with these tokens alone after its attention: nobody reads what the others would become.
 """
 
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.dropout import Masks
-from turret.adapters.norms import marked
-from turret.adapters.route import Route
-from turret.kernels import KEPT, LARGEST, Dropped, Library, usable
+from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused.dropout import Masks
+from turret.adapters.fused.norms import marked
+from turret.kernels import LARGEST, NO_DROPOUT, DropoutArguments, Library, usable
 
 
 class _AddedNorm(torch.autograd.Function):
@@ -25,7 +25,14 @@ class _AddedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dropped: Dropped, library: Library
+        ctx: Any,
+        a: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dropped: DropoutArguments,
+        library: Library,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, s, stats = library.added_norm(a, x, weight, bias, eps, dropped)
         ctx.save_for_backward(s, weight, stats)
@@ -54,26 +61,26 @@ class LayerNormAgain(NamedTuple):
 class FrozenOutput(nn.Module):
     """In place of the base's own dense, dropout and LayerNorm, with the very same layers under the very same names.
 
-    narrows: it ends the attention of the last layer, so the tokens of `Route.read` alone need to go on.
+    narrows: it ends the attention of the last layer, so the tokens of `BatchContext.read` alone need to go on.
     """
 
-    def __init__(self, replaced: Any, route: Route, narrows: bool) -> None:
+    def __init__(self, replaced: Any, context: BatchContext, narrows: bool) -> None:
         super().__init__()
         self.dense: nn.Module = replaced.dense
         self.LayerNorm: nn.LayerNorm = replaced.LayerNorm
         self.dropout: nn.Dropout = replaced.dropout
-        self.route, self.narrows = route, narrows
+        self.context, self.narrows = context, narrows
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        if self.narrows and self.route.read is not None:  # (1, N, D) -> (1, B, D)
-            hidden_states, input_tensor = (x.index_select(1, self.route.read) for x in (hidden_states, input_tensor))
+        if self.narrows and self.context.read is not None:  # (1, N, D) -> (1, B, D)
+            hidden_states, input_tensor = (x.index_select(1, self.context.read) for x in (hidden_states, input_tensor))
         a, x, norm = self.dense(hidden_states), input_tensor, self.LayerNorm
         library = self._kernels(a, x)
         if library is None:
             plain: Tensor = norm(self.dropout(a) + x)
             return plain
         p = self.dropout.p if self.dropout.training else 0.0
-        dropped = (self.route.masks or Masks()).dropped(p) if p > 0.0 else KEPT
+        dropped = (self.context.masks or Masks()).dropped(p) if p > 0.0 else NO_DROPOUT
         if not torch.is_grad_enabled():
             return library.added_norm(a.contiguous(), x.contiguous(), norm.weight, norm.bias, norm.eps, dropped)[0]
         y, s, stats = _AddedNorm.apply(  # type: ignore[no-untyped-call]
@@ -85,7 +92,7 @@ class FrozenOutput(nn.Module):
         """The kernels, in an engine and where there is a gradient to be computed through frozen weights."""
         norm = self.LayerNorm
         trains = torch.is_grad_enabled() and (a.requires_grad or x.requires_grad) and not norm.weight.requires_grad
-        wanted = trains or (self.route.serves and not torch.is_grad_enabled())
+        wanted = trains or (self.context.serves and not torch.is_grad_enabled())
         return usable(a, x, norm.weight, norm.bias) if wanted and a.numel() < LARGEST else None
 
 

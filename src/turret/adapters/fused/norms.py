@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.route import Route
+from turret.adapters.batch_context import BatchContext
 from turret.kernels import Library, usable
 
 MADE_FROM = "turret_made_from"  # an attribute of a norm's output
@@ -95,9 +95,9 @@ class FrozenNorm(nn.Module):
     narrows: it gives the dtype of its weight where that is 16 bits wide, whatever it is given.
     """
 
-    def __init__(self, replaced: Any, route: Route, narrows: bool = False) -> None:
+    def __init__(self, replaced: Any, context: BatchContext, narrows: bool = False) -> None:
         super().__init__()
-        self.route = route
+        self.context = context
         self.weight: nn.Parameter = replaced.weight
         self.variance_epsilon: float = replaced.variance_epsilon
         self.narrows = narrows
@@ -109,7 +109,7 @@ class FrozenNorm(nn.Module):
             x = x if library is None else x.contiguous()
             y: Tensor = _RMSNorm.apply(x, weight, self.variance_epsilon, library)  # type: ignore[no-untyped-call]
             return y if library is None else marked(y, x, RMSNormAgain(weight, self.variance_epsilon, library))
-        if self.route.serves and (library := usable(x, weight)) is not None and x.numel() > 0:
+        if self.context.serves and (library := usable(x, weight)) is not None and x.numel() > 0:
             return library.rms_norm(x.contiguous(), weight, self.variance_epsilon)[0]
         narrows = self.narrows and weight.dtype in (torch.float16, torch.bfloat16)
         return rms_norm(x, weight, self.variance_epsilon, weight.dtype if narrows else x.dtype)

@@ -50,7 +50,7 @@ class _Group:
     alone: bool = False  # all rows take place `low`
 
 
-class Stack:
+class StackedFactors:
     """Places for adapters, kept while they decode; new ones are added at the end."""
 
     def __init__(

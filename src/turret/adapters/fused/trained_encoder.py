@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.activations import FrozenGELU
 from turret.adapters.attention import rows_and_prefixes
-from turret.adapters.flash import added_to_prefixes, pairs_of
-from turret.adapters.norms import kept, made, marked
-from turret.adapters.residual import FrozenOutput, LayerNormAgain
-from turret.adapters.route import Route
-from turret.adapters.trained_layer import Back, Draws, Matrices, linears_of, stands_aside, watched
-from turret.kernels import LARGEST, Dropped, Library, Rows, usable
+from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused.activations import FrozenGELU
+from turret.adapters.fused.flash import added_to_prefixes, pairs_of
+from turret.adapters.fused.norms import kept, made, marked
+from turret.adapters.fused.residual import FrozenOutput, LayerNormAgain
+from turret.adapters.fused.trained_layer import Back, Draws, Matrices, linears_of, stands_aside, watched
+from turret.kernels import LARGEST, AttentionRows, DropoutArguments, Library, usable
 
 Q, K, V, OUT, UP, DOWN = range(6)  # the order of the matrices
 
@@ -28,7 +28,7 @@ class _Norm(NamedTuple):
     weight: Tensor
     bias: Tensor
     eps: float
-    dropped: Dropped  # of what is added before it
+    dropped: DropoutArguments  # of what is added before it
 
 
 class _Pass(NamedTuple):
@@ -38,9 +38,9 @@ class _Pass(NamedTuple):
     matrices: Matrices
     norms: tuple[_Norm, _Norm]  # behind attention, and behind the MLP
     dim: int  # of a head
-    rows: Rows
+    rows: AttentionRows
     of_row: tuple[int | None, ...]  # which prefix each row has
-    dropped: Dropped  # of attention's probabilities
+    dropped: DropoutArguments  # of attention's probabilities
     read: Tensor | None  # (B,) the only tokens that go on after attention, or all
 
 
@@ -112,14 +112,14 @@ class _EncoderLayer(torch.autograd.Function):
 class TrainedEncoder:
     """What one layer computes as one operation, or None where its modules shall."""
 
-    def __init__(self, module: Any, route: Route) -> None:
-        self._module, self._route = module, route
+    def __init__(self, module: Any, context: BatchContext) -> None:
+        self._module, self._route = module, context
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """x: (1, N, D) -> (1, N, D), or (1, B, D) where the last layer goes on with the tokens of `Route.read`."""
-        route, module = self._route, self._module
-        slot, attention, outputs = route.single(), module.attention.self, (module.attention.output, module.output)
-        if slot is None or stands_aside(route) or not self._known():
+        """x: (1, N, D) -> (1, N, D), or (1, B, D) where the last layer goes on with the tokens of `BatchContext.read`."""
+        context, module = self._route, self._module
+        slot, attention, outputs = context.single(), module.attention.self, (module.attention.output, module.output)
+        if slot is None or stands_aside(context) or not self._known():
             return None
         first, behind = (attention.query, attention.key, attention.value), (module.intermediate, module.output)
         linears = linears_of((*first, outputs[0].dense, *(each.dense for each in behind)), slot)
@@ -135,7 +135,7 @@ class TrainedEncoder:
         if not x.requires_grad and not any(factors for _, factors in linears) and not prefixes.pairs:
             return None  # nothing to be trained here or below
 
-        draws = Draws(route)
+        draws = Draws(context)
 
         def norm(i: int) -> _Norm:
             own, dropout = norms[i], outputs[i].dropout
@@ -147,8 +147,8 @@ class TrainedEncoder:
         behind_attention = norm(0)
         matrices += [draws.matrix(*linears[i]) for i in (UP, DOWN)]
         told = _Pass(
-            library, Matrices(library, route, matrices), (behind_attention, norm(1)), attention.attention_head_size,
-            rows, tuple(prefixes.of_row), dropped, route.read if outputs[0].narrows else None,
+            library, Matrices(library, context, matrices), (behind_attention, norm(1)), attention.attention_head_size,
+            rows, tuple(prefixes.of_row), dropped, context.read if outputs[0].narrows else None,
         )  # fmt: skip
         tensors = *draws.tensors, *(each for pair in prefixes.pairs for each in pair)
         y, t, stats = _EncoderLayer.apply(told, x.contiguous(), *tensors)  # type: ignore[no-untyped-call]

@@ -23,18 +23,18 @@ from torch import Tensor
 from turret.adapters import require_base
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts
 from turret.adapters.attached import Attachment, device_of, hook_model, routed_linear, target_paths
-from turret.adapters.frozen import linear
+from turret.adapters.batch_context import BARE
+from turret.adapters.fused.frozen import linear
 from turret.adapters.lora import sizes
-from turret.adapters.route import BARE
-from turret.adapters.tensors import all_finite
+from turret.bundles.tensors import all_finite
+from turret.engine.adapter_spans import laid_out
+from turret.engine.adapter_tensors import AdapterTensors, FactorLayout, Pair, layout_of, shapes_of
 from turret.engine.heads import Heads
-from turret.engine.loaded import Layout, Loaded, Pair, layout_of, shapes_of
 from turret.engine.segments import Chunk, Segment, chunks
-from turret.engine.spans import laid_out
-from turret.engine.stack import Stack
+from turret.engine.stacked_factors import StackedFactors
 from turret.errors import AdapterError
 from turret.families import Family
-from turret.kernels import Library, Spans, usable
+from turret.kernels import AdapterSpans, Library, usable
 from turret.methods.lookup import numbers_of
 
 PIECE = 2**15  # numbers that one thread adds up by itself
@@ -51,7 +51,7 @@ SHARING = (
 )
 
 
-class Bank:
+class AdapterPool:
     """Every mounted adapter of one hooked model, and the layout of the pass under way (`route.Bank`)."""
 
     def __init__(self, model: Any, family: Family, fingerprint: str | None) -> None:
@@ -66,22 +66,22 @@ class Bank:
         self.dtype: torch.dtype = linears[0].weight.dtype
         self.device = device_of(model)
         self._weights = [linear.weight for linear in linears]
-        self.attached.route.bank = self
-        self._slots: dict[int, Loaded] = {}
+        self.attached.context.adapter_pool = self
+        self._slots: dict[int, AdapterTensors] = {}
         self._viewed: OrderedDict[int, dict[int, Pair]] = OrderedDict()
         self._siblings = _siblings(self._paths)
         self._chunks: dict[str, list[Chunk]] = {}
         self.library: Library | None = None  # of the pass under way, and what it reads
-        self._spans: dict[str, Spans] = {}
-        self._held: list[Loaded] = []  # whatever is put out meanwhile
+        self._spans: dict[str, AdapterSpans] = {}
+        self._held: list[AdapterTensors] = []  # whatever is put out meanwhile
         self._fresh = self._steps = 0
         self._sharing: list[tuple[int, int]] = []  # slots whose heads are computed, and how many rows each has
         self._last: tuple[Tensor, Tensor] | None = None
-        self.stack = Stack(self.sizes, self._siblings, torch.zeros((), dtype=self.dtype, device=self.device))
+        self.stack = StackedFactors(self.sizes, self._siblings, torch.zeros((), dtype=self.dtype, device=self.device))
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
-    def prepare(self, adapter: Adapter, digest: str, task: Any) -> Loaded:
+    def prepare(self, adapter: Adapter, digest: str, task: Any) -> AdapterTensors:
         """Check that the adapter fits this base and is used whole, and lay its numbers out. Raises AdapterError."""
         require_base(adapter, self.fingerprint)
         adapter = self._at_home(adapter)
@@ -91,7 +91,7 @@ class Bank:
         behind = sum(part.numel() for pair in factors.values() for part in pair)
         run = torch.empty(behind + groups.count + ends.count, dtype=self.dtype, device=self.device)
         layout = self._lay_out(factors, parts.scaling, run[:behind]) if factors else None
-        loaded = Loaded(digest, task, run, layout, groups.views(run[behind : behind + groups.count]), ends)
+        loaded = AdapterTensors(digest, task, run, layout, groups.views(run[behind : behind + groups.count]), ends)
         _fill(loaded.prefix, parts.prefix)
         _fill(loaded.head, head)
         if not all(all_finite(part) for part in torch.split(run, PIECE)):
@@ -116,7 +116,7 @@ class Bank:
             raise AdapterError(f"{both} is both trained whole and adapted by LoRA: train one of them")
         return dict(sorted(parts.factors.items(), key=lambda each: self._paths[each[0]]))
 
-    def _lay_out(self, factors: Mapping[str, Pair], scaling: float, run: Tensor) -> Layout:
+    def _lay_out(self, factors: Mapping[str, Pair], scaling: float, run: Tensor) -> FactorLayout:
         """Fill the run with A and the scaled B of every layer, one behind the other."""
         parts = [part for pair in factors.values() for part in pair]
         layers = tuple((self._paths[path], A.shape[1], B.shape[0]) for path, (A, B) in factors.items())
@@ -132,14 +132,14 @@ class Bank:
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
-    def mount(self, slot: int, loaded: Loaded) -> None:
+    def mount(self, slot: int, loaded: AdapterTensors) -> None:
         self._slots[slot] = loaded
 
     def unmount(self, slot: int) -> None:
         self._slots.pop(slot, None)
         self._viewed.pop(slot, None)
 
-    def at(self, slot: int) -> Loaded | None:
+    def at(self, slot: int) -> AdapterTensors | None:
         return None if slot == BARE else self._slots[slot]
 
     def _pairs(self, slot: int) -> dict[int, Pair]:
@@ -201,7 +201,7 @@ class Bank:
     def number(self, layer: Any) -> int:
         return self._number[id(layer)]
 
-    def spans(self, stream: str) -> Spans | None:
+    def spans(self, stream: str) -> AdapterSpans | None:
         return self._spans.get(stream)
 
     def linear(self, layer: Any, x: Tensor) -> Tensor:

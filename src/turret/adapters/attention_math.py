@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.dropout import Masks, dropout, kept_share, masked
+from turret.adapters.fused.dropout import Masks, dropout, kept_share, masked
 
 LARGEST = 1 << 25  # probabilities of one call; from here on torch's fused kernel, which keeps none of them
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turret.kernels import Dropped, Library, Prefixes, Rows
+from turret.kernels import AttentionRows, DropoutArguments, Library, Prefixes
 
 
 class _Flash(torch.autograd.Function):
@@ -25,9 +25,9 @@ class _Flash(torch.autograd.Function):
     def forward(
         ctx: Any,
         library: Library,
-        rows: Rows,
+        rows: AttentionRows,
         of_row: tuple[int | None, ...],
-        dropped: Dropped,
+        dropped: DropoutArguments,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -52,12 +52,12 @@ class _Flash(torch.autograd.Function):
 
 def flash(
     library: Library,
-    rows: Rows,
+    rows: AttentionRows,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     prefixes: Prefixes,
-    dropped: Dropped,
+    dropped: DropoutArguments,
 ) -> Tensor:
     """(1, H, N, D) out of q: (1, H, N, D); k, v: (1, H_kv, M, D), each row by itself behind its own prefix."""
     flat, of_row = [each for pair in prefixes.pairs for each in pair], tuple(prefixes.of_row)

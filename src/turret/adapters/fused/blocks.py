@@ -33,7 +33,7 @@ def rounded(size: int, steps: Sequence[tuple[int, int]]) -> int:
 
 
 @dataclass(frozen=True)
-class Side:
+class BlockSide:
     """The queries' or the keys' side of a block: B rows in places for T tokens each, among N tokens in all.
 
     places: (B * T,) the token at each place, with a row's last one in place of padding. back: (n,) the place of each of
@@ -48,7 +48,7 @@ class Side:
     start: int | None  # where the block begins, if it is a piece of the tokens as they lie, without padding
 
     @classmethod
-    def of(cls, spans: Sequence[Span], device: torch.device) -> Side:
+    def of(cls, spans: Sequence[Span], device: torch.device) -> BlockSide:
         lengths = tuple(end - start for start, end in spans)
         longest = rounded(max(lengths), STEPS)
         starts = torch.tensor([start for start, _ in spans])[:, None]
@@ -128,24 +128,26 @@ class Block:
     """Some rows of one kind (of one prefix, say), as attention computes them together."""
 
     kind: int
-    queries: Side
-    keys: Side
+    queries: BlockSide
+    keys: BlockSide
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """All rows of a batch in blocks, and the way back to their order."""
 
     blocks: tuple[Block, ...]
     order: Tensor | None  # (N,) where among the blocks' own tokens each token is; None where they are in order
 
     @classmethod
-    def of(cls, queries: Sequence[Span], keys: Sequence[Span], kinds: Sequence[int], device: torch.device) -> Layout:
+    def of(
+        cls, queries: Sequence[Span], keys: Sequence[Span], kinds: Sequence[int], device: torch.device
+    ) -> BlockLayout:
         """kinds: one a row; rows of different kinds do not share a block."""
         blocks, rows_in_order = [], []
         for rows in _groups(queries, keys, kinds):
-            q = Side.of([queries[row] for row in rows], device)
-            k = q if keys is queries else Side.of([keys[row] for row in rows], device)
+            q = BlockSide.of([queries[row] for row in rows], device)
+            k = q if keys is queries else BlockSide.of([keys[row] for row in rows], device)
             blocks.append(Block(kinds[rows[0]], q, k))
             rows_in_order += rows
         order = None
