@@ -49,8 +49,8 @@ class CachedKV:
 class KVCacheProtocol(Protocol):
     """The keys and values of earlier passes, where somebody other than transformers keeps them.
 
-    The tokens of a pass are those of fresh rows, as `BatchContext.lengths` says, and behind them one token of each row that
-    the cache knows already.
+    The tokens of a pass are first those of prefill rows, as `BatchContext.lengths` says, then one token of each row
+    that the cache knows already.
     """
 
     def fresh(self, stream: str) -> int:

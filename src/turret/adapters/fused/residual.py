@@ -3,7 +3,7 @@
     s = dropout(W h + bias) + x,    y = w (s - mean(s)) / sqrt(var(s) + eps) + b        (Ba et al. 2016)
 
 Written out it is three operations and three more on the way back, each one pass over memory; here one and one, with s
-alone kept, which LayerNorm keeps anyway. Where a classifier reads one token of a row (`BatchContext.read`), the last layer
+alone kept, which LayerNorm keeps anyway. If a classifier reads one token a row (`BatchContext.read`), the last layer
 goes on with these tokens alone after its attention: nobody reads what the others would become.
 """
 

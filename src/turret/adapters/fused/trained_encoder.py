@@ -116,7 +116,7 @@ class TrainedEncoder:
         self._module, self._route = module, context
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """x: (1, N, D) -> (1, N, D), or (1, B, D) where the last layer goes on with the tokens of `BatchContext.read`."""
+        """x: (1, N, D) -> (1, N, D), or (1, B, D) where the last layer keeps `BatchContext.read` only."""
         context, module = self._route, self._module
         slot, attention, outputs = context.single(), module.attention.self, (module.attention.output, module.output)
         if slot is None or stands_aside(context) or not self._known():
