@@ -8,13 +8,17 @@ from turret.tasks.generate import Generate, Summarize
 from turret.tasks.task import (
     TASKS,
     Encoded,
+    HeadTask,
     Task,
+    TextTask,
+    has_head,
     make_task,
     register,
     schemas,
     stored_task,
     task_from_spec,
     task_of,
+    writes,
 )
 
 __all__ = [
@@ -22,12 +26,16 @@ __all__ = [
     "Classify",
     "Encoded",
     "Generate",
+    "HeadTask",
     "Summarize",
     "Task",
+    "TextTask",
+    "has_head",
     "make_task",
     "register",
     "schemas",
     "stored_task",
     "task_from_spec",
     "task_of",
+    "writes",
 ]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeGuard, TypeVar
 
-from turret.data import Dataset, Schema
+from turret.data import Dataset, Example, Schema
 from turret.errors import AdapterError, DataError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from turret.json_types import JsonObject
+    from turret.transformer import Tokenizer
 
 RequestKind = Literal["classify", "generate"]  # what an engine is asked for: the answer of a head, or a text
 FamilyKind = Literal["encoder", "encoder-decoder", "decoder"]
@@ -27,8 +30,7 @@ class Encoded:
 class Task(Protocol):
     """One task. The class says what is known before a base is loaded, an instance has labels and a tokenizer.
 
-    A task that generates also has `encode_target`, `decode` and `generation`; one that does not has `targets` and
-    `answers`, for the logits (B, num_labels) of its head.
+    An instance is a `TextTask` if it generates, else a `HeadTask`.
     """
 
     kind: ClassVar[str]  # its name in a recipe
@@ -101,9 +103,45 @@ class Task(Protocol):
     def guessing_loss(self, examples: Sequence[Any]) -> float | None:
         """The least loss of an answer that does not look at the input, over some examples; None where nobody asks."""
 
+
+class HeadTask(Task, Protocol):
+    """A task that a head answers: logits (B, num_labels)."""
+
+    def targets(self, examples: Sequence[Example]) -> Tensor:
+        """What the loss compares the logits with: (B,) or (B, num_labels)."""
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+        """The scores of logits (B, num_labels), with the mean loss."""
+
+    def answers(self, logits: Tensor) -> list[JsonObject]:
+        """An answer per row: its label or labels, and their probabilities."""
+
+
+class TextTask(Task, Protocol):
+    """A task whose answer is a text, written a token at a time."""
+
+    tokenizer: Tokenizer
+    max_target_tokens: int
+
     @property
-    def metrics(self) -> Callable[..., dict[str, Any]]:
-        """Of (logits, targets); of (texts, references, mean loss) where it generates."""
+    def generation(self) -> JsonObject:
+        """The arguments of transformers' `generate()`."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated tokens, without special tokens."""
+
+    def metrics(self, texts: Sequence[str], references: Sequence[str], mean_loss: float | None) -> JsonObject:
+        """The scores of generated texts, with loss and perplexity where a mean loss is given."""
+
+
+def has_head(task: Task) -> TypeGuard[HeadTask]:
+    """Whether a head answers it, for the type checker too."""
+    return not task.generates
+
+
+def writes(task: Task) -> TypeGuard[TextTask]:
+    """Whether it generates text, for the type checker too."""
+    return task.generates
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
