@@ -111,12 +111,18 @@ def test_the_readme_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path) -> None:
-    run_page(page("docs/tutorial.md"), tmp_path)
+    run_page(page("docs/tutorials/classifier.md"), tmp_path)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "docs/tutorial.md", "docs/reference/python.md", "docs/howto/serve.md", "docs/howto/experiments.md"],
+    [
+        "README.md",
+        "docs/tutorials/classifier.md",
+        "docs/reference/python.md",
+        "docs/howto/serve.md",
+        "docs/howto/experiments.md",
+    ],
 )
 def test_every_python_block_is_python(name: str) -> None:
     for code in re.findall(r"^```python\n(.*?)^```$", page(name), re.MULTILINE | re.DOTALL):
@@ -284,7 +290,7 @@ def test_the_readme_names_every_family() -> None:
     assert [name for name in FAMILIES if name not in text] == []
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/index.md", "docs/howto/serve.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorials/classifier.md", "docs/index.md", "docs/howto/serve.md"])
 def test_a_page_names_no_command_that_is_not_there(name: str) -> None:
     said = re.findall(r"^ *turret +([a-z]+)|`turret ([a-z]+)", page(name), re.MULTILINE)
     assert {first or second for first, second in said} <= set(COMMANDS)

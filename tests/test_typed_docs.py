@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "tutorial.md", ROOT / "docs" / "howto" / "experiments.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "tutorials" / "classifier.md", ROOT / "docs" / "howto" / "experiments.md")
 
 
 def checked(folder: Path) -> subprocess.CompletedProcess[str]:
