@@ -25,8 +25,8 @@ from exchange.foreign import (
 from safetensors.torch import load_file, save_file
 from small_disk import mounted_disk
 
-from turret import adapters
 from turret.adapters import peft_config
+from turret.bundles.bundle import manifest_digest
 from turret.cli.main import run
 from turret.workspace import Workspace
 
@@ -284,7 +284,7 @@ def resealed(bundle: Path, **changes: Any) -> None:
     for name in (CONFIG, WEIGHTS):
         content = (bundle / name).read_bytes()
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest["digest"] = adapters.bundle.manifest_digest(manifest)
+    manifest["digest"] = manifest_digest(manifest)
     (bundle / MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -20,7 +20,7 @@ from console_store import BASE, fill
 from turret import Workspace
 from turret.server.logs import Log
 from turret.server.state import ServerState
-from turret.store import Token
+from turret.store import AccessToken
 
 Steps = Callable[[Page], Any]
 TEXT = "The central bank kept its rate, and shares in London rose as traders had hoped."
@@ -117,7 +117,7 @@ def main(store: Path, folder: Path, wanted: list[str]) -> None:
             if wanted and name not in wanted:
                 continue
             if path == "SIGN-IN":  # the last: a server that has seen a token stays closed
-                served.guard.know([Token("me", ("admin",), "", None, None, None, hash="")])
+                served.guard.know([AccessToken("me", ("admin",), "", None, None, None, hash="")])
             size = {"width": 390, "height": 844} if phone else {"width": 1200, "height": 760}
             page = chromium.new_page(viewport=size, color_scheme="dark" if dark else "light", device_scale_factor=1)
             page.goto(url + special.get(path, path))

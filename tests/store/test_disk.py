@@ -15,7 +15,7 @@ from small_disk import mounted_disk
 from store.bundles import tensors
 
 from turret.errors import StoreError
-from turret.store import Example, GoldenSet, Replay, Store
+from turret.store import Example, GoldenReplay, GoldenSet, Store
 
 GOLDEN = GoldenSet((Example("a great film", "label", "good"),))
 
@@ -85,7 +85,7 @@ def test_on_a_full_disk_every_verb_is_done_or_says_so_and_gc_makes_room(small_di
             lambda: store.promote("a@3", "production"),
             lambda: store.rollback("a"),
             lambda: store.gate("a", "candidate", add=["loss<1"], examples=GOLDEN),
-            lambda: store.keep_replay(store.resolve("a@1"), Replay(GOLDEN.digest, 1, 1, None, "then")),
+            lambda: store.keep_replay(store.resolve("a@1"), GoldenReplay(GOLDEN.digest, 1, 1, None, "then")),
             lambda: store.put("b", make_bundle(os.urandom(5000))),
             lambda: store.new_run("a", "", ""),
             lambda: store.delete("a@3", force=True),
@@ -130,7 +130,7 @@ def two_promoted(root: Path, make_bundle: Callable[..., Path]) -> Store:
         store.put("a", make_bundle(tensors(number)), metrics={"test": {"loss": 0.1}})
         store.promote(f"a@{number}", "production")
     store.gate("a", "production", add=["loss<1"], examples=GOLDEN)
-    store.keep_replay(store.resolve("a@1"), Replay(GOLDEN.digest, 1, 1, None, "then"))
+    store.keep_replay(store.resolve("a@1"), GoldenReplay(GOLDEN.digest, 1, 1, None, "then"))
     return store
 
 
@@ -210,7 +210,7 @@ def test_a_read_only_store_can_be_read_and_says_that_it_cannot_be_written(small_
         lambda: store.rollback("a"),
         lambda: store.gate("a", "production", add=["loss<1"]),
         lambda: store.gate("a", "production", examples=GOLDEN),
-        lambda: store.keep_replay(version, Replay(GOLDEN.digest, 1, 1, None, "then")),
+        lambda: store.keep_replay(version, GoldenReplay(GOLDEN.digest, 1, 1, None, "then")),
         lambda: store.delete("a@1"),
         store.gc,
     ):

@@ -8,7 +8,7 @@ import pytest
 from store import by_hand
 
 from turret.errors import BadReference, Corrupt, DataError, GateFailed, NotFound, ReplayNeeded
-from turret.store import Example, Golden, GoldenSet, Replay
+from turret.store import Example, Golden, GoldenReplay, GoldenSet
 
 CLASSIFIES = {"task": {"kind": "classify", "labels": ["bad", "good"]}}
 WRITES = {"task": {"kind": "generate"}}
@@ -18,10 +18,10 @@ def labelled(*labels: str) -> GoldenSet:
     return GoldenSet(tuple(Example(f"text {number}", "label", label) for number, label in enumerate(labels)))
 
 
-def replay(wanted: GoldenSet, passed: int, **first: object) -> Replay:
+def replay(wanted: GoldenSet, passed: int, **first: object) -> GoldenReplay:
     total = len(wanted.examples)
     said = {"example": 1, "text": "text 0", "expected": "label 'good'", "given": "bad", **first}
-    return Replay(wanted.digest, passed, total, said if passed < total else None, "2026-01-02T03:04:05.000Z")
+    return GoldenReplay(wanted.digest, passed, total, said if passed < total else None, "2026-01-02T03:04:05.000Z")
 
 
 def test_a_set_is_known_by_its_content_and_reads_back_equal() -> None:
@@ -194,7 +194,7 @@ def test_characters_that_a_database_may_refuse_are_kept_and_asked_for(store, put
     store.gate("a", "production", examples=wanted)
     assert store.examples(wanted.digest) == wanted
     first = {"example": 1, "text": "nul \0", "expected": "\ud800", "given": "\0\udfff"}
-    store.keep_replay(version, Replay(wanted.digest, 0, 1, first, "2026-01-02T03:04:05.000Z"))
+    store.keep_replay(version, GoldenReplay(wanted.digest, 0, 1, first, "2026-01-02T03:04:05.000Z"))
     assert store.show("a")["replays"][0]["first"] == first
     assert store.verify().ok
     with pytest.raises(GateFailed, match="1 of 1 golden examples failed") as refused:

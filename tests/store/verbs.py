@@ -20,7 +20,7 @@ from store.bundles import tensors, write_bundle
 from turret.errors import ExperimentError, NotFound
 from turret.experiments import Guards, arm_health, rows
 from turret.experiments.arm_health import ArmHealth
-from turret.store import Example, GoldenSet, Replay, Store
+from turret.store import Example, GoldenReplay, GoldenSet, Store
 from turret.store.blobs import hash_file
 from turret.store.uploads import Upload
 
@@ -60,7 +60,7 @@ def two(where: str, folder: Path) -> Store:
     for number in range(len(store.list("a")), 2):
         version = store.put("a", write_bundle(folder, tensors(number), said=TASK), metrics={"test": {"accuracy": 0.9}})
         store.gate("a", "production", add=["accuracy>=0.9"], examples=GOLDEN)
-        store.keep_replay(version, Replay(GOLDEN.digest, 1, 1, None, "then"))
+        store.keep_replay(version, GoldenReplay(GOLDEN.digest, 1, 1, None, "then"))
     return store
 
 
@@ -109,7 +109,7 @@ def gate(where: str, folder: Path) -> None:
 def ready_to_replay(where: str, folder: Path) -> Hold:
     store = two(where, folder)
     passed = {"then": 1, "now": 1}
-    store.keep_replay(store.resolve("a@1"), Replay(GOLDEN.digest, 1, 1, None, "then"))
+    store.keep_replay(store.resolve("a@1"), GoldenReplay(GOLDEN.digest, 1, 1, None, "then"))
 
     def hold(done: bool) -> None:
         (found,) = Store(where).show("a@1")["replays"]
@@ -121,7 +121,7 @@ def ready_to_replay(where: str, folder: Path) -> Hold:
 
 def replay(where: str, folder: Path) -> None:
     store = Store(where)
-    store.keep_replay(store.resolve("a@1"), Replay(GOLDEN.digest, 1, 1, None, "now"))
+    store.keep_replay(store.resolve("a@1"), GoldenReplay(GOLDEN.digest, 1, 1, None, "now"))
 
 
 def ready_to_delete(where: str, folder: Path) -> Hold:
@@ -216,7 +216,7 @@ def ready_to_migrate(where: str, folder: Path) -> Hold:
         assert [str(version) for version in store.list("a")][:2] == ["a@1", "a@2"]
         assert str(store.resolve("a")) == "a@1"
         for version in store.list("a"):  # the first format had neither gates nor replays
-            store.keep_replay(version, Replay(keep(store), 1, 1, None, "then"))
+            store.keep_replay(version, GoldenReplay(keep(store), 1, 1, None, "then"))
 
     return hold
 

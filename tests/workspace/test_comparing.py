@@ -23,7 +23,7 @@ from turret.errors import RecipeError, StoreError, TrainingError
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace import Workspace
-from turret.workspace.comparing import Wanted, state
+from turret.workspace.comparing import ComparisonRequest, state
 from turret.workspace.comparing.conduct import Sitting, _title
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
@@ -129,7 +129,7 @@ def test_the_command_in_a_report_asks_for_the_same_again(tmp_path, changes) -> N
     from turret.cli.train import read_recipe
 
     recipe = recipe_in(tmp_path, **changes)
-    words = shlex.split(Wanted(methods="full,lora:r=4/8", seeds=3, margin=2.0).command(recipe))
+    words = shlex.split(ComparisonRequest(methods="full,lora:r=4/8", seeds=3, margin=2.0).command(recipe))
     given = {name: [v for n, v in itertools.pairwise(words) if n == name] for name in ("--base", "--name", "--seed")}
     sets = [value for name, value in itertools.pairwise(words) if name == "--set"]
     assert overrides(sets)
