@@ -1,1 +1,1 @@
-"""Faster ways to compute what the two hooks compute. Each has a plain reference beside it, and tests compare the two."""
+"""Faster ways to compute what the two hooks compute. Tests compare each with its plain reference."""
