@@ -119,7 +119,7 @@ def first_answers(source: Any, numbers: Sequence[Any], rows: Sequence[Sequence[i
             task = task_from_spec(adapter.task, source.tokenizer)
             runner.adapter_pool.mount(slot, runner.adapter_pool.prepare(adapter, f"sha256:{slot}", task))
         generates = numbers[0].task["kind"] == "generate"
-        lanes = [runner.lane(len(row), 1, slot) if generates else None for slot, row in enumerate(rows, 1)]
+        lanes = [runner.kv_slot(len(row), 1, slot) if generates else None for slot, row in enumerate(rows, 1)]
         found = runner.run(
             [Prefill(row, slot, lane) for slot, (row, lane) in enumerate(zip(rows, lanes, strict=True), 1)]
         )
