@@ -1,4 +1,4 @@
-"""Writes every measured figure of README and docs from `benchmarks/results/`, into marked blocks, and draws the charts.
+"""Writes every measured figure of README, ARCHITECTURE and docs from `benchmarks/results/`, and draws the charts.
 
 A block is what stands between `<!-- figures: NAME -->` and `<!-- end of figures -->`. `BLOCKS` says what each name
 writes. A figure that no result carries has no place in README or docs.
@@ -20,6 +20,7 @@ from typing import Any
 import charts
 import defaults
 import experiments
+import fast_paths
 import float32_products
 import plan_memory
 import prefix_attention
@@ -31,7 +32,7 @@ import serve_speed
 import store_scale
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "ARCHITECTURE.md")
 CHARTS = ROOT / "docs" / "images" / "measured"
 BLOCK = re.compile(r"(<!-- figures: ([a-z0-9-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 # Runs before 2026-11-27 noted less of the processor. These are the machines that they ran on.
@@ -367,6 +368,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rivals-encoder": rival_encoders,
     "rivals-decoder": rival_decoders,
     "float32": lambda: float32_products.report(record.newest(record.load("float32_products"), lambda _: 0)),
+    "fast-paths": lambda: fast_paths.figures(machine),
     "plan-memory": lambda: plan_memory.report(record.load("plan_memory")),
     "store": store_scale.report,
     "experiments": experiments.verdicts,

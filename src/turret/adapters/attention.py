@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from turret.adapters.attention_math import attend
 from turret.adapters.batch_context import BARE, BatchContext, CachedKV
+from turret.adapters.fused import enabled
 from turret.adapters.fused.blocks import BlockLayout, BlockSide
 from turret.adapters.fused.dropout import Masks
 from turret.adapters.fused.flash import flash
@@ -174,7 +175,7 @@ def relative_bias(hooked: Hooked, relative: Tensor) -> Tensor:
 
 def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Each row of the one long row attends to itself (or, crossing, to its source). q: (1, H, N, D) -> (1, H, N, D)"""
-    library = usable(q, k, v) if call.softcap is None else None
+    library = usable(q, k, v) if call.softcap is None and enabled("flash") else None
     if library is not None:
         return _flash(library, hooked, q, k, v, call)
     return _unpadded_plainly(hooked, q, k, v, call)
@@ -275,6 +276,7 @@ def _step(hooked: Hooked, q: Tensor, held: CachedKV, call: AttentionCall) -> Ten
     Queries that share a head of keys are the rows of one product, so no key is copied.
     """
     by_kernel = held.kept is not None and hooked.bias_module is None and call.softcap is None
+    by_kernel = by_kernel and enabled("cached_attention")
     library, window = usable(q, held.keys, held.values) if by_kernel else None, call.window
     if library is not None and held.kept is not None and q.stride(3) == 1:
         near = 0 if window is None or hooked.site.group == "cross" else window

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.fused import enabled
 from turret.adapters.fused.dropout import Masks, dropout, kept_share, masked
 
 LARGEST = 1 << 25  # probabilities of one call; from here on torch's fused kernel, which keeps none of them
@@ -35,7 +36,7 @@ def attend(
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= LARGEST
     known = softcap is None and (bias is None or not bias.requires_grad)
-    if q.device.type == "cpu" and trains and small and known:
+    if q.device.type == "cpu" and trains and small and known and enabled("attention_gradient"):
         mask = None
         if p > 0.0:
             mask = (masks or Masks()).like(q.new_empty(()).expand(*q.shape[:3], k.shape[2]), p)

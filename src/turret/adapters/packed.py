@@ -15,6 +15,7 @@ from torch import Tensor
 
 from turret.adapters.attached import attachment, device_of
 from turret.adapters.batch_context import set_context
+from turret.adapters.fused import enabled
 from turret.adapters.fused.blocks import rounded
 from turret.adapters.fused.frozen import linear
 from turret.adapters.positions import row_positions
@@ -38,6 +39,7 @@ def classify_logits(model: Any, inputs: Sequence[Tensor], slots: Sequence[int] |
         and slots is None
         and family.pooling(model.config) == "first"
         and attached.context.adapter_pool is None
+        and enabled("first_token")
     ):
         ends = torch.tensor(lengths).cumsum(0)
         hidden = _hidden(model, inputs, slots, read=(ends - torch.tensor(lengths)).to(device_of(model)))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused import enabled
 from turret.adapters.fused.int8 import FrozenProducts, products
 from turret.adapters.fused.norms import kept, made
 from turret.kernels import Library, usable
@@ -96,7 +97,7 @@ class FrozenGated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        library = _kernels(x)
+        library = _kernels("gated_mlp", x)
         if library is not None and all(_frozen(layer, x.dtype) for layer in layers):
             weights: Any = [layer.weight for layer in layers]
             by = products(self.context, x, weights[0])  # the others have the same two sizes
@@ -106,7 +107,7 @@ class FrozenGated(nn.Module):
         if self.context.serves and (library := usable(gate, up)) is not None:
             product = library.swiglu(gate.contiguous(), up.contiguous())
         else:
-            library = _kernels(gate, up)
+            library = _kernels("gated_mlp", gate, up)
             product = self.act_fn(gate) * up if library is None else _swiglu(gate, up, library)
         output: Tensor = self.down_proj(product)
         return output
@@ -122,7 +123,7 @@ class FrozenGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.context.serves and (library := usable(x)) is not None:
             return library.gelu(x.contiguous())
-        library = _kernels(x)
+        library = _kernels("gelu", x)
         plain = library is None
         output: Tensor = self.replaced(x) if plain else _GELU.apply(x.contiguous(), library)  # type: ignore[no-untyped-call]
         return output
@@ -140,9 +141,9 @@ def _frozen(layer: nn.Module, dtype: torch.dtype) -> bool:
     return layer.weight.dtype == dtype and not layer.weight.requires_grad
 
 
-def _kernels(*tensors: Tensor) -> Library | None:
+def _kernels(path: str, *tensors: Tensor) -> Library | None:
     """The kernels, where there is a gradient to be computed through these."""
-    if not torch.is_grad_enabled() or not any(each.requires_grad for each in tensors):
+    if not torch.is_grad_enabled() or not any(each.requires_grad for each in tensors) or not enabled(path):
         return None
     return usable(*tensors)
 

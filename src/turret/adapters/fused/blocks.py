@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turret.adapters.fused import enabled
+
 SHORTER = 0.5  # a row shorter than this share of its block's longest begins another block,
 SMALL = 1 << 13  # unless the block has no more scores a head than this
 LARGE = 1 << 18  # scores a head of one block, at which the next row begins another: what a processor's cache holds
@@ -168,7 +170,7 @@ def _groups(queries: Sequence[Span], keys: Sequence[Span], kinds: Sequence[int])
     sizes = [(q[1] - q[0], k[1] - k[0]) for q, k in zip(queries, keys, strict=True)]
     groups: list[list[int]] = []
     for row in sorted(range(len(sizes)), key=lambda row: (kinds[row], -sum(sizes[row]), row)):
-        if groups and kinds[groups[-1][0]] == kinds[row]:
+        if groups and kinds[groups[-1][0]] == kinds[row] and enabled("blocks"):
             group = groups[-1]
             t, s = (max(sizes[each][side] for each in (*group, row)) for side in (0, 1))
             area = (len(group) + 1) * t * s

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from turret.adapters.fused import enabled
 from turret.kernels import LARGEST, DropoutArguments, Library, usable
 
 STEPS = 1 << 16  # a rate is kept to this many steps
@@ -53,6 +54,8 @@ class Masks:
     def like(self, x: Tensor, p: float) -> Tensor:
         """Words of x's width and shape: all ones where an element is kept (probability 1 - p), else zero."""
         key = (round(p * STEPS), WORDS[x.element_size()])
+        if not enabled("dropout"):
+            return torch.empty(x.shape, dtype=key[1]).bernoulli_(kept_share(p)).neg_()
         run, size = self._runs.get(key), x.numel()
         if run is None or run.numel() < size + size // 8 + ALIGNED:
             self._used = {used for used in self._used if used[:2] != key}

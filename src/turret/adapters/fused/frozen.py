@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.fused import enabled
 from turret.kernels import AdapterSpans, usable
 
 
@@ -21,7 +22,7 @@ def linear(
     spans: the adapters of a pass, of which the layer takes the factors of its `number`; only where there are kernels.
     helped: whether the threads beside may be awake; where not, a small product is not worth waking them.
     """
-    if plain(layer) and not torch.is_grad_enabled():
+    if plain(layer) and not torch.is_grad_enabled() and enabled("frozen_linear"):
         assert isinstance(layer, nn.Linear)
         weight, bias = layer.weight, layer.bias
         library = usable(x, weight) if bias is None else usable(x, weight, bias)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from turret.adapters.attention import rows_and_prefixes
 from turret.adapters.batch_context import AdapterPoolProtocol, BatchContext
+from turret.adapters.fused import enabled
 from turret.adapters.fused.activations import FrozenGated, FrozenGELU
 from turret.adapters.fused.frozen import plain
 from turret.adapters.fused.norms import FrozenNorm
@@ -55,6 +56,8 @@ class OneCall(ABC):
         adapter_pool = self._route.adapter_pool
         library = None if adapter_pool is None else adapter_pool.library
         if adapter_pool is None or library is None or torch.is_grad_enabled() or self._module.training:
+            return None
+        if not enabled("layer_calls"):
             return None
         if usable(x) is None or not 0 < x.shape[1] <= library.few(x.dtype):
             return None

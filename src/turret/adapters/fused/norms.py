@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused import enabled
 from turret.kernels import Library, usable
 
 MADE_FROM = "turret_made_from"  # an attribute of a norm's output
@@ -55,7 +56,9 @@ def marked(y: Tensor, x: Tensor, norm: Again) -> Tensor:
 def kept(y: Tensor) -> tuple[Tensor, Again | None]:
     """What to keep of y for a backward pass: (y, None), or of a norm's output (what the norm keeps itself, norm)."""
     version, x, norm = getattr(y, MADE_FROM, (None, y, None))
-    return (x, norm) if version == y._version else (y, None)  # not if somebody has changed y since
+    return (
+        (x, norm) if version == y._version and enabled("norm_inputs") else (y, None)
+    )  # not if somebody has changed y since
 
 
 def made(x: Tensor, norm: Again | None) -> Tensor:
@@ -104,7 +107,8 @@ class FrozenNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x, weight = hidden_states, self.weight
-        if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad and weight.dtype == x.dtype:
+        trains = torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad
+        if trains and weight.dtype == x.dtype and enabled("rms_norm"):
             library = usable(x, weight)
             x = x if library is None else x.contiguous()
             y: Tensor = _RMSNorm.apply(x, weight, self.variance_epsilon, library)  # type: ignore[no-untyped-call]

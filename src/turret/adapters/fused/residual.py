@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused import enabled
 from turret.adapters.fused.dropout import Masks
 from turret.adapters.fused.norms import marked
 from turret.kernels import LARGEST, NO_DROPOUT, DropoutArguments, Library, usable
@@ -93,7 +94,9 @@ class FrozenOutput(nn.Module):
         norm = self.LayerNorm
         trains = torch.is_grad_enabled() and (a.requires_grad or x.requires_grad) and not norm.weight.requires_grad
         wanted = trains or (self.context.serves and not torch.is_grad_enabled())
-        return usable(a, x, norm.weight, norm.bias) if wanted and a.numel() < LARGEST else None
+        if not wanted or a.numel() >= LARGEST or not enabled("added_norm"):
+            return None
+        return usable(a, x, norm.weight, norm.bias)
 
 
 def narrowing(last_attention: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused import enabled
 from turret.kernels import Library, usable
 
 NAME = "apply_rotary_pos_emb"
@@ -53,7 +54,7 @@ def instead_of(
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         one_row = q.dim() == 4 and q.shape[0] == cos.shape[0] == 1 and cos.shape == (1, q.shape[2], q.shape[3])
         trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-        wanted = one_row and (trains or context.serves)
+        wanted = one_row and (trains or context.serves) and enabled("rotary")
         library = usable(q, k, cos, sin) if wanted and not args and not kwargs else None
         if library is None:
             return theirs(q, k, cos, sin, *args, **kwargs)

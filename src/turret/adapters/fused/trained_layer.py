@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.batch_context import BatchContext
-from turret.adapters.fused import int8
+from turret.adapters.fused import enabled, int8
 from turret.adapters.fused.dropout import Masks
 from turret.adapters.lora import LoRAFactors, RoutedLinear
 from turret.kernels import NO_DROPOUT, DropoutArguments, Library
@@ -113,6 +113,7 @@ class Back(NamedTuple):
 def stands_aside(context: BatchContext) -> bool:
     """Whether this pass is none of one adapter that trains on unpadded rows."""
     aside = context.serves or context.cache is not None or context.capture is not None
+    aside = aside or not enabled("trained_layer")
     return aside or context.lengths is None or context.single() is None or torch.is_autocast_enabled("cpu")
 
 

@@ -1,0 +1,253 @@
+"""Claim: every fast path of training makes a step of a real job faster, or keeps less memory for its backward pass.
+
+Each path of `turret.adapters.fused.FAST_PATHS` is turned off and on in one process, on the same batches, in the order
+on, off, off, on. One measurement is a block of steps with the path and a block without it. A path that a larger one
+computes too is measured with the larger one off on both sides. Jobs are those of `train_speed.py`: LoRA of
+all-MiniLM-L6 on short texts and on articles, and of SmolLM2-135M on headlines, in the base's own precision.
+
+- The ratio is the time without the path over the time with it: the median of all pairs, with a 95% interval made of two
+  order statistics.
+- Memory is what autograd saves for the backward pass of a batch, counted by `saved_tensors_hooks`, weights left out.
+
+    python benchmarks/fast_paths.py                    every path and job; about ten minutes
+    python benchmarks/fast_paths.py --jobs short --paths flash gelu --pairs 4
+    python benchmarks/fast_paths.py --report
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import record
+import train_sides as sides
+
+NAME = "fast_paths"
+CLAIM = "every fast path makes a training step faster or keeps less for its backward pass"
+STEPS = {"short": 8, "full": 2, "decoder-lora": 1}  # of a block
+WARM = 2  # blocks of each side before the first one that counts
+SMALLEST = 0.05  # of a step, which a path must buy on some job to stay
+LEARNING_RATE = 1e-4
+
+
+def main() -> None:
+    options = _options()
+    if not options.report:
+        from turret.process import wait_briefly
+
+        wait_briefly()
+        import torch
+
+        torch.set_num_threads(options.threads)
+        with tempfile.TemporaryDirectory() as folder:
+            for job in options.jobs:
+                measure(job, options, Path(folder))
+    print(report(kept()))
+
+
+def measure(job: str, options: argparse.Namespace, folder: Path) -> None:
+    """One run is kept for each path of a job."""
+    from turret.adapters.fused import DECODER, ENCODER, FAST_PATHS, without
+
+    kind = ENCODER if sides.JOBS[job].kind == "classify" else DECODER
+    names = [name for name, path in FAST_PATHS.items() if path.trains and kind in path.bases]
+    with _training(job, options, folder) as (dtype, block, saved):
+        for name in (each for each in options.paths or names if each in names):
+            larger = FAST_PATHS[name].part_of
+            with_it, alone = lambda larger=larger: without(*larger), lambda name=name: without(name)
+            pairs = in_turns(block, with_it, alone, options.pairs)
+            memory = [saved(way) for way in (with_it, alone)]
+            run = {
+                "path": name, "settings": {
+                    "job": job, "dtype": dtype, "batch": sides.hf.BATCH, "steps": STEPS[job], "pairs": options.pairs,
+                    "threads": options.threads, "off on both sides": list(larger),
+                },
+                "seconds": [[round(a, 5), round(b, 5)] for a, b in pairs],  # with the path, without it
+                "saved_bytes": memory, "machine": record.machine(options.threads),
+            }  # fmt: skip
+            record.keep(NAME, CLAIM, run)
+            print(f"{job}, {name}: {spread(run)}", file=sys.stderr, flush=True)
+
+
+def in_turns(
+    block: Callable[[], float], with_it: Callable[[], Any], without_it: Callable[[], Any], pairs: int
+) -> list[tuple[float, float]]:
+    """(seconds with the path, seconds without it) of every pair, in the order A B, B A, A B, ..."""
+
+    def timed(way: Callable[[], Any]) -> float:
+        with way():
+            return block()
+
+    for way in [with_it, without_it] * WARM:
+        timed(way)
+    found = []
+    for pair in range(pairs):
+        order = [with_it, without_it] if pair % 2 == 0 else [without_it, with_it]
+        seconds = [timed(way) for way in order]
+        found.append((seconds[0], seconds[1]) if pair % 2 == 0 else (seconds[1], seconds[0]))
+    return found
+
+
+@contextmanager
+def _training(
+    job: str, options: argparse.Namespace, folder: Path
+) -> Iterator[tuple[str, Callable[[], float], Callable[[Callable[[], Any]], int]]]:
+    """A training of the job that has begun: its dtype, a block of its steps, and the bytes that a step saves."""
+    import torch
+
+    from turret import adapters, heap
+    from turret.data.dataset import read
+    from turret.tasks import make_task, schemas
+    from turret.train.run import TrainingRun
+    from turret.train.step import loss_of, train_step
+
+    errand = sides.Errand(
+        job=job, side=sides.TURRET, source=_source(job, folder), seed=options.seed, steps=STEPS[job],
+        lr=LEARNING_RATE, threads=options.threads, train=STEPS[job] * sides.hf.BATCH, test=8,
+    )  # fmt: skip
+    recipe = errand.recipe
+    dataset = read(recipe.data, schemas(recipe.task), recipe.seed)
+    base = sides._base(recipe, dataset)
+    task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
+    run = TrainingRun.begin(recipe, base, task, dataset, None)
+    batches = [batch for _, batch in run.remaining()]
+
+    def step(batch: Any) -> None:
+        train_step(
+            base.model, task, run.optimiser, batch, rate=LEARNING_RATE, clip=recipe.train.gradient_clip,
+            most_tokens=run.most_tokens,
+        )  # fmt: skip
+
+    def block() -> float:
+        began = time.perf_counter()
+        for batch in batches:
+            step(batch)
+        return time.perf_counter() - began
+
+    def saved(way: Callable[[], Any]) -> int:
+        weights = {each.untyped_storage().data_ptr() for each in base.model.parameters()}
+        found: dict[int, int] = {}
+
+        def pack(x: Any) -> Any:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with way(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss_of(base.model, task, batches[0])
+        return sum(found.values())
+
+    try:
+        with run.randomness, heap.kept():
+            yield str(base.dtype).removeprefix("torch."), block, saved
+    finally:
+        adapters.detach(base.model)
+
+
+def _source(job: str, folder: Path) -> str:
+    if job != "short":
+        return sides.JOBS[job].source
+    path = folder / "sentences.jsonl"
+    if not path.exists():
+        sides.sentences(path)
+    return str(path)
+
+
+# --- what the kept runs say ------------------------------------------------------------------------------------------
+
+
+def kept() -> list[dict[str, Any]]:
+    """The newest run of each path and job on each processor."""
+    return record.newest(record.load(NAME), lambda run: (run["path"], run["settings"]["job"]))
+
+
+def ratio(run: Mapping[str, Any]) -> tuple[float, float, float]:
+    """(median, low, high) of the time without the path over the time with it, over the pairs."""
+    return median([without / with_it for with_it, without in run["seconds"]])
+
+
+def median(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median, with an interval of two order statistics that holds it with 95% confidence or more.
+
+    P(X(k) <= median <= X(n+1-k)) = 1 - 2 P(Binomial(n, 1/2) < k), with the largest k that leaves 95%. With fewer than
+    six values no such interval exists, and it is infinite.
+    """
+    ordered, n = sorted(values), len(values)
+    below, k = 0.0, 0
+    while (below := below + math.comb(n, k) / 2**n) <= 0.025:
+        k += 1
+    low, high = (ordered[k - 1], ordered[n - k]) if k else (-math.inf, math.inf)
+    return statistics.median(ordered), low, high
+
+
+def spread(run: Mapping[str, Any]) -> str:
+    middle, low, high = ratio(run)
+    return f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
+
+
+def report(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A table a processor and job."""
+    tables = []
+    for place in dict.fromkeys((run["machine"]["device"], run["settings"]["job"]) for run in runs):
+        rows = []
+        for run in runs:
+            if (run["machine"]["device"], run["settings"]["job"]) != place:
+                continue
+            per_step = [
+                1000 * statistics.median(side) / run["settings"]["steps"] for side in zip(*run["seconds"], strict=True)
+            ]
+            megabytes = [each / 1e6 for each in run["saved_bytes"]]
+            rows.append([
+                run["path"], spread(run), *(f"{each:.1f}" for each in per_step), *(f"{each:.1f}" for each in megabytes),
+                ", ".join(run["settings"]["off on both sides"]),
+            ])  # fmt: skip
+        header = ["path", "faster", "ms a step", "without", "MB saved", "without", "off on both sides"]
+        tables.append(f"**{place[1]}** ({place[0]})\n\n{record.table(header, rows)}")
+    return "\n\n".join(tables)
+
+
+def figures(machine: Callable[[Mapping[str, Any]], str]) -> str:
+    """Every fast path with what it buys on the newest processor. machine: names the processor of a run."""
+    from turret.adapters.fused import FAST_PATHS
+
+    runs = kept()
+    rows = []
+    newest = max(runs, key=lambda run: run["machine"]["at"])["machine"]["device"] if runs else None
+    for name, path in FAST_PATHS.items():
+        own = [run for run in runs if run["path"] == name and run["machine"]["device"] == newest]
+        own.sort(key=lambda run: list(STEPS).index(run["settings"]["job"]))
+        buys = "; ".join(f"{run['settings']['job']} {spread(run)}{_memory(run)}" for run in own) or "not measured"
+        rows.append([f"`{name}`", path.computes, f"`{path.module}`", path.reference, path.taken, buys])
+    header = ["path", "computes", "module", "reference", "taken when", "buys"]
+    where = f"On {machine(runs[-1])}, {runs[-1]['settings']['threads']} threads:\n\n" if runs else ""
+    return where + record.table(header, rows)
+
+
+def _memory(run: Mapping[str, Any]) -> str:
+    with_it, without = run["saved_bytes"]
+    less = without / with_it
+    return f", saves {less:.1f}x less" if less > 1 + SMALLEST else ""
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--paths", nargs="+", help="instead of all that the job's base has")
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", action="store_true", help="print what the kept runs say")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
