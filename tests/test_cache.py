@@ -37,7 +37,7 @@ def test_a_folder_that_others_may_write_to_is_refused(mode: int, which: str, tmp
     if mode == 0o1777 and which == "a" and os.getuid() == 0:
         assert private_folder(folder) == folder  # as in /tmp: root's, sticky, and the entry is ours
         return
-    with pytest.raises(PermissionError, match="may be written by others") as raised:
+    with pytest.raises(PermissionError, match="is writable for others") as raised:
         private_folder(folder)
     assert raised.value.filename == str(tmp_path / which)
 
@@ -82,7 +82,7 @@ def test_a_symbolic_link_is_refused_as_the_folder_and_followed_above_it(tmp_path
         private_folder(tmp_path / "link")
     assert private_folder(tmp_path / "link" / "below") == tmp_path / "real" / "below"
     (tmp_path / "real").chmod(0o777)
-    with pytest.raises(PermissionError, match="may be written by others"):
+    with pytest.raises(PermissionError, match="is writable for others"):
         private_folder(tmp_path / "link" / "below")
 
 
@@ -96,7 +96,7 @@ def test_a_file_is_read_from_the_descriptor_that_was_checked(tmp_path: Path) -> 
     os.close(descriptor)
 
 
-def test_a_file_that_is_replaced_while_it_is_opened_is_opened_anew(
+def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, opened = tmp_path / "file", os.open
@@ -121,18 +121,18 @@ def test_files_that_others_could_have_written_are_refused(tmp_path: Path) -> Non
     place.write_bytes(b"x")
     os.close(open_private(place))  # the control
     place.chmod(0o666)
-    with pytest.raises(PermissionError, match="may be written by others"):
+    with pytest.raises(PermissionError, match="is writable for others"):
         open_private(place)
     place.chmod(0o600)
     os.link(place, tmp_path / "second")
-    with pytest.raises(PermissionError, match="no file of one name"):
+    with pytest.raises(PermissionError, match="not a regular file with one link"):
         open_private(place)
     (tmp_path / "second").unlink()
     (tmp_path / "link").symlink_to(place)
     with pytest.raises(OSError, match="symbolic links"):
         open_private(tmp_path / "link")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(PermissionError, match="no file of one name"):
+    with pytest.raises(PermissionError, match="not a regular file with one link"):
         open_private(tmp_path / "pipe")
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that are on the disk when a call returns, who may read them, and what a failing disk says."""
+"""Make files and folders durable: they are on the disk when a call returns. Also file permissions and disk errors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-PRIVATE = 0o700  # a folder that only its owner may enter
+PRIVATE = 0o700  # mode of a folder that only its owner may enter
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILING = (errno.EIO, errno.ENXIO, errno.ENODEV)
 
 
 def sync(path: Path) -> None:
-    """Returns when a file's bytes, or the names in a folder, are on the disk. Raises OSError that names the path."""
+    """Flush a file's bytes, or a folder's entries, to the disk. Raises OSError that names the path."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open a folder
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -29,7 +29,7 @@ def sync(path: Path) -> None:
 
 
 def flush(file: BinaryIO) -> None:
-    """Returns when what was written to the file is on the disk. Raises OSError that names the file."""
+    """Flush an open file to the disk. Raises OSError that names the file."""
     file.flush()
     _fsync(file.fileno(), file.name)
 
@@ -42,10 +42,10 @@ def _fsync(handle: int, name: str) -> None:
 
 
 def make_folder(folder: Path, mode: int | None = None) -> None:
-    """Make a folder, and those above it, so that they are still there after a power cut.
+    """Make a folder and its parents, so that they survive a power cut.
 
-    mode: its permissions where it is new; None, and for those above: as the process makes any folder.
-    The folder above is flushed also where `folder` is there: its maker may have been killed before doing so.
+    Args:
+        mode: permissions of the folder if it is new. None, and all parents: the process's default.
     """
     if not folder.parent.exists():
         make_folder(folder.parent)
@@ -54,7 +54,8 @@ def make_folder(folder: Path, mode: int | None = None) -> None:
     except FileExistsError:
         if not folder.is_dir():
             raise
-        with suppress(PermissionError):  # the folder above is somebody else's, who made this one
+        # The process that made the folder may have been killed before it flushed the parent.
+        with suppress(PermissionError):  # the parent belongs to another user, who made this folder
             sync(folder.parent)
         return
     if mode is not None:
@@ -63,12 +64,12 @@ def make_folder(folder: Path, mode: int | None = None) -> None:
 
 
 def permissions(folder: Path) -> int:
-    """The permissions of a folder, for what is put into it."""
+    """The permissions of a folder, to be given to its new entries."""
     return stat.S_IMODE(folder.stat().st_mode) & (0o777 | stat.S_ISGID)
 
 
 def make_file(path: Path) -> None:
-    """Make an empty file, where there is none, that those may read and write who may do so with its folder."""
+    """Make an empty file if it is missing. Users who can read or write its folder can read or write the file."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -79,38 +80,41 @@ def make_file(path: Path) -> None:
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file to write, that only its owner may read until it is given other permissions."""
+    """Open a new file for writing that only its owner may read, until its permissions are changed."""
     return open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))
 
 
 @contextmanager
 def alone(folder: Path, seconds: float = 10.0) -> Iterator[bool]:
-    """Whether this process has the folder to itself while the block lasts, among those that ask; waits for the others.
+    """Hold an exclusive lock on a folder during the block; wait up to `seconds` for other processes to release it.
 
-    The system lets go of it when the process dies. True also where the system cannot tell: Windows, some network disks.
+    The operating system releases the lock when the process dies.
+
+    Yields:
+        Whether the lock was acquired. Also True where locks do not work: Windows, some network disks.
     """
     if os.name == "nt":
         yield True
         return
     import fcntl
 
-    handle, deadline, held = os.open(folder, os.O_RDONLY), time.monotonic() + seconds, False
+    handle, deadline, locked = os.open(folder, os.O_RDONLY), time.monotonic() + seconds, False
     try:
-        while not held and time.monotonic() < deadline:
+        while not locked and time.monotonic() < deadline:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
+                locked = True
             except BlockingIOError:
                 time.sleep(0.02)
-            except OSError:  # a disk that knows no locks
-                held = True
-        yield held
+            except OSError:  # a disk without locks
+                locked = True
+        yield locked
     finally:
         os.close(handle)
 
 
 def mount_of(path: Path) -> Path:
-    """Where the disk that `path` is on, or would be on, is mounted."""
+    """The mount point of the disk that `path` is on, or would be on."""
     mount = path.resolve()
     while not os.path.ismount(mount):
         mount = mount.parent
@@ -118,7 +122,7 @@ def mount_of(path: Path) -> Path:
 
 
 def number_of(error: Exception) -> int | None:
-    """The system's number of an error, also where a library wrote it into words of its own."""
+    """The errno of an error; also if a library only wrote it into the error's text."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os error (\d+)", str(error))
@@ -126,12 +130,13 @@ def number_of(error: Exception) -> int | None:
 
 
 def plainly(error: Exception, where: Path) -> str:
-    """What the system said, of which file; where the disk itself fails, which disk that is.
+    """An error of the disk for users: the reason and the file; if the disk itself fails, also its mount point.
 
-    where: the file that was being written, in case the error names none.
+    Args:
+        where: the file that was being written, for an error that names none.
     """
-    named, number = getattr(error, "filename", None), number_of(error)
-    path = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else where
-    said = os.strerror(number) if number else " ".join(str(error).split())[:160]
-    fails = f": the disk at {mount_of(path)} fails, look at its health" if number in FAILING else ""
-    return f"{said}: {path}{fails}"
+    filename, number = getattr(error, "filename", None), number_of(error)
+    path = Path(os.fsdecode(filename)) if isinstance(filename, str | bytes) else where
+    reason = os.strerror(number) if number else " ".join(str(error).split())[:160]
+    failing = f": the disk at {mount_of(path)} fails, look at its health" if number in FAILING else ""
+    return f"{reason}: {path}{failing}"

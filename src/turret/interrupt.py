@@ -1,23 +1,26 @@
-"""Ctrl-C or SIGTERM as a request: the first finishes the step, the second stops at once. Knows signals and threads."""
+"""Ctrl-C and SIGTERM as a request to stop: the first signal lets the current step finish, the second stops at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+
+Handler = Callable[[int, FrameType | None], None] | int | None  # as `signal.signal` returns it
 
 
 class StopRequest:
-    """`with StopRequest() as stop:` turns the first SIGINT or SIGTERM into `stop.asked`. Handlers belong to the main
-    thread; in any other nothing is installed and the signals mean what they meant before."""
+    """Context manager: the first SIGINT or SIGTERM in the block sets `asked`, the second raises KeyboardInterrupt.
+
+    Python allows signal handlers only in the main thread. In other threads the block installs none.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self.number = 0  # of the signal that asked
-        self._previous: dict[signal.Signals, Any] = {}
+        self.number = 0  # of the first signal
+        self._previous: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -39,7 +42,7 @@ class StopRequest:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """The first SIGINT or SIGTERM takes effect after the block; a second one stops at once."""
+    """Delay the first SIGINT or SIGTERM until the end of the block. A second signal stops at once."""
     stop = StopRequest()
     try:
         with stop:

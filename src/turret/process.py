@@ -1,6 +1,6 @@
-"""What a process of turret's own runs with: how threads wait, how often all objects are looked through, what it sees.
+"""Settings of a Turret process: OpenMP waiting, garbage collection, SIGTERM, and the environment of subprocesses.
 
-Refuses to know what the process does. Loads no torch: what is set here, its libraries read when they are loaded.
+Loads no torch, because its libraries read these settings when they are loaded.
 """
 
 from __future__ import annotations
@@ -11,38 +11,38 @@ import signal
 
 KEPT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "USERPROFILE", "VIRTUAL_ENV")
 KEPT_BEGINNINGS = ("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "CUDA_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME")
-SPIN = "10000"  # rounds that a thread waits awake, less than a millisecond
-SELDOM = 100  # collections of the middle generation for one of all; Python's own is 10
+SPIN = "10000"  # iterations of an OpenMP thread's busy wait: less than a millisecond
+SELDOM = 100  # collections of the middle generation per full collection; Python's default is 10
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def wait_briefly() -> None:
-    """Have a thread that waits for another give its processor up soon, unless the environment says how it shall wait.
+    """Shorten the busy wait of OpenMP threads, unless the environment sets it.
 
-    GNU's OpenMP waits awake for 300,000 rounds. Where two processes of several threads share the processors, one waits
-    awake on the very processor that the thread it waits for needs, and every operation takes as long as the system lets
-    it: beside another such training one was 5 to 50 times slower than alone, not twice (`benchmarks/busy_machine.py`).
+    By default GNU's OpenMP spins for 300,000 iterations. If two processes with several threads share the processors, a
+    spinning thread blocks the processor that the thread it waits for needs. Next to another such training, a training
+    was 5x to 50x slower than alone, instead of 2x slower (`benchmarks/busy_machine.py`).
     """
     if not any(name in os.environ for name in WAITING):
         os.environ["GOMP_SPINCOUNT"] = SPIN
 
 
 def look_through_seldom() -> None:
-    """Have Python look for cycles among all objects a tenth as often, and among the young ones as before.
+    """Run full garbage collections 10x less often; collections of young objects are unchanged.
 
-    Loading torch and transformers makes a million objects that stay. All of them were walked through again and again on
-    the way, which every command that needs them had to wait for.
+    Loading torch and transformers makes a million permanent objects. Repeated full collections during the load would
+    delay every command that needs these libraries.
     """
     young, middle, old = gc.get_threshold()
     gc.set_threshold(young, middle, max(old, SELDOM))
 
 
 def stop_on_sigterm() -> None:
-    """Have SIGTERM stop what is at work as Ctrl-C does, so that it cleans up, unless the environment ignores it."""
+    """Make SIGTERM raise KeyboardInterrupt like Ctrl-C, so that cleanup runs, unless SIGTERM is ignored or handled."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def environment() -> dict[str, str]:
-    """The variables that are handed on; not what torchrun set: the process is alone."""
+    """Environment variables for a subprocess. Leaves out torchrun's: the subprocess is not one of its workers."""
     return {name: value for name, value in os.environ.items() if name in KEPT or name.startswith(KEPT_BEGINNINGS)}

@@ -1,14 +1,14 @@
-"""What a stored adapter is called: `name`, `name@3` or `name@production`. Only reads text; refuses to know the store.
+"""Parse references to stored adapters: `name`, `name@3` or `name@production`.
 
 Grammar, in ASCII only:
 
 - `reference = name [ "@" ( version | alias ) ]`
-- `name`: a small letter or digit, then up to 99 of these, `-`, `_` and `.`; no two dots in a row, none at the end
+- `name`: a lowercase letter or digit, then up to 99 of these, `-`, `_` and `.`; no two dots in a row, none at the end
 - `version`: 1 to 999999999, without leading zeros
-- `alias`: a small letter, then up to 31 small letters, digits, `-` or `_`
+- `alias`: a lowercase letter, then up to 31 lowercase letters, digits, `-` or `_`
 
-So a name can never climb out of a folder, pass for an option, hide a NUL, or look like another in other letters.
-A plain name means `@production` where that alias exists, else the newest version; the store decides which.
+A name can therefore be no path, option or NUL byte, and no two names look alike in different alphabets. A name alone
+means `@production` if that alias exists, else the newest version; the store resolves it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
 
 
 def _quoted(text: str) -> str:
-    """What was given, in visible ASCII and short enough for one line."""
+    """The given text in printable ASCII, short enough for one line."""
     shown = ascii(text)
     return shown if len(shown) <= 48 else f"{shown[:44]}...' ({len(text)} characters)"
 
 
 def check_name(name: str) -> str:
-    """The name itself if it may name an adapter; raises BadReference."""
+    """Return `name` if it is a valid adapter name. Raises BadReference."""
     if not _NAME.fullmatch(name) or ".." in name or name.endswith("."):
         raise BadReference(
             f"bad adapter name {_quoted(name)}: expected 1 to 100 of a-z 0-9 - _ and single dots, "
@@ -40,7 +40,7 @@ def check_name(name: str) -> str:
 
 
 def check_alias(alias: str) -> str:
-    """The alias itself if it may be one; raises BadReference."""
+    """Return `alias` if it is a valid alias. Raises BadReference."""
     if not _ALIAS.fullmatch(alias):
         raise BadReference(
             f"bad alias {_quoted(alias)}: expected 1 to 32 of a-z 0-9 - _, a letter first, such as production"
@@ -50,7 +50,7 @@ def check_alias(alias: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A parsed reference: at most one of `version` and `alias` is set."""
+    """A parsed reference. At most one of `version` and `alias` is set."""
 
     name: str
     version: int | None = None
@@ -58,6 +58,7 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> Reference:
+        """Parse `name`, `name@3` or `name@alias`. Raises BadReference."""
         name, at, tail = text.partition("@")
         check_name(name)
         if not at:
