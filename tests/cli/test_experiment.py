@@ -43,7 +43,7 @@ def test_an_experiment_from_its_start_to_its_end(said, tmp_path) -> None:
     )
     assert "next: tell outcomes: `turret experiment outcome`" in begun
     assert "control 50%, candidate 50%" in said("ramp", "news")
-    assert "is at its end: say a share" in said("ramp", "news", status=1)
+    assert "is at its end: give a share" in said("ramp", "news", status=1)
     version, arm = said("assign", "news", "ann", "--receipt", "r1").split()[:2]
     assert (version, arm) in (("news@1", "(control,"), ("news@2", "(candidate,"))
     assert said("outcome", "news", "1", "--receipt", "r1").startswith("counted for c")

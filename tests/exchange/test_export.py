@@ -345,7 +345,7 @@ def test_the_card_states_what_is_known() -> None:
         text = card(shown(method={"kind": "prefix"}), None, "peft", task_type, [])
         assert said in text
         assert "from peft" not in text
-    assert "unknown: nothing beside the base states one" in card(shown(), None, "peft", "SEQ_CLS", [])
+    assert "unknown: the base's files state none" in card(shown(), None, "peft", "SEQ_CLS", [])
 
 
 def test_words_from_outside_stay_words_on_the_card() -> None:

@@ -262,7 +262,7 @@ def test_what_an_experiment_runs_with_is_not_deleted(workspace) -> None:
             ExperimentError,
             "control is news@3, and news@production names",
         ),
-        ({"candidates": "news@2", "alias": "other"}, ExperimentError, "names nothing, so the control is not known"),
+        ({"candidates": "news@2", "alias": "other"}, ExperimentError, "names nothing, so there is no control"),
         ({"candidates": "news@2", "metric": "5..1"}, BadExperiment, "bad metric '5..1': expected binary, or"),
         ({"candidates": "news@2", "metric": "stars"}, BadExperiment, "bad metric 'stars'"),
         ({"candidates": "news@2", "goal": "up"}, BadExperiment, "expected higher or lower"),
@@ -290,7 +290,7 @@ def test_one_experiment_of_a_name_runs_at_a_time_and_earlier_ones_can_be_looked_
     experiment.start("news@2", share=0.1)
     with pytest.raises(ExperimentError, match=r"news#1 is running since .* stop it with `turret experiment stop news`"):
         experiment.start("news@3")
-    with pytest.raises(ExperimentError, match="news#1 has no next step, none was planned: say a share"):
+    with pytest.raises(ExperimentError, match="news#1 has no next step, none was planned: give a share"):
         experiment.ramp()
     experiment.stop()
     for verb in (lambda: experiment.ramp(0.5), experiment.stop, lambda: experiment.assign("ann")):

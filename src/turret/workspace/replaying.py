@@ -1,27 +1,28 @@
-"""The replay verb: two versions answer the same labelled examples, what differs is told from chance. Loads torch."""
+"""Replay: two versions answer the same labelled examples, and a paired test compares their scores. Loads torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from turret.data import Example, texts_of
 from turret.errors import DataError
 from turret.experiments import paired, status_text
 from turret.experiments.paired import Paired
+from turret.json_types import JsonMapping, JsonObject
 from turret.store import Golden, Store, golden
 from turret.store.catalog import PRODUCTION
+from turret.tasks import Task
 from turret.workspace import answering
+from turret.workspace.progress import Say, silent
 from turret.workspace.promoting import fails
 
-Stage = Callable[[str], None] | None
-Judge = Callable[[dict[str, Any]], float]  # an answer -> its score, more is better
+Judge = Callable[[JsonObject], float]  # answer -> score; higher is better
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """Version b against version a on the same examples."""
+    """Version b compared with version a on the same examples."""
 
     a: str
     b: str
@@ -34,15 +35,18 @@ class Replayed:
     def text(self) -> str:
         return status_text.replayed(self.paired, self.a, self.b, self.score)
 
-    def as_json(self) -> dict[str, Any]:
-        said = {"a": self.a, "b": self.b, "source": self.source, "score": self.score}
-        return {**said, "paired": self.paired.as_json(), "notes": list(self.notes), "text": self.text}
+    def as_json(self) -> JsonObject:
+        shared = {"a": self.a, "b": self.b, "source": self.source, "score": self.score}
+        return {**shared, "paired": self.paired.as_json(), "notes": list(self.notes), "text": self.text}
 
 
-def replay(
-    store: Store, a: str, b: str, source: str | None, columns: Mapping[str, Any], stage: Stage = None
-) -> Replayed:
-    """Both on their bases, one after the other."""
+def replay(store: Store, a: str, b: str, source: str | None, columns: JsonMapping, say: Say = silent) -> Replayed:
+    """Ask both versions, one after the other.
+
+    Args:
+        source: labelled examples; None: the golden examples that a's alias `production` requires.
+        columns: keys of a recipe's `[data]`; only with `source`.
+    """
     first, second = store.resolve(a), store.resolve(b)
     if first.digest == second.digest:
         raise DataError(f"{a} and {b} are the same version, {first}: give two that differ")
@@ -56,42 +60,44 @@ def replay(
         texts, judges = _golden(store, first.name)
     scores: list[list[float]] = []
     for version in (first, second):
-        ready = answering.mounted(store, str(version), stage)
+        ready = answering.mounted(store, str(version), say)
         if source is not None:
-            _, examples, said = answering.labelled(ready, source, columns)
-            if not notes:
-                notes = said
+            _, examples, new_notes = answering.labelled(ready, source, columns)
+            notes = notes or new_notes
             score = ready.task.metric_label
             texts, judges = _labelled(ready.task, examples, texts)
-        if stage is not None:
-            stage(f"asking {version} {len(texts)} examples")
+        say(f"asking {version} {len(texts)} examples")
         answers = answering.answers(ready, texts)
         scores.append([judge(answer) for judge, answer in zip(judges, answers, strict=True)])
-        del ready
+        del ready  # free the first base before the second is loaded
     found = paired.compare(*scores)
     return Replayed(str(first), str(second), source or "golden examples", score, found, tuple(notes))
 
 
-def _labelled(task: Any, examples: Sequence[Example], before: Sequence[str]) -> tuple[list[str], list[Judge]]:
-    """Texts and what their answers are worth; `before` are those that the other version was asked."""
+def _labelled(task: Task, examples: Sequence[Example], before: Sequence[str]) -> tuple[list[str], list[Judge]]:
+    """The texts and a judge per text.
+
+    Args:
+        before: the texts that the other version was asked; they must be equal.
+    """
     texts = texts_of(examples)
     if before and list(before) != texts:
         raise DataError("the two versions read this data as different tasks: compare versions of one kind")
     return texts, [_judge(task, example) for example in examples]
 
 
-def _judge(task: Any, example: Example) -> Judge:
+def _judge(task: Task, example: Example) -> Judge:
     return lambda answer: float(task.score(task.judged(answer), example))
 
 
 def _golden(store: Store, name: str) -> tuple[list[str], list[Judge]]:
-    """All examples that the name's `production` asks for."""
+    """All golden examples that the name's alias `production` requires."""
     sets = [gate.golden for gate in store.gate(name, PRODUCTION) if isinstance(gate, Golden)]
     examples = [example for digest in sets for example in store.examples(digest).examples]
     if not examples:
         raise DataError(
-            f"nothing to replay: {name}@{PRODUCTION} asks for no golden examples; give a table of labelled examples, "
-            f"or keep some with `turret gate {name} {PRODUCTION} --golden FILE`"
+            f"nothing to replay: {name}@{PRODUCTION} requires no golden examples; give a table of labelled examples, "
+            f"or store some with `turret gate {name} {PRODUCTION} --golden FILE`"
         )
 
     def judge(example: golden.Example) -> Judge:

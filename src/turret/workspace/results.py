@@ -1,90 +1,96 @@
-"""What the verbs answer, with the keys that `--json` prints. Knows no torch."""
+"""What the methods of `Workspace` return, with the keys that `--json` prints. Loads no torch."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
+
+from turret.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from turret.recipe import Recipe
+    from turret.train import Plan
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished training and the version it made."""
+    """A finished training and the version it made."""
 
     version: str  # "sentiment@1"
     digest: str
-    base: dict[str, Any]  # id, fingerprint
-    metrics: dict[str, dict[str, Any]]  # split -> metrics
+    base: dict[str, str]  # id, fingerprint
+    metrics: dict[str, JsonObject]  # split -> metrics
     parameters: dict[str, int]  # trainable, stored, total
-    timing: dict[str, float]  # load, train, evaluate, proof in seconds; steps; examples and tokens per second
+    timing: dict[str, float]  # seconds of load, train, evaluate and proof; steps; examples and tokens per second
     memory: dict[str, int | None]  # base_bytes, peak_bytes, above_base_bytes, predicted_bytes
     bundle_bytes: int
     run: str  # the id of its folder in runs/
-    resumed_from: int = 0  # the step that this sitting went on from
+    resumed_from: int = 0  # the step at which this process resumed the run; 0: it started it
     stopped_early: bool = False
-    flat_loss: dict[str, float] | None = None  # loss, guessing: where the training ended no better than guessing
-    warnings: list[str] = field(default_factory=list)  # a sentence each: why not to trust this version
+    flat_loss: dict[str, float] | None = None  # loss, guessing: set if the final loss is no better than guessing
+    warnings: list[str] = field(default_factory=list)  # reasons not to trust this version, a sentence each
     notes: list[str] = field(default_factory=list)  # what was guessed, dropped or cut
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a stored version does on some data."""
+    """Metrics of a stored version on some data."""
 
     version: str
     digest: str
-    data: dict[str, Any]  # source, split, examples, digest
-    metrics: dict[str, Any]
+    data: JsonObject  # source, examples
+    metrics: JsonObject
     seconds: float
     notes: list[str] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A recipe with all guesses filled in, and what its run will do."""
+    """A recipe with every guess filled in, and the plan of its run."""
 
-    recipe: Any  # turret.Recipe
-    plan: Any  # turret.train.Plan
+    recipe: Recipe
+    plan: Plan
     notes: list[str]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {"recipe": self.recipe.model_dump(mode="json"), "plan": self.plan.to_json(), "notes": self.notes}
 
 
 @dataclass(frozen=True)
 class Imported:
-    """An adapter from outside that is a version now."""
+    """An adapter from outside that is now a stored version."""
 
     version: str
     digest: str
-    base: dict[str, Any]  # id, fingerprint
-    method: str  # lora, prefix, head, full
-    task: dict[str, Any]  # kind, labels
+    base: dict[str, str]  # id, fingerprint
+    method: str  # lora, prefix, head, full, peft
+    task: JsonObject  # kind, labels
     tensors: int
     parameters: int
-    effect: float  # how far it moves the outputs from the bare base's, of the largest output
+    effect: float  # largest difference from the bare base's outputs / the largest output
     bundle_bytes: int
-    notes: list[str] = field(default_factory=list)  # what was read, guessed or named anew
+    notes: list[str] = field(default_factory=list)  # what was read, guessed or renamed
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A version as a folder for others."""
+    """A version written as a folder for other tools."""
 
     version: str
     digest: str
     form: str  # peft, merged, vllm
     folder: str
     files: dict[str, int]  # name -> bytes
-    notes: list[str] = field(default_factory=list)  # what to know to load it
+    notes: list[str] = field(default_factory=list)  # how to load it
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return asdict(self)

@@ -1,8 +1,8 @@
-"""The training verb: recipe to data, base and task, the loop, the proof, the store. Refuses to know how each is done.
+"""Train a recipe: read the data, load the base, plan, run the loop, prove the bundle, store it.
 
-A run is `interrupted` unless it came to its end or cannot: the same recipe on the same data then goes on from its last
-checkpoint. A loss that is not finite and a proof that failed end a run as `failed`, because they would come again.
-Of several processes the main one does all that writes or measures; the others make its steps with it.
+A run that did not finish is stored as `interrupted`: the same recipe on the same data resumes it from its last
+checkpoint. A run whose loss is not finite or whose proof failed is stored as `failed`, because it would fail again.
+With several processes, the main one measures, writes and reports; the others take part in the training steps.
 """
 
 from __future__ import annotations
@@ -14,76 +14,74 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from safetensors import SafetensorError
 
 from turret import adapters, bases, bundles, heap
 from turret import train as trainer
+from turret.bases import Base
+from turret.data import Dataset
 from turret.data.dataset import read
 from turret.disk import plainly
 from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
+from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
-from turret.tasks import make_task, schemas, task_of
+from turret.tasks import Task, make_task, schemas, task_of
 from turret.train import memory, processes
+from turret.workspace.progress import Say, silent
 from turret.workspace.results import Planned, RunResult
 
-HOPELESS = (LossNotFinite, ProofFailed)
-
-
-PROOF_START = 6.0  # seconds until a fresh process has imported torch and transformers
+NOT_RESUMABLE = (LossNotFinite, ProofFailed)
+PROOF_START = 6.0  # seconds in which a fresh process imports torch and transformers
 
 
 @dataclass(frozen=True)
-class Watching:
-    """Who wants to be told what; each may be left out."""
+class Callbacks:
+    """What a caller is told during a training."""
 
-    on_record: Callable[[Any], None] | None = None
+    on_record: Callable[[trainer.StepRecord], None] | None = None
     on_plan: Callable[[Planned], None] | None = None
-    on_stage: Callable[[str], None] | None = None
-
-    def stage(self, words: str) -> None:
-        if self.on_stage is not None:
-            self.on_stage(words)
+    stage: Say = silent
 
     def planned(self, planned: Planned) -> None:
         if self.on_plan is not None:
             self.on_plan(planned)
 
-    def record(self, record: Any) -> None:
+    def record(self, record: trainer.StepRecord) -> None:
         if self.on_record is not None:
             self.on_record(record)
 
 
 @dataclass(frozen=True)
 class Ready:
-    """Everything a training needs, in memory."""
+    """Everything that a training needs, in memory."""
 
-    recipe: Recipe  # with everything filled in that was seen
-    dataset: Any
-    base: Any
-    task: Any
+    recipe: Recipe  # with every default filled in
+    dataset: Dataset
+    base: Base
+    task: Task
     notes: list[str]
     load_seconds: float
-    resident: int  # bytes of the process once the base is loaded
-    start: trainer.InitialAdapter | None  # the version that the adapter goes on from
+    resident: int  # bytes of the process after the base was loaded
+    start: trainer.InitialAdapter | None  # the version that `train.init_from` names
 
 
-def prepare(store: Store, recipe: Recipe, watching: Watching) -> Ready:
-    """Read the data, load the base, and fill in what the recipe left to be seen."""
-    numbers_of(recipe.method).require_known()  # a mistake in it costs no loading
-    start = _start(store, recipe, watching)
-    watching.stage(f"reading {recipe.data.source}")
+def prepare(store: Store, recipe: Recipe, callbacks: Callbacks) -> Ready:
+    """Read the data, load the base, and fill in the recipe's defaults."""
+    numbers_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
+    start = _start(store, recipe, callbacks)
+    callbacks.stage(f"reading {recipe.data.source}")
     dataset = read(recipe.data, schemas(recipe.task), recipe.split_seed)
-    asked = task_of(dataset.kind)
-    watching.stage(f"loading {recipe.base}")
+    task_class = task_of(dataset.kind)
+    callbacks.stage(f"loading {recipe.base}")
     started = time.perf_counter()
     base = bases.load(
         recipe.base,
-        task=asked.request,
-        num_labels=asked.num_labels(dataset.labels),
+        task=task_class.request,
+        num_labels=task_class.num_labels(dataset.labels),
         dtype=recipe.train.dtype,
         seed=recipe.seed,
     )
@@ -97,37 +95,36 @@ def prepare(store: Store, recipe: Recipe, watching: Watching) -> Ready:
     return Ready(filled, dataset, base, task, notes, load_seconds, memory.resident(), start)
 
 
-def _start(store: Store, recipe: Recipe, watching: Watching) -> trainer.InitialAdapter | None:
-    """The version that `train.init_from` names, read before anything else is."""
+def _start(store: Store, recipe: Recipe, callbacks: Callbacks) -> trainer.InitialAdapter | None:
+    """Read the version that `train.init_from` names."""
     if recipe.train.init_from is None:
         return None
-    watching.stage(f"reading {recipe.train.init_from}")
+    callbacks.stage(f"reading {recipe.train.init_from}")
     with tempfile.TemporaryDirectory(prefix="turret-") as folder:
         version = store.materialize(recipe.train.init_from, Path(folder) / "bundle")
         return trainer.InitialAdapter(str(version), version.digest, bundles.read_bundle(Path(folder) / "bundle"))
 
 
-def _filled(recipe: Recipe, dataset: Any, base: Any, start: trainer.InitialAdapter | None) -> Recipe:
-    """The recipe that says what was guessed, so that a later default or a later guess changes nothing."""
-    seen = recipe.model_copy(
+def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: trainer.InitialAdapter | None) -> Recipe:
+    """The recipe with every guess written out, so that later defaults and guesses do not change it."""
+    guessed = recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update=dataset.columns),
             "task": recipe.task.model_copy(update={"kind": dataset.kind}),
             "train": recipe.train.model_copy(update={"init_from": None if start is None else start.version}),
         }
     )
-    made: Recipe = trainer.filled(seen, base, dataset.kind, len(trainer.splits_of(recipe, dataset).train))
-    return made
+    return trainer.filled(guessed, base, dataset.kind, len(trainer.splits_of(recipe, dataset).train))
 
 
-def plan(store: Store, recipe: Recipe, watching: Watching) -> Planned:
-    """The preflight alone."""
-    return _plan(prepare(store, recipe, watching), watching)
+def plan(store: Store, recipe: Recipe, callbacks: Callbacks) -> Planned:
+    """Plan a training without running it."""
+    return _plan(prepare(store, recipe, callbacks), callbacks)
 
 
-def _plan(ready: Ready, watching: Watching) -> Planned:
-    watching.stage("checking the plan")
-    made = trainer.plan(
+def _plan(ready: Ready, callbacks: Callbacks) -> Planned:
+    callbacks.stage("checking the plan")
+    plan = trainer.plan(
         ready.recipe,
         ready.base,
         ready.task,
@@ -135,11 +132,11 @@ def _plan(ready: Ready, watching: Watching) -> Planned:
         start=ready.start,
         proof_seconds=PROOF_START + ready.load_seconds,
     )
-    return Planned(ready.recipe, made, ready.notes)
+    return Planned(ready.recipe, plan, ready.notes)
 
 
-def _with_rate(ready: Ready, planned: Planned, watching: Watching) -> Planned:
-    """Carry `lr = "auto"` out: from here on the recipe holds the number that was found."""
+def _with_rate(ready: Ready, planned: Planned, callbacks: Callbacks) -> Planned:
+    """Run the trials of `lr = "auto"` and put the rate that they found into the recipe."""
     if ready.recipe.train.lr != "auto":
         return planned
     found = trainer.find_rate(
@@ -148,23 +145,28 @@ def _with_rate(ready: Ready, planned: Planned, watching: Watching) -> Planned:
         ready.task,
         ready.dataset,
         start=ready.start,
-        on_trial=lambda lr, steps: watching.stage(f"trying the learning rate {lr:.3g} for {steps} steps"),
+        on_trial=lambda lr, steps: callbacks.stage(f"trying the learning rate {lr:.3g} for {steps} steps"),
     )
     recipe = ready.recipe.model_copy(update={"train": ready.recipe.train.model_copy(update={"lr": found.lr})})
     return Planned(recipe, planned.plan.with_rate(found), [*planned.notes, found.note()])
 
 
-def train(store: Store, recipe: Recipe, watching: Watching, *, fresh: bool, beside_base: bool = False) -> RunResult:
-    """Plan, train, prove and store."""
+def train(store: Store, recipe: Recipe, callbacks: Callbacks, *, fresh: bool, beside_base: bool = False) -> RunResult:
+    """Plan, train, prove and store.
+
+    Args:
+        fresh: start a new run even if an unfinished one of the same recipe and data could be resumed.
+        beside_base: measure the bare base on the held-out examples too.
+    """
     here = processes.begin()
     here.require_same(recipe=recipe.to_toml())
-    watching = watching if here.main else Watching()
-    ready = here.main_first(lambda: prepare(store, recipe, watching))
+    callbacks = callbacks if here.main else Callbacks()
+    ready = here.main_first(lambda: prepare(store, recipe, callbacks))
     if here.device is not None:
         ready.base.model.to(here.device)
-    planned = here.from_main(lambda: _planned(_noted(ready, here), watching))
+    planned = here.from_main(lambda: _planned(_noted(ready, here), callbacks))
     ready = replace(ready, recipe=planned.recipe, notes=planned.notes)
-    watching.planned(planned)
+    callbacks.planned(planned)
     if planned.plan.refused:
         raise PreflightRefused(planned.plan.refusal())
     if not here.main:
@@ -173,58 +175,58 @@ def train(store: Store, recipe: Recipe, watching: Watching, *, fresh: bool, besi
     run = None if fresh else store.unfinished_run(toml, digest)
     run = run or store.new_run(ready.recipe.name, toml, digest)
     try:
-        result = _carry_out(store, run, ready, planned, watching, beside_base)
+        result = _carry_out(store, run, ready, planned, callbacks, beside_base)
     except BaseException as error:
-        with suppress(StoreError):  # a full disk must not hide what went wrong first
-            store.end_run(run, "failed" if isinstance(error, HOPELESS) else "interrupted", error=str(error))
+        with suppress(StoreError):  # a full disk must not hide the first error
+            store.end_run(run, "failed" if isinstance(error, NOT_RESUMABLE) else "interrupted", error=str(error))
         raise
     store.end_run(run, "finished", result=result.as_json())
-    shutil.rmtree(run.checkpoint, ignore_errors=True)  # nothing goes on from a finished run
+    shutil.rmtree(run.checkpoint, ignore_errors=True)  # a finished run is not resumed
     return here.from_main(lambda: result)
 
 
-def _planned(ready: Ready, watching: Watching) -> Planned:
-    """The plan, with the rate found where it was to be found."""
-    planned = _plan(ready, watching)
-    return planned if planned.plan.refused else _with_rate(ready, planned, watching)
+def _planned(ready: Ready, callbacks: Callbacks) -> Planned:
+    """The plan; if it is not refused, with the learning rate that `lr = "auto"` found."""
+    planned = _plan(ready, callbacks)
+    return planned if planned.plan.refused else _with_rate(ready, planned, callbacks)
 
 
 def _noted(ready: Ready, here: processes.Processes) -> Ready:
     if here.size == 1:
         return ready
-    said = f"{here.size} processes share every batch; the plan's memory is that of each, its time that of one alone"
-    return replace(ready, notes=[*ready.notes, said])
+    note = f"{here.size} processes share every batch; the plan's memory is per process, its time is for one process"
+    return replace(ready, notes=[*ready.notes, note])
 
 
 def _follow(here: processes.Processes, ready: Ready) -> RunResult:
-    """What every process but the main one does: the same steps, and nothing else. Returns the main one's result."""
-    folder: Path = here.from_main(_never)
+    """Run the training steps in a process other than the main one. Returns the main process's result."""
+    folder: Path = here.from_main(_only_in_main)
     for _ in trainer.fit(ready.recipe, ready.base, ready.task, ready.dataset, folder=folder, start=ready.start):
         pass
     adapters.detach(ready.base.model)
-    result: RunResult = here.from_main(_never)
+    result: RunResult = here.from_main(_only_in_main)
     return result
 
 
-def _never() -> Any:
-    raise AssertionError("only the main process makes this")
+def _only_in_main() -> NoReturn:
+    raise AssertionError("only the main process makes this value")
 
 
 def _carry_out(
-    store: Store, run: HeldRun, ready: Ready, planned: Planned, watching: Watching, beside_base: bool
+    store: Store, run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks, beside_base: bool
 ) -> RunResult:
-    fitted = _fit(run, ready, planned, watching)
+    fitted = _fit(run, ready, planned, callbacks)
     try:
-        watching.stage("measuring on held-out examples")
+        callbacks.stage("measuring on held-out examples")
         started = time.perf_counter()
-        measured = _measure(ready)
+        metrics = _measure(ready)
         if beside_base:
-            watching.stage("measuring the bare base on the same examples")
+            callbacks.stage("measuring the bare base on the same examples")
             bare = _measure(ready, slot=adapters.BARE)
-            measured |= {f"{split} bare base": metrics for split, metrics in bare.items()}
+            metrics |= {f"{split} bare base": values for split, values in bare.items()}
         evaluate_seconds = fitted.evaluate_seconds + time.perf_counter() - started
         started = time.perf_counter()
-        version = _keep(store, run, ready, fitted, measured, watching)
+        version = _store(store, run, ready, fitted, metrics, callbacks)
         proof_seconds = time.perf_counter() - started
     finally:
         adapters.detach(ready.base.model)
@@ -232,7 +234,7 @@ def _carry_out(
         version=str(version),
         digest=version.digest,
         base={"id": ready.base.id, "fingerprint": ready.base.fingerprint},
-        metrics=measured,
+        metrics=metrics,
         parameters=fitted.parameters,
         timing={
             "load_seconds": ready.load_seconds,
@@ -259,12 +261,12 @@ def _carry_out(
     )
 
 
-def _fit(run: HeldRun, ready: Ready, planned: Planned, watching: Watching) -> Any:
-    """The loop, watched, with its curve written beside its checkpoint."""
+def _fit(run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks) -> trainer.Fitted:
+    """Run the training loop, and write the loss curve next to the checkpoint."""
     after = trainer.step_of(run.checkpoint)
     if after:
-        watching.stage(f"going on from step {after} of run {run.id}")
-    with _written(run):
+        callbacks.stage(f"resuming run {run.id} from step {after}")
+    with _disk_errors(run):
         curve = trainer.Curve(run.curve, resume_after=after)
     processes.begin().from_main(lambda: run.checkpoint)
     steps = trainer.fit(
@@ -280,45 +282,50 @@ def _fit(run: HeldRun, ready: Ready, planned: Planned, watching: Watching) -> An
         try:
             record = next(steps)
         except StopIteration as end:
-            return end.value
-        with _written(run):
+            fitted: trainer.Fitted = end.value
+            return fitted
+        with _disk_errors(run):
             curve.append(record)
-        watching.record(record)
+        callbacks.record(record)
 
 
-def _measure(ready: Ready, slot: int | None = None) -> dict[str, dict[str, Any]]:
-    """Metrics of the finished adapter on every split that was held out."""
+def _measure(ready: Ready, slot: int | None = None) -> dict[str, JsonObject]:
+    """Metrics on every held-out split."""
     most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
-    held = {"validation": ready.dataset.validation, "test": ready.dataset.test}
-    model, task = ready.base.model, ready.task
+    splits = {"validation": ready.dataset.validation, "test": ready.dataset.test}
     return {
-        split: trainer.evaluate(model, task, examples, most_tokens=most, slot=slot)[0]
-        for split, examples in held.items()
+        split: trainer.evaluate(ready.base.model, ready.task, examples, most_tokens=most, slot=slot)[0]
+        for split, examples in splits.items()
         if examples
     }
 
 
-def _keep(
-    store: Store, run: HeldRun, ready: Ready, fitted: Any, measured: dict[str, dict[str, Any]], watching: Watching
+def _store(
+    store: Store,
+    run: HeldRun,
+    ready: Ready,
+    fitted: trainer.Fitted,
+    metrics: dict[str, JsonObject],
+    callbacks: Callbacks,
 ) -> Version:
-    """Write the bundle, have a fresh process prove it, and store it."""
-    with _written(run), tempfile.TemporaryDirectory(prefix="bundle-", dir=run.folder) as beside:
-        bundle = Path(beside) / "bundle"
+    """Write the bundle, prove it in a fresh process, and store it."""
+    with _disk_errors(run), tempfile.TemporaryDirectory(prefix="bundle-", dir=run.folder) as folder:
+        bundle = Path(folder) / "bundle"
         bundles.save_bundle(fitted.adapter, bundle)
-        watching.stage("proving the bundle in a fresh process")
+        callbacks.stage("proving the bundle in a fresh process")
         examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
         trainer.prove(bundle, ready.base, trainer.probe(ready.base.model, ready.task, examples))
-        watching.stage("storing" if fitted.flat_loss is None else f"storing, flagged: {fitted.flat_loss}")
-        return store.put(ready.recipe.name, bundle, run=run.id, metrics=measured)
+        callbacks.stage("storing" if fitted.flat_loss is None else f"storing, flagged: {fitted.flat_loss}")
+        return store.put(ready.recipe.name, bundle, run=run.id, metrics=metrics)
 
 
 @contextmanager
-def _written(run: HeldRun) -> Iterator[None]:
-    """What the disk says while a run writes its own files, as one line."""
+def _disk_errors(run: HeldRun) -> Iterator[None]:
+    """Turn an error of the disk, while a run's own files are written, into a StoreError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise StoreError(
             f"run {run.id} cannot write to {run.folder}: {plainly(error, run.folder)}: make room or make it writable, "
-            "and start the same command again to go on"
+            "and start the same command again to resume"
         ) from error

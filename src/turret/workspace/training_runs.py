@@ -1,6 +1,6 @@
-"""Trainings as they lie in the store: the row, the recipe, the curve. Refuses to know how one is carried out.
+"""Trainings as the store recorded them: the database row, the recipe, the loss curve.
 
-A training's folder is on the machine that trained: elsewhere its recipe and curve are simply not there.
+The folder of a run is on the machine that trained. On other machines its recipe and curve are missing.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from turret.json_types import JsonObject
 from turret.store import Store
 
 if TYPE_CHECKING:
@@ -19,29 +20,29 @@ if TYPE_CHECKING:
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}", re.ASCII)
 
 
-def run(store: Store, run_id: str) -> dict[str, Any]:
-    """The row, with the recipe as TOML and the time of the last step; raises NotFound."""
-    found = store.run(run_id)
+def run(store: Store, run_id: str) -> JsonObject:
+    """The row, with the recipe as TOML and the time of the last step. Raises NotFound."""
+    row = store.run(run_id)
     folder = _folder(store, run_id)
-    return {**found, "recipe": _text(folder / "recipe.toml"), "touched": _changed(folder / "curve.jsonl")}
+    return {**row, "recipe": _text(folder / "recipe.toml"), "touched": _changed(folder / "curve.jsonl")}
 
 
 def curve(store: Store, run_id: str, most: int) -> Sequence[StepRecord]:
-    """Its steps, thinned to about so many; raises NotFound."""
+    """About `most` of the run's steps, evenly spaced, and every step with metrics. Raises NotFound."""
     from turret.train import read_curve
 
     store.run(run_id)
-    found = list(read_curve(_folder(store, run_id) / "curve.jsonl"))
-    every = max(1, -(-len(found) // max(most, 1)))
+    records = list(read_curve(_folder(store, run_id) / "curve.jsonl"))
+    every = max(1, -(-len(records) // max(most, 1)))
     return [
-        each
-        for place, each in enumerate(found)
-        if place % every == 0 or place == len(found) - 1 or each.metrics is not None
+        record
+        for place, record in enumerate(records)
+        if place % every == 0 or place == len(records) - 1 or record.metrics is not None
     ]
 
 
 def _folder(store: Store, run_id: str) -> Path:
-    """Where it lies; a name that is no run's leads nowhere."""
+    """The folder of a run. An invalid id gives a path that does not exist."""
     return store.root / "runs" / (run_id if _ID.fullmatch(run_id) else "-")
 
 
