@@ -1,7 +1,7 @@
-"""The package's own build: compiles the kernels for each kind of processor into the wheel, where that can be done here.
+"""Hatchling's build hook: compile the C kernels into the wheel, one library per instruction set.
 
-A wheel of Linux on x86-64 holds the libraries and says so in its tag. Anywhere else, and without a GNU C compiler, the
-wheel is pure and turret compiles the kernels itself or does without.
+Only a wheel for Linux on x86-64 contains kernels; its platform tag says so. On other systems, or without a GNU C
+compiler, the wheel is pure Python, and Turret compiles the kernels at run time or works without them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-GLIBC = (2, 28)  # the oldest one that torch's own wheels run on
+GLIBC = (2, 28)  # the oldest glibc that torch's own wheels support
 
 
 class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Adds turret/kernels/shipped/*.so to a wheel and sets its tag."""
+    """Adds turret/kernels/shipped/*.so to a wheel and sets its platform tag."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable" or sys.platform != "linux" or platform.machine() != "x86_64":
@@ -54,7 +54,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
             target = folder / f"kernels-{level.name}.so"
             try:
                 recipe.compile_portable(compiler, kernels, target, level)
-            except recipe.CompilerError as error:  # an old compiler does not know the newest instructions
+            except recipe.CompilerError as error:  # an old compiler lacks the newest instruction sets
                 self.app.display_warning(f"no kernels for {level.title}: {error}")
                 return None
             if b"GOMP_parallel" not in target.read_bytes():
@@ -67,18 +67,18 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
 
 
 def _platform(libraries: list[Path]) -> str:
-    """The platform tag: manylinux where no library asks for a newer glibc than that, and no other library."""
-    asked = {found for each in libraries for found in re.findall(rb"GLIBC_(\d+)\.(\d+)", each.read_bytes())}
-    newest = max((int(major), int(minor)) for major, minor in asked)
+    """The platform tag: manylinux if no library needs a newer glibc than `GLIBC`."""
+    needed = {found for each in libraries for found in re.findall(rb"GLIBC_(\d+)\.(\d+)", each.read_bytes())}
+    newest = max((int(major), int(minor)) for major, minor in needed)
     return f"manylinux_{GLIBC[0]}_{GLIBC[1]}_x86_64" if newest <= GLIBC else "linux_x86_64"
 
 
 def _read(path: Path) -> ModuleType:
-    """A file of the package as a module, without the package."""
+    """Import one file of the package without importing the package."""
     spec = spec_from_file_location("turret_kernels_compiler", path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module

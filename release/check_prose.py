@@ -1,7 +1,7 @@
-"""Find sentences in the documentation that a reader must decode. Run by `make prose` and `make lint`.
+"""Find phrases in the documentation that are hard to read. Run by `make prose` and `make lint`.
 
-`FORMS` lists forms of words, each with a reason and a plain form. Code, links, comments and measured blocks are not
-read.
+`FORMS` lists the phrases, each with a reason and a plain alternative. Code, links, comments and measured blocks are
+skipped.
 
     python release/check_prose.py             the pages in `PAGES`
     python release/check_prose.py FILE...     other files
@@ -34,12 +34,12 @@ UNREAD = re.compile(
 
 @dataclass(frozen=True)
 class Form:
-    """A form of words that is banned: a regular expression in which a space stands for any white space."""
+    """A banned phrase, as a regular expression in which a space matches any white space."""
 
     pattern: str
     reason: str
     plain: str
-    example: str  # a sentence that has it, for the tests
+    example: str  # a sentence with the phrase, for the tests
 
 
 FORMS = (
@@ -74,8 +74,8 @@ FORMS = (
 
 
 def matches(text: str) -> Iterator[tuple[int, str, Form]]:
-    """(line, words, form) of each banned form in a text, in order."""
-    read = UNREAD.sub(lambda found: re.sub(r"[^\n]", "\0", found[0]), text)  # keeps the lines where they are
+    """(line number, matched words, form) of each banned phrase in a text, in order."""
+    read = UNREAD.sub(lambda found: re.sub(r"[^\n]", "\0", found[0]), text)  # keeps line numbers
     found = []
     for form in FORMS:
         pattern = re.compile(rf"(?<![\w-]){form.pattern}(?![\w-])".replace(" ", r"\s+"), re.IGNORECASE)
@@ -92,7 +92,7 @@ def pages() -> Iterator[Path]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print a line for each banned form; exit status 1 if there is one."""
+    """Print a line for each banned phrase. Returns exit status 1 if there is one."""
     count = 0
     for path in [Path(name) for name in arguments] or pages():
         for line, words, form in matches(path.read_text(encoding="utf-8")):

@@ -1,10 +1,11 @@
-"""Write requirements/*.txt: what `make setup` installs, each file pinned by its SHA-256. Run by `make lock`.
+"""Write requirements/*.txt, the pinned packages that `make setup` installs, with SHA-256 digests. Run by `make lock`.
 
-- build.txt: what builds the packages that ship as source alone
-- common.txt: everything else but torch
-- cpu.txt, cuda.txt: torch and what only that build of it needs
+- build.txt: packages that build the packages without wheels
+- common.txt: all others except torch
+- cpu.txt, cuda.txt: torch, and the packages that only this build of torch needs
 
-The versions are the newest that pyproject.toml allows, for every Python and system that turret runs on. Needs `uv`.
+The versions are the newest that pyproject.toml allows, for every Python version and system that Turret supports. Needs
+`uv`.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ NOTE = "# Made by `make lock`. Install with: pip install --no-deps --require-has
 
 
 def compiled(*arguments: str) -> dict[str, str]:
-    """Requirements with their hashes, by what is before the hashes."""
+    """Run `uv pip compile`. Returns requirement ("torch==2.13.0") -> its lines with hashes."""
     command = ["uv", "pip", "compile", "--universal", "--python-version", "3.11", "--generate-hashes", "--upgrade"]
-    said = subprocess.run(
+    output = subprocess.run(
         [*command, "--quiet", "--no-header", "--no-annotate", *arguments], cwd=ROOT, stdout=subprocess.PIPE, check=True
     ).stdout.decode()
-    return {block.partition(" \\\n")[0]: block for block in re.split(r"\n(?=\S)", said.strip())}
+    return {block.partition(" \\\n")[0]: block for block in re.split(r"\n(?=\S)", output.strip())}
 
 
 def cpu_build(folder: str) -> list[str]:
-    """The hashes of torch's CPU builds for Linux: those known before, and that of the one that pip finds here."""
-    before = LOCKS / "cpu.txt"
-    said = before.read_text() if before.exists() else ""
-    known = re.search(rf"^torch=={TORCH}\+cpu .*\n((?: +--hash.*\n?)*)", said, re.MULTILINE)
+    """The hashes of torch's CPU wheels for Linux: those in cpu.txt, and that of the wheel that pip finds here."""
+    path = LOCKS / "cpu.txt"
+    text = path.read_text() if path.exists() else ""
+    known = re.search(rf"^torch=={TORCH}\+cpu .*\n((?: +--hash.*\n?)*)", text, re.MULTILINE)
     hashes = set(re.findall("sha256:[0-9a-f]{64}", known[1])) if known else set()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, f"torch=={TORCH}+cpu"]
     if subprocess.run(command, check=False).returncode == 0:

@@ -1,7 +1,7 @@
 """Build a release in dist/ (or --out FOLDER): sdist, wheel, bill of materials, SHA256SUMS. Run by `make release`.
 
-The wheel is built from the sdist, so the sdist is complete. The bill of materials (CycloneDX 1.6, JSON) lists turret
-and everything that it needs to run, in the versions that are installed here.
+The wheel is built from the sdist, which shows that the sdist is complete. The bill of materials (CycloneDX 1.6, JSON)
+lists Turret and all packages that it needs at run time, in the versions installed here.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def build(out: Path) -> list[Path]:
-    """[sdist, wheel]."""
+    """Build into `out`. Returns [sdist, wheel]."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
     subprocess.run(command, check=True)
     return [next(out.glob("*.tar.gz")), next(out.glob("*.whl"))]
 
 
 def needed(name: str, extra: str = "") -> Iterator[tuple[str, str]]:
-    """(name, extra) of what a distribution needs on this machine, itself not among them."""
+    """(name, extra) of each direct requirement of a distribution on this machine."""
     for text in distribution(name).requires or ():
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
@@ -42,6 +42,11 @@ def needed(name: str, extra: str = "") -> Iterator[tuple[str, str]]:
 
 
 def bill_of_materials(files: list[Path]) -> str:
+    """The bill of materials as JSON.
+
+    Args:
+        files: the sdist and the wheel, to be listed with their digests.
+    """
     components: dict[str, Component] = {}
     below: dict[str, set[str]] = {}
     waiting = [("turret", "")]

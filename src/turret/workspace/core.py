@@ -1,17 +1,19 @@
-"""`Workspace(path)`: every verb of Turret, each a few lines over the package that does the work.
+"""`Workspace(path)`: one object with a method for everything Turret does, like the command line's commands.
 
-It knows nothing of HTTP or of the terminal.
+Each method imports the module that does the work, so that importing this module loads no torch.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
 from turret.store import AccessTokens, Collected, Deleted, Gate, GateStatus, Golden, Move, Store, Verified, Version
+from turret.workspace.progress import Say, silent
 from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from turret.compare.design import PlannedDesign
     from turret.engine import Engine, Limits
     from turret.experiments import Router
+    from turret.experiments.analyze import Memory
     from turret.experiments.evidence_history import EvidenceHistory
     from turret.recipe import Recipe
     from turret.store.difference import Difference
@@ -29,23 +32,26 @@ if TYPE_CHECKING:
     from turret.workspace.replaying import Replayed
 
 
-Say = Callable[[str], None]
-
-
 class Workspace:
-    """A folder of adapters, or a catalog's URL, and everything that can be done with them."""
+    """A store of adapters, and every operation on it.
+
+    Many methods take `on_stage`, a function that is called with a line of text at the start of each stage.
+
+    Args:
+        path: a folder, which is made at the first write, or the URL of a catalog.
+    """
 
     def __init__(self, path: str | Path | Location = ".turret") -> None:
         self.store = Store(path)
-        self._memories: dict[int, Any] = {}  # what `settle` added up of each experiment so far
-        self._courses: dict[int, Any] = {}  # what `course` did
+        self._memories: dict[int, Memory] = {}  # of `settle`, by the id of an experiment
+        self._histories: dict[int, EvidenceHistory] = {}  # of `course`, by the id of an experiment
 
     def list(self, name: str | None = None) -> Sequence[Version]:
-        """All stored versions, or those of one name."""
+        """All stored versions, or all versions of one name."""
         return self.store.list(name)
 
-    def show(self, reference: str) -> dict[str, Any]:
-        """All that is known of one version."""
+    def show(self, reference: str) -> JsonObject:
+        """All facts about one version."""
         return self.store.show(reference)
 
     def resolve(self, reference: str) -> Version:
@@ -53,7 +59,7 @@ class Workspace:
         return self.store.resolve(reference)
 
     def diff(self, first: str, second: str) -> Difference:
-        """Two versions side by side: settings, metrics, sizes, and how far the weights are apart."""
+        """Differences of two versions: settings, metrics, sizes, and the distance of their weights."""
         return self.store.diff(first, second)
 
     def promote(
@@ -66,19 +72,23 @@ class Workspace:
         ask: Ask | None = None,
         on_stage: Say | None = None,
     ) -> Move:
-        """Move an alias to a version whose files hash right, whose metrics pass the alias's gates, and whose answers to
-        the alias's golden examples do.
+        """Move an alias to a version, if its files are intact and it passes the alias's gates and golden examples.
 
-        require: gates for this time only, such as "accuracy>=0.9" or "validation.loss<0.4".
-        replay: ask the golden examples again where this version was asked before.
-        ask: gives a version's answers to texts as `predict` does, for a program that has the base in memory.
+        Args:
+            require: gates for this call only, such as "accuracy>=0.9" or "validation.loss<0.4".
+            replay: also repeat stored replays of golden examples.
+            ask: answers texts as `predict` does, for a program that has the base in memory; default: load the base.
+
+        Raises:
+            GateFailed: the version does not pass.
         """
         from turret.workspace import promoting
 
-        return promoting.promote(self.store, reference, alias, list(require), again=replay, stage=on_stage, ask=ask)
+        say = on_stage or silent
+        return promoting.promote(self.store, reference, alias, list(require), again=replay, say=say, ask=ask)
 
     def rollback(self, name: str, alias: str = "production") -> Move:
-        """Move an alias back to what it named before; again and again walks further back."""
+        """Move an alias back to its previous version. Repeated calls go further back."""
         return self.store.rollback(name, alias)
 
     def gate(
@@ -91,10 +101,11 @@ class Workspace:
         golden: str | Path | None = None,
         share: float | None = None,
     ) -> Sequence[Gate | Golden]:
-        """What a version must pass before it may take the alias, after removing and adding some.
+        """Add and remove gates of an alias, and return its gates. Without an alias, return those of all aliases.
 
-        golden: a table (CSV, JSONL) of texts with what the answer to each must be. share: of them that must pass, all
-        where left out.
+        Args:
+            golden: a table (CSV, JSONL) of golden examples: texts with what the answer to each must be.
+            share: the fraction of the golden examples that must pass; default: all.
         """
         examples = None
         if golden is not None:
@@ -104,31 +115,35 @@ class Workspace:
         return self.store.gate(name, alias, add=add, remove=remove, examples=examples, share=share)
 
     def standing(self, name: str, alias: str | None = None) -> Sequence[GateStatus]:
-        """Whether the version that the alias (or each alias) names passes the alias's gates now, gate by gate."""
+        """Whether the version that an alias (or each alias) names passes now, per gate."""
         return self.store.standing(name, alias)
 
     def verify(self, reference: str | None = None) -> Verified:
-        """Hash and open everything in the store again, or all of one version."""
+        """Check the digest and format of every file in the store, or of one version."""
         return self.store.verify(reference)
 
     def gc(self, *, dry_run: bool = False) -> Collected:
-        """Remove what nothing refers to; safe beside everything else."""
+        """Remove files that nothing refers to. Safe while other processes use the store."""
         return self.store.gc(dry_run=dry_run)
 
     def delete(self, reference: str, *, force: bool = False) -> Deleted:
-        """Take a version out of the catalog; its number is never given again, its files go with the next gc."""
+        """Delete a version from the catalog. Its number is not used again; `gc` removes its files.
+
+        Args:
+            force: also if an alias names the version, or another version was trained from it.
+        """
         return self.store.delete(reference, force=force)
 
     @property
     def tokens(self) -> AccessTokens:
-        """Who may ask a server: `create(name, scopes)`, `list()`, `revoke(name)`."""
+        """The tokens of a server's clients: `create(name, scopes)`, `list()`, `revoke(name)`."""
         return self.store.tokens
 
     def plan(self, recipe: Recipe, *, on_stage: Say | None = None) -> Planned:
-        """The preflight of a training, without training: fills what the recipe leaves to be seen, and checks it."""
+        """Load base and data, fill in the recipe's defaults and check the recipe, without training."""
         from turret.workspace import training
 
-        return training.plan(self.store, recipe, training.Watching(on_stage=on_stage))
+        return training.plan(self.store, recipe, training.Callbacks(stage=on_stage or silent))
 
     def train(
         self,
@@ -140,16 +155,25 @@ class Workspace:
         fresh: bool = False,
         beside_base: bool = False,
     ) -> RunResult:
-        """Train, prove and store. The same recipe on the same data goes on from where it was killed, unless `fresh`.
+        """Train a recipe, prove the bundle in a fresh process, and store it as a version.
 
-        beside_base: measure the bare base on the same held-out examples too (metrics "test bare base"); a classifier's
-        bare base answers with a head that nobody trained.
-        on_plan is called once, before the first step; on_record after every step; on_stage with words for people.
+        The same recipe on the same data resumes an unfinished run.
+
+        Args:
+            on_record: called after every step.
+            on_plan: called once, before the first step.
+            fresh: start from the first step even if an unfinished run could be resumed.
+            beside_base: also measure the bare base on the held-out examples (metrics "test bare base"). The bare base
+                of a classifier answers with an untrained head.
+
+        Raises:
+            PreflightRefused: the plan found a problem that would waste the run.
+            TrainingError: the training stopped.
         """
         from turret.workspace import training
 
-        watching = training.Watching(on_record, on_plan, on_stage)
-        return training.train(self.store, recipe, watching, fresh=fresh, beside_base=beside_base)
+        callbacks = training.Callbacks(on_record, on_plan, on_stage or silent)
+        return training.train(self.store, recipe, callbacks, fresh=fresh, beside_base=beside_base)
 
     def compare(
         self,
@@ -166,18 +190,24 @@ class Workspace:
         on_plan: Callable[[PlannedDesign], None] | None = None,
         on_stage: Say | None = None,
     ) -> Comparison:
-        """Train several methods on the same data, each with several seeds in processes of their own, and judge them.
+        """Train several methods on the same data with several seeds, each in its own process, and judge them.
 
-        methods: such as "base,head,full,lora:r=4/16,prefix"; those that the task allows where left out. budget: seconds
-        of this sitting. fractions: of the training examples, for learning curves. margin: points of accuracy or ROUGE-L
-        that are still as good. lr: one rate for all, or "auto"; each method's own where left out. texts: whether the
-        report shows examples. on_plan: called once, before the first training. What an earlier call made is used; every
-        training is a version in the store, and the report lies in `.folder`.
+        Results of earlier calls are used again. Every training is a version in the store; the report is in `.folder`.
+
+        Args:
+            methods: such as "base,head,full,lora:r=4/16,prefix"; default: all that suit the task.
+            budget: seconds for this call; a later call continues.
+            fractions: of the training examples, for learning curves.
+            margin: points of accuracy or ROUGE-L that still count as equally good.
+            against: the method that all others are compared with.
+            lr: one rate for all methods, or "auto"; default: each method's own.
+            texts: whether the report shows examples.
+            on_plan: called once, before the first training.
         """
         from turret.workspace import comparing
 
-        wanted = comparing.ComparisonRequest(methods, seeds, budget, tuple(fractions), margin, against, lr, texts)
-        return comparing.compare(self.store, recipe, wanted, on_stage or (lambda _words: None), on_plan)
+        request = comparing.ComparisonRequest(methods, seeds, budget, tuple(fractions), margin, against, lr, texts)
+        return comparing.compare(self.store, recipe, request, on_stage or silent, on_plan)
 
     def plan_comparison(
         self,
@@ -191,15 +221,15 @@ class Workspace:
         lr: float | Literal["auto"] | None = None,
         on_stage: Say | None = None,
     ) -> PlannedDesign:
-        """What `compare` would train, and which difference its verdicts could decide. Trains and writes nothing.
+        """What `compare` would train, and which differences it could detect. Trains and writes nothing.
 
-        `.power` says how often equal methods would be called as good with so many seeds and test examples, and what
-        would decide. It takes the spread of what has run where an earlier call made some, else an assumed one.
+        `.power` has the probability that equal methods are judged as good, and which number of seeds or test examples
+        would be enough. It uses the spread of earlier results if there are any, else an assumed one.
         """
         from turret.workspace import comparing
 
-        wanted = comparing.ComparisonRequest(methods, seeds, None, tuple(fractions), margin, against, lr)
-        return comparing.prepare(self.store, recipe, wanted, on_stage or (lambda _words: None)).planned
+        request = comparing.ComparisonRequest(methods, seeds, None, tuple(fractions), margin, against, lr)
+        return comparing.prepare(self.store, recipe, request, on_stage or silent).planned
 
     def control(
         self,
@@ -212,67 +242,75 @@ class Workspace:
         texts: bool = True,
         on_stage: Say | None = None,
     ) -> Control:
-        """Train an adapter an aspect, and measure how often an output is of the aspect that was asked for.
+        """Train one adapter per aspect, and measure how often an output has the aspect that was asked for.
 
-        recipe: with `{aspect}` where the data of the aspects differ, in data.source or in a column. judge: the base of
-        the classifier that learns the aspects from the references; a small encoder where left out. texts: whether the
-        report shows documents and outputs. What an earlier call made is used; every training is a version in the store,
-        and the report lies in `.folder`.
+        Results of earlier calls are used again. Every training is a version in the store; the report is in `.folder`.
+
+        Args:
+            recipe: contains `{aspect}` where the data of the aspects differ: in data.source or in a column.
+            judge: base of the classifier that learns the aspects from the references; default: a small encoder.
+            texts: whether the report shows documents and outputs.
         """
         from turret.workspace.comparing import controlling
 
-        asked = controlling.ControlRequest(tuple(aspects), methods, seeds, judge or controlling.JUDGE, texts=texts)
-        return controlling.control(self.store, recipe, asked, on_stage or (lambda _words: None))
+        request = controlling.ControlRequest(tuple(aspects), methods, seeds, judge or controlling.JUDGE, texts=texts)
+        return controlling.control(self.store, recipe, request, on_stage or silent)
 
-    def runs(self, most: int = 500) -> Sequence[dict[str, Any]]:
-        """The newest trainings, the newest first: id, name, state, created, ended, error, result."""
+    def runs(self, most: int = 500) -> Sequence[JsonObject]:
+        """The newest trainings, newest first: id, name, state, created, ended, error, result."""
         return self.store.runs(most)
 
-    def run(self, run_id: str) -> dict[str, Any]:
-        """One training: the same, with its `recipe` and `touched`, the time of its last step, where they lie here."""
+    def run(self, run_id: str) -> JsonObject:
+        """One training: the same keys, `recipe` (TOML) and `touched` (time of its last step), if it ran here."""
         from turret.workspace import training_runs
 
         return training_runs.run(self.store, run_id)
 
     def curve(self, run_id: str, *, most: int = 2000) -> Sequence[StepRecord]:
-        """The steps of a training so far, at most so many, evenly chosen; those that evaluated are all there."""
+        """About `most` steps of a training so far, evenly spaced, and every step with metrics."""
         from turret.workspace import training_runs
 
         return training_runs.curve(self.store, run_id, most)
 
-    def comparisons(self) -> Sequence[dict[str, Any]]:
-        """The reports that `compare` and `control` wrote in this store (`kind` says which), the newest first."""
+    def comparisons(self) -> Sequence[JsonObject]:
+        """The reports of `compare` and `control` in this store, newest first; `kind` is comparison or control."""
         from turret.workspace.comparing import reports
 
         return reports.listed(self.store.root)
 
     def report(self, key: str) -> str:
-        """One report, as HTML; key: as `comparisons` has it."""
+        """One report as HTML.
+
+        Args:
+            key: from `comparisons`.
+        """
         from turret.workspace.comparing import reports
 
         return reports.read(self.store.root, key)
 
     def evaluate(
-        self, reference: str, data: str, *, columns: Mapping[str, Any] | None = None, on_stage: Say | None = None
+        self, reference: str, data: str, *, columns: JsonMapping | None = None, on_stage: Say | None = None
     ) -> Evaluation:
-        """Metrics of a stored version on other data: its test split where it has one, else all of it.
+        """Metrics of a stored version on other data: on its test split, or on all of it if it has no splits.
 
-        columns: keys of a recipe's `[data]`, such as {"text": "review", "label": "stars"}, where they are not obvious.
+        Args:
+            columns: keys of a recipe's `[data]`, such as {"text": "review", "label": "stars"}; default: guessed.
         """
         from turret.workspace import answering
 
-        return answering.evaluate(self.store, reference, data, columns or {}, on_stage)
+        return answering.evaluate(self.store, reference, data, columns or {}, on_stage or silent)
 
     def predict(
         self, reference: str, texts: Sequence[str], *, bare: bool = False, on_stage: Say | None = None
-    ) -> Sequence[dict[str, Any]]:
-        """An answer per text: a label with probabilities, or a generated text with the reason it ended.
+    ) -> Sequence[JsonObject]:
+        """One answer per text: a label with probabilities, or a generated text with the reason why it ended.
 
-        bare: ask the base alone, with the same prompt and settings; only for a version that generates.
+        Args:
+            bare: ask the base without the adapter, with the same prompt and settings; only if the version generates.
         """
         from turret.workspace import answering
 
-        return answering.predict(self.store, reference, texts, on_stage, bare=bare)
+        return answering.predict(self.store, reference, texts, on_stage or silent, bare=bare)
 
     def engine(
         self,
@@ -282,13 +320,14 @@ class Workspace:
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         on_stage: Say | None = None,
     ) -> Engine:
-        """The base in memory, answering with any of the stored versions in any mixture: a context manager.
+        """Load a base and start an engine that answers with any stored versions in any mixture: a context manager.
 
-        limits: what it may hold and take, see `turret.engine.Limits`.
+        Args:
+            limits: of memory, batches and queues; see `turret.engine.Limits`.
         """
         from turret.workspace import serving
 
-        return serving.engine(self.store, base, limits, dtype, on_stage)
+        return serving.engine(self.store, base, limits, dtype, on_stage or silent)
 
     def import_adapter(
         self,
@@ -298,18 +337,25 @@ class Workspace:
         base: str | None = None,
         task: str | None = None,
         labels: Sequence[str] | None = None,
-        settings: Mapping[str, Any] | None = None,
+        settings: JsonMapping | None = None,
         on_stage: Say | None = None,
     ) -> Imported:
         """Check an adapter from outside on its base and store it as the next version of `name`.
 
-        source: a PEFT folder, a bundle, either packed as zip or tar, or a Hub id. base: in place of the one that it
-        names. task, labels, settings (keys of a recipe's `[task]`): what a PEFT folder does not say of itself.
+        Args:
+            source: a PEFT folder, a bundle, a zip or tar archive of either, or a Hub id.
+            base: default: the base that the adapter names.
+            task: for a PEFT folder; default: from its `task_type`.
+            labels: for a PEFT folder with a classifier; default: from the base's configuration.
+            settings: for a PEFT folder: keys of a recipe's `[task]`.
+
+        Raises:
+            AdapterError: it is broken, does not fit its base, or has no effect.
         """
         from turret.workspace import importing
 
-        wanted = importing.ImportRequest(base, task, labels, settings)
-        return importing.import_adapter(self.store, str(source), name, wanted, on_stage)
+        request = importing.ImportRequest(base, task, labels, settings)
+        return importing.import_adapter(self.store, str(source), name, request, on_stage or silent)
 
     def export(
         self,
@@ -320,46 +366,47 @@ class Workspace:
         force: bool = False,
         on_stage: Say | None = None,
     ) -> Exported:
-        """Write a version as a folder: a bundle that PEFT loads, a whole model, or a LoRA that vLLM takes.
+        """Write a version as a folder: a bundle that PEFT loads, a merged model, or a LoRA for vLLM.
 
-        The folder is new or empty, unless `force`; it is whole or not there.
+        Args:
+            folder: new or empty, unless `force`. A failed export never leaves a folder that tools can load.
         """
         from turret.workspace import exporting
 
-        return exporting.export(self.store, reference, folder, form, force=force, stage=on_stage)
+        return exporting.export(self.store, reference, folder, form, force=force, say=on_stage or silent)
 
     def inputs(self, reference: str, source: str, *, column: str | None = None) -> Sequence[str]:
-        """The texts in a file that `predict` would answer: the lines of a .txt, a column of a table."""
+        """The texts in a file, for `predict`: the lines of a .txt file, or a column of a table."""
         from turret.workspace import answering
 
         return answering.inputs(self.store, reference, source, column)
 
     def experiment(self, name: str, number: int | None = None) -> LiveExperiment:
-        """The running experiment of an adapter name, or its last: start, ramp, outcome, status, stop, ..."""
+        """The experiment with this number, else the running one of an adapter name, else its last one."""
         from turret.workspace.experimenting import LiveExperiment
 
         return LiveExperiment(self.store, name, number)
 
-    def experiments(self, *, alpha: float = 0.05) -> Sequence[dict[str, Any]]:
-        """Every experiment with its evidence, and which are discoveries, of which at most alpha are false."""
+    def experiments(self, *, alpha: float = 0.05) -> Sequence[JsonObject]:
+        """Every experiment with its evidence; `discovery` marks differences, of which at most alpha are false."""
         from turret.workspace import experimenting
 
         return experimenting.listed(self.store, alpha)
 
     def course(self, name: str, number: int | None = None) -> EvidenceHistory:
-        """How the evidence of an experiment grew, outcome by outcome; see `turret.experiments.evidence_history`."""
-        from turret.workspace import evidence_histories
+        """How the evidence of an experiment grew with its outcomes."""
+        from turret.workspace import experimenting
 
-        return evidence_histories.course(self.store, name, number, self._courses)
+        return experimenting.course(self.store, name, number, self._histories)
 
     def settle(self) -> Sequence[ExperimentStatus]:
-        """Carry out what the guards of all running experiments ask; a server calls it every few seconds."""
+        """Apply the guards of all running experiments. A server calls it every few seconds."""
         from turret.workspace import experimenting
 
         return experimenting.settle_all(self.store, self._memories)
 
     def router(self, clock: Callable[[], float] = time.time) -> Router:
-        """What a server asks which version answers a request, and tells what came of it; see `turret.experiments`."""
+        """The object with which a server assigns requests to versions and records outcomes."""
         from turret.experiments import Router
 
         return Router(self.store.database(make=True), clock)
@@ -370,18 +417,19 @@ class Workspace:
         b: str,
         data: str | None = None,
         *,
-        columns: Mapping[str, Any] | None = None,
+        columns: JsonMapping | None = None,
         on_stage: Say | None = None,
     ) -> Replayed:
-        """Compare two versions on the same labelled examples, paired, before traffic is spent.
+        """Compare two versions on the same labelled examples with a paired test, before an experiment.
 
-        data: as for `evaluate`; where left out, the golden examples that a's alias `production` asks for.
+        Args:
+            data: as for `evaluate`; default: the golden examples that a's alias `production` requires.
         """
         from turret.workspace import replaying
 
-        return replaying.replay(self.store, a, b, data, columns or {}, on_stage)
+        return replaying.replay(self.store, a, b, data, columns or {}, on_stage or silent)
 
-    def doctor(self) -> dict[str, Any]:
+    def doctor(self) -> JsonObject:
         """What this machine can run."""
         from turret.workspace import machine
 

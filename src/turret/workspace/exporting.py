@@ -1,23 +1,24 @@
-"""The export verb: a stored version as a folder that PEFT, transformers or vLLM loads.
+"""Export a stored version as a folder for PEFT, transformers or vLLM.
 
-`peft` is the bundle as it is stored, with a model card; `vllm` the same, once it is sure that vLLM takes it; `merged` a
-whole model. Everything is written and flushed in a folder of its own on the target's disk:
+`peft` is the stored bundle with a model card. `vllm` is the same, after a check that vLLM can serve it. `merged` is a
+whole model with the adapter in its weights. Everything is first written and flushed in a temporary folder on the
+target's disk:
 
-- a new target is that folder, renamed: whole or not there
-- in a target that is there, the configurations of an earlier export, without which nothing loads it, are removed first,
-  and those of this export come last: a kill between leaves a folder that is refused, never one half of each
-- a target that holds something is left alone unless `force`; then nothing but files of the same names and those of
-  an earlier export is replaced
+- A new target is made by renaming that folder, so it is complete or missing.
+- In an existing target, configuration files of an earlier export are removed first and those of this export are moved
+  last. Nothing loads a folder without them, so after a kill no tool can load a mixture of two exports.
+- A target that is not empty is refused without `force`. With `force`, only files of the same names and files of an
+  earlier export are replaced.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from turret import adapters, bases, bundles
 from turret.adapters import Adapter, merge
+from turret.bases import Base
 from turret.bases.licence import licence_of
 from turret.bases.silence_transformers import quiet
 from turret.bundles import vllm
@@ -32,11 +34,14 @@ from turret.bundles.bundle import FILES, read_config
 from turret.disk import alone, number_of, permissions, plainly, sync
 from turret.errors import AdapterError, StoreError
 from turret.interrupt import StopRequest
+from turret.json_types import JsonMapping
 from turret.store import Store, Version, scratch
 from turret.store.scratch import BESIDE, LOADED, WorkingFolder
 from turret.tasks import stored_task, task_from_spec
+from turret.transformer import Model
 from turret.workspace.card import card
 from turret.workspace.importing import probe_items
+from turret.workspace.progress import Say, silent
 from turret.workspace.results import Exported
 
 Form = Literal["peft", "merged", "vllm"]
@@ -46,8 +51,8 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
 )
-OURS = {*FILES, CARD, *MODEL, *TOKENIZER}  # what any export may have written
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest output
+OURS = {*FILES, CARD, *MODEL, *TOKENIZER}  # every file that an export can write
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest difference of an output / the largest output
 
 
 def export(
@@ -57,29 +62,36 @@ def export(
     form: Form = "peft",
     *,
     force: bool = False,
-    stage: Callable[[str], None] | None = None,
+    say: Say = silent,
 ) -> Exported:
-    """Write the version into `folder`, which is new, empty, or given up with `force`."""
-    say = stage or (lambda _words: None)
+    """Write a version into `folder`.
+
+    Args:
+        folder: new or empty, unless `force`.
+
+    Raises:
+        AdapterError: the version cannot be merged, or vLLM cannot serve it.
+        StoreError: the folder cannot be written.
+    """
     target = Path(os.path.expanduser(folder)).absolute()
-    _refuse(target, force)
+    _check_target(target, force)
     version = store.resolve(reference)
-    beside = WorkingFolder(store.root, target)
-    with _written(target, beside), beside:
-        notes = _write(store, version, form, beside, say)
-        files = {each.name: each.stat().st_size for each in sorted(beside.files.iterdir())}
+    working = WorkingFolder(store.root, target)
+    with _disk_errors(target, working), working:
+        notes = _write(store, version, form, working, say)
+        files = {each.name: each.stat().st_size for each in sorted(working.files.iterdir())}
         say("writing")
-        _place(beside, target)
+        _place(working, target)
     return Exported(str(version), version.digest, form, str(target), files, notes)
 
 
-def _write(store: Store, version: Version, form: Form, beside: WorkingFolder, say: Callable[[str], None]) -> list[str]:
-    """Everything that becomes the target, and a card; returns what to know of it."""
-    stored = beside.folder / "stored" if form == "merged" else beside.files
+def _write(store: Store, version: Version, form: Form, working: WorkingFolder, say: Say) -> list[str]:
+    """Write all files of the export and the model card. Returns notes on how to load it."""
+    stored = working.folder / "stored" if form == "merged" else working.files
     store.materialize(str(version), stored)
     notes = []
     if form == "merged":
-        notes += _write_merged(bundles.read_bundle(stored), version, beside.files, say)
+        notes += _write_merged(bundles.read_bundle(stored), version, working.files, say)
     elif form == "vllm":
         rank = vllm.max_lora_rank(bundles.read_bundle(stored))
         notes.append(
@@ -89,12 +101,12 @@ def _write(store: Store, version: Version, form: Form, beside: WorkingFolder, sa
     shown = store.show(str(version))
     licence = licence_of(str((shown["manifest"].get("base") or {}).get("id") or ""))
     text = card(shown, licence, form, _task_type(stored), notes)
-    (beside.files / CARD).write_text(text, encoding="utf-8")
+    (working.files / CARD).write_text(text, encoding="utf-8")
     return notes
 
 
 def _task_type(folder: Path) -> str | None:
-    """PEFT's word for the model that carries the adapter; None where PEFT does not load it."""
+    """PEFT's `task_type` of a bundle; None if PEFT does not load it."""
     config = read_config(folder)
     return str(config.get("task_type")) if config.get("peft_type") and config.get("task_type") else None
 
@@ -102,24 +114,25 @@ def _task_type(folder: Path) -> str | None:
 # --- merged -----------------------------------------------------------------------------------------------------------
 
 
-def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Callable[[str], None]) -> list[str]:
-    """The whole model with tokenizer and configuration, read back and compared; returns what to know of it."""
+def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) -> list[str]:
+    """Write the merged model, its tokenizer and configuration; read it back and compare its outputs. Returns notes."""
     merge.require_mergeable(adapter)
     if not adapter.task:
-        raise AdapterError(f"{version} says nothing of its task: it cannot be merged; import it with --task")
+        raise AdapterError(f"{version} does not store its task, so it cannot be merged: import it with --task")
     task, labels = stored_task(adapter.task), adapter.task.get("labels") or ()
     say(f"loading {adapter.base.id}")
     dtype = _dtype_of(adapter.base.id)
     base = bases.load(adapter.base.id, task=task.request, num_labels=task.num_labels(labels), dtype=dtype)
     say("merging")
-    rows = _rows(adapter, base)
+    rows = _probe_rows(adapter, base)
     adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
     expected = _outputs(base.model, rows)
     adapters.detach(base.model)
     state = merge.merged_state(base.model, adapter)
     with quiet():
-        _configured(base.model, task.head_config(adapter.task)).save_pretrained(folder, state_dict=state)
-        with _said_by_tokenizers(folder):
+        _set_config(base.model, task.head_config(adapter.task))
+        base.model.save_pretrained(folder, state_dict=state)
+        with _tokenizer_errors(folder):
             base.tokenizer.save_pretrained(folder)
     model_class, precision = type(base.model), base.dtype
     del base, state
@@ -129,7 +142,7 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Callabl
     error = float((_outputs(again, rows) - expected).abs().max()) / float(expected.abs().max())
     if not error <= TOLERANCE[precision]:
         raise AdapterError(
-            f"the merged model was not kept: read back, its outputs differ from {version} by {error:.1e} of the "
+            f"the merged model was not written: read back, its outputs differ from {version} by {error:.1e} of the "
             f"largest, allowed is {TOLERANCE[precision]:.0e}; export the adapter without --merged"
         )
     word = str(precision).removeprefix("torch.")
@@ -137,8 +150,8 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Callabl
 
 
 @contextmanager
-def _said_by_tokenizers(folder: Path) -> Iterator[None]:
-    """What the disk says; tokenizers raises it as a bare Exception, with the number in its words."""
+def _tokenizer_errors(folder: Path) -> Iterator[None]:
+    """Raise OSError for an error of the disk; the library tokenizers raises a bare Exception with the errno in it."""
     try:
         yield
     except Exception as error:
@@ -149,20 +162,19 @@ def _said_by_tokenizers(folder: Path) -> Iterator[None]:
 
 
 def _dtype_of(base_id: str) -> Literal["float32", "bfloat16"]:
-    """The checkpoint's own; float32 holds any other without loss."""
-    said = bases.resolve(base_id).config
-    return "bfloat16" if (said.get("dtype") or said.get("torch_dtype")) == "bfloat16" else "float32"
+    """The checkpoint's dtype; float32 for all but bfloat16, because float32 holds the others without loss."""
+    config = bases.resolve(base_id).config
+    return "bfloat16" if (config.get("dtype") or config.get("torch_dtype")) == "bfloat16" else "float32"
 
 
-def _configured(model: Any, said: dict[str, Any]) -> Any:
-    """The model with what is said of its head, such as labels, in its configuration."""
+def _set_config(model: Model, changes: JsonMapping) -> None:
+    """Write the head's settings, such as labels, into the model's configuration."""
     model.config = copy.deepcopy(model.config)
-    model.config.update(said)
-    return model
+    model.config.update(changes)
 
 
-def _rows(adapter: Adapter, base: Any) -> list[tuple[Tensor, Tensor | None]]:
-    """(ids, target ids) of a few texts, (1, T) each."""
+def _probe_rows(adapter: Adapter, base: Base) -> list[tuple[Tensor, Tensor | None]]:
+    """(token ids (1, T), target ids (1, T) or None) of a few texts."""
     items = probe_items(task_from_spec(adapter.task, base.tokenizer))
     pairs = [(item.source[None], None if item.target is None else item.target[None]) for item in items]
     if base.family.is_encoder_decoder:
@@ -171,18 +183,18 @@ def _rows(adapter: Adapter, base: Any) -> list[tuple[Tensor, Tensor | None]]:
 
 
 @torch.no_grad()
-def _outputs(model: Any, rows: list[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """All logits in one row, float32."""
+def _outputs(model: Model, rows: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """All logits in one float32 vector."""
     model.eval()
     with quiet():
-        given = [model(input_ids=ids, **({} if target is None else {"labels": target})).logits for ids, target in rows]
-    return torch.cat([each.float().reshape(-1) for each in given])
+        logits = [model(input_ids=ids, **({} if target is None else {"labels": target})).logits for ids, target in rows]
+    return torch.cat([each.float().reshape(-1) for each in logits])
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def _refuse(target: Path, force: bool) -> None:
+def _check_target(target: Path, force: bool) -> None:
     try:
         os.lstat(target)
     except (FileNotFoundError, NotADirectoryError):
@@ -195,53 +207,53 @@ def _refuse(target: Path, force: bool) -> None:
         return
     if not target.is_dir():
         raise StoreError(f"{target} is a file: expected a new folder; choose another name")
-    if not force and _holds_something(target):
+    if not force and _is_occupied(target):
         raise StoreError(f"{target} is not empty: expected a new folder; choose another one, or give --force")
 
 
-def _holds_something(target: Path) -> bool:
-    """Whether anything but an export that broke off is in the folder."""
+def _is_occupied(target: Path) -> bool:
+    """Whether the folder holds anything other than the files of an unfinished export."""
     names = {each.name for each in target.iterdir()}
-    begun = {name for name in names if name.startswith(BESIDE)}
-    rest = names - begun
-    placed = rest <= OURS and not rest & set(LOADED) and any(scratch.broken_off(target / name) for name in begun)
-    return bool(rest) and not placed
+    working = {name for name in names if name.startswith(BESIDE)}
+    rest = names - working
+    unfinished = rest <= OURS and not rest & set(LOADED) and any(scratch.broken_off(target / name) for name in working)
+    return bool(rest) and not unfinished
 
 
-def _place(beside: WorkingFolder, target: Path) -> None:
-    """Rename the finished folder, or its files into a folder that is there, the configurations last."""
-    for each in beside.files.iterdir():
-        each.chmod(permissions(beside.files) & 0o666)  # as the process makes files, whatever a library made of it
+def _place(working: WorkingFolder, target: Path) -> None:
+    """Rename the finished folder to the target, or move its files into an existing target, configurations last."""
+    for each in working.files.iterdir():
+        each.chmod(permissions(working.files) & 0o666)  # the process's default, whatever mode a library gave the file
         sync(each)
-    sync(beside.files)
+    sync(working.files)
     if not target.exists():
-        beside.files.rename(target)
+        working.files.rename(target)
         try:
             sync(target.parent)
         except OSError:
-            target.rename(beside.files)
+            target.rename(working.files)
             raise
         return
-    new = {each.name for each in beside.files.iterdir()}
+    new = {each.name for each in working.files.iterdir()}
     for name in new:
         if (target / name).is_dir() and not (target / name).is_symlink():
             raise StoreError(f"{target / name} is a folder, where a file of that name would go: choose another folder")
-    with alone(target) as held, StopRequest():  # a signal waits until the folder is whole
-        if not held:
+    with alone(target) as locked, StopRequest():  # a signal waits until the folder is complete
+        if not locked:
             raise StoreError(f"{target} is being written by another export: wait for it, or choose another folder")
-        beside.begin_placing(sorted(new))
+        working.begin_placing(sorted(new))
         try:
-            _replace(beside.files, target, new)
+            _replace(working.files, target, new)
         except BaseException:
             for name in new:
-                if not (beside.files / name).exists():
+                if not (working.files / name).exists():
                     (target / name).unlink(missing_ok=True)
             raise
 
 
 def _replace(files: Path, target: Path, new: set[str]) -> None:
-    """Move the files, so that at no moment those of two exports are in a folder that anything loads."""
-    for name in (*LOADED, *sorted(OURS - new)):  # another form's would be loaded in place of these
+    """Move the files in an order in which no tool ever loads files of two exports."""
+    for name in (*LOADED, *sorted(OURS - new)):  # files of another form would be loaded instead of the new ones
         if (target / name).is_file() or (target / name).is_symlink():
             (target / name).unlink()
     sync(target)
@@ -254,34 +266,39 @@ def _replace(files: Path, target: Path, new: set[str]) -> None:
 
 
 @contextmanager
-def _written(target: Path, beside: WorkingFolder) -> Iterator[None]:
-    """What the disk says, as one line that names the folder and says what is there now."""
+def _disk_errors(target: Path, working: WorkingFolder) -> Iterator[None]:
+    """Turn an error of the disk into a StoreError that says what the target contains now."""
     before = _names(target)
     try:
         yield
     except StoreError as error:
         if not isinstance(error.__cause__, OSError):
             raise
-        raise _told(target, beside, error.__cause__, before) from error
+        raise _write_error(target, working, error.__cause__, before) from error
     except (OSError, SafetensorError) as error:
-        raise _told(target, beside, error, before) from error
+        raise _write_error(target, working, error, before) from error
 
 
 def _names(folder: Path) -> set[str] | None:
-    """What is in the folder; None where it is not there."""
+    """The names in a folder; None if it does not exist."""
     return {each.name for each in folder.iterdir()} if folder.exists() else None
 
 
-def _told(target: Path, beside: WorkingFolder, error: Exception, before: set[str] | None) -> StoreError:
-    there = _names(target)
-    gone = sorted((before or set()) - (there or set()))
-    if there is None:
-        now = "nothing is there"
+def _write_error(target: Path, working: WorkingFolder, error: Exception, before: set[str] | None) -> StoreError:
+    """The error for a failed export.
+
+    Args:
+        before: the names in the target before the export.
+    """
+    names = _names(target)
+    gone = sorted((before or set()) - (names or set()))
+    if names is None:
+        now = "the folder does not exist"
     elif gone:
-        now = f"of what was there, {', '.join(gone)[:60]} is gone"
+        now = f"the folder has lost {', '.join(gone)[:60]}"
     else:
-        now = "what was there is as it was" if before is not None else "it is there, but may not outlast a power cut"
-    left = f"; {beside.folder} is left, `turret gc` removes it" if beside.left else ""
+        now = "the folder is unchanged" if before is not None else "the folder may not survive a power cut"
+    left = f"; {working.folder} is left, `turret gc` removes it" if working.left else ""
     return StoreError(
         f"cannot write {target}: {plainly(error, target)}: make room or choose another folder; {now}{left}"
     )

@@ -1,10 +1,8 @@
-"""The comparing verb: every training of a design in a process of its own, then the verdicts and the report.
+"""Compare methods: run every training of a design in its own process, then judge the results and write the report.
 
-    compare(store, recipe, ComparisonRequest(...), ...)    the whole, in the calling process, which loads no torch
-    prepare(store, recipe, ComparisonRequest(...), ...)    what would be trained, and which difference it could decide
-    python -m turret.workspace.comparing.cell_worker FOLDER    one training or one look at the base
-
-Refuses to know statistics and pages (`turret.compare`), and how a training is done (`workspace.training`).
+compare(store, recipe, ComparisonRequest(...), ...)    everything, in the calling process, which loads no torch
+prepare(store, recipe, ComparisonRequest(...), ...)    what would be trained, and which differences it could detect
+python -m turret.workspace.comparing.cell_worker FOLDER    one training, or one measurement of the base
 """
 
 from turret.workspace.comparing.conduct import ComparisonRequest, compare, prepare

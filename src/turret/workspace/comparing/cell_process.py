@@ -1,6 +1,6 @@
-"""The process of a cell, seen from the one that starts it: begun, heard, and stopped in time. Knows no torch.
+"""Start the process of one cell, pass its progress on, and stop it when the time budget ends.
 
-It sees a clean environment, so that nothing of torchrun's reaches it, and a stdin whose end tells it that we are gone.
+Its environment has none of torchrun's variables. Its stdin closes when the parent process ends, which tells it to stop.
 """
 
 from __future__ import annotations
@@ -10,20 +10,28 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from turret.errors import Interrupted
 from turret.process import environment
+from turret.workspace.progress import Say
 
-Say = Callable[[str], None]
-STOPPED = "stopped; the same command goes on with what is missing"
+STOPPED = "stopped; the same command continues with what is missing"
 
 
-def carried_out(here: Path, left: float | None, say: Say) -> str | None:
-    """Run the cell in a folder to its end or the budget's; returns what is known of its end where that was neither.
+def run_cell(here: Path, left: float | None, say: Say) -> str | None:
+    """Run the cell in a folder until it ends or the budget ends.
 
-    left: seconds of the budget. Raises Interrupted where the user stopped it.
+    Args:
+        here: the folder, with its request.json.
+        left: seconds of the budget; None: no limit.
+
+    Returns:
+        Why the process failed; None if it succeeded or the budget ended.
+
+    Raises:
+        Interrupted: the user stopped it.
     """
     command = [sys.executable, "-P", "-m", "turret.workspace.comparing.cell_worker", str(here.absolute())]
     out_of_time = threading.Event()
@@ -37,14 +45,14 @@ def carried_out(here: Path, left: float | None, say: Say) -> str | None:
 
         def stop() -> None:
             out_of_time.set()
-            child.terminate()  # the step is finished and a checkpoint written
+            child.terminate()  # it finishes the step and writes a checkpoint
 
         timer = threading.Timer(threading.TIMEOUT_MAX if left is None else max(0.0, left), stop)
         timer.daemon = True
         timer.start()
         try:
-            for words in _said(child.stdout):
-                say(words)
+            for line in _progress(child.stdout):
+                say(line)
             status = child.wait()
         except KeyboardInterrupt:
             child.terminate()
@@ -66,8 +74,8 @@ def carried_out(here: Path, left: float | None, say: Say) -> str | None:
     return lines[-1] if lines else f"its process ended with status {status}"
 
 
-def _said(lines: Iterable[str] | None) -> Iterator[str]:
-    """The words of each line, until the process closes its end."""
+def _progress(lines: Iterable[str] | None) -> Iterator[str]:
+    """The progress lines among the process's output, until it closes its stdout."""
     for line in lines or ():
         try:
             value = json.loads(line)

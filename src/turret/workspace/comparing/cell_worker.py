@@ -1,8 +1,8 @@
 """The process of one cell: `python -P -m turret.workspace.comparing.cell_worker FOLDER`.
 
-Reads request.json in FOLDER, trains (or takes the run that an earlier process finished), measures what was stored, and
-writes result.json. On stdout it says how far it is, a JSON object a line. It ends, with a checkpoint, when whoever
-started it is gone. Its peak memory is its own, because nothing else ran in it.
+It reads request.json in FOLDER, trains (or uses the run that an earlier process finished), measures the stored version,
+and writes result.json. On stdout it reports its progress, one JSON object per line. When its parent process ends, it
+writes a checkpoint and ends. One training per process gives a correct peak memory.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from turret.compare.report_text import seconds as span
 from turret.errors import Interrupted, TurretError
+from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.store import Store
+from turret.train import StepRecord
 from turret.workspace import training
 from turret.workspace.comparing import measure, state
+from turret.workspace.results import Planned
 
-WAIT = 120.0  # seconds for an earlier process of this cell to write its checkpoint
+WAIT = 120.0  # seconds in which an earlier process of this cell can write its checkpoint
 
 
 def main(folder: Path) -> int:
-    """Carry out the request in a folder; returns the exit status."""
-    threading.Thread(target=_follow_the_starter, daemon=True).start()
+    """Carry out the request in a folder. Returns the exit status."""
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     (folder / "failed.json").unlink(missing_ok=True)
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     try:
@@ -45,27 +47,27 @@ def main(folder: Path) -> int:
     return 0
 
 
-def _follow_the_starter() -> None:
-    """Ask this process to stop once the one that started it is gone: its end of our stdin closes."""
-    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin: at exit Python would wait for its lock, and abort
+def _stop_with_parent() -> None:
+    """Ask this process to stop when its parent has ended, which closes our stdin."""
+    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin.read: at exit Python would wait for its lock and abort
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _carry_out(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+def _carry_out(folder: Path, request: JsonMapping) -> JsonObject:
     started = time.perf_counter()
     recipe, store = Recipe.from_toml(request["recipe"]), Store(request["store"])
     if request["kind"] == "base":
-        found = measure.base(store, recipe, _say)
+        result = measure.base(store, recipe, _say)
     else:
-        result = _finished(folder, store, recipe) or _trained(folder, store, recipe)
-        found = measure.version(store, recipe, result, state.read(folder / "plan.json") or {}, _say)
-    found["wall_seconds"] = time.perf_counter() - started
-    return found
+        run = _finished(folder, store, recipe) or _trained(folder, store, recipe)
+        result = measure.version(store, recipe, run, state.read(folder / "plan.json") or {}, _say)
+    result["wall_seconds"] = time.perf_counter() - started
+    return result
 
 
-def _finished(folder: Path, store: Store, recipe: Recipe) -> dict[str, Any] | None:
-    """What an earlier process of this cell stored before it could measure it."""
+def _finished(folder: Path, store: Store, recipe: Recipe) -> JsonObject | None:
+    """The run of an earlier process of this cell that ended after storing its version and before measuring it."""
     try:
         filled = (folder / "recipe.toml").read_text(encoding="utf-8")
     except OSError:
@@ -78,25 +80,24 @@ def _finished(folder: Path, store: Store, recipe: Recipe) -> dict[str, Any] | No
     return result
 
 
-def _trained(folder: Path, store: Store, recipe: Recipe) -> dict[str, Any]:
-    def planned(made: Any) -> None:
-        state.write_text(folder / "recipe.toml", made.recipe.to_toml())
-        state.write(folder / "plan.json", made.plan.to_json())
+def _trained(folder: Path, store: Store, recipe: Recipe) -> JsonObject:
+    def on_plan(planned: Planned) -> None:
+        state.write_text(folder / "recipe.toml", planned.recipe.to_toml())
+        state.write(folder / "plan.json", planned.plan.to_json())
 
-    spent = [0.0, 0]  # seconds and steps of this process
+    seconds: list[float] = []  # of each step of this process
 
-    def record(step: Any) -> None:
-        spent[0], spent[1] = spent[0] + step.seconds, spent[1] + 1
-        if step.step % max(1, step.steps // 50) == 0:
-            left = span(spent[0] / spent[1] * (step.steps - step.step))
-            _say(f"step {step.step} of {step.steps}, loss {step.loss:.3f}, {left} left of this training")
+    def on_record(record: StepRecord) -> None:
+        seconds.append(record.seconds)
+        if record.step % max(1, record.steps // 50) == 0:
+            left = span(sum(seconds) / len(seconds) * (record.steps - record.step))
+            _say(f"step {record.step} of {record.steps}, loss {record.loss:.3f}, {left} left of this training")
 
-    watching = training.Watching(record, planned, _say)
-    return training.train(store, recipe, watching, fresh=False).as_json()
+    return training.train(store, recipe, training.Callbacks(on_record, on_plan, _say), fresh=False).as_json()
 
 
-def _say(words: str) -> None:
-    print(json.dumps({"stage": words}), flush=True)
+def _say(line: str) -> None:
+    print(json.dumps({"stage": line}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Who conducts a comparison: one cell after another in a process of its own, what is there already left alone.
+"""Conduct a comparison: run each cell of the design in its own process; keep the results that are there already.
 
-Loads no torch, so that it is small beside the trainings. Knows the design, the folder and the clock. Refuses to know
-what a cell does inside, and what the results mean.
+A cell is one training of one method with one seed. This process loads no torch, so that it takes little memory next to
+the trainings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 from turret.compare.candidates import Candidate, candidates, is_floor
 from turret.compare.comparison import Comparison, SeededResults, comparison, paired
@@ -21,36 +21,38 @@ from turret.compare.power import Power, Spread, power
 from turret.compare.report import write_report
 from turret.compare.report_text import seconds as span
 from turret.compare.results import Result
+from turret.data import Dataset
 from turret.errors import RecipeError, StoreError, TrainingError
+from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import schemas, task_of
 from turret.workspace.comparing import state
-from turret.workspace.comparing.cell_process import carried_out
+from turret.workspace.comparing.cell_process import run_cell
 from turret.workspace.comparing.command import command
+from turret.workspace.progress import Say
 
-Say = Callable[[str], None]
-# What will come again whatever the method is: no use in trying the next cell.
+# Errors that every cell would meet, so the next one is not tried.
 EVERYWHERE = ("BaseModelError", "UnknownFamily", "DataError", "StoreError", "Corrupt", "RecipeError")
 
 
 @dataclass(frozen=True)
 class ComparisonRequest:
-    """What the user asks of a comparison."""
+    """The options of a comparison."""
 
-    methods: str | None = None  # None: base, head, full, lora, prefix as the task allows
+    methods: str | None = None  # None: those of base, head, full, lora, prefix that suit the task
     seeds: int = 5
-    budget: float | None = None  # seconds of this sitting; None: until all is done
+    budget: float | None = None  # seconds; None: until all cells have run
     fractions: tuple[float, ...] = (1.0,)  # of the training examples
     margin: float = 1.0  # points
     against: str = "full"
-    lr: float | Literal["auto"] | None = None  # for every method; None: each its own
+    lr: float | Literal["auto"] | None = None  # for every method; None: each method's own
     texts: bool = True  # whether the report shows examples
     confidence: float = 0.95
 
     def command(self, recipe: Recipe) -> str:
-        """The command line that asks for the same."""
+        """The command line with the same options."""
         fractions = None if self.fractions == (1.0,) else ",".join(f"{each:g}" for each in self.fractions)
         return command(
             "compare", recipe,
@@ -63,7 +65,7 @@ class ComparisonRequest:
 
 @dataclass
 class Sitting:
-    """One go at the cells that are missing."""
+    """One call that runs the missing cells."""
 
     store: Store
     folder: Path
@@ -72,14 +74,14 @@ class Sitting:
     results: dict[str, Result] = field(default_factory=dict)  # by the cell's key
     failures: dict[str, str] = field(default_factory=dict)  # spec -> one line
     missing: list[Cell] = field(default_factory=list)
-    last: str = ""  # the score of the training before
+    last: str = ""  # method and score of the previous cell
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything before the first training."""
+    """What a comparison knows before the first training."""
 
-    data: Any
+    data: Dataset
     design: Design
     folder: Path
     planned: PlannedDesign
@@ -88,71 +90,75 @@ class Prepared:
 def compare(
     store: Store,
     recipe: Recipe,
-    wanted: ComparisonRequest,
+    request: ComparisonRequest,
     say: Say,
     on_plan: Callable[[PlannedDesign], None] | None = None,
 ) -> Comparison:
-    """Make what is missing, judge what is there, and write the report. on_plan: called before the first training."""
-    ready = prepare(store, recipe, wanted, say)
+    """Run the missing cells, judge all results, and write the report.
+
+    Args:
+        on_plan: called before the first training.
+    """
+    ready = prepare(store, recipe, request, say)
     if on_plan is not None:
         on_plan(ready.planned)
-    deadline = None if wanted.budget is None else time.monotonic() + wanted.budget
+    deadline = None if request.budget is None else time.monotonic() + request.budget
     sitting = Sitting(store, ready.folder, say, deadline)
-    with held(ready.folder):
+    with locked(ready.folder):
         run_cells(sitting, list(ready.design.cells()))
-        found = comparison(
+        result = comparison(
             ready.design, ready.data, list(sitting.results.values()), failures=sitting.failures,
-            missing=len(sitting.missing), confidence=wanted.confidence, budget=wanted.budget,
-            folder=str(ready.folder), command=wanted.command(recipe), power=ready.planned.power,
+            missing=len(sitting.missing), confidence=request.confidence, budget=request.budget,
+            folder=str(ready.folder), command=request.command(recipe), power=ready.planned.power,
         )  # fmt: skip
-        found = found if wanted.texts else found.without_texts()
-        write_report(found, ready.folder, state.write_text)
-    return found
+        result = result if request.texts else result.without_texts()
+        write_report(result, ready.folder, state.write_text)
+    return result
 
 
-def prepare(store: Store, recipe: Recipe, wanted: ComparisonRequest, say: Say) -> Prepared:
-    """Read the data, make the design, and say what it can decide. Trains nothing and writes nothing."""
+def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) -> Prepared:
+    """Read the data, make the design, and compute its power. Trains and writes nothing."""
     from turret.data.dataset import read
 
     say(f"reading {recipe.data.source}")
     data = read(recipe.data, schemas(recipe.task), recipe.split_seed)
     if not data.test:
-        raise RecipeError("a comparison is made on test examples, and there are none: give data.test")
-    rows = candidates(wanted.methods, recipe, data.kind, wanted.lr)
+        raise RecipeError("a comparison needs test examples, and the data has none: give data.test")
+    rows = candidates(request.methods, recipe, data.kind, request.lr)
     require_known(rows)
     made = design(
         recipe,
         rows,
-        seeds=wanted.seeds,
-        fractions=wanted.fractions,
-        against=wanted.against,
-        margin=wanted.margin,
+        seeds=request.seeds,
+        fractions=request.fractions,
+        against=request.against,
+        margin=request.margin,
         train=len(data.train),
     )
     folder = state.folder_of(store.root, recipe, data.digest)
     cells = list(made.cells())
-    there = [each for each in (_there(folder, cell) for cell in cells) if each is not None]
+    results = [each for each in (_stored_result(folder, cell) for cell in cells) if each is not None]
     planned = PlannedDesign(
         name=recipe.name,
         methods=tuple(row.label for row in rows),
         against=made.against,
         trainings=len(cells),
-        missing=len(cells) - len(there),
-        power=_power(made, data, there, wanted.confidence),
+        missing=len(cells) - len(results),
+        power=_power(made, data, results, request.confidence),
         folder=str(folder),
     )
     return Prepared(data, made, folder, planned)
 
 
-def _there(folder: Path, cell: Cell) -> Result | None:
-    """The result of a cell that an earlier sitting made."""
-    said = state.read(folder / "cells" / cell.key / "result.json")
-    return None if said is None else Result.of(cell, said)
+def _stored_result(folder: Path, cell: Cell) -> Result | None:
+    """The result of a cell that an earlier call ran."""
+    stored = state.read(folder / "cells" / cell.key / "result.json")
+    return None if stored is None else Result.of(cell, stored)
 
 
-def _power(made: Design, data: Any, there: Sequence[Result], confidence: float) -> Power:
-    """What the design can decide, from the spread of what has run or from an assumed one."""
-    whole = [each for each in there if each.fraction == made.fractions[0]]
+def _power(made: Design, data: Dataset, results: Sequence[Result], confidence: float) -> Power:
+    """What the design can detect, from the spread of the results so far, or from an assumed spread."""
+    whole = [each for each in results if each.fraction == made.fractions[0]]
     sides = {row.spec: SeededResults.of(row.spec, whole, data.test).trained for row in made.candidates}
     contenders = [row.spec for row in made.candidates if not is_floor(row.kind) and row.spec != made.against]
     pairs = [d for spec in contenders if (d := paired(sides[spec], sides[made.against])) is not None]
@@ -161,8 +167,8 @@ def _power(made: Design, data: Any, there: Sequence[Result], confidence: float) 
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """The folder, made where it is not there, for this process alone."""
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder if it is missing, and lock it for this process."""
     from filelock import FileLock, Timeout
 
     try:
@@ -170,13 +176,13 @@ def held(folder: Path) -> Iterator[None]:
         with FileLock(folder / "lock", timeout=0):
             yield
     except Timeout:
-        raise StoreError(f"{folder} is being compared by another process: wait for it, or end it") from None
+        raise StoreError(f"another process runs the comparison in {folder}: wait for it, or end it") from None
     except OSError as error:
-        raise StoreError(f"the comparison cannot be kept in {folder}: {error.strerror or error}") from None
+        raise StoreError(f"the comparison cannot be written to {folder}: {error.strerror or error}") from None
 
 
 def require_known(rows: Sequence[Candidate]) -> None:
-    """Ask PEFT, loaded for this alone, whether it knows its methods and their settings, before anything is trained."""
+    """Check methods of PEFT and their settings before anything is trained; only this check loads PEFT."""
     for row in rows:
         if row.recipe.method.open_settings:
             try:
@@ -186,39 +192,39 @@ def require_known(rows: Sequence[Candidate]) -> None:
 
 
 def run_cells(sitting: Sitting, cells: Sequence[Cell]) -> None:
-    """Carry out what is missing, in order, until the budget ends; raises TrainingError where nothing came of it."""
+    """Run the missing cells in order until the budget ends. Raises TrainingError if there is no result at all."""
     for number, cell in enumerate(cells, 1):
         name, here = cell.candidate.spec, sitting.folder / "cells" / cell.key
-        done = state.read(here / "result.json") or _same_base(sitting, cell, here)
-        if done is None and name not in sitting.failures:
+        result = state.read(here / "result.json") or _same_base(sitting, cell, here)
+        if result is None and name not in sitting.failures:
             left = None if sitting.deadline is None else sitting.deadline - time.monotonic()
-            if left is not None and left <= (_usual(sitting, cell, own=True) or 0.0):
+            if left is not None and left <= (_expected_seconds(sitting, cell, own=True) or 0.0):
                 sitting.missing.append(cell)
                 continue
-            done = _run(sitting, cell, here, left, _title(sitting, cells, number))
-        if done is not None:
-            sitting.results[cell.key] = Result.of(cell, done)
+            result = _run(sitting, cell, here, left, _title(sitting, cells, number))
+        if result is not None:
+            sitting.results[cell.key] = Result.of(cell, result)
             sitting.last = f"{cell.candidate.label} {100 * float(sitting.results[cell.key].scores.mean()):.1f}"
         else:
             sitting.missing.append(cell)
     if not sitting.results:
-        said_of = "; ".join(f"{name}: {why}" for name, why in sitting.failures.items())
-        raise TrainingError(f"nothing could be compared: {said_of or 'the budget ended before the first run did'}")
+        failures = "; ".join(f"{name}: {why}" for name, why in sitting.failures.items())
+        raise TrainingError(f"nothing could be compared: {failures or 'the budget ended before the first run did'}")
 
 
 def _title(sitting: Sitting, cells: Sequence[Cell], number: int) -> str:
     """`3 of 25  lora, seed 42; last full 95.2; about 12 min left`."""
     rest = [each for each in cells[number - 1 :] if not (sitting.folder / "cells" / each.key / "result.json").exists()]
-    usual = [_usual(sitting, each) for each in rest if each.candidate.spec not in sitting.failures]
-    known = [each for each in usual if each is not None]
+    expected = [_expected_seconds(sitting, each) for each in rest if each.candidate.spec not in sitting.failures]
+    known = [each for each in expected if each is not None]
     parts = [f"{number} of {len(cells)}  {cells[number - 1]}"]
     parts += [f"last {sitting.last}"] if sitting.last else []
-    parts += [f"about {span(sum(known) * len(usual) / len(known))} left"] if known else []
+    parts += [f"about {span(sum(known) * len(expected) / len(known))} left"] if known else []
     return "; ".join(parts)
 
 
-def _usual(sitting: Sitting, cell: Cell, *, own: bool = False) -> float | None:
-    """Seconds that a cell takes, told by those like it, or by all that were trained where none is and `own` is not."""
+def _expected_seconds(sitting: Sitting, cell: Cell, *, own: bool = False) -> float | None:
+    """The mean time of cells with the same method and fraction; if there are none, of all trainings, unless `own`."""
     trained = [each for each in sitting.results.values() if (each.version is None) == (cell.candidate.kind == "base")]
     alike = [each for each in trained if each.spec == cell.candidate.spec and each.fraction == cell.fraction]
     if alike or own:
@@ -226,8 +232,8 @@ def _usual(sitting: Sitting, cell: Cell, *, own: bool = False) -> float | None:
     return fmean(each.wall_seconds * cell.fraction / each.fraction for each in trained) if trained else None
 
 
-def _same_base(sitting: Sitting, cell: Cell, here: Path) -> dict[str, Any] | None:
-    """What the bare base wrote under an earlier seed: it draws nothing, so it would write that again."""
+def _same_base(sitting: Sitting, cell: Cell, here: Path) -> JsonObject | None:
+    """The bare base's result under an earlier seed. Generation draws no random number."""
     if cell.candidate.kind != "base":
         return None
     for key in sitting.results:
@@ -238,8 +244,8 @@ def _same_base(sitting: Sitting, cell: Cell, here: Path) -> dict[str, Any] | Non
     return None
 
 
-def _run(sitting: Sitting, cell: Cell, here: Path, left: float | None, title: str) -> dict[str, Any] | None:
-    """Have a fresh process carry the cell out; None where it failed or the budget ended first."""
+def _run(sitting: Sitting, cell: Cell, here: Path, left: float | None, title: str) -> JsonObject | None:
+    """Run a cell in a fresh process. None: it failed, or the budget ended first."""
     request = {
         "kind": cell.candidate.kind,
         "recipe": cell.recipe.to_toml(),
@@ -247,10 +253,10 @@ def _run(sitting: Sitting, cell: Cell, here: Path, left: float | None, title: st
     }
     state.write(here / "request.json", request)
     sitting.say(title)
-    problem = carried_out(here, left, lambda words: sitting.say(f"{title}: {words}"))
-    done = state.read(here / "result.json")
-    if done is not None or problem is None:
-        return done
+    problem = run_cell(here, left, lambda line: sitting.say(f"{title}: {line}"))
+    result = state.read(here / "result.json")
+    if result is not None or problem is None:
+        return result
     failed = state.read(here / "failed.json") or {"error": problem, "kind": ""}
     if failed["kind"] in EVERYWHERE:
         raise TrainingError(f"{cell}: {failed['error']}")

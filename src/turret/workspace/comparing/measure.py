@@ -1,40 +1,45 @@
-"""What is measured of one training once its version is stored, and of the base alone: answers and scores on every test
-example, the time of one answer, what was forgotten, what it cost. Refuses to judge any of it.
+"""Measure a stored version of a comparison, or the base alone.
+
+Measured are: answers and scores on every test example, the time of one answer, forgetting, and costs.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from turret import adapters
 from turret import train as trainer
 from turret.compare.losses import binned
-from turret.data import texts_of
+from turret.data import Dataset, Example, texts_of
 from turret.data.dataset import read
+from turret.json_types import JsonMapping, JsonObject
 from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import schemas
 from turret.train.initialize import attach
+from turret.transformer import Model, Tokenizer
 from turret.workspace import answering, training
 from turret.workspace.comparing.neutral_texts import PARAGRAPHS
 from turret.workspace.comparing.provenance import provenance
+from turret.workspace.progress import Say
 
-Say = Callable[[str], None]
-ASKED, WRITTEN = 24, 6  # texts, one at a time, for the time of an answer; of a task that generates
-LEAD = 24  # tokens of a neutral paragraph that are given, the rest is predicted
+TIMED_LABELS, TIMED_TEXTS = 24, 6  # single answers that are timed: of a classifier, of a task that generates
+LEAD = 24  # tokens of a neutral paragraph that are given; the others are predicted
 
 
-def version(
-    store: Store, recipe: Recipe, result: Mapping[str, Any], plan: Mapping[str, Any], say: Say
-) -> dict[str, Any]:
-    """Everything about one training. result: as `turret train --json` gives it; plan: as its preflight said."""
+def version(store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping, say: Say) -> JsonObject:
+    """Measure a stored version.
+
+    Args:
+        result: the run, as `turret train --json` prints it.
+        plan: the plan of the run, as JSON.
+    """
     dataset = data_of(recipe)
     ready = answering.mounted(store, str(result["version"]), say)
     return {
@@ -54,12 +59,12 @@ def version(
     }
 
 
-def base(store: Store, recipe: Recipe, say: Say) -> dict[str, Any]:
-    """The base alone on the same examples: a classifier's with a head that nobody trained."""
-    ready = training.prepare(store, recipe, training.Watching(on_stage=say))
-    writes = ready.task.generates
-    shown = recipe.model_copy(update={"method": LoRA()}) if writes else recipe
-    attach(shown, ready.base, ready.task)
+def base(store: Store, recipe: Recipe, say: Say) -> JsonObject:
+    """Measure the base alone on the same examples; a classifier's base with an untrained head."""
+    ready = training.prepare(store, recipe, training.Callbacks(stage=say))
+    bare = ready.task.generates
+    # slot 0 answers for the base; attaching a LoRA only makes the slots
+    attach(recipe.model_copy(update={"method": LoRA()}) if bare else recipe, ready.base, ready.task)
     ready.base.model.eval()
     mounted = answering.Mounted(None, ready.base.model, ready.task)
     total = sum(each.numel() for each in ready.base.model.parameters())
@@ -69,31 +74,31 @@ def base(store: Store, recipe: Recipe, say: Say) -> dict[str, Any]:
         "parameters": {"trainable": 0, "stored": 0, "total": total},
         "bundle_bytes": 0,
         "notes": ready.notes,
-        **_answers(mounted, ready.dataset.test, say, bare=writes),
+        **_answers(mounted, ready.dataset.test, say, bare=bare),
     }
 
 
-def data_of(recipe: Recipe) -> Any:
-    """The examples that the recipe means."""
+def data_of(recipe: Recipe) -> Dataset:
+    """Read the recipe's data."""
     return read(recipe.data, schemas(recipe.task), recipe.split_seed)
 
 
-def _answers(ready: answering.Mounted, examples: Sequence[Any], say: Say, *, bare: bool = False) -> dict[str, Any]:
-    """Metrics, an answer and a score for every example, the time of one answer, and what was forgotten."""
+def _answers(ready: answering.Mounted, examples: Sequence[Example], say: Say, *, bare: bool = False) -> JsonObject:
+    """Metrics, an answer and a score per example, the time of one answer, and forgetting."""
     say(f"answering {len(examples)} test examples")
     model, task = ready.model, ready.task
     slot = adapters.BARE if bare else None
     metrics, answers = trainer.evaluate(model, task, examples, most_tokens=answering.MOST_TOKENS, slot=slot)
-    given = [task.judged(each) for each in answers]
-    scores = [task.score(each, example) for each, example in zip(given, examples, strict=True)]
-    guess = None  # what is right by chance, the shares of the classes tell
-    if not task.right_or_wrong:
-        guess = statistics.fmean(task.score(each, examples[place - 1]) for place, each in enumerate(given))
+    predictions = [task.judged(each) for each in answers]
+    scores = [task.score(each, example) for each, example in zip(predictions, examples, strict=True)]
+    guess = None  # of a classifier, the class shares give the chance level
+    if not task.right_or_wrong:  # the mean score against the references of other examples
+        guess = statistics.fmean(task.score(each, examples[place - 1]) for place, each in enumerate(predictions))
     say("timing single answers")
     return {
         "kind": task.kind,
         "metrics": metrics,
-        "answers": given,
+        "answers": predictions,
         "scores": scores,
         "guess": guess,
         "latency": _latency(ready, texts_of(examples), bare),
@@ -102,8 +107,8 @@ def _answers(ready: answering.Mounted, examples: Sequence[Any], say: Say, *, bar
 
 
 def _latency(ready: answering.Mounted, texts: Sequence[str], bare: bool) -> dict[str, float]:
-    """Seconds of one answer to one text, the first left out."""
-    count = min(len(texts), WRITTEN if ready.task.generates else ASKED)
+    """Seconds per answer to one text at a time, after one answer to warm up."""
+    count = min(len(texts), TIMED_TEXTS if ready.task.generates else TIMED_LABELS)
     asked = [texts[place * len(texts) // count] for place in range(count)]
     answering.answers(ready, asked[:1], bare=bare)
     seconds = []
@@ -118,8 +123,8 @@ def _latency(ready: answering.Mounted, texts: Sequence[str], bare: bool) -> dict
     }
 
 
-def _forgetting(model: Any, tokenizer: Any) -> dict[str, float]:
-    """Loss per token of neutral text, given its first words, with the adapter and without."""
+def _forgetting(model: Model, tokenizer: Tokenizer) -> dict[str, float]:
+    """The loss per token of neutral texts after their first tokens, with the adapter and without it."""
     sources, targets = [], []
     for paragraph in PARAGRAPHS:
         ids = torch.tensor(tokenizer(paragraph)["input_ids"], dtype=torch.long)[:256]
@@ -139,17 +144,20 @@ def _forgetting(model: Any, tokenizer: Any) -> dict[str, float]:
     return losses
 
 
-def _memory(result: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Bytes by component: as the plan predicted, and measured. What is trained, its gradients and moments are known
-    exactly; what else the process took above the base while it trained is its activations."""
-    said, trainable = result["memory"], 4 * int(result["parameters"]["trainable"])
-    above = int(said["above_base_bytes"])
+def _memory(result: JsonMapping, plan: JsonMapping) -> JsonObject:
+    """Bytes per component, predicted and measured.
+
+    The sizes of the trained weights, their gradients and their moments are known. All other memory above the base
+    counts as activations.
+    """
+    measured, trainable = result["memory"], 4 * int(result["parameters"]["trainable"])
+    above = int(measured["above_base_bytes"])
     return {
-        "peak_bytes": said["peak_bytes"],
+        "peak_bytes": measured["peak_bytes"],
         "above_base_bytes": above,
         "predicted": plan.get("memory"),
         "measured": {
-            "weights": said["base_bytes"],
+            "weights": measured["base_bytes"],
             "trainable": trainable,
             "gradients": trainable,
             "optimiser": 2 * trainable,
@@ -162,8 +170,8 @@ def _curve(store: Store, run: str) -> Iterator[trainer.StepRecord]:
     return trainer.read_curve(Path(store.root) / "runs" / run / "curve.jsonl")
 
 
-def _best(store: Store, run: str) -> dict[str, Any] | None:
-    """Seconds of training up to the best evaluation on the way, and the split that it looked at."""
+def _best(store: Store, run: str) -> JsonObject | None:
+    """The best evaluation during the training: its merit, step and split, and the seconds of training until then."""
     seconds, best = 0.0, None
     for record in _curve(store, run):
         seconds += record.seconds

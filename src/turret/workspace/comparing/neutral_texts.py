@@ -1,6 +1,6 @@
-"""A few paragraphs about nothing in particular, written for this package: no adapter should have an opinion on them.
+"""Neutral paragraphs, written for this package, to measure forgetting.
 
-How much worse the base predicts them with an adapter on is how much it forgot.
+No task is about them. If the base predicts them worse with an adapter than without it, the adapter made it forget.
 """
 
 PARAGRAPHS = (

@@ -1,4 +1,4 @@
-"""When, where and with what a training was made, as its report says it. Runs in the process of that training."""
+"""Date, device, precision and versions of a training, for its report. Runs in the process of that training."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import turret
+from turret.json_types import JsonObject
+from turret.transformer import Model
 
 PACKAGES = ("turret", "torch", "transformers", "peft")
 
 
-def provenance(model: Any, int8: bool) -> dict[str, Any]:
-    """Date, device, threads, precision, versions and commit. model: with its base loaded."""
+def provenance(model: Model, int8: bool) -> JsonObject:
+    """Date, device, threads, precision, versions and commit."""
     weight = next(model.parameters())
     kinds = sorted({str(each.dtype).removeprefix("torch.") for each in model.parameters() if each.is_floating_point()})
     precision = " and ".join(kinds) + (", products in int8" if int8 else "")
@@ -32,17 +33,17 @@ def provenance(model: Any, int8: bool) -> dict[str, Any]:
 
 
 def commit(folder: Path) -> str | None:
-    """The commit that is checked out in a folder with the package's source; None of an installed package."""
+    """The commit of a source checkout; None for an installed package."""
     if not (folder / ".git").exists():
         return None
     try:
-        said = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"],
             capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def _device(device: torch.device) -> str:
@@ -50,14 +51,14 @@ def _device(device: torch.device) -> str:
 
 
 def _processor() -> str:
-    """Its name with family and model, because one name covers several generations."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
+    """The processor's name with family and model number, because one name covers several generations."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
         return platform.processor() or platform.machine()
-    pairs = (line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines() if ":" in line)
-    told = {key.strip(): value.strip() for key, value in pairs}
-    name = told.get("model name", platform.machine())
-    return f"{name} (family {told['cpu family']}, model {told['model']})" if "cpu family" in told else name
+    pairs = (line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines() if ":" in line)
+    info = {key.strip(): value.strip() for key, value in pairs}
+    name = info.get("model name", platform.machine())
+    return f"{name} (family {info['cpu family']}, model {info['model']})" if "cpu family" in info else name
 
 
 def _version(package: str) -> str | None:

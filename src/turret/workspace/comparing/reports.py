@@ -1,7 +1,4 @@
-"""The reports of comparisons, and of findings on control, that are in a store.
-
-Reads what `conduct` and `controlling` wrote and refuses to know how it was judged.
-"""
+"""Find and read the reports of `compare` and `control` in a store."""
 
 from __future__ import annotations
 
@@ -10,28 +7,28 @@ import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from turret.errors import NotFound, StoreError
+from turret.json_types import JsonObject
 
-ROOMS = {"comparisons": "comparison", "controls": "control"}  # where they lie, and what they are
+FOLDERS = {"comparisons": "comparison", "controls": "control"}  # folder in the store -> kind of report
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", re.ASCII)
 
 
-def listed(root: Path) -> Sequence[dict[str, Any]]:
-    """`key`, `kind`, `written` and what report.json says, the newest first; one that cannot be read has `problem`."""
-    found = [
-        {**_one(path), "kind": kind}
-        for room, kind in ROOMS.items()
-        for path in (root / room).glob("*/report.json")
+def listed(root: Path) -> Sequence[JsonObject]:
+    """`key`, `kind`, `written` and the contents of report.json, newest first; an unreadable report has a `problem`."""
+    reports = [
+        {**_summary(path), "kind": kind}
+        for folder, kind in FOLDERS.items()
+        for path in (root / folder).glob("*/report.json")
         if _KEY.fullmatch(path.parent.name)
     ]
-    return sorted(found, key=lambda each: (each["written"], each["key"]), reverse=True)
+    return sorted(reports, key=lambda each: (each["written"], each["key"]), reverse=True)
 
 
 def read(root: Path, key: str) -> str:
-    """The page; raises NotFound."""
-    paths = [root / room / (key if _KEY.fullmatch(key) else "-") / "report.html" for room in ROOMS]
+    """The HTML of a report. Raises NotFound."""
+    paths = [root / folder / (key if _KEY.fullmatch(key) else "-") / "report.html" for folder in FOLDERS]
     path = next((each for each in paths if each.exists()), paths[0])
     try:
         return path.read_text(encoding="utf-8")
@@ -39,17 +36,17 @@ def read(root: Path, key: str) -> str:
         raise NotFound(f"no comparison {ascii(key)[:60]}: `turret compare` makes one") from None
     except (OSError, ValueError) as error:
         raise StoreError(
-            f"{path} cannot be read ({type(error).__name__}): compare again, which writes it anew"
+            f"{path} cannot be read ({type(error).__name__}): run `turret compare` again to rewrite it"
         ) from None
 
 
-def _one(path: Path) -> dict[str, Any]:
+def _summary(path: Path) -> JsonObject:
     key = path.parent.name
     try:
         changed = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
-        said = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(said, dict):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(report, dict):
             raise ValueError
     except (OSError, ValueError) as error:
         return {"key": key, "written": "", "problem": f"its report cannot be read ({type(error).__name__})"}
-    return {**said, "key": key, "written": changed.replace("+00:00", "Z"), "problem": None}
+    return {**report, "key": key, "written": changed.replace("+00:00", "Z"), "problem": None}
