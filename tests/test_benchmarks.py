@@ -1,4 +1,4 @@
-"""What the benchmarks keep: every run stays, and a report takes the newest of its kind on each processor."""
+"""Benchmarks keep every run, and a report uses the newest run of its kind per processor."""
 
 from __future__ import annotations
 

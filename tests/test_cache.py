@@ -1,4 +1,4 @@
-"""What is run from the cache lies where nobody else can write: folders, files, links, and what is above them."""
+"""Code is loaded only from cache folders that no other user can write to: folders, files, links and parents."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_a_newer_schema_is_refused_with_both_numbers_and_untouched(place) -> Non
 
 
 def _first_format(place: Path | Location) -> None:
-    """A store as the first format had it, with a name, two versions and an alias that was moved twice."""
+    """A store in the first format, with a name, two versions and an alias that was moved twice."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     with db._server(place).transaction(writes=True) as connection:

@@ -48,7 +48,7 @@ NO_MEASUREMENT = {
 
 
 def unmarked(text: str, allowed: tuple[str, ...] = ()) -> list[str]:
-    """Lines that carry a measured figure outside of a block."""
+    """Lines with a measured figure outside a block."""
     outside = CODE.sub("", BLOCK.sub("", text))
     lines = [line for line in outside.splitlines() if not any(word in line for word in allowed)]
     return [line for line in lines if any(pattern.search(line) for pattern in MEASURED)]

@@ -1,4 +1,4 @@
-"""What the C library does with memory between the steps of a training, and between the passes of an engine."""
+"""glibc keeps freed memory between training steps and engine passes, and returns it afterwards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ with heap.kept():
 held = memory.resident()
 heap.give_back()
 print(before, passes, steps, held - memory.resident())
-"""  # pages that the system had to clear anew, of 24 MB taken and freed again and again
+"""  # page faults while 24 MB are allocated and freed repeatedly
 
 
 def test_memory_that_a_pass_or_a_step_frees_is_kept_for_the_next_one_and_given_back_behind_the_last() -> None:

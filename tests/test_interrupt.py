@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request, and after a block."""
+"""Ctrl-C and SIGTERM as a request to stop, and delayed until the end of a block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store is a folder or a catalog's URL; what is said of either never shows a password."""
+"""A store is a folder or a catalog's URL. No text about a store shows a password."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_no_password_is_ever_shown(secret, encoded, rest) -> None:
 
 
 def shown_of(url: str) -> str:
-    """All that anybody gets to see of it."""
+    """Every text that shows the location."""
     try:
         found = Location.parse(url)
     except BadLocation as error:

@@ -1,4 +1,4 @@
-"""How the threads of a `turret` process wait for each other, and what a process of its own is handed."""
+"""OpenMP waiting and garbage collection of a `turret` process, and the environment of its subprocesses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_the_user_said_of_it_stands() -> None:
 
 def test_processes_of_its_own_wait_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in WAITING:
-        monkeypatch.setenv(name, "")  # so that whatever it is comes back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     monkeypatch.setenv("RANK", "1")
     assert "GOMP_SPINCOUNT" not in environment()

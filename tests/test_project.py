@@ -1,4 +1,4 @@
-"""What the project installs: no dependency twice, all of them locked by hash; and a CI that cannot skip pages."""
+"""Dependencies are unique and locked by hash, and CI cannot skip pages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def groups() -> dict[str, list[Requirement]]:
 
 
 def locked(*names: str) -> dict[str, list[str]]:
-    """Versions by package."""
+    """Package -> version."""
     found: dict[str, list[str]] = {}
     for name in names:
         text = (ROOT / "requirements" / name).read_text()

@@ -1,4 +1,4 @@
-"""`make prose`: banned forms of words are found with their place, and code is not read."""
+"""`make prose` finds banned phrases with their line, and skips code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What turret 0.1.0 wrote is read by today's code: stores, runs, experiments, bundles, recipes. See fixtures/v0_1."""
+"""Today's code reads what Turret 0.1.0 wrote: stores, runs, experiments, bundles, recipes. See fixtures/v0_1."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METHODS = {"lora", "prefix", "head", "full", "peft"}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy to be opened, which is the current folder: paths in what was written are relative."""
+    """A copy of the fixtures as the current folder, because their paths are relative."""
     copy = Path(shutil.copytree(FIXTURE, tmp_path / "v0_1"))
     monkeypatch.chdir(copy)
     return copy
@@ -43,7 +43,7 @@ def workspace(folder: Path) -> Workspace:
 
 
 def logits(bundle: Path, base: str = "bases/bert") -> torch.Tensor:
-    """What a classifier's bundle answers to the known texts, (B, C), in float32."""
+    """The logits (B, C) of a classifier's bundle for the known texts, in float32."""
     loaded = bases.load(base, task="classify", num_labels=2, dtype="float32")
     adapters.mount(loaded.model, bundles.read_bundle(bundle), fingerprint=loaded.fingerprint)
     rows = [loaded.tokenizer(text, return_tensors="pt").input_ids[0] for text in EXPECTED["texts"]]
@@ -177,7 +177,7 @@ def test_runs_have_their_recipes_and_curves(workspace: Workspace) -> None:
 
 
 class EnoughError(Exception):
-    """Ends a training that has shown what it was to show."""
+    """Ends a training that the test needs no longer."""
 
 
 def test_a_killed_run_is_found_by_its_recipe_and_goes_on_from_its_checkpoint(workspace: Workspace) -> None:

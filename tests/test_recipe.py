@@ -1,4 +1,4 @@
-"""A recipe is typed, survives TOML exactly, and answers every mistake with one line."""
+"""A recipe is typed, survives a round trip through TOML exactly, and reports every mistake in one line."""
 
 from __future__ import annotations
 

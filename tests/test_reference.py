@@ -1,4 +1,4 @@
-"""References: what is accepted round-trips, everything else is refused in one line of visible ASCII."""
+"""A valid reference survives a round trip; everything else is refused with one line of printable ASCII."""
 
 from __future__ import annotations
 

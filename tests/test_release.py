@@ -1,4 +1,4 @@
-"""A release: it is built, installed in a new environment, and has its kernels there without a compiler."""
+"""A release is built and installed in a new environment, where its kernels work without a compiler."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment with the wheel, which finds what turret needs where this environment has it."""
+    """A new environment with the wheel; it uses the other packages of this environment."""
     folder = tmp_path_factory.mktemp("new") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     site = folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
@@ -49,7 +49,7 @@ def installed(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, *command: str, **settings: str) -> str:
-    """What a program of the new environment prints, where there is no compiler and no place to write."""
+    """The output of a program in the new environment, without a compiler and without a writable folder."""
     environment = {"PATH": "/nowhere", "HOME": "/proc/nowhere", "TURRET_CACHE": "/proc/nowhere", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [str(installed / "bin" / command[0]), *command[1:]], capture_output=True, text=True, timeout=600, check=False,

@@ -1,4 +1,4 @@
-"""The whole way on a two-layer base: data, training, proof, store, answers; what a kill, a stop or a fault leaves."""
+"""A workspace on a two-layer base: train, prove, store, answer; and its state after kills, stops and faults."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "bor
 
 
 def write_reviews(folder: Path) -> Path:
-    """A folder with train.csv and test.csv that anyone can classify."""
+    """A folder with an easy train.csv and test.csv."""
     folder.mkdir()
     for split, rows in (("train", range(24)), ("test", range(24, 32))):
         with (folder / f"{split}.csv").open("w", newline="") as file:
@@ -95,7 +95,7 @@ def test_a_result_has_the_documented_keys_and_honest_numbers(trained) -> None:
 
 
 def test_the_same_recipe_makes_the_same_version_in_a_store_by_url(trained, new_url, tmp_path) -> None:
-    """Trained, stopped and taken up, stored, asked: the run is here, the rest on two servers."""
+    """The run is stopped and resumed here; catalog and files are on two servers."""
     workspace = Workspace(new_url())
 
     def stop(record: StepRecord) -> None:
@@ -148,7 +148,7 @@ def test_the_stored_version_answers(trained) -> None:
 
 
 def test_a_filled_recipe_killed_on_its_way_ends_with_the_same_version(trained, tmp_path) -> None:
-    """The child trains the recipe that was kept with the first run, and kills itself after step 7."""
+    """The child trains the stored recipe of the first run and kills itself after step 7."""
     recipe = trained.workspace.store.root / "runs" / trained.result.run / "recipe.toml"
     child = (
         "import os, signal, sys; from turret import Recipe, Workspace\n"
@@ -170,11 +170,11 @@ def test_a_filled_recipe_killed_on_its_way_ends_with_the_same_version(trained, t
 
 
 class EnoughError(Exception):
-    """Ends a training that has shown what it was to show."""
+    """Ends a training that the test needs no longer."""
 
 
 def first_step(workspace: Workspace, recipe: Recipe, *, fresh: bool = False) -> int:
-    """The step with which a training begins or goes on."""
+    """The first step of a new or resumed training."""
     seen = []
 
     def look(record) -> None:
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_stores_nothing(trained, tmp
     with pytest.raises(LossNotFinite, match="at step"):
         workspace.train(recipe)
     assert list(workspace.list()) == []
-    with pytest.raises(LossNotFinite, match="at step"):  # it would come again, so it is begun anew
+    with pytest.raises(LossNotFinite, match="at step"):  # it would fail again, so a new run is started
         workspace.train(recipe)
     assert len(list((workspace.store.root / "runs").iterdir())) == 2
 
@@ -255,7 +255,7 @@ def test_a_base_that_changed_under_its_name_is_refused(trained, tmp_path) -> Non
 
 @pytest.fixture
 def flipped(trained, tmp_path) -> Workspace:
-    """The store with one bit of the adapter's weights turned over."""
+    """A copy of the store with one bit of the adapter's weights flipped."""
     store = tmp_path / "store"
     shutil.copytree(trained.workspace.store.root, store)
     workspace = Workspace(store)

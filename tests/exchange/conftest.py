@@ -1,4 +1,4 @@
-"""Bases, PEFT folders and a store with an adapter of each kind, made once."""
+"""Fixtures: bases, PEFT folders, and a store with an adapter of each kind."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, bert: Path, llama: Path,
 
 @pytest.fixture
 def folder(foreign: Path, tmp_path: Path) -> Path:
-    """A copy of the PEFT folder to be spoilt."""
+    """A copy of the PEFT folder that a test may damage."""
     return Path(shutil.copytree(foreign, tmp_path / "sentiment"))
 
 
 @pytest.fixture
 def bundle(workspace: Workspace, tmp_path: Path) -> Path:
-    """An exported bundle to be spoilt."""
+    """An exported bundle that a test may damage."""
     workspace.export("sentiment", tmp_path / "bundle")
     return tmp_path / "bundle"
 

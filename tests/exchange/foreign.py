@@ -1,4 +1,4 @@
-"""What a stranger has, PEFT folders, and how the command says no."""
+"""PEFT folders from outside, and how the import command refuses them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = ["a great film", "a dull and boring story about the market"]
 
 
 def peft_folder(family: str, task: str, folder: Path, **changes: Any) -> Path:
-    """What a stranger who uses PEFT has: a LoRA with every number moved, and a head where the task has one."""
+    """A folder that PEFT saved: a LoRA whose weights all have an effect, and a head if the task has one."""
     kinds = {"classify": "SEQ_CLS", "generate": "SEQ_2_SEQ_LM" if family in ("t5", "bart") else "CAUSAL_LM"}
     method = {"r": 3, "lora_alpha": 6, "init_lora_weights": False, "fan_in_fan_out": family == "gpt2", **changes}
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def chances(workspace: Workspace, name: str, text: str) -> torch.Tensor:
-    """The probabilities of a stored classifier, on a base in float32 whatever this machine prefers."""
+    """The probabilities of a stored classifier, with a float32 base on every machine."""
     manifest = workspace.show(name)["manifest"]
     base = bases.load(manifest["base"]["id"], task="classify", dtype="float32")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -55,7 +55,7 @@ def chances(workspace: Workspace, name: str, text: str) -> torch.Tensor:
 
 
 def refused(capsys: pytest.CaptureFixture[str], store: Path, source: object, *more: str) -> str:
-    """The one line with which the command refuses to import; nothing is stored."""
+    """The error line of an import that is refused and stores nothing."""
     capsys.readouterr()
     status = run(["import", str(source), "--name", "x", "--store", str(store), *more])
     out, err = capsys.readouterr()

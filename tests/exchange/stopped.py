@@ -45,7 +45,7 @@ Content = dict[str, bytes] | None
 
 @dataclass(frozen=True)
 class Verb:
-    """A command, and the export that its target holds before it; None: the target is not there."""
+    """A command, and the form of the export that its target contains before; None: the target does not exist."""
 
     words: tuple[str, ...]
     holds: tuple[str, ...] | None = None
@@ -66,7 +66,7 @@ VERBS = {
 
 
 def content(folder: Path) -> Content:
-    """What is in the folder; of exports at work and broken off, nothing."""
+    """The contents of the folder, without working folders of exports."""
     if not folder.exists():
         return None
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".turret-export-")}
@@ -115,7 +115,7 @@ class Place:
         return status
 
     def look(self, *, killed: bool, failed: bool = False) -> str:
-        """The state of the target; raises AssertionError where it is none of the good ones, or something stays."""
+        """The state of the target. Raises AssertionError if it is a bad state, or if files are left behind."""
         if not killed:
             assert self.left() == [], self.left()
         found = content(self.out)
@@ -134,13 +134,13 @@ class Place:
         return state
 
     def left(self) -> list[Path]:
-        """What commands that were stopped left behind."""
+        """Working folders that stopped commands left behind."""
         room = list((self.folder / "room").rglob(".turret-export-*"))
         above = [] if self.out.exists() else list((self.folder / "room").iterdir())
         return [*(self.store / "scratch").glob("*"), *room, *above]
 
     def collect(self) -> None:
-        """Run gc as it would find things later."""
+        """Run gc with all leftovers old enough to be removed."""
         for path in (*(self.store / "scratch").rglob("*"), *(self.folder / "room").rglob(".turret-export-*")):
             for each in (path, *path.rglob("*")):
                 os.utime(each, (0, 0))

@@ -1,4 +1,4 @@
-"""An archive unpacks to the known files of one adapter below our own folder, or is refused in one line."""
+"""An archive unpacks only the known files of one adapter into our own folder, or is refused with one line."""
 
 from __future__ import annotations
 

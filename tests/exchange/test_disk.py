@@ -1,4 +1,4 @@
-"""A disk that fills while an export or import is at work costs one line, and with room the same command works."""
+"""If the disk fills during an export or import, the error is one line, and with space the same command works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turret.workspace import Workspace
 
 
 def fill(disk: Path, room: int) -> Path:
-    """All but so many bytes of the disk are taken."""
+    """Fill the disk except for so many bytes."""
     filler = disk / "filler"
     filler.write_bytes(b"")
     filler.write_bytes(bytes(max(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - room, 0)))
@@ -25,7 +25,7 @@ def fill(disk: Path, room: int) -> Path:
 
 
 def complaint(verb: Callable[[], object]) -> str | None:
-    """The line of a verb that could not be done; None for one that was."""
+    """The error line of a call; None if it succeeded."""
     try:
         verb()
     except StoreError as error:

@@ -1,4 +1,4 @@
-"""What goes out comes back the same, loads in PEFT and transformers, and is whole or not there."""
+"""An export can be imported again unchanged, loads in PEFT and transformers, and is complete or missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An export or import whose disk fails says so, and leaves its target as it was, or without what loaders need."""
+"""If the disk fails, an export leaves its target unchanged or not loadable, and the error names the disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_no_write_or_flush_of_an_export_or_import_fails_unheard(verb: str, tmp_p
 
 
 def test_the_disk_that_fails_is_named_and_another_error_is_said_as_it_is(tmp_path: Path) -> None:
-    """Also where a library, such as safetensors, says it in its own words."""
+    """Also if a library such as safetensors reports it in its own words."""
     fails = f"Input/output error: {tmp_path}: the disk at /"
     assert plainly(OSError(5, "Input/output error"), tmp_path).startswith(fails)
     assert plainly(RuntimeError("I/O error: Input/output error (os error 5)"), tmp_path).startswith(fails)

@@ -1,4 +1,4 @@
-"""What comes from outside is checked on its base and stored, and says itself what it can."""
+"""An adapter from outside is checked on its base and stored; what it states itself need not be given."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_hub_out_of_reach_is_one_line(tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_an_adapter_of_the_hub_is_copied_out_of_its_cache_with_its_commit(foreign, tmp_path) -> None:
-    """A stand-in for the Hub's client: a snapshot made of links into a cache, and only what was asked for."""
+    """A fake of the Hub's client: a snapshot of links into a cache, with only the requested files."""
     asked: list[Any] = []
 
     def download(repository: str, *, allow_patterns: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""A folder or a bundle from outside that lies, does not fit or carries more than numbers is refused in one line."""
+"""A folder or bundle that is wrong, does not fit or contains more than tensors is refused with one line."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def test_a_name_that_could_mean_more_is_refused_before_anything_is_read(name, fo
 
 
 def resealed(bundle: Path, **changes: Any) -> None:
-    """The manifest with other words, and digests that agree with them: whoever can change a file can do that too."""
+    """Change the manifest and its digests, as an attacker who can change files could."""
     manifest = json.loads((bundle / MANIFEST).read_text()) | changes
     for name in (CONFIG, WEIGHTS):
         content = (bundle / name).read_bytes()

@@ -1,4 +1,4 @@
-"""An export or import that is stopped at any moment leaves its target as it was, whole, or refused by every loader."""
+"""If an export or import is stopped at any moment, its target is unchanged, complete, or not loadable."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ THERE = ("empty", "over", "over-merged", "merged-over")
 
 
 def stopped(folder: Path, *arguments: object) -> Counter[str]:
-    """How often the target was found in which state."""
+    """How often the target was in each state."""
     command = [sys.executable, str(STOPPED), str(folder), *map(str, arguments)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert found.returncode == 0, found.stderr
@@ -68,7 +68,7 @@ def test_stopped_from_outside_at_random_moments(verb: str, sent: str, tmp_path: 
 
 
 def sigterm_at(number: int, work: Callable[[], None]) -> int:
-    """Carry out `work` in a process that gets SIGTERM at its n-th file operation; its status, 130 where it stopped."""
+    """Run `work` in a process that gets SIGTERM at its n-th file operation. Returns its status; 130: it stopped."""
     process = os.fork()
     if process == 0:
         status = 99
@@ -111,7 +111,7 @@ def test_sigterm_at_any_operation_of_a_scratch_folder_leaves_nothing(there: bool
 
 
 def test_a_scratch_folder_whose_making_fails_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk fails when the folder is there, but its name is not yet flushed."""
+    """The disk fails after the rename, before the parent folder is flushed."""
     root = tmp_path / "store"
     (root / "scratch").mkdir(parents=True)
 
@@ -126,7 +126,7 @@ def test_a_scratch_folder_whose_making_fails_is_gone(tmp_path: Path, monkeypatch
 
 
 def killed_at_rename(workspace: Workspace, out: Path, number: int) -> bool:
-    """Export over `out`, killed at the n-th file that is moved into it; False where it came through."""
+    """Export into `out`, killed at the n-th file that is moved into it. Returns False if it was not killed."""
     process = os.fork()
     if process == 0:
         seen = 0
@@ -202,7 +202,7 @@ def test_gc_takes_back_what_a_killed_export_moved_and_leaves_an_export_at_work_a
 
 
 def test_a_note_that_names_a_folder_of_another_name_removes_nothing(workspace: Workspace, tmp_path: Path) -> None:
-    """A store may come from somebody else."""
+    """A store can come from another user."""
     (tmp_path / "mine").mkdir()
     note = workspace.store.root / "scratch" / f"{'ab' * 16}.json"
     for text in (f'{{"folder": "{tmp_path / "mine"}", "made": ["{tmp_path / "mine"}"]}}', "[]", "{", '{"folder": 1}'):

@@ -1,4 +1,4 @@
-"""A comparison on a two-layer base: trained in processes of its own, stored, judged; killed, and gone on with."""
+"""Comparisons on a two-layer base: cells in their own processes, stored results, verdicts, resuming after a kill."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_the_command_in_a_report_asks_for_the_same_again(tmp_path, changes) -> N
 
 
 def test_progress_says_the_last_score_and_the_time_left(tmp_path) -> None:
-    """From the second training on; without a training, by cells whose results are there."""
+    """Without running a training: the results of earlier cells are given."""
     made = design(
         recipe_in(tmp_path), candidates("full,lora", recipe_in(tmp_path), "classify"), seeds=2, fractions=(1.0,),
         against="full", margin=1.0, train=40,
@@ -196,7 +196,7 @@ def test_a_result_is_whole_or_not_there(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_comparison_killed_at_any_moment_goes_on_with_what_is_missing(tmp_path) -> None:
-    """Killed with SIGKILL again and again; every training is in the store once, and none is lost."""
+    """After two SIGKILLs every training is stored exactly once."""
     recipe_in(tmp_path)
     command = [
         sys.executable,

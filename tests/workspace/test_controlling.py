@@ -1,4 +1,4 @@
-"""Control on a two-layer base: an adapter an aspect, a classifier beside them, and mistakes told in one line."""
+"""Control on a two-layer base: one adapter per aspect, a classifier of aspects, and one-line errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = {"good": "great film", "bad": "dull story"}
 
 
 def recipe_in(folder: Path, family: str = "llama", rows: int = 24) -> Recipe:
-    """One table with a column an aspect."""
+    """A recipe for a table with one column per aspect."""
     base = folder / family
     if not base.exists():
         small_models.save_base(family, base)

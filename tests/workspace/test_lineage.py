@@ -1,4 +1,4 @@
-"""What a version was made from is in the store with it: shown, compared, and not deleted while it is needed."""
+"""The lineage of a version is stored, shown and compared, and a parent version is not deleted while it is needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from turret.workspace import RunResult
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A base, a table, and the bundle of a LoRA that was made elsewhere."""
+    """A base, a table, and the bundle of a random LoRA."""
     folder = tmp_path_factory.mktemp("lineage")
     small_models.save_base("bert", folder / "bert")
     rows = [f"{each.text},{each.label}\n" for each in tiny_training.labelled(24)]
@@ -47,7 +47,7 @@ def recipe(folder: Path, **train: object) -> Recipe:
 
 @pytest.fixture(scope="module")
 def trained(folder) -> tuple[Workspace, RunResult]:
-    """`tone@2`, which went on from `tone@production` while that was `tone@1`."""
+    """`tone@2`, trained from `tone@production` while that alias named `tone@1`."""
     workspace = Workspace(folder / "store")
     workspace.store.put("tone", folder / "parent")
     workspace.promote("tone@1", "production")
@@ -106,7 +106,7 @@ def test_plan_reads_the_version_too_and_what_is_not_there_or_does_not_fit_is_sai
 
 @pytest.mark.slow
 def test_processes_that_train_together_go_on_from_a_version_as_one_does(trained, folder, tmp_path) -> None:
-    """Both of them read it, one stores; where it is not there, both end and one says so."""
+    """Both processes read the parent version, one stores the result. If it is missing, both end and one reports it."""
     small_models.save_base("bert", tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     still = {"base": str(tmp_path / "bert"), "method.lora_dropout": "0", "train.dtype": "float32"}
     made = recipe(folder, init_from="tone@1").with_overrides(still)

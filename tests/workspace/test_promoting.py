@@ -1,4 +1,4 @@
-"""A promote puts the golden examples of an alias to the version itself and says which answer was wrong."""
+"""Promoting replays the alias's golden examples with the version and names the first wrong answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def table(path: Path, heads: list[str], rows: list[list[str]]) -> Path:
 
 
 def made(name: str, family: str, kind: str, folder: Path) -> Path:
-    """The bundle of a random LoRA with the task of that kind, on a small base."""
+    """The bundle of a random LoRA for a task of that kind, on a small base."""
     base = bases.load(
         str(small_models.save_base(family, folder / family)),
         task="classify" if kind == "classify" else "generate",
@@ -48,7 +48,7 @@ def made(name: str, family: str, kind: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The bundles of a classifier `tone` and a writer `short`."""
+    """The bundles of a classifier `tone` and a generator `short`."""
     folder = tmp_path_factory.mktemp("promoting")
     made("tone", "bert", "classify", folder)
     made("short", "llama", "generate", folder)
@@ -80,7 +80,7 @@ def test_a_version_with_the_right_answers_takes_the_alias_and_is_not_asked_twice
     assert [(each.passed, each.total) for each in move.replays] == [(2, 2)]
     assert any("asking 2 golden examples" in words for words in stages)
     (kept,) = workspace.show("tone")["replays"]
-    monkeypatch.setattr(answering, "mounted", None)  # whoever asks now fails
+    monkeypatch.setattr(answering, "mounted", None)  # loading a base now fails
     assert workspace.promote("tone", "production").replays == move.replays
     monkeypatch.undo()
     again = workspace.promote("tone", "production", replay=True)
@@ -134,7 +134,7 @@ def test_a_writer_must_equal_contain_or_be_like_a_text(workspace, tmp_path) -> N
 
 
 def test_examples_that_are_added_while_others_are_replayed_are_asked_too(workspace, tmp_path) -> None:
-    """Between the replay and the move another process lets the alias ask for more, which this version fails."""
+    """Between the replay and the move, another process adds golden examples that this version fails."""
     (label,) = answered(workspace, ["a great film"])
     wrong = "bad" if label == "good" else "good"
     workspace.gate("tone", "production", golden=table(tmp_path / "1.csv", ["text", "label"], [["a great film", label]]))
@@ -154,7 +154,7 @@ def test_examples_that_are_added_while_others_are_replayed_are_asked_too(workspa
 
 
 def test_an_alias_that_moves_on_meanwhile_changes_nothing_of_what_is_promoted(workspace, tmp_path) -> None:
-    """`candidate` names another version by the time of the move: what was asked is what is promoted."""
+    """`candidate` names another version at the time of the move: the version that was replayed is promoted."""
     workspace.store.materialize("tone", tmp_path / "tone")
     other = json.loads((tmp_path / "tone" / "manifest.json").read_text())
     (tmp_path / "tone" / "manifest.json").write_text(json.dumps(other | {"digest": "sha256:other"}))
@@ -247,7 +247,7 @@ def test_whoever_has_the_base_in_memory_is_asked_in_place_of_a_base_that_is_load
 ) -> None:
     golden = table(tmp_path / "golden.csv", ["text", "label"], [["one", "good"], ["two", "bad"]])
     workspace.gate("tone", "production", golden=golden)
-    monkeypatch.setattr(answering, "mounted", None)  # whoever loads a base fails
+    monkeypatch.setattr(answering, "mounted", None)  # loading a base now fails
     asked: list[tuple[str, list[str]]] = []
 
     def ask(version, texts):

@@ -1,4 +1,4 @@
-"""Two versions answer the same labelled examples; what differs is told from chance before traffic is spent."""
+"""A replay asks two versions the same labelled examples and compares them with a paired test."""
 
 from __future__ import annotations
 

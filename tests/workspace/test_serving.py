@@ -1,4 +1,4 @@
-"""What a store says of a version is asked once a second, however often it is asked for; what may move, each time."""
+"""A numbered version is resolved at most once per second; aliases and plain names on every request."""
 
 from __future__ import annotations
 
