@@ -172,7 +172,7 @@ class Workspace:
         """
         from turret.workspace import training
 
-        callbacks = training.Callbacks(on_record, on_plan, on_stage or silent)
+        callbacks = training.Callbacks(on_record or silent, on_plan or silent, on_stage or silent)
         return training.train(self.store, recipe, callbacks, fresh=fresh, beside_base=beside_base)
 
     def compare(

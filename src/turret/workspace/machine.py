@@ -35,10 +35,10 @@ def facts(store: Store) -> JsonObject:
         "memory_bytes": memory.total,
         "memory_available_bytes": memory.available,
         "disk_free_bytes": shutil.disk_usage(_existing(store.root)).free,
-        "libraries": {name: _installed(name) for name in LIBRARIES},
+        "libraries": {name: installed(name) for name in LIBRARIES},
         "processor": _processor(),
         "bundled": [
-            {"kind": kind, "source": source, "installed": _installed(package), "install": install}
+            {"kind": kind, "source": source, "installed": installed(package), "install": install}
             for kind, source, package, install in BUNDLED
         ],
         "hub": "offline by HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") == "1" else "not tried",
@@ -77,7 +77,8 @@ def _store(store: Store) -> JsonObject:
     return facts
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of an installed package; None if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
+T = TypeVar("T")
 Say = Callable[[str], None]
 
 
-def silent(line: str) -> None:
-    """Report nothing."""
+def silent(_value: T) -> None:
+    """A callback that does nothing."""

@@ -40,19 +40,11 @@ PROOF_START = 6.0  # seconds in which a fresh process imports torch and transfor
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What a caller is told during a training."""
+    """Functions that are called during a training."""
 
-    on_record: Callable[[trainer.StepRecord], None] | None = None
-    on_plan: Callable[[Planned], None] | None = None
+    record: Callable[[trainer.StepRecord], None] = silent  # after every step
+    planned: Callable[[Planned], None] = silent  # once, before the first step
     stage: Say = silent
-
-    def planned(self, planned: Planned) -> None:
-        if self.on_plan is not None:
-            self.on_plan(planned)
-
-    def record(self, record: trainer.StepRecord) -> None:
-        if self.on_record is not None:
-            self.on_record(record)
 
 
 @dataclass(frozen=True)
@@ -67,6 +59,11 @@ class Ready:
     load_seconds: float
     resident: int  # bytes of the process after the base was loaded
     start: trainer.InitialAdapter | None  # the version that `train.init_from` names
+
+    @property
+    def parts(self) -> tuple[Recipe, Base, Task, Dataset]:
+        """The positional arguments of `turret.train`'s functions."""
+        return self.recipe, self.base, self.task, self.dataset
 
 
 def prepare(store: Store, recipe: Recipe, callbacks: Callbacks) -> Ready:
@@ -124,26 +121,16 @@ def plan(store: Store, recipe: Recipe, callbacks: Callbacks) -> Planned:
 
 def _plan(ready: Ready, callbacks: Callbacks) -> Planned:
     callbacks.stage("checking the plan")
-    plan = trainer.plan(
-        ready.recipe,
-        ready.base,
-        ready.task,
-        ready.dataset,
-        start=ready.start,
-        proof_seconds=PROOF_START + ready.load_seconds,
-    )
+    plan = trainer.plan(*ready.parts, start=ready.start, proof_seconds=PROOF_START + ready.load_seconds)
     return Planned(ready.recipe, plan, ready.notes)
 
 
 def _with_rate(ready: Ready, planned: Planned, callbacks: Callbacks) -> Planned:
-    """Run the trials of `lr = "auto"` and put the rate that they found into the recipe."""
-    if ready.recipe.train.lr != "auto":
+    """Run the trials of `lr = "auto"`, unless the plan is refused, and put the rate that they found into the recipe."""
+    if planned.plan.refused or ready.recipe.train.lr != "auto":
         return planned
     found = trainer.find_rate(
-        ready.recipe,
-        ready.base,
-        ready.task,
-        ready.dataset,
+        *ready.parts,
         start=ready.start,
         on_trial=lambda lr, steps: callbacks.stage(f"trying the learning rate {lr:.3g} for {steps} steps"),
     )
@@ -164,7 +151,8 @@ def train(store: Store, recipe: Recipe, callbacks: Callbacks, *, fresh: bool, be
     ready = here.main_first(lambda: prepare(store, recipe, callbacks))
     if here.device is not None:
         ready.base.model.to(here.device)
-    planned = here.from_main(lambda: _planned(_noted(ready, here), callbacks))
+    noted = _noted(ready, here)
+    planned = here.from_main(lambda: _with_rate(noted, _plan(noted, callbacks), callbacks))
     ready = replace(ready, recipe=planned.recipe, notes=planned.notes)
     callbacks.planned(planned)
     if planned.plan.refused:
@@ -185,12 +173,6 @@ def train(store: Store, recipe: Recipe, callbacks: Callbacks, *, fresh: bool, be
     return here.from_main(lambda: result)
 
 
-def _planned(ready: Ready, callbacks: Callbacks) -> Planned:
-    """The plan; if it is not refused, with the learning rate that `lr = "auto"` found."""
-    planned = _plan(ready, callbacks)
-    return planned if planned.plan.refused else _with_rate(ready, planned, callbacks)
-
-
 def _noted(ready: Ready, here: processes.Processes) -> Ready:
     if here.size == 1:
         return ready
@@ -201,7 +183,7 @@ def _noted(ready: Ready, here: processes.Processes) -> Ready:
 def _follow(here: processes.Processes, ready: Ready) -> RunResult:
     """Run the training steps in a process other than the main one. Returns the main process's result."""
     folder: Path = here.from_main(_only_in_main)
-    for _ in trainer.fit(ready.recipe, ready.base, ready.task, ready.dataset, folder=folder, start=ready.start):
+    for _ in trainer.fit(*ready.parts, folder=folder, start=ready.start):
         pass
     adapters.detach(ready.base.model)
     result: RunResult = here.from_main(_only_in_main)
@@ -269,15 +251,7 @@ def _fit(run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks) -> 
     with _disk_errors(run):
         curve = trainer.Curve(run.curve, resume_after=after)
     processes.begin().from_main(lambda: run.checkpoint)
-    steps = trainer.fit(
-        ready.recipe,
-        ready.base,
-        ready.task,
-        ready.dataset,
-        folder=run.checkpoint,
-        predicted=planned.plan.memory,
-        start=ready.start,
-    )
+    steps = trainer.fit(*ready.parts, folder=run.checkpoint, predicted=planned.plan.memory, start=ready.start)
     while True:
         try:
             record = next(steps)

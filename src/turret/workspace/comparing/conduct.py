@@ -16,7 +16,8 @@ from typing import Literal
 
 from turret.compare.candidates import Candidate, candidates, is_floor
 from turret.compare.comparison import Comparison, SeededResults, comparison, paired
-from turret.compare.design import Cell, Design, PlannedDesign, design
+from turret.compare.design import Cell, Design, PlannedDesign
+from turret.compare.design import design as make_design
 from turret.compare.power import Power, Spread, power
 from turret.compare.report import write_report
 from turret.compare.report_text import seconds as span
@@ -126,7 +127,7 @@ def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) 
         raise RecipeError("a comparison needs test examples, and the data has none: give data.test")
     rows = candidates(request.methods, recipe, data.kind, request.lr)
     require_known(rows)
-    made = design(
+    design = make_design(
         recipe,
         rows,
         seeds=request.seeds,
@@ -136,18 +137,18 @@ def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) 
         train=len(data.train),
     )
     folder = state.folder_of(store.root, recipe, data.digest)
-    cells = list(made.cells())
+    cells = list(design.cells())
     results = [each for each in (_stored_result(folder, cell) for cell in cells) if each is not None]
     planned = PlannedDesign(
         name=recipe.name,
         methods=tuple(row.label for row in rows),
-        against=made.against,
+        against=design.against,
         trainings=len(cells),
         missing=len(cells) - len(results),
-        power=_power(made, data, results, request.confidence),
+        power=_power(design, data, results, request.confidence),
         folder=str(folder),
     )
-    return Prepared(data, made, folder, planned)
+    return Prepared(data, design, folder, planned)
 
 
 def _stored_result(folder: Path, cell: Cell) -> Result | None:
@@ -156,14 +157,14 @@ def _stored_result(folder: Path, cell: Cell) -> Result | None:
     return None if stored is None else Result.of(cell, stored)
 
 
-def _power(made: Design, data: Dataset, results: Sequence[Result], confidence: float) -> Power:
+def _power(design: Design, data: Dataset, results: Sequence[Result], confidence: float) -> Power:
     """What the design can detect, from the spread of the results so far, or from an assumed spread."""
-    whole = [each for each in results if each.fraction == made.fractions[0]]
-    sides = {row.spec: SeededResults.of(row.spec, whole, data.test).trained for row in made.candidates}
-    contenders = [row.spec for row in made.candidates if not is_floor(row.kind) and row.spec != made.against]
-    pairs = [d for spec in contenders if (d := paired(sides[spec], sides[made.against])) is not None]
+    whole = [each for each in results if each.fraction == design.fractions[0]]
+    sides = {row.spec: SeededResults.of(row.spec, whole, data.test).trained for row in design.candidates}
+    contenders = [row.spec for row in design.candidates if not is_floor(row.kind) and row.spec != design.against]
+    pairs = [d for spec in contenders if (d := paired(sides[spec], sides[design.against])) is not None]
     spread = Spread.measured(pairs) or Spread.assumed(data.kind)
-    return power(spread, len(made.seeds), len(data.test), made.margin, confidence=confidence)
+    return power(spread, len(design.seeds), len(data.test), design.margin, confidence=confidence)
 
 
 @contextmanager

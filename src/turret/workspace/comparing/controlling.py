@@ -65,21 +65,21 @@ class PreparedControl:
 
 def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> Control:
     """Run the missing cells, judge all outputs by the classifier and by ROUGE-L, and write the report."""
-    made = _prepare(recipe, request, say)
-    digest = hashlib.sha256("".join(each.digest for each in made.data.values()).encode()).hexdigest()
+    prepared = _prepare(recipe, request, say)
+    digest = hashlib.sha256("".join(each.digest for each in prepared.data.values()).encode()).hexdigest()
     folder = state.folder_of(store.root, recipe, digest, "controls")
     with locked(folder):
-        judge = _judge(folder, recipe, made, request)
+        judge = _judge(folder, recipe, prepared, request)
         sitting = Sitting(store, folder, say)
-        run_cells(sitting, [judge, *(cell for cells in zip(*made.cells.values(), strict=True) for cell in cells)])
+        run_cells(sitting, [judge, *(cell for cells in zip(*prepared.cells.values(), strict=True) for cell in cells)])
         trained_judge = sitting.results.get(judge.key)
         if trained_judge is None:
             raise TrainingError(
                 f"no classifier of aspects: {sitting.failures.get(judge.candidate.spec, 'not trained')}"
             )
         say("judging the outputs")
-        written = _judged(store, made, sitting.results, str(trained_judge.version))
-        result = _control(recipe, request, made, sitting, trained_judge, written, folder)
+        written = _judged(store, prepared, sitting.results, str(trained_judge.version))
+        result = _control(recipe, request, prepared, sitting, trained_judge, written, folder)
         result = result if request.texts else result.without_texts()
         write_report(result, folder, state.write_text)
     return result
@@ -134,9 +134,8 @@ def _recipe_of(recipe: Recipe, aspect: str) -> Recipe:
 
 
 def _cell(candidate: Candidate, recipe: Recipe, place: int) -> Cell:
-    made = candidate.recipe
     seed = (recipe.seed + place) % 2**32
-    return Cell(candidate, seed, 1.0, made.model_copy(update={"seed": seed}))
+    return Cell(candidate, seed, 1.0, candidate.recipe.model_copy(update={"seed": seed}))
 
 
 def _require_shared(data: Mapping[str, Dataset]) -> None:
@@ -151,13 +150,13 @@ def _require_shared(data: Mapping[str, Dataset]) -> None:
             )
 
 
-def _judge(folder: Path, recipe: Recipe, made: PreparedControl, request: ControlRequest) -> Cell:
+def _judge(folder: Path, recipe: Recipe, prepared: PreparedControl, request: ControlRequest) -> Cell:
     """The cell that trains the classifier. Writes its training data."""
     references = folder / "references"
     for split in ("train", "test"):
         rows = [
             {"text": example.output, "label": aspect}
-            for aspect, data in made.data.items()
+            for aspect, data in prepared.data.items()
             for example in (data.train if split == "train" else data.test)
         ]
         state.write_text(references / f"{split}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
@@ -176,15 +175,15 @@ def _judge(folder: Path, recipe: Recipe, made: PreparedControl, request: Control
     return Cell(Candidate("judge", "lora", judge_recipe), recipe.seed, 1.0, judge_recipe)
 
 
-def _judged(store: Store, made: PreparedControl, results: Mapping[str, Result], judge: str) -> list[Written]:
+def _judged(store: Store, prepared: PreparedControl, results: Mapping[str, Result], judge: str) -> list[Written]:
     """Every generated text with the aspect that the classifier sees in it, and its ROUGE-L to every reference."""
     from turret.tasks.metrics import rouge_l
     from turret.workspace import answering
 
     found = []
-    references = _references(made)
+    references = _references(prepared)
     ready = None
-    for aspect, cells in made.cells.items():
+    for aspect, cells in prepared.cells.items():
         for cell in cells:
             result = results.get(cell.key)
             if result is None:
@@ -199,27 +198,27 @@ def _judged(store: Store, made: PreparedControl, results: Mapping[str, Result], 
     return found
 
 
-def _references(made: PreparedControl) -> dict[str, list[str]]:
+def _references(prepared: PreparedControl) -> dict[str, list[str]]:
     """By aspect: the reference of each test document."""
-    return {aspect: [str(example.output) for example in data.test] for aspect, data in made.data.items()}
+    return {aspect: [str(example.output) for example in data.test] for aspect, data in prepared.data.items()}
 
 
 def _control(
     recipe: Recipe,
     request: ControlRequest,
-    made: PreparedControl,
+    prepared: PreparedControl,
     sitting: Sitting,
     judge: Result,
     written: Sequence[Written],
     folder: Path,
 ) -> Control:
-    aspects = tuple(made.recipes)
-    first = next(iter(made.data.values()))
-    labels = {row.spec: row.label for row in made.rows}
-    kinds = {row.spec: row.kind for row in made.rows}
+    aspects = tuple(prepared.recipes)
+    first = next(iter(prepared.data.values()))
+    labels = {row.spec: row.label for row in prepared.rows}
+    kinds = {row.spec: row.kind for row in prepared.rows}
     recipes = {
         f"{cell.candidate.spec}, {aspect}": cell.recipe.to_toml()
-        for aspect, cells in made.cells.items()
+        for aspect, cells in prepared.cells.items()
         for cell in cells
         if cell.seed == cells[0].seed and cell.candidate.kind != "base"
     }
@@ -230,21 +229,21 @@ def _control(
         aspects=aspects,
         documents=len(first.test),
         train=len(first.train),
-        seeds=tuple(sorted({cell.seed for cells in made.cells.values() for cell in cells})),
+        seeds=tuple(sorted({cell.seed for cells in prepared.cells.values() for cell in cells})),
         confidence=0.95,
         chance=100 / len(aspects),
         judge={
             "version": judge.version,
             "base": request.judge,
             "accuracy": 100 * float(judge.scores.mean()),
-            "learnt_from": sum(len(data.train) for data in made.data.values()),
+            "learnt_from": sum(len(data.train) for data in prepared.data.values()),
             "references": len(judge.scores),
         },
         rated=rated(written, aspects, labels, kinds, recipe.split_seed),
-        shown=shown(written, texts_of(first.test), _references(made)),
+        shown=shown(written, texts_of(first.test), _references(prepared)),
         failures=dict(sitting.failures),
         recipes=recipes,
-        notes=tuple(dict.fromkeys(note for data in made.data.values() for note in data.notes)),
+        notes=tuple(dict.fromkeys(note for data in prepared.data.values() for note in data.notes)),
         missing=len(sitting.missing),
         folder=str(folder),
         made=made_with(sitting.results.values()),

@@ -109,10 +109,10 @@ def _answers(ready: answering.Mounted, examples: Sequence[Example], say: Say, *,
 def _latency(ready: answering.Mounted, texts: Sequence[str], bare: bool) -> dict[str, float]:
     """Seconds per answer to one text at a time, after one answer to warm up."""
     count = min(len(texts), TIMED_TEXTS if ready.task.generates else TIMED_LABELS)
-    asked = [texts[place * len(texts) // count] for place in range(count)]
-    answering.answers(ready, asked[:1], bare=bare)
+    sample = [texts[place * len(texts) // count] for place in range(count)]
+    answering.answers(ready, sample[:1], bare=bare)
     seconds = []
-    for text in asked:
+    for text in sample:
         started = time.perf_counter()
         answering.answers(ready, [text], bare=bare)
         seconds.append(time.perf_counter() - started)

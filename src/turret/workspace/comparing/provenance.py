@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ import torch
 import turret
 from turret.json_types import JsonObject
 from turret.transformer import Model
+from turret.workspace.machine import installed
 
 PACKAGES = ("turret", "torch", "transformers", "peft")
 
@@ -27,7 +27,7 @@ def provenance(model: Model, int8: bool) -> JsonObject:
         "device": _device(weight.device),
         "threads": torch.get_num_threads(),
         "precision": precision,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
         "commit": commit(Path(turret.__file__).parents[2]),
     }
 
@@ -59,10 +59,3 @@ def _processor() -> str:
     info = {key.strip(): value.strip() for key, value in pairs}
     name = info.get("model name", platform.machine())
     return f"{name} (family {info['cpu family']}, model {info['model']})" if "cpu family" in info else name
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
