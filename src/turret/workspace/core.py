@@ -1,6 +1,6 @@
 """`Workspace(path)`: one object with a method for everything Turret does, like the command line's commands.
 
-Each method imports the module that does the work, so that importing this module loads no torch.
+Modules that load torch or numpy are imported inside the methods that need them.
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from turret.experiments import Router
 from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
 from turret.store import AccessTokens, Collected, Deleted, Gate, GateStatus, Golden, Move, Store, Verified, Version
+from turret.workspace import experimenting, machine, promoting, training_runs
+from turret.workspace.examples import read_examples
+from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
 from turret.workspace.progress import Say, silent
+from turret.workspace.promoting import Ask
 from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
 
 if TYPE_CHECKING:
@@ -21,14 +26,11 @@ if TYPE_CHECKING:
     from turret.compare.control_rates import Control
     from turret.compare.design import PlannedDesign
     from turret.engine import Engine, Limits
-    from turret.experiments import Router
     from turret.experiments.analyze import Memory
     from turret.experiments.evidence_history import EvidenceHistory
     from turret.recipe import Recipe
     from turret.store.difference import Difference
     from turret.train import StepRecord
-    from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
-    from turret.workspace.promoting import Ask
     from turret.workspace.replaying import Replayed
 
 
@@ -82,8 +84,6 @@ class Workspace:
         Raises:
             GateFailed: the version does not pass.
         """
-        from turret.workspace import promoting
-
         say = on_stage or silent
         return promoting.promote(self.store, reference, alias, list(require), again=replay, say=say, ask=ask)
 
@@ -109,8 +109,6 @@ class Workspace:
         """
         examples = None
         if golden is not None:
-            from turret.workspace.examples import read_examples
-
             examples = read_examples(golden)
         return self.store.gate(name, alias, add=add, remove=remove, examples=examples, share=share)
 
@@ -262,14 +260,10 @@ class Workspace:
 
     def run(self, run_id: str) -> JsonObject:
         """One training: the same keys, `recipe` (TOML) and `touched` (time of its last step), if it ran here."""
-        from turret.workspace import training_runs
-
         return training_runs.run(self.store, run_id)
 
     def curve(self, run_id: str, *, most: int = 2000) -> Sequence[StepRecord]:
         """About `most` steps of a training so far, evenly spaced, and every step with metrics."""
-        from turret.workspace import training_runs
-
         return training_runs.curve(self.store, run_id, most)
 
     def comparisons(self) -> Sequence[JsonObject]:
@@ -383,32 +377,22 @@ class Workspace:
 
     def experiment(self, name: str, number: int | None = None) -> LiveExperiment:
         """The experiment with this number, else the running one of an adapter name, else its last one."""
-        from turret.workspace.experimenting import LiveExperiment
-
         return LiveExperiment(self.store, name, number)
 
     def experiments(self, *, alpha: float = 0.05) -> Sequence[JsonObject]:
         """Every experiment with its evidence; `discovery` marks differences, of which at most alpha are false."""
-        from turret.workspace import experimenting
-
         return experimenting.listed(self.store, alpha)
 
     def course(self, name: str, number: int | None = None) -> EvidenceHistory:
         """How the evidence of an experiment grew with its outcomes."""
-        from turret.workspace import experimenting
-
         return experimenting.course(self.store, name, number, self._histories)
 
     def settle(self) -> Sequence[ExperimentStatus]:
         """Apply the guards of all running experiments. A server calls it every few seconds."""
-        from turret.workspace import experimenting
-
         return experimenting.settle_all(self.store, self._memories)
 
     def router(self, clock: Callable[[], float] = time.time) -> Router:
         """The object with which a server assigns requests to versions and records outcomes."""
-        from turret.experiments import Router
-
         return Router(self.store.database(make=True), clock)
 
     def replay(
@@ -431,6 +415,4 @@ class Workspace:
 
     def doctor(self) -> JsonObject:
         """What this machine can run."""
-        from turret.workspace import machine
-
         return machine.facts(self.store)

@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 from turret.errors import BadExperiment, ExperimentError, NotFound
 from turret.experiments import assign as assigning
 from turret.experiments import outcomes, rows
+from turret.experiments.discoveries import named
 from turret.experiments.experiment import (
     OUTCOME_TTL,
     Experiment,
@@ -33,13 +34,13 @@ from turret.json_types import JsonObject, JsonValue
 from turret.reference import Reference, check_alias, check_name
 from turret.store import Store, Version
 from turret.store.catalog import PRODUCTION, now, who
-from turret.workspace import decisions
+from turret.workspace import decisions, promoting
 from turret.workspace.progress import Say, silent
+from turret.workspace.promoting import Ask
 
 if TYPE_CHECKING:
     from turret.experiments.analyze import Analysis, Memory
     from turret.experiments.evidence_history import EvidenceHistory
-    from turret.workspace.promoting import Ask
 
 STEPS = (0.05, 0.2, 0.5)
 AT_ONCE = 1000  # outcomes in one transaction
@@ -255,8 +256,6 @@ class LiveExperiment:
         analysis = self._analyze(running)
         verdict = decisions.summary(analysis)
         if promote is not None:
-            from turret.workspace import promoting
-
             decisions.check_valid(analysis, promote)
             arm = running.arm(promote)
             also = decisions.ending(running, verdict | {"how": "promote", "arm": arm.name, "why": "asked for"})
@@ -328,7 +327,6 @@ class LiveExperiment:
 def listed(store: Store, alpha: float) -> list[JsonObject]:
     """Every experiment with its evidence; `discovery` marks those with a difference at level alpha over all of them."""
     from turret.experiments.analyze import weigh
-    from turret.experiments.discoveries import named
 
     check_alpha(alpha)
     with store.database().reading() as connection:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from turret.data.files import open_table
 from turret.errors import BadExperiment, DataError
 from turret.experiments.outcomes import Recorded, grouped
 from turret.json_types import JsonObject, JsonValue
@@ -61,8 +62,6 @@ def tell(
 
 def read(path: Path) -> Iterator[tuple[str | None, str | None, JsonValue]]:
     """(receipt, unit, value) of each row of a table. Raises DataError that names the line."""
-    from turret.data.files import open_table
-
     if not path.is_file():
         raise DataError(f"there is no file {str(path)[:200]!r}: give a table with value and receipt or unit")
     table = open_table(path)

@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+from filelock import FileLock, Timeout
+
 from turret.compare.candidates import Candidate, candidates, is_floor
 from turret.compare.comparison import Comparison, SeededResults, comparison, paired
 from turret.compare.design import Cell, Design, PlannedDesign
@@ -23,6 +25,7 @@ from turret.compare.report import write_report
 from turret.compare.report_text import seconds as span
 from turret.compare.results import Result
 from turret.data import Dataset
+from turret.data.dataset import read
 from turret.errors import RecipeError, StoreError, TrainingError
 from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
@@ -119,8 +122,6 @@ def compare(
 
 def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) -> Prepared:
     """Read the data, make the design, and compute its power. Trains and writes nothing."""
-    from turret.data.dataset import read
-
     say(f"reading {recipe.data.source}")
     data = read(recipe.data, schemas(recipe.task), recipe.split_seed)
     if not data.test:
@@ -170,8 +171,6 @@ def _power(design: Design, data: Dataset, results: Sequence[Result], confidence:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder if it is missing, and lock it for this process."""
-    from filelock import FileLock, Timeout
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock", timeout=0):

@@ -20,6 +20,7 @@ from turret.compare.control_report import write_report
 from turret.compare.design import Cell
 from turret.compare.results import Result, made_with
 from turret.data import Dataset, texts_of
+from turret.data.dataset import read
 from turret.errors import DataError, RecipeError, TrainingError
 from turret.recipe import Recipe
 from turret.reference import check_name
@@ -86,8 +87,6 @@ def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> 
 
 
 def _prepare(recipe: Recipe, request: ControlRequest, say: Say) -> PreparedControl:
-    from turret.data.dataset import read
-
     if len(set(request.aspects)) < 2:
         raise RecipeError("--aspects: expected at least two names with commas between them, such as short,long")
     if not 1 <= request.seeds <= 20:
