@@ -50,7 +50,7 @@ class _Section(BaseModel):
             raise RecipeError(joined(list(sentences(cls, error, keys)))) from None
 
 
-def _size(value: JsonValue) -> int | float | str | None:
+def _size(value: JsonValue) -> JsonValue:
     whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
     if value is None or whole or (isinstance(value, float) and 0 < value < 1):
         return value
@@ -272,7 +272,7 @@ class Recipe(_Section):
         if kind is not None and kind != settings["method"]["kind"]:
             method_class(kind)
             settings["method"] = {"kind": kind}
-        models = {"": Recipe, **_SECTIONS, "method": METHODS[settings["method"]["kind"]]}
+        models: dict[str, type[BaseModel]] = {"": Recipe, **_SECTIONS, "method": METHODS[settings["method"]["kind"]]}
         for key, text in texts.items():
             override(settings, key, text, models, keys)
         return Recipe.model_validate(settings)

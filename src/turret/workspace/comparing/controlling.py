@@ -49,9 +49,13 @@ class ControlRequest:
 
     def command(self, recipe: Recipe) -> str:
         """The command line with the same options."""
-        judge = None if self.judge == JUDGE else self.judge
-        options = {"aspects": ",".join(self.aspects), "methods": self.methods, "seeds": self.seeds, "judge": judge}
-        return command("control", recipe, options | {"no-texts": not self.texts})
+        return command(
+            "control", recipe,
+            {
+                "aspects": ",".join(self.aspects), "methods": self.methods, "seeds": self.seeds,
+                "judge": None if self.judge == JUDGE else self.judge, "no-texts": not self.texts,
+            },
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
