@@ -24,7 +24,7 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace import Workspace
 from turret.workspace.comparing import ComparisonRequest, state
-from turret.workspace.comparing.conduct import Sitting, _title
+from turret.workspace.comparing.cells import CellRunner
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 
@@ -145,12 +145,12 @@ def test_progress_says_the_last_score_and_the_time_left(tmp_path) -> None:
         against="full", margin=1.0, train=40,
     )  # fmt: skip
     cells, stages = list(made.cells()), []
-    sitting = Sitting(Store(tmp_path / "store"), tmp_path, stages.append)
-    assert _title(sitting, cells, 1) == "1 of 4  full, seed 42"
+    runner = CellRunner(Store(tmp_path / "store"), tmp_path, stages.append)
+    assert runner.title(cells, 1) == "1 of 4  full, seed 42"
     done = result(cells[0], dataset(20), 0.9, 1)  # of 40 seconds
-    sitting.results[cells[0].key], sitting.last = done, "full 90.0"
+    runner.results[cells[0].key], runner.last = done, "full 90.0"
     state.write(tmp_path / "cells" / cells[0].key / "result.json", {})
-    assert _title(sitting, cells, 2) == "2 of 4  lora, seed 42; last full 90.0; about 2 min 00 s left"
+    assert runner.title(cells, 2) == "2 of 4  lora, seed 42; last full 90.0; about 2 min 00 s left"
 
 
 def test_a_comparison_that_is_held_by_another_process_is_refused(compared) -> None:

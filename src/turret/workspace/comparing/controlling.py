@@ -27,8 +27,8 @@ from turret.reference import check_name
 from turret.store import Store
 from turret.tasks import schemas, task_of
 from turret.workspace.comparing import state
+from turret.workspace.comparing.cells import CellRunner, locked, require_known
 from turret.workspace.comparing.command import command
-from turret.workspace.comparing.conduct import Sitting, locked, require_known, run_cells
 from turret.workspace.progress import Say
 
 MARK = "{aspect}"
@@ -75,16 +75,14 @@ def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> 
     folder = state.folder_of(store.root, recipe, digest, "controls")
     with locked(folder):
         judge = _judge(folder, recipe, prepared, request)
-        sitting = Sitting(store, folder, say)
-        run_cells(sitting, [judge, *(cell for cells in zip(*prepared.cells.values(), strict=True) for cell in cells)])
-        trained_judge = sitting.results.get(judge.key)
+        runner = CellRunner(store, folder, say)
+        runner.run([judge, *(cell for cells in zip(*prepared.cells.values(), strict=True) for cell in cells)])
+        trained_judge = runner.results.get(judge.key)
         if trained_judge is None:
-            raise TrainingError(
-                f"no classifier of aspects: {sitting.failures.get(judge.candidate.spec, 'not trained')}"
-            )
+            raise TrainingError(f"no classifier of aspects: {runner.failures.get(judge.candidate.spec, 'not trained')}")
         say("judging the outputs")
-        written = _judged(store, prepared, sitting.results, str(trained_judge.version))
-        result = _control(recipe, request, prepared, sitting, trained_judge, written, folder)
+        written = _judged(store, prepared, runner.results, str(trained_judge.version))
+        result = _control(recipe, request, prepared, runner, trained_judge, written, folder)
         result = result if request.texts else result.without_texts()
         write_report(result, folder, state.write_text)
     return result
@@ -210,7 +208,7 @@ def _control(
     recipe: Recipe,
     request: ControlRequest,
     prepared: PreparedControl,
-    sitting: Sitting,
+    runner: CellRunner,
     judge: Result,
     written: Sequence[Written],
     folder: Path,
@@ -227,7 +225,7 @@ def _control(
     }
     return Control(
         name=recipe.name,
-        base=next(each.base for each in sitting.results.values() if task_of(each.kind).generates),
+        base=next(each.base for each in runner.results.values() if task_of(each.kind).generates),
         source=recipe.data.source,
         aspects=aspects,
         documents=len(first.test),
@@ -244,11 +242,11 @@ def _control(
         },
         rated=rated(written, aspects, labels, kinds, recipe.split_seed),
         shown=shown(written, texts_of(first.test), _references(prepared)),
-        failures=dict(sitting.failures),
+        failures=dict(runner.failures),
         recipes=recipes,
         notes=tuple(dict.fromkeys(note for data in prepared.data.values() for note in data.notes)),
-        missing=len(sitting.missing),
+        missing=len(runner.missing),
         folder=str(folder),
-        made=made_with(sitting.results.values()),
+        made=made_with(runner.results.values()),
         command=request.command(recipe),
     )

@@ -1,0 +1,139 @@
+"""Run cells, each in its own process. A cell is one training of one method with one seed, or one look at the base.
+
+Results of earlier calls are kept in the comparison's folder and used again. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+
+from filelock import FileLock, Timeout
+
+from turret.compare.candidates import Candidate
+from turret.compare.design import Cell
+from turret.compare.report_text import seconds as span
+from turret.compare.results import Result
+from turret.errors import RecipeError, StoreError, TrainingError
+from turret.json_types import JsonObject
+from turret.methods.lookup import numbers_of
+from turret.store import Store
+from turret.tasks import task_of
+from turret.workspace.comparing import state
+from turret.workspace.comparing.cell_process import run_cell
+from turret.workspace.progress import Say
+
+# Errors that every cell would meet, so the next one is not tried.
+EVERYWHERE = ("BaseModelError", "UnknownFamily", "DataError", "StoreError", "Corrupt", "RecipeError")
+
+
+class CellRunner:
+    """Runs the missing cells of a comparison, and collects the results of all its cells.
+
+    Args:
+        store: gets every trained version.
+        folder: of the comparison.
+        say: called with a line of progress.
+        deadline: a value of `time.monotonic` at which the budget ends; None: no budget.
+    """
+
+    def __init__(self, store: Store, folder: Path, say: Say, deadline: float | None = None) -> None:
+        self.store, self.folder, self.say, self.deadline = store, folder, say, deadline
+        self.results: dict[str, Result] = {}  # by the cell's key
+        self.failures: dict[str, str] = {}  # the candidate's spec -> one line
+        self.missing: list[Cell] = []
+        self.last = ""  # method and score of the previous cell
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Run the missing cells in order until the budget ends. Raises TrainingError if there is no result at all."""
+        for number, cell in enumerate(cells, 1):
+            name, here = cell.candidate.spec, self.folder / "cells" / cell.key
+            result = state.read(here / "result.json") or self._same_base(cell, here)
+            if result is None and name not in self.failures:
+                left = None if self.deadline is None else self.deadline - time.monotonic()
+                if left is not None and left <= (self._expected_seconds(cell, own=True) or 0.0):
+                    self.missing.append(cell)
+                    continue
+                result = self._run(cell, here, left, self.title(cells, number))
+            if result is not None:
+                self.results[cell.key] = Result.of(cell, result)
+                self.last = f"{cell.candidate.label} {100 * float(self.results[cell.key].scores.mean()):.1f}"
+            else:
+                self.missing.append(cell)
+        if not self.results:
+            failures = "; ".join(f"{name}: {why}" for name, why in self.failures.items())
+            raise TrainingError(f"nothing could be compared: {failures or 'the budget ended before the first run did'}")
+
+    def title(self, cells: Sequence[Cell], number: int) -> str:
+        """`3 of 25  lora, seed 42; last full 95.2; about 12 min left`."""
+        rest = [each for each in cells[number - 1 :] if not (self.folder / "cells" / each.key / "result.json").exists()]
+        expected = [self._expected_seconds(each) for each in rest if each.candidate.spec not in self.failures]
+        known = [each for each in expected if each is not None]
+        parts = [f"{number} of {len(cells)}  {cells[number - 1]}"]
+        parts += [f"last {self.last}"] if self.last else []
+        parts += [f"about {span(sum(known) * len(expected) / len(known))} left"] if known else []
+        return "; ".join(parts)
+
+    def _expected_seconds(self, cell: Cell, *, own: bool = False) -> float | None:
+        """The mean time of cells of the same method and fraction; if there are none, of all cells, unless `own`."""
+        trained = [each for each in self.results.values() if (each.version is None) == (cell.candidate.kind == "base")]
+        alike = [each for each in trained if each.spec == cell.candidate.spec and each.fraction == cell.fraction]
+        if alike or own:
+            return fmean(each.wall_seconds for each in alike) if alike else None
+        return fmean(each.wall_seconds * cell.fraction / each.fraction for each in trained) if trained else None
+
+    def _same_base(self, cell: Cell, here: Path) -> JsonObject | None:
+        """The bare base's result under an earlier seed. Generation draws no random number."""
+        if cell.candidate.kind != "base":
+            return None
+        for key in self.results:
+            earlier = state.read(self.folder / "cells" / key / "result.json")
+            if earlier and earlier["version"] is None and task_of(earlier["kind"]).generates:
+                state.write(here / "result.json", earlier)
+                return earlier
+        return None
+
+    def _run(self, cell: Cell, here: Path, left: float | None, title: str) -> JsonObject | None:
+        """Run a cell in a fresh process. None: it failed, or the budget ended first."""
+        request = {
+            "kind": cell.candidate.kind,
+            "recipe": cell.recipe.to_toml(),
+            "store": str(self.store.root.absolute()),
+        }
+        state.write(here / "request.json", request)
+        self.say(title)
+        problem = run_cell(here, left, lambda line: self.say(f"{title}: {line}"))
+        result = state.read(here / "result.json")
+        if result is not None or problem is None:
+            return result
+        failed = state.read(here / "failed.json") or {"error": problem, "kind": ""}
+        if failed["kind"] in EVERYWHERE:
+            raise TrainingError(f"{cell}: {failed['error']}")
+        self.failures[cell.candidate.spec] = f"seed {cell.seed}: {failed['error']}"
+        return None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder if it is missing, and lock it for this process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise StoreError(f"another process runs the comparison in {folder}: wait for it, or end it") from None
+    except OSError as error:
+        raise StoreError(f"the comparison cannot be written to {folder}: {error.strerror or error}") from None
+
+
+def require_known(rows: Sequence[Candidate]) -> None:
+    """Check methods of PEFT and their settings before anything is trained; only this check loads PEFT."""
+    for row in rows:
+        if row.recipe.method.open_settings:
+            try:
+                numbers_of(row.recipe.method).require_known()
+            except RecipeError as error:
+                raise RecipeError(f"{row.spec}: {error}") from None
