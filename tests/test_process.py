@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from turret.process import SELDOM, SPIN, WAITING, environment, wait_briefly
+from turret.process import SELDOM, SPIN, OPENMP_VARIABLES, environment, wait_briefly
 
 COMMAND = """
 import os, sys
@@ -23,7 +23,7 @@ except SystemExit:
 
 
 def said(**variables: str) -> str:
-    kept = {name: value for name, value in os.environ.items() if name not in WAITING}
+    kept = {name: value for name, value in os.environ.items() if name not in OPENMP_VARIABLES}
     done = subprocess.run([sys.executable, "-c", COMMAND], env=kept | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
@@ -46,7 +46,7 @@ def test_what_the_user_said_of_it_stands() -> None:
 
 
 def test_processes_of_its_own_wait_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in WAITING:
+    for name in OPENMP_VARIABLES:
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     monkeypatch.setenv("RANK", "1")

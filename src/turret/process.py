@@ -9,11 +9,11 @@ import gc
 import os
 import signal
 
-KEPT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "USERPROFILE", "VIRTUAL_ENV")
-KEPT_BEGINNINGS = ("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "CUDA_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME")
+PASSED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "USERPROFILE", "VIRTUAL_ENV")
+PASSED_PREFIXES = ("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "CUDA_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME")
 SPIN = "10000"  # iterations of an OpenMP thread's busy wait: less than a millisecond
 SELDOM = 100  # collections of the middle generation per full collection; Python's default is 10
-WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+OPENMP_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def wait_briefly() -> None:
@@ -23,7 +23,7 @@ def wait_briefly() -> None:
     spinning thread blocks the processor that the thread it waits for needs. Next to another such training, a training
     was 5x to 50x slower than alone, instead of 2x slower (`benchmarks/busy_machine.py`).
     """
-    if not any(name in os.environ for name in WAITING):
+    if not any(name in os.environ for name in OPENMP_VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = SPIN
 
 
@@ -45,4 +45,4 @@ def stop_on_sigterm() -> None:
 
 def environment() -> dict[str, str]:
     """Environment variables for a subprocess. Leaves out torchrun's: the subprocess is not one of its workers."""
-    return {name: value for name, value in os.environ.items() if name in KEPT or name.startswith(KEPT_BEGINNINGS)}
+    return {name: value for name, value in os.environ.items() if name in PASSED or name.startswith(PASSED_PREFIXES)}
