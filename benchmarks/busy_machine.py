@@ -100,9 +100,9 @@ def _worker_command(data: Path, steps: int) -> list[str]:
 
 def _environment() -> dict[str, str]:
     """This one without a word on how threads wait."""
-    from turret.process import WAITING
+    from turret.process import OPENMP_VARIABLES
 
-    return {name: value for name, value in os.environ.items() if name not in WAITING}
+    return {name: value for name, value in os.environ.items() if name not in OPENMP_VARIABLES}
 
 
 class _Clock:

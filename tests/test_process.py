@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from turret.process import SELDOM, SPIN, OPENMP_VARIABLES, environment, wait_briefly
+from turret.process import OPENMP_VARIABLES, SELDOM, SPIN, environment, wait_briefly
 
 COMMAND = """
 import os, sys

@@ -99,7 +99,7 @@ def test_json_has_stable_keys(said) -> None:
         (["outcome", "news", "--file", "none.csv"], 1, "there is no file 'none.csv'"),
         (["stop", "news", "--promote", "x", "--rollback"], 2, "not both"),
         (["replay", "news@1", "news@1", "x.csv"], 1, "are the same version, news@1"),
-        (["replay", "news@1", "news@2"], 1, "nothing to replay: news@production asks for no golden examples"),
+        (["replay", "news@1", "news@2"], 1, "nothing to replay: news@production requires no golden examples"),
         (["list", "--alpha", "2"], 2, "level 2.0"),
         (
             ["start", "news", "--candidate", "news@2", "--outcome-ttl", "soon"],

@@ -53,7 +53,7 @@ def test_without_data_the_golden_examples_of_production_are_asked(workspace, tmp
     right = [str(answer["label"]) for answer in workspace.predict("tone@1", TEXTS)]
     golden = tmp_path / "golden.csv"
     golden.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in zip(TEXTS, right, strict=True)))
-    with pytest.raises(DataError, match="nothing to replay: tone@production asks for no golden examples"):
+    with pytest.raises(DataError, match="nothing to replay: tone@production requires no golden examples"):
         workspace.replay("tone@1", "tone@2")
     workspace.gate("tone", "production", golden=golden)
     found = workspace.replay("tone@1", "tone@2")

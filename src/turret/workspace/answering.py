@@ -19,7 +19,7 @@ from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Data
 from turret.store import Store, Version
-from turret.tasks import HeadTask, Task, stored_task, task_from_spec
+from turret.tasks import HeadTask, Task, has_head, stored_task, task_from_spec, writes
 from turret.train.batches import by_length
 from turret.transformer import Model
 from turret.workspace.progress import Say, silent
@@ -77,8 +77,9 @@ def answers(ready: Mounted, texts: Sequence[str], *, bare: bool = False) -> list
     if bare and not task.generates:
         raise AdapterError(f"{ready.version} classifies, and the bare base has no head for it: ask without bare")
     sources = [encoded.ids for encoded in task.encode_sources(texts)]
-    if not task.generates:
+    if has_head(task):
         return _labels(ready.model, task, sources)
+    assert writes(task)
     ready.model.eval()
     with torch.inference_mode(), adapters.on_slot(ready.model, adapters.BARE) if bare else nullcontext():
         return trainer.generate(ready.model, task, sources, most_tokens=MOST_TOKENS)

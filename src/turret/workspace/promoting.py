@@ -19,7 +19,6 @@ from turret.store.promotion import Also
 from turret.workspace.progress import Say, silent
 
 if TYPE_CHECKING:
-    from turret.tasks import Prediction
     from turret.workspace.answering import Mounted
 
 Ask = Callable[[str, Sequence[str]], Sequence[JsonObject]]  # (version, texts) -> answers as `predict` returns them
@@ -105,7 +104,7 @@ def judged(digest: str, golden_set: GoldenSet, answers: Sequence[JsonObject]) ->
     return GoldenReplay(digest, passed, len(answers), first, now())
 
 
-def fails(example: Example, given: Prediction) -> str | None:
+def fails(example: Example, given: str | list[str]) -> str | None:
     """None if the answer passes; else what to add to the example's `words()`, such as ", scored 0.512"."""
     wanted = example.wanted
     if example.check == "label":

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 from safetensors import SafetensorError
 
@@ -111,7 +110,8 @@ def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: trainer.Initial
             "train": recipe.train.model_copy(update={"init_from": None if start is None else start.version}),
         }
     )
-    return trainer.filled(guessed, base, dataset.kind, len(trainer.splits_of(recipe, dataset).train))
+    filled: Recipe = trainer.filled(guessed, base, dataset.kind, len(trainer.splits_of(recipe, dataset).train))
+    return filled
 
 
 def plan(store: Store, recipe: Recipe, callbacks: Callbacks) -> Planned:
@@ -182,16 +182,15 @@ def _noted(ready: Ready, here: processes.Processes) -> Ready:
 
 def _follow(here: processes.Processes, ready: Ready) -> RunResult:
     """Run the training steps in a process other than the main one. Returns the main process's result."""
-    folder: Path = here.from_main(_only_in_main)
+    folder = here.from_main(Path)  # the checkpoint's; `from_main` makes the value only in the main process
     for _ in trainer.fit(*ready.parts, folder=folder, start=ready.start):
         pass
     adapters.detach(ready.base.model)
-    result: RunResult = here.from_main(_only_in_main)
-    return result
+    return here.from_main(_no_result)
 
 
-def _only_in_main() -> NoReturn:
-    raise AssertionError("only the main process makes this value")
+def _no_result() -> RunResult:
+    raise AssertionError("only the main process makes the result")
 
 
 def _carry_out(

@@ -189,7 +189,7 @@ def _judged(store: Store, prepared: PreparedControl, results: Mapping[str, Resul
             result = results.get(cell.key)
             if result is None:
                 continue
-            ready = ready or answering.mounted(store, judge, None)
+            ready = ready or answering.mounted(store, judge)
             texts = [str(text) for text in result.answers]
             labels = [str(each["label"]) for each in answering.answers(ready, texts)]
             rouge = np.array(

@@ -21,7 +21,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.store import Store
-from turret.tasks import schemas
+from turret.tasks import schemas, writes
 from turret.train.initialize import attach
 from turret.transformer import Model, Tokenizer
 from turret.workspace import answering, training
@@ -102,7 +102,7 @@ def _answers(ready: answering.Mounted, examples: Sequence[Example], say: Say, *,
         "scores": scores,
         "guess": guess,
         "latency": _latency(ready, texts_of(examples), bare),
-        "forgetting": _forgetting(model, task.tokenizer) if task.generates else None,
+        "forgetting": _forgetting(model, task.tokenizer) if writes(task) else None,
     }
 
 
