@@ -1,4 +1,4 @@
-"""`AsyncClient(url, token)`: a small asynchronous client of `turret serve`. Refuses to know stores and engines.
+"""`AsyncClient(url, token)`: an asynchronous client of `turret serve`.
 
     async with turret.AsyncClient("http://127.0.0.1:8000", token) as client:
         answer = await client.classify(["a great film"], "sentiment")
@@ -6,12 +6,12 @@
         async for piece in client.stream("Once", "stories@production"):
             print(piece, end="")
 
-Where an experiment runs on a name, `unit` says whose question it is, and outcomes say what came of answers:
+If an experiment runs on the adapter, name the unit of each question, and send the outcomes of answers:
 
         answer = await client.classify("a great film", "sentiment", unit="ann")
         await client.outcome(1, receipt=answer.receipt.id)
 
-What a server refuses is raised as the same class of `turret.errors` that it was there.
+An error of the server is raised as the class of `turret.errors` that it had there.
 """
 
 from __future__ import annotations
@@ -20,56 +20,65 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import httpx2
 
 from turret import errors
 from turret.errors import RequestError, TurretError
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 
-Messages = Sequence[Mapping[str, Any]]
+Messages = Sequence[JsonMapping]
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """Which version answered, as the headers of every answer say."""
+    """Which version answered, from the headers of the response."""
 
     id: str
-    adapter: str | None  # None: the bare base
+    adapter: str | None  # None for the bare base
     version: str | None  # "sentiment@3"
     digest: str | None
-    base: str  # fingerprint
-    experiment: str | None = None  # "sentiment#1", where one covers what was asked
-    arm: str | None = None  # "none": not counted, because no unit was said
+    base: str  # its fingerprint
+    experiment: str | None = None  # "sentiment#1", if an experiment covers the request
+    arm: str | None = None  # "none" if the experiment does not count the request, because it names no unit
     probability: float | None = None  # of the arm
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server said, and who answered."""
+    """The body of a response, and its receipt."""
 
-    body: Mapping[str, Any]
+    body: JsonMapping
     receipt: Receipt
 
     @property
-    def labels(self) -> list[Any]:
-        """Of `classify`: a label per text, or a list of them where the task has many at once."""
+    def labels(self) -> list[str] | list[list[str]]:
+        """The label of each text of `classify`; a list of labels each if the task has several labels per text."""
         return [each["label"] for each in self.body["data"]]
 
     @property
     def probabilities(self) -> list[dict[str, float]]:
-        """Of `classify`: label to probability, per text."""
+        """The probability of each label, for each text of `classify`."""
         return [each["probabilities"] for each in self.body["data"]]
 
     @property
     def texts(self) -> list[str]:
-        """Of `complete` and `chat`: a text per choice."""
+        """The text of each choice of `complete` or `chat`."""
         choices = self.body["choices"]
         return [each["text"] if "text" in each else each["message"]["content"] for each in choices]
 
 
 class AsyncClient:
-    """One server. Options of `complete`, `chat` and `stream` are those of the API: `max_tokens`, `temperature`, …"""
+    """A client of one server: a context manager, or call `close`.
+
+    Every method raises the server's error as a class of `turret.errors`, and RequestError if no server answers.
+    `complete`, `chat` and `stream` take the options of the HTTP API: `max_tokens`, `temperature`, ...
+
+    Args:
+        url: Such as "http://127.0.0.1:8000".
+        token: One of `turret token create`; None for a server without tokens.
+        timeout: Seconds that a request may take.
+    """
 
     def __init__(self, url: str, token: str | None = None, *, timeout: float = 300.0) -> None:
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
@@ -89,22 +98,37 @@ class AsyncClient:
     # --- questions --------------------------------------------------------------------------------------------------
 
     async def classify(self, texts: str | Sequence[str], model: str, *, unit: str | None = None) -> Answer:
-        """Labels with probabilities."""
-        given = texts if isinstance(texts, str) else list(texts)
-        return _answer(await self._ask("POST", "/v1/classify", {"model": model, "input": given, **_user(unit)}))
+        """Classify one text or many.
+
+        Args:
+            model: An adapter: name, name@3 or name@production.
+            unit: The unit of an experiment, such as a user's id.
+        """
+        inputs = texts if isinstance(texts, str) else list(texts)
+        return _answer(await self._request("POST", "/v1/classify", {"model": model, "input": inputs, **_user(unit)}))
 
     async def complete(
-        self, prompt: str | Sequence[Any], model: str, *, unit: str | None = None, **options: Any
+        self,
+        prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        model: str,
+        *,
+        unit: str | None = None,
+        **options: JsonValue,
     ) -> Answer:
-        """Texts that follow prompts."""
-        given = prompt if isinstance(prompt, str) else list(prompt)
-        body = {"model": model, "prompt": given, **options, **_user(unit)}
-        return _answer(await self._ask("POST", "/v1/completions", body))
+        """Continue a prompt or several.
 
-    async def chat(self, messages: Messages, model: str, *, unit: str | None = None, **options: Any) -> Answer:
-        """What the assistant says next."""
+        Args:
+            prompt: A text, several texts, token ids, or several lists of token ids.
+            model: An adapter, or the id of the base.
+        """
+        prompts = prompt if isinstance(prompt, str) else list(prompt)
+        body = {"model": model, "prompt": prompts, **options, **_user(unit)}
+        return _answer(await self._request("POST", "/v1/completions", body))
+
+    async def chat(self, messages: Messages, model: str, *, unit: str | None = None, **options: JsonValue) -> Answer:
+        """Continue a conversation with the assistant's next message."""
         body = {"model": model, "messages": [dict(each) for each in messages], **options, **_user(unit)}
-        return _answer(await self._ask("POST", "/v1/chat/completions", body))
+        return _answer(await self._request("POST", "/v1/chat/completions", body))
 
     async def stream(
         self,
@@ -113,56 +137,61 @@ class AsyncClient:
         *,
         unit: str | None = None,
         on_receipt: Callable[[Receipt], None] = lambda receipt: None,
-        **options: Any,
+        **options: JsonValue,
     ) -> AsyncIterator[str]:
-        """The pieces of one text, of a prompt or of messages; leaving the loop early ends the work on the server.
+        """The pieces of one text, for a prompt or for messages. Leaving the loop early cancels the request.
 
-        on_receipt: told who answers, before the first piece.
+        Args:
+            on_receipt: Called with the receipt before the first piece.
         """
         if isinstance(prompt, str):
             path, body = "/v1/completions", {"model": model, "prompt": prompt, **options}
         else:
             path, body = "/v1/chat/completions", {"model": model, "messages": [dict(m) for m in prompt], **options}
         try:
-            async with self._http.stream("POST", path, json=body | {"stream": True} | _user(unit)) as got:
-                if got.status_code >= 400:
-                    await got.aread()
-                    raise _error(got)
-                on_receipt(_receipt(got))
-                async for line in got.aiter_lines():
+            async with self._http.stream("POST", path, json=body | {"stream": True} | _user(unit)) as response:
+                if response.status_code >= 400:
+                    await response.aread()
+                    raise _error(response)
+                on_receipt(_receipt(response))
+                async for line in response.aiter_lines():
                     if (piece := _piece(line)) is not None:
                         yield piece
         except httpx2.HTTPError as error:
             raise _unreachable(self._http.base_url, error) from error
 
-    async def models(self) -> list[dict[str, Any]]:
+    async def models(self) -> list[JsonObject]:
         """The base, and every adapter on it by name and by alias."""
         return list((await self._json("GET", "/v1/models"))["data"])
 
-    # --- what came of answers ---------------------------------------------------------------------------------------
+    # --- outcomes ---------------------------------------------------------------------------------------------------
 
     async def outcome(
         self, value: float, *, receipt: str | None = None, unit: str | None = None, adapter: str | None = None
-    ) -> dict[str, Any]:
-        """Tell what came of an answer, by its receipt, or by the unit and the adapter: `status` and `text` of it."""
-        named = {"receipt": receipt, "unit": unit, "adapter": adapter}
-        given = {key: said for key, said in named.items() if said is not None}
-        return (await self.outcomes([{"value": value, **given}]))[0]
+    ) -> JsonObject:
+        """Send the outcome of an answer, named by its receipt, or by its unit and adapter.
 
-    async def outcomes(self, told: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The same for many, each with `value`, and `receipt` or `unit` and `adapter`."""
-        body = [dict(each) for each in told]
+        Returns:
+            The result: `status`, `text`, `experiment`, `arm`.
+        """
+        keys = {"receipt": receipt, "unit": unit, "adapter": adapter}
+        known = {key: each for key, each in keys.items() if each is not None}
+        return (await self.outcomes([{"value": value, **known}]))[0]
+
+    async def outcomes(self, outcomes: Sequence[JsonMapping]) -> list[JsonObject]:
+        """Send many outcomes, each with `value`, and `receipt` or `unit` and `adapter`."""
+        body = [dict(each) for each in outcomes]
         return list((await self._json("POST", "/api/outcomes", body))["outcomes"])
 
     # --- control ----------------------------------------------------------------------------------------------------
 
-    async def status(self) -> dict[str, Any]:
-        """The base, and what is at work now."""
+    async def status(self) -> JsonObject:
+        """The base, and the engine's own figures."""
         return await self._json("GET", "/api/status")
 
-    async def adapters(self, name: str | None = None) -> list[dict[str, Any]]:
+    async def adapters(self, name: str | None = None) -> list[JsonObject]:
         """Every version in the store, or those of one name."""
-        found: list[dict[str, Any]] = []
+        found: list[JsonObject] = []
         query = {} if name is None else {"name": name}
         while True:
             page = await self._json("GET", "/api/adapters", query=query)
@@ -171,148 +200,147 @@ class AsyncClient:
                 return found
             query["after"] = page["after"]
 
-    async def show(self, reference: str) -> dict[str, Any]:
-        """All that is known of one version."""
+    async def show(self, reference: str) -> JsonObject:
+        """One version, as `turret show --json`."""
         return await self._json("GET", f"/api/adapters/{reference}")
 
-    async def loaded(self) -> list[dict[str, Any]]:
+    async def loaded(self) -> list[JsonObject]:
         """The versions in memory."""
         return list((await self._json("GET", "/api/loaded"))["loaded"])
 
-    async def load(self, reference: str, *, pin: bool = False) -> dict[str, Any]:
+    async def load(self, reference: str, *, pin: bool = False) -> JsonObject:
         """Load a version now."""
         return await self._json("POST", f"/api/adapters/{reference}/load", {"pin": pin})
 
-    async def unload(self, reference: str) -> dict[str, Any]:
-        """Take a version out of memory."""
+    async def unload(self, reference: str) -> JsonObject:
+        """Remove a version from memory."""
         return await self._json("POST", f"/api/adapters/{reference}/unload")
 
-    async def pin(self, reference: str) -> dict[str, Any]:
+    async def pin(self, reference: str) -> JsonObject:
         """Load a version and keep it in memory."""
         return await self._json("POST", f"/api/adapters/{reference}/pin")
 
-    async def unpin(self, reference: str) -> dict[str, Any]:
-        """Let a version go when its place is needed."""
+    async def unpin(self, reference: str) -> JsonObject:
+        """Allow a version's eviction when its place is needed."""
         return await self._json("POST", f"/api/adapters/{reference}/unpin")
 
-    async def verify(self, reference: str) -> dict[str, Any]:
-        """Hash and open all of one version again."""
+    async def verify(self, reference: str) -> JsonObject:
+        """Hash and open all files of one version again."""
         return await self._json("POST", f"/api/adapters/{reference}/verify")
 
-    async def aliases(self, name: str | None = None) -> list[dict[str, Any]]:
-        """Every alias: what the store says, and what is in force on the server."""
+    async def aliases(self, name: str | None = None) -> list[JsonObject]:
+        """Every alias: its version in the store, and its version in force on the server."""
         query = {} if name is None else {"name": name}
         return list((await self._json("GET", "/api/aliases", query=query))["aliases"])
 
     async def promote(
         self, reference: str, alias: str, *, require: Sequence[str] = (), replay: bool = False
-    ) -> dict[str, Any]:
-        """Move an alias to a version, once it is loaded and has passed; `replay` asks its golden examples again."""
+    ) -> JsonObject:
+        """Move an alias to a version that passes its gates. `replay` asks its golden examples again."""
         body = {"alias": alias, "require": list(require), "replay": replay}
         return await self._json("POST", f"/api/adapters/{reference}/promote", body)
 
-    async def rollback(self, name: str, alias: str = "production") -> dict[str, Any]:
-        """Move an alias back to what it named before."""
+    async def rollback(self, name: str, alias: str = "production") -> JsonObject:
+        """Move an alias back to the version that it named before."""
         return await self._json("POST", f"/api/aliases/{name}/{alias}/rollback")
 
-    async def experiments(self, *, alpha: float = 0.05) -> list[dict[str, Any]]:
-        """Every experiment, and which of them are discoveries at that level."""
+    async def experiments(self, *, alpha: float = 0.05) -> list[JsonObject]:
+        """Every experiment, and which are discoveries at that level."""
         return list((await self._json("GET", "/api/experiments", query={"alpha": str(alpha)}))["experiments"])
 
-    async def experiment(self, name: str, number: int | None = None) -> dict[str, Any]:
-        """The running experiment of a name, or its last, or that one."""
+    async def experiment(self, name: str, number: int | None = None) -> JsonObject:
+        """The running experiment of a name, or its last one, or the one of that number."""
         return await self._json(
             "GET", f"/api/experiments/{name}", query={} if number is None else {"number": str(number)}
         )
 
-    async def start_experiment(self, name: str, candidates: Sequence[str] = (), **settings: Any) -> dict[str, Any]:
-        """Begin: `shadows`, `share`, `steps`, `metric`, `unit`, `guards`, … as the API has them."""
+    async def start_experiment(self, name: str, candidates: Sequence[str] = (), **settings: JsonValue) -> JsonObject:
+        """Start an experiment. The settings are those of the HTTP API: `shadows`, `share`, `metric`, `guards`, ..."""
         return await self._json("POST", f"/api/experiments/{name}/start", {"candidates": list(candidates), **settings})
 
-    async def ramp_experiment(self, name: str, share: float | Mapping[str, float] | None = None) -> dict[str, Any]:
-        """Send another share to the candidates, or the next that was planned."""
+    async def ramp_experiment(self, name: str, share: float | Mapping[str, float] | None = None) -> JsonObject:
+        """Change the candidates' share, to the next planned one by default."""
         return await self._json("POST", f"/api/experiments/{name}/ramp", {"share": share})
 
-    async def stop_experiment(self, name: str, *, promote: str | None = None, rollback: bool = False) -> dict[str, Any]:
-        """End it; `promote` gives an arm the alias, `rollback` the control."""
+    async def stop_experiment(self, name: str, *, promote: str | None = None, rollback: bool = False) -> JsonObject:
+        """End an experiment. `promote` names the arm that takes the alias; `rollback` gives it to the control."""
         return await self._json("POST", f"/api/experiments/{name}/stop", {"promote": promote, "rollback": rollback})
 
-    # --- the wire ---------------------------------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------------------------------------
 
     async def _json(
-        self, method: str, path: str, body: Any = None, *, query: Mapping[str, str] | None = None
-    ) -> dict[str, Any]:
-        said: dict[str, Any] = (await self._ask(method, path, body, query)).json()
-        return said
+        self, method: str, path: str, body: JsonValue = None, *, query: Mapping[str, str] | None = None
+    ) -> JsonObject:
+        value: JsonObject = (await self._request(method, path, body, query)).json()
+        return value
 
-    async def _ask(
-        self, method: str, path: str, body: Any = None, query: Mapping[str, str] | None = None
+    async def _request(
+        self, method: str, path: str, body: JsonValue = None, query: Mapping[str, str] | None = None
     ) -> httpx2.Response:
         try:
-            got = await self._http.request(method, path, json=body, params=dict(query or {}))
+            response = await self._http.request(method, path, json=body, params=dict(query or {}))
         except httpx2.HTTPError as error:
             raise _unreachable(self._http.base_url, error) from error
-        if got.status_code >= 400:
-            raise _error(got)
-        return got
+        if response.status_code >= 400:
+            raise _error(response)
+        return response
 
 
 def _user(unit: str | None) -> dict[str, str]:
     return {} if unit is None else {"user": unit}
 
 
-def _answer(got: httpx2.Response) -> Answer:
-    return Answer(got.json(), _receipt(got))
+def _answer(response: httpx2.Response) -> Answer:
+    return Answer(response.json(), _receipt(response))
 
 
-def _receipt(got: httpx2.Response) -> Receipt:
-    said, name = got.headers, got.headers.get("turret-adapter")
-    version = None if name is None else f"{name}@{said['turret-version']}"
-    chance = said.get("turret-probability")
+def _receipt(response: httpx2.Response) -> Receipt:
+    headers = response.headers
+    name, probability = headers.get("turret-adapter"), headers.get("turret-probability")
     return Receipt(
-        id=said["turret-receipt"],
+        id=headers["turret-receipt"],
         adapter=name,
-        version=version,
-        digest=said.get("turret-digest"),
-        base=said["turret-base"],
-        experiment=said.get("turret-experiment"),
-        arm=said.get("turret-arm"),
-        probability=None if chance is None else float(chance),
+        version=None if name is None else f"{name}@{headers['turret-version']}",
+        digest=headers.get("turret-digest"),
+        base=headers["turret-base"],
+        experiment=headers.get("turret-experiment"),
+        arm=headers.get("turret-arm"),
+        probability=None if probability is None else float(probability),
     )
 
 
 def _piece(line: str) -> str | None:
-    """The text in a line of a stream, where it has one; raises what the server says went wrong."""
+    """The text in a line of a stream, if it has one. Raises the error in the line."""
     if not line.startswith("data: ") or line == "data: [DONE]":
         return None
-    said = json.loads(line.removeprefix("data: "))
-    if "error" in said:
-        raise _made(said["error"], None)
-    for choice in said["choices"]:
+    chunk = json.loads(line.removeprefix("data: "))
+    if "error" in chunk:
+        raise _raised(chunk["error"], None)
+    for choice in chunk["choices"]:
         text = choice["text"] if "text" in choice else choice["delta"].get("content")
         return text or None
     return None
 
 
-def _error(got: httpx2.Response) -> TurretError:
+def _error(response: httpx2.Response) -> TurretError:
     try:
-        told = got.json()["error"]
+        error = response.json()["error"]
     except (ValueError, KeyError, TypeError):
-        return RequestError(f"the server answered {got.status_code}, and nothing that a turret server says")
-    return _made(told, got.headers.get("retry-after"))
+        return RequestError(f"the server answered {response.status_code} without an error of turret: check the URL")
+    return _raised(error, response.headers.get("retry-after"))
 
 
-def _made(told: Mapping[str, Any], retry_after: str | None) -> TurretError:
-    """The class that the error had on the server."""
-    name = "".join(part.capitalize() for part in str(told.get("code")).split("_"))
+def _raised(error: JsonMapping, retry_after: str | None) -> TurretError:
+    """The error as the class that it had on the server."""
+    name = "".join(part.capitalize() for part in str(error.get("code")).split("_"))
     kind = getattr(errors, name, RequestError)
     if not (isinstance(kind, type) and issubclass(kind, TurretError)):
         kind = RequestError
-    made: TurretError = kind.__new__(kind, str(told.get("message")))  # what else a class is made with stays there
+    raised: TurretError = kind.__new__(kind, str(error.get("message")))  # `__init__` may need more than the message
     if kind in (errors.Busy, errors.QuotaSpent):
-        vars(made)["retry_after"] = float(retry_after or 1)
-    return made
+        vars(raised)["retry_after"] = float(retry_after or 1)
+    return raised
 
 
-def _unreachable(url: Any, error: Exception) -> RequestError:
+def _unreachable(url: httpx2.URL, error: Exception) -> RequestError:
     return RequestError(f"no answer from {url}: {type(error).__name__}: {error}: is `turret serve` running there?")

@@ -64,7 +64,7 @@ def test_rollback_says_what_it_passed_over(said) -> None:
         said("promote", f"news@{number}", "production")
     said("promote", "news@2", "other")
     said("delete", "news@1", "--force")
-    assert "passed over, deleted since: news@1" in said("rollback", "news")
+    assert "skipped, because deleted: news@1" in said("rollback", "news")
 
 
 def test_list_and_show_tell_the_aliases_and_their_moves(said) -> None:
@@ -84,8 +84,8 @@ def test_list_and_show_tell_the_aliases_and_their_moves(said) -> None:
         ["rollback", "production", "to", "1,"],
     ]
     said("delete", "news@2", "--force")
-    assert "production to 2, deleted since" in said("show", "news")
-    assert "candidate taken away" in said("show", "news")
+    assert "production to 2, deleted later" in said("show", "news")
+    assert "candidate removed" in said("show", "news")
 
 
 def test_show_tells_the_last_moves_of_many(said) -> None:

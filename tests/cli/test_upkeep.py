@@ -31,7 +31,7 @@ def spoiled(stored: str) -> Path:
 
 def test_verify_of_a_whole_store(stored, capsys) -> None:
     assert run(["verify", "--store", stored]) == 0
-    assert "all whole: 2 versions, 6 files" in capsys.readouterr().out
+    assert "no problem: 2 versions, 6 files" in capsys.readouterr().out
     assert run(["verify", "--store", stored, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["ok"] is True
@@ -62,7 +62,7 @@ def test_delete_then_gc_frees_the_files(stored, capsys) -> None:
     assert "2 files" in capsys.readouterr().out
     assert run(["gc", "--dry-run", "--store", stored]) == 0
     dry = capsys.readouterr().out.splitlines()
-    assert dry[-1].startswith("2 would go, ")
+    assert dry[-1].startswith("2 would be removed, ")
     assert run(["gc", "--store", stored, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert set(said) == {"store", "dry_run", "bytes", "removed"}

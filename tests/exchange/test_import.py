@@ -79,7 +79,7 @@ def test_settings_of_the_task_are_kept(workspace: Workspace, llama: Path, tmp_pa
         (("--task", "summarize"), "is an encoder (bert) and cannot generate"),
         (("--labels", "a,b,c", "--set", "task.kind=classify"), "give --task instead"),
         (("--labels", "a,b,c", "--set", "task.prefix=x"), "unknown key 'task.prefix'"),
-        (("--labels", "a,b,c", "--set", "train.lr=1"), "import knows the keys of [task]"),
+        (("--labels", "a,b,c", "--set", "train.lr=1"), "expected a key of [task]"),
     ],
 )
 def test_what_is_said_wrongly_is_one_line(more, text, foreign, bert, tmp_path, capsys) -> None:
@@ -161,7 +161,7 @@ def test_the_commands_say_what_they_did_and_json_has_the_documented_keys(foreign
     said = json.loads(capsys.readouterr().out)
     assert set(said) == {field.name for field in fields(Imported)}
     assert run(["export", "x", str(tmp_path / "out"), *store]) == 0
-    assert "a bundle, which PEFT loads" in capsys.readouterr().out
+    assert "a bundle that PEFT loads" in capsys.readouterr().out
     assert run(["export", "x", str(tmp_path / "out"), *store]) == 1
     assert "is not empty" in capsys.readouterr().err
     assert run(["export", "x", str(tmp_path / "out"), "--force", "--json", *store]) == 0

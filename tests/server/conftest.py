@@ -48,7 +48,7 @@ class Running:
         self._opened: list[Any] = []
 
     def start(self) -> Running:
-        self.served.look()
+        self.served.refresh()
         self.served.start()
         self._thread.start()
         until = time.monotonic() + 10
@@ -124,7 +124,7 @@ def begin(serve, put, workspace) -> Callable[..., Running]:
         workspace.promote("a@1", "production")
         running = serve(**(engine or {}))
         workspace.experiment("a").start(candidates, **settings)
-        running.served.look()
+        running.served.refresh()
         return running
 
     return begin

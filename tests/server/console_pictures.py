@@ -92,7 +92,7 @@ def serving(workspace: Workspace) -> Iterator[tuple[str, ServerState]]:
     listening = bind("127.0.0.1", 0)
     with workspace.engine(BASE) as engine:
         served = ServerState(workspace, engine, Options, log=Log(io.StringIO()))
-        served.look()
+        served.refresh()
         server = Server(served)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
@@ -117,7 +117,7 @@ def main(store: Path, folder: Path, wanted: list[str]) -> None:
             if wanted and name not in wanted:
                 continue
             if path == "SIGN-IN":  # the last: a server that has seen a token stays closed
-                served.guard.know([AccessToken("me", ("admin",), "", None, None, None, hash="")])
+                served.guard.set_tokens([AccessToken("me", ("admin",), "", None, None, None, hash="")])
             size = {"width": 390, "height": 844} if phone else {"width": 1200, "height": 760}
             page = chromium.new_page(viewport=size, color_scheme="dark" if dark else "light", device_scale_factor=1)
             page.goto(url + special.get(path, path))

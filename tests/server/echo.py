@@ -1,6 +1,6 @@
-"""An engine that answers at once and always the same: what it says is made of the version's digest and the text.
+"""An engine without a model. Its answer is a function of the version's digest and the text.
 
-It has the engine's public face, a thread of its own, slots, a queue with an end, and switches to be slow or to fail.
+It has the engine's protocol, a thread, slots, a bounded queue, and switches that make it slow or make it fail.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from turret.engine import Done, Event, Failed, Named, Piece, Receipt
+from turret.engine import Options as EngineOptions
 from turret.errors import AdapterError, Busy, Cancelled, DeadlineExceeded, Draining, NotFound, WrongBase
 from turret.store import Store
 
@@ -24,51 +26,18 @@ LABELS = ("bad", "good", "so-so")
 
 
 @dataclass(frozen=True)
-class Named:
-    name: str
-    number: int
-    digest: str
-    bytes: int
+class Options(EngineOptions):
+    """The engine's options, without its checks."""
 
-    def __str__(self) -> str:
-        return f"{self.name}@{self.number}"
+    def __post_init__(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
-class Receipt:
-    id: str
-    name: str | None
-    number: int
-    digest: str | None
-    base: str = FINGERPRINT
-
-
-@dataclass(frozen=True)
-class Options:
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    stop: tuple[str, ...] | None = None
-    seed: int | None = None
-    num_beams: int | None = None
-    logprobs: int | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    text: str
-
-
-@dataclass(frozen=True)
-class Done:
-    answer: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Failed:
-    error: Exception
+class Stats:
+    queue_length: int
+    loads: int
+    versions: dict[str, int]
 
 
 @dataclass
@@ -81,26 +50,26 @@ class Loaded:
 
 
 def words(digest: str | None, text: Any, options: Options | None = None) -> list[str]:
-    """What is generated: who answers, then the text's own words; a seed is said too."""
-    said = [f"<{(digest or 'base')[-8:]}>", *str(text).split()]
+    """The generated words: the end of the digest, the words of the text, and the seed."""
+    found = [f"<{(digest or 'base')[-8:]}>", *str(text).split()]
     if options is not None and options.seed is not None:
-        said.append(f"seed{options.seed}")
-    said = said[: (options and options.max_tokens) or 16]
-    return [said[0], *(f" {word}" for word in said[1:])]
+        found.append(f"seed{options.seed}")
+    found = found[: (options and options.max_tokens) or 16]
+    return [found[0], *(f" {word}" for word in found[1:])]
 
 
-def told(said: Sequence[str], count: int) -> list[dict[str, Any]]:
-    """A logarithm for every word by its place, and so many other words beside it, the most probable first."""
+def logprobs(tokens: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """A logprob for each word, and that many alternatives, the most probable first."""
     return [
         {"token": word, "id": place, "logprob": -0.25 * place, "top": [
             {"token": f"{word}{other}", "id": other, "logprob": -float(other)} for other in range(count)
         ]}
-        for place, word in enumerate(said)
+        for place, word in enumerate(tokens)
     ]  # fmt: skip
 
 
 def probabilities(digest: str, text: str) -> dict[str, float]:
-    """Three numbers that every version and text have of their own."""
+    """Three probabilities that depend on the version and the text."""
     raw = hashlib.sha256(f"{digest}\0{text}".encode()).digest()[:3]
     parts = [byte + 1 for byte in raw]
     return {label: part / sum(parts) for label, part in zip(LABELS, parts, strict=True)}
@@ -112,23 +81,22 @@ class Ticket:
     ) -> None:
         self.receipt, self.kind, self.text = receipt, kind, text
         self.engine, self.options = engine, options
-        said = words(receipt.digest, text, options) if kind == "generate" else []
-        self.left = list(said)
-        self.said = said
-        self._events: list[Any] = []
-        self._listeners: list[Callable[[Any], None]] = []
+        self.said = words(receipt.digest, text, options) if kind == "generate" else []
+        self.left = list(self.said)
+        self._events: list[Event] = []
+        self._listeners: list[Callable[[Event], None]] = []
         self._lock = threading.Lock()
         self.over = False
         self.until = None if deadline is None else time.monotonic() + deadline
 
-    def listen(self, fn: Callable[[Any], None]) -> None:
+    def listen(self, listener: Callable[[Event], None]) -> None:
         with self._lock:
-            self._listeners.append(fn)
+            self._listeners.append(listener)
             for event in self._events:
-                fn(event)
+                listener(event)
 
     def result(self, timeout: float | None = None) -> dict[str, Any]:
-        ends: queue.Queue[Any] = queue.Queue()
+        ends: queue.Queue[Event] = queue.Queue()
         self.listen(ends.put)
         while True:
             event = ends.get(timeout=timeout)
@@ -137,11 +105,11 @@ class Ticket:
             if isinstance(event, Done):
                 return event.answer
 
-    def tell(self, event: Any) -> None:
+    def tell(self, event: Event) -> None:
         with self._lock:
             self._events.append(event)
-            for fn in self._listeners:
-                fn(event)
+            for listener in self._listeners:
+                listener(event)
 
     def cancel(self) -> None:
         if not self.over:
@@ -169,8 +137,8 @@ class Ticket:
         else:
             answer = {"text": "".join(self.said), "finish_reason": "stop", "tokens": len(self.said)}
             wanted = None if self.options is None else self.options.logprobs
-            beside = {} if wanted is None else {"logprobs": told(self.said, wanted)}
-            self.tell(Done(answer | {"prompt_tokens": count} | beside))
+            more = {} if wanted is None else {"logprobs": logprobs(self.said, wanted)}
+            self.tell(Done(answer | {"prompt_tokens": count} | more))
         return False
 
 
@@ -202,7 +170,7 @@ class Echo:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    # --- the face ---------------------------------------------------------------------------------------------------
+    # --- the protocol -----------------------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -218,10 +186,10 @@ class Echo:
             raise Draining("the echo is going down")
         if adapter is None and kind == "classify":
             raise AdapterError("the bare base has no head: name an adapter")
-        receipt = Receipt(f"echo-{next(self._numbers)}", None, 0, None)
+        receipt = Receipt(f"echo-{next(self._numbers)}", None, 0, None, FINGERPRINT)
         if adapter is not None:
             named = self._resolve(adapter)
-            receipt = Receipt(receipt.id, named.name, named.number, named.digest)
+            receipt = Receipt(receipt.id, named.name, named.number, named.digest, FINGERPRINT)
             with self._lock:
                 if named.digest not in self._slots:
                     self.cold.append(str(named))
@@ -255,9 +223,9 @@ class Echo:
         with self._lock:
             return list(self._slots.values())
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Stats:
         with self._lock:
-            return {"queue_length": len(self._tickets), "loads": len(self.loads), "versions": {"a": 1}}
+            return Stats(queue_length=len(self._tickets), loads=len(self.loads), versions={"a": 1})
 
     def drain(self, timeout: float) -> bool:
         self._draining = True
@@ -279,7 +247,7 @@ class Echo:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- the inside -------------------------------------------------------------------------------------------------
+    # --- internals --------------------------------------------------------------------------------------------------
 
     def _resolve(self, reference: str) -> Named:
         found = self.store.resolve(reference)

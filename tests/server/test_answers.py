@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from server.echo import FINGERPRINT, LABELS, Options, probabilities, words
 
-from turret.server.generation import options
+from turret.server.generation import generation_options
 from turret.server.schemas import CompletionRequest
 
 
@@ -102,7 +102,7 @@ def test_logprobs_come_beside_every_token_of_a_chat(serve, put) -> None:
     )
     got = client.post("/v1/chat/completions", json=body | {"logprobs": None})
     assert got.status_code == 400
-    assert "top_logprobs are told with logprobs" in got.text
+    assert "top_logprobs need logprobs" in got.text
 
 
 def events(text: str) -> list[dict]:
@@ -199,5 +199,5 @@ def test_what_narrows_the_draws_without_a_temperature_draws_at_1(serve) -> None:
         ({}, None),
     ):
         body = CompletionRequest(model="a", prompt="x", **said)
-        (made,) = options(SimpleNamespace(options=Options), body, None, 1)  # type: ignore[arg-type]
+        (made,) = generation_options(SimpleNamespace(options=Options), body, None, 1)  # type: ignore[arg-type]
         assert made.temperature == temperature, said

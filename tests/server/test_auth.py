@@ -127,7 +127,7 @@ def test_without_tokens_nothing_but_loopback_is_served(tmp_path, host) -> None:
         Guard(host, [])
     tokens = Store(tmp_path / "store").tokens
     kept, secret = tokens.create("reader")
-    assert Guard(host, [kept]).admit("/v1/models", f"Bearer {secret}", None).name == "reader"
+    assert Guard(host, [kept]).authorize("/v1/models", f"Bearer {secret}", None).name == "reader"
 
 
 def test_an_open_server_answers_to_loopback_names_only(serve) -> None:
@@ -169,7 +169,7 @@ def test_the_guard_tells_what_is_wrong_by_class(tmp_path) -> None:
     kept, secret = Store(tmp_path / "store").tokens.create("reader")
     guard = Guard("127.0.0.1", [kept])
     with pytest.raises(Unauthorized, match="no token"):
-        guard.admit("/v1/models", None, None)
+        guard.authorize("/v1/models", None, None)
     with pytest.raises(Forbidden, match="no scope admin"):
-        guard.admit("/api/status", f"Bearer {secret}", None)
-    assert guard.admit("/v1/models", f"bearer {secret}", None).name == "reader"
+        guard.authorize("/api/status", f"Bearer {secret}", None)
+    assert guard.authorize("/v1/models", f"bearer {secret}", None).name == "reader"

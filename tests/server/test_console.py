@@ -130,7 +130,7 @@ def test_pages_meet_the_log_the_limits_and_the_draining_like_every_route(serve, 
     running.served.load.draining = True
     got = running.client().get("/adapters")
     assert got.status_code == 503
-    assert "going down" in got.text
+    assert "shutting down" in got.text
     assert got.headers["retry-after"]
 
 
@@ -271,7 +271,7 @@ def test_the_playground_says_who_answered_and_what_the_switch_took(serve, put) -
     running = serve(load_seconds=0.05)
     client = running.client()
     first = post(client, "/playground/answer", model="a@1", text="a text").text
-    assert "to switch in" in first
+    assert "to load" in first
     again = post(client, "/playground/answer", model="a@1", text="a text").text
     assert "in memory already" in again
     for text in (first, again):
@@ -293,8 +293,8 @@ def test_the_playground_says_who_answered_and_what_the_switch_took(serve, put) -
 def test_the_store_is_verified_on_demand_and_gc_is_only_asked(serve, put, workspace) -> None:
     put()
     client = serve().client()
-    assert "is whole" in post(client, "/store/verify").text
-    assert "is whole" in post(client, "/adapters/a/1/verify").text
+    assert "No problem in" in post(client, "/store/verify").text
+    assert "No problem in" in post(client, "/adapters/a/1/verify").text
     workspace.delete("a@1")
     said = post(client, "/store/gc").text
     assert "A gc would remove" in said
@@ -311,9 +311,9 @@ def test_the_store_is_verified_on_demand_and_gc_is_only_asked(serve, put, worksp
 
 
 def test_vendored_files_have_their_licence_and_version_beside_them() -> None:
-    from turret.server.web.render import HERE
+    from turret.server.web.render import FOLDER
 
-    folder = HERE / "static" / "vendor"
+    folder = FOLDER / "static" / "vendor"
     said = (folder / "README.md").read_text(encoding="utf-8")
     files = {path.name for path in folder.iterdir()} - {"README.md"}
     assert files == set(re.findall(r"`([\w.]+)`", said))

@@ -103,7 +103,7 @@ def test_a_revoked_token_ends_its_sessions(serve, workspace) -> None:
     running = serve()
     client = signed_in(running, secret)
     workspace.tokens.revoke("boss")
-    running.served.look()
+    running.served.refresh()
     assert client.get("/adapters").status_code == 303
 
 
@@ -132,26 +132,26 @@ def test_a_session_is_no_key_to_the_api_and_a_bearer_token_none_to_the_pages(ser
 
 def test_sessions_end_by_time_and_by_number_and_are_kept_as_hashes() -> None:
     now = [0.0]
-    sessions = Sessions(lambda: now[0], seconds=10, most=2)
+    sessions = Sessions(lambda: now[0], seconds=10, limit=2)
     first = sessions.begin("one")
-    assert sessions.whose(first) == "one"
+    assert sessions.token_hash(first) == "one"
     assert first not in str(vars(sessions))
     now[0] = 10.0
-    assert sessions.whose(first) is None
+    assert sessions.token_hash(first) is None
     others = [sessions.begin(name) for name in ("two", "three")]
     assert len(sessions) == 2
-    assert [sessions.whose(each) for each in others] == ["two", "three"]
-    assert [sessions.whose(each) for each in (None, "", "nobody")] == [None, None, None]
+    assert [sessions.token_hash(each) for each in others] == ["two", "three"]
+    assert [sessions.token_hash(each) for each in (None, "", "nobody")] == [None, None, None]
     assert session_of(f"other=1; {cookie('abc', 5, secure=False).split(';')[0]}") == "abc"
     assert session_of("=;;\x00") is None
 
 
 def test_forms_of_one_session_are_none_of_another() -> None:
     sessions = Sessions(time.monotonic)
-    assert sessions.is_ours("a", sessions.form_token("a"))
+    assert sessions.is_form_token("a", sessions.form_token("a"))
     for session, token in (("b", sessions.form_token("a")), ("a", ""), ("a", "ü"), (None, sessions.form_token("a"))):
-        assert not sessions.is_ours(session, token)
-    assert not Sessions(time.monotonic).is_ours("a", sessions.form_token("a"))
+        assert not sessions.is_form_token(session, token)
+    assert not Sessions(time.monotonic).is_form_token("a", sessions.form_token("a"))
 
 
 # --- pages of other sites --------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_a_version_that_is_deleted_while_it_waits_to_be_loaded_loses_no_request(
     base = Path(workspace.resolve("a@1").manifest["base"]["id"])
     third = str(workspace.store.put("a", bundle(tmp_path / "third", base, "bert", "classify", 3)))
     workspace.promote(third, "production")
-    follow, text = classifier.running.served.follow, {"input": "x"}
+    follow, text = classifier.running.served.aliases, {"input": "x"}
     until(lambda: client.post("/v1/classify", json={"model": "a"} | text).json()["model"] == third, seconds=5)
     with follow._one:  # the server learns nothing new for now
         time.sleep(serving.FRESH)
@@ -209,7 +209,7 @@ def test_a_shadow_shares_passes_with_the_answer_which_is_what_it_is_without_one(
     experiment = generator.workspace.experiment("a")
     experiment.start(shadows="a@2")
     try:
-        served.look()
+        served.refresh()
         tries = [passes("a") for _ in range(8)]  # on a busy machine an answer may have ended before its shadow begins
         assert {said for _, said in tries} == {text}
         assert min(both for both, _ in tries) < first + second - min(first, second) / 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from turret.errors import AdapterError
-from turret.server.alias_watcher import AGAIN, AliasWatcher
+from turret.server.alias_watcher import RETRY_SECONDS, AliasWatcher
 from turret.store import Pointing, aliases
 
 
@@ -116,14 +116,14 @@ def test_a_version_that_cannot_be_loaded_leaves_the_old_one_in_force_is_told_and
     follow.poll()
     follow.poll()
     assert follow.exact("a") == "a@1"
-    trouble = follow.trouble["a", "production"]
+    trouble = follow.failed_moves["a", "production"]
     assert (trouble.version, trouble.problem) == ("a@2", "a@2 cannot be mounted")
     assert follow.failures == 1
-    world.now += AGAIN
+    world.now += RETRY_SECONDS
     world.bad.clear()
     follow.poll()
     assert follow.exact("a") == "a@2"
-    assert follow.trouble == {}
+    assert follow.failed_moves == {}
 
 
 def test_going_back_ends_the_trouble() -> None:
@@ -135,7 +135,7 @@ def test_going_back_ends_the_trouble() -> None:
     follow.poll()
     world.move("a@1")
     follow.poll()
-    assert follow.trouble == {}
+    assert follow.failed_moves == {}
     assert follow.exact("a") == "a@1"
 
 
@@ -174,7 +174,7 @@ def test_versions_of_another_base_are_not_followed_and_never_take_over() -> None
     world.move("a@2", base="theirs")
     follow.poll()
     assert follow.exact("a") == "a@1"
-    assert "another base" in follow.trouble["a", "production"].problem
+    assert "another base" in follow.failed_moves["a", "production"].problem
 
 
 def test_a_number_that_is_another_version_now_is_seen_by_its_digest() -> None:
@@ -198,7 +198,7 @@ def test_plain_names_mean_the_followed_alias() -> None:
     )
     follow.poll()
     assert [follow.exact(each) for each in ("a", "a@production", "b")] == ["a@2", "a@1", "b"]
-    assert [follow.spelled(each) for each in ("a", "a@production", "b")] == ["a@candidate", "a@production", "b"]
+    assert [follow.with_alias(each) for each in ("a", "a@production", "b")] == ["a@candidate", "a@production", "b"]
     assert world.memory == {"sha256:a@2"}
 
 
@@ -248,7 +248,7 @@ def test_a_bad_version_that_another_process_promotes_is_told_and_the_old_one_ans
     running.engine.broken.add("a@2")
     client = running.client()
     workspace.promote("a@2", "production")
-    until(lambda: running.served.follow.trouble)
+    until(lambda: running.served.aliases.failed_moves)
     assert model_of(client) == "a@1"
     (alias,) = client.get("/api/aliases").json()["aliases"]
     assert (alias["version"], alias["serving"]) == ("a@2", "a@1")
@@ -270,7 +270,7 @@ def test_a_server_that_cannot_reach_the_store_says_once_that_it_follows_no_more_
     assert "turret_following 1.0" in client.get("/metrics").text
     away = root.rename(root.with_name("away"))
     until(lambda: "turret_following 0.0" in client.get("/metrics").text)
-    until(lambda: len(followed(running, "turret-tokens")) == 1 and running.served.follow.failures > 20)
+    until(lambda: len(followed(running, "turret-tokens")) == 1 and running.served.aliases.failures > 20)
     assert client.get("/readyz").status_code == 200
     away.rename(root)
     until(lambda: "turret_following 1.0" in client.get("/metrics").text)
@@ -295,7 +295,7 @@ def test_an_alias_that_is_flipped_1000_times_between_looks_is_the_last_one() -> 
             follow.poll()
     follow.poll()
     assert follow.exact("a") == f"a@{999 % 7 + 1}"
-    assert follow.trouble == {}
+    assert follow.failed_moves == {}
 
 
 @pytest.mark.parametrize("flips", [100, pytest.param(1000, marks=pytest.mark.slow)])

@@ -295,7 +295,7 @@ def test_an_answer_that_takes_too_long_is_504_and_its_ticket_is_taken_back(serve
     running = serve(pace=1.0, limits=RequestLimits(answer_seconds=0.2))
     got = running.client().post("/v1/completions", json={"model": "a", "prompt": "one two three"})
     assert (got.status_code, got.json()["error"]["code"]) == (504, "deadline_exceeded")
-    until(lambda: running.engine.stats()["queue_length"] == 0)
+    until(lambda: running.engine.stats().queue_length == 0)
 
 
 def test_methods_and_paths_that_are_not_there_are_told_in_the_same_shape(shared) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from turret import errors
 from turret.errors import TurretError
-from turret.server.error_responses import TABLE, code_of, problem, without_paths
+from turret.server.error_responses import TABLE, code_of, error_response, without_paths
 from turret.server.metrics import MOST_VERSIONS, Metrics
 
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, TurretError)]
@@ -15,7 +15,7 @@ CLASSES = [value for value in vars(errors).values() if isinstance(value, type) a
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_error_has_a_status_a_code_that_is_its_name_and_no_path(kind) -> None:
     words = "cannot read /var/lib/turret/blobs/ab: /etc/passwd, C:\\Users\\me"
-    told = problem(kind.__new__(kind, words))  # whatever else it is made with
+    told = error_response(kind.__new__(kind, words))  # whatever else it is made with
     assert 400 <= told.status < 600
     body = told.body["error"]
     assert set(body) == {"message", "type", "param", "code"}
@@ -28,12 +28,12 @@ def test_the_statuses_that_clients_rely_on() -> None:
     expected = {"Unauthorized": 401, "Forbidden": 403, "NotFound": 404, "TooLarge": 413, "QuotaSpent": 429}
     expected |= {"Busy": 429, "Draining": 503, "DataError": 400, "DeadlineExceeded": 504, "Corrupt": 500}
     assert expected.items() <= statuses.items()
-    assert problem(errors.WrongBase("x")).status == 409
-    assert problem(errors.Busy("x", 7.2)).headers["retry-after"] == "8"
+    assert error_response(errors.WrongBase("x")).status == 409
+    assert error_response(errors.Busy("x", 7.2)).headers["retry-after"] == "8"
 
 
 def test_a_bug_is_told_in_no_words_of_its_own() -> None:
-    told = problem(ValueError("the text was: my secret"))
+    told = error_response(ValueError("the text was: my secret"))
     assert (told.status, code_of(ValueError("x"))) == (500, "internal_error")
     assert "secret" not in str(told.body)
 

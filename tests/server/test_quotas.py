@@ -68,7 +68,7 @@ def test_without_a_quota_nothing_is_kept() -> None:
 
 
 def test_what_is_full_again_is_forgotten(monkeypatch) -> None:
-    monkeypatch.setattr(module, "MOST_KEPT", 10)
+    monkeypatch.setattr(module, "MAX_KEYS", 10)
     clock = Clock()
     quotas = Quotas(clock)
     for number in range(100):

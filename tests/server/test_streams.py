@@ -14,7 +14,7 @@ from server.echo import Options, words
 
 from turret.errors import AdapterError
 from turret.server.limits import RequestLimits
-from turret.server.pending_answers import CHARACTERS
+from turret.server.pending_answers import CHARACTERS_PER_TOKEN
 
 LONG = " ".join(f"w{number}" for number in range(200))
 BODY = {"model": "a", "prompt": LONG, "max_tokens": 200, "stream": True}
@@ -32,7 +32,7 @@ def test_a_client_that_goes_away_in_the_middle_of_a_stream_frees_its_request(ser
     until(lambda: [each for each in running.log() if each["event"] == "request"])
     line = next(each for each in running.log() if each["event"] == "request")
     assert line["adapter"] == "a@1"
-    guess = len(LONG) // CHARACTERS + 1  # of the prompt, which nobody has counted yet
+    guess = len(LONG) // CHARACTERS_PER_TOKEN + 1  # of the prompt, which nobody has counted yet
     assert guess < line["tokens"] < guess + 150  # what came is counted, though nobody read the end
 
 

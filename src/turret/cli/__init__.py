@@ -1,1 +1,1 @@
-"""The `turret` command: decode the words, call the workspace, print the answer. Knows the terminal and nothing else."""
+"""The `turret` command: parse the command line, call the workspace, print the result."""

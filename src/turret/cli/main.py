@@ -1,7 +1,7 @@
-"""The entry of the `turret` command: which verbs there are, and how a mistake is told. Loads no torch.
+"""The entry of the `turret` command: its subcommands, and how errors are printed.
 
-A mistake costs one line on stderr and exit status 1 or 2; Ctrl-C and SIGTERM are 130. A bug of ours is one line
-too, unless TURRET_DEBUG=1 asks for the traceback.
+An error is one line on stderr, with exit status 1 or 2; 130 after Ctrl-C or SIGTERM. A bug is one line too, unless
+TURRET_DEBUG=1 asks for the traceback.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from turret.process import look_through_seldom, stop_on_sigterm, wait_briefly
 
 app = typer.Typer(
     name="turret",
-    help="One frozen base model, many small trained adapters: train, compare, version and answer.",
+    help="One frozen base model, many small adapters: train, compare, version and serve them.",
     no_args_is_help=True,
-    rich_markup_mode=None,  # plain help is there in a tenth of a second
+    rich_markup_mode=None,  # rich would make --help slower
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -67,8 +67,8 @@ app.add_typer(experiment.app, name="experiment")
 app.command()(doctor.doctor)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         typer.echo(f"turret {turret.__version__}")
         raise typer.Exit
 
@@ -83,21 +83,21 @@ def _root(
 
 
 def main() -> None:
-    """The console script. Of several processes of one training, one is heard."""
+    """The console script. If torchrun starts several processes, only the first one prints."""
     wait_briefly()
     look_through_seldom()
     stop_on_sigterm()
     if follows():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str], commands: typer.Typer = app) -> int:
-    """Carry out one command; returns the exit status and never raises for a mistake."""
+    """Run one command. Prints errors, and returns the exit status."""
     try:
         status = commands(list(arguments), prog_name="turret", standalone_mode=False)
         sys.stdout.flush()
-        if status == 130:  # Typer makes this of Ctrl-C
+        if status == 130:  # Typer returns it after Ctrl-C
             complain("stopped")
         return status if isinstance(status, int) else 0
     except TurretError as error:
@@ -105,10 +105,10 @@ def run(arguments: Sequence[str], commands: typer.Typer = app) -> int:
         return error.exit_status
     except TyperException as error:
         return _usage(error)
-    except (KeyboardInterrupt, Abort):  # while nothing was at work yet, or at a prompt
+    except (KeyboardInterrupt, Abort):  # outside a command, or at a prompt
         complain("stopped")
         return 130
-    except BrokenPipeError:  # the reader went away, as `turret list | head` does
+    except BrokenPipeError:  # the reader has closed the pipe, as in `turret list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`turret verify`, `gc` and `delete`: is everything whole, and what may go. Decode, call, encode."""
+"""`turret verify`, `gc` and `delete`: check the store, and remove what is not needed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from turret.cli.output import console, counted, emit, rows, safe, size
 
 
 def verify(
-    reference: Annotated[str | None, typer.Argument(metavar="[REF]", help="Only this.", show_default=False)] = None,
+    reference: Annotated[str | None, typer.Argument(metavar="[REF]", help="A version.", show_default=False)] = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Hash and open everything again.
+    """Hash and open all stored files again.
 
-    A line a problem; exit status 1 where there is one. Files that no version lists are counted, and no problem.
+    Prints a line per problem, with exit status 1. Files that no version lists are counted, and are no problem.
     """
     from turret.workspace import Workspace
 
@@ -27,22 +27,22 @@ def verify(
     else:
         for problem in found.problems:
             console().print(f"[red]{safe(problem.where)}[/] {safe(problem.path or '')}: {safe(problem.problem)}")
-        said = "[green]all whole[/]" if found.ok else f"[red]broken: {len(found.problems)}[/]"
+        result = "[green]no problem[/]" if found.ok else f"[red]broken: {len(found.problems)}[/]"
         versions, files = counted(found.versions, "version"), counted(found.files, "file")
-        console().print(f"{said}: {versions}, {files}, {size(found.bytes)} hashed")
+        console().print(f"{result}: {versions}, {files}, {size(found.bytes)} hashed")
         if found.orphans:
-            loose = f"{counted(found.orphans, 'file')} ({size(found.orphan_bytes)})"
-            console().print(f"[dim]{loose} no version lists: turret gc[/]")
+            orphans = f"{counted(found.orphans, 'file')} ({size(found.orphan_bytes)})"
+            console().print(f"[dim]{orphans} that no version lists: turret gc removes them[/]")
     if not found.ok:
         raise typer.Exit(1)
 
 
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Remove what nothing refers to; safe beside everything else."""
+    """Remove files that nothing refers to. Safe while other processes use the store."""
     from turret.workspace import Workspace
 
     done = Workspace(store).gc(dry_run=dry_run)
@@ -51,25 +51,26 @@ def gc(
         return
     if done.removed:
         console().print(rows((size(each.bytes), safe(each.path), f"[dim]{each.why}[/]") for each in done.removed))
-    verb = "would go" if dry_run else "removed"
+    verb = "would be removed" if dry_run else "removed"
     console().print(f"{len(done.removed)} {verb}, {size(done.bytes)}" if done.removed else "nothing to remove")
 
 
 def delete(
-    reference: Annotated[str, typer.Argument(metavar="REF", help="name@3 or name@candidate")],
-    force: Annotated[bool, typer.Option("--force", help="Also what an alias or another version needs.")] = False,
+    reference: Annotated[str, typer.Argument(metavar="REF", help="A version: name@3 or name@candidate.")],
+    force: Annotated[bool, typer.Option("--force", help="Also if an alias or a version needs it.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Take a version out of the catalog.
+    """Delete a version.
 
-    Its number is never given again; its files go with the next gc.
+    Its number is never used again. The next gc removes its files.
     """
     from turret.workspace import Workspace
 
-    gone = Workspace(store).delete(reference, force=force)
+    deleted = Workspace(store).delete(reference, force=force)
     if as_json:
-        emit(gone.as_json())
+        emit(deleted.as_json())
         return
-    taken = f"; taken away: {', '.join(gone.aliases)}" if gone.aliases else ""
-    console().print(f"deleted [bold]{safe(gone.version)}[/] ({size(gone.bytes)}; turret gc frees them){safe(taken)}")
+    removed = f"; removed aliases: {', '.join(deleted.aliases)}" if deleted.aliases else ""
+    freed = f"{size(deleted.bytes)}; turret gc frees them"
+    console().print(f"deleted [bold]{safe(deleted.version)}[/] ({freed}){safe(removed)}")

@@ -1,4 +1,4 @@
-"""The options that several verbs share, declared once, and how `--set key=value` is read. Knows words only."""
+"""The options that several commands share, and the parser of `--set key=value`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ Store = Annotated[
         help="Folder of the store, or postgresql://user@host/database?files=s3://bucket/prefix.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, and everything else on stderr.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, such as train.lr=1e-3; repeatable."),
 ]
+Ref = Annotated[str, typer.Argument(metavar="REF", help="A version: name, name@3 or name@production.")]
 
 STORE = Location.parse(".turret")
 

@@ -1,6 +1,6 @@
-"""What answers look like: JSON for machines on stdout, or a few quiet lines for people. Knows no verb.
+"""How results are printed: JSON for programs, or tables and lines for people.
 
-With `--json` stdout carries exactly one JSON value; whatever else is said goes to stderr.
+With `--json`, stdout has exactly one JSON value, and everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -8,58 +8,70 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from turret.errors import one_line
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+MAIN_METRICS = ("accuracy", "rougeL", "loss")  # the first one that was measured is shown if there is room for one
+
 
 @cache
 def console(*, stderr: bool = False) -> Console:
-    """The terminal; made when something is said, because rich takes time to load. Piped output is never wrapped."""
+    """The terminal, made on first use because rich loads slowly. Piped output is not wrapped."""
     from rich.console import Console
 
-    made = Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
-    if not made.is_terminal:
-        made.width = 240
-    return made
-
-
-def voice(as_json: bool) -> Console:
-    """Where people are spoken to: stdout, or stderr when stdout belongs to a machine."""
-    return console(stderr=as_json)
+    terminal = Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+    if not terminal.is_terminal:
+        terminal.width = 240
+    return terminal
 
 
 @contextmanager
 def status() -> Iterator[Callable[[str], None]]:
-    """While a verb is at work: yields a function that shows what it is doing, where someone is looking."""
-    where = console(stderr=True)
-    if not where.is_terminal:
-        yield lambda _words: None
+    """Yields a function that shows the current stage next to a spinner, if stderr is a terminal."""
+    terminal = console(stderr=True)
+    if not terminal.is_terminal:
+        yield lambda _text: None
         return
-    with where.status("", spinner="dots") as live:
-        yield lambda words: live.update(f"[dim]{safe(words)}[/]")
+    with terminal.status("", spinner="dots") as spinner:
+        yield lambda text: spinner.update(f"[dim]{safe(text)}[/]")
 
 
-def emit(value: Any) -> None:
-    """The one JSON value of a `--json` command."""
+def emit(value: JsonValue) -> None:
+    """Print the one JSON value of `--json`."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 
+class Result(Protocol):
+    """What a verb of the workspace returns."""
+
+    def as_json(self) -> JsonObject: ...
+
+
+R = TypeVar("R", bound=Result)
+
+
+def report(result: R, as_json: bool, show: Callable[[R], None]) -> None:
+    """Print a result as JSON, or with `show`."""
+    emit(result.as_json()) if as_json else show(result)
+
+
 def follows() -> bool:
-    """Whether torchrun started this process to follow another one, which does the talking."""
+    """Whether torchrun started this process, and another one prints."""
     return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
 def complain(message: str) -> None:
-    """One line of at most `LINE` characters on stderr; of several processes that fail, one says it."""
+    """Print an error as one line on stderr. If several processes of torchrun fail, only one prints."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from turret.train.processes import tells
 
@@ -70,19 +82,19 @@ def complain(message: str) -> None:
 
 
 def plainly(text: str) -> str:
-    """Someone's text on one line, without control characters that would move the cursor or change colours."""
+    """A text with its control characters replaced, so that it cannot move the cursor or change colours."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def safe(text: object) -> str:
-    """Text that rich shows as it is, brackets too."""
+def safe(text: object) -> str:  # object: anything that `str` takes
+    """Text without control characters that rich prints literally, brackets included."""
     from rich.markup import escape
 
     return escape(plainly(str(text)))
 
 
 def rows(cells: Iterable[Sequence[str]]) -> Table:
-    """Rows in columns as wide as they need, the last one folded; the cells may carry rich's markup."""
+    """Columns as wide as necessary, without heads; only the last one folds. Cells may have rich's markup."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -96,12 +108,12 @@ def rows(cells: Iterable[Sequence[str]]) -> Table:
 
 
 def grid(pairs: Iterable[tuple[str, str]]) -> Table:
-    """Name and value in two columns."""
+    """Two columns: name and value."""
     return rows((f"  [dim]{name}[/]", value) for name, value in pairs)
 
 
 def columns(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
-    """A table without lines; the columns named in `right` hold numbers."""
+    """A table without lines. right: the heads of the columns that hold numbers."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -113,7 +125,7 @@ def columns(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
 
 
 def size(count: float | None) -> str:
-    """Bytes for people: `980 B`, `87 kB`, `1.2 MB`."""
+    """Bytes: `980 B`, `87 kB`, `1.2 MB`."""
     if count is None:
         return "?"
     for unit in ("B", "kB", "MB", "GB"):
@@ -124,7 +136,7 @@ def size(count: float | None) -> str:
 
 
 def many(count: float) -> str:
-    """A count for people: `74k`, `22.7M`."""
+    """A count: `74k`, `22.7M`."""
     for unit in ("", "k", "M", "B"):
         if abs(count) < 1000 or unit == "B":
             break
@@ -132,13 +144,13 @@ def many(count: float) -> str:
     return f"{count:.0f}{unit}" if unit == "" or count >= 100 else f"{count:.1f}{unit}"
 
 
-def counted(count: int, thing: str) -> str:
+def counted(count: int, noun: str) -> str:
     """`1 file`, `3 files`."""
-    return f"{count} {thing}{'' if count == 1 else 's'}"
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def span(seconds: float) -> str:
-    """A duration for people: `0.8 s`, `42 s`, `3 min 05 s`, `2 h 10 min`."""
+    """A duration: `0.8 s`, `42 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:
@@ -149,14 +161,19 @@ def span(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def number(value: object) -> str:
-    """A metric for people."""
+def number(value: JsonValue) -> str:
+    """The value of a metric."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "?" if value is None else safe(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def metrics(values: Mapping[str, Any], *, most: int = 8) -> str:
-    """`accuracy 0.951  loss 0.180`: the numbers; reports inside are left to `show`."""
+def main_metric(values: JsonMapping) -> tuple[str, JsonValue] | None:
+    """Name and value of the metric to show if there is room for one."""
+    return next(((name, values[name]) for name in MAIN_METRICS if name in values), None)
+
+
+def metrics(values: JsonMapping, *, most: int = 8) -> str:
+    """`accuracy 0.951  loss 0.180`: the numbers among the values."""
     numbers = [(k, v) for k, v in values.items() if v is None or isinstance(v, (int, float))]
     return "  ".join(f"[dim]{safe(name)}[/] {number(value)}" for name, value in numbers[:most]) or "[dim]none[/]"

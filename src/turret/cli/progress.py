@@ -1,95 +1,100 @@
-"""A training as it is seen: the recipe and the plan, a live bar, then what was stored. Knows records, not training.
+"""What `turret train` prints: the recipe and the plan, a progress bar, and the result.
 
-The bar goes to stderr. Where stderr is no terminal, a line a tenth of the way stands in for it.
+The bar goes to stderr. If stderr is no terminal, a line after each tenth of the steps replaces it.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from turret.cli.output import console, grid, many, metrics, number, rows, safe, size, span, voice
+from turret.cli.output import console, grid, main_metric, many, metrics, number, rows, safe, size, span
+from turret.json_types import JsonValue
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
+    from turret.plan_check import Check
+    from turret.recipe import Recipe
     from turret.train import StepRecord
     from turret.workspace import Planned, RunResult
 
 SIGNS = {"ok": "  [green]ok[/]", "warn": "  [yellow]warn[/]", "refuse": "  [red]refuse[/]"}
-SHOWN = {  # settings that are printed though they are the defaults
+SHOWN = {  # settings that are printed even at their defaults
     "task": ("kind", "max_tokens"),
     "method": ("kind", "r", "lora_alpha", "lora_dropout", "num_virtual_tokens"),
     "train": ("epochs", "batch_size", "lr", "dtype"),
 }
-CHIEF = ("accuracy", "rougeL", "loss")
 
 
 class Progress:
-    """Shows what `Workspace.train` reports, and at the end what it returned."""
+    """Prints the reports of `Workspace.train`, and its result."""
 
     def __init__(self, as_json: bool) -> None:
-        self._out = voice(as_json)
+        self._out = console(stderr=as_json)
         self._err = console(stderr=True)
         self._live = self._err.is_terminal
         self._status: Status | None = None
         self._bar: Bar | None = None
         self._loss: float | None = None
         self._metric = ""
-        self._told = -1
-        self._spent, self._steps = 0.0, 0  # seconds and steps of this process
+        self._printed = -1  # tenths of the steps
+        self._seconds, self._steps = 0.0, 0  # of this process
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._quiet()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._clear()
 
-    def stage(self, words: str) -> None:
-        """Something that takes a while, without steps."""
-        self._quiet()
+    def stage(self, text: str) -> None:
+        """Work without steps has started."""
+        self._clear()
         if self._live:
-            self._status = self._err.status(f"[dim]{safe(words)}[/]", spinner="dots")
+            self._status = self._err.status(f"[dim]{safe(text)}[/]", spinner="dots")
             self._status.start()
         else:
-            self._err.print(f"[dim]{safe(words)}[/]")
+            self._err.print(f"[dim]{safe(text)}[/]")
 
     def planned(self, planned: Planned) -> None:
-        self._quiet()
+        self._clear()
         print_plan(planned, self._out)
 
     def record(self, record: StepRecord) -> None:
-        """One more step."""
+        """A step has ended."""
         self._loss = record.loss if self._loss is None else 0.9 * self._loss + 0.1 * record.loss
-        self._spent, self._steps = self._spent + record.seconds, self._steps + 1
+        self._seconds, self._steps = self._seconds + record.seconds, self._steps + 1
         if record.metrics:
-            name = next((name for name in CHIEF if name in record.metrics), None)
-            self._metric = f"{record.split} {name} {number(record.metrics[name])}" if name else ""
+            best = main_metric(record.metrics)
+            self._metric = f"{record.split} {best[0]} {number(best[1])}" if best else ""
         if self._live:
             self._draw(record)
-        elif record.metrics or record.step * 10 // record.steps > self._told:
-            self._told = record.step * 10 // record.steps
-            left = span(self._spent / self._steps * (record.steps - record.step))
-            self._err.print(f"step {record.step}/{record.steps}  {self._words(record)}  {left} left")
+        elif record.metrics or record.step * 10 // record.steps > self._printed:
+            self._printed = record.step * 10 // record.steps
+            left = span(self._seconds / self._steps * (record.steps - record.step))
+            self._err.print(f"step {record.step}/{record.steps}  {self._text(record)}  {left} left")
 
     def stored(self, result: RunResult, store: str) -> None:
-        """What came of it, and what to do next."""
-        self._quiet()
+        """The training has ended."""
+        self._clear()
         print_result(result, store, self._out)
 
-    def _words(self, record: StepRecord) -> str:
+    def _text(self, record: StepRecord) -> str:
         speed = f"{many(record.tokens_per_second)} tokens/s"
         loss = f"loss {self._loss:.3f}" + ("" if record.guessing is None else f", guessing {record.guessing:.3f}")
         return "  ".join(filter(None, (loss, self._metric, speed, size(record.rss))))
 
     def _draw(self, record: StepRecord) -> None:
         if self._bar is None:
-            self._quiet()
+            self._clear()
             columns = (
                 SpinnerColumn(),
                 BarColumn(bar_width=16),
@@ -100,18 +105,17 @@ class Progress:
             self._bar = Bar(*columns, console=self._err, transient=True)
             self._bar.add_task("", total=record.steps, completed=record.step - 1)
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=record.step, description=self._words(record))
+        self._bar.update(self._bar.task_ids[0], completed=record.step, description=self._text(record))
 
-    def _quiet(self) -> None:
-        """Take down what moves."""
-        for moving in (self._status, self._bar):
-            if moving is not None:
-                moving.stop()
+    def _clear(self) -> None:
+        for live in (self._status, self._bar):
+            if live is not None:
+                live.stop()
         self._status = self._bar = None
 
 
 def print_plan(planned: Planned, out: Console) -> None:
-    """The filled recipe and what its run will do."""
+    """Print the filled recipe and the checks of its plan."""
     out.print(f"[bold]{safe(planned.recipe.name)}[/]")
     out.print(grid(_recipe(planned.recipe)))
     for note in planned.notes:
@@ -122,7 +126,7 @@ def print_plan(planned: Planned, out: Console) -> None:
 
 
 def print_result(result: RunResult, store: str, out: Console) -> None:
-    """What was stored, what it cost, and the next commands."""
+    """Print what was stored, its cost, and the next commands."""
     out.print(f"[bold green]{safe(result.version)}[/]  [dim]{safe(result.digest)}[/]")
     out.print(grid(_result(result)))
     for warning in result.warnings:
@@ -134,8 +138,8 @@ def print_result(result: RunResult, store: str, out: Console) -> None:
         out.print(f"  turret {safe(command + where)}")
 
 
-def _recipe(recipe: Any) -> Iterator[tuple[str, str]]:
-    """A line a section: what differs from the defaults, and a few settings that everyone asks for."""
+def _recipe(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """A line for each section: the settings that differ from the defaults, and those in `SHOWN`."""
     yield "base", f"{safe(recipe.base)}  [dim]seed[/] {recipe.seed}"
     for section in ("data", "task", "method", "train"):
         value = getattr(recipe, section)
@@ -145,16 +149,16 @@ def _recipe(recipe: Any) -> Iterator[tuple[str, str]]:
             if name in SHOWN.get(section, ()) or getattr(value, name) != field.default
         }
         first = settings.pop("source", settings.pop("kind", None))
-        words = [safe(first)] if first is not None else []
-        yield section, "  ".join(words + [f"[dim]{name}[/] {safe(_plain(v))}" for name, v in settings.items()])
+        head = [safe(first)] if first is not None else []
+        yield section, "  ".join(head + [f"[dim]{name}[/] {safe(_plain(v))}" for name, v in settings.items()])
 
 
-def _check(check: Any) -> tuple[str, str, str]:
+def _check(check: Check) -> tuple[str, str, str]:
     remedy = f"\n[dim]{safe(check.remedy)}[/]" if check.remedy else ""
     return SIGNS[check.level], f"[dim]{safe(check.name)}[/]", f"{safe(check.text)}{remedy}"
 
 
-def _plain(value: object) -> str:
+def _plain(value: JsonValue) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -166,7 +170,7 @@ def _result(result: RunResult) -> Iterator[tuple[str, str]]:
     yield "size", f"{size(result.bundle_bytes)}  [dim]trained[/] {share}"
     yield "time", _time(result.timing)
     yield "memory", _memory(result.memory)
-    resumed = f"  [dim]went on from step {result.resumed_from}[/]" if result.resumed_from else ""
+    resumed = f"  [dim]resumed from step {result.resumed_from}[/]" if result.resumed_from else ""
     early = "  [dim]stopped early[/]" if result.stopped_early else ""
     yield "run", f"{safe(result.run)}{resumed}{early}"
 

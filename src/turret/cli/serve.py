@@ -1,4 +1,4 @@
-"""`turret serve`: HTTP over the store on one base. Decode, call, encode."""
+"""`turret serve`: answer over HTTP on one base."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16"]
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 Base = Annotated[
-    str | None, typer.Option("--base", help="Where left out: the one that the store's adapters were trained on.")
+    str | None, typer.Option("--base", help="The base to load; default: the one that all adapters in the store have.")
 ]
 Memory = Annotated[
-    str | None, typer.Option("--memory", metavar="BYTES", help="Most for adapters in memory, such as 500MB or 2GB.")
+    str | None, typer.Option("--memory", metavar="BYTES", help="Limit for adapters in memory, such as 500MB or 2GB.")
 ]
 
 
 def serve(
     base: Base = None,
     host: Annotated[str, typer.Option("--host", help="Address; beyond loopback only with tokens.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
-    alias: Annotated[str, typer.Option("--alias", help="What plain names mean; loaded beforehand.")] = "production",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free port.")] = 8000,
+    alias: Annotated[str, typer.Option("--alias", help="What plain names mean; loaded in advance.")] = "production",
     memory: Memory = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Precision of the base.")] = "auto",
     requests: Annotated[
-        int | None, typer.Option("--adapter-requests-per-minute", min=1, help="Quota of each adapter.")
+        int | None, typer.Option("--adapter-requests-per-minute", min=1, help="Quota of requests for each adapter.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option("--adapter-tokens-per-minute", min=1, help="Quota of each adapter.")
+        int | None, typer.Option("--adapter-tokens-per-minute", min=1, help="Quota of tokens for each adapter.")
     ] = None,
     connections: Annotated[
-        int, typer.Option("--connections-per-client", min=0, help="Most open at a time from one address; 0: any.")
+        int, typer.Option("--connections-per-client", min=0, help="Open connections from one address; 0: any number.")
     ] = 128,
     proxy: Annotated[
         list[str] | None,
-        typer.Option("--proxy", metavar="ADDRESS", help="Of a reverse proxy: its connections are not limited."),
+        typer.Option("--proxy", metavar="ADDRESS", help="A reverse proxy: its connections have no limit."),
     ] = None,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write the texts of requests to the log.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Answer over HTTP, as OpenAI's API does.
+    """Answer over HTTP with one base and all its adapters, in the format of OpenAI's API.
 
-    One base with all its adapters. SIGTERM and Ctrl-C let running answers finish; a second one ends at once.
+    After SIGTERM or Ctrl-C running answers finish. A second signal ends the server at once.
     """
     from turret.server.connections import networks
     from turret.server.limits import RequestLimits
@@ -60,13 +60,12 @@ def serve(
     from turret.workspace import Workspace
 
     workspace = Workspace(store)
-    quota = Quota(requests, tokens)
     settings = ServerSettings(
         host=host,
         port=port,
         alias=alias,
         limits=RequestLimits(connections_per_client=connections or None),
-        per_adapter=quota,
+        per_adapter=Quota(requests, tokens),
         log_texts=log_texts,
         proxies=networks(proxy or ()),
     )
@@ -81,15 +80,14 @@ def _serve(
     from turret.server.run import bind, run
     from turret.server.state import ServerState
 
-    Guard(settings.host, workspace.tokens.list())  # refuse before anything is loaded
+    Guard(settings.host, workspace.tokens.list())  # refuses before the base is loaded
     with bind(settings.host, settings.port) as listening:
-        with status() as stage:
-            limits = Limits(memory=memory)
-            engine = workspace.engine(base, limits=limits, dtype=dtype, on_stage=stage)
+        with status() as show:
+            engine = workspace.engine(base, limits=Limits(memory=memory), dtype=dtype, on_stage=show)
         with engine:
-            served = ServerState(workspace, engine, Options, settings)
-            run(served, listening, lambda url: _announce(url, served.base_id, as_json))
-            engine.drain(served.limits.drain_seconds)
+            state = ServerState(workspace, engine, Options, settings)
+            run(state, listening, lambda url: _announce(url, state.base_id, as_json))
+            engine.drain(state.limits.drain_seconds)
 
 
 def _announce(url: str, base: str, as_json: bool) -> None:
@@ -100,12 +98,12 @@ def _announce(url: str, base: str, as_json: bool) -> None:
 
 
 def only_base(workspace: Workspace) -> str:
-    """The base that all adapters of the store were trained on."""
-    found = sorted({str((each.manifest.get("base") or {}).get("id")) for each in workspace.list()})
+    """The base of all adapters in the store. Raises ServeRefused if they have several."""
+    found = sorted({str(each.part("base").get("id")) for each in workspace.list()})
     if len(found) == 1:
         return found[0]
     what = f"adapters of {', '.join(found[:5])}" if found else "no adapter"
-    raise ServeRefused(f"which base to serve: the store has {what}; say it with --base")
+    raise ServeRefused(f"which base to serve: the store has {what}; name it with --base")
 
 
 def size_of(text: str | None) -> int | None:

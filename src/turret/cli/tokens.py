@@ -1,45 +1,50 @@
-"""`turret token create | list | revoke`: who may ask a server of this store. Decode, call, encode."""
+"""`turret token create`, `list` and `revoke`: the access tokens of servers of this store."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, console, emit, safe
+from turret.cli.output import columns, console, emit, report, safe
 
-token = typer.Typer(help="Who may ask a server of this store.", no_args_is_help=True, rich_markup_mode=None)
-Name = Annotated[str, typer.Argument(help="Name of the token, to know it by.", show_default=False)]
+if TYPE_CHECKING:
+    from turret.store.access_tokens import Scope
+
+token = typer.Typer(help="Access tokens for servers of this store.", no_args_is_help=True, rich_markup_mode=None)
+Name = Annotated[str, typer.Argument(help="Name of the token.", show_default=False)]
 
 
 @token.command()
 def create(
     name: Name,
     scope: Annotated[list[str], typer.Option("--scope", help="infer or admin; repeatable.")] = ["infer"],  # noqa: B006
-    requests: Annotated[int | None, typer.Option("--requests-per-minute", help="Quota; none where left out.")] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens-per-minute", help="Quota; none where left out.")] = None,
+    requests: Annotated[int | None, typer.Option("--requests-per-minute", help="Quota; default: none.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens-per-minute", help="Quota; default: none.")] = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Make a token and show it, once.
+    """Make a token and print it.
 
-    The store keeps its hash; nothing can show it again.
+    The store keeps only its hash, so it cannot be shown again.
     """
     from turret.workspace import Workspace
 
-    scopes: Any = scope
-    kept, secret = Workspace(store).tokens.create(name, scopes, requests_per_minute=requests, tokens_per_minute=tokens)
+    scopes = cast("list[Scope]", scope)  # `create` checks them
+    access, secret = Workspace(store).tokens.create(
+        name, scopes, requests_per_minute=requests, tokens_per_minute=tokens
+    )
     if as_json:
-        emit({**kept.as_json(), "token": secret})
+        emit({**access.as_json(), "token": secret})
     else:
-        console(stderr=True).print(f"{safe(name)} may {' and '.join(kept.scopes)}; this is shown once:")
+        console(stderr=True).print(f"{safe(name)} may {' and '.join(access.scopes)}; the token is shown once:")
         console().print(secret)
 
 
 @token.command("list")
 def list_(store: options.Store = options.STORE, as_json: options.Json = False) -> None:
-    """Every token by name: scopes, quotas, when it was made and revoked."""
+    """List all tokens with their scopes and quotas."""
     from turret.workspace import Workspace
 
     found = Workspace(store).tokens.list()
@@ -60,16 +65,13 @@ def list_(store: options.Store = options.STORE, as_json: options.Json = False) -
         ]
         console().print(columns(heads, rows, right=("requests/min", "tokens/min")))
     else:
-        console().print("no token: a server of this store answers on loopback only; turret token create NAME")
+        console().print("no token: a server of this store answers on loopback only; turret token create NAME makes one")
 
 
 @token.command()
 def revoke(name: Name, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
-    """Make a token unknown; servers that run follow within a second."""
+    """Revoke a token. Running servers refuse it within a second."""
     from turret.workspace import Workspace
 
-    gone = Workspace(store).tokens.revoke(name)
-    if as_json:
-        emit(gone.as_json())
-    else:
-        console().print(f"revoked [bold]{safe(gone.name)}[/]")
+    revoked = Workspace(store).tokens.revoke(name)
+    report(revoked, as_json, lambda token: console().print(f"revoked [bold]{safe(token.name)}[/]"))

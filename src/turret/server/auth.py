@@ -1,8 +1,7 @@
-"""Who may ask what: bearer tokens with scopes, looked at before anything of a body is read.
+"""Bearer tokens with scopes, checked before anything of a body is read.
 
-`Guard` is the policy: it knows tokens, scopes and whether the door stands open. It stands open only on loopback, and
-only until the store has had a token; what was guarded once stays so until the server ends. The API takes tokens, pages
-take the session that a token began; a page of another site may write to neither. `Guarded` is the door.
+`Guard` is the policy. A server is open, that is, it needs no token, only on loopback and only while its store has never
+had a token; once closed it stays closed. The API takes tokens, pages take the session that a token opened.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from turret.errors import Forbidden, ServeRefused, TurretError, Unauthorized
-from turret.server.error_responses import answer
+from turret.server.error_responses import send_error
 from turret.server.limits import OPEN
 from turret.server.paths import INFER_PAGES, UNSIGNED, first, is_page
 from turret.server.quotas import Quota
@@ -25,16 +24,15 @@ from turret.store.access_tokens import SCOPES, which
 
 LONGEST = 256  # characters of a token
 READS = ("GET", "HEAD", "OPTIONS")
-INFER = "/v1/"  # paths that the scope infer opens; any other path needs admin, one that is not there too
-# Paths that any token opens. Who may ask may also say what came of the answer.
-ANY = ("/api/outcomes", "/openapi.json")
+INFER = "/v1/"  # paths open to the scope infer; any other path needs admin, even if it does not exist
+ANY_SCOPE = ("/api/outcomes", "/openapi.json")  # paths open to any token
 
 
 @dataclass(frozen=True)
-class Asker:
-    """Who sent a request."""
+class Caller:
+    """The sender of a request."""
 
-    name: str | None  # of the token; None where the door stands open
+    name: str | None  # of the token; None on an open server
     quota: Quota = field(default_factory=Quota)
     scopes: tuple[str, ...] = ()
     session: str | None = None  # of a page
@@ -45,7 +43,7 @@ class Asker:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """Whether only this machine can reach the address."""
     if host.lower() == "localhost":
         return True
     try:
@@ -55,13 +53,17 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """The tokens as they were read last, and what they open."""
+    """The tokens of the store, and what each may do.
+
+    Raises:
+        ServeRefused: If the store has no token and the host is not a loopback address.
+    """
 
     def __init__(self, host: str, tokens: Sequence[AccessToken], clock: Callable[[], float] = time.monotonic) -> None:
         self.sessions = Sessions(clock)
         self._tokens: Sequence[AccessToken] = ()
         self._open = True
-        self.know(tokens)
+        self.set_tokens(tokens)
         if self._open and not is_loopback(host):
             raise ServeRefused(
                 f"serve on {host} without tokens: expected a loopback address such as 127.0.0.1, "
@@ -72,43 +74,43 @@ class Guard:
     def open(self) -> bool:
         return self._open
 
-    def know(self, tokens: Sequence[AccessToken]) -> None:
-        """Take the newest list. A store that has had a token, even one revoked since, keeps the door closed."""
+    def set_tokens(self, tokens: Sequence[AccessToken]) -> None:
+        """Use the newest tokens. A store that has had a token, even a revoked one, closes the server."""
         self._tokens = [token for token in tokens if token.revoked is None]
         self._open = self._open and not tokens
 
-    def admit(self, path: str, authorization: str | None, host: str | None) -> Asker:
-        """Of the API; raises Unauthorized or Forbidden."""
+    def authorize(self, path: str, authorization: str | None, host: str | None) -> Caller:
+        """The caller of a route of the API. Raises Unauthorized or Forbidden."""
         if self._open:
             return self._anyone(host)
         token = self._token(authorization)
-        wanted = "infer" if path.startswith(INFER) else "admin"
-        if path not in ANY and wanted not in token.scopes:
-            raise Forbidden(f"token {token.name!r} has no scope {wanted}: use one that has")
-        return _asker(token)
+        scope = "infer" if path.startswith(INFER) else "admin"
+        if path not in ANY_SCOPE and scope not in token.scopes:
+            raise Forbidden(f"token {token.name!r} has no scope {scope}: use one that has")
+        return _caller(token)
 
-    def visit(self, path: str, session: str | None, host: str | None) -> Asker:
-        """Of a page; raises Unauthorized or Forbidden."""
+    def authorize_page(self, path: str, session: str | None, host: str | None) -> Caller:
+        """The caller of a page. Raises Unauthorized or Forbidden."""
         if self._open:
             return self._anyone(host)
-        known = self.sessions.whose(session)
-        token = next((each for each in self._tokens if each.hash == known), None)
+        token_hash = self.sessions.token_hash(session)
+        token = next((each for each in self._tokens if each.hash == token_hash), None)
         if token is None and first(path) not in UNSIGNED:
-            raise Unauthorized("nobody is signed in here: sign in with a token of `turret token create`")
+            raise Unauthorized("you are not signed in: sign in with a token of `turret token create`")
         if token is None:
-            return Asker(None)
+            return Caller(None)
         if "admin" not in token.scopes and first(path) not in INFER_PAGES | UNSIGNED:
             raise Forbidden(f"token {token.name!r} has no scope admin: it opens the playground")
-        return _asker(token, session)
+        return _caller(token, session)
 
-    def enter(self, secret: str) -> str:
-        """Begin a session for whoever has this token; raises Unauthorized."""
+    def sign_in(self, secret: str) -> str:
+        """Open a session with a token. Raises Unauthorized."""
         return self.sessions.begin(self._token(f"Bearer {secret}").hash)
 
-    def _anyone(self, host: str | None) -> Asker:
+    def _anyone(self, host: str | None) -> Caller:
         if host is not None and not is_loopback(_without_port(host)):
-            raise Forbidden("a server without tokens answers to loopback names only: ask 127.0.0.1, or make tokens")
-        return Asker(None, scopes=SCOPES)
+            raise Forbidden("a server without tokens answers to loopback names only: use 127.0.0.1, or make tokens")
+        return Caller(None, scopes=SCOPES)
 
     def _token(self, authorization: str | None) -> AccessToken:
         if authorization is None:
@@ -118,28 +120,30 @@ class Guard:
             raise Unauthorized("the authorization cannot be read: expected Bearer TOKEN")
         token = which(self._tokens, secret.strip())
         if token is None:
-            raise Unauthorized("the token is not known, or was revoked: make one with `turret token create NAME`")
+            raise Unauthorized("the token is unknown or was revoked: make one with `turret token create NAME`")
         return token
 
 
-def _asker(token: AccessToken, session: str | None = None) -> Asker:
-    return Asker(token.name, Quota(token.requests_per_minute, token.tokens_per_minute), token.scopes, session)
+def _caller(token: AccessToken, session: str | None = None) -> Caller:
+    return Caller(token.name, Quota(token.requests_per_minute, token.tokens_per_minute), token.scopes, session)
 
 
 def check_origin(method: str, headers: Mapping[bytes, str], *, page: bool) -> None:
-    """Raises Forbidden for a write that a page of another site sends. Browsers say where a write comes from; a program
-    says nothing, which is enough for the API and not for a form."""
+    """Refuse a write that a page of another site sends. Raises Forbidden.
+
+    A browser names the origin of a write. A program may name none, which is enough for the API but not for a form.
+    """
     if method in READS:
         return
     site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
     if site is not None:
-        ours = site == "same-origin" or (site == "none" and not page)
+        same = site == "same-origin" or (site == "none" and not page)
     elif origin is not None:
-        ours = origin.partition("://")[2] == (headers.get(b"host") or "-")
+        same = origin.partition("://")[2] == (headers.get(b"host") or "-")
     else:
-        ours = not page
-    if not ours:
-        raise Forbidden("this was sent by a page of another site, and nothing was done: use the server's own pages")
+        same = not page
+    if not same:
+        raise Forbidden("a page of another site sent this, and nothing was done: use the server's own pages")
 
 
 def _without_port(host: str) -> str:
@@ -149,8 +153,8 @@ def _without_port(host: str) -> str:
     return host.rpartition(":")[0] if host.count(":") == 1 else host
 
 
-class Guarded:
-    """An ASGI application behind the guard; who asks is `request.state.asker`."""
+class AuthMiddleware:
+    """Refuses requests without the right token. Routes find the caller in `request.state.caller`."""
 
     def __init__(self, app: ASGIApp, guard: Guard) -> None:
         self.app = app
@@ -162,18 +166,18 @@ class Guarded:
             return
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         try:
-            asker = self._asker(scope["path"], scope["method"], headers)
+            caller = self._caller(scope["path"], scope["method"], headers)
         except TurretError as error:
-            await answer(error, scope, receive, send, close=True)
+            await send_error(error, scope, receive, send, close=True)
             return
-        scope.setdefault("state", {})["asker"] = asker
-        with acting(None if asker.name is None else asker.key):
+        scope.setdefault("state", {})["caller"] = caller
+        with acting(None if caller.name is None else caller.key):
             await self.app(scope, receive, send)
 
-    def _asker(self, path: str, method: str, headers: Mapping[bytes, str]) -> Asker:
+    def _caller(self, path: str, method: str, headers: Mapping[bytes, str]) -> Caller:
         page, host = is_page(path), headers.get(b"host")
         if page or self.guard.open:
             check_origin(method, headers, page=page)
         if page:
-            return self.guard.visit(path, session_of(headers.get(b"cookie")), host)
-        return self.guard.admit(path, headers.get(b"authorization"), host)
+            return self.guard.authorize_page(path, session_of(headers.get(b"cookie")), host)
+        return self.guard.authorize(path, headers.get(b"authorization"), host)

@@ -1,55 +1,59 @@
-"""A JSON body becomes what a route takes, in bounded time: keys and values are counted before anything is parsed.
+"""Read a JSON body as the model of a route, in bounded time.
 
-Parsing and validating cost time by the number of keys and values, not by the number of bytes, and both hold Python's
-global lock while they run. So the counts are bounded first, and a large body is then read in a thread.
+Parsing and validation take time by the number of keys and values, not by the number of bytes, and both hold Python's
+global lock. So keys and values are counted before a body is parsed, and a large body is then read on a thread.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
 
 from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from pydantic_core import from_json
 
 from turret.errors import TooLarge
+from turret.json_types import JsonObject, JsonValue
 from turret.server.limits import RequestLimits
 
-INLINE = 64 << 10  # bytes; a larger body is read in a thread
+INLINE = 64 << 10  # bytes; a larger body is read on a thread
+Body: TypeAlias = BaseModel | Sequence[BaseModel]  # what a route receives
 
 
 class Field(Protocol):
-    """What FastAPI knows of a route's body."""
+    """FastAPI's field of the body of a route."""
 
     def validate(
-        self, value: Any, values: dict[str, Any], *, loc: tuple[int | str, ...] = ()
-    ) -> tuple[Any, list[dict[str, Any]]]: ...
+        self, value: JsonValue, values: JsonObject, *, loc: tuple[int | str, ...] = ()
+    ) -> tuple[Body, list[JsonObject]]: ...
 
 
-def read(content: bytes, field: Field, limits: RequestLimits) -> Any:
-    """The body as the route's model. Raises TooLarge, HTTPException (not JSON) and RequestValidationError."""
+def read(content: bytes, field: Field, limits: RequestLimits) -> Body:
+    """The body as the model of its route. Raises TooLarge, HTTPException (not JSON) and RequestValidationError."""
     check_counts(content, limits)
     try:
-        given = from_json(content, allow_inf_nan=False)
+        value = from_json(content, allow_inf_nan=False)
     except ValueError as error:
         raise HTTPException(400, f"the body is not JSON: {error}") from None
-    value, errors = field.validate(given, {}, loc=("body",))
+    body, errors = field.validate(value, {}, loc=("body",))
     if errors:
         raise RequestValidationError(errors)
-    return value
+    return body
 
 
 def check_counts(content: bytes, limits: RequestLimits) -> None:
-    """Raises TooLarge. Exact for JSON; of what is not JSON the parser reads no more than was counted."""
+    """Raises TooLarge. Exact for JSON; for anything else, the parser stops before it reads more than was counted."""
     if _keys(content) <= limits.body_keys and _values(content) <= limits.body_values:
-        return  # what stands within strings was counted too, and it is few all the same
-    outside = _outside_strings(content, most=1 + limits.body_keys + limits.body_values)
-    for name, count, most in (
+        return  # the counts include the characters in strings, and are within the limits all the same
+    outside = _outside_strings(content, limit=1 + limits.body_keys + limits.body_values)
+    for name, count, limit in (
         ("keys", _keys(outside), limits.body_keys),
         ("values", _values(outside), limits.body_values),
     ):
-        if count > most:
-            raise TooLarge(f"the body has more than {most} {name}: send the inputs in several requests")
+        if count > limit:
+            raise TooLarge(f"the body has more than {limit} {name}: send the inputs in several requests")
 
 
 def _keys(text: bytes) -> int:
@@ -57,13 +61,13 @@ def _keys(text: bytes) -> int:
 
 
 def _values(text: bytes) -> int:
-    """Each but the first value stands behind a comma or is the first of a list or an object."""
+    """Every value but the first follows a comma, or is the first one in a list or an object."""
     return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
-def _outside_strings(content: bytes, most: int) -> bytes:
-    """The body without its strings. most: of strings, before they are taken apart."""
+def _outside_strings(content: bytes, limit: int) -> bytes:
+    """The body without its strings. limit: of strings, checked before the body is split at them."""
     plain = content.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if plain.count(b'"') > 2 * most:
-        raise TooLarge(f"the body has more than {most} strings: send the inputs in several requests")
+    if plain.count(b'"') > 2 * limit:
+        raise TooLarge(f"the body has more than {limit} strings: send the inputs in several requests")
     return b"".join(plain.split(b'"')[::2])

@@ -1,11 +1,11 @@
-"""`POST /v1/classify`: labels with probabilities, in the shape vLLM uses. Decode, call, encode."""
+"""`POST /v1/classify`: labels with probabilities, in vLLM's format."""
 
 from __future__ import annotations
 
 from fastapi import Request, Response
 
-from turret.server.pending_answers import Answer
-from turret.server.routes import Here, Unit, router, usage
+from turret.server.engine_protocol import Answer
+from turret.server.routes import State, Unit, router, usage
 from turret.server.schemas import Classification, ClassifyData, ClassifyRequest
 
 questions = router("infer")
@@ -13,25 +13,25 @@ questions = router("infer")
 
 @questions.post("/v1/classify")
 async def classify(
-    body: ClassifyRequest, here: Here, unit: Unit, request: Request, response: Response
+    body: ClassifyRequest, state: State, unit: Unit, request: Request, response: Response
 ) -> Classification:
-    """Labels for one text or many, each with the probabilities of all labels."""
-    async with here.ask(request, "classify", body.model, body.texts(), unit=unit or body.user) as asked:
-        answers = await asked.all()
-    response.headers.update(asked.headers)
+    """Classify one text or many: a label for each, and the probabilities of all labels."""
+    async with state.ask(request, "classify", body.model, body.texts(), unit=unit or body.user) as pending:
+        answers = await pending.all()
+    response.headers.update(pending.headers)
     return Classification(
-        id=f"classify-{asked.id}",
-        created=here.now(),
-        model=asked.model or here.base_id,
-        data=[_data(place, answer) for place, answer in enumerate(answers)],
+        id=f"classify-{pending.id}",
+        created=state.now(),
+        model=pending.model or state.base_id,
+        data=[_data(index, answer) for index, answer in enumerate(answers)],
         usage=usage(answers),
     )
 
 
-def _data(place: int, answer: Answer) -> ClassifyData:
+def _data(index: int, answer: Answer) -> ClassifyData:
     probabilities = answer["probabilities"]
     return ClassifyData(
-        index=place,
+        index=index,
         label=answer["label"],
         probs=list(probabilities.values()),
         num_classes=len(probabilities),

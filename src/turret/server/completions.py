@@ -1,64 +1,68 @@
-"""`POST /v1/completions`: a prompt goes on, by an adapter or the base. Decode, call, encode."""
+"""`POST /v1/completions`: texts that continue prompts, in OpenAI's format."""
 
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any
 
 from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
 
-from turret.server.generation import Chunk, options, several, stream
-from turret.server.routes import Here, Unit, router, usage
+from turret.json_types import JsonObject
+from turret.server.engine_protocol import Answer
+from turret.server.generation import Chunk, generation_options, repeated, stream
+from turret.server.routes import State, Unit, router, usage
 from turret.server.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 
 questions = router("infer")
-EVENTS: dict[int | str, dict[str, Any]] = {
+EVENTS: dict[int | str, JsonObject] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or as a stream."}
 }
 
 
 @questions.post("/v1/completions", response_model=Completion, responses=EVENTS)
-async def complete(body: CompletionRequest, here: Here, unit: Unit, request: Request, response: Response) -> Any:
-    """Texts that follow prompts; with an adapter each prompt is put as the adapter's task puts it."""
-    texts = several(body, body.prompts())
-    asking = options(here, body, body.max_tokens, len(texts))
+async def complete(
+    body: CompletionRequest, state: State, unit: Unit, request: Request, response: Response
+) -> Completion | StreamingResponse:
+    """Continue prompts. With an adapter, each text goes through the template of the adapter's task."""
+    prompts = repeated(body, body.prompts())
+    options = generation_options(state, body, body.max_tokens, len(prompts))
     if body.stream:
-        return await stream(here, request, body, texts, asking, unit, Pieces())
-    async with here.ask(request, "generate", body.model, texts, asking, unit=unit or body.user) as asked:
-        answers = await asked.all()
-    response.headers.update(asked.headers)
+        return await stream(state, request, body, prompts, options, unit, CompletionChunks())
+    async with state.ask(request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
+        answers = await pending.all()
+    response.headers.update(pending.headers)
     choices = [
         CompletionChoice(
-            index=place, text=answer["text"], logprobs=logprobs(answer), finish_reason=answer["finish_reason"]
+            index=index, text=answer["text"], logprobs=logprobs(answer), finish_reason=answer["finish_reason"]
         )
-        for place, answer in enumerate(answers)
+        for index, answer in enumerate(answers)
     ]
-    model = asked.model or here.base_id
-    return Completion(id=f"cmpl-{asked.id}", created=here.now(), model=model, choices=choices, usage=usage(answers))
+    model = pending.model or state.base_id
+    return Completion(id=f"cmpl-{pending.id}", created=state.now(), model=model, choices=choices, usage=usage(answers))
 
 
-def logprobs(answer: dict[str, Any]) -> CompletionLogprobs | None:
-    """The answer's in the shape of OpenAI's completions: where two tokens have one text, the more probable counts."""
-    told = answer.get("logprobs")
-    if told is None:
+def logprobs(answer: Answer) -> CompletionLogprobs | None:
+    """The answer's logprobs in the format of completions. Of two tokens with one text, the more probable is kept."""
+    steps = answer.get("logprobs")
+    if steps is None:
         return None
-    tokens = [each["token"] for each in told]
-    whole = "".join(tokens)
-    blank = len(whole) - len(whole.lstrip())  # in front, which the answer's text leaves out
+    tokens = [step["token"] for step in steps]
+    text = "".join(tokens)
+    blanks = len(text) - len(text.lstrip())  # the answer's text starts after them
     return CompletionLogprobs(
         tokens=tokens,
-        token_logprobs=[each["logprob"] for each in told],
-        top_logprobs=[{other["token"]: other["logprob"] for other in reversed(each["top"])} for each in told],
+        token_logprobs=[step["logprob"] for step in steps],
+        top_logprobs=[{other["token"]: other["logprob"] for other in reversed(step["top"])} for step in steps],
         text_offset=[
-            max(0, end - len(token) - blank) for end, token in zip(accumulate(map(len, tokens)), tokens, strict=True)
+            max(0, end - len(token) - blanks) for end, token in zip(accumulate(map(len, tokens)), tokens, strict=True)
         ],
     )
 
 
-class Pieces:
+class CompletionChunks:
     """The chunks of a streamed completion."""
 
-    object = "text_completion"
+    kind = "text_completion"
     prefix = "cmpl"
 
     def begin(self, index: int) -> Chunk | None:

@@ -1,23 +1,20 @@
-"""Whose a connection is, and how many one client may hold. Knows addresses alone."""
+"""Count the open connections of each client, and refuse those beyond a limit."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Any
 
 from turret.errors import Busy, ServeRefused
 
 Network = IPv4Network | IPv6Network
-SITE = 64  # bits of an IPv6 address that one client's addresses have in common
+Peer = Sequence[str | int] | None  # an address of Python's sockets: (host, port, ...), or the path of a Unix socket
+CLIENT_BITS = 64  # an IPv6 client is a network of this prefix length
 
 
-def client_of(peer: Any) -> str | None:
-    """The client at the other end: an IPv4 address or an IPv6 /64 network; None for a Unix socket.
-
-    peer: the address as Python's sockets say it, (host, port, ...).
-    """
+def client_of(peer: Peer) -> str | None:
+    """The client of a connection: an IPv4 address or an IPv6 /64 network; None for a Unix socket."""
     if not isinstance(peer, tuple | list):
         return None
     try:
@@ -28,11 +25,11 @@ def client_of(peer: Any) -> str | None:
         return str(address)
     if address.ipv4_mapped is not None:
         return str(address.ipv4_mapped)
-    return str(ip_network((address, SITE), strict=False))
+    return str(ip_network((address, CLIENT_BITS), strict=False))
 
 
 def networks(texts: Iterable[str]) -> tuple[Network, ...]:
-    """Addresses and networks, as somebody wrote them. Raises ServeRefused."""
+    """The addresses and networks of `--proxy`. Raises ServeRefused."""
     found: list[Network] = []
     for text in texts:
         try:
@@ -45,44 +42,51 @@ def networks(texts: Iterable[str]) -> tuple[Network, ...]:
 
 
 class ClientConnections:
-    """The open connections. most: of all; most_each: of one client, None for any number. A proxy's count for nobody."""
+    """The open connections.
 
-    def __init__(self, most: int, most_each: int | None, proxies: Sequence[Network] = ()) -> None:
-        self.most, self.most_each = most, most_each
+    Args:
+        limit: Of all connections.
+        limit_per_client: Of the connections of one client; None for no limit.
+        proxies: Networks without a limit per client, because their connections belong to many clients.
+    """
+
+    def __init__(self, limit: int, limit_per_client: int | None, proxies: Sequence[Network] = ()) -> None:
+        self.limit, self.limit_per_client = limit, limit_per_client
         self.open = 0
         self.open_of: Counter[str] = Counter()
         self._proxies = proxies
 
-    def limited(self, peer: Any) -> str | None:
-        """The client at the other end, where limits for one client hold for it."""
-        client = client_of(peer) if self.most_each is not None else None
+    def limited(self, peer: Peer) -> str | None:
+        """The client of a connection; None if it has no limit of its own."""
+        client = client_of(peer) if self.limit_per_client is not None else None
         if client is None:
             return None
         address = ip_network(client).network_address
         return None if any(address in network for network in self._proxies) else client
 
     def enter(self, client: str | None) -> None:
-        """Count one more connection, or raise Busy and count nothing."""
-        if client is not None and self.most_each is not None and self.open_of[client] >= self.most_each:
+        """Count one more connection. Raises Busy, and counts nothing, beyond a limit."""
+        limit = self.limit_per_client
+        if client is not None and limit is not None and self.open_of[client] >= limit:
             raise Busy(
-                f"{self.most_each} connections of {client} are open, which is the limit for one client: "
+                f"{limit} connections of {client} are open, which is the limit for one client: "
                 "close some, or try again",
                 1,
             )
-        if self.open >= self.most:
-            raise Busy(f"{self.most} connections are open: try again", 1)
+        if self.open >= self.limit:
+            raise Busy(f"{self.limit} connections are open: try again", 1)
         self.open += 1
         if client is not None:
             self.open_of[client] += 1
 
     def leave(self, client: str | None) -> None:
-        """Count one connection less, of those that entered."""
+        """Count one connection less."""
         self.open -= 1
-        take(self.open_of, client, 1)
+        subtract(self.open_of, client, 1)
 
 
-def take(counts: Counter[str], key: str | None, count: int) -> None:
-    """Less of one key; a key that counts nothing is forgotten."""
+def subtract(counts: Counter[str], key: str | None, count: int) -> None:
+    """Lower the count of a key, and drop the key at zero."""
     if key is not None and key in counts:
         counts[key] -= count
         if counts[key] <= 0:

@@ -1,42 +1,30 @@
-"""What the server asks of an engine: the engine's public face, and no more of it. Refuses to know what answers.
+"""What the server needs from an engine. `turret.engine.Engine` provides it; tests replace it with an echo.
 
-An `Engine` resolves a reference when it is asked (`submit`), gives a `Ticket`, and tells whoever listens to it what
-has been decided: events with `text` (a piece), `answer` (done) or `error` (failed), from a thread of its own.
+`submit` returns a ticket. The ticket calls its listeners from the engine's own thread: with a `Piece` for each part of
+a text, and at the end with one `Done` or `Failed`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
+from turret.engine import Event, LoadedAdapter, Named, Options, Receipt, Stats
+from turret.json_types import JsonObject
 from turret.tasks.task import RequestKind
+from turret.transformer import Tokenizer
 
-Kind = RequestKind
-Text = str | Sequence[int]
-
-
-class ReceiptProtocol(Protocol):
-    """Which version answers."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def name(self) -> str | None: ...  # None: the bare base
-    @property
-    def number(self) -> int: ...
-    @property
-    def digest(self) -> str | None: ...
-    @property
-    def base(self) -> str: ...  # its fingerprint
+Input: TypeAlias = str | Sequence[int]  # a text, or token ids that are used unchanged
+Answer: TypeAlias = JsonObject  # `label` and `probabilities`, or `text`, `finish_reason` and `tokens`
 
 
 class TicketProtocol(Protocol):
-    """One request at work."""
+    """One request that the engine has accepted."""
 
     @property
-    def receipt(self) -> ReceiptProtocol: ...
-    def listen(self, fn: Callable[[Any], None]) -> None: ...
-    def result(self, timeout: float | None = None) -> dict[str, Any]: ...  # raises what went wrong
+    def receipt(self) -> Receipt: ...
+    def listen(self, listener: Callable[[Event], None]) -> None: ...
+    def result(self, timeout: float | None = None) -> Answer: ...  # raises the error of the request
     def cancel(self) -> None: ...
 
 
@@ -48,7 +36,7 @@ class BaseProtocol(Protocol):
     @property
     def fingerprint(self) -> str: ...
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Tokenizer: ...
 
 
 class EngineProtocol(Protocol):
@@ -58,23 +46,23 @@ class EngineProtocol(Protocol):
     def base(self) -> BaseProtocol: ...
     def submit(
         self,
-        kind: Kind,
-        text: Text,
+        kind: RequestKind,
+        text: Input,
         adapter: str | None,
-        options: Any = None,
+        options: Options | None = None,
         *,
         priority: int = 0,
         deadline: float | None = None,
     ) -> TicketProtocol: ...
-    def warm(self, reference: str, *, pin: bool = False) -> Any: ...
-    def unload(self, reference: str) -> Any: ...
-    def unpin(self, reference: str) -> Any: ...
-    def loaded(self) -> Sequence[Any]: ...
-    def stats(self) -> Any: ...
+    def warm(self, reference: str, *, pin: bool = False) -> Named: ...
+    def unload(self, reference: str) -> Named: ...
+    def unpin(self, reference: str) -> Named: ...
+    def loaded(self) -> Sequence[LoadedAdapter]: ...
+    def stats(self) -> Stats: ...
     def drain(self, timeout: float) -> bool: ...
     def close(self) -> None: ...
 
 
-def named(receipt: ReceiptProtocol) -> str | None:
-    """`name@3`, or None for the bare base."""
+def answering_version(receipt: Receipt) -> str | None:
+    """The version that answers, as `name@3`; None for the bare base."""
     return f"{receipt.name}@{receipt.number}" if receipt.name else None

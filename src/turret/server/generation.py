@@ -1,34 +1,33 @@
-"""What completions and chat share: options from a request, choices from answers, and a stream of server-sent events.
-
-Refuses to know how a prompt is made; `Shape` says how a chunk is written.
-"""
+"""What completions and chats share: the options of a generation, and streams of server-sent events."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from turret.engine import Options
 from turret.errors import BadRequest, TurretError
-from turret.server.engine_protocol import Text
-from turret.server.error_responses import problem
+from turret.json_types import JsonObject
+from turret.server.engine_protocol import Input
+from turret.server.error_responses import error_response
 from turret.server.limits import MOST_INPUTS
-from turret.server.pending_answers import PendingAnswers
+from turret.server.pending_answers import PendingAnswers, Update
 from turret.server.routes import usage
 from turret.server.schemas import Generation
 from turret.server.state import ServerState
 
-Chunk = dict[str, Any]
+Chunk = JsonObject
 
 
 class ChunkFormat(Protocol):
-    """How the chunks of one kind of stream are written."""
+    """The chunks of one kind of stream."""
 
-    object: str
+    kind: str  # of the JSON `object`
     prefix: str
 
     def begin(self, index: int) -> Chunk | None: ...
@@ -36,110 +35,107 @@ class ChunkFormat(Protocol):
     def end(self, index: int, finish_reason: str | None) -> Chunk: ...
 
 
-def several(body: Generation, prompts: Sequence[Text]) -> list[Text]:
-    """Every prompt `n` times, as the choices are numbered."""
+def repeated(body: Generation, prompts: Sequence[Input]) -> list[Input]:
+    """Every prompt `n` times, in the order of the choices. Raises BadRequest for more than the limit."""
     times = body.n or 1
     if len(prompts) * times > MOST_INPUTS:
         raise BadRequest(f"{len(prompts)} prompts times n = {times}: expected at most {MOST_INPUTS} choices in all")
     return [prompt for prompt in prompts for _ in range(times)]
 
 
-def options(here: ServerState, body: Generation, max_tokens: int | None, count: int) -> list[Any]:
-    """An options object for each choice; choices of one prompt draw by seeds that follow each other."""
+def generation_options(state: ServerState, body: Generation, max_tokens: int | None, choices: int) -> Sequence[Options]:
+    """The options of each choice. The choices of one prompt have consecutive seeds."""
     keys = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
-    said = {key: getattr(body, key) for key in keys}
-    said |= {"max_tokens": max_tokens, "stop": body.stops(), "logprobs": body.told()}
-    said = {key: value for key, value in said.items() if value is not None}
-    if "temperature" not in said and ("top_k" in said or said.get("top_p", 1.0) < 1.0):
-        said["temperature"] = 1.0  # what OpenAI's API means where it is left out
+    given = {key: getattr(body, key) for key in keys}
+    given |= {"max_tokens": max_tokens, "stop": body.stops(), "logprobs": body.logprob_count()}
+    given = {key: value for key, value in given.items() if value is not None}
+    if "temperature" not in given and ("top_k" in given or given.get("top_p", 1.0) < 1.0):
+        given["temperature"] = 1.0  # the default of OpenAI's API
     if body.seed is None:
-        return [here.options(**said)] * count
-    return [here.options(**said, seed=body.seed + place % (body.n or 1)) for place in range(count)]
+        return [state.options(**given)] * choices
+    return [state.options(**given, seed=body.seed + index % (body.n or 1)) for index in range(choices)]
 
 
 async def stream(
-    here: ServerState,
+    state: ServerState,
     request: Request,
     body: Generation,
-    texts: Sequence[Text],
-    options: Sequence[Any],
+    prompts: Sequence[Input],
+    options: Sequence[Options],
     unit: str | None,
-    shape: ChunkFormat,
+    chunks: ChunkFormat,
 ) -> StreamingResponse:
-    """Open the tickets and begin to answer once the first word is there: until then an error has a status."""
-    asked = await here.open(request, "generate", body.model, texts, options, unit=unit or body.user)
+    """Submit the prompts, and start the response with the first word: an error before it has an HTTP status."""
+    pending = await state.submit(request, "generate", body.model, prompts, options, unit=unit or body.user)
     try:
-        first, rest = await asked.first()
+        first, rest = await pending.first()
     except BaseException:
-        here.close(request, "generate", asked)
+        state.finish(request, "generate", pending)
         raise
-    lines = _lines(here, body, asked, _again(first, rest), shape)
-    return _Closing(lines, asked.headers, lambda: here.close(request, "generate", asked))
+    lines = _lines(state, body, pending, _chained(first, rest), chunks)
+    return _EventStream(lines, pending.headers, lambda: state.finish(request, "generate", pending))
 
 
-class _Closing(StreamingResponse):
-    """A stream of events that is closed however it ends: read, left by its client, or broken."""
+class _EventStream(StreamingResponse):
+    """A stream of server-sent events. Calls `finish` at its end, also if the client disconnects or an error ends it."""
 
-    def __init__(self, lines: AsyncIterator[str], headers: dict[str, str], close: Callable[[], None]) -> None:
-        told = {**headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(lines, headers=told, media_type="text/event-stream")
-        self._close = close
+    def __init__(self, lines: AsyncIterator[str], headers: dict[str, str], finish: Callable[[], None]) -> None:
+        more = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(lines, headers=headers | more, media_type="text/event-stream")
+        self._finish = finish
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._close()
+            self._finish()
 
 
-async def _again(
-    first: tuple[int, str | None], rest: AsyncIterator[tuple[int, str | None]]
-) -> AsyncIterator[tuple[int, str | None]]:
+async def _chained(first: Update, rest: AsyncIterator[Update]) -> AsyncIterator[Update]:
     yield first
-    async for event in rest:
-        yield event
+    async for update in rest:
+        yield update
 
 
 async def _lines(
-    here: ServerState,
+    state: ServerState,
     body: Generation,
-    asked: PendingAnswers,
-    events: AsyncIterator[tuple[int, str | None]],
-    shape: ChunkFormat,
+    pending: PendingAnswers,
+    updates: AsyncIterator[Update],
+    chunks: ChunkFormat,
 ) -> AsyncIterator[str]:
     head = {
-        "id": f"{shape.prefix}-{asked.id}",
-        "object": shape.object,
-        "created": here.now(),
-        "model": asked.model or here.base_id,
+        "id": f"{chunks.prefix}-{pending.id}",
+        "object": chunks.kind,
+        "created": state.now(),
+        "model": pending.model or state.base_id,
     }
     begun: set[int] = set()
     try:
-        async for place, text in events:
-            for choice in _choices(asked, shape, begun, place, text):
+        async for update in updates:
+            for choice in _choices(pending, chunks, begun, update):
                 yield _line(head | {"choices": [choice]})
     except TurretError as error:
-        here.log.say("stream", "error", error=type(error).__name__, receipt=asked.id)
-        yield _line(problem(error).body)
+        state.log.write("stream", "error", error=type(error).__name__, receipt=pending.id)
+        yield _line(error_response(error).body)
         return
     if body.stream_options is not None and body.stream_options.include_usage:
-        told = usage([answer for answer in asked.answers if answer is not None])
-        yield _line(head | {"choices": [], "usage": None if told is None else told.model_dump()})
+        counts = usage([answer for answer in pending.answers if answer is not None])
+        yield _line(head | {"choices": [], "usage": None if counts is None else counts.model_dump()})
     yield "data: [DONE]\n\n"
 
 
-def _choices(
-    asked: PendingAnswers, shape: ChunkFormat, begun: set[int], place: int, text: str | None
-) -> Iterator[Chunk]:
-    if place not in begun:
-        begun.add(place)
-        if (opening := shape.begin(place)) is not None:
+def _choices(pending: PendingAnswers, chunks: ChunkFormat, begun: set[int], update: Update) -> Iterator[Chunk]:
+    index, text = update
+    if index not in begun:
+        begun.add(index)
+        if (opening := chunks.begin(index)) is not None:
             yield opening
     if text is not None:
-        yield shape.piece(place, text)
+        yield chunks.piece(index, text)
     else:
-        yield shape.end(place, (asked.answers[place] or {}).get("finish_reason"))
+        yield chunks.end(index, (pending.answers[index] or {}).get("finish_reason"))
 
 
-def _line(said: Chunk) -> str:
-    return f"data: {json.dumps(said, ensure_ascii=False)}\n\n"
+def _line(chunk: Chunk) -> str:
+    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"

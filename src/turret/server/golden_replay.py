@@ -1,7 +1,6 @@
-"""Golden examples put to the engine that serves, so that a promote over HTTP loads no second base.
+"""Ask the serving engine golden examples, so that a promote over HTTP loads no second base.
 
-A few at a time and behind everybody's questions: a promote holds up no answer, however many examples there are. Refuses
-to know what is right and what an alias asks for.
+A few examples at a time, with a lower priority than requests: a promote delays no answer, however many examples it has.
 """
 
 from __future__ import annotations
@@ -10,24 +9,24 @@ import time
 from collections.abc import Sequence
 
 from turret.errors import Busy, Draining
-from turret.server.engine_protocol import Kind, TicketProtocol
-from turret.server.pending_answers import Answer
-from turret.server.shadows import BEHIND
+from turret.server.engine_protocol import Answer, TicketProtocol
+from turret.server.shadows import LOW_PRIORITY
 from turret.server.state import ServerState
 from turret.tasks import stored_task
+from turret.tasks.task import RequestKind
 
 AT_ONCE = 16
-PATIENCE = 60.0  # seconds that a full queue is waited for
+PATIENCE = 60.0  # seconds to wait for room in a full queue
 
 
-def answers(here: ServerState, reference: str, texts: Sequence[str]) -> list[Answer]:
-    """What the version answers to each text, in order; blocking. Raises what `submit` and its tickets do."""
-    kind = stored_task(here.workspace.resolve(reference).part("task")).request
+def answers(state: ServerState, reference: str, texts: Sequence[str]) -> list[Answer]:
+    """The version's answer to each text, in order. Blocks. Raises what `submit` and its tickets raise."""
+    kind = stored_task(state.workspace.resolve(reference).part("task")).request
     found: list[Answer] = []
     for start in range(0, len(texts), AT_ONCE):
         tickets: list[TicketProtocol] = []
         try:
-            tickets.extend(_submitted(here, kind, reference, text) for text in texts[start : start + AT_ONCE])
+            tickets.extend(_submit(state, kind, reference, text) for text in texts[start : start + AT_ONCE])
             found += [ticket.result() for ticket in tickets]
         finally:
             for ticket in tickets:
@@ -35,13 +34,14 @@ def answers(here: ServerState, reference: str, texts: Sequence[str]) -> list[Ans
     return found
 
 
-def _submitted(here: ServerState, kind: Kind, reference: str, text: str) -> TicketProtocol:
+def _submit(state: ServerState, kind: RequestKind, reference: str, text: str) -> TicketProtocol:
     until = time.monotonic() + PATIENCE
     while True:
-        if here.load.draining:
-            raise Draining("the server is going down: not all golden examples were asked, and nothing was moved")
+        if state.load.draining:
+            raise Draining("the server is shutting down: not all golden examples were asked, and nothing was moved")
         try:
-            return here.engine.submit(kind, text, reference, priority=BEHIND, deadline=here.limits.answer_seconds)
+            deadline = state.limits.answer_seconds
+            return state.engine.submit(kind, text, reference, priority=LOW_PRIORITY, deadline=deadline)
         except Busy as error:
             if time.monotonic() >= until:
                 raise

@@ -1,8 +1,8 @@
-"""Requests that a proxy and this server could read in two ways are refused before anything else looks at them.
+"""Refuse requests that a proxy and this server could read in two ways.
 
-Where a body ends must be said once: with Content-Length beside Transfer-Encoding a proxy may take the one and a server
-the other, and what one of them reads as a body is the other's next request (RFC 9112, section 6.3). Who asks must be
-said once, too: of two Authorization headers a proxy may have checked the first and a server the last.
+With Content-Length and Transfer-Encoding in one request, a proxy may use one and the server the other. What one of them
+takes for the body is then the next request of the other (request smuggling, RFC 9112, section 6.3). With two
+Authorization headers, a proxy may have checked the first one and the server would use the last one.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from turret.errors import BadRequest
-from turret.server.error_responses import answer
+from turret.server.error_responses import send_error
 
 
-class Unambiguous:
-    """An ASGI application whose requests can be read in one way only; others are 400, and their connection closes."""
+class HeaderMiddleware:
+    """Answers an ambiguous request with 400 and closes its connection."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = ambiguity(scope) if scope["type"] == "http" else None
-        if problem is None:
+        message = ambiguity(scope) if scope["type"] == "http" else None
+        if message is None:
             await self.app(scope, receive, send)
         else:
-            await answer(BadRequest(problem), scope, receive, send, close=True)
+            await send_error(BadRequest(message), scope, receive, send, close=True)
 
 
 def ambiguity(scope: Scope) -> str | None:
-    """What can be read in two ways."""
+    """Why the request can be read in two ways; None if it cannot."""
     names = [name.lower() for name, _ in scope["headers"]]
     if b"transfer-encoding" in names:
         if b"content-length" in names:

@@ -1,4 +1,4 @@
-"""`/healthz`, `/readyz` and `/metrics`: is it alive, may it be asked, what has it done."""
+"""`/healthz`, `/readyz` and `/metrics`."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from fastapi import Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from turret.errors import Draining
-from turret.server.error_responses import problem
+from turret.server.error_responses import error_response
 from turret.server.metrics import CONTENT_TYPE
-from turret.server.routes import Here, router
+from turret.server.routes import State, router
 
 anyone, control = router(""), router("admin")
 
 
 @anyone.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """The process answers."""
+    """200 while the process answers."""
     return {"status": "ok"}
 
 
 @anyone.get("/readyz")
-async def readyz(here: Here) -> Response:
-    """It may be sent requests: it has followed the store, loaded ahead, and is not going down."""
-    if here.load.draining or not here.ready:
-        said = "going down" if here.load.draining else "not ready yet: adapters are being loaded"
-        told = problem(Draining(f"the server is {said}"))
-        return JSONResponse(told.body, told.status, told.headers)
+async def readyz(state: State) -> Response:
+    """200 once the store was read and adapters are loaded; 503 before that, and while the server shuts down."""
+    if state.load.draining or not state.ready:
+        why = "shutting down" if state.load.draining else "not ready yet: adapters are being loaded"
+        response = error_response(Draining(f"the server is {why}"))
+        return JSONResponse(response.body, response.status, response.headers)
     return JSONResponse({"status": "ready"})
 
 
 @control.get("/metrics", response_class=PlainTextResponse)
-async def metrics(here: Here) -> Response:
-    """Figures for Prometheus."""
-    return Response(await here.control(here.metrics.text), media_type=CONTENT_TYPE)
+async def metrics(state: State) -> Response:
+    """Metrics for Prometheus."""
+    return Response(await state.control(state.metrics.text), media_type=CONTENT_TYPE)

@@ -1,8 +1,7 @@
-"""How much is taken from outside: every limit in one place, and the door that holds requests to them.
+"""Every limit of a server, and the middleware that enforces those of a request.
 
-The door (`Bounded`) reads a body to its end before anything looks at it: within the bytes, within the seconds, while
-there is room. What is too large is answered at once and the rest read off, so that the client comes to hear the answer.
-Refuses to know what a request means.
+The middleware reads a body to its end before a route sees it. If a body is too large, the response is sent at once and
+the rest of the body is read and dropped, so that the client gets to read the response.
 """
 
 from __future__ import annotations
@@ -14,60 +13,60 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.errors import Busy, Draining, TooLarge, TooSlow, WrongMediaType
-from turret.server.connections import ClientConnections, take
-from turret.server.error_responses import answer
+from turret.server.connections import ClientConnections, subtract
+from turret.server.error_responses import send_error
 from turret.server.paths import is_page
 
-# Of what one request may say; they stand in the schemas.
+# Of the values in one request; the schemas enforce them.
 MOST_INPUTS = 1024
 MOST_CHOICES = 16  # n
 MOST_TOKENS = 4096
 MOST_MESSAGES = 256
-MOST_LOGPROBS = 20  # alternatives told beside a token
+MOST_LOGPROBS = 20  # alternatives for each token
 MOST_STOPS = 4
 MOST_TEXT = 1_000_000  # characters
 MOST_OUTCOMES = 1000
 MOST_UNIT = 1024  # characters
 
-OPEN = ("/healthz", "/readyz")  # answered whatever happens
-JSON, FORM = "application/json", "application/x-www-form-urlencoded"  # the body of the API, and of a page
+OPEN = ("/healthz", "/readyz")  # without a token, and without limits
+JSON, FORM = "application/json", "application/x-www-form-urlencoded"  # the bodies of the API and of pages
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Of one server. Seconds are wall clock."""
+    """The limits of one server. Seconds are wall clock."""
 
     body_bytes: int = 4 << 20  # of one request
-    bodies_bytes: int = 64 << 20  # of all requests that are being read or answered
+    bodies_bytes: int = 64 << 20  # of all requests in flight
     body_keys: int = 4096  # of all objects in a body
     body_values: int = 1 << 18  # of all lists and objects in a body
     body_seconds: float = 10.0  # until the last byte of a body
     header_seconds: float = 10.0  # until the last byte of the headers
     header_bytes: int = 32 << 10
-    linger_seconds: float = 5.0  # reading off what is too large
-    write_seconds: float = 30.0  # until a client that does not read is given up
+    linger_seconds: float = 5.0  # reading the rest of a body that is too large
+    write_seconds: float = 30.0  # until a client that does not read is disconnected
     answer_seconds: float = 300.0
     connections: int = 1024
     connections_per_client: int | None = 128  # half of in_flight, so that one client leaves room for others
-    in_flight: int = 256  # requests being read or answered
-    control_waiting: int = 32  # verbs of the control plane that wait for a thread
-    outcomes_waiting: int = 32  # requests that tell outcomes, at a time
-    shadow_inputs: int = 16  # that shadows work on at a time; beyond it they are shed
+    in_flight: int = 256  # requests that are being read or answered
+    control_waiting: int = 32  # operations of the control plane
+    outcomes_waiting: int = 32  # requests with outcomes
+    shadow_inputs: int = 16  # inputs that shadows work on; more are dropped
     drain_seconds: float = 60.0
 
 
 class Load:
-    """What is in flight now. `draining` is set once and for all."""
+    """What is in flight now. `draining` never goes back to False."""
 
     def __init__(self) -> None:
         self.requests = 0
         self.bytes = 0  # of bodies
-        self.bytes_of: Counter[str] = Counter()  # of these, by client
+        self.bytes_of: Counter[str] = Counter()  # of bodies, by client
         self.draining = False
 
 
-class Bounded:
-    """An ASGI application behind its limits."""
+class LimitMiddleware:
+    """Refuses requests beyond the limits, and passes on the others with their whole body."""
 
     def __init__(self, app: ASGIApp, limits: RequestLimits, load: Load, clients: ClientConnections) -> None:
         self.app = app
@@ -80,10 +79,12 @@ class Bounded:
             await self.app(scope, receive, send)
             return
         if self.load.draining:
-            await answer(Draining("the server is going down: ask another, or later"), scope, receive, send)
+            error = Draining("the server is shutting down: send the request to another one, or later")
+            await send_error(error, scope, receive, send)
             return
         if self.load.requests >= self.limits.in_flight:
-            await answer(Busy(f"{self.load.requests} requests are in flight: try again", 1), scope, receive, send)
+            busy = Busy(f"{self.load.requests} requests are in flight: try again", 1)
+            await send_error(busy, scope, receive, send)
             return
         self.load.requests += 1
         body = _Body(self.limits, self.load, self.clients.limited(scope.get("client")))
@@ -97,17 +98,17 @@ class Bounded:
         try:
             content = await body.read(scope, receive)
         except TooLarge as error:
-            await answer(error, scope, receive, send, linger=self.limits.linger_seconds)
+            await send_error(error, scope, receive, send, linger=self.limits.linger_seconds)
             return
         except (TooSlow, WrongMediaType, Busy) as error:
-            await answer(error, scope, receive, send, close=True)
+            await send_error(error, scope, receive, send, close=True)
             return
-        if content is not None:  # None: the client went away
+        if content is not None:  # None: the client has disconnected
             await self.app(scope, _replayed(content, receive), send)
 
 
 class _Body:
-    """The bytes of one request, counted while they are held. client: for whom they count too."""
+    """The bytes of one request, counted until `close`. client: the one whose share they count towards, if any."""
 
     def __init__(self, limits: RequestLimits, load: Load, client: str | None) -> None:
         self.limits = limits
@@ -117,8 +118,8 @@ class _Body:
 
     async def read(self, scope: Scope, receive: Receive) -> bytes | None:
         headers = {name.lower(): value for name, value in scope["headers"]}
-        announced = headers.get(b"content-length", b"0")
-        if announced.isdigit() and (len(announced) > 18 or int(announced) > self.limits.body_bytes):
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and (len(length) > 18 or int(length) > self.limits.body_bytes):
             raise self._too_large()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
@@ -126,26 +127,26 @@ class _Body:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    self._take(message.get("body", b""))
+                    self._append(message.get("body", b""))
                     if not message.get("more_body", False):
                         break
         except TimeoutError:
             raise TooSlow(
-                f"the body was not there after {self.limits.body_seconds:g} seconds: send it in one go"
+                f"the body did not arrive within {self.limits.body_seconds:g} seconds: send it without pauses"
             ) from None
         if self.content:
             _check_type(headers, FORM if is_page(scope["path"]) else JSON)
         return bytes(self.content)
 
-    def _take(self, piece: bytes) -> None:
+    def _append(self, piece: bytes) -> None:
         if len(self.content) + len(piece) > self.limits.body_bytes:
             raise self._too_large()
         if self.load.bytes + len(piece) > self.limits.bodies_bytes:
-            raise Busy("the bodies of other requests take all the memory that is meant for them: try again", 1)
+            raise Busy("the bodies of other requests use all the memory for bodies: try again", 1)
         if self.client is not None:
-            held = self.load.bytes_of[self.client]
-            if held > len(self.content) and held + len(piece) > self.limits.bodies_bytes // 2:
-                raise Busy(f"other bodies of {self.client} take all the memory that is meant for one client", 1)
+            used = self.load.bytes_of[self.client]
+            if used > len(self.content) and used + len(piece) > self.limits.bodies_bytes // 2:
+                raise Busy(f"other bodies of {self.client} use all the memory for the bodies of one client", 1)
             self.load.bytes_of[self.client] += len(piece)
         self.content += piece
         self.load.bytes += len(piece)
@@ -155,27 +156,27 @@ class _Body:
 
     def close(self) -> None:
         self.load.bytes -= len(self.content)
-        take(self.load.bytes_of, self.client, len(self.content))
+        subtract(self.load.bytes_of, self.client, len(self.content))
         self.content = bytearray()
 
 
-def _check_type(headers: dict[bytes, bytes], wanted: str) -> None:
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
-    if kind != wanted:
-        raise WrongMediaType(f"content-type is {ascii(kind)[:60]}: expected {wanted}")
+def _check_type(headers: dict[bytes, bytes], expected: str) -> None:
+    content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
+    if content_type != expected:
+        raise WrongMediaType(f"content-type is {ascii(content_type)[:60]}: expected {expected}")
     if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
-        raise WrongMediaType("the body is encoded: expected it as it is, without content-encoding")
+        raise WrongMediaType("the body has a content-encoding: send it without one")
 
 
 def _replayed(content: bytes, receive: Receive) -> Receive:
-    """The body in one piece, then whatever comes after it: the client going away."""
-    given = False
+    """The body as one message, then the messages that follow it, such as a disconnect."""
+    replayed = False
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        nonlocal replayed
+        if replayed:
             return await receive()
-        given = True
+        replayed = True
         return {"type": "http.request", "body": content, "more_body": False}
 
     return replay

@@ -1,8 +1,4 @@
-"""What the server says about itself: a JSON object a line. Texts of requests and tokens are not in it.
-
-`Logged` is the outermost door: it gives each request an id, writes one line when it is over, and turns a bug into one
-answer. Refuses to know routes.
-"""
+"""The server's log: a JSON object per line, without texts of requests and without tokens."""
 
 from __future__ import annotations
 
@@ -15,39 +11,39 @@ import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from turret.server.error_responses import problem
-
-Watch = Callable[[str, int, float], None]  # route, status, seconds
+from turret.json_types import JsonValue
+from turret.server.error_responses import error_response
 
 
 class Log:
-    """One JSON object a line, whole, whichever thread speaks."""
+    """Writes whole lines from any thread."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._lock = threading.Lock()
 
-    def say(self, event: str, level: str = "info", **said: Any) -> None:
+    def write(self, event: str, level: str = "info", **fields: JsonValue) -> None:
+        """Write one line. Fields that are None are left out."""
         time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        kept = {key: value for key, value in said.items() if value is not None}
-        line = json.dumps({"time": time, "level": level, "event": event, **kept}, ensure_ascii=True, default=str)
+        known = {key: value for key, value in fields.items() if value is not None}
+        line = json.dumps({"time": time, "level": level, "event": event, **known}, ensure_ascii=True, default=str)
         with self._lock:
             self._stream.write(line + "\n")
             self._stream.flush()
 
-    def bug(self, error: BaseException, **said: Any) -> None:
-        """Where it happened, and nothing of what was being said: an error's words may hold a text."""
+    def bug(self, error: BaseException, **fields: JsonValue) -> None:
+        """Write where a bug happened, without the error's text, which may repeat a text of a request."""
         frames = traceback.extract_tb(error.__traceback__)[-8:]
         where = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
-        self.say("bug", "error", error=type(error).__name__, where=where, **said)
+        self.write("bug", "error", error=type(error).__name__, where=where, **fields)
 
 
-class Forwarded(logging.Handler):
-    """What libraries log, as lines of the same log."""
+class LibraryHandler(logging.Handler):
+    """Writes the warnings and errors of libraries to the log."""
 
     def __init__(self, log: Log) -> None:
         super().__init__(logging.WARNING)
@@ -57,16 +53,22 @@ class Forwarded(logging.Handler):
         if record.exc_info and record.exc_info[1] is not None:
             self._log.bug(record.exc_info[1], logger=record.name)
         else:
-            self._log.say("library", record.levelname.lower(), logger=record.name, message=record.getMessage())
+            self._log.write("library", record.levelname.lower(), logger=record.name, message=record.getMessage())
 
 
-class Logged:
-    """An ASGI application with a line a request. watch: told route, status and seconds of each."""
+class LogMiddleware:
+    """Gives each request an id, writes a line when it ends, and answers a bug with status 500.
 
-    def __init__(self, app: ASGIApp, log: Log, watch: Watch, clock: Callable[[], float]) -> None:
+    Args:
+        observe: Called with route, status and seconds of each request.
+    """
+
+    def __init__(
+        self, app: ASGIApp, log: Log, observe: Callable[[str, int, float], None], clock: Callable[[], float]
+    ) -> None:
         self.app = app
         self.log = log
-        self.watch = watch
+        self.observe = observe
         self.clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,10 +76,10 @@ class Logged:
             await self.app(scope, receive, send)
             return
         started, status = self.clock(), 0
-        state = scope.setdefault("state", {})
-        state["request_id"] = request_id = "req-" + secrets.token_hex(12)
+        request_id = "req-" + secrets.token_hex(12)
+        scope.setdefault("state", {})["request_id"] = request_id
 
-        async def heard(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -85,35 +87,35 @@ class Logged:
             await send(message)
 
         try:
-            await self.app(scope, receive, heard)
+            await self.app(scope, receive, send_with_id)
         except Exception as error:
             self.log.bug(error, request=request_id)
             if not status:
-                await _sorry(error, heard)
+                await _send_bug(error, send_with_id)
         finally:
-            self._tell(scope, state, status or 499, self.clock() - started)
+            self._write(scope, status or 499, self.clock() - started)
 
-    def _tell(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
+    def _write(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or "unknown"
         if scope["path"] in ("/healthz", "/readyz") and status == 200:
             return
-        asker = state.get("asker")
-        self.watch(route, status, seconds)
-        self.log.say(
+        request_state = scope["state"]
+        self.observe(route, status, seconds)
+        self.log.write(
             "request",
             "error" if status >= 500 else "info",
-            request=state["request_id"],
+            request=request_state["request_id"],
             method=scope["method"] if len(scope["method"]) <= 10 else "OTHER",
             route=route,
             status=status,
             seconds=round(seconds, 4),
-            token=getattr(asker, "name", None),
-            **state.get("told", {}),
+            token=getattr(request_state.get("caller"), "name", None),
+            **request_state.get("log_fields", {}),
         )
 
 
-async def _sorry(error: Exception, send: Send) -> None:
-    told = problem(error)
-    raw = [(name.encode(), value.encode()) for name, value in told.headers.items()]
-    await send({"type": "http.response.start", "status": told.status, "headers": raw})
-    await send({"type": "http.response.body", "body": told.encoded(), "more_body": False})
+async def _send_bug(error: Exception, send: Send) -> None:
+    response = error_response(error)
+    raw = [(name.encode(), value.encode()) for name, value in response.headers.items()]
+    await send({"type": "http.response.start", "status": response.status, "headers": raw})
+    await send({"type": "http.response.body", "body": response.encoded(), "more_body": False})

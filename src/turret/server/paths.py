@@ -1,13 +1,13 @@
-"""What a path is before anything is routed: a page of the console, or the API. Knows strings alone."""
+"""Which paths are pages of the console. Every other path belongs to the API."""
 
 from __future__ import annotations
 
-# The first part of every page's path. Pages are for browsers: they take a session's cookie, forms, and answer in HTML.
+# The first part of a page's path. Pages use a session cookie and forms, and answer in HTML.
 PAGES = frozenset(
     ("", "adapters", "runs", "comparisons", "playground", "experiments", "store", "sign-in", "sign-out", "static")
 )
-UNSIGNED = frozenset(("sign-in", "static"))  # those that nobody need be known for
-INFER_PAGES = frozenset(("", "playground", "sign-out"))  # those that the scope infer opens; admin opens all
+UNSIGNED = frozenset(("sign-in", "static"))  # open without a session
+INFER_PAGES = frozenset(("", "playground", "sign-out"))  # open to the scope infer; admin opens all pages
 
 
 def first(path: str) -> str:

@@ -1,142 +1,157 @@
-"""The tickets of one request, heard in the event loop, and given back when nobody listens any more.
+"""The tickets of one request, and their events in the event loop.
 
-An engine speaks from a thread of its own; `Asked` hands its events over to the loop, in order. Whoever opened one
-closes it: what is unfinished then is cancelled, so a client that goes away frees its place between two steps.
+The engine calls listeners from its own thread; `PendingAnswers` passes the events to the loop, in order. `close`
+cancels what is unfinished, so the request of a client that disconnects is freed between two steps.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from starlette.requests import Request
 
+from turret.engine import Done, Event, Failed, Receipt
 from turret.errors import Cancelled, DeadlineExceeded, NotFound
-from turret.server.engine_protocol import ReceiptProtocol, Text, TicketProtocol, named
-from turret.server.routing import Placed
+from turret.server.engine_protocol import Answer, Input, TicketProtocol, answering_version
+from turret.server.routing import Placement
 
 T = TypeVar("T")
-Answer = dict[str, Any]
-TRIES = 4  # after the first, of a request whose version is deleted while it waits to be loaded
-CHARACTERS = 4  # of a token, where nobody has counted
-LEAST = 64  # characters of a text for which a token is charged at least, however few of its tokens are kept
+Update = tuple[int, str | None]  # (which input, a piece of its text); None once its answer is complete
+RETRIES = 4  # of a request whose version is deleted while it waits to be loaded
+CHARACTERS_PER_TOKEN = 4  # of a prompt that the engine does not count
+CHARACTERS_PER_CHARGED_TOKEN = 64  # a prompt is charged at least one token for so many, even if most of it is cut
 
 
 class Submission(NamedTuple):
-    """The inputs of one request, at the engine: all at one version, the one of an experiment's arm or not."""
+    """The inputs of one request at the engine: all at one version."""
 
     tickets: Sequence[TicketProtocol]
-    placed: Placed | None
+    placement: Placement | None
 
 
 class PendingAnswers:
-    """Tickets at work, in the order of their inputs; all of one version. began: on the clock, when they were put."""
+    """The answers of one request, in the order of its inputs.
+
+    Args:
+        submission: The tickets.
+        inputs: What was submitted.
+        request: Watched for a disconnect.
+        seconds: Until the answers are abandoned.
+        server: Prefix of the answers' ids.
+        submit: Submits the request again.
+        started: When the request was submitted, on the clock.
+    """
 
     def __init__(
         self,
-        put: Submission,
-        texts: Sequence[Text],
+        submission: Submission,
+        inputs: Sequence[Input],
         request: Request,
         seconds: float,
         server: str,
-        submit: Callable[[], Coroutine[Any, Any, Submission]],
-        began: float,
+        submit: Callable[[], Awaitable[Submission]],
+        started: float,
         clock: Callable[[], float],
     ) -> None:
         self._server, self._submit = server, submit
-        self.began, self._clock = began, clock
-        self.error: BaseException | None = None  # what was raised to whoever asked
-        self._tries = TRIES
-        self._guessed = [len(text) // CHARACTERS + 1 if isinstance(text, str) else len(text) for text in texts]
-        self._least = [len(text) // LEAST if isinstance(text, str) else 0 for text in texts]
+        self.started, self._clock = started, clock
+        self.error: BaseException | None = None  # the one that the request failed with
+        self._retries = RETRIES
+        self._guesses = [
+            len(each) // CHARACTERS_PER_TOKEN + 1 if isinstance(each, str) else len(each) for each in inputs
+        ]
+        self._charges = [len(each) // CHARACTERS_PER_CHARGED_TOKEN if isinstance(each, str) else 0 for each in inputs]
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._until = self._loop.time() + seconds
-        self._hear(put)
+        self._listen(submission)
 
-    def _hear(self, put: Submission) -> None:
-        tickets, self.placed = put
+    def _listen(self, submission: Submission) -> None:
+        tickets, self.placement = submission
         self.tickets = tickets
-        self._heard = self._clock()
-        self.receipt: ReceiptProtocol = tickets[0].receipt
+        self._last_event = self._clock()
+        self.receipt: Receipt = tickets[0].receipt
         self.answers: list[Answer | None] = [None] * len(tickets)
         self._pieces = [0] * len(tickets)
-        self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         for place, ticket in enumerate(tickets):
             ticket.listen(self._listener(place, self._events))
 
     @property
     def id(self) -> str:
-        """Of the answer: the engine counts its own, and every server that ever ran has another first part."""
+        """The id of the answer: the engine's own number, after a prefix that differs between servers."""
         return f"{self._server}-{self.receipt.id}"
 
     @property
     def model(self) -> str | None:
-        return named(self.receipt)
+        """The version that answers, as `name@3`; None for the bare base."""
+        return answering_version(self.receipt)
 
     @property
     def headers(self) -> dict[str, str]:
-        """The receipt, as every answer carries it."""
-        said = {
+        """The receipt, as the headers of the response."""
+        headers = {
             "turret-receipt": self.id,
             "turret-adapter": self.receipt.name,
             "turret-version": str(self.receipt.number) if self.receipt.name else None,
             "turret-digest": self.receipt.digest,
             "turret-base": self.receipt.base,
-            **(self.placed.headers if self.placed is not None else {}),
+            **(self.placement.headers if self.placement is not None else {}),
         }
-        return {key: value for key, value in said.items() if value is not None}
+        return {key: value for key, value in headers.items() if value is not None}
 
     @property
     def seconds(self) -> float:
-        """From putting it until the engine said the last word so far, however slowly the client reads."""
-        return self._heard - self.began
+        """Seconds from submission to the last engine event."""
+        return self._last_event - self.started
 
     @property
-    def spoke(self) -> bool:
-        """Whether anything was answered yet."""
+    def has_output(self) -> bool:
+        """Whether any part of an answer has come."""
         return any(self._pieces) or any(answer is not None for answer in self.answers)
 
     @property
     def tokens(self) -> int:
-        """Read and decided: what a quota is charged. Of an answer that nobody waited for, the pieces that came; of a
-        prompt that the engine does not count, a guess by its length."""
+        """Tokens read and generated so far, as quotas charge them.
+
+        An unfinished answer counts its pieces. A prompt that the engine does not count is estimated by its length.
+        """
         total = 0
-        counts = zip(self.answers, self._pieces, self._guessed, self._least, strict=True)
-        for answer, pieces, guess, least in counts:
-            total += max(prompt_tokens(answer or {}) or guess, least)
-            total += pieces if answer is None else made_tokens(answer)
+        counts = zip(self.answers, self._pieces, self._guesses, self._charges, strict=True)
+        for answer, pieces, guess, charge in counts:
+            total += max(prompt_tokens(answer or {}) or guess, charge)
+            total += pieces if answer is None else generated_tokens(answer)
         return total
 
     async def all(self) -> list[Answer]:
-        """An answer per input, or the first error; raises Cancelled when the client goes away before."""
-        await unless_gone(self._request, self._all())
+        """An answer for each input, or the first error. Raises Cancelled if the client disconnects first."""
+        await unless_disconnected(self._request, self._drain())
         return [answer for answer in self.answers if answer is not None]
 
-    async def _all(self) -> None:
+    async def _drain(self) -> None:
         async for _ in self.events():
             pass
 
-    async def first(self) -> tuple[tuple[int, str | None], AsyncIterator[tuple[int, str | None]]]:
-        """The first event, and the rest: what fails before anything was said is an answer of its own."""
+    async def first(self) -> tuple[Update, AsyncIterator[Update]]:
+        """The first update, and the rest. An error before the first update is raised, so it gets an HTTP status."""
         events = self.events()
-        return await unless_gone(self._request, anext(events)), events
+        return await unless_disconnected(self._request, anext(events)), events
 
-    async def events(self) -> AsyncIterator[tuple[int, str | None]]:
-        """(which input, a piece of text; None once its answer is whole), as they come; raises the first error."""
+    async def events(self) -> AsyncIterator[Update]:
+        """Pieces and ends of answers as they come. Raises the first error."""
         left = len(self.tickets)
         while left:
             place, event = await self._next()
-            if (error := getattr(event, "error", None)) is not None:
-                if not isinstance(error, NotFound) or self.spoke or not self._tries:
-                    self.error = error
-                    raise error
-                await self._again()
-                continue
-            if (answer := getattr(event, "answer", None)) is not None:
-                self.answers[place] = answer
+            if isinstance(event, Failed):
+                if not isinstance(event.error, NotFound) or self.has_output or not self._retries:
+                    self.error = event.error
+                    raise event.error
+                await self._retry()
+            elif isinstance(event, Done):
+                self.answers[place] = event.answer
                 left -= 1
                 yield place, None
             else:
@@ -144,41 +159,43 @@ class PendingAnswers:
                 yield place, event.text
 
     def close(self) -> None:
-        """Take back what is not finished."""
+        """Cancel what is unfinished."""
         for ticket, answer in zip(self.tickets, self.answers, strict=True):
             if answer is None:
                 ticket.cancel()
 
-    async def _again(self) -> None:
-        """All once more: the version was deleted while it waited to be loaded, and the reference means another now."""
-        self._tries -= 1
+    async def _retry(self) -> None:
+        """Submit again: the version was deleted before it was loaded, and the reference means another one now."""
+        self._retries -= 1
         self.close()
         submitted = asyncio.ensure_future(self._submit())
         try:
-            self._hear(await asyncio.shield(submitted))
+            self._listen(await asyncio.shield(submitted))
         except asyncio.CancelledError:
-            submitted.add_done_callback(_give_back)
+            submitted.add_done_callback(_cancel_tickets)
             raise
 
-    async def _next(self) -> tuple[int, Any]:
+    async def _next(self) -> tuple[int, Event]:
         try:
             async with asyncio.timeout_at(self._until):
                 return await self._events.get()
         except TimeoutError:
-            self.error = DeadlineExceeded("the answer was not there in time: ask for less at once, or fewer tokens")
+            self.error = DeadlineExceeded(
+                "the answer was not ready in time: send fewer inputs, or ask for fewer tokens"
+            )
             raise self.error from None
 
-    def _listener(self, place: int, events: asyncio.Queue[tuple[int, Any]]) -> Callable[[Any], None]:
-        def hear(event: Any) -> None:
+    def _listener(self, place: int, events: asyncio.Queue[tuple[int, Event]]) -> Callable[[Event], None]:
+        def hear(event: Event) -> None:
             if events is self._events:
-                self._heard = self._clock()
-            with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+                self._last_event = self._clock()
+            with suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(events.put_nowait, (place, event))
 
         return hear
 
 
-def _give_back(submitted: asyncio.Future[Submission]) -> None:
+def _cancel_tickets(submitted: asyncio.Future[Submission]) -> None:
     if not submitted.cancelled() and submitted.exception() is None:
         for ticket in submitted.result().tickets:
             ticket.cancel()
@@ -188,24 +205,24 @@ def prompt_tokens(answer: Answer) -> int:
     return int(answer.get("prompt_tokens") or 0)
 
 
-def made_tokens(answer: Answer) -> int:
+def generated_tokens(answer: Answer) -> int:
     return int(answer.get("tokens") or 0)
 
 
-async def unless_gone(request: Request, wanted: Awaitable[T]) -> T:
-    """What is waited for; raises Cancelled when the client goes away first."""
-    work, gone = asyncio.ensure_future(wanted), asyncio.ensure_future(_gone(request))
+async def unless_disconnected(request: Request, result: Awaitable[T]) -> T:
+    """The result. Raises Cancelled if the client disconnects first."""
+    work, gone = asyncio.ensure_future(result), asyncio.ensure_future(_disconnect(request))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
-        raise Cancelled("the client went away")
+        raise Cancelled("the client disconnected")
     finally:
         for task in (work, gone):
             task.cancel()
         await asyncio.gather(work, gone, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,7 +1,8 @@
-"""How many requests and tokens a minute someone may ask for: buckets that fill up again. No torch, no HTTP, no clock.
+"""Quotas of requests and tokens per minute, as token buckets that refill evenly.
 
-A request takes one from the bucket of requests, and must find something in that of tokens. How many tokens an answer
-costs is known when it is there: they are taken then, below zero where need be, and the next request waits for them.
+A request takes one from the bucket of requests, and needs a positive balance in the bucket of tokens. The tokens of an
+answer are known only when it is ready. They are charged then, below zero if necessary; the next request waits until the
+balance is positive again.
 """
 
 from __future__ import annotations
@@ -11,20 +12,18 @@ from dataclasses import dataclass
 
 from turret.errors import QuotaSpent
 
-MOST_KEPT = 4096
+MAX_KEYS = 4096  # above this, keys with full buckets are dropped
 
 
 @dataclass(frozen=True)
 class Quota:
-    """None: no bound."""
+    """Limits per minute; None for no limit."""
 
-    requests: int | None = None  # a minute
-    tokens: int | None = None  # a minute
+    requests: int | None = None
+    tokens: int | None = None
 
 
 class _Bucket:
-    """`per_minute` at most, filled evenly."""
-
     def __init__(self, per_minute: int, now: float) -> None:
         self.per_minute = per_minute
         self.level = float(per_minute)
@@ -34,44 +33,44 @@ class _Bucket:
         self.level = min(self.per_minute, self.level + (now - self.at) * self.per_minute / 60)
         self.at = now
 
-    def wait(self, wanted: float) -> float:
-        """Seconds until that much is there."""
-        return max(0.0, (min(wanted, self.per_minute) - self.level) * 60 / self.per_minute)
+    def wait(self, amount: float) -> float:
+        """Seconds until the bucket holds the amount."""
+        return max(0.0, (min(amount, self.per_minute) - self.level) * 60 / self.per_minute)
 
 
 class Quotas:
-    """A pair of buckets for each key that is in use; a pair that is full again is forgotten."""
+    """The buckets of every key in use."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._buckets: dict[str, dict[str, _Bucket]] = {}
 
-    def admit(self, key: str, whose: str, quota: Quota) -> None:
-        """Take one request, or raise QuotaSpent and take nothing. whose: words for the error."""
-        buckets = self._of(key, quota)
+    def admit(self, key: str, owner: str, quota: Quota) -> None:
+        """Take one request, or raise QuotaSpent and take nothing. owner: the key's name in the error."""
+        buckets = self._filled(key, quota)
         for unit in ("requests", "tokens"):
             bucket = buckets.get(unit)
             if bucket is not None and (seconds := bucket.wait(1)) > 1e-9:
                 raise QuotaSpent(
-                    f"the quota of {whose} is spent: {bucket.per_minute} {unit} a minute; try again in {seconds:.0f} s",
+                    f"the quota of {owner} is spent: {bucket.per_minute} {unit} a minute; try again in {seconds:.0f} s",
                     retry_after=seconds,
                 )
         if "requests" in buckets:
             buckets["requests"].level -= 1
 
     def charge(self, key: str, quota: Quota, tokens: int) -> None:
-        """Take what an answer cost."""
-        buckets = self._of(key, quota)
+        """Take the tokens of an answer."""
+        buckets = self._filled(key, quota)
         if "tokens" in buckets:
             buckets["tokens"].level -= tokens
 
     def __len__(self) -> int:
         return len(self._buckets)
 
-    def _of(self, key: str, quota: Quota) -> dict[str, _Bucket]:
+    def _filled(self, key: str, quota: Quota) -> dict[str, _Bucket]:
         now = self._clock()
-        wanted = {"requests": quota.requests, "tokens": quota.tokens}
-        sizes = {unit: size for unit, size in wanted.items() if size is not None}
+        limits = {"requests": quota.requests, "tokens": quota.tokens}
+        sizes = {unit: size for unit, size in limits.items() if size is not None}
         buckets = self._buckets.get(key, {})
         if {unit: bucket.per_minute for unit, bucket in buckets.items()} != sizes:
             buckets = {unit: _Bucket(size, now) for unit, size in sizes.items()}
@@ -79,12 +78,12 @@ class Quotas:
             bucket.fill(now)
         if buckets:
             self._buckets[key] = buckets
-        if len(self._buckets) > MOST_KEPT:
-            self._forget(now)
+        if len(self._buckets) > MAX_KEYS:
+            self._drop_full(now)
         return buckets
 
-    def _forget(self, now: float) -> None:
-        """What is full again is as if it had never been."""
+    def _drop_full(self, now: float) -> None:
+        """Drop the keys whose buckets are full: a new key starts with full buckets too."""
         for key, buckets in list(self._buckets.items()):
             for bucket in buckets.values():
                 bucket.fill(now)

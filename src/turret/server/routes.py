@@ -1,4 +1,4 @@
-"""What every file of routes begins with: a router that says what it may answer, strict JSON, the served object."""
+"""What all routes share: the server's state, the unit of a request, strict JSON bodies, descriptions of errors."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from turret.server import bodies
+from turret.server.engine_protocol import Answer
 from turret.server.limits import MOST_UNIT
-from turret.server.pending_answers import Answer, made_tokens, prompt_tokens
+from turret.server.pending_answers import generated_tokens, prompt_tokens
 from turret.server.schemas import Error, Usage
 from turret.server.state import ServerState
 
 _BEARER = HTTPBearer(auto_error=False, description="A token of `turret token create`.")
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": Error, "description": "What was wrong, in OpenAI's shape."},
-    "5XX": {"model": Error, "description": "What the server could not do, in OpenAI's shape."},
+ERRORS: dict[int | str, dict[str, type[Error] | str]] = {
+    "4XX": {"model": Error, "description": "What was wrong with the request, in OpenAI's format."},
+    "5XX": {"model": Error, "description": "Why the server could not answer, in OpenAI's format."},
 }
 
 
-def _served(request: Request) -> ServerState:
-    found: ServerState = request.app.state.served
-    return found
+def _state(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state
 
 
-Here = Annotated[ServerState, Depends(_served)]
-_UNIT = "Whose request it is, such as a user's id: what an experiment assigns. Goes before the body's `user`."
+State = Annotated[ServerState, Depends(_state)]
+_UNIT = "The unit of an experiment, such as a user's id. Overrides the body's `user`."
 
 
 def _unit(turret_unit: Annotated[str | None, Header(max_length=MOST_UNIT, description=_UNIT)] = None) -> str | None:
-    """As UTF-8 where it is, else as HTTP has it; None where nothing was said."""
+    """The header as UTF-8; if it is not UTF-8, as Latin-1. None if it is missing or empty."""
     if not turret_unit:
         return None
     try:
@@ -44,44 +45,45 @@ def _unit(turret_unit: Annotated[str | None, Header(max_length=MOST_UNIT, descri
 Unit = Annotated[str | None, Depends(_unit)]
 
 
-class ReadRequest(Request):
-    """A request whose body was read already."""
+class ParsedRequest(Request):
+    """A request whose body is parsed already."""
 
-    value: Any = None  # of the route's model; FastAPI takes it as it is
+    body_value: bodies.Body | None = None  # FastAPI uses an instance of the route's model unchanged
 
-    async def json(self) -> Any:
-        return self.value
+    async def json(self) -> bodies.Body | None:
+        return self.body_value
 
 
 class StrictRoute(APIRoute):
-    """A route whose body is JSON as the standard has it (UTF-8, no NaN), within the limits, and read off the event loop
-    where it is large."""
+    """A route whose body is strict JSON (UTF-8, no NaN) within the limits. A large body is parsed on a thread."""
 
+    # Any, Any: the yield and send types of every coroutine.
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler, field = super().get_route_handler(), self.body_field
 
         async def handle(request: Request) -> Response:
-            given = ReadRequest(request.scope, request.receive, request._send)
-            if field is not None and (content := await given.body()):
-                here = _served(request)
-                small = len(content) <= bodies.INLINE
-                reading = (content, field, here.limits)
-                given.value = bodies.read(*reading) if small else await here.reading(bodies.read, *reading)
-            return await handler(given)
+            parsed = ParsedRequest(request.scope, request.receive, request._send)
+            if field is not None and (content := await parsed.body()):
+                state = _state(request)
+                if len(content) <= bodies.INLINE:
+                    parsed.body_value = bodies.read(content, field, state.limits)
+                else:
+                    parsed.body_value = await state.parsing(bodies.read, content, field, state.limits)
+            return await handler(parsed)
 
         return handle
 
 
 def router(scope: str) -> APIRouter:
-    """Routes that need a token with the scope; the guard sees to it, and this says so."""
+    """A router whose description asks for a token with the scope. The auth middleware checks it."""
     return APIRouter(
-        route_class=StrictRoute, responses=PROBLEMS, tags=[scope], dependencies=[Security(_BEARER)] if scope else []
+        route_class=StrictRoute, responses=ERRORS, tags=[scope], dependencies=[Security(_BEARER)] if scope else []
     )
 
 
 def usage(answers: Sequence[Answer]) -> Usage | None:
-    """What OpenAI calls usage; None where the engine does not count prompts."""
+    """OpenAI's `usage`; None if the engine does not count prompts."""
     if not all("prompt_tokens" in answer for answer in answers):
         return None
-    read, made = sum(map(prompt_tokens, answers)), sum(map(made_tokens, answers))
-    return Usage(prompt_tokens=read, completion_tokens=made, total_tokens=read + made)
+    read, generated = sum(map(prompt_tokens, answers)), sum(map(generated_tokens, answers))
+    return Usage(prompt_tokens=read, completion_tokens=generated, total_tokens=read + generated)

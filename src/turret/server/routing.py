@@ -1,12 +1,12 @@
-"""Which requests an experiment answers, by which of its versions, and what is told of them. No torch, no HTTP.
+"""Which requests an experiment answers, and by which of its versions.
 
-An experiment covers its alias: `news@production`, and plain `news` where that means the alias here. `news@3` is never
-re-routed. It is in force here once its versions were loaded, or were tried; those that ran when the server began are in
-force at once, because a unit must see its arm again after a restart. Where somebody moves the alias away from the
-control, the alias is what is answered and the experiment gets no traffic: whoever promotes or rolls back is obeyed.
+An experiment covers its alias: `news@production`, and plain `news` if that means the alias here. `news@3` always means
+version 3. An experiment answers here once its versions were loaded or failed to load. Experiments that ran when the
+server started answer at once, because a unit must see its arm again after a restart. If the alias no longer names the
+control, because somebody promoted or rolled back, the experiment gets no traffic.
 
-What an arm's version fails at counts as an error of the arm, and nothing else answers in its place. What is not the
-version's doing (a full queue, a bad request, a client that goes away) counts for nobody.
+An error that the version of an arm causes counts as an error of the arm, and no other version answers instead. Other
+errors, such as a full queue, a bad request or a client that disconnects, count for no arm.
 """
 
 from __future__ import annotations
@@ -15,173 +15,185 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from turret.errors import (
-    AdapterError,
-    BadReference,
-    Busy,
-    Cancelled,
-    Corrupt,
-    DataError,
-    Draining,
-    NoRoom,
-    NotFound,
-    RequestError,
-    StoreError,
-    TurretError,
-)
+from turret import errors
+from turret.engine import Named
 from turret.experiments import Assignment, Experiment, Router
 from turret.reference import Reference
-from turret.server.alias_watcher import AGAIN, AliasWatcher
+from turret.server.alias_watcher import RETRY_SECONDS, AliasWatcher
 from turret.store import Version
 from turret.store.catalog import PRODUCTION
-from turret.tasks import stored_task
+from turret.tasks import Task, stored_task
+from turret.tasks.task import RequestKind
 
-OUTSIDE = "none"  # in place of an arm, of a request that its experiment does not count
-NOT_ITS_OWN = (Busy, Draining, Cancelled, DataError, RequestError)  # whatever the version
+UNCOUNTED = "none"  # the arm of a request that its experiment does not count
+NOT_OF_THE_ARM = (
+    errors.Busy,
+    errors.Draining,
+    errors.Cancelled,
+    errors.DataError,
+    errors.RequestError,
+)  # errors that no version causes
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A request that meets a running experiment. found: its arm; None where it is not counted."""
+class Placement:
+    """A request that a running experiment covers. assignment: None if the experiment does not count the request."""
 
     experiment: Experiment
-    found: Assignment | None
+    assignment: Assignment | None
 
     @property
     def arm(self) -> str:
-        return OUTSIDE if self.found is None else self.found.arm
+        return UNCOUNTED if self.assignment is None else self.assignment.arm
 
     @property
     def headers(self) -> dict[str, str]:
-        """The experiment's part of a receipt."""
-        said = {"turret-experiment": str(self.experiment), "turret-arm": self.arm}
-        return said if self.found is None else said | {"turret-probability": f"{self.found.probability:.9g}"}
+        """The experiment's headers of a receipt."""
+        headers = {"turret-experiment": str(self.experiment), "turret-arm": self.arm}
+        if self.assignment is not None:
+            headers["turret-probability"] = f"{self.assignment.probability:.9g}"
+        return headers
 
 
 class Routing:
-    """`prepare` and `turn` are called by threads of their own; everything else by any."""
+    """The running experiments on this server. `prepare` and `turn` have a thread each; any thread calls the rest.
+
+    Args:
+        warm: Loads a version.
+        resolve: The version of a reference.
+        base: The fingerprint of the server's base.
+    """
 
     def __init__(
         self,
         router: Router,
-        follow: AliasWatcher,
-        warm: Callable[[str], object],
+        aliases: AliasWatcher,
+        warm: Callable[[str], Named],
         resolve: Callable[[str], Version],
         *,
         base: str,
         clock: Callable[[], float],
     ) -> None:
-        self.router, self.follow = router, follow
+        self.router, self.aliases = router, aliases
         self._warm, self._resolve, self._base, self._clock = warm, resolve, base, clock
-        self._one = threading.Lock()
-        self._ours: dict[int, bool] = {}  # experiment -> whether its control is of this server's base
-        self._in_force: set[int] | None = None  # None: nobody has looked yet
-        self._trouble: dict[tuple[int, str], str] = {}  # experiment and arm -> why its version cannot be loaded
-        self._again = 0.0
+        self._lock = threading.Lock()
+        self._controls: dict[int, Version] = {}  # of each experiment
+        self._in_force: set[int] | None = None  # None until `prepare` has run
+        self._problems: dict[tuple[int, str], str] = {}  # (experiment, arm) -> why its version cannot be loaded
+        self._retry_at = 0.0
         self.ready = False
 
     # --- a request ----------------------------------------------------------------------------------------------------
 
-    def place(self, reference: str, unit: str | None, request: str) -> Placed | None:
-        """Where the running experiment sends the request; None where none covers the reference.
+    def place(self, reference: str, unit: str | None, request: str) -> Placement | None:
+        """The arm of a request; None if no running experiment covers the reference.
 
-        unit: as the client says it; request: the request's own id, the unit where requests are what is counted.
+        Args:
+            unit: As the client names it.
+            request: The request's id, which is the unit of an experiment that counts requests.
         """
         experiment = self._covering(reference)
         if experiment is None or not self._is_in_force(experiment):
             return None
-        alone = not any(arm.live for arm in experiment.candidates)  # all units see the control, whoever they are
-        said = request if experiment.unit == "request" else unit or (request if alone else None)
-        if said is None or self.paused(experiment) is not None:
-            return Placed(experiment, None)
-        return Placed(experiment, self.router.choose(experiment, said))
+        control_only = not any(arm.live for arm in experiment.candidates)  # then every unit sees the control
+        key = request if experiment.unit == "request" else unit or (request if control_only else None)
+        if key is None or self.paused(experiment) is not None:
+            return Placement(experiment, None)
+        return Placement(experiment, self.router.choose(experiment, key))
 
-    def began(self, placed: Placed, receipt: str) -> None:
-        """The version has taken the request."""
-        if placed.found is not None:
-            self.router.log(placed.found, receipt)
+    def accepted(self, placement: Placement, receipt: str) -> None:
+        """The engine has accepted the request."""
+        if placement.assignment is not None:
+            self.router.log(placement.assignment, receipt)
 
-    def refused(self, placed: Placed, kind: str, error: BaseException, seconds: float) -> bool:
-        """It has not; whether that is the arm's own error. Then the unit is noted: it was sent there."""
-        own = self.failed(placed, kind, error, seconds)
-        if own and placed.found is not None:
-            self.router.log(placed.found)
+    def refused(self, placement: Placement, kind: RequestKind, error: BaseException, seconds: float) -> bool:
+        """The engine has refused the request. If the arm caused that, log its unit, and return True."""
+        own = self.failed(placement, kind, error, seconds)
+        if own and placement.assignment is not None:
+            self.router.log(placement.assignment)
         return own
 
-    def failed(self, placed: Placed, kind: str, error: BaseException, seconds: float, arm: str | None = None) -> bool:
-        """Count the error where it is the arm's own, and say whether it is. arm: a shadow's."""
-        found, name = placed.found, arm or placed.arm
-        if found is None or not self._its_own(placed.experiment, name, kind, error):
+    def failed(
+        self, placement: Placement, kind: RequestKind, error: BaseException, seconds: float, arm: str | None = None
+    ) -> bool:
+        """Count an error if the arm caused it, and return whether it did. arm: of a shadow."""
+        assignment, name = placement.assignment, arm or placement.arm
+        if assignment is None or not self._caused_by_arm(placement.experiment, name, kind, error):
             return False
         if arm is None:
-            self.router.answered(found, seconds=seconds, error=True)
+            self.router.answered(assignment, seconds=seconds, error=True)
         else:
-            self.router.shadowed(found, arm, seconds=seconds, error=True)
+            self.router.shadowed(assignment, arm, seconds=seconds, error=True)
         return True
 
-    def answered(self, placed: Placed, seconds: float) -> None:
-        if placed.found is not None:
-            self.router.answered(placed.found, seconds=seconds)
+    def answered(self, placement: Placement, seconds: float) -> None:
+        if placement.assignment is not None:
+            self.router.answered(placement.assignment, seconds=seconds)
 
-    def given_up(self, placed: Placed, seconds: float) -> bool:
-        """A client went away before the first word; whether it had waited for longer than the guard allows."""
-        bound = placed.experiment.guards.max_seconds
-        if placed.found is None or bound is None or seconds <= bound:
+    def abandoned(self, placement: Placement, seconds: float) -> bool:
+        """The client disconnected before the first word. Count that, and return True, if it waited too long."""
+        bound = placement.experiment.guards.max_seconds
+        if placement.assignment is None or bound is None or seconds <= bound:
             return False
-        self.router.answered(placed.found, seconds=seconds)
+        self.router.answered(placement.assignment, seconds=seconds)
         return True
 
-    # --- what is said of an experiment --------------------------------------------------------------------------------
+    # --- the state of an experiment -----------------------------------------------------------------------------------
+
+    def task(self, experiment: Experiment) -> type[Task]:
+        """The task of the experiment's control."""
+        return stored_task(self._control(experiment).part("task"))
 
     def paused(self, experiment: Experiment) -> str | None:
-        """Why a running experiment gets no traffic here, if so."""
-        number = self.follow.means(experiment.adapter, experiment.alias)
+        """Why a running experiment gets no traffic here; None if it does."""
+        number = self.aliases.version_of(experiment.adapter, experiment.alias)
         if number is None or number == experiment.control.version:
             return None
         return (
             f"{experiment.adapter}@{experiment.alias} names {experiment.adapter}@{number}, not the control "
-            f"{experiment.reference(experiment.control)}: that answers everybody; stop {experiment}, or move it back"
+            f"{experiment.reference(experiment.control)}: that version answers every request; stop {experiment}, "
+            "or move the alias back"
         )
 
-    def trouble(self, experiment: Experiment) -> Mapping[str, str]:
+    def problems(self, experiment: Experiment) -> Mapping[str, str]:
         """Arm -> why its version cannot be loaded here."""
-        return {arm: why for (known, arm), why in list(self._trouble.items()) if known == experiment.id}
+        return {arm: why for (known, arm), why in list(self._problems.items()) if known == experiment.id}
 
     def in_force(self, experiment: Experiment) -> bool:
-        """Whether it answers requests of this server."""
-        known = any(each.id == experiment.id for each in self.router.all_running())
-        return known and self._is_in_force(experiment) and self.paused(experiment) is None
+        """Whether the experiment answers requests of this server."""
+        running = any(each.id == experiment.id for each in self.router.all_running())
+        return running and self._is_in_force(experiment) and self.paused(experiment) is None
 
-    # --- upkeep -------------------------------------------------------------------------------------------------------
+    # --- following the store ------------------------------------------------------------------------------------------
 
     def turn(self) -> None:
-        """Read what runs and write the log, once a second; raises StoreError where that could not be done."""
+        """Read the running experiments and write the log. Raises StoreError if the store cannot be reached."""
         self.router.turn()
         if self.router.problem is not None:
-            raise StoreError(self.router.problem)
+            raise errors.StoreError(self.router.problem)
 
-    def look(self) -> None:
-        """Take up now what was begun, changed or ended."""
+    def refresh(self) -> None:
+        """Apply at once what was started, changed or ended."""
         self.router.look()
         self.prepare()
 
     def prepare(self) -> None:
-        """Load the versions of what was begun, and only then let it answer."""
-        with self._one:
-            running = [each for each in self.router.all_running() if self._is_ours(each)]
+        """Load the versions of new experiments, and then let them answer."""
+        with self._lock:
+            running = [each for each in self.router.all_running() if self._is_on_base(each)]
             if self._in_force is None:
                 self._in_force = {each.id for each in running}
                 new = running
             else:
                 new = [each for each in running if each.id not in self._in_force]
-            if self._trouble and self._clock() >= self._again:
+            if self._problems and self._clock() >= self._retry_at:
                 new = running
             for experiment in new:
                 self._load(experiment)
                 self._in_force.add(experiment.id)
             ids = {each.id for each in running}
             self._in_force &= ids
-            self._trouble = {key: why for key, why in self._trouble.items() if key[0] in ids}
+            self._problems = {key: why for key, why in self._problems.items() if key[0] in ids}
             self.ready = True
 
     def _load(self, experiment: Experiment) -> None:
@@ -190,50 +202,44 @@ class Routing:
             try:
                 if arm.live:
                     self._warm(experiment.reference(arm))
-                self._trouble.pop(key, None)
-            except TurretError as error:
-                self._trouble[key] = str(error)
-                self._again = self._clock() + AGAIN
+                self._problems.pop(key, None)
+            except errors.TurretError as error:
+                self._problems[key] = str(error)
+                self._retry_at = self._clock() + RETRY_SECONDS
 
-    # --- the inside ---------------------------------------------------------------------------------------------------
+    # --- internals ----------------------------------------------------------------------------------------------------
 
     def _covering(self, reference: str) -> Experiment | None:
         try:
-            wanted = Reference.parse(reference)
-        except BadReference:
+            parsed = Reference.parse(reference)
+        except errors.BadReference:
             return None
-        if wanted.version is not None:
+        if parsed.version is not None:
             return None
-        experiment = self.router.running(wanted.name)
+        experiment = self.router.running(parsed.name)
         if experiment is None:
             return None
-        plain = self.follow.alias if self.follow.means(wanted.name, None) is not None else PRODUCTION
-        return experiment if (wanted.alias or plain) == experiment.alias else None
+        plain = self.aliases.alias if self.aliases.version_of(parsed.name, None) is not None else PRODUCTION
+        return experiment if (parsed.alias or plain) == experiment.alias else None
 
     def _is_in_force(self, experiment: Experiment) -> bool:
-        here = self._in_force is None or experiment.id in self._in_force
-        return here and self._is_ours(experiment)
+        prepared = self._in_force is None or experiment.id in self._in_force
+        return prepared and self._is_on_base(experiment)
 
-    def _is_ours(self, experiment: Experiment) -> bool:
-        known = self._ours.get(experiment.id)
-        if known is None:
-            base = self._resolve(experiment.reference(experiment.control)).manifest.get("base") or {}
-            known = self._ours[experiment.id] = base.get("fingerprint") == self._base
-        return known
+    def _is_on_base(self, experiment: Experiment) -> bool:
+        """Whether the experiment's versions were trained on this server's base."""
+        return self._control(experiment).part("base").get("fingerprint") == self._base
 
-    def _its_own(self, experiment: Experiment, arm: str, kind: str, error: BaseException) -> bool:
-        if isinstance(error, NoRoom):  # of a version that could not be loaded; else of the text
-            return arm in self.trouble(experiment)
-        if isinstance(error, StoreError):
-            return isinstance(error, Corrupt | NotFound)
-        if isinstance(error, AdapterError):  # whoever asks a classifier for a text is wrong with every arm
-            return self._fits(experiment, kind)
-        return isinstance(error, Exception) and not isinstance(error, NOT_ITS_OWN)
+    def _control(self, experiment: Experiment) -> Version:
+        if experiment.id not in self._controls:
+            self._controls[experiment.id] = self._resolve(experiment.reference(experiment.control))
+        return self._controls[experiment.id]
 
-    def _fits(self, experiment: Experiment, kind: str) -> bool:
-        """Whether the control is asked for what it does."""
-        try:
-            task = self._resolve(experiment.reference(experiment.control)).part("task")
-        except TurretError:
-            return True
-        return stored_task(task).request == kind
+    def _caused_by_arm(self, experiment: Experiment, arm: str, kind: RequestKind, error: BaseException) -> bool:
+        if isinstance(error, errors.NoRoom):  # the version could not be loaded, or the text was too long
+            return arm in self.problems(experiment)
+        if isinstance(error, errors.StoreError):
+            return isinstance(error, errors.Corrupt | errors.NotFound)
+        if isinstance(error, errors.AdapterError):  # a request of the wrong kind fails with every arm
+            return self.task(experiment).request == kind
+        return isinstance(error, Exception) and not isinstance(error, NOT_OF_THE_ARM)

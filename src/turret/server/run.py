@@ -1,7 +1,7 @@
-"""A socket, the application on it, and an orderly end: SIGTERM lets what runs finish and refuses what is new.
+"""Serve the application on a socket until SIGTERM or Ctrl-C.
 
-The first signal drains: the server listens on, answers 503 to new questions, and ends when the last answer is out or
-the time is up. The second one ends it at once. Refuses to know routes.
+The first signal drains the server: it still accepts connections, answers new questions with 503, and ends after the
+last answer or at the time limit. A second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import uvicorn
 from turret.errors import ServeRefused
 from turret.server.app import create
 from turret.server.http_protocol import protocol
-from turret.server.logs import Forwarded, Log
+from turret.server.logs import LibraryHandler, Log
 from turret.server.state import ServerState
 
 LIBRARIES = ("uvicorn", "asyncio")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket of that address that does not listen yet; port 0 takes a free one. Raises ServeRefused."""
+    """A socket at that address that does not listen yet. Port 0 takes a free port. Raises ServeRefused."""
     try:
-        family, kind, wire, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, wire)  # asyncio sends at once (TCP_NODELAY) only where the protocol is said
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, proto)  # asyncio sets TCP_NODELAY only if the protocol is given
     except OSError as error:
         raise ServeRefused(f"serve on {host}: {error.strerror or error}: give an address of this machine") from None
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
-        made.close()
+        bound.close()
         raise ServeRefused(f"serve on {host} port {port}: {error.strerror}: give another --port or --host") from None
-    return made
+    return bound
 
 
 def url_of(listening: socket.socket) -> str:
@@ -45,14 +45,14 @@ def url_of(listening: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, ended by draining."""
+    """uvicorn with an end that drains. announce: called once the socket listens."""
 
-    def __init__(self, served: ServerState, announce: Callable[[], None] = lambda: None) -> None:
-        limits = served.limits
+    def __init__(self, state: ServerState, announce: Callable[[], None] = lambda: None) -> None:
+        limits = state.limits
         super().__init__(
             uvicorn.Config(
-                create(served),
-                http=protocol(limits, served.clients),
+                create(state),
+                http=protocol(limits, state.clients),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -64,55 +64,56 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
-        self.served = served
+        self.state = state
         self._announce = announce
         self._until = float("inf")
 
     def drain(self) -> None:
-        """Take nothing new from now on, and end once what runs is finished."""
-        if not self.served.load.draining:
-            self.served.load.draining = True
-            self._until = self.served.clock() + self.served.limits.drain_seconds
-            self.served.log.say("draining", in_flight=self.served.load.requests)
+        """Accept no new requests, and end once the running ones are answered."""
+        state = self.state
+        if not state.load.draining:
+            state.load.draining = True
+            self._until = state.clock() + state.limits.drain_seconds
+            state.log.write("draining", in_flight=state.load.requests)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.served.load.draining:
+        if self.state.load.draining:
             self.should_exit = self.force_exit = True
         self.drain()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._announce()  # it listens now
+        self._announce()
 
     async def on_tick(self, counter: int) -> bool:
-        load = self.served.load
-        ended = load.draining and (not load.requests or self.served.clock() >= self._until)
-        return await super().on_tick(counter) or ended
+        load = self.state.load
+        drained = load.draining and (not load.requests or self.state.clock() >= self._until)
+        return await super().on_tick(counter) or drained
 
 
-def run(served: ServerState, listening: socket.socket, announce: Callable[[str], None] = lambda url: None) -> None:
-    """Serve until a signal says otherwise, then give everything back but the engine. announce: told the address."""
+def run(state: ServerState, listening: socket.socket, announce: Callable[[str], None] = lambda url: None) -> None:
+    """Serve until a signal. Closes everything but the engine. announce: called with the URL once it answers."""
     url = url_of(listening)
 
-    def begun() -> None:
-        served.log.say("serving", url=url, base=served.base_id, guarded=not served.guard.open)
+    def serving() -> None:
+        state.log.write("serving", url=url, base=state.base_id, guarded=not state.guard.open)
         announce(url)
 
-    with _forwarding(served.log):
-        served.start()
+    with _library_logs(state.log):
+        state.start()
         try:
-            Server(served, begun).run(sockets=[listening])
+            Server(state, serving).run(sockets=[listening])
         finally:
-            served.load.draining = True
-            served.stop()
+            state.load.draining = True
+            state.stop()
             listening.close()
-            served.log.say("ended", in_flight=served.load.requests)
+            state.log.write("ended", in_flight=state.load.requests)
 
 
 @contextmanager
-def _forwarding(log: Log) -> Iterator[None]:
-    """What the libraries say goes to our log, for as long as this server runs."""
-    handler = Forwarded(log)
+def _library_logs(log: Log) -> Iterator[None]:
+    """Write the log records of libraries to this server's log."""
+    handler = LibraryHandler(log)
     loggers = [logging.getLogger(name) for name in LIBRARIES]
     for logger in loggers:
         logger.addHandler(handler)

@@ -1,29 +1,22 @@
-"""What goes over the wire, as OpenAI and vLLM say it, and what of it is taken. Unknown keys are refused.
+"""Requests and responses of the questions, in the formats of OpenAI and vLLM. Unknown keys are refused.
 
-A key that is known elsewhere and would change an answer is taken at the value that changes nothing, and refused at any
-other: a request is never half carried out. Keys beyond OpenAI's: `top_k`, `repetition_penalty`, `num_beams`.
+A key of OpenAI's API that Turret does not offer is accepted only at the value that changes nothing, so no part of a
+request is silently ignored. `top_k`, `repetition_penalty` and `num_beams` extend OpenAI's API.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from turret.server.limits import (
-    MOST_CHOICES,
-    MOST_INPUTS,
-    MOST_LOGPROBS,
-    MOST_MESSAGES,
-    MOST_STOPS,
-    MOST_TEXT,
-    MOST_TOKENS,
-    MOST_UNIT,
-)
+from turret.json_types import JsonObject, JsonValue
+from turret.server import limits
 
 
-def _is_whole(given: Any) -> bool:
-    return isinstance(given, float) and given.is_integer()
+def _whole(value: JsonValue) -> JsonValue:
+    """5.0 -> 5: JSON has one type of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Name = Annotated[
@@ -34,40 +27,40 @@ Name = Annotated[
         description="An adapter: name, name@3 or name@production; or the id of the base.",
     ),
 ]
-Text = Annotated[str, Field(max_length=MOST_TEXT)]
-# JSON knows one kind of number: 5.0 is a whole one.
-WHOLE = BeforeValidator(lambda given: int(given) if _is_whole(given) else given)
+Text = Annotated[str, Field(max_length=limits.MOST_TEXT)]
+WHOLE = BeforeValidator(_whole)
 Tokens = Annotated[
     list[Annotated[int, Field(ge=0, le=10_000_000), WHOLE]], Field(min_length=1, max_length=1 << 17, fail_fast=True)
 ]
-Nothing = Annotated[float, Field(ge=0, le=0)] | None  # a penalty that changes nothing
+Zero = Annotated[float, Field(ge=0, le=0)] | None  # a penalty that changes nothing
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-User = Annotated[str, Field(max_length=MOST_UNIT)]
-USER: Any = Field(None, description="Whose request it is: what an experiment assigns, without a Turret-Unit header.")
+User = Annotated[str, Field(max_length=limits.MOST_UNIT)]
+USER = "The unit of an experiment, if there is no Turret-Unit header."
 
 
 class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-# --- questions -------------------------------------------------------------------------------------------------------
+# --- requests --------------------------------------------------------------------------------------------------------
 
 
 class StreamOptions(Model):
     include_usage: bool | None = None
 
 
-def _told_alone(logprobs: dict[str, Any]) -> list[dict[str, Any]]:
-    """For a schema: where logprobs are wanted, no stream and no beams. logprobs: what wants them."""
-    others: dict[str, dict[str, Any]] = {"stream": {"const": True}, "num_beams": {"type": "integer", "minimum": 2}}
-    return [
+def _schema_extra(logprobs: JsonObject, *more: JsonObject) -> JsonObject:
+    """Rules for a JSON schema: no logprobs with a stream or with beams. logprobs: their value in such a request."""
+    others: JsonObject = {"stream": {"const": True}, "num_beams": {"type": "integer", "minimum": 2}}
+    rules: list[JsonObject] = [
         {"not": {"required": ["logprobs", key], "properties": {"logprobs": logprobs, key: value}}}
         for key, value in others.items()
     ]
+    return {"allOf": [*rules, *more]}
 
 
 class Generation(Model):
-    """How to decode; what is left out or null is the adapter's own setting, else the engine's default."""
+    """How to decode. The default of a missing or null key is the adapter's setting, or else the engine's default."""
 
     model: Name
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -75,26 +68,26 @@ class Generation(Model):
     top_k: Annotated[int, Field(ge=1, le=100_000), WHOLE] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     num_beams: Annotated[int, Field(ge=1, le=16), WHOLE] | None = None
-    seed: Annotated[int, Field(ge=1 - (1 << 53), le=(1 << 53) - 1), WHOLE] | None = None  # as JSON carries it safely
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=1 - (1 << 53), le=(1 << 53) - 1), WHOLE] | None = None  # exact in a float64 of JSON
+    stop: Stop | Annotated[list[Stop], Field(max_length=limits.MOST_STOPS, fail_fast=True)] | None = None
+    n: Annotated[int, Field(ge=1, le=limits.MOST_CHOICES), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: User | None = USER
-    presence_penalty: Nothing = Field(None, description="Only 0.")
-    frequency_penalty: Nothing = Field(None, description="Only 0.")
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(None, description="Only empty.")
+    user: User | None = Field(None, description=USER)
+    presence_penalty: Zero = Field(None, description="Only 0.")
+    frequency_penalty: Zero = Field(None, description="Only 0.")
+    logit_bias: Annotated[JsonObject, Field(max_length=0)] | None = Field(None, description="Only empty.")
 
-    def told(self) -> int | None:
-        """How many alternatives are told beside each token; None where nothing is."""
+    def logprob_count(self) -> int | None:
+        """How many alternatives to give for each token; None for no logprobs."""
         return None
 
     @model_validator(mode="after")
-    def _told_of_whole_single_texts(self) -> Self:
-        if self.told() is not None and self.stream:
-            raise ValueError("logprobs are told with a whole answer: leave out stream, or logprobs")
-        if self.told() is not None and (self.num_beams or 1) > 1:
-            raise ValueError("logprobs are told of single texts: leave out num_beams, or logprobs")
+    def _check_logprobs(self) -> Self:
+        if self.logprob_count() is not None and self.stream:
+            raise ValueError("logprobs do not work with stream: leave out one of them")
+        if self.logprob_count() is not None and (self.num_beams or 1) > 1:
+            raise ValueError("logprobs do not work with num_beams: leave out one of them")
         return self
 
     def stops(self) -> tuple[str, ...] | None:
@@ -104,28 +97,27 @@ class Generation(Model):
 
 
 class CompletionRequest(Generation):
-    model_config = ConfigDict(json_schema_extra={"allOf": _told_alone({"type": "integer"})})  # type: ignore[dict-item]
+    model_config = ConfigDict(json_schema_extra=_schema_extra({"type": "integer"}))
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
+        | Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
     )
-    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=limits.MOST_TOKENS), WHOLE] | None = None
     best_of: Literal[1] | None = Field(None, description="Only 1.")
     echo: Literal[False] | None = Field(None, description="Only false.")
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=limits.MOST_LOGPROBS), WHOLE] | None = None
     suffix: None = None
 
-    def told(self) -> int | None:
+    def logprob_count(self) -> int | None:
         return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt  # type: ignore[return-value]
+        tokens = [each for each in self.prompt if isinstance(each, int)]
+        return [tokens] if tokens else [each for each in self.prompt if not isinstance(each, int)]
 
 
 class Part(Model):
@@ -135,8 +127,8 @@ class Part(Model):
 
 class Message(Model):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
-    name: Annotated[str, Field(max_length=256)] | None = Field(None, description="Taken, and not used.")
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
+    name: Annotated[str, Field(max_length=256)] | None = Field(None, description="Accepted and ignored.")
 
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -148,45 +140,43 @@ class ResponseFormat(Model):
 
 class ChatRequest(Generation):
     model_config = ConfigDict(
-        json_schema_extra={
-            "allOf": [
-                *_told_alone({"const": True}),
-                {"anyOf": [
-                    {"properties": {"top_logprobs": {"type": "null"}}},
-                    {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
-                ]},
-            ]
-        }
+        json_schema_extra=_schema_extra(
+            {"const": True},
+            {"anyOf": [
+                {"properties": {"top_logprobs": {"type": "null"}}},
+                {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
+            ]},
+        )
     )  # fmt: skip
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
+    max_tokens: Annotated[int, Field(ge=1, le=limits.MOST_TOKENS), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=limits.MOST_TOKENS), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] | None = Field(
+    top_logprobs: Annotated[int, Field(ge=0, le=limits.MOST_LOGPROBS), WHOLE] | None = Field(
         None, description="Only with logprobs."
     )
     response_format: ResponseFormat | None = None
 
-    def told(self) -> int | None:
+    def logprob_count(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
-    def _together(self) -> Self:
+    def _check_top_logprobs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs are told with logprobs: set it to true")
+            raise ValueError("top_logprobs need logprobs: set it to true")
         return self
 
 
 class ClassifyRequest(Model):
     model: Name
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
-    user: User | None = USER
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
+    user: User | None = Field(None, description=USER)
 
     def texts(self) -> list[str]:
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------
+# --- responses -------------------------------------------------------------------------------------------------------
 
 
 class Usage(BaseModel):
@@ -196,7 +186,7 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """A number and a text for each token of the answer; the top ones in its place by their texts."""
+    """Logprobs by token of the answer; for each of them the most probable tokens at its position, by their text."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -258,7 +248,7 @@ class ChatCompletion(BaseModel):
 
 class ClassifyData(BaseModel):
     index: int
-    label: str | list[str] = Field(description="A list where the task has many labels at once.")
+    label: str | list[str] = Field(description="A list if the task has several labels per text.")
     probs: list[float]
     num_classes: int
     probabilities: dict[str, float] = Field(description="Label to probability, in the order of `probs`.")
@@ -278,7 +268,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["turret"] = "turret"
-    root: str = Field(description="The version that it means here now, or the base.")
+    root: str = Field(description="The version that the id means here now, or the base.")
     parent: str | None = Field(description="The base of an adapter.")
     task: str | None = None
 

@@ -1,8 +1,8 @@
-"""Who is signed in to the pages: sessions in memory, bounded and with an end, and the token that each form carries.
+"""Sessions of the console, in memory, and the form token that each form of a session carries.
 
-A session is 256 random bits that the browser keeps as a cookie; here it stands for the hash of the token that began
-it, so a token that is revoked ends its sessions. A form's token is made of the session and a secret of this server: a
-page of another site cannot know it. Refuses to know HTTP, torch and clocks.
+The browser keeps 256 random bits as a cookie. The server keeps only the hash of them, with the hash of the access token
+that opened the session: revoking that token ends the session. A form token is an HMAC of the session under a secret of
+this server, so a page of another site cannot know it.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
 
 COOKIE = "turret_session"
-SECONDS = 12 * 3600.0  # that a session lasts
-MOST = 1024  # sessions; the oldest goes
+SECONDS = 12 * 3600.0  # how long a session lasts
+LIMIT = 1024  # sessions; the oldest one is dropped
 
 
 class Sessions:
-    """Begun by a token, ended by its owner, by time or by too many others."""
+    """Every open session."""
 
-    def __init__(self, clock: Callable[[], float], seconds: float = SECONDS, most: int = MOST) -> None:
-        self._clock, self.seconds, self._most = clock, seconds, most
+    def __init__(self, clock: Callable[[], float], seconds: float = SECONDS, limit: int = LIMIT) -> None:
+        self._clock, self.seconds, self._limit = clock, seconds, limit
         self._secret = secrets.token_bytes(32)
-        self._known: OrderedDict[str, tuple[float, str]] = OrderedDict()  # of the session: its end, the token's hash
+        self._open: OrderedDict[str, tuple[float, str]] = OrderedDict()  # session's hash -> (end, access token's hash)
 
     def begin(self, token_hash: str) -> str:
-        """What the browser keeps; only its hash is kept here."""
+        """Open a session, and return the value of its cookie."""
         session = secrets.token_urlsafe(32)
-        self._known[_hashed(session)] = self._clock() + self.seconds, token_hash
-        while len(self._known) > self._most:
-            self._known.popitem(last=False)
+        self._open[_hashed(session)] = self._clock() + self.seconds, token_hash
+        while len(self._open) > self._limit:
+            self._open.popitem(last=False)
         return session
 
-    def whose(self, session: str | None) -> str | None:
-        """The hash of the token that began it; None where it has ended, or never was."""
-        end, token_hash = self._known.get(_hashed(session or ""), (0.0, ""))
+    def token_hash(self, session: str | None) -> str | None:
+        """The hash of the access token that opened the session; None if the session is unknown or has ended."""
+        end, token_hash = self._open.get(_hashed(session or ""), (0.0, ""))
         return token_hash if session and self._clock() < end else None
 
     def end(self, session: str | None) -> None:
-        self._known.pop(_hashed(session or ""), None)
+        self._open.pop(_hashed(session or ""), None)
 
     def form_token(self, session: str | None) -> str:
-        """What every form of this session carries; on an open server, or before signing in, there is one for all."""
+        """The form token of a session. All visitors without a session share one."""
         return hmac.new(self._secret, (session or "").encode(), hashlib.sha256).hexdigest()
 
-    def is_ours(self, session: str | None, form_token: str) -> bool:
+    def is_form_token(self, session: str | None, form_token: str) -> bool:
         return hmac.compare_digest(self.form_token(session), form_token.encode("ascii", "replace").decode())
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._open)
 
 
 def session_of(cookies: str | None) -> str | None:
@@ -64,9 +64,9 @@ def session_of(cookies: str | None) -> str | None:
 
 
 def cookie(session: str, seconds: float, *, secure: bool) -> str:
-    """A Set-Cookie header; an empty session takes the cookie away."""
-    life = int(seconds) if session else 0
-    return f"{COOKIE}={session}; Path=/; Max-Age={life}; HttpOnly; SameSite=Strict{'; Secure' if secure else ''}"
+    """A Set-Cookie header. An empty session deletes the cookie."""
+    max_age = int(seconds) if session else 0
+    return f"{COOKIE}={session}; Path=/; Max-Age={max_age}; HttpOnly; SameSite=Strict{'; Secure' if secure else ''}"
 
 
 def _hashed(session: str) -> str:

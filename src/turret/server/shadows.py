@@ -1,8 +1,8 @@
-"""Versions that are run beside an answer: recorded, compared, never returned. No torch, no HTTP.
+"""Shadows: versions that are run in addition to the answer. They are recorded and compared, and never returned.
 
-A shadow is put to the engine right behind the request that it watches, with a lower priority and by a thread of its
-own: it shares passes with it, takes no place before anybody, and whoever waits for the answer does not wait for it. At
-most `most` inputs are at work or waiting at a time; what comes beyond that, or when the engine is full, is shed.
+A thread of its own submits a shadow right after the request that it copies, with a lower priority. So a shadow shares
+passes with the request, and delays neither the request nor any other. At most `limit` inputs are at work or waiting;
+beyond that, or while the engine is full, shadows are dropped (`shed`).
 """
 
 from __future__ import annotations
@@ -11,18 +11,25 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
 
-from turret.server.engine_protocol import EngineProtocol, Kind, Text, TicketProtocol
+from turret.engine import Done, Event, Failed, Options, Piece
+from turret.server.engine_protocol import Answer, EngineProtocol, Input, TicketProtocol
 from turret.server.logs import Log
 from turret.server.metrics import Metrics
-from turret.server.routing import Placed, Routing
+from turret.server.routing import Placement, Routing
+from turret.tasks.task import RequestKind
 
-BEHIND = -1  # priority: everybody else's is 0
+LOW_PRIORITY = -1  # that of requests is 0
 
 
 class Shadows:
-    """All that are at work on this server."""
+    """The shadows of this server.
+
+    Args:
+        limit: Of inputs at work or waiting.
+        seconds: After which a shadow is abandoned.
+        log: Gets the shadows' answers; None if texts are not logged.
+    """
 
     def __init__(
         self,
@@ -30,93 +37,91 @@ class Shadows:
         routing: Routing,
         metrics: Metrics,
         *,
-        most: int,
+        limit: int,
         seconds: float,
         clock: Callable[[], float],
         log: Log | None,
     ) -> None:
-        self._engine, self._routing, self._metrics = engine, routing, metrics
-        self._most, self._seconds, self._clock, self._log = most, seconds, clock, log
+        self.engine, self.routing, self.metrics = engine, routing, metrics
+        self.seconds, self.clock, self.log = seconds, clock, log
+        self._limit = limit
         self._thread = ThreadPoolExecutor(1, "turret-shadow")
-        self._lock = threading.Lock()
-        self._taken = 0  # inputs
-        self._at_work: set[ShadowRequest] = set()
-        self._over = False
+        self._closed = False
+        self.lock = threading.Lock()
+        self.running: set[_Shadow] = set()
+        self.inputs = 0  # at work or waiting
 
-    def beside(
+    def start(
         self,
-        placed: Placed,
-        kind: Kind,
-        texts: Sequence[Text],
-        options: Sequence[Any] | None,
+        placement: Placement,
+        kind: RequestKind,
+        inputs: Sequence[Input],
+        options: Sequence[Options] | None,
         tickets: Sequence[TicketProtocol],
     ) -> None:
-        """Run the shadows of the experiment beside these tickets, as far as there is room. Returns at once."""
-        if placed.found is None:
+        """Start the shadows of a request if there is room. Returns at once. tickets: of the request."""
+        if placement.assignment is None:
             return
-        for arm, version in placed.found.shadows:
-            if not self._take(len(texts)):
-                self._metrics.shadow(str(placed.experiment), arm, "shed")
+        for arm, version in placement.assignment.shadows:
+            if not self._reserve(len(inputs)):
+                self.metrics.shadow(str(placement.experiment), arm, "shed")
                 continue
-            each = ShadowRequest(self, placed, arm, kind, tickets)
-            with suppress(RuntimeError):  # it is going down
-                self._thread.submit(each.run, version, list(texts), options)
+            shadow = _Shadow(self, placement, arm, kind, tickets)
+            with suppress(RuntimeError):  # the server is shutting down
+                self._thread.submit(shadow.run, version, list(inputs), options)
 
     def close(self) -> None:
-        """Take all of them back."""
-        with self._lock:
-            self._over = True
-            left = list(self._at_work)
+        """Cancel all shadows."""
+        with self.lock:
+            self._closed = True
+            running = list(self.running)
         self._thread.shutdown(wait=False, cancel_futures=True)
-        for each in left:
+        for each in running:
             each.cancel()
 
-    @property
-    def inputs(self) -> int:
-        """At work or waiting now."""
-        return self._taken
-
-    def _take(self, inputs: int) -> bool:
-        with self._lock:
-            if self._over or self._taken + inputs > self._most:
+    def _reserve(self, inputs: int) -> bool:
+        with self.lock:
+            if self._closed or self.inputs + inputs > self._limit:
                 return False
-            self._taken += inputs
+            self.inputs += inputs
             return True
 
 
-class ShadowRequest:
-    """One shadow of one request: ends when it and the answer that it is compared with have ended."""
+class _Shadow:
+    """One shadow of one request. It ends when both it and the request's own answers have ended."""
 
-    def __init__(self, all_: Shadows, placed: Placed, arm: str, kind: Kind, tickets: Sequence[TicketProtocol]) -> None:
-        self._all, self._placed, self._arm, self._kind = all_, placed, arm, kind
-        self._seen = list(tickets)  # those that are returned
+    def __init__(
+        self, shadows: Shadows, placement: Placement, arm: str, kind: RequestKind, tickets: Sequence[TicketProtocol]
+    ) -> None:
+        self._shadows, self._placement, self._arm, self._kind = shadows, placement, arm, kind
+        self._request_tickets = list(tickets)
         self._tickets: list[TicketProtocol] = []
-        self._answers: dict[tuple[bool, int], Any] = {}  # (a shadow's, input) -> its answer, None where it has none
+        self._answers: dict[tuple[bool, int], Answer | None] = {}  # (of the shadow?, input) -> None if it failed
         self._lock = threading.Lock()
         self._error: BaseException | None = None
-        self._ended = 0.0
-        self._sampled = False
+        self._ended_at = 0.0
+        self._samples = False
 
-    def run(self, version: str, texts: Sequence[Text], options: Sequence[Any] | None) -> None:
-        """On the shadows' thread: ask, and listen. Nothing that goes wrong here reaches anybody."""
-        engine, clock = self._all._engine, self._all._clock
-        self._began = self._ended = clock()
-        self._sampled = options is not None and bool(getattr(options[0], "samples", False))
-        with self._all._lock:
-            self._all._at_work.add(self)
+    def run(self, version: str, inputs: Sequence[Input], options: Sequence[Options] | None) -> None:
+        """Submit the shadow and listen to it, on the shadows' thread. Errors are recorded, never raised."""
+        engine, clock = self._shadows.engine, self._shadows.clock
+        self._started_at = self._ended_at = clock()
+        self._samples = options is not None and options[0].samples
+        with self._shadows.lock:
+            self._shadows.running.add(self)
         try:
-            for place, text in enumerate(texts):
-                asked = None if options is None else options[place]
-                deadline = self._all._seconds
+            for place, each in enumerate(inputs):
+                settings = None if options is None else options[place]
+                deadline = self._shadows.seconds
                 self._tickets.append(
-                    engine.submit(self._kind, text, version, asked, priority=BEHIND, deadline=deadline)
+                    engine.submit(self._kind, each, version, settings, priority=LOW_PRIORITY, deadline=deadline)
                 )
         except Exception as error:
-            self._error, self._ended = error, clock()
+            self._error, self._ended_at = error, clock()
             self.cancel()
-            self._tell()
+            self._end()
             return
-        for shadow, tickets in ((True, list(self._tickets)), (False, self._seen)):
+        for shadow, tickets in ((True, list(self._tickets)), (False, self._request_tickets)):
             for place, ticket in enumerate(tickets):
                 ticket.listen(self._listener(shadow, place))
 
@@ -124,53 +129,54 @@ class ShadowRequest:
         for ticket in list(self._tickets):
             ticket.cancel()
 
-    def _listener(self, shadow: bool, place: int) -> Callable[[Any], None]:
-        def hear(event: Any) -> None:
-            error, answer = getattr(event, "error", None), getattr(event, "answer", None)
-            if error is None and answer is None:
-                return  # a piece
+    def _listener(self, shadow: bool, place: int) -> Callable[[Event], None]:
+        def hear(event: Event) -> None:
+            if isinstance(event, Piece):
+                return
             with self._lock:
-                self._answers[shadow, place] = answer
+                self._answers[shadow, place] = event.answer if isinstance(event, Done) else None
                 if shadow:
-                    self._ended = self._all._clock()
-                    self._error = self._error or error
-                whole = len(self._answers) == len(self._tickets) + len(self._seen)
-            if whole:
-                self._tell()
+                    self._ended_at = self._shadows.clock()
+                    if isinstance(event, Failed):
+                        self._error = self._error or event.error
+                complete = len(self._answers) == len(self._tickets) + len(self._request_tickets)
+            if complete:
+                self._end()
 
         return hear
 
-    def _tell(self) -> None:
-        """It has ended: record what is known of it, and then, whatever comes of that, make room for the next."""
+    def _end(self) -> None:
         try:
             self._record()
         finally:
-            with self._all._lock:
-                self._all._taken -= len(self._seen)
-                self._all._at_work.discard(self)
+            with self._shadows.lock:
+                self._shadows.inputs -= len(self._request_tickets)
+                self._shadows.running.discard(self)
 
     def _record(self) -> None:
-        routing, seconds, agrees = self._all._routing, self._ended - self._began, self._agrees()
-        assert self._placed.found is not None
+        shadows, placement, arm = self._shadows, self._placement, self._arm
+        seconds, agrees = self._ended_at - self._started_at, self._agrees()
+        assert placement.assignment is not None
         if self._error is not None:
-            own = routing.failed(self._placed, self._kind, self._error, seconds, self._arm)
+            own = shadows.routing.failed(placement, self._kind, self._error, seconds, arm)
             what = "failed" if own else "shed"
         else:
-            routing.router.shadowed(self._placed.found, self._arm, seconds=seconds, agrees=agrees)
+            shadows.routing.router.shadowed(placement.assignment, arm, seconds=seconds, agrees=agrees)
             what = "answered" if agrees is None else "agreed" if agrees else "differed"
-        self._all._metrics.shadow(str(self._placed.experiment), self._arm, what)
-        if self._all._log is not None:  # texts are logged
-            answers = [self._answers.get((True, place)) for place in range(len(self._seen))]
-            experiment = str(self._placed.experiment)
-            self._all._log.say("shadow", experiment=experiment, arm=self._arm, what=what, answers=answers)
+        experiment = str(placement.experiment)
+        shadows.metrics.shadow(experiment, arm, what)
+        if shadows.log is not None:
+            answers = [self._answers.get((True, place)) for place in range(len(self._request_tickets))]
+            shadows.log.write("shadow", experiment=experiment, arm=arm, what=what, answers=answers)
 
     def _agrees(self) -> bool | None:
-        """The same labels or texts for all inputs; None where one has no answer, or texts are drawn by chance."""
+        """Whether all labels or texts are the same; None if an input has no answer, or if texts are sampled."""
         pairs = [
-            (self._answers.get((True, place)), self._answers.get((False, place))) for place in range(len(self._seen))
+            (self._answers.get((True, place)), self._answers.get((False, place)))
+            for place in range(len(self._request_tickets))
         ]
-        both = [(shadow, seen) for shadow, seen in pairs if shadow and seen]
-        if self._sampled or len(both) < len(pairs):
+        both = [(shadow, answer) for shadow, answer in pairs if shadow and answer]
+        if self._samples or len(both) < len(pairs):
             return None
-        key = "label" if self._kind == "classify" else "text"
-        return all(shadow[key] == seen[key] for shadow, seen in both)
+        task = self._shadows.routing.task(self._placement.experiment)
+        return all(task.judged(shadow) == task.judged(answer) for shadow, answer in both)

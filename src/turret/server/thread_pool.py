@@ -1,4 +1,4 @@
-"""A few threads for one kind of work, and an end to those that wait for them. Refuses to know what the work is."""
+"""Threads for one kind of blocking work, with a limit on how many calls may wait."""
 
 from __future__ import annotations
 
@@ -6,32 +6,41 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 from turret.errors import Busy
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class ThreadPool:
-    """`await lane(verb, ...)` carries out a blocking verb; with `most` at work or waiting, the next is Busy."""
+    """`await pool(function, ...)` runs a blocking function on a thread.
 
-    def __init__(self, name: str, threads: int, most: int, said: str, retry_after: float) -> None:
+    Args:
+        name: Of the threads.
+        threads: How many functions run at a time.
+        limit: How many calls may run or wait; the next one raises Busy.
+        busy: What waits, for the text of that error.
+        retry_after: Seconds after which a client should try again.
+    """
+
+    def __init__(self, name: str, threads: int, limit: int, busy: str, retry_after: float) -> None:
         self._pool = ThreadPoolExecutor(threads, f"turret-{name}")
-        self._most, self._said, self._retry_after = most, said, retry_after
-        self._taken = 0
+        self._limit, self._busy, self._retry_after = limit, busy, retry_after
+        self._calls = 0
 
-    async def __call__(self, verb: Callable[..., T], *arguments: Any, **settings: Any) -> T:
-        if self._taken >= self._most:
-            raise Busy(f"{self._taken} {self._said}: try again", retry_after=self._retry_after)
-        self._taken += 1
+    async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._calls >= self._limit:
+            raise Busy(f"{self._calls} {self._busy}: try again", retry_after=self._retry_after)
+        self._calls += 1
         try:
-            here = copy_context()  # who asks is known in the thread too
+            context = copy_context()  # `acting` names the caller on the thread too
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, lambda: here.run(verb, *arguments, **settings))
+            return await loop.run_in_executor(self._pool, lambda: context.run(function, *args, **kwargs))
         finally:
-            self._taken -= 1
+            self._calls -= 1
 
     def close(self) -> None:
-        """Let the threads go; what has not begun never does."""
+        """Stop the threads. Calls that wait are dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)

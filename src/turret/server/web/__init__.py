@@ -1,9 +1,5 @@
-"""The console: pages for browsers over the same workspace and engine. Rendered here, with htmx for what is live.
+"""The console: pages for browsers over the same workspace and engine as the API. Each page has a module.
 
-    door.py      headers, errors as a line in a page, the way to the sign-in
-    forms.py     a form, and proof that it is ours
-    render.py    templates, and words for numbers
-    a file a page
-
-Refuses to know how anything is done.
+Pages are rendered on the server; htmx loads their live parts again. `page_middleware.py` adds headers and makes errors
+pages, `forms.py` reads and checks forms, `render.py` has the templates.
 """

@@ -1,8 +1,8 @@
-"""Experiments: the list, and one with its evidence over time, what to do next, and the buttons that do it."""
+"""The pages of experiments: all of them, one with its evidence, and the dialogs that change it."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Path, Request, Response
 from fastapi.responses import JSONResponse
@@ -10,10 +10,10 @@ from fastapi.responses import JSONResponse
 from turret.errors import NotFound
 from turret.experiments.experiment import read_split
 from turret.server.experiments import end
-from turret.server.routes import Here
+from turret.server.routes import State
 from turret.server.state import ServerState
 from turret.server.web import render
-from turret.server.web.adapters import gone
+from turret.server.web.adapters import redirect
 from turret.server.web.forms import Form, Sent, pages
 
 router = pages()
@@ -23,31 +23,31 @@ VERBS = ("ramp", "promote", "rollback", "stop")
 
 
 @router.get("/experiments")
-async def listing(request: Request, here: Here) -> Response:
-    """Every experiment, the running ones first."""
-    there = await here.control(here.workspace.store.exists)
-    found = await here.control(here.workspace.experiments) if there else []
+async def listing(request: Request, state: State) -> Response:
+    """All experiments, the running ones first."""
+    exists = await state.control(state.workspace.store.exists)
+    found = await state.control(state.workspace.experiments) if exists else []
     found = sorted(found, key=lambda each: each["created"], reverse=True)
     found = sorted(found, key=lambda each: each["state"] != "running")
-    return render.page(request, here, "experiments.html.j2", found=found)
+    return render.page(request, state, "experiments.html.j2", found=found)
 
 
 @router.get("/experiments/{name}/{number}")
-async def show(request: Request, here: Here, name: Name, number: Number) -> Response:
+async def show(request: Request, state: State, name: Name, number: Number) -> Response:
     """One experiment."""
-    return render.page(request, here, "experiment.html.j2", **await _known(here, name, number))
+    return render.page(request, state, "experiment.html.j2", **await _values(state, name, number))
 
 
 @router.get("/experiments/{name}/{number}/state")
-async def state(request: Request, here: Here, name: Name, number: Number) -> Response:
-    """How it is now: the live part of the page."""
-    return render.page(request, here, "experiment_state.html.j2", **await _known(here, name, number))
+async def show_state(request: Request, state: State, name: Name, number: Number) -> Response:
+    """The live part of the page of an experiment."""
+    return render.page(request, state, "experiment_state.html.j2", **await _values(state, name, number))
 
 
 @router.get("/experiments/{name}/{number}/course")
-async def course(here: Here, name: Name, number: Number) -> Response:
-    """How the evidence grew, for the plots."""
-    found = await here.control(here.workspace.course, name, number)
+async def course(state: State, name: Name, number: Number) -> Response:
+    """The evidence after each outcome, for the plots."""
+    found = await state.control(state.workspace.course, name, number)
     points = [
         {
             "outcomes": each.outcomes,
@@ -62,49 +62,56 @@ async def course(here: Here, name: Name, number: Number) -> Response:
 
 @router.get("/experiments/{name}/{number}/do/{verb}")
 async def ask(
-    request: Request, here: Here, name: Name, number: Number, verb: str, arm: str | None = None
+    request: Request, state: State, name: Name, number: Number, verb: str, arm: str | None = None
 ) -> Response:  # fmt: skip
-    """What a verb would do, and the button that does it."""
-    if verb not in VERBS:
-        raise NotFound(f"no verb {ascii(verb)[:40]}: expected one of {', '.join(VERBS)}")
-    values = await _known(here, name, number)
+    """The dialog that confirms a change."""
+    _check_verb(verb)
+    values = await _values(state, name, number)
     candidates = [each for each in values["status"].weighed.arms if each.arm.role == "candidate" and each.arm.live]
-    return render.page(request, here, "act.html.j2", **values, verb=verb, arm=arm, candidates=candidates)
+    return render.page(request, state, "act.html.j2", **values, verb=verb, arm=arm, candidates=candidates)
 
 
 @router.post("/experiments/{name}/{number}/do/{verb}")
-async def act(request: Request, here: Here, name: Name, number: Number, verb: str, form: Sent) -> Response:
-    """Ramp, promote, roll back or stop; what refuses is told in the page."""
+async def act(request: Request, state: State, name: Name, number: Number, verb: str, form: Sent) -> Response:
+    """Ramp, promote, roll back or stop."""
+    _check_verb(verb)
+    await _act(state, name, number, verb, form)
+    await state.control(state.refresh)
+    return redirect(request, f"/experiments/{name}/{number}")
+
+
+def _check_verb(verb: str) -> None:
     if verb not in VERBS:
         raise NotFound(f"no verb {ascii(verb)[:40]}: expected one of {', '.join(VERBS)}")
-    await _carried_out(here, name, number, verb, form)
-    await here.control(here.look)
-    return gone(request, f"/experiments/{name}/{number}")
 
 
-async def _carried_out(here: ServerState, name: str, number: int, verb: str, form: Form) -> None:
+async def _act(state: ServerState, name: str, number: int, verb: str, form: Form) -> None:
     if verb == "ramp":
-        live = here.workspace.experiment(name, number)
-        await here.control(live.ramp, read_split(form.text("share")) if form.text("share") else None)
+        experiment = state.workspace.experiment(name, number)
+        await state.control(experiment.ramp, read_split(form.text("share")) if form.text("share") else None)
         return
     arm = form.text("arm") if verb == "promote" else None
-    await end(here, name, number, promote=arm, rollback=verb == "rollback")
+    await end(state, name, number, promote=arm, rollback=verb == "rollback")
 
 
-async def _known(here: ServerState, name: str, number: int) -> dict[str, Any]:
-    status = await here.control(here.workspace.experiment(name, number).status)
-    from turret.experiments import status_text  # with numpy, which whoever asks no experiment need not wait for
+async def _values(state: ServerState, name: str, number: int) -> render.Context:
+    status = await state.control(state.workspace.experiment(name, number).status)
+    from turret.experiments import status_text  # loads numpy, which the rest of the server does not need
 
-    experiment = status.experiment
-    said = {
-        "traffic": status_text.traffic(experiment),
-        "guards": status_text.guards(experiment),
-        "lives": status_text.lives(experiment),
-    }
+    experiment, running = status.experiment, status.experiment.state == "running"
     history = [
         (each, status_text.event(each["verb"], dict(each["detail"]))) for each in reversed(status.weighed.history)
     ]
-    ramp = experiment.next_share() if experiment.state == "running" else None
-    needed = status.as_json()["sample_ratio"]["needed"]
-    values = {"history": history, "next_share": ramp, "needed": needed, "said": said}
-    return {"status": status, "experiment": experiment, "running": experiment.state == "running", **values}
+    return {
+        "status": status,
+        "experiment": experiment,
+        "running": running,
+        "history": history,
+        "next_share": experiment.next_share() if running else None,
+        "needed": status.as_json()["sample_ratio"]["needed"],
+        "text": {
+            "traffic": status_text.traffic(experiment),
+            "guards": status_text.guards(experiment),
+            "lives": status_text.lives(experiment),
+        },
+    }

@@ -1,21 +1,20 @@
-"""The playground: one text to several versions side by side, with what it took and who answered.
+"""The playground: one text to several versions, with the time and the receipt of each answer.
 
-A version is asked for by its number, so that no experiment counts what is played here.
+Versions are asked by number, so no experiment counts these requests.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import Request, Response
 
 from turret.errors import BadRequest
+from turret.json_types import JsonObject
 from turret.methods import method_named
 from turret.server import generation
-from turret.server.completions import Pieces
+from turret.server.completions import CompletionChunks
 from turret.server.limits import MOST_TEXT, MOST_TOKENS
-from turret.server.models import fingerprint
-from turret.server.routes import Here
+from turret.server.models import is_on_base
+from turret.server.routes import State
 from turret.server.schemas import CompletionRequest
 from turret.server.state import ServerState
 from turret.server.web import render
@@ -24,66 +23,65 @@ from turret.store import Version
 from turret.tasks import stored_task
 
 router = pages()
-MOST = 6  # versions side by side
+MOST = 6  # versions in one question
 SHOWN = 200  # versions to choose from
 
 
 @router.get("/playground")
-async def show(request: Request, here: Here) -> Response:
-    """The form, with the versions that this base carries."""
-    asked = request.query_params.getlist("model")
-    versions = await _versions(here)
-    chosen = asked or [str(each) for each in versions if each.aliases][:2] or [str(each) for each in versions[:1]]
-    writes = any(stored_task(each.part("task")).generates for each in versions)
-    values = {"versions": versions[:SHOWN], "chosen": chosen, "writes": writes, "most": MOST, "kind": _kind}
-    return render.page(request, here, "playground.html.j2", **values)
+async def show(request: Request, state: State) -> Response:
+    """The form, with the versions to choose from."""
+    versions = await _versions(state)
+    default = [str(each) for each in versions if each.aliases][:2] or [str(each) for each in versions[:1]]
+    chosen = request.query_params.getlist("model") or default
+    values = {"versions": versions[:SHOWN], "chosen": chosen, "writes": any(map(_generates, versions)), "most": MOST}
+    return render.page(request, state, "playground.html.j2", **values)
 
 
 @router.post("/playground")
-async def panels(request: Request, here: Here, form: Sent) -> Response:
-    """A panel for each version, which asks by itself."""
+async def panels(request: Request, state: State, form: Sent) -> Response:
+    """A panel for each version. Each panel then sends its own request."""
     text, models = _text(form), form.all("model")
     if not 1 <= len(models) <= MOST:
         raise BadRequest(f"{len(models)} versions are chosen: expected 1 to {MOST}")
-    known = {str(each): each for each in await _versions(here)}
-    asked = [(model, _kind(known[model]) if model in known else "generate") for model in models]
+    known = {str(each): each for each in await _versions(state)}
+    generates = {model: model not in known or _generates(known[model]) for model in models}  # else it is the base
     settings = {"text": text, "max_tokens": form.text("max_tokens"), "temperature": form.text("temperature")}
-    return render.page(request, here, "panels.html.j2", asked=asked, settings=settings)
+    return render.page(request, state, "panels.html.j2", models=models, generates=generates, settings=settings)
 
 
 @router.post("/playground/answer")
-async def answer(request: Request, here: Here, form: Sent) -> Response:
-    """One classification, with the time of the load that it had to wait for."""
+async def answer(request: Request, state: State, form: Sent) -> Response:
+    """One classification, with its time and the time of its load."""
     model = form.text("model")
-    loading = await _loaded(here, model)
-    began = here.clock()
-    async with here.ask(request, "classify", model, [_text(form)]) as asked:
-        (found,) = await asked.all()
-    took = {"seconds": here.clock() - began, "loading": loading}
-    return render.page(request, here, "answer.html.j2", answer=found, asked=asked, took=took, model=model)
+    loading = await _load(state, model)
+    started = state.clock()
+    async with state.ask(request, "classify", model, [_text(form)]) as pending:
+        (found,) = await pending.all()
+    seconds = state.clock() - started
+    values = {"answer": found, "pending": pending, "seconds": seconds, "loading": loading, "model": model}
+    return render.page(request, state, "answer.html.j2", **values)
 
 
 @router.post("/playground/stream")
-async def stream(request: Request, here: Here, form: Sent) -> Response:
-    """One generation, as `/v1/completions` streams it, with the time of the load in a header."""
+async def stream(request: Request, state: State, form: Sent) -> Response:
+    """One generation, streamed as by `/v1/completions`, with the time of its load in a header."""
     body = _request(form)
-    loading = await _loaded(here, body.model)
-    options = generation.options(here, body, body.max_tokens, 1)
-    streamed = await generation.stream(here, request, body, body.prompts(), options, None, Pieces())
+    loading = await _load(state, body.model)
+    options = generation.generation_options(state, body, body.max_tokens, 1)
+    response = await generation.stream(state, request, body, body.prompts(), options, None, CompletionChunks())
     if loading is not None:
-        streamed.headers["turret-load-seconds"] = f"{loading:.6f}"
-    return streamed
+        response.headers["turret-load-seconds"] = f"{loading:.6f}"
+    return response
 
 
 def _request(form: Form) -> CompletionRequest:
-    """Raises BadRequest."""
-    said: dict[str, Any] = {"model": form.text("model"), "prompt": _text(form), "stream": True}
+    values: JsonObject = {"model": form.text("model"), "prompt": _text(form), "stream": True}
     try:
         if tokens := form.text("max_tokens"):
-            said["max_tokens"] = int(tokens)
+            values["max_tokens"] = int(tokens)
         if temperature := form.text("temperature"):
-            said["temperature"] = float(temperature)
-        return CompletionRequest(**said, stream_options={"include_usage": True})  # type: ignore[arg-type]
+            values["temperature"] = float(temperature)
+        return CompletionRequest.model_validate({**values, "stream_options": {"include_usage": True}})
     except ValueError:
         raise BadRequest(f"expected 1 to {MOST_TOKENS} tokens, and a temperature from 0 to 2") from None
 
@@ -95,28 +93,27 @@ def _text(form: Form) -> str:
     return text
 
 
-async def _loaded(here: ServerState, model: str) -> float | None:
-    """Seconds that the version took to be loaded now; None where it was there, or is the base."""
-    if model == here.base_id:
+async def _load(state: ServerState, model: str) -> float | None:
+    """Load the version if necessary, and return the seconds that took; None for the base or a version in memory."""
+    if model == state.base_id:
         return None
-    version = await here.control(here.workspace.resolve, model)
-    if here.in_memory(version.digest):
+    version = await state.control(state.workspace.resolve, model)
+    if state.in_memory(version.digest):
         return None
-    began = here.clock()
-    await here.control(here.engine.warm, str(version))
-    return here.clock() - began
+    started = state.clock()
+    await state.control(state.engine.warm, str(version))
+    return state.clock() - started
 
 
-async def _versions(here: ServerState) -> list[Version]:
-    """Those that this base carries beside others: what has an alias first, then the newest."""
+async def _versions(state: ServerState) -> list[Version]:
+    """The versions that the engine can load: those with an alias first, then the newest."""
     found = [
         each
-        for each in await here.control(here.workspace.list)
-        if fingerprint(each) == here.engine.base.fingerprint
-        and method_named(each.part("method").get("kind")).shares_base
-    ]  # fmt: skip
+        for each in await state.control(state.workspace.list)
+        if is_on_base(state, each) and method_named(each.part("method").get("kind")).shares_base
+    ]
     return sorted(found, key=lambda each: (not each.aliases, each.name, -each.number))
 
 
-def _kind(version: Version) -> str:
-    return stored_task(version.part("task")).request
+def _generates(version: Version) -> bool:
+    return stored_task(version.part("task")).generates

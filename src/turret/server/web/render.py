@@ -1,6 +1,4 @@
-"""Templates, and words for the numbers in them. Everything that is put into a page is escaped; a name that a template
-misses is an error. Refuses to know where values come from.
-"""
+"""The templates, and their filters for numbers. Every value is escaped. A missing name in a template is an error."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse
@@ -19,10 +17,13 @@ from markupsafe import Markup, escape
 from turret import __version__
 from turret.compare.report_text import count, megabytes, milliseconds, percent
 from turret.compare.report_text import seconds as in_seconds
+from turret.json_types import JsonMapping, JsonValue
+from turret.server.auth import Caller
 from turret.server.state import ServerState
 
-HERE = Path(__file__).parent
-CHIEF = ("accuracy", "rougeL", "loss")  # the first of these is what one column has room for
+Context: TypeAlias = Mapping[str, Any]  # what a template shows: Jinja takes values of any type
+FOLDER = Path(__file__).parent
+MAIN_METRICS = ("accuracy", "rougeL", "loss")  # the first one that was measured is shown if there is room for one
 SHARES = ("accuracy", "f1", "precision", "recall", "rouge", "micro", "macro")
 PAGES = (
     ("adapters", "Adapters"),
@@ -36,55 +37,56 @@ PAGES = (
 
 @cache
 def digest(file: str) -> str:
-    """Of a static file: its address changes with it, so that a browser may keep it for ever."""
-    return hashlib.sha256((HERE / "static" / file).read_bytes()).hexdigest()[:12]
+    """Of a static file. Its URL contains the digest, so browsers may cache it permanently."""
+    return hashlib.sha256((FOLDER / "static" / file).read_bytes()).hexdigest()[:12]
 
 
 @cache
 def _environment() -> Environment:
-    made = Environment(
-        loader=FileSystemLoader(HERE / "templates"),
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER / "templates"),
         autoescape=select_autoescape(("j2", "html"), default=True),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
-        "age": age, "bytes": size, "chief": chief, "code": code, "count": count, "evidence": evidence,
-        "ms": milliseconds, "number": number, "percent": percent, "said": said, "seconds": in_seconds, "share": share,
-        "short": short, "when": when, "whole": whole,
+    environment.filters |= {
+        "age": age, "bytes": size, "code": code, "count": count, "evidence": evidence, "main_metric": main_metric,
+        "metric": metric, "ms": milliseconds, "number": number, "percent": percent, "seconds": in_seconds,
+        "share": share, "short": short, "when": when, "whole": whole,
     }  # fmt: skip
-    made.globals |= {"digest": digest, "pages": PAGES, "version_of_turret": __version__}
-    return made
+    environment.globals |= {"digest": digest, "pages": PAGES, "version_of_turret": __version__}
+    return environment
 
 
 def template(name: str) -> Template:
     return _environment().get_template(name)
 
 
-def page(request: Request, here: ServerState, name: str, status: int = 200, /, **values: Any) -> HTMLResponse:
-    """The template with what every page needs."""
-    asker = request.state.asker
+# Any: as in `Context`.
+def page(request: Request, state: ServerState, name: str, status: int = 200, /, **values: Any) -> HTMLResponse:
+    """A template with the values that every page needs, and those of this one."""
+    caller: Caller = request.state.caller
     common = {
-        "asker": asker,
-        "base": here.base_id,
-        "form_token": here.guard.sessions.form_token(asker.session),
-        "open": here.guard.open,
-        "live": live(request),
+        "caller": caller,
+        "base": state.base_id,
+        "form_token": state.guard.sessions.form_token(caller.session),
+        "open": state.guard.open,
+        "live": is_htmx(request),
     }
     return HTMLResponse(template(name).render(common | values), status)
 
 
-def live(request: Request) -> bool:
+def is_htmx(request: Request) -> bool:
     """Whether htmx asks for a part of a page."""
     return "hx-request" in request.headers
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
+# --- filters ---------------------------------------------------------------------------------------------------------
 
 
 def age(moment: str | None) -> str:
-    """How long ago that was: `just now`, `5 min ago`, `3 days ago`."""
+    """`just now`, `5 min ago`, `3 days ago`."""
     if not moment:
         return "never"
     passed = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
@@ -100,8 +102,8 @@ def when(moment: str | None) -> str:
     return f"{moment[:16].replace('T', ' ')} UTC" if moment else ""
 
 
-def number(value: Any) -> str:
-    """A measured value: four digits, however large."""
+def number(value: JsonValue) -> str:
+    """A measured value with four digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
@@ -112,7 +114,7 @@ def whole(value: float) -> str:
 
 
 def evidence(value: float) -> str:
-    """Three digits, and no powers of ten while it can be read without."""
+    """Three digits, with a power of ten only from 1e7."""
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
 
 
@@ -127,31 +129,30 @@ def share(value: float) -> str:
 
 
 def short(digest: str | None) -> str:
-    """The beginning of a digest, enough to know it by."""
+    """The first 12 digits of a digest."""
     return (digest or "").removeprefix("sha256:")[:12]
 
 
-def chief(measured: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """(metric, value, split): the one to show where there is room for one."""
+def main_metric(measured: JsonMapping) -> tuple[str, str, str] | None:
+    """(metric, value, split) of the metric to show if there is room for one."""
     for split in ("test", "validation"):
         values = measured.get(split) or {}
-        for name in CHIEF:
+        for name in MAIN_METRICS:
             if name in values:
-                return name, said(values[name], name), split
+                return name, metric(values[name], name), split
     return None
 
 
-def said(value: Any, name: str = "") -> str:
-    """A metric as people say it: shares as percent, the rest as numbers."""
+def metric(value: JsonValue, name: str = "") -> str:
+    """A metric: shares as percent, other values as numbers."""
     if isinstance(value, float) and 0 <= value <= 1 and name.lower().startswith(SHARES) and not name.endswith("loss"):
         return f"{100 * value:.1f}%"
     return number(value)
 
 
 def code(text: str) -> Markup:
-    """A line of ours, its `commands` set as code; everything in it escaped."""
+    """A line of text, escaped, with the parts between backquotes as code."""
     parts = str(text).split("`")
-    shown = [
-        escape(part) if place % 2 == 0 else Markup("<code>{}</code>").format(part) for place, part in enumerate(parts)
-    ]
-    return Markup("").join(shown)
+    return Markup("").join(
+        escape(part) if index % 2 == 0 else Markup("<code>{}</code>").format(part) for index, part in enumerate(parts)
+    )

@@ -1,13 +1,13 @@
-"""The store's health and this server's traffic: what is stored, is it whole, who is asked, what is in memory."""
+"""The page of the store and of this server's traffic."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
 
 from fastapi import Request, Response
 
-from turret.server.routes import Here
-from turret.server.state import ServerState, said
+from turret.server.routes import State
+from turret.server.state import ServerState
 from turret.server.web import render
 from turret.server.web.forms import pages
 
@@ -15,46 +15,46 @@ router = pages()
 
 
 @router.get("/store")
-async def show(request: Request, here: Here) -> Response:
-    """What is stored, and what this server does."""
-    versions = await here.control(here.workspace.list)
+async def show(request: Request, state: State) -> Response:
+    """The contents of the store, and the traffic."""
+    versions = await state.control(state.workspace.list)
     stored = {
-        "where": str(here.workspace.store),
+        "where": str(state.workspace.store),
         "names": len({each.name for each in versions}),
         "versions": len(versions),
         "bytes": sum(each.bytes for each in versions),
-        "runs": len(await here.control(here.workspace.runs)),
-        "problems": await here.control(here.workspace.store.problems),
+        "runs": len(await state.control(state.workspace.runs)),
+        "problems": await state.control(state.workspace.store.problems),
     }
-    return render.page(request, here, "store.html.j2", stored=stored, **_traffic(here))
+    return render.page(request, state, "store.html.j2", stored=stored, **_traffic(state))
 
 
 @router.get("/store/traffic")
-async def traffic(request: Request, here: Here) -> Response:
-    """The live part: answers of each version, and what the engine holds."""
-    return render.page(request, here, "traffic.html.j2", **_traffic(here))
+async def traffic(request: Request, state: State) -> Response:
+    """The live part: the traffic of each version, and the engine's own figures."""
+    return render.page(request, state, "traffic.html.j2", **_traffic(state))
 
 
 @router.post("/store/verify")
-async def verify(request: Request, here: Here) -> Response:
-    """Hash and open everything again."""
-    found = await here.control(here.workspace.verify)
-    return render.page(request, here, "verified.html.j2", found=found, what="the store")
+async def verify(request: Request, state: State) -> Response:
+    """Hash and open all files again."""
+    found = await state.control(state.workspace.verify)
+    return render.page(request, state, "verified.html.j2", found=found, what="the store")
 
 
 @router.post("/store/gc")
-async def leftovers(request: Request, here: Here) -> Response:
-    """What a gc would remove; it removes nothing."""
-    found = await here.control(here.workspace.gc, dry_run=True)
-    return render.page(request, here, "leftovers.html.j2", found=found)
+async def leftovers(request: Request, state: State) -> Response:
+    """List what a gc would remove. It removes nothing."""
+    found = await state.control(state.workspace.gc, dry_run=True)
+    return render.page(request, state, "leftovers.html.j2", found=found)
 
 
-def _traffic(here: ServerState) -> dict[str, Any]:
+def _traffic(state: ServerState) -> render.Context:
     return {
-        "traffic": here.metrics.traffic(),
-        "engine": said(here.engine.stats()),
-        "memory": [said(each) for each in here.engine.loaded()],
-        "in_flight": max(0, here.load.requests - 1),  # this page is one
-        "trouble": here.follow.trouble,
-        "since": here.now() - here.began,
+        "traffic": state.metrics.traffic(),
+        "engine": asdict(state.engine.stats()),
+        "memory": [asdict(each) for each in state.engine.loaded()],
+        "in_flight": max(0, state.load.requests - 1),  # without this page's own request
+        "failed_moves": state.aliases.failed_moves,
+        "since": state.now() - state.started_at,
     }

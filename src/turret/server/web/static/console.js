@@ -1,4 +1,4 @@
-// What pages do beyond htmx: errors where they happen, the dialog, streamed answers, the report's height.
+// What htmx does not do: errors next to their cause, the dialog, streamed answers, the height of a report.
 "use strict";
 
 (() => {
@@ -10,13 +10,13 @@
     problemOf(element)?.replaceChildren(line);
   }
 
-  // --- errors: an answer that is none goes to the nearest place for it ---
+  // --- errors: shown in the nearest [data-problem] ---
 
   document.addEventListener("htmx:beforeSwap", (event) => {
     const { xhr, elt } = event.detail;
     if (xhr.status >= 400) {
       event.detail.shouldSwap = true;
-      event.detail.isError = false; // it is told in the page
+      event.detail.isError = false; // the page shows it
       event.detail.target = problemOf(elt);
       event.detail.swapOverride = "innerHTML";
       elt.querySelector?.(".waiting-now")?.remove();
@@ -37,7 +37,7 @@
       event.preventDefault();
       dialog().close();
     } else if (event.target === dialog()) {
-      dialog().close(); // beside it
+      dialog().close(); // a click outside
     }
   });
 
@@ -60,10 +60,10 @@
       if (!answer.ok) {
         if (answer.headers.get("hx-redirect")) location.href = answer.headers.get("hx-redirect");
         const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-        throw new Error(page.querySelector(".problem")?.textContent || "The server could not do it.");
+        throw new Error(page.querySelector(".problem")?.textContent || "The request failed.");
       }
-      const told = await read(answer, written, panel);
-      foot.replaceChildren(...facts(answer.headers, told, began));
+      const result = await read(answer, written, panel);
+      foot.replaceChildren(...facts(answer.headers, result, began));
     } catch (error) {
       foot.replaceChildren();
       complain(panel, error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message);
@@ -71,40 +71,40 @@
   }
 
   async function read(answer, written, panel) {
-    const told = { first: null, usage: null, reason: null };
+    const result = { first: null, usage: null, reason: null };
     const decoder = new TextDecoder(), reader = answer.body.getReader();
     for (let rest = "", piece = await reader.read(); !piece.done; piece = await reader.read()) {
       const lines = (rest + decoder.decode(piece.value, { stream: true })).split("\n\n");
       rest = lines.pop();
       for (const line of lines) {
-        const said = line.slice("data: ".length);
-        if (said === "[DONE]") continue;
-        const chunk = JSON.parse(said);
+        const data = line.slice("data: ".length);
+        if (data === "[DONE]") continue;
+        const chunk = JSON.parse(data);
         if (chunk.error) throw new Error(chunk.error.message);
-        told.usage = chunk.usage ?? told.usage;
+        result.usage = chunk.usage ?? result.usage;
         for (const choice of chunk.choices ?? []) {
-          told.first ??= performance.now();
-          told.reason = choice.finish_reason ?? told.reason;
+          result.first ??= performance.now();
+          result.reason = choice.finish_reason ?? result.reason;
           written.append(choice.text);
         }
       }
     }
-    told.ended = performance.now();
-    return told;
+    result.ended = performance.now();
+    return result;
   }
 
   const ms = (value) => (value >= 1000 ? `${(value / 1000).toFixed(1)} s` : value < 100 ? `${value.toFixed(1)} ms` : `${value.toFixed(0)} ms`);
 
-  function facts(headers, told, began) {
+  function facts(headers, result, began) {
     const loading = headers.get("turret-load-seconds"), load = loading === null ? 0 : 1000 * Number(loading);
     const version = headers.get("turret-adapter") ? `${headers.get("turret-adapter")}@${headers.get("turret-version")}` : "the bare base";
     return [
       list("facts strip foot-facts", [
-        ["First word", ms(Math.max(0, told.first - began - load))],
-        ["Whole", ms(Math.max(0, told.ended - began - load))],
-        ["First use", loading === null ? "in memory already" : `${ms(load)} to switch in`],
-        ...(told.usage ? [["Tokens", `${told.usage.prompt_tokens} read, ${told.usage.completion_tokens} made`]] : []),
-        ["Ended", told.reason === "length" ? "at the most tokens" : "by itself"],
+        ["First word", ms(Math.max(0, result.first - began - load))],
+        ["Last word", ms(Math.max(0, result.ended - began - load))],
+        ["Load", loading === null ? "in memory already" : `${ms(load)} to load`],
+        ...(result.usage ? [["Tokens", `${result.usage.prompt_tokens} read, ${result.usage.completion_tokens} generated`]] : []),
+        ["Ended", result.reason === "length" ? "token limit" : "stop"],
       ]),
       list("receipt", [["Receipt", headers.get("turret-receipt")], ["Version", version], ["Base", (headers.get("turret-base") || "").replace("sha256:", "").slice(0, 12)]]),
     ];
@@ -120,7 +120,7 @@
     return made;
   }
 
-  // --- a report is as tall as it is, in the page's own scroll ---
+  // --- a report's frame is as tall as the report ---
 
   document.addEventListener("DOMContentLoaded", () => {
     for (const frame of document.querySelectorAll("iframe[data-grow]")) {

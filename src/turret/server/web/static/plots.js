@@ -1,4 +1,4 @@
-// The plots of a run and of an experiment: uPlot over a small JSON route, drawn again while something runs.
+// The plots of a run and of an experiment, drawn by uPlot from a JSON route, and again while it runs.
 "use strict";
 
 (() => {
@@ -76,8 +76,8 @@
     return values.map((value) => (mean = mean == null ? value : keep * mean + (1 - keep) * value));
   }
 
-  function ofRun(said) {
-    const steps = said.steps, x = steps.map((each) => each.step);
+  function ofRun(run) {
+    const steps = run.steps, x = steps.map((each) => each.step);
     const chief = ["accuracy", "rougeL"].find((name) => steps.some((each) => each.metrics?.[name] != null));
     const held = steps.find((each) => each.split)?.split || "held out";
     const loss = steps.map((each) => each.loss);
@@ -109,8 +109,8 @@
 
   const HUES = ["accent", "second", "third", "open"];
 
-  function ofExperiment(said) {
-    const points = said.points, x = points.map((each) => each.outcomes);
+  function ofExperiment(experiment) {
+    const points = experiment.points, x = points.map((each) => each.outcomes);
     const arms = points.length ? Object.keys(points[0].against) : [];
     const of = (arm, read) => points.map((each) => read(each.against[arm]) ?? null);
     const many = arms.length > 1;
@@ -125,7 +125,7 @@
       bands.push({ series: [first + 2, first + 1], fill: faint(hue, 14) });
     });
     if (arms.length) {
-      evidence.push({ label: "decides", colour: "soft", width: 1, dash: [6, 4] });
+      evidence.push({ label: "threshold", colour: "soft", width: 1, dash: [6, 4] });
       values.push(of(arms[0], (one) => one.evidence.needed));
       difference.push({ label: "no difference", colour: "soft", width: 1, dash: [6, 4] });
       spread.push(x.map(() => 0));
@@ -150,7 +150,7 @@
   async function follow(place) {
     let runs = true;
     while (runs && place.isConnected) {
-      runs = document.querySelector("[data-running]") !== null; // looked at first: what ends meanwhile is read once more
+      runs = document.querySelector("[data-running]") !== null; // read before loading, so that the end of a run is loaded too
       if (!document.hidden) await load(place).catch(() => {});
       await new Promise((done) => setTimeout(done, place.dataset.plots === "run" ? 1500 : 5000));
     }
