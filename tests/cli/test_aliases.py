@@ -1,4 +1,4 @@
-"""`promote`, `rollback`, `gate`: a line for people, one object for machines, one line for what cannot be."""
+"""`promote`, `rollback`, `gate`: a line of text, one JSON object, one line for an error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stored(tmp_path) -> str:
 
 @pytest.fixture
 def said(stored, capsys):
-    """What a command prints, of which it must be the exit status."""
+    """Runs a command, checks its exit status, and returns what it prints."""
 
     def said(*arguments: str, status: int = 0) -> str:
         assert run([*arguments, "--store", stored]) == status
@@ -153,7 +153,7 @@ def test_a_gate_says_at_once_whether_the_present_holder_passes(said) -> None:
 
 
 def test_golden_examples_are_kept_shown_refused_and_removed(said, tmp_path) -> None:
-    """The versions of this store classify nothing: their kind alone is refused, which needs no base."""
+    """The versions of this store generate, so labels are refused before a base is loaded."""
     (tmp_path / "golden.csv").write_text("text,label\nx,good\ny,bad\n")
     shown = said("gate", "news", "production", "loss<1", "--golden", str(tmp_path / "golden.csv"), "--share", "0.95")
     assert re.search(r"news@production +golden:\w{12}>=0\.95 +2 golden examples", shown)

@@ -1,4 +1,4 @@
-"""What `turret compare` understands, without a training."""
+"""The options of `turret compare`, without a training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shell completion: `turret --install-completion`, and what a shell asks for at Tab."""
+"""Shell completion: `turret --install-completion`, and the completions at Tab."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from turret.cli.main import run
 
 
 def completed(line: str) -> list[str]:
-    """What bash offers for the last word of `line`."""
+    """The completions of bash for the last word of `line`."""
     asked = {"_TURRET_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
     command = [sys.executable, "-m", "turret"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | asked, check=False)

@@ -1,4 +1,4 @@
-"""`doctor` says in one screen what this machine can run, and looks at the store."""
+"""`doctor` shows on one screen what this machine can run, and checks the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`turret experiment`: `status` says what to do, `--json` is one object, a mistake one line."""
+"""`turret experiment`: `status` says what to do, `--json` is one object, an error one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def stored(tmp_path) -> str:
 
 @pytest.fixture
 def said(stored, capsys):
-    """What a command prints, of which it must be the exit status."""
+    """Runs a command, checks its exit status, and returns what it prints."""
 
     def said(*arguments: str, status: int = 0) -> str:
         assert run(["experiment", *arguments, "--store", stored]) == status

@@ -1,4 +1,4 @@
-"""The shell around every verb: quick help, one line for a mistake, exit statuses, one JSON object."""
+"""Every command: fast help, one line for an error, exit statuses, one JSON object."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VERBS = (
 
 
 def failing(error: BaseException) -> typer.Typer:
-    """A command line whose one verb raises."""
+    """A command line whose one command raises."""
     commands = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
     @commands.command()
@@ -54,7 +54,7 @@ def test_help_loads_nothing_heavy_and_answers_quickly() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stderr.strip() == "set()"
-    # Of the processor, not of the clock: a busy machine must not fail this.
+    # Processor time, so that a busy machine does not fail this.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
     for verb in VERBS:
         assert f"\n  {verb} " in done.stdout

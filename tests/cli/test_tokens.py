@@ -1,4 +1,4 @@
-"""`turret token`: made and shown once, listed without secrets, revoked."""
+"""`turret token`: a token is shown once, listed without its secret, and revoked."""
 
 from __future__ import annotations
 

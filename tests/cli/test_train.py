@@ -1,4 +1,4 @@
-"""`train`, `plan`, `predict` and `evaluate` as they are typed: what is printed, where, and with which exit status."""
+"""`train`, `plan`, `predict` and `evaluate`: output on stdout and stderr, and exit status."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from turret.cli.progress import Progress
 
 @dataclass
 class Typed:
-    """One `turret train` and what it said."""
+    """The output of one `turret train`."""
 
     folder: Path
     arguments: list[str]
@@ -124,7 +124,7 @@ def test_a_version_that_learnt_nothing_is_stored_with_a_warning(typed, tmp_path,
     with (tmp_path / "chance.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["text", "label"])
-        for row in range(240):  # the label has nothing to do with the text
+        for row in range(240):  # the label does not depend on the text
             table.writerow([f"{'great film' if row % 2 else 'dull story'}, number {row}", chance.choice(["a", "b"])])
     settings = ["--set", "train.epochs=1", "--set", "train.lr=1e-4", "--set", "train.evaluate=never"]
     data = [str(tmp_path / "chance.csv"), "--base", typed.arguments[2]]

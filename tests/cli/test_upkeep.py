@@ -1,4 +1,4 @@
-"""`verify`, `gc`, `delete`, `diff`: lines for people, one object for machines."""
+"""`verify`, `gc`, `delete`, `diff`: lines of text, or one JSON object."""
 
 from __future__ import annotations
 

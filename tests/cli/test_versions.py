@@ -1,4 +1,4 @@
-"""`list` and `show`: tables for people, one object for machines."""
+"""`list` and `show`: tables, or one JSON object."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_list_of_one_name_leaves_the_others_out(stored, capsys) -> None:
 
 
 def test_a_list_of_many_shows_the_newest_of_each_name_and_those_with_an_alias(stored, tmp_path, capsys) -> None:
-    """Forty are a screen; all are in the list of one name, and in --json."""
+    """Up to 40 versions are all shown; `list NAME` and --json always show all."""
     store = Store(stored)
     for number in range(38):
         store.put("one", write_bundle(tmp_path, b"%d" % number))

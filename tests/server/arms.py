@@ -1,4 +1,4 @@
-"""Asking a server under an experiment on `a`, and what its arms have been told since."""
+"""Requests to a server with an experiment on `a`, and the figures of its arms."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def label(workspace: Workspace, version: str, text: str) -> str:
 
 
 def of(arm: str, workspace: Workspace) -> str:
-    """A unit that this arm answers."""
+    """A unit of this arm."""
     router = workspace.router()
     experiment = router.running("a")
     return next(unit for unit in UNITS if router.choose(experiment, unit).arm == arm)

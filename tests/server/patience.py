@@ -1,4 +1,4 @@
-"""Waiting for what comes by itself, and no longer than it may take."""
+"""Wait for a condition, with a time limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def until(so: Callable[[], Any], seconds: float = 10.0) -> None:
-    """Waits until something is so, and fails where it does not come."""
+    """Waits until a condition holds, and fails after a time limit."""
     end = time.monotonic() + seconds
     while not so():
         assert time.monotonic() < end, "it did not come"

@@ -1,7 +1,7 @@
 """64 clients mixing 50 adapters while two threads promote, roll back, load, unload, store and delete.
 
-It lasts so many turns a client, or so many seconds; then it also floods the server with loads that must fail, and the
-memory of the process may not grow.
+It lasts a number of turns for each client, or a number of seconds; then it also floods the server with loads that fail,
+and the memory of the process must not grow.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from turret.workspace import Workspace
 CLIENTS, ADAPTERS = 64, 50
 SOAK_SECONDS = float(os.environ.get("TURRET_SOAK_SECONDS", "180"))
 FLOOD = 50  # bad loads in a row
-GROWTH = 64 << 20  # bytes of memory that a soak may end with above what it had after its first quarter
+GROWTH = 64 << 20  # bytes by which memory may grow after the first quarter of a soak
 TEXTS = [f"text {number}{end}" for number in range(8) for end in ("", "!")]
 Put = Callable[[str], Version]
 Expected = Callable[[str, str], dict[str, float]]  # digest, text -> probabilities
 
 
 class Churn(threading.Thread):
-    """Moves everything that can be moved until it is told to stop."""
+    """Promotes, rolls back, loads, unloads, stores and deletes until it is stopped."""
 
     def __init__(
         self, running: Any, workspace: Workspace, put: Put, known: dict[str, str], seed: int, bad: str | None
@@ -56,7 +56,7 @@ class Churn(threading.Thread):
             try:
                 self.turn(client, name)
             except TurretError:
-                pass  # two of us at one name: the store said no to the second
+                pass  # both threads changed one name: the store refused the second
             except BaseException as error:
                 self.mistakes.append(error)
                 return
@@ -71,7 +71,7 @@ class Churn(threading.Thread):
             self.workspace.rollback(name)
         elif verb == "promote over HTTP":
             client.post(f"/api/adapters/{name}@2/promote", json={"alias": "production"})
-        elif verb == "replace":  # a version that takes the alias, then loses it, then goes
+        elif verb == "replace":  # a version that takes the alias, loses it, and is deleted
             version = self.put(name)
             self.known[str(version)] = version.digest
             self.workspace.promote(str(version), "production")
@@ -99,13 +99,13 @@ class Memory(threading.Thread):
             self.bytes.append(psutil.Process().memory_info().rss)
 
     def growth(self) -> float:
-        """From the second quarter of the time to the last one: the first one fills slots and caches."""
+        """Growth from the second quarter of the time to the last; the first one fills slots and caches."""
         quarter = len(self.bytes) // 4
         return statistics.median(self.bytes[-quarter:]) - statistics.median(self.bytes[quarter : 2 * quarter])
 
 
 class OnlyBugs(io.StringIO):
-    """A log that keeps what must not be in it: minutes of anything else would be the growth that is looked for."""
+    """A log that keeps only bugs, because other lines would count as growth of memory."""
 
     def write(self, text: str) -> int:
         return super().write(text) if '"bug"' in text else len(text)
@@ -114,7 +114,7 @@ class OnlyBugs(io.StringIO):
 async def ask(
     url: str, number: int, going: Callable[[int], bool], known: dict[str, str], expected: Expected, answered: list[int]
 ) -> None:
-    """One client: each answer must be of a version that was meant, and be what that version answers alone."""
+    """One client: each answer must come from a version that the reference meant, and equal its answer alone."""
     draw = random.Random(number)
     async with httpx2.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
         for turn in itertools.takewhile(going, itertools.count()):
@@ -143,7 +143,7 @@ def storm(
     seconds: float = 0.0,
     bad: str | None = None,
 ) -> None:
-    """All clients at once, `turns` requests each or for so many seconds, while two threads move everything.
+    """All clients at once, for `turns` requests each or for some seconds, while two threads change the store.
 
     bad: a version that cannot be loaded, for the floods.
     """
@@ -169,7 +169,7 @@ def storm(
             each.join(timeout=20)
     assert [each.mistakes for each in churning] == [[], []]
     assert sum(each.turns for each in churning) > 5
-    until(lambda: running.served.load.requests == 0)  # an answer is out before its request is over
+    until(lambda: running.served.load.requests == 0)  # an answer is sent before its request ends
     assert running.served.load.requests == 0
     assert not [line for line in running.log() if line["event"] == "bug"]
     if turns is not None:
@@ -178,6 +178,6 @@ def storm(
     refused = sum(each.refused for each in churning)
     print(f"{sum(answered)} answers, {sum(each.turns for each in churning)} changes, {refused} bad loads, "
           f"{memory.growth() / 1e6:+.1f} MB on {memory.bytes[0] / 1e6:.0f} MB")  # fmt: skip
-    assert min(answered) > 5  # nobody was forgotten
+    assert min(answered) > 5  # no client starved
     assert refused >= FLOOD
     assert memory.growth() < GROWTH

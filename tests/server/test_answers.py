@@ -1,4 +1,4 @@
-"""What is asked over HTTP is answered by the version that was meant, in the shapes that clients read."""
+"""The version that a request means answers it, in the formats that clients read."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_prompts_times_n_are_choices_in_order_with_seeds_of_their_own(serve, put
     version = put()
     body = {"model": "a", "prompt": ["x", [1, 2]], "n": 2, "seed": 7}
     client = serve().client()
-    assert client.post("/v1/completions", json=body).status_code == 400  # a list is of texts or of tokens
+    assert client.post("/v1/completions", json=body).status_code == 400  # a list has texts or tokens, not both
     body["prompt"] = ["x", "y"]
     choices = client.post("/v1/completions", json=body).json()["choices"]
     expected = [f"<{version.digest[-8:]}> {text} seed{seed}" for text in "xy" for seed in (7, 8)]

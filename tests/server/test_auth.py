@@ -1,4 +1,4 @@
-"""Who may ask: tokens with scopes on every path, kept as hashes; without tokens loopback only."""
+"""Tokens with scopes on every path, stored as hashes; without tokens, loopback only."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_without_tokens_nothing_but_loopback_is_served(tmp_path, host) -> None:
 
 
 def test_an_open_server_answers_to_loopback_names_only(serve) -> None:
-    """A page in a browser may get its own name to point at 127.0.0.1; the browser then sends that name."""
+    """An attacker's name may resolve to 127.0.0.1; the browser then sends that name as the host."""
     client = serve().client()
     got = client.get("/v1/models", headers={"host": "evil.example:8000"})
     assert got.status_code == 403

@@ -1,4 +1,4 @@
-"""Bodies that cost much to read: counted before they are parsed, read off the event loop, and nobody waits for them."""
+"""Expensive bodies are counted before parsing, and parsed off the event loop, so they delay no other request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from turret.server.limits import RequestLimits
 from turret.workspace import Workspace
 
 TESTS = Path(__file__).parents[1]
-PROMISED = 0.1  # seconds until /healthz answers, whatever is sent meanwhile
+PROMISED = 0.1  # seconds until /healthz answers, during any other request
 
 MILLION = 1_000_000
 ATTACKS = {
@@ -69,13 +69,13 @@ class Server(NamedTuple):
 
     @property
     def worked(self) -> float:
-        """Seconds of processor time that it has taken so far, in all its threads."""
-        return time.clock_gettime((~self.pid << 3) | 2)  # what clock_getcpuclockid() makes of a process on Linux
+        """Processor time of the server so far, in all its threads."""
+        return time.clock_gettime((~self.pid << 3) | 2)  # as clock_getcpuclockid() on Linux
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    """A server in a process of its own, whose lock no test shares."""
+    """A server in its own process, so that no test holds its global lock."""
     folder = tmp_path_factory.mktemp("bodies")
     workspace = Workspace(folder / "store")
     said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": {"kind": "classify"}}
@@ -107,9 +107,9 @@ def ask(opened: socket.socket, method: str, path: str, content: bytes = b"") -> 
 
 
 def waits(server: Server, over: threading.Event) -> list[float]:
-    """Until it is over: the seconds that the server worked between a question to /healthz and its answer.
+    """The server's processor time between each request to /healthz and its response, until `over` is set.
 
-    Of the processor's time, because others may have the processor: then a clock on the wall tells of them.
+    Not wall-clock time, because other processes may use the processor.
     """
     found = []
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as opened:

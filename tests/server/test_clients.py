@@ -1,4 +1,4 @@
-"""Clients that others wrote, and ours, against a real server: OpenAI's package, schemathesis, `turret.AsyncClient`."""
+"""Clients against a real server: OpenAI's package, schemathesis, `turret.AsyncClient`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from turret.errors import ExperimentError, Forbidden, NotFound, QuotaSpent, Requ
 
 @pytest.fixture
 def speak(serve, put, workspace):
-    """OpenAI's client of a guarded server, and the version that answers."""
+    """OpenAI's client of a server with tokens, and the version that answers."""
     version = put()
     _, secret = workspace.tokens.create("reader")
     with openai.OpenAI(base_url=f"{serve().url}/v1", api_key=secret, max_retries=0) as client:
@@ -67,7 +67,7 @@ def test_openais_client_reads_our_errors_as_its_own(speak) -> None:
 
 
 class Template:
-    """A tokenizer that can put any messages."""
+    """A tokenizer with a chat template for any messages."""
 
     chat_template = "any"
 
@@ -77,7 +77,7 @@ class Template:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
-    """A server with tokens, an adapter and an alias, for requests made up from its own description."""
+    """A server with tokens, an adapter and an alias, for requests generated from its OpenAPI description."""
     from server.conftest import SEEDS, Running
     from server.echo import FINGERPRINT, Echo
     from store.bundles import tensors, write_bundle
@@ -131,7 +131,7 @@ def examine(guarded, examples: int) -> None:
         def holds(case) -> None:
             got = case.call()
             if got.status_code == 400 and "are the same version" in got.text:
-                return  # no description can say which version a reference means in this store
+                return  # OpenAPI cannot say which version a reference means in this store
             try:
                 case.validate_response(got)
             except BaseExceptionGroup:
@@ -162,7 +162,7 @@ def _each(operation, examples: int):
     return decorate
 
 
-# --- our own ----------------------------------------------------------------------------------------------------------
+# --- our client -------------------------------------------------------------------------------------------------------
 
 
 def test_our_client_asks_streams_and_steers(serve, put, workspace) -> None:

@@ -1,4 +1,4 @@
-"""Requests that could be read in two ways are refused, and no client takes the connections of all others."""
+"""Ambiguous requests are refused, and no client can use up the connections of all others."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from turret.server.limits import RequestLimits
 
 GOOD = json.dumps({"model": "a", "input": "x"}).encode()
 POST = b"POST /v1/classify HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-NEXT = b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"  # what would be smuggled in
+NEXT = b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"  # the smuggled request
 MANY_ADDRESSES = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
 
 
 def everything(port: int, sent: bytes) -> bytes:
-    """All that comes back until the server closes the connection."""
+    """All bytes until the server closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as opened:
         opened.sendall(sent)
         answer = b""
@@ -47,7 +47,7 @@ def chunked(body: bytes) -> bytes:
 def test_content_length_beside_transfer_encoding_is_400_and_closes(shared, path, framing) -> None:
     answer = everything(shared.port, POST.replace(b"/v1/classify", path) + framing + NEXT)
     assert answer.startswith(b"HTTP/1.1 400 ")
-    assert answer.count(b"HTTP/1.1 ") == 1  # what follows is never read as a request
+    assert answer.count(b"HTTP/1.1 ") == 1  # the rest is never read as a request
     assert b"Content-Length and Transfer-Encoding" in answer or GOOD in framing[-len(GOOD) :]  # no chunk: h11 says so
     assert b"connection: close" in answer.lower()
 
@@ -88,7 +88,7 @@ def test_one_body_in_chunks_or_with_a_length_and_one_authorization_are_fine(serv
 
 @contextmanager
 def crowd(port: int, address: str, count: int, sent: bytes = b"") -> Iterator[Sequence[socket.socket]]:
-    """So many connections from an address, each after sending this; those that the server closed are among them."""
+    """That many connections from an address, each after sending some bytes; the server may have closed some."""
     with ExitStack() as opened:
         sockets = []
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""The console without a browser: what is escaped, what is empty, what pages do."""
+"""The console without a browser: escaping, empty pages, and the actions of pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from store.bundles import tensors, write_bundle
 
 from turret.compare.report import write_report
 
-# --- what a page is --------------------------------------------------------------------------------------------------
+# --- every page ------------------------------------------------------------------------------------------------------
 
 
 def test_every_answer_of_a_page_has_the_strict_headers(serve, put) -> None:
@@ -134,7 +134,7 @@ def test_pages_meet_the_log_the_limits_and_the_draining_like_every_route(serve, 
     assert got.headers["retry-after"]
 
 
-# --- what pages do ---------------------------------------------------------------------------------------------------
+# --- actions ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_refused_gate_is_told_and_a_promote_and_a_rollback_move_the_alias(serve, put, workspace) -> None:
@@ -220,7 +220,7 @@ def test_a_run_shows_its_curve_while_it_trains(serve, workspace) -> None:
     assert "step 2 of 4" in page
     workspace.store.end_run(run, "finished", result={"version": "a@1"})
     assert "hx-trigger" not in client.get(f"/runs/{run.id}/state").text
-    assert len(workspace.curve(run.id, most=1)) == 2  # the last, and what was evaluated
+    assert len(workspace.curve(run.id, most=1)) == 2  # the last step, and the one that was evaluated
 
 
 def test_a_report_is_served_as_it_was_written_and_may_run_nothing(serve, workspace, tmp_path) -> None:

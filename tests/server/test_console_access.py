@@ -1,4 +1,4 @@
-"""Who gets into the console, and what a page of another site may do there."""
+"""Signing in to the console, and requests from pages of other sites."""
 
 from __future__ import annotations
 
@@ -173,14 +173,14 @@ def test_an_origin_is_compared_where_a_browser_says_no_more(serve, put, workspac
     said = {"form_token": form_token(client), "version": "1", "alias": "production"}
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
         assert client.post("/adapters/a/move/promote", data=said, headers={"origin": origin}).status_code == 403
-    assert client.post("/adapters/a/move/promote", data=said).status_code == 403  # nobody says where it comes from
+    assert client.post("/adapters/a/move/promote", data=said).status_code == 403  # no header names its origin
     origin = f"http://127.0.0.1:{client.base_url.port}"
     assert client.post("/adapters/a/move/promote", data=said, headers={"origin": origin}).status_code == 303
     assert workspace.resolve("a").aliases == ("production",)
 
 
 def test_no_page_writes_without_the_form_token(serve, put, workspace) -> None:
-    """Every route of a page that is not read, found by itself, so that a new one is held to it too."""
+    """Finds every route of a page that writes, so that new ones are tested too."""
     put()
     workspace.promote("a@1", "production")
     put()
@@ -200,7 +200,7 @@ def test_no_page_writes_without_the_form_token(serve, put, workspace) -> None:
 
 
 def test_an_open_api_takes_no_writes_from_pages_of_other_sites(serve, put, workspace) -> None:
-    """A write without a body needs no preflight: the browser sends it, and says where it comes from."""
+    """A write without a body needs no preflight: the browser sends it with its origin."""
     put()
     put()
     workspace.promote("a@1", "production")
@@ -210,7 +210,7 @@ def test_an_open_api_takes_no_writes_from_pages_of_other_sites(serve, put, works
     for headers in ({"sec-fetch-site": "cross-site"}, {"origin": "http://evil.example"}, {"origin": "null"}):
         assert client.post(path, headers=headers).status_code == 403
     assert str(workspace.resolve("a")) == "a@2"
-    assert client.post(path).status_code == 200  # a program says nothing
+    assert client.post(path).status_code == 200  # a program sends no origin
 
 
 def test_where_a_write_comes_from() -> None:
@@ -250,4 +250,4 @@ def test_the_guard_tells_pages_apart(tmp_path: Path) -> None:
         guard.visit("/adapters", "nobody", None)
     with pytest.raises(Unauthorized):
         guard.admit("/api/status", None, None)
-    assert create  # the doors are put around routes in `app`
+    assert create  # `app.create` puts the middleware around the routes

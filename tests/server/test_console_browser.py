@@ -1,6 +1,6 @@
-"""The console in Chromium: a user's path through each page, by mouse and by keyboard, on a desk and on a phone.
+"""The console in Chromium: a user's path through each page, by mouse and keyboard, on a desktop and a phone.
 
-Every page that is opened here fails its test when it asks another host for anything or writes an error to its console.
+A test fails if one of its pages sends a request to another host or writes an error to its console.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Open = Callable[..., Page]
 
 
 def filled(folder: Path) -> Workspace:
-    """Two versions of `news`, `tale` that writes, a run that trains, a comparison, an experiment with outcomes."""
+    """Two versions of `news`, `tale` that generates, a training, a comparison, an experiment with outcomes."""
     workspace = Workspace(folder / "store")
     for accuracy in (0.91, 0.52):
         put(workspace, folder, "news", "classify", accuracy)
@@ -69,11 +69,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 class Watched:
-    """What the pages of one test asked for, and what they complained of."""
+    """The requests and the console messages of the pages of one test."""
 
     def __init__(self, url: str) -> None:
         self.url, self.asked, self.complaints = url, set[str](), list[str]()
-        self.expected = ["status of 409"]  # a refusal that a test asks for: Chromium tells of each
+        self.expected = ["status of 409"]  # of a refusal that a test causes: Chromium logs each
 
     def watch(self, page: Page) -> None:
         page.on("request", lambda request: self.asked.add(request.url))
@@ -116,7 +116,7 @@ def opened(chromium: Browser, running: Running) -> Iterator[Open]:
 
 
 def run_of(workspace: Workspace) -> Any:
-    """A run that is training, with a curve of some steps."""
+    """A running training, with a curve of some steps."""
     run = workspace.store.new_run("news", 'name = "news"\n[train]\nepochs = 3\n', "sha256:x")
     curve = Curve(run.curve)
     for number in range(1, 21):
@@ -164,7 +164,7 @@ def test_a_gate_refuses_in_the_dialog_and_what_passes_moves_the_alias(opened: Op
     assert page.get_by_role("status").inner_text() == "candidate names news@2 now."
     page.locator("#rollback-candidate").click()
     page.get_by_role("dialog").get_by_role("button", name="Roll back").click()
-    page.get_by_role("dialog").get_by_role("alert").wait_for()  # it named nothing before
+    page.get_by_role("dialog").get_by_role("alert").wait_for()  # the alias named nothing before
     page.keyboard.press("Escape")
     assert not page.get_by_role("dialog").is_visible()
 
@@ -215,7 +215,7 @@ def test_one_text_goes_to_several_versions_side_by_side(opened: Open, running: R
         box.check()
     page.get_by_label("Text").press("Control+Enter")
     page.locator(".panel .receipt").nth(3).wait_for()
-    assert page.locator(".panel").count() == 4  # the bare base writes too
+    assert page.locator(".panel").count() == 4  # the bare base generates too
     assert "to load" in page.locator(".panel", has_text="news@2").inner_text()
     written = page.locator(".panel", has_text="tale@1")
     assert "a text of five words" in written.locator(".written").inner_text()
@@ -273,7 +273,7 @@ def test_a_server_that_has_gone_is_told(opened: Open) -> None:
     page.get_by_text("The server does not answer").wait_for()
 
 
-# --- by hand of any kind ---------------------------------------------------------------------------------------------
+# --- keyboard and phone ----------------------------------------------------------------------------------------------
 
 
 def test_everything_can_be_reached_by_keyboard_and_the_focus_is_seen(opened: Open) -> None:
@@ -340,7 +340,7 @@ def test_signing_in_and_out(opened: Open, chromium: Browser, tmp_path: Path) -> 
 
 
 def test_a_page_of_another_site_changes_nothing(opened: Open, running: Running) -> None:
-    """A form that posts here from a page of another origin, as a browser really sends it."""
+    """A form on a page of another origin posts to this server, in a real browser."""
     page = opened("/adapters")
     proof = page.evaluate("JSON.parse(document.body.getAttribute('hx-headers'))['x-form-token']")
     action = f"{running.url}/adapters/news/move/promote"

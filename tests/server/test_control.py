@@ -1,4 +1,4 @@
-"""The control plane says what is stored, what is in memory and what aliases mean, and moves each of them."""
+"""The control plane shows the store, memory and aliases, and changes them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_move_of_an_alias_is_kept_with_the_token_that_asked_for_it(serve, put,
         got = running.client(secrets[name]).post(f"/api/adapters/{reference}/promote", json={"alias": "production"})
         assert got.status_code == 200
     running.client(secrets["ann"]).post("/api/aliases/a/production/rollback")
-    workspace.promote("a@2", "candidate")  # by this process
+    workspace.promote("a@2", "candidate")  # in this process
     *asked, own = (move["who"] for move in workspace.show("a@1")["alias_history"])
     assert asked == ["token ann", "token bob", "token ann"]
     assert own == workspace.resolve("a@1").who
@@ -110,7 +110,7 @@ def test_gates_hold_and_are_told(serve, put, workspace) -> None:
 
 
 def golden(workspace, folder: Path, digest: str, texts: list[str], wrong: int | None = None) -> None:
-    """production of `a` asks for what that version says to these texts; one of them turned into a mistake."""
+    """Golden examples for `a@production`: the answers of the version of that digest. wrong: place of a false one."""
     rows = []
     for place, text in enumerate(texts):
         found = probabilities(digest, text)
@@ -144,7 +144,7 @@ def test_golden_examples_are_asked_behind_everybody_and_nobody_waits_for_them(se
     assert (replay["passed"], replay["total"], replay["first"]) == (200, 200, None)
     assert running.engine.priorities.count(-1) == 200
     again = client.post("/api/adapters/a@1/promote", json={"alias": "production"}).json()
-    assert again["replays"] == moved[0]["replays"]  # what was answered is kept
+    assert again["replays"] == moved[0]["replays"]  # the answers were kept
     assert running.engine.priorities.count(-1) == 200
     body = {"alias": "production", "replay": True}
     assert client.post("/api/adapters/a@1/promote", json=body).json()["replays"][0]["passed"] == 200
@@ -238,7 +238,7 @@ def test_50_bad_loads_in_a_row_and_floods_of_loads_leave_good_traffic_alone(serv
     asking.join()
     assert set(answered) == {200}
     assert len(answered) > 10
-    assert set(statuses) <= {200, 404, 429}  # unloaded by another before, or told to wait
+    assert set(statuses) <= {200, 404, 429}  # another request unloaded it, or it must wait
     assert len(running.engine.loaded()) <= 4
 
 

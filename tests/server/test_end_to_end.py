@@ -1,4 +1,4 @@
-"""The server over the real engine on small bases: what is answered over HTTP is what the store's version answers."""
+"""The server with the real engine on small bases: HTTP answers equal those of the stored version."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
 from turret.workspace import Workspace, serving
 
-TOLERANCE = 2e-2  # of a probability: the base is bfloat16 where the processor has it
+TOLERANCE = 2e-2  # of a probability: the base is bfloat16 if the processor supports it
 TEXTS = ["a great film", "a dull story about the bank", "quick"]
 
 
 @dataclass
 class House:
-    """A served base with two versions of one adapter."""
+    """A server of a base with two versions of one adapter."""
 
     workspace: Workspace
     running: Running
-    answers: dict[str, list[dict[str, Any]]]  # version -> what it answers to TEXTS alone
+    answers: dict[str, list[dict[str, Any]]]  # version -> its answers to TEXTS without a server
 
 
 def bundle(folder: Path, base: Path, family: str, kind: str, seed: int) -> Path:
-    """An adapter with random numbers in every tensor, as a training of this base would leave it."""
+    """An adapter of this base with random numbers in every tensor."""
     model = AutoModelForSequenceClassification.from_pretrained(base) if kind == "classify" else None
     model = model or AutoModelForCausalLM.from_pretrained(base)
     tokenizer = small_models.tokenizer(family)
@@ -59,7 +59,7 @@ def bundle(folder: Path, base: Path, family: str, kind: str, seed: int) -> Path:
 
 
 def alone(workspace: Workspace, engine: Any, version: str, kind: str) -> list[dict[str, Any]]:
-    """What the version answers to each text where nothing else runs; labels by the plain way, without an engine."""
+    """The version's answer to each text; labels are computed without an engine."""
     if kind == "classify":
         return list(workspace.predict(version, TEXTS))
     return [engine.generate([text], adapter=version)[0] for text in TEXTS]
@@ -171,7 +171,7 @@ def test_a_version_that_is_deleted_while_it_waits_to_be_loaded_loses_no_request(
     workspace.promote(third, "production")
     follow, text = classifier.running.served.aliases, {"input": "x"}
     until(lambda: client.post("/v1/classify", json={"model": "a"} | text).json()["model"] == third, seconds=5)
-    with follow._one:  # the server learns nothing new for now
+    with follow._lock:  # the server cannot poll now
         time.sleep(serving.FRESH)
         assert client.post(f"/api/adapters/{third}/unload").status_code == 200
         workspace.promote("a@1", "production")
@@ -185,7 +185,7 @@ def test_a_version_that_is_deleted_while_it_waits_to_be_loaded_loses_no_request(
 def test_golden_examples_are_put_to_the_engine_that_serves_and_no_second_base_is_loaded(
     classifier, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("turret.bases.load", None)  # whoever loads a base fails
+    monkeypatch.setattr("turret.bases.load", None)  # loading a base fails
     golden = tmp_path / "golden.csv"
     said = [f"{text},{answer['label']}" for text, answer in zip(TEXTS, classifier.answers["a@2"], strict=True)]
     golden.write_text("\n".join(["text,label", *said]))
@@ -210,7 +210,7 @@ def test_a_shadow_shares_passes_with_the_answer_which_is_what_it_is_without_one(
     experiment.start(shadows="a@2")
     try:
         served.refresh()
-        tries = [passes("a") for _ in range(8)]  # on a busy machine an answer may have ended before its shadow begins
+        tries = [passes("a") for _ in range(8)]  # on a busy machine an answer may end before its shadow starts
         assert {said for _, said in tries} == {text}
         assert min(both for both, _ in tries) < first + second - min(first, second) / 2
     finally:
@@ -234,7 +234,7 @@ def test_for_minutes_no_answer_is_wrong_or_lost_and_memory_does_not_grow(tmp_pat
             else:
                 spare[f"n{number}"] = made
         workspace.promote(f"n{number}@1", "production")
-    room = 25 * workspace.resolve("n0@1").bytes  # for half of what is asked for
+    room = 25 * workspace.resolve("n0@1").bytes  # for half of the adapters in use
     engine = workspace.engine(str(base), dtype="float32", limits=engine_room.Limits(memory=room))
     answers = {}
     for name in spare:

@@ -1,4 +1,4 @@
-"""Outcomes over HTTP: each told once, by those who may, and shown before any verdict."""
+"""Outcomes over HTTP: each counts once, needs a token, and reaches the status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_each_outcome_over_http_has_one_clear_answer_and_a_unit_counts_once(begi
     first, second, other, last = (asked(client, unit) for unit in ("ann", "ann", "bob", "cid"))
     told = [
         {"value": 1, "receipt": first.headers["turret-receipt"]},
-        {"value": 0, "receipt": first.json()["id"]},  # the same answer, as its body calls it
+        {"value": 0, "receipt": first.json()["id"]},  # the same answer, by the id in its body
         {"value": True, "receipt": second.headers["turret-receipt"]},
         {"value": 1, "receipt": "nothing like it"},
         {"value": 0.5, "receipt": other.headers["turret-receipt"]},
@@ -95,7 +95,7 @@ def test_a_sample_ratio_mismatch_is_shown_over_http_before_any_verdict(begin, wo
     running = begin(share=0.5, guards=Guards(promote=True))
     client, draw, told = running.client(), random.Random(0), []
     router = running.served.routing.router
-    for number in range(800):  # as many answers over HTTP would take a minute
+    for number in range(800):  # that many requests over HTTP would take a minute
         found = router.assign("a", f"u{number}", f"r{number}")
         value = int(draw.random() < (0.3 if found.arm == "control" else 0.7))
         if found.arm == "control" or draw.random() < 0.5:  # the candidate's outcomes are lost half of the time

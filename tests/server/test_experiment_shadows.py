@@ -1,4 +1,4 @@
-"""Shadows: answered beside, compared, never returned, and in nobody's way."""
+"""Shadows are compared with the answer, never returned, and delay no request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_a_shadow_answers_the_same_texts_is_compared_and_never_returned(begin, w
     running = begin((), shadows="a@3")
     client, texts = running.client(), [f"text {number}" for number in range(30)]
     for number, text in enumerate(texts, 1):
-        got = asked(client, None, text)  # without candidates everybody counts
+        got = asked(client, None, text)  # without candidates every request counts
         assert (got.json()["model"], got.headers["turret-arm"]) == ("a@1", "control")
         assert got.json()["data"][0]["label"] == label(workspace, "a@1", text)
         until(lambda put=number: running.engine.priorities.count(-1) == put and running.served.shadows.inputs == 0)
@@ -32,11 +32,11 @@ def test_a_shadow_that_fails_or_dawdles_is_seen_by_its_experiment_and_by_nobody_
     running = begin((), shadows="a@3", guards=Guards(max_errors=0.02))
     running.engine.broken.add("a@3")
     running.engine.unload("a@3")
-    running.engine.load_seconds = 0.5  # of each try
+    running.engine.load_seconds = 0.5  # of each attempt
     client, began = running.client(), time.monotonic()
     for _ in range(12):
         assert asked(client, "ann").json()["model"] == "a@1"
-    assert time.monotonic() - began < 5  # and not 6 or more
+    assert time.monotonic() - began < 5  # 12 loads would take 6 s
     until(lambda: running.served.shadows.inputs == 0)
     running.served.routing.router.flush()
     assert arms(workspace, "errors") == {"control": 0, "shadow": 12}

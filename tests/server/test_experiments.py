@@ -1,4 +1,4 @@
-"""Experiments on live traffic: who is answered by which arm, and control over HTTP."""
+"""Experiments on live traffic: the arm of each request, and control over HTTP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from server.echo import probabilities
 from turret.experiments import Guards
 from turret.workspace import Workspace
 
-# --- who is answered by which arm ----------------------------------------------------------------------------------
+# --- the arm of a request ------------------------------------------------------------------------------------------
 
 
 def test_a_unit_is_answered_by_its_arm_which_the_receipt_names_with_its_probability(begin, workspace) -> None:
@@ -33,7 +33,7 @@ def test_a_unit_is_the_same_in_a_header_in_the_body_and_in_every_kind_of_answer(
     client, other = running.client(), of("control", workspace)
     said = {"turret-unit": unit}
     assert asked(client, None, **said).headers["turret-arm"] == "candidate"
-    assert asked(client, other, **said).headers["turret-arm"] == "candidate"  # the header goes before the body
+    assert asked(client, other, **said).headers["turret-arm"] == "candidate"  # the header overrides the body
     for path, body in (
         ("/v1/completions", {"prompt": "x"}),
         ("/v1/completions", {"prompt": "x", "stream": True}),
@@ -111,7 +111,7 @@ def test_where_an_alias_is_moved_by_a_person_that_is_what_answers(begin, workspa
 
 
 def test_many_answers_are_each_of_the_arm_that_the_receipt_says_while_shares_move(begin, workspace) -> None:
-    """Ramps by another process while requests go on: every answer is its version's own, whatever moves."""
+    """Another process ramps during requests: every answer comes from the version in its receipt."""
     running = begin(share=0.1)
     client, other, seen = running.client(), Workspace(workspace.store.root), {"1": set(), "2": set()}
     for step in range(60):
@@ -126,7 +126,7 @@ def test_many_answers_are_each_of_the_arm_that_the_receipt_says_while_shares_mov
     assert len(seen["1"]) > 1
 
 
-# --- versions that are there, and versions that are not --------------------------------------------------------------
+# --- versions that load, and versions that do not --------------------------------------------------------------------
 
 
 def test_arms_are_loaded_before_they_answer_and_nobody_waits_for_them(serve, put, workspace, until) -> None:
@@ -166,7 +166,10 @@ def test_an_arm_that_cannot_be_loaded_is_an_error_of_the_arm_and_nobody_answers_
         assert asked(client, good).json()["model"] == "a@1"
     running.served.routing.router.flush()
     assert arms(workspace, "errors") == {"control": 0, "candidate": 12}
-    assert arms(workspace, "units") == {"control": 1, "candidate": 1}  # that it was sent there is known: no mismatch
+    assert arms(workspace, "units") == {
+        "control": 1,
+        "candidate": 1,
+    }  # its assignment is logged: no sample-ratio mismatch
     metrics = client.get("/metrics").text
     assert 'turret_experiment_failures_total{adapter="a@2",arm="candidate",experiment="a#1"} 12.0' in metrics
     running.served._settle()

@@ -1,4 +1,4 @@
-"""Experiments over real server processes: two trainings of which one is really worse, and the guard that finds out.
+"""Experiments over real server processes: one of two trainings is worse, and a guard rolls it back.
 
 Every process is `turret serve` on a small base, and everything goes over HTTP.
 """
@@ -30,7 +30,7 @@ UNITS = [f"user {number}" for number in range(60)]
 
 
 def trained(workspace: Workspace, folder: Path, base: Path, name: str, *, spoiled: bool) -> str:
-    """A version trained on the labels, or on the labels turned round; both are tested on the right ones."""
+    """A version trained on the labels or on swapped labels; both are tested on the right ones."""
     folder.mkdir()
     for split, rows in (("train", labelled(48)), ("test", labelled(16, 48))):
         with (folder / f"{split}.csv").open("w", newline="") as file:
@@ -45,7 +45,7 @@ def trained(workspace: Workspace, folder: Path, base: Path, name: str, *, spoile
 
 @contextmanager
 def serving(store: Path, *command: str) -> Iterator[tuple[httpx2.Client, subprocess.Popen[str]]]:
-    """A server process, ready; SIGTERM at the end, and it must end well."""
+    """A server process that is ready. SIGTERM ends it, with status 0."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     with subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
@@ -68,7 +68,7 @@ def real(store: Path, base: Path) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Answered:
-    """What a client kept of an answer."""
+    """What a client keeps of an answer."""
 
     unit: str
     receipt: str
@@ -136,5 +136,5 @@ def test_a_unit_sees_its_arm_in_two_server_processes_on_one_store_and_after_they
     assert {arm for _, arm in first.values()} == {"control", "candidate"}
     with serving(store, *echo) as (client, _):
         assert seen(client) == first
-        told = {"value": 1, "receipt": receipt}  # of a server that has ended: its log was written to the last
+        told = {"value": 1, "receipt": receipt}  # of a server that has ended: it wrote its whole log
         assert client.post("/api/outcomes", json=told).json()["outcomes"][0]["status"] == "counted"

@@ -1,4 +1,4 @@
-"""An alias means here what the store says, once that is warm: nobody waits, and a bad load changes nothing."""
+"""The server follows aliases once versions are loaded: no request waits, and a failed load changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from turret.store import Pointing, aliases
 
 @dataclass
 class World:
-    """A store and an engine, as far as following is concerned."""
+    """The parts of a store and an engine that `AliasWatcher` uses."""
 
     number: int = 0
     points: dict[tuple[str, str], Pointing] = field(default_factory=dict)
@@ -279,7 +279,7 @@ def test_a_server_that_cannot_reach_the_store_says_once_that_it_follows_no_more_
 
 
 def followed(running, part: str) -> list[bool]:
-    """What the log says of a part of the server: whether it follows the store."""
+    """The log lines of one follower: whether it reaches the store."""
     said = [json.loads(line) for line in running.lines.getvalue().splitlines()]
     return [line["following"] for line in said if line["event"] == "follow" and line["part"] == part]
 

@@ -1,4 +1,4 @@
-"""What is too much, too slow or no request at all is answered with 4xx, quickly, and good traffic goes on."""
+"""Requests that are too large, too slow or malformed get 4xx quickly, and other traffic continues."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def head(length: int | str = 10, more: str = "", path: str = "/v1/classify") -> 
 
 
 def said(opened: socket.socket) -> tuple[int, dict]:
-    """(status, body) of the one answer on the connection."""
+    """(status, body) of the one response on the connection."""
     answer = b""
     while b"\r\n\r\n" not in answer:
         piece = opened.recv(65536)
@@ -54,7 +54,7 @@ def test_a_body_of_100_mb_is_413_before_it_is_sent_and_while_it_is(serve, put) -
     with raw(running) as opened:
         opened.sendall(head(100_000_000))
         assert said(opened)[0] == 413
-    with raw(running) as opened:  # without a length, in chunks, until the server says stop
+    with raw(running) as opened:  # without a length, in chunks, until the server answers
         opened.sendall(head(0).replace(b"content-length: 0", b"transfer-encoding: chunked"))
         chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
         for _ in range(1500):
@@ -62,7 +62,7 @@ def test_a_body_of_100_mb_is_413_before_it_is_sent_and_while_it_is(serve, put) -
         opened.sendall(b"0\r\n\r\n")
         status, body = said(opened)
         assert (status, body["error"]["code"]) == (413, "too_large")
-    got = running.client().post("/v1/classify", content=b"x" * 100_000_000)  # a client that sends before it listens
+    got = running.client().post("/v1/classify", content=b"x" * 100_000_000)  # a client that sends all before it reads
     assert got.status_code == 413
     assert time.monotonic() - started < 15
     assert running.served.load.bytes == 0

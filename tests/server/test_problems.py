@@ -1,4 +1,4 @@
-"""Errors are answered from one table, without a path or a traceback; the log and the metrics say what happened."""
+"""One table maps errors to responses without paths or tracebacks; the log and the metrics have the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = [value for value in vars(errors).values() if isinstance(value, type) a
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_error_has_a_status_a_code_that_is_its_name_and_no_path(kind) -> None:
     words = "cannot read /var/lib/turret/blobs/ab: /etc/passwd, C:\\Users\\me"
-    told = error_response(kind.__new__(kind, words))  # whatever else it is made with
+    told = error_response(kind.__new__(kind, words))  # `__init__` may need more
     assert 400 <= told.status < 600
     body = told.body["error"]
     assert set(body) == {"message", "type", "param", "code"}
@@ -57,7 +57,7 @@ def test_a_bug_in_a_route_is_500_in_our_shape_and_in_the_log_without_words(serve
     got = running.client().post("/v1/classify", json={"model": "a", "input": "my secret"})
     assert (got.status_code, got.json()["error"]["code"]) == (500, "internal_error")
     assert got.headers["x-request-id"]
-    until(lambda: running.log() and running.log()[-1]["event"] == "request")  # the line comes after the last byte
+    until(lambda: running.log() and running.log()[-1]["event"] == "request")  # the line is written after the last byte
     assert "secret" not in got.text + running.lines.getvalue()
     (bug,) = [line for line in running.log() if line["event"] == "bug"]
     assert bug["error"] == "RuntimeError"

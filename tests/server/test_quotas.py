@@ -1,4 +1,4 @@
-"""Quotas are buckets that fill up again: so much a minute and no more, whatever the pattern; time is handed in."""
+"""Quotas are token buckets: no pattern of requests gets more than the rate. The tests pass in the clock."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_refused_request_takes_nothing() -> None:
     for _ in range(5):
         with pytest.raises(QuotaSpent):
             quotas.admit("t", "t", quota)
-    clock.now += 6  # one token, and a fifth of a request on top of the one that is left
+    clock.now += 6  # one token, and 0.2 requests more than the one that is left
     quotas.admit("t", "t", quota)
     with pytest.raises(QuotaSpent, match="2 requests a minute"):
         quotas.admit("t", "t", quota)
@@ -106,7 +106,7 @@ def test_over_http_a_spent_quota_is_429_and_others_go_on(serve, put, workspace) 
     assert got.json()["error"]["code"] == "quota_spent"
     assert 1 <= int(got.headers["retry-after"]) <= 30
     assert client.post("/v1/classify", json=body | {"input": ["x"] * 60}).status_code == 200
-    assert client.post("/v1/classify", json=body).status_code == 429  # of the adapter a
+    assert client.post("/v1/classify", json=body).status_code == 429  # the quota of adapter a
     assert client.post("/v1/classify", json=body | {"model": "b"}).status_code == 200
 
 

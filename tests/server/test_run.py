@@ -1,4 +1,4 @@
-"""A server as a process: it says where it answers, drains on SIGTERM, and refuses before it loads."""
+"""A server process: it prints its URL, drains on SIGTERM, and refuses bad settings before it loads a base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""64 clients mixing 50 adapters while others load, promote, roll back and delete: nothing is lost, nothing is mixed."""
+"""64 clients with 50 adapters, during loads, promotes, rollbacks and deletes: no answer is lost or mixed up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from turret.server.state import ServerSettings
 
 
 def filled(put, workspace) -> dict[str, str]:
-    """Two versions of each adapter, and what every version's digest is."""
+    """Two versions of each adapter; returns version -> digest."""
     known: dict[str, str] = {}
     for number in range(ADAPTERS):
         for _ in range(2):
@@ -30,7 +30,7 @@ def test_every_answer_is_its_adapters_own_and_none_is_lost_while_everything_move
 
 @pytest.mark.slow
 def test_for_minutes_no_answer_is_wrong_or_lost_and_memory_does_not_grow(put, workspace) -> None:
-    """A third of the soak's time; test_end_to_end.py has the whole of it on a real engine."""
+    """Takes a third of the time of the soak with a real engine in test_end_to_end.py."""
     known = filled(put, workspace)
     engine = Echo(workspace.store, slots=20, load_seconds=0.002)
     engine.broken.add(str(put("bad")))

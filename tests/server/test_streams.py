@@ -1,4 +1,4 @@
-"""Streams end as they should: read, left by their client, broken by an error, or drained at the end of the server."""
+"""Streams end properly: read, left by the client, ended by an error, or drained with the server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_client_that_goes_away_in_the_middle_of_a_stream_frees_its_request(ser
     put()
     running = serve(pace=0.02)
     with running.client().stream("POST", "/v1/completions", json=BODY) as got:
-        lines = got.iter_lines()  # held: what nobody holds any more closes its stream
+        lines = got.iter_lines()  # a reference: without one the stream closes
         assert next(lines).startswith("data: ")
         assert running.engine.cancelled == []
     until(lambda: running.engine.cancelled == [got.headers["turret-receipt"].partition("-")[2]], seconds=3)
@@ -32,8 +32,8 @@ def test_a_client_that_goes_away_in_the_middle_of_a_stream_frees_its_request(ser
     until(lambda: [each for each in running.log() if each["event"] == "request"])
     line = next(each for each in running.log() if each["event"] == "request")
     assert line["adapter"] == "a@1"
-    guess = len(LONG) // CHARACTERS_PER_TOKEN + 1  # of the prompt, which nobody has counted yet
-    assert guess < line["tokens"] < guess + 150  # what came is counted, though nobody read the end
+    guess = len(LONG) // CHARACTERS_PER_TOKEN + 1  # of the prompt, which the engine has not counted yet
+    assert guess < line["tokens"] < guess + 150  # the pieces are counted, though the client left before the end
 
 
 @pytest.mark.parametrize("stream", [False, True])
