@@ -170,13 +170,13 @@ class _Shadow:
             shadows.log.write("shadow", experiment=experiment, arm=arm, what=what, answers=answers)
 
     def _agrees(self) -> bool | None:
-        """Whether all labels or texts are the same; None if an input has no answer, or if texts are sampled."""
+        """Whether the task judges all answers equal; None if one is missing, or if texts are sampled."""
         pairs = [
             (self._answers.get((True, place)), self._answers.get((False, place)))
             for place in range(len(self._request_tickets))
         ]
         both = [(shadow, answer) for shadow, answer in pairs if shadow and answer]
-        if self._samples or len(both) < len(pairs):
-            return None
         task = self._shadows.routing.task(self._placement.experiment)
+        if self._samples or len(both) < len(pairs) or task.request != self._kind:
+            return None
         return all(task.judged(shadow) == task.judged(answer) for shadow, answer in both)
