@@ -1,13 +1,14 @@
-"""Claim: every fast path of training makes a step of a real job faster, or keeps less memory for its backward pass.
+"""Claim: every fast path of training makes a step of a real job faster, or saves less memory for its backward pass.
 
 Each path of `turret.adapters.fused.FAST_PATHS` is turned off and on in one process, on the same batches, in the order
 on, off, off, on. One measurement is a block of steps with the path and a block without it. A path that a larger one
 computes too is measured with the larger one off on both sides. Jobs are those of `train_speed.py`: LoRA of
-all-MiniLM-L6 on short texts and on articles, and of SmolLM2-135M on headlines, in the base's own precision.
+all-MiniLM-L6 on short texts and on articles, and of SmolLM2-135M on headlines, in the base's own precision. The paths
+of an engine are measured by `fast_paths_engine.py`.
 
 - The ratio is the time without the path over the time with it: the median of all pairs, with a 95% interval made of two
   order statistics.
-- Memory is what autograd saves for the backward pass of a batch, counted by `saved_tensors_hooks`, weights left out.
+- Memory is what autograd saves for the backward pass of a batch, counted by `saved_tensors_hooks`, without weights.
 
     python benchmarks/fast_paths.py                    every path and job; about ten minutes
     python benchmarks/fast_paths.py --jobs short --paths flash gelu --pairs 4
@@ -27,14 +28,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fast_paths_engine
 import record
 import train_sides as sides
 
 NAME = "fast_paths"
-CLAIM = "every fast path makes a training step faster or keeps less for its backward pass"
+CLAIM = "every fast path makes a training step faster or saves less memory for its backward pass"
 STEPS = {"short": 8, "full": 2, "decoder-lora": 1}  # of a block
 WARM = 2  # blocks of each side before the first one that counts
-SMALLEST = 0.05  # of a step, which a path must buy on some job to stay
+SMALLEST = 0.05  # share of the saved memory that is named
+# Paths of `fast_paths_engine.py` by their names in FAST_PATHS.
+ENGINE = {
+    "kernels": "all kernels",
+    "layer_calls": "layers in one call",
+    "frozen_linear": "few-token products",
+    "cached_attention": "step attention",
+}
 LEARNING_RATE = 1e-4
 
 
@@ -219,23 +228,34 @@ def figures(machine: Callable[[Mapping[str, Any]], str]) -> str:
     """Every fast path with what it buys on the newest processor. machine: names the processor of a run."""
     from turret.adapters.fused import FAST_PATHS
 
-    runs = kept()
+    runs, served = kept(), record.newest(record.load(fast_paths_engine.NAME), lambda run: repr(run["settings"]))
+    newest = max([*runs, *served], key=lambda run: run["machine"]["at"], default=None)
+    device = newest and newest["machine"]["device"]
     rows = []
-    newest = max(runs, key=lambda run: run["machine"]["at"])["machine"]["device"] if runs else None
     for name, path in FAST_PATHS.items():
-        own = [run for run in runs if run["path"] == name and run["machine"]["device"] == newest]
+        own = [run for run in runs if run["path"] == name and run["machine"]["device"] == device]
         own.sort(key=lambda run: list(STEPS).index(run["settings"]["job"]))
-        buys = "; ".join(f"{run['settings']['job']} {spread(run)}{_memory(run)}" for run in own) or "not measured"
-        rows.append([f"`{name}`", path.computes, f"`{path.module}`", path.reference, path.taken, buys])
+        buys = [f"{run['settings']['job']} {spread(run)}{_memory(run)}" for run in own]
+        own = [run for run in served if run["settings"]["path"] == ENGINE.get(name)]
+        buys += [_served(run) for run in own if run["machine"]["device"] == device]
+        cells = path.computes, f"`{path.module}`", path.reference, path.taken, "; ".join(buys) or "not measured"
+        rows.append([f"`{name}`", *cells])
     header = ["path", "computes", "module", "reference", "taken when", "buys"]
-    where = f"On {machine(runs[-1])}, {runs[-1]['settings']['threads']} threads:\n\n" if runs else ""
+    where = "" if newest is None else f"On {machine(newest)}, {newest['machine']['threads']} threads:\n\n"
     return where + record.table(header, rows)
 
 
 def _memory(run: Mapping[str, Any]) -> str:
     with_it, without = run["saved_bytes"]
-    less = without / with_it
-    return f", saves {less:.1f}x less" if less > 1 + SMALLEST else ""
+    return f", saves {without / with_it:.1f}x less" if without > (1 + SMALLEST) * with_it else ""
+
+
+def _served(run: Mapping[str, Any]) -> str:
+    """A run of `fast_paths_engine.py`, in the same form."""
+    pairs = zip(run["seconds"]["without"], run["seconds"]["with"], strict=True)
+    middle, low, high = median([without / with_it for without, with_it in pairs])
+    own = run["settings"]
+    return f"{own['job']} ({own['dtype']}) {middle:.2f}x [{low:.2f}, {high:.2f}]"
 
 
 def _options() -> argparse.Namespace:

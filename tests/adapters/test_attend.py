@@ -1,4 +1,4 @@
-"""The fast attention against the plain one: outputs and gradients, grouped heads, every shape of bias, dropout."""
+"""The faster attention gives the reference's outputs and gradients: grouped heads, every shape of bias, dropout."""
 
 from __future__ import annotations
 

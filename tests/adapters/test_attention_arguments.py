@@ -1,4 +1,4 @@
-"""What a module hands its attention function is computed, known to change nothing, or an error; never swallowed."""
+"""An argument of the attention function is computed, known to change nothing, or an error; never ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of unpadded rows: every token comes back to its place, and padding gives nobody a gradient."""
+"""Blocks of unpadded rows: every token comes back to its place, and padding adds no gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bundle: exact round trips, loads in PEFT, and everything that must be refused is refused in one line."""
+"""A bundle round-trips exactly and loads in PEFT; what must be refused is refused in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cheap dropout: the right rate, the right scale, independent elements and layers, and a seed that repeats it."""
+"""Dropout has the right rate and scale, independent elements and layers, and repeats with the same seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frozen layer by the kernel: torch's numbers, and torch's own call wherever the kernel is not for it."""
+"""A frozen layer by the kernel gives torch's numbers; where the kernel does not apply, torch itself computes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ needed = pytest.mark.skipif(
 
 
 class Counting(nn.Linear):
-    """One that says how often torch computes it."""
+    """A linear layer that counts its calls by torch."""
 
 
 def calls(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every time that torch's own product is asked."""
+    """One entry for each product that torch computes."""
     found: list[Any] = []
     plain = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda *inputs: found.append(inputs) or plain(*inputs))

@@ -1,4 +1,4 @@
-"""Training with frozen layers in 8 bits: nearly the same gradients, and an evaluation that knows nothing of it."""
+"""Training with frozen layers in 8 bits gives nearly the same gradients, and does not change an evaluation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def off(given: Tensor, expected: Tensor) -> float:
 
 
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the base were too large for its rounded matrices to be kept."""
+    """A base that counts as too large to keep its rounded matrices."""
     monkeypatch.setattr(int8, "SMALL", 0)
 
 
@@ -179,7 +179,7 @@ def test_a_base_without_a_layer_of_such_sizes_is_refused_and_stays_attached_as_i
 
 @able
 def test_a_base_on_another_device_is_refused() -> None:
-    with pytest.raises(AdapterError, match=r"are a processor's, and this base is on meta: leave train.int8 off"):
+    with pytest.raises(AdapterError, match=r"need a CPU, and this base is on meta: leave train.int8 off"):
         adapters.int8_layers(build("bert", "classify").to("meta"))
 
 

@@ -21,7 +21,7 @@ def attached(family: str, task: Any, method: Method, dtype: torch.dtype = torch.
 
 
 def gradients(model: Any, task: str) -> tuple[float, dict[str, torch.Tensor], set[torch.dtype]]:
-    """(loss, gradients by name, what linear layers gave)."""
+    """(loss, gradients by name, outputs of linear layers)."""
     given: set[torch.dtype] = set()
     hooks = [
         each.register_forward_hook(lambda _, __, y: given.add(y.dtype))

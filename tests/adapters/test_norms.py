@@ -1,4 +1,4 @@
-"""The frozen norm against transformers' own: the same bits without gradients, in training the same to a rounding."""
+"""The frozen norm equals transformers' own: bit for bit without gradients, up to rounding in training."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def test_gradients_reach_every_part_also_with_activation_checkpointing(family: s
 
 @pytest.mark.parametrize("family", [*ENCODERS, "llama"])
 def test_a_prefix_alone_learns_to_classify(family: str) -> None:
-    """The head stays as it is, so all that is learnt is learnt by the prefix."""
+    """The head is frozen, so only the prefix learns."""
     model = attach(
         build(family, "classify"), Prefix(num_virtual_tokens=P, reparametrize=True, encoder_hidden_size=8)
     ).train()

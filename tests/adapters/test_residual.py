@@ -1,4 +1,4 @@
-"""Dropout, residual sum and LayerNorm in one are the three one after another, and nobody misses the tokens left out."""
+"""Dropout, residual sum and LayerNorm as one operation equal the three; leaving tokens out changes no answer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_it_gives_what_the_base_gives_and_the_same_gradients(kind: Any, dtype: t
 @pytest.mark.skipif(library() is None, reason="no kernels on this machine")
 @pytest.mark.parametrize("width", [37, 200, 384])
 def test_what_is_dropped_is_dropped_on_the_way_back_too(width: int) -> None:
-    """Against the three operations in double, with the mask that the kernel for dropout alone makes of these seeds."""
+    """Against the three operations in float64, with the mask that the dropout kernel computes from these seeds."""
     found, dropped = library(), DropoutArguments.of(0.3, (123, 456))
     assert found is not None
     a, x, weight, bias = torch.randn(11, width), torch.randn(11, width), torch.rand(width), torch.randn(width)

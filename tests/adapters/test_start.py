@@ -1,4 +1,4 @@
-"""An adapter that goes on from another answers, before its first step, exactly as that one does; or says why not."""
+"""An adapter that starts from another answers exactly like it before the first step, or says why it cannot start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IDS = [torch.tensor([5, 9, 17, 30, 8]), torch.tensor([40, 3])]
 
 
 def made(model: Any, method: Method, seed: int) -> Adapter:
-    """A finished adapter whose every number is another than a new one's."""
+    """A finished adapter, every number of which differs from a new adapter's."""
     adapters.attach(model, method, generator=torch.Generator().manual_seed(seed))
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -80,8 +80,8 @@ def test_pissa_goes_on_as_the_plain_lora_it_is_stored_as() -> None:
         (LoRA(target_modules=("query",)), r"it has base_model\.model\..*value\.lora_A\.weight, unlike the method here"),
         (LoRA(target_modules="all-linear"), r"it has no base_model\.model\..*, unlike the method here"),
         (LoRA(init_lora_weights="pissa"), 'init_lora_weights = "pissa" starts from the base'),
-        (Prefix(num_virtual_tokens=3), "it is a lora, and the method here is prefix: name the same method.kind"),
-        (Full(), "it is a lora, and the method here is full"),
+        (Prefix(num_virtual_tokens=3), "the adapter is a lora, the method here is prefix: set the same method.kind"),
+        (Full(), "the adapter is a lora, the method here is full"),
     ],
 )
 def test_another_method_or_shape_is_refused_by_what_differs(method, complaint) -> None:

@@ -1,4 +1,4 @@
-"""Methods that PEFT itself computes: on the hooks of a base, trained, kept as PEFT keeps them, and off again."""
+"""Methods that PEFT itself computes: put on a hooked base, trained, stored as PEFT stores them, and removed."""
 
 from __future__ import annotations
 
@@ -156,19 +156,19 @@ def test_a_prompt_is_not_merged() -> None:
     model = attach(build("llama", "generate"), PROMPT)
     tensors, head, stored = extract(model)
     detach(model)
-    with pytest.raises(AdapterError, match="cannot be merged: it is virtual tokens"):
+    with pytest.raises(AdapterError, match="cannot be merged: it adds virtual tokens"):
         merge.merged_state(model, Adapter(stored, tensors, head, BaseInfo("small", None, "llama")))
 
 
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (Peft(peft_type="IA4"), "'?IA4'? is no method of PEFT: did you mean IA3"),
+        (Peft(peft_type="IA4"), "'?IA4'? is not a method of PEFT: did you mean IA3"),
         (Peft(peft_type="IA3", feed_forward_modules=["a"]), "did you mean 'feedforward_modules'"),
-        (Peft(peft_type="DORA", task_type="SEQ_CLS"), "turret says that itself"),
+        (Peft(peft_type="DORA", task_type="SEQ_CLS"), "is set by turret"),
         (Peft(peft_type="LORA", megatron_core="os"), "leave it out"),
-        (Peft(peft_type="PREFIX_TUNING"), 'say method.kind = "prefix"'),
-        (Peft(peft_type="ADALORA"), "on a schedule of its own"),
+        (Peft(peft_type="PREFIX_TUNING"), 'set method.kind = "prefix"'),
+        (Peft(peft_type="ADALORA"), "on its own schedule"),
         (Peft(peft_type="LOHA", r="eight"), "PEFT"),
     ],
     ids=lambda each: each.peft_type if isinstance(each, Peft) else "",
@@ -198,7 +198,7 @@ def test_a_method_that_would_rewrite_the_base_is_refused_and_the_base_is_whole()
 
 def test_a_mixed_batch_is_refused() -> None:
     model = attach(build("bert", "classify"), LAYERED[0])
-    with pytest.raises(AdapterError, match="answers alone"):
+    with pytest.raises(AdapterError, match="a batch of its own"):
         classify_logits(model, rows(lengths=(3, 4)), [0, 1])
 
 

@@ -1,4 +1,4 @@
-"""A layer as one operation: the numbers of its modules to the last bit, forward and backward."""
+"""A layer as one operation gives the numbers of its modules, bit for bit, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import transformers
 from small_models import build
 from torch import Tensor, nn
 
-from turret.adapters import attach, attachment, classify_logits, detach, multiply_in_int8, trainable_parameters
+from turret.adapters import (
+    attach,
+    attachment,
+    classify_logits,
+    detach,
+    fused,
+    multiply_in_int8,
+    trainable_parameters,
+)
 from turret.adapters.batch_context import set_context
 from turret.adapters.fused import trained_encoder
 from turret.adapters.fused.trained_decoder import TrainedDecoder
@@ -66,7 +74,7 @@ def model_of(family: str, method: Method, dtype: torch.dtype = torch.float32, **
 
 
 def outcome(model: Any) -> list[Tensor]:
-    """What the model gives, all gradients, and the next random number."""
+    """The output, all gradients, and the next random number."""
     torch.manual_seed(3)
     if hasattr(model, "classifier"):
         y = classify_logits(model, ROWS)
@@ -79,7 +87,7 @@ def outcome(model: Any) -> list[Tensor]:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each layer that was asked computed itself as one operation."""
+    """For each call of a layer, whether it computed as one operation."""
     found: list[bool] = []
 
     def counting(theirs: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
@@ -95,9 +103,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-def by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (TrainedEncoder, TrainedDecoder):
-        monkeypatch.setattr(kind, "__call__", lambda *_: None)
+def by_modules(model: Any) -> list[Tensor]:
+    """The same, computed by the layers' modules."""
+    with fused.without("trained_layer"):
+        return outcome(model)
 
 
 def same(given: list[Tensor], wanted: list[Tensor]) -> bool:
@@ -109,7 +118,7 @@ def same(given: list[Tensor], wanted: list[Tensor]) -> bool:
 @pytest.mark.parametrize("method", [*METHODS, "LoRA behind attention"])
 @pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
 def test_it_gives_the_modules_numbers_to_the_last_bit(
-    family: str, method: str, dtype: torch.dtype, eights: bool, counted: list[bool], monkeypatch: pytest.MonkeyPatch
+    family: str, method: str, dtype: torch.dtype, eights: bool, counted: list[bool]
 ) -> None:
     if eights and not int8():
         pytest.skip("no products in 8 bits on this processor")
@@ -119,8 +128,7 @@ def test_it_gives_the_modules_numbers_to_the_last_bit(
     given = outcome(model)
     first = family in ENCODERS  # a decoder's first layer is given embeddings, which want no gradient
     assert counted == [first, *[True] * (model.config.num_hidden_layers - 1)]
-    by_modules(monkeypatch)
-    assert same(given, outcome(model))
+    assert same(given, by_modules(model))
 
 
 @pytest.mark.parametrize("tiled", [True, False])
@@ -131,16 +139,14 @@ def test_a_gated_mlp_that_is_made_again_gives_the_same(
     monkeypatch.setattr(Library, "tiled", lambda *_: tiled)
     model = model_of("llama", method, torch.bfloat16)
     given = outcome(model)
-    by_modules(monkeypatch)
-    assert same(given, outcome(model))
+    assert same(given, by_modules(model))
 
 
-def test_a_sliding_window_slides(counted: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sliding_window_slides(counted: list[bool]) -> None:
     model = model_of("mistral", METHODS["LoRA on some"], sliding_window=7)
     given = outcome(model)
     assert any(counted)
-    by_modules(monkeypatch)
-    assert same(given, outcome(model))
+    assert same(given, by_modules(model))
     assert not same(given, outcome(model_of("mistral", METHODS["LoRA on some"], sliding_window=70)))
 
 
@@ -155,7 +161,7 @@ def test_another_order_of_random_words_gives_other_numbers(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("family", ["bert", "llama", "qwen3"])
-def test_no_more_is_kept_than_the_modules_keep(family: str, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_saved_than_the_modules_save(family: str, method: Method) -> None:
     def kept() -> int:
         found: dict[int, int] = {}
 
@@ -169,19 +175,16 @@ def test_no_more_is_kept_than_the_modules_keep(family: str, method: Method, monk
 
     model = model_of(family, method)
     mine = kept()
-    by_modules(monkeypatch)
-    assert mine <= kept()
+    with fused.without("trained_layer"):
+        assert mine <= kept()
 
 
-def test_below_the_first_adapter_there_is_nothing_to_be_done(
-    counted: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_below_the_first_adapter_there_is_nothing_to_be_done(counted: list[bool]) -> None:
     last = LoRA(r=4, target_modules=("encoder.layer.1.attention.self.query",), init_lora_weights=False)
     model = model_of("bert", last, num_hidden_layers=3)
     given = outcome(model)
     assert counted == [False, True, True]
-    by_modules(monkeypatch)
-    assert same(given, outcome(model))
+    assert same(given, by_modules(model))
 
 
 def hooked(layer: Any) -> None:
@@ -208,15 +211,14 @@ def other(layer: Any) -> None:
 @pytest.mark.parametrize("change", [hooked, hooked_linear, thawed, other])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_what_it_does_not_know_the_modules_compute(
-    family: str, change: Callable[[Any], None], counted: list[bool], monkeypatch: pytest.MonkeyPatch
+    family: str, change: Callable[[Any], None], counted: list[bool]
 ) -> None:
     model = model_of(family, METHODS["LoRA on some"], torch.bfloat16)
     layers = model.bert.encoder.layer if family == "bert" else model.model.layers
     change(layers[1])
     given = outcome(model)
     assert not counted[1]
-    by_modules(monkeypatch)
-    assert same(given, outcome(model))
+    assert same(given, by_modules(model))
 
 
 def test_rows_of_several_adapters_and_padded_ones_are_the_modules(counted: list[bool]) -> None:

@@ -63,7 +63,7 @@ def test_a_configuration_that_makes_no_sense_is_refused(changes, text, folder, b
 
 
 def test_every_option_that_peft_writes_is_known() -> None:
-    known = {*peft_config.SAID, *peft_config.NEUTRAL, *peft_config.CODE}
+    known = {*peft_config.REDUNDANT, *peft_config.NEUTRAL, *peft_config.CODE}
     for config in (peft.LoraConfig(r=4), peft.PrefixTuningConfig(num_virtual_tokens=4)):
         assert set(config.to_dict()) <= known
         peft_config.check_config(config.to_dict())
@@ -371,7 +371,7 @@ def test_a_manifest_that_is_json_only_for_python_is_refused(value, bundle, tmp_p
 def test_a_bundle_whose_configuration_carries_code_is_refused(bundle, tmp_path, capsys) -> None:
     change_config(bundle, auto_map={"AutoModel": "evil.Model"})
     resealed(bundle)
-    assert "no code from outside is run" in refused(capsys, tmp_path / "store", bundle)
+    assert "turret runs no code from outside" in refused(capsys, tmp_path / "store", bundle)
 
 
 def test_a_disk_without_room_for_the_copy_is_one_line(foreign, bert, tmp_path, capsys) -> None:

@@ -1,7 +1,7 @@
-"""Adapters as numbers: LoRA and prefix on a frozen transformer, attached and detached without writing to it.
+"""Adapters on a frozen transformer: LoRA and prefix, attached and detached without writing to the base.
 
-Two hooks carry everything: the routed linear layer (`lora`) and the attention function (`attention`). Refuses to know
-data, tasks, stores and HTTP.
+There are two hooks: the routed linear layer (`lora`) and the attention function (`attention`). `lifecycle` has the
+verbs, `packed` runs unpadded rows, `fused` computes the same faster.
 """
 
 from turret.adapters.adapter import Adapter, BaseInfo, require_base

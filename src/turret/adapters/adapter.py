@@ -1,6 +1,6 @@
 """One adapter as tensors and settings, and its parts in a slot: low-rank factors, a prefix, a head.
 
-A method's own `numbers` reads and checks its tensors; `lifecycle` has the verbs; `bundle` writes and reads files.
+The `numbers` of a method read and check its tensors; `lifecycle` has the verbs.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,17 @@ from turret.adapters.lora import LoRAFactors
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.errors import AdapterError, WrongBase
 from turret.families import Family
+from turret.json_types import JsonObject
 from turret.methods import Method
+from turret.transformer import Model
 
-LORA_PREFIX = "base_model.model."  # as PEFT names the layers of a LoRA
+LORA_PREFIX = "base_model.model."  # PEFT puts it before the names of a LoRA's layers
 PROMPT = {"decoder": "prompt_embeddings", "encoder": "encoder_prompt_embeddings", "cross": "cross_prompt_embeddings"}
 
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """The base an adapter was trained on; the fingerprint decides, the id only tells where to look."""
+    """The base that an adapter was trained on. The fingerprint identifies it; the id says where to find it."""
 
     id: str
     fingerprint: str | None = None
@@ -42,40 +44,48 @@ class BaseInfo:
 
 @dataclass(frozen=True)
 class Adapter:
-    """tensors: PEFT's names -> CPU tensors, a prefix (L, 2, H, P, D); head: names in the model -> CPU tensors."""
+    """What a training makes and a bundle holds.
+
+    Args:
+        method: its settings.
+        tensors: by PEFT's names, on the CPU; a prefix is (L, 2, H, P, D).
+        head: by their names in the model, on the CPU.
+        base: that it was trained on.
+        task: what answering needs: kind, labels, max_tokens, …
+        generation: settings of `generate()`.
+        lineage: recipe, data digest, seed, library versions, …
+    """
 
     method: Method
     tensors: dict[str, Tensor]
     head: dict[str, Tensor]
     base: BaseInfo
-    task: dict[str, Any] = field(default_factory=dict)  # all that answering needs: kind, labels, max_tokens, …
-    generation: dict[str, Any] = field(default_factory=dict)
-    lineage: dict[str, Any] = field(default_factory=dict)  # recipe, data digest, seed, library versions, …
+    task: JsonObject = field(default_factory=dict)
+    generation: JsonObject = field(default_factory=dict)
+    lineage: JsonObject = field(default_factory=dict)
 
     @property
     def head_modules(self) -> list[str]:
-        """The modules of the model that the head's tensors belong to, by the first part of their names."""
+        """The modules of the model that hold the head's tensors, by the first part of their names."""
         return sorted({name.split(".")[0] for name in self.head})
 
 
-@dataclass(frozen=True)
-class Extracted:
-    """The numbers of one slot, and the method as it is stored: PiSSA becomes plain LoRA of twice the rank."""
+class Extracted(NamedTuple):
+    """The tensors of one slot, and the method as it is stored: PiSSA becomes plain LoRA of twice the rank."""
 
     tensors: dict[str, Tensor]
     head: dict[str, Tensor]
     method: Method
 
-    def __iter__(self) -> Any:
-        return iter((self.tensors, self.head, self.method))
-
 
 @dataclass(frozen=True)
 class Parts:
-    """What an adapter adds beside its head, as the two hooks take it: low-rank factors and a prefix.
+    """What an adapter adds in the two hooks, apart from its head.
 
-    factors: by the path of a linear layer, A (R, D_in) and B (D_out, R), all of one rank. prefix: by group of attention
-    layers, keys and values (L, 2, H, P, D).
+    Args:
+        factors: A (R, D_in) and B (D_out, R), all of one rank, by the path of a linear layer.
+        scaling: of all factors.
+        prefix: keys and values (L, 2, H, P, D), by group of attention layers.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -84,7 +94,7 @@ class Parts:
 
 
 def head_tensors(attached: Attachment, slot: int) -> dict[str, Tensor]:
-    """Copies of the head in a slot, by names in the model."""
+    """Copies of the head in a slot, by its names in the model."""
     return {
         f"{path}.{name}": copied(value)
         for path, module in attached.heads.items()
@@ -94,7 +104,7 @@ def head_tensors(attached: Attachment, slot: int) -> dict[str, Tensor]:
 
 
 def require_base(adapter: Adapter, fingerprint: str | None) -> None:
-    """Raises WrongBase for an adapter of another base; one that does not know its base, or no fingerprint, passes."""
+    """Raise WrongBase for an adapter of another base. Without both fingerprints nothing is compared."""
     if fingerprint and adapter.base.fingerprint and fingerprint != adapter.base.fingerprint:
         raise WrongBase(
             f"adapter was trained on base {adapter.base.fingerprint[:19]} ({adapter.base.id}), this model is "
@@ -102,8 +112,8 @@ def require_base(adapter: Adapter, fingerprint: str | None) -> None:
         )
 
 
-def mount_parts(model: Any, attached: Attachment, parts: Parts, slot: int) -> None:
-    """Frozen factors and a frozen prefix in a slot."""
+def mount_parts(model: Model, attached: Attachment, parts: Parts, slot: int) -> None:
+    """Put frozen factors and a frozen prefix into a slot."""
     for path, (A, B) in parts.factors.items():
         factors = LoRAFactors(A.float().clone(), B.float().clone(), parts.scaling).requires_grad_(False)
         layer = routed_linear(model, attached, path)
@@ -113,11 +123,11 @@ def mount_parts(model: Any, attached: Attachment, parts: Parts, slot: int) -> No
         attached.prefixes[str(slot)] = PrefixSlot(groups).requires_grad_(False).to(device_of(model)).eval()
 
 
-def linear_at(model: Any, path: str) -> nn.Module:
-    """The base's own layer at a path. Raises AdapterError where there is none."""
+def linear_at(model: Model, path: str) -> nn.Module:
+    """The base's own layer at a path. Raises AdapterError if there is none."""
     attached: Attachment | None = getattr(model, ATTRIBUTE, None)
     if attached is not None and (known := attached.linears.get(path)) is not None:
-        return known.base_layer  # at once: a path is looked up part by part
+        return known.base_layer  # faster than get_submodule, which walks the path
     try:
         layer = model.get_submodule(path)
     except AttributeError:
@@ -127,12 +137,12 @@ def linear_at(model: Any, path: str) -> nn.Module:
     return layer
 
 
-def mount_head(model: Any, attached: Attachment, head: dict[str, Tensor], slot: int) -> None:
-    """Frozen copies of the head's modules in a slot; a classifier needs all of them."""
+def mount_head(model: Model, attached: Attachment, head: dict[str, Tensor], slot: int) -> None:
+    """Put frozen copies of the head's modules into a slot; a classifier needs all of them."""
     required = [name for name in attached.family.head_modules if name in dict(model.named_children())]
     missing = [name for name in required if not any(key.startswith(name + ".") for key in head)]
     if missing:
-        raise AdapterError(f"the adapter has no head {', '.join(missing)}: a classifier needs one; retrain, or give it")
+        raise AdapterError(f"the adapter has no head {', '.join(missing)}, which a classifier needs: retrain")
     for path in head_paths(attached.family, head):
         module = attached.heads[path].base_module if path in attached.heads else model.get_submodule(path)
         values = {key[len(path) + 1 :]: value for key, value in head.items() if key.startswith(path + ".")}
@@ -140,7 +150,7 @@ def mount_head(model: Any, attached: Attachment, head: dict[str, Tensor], slot: 
 
 
 def head_paths(family: Family, head: dict[str, Tensor]) -> list[str]:
-    """The modules that the head's tensors fill: the family's head modules, and poolers inside the body."""
+    """The modules of a head's tensors: the family's head modules, and poolers inside the body."""
     paths: list[str] = []
     for key in head:
         path = next((name for name in family.head_modules if key.startswith(name + ".")), None)
@@ -155,7 +165,7 @@ def head_paths(family: Family, head: dict[str, Tensor]) -> list[str]:
 
 
 def check_head(module: nn.Module, path: str, values: Mapping[str, Tensor]) -> None:
-    """Whether the values are all that the module holds, and fit; the last layer takes its size from them."""
+    """Raise AdapterError unless the values are the module's tensors. A linear layer may have any number of outputs."""
     expected = module.state_dict()
     if set(values) != set(expected):
         raise AdapterError(f"head {path} needs {', '.join(sorted(expected))}, given {', '.join(sorted(values))}")
@@ -178,7 +188,7 @@ def filled_head(module: nn.Module, path: str, values: dict[str, Tensor], device:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """The same modules anew, with the same parameters: a deep copy would take longer than reading an adapter."""
+    """New modules with the same parameters; a deep copy would take longer than reading an adapter."""
     twin = copy.copy(module)
     vars(twin)["_parameters"] = dict(module._parameters)
     vars(twin)["_modules"] = {name: child if child is None else _twin(child) for name, child in module._modules.items()}
@@ -186,12 +196,12 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def copied(value: Tensor) -> Tensor:
-    """On the CPU, in float32."""
+    """A copy on the CPU; in float32 if it is a floating-point tensor."""
     return value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).contiguous().clone()
 
 
-def shared_names(model: Any) -> dict[str, tuple[str, ...]]:
-    """Name of a parameter -> all its names."""
+def shared_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """All names of each parameter, by each of its names."""
     names: dict[int, list[str]] = {}
     for name, each in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(each), []).append(name)

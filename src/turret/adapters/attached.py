@@ -1,8 +1,6 @@
-"""Put adapters on a frozen transformer and take them off again: where the two hooks meet a real model.
+"""The hooks on a real model: what is attached, and how `detach` leaves the base as it was, bit for bit.
 
-`attach` starts a new adapter to be trained, `mount` puts a finished one into a slot, `extract` reads the numbers back,
-`detach` leaves the base as it was, bit for bit. Base weights are never written to: linear layers and heads are replaced
-by modules that hold the originals. Refuses to know files, data and training.
+Base weights are never written to: linear layers and heads are replaced by modules that hold the originals.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +25,18 @@ from turret.adapters.routed import RoutedDropout, RoutedModule
 from turret.errors import AdapterError
 from turret.families import Family, Site, family_of
 from turret.methods import Method
+from turret.transformer import Model
 
-ATTRIBUTE = "turret"  # where the attachment sits on the model
-Swapped = tuple[dict[str, Any], str, nn.Parameter, nn.Parameter]  # whose parameters, key, the base's own, its copy
-PREFIXES = (PrefixSlot, through_peft.Prompt)  # what may stand in front of the keys and values
+M = TypeVar("M", bound=nn.Module)
+ATTRIBUTE = "turret"  # the name of the attachment on its model
+Swapped = tuple[dict[str, nn.Parameter | None], str, nn.Parameter, nn.Parameter]  # a module's, key, the base's, a copy
+PREFIXES = (PrefixSlot, through_peft.Prompt)  # what may give keys and values before a row's own
 
 
 class Attachment(nn.Module):
-    """Everything that is on one model: its route, the modules that were put in place of others, and how to undo it."""
+    """Everything that is attached to one model, and how to undo it."""
 
-    def __init__(self, model: Any, family: Family) -> None:
+    def __init__(self, model: Model, family: Family) -> None:
         super().__init__()
         self.family = family
         self.context = BatchContext()
@@ -45,17 +45,15 @@ class Attachment(nn.Module):
         self.linears: dict[str, RoutedLinear] = {}  # by path in the model; the modules belong to the model
         self.heads: dict[str, RoutedModule] = {}
         self.full: dict[str, nn.Parameter] = {}  # the trained copies of a full adapter, by name
-        self.swapped: list[
-            tuple[dict[str, Any], str, nn.Parameter, nn.Parameter]
-        ] = []  # whose, key, the base's, the copy
+        self.swapped: list[Swapped] = []
         self.guest: through_peft.Guest | None = None  # a method that PEFT itself put on the model
         self.undo: list[Callable[[], None]] = []
-        self.originals = dict(model.named_parameters())  # the base's own, before anything was put in their place
+        self.originals = dict(model.named_parameters())  # the base's own, before any was replaced
         self.sites = family.sites(model)
-        self.narrows = False  # whether the last layer can go on with the tokens of `route.read` alone
+        self.narrows = False  # whether the last layer can compute only the tokens of `BatchContext.read`
 
     def prefix_length(self, slot: int) -> int:
-        """P of a slot, 0 where it has no prefix."""
+        """P of a slot, 0 without a prefix."""
         if self.context.adapter_pool is not None:
             return self.context.adapter_pool.prefix_length(slot)
         if slot == BARE or str(slot) not in self.prefixes:
@@ -65,6 +63,7 @@ class Attachment(nn.Module):
         return module.length
 
     def keys_values(self, slot: int, site: Site) -> tuple[Tensor, Tensor] | None:
+        """A slot's prefix at one site: (key, value), each (H, P, D), or None."""
         if self.context.adapter_pool is not None:
             return self.context.adapter_pool.keys_values(slot, site.group, site.layer)
         if str(slot) not in self.prefixes:
@@ -76,33 +75,37 @@ class Attachment(nn.Module):
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a new adapter starts with; see `attach`."""
+    """What a new adapter starts with; see `lifecycle.attach`."""
 
     init_ids: Tensor | None = None  # (n,) int64
     generator: torch.Generator | None = None
     head: tuple[str, ...] = ()
 
 
-def attachment(model: Any) -> Attachment:
-    """What is attached to `model`. Raises AdapterError when nothing is."""
+def attachment(model: nn.Module) -> Attachment:
+    """The attachment of `model`. Raises AdapterError if it has none."""
     found = getattr(model, ATTRIBUTE, None)
     if not isinstance(found, Attachment):
         raise AdapterError(f"nothing is attached to this {type(model).__name__}: call turret.attach(model, …) first")
     return found
 
 
-def detach(model: Any) -> Any:
-    """Take everything off: the modules, weights, hooks, attention function and requires_grad that were there before."""
+def detach(model: M) -> M:
+    """Take everything off: modules, weights, hooks, attention function and requires_grad are as before.
+
+    Returns the same model. Raises AdapterError if nothing is attached.
+    """
     for undo in reversed(attachment(model).undo):
         undo()
     return model
 
 
-def mixed_precision(model: Any) -> torch.autocast:
-    """Around the loss of a training step: a full fine-tuning of float32 copies multiplies in the precision of its base.
+def mixed_precision(model: nn.Module) -> torch.autocast:
+    """The context of a training step's loss: a full fine-tuning multiplies float32 copies in its base's precision.
 
-    Micikevicius et al. 2018. Whatever else is attached computes in its base's precision by itself, and so does what
-    wants no gradient: an evaluation reads the weights as they are stored.
+    Other methods compute in the base's precision anyway. An evaluation has no gradients and reads the float32 copies.
+
+    Source: Micikevicius et al. 2018, "Mixed Precision Training".
     """
     attached = attachment(model)
     dtype = next(each.dtype for each in attached.originals.values() if each.is_floating_point())
@@ -111,10 +114,10 @@ def mixed_precision(model: Any) -> torch.autocast:
 
 
 @contextmanager
-def on_slot(model: Any, slot: int) -> Iterator[None]:
-    """For the length of the block every row takes `slot`; with 0 the model answers as the bare base does.
+def on_slot(model: nn.Module, slot: int) -> Iterator[None]:
+    """Make every row take `slot` for the length of the block; with 0 the model answers as the bare base.
 
-    The copies that a full adapter put in place of all weights are no slot: with 0 the base's own stand there again.
+    With 0, the copies of a full fine-tuning are replaced by the base's own weights.
     """
     attached = attachment(model)
     context, bare = attached.context, attached.swapped if slot == BARE else []
@@ -128,15 +131,19 @@ def on_slot(model: Any, slot: int) -> Iterator[None]:
             parameters[key] = copy
 
 
-def trainable_parameters(model: Any) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name in the attached model."""
     return {name: each for name, each in model.named_parameters() if each.requires_grad}
 
 
-def target_paths(model: Any, targets: tuple[str, ...] | str | None) -> list[str]:
-    """Dotted paths of the linear layers that `target_modules` names, as PEFT reads it. Raises AdapterError on a miss.
+def target_paths(model: Model, targets: tuple[str, ...] | str | None) -> list[str]:
+    """Dotted paths of the linear layers that `target_modules` names, as PEFT reads it.
 
-    A name fits a path that equals it or ends with it after a dot; "all-linear" is every linear layer but the output's.
+    A name fits a path that equals it or ends with it after a dot. "all-linear" is every linear layer but the output
+    layer and the head. None is the family's own choice.
+
+    Raises:
+        AdapterError: a name fits no layer.
     """
     family = family_of(model.config)
     linear = {
@@ -164,18 +171,19 @@ def target_paths(model: Any, targets: tuple[str, ...] | str | None) -> list[str]
     return found
 
 
-def hook_model(model: Any, *, plain: bool = False) -> Attachment:
-    """Put the hooks on a model without any adapter: attention function, route, positions, frozen parameters.
+def hook_model(model: Model, *, plain: bool = False) -> Attachment:
+    """Put the hooks on a model without any adapter: attention function, context, positions, frozen parameters.
 
-    plain: leave dropout, norms and MLPs as they are, for one who changes them himself.
+    plain: leave dropout, norms and MLPs as they are, for a method that replaces modules itself.
     """
     family = family_of(model.config)
-    attached, fast = Attachment(model, family), family.fast
+    attached = Attachment(model, family)
     attention.register()
     flags = {name: each.requires_grad for name, each in model.named_parameters()}
     for each in model.parameters():
         each.requires_grad_(False)
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    found = (getattr(each, "config", None) for each in model.modules())
+    configs = {id(config): config for config in found if config is not None}
     implementations = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
         config._attn_implementation = attention.NAME
@@ -189,7 +197,7 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
     handles += positions.hook(model, family, attached.context, attached.prefix_length)
     bias_undo = positions.hook_bias(bias_modules.values(), family, attached.context)
     hook_undo = [rotary.hook(site.module, attached.context) for site in attached.sites]
-    hook_undo += [] if plain else layers.hook(model, fast, attached.context)
+    hook_undo += [] if plain else layers.hook(model, family.fast, attached.context)
 
     def undo() -> None:
         for handle in handles:
@@ -206,7 +214,16 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
             each.requires_grad_(flags[name])
 
     attached.undo.append(undo)
-    for path, module in [] if plain else list(model.named_modules()):
+    if not plain:
+        _replace_modules(model, attached)
+    model.add_module(ATTRIBUTE, attached)
+    return attached
+
+
+def _replace_modules(model: nn.Module, attached: Attachment) -> None:
+    """Replace dropout layers, norms and MLPs by faster ones; see `adapters.fused`."""
+    fast = attached.family.fast
+    for path, module in list(model.named_modules()):
         if type(module) is nn.Dropout and module.p > 0.0:
             _replace(model, attached, path, RoutedDropout(module, attached.context))
         elif type(module).__name__ in fast.rms_norms:
@@ -215,33 +232,33 @@ def hook_model(model: Any, *, plain: bool = False) -> Attachment:
             ends = path == residual.narrowing(attached.sites[-1].name)
             attached.narrows |= ends
             _replace(model, attached, path, residual.FrozenOutput(module, attached.context, ends))
-        elif (twin := activations.in_place_of(module, fast.gated_mlps, attached.context)) is not None:
+        elif (twin := activations.replacement(module, fast.gated_mlps, attached.context)) is not None:
             _replace(model, attached, path, twin)
-    model.add_module(ATTRIBUTE, attached)
-    return attached
 
 
-def multiply_in_int8(model: Any) -> None:
-    """Have `int8_layers` of an attached model multiply in 8 bits where a gradient is wanted, until `detach`."""
+def multiply_in_int8(model: Model) -> None:
+    """Let `int8_layers` of an attached model multiply in 8 bits while gradients are on, until `detach`."""
     attached, found = attachment(model), int8.int8_layers(model)
     attached.context.int8, attached.context.rounded = True, {} if int8.small(found) else None
     attached.undo += [int8.hook(layer, attached.context) for layer in found]
 
 
-def _bias_modules(attached: Attachment) -> dict[str, Any]:
-    """The owners of a bias by relative position, by group; empty where the family has none."""
+def _bias_modules(attached: Attachment) -> dict[str, nn.Module]:
+    """The owners of a bias by relative position, by group; empty if the family has none."""
     bias, sites = attached.family.relative_bias, attached.sites
     if bias is None:
         return {}
     return {site.group: site.module for site in sites if site.group != "cross" and bias.owner(site.module)}
 
 
-def _refresher(attached: Attachment, groups: tuple[str, ...]) -> Callable[..., None]:
-    def refresh(*_: Any) -> None:
+def _refresher(attached: Attachment, groups: tuple[str, ...]) -> Callable[[nn.Module, positions.Args], None]:
+    """A hook that prepares the prefixes of some groups for the pass that begins."""
+
+    def refresh(_: nn.Module, args: positions.Args) -> None:
         if attached.guest is not None and attached.guest.layers and attached.context.capture is None:
             slot = attached.context.single()
             if slot is None:
-                raise AdapterError("an adapter of PEFT answers alone: ask the bare base and others in another batch")
+                raise AdapterError("an adapter of PEFT needs a batch of its own: put other rows into another batch")
             through_peft.switch(attached.guest, slot != BARE)
         for module in attached.prefixes.values():
             assert isinstance(module, PREFIXES)
@@ -251,7 +268,8 @@ def _refresher(attached: Attachment, groups: tuple[str, ...]) -> Callable[..., N
     return refresh
 
 
-def routed_linear(model: Any, attached: Attachment, path: str) -> RoutedLinear:
+def routed_linear(model: Model, attached: Attachment, path: str) -> RoutedLinear:
+    """The routed linear layer at a path; it replaces the base's own at the first call."""
     if path not in attached.linears:
         stream = attached.family.stream(path)
         attached.linears[path] = RoutedLinear(model.get_submodule(path), attached.context, stream)
@@ -259,25 +277,26 @@ def routed_linear(model: Any, attached: Attachment, path: str) -> RoutedLinear:
     return attached.linears[path]
 
 
-def routed_module(model: Any, attached: Attachment, path: str) -> RoutedModule:
+def routed_module(model: Model, attached: Attachment, path: str) -> RoutedModule:
+    """The routed head module at a path; it replaces the base's own at the first call."""
     if path not in attached.heads:
         attached.heads[path] = RoutedModule(model.get_submodule(path), attached.context)
         _replace(model, attached, path, attached.heads[path])
     return attached.heads[path]
 
 
-def _replace(model: Any, attached: Attachment, path: str, module: nn.Module) -> None:
-    """Put `module` where `path` points, and remember the original."""
+def _replace(model: nn.Module, attached: Attachment, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`, and remember the original."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
-    original = parent._modules[name]
+    original = parent.get_submodule(name)
     module.train(original.training)
     parent._modules[name] = module
     attached.undo.append(functools.partial(parent._modules.__setitem__, name, original))
 
 
-def start_head(model: Any, attached: Attachment, extra: tuple[str, ...]) -> None:
-    """A trainable copy of the family's head, and of further modules, in slot 1."""
+def start_head(model: Model, attached: Attachment, extra: tuple[str, ...]) -> None:
+    """Put trainable copies of the family's head, and of further modules, into slot 1."""
     own = [name for name in attached.family.head_modules if name in dict(model.named_children())]
     for name in own + [name for name in extra if name not in own]:
         routed_module(model, attached, name).slots["1"] = _trainable_copy(model.get_submodule(name))
@@ -293,12 +312,11 @@ def _trainable_copy(module: nn.Module) -> nn.Module:
 
 
 def put_back(swapped: Sequence[Swapped]) -> None:
-    """The base's own parameters where copies stand."""
+    """Replace copies by the base's own parameters."""
     for parameters, key, original, _ in swapped:
         parameters[key] = original
 
 
-def device_of(model: Any) -> torch.device:
-    """Where a model or a layer lies."""
-    device: torch.device = next(iter(model.parameters())).device
-    return device
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model or a layer."""
+    return next(model.parameters()).device

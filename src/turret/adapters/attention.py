@@ -1,13 +1,13 @@
 """The second hook: one attention function, registered with transformers under the name "turret".
 
 It computes every attention of an attached model: padded or unpadded rows, causal or not, cross-attention, grouped
-queries, sliding windows, capped scores, T5's position bias, and in front of the keys each row's prefix. The prefix
-never enters the key-value cache. An argument that is neither computed here nor in `HARMLESS` is an error.
+queries, sliding windows, capped scores, T5's position bias, and each row's prefix before the keys. The prefix never
+enters the key-value cache. An argument that is neither computed here nor in `HARMLESS` is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,36 +24,45 @@ from turret.adapters.fused.dropout import Masks
 from turret.adapters.fused.flash import flash
 from turret.errors import AdapterError
 from turret.families import Family, Site
-from turret.kernels import NO_DROPOUT, AttentionRows, Library, Prefixes, usable
+from turret.kernels import AttentionRows, Library, Prefixes, usable
 
 NAME = "turret"
 KeysValues = Callable[[int, Site], tuple[Tensor, Tensor] | None]
-HARMLESS = {  # arguments that models hand over and that change no output of attention, and why
+HARMLESS = {  # arguments that models pass and that do not change attention's output, and why
     "deterministic": "a setting of the flash-attention library, which is not called",
-    "labels": "the loss reads them; `generate` hands them on to an encoder",
+    "labels": "the loss reads them; `generate` passes them to an encoder",
     "num_items_in_batch": "the loss is divided by it",
     "output_hidden_states": "transformers collects them from the layers",
-    "position_ids": "queries and keys are rotated already, and the mask keeps packed texts apart",
+    "position_ids": "queries and keys are rotated already, and the mask separates packed texts",
     "return_dict": "the form of the model's output",
-    "token_type_ids": "a model that knows segments has embedded them",
-    "use_cache": "keys and values have been cached before the call",
+    "token_type_ids": "a model with segments has embedded them",
+    "use_cache": "keys and values are cached before the call",
 }
 
 
 @dataclass(frozen=True)
 class Hooked:
-    """What an attention module of an attached model carries: its site, the route, and how to reach a slot's prefix."""
+    """What an attention module of an attached model carries.
+
+    Args:
+        site: the module's place in the model.
+        context: of the model.
+        prefix: (slot, site) -> keys and values (H, P, D), or None.
+        family: of the model.
+        bias_module: the owner of the stack's bias by relative position, if there is one.
+        last: whether it is the model's last site, whose only queries are `BatchContext.read`.
+    """
 
     site: Site
     context: BatchContext
-    prefix: KeysValues  # (slot, site) -> keys and values (H, P, D), or None
+    prefix: KeysValues
     family: Family
-    bias_module: Any | None  # what owns the stack's bias by relative position
-    last: bool = False  # of the model: here `BatchContext.read` are the only queries
+    bias_module: nn.Module | None
+    last: bool = False
 
 
 class AttentionCall(NamedTuple):
-    """What a module asks of one attention call beside its tensors."""
+    """The settings of one attention call."""
 
     scaling: float
     dropout: float = 0.0
@@ -72,11 +81,28 @@ def routed_attention(
     position_bias: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **others: Any,
+    **others: Any,  # whatever the architecture passes
 ) -> tuple[Tensor, None]:
-    """The function transformers calls. query: (B, H, T, D); key, value: (B, H_kv, S, D) -> ((B, T, H, D), None).
+    """The function that transformers calls.
 
-    Raises AdapterError for an argument that is not known.
+    Args:
+        module: the attention module that calls.
+        query: (B, H, T, D).
+        key: (B, H_kv, S, D).
+        value: (B, H_kv, S, D).
+        attention_mask: added to the scores; broadcasts to (B, H, T, S).
+        scaling: of the scores; None for 1 / sqrt(D).
+        dropout: rate, on the probabilities.
+        position_bias: added to the scores (T5).
+        sliding_window: |key - query| below it is visible.
+        softcap: largest score.
+        others: `HARMLESS` arguments.
+
+    Returns:
+        ((B, T, H, D), None).
+
+    Raises:
+        AdapterError: an unknown argument, or nothing is attached to the model.
     """
     hooked: Hooked | None = getattr(module, "turret_hook", None)
     if hooked is None:
@@ -87,7 +113,7 @@ def routed_attention(
     _require_known(hooked.site, others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = AttentionCall(scaling, dropout, sliding_window, softcap)
-    if torch.is_autocast_enabled(query.device.type):  # rotary positions leave queries and keys in float32
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions made queries and keys float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     context = hooked.context
@@ -98,15 +124,15 @@ def routed_attention(
         return output.transpose(1, 2).contiguous(), None  # (B, T, H, D)
     if position_bias is not None and hooked.bias_module is None and hooked.site.group != "cross":
         raise AdapterError(
-            f"{hooked.site.name} adds a position_bias that turret cannot make for rows without padding: expected one "
-            "from relative_attention_bias; use a base of another family"
+            f"{hooked.site.name} adds a position_bias that turret cannot compute for unpadded rows: expected one from "
+            "relative_attention_bias; use a base of another family"
         )
     compute = _cached if context.cache is not None and hooked.site.group != "encoder" else _unpadded
     return compute(hooked, query, key, value, call).transpose(1, 2).contiguous(), None  # (B, T, H, D)
 
 
-def _require_known(site: Site, others: dict[str, Any]) -> None:
-    """Raise AdapterError for an argument that would change the output and is not computed here; None says nothing."""
+def _require_known(site: Site, others: Mapping[str, Any]) -> None:
+    """Raise AdapterError for an argument that changes the output and is not computed here. None counts as not given."""
     for name, value in others.items():
         if name in HARMLESS or value is None or (name == "output_attentions" and not value):
             continue
@@ -114,7 +140,7 @@ def _require_known(site: Site, others: dict[str, Any]) -> None:
             continue
         raise AdapterError(
             f"attention of {site.name} was given {name}, which turret does not compute here: expected only scaling, "
-            "dropout, position_bias, sliding_window and softcap; call the model without it, or detach and ask the base"
+            "dropout, position_bias, sliding_window and softcap; call the model without it, or detach first"
         )
 
 
@@ -122,7 +148,7 @@ def _padded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     context, site = hooked.context, hooked.site
     if bias is None and site.causal and q.shape[2] > 1:
         raise AdapterError(
-            f"{site.name} is causal but was given no mask: pass attention_mask, or none but let it be made"
+            f"{site.name} is causal but was given no mask: pass attention_mask, or let transformers make the mask"
         )
     if bias is not None:
         bias = bias[..., : k.shape[2]].to(q.dtype)
@@ -141,7 +167,7 @@ def _padded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
 def _one_slot(
     hooked: Hooked, slot: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: AttentionCall
 ) -> Tensor:
-    """Attention of rows that all take one slot: [prefix; keys], and a bias widened by the prefix's columns."""
+    """Attention of rows with one slot to [prefix; keys], with a bias widened by the prefix's columns."""
     prefix = hooked.prefix(slot, hooked.site) if slot != BARE else None
     if prefix is not None:
         rows, tokens = q.shape[0], prefix[0].shape[1]
@@ -167,14 +193,14 @@ def _prefix_bias(hooked: Hooked, tokens: int, q: Tensor, past: int) -> Tensor:
 
 
 def relative_bias(hooked: Hooked, relative: Tensor) -> Tensor:
-    """The bias for relative positions key - query, of a site that has one: (T, S) int64 -> (1, H, T, S)."""
+    """The bias of a site for relative positions key - query: (T, S) int64 -> (1, H, T, S)."""
     assert hooked.family.relative_bias is not None
     bias: Tensor = hooked.family.relative_bias.values(hooked.bias_module, relative)
     return bias
 
 
 def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """Each row of the one long row attends to itself (or, crossing, to its source). q: (1, H, N, D) -> (1, H, N, D)"""
+    """Each row of an unpadded batch attends to itself, or in cross-attention to its source. -> (1, H, N, D)"""
     library = usable(q, k, v) if call.softcap is None and enabled("flash") else None
     if library is not None:
         return _flash(library, hooked, q, k, v, call)
@@ -182,47 +208,47 @@ def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCa
 
 
 def _flash(library: Library, hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """`_unpadded_plainly` by a kernel, with little kept for the backward pass."""
+    """`_unpadded_plainly` by a kernel, with little saved for the backward pass."""
     rows, prefixes = rows_and_prefixes(hooked, call.scaling, call.window, k.dtype)
-    dropped = (hooked.context.masks or Masks()).dropped(call.dropout) if call.dropout > 0.0 else NO_DROPOUT
+    dropped = (hooked.context.masks or Masks()).arguments(call.dropout)
     return flash(library, rows, q, k, v, prefixes, dropped)
 
 
 def rows_and_prefixes(
     hooked: Hooked, scaling: float, window: int | None, dtype: torch.dtype
 ) -> tuple[AttentionRows, Prefixes]:
-    """What a kernel is told of the rows of an unpadded batch at one site."""
+    """The rows of an unpadded batch at one site, and their prefixes, as the kernels take them."""
     context, site = hooked.context, hooked.site
     assert context.lengths is not None
-    asked = context.read if hooked.last else None
-    place = ("rows", site.group, window, scaling, id(hooked.bias_module), asked is None)
-    known: tuple[AttentionRows, Prefixes] | None = context.memo.get(place)
-    if known is not None:  # nobody has a prefix: all layers are told the same
+    read = context.read if hooked.last else None
+    key: tuple[Hashable, ...] = ("rows", site.group, window, scaling, id(hooked.bias_module), read is None)
+    known: tuple[AttentionRows, Prefixes] | None = context.memo.get(key)
+    if known is not None:  # no row has a prefix, so all layers share this
         return known
     slots = [context.slot_of(row) for row in range(len(next(iter(context.lengths.values()))))]
     pairs = {slot: pair for slot in dict.fromkeys(slots) if slot != BARE and (pair := hooked.prefix(slot, site))}
-    if (prefixed := (*place, tuple(pairs))) not in context.memo:
+    if (with_slots := (*key, tuple(pairs))) not in context.memo:
         longest = max((pair[0].shape[1] for pair in pairs.values()), default=0)
-        context.memo[prefixed] = _rows(hooked, scaling, window, longest, asked)
+        context.memo[with_slots] = _rows(hooked, scaling, window, longest, read)
     order = {slot: index for index, slot in enumerate(pairs)}
-    prefixes = Prefixes([(key.to(dtype), value.to(dtype)) for key, value in pairs.values()], [*map(order.get, slots)])
-    told = context.memo[prefixed], prefixes
+    prefixes = Prefixes([(k.to(dtype), v.to(dtype)) for k, v in pairs.values()], [*map(order.get, slots)])
+    found = context.memo[with_slots], prefixes
     if not pairs:
-        context.memo[place] = told
-    return told
+        context.memo[key] = found
+    return found
 
 
 def _rows(
-    hooked: Hooked, scaling: float, window: int | None, longest_prefix: int, asked: Tensor | None
+    hooked: Hooked, scaling: float, window: int | None, longest_prefix: int, read: Tensor | None
 ) -> AttentionRows:
-    """Where this batch's rows lie and what they see: once a batch for all layers of a group, and once for the last."""
+    """The place of each row and what it sees: once per batch for all layers of a group, and once for the last."""
     context, site = hooked.context, hooked.site
     queries = torch.tensor(context.spans("encoder" if site.group == "encoder" else "decoder"))  # (B, 2)
     cross = site.group == "cross"
     keys = torch.tensor(context.spans("encoder")) if cross else queries
     lengths = queries[:, 1] - queries[:, 0], keys[:, 1] - keys[:, 0]
-    if asked is not None:  # the first token of every row but the one that fills the batch up, which has none
-        lengths = (torch.arange(len(queries)) < len(asked)).long(), lengths[1]
+    if read is not None:  # the first token of each row; the row that fills the batch up has none
+        lengths = (torch.arange(len(queries)) < len(read)).long(), lengths[1]
     bias, zero = None, 0
     if hooked.bias_module is not None and not cross:
         zero = longest_prefix + int(lengths[0].max())
@@ -233,12 +259,12 @@ def _rows(
     return AttentionRows(
         queries[:, 0].contiguous(), lengths[0], keys[:, 0].contiguous(), lengths[1], scaling,
         causal=site.causal and not cross, window=0 if window is None or cross else window, bias=bias, zero=zero,
-        all_asked=asked is None,
+        all_asked=read is None,
     )  # fmt: skip
 
 
 def _unpadded_plainly(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """The same block by block in torch's own operations: the reference of the kernels, and the way without them."""
+    """The same block by block in torch's operations: the reference of the kernels, and the path without them."""
     layout = _layout(hooked, q.device)
     parts = []
     for block in layout.blocks:
@@ -250,97 +276,99 @@ def _unpadded_plainly(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: Att
 
 
 def _cached(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """Fresh rows as `_unpadded` has them, behind them one token a row against what the cache holds of it."""
+    """Prefill rows as in `_unpadded`, then one token of each decode row against its cached keys and values."""
     context, site = hooked.context, hooked.site
-    cache, crossing = context.cache, site.group == "cross"
+    cache, cross = context.cache, site.group == "cross"
     assert cache is not None
-    fresh, keys = cache.fresh("decoder"), cache.fresh("encoder" if crossing else "decoder")
+    prefill, keys = cache.fresh("decoder"), cache.fresh("encoder" if cross else "decoder")
     parts = []
-    if fresh:
+    if prefill:
         own = k[:, :, :keys], v[:, :, :keys]
         cache.keep(site.group, site.layer, *own)
-        parts.append(_unpadded(hooked, q[:, :, :fresh], *own, call))
-    if fresh < q.shape[2]:
-        new = (None, None) if crossing else (k[:, :, keys:], v[:, :, keys:])
-        start = fresh
-        for held in cache.step(site.group, site.layer, *new):
-            end = start + held.keys.shape[0]
-            parts.append(_step(hooked, q[:, :, start:end], held, call))
+        parts.append(_unpadded(hooked, q[:, :, :prefill], *own, call))
+    if prefill < q.shape[2]:
+        new = (None, None) if cross else (k[:, :, keys:], v[:, :, keys:])
+        start = prefill
+        for cached in cache.step(site.group, site.layer, *new):
+            end = start + cached.keys.shape[0]
+            parts.append(_step(hooked, q[:, :, start:end], cached, call))
             start = end
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _step(hooked: Hooked, q: Tensor, held: CachedKV, call: AttentionCall) -> Tensor:
-    """One query a row against its keys, its prefix among them. q: (1, H, B, D) -> (1, H, B, D)
+def _step(hooked: Hooked, q: Tensor, cached: CachedKV, call: AttentionCall) -> Tensor:
+    """One query for each row against the row's keys, its prefix among them. q: (1, H, B, D) -> (1, H, B, D)
 
     Queries that share a head of keys are the rows of one product, so no key is copied.
     """
-    by_kernel = held.kept is not None and hooked.bias_module is None and call.softcap is None
-    by_kernel = by_kernel and enabled("cached_attention")
-    library, window = usable(q, held.keys, held.values) if by_kernel else None, call.window
-    if library is not None and held.kept is not None and q.stride(3) == 1:
-        near = 0 if window is None or hooked.site.group == "cross" else window
+    window, cross = call.window, hooked.site.group == "cross"
+    by_kernel = cached.kept is not None and hooked.bias_module is None and call.softcap is None
+    library = usable(q, cached.keys, cached.values) if by_kernel and enabled("cached_attention") else None
+    if library is not None and cached.kept is not None and q.stride(3) == 1:
+        near = 0 if window is None or cross else window
         rows = q[0].transpose(0, 1)  # (B, H, D)
-        return library.attend_step(held.kept, rows, held.keys, held.values, call.scaling, near).transpose(0, 1)[None]
-    B, heads = held.keys.shape[:2]
+        y = library.attend_step(cached.kept, rows, cached.keys, cached.values, call.scaling, near)
+        return y.transpose(0, 1)[None]
+    B, heads = cached.keys.shape[:2]
     queries = q[0].transpose(0, 1).reshape(B, heads, -1, q.shape[3])  # (B, H_kv, G, D)
-    place = ("held", hooked.site.group, held.number, window, id(hooked.bias_module))
-    memo = hooked.context.memo
-    if place not in memo:
-        memo[place] = _held_bias(hooked, held, window, q)
-    output = attend(queries, held.keys, held.values, memo[place], call.scaling, softcap=call.softcap)
+    memo, key = hooked.context.memo, ("cached", hooked.site.group, cached.number, window, id(hooked.bias_module))
+    if key not in memo:
+        memo[key] = _cached_bias(hooked, cached, window, q)
+    output = attend(queries, cached.keys, cached.values, memo[key], call.scaling, softcap=call.softcap)
     return output.reshape(B, -1, q.shape[3]).transpose(0, 1)[None]
 
 
-def _held_bias(hooked: Hooked, held: CachedKV, window: int | None, q: Tensor) -> Tensor | None:
-    """What hides the keys that are not there or out of the window, and T5's bias: (B, H or 1, 1, S), or None."""
-    crossing = hooked.site.group == "cross"
-    if held.full and (crossing or (window is None and hooked.bias_module is None)):
+def _cached_bias(hooked: Hooked, cached: CachedKV, window: int | None, q: Tensor) -> Tensor | None:
+    """Hides keys that are not valid or outside the window, and adds T5's bias: (B, H or 1, 1, S), or None."""
+    cross = hooked.site.group == "cross"
+    if cached.full and (cross or (window is None and hooked.bias_module is None)):
         return None
-    column = torch.arange(held.keys.shape[2], device=q.device)[None]  # (1, S)
-    newest = held.lengths[:, None] - 1  # (B, 1)
+    column = torch.arange(cached.keys.shape[2], device=q.device)[None]  # (1, S)
+    newest = cached.lengths[:, None] - 1  # (B, 1)
     hidden = column > newest
-    if window is not None and not crossing:
-        hidden = hidden | ((newest - column >= window) & (column >= held.prefixes[:, None]))
-    bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, torch.finfo(q.dtype).min)
-    bias = bias[:, None, None]  # (B, 1, 1, S)
+    if window is not None and not cross:
+        hidden = hidden | ((newest - column >= window) & (column >= cached.prefixes[:, None]))
+    bias = _hiding(hidden, q)[:, None, None]  # (B, 1, 1, S)
     if hooked.bias_module is not None:
         own = relative_bias(hooked, column - newest)  # (1, H, B, S): a row for each query
         bias = bias + own[0].transpose(0, 1)[:, :, None].to(q.dtype)
     return bias
 
 
+def _hiding(hidden: Tensor, q: Tensor) -> Tensor:
+    """The bias that hides keys: the lowest number of q's dtype where `hidden`, else 0."""
+    return torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, torch.finfo(q.dtype).min)
+
+
 def _layout(hooked: Hooked, device: torch.device) -> BlockLayout:
-    """The blocks of this batch's rows: once a batch for all layers of a group."""
+    """The blocks of this batch's rows: once per batch for all layers of a group."""
     context, site = hooked.context, hooked.site
-    place = ("layout", site.group)
-    if place not in context.memo:
+    key = ("layout", site.group)
+    if key not in context.memo:
         assert context.lengths is not None
         rows = range(len(next(iter(context.lengths.values()))))
-        # a prefix has every layer of a group or none, so this layer speaks for all
+        # a prefix covers every layer of a group or none, so this layer stands for all
         kinds = [slot if hooked.prefix(slot := context.slot_of(row), site) is not None else BARE for row in rows]
         queries = context.spans("encoder" if site.group == "encoder" else "decoder")
         keys = context.spans("encoder") if site.group == "cross" else queries
-        context.memo[place] = BlockLayout.of(queries, keys, kinds, device)
-    layout: BlockLayout = context.memo[place]
+        context.memo[key] = BlockLayout.of(queries, keys, kinds, device)
+    layout: BlockLayout = context.memo[key]
     return layout
 
 
 def _block_bias(hooked: Hooked, queries: BlockSide, keys: BlockSide, window: int | None, q: Tensor) -> Tensor | None:
     """The mask and position bias of one block: (B or 1, H or 1, T or 1, S), or None. Padding keys are hidden.
 
-    A causal row needs no mask for its padding: it lies behind every real token.
+    A causal row needs no mask for its padding, which comes after every real token.
     """
     bias = _row_bias(hooked, queries.longest, keys.longest, window, q)
     if not keys.padded or (hooked.site.causal and hooked.site.group != "cross"):
         return bias
-    memo, place = hooked.context.memo, ("padding", keys.lengths)
-    if place not in memo:
-        column = torch.arange(keys.longest, device=q.device)
-        hidden = column >= torch.tensor(keys.lengths, device=q.device)[:, None]  # (B, S)
-        nothing = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
-        memo[place] = nothing.masked_fill(hidden, torch.finfo(q.dtype).min)[:, None, None]
-    padding: Tensor = memo[place]
+    memo, key = hooked.context.memo, ("padding", keys.lengths)
+    if key not in memo:
+        hidden = torch.arange(keys.longest, device=q.device) >= torch.tensor(keys.lengths, device=q.device)[:, None]
+        memo[key] = _hiding(hidden, q)[:, None, None]  # (B, 1, 1, S)
+    padding: Tensor = memo[key]
     return padding if bias is None else bias + padding
 
 
@@ -349,21 +377,19 @@ def _row_bias(hooked: Hooked, t: int, s: int, window: int | None, q: Tensor) -> 
     site, memo = hooked.site, hooked.context.memo
     if site.group == "cross" or (not site.causal and window is None and hooked.bias_module is None):
         return None
-    place = (site.group, t, window, id(hooked.bias_module))
-    if place not in memo:
+    key = (site.group, t, window, id(hooked.bias_module))
+    if key not in memo:
         relative = torch.arange(s, device=q.device)[None] - torch.arange(t, device=q.device)[:, None]  # key - query
         hidden = torch.zeros_like(relative, dtype=torch.bool)
         if site.causal:
             hidden |= relative > 0
         if window is not None:
             hidden |= relative.abs() >= window
-        bias = torch.zeros(t, s, dtype=q.dtype, device=q.device).masked_fill(hidden, torch.finfo(q.dtype).min)[
-            None, None
-        ]
+        bias = _hiding(hidden, q)[None, None]
         if hooked.bias_module is not None:
             bias = bias + relative_bias(hooked, relative).to(q.dtype)
-        memo[place] = bias
-    found: Tensor = memo[place]
+        memo[key] = bias
+    found: Tensor = memo[key]
     return found
 
 
@@ -374,6 +400,6 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def register() -> None:
-    """Make the function known to transformers by name; `eager_mask` always hands over a mask where one is needed."""
+    """Register the function with transformers; `eager_mask` always makes a mask where one is needed."""
     AttentionInterface.register(NAME, routed_attention)
     AttentionMaskInterface.register(NAME, eager_mask)

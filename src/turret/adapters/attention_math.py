@@ -1,22 +1,24 @@
-"""Attention as numbers: softmax(cap(scaling q k^T) + bias) v with dropout, the plain way and the fast one.
+"""The formula of attention, in plain torch and with its own gradient.
 
-cap(s) = softcap tanh(s / softcap), where a base caps its scores (Gemma 2, 2024).
-Knows tensors, not modules, rows of a batch or prefixes. On the CPU, short rows and dropout make torch's
-fused kernel slower than the products written out; these keep one matrix a layer for the backward pass, the
-probabilities before dropout, and no copy of grouped keys and values.
+    y = dropout(softmax(cap(scaling q k^T) + bias)) v
+
+cap(s) = softcap tanh(s / softcap), if a base caps its scores (Gemma 2, 2024).
+On the CPU, with short rows and dropout, torch's fused kernel is slower than the products written out. The faster path
+saves one matrix per layer, the probabilities before dropout, and copies no grouped keys or values.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.fused import enabled
-from turret.adapters.fused.dropout import Masks, dropout, kept_share, masked
+from turret.adapters.fused.dropout import Masks, dropout, keep_rate, masked
 
-LARGEST = 1 << 25  # probabilities of one call; from here on torch's fused kernel, which keeps none of them
+LARGEST = 1 << 25  # probabilities of one call; above it torch's fused kernel computes, which saves none of them
 
 
 def attend(
@@ -31,7 +33,20 @@ def attend(
 ) -> Tensor:
     """softmax(cap(scaling * q k^T) + bias) v, with dropout at rate p on the probabilities.
 
-    q: (B, H, T, D); k, v: (B, H_kv, S, D) with H a multiple of H_kv; bias: broadcasts to (B, H, T, S). -> (B, H, T, D)
+    Args:
+        q: (B, H, T, D).
+        k: (B, H_kv, S, D), with H a multiple of H_kv.
+        v: (B, H_kv, S, D).
+        bias: broadcasts to (B, H, T, S).
+        scaling: of the scores.
+        p: rate of dropout.
+        masks: dropout masks of the current pass.
+        softcap: largest score; None for no cap.
+
+    Returns:
+        (B, H, T, D).
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need"; grouped keys and values: Ainslie et al. 2023.
     """
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= LARGEST
@@ -40,8 +55,7 @@ def attend(
         mask = None
         if p > 0.0:
             mask = (masks or Masks()).like(q.new_empty(()).expand(*q.shape[:3], k.shape[2]), p)
-        output: Tensor = _Attention.apply(q, k, v, bias, scaling, kept_share(p), mask)  # type: ignore[no-untyped-call]
-        return output
+        return apply(_Attention, q, k, v, bias, scaling, keep_rate(p), mask)
     return attend_plainly(q, k, v, bias, scaling, p, softcap)
 
 
@@ -54,7 +68,7 @@ def attend_plainly(
     p: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """The same in torch's own operations: the reference of the fast way, and the way of every other device."""
+    """`attend` in torch's own operations: the reference of every faster path, and the path of every other device."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
@@ -68,16 +82,29 @@ def attend_plainly(
     return dropout(scores.softmax(dim=-1), p) @ v
 
 
-class _Attention(torch.autograd.Function):
-    """P = softmax(scaling q k^T + bias);  y = (P mask / kept) v. Grouped queries lie behind one another: G T rows.
+class _AttentionContext(FunctionContext, Protocol):
+    scaling: float
+    keep: float
+    shapes: tuple[torch.Size, torch.Size]
 
-    dV = (P mask)^T dy / kept;  dP = (dy v^T) mask / kept;  dS = P (dP - sum(dP P));
+
+class _Attention(torch.autograd.Function):
+    """P = softmax(scaling q k^T + bias);  y = (P mask / keep) v. The G groups of queries follow one another: G T rows.
+
+    dV = (P mask)^T dy / keep;  dP = (dy v^T) mask / keep;  dS = P (dP - sum(dP P));
     dq = scaling dS k;  dk = scaling dS^T q.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaling: float, kept: float, mask: Tensor | None
+        ctx: _AttentionContext,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        keep: float,
+        mask: Tensor | None,
     ) -> Tensor:
         B, H, T, D = q.shape
         heads, S = k.shape[1], k.shape[2]
@@ -85,7 +112,7 @@ class _Attention(torch.autograd.Function):
         keys = k.reshape(B * heads, S, D)
         values = v.reshape(B * heads, S, D)
         if mask is not None:
-            values = values * (1.0 / kept)
+            values = values * (1.0 / keep)
         scores = torch.bmm(queries, keys.mT)  # (B H_kv, G T, S)
         if bias is not None:
             scores.view(B, H, T, S).add_(bias)
@@ -95,11 +122,11 @@ class _Attention(torch.autograd.Function):
             mask = mask.view(scores.shape)
             dropped = masked(probabilities, mask)
         ctx.save_for_backward(queries, keys, values, probabilities, mask)
-        ctx.scaling, ctx.kept, ctx.shapes = scaling, kept, (q.shape, k.shape)
+        ctx.scaling, ctx.keep, ctx.shapes = scaling, keep, (q.shape, k.shape)
         return torch.bmm(dropped, values).view(B, H, T, D)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: _AttentionContext, *gradients: Tensor) -> Gradients:
         queries, keys, values, probabilities, mask = ctx.saved_tensors
         shape, keys_shape = ctx.shapes
         dy = gradients[0].reshape(queries.shape)
@@ -110,7 +137,7 @@ class _Attention(torch.autograd.Function):
             dropped = masked(probabilities, mask)
         dv = torch.bmm(dropped.mT, dy)
         if mask is not None:
-            dv.mul_(1.0 / ctx.kept)
+            dv.mul_(1.0 / ctx.keep)
         dS = torch._softmax_backward_data(dP, probabilities, -1, dP.dtype)
         dq = torch.bmm(dS, keys).mul_(ctx.scaling)
         dk = torch.bmm(dS.mT, queries)

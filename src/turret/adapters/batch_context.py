@@ -1,16 +1,15 @@
-"""Which rows of the batch under way carry which adapter: the small object that both hooks read.
+"""Which adapter each row of the current batch takes: the small object that both hooks read.
 
-A route belongs to one attached model, not to the process. It knows numbers of slots and lengths, and refuses to know
-what a slot holds.
+A context belongs to one attached model, not to the process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +17,17 @@ from torch import Tensor
 from turret.adapters.fused.dropout import Masks
 from turret.kernels import AdapterSpans, CachedKVArguments, Int8Matrix, Library
 
-BARE = 0  # the slot of the bare base: no adapter at all
+if TYPE_CHECKING:
+    from turret.adapters.lora import RoutedLinear
+
+BARE = 0  # the slot of the bare base, without an adapter
 
 
 class RoundedMatrix(NamedTuple):
-    """A frozen matrix in 8 bits, of which version of its numbers; the matrix too, so that its address stays its own."""
+    """A frozen matrix rounded to 8 bits.
+
+    matrix: kept alive, so that its address stays its own. version: of its values when it was rounded.
+    """
 
     matrix: Tensor
     version: int
@@ -31,59 +36,64 @@ class RoundedMatrix(NamedTuple):
 
 @dataclass(frozen=True)
 class CachedKV:
-    """What a cache holds of some rows at one attention site, their newest token included, and which rows they are.
+    """The cached keys and values of some rows at one attention site, with their newest token.
 
-    keys, values: (B, H_kv, S, D), of which the first `lengths` of each row count, `prefixes` of them its prefix.
-    number: tells these rows from others of the same pass, for what is computed once for all layers of a group.
+    Args:
+        number: tells these rows from others of the same pass; a key for what all layers of a group share.
+        keys: (B, H_kv, S, D); the first `lengths` of each row are valid, and the first `prefixes` are its prefix.
+        values: the same.
+        lengths: (B,) int64.
+        prefixes: (B,) int64.
+        full: whether every row has S tokens.
+        kept: the same for the kernels, if there are any.
     """
 
     number: int
     keys: Tensor
     values: Tensor
-    lengths: Tensor  # (B,) int64
-    prefixes: Tensor  # (B,) int64
-    full: bool  # every row has S tokens
-    kept: CachedKVArguments | None = None  # the same for the kernels, where there are some
+    lengths: Tensor
+    prefixes: Tensor
+    full: bool
+    kept: CachedKVArguments | None = None
 
 
 class KVCacheProtocol(Protocol):
-    """The keys and values of earlier passes, where somebody other than transformers keeps them.
+    """The keys and values of earlier passes, if an engine keeps them instead of transformers.
 
-    The tokens of a pass are first those of prefill rows, as `BatchContext.lengths` says, then one token of each row
-    that the cache knows already.
+    The tokens of a pass are first those of prefill rows (`BatchContext.lengths`), then one token of each decode row.
     """
 
     def fresh(self, stream: str) -> int:
-        """How many tokens of a stream belong to fresh rows."""
+        """How many tokens of a stream belong to prefill rows."""
         ...
 
     def keep(self, group: str, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Take the fresh rows' keys and values, (1, H_kv, N, D)."""
+        """Store the keys and values of the prefill rows, each (1, H_kv, N, D)."""
         ...
 
     def step(self, group: str, layer: int, keys: Tensor | None, values: Tensor | None) -> Sequence[CachedKV]:
-        """Take the new token of every known row, (1, H_kv, B, D), and give all that is held of these rows, in order."""
+        """Store the new token of every decode row, (1, H_kv, B, D), and return all cached rows in order."""
         ...
 
 
 class AdapterPoolProtocol(Protocol):
-    """Where the adapters of a pass are, if they are not in the slots of the modules.
+    """The adapters of a pass, if an engine keeps them instead of the modules' slots.
 
-    library: the kernels that compute the pass under way, or None.
+    library: the kernels that compute the current pass, or None.
     """
 
     library: Library | None
 
-    def linear(self, layer: Any, x: Tensor) -> Tensor:
-        """A routed linear layer of the base on x, and delta(x) of every row's adapter."""
+    def linear(self, layer: RoutedLinear, x: Tensor) -> Tensor:
+        """A linear layer of the base on x, plus delta(x) of every row's adapter."""
         ...
 
-    def number(self, layer: Any) -> int:
-        """What a routed linear layer is called in `spans`."""
+    def number(self, layer: RoutedLinear) -> int:
+        """The index of a linear layer in `spans`."""
         ...
 
     def spans(self, stream: str) -> AdapterSpans | None:
-        """The adapters of the pass under way as the kernels read them; None where no token has one."""
+        """The adapters of the current pass as the kernels read them; None if no token has one."""
         ...
 
     def keys_values(self, slot: int, group: str, layer: int) -> tuple[Tensor, Tensor] | None:
@@ -95,13 +105,23 @@ class AdapterPoolProtocol(Protocol):
 
 @dataclass
 class BatchContext:
-    """Where each row goes.
+    """The adapter and the place of each row of the current batch.
 
-    slots: one slot a row, or None when every row takes `active`.
-    lengths: tokens a row, by stream ("encoder", "decoder"); None for a padded batch (B, T, D). With lengths the batch
-        is unpadded: the rows lie one behind another in one row of tokens (1, N, D), N = sum(lengths).
-    capture: when a dictionary, the attention hook leaves each site's keys and values in it.
-    in_body: an unpadded pass through the body is under way, so a pooler sees all tokens as one row.
+    Args:
+        active: the slot of every row while `slots` is None.
+        slots: a slot for each row.
+        lengths: tokens of each row, by stream ("encoder", "decoder"); None for a padded batch (B, T, D). With lengths
+            the batch is unpadded: the rows follow one another in one row of tokens (1, N, D), N = sum(lengths).
+        capture: if a dictionary, the attention hook puts each site's keys and values into it.
+        in_body: an unpadded pass through the body runs, so that a pooler sees all tokens as one row.
+        memo: layouts and biases of this batch, shared by its layers.
+        masks: dropout masks of the current unpadded pass.
+        adapter_pool: the adapters, if an engine keeps them instead of the modules' slots.
+        cache: the keys and values of earlier passes, if an engine keeps them.
+        read: (B,) int64, the only tokens whose last hidden states are read; None for all.
+        int8: frozen layers multiply in 8 bits while gradients are on.
+        rounded: the 8-bit matrices of a small base, by (address, turned).
+        positions: of every unpadded token, (N,) int64 for each stream, if an engine computed them.
     """
 
     active: int = BARE
@@ -109,31 +129,31 @@ class BatchContext:
     lengths: Mapping[str, tuple[int, ...]] | None = None
     capture: dict[str, tuple[Tensor, Tensor]] | None = None
     in_body: bool = False
-    memo: dict[tuple[object, ...], Any] = field(default_factory=dict)  # layouts and biases of this batch's lengths
-    masks: Masks | None = None  # of the unpadded pass under way
-    adapter_pool: AdapterPoolProtocol | None = None  # has the adapters instead of the modules' slots
-    cache: KVCacheProtocol | None = None  # has the keys and values of earlier passes
-    read: Tensor | None = None  # the only tokens whose last hidden states anybody reads, (B,) int64; None for all
-    int8: bool = False  # frozen layers multiply in 8 bits where a gradient is wanted
-    rounded: dict[tuple[int, bool], RoundedMatrix] | None = None  # of a small base: (address, turned) -> in 8 bits
-    positions: Mapping[str, Tensor] | None = None  # of every unpadded token, ready made: (N,) int64 a stream
+    memo: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)  # values of several types, each by its own key
+    masks: Masks | None = None
+    adapter_pool: AdapterPoolProtocol | None = None
+    cache: KVCacheProtocol | None = None
+    read: Tensor | None = None
+    int8: bool = False
+    rounded: dict[tuple[int, bool], RoundedMatrix] | None = None
+    positions: Mapping[str, Tensor] | None = None
 
     @property
     def serves(self) -> bool:
-        """Whether an engine answers by this model: then kernels compute what they can, for the bare base as well."""
+        """Whether an engine uses this model: then kernels compute what they can, for the bare base too."""
         return self.adapter_pool is not None
 
     def slot_of(self, row: int) -> int:
         return self.active if self.slots is None else self.slots[row]
 
     def single(self) -> int | None:
-        """The one slot that all rows take, or None for a mixed batch."""
+        """The slot that all rows take, or None for a mixed batch."""
         if self.slots is None:
             return self.active
         return self.slots[0] if len(set(self.slots)) == 1 else None
 
     def rows_by_slot(self) -> dict[int, list[int]]:
-        """Rows of a mixed batch, grouped by slot in order of appearance."""
+        """The rows of a mixed batch by slot, in order of appearance."""
         assert self.slots is not None
         groups: dict[int, list[int]] = {}
         for row, slot in enumerate(self.slots):
@@ -147,7 +167,7 @@ class BatchContext:
         return [(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)]
 
     def tokens_by_slot(self, stream: str, device: torch.device) -> dict[int, Tensor]:
-        """Indices of the unpadded tokens of a stream, grouped by slot."""
+        """Indices of the unpadded tokens of a stream, by slot."""
         spans = self.spans(stream)
         return {
             slot: torch.cat([torch.arange(*spans[row], device=device) for row in rows])
@@ -163,7 +183,7 @@ def set_context(
     in_body: bool = False,
     read: Tensor | None = None,
 ) -> Iterator[None]:
-    """Point `route` at another batch for the length of the block."""
+    """Describe another batch for the length of the block. The arguments are fields of `BatchContext`."""
     before = context.slots, context.lengths, context.in_body, context.memo, context.masks, context.read
     context.slots = None if slots is None else tuple(slots)
     context.lengths = None if lengths is None else {name: tuple(each) for name, each in lengths.items()}

@@ -1,26 +1,24 @@
-"""LoRA as numbers: the factors of one adapter, and the routed linear layer that adds them to a frozen one.
-
-Knows tensors and slots. Refuses to know which layers a model has, files and training.
-"""
+"""LoRA: its formula, the factors of one adapter, and the routed linear layer that adds them to a frozen layer."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import BARE, BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.dropout import Mask, Masks, dropout
 from turret.adapters.fused.int8 import FrozenProducts, products
-from turret.adapters.fused.norms import kept, made
+from turret.adapters.fused.norms import RecomputedNorm, restored, to_save
 from turret.errors import AdapterError
-from turret.kernels import LARGEST, NO_DROPOUT, DropoutArguments, Library, usable
+from turret.kernels import LARGEST, DropoutArguments, Library, usable
 
 
 def lora_delta(x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float = 0.0) -> Tensor:
-    """`scaling * B A dropout(x)`: what LoRA adds to `W x`. The reference of every faster way.
+    """`scaling * B A dropout(x)`: what LoRA adds to `W x`, and the reference of every faster path.
 
     Args:
         x: (..., D_in).
@@ -32,18 +30,27 @@ def lora_delta(x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float = 0.0) 
     Returns:
         (..., D_out).
 
-    Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models.
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
     h = dropout(x, p) @ A.mT  # (..., R)
-    return (h * scaling) @ B.mT  # scaled where the tensor is smallest
+    return (h * scaling) @ B.mT  # the smallest tensor is scaled
+
+
+def merged_weight(W: Tensor, A: Tensor, B: Tensor, scaling: float, *, transposed: bool = False) -> Tensor:
+    """`W' = W + scaling * B A`, summed in float32 and rounded once to W's dtype; a new tensor.
+
+    W: (D_out, D_in), or (D_in, D_out) if `transposed` (GPT-2's Conv1D). A: (R, D_in), B: (D_out, R).
+    """
+    delta = scaling * (B.float() @ A.float())  # (D_out, D_in)
+    return (W.float() + (delta.mT if transposed else delta)).to(W.dtype)
 
 
 class LoRAFactors(nn.Module):
-    """`delta(x) = scaling * (dropout(x) A^T B^T - x A0^T B0^T)`, for x: (..., D_in) -> (..., D_out).
+    """`delta(x) = lora_delta(x; A, B) - lora_delta(x; A0, B0)`, for x: (..., D_in) -> (..., D_out).
 
-    lora_A: (R, D_in) and lora_B: (D_out, R), float32. A0 and B0 are there for PiSSA only: the principal factors that
-    training starts from, subtracted so that the layer starts equal to the base and the base keeps its weights
-    (Meng et al. 2024, written with the base whole instead of its residual).
+    lora_A: (R, D_in) and lora_B: (D_out, R), float32. A0 and B0 are used by PiSSA only: the principal factors that
+    training starts from. Subtracting them makes the layer start equal to the base while the base keeps its weights
+    (Meng et al. 2024, with the whole base instead of its residual).
     """
 
     initial_A: Tensor | None
@@ -60,36 +67,36 @@ class LoRAFactors(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.lora_A.dtype)
-        y = lora_delta(x, self.lora_A, self.lora_B, self.scaling, self.dropout if self.training else 0.0)
+        y = lora_delta(x, self.lora_A, self.lora_B, self.scaling, self._rate)
         if self.initial_A is not None and self.initial_B is not None:
             y = y - lora_delta(x, self.initial_A, self.initial_B, self.scaling)
         return y
 
     def with_base(self, layer: nn.Module, x: Tensor, context: BatchContext) -> Tensor:
-        """W x + bias + delta(x), in the base's own precision and with little kept for the backward pass."""
-        weight, bias = _matrix(layer)
+        """W x + bias + delta(x), in the base's own precision and with little saved for the backward pass."""
+        weight, bias = weight_and_bias(layer)
+        A, B = self.lora_A, self.lora_B
         if self.initial_A is None and self._trains_beside(weight, x):
-            p = self.dropout if self.training else 0.0
-            masks, own = context.masks or Masks(), (x, weight, bias, self.lora_A, self.lora_B)
-            added: Tensor
-            if (library := _kernels(x, weight, self.lora_A, self.lora_B)) is not None:
-                dropped, by = masks.dropped(p) if p > 0.0 else NO_DROPOUT, products(context, x, weight, bias)
-                added = _AdaptedByKernels.apply(*own, dropped, self.scaling, library, by)  # type: ignore[no-untyped-call]
-                return added
+            masks, p = context.masks or Masks(), self._rate
+            if (library := _kernels(x, weight, A, B)) is not None:
+                dropped, by = masks.arguments(p), products(context, x, weight, bias)
+                return apply(_AdaptedByKernels, x, weight, bias, A, B, dropped, self.scaling, library, by)
             if enabled("lora_gradient"):
-                mask = masks.mask(x, p) if p > 0.0 else None
-                added = _Adapted.apply(*own, mask, self.scaling)  # type: ignore[no-untyped-call]
-                return added
+                return apply(_Adapted, x, weight, bias, A, B, masks.mask(x, p) if p > 0.0 else None, self.scaling)
         y: Tensor = layer(x)
         delta: Tensor = self(x)
         return y + delta.to(y.dtype)
 
+    @property
+    def _rate(self) -> float:
+        return self.dropout if self.training else 0.0
+
     def by_kernels(self, weight: Tensor) -> bool:
-        """Whether the kernels compute what it adds to a frozen layer, x being of the weight's dtype and on the CPU."""
+        """Whether the kernels can add these factors to a frozen layer, for x on the CPU in the weight's dtype."""
         return self.initial_A is None and not weight.requires_grad and _fits(self.lora_A, self.lora_B)
 
     def _trains_beside(self, weight: Tensor, x: Tensor) -> bool:
-        """Whether one function can compute both: training on the CPU, with the base frozen and in x's precision."""
+        """Whether base and delta can be one operation: on the CPU, with gradients, the base frozen and in x's dtype."""
         here = torch.is_grad_enabled() and x.device.type == "cpu"
         return here and weight.dtype == x.dtype and not weight.requires_grad
 
@@ -101,6 +108,16 @@ class LoRAFactors(nn.Module):
         return torch.cat([A, self.initial_A]), torch.cat([B, -self.initial_B], dim=1)  # (2R, D_in), (D_out, 2R)
 
 
+class _AdaptedContext(FunctionContext, Protocol):
+    scaling: float
+    shape: torch.Size
+    mask: Mask | None
+    dropped: DropoutArguments
+    library: Library
+    products: FrozenProducts
+    norm: RecomputedNorm | None
+
+
 class _Adapted(torch.autograd.Function):
     """y = W x + b + s (x mask) A^T B^T, multiplied in x's precision, added up in float32; s = scaling / (1 - p).
 
@@ -110,7 +127,7 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _AdaptedContext,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -128,7 +145,7 @@ class _Adapted(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: _AdaptedContext, *gradients: Tensor) -> Gradients:
         rows, weight, A, B, h = ctx.saved_tensors
         mask = ctx.mask
         dy = gradients[0].reshape(-1, B.shape[0])
@@ -143,14 +160,14 @@ class _Adapted(torch.autograd.Function):
 
 
 class _AdaptedByKernels(torch.autograd.Function):
-    """The same, in x's precision for W alone: what the adapter adds is multiplied and added up in float32.
+    """The same by kernels: W x in x's precision, the adapter's part multiplied and added up in float32.
 
-    Of an x that a norm made, what the norm was given is kept in its place.
+    If x came from a norm, the norm's input is saved instead of x.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _AdaptedContext,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -163,24 +180,24 @@ class _AdaptedByKernels(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, D_in)
         y = by.forward(rows, weight, bias)
-        ctx.scaling, ctx.dropped, ctx.library, ctx.by = scaling * dropped.scale, dropped, library, by
+        ctx.scaling, ctx.dropped, ctx.library, ctx.products = scaling * dropped.scale, dropped, library, by
         h = library.lora(rows, A, B, ctx.scaling, dropped, y)
-        own, ctx.norm = kept(x)
-        ctx.save_for_backward(own, weight, A, B, h)
+        saved, ctx.norm = to_save(x)
+        ctx.save_for_backward(saved, weight, A, B, h)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, A, B, h = ctx.saved_tensors
-        rows = made(x, ctx.norm).reshape(-1, x.shape[-1])
+    def backward(ctx: _AdaptedContext, *gradients: Tensor) -> Gradients:
+        saved, weight, A, B, h = ctx.saved_tensors
+        rows = restored(saved, ctx.norm).reshape(-1, saved.shape[-1])
         dy = gradients[0].reshape(-1, len(B)).contiguous()
-        dx = ctx.by.backward(dy, weight) if ctx.needs_input_grad[0] else None
+        dx = ctx.products.backward(dy, weight) if ctx.needs_input_grad[0] else None
         dA, dB = ctx.library.lora_backward(rows, A, B, ctx.scaling, ctx.dropped, h, dy, dx)
-        return None if dx is None else dx.view(x.shape), None, None, dA, dB, None, None, None, None
+        return None if dx is None else dx.view(saved.shape), None, None, dA, dB, None, None, None, None
 
 
 def _kernels(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Library | None:
-    """The kernels, where their vectors fit the factors and all lies as they read it."""
+    """The kernels, if they take these sizes and layouts."""
     if x.numel() >= LARGEST or not x.is_contiguous() or not _fits(A, B) or not enabled("lora_kernel"):
         return None
     return usable(x, weight)
@@ -192,18 +209,18 @@ def _fits(A: Tensor, B: Tensor) -> bool:
     return A.dtype == B.dtype == torch.float32
 
 
-def _matrix(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(D_out, D_in) and the bias of a linear layer; GPT-2's Conv1D keeps its weight transposed."""
-    weight: Any = layer.weight
-    bias: Any = layer.bias
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight (D_out, D_in) and the bias of a linear layer; GPT-2's Conv1D keeps its weight transposed."""
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    assert weight is not None
     return (weight if isinstance(layer, nn.Linear) else weight.mT), bias
 
 
 class RoutedLinear(nn.Module):
-    """`y = W x + delta_slot(row)(x)`: a frozen linear layer and the factors of any number of slots.
+    """`y = W x + delta_slot(row)(x)`: a frozen linear layer, and the factors of any number of slots.
 
-    x: (B, T, D_in) or (B, D_in) padded, one slot a row; (1, N, D_in) unpadded, one slot a span of tokens. A row of
-    slot 0, or of a slot without factors here, is bit-equal to the base.
+    x: (B, T, D_in) or (B, D_in) padded, with a slot for each row; (1, N, D_in) unpadded, with a slot for each span of
+    tokens. Rows without an adapter here get exactly the base layer's output.
     """
 
     def __init__(self, base_layer: nn.Module, context: BatchContext, stream: str) -> None:
@@ -215,17 +232,17 @@ class RoutedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's own weight: T5 looks at its dtype, GPT-2's initialisation at its shape."""
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        """The base's own weight: T5 reads its dtype, GPT-2's initialisation its shape."""
+        weight = self.base_layer._parameters["weight"]
+        assert weight is not None
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
-        return bias
+        return self.base_layer._parameters["bias"]
 
     def factors(self, slot: int) -> LoRAFactors | None:
-        """What a slot adds here, or None."""
+        """The factors that a slot adds to this layer, or None."""
         if slot == BARE or str(slot) not in self.slots:
             return None
         factors = self.slots[str(slot)]
@@ -242,7 +259,7 @@ class RoutedLinear(nn.Module):
         if slot is not None:
             return y
         if self.context.lengths is not None and x.dim() == 2:
-            return y  # a pooler inside the body took unpadded tokens for one row; its output is never used
+            return y  # a pooler inside the body takes unpadded tokens for one row; its output is never used
         if self.context.lengths is not None:
             groups = self.context.tokens_by_slot(self.stream, x.device)
             return self._add_groups(y, x, groups, dim=1)
@@ -262,17 +279,8 @@ def sizes(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if type(layer).__name__ == "Conv1D":
-        weight: Any = layer.weight
-        return int(weight.shape[0]), int(weight.shape[1])
+        d_in, d_out = layer.get_parameter("weight").shape
+        return d_in, d_out
     raise AdapterError(
         f"LoRA cannot adapt a {type(layer).__name__}: expected a linear layer; name other target_modules"
     )
-
-
-def merged_weight(W: Tensor, A: Tensor, B: Tensor, scaling: float, *, transposed: bool = False) -> Tensor:
-    """`W' = W + scaling * B A`, summed in float32 and rounded once to W's dtype; a new tensor.
-
-    W: (D_out, D_in), or (D_in, D_out) where `transposed` (GPT-2's Conv1D). A: (R, D_in), B: (D_out, R).
-    """
-    delta = scaling * (B.float() @ A.float())  # (D_out, D_in)
-    return (W.float() + (delta.mT if transposed else delta)).to(W.dtype)

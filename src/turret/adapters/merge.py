@@ -1,8 +1,6 @@
-"""An adapter folded into the weights of its base, as new tensors: the base keeps its own."""
+"""An adapter merged into the weights of its base, as new tensors; the base keeps its own."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,19 +8,22 @@ from torch import Tensor
 from turret.adapters.adapter import Adapter, shared_names
 from turret.errors import AdapterError
 from turret.methods.lookup import numbers_of
+from turret.transformer import Model
 
 
 def require_mergeable(adapter: Adapter) -> None:
-    """Raises AdapterError for a method that is more than weights."""
+    """Raise AdapterError for a method that is more than a change of weights."""
     numbers_of(adapter.method).require_mergeable()
 
 
 @torch.no_grad()
-def merged_state(model: Any, adapter: Adapter) -> dict[str, Tensor]:
-    """The state dict of `model`, with nothing attached, as it would be with the adapter in its weights.
+def merged_state(model: Model, adapter: Adapter) -> dict[str, Tensor]:
+    """The state dict of `model`, which has nothing attached, with the adapter merged into its weights.
 
-    Weights that do not change are the model's own tensors; the others are new. Raises AdapterError for a prefix, a
-    layer that is not there, and one whose weight another layer shares.
+    Weights that do not change are the model's own tensors; the others are new.
+
+    Raises:
+        AdapterError: the method cannot be merged, a layer is missing, or another layer shares its weight.
     """
     require_mergeable(adapter)
     state: dict[str, Tensor] = dict(model.state_dict())

@@ -1,14 +1,13 @@
-"""Run unpadded rows through an attached model: no row is ever padded to the length of another.
+"""Run unpadded rows through an attached model: no row is padded to the length of another.
 
-The rows lie one behind another in one row of N tokens, filled up at its end to a round number, and the hooks keep them
-apart. Both functions are differentiable and honour train() and eval(). Refuses to know tasks, losses and texts.
+The rows follow one another in one row of N tokens, which is filled up at its end to a round number. The hooks keep the
+rows apart. All functions are differentiable and honour train() and eval().
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +19,25 @@ from turret.adapters.fused.blocks import rounded
 from turret.adapters.fused.frozen import linear
 from turret.adapters.positions import row_positions
 from turret.families import Pooling
+from turret.transformer import Model, ModelConfig
 
-STEPS = ((64, 8), (512, 32), (1 << 62, 64))  # all rows together are filled up: to 64 tokens by 8, and so on
+STEPS = ((64, 8), (512, 32), (1 << 62, 64))  # the tokens of all rows are rounded up: to 64 by 8, and so on
 
 
-def classify_logits(model: Any, inputs: Sequence[Tensor], slots: Sequence[int] | None = None) -> Tensor:
-    """Logits of a sequence classifier: inputs are B rows of token ids (T_i,) int64 -> (B, C).
+def classify_logits(model: Model, inputs: Sequence[Tensor], slots: Sequence[int] | None = None) -> Tensor:
+    """Logits of a sequence classifier.
 
-    slots: one slot a row; all rows take the attached adapter where left out.
+    Args:
+        model: a classifier with an attachment.
+        inputs: B rows of token ids, each (T_i,) int64.
+        slots: a slot for each row; None: all rows take the attached adapter.
+
+    Returns:
+        (B, C).
     """
     attached = attachment(model)
     family, lengths = attached.family, [len(row) for row in inputs]
-    if family.is_encoder_decoder:  # the whole input again as the decoder's, shifted; its last token is read
+    if family.is_encoder_decoder:  # the decoder reads the whole input again, shifted; its last token is classified
         shifted = [shift_right(model.config, row) for row in inputs]
         hidden = _encoder_decoder_hidden(model, inputs, shifted, slots)
     elif (
@@ -53,20 +59,29 @@ def classify_logits(model: Any, inputs: Sequence[Tensor], slots: Sequence[int] |
 
 
 def target_logits(
-    model: Any, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None = None
+    model: Model, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None = None
 ) -> Tensor:
-    """Logits that predict every target token, row after row: -> (sum of len(target), V).
+    """Logits that predict every target token, row after row.
 
-    sources: B rows (S_i,), targets: B rows (T_i,), int64. A decoder reads [source; target] as one row; an
-    encoder-decoder reads the source, and the target shifted right. Only target positions reach the output layer.
+    A decoder reads [source; target] as one row. An encoder-decoder reads the source, and the target shifted right. Only
+    target positions reach the output layer.
+
+    Args:
+        model: a generator with an attachment.
+        sources: B rows of token ids, each (S_i,) int64.
+        targets: B rows of token ids, each (T_i,) int64.
+        slots: a slot for each row; None: all rows take the attached adapter.
+
+    Returns:
+        (sum of T_i, V).
     """
     return vocabulary_logits(model, target_states(model, sources, targets, slots))
 
 
 def target_states(
-    model: Any, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None = None
+    model: Model, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None = None
 ) -> Tensor:
-    """What the output layer makes those logits of: (sum of len(target), D)."""
+    """The hidden states from which the output layer computes those logits: (sum of T_i, D)."""
     attached = attachment(model)
     if attached.family.is_encoder_decoder:
         shifted = [shift_right(model.config, row) for row in targets]
@@ -81,34 +96,36 @@ def target_states(
     return hidden[torch.cat(before)]
 
 
-def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
-    """The output layer of a model that generates, as its own forward has it: (N, D) -> (N, V)."""
-    output = functools.partial(linear, model.get_output_embeddings())
+def vocabulary_logits(model: Model, hidden: Tensor) -> Tensor:
+    """The output layer of a generator, as its own forward computes it: (N, D) -> (N, V)."""
+    layer = model.get_output_embeddings()
+    assert layer is not None
+    output = functools.partial(linear, layer)
     logits: Tensor = attachment(model).family.vocabulary(model, hidden, output)
     return logits
 
 
-def _hidden(model: Any, rows: Sequence[Tensor], slots: Sequence[int] | None, read: Tensor | None = None) -> Tensor:
-    """Last hidden states of an encoder or a decoder: (N, D), or (B, D) of the tokens that are `read`."""
+def _hidden(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None, read: Tensor | None = None) -> Tensor:
+    """Last hidden states of an encoder or a decoder: (N, D), or (B, D) of the tokens `read`."""
     attached = attachment(model)
     rows, slots = _filled(rows, slots)
     lengths = [len(row) for row in rows]
     ids = torch.cat(list(rows))[None].to(device_of(model))  # (1, N)
     offset = attached.family.position_offset(model.config)
-    call: dict[str, Any] = {"use_cache": False} if attached.family.decoder_only else {}
+    settings: dict[str, bool] = {"use_cache": False} if attached.family.decoder_only else {}
     with set_context(attached.context, slots, {attached.family.kind: lengths}, in_body=True, read=read):
         output = model.base_model(
             input_ids=ids,
             attention_mask=ready_mask(ids),
             position_ids=row_positions(lengths, offset, ids.device)[None],
-            **call,
+            **settings,
         )
     hidden: Tensor = output[0][0]
     return hidden
 
 
 def _encoder_decoder_hidden(
-    model: Any, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None
+    model: Model, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None
 ) -> Tensor:
     """Last hidden states of the decoder: (M, D) for M target tokens."""
     attached = attachment(model)
@@ -131,9 +148,9 @@ def _encoder_decoder_hidden(
 def _filled(
     rows: Sequence[Tensor], slots: Sequence[int] | None, always: bool = False
 ) -> tuple[Sequence[Tensor], Sequence[int] | None]:
-    """The rows and one more that rounds the number of tokens up, so that few shapes are computed; nobody reads it.
+    """The rows and one more that rounds the number of tokens up, so that few shapes are computed; it is not read.
 
-    always: at least one token more, so that the two sides of an encoder-decoder keep as many rows as each other.
+    always: at least one token more, so that both sides of an encoder-decoder have the same number of rows.
     """
     tokens = sum(len(row) for row in rows)
     missing = rounded(tokens + always, STEPS) - tokens
@@ -143,12 +160,12 @@ def _filled(
 
 
 def ready_mask(ids: Tensor) -> Tensor:
-    """A 4-dimensional mask counts as made already, so no (N, N) mask is built; the attention function makes its own."""
+    """A 4-dimensional mask, which transformers takes as it is: no (N, N) mask is built. `attention` makes its own."""
     return torch.zeros(1, 1, 1, 1, device=ids.device)
 
 
 def pool(pooling: Pooling, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The vector a classifier reads of each row: hidden (N, D) -> (B, D)."""
+    """The vector of each row that a classifier reads: hidden (N, D) -> (B, D)."""
     ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
     hidden = hidden[: sum(lengths)]
     if pooling == "last":
@@ -158,6 +175,7 @@ def pool(pooling: Pooling, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
     return hidden[ends - torch.tensor(lengths, device=hidden.device)]
 
 
-def shift_right(config: Any, row: Tensor) -> Tensor:
+def shift_right(config: ModelConfig, row: Tensor) -> Tensor:
+    """The row as an encoder-decoder's decoder reads it: its start token first, the last token left out."""
     start = torch.full((1,), config.decoder_start_token_id, dtype=row.dtype, device=row.device)
     return torch.cat([start, row[:-1]])

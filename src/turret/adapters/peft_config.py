@@ -1,13 +1,12 @@
-"""What `adapter_config.json` may say: PEFT's keys that are computed here, and those that are refused."""
+"""The keys of PEFT's `adapter_config.json`: those that turret computes, and those that it refuses."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from turret.errors import BundleError
+from turret.json_types import JsonMapping, JsonValue
 
-# Options of PEFT that change the numbers and that we do not compute: anything but these values is refused.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+# Options of PEFT that change the output and are not computed here: any other value is refused.
+NEUTRAL: dict[str, tuple[JsonValue, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
     "lora_bias": (False, None),
@@ -29,8 +28,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "ensure_weight_tying": (False, None),
 }
 
-# Keys of PEFT that say what the tensors say as well, where the adapter came from, or how it was trained.
-SAID = {
+# Keys of PEFT that repeat what the tensors show, or say where the adapter came from or how it was trained.
+REDUNDANT = {
     *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora"),
     *("modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "megatron_core", "eva_config"),
@@ -39,13 +38,13 @@ SAID = {
     *("init_weights", "encoder_hidden_size"),
 }
 CODE = ("auto_map", "auto_mapping")
-KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # the ways to start a LoRA that leave the base whole
+KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # initializations of LoRA that do not change the base
 
 
-def check_config(config: dict[str, Any]) -> None:
-    """Refuse what we do not compute, what we do not know, and what would choose code.
+def check_config(config: JsonMapping) -> None:
+    """Raise BundleError for options that are not computed here, for unknown keys, and for keys that name code.
 
-    A key that is not known passes only with an empty value: PEFT writes every option it has, used or not.
+    An unknown key passes with an empty value: PEFT writes every option that it has, used or not.
     """
     refuse_code(config)
     for key, allowed in NEUTRAL.items():
@@ -59,21 +58,21 @@ def check_config(config: dict[str, Any]) -> None:
             "weights: save it with PEFT's path_initial_model_for_weight_conversion, or merge it first"
         )
     for key, value in config.items():
-        if key not in SAID and key not in NEUTRAL and value not in (None, False, {}, []):
+        if key not in REDUNDANT and key not in NEUTRAL and value not in (None, False, {}, []):
             raise BundleError(f"adapter_config.json has an unknown key {shortly(key)}: remove it, or merge it first")
 
 
-def refuse_code(config: dict[str, Any]) -> None:
-    """Raises BundleError for a key that names code."""
+def refuse_code(config: JsonMapping) -> None:
+    """Raise BundleError for a key that names code."""
     for key in CODE:
         if config.get(key) is not None:
             raise BundleError(
-                f"adapter_config.json carries {key}, which names code: no code from outside is run; remove it"
+                f"adapter_config.json has {key}, which names code: turret runs no code from outside; remove it"
             )
 
 
-def check_agreement(config: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises BundleError unless the configuration beside a manifest has these keys and values."""
+def check_agreement(config: JsonMapping, expected: JsonMapping) -> None:
+    """Raise BundleError unless the configuration beside a manifest has these keys and values."""
     for key, value in expected.items():
         if config.get(key) != value:
             raise BundleError(
@@ -82,7 +81,7 @@ def check_agreement(config: dict[str, Any], expected: dict[str, Any]) -> None:
             )
 
 
-def shortly(value: object) -> str:
-    """In ASCII, and not longer than an error has room for."""
+def shortly(value: JsonValue) -> str:
+    """The value in ASCII, short enough for an error."""
     shown = ascii(value)
     return shown if len(shown) <= 60 else f"{shown[:56]}…"

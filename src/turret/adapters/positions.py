@@ -1,27 +1,38 @@
-"""Where a token stands: positions of unpadded rows, and the shift a causal prefix causes.
+"""Positions of tokens: of unpadded rows, and shifted by a causal prefix.
 
-A causal prefix of P tokens takes the positions 0 … P-1, so the real tokens begin at P: then a prefix that starts from
-the keys and values of a text is exactly that text prepended. Encoders are not shifted. Knows routes and lengths;
-refuses to know what a prefix holds.
+A causal prefix of P tokens takes the positions 0 … P-1, so the real tokens begin at P. Then a prefix that starts from
+the keys and values of a text is exactly that text prepended. Encoders are not shifted.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ParamSpec, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from turret.adapters.batch_context import BatchContext
 from turret.families import Family
+from turret.transformer import Model
 
 Length = Callable[[int], int]  # slot -> P
+Args = tuple[Any, ...]  # the arguments of a module of transformers, of any type
+Kwargs = dict[str, Any]
+PreHook = Callable[[nn.Module, Args, Kwargs], tuple[Args, Kwargs] | None]  # None leaves the arguments as they are
+P = ParamSpec("P")
 
 
-def hook(model: Any, family: Family, context: BatchContext, prefix_length: Length) -> list[Any]:
-    """Register what a family needs; returns the handles that remove it."""
+class _Cache(Protocol):
+    """A key-value cache of transformers."""
+
+    def get_seq_length(self) -> int: ...
+
+
+def hook(model: Model, family: Family, context: BatchContext, prefix_length: Length) -> list[RemovableHandle]:
+    """Register the hooks that a family needs; returns the handles that remove them."""
     if family.decoder_only:
         body = model.base_model
         names = list(inspect.signature(type(body).forward).parameters)[1:]
@@ -37,22 +48,11 @@ def hook(model: Any, family: Family, context: BatchContext, prefix_length: Lengt
     return handles
 
 
-def hook_bias(modules: Iterable[Any], family: Family, context: BatchContext) -> Callable[[], None]:
-    """Keep a base from computing an (N, N) bias for N unpadded tokens: the attention function makes each row's own."""
+def hook_bias(modules: Iterable[nn.Module], family: Family, context: BatchContext) -> Callable[[], None]:
+    """Keep a base from computing an (N, N) bias for N unpadded tokens; `attention` computes the bias of each row."""
     modules, name = list(modules), "" if family.relative_bias is None else family.relative_bias.method
     for module in modules:
-        original = getattr(type(module), name)
-
-        def compute(
-            *args: Any, module: Any = module, original: Any = original, **kwargs: Any
-        ) -> Tensor:  # instead of the method, on this instance only
-            if context.lengths is None:
-                bias: Tensor = original(module, *args, **kwargs)
-                return bias
-            weight: Tensor = next(module.parameters())
-            return weight.new_zeros(1, 1, 1, 1)
-
-        setattr(module, name, compute)
+        setattr(module, name, _bias_of_padded(module, getattr(module, name), context))  # on this instance only
 
     def undo() -> None:
         for module in modules:
@@ -61,13 +61,24 @@ def hook_bias(modules: Iterable[Any], family: Family, context: BatchContext) -> 
     return undo
 
 
+def _bias_of_padded(module: nn.Module, original: Callable[P, Tensor], context: BatchContext) -> Callable[P, Tensor]:
+    """The method that computes the bias; for unpadded tokens it gives zeros (1, 1, 1, 1)."""
+
+    def compute(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if context.lengths is None:
+            return original(*args, **kwargs)
+        return next(module.parameters()).new_zeros(1, 1, 1, 1)
+
+    return compute
+
+
 def row_positions(lengths: Iterable[int], offset: int, device: torch.device) -> Tensor:
     """Positions of unpadded rows, each counted from `offset`: (N,) int64."""
     return torch.cat([torch.arange(offset, offset + length, device=device) for length in lengths])
 
 
 def _shift(context: BatchContext, prefix_length: Length, rows: int, stream: str, device: torch.device) -> Tensor | None:
-    """P of every row, (B, 1), or of every unpadded token, (1, N); None where nothing has a causal prefix."""
+    """P of every row, (B, 1), or of every unpadded token, (1, N); None if no row has a causal prefix."""
     slot = context.single()
     if slot is not None:
         P = prefix_length(slot)
@@ -81,8 +92,8 @@ def _shift(context: BatchContext, prefix_length: Length, rows: int, stream: str,
     return lengths.repeat_interleave(torch.tensor(context.lengths[stream], device=device))[None]
 
 
-def _decoder_hook(names: list[str], offset: int, context: BatchContext, prefix_length: Length) -> Callable[..., Any]:
-    def shift_positions(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _decoder_hook(names: list[str], offset: int, context: BatchContext, prefix_length: Length) -> PreHook:
+    def shift_positions(body: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if context.capture is not None or context.positions is not None:
             return None
         call = dict(zip(names, args, strict=False)) | kwargs
@@ -99,8 +110,8 @@ def _decoder_hook(names: list[str], offset: int, context: BatchContext, prefix_l
     return shift_positions
 
 
-def _positions(tokens: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-    """Positions of padded rows where the caller gave none: padding on either side does not count. (B, T)"""
+def _positions(tokens: Tensor, mask: Tensor | None, cache: _Cache | None) -> Tensor:
+    """Positions of padded rows, (B, T), if the caller gave none: padding on either side does not count."""
     length = tokens.shape[1]
     if mask is not None and mask.dim() == 2:
         counted: Tensor = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -109,8 +120,8 @@ def _positions(tokens: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
     return torch.arange(past, past + length, device=tokens.device)[None]
 
 
-def _table_hook(stream: str, context: BatchContext, prefix_length: Length) -> Callable[..., Any]:
-    def give_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _table_hook(stream: str, context: BatchContext, prefix_length: Length) -> PreHook:
+    def give_positions(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if context.capture is not None:
             return None
         if context.positions is not None:

@@ -1,44 +1,48 @@
-"""Prefix tuning as numbers: the keys and values one adapter puts in front of attention (Li & Liang 2021).
+"""Prefix tuning: the keys and values that one adapter puts before those of every attention layer (Li & Liang 2021).
 
-Knows tensors and groups of layers. Refuses to know how a model reaches its attention, files and training.
-
-A prefix of P tokens for L layers with H key-value heads of size D is one tensor a group, (L, 2, H, P, D): keys, then
-values. While it is trained with reparametrisation it is
+A prefix of P tokens for L layers with H key-value heads of size D is one tensor for each group of layers,
+(L, 2, H, P, D): keys, then values. With reparametrisation it is, while it trains,
 
     KV = KV0 + MLP(E),    E: (P, embedding), MLP: embedding -> hidden -> L * 2 * H * D, last layer zero at the start
 
-with KV0 the keys and values of real words, fixed; so the first step starts at the prompted model. `folded` gives KV;
-the MLP is never stored.
+where KV0, the keys and values of real words, is fixed, so that the first step starts at the prompted model. `folded`
+gives KV; the MLP is never stored.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from turret.adapters.autograd import FunctionContext, Gradients, apply
 
 EMBEDDING_SIZE = 64  # of each virtual token inside the reparametrisation
 Groups = dict[str, list[tuple[Tensor, Tensor]]]  # (key, value) of every layer, each (H, P, D), by group
 
 
-GRADIENT_STAYS = "turret_gradient_stays"  # an attribute of a parameter whose `grad` is there from step to step
+GRADIENT_STAYS = "turret_gradient_stays"  # an attribute of a parameter that keeps its `grad` from step to step
+
+
+class _OuterContext(FunctionContext, Protocol):
+    parameter: nn.Parameter
 
 
 class _Outer(torch.autograd.Function):
-    """h W^T. Where W's `grad` stays, what is added to it goes there at once: it is large, and never in memory twice.
+    """h W^T. If W keeps its `grad`, the gradient is added there in place: it is large, and never in memory twice.
 
     h: (P, hidden), W: (N, hidden) -> (P, N).
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: nn.Parameter) -> Tensor:
+    def forward(ctx: _OuterContext, h: Tensor, weight: nn.Parameter) -> Tensor:
         ctx.save_for_backward(h, weight)
         ctx.parameter = weight
         return h @ weight.mT
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: _OuterContext, *gradients: Tensor) -> Gradients:
         (h, weight), dy = ctx.saved_tensors, gradients[0]
         if getattr(ctx.parameter, GRADIENT_STAYS, False) and (grad := ctx.parameter.grad) is not None:
             grad.addmm_(dy.mT, h)
@@ -71,38 +75,36 @@ class PrefixGroup(nn.Module):
             return self.keys_values
         layers, two, heads, tokens, dim = self.shape
         h = torch.tanh(self.embedding @ self.inner_weight.mT + self.inner_bias)  # (P, hidden)
-        change: Tensor = _Outer.apply(h, self.outer_weight)  # type: ignore[no-untyped-call]
-        change = change + self.outer_bias  # (P, L * 2 * H * D)
+        change = apply(_Outer, h, self.outer_weight) + self.outer_bias  # (P, L * 2 * H * D)
         change = change.view(tokens, layers, two, heads, dim).permute(1, 2, 3, 0, 4)  # (L, 2, H, P, D)
-        start: Tensor = self.get_buffer("start")
-        return start + change
+        return self.get_buffer("start") + change
 
 
 class PrefixSlot(nn.Module):
-    """All groups of one adapter's prefix, folded once a pass and read by every layer."""
+    """All groups of one adapter's prefix, folded once per pass and read by every layer."""
 
     def __init__(self, groups: dict[str, PrefixGroup]) -> None:
         super().__init__()
         self.groups = nn.ModuleDict(groups)
         self.length = next(iter(groups.values())).shape[3]  # P
-        self._current: dict[str, tuple[Tensor, ...]] = {}  # a layer each
+        self._current: dict[str, tuple[Tensor, ...]] = {}  # one tensor for each layer
         self._seen: dict[str, tuple[int, ...]] = {}
 
     def refresh(self, group: str) -> None:
-        """Fold a group for the pass that begins; without gradients, only when a parameter has changed."""
+        """Fold a group for the next pass; without gradients, only if a parameter has changed."""
         if group not in self.groups:
             return
         module = self.groups[group]
         assert isinstance(module, PrefixGroup)
         versions = tuple(each._version for each in module.parameters())
         if torch.is_grad_enabled() or self._seen.get(group) != versions:
-            self._current[group] = module.folded().unbind(0)  # a slice a layer would have a gradient as large as all
+            self._current[group] = module.folded().unbind(0)  # slices would each have a gradient as large as all
             # A tensor that carries a graph must not outlive its pass; an inference tensor must not enter a graph.
             plain = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
             self._seen[group] = versions if plain else ()
 
     def keys_values(self, group: str, layer: int) -> tuple[Tensor, Tensor] | None:
-        """(key, value), each (H, P, D), of one layer, or None where this prefix has no such group."""
+        """(key, value) of one layer, each (H, P, D), or None if this prefix has no such group."""
         if group not in self.groups:
             return None
         if group not in self._current:

@@ -1,4 +1,4 @@
-"""Modules that stand where the base's own stood and ask the route: a task's head, and dropout."""
+"""Modules that replace the base's own and read the context: a task's head, and dropout."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ class RoutedModule(nn.Module):
         self.slots = nn.ModuleDict()
         self.context = context
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # what the base passes to its own head
+        def run(slot: int, rows: Tensor) -> Tensor:
+            key = str(slot)
+            module = self.slots[key] if key in self.slots else self.base_module  # noqa: SIM401 (a ModuleDict has no get)
+            weight = next(module.parameters(), rows)
+            output: Tensor = module(rows.to(weight.dtype), *args, **kwargs)
+            return output
+
         slot = self.context.single()
-        if slot is not None or self.context.in_body:  # in a body, a pooler's output on unpadded tokens is never used
-            return self._run(self.context.active if slot is None else slot, x, *args, **kwargs)
+        if slot is not None or self.context.in_body:  # inside a body, a pooler's output on unpadded tokens is not used
+            return run(self.context.active if slot is None else slot, x)
         parts = {
-            slot: ((index := torch.tensor(rows, device=x.device)), self._run(slot, x[index], *args, **kwargs))
+            slot: ((index := torch.tensor(rows, device=x.device)), run(slot, x[index]))
             for slot, rows in self.context.rows_by_slot().items()
         }
         widths = {part.shape[-1] for _, part in parts.values()}
         if len(widths) > 1:
-            raise AdapterError(f"heads of different sizes {sorted(widths)} in one batch: answer each size by itself")
+            raise AdapterError(f"heads of different sizes {sorted(widths)} in one batch: give each size its own batch")
         first = next(iter(parts.values()))[1]
         output = first.new_empty(x.shape[0], *first.shape[1:])
         for index, part in parts.values():
             output = output.index_copy(0, index, part.to(first.dtype))
         return output
 
-    def _run(self, slot: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        key = str(slot)
-        module = self.slots[key] if key in self.slots else self.base_module  # noqa: SIM401 (a ModuleDict has no get)
-        weight = next(module.parameters(), x)
-        output: Tensor = module(x.to(weight.dtype), *args, **kwargs)
-        return output
-
 
 class RoutedDropout(nn.Dropout):
-    """In place of one of the base's own dropout layers: the same, from the cheap masks of the pass."""
+    """Replaces a dropout layer of the base: the same, with the masks of the pass."""
 
     def __init__(self, replaced: nn.Dropout, context: BatchContext) -> None:
         super().__init__(replaced.p)

@@ -1,13 +1,13 @@
-"""Any other method of PEFT on an attached base: PEFT makes its modules and their numbers, the hooks carry the rows.
+"""Any other method of PEFT on an attached base: PEFT creates its modules and their tensors, the hooks run the rows.
 
-Two ways, and PEFT's own classes in both:
+PEFT's own classes are used in two ways:
 
-- a method that replaces layers works token by token, so PEFT puts its layers into the model and unpadded rows run
-  through them as through any other
-- a prompt of P virtual tokens in front of a decoder is a prefix whose keys and values the base itself makes of them:
-  PEFT's module makes the tokens, one pass of the base over P tokens makes the prefix, and every row reads that
+- A method that replaces layers works token by token. PEFT puts its layers into the model, and unpadded rows pass
+  through them as through any other layer.
+- A prompt of P virtual tokens before a decoder's text is a prefix whose keys and values the base computes. PEFT's
+  module gives the tokens, one pass of the base over P tokens gives the prefix, and every row reads that.
 
-Refuses in one line what neither way can do. Refuses to know files, data and training.
+A method that works in neither way is refused in one line.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import enum
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import Field, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,43 +26,69 @@ from torch import Tensor, nn
 from turret.adapters.prefix import Groups
 from turret.errors import AdapterError, RecipeError, TurretError
 from turret.families import Family
+from turret.json_types import JsonObject, JsonValue
 from turret.methods import LoRA, Peft
+from turret.transformer import Model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 NAME = "default"  # of the adapter inside PEFT
-# Said by turret itself, for every method alike; and what names code to be imported, which nobody may say.
+# Settings that turret makes itself, alike for every method, and those that name code to import, which are refused.
 OURS = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("modules_to_save", "peft_version", "megatron_config", "megatron_core", "tokenizer_kwargs"),
 }
-LORA = LoRA().model_dump(include={"r", "lora_alpha", "lora_dropout"})  # as turret's own, so that they compare
-ALIASES: dict[str, tuple[str, dict[str, Any]]] = {  # what is called a method of its own and is an option in PEFT
+LORA = LoRA().model_dump(include={"r", "lora_alpha", "lora_dropout"})  # turret's own defaults, for fair comparisons
+ALIASES: dict[str, tuple[str, JsonObject]] = {  # known as methods, options of another method in PEFT
     "DORA": ("LORA", {**LORA, "use_dora": True}),
     "RSLORA": ("LORA", {**LORA, "use_rslora": True}),
 }
 PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 REFUSED = {
-    "PREFIX_TUNING": 'turret has a form of its own: say method.kind = "prefix"',
-    "ADALORA": "it moves ranks between layers on a schedule of its own while it trains, which this loop does not call",
-    "ADAPTION_PROMPT": "it puts an attention of its own in place of the base's",
-    "CARTRIDGE": "it starts from a cache of keys and values that has to be distilled first",
-    "CPT": "it needs to know which tokens of a prompt are whose, and no recipe says that",
-    "MULTITASK_PROMPT_TUNING": "it needs a task's number beside every text, and a recipe has one task",
-    "OSF": "it rewrites the base's weights, and the base is never written to",
-    "POLY": "it needs a task's number beside every text, and a recipe has one task",
+    "PREFIX_TUNING": 'turret has its own: set method.kind = "prefix"',
+    "ADALORA": "it moves ranks between layers on its own schedule, which turret's training loop does not call",
+    "ADAPTION_PROMPT": "it replaces the base's attention by its own",
+    "CARTRIDGE": "it starts from a cache of keys and values that must be distilled first",
+    "CPT": "it needs the part of the prompt that each token belongs to, which a recipe cannot give",
+    "MULTITASK_PROMPT_TUNING": "it needs a task's number for every text, and a recipe has one task",
+    "OSF": "it rewrites the base's weights, and turret never writes to the base",
+    "POLY": "it needs a task's number for every text, and a recipe has one task",
     "SHADOW": "it trains a second model beside the base",
     "TRAINABLE_TOKENS": "it trains embeddings of new tokens, and the base's tokenizer has none",
-    "XLORA": "it mixes LoRAs that are trained already",
+    "XLORA": "it mixes LoRAs that are already trained",
 }
+
+
+class PeftConfig(Protocol):
+    """A configuration of PEFT: a dataclass with fields of its own for each method, of any type."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    peft_type: enum.Enum
+    task_type: str | None
+    is_prompt_learning: bool
+    target_modules: list[str] | str | None
+
+    def __init__(self, **settings: Any) -> None: ...
 
 
 @dataclass
 class Guest:
-    """PEFT's model around ours, and what it put there."""
+    """What PEFT put on a model.
 
-    wrapped: Any  # PeftModel
-    method: Peft  # as it is kept: which layers it found is written out
-    layers: tuple[Any, ...]  # its layers in the model; none for a prompt
-    parameters: dict[str, nn.Parameter]  # its own, by name
+    Args:
+        wrapped: PEFT's model around the base.
+        method: as it is stored, with the layers that PEFT found.
+        layers: PEFT's layers in the model; none for a prompt.
+        parameters: PEFT's own, by name.
+        leave: removes everything.
+    """
+
+    wrapped: PeftModel
+    method: Peft
+    layers: tuple[BaseTunerLayer, ...]
+    parameters: dict[str, nn.Parameter]
     leave: Callable[[], None]
 
 
@@ -70,12 +96,12 @@ class Guest:
 
 
 def names() -> list[str]:
-    """What `peft_type` may say."""
+    """The values that `peft_type` can take."""
     return sorted({*_classes(), *ALIASES} - set(REFUSED))
 
 
-def config_of(method: Peft) -> Any:
-    """PEFT's own configuration of the method; raises RecipeError in one line for what PEFT or turret does not take."""
+def config_of(method: Peft) -> PeftConfig:
+    """PEFT's own configuration of the method. Raises RecipeError for what PEFT or turret does not take."""
     kind, extra = ALIASES.get(method.peft_type, (method.peft_type, {}))
     known = _classes()
     if kind in REFUSED:
@@ -83,11 +109,11 @@ def config_of(method: Peft) -> Any:
     if kind not in known:
         near = difflib.get_close_matches(method.peft_type, names(), n=1)
         remedy = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names())}"
-        raise RecipeError(f"method.peft_type {_short(method.peft_type)} is no method of PEFT: {remedy}")
+        raise RecipeError(f"method.peft_type {_short(method.peft_type)} is not a method of PEFT: {remedy}")
     allowed = [field.name for field in fields(known[kind]) if field.init and field.name not in OURS]
     for key in method.options:
         if key in OURS:
-            raise RecipeError(f"method.{key}: turret says that itself, or nobody may: leave it out")
+            raise RecipeError(f"method.{key} is set by turret or not allowed: leave it out")
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
             remedy = f"did you mean {near[0]!r}?" if near else f"{kind} knows {', '.join(sorted(allowed))}"
@@ -99,8 +125,8 @@ def config_of(method: Peft) -> Any:
         raise RecipeError(f"PEFT does not take this {kind}: {_line(error)}") from None
 
 
-def kept(config: Any) -> dict[str, Any]:
-    """Every setting of a configuration that says something, as JSON has it."""
+def kept(config: PeftConfig) -> JsonObject:
+    """The settings of a configuration that are not empty, as JSON."""
     found = {}
     for field in fields(config):
         value = _plain(getattr(config, field.name, None))
@@ -109,7 +135,8 @@ def kept(config: Any) -> dict[str, Any]:
     return found
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: JsonValue) -> JsonValue:
+    """The value as JSON; None for one that JSON does not have."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
@@ -121,7 +148,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, list)) else None
 
 
-def _classes() -> dict[str, Any]:
+def _classes() -> dict[str, type[PeftConfig]]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     return {getattr(kind, "value", str(kind)): each for kind, each in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -130,8 +157,8 @@ def _classes() -> dict[str, Any]:
 # --- on a model -------------------------------------------------------------------------------------------------------
 
 
-def invite(model: Any, family: Family, method: Peft, generator: torch.Generator | None = None) -> Guest:
-    """Have PEFT put the method on a model that has its hooks already. Raises AdapterError where it cannot."""
+def invite(model: Model, family: Family, method: Peft, generator: torch.Generator | None = None) -> Guest:
+    """Let PEFT put the method on a model that has turret's hooks. Raises AdapterError if it cannot."""
     config = config_of(method)
     prompt = bool(config.is_prompt_learning)
     if prompt:
@@ -145,7 +172,7 @@ def invite(model: Any, family: Family, method: Peft, generator: torch.Generator 
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(seed)
             wrapped = _wrapped(model, family, config)
-        layers = () if prompt else _layers(model, before)
+        layers = () if prompt else _layers(model)
         _require_sound(model, family, config, before, layers, sums)
     except (TurretError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         leave()
@@ -160,7 +187,7 @@ def invite(model: Any, family: Family, method: Peft, generator: torch.Generator 
     return Guest(wrapped, method.with_options(kept(wrapped.peft_config[NAME])), layers, own, leave)
 
 
-def _wrapped(model: Any, family: Family, config: Any) -> Any:
+def _wrapped(model: Model, family: Family, config: PeftConfig) -> PeftModel:
     from peft import get_peft_model
 
     targets = getattr(config, "target_modules", ())
@@ -175,7 +202,7 @@ def _wrapped(model: Any, family: Family, config: Any) -> Any:
         return get_peft_model(model, config, adapter_name=NAME)
 
 
-def _linear(model: Any, family: Family) -> list[str]:
+def _linear(model: nn.Module, family: Family) -> list[str]:
     """Every linear layer of the body."""
     outside = family.beside_body
     return [
@@ -185,63 +212,65 @@ def _linear(model: Any, family: Family) -> list[str]:
     ]
 
 
-def _require_writer(model: Any, family: Family, config: Any) -> None:
+def _require_writer(model: Model, family: Family, config: PeftConfig) -> None:
+    """Raise AdapterError for a prompt that turret cannot read, or a model that does not generate."""
     kind = config.peft_type.value
     if kind not in PROMPTS:
-        raise AdapterError(f"{kind} is no prompt that turret can read: expected {', '.join(PROMPTS)}, or prefix")
+        raise AdapterError(f"turret cannot read a prompt of {kind}: use {', '.join(PROMPTS)}, or the method prefix")
     if not family.decoder_only or not hasattr(model, family.output_layer):
         raise AdapterError(
-            f"{kind} puts virtual tokens before the text of a decoder that writes, and this is "
+            f"{kind} puts virtual tokens before the text of a generating decoder, and this is "
             f"{'a classifier' if family.decoder_only else f'an {family.kind}'}: use the method prefix"
         )
 
 
 def _require_sound(
-    model: Any,
+    model: Model,
     family: Family,
-    config: Any,
+    config: PeftConfig,
     before: Mapping[str, nn.Module],
-    layers: tuple[Any, ...],
+    layers: tuple[BaseTunerLayer, ...],
     sums: Mapping[int, tuple[float, float]],
 ) -> None:
-    """The base is as it was, the head is nobody's, and every number is where the model finds it."""
+    """Raise AdapterError unless PEFT found layers, outside the head, and left the base's weights as they were."""
     kind = config.peft_type.value
     if config.is_prompt_learning:
         return
     if not layers:
-        raise AdapterError(f"PEFT's {kind} found no layer of this {family.name}: name method.target_modules")
+        raise AdapterError(f"PEFT's {kind} found no layer of this {family.name}: set method.target_modules")
     head = [
         path for path, each in model.named_modules() if each in layers and path.split(".")[0] in family.head_modules
     ]
     if head:
-        raise AdapterError(f"{kind} would change {head[0]}, the head: name method.target_modules within the body")
+        raise AdapterError(f"{kind} would change {head[0]}, the head: set method.target_modules within the body")
     changed = [path for path, each in before.items() if any(sums[id(p)] != _sum(p) for p in each.parameters(False))]
     if changed:
-        raise AdapterError(f"this {kind} rewrites the base's weights ({changed[0]}), and the base is never written to")
+        raise AdapterError(f"this {kind} rewrites the base's weights ({changed[0]}): use another method or setting")
 
 
-def _layers(model: Any, before: Mapping[str, nn.Module]) -> tuple[Any, ...]:
+def _layers(model: nn.Module) -> tuple[BaseTunerLayer, ...]:
+    """PEFT's layers in the model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return tuple(each for each in model.modules() if isinstance(each, BaseTunerLayer))
 
 
-def _sums(model: Any) -> dict[int, tuple[float, float]]:
+def _sums(model: nn.Module) -> dict[int, tuple[float, float]]:
     return {id(each): _sum(each) for each in model.parameters()}
 
 
 def _sum(weight: Tensor) -> tuple[float, float]:
-    """Tells a weight from what it was before; not from every other."""
+    """Two numbers that change when the weight changes."""
     flat = weight.detach().float()
     return float(flat.sum()), float(flat.square().sum())
 
 
-def _leaving(model: Any, before: Mapping[str, nn.Module], attributes: set[str]) -> Callable[[], None]:
-    """What puts the very same modules back, and the numbers of a weight that was given others."""
-    numbers = {id(each): (each, each.data) for each in model.parameters()}
+def _leaving(model: nn.Module, before: Mapping[str, nn.Module], attributes: set[str]) -> Callable[[], None]:
+    """A function that puts the same modules back, and the data of weights that were given other data."""
+    weights = {id(each): (each, each.data) for each in model.parameters()}
 
     def leave() -> None:
-        for each, data in numbers.values():
+        for each, data in weights.values():
             if each.data_ptr() != data.data_ptr():
                 each.data = data
         for path, module in before.items():
@@ -256,16 +285,16 @@ def _leaving(model: Any, before: Mapping[str, nn.Module], attributes: set[str]) 
 
 
 def switch(guest: Guest, on: bool) -> None:
-    """Whether the layers take part in the pass that begins. Not PEFT's own switch, which drops requires_grad."""
+    """Turn PEFT's layers on or off for the next pass. PEFT's own switch would drop requires_grad."""
     for layer in guest.layers:
         layer._disable_adapters = not on
 
 
-# --- its numbers ------------------------------------------------------------------------------------------------------
+# --- its tensors ------------------------------------------------------------------------------------------------------
 
 
 def tensors_of(guest: Guest) -> dict[str, Tensor]:
-    """Under the names that PEFT saves them by."""
+    """The adapter's tensors under the names that PEFT saves them by."""
     from peft import get_peft_model_state_dict
 
     with _quiet():
@@ -274,12 +303,12 @@ def tensors_of(guest: Guest) -> dict[str, Tensor]:
         )
     odd = [name for name, each in found.items() if not each.is_floating_point()]
     if odd:
-        raise AdapterError(f"{guest.method.peft_type} keeps whole numbers ({odd[0]}), which a bundle does not hold")
+        raise AdapterError(f"{guest.method.peft_type} has integer tensors ({odd[0]}), which a bundle cannot hold")
     return found
 
 
 def fill(guest: Guest, tensors: Mapping[str, Tensor]) -> None:
-    """Put stored numbers in place; every one must fit, and none may be missing."""
+    """Copy stored tensors into the model. Raises AdapterError unless names and shapes are the same."""
     expected = {name: tuple(each.shape) for name, each in tensors_of(guest).items()}
     kind = guest.method.peft_type
     if odd := sorted(set(expected) ^ set(tensors)):
@@ -287,7 +316,7 @@ def fill(guest: Guest, tensors: Mapping[str, Tensor]) -> None:
         raise AdapterError(f"the {kind} {word} {odd[0]}: it belongs to another base, or to another version of PEFT")
     for name, each in tensors.items():
         if tuple(each.shape) != expected[name]:
-            raise AdapterError(f"{name} has shape {tuple(each.shape)}: expected {expected[name]}; another base's")
+            raise AdapterError(f"{name} has shape {tuple(each.shape)}: expected {expected[name]}; load its own base")
     if not guest.layers:
         module = guest.wrapped.prompt_encoder[NAME]
         with torch.no_grad():
@@ -300,7 +329,7 @@ def fill(guest: Guest, tensors: Mapping[str, Tensor]) -> None:
 
 
 def finished(method: Peft) -> Peft:
-    """The same method to be mounted: of a prompt only the tokens are kept, however they were made or begun."""
+    """The method as it is mounted: a prompt keeps only its tokens, not how they were initialized or computed."""
     if method.peft_type not in PROMPTS:
         return method
     gone = ("encoder_", "prompt_tuning_init", "tokenizer_")
@@ -309,10 +338,10 @@ def finished(method: Peft) -> Peft:
 
 
 class Prompt(nn.Module):
-    """The virtual tokens of PEFT's module as a prefix of every layer: the base reads them once a pass.
+    """The virtual tokens of PEFT's module as a prefix of every layer, which the base computes once per pass.
 
-    tokens: (1, P, D). Its keys and values are what the base gives to them alone, as in PEFT, where they stand in front
-    of the text and see nothing of it.
+    Its keys and values are those of the tokens alone. That equals PEFT's prompt, whose tokens come before the text and
+    so do not attend to it.
     """
 
     def __init__(self, guest: Guest, keys_values: Callable[[Tensor], Groups]) -> None:
@@ -326,13 +355,13 @@ class Prompt(nn.Module):
         self._busy = False
 
     def tokens(self) -> Tensor:
-        """(1, P, D), with gradients to whatever is trained."""
+        """The virtual tokens (1, P, D), with gradients to PEFT's parameters."""
         module = self.encoder[NAME]
         found: Tensor = module(self.places.to(next(module.parameters()).device))
         return found
 
     def refresh(self, group: str) -> None:
-        """Read the tokens for the pass that begins; without gradients, only when a parameter has changed."""
+        """Compute the prefix for the next pass; without gradients, only if a parameter has changed."""
         versions = tuple(each._version for each in self.parameters())
         if self._busy or (not torch.is_grad_enabled() and self._seen == versions):
             return
@@ -345,7 +374,7 @@ class Prompt(nn.Module):
         self._seen = versions if plain else ()
 
     def keys_values(self, group: str, layer: int) -> tuple[Tensor, Tensor] | None:
-        """(key, value), each (H, P, D), of one layer."""
+        """(key, value) of one layer, each (H, P, D); None while the prefix itself is computed."""
         if self._busy:
             return None
         if group not in self._current:
@@ -357,10 +386,10 @@ class Prompt(nn.Module):
 
 
 def merged(guest: Guest) -> dict[str, Tensor]:
-    """The state dict of the model with the layers folded into the weights under them: it is changed, give a copy."""
+    """The state dict of the model with PEFT's layers merged into its weights. Changes the model: pass a copy."""
     kind = guest.method.peft_type
     if not guest.layers:
-        raise AdapterError(f"{kind} cannot be merged: it is virtual tokens before the text, not a change of weights")
+        raise AdapterError(f"{kind} cannot be merged: it adds virtual tokens, and changes no weights")
     try:
         with _quiet():
             whole = guest.wrapped.merge_and_unload(safe_merge=True)
@@ -369,12 +398,12 @@ def merged(guest: Guest) -> dict[str, Tensor]:
     return dict(whole.state_dict())
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PEFT warns of what does not concern a user here: fan_in_fan_out it sets itself, names of adapters."""
+    """Without PEFT's warnings about settings that a user of turret does not make: fan_in_fan_out, adapter names."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -171,6 +171,7 @@ FAST_PATHS: dict[str, FastPath] = {
         "`attention_math.attend_plainly`",
         "an engine decodes without softcap or relative bias, with kernels",
         part_of=("layer_calls",),
+        bases=(DECODER,),
         trains=False,
     ),
 }

@@ -1,26 +1,26 @@
-"""The base's activations with less kept for the backward pass. Knows tensors; refuses to know models.
+"""GELU and gated MLPs of the base, with less saved for the backward pass.
 
     gated: y = W_down (silu(W_gate x) * W_up x)      (Shazeer 2020; Llama, Mistral, Qwen)
     GELU:  y = x Phi(x), Phi the normal distribution (Hendrycks & Gimpel 2016; the exact one, not tanh's)
 
-Autograd keeps gate, up, silu(gate) and the product, each two to four times as wide as x. Here only gate and up are
-kept and one kernel gives both gradients; where the three matrices are the frozen base's alone and multiply in matrix
-tiles or in 8 bits, only x is kept, and gate and up are computed again: a sixth more products for half the memory.
-Otherwise products are most of a step, which would take a sixth longer. Without kernels, or without gradients outside an
-engine, the base's own modules compute.
+Autograd saves gate, up, silu(gate) and the product, each two to four times as wide as x. Here only gate and up are
+saved, and one kernel gives both gradients. If the three matrices are frozen and products are cheap (matrix tiles or 8
+bits), only x is saved and gate and up are computed again: a sixth more products for half the memory. Without kernels,
+and without gradients outside an engine, the base's own modules compute.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.autograd import Gradients, KernelContext, apply
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.int8 import FrozenProducts, products
-from turret.adapters.fused.norms import kept, made
+from turret.adapters.fused.norms import RecomputedNorm, restored, to_save
 from turret.kernels import Library, usable
 
 SILU = ("SiLU", "SiLUActivation")
@@ -30,91 +30,104 @@ class _SwiGLU(torch.autograd.Function):
     """y = silu(gate) * up."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, library: Library) -> Tensor:
+    def forward(ctx: KernelContext, gate: Tensor, up: Tensor, library: Library) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.library = library
         return library.swiglu(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return *ctx.library.swiglu_backward(*ctx.saved_tensors, gradients[0].contiguous()), None
+    def backward(ctx: KernelContext, *gradients: Tensor) -> Gradients:
+        gate, up = ctx.saved_tensors
+        return *ctx.library.swiglu_backward(gate, up, gradients[0].contiguous()), None
 
 
 class _GELU(torch.autograd.Function):
+    """y = x Phi(x)."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, library: Library) -> Tensor:
+    def forward(ctx: KernelContext, x: Tensor, library: Library) -> Tensor:
         ctx.save_for_backward(x)
         ctx.library = library
         return library.gelu(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return ctx.library.gelu_backward(*ctx.saved_tensors, gradients[0].contiguous()), None
+    def backward(ctx: KernelContext, *gradients: Tensor) -> Gradients:
+        return ctx.library.gelu_backward(ctx.saved_tensors[0], gradients[0].contiguous()), None
+
+
+class _MLPContext(KernelContext, Protocol):
+    products: FrozenProducts
+    recomputes: bool
+    norm: RecomputedNorm | None
 
 
 class _FrozenGatedMLP(torch.autograd.Function):
     """y = W_down (silu(W_gate x) * W_up x) of three frozen matrices.
 
-    dgate, dup = swiglu_backward(gate, up, dy W_down);  dx = dgate W_gate + dup W_up. Kept are gate and up; where tiles
-    or 8 bits make them again at little cost, x, and of an x that a norm made what the norm keeps anyway.
+    dgate, dup = swiglu_backward(gate, up, dy W_down);  dx = dgate W_gate + dup W_up. gate and up are saved. If products
+    are cheap, x is saved instead, or the input of the norm that computed x.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, library: Library, by: FrozenProducts
+        ctx: _MLPContext, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, library: Library, by: FrozenProducts
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, D)
         both = by.forward(rows, gate), by.forward(rows, up)
-        ctx.again, ctx.library, ctx.by = by.cheap or library.tiled(x.dtype), library, by
-        if ctx.again:
-            own, ctx.norm = kept(x)
+        ctx.recomputes, ctx.library, ctx.products = by.cheap or library.tiled(x.dtype), library, by
+        if ctx.recomputes:
+            own, ctx.norm = to_save(x)
             ctx.save_for_backward(gate, up, down, own)
         else:
             ctx.save_for_backward(gate, up, down, *both)
         return by.forward(library.swiglu(*both), down).view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        gate, up, down, *both = ctx.saved_tensors
-        if ctx.again:
-            rows = made(both[0], ctx.norm).reshape(-1, gate.shape[1])
-            both = [ctx.by.forward(rows, gate), ctx.by.forward(rows, up)]
-        dy = ctx.by.backward(gradients[0].reshape(-1, gate.shape[1]), down)
-        dx = ctx.by.backward_both(ctx.library.swiglu_backward(*both, dy), (gate, up))
+    def backward(ctx: _MLPContext, *gradients: Tensor) -> Gradients:
+        gate, up, down, *saved = ctx.saved_tensors
+        by = ctx.products
+        if ctx.recomputes:
+            rows = restored(saved[0], ctx.norm).reshape(-1, gate.shape[1])
+            saved = [by.forward(rows, gate), by.forward(rows, up)]
+        dy = by.backward(gradients[0].reshape(-1, gate.shape[1]), down)
+        dx = by.backward_both(ctx.library.swiglu_backward(saved[0], saved[1], dy), (gate, up))
         return dx.view(gradients[0].shape), None, None, None, None, None
 
 
 class FrozenGated(nn.Module):
-    """In place of a gated MLP of the base, with the very same layers under the very same names."""
+    """Replaces a gated MLP of the base; the base's own layers stay inside under the same names."""
 
-    def __init__(self, replaced: Any, context: BatchContext) -> None:
+    def __init__(self, replaced: nn.Module, context: BatchContext) -> None:
         super().__init__()
         self.context = context
-        self.gate_proj: nn.Module = replaced.gate_proj
-        self.up_proj: nn.Module = replaced.up_proj
-        self.down_proj: nn.Module = replaced.down_proj
-        self.act_fn: nn.Module = replaced.act_fn
+        self.gate_proj = replaced.get_submodule("gate_proj")
+        self.up_proj = replaced.get_submodule("up_proj")
+        self.down_proj = replaced.get_submodule("down_proj")
+        self.act_fn = replaced.get_submodule("act_fn")
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = (self.gate_proj, self.up_proj, self.down_proj)
-        library = _kernels("gated_mlp", x)
-        if library is not None and all(_frozen(layer, x.dtype) for layer in layers):
-            weights: Any = [layer.weight for layer in layers]
+        if (library := _kernels("gated_mlp", x)) is not None and (weights := self._frozen_weights(x.dtype)) is not None:
             by = products(self.context, x, weights[0])  # the others have the same two sizes
-            whole: Tensor = _FrozenGatedMLP.apply(x, *weights, library, by)  # type: ignore[no-untyped-call]
-            return whole
+            return apply(_FrozenGatedMLP, x, *weights, library, by)
         gate, up = self.gate_proj(x), self.up_proj(x)
+        product: Tensor
         if self.context.serves and (library := usable(gate, up)) is not None:
             product = library.swiglu(gate.contiguous(), up.contiguous())
+        elif (library := _kernels("gated_mlp", gate, up)) is not None:
+            product = apply(_SwiGLU, gate.contiguous(), up.contiguous(), library)
         else:
-            library = _kernels("gated_mlp", gate, up)
-            product = self.act_fn(gate) * up if library is None else _swiglu(gate, up, library)
+            product = self.act_fn(gate) * up
         output: Tensor = self.down_proj(product)
         return output
 
+    def _frozen_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The weights of gate, up and down, if each layer is one frozen matrix and nothing else."""
+        gate, up, down = (_frozen_weight(each, dtype) for each in (self.gate_proj, self.up_proj, self.down_proj))
+        return None if gate is None or up is None or down is None else (gate, up, down)
+
 
 class FrozenGELU(nn.Module):
-    """In place of the base's exact GELU."""
+    """Replaces the base's exact GELU."""
 
     def __init__(self, replaced: nn.Module, context: BatchContext) -> None:
         super().__init__()
@@ -123,33 +136,28 @@ class FrozenGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.context.serves and (library := usable(x)) is not None:
             return library.gelu(x.contiguous())
-        library = _kernels("gelu", x)
-        plain = library is None
-        output: Tensor = self.replaced(x) if plain else _GELU.apply(x.contiguous(), library)  # type: ignore[no-untyped-call]
+        if (library := _kernels("gelu", x)) is not None:
+            return apply(_GELU, x.contiguous(), library)
+        output: Tensor = self.replaced(x)
         return output
 
 
-def _swiglu(gate: Tensor, up: Tensor, library: Library) -> Tensor:
-    product: Tensor = _SwiGLU.apply(gate.contiguous(), up.contiguous(), library)  # type: ignore[no-untyped-call]
-    return product
-
-
-def _frozen(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a layer is a matrix of the base and nothing else."""
+def _frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    """The weight of a layer that is one frozen matrix and nothing else."""
     if type(layer) is not nn.Linear or list(dict(layer.named_parameters())) != ["weight"]:
-        return False
-    return layer.weight.dtype == dtype and not layer.weight.requires_grad
+        return None
+    return layer.weight if layer.weight.dtype == dtype and not layer.weight.requires_grad else None
 
 
 def _kernels(path: str, *tensors: Tensor) -> Library | None:
-    """The kernels, where there is a gradient to be computed through these."""
+    """The kernels, if the path is enabled and a gradient passes through these tensors."""
     if not torch.is_grad_enabled() or not any(each.requires_grad for each in tensors) or not enabled(path):
         return None
     return usable(*tensors)
 
 
-def in_place_of(module: nn.Module, gated: tuple[str, ...], context: BatchContext) -> nn.Module | None:
-    """What takes this module's place while a model is attached, or None where nothing does.
+def replacement(module: nn.Module, gated: tuple[str, ...], context: BatchContext) -> nn.Module | None:
+    """The module that replaces this one while a model is attached, or None.
 
     gated: class names of MLPs with act_fn, gate_proj, up_proj and down_proj.
     """

@@ -1,35 +1,38 @@
-"""Dropout that does not cost more than the layer it guards. Knows tensors; refuses to know what they mean.
+"""Dropout that costs less than the layer it guards.
 
     y = x * mask / (1 - p),    mask ~ Bernoulli(1 - p) an element, p rounded to 1/65536
 
-On the CPU torch draws one double an element, which in attention takes longer than the two matrix products beside it.
-Here 16 random bits decide an element. Where kernels are compiled no mask is kept at all: an element's bits are a hash
-of its place and two seeds, computed again in the backward pass. Else a mask is a word of all ones or all zeros as wide
-as the element, and applying it is one bitwise `and`; the masks of one pass are windows at random places into one run of
-such words, so that a layer keeps none of its own: at any one element the masks of two layers are independent unless
-they start at the same place, which is avoided.
+On the CPU torch draws one double for each element, which in attention takes longer than the two matrix products beside
+it. Here 16 random bits decide an element.
+
+- With kernels no mask is saved: an element's bits are a hash of its index and two seeds, computed again in the backward
+  pass.
+- Else a mask is a word of all ones or all zeros for each element, as wide as the element, applied by one bitwise `and`.
+  The masks of one pass are windows into one run of such words, at random places, so no layer saves a mask of its own.
+  Two masks are independent at every element unless they start at the same place, which is avoided.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.fused import enabled
-from turret.kernels import LARGEST, DropoutArguments, Library, usable
+from turret.kernels import LARGEST, NO_DROPOUT, DropoutArguments, Library, usable
 
-STEPS = 1 << 16  # a rate is kept to this many steps
-ALIGNED = 64  # windows begin at multiples of so many elements
-ROOM = 1 << 14  # elements that a run has beside a quarter more than its first window
+STEPS = 1 << 16  # a rate is rounded to a multiple of 1 / STEPS
+ALIGNED = 64  # elements; windows begin at multiples of it
+ROOM = 1 << 14  # elements of a run beyond 5/4 of its first window
 SPREAD = 0x9E3779B97F4A7C15  # between the states of two masks (SplitMix64; Steele et al. 2014)
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
 
 
 class Masks:
-    """The masks of one pass: a run of words for every rate and width, and windows into it."""
+    """The masks of one pass: one run of words for each rate and width, and windows into it."""
 
     def __init__(self) -> None:
         self._runs: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -37,25 +40,27 @@ class Masks:
         self._seed: int | None = None
         self._drawn = 0
 
-    def dropped(self, p: float) -> DropoutArguments:
-        """The next mask of this pass as a kernel makes it: from two numbers, whenever it is needed."""
+    def arguments(self, p: float) -> DropoutArguments:
+        """The next mask of this pass for a kernel, which computes it from two seeds whenever it needs it."""
+        if p <= 0.0:
+            return NO_DROPOUT
         if self._seed is None:
             self._seed = int(torch.randint(1 << 62, ()))
         self._drawn += 1
         return DropoutArguments.of(p, _mixed(self._seed + self._drawn * SPREAD))
 
     def mask(self, x: Tensor, p: float) -> Mask:
-        """The next mask of this pass for x: hashed by kernels that can number all of its elements, else kept words."""
+        """The next mask of this pass for x: hashed by a kernel if it can index all elements, else words."""
         library = usable(x) if x.numel() < LARGEST else None
         if library is not None:
-            return HashedMask(library, self.dropped(p))
-        return KeptMask(self.like(x, p), 1.0 / kept_share(p))
+            return HashedMask(library, self.arguments(p))
+        return WordMask(self.like(x, p), 1.0 / keep_rate(p))
 
     def like(self, x: Tensor, p: float) -> Tensor:
-        """Words of x's width and shape: all ones where an element is kept (probability 1 - p), else zero."""
+        """Words of x's element size and shape: all ones with probability 1 - p, else zero."""
         key = (round(p * STEPS), WORDS[x.element_size()])
         if not enabled("dropout"):
-            return torch.empty(x.shape, dtype=key[1]).bernoulli_(kept_share(p)).neg_()
+            return torch.empty(x.shape, dtype=key[1]).bernoulli_(keep_rate(p)).neg_()
         run, size = self._runs.get(key), x.numel()
         if run is None or run.numel() < size + size // 8 + ALIGNED:
             self._used = {used for used in self._used if used[:2] != key}
@@ -90,21 +95,23 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class Mask(Protocol):
-    """One mask, to be applied as often as it is needed."""
+    """One mask, which can be applied more than once."""
 
     @property
     def scale(self) -> float:
         """1 / (1 - p), which `of` leaves to the caller."""
 
     def of(self, x: Tensor) -> Tensor:
-        """x where it is kept, zero elsewhere; any shape of as many elements."""
+        """x with the dropped elements zero; any shape with as many elements."""
 
     def scaled(self, x: Tensor) -> Tensor:
         """The same, times `scale`."""
 
 
 @dataclass(frozen=True)
-class KeptMask:
+class WordMask:
+    """words: of x's element size, all ones where an element stays, else zero."""
+
     words: Tensor
     scale: float
 
@@ -117,6 +124,8 @@ class KeptMask:
 
 @dataclass(frozen=True)
 class HashedMask:
+    """The kernels compute the mask from two seeds whenever it is applied."""
+
     library: Library
     dropped: DropoutArguments
 
@@ -131,29 +140,32 @@ class HashedMask:
         return self.library.dropout(x, self.dropped)
 
 
+class _DropoutContext(FunctionContext, Protocol):
+    mask: Mask
+
+
 class _Dropout(torch.autograd.Function):
-    """y = x mask / (1 - p), and dy likewise."""
+    """y = x mask / (1 - p);  dx = dy mask / (1 - p)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Mask) -> Tensor:
+    def forward(ctx: _DropoutContext, x: Tensor, mask: Mask) -> Tensor:
         ctx.mask = mask
         return mask.scaled(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: _DropoutContext, *gradients: Tensor) -> Gradients:
         return ctx.mask.scaled(gradients[0].contiguous()), None
 
 
-def kept_share(p: float) -> float:
-    """1 - p, as it is after rounding."""
+def keep_rate(p: float) -> float:
+    """1 - p, after rounding."""
     return 1.0 - round(p * STEPS) / STEPS
 
 
 def dropout(x: Tensor, p: float, masks: Masks | None = None) -> Tensor:
-    """x * mask / (1 - p). `masks` are those of the pass under way; new ones are drawn where it is left out."""
+    """x * mask / (1 - p). masks: those of the current pass; None draws new ones."""
     if round(p * STEPS) == 0:
         return x
     if x.device.type != "cpu" or round(p * STEPS) == STEPS:
         return torch.nn.functional.dropout(x, p)
-    y: Tensor = _Dropout.apply(x.contiguous(), (masks or Masks()).mask(x, p))  # type: ignore[no-untyped-call]
-    return y
+    return apply(_Dropout, x.contiguous(), (masks or Masks()).mask(x, p))

@@ -1,29 +1,36 @@
-"""Attention over all rows of an unpadded batch in one kernel that keeps no probabilities (Dao et al. 2022). CPU only.
+"""Attention over all rows of an unpadded batch in one kernel, without saving probabilities (Dao et al. 2022). CPU only.
 
     P = softmax(scaling q k^T + bias),   y = dropout(P) v
 
-What is kept for the backward pass is q, k, v, which exist anyway, and the logarithm of each row's sum; scores are
-computed again, some queries at a time, while they are in a core's cache. No row is padded, and each has its own
-prefix. The reference is `attention._unpadded_plainly`. Refuses to know modules, slots and sites.
+Saved for the backward pass are q, k, v, which exist anyway, and the log-sum-exp of each query's scores. Scores are
+computed again, some queries at a time, while they are in a core's cache. No row is padded, and each row has its own
+prefix. The reference is `attention._unpadded_plainly`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from turret.adapters.autograd import Gradients, KernelContext, apply
 from turret.kernels import AttentionRows, DropoutArguments, Library, Prefixes
 
 
+class _FlashContext(KernelContext, Protocol):
+    rows: AttentionRows
+    of_row: tuple[int | None, ...]
+    dropped: DropoutArguments
+
+
 class _Flash(torch.autograd.Function):
-    """q: (1, H, N, D); k, v: (1, H_kv, M, D); prefixes: key and value (H_kv, P, D) of each pair, one behind another."""
+    """q: (1, H, N, D); k, v: (1, H_kv, M, D); prefixes: key and value (H_kv, P, D) of each pair, one after another."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _FlashContext,
         library: Library,
         rows: AttentionRows,
         of_row: tuple[int | None, ...],
@@ -40,14 +47,15 @@ class _Flash(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        q, k, v, log_sum, *prefixes = ctx.saved_tensors
+    def backward(ctx: _FlashContext, *gradients: Tensor) -> Gradients:
+        *saved, log_sum = ctx.saved_tensors[:4]
+        q, k, v = map(_tokens, saved)
+        prefixes, dy = ctx.saved_tensors[4:], gradients[0].contiguous()
         *parts, all_rows = ctx.library.attention_backward(
-            ctx.rows, *map(_tokens, (q, k, v)), pairs_of(prefixes, ctx.of_row), ctx.dropped, gradients[0].contiguous(),
-            log_sum,
-        )  # fmt: skip
+            ctx.rows, q, k, v, pairs_of(prefixes, ctx.of_row), ctx.dropped, dy, log_sum
+        )
         back = [each.transpose(0, 1)[None] for each in parts]
-        return None, None, None, None, *back, *added_to_prefixes(all_rows, prefixes, ctx.of_row)
+        return None, None, None, None, *back, *prefix_gradients(all_rows, prefixes, ctx.of_row)
 
 
 def flash(
@@ -59,18 +67,17 @@ def flash(
     prefixes: Prefixes,
     dropped: DropoutArguments,
 ) -> Tensor:
-    """(1, H, N, D) out of q: (1, H, N, D); k, v: (1, H_kv, M, D), each row by itself behind its own prefix."""
+    """Attention of each row to its own prefix and keys. q: (1, H, N, D); k, v: (1, H_kv, M, D) -> (1, H, N, D)."""
     flat, of_row = [each for pair in prefixes.pairs for each in pair], tuple(prefixes.of_row)
-    y: Tensor
     if torch.is_grad_enabled():
-        y = _Flash.apply(library, rows, of_row, dropped, q, k, v, *flat)  # type: ignore[no-untyped-call]
+        y = apply(_Flash, library, rows, of_row, dropped, q, k, v, *flat)
     else:
         y, _ = library.attention(rows, _tokens(q), _tokens(k), _tokens(v), pairs_of(flat, of_row), dropped)
     return y.transpose(0, 1)[None]
 
 
-def added_to_prefixes(all_rows: Tensor, prefixes: Sequence[Tensor], of_row: tuple[int | None, ...]) -> Iterator[Tensor]:
-    """Each prefix's gradient from that of every row, (B, 2, H_kv, P, D) with P of the longest prefix."""
+def prefix_gradients(all_rows: Tensor, prefixes: Sequence[Tensor], of_row: tuple[int | None, ...]) -> Iterator[Tensor]:
+    """The gradient of each prefix, summed over its rows. all_rows: (B, 2, H_kv, P, D) with P of the longest prefix."""
     sums = [torch.zeros(each.shape) for each in prefixes]
     for row, pair in enumerate(of_row):
         if pair is not None:
@@ -81,11 +88,11 @@ def added_to_prefixes(all_rows: Tensor, prefixes: Sequence[Tensor], of_row: tupl
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """(1, H, N, D) -> (N, H, D) whose last axis is contiguous."""
+    """(1, H, N, D) -> (N, H, D) with a contiguous last axis."""
     tokens = x[0].transpose(0, 1)
     return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
 
 
 def pairs_of(flat: Sequence[Tensor], of_row: tuple[int | None, ...]) -> Prefixes:
-    """What a kernel is told of prefixes: key and value of each pair, one behind another."""
+    """Prefixes as the kernels take them. flat: key and value of each pair, one after another."""
     return Prefixes([(flat[i].contiguous(), flat[i + 1].contiguous()) for i in range(0, len(flat), 2)], of_row)

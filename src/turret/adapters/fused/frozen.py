@@ -1,8 +1,8 @@
-"""A frozen linear layer on the few tokens of a step of decoding, or of a short text.
+"""A frozen linear layer on few tokens: a decoding step, or a short text.
 
-y = x W^T + b. A general library packs W anew at every call, which pays for hundreds of tokens; the kernel reads W once
-as it lies, and adds what the adapter of each token says before it rounds. Rows do not depend on each other: a token's
-is the same to the last bit in any company. Knows tensors; refuses to know slots.
+y = x W^T + b. A general library packs W anew at every call, which pays only for hundreds of tokens. The kernel reads W
+once, in place, and adds each token's adapter before rounding. A token's output does not depend on the other tokens of
+the pass, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from turret.kernels import AdapterSpans, usable
 def linear(
     layer: nn.Module, x: Tensor, spans: AdapterSpans | None = None, number: int = 0, *, helped: bool = True
 ) -> Tensor:
-    """layer(x), by the kernel where no gradient is wanted and the tokens are few. x: (..., D_in) -> (..., D_out).
+    """layer(x), by the kernel if the tokens are few and no gradient is needed. x: (..., D_in) -> (..., D_out).
 
-    spans: the adapters of a pass, of which the layer takes the factors of its `number`; only where there are kernels.
-    helped: whether the threads beside may be awake; where not, a small product is not worth waking them.
+    Args:
+        layer: a frozen linear layer.
+        x: tokens.
+        spans: the adapters of a pass; needs kernels.
+        number: the layer's index in `spans`.
+        helped: whether helper threads may be awake; if not, a small product is not worth waking them.
     """
     if plain(layer) and not torch.is_grad_enabled() and enabled("frozen_linear"):
         assert isinstance(layer, nn.Linear)
@@ -39,6 +43,6 @@ def linear(
 
 
 def plain(layer: nn.Module) -> bool:
-    """Whether calling it is a product and nothing else: no subclass, no hooks, no forward of its own."""
+    """Whether calling the layer is a product and nothing else: no subclass, no hooks, no replaced forward."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
     return type(layer) is nn.Linear and not hooked

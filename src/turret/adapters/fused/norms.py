@@ -1,28 +1,29 @@
-"""The base's own RMS norms, with less kept for the backward pass. Knows tensors; refuses to know models.
+"""RMS norms of the base, with less saved for the backward pass.
 
     y = w n,    n = x r,    r = 1 / sqrt(mean(x^2) + eps),    over the last dimension, in float32
 
-(Zhang & Sennrich 2019.) Autograd keeps several float32 copies of x for this; here x itself and r are kept, and n is
-computed again. Nor need those who read y keep it: what it was made from goes along (`kept`).
-Without gradients the outputs are the base's to the last bit; with them, and in an engine, nearly so.
+(Zhang & Sennrich 2019.) Autograd saves several float32 copies of x. Here x itself and r are saved, and n is computed
+again. An operation that reads y need not save it either: `to_save` gives it x and the norm, and `restored` computes y
+again. Without gradients the outputs equal the base's bit for bit; with gradients, and in an engine, they are close.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
 from turret.kernels import Library, usable
 
-MADE_FROM = "turret_made_from"  # an attribute of a norm's output
+COMPUTED_FROM = "turret_computed_from"  # an attribute of a norm's output
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """The formula in torch's own operations, in the order of transformers: the reference of the fast way.
+    """The formula in torch's own operations, in the order of transformers: the reference of the fast path.
 
     dtype: of n; T5 takes its weight's where that is narrower than x's, the others x's.
     """
@@ -31,14 +32,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return weight * n.to(dtype)
 
 
-class Again(Protocol):
-    """A norm with frozen weights, to be computed again to the last bit."""
+class RecomputedNorm(Protocol):
+    """A norm with frozen weights that computes its output again, bit for bit."""
 
     def of(self, x: Tensor) -> Tensor:
-        """Its output, from what it keeps anyway."""
+        """The norm's output, from the input that the norm saves anyway."""
 
 
-class RMSNormAgain(NamedTuple):
+class RecomputedRMSNorm(NamedTuple):
     weight: Tensor
     eps: float
     library: Library
@@ -47,30 +48,32 @@ class RMSNormAgain(NamedTuple):
         return self.library.rms_norm(x, self.weight, self.eps)[0]
 
 
-def marked(y: Tensor, x: Tensor, norm: Again) -> Tensor:
-    """y, a norm's output, with what makes it again."""
-    setattr(y, MADE_FROM, (y._version, x.detach(), norm))
+def with_input(y: Tensor, x: Tensor, norm: RecomputedNorm) -> Tensor:
+    """y, a norm's output, with the norm and its input attached for `to_save`."""
+    setattr(y, COMPUTED_FROM, (y._version, x.detach(), norm))
     return y
 
 
-def kept(y: Tensor) -> tuple[Tensor, Again | None]:
-    """What to keep of y for a backward pass: (y, None), or of a norm's output (what the norm keeps itself, norm)."""
-    version, x, norm = getattr(y, MADE_FROM, (None, y, None))
-    return (
-        (x, norm) if version == y._version and enabled("norm_inputs") else (y, None)
-    )  # not if somebody has changed y since
+def to_save(y: Tensor) -> tuple[Tensor, RecomputedNorm | None]:
+    """The tensor to save for a backward pass that needs y: y itself, or the input of the norm that computed y."""
+    version, x, norm = getattr(y, COMPUTED_FROM, (None, y, None))
+    return (x, norm) if version == y._version and enabled("norm_inputs") else (y, None)  # y may have been changed
 
 
-def made(x: Tensor, norm: Again | None) -> Tensor:
-    """y, of what `kept` gave."""
-    return x if norm is None else norm.of(x)
+def restored(saved: Tensor, norm: RecomputedNorm | None) -> Tensor:
+    """y, from the result of `to_save`."""
+    return saved if norm is None else norm.of(saved)
+
+
+class _RMSNormContext(FunctionContext, Protocol):
+    library: Library | None
 
 
 class _RMSNorm(torch.autograd.Function):
     """dx = r (g - n mean(g n)),  g = w dy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, library: Library | None) -> Tensor:
+    def forward(ctx: _RMSNormContext, x: Tensor, weight: Tensor, eps: float, library: Library | None) -> Tensor:
         ctx.library = library
         if library is not None:
             y, r = library.rms_norm(x, weight, eps)
@@ -82,7 +85,7 @@ class _RMSNorm(torch.autograd.Function):
         return weight * (wide * r).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: _RMSNormContext, *gradients: Tensor) -> Gradients:
         x, r, weight = ctx.saved_tensors
         if ctx.library is not None:
             return ctx.library.rms_norm_backward(x, weight, r, gradients[0].contiguous()), None, None, None
@@ -93,16 +96,16 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class FrozenNorm(nn.Module):
-    """In place of an RMS norm of the base, with the very same weight.
+    """Replaces an RMS norm of the base, with the same weight.
 
-    narrows: it gives the dtype of its weight where that is 16 bits wide, whatever it is given.
+    narrows: if its weight is 16 bits wide, it gives that dtype whatever the dtype of its input (T5).
     """
 
-    def __init__(self, replaced: Any, context: BatchContext, narrows: bool = False) -> None:
+    def __init__(self, replaced: nn.Module, context: BatchContext, narrows: bool = False) -> None:
         super().__init__()
         self.context = context
-        self.weight: nn.Parameter = replaced.weight
-        self.variance_epsilon: float = replaced.variance_epsilon
+        self.weight = replaced.get_parameter("weight")
+        self.variance_epsilon: float = vars(replaced)["variance_epsilon"]
         self.narrows = narrows
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -111,8 +114,10 @@ class FrozenNorm(nn.Module):
         if trains and weight.dtype == x.dtype and enabled("rms_norm"):
             library = usable(x, weight)
             x = x if library is None else x.contiguous()
-            y: Tensor = _RMSNorm.apply(x, weight, self.variance_epsilon, library)  # type: ignore[no-untyped-call]
-            return y if library is None else marked(y, x, RMSNormAgain(weight, self.variance_epsilon, library))
+            y = apply(_RMSNorm, x, weight, self.variance_epsilon, library)
+            if library is None:
+                return y
+            return with_input(y, x, RecomputedRMSNorm(weight, self.variance_epsilon, library))
         if self.context.serves and (library := usable(x, weight)) is not None and x.numel() > 0:
             return library.rms_norm(x.contiguous(), weight, self.variance_epsilon)[0]
         narrows = self.narrows and weight.dtype in (torch.float16, torch.bfloat16)

@@ -1,24 +1,29 @@
-"""The end of a half of an encoder's layer as one operation: dropout, the sum with what went in, LayerNorm.
+"""The end of each half of an encoder layer as one operation: dropout, residual sum and LayerNorm.
 
     s = dropout(W h + bias) + x,    y = w (s - mean(s)) / sqrt(var(s) + eps) + b        (Ba et al. 2016)
 
-Written out it is three operations and three more on the way back, each one pass over memory; here one and one, with s
-alone kept, which LayerNorm keeps anyway. If a classifier reads one token a row (`BatchContext.read`), the last layer
-goes on with these tokens alone after its attention: nobody reads what the others would become.
+In separate modules these are three passes over memory and three more backward; here one and one. Only s is saved, which
+LayerNorm saves anyway. If a classifier reads one token of each row (`BatchContext.read`), the last layer computes only
+these tokens after its attention.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.autograd import Gradients, KernelContext, apply
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.dropout import Masks
-from turret.adapters.fused.norms import marked
-from turret.kernels import LARGEST, NO_DROPOUT, DropoutArguments, Library, usable
+from turret.adapters.fused.norms import with_input
+from turret.kernels import LARGEST, DropoutArguments, Library, usable
+
+
+class _AddedNormContext(KernelContext, Protocol):
+    dropped: DropoutArguments
 
 
 class _AddedNorm(torch.autograd.Function):
@@ -26,7 +31,7 @@ class _AddedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _AddedNormContext,
         a: Tensor,
         x: Tensor,
         weight: Tensor,
@@ -43,13 +48,13 @@ class _AddedNorm(torch.autograd.Function):
         return y, s, stats
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: _AddedNormContext, *gradients: Tensor) -> Gradients:
         s, weight, stats = ctx.saved_tensors
         da, dx = ctx.library.added_norm_backward(s, weight, stats, ctx.dropped, gradients[0].contiguous())
         return da, dx, None, None, None, None, None
 
 
-class LayerNormAgain(NamedTuple):
+class RecomputedLayerNorm(NamedTuple):
     weight: Tensor
     bias: Tensor
     stats: Tensor
@@ -60,16 +65,17 @@ class LayerNormAgain(NamedTuple):
 
 
 class FrozenOutput(nn.Module):
-    """In place of the base's own dense, dropout and LayerNorm, with the very same layers under the very same names.
+    """Replaces the module of dense, dropout and LayerNorm; the base's own layers stay inside under the same names.
 
-    narrows: it ends the attention of the last layer, so the tokens of `BatchContext.read` alone need to go on.
+    narrows: it ends the attention of the last layer, so that only the tokens of `BatchContext.read` need to go on.
     """
 
-    def __init__(self, replaced: Any, context: BatchContext, narrows: bool) -> None:
+    def __init__(self, replaced: nn.Module, context: BatchContext, narrows: bool) -> None:
         super().__init__()
-        self.dense: nn.Module = replaced.dense
-        self.LayerNorm: nn.LayerNorm = replaced.LayerNorm
-        self.dropout: nn.Dropout = replaced.dropout
+        norm, dropout = replaced.get_submodule("LayerNorm"), replaced.get_submodule("dropout")
+        assert isinstance(norm, nn.LayerNorm)
+        assert isinstance(dropout, nn.Dropout)
+        self.dense, self.LayerNorm, self.dropout = replaced.get_submodule("dense"), norm, dropout
         self.context, self.narrows = context, narrows
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
@@ -78,19 +84,18 @@ class FrozenOutput(nn.Module):
         a, x, norm = self.dense(hidden_states), input_tensor, self.LayerNorm
         library = self._kernels(a, x)
         if library is None:
-            plain: Tensor = norm(self.dropout(a) + x)
-            return plain
+            y: Tensor = norm(self.dropout(a) + x)
+            return y
+        a, x = a.contiguous(), x.contiguous()
         p = self.dropout.p if self.dropout.training else 0.0
-        dropped = (self.context.masks or Masks()).dropped(p) if p > 0.0 else NO_DROPOUT
+        dropped = (self.context.masks or Masks()).arguments(p)
         if not torch.is_grad_enabled():
-            return library.added_norm(a.contiguous(), x.contiguous(), norm.weight, norm.bias, norm.eps, dropped)[0]
-        y, s, stats = _AddedNorm.apply(  # type: ignore[no-untyped-call]
-            a.contiguous(), x.contiguous(), norm.weight, norm.bias, norm.eps, dropped, library
-        )
-        return marked(y, s, LayerNormAgain(norm.weight, norm.bias, stats, library))
+            return library.added_norm(a, x, norm.weight, norm.bias, norm.eps, dropped)[0]
+        y, s, stats = apply(_AddedNorm, a, x, norm.weight, norm.bias, norm.eps, dropped, library)
+        return with_input(y, s, RecomputedLayerNorm(norm.weight, norm.bias, stats, library))
 
     def _kernels(self, a: Tensor, x: Tensor) -> Library | None:
-        """The kernels, in an engine and where there is a gradient to be computed through frozen weights."""
+        """The kernels, in an engine and where a gradient passes through frozen weights."""
         norm = self.LayerNorm
         trains = torch.is_grad_enabled() and (a.requires_grad or x.requires_grad) and not norm.weight.requires_grad
         wanted = trains or (self.context.serves and not torch.is_grad_enabled())
@@ -100,5 +105,5 @@ class FrozenOutput(nn.Module):
 
 
 def narrowing(last_attention: str) -> str:
-    """The path of what ends the attention whose own path is given."""
+    """The path of the module that ends the attention at this path."""
     return f"{last_attention.rpartition('.')[0]}.output"

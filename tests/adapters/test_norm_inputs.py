@@ -1,4 +1,4 @@
-"""Who reads a norm's output keeps the norm's own input instead of it, and has the same gradients to the last bit."""
+"""An operation that reads a norm's output saves the norm's input instead; its gradients stay the same, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import torch
 from small_models import build
 from torch import Tensor
 
-from turret.adapters import attach, classify_logits, trainable_parameters
+from turret.adapters import attach, classify_logits, fused, trainable_parameters
 from turret.adapters.fused import norms
-from turret.adapters.fused.trained_decoder import TrainedDecoder
-from turret.adapters.fused.trained_encoder import TrainedEncoder
 from turret.adapters.packed import target_states
 from turret.kernels import Library, library
 from turret.methods import LoRA, Method, Prefix
@@ -28,7 +26,7 @@ needed = pytest.mark.skipif(library() is None, reason="no kernels on this machin
 
 @contextmanager
 def saved() -> Iterator[dict[int, int]]:
-    """Bytes of everything that is kept for a backward pass, by address."""
+    """Bytes of everything that is saved for a backward pass, by address."""
     found: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -40,7 +38,7 @@ def saved() -> Iterator[dict[int, int]]:
 
 
 def outcome(model: Any, family: str) -> tuple[int, list[Tensor]]:
-    """(bytes kept, gradients) of one pass over three rows."""
+    """(bytes saved, gradients) of one pass over three rows."""
     torch.manual_seed(3)
     rows = [torch.tensor([2, 5, 6, 7, 8, 9, 3]), torch.tensor([2, 3]), torch.tensor([2, *range(5, 40), 3])]
     with saved() as found:
@@ -60,22 +58,20 @@ def outcome(model: Any, family: str) -> tuple[int, list[Tensor]]:
 def test_less_is_kept_and_the_gradients_are_the_same(
     family: str, method: Method, tiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tiled: as on a processor with matrix tiles, where a gated MLP keeps its input instead of what it made of it."""
+    """tiled: as on a processor with matrix tiles, where a gated MLP saves its input instead of gate and up."""
     monkeypatch.setattr(Library, "tiled", lambda *_: tiled)
-    for kind in (TrainedEncoder, TrainedDecoder):  # which ask nobody what he keeps
-        monkeypatch.setattr(kind, "__call__", lambda *_: None)
     kind = "classify" if family in ("bert", "roberta") else "generate"
     wide = {} if kind == "classify" else {"hidden_size": 64}  # a multiple of what the kernels of LoRA take
     model = attach(build(family, kind, **wide), method, generator=torch.Generator().manual_seed(1)).train()
-    less, given = outcome(model, family)
-    monkeypatch.setattr("turret.adapters.fused.norms.marked", lambda y, *_: y)
-    monkeypatch.setattr("turret.adapters.fused.residual.marked", lambda y, *_: y)
-    more, wanted = outcome(model, family)
+    with fused.without("trained_layer"):
+        less, given = outcome(model, family)
+    with fused.without("norm_inputs"):
+        more, wanted = outcome(model, family)
     assert given
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(given, wanted, strict=True))
     if isinstance(method, LoRA) or (kind == "generate" and tiled):
         assert less < more
-    else:  # nobody keeps what a norm gave
+    else:  # nothing saves a norm's output
         assert less == more
 
 
@@ -98,13 +94,13 @@ def test_an_output_that_was_changed_since_is_kept_itself() -> None:
     found = library()
     assert found is not None
     y = found.rms_norm(x.detach(), norm.weight.detach(), 1e-6)[0]
-    again = norms.RMSNormAgain(norm.weight.detach(), 1e-6, found)
-    marked = norms.marked(y, x, again)
-    own, by = norms.kept(marked)
+    again = norms.RecomputedRMSNorm(norm.weight.detach(), 1e-6, found)
+    marked = norms.with_input(y, x, again)
+    own, by = norms.to_save(marked)
     assert by is again
     assert torch.equal(again.of(own), y)
     marked.add_(1.0)
-    own, by = norms.kept(marked)
+    own, by = norms.to_save(marked)
     assert by is None
     assert own is marked
-    assert norms.kept(x) == (x, None)
+    assert norms.to_save(x) == (x, None)
