@@ -14,7 +14,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock release demo test test-all lint prose format bench bench-train bench-serve figures reports docs clean
+.PHONY: help setup lock release demo test test-all lint prose format bench bench-train bench-serve figures reference reports docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -82,7 +82,10 @@ figures: $(STAMP)  ## write every measured figure of README and docs from benchm
 reports: $(STAMP)  ## the reports of `turret compare` in docs/reports, or one: make reports NAME=bbc
 	PATH="$(CURDIR)/.venv/bin:$$PATH" docs/reports/make.sh $(NAME)
 
-docs: $(STAMP)  ## the documentation as pages, in site/
+reference: $(STAMP)  ## write the generated parts of docs/reference from the code
+	$(BIN)/python release/make_reference.py
+
+docs: $(STAMP) reference  ## the documentation as pages, in site/; a dead link fails
 	$(BIN)/mkdocs build --strict
 
 clean:  ## forget the set-up and all caches
