@@ -1,8 +1,9 @@
-"""The Python in README and docs passes mypy strict as a user would run it: against the installed package."""
+"""The Python in README, docs and examples passes mypy strict as a user would run it: against the installed package."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "tutorials" / "classifier.md", ROOT / "docs" / "howto" / "experiments.md")
+PAGES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
+    ROOT / "docs" / "howto" / "experiments.md",
+    ROOT / "docs" / "howto" / "own-loop.md",
+)
 
 
 def checked(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -25,6 +31,8 @@ def test_examples_pass_strict_type_checks(tmp_path: Path) -> None:
         assert examples
         for number, example in enumerate(examples):
             (tmp_path / f"{page.stem.lower()}_{number}.py").write_text(example, encoding="utf-8")
+    for program in (ROOT / "examples").glob("*.py"):
+        shutil.copy(program, tmp_path)
     found = checked(tmp_path)
     assert found.returncode == 0, found.stdout + found.stderr
     (tmp_path / "control.py").write_text("import turret\n\nturret.Recipe(base=1, data={})\n", encoding="utf-8")
