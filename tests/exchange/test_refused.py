@@ -147,7 +147,7 @@ def only_head(tensors: dict[str, torch.Tensor]) -> None:
         (put("a" * 10_000, torch.ones(2)), "names a tensor aaaa"),
         (put("base_model.model.\n\x1b[31m", torch.ones(2)), "names a tensor base_model.model.\\n"),
         (only_head, "without any factors"),
-        (silence, "gives exactly what the bare base gives"),
+        (silence, "outputs equal the bare base"),
         (put("base_model.model.classifier.bias", torch.ones(2)), "cannot be used on"),
         (put("base_model.model.classifier.weight", torch.ones(3, 63)), "has shape (3, 63)"),
         (lambda tensors: tensors.pop("base_model.model.classifier.bias"), "classifier.bias is missing"),

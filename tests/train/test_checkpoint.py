@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is the one before; a full disk, a broken file and another run's file are named."""
+"""A checkpoint is complete or the previous one stays; errors name a full disk, a broken file and another run's file."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_broken_checkpoint_says_which_file_to_delete(tmp_path: Path, damage: s
 
 @contextmanager
 def files_no_larger_than(size: int) -> Iterator[None]:
-    """The system refuses to let a file grow beyond `size`: the same answer as a quota's or a full disk's."""
+    """The system refuses to let a file grow beyond `size`: the same error as for a quota or a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -135,4 +135,4 @@ def test_a_failing_disk_is_named_and_never_passed_over(tmp_path: Path) -> None:
     for line in said:
         assert re.search(r"Input/output error: .*: the disk at /.* fails, look at its health", line), line
         assert "the previous checkpoint is intact" in line or line == said[-1]
-    assert said[-1].endswith("it may not outlast a power cut")
+    assert said[-1].endswith("the checkpoint may not survive a power cut")

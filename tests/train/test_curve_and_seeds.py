@@ -1,4 +1,4 @@
-"""Records and their file; the run's own random numbers."""
+"""The training curve and its file, and the random states of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers a training takes where its recipe names none: documented, filled in, and good enough to learn."""
+"""The defaults of a training: documented, filled in, and good enough to learn with."""
 
 from __future__ import annotations
 

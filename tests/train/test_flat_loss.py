@@ -1,4 +1,4 @@
-"""A training whose loss stays at the level of guessing says so: while it runs, in what it returns, and for good."""
+"""A training whose loss stays at the level of guessing reports it: in its records, its result and the lineage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop learns, repeats itself to the last bit, goes on after a kill, and leaves the base as it was."""
+"""The loop learns, is repeatable bit by bit, resumes after a kill, and leaves the base as it was."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def child(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """By a process of its own, as the runs that are killed: what a test set in this one may round otherwise."""
+    """In its own process, as the runs that are killed: settings of other tests may change the rounding in this one."""
     folder = tmp_path_factory.mktemp("whole")
     done = child(folder)
     assert done.returncode == 0, done.stderr
@@ -333,7 +333,7 @@ def test_a_caller_that_walks_away_leaves_the_base_free() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much address space is in use")
 def test_a_step_that_really_runs_out_of_memory_says_so_in_one_line(tmp_path: Path) -> None:
-    """In a process of its own: once refused memory, the matrix library goes on with other roundings."""
+    """In its own process: after a failed allocation the matrix library rounds differently."""
     done = child(tmp_path, "--grant", "250000000")
     assert done.returncode == 0, done.stderr
     expected = "out of memory at step 1, in a pass of 32000 tokens: set train.micro_batch_tokens to 16000 (now 100000)"
@@ -364,7 +364,7 @@ def test_the_best_weights_by_the_validation_split_are_kept_and_stopping_early_st
 
 
 def test_the_best_prefix_is_what_answers_after_the_run() -> None:
-    """A prefix is folded and cached between passes: weights that are put back must be folded anew."""
+    """A prefix is computed once and cached between passes: restored weights must be computed again."""
     on, data = tiny.base("bert"), tiny.dataset(train=24, validation=8)
     settings: dict[str, Any] = {"train__epochs": 2, "train__evaluate": 1, "train__lr": 0.3, "train__warmup": 0}
     _, fitted = run(on, data, method="prefix", train__keep="best", **settings)

@@ -1,4 +1,4 @@
-"""The optimiser equals torch's own, and the learning rate goes where the recipe says."""
+"""The optimiser equals torch's AdamW, and the learning rate follows the recipe's schedule."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_gradient_that_is_not_finite_is_reported_and_not_scaled() -> None:
 
 
 def test_a_gradient_that_stays_is_added_to_and_is_a_prefixs_own() -> None:
-    """The largest one of a prefix goes straight into the optimiser's row; nobody else's `grad` is written to."""
+    """The largest gradient of a prefix is written into the optimiser's row, and no other `grad` is overwritten."""
 
     def gradients(group: PrefixGroup, passes: int) -> list[torch.Tensor]:
         for _ in range(passes):

@@ -1,4 +1,4 @@
-"""The plan says what a run will do, what is wrong with it, and leaves the base as it was."""
+"""The plan predicts a run, finds its mistakes, and leaves the base as it was."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from turret import adapters, kernels
 from turret.data import Labelled, Pair
 from turret.errors import AdapterError, PreflightRefused
 from turret.train import Check, Plan, checks, memory, plan
-from turret.train.cost import Others
+from turret.train.cost import OtherProcesses
 from turret.train.preflight import fits
 
 
@@ -114,9 +114,9 @@ def test_cut_inputs_are_counted_and_the_limit_that_keeps_most_is_named() -> None
     long = [Labelled("the market " * 30, "good" if number % 2 else "bad") for number in range(10)]
     _, rows = made(data=replace(data, train=[*data.train[:30], *long]), task__max_tokens=32)
     assert rows["inputs"].level == "warn"
-    assert rows["inputs"].text == "10 of 40 inputs (25.0%) lose their end at 32 tokens"
+    assert rows["inputs"].text == "10 of 40 inputs (25.0%) are cut at 32 tokens"
     assert rows["inputs"].remedy is not None
-    wanted = int(rows["inputs"].remedy.split("=")[1].split()[0])
+    wanted = int(rows["inputs"].remedy.removeprefix("set task.max_tokens to ").split(",")[0])
     _, rows = made(data=replace(data, train=[*data.train[:30], *long]), task__max_tokens=wanted)
     assert rows["inputs"].level == "ok"
 
@@ -152,24 +152,24 @@ def test_labels_that_are_skewed_alone_or_missing_are_named() -> None:
     assert found["labels"].level == "warn"
     assert "balanced" in str(found["labels"])
     result, found = made(data=replace(data, train=[*rows, Labelled("a great film", "good")]))
-    assert any("one training example only is good" in check.text for check in result.checks)
+    assert any("only one training example is good" in check.text for check in result.checks)
     result, found = made(data=replace(data, train=rows))
     assert found["labels"].level == "refuse"
     assert any("no training example is good" in check.text for check in result.checks)
 
 
 @pytest.mark.parametrize(("method", "needed", "epochs"), [("lora", 250, 50), ("prefix", 1200, 240), ("full", 100, 20)])
-def test_a_run_that_is_too_short_for_its_method_is_told_which_epochs_would_do(
+def test_a_run_that_is_too_short_for_its_method_names_the_epochs_that_are_enough(
     method: str, needed: int, epochs: int
 ) -> None:
     data = tiny.dataset(train=40)
     short = made(data=data, method=method, train__epochs=epochs - 1)[1]["steps"]
     assert short.level == "warn"
     assert f"{method} needs about {needed}" in short.text
-    assert short.remedy == f"train.epochs = {epochs} would do"
+    assert short.remedy == f"set train.epochs to {epochs}"
     assert made(data=data, method=method, train__epochs=epochs)[1]["steps"].level == "ok"
     cut = made(data=data, method=method, train__epochs=epochs, train__max_steps=30)[1]["steps"]
-    assert f"train.max_steps = {needed}" in str(cut)
+    assert f"train.max_steps to {needed} or none" in str(cut)
 
 
 def test_an_encoders_prefix_through_its_mlp_is_warned_of() -> None:
@@ -183,13 +183,13 @@ def test_an_encoders_prefix_through_its_mlp_is_warned_of() -> None:
 def test_duplicates_empty_inputs_few_steps_and_splits_are_said() -> None:
     data = tiny.dataset(train=40)
     _, rows = made(data=replace(data, duplicates=2))
-    assert "2 test inputs (25.0%) are training inputs too" in rows["duplicates"].text
+    assert "2 test inputs (25.0%) are also training inputs" in rows["duplicates"].text
     _, rows = made(data=replace(data, train=[*data.train, Labelled("  ", "good")]))
     assert "1 of 41 inputs are empty" in rows["inputs"].text
     _, rows = made()
     assert rows["steps"].level == "warn"
     _, rows = made(data=replace(data, test=[]))
-    assert "nothing will measure the adapter" in rows["splits"].text
+    assert "there is nothing to evaluate the adapter on" in rows["splits"].text
     _, rows = made(data=data, train__keep="best")
     assert "4 of the training examples are held back" in rows["splits"].text
 
@@ -208,7 +208,7 @@ def test_products_in_8_bits_are_refused_where_they_cannot_be_and_told_of_where_t
 @pytest.mark.skipif(not kernels.int8(), reason="no products in 8 bits on this processor")
 def test_products_in_8_bits_are_told_of_where_they_can_be() -> None:
     check = made(train__int8="true", measured=True)[1]["int8"]
-    assert (check.level, check.text) == ("ok", "9 frozen layers multiply in 8 bits while it trains")
+    assert (check.level, check.text) == ("ok", "9 frozen layers multiply in 8 bits during training")
     assert "int8" not in made()[1]
 
 
@@ -247,8 +247,8 @@ def test_resident_and_peak_memory_are_read() -> None:
 @pytest.mark.parametrize(
     ("others", "threads", "count", "remedy"),
     [
-        (0.9, 2, 2, "OMP_NUM_THREADS=1 "),
-        (3.2, 16, 16, "OMP_NUM_THREADS=12 "),
+        (0.9, 2, 2, "set OMP_NUM_THREADS=1 "),
+        (3.2, 16, 16, "set OMP_NUM_THREADS=12 "),
         (0.4, 2, 2, None),
         (1.0, 1, 2, None),
         (4.0, 8, 16, None),
@@ -263,10 +263,10 @@ def test_other_work_on_the_processors_is_a_warning_where_threads_will_wait_for_i
 
 
 def test_the_work_of_others_is_told_from_ones_own() -> None:
-    """The least of some tries, since other tests may be at work; then with a process that does nothing but work."""
+    """The smallest of three measurements, since other tests may run; then beside a process that is always busy."""
 
     def measured() -> float:
-        others, end = Others(), time.monotonic() + 0.5
+        others, end = OtherProcesses(), time.monotonic() + 0.5
         while time.monotonic() < end:  # this process is busy all the time
             pass
         return others.busy()

@@ -1,4 +1,4 @@
-"""Processes that train together make the adapter that one makes, stop and resume together, and miss who is missing."""
+"""Several processes train the same adapter as one, stop and resume together, and notice a missing process."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("kind", ["classify", "summarize"])
 def test_two_processes_make_the_adapter_that_one_makes(together: Any, kind: str) -> None:
-    """Within 1e-5, where training moved the weights a hundred times as far."""
+    """Equal within 1e-5; training moved the weights by more than a hundred times that."""
     got = torch.load(together[0] / f"{kind}.pt")
     alone = several.finish(several.still(kind)[1])
     assert far(got["weights"], alone["weights"]) < 1e-5
@@ -89,7 +89,7 @@ def test_two_processes_make_the_adapter_that_one_makes(together: Any, kind: str)
 
 
 class Deaf(Processes):
-    """One of two that does not hear the other."""
+    """One of two processes that never receives the other's gradients."""
 
     def sum(self, *tensors: torch.Tensor) -> None:
         self.__dict__.setdefault("kept", []).append([each.clone() for each in tensors])
@@ -159,8 +159,8 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(together: Any) -> None:
 
 
 def test_processes_that_came_apart_are_noticed(said: dict[str, Any]) -> None:
-    assert re.search(r"weights of process 1 of 2 is not that of process 0", said["apart"])
-    assert "recipe of process 1 of 2 is not that of process 0 (seed = 2, expected seed = 1)" in said["unlike"]
+    assert re.search(r"weights of process 1 of 2 differs from process 0", said["apart"])
+    assert "recipe of process 1 of 2 differs from process 0 (seed = 2, expected seed = 1)" in said["unlike"]
 
 
 def test_an_error_in_one_process_ends_all_with_one_line(together: Any) -> None:
@@ -187,7 +187,7 @@ def test_one_process_connects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("promised", "words"),
     [
-        ("2", "WORLD_SIZE promises 2 processes, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        ("2", "WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
         ("two", "WORLD_SIZE is 'two', expected a number"),
         ("0", "WORLD_SIZE is '0', expected a number"),
     ],
@@ -211,7 +211,7 @@ def test_a_group_smaller_than_promised_is_refused(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, value)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(TrainingError, match="WORLD_SIZE promises 2 processes, the group has 1 and 1 answered"):
+        with pytest.raises(TrainingError, match="WORLD_SIZE is 2, the group has 1 processes and 1 answered"):
             processes.begin()
     finally:
         dist.destroy_process_group()

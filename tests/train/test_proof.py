@@ -1,4 +1,4 @@
-"""A bundle is proven by a process that has nothing but the disk; what does not reproduce the training is refused."""
+"""A fresh process proves a bundle from disk; a bundle that does not reproduce the training is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trained(folder: Path, to: Path, kind: str = "classify", **overrides: Any) ->
 
 
 def examine(on: bases.Base, bundle: Path, asked: Probe, **changes: Any) -> dict[str, Any]:
-    """What the fresh process does, in this one."""
+    """The work of the fresh process, in this process."""
     request = {
         "bundle": str(bundle),
         "base": on.id,
@@ -93,7 +93,7 @@ def test_a_bundle_that_is_broken_fails_its_proof_in_one_line(folders: dict[str, 
 
 def test_a_proof_without_an_answer_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
     on, asked, _ = trained(folders["bert"], tmp_path / "bundle")
-    with pytest.raises(ProofFailed, match=r"gave no answer \(it took longer than 0 s"):
+    with pytest.raises(ProofFailed, match=r"wrote no report \(it took longer than 0 s"):
         prove(tmp_path / "bundle", on, asked, timeout=0.05)
 
 

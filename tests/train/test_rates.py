@@ -1,4 +1,4 @@
-"""Which learning rates are tried and which is taken, on made-up scores."""
+"""Which learning rates are tried and which one is chosen, on made-up scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def at(mean: float | None, count: int = 50) -> Score | None:
 
 
 def searched(losses: dict[float, float | None]) -> tuple[float, set[float]]:
-    """The factor that is taken and those that were tried, where the default is 1; what is not named diverges."""
+    """The chosen factor and those that were tried, if the default is 1; factors that are not named diverge."""
     rounded = {round(math.log10(factor), 2): loss for factor, loss in losses.items()}
     lr, scores = search(1.0, lambda rate: at(rounded.get(round(math.log10(rate), 2))))
     return round(lr, 3), {round(rate, 3) for rate in scores}
@@ -84,8 +84,7 @@ def test_what_was_found_reads_in_a_line_and_keeps_the_whole_table() -> None:
     size = size_of(400, 200)
     found = Found(0.003, 0.001, size, {0.001: 0.47, 0.003: 0.41, 0.01: 0.4, 0.03: None})
     assert (
-        str(found)
-        == "0.003, found by trying 4 rates for 40 steps each (held-back loss 0.41, 0.47 at the default 0.001)"
+        str(found) == "0.003, found by trying 4 rates for 40 steps each (held-out loss 0.41, 0.47 at the default 0.001)"
     )
     assert found.note().endswith(": 0.001: 0.47, 0.003: 0.41, 0.01: 0.4, 0.03: diverged")
     assert found.to_json()["tried"][3] == {"lr": 0.03, "loss": None}

@@ -1,4 +1,4 @@
-"""A training that goes on from a version begins where that one ended, resumes to the last bit, and names its parent."""
+"""A training from a stored version starts with its weights, resumes bit by bit, and names its parent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def begun(start: InitialAdapter, folder: Path | None = None, on: Any = None, **settings: Any) -> Any:
-    """(base, steps) of a training that goes on from it."""
+    """(base, steps) of a training that starts from it."""
     made = tiny.recipe(train__init_from=start.version, train__checkpoint_every=2, train__epochs=1, **settings)
     on, data = on or tiny.base("bert"), tiny.dataset()
     return on, fit(made, on, tiny.task_of(made, data, on), data, folder=folder, start=start)
@@ -59,7 +59,7 @@ def test_it_names_its_parent_and_what_it_was_made_with(parent) -> None:
 
 
 def test_with_a_rate_of_next_to_nothing_it_ends_where_the_other_ended(parent) -> None:
-    """And one that starts anew, the control, does not."""
+    """The control: a training from the base does not."""
     start, settings = parent
     _, steps = begun(start, **settings, train__lr=1e-12)
     _, fitted = tiny.train(steps)
@@ -107,13 +107,13 @@ def test_a_bundle_of_it_reads_back_with_its_parent(parent, tmp_path) -> None:
     ("change", "error", "complaint"),
     [
         ({"base": adapters.BaseInfo("other", "sha256:other")}, WrongBase, "was trained on base sha256:other"),
-        ({"task": {"kind": "summarize"}}, AdapterError, "it is to summarize, and this is to classify"),
+        ({"task": {"kind": "summarize"}}, AdapterError, "its task is summarize, this one's classify"),
         (
             {"task": {"kind": "classify", "labels": ["good", "bad"]}},
             AdapterError,
-            "its labels are good, bad, and these",
+            "its labels are good, bad, this task's",
         ),
-        ({"task": {"kind": "classify", "labels": ["x"]}}, AdapterError, "its labels are x, and these are bad, good"),
+        ({"task": {"kind": "classify", "labels": ["x"]}}, AdapterError, "its labels are x, this task's bad, good"),
         ({"tensors": {}}, AdapterError, "it has no "),
     ],
 )
@@ -139,5 +139,5 @@ def test_what_does_not_fit_is_one_line_for_plan_trials_and_training_and_the_base
 
 def test_a_recipe_that_names_a_version_is_never_trained_without_it() -> None:
     made, on, data = tiny.recipe(train__init_from="tiny@1"), tiny.base("bert"), tiny.dataset()
-    with pytest.raises(TrainingError, match=r"train\.init_from names tiny@1, and nothing was read"):
+    with pytest.raises(TrainingError, match=r"train\.init_from names tiny@1, and no adapter was given"):
         next(fit(made, on, tiny.task_of(made, data, on), data))

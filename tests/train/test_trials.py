@@ -1,4 +1,4 @@
-"""`lr = "auto"` on small random bases: it finds, it keeps, it looks at training examples only, it leaves no trace."""
+"""`lr = "auto"` on small random bases: it finds a rate, reads training examples only, and leaves the base as it was."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_base_is_left_bit_for_bit_and_free(kind: Any, family: str, method: s
 
 
 class Untouchable(list[Any]):
-    """A split that nobody may look into."""
+    """A split that must not be read."""
 
     def __getitem__(self, place: Any) -> Any:
         raise AssertionError("looked at a held-out example")

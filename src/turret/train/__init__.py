@@ -1,13 +1,11 @@
-"""Training: the preflight, the one visible loop, its checkpoints, evaluation, and the proof of what was stored.
+"""Training: the preflight, the training loop, its checkpoints, evaluation, and the proof of a written bundle.
 
-    plan(recipe, base, task, dataset) -> Plan           what this run will do, and what is wrong with it
-    find_rate(recipe, base, task, dataset) -> Found     what `lr = "auto"` means here
-    fit(recipe, base, task, dataset, folder=...)        a generator: a StepRecord a step, at the end Fitted
-    evaluate(model, task, examples)                     (metrics, answers)
-    probe(model, task, examples) -> Probe               what the trained model says to a few examples
-    prove(bundle, base, probe) -> report                a fresh process reads the bundle back and says the same
-
-Knows recipes, bases, tasks and adapters. Refuses to know the store, the engine and the terminal.
+plan(recipe, base, task, dataset) -> Plan           what a run will do and cost, and what is wrong with it
+find_rate(recipe, base, task, dataset) -> Found     the learning rate for `lr = "auto"`
+fit(recipe, base, task, dataset, folder=...)        a generator: yields a StepRecord per step, returns Fitted
+evaluate(model, task, examples)                     (metrics, answers)
+probe(model, task, examples) -> Probe               the trained model's outputs for a few examples
+prove(bundle, base, probe) -> report                a fresh process loads the bundle and must give those outputs
 """
 
 from turret.plan_check import Check

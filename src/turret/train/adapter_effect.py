@@ -1,59 +1,71 @@
-"""What an adapter does to its base: its outputs beside the bare base's, and whether every tensor takes part in them.
-
-Asks models, judges in half a sentence, and refuses to know files and where the adapter came from.
-"""
+"""Checks that an adapter changes its base's outputs, and that every one of its tensors affects them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from turret import adapters
 from turret.adapters import Adapter
+from turret.bases import Base
 from turret.methods import Head
 from turret.train.proof import answer
+from turret.transformer import Model
 
 
 @dataclass(frozen=True)
 class AdapterEffect:
-    """outputs: (B, C) or (N, V), float32; effect: how far they are from the bare base's, of the largest output."""
+    """An adapter's outputs, compared with the bare base's.
+
+    Args:
+        outputs: (B, C) or (N, V), float32.
+        effect: largest difference from the base's outputs, divided by the largest output.
+        idle: names of the tensors that do not affect the outputs.
+    """
 
     outputs: Tensor
     effect: float
-    idle: list[str]  # tensors that take no part
+    idle: list[str]
 
     def problem(self) -> str | None:
-        """What is wrong, as the end of a sentence about the adapter, or None."""
+        """What is wrong, as the end of a sentence about the adapter; None if nothing is."""
         if not bool(torch.isfinite(self.outputs).all()):
             return "its outputs are not finite numbers"
         if not self.effect > 0:
-            return "it gives exactly what the bare base gives: the adapter has no effect; train longer"
+            return "its outputs equal the bare base's: the adapter has no effect; train longer"
         if self.idle:
-            return f"{len(self.idle)} of its tensors take no part in the outputs, the first is {self.idle[0]}"
+            return f"{len(self.idle)} of its tensors do not affect the outputs, the first is {self.idle[0]}"
         return None
 
 
-def effect_of(base: Any, adapter: Adapter, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> AdapterEffect:
-    """Mount the adapter on a base without any, and ask both about rows of token ids. It stays mounted, in slot 1.
+def effect_of(base: Base, adapter: Adapter, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> AdapterEffect:
+    """Compare the outputs of a bare base with and without an adapter, which stays mounted in slot 1.
 
-    Raises AdapterError where a tensor does not fit, WrongBase for another base's adapter.
+    Args:
+        base: a base with no adapter on it.
+        sources: token ids (T,) of each row.
+        targets: token ids of each row's target; empty for a classifier.
+
+    Raises:
+        AdapterError: a tensor does not fit the base.
+        WrongBase: the adapter belongs to another base.
     """
-    model, sources, targets = base.model, list(sources), list(targets)
-    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in the middle of
+    model: Model = base.model
+    sources, targets = list(sources), list(targets)
+    with torch.inference_mode(False), torch.enable_grad():  # the caller may be in either mode
         with torch.no_grad():
-            bare = _without(model, adapter, sources, targets)
+            bare = _bare_outputs(model, adapter, sources, targets)
             adapters.mount(model, adapter, fingerprint=base.fingerprint)
-            outputs = answer(model, sources, targets, 1)  # by slot, as the bare base is asked: or it rounds otherwise
+            outputs = answer(model, sources, targets, 1)  # name the slot, as for the bare base: both round alike
         effect = float((outputs - bare).abs().max()) / float(outputs.abs().max().clamp_min(1e-30))
         return AdapterEffect(outputs, effect, _idle(model, adapter, sources, targets))
 
 
-def _without(model: Any, adapter: Adapter, sources: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """What the base gives without the adapter: under the adapter's own head, where that is only a part of it."""
+def _bare_outputs(model: Model, adapter: Adapter, sources: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """The base's outputs without the adapter's tensors; with its head, unless the head is all it has."""
     if adapter.head and adapter.tensors and not adapter.method.every_weight:
         adapters.mount(model, replace(adapter, method=Head(), tensors={}))
         slot = 1
@@ -67,14 +79,16 @@ def _without(model: Any, adapter: Adapter, sources: list[Tensor], targets: list[
         model.eval()
 
 
-def _idle(model: Any, adapter: Adapter, sources: list[Tensor], targets: list[Tensor]) -> list[str]:
-    """Which stored tensors were not mounted, or else which mounted ones autograd does not find behind the outputs."""
+def _idle(model: Model, adapter: Adapter, sources: list[Tensor], targets: list[Tensor]) -> list[str]:
+    """The stored tensors that were not mounted; if all were, those that have no gradient from the outputs."""
     mounted = adapters.extract(model)
-    stored, there = {**adapter.tensors, **adapter.head}, {**mounted.tensors, **mounted.head}
-    lost = [name for name in stored if name not in there or not torch.equal(stored[name].float(), there[name].float())]
-    if lost or adapter.method.every_weight:  # a full fine-tuning replaces also what a task does not use
+    stored, present = {**adapter.tensors, **adapter.head}, {**mounted.tensors, **mounted.head}
+    lost = [
+        name for name in stored if name not in present or not torch.equal(stored[name].float(), present[name].float())
+    ]
+    if lost or adapter.method.every_weight:  # full fine-tuning also copies weights that the task does not use
         return lost
-    owned = _owned(model)
+    owned = _slot_parameters(model)
     for parameter in owned.values():
         parameter.requires_grad_(True)
     total = answer(model, sources, targets).square().sum()
@@ -82,14 +96,14 @@ def _idle(model: Any, adapter: Adapter, sources: list[Tensor], targets: list[Ten
     return [name for name, gradient in zip(owned, gradients, strict=True) if gradient is None]
 
 
-def _owned(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters of slot 1, known by where they sit."""
+def _slot_parameters(model: Model) -> dict[str, nn.Parameter]:
+    """The parameters of slot 1, by their path."""
     attached = adapters.attachment(model)
     if attached.guest is not None:
         heads = {path: each.slots["1"] for path, each in attached.heads.items() if "1" in each.slots}
         own = {f"{path}.{name}": each for path, part in heads.items() for name, each in part.named_parameters()}
         return {**attached.guest.parameters, **own}
     parts: dict[str, nn.Module] = {f"prefix.{name}": each for name, each in attached.prefixes.items()}
-    routed: dict[str, Any] = {**attached.linears, **attached.heads}
-    parts |= {path: each.slots["1"] for path, each in routed.items() if "1" in each.slots}
+    for routed in (attached.linears, attached.heads):
+        parts |= {path: each.slots["1"] for path, each in routed.items() if "1" in each.slots}
     return {f"{path}.{name}": each for path, part in parts.items() for name, each in part.named_parameters()}

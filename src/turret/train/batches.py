@@ -1,69 +1,70 @@
-"""Which examples make which step, and in what pieces: seeded order, batches, micro-batches of at most so many tokens.
-
-Knows lengths and indices. Refuses to know models and losses; padding is nobody's business here, because there is none.
-"""
+"""Examples in a seeded order, in batches and in micro-batches of at most so many tokens. Nothing is padded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from turret.data import Example
 from turret.errors import DataError
+from turret.recipe import Recipe, Train
+from turret.tasks import Task
+from turret.transformer import ModelConfig
 
-KEPT_STATES = 9_000_000  # hidden states of all layers in one pass
-FEWEST_TOKENS, MOST_TOKENS = 512, 2048  # of one pass, where the recipe says nothing
+KEPT_STATES = 9_000_000  # numbers in the hidden states of all layers of one pass
+FEWEST_TOKENS, MOST_TOKENS = 512, 2048  # of one pass, unless the recipe sets it
 ENCODED_AT_ONCE = 1024  # examples
-KEPT_TOKENS = 1 << 26  # encoded examples are kept up to here (256 MB of int32); further ones are encoded anew
+KEPT_TOKENS = 1 << 26  # tokens kept in memory (256 MB of int32); further examples are encoded again each time
 
 
 @dataclass(frozen=True)
 class Item:
-    """One example as the model sees it."""
+    """One example as the model reads it."""
 
-    example: Any  # Labelled or Pair
-    source: Tensor  # (n,) int64
-    target: Tensor | None  # (m,) int64; None for classification
+    example: Example
+    source: Tensor  # (T,) int64
+    target: Tensor | None  # (T,) int64; None for classification
     cut: bool = False  # the input was longer than the limit
     target_cut: bool = False
 
     @property
     def tokens(self) -> int:
+        """Tokens of source and target."""
         return len(self.source) + (0 if self.target is None else len(self.target))
 
     @property
     def weight(self) -> int:
-        """How many terms of the mean loss are this example's: one, or its target tokens."""
+        """The number of terms that the example has in the mean loss: 1, or its target tokens."""
         return 1 if self.target is None else len(self.target)
 
 
 class Items:
-    """Examples as the model sees them, encoded when first needed and kept (as int32) while there is room."""
+    """Examples, encoded when first needed and cached as int32 up to `kept_tokens`."""
 
-    def __init__(self, task: Any, examples: Sequence[Any], *, kept_tokens: int = KEPT_TOKENS) -> None:
+    def __init__(self, task: Task, examples: Sequence[Example], *, kept_tokens: int = KEPT_TOKENS) -> None:
         self.task, self.examples = task, examples
-        self._kept: dict[int, Item] = {}
+        self._cached: dict[int, Item] = {}
         self._room = kept_tokens
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def take(self, indices: Iterable[int]) -> list[Item]:
-        """The items at these places, in that order; those not seen before are encoded together."""
-        wanted = list(indices)
-        new = [index for index in dict.fromkeys(wanted) if index not in self._kept]
-        fresh = dict(zip(new, encode(self.task, [self.examples[index] for index in new]), strict=True))
-        for index, item in fresh.items():
+        """The items at these indices, in that order. Items that are not cached are encoded together."""
+        indices = list(indices)
+        missing = [index for index in dict.fromkeys(indices) if index not in self._cached]
+        encoded = dict(zip(missing, encode(self.task, [self.examples[index] for index in missing]), strict=True))
+        for index, item in encoded.items():
             if item.tokens <= self._room:
                 self._room -= item.tokens
-                self._kept[index] = _narrow(item)
-        return [fresh[index] if index in fresh else _wide(self._kept[index]) for index in wanted]
+                self._cached[index] = _cast(item, torch.int32)
+        return [encoded[i] if i in encoded else _cast(self._cached[i], torch.int64) for i in indices]
 
     def lengths(self) -> list[int]:
-        """Tokens of every item."""
+        """The tokens of every item."""
         return [
             item.tokens
             for start in range(0, len(self), ENCODED_AT_ONCE)
@@ -71,26 +72,25 @@ class Items:
         ]
 
 
-def _narrow(item: Item) -> Item:
-    return replace(item, source=item.source.int(), target=None if item.target is None else item.target.int())
+def _cast(item: Item, dtype: torch.dtype) -> Item:
+    return replace(item, source=item.source.to(dtype), target=None if item.target is None else item.target.to(dtype))
 
 
-def _wide(item: Item) -> Item:
-    return replace(item, source=item.source.long(), target=None if item.target is None else item.target.long())
-
-
-def encode(task: Any, examples: Sequence[Any]) -> list[Item]:
-    """The token ids of some examples, cut as the task says."""
+def encode(task: Task, examples: Sequence[Example]) -> list[Item]:
+    """The examples' token ids, cut at the task's limits."""
     return [
-        Item(example, source.ids, None, source.cut)
-        if target is None
-        else Item(example, source.ids, target.ids, source.cut, target.cut)
+        Item(example, source.ids, target.ids if target else None, source.cut, target.cut if target else False)
         for example, (source, target) in zip(examples, task.encode_examples(examples), strict=True)
     ]
 
 
+def spread(count: int, most: int) -> Sequence[int]:
+    """At most `most` of `count` indices, evenly spread."""
+    return range(count) if count <= most else [place * count // most for place in range(most)]
+
+
 def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
-    """The order of the examples in an epoch: of seed and epoch alone, so any step can be found again."""
+    """The order of the examples in an epoch. It depends on seed and epoch alone, so a run can resume at any step."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
     order: list[int] = torch.randperm(count, generator=generator).tolist()
     return order
@@ -98,13 +98,20 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many steps there are and which examples each takes. The last batch of an epoch is what is left."""
+    """The number of steps and the examples of each. The last batch of an epoch may be smaller."""
 
     examples: int
     batch_size: int
     epochs: int
     seed: int
     max_steps: int | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, examples: int) -> Schedule:
+        """The schedule of a recipe whose defaults are filled in, for so many training examples."""
+        train = recipe.train
+        assert train.epochs is not None, "fill in the recipe's defaults first"
+        return cls(examples, train.batch_size, train.epochs, recipe.seed, train.max_steps)
 
     def __post_init__(self) -> None:
         if self.examples < 1:
@@ -116,10 +123,12 @@ class Schedule:
 
     @property
     def steps(self) -> int:
+        """All optimiser steps of the run."""
         every = self.steps_per_epoch * self.epochs
         return every if self.max_steps is None else min(every, self.max_steps)
 
     def epoch_after(self, step: int) -> float:
+        """Epochs done after a step: 1.5 is the middle of the second."""
         return step / self.steps_per_epoch
 
     def batches(self, after: int = 0) -> Iterator[tuple[int, list[int]]]:
@@ -135,34 +144,32 @@ class Schedule:
 
 
 def micro_batches(items: Sequence[Item], most_tokens: int) -> list[list[Item]]:
-    """The batch in pieces of at most `most_tokens` tokens, in order; an example longer than that is a piece alone."""
-    pieces: list[list[Item]] = []
-    room = 0
-    for item in items:
-        if not pieces or item.tokens > room:
-            pieces.append([])
-            room = most_tokens
-        pieces[-1].append(item)
-        room -= item.tokens
-    return pieces
+    """The batch in pieces of at most `most_tokens` tokens, in order. A longer example is a piece of its own."""
+    pieces = _pieces(range(len(items)), [item.tokens for item in items], most_tokens)
+    return [[items[index] for index in piece] for piece in pieces]
 
 
-def pass_tokens(train: Any, config: Any) -> int:
-    """Most tokens of one pass: the recipe's `micro_batch_tokens`, else as many as suit the base.
+def pass_tokens(train: Train, config: ModelConfig) -> int:
+    """The largest number of tokens in one pass: the recipe's `micro_batch_tokens`, else a number that suits the base.
 
-    Larger passes use a processor better and keep more for the backward pass, in proportion to layers times width.
+    Larger passes use the processor better. They also save more for the backward pass, in proportion to layers times
+    hidden size.
     """
     if train.micro_batch_tokens is not None:
-        return int(train.micro_batch_tokens)
+        return train.micro_batch_tokens
     fitting = KEPT_STATES // (config.num_hidden_layers * config.hidden_size)
-    return int(min(max(fitting // 64 * 64, FEWEST_TOKENS), MOST_TOKENS))
+    return min(max(fitting // 64 * 64, FEWEST_TOKENS), MOST_TOKENS)
 
 
 def by_length(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
-    """Indices in pieces of at most `most_tokens` tokens, neighbours in length together: for evaluation."""
+    """Indices sorted by length, in pieces of at most `most_tokens` tokens. Used in evaluation."""
+    return _pieces(sorted(range(len(lengths)), key=lambda each: (lengths[each], each)), lengths, most_tokens)
+
+
+def _pieces(indices: Iterable[int], lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
     pieces: list[list[int]] = []
     room = 0
-    for index in sorted(range(len(lengths)), key=lambda each: (lengths[each], each)):
+    for index in indices:
         if not pieces or lengths[index] > room:
             pieces.append([])
             room = most_tokens

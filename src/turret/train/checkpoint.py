@@ -1,15 +1,15 @@
-"""One file that a run can go on from: weights, optimiser, random numbers and counters. No pickle is written or read.
+"""Checkpoints of a training run: weights, optimiser state, random states and counters in one file, without pickle.
 
-The format, number 1, one safetensors file `checkpoint.safetensors` in the run's folder:
+Format 1 is one safetensors file, `checkpoint.safetensors`, in the run's folder:
 
 - metadata `turret`: a JSON object with `format`, `identity`, `layout` and `progress`
-- `identity` says whose checkpoint it is (recipe, data, base, versions, world size); another run refuses it
-- `layout` maps each trained parameter to its shape, in the order of the rows
-- tensors `weights`, `exp_avg`, `exp_avg_sq`: (N,) float32; `best`: (N,), where a best state is kept
-- tensors `random.python`, `random.torch`, `random.cuda`: states of the generators; of process 1, 2, ... of several
-  `random.1.python` and so on
+- `identity`: recipe, data, base, versions and world size; a run with another identity does not resume from it
+- `layout`: the shape of each trained parameter, in the order in which they lie in `weights`
+- tensors `weights`, `exp_avg`, `exp_avg_sq`: (N,) float32; `best`: (N,), if the best weights are kept
+- tensors `random.python`, `random.torch`, `random.cuda`: states of the random generators; `random.1.python` and so on
+  for processes 1, 2, ... of several
 
-It is written beside, synced and renamed, so a kill or a full disk leaves the one before. Refuses to know the model.
+A checkpoint is written to a new file, synced and renamed, so after a kill or on a full disk the previous one remains.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from turret.disk import NO_ROOM, make_folder, mount_of, number_of, plainly, sync
-from turret.errors import TrainingError
+from turret.errors import TrainingError, one_line
+from turret.json_types import JsonMapping, JsonObject
 from turret.train.memory import mega
 
 FORMAT = 1
@@ -36,22 +36,22 @@ NAME = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was in the file."""
+    """The content of a checkpoint file."""
 
     tensors: dict[str, Tensor]
     layout: dict[str, list[int]]
-    progress: dict[str, Any]
+    progress: JsonObject
 
 
 def save(
     folder: Path,
     tensors: dict[str, Tensor],
     *,
-    identity: dict[str, Any],
-    layout: dict[str, Any],
-    progress: dict[str, Any],
+    identity: JsonMapping,
+    layout: dict[str, list[int]],
+    progress: JsonMapping,
 ) -> None:
-    """Replace the folder's checkpoint by this one, or leave it untouched and raise TrainingError."""
+    """Replace the folder's checkpoint. On an error, keep the previous one and raise TrainingError."""
     text = json.dumps({"format": FORMAT, "identity": identity, "layout": layout, "progress": progress})
     final, beside, placed = folder / NAME, folder / (NAME + ".new"), False
     try:
@@ -64,40 +64,40 @@ def save(
         placed = True
         sync(folder)
     except (OSError, SafetensorError) as error:
-        kept = _kept(folder, placed)
-        with contextlib.suppress(OSError):  # the next one is written over it
+        remaining = _remaining(folder, placed)
+        with contextlib.suppress(OSError):  # the next save overwrites it
             beside.unlink()
-        raise TrainingError(_write_failure(folder, error, tensors, int(progress["step"]), kept)) from error
+        raise TrainingError(_write_failure(folder, error, tensors, int(progress["step"]), remaining)) from error
 
 
-def load(folder: Path, *, identity: dict[str, Any]) -> Checkpoint | None:
-    """The folder's checkpoint, None where there is none. Raises TrainingError when it is broken or another run's."""
+def load(folder: Path, *, identity: JsonMapping) -> Checkpoint | None:
+    """The folder's checkpoint; None if there is none. Raises TrainingError if it is broken or another run's."""
     path = folder / NAME
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             head = json.loads((file.metadata() or {})["turret"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
         written = dict(head["identity"])
         checkpoint = Checkpoint(tensors, dict(head["layout"]), dict(head["progress"]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"checkpoint {path} cannot be read ({error}): delete it to begin the run anew") from error
+        raise TrainingError(f"checkpoint {path} cannot be read ({error}): delete it to start over") from error
     if head.get("format") != FORMAT:
         raise TrainingError(
-            f"checkpoint {path} has format {head.get('format')}, expected {FORMAT}: delete it to begin anew"
+            f"checkpoint {path} has format {head.get('format')}, expected {FORMAT}: delete it to start over"
         )
     for key, expected in json.loads(json.dumps(identity)).items():
         if written.get(key) != expected:
             raise TrainingError(
-                f"checkpoint {path} belongs to another run: its {key} is {_short(written.get(key))}, this run's is "
-                f"{_short(expected)}; resume with the same {key}, or delete it to begin anew"
+                f"checkpoint {path} belongs to another run: its {key} is {one_line(str(written.get(key)), 40)}, this "
+                f"run's is {one_line(str(expected), 40)}; resume with the same {key}, or delete it to start over"
             )
     return checkpoint
 
 
 def step_of(folder: Path) -> int:
-    """The step a run in this folder would go on from; 0 where it has no checkpoint."""
+    """The step that a run in this folder resumes after; 0 if it has no checkpoint."""
     path = folder / NAME
     if not path.exists():
         return 0
@@ -105,29 +105,24 @@ def step_of(folder: Path) -> int:
         with safe_open(path, framework="pt") as file:
             return int(json.loads(file.metadata()["turret"])["progress"]["step"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"checkpoint {path} cannot be read ({error}): delete it to begin the run anew") from error
+        raise TrainingError(f"checkpoint {path} cannot be read ({error}): delete it to start over") from error
 
 
-def _kept(folder: Path, placed: bool) -> str:
-    """What is there after a failure; placed: the new checkpoint has its name already."""
+def _remaining(folder: Path, placed: bool) -> str:
+    """Which checkpoint is left after a failed save. placed: the new one was already renamed."""
     if not (folder / NAME).exists():
-        return "there is no earlier one"
-    return "it may not outlast a power cut" if placed else "the previous checkpoint is intact"
+        return "there is no earlier checkpoint"
+    return "the checkpoint may not survive a power cut" if placed else "the previous checkpoint is intact"
 
 
-def _write_failure(folder: Path, error: Exception, tensors: dict[str, Tensor], step: int, kept: str) -> str:
-    """The sentence for a checkpoint that could not be written; a full or failing disk is named."""
+def _write_failure(folder: Path, error: Exception, tensors: dict[str, Tensor], step: int, remaining: str) -> str:
+    """The error text for a checkpoint that could not be written. It names a full disk."""
     if number_of(error) not in NO_ROOM:
-        said = plainly(error, folder)
-        return f"checkpoint of step {step} could not be written to {folder} ({said}): make it writable; {kept}"
+        reason = plainly(error, folder)
+        return f"checkpoint of step {step} could not be written to {folder} ({reason}): make it writable; {remaining}"
     needed = sum(each.numel() * each.element_size() for each in tensors.values())
     mount = mount_of(folder)
     return (
         f"disk full: checkpoint of step {step} needs {mega(needed)} in {folder}, the disk at {mount} has "
-        f"{mega(shutil.disk_usage(mount).free)} free: make room and start the same command again; {kept}"
+        f"{mega(shutil.disk_usage(mount).free)} free: make room and start the same command again; {remaining}"
     )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."

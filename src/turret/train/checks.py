@@ -1,76 +1,83 @@
-"""What may be wrong with a training before it begins: one function a question, one line an answer, with the remedy.
-
-Knows recipes, lengths and labels. Runs no model: `cost` measures, `plan` puts both together.
-"""
+"""The checks of a plan that need no model run: each function gives rows with a finding and its remedy."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from turret.adapters import int8_layers
-from turret.bases import native_bfloat16
-from turret.data import texts_of
+from turret.bases import Base, native_bfloat16
+from turret.data import Dataset, Example, Labelled, texts_of
 from turret.errors import AdapterError
+from turret.methods import Method
 from turret.plan_check import Check, Level
+from turret.recipe import Recipe
+from turret.tasks import Task, writes
 from turret.train.batches import Item, Schedule
 from turret.train.defaults import epochs_for
 from turret.train.optim import warmup_steps
 from turret.train.rates import MOST_TRIALS, Size
 from turret.train.splits import Splits
+from turret.transformer import Model, Tokenizer
 
-MANY_CUT = 0.05  # share of the inputs that lose their end, from which on it is worth a warning
-BUSY = 0.5  # processors that others keep busy, from which on it is worth a warning
-SKEWED = 10  # times as many examples of the largest class as of the smallest
+MANY_CUT = 0.05  # warn from this share of cut inputs on
+BUSY = 0.5  # warn from this many processors in use by other processes on
+SKEWED = 10  # warn if the largest class has this many times the examples of the smallest
 
 
 def share(trainable: int, total: int) -> Check:
+    """How many weights are trained."""
     return Check(
         "trainable", "ok", f"{trainable:,} weights are trained, {trainable / total:.2%} of the base's {total:,}"
     )
 
 
 def processors(others: float, threads: int, count: int) -> Iterator[Check]:
-    """others: processors that other processes keep busy. An operation that several threads share waits for the last."""
+    """Warn if other processes slow down multi-threaded operations, which wait for their slowest thread.
+
+    Args:
+        others: number of processors that other processes keep busy.
+        threads: number of threads that training uses.
+        count: number of processors of the machine.
+    """
     if threads > 1 and others >= BUSY and others + threads > count + BUSY / 2:
         yield Check(
             "processors",
             "warn",
-            f"other work keeps {others:.1f} of {count} busy, and each small operation waits for the slower of "
+            f"other processes keep {others:.1f} of {count} busy, and each small operation waits for the slowest of "
             f"{threads} threads",
-            f"OMP_NUM_THREADS={max(1, count - math.ceil(others))} for as long as that lasts: about twice as fast",
+            f"set OMP_NUM_THREADS={max(1, count - math.ceil(others))} while they run: about 2x faster",
         )
 
 
 def rates(size: Size, usual: float) -> Check:
-    """`lr = "auto"` before it was carried out: a plan alone does not take the time."""
+    """What `lr = "auto"` will do. A plan does not run the trials, because they take time."""
     if size.reason is not None:
         return Check("learning rate", "ok", f"{usual:g}, this method's own: {size.reason}")
-    tried = f"at most {MOST_TRIALS} rates about this method's own {usual:g}, {size.steps} steps each"
+    tried = f"at most {MOST_TRIALS} rates around this method's own {usual:g}, for {size.steps} steps each"
     return Check("learning rate", "ok", f"auto: training first tries {tried}")
 
 
-def steps(recipe: Any, schedule: Schedule, enough: int) -> Check:
-    """enough: the steps below which the method is not trained out."""
+def steps(recipe: Recipe, schedule: Schedule, enough: int) -> Check:
+    """Whether there are enough steps. enough: the fewest with which the method is fully trained."""
     warmup = warmup_steps(recipe.train.warmup, schedule.steps)
     text = f"{schedule.steps} steps of {schedule.batch_size} examples, {warmup} of them warm-up"
     if schedule.steps >= enough:
         return Check("steps", "ok", text)
-    epochs = epochs_for(enough, schedule.examples, schedule.batch_size)
-    remedy = f"train.epochs = {epochs} would do"
+    remedy = f"set train.epochs to {epochs_for(enough, schedule.examples, schedule.batch_size)}"
     if schedule.max_steps is not None:
-        remedy += f", with train.max_steps = {enough} or none"
+        remedy += f" and train.max_steps to {enough} or none"
     return Check("steps", "warn", f"only {text}, and {recipe.method.kind} needs about {enough}", remedy)
 
 
-def splits(made: Splits, dataset: Any) -> Iterator[Check]:
-    counts = f"{len(made.train)} train, {len(dataset.validation)} validation, {len(dataset.test)} test examples"
-    if made.note:
-        yield Check("splits", "warn", f"{counts}; {made.note}", "name data.validation to choose it yourself")
+def splits(used: Splits, dataset: Dataset) -> Iterator[Check]:
+    """The sizes of the splits, and whether test inputs occur among the training inputs."""
+    counts = f"{len(used.train)} train, {len(dataset.validation)} validation, {len(dataset.test)} test examples"
+    if used.note:
+        yield Check("splits", "warn", f"{counts}; {used.note}", "name data.validation to choose it yourself")
     elif not dataset.test and not dataset.validation:
-        yield Check("splits", "warn", f"{counts}: nothing will measure the adapter", "name data.test")
+        yield Check("splits", "warn", f"{counts}: there is nothing to evaluate the adapter on", "name data.test")
     else:
         yield Check("splits", "ok", counts)
     if dataset.duplicates:
@@ -78,16 +85,16 @@ def splits(made: Splits, dataset: Any) -> Iterator[Check]:
         yield Check(
             "duplicates",
             "warn",
-            f"{dataset.duplicates} test inputs ({part:.1%}) are training inputs too, so the test scores flatter",
+            f"{dataset.duplicates} test inputs ({part:.1%}) are also training inputs, so test scores will be too high",
             "remove them from the data",
         )
     else:
         yield Check("duplicates", "ok", "no test input is a training input")
 
 
-def special_tokens(base: Any, task: Any) -> Check:
-    tokenizer = base.tokenizer
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+def special_tokens(base: Base, task: Task) -> Check:
+    """The pad and eos tokens."""
+    pad, eos = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
     if task.generates and pad == eos:
         return Check(
             "tokens", "ok", f"pad is eos (token {eos}); the loss never sees padding, every target ends with eos"
@@ -95,8 +102,8 @@ def special_tokens(base: Any, task: Any) -> Check:
     return Check("tokens", "ok", f"pad is token {pad}, eos is {'not needed' if eos is None else f'token {eos}'}")
 
 
-def inputs(items: Sequence[Item], task: Any, base: Any) -> Iterator[Check]:
-    """How many inputs are cut at the limit, and what limit would hold most of them."""
+def inputs(items: Sequence[Item], task: Task, base: Base) -> Iterator[Check]:
+    """How many inputs are cut at the limit, and which limit would keep most of them whole."""
     cut = sum(item.cut for item in items)
     empty = sum(not text.strip() for text in texts_of([item.example for item in items]))
     if empty:
@@ -106,26 +113,26 @@ def inputs(items: Sequence[Item], task: Any, base: Any) -> Iterator[Check]:
         yield Check("inputs", "ok", f"no input is cut: the longest has {longest} tokens of {task.max_tokens}")
         return
     wanted = _percentile(whole_lengths(items, base.tokenizer, task.max_tokens), 0.95)
-    text = f"{cut} of {len(items)} inputs ({cut / len(items):.1%}) lose their end at {task.max_tokens} tokens"
+    text = f"{cut} of {len(items)} inputs ({cut / len(items):.1%}) are cut at {task.max_tokens} tokens"
     limit = base.family.position_limit(base.model.config)
     if limit is not None:
         wanted = min(wanted, limit)
     if cut / len(items) < MANY_CUT or wanted <= task.max_tokens:
         yield Check("inputs", "ok", text)
     else:
-        reach = "the most this base reads" if wanted == limit else "keeps 95% of them whole"
-        yield Check("inputs", "warn", text, f"task.max_tokens = {wanted} {reach}, and takes longer")
+        gain = "the most that this base reads" if wanted == limit else "which keeps 95% of them whole"
+        yield Check("inputs", "warn", text, f"set task.max_tokens to {wanted}, {gain}; training takes longer")
 
 
-def outputs(items: Sequence[Item], task: Any) -> Iterator[Check]:
-    """Targets that are cut, and whether generation may write as much as the targets have."""
-    if not task.generates:
+def outputs(items: Sequence[Item], task: Task) -> Iterator[Check]:
+    """How many targets are cut, and whether generated texts may be as long as the targets."""
+    if not writes(task):
         return
     lengths = [item.weight for item in items]
     cut = sum(item.target_cut for item in items)
     text = f"{cut} of {len(items)} targets ({cut / len(items):.1%}) are cut at {task.max_target_tokens} tokens"
     if cut / len(items) >= MANY_CUT / 5:
-        yield Check("targets", "warn", f"{text} and teach it to stop in the middle", "raise task.max_target_tokens")
+        yield Check("targets", "warn", f"{text} and teach the model to stop early", "raise task.max_target_tokens")
     else:
         yield Check("targets", "ok", text if cut else f"no target is cut: the longest has {max(lengths)} tokens")
     wanted, given = _percentile(lengths, 0.95), int(task.generation["max_new_tokens"])
@@ -133,27 +140,27 @@ def outputs(items: Sequence[Item], task: Any) -> Iterator[Check]:
         yield Check(
             "generation",
             "warn",
-            f"at most {given} new tokens are generated, and one target in twenty has {wanted} or more",
+            f"generation stops at {given} new tokens, and 5% of the targets have {wanted} or more",
             f"set task.max_new_tokens to {wanted}",
         )
     else:
         yield Check("generation", "ok", f"up to {given} new tokens, 95% of the targets have at most {wanted}")
 
 
-def positions(recipe: Any, task: Any, base: Any) -> Iterator[Check]:
-    """A table of positions has an end; beyond it there is an index error or noise."""
+def positions(recipe: Recipe, task: Task, base: Base) -> Iterator[Check]:
+    """Whether the base has enough positions. Past the end of a learned table the lookup fails."""
     limit = base.family.position_limit(base.model.config)
     if limit is None:
         return
-    needed, said = task.max_tokens, f"task.max_tokens = {task.max_tokens}"
+    needed, parts = task.max_tokens, f"task.max_tokens = {task.max_tokens}"
     if base.family.decoder_only:
-        if task.generates:
+        if writes(task):
             needed += max(task.max_target_tokens, int(task.generation["max_new_tokens"]))
-            said += " and the target"
+            parts += " and the target"
         virtual = getattr(recipe.method, "num_virtual_tokens", None)
         if isinstance(virtual, int):
             needed += virtual
-            said += " and the prefix"
+            parts += " and the prefix"
     if needed <= limit:
         return
     level: Level = "refuse" if base.family.positions == "table" else "warn"
@@ -161,31 +168,31 @@ def positions(recipe: Any, task: Any, base: Any) -> Iterator[Check]:
     yield Check(
         "positions",
         level,
-        f"{said} need {needed} positions, and {base.id} has {limit}",
+        f"{parts} need {needed} positions, and {base.id} has {limit}",
         f"set task.max_tokens to {fits} or less" if fits > 0 else "use a base with more positions",
     )
 
 
-def labels(task: Any, examples: Sequence[Any]) -> Iterator[Check]:
-    """Classes that are missing, alone, or far rarer than the others."""
+def labels(task: Task, examples: Sequence[Example]) -> Iterator[Check]:
+    """Classes without examples, with one example, or with far fewer than others."""
     if not task.labels:
         return
-    counts = Counter(label for example in examples for label in example.labels)
+    counts = Counter(label for example in examples if isinstance(example, Labelled) for label in example.labels)
     missing = [label for label in task.labels if not counts[label]]
-    alone = [label for label in task.labels if counts[label] == 1]
+    single = [label for label in task.labels if counts[label] == 1]
     if missing:
         yield Check(
             "labels", "warn", f"no training example is {_some(missing)}", "take more examples, or drop the class"
         )
-    if alone:
-        yield Check("labels", "warn", f"one training example only is {_some(alone)}", "take more examples of it")
+    if single:
+        yield Check("labels", "warn", f"only one training example is {_some(single)}", "take more examples of it")
     seen = [counts[label] for label in task.labels if counts[label]]
     if not seen or (len(seen) == 1 and not task.multi_label):
         yield Check("labels", "refuse", "all training examples are of one class", "take more examples")
         return
     largest, smallest = max(seen), min(seen)
     text = f"{len(task.labels)} classes, {smallest} to {largest} examples each"
-    if largest >= SKEWED * smallest and getattr(task, "class_weights", {}) is None:  # it could weigh them
+    if largest >= SKEWED * smallest and getattr(task, "class_weights", {}) is None:  # the task has weights, all 1
         yield Check(
             "labels", "warn", f"{text}: the rare ones will be neglected", 'set task.class_weights to "balanced"'
         )
@@ -193,32 +200,32 @@ def labels(task: Any, examples: Sequence[Any]) -> Iterator[Check]:
         yield Check("labels", "ok", text)
 
 
-def precision(recipe: Any, base: Any) -> Iterator[Check]:
-    """The base's numbers, and the products of a step."""
+def precision(recipe: Recipe, base: Base) -> Iterator[Check]:
+    """Whether the processor and the method suit the precision of the base's weights and products."""
     if recipe.train.int8:
         yield _in_8_bits(recipe.method, base.model)
     if not str(base.dtype).endswith("bfloat16"):
         return
     remedy = 'set train.dtype to "float32"'
     if recipe.method.every_weight:
-        yield Check("dtype", "warn", "a full fine-tuning starts from weights rounded to bfloat16", remedy)
+        yield Check("dtype", "warn", "full fine-tuning starts from weights rounded to bfloat16", remedy)
     if not native_bfloat16():
         yield Check("dtype", "warn", "this processor emulates bfloat16, several times slower than float32", remedy)
 
 
-def _in_8_bits(method: Any, model: Any) -> Check:
+def _in_8_bits(method: Method, model: Model) -> Check:
     if method.not_int8 is not None:
-        return Check("int8", "warn", f"method {method.kind} {method.not_int8}: it multiplies in train.dtype as ever")
+        return Check("int8", "warn", f"method {method.kind} {method.not_int8}: products stay in train.dtype")
     try:
         layers = int8_layers(model)
     except AdapterError as error:
         text, _, remedy = str(error).partition(": ")
         return Check("int8", "refuse", text, remedy)
-    return Check("int8", "ok", f"{len(layers)} frozen layers multiply in 8 bits while it trains")
+    return Check("int8", "ok", f"{len(layers)} frozen layers multiply in 8 bits during training")
 
 
-def whole_lengths(items: Sequence[Item], tokenizer: Any, limit: int) -> list[int]:
-    """Tokens of the inputs before they were cut; texts beyond forty times the limit count as that long."""
+def whole_lengths(items: Sequence[Item], tokenizer: Tokenizer, limit: int) -> list[int]:
+    """The tokens of the inputs before they were cut. Texts are read up to 240 characters per token of the limit."""
     most = 40 * 6 * limit  # characters
     cut = [item for item in items if item.cut]
     texts = [text[:most] for text in texts_of([item.example for item in cut])]

@@ -1,7 +1,4 @@
-"""What a training will cost, measured on the real model: two passes on real examples, and the model as it was after.
-
-Knows models, micro-batches, seconds and bytes. Refuses to judge: `plan` compares with what the machine has.
-"""
+"""Measures the time and memory of a training by a few passes on the real model, which is left as it was."""
 
 from __future__ import annotations
 
@@ -9,37 +6,45 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
 
 from turret import adapters, heap
+from turret.bases import Base
+from turret.recipe import Recipe
+from turret.tasks import Task, writes
 from turret.train import memory
 from turret.train.batches import Item, Items, Schedule, micro_batches, pass_tokens
 from turret.train.evaluation import GENERATED_ROWS, generate
 from turret.train.initialize import InitialAdapter, attach
 from turret.train.seeds import Randomness
 from turret.train.step import backward, loss_of
+from turret.transformer import Model
 
-LONG = 3.0  # seconds of a step that is not run twice to be timed
-TOLD_APART = 0.3  # seconds, of which the system counts hundredths
-LOOKED_AT = 50  # batches, of which the typical and the largest are taken
-WRITTEN, FIRST_TOKENS = 8, (1, 5)  # texts that are begun, and how far
-HOLES = 1.2  # what a heap holds after hundreds of passes of other sizes, over what it holds after a few
-BESIDE = 10 << 20  # bytes for what a run does between steps: its checkpoint, its curve
-SIZES = 5  # sizes of a pass that are tried: a heap has other holes after each
+LONG = 3.0  # seconds; a step this long is timed once instead of twice
+TIMED = 0.3  # seconds; a shorter span is too short to count, because the system counts hundredths
+SAMPLED = 50  # batches, of which the typical and the largest are measured
+TEXTS, FIRST_TOKENS = 8, (1, 5)  # texts that are begun, and their new tokens in the two runs
+HEAP_GROWTH = 1.2  # the heap after hundreds of passes of other sizes, divided by the heap after a few
+BETWEEN_STEPS = 10 << 20  # bytes of the checkpoint and the curve
+SIZES = 5  # sizes of a pass that are tried, because each leaves other holes in the heap
 
 
 @dataclass(frozen=True)
-class Writing:
-    """Seconds of generating texts with the cache, for a few rows at a time."""
+class GenerationTime:
+    """Seconds of generating texts with the KV cache.
 
-    prompt: float  # of reading one row's prompt
-    step: float  # of one more token for all rows
+    Args:
+        prompt: seconds to read one row's prompt.
+        step: seconds of one decode step for all rows of a batch.
+    """
+
+    prompt: float
+    step: float
 
     def seconds(self, rows: int, new_tokens: int) -> float:
-        """Of so many rows in batches, with so many new tokens each: what it takes where no text ends early."""
+        """The time of generating `new_tokens` for every row, if no text ends early."""
         return rows * self.prompt + -(-rows // GENERATED_ROWS) * new_tokens * self.step
 
 
@@ -51,32 +56,33 @@ class Cost:
     step_tokens: float
     memory: memory.Prediction
     trainable: int  # weights
-    others: float  # processors that other processes kept busy meanwhile
-    writing: Writing | None  # None where the task writes no text
+    others: float  # processors that other processes kept busy during the measurement
+    generation: GenerationTime | None  # None if the task generates no text
 
 
-class Others:
-    """How many processors other processes keep busy, from here to `busy`; 0 where the time is too short to tell."""
+class OtherProcesses:
+    """Counts the processors that other processes keep busy, from its creation to `busy`."""
 
     def __init__(self) -> None:
-        self._began, self._before = time.perf_counter(), self._worked()
+        self._started, self._before = time.perf_counter(), self._cpu_seconds()
 
     def busy(self) -> float:
-        seconds = time.perf_counter() - self._began
-        return max(0.0, (self._worked() - self._before) / seconds) if seconds >= TOLD_APART else 0.0
+        """The average number of busy processors; 0 if the time is too short to tell."""
+        seconds = time.perf_counter() - self._started
+        return max(0.0, (self._cpu_seconds() - self._before) / seconds) if seconds >= TIMED else 0.0
 
     @staticmethod
-    def _worked() -> float:
-        """Processor seconds of all processes but this one, since some moment. A guest's are its host's too."""
+    def _cpu_seconds() -> float:
+        """Processor seconds of all other processes. Guests are left out: their time is counted as user time already."""
         machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
         idle = sum(getattr(machine, name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
         return float(sum(machine) - idle - own.user - own.system)
 
 
 def measure(
-    recipe: Any,
-    base: Any,
-    task: Any,
+    recipe: Recipe,
+    base: Base,
+    task: Task,
     items: Items,
     schedule: Schedule,
     *,
@@ -84,22 +90,24 @@ def measure(
     start: InitialAdapter | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
-    """Attach the recipe's adapter, run what a training runs on real batches, and detach.
+    """Attach the recipe's adapter, run passes on real batches as a training does, and detach it.
 
-    The passes are: forward and backward on a typical batch, timed; then on pieces of other sizes and on the largest
-    piece; and a pass without gradients, as in an evaluation. What the process took until the second group begins counts
-    as prepared: examples, libraries, plans of products. What it grows by at the peak of the second group counts as
-    activations: also temporaries, and the holes between blocks of many sizes, since a training keeps what a pass frees.
-    It is never less than what was counted of the largest piece.
+    First, forward and backward passes on a typical batch are timed. Then memory is measured: forward and backward
+    passes on pieces of several sizes up to the largest, and a pass without gradients as in an evaluation. The growth of
+    the process up to the second part counts as `prepared`: examples and libraries. Its growth at the peak of the second
+    part counts as `activations`: saved tensors, temporaries, and holes in the heap, because a training keeps freed
+    memory. `activations` is at least what the largest piece saved for its backward pass.
 
     Args:
-        before: bytes of the process once the base was loaded; what reading the examples took since then counts too.
+        before: bytes of the process after the base was loaded; None: now. Growth since then counts as `prepared`.
+        start: the adapter to continue from.
+        clock: seconds.
     """
-    batches = [items.take(indices) for (_, indices), _ in zip(schedule.batches(), range(LOOKED_AT), strict=False)]
-    most = pass_tokens(recipe.train, base.model.config)
+    batches = [items.take(indices) for (_, indices), _ in zip(schedule.batches(), range(SAMPLED), strict=False)]
+    model: Model = base.model
+    most = pass_tokens(recipe.train, model.config)
     typical = sorted(batches, key=_tokens)[len(batches) // 2]
     pieces = sorted((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens)
-    model = base.model
     randomness = Randomness(recipe.seed, model.device)
     before = memory.resident() if before is None else before
     with heap.kept(), randomness:
@@ -107,16 +115,16 @@ def measure(
         try:
             model.train()
             trainable = memory.trainable_bytes(adapters.trainable_parameters(model))
-            backward(loss_of(model, task, typical[:1]))  # the first pass of all is slow
-            others = Others()
+            backward(loss_of(model, task, typical[:1]))  # warm up: the first pass is slow
+            others = OtherProcesses()
             seconds = _seconds(model, task, micro_batches(typical, most), clock)
             busy = others.busy()
-            with memory.grown() as grown:  # from where a training will begin: the libraries are there, the heap is tidy
+            with memory.grown() as grown:  # from the state in which a training starts: libraries loaded, heap trimmed
                 begun = memory.resident()
-                saved = _kept_by(model, task, pieces, 1 if seconds > LONG else SIZES)
+                saved = _saved_by(model, task, pieces, 1 if seconds > LONG else SIZES)
                 _evaluate(model, task, [item for batch in batches for item in batch], most)
             rounded = adapters.rounded_bytes(adapters.attachment(model).context)
-            writing = None if typical[0].target is None else _writing(model, task, typical[:WRITTEN], clock)
+            generation = _generation_time(model, task, typical[:TEXTS], clock)
         finally:
             adapters.detach(model)
             model.eval()
@@ -126,16 +134,16 @@ def measure(
         trainable=trainable,
         gradients=trainable,
         optimiser=2 * trainable,
-        activations=max(round(HOLES * grown.bytes), saved.bytes + 2 * saved.largest),
+        activations=max(round(HEAP_GROWTH * grown.bytes), saved.bytes + 2 * saved.largest),
         rounded=rounded,
-        prepared=BESIDE + max(0, begun - before - 2 * trainable - rounded),
+        prepared=BETWEEN_STEPS + max(0, begun - before - 2 * trainable - rounded),
         runtime=max(0, before - base.bytes),
     )
-    return Cost(seconds, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4, busy, writing)
+    return Cost(seconds, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4, busy, generation)
 
 
-def _seconds(model: Any, task: Any, pieces: Sequence[Sequence[Item]], clock: Callable[[], float]) -> float:
-    """Seconds of a step of these pieces: the shorter of two, so that a neighbour's burst does not become the plan."""
+def _seconds(model: Model, task: Task, pieces: Sequence[Sequence[Item]], clock: Callable[[], float]) -> float:
+    """Seconds of a step of these pieces: the shorter of two, in case another process was busy during one."""
     seconds = math.inf
     for _ in range(2):
         started = clock()
@@ -147,29 +155,33 @@ def _seconds(model: Any, task: Any, pieces: Sequence[Sequence[Item]], clock: Cal
     return seconds
 
 
-def _kept_by(model: Any, task: Any, pieces: Sequence[Sequence[Item]], sizes: int) -> memory.SavedForBackward:
-    """Run pieces of so many sizes, from the least to the largest; what the largest kept for its backward pass."""
+def _saved_by(model: Model, task: Task, pieces: Sequence[Sequence[Item]], sizes: int) -> memory.SavedForBackward:
+    """Run pieces of so many sizes, smallest first; returns what the largest saved for its backward pass."""
     for place in range(1, sizes):
         backward(loss_of(model, task, pieces[(len(pieces) - 1) * place // sizes]))
     for _ in range(min(sizes, 2)):
         saved = memory.SavedForBackward(model)
         with saved.counting():
             loss = loss_of(model, task, pieces[-1])
-        backward(loss)  # outside: what is counted is held until then, and must be given up layer by layer
+        backward(loss)  # outside `counting`, which keeps every saved tensor: a backward pass frees them by layer
         del loss
     return saved
 
 
-def _evaluate(model: Any, task: Any, items: Sequence[Item], most_tokens: int) -> None:
-    """A pass without gradients on the longest texts, as many as an evaluation takes at once."""
+def _evaluate(model: Model, task: Task, items: Sequence[Item], most_tokens: int) -> None:
+    """A pass without gradients on the longest texts, of the size that an evaluation uses."""
     longest_first = sorted(items, key=lambda item: -item.tokens)
     model.eval()
     with torch.no_grad():
         loss_of(model, task, micro_batches(longest_first, most_tokens)[0])
 
 
-def _writing(model: Any, task: Any, items: Sequence[Item], clock: Callable[[], float]) -> Writing:
-    """Time the first tokens of a few texts: two lengths, whose difference is what a token takes."""
+def _generation_time(
+    model: Model, task: Task, items: Sequence[Item], clock: Callable[[], float]
+) -> GenerationTime | None:
+    """Generate a few texts at two lengths: the difference is the time of the further tokens."""
+    if not writes(task):
+        return None
     model.eval()
     seconds = []
     for new_tokens in FIRST_TOKENS:
@@ -178,7 +190,7 @@ def _writing(model: Any, task: Any, items: Sequence[Item], clock: Callable[[], f
             generate(model, task, [item.source for item in items], new_tokens=new_tokens)
         seconds.append(clock() - started)
     step = max(0.0, seconds[1] - seconds[0]) / (FIRST_TOKENS[1] - FIRST_TOKENS[0])
-    return Writing(max(0.0, seconds[0] - FIRST_TOKENS[0] * step) / len(items), step)
+    return GenerationTime(max(0.0, seconds[0] - FIRST_TOKENS[0] * step) / len(items), step)
 
 
 def _tokens(batch: Sequence[Item]) -> int:

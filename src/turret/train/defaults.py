@@ -1,34 +1,41 @@
-"""The numbers a training takes where its recipe names none: its method's own. Loads no torch."""
+"""Fills in the training settings that a recipe leaves out with the method's defaults."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
+from turret.bases import Base
+from turret.methods.method import Defaults, Method
+from turret.recipe import Recipe
 from turret.tasks import task_of
 
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
 
 
 def epochs_for(steps: int, examples: int, batch_size: int) -> int:
-    """The fewest epochs of so many examples that make so many steps."""
+    """The fewest epochs that give so many steps."""
     return math.ceil(steps / math.ceil(examples / batch_size))
 
 
-def filled(recipe: Any, base: Any, task_kind: str, examples: int) -> Any:
-    """The recipe with the numbers it left out: what is trained from here on depends on no default.
+def defaults_of(method: Method, base: Base, task_kind: str) -> Defaults:
+    """The method's defaults for a task on a base that nothing is attached to."""
+    parameters = sum(each.numel() for each in base.model.parameters())
+    return method.defaults(base.family.kind, classify=not task_of(task_kind).generates, parameters=parameters)
 
-    `lr = "auto"` stays until trials have found it.
+
+def filled(recipe: Recipe, base: Base, task_kind: str, examples: int) -> Recipe:
+    """The recipe with its missing settings filled in, so that later defaults change nothing in this run.
+
+    `lr = "auto"` stays until trials have found the rate.
 
     Args:
-        base: the loaded base.
-        examples: how many are trained on.
+        base: a base that nothing is attached to.
+        examples: number of training examples.
     """
     method, train = recipe.method.on(base.family.kind), recipe.train
-    parameters = sum(each.numel() for each in base.model.parameters())
-    own = method.defaults(base.family.kind, classify=not task_of(task_kind).generates, parameters=parameters)
+    own = defaults_of(method, base, task_kind)
     wanted = epochs_for(own.steps, max(1, examples), train.batch_size)
     epochs = train.epochs or min(MOST_EPOCHS, max(FEWEST_EPOCHS, wanted))
-    ratio = None if isinstance(train.lr, float) else own.head_lr_ratio  # a rate that is stated is that of all
+    ratio = None if isinstance(train.lr, float) else own.head_lr_ratio  # a rate in the recipe is also the head's
     update = {"lr": train.lr or own.lr, "epochs": epochs, "head_lr_ratio": train.head_lr_ratio or ratio}
     return recipe.model_copy(update={"method": method, "train": train.model_copy(update=update)})

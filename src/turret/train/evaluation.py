@@ -1,67 +1,70 @@
-"""How good an attached model is on some examples: unpadded passes for logits and losses, cached generation for texts.
-
-Knows models, tasks and lengths. Draws no random number, moves no weight, and leaves training mode as it found it.
-"""
+"""Evaluates an attached model: unpadded passes for logits and losses, generation with the KV cache for texts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from turret.adapters import attachment, on_slot, packed
+from turret.data import Example
 from turret.errors import DataError
+from turret.json_types import JsonMapping, JsonObject
+from turret.tasks import Task, TextTask, has_head, writes
 from turret.train.batches import Items, by_length
 from turret.train.step import loss_of
+from turret.transformer import Model
 
-GENERATED_ROWS = 32  # most prompts decoded at once
+GENERATED_ROWS = 32  # most prompts in one batch of generation
 
 
 def evaluate(
-    model: Any,
-    task: Any,
-    examples: Sequence[Any] | Items,
+    model: Model,
+    task: Task,
+    examples: Sequence[Example] | Items,
     *,
     most_tokens: int = 4096,
     texts: bool = True,
     slot: int | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(metrics, an answer per example in their order).
+) -> tuple[JsonObject, list[JsonObject]]:
+    """Score an attached model on some examples. Weights, random states and the model's mode do not change.
 
-    Pairs of texts are scored by the mean loss per target token and, with `texts`, by what the model generates; without,
-    the answers are empty. slot: which adapter of the model answers (0: the bare base); the active one where left out.
+    Args:
+        most_tokens: of one pass.
+        texts: whether a task that generates is also scored by generated texts, besides the mean loss per target token.
+        slot: of the adapter that answers (0: the bare base); None: the active one.
+
+    Returns:
+        The metrics, and an answer per example; no answers if nothing was generated.
     """
     if not examples:
         raise DataError("nothing to evaluate on: the split is empty; name data.test or data.validation")
     items = examples if isinstance(examples, Items) else Items(task, examples)
     with _evaluating(model, slot):
-        if not task.generates:
+        if has_head(task):
             logits = _class_logits(model, items, most_tokens)
-            return task.metrics(logits, task.targets(list(items.examples))), task.answers(logits)
+            return task.metrics(logits, task.targets(items.examples)), task.answers(logits)
         loss = _target_loss(model, task, items, most_tokens)
-        if not texts:
+        if not texts or not writes(task):
             return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, []
         answers = generate(
             model, task, [item.source for item in items.take(range(len(items)))], most_tokens=most_tokens
         )
-        metrics = task.metrics(
-            [answer["text"] for answer in answers], [example.target for example in items.examples], loss
-        )
-        return metrics, answers
+        references = [str(example.output) for example in items.examples]
+        return task.metrics([answer["text"] for answer in answers], references, loss), answers
 
 
 def example_losses(
-    model: Any, task: Any, items: Items, *, most_tokens: int = 4096
+    model: Model, task: Task, items: Items, *, most_tokens: int = 4096
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """The loss of every example, summed over its target tokens, and how many those are (one for a class)."""
+    """The loss of each example, summed over its target tokens, and the number of those tokens (1 for a class)."""
     count = len(items)
     with _evaluating(model, None):
-        if not task.generates:
-            logits, wanted = _class_logits(model, items, most_tokens), task.targets(list(items.examples))
+        if has_head(task):
+            logits, wanted = _class_logits(model, items, most_tokens), task.targets(items.examples)
             each = [float(task.loss(logits[row : row + 1], wanted[row : row + 1])) for row in range(count)]
             return tuple(each), (1,) * count
         losses, weights = [0.0] * count, [0] * count
@@ -77,19 +80,19 @@ def example_losses(
 
 
 @contextmanager
-def _evaluating(model: Any, slot: int | None) -> Iterator[None]:
+def _evaluating(model: Model, slot: int | None) -> Iterator[None]:
     """Eval mode, no gradients, and all rows on one slot, for the length of the block."""
     training = model.training
     model.eval()
     try:
-        # no_grad, not inference_mode: what a model caches here must not enter a later graph
+        # no_grad, not inference_mode: a later forward pass with gradients may use tensors that the model caches here
         with on_slot(model, attachment(model).context.active if slot is None else slot), torch.no_grad():
             yield
     finally:
         model.train(training)
 
 
-def _class_logits(model: Any, items: Items, most_tokens: int) -> Tensor:
+def _class_logits(model: Model, items: Items, most_tokens: int) -> Tensor:
     """(B, C) float32 on the CPU, in the order of the items."""
     places: list[int] = []
     parts = []
@@ -99,7 +102,7 @@ def _class_logits(model: Any, items: Items, most_tokens: int) -> Tensor:
     return torch.cat(parts)[torch.tensor(places).argsort()]
 
 
-def _target_loss(model: Any, task: Any, items: Items, most_tokens: int) -> float:
+def _target_loss(model: Model, task: Task, items: Items, most_tokens: int) -> float:
     """Mean loss per target token over all items."""
     total, count = 0.0, 0
     for piece in by_length(items.lengths(), most_tokens):
@@ -111,16 +114,22 @@ def _target_loss(model: Any, task: Any, items: Items, most_tokens: int) -> float
 
 
 def generate(
-    model: Any, task: Any, sources: Sequence[Tensor], *, most_tokens: int = 4096, new_tokens: int | None = None
-) -> list[dict[str, Any]]:
-    """A text per source, decoded with the cache by the task's own settings: {"text", "finish_reason", "tokens"}.
+    model: Model, task: TextTask, sources: Sequence[Tensor], *, most_tokens: int = 4096, new_tokens: int | None = None
+) -> list[JsonObject]:
+    """Generate a text per source with the KV cache and the task's settings.
 
-    new_tokens: exactly so many for every text, instead of the task's own limits.
+    Args:
+        sources: token ids (T,) of each prompt.
+        most_tokens: of one batch, prompt and new tokens.
+        new_tokens: exactly so many for every text; None: the task's limits.
+
+    Returns:
+        For each source `{"text", "finish_reason", "tokens"}`.
     """
     settings = task.generation
     if new_tokens is not None:
         settings = {**settings, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    answers: list[dict[str, Any]] = [{} for _ in sources]
+    answers: list[JsonObject] = [{} for _ in sources]
     lengths = [len(source) + int(settings["max_new_tokens"]) for source in sources]
     for piece in by_length(lengths, max(1, most_tokens // int(settings["num_beams"]))):
         for start in range(0, len(piece), GENERATED_ROWS):
@@ -131,12 +140,12 @@ def generate(
     return answers
 
 
-def _generate_rows(model: Any, task: Any, rows: Sequence[Tensor], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    encoder_decoder = bool(model.config.is_encoder_decoder)
+def _generate_rows(model: Model, task: TextTask, rows: Sequence[Tensor], settings: JsonMapping) -> list[JsonObject]:
+    encoder_decoder = model.config.is_encoder_decoder
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), int(settings["pad_token_id"]), dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for place, row in enumerate(rows):  # a decoder goes on at the right end, so its padding is on the left
+    for place, row in enumerate(rows):  # a decoder continues at the right end, so pad it on the left
         span = slice(0, len(row)) if encoder_decoder else slice(width - len(row), width)
         ids[place, span], mask[place, span] = row, 1
     output = model.generate(
@@ -146,6 +155,6 @@ def _generate_rows(model: Any, task: Any, rows: Sequence[Tensor], settings: Mapp
     answers = []
     for row in output[:, 1 if encoder_decoder else width :].tolist():
         ended = eos in row
-        kept = row[: row.index(eos)] if ended else row
-        answers.append({"text": task.decode(kept), "finish_reason": "stop" if ended else "length", "tokens": len(kept)})
+        ids = row[: row.index(eos)] if ended else row
+        answers.append({"text": task.decode(ids), "finish_reason": "stop" if ended else "length", "tokens": len(ids)})
     return answers

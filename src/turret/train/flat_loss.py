@@ -1,4 +1,4 @@
-"""Has a training learnt anything? Compares its latest losses with the loss of guessing. Loads no torch."""
+"""Tells whether a training has learnt anything, by comparing its latest losses with the loss of guessing."""
 
 from __future__ import annotations
 
@@ -6,46 +6,45 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-WINDOW, FEWEST = 50, 20  # latest steps that are looked at, and how many there must be
-ERRORS = 2.0  # standard errors below the level that are more than noise,
-SHARE = 0.01  # and this share of the level
+WINDOW, FEWEST = 50, 20  # latest steps that count, and the fewest that are enough to tell
+ERRORS = 2.0  # standard errors; a smaller distance from `guessing` is noise
+SHARE = 0.01  # of `guessing`; a smaller distance is too little
 
 
 @dataclass(frozen=True)
 class FlatLoss:
-    """Losses that lie at the level of guessing."""
+    """A training whose latest losses are no better than guessing."""
 
     loss: float  # mean of the latest steps
-    guessing: float  # what answering with the shares of the classes has
+    guessing: float  # the loss of answering with the shares of the classes, whatever the text
 
     def __str__(self) -> str:
-        return f"the training loss lies at {self.loss:.3f}, and guessing has {self.guessing:.3f}"
+        return f"the training loss is {self.loss:.3f}, guessing has {self.guessing:.3f}"
 
     def warning(self) -> str:
+        """The finding with its remedy, in one line."""
         return (
-            f"nothing was learnt: {self}; leave train.lr out, take more epochs or examples, or another method "
-            "(turret plan says what is usual)"
+            f"nothing was learnt: {self}; leave train.lr out, use more epochs or examples, or another method "
+            "(turret plan shows the usual settings)"
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, float]:
         return asdict(self)
 
 
 def flat_loss(latest: Sequence[float], guessing: float | None) -> FlatLoss | None:
-    """Whether the latest losses of a training are no better than guessing.
+    """A `FlatLoss` if the latest losses are no better than guessing, else None.
 
-    They are where their mean is not below `guessing` by two standard errors, and by one percent.
+    Better means a mean that is below `guessing` by more than two standard errors and by more than one percent.
 
     Args:
-        latest: the loss of every step, the last WINDOW of them or all there are.
-        guessing: None where a task has no such level.
+        latest: the losses of the steps so far; the last WINDOW of them count.
+        guessing: the loss of guessing; None if the task has none.
     """
     losses = latest[-WINDOW:]
     if guessing is None or len(losses) < FEWEST:
         return None
     mean = statistics.fmean(losses)
     error = statistics.stdev(losses) / math.sqrt(len(losses))
-    below = max(ERRORS * error, SHARE * guessing)
-    return FlatLoss(mean, guessing) if mean > guessing - below else None
+    return FlatLoss(mean, guessing) if mean > guessing - max(ERRORS * error, SHARE * guessing) else None

@@ -1,8 +1,6 @@
-"""The loop that trains, in one piece and in sight: a generator that yields a record after every optimiser step.
+"""The training loop: a generator that yields a record after every optimiser step and returns the finished adapter.
 
-It puts a new adapter on a base, moves the adapter's weights and nothing else, and returns the finished Adapter; the
-model stays attached, in eval mode, so that the caller can evaluate and probe it before `detach`. Refuses to know the
-store, terminals and where a recipe came from.
+The model stays attached, in eval mode, so that the caller can evaluate and probe it before `detach`.
 """
 
 from __future__ import annotations
@@ -10,11 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
 
 from turret import heap
+from turret.bases import Base
+from turret.data import Dataset
 from turret.errors import Interrupted, LossNotFinite
 from turret.interrupt import StopRequest
+from turret.recipe import Recipe
+from turret.tasks import Task
 from turret.train import memory
 from turret.train.curve import StepRecord
 from turret.train.initialize import InitialAdapter
@@ -22,33 +23,47 @@ from turret.train.optim import learning_rate
 from turret.train.run import Fitted, TrainingRun
 from turret.train.step import explained, train_step
 
-SAVE_SECONDS = 60.0  # longest time without a checkpoint where the recipe names no number of steps
-SAVE_SHARE = 0.05  # of the time, at most, that goes into such checkpoints
+SAVE_SECONDS = 60.0  # between checkpoints, unless the recipe sets the number of steps
+SAVE_SHARE = 0.05  # largest share of the time that such checkpoints may take
 
 
 def fit(
-    recipe: Any,
-    base: Any,
-    task: Any,
-    dataset: Any,
+    recipe: Recipe,
+    base: Base,
+    task: Task,
+    dataset: Dataset,
     *,
     folder: Path | None = None,
     predicted: memory.Prediction | None = None,
     start: InitialAdapter | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[StepRecord, None, Fitted]:
-    """Train `recipe` on a loaded base; yields a StepRecord a step and returns `Fitted`.
+    """Train a recipe's adapter on a loaded base, whose own weights do not change.
 
-    folder: where the checkpoint is kept; one that is there already is gone on from, and the rest of the run is the same
-    to the last bit. Without a folder nothing is written. Every record is yielded before the checkpoint that includes
-    it, so a curve that is cut back to the checkpoint's step has no gap. On any error the base is left as it was.
-    start: the version that the recipe's `train.init_from` names, whose numbers the adapter begins with.
-    Under torchrun every process makes the same call, with the same folder; the main one alone evaluates and writes.
+    A record is yielded before the checkpoint that includes its step is written, so a curve that is cut back to the
+    checkpoint's step has no gap. On an error the base is left as it was. Under torchrun every process makes the same
+    call with the same folder; only the main process evaluates and writes.
+
+    Args:
+        folder: where the checkpoint is kept. A checkpoint in it is resumed, and the rest of the run is bit-equal to an
+            uninterrupted one. None: nothing is written.
+        predicted: the plan's memory prediction, for the error text when memory runs out.
+        start: the version that `train.init_from` names, whose tensors the adapter starts with.
+        clock: seconds.
+
+    Yields:
+        A StepRecord per optimiser step.
+
+    Raises:
+        Interrupted: the user stopped the run.
+        LossNotFinite: the loss or the gradient norm became NaN or infinite.
+        OutOfMemory: a step needs more memory than there is.
+        TrainingError: the checkpoint belongs to another run, or the base's weights changed.
     """
     memory.reset_peak()
     run = TrainingRun.begin(recipe, base, task, dataset, folder, start)
-    train, model, here = run.recipe.train, base.model, run.processes
-    heap.give_back()  # what reading the tokenizer's rules and the first numbers took
+    train, model, here = run.recipe.train, run.model, run.processes
+    heap.give_back()  # return what loading the tokenizer and the weights freed to the system
     try:
         with StopRequest() as stop, heap.kept():
             saved_at, pause = clock(), SAVE_SECONDS
@@ -79,9 +94,9 @@ def fit(
 
                 yield run.record(step, batch, loss=loss, rate=rate, norm=norm, seconds=seconds, metrics=metrics)
 
-                late = train.checkpoint_every is None and clock() - saved_at > pause
-                stopping, late = here.any(stop.asked, late)
-                if folder is not None and (run.over or stopping or late or run.saves(step)):
+                due = train.checkpoint_every is None and clock() - saved_at > pause
+                stopping, due = here.any(stop.asked, due)
+                if folder is not None and (run.over or stopping or due or run.saves(step)):
                     started = clock()
                     run.save()
                     saved_at = clock()

@@ -1,7 +1,4 @@
-"""What the process and the machine hold, in bytes, and what a training step will need. Knows /proc, psutil and sizes.
-
-Refuses to know recipes and data: `plan` hands it numbers.
-"""
+"""Memory of the process and the machine in bytes, and the predicted memory of a training."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -18,7 +14,7 @@ from torch import Tensor, nn
 
 from turret import heap
 
-_PEAK_IS_MINE = Path("/proc/self/clear_refs")  # writing 5 here sets the peak back to what is resident now
+_CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the peak to the current resident size
 
 
 def resident() -> int:
@@ -27,9 +23,9 @@ def resident() -> int:
 
 
 def reset_peak() -> None:
-    """Start measuring the peak anew where the system can (Linux); elsewhere it stays the peak since the start."""
+    """Reset the peak on Linux. On other systems it stays the peak since the process started."""
     try:
-        _PEAK_IS_MINE.write_text("5")
+        _CLEAR_REFS.write_text("5")
     except OSError:
         return
 
@@ -45,8 +41,6 @@ def peak() -> int:
     try:
         import resource
     except ImportError:  # Windows, which has no /proc either
-        import psutil
-
         return int(psutil.Process().memory_info().peak_wset)
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
@@ -54,25 +48,25 @@ def peak() -> int:
 
 @dataclass
 class Grown:
-    """How many bytes a passage took at its peak; 0 where the system does not tell."""
+    """Bytes by which the process grew at its peak; 0 if the system cannot tell."""
 
     bytes: int = 0
 
 
 @contextmanager
 def grown() -> Iterator[Grown]:
-    """Measure by how much the process grows within the block, from what it needs at its beginning."""
+    """Measure the growth of the process within the block. The result is complete when the block ends."""
     heap.give_back()
-    found, before = Grown(), resident()
+    result, before = Grown(), resident()
     reset_peak()
-    told = peak() < before + (16 << 20)  # a peak that cannot be set back is that of some earlier passage
-    yield found
-    if told:
-        found.bytes = max(0, peak() - before)
+    was_reset = peak() < before + (16 << 20)  # else the peak is an earlier one
+    yield result
+    if was_reset:
+        result.bytes = max(0, peak() - before)
 
 
 def available(device: torch.device) -> int:
-    """Bytes that training may still take: free on the card, or the machine's under a container's limit."""
+    """Free bytes of a GPU, or of the machine within its container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
@@ -81,7 +75,7 @@ def available(device: torch.device) -> int:
 
 
 def _container_room() -> int | None:
-    """Bytes left under the control group's limit, None where there is none."""
+    """Bytes left under the control group's limit; None if there is no limit."""
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -97,19 +91,20 @@ def _container_room() -> int | None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes a training will take, by component; `total` is the peak of the process that the base brings it to."""
+    """Bytes that a training will need, by component; `total` is the predicted peak of the process."""
 
-    weights: int  # the frozen base
-    trainable: int  # adapter, prefix MLP, head, or the copy of a full fine-tuning
+    weights: int  # of the frozen base
+    trainable: int  # adapter, prefix MLP, head, or the copy of full fine-tuning
     gradients: int
     optimiser: int  # two moments
-    activations: int  # what passes take at their peak: kept for backward, temporaries, holes in the heap
-    runtime: int  # the program itself
+    activations: int  # peak of the passes: saved for backward, temporaries, holes in the heap
+    runtime: int  # Python and its libraries
     rounded: int = 0  # the frozen matrices in 8 bits, with train.int8 and a small base
-    prepared: int = 0  # what examples and libraries took since the base was loaded, and what is done between steps
+    prepared: int = 0  # examples and libraries that were loaded after the base, checkpoint and curve
 
     @property
     def above_base(self) -> int:
+        """Bytes that the training needs besides the loaded base."""
         return self.trainable + self.gradients + self.optimiser + self.activations + self.rounded + self.prepared
 
     @property
@@ -129,35 +124,36 @@ class Prediction:
 
 
 def mega(size: float) -> str:
-    """Bytes for reading: `87 MB`, `1.2 GB`."""
+    """Bytes as text: `87 MB`, `1.2 GB`."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def trainable_bytes(parameters: dict[str, nn.Parameter]) -> int:
-    """float32 bytes of all trained weights; the gradients take as much, the two moments twice as much."""
+    """float32 bytes of all trained weights. Gradients take as much, the two moments twice as much."""
     return 4 * sum(parameter.numel() for parameter in parameters.values())
 
 
 class SavedForBackward:
-    """Counts the bytes a forward pass keeps for its backward pass, each storage once, parameters left out."""
+    """Counts the bytes that a forward pass saves for its backward pass: each storage once, without parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self._known = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-        self._kept: dict[int, Any] = {}  # address -> storage: held, so that no address is used twice
+        self._saved: dict[int, torch.UntypedStorage] = {}  # by address; kept alive, so that no address is used twice
         self.bytes = 0
         self.largest = 0
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
-        if address not in self._known and address not in self._kept:
-            self._kept[address] = storage
+        if address not in self._known and address not in self._saved:
+            self._saved[address] = storage
             self.bytes += storage.nbytes()
             self.largest = max(self.largest, storage.nbytes())
-        return tensor.detach()  # itself would keep the graph that it is kept for, and that the model, for good
+        return tensor.detach()  # the tensor itself would make a cycle with its graph, which keeps the model alive
 
     @contextmanager
     def counting(self) -> Iterator[None]:
+        """Count what the passes in this block save."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
             yield
-        self._kept.clear()
+        self._saved.clear()

@@ -1,7 +1,6 @@
-"""The optimiser: AdamW over one flat row of float32 weights, clipping, and the learning rate as a function of the step.
+"""AdamW over one flat row of float32 weights, gradient clipping, and the learning rate schedule.
 
-Refuses to know the model: it is given named parameters and owns their storage from then on. All trainable weights are
-views into one row, so that an update, a norm, a checkpoint or an all-reduce is one call however many there are.
+All trainable parameters become views into one row, so an update, a norm, a checkpoint or an all-reduce is one call.
 """
 
 from __future__ import annotations
@@ -17,14 +16,17 @@ from turret.errors import TrainingError
 
 
 def warmup_steps(warmup: float, total: int) -> int:
-    """`warmup` below one is a share of all steps, else a number of steps; never more than all of them."""
+    """The number of warm-up steps. `warmup` below 1 is a share of all steps, else a number of steps."""
     return min(total, round(warmup * total) if warmup < 1 else int(warmup))
 
 
 def learning_rate(step: int, *, total: int, peak: float, warmup: int, schedule: str) -> float:
-    """The rate of optimiser step 1, 2, ... `total`; no step of it is spent at a rate of zero.
+    """The rate of optimiser step 1, 2, ... `total`, which is never zero.
 
-    Rises as step / warmup, then falls to zero (which step total + 1 would reach) as a line or half a cosine, or stays.
+    It rises as step / warmup. Then it falls along a line or half a cosine, to zero at step total + 1, or it stays.
+
+    Args:
+        schedule: linear, cosine or constant.
     """
     if step <= warmup:
         return peak * step / warmup
@@ -43,9 +45,15 @@ class AdamW:
         m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
         w <- w (1 - lr decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    weights, gradients, exp_avg, exp_avg_sq: (N,) float32; the first `decayed` of N decay, which leaves out whatever has
-    fewer than two dimensions (biases, norms). A parameter that a step does not reach has a zero gradient.
-    ratios: by name, how many times the rate a parameter moves at; 1 where it names none. Decay is at the rate itself.
+    weights, gradients, exp_avg and exp_avg_sq are (N,) float32. The first `decayed` of N decay: parameters with two or
+    more dimensions, so no biases and norms. A parameter that a step does not use has a zero gradient.
+
+    Args:
+        parameters: by name; the optimiser replaces their storage.
+        ratios: by name, a factor on the parameter's learning rate, 1 if not named. It does not change weight decay.
+
+    Raises:
+        TrainingError: there is no parameter, or one is not float32.
     """
 
     def __init__(
@@ -65,7 +73,7 @@ class AdamW:
                 raise TrainingError(f"{name} is {given}, trained weights must be float32: set train.dtype to float32")
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
         self.steps = 0
-        ordered = sorted(parameters.items(), key=lambda item: item[1].ndim < 2)  # stable: decayed ones first
+        ordered = sorted(parameters.items(), key=lambda item: item[1].ndim < 2)  # those that decay come first
         self.decayed = sum(parameter.numel() for _, parameter in ordered if parameter.ndim >= 2)
         size = sum(parameter.numel() for _, parameter in ordered)
         device = ordered[0][1].device
@@ -93,7 +101,7 @@ class AdamW:
         self.gradients.zero_()
 
     def clip_gradients(self, largest: float | None) -> float:
-        """Scales the gradients down to a norm of `largest` where they exceed it; returns the norm before."""
+        """Scale the gradients down to a norm of `largest` if they exceed it. Returns the norm before."""
         norm = float(torch.linalg.vector_norm(self.gradients))
         if largest and norm > largest and math.isfinite(norm):
             self.gradients.mul_(largest / norm)
@@ -101,7 +109,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """One update; the gradients are used up (their row is the scratch space)."""
+        """One update. It overwrites the gradients, whose row is its scratch space."""
         self.steps += 1
         beta1, beta2 = self.betas
         gradients = self.gradients
@@ -118,18 +126,19 @@ class AdamW:
         self._changed()
 
     def state(self) -> dict[str, Tensor]:
-        """The rows a checkpoint keeps (not copies)."""
+        """The rows that a checkpoint keeps. They are not copies."""
         return {"weights": self.weights, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Continue from the rows of `state` after so many steps."""
         for name, row in self.state().items():
             row.copy_(state[name])
         self.steps = steps
         self._changed()
 
     def end(self) -> None:
-        """Give back all but the weights, which are about to be copied: no update can follow."""
+        """Free everything but the weights. No update can follow."""
         for parameter in self._parameters:
             parameter.grad = None
             delattr(parameter, GRADIENT_STAYS)
@@ -137,9 +146,10 @@ class AdamW:
 
     @torch.no_grad()
     def set_weights(self, weights: Tensor) -> None:
+        """Copy a row (N,) into the weights."""
         self.weights.copy_(weights)
         self._changed()
 
     def _changed(self) -> None:
-        """Tell autograd, and whoever caches by version, that the parameters moved with their row."""
+        """Raise the parameters' version, for autograd and for caches: a change of their row does not."""
         torch.autograd.graph.increment_version(self._parameters)

@@ -1,31 +1,32 @@
-"""The preflight: everything that can be known of a training before its first step, with a remedy for what is wrong.
-
-Asks `checks` and `cost`, and leaves the base as it was. Refuses to know how a plan is shown.
-"""
+"""The preflight: checks a training before its first step and predicts its time and memory."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
+from turret.bases import Base
+from turret.data import Dataset, Example
 from turret.errors import PreflightRefused
+from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.plan_check import Check
+from turret.recipe import Recipe
+from turret.tasks import Task, writes
 from turret.train import checks, memory
-from turret.train.batches import Items, Schedule
+from turret.train.batches import Items, Schedule, spread
 from turret.train.cost import Cost, measure
-from turret.train.defaults import filled
+from turret.train.defaults import defaults_of, filled
 from turret.train.initialize import InitialAdapter
-from turret.train.rates import AUTO, MOST_TRIALS, Found, Size, size_of
+from turret.train.rates import MOST_TRIALS, Found, Size, size_of
 from turret.train.splits import Splits, splits_of
 from turret.train.step import memory_ran_out
 
-LOOKED_AT = 1000  # training examples whose lengths are looked at
-EVALUATION = 0.35  # of the time of training on as many tokens: no backward pass
+SAMPLED = 1000  # training examples whose lengths are checked
+EVALUATION = 0.35  # of the time of training on as many tokens, because there is no backward pass
 
 
 @dataclass(frozen=True)
@@ -33,34 +34,35 @@ class Plan:
     """What a training will do and cost, and what is wrong with it."""
 
     checks: tuple[Check, ...]
-    memory: memory.Prediction | None  # None where it was not measured
+    memory: memory.Prediction | None  # None: not measured
     seconds: float | None  # of training, every evaluation, and the proof
     steps: int
-    lr: float  # this method's own where it is still to be found
+    lr: float  # the method's own if the recipe says "auto" and no trial has run
     trainable: int | None
     total: int
-    found: Found | None = None  # how `lr` was found, where the recipe says "auto"
+    found: Found | None = None  # how `lr` was found, if the recipe says "auto"
 
     @property
     def refused(self) -> bool:
+        """Whether a check refuses the training."""
         return any(check.level == "refuse" for check in self.checks)
 
     def refusal(self) -> str:
-        """One line for all that was refused."""
+        """All refusals in one line."""
         return "; ".join(str(check) for check in self.checks if check.level == "refuse")
 
     def require(self) -> None:
-        """Raise PreflightRefused where a check refuses."""
+        """Raise PreflightRefused if a check refuses."""
         if self.refused:
             raise PreflightRefused(self.refusal())
 
     def with_rate(self, found: Found) -> Plan:
-        """The plan once trials have found what `lr = "auto"` is."""
-        told = Check("learning rate", "ok", str(found))
-        checked = tuple(told if check.name == told.name else check for check in self.checks)
-        return replace(self, lr=found.lr, found=found, checks=checked)
+        """The plan with the rate that trials found for `lr = "auto"`."""
+        row = Check("learning rate", "ok", str(found))
+        rows = tuple(row if check.name == row.name else check for check in self.checks)
+        return replace(self, lr=found.lr, found=found, checks=rows)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             "refused": self.refused,
             "checks": [check.to_json() for check in self.checks],
@@ -74,85 +76,90 @@ class Plan:
 
 
 def plan(
-    recipe: Any,
-    base: Any,
-    task: Any,
-    dataset: Any,
+    recipe: Recipe,
+    base: Base,
+    task: Task,
+    dataset: Dataset,
     *,
     measured: bool = True,
     start: InitialAdapter | None = None,
     proof_seconds: float = 0.0,
 ) -> Plan:
-    """Check a recipe against its base and data.
+    """Check a recipe against its base and data. The base is left as it was.
 
     Args:
         measured: run a few passes on the model for memory and time.
-        start: the version that the adapter goes on from.
-        proof_seconds: what the proof will take, which loads the base in a fresh process.
+        start: the version that the adapter starts from.
+        proof_seconds: time of the proof, which loads the base in a fresh process.
     """
     before = memory.resident()
-    made = splits_of(recipe, dataset)
-    recipe = filled(recipe, base, task.kind, len(made.train))
-    train = recipe.train
-    schedule = Schedule(len(made.train), train.batch_size, train.epochs, recipe.seed, train.max_steps)
-    items = Items(task, made.train)
-    seen = items.take(_spread(len(items), LOOKED_AT))
+    used = splits_of(recipe, dataset)
+    recipe = filled(recipe, base, task.kind, len(used.train))
+    schedule = Schedule.of(recipe, len(used.train))
+    items = Items(task, used.train)
+    sample = items.take(spread(len(items), SAMPLED))
     total = sum(each.numel() for each in base.model.parameters())
-    own = recipe.method.defaults(base.family.kind, classify=not task.generates, parameters=total)
-    auto = size_of(len(made.train), schedule.steps) if train.lr == AUTO else None
-    found = [
+    own = defaults_of(recipe.method, base, task.kind)
+    lr = recipe.train.lr
+    auto = None
+    if lr is None or isinstance(lr, str):  # "auto"
+        auto = size_of(len(used.train), schedule.steps)
+        lr, rate = own.lr, checks.rates(auto, own.lr)
+    else:
+        rate = recipe.method.rate_check(lr, own.lr)
+    rows = [
         numbers_of(recipe.method).targets(base.model),
-        recipe.method.rate_check(train.lr, own.lr) if auto is None else checks.rates(auto, own.lr),
+        rate,
         *recipe.method.checks(base.family.kind),
         checks.steps(recipe, schedule, own.steps),
-        *checks.splits(made, dataset),
-        *checks.labels(task, made.train),
+        *checks.splits(used, dataset),
+        *checks.labels(task, used.train),
         checks.special_tokens(base, task),
-        *checks.inputs(seen, task, base),
-        *checks.outputs(seen, task),
+        *checks.inputs(sample, task, base),
+        *checks.outputs(sample, task),
         *checks.positions(recipe, task, base),
         *checks.precision(recipe, base),
     ]
     cost = None
-    if measured and not any(check.level == "refuse" for check in found):
-        cost = _cost(recipe, base, task, items, schedule, total, found, start, before)
+    if measured and not any(check.level == "refuse" for check in rows):
+        cost = _cost(recipe, base, task, items, schedule, total, rows, start, before)
     seconds = None
     if cost is not None:
-        seconds = _seconds(recipe, made, dataset, task, schedule, cost) + proof_seconds
-        found.insert(1, checks.share(cost.trainable, total))
-        found += [
+        seconds = _seconds(recipe, used, dataset, task, schedule, cost) + proof_seconds
+        rows.insert(1, checks.share(cost.trainable, total))
+        rows += [
             fits(cost.memory, base),
             Check("time", "ok", f"about {duration(seconds)} for {schedule.steps} steps{_trials(auto, cost)}"),
             *checks.processors(cost.others, torch.get_num_threads(), os.cpu_count() or 1),
         ]
     return Plan(
-        checks=tuple(found),
+        checks=tuple(rows),
         memory=None if cost is None else cost.memory,
         seconds=seconds,
         steps=schedule.steps,
-        lr=own.lr if auto is not None else train.lr,
+        lr=lr,
         trainable=None if cost is None else cost.trainable,
         total=total,
     )
 
 
 def _cost(
-    recipe: Any,
-    base: Any,
-    task: Any,
+    recipe: Recipe,
+    base: Base,
+    task: Task,
     items: Items,
     schedule: Schedule,
     total: int,
-    found: list[Check],
+    rows: list[Check],
     start: InitialAdapter | None,
     before: int,
 ) -> Cost | None:
-    """Measured, unless the machine cannot hold even that: then a refusal is added to `found`."""
+    """The measured cost; None, and a refusal in `rows`, if there is too little memory to measure it."""
     room = memory.available(base.model.device)
     if recipe.method.every_weight and 16 * total > room:
         needed = f"every weight, its gradient and two moments take {memory.mega(16 * total)}"
         remedy = "use method lora or prefix, or a smaller base"
-        found.append(Check("memory", "refuse", f"{needed}, {memory.mega(room)} are free", remedy))
+        rows.append(Check("memory", "refuse", f"{needed}, {memory.mega(room)} are free", remedy))
         return None
     try:
         return measure(recipe, base, task, items, schedule, before=before, start=start)
@@ -160,12 +167,12 @@ def _cost(
         if not memory_ran_out(error):
             raise
         text = f"a trial step ran out of memory with {memory.mega(room)} free"
-        found.append(Check("memory", "refuse", text, "lower train.micro_batch_tokens or task.max_tokens"))
+        rows.append(Check("memory", "refuse", text, "lower train.micro_batch_tokens or task.max_tokens"))
         return None
 
 
-def fits(predicted: memory.Prediction, base: Any) -> Check:
-    """Whether the machine holds what the training takes beside the base that is loaded already."""
+def fits(predicted: memory.Prediction, base: Base) -> Check:
+    """Whether the machine has room for a training besides the base, which is loaded already."""
     room = memory.available(base.model.device)
     text = f"{predicted}, {memory.mega(room)} free"
     remedy = "lower train.micro_batch_tokens or task.max_tokens, or free memory"
@@ -176,42 +183,38 @@ def fits(predicted: memory.Prediction, base: Any) -> Check:
     return Check("memory", "ok", text)
 
 
-def _seconds(recipe: Any, made: Splits, dataset: Any, task: Any, schedule: Schedule, cost: Cost) -> float:
-    """Of all steps, the evaluations within the run, and the last one, which also writes texts."""
+def _seconds(recipe: Recipe, used: Splits, dataset: Dataset, task: Task, schedule: Schedule, cost: Cost) -> float:
+    """The time of all steps, the evaluations during the run, and the final one, which also generates texts."""
     each_token = EVALUATION * cost.seconds / cost.step_tokens
     every = recipe.train.evaluate
-    within = 0.0
-    if made.watched is not None and every != "never":
-        times = -(-schedule.steps // (schedule.steps_per_epoch if every == "epoch" else every))
-        within = times * _tokens(task, made.watched) * each_token
-    held = [split for split in (dataset.validation, dataset.test) if split]
-    last = sum(_tokens(task, split) for split in held) * each_token
-    if cost.writing is not None:
-        last += sum(cost.writing.seconds(len(split), int(task.generation["max_new_tokens"])) for split in held)
-    return schedule.steps * cost.seconds + within + last
+    during = 0.0
+    if used.watched is not None and every != "never":
+        times = -(-schedule.steps // (every if isinstance(every, int) else schedule.steps_per_epoch))
+        during = times * _tokens(task, used.watched) * each_token
+    splits = [split for split in (dataset.validation, dataset.test) if split]
+    final = sum(_tokens(task, split) for split in splits) * each_token
+    if cost.generation is not None and writes(task):
+        new_tokens = int(task.generation["max_new_tokens"])
+        final += sum(cost.generation.seconds(len(split), new_tokens) for split in splits)
+    return schedule.steps * cost.seconds + during + final
 
 
-def _tokens(task: Any, examples: Sequence[Any]) -> float:
-    """How many tokens these examples have, from some of them."""
+def _tokens(task: Task, examples: Sequence[Example]) -> float:
+    """The number of tokens of all examples, estimated from some of them."""
     items = Items(task, examples)
-    some = items.take(_spread(len(items), LOOKED_AT // 10))
-    return sum(item.tokens for item in some) / len(some) * len(items)
+    sample = items.take(spread(len(items), SAMPLED // 10))
+    return sum(item.tokens for item in sample) / len(sample) * len(items)
 
 
 def _trials(auto: Size | None, cost: Cost) -> str:
-    """What finding the learning rate adds to the time."""
+    """The time of finding the learning rate, for the end of the row on time."""
     if auto is None or auto.reason is not None:
         return ""
     return f", before them at most {duration(MOST_TRIALS * auto.steps * cost.seconds)} to find the learning rate"
 
 
-def _spread(count: int, most: int) -> Sequence[int]:
-    """At most so many indices, evenly over all."""
-    return range(count) if count <= most else [place * count // most for place in range(most)]
-
-
 def duration(seconds: float) -> str:
-    """For reading: `40 s`, `12 min`, `3.5 h`."""
+    """Seconds as text: `40 s`, `12 min`, `3.5 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,8 +1,4 @@
-"""What one training is made of and how far it has come: everything the loop reads, moves and saves.
-
-Knows how to begin (seeded, attached, or gone on from a checkpoint), to judge an evaluation, to save and to finish.
-Refuses to know when: the loop decides.
-"""
+"""The state of one training run: how it starts or resumes, evaluates, saves and finishes. The loop decides when."""
 
 from __future__ import annotations
 
@@ -13,14 +9,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from turret import adapters
 from turret.adapters import Adapter, BaseInfo
+from turret.bases import Base
+from turret.data import Dataset
 from turret.errors import TrainingError
+from turret.json_types import JsonMapping, JsonObject
+from turret.recipe import Recipe
+from turret.tasks import Task
 from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, memory, processes
 from turret.train.batches import Item, Items, Schedule, pass_tokens
@@ -33,32 +33,33 @@ from turret.train.optim import AdamW, warmup_steps
 from turret.train.processes import Processes
 from turret.train.seeds import Randomness
 from turret.train.splits import Splits, splits_of
+from turret.transformer import Model
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "turret")
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a finished training made. `model` is still attached and in eval mode, with the weights that were kept."""
+    """The result of a finished training. `model` is still attached and in eval mode, with the chosen weights."""
 
     adapter: Adapter
-    model: Any
+    model: Model
     steps: int
     examples: int
     tokens: int
-    seconds: float  # in optimiser steps, over all sittings of the run
+    seconds: float  # of all optimiser steps, also those before the run was resumed
     evaluate_seconds: float
-    peak_bytes: int  # of the process, in this sitting
-    resumed_from: int  # the step of the checkpoint this sitting began with, 0 for none
+    peak_bytes: int  # of this process
+    resumed_from: int  # step of the checkpoint that this process resumed; 0 for none
     stopped_early: bool
-    best: dict[str, Any] | None  # step and metrics of the best evaluation on the validation split
+    best: JsonObject | None  # step and metrics of the best evaluation on the validation split
     parameters: dict[str, int]  # trainable, stored, total
-    flat_loss: FlatLoss | None  # where the training loss ended at the level of guessing
+    flat_loss: FlatLoss | None  # if the training loss ended at the level of guessing
 
 
 @dataclass
 class RunProgress:
-    """The counters of a run, as they stand in its checkpoint."""
+    """The counters of a run, as its checkpoint has them."""
 
     step: int = 0
     examples: int = 0
@@ -66,20 +67,20 @@ class RunProgress:
     seconds: float = 0.0
     evaluate_seconds: float = 0.0
     best_step: int = 0
-    best_metrics: dict[str, Any] | None = None
+    best_metrics: JsonObject | None = None
     stale: int = 0  # evaluations since the best one
-    gave_up: bool = False
+    gave_up: bool = False  # early stopping
     losses: list[float] = field(default_factory=list)  # of the latest WINDOW steps
 
 
 @dataclass
 class TrainingRun:
-    """One training under way."""
+    """A training run in progress."""
 
-    recipe: Any
-    base: Any
-    task: Any
-    dataset: Any
+    recipe: Recipe
+    base: Base
+    task: Task
+    dataset: Dataset
     folder: Path | None
     splits: Splits
     items: Items
@@ -89,10 +90,10 @@ class TrainingRun:
     randomness: Randomness
     lr: float
     warmup: int
-    unchanged: str  # checksum of the base before anything was attached
-    originals: list[Tensor]  # what it is the checksum of
+    originals: list[Tensor]  # the base's own weights and buffers
+    unchanged: str  # their checksum before the adapter was attached
     total: int  # weights of the base
-    guessing: float | None  # the loss of an answer that does not look at the input
+    guessing: float | None  # the loss of the best answer that ignores the input
     processes: Processes
     start: InitialAdapter | None
     progress: RunProgress = field(default_factory=RunProgress)
@@ -101,25 +102,31 @@ class TrainingRun:
 
     @classmethod
     def begin(
-        cls, recipe: Any, base: Any, task: Any, dataset: Any, folder: Path | None, start: InitialAdapter | None = None
+        cls,
+        recipe: Recipe,
+        base: Base,
+        task: Task,
+        dataset: Dataset,
+        folder: Path | None,
+        start: InitialAdapter | None = None,
     ) -> TrainingRun:
-        """Attach a new adapter, seeded or from `start`; go on from the folder's checkpoint where there is one."""
+        """Attach the recipe's adapter and resume the folder's checkpoint if there is one. See `fit`."""
         here = processes.begin()
         splits = splits_of(recipe, dataset)
         recipe = filled(recipe, base, task.kind, len(splits.train))
-        train = recipe.train
-        if train.lr == "auto":
+        lr = recipe.train.lr
+        if lr is None or isinstance(lr, str):
             raise TrainingError(
                 'train.lr is "auto": find it first (Workspace.train does, or find_rate), or give a number'
             )
-        schedule = Schedule(len(splits.train), train.batch_size, train.epochs, recipe.seed, train.max_steps)
+        schedule = Schedule.of(recipe, len(splits.train))
         originals = [each.detach() for each in (*base.model.parameters(), *base.model.buffers())]
         unchanged = checksum(originals)
         total = sum(each.numel() for each in base.model.parameters())
         randomness = Randomness(recipe.seed, base.model.device)
         with randomness:
             attach(recipe, base, task, start)
-        if not here.main:  # attached alike, dropped out apart
+        if not here.main:  # all start with the same weights, and each draws its own dropout
             randomness = Randomness(here.seed(recipe.seed), base.model.device)
         try:
             optimiser = optimiser_of(recipe, base)
@@ -135,10 +142,10 @@ class TrainingRun:
                 schedule=schedule,
                 optimiser=optimiser,
                 randomness=randomness,
-                lr=train.lr,
-                warmup=warmup_steps(train.warmup, schedule.steps),
-                unchanged=unchanged,
+                lr=lr,
+                warmup=warmup_steps(recipe.train.warmup, schedule.steps),
                 originals=originals,
+                unchanged=unchanged,
                 total=total,
                 guessing=task.guessing_loss(splits.train),
                 processes=here,
@@ -152,18 +159,20 @@ class TrainingRun:
         base.model.train()
         return run
 
-    # --- what the loop asks -----------------------------------------------------------------------------------------
+    # --- questions of the loop --------------------------------------------------------------------------------------
 
     @property
-    def model(self) -> Any:
-        return self.base.model
+    def model(self) -> Model:
+        model: Model = self.base.model
+        return model
 
     @property
     def over(self) -> bool:
+        """Whether all steps are done, or the run stopped early."""
         return self.progress.gave_up or self.progress.step >= self.schedule.steps
 
     def remaining(self) -> Iterator[tuple[int, list[Item]]]:
-        """(step, batch) for every step that is left."""
+        """(step, batch) for every remaining step."""
         if not self.over:
             for step, indices in self.schedule.batches(after=self.progress.step):
                 yield step, self.items.take(indices)
@@ -174,34 +183,36 @@ class TrainingRun:
         return pass_tokens(self.recipe.train, self.model.config)
 
     def evaluates(self, step: int) -> bool:
+        """Whether the recipe evaluates after this step."""
         every = self.recipe.train.evaluate
         if self.watched is None or every == "never":
             return False
-        each = self.schedule.steps_per_epoch if every == "epoch" else every
+        each = every if isinstance(every, int) else self.schedule.steps_per_epoch
         return step % each == 0 or step == self.schedule.steps
 
-    def evaluate(self) -> dict[str, Any]:
-        """Metrics of the weights as they are, on the examples that are watched."""
+    def evaluate(self) -> JsonObject:
+        """Metrics of the present weights on the watched examples."""
         assert self.watched is not None
         metrics, _ = evaluate(self.model, self.task, self.watched, most_tokens=self.most_tokens, texts=False)
         return metrics
 
     def saves(self, step: int) -> bool:
-        """Whether the recipe wants a checkpoint after this step."""
+        """Whether the recipe writes a checkpoint after this step."""
         every = self.recipe.train.checkpoint_every
         return step % (every or self.schedule.steps_per_epoch) == 0
 
-    # --- what a step leaves -----------------------------------------------------------------------------------------
+    # --- results of a step ------------------------------------------------------------------------------------------
 
     def count(self, step: int, batch: Sequence[Item], loss: float, seconds: float) -> None:
+        """Add a step to the counters."""
         self.progress.step = step
         self.progress.losses = [*self.progress.losses, loss][-WINDOW:]
         self.progress.examples += len(batch)
         self.progress.tokens += sum(item.tokens for item in batch)
         self.progress.seconds += seconds
 
-    def judge(self, step: int, metrics: dict[str, Any], seconds: float) -> None:
-        """Compare an evaluation with the best one so far. The test split is looked at, and chooses nothing."""
+    def judge(self, step: int, metrics: JsonObject, seconds: float) -> None:
+        """Compare an evaluation with the best one so far. Only a validation split chooses, never the test split."""
         progress, train = self.progress, self.recipe.train
         progress.evaluate_seconds += seconds
         if not self.splits.selects:
@@ -223,8 +234,9 @@ class TrainingRun:
         rate: float,
         norm: float,
         seconds: float,
-        metrics: dict[str, Any] | None,
+        metrics: JsonObject | None,
     ) -> StepRecord:
+        """The record of a step."""
         tokens = sum(item.tokens for item in batch)
         return StepRecord(
             step=step,
@@ -244,41 +256,43 @@ class TrainingRun:
         )
 
     def flat_loss(self) -> FlatLoss | None:
-        """Whether the latest losses lie at the level of guessing; nothing is said of the first steps of a long run."""
+        """Whether the latest losses are at the level of guessing; None in the first steps of a long run."""
         progress = self.progress
         early = progress.step < min(WINDOW, self.schedule.steps)
         return None if early else flat_loss(progress.losses, self.guessing)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _identity(self) -> dict[str, Any]:
-        said = {
+    def _identity(self) -> dict[str, str | int]:
+        identity: dict[str, str | int] = {
             "recipe": hashlib.sha256(self.recipe.to_toml().encode()).hexdigest(),
             "data": self.dataset.digest,
             "base": self.base.fingerprint,
             "tokenizer": tokenizer_digest(self.base.tokenizer),
             "torch": torch.__version__,
             "transformers": version("transformers"),
-            "world_size": self.processes.size,  # who draws which dropout, and the order of sums
+            "world_size": self.processes.size,  # decides the dropout of each example and the order of sums
         }
-        return said if self.start is None else {**said, "parent": self.start.digest}
+        return identity if self.start is None else {**identity, "parent": self.start.digest}
 
-    def _lineage(self) -> dict[str, Any]:
+    def _lineage(self) -> JsonObject:
         """Everything the weights depend on, and nothing that differs when the same training is repeated."""
-        said = {key: value for key, value in self._identity().items() if key not in ("torch", "transformers")}
+        lineage: JsonObject = {
+            key: value for key, value in self._identity().items() if key not in ("torch", "transformers")
+        }
         libraries = {name: version(name) for name in LIBRARIES}
         libraries["python"] = platform.python_version()
-        said |= {"recipe": self.recipe.to_toml(), "seed": self.recipe.seed, "libraries": libraries}
-        said |= {"steps": self.progress.step, "lr": self.lr}
+        lineage |= {"recipe": self.recipe.to_toml(), "seed": self.recipe.seed, "libraries": libraries}
+        lineage |= {"steps": self.progress.step, "lr": self.lr}
         if (flat := self.flat_loss()) is not None:
-            said |= {"flat_loss": flat.to_json()}
-        return said if self.best_weights is None else {**said, "kept_step": self.progress.best_step}
+            lineage |= {"flat_loss": flat.to_json()}
+        return lineage if self.best_weights is None else {**lineage, "kept_step": self.progress.best_step}
 
     def save(self) -> None:
-        """Write the checkpoint, unless the weights are no longer good; the main process does, the others wait."""
-        ends = torch.stack(torch.aminmax(self.optimiser.weights))  # a NaN is both; no copy is made
+        """Write the checkpoint, unless a weight is NaN or infinite. The main process writes, the others wait."""
+        ends = torch.stack(torch.aminmax(self.optimiser.weights))  # both are NaN if a weight is; this makes no copy
         if not bool(torch.isfinite(ends).all()):
-            return  # the next loss will say so; the last good state stays
+            return  # keep the last good checkpoint; the next loss raises the error
         tensors = dict(self.optimiser.state())
         for rank, states in enumerate(self.processes.gather(self.randomness.tensors())):
             tensors |= {f"{_random_prefix(rank)}{name}": each for name, each in states.items()}
@@ -297,44 +311,46 @@ class TrainingRun:
         )
 
     def _resume(self) -> None:
-        """Take up the folder's checkpoint where there is one. The main process reads; all begin as it does."""
+        """Resume the folder's checkpoint if there is one. The main process reads it and sends it to the others."""
         here, optimiser = self.processes, self.optimiser
-        found = self._read() if here.main else None
+        saved = self._read() if here.main else None
         states = None
-        if found is not None:
-            self.progress = RunProgress(**found.progress)
-            optimiser.load_state(found.tensors, self.progress.step)
-            best = found.tensors.get("best")
+        if saved is not None:
+            self.progress = RunProgress(**saved.progress)
+            optimiser.load_state(saved.tensors, self.progress.step)
+            best = saved.tensors.get("best")
             self.best_weights = None if best is None else best.to(optimiser.weights.device)
-            states = [_random_state(found.tensors, rank) for rank in range(here.size)]
-        progress, states, kept = here.from_main(lambda: (vars(self.progress), states, self.best_weights is not None))
+            states = [_random_state(saved.tensors, rank) for rank in range(here.size)]
+        progress, states, has_best = here.from_main(
+            lambda: (vars(self.progress), states, self.best_weights is not None)
+        )
         self.progress = RunProgress(**progress)
         self.resumed_from = self.progress.step
         rows = {name: here.take_from_main(row) for name, row in optimiser.state().items()}
         optimiser.load_state(rows, self.progress.step)
-        if kept:
+        if has_best:
             row = optimiser.weights.clone() if self.best_weights is None else self.best_weights
             self.best_weights = here.take_from_main(row)
         if states:
             self.randomness.load(states[here.rank])
 
     def _read(self) -> checkpoint.Checkpoint | None:
-        found = None if self.folder is None else checkpoint.load(self.folder, identity=self._identity())
-        if found is not None and found.layout != self.optimiser.layout:
+        saved = None if self.folder is None else checkpoint.load(self.folder, identity=self._identity())
+        if saved is not None and saved.layout != self.optimiser.layout:
             raise TrainingError(f"checkpoint in {self.folder} holds other weights than this run trains: delete it")
-        return found
+        return saved
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def finish(self) -> Fitted:
-        """Keep the last or the best weights, check that the base is untouched, and read the adapter off the model."""
+        """Choose the last or the best weights, check that the base has not changed, and extract the adapter."""
         if self.best_weights is not None:
             self.optimiser.set_weights(self.best_weights)
         self.optimiser.end()
         self.model.eval()
         if checksum(self.originals) != self.unchanged:
             raise TrainingError(
-                "the base's weights changed while an adapter was trained: load the base anew, and report it"
+                "the base's weights changed while an adapter was trained: load the base again, and report this"
             )
         if self.processes.size > 1:
             self.processes.require_same(weights=checksum([self.optimiser.weights]))
@@ -372,27 +388,28 @@ class TrainingRun:
         )
 
     def abandon(self) -> None:
-        """Leave the base as it was."""
+        """Restore the base after an error."""
         adapters.detach(self.model)
         self.model.eval()
 
-    # --- words ------------------------------------------------------------------------------------------------------
+    # --- error texts ------------------------------------------------------------------------------------------------
 
     def what_to_change(self) -> str:
-        """The remedy for a loss that is not finite, and what is left of the run."""
+        """The remedy for a loss that is not finite, and the last checkpoint."""
         family, classify = self.base.family.kind, not self.task.generates
         usual = self.recipe.method.defaults(family, classify=classify, parameters=self.total).lr
         remedy = f"set train.lr to {min(usual, self.lr / 10):g} (now {self.lr:g})"
         if str(self.base.dtype).endswith("bfloat16"):
             remedy += ' or train.dtype to "float32"'
-        return f"{remedy}; {self._kept()}"
+        return f"{remedy}; {self._last_checkpoint()}"
 
     def how_to_resume(self) -> str:
+        """The remedy for a run that the user stopped."""
         if self.folder is None:
             return "nothing is kept, because no folder was given"
-        return f"start the same command again to go on from there ({self._kept()})"
+        return f"start the same command again to resume ({self._last_checkpoint()})"
 
-    def _kept(self) -> str:
+    def _last_checkpoint(self) -> str:
         step = 0 if self.folder is None else checkpoint.step_of(self.folder)
         return f"the state after step {step} is kept in {self.folder}" if step else "no checkpoint had been written yet"
 
@@ -402,13 +419,13 @@ def _random_prefix(rank: int) -> str:
 
 
 def _random_state(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """The states of one process's generators in a checkpoint."""
+    """The random states of one process in a checkpoint."""
     named = {name.removeprefix(_random_prefix(rank)): each for name, each in tensors.items()}
     return {name: named[name] for name in ("python", "torch", "cuda") if name in named}
 
 
-def merit(metrics: dict[str, Any]) -> tuple[float, float]:
-    """What makes an evaluation better than another: accuracy where the task has it, then a lower loss."""
+def merit(metrics: JsonMapping) -> tuple[float, float]:
+    """The sort key of evaluations, larger is better: accuracy if the task has it, then a lower loss."""
     loss = float(metrics["loss"])
     return float(metrics.get("accuracy", 0.0)), -loss if math.isfinite(loss) else -math.inf
 
@@ -417,10 +434,5 @@ def checksum(tensors: Sequence[Tensor]) -> str:
     """SHA-256 of the bytes of some tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(_bytes_of(tensor))
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)

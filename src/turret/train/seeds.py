@@ -1,43 +1,49 @@
-"""The run's own random numbers, apart from the program's. Knows torch's and Python's generators, nothing of training.
+"""Random states of a run, separate from the program's.
 
-Dropout draws from torch's global generator. A loop that yields between steps hands control to code that may draw too,
-so the loop keeps a state of its own and swaps it in for the length of a step: what the caller draws changes nothing,
-what the loop draws shows nowhere.
+Dropout draws from torch's global generator, and between steps the training loop yields to code that may draw from it
+too. So the loop keeps its own state and swaps it in for each step: neither affects the other.
 """
 
 from __future__ import annotations
 
 import random
 from types import TracebackType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class RandomState(NamedTuple):
+    """The states of the generators of Python, torch and a GPU."""
+
+    python: tuple[int, tuple[int, ...], float | None]  # version, words, the pending half of a pair of `random.gauss`
+    host: Tensor
+    cuda: Tensor | None
+
+
 class Randomness:
-    """`with randomness:` runs the body on the run's own generators and puts the program's back afterwards."""
+    """`with randomness:` runs the body with the run's random states and then restores the program's."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device = device
-        self._outer: tuple[Any, Tensor, Tensor | None] | None = None
+        self._outer: RandomState | None = None
         with self:
             random.seed(seed)
             torch.manual_seed(seed)
 
-    def _take(self) -> tuple[Any, Tensor, Tensor | None]:
-        on_card = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return random.getstate(), torch.get_rng_state(), on_card
+    def _take(self) -> RandomState:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return RandomState(random.getstate(), torch.get_rng_state(), cuda)
 
-    def _set(self, state: tuple[Any, Tensor, Tensor | None]) -> None:
-        python, host, on_card = state
-        random.setstate(python)
-        torch.set_rng_state(host)
-        if on_card is not None:
-            torch.cuda.set_rng_state(on_card, self.device)
+    def _set(self, state: RandomState) -> None:
+        random.setstate(state.python)
+        torch.set_rng_state(state.host)
+        if state.cuda is not None:
+            torch.cuda.set_rng_state(state.cuda, self.device)
 
     def __enter__(self) -> None:
-        assert self._outer is None, "the run's random numbers are in use already"
+        assert self._outer is None, "the run's random states are in use already"
         self._outer = self._take()
         if hasattr(self, "_own"):
             self._set(self._own)
@@ -51,15 +57,16 @@ class Randomness:
         self._outer = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as tensors, for a checkpoint."""
-        (version, words, gauss), host, on_card = self._own
-        assert version == 3, "another generator than Python's of today"
-        assert gauss is None, "random.gauss leaves a half-used pair; nothing here calls it"
+        """The states as tensors, for a checkpoint."""
+        (version, words, gauss), host, cuda = self._own
+        assert version == 3, f"Python's generator has a new state, version {version}"
+        assert gauss is None, "random.gauss was called, whose pending number a checkpoint does not keep"
         state = {"python": torch.tensor(words, dtype=torch.int64), "torch": host}
-        if on_card is not None:
-            state["cuda"] = on_card
+        if cuda is not None:
+            state["cuda"] = cuda
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Continue from the states of a checkpoint."""
         python = (3, tuple(state["python"].tolist()), None)
-        self._own = (python, state["torch"], state.get("cuda"))
+        self._own = RandomState(python, state["torch"], state.get("cuda"))

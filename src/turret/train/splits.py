@@ -1,37 +1,38 @@
-"""What is trained on, what is watched, and whether watching may choose. Knows recipes and data sets, no tensors."""
+"""The splits of a training: the examples to train on, and those that evaluations during training use."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from turret.data import Dataset, Example
 from turret.errors import RecipeError
+from turret.recipe import Recipe
 
-CARVED = 0.1  # of the training examples, where a choice needs a validation split and none is named
+CARVED = 0.1  # share of the training examples for validation, if it is needed and not named
 
 
 @dataclass(frozen=True)
 class Splits:
-    """`watched` is what evaluations during training look at; only a validation split may select."""
+    """The examples to train on, and those that evaluations during training use."""
 
-    train: Sequence[Any]
-    watched: Sequence[Any] | None
+    train: Sequence[Example]
+    watched: Sequence[Example] | None
     watched_name: str | None  # "validation" or "test"
-    selects: bool
-    note: str | None = None  # what was done that the recipe did not say
+    selects: bool  # whether evaluations choose the weights and stop early: only those on a validation split do
+    note: str | None = None  # a decision that the recipe left open
 
 
-def splits_of(recipe: Any, dataset: Any) -> Splits:
-    """The data set's splits as this recipe uses them. The test split reports, and never chooses."""
+def splits_of(recipe: Recipe, dataset: Dataset) -> Splits:
+    """The data set's splits as the recipe uses them. Scores on the test split are reported and never choose."""
     chooses = recipe.train.keep == "best" or recipe.train.early_stopping is not None
     if chooses and recipe.train.evaluate == "never":
         raise RecipeError(
             'train.keep = "best" and train.early_stopping compare evaluations, but train.evaluate is "never": '
             'set train.evaluate to "epoch" or to a number of steps'
         )
-    train, validation, test = dataset.train, dataset.validation, dataset.test
+    train, validation = dataset.train, dataset.validation
     note = None
     if chooses and not validation:
         if len(train) < 10:
@@ -46,6 +47,6 @@ def splits_of(recipe: Any, dataset: Any) -> Splits:
         note = f"{held} of the training examples are held back as a validation split, because the recipe names none"
     if validation:
         return Splits(train, validation, "validation", selects=True, note=note)
-    if test:
-        return Splits(train, test, "test", selects=False)
+    if dataset.test:
+        return Splits(train, dataset.test, "test", selects=False)
     return Splits(train, None, None, selects=False)

@@ -1,11 +1,10 @@
-"""One optimiser step: the gradient of a batch's mean loss, in micro-batches, without padding. Knows no schedule."""
+"""One optimiser step: the gradient of a batch's mean loss, computed in micro-batches without padding."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,17 +12,19 @@ from torch.utils.checkpoint import checkpoint
 
 from turret.adapters import mixed_precision, packed
 from turret.errors import LossNotFinite, OutOfMemory
+from turret.tasks import Task, has_head
 from turret.train.batches import Item, micro_batches
 from turret.train.memory import Prediction
 from turret.train.optim import AdamW
 from turret.train.processes import ALONE, Processes
+from turret.transformer import Model
 
-TARGETS = 32  # whose logits are there at a time
+TARGETS = 32  # target tokens whose logits are in memory at a time
 
 
 def train_step(
-    model: Any,
-    task: Any,
+    model: Model,
+    task: Task,
     optimiser: AdamW,
     batch: Sequence[Item],
     *,
@@ -34,9 +35,19 @@ def train_step(
 ) -> tuple[float, float]:
     """One update from the gradient of the mean loss over the whole batch, computed in micro-batches.
 
-    The mean is over examples (classify) or target tokens (generate) of the batch, so the split into micro-batches, and
-    of the batch among processes, changes nothing but the order of summation. Returns (loss, gradient norm before
-    clipping), both before the update.
+    The mean is over the batch's examples (classify) or target tokens (generate). So dividing the batch into
+    micro-batches, or among processes, changes only the order of summation.
+
+    Args:
+        rate: learning rate of this step.
+        clip: largest norm of the gradients.
+        most_tokens: of one micro-batch.
+
+    Returns:
+        The loss and the gradient norm before clipping, both before the update.
+
+    Raises:
+        LossNotFinite: one of them is NaN or infinite; the weights are not updated.
     """
     optimiser.zero_gradients()
     total = sum(item.weight for item in batch)
@@ -45,9 +56,9 @@ def train_step(
         part = loss_of(model, task, piece) * (sum(item.weight for item in piece) / total)
         backward(part)
         losses.append(part.detach())
-    # a process may have nothing of a short batch
+    # a process has no share of a very small batch
     mean = torch.stack(losses).sum().float() if losses else optimiser.gradients.new_zeros(())
-    processes.sum(optimiser.gradients, mean)  # from here on every process does the same
+    processes.sum(optimiser.gradients, mean)  # the rest is the same in every process
     loss = float(mean)
     norm = optimiser.clip_gradients(clip)
     for name, value in (("loss", loss), ("norm of the gradients", norm)):
@@ -58,38 +69,40 @@ def train_step(
 
 
 def backward(loss: Tensor) -> None:
-    """Add the gradients of a loss to those that are there."""
-    loss.backward()  # type: ignore[no-untyped-call]
+    """Add the gradients of a loss to the parameters' gradients."""
+    torch.autograd.backward(loss)
 
 
-def loss_of(model: Any, task: Any, piece: Sequence[Item]) -> Tensor:
+def loss_of(model: Model, task: Task, piece: Sequence[Item]) -> Tensor:
     """The task's mean loss over some examples: a scalar with a graph."""
     sources = [item.source for item in piece]
-    targets = [item.target for item in piece if item.target is not None]
     with mixed_precision(model):
-        if targets:
-            return _loss_of_targets(model, task, packed.target_states(model, sources, targets), torch.cat(targets))
-        logits = packed.classify_logits(model, sources)  # (B, C)
-        wanted = task.targets([item.example for item in piece])  # (B,) or (B, C)
-        loss: Tensor = task.loss(logits, wanted.to(logits.device))
-        return loss
+        if has_head(task):
+            logits = packed.classify_logits(model, sources)  # (B, C)
+            return task.loss(logits, task.targets([item.example for item in piece]).to(logits.device))
+        targets = [item.target for item in piece if item.target is not None]
+        return _loss_of_targets(model, task, packed.target_states(model, sources, targets), torch.cat(targets))
 
 
-def _loss_of_targets(model: Any, task: Any, states: Tensor, wanted: Tensor) -> Tensor:
-    """The mean over N targets, TARGETS at a time: logits of a large vocabulary are made again and never all there.
+def _loss_of_targets(model: Model, task: Task, states: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss over N target tokens, TARGETS at a time.
 
-    states: (N, D), wanted: (N,) int64.
+    The backward pass recomputes the logits (N, V), because a large vocabulary's do not fit in memory at once.
+
+    Args:
+        states: (N, D), each before its target token.
+        targets: (N,) int64.
     """
-    wanted = wanted.to(states.device)
+    targets = targets.to(states.device)
 
-    def part(some: Tensor, of_them: Tensor) -> Tensor:
-        mean: Tensor = task.loss(packed.vocabulary_logits(model, some), of_them)
-        return mean * (len(of_them) / len(wanted))
+    def part(states: Tensor, ids: Tensor) -> Tensor:
+        return task.loss(packed.vocabulary_logits(model, states), ids) * (len(ids) / len(targets))
 
-    parts = list(zip(torch.split(states, TARGETS), torch.split(wanted, TARGETS), strict=True))
+    parts = list(zip(torch.split(states, TARGETS), torch.split(targets, TARGETS), strict=True))
     if len(parts) == 1:
         return part(*parts[0])
-    return torch.stack([cast(Tensor, checkpoint(part, *each, use_reentrant=False)) for each in parts]).sum()
+    losses: list[Tensor] = [checkpoint(part, *each, use_reentrant=False) for each in parts]
+    return torch.stack(losses).sum()
 
 
 _NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "DefaultCPUAllocator", "bad_alloc")
@@ -102,7 +115,7 @@ def memory_ran_out(error: Exception) -> bool:
 
 @contextmanager
 def explained(most_tokens: int, batch: Sequence[Item], step: int, predicted: Prediction | None) -> Iterator[None]:
-    """Turns whatever torch raises when memory runs out into OutOfMemory, with the setting to lower."""
+    """Turn the errors that torch raises when memory runs out into OutOfMemory, which names the setting to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

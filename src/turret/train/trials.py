@@ -1,6 +1,6 @@
-"""`lr = "auto"` carried out: the same short training at one rate after another, scored on examples held back from it.
+"""Runs the trials of `lr = "auto"`: the same short training at several rates, scored on held-out examples.
 
-Knows the pieces of the loop, and leaves the base as it was. Which rates are tried, and which is taken, `rates` says.
+`rates` decides which rates are tried and which one is chosen.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from turret import adapters
+from turret.bases import Base
+from turret.data import Dataset, Example
 from turret.errors import LossNotFinite
+from turret.recipe import Recipe
+from turret.tasks import Task
 from turret.train.batches import Items, Schedule, pass_tokens
-from turret.train.defaults import filled
+from turret.train.defaults import defaults_of, filled
 from turret.train.evaluation import example_losses
 from turret.train.initialize import InitialAdapter, attach, optimiser_of
 from turret.train.optim import AdamW, learning_rate
@@ -26,32 +29,32 @@ from turret.train.seeds import Randomness
 from turret.train.splits import splits_of
 from turret.train.step import explained, train_step
 
-RISING = 0.25  # of a trial's steps
-LOST = 2.0  # times the loss before training: a trial whose latest losses are above that has diverged
-LATEST = 4  # losses whose mean tells
+WARMUP = 0.25  # of a trial's steps
+DIVERGED = 2.0  # times the loss before training: a trial whose latest losses are above that has diverged
+LATEST = 4  # losses in their mean
 
 
 def find_rate(
-    recipe: Any,
-    base: Any,
-    task: Any,
-    dataset: Any,
+    recipe: Recipe,
+    base: Base,
+    task: Task,
+    dataset: Dataset,
     *,
     start: InitialAdapter | None = None,
     on_trial: Callable[[float, int], None] | None = None,
 ) -> Found:
-    """The rate to train `recipe` with on a loaded base, from its training split alone.
+    """Find the learning rate for a recipe on a loaded base, from the training split alone. The base is left as it was.
 
-    Of recipe, data and base alone, so a run that was killed finds the same rate again. on_trial hears of every rate and
-    the steps it is tried for, before it is.
+    The result depends on recipe, data and base alone, so a run that was killed finds the same rate again.
+
+    Args:
+        start: the version that the adapter starts from.
+        on_trial: called before each trial with its rate and its number of steps.
     """
     examples = splits_of(recipe, dataset).train
     recipe = filled(recipe, base, task.kind, len(examples))
-    parameters = sum(each.numel() for each in base.model.parameters())
-    default = recipe.method.defaults(base.family.kind, classify=not task.generates, parameters=parameters).lr
-    train = recipe.train
-    run = Schedule(len(examples), train.batch_size, train.epochs, recipe.seed, train.max_steps)
-    size = size_of(len(examples), run.steps)
+    default = defaults_of(recipe.method, base, task.kind).lr
+    size = size_of(len(examples), Schedule.of(recipe, len(examples)).steps)
     if size.reason is not None:
         return Found(default, default, size, {})
     with trials(recipe, base, task, examples, steps=size.steps, held=size.held, start=start) as tried:
@@ -62,37 +65,37 @@ def find_rate(
             return tried.score(lr)
 
         lr, scores = search(default, score)
-    losses = {rate: None if found is None else found.mean for rate, found in sorted(scores.items())}
+    losses = {rate: None if each is None else each.mean for rate, each in sorted(scores.items())}
     return Found(lr, default, size, losses)
 
 
 @dataclass(frozen=True)
 class Trials:
-    """Trainings of `steps` steps that may follow each other on one attached adapter."""
+    """Short trainings on one attached adapter, each from the same initial weights."""
 
-    recipe: Any
-    base: Any
-    task: Any
+    recipe: Recipe
+    base: Base
+    task: Task
     items: Items
     held: Items
     steps: int
     optimiser: AdamW
-    start: torch.Tensor  # (N,) the weights that every trial begins with
+    start: torch.Tensor  # (N,) the initial weights
 
     def score(self, lr: float) -> Score | None:
-        """Train from the start at this rate; the losses of the held-back examples, None where it diverged.
+        """Train from the initial weights at this rate. Returns the held-out losses; None if it diverged.
 
-        The rate rises and then stays: a falling one would hide in its last steps what a large rate costs.
+        The rate rises and then stays. If it fell to zero, the last steps would hide the noise of a large rate.
         """
         before = self.before
-        self._begin_again()
-        train, rising = self.recipe.train, max(1, round(RISING * self.steps))
+        self._reset()
+        train, warmup = self.recipe.train, max(1, round(WARMUP * self.steps))
         schedule = Schedule(len(self.items), train.batch_size, self.steps, self.recipe.seed, max_steps=self.steps)
         randomness = Randomness(self.recipe.seed, self.base.model.device)
         losses: list[float] = []
         for step, indices in schedule.batches():
             batch = self.items.take(indices)
-            rate = learning_rate(step, total=self.steps, peak=lr, warmup=rising, schedule="constant")
+            rate = learning_rate(step, total=self.steps, peak=lr, warmup=warmup, schedule="constant")
             try:
                 with randomness, explained(self.most_tokens, batch, step, None):
                     loss, _ = train_step(
@@ -107,18 +110,18 @@ class Trials:
             except LossNotFinite:
                 return None
             losses.append(loss)
-            if len(losses) > LATEST and sum(losses[-LATEST:]) > LATEST * LOST * before:
+            if len(losses) > LATEST and sum(losses[-LATEST:]) > LATEST * DIVERGED * before:
                 return None
         score = self._held_out()
         return score if score.finite else None
 
     @cached_property
     def before(self) -> float:
-        """The loss of the held-back examples at the start."""
-        self._begin_again()
+        """The loss of the held-out examples with the initial weights."""
+        self._reset()
         return self._held_out().mean
 
-    def _begin_again(self) -> None:
+    def _reset(self) -> None:
         zero = torch.zeros_like(self.start)
         self.optimiser.load_state({"weights": self.start, "exp_avg": zero, "exp_avg_sq": zero}, steps=0)
 
@@ -133,16 +136,16 @@ class Trials:
 
 @contextmanager
 def trials(
-    recipe: Any,
-    base: Any,
-    task: Any,
-    examples: Sequence[Any],
+    recipe: Recipe,
+    base: Base,
+    task: Task,
+    examples: Sequence[Example],
     *,
     steps: int,
     held: int,
     start: InitialAdapter | None = None,
 ) -> Iterator[Trials]:
-    """The recipe's adapter on the base for the length of the block; `held` of the examples are never trained on."""
+    """Trials with the recipe's adapter, which is detached after the block. `held` of the examples only score."""
     order = list(range(len(examples)))
     random.Random(recipe.seed).shuffle(order)
     with Randomness(recipe.seed, base.model.device):
