@@ -1,4 +1,4 @@
-"""Whatever a file holds, reading it gives rows or one error of one line, which a bug never is."""
+"""Reading any file gives rows or a DataError of one line, never another error."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ NAMES = (
 
 
 def checked(error: TurretError) -> str:
-    """The message, which is one line and short enough to be printed whole."""
+    """The error's text, checked to be one line that is short enough to print."""
     said = str(error)
     assert said.isprintable(), said
     assert len(said) <= LINE - PREFIX, (len(said), said)
@@ -62,7 +62,7 @@ def checked(error: TurretError) -> str:
 
 
 def read(path: Path | str, **more: Any) -> None:
-    """Read the table in every way there is; only one kind of error may come."""
+    """Read the table in every way. Only DataError may be raised."""
     for kind in KINDS:
         for many in (False, True):
             try:
@@ -191,7 +191,7 @@ def test_a_date_beyond_pythons_calendar_is_refused_with_row_and_column(tmp_path:
     asked = open_source(str(path))[""]
     with pytest.raises(DataError, match=r"t\.parquet row 301, column 'label': this date.* cannot be read") as caught:
         list(asked.read(["text", "label"]))
-    assert "expected text or a label; mend it, or leave the row out" in checked(caught.value)
+    assert "expected text or a label; correct it, or leave the row out" in checked(caught.value)
     assert len(list(asked.read(["text"]))) == 301  # nobody asked for the dates
 
 

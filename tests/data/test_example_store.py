@@ -1,4 +1,4 @@
-"""Examples stay the same whether they are held in memory or lie in a file."""
+"""Examples are the same whether they are kept in memory or in a file."""
 
 from __future__ import annotations
 

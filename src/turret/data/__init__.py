@@ -1,7 +1,7 @@
-"""From a source of data to examples: open -> columns -> cells -> splits -> examples, each stage a function.
+"""Reads tables into examples in stages: open the source, find columns, read cells, choose splits, make examples.
 
-Which columns are read, and what an example is made of, a `Schema` says, which each task has. Importing the package
-loads neither numpy nor torch; `turret.data.dataset` loads numpy.
+Each task has a `Schema`, which names its columns and makes its examples. Importing the package loads neither numpy nor
+torch; `turret.data.dataset` loads numpy.
 """
 
 from turret.data.columns import Schema

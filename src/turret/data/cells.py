@@ -1,10 +1,10 @@
-"""From a table's cells to texts and labels, one cell at a time, and what is refused on the way.
+"""Reads a table's cells as texts and labels.
 
-- a missing cell is nothing, NaN, or blanks only; rows without input, target or label are left out and counted
-- labels are words: whole numbers lose their `.0`, true and false are written so, blanks around them go
-- a number with a fraction is no class; labels that differ in case or blanks only are refused, by name
-- with `multi_label` a cell is a list, or a text that is a JSON list or has `|` between its labels; `[]`: none of them
-- NUL becomes a blank and a lone surrogate U+FFFD in a text, counted; in a label they are refused
+- A cell is missing if it is None, NaN, or blanks only. Rows without input, target or label are left out and counted.
+- Labels are words: `1.0` becomes `1`, true and false become `true` and `false`, surrounding blanks are removed.
+- A number with a fraction is refused as a label. Labels that differ only in case or blanks are refused by name.
+- With `multi_label` a cell is a list, or a text that is a JSON list or has `|` between its labels; `[]` is no label.
+- In a text, NUL becomes a blank and a lone surrogate U+FFFD; both are counted. In a label both are refused.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-from turret.data.files import FIELD_LIMIT
+from turret.data.files import FIELD_LIMIT, Cell
 from turret.errors import DataError, listed, shown
 
 MOST_CLASSES = 10_000
@@ -29,17 +28,18 @@ Label = str | tuple[str, ...]
 
 
 class Mended:
-    """Counts the texts that had to be mended."""
+    """Counts the texts in which characters were replaced."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
     def notes(self) -> list[str]:
+        """A note for each kind of replacement."""
         return [f"{count} {'text' if count == 1 else 'texts'} {what}" for what, count in self.counts.items()]
 
 
-def text_of(cell: Any, mended: Mended) -> str | None:
-    """The text in a cell, or None where there is none."""
+def text_of(cell: Cell, mended: Mended) -> str | None:
+    """The text in a cell; None if it is missing. Replaced characters are counted in `mended`. Raises DataError."""
     if isinstance(cell, str):
         text = cell
     elif cell is None or (isinstance(cell, float) and math.isnan(cell)):
@@ -61,8 +61,12 @@ def text_of(cell: Any, mended: Mended) -> str | None:
     return text if text.strip() else None
 
 
-def label_of(cell: Any, names: Sequence[str], multi_label: bool) -> Label | None:
-    """The label or labels in a cell, or None where there is none; `names` are those of class numbers, if any."""
+def label_of(cell: Cell, names: Sequence[str], multi_label: bool) -> Label | None:
+    """The label or labels in a cell; None if they are missing. Raises DataError.
+
+    Args:
+        names: the names of class numbers, if the table has them.
+    """
     if isinstance(cell, str) and multi_label:
         cell = _several(cell)
     if not isinstance(cell, (list, tuple)):
@@ -74,18 +78,18 @@ def label_of(cell: Any, names: Sequence[str], multi_label: bool) -> Label | None
     return tuple(sorted(set(labels)))
 
 
-def _several(text: str) -> Any:
+def _several(text: str) -> Cell:
     if not text.strip():
         return None
     if text.lstrip().startswith("["):
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
-            raise DataError(f"the label {shown(text, 40)} starts like a JSON list and is none") from None
+            raise DataError(f"the label {shown(text, 40)} starts like a JSON list, but is not one") from None
     return [part.strip() for part in text.split("|")]
 
 
-def _one_label(cell: Any, names: Sequence[str]) -> str | None:
+def _one_label(cell: Cell, names: Sequence[str]) -> str | None:
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return None
     if isinstance(cell, bool):
@@ -100,12 +104,12 @@ def _one_label(cell: Any, names: Sequence[str]) -> str | None:
     if _FRACTION.fullmatch(text):
         raise DataError(f"the label {shown(text, 40)} is a fraction: classes are whole numbers or words")
     if "\0" in text or _SURROGATE.search(text):
-        raise DataError(f"the label {shown(text, 40)} has characters that are no text: mend it")
-    return cell if text else None  # as written: whether blanks make it another label is asked later
+        raise DataError(f"the label {shown(text, 40)} has NUL or half characters: correct it")
+    return cell if text else None  # with its blanks: `check_alike` compares them later
 
 
 def _numbered(number: float, names: Sequence[str]) -> str | None:
-    if isinstance(number, float) and not number.is_integer():  # NaN and infinity neither
+    if isinstance(number, float) and not number.is_integer():  # also NaN and infinity
         raise DataError(f"the label {number} is not a whole number: classes are whole numbers or words")
     index = int(number)
     if not names:
@@ -121,7 +125,7 @@ def _digits(number: float) -> str:
     try:
         return str(number)
     except ValueError:
-        raise DataError("a whole number of thousands of digits: expected text or a label; mend it") from None
+        raise DataError("a whole number of thousands of digits: expected text or a label; correct it") from None
 
 
 def _no_longer_than_a_label(text: str) -> str:
@@ -131,12 +135,12 @@ def _no_longer_than_a_label(text: str) -> str:
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Whole numbers by size, then words by letters."""
+    """Labels in order: whole numbers by size, then words alphabetically."""
     return tuple(sorted(labels, key=lambda x: (0, int(x), x) if re.fullmatch(r"[+-]?[0-9]{1,18}", x) else (1, 0, x)))
 
 
 def check_alike(labels: Iterable[str]) -> None:
-    """Refuse labels that differ in case or blanks only: they would become two classes."""
+    """Raise DataError for labels that differ only in case or blanks, which would become two classes."""
     seen: dict[str, str] = {}
     for label in sorted(labels):
         key = " ".join(label.split()).casefold()
@@ -149,7 +153,7 @@ def check_alike(labels: Iterable[str]) -> None:
 
 
 def check_classes(counts: Mapping[str, int], rows: int, column: str, multi_label: bool) -> None:
-    """Refuse what cannot be classes: none, one, or nearly as many as there are rows."""
+    """Raise DataError if there are no classes, one, or nearly as many as rows."""
     if not multi_label and len(counts) == 1:
         raise DataError(
             f"column {shown(column)} has one class, {shown(next(iter(counts)))}: a classifier needs two or more"

@@ -1,6 +1,6 @@
-"""Which column is the input and which the output. Guesses only what is obvious, and says what it guessed.
+"""Finds the input and output columns of a table: those that the recipe names, else those with an obvious name.
 
-Names alone decide; a task's `Schema` says which names are obvious.
+A task's `Schema` lists the obvious names. A note reports each guess.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 from turret.data.cells import Label, Mended
 from turret.data.examples import Example
+from turret.data.files import Cell
+from turret.data.settings import DataSettings
 from turret.errors import DataError, listed, shown
 
 Roles = tuple[str, str]  # the keys of a recipe's [data] for the input and the output
@@ -23,13 +25,13 @@ ROLES = (LABELLED, SUMMARISED, COMPLETED)
 
 @dataclass(frozen=True)
 class Schema:
-    """What one task reads of a table.
+    """The columns that one task reads from a table, and the examples that it makes.
 
     Args:
-        kind: the task's.
-        names: by pair of roles, the usual pair first, the column names that are obvious for it.
-        inputs: column names that are obvious where only inputs are read.
-        output: (cell, names of class numbers, counts of mended texts) -> what is learnt; None where it is missing.
+        kind: of the task.
+        names: by pair of roles, the usual pair first, pairs of column names that are obvious for it.
+        inputs: column names that are obvious if only inputs are read.
+        output: (cell, names of class numbers, counter of replaced characters) -> label or text; None: missing.
         example: (text, output) -> the example.
         classes: whether outputs are classes, which are counted, checked and listed.
         many: whether an example has any number of classes.
@@ -38,73 +40,74 @@ class Schema:
     kind: str
     names: Mapping[Roles, Sequence[tuple[str, str]]]
     inputs: Sequence[str]
-    output: Callable[[Any, Sequence[str], Mended], Label | None]
-    example: Callable[[str, Any], Example]
+    output: Callable[[Cell, Sequence[str], Mended], Label | None]
+    example: Callable[[str, Any], Example]  # Any: the result of `output`, a text for one task and labels for another
     classes: bool = False
     many: bool = False
 
     @property
     def usual(self) -> Roles:
-        """The roles that its columns have where a recipe names none."""
+        """The roles of its columns if a recipe names none."""
         return next(iter(self.names))
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The two columns that matter, under the names that a recipe gives them."""
+    """The input and output columns of a table, by their roles."""
 
     schema: Schema
     roles: dict[str, str]  # ("text", "label"), ("document", "summary") or ("prompt", "completion") -> column
-    note: str | None  # the guess, where there was one
+    note: str | None  # what was guessed
 
     @property
-    def wanted(self) -> tuple[str, str]:
+    def pair(self) -> tuple[str, str]:
+        """The names of the input and the output column."""
         first, second = self.roles.values()
         return first, second
 
 
-def find_columns(data: Any, columns: Sequence[str], schemas: Sequence[Schema]) -> Columns:
-    """The columns that the recipe names, else the obvious ones among `columns`.
+def find_columns(data: DataSettings, columns: Sequence[str], schemas: Sequence[Schema]) -> Columns:
+    """The columns that the recipe names, else those among `columns` with an obvious name. Raises DataError.
 
     Args:
         data: a recipe's `[data]`.
         columns: of the table.
-        schemas: of the task, or of all tasks where the columns have to tell which.
+        schemas: of the recipe's task; of all tasks if the columns have to decide which it is.
     """
-    given = {role: name for pair in ROLES for role in pair if (name := getattr(data, role, None)) is not None}
+    given = _given(data)
     only = schemas[0] if len(schemas) == 1 else None
     pairs = _named_pairs(given, only)
     for name in given.values():
         _check_there(name, columns)
     found = []
     for schema in schemas:
-        for pair in schema.names if only else (schema.usual,):  # the other pair's names are welcome, not a sign
+        for pair in schema.names if only else (schema.usual,):  # other pairs do not help to choose a task
             if (not pairs or pair in pairs) and (guess := _guess(schema, pair, given, columns)):
                 found.append(Columns(schema, dict(zip(pair, guess, strict=True)), None))
                 break
     if not found:
         raise DataError(_not_found(given, columns, only))
     if len(found) > 1 and not given:
-        both = " and ".join(f"{f.schema.kind} ({listed(f.wanted, 60)})" for f in found[:2])
+        both = " and ".join(f"{f.schema.kind} ({listed(f.pair, 60)})" for f in found[:2])
         raise DataError(
-            f"the columns {listed(columns, 80)} fit {both}: say task.kind, or name the columns under [data]"
+            f"the columns {listed(columns, 80)} fit {both}: set task.kind, or name the columns under [data]"
         )
     best = found[0]
     if all(role in given for role in best.roles):
         return best
-    said = ", ".join(f"{role} is column {name!r}" for role, name in best.roles.items() if role not in given)
-    others = [name for name in columns if name not in best.wanted]
-    note = f"guessed: {best.schema.kind}, {said}" + (f"; not used: {', '.join(others)}" if others else "")
+    guessed = ", ".join(f"{role} is column {name!r}" for role, name in best.roles.items() if role not in given)
+    others = [name for name in columns if name not in best.pair]
+    note = f"guessed: {best.schema.kind}, {guessed}" + (f"; not used: {', '.join(others)}" if others else "")
     return Columns(best.schema, best.roles, note)
 
 
-def find_input(data: Any, columns: Sequence[str], schema: Schema) -> str:
-    """The column of inputs in a table that need not have outputs."""
-    role = schema.usual[0]
-    named = next((name for first, _ in schema.names if (name := getattr(data, first, None))), None)
+def find_input(data: DataSettings, columns: Sequence[str], schema: Schema) -> str:
+    """The column of inputs in a table that may have no outputs. Raises DataError."""
+    role, given = schema.usual[0], _given(data)
+    named = next((name for first, _ in schema.names if (name := given.get(first))), None)
     if named is not None:
         _check_there(named, columns)
-        return str(named)
+        return named
     low = {name.strip().lower(): name for name in reversed(columns)}
     found = [low[name] for name in dict.fromkeys((role, *schema.inputs)) if name in low]
     if found or len(columns) == 1:
@@ -114,8 +117,13 @@ def find_input(data: Any, columns: Sequence[str], schema: Schema) -> str:
     )
 
 
+def _given(data: DataSettings) -> dict[str, str]:
+    """The columns that the recipe names, by role."""
+    return {role: name for pair in ROLES for role in pair if (name := getattr(data, role)) is not None}
+
+
 def _named_pairs(given: dict[str, str], only: Schema | None) -> list[Roles]:
-    """The pairs of roles that the recipe's own names belong to."""
+    """The pairs of roles of the columns that the recipe names."""
     pairs = [pair for pair in ROLES if given.keys() & set(pair)]
     if len(pairs) > 1:
         raise DataError(f"data names {' and '.join(given)}, which belong to different tasks: name one pair of columns")

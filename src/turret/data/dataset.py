@@ -1,8 +1,8 @@
-"""From a source of data to examples: one call, `read`. Loads no torch.
+"""Reads a source of data into examples. The entry is `read`.
 
-A table is read twice, a row at a time: the first pass checks every cell and counts usable rows and labels, then the
-splits are chosen by number alone, and the second pass keeps the chosen rows. So `train = 2000` of a table of a
-hundred gigabytes keeps 2000 examples; where more is chosen than fits, the `ExampleStore` puts it into a temporary file.
+A table is read twice, a row at a time. The first pass checks every cell and counts usable rows and labels. Then the
+splits are chosen by row number, and the second pass keeps the chosen rows. So `train = 2000` of a table of a hundred
+gigabytes keeps 2000 examples. If the examples do not fit in memory, `ExampleStore` keeps them in a temporary file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,43 +22,23 @@ from turret.data.columns import Columns, Schema, find_columns, find_input
 from turret.data.example_store import MEMORY, ExampleStore
 from turret.data.examples import Dataset, Example, Labelled
 from turret.data.files import Table, lines_of
+from turret.data.settings import DataSettings
 from turret.data.source import open_source
 from turret.data.splits import ROLES, Chosen, Role, Sources, choose, find_sources, shuffled, taken, test_split
 from turret.errors import DataError, listed, shown
 
 
-class DataLike(Protocol):
-    """A recipe's `[data]`, or anything with its fields."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def text(self) -> str | None: ...
-    @property
-    def label(self) -> str | None: ...
-    @property
-    def document(self) -> str | None: ...
-    @property
-    def summary(self) -> str | None: ...
-    @property
-    def prompt(self) -> str | None: ...
-    @property
-    def completion(self) -> str | None: ...
-    @property
-    def train(self) -> int | float | str | None: ...
-    @property
-    def validation(self) -> int | float | str | None: ...
-    @property
-    def test(self) -> int | float | str | None: ...
-
-
-def read(data: DataLike, schemas: Sequence[Schema], seed: int = 42, *, memory: int = MEMORY) -> Dataset:
-    """Read the source, find the columns, choose the splits with the seed, and say in `notes` what was guessed.
+def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memory: int = MEMORY) -> Dataset:
+    """Read the source, find the columns and choose the splits. The data set's `notes` report every guess.
 
     Args:
         data: a recipe's `[data]`.
-        schemas: of the task, or of all tasks where the columns have to tell which.
-        memory: characters of examples that are held; more go to a temporary file.
+        schemas: of the recipe's task; of all tasks if the columns have to decide which it is.
+        seed: of the order of the rows.
+        memory: characters of examples that are kept in memory; more go to a temporary file.
+
+    Raises:
+        DataError: the source, a column, a cell or a split cannot be used.
     """
     tables = open_source(data.source)
     sources = find_sources(data, list(tables))
@@ -74,28 +53,34 @@ def read(data: DataLike, schemas: Sequence[Schema], seed: int = 42, *, memory: i
     if schema.classes:
         labels = _labels(scans, used, sources, columns)
     chosen = choose(data, sources, {split: scan.usable for split, scan in scans.items()}, seed)
-    kept = _keep(used, sources, chosen, columns, scans, memory)
+    examples = _read_chosen(used, sources, chosen, columns, scans, memory)
     if schema.classes:
-        notes += _class_notes(labels, kept["train"], schema.many)
-    duplicates, found = _duplicates(kept, schema)
+        notes += _class_notes(labels, examples["train"], schema.many)
+    duplicates, duplicate_notes = _duplicates(examples, schema)
     return Dataset(
-        train=kept["train"],
-        validation=kept["validation"],
-        test=kept["test"],
+        train=examples["train"],
+        validation=examples["validation"],
+        test=examples["test"],
         kind=schema.kind,
         labels=labels,
         columns=columns.roles,
-        notes=(*notes, *chosen.notes, *found),
+        notes=(*notes, *chosen.notes, *duplicate_notes),
         duplicates=duplicates,
-        digest=_digest(kept),
+        digest=_digest(examples),
     )
 
 
 def read_test(
-    data: DataLike, schema: Schema, seed: int = 42, *, labels: Sequence[str] = ()
+    data: DataSettings, schema: Schema, seed: int = 42, *, labels: Sequence[str] = ()
 ) -> tuple[list[Example], tuple[str, ...]]:
-    """Examples to evaluate a finished adapter on, and notes: the split or number that `data.test` says, else the test
-    split, else everything there is. `labels` are the classes that the adapter knows."""
+    """Examples to evaluate a finished adapter on, and notes. Raises DataError.
+
+    `data.test` names the split or the number of rows. Without it they are the test split, else the only split, else the
+    validation split.
+
+    Args:
+        labels: the classes that the adapter knows.
+    """
     tables = open_source(data.source)
     split = test_split(data, list(tables))
     table = tables[split]
@@ -116,10 +101,10 @@ def read_test(
     return examples, tuple(notes)
 
 
-def read_inputs(data: DataLike, schema: Schema) -> list[str]:
-    """The inputs of every row of a table without splits (a missing one is ""), or the lines of a `.txt` file."""
+def read_inputs(data: DataSettings, schema: Schema) -> list[str]:
+    """The input of each row of a table ("" if missing), or the lines of a `.txt` file. Raises DataError."""
     path = Path(os.path.expanduser(data.source))
-    if path.suffix.lower() == ".txt" and os.path.isfile(path):  # unlike Path's, it bears any name
+    if path.suffix.lower() == ".txt" and os.path.isfile(path):  # Path.is_file raises for a name that is too long
         return lines_of(path)
     tables = open_source(data.source)
     table = tables[test_split(data, list(tables))]
@@ -135,7 +120,7 @@ def read_inputs(data: DataLike, schema: Schema) -> list[str]:
 
 def _check_columns(used: Mapping[str, Table], columns: Columns) -> None:
     for table in used.values():
-        for name in columns.wanted:
+        for name in columns.pair:
             if name not in table.columns:
                 raise DataError(f"{table.name} has no column {shown(name)}: its columns are {listed(table.columns)}")
 
@@ -145,11 +130,11 @@ def _check_columns(used: Mapping[str, Table], columns: Columns) -> None:
 
 @dataclass
 class _Scan:
-    """What one pass over a table found."""
+    """The counts of one pass over a table."""
 
     rows: int = 0
     usable: int = 0
-    without: Counter[str] = field(default_factory=Counter)  # column -> rows that lack it
+    without: Counter[str] = field(default_factory=Counter)  # column -> rows without a value in it
     labels: Counter[str] = field(default_factory=Counter)
     mended: cells.Mended = field(default_factory=cells.Mended)
 
@@ -158,7 +143,7 @@ class _Scan:
         return [f"{table}: {note}" for note in [*lost, *self.mended.notes()]]
 
     def check(self, table: Table) -> None:
-        """Refuse a table in which nothing can be used."""
+        """Raise DataError if the table has no usable row."""
         if not self.rows:
             raise DataError(f"{table.name} has columns and no rows: give a table with rows")
         if not self.usable:
@@ -170,14 +155,14 @@ def _scan(table: Table, columns: Columns) -> _Scan:
     scan = _Scan()
     for _ in _examples(table, columns, scan):
         if len(scan.labels) > cells.MOST_CLASSES:
-            cells.check_classes(scan.labels, scan.rows, columns.wanted[1], columns.schema.many)
+            cells.check_classes(scan.labels, scan.rows, columns.pair[1], columns.schema.many)
     scan.check(table)
     return scan
 
 
 def _examples(table: Table, columns: Columns, scan: _Scan) -> Iterator[Example]:
-    """The usable rows as examples, everything unusable counted in `scan` or refused with its place."""
-    schema, (first, second) = columns.schema, columns.wanted
+    """The usable rows as examples. Rows with a missing cell are counted in `scan`. Raises DataError with the place."""
+    schema, (first, second) = columns.schema, columns.pair
     names = table.classes.get(second, ())
     for place, (a, b) in table.read((first, second)):
         scan.rows += 1
@@ -200,10 +185,10 @@ def _examples(table: Table, columns: Columns, scan: _Scan) -> Iterator[Example]:
 def _labels(
     scans: Mapping[str, _Scan], used: Mapping[str, Table], sources: Sources, columns: Columns
 ) -> tuple[str, ...]:
-    """The classes: the training table's, in order. Other splits may not have more."""
+    """The classes of the training table, in order. Raises DataError if another split has more."""
     train = sources.split["train"]
     cells.check_alike({label for scan in scans.values() for label in scan.labels})
-    cells.check_classes(scans[train].labels, scans[train].rows, columns.wanted[1], columns.schema.many)
+    cells.check_classes(scans[train].labels, scans[train].rows, columns.pair[1], columns.schema.many)
     for split, scan in scans.items():
         unknown = [label for label in scan.labels if label not in scans[train].labels]
         if unknown:
@@ -217,7 +202,7 @@ def _labels(
 # --- the second pass -------------------------------------------------------------------------------------------------
 
 
-def _keep(
+def _read_chosen(
     used: Mapping[str, Table],
     sources: Sources,
     chosen: Chosen,
@@ -225,9 +210,10 @@ def _keep(
     scans: Mapping[str, _Scan],
     memory: int,
 ) -> dict[Role, ExampleStore]:
-    kept = {role: ExampleStore(len(chosen.rows[role]), memory) for role in ROLES}
+    """Read the chosen rows into their splits."""
+    stores = {role: ExampleStore(len(chosen.rows[role]), memory) for role in ROLES}
     for split, table in used.items():
-        owner = np.zeros(scans[split].usable, dtype=np.int8)  # 0: not chosen
+        owner = np.zeros(scans[split].usable, dtype=np.int8)  # by usable row: 1 + index of its role; 0: not chosen
         place = np.zeros(scans[split].usable, dtype=np.int64)
         for number, role in enumerate(ROLES, 1):
             if sources.split.get(role) == split:
@@ -236,11 +222,11 @@ def _keep(
         seen = 0
         for example in _examples(table, columns, _Scan()):
             if seen < len(owner) and owner[seen]:
-                kept[ROLES[owner[seen] - 1]].put(int(place[seen]), _stripped(example))
+                stores[ROLES[owner[seen] - 1]].put(int(place[seen]), _stripped(example))
             seen += 1
         if seen != len(owner):
             raise DataError(f"{table.name} changed while it was read: start again when nothing writes to it")
-    return {role: sequence.done() for role, sequence in kept.items()}
+    return {role: store.done() for role, store in stores.items()}
 
 
 def _stripped(example: Example) -> Example:
@@ -250,7 +236,7 @@ def _stripped(example: Example) -> Example:
 
 
 def _class_notes(labels: Sequence[str], train: Sequence[Example], many: bool) -> list[str]:
-    """Classes that training can hardly learn."""
+    """Notes on classes with no or one training example. Raises DataError if there is only one class."""
     counts: Counter[str] = Counter()
     for example in train:
         if isinstance(example, Labelled):
@@ -262,31 +248,30 @@ def _class_notes(labels: Sequence[str], train: Sequence[Example], many: bool) ->
     notes = []
     if many and any("," in label for label in labels):
         notes.append("labels have commas in them: with multi_label a cell's labels are separated by |")
-    for number, word in ((0, "no training example"), (1, "one training example only")):
+    for number, word in ((0, "no training example"), (1, "only one training example")):
         found = [label for label in labels if counts[label] == number]
         if found:
             notes.append(f"{word} for the class {listed(found)}")
     return notes
 
 
-def _duplicates(kept: Mapping[Role, Sequence[Example]], schema: Schema) -> tuple[int, list[str]]:
-    """How many test inputs are training inputs too, and what else occurs twice. Blanks around a text do not count."""
-    hashes = {role: _hashes(kept[role]) for role in ROLES}
-    train, notes, found = hashes["train"], [], 0
+def _duplicates(examples: Mapping[Role, Sequence[Example]], schema: Schema) -> tuple[int, list[str]]:
+    """The number of test inputs that are also training inputs, and notes. Blanks around texts are ignored."""
+    hashes = {role: _hashes(examples[role]) for role in ROLES}
+    train, notes, duplicates = hashes["train"], [], 0
     for role in ("validation", "test"):
-        same = int(np.isin(hashes[role], train).sum())
-        if same:
-            notes.append(f"{same} of {len(hashes[role])} {role} inputs occur in the training examples too")
-        found = same if role == "test" else found
+        duplicates = int(np.isin(hashes[role], train).sum())  # at the end those of the test split
+        if duplicates:
+            notes.append(f"{duplicates} of {len(hashes[role])} {role} inputs occur in the training examples too")
     if schema.classes and not schema.many:
-        once, with_label = np.unique(train), np.unique(_hashes(kept["train"], outputs=True))
+        once, with_label = np.unique(train), np.unique(_hashes(examples["train"], outputs=True))
         if len(with_label) > len(once):
             notes.append(f"{len(with_label) - len(once)} training texts occur with more than one label")
-    return found, notes
+    return duplicates, notes
 
 
 def _hashes(examples: Sequence[Example], outputs: bool = False) -> npt.NDArray[np.uint64]:
-    """Eight bytes for each input (with its output)."""
+    """A hash of 8 bytes for each input, or for each input with its output."""
     numbers = (_hash(e.input.strip() + (f"\0{e.output}" if outputs else "")) for e in examples)
     return np.fromiter(numbers, dtype=np.uint64, count=len(examples))
 
@@ -295,12 +280,12 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _digest(kept: Mapping[Role, Sequence[Example]]) -> str:
-    """SHA-256 over every field with its length in front, so that no two data sets read alike."""
+def _digest(examples: Mapping[Role, Sequence[Example]]) -> str:
+    """SHA-256 over all fields, each after its length, so that different data sets never give the same bytes."""
     digest = hashlib.sha256()
     for role in ROLES:
-        digest.update(f"{role} {len(kept[role])}\n".encode())
-        for example in kept[role]:
+        digest.update(f"{role} {len(examples[role])}\n".encode())
+        for example in examples[role]:
             output = example.output
             for value in (example.input, *(output if isinstance(output, tuple) else (output,))):
                 raw = str(value).encode()

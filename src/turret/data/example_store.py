@@ -1,7 +1,7 @@
-"""A sequence of examples that stays in memory while it is small and lies in a temporary file when it is not.
+"""A sequence of examples that is kept in memory up to `MEMORY` characters, and beyond that in a temporary file.
 
-So a data set larger than memory can be trained on: at most `MEMORY` characters are held, whatever its size.
-The file has no name in the file system (where the system allows) and goes with it.
+So a data set larger than memory can be trained on. The file has no name, on systems that allow it, and is deleted with
+the sequence.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -24,41 +24,49 @@ MEMORY = 256_000_000  # characters
 
 
 class ExampleStore(Sequence[Example]):
-    """Filled once, by place and in any order; then read."""
+    """A sequence that is filled once, in any order, and then read.
+
+    Args:
+        size: number of examples.
+        memory: characters to keep in memory.
+    """
 
     def __init__(self, size: int, memory: int = MEMORY) -> None:
         self._room = memory
-        self._lock = threading.Lock()  # one place in the file for all who read
-        self._held: list[Example | None] = [None] * size
-        self._file: Any = None
+        self._lock = threading.Lock()  # all readers share the position in the file
+        self._examples: list[Example | None] = [None] * size
+        self._file: IO[bytes] | None = None
         self._places: npt.NDArray[np.int64] = np.zeros((0, 2), dtype=np.int64)  # offset and length in the file
 
     def put(self, place: int, example: Example) -> None:
+        """Set the example at an index. Raises DataError if the disk is full."""
         if self._file is None:
-            self._held[place] = example
+            self._examples[place] = example
             self._room -= len(example.input) + len(example.output)
             if self._room < 0:
                 self._spill()
         else:
-            self._write(place, example)
+            self._write(self._file, place, example)
 
     def _spill(self) -> None:
-        held, self._held = self._held, []
-        self._places = np.zeros((len(held), 2), dtype=np.int64)
+        """Move all examples to a file."""
+        examples, self._examples = self._examples, []
+        self._places = np.zeros((len(examples), 2), dtype=np.int64)
         with _disk_errors():
             self._file = tempfile.TemporaryFile(prefix="turret-")  # noqa: SIM115 - it lives as long as the sequence
         weakref.finalize(self, self._file.close)
-        for place, example in enumerate(held):
+        for place, example in enumerate(examples):
             if example is not None:
-                self._write(place, example)
+                self._write(self._file, place, example)
 
-    def _write(self, place: int, example: Example) -> None:
+    def _write(self, file: IO[bytes], place: int, example: Example) -> None:
         record = json.dumps(_fields(example)).encode()
         with _disk_errors():
-            self._places[place] = (self._file.tell(), len(record))
-            self._file.write(record)
+            self._places[place] = (file.tell(), len(record))
+            file.write(record)
 
     def done(self) -> ExampleStore:
+        """The sequence, ready to be read. Raises DataError if the disk is full."""
         if self._file is not None:
             with _disk_errors():
                 self._file.flush()
@@ -69,14 +77,20 @@ class ExampleStore(Sequence[Example]):
         return self._file is not None
 
     def __len__(self) -> int:
-        return len(self._places) if self.on_disk else len(self._held)
+        return len(self._places) if self.on_disk else len(self._examples)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = range(len(self))[index]
-        if not self.on_disk:
-            return self._held[place]
+        if self._file is None:
+            example = self._examples[place]
+            assert example is not None, "read before it was filled"
+            return example
         offset, length = (int(x) for x in self._places[place])
         with self._lock:
             self._file.seek(offset)
@@ -102,5 +116,5 @@ def _disk_errors() -> Iterator[None]:
         ) from None
 
 
-def _fields(example: Example) -> tuple[str, Any]:
+def _fields(example: Example) -> tuple[str, str | tuple[str, ...] | dict[str, str]]:
     return example.input, {"target": example.target} if isinstance(example, Pair) else example.label

@@ -1,4 +1,4 @@
-"""What an example is, and the examples of a data set in their splits. Loads no numpy and no torch."""
+"""The types of an example and of a data set. Loads no numpy and no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text and its class; with `multi_label` a tuple of any number of classes, sorted, none twice."""
+    """A text and its class; with `multi_label` a sorted tuple of any number of different classes."""
 
     text: str
     label: str | tuple[str, ...]
@@ -29,7 +29,7 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A text and the text that should come of it."""
+    """A text and the text to generate from it."""
 
     source: str
     target: str
@@ -48,16 +48,16 @@ Example = Labelled | Pair
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples of one task in three splits, and all that was decided on the way to them."""
+    """Examples of one task in three splits, with the decisions that were made while reading them."""
 
     train: Sequence[Example]  # shuffled with the seed
     validation: Sequence[Example]  # may be empty
     test: Sequence[Example]
     kind: str  # of the task
-    labels: tuple[str, ...]  # every class of the training table, in order; empty where outputs are texts
+    labels: tuple[str, ...]  # every class of the training table, in order; empty if outputs are texts
     columns: dict[str, str]  # role -> column
-    notes: tuple[str, ...]  # guesses, drops, duplicates: a sentence each, to be shown
-    duplicates: int  # test examples whose input is a training example's too
+    notes: tuple[str, ...]  # guesses, left out rows, duplicates: a sentence each, for the user
+    duplicates: int  # test examples whose input is also a training input
     digest: str  # "sha256:..." of the examples in their splits and order
 
 

@@ -1,12 +1,10 @@
-"""Table files, read a row at a time: CSV, TSV, JSONL, JSON and Parquet, and a folder of them. Loads no torch.
+"""Reads table files a row at a time: CSV, TSV, JSONL, JSON and Parquet, and folders of them.
 
-What a column means is not decided here. Limits and rules, all of them on purpose:
-
-- text files are UTF-8, with or without a byte order mark; anything else is an error that names the line
-- a field holds at most `FIELD_LIMIT` characters, a line at most `LINE_LIMIT`: memory stays bounded whatever is sent
-- CSV and TSV follow RFC 4180: quotes, doubled quotes, commas and line breaks in quotes; LF, CRLF and CR ends. The first
-  line names the columns; a row with another number of fields, or a quote out of place, is an error, never a guess
-- everything but JSON (a list is one value) is streamed; Parquet is read in batches, only the columns that are asked for
+- Text files are UTF-8, with or without a byte order mark. Other bytes are an error that names the line.
+- A field has at most `FIELD_LIMIT` characters and a line `LINE_LIMIT`, so memory is bounded for any file.
+- CSV and TSV follow RFC 4180: quotes, doubled quotes, commas and line breaks in quotes; LF, CRLF and CR. The first line
+  names the columns. A row with another number of fields, or a misplaced quote, is an error.
+- All formats are streamed but JSON, which is one value. Of Parquet only the requested columns are read, in batches.
 """
 
 from __future__ import annotations
@@ -18,32 +16,45 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from turret.errors import DataError, listed, one_line, shown
+from turret.json_types import JsonObject, JsonValue
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FIELD_LIMIT = 10_000_000  # characters; ten long novels
 LINE_LIMIT = 32_000_000
 JSON_LIMIT = 1_000_000_000  # bytes
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-_LOOKED_AT = 100  # rows of JSON whose keys make the columns
+_SAMPLED = 100  # rows of JSON whose keys are the columns
 _SPLIT_WORDS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
 
-Row = tuple[int, tuple[Any, ...]]  # line or row number, and the cells of the columns that were asked for
+Cell: TypeAlias = object  # JSON and Parquet hold values of any type; `cells` checks them
+Row = tuple[int, tuple[Cell, ...]]  # line or row number, and the cells of the requested columns
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with named columns that can be read again and again, each time from the start."""
+    """Rows with named columns.
 
-    name: str  # for messages
+    Args:
+        name: for messages.
+        read: (columns) -> the rows, from the start. It can be called many times.
+        classes: names of class numbers, by column.
+        notes: for the user.
+        unit: what the number of a row counts, for messages.
+    """
+
+    name: str
     columns: tuple[str, ...]
     read: Callable[[Sequence[str]], Iterator[Row]]
-    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)  # column -> names of its class numbers
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unit: str = "line"
 
@@ -54,7 +65,7 @@ def name_of(path: Path) -> str:
 
 
 def open_table(path: Path) -> Table:
-    """The table in a file, its columns known and no more of it read than that takes."""
+    """The table in a file. Only its columns are read at first. Raises DataError."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise DataError(f"{name_of(path)} has no known kind of table: expected one of {', '.join(SUFFIXES)}")
@@ -74,7 +85,7 @@ def open_table(path: Path) -> Table:
 
 
 def _lines(path: Path, newline: str) -> Iterator[str]:
-    """Lines with their ends. Only bounded pieces are ever held."""
+    """Lines with their ends. No more than one line of bounded length is in memory."""
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as file:
             number = 0
@@ -100,7 +111,7 @@ _TOO_LONG = f"a field may have {FIELD_LIMIT}, so shorten it or leave the row out
 
 
 def _bad_place(path: Path) -> str:
-    """The first line that does not decode, found by reading the bytes again."""
+    """The first line that does not decode. Reads the file again."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(4 * LINE_LIMIT):
@@ -118,7 +129,7 @@ def _bad_place(path: Path) -> str:
 def _separated(path: Path, delimiter: str) -> Table:
     header = _header(path, delimiter)
     notes: tuple[str, ...] = ()
-    if len(header) == 1:  # another separator than the file's name says
+    if len(header) == 1:  # the separator is not the one that the suffix stands for
         others = [mark for mark in ",;\t|" if mark in header[0]]
         if others:
             delimiter, header = others[0], _header(path, others[0])
@@ -138,8 +149,8 @@ def _header(path: Path, delimiter: str) -> list[str]:
     raise DataError(f"{name_of(path)} is empty: give a table with rows")
 
 
-def _separated_rows(path: Path, delimiter: str, names: tuple[str, ...], wanted: Sequence[str]) -> Iterator[Row]:
-    places = [names.index(name) for name in wanted]
+def _separated_rows(path: Path, delimiter: str, names: tuple[str, ...], columns: Sequence[str]) -> Iterator[Row]:
+    places = [names.index(name) for name in columns]
     rows = _fields(path, delimiter)
     next(rows)
     for line, cells in rows:
@@ -152,17 +163,17 @@ def _separated_rows(path: Path, delimiter: str, names: tuple[str, ...], wanted: 
 
 
 def _fields(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(line where it starts, cells) for every row that is not blank."""
+    """(first line, cells) of every row that is not blank."""
     reader = csv.reader(_lines(path, newline=""), delimiter=delimiter, strict=True)
     while True:
         start = reader.line_num + 1
-        usual = csv.field_size_limit(FIELD_LIMIT)  # it belongs to the process: set for one row only
+        previous = csv.field_size_limit(FIELD_LIMIT)  # the limit is global: set it for one row only
         try:
             cells = next(reader, None)
         except csv.Error as error:
             raise DataError(f"{name_of(path)}, row from line {start}: {_reason(error, delimiter)}") from None
         finally:
-            csv.field_size_limit(usual)
+            csv.field_size_limit(previous)
         if cells is None:
             return
         if cells:
@@ -172,7 +183,7 @@ def _fields(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 def _reason(error: csv.Error, delimiter: str) -> str:
     text = str(error)
     if "field limit" in text:
-        return f"a field is longer than {FIELD_LIMIT} characters, or its closing quote is missing: shorten or mend it"
+        return f"a field is longer than {FIELD_LIMIT} characters, or its closing quote is missing: shorten or close it"
     if "unexpected end" in text:
         return "a double quote is opened and never closed: close it, and write a quote inside a field twice"
     return f'a double quote is out of place ({text}): write a quote inside a quoted field twice, as in "a ""b"""'
@@ -188,19 +199,19 @@ def _jsonl(path: Path) -> Table:
     columns: dict[str, None] = {}
     for count, (_, row) in enumerate(_objects(path), 1):
         columns.update(dict.fromkeys(row))
-        if count == _LOOKED_AT:
+        if count == _SAMPLED:
             break
     if not columns:
         raise DataError(f"{name_of(path)} is empty: give a table with rows")
 
-    def read(wanted: Sequence[str]) -> Iterator[Row]:
+    def read(columns: Sequence[str]) -> Iterator[Row]:
         for line, row in _objects(path):
-            yield line, tuple(row.get(name) for name in wanted)
+            yield line, tuple(row.get(name) for name in columns)
 
     return Table(name_of(path), tuple(columns), read)
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _objects(path: Path) -> Iterator[tuple[int, JsonObject]]:
     for number, line in enumerate(_lines(path, newline="\n"), 1):
         if not line.strip():
             continue
@@ -226,7 +237,7 @@ def _json(path: Path) -> Table:
         raise DataError(f"{name_of(path)}: expected a list of objects, found {_shape(rows)}")
     if not rows:
         raise DataError(f"{name_of(path)} has no rows: give a table with rows")
-    columns = tuple(dict.fromkeys(key for row in rows[:_LOOKED_AT] for key in row))
+    columns = tuple(dict.fromkeys(key for row in rows[:_SAMPLED] for key in row))
     return from_rows(name_of(path), columns, rows)
 
 
@@ -238,19 +249,19 @@ def _lines_of_json(path: Path) -> Iterator[str]:
         raise DataError(f"{name_of(path)} is not UTF-8 ({_bad_place(path)}): save it as UTF-8") from None
 
 
-def _shape(value: Any) -> str:
+def _shape(value: JsonValue) -> str:
     if isinstance(value, list):
         odd = next(i for i, row in enumerate(value) if not isinstance(row, dict))
         return f"{type(value[odd]).__name__} as item {odd + 1}"
     return type(value).__name__
 
 
-def from_rows(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A table of rows that are in memory already."""
+def from_rows(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Cell]]) -> Table:
+    """A table of rows in memory."""
 
-    def read(wanted: Sequence[str]) -> Iterator[Row]:
+    def read(columns: Sequence[str]) -> Iterator[Row]:
         for number, row in enumerate(rows, 1):
-            yield number, tuple(row.get(column) for column in wanted)
+            yield number, tuple(row.get(column) for column in columns)
 
     return Table(name, tuple(columns), read, unit="row")
 
@@ -265,48 +276,49 @@ def _parquet(path: Path) -> Table:
         schema = pq.read_schema(path)
         names = tuple(str(name) for name in schema.names)
     except _unreadable() as error:
-        if isinstance(error, OSError) and error.errno:  # the system's word, not Parquet's
+        if isinstance(error, OSError) and error.errno:  # from the system, not from Parquet
             raise
         raise DataError(f"{name_of(path)} is not Parquet, or broken: {_reason_of(error)}: write it again") from None
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{name_of(path)} has the column {shown(twice[0])} more than once: give each its own name")
 
-    def read(wanted: Sequence[str]) -> Iterator[Row]:
+    def read(columns: Sequence[str]) -> Iterator[Row]:
         number = 0
         try:
             with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=256, columns=list(dict.fromkeys(wanted))):
-                    cells = [_cells(batch.column(name), name_of(path), name, number) for name in wanted]
+                for batch in file.iter_batches(batch_size=256, columns=list(dict.fromkeys(columns))):
+                    cells = [_cells(batch.column(name), name_of(path), name, number) for name in columns]
                     for row in zip(*cells, strict=True):
                         number += 1
                         yield number, row
         except _unreadable() as error:
-            what = f"{name_of(path)} is broken after row {number}: {_reason_of(error)}"
-            raise DataError(f"{what}: write it again") from None
+            raise DataError(
+                f"{name_of(path)} is broken after row {number}: {_reason_of(error)}: write it again"
+            ) from None
 
     return Table(name_of(path), names, read, classes=_parquet_classes(schema.metadata), unit="row")
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
-    """What pyarrow raises for a file that it cannot read, or for a value that Python has no place for."""
+    """The errors of pyarrow for a file that it cannot read, or for a value that Python has no type for."""
     import pyarrow as pa
 
     return (pa.ArrowException, ArithmeticError, LookupError, OSError, TypeError, ValueError)
 
 
-def _cells(cells: Any, table: str, column: str, before: int) -> list[Any]:
-    """The cells of one batch as Python's values; `before`: the rows of the batches before it."""
+def _cells(cells: pa.Array, table: str, column: str, before: int) -> list[Cell]:
+    """The cells of one batch as Python values. before: the number of rows of the earlier batches."""
     try:
         return list(cells.to_pylist())
     except _unreadable() as error:
         row = before + 1 + next((place for place, cell in enumerate(cells) if not _is_readable(cell)), 0)
         raise DataError(
             f"{table} row {row}, column {shown(column, 40)}: this {one_line(str(cells.type), 40)} cannot be read "
-            f"({_reason_of(error, 60)}): expected text or a label; mend it, or leave the row out"
+            f"({_reason_of(error, 60)}): expected text or a label; correct it, or leave the row out"
         ) from None
 
 
-def _is_readable(cell: Any) -> bool:
+def _is_readable(cell: pa.Scalar) -> bool:
     try:
         cell.as_py()
     except _unreadable():
@@ -315,7 +327,7 @@ def _is_readable(cell: Any) -> bool:
 
 
 def _parquet_classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequence[str]]:
-    """Names of class numbers, where the file was written by `datasets` and has them."""
+    """Names of class numbers, if `datasets` wrote the file and stored them."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {
@@ -328,16 +340,16 @@ def _parquet_classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequen
 
 
 def _reason_of(error: Exception, most: int = 120) -> str:
-    """What a library or the system says, for one line."""
-    said = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    return one_line(said[0], most) if said else type(error).__name__
+    """The first line of an error's text."""
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    return one_line(lines[0], most) if lines else type(error).__name__
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
 def open_folder(folder: Path) -> dict[str, Table]:
-    """Split -> table. Several files of one split are one table, in the order of their names."""
+    """Split -> table. Several files of one split make one table, in the order of their names. Raises DataError."""
     paths = sorted(
         path
         for path in folder.rglob("*")
@@ -366,7 +378,7 @@ def open_folder(folder: Path) -> dict[str, Table]:
 
 
 def split_in(path: Path) -> str:
-    """The split that a path names: by its file name, else by the nearest folder that names one; "" where none does."""
+    """The split in a path: in its file name, else in the nearest folder's name; "" if there is none."""
     for part in reversed(path.with_suffix("").parts):
         for word in re.split(r"[^a-z0-9]+|(?<=[a-z])(?=[0-9])", part.lower()):
             if word in _SPLIT_WORDS:
@@ -375,7 +387,7 @@ def split_in(path: Path) -> str:
 
 
 def canonical_split(name: str) -> str:
-    """`dev` and `val` are `validation`; other names are themselves."""
+    """`validation` for `dev` and `val`, and so on. Other names stay as they are."""
     return _SPLIT_WORDS.get(name.lower(), name)
 
 
@@ -391,9 +403,9 @@ def _joined(folder: Path, paths: Sequence[Path]) -> Table:
     if len(tables) == 1:
         return first
 
-    def read(wanted: Sequence[str]) -> Iterator[Row]:
+    def read(columns: Sequence[str]) -> Iterator[Row]:
         for table in tables:
-            yield from table.read(wanted)
+            yield from table.read(columns)
 
     name = f"{first.name} and {len(tables) - 1} more"
     joined = Table(name, first.columns, read, classes=first.classes, notes=first.notes, unit=first.unit)

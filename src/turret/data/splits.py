@@ -1,23 +1,24 @@
-"""Which rows make the training, validation and test examples, from their counts and a seed alone.
+"""Chooses the training, validation and test rows from the numbers of rows and a seed.
 
-- a split that the recipe names is that split, whole
-- a number or a fraction is taken from the split of that name where the source has one, else from the training table
-- nothing said about test: the test split, else a fifth of the training table, at most `MOST_TEST`
-- nothing said about validation: the validation split, else none; nothing said about train: all that is left
-- rows are shuffled with the seed; test rows are taken first, then validation, then training rows, so that the test
-  examples stay the same when more or fewer training examples are asked for. There is no stratifying.
+- A split that the recipe names is used whole.
+- A number or a fraction is taken from the split of that name if the source has one, else from the training table.
+- Defaults: for test the test split, else a fifth of the training table, at most `MOST_TEST` rows; for validation the
+  validation split, else none; for train all remaining rows.
+- Rows are shuffled with the seed. Test rows are taken first, then validation rows, then training rows, so the test
+  examples do not depend on the number of training examples. Splits are not stratified.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from turret.data.files import canonical_split
+from turret.data.settings import DataSettings, Size
 from turret.errors import DataError, listed, shown
 
 Role = Literal["train", "validation", "test"]
@@ -28,10 +29,10 @@ TEST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Sources:
-    """Which split of the source each role reads; the training table where the role is carved off it."""
+    """The split of the source that each role reads."""
 
-    split: dict[Role, str]  # role -> name of the split; a role without examples is not here
-    carved: tuple[Role, ...]  # roles that share the training table
+    split: dict[Role, str]  # role -> name of the split; without roles that have no examples
+    carved: tuple[Role, ...]  # roles that take their rows from the training table
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,17 @@ class Chosen:
     notes: tuple[str, ...]
 
 
-def find_sources(data: Any, splits: Sequence[str]) -> Sources:
-    """Decide from names alone which split serves which role."""
-    wanted = {role: getattr(data, role) for role in ROLES}
-    named: dict[Role, str] = {role: _lookup(role, w, splits) for role, w in wanted.items() if isinstance(w, str)}
+def find_sources(data: DataSettings, splits: Sequence[str]) -> Sources:
+    """The split of each role, by the names of the source's splits. Raises DataError.
+
+    Args:
+        data: a recipe's `[data]`.
+        splits: names of the source's splits.
+    """
+    sizes = {role: _size(data, role) for role in ROLES}
+    named: dict[Role, str] = {
+        role: _lookup(role, size, splits) for role, size in sizes.items() if isinstance(size, str)
+    }
     twice = [role for role in named if list(named.values()).count(named[role]) > 1]
     if twice:
         raise DataError(f"{' and '.join(twice)} are both the split {shown(named[twice[0]])}: name different splits")
@@ -59,14 +67,19 @@ def find_sources(data: Any, splits: Sequence[str]) -> Sources:
         split = named.get(role) or free.get(role)
         if split is not None and split != train:
             found[role] = split
-        elif role == "test" or wanted[role] is not None:
+        elif role == "test" or sizes[role] is not None:
             found[role] = train
             carved.append(role)
     return Sources(found, tuple(carved))
 
 
-def test_split(data: Any, splits: Sequence[str]) -> str:
-    """The split to evaluate on: the one that is named, else the test split, else the only one, else validation."""
+def _size(data: DataSettings, role: Role) -> Size:
+    size: Size = getattr(data, role)
+    return size
+
+
+def test_split(data: DataSettings, splits: Sequence[str]) -> str:
+    """The split to evaluate on: the named one, else the test split, else the only one, else validation."""
     if isinstance(data.test, str):
         return _lookup("test", data.test, splits)
     free = {canonical_split(split): split for split in reversed(splits)}
@@ -86,8 +99,12 @@ def _lookup(role: Role, name: str, splits: Sequence[str]) -> str:
     raise DataError(f"data.{role} = {shown(name)}, but {there}: give a number, a fraction, or one of the splits")
 
 
-def choose(data: Any, sources: Sources, counts: Mapping[str, int], seed: int) -> Chosen:
-    """Take the rows; `counts` are the usable rows of each split."""
+def choose(data: DataSettings, sources: Sources, counts: Mapping[str, int], seed: int) -> Chosen:
+    """Choose the rows of each role. Raises DataError if none are left to train on.
+
+    Args:
+        counts: number of usable rows, by split.
+    """
     notes: list[str] = []
     rows: dict[Role, npt.NDArray[np.int64]] = {}
     train = sources.split["train"]
@@ -97,13 +114,13 @@ def choose(data: Any, sources: Sources, counts: Mapping[str, int], seed: int) ->
         if role not in sources.split:
             rows[role] = order[:0]
         elif role in sources.carved:
-            size = _carved_size(role, getattr(data, role), counts[train], notes)
-            rows[role] = order[start : start + size]
-            start += size
+            count = _carved_count(_size(data, role), counts[train], notes)
+            rows[role] = order[start : start + count]
+            start += count
         else:
             split = sources.split[role]
-            size = taken(role, getattr(data, role), counts[split], counts[split], notes)
-            rows[role] = shuffled(counts[split], seed)[:size]
+            count = taken(role, _size(data, role), counts[split], counts[split], notes)
+            rows[role] = shuffled(counts[split], seed)[:count]
     left = counts[train] - start
     if left < 1:
         raise DataError(
@@ -115,24 +132,28 @@ def choose(data: Any, sources: Sources, counts: Mapping[str, int], seed: int) ->
 
 
 def shuffled(count: int, seed: int) -> npt.NDArray[np.int64]:
-    """A permutation that stays the same for good."""
-    # RandomState: its stream is frozen for good, a Generator's may change with numpy, and so would the test set.
+    """A permutation of `count` numbers that never changes for a seed."""
+    # RandomState's stream is frozen. A Generator's may change with numpy, and the test set with it.
     return np.random.RandomState(seed).permutation(count)
 
 
-def _carved_size(role: Role, wanted: Any, count: int, notes: list[str]) -> int:
-    if wanted is None:
-        size = min(MOST_TEST, max(1, round(TEST_SHARE * count)))
-        notes.append(f"no test split and none asked for: {size} of {count} rows are held out for the test")
-        return size
-    return max(1, round(wanted * count)) if isinstance(wanted, float) else int(wanted)
+def _carved_count(size: Size, total: int, notes: list[str]) -> int:
+    if size is None or isinstance(size, str):  # only the test split is carved without a size
+        count = min(MOST_TEST, max(1, round(TEST_SHARE * total)))
+        notes.append(f"no test split and none asked for: {count} of {total} rows are held out for the test")
+        return count
+    return max(1, round(size * total)) if isinstance(size, float) else size
 
 
-def taken(role: Role, wanted: Any, whole: int, left: int, notes: list[str]) -> int:
-    """How many of the rows that are left; fewer than asked for are taken with a note."""
-    if wanted is None or isinstance(wanted, str):
+def taken(role: Role, size: Size, total: int, left: int, notes: list[str]) -> int:
+    """The number of rows to take of those that are left. A note reports if there are fewer than asked for.
+
+    Args:
+        total: rows that a fraction refers to.
+    """
+    if size is None or isinstance(size, str):
         return left
-    size = max(1, round(wanted * whole)) if isinstance(wanted, float) else int(wanted)
-    if size > left:
-        notes.append(f"{role}: {size} examples asked for, {left} are there, all of them are used")
-    return min(size, left)
+    count = max(1, round(size * total)) if isinstance(size, float) else size
+    if count > left:
+        notes.append(f"{role}: {count} examples asked for, {left} are there, all of them are used")
+    return min(count, left)
