@@ -1,4 +1,4 @@
-"""What may be said after --methods, what it means, and how a mistake in it is told."""
+"""The grammar of --methods, and its error texts."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_recipe_of_peft_lends_its_settings_and_rate_to_its_own_method_alone() 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("qlora", "qlora is no method to compare: expected base, head, full, lora, prefix, peft"),
+        ("qlora", "qlora is not a method to compare: expected base, head, full, lora, prefix, peft"),
         ("lora:rank=4", "lora:rank=4: "),
         ("lora:r=0", "lora:r=0: method.r"),
         ("r=4,lora", "a setting belongs after its method"),

@@ -1,4 +1,4 @@
-"""A method of which one training in five learns nothing: seen, named, and in no interval that claims to cover it."""
+"""A method with one collapsed training in five: it is found, reported, and left out of the intervals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = {each.spec: each for each in candidates("full,lora", RECIPE, "classify")}
 
 
 def trained(spec: str, seed: int, examples: list[Labelled], right: np.ndarray) -> Result:
-    """A training whose answers are right where `right` says so, between two classes."""
+    """A training with two classes whose answers are right where `right` is true."""
     answers = [e.label if r else "no" if e.label == "yes" else "yes" for e, r in zip(examples, right, strict=True)]
     said: dict[str, Any] = {
         "kind": "classify", "version": f"{spec}@{seed}", "base": {"fingerprint": "b"}, "metrics": {"accuracy": 0.0},
@@ -36,7 +36,7 @@ def trained(spec: str, seed: int, examples: list[Labelled], right: np.ndarray) -
 def trials(
     rng: np.random.Generator, seeds: int, count: int, collapses: float, majority: float = 0.5
 ) -> tuple[list[Labelled], list[Result]]:
-    """Trainings of two methods that are equally good, of which lora learns nothing with a chance of `collapses`."""
+    """Trainings of two equally good methods, of which each of lora collapses with probability `collapses`."""
     examples = [Labelled(str(place), "yes" if place < majority * count else "no") for place in range(count)]
     hard, results = rng.random(count), []
     for seed in range(seeds):
@@ -80,7 +80,7 @@ def test_with_one_collapse_in_five_the_interval_covers_what_it_is_about_and_the_
 
 
 def test_an_interval_over_all_trainings_would_not_cover_their_mean() -> None:
-    """The control: what is reported beside the collapses was, without them, missed in a third of cases or more."""
+    """The control: an interval over all trainings misses their mean in a third of cases or more."""
     rng, held = np.random.default_rng(2), 0
     truth = 0.2 * (0.5 - 0.9)
     for _ in range(100):
@@ -106,7 +106,7 @@ def test_every_collapse_is_found_and_nothing_else() -> None:
 
 
 def test_one_answer_to_all_is_a_collapse_however_common_its_class_is() -> None:
-    """At 85% of one class, saying it always scores nearly what a good training scores."""
+    """If 85% are of one class, always answering it scores nearly as much as a good training."""
     examples, results = trials(np.random.default_rng(1), 4, 400, 0.0, majority=0.85)
     always = np.array([each.label == "yes" for each in examples])
     results[1] = trained("lora", 0, examples, always)
@@ -153,7 +153,7 @@ def test_a_writer_whose_outputs_fit_any_text_as_well_has_collapsed() -> None:
     assert [each.seed for each in found.rows[1].collapses] == [43]
 
 
-def test_a_method_that_never_learns_is_said_to_have_learnt_nothing_and_is_no_yardstick() -> None:
+def test_a_method_that_never_learns_is_said_to_have_learnt_nothing_and_is_no_baseline() -> None:
     found = made("full,lora,prefix", seeds=3, count=400, prefix=0.5)
     row = found.rows[2]
     assert row.learnt_nothing

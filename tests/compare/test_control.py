@@ -1,4 +1,4 @@
-"""How often an output is of the asked aspect: counted on texts of known aspect, and what the pages say of it."""
+"""Control rates on texts of known aspect, and the pages that report them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_method_that_lacks_an_aspect_is_not_rated_and_whole_seeds_are() -> Non
 
 
 def test_the_headline_says_when_control_is_not_shown() -> None:
-    assert "80% of the outputs are of the asked aspect" in headline(found())
+    assert "80% of the outputs are of the requested aspect" in headline(found())
     assert "control is not shown" not in headline(found())
     assert "control is not shown" in headline(found(0.5))
 

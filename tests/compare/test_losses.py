@@ -1,4 +1,4 @@
-"""What losses say: flat, risen, still falling at the last step, or none of these."""
+"""Losses that are flat, risen, still falling at the last step, or none of these."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a design can decide, told before it runs, and held against the verdict's own procedure."""
+"""The power of a design before it runs, compared with simulations of the verdict itself."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_few_examples_decide_little_and_ten_times_as_many_decide_more() -> None:
 
 
 def test_more_seeds_more_examples_and_a_wider_margin_each_decide_more() -> None:
-    """Seeds from three on: what two seeds decide hangs on what the examples say of them."""
+    """From three seeds on: with two seeds, the power depends too much on the variation between examples."""
 
     def within(seeds: int, examples: int, margin: float) -> float:
         return float((simulated(ASSUMED, seeds, examples)[0] <= margin).mean())

@@ -1,4 +1,4 @@
-"""What a comparison concludes from results of known quality, and the pages that say it."""
+"""The verdicts of a comparison on results of known quality, and the pages that report them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOID = {"meta", "br", "link", "input", "hr", "img"}
 
 
 class Balanced(HTMLParser):
-    """Fails where a tag is closed that is not open; knows every attribute that could fetch something."""
+    """Fails if a closing tag does not match, and collects every attribute that could fetch something."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,15 +78,15 @@ def test_nothing_is_promoted_while_nothing_is_shown() -> None:
     assert re.search(r"about \d+ more (seeds? would settle it|test examples would)$", comparison.promotion.why)
 
 
-def test_the_yardstick_is_promoted_where_all_else_is_worse() -> None:
+def test_the_baseline_is_promoted_where_all_else_is_worse() -> None:
     comparison = made("full,lora", lora=0.7, seeds=3)
     assert comparison.promotion.spec == "full"
 
 
-def test_nothing_is_promoted_while_the_yardstick_is_alone() -> None:
+def test_nothing_is_promoted_while_the_baseline_is_alone() -> None:
     comparison = made("full,lora", without=("lora",))
     assert comparison.promotion.version is None
-    assert comparison.promotion.why == "nothing beside full has run yet"
+    assert comparison.promotion.why == "no method but full has run yet"
 
 
 def test_the_claims_have_a_value_and_a_yes_or_no_each() -> None:
@@ -108,10 +108,10 @@ def test_a_method_that_could_not_run_stands_there_with_the_reason() -> None:
     comparison = made("full,lora,prefix", without=("prefix",), failures={"prefix": "seed 42: no room"}, missing=4)
     assert rows(comparison)["prefix"].failed == "seed 42: no room"
     assert "no room" in as_html(comparison)
-    assert "Not made yet: 4 of the trainings" in as_html(comparison)
+    assert "Not run yet: 4 of the trainings" in as_html(comparison)
 
 
-def test_without_its_yardstick_a_comparison_says_so() -> None:
+def test_without_its_baseline_a_comparison_says_so() -> None:
     comparison = made("full,lora", without=("full",), failures={"full": "seed 42: out of memory"})
     assert comparison.promotion.version is None
     assert rows(comparison)["lora"].verdict is None
@@ -152,7 +152,7 @@ def test_no_interval_leaves_what_a_difference_can_be() -> None:
     assert -100 <= found.low <= found.mean <= found.high <= 100
     assert found.open
     wide = Verdict("undecided", found, 1, 2, 3, 0.5)
-    assert "not determined by so little" in wide.sentence()
+    assert "not determined by so few" in wide.sentence()
     assert not interval(np.zeros((3, 500)), np.random.default_rng(0)).times(100).open  # the control
     for row in made("full,lora,prefix", seeds=2, count=8).classes:
         assert -100 <= row.difference.low <= row.difference.high <= 100
@@ -162,7 +162,7 @@ def test_a_method_whose_loss_still_fell_is_marked_not_trained_out() -> None:
     comparison = made("full,lora,prefix", seeds=3, count=300, falling=["prefix"])
     assert [row.trained_out for row in comparison.rows] == [True, True, False]
     assert "not trained out" in headline(comparison)
-    assert "not trained out" in as_html(comparison).split("How they trained")[0]
+    assert "not trained out" in as_html(comparison).split("Training curves")[0]
     assert "prefix is not trained out" in as_markdown(comparison)
     assert "not trained out" not in headline(made("full,lora", seeds=3, count=300))  # the control
 

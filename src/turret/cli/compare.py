@@ -14,8 +14,9 @@ from turret.cli.train import Base, Data, Kind, Name, Seed, Source, read_recipe
 from turret.errors import RecipeError
 
 if TYPE_CHECKING:
-    from turret.compare.comparison import Comparison, ComparisonRow
+    from turret.compare.comparison import Comparison
     from turret.compare.design import PlannedDesign
+    from turret.compare.rows import ComparisonRow
 
 STYLES = {"within": "green", "better": "green", "worse": "red", "undecided": "yellow"}
 WORDS = {"within": "as good"}

@@ -1,16 +1,14 @@
-"""What is compared: `base,head,full,lora:r=4/8,r=16` as a list of methods with their settings. Loads no torch.
+"""Reads `base,head,full,lora:r=4/8,r=16` as a list of methods with their settings: the rows of a comparison.
 
-The grammar, in a line: methods with commas between them, a setting after a colon, further settings after commas, and
-numbers to be tried one by one with slashes between them.
+Methods are separated by commas. A colon comes before the first setting and commas before further ones. Slashes separate
+numbers that are tried one by one.
 
-    base                         the base itself; a classifier's has a head that nobody trained
-    head, full, lora, prefix     the recipe's own settings where it trains that method, else the defaults
-    lora:r=4,lora_alpha=8        settings by the names that a recipe has, and lr
+    base                         the bare base; a classifier's has an untrained head
+    head, full, lora, prefix     the recipe's settings if it trains that method, else the defaults
+    lora:r=4,lora_alpha=8        settings by their names in a recipe, and lr
     lora:r=4/8/16                three rows
     lora:target_modules=query+value
-    peft:IA3, peft:VERA,r=64     a method of PEFT by its name there, with PEFT's own settings
-
-Refuses to know how anything is trained.
+    peft:IA3, peft:VERA,r=64     a method of PEFT by its name there, with PEFT's settings
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from turret.errors import RecipeError
 from turret.methods import METHODS, method_named
@@ -34,52 +32,56 @@ WRITING = "base,full,lora,prefix"
 class Candidate:
     """One method with its settings: a row of the comparison."""
 
-    spec: str  # how it is said: "lora:r=4"
+    spec: str  # as the command has it: "lora:r=4"
     kind: str  # base, head, full, lora, prefix, peft
-    recipe: Recipe  # of its training, but for seed and data; the base trains nothing
+    recipe: Recipe  # of its training, without seed and data; the base is not trained
 
     @property
     def label(self) -> str:
-        """For reading: `lora r=4`."""
+        """The name in a report: `lora r=4`."""
         named = method_named(self.kind).named_by is not None  # "peft:IA3" reads as IA3
         return (self.spec.removeprefix(f"{self.kind}:") if named else self.spec).replace(":", " ", 1).replace(",", " ")
 
     @property
     def slug(self) -> str:
-        """For the name of a file."""
+        """The name in a file's name."""
         return re.sub(r"[^a-z0-9]+", "-", self.spec.lower()).strip("-")[:60]
 
 
 def is_floor(kind: str) -> bool:
-    """Whether such a row only shows how little is enough, and does not contend."""
+    """Whether a row shows the least that a method must beat: the bare base, or the head alone."""
     return kind not in METHODS or METHODS[kind].head_alone
 
 
 def candidates(
     text: str | None, recipe: Recipe, kind: str, lr: float | Literal["auto"] | None = None
 ) -> list[Candidate]:
-    """The rows that `text` names, each with the learning rate that is its own. kind: of the task.
+    """The rows that `text` names. Raises RecipeError.
 
-    A rate in the recipe belongs to the recipe's own method; lr: a rate for all, or "auto".
+    Args:
+        text: the methods; None: those that are usual for the task.
+        recipe: its settings and learning rate hold for its own method; other methods use their defaults.
+        kind: of the task.
+        lr: a learning rate for all methods, or "auto".
     """
     generates = task_of(kind).generates
     named = list(_split(text or (WRITING if generates else CLASSIFYING)))
-    found: dict[str, Candidate] = {}
+    rows: dict[str, Candidate] = {}
     for method, settings in named:
         if name := method_named(method).named_by:
             settings = _named(method, name, settings, recipe)
         if method_named(method).head_alone and generates:
-            raise RecipeError(f"{method}: a base that is to {kind} has no head to train alone: leave {method} out")
+            raise RecipeError(f"{method}: the base of task {kind} has no head to train alone: leave {method} out")
         for chosen in _expanded(settings):
-            made = _candidate(method, chosen, recipe, lr)
-            found.setdefault(made.spec, made)
-    if not found:
+            row = _candidate(method, chosen, recipe, lr)
+            rows.setdefault(row.spec, row)
+    if not rows:
         raise RecipeError(f"no method to compare: give some, such as {CLASSIFYING}")
-    return list(found.values())
+    return list(rows.values())
 
 
 def _split(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """("lora", [("r", "4"), ...]) for every method that is named."""
+    """("lora", [("r", "4"), ...]) for each method."""
     methods: list[tuple[str, list[tuple[str, str]]]] = []
     for part in filter(None, (each.strip() for each in text.split(","))):
         head, colon, rest = part.partition(":")
@@ -103,23 +105,23 @@ def _kind(word: str) -> str:
     kinds = dict.fromkeys((*CLASSIFYING.split(","), *METHODS))
     if word not in kinds:
         raise RecipeError(
-            f"{_short(word)} is no method to compare: expected {', '.join(kinds)}, or peft:NAME for one of PEFT's"
+            f"{_short(word)} is not a method to compare: expected {', '.join(kinds)}, or peft:NAME for one of PEFT's"
         )
     return word
 
 
 def _named(method: str, name: str, settings: list[tuple[str, str]], recipe: Recipe) -> list[tuple[str, str]]:
-    """The settings with the one in front that names the method; the recipe's own where nothing names one."""
-    said = [value for key, value in settings if key == name]
-    if not said and method == recipe.method.kind:
-        said = [getattr(recipe.method, name)]
-    if len(said) != 1:
+    """The settings with the method's name first: the given one, else the recipe's."""
+    names = [value for key, value in settings if key == name]
+    if not names and method == recipe.method.kind:
+        names = [getattr(recipe.method, name)]
+    if len(names) != 1:
         raise RecipeError(f"{method}: expected one {method_named(method).named_as}")
-    return [(name, said[0].upper().replace("-", "_")), *(pair for pair in settings if pair[0] != name)]
+    return [(name, names[0].upper().replace("-", "_")), *(pair for pair in settings if pair[0] != name)]
 
 
 def _expanded(settings: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Every choice of the numbers that have slashes between them."""
+    """The settings once for each combination of numbers that slashes separate."""
     choices = []
     for key, value in settings:
         parts = value.split("/")
@@ -132,19 +134,19 @@ def _candidate(
     method: str, settings: list[tuple[str, str]], recipe: Recipe, lr: float | Literal["auto"] | None
 ) -> Candidate:
     name = method_named(method).named_by
-    said = [value if key == name else f"{key}={value}" for key, value in settings]
-    spec = method + (":" + ",".join(said) if said else "")
+    parts = [value if key == name else f"{key}={value}" for key, value in settings]
+    spec = method + (":" + ",".join(parts) if parts else "")
     if method == "base":
         if settings:
-            raise RecipeError(f"{_short(spec)}: the base is not trained and has no settings: say base")
+            raise RecipeError(f"{_short(spec)}: the base is not trained and has no settings: give base alone")
         return Candidate("base", "base", _changed(recipe, {"method": "head", "train.lr": "none"}))
     own = method == recipe.method.kind and (name is None or dict(settings)[name] == getattr(recipe.method, name))
-    if not own:  # from that method's defaults
+    if not own:  # start from the method's defaults
         recipe = recipe.model_copy(update={"method": METHODS[method].model_construct()})
     rate = lr if lr is not None else recipe.train.lr if own else None
     if rate is None and recipe.train.lr == "auto":
         rate = "auto"
-    changes: dict[str, Any] = {"method": method, "train.lr": "none" if rate is None else str(rate)}
+    changes = {"method": method, "train.lr": "none" if rate is None else str(rate)}
     for key, value in settings:
         path = "train.lr" if key == "lr" else f"method.{key}"
         changes[path] = value.replace("+", ",") if key.endswith("_modules") else value
@@ -155,9 +157,9 @@ def _candidate(
 
 
 def _changed(recipe: Recipe, changes: dict[str, str]) -> Recipe:
-    made = recipe.with_overrides(changes)
-    start = made.train.model_copy(update={"init_from": None})  # every method begins at the base
-    return made.model_copy(update={"train": start})
+    changed = recipe.with_overrides(changes)
+    train = changed.train.model_copy(update={"init_from": None})  # every method starts from the base
+    return changed.model_copy(update={"train": train})
 
 
 def _short(text: str) -> str:

@@ -1,20 +1,19 @@
-"""All results of a comparison, judged: rows with verdicts and costs, what each class says, where methods disagree, and
-which version to promote. Refuses to know how any of it is shown, and what ran where.
-"""
+"""Judges the results of a comparison: rows with verdicts and costs, classes, disagreements, and what to promote."""
 
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
+from turret.compare.candidates import Candidate
 from turret.compare.claims import Claim, claims
-from turret.compare.collapse import Collapse, Learnt, learnt, trained
-from turret.compare.costs import Costs, costs
+from turret.compare.collapse import Learnt, learnt
+from turret.compare.costs import costs
 from turret.compare.design import Design
 from turret.compare.details import (
     Confusion,
@@ -25,112 +24,75 @@ from turret.compare.details import (
     per_class,
     some_examples,
 )
-from turret.compare.evidence import Array, Interval, interval, mcnemar
+from turret.compare.evidence import Array, interval, mcnemar
 from turret.compare.losses import FEWEST, still_falling
 from turret.compare.power import Power
 from turret.compare.promotion import Promotion, promotion
 from turret.compare.results import Result, made_with
+from turret.compare.rows import ComparisonRow, CurvePoint
 from turret.compare.verdict import Verdict, judge
+from turret.data import Dataset, Example
 from turret.errors import TrainingError
+from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import task_of
 
 
 @dataclass(frozen=True)
-class ComparisonRow:
-    """One method with its settings, over all its seeds on all training examples."""
-
-    spec: str
-    label: str
-    kind: str  # base, head, full, lora, prefix
-    lr: float | None
-    seeds: tuple[int, ...]
-    versions: tuple[str, ...]
-    score: Interval | None  # points of the metric, of the seeds that did not collapse; None: nothing ran
-    metrics: Mapping[str, float]  # means over the seeds that did not collapse
-    verdict: Verdict | None  # None for the row that the others are judged against
-    mcnemar: tuple[tuple[int, int, float], ...]  # a seed: (only this right, only that right, exact p)
-    costs: Costs | None
-    failed: str | None
-    collapses: tuple[Collapse, ...] = ()  # trainings that learnt nothing while others of this method did
-    learnt_nothing: bool = False  # every seed is at the level of guessing
-    trained_out: bool | None = None  # False: the loss still fell at the last step of half of the trainings or more
-    losses: tuple[tuple[int, tuple[float, ...]], ...] = ()  # a seed: of training, means over equal stretches
-
-    @property
-    def marks(self) -> tuple[str, ...]:
-        """What a reader must know beside the score."""
-        count = len(self.seeds)
-        said = [f"{len(self.collapses)} of {count} collapsed"] if self.collapses else []
-        said += ["learnt nothing"] if self.learnt_nothing else []
-        return (*said, *(["not trained out"] if self.trained_out is False else []))
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """A row on a part of the training examples."""
-
-    spec: str
-    fraction: float
-    examples: int
-    score: Interval
-    seeds: int
-    word: str | None
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """A comparison as it stands; `missing` trainings are still to be made."""
+    """A comparison in its present state; `missing` trainings have not run yet."""
 
     name: str
-    base: Mapping[str, Any]
+    base: JsonMapping  # id, fingerprint
     task: str
     metric: str  # accuracy or rougeL
-    against: str
-    margin: float
+    against: str  # spec of the baseline
+    margin: float  # points
     confidence: float
     seeds: tuple[int, ...]
-    data: Mapping[str, Any]
+    data: JsonMapping
     rows: tuple[ComparisonRow, ...]
     curves: tuple[CurvePoint, ...]
-    overtaking: tuple[str, ...]  # a sentence a method: with how much data it is better, as good or worse
+    overtaking: tuple[str, ...]  # a sentence per method: with how much data it is better, as good or worse
     claims: tuple[Claim, ...]
     classes: tuple[PerClass, ...]
     confusions: tuple[Confusion, ...]
     disagreements: tuple[Disagreement, ...]
-    examples: tuple[Disagreement, ...]  # evenly over the test examples, none chosen
+    examples: tuple[Disagreement, ...]  # evenly spread over the test examples
     promotion: Promotion
     recipes: Mapping[str, str]  # spec -> TOML of its first seed
     notes: tuple[str, ...]
     missing: int
-    budget: float | None
+    budget: float | None  # seconds
     folder: str
-    made: Mapping[str, Any]  # when, where and with what its trainings were made
-    command: str  # that makes it again
-    power: Power | None  # what this design could decide
+    made: JsonMapping  # dates, device and versions of its trainings
+    command: str  # that repeats it
+    power: Power | None  # what this design can decide
 
     def without_texts(self) -> Comparison:
-        """The same for those who may not read the examples: their texts and the answers to them are left out."""
+        """The comparison without the texts of examples and the answers to them, for readers who may not see them."""
         notes = (*self.notes, "the texts of examples were left out")
         return replace(self, disagreements=(), examples=(), notes=notes)
 
-    def as_json(self) -> dict[str, Any]:
-        said = asdict(self)
-        for row, made in zip(self.rows, said["rows"], strict=True):
-            made["marks"] = list(row.marks)
+    def as_json(self) -> JsonObject:
+        """The content of report.json, without its headline."""
+        content = asdict(self)
+        for row, fields in zip(self.rows, content["rows"], strict=True):
+            fields["marks"] = list(row.marks)
             if row.verdict is not None:
-                made["verdict"]["sentence"] = row.verdict.sentence(self.against_label)
+                fields["verdict"]["sentence"] = row.verdict.sentence(self.against_label)
         if self.power is not None:
-            said["power"] = self.power.as_json()
-        return said | {"report": f"{self.folder}/report.html"}
+            content["power"] = self.power.as_json()
+        return content | {"report": f"{self.folder}/report.html"}
 
     @property
     def against_label(self) -> str:
+        """The baseline's name for a reader."""
         return next((row.label for row in self.rows if row.spec == self.against), self.against)
 
 
 def comparison(
-    made: Design,
-    data: Any,
+    design: Design,
+    data: Dataset,
     results: Sequence[Result],
     *,
     failures: Mapping[str, str],
@@ -141,53 +103,63 @@ def comparison(
     command: str = "",
     power: Power | None = None,
 ) -> Comparison:
-    """Judge what there is. data: the data set, whose test examples the scores belong to."""
+    """Judge the results so far. Raises TrainingError if they belong to different bases.
+
+    Args:
+        data: the data set; scores are in the order of its test examples.
+        failures: spec -> why it could not run.
+        missing: number of trainings that have not run.
+        confidence: of the intervals.
+        budget: seconds that the trainings may take.
+        folder: of the comparison.
+        command: that repeats it.
+        power: what the design can decide.
+    """
     bases = {result.base["fingerprint"] for result in results}
     if len(bases) > 1:
         raise TrainingError(f"the base changed between trainings of this comparison: delete {folder} and compare again")
-    whole = [result for result in results if result.fraction == made.fractions[0]]
-    sides = {candidate.spec: SeededResults.of(candidate.spec, whole, data.test) for candidate in made.candidates}
-    yardstick = sides[made.against]
+    largest = [result for result in results if result.fraction == design.fractions[0]]
+    sides = {candidate.spec: SeededResults.of(candidate.spec, largest, data.test) for candidate in design.candidates}
+    baseline = sides[design.against]
     rows = tuple(
-        _row(made, candidate, sides[candidate.spec], yardstick, failures, confidence) for candidate in made.candidates
+        _row(design, candidate, sides[candidate.spec], baseline, failures, confidence)
+        for candidate in design.candidates
     )
-    good = [each for each in whole if each.seed not in sides[each.spec].learnt.seeds]
+    good = [each for each in largest if each.seed not in sides[each.spec].learnt.seeds]
+    seed = design.recipe.split_seed
     classes = data.labels if _one_class(data) else ()
     specs = [row.spec for row in rows if row.score is not None]
-    first = results[0]
-    points = tuple(_curves(made, results, data.test, confidence)) if len(made.fractions) > 1 else ()
+    points = tuple(_curves(design, results, data.test, confidence)) if len(design.fractions) > 1 else ()
     return Comparison(
-        name=made.recipe.name,
-        base=first.base,
+        name=design.recipe.name,
+        base=results[0].base,
         task=data.kind,
         metric=task_of(data.kind).metric,
-        against=made.against,
-        margin=made.margin,
+        against=design.against,
+        margin=design.margin,
         confidence=confidence,
-        seeds=made.seeds,
+        seeds=design.seeds,
         data={
-            "source": made.recipe.data.source,
-            "train": made.train,
+            "source": design.recipe.data.source,
+            "train": design.train,
             "validation": len(data.validation),
             "test": len(data.test),
             "labels": list(data.labels),
             "digest": data.digest,
-            "split_seed": made.recipe.split_seed,
+            "split_seed": seed,
             "commonest": _commonest(data),
         },
         rows=rows,
         curves=points,
-        overtaking=overtaking(points, rows, made.against),
-        claims=claims(rows, made.against),
-        classes=per_class(good, yardstick.trained, data, classes, confidence, made.recipe.split_seed)
-        if classes
-        else (),
+        overtaking=overtaking(points, rows, design.against),
+        claims=claims(rows, design.against),
+        classes=per_class(good, baseline.trained, data, confidence, seed) if classes else (),
         confusions=confusion(good, data, classes, specs) if classes else (),
         disagreements=disagreements(good, data, specs),
         examples=some_examples(good, data, specs),
-        promotion=promotion(rows, made.against, good),
-        recipes={spec: next(each.recipe for each in whole if each.spec == spec) for spec in specs},
-        notes=_notes(data, rows, made, whole),
+        promotion=promotion(rows, design.against, good),
+        recipes={spec: next(each.recipe for each in largest if each.spec == spec) for spec in specs},
+        notes=_notes(data, rows, design, largest),
         missing=missing,
         budget=budget,
         folder=folder,
@@ -199,63 +171,64 @@ def comparison(
 
 @dataclass(frozen=True)
 class SeededResults:
-    """The trainings of one row, by seed, and which of them learnt."""
+    """The trainings of one row by seed, and which of them learnt."""
 
     all: Mapping[int, Result]
     learnt: Learnt
 
     @classmethod
-    def of(cls, spec: str, results: Sequence[Result], examples: Sequence[Any]) -> SeededResults:
+    def of(cls, spec: str, results: Sequence[Result], examples: Sequence[Example]) -> SeededResults:
+        """The row's results among all. examples: the test examples, in the order of the answers."""
         own = {each.seed: each for each in results if each.spec == spec}
         return cls(own, learnt(list(own.values()), examples))
 
     @property
     def trained(self) -> dict[int, Result]:
-        """Without those that collapsed."""
-        return trained(self.all, self.learnt.seeds)
+        """The results that did not collapse."""
+        return {seed: each for seed, each in self.all.items() if seed not in self.learnt.seeds}
 
 
-def generator(seed: int, *words: object) -> np.random.Generator:
-    """The same intervals for the same results: drawn from the split's seed and what is judged."""
+def generator(seed: int, *words: str | float) -> np.random.Generator:
+    """A generator that depends on the split's seed and on what is judged, so that a report can be repeated."""
     return np.random.default_rng([seed, zlib.crc32(repr(words).encode())])
 
 
 def paired(first: Mapping[int, Result], second: Mapping[int, Result]) -> Array | None:
-    """Differences of scores (S, N) over the seeds that both have; None where there are none."""
+    """Differences of scores (S, N) over the seeds that both have; None if there are none."""
     seeds = sorted(first.keys() & second.keys())
     return np.stack([first[seed].scores - second[seed].scores for seed in seeds]) if seeds else None
 
 
 def judged(
-    mine: SeededResults, yardstick: SeededResults, margin: float, rng: np.random.Generator, confidence: float
+    side: SeededResults, baseline: SeededResults, margin: float, rng: np.random.Generator, confidence: float
 ) -> Verdict | None:
-    """The verdict over the seeds at which both learnt; over all, claiming nothing, where there is none of them."""
-    d = paired(mine.trained, yardstick.trained)
+    """The verdict over the seeds at which both learnt. If there are none, over all seeds, without a claim."""
+    d = paired(side.trained, baseline.trained)
     claimed = d is not None
     if d is None:
-        d = paired(mine.all, yardstick.all)
+        d = paired(side.all, baseline.all)
     if d is None:
         return None
-    collapsed = sorted(mine.learnt.seeds)
-    return judge(d, margin, rng, confidence=confidence, collapsed=collapsed, trainings=len(mine.all), claimed=claimed)
+    collapsed = sorted(side.learnt.seeds)
+    return judge(d, margin, rng, confidence=confidence, collapsed=collapsed, trainings=len(side.all), claimed=claimed)
 
 
 def _row(
-    made: Design,
-    candidate: Any,
+    design: Design,
+    candidate: Candidate,
     side: SeededResults,
-    yardstick: SeededResults,
+    baseline: SeededResults,
     failures: Mapping[str, str],
     confidence: float,
 ) -> ComparisonRow:
-    spec, seed = candidate.spec, made.recipe.split_seed
+    spec, seed = candidate.spec, design.recipe.split_seed
     own, good = list(side.all.values()), list(side.trained.values())
     verdict = None
-    if spec != made.against:
-        verdict = judged(side, yardstick, made.margin, generator(seed, spec, "verdict"), confidence)
+    if spec != design.against:
+        verdict = judged(side, baseline, design.margin, generator(seed, spec, "verdict"), confidence)
     tests = [
-        mcnemar(side.all[each].scores == 1, yardstick.all[each].scores == 1)
-        for each in sorted(side.all.keys() & yardstick.all.keys())
+        mcnemar(side.all[each].scores == 1, baseline.all[each].scores == 1)
+        for each in sorted(side.all.keys() & baseline.all.keys())
         if verdict is not None and task_of(side.all[each].kind).right_or_wrong
     ]
     score = None
@@ -284,30 +257,25 @@ def _row(
     )
 
 
-def _curves(made: Design, results: Sequence[Result], examples: Sequence[Any], confidence: float) -> list[CurvePoint]:
+def _curves(
+    design: Design, results: Sequence[Result], examples: Sequence[Example], confidence: float
+) -> list[CurvePoint]:
     points = []
-    for candidate in made.candidates:
-        for fraction in sorted(made.fractions):
+    for candidate in design.candidates:
+        for fraction in sorted(design.fractions):
             part = [each for each in results if each.fraction == fraction]
-            own, yard = (SeededResults.of(spec, part, examples) for spec in (candidate.spec, made.against))
-            if not own.all:
+            side, baseline = (SeededResults.of(spec, part, examples) for spec in (candidate.spec, design.against))
+            if not side.all:
                 continue
-            rng = generator(made.recipe.split_seed, candidate.spec, fraction)
-            scores = np.stack([each.scores for each in own.trained.values()])
+            rng = generator(design.recipe.split_seed, candidate.spec, fraction)
+            scores = np.stack([each.scores for each in side.trained.values()])
             score = interval(scores, rng, confidence=confidence, between=(0, 1)).times(100)
             verdict = None
-            if candidate.spec != made.against:
-                verdict = judged(own, yard, made.margin, rng, confidence)
-            points.append(
-                CurvePoint(
-                    candidate.spec,
-                    fraction,
-                    max(1, round(fraction * made.train)),
-                    score,
-                    len(own.all),
-                    verdict.word if verdict else None,
-                )
-            )
+            if candidate.spec != design.against:
+                verdict = judged(side, baseline, design.margin, rng, confidence)
+            word = verdict.word if verdict else None
+            count = max(1, round(fraction * design.train))
+            points.append(CurvePoint(candidate.spec, fraction, count, score, len(side.all), word))
     return points
 
 
@@ -315,52 +283,47 @@ WORDS = {"better": "better than", "within": "as good as", "worse": "worse than",
 
 
 def overtaking(points: Sequence[CurvePoint], rows: Sequence[ComparisonRow], against: str) -> tuple[str, ...]:
-    """With how many training examples a method is ahead of the yardstick, level with it or behind, by verdict alone."""
+    """A sentence per method: the numbers of training examples with each verdict."""
     labels = {row.spec: row.label for row in rows}
-    found = []
+    sentences = []
     for row in rows:
-        said = [
-            (word, [str(point.examples) for point in points if point.spec == row.spec and point.word == word])
+        sizes = {
+            word: [str(point.examples) for point in points if point.spec == row.spec and point.word == word]
             for word in WORDS
-        ]
-        parts = [f"{WORDS[word]} {labels[against]} with {', '.join(sizes)}" for word, sizes in said if sizes]
+        }
+        parts = [f"{WORDS[word]} {labels[against]} with {', '.join(own)}" for word, own in sizes.items() if own]
         if parts and row.kind != "base":
-            found.append(f"{row.label}: {'; '.join(parts)} training examples")
-    return tuple(found)
+            sentences.append(f"{row.label}: {'; '.join(parts)} training examples")
+    return tuple(sentences)
 
 
-def _one_class(data: Any) -> bool:
+def _one_class(data: Dataset) -> bool:
     """Whether an answer is one class, right or wrong."""
-    return task_of(data.kind).right_or_wrong and isinstance(data.test[0].label, str)
+    return task_of(data.kind).right_or_wrong and isinstance(data.test[0].output, str)
 
 
-def _commonest(data: Any) -> float | None:
-    """What always giving the commonest class of the training examples would score, in points."""
+def _commonest(data: Dataset) -> float | None:
+    """The score, in points, of always answering the most common class of the training examples."""
     if not _one_class(data):
         return None
-    counts: dict[str, int] = {}
-    for example in data.train:
-        counts[example.label] = counts.get(example.label, 0) + 1
-    commonest = max(counts, key=lambda label: counts[label])
-    return 100 * sum(1 for example in data.test if example.label == commonest) / len(data.test)
+    commonest, _ = Counter(example.output for example in data.train).most_common(1)[0]
+    return 100 * sum(example.output == commonest for example in data.test) / len(data.test)
 
 
-def _notes(data: Any, rows: Sequence[ComparisonRow], made: Design, whole: Sequence[Result]) -> tuple[str, ...]:
+def _notes(data: Dataset, rows: Sequence[ComparisonRow], design: Design, largest: Sequence[Result]) -> tuple[str, ...]:
     notes = list(data.notes)
     for row in rows:
         notes += [f"{row.label} collapsed at {each}; scores and intervals leave it out" for each in row.collapses]
         if row.learnt_nothing and row.kind != "base":
-            notes.append(f"{row.label} learnt nothing: the answers of every seed have nothing to do with the texts")
+            notes.append(f"{row.label} learnt nothing: with no seed do the answers depend on the texts")
         if row.trained_out is False:
             notes.append(
-                f"{row.label} is not trained out: its loss still fell at the last step; more epochs would help it"
+                f"{row.label} is not trained out: its loss still fell at the last step; more epochs would help"
             )
-    notes += [f"{each.spec}, seed {each.seed}: {warning}" for each in whole for warning in each.warnings]
-    judged = sum(row.verdict is not None for row in rows)
-    if judged > 1:
-        notes.append(
-            f"{judged} rows are judged, each for itself: with many rows some verdict is wrong more often than one is"
-        )
-    if len(made.seeds) < 3:
-        notes.append("fewer than three seeds say little about luck")
+    notes += [f"{each.spec}, seed {each.seed}: {warning}" for each in largest for warning in each.warnings]
+    verdicts = sum(row.verdict is not None for row in rows)
+    if verdicts > 1:
+        notes.append(f"{verdicts} rows are judged separately: the more rows, the more likely is one wrong verdict")
+    if len(design.seeds) < 3:
+        notes.append("fewer than three seeds say little about the variation between seeds")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""What a method costs, over its seeds: measured numbers and nothing quoted. Knows results, judges nothing."""
+"""The measured costs of a method over its seeds: weights, memory, time, size and forgetting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from turret.compare.results import Result
 
 @dataclass(frozen=True)
 class Span:
-    """A mean over seeds with the least and the most that was measured."""
+    """A mean over seeds with its smallest and largest value."""
 
     mean: float
     least: float
@@ -19,49 +19,50 @@ class Span:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Span | None:
-        found = list(values)
-        return cls(fmean(found), min(found), max(found)) if found else None
+        """The span of some values; None if there are none."""
+        values = list(values)
+        return cls(fmean(values), min(values), max(values)) if values else None
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one row."""
+    """The costs of one row."""
 
     trainable: int
     total: int
     bundle_bytes: int
-    above_base: Span | None  # bytes of the process above the loaded base, at its peak; None: nothing is trained
+    above_base: Span | None  # peak bytes of the process above the loaded base; None: nothing is trained
     peak: Span | None  # bytes of the whole process
-    predicted: Mapping[str, int] | None  # bytes by component, as the preflight said
-    measured: Mapping[str, int] | None  # the same, measured
+    predicted: Mapping[str, int] | None  # bytes by component, by the preflight
+    measured: Mapping[str, int] | None  # bytes by component
     train_seconds: Span | None
-    best_seconds: Span | None  # until the best evaluation on the way
-    best_split: str | None  # that it looked at
+    best_seconds: Span | None  # until the best evaluation during training
+    best_split: str | None  # of that evaluation
     answer_seconds: Span | None  # one answer to one text
-    forgetting: Span | None  # by how much the base's loss on neutral text rises
-    seconds: tuple[float, ...]  # of training, a seed each
+    forgetting: Span | None  # increase of the base's loss on neutral text
+    seconds: tuple[float, ...]  # of training, by seed
 
     @property
     def share(self) -> float:
-        """Of the base's weights that are trained."""
+        """The share of the base's weights that are trained."""
         return self.trainable / max(1, self.total)
 
 
 def costs(own: Sequence[Result]) -> Costs:
-    """Of all results of one row."""
+    """The costs of one row from all its results."""
     first, trained = own[0], [each for each in own if each.timing]
     forgot = [each.forgetting for each in own if each.forgetting]
     best = [each.best for each in own if each.best]
-    parts = [each.memory["measured"] for each in trained]
-    said = [each.memory["predicted"] for each in trained if each.memory.get("predicted")]
+    measured = [each.memory["measured"] for each in trained]
+    predicted = [each.memory["predicted"] for each in trained if each.memory.get("predicted")]
     return Costs(
         trainable=first.parameters["trainable"],
         total=first.parameters["total"],
         bundle_bytes=round(fmean(each.bundle_bytes for each in own)),
         above_base=Span.of(each.memory["above_base_bytes"] for each in trained),
         peak=Span.of(each.memory["peak_bytes"] for each in trained),
-        predicted=_means(said),
-        measured=_means(parts),
+        predicted=_means(predicted),
+        measured=_means(measured),
         train_seconds=Span.of(each.timing["train_seconds"] for each in trained),
         best_seconds=Span.of(each["seconds"] for each in best),
         best_split=best[0]["split"] if best else None,

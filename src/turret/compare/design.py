@@ -1,7 +1,7 @@
-"""Which trainings a comparison is made of, and in which order. Knows recipes, seeds and sizes; runs nothing.
+"""The trainings of a comparison and their order.
 
-All trainings of a comparison share the data, the split (`data.seed`), the steps and the evaluation; they differ in
-method, seed and, for learning curves, in how many of the same training examples they see.
+All trainings share the data, the split (`data.seed`), the steps and the evaluation. They differ in method, seed and,
+for learning curves, in the number of training examples.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from turret.compare.candidates import Candidate
 from turret.compare.power import Power
 from turret.errors import RecipeError
+from turret.json_types import JsonObject
 from turret.recipe import Recipe
 
 MOST_SEEDS = 100
@@ -21,7 +21,7 @@ MOST_SEEDS = 100
 
 @dataclass(frozen=True)
 class Cell:
-    """One training of the comparison, or one look at the base."""
+    """One training of the comparison, or one evaluation of the bare base."""
 
     candidate: Candidate
     seed: int
@@ -30,7 +30,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The name of its folder: readable, and another one whenever its recipe is another."""
+        """The name of its folder, which depends on its recipe."""
         digest = hashlib.sha256(f"{self.candidate.kind}\n{self.recipe.to_toml()}".encode()).hexdigest()
         return f"{self.candidate.slug}-seed{self.seed}-{self.fraction:g}-{digest[:8]}"
 
@@ -41,18 +41,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Design:
-    """The whole comparison before anything has run."""
+    """The whole comparison, before anything has run."""
 
     recipe: Recipe
     candidates: tuple[Candidate, ...]
     seeds: tuple[int, ...]
     fractions: tuple[float, ...]  # largest first
-    against: str  # spec of the row that the others are judged against
+    against: str  # spec of the baseline
     margin: float  # points
     train: int  # training examples at fraction 1
 
     def cells(self) -> Iterator[Cell]:
-        """In the order they run: all methods of a seed, then the next, so that rows are even whenever it stops."""
+        """The cells in the order in which they run: all methods of one seed first, so that an early stop is fair."""
         for seed in self.seeds:
             for fraction in self.fractions:
                 for candidate in self.candidates:
@@ -63,23 +63,24 @@ class Design:
         data = {"seed": self.recipe.split_seed}
         if fraction < 1:
             data["train"] = max(1, round(fraction * self.train))
-        made = candidate.recipe
-        return made.model_copy(update={"seed": seed, "data": made.data.model_copy(update=data)})
+        recipe = candidate.recipe
+        return recipe.model_copy(update={"seed": seed, "data": recipe.data.model_copy(update=data)})
 
 
 @dataclass(frozen=True)
 class PlannedDesign:
-    """A comparison before its trainings: what there will be, and which difference it can decide."""
+    """A planned comparison: its trainings, and the difference that it can decide."""
 
     name: str
     methods: tuple[str, ...]
     against: str
     trainings: int
-    missing: int  # of them
+    missing: int  # trainings that have not run
     power: Power
     folder: str
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
+        """The plan as JSON."""
         return {**asdict(self), "power": self.power.as_json()}
 
 
@@ -93,7 +94,15 @@ def design(
     margin: float,
     train: int,
 ) -> Design:
-    """A design that makes sense; raises RecipeError for one that does not."""
+    """A checked design. Raises RecipeError.
+
+    Args:
+        seeds: number of seeds, counted up from the recipe's.
+        fractions: shares of the training examples.
+        against: spec of the baseline; it must be one of the rows.
+        margin: points.
+        train: number of training examples at fraction 1.
+    """
     if not 1 <= seeds <= MOST_SEEDS:
         raise RecipeError(f"--seeds {seeds}: expected 1 to {MOST_SEEDS}, and at least 2 for a verdict")
     if not 0 < margin <= 50:

@@ -1,4 +1,4 @@
-"""Where the difference lies: per class, in what is taken for what, and in single examples. Knows answers and labels."""
+"""Details of a comparison: differences by class, confusions, and single examples."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from turret.compare.evidence import Interval, interval
-from turret.compare.results import Result
+from turret.compare.report_text import shortened
+from turret.compare.results import Answer, Result
+from turret.data import Dataset, Example
 
 MOST_CLASSES = 30
 MOST_EXAMPLES = 12
@@ -21,18 +22,18 @@ MOST_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class PerClass:
-    """How much more of a class's examples a row gets right than the yardstick, in points."""
+    """The share of a class's examples that a row gets right, and its difference from the baseline."""
 
     label: str
     spec: str
     examples: int
-    right: float  # points, of this row
-    difference: Interval
+    right: float  # points
+    difference: Interval  # points
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """counts[true][given], means over seeds."""
+    """Counts by true class and answer, means over seeds."""
 
     spec: str
     labels: tuple[str, ...]
@@ -41,97 +42,96 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A test example with every method's answer to it."""
+    """A test example with every method's answer."""
 
     text: str
     wanted: str
-    answers: tuple[tuple[str, str, float], ...]  # (spec, its commonest answer, mean score over seeds)
+    answers: tuple[tuple[str, str, float], ...]  # (spec, most common answer, mean score over seeds)
 
 
 def per_class(
-    whole: Sequence[Result],
-    yardstick: Mapping[int, Result],
-    data: Any,
-    labels: Sequence[str],
-    confidence: float,
-    seed: int,
+    results: Sequence[Result], baseline: Mapping[int, Result], data: Dataset, confidence: float, seed: int
 ) -> tuple[PerClass, ...]:
-    """Of the commonest classes, every row but the yardstick and the base."""
-    wanted = np.array([example.label for example in data.test])
-    counts = Counter(wanted.tolist())
-    found = []
+    """The most common classes, for each row but the baseline and the bare base.
+
+    Args:
+        baseline: its results by seed.
+        seed: of the intervals.
+    """
+    true = np.array([example.output for example in data.test])
+    counts = Counter(true.tolist())
+    classes = []
     for label in [label for label, _ in counts.most_common(MOST_CLASSES)]:
-        places = np.flatnonzero(wanted == label)
-        for spec in dict.fromkeys(each.spec for each in whole):
-            own = {each.seed: each for each in whole if each.spec == spec and each.version is not None}
-            seeds = sorted(own.keys() & yardstick.keys())
-            if not seeds or any(own[each] is yardstick[each] for each in seeds):
+        places = np.flatnonzero(true == label)
+        for spec in dict.fromkeys(each.spec for each in results):
+            own = {each.seed: each for each in results if each.spec == spec and each.version is not None}
+            seeds = sorted(own.keys() & baseline.keys())
+            if not seeds or any(own[each] is baseline[each] for each in seeds):
                 continue
-            d = np.stack([own[each].scores[places] - yardstick[each].scores[places] for each in seeds])
+            d = np.stack([own[each].scores[places] - baseline[each].scores[places] for each in seeds])
             rng = np.random.default_rng([seed, zlib.crc32(f"{spec}\n{label}".encode())])
             right = 100 * float(np.mean([own[each].scores[places].mean() for each in seeds]))
-            apart = interval(d, rng, confidence=confidence, resamples=2000).times(100)
-            found.append(PerClass(str(label), spec, len(places), right, apart))
-    return tuple(found)
+            difference = interval(d, rng, confidence=confidence, resamples=2000).times(100)
+            classes.append(PerClass(str(label), spec, len(places), right, difference))
+    return tuple(classes)
 
 
-def confusion(whole: Sequence[Result], data: Any, labels: Sequence[str], specs: Sequence[str]) -> tuple[Confusion, ...]:
-    """What each row takes each class for; nothing where the classes are too many to be read."""
+def confusion(
+    results: Sequence[Result], data: Dataset, labels: Sequence[str], specs: Sequence[str]
+) -> tuple[Confusion, ...]:
+    """The confusions of each row; none if there are too many classes to read."""
     if len(labels) > MOST_CLASSES:
         return ()
     place = {label: number for number, label in enumerate(labels)}
-    found = []
+    matrices = []
     for spec in specs:
-        own = [each for each in whole if each.spec == spec]
+        own = [each for each in results if each.spec == spec]
         counts = np.zeros((len(labels), len(labels)))
         for each in own:
-            for example, given in zip(data.test, each.answers, strict=True):
-                counts[place[example.label], place[given]] += 1 / len(own)
-        found.append(Confusion(spec, tuple(labels), tuple(tuple(row) for row in counts.round(2).tolist())))
-    return tuple(found)
+            for example, answer in zip(data.test, each.answers, strict=True):
+                counts[place[str(example.output)], place[str(answer)]] += 1 / len(own)
+        matrices.append(Confusion(spec, tuple(labels), tuple(tuple(row) for row in counts.round(2).tolist())))
+    return tuple(matrices)
 
 
-def disagreements(whole: Sequence[Result], data: Any, specs: Sequence[str]) -> tuple[Disagreement, ...]:
+def disagreements(results: Sequence[Result], data: Dataset, specs: Sequence[str]) -> tuple[Disagreement, ...]:
     """The test examples on which the trained rows differ most."""
-    rows = _trained(whole, specs)
+    rows = _trained(results, specs)
     if len(rows) < 2:
         return ()
     means = np.stack([np.mean([each.scores for each in own], axis=0) for own in rows.values()])  # (rows, N)
-    apart = means.max(0) - means.min(0)
-    places = [int(place) for place in np.argsort(-apart, kind="stable")[:MOST_EXAMPLES] if apart[place] > 0]
+    spread = means.max(0) - means.min(0)
+    places = [int(place) for place in np.argsort(-spread, kind="stable")[:MOST_EXAMPLES] if spread[place] > 0]
     return tuple(_answered(rows, data.test, place) for place in places)
 
 
-def some_examples(whole: Sequence[Result], data: Any, specs: Sequence[str]) -> tuple[Disagreement, ...]:
-    """A few test examples, evenly over all, whatever was answered."""
-    rows, count = _trained(whole, specs), min(SOME_EXAMPLES, len(data.test))
+def some_examples(results: Sequence[Result], data: Dataset, specs: Sequence[str]) -> tuple[Disagreement, ...]:
+    """A few test examples, evenly spread over all."""
+    rows, count = _trained(results, specs), min(SOME_EXAMPLES, len(data.test))
     return (
         tuple(_answered(rows, data.test, number * len(data.test) // count) for number in range(count)) if rows else ()
     )
 
 
-def _trained(whole: Sequence[Result], specs: Sequence[str]) -> dict[str, list[Result]]:
-    """The trainings of each row that has any."""
-    rows = {spec: [each for each in whole if each.spec == spec and each.version is not None] for spec in specs}
+def _trained(results: Sequence[Result], specs: Sequence[str]) -> dict[str, list[Result]]:
+    """The results of each row that is trained."""
+    rows = {spec: [each for each in results if each.spec == spec and each.version is not None] for spec in specs}
     return {spec: own for spec, own in rows.items() if own}
 
 
-def _answered(rows: Mapping[str, Sequence[Result]], examples: Sequence[Any], place: int) -> Disagreement:
+def _answered(rows: Mapping[str, Sequence[Result]], examples: Sequence[Example], place: int) -> Disagreement:
     answers = tuple(
         (spec, _commonest([each.answers[place] for each in own]), float(np.mean([each.scores[place] for each in own])))
         for spec, own in rows.items()
     )
-    return Disagreement(_short(examples[place].input), _short(_words(examples[place].output)), answers)
+    example = examples[place]
+    text, wanted = (shortened(each, MOST_CHARACTERS) for each in (example.input, _joined(example.output)))
+    return Disagreement(text, wanted, answers)
 
 
-def _words(output: str | Sequence[str]) -> str:
+def _joined(output: Answer) -> str:
     return output if isinstance(output, str) else ", ".join(output)
 
 
-def _commonest(answers: Sequence[Any]) -> str:
-    return _short(Counter(map(_words, answers)).most_common(1)[0][0])
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 1]}…"
+def _commonest(answers: Sequence[Answer]) -> str:
+    return shortened(Counter(map(_joined, answers)).most_common(1)[0][0], MOST_CHARACTERS)

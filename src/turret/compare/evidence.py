@@ -1,10 +1,9 @@
-"""How far two methods are apart, and how sure that is: plain numpy on scores of the same examples under several seeds.
+"""The difference of two methods with its interval and tests, from scores on the same examples with several seeds.
 
-Axes: S seeds (trainings), N test examples. Everything here is about `d: (S, N)`, what one method scored less what
-another scored, example by example and seed by seed. Both axes are samples: another training and another test set would
-give other numbers, so both are resampled. Refuses to know models, methods and what a point is.
+Axes: S seeds (trainings), N test examples. `d: (S, N)` is one method's score minus the other's, by seed and example.
+Another training or another test set would give other numbers, so both axes are resampled.
 
-The model behind it: d[s, i] = mean + seed_s + example_i + rest_si. The mean of d then has the variance
+The model is d[s, i] = mean + seed_s + example_i + rest_si, so the mean of d has the variance
 `between_seeds / S + between_examples / N + rest / (S N)`.
 """
 
@@ -20,12 +19,12 @@ from scipy.special import betaincinv, stdtrit
 
 Array = npt.NDArray[np.float64]
 RESAMPLES = 4000
-MOST_EXAMPLES = 20_000  # that are resampled one by one; larger test sets are taken in groups of equal size
+MOST_EXAMPLES = 20_000  # resampled one by one; larger test sets are resampled in groups of equal size
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and what it may be by chance: `low` to `high` holds the truth in `confidence` of all repetitions."""
+    """A mean with its confidence interval: `low` to `high` covers the true mean in `confidence` of all repetitions."""
 
     mean: float
     low: float
@@ -34,16 +33,17 @@ class Interval:
 
     @property
     def open(self) -> bool:
-        """Whether it leaves nearly everything possible: half of all that a difference in points may be, or more."""
+        """Whether it tells nearly nothing: it covers half of the range of a difference in points, or more."""
         return self.high - self.low >= 100
 
     def times(self, factor: float) -> Interval:
+        """The interval in another unit."""
         return Interval(factor * self.mean, factor * self.low, factor * self.high, self.confidence)
 
 
 @dataclass(frozen=True)
 class Components:
-    """Where the differences come from, as variances of d's parts."""
+    """The variances of d's parts: seeds, examples, and the rest."""
 
     seeds: int
     examples: int
@@ -52,11 +52,11 @@ class Components:
     rest: float
 
     def variance(self, seeds: int, examples: int) -> float:
-        """Of the mean over so many seeds and examples."""
+        """The variance of the mean over so many seeds and examples."""
         return self.between_seeds / seeds + self.between_examples / examples + self.rest / (seeds * examples)
 
     def freedom(self, seeds: int, examples: int) -> float:
-        """Degrees of freedom of that variance (Satterthwaite 1946): few where the few seeds make most of it."""
+        """The degrees of freedom of that variance (Satterthwaite 1946): few if it comes mostly from few seeds."""
         parts = [(self.between_examples / examples + self.rest / (seeds * examples), examples - 1)]
         if seeds > 1:
             parts.append((self.between_seeds / seeds + self.rest / (seeds * examples), seeds - 1))
@@ -64,7 +64,7 @@ class Components:
         return max(1.0, sum(part for part, _ in parts) ** 2 / below) if below > 0 else 1e6
 
     def half_width(self, seeds: int, examples: int, confidence: float) -> float:
-        """Of the interval that so many seeds and examples would give."""
+        """Half the width of the interval for so many seeds and examples."""
         quantile = float(stdtrit(self.freedom(seeds, examples), 0.5 + confidence / 2))
         return quantile * math.sqrt(self.variance(seeds, examples))
 
@@ -95,19 +95,26 @@ def interval(
     resamples: int = RESAMPLES,
     between: tuple[float, float] | None = None,
 ) -> Interval:
-    """The mean of d with a hierarchical bootstrap interval: seeds and examples are both drawn anew. d: (S, N).
+    """The mean of d with a bootstrap interval in which both seeds and examples are resampled.
 
-    A draw is `mean + (mean of the drawn seeds - mean) + (mean of the drawn examples - mean)`, so what is neither a
-    seed's nor an example's own counts twice and not, as in drawing whole rows and columns, three times. Two mends make
-    it hold for few seeds and few errors, and the tests' simulations say that it does:
-    - seeds are few, so their part is widened by sqrt(S / (S - 1)) and the whole by the t quantile that its degrees of
-      freedom ask for. One seed says nothing about others: then the interval is about that one training
-    - one example on each side is added (after Bonett & Price 2012), or no disagreement among fifty examples would pass
-      for certainty. between: the least and the most that a score can be, where d is no difference
-    Scores lie between 0 and 1, so a difference lies between -1 and 1, and so does its interval: what is cut off could
-    not be true.
+    A draw is `mean + (mean of the drawn seeds - mean) + (mean of the drawn examples - mean)`. So the rest counts twice,
+    not three times as in drawing whole rows and columns. Two corrections make the interval hold for few seeds and few
+    errors, as simulations in the tests show:
+
+    - The part of the seeds is widened by sqrt(S / (S - 1)), and the whole by the t quantile of its degrees of freedom.
+      With one seed the interval is about that one training.
+    - One pseudo-example is added on each side (after Bonett & Price 2012). Without them, no disagreement among fifty
+      examples would give an interval of width zero.
+
+    The interval is cut to the range of possible means.
+
+    Args:
+        d: (S, N), differences of scores between 0 and 1.
+        generator: draws the samples.
+        resamples: number of draws.
+        between: the range of d if it is a score and not a difference; None: -1 to 1.
     """
-    widened = with_one_more_each_way(grouped(d), between)
+    widened = with_pseudo_examples(grouped(d), between)
     seeds, examples = widened.shape
     rows, columns = widened.mean(1), widened.mean(0)  # (S,), (N,)
     middle = float(rows.mean())
@@ -132,19 +139,22 @@ def interval(
     )
 
 
-def with_one_more_each_way(d: Array, between: tuple[float, float] | None = None) -> Array:
-    """(S, N + 2): one example more on each side, as far out as those that differ at all usually are; the first of them
-    that is not there yet counts as far out as can be. between: how far that is, where d is no difference."""
+def with_pseudo_examples(d: Array, between: tuple[float, float] | None = None) -> Array:
+    """Add an example on each side of zero, at the root mean square of the differences: (S, N) -> (S, N + 2).
+
+    Zeros do not count for that mean, and one example with the largest difference does. between: the two values to add
+    if d is a score and not a difference.
+    """
     if between is None:
         each = d.mean(0)  # (N,)
-        apart = each[each != 0]
-        size = math.sqrt((float((apart**2).sum()) + 1) / (len(apart) + 1))
+        differing = each[each != 0]
+        size = math.sqrt((float((differing**2).sum()) + 1) / (len(differing) + 1))
         between = (-size, size)
     return np.concatenate([d, np.tile(between, (d.shape[0], 1))], axis=1)
 
 
 def grouped(d: Array) -> Array:
-    """(S, N) with at most MOST_EXAMPLES columns: beyond that the means of groups of neighbours."""
+    """d with at most MOST_EXAMPLES columns: means of groups of neighbours if there are more."""
     seeds, examples = d.shape
     if examples <= MOST_EXAMPLES:
         return d
@@ -155,16 +165,20 @@ def grouped(d: Array) -> Array:
 
 
 def mcnemar(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tuple[int, int, float]:
-    """(only the first right, only the second right, exact two-sided p) of two classifiers on the same examples (N,).
+    """McNemar's exact test (1947) of two classifiers on the same examples.
 
-    p is that of as uneven a split of the disagreements, were each as likely to fall to either (McNemar 1947).
+    Args:
+        first, second: (N,), whether each is right.
+
+    Returns:
+        How many only the first gets right, how many only the second, and the two-sided p.
     """
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     return only_first, only_second, sign_test(only_first, only_second)
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p of so many wins and losses, were each as likely."""
+    """The exact two-sided p of so many wins and losses if both are equally likely."""
     total, fewer = wins + losses, min(wins, losses)
     if total == 0:
         return 1.0
@@ -176,7 +190,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def rate(times: int, trials: int, confidence: float = 0.95) -> Interval:
-    """How often something happens, in points, with the exact interval of Clopper and Pearson (1934)."""
+    """A rate in points with its exact interval (Clopper & Pearson 1934)."""
     rest, level = trials - times, (1 - confidence) / 2
     low = 0.0 if not times else float(betaincinv(times, rest + 1, level))
     high = 1.0 if not rest else float(betaincinv(times + 1, rest, 1 - level))
@@ -184,17 +198,17 @@ def rate(times: int, trials: int, confidence: float = 0.95) -> Interval:
 
 
 def sign_flips(d: Array, generator: np.random.Generator, resamples: int = RESAMPLES) -> float:
-    """Two-sided p that the mean over examples is zero, for these trainings: signs are flipped at random.
+    """The two-sided p of a zero mean over examples, for these trainings, by flipping signs at random.
 
-    d: (S, N); the mean over seeds comes first, so an example counts once however many seeds there are.
+    d: (S, N). It is averaged over seeds first, so each example counts once.
     """
     each = grouped(d).mean(0)  # (N,)
-    seen = abs(float(each.sum()))
-    if not seen:
+    observed = abs(float(each.sum()))
+    if not observed:
         return 1.0
     extreme = 0
     for start in range(0, resamples, 500):
         count = min(500, resamples - start)
         signs = generator.integers(0, 2, size=(count, len(each))) * 2 - 1
-        extreme += int((np.abs(signs @ each) >= seen - 1e-12).sum())
+        extreme += int((np.abs(signs @ each) >= observed - 1e-12).sum())
     return (extreme + 1) / (resamples + 1)

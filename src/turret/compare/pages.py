@@ -1,18 +1,18 @@
-"""How any page here is made: templates beside this module, every word from outside escaped, numbers by `words`."""
+"""The template environment of the reports: the templates of this package, escaping, and number formats."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from turret.compare.report_text import chance, count, megabytes, milliseconds, percent, points, seconds, signed
+from turret.json_types import JsonMapping, JsonValue
 
 
 def environment(html: bool) -> Environment:
-    """For HTML, where all is escaped, or for Markdown, where the filter `cell` does it."""
-    made = Environment(
+    """The environment for HTML, which escapes everything, or for Markdown, where the filter `cell` escapes."""
+    templates = Environment(
         loader=PackageLoader("turret.compare", "."),
         autoescape=html,
         undefined=StrictUndefined,
@@ -20,28 +20,28 @@ def environment(html: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {
+    templates.filters |= {
         "count": count, "mb": megabytes, "ms": milliseconds, "percent": percent, "points": points,
         "seconds": seconds, "signed": signed, "cell": _cell, "p": chance,
     }  # fmt: skip
-    return made
+    return templates
 
 
-def _cell(text: object) -> str:
-    """Someone's words in a cell of a Markdown table."""
-    line = " ".join(str(text).split())
+def _cell(value: JsonValue) -> str:
+    """A value as text in Markdown, on one line and escaped."""
+    line = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in "\\|`*_[]<>#" else c for c in line)
 
 
-def facts(said: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(what, value) of when, where and with what the trainings were made."""
-    if not said:
+def facts(made: JsonMapping) -> Iterator[tuple[str, str]]:
+    """(name, value) of dates, device and versions of the trainings. made: by `results.made_with`."""
+    if not made:
         return
-    first, last = str(said["from"])[:10], str(said["to"])[:10]
+    first, last = str(made["from"])[:10], str(made["to"])[:10]
     yield "date", first if first == last else f"{first} to {last}"
     for key in ("device", "threads", "precision", "commit"):
-        value = said.get(key)
+        value = made.get(key)
         if value is not None:
             yield key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    for versions in said["versions"] if isinstance(said["versions"], list) else [said["versions"]]:
+    for versions in made["versions"] if isinstance(made["versions"], list) else [made["versions"]]:
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)

@@ -1,8 +1,7 @@
-"""Small plots as SVG that a page carries inside itself: no script, no font, no colour of its own but CSS classes.
+"""Draws small plots as SVG inside a page, without scripts or fonts.
 
-Every plot is drawn WIDTH wide, so that its text stays readable on a phone; the page puts several side by side where
-there is room. Colours come from the page (`.k-lora`, `.k-full`, ...), so that dark, light and print are its business.
-Knows numbers and labels; refuses to know comparisons.
+Every plot is WIDTH wide, so that its text is readable on a phone. Colours come from the page's CSS classes (`.k-lora`,
+`.k-full`, ...), which also cover dark mode and print.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ NUMBER = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Mark:
-    """A point with an interval; `kind` is its colour, None for x or a missing bound where there is none."""
+    """A point with an interval in y, and in x if its bounds are known. `kind` chooses its colour."""
 
     label: str
     kind: str
@@ -36,7 +35,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """Points that belong together."""
+    """Points that a line connects."""
 
     label: str
     kind: str
@@ -45,7 +44,7 @@ class Line:
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Values from the beginning of a training to its end, evenly spaced; dashed: one that collapsed."""
+    """Values from the start of a training to its end, evenly spaced. A dashed line is a training that collapsed."""
 
     label: str
     kind: str
@@ -55,15 +54,15 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class Bar:
-    """A stack of parts, from the left."""
+    """A horizontal stack of parts."""
 
     label: str
-    parts: tuple[tuple[str, float], ...]  # (name of a part, which is its class too; value)
+    parts: tuple[tuple[str, float], ...]  # (name of a part, which is also its CSS class; value)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """From numbers to places on the page."""
+    """Maps numbers to positions on the page."""
 
     low: float
     high: float
@@ -72,14 +71,15 @@ class Axis:
     log: bool = False
 
     def at(self, value: float) -> float:
-        low, high, here = self.low, self.high, value
+        """The position of a value. Values outside the axis are at its ends."""
+        low, high, place = self.low, self.high, value
         if self.log:
-            low, high, here = math.log10(low), math.log10(high), math.log10(max(value, self.low))
-        share = (here - low) / (high - low)
+            low, high, place = math.log10(low), math.log10(high), math.log10(max(value, self.low))
+        share = (place - low) / (high - low)
         return round(self.start + min(1.0, max(0.0, share)) * (self.end - self.start), 1)
 
     def ticks(self, most: int = 5) -> list[float]:
-        """Round numbers, at most about so many."""
+        """About `most` round numbers."""
         if not self.log or self.high < 8 * self.low:
             step = _nice((self.high - self.low) / most)
             first = math.ceil(self.low / step - 1e-9)
@@ -98,7 +98,7 @@ def _nice(step: float) -> float:
 
 
 def axis(values: Sequence[float], start: float, end: float, *, log: bool = False, room: float = 0.06) -> Axis:
-    """An axis that holds the values with some room around them."""
+    """An axis for some values, with some room around them."""
     low, high = min(values), max(values)
     if log:
         low = max(low, 1e-12)
@@ -121,9 +121,12 @@ def plain(value: float) -> str:
 
 
 def forest(marks: Sequence[Mark], margin: float, *, unit: str, zero: str, scale: Sequence[Mark] | None = None) -> str:
-    """Differences with intervals, one a line, over a band that is the margin. x of a mark is the difference.
+    """Differences with intervals, one per line, over a band that shows the margin.
 
-    scale: the marks that choose the axis, all where left out; what lies outside is an arrow at its edge.
+    Args:
+        marks: the difference is x, its interval low to high.
+        zero: name of the line at zero.
+        scale: the marks that choose the axis; None: all. Marks outside it become arrows at its edge.
     """
     row, top = 40, 26
     height = top + row * len(marks) + 40
@@ -137,41 +140,41 @@ def forest(marks: Sequence[Mark], margin: float, *, unit: str, zero: str, scale:
         _text(inside(x.at(0), zero), top - 12, zero, "note", "middle"),
     ]
     for place, mark in enumerate(marks):
-        said = f"{plus(mark.x)}  ({plus(mark.low)} to {plus(mark.high)})"
-        parts += _measured(x, top + row * place + 26, mark, said)
+        numbers = f"{plus(mark.x)}  ({plus(mark.low)} to {plus(mark.high)})"
+        parts += _measured(x, top + row * place + 26, mark, numbers)
     parts += _x_axis(x, foot, unit, lambda value: f"{value:+g}" if value else "0")
     return _svg(height, parts, f"Differences in {unit}")
 
 
 def rates(marks: Sequence[Mark], lines: Sequence[tuple[float, str]], *, unit: str) -> str:
-    """Shares with intervals, one a line, between 0 and 100, with what to hold them against as vertical lines."""
+    """Rates from 0 to 100 with intervals, one per line. lines: (value, name) of vertical lines to compare them with."""
     row, top = 40, 12 + 15 * len(lines)
     foot = top + row * len(marks)
     x = Axis(0.0, 100.0, 14, WIDTH - 14)
     parts = []
     for place, (value, words) in enumerate(lines):
         y = 12 + 15 * place
-        said = f"{words} {value:.0f}"
+        text = f"{words} {value:.0f}"
         parts += [_line(x.at(value), y + 4, x.at(value), foot, "axis dashed")]
-        parts += [_text(inside(x.at(value), said), y, said, "note", "middle")]
+        parts += [_text(inside(x.at(value), text), y, text, "note", "middle")]
     for place, mark in enumerate(marks):
-        said = f"{mark.x:.0f}%  ({mark.low:.0f} to {mark.high:.0f})"
-        parts += _measured(x, top + row * place + 26, mark, said)
+        numbers = f"{mark.x:.0f}%  ({mark.low:.0f} to {mark.high:.0f})"
+        parts += _measured(x, top + row * place + 26, mark, numbers)
     return _svg(foot + 40, [*parts, *_x_axis(x, foot, unit, plain)], unit)
 
 
-def _measured(x: Axis, y: float, mark: Mark, said: str) -> list[str]:
-    """A line of a plot: the name and the numbers, under them the dot on its interval, or an arrow to where it lies."""
+def _measured(x: Axis, y: float, mark: Mark, numbers: str) -> list[str]:
+    """One line of a plot: the name and the numbers, and below them the dot with its interval, or an arrow."""
     outside = -1 if mark.x < x.low else 1 if mark.x > x.high else 0
-    words = f"off scale  {said}" if outside else said
+    words = f"off scale  {numbers}" if outside else numbers
     shown = [
         _line(x.at(mark.low), y, x.at(mark.high), y, f"whisker k-{mark.kind}"),
-        _dot(x.at(mark.x), y, mark.kind, f"{mark.label}: {said}"),
+        _dot(x.at(mark.x), y, mark.kind, f"{mark.label}: {numbers}"),
     ]
     if outside:
-        shown = [_arrow(x.start if outside < 0 else x.end, y, outside, 0, mark.kind, f"{mark.label}: {said}")]
+        shown = [_arrow(x.start if outside < 0 else x.end, y, outside, 0, mark.kind, f"{mark.label}: {numbers}")]
     return [
-        _behind(y - 12, words),
+        _background(y - 12, words),
         _text(14, y - 12, fitted(mark.label, WIDTH - 44 - CHARACTER * len(words)), "name"),
         _text(WIDTH - 14, y - 12, words, "value", "end"),
         *shown,
@@ -188,9 +191,12 @@ def scatter(
     height: int = 300,
     scale: Sequence[Mark] | None = None,
 ) -> str:
-    """Points with intervals in y (and whiskers in x where they are known), each with its name beside it.
+    """Points with intervals in y, and in x if known, each with its name beside it.
 
-    scale: the marks that choose the y axis, all where left out; what lies outside is an arrow at its edge.
+    Args:
+        log: whether the x axis is logarithmic.
+        number: formats numbers of the x axis.
+        scale: the marks that choose the y axis; None: all. Marks outside it become arrows at its edge.
     """
     foot = height - BOTTOM
     xs = [value for each in marks for value in (each.x, each.x_low, each.x_high) if value is not None]
@@ -206,20 +212,20 @@ def scatter(
     places = labels([(cx, cy, name) for (cx, cy), name in zip(spots, names, strict=True)], foot)
     for place, mark in enumerate(marks):
         (cx, cy), (tx, ty, anchor) = spots[place], places[place]
-        said = f"{mark.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) at {number(mark.x)}"
+        title = f"{mark.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) at {number(mark.x)}"
         if place in beyond:
-            parts.append(_arrow(cx, cy, 0, beyond[place], mark.kind, said))
+            parts.append(_arrow(cx, cy, 0, beyond[place], mark.kind, title))
         else:
             parts.append(_line(cx, y.at(mark.low), cx, y.at(mark.high), f"whisker k-{mark.kind}"))
             if mark.x_low is not None and mark.x_high is not None:
                 parts.append(_line(x.at(mark.x_low), cy, x.at(mark.x_high), cy, f"whisker k-{mark.kind}"))
-            parts.append(_dot(cx, cy, mark.kind, said))
+            parts.append(_dot(cx, cy, mark.kind, title))
         parts.append(_text(tx, ty, names[place], "name", anchor))
     return _svg(height, parts, f"{y_label} against {x_label}")
 
 
 def curves(lines: Sequence[Line], *, x_label: str, y_label: str, height: int = 320) -> str:
-    """Lines over a logarithmic x, with an interval at every point and the name at the end."""
+    """Lines over a logarithmic x axis, with an interval at each point and the name at the end."""
     foot = height - BOTTOM
     marks = [mark for line in lines for mark in line.marks]
     x = axis([mark.x for mark in marks], LEFT, WIDTH - NAMES, log=True)
@@ -231,14 +237,14 @@ def curves(lines: Sequence[Line], *, x_label: str, y_label: str, height: int = 3
         for mark in line.marks:
             cx = x.at(mark.x)
             parts.append(_line(cx, y.at(mark.low), cx, y.at(mark.high), f"whisker thin k-{line.kind}"))
-            said = f"{line.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) with {mark.x:.0f}"
-            parts.append(_dot(cx, y.at(mark.y), line.kind, said, 3.5))
+            title = f"{line.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) with {mark.x:.0f}"
+            parts.append(_dot(cx, y.at(mark.y), line.kind, title, 3.5))
     parts += _at_the_end([(y.at(line.marks[-1].y), line.label, line.kind) for line in lines], foot)
     return _svg(height, parts, f"{y_label} against {x_label}")
 
 
 def courses(lines: Sequence[LossCurve], *, x_label: str, y_label: str, height: int = 320) -> str:
-    """Lines from the beginning of a training to its end, with the name at the end."""
+    """Loss curves from the start of a training to its end, with the name at the end."""
     foot = height - BOTTOM
     x = Axis(0.0, 100.0, LEFT, WIDTH - NAMES)
     y = axis([value for line in lines for value in line.values], foot, TOP)
@@ -253,7 +259,7 @@ def courses(lines: Sequence[LossCurve], *, x_label: str, y_label: str, height: i
 
 
 def _at_the_end(ends: Sequence[tuple[float, str, str]], foot: float) -> list[str]:
-    """The names of lines right of where they end. ends: (y, name, kind)."""
+    """The names of lines, to the right of their ends. ends: (y, name, kind)."""
     heights = spread([y for y, _, _ in ends], TOP, foot)
     return [
         _text(WIDTH - NAMES + 4, y + 4, fitted(label, NAMES - 8), f"name k-{kind}")
@@ -262,7 +268,7 @@ def _at_the_end(ends: Sequence[tuple[float, str, str]], foot: float) -> list[str
 
 
 def stacks(bars: Sequence[Bar], *, unit: str, number: NUMBER = plain) -> str:
-    """Horizontal stacks, a line of words above each."""
+    """Horizontal stacks, each below its name and total."""
     row, top = 34, 8
     foot = top + row * len(bars)
     most = max((sum(value for _, value in bar.parts) for bar in bars), default=1.0)
@@ -285,8 +291,8 @@ def stacks(bars: Sequence[Bar], *, unit: str, number: NUMBER = plain) -> str:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def _behind(y: float, words: str) -> str:
-    """Paper under words that end at the right edge, so that no line runs through them."""
+def _background(y: float, words: str) -> str:
+    """A background for words at the right edge, so that no line runs through them."""
     width = 6.3 * len(words) + 6
     return _rect(WIDTH - 14 - width, y - 11, width, 15, "paper")
 
@@ -324,23 +330,23 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"/>'
 
 
-def _rect(x: float, y: float, width: float, height: float, kind: str, said: str = "") -> str:
-    title = f"<title>{escape(said)}</title>" if said else ""
-    return f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{max(0.0, width):g}" height="{height:g}">{title}</rect>'
+def _rect(x: float, y: float, width: float, height: float, kind: str, title: str = "") -> str:
+    inside = f"<title>{escape(title)}</title>" if title else ""
+    return f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{max(0.0, width):g}" height="{height:g}">{inside}</rect>'
 
 
-def _dot(x: float, y: float, kind: str, said: str, radius: float = 5) -> str:
-    return f'<circle class="dot k-{kind}" cx="{x:g}" cy="{y:g}" r="{radius:g}"><title>{escape(said)}</title></circle>'
+def _dot(x: float, y: float, kind: str, title: str, radius: float = 5) -> str:
+    return f'<circle class="dot k-{kind}" cx="{x:g}" cy="{y:g}" r="{radius:g}"><title>{escape(title)}</title></circle>'
 
 
 def _text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> str:
     return f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def _arrow(x: float, y: float, right: int, down: int, kind: str, said: str) -> str:
-    """A triangle at the edge of the plot that points to what lies beyond it."""
+def _arrow(x: float, y: float, right: int, down: int, kind: str, title: str) -> str:
+    """A triangle at the edge of the plot that points to a mark outside it."""
     if down:
         points = f"{x - 6:g},{y - 9 * down:g} {x + 6:g},{y - 9 * down:g} {x:g},{y:g}"
     else:
         points = f"{x - 9 * right:g},{y - 6:g} {x - 9 * right:g},{y + 6:g} {x:g},{y:g}"
-    return f'<polygon class="dot k-{kind}" points="{points}"><title>{escape(said)}, off scale</title></polygon>'
+    return f'<polygon class="dot k-{kind}" points="{points}"><title>{escape(title)}, off scale</title></polygon>'

@@ -1,7 +1,7 @@
-"""What a design can decide, told before anything is trained: how often `judge` would say `within` of equal methods.
+"""The power of a design before anything is trained: how often `judge` would call two equal methods `within`.
 
-The verdict's own interval is simulated on d: (S, N), the difference of two methods' scores, with the variances that
-`evidence.Components` names. They are measured where earlier trainings are there, and assumed otherwise. Loads no torch.
+The verdict's interval is simulated on d: (S, N), the difference of two methods' scores, with the variances of
+`evidence.Components`. They are measured on earlier trainings, or assumed if there are none.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
 
 from turret.compare import report_text
 from turret.compare.evidence import Array, components
+from turret.json_types import JsonObject
 from turret.tasks import task_of
 
 DRAWS, RESAMPLES = 1000, 300
@@ -30,34 +30,35 @@ class Spread:
     """How much the difference of two methods varies, as standard deviations in points."""
 
     seeds: float  # from training to training, beyond what the test examples explain
-    examples: float  # from example to example, in all trainings alike
-    rest: float  # what neither explains
-    apart: float  # share of the examples on which some pair of trainings differs at all
-    source: str  # how it is known
+    examples: float  # from example to example, the same in all trainings
+    rest: float  # unexplained by both
+    apart: float  # share of the examples on which the methods differ with some seed
+    source: str  # "measured ..." or "assumed ..."
 
     @classmethod
     def assumed(cls, kind: str) -> Spread:
-        """Before anything has run. kind: of the task."""
+        """The spread before anything has run. kind: of the task."""
         if task_of(kind).right_or_wrong:
-            said = "assumed: 0.8 points of luck a seed, 1 example in 10 right for one method only"
-            return cls(0.8, 100 * math.sqrt(0.06), 100 * math.sqrt(0.04), 0.2, said)
-        return cls(0.8, 8.0, 12.0, 1.0, "assumed: 0.8 points of luck a seed, 14 points an example")
+            source = "assumed: 0.8 points per seed, 1 example in 10 right for one method only"
+            return cls(0.8, 100 * math.sqrt(0.06), 100 * math.sqrt(0.04), 0.2, source)
+        return cls(0.8, 8.0, 12.0, 1.0, "assumed: 0.8 points per seed, 14 points per example")
 
     @classmethod
     def measured(cls, differences: Sequence[Array]) -> Spread | None:
-        """From the differences (S, N) of pairs of rows that have run, None where no pair has two seeds."""
+        """The spread of pairs of rows that have run; None if no pair has two seeds. differences: (S, N) each."""
         usable = [d for d in differences if d.shape[0] > 1 and d.shape[1] > 1]
         if not usable:
             return None
-        found = [components(100 * d) for d in usable]
-        mean = [math.sqrt(float(np.mean([getattr(each, part) for each in found]))) for part in _PARTS]
+        parts = [components(100 * d) for d in usable]
+        seeds, examples, rest = (
+            math.sqrt(float(np.mean(variances)))
+            for variances in zip(
+                *((each.between_seeds, each.between_examples, each.rest) for each in parts), strict=True
+            )
+        )
         apart = float(np.mean([(d != 0).any(0).mean() for d in usable]))
-        seeds = max(d.shape[0] for d in usable)
-        said = f"measured on the {seeds} seeds that have run"
-        return cls(mean[0], mean[1], mean[2], max(apart, 0.01), said)
-
-
-_PARTS = ("between_seeds", "between_examples", "rest")
+        count = max(d.shape[0] for d in usable)
+        return cls(seeds, examples, rest, max(apart, 0.01), f"measured on the {count} seeds that have run")
 
 
 @dataclass(frozen=True)
@@ -69,34 +70,35 @@ class Power:
     margin: float
     within: float  # how often equal methods would be called as good
     at_ten_times: float  # the same with ten times the test examples
-    decides: float | None  # points: the margin within which 8 of 10 equal methods would be called as good
-    shows_worse: float | None  # points: a method that is truly so far behind would be called worse in 8 of 10 cases
-    more_examples: int | None  # test examples that would make it 8 of 10, with these seeds
-    more_seeds: int | None  # seeds that would, with these examples
-    both: tuple[int, int] | None  # (more seeds, more examples) where neither alone would
+    decides: float | None  # points: the margin within which equal methods would be called as good in 8 of 10 cases
+    shows_worse: float | None  # points: a method that is truly this far behind would be called worse in 8 of 10 cases
+    more_examples: int | None  # further test examples for 8 of 10, with these seeds
+    more_seeds: int | None  # further seeds for 8 of 10, with these examples
+    both: tuple[int, int] | None  # (further seeds, further examples) if neither alone is enough
     spread: Spread
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
+        """The fields, and the sentences for people."""
         return {**asdict(self), "sentences": list(self.sentences())}
 
     def sentences(self) -> tuple[str, ...]:
-        """For people: what is decided, what would decide, and what was assumed."""
+        """For people: what the design can decide, what would be enough, and the spread behind it."""
         if self.decides is None or self.shows_worse is None:
             return ("one seed decides nothing; give at least two",)
         more = report_text.rounded(10 * self.examples)
         first = (
-            f"of equal methods {report_text.share(self.within)} would be called as good within {_points(self.margin)} "
-            f"with {self.seeds} seeds and {self.examples:,} test examples, "
-            f"{report_text.share(self.at_ten_times)} with {more}"
+            f"two equal methods would be called as good within {_points(self.margin)} with {self.seeds} seeds and "
+            f"{self.examples:,} test examples in {report_text.share(self.within)} of cases, with {more} test examples "
+            f"in {report_text.share(self.at_ten_times)}"
         )
         second = (
-            f"it decides in 8 of 10 cases: equal methods as good within {_points(self.decides)}, and a method that is "
-            f"{_points(self.shows_worse)} behind as worse"
+            f"in 8 of 10 cases, equal methods would be called as good within {_points(self.decides)}, and a method "
+            f"that is {_points(self.shows_worse)} behind would be called worse"
         )
         return (first, second, self.advice(), f"spread of the differences {self.spread.source}")
 
     def advice(self) -> str:
-        """What would decide within the margin."""
+        """What would be enough to decide within the margin."""
         if self.within >= ENOUGH:
             return "enough for this margin"
         options = []
@@ -113,46 +115,49 @@ class Power:
 
 
 def power(spread: Spread, seeds: int, examples: int, margin: float, *, confidence: float = 0.95) -> Power:
-    """What `seeds` trainings a method on `examples` test examples can decide about a margin in points."""
+    """The power of a design with so many seeds per method and test examples. margin: points."""
 
-    def reached(some: int, many: int) -> float:
-        return float((simulated(spread, some, many, confidence)[0] <= margin).mean()) if some > 1 else 0.0
+    def reached(seeds: int, examples: int) -> float:
+        return float((simulated(spread, seeds, examples, confidence)[0] <= margin).mean()) if seeds > 1 else 0.0
 
     if seeds < 2:
         return Power(seeds, examples, margin, 0.0, 0.0, None, None, None, None, None, spread)
     below, above = simulated(spread, seeds, examples, confidence)
-    now = float((below <= margin).mean())
-    alone = both = more = None
-    if now < ENOUGH:
-        alone = _fewest(_enough(reached, seeds, examples), MOST_EXAMPLES)
-        more = _fewest(lambda s: reached(seeds + s, examples) >= ENOUGH, MOST_SEEDS - seeds)
-        if alone is None and more is None:
+    within = float((below <= margin).mean())
+    more_examples = more_seeds = both = None
+    if within < ENOUGH:
+        more_examples = _fewest(_enough(reached, seeds, examples), MOST_EXAMPLES)
+        more_seeds = _fewest(lambda more: reached(seeds + more, examples) >= ENOUGH, MOST_SEEDS - seeds)
+        if more_examples is None and more_seeds is None:
             both = _both(reached, seeds, examples)
     return Power(
         seeds=seeds,
         examples=examples,
         margin=margin,
-        within=now,
+        within=within,
         at_ten_times=reached(seeds, 10 * examples),
         decides=float(np.quantile(below, ENOUGH)),
         shows_worse=margin + float(np.quantile(above, ENOUGH)),
-        more_examples=alone,
-        more_seeds=more,
+        more_examples=more_examples,
+        more_seeds=more_seeds,
         both=both,
         spread=spread,
     )
 
 
 def simulated(spread: Spread, seeds: int, examples: int, confidence: float = 0.95) -> tuple[Array, Array]:
-    """(minus the lower end, the upper end) of DRAWS intervals in points, of methods that are equal. At least 2 seeds.
+    """Simulate DRAWS intervals of two equal methods with at least two seeds.
 
-    The same draws every time, so that more seeds or examples never seem to decide less by chance.
+    The random numbers are the same in every call, so more seeds or examples never decide less by chance.
+
+    Returns:
+        Minus the lower ends and the upper ends (DRAWS,), in points.
     """
     rng = np.random.default_rng(0)
     rest = spread.rest**2
     rows = math.sqrt(spread.seeds**2 + rest / examples) * rng.standard_normal((DRAWS, seeds))  # (D, S)
-    own = spread.examples**2 + rest / seeds  # of a column's mean
-    added = 2 * (own / spread.apart) / examples  # by `with_one_more_each_way`
+    own = spread.examples**2 + rest / seeds  # variance of a column's mean
+    added = 2 * (own / spread.apart) / examples  # by `evidence.with_pseudo_examples`
     columns = own * rng.chisquare(max(1, examples - 1), DRAWS) / max(1, examples - 1) + added  # (D,)
     middle = rows.mean(1) + math.sqrt(spread.examples**2 / examples) * rng.standard_normal(DRAWS)
     weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds  # (R, S)
@@ -165,7 +170,7 @@ def simulated(spread: Spread, seeds: int, examples: int, confidence: float = 0.9
 
 
 def _quantile(rows: Array, columns: Array, rest: float, seeds: int, examples: int, confidence: float) -> Array:
-    """How much wider than a normal's the interval is: by the t of Satterthwaite's degrees, as in `evidence`."""
+    """The width of the interval relative to a normal's, by the t quantile with Satterthwaite's degrees of freedom."""
     by_seeds = np.maximum(0.0, rows - rest / examples) / seeds + rest / (seeds * examples)
     by_examples = np.maximum(0.0, columns - rest / seeds) / examples + rest / (seeds * examples)
     below = by_seeds**2 / (seeds - 1) + by_examples**2 / max(1, examples - 1)
@@ -181,9 +186,9 @@ def _normal(count: int) -> Array:
 
 
 def _fewest(enough: Callable[[int], bool], most: int) -> int | None:
-    """The least number up to `most` that is enough, within 5%; None where none is."""
+    """The smallest number up to `most` that is enough, within 5%; None if none is."""
     low, high = 0, 1
-    while high <= most and not enough(high):  # upward: with two seeds, far more examples can be enough no longer
+    while high <= most and not enough(high):  # search upwards: with two seeds, many more examples can be worse again
         low, high = high, 2 * high
     if high > most:
         return None
@@ -194,12 +199,12 @@ def _fewest(enough: Callable[[int], bool], most: int) -> int | None:
 
 
 def _both(reached: Callable[[int, int], float], seeds: int, examples: int) -> tuple[int, int] | None:
-    """(more seeds, more examples): with twice the seeds, then four times, the fewest examples that are enough."""
+    """(further seeds, further examples): the fewest examples with 2, 4 or 8 times the seeds."""
     for factor in (2, 4, 8):
         many = min(MOST_SEEDS, factor * seeds)
-        found = _fewest(_enough(reached, many, examples), MOST_EXAMPLES)
-        if found is not None:
-            return many - seeds, found
+        more = _fewest(_enough(reached, many, examples), MOST_EXAMPLES)
+        if more is not None:
+            return many - seeds, more
     return None
 
 
@@ -208,5 +213,5 @@ def _enough(reached: Callable[[int, int], float], seeds: int, examples: int) -> 
 
 
 def _points(value: float) -> str:
-    said = f"{value:.2g}" if value < 10 else f"{value:.0f}"
-    return f"{said} point{'' if said == '1' else 's'}"
+    number = f"{value:.2g}" if value < 10 else f"{value:.0f}"
+    return f"{number} point{'' if number == '1' else 's'}"

@@ -1,56 +1,63 @@
-"""Which version to promote after a comparison, and why. Knows rows and verdicts, as `comparison` makes them."""
+"""Recommends which version to promote after a comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from turret.compare.results import Result
+from turret.compare.rows import ComparisonRow
+from turret.compare.verdict import Verdict
+from turret.json_types import JsonMapping
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What to do with all this."""
+    """The version to promote, or why there is none."""
 
     spec: str | None
     version: str | None
     why: str
 
 
-def promotion(rows: Sequence[Any], against: str, whole: Sequence[Result]) -> Promotion:
-    """The smallest of those as good as the yardstick; a seed is chosen by validation, never by the test examples."""
+def promotion(rows: Sequence[ComparisonRow], against: str, results: Sequence[Result]) -> Promotion:
+    """The smallest method that is as good as the baseline. The validation split chooses its seed, never the test split.
+
+    Args:
+        against: spec of the baseline.
+        results: on all training examples, without those that collapsed.
+    """
     good = [row for row in rows if row.verdict and row.verdict.word in ("within", "better") and row.versions]
     if any(row.spec == against and row.learnt_nothing for row in rows):
-        return Promotion(None, None, f"{against} learnt nothing here, so to be as good as it says nothing")
+        return Promotion(None, None, f"{against} learnt nothing here, so being as good as {against} means nothing")
     if good:
         chosen = min(good, key=lambda row: (row.costs.bundle_bytes if row.costs else 0, row.spec))
-        why = f"the smallest of those as good as {against}" if len(good) > 1 else f"as good as {against}, and smaller"
+        why = f"the smallest method as good as {against}" if len(good) > 1 else f"as good as {against}, and smaller"
     else:
-        yard = [row for row in rows if row.spec == against and row.versions]
-        judged = [row for row in rows if row.verdict is not None and row.kind != "base"]
-        if not yard:
+        baseline = next((row for row in rows if row.spec == against and row.versions), None)
+        verdicts = [row.verdict for row in rows if row.verdict is not None and row.kind != "base"]
+        undecided = [verdict for verdict in verdicts if verdict.word == "undecided"]
+        if baseline is None:
             return Promotion(None, None, f"{against} has not run, so nothing can be judged yet")
-        if not judged:
-            return Promotion(None, None, f"nothing beside {against} has run yet")
-        if any(row.verdict and row.verdict.word == "undecided" for row in judged):
-            return Promotion(None, None, f"nothing is shown to be as good as {against} yet: {_advice(judged)}")
-        chosen, why = yard[0], "every other method is worse by more than the margin"
-    mine = [each for each in whole if each.spec == chosen.spec and each.version is not None]
-    measured = [each for each in mine if each.held.get("validation")]
-    if measured:
-        best = max(measured, key=lambda each: _merit(each.held["validation"]))
+        if not verdicts:
+            return Promotion(None, None, f"no method but {against} has run yet")
+        if undecided:
+            return Promotion(None, None, f"nothing is shown to be as good as {against} yet: {_advice(undecided)}")
+        chosen, why = baseline, "every other method is worse by more than the margin"
+    own = [each for each in results if each.spec == chosen.spec and each.version is not None]
+    validated = [each for each in own if each.held.get("validation")]
+    if validated:
+        best = max(validated, key=lambda each: _merit(each.held["validation"]))
         return Promotion(chosen.spec, best.version, f"{why}; of its seeds the best on the validation split")
-    return Promotion(chosen.spec, mine[0].version, f"{why}; its first seed, because the test examples choose nothing")
+    return Promotion(chosen.spec, own[0].version, f"{why}; its first seed, because the test examples must not choose")
 
 
-def _merit(metrics: Mapping[str, Any]) -> float:
+def _merit(metrics: JsonMapping) -> float:
     return float(metrics.get("accuracy", -metrics["loss"]))
 
 
-def _advice(rows: Sequence[Any]) -> str:
-    asked = [row.verdict for row in rows if row.verdict and row.verdict.word == "undecided"]
-    few = [each.more_seeds for each in asked if each.more_seeds is not None]
-    if not few:
-        return str(asked[0].advice())
-    return f"about {min(few)} more seed{'' if min(few) == 1 else 's'} would settle the first of them"
+def _advice(undecided: Sequence[Verdict]) -> str:
+    seeds = [each.more_seeds for each in undecided if each.more_seeds is not None]
+    if not seeds:
+        return undecided[0].advice()
+    return f"about {min(seeds)} more seed{'' if min(seeds) == 1 else 's'} would settle the first of them"

@@ -1,68 +1,71 @@
-"""A comparison as pages: self-contained HTML, the same as Markdown, and JSON. Knows how it reads, judges nothing.
+"""Writes a comparison as self-contained HTML, Markdown and JSON.
 
-Every word that came from data is escaped, in HTML by Jinja2 and in SVG by `plots`.
+All text from data is escaped: in HTML by Jinja2, in SVG by `plots`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from turret.compare import report_text
 from turret.compare.candidates import is_floor
-from turret.compare.comparison import Comparison, ComparisonRow
+from turret.compare.comparison import Comparison
+from turret.compare.costs import Span
+from turret.compare.details import PerClass
 from turret.compare.pages import environment, facts
 from turret.compare.plots import Bar, Line, LossCurve, Mark, courses, curves, forest, scatter, stacks
+from turret.compare.rows import ComparisonRow
+from turret.json_types import JsonObject
 from turret.tasks import task_of
 
 PARTS = ("weights", "trainable", "gradients", "optimiser", "activations")
 WORDS = {"within": "as good", "better": "better", "worse": "worse", "undecided": "undecided"}
 
 
-def write_report(found: Comparison, folder: Path, write: Callable[[Path, str], None]) -> None:
-    """report.html, report.md and report.json in a folder; `write` puts one file there, whole."""
-    said = found.as_json() | {"headline": headline(found)}
-    write(folder / "report.json", json.dumps(said, ensure_ascii=False, indent=1, allow_nan=False))
-    write(folder / "report.md", as_markdown(found))
-    write(folder / "report.html", as_html(found))
+def write_report(result: Comparison, folder: Path, write: Callable[[Path, str], None]) -> None:
+    """Write report.html, report.md and report.json into a folder. write: (path, text), writes one file."""
+    content = result.as_json() | {"headline": headline(result)}
+    write(folder / "report.json", json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False))
+    write(folder / "report.md", as_markdown(result))
+    write(folder / "report.html", as_html(result))
 
 
-def as_html(found: Comparison) -> str:
-    """One page that needs nothing but itself."""
-    return environment(True).get_template("report.html.j2").render(**_said(found), plots=dict(_plots(found)))
+def as_html(result: Comparison) -> str:
+    """The report as one self-contained page."""
+    return environment(True).get_template("report.html.j2").render(**_values(result), plots=dict(_plots(result)))
 
 
-def as_markdown(found: Comparison) -> str:
-    """The same as text; plots are left out, their numbers are in the tables."""
-    return environment(False).get_template("report.md.j2").render(**_said(found))
+def as_markdown(result: Comparison) -> str:
+    """The report as Markdown, without the plots; their numbers are in the tables."""
+    return environment(False).get_template("report.md.j2").render(**_values(result))
 
 
-def headline(found: Comparison) -> str:
-    """The answer in one sentence: every method that was judged, with its number."""
-    against, margin = found.against_label, f"{found.margin:g} point{'' if found.margin == 1 else 's'}"
-    said = {
+def headline(result: Comparison) -> str:
+    """The result in one sentence: every judged method with its difference."""
+    against, margin = result.against_label, f"{result.margin:g} point{'' if result.margin == 1 else 's'}"
+    phrases = {
         "better": f"better than {against}",
         "within": f"as good as {against} within {margin}",
         "undecided": f"not decided against {against} within {margin}",
         "worse": f"worse than {against} by more than {margin}",
     }
     parts = []
-    for word, words_ in said.items():
-        names = [_named(row) for row in found.rows if row.verdict is not None and row.verdict.word == word]
+    for word, phrase in phrases.items():
+        names = [_named(row) for row in result.rows if row.verdict is not None and row.verdict.word == word]
         if names:
-            parts.append(f"{_and(names)} {'is' if len(names) == 1 else 'are'} {words_}")
-    parts += [f"{row.label} did not run" for row in found.rows if row.failed and row.score is None]
-    if not any(row.verdict is not None for row in found.rows):
+            parts.append(f"{_and(names)} {'is' if len(names) == 1 else 'are'} {phrase}")
+    parts += [f"{row.label} did not run" for row in result.rows if row.failed and row.score is None]
+    if not any(row.verdict is not None for row in result.rows):
         parts = [f"nothing is judged against {against} yet", *parts]
     return report_text.sentence("; ".join(parts)) + "."
 
 
 def _named(row: ComparisonRow) -> str:
-    """`lora (-0.7, -1.8 to +0.5)`: in points; of a floor the mean alone."""
+    """`lora (-0.7, -1.8 to +0.5)` in points; without the interval for the bare base and the head alone."""
     assert row.verdict is not None
     d = row.verdict.difference
     span = report_text.plus(d.mean)
@@ -78,38 +81,38 @@ def _and(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _said(found: Comparison) -> dict[str, Any]:
-    labels = {row.spec: row.label for row in found.rows}
-    kinds = {row.spec: row.kind for row in found.rows}
+def _values(result: Comparison) -> JsonObject:
+    """The variables of the templates."""
     return {
-        "c": found,
-        "headline": headline(found),
-        "labels": labels,
-        "kinds": kinds,
+        "c": result,
+        "headline": headline(result),
+        "labels": {row.spec: row.label for row in result.rows},
+        "kinds": {row.spec: row.kind for row in result.rows},
         "words": WORDS,
-        "metric": task_of(found.task).metric_label,
+        "metric": task_of(result.task).metric_label,
         "parts": PARTS,
-        "classes": _by_class(found),
-        "memory": list(_memory(found)),
-        "tests": [row for row in found.rows if row.verdict is not None and row.kind != "base"],
-        "writes": task_of(found.task).generates,
-        "made": list(facts(found.made)),
+        "classes": _by_class(result),
+        "memory": list(_memory(result)),
+        "tests": [row for row in result.rows if row.verdict is not None and row.kind != "base"],
+        "writes": task_of(result.task).generates,
+        "made": list(facts(result.made)),
     }
 
 
-def _memory(found: Comparison) -> Iterator[tuple[str, str, Any, float]]:
-    """(method, predicted or measured, bytes by component, what is above the base)."""
-    for row in found.rows:
-        for what in ("predicted", "measured"):
-            parts = getattr(row.costs, what, None)
+def _memory(result: Comparison) -> Iterator[tuple[str, str, Mapping[str, int], int]]:
+    """(method, predicted or measured, bytes by component, bytes above the base)."""
+    for row in result.rows:
+        if row.costs is None:
+            continue
+        for name, parts in (("predicted", row.costs.predicted), ("measured", row.costs.measured)):
             if parts:
-                yield row.label, what, parts, sum(parts.get(name, 0) for name in PARTS if name != "weights")
+                yield row.label, name, parts, sum(parts.get(each, 0) for each in PARTS if each != "weights")
 
 
-def _by_class(found: Comparison) -> list[tuple[str, int, dict[str, Any]]]:
-    """(class, examples, spec -> what is said of it)."""
-    rows: dict[str, tuple[str, int, dict[str, Any]]] = {}
-    for each in found.classes:
+def _by_class(result: Comparison) -> list[tuple[str, int, dict[str, PerClass]]]:
+    """(class, examples, spec -> its result)."""
+    rows: dict[str, tuple[str, int, dict[str, PerClass]]] = {}
+    for each in result.classes:
         rows.setdefault(each.label, (each.label, each.examples, {}))[2][each.spec] = each
     return list(rows.values())
 
@@ -117,16 +120,16 @@ def _by_class(found: Comparison) -> list[tuple[str, int, dict[str, Any]]]:
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
-def _plots(found: Comparison) -> Iterator[tuple[str, str]]:
-    rows = [row for row in found.rows if row.score is not None and row.costs is not None]
+def _plots(result: Comparison) -> Iterator[tuple[str, str]]:
+    rows = [row for row in result.rows if row.score is not None and row.costs is not None]
     contenders = [row for row in rows if not is_floor(row.kind) and not row.learnt_nothing] or rows
     judged = [row for row in rows if row.verdict is not None]
-    metric = task_of(found.task).metric_label
+    metric = task_of(result.task).metric_label
     if judged:
-        zero = f"{found.against_label}, and {found.margin:g} to either side"
+        zero = f"{result.against_label}, and {result.margin:g} to either side"
         scale = [_difference(row) for row in contenders if row.verdict is not None] or None
         marks = [_difference(row) for row in judged]
-        yield "forest", forest(marks, found.margin, unit=f"points of {metric}", zero=zero, scale=scale)
+        yield "forest", forest(marks, result.margin, unit=f"points of {metric}", zero=zero, scale=scale)
     trained = [row for row in rows if row.kind != "base"]
     if trained:
         yield from _against_costs(
@@ -134,17 +137,17 @@ def _plots(found: Comparison) -> Iterator[tuple[str, str]]:
         )
         yield (
             "components",
-            stacks(list(_stacked(trained)), unit="MB while training, without the program itself", number=whole),
+            stacks(list(_stacked(trained)), unit="MB in training, without Python and its libraries", number=whole),
         )
     losses = list(_courses(trained))
     if losses:
         yield "losses", courses(losses, x_label="% of the training", y_label="loss on the training examples")
-    if found.curves:
-        yield "curves", curves(list(_lines(found)), x_label="training examples", y_label=metric)
+    if result.curves:
+        yield "curves", curves(list(_lines(result)), x_label="training examples", y_label=metric)
 
 
 def _against_costs(trained: list[ComparisonRow], scale: list[Mark] | None, metric: str) -> Iterator[tuple[str, str]]:
-    """Quality against what is trained, against time and against memory."""
+    """Quality against trained parameters, time and memory."""
     costly = [(row, row.costs) for row in trained if row.costs is not None]
     marks = {
         ("parameters", "trainable parameters"): [_mark(row, each.trainable) for row, each in costly if each.trainable],
@@ -163,7 +166,7 @@ def _against_costs(trained: list[ComparisonRow], scale: list[Mark] | None, metri
 
 
 def _courses(rows: Sequence[ComparisonRow]) -> Iterator[LossCurve]:
-    """The mean loss of each row, and beside it every training that collapsed."""
+    """The mean loss of each row, and the losses of each training that collapsed."""
     for row in rows:
         lost = {each.seed for each in row.collapses}
         good = [values for seed, values in row.losses if seed not in lost]
@@ -176,7 +179,7 @@ def _courses(rows: Sequence[ComparisonRow]) -> Iterator[LossCurve]:
 
 
 def whole(value: float) -> str:
-    """Megabytes in a plot."""
+    """Megabytes as text in a plot."""
     return f"{value:,.0f}"
 
 
@@ -186,7 +189,7 @@ def _difference(row: ComparisonRow) -> Mark:
     return Mark(row.label, row.kind, d.mean, d.mean, d.low, d.high)
 
 
-def _mark(row: ComparisonRow, x: float, span: Any = None, factor: float = 1.0) -> Mark:
+def _mark(row: ComparisonRow, x: float, span: Span | None = None, factor: float = 1.0) -> Mark:
     assert row.score is not None
     ends = (None, None) if span is None else (factor * span.least, factor * span.most)
     return Mark(row.label, row.kind, max(x, 1e-9), row.score.mean, row.score.low, row.score.high, *ends)
@@ -196,16 +199,16 @@ def _stacked(rows: list[ComparisonRow]) -> Iterator[Bar]:
     for row in rows:
         if row.costs is None:
             continue
-        for said, parts in (("predicted", row.costs.predicted), ("measured", row.costs.measured)):
+        for source, parts in (("predicted", row.costs.predicted), ("measured", row.costs.measured)):
             if parts:
-                yield Bar(f"{row.label}, {said}", tuple((name, parts.get(name, 0) / 1e6) for name in PARTS))
+                yield Bar(f"{row.label}, {source}", tuple((name, parts.get(name, 0) / 1e6) for name in PARTS))
 
 
-def _lines(found: Comparison) -> Iterator[Line]:
-    for row in found.rows:
+def _lines(result: Comparison) -> Iterator[Line]:
+    for row in result.rows:
         marks = [
             Mark(row.label, row.kind, each.examples, each.score.mean, each.score.low, each.score.high)
-            for each in found.curves
+            for each in result.curves
             if each.spec == row.spec
         ]
         if len(marks) > 1:

@@ -1,4 +1,4 @@
-"""Numbers and names as a report says them."""
+"""Formats numbers and names for reports."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from turret.methods import method_named
 
 
-def sentence(said: str) -> str:
-    """`prefix is …` begins with a capital; a name that has its own spelling keeps it."""
-    word = re.split(r"\W", said, maxsplit=1)[0]
-    return (method_named(word).title or word[:1].upper() + word[1:]) + said[len(word) :]
+def sentence(text: str) -> str:
+    """The text with its first letter, or its first word if that is a method, written as at the start of a sentence."""
+    word = re.split(r"\W", text, maxsplit=1)[0]
+    return (method_named(word).title or word[:1].upper() + word[1:]) + text[len(word) :]
 
 
 def count(value: float) -> str:
@@ -56,23 +56,23 @@ def chance(p: float) -> str:
 
 
 def points(value: float) -> str:
-    """One digit behind the point."""
+    """A number with one decimal."""
     return f"{value:.1f}"
 
 
 def signed(value: float) -> str:
-    """`+0.4`, `-1.2` with a typographic minus; never a minus before zero."""
+    """`+0.4`, `-1.2` with a typographic minus; `0.0` has no sign."""
     return plus(value).replace("-", "\u2212")
 
 
 def plus(value: float) -> str:
-    """The same with a plain minus, for a terminal."""
-    said = f"{value:+.1f}"
-    return "0.0" if said in ("+0.0", "-0.0") else said
+    """`+0.4`, `-1.2` with a plain minus; `0.0` has no sign."""
+    number = f"{value:+.1f}"
+    return "0.0" if number in ("+0.0", "-0.0") else number
 
 
 def rounded(value: float) -> str:
-    """`12,000`, `240`, `35`: two digits, because an estimate has no more."""
+    """`12,000`, `240`, `35`: two significant digits, for estimates."""
     size = 10 ** max(0, len(str(round(abs(value)))) - 2)
     return f"{round(value / size) * size:,}"
 
@@ -80,3 +80,9 @@ def rounded(value: float) -> str:
 def share(value: float) -> str:
     """`8%`, `below 1%`, `over 99%`."""
     return "below 1%" if value < 0.01 else "over 99%" if value > 0.99 else f"{100 * value:.0f}%"
+
+
+def shortened(text: str, most: int) -> str:
+    """The text on one line of at most `most` characters, cut at the end."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"

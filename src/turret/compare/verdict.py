@@ -1,23 +1,22 @@
-"""Is one method as good as another, on this evidence? Four words, each with its error kept under a stated rate.
+"""The verdict on one method against another, from the interval of their difference and a margin.
 
-Knows intervals and a margin. Refuses to know means without intervals: there is no verdict from them.
-
-- `worse`: the whole interval lies below minus the margin
-- `better`: the whole interval lies above zero, and reaches beyond the margin
-- `within`: the whole interval lies above minus the margin: as good, up to the margin
+- `worse`: the whole interval is below minus the margin
+- `better`: the whole interval is above zero and reaches beyond the margin
+- `within`: the whole interval is above minus the margin: as good, up to the margin
 - `undecided`: none of these yet
-With 95% intervals each of the first three is said wrongly at most once in forty. One training a method never decides.
 
-An interval is about trainings that do not collapse (`collapse`): no interval over a few seeds could cover a mean that
-one collapse in five moves by many points. Collapses are counted beside it, with an interval of their own, and a method
-that collapsed is never called as good or better.
+With 95% intervals each of the first three is wrong at most once in forty. One training per method never decides.
+
+The interval describes trainings that do not collapse (see `collapse`). If one in five collapses and costs many points,
+no interval over a few seeds can cover the mean. So collapses are counted separately, with an interval of their own, and
+a method that collapsed is never called as good or better.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -29,34 +28,35 @@ from turret.compare.evidence import (
     interval,
     rate,
     sign_flips,
-    with_one_more_each_way,
+    with_pseudo_examples,
 )
 from turret.compare.report_text import plus, rounded
+from turret.json_types import JsonObject
 
 Word = Literal["within", "worse", "better", "undecided"]
-MOST_SEEDS = 50  # more than that is no advice
-MOST_EXAMPLES = 200  # times as many as there are
+MOST_SEEDS = 50  # the most to advise
+MOST_EXAMPLES = 200  # the most to advise, in multiples of the present number
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What may be said of a method against the one it is compared with."""
+    """The verdict on a method against the baseline."""
 
     word: Word
     difference: Interval  # of the means, in points: hundredths of the metric
     margin: float  # points
     seeds: int
     examples: int
-    p: float  # of no difference on these trainings: signs of the examples' differences flipped at random
-    more_seeds: int | None = None  # that would settle it, if the difference stays what it is
-    more_examples: int | None = None  # or so many more test examples, where seeds alone would not
-    collapsed: tuple[int, ...] = ()  # seeds of this method, which are left out of the interval
-    trainings: int = 0  # of this method, the collapsed ones too
+    p: float  # of no difference on these trainings, by a sign-flip test
+    more_seeds: int | None = None  # that would settle it, if the difference stays the same
+    more_examples: int | None = None  # test examples that would settle it, if more seeds would not
+    collapsed: tuple[int, ...] = ()  # seeds of this method that the interval leaves out
+    trainings: int = 0  # of this method, including those that collapsed
     collapse_rate: Interval | None = None  # points
-    claimed: bool = True  # whether the interval claims anything: not where no pair of trainings learnt
+    claimed: bool = True  # False: no pair of trainings learnt, so the interval claims nothing
 
     def sentence(self, against: str = "full fine-tuning") -> str:
-        """One sentence, with the interval in it, and with the collapses that it leaves out."""
+        """The verdict in one sentence, with the interval and the collapses that it leaves out."""
         points = f"{self.margin:g} point" + ("" if self.margin == 1 else "s")
         span, lost = self.span(), self.collapses()
         if lost:
@@ -73,20 +73,16 @@ class Verdict:
         """`-0.4 points, 95% interval -1.2 to +0.3`."""
         d = self.difference
         if d.open:
-            return f"{plus(d.mean)} points, not determined by so little"
+            return f"{plus(d.mean)} points, not determined by so few examples and seeds"
         return f"{plus(d.mean)} points, {round(100 * d.confidence)}% interval {plus(d.low)} to {plus(d.high)}"
 
     def collapses(self) -> str:
-        """`2 of 5 trainings collapsed: seeds 43 and 45`, or nothing."""
-        if not self.collapsed:
+        """`2 of 5 trainings collapsed: seeds 43 and 45`, or an empty text."""
+        count = len(self.collapsed)
+        if not count:
             return ""
-        seeds = (
-            " and ".join(map(str, self.collapsed)) if len(self.collapsed) < 3 else ", ".join(map(str, self.collapsed))
-        )
-        return (
-            f"{len(self.collapsed)} of {self.trainings} trainings collapsed: "
-            f"seed{'' if len(self.collapsed) == 1 else 's'} {seeds}"
-        )
+        seeds = (" and " if count < 3 else ", ").join(map(str, self.collapsed))
+        return f"{count} of {self.trainings} trainings collapsed: seed{'' if count == 1 else 's'} {seeds}"
 
     def advice(self) -> str:
         """What would settle it."""
@@ -100,7 +96,8 @@ class Verdict:
             return f"more seeds would not settle it, about {rounded(self.more_examples)} more test examples would"
         return "the difference is too near the margin for seeds or examples to settle it; widen the margin"
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
+        """The fields and the sentence."""
         return {**asdict(self), "sentence": self.sentence()}
 
 
@@ -118,45 +115,47 @@ def judge(
     """The verdict on differences of scores between 0 and 1.
 
     Args:
-        d: (S, N), seeds by test examples, of trainings that did not collapse on either side; where there is no such
-            pair, of all, with `claimed` false.
+        d: (S, N), seeds by test examples, of trainings that did not collapse on either side. If there is no such pair,
+            of all trainings, with `claimed` false.
         margin: points.
-        collapsed: seeds of the trainings of this method that collapsed, `trainings` of how many.
+        generator: draws the samples of the interval and the test.
+        collapsed: seeds of this method that collapsed.
+        trainings: number of trainings of this method, including those that collapsed; None: S.
     """
     seeds, examples = d.shape
-    found = interval(d, generator, confidence=confidence, resamples=resamples).times(100)
+    difference = interval(d, generator, confidence=confidence, resamples=resamples).times(100)
     trainings = seeds if trainings is None else trainings
-    word = _word(found, margin) if seeds > 1 and claimed else "undecided"
+    word = _word(difference, margin) if seeds > 1 and claimed else "undecided"
     if collapsed and word in ("within", "better"):
         word = "undecided"
     p = sign_flips(d, generator, resamples)
     more: tuple[int | None, int | None] = (None, None)
     if word == "undecided" and seeds > 1 and not collapsed:
-        more = _what_would_settle(found, margin, components(100 * with_one_more_each_way(d)))
+        more = _what_would_settle(difference, margin, components(100 * with_pseudo_examples(d)))
     share = rate(len(collapsed), trainings, confidence)
     return Verdict(
-        word, found, margin, seeds, examples, p, *more,
+        word, difference, margin, seeds, examples, p, *more,
         collapsed=tuple(collapsed), trainings=trainings, collapse_rate=share, claimed=claimed,
     )  # fmt: skip
 
 
-def _word(found: Interval, margin: float) -> Word:
-    if found.high < -margin:
+def _word(difference: Interval, margin: float) -> Word:
+    if difference.high < -margin:
         return "worse"
-    if found.low > 0 and found.high > margin:
+    if difference.low > 0 and difference.high > margin:
         return "better"
-    return "within" if found.low >= -margin else "undecided"
+    return "within" if difference.low >= -margin else "undecided"
 
 
-def _what_would_settle(found: Interval, margin: float, parts: Components) -> tuple[int | None, int | None]:
-    """(more seeds, None), (None, more examples) or (None, None), were the mean to stay where it is."""
-    seeds, examples, level = parts.seeds, parts.examples, found.confidence
+def _what_would_settle(difference: Interval, margin: float, parts: Components) -> tuple[int | None, int | None]:
+    """(more seeds, None), (None, more examples) or (None, None), if the mean stays the same."""
+    seeds, examples, level, mean = parts.seeds, parts.examples, difference.confidence, difference.mean
     now = parts.half_width(seeds, examples, level)
-    scale = max(found.high - found.mean, found.mean - found.low) / now if now > 0 else 1.0
+    scale = max(difference.high - mean, mean - difference.low) / now if now > 0 else 1.0
 
     def settled(more_seeds: int, more_examples: int) -> bool:
         half = scale * parts.half_width(seeds + more_seeds, examples + more_examples, level)
-        return _word(Interval(found.mean, found.mean - half, found.mean + half, level), margin) != "undecided"
+        return _word(Interval(mean, mean - half, mean + half, level), margin) != "undecided"
 
     for more in range(1, MOST_SEEDS + 1):
         if settled(more, 0):
@@ -164,7 +163,7 @@ def _what_would_settle(found: Interval, margin: float, parts: Components) -> tup
     most = MOST_EXAMPLES * examples
     if not settled(MOST_SEEDS, most):
         return None, None
-    low, high = 0, most  # fewest examples that settle it with the seeds there are, or with as many as is reasonable
+    low, high = 0, most  # the fewest examples that settle it, with the present seeds or else with MOST_SEEDS more
     extra = 0 if settled(0, most) else MOST_SEEDS
     while high - low > max(1, high // 50):
         middle = (low + high) // 2
