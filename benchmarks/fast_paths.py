@@ -156,7 +156,7 @@ def _training(
         return sum(found.values())
 
     try:
-        with run.randomness, heap.kept():
+        with run.randomness, heap.keep_freed():
             yield str(base.dtype).removeprefix("torch."), block, saved
     finally:
         adapters.detach(base.model)

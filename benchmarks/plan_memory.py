@@ -92,7 +92,7 @@ def measured(case: str, threads: int) -> dict[str, Any]:
             seed=recipe.seed,
         )
     task: Any = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
-    heap.give_back()
+    heap.release()
     before = memory.resident()
     plan = train.plan(recipe, base, task, dataset)
     plan.require()

@@ -379,7 +379,7 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
         around = hf.callback(turns.begin, turns.end)
         trainer = hf.trainer(model, arguments, rows, collate, around)
         started = time.perf_counter()
-        with heap.kept():
+        with heap.keep_freed():
             trainer.train()
         seconds = time.perf_counter() - started
     facts |= {

@@ -27,11 +27,11 @@ with shelf.engine() as engine:
     engine.classify(["a great film"], "a")
     faults()
     passes = faults()
-with heap.kept():
+with heap.keep_freed():
     faults()
     steps = faults()
 held = memory.resident()
-heap.give_back()
+heap.release()
 print(before, passes, steps, held - memory.resident())
 """  # page faults while 24 MB are allocated and freed repeatedly
 

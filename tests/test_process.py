@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from turret.process import OPENMP_VARIABLES, SELDOM, SPIN, environment, wait_briefly
+from turret.process import FULL_COLLECTION_EVERY, OPENMP_VARIABLES, SPIN, environment, wait_briefly
 
 COMMAND = """
 import os, sys
@@ -37,7 +37,7 @@ def test_the_command_has_all_objects_looked_through_seldom_and_young_ones_as_eve
     program = COMMAND.replace('os.environ.get("GOMP_SPINCOUNT")', "__import__('gc').get_threshold()")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     young, middle, _ = gc.get_threshold()
-    assert done.stdout.splitlines()[-1] == f"({young}, {middle}, {SELDOM}) False"
+    assert done.stdout.splitlines()[-1] == f"({young}, {middle}, {FULL_COLLECTION_EVERY}) False"
 
 
 def test_what_the_user_said_of_it_stands() -> None:

@@ -58,7 +58,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 
-from turret.disk import plainly
+from turret.disk import describe_error
 from turret.errors import StoreError
 from turret.location import Location
 from turret.postgres import Postgres
@@ -402,7 +402,7 @@ def told(where: Path | Location) -> Iterator[None]:
             f"store {server.store}: {server.name} holds a row that is no JSON ({error}): restore it from a copy"
         ) from error
     except OSError as error:
-        said = plainly(error, where if isinstance(where, Path) else where.local)
+        said = describe_error(error, where if isinstance(where, Path) else where.local)
         raise StoreError(f"store {_server(where).store}: {said}") from error
 
 

@@ -85,7 +85,7 @@ def create(path: Path) -> BinaryIO:
 
 
 @contextmanager
-def alone(folder: Path, seconds: float = 10.0) -> Iterator[bool]:
+def exclusive_lock(folder: Path, seconds: float = 10.0) -> Iterator[bool]:
     """Hold an exclusive lock on a folder during the block; wait up to `seconds` for other processes to release it.
 
     The operating system releases the lock when the process dies.
@@ -121,7 +121,7 @@ def mount_of(path: Path) -> Path:
     return mount
 
 
-def number_of(error: Exception) -> int | None:
+def errno_of(error: Exception) -> int | None:
     """The errno of an error; also if a library only wrote it into the error's text."""
     if isinstance(error, OSError):
         return error.errno
@@ -129,13 +129,13 @@ def number_of(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
-def plainly(error: Exception, where: Path) -> str:
+def describe_error(error: Exception, where: Path) -> str:
     """An error of the disk for users: the reason and the file; if the disk itself fails, also its mount point.
 
     Args:
         where: the file that was being written, for an error that names none.
     """
-    filename, number = getattr(error, "filename", None), number_of(error)
+    filename, number = getattr(error, "filename", None), errno_of(error)
     path = Path(os.fsdecode(filename)) if isinstance(filename, str | bytes) else where
     reason = os.strerror(number) if number else " ".join(str(error).split())[:160]
     failing = f": the disk at {mount_of(path)} fails, look at its health" if number in FAILING else ""

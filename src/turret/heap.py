@@ -16,7 +16,7 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20  # the largest value that mallopt accepts on 
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def keep_freed() -> Iterator[None]:
     """Keep the memory that one step frees for the next step, instead of returning it to the system.
 
     Otherwise glibc returns large blocks and the free top of the heap, and the system clears these pages again: 20,000
@@ -33,7 +33,7 @@ def kept() -> Iterator[None]:
             option(_TRIM_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)  # glibc's own value after large blocks were freed
 
 
-def give_back() -> None:
+def release() -> None:
     """Return free memory to the system, after work that used much memory for a short time (a load, a plan)."""
     gc.collect()
     trim = _glibc("malloc_trim")

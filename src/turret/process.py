@@ -12,7 +12,7 @@ import signal
 PASSED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "USERPROFILE", "VIRTUAL_ENV")
 PASSED_PREFIXES = ("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "CUDA_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME")
 SPIN = "10000"  # iterations of an OpenMP thread's busy wait: less than a millisecond
-SELDOM = 100  # collections of the middle generation per full collection; Python's default is 10
+FULL_COLLECTION_EVERY = 100  # collections of the middle generation per full collection; Python's default is 10
 OPENMP_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
@@ -27,14 +27,14 @@ def wait_briefly() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPIN
 
 
-def look_through_seldom() -> None:
+def collect_garbage_rarely() -> None:
     """Run full garbage collections 10x less often; collections of young objects are unchanged.
 
     Loading torch and transformers makes a million permanent objects. Repeated full collections during the load would
     delay every command that needs these libraries.
     """
     young, middle, old = gc.get_threshold()
-    gc.set_threshold(young, middle, max(old, SELDOM))
+    gc.set_threshold(young, middle, max(old, FULL_COLLECTION_EVERY))
 
 
 def stop_on_sigterm() -> None:

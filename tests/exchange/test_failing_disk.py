@@ -10,7 +10,7 @@ from pathlib import Path
 import failing_disk
 import pytest
 
-from turret.disk import plainly
+from turret.disk import describe_error
 
 
 @failing_disk.needed
@@ -32,7 +32,7 @@ def test_no_write_or_flush_of_an_export_or_import_fails_unheard(verb: str, tmp_p
 def test_the_disk_that_fails_is_named_and_another_error_is_said_as_it_is(tmp_path: Path) -> None:
     """Also if a library such as safetensors reports it in its own words."""
     fails = f"Input/output error: {tmp_path}: the disk at /"
-    assert plainly(OSError(5, "Input/output error"), tmp_path).startswith(fails)
-    assert plainly(RuntimeError("I/O error: Input/output error (os error 5)"), tmp_path).startswith(fails)
-    assert plainly(OSError(13, "Permission denied", "a"), tmp_path) == "Permission denied: a"
-    assert plainly(OSError(28, "No space left on device"), tmp_path) == f"No space left on device: {tmp_path}"
+    assert describe_error(OSError(5, "Input/output error"), tmp_path).startswith(fails)
+    assert describe_error(RuntimeError("I/O error: Input/output error (os error 5)"), tmp_path).startswith(fails)
+    assert describe_error(OSError(13, "Permission denied", "a"), tmp_path) == "Permission denied: a"
+    assert describe_error(OSError(28, "No space left on device"), tmp_path) == f"No space left on device: {tmp_path}"

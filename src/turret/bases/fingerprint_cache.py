@@ -13,7 +13,7 @@ from pathlib import Path
 import transformers
 
 from turret.cache import cache_folder, write_beside
-from turret.disk import FAILING, plainly
+from turret.disk import FAILING, describe_error
 from turret.errors import BaseModelError
 from turret.fingerprint import FORMAT
 
@@ -35,7 +35,8 @@ def remember(files: Sequence[Path], value: str) -> None:
     except OSError as error:
         if error.errno in FAILING:
             raise BaseModelError(
-                f"the cache cannot be written: {plainly(error, cache_folder())}; set TURRET_CACHE to another disk"
+                f"the cache cannot be written: {describe_error(error, cache_folder())}; "
+                "set TURRET_CACHE to another disk"
             ) from error
 
 

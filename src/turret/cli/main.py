@@ -33,7 +33,7 @@ from turret.cli import (
 )
 from turret.cli.output import complain, follows
 from turret.errors import TurretError
-from turret.process import look_through_seldom, stop_on_sigterm, wait_briefly
+from turret.process import collect_garbage_rarely, stop_on_sigterm, wait_briefly
 
 app = typer.Typer(
     name="turret",
@@ -85,7 +85,7 @@ def _root(
 def main() -> None:
     """The console script. If torchrun starts several processes, only the first one prints."""
     wait_briefly()
-    look_through_seldom()
+    collect_garbage_rarely()
     stop_on_sigterm()
     if follows():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)

@@ -332,7 +332,7 @@ class Engine:
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    @heap.kept()
+    @heap.keep_freed()
     def _loop(self) -> None:
         why: TurretError = Draining("the engine was closed before it answered: ask another one")
         try:

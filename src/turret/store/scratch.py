@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from turret.disk import FAILING, PRIVATE, alone, create, flush, make_folder, permissions, sync
+from turret.disk import FAILING, PRIVATE, create, exclusive_lock, flush, make_folder, permissions, sync
 from turret.interrupt import uninterrupted
 
 WHY = "leftover of a killed import or export"
@@ -120,7 +120,7 @@ def _of_export(note: Path, dry_run: bool) -> Iterator[tuple[str, int]]:
     if not _old(max(changed, note.stat().st_mtime)):
         return
     if own is not None and not dry_run:
-        with alone(own.parent) as held:
+        with exclusive_lock(own.parent) as held:
             if not held:
                 return
             if broken_off(own):

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turret.disk import NO_ROOM, make_folder, mount_of, number_of, plainly, sync
+from turret.disk import NO_ROOM, describe_error, errno_of, make_folder, mount_of, sync
 from turret.errors import TrainingError, one_line
 from turret.json_types import JsonMapping, JsonObject
 from turret.train.memory import mega
@@ -117,8 +117,8 @@ def _remaining(folder: Path, placed: bool) -> str:
 
 def _write_failure(folder: Path, error: Exception, tensors: dict[str, Tensor], step: int, remaining: str) -> str:
     """The error text for a checkpoint that could not be written. It names a full disk."""
-    if number_of(error) not in NO_ROOM:
-        reason = plainly(error, folder)
+    if errno_of(error) not in NO_ROOM:
+        reason = describe_error(error, folder)
         return f"checkpoint of step {step} could not be written to {folder} ({reason}): make it writable; {remaining}"
     needed = sum(each.numel() * each.element_size() for each in tensors.values())
     mount = mount_of(folder)

@@ -110,7 +110,7 @@ def measure(
     pieces = sorted((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens)
     randomness = Randomness(recipe.seed, model.device)
     before = memory.resident() if before is None else before
-    with heap.kept(), randomness:
+    with heap.keep_freed(), randomness:
         attach(recipe, base, task, start)
         try:
             model.train()
@@ -128,7 +128,7 @@ def measure(
         finally:
             adapters.detach(model)
             model.eval()
-    heap.give_back()
+    heap.release()
     prediction = memory.Prediction(
         weights=base.bytes,
         trainable=trainable,

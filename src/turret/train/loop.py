@@ -63,9 +63,9 @@ def fit(
     memory.reset_peak()
     run = TrainingRun.begin(recipe, base, task, dataset, folder, start)
     train, model, here = run.recipe.train, run.model, run.processes
-    heap.give_back()  # return what loading the tokenizer and the weights freed to the system
+    heap.release()  # return what loading the tokenizer and the weights freed to the system
     try:
-        with StopRequest() as stop, heap.kept():
+        with StopRequest() as stop, heap.keep_freed():
             saved_at, pause = clock(), SAVE_SECONDS
             for step, batch in run.remaining():
                 rate = learning_rate(

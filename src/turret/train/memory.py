@@ -56,7 +56,7 @@ class Grown:
 @contextmanager
 def grown() -> Iterator[Grown]:
     """Measure the growth of the process within the block. The result is complete when the block ends."""
-    heap.give_back()
+    heap.release()
     result, before = Grown(), resident()
     reset_peak()
     was_reset = peak() < before + (16 << 20)  # else the peak is an earlier one

@@ -31,7 +31,7 @@ from turret.bases.licence import licence_of
 from turret.bases.silence_transformers import quiet
 from turret.bundles import vllm
 from turret.bundles.bundle import FILES, read_config
-from turret.disk import alone, number_of, permissions, plainly, sync
+from turret.disk import describe_error, errno_of, exclusive_lock, permissions, sync
 from turret.errors import AdapterError, StoreError
 from turret.interrupt import StopRequest
 from turret.json_types import JsonMapping
@@ -155,7 +155,7 @@ def _tokenizer_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = number_of(error)
+        number = errno_of(error)
         if isinstance(error, OSError) or number is None:
             raise
         raise OSError(number, os.strerror(number), str(folder)) from error
@@ -238,7 +238,7 @@ def _place(working: WorkingFolder, target: Path) -> None:
     for name in new:
         if (target / name).is_dir() and not (target / name).is_symlink():
             raise StoreError(f"{target / name} is a folder, where a file of that name would go: choose another folder")
-    with alone(target) as locked, StopRequest():  # a signal waits until the folder is complete
+    with exclusive_lock(target) as locked, StopRequest():  # a signal waits until the folder is complete
         if not locked:
             raise StoreError(f"{target} is being written by another export: wait for it, or choose another folder")
         working.begin_placing(sorted(new))
@@ -300,5 +300,5 @@ def _write_error(target: Path, working: WorkingFolder, error: Exception, before:
         now = "the folder is unchanged" if before is not None else "the folder may not survive a power cut"
     left = f"; {working.folder} is left, `turret gc` removes it" if working.left else ""
     return StoreError(
-        f"cannot write {target}: {plainly(error, target)}: make room or choose another folder; {now}{left}"
+        f"cannot write {target}: {describe_error(error, target)}: make room or choose another folder; {now}{left}"
     )

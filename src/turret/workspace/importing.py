@@ -22,7 +22,7 @@ from turret.bases import Base
 from turret.bundles import fetch
 from turret.bundles.bundle import CONFIG, WEIGHTS, read_config
 from turret.data import Dataset
-from turret.disk import plainly
+from turret.disk import describe_error
 from turret.errors import AdapterError, BaseModelError, RecipeError, StoreError
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.recipe import Recipe
@@ -112,8 +112,8 @@ def _disk_errors(store: Store, source: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise StoreError(
-            f"adapter {ascii(source)[:80]} cannot be copied into {store.root}: {plainly(error, store.root)}: make room "
-            "there, make it readable, or use another --store"
+            f"adapter {ascii(source)[:80]} cannot be copied into {store.root}: {describe_error(error, store.root)}: "
+            "make room there, make it readable, or use another --store"
         ) from error
 
 

@@ -22,7 +22,7 @@ from turret import train as trainer
 from turret.bases import Base
 from turret.data import Dataset
 from turret.data.dataset import read
-from turret.disk import plainly
+from turret.disk import describe_error
 from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
 from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
@@ -87,7 +87,7 @@ def prepare(store: Store, recipe: Recipe, callbacks: Callbacks) -> Ready:
     notes = [*dataset.notes, *base.notes]
     if start is not None:
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
-    heap.give_back()
+    heap.release()
     return Ready(filled, dataset, base, task, notes, load_seconds, memory.resident(), start)
 
 
@@ -299,6 +299,6 @@ def _disk_errors(run: HeldRun) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise StoreError(
-            f"run {run.id} cannot write to {run.folder}: {plainly(error, run.folder)}: make room or make it writable, "
-            "and start the same command again to resume"
+            f"run {run.id} cannot write to {run.folder}: {describe_error(error, run.folder)}: "
+            "make room or make it writable, and start the same command again to resume"
         ) from error
