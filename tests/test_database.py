@@ -1,6 +1,6 @@
-"""The schema has a number, is made and migrated when the store opens, and a newer one is refused.
+"""The schema has a number; it is created or migrated when the store opens, and a newer one is refused.
 
-`place` is one of each kind in turn: a file of SQLite and a database on PostgreSQL, not made yet.
+`place` is one of each kind in turn: an SQLite file and a PostgreSQL database, not created yet.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def test_an_older_store_is_brought_up_to_date_when_it_is_opened(place) -> None:
 def test_processes_that_open_a_new_or_older_store_at_once_bring_it_up_to_date_once(place, older) -> None:
     if older:
         _first_format(place)
-    code = "import sys; from turret.store import Store; assert Store(sys.argv[1])._made().writable()"
+    code = "import sys; from turret.store import Store; assert Store(sys.argv[1]).database(make=True).writable()"
     where = str(place.parent if isinstance(place, Path) else _url(place))
     opened = [
         subprocess.Popen([sys.executable, "-c", code, where], stderr=subprocess.PIPE, text=True) for _ in range(3)
@@ -169,7 +169,7 @@ def test_a_writer_sees_what_the_writer_before_it_committed_and_a_reader_one_mome
         with database.writing() as connection:
             second.start()
             second.join(timeout=0.3)
-            assert second.is_alive()  # it waits before it looks
+            assert second.is_alive()  # it waits before it reads
             connection.execute(insert(db.adapters), {"name": "a", "last_number": 0, "created": "now"})
         second.join(timeout=60)
         assert count(reader) == 0

@@ -58,23 +58,23 @@ def test_runs_of_two_catalogs_are_apart_and_of_one_together_whoever_asks() -> No
     [
         (
             "s3://bucket/prefix",
-            "keeps files and no catalog of them: name the catalog, and the files in it, such as post",
+            "holds files but no catalog: give the URL of a catalog that names it, such as post",
         ),
         ("mysql://root@host/db?files=/x", r"store mysql://\.\.\.: expected a folder, or postgresql://"),
         ("file:///srv/turret", "expected a folder, or postgresql://"),
         ("postgres://host/db?files=/x", "expected a folder, or postgresql://"),
         ("postgresql:/host/db", "a URL has two slashes, and in Python it is a str"),
         (Path(URL), "a URL has two slashes, and in Python it is a str, not a Path"),
-        ("postgresql://host?files=/x", "names no database"),
-        ("postgresql://host/a/b?files=/x", "names no database"),
-        ("postgresql://host/db", r"lacks where its files go: add \?files=s3://bucket/prefix or \?files=/folder"),
-        ("postgresql://host/db?files=", "lacks where its files go"),
+        ("postgresql://host?files=/x", "no database name"),
+        ("postgresql://host/a/b?files=/x", "no database name"),
+        ("postgresql://host/db", r"no place for the files: add \?files=s3://bucket/prefix or \?files=/folder"),
+        ("postgresql://host/db?files=", "no place for the files"),
         ("postgresql://host/db?files=here", "expected s3://bucket/prefix or an absolute folder"),
         ("postgresql://host/db?files=gs://bucket/x", "expected s3://bucket/prefix or an absolute folder"),
         ("postgresql://host/db?files=s3://", "expected s3://bucket/prefix"),
         ("postgresql://host/db?files=s3://bucket/../x", "expected s3://bucket/prefix"),
         ("postgresql://host/db?files=s3://bucket//x", "expected s3://bucket/prefix"),
-        ("postgresql://host/db?files=/x&files=/y", "says 'files' twice"),
+        ("postgresql://host/db?files=/x&files=/y", "key 'files' is given twice"),
         ("postgresql://host/db?files=/x&local=here", "local=here is not an absolute folder"),
         ("postgresql://host/db?files=/x\n", "cannot tell its parts"),
         ("postgresql://[::1/db?files=/x", "cannot tell its parts"),
@@ -89,7 +89,7 @@ def test_what_is_no_store_is_refused_with_an_example_of_one(said, complaint) -> 
 def test_the_command_says_it_in_one_line_with_status_2(capsys) -> None:
     assert run(["list", "--store", "postgresql://me:secret@host/db"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("turret: store postgresql://me:***@host/db: lacks where its files go")
+    assert said.startswith("turret: store postgresql://me:***@host/db: no place for the files")
     assert said.count("\n") == 1
 
 

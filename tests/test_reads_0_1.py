@@ -117,7 +117,7 @@ def test_gates_and_golden_examples_still_decide(workspace: Workspace) -> None:
         workspace.promote("reviews-lora@2", "production").before == "reviews-lora@1"
     )  # asked before: nothing is loaded
     workspace.gate("reviews-lora", "production", add=["accuracy>=0.99"])
-    with pytest.raises(GateFailed, match=r"accuracy>=0\.99 is wanted"):
+    with pytest.raises(GateFailed, match=r"accuracy>=0\.99 is required"):
         workspace.promote("reviews-lora@1", "production")
 
 

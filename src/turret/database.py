@@ -1,33 +1,34 @@
-"""The store's tables, and the one way to a connection. Refuses to know what a version or a run means.
+"""The tables of the catalog, and `Database`, which gives connections to them.
 
-The schema, in bullets (its number is `SCHEMA`; every change is a new Alembic file in `migrations/versions`):
+The schema has the number `SCHEMA`; each change of it is a new Alembic file in `migrations/versions`:
 
-- `adapters`: a row a name; `last_number` is the last number given out, so that a number is never used twice
-- `versions`: a row a stored version, never changed after it is written; `manifest` and `metrics` are JSON
-- `files`: which content (sha256) a version has under which path; `upload` is which copy of it (`turret.store.uploads`),
-  one for all versions that have it, and empty for those that format 0005 wrote
-- `uploads`: puts that are writing files; `since` is when the last file was begun
-- `aliases`: where a movable name points now
-- `alias_history`: every move, append-only; `number` is the version's, and stays when the version is deleted and
-  `version_id` becomes NULL (both NULL: the alias was taken away); `verb` is promote, rollback or delete; `before` is
-  the move that a rollback from here goes back to
-- `gates`: what a version's metrics must reach before an alias may be moved to it
-- `golden_sets`: examples with what an answer to them must be, as JSON lines under their sha256; never changed
-- `golden_gates`: which of these sets an alias asks for, and the share of it that must pass
-- `replays`: how the version of that digest did on such a set, append-only; the newest of a set counts
-- `tokens`: who may ask a server; `hash` is of the token, which is kept nowhere; quotas are a minute, NULL for none
-- `experiments`: a row an experiment, with its arms by number and digest, and what it ended with; one a name is running
-- `experiment_splits`: which points belong to which arm, a row a change, append-only; the newest counts
-- `experiment_events`: its history, append-only
-- `assignments`: an answer of an experiment: the unit (hashed), the arm and the probability; `first` is 1 for the first
-  one of its unit; append-only
-- `outcomes`: what came of an answer; `counted` is 1 for the first of its unit, which the evidence is made of;
-  append-only
-- `experiment_health`: answers, errors, slow ones and seconds of an arm, a shadow's agreements, of a moment; append-only
-- `runs`: a row a training; `state` is running, interrupted, failed or finished; the version it made has its `run`
+- `adapters`: a row per name; `last_number` is the last number given out, so no number is used twice
+- `versions`: a row per stored version, never changed; `manifest` and `metrics` are JSON
+- `files`: the content (sha256) at each path of a version; `upload` tells which copy of that content
+  (`turret.store.uploads`), one for all versions, and empty for files of format 0005
+- `uploads`: puts that are writing files; `since` is when the last file was started
+- `aliases`: the version that an alias names
+- `alias_history`: all moves of aliases, append-only; `number` is the version's and stays after the version is deleted,
+  when `version_id` becomes NULL (both NULL: the alias was removed); `verb` is promote, rollback or delete; `before` is
+  the move that a rollback returns to
+- `gates`: limits on the metrics of a version that an alias may be moved to
+- `golden_sets`: examples with their expected answers, as JSON lines, under the sha256 of these; never changed
+- `golden_gates`: the golden sets of an alias, and the share of examples that must pass
+- `replays`: results of a golden set on a version (by digest), append-only; the newest of a set counts
+- `tokens`: access tokens of the server; only the `hash` of a token is stored; quotas are per minute, NULL for none
+- `experiments`: a row per experiment, with the number and digest of each arm's version, and the verdict at its end;
+  one per name is running
+- `experiment_splits`: the points of each arm, a row per change, append-only; the newest counts
+- `experiment_events`: the history of experiments, append-only
+- `assignments`: answers of an experiment: the unit (hashed), its arm and probability; `first` is 1 for the first answer
+  to the unit; append-only
+- `outcomes`: outcomes of answers; `counted` is 1 for the first of a unit, which the evidence uses; append-only
+- `experiment_health`: answers, errors, slow answers and seconds of an arm, and agreements of a shadow, in about one
+  second; append-only
+- `runs`: a row per training; `state` is running, interrupted, failed or finished; its version has the id in `run`
 
-Times are ISO 8601 in UTC, as text; `who` is the user that did it, NULL where that is not known. Names order by their
-bytes, on PostgreSQL too (`bytewise`).
+Times are text, ISO 8601 in UTC. `who` is the user of the change, NULL if unknown. Names are ordered by their bytes, on
+PostgreSQL too (`bytewise`).
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    insert,
     inspect,
     text,
 )
@@ -60,11 +62,12 @@ from sqlalchemy.exc import DBAPIError
 
 from turret.disk import describe_error
 from turret.errors import StoreError
+from turret.json_types import JsonMapping
 from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-SCHEMA = "0006"  # the newest file in migrations/versions; a test holds the two together
+SCHEMA = "0006"  # the newest file in migrations/versions, as a test checks
 
 metadata = MetaData(
     naming_convention={
@@ -77,7 +80,7 @@ metadata = MetaData(
 
 
 def bytewise(length: int) -> String:
-    """Text that orders by its bytes, whatever language a server speaks."""
+    """A text column that is ordered by bytes, whatever the collation of the server."""
     return String(length).with_variant(String(length, collation="C"), "postgresql")
 
 
@@ -286,10 +289,12 @@ experiment_health = Table(
 
 
 class Database:
-    """One catalog: `reading()` and `writing()` are its only doors, each a transaction.
+    """One catalog; `reading()` and `writing()` are the only ways to a connection, and each is a transaction.
 
-    where: a file of SQLite, or a location on PostgreSQL; made where there is none yet.
-    alone: no other process may have the file open meanwhile; then it can be read on a disk without a byte to spare.
+    Args:
+        where: the SQLite file, or a location on PostgreSQL; it is created or migrated if needed.
+        alone: no other process may have the file open. Then it can be read on a full disk.
+        server: an open PostgreSQL at `where`.
     """
 
     def __init__(
@@ -297,13 +302,13 @@ class Database:
     ) -> None:
         self._where = where
         self._server = server or _server(where, read_only=read_only, alone=alone)
-        with told(where):
-            self._reach_schema()
+        with plain_errors(where):
+            self._migrate()
 
     @classmethod
     def found(cls, where: Path | Location) -> Database | None:
-        """The catalog that is there, or None; nothing is made."""
-        with told(where):
+        """Open the catalog if it exists; otherwise return None and create nothing."""
+        with plain_errors(where):
             if isinstance(where, Path):
                 if not where.exists():
                     return None
@@ -316,40 +321,43 @@ class Database:
 
     @property
     def name(self) -> str:
-        """What a problem of the catalog itself is said to be in."""
+        """The name of the catalog in reports of damage: "turret.db" or "catalog"."""
         return self._server.name
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection that sees one moment of the database."""
-        with told(self._where), self._server.transaction(writes=False) as connection:
+        """A connection to one snapshot of the database."""
+        with plain_errors(self._where), self._server.transaction(writes=False) as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A connection that is the only writer until it commits, or leaves everything as it was."""
+        """A connection that is the only writer. An exception rolls everything back."""
         if self._server.read_only:
             raise StoreError(
                 f"store {self._server.store} is read-only here: give write permission, or use another --store"
             )
-        with told(self._where), self._server.transaction(writes=True) as connection:
+        with plain_errors(self._where), self._server.transaction(writes=True) as connection:
             yield connection
 
     def identity(self) -> str | None:
-        """What tells this catalog from every other; None where its files are in its own folder, or it was lost."""
+        """The id of this catalog, which no other catalog has.
+
+        None for a folder store, whose files are next to the catalog, or if the id was lost.
+        """
         with self.reading() as connection:
             return self._server.identity(connection)
 
     def writable(self) -> bool:
-        """Whether it may be written from here."""
+        """Whether this process may write."""
         with self.reading() as connection:
             return self._server.writable(connection)
 
     def damage(self, connection: Connection) -> Iterator[str]:
-        """What the database itself says is wrong with it."""
+        """Problems that the database finds in itself."""
         return self._server.damage(connection)
 
-    def _reach_schema(self) -> None:
+    def _migrate(self) -> None:
         store = self._server.store
         with self._server.transaction(writes=False) as connection:
             found = _schema_of(connection)
@@ -363,12 +371,19 @@ class Database:
         if self._server.read_only:
             raise StoreError(
                 f"store {store} has format {found}, this turret reads {SCHEMA}, and it is read-only here: "
-                "run `turret list` once where it may be written, which brings it up to date"
+                "run `turret list` once as a user who may write, which migrates it"
             )
         with self.writing() as connection:
-            if _schema_of(connection) != SCHEMA:  # nobody else brought it there while this process waited
+            if _schema_of(connection) != SCHEMA:  # no other process migrated it while this one waited
                 _migrate(connection)
                 self._server.identify(connection)
+
+
+def insert_row(connection: Connection, table: Table, row: JsonMapping) -> int:
+    """Insert a row and return its id."""
+    key = connection.execute(insert(table).values(row)).inserted_primary_key
+    assert key is not None
+    return int(key[0])
 
 
 def _schema_of(connection: Connection) -> str | None:
@@ -389,21 +404,21 @@ def _migrate(connection: Connection) -> None:
 
 
 @contextmanager
-def told(where: Path | Location) -> Iterator[None]:
-    """Turn what the disk and the database say into one line that names the store."""
+def plain_errors(where: Path | Location) -> Iterator[None]:
+    """Turn errors of the disk and the database into a StoreError of one line that names the store."""
     try:
         yield
     except (DBAPIError, sqlite3.Error) as error:
         reason, server = str(getattr(error, "orig", None) or error), _server(where)
-        raise StoreError(f"store {server.store}: {server.plainly(reason)}") from error
+        raise StoreError(f"store {server.store}: {server.describe_error(reason)}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         server = _server(where)
         raise StoreError(
-            f"store {server.store}: {server.name} holds a row that is no JSON ({error}): restore it from a copy"
+            f"store {server.store}: {server.name} has a row that is not JSON ({error}): restore it from a copy"
         ) from error
     except OSError as error:
-        said = describe_error(error, where if isinstance(where, Path) else where.local)
-        raise StoreError(f"store {_server(where).store}: {said}") from error
+        reason = describe_error(error, where if isinstance(where, Path) else where.local)
+        raise StoreError(f"store {_server(where).store}: {reason}") from error
 
 
 def _server(where: Path | Location, *, read_only: bool = False, alone: bool = False) -> Sqlite | Postgres:

@@ -1,58 +1,58 @@
-"""Every error this package raises on purpose, on one page. Knows nothing else.
+"""All errors that this package raises on purpose.
 
-TurretError                 anything a user can mend; its text is one line: what failed, expected, given, remedy
+TurretError                 base of all; its text is one line: what failed, expected, given, remedy
 ├── BadReference            a name, version, alias or gate that cannot be parsed
-├── RecipeError             a recipe that cannot be read or makes no sense
-├── DataError               a table, column, label or split that is not usable
+├── RecipeError             a recipe with an unknown key or an invalid value, or one that cannot be read
+├── DataError               a table, column, label or split that cannot be used
 ├── BaseModelError          a base that cannot be found, read or used
 │   └── UnknownFamily       an architecture without an entry in `families`
 ├── AdapterError            tensors or configuration of an adapter that do not fit
 │   ├── BundleError         a bundle on disk that is broken, foreign or unsafe
-│   └── WrongBase           an adapter offered to another base than its own
-├── PreflightRefused        the plan found something that would waste the run
+│   └── WrongBase           the adapter belongs to another base
+├── PreflightRefused        the plan found a problem that would waste the run
 ├── TrainingError           training stopped
 │   ├── LossNotFinite       NaN or infinity in the loss; the last good state is kept
-│   ├── OutOfMemory         the machine could not hold the step
+│   ├── OutOfMemory         a training step did not fit into memory
 │   ├── Interrupted         stopped by the user; resumable
 │   └── ProofFailed         the stored bundle did not reproduce the trained model
-├── ExperimentError         an experiment that cannot be begun, changed or carried out as it was asked
-│   └── BadExperiment       settings of an experiment that make no sense
+├── ExperimentError         an experiment that cannot be started, changed or settled as requested
+│   └── BadExperiment       invalid settings of an experiment
 ├── StoreError              the store could not be opened, read or written
-│   ├── BadLocation         a `--store` that is neither a folder nor the URL of one
-│   ├── NotFound            no such adapter, version or alias
-│   ├── InUse               a version that something still needs
-│   ├── GateFailed          a version that does not pass what its alias asks for
-│   │   └── ReplayNeeded    golden examples that were never put to the version
+│   ├── BadLocation         a `--store` that is neither a folder nor a valid URL
+│   ├── NotFound            no such adapter, version, alias or run
+│   ├── InUse               a version that is still needed
+│   ├── GateFailed          a version that does not pass the gates of an alias
+│   │   └── ReplayNeeded    golden examples were not yet replayed on the version
 │   └── Corrupt             stored bytes do not match their digest
 ├── EngineError             the engine did not answer a request
-│   ├── Busy                too much is waiting; it says when to come again
-│   ├── Draining            the engine takes no new request: it is about to stop, or has stopped
+│   ├── Busy                the queue is full; `retry_after` has the seconds to wait
+│   ├── Draining            the engine takes no new request, because it stops or has stopped
 │   ├── Cancelled           the request was withdrawn
-│   ├── DeadlineExceeded    the request was not answered in the time it was given
-│   ├── NoRoom              an adapter or a text is larger than what the engine was given to hold it
-│   └── NotFinite           an adapter's answer was not a number
-├── ServeRefused            a server that must not start as it was asked to
+│   ├── DeadlineExceeded    the request was not answered before its deadline
+│   ├── NoRoom              an adapter or a text is larger than the engine's limit
+│   └── NotFinite           an adapter's output was NaN or infinite
+├── ServeRefused            a server that must not start with these settings
 └── RequestError            an HTTP request that is not carried out
-    ├── BadRequest          it cannot be read, or asks for what is not offered
-    ├── Unauthorized        no token, or none that is known
+    ├── BadRequest          a request that cannot be read, or asks for something that does not exist
+    ├── Unauthorized        no token, or an unknown one
     ├── Forbidden           a token without the scope
     ├── TooLarge            more bytes than the limit
-    ├── TooSlow             its bytes did not come in time
+    ├── TooSlow             the body did not arrive in time
     ├── WrongMediaType      a body that is not JSON
-    └── QuotaSpent          a quota is used up; `retry_after` says for how many seconds
+    └── QuotaSpent          a quota is used up; `retry_after` has the seconds to wait
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-LINE = 300  # characters, at most, of the line that an error is printed as
+LINE = 300  # characters of the line that the command line prints for an error
 
 
 def one_line(text: str, most: int = LINE) -> str:
-    """The text on one line of at most `most` characters: without control characters, and cut in the middle.
+    """Put a text on one line without control characters, and shorten it in the middle to `most` characters.
 
-    What failed is at the start of an error and the remedy at its end, so both stay. Long words are cut first.
+    An error names the failure first and the remedy last, so both ends are kept. Long words are shortened first.
     """
     if len(text) > 20 * most:
         text = f"{text[: 10 * most]} {text[-10 * most :]}"
@@ -62,16 +62,16 @@ def one_line(text: str, most: int = LINE) -> str:
     return _cut(line, most)
 
 
-def shown(value: object, most: int = 60) -> str:
-    """A value that somebody gave, as an error shows it: its repr on one line, cut in the middle."""
+def shown(value: object, most: int = 60) -> str:  # object: every value has a repr
+    """Format any value for an error: its `repr` on one line, shortened in the middle to `most` characters."""
     try:
         return one_line(repr(value), most)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in lists in lists
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or a deeply nested list
         return f"a very large {type(value).__name__}"
 
 
 def listed(values: Iterable[str], most: int = 100) -> str:
-    """Names that somebody gave, quoted, with commas: as many as fit, and how many more there are."""
+    """Quote names and join them with commas, as many as fit in `most` characters, then count the rest."""
     names, line = list(values), ""
     for place, name in enumerate(names):
         longer = f"{line}, {shown(name, 40)}" if line else shown(name, 40)
@@ -89,25 +89,25 @@ def _cut(text: str, most: int) -> str:
 
 
 class TurretError(Exception):
-    """Base of all; `exit_status` is what the command line returns for it."""
+    """Base of all errors of this package; the command line exits with `exit_status`."""
 
     exit_status = 1
 
 
 class BadReference(TurretError):
-    """A reference such as `sentiment@3`, or a gate such as `accuracy>=0.9`, is malformed."""
+    """A reference such as `sentiment@3`, or a gate such as `accuracy>=0.9`, cannot be parsed."""
 
     exit_status = 2
 
 
 class RecipeError(TurretError):
-    """A recipe cannot be read, has an unknown key or a value out of range."""
+    """A recipe cannot be read, or has an unknown key or a value out of range."""
 
     exit_status = 2
 
 
 class DataError(TurretError):
-    """A table, column, label or split is not usable."""
+    """A table, column, label or split cannot be used."""
 
 
 class BaseModelError(TurretError):
@@ -127,15 +127,15 @@ class BundleError(AdapterError):
 
 
 class WrongBase(AdapterError):
-    """An adapter was offered to a base with another fingerprint."""
+    """The adapter was made for a base with another fingerprint."""
 
 
 class PreflightRefused(TurretError):
-    """The plan found something that would waste the run."""
+    """The plan found a problem that would waste the run."""
 
 
 class TrainingError(TurretError):
-    """Training stopped before its end."""
+    """Training stopped before it finished."""
 
 
 class LossNotFinite(TrainingError):
@@ -143,7 +143,7 @@ class LossNotFinite(TrainingError):
 
 
 class OutOfMemory(TrainingError):
-    """The machine could not hold a training step."""
+    """A training step did not fit into memory."""
 
 
 class Interrupted(TrainingError):
@@ -153,15 +153,15 @@ class Interrupted(TrainingError):
 
 
 class ProofFailed(TrainingError):
-    """The bundle read back in a fresh process did not reproduce the trained model."""
+    """A fresh process that read the stored bundle did not reproduce the trained model."""
 
 
 class ExperimentError(TurretError):
-    """An experiment cannot be begun, changed or carried out as it was asked."""
+    """An experiment cannot be started, changed or settled as requested."""
 
 
 class BadExperiment(ExperimentError):
-    """Settings of an experiment make no sense: a share, a metric, a margin, an arm."""
+    """A setting of an experiment is invalid: a share, a metric, a margin or an arm."""
 
     exit_status = 2
 
@@ -171,7 +171,7 @@ class StoreError(TurretError):
 
 
 class BadLocation(StoreError):
-    """What is said to be a store is neither a folder nor a catalog's URL with its files; never repeats a password."""
+    """A `--store` is neither a folder nor a catalog URL with `files`. The text never contains a password."""
 
     exit_status = 2
 
@@ -181,15 +181,15 @@ class NotFound(StoreError):
 
 
 class InUse(StoreError):
-    """An alias names the version, or another version was made from it."""
+    """An alias or a running experiment names the version, or another version was made from it."""
 
 
 class GateFailed(StoreError):
-    """A version does not pass the gates of an alias: its stored metrics, or its answers to golden examples."""
+    """A version does not pass the gates of an alias: its stored metrics or its golden examples."""
 
 
 class ReplayNeeded(GateFailed):
-    """Golden examples that an alias asks for were never put to the version; `sets` has their digests."""
+    """Golden examples of an alias were not yet replayed on the version; `sets` has their digests."""
 
     def __init__(self, message: str, sets: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -205,7 +205,7 @@ class EngineError(TurretError):
 
 
 class Busy(EngineError):
-    """Too much is waiting already; `retry_after` says in how many seconds to come again."""
+    """The queue of the engine is full; `retry_after` is the number of seconds to wait."""
 
     def __init__(self, text: str, retry_after: float) -> None:
         super().__init__(text)
@@ -213,7 +213,7 @@ class Busy(EngineError):
 
 
 class Draining(EngineError):
-    """The engine takes no new request: it is about to stop, or has stopped."""
+    """The engine takes no new request, because it stops or has stopped."""
 
 
 class Cancelled(EngineError):
@@ -221,11 +221,11 @@ class Cancelled(EngineError):
 
 
 class DeadlineExceeded(EngineError):
-    """The request was not answered in the time it was given."""
+    """The request was not answered before its deadline."""
 
 
 class NoRoom(EngineError):
-    """An adapter or a text needs more than the engine was given to hold it."""
+    """An adapter or a text is larger than the limit of the engine."""
 
 
 class NotFinite(EngineError):
@@ -233,21 +233,21 @@ class NotFinite(EngineError):
 
 
 class ServeRefused(TurretError):
-    """A server must not start as it was asked to."""
+    """A server must not start with these settings."""
 
     exit_status = 2
 
 
 class RequestError(TurretError):
-    """An HTTP request is not carried out, or a server cannot be asked."""
+    """An HTTP request is not carried out, or a server cannot be reached."""
 
 
 class BadRequest(RequestError):
-    """A request cannot be read, or asks for what is not offered."""
+    """A request cannot be read, or asks for something that does not exist."""
 
 
 class Unauthorized(RequestError):
-    """No token came with the request, or none that is known."""
+    """The request has no token, or an unknown one."""
 
 
 class Forbidden(RequestError):
@@ -255,11 +255,11 @@ class Forbidden(RequestError):
 
 
 class TooLarge(RequestError):
-    """The request has more bytes than the limit."""
+    """The request is larger than the limit."""
 
 
 class TooSlow(RequestError):
-    """The bytes of the request did not come in time."""
+    """The body of the request did not arrive in time."""
 
 
 class WrongMediaType(RequestError):
@@ -267,7 +267,7 @@ class WrongMediaType(RequestError):
 
 
 class QuotaSpent(RequestError):
-    """A quota of requests or tokens a minute is used up; `retry_after` says in how many seconds to come again."""
+    """A quota of requests or tokens per minute is used up; `retry_after` is the number of seconds to wait."""
 
     def __init__(self, text: str, retry_after: float) -> None:
         super().__init__(text)

@@ -1,15 +1,15 @@
-"""How PostgreSQL is reached, written to by one at a time, and understood when it complains. Refuses to know tables.
+"""A catalog on PostgreSQL: transactions, one writer at a time, and one line for each error of the server.
 
-- who writes holds one advisory lock of the database until the transaction ends, and sees all that was committed before
-  it got it (READ COMMITTED); so there is one writer at a time, as with SQLite
-- who reads sees one moment (REPEATABLE READ) and waits for nobody
-- a transaction whose client was lost is ended by the server within `IDLE_SECONDS`, which is less than the next writer
-  waits; this frees the lock, and nothing of it is kept. So no transaction that writes may wait for anything else, such
-  as an object store
-- a connection is used again by the next transactions of its process, for a minute, each time after a look whether the
-  server still has it; a fork makes its own
-- a server that is silent is given up after `ANSWER_SECONDS` by the client's own clock, and so is its connection: a time
-  limit of the server does not help where the server is stopped, and TCP's do not where its kernel still answers
+- A writer holds one advisory lock of the database until its transaction ends, and sees everything that was committed
+  before it got the lock (READ COMMITTED). So there is one writer at a time, as with SQLite.
+- A reader sees one snapshot (REPEATABLE READ) and waits for no other transaction.
+- If a client disappears in a transaction, the server ends that transaction within `IDLE_SECONDS`. The next writer waits
+  longer than that. The server rolls the transaction back and frees the lock. So a writing transaction must not wait
+  for anything else, such as an object store.
+- A process reuses a connection for a minute. Before each transaction it checks that the server still has the
+  connection. A forked process opens its own.
+- If the server is silent for `ANSWER_SECONDS` by the client's clock, the client closes the connection. A time limit of
+  the server does not help if the server is stopped, and one of TCP does not help if the server's kernel still answers.
 """
 
 from __future__ import annotations
@@ -18,24 +18,29 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import Connection, Engine, create_engine
 
 from turret.errors import StoreError
 
-LOCK = 0x747572726574  # "turret"; a database's schemas share it
-BUSY_SECONDS = 60  # how long a writer waits for the writers before it
-IDLE_SECONDS = 30  # after which the server ends the transaction of a writer that is heard no more
+if TYPE_CHECKING:
+    import psycopg
+    from psycopg.abc import RV, ConnDict, PQGen
+    from psycopg.rows import TupleRow
+
+LOCK = 0x747572726574  # "turret"; all schemas of a database share it
+BUSY_SECONDS = 60  # a writer waits this long for earlier writers
+IDLE_SECONDS = 30  # the server ends a writing transaction whose client is silent for this long
 CONNECT_SECONDS = 10
-ANSWER_SECONDS = 20.0  # of a statement, beyond what a writer waits for the writers before it
-KEPT_SECONDS = 60  # from its making on, a connection is used again: none idles for so long that a firewall forgets it
-KEPT = 2  # connections a process keeps for the next transaction; more at once are made and closed
+ANSWER_SECONDS = 20.0  # for a statement, in addition to the wait for earlier writers
+REUSED_SECONDS = 60  # a connection is closed at this age, before a firewall forgets it
+POOL_SIZE = 2  # connections that a process keeps open; further ones are closed after their transaction
 _SECRETS = ("password", "sslpassword")
-_DEFAULTS = {
+_DEFAULTS: ConnDict = {
     "connect_timeout": CONNECT_SECONDS,
     "application_name": "turret",
     "client_encoding": "utf-8",
@@ -47,7 +52,11 @@ _DEFAULTS = {
 
 
 class Postgres:
-    """One database of a server; reached at the first transaction, not before."""
+    """The database of one server. It connects at the first transaction.
+
+    Attributes:
+        store: the URL without its password, for errors.
+    """
 
     read_only = False
     name = "catalog"
@@ -56,20 +65,22 @@ class Postgres:
         self.store = shown
         self._url = url
         self._busy_seconds = busy_seconds
-        self._engines: dict[int, Engine] = {}  # of this process; a parent's stays, unused: closing it would end theirs
+        # By process: after a fork the parent's engine stays here unused, because closing it would close the parent's
+        # connections.
+        self._engines: dict[int, Engine] = {}
 
     @property
     def _engine(self) -> Engine:
         process = os.getpid()
         if process not in self._engines:
-            _driver(self.store)
+            _require_psycopg(self.store)
             engine = create_engine(
                 "postgresql+psycopg://",
                 creator=partial(_connect, self._url, self.store),
-                pool_size=KEPT,
+                pool_size=POOL_SIZE,
                 max_overflow=-1,
                 pool_pre_ping=True,
-                pool_recycle=KEPT_SECONDS,
+                pool_recycle=REUSED_SECONDS,
                 use_native_hstore=False,
             )
             self._engines[process] = engine
@@ -78,7 +89,7 @@ class Postgres:
 
     @contextmanager
     def transaction(self, *, writes: bool) -> Iterator[Connection]:
-        """A transaction that sees one moment; one that writes is the only such until it ends."""
+        """Begin a transaction on one snapshot. If it writes, no other writing transaction runs until it ends."""
         level = "READ COMMITTED" if writes else "REPEATABLE READ"
         engine = self._engine.execution_options(isolation_level=level, postgresql_readonly=not writes)
         with engine.begin() as connection:
@@ -89,62 +100,69 @@ class Postgres:
     def _wait_for_writers(self, connection: Connection) -> None:
         limits = f"'lock_timeout', '{self._busy_seconds}s', true), set_config('idle_in_transaction_session_timeout'"
         connection.exec_driver_sql(f"SELECT set_config({limits}, '{IDLE_SECONDS}s', true)")
-        driver: Any = connection.connection.dbapi_connection
-        driver.waits = self._busy_seconds
+        driver: _WaitsForLock | None = connection.connection.driver_connection
+        assert driver is not None
+        driver.lock_seconds = self._busy_seconds
         try:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
         finally:
-            driver.waits = 0
-        # A change of a table waits for its readers, and must be told so by the server before this process gives up.
+            driver.lock_seconds = 0
+        # ALTER TABLE waits for readers of the table. The server's timeout must come before the client's.
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{int(ANSWER_SECONDS / 2)}s'")
 
     def identity(self, connection: Connection) -> str | None:
-        """What tells this catalog from every other, on whatever server it is; None where that was lost.
+        """Return the id of this catalog, which no other catalog has; None if it was lost.
 
-        It is the comment on the table `alembic_version`, so that a dump carries it.
+        It is the comment on the table `alembic_version`, so a dump contains it.
         """
         found = connection.exec_driver_sql("SELECT obj_description('alembic_version'::regclass, 'pg_class')").scalar()
         return None if found is None else str(found)
 
     def identify(self, connection: Connection) -> None:
-        """Give it a new one, where it has none."""
+        """Give the catalog an id if it has none."""
         if self.identity(connection) is None:
             connection.exec_driver_sql(f"COMMENT ON TABLE alembic_version IS '{uuid.uuid4()}'")
 
     def writable(self, connection: Connection) -> bool:
-        """Whether this user may write, on this server."""
+        """Whether this user may write to this server."""
         query = "SELECT has_table_privilege('versions', 'INSERT') AND NOT pg_is_in_recovery()"
         return bool(connection.exec_driver_sql(query).scalar())
 
     def damage(self, _connection: Connection) -> Iterator[str]:
-        """Nothing: the server itself looks after its files and its references."""
+        """Yield nothing: PostgreSQL checks its own files and references."""
         yield from ()
 
-    def plainly(self, reason: str) -> str:
-        """What it complains of, and what to do."""
+    def describe_error(self, reason: str) -> str:
+        """Translate an error of the server into one line with a remedy and without a password."""
         for key in _SECRETS:
-            if secret := _wanted(self._url, self.store).get(key):
+            if secret := _parameters(self._url, self.store).get(key):
                 reason = reason.replace(str(secret), "***")
         first = reason.strip().partition("\n")[0].removesuffix("?").strip()
-        for words, said in _COMPLAINTS:
+        for words, explanation in _EXPLANATIONS:
             if any(word in reason for word in words):
-                return said.format(first=first, seconds=self._busy_seconds)
+                return explanation.format(first=first, seconds=self._busy_seconds)
         return first
 
 
-_COMPLAINTS = (
-    (("lock timeout",), "another process has held it for {seconds} seconds: wait for it, or end it"),
+class _WaitsForLock(Protocol):
+    """A connection whose next statement may take `lock_seconds` longer than `ANSWER_SECONDS`."""
+
+    lock_seconds: int
+
+
+_EXPLANATIONS = (  # words of an error -> its explanation and remedy
+    (("lock timeout",), "another process has locked it for {seconds} seconds: wait for that process, or end it"),
     (
         ("the server is silent",),
-        "{first}: look at the server and the network, and whether it was done; then try again",
+        "{first}: check the server, the network, and whether the change was made; then try again",
     ),
     (
         ("password", "Peer authentication", "no pg_hba.conf entry"),
         "{first}: set PGPASSWORD or ~/.pgpass, or ask for access",
     ),
-    (("does not exist",), "{first}: make it, or correct the URL"),
+    (("does not exist",), "{first}: create it, or correct the URL"),
     (("permission denied", "must be owner"), "{first}: grant it, or connect as another user"),
-    (("read-only transaction",), "it is read-only here: connect to the server that is written to"),
+    (("read-only transaction",), "this server is read-only: connect to the primary server"),
     (("No space left", "disk full"), "the server's disk is full ({first}): free some space there and try again"),
     (("too many clients", "remaining connection slots"), "{first}: try again, or raise max_connections"),
     (
@@ -155,72 +173,80 @@ _COMPLAINTS = (
             "connection has been closed",
             "idle-in-trans",
         ),
-        "the connection was lost ({first}): look whether it was done, and try again",
+        "the connection was lost ({first}): check whether the change was made, then try again",
     ),
     (
         ("connection failed", "connection to server", "could not translate", "failed to resolve", "timeout expired"),
-        "cannot be reached ({first}): check host and port, and that it runs",
+        "cannot be reached ({first}): check host and port, and that the server runs",
     ),
 )
 
 
-def _wanted(url: str, store: str) -> dict[str, Any]:
-    """What the URL says, by libpq's keys; raises StoreError."""
-    psycopg = _driver(store)
+def _parameters(url: str, store: str) -> ConnDict:
+    """Parse the URL into libpq's keys; raises StoreError."""
+    _require_psycopg(store)
+    import psycopg
+    from psycopg.conninfo import conninfo_to_dict
+
     try:
-        return dict(psycopg.conninfo.conninfo_to_dict(url))
-    except psycopg.ProgrammingError:  # it repeats the URL, and with it the password
+        return conninfo_to_dict(url)
+    except psycopg.ProgrammingError:  # raised again below, because its text has the URL with the password
         pass
     raise StoreError(
-        f"store {store}: PostgreSQL cannot read this URL: expected keys that libpq knows beside files and "
-        "local, a number as port, and % codes for what is special"
+        f"store {store}: PostgreSQL cannot read this URL: expected files, local and keys of libpq, a number as port, "
+        "and percent-encoded special characters"
     )
 
 
-def _connect(url: str, store: str) -> Any:
-    return _answering(_driver(store)).connect(**{**_DEFAULTS, **_wanted(url, store)}, prepare_threshold=None)
+def _connect(url: str, store: str) -> psycopg.Connection[TupleRow]:
+    _require_psycopg(store)
+    from psycopg.conninfo import make_conninfo
+
+    parameters: ConnDict = {**_DEFAULTS, **_parameters(url, store)}
+    return _connection_class().connect(make_conninfo("", **parameters), prepare_threshold=None)
 
 
 @cache
-def _answering(psycopg: Any) -> Any:
-    """psycopg's connection, which is closed where the server is silent for too long."""
+def _connection_class() -> type[psycopg.Connection[TupleRow]]:
+    """A subclass of psycopg's connection that is closed if the server is silent for too long."""
+    import psycopg  # optional, and loaded with the first connection
+    from psycopg.rows import TupleRow
 
-    class Answering(psycopg.Connection):  # type: ignore[misc]  # psycopg is loaded where it is needed
-        waits = 0  # seconds that the next statement may take beside what an answer may
+    class TimedConnection(psycopg.Connection[TupleRow]):
+        lock_seconds = 0  # see `_WaitsForLock`
 
-        def wait(self, gen: Generator[Any, Any, Any], *more: Any, **limits: Any) -> Any:
-            return super().wait(self._limited(gen), *more, **limits)
+        # Any: the further arguments depend on psycopg's version, and are passed through.
+        def wait(self, gen: PQGen[RV], *more: Any, **named: Any) -> RV:
+            return super().wait(self._timed(gen), *more, **named)
 
-        def _limited(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-            """The same exchange with the server; psycopg resumes it every tenth of a second while nothing comes."""
-            seconds = self.waits + ANSWER_SECONDS
+        def _timed(self, gen: PQGen[RV]) -> PQGen[RV]:
+            """Run the exchange `gen` with the server; psycopg resumes it every 0.1 s while nothing arrives."""
+            seconds = self.lock_seconds + ANSWER_SECONDS
             deadline = time.monotonic() + seconds
             try:
-                wants = next(gen)
+                wait_for = next(gen)
                 while True:
-                    ready = yield wants
+                    ready = yield wait_for
                     if ready:
                         deadline = time.monotonic() + seconds
                     elif time.monotonic() > deadline:
                         self.pgconn.finish()
                         raise psycopg.OperationalError(f"the server is silent for {seconds:.0f} seconds")
-                    wants = gen.send(ready)
+                    wait_for = gen.send(ready)
             except StopIteration as ended:
-                return ended.value
+                return ended.value  # type: ignore[no-any-return]  # typeshed's StopIteration is not generic
 
-    return Answering
+    return TimedConnection
 
 
 def _close(engine: Engine, process: int) -> None:
-    """End an engine's connections, in the process that made them."""
+    """Close the connections of an engine, in the process that opened them."""
     if os.getpid() == process:
         engine.dispose()
 
 
-def _driver(store: str) -> Any:
+def _require_psycopg(store: str) -> None:
     try:
-        import psycopg
-        import psycopg.conninfo
+        import psycopg  # noqa: F401
     except ImportError as error:
         raise StoreError(f"store {store}: PostgreSQL needs psycopg ({error}): pip install 'turret[postgres]'") from None
-    return psycopg

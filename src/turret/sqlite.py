@@ -1,6 +1,6 @@
-"""How SQLite is opened, written to by one at a time, and understood when it complains. Refuses to know tables.
+"""A catalog in one SQLite file: transactions, one writer at a time, and one line for each error of SQLite.
 
-The journal is WAL and a commit is on the disk before it returns.
+The journal mode is WAL. A commit returns when it is on the disk.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DatabaseError
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 from turret.disk import make_file
 
-BUSY_SECONDS = 60  # how long a writer waits for the writers before it
+BUSY_SECONDS = 60  # a writer waits this long for earlier writers
 
 
 class Sqlite:
     """One SQLite file.
 
-    alone: no other process may have it open meanwhile; then it can be read on a disk without a byte to spare.
+    Args:
+        alone: no other process may have the file open. Then it can be read on a full disk.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False, alone: bool = False) -> None:
@@ -43,86 +43,86 @@ class Sqlite:
         return _engine(self.path, self.read_only, self._alone)
 
     @cached_property
-    def _without_room(self) -> Engine:
+    def _exclusive_engine(self) -> Engine:
         return _engine(self.path, self.read_only, alone=True, patience=0)
 
     @contextmanager
     def transaction(self, *, writes: bool) -> Iterator[Connection]:
-        """A transaction that sees one moment; one that writes is the only such until it ends.
+        """Begin a transaction on one snapshot. If it writes, no other writing transaction runs until it ends.
 
-        Where the disk refuses the index of the WAL, 32 kB that the first of all readers makes, because it is full say,
-        one that reads is alone for as long as it takes and keeps the index in memory.
+        The first reader creates the index of the WAL, a file of 32 kB. If the disk is too full for it, the transaction
+        locks out other processes and keeps the index in memory.
         """
         with ExitStack() as opened:
             if writes:
                 yield opened.enter_context(self._engine.execution_options(turret_writes=True).begin())
             else:
-                yield self._look(opened)
+                yield self._begin_reading(opened)
 
-    def _look(self, opened: ExitStack) -> Connection:
-        """A transaction that has read something and ends with `opened`."""
+    def _begin_reading(self, opened: ExitStack) -> Connection:
+        """Begin a transaction that has read something and ends with `opened`."""
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
             try:
-                return _looked(self._engine, opened)
+                return _begun(self._engine, opened)
             except (DatabaseError, sqlite3.Error) as error:
-                refused = any(said in str(error) for said in ("I/O", "is full"))
-                if self._alone or self.read_only or not refused:
+                disk_full = any(words in str(error) for words in ("I/O", "is full"))
+                if self._alone or self.read_only or not disk_full:
                     raise
             try:
-                return _looked(self._without_room, opened)
+                return _begun(self._exclusive_engine, opened)
             except (DatabaseError, sqlite3.Error) as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
-            time.sleep(random.uniform(0.001, 0.02))  # two that both would be alone: neither may wait for the other
+            time.sleep(random.uniform(0.001, 0.02))  # random, so that two exclusive readers do not block each other
 
     def identity(self, _connection: Connection) -> None:
-        """None: the files are in the same folder."""
+        """Return None: a folder store needs no id, because its files are in the same folder."""
         return
 
     def identify(self, _connection: Connection) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def writable(self, _connection: Connection) -> bool:
         """Whether this process may write."""
         return not self.read_only
 
     def damage(self, connection: Connection) -> Iterator[str]:
-        """What the file itself has wrong."""
-        for (said,) in connection.exec_driver_sql("PRAGMA quick_check(5)"):
-            if said != "ok":
-                yield f"{said}: restore it from a copy"
+        """Yield the problems that SQLite finds in the file."""
+        for (problem,) in connection.exec_driver_sql("PRAGMA quick_check(5)"):
+            if problem != "ok":
+                yield f"{problem}: restore it from a copy"
         for row in connection.exec_driver_sql("PRAGMA foreign_key_check"):
-            yield f"a row of {row[0]} refers to a row of {row[2]} that is not there"
+            yield f"a row of {row[0]} refers to a missing row of {row[2]}"
 
-    def plainly(self, reason: str) -> str:
-        """What it complains of, and what to do."""
+    def describe_error(self, reason: str) -> str:
+        """Translate an error of SQLite into one line with a remedy."""
         path = self.path
         if "is full" in reason or ("disk I/O error" in reason and no_room(path)):
-            return f"the disk of {path.parent} is full: free some space and try again; what was stored before is intact"
+            return f"the disk of {path.parent} is full: free some space and try again; stored versions are intact"
         if "disk I/O error" in reason:
             return (
-                f"the disk refuses to read or write {path.name} ({reason}): look at quotas, file-size limits and its "
-                "health; what was stored before is intact"
+                f"the disk does not read or write {path.name} ({reason}): check quotas, file-size limits and the "
+                "health of the disk; stored versions are intact"
             )
         if "readonly" in reason or "read-only" in reason:
             return "it is read-only here: give write permission, or use another --store"
         if "unable to open" in reason:
-            return f"cannot open {path.name}: check that the folder exists and may be written"
+            return f"cannot open {path.name}: check that the folder exists and is writable"
         if "not a database" in reason or "malformed" in reason:
             return f"{path.name} is not a turret store or is damaged: restore it from a copy, or use another --store"
         if "locked" in reason:
-            return f"another process has held it for {BUSY_SECONDS} seconds: wait for it, or end it"
+            return f"another process has locked it for {BUSY_SECONDS} seconds: wait for that process, or end it"
         return reason.replace("\n", " ")
 
 
 def no_room(path: Path) -> bool:
-    """Whether the disk is too full for SQLite to open a database that is in WAL mode."""
+    """Whether the disk is too full for SQLite to open a database in WAL mode."""
     return shutil.disk_usage(path.parent).free < 1 << 16
 
 
-def _looked(engine: Engine, opened: ExitStack) -> Connection:
-    """A transaction of `engine` that goes with `opened`, once it has read: BEGIN alone reads nothing."""
+def _begun(engine: Engine, opened: ExitStack) -> Connection:
+    """Begin a transaction that ends with `opened`, and read once: BEGIN alone does not touch the file."""
     with ExitStack() as trying:
         connection = trying.enter_context(engine.begin())
         connection.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1")
@@ -132,22 +132,22 @@ def _looked(engine: Engine, opened: ExitStack) -> Connection:
 
 def _engine(path: Path, read_only: bool, alone: bool, patience: float = BUSY_SECONDS) -> Engine:
     if read_only:
-        # Without a -wal beside it nobody is writing, and SQLite can do without the files it may not create.
-        still = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
-        address = f"file:{quote(str(path.absolute()))}?mode=ro{still}"
+        # Without a -wal file there is no writer, and SQLite needs no files that it may not create.
+        immutable = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
+        address = f"file:{quote(str(path.absolute()))}?mode=ro{immutable}"
     else:
         address = f"file:{quote(str(path.absolute()))}"
 
     def connect() -> sqlite3.Connection:
         if not read_only:
-            make_file(path)  # SQLite gives -wal and -shm its permissions
-        # isolation_level=None: transactions are opened below, not guessed by the driver from the statement.
+            make_file(path)  # SQLite gives -wal and -shm the same permissions
+        # isolation_level=None: `_begin` opens transactions, instead of the driver.
         return sqlite3.connect(address, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
 
     engine = create_engine("sqlite+pysqlite://", creator=connect, poolclass=NullPool)
 
     @event.listens_for(engine, "connect")
-    def _prepare(connection: sqlite3.Connection, _record: Any) -> None:
+    def _prepare(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:
         connection.execute("PRAGMA foreign_keys = ON")
         if alone:
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # the index of the WAL stays in memory
@@ -164,7 +164,7 @@ def _engine(path: Path, read_only: bool, alone: bool, patience: float = BUSY_SEC
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:
-    """Two processes that create the file at once: the switch to WAL does not wait for its lock, so this does."""
+    """Switch to WAL and wait for the lock, which SQLite does not do: two processes may create the file at once."""
     if connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
         return
     deadline = time.monotonic() + BUSY_SECONDS

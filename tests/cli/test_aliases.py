@@ -99,9 +99,9 @@ def test_show_tells_the_last_moves_of_many(said) -> None:
 def test_a_gate_is_kept_shown_asked_and_removed(said) -> None:
     assert said("gate", "news") == "no gate on news\n"
     assert "news@production  test.accuracy>=0.9" in said("gate", "news", "production", "accuracy>=0.9", "loss<1")
-    assert "production names nothing yet" in said("gate", "news")
+    assert "production names no version yet" in said("gate", "news")
     err = said("promote", "news@1", "production", status=1)
-    assert "news@1 may not become news@production: test.accuracy>=0.9 is wanted, found 0.5" in err
+    assert "news@1 may not become news@production: test.accuracy>=0.9 is required, found 0.5" in err
     said("promote", "news@2", "production")
     listed = told(said("gate", "news", "--json"))
     assert listed["name"] == "news"
@@ -115,7 +115,7 @@ def test_a_gate_is_kept_shown_asked_and_removed(said) -> None:
 
 def test_promote_can_require_for_this_time(said) -> None:
     err = said("promote", "news@1", "production", "--require", "accuracy>=0.9", "--require", "loss<1", status=1)
-    assert "test.accuracy>=0.9 is wanted, found 0.5" in err
+    assert "test.accuracy>=0.9 is required, found 0.5" in err
     assert "loss" not in err
     said("promote", "news@2", "production", "--require", "accuracy>=0.9", "--require", "loss<1")
 
@@ -149,7 +149,7 @@ def test_a_gate_says_at_once_whether_the_present_holder_passes(said) -> None:
     said("promote", "news@2", "production")
     assert "news@2 passes, found 0.9" in " ".join(said("gate", "news").split())
     said("gate", "news", "production", "f1>0.1")
-    assert "news@2 fails, and test has no such number" in " ".join(said("gate", "news").split())
+    assert "news@2 fails, test has no such metric" in " ".join(said("gate", "news").split())
 
 
 def test_golden_examples_are_kept_shown_refused_and_removed(said, tmp_path) -> None:
@@ -157,18 +157,18 @@ def test_golden_examples_are_kept_shown_refused_and_removed(said, tmp_path) -> N
     (tmp_path / "golden.csv").write_text("text,label\nx,good\ny,bad\n")
     shown = said("gate", "news", "production", "loss<1", "--golden", str(tmp_path / "golden.csv"), "--share", "0.95")
     assert re.search(r"news@production +golden:\w{12}>=0\.95 +2 golden examples", shown)
-    assert "production names nothing yet" in shown
+    assert "production names no version yet" in shown
     metric, golden = told(said("gate", "news", "--json"))["gates"]
     assert set(golden) == {
         "alias", "golden", "kind", "examples", "share", "gate", "holder", "passes", "found",
     }  # fmt: skip
     assert (metric["gate"], golden["examples"], golden["share"]) == ("test.loss<1", 2, 0.95)
     err = said("promote", "news@2", "production", "--replay", status=1)
-    assert f"{golden['gate'].partition('>')[0]} has labels as answers, and news@2 writes texts" in err
+    assert f"{golden['gate'].partition('>')[0]} expects labels, but news@2 generates texts" in err
     assert err.count("\n") == 1
     said("gate", "news", "production", "--remove", golden["gate"])
     assert told(said("gate", "news", "--json"))["gates"] == [metric]
     assert "a fraction above 0" in said(
         "gate", "news", "production", "--golden", str(tmp_path / "golden.csv"), "--share", "95", status=2
     )
-    assert "give --golden FILE" in said("gate", "news", "production", "--share", "0.5", status=2)
+    assert "add --golden FILE" in said("gate", "news", "production", "--share", "0.5", status=2)

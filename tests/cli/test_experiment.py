@@ -38,22 +38,21 @@ def test_an_experiment_from_its_start_to_its_end(said, tmp_path) -> None:
     assert "no experiments yet: turret experiment start" in said("list")
     begun = said("start", "news", "--candidate", "news@2", "--ramp", "20%,0.5", "--max-errors", "0.02")
     assert "traffic   control 80%, candidate 20% (planned 20% → 50%)" in begun
-    assert (
-        "rolled back by itself when worse, or over 2% errors and more than control; promoted only when asked" in begun
-    )
-    assert "next: tell outcomes: `turret experiment outcome`" in begun
+    assert "rolled back automatically when worse, or over 2% errors and more than control; promoted only by a" in begun
+    assert "promoted only by a person" in begun
+    assert "next: send outcomes: `turret experiment outcome`" in begun
     assert "control 50%, candidate 50%" in said("ramp", "news")
     assert "is at its end: give a share" in said("ramp", "news", status=1)
     version, arm = said("assign", "news", "ann", "--receipt", "r1").split()[:2]
     assert (version, arm) in (("news@1", "(control,"), ("news@2", "(candidate,"))
     assert said("outcome", "news", "1", "--receipt", "r1").startswith("counted for c")
-    assert said("outcome", "news", "1", "--unit", "ann").startswith("this answer has its outcome, 1, already")
+    assert said("outcome", "news", "1", "--unit", "ann").startswith("this answer already has the outcome 1")
     table = tmp_path / "outcomes.csv"
     table.write_text("receipt,unit,value\nr1,,1\n,ann,0\n,bob,1\n")
     lines = said("outcome", "news", "--file", str(table)).splitlines()
     assert lines[0] == "3 outcomes: 2 repeated, 1 unknown"
-    assert "not decided yet; the evidence came to" in said("status", "news")
-    assert "count for 7 days after the first answer; a unit without one by then is missing" in said("status", "news")
+    assert "not decided yet; the highest evidence was" in said("status", "news")
+    assert "count for 7 days after the first answer; after that a unit without one is missing" in said("status", "news")
     ended = said("stop", "news", "--rollback")
     assert "nothing: it has ended (asked for)" in ended
     assert "news#1" in said("list")
@@ -89,11 +88,11 @@ def test_json_has_stable_keys(said) -> None:
     ("arguments", "status", "complaint"),
     [
         (["start", "news"], 2, "needs two versions"),
-        (["start", "news", "--candidate", "news@2", "--share", "20"], 2, "share '20': expected a part of the traffic"),
+        (["start", "news", "--candidate", "news@2", "--share", "20"], 2, "share '20': expected a share of the traffic"),
         (["start", "news", "--candidate", "news@2", "--share", "candidate=x"], 2, "share 'x'"),
         (["start", "other", "--candidate", "news@2"], 1, "no adapter named 'other'"),
         (["start", "../x", "--candidate", "news@2"], 2, "bad adapter name"),
-        (["status", "news"], 1, "no experiment on news: `turret experiment start` begins one"),
+        (["status", "news"], 1, "no experiment on news: `turret experiment start` starts one"),
         (["outcome", "news", "1"], 2, "needs the receipt of its answer or its unit"),
         (["outcome", "news"], 2, "give one value with --receipt or --unit, or a table"),
         (["outcome", "news", "--file", "none.csv"], 1, "there is no file 'none.csv'"),
@@ -109,7 +108,7 @@ def test_json_has_stable_keys(said) -> None:
         (
             ["start", "news", "--candidate", "news@2", "--outcome-ttl", "0s"],
             2,
-            "outcomes that count for 0.0 s: expected",
+            "outcome_ttl of 0.0 s: expected",
         ),
         (["ramp"], 2, "Missing argument 'name'"),
         (["nothing"], 2, "No such command"),

@@ -1,4 +1,4 @@
-"""A store with three versions of `news`, of which production names the first."""
+"""A store with three versions of `news`; production names the first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 class Clock:
-    """Time that goes by when it is told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 1_800_000_000.0

@@ -1,4 +1,4 @@
-"""A unit sees the same arm for ever, and a change of weights moves exactly the units that must move."""
+"""A unit always sees the same arm, and a change of weights moves the fewest possible units."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ARMS = ("control", "candidate", "candidate2", "candidate3")
 
 
 def weights() -> st.SearchStrategy[dict[str, float]]:
-    """Of some arms, which add up to 1; some are 0."""
+    """Weights of some arms, which add up to 1; some are 0."""
     parts = st.lists(st.integers(0, 1000), min_size=2, max_size=4).filter(any)
     return parts.map(lambda some: {arm: part / sum(some) for arm, part in zip(ARMS, some, strict=False)})
 
 
 def different(before: assign.Segments, after: assign.Segments) -> int:
-    """How many points have another arm."""
+    """The number of points with another arm."""
     edges = sorted({0, *(end for end, _ in before), *(end for end, _ in after)})
     return sum(high - low for low, high in pairwise(edges) if arm_at(before, low) != arm_at(after, low))
 
@@ -49,7 +49,7 @@ def test_a_change_of_weights_moves_exactly_as_many_points_as_it_must(ramp) -> No
 
 
 def test_laying_out_anew_would_move_more() -> None:
-    """The control of the test above: with three arms, a split that is made of the weights alone moves too many."""
+    """The control of the test above: with three arms, a split from the new weights alone moves too many."""
     first, then = (
         {"control": 0.5, "candidate": 0.3, "candidate2": 0.2},
         {"control": 0.2, "candidate": 0.3, "candidate2": 0.5},

@@ -1,4 +1,4 @@
-"""Sample ratio, bounds on errors and latency, discoveries over many, paired comparisons."""
+"""Sample ratio, bounds on errors and latency, discoveries, and paired comparisons."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNITS = 0  # the class
 
 
 def closed(splits: list[tuple[dict[str, float], dict[str, int]]]) -> float:
-    """The reference of the evidence of a ratio: a likelihood ratio in closed form, of each split and its counts."""
+    """The reference of the sample ratio: a likelihood ratio in closed form, from the counts of each split."""
     logs = []
     for k in sample_ratio.CONCENTRATIONS:
         log = 0.0
@@ -31,7 +31,7 @@ def closed(splits: list[tuple[dict[str, float], dict[str, int]]]) -> float:
 
 
 def fallen(*splits: tuple[dict[str, float], list[str]]) -> sample_ratio.SampleRatio:
-    """Units as they fell, one split after the other."""
+    """The arms of units, one split after the other."""
     found, planned = sample_ratio.SampleRatio(), dict(enumerate(pi for pi, _ in splits))
     for revision, (_, arms) in enumerate(splits):
         found = found.after([((revision, UNITS), arm) for arm in arms], planned)
@@ -77,12 +77,12 @@ def test_units_that_are_missing_from_an_arm_are_noticed_and_a_ramp_is_not_taken_
 
 
 def test_an_alarm_stays_when_later_units_fall_as_planned() -> None:
-    """The evidence as it is now falls back under the line; its peak does not."""
+    """The current evidence falls below the threshold again; its peak does not."""
     skewed = ["control"] * 60 + ["control", "candidate"] * 30
     found = fallen((HALF, skewed))
     assert found.process.peak >= math.log(NEEDED)
     after = found.after([((0, UNITS), arm) for arm in ["candidate"] * 60 + ["control", "candidate"] * 3000], {0: HALF})
-    assert after.process.now < math.log(NEEDED)  # what was looked at before
+    assert after.process.now < math.log(NEEDED)  # the evidence before
     assert after.process.peak >= math.log(NEEDED)
 
 
@@ -110,14 +110,14 @@ def test_a_share_at_its_bound_or_under_it_hardly_ever_raises_an_alarm_and_one_ab
 
 
 def test_the_bound_is_the_mixture_that_it_says() -> None:
-    """By numerical integration; and summed over all sequences at the bound it expects one."""
+    """By numerical integration; and its expectation over all sequences at the bound is 1."""
     grid = np.linspace(0.1, 1, 400_001)[1:-1]
     prior = stats.beta(0.5, 0.5).pdf(grid)
     likely = (grid / 0.1) ** 3 * ((1 - grid) / 0.9) ** 5
     assert bounds.evidence(3, 8, 0.1) == pytest.approx(math.log((prior * likely).sum() / prior.sum()), abs=2e-2)
     expected = sum(stats.binom.pmf(s, 12, 0.1) * math.exp(bounds.evidence(s, 12, 0.1)) for s in range(13))
     assert expected == pytest.approx(1)
-    assert bounds.evidence(0, 10_000_000, 0.02) == -math.inf  # none at all, and no crash
+    assert bounds.evidence(0, 10_000_000, 0.02) == -math.inf  # no evidence, and no error
     assert bounds.evidence(1_000_000, 1_000_000, 0.02) > 1e6
 
 
@@ -129,10 +129,11 @@ def test_of_many_experiments_the_largest_are_named() -> None:
 
 
 def false_discoveries(expected: float, alpha: float = 0.1) -> float:
-    """The mean share of false ones among the named, with 5 true effects among 25 experiments.
+    """The mean share of false discoveries, with 5 true effects among 25 experiments.
 
-    expected: of a null e-value, at most 1 where it is valid. It is 0, or just enough to be named beside the true ones:
-    no valid null is named more often.
+    Args:
+        expected: the expectation of a null e-value, at most 1 if it is valid. It is 0, or just enough to be a discovery
+            together with the true effects, which is the worst case.
     """
     generator, runs, null, true = np.random.default_rng(0), 2000, 20, 5
     enough = (null + true) / ((true + 1) * alpha)
@@ -148,13 +149,13 @@ def false_discoveries(expected: float, alpha: float = 0.1) -> float:
 
 def test_few_of_the_named_are_false_as_long_as_null_evidence_is_worth_at_most_one() -> None:
     assert 0.04 < false_discoveries(1.0) <= 0.1
-    assert false_discoveries(2.0) > 0.1  # evidence that reaches its bound too often is seen
+    assert false_discoveries(2.0) > 0.1  # invalid e-values give too many false discoveries
 
 
 def test_what_one_more_experiment_needs_is_what_names_it() -> None:
     others = [math.log(value) for value in (200.0, 120.0, 30.0, 1.0, 0.5)]
     enough = discoveries.needed(others, 0.05)
-    assert math.exp(enough) == pytest.approx(6 / (0.05 * 4))  # the fourth beside 200, 120 and 30
+    assert math.exp(enough) == pytest.approx(6 / (0.05 * 4))  # the fourth, with 200, 120 and 30
     assert "one" in discoveries.named({str(log): log for log in others} | {"one": enough}, 0.05)
     assert "one" not in discoveries.named({str(log): log for log in others} | {"one": enough - 1e-6}, 0.05)
     assert math.exp(discoveries.needed([], 0.05)) == pytest.approx(20)
@@ -165,7 +166,7 @@ MANY, REAL, UNITS_EACH, STEP = 20, 4, 2400, 100
 
 
 def evidence_of(seed: int, place: int) -> list[tuple[float, str | None]]:
-    """Of one experiment of a store after each look; the first few have a real difference."""
+    """The evidence of one experiment of a store after each look; the first few have a real difference."""
     generator = np.random.default_rng([seed, place])
     arm = (generator.random(UNITS_EACH) < 0.5).astype(np.int64)
     chance = np.where(arm == 1, 0.45 if place < REAL else 0.3, 0.3)
@@ -178,7 +179,7 @@ def evidence_of(seed: int, place: int) -> list[tuple[float, str | None]]:
 
 
 def ended(paths: list[list[tuple[float, str | None]]], *, waits: bool) -> frozenset[str]:
-    """The discoveries among experiments of which each ends at its verdict, or waits until it is one of them."""
+    """The discoveries, if each experiment ends at its verdict, or waits until it is a discovery."""
     now, over = [0.0] * len(paths), [False] * len(paths)
     for look in range(UNITS_EACH // STEP):
         for place, path in enumerate(paths):
@@ -193,7 +194,7 @@ def test_four_real_differences_among_twenty_are_discoveries_where_experiments_wa
     stores = [[evidence_of(seed, place) for place in range(MANY)] for seed in range(3)]
     early = [name for paths in stores for name in ended(paths, waits=False)]
     found = [name for paths in stores for name in ended(paths, waits=True)]
-    assert len(early) <= 2  # the evidence of 20 with which each ended names nearly none
+    assert len(early) <= 2  # evidence of 20, with which each ended, is rarely enough
     assert sum(int(name) < REAL for name in found) >= 11
     assert sum(int(name) >= REAL for name in found) <= 1
 

@@ -1,4 +1,4 @@
-"""Evidence may be looked at after every outcome: it is hardly ever wrong, and finds what is there."""
+"""Evidence that is looked at after every outcome is rarely wrong, and finds true differences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALPHA = 0.05
 
 
 def traffic(seed: int, n: int, control: Any, candidate: Any, ramp: tuple[float, ...] = (0.5,)) -> Any:
-    """Arms, binary outcomes and probabilities of n units, whose chances may drift, while weights ramp."""
+    """Arms, binary outcomes and probabilities of n units, with drifting means, while weights ramp."""
     generator = np.random.default_rng(seed)
     share = np.repeat(np.array(ramp), -(-n // len(ramp)))[:n]
     arm = (generator.random(n) < share).astype(np.int64)
@@ -30,17 +30,17 @@ def tally(data: Any, *, binary: bool = True, margin: float | None = None) -> Out
 
 
 def decided(found: OutcomeTally) -> bool:
-    """Whether somebody who looks after every outcome ever saw a verdict."""
+    """Whether a look after every outcome ever shows a verdict."""
     return max(found.better.peak, found.worse.peak) >= math.log(2 / ALPHA)
 
 
 def most(runs: int, level: float = ALPHA) -> int:
-    """More false alarms than this do not come of a level that holds."""
+    """The number of false alarms that a valid level rarely exceeds."""
     return int(binom.ppf(0.999, runs, level))
 
 
 def peeked_z(data: Any, every: int = 50) -> bool:
-    """The control: the textbook's test of two proportions, looked at every so often."""
+    """The control: the textbook test of two proportions, with regular looks."""
     arm, y, _ = data
     for n in range(100, len(y) + 1, every):
         a, b = y[:n][arm[:n] == 0], y[:n][arm[:n] == 1]
@@ -67,7 +67,7 @@ def test_peeking_at_every_outcome_through_ramps_and_drift_keeps_the_level(kind) 
 
 
 def test_a_z_test_with_peeking_does_exceed_its_level() -> None:
-    """The control of the test above, without drift and without ramps, which would make it worse."""
+    """The control of the test above, without drift and ramps, which would make it worse."""
     still = sum(peeked_z(traffic(seed, N, 0.3, 0.3)) for seed in range(RUNS))
     assert still > most(RUNS)
     assert sum(decided(tally(traffic(seed, N, 0.3, 0.3))) for seed in range(RUNS)) <= most(RUNS)
@@ -76,7 +76,7 @@ def test_a_z_test_with_peeking_does_exceed_its_level() -> None:
 
 @pytest.mark.parametrize("rate", [0.02, 0.3, 0.9])
 def test_probabilities_that_were_not_those_logged_would_be_noticed(rate) -> None:
-    """With drift, a ramp that the evidence is not told of makes it wrong: the logged probability keeps it right."""
+    """With drift, a ramp that the evidence does not see makes it wrong; logged probabilities make it right."""
     high = np.linspace(rate / 2, min(rate * 1.1, 0.99), 2 * N)
     alarms = 0
     for seed in range(40):
@@ -90,7 +90,7 @@ def test_probabilities_that_were_not_those_logged_would_be_noticed(rate) -> None
 @pytest.mark.parametrize("margin", [None, 0.1])
 @pytest.mark.parametrize("chances", [(0.3, 0.3), (0.8, 0.8), (0.4, 0.3), (0.3, 0.4)])
 def test_summed_over_all_that_can_happen_no_process_expects_to_grow_under_its_null(chances, margin) -> None:
-    """Exactly, of four units with a ramp between them: 256 sequences with their probabilities."""
+    """Exactly, over four units with a ramp in between: 256 sequences with their probabilities."""
     share = np.array([0.1, 0.1, 0.5, 0.8])
     means = {"better": 0.0, "worse": 0.0, "worse_by": 0.0}
     for arm in itertools.product((0, 1), repeat=4):
@@ -117,7 +117,7 @@ def test_summed_over_all_that_can_happen_no_process_expects_to_grow_under_its_nu
 
 
 def plain(data: Any, sign: float) -> float:
-    """The reference of a binary outcome's process, a unit at a time: its logarithm now."""
+    """The reference of the process of a binary outcome, unit by unit: its current logarithm."""
     products = [1.0] * len(SHIFTS)
     total = count = 0.0
     for a, y, pi in zip(*data, strict=True):
@@ -198,7 +198,7 @@ def test_the_interval_holds_at_every_look_nearly_as_often_as_it_says_and_through
             if not low <= 0.1 <= high:
                 missed += 1
                 break
-    assert missed <= most(120, 2 * ALPHA)  # it is called approximate
+    assert missed <= most(120, 2 * ALPHA)  # it is approximate
 
 
 def test_no_interval_is_shown_of_a_handful() -> None:

@@ -1,4 +1,4 @@
-"""An outage of every arm rolls nothing back; one of the candidate alone does, and quickly."""
+"""An outage of every arm rolls nothing back; an outage of the candidate alone does, and quickly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = [("0", {"control": 0.8, "candidate": 0.2}), ("0020", {"control": 0.5, "
 
 
 def rows(seed: int, rates: dict[str, list[float]], kind: str = "errors") -> list[SimpleNamespace]:
-    """What one server wrote down, a row an arm and second: ten answers a second, of which bad with these chances."""
+    """The rows of one server, one per arm and second: ten answers a second, bad with these probabilities."""
     generator, found = np.random.default_rng(seed), []
     for second in range(SECONDS):
         share = SPLITS[second >= 20][1]["candidate"]
@@ -33,7 +33,7 @@ def rows(seed: int, rates: dict[str, list[float]], kind: str = "errors") -> list
 
 
 def outage(rate: float = 0.5) -> list[float]:
-    """One answer in a hundred is bad; of ten seconds as the split changes, this many."""
+    """One answer in a hundred is bad; in the ten seconds around the change of the split, this share is."""
     return [rate if 18 <= second < 28 else 0.01 for second in range(SECONDS)]
 
 
@@ -41,7 +41,7 @@ FINE = [0.01] * SECONDS
 
 
 def dropped(seed: int, rates: dict[str, list[float]], kind: str = "errors") -> tuple[int | None, bool]:
-    """The second after which the candidate went, looked at every second; and whether the bound alone would drop it."""
+    """The second after which the candidate is dropped, and whether the bound alone would drop it."""
     watch, alone = Watch("control"), False
     for at, flush in itertools.groupby(rows(seed, rates, kind), lambda row: row.at):
         watch.read(list(flush), SPLITS)
@@ -58,7 +58,7 @@ def dropped(seed: int, rates: dict[str, list[float]], kind: str = "errors") -> t
 def test_an_outage_of_both_arms_rolls_the_candidate_back_no_more_often_than_the_level(kind) -> None:
     found = [dropped(seed, {"control": outage(), "candidate": outage()}, kind) for seed in range(RUNS)]
     assert sum(second is not None for second, _ in found) <= stats.binom.ppf(0.999, RUNS, LEVEL)
-    assert sum(alone for _, alone in found) > 0.5 * RUNS  # what the bound alone does
+    assert sum(alone for _, alone in found) > 0.5 * RUNS  # with the bound alone
 
 
 @pytest.mark.parametrize("kind", ["errors", "slow"])
@@ -75,7 +75,7 @@ def test_a_candidate_that_fails_more_than_the_control_and_less_than_the_bound_st
 
 @pytest.mark.parametrize(("n1", "n0", "s"), [(3, 5, 4), (1, 9, 2), (6, 6, 6)])
 def test_summed_over_all_that_can_happen_a_block_expects_one_where_the_arms_fail_alike(n1, n0, s) -> None:
-    """Exactly, and less where the candidate fails less."""
+    """Exactly, and less if the candidate fails less."""
     expected = np.zeros(len(excess.ODDS))
     better = np.zeros(len(excess.ODDS))
     for bad in range(max(0, s - n0), min(s, n1) + 1):
@@ -100,7 +100,7 @@ def test_answers_of_the_control_count_that_came_before_the_first_one_of_an_arm()
         return SimpleNamespace(id=number, at=f"{number:04}", arm=arm, answers=answers, errors=errors, **sums)
 
     watch = Watch("control")
-    late = [row(number, "shadow", 1, 1) for number in range(2, 14)]  # a shadow answers behind the control
+    late = [row(number, "shadow", 1, 1) for number in range(2, 14)]  # a shadow answers after the control
     watch.read([row(1, "control", 12, 0), *late], [("0", {"control": 1.0})])
     assert watch.arms["shadow"].evidence("errors", watch.sums["shadow"], BOUND) > needed(LEVEL)
 
@@ -127,4 +127,4 @@ def test_errors_of_both_arms_roll_nothing_back_and_of_the_candidate_alone_do(wor
         if settled.experiment.state == "ended":
             break
     assert second >= 5
-    assert "answers were errors, at most 0.02 of them may be; of the control's" in settled.done[0]
+    assert "answers were errors, the limit is 2%; of the control's" in settled.done[0]

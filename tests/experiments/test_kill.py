@@ -1,4 +1,4 @@
-"""Killed in the middle of a verb of an experiment, all of it was done or nothing, the alias included."""
+"""If a command of an experiment is killed, all of it was done or nothing, including the alias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An outcome is told once, counted once, and answered clearly whatever it is; the answers come through a router."""
+"""An outcome is recorded once, counts once, and gets a clear status; answers come through a router."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_each_outcome_has_one_clear_answer_and_a_unit_counts_once(workspace, rou
     assert [each.status for each in told] == [
         "counted", "repeated", "repeated", "noted", "unknown", "refused", "counted", "repeated", "unknown", "unknown",
     ]  # fmt: skip
-    assert "has its outcome, 1, already: it stays, not 0" in told[2].text
+    assert "already has the outcome 1: it stays, not 0" in told[2].text
     assert "a user counts once" in told[3].text
     assert "never answered user 'dan'" in told[8].text
     assert not any("\n" in each.text for each in told)
@@ -121,7 +121,7 @@ def test_a_receipt_that_is_logged_twice_is_one_answer(workspace, router) -> None
 
 
 class Failing:
-    """A database that can be out of reach."""
+    """A database that can become unreachable."""
 
     def __init__(self, database: Database) -> None:
         self.database, self.down = database, False

@@ -1,4 +1,4 @@
-"""Arms that cannot be compared are noticed, and from then on nothing that they say counts."""
+"""Arms that cannot be compared raise an alarm, and their outcomes stay void."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ HALF = {"control": 0.5, "candidate": 0.5}
 
 @pytest.fixture
 def clock() -> Clock:
-    """A month ago, so that what is told since may be too late by now."""
+    """A month ago, so an outcome now may be late."""
     clock = Clock()
     clock.now = datetime.fromisoformat(now()).timestamp() - 30 * DAY
     return clock
 
 
 def units(workspace: Workspace, arms: list[str], when: str | None = None) -> None:
-    """Units that were seen in these arms, whatever the hash says."""
+    """Units that were seen in these arms, whatever their hash."""
     experiment = workspace.experiment("news").status().experiment
     first = sum(each["units"] for each in workspace.experiment("news").status().as_json()["arms"])
     seen = [
@@ -43,9 +43,10 @@ def units(workspace: Workspace, arms: list[str], when: str | None = None) -> Non
 
 
 def asked(router, clock: Clock, count: int, waits: dict[str, float], drop: float = 0.0, seed: int = 0) -> None:
-    """Units that are answered one after the other; of each arm, outcomes are told after about these seconds.
+    """Units that are answered one after the other; outcomes of each arm come after about these seconds.
 
-    drop: the share of the candidate's that never are.
+    Args:
+        drop: the share of the candidate's outcomes that never come.
     """
     draw, told = random.Random(seed), []
     for number in range(count):
@@ -66,7 +67,7 @@ def test_an_alarm_stays_under_balanced_traffic_and_what_was_gathered_is_void(wor
     live.start("news@2", share=0.5, guards=Guards(promote=True))
     units(workspace, ["control"] * 40)
     (alarmed,) = workspace.settle()
-    assert alarmed.done[0].startswith("SAMPLE RATIO MISMATCH: units did not fall as planned (control 40, candidate 0)")
+    assert alarmed.done[0].startswith("SAMPLE RATIO MISMATCH: units are not split as planned (control 40, candidate 0)")
     units(workspace, ["candidate", "control"] * 1500)
     for found in (live.status(), *workspace.settle(), Workspace(workspace.store.root).experiment("news").status()):
         shown = found.as_json()
@@ -74,7 +75,7 @@ def test_an_alarm_stays_under_balanced_traffic_and_what_was_gathered_is_void(wor
         assert shown["void"] == alarmed.done[0]
         assert shown["verdicts"] == [alarmed.done[0]]
         assert shown["decision"]["action"] == "hold"
-        assert "begin anew: this one stays void" in found.next
+        assert "start a new one: this one stays void" in found.next
         assert found.done == ()
     with pytest.raises(ExperimentError, match="news#1 is void") as refused:
         live.stop(promote="candidate")
@@ -109,7 +110,7 @@ def test_as_many_outcomes_that_come_later_in_one_arm_are_noticed(workspace, rout
 
 
 def test_outcomes_that_are_as_quick_and_as_complete_raise_no_alarm(workspace, router, clock) -> None:
-    """The control of the tests beside it."""
+    """The control of the tests around it."""
     workspace.experiment("news").start("news@2", share=0.5)
     asked(router, clock, 200, {"control": 600, "candidate": 600})
     shown = workspace.experiment("news").status().as_json()
@@ -125,7 +126,9 @@ def test_units_that_never_get_an_outcome_in_one_arm_are_noticed_as_missing(works
     missing = {each["arm"]: each["missing"] for each in found.as_json()["arms"]}
     assert missing["control"] == 0
     assert missing["candidate"] > 40
-    assert found.verdicts[0].startswith("OUTCOMES MISSING: they come back from the arms in other shares than units go")
+    assert found.verdicts[0].startswith(
+        "OUTCOMES MISSING: the arms' shares of outcomes differ from their shares of units"
+    )
     assert f"{missing['candidate']} missing" in found.verdicts[0]
 
 
@@ -135,17 +138,17 @@ def test_outcomes_later_than_their_time_to_live_count_for_nobody(workspace, rout
         router.assign("news", str(number), str(number))
     clock.now += 1.9 * DAY
     early = router.outcomes([Told(1, receipt=str(number)) for number in range(20)])
-    for number in range(20, 40):  # asked again, which does not make the unit any younger
+    for number in range(20, 40):  # another answer does not restart the time to live
         router.assign("news", str(number), f"again {number}")
     clock.now += 0.2 * DAY
     late = router.outcomes([Told(1, receipt=f"again {number}") for number in range(20, 40)])
     assert {each.status for each in early} == {"counted"}
     assert {each.status for each in late} == {"late"}
-    assert "first answered 2.1 days before, and outcomes of news#1 count for 2 days: not counted" in late[0].text
+    assert "first answered 2.1 days ago, and outcomes of news#1 count for 2 days: not counted" in late[0].text
     arms = workspace.experiment("news").status().as_json()["arms"]
     assert sum(arm["outcomes"] for arm in arms) == 20
     assert sum(arm["missing"] for arm in arms) == 20
-    assert all(arm["outcomes"] + arm["missing"] == arm["units"] for arm in arms)  # in both arms alike
+    assert all(arm["outcomes"] + arm["missing"] == arm["units"] for arm in arms)  # in both arms
 
 
 def test_a_look_through_what_was_added_up_before_finds_the_same_units_missing(workspace, router, clock) -> None:
@@ -164,8 +167,11 @@ RUNS, COUNT = 120, 800
 
 
 def alarms(check: str, effect: float, level: float) -> int:
-    """Of simulated experiments that ramp, how many ever raised an alarm at that level; effect: on the candidate's delay
-    (times as long), or on its completeness (units that are lost beside those that the control loses)."""
+    """The number of simulated experiments with a ramp that ever raised an alarm.
+
+    Args:
+        effect: on the candidate's delay (a factor), or on its completeness (units lost in addition to the control's).
+    """
     planned, found = {0: {"control": 0.8, "candidate": 0.2}, 1: HALF}, 0
     for seed in range(RUNS):
         generator = np.random.default_rng(seed)

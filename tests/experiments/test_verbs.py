@@ -1,4 +1,4 @@
-"""An experiment is begun, ramped, guarded and ended; what is decided is carried out in one go with its alias."""
+"""An experiment is started, ramped, guarded and ended; a decision and its move of the alias are one transaction."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FEW = Guards(max_errors=0.02)
 
 
 def run(workspace: Workspace, rates: dict[str, float], units: int, seed: int = 0, drop: float = 0.0) -> None:
-    """Traffic with these chances of a 1 for each arm; of the candidate a part never tells its outcome."""
+    """Traffic with these probabilities of a 1 per arm; a share of the candidate's outcomes never comes."""
     draw, router = random.Random(seed), workspace.router()
     told = []
     for number in range(units):
@@ -67,8 +67,8 @@ def test_a_candidate_that_is_better_is_promoted_only_where_asked_and_past_its_ga
     workspace.gate("news", "production", add=["accuracy>=0.85"])
     (refused,) = workspace.settle()
     assert "is better and was not promoted: news@2 may not become news@production" in refused.done[0]
-    assert workspace.settle()[0].done == ()  # it is tried once
-    assert "mend that, then `turret experiment stop news --promote candidate`" in experiment.status().next
+    assert workspace.settle()[0].done == ()  # there is one attempt
+    assert "fix that, then `turret experiment stop news --promote candidate`" in experiment.status().next
     with pytest.raises(GateFailed):
         experiment.stop(promote="candidate")
     assert experiment.status().experiment.state == "running"
@@ -95,8 +95,8 @@ def test_a_verdict_that_the_later_outcomes_turn_is_shown_and_promotes_nothing_by
     for seed in (1, 2):
         run(workspace, {"control": 0.7, "candidate": 0.3}, 180, seed=seed)
     found = experiment.status()
-    said = r"candidate \(news@2\) was better than control when the verdict came, and the \d+ outcomes since then have"
-    assert re.match(rf"{said} taken it back \(difference -0\.\d+\): the verdict has turned$", found.verdicts[0])
+    said = r"candidate \(news@2\) was better than control at its verdict, but the \d+ outcomes since then have"
+    assert re.match(rf"{said} reversed it \(difference -0\.\d+\): the verdict has turned$", found.verdicts[0])
     assert found.next.startswith("do not promote candidate: find out what changed")
     against = found.as_json()["arms"][1]["against_control"]
     assert against["verdict"] == "better"
@@ -109,13 +109,11 @@ def test_a_verdict_whose_evidence_has_gone_since_says_so(workspace) -> None:
     experiment.start("news@2", share=0.5, guards=Guards(worse_by=None), salt="salt")
     run(workspace, {"control": 0.3, "candidate": 0.7}, 150)
     run(workspace, {"control": 0.7, "candidate": 0.3}, 120, seed=1)
-    assert re.search(
-        r"is better than control: .* its evidence came to \S+ and is \S+ now$", experiment.status().verdicts[0]
-    )
+    assert re.search(r"is better than control: .* its evidence fell from \S+ to \S+$", experiment.status().verdicts[0])
 
 
 def test_among_many_experiments_a_promotion_by_itself_waits_until_it_is_a_discovery(workspace) -> None:
-    """Twenty that found nothing stand beside it: evidence of 20 decides for it alone, among all it takes 420."""
+    """With twenty others that found nothing: evidence of 20 decides for it alone, a discovery needs 420."""
     experiment = workspace.experiment("news")
     for _ in range(20):
         experiment.start("news@2", share=0.5)
@@ -147,7 +145,7 @@ def test_less_can_be_better(workspace) -> None:
 
 def test_errors_or_latency_beyond_their_bound_roll_a_candidate_back_without_outcomes(workspace, clock) -> None:
     for guards, seconds, why in (
-        (Guards(max_errors=0.02), 0.1, r"of \d+ answers were errors, at most 0.02 of them may be"),
+        (Guards(max_errors=0.02), 0.1, r"of \d+ answers were errors, the limit is 2%"),
         (Guards(max_seconds=2.0), 3.0, r"took longer than 2 s, at most 5% of them may"),
     ):
         workspace.experiment("news").start("news@2", share=0.5, guards=guards)
@@ -155,7 +153,7 @@ def test_errors_or_latency_beyond_their_bound_roll_a_candidate_back_without_outc
         seen = 0
         for number in range(120):
             found = router.assign("news", str(number))
-            seen += found.arm == "candidate"  # a third of its own, however units are shared out
+            seen += found.arm == "candidate"  # a third of its own answers, however units are split
             bad = found.arm == "candidate" and seen % 3 == 0
             router.answered(found, seconds=seconds if bad else 0.1, error=bad and seconds < 1)
         router.flush()
@@ -203,7 +201,7 @@ def test_a_shadow_is_run_beside_recorded_and_never_assigned(workspace, router) -
     router.flush()
     shadow = experiment.status().as_json()["arms"][1]
     assert (shadow["answers"], shadow["compared"], shadow["agreed"], shadow["share"]) == (80, 80, 60, 0.0)
-    assert "compare what the shadows do" in experiment.status().next
+    assert "compare the shadows with the control" in experiment.status().next
     for _ in range(20):
         router.answered(found, seconds=0.1)
         router.shadowed(found, "shadow", seconds=0.2, error=True)
@@ -217,7 +215,7 @@ def test_a_sample_ratio_mismatch_is_shown_before_any_verdict_and_nothing_is_deci
     (settled,) = workspace.settle()
     (said,) = settled.verdicts
     assert settled.done == (said,)
-    assert said.startswith("OUTCOMES MISSING: they come back from the arms in other shares than units go")
+    assert said.startswith("OUTCOMES MISSING: the arms' shares of outcomes differ from their shares of units")
     assert "find out how the arms differ" in settled.next
     assert {each.against.verdict for each in settled.weighed.arms if each.against} == {"void"}
     assert settled.as_json()["sample_ratio"]["ok"] is False
@@ -319,7 +317,7 @@ def test_a_look_through_what_was_added_up_before_says_what_a_fresh_look_says(wor
 
 
 def test_a_stop_that_was_overtaken_by_another_process_changes_nothing(workspace, monkeypatch) -> None:
-    """Between the look and the move somebody else stops it: the alias stays, and one line says so."""
+    """Another process stops it between the look and the move: the alias stays, and the error is one line."""
     experiment = workspace.experiment("news")
     experiment.start("news@2", share=0.5)
     promote = promoting.promote

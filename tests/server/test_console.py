@@ -145,7 +145,7 @@ def test_a_refused_gate_is_told_and_a_promote_and_a_rollback_move_the_alias(serv
     client = serve().client()
     got = post(client, "/adapters/a/move/promote", version="2", alias="production")
     assert got.status_code == 409
-    assert "test.accuracy&gt;=0.8 is wanted" in got.text
+    assert "test.accuracy&gt;=0.8 is required" in got.text
     assert post(client, "/adapters/a/move/promote", version="2", alias="candidate").status_code == 303
     assert str(workspace.resolve("a@candidate")) == "a@2"
     workspace.gate("a", "production", remove=["accuracy"])

@@ -156,7 +156,7 @@ def test_a_gate_refuses_in_the_dialog_and_what_passes_moves_the_alias(opened: Op
     assert dialog.get_by_label("Version").input_value() == "2"
     dialog.get_by_role("button", name="Promote").click()
     dialog.get_by_role("alert").wait_for()
-    assert "test.accuracy>=0.8 is wanted, found 0.52" in dialog.get_by_role("alert").inner_text()
+    assert "test.accuracy>=0.8 is required, found 0.52" in dialog.get_by_role("alert").inner_text()
     assert str(running.workspace.resolve("news")) == "news@1"
     dialog.get_by_label("Alias").fill("candidate")
     dialog.get_by_role("button", name="Promote").click()

@@ -317,8 +317,7 @@ def test_an_alias_that_is_flipped_again_and_again_is_always_one_of_the_two_and_t
     asking = threading.Thread(target=ask)
     asking.start()
     versions = [store.resolve("a@1"), store.resolve("a@2")]
-    database = store._database()
-    assert database is not None
+    database = store.database()
     for flip in range(flips):
         with database.writing() as connection:
             aliases.promote(connection, versions[(flip + 1) % 2], "production")

@@ -1,4 +1,4 @@
-"""Write a folder that the store takes for a bundle."""
+"""Small folders that the store accepts as bundles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "uint16": "BF16",
 def write_bundle(
     folder: Path, content: bytes, more: Mapping[str, bytes] | None = None, said: Mapping[str, Any] | None = None
 ) -> Path:
-    """A new folder under `folder` with tensors, a configuration and the manifest that names them and says `said`."""
+    """A new folder under `folder` with tensors, a configuration and a manifest, which also has the sections `said`."""
     bundle = folder / uuid.uuid4().hex
     bundle.mkdir(parents=True)
     files = {"adapter_model.safetensors": content, "adapter_config.json": b"{}", **(more or {})}
@@ -33,7 +33,7 @@ def write_bundle(
 
 
 def safetensors(tensors: Mapping[str, Any]) -> bytes:
-    """These arrays as a safetensors file; uint16 stands for the bits of bfloat16."""
+    """A safetensors file with these arrays; uint16 stands for the bits of bfloat16."""
     header, data = {}, b""
     for name, values in tensors.items():
         array = np.ascontiguousarray(values)
@@ -45,5 +45,5 @@ def safetensors(tensors: Mapping[str, Any]) -> bytes:
 
 
 def tensors(seed: int, size: int = 4) -> bytes:
-    """A small safetensors file that every seed makes another."""
+    """A small safetensors file, different for each seed."""
     return safetensors({"a": np.random.default_rng(seed).normal(size=size).astype(np.float32)})

@@ -1,4 +1,4 @@
-"""What no verb does: look at a stored file, damage it, take it away, change a row."""
+"""Changes that no command makes: read, damage or remove a stored file, or change a row."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from turret.store.blobs import Blob, Blobs
 
 
 def copy(store: Store, reference: str, name: str) -> Blob:
-    """Which copy a version has of a file."""
+    """The stored copy of a file of a version."""
     return store._look_up(reference)[1][name]
 
 
 def read(store: Store, reference: str, name: str) -> bytes:
-    """The bytes of a version's file as they are kept."""
+    """The stored bytes of a file of a version."""
     files, blob = store._blobs, copy(store, reference, name)
     if isinstance(files, Blobs):
         return files.path(blob).read_bytes()
-    with files._told() as system:
+    with files._system() as system:
         return system.cat_file(files._key(blob))
 
 
 def write(store: Store, reference: str, name: str, content: bytes) -> None:
-    """Put other bytes in their place."""
+    """Replace the stored bytes."""
     files, blob = store._blobs, copy(store, reference, name)
     if isinstance(files, Blobs):
         files.path(blob).chmod(0o644)
         files.path(blob).write_bytes(content)
     else:
-        with files._told() as system:
+        with files._system() as system:
             system.pipe_file(files._key(blob), content)
 
 
 def remove(store: Store, reference: str, name: str) -> None:
-    """Take them away."""
+    """Remove the stored bytes."""
     files, blob = store._blobs, copy(store, reference, name)
     if isinstance(files, Blobs):
         files.path(blob).unlink()
     else:
-        with files._told() as system:
+        with files._system() as system:
             system.rm_file(files._key(blob))
 
 
 def as_format_five(store: Store) -> None:
-    """Give every listed file the name that it had before copies had uploads; the catalog is changed by the caller."""
+    """Rename every listed file as in format 0005, without an upload. The caller changes the catalog."""
     files = store._blobs
     with store.database().reading() as connection:
         blobs = {blob.digest: blob for _, _, blob in catalogue.contents(connection) if blob.upload}
@@ -60,30 +60,30 @@ def as_format_five(store: Store) -> None:
         if isinstance(files, Blobs):
             files.path(blob).rename(files.path(before))
         else:
-            with files._told() as system:
+            with files._system() as system:
                 system.mv(files._key(blob), files._key(before))
 
 
 def forget_uploads(store: Store) -> None:
-    """As if every put that is at work had begun its last file long ago."""
+    """Pretend that every running put started its last file long ago."""
     execute(store, "UPDATE uploads SET since = '2000-01-01T00:00:00+00:00'")
 
 
 def everything(store: Store) -> dict[str, bytes]:
-    """Every kept file of the bundles and of the runs."""
+    """All stored files of bundles and runs."""
     found = {
         path.relative_to(store.root).as_posix(): path.read_bytes() for path in store.root.rglob("*/*") if path.is_file()
     }
     files = store._blobs
     if not isinstance(files, Blobs):
-        with files._told() as system:
+        with files._system() as system:
             found |= {name: system.cat_file(f"{files._prefix}/{name}") for name, _ in files.walk()}
     return found
 
 
 @contextmanager
 def catalog(store: Store) -> Iterator[Any]:
-    """A transaction of the database itself that writes, without a look at foreign keys."""
+    """A writing transaction of the database, without checks of foreign keys."""
     if store.location.catalog is not None:
         import psycopg
 
@@ -99,7 +99,7 @@ def catalog(store: Store) -> Iterator[Any]:
 
 
 def execute(store: Store, statement: str, *values: object) -> None:
-    """Change rows; `?` in the statement stands for a value."""
+    """Execute a statement; `?` stands for a value."""
     with catalog(store) as connection:
         if store.location.catalog is None:
             connection.execute(statement, values)
@@ -108,5 +108,5 @@ def execute(store: Store, statement: str, *values: object) -> None:
 
 
 def age(path: object, seconds: float = 7200) -> None:
-    """Make it as if it had last changed that long ago."""
+    """Set the time of last change to long ago."""
     os.utime(str(path), (time.time() - seconds,) * 2)

@@ -1,6 +1,6 @@
-"""Bundles small enough to make by the hundred: the store looks at the manifest's digest and files only.
+"""Small bundles: the store looks only at the files and at the digest of the manifest.
 
-`store` is one of each kind in turn: a folder, and a catalog on PostgreSQL with its files on S3.
+The fixture `store` is one of each kind in turn: a folder, and a catalog on PostgreSQL with its files on S3.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
 
 @pytest.fixture(params=["folder", "url"])
 def where(request: pytest.FixtureRequest, tmp_path: Path, new_url: Callable[..., str]) -> str:
-    """What `--store` may be."""
+    """A value of `--store`."""
     return str(tmp_path / "store") if request.param == "folder" else new_url()
 
 
@@ -38,13 +38,13 @@ def store(where: str) -> Store:
 
 @pytest.fixture
 def folder_store(tmp_path: Path) -> Store:
-    """For what only a folder can have: its disk, its SQLite file."""
+    """For tests of what only a folder has: its disk and its SQLite file."""
     return Store(tmp_path / "store")
 
 
 @pytest.fixture
 def put(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Version]:
-    """Stores a version with tensors of its own and these metrics of its test split."""
+    """Stores a version with its own tensors and these metrics of its test split."""
     name = "folder_store" if "folder_store" in request.fixturenames else "store"
     store, seeds = request.getfixturevalue(name), iter(range(1000))
 

@@ -1,14 +1,14 @@
 """A proxy in front of an S3 server that does to one request what a bad network or a bad server does.
 
-A rule says which request, by method, path and how many such came before, and what happens to it:
+A rule names the request, by method, path and the number of such requests before it, and what happens to it:
 
-- `hold`: it waits until `release`, then goes on as any other
-- `refuse`: it is answered 503 and not done
-- `do-refuse`: it is done and answered 503
-- `cut`: the connection ends, and it is not done
-- `do-cut`: it is done, and the connection ends
-- `late`: the connection ends, and it is done at `release`: the client may have ended long before
-- `silent`: nothing is done and nothing is answered until the proxy ends
+- `hold`: it waits until `release`, then continues normally
+- `refuse`: it is answered 503 and not carried out
+- `do-refuse`: it is carried out and answered 503
+- `cut`: the connection ends, and it is not carried out
+- `do-cut`: it is carried out, and the connection ends
+- `late`: the connection ends, and it is carried out at `release`, maybe long after the client ended
+- `silent`: it is not carried out, and there is no answer until the proxy ends
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OF_A_CONNECTION = {"connection", "keep-alive", "transfer-encoding"}
 
 @dataclass(frozen=True)
 class Request:
-    """One that came, whole."""
+    """One complete request."""
 
     method: str
     path: str
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass
 class Rule:
-    """What happens to requests of this method whose path matches, the first `skip` aside, at most `times` of them."""
+    """What happens to at most `times` requests with this method and path, after the first `skip` of them."""
 
     deed: str
     method: str = ".*"
@@ -52,7 +52,7 @@ class Rule:
 
 
 class Proxy:
-    """Runs while `running` does; `seen` holds every request."""
+    """Runs inside `running`; `seen` has all requests."""
 
     def __init__(self, server: str) -> None:
         self._server = urlsplit(server)
@@ -63,14 +63,14 @@ class Proxy:
         self.seen: list[Request] = []
 
     def rule(self, deed: str, method: str = ".*", path: str = ".*", *, skip: int = 0, times: int = 1) -> None:
-        """From now on; a rule before it is forgotten."""
+        """Apply this rule from now on, instead of the rule before."""
         self._released.clear()
         self.caught.clear()
         with self._lock:
             self.seen, self._late, self._rule = [], [], Rule(deed, method, path, skip, times)
 
     def release(self) -> int:
-        """What was held goes on; what is late arrives, and is done when this returns: so many requests."""
+        """Continue requests that are held, carry out late ones, and return their number."""
         with self._lock:
             self._rule, late, self._late = None, self._late, []
         self._released.set()
@@ -80,7 +80,7 @@ class Proxy:
 
     @contextmanager
     def running(self) -> Iterator[str]:
-        """Its address."""
+        """Yields the address."""
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -89,7 +89,7 @@ class Proxy:
             def handle_one_request(self) -> None:
                 try:
                     super().handle_one_request()
-                except OSError:  # the client went away
+                except OSError:  # the client closed the connection
                     self.close_connection = True
 
             def __getattr__(self, name: str) -> object:
@@ -114,7 +114,7 @@ class Proxy:
             server.server_close()
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        """Do to the request what the rule says."""
+        """Treat the request as the rule says."""
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         request = Request(handler.command, handler.path, dict(handler.headers), body)
         deed = self._deed(request)
@@ -141,7 +141,7 @@ class Proxy:
         handler.wfile.write(content)
 
     def forward(self, request: Request) -> tuple[int, dict[str, str], bytes]:
-        """Let the server do it."""
+        """Send the request to the server."""
         assert self._server.hostname is not None
         connection = http.client.HTTPConnection(self._server.hostname, self._server.port, timeout=60)
         try:
@@ -173,14 +173,14 @@ class Proxy:
 
 @contextmanager
 def proxied(server: str) -> Iterator[tuple[Proxy, str]]:
-    """A proxy that runs, and its address."""
+    """A running proxy, and its address."""
     proxy = Proxy(server)
     with proxy.running() as address:
         yield proxy, address
 
 
 def through(address: str, where: str) -> Store:
-    """A store whose requests for files go by that address, and no other's do."""
+    """A store whose requests for files, and no other, go to that address."""
     store, before = Store(where), os.environ["AWS_ENDPOINT_URL"]
     os.environ["AWS_ENDPOINT_URL"] = address
     try:

@@ -1,4 +1,4 @@
-"""An alias moves forward by promote, walks back by rollback, and always names a version that is whole."""
+"""Promote moves an alias forward, rollback moves it back, and it always names a whole version."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_repeated_rollbacks_walk_further_back_and_a_promote_starts_a_new_line(st
         store.promote(f"a@{number}", "production")
     assert [store.rollback("a").version, store.rollback("a").version] == ["a@2", "a@1"]
     store.promote("a@4", "production")
-    assert store.rollback("a").version == "a@1"  # not a@3: that line was left
+    assert store.rollback("a").version == "a@1"  # not a@3, which a rollback left
     with pytest.raises(NotFound, match="nothing to roll back to: a@production names a@1 and named nothing before"):
         store.rollback("a")
     assert named(store) == "a@1"
@@ -82,7 +82,7 @@ def test_the_history_keeps_every_move_with_its_verb(store, put) -> None:
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(verbs=st.lists(st.sampled_from([1, 2, 3, "back"]), max_size=12))
 def test_any_run_of_promotes_and_rollbacks_is_a_stack(store, put, verbs) -> None:
-    """The obvious model: promote pushes what it moves to, rollback pops."""
+    """The model is a stack: promote pushes a version, rollback pops one."""
     while len(store.list("a")) < 3:
         put()
     alias = f"x{len(store.show('a@1')['alias_history'])}-{abs(hash(tuple(map(str, verbs)))) % 10**6}"
@@ -215,7 +215,7 @@ def test_rollback_never_moves_to_where_the_alias_is_already(store, put) -> None:
     for number in (1, 2, 1):
         store.promote(f"a@{number}", "production")
     store.delete("a@2")
-    with pytest.raises(NotFound, match=r"names a@1 and named nothing before but what was deleted since \(a@2\)"):
+    with pytest.raises(NotFound, match=r"names a@1 and named nothing before but versions deleted since \(a@2\)"):
         store.rollback("a")
 
 
@@ -227,7 +227,7 @@ def test_a_name_alone_is_not_deleted(store, put) -> None:
 
 
 def test_a_workspace_has_the_same_verbs(store, put) -> None:
-    """Each gives what the store gives; no torch is loaded for them (`tests/test_architecture.py`)."""
+    """A workspace returns what the store returns. It loads no torch for this (`tests/test_architecture.py`)."""
     put(accuracy=0.8), put(accuracy=0.95)
     workspace = Workspace(store.location)
     assert workspace.promote("a@1", "production").changed

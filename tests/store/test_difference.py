@@ -1,4 +1,4 @@
-"""Two versions side by side; the distance of their weights is that of the weights multiplied out."""
+"""The distance between two versions is that of their weights, multiplied out."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def lora(r: int, seed: int, layers: int = 2) -> dict[str, Any]:
 
 
 def multiplied_out(tensors: dict[str, Any], scaling: float) -> np.ndarray:
-    """The obvious reference: every layer's B A, all in one row."""
+    """The reference: B A of every layer, in one row."""
     layers = [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]
     products = [
         scaling * tensors[f"{layer}.lora_B.weight"].astype(float) @ tensors[f"{layer}.lora_A.weight"].astype(float)
@@ -64,7 +64,7 @@ def test_lora_is_compared_by_its_product_whatever_the_ranks(tmp_path, ranks, rsl
 
 
 def test_factors_that_differ_with_the_same_product_are_not_apart(tmp_path) -> None:
-    """A and B of another basis, and half the scaling with twice the B: the model would answer the same."""
+    """A and B in another basis, and half the scaling with twice the B, give the same model."""
     a = lora(4, 1)
     turn = np.linalg.qr(np.random.default_rng(5).normal(size=(4, 4)))[0]
     b = {name: turn @ value if "lora_A" in name else 2 * value @ turn.T for name, value in a.items()}
@@ -141,7 +141,7 @@ def test_diff_sets_two_versions_side_by_side(store, tmp_path) -> None:
 def test_a_damaged_version_is_not_compared(store, make_bundle, put) -> None:
     put()
     store.put("a", make_bundle(b"no safetensors"))
-    with pytest.raises(Corrupt, match="is no readable safetensors file"):
+    with pytest.raises(Corrupt, match="is not a readable safetensors file"):
         store.diff("a@1", "a@2")
 
 

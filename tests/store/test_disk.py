@@ -1,4 +1,4 @@
-"""A full or read-only disk costs one clear line, and what was stored before stays whole."""
+"""On a full or read-only disk a command fails with one clear line, and stored versions stay whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GOLDEN = GoldenSet((Example("a great film", "label", "good"),))
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small disk of its own, with the options that it is given."""
+    """Mounts a small disk with the given options."""
     (tmp_path / "disk").mkdir()
     with ExitStack() as mounted:
         yield lambda options: mounted.enter_context(mounted_disk(tmp_path / "disk", options))
@@ -59,7 +59,7 @@ def test_a_disk_that_fills_at_any_byte_never_lists_a_broken_version(small_disk, 
 
 
 def complaint(verb: Callable[[], object]) -> str | None:
-    """What a verb says that could not be done; None for one that was."""
+    """The error text of a command; None if it succeeded."""
     try:
         verb()
     except StoreError as error:
@@ -103,7 +103,7 @@ def test_on_a_full_disk_every_verb_is_done_or_says_so_and_gc_makes_room(small_di
 
 
 def test_gc_needs_not_a_byte_of_room(small_disk, make_bundle) -> None:
-    """Also without a leftover to begin with: the database itself is read on a disk that has no room for its index."""
+    """Even with no leftovers to remove first: it reads the database on a disk too full for its index."""
     disk = small_disk("size=2m")
     store = Store(disk / "store")
     store.put("a", make_bundle(os.urandom(1000)))
@@ -119,7 +119,7 @@ def test_gc_needs_not_a_byte_of_room(small_disk, make_bundle) -> None:
 
 
 def fill(disk: Path) -> None:
-    """Not a byte is left."""
+    """Fill the disk to the last byte."""
     (disk / "filler").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
     assert os.statvfs(disk).f_bavail == 0
 
@@ -135,7 +135,7 @@ def two_promoted(root: Path, make_bundle: Callable[..., Path]) -> Store:
 
 
 def read_all(store: Store, out: Path) -> None:
-    """Every verb that reads."""
+    """All operations that read."""
     assert [str(version) for version in store.list()] == ["a@1", "a@2"]
     assert str(store.resolve("a")) == "a@2"
     assert len(store.show("a@1")["replays"]) == 1
@@ -151,13 +151,13 @@ def read_all(store: Store, out: Path) -> None:
 
 @pytest.mark.parametrize("left", ["closed", "killed"])
 def test_everything_can_be_read_on_a_disk_without_a_byte_to_spare(small_disk, make_bundle, tmp_path, left) -> None:
-    """Also where a killed writer left a journal that nobody has an index of; and again after a write that failed."""
+    """Also if a killed writer left a journal without an index, and after a write that failed."""
     disk = small_disk("size=2m")
     two_promoted(disk / "store", make_bundle).promote("a@1", "production")
     if left == "killed":
         killed = (
             "import os, signal, sys; from turret.store import Store\n"
-            "with Store(sys.argv[1])._made().reading():\n"  # so that the journal is not folded away
+            "with Store(sys.argv[1]).database(make=True).reading():\n"  # so that the journal is not checkpointed
             "    Store(sys.argv[1]).rollback('a')\n"
             "    os.kill(os.getpid(), signal.SIGKILL)"
         )
@@ -199,7 +199,7 @@ def test_a_read_only_store_can_be_read_and_says_that_it_cannot_be_written(small_
     assert [str(version) for version in store.list()] == ["a@1"]
     assert store.show("a")["version"] == "a@1"
     store.materialize("a", tmp_path / "out")
-    assert store.verify("a").problems[0].path == "adapter_model.safetensors"  # which is none, in this test
+    assert store.verify("a").problems[0].path == "adapter_model.safetensors"  # empty in this test
     assert store.gc(dry_run=True).removed == ()
     assert list(store.gate("a")) == []
     version = store.resolve("a")

@@ -1,4 +1,4 @@
-"""A write or flush that the disk refuses with EIO is heard: the verb says so in one line, and is not acknowledged."""
+"""If a write or flush fails with EIO, the command fails with one line and is not acknowledged."""
 
 from __future__ import annotations
 

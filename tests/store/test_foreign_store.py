@@ -1,4 +1,4 @@
-"""A store folder that comes from somebody else is read, or refused in one line, and reaches nothing outside."""
+"""A store folder from another user is read, or refused with one line, and nothing outside it is touched."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def test_a_path_that_leaves_the_bundle_is_never_written_to(where, store, put, tm
         lambda: Workspace(where).export("a@1", tmp_path / "exported"),
         lambda: Workspace(where).predict("a@1", ["x"]),
     ):
-        with pytest.raises(Corrupt, match="which is no path inside a bundle: delete the version") as refused:
+        with pytest.raises(Corrupt, match="which is not a path inside a bundle: delete the version") as refused:
             call()
         assert str(refused.value).isprintable()
-    scratch = store.root / "scratch"  # an export's, which is empty again
+    scratch = store.root / "scratch"  # of an export, empty again
     made = {scratch, *scratch.parents} - set(before)
     after = [each for each in sorted(tmp_path.rglob("*")) if "turret.db-" not in each.name and each not in made]
     assert after == before
@@ -58,7 +58,7 @@ def test_a_path_that_leaves_the_bundle_is_never_written_to(where, store, put, tm
 
 @pytest.mark.parametrize("make", [os.symlink, os.link, lambda _target, path: os.mkfifo(path), lambda _, p: p.mkdir()])
 def test_a_stored_file_that_is_a_link_a_pipe_or_a_folder_is_not_read(folder_store, put, tmp_path, make) -> None:
-    """A hard link to what has other bytes is damage; a pipe would never end."""
+    """A hard link to other bytes is damage; reading a pipe would block."""
     put()
     path = blob(folder_store)
     (tmp_path / "secret").write_bytes(path.read_bytes()[::-1])
@@ -77,14 +77,14 @@ def test_a_link_is_not_followed_even_to_the_right_bytes(folder_store, put, tmp_p
     path = blob(folder_store)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Corrupt, match="is no plain file"):
+    with pytest.raises(Corrupt, match="is not a regular file"):
         folder_store.files("a@1")
 
 
 @pytest.mark.parametrize("column", ["manifest", "metrics"])
 @pytest.mark.parametrize("value", ["{", "", "[" * 50_000, "nonsense"])
 def test_a_row_that_is_no_json_is_one_line(folder_store, put, capsys, column, value) -> None:
-    """PostgreSQL takes none."""
+    """Only SQLite: PostgreSQL accepts no such row."""
     put(), put()
     by_hand.execute(folder_store, f"UPDATE versions SET {column} = ? WHERE id = 1", value)
     for arguments in (["list"], ["show", "a@1"], ["promote", "a@1", "x"]):
@@ -133,9 +133,9 @@ def test_golden_examples_that_make_no_sense_and_have_the_right_digest_are_one_li
     digest = digest_of(content)
     by_hand.execute(store, "UPDATE golden_sets SET digest = ?, content = ?", digest, content)
     by_hand.execute(store, "UPDATE golden_gates SET golden = ?", digest)
-    with pytest.raises(Corrupt, match=r"golden examples golden:\w+ make no sense"):
+    with pytest.raises(Corrupt, match=r"golden examples golden:\w+ cannot be read"):
         store.promote("a", "production")
-    with pytest.raises(Corrupt, match="make no sense"):
+    with pytest.raises(Corrupt, match="cannot be read"):
         store.examples(digest)
 
 

@@ -1,4 +1,4 @@
-"""A version takes an alias only with metrics that pass; what failed is named with what was wanted and found."""
+"""A version gets an alias only if its metrics pass; an error names each failed gate and the value found."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_bad_gate_is_refused_with_an_example(text) -> None:
 def test_a_promote_can_require_metrics_for_this_time(store, put) -> None:
     put(accuracy=0.85, loss=0.4)
     with pytest.raises(
-        GateFailed, match=r"a@1 may not become a@production: test\.accuracy>=0\.9 is wanted, found 0\.85"
+        GateFailed, match=r"a@1 may not become a@production: test\.accuracy>=0\.9 is required, found 0\.85"
     ):
         store.promote("a@1", "production", require=["accuracy>=0.9", "loss<1"])
     with pytest.raises(NotFound):
@@ -59,7 +59,7 @@ def test_a_promote_can_require_metrics_for_this_time(store, put) -> None:
 def test_kept_gates_hold_for_their_alias_until_they_are_removed(store, put) -> None:
     put(accuracy=0.8), put(accuracy=0.95)
     store.gate("a", "production", add=["accuracy>=0.9"])
-    with pytest.raises(GateFailed, match=r"accuracy>=0\.9 is wanted, found 0\.8"):
+    with pytest.raises(GateFailed, match=r"accuracy>=0\.9 is required, found 0\.8"):
         store.promote("a@1", "production")
     store.promote("a@1", "candidate")
     store.promote("a@2", "production")
@@ -86,18 +86,20 @@ def test_a_gate_takes_the_place_of_one_of_the_same_metric_and_relation(store, pu
 
 def test_a_metric_that_was_not_stored_does_not_pass_and_what_there_is_is_named(store, put) -> None:
     put(loss=0.4, accuracy=float("nan"), per_class={"tech": {"f1": 0.7}})
-    with pytest.raises(GateFailed, match=r"test\.f1>0 is wanted, and test has no such number \(it has loss\)"):
+    with pytest.raises(GateFailed, match=r"test\.f1>0 is required, test has no such metric \(it has loss\)"):
         store.promote("a", "production", require=["f1>0"])
-    with pytest.raises(GateFailed, match=r"no metrics of validation are stored \(there are those of test\)"):
+    with pytest.raises(GateFailed, match=r"there are no metrics of validation \(stored: test\)"):
         store.promote("a", "production", require=["validation.loss<1"])
-    with pytest.raises(GateFailed, match="has no such number"):
+    with pytest.raises(GateFailed, match="has no such metric"):
         store.promote("a", "production", require=["accuracy>0"])
     store.promote("a", "production", require=["test.per_class.tech.f1>=0.7"])
 
 
 def test_every_gate_that_fails_is_named(store, put) -> None:
     put(accuracy=0.5, loss=3.0)
-    with pytest.raises(GateFailed, match=r"accuracy>=0\.9 is wanted, found 0\.5; test\.loss<1 is wanted, found 3\.0"):
+    with pytest.raises(
+        GateFailed, match=r"accuracy>=0\.9 is required, found 0\.5; test\.loss<1 is required, found 3\.0"
+    ):
         store.promote("a", "production", require=["accuracy>=0.9", "loss<1"])
 
 
@@ -114,7 +116,7 @@ def test_what_cannot_be_gated_is_said(store, put) -> None:
     store.gate("a", "production", add=["loss<1"])
     with pytest.raises(NotFound, match=r"no gate 'accuracy' on a@production: it has test\.loss<1"):
         store.gate("a", "production", remove=["accuracy"], add=["f1>0"])
-    assert [str(gate) for gate in store.gate("a")] == ["test.loss<1"]  # nothing of a call that failed is kept
+    assert [str(gate) for gate in store.gate("a")] == ["test.loss<1"]  # a failed call stores nothing
     with pytest.raises(NotFound, match=r"no gate 'loss<2' on a@production"):
         store.gate("a", "production", remove=["loss<2"])
     with pytest.raises(NotFound, match="no adapter named 'b'"):

@@ -1,4 +1,4 @@
-"""`gc` removes what nothing refers to, all of it, and nothing else."""
+"""`gc` removes everything that nothing refers to, and nothing else."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_run_that_never_began_goes_once_it_is_old(store) -> None:
 
 
 class Collecting:
-    """Files where a gc comes after every one that is written, for the first `most`; `old`: as if an hour later."""
+    """Files for which a gc runs after each of the first `most` writes; `old`: as if an hour later."""
 
     def __init__(self, store: Store, most: int = 1000, *, old: bool) -> None:
         self._store, self._files, self._most, self._old = Store(store.location), store._blobs, most, old
@@ -119,7 +119,7 @@ def test_a_gc_leaves_what_a_put_at_work_has_written(store, make_bundle, put) -> 
 
 
 def test_a_put_whose_files_were_collected_as_abandoned_writes_them_again_under_new_names(store, make_bundle) -> None:
-    """A clock that jumps, or a file that takes more than an hour."""
+    """For example after a jump of the clock, or a file that takes more than an hour."""
     store.new_run("other", "", "")
     store._blobs = Collecting(store, 4, old=True)
     version = store.put("b", make_bundle(tensors(501), more=b"x"))
@@ -133,7 +133,8 @@ def test_a_put_whose_files_were_collected_as_abandoned_writes_them_again_under_n
 def test_a_put_whose_files_are_collected_again_and_again_says_so(store, make_bundle) -> None:
     store.new_run("other", "", "")
     store._blobs = Collecting(store, old=True)
-    with pytest.raises(StoreError, match=r"b was not stored: its files were collected 3 times .*: try again") as said:
+    complaint = r"b was not stored: `turret gc` removed its files 3 times .*: try again"
+    with pytest.raises(StoreError, match=complaint) as said:
         store.put("b", make_bundle(tensors(502)))
     assert len(str(said.value)) < 300
     assert list(store.list()) == []
@@ -150,7 +151,7 @@ def test_what_a_killed_put_wrote_goes_once_it_is_old(store, make_bundle, put) ->
     assert store.verify().orphans == 0
     forget_uploads(store)
     would = store.gc(dry_run=True)
-    assert store.verify().orphans == len(would.removed) == 2  # the configuration is that of another version
+    assert store.verify().orphans == len(would.removed) == 2  # another version has the same configuration
     assert store.gc().removed == would.removed
     assert str(store.put("a", bundle)) == "a@2"
     assert store.verify().ok
@@ -168,7 +169,7 @@ def test_what_a_put_that_failed_had_written_goes_at_once(store, make_bundle, put
 
 
 class Failing:
-    """Files of which one can be written, and the second not."""
+    """Files of which the first can be written and the second cannot."""
 
     def __init__(self, store: Store) -> None:
         self._files, self._puts = store._blobs, 0

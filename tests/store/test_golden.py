@@ -1,4 +1,4 @@
-"""An alias that asks for golden examples takes a version only once they were put to that very content, and passed."""
+"""An alias with golden examples accepts a version only after its content has passed them."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_a_set_is_known_by_its_content_and_reads_back_equal() -> None:
 def test_a_set_is_of_one_kind_and_of_a_size_that_is_kept() -> None:
     with pytest.raises(DataError, match="no golden example"):
         GoldenSet(())
-    with pytest.raises(DataError, match="in one set: keep them in two"):
+    with pytest.raises(DataError, match="in one set of golden examples: keep them in two sets"):
         GoldenSet((Example("a", "label", "b"), Example("a", "equals", "b")))
     many = tuple(Example(str(number), "label", "b") for number in range(10_001))
     assert len(GoldenSet(many[1:]).examples) == 10_000
     with pytest.raises(DataError, match="more than 10000 golden examples"):
         GoldenSet(many)
-    with pytest.raises(DataError, match="at most 4000000 are kept"):
+    with pytest.raises(DataError, match="a set may have at most 4000000"):
         GoldenSet((Example("a" * 4_000_000, "label", "b"),))
 
 
@@ -56,11 +56,11 @@ def test_a_version_that_was_never_asked_is_not_promoted_by_the_store_alone(store
     wanted = labelled("good", "bad")
     (gate,) = store.gate("a", "production", examples=wanted)
     assert gate == Golden("production", wanted.digest, "label", 2, 1.0)
-    with pytest.raises(ReplayNeeded, match=r"golden examples golden:\w{12} were never put to it") as needed:
+    with pytest.raises(ReplayNeeded, match=r"golden examples golden:\w{12} were never replayed on it") as needed:
         store.promote("a", "production")
     assert needed.value.sets == (wanted.digest,)
     assert store.examples(wanted.digest) == wanted
-    store.promote("a", "candidate")  # which asks for nothing
+    store.promote("a", "candidate")  # which requires nothing
 
 
 def test_what_was_asked_is_asked_once_and_shown(store, put) -> None:
@@ -81,7 +81,7 @@ def test_what_was_asked_is_asked_once_and_shown(store, put) -> None:
 
 
 def test_a_replay_is_of_a_digest_and_not_of_a_number_or_a_name(store, put, tmp_path) -> None:
-    """Another version of the name was never asked; the same content under another name was."""
+    """Another version of the name was not replayed; the same content under another name was."""
     first, second = put(said=CLASSIFIES), put(said=CLASSIFIES)
     wanted = labelled("good")
     store.gate("a", "production", examples=wanted)
@@ -102,8 +102,8 @@ def test_too_few_right_answers_are_refused_with_the_first_wrong_one(store, put) 
     with pytest.raises(
         GateFailed,
         match=r"a@1 may not become a@production: 1 of 20 golden examples failed "
-        r"\(golden:\w+>=1 is wanted, asked 2026-01-02 03:04 UTC\), the first "
-        r"is example 1 'text 0', expected label 'good', given 'bad': promote another version, or change the gate",
+        r"\(golden:\w+>=1 is required, replayed 2026-01-02 03:04 UTC\), first: "
+        r"example 1 'text 0', expected label 'good', given 'bad': promote another version, or change the gate",
     ) as refused:
         store.promote("a", "production")
     assert "\n" not in str(refused.value)
@@ -131,7 +131,7 @@ def test_metrics_and_golden_examples_are_both_asked_for_and_metrics_first(store,
     gates = store.gate("a", "production", add=["accuracy>=0.9"], examples=wanted, share=0.5)
     assert [str(gate) for gate in gates] == ["test.accuracy>=0.9", f"golden:{wanted.digest[7:19]}>=0.5"]
     assert [gate.as_json()["gate"] for gate in gates] == [str(gate) for gate in gates]
-    with pytest.raises(GateFailed, match=r"accuracy>=0\.9 is wanted"):
+    with pytest.raises(GateFailed, match=r"accuracy>=0\.9 is required"):
         store.promote("a", "production")
 
 
@@ -142,7 +142,7 @@ def test_a_set_is_taken_off_by_its_name(store, put, form) -> None:
     store.gate("a", "production", examples=wanted)
     assert list(store.gate("a", "production", remove=[form.format(wanted.digest[7:])])) == []
     store.promote("a", "production")
-    assert store.examples(wanted.digest) == wanted  # a set that was stored stays
+    assert store.examples(wanted.digest) == wanted  # the set stays in the store
 
 
 def test_what_is_not_asked_for_cannot_be_taken_off(store, put) -> None:
@@ -158,9 +158,9 @@ def test_what_is_not_asked_for_cannot_be_taken_off(store, put) -> None:
 @pytest.mark.parametrize(
     ("said", "wanted", "complaint"),
     [
-        (CLASSIFIES, labelled("good", "god"), r"expects label 'god' in example 2, and a@1 knows bad, good"),
-        (WRITES, labelled("good"), r"has labels as answers, and a@1 writes texts"),
-        (CLASSIFIES, GoldenSet((Example("x", "equals", "y"),)), r"has texts as answers, and a@1 classifies"),
+        (CLASSIFIES, labelled("good", "god"), r"expects label 'god' in example 2, but a@1 has labels bad, good"),
+        (WRITES, labelled("good"), r"expects labels, but a@1 generates texts"),
+        (CLASSIFIES, GoldenSet((Example("x", "equals", "y"),)), r"expects texts, but a@1 classifies"),
     ],
 )
 def test_a_version_that_could_never_pass_is_refused_unasked(store, put, said, wanted, complaint) -> None:
@@ -183,7 +183,7 @@ def test_a_share_is_a_fraction_of_examples_that_are_there(store, put, share) -> 
     put()
     with pytest.raises(BadReference, match="expected a fraction above 0 and at most 1"):
         store.gate("a", "production", examples=labelled("good"), share=share)
-    with pytest.raises(BadReference, match="none are given: give --golden FILE"):
+    with pytest.raises(BadReference, match="needs golden examples: add --golden FILE"):
         store.gate("a", "production", share=0.5)
     assert list(store.gate("a")) == []
 
@@ -226,5 +226,5 @@ def test_the_same_examples_again_mend_those_that_were_damaged(store, put) -> Non
     assert not store.verify().ok
     store.gate("a", "production", examples=labelled("good"))
     assert store.verify().ok
-    with pytest.raises(ReplayNeeded):  # they are asked for again, as they were
+    with pytest.raises(ReplayNeeded):  # required again, unchanged
         store.promote("a", "production")

@@ -1,4 +1,4 @@
-"""A process that is killed in the middle of any verb leaves a store that opens, whose every listed version is whole."""
+"""If a process is killed during any command, the store still opens, and every listed version is whole."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from turret.store import Store
 WRITER = Path(__file__).with_name("writer.py")
 KINDS = ["folder", pytest.param("url", marks=pytest.mark.slow)]
 EVERY_KILL = pytest.mark.parametrize("where", KINDS, indirect=True)
-QUICK = ("promote", "rollback", "gate", "replay", "delete", "gc", "put", "migrate")  # those of `verbs.py`
-BESIDE = QUICK[:-1]  # a reader would bring an older store up to date itself
+QUICK = ("promote", "rollback", "gate", "replay", "delete", "gc", "put", "migrate")  # names in `verbs.py`
+BESIDE = QUICK[:-1]  # a reader would migrate an older store itself
 WITH_TORCH = ("import", "export")
 VERBS = "put,put,put,get,promote,promote,rollback,delete,gc,verify"
 
@@ -38,7 +38,7 @@ def check(store: Store, acknowledged: set[str]) -> None:
 
 
 def check_lines(store: Store, lines: list[str]) -> None:
-    """What was put and not being deleted is listed, what was deleted is not; aliases are where their history ends."""
+    """Listed versions are those that were put and not deleted, and aliases agree with their history."""
     said = [line.split() for line in lines if line.endswith("\n")]
     put, deleting, deleted = (
         {each for verb, each in said if verb == wanted} for wanted in ("put", "deleting", "delete")
@@ -56,8 +56,7 @@ def check_lines(store: Store, lines: list[str]) -> None:
 
 
 def broken_off(*arguments: object) -> tuple[Counter[str], set[str]]:
-    """How many rounds ended how, and what was put: of the process that kills others, and looks after every kill itself
-    at what must hold."""
+    """The rounds by their end, and the versions that were put. The process kills others and checks the store."""
     process = start(*arguments)
     out, err = process.communicate(timeout=560)
     assert process.returncode == 0, err
@@ -66,7 +65,7 @@ def broken_off(*arguments: object) -> tuple[Counter[str], set[str]]:
 
 
 def beside_readers(where: str, folder: Path, *arguments: object) -> tuple[Counter[str], set[str]]:
-    """The same, while two processes read all there is again and again."""
+    """The same, while two processes read everything again and again."""
     Store(where).put("seen", _bundle(folder))
     readers = [start(where, "read") for _ in range(2)]
     try:
@@ -85,7 +84,7 @@ def beside_readers(where: str, folder: Path, *arguments: object) -> tuple[Counte
 
 @EVERY_KILL
 def test_killed_at_every_file_operation_of_a_put_nothing_listed_is_broken(where, store, tmp_path) -> None:
-    store.new_run("other", "", "")  # the store exists, as it nearly always does
+    store.new_run("other", "", "")  # the store exists, as is usual
     ended, acknowledged = broken_off(where, "operations", "put", 1, 500)
     assert ended["done"] == 1
     check(store, acknowledged)
@@ -97,7 +96,7 @@ def test_killed_at_every_file_operation_of_a_put_nothing_listed_is_broken(where,
     [
         *(("folder", verb) for verb in QUICK if verb != "put"),
         *(pytest.param("url", verb, marks=pytest.mark.slow) for verb in QUICK if verb != "put"),
-        *(pytest.param("folder", verb, marks=pytest.mark.slow) for verb in WITH_TORCH),  # they put and lay out
+        *(pytest.param("folder", verb, marks=pytest.mark.slow) for verb in WITH_TORCH),  # they put and materialize
     ],
     indirect=["where"],
 )
@@ -108,7 +107,7 @@ def test_killed_at_every_file_operation_of_a_verb_it_was_done_or_was_not(where, 
 
 
 def test_killed_within_a_write_of_any_verb_the_store_holds_what_it_must_and_readers_see_nothing_of_it(tmp_path) -> None:
-    """The kernel kills at the write that makes a file longer than so many bytes, within SQLite too."""
+    """The kernel kills at the write that makes a file longer than n bytes, inside SQLite too."""
     ended, acknowledged = beside_readers(str(tmp_path / "store"), tmp_path, "writes", ",".join(BESIDE), 170_000, 34_000)
     assert ended["killed"] > len(BESIDE)
     assert ended.total() == 5 * len(BESIDE)
@@ -116,7 +115,7 @@ def test_killed_within_a_write_of_any_verb_the_store_holds_what_it_must_and_read
 
 
 def test_a_write_that_fails_within_any_verb_is_said_in_one_line_and_the_verb_not_done(tmp_path) -> None:
-    """A file that may not grow, as on a full disk or with a quota; needs no disk of its own."""
+    """A file that may not grow, as on a full disk or with a quota, without a disk for the test."""
     ended, _ = broken_off(tmp_path / "store", "limits", ",".join(QUICK), 260_001, 130_000)
     assert ended["said"] >= len(QUICK)
     assert ended["done"]
@@ -124,11 +123,11 @@ def test_a_write_that_fails_within_any_verb_is_said_in_one_line_and_the_verb_not
 
 
 def _kill_again_and_again(where: str, folder: Path, verb: str, *how: object) -> None:
-    if verb == "migrate":  # a reader would bring the store up to date itself
+    if verb == "migrate":  # a reader would migrate the store itself
         ended, _ = broken_off(where, how[0], verb, *how[1:])
     else:
         ended, _ = beside_readers(where, folder, how[0], verb, *how[1:])
-    assert ended["killed"]  # how often depends on how far the log of the database grew beside the readers
+    assert ended["killed"]  # the number depends on how far the WAL grew while readers read
     assert ended.total() >= 25
 
 
@@ -146,7 +145,7 @@ def test_killed_again_and_again_in_all_verbs_of_a_store_by_url_beside_readers(ne
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", [*QUICK, *WITH_TORCH])
 def test_killed_within_writes_of_many_sizes_beside_readers(tmp_path, verb) -> None:
-    step = 10_400 if verb in WITH_TORCH else 5_200  # with torch, a round takes ten times as long
+    step = 10_400 if verb in WITH_TORCH else 5_200  # a round with torch is 10x slower
     _kill_again_and_again(str(tmp_path / "store"), tmp_path, verb, "writes", 260_000, step)
 
 
@@ -162,7 +161,7 @@ def test_a_write_that_fails_at_many_sizes_is_said_in_one_line_and_the_verb_not_d
     [("folder", 12), pytest.param("folder", 3, marks=pytest.mark.slow), pytest.param("url", 5, marks=pytest.mark.slow)],
 )
 def test_killed_at_file_operations_of_the_first_put_the_store_still_opens(kind, step, new_url, tmp_path) -> None:
-    """Every round begins without a store, so that the schema is being made when the kill comes."""
+    """Each round starts without a store, so the kill comes while the schema is created."""
     for operation in range(4, 40, step):
         where = new_url() if kind == "url" else str(tmp_path / f"store-{operation}")
         store = Store(where)
@@ -172,17 +171,17 @@ def test_killed_at_file_operations_of_the_first_put_the_store_still_opens(kind, 
 
 
 def _kill_at_random_moments(where: str, tmp_path: Path, rounds: int) -> None:
-    """Two processes at all verbs; one is killed, the other one goes on."""
+    """Two processes carry out all commands; one is killed, the other continues."""
     store, moments, lines = Store(where), random.Random(0), list[str]()
     store.put("a", _bundle(tmp_path))
     survivor = start(where, "race", 20 * rounds, 1000, VERBS)
     for number in range(rounds):
         process = start(where, "race", 10_000, number, VERBS)
         assert process.stdout is not None
-        first = process.stdout.readline()  # it is at work
+        first = process.stdout.readline()  # it works
         time.sleep(moments.uniform(0, 0.1))
         process.kill()
-        rest = process.stdout.read()  # communicate would pass over what readline has taken ahead
+        rest = process.stdout.read()  # communicate would miss what readline has buffered
         process.communicate(timeout=300)
         lines += [first, *rest.splitlines(keepends=True)]
     out, err = survivor.communicate(timeout=600)
@@ -215,7 +214,7 @@ def _race(where: str, processes: int, count: int, verbs: str) -> None:
 
 @pytest.mark.parametrize("verbs", [VERBS, "put,get,delete,gc"])
 def test_processes_at_all_verbs_at_once_break_nothing(where, verbs) -> None:
-    """All of them put the same few contents again and again, which the others delete and collect."""
+    """All put the same few contents again and again, while others delete and collect them."""
     _race(where, 3, 25 if Location.parse(where).catalog is None else 8, verbs)
 
 
@@ -231,7 +230,7 @@ def test_six_processes_at_all_verbs_for_long_break_nothing(where, verbs) -> None
     indirect=["where"],
 )
 def test_processes_that_put_at_once_get_numbers_of_their_own(where, store, processes, count) -> None:
-    """Among them they also make the store: it does not exist before."""
+    """They also create the store at the same time."""
     writers = [start(where, "put", count) for _ in range(processes)]
     acknowledged: list[str] = []
     for writer in writers:

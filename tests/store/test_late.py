@@ -1,4 +1,4 @@
-"""A request to an object store that is late, lost, refused or done twice costs no acknowledged version a file."""
+"""No acknowledged version loses a file if a request to the object store is late, lost, refused or repeated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from store.s3_proxy import DEEDS, Proxy, proxied, through
 from turret.errors import TurretError
 from turret.store import Store
 
-LARGE = 1_400_000  # float32: more than the smallest part that S3 takes
+LARGE = 1_400_000  # float32: more than the smallest part that S3 accepts
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def proxy(s3_server) -> Iterator[tuple[Proxy, str]]:
 
 
 def test_a_delete_that_arrives_after_its_content_was_put_again_takes_nothing(new_url, make_bundle, proxy) -> None:
-    """The connection drops, the client tries again, gc ends, a put is acknowledged, and then the first try arrives."""
+    """The connection drops, the client retries, gc ends, a put is acknowledged, and then the first request arrives."""
     url, bundle = new_url(), make_bundle(tensors(1))
     store = Store(url)
     store.put("a", bundle)
@@ -45,16 +45,16 @@ def test_a_delete_that_arrives_after_its_content_was_put_again_takes_nothing(new
 
 @dataclass
 class Beside:
-    """A store through the proxy, another past it, and a bundle that both put."""
+    """A store behind the proxy, another one past it, and a bundle that both put."""
 
     ours: Store
     other: Store
     bundle: Path
     folder: Path
-    said: list[str] = field(default_factory=list)  # what our verb acknowledged
+    said: list[str] = field(default_factory=list)  # acknowledged by our command
 
     def collected(self) -> None:
-        """The bundle was put and deleted, and waits for a gc."""
+        """The bundle was put and deleted, and is ready for a gc."""
         self.other.delete(str(self.other.put("ours", self.bundle)))
 
 
@@ -101,7 +101,7 @@ REQUESTS = {"gc": 7, "put": 4, "put_what_is_listed": 4, "delete": 0, "export": 3
 
 
 def carried_out(act: Callable[[], object], problems: list[BaseException]) -> threading.Thread:
-    """The verb, begun in a thread of its own; it may say in one line that it was not done."""
+    """Run the command in its own thread; it may fail with one line."""
 
     def run() -> None:
         try:
@@ -118,14 +118,14 @@ def carried_out(act: Callable[[], object], problems: list[BaseException]) -> thr
 
 
 def reached(proxy: Proxy, thread: threading.Thread) -> bool:
-    """Whether the request that the rule names came before the verb ended."""
+    """Whether the request of the rule came before the command ended."""
     while thread.is_alive() and not proxy.caught.is_set():
         thread.join(0.01)
     return proxy.caught.is_set()
 
 
 def every_request(url: str, proxied: tuple[Proxy, str], verb: str, deed: str, folder: Path, *, size: int = 4) -> int:
-    """Do that to each request of the verb in turn, while the same content is put again; how many there are."""
+    """Apply the rule to each request of the command in turn, during a put of the same content; returns their number."""
     proxy, address = proxied
     other, ours, number = Store(url), through(address, url), 0
     ours._blobs._part = 5 << 20
@@ -133,26 +133,26 @@ def every_request(url: str, proxied: tuple[Proxy, str], verb: str, deed: str, fo
     while True:
         bundle = write_bundle(folder, tensors(int(uuid.uuid4()) % (1 << 32), size))
         beside = Beside(ours, other, bundle, folder)
-        ours._owned = False  # as a process that begins looks whose the files are
+        ours._owned = False  # a new process checks which catalog owns the files
         act, problems = VERBS[verb](beside), list[BaseException]()
         proxy.rule(deed, skip=number)
         thread = carried_out(act, problems)
         came = reached(proxy, thread)
         acknowledged = str(other.put(f"again{number}", bundle))
         if deed != "hold":
-            thread.join(timeout=120)  # what is late arrives when the process that sent it has ended
+            thread.join(timeout=120)  # late requests arrive after their process ended
         proxy.release()
         thread.join(timeout=120)
         assert not thread.is_alive()
         assert problems == []
         for _ in range(2):
             found = other.verify()
-            assert [each for each in found.problems if "is no readable" not in each.problem] == [], (number, deed)
+            assert [each for each in found.problems if "is not a readable" not in each.problem] == [], (number, deed)
             other.gc()
         listed = {str(version) for version in other.list()}
         assert {acknowledged, *beside.said} <= listed
         for version in listed:
-            other.delete(version, force=True)  # so that the next round has no more to look at
+            other.delete(version, force=True)  # so that the next round has no more to check
         if not came:
             return number
         number += 1
@@ -172,12 +172,12 @@ def test_whatever_happens_to_any_request_no_acknowledged_version_misses_a_file(
 def test_whatever_happens_to_a_request_of_an_upload_in_parts_no_version_misses_a_file(
     new_url, proxy, tmp_path, deed
 ) -> None:
-    """Create, two parts, complete: what is done and answered 503 is not found when it is asked for again."""
+    """Create, two parts, complete: a request that was carried out and answered 503 is an error when it is repeated."""
     assert every_request(new_url(), proxy, "put", deed, tmp_path, size=LARGE) >= 7
 
 
 def test_a_verb_through_the_proxy_is_seen_there(new_url, proxy, make_bundle) -> None:
-    """The control: the requests that the tests above break are those of the verb, and no other's."""
+    """The control: the requests in the tests above are those of the command, and no others."""
     url, bundle = new_url(), make_bundle(tensors(1))
     other, store = Store(url), through(proxy[1], url)
     other.put("a", bundle)

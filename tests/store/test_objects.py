@@ -1,6 +1,6 @@
-"""Content in an object store is there whole or not at all, comes back as it went, and every trouble is one line.
+"""Content in an object store is there whole or not at all, comes back unchanged, and each error is one line.
 
-On S3, and on fsspec's own memory as the plainest filesystem there is.
+On S3, and on fsspec's memory filesystem, the simplest one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from turret.errors import Corrupt, StoreError
 from turret.store.blobs import Blob, hash_file
 from turret.store.objects import Objects, _s3
 
-PART = 5 << 20  # the smallest that S3 takes
+PART = 5 << 20  # the smallest part that S3 accepts
 Make = Callable[..., Objects]
 
 
 @pytest.fixture(params=["s3", "memory"])
 def make(request: pytest.FixtureRequest) -> Make:
-    """Opens the same place again and again, as processes do."""
+    """Opens the same place again and again, as several processes do."""
     url = f"{request.param}://{BUCKET}/{uuid.uuid4().hex}"
     if request.param == "s3":
         request.getfixturevalue("s3_server")
@@ -45,7 +45,7 @@ def s3(s3_server) -> Make:
 
 
 def put(objects: Objects, source: Path) -> Blob:
-    """Keep a copy that has a name of its own."""
+    """Store a copy under its own name."""
     blob = replace(hash_file(source), upload=uuid.uuid4().hex)
     objects.put(source, blob)
     return blob
@@ -67,7 +67,7 @@ def test_content_of_any_size_comes_back_as_it_went(make, tmp_path, size) -> None
     other.check(blob)
     other.copy(blob, tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == source.read_bytes()
-    with other.held(blob) as held:
+    with other.checked_file(blob) as held:
         assert hash_file(held) == blob
     assert not held.exists()
     assert [(each, each.upload) for _, each in other.walk()] == [(blob, blob.upload)]
@@ -115,7 +115,7 @@ def test_what_is_removed_is_gone_for_all_at_once_and_only_once(make, tmp_path) -
 
 
 class Watched:
-    """A filesystem that calls `before` ahead of every upload, and breaks off uploads where it is told to."""
+    """A filesystem that calls `before` ahead of every upload, and aborts uploads on demand."""
 
     def __init__(self, system: Any, before: Callable[[], object], breaks: bool = False) -> None:
         self._system, self._before, self._breaks = system, before, breaks
@@ -142,7 +142,7 @@ class Watched:
 
 
 def unended(objects: Objects) -> list[Any]:
-    """Uploads below this place that were begun and not ended: the server has those of other tests too."""
+    """Unfinished uploads under this prefix, because the server has those of other tests too."""
     prefix = objects._url.removeprefix(f"s3://{BUCKET}/")
     return [each for each in _s3("").list_multipart_uploads(BUCKET) if each["Key"].startswith(f"{prefix}/")]
 
@@ -197,13 +197,13 @@ def test_an_upload_whose_process_was_killed_is_not_there_and_can_be_made_again(s
 def test_a_flipped_bit_is_found_by_every_way_to_read(make, tmp_path) -> None:
     objects = make()
     blob = put(objects, file(tmp_path, b"0123456789"))
-    with objects._told() as system:
+    with objects._system() as system:
         system.pipe_file(objects._key(blob), b"012345678x")
-    assert objects.glance(blob) is None  # which hashes nothing
+    assert objects.glance(blob) is None  # it hashes nothing
     for read in (objects.check, objects.local, lambda blob: objects.copy(blob, tmp_path / "out")):
         with pytest.raises(Corrupt, match="does not match its digest"):
             read(blob)
-    with pytest.raises(Corrupt, match="does not match its digest"), objects.held(blob):
+    with pytest.raises(Corrupt, match="does not match its digest"), objects.checked_file(blob):
         pass
     assert not (tmp_path / "out").exists()
 
@@ -225,7 +225,7 @@ def test_it_works_after_a_fork(s3, tmp_path) -> None:
 def test_files_of_another_name_are_nobodys(make, tmp_path) -> None:
     objects = make()
     blob = put(objects, file(tmp_path, b"content"))
-    with objects._told() as system:
+    with objects._system() as system:
         for name in ("blobs/sha256/ab/short", "blobs/sha256/xx", "blobs/other", f"blobs/sha256/00/{'f' * 64}"):
             system.pipe_file(f"{objects._prefix}/{name}", b"x")
     assert [each for _, each in objects.walk()] == [blob]

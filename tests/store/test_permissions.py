@@ -1,4 +1,4 @@
-"""A new store is its owner's alone; one that was there keeps its permissions, and so is shared with a group."""
+"""A new store is readable only by its owner. An existing folder keeps its permissions, so a group can share it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fill(root: Path, bundles: Path, number: int = 1) -> Store:
 
 
 def modes(root: Path) -> dict[str, str]:
-    """Of the store's folders and files, without the digests in their names."""
+    """Modes of the folders and files of the store, without the digests in their names."""
     (two,) = {path.parent.name for path in sorted((root / "blobs" / "sha256").glob("??/*"))[:1]}
     names = ("turret.db", "blobs", "tmp", "runs", "blobs/sha256", f"blobs/sha256/{two}")
     blob = next((root / "blobs" / "sha256" / two).iterdir())
@@ -42,7 +42,7 @@ def test_a_new_store_is_its_owners_alone(tmp_path: Path) -> None:
     with store.database().writing():
         for end in ("-wal", "-shm"):
             assert mode(store.root / f"turret.db{end}") == "0o600"
-    assert mode(tmp_path / "deep") == oct(0o777 & ~_umask())  # the folder above it is as any other
+    assert mode(tmp_path / "deep") == oct(0o777 & ~_umask())  # the folder above has the usual mode
 
 
 def test_a_folder_that_is_shared_with_a_group_stays_so(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run belongs to one living process; a dead or interrupted one can be taken up again by the same recipe and data."""
+"""A run belongs to one living process; a dead or interrupted run can be resumed with the same recipe and data."""
 
 from __future__ import annotations
 

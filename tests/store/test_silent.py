@@ -1,4 +1,4 @@
-"""A server that accepts and says nothing: every verb ends in one line within a stated time, and holds up nobody."""
+"""If a server accepts connections and does not answer, every command ends in one line in time, and blocks no other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def proxy(s3_server) -> Iterator[tuple[Proxy, str]]:
 
 
 def ended(act: Callable[[], object], within: float) -> str:
-    """What the verb says when it gives up, in one line and in time."""
+    """The one line with which the command fails, in time."""
     began = time.monotonic()
     with pytest.raises(StoreError) as said:
         act()
@@ -53,7 +53,7 @@ OF_FILES: dict[str, Act] = {
 
 
 def kept(url: str, folder: Path) -> Store:
-    """A store with two versions, an alias that can go back, and files that a gc would take."""
+    """A store with two versions, an alias that can roll back, and files for gc to remove."""
     store = Store(url)
     for seed in range(3):
         store.put("a", write_bundle(folder, tensors(seed)))
@@ -64,7 +64,7 @@ def kept(url: str, folder: Path) -> Store:
 
 
 def of_a_silent_s3(store: Store, proxy: Proxy, act: Callable[[], object], other: Callable[[], object]) -> str:
-    """What the verb says, while another process's verb went on."""
+    """The error of the command, while a command of another process continued."""
     proxy.rule("silent", times=1000)
     beside: list[object] = []
     thread = threading.Thread(target=lambda: beside.append(other()))
@@ -102,7 +102,7 @@ def test_a_silent_s3_ends_a_verb_within_the_stated_time(new_url, proxy, tmp_path
 
 
 def test_an_s3_that_takes_no_bytes_ends_a_request_too(new_url, proxy, tmp_path, monkeypatch) -> None:
-    """No try ends by being silent: the server would have to be asked first."""
+    """No try ends because of silence: the server is not yet asked for an answer."""
     url = new_url()
     kept(url, tmp_path)
     store = through(proxy[1], url)
@@ -129,7 +129,7 @@ OF_THE_CATALOG: dict[str, Act] = {
 
 @contextmanager
 def stopped(folder: Path) -> Iterator[None]:
-    """The server and all its processes take no step: connections are accepted by the kernel, and nothing is said."""
+    """The server and all its processes are stopped: its kernel accepts connections, and there is no answer."""
     import psutil
 
     server = psutil.Process(int((folder / "data" / "postmaster.pid").read_text().splitlines()[0]))
@@ -176,13 +176,13 @@ def test_a_postgresql_that_falls_silent_in_a_transaction_ends_it(
             connection.exec_driver_sql("SELECT 1")
 
     said = ended(write, within=20)
-    assert "the server is silent for 1 seconds: look at the server and the network, and whether it was done" in said
+    assert "the server is silent for 1 seconds: check the server, the network, and whether the change was made" in said
     assert store.promote("a@1", "candidate").changed
 
 
 @pytest.mark.slow
 def test_a_writer_that_says_nothing_more_holds_up_others_for_the_stated_time(new_url, tmp_path, monkeypatch) -> None:
-    """As one that was stopped, or whose network is gone: the server ends it sooner than the next writer gives up."""
+    """A client that was stopped, or lost its network: the server ends it before the next writer gives up."""
     assert postgres.IDLE_SECONDS < postgres.BUSY_SECONDS
     monkeypatch.setattr(postgres, "IDLE_SECONDS", 2)
     url = new_url(str(tmp_path / "files"))

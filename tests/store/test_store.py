@@ -1,4 +1,4 @@
-"""The store keeps what it was given, for ever, and says plainly what it does not have."""
+"""The store keeps its content unchanged, and errors name what is missing."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_stored_file_that_is_gone_is_said(store, make_bundle, tmp_path) -> Non
 @pytest.mark.parametrize("damage", [b"012345678x", b"0123", None])
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_storing_damaged_content_again_mends_it(store, make_bundle, name, damage) -> None:
-    """Changed, cut or gone; also where the version is there already, and stays what it is."""
+    """Changed, cut or missing; also if the version exists already, and it keeps its number."""
     bundle = make_bundle(b"0123456789")
     store.put("a", bundle)
     if damage is None:
@@ -149,11 +149,11 @@ def test_show_tells_all_that_is_known(store, make_bundle) -> None:
         (lambda b: (b / "manifest.json").write_text('{"digest": "sha256:x"}'), "lacks 'digest' or 'files'"),
         (lambda b: (b / "adapter_config.json").unlink(), "names 'adapter_config.json': No such file"),
         (lambda b: (b / "adapter_config.json").write_text("{} "), "the bundle was changed"),
-        (lambda b: _link(b / "adapter_config.json"), "is not a plain file"),
-        (lambda b: _name(b, "../secret"), "expected plain paths"),
-        (lambda b: _name(b, "/etc/passwd"), "expected plain paths"),
-        (lambda b: _name(b, "a\\b"), "expected plain paths"),
-        (lambda b: _name(b, "a/./b"), "expected plain paths"),
+        (lambda b: _link(b / "adapter_config.json"), "is not a regular file"),
+        (lambda b: _name(b, "../secret"), "expected relative paths"),
+        (lambda b: _name(b, "/etc/passwd"), "expected relative paths"),
+        (lambda b: _name(b, "a\\b"), "expected relative paths"),
+        (lambda b: _name(b, "a/./b"), "expected relative paths"),
     ],
 )
 def test_a_broken_bundle_is_refused_and_leaves_no_version(store, make_bundle, spoil, complaint) -> None:
@@ -181,8 +181,8 @@ def test_a_store_that_is_a_file_or_no_database_is_said(tmp_path, make_bundle) ->
 
 
 def _point(store: Store, alias: str, number: int) -> None:
-    """Move an alias by hand."""
-    with store._made().writing() as connection:
+    """Set an alias by hand."""
+    with store.database(make=True).writing() as connection:
         row = connection.execute(select(db.versions).where(db.versions.c.number == number)).one()
         point = {"adapter_id": row.adapter_id, "alias": alias, "version_id": row.id, "moved": "now"}
         connection.execute(insert(db.aliases).values(point))

@@ -1,7 +1,7 @@
-"""Puts, deletes, gcs and requests that arrive at any later time, in any order: what is listed is there.
+"""Puts, deletes, gcs and late requests, in any order: files of listed versions exist.
 
-The rules take a put and a gc apart into their steps, on the real tables; the files are a dictionary, so that a removal
-can be sent now and arrive in the end, and twice.
+The rules split a put and a gc into their steps, on the real tables. The files are a dictionary, so a removal can be
+sent now and arrive later, and twice.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Key = tuple[str, str]  # digest, upload
 
 @dataclass
 class Memory:
-    """Files in a dictionary: whether each is whole."""
+    """Files in a dictionary; the value tells whether each is whole."""
 
     there: dict[Key, bool] = field(default_factory=dict)
 
@@ -52,7 +52,7 @@ class Memory:
 
 
 class InMemory:
-    """The real tables, without a disk; every transaction is alone, as those that write are."""
+    """The real tables, in memory. Transactions are serialized."""
 
     def __init__(self) -> None:
         self._engine = create_engine("sqlite://", poolclass=StaticPool)
@@ -64,10 +64,10 @@ class InMemory:
 
 
 class Protocol(RuleBasedStateMachine):
-    """Three contents, of which each version has two."""
+    """Three contents; each version has two of them."""
 
     attempts, walks, removals = Bundle("attempts"), Bundle("walks"), Bundle("removals")
-    forget_first = True  # a gc that removed what abandoned uploads wrote, and left them, would be caught
+    forget_first = True  # False: a gc that removes files of abandoned uploads and leaves their rows
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,14 +88,14 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(target=attempts, leaves=st.integers(0, 2))
     def write(self, leaves: int) -> tuple[Upload, int]:
-        """A put looks what is listed, and writes the rest."""
+        """A put reads what is listed, and writes the rest."""
         upload = Upload(self.database, self.place)
         upload.write({blob: path for blob, path in self.sources.items() if blob != self.contents[leaves]})
         return upload, leaves
 
     @rule(attempt=consumes(attempts))
     def settle(self, attempt: tuple[Upload, int]) -> None:
-        """It lists its files, or has to begin again."""
+        """The put lists its files, or has to start again."""
         upload, leaves = attempt
         wanted = [blob for blob in self.contents if blob != self.contents[leaves]]
         with self.database.writing() as connection:
@@ -116,18 +116,18 @@ class Protocol(RuleBasedStateMachine):
 
     @rule()
     def time_passes(self) -> None:
-        """Or a clock jumps: every put at work seems abandoned."""
+        """Or a clock jumps: every running put looks abandoned."""
         with self.database.writing() as connection:
             connection.execute(update(uploads).values(since="2000-01-01T00:00:00+00:00"))
 
     @rule(target=walks)
     def walk(self) -> list[tuple[str, Blob]]:
-        """A gc looks which files are there."""
+        """A gc reads which files exist."""
         return [(f"{digest} {upload}", Blob(digest, 1, upload)) for digest, upload in self.place.there]
 
     @rule(target=removals, walk=walks)
     def ask(self, walk: list[tuple[str, Blob]]) -> object:
-        """It asks the catalog, and sends its requests; any gc may have looked long before."""
+        """The gc asks the catalog, and sends its requests; it may have read the files long before."""
         if self.forget_first:
             protocol.forget_abandoned(self.database)
         with self.database.reading() as connection:
@@ -137,12 +137,12 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(key=removals)
     def remove(self, key: Key) -> None:
-        """One of them arrives, however late, and perhaps not for the first time."""
+        """One request arrives, late, and maybe for the second time."""
         self.place.there.pop(key, None)
 
     @rule(key=removals)
     def written_late(self, key: Key) -> None:
-        """A second try of a write arrives after the file was removed."""
+        """A repeated write arrives after the file was removed."""
         self.place.there[key] = True
 
     @rule(which=st.integers(0, 5))
@@ -179,14 +179,14 @@ class TestProtocolAtLength(Protocol.TestCase):
 
 
 class Forgetful(Protocol):
-    """Its gc removes what abandoned uploads wrote, and leaves their rows."""
+    """Its gc removes the files of abandoned uploads and leaves their rows."""
 
     forget_first = False
 
 
 @pytest.mark.parametrize(("kind", "misses"), [(Protocol, False), (Forgetful, True)])
 def test_a_gc_that_left_the_uploads_of_what_it_removes_would_be_found_out(kind, misses) -> None:
-    """The control: a put goes on that believes its files are still there."""
+    """The control: a put continues that assumes that its files still exist."""
     order = kind()
     attempt = order.write(leaves=0)
     walk = order.walk()

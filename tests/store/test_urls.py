@@ -1,4 +1,4 @@
-"""A store by URL: verbs as in a folder, trouble in one line, no password shown, no catalog takes another's files."""
+"""A store by URL works as a folder does: errors are one line without a password, and files belong to one catalog."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_files_of_a_catalog_may_be_in_a_folder(new_url, tmp_path) -> None:
     assert store.verify().ok
     assert len(store.materialize("a", tmp_path / "out").digest) > 60
     assert {path.name for path in (tmp_path / "files").iterdir()} == {"blobs", "tmp", "catalog"}
-    assert not store.root.exists()  # no run was begun
+    assert not store.root.exists()  # no run was started
 
 
 def test_runs_stay_on_this_machine(new_url, tmp_path) -> None:
@@ -99,19 +99,17 @@ def test_characters_that_a_server_may_refuse_harm_no_verb(store, put) -> None:
     assert [str(gate) for gate in store.gate("a", "production", add=[f"{'x' * 99}.{'y' * 99}>1"])]
 
 
-# --- whose files ------------------------------------------------------------------------------------------------------
+# --- owner of files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("files", ["s3", "folder"])
 def test_a_catalog_never_takes_the_files_of_another(new_url, make_bundle, tmp_path, files) -> None:
-    """A gc would remove them all: this catalog lists none of them."""
+    """A gc would remove them all, because this catalog lists none of them."""
     one = Location.parse(new_url("s3" if files == "s3" else str(tmp_path / "files")))
     Store(one).put("a", make_bundle(b"1"))
     other = Store(new_url(str(one.files)))
-    for write in (lambda: other.put("b", make_bundle(b"2")), lambda: (other._made(), other.gc())):
-        with pytest.raises(
-            StoreError, match=r"holds the files of another catalog .* give each its own; if that"
-        ) as said:
+    for write in (lambda: other.put("b", make_bundle(b"2")), lambda: (other.database(make=True), other.gc())):
+        with pytest.raises(StoreError, match=r"has the files of another catalog .* use another place; if that") as said:
             write()
         one_line(said)
     assert len(Store(one).files("a")) == 3
@@ -122,7 +120,7 @@ def test_a_catalog_that_was_dumped_without_its_id_says_so(new_url, make_bundle, 
     url = new_url()
     Store(url).put("a", make_bundle(b"1"))
     postgres_server.execute("COMMENT ON TABLE alembic_version IS NULL", urlsplit(url).path.removeprefix("/"))
-    with pytest.raises(StoreError, match=r"has lost its id, .*: set it to what s3://.*/catalog holds"):
+    with pytest.raises(StoreError, match=r"has lost its id, .*: set it to the content of s3://.*/catalog"):
         Store(url).put("a", make_bundle(b"2"))
     assert len(Store(url).files("a")) == 3
 
@@ -133,7 +131,7 @@ def test_a_gc_leaves_files_alone_that_no_catalog_ever_marked(new_url, make_bundl
     (tmp_path / "copy").mkdir()
     (folder.root / "blobs").rename(tmp_path / "copy" / "blobs")
     store = Store(new_url(str(tmp_path / "copy")))
-    store._made()
+    store.database(make=True)
     assert store.gc().removed == ()
     assert store.verify().orphans == 3
 
@@ -141,18 +139,18 @@ def test_a_gc_leaves_files_alone_that_no_catalog_ever_marked(new_url, make_bundl
 def test_a_folder_store_and_a_catalog_do_not_share_a_folder(new_url, make_bundle, tmp_path) -> None:
     folder = Store(tmp_path / "store")
     folder.put("a", make_bundle())
-    with pytest.raises(StoreError, match=r"holds the files of another catalog \(of .*turret\.db"):
+    with pytest.raises(StoreError, match=r"has the files of another catalog \(of .*turret\.db"):
         Store(new_url(str(folder.root))).put("a", make_bundle())
     Store(new_url(str(tmp_path / "files"))).put("a", make_bundle())
-    with pytest.raises(StoreError, match="holds the files of a catalog elsewhere: use another --store"):
+    with pytest.raises(StoreError, match="has the files of a catalog elsewhere: use another --store"):
         Store(tmp_path / "files").put("a", make_bundle())
 
 
-# --- many at once -----------------------------------------------------------------------------------------------------
+# --- concurrency -----------------------------------------------------------------------------------------------------
 
 
 class Cut:
-    """Files whose catalog loses every connection whenever a file is removed."""
+    """Files whose catalog loses all connections when a file is removed."""
 
     def __init__(self, store: Store, cut: Any) -> None:
         self._files, self._cut, self.removed = store._blobs, cut, 0
@@ -195,12 +193,12 @@ def test_a_writer_that_waits_too_long_says_so(postgres_server, database) -> None
         waiting = Postgres(url, "x", busy_seconds=1)
         with pytest.raises(Exception, match="lock timeout") as raised, waiting.transaction(writes=True):
             pass
-    said = waiting.plainly(str(raised.value.orig))
-    assert said == "another process has held it for 1 seconds: wait for it, or end it"
+    said = waiting.describe_error(str(raised.value.orig))
+    assert said == "another process has locked it for 1 seconds: wait for that process, or end it"
 
 
 def open_now(server: Any, database: str) -> list[int]:
-    """The server's own numbers of the connections that turret has."""
+    """The number of connections that the server has from turret."""
     query = f"SELECT pid FROM pg_stat_activity WHERE application_name = 'turret' AND datname = '{database}' ORDER BY 1"
     return [pid for (pid,) in server.execute(query)]
 
@@ -216,7 +214,7 @@ def test_a_connection_is_used_again_and_goes_with_its_store(new_url, postgres_se
     assert open_now(postgres_server, database) == first
     assert len(first) == 1
     del store
-    deadline = time.monotonic() + 10  # the server is told, and takes its time
+    deadline = time.monotonic() + 10  # the server closes it a moment later
     while open_now(postgres_server, database) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert open_now(postgres_server, database) == []
@@ -225,7 +223,7 @@ def test_a_connection_is_used_again_and_goes_with_its_store(new_url, postgres_se
 def test_a_connection_that_the_server_ended_meanwhile_is_made_anew(
     new_url, postgres_server, make_bundle, tmp_path
 ) -> None:
-    """A restart of the server, or its idle timeout: the next verb does not notice."""
+    """A restart of the server, or its idle timeout, is not noticed by the next command."""
     url = new_url(str(tmp_path / "files"))
     store = Store(url)
     store.put("a", make_bundle(b"1"))
@@ -256,7 +254,7 @@ def test_a_fork_makes_a_connection_of_its_own_and_leaves_its_parents_alone(
     assert open_now(postgres_server, database) == [mine]
 
 
-# --- trouble ----------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_password_opens_the_door_and_is_never_shown(postgres_server, database, make_bundle, tmp_path, capsys) -> None:
@@ -277,7 +275,7 @@ def test_a_password_opens_the_door_and_is_never_shown(postgres_server, database,
 
 def test_what_a_server_says_is_told_without_the_password_also_by_who_never_connected() -> None:
     server = Postgres("postgresql://me:Sec%2Fret@h/db?sslpassword=Other", "x")
-    assert server.plainly("password Sec/ret of key Other is wrong") == (
+    assert server.describe_error("password Sec/ret of key Other is wrong") == (
         "password *** of key *** is wrong: set PGPASSWORD or ~/.pgpass, or ask for access"
     )
 
@@ -295,7 +293,7 @@ def test_a_wrong_password_is_said_and_not_shown(postgres_server, database, tmp_p
         ("postgresql://me:Secret@127.0.0.1:port/db?files=/x", 'invalid integer value "port"'),
         (
             "postgresql://me:Secret@127.0.0.1/db?files=/x&unknown=1",
-            "PostgreSQL cannot read this URL: expected keys that",
+            "PostgreSQL cannot read this URL: expected files, local and keys of libpq",
         ),
         ("postgresql://me:Sec%ret@127.0.0.1/db?files=/x", "PostgreSQL cannot read this URL"),
     ],
@@ -307,7 +305,7 @@ def test_a_server_that_cannot_be_reached_is_said(url, complaint) -> None:
 
 
 def test_a_database_that_is_not_there_is_said(postgres_server, tmp_path) -> None:
-    with pytest.raises(StoreError, match='database "none" does not exist: make it, or correct the URL') as said:
+    with pytest.raises(StoreError, match='database "none" does not exist: create it, or correct the URL') as said:
         Store(f"{postgres_server.url('none')}&files={tmp_path}").list()
     one_line(said)
 
@@ -359,7 +357,7 @@ def test_what_is_not_installed_is_one_line_that_says_what_to_install(new_url, mo
         "from turret.cli.main import run\n"
         "from turret.store import Store\n"
         "from turret.errors import StoreError\n"
-        "try: Store(sys.argv[1])._made(); Store(sys.argv[1]).verify()\n"
+        "try: Store(sys.argv[1]).database(make=True); Store(sys.argv[1]).verify()\n"
         "except StoreError as error: sys.exit(str(error))"
     )
     out = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, check=False)

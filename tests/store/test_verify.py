@@ -1,4 +1,4 @@
-"""`verify` finds every change of every file and row, and takes nothing else for a problem."""
+"""`verify` finds every change of every file and row, and reports nothing else."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def test_a_file_that_never_was_safetensors_is_found(store, make_bundle) -> None:
     store.put("a", make_bundle(b"tensors"))
     store.put("b", make_bundle(safetensors({})))
     one, two = problems(store)
-    assert "a@1 adapter_model.safetensors: is no readable safetensors file" in one
-    assert "b@1 adapter_model.safetensors: holds no tensor" in two
+    assert "a@1 adapter_model.safetensors: is not a readable safetensors file" in one
+    assert "b@1 adapter_model.safetensors: has no tensors" in two
 
 
 @pytest.mark.parametrize(
     ("statement", "said"),
     [
         ("UPDATE versions SET digest = 'sha256:0000'", "a@1 manifest.json: has digest"),
-        ('UPDATE versions SET manifest = \'{"digest": "x"}\'', "a@1 manifest.json: differs from the manifest"),
+        ('UPDATE versions SET manifest = \'{"digest": "x"}\'', "a@1 manifest.json: differs from the listed manifest"),
         ("DELETE FROM files WHERE path = 'manifest.json'", "a@1 manifest.json: is not listed"),
         ("DELETE FROM files WHERE path = 'adapter_config.json'", "a@1 manifest.json: names other files"),
         ("UPDATE files SET bytes = 1 WHERE path = 'manifest.json'", "a@1 manifest.json: has "),
@@ -83,7 +83,7 @@ def test_files_that_no_version_lists_are_counted_and_no_problem(store, put, tmp_
     store.delete("a@1")
     found = store.verify()
     assert found.ok
-    assert found.orphans == 2  # the configuration is the other version's too
+    assert found.orphans == 2  # the other version has the same configuration
     assert found.orphan_bytes > 0
 
 
@@ -94,12 +94,12 @@ def test_one_version_is_looked_at_alone_and_one_that_is_not_there_is_said(store,
     assert not store.verify("a@1").ok
     with pytest.raises(NotFound, match="no a@7"):
         store.verify("a@7")
-    with pytest.raises(NotFound, match="nothing to look at: there is no store at"):
+    with pytest.raises(NotFound, match="nothing to read: there is no store at"):
         Store(tmp_path / "none").verify()
 
 
 def test_a_manifest_that_changed_with_its_digest_is_found(store, tmp_path) -> None:
-    """Both the file and its row of `files` were replaced: the row of the version still tells."""
+    """The file and its row in `files` were replaced; the row of the version still differs."""
     bundle = write_bundle(tmp_path, safetensors({"a": [1.0]}))
     store.put("a", bundle)
     other = json.loads((bundle / "manifest.json").read_text())
@@ -109,4 +109,4 @@ def test_a_manifest_that_changed_with_its_digest_is_found(store, tmp_path) -> No
     store._blobs.put(bundle / "manifest.json", blob)
     change = f"UPDATE files SET digest = '{blob.digest}', bytes = {blob.bytes} WHERE path = 'manifest.json'"
     by_hand.execute(store, change)
-    assert problems(store) == ["a@1 manifest.json: differs from the manifest that is listed"]
+    assert problems(store) == ["a@1 manifest.json: differs from the listed manifest"]

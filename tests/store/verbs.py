@@ -1,7 +1,7 @@
-"""Every verb that changes a store or is read from one, made ready to be killed: what is done, and what must hold after.
+"""All commands that change or read a store, prepared to be killed: what each does, and what must hold after it.
 
-A verb is made ready again and again in the same store, so what an earlier round left, done or not, must not matter.
-`import` and `export` load torch; no other does.
+A command is prepared again and again in the same store, so an earlier round must not matter, whether it was carried out
+or not. Only `import` and `export` load torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from turret.store import Example, GoldenReplay, GoldenSet, Store
 from turret.store.blobs import hash_file
 from turret.store.uploads import Upload
 
-Hold = Callable[[bool], None]  # told whether the verb was acknowledged; asserts what must be so
+Hold = Callable[[bool], None]  # called with whether the command was acknowledged; asserts what must hold
 TASK = {"task": {"kind": "classify", "labels": ["bad", "good"]}}
 GOLDEN = GoldenSet((Example("a great film", "label", "good"),))
 BUILT: dict[Path, Path] = {}  # folder -> a real bundle in it
@@ -33,21 +33,21 @@ NEXT: dict[Path, Path] = {}  # folder -> the bundle that is put next
 
 @dataclass(frozen=True)
 class Verb:
-    """Makes a store ready, carries the verb out in another process, and says what must hold after."""
+    """Prepares a store, carries the command out in another process, and checks the store after."""
 
-    ready: Callable[[str, Path], Hold]  # of the store, and a folder for what else it needs
+    ready: Callable[[str, Path], Hold]  # the store, and a folder for other files
     act: Callable[[str, Path], object]
 
 
 def unlike(folder: Path) -> Path:
-    """A bundle that no other is like."""
+    """A bundle that differs from all others."""
     seed = int.from_bytes(os.urandom(6), "big")
     return write_bundle(folder, tensors(seed, 5000), {"same": b"in every version"}, TASK)
 
 
 def ready_to_put(_where: str, folder: Path) -> Hold:
     NEXT[folder] = unlike(folder)
-    return lambda _done: None  # what was acknowledged is on stdout
+    return lambda _done: None  # stdout has what was acknowledged
 
 
 def put(where: str, folder: Path) -> None:
@@ -82,7 +82,7 @@ def ready_to_rollback(where: str, folder: Path) -> Hold:
 
 
 def ready_to_gate(where: str, folder: Path) -> Hold:
-    """One transaction takes two gates away and adds two."""
+    """One transaction removes two gates and adds two."""
     store = two(where, folder)
     for gate in store.gate("a", "candidate"):
         store.gate("a", "candidate", remove=[str(gate)])
@@ -125,7 +125,7 @@ def replay(where: str, folder: Path) -> None:
 
 
 def ready_to_delete(where: str, folder: Path) -> Hold:
-    """The newest is deleted with the alias that names it."""
+    """Delete the newest version with the alias that names it."""
     store = two(where, folder)
     newest = str(store.put("a", unlike(folder)))
     store.promote(newest, "candidate2")
@@ -152,12 +152,12 @@ def delete(where: str, folder: Path) -> None:
 
 
 def ready_to_gc(where: str, folder: Path) -> Hold:
-    """Two versions are listed, another was deleted, a put was killed, and a killed writer left something."""
+    """Two versions are listed, another was deleted, a put was killed, and a killed writer left a file."""
     store = two(where, folder)
     store.gc()
     before = {str(version) for version in store.list()}
     begun = {hash_file(path): path for path in write_bundle(folder, tensors(8)).iterdir()}
-    Upload(store.database(), store._blobs).write(begun)  # by a put that was killed
+    Upload(store.database(), store._blobs).write(begun)  # of a killed put
     by_hand.forget_uploads(store)
     again = write_bundle(folder, tensors(7), said=TASK)  # the same each time, so that no folder is added
     store.delete(str(store.put("a", again)))
@@ -168,7 +168,7 @@ def ready_to_gc(where: str, folder: Path) -> Hold:
     def hold(done: bool) -> None:
         assert {str(version) for version in Store(where).list()} == before
         assert not done or (Store(where).verify().orphans == 0 and not (store.root / "tmp" / "left").exists())
-        put = str(store.put("a", again))  # what was being removed is used again
+        put = str(store.put("a", again))  # the removed content is used again
         Store(where).gc()
         found = Store(where).verify()
         assert (found.problems, found.orphans) == ((), 0)
@@ -190,7 +190,7 @@ def ready_to_begin(where: str, folder: Path) -> Hold:
 
 
 def ready_to_migrate(where: str, folder: Path) -> Hold:
-    """The store is of the first format, with an alias that was moved."""
+    """The store has the first format, with an alias that was moved."""
     two(where, folder).promote("a@1", "production")
     with by_hand.catalog(Store(where)) as connection:
         if connection.execute("SELECT version_num FROM alembic_version").fetchone()[0] != "0001":
@@ -227,7 +227,7 @@ def keep(store: Store) -> str:
 
 
 def real(folder: Path) -> Path:
-    """A bundle of a two-layer base that is there, made once."""
+    """A bundle for a two-layer base, made once."""
     if folder not in BUILT:
         import small_models
         import tiny_training
@@ -291,7 +291,7 @@ def export(where: str, folder: Path) -> None:
 
 
 def begun(root: Path, folder: Path) -> Store:
-    """An experiment on `a`, fresh, between the two versions: the alias names a@1, one answer was given."""
+    """A new experiment on `a` between the two versions: the alias names a@1, and one answer was given."""
     from turret import Workspace
 
     store, experiment = two(root, folder), Workspace(root).experiment("a")
@@ -303,7 +303,7 @@ def begun(root: Path, folder: Path) -> Store:
 
 
 def state(root: Path) -> tuple[str, float, list[str], str]:
-    """What the experiment says of itself, and the alias."""
+    """The state of the experiment, and the alias."""
     from turret import Workspace
 
     said = Workspace(root).experiment("a").status().as_json()
@@ -311,7 +311,7 @@ def state(root: Path) -> tuple[str, float, list[str], str]:
 
 
 def all_or_nothing(before: tuple[object, ...], after: tuple[object, ...], root: Path) -> Hold:
-    """The experiment, its history and the alias are all as before or all as after."""
+    """The experiment, its history and the alias are all as before, or all as after."""
 
     def hold(done: bool) -> None:
         found = state(root)
@@ -338,7 +338,7 @@ def ready_to_ramp(root: Path, folder: Path) -> Hold:
 
 
 def ready_to_outcome(root: Path, folder: Path) -> Hold:
-    """The outcome counts once, however often it is told after the kill."""
+    """The outcome counts once, even if it is sent again after the kill."""
     from turret import Workspace
 
     begun(root, folder)
@@ -360,7 +360,7 @@ def ready_to_stop(root: Path, folder: Path) -> Hold:
 
 
 def ready_to_settle(root: Path, folder: Path) -> Hold:
-    """The candidate failed so often that it must go, and the alias, which names it, with it."""
+    """The candidate has too many errors, so a rollback must move its traffic and the alias that names it."""
     store = begun(root, folder)
     store.promote("a@2", "production")
     with store.database().writing() as connection:

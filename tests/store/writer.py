@@ -1,21 +1,21 @@
-"""A process that is at work in a store and says so on stdout; the tests kill it, or let many of it race.
+"""A process that works in a store and prints what it did. Tests kill it, or run many of it at once.
 
-- `writer.py STORE put COUNT` puts COUNT versions of the name `a` and prints each once it is acknowledged
-- `writer.py STORE race COUNT SEED VERBS` carries out COUNT verbs, drawn with the seed, on contents that all processes
-  share; prints `deleting a@1` before and `put a@1`, `delete a@1` after
-- `writer.py STORE read` reads all there is again and again until its stdin ends, and fails at anything not whole
+- `writer.py STORE put COUNT` puts COUNT versions of the name `a` and prints each when it is acknowledged
+- `writer.py STORE race COUNT SEED VERBS` carries out COUNT commands, drawn with the seed, on contents shared by all
+  processes; prints `deleting a@1` before and `put a@1`, `delete a@1` after
+- `writer.py STORE read` reads everything again and again until its stdin ends, and fails at anything that is not whole
 
-Of the next, each round forks a child that carries out one of the verbs of `verbs.py` and does not come through; after
-each the store must hold what it must. They print what was acknowledged, and at the end how many rounds ended how:
+In the next ones each round forks a child that carries out one command of `verbs.py` and is stopped in it. After each
+round the store is checked. They print what was acknowledged, and at the end the number of rounds by their end:
 
 - `writer.py STORE operations VERBS FIRST LAST` kills the child at its n-th file operation or call of a server, for n
-  from FIRST to LAST or until one comes through
-- `writer.py STORE moments VERBS ROUNDS SEED` kills it at a random moment of the time that the verb takes
-- `writer.py STORE writes VERBS MOST STEP` lets the kernel kill it in the middle of the write that makes any file longer
-  than n bytes, for n from 0 to MOST: inside SQLite too
+  from FIRST to LAST or until one survives
+- `writer.py STORE moments VERBS ROUNDS SEED` kills it at a random moment
+- `writer.py STORE writes VERBS MOST STEP` lets the kernel kill it in the write that makes a file longer than n bytes,
+  for n from 0 to MOST, inside SQLite too
 - `writer.py STORE limits VERBS MOST STEP` lets that write fail instead, as a full disk or a quota does
-- `writer.py STORE errors VERBS FIRST LAST` lets the n-th write or flush fail as of a broken disk (`failing_disk.py`),
-  for n from FIRST to LAST or until none fails; a verb that is then acknowledged all the same is an error
+- `writer.py STORE errors VERBS FIRST LAST` lets the n-th write or flush fail as on a broken disk (`failing_disk.py`),
+  for n from FIRST to LAST or until none fails; it is an error if the command is acknowledged all the same
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from turret.location import Location
 from turret.store import Store
 
 DISK_EVENTS = ("open", "os.", "sqlite3.connect", "shutil.")
-SAID = 3  # exit status of a child that said in one line why not
+SAID = 3  # exit status of a child whose command failed with one line
 Wait = Callable[[int], None]
 
 
-# --- a child that does not come through -----------------------------------------------------------------------------
+# --- a child that is stopped ---------------------------------------------------------------------------------------
 
 
 def at_operation(operation: int, where: str) -> None:
-    """Kill this process at its n-th file operation in the store from now; of a store by URL, or call of a server."""
+    """Kill this process at its n-th file operation in the store, or also, with a URL, at its n-th call of a server."""
     location, seen = Location.parse(where), 0
 
     def count(*_: object) -> None:
@@ -71,7 +71,7 @@ def at_operation(operation: int, where: str) -> None:
 
 
 def count_calls(count: Callable[..., None]) -> None:
-    """Before each statement, commit and request, and after a transaction: between two a server sees no difference."""
+    """Count before each statement, commit and request, and after a transaction, where a server sees a change."""
     from s3fs import S3FileSystem
     from sqlalchemy import Engine, Pool
     from sqlalchemy.event import listen
@@ -89,7 +89,7 @@ def count_calls(count: Callable[..., None]) -> None:
 
 
 def at_size(size: int, *, killed: bool) -> None:
-    """The write that makes a file longer than this kills the process, or fails as `File too large`."""
+    """The write that makes a file longer than this kills the process, or fails with `File too large`."""
     if killed:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -97,7 +97,7 @@ def at_size(size: int, *, killed: bool) -> None:
 
 
 def child(act: Callable[[], object], arm: Callable[[], None]) -> int:
-    """The process id of one that carries the verb out."""
+    """Fork a process that carries out the command, and return its id."""
     process = os.fork()
     if process == 0:
         status = 1
@@ -116,7 +116,7 @@ def child(act: Callable[[], object], arm: Callable[[], None]) -> int:
 
 
 def rounds(where: str, verb: str, folder: Path, how: Iterator[tuple[Callable[[], None], Wait]]) -> Iterator[str]:
-    """`done`, `killed` or `said` for each, once the store was found to hold what it must."""
+    """Yield `done`, `killed` or `said` per round, after the store was checked."""
     made = VERBS[verb]
     for arm, wait in how:
         hold = made.ready(where, folder)
@@ -155,7 +155,7 @@ def moments(count: int, seed: int) -> Iterator[tuple[Callable[[], None], Wait]]:
         os.kill(process, signal.SIGKILL)
 
     yield lambda: None, timed
-    yield lambda: None, timed  # the first one may have had libraries to find, or kernels to compile
+    yield lambda: None, timed  # the first round may import libraries or compile kernels
     for _ in range(count):
         yield lambda: None, wait
 
@@ -220,12 +220,12 @@ def race(where: str, count: int, seed: int, verbs: list[str], folder: Path) -> N
                 print("delete", store.delete(chosen, force=draw.random() < 0.3).version, flush=True)
             else:
                 store.gc()
-        except (NotFound, InUse):  # another process was quicker, or the alias names it
+        except (NotFound, InUse):  # another process deleted it, or an alias names it
             pass
 
 
 def read(where: str, folder: Path) -> None:
-    """Every version that is listed can be shown, laid out and verified, and every alias names one, until it is gone."""
+    """Show, materialize and verify every listed version, and resolve every alias, until stdin ends."""
     turns = 0
     while not select.select([sys.stdin], [], [], 0)[0]:
         store = Store(where)
@@ -235,7 +235,7 @@ def read(where: str, folder: Path) -> None:
                 store.materialize(str(version), folder / f"out-{turns}-{version}")
                 for alias in version.aliases:
                     assert store.resolve(f"{version.name}@{alias}").aliases
-            except NotFound:  # deleted, or moved, since it was listed
+            except NotFound:  # deleted or moved in the meantime
                 pass
         if store.exists():
             found = store.verify()

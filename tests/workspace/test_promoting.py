@@ -98,7 +98,7 @@ def test_a_wrong_answer_is_named_with_what_was_expected_and_given_unless_enough_
     golden = table(tmp_path / "golden.csv", ["text", "label"], rows)
     workspace.gate("tone", "production", golden=golden)
     said = (
-        rf"1 of 6 golden examples failed .* the first is example 4 '{texts[3]}', expected label '{wrong}', "
+        rf"1 of 6 golden examples failed .* first: example 4 '{texts[3]}', expected label '{wrong}', "
         rf"given '{labels[3]}'"
     )
     with pytest.raises(GateFailed, match=said):
@@ -180,7 +180,7 @@ def test_a_label_that_the_version_does_not_know_and_the_wrong_kind_are_refused_b
 ) -> None:
     monkeypatch.setattr(answering, "mounted", None)
     golden = table(tmp_path / "golden.csv", ["text", "label"], [["x", "goood"]])
-    for name, words in (("tone", "expects label 'goood' in example 1"), ("short", "has labels as answers")):
+    for name, words in (("tone", "expects label 'goood' in example 1"), ("short", "expects labels")):
         workspace.gate(name, "production", golden=golden)
         for replay in (False, True):
             with pytest.raises(GateFailed, match=words):
@@ -203,7 +203,7 @@ def test_a_label_that_the_version_does_not_know_and_the_wrong_kind_are_refused_b
         ("g.csv", "text,label\nx,\n", "line 2: expected one of label, found nothing"),
         ("g.csv", "text,label\n ,y\n", "line 2: the text is missing"),
         ("g.csv", "text,label,equals\nx,y,z\n", "line 2: expected one of .* found label and equals"),
-        ("g.csv", "text,label,equals\nx,y,\nx,,z\n", "in one set: keep them in two"),
+        ("g.csv", "text,label,equals\nx,y,\nx,,z\n", "in one set of golden examples: keep them in two sets"),
         ("g.csv", "text,label\nx,0.5\n", "is a fraction"),
         ("g.csv", "text,label\nx,y\nx,z\n", "requires 'y' and 'z' for 'x': no version can answer both"),
         ("g.csv", "text,expected\nx,y\n", "expected and min_score come together"),

@@ -1,7 +1,6 @@
-"""Live traffic split between versions of one adapter: who sees which, what came of it, and what that proves.
+"""Experiments: split live traffic between versions of one adapter, record outcomes, and decide which version is better.
 
-Refuses to know the store's files, models, torch and HTTP. Numpy is loaded where evidence is weighed, not before:
-assigning a unit and recording an outcome need none.
+numpy is imported only to analyze an experiment. Assigning units and recording outcomes do not need it.
 """
 
 from turret.experiments.experiment import Arm, Experiment, Guards, Metric

@@ -1,14 +1,14 @@
-"""An experiment weighed: its rows become evidence, the evidence a decision.
+"""Analyze an experiment: turn its rows into evidence, and the evidence into a decision.
 
-`Memory` keeps what was added up of the outcomes read so far, so that looking again costs only what is new.
+`Memory` keeps the sums over the outcomes that were read, so that another analysis reads only new rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from sqlalchemy import Connection
@@ -20,25 +20,28 @@ from turret.experiments.e_process import capped
 from turret.experiments.evidence import OutcomeTally
 from turret.experiments.experiment import SLOW_SHARE, Arm, Experiment
 from turret.experiments.guarding import Watch, Watched
+from turret.experiments.outcomes import CountedOutcome
+from turret.experiments.rows import Event
 from turret.experiments.validity import Validity
+from turret.json_types import JsonMapping, JsonObject
 
-VOID = "void"  # the event of an alarm
-AT_ONCE = 50_000  # outcomes that are added up in one piece
+VOID = "void"  # the verb of the event of an alarm
+AT_ONCE = 50_000  # outcomes that are added at once, to bound memory
 
 
 @dataclass
 class Memory:
-    """What was added up of one experiment so far, and where to go on."""
+    """Sums over the rows of one experiment that were read so far."""
 
-    last: int = 0
-    tallies: dict[str, OutcomeTally] = field(default_factory=dict)  # of each candidate
+    last: int = 0  # id of the last outcome
+    tallies: dict[str, OutcomeTally] = field(default_factory=dict)  # candidate -> outcomes
     counts: dict[int, dict[str, int]] = field(default_factory=dict)  # revision -> arm -> outcomes
-    sums: dict[str, float] = field(default_factory=dict)  # arm -> outcomes, added up
+    sums: dict[str, float] = field(default_factory=dict)  # arm -> sum of outcomes
     validity: Validity = field(default_factory=Validity)
     watch: Watch | None = None  # of errors and latency
 
     def read(self, connection: Connection, experiment: Experiment, now: str) -> None:
-        """Add what is new."""
+        """Read and add new rows."""
         split = rows.probabilities(connection, experiment)
         found = outcomes.counted(connection, experiment, self.last)
         for start in range(0, len(found), AT_ONCE):
@@ -47,8 +50,10 @@ class Memory:
         self.watch = self.watch or Watch(experiment.control.name)
         self.watch.read(arm_health.rows(connection, experiment, self.watch.last), rows.splits(connection, experiment))
 
-    def add(self, experiment: Experiment, split: Mapping[int, Mapping[str, float]], found: Any) -> None:
-        """Add these outcomes (`outcomes.counted`), at least one."""
+    def add(
+        self, experiment: Experiment, split: Mapping[int, Mapping[str, float]], found: Sequence[CountedOutcome]
+    ) -> None:
+        """Add outcomes that count, at least one."""
         metric, guards = experiment.metric, experiment.guards
         wide = metric.high - metric.low
         values = np.array([row.value for row in found])
@@ -70,31 +75,35 @@ class Memory:
             self.sums[row.arm] = self.sums.get(row.arm, 0.0) + row.value
         self.last = found[-1].id
 
+    def mean(self, arm: str) -> float | None:
+        """The mean outcome of an arm, or None."""
+        return self.sums[arm] / _total(self.counts.values())[arm] if arm in self.sums else None
+
 
 @dataclass(frozen=True)
 class Since:
-    """What the outcomes that came after a verdict say, taken alone."""
+    """The outcomes after a verdict."""
 
     outcomes: int
     difference: float | None  # in the metric's units
-    turned: bool  # they have taken it back
+    turned: bool  # they have reversed the verdict
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {"outcomes": self.outcomes, "difference": self.difference, "turned": self.turned}
 
 
 @dataclass(frozen=True)
 class Against:
-    """A candidate against the control; evidence as e-values of which 1 / level decides, each side halved."""
+    """A candidate against the control. Evidence is an e-value, halved for the two sides; 1 / level decides."""
 
     verdict: Verdict
     difference: float | None  # in the metric's units
     interval: tuple[float, float] | None  # approximate
     better: float  # peak / 2
     worse: float
-    worse_by: float | None  # peak / 2; None where the guard is off
-    now: float  # of the side of the verdict, as it is now, halved
-    equality: float  # logarithm, as it is now
+    worse_by: float | None  # peak / 2; None if the guard is off
+    now: float  # current evidence of the side of the verdict, halved
+    equality: float  # current log evidence against equal arms
     needed: float  # 1 / level
     since: Since | None  # None without a verdict
 
@@ -102,7 +111,7 @@ class Against:
     def turned(self) -> bool:
         return self.since is not None and self.since.turned
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {
             "verdict": self.verdict,
             "difference": self.difference,
@@ -114,20 +123,20 @@ class Against:
 
 @dataclass(frozen=True)
 class ArmAnalysis:
-    """One arm, with all that is known of it."""
+    """One arm and everything known about it."""
 
     arm: Arm
     version: str
     share: float
     units: int
     outcomes: int
-    missing: int  # units that have none within the time to live of outcomes
-    half_within: float | None  # seconds in which half of its outcomes come
+    missing: int  # units without an outcome after the time to live
+    half_within: float | None  # seconds within which half of its outcomes come
     mean: float | None
     answering: ArmHealth
-    against: Against | None  # of a candidate
+    against: Against | None  # None for the control and for shadows
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         seen = self.answering
         return {
             "arm": self.arm.name,
@@ -153,16 +162,16 @@ class ArmAnalysis:
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that is known of an experiment, and what it says to do."""
+    """The evidence of an experiment, and the decision that follows."""
 
     experiment: Experiment
     arms: tuple[ArmAnalysis, ...]
     checks: Mapping[str, float]  # check of `validity` -> e-value at its peak
     alarm: str | None  # the check that makes the outcomes void
-    recorded: Mapping[str, Any] | None  # the alarm as it was written down
-    discovery: float | None  # the logarithm of the evidence that a better candidate needs among all experiments
+    recorded: JsonMapping | None  # the alarm as it was first stored
+    discovery: float | None  # log evidence that makes a better candidate a discovery
     decision: Decision
-    history: tuple[Mapping[str, Any], ...]
+    history: tuple[Event, ...]
 
     @property
     def void(self) -> bool:
@@ -170,7 +179,7 @@ class Analysis:
 
     @property
     def evidence(self) -> float | None:
-        """The logarithm of the evidence that some candidate differs, as it is now; None where it is void."""
+        """The current log evidence that some candidate differs; None if the outcomes are void."""
         return None if self.void else _equality([each.against for each in self.arms])
 
 
@@ -181,18 +190,20 @@ def weigh(
     memory: Memory | None = None,
     others: Callable[[], Sequence[float]] = tuple,
 ) -> Analysis:
-    """Read what is new and weigh all of it.
+    """Read new rows and analyze all.
 
     Args:
-        now: the time, as the store keeps it.
-        others: the logarithms of the evidence of all other experiments of the store; asked only where it matters.
+        now: the time, as the store has it.
+        memory: from the last analysis of this experiment.
+        others: returns the log evidence of all other experiments of the store; called only if a candidate is better.
     """
     memory = memory if memory is not None else Memory()
     memory.read(connection, experiment, now)
     history = tuple(rows.events(connection, experiment))
     recorded = next((each["detail"] for each in history if each["verb"] == VOID), None)
     alarm = memory.validity.alarm if recorded is None else str(recorded.get("check"))
-    watch, counted, seen = memory.watch, _added(memory.counts), _added(memory.validity.units.counts)
+    watch = memory.watch
+    counted, seen = _total(memory.counts.values()), _total(memory.validity.units.counts.values())
     missing, half = memory.validity.missing(), memory.validity.half_within()
     assert watch is not None
     arms = tuple(
@@ -204,7 +215,7 @@ def weigh(
             counted.get(arm.name, 0),
             missing.get(arm.name, 0),
             half.get(arm.name),
-            memory.sums[arm.name] / counted[arm.name] if arm.name in counted else None,
+            memory.mean(arm.name),
             watch.sums.get(arm.name, ArmHealth()),
             against(experiment, arm, memory, void=alarm is not None) if arm.role == "candidate" else None,
         )
@@ -213,8 +224,8 @@ def weigh(
     live = [_compared(experiment, arm, memory) for arm in experiment.candidates if arm.live]
     guarded = [_health(experiment, each, watch) for each in arms[1:] if each.arm.live]
     won = alarm is None and any(each.verdict == "better" and not each.turned for each in live)
-    beside = others() if won and experiment.state == rows.RUNNING else ()
-    discovery = discoveries.needed(beside, experiment.alpha) if beside else None
+    other_evidence = others() if won and experiment.state == rows.RUNNING else ()
+    discovery = discoveries.needed(other_evidence, experiment.alpha) if other_evidence else None
     named = discovery is None or _equality([each.against for each in arms]) >= discovery
     decision = decide.decide(live, guarded, experiment.guards, void=alarm, named=named)
     checks = {check: capped(peak) for check, peak in memory.validity.peaks().items()}
@@ -222,7 +233,7 @@ def weigh(
 
 
 def against(experiment: Experiment, arm: Arm, memory: Memory, *, void: bool) -> Against:
-    """The candidate against the control, by what the memory has."""
+    """The candidate against the control, by the sums in the memory."""
     found, tally = _compared(experiment, arm, memory), memory.tallies.get(arm.name)
     metric, level = experiment.metric, experiment.level
     scale = (metric.high - metric.low) * (1 if metric.goal == "higher" else -1)
@@ -257,16 +268,16 @@ def _equality(found: Sequence[Against | None]) -> float:
     return float(np.logaddexp.reduce(logs)) - math.log(len(logs)) if logs else 0.0
 
 
-def _added(counts: Mapping[Any, Mapping[str, int]]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for split in counts.values():
-        for arm, count in split.items():
-            found[arm] = found.get(arm, 0) + count
-    return found
+def _total(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """Sum counts by arm."""
+    total = Counter[str]()
+    for each in counts:
+        total.update(each)
+    return total
 
 
 def _share(split: Mapping[str, float], candidate: str, control: str) -> float:
-    """The probability of the candidate, of the two."""
+    """The probability of the candidate, out of these two arms."""
     both = split.get(candidate, 0.0) + split.get(control, 0.0)
     return split.get(candidate, 0.0) / both if both > 0 else 0.0
 
@@ -285,15 +296,17 @@ def _health(experiment: Experiment, each: ArmAnalysis, watch: Watch) -> Health:
     control = watch.sums.get(experiment.control.name, ArmHealth())
     watched = watch.arms.get(each.arm.name, Watched())
     errors = slow = -math.inf
-    said_errors = said_slow = ""
+    why_errors = why_slow = ""
     if guards.max_errors is not None:
         errors = watched.evidence("errors", seen, guards.max_errors)
-        counted = f"{seen.errors} of {seen.answers} answers were errors, at most {guards.max_errors:.3g} of them may be"
-        said_errors = f"{counted}; of the control's {control.errors} of {control.answers} were"
+        why_errors = (
+            f"{seen.errors} of {seen.answers} answers were errors, the limit is {100 * guards.max_errors:.3g}%; "
+            f"of the control's answers {control.errors} of {control.answers} were"
+        )
     if guards.max_seconds is not None:
         slow = watched.evidence("slow", seen, SLOW_SHARE)
-        took = f"{seen.slow} of {seen.answers} answers took longer than {guards.max_seconds:g} s"
-        said_slow = (
-            f"{took}, at most {SLOW_SHARE:.0%} of them may; of the control's {control.slow} of {control.answers} did"
+        why_slow = (
+            f"{seen.slow} of {seen.answers} answers took longer than {guards.max_seconds:g} s, the limit is "
+            f"{SLOW_SHARE:.0%}; of the control's answers {control.slow} of {control.answers} did"
         )
-    return Health(each.arm.name, each.arm.role, experiment.alpha, errors, slow, said_errors, said_slow)
+    return Health(each.arm.name, each.arm.role, experiment.alpha, errors, slow, why_errors, why_slow)

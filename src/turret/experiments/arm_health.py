@@ -1,6 +1,6 @@
-"""How the arms answer, as rows: answers, errors, slow ones, how often a shadow agrees.
+"""Rows about the answers of each arm: answers, errors, slow answers, and agreements of a shadow.
 
-A replica adds up what it saw in a second and writes one row an arm. `slow` counts answers over the guard's
+A server process writes one row per arm and second. `slow` counts answers that took longer than the guard's
 `max_seconds`.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import NamedTuple
 
 from sqlalchemy import Connection, insert, select
 
@@ -24,7 +24,7 @@ class ArmHealth:
     errors: int = 0
     slow: int = 0
     seconds: float = 0.0
-    compared: int = 0  # with the answer that was returned; of a shadow
+    compared: int = 0  # answers of a shadow that were compared with the returned answer
     agreed: int = 0
 
     def __add__(self, other: ArmHealth) -> ArmHealth:
@@ -38,15 +38,30 @@ class ArmHealth:
         )
 
 
+class HealthRow(NamedTuple):
+    """What one process saw of one arm in about one second."""
+
+    id: int
+    arm: str
+    at: str
+    answers: int
+    errors: int
+    slow: int
+    seconds: float
+    compared: int
+    agreed: int
+
+
 def keep(connection: Connection, sums: Mapping[tuple[int, str], ArmHealth], at: str) -> None:
-    """Write down the sums of experiment (by id) and arm."""
+    """Write sums by experiment id and arm."""
     rows = [{"experiment_id": key[0], "arm": key[1], **asdict(each), "at": at} for key, each in sums.items()]
     if rows:
         connection.execute(insert(experiment_health), rows)
 
 
-def rows(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[Any]:
-    """`id, arm, at` and the sums of what was written down after that id, in its order."""
+def rows(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[HealthRow]:
+    """The rows of an experiment with an id above `after`, in order."""
     table = experiment_health.c
-    mine = (table.experiment_id == experiment.id) & (table.id > after)
-    return connection.execute(select(experiment_health).where(mine).order_by(table.id)).all()
+    query = select(*(table[column] for column in HealthRow._fields))
+    found = connection.execute(query.where(table.experiment_id == experiment.id, table.id > after).order_by(table.id))
+    return [HealthRow(*row) for row in found]

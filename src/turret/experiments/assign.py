@@ -1,13 +1,13 @@
-"""Which arm a unit sees: a salted hash gives it a point for good, every point belongs to an arm. Knows numbers only.
+"""Assign units to arms: a salted hash gives each unit a point, and each point belongs to an arm.
 
-    key   = BLAKE2b-128(salt, unit)                     the unit as it is stored: no name of a user is
+    key   = BLAKE2b-128(salt, unit)                     stored instead of the unit, so no user name is stored
     point = the first 32 bits of the key                in [0, GRID)
     arm   = the arm of the segment that holds the point
 
-The segments are part of the experiment, so every replica and every restart gives the same answer. When weights change,
-an arm that shrinks gives up points and an arm that grows takes from those: exactly the points that must, sum over
-arms of max(0, new - old), change hands, which no rule that looks at the new weights alone can do for three arms and
-more.
+The segments are stored with the experiment, so all server processes give the same answer, also after a restart. If
+weights change, arms that shrink give points to arms that grow. The number of points that change their arm is the least
+possible: the sum over arms of max(0, new - old). A rule that looks only at the new weights cannot reach this for three
+or more arms.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from bisect import bisect_right
 from collections.abc import Mapping
 
 GRID = 1 << 32
-Segments = tuple[tuple[int, str], ...]  # (end, arm): the arm of the points from the end before, up to `end`
+Segments = tuple[tuple[int, str], ...]  # (end, arm): the arm of the points below `end`, from the end before it
 
 
 def key_of(salt: str, unit: str) -> str:
-    """The unit as it is stored, 32 hex digits."""
+    """The hash that is stored for a unit: 32 hex digits."""
     return hashlib.blake2b(unit.encode(errors="surrogatepass"), key=salt.encode()[:64], digest_size=16).hexdigest()
 
 
@@ -35,7 +35,7 @@ def arm_at(segments: Segments, point: int) -> str:
 
 
 def counts_of(weights: Mapping[str, float]) -> dict[str, int]:
-    """Weights that add up to 1 as whole points that add up to GRID: the largest remainders get the points left over."""
+    """Convert weights that add up to 1 to points that add up to GRID, by largest remainders."""
     exact = {arm: weight * GRID for arm, weight in weights.items()}
     counts = {arm: int(points) for arm, points in exact.items()}
     order = sorted(exact, key=lambda arm: counts[arm] - exact[arm])
@@ -46,7 +46,7 @@ def counts_of(weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def points(segments: Segments) -> dict[str, int]:
-    """How many points each arm has."""
+    """The number of points of each arm."""
     found: dict[str, int] = {}
     start = 0
     for end, arm in segments:
@@ -56,25 +56,25 @@ def points(segments: Segments) -> dict[str, int]:
 
 
 def laid_out(weights: Mapping[str, float]) -> Segments:
-    """The first split."""
+    """The first segments of an experiment."""
     return _joined([(points, arm) for arm, points in counts_of(weights).items()])
 
 
 def moved(segments: Segments, weights: Mapping[str, float]) -> Segments:
-    """The split with these weights in which the fewest points change hands."""
-    wanted = counts_of(weights)
-    surplus = {arm: have - wanted.get(arm, 0) for arm, have in points(segments).items()}
-    lacking = {arm: want - points(segments).get(arm, 0) for arm, want in wanted.items()}
-    pieces: list[tuple[int, str]] = []  # length and arm, from the end to the beginning
+    """The segments with these weights in which the fewest points change their arm."""
+    old, new = points(segments), counts_of(weights)
+    surplus = {arm: count - new.get(arm, 0) for arm, count in old.items()}
+    missing = {arm: count - old.get(arm, 0) for arm, count in new.items()}
+    pieces: list[tuple[int, str]] = []  # length and arm, from the last point to the first
     ends = [0, *(end for end, _ in segments)]
     for place in range(len(segments) - 1, -1, -1):
         arm, length = segments[place][1], ends[place + 1] - ends[place]
-        given = min(max(surplus[arm], 0), length)
-        surplus[arm] -= given
-        for taker in wanted:
-            taken = min(max(lacking[taker], 0), given)
-            lacking[taker] -= taken
-            given -= taken
+        free = min(max(surplus[arm], 0), length)
+        surplus[arm] -= free
+        for taker in new:
+            taken = min(max(missing[taker], 0), free)
+            missing[taker] -= taken
+            free -= taken
             length -= taken
             pieces.append((taken, taker))
         pieces.append((length, arm))
@@ -82,7 +82,7 @@ def moved(segments: Segments, weights: Mapping[str, float]) -> Segments:
 
 
 def _joined(pieces: list[tuple[int, str]]) -> Segments:
-    """Lengths as ends, without empty pieces, neighbours of one arm as one."""
+    """Convert (length, arm) to (end, arm), without empty pieces, and with neighbours of one arm joined."""
     found: list[tuple[int, str]] = []
     end = 0
     for length, arm in pieces:

@@ -1,18 +1,19 @@
-"""From evidence to a decision: pure functions that read no clock and no store.
+"""The policy from evidence to a decision, as pure functions.
 
-The order is the policy:
+The first rule that applies decides:
 
-1. errors or latency of a candidate or a shadow beyond its bound and beyond the control's: that arm goes, whatever the
-   outcomes say
-2. arms that cannot be compared (`validity`): the outcomes are void, for good; no verdict
-3. a candidate that is worse than the control by more than the margin: it goes
-4. a candidate that is better than the control: it is promoted where that was asked for and it is a discovery among all
-   experiments of the store (`discoveries`), else named
-5. otherwise: go on
+1. errors or latency of a candidate or shadow exceed their bound and those of the control: drop the arm, whatever its
+   outcomes
+2. the arms cannot be compared (`turret.experiments.validity`): the outcomes are void permanently, and there is no
+   verdict
+3. a candidate is worse than the control by more than the margin: drop it
+4. a candidate is better than the control: promote it, if the guards say so and it is a discovery among all experiments
+   of the store (`turret.experiments.discoveries`)
+5. otherwise: continue
 
-Of a candidate whose true effect is none, a verdict `better` or `worse` comes in at most a share `level` of experiments,
-`level` being alpha over the number of candidates. Each bound on errors or latency, and a margin above 0, has a level
-of its own, of the same size.
+If a candidate has no true effect, it gets a verdict `better` or `worse` in at most a share `level` of experiments.
+`level` is alpha divided by the number of candidates. Each bound on errors or latency, and a margin above 0, has its own
+level of the same size.
 """
 
 from __future__ import annotations
@@ -30,33 +31,33 @@ Action = Literal["continue", "hold", "drop", "promote"]
 
 @dataclass(frozen=True)
 class Compared:
-    """What is known of one candidate against the control; evidence as logarithms."""
+    """The evidence of one candidate against the control, as logarithms."""
 
     arm: str
     level: float
-    better: float  # peaks
+    better: float  # highest evidence so far
     worse: float
     worse_by: float  # worse by more than the guard's margin
     verdict: Verdict = "undecided"  # the first that the evidence reached
-    turned: bool = False  # the outcomes since then have taken it back
+    turned: bool = False  # later outcomes have reversed the verdict
 
 
 @dataclass(frozen=True)
 class Health:
-    """How an arm answers beside the control; evidence as logarithms, -inf where there is no bound."""
+    """The evidence that an arm answers worse than its bounds and than the control; logarithms, -inf without a bound."""
 
     arm: str
     role: Role
     level: float
     errors: float
     slow: float
-    said_errors: str = ""  # "12 of 80 answers were errors, at most 2% may be, and 1 of 75 of the control's"
-    said_slow: str = ""
+    why_errors: str = ""  # such as "12 of 80 answers were errors, the limit is 2%; ..."
+    why_slow: str = ""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done, and why, for one line."""
+    """What to do, and why, on one line."""
 
     action: Action
     arm: str | None
@@ -64,7 +65,7 @@ class Decision:
 
 
 def needed(level: float) -> float:
-    """The logarithm of the evidence that decides: two sides, or two ways to pass a bound, share the level."""
+    """The log evidence that decides. Two sides, or two ways to exceed a bound, share the level."""
     return math.log(2 / level)
 
 
@@ -76,16 +77,16 @@ def decide(
     void: str | None,
     named: bool = True,
 ) -> Decision:
-    """The first thing to be done; asked again after it was done.
+    """The first thing to do. Call it again after it was done.
 
     Args:
-        void: why the arms cannot be compared, where that was found.
-        named: whether the experiment is a discovery among all of the store.
+        void: the check that found that the arms cannot be compared, or None.
+        named: whether the experiment is a discovery among all experiments of the store.
     """
     for each in health:
-        for evidence, said in ((each.errors, each.said_errors), (each.slow, each.said_slow)):
+        for evidence, why in ((each.errors, each.why_errors), (each.slow, each.why_slow)):
             if evidence >= needed(each.level):
-                return Decision("drop", each.arm, said)
+                return Decision("drop", each.arm, why)
     if void is not None:
         return Decision("hold", None, void)
     if guards.worse_by is not None:
@@ -97,7 +98,7 @@ def decide(
         if winners and named:
             best = max(winners, key=lambda found: found.better)
             return Decision("promote", best.arm, "its outcomes are better")
-    return Decision("continue", None, "the evidence decides nothing yet")
+    return Decision("continue", None, "the evidence is not decisive yet")
 
 
 def _margin(guards: Guards) -> str:

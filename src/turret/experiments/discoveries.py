@@ -1,11 +1,12 @@
-"""Which of many experiments found something, so that few of those named are false. Numbers in, a set out.
+"""Which of many experiments are discoveries, with a bound on the false discovery rate (e-BH).
 
-e-BH (Wang & Ramdas, "False discovery rate control with e-values", 2022): of K e-values, name the k largest, for the
-largest k with  e_(k) >= K / (k alpha).  The expected share of false ones among the named is at most alpha, however the
-experiments depend on each other.
+Of K e-values e_(1) >= e_(2) >= ..., name the k largest, for the largest k with e_(k) >= K / (k alpha). The expected
+share of false discoveries is at most alpha, however the experiments depend on each other.
 
-An experiment that ended at 1 / alpha, which decides for it alone, is seldom named among many: of 20 experiments with 4
-real differences that takes 20 / (4 alpha). So an experiment that ends by itself goes on until `needed` is reached.
+A verdict at 1 / alpha is rarely a discovery among many experiments: of 20 with 4 real differences, each of these needs
+20 / (4 alpha). So an experiment that ends automatically continues until it reaches `needed`.
+
+Source: Wang & Ramdas, "False discovery rate control with e-values", 2022.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from collections.abc import Mapping, Sequence
 
 
 def named(evidence: Mapping[str, float], alpha: float) -> frozenset[str]:
-    """evidence: the logarithm of each experiment's e-value, as it is now and not at its peak."""
+    """The names of the discoveries.
+
+    Args:
+        evidence: the log e-value of each experiment, as it is now and not at its peak.
+    """
     order = sorted(evidence, key=lambda name: -evidence[name])
     best = 0
     for k, name in enumerate(order, start=1):
@@ -25,7 +30,7 @@ def named(evidence: Mapping[str, float], alpha: float) -> frozenset[str]:
 
 
 def needed(others: Sequence[float], alpha: float) -> float:
-    """The logarithm of the e-value with which one more experiment would be named beside these."""
+    """The log e-value with which one more experiment would be a discovery, besides these."""
     experiments = len(others) + 1
     order = sorted(others, reverse=True)
     levels = (math.log(experiments / (k * alpha)) for k in range(experiments, 0, -1))

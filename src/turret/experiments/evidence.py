@@ -1,46 +1,46 @@
-"""What the outcomes of one candidate and the control prove, whenever one looks. Numbers in, numbers out.
+"""Evidence from the outcomes of one candidate and the control, valid at any time.
 
-For the n-th unit, of the candidate (a = 1) or the control (a = 0): y in [0, 1], more is better; pi, the probability
-with which it was sent to the candidate of these two, as it was logged. Everything that is written m, q or lambda is
-known before the n-th outcome. Three processes start at 1, and none expects to grow where its null hypothesis holds:
+The n-th unit is of the candidate (a = 1) or of the control (a = 0). y in [0, 1] is its outcome; more is better. pi is
+the logged probability of the candidate, out of these two arms. m, q and lambda are computed before the n-th outcome.
+Three processes start at 1 and are not expected to grow under their null hypothesis:
 
-**better, worse, of a binary outcome** (exact; after Turner, Ly & Gruenwald, "Generic e-variables for exact sequential
-k-sample tests", 2024, with the probabilities that were logged, and Grunwald, de Heide & Koolen, "Safe testing", 2024):
+**better, worse, of a binary outcome** (exact; Turner, Ly & Gruenwald, "Generic e-variables for exact sequential
+k-sample tests", 2024, with logged probabilities; Grunwald, de Heide & Koolen, "Safe testing", 2024):
 
     E_n = mean over d of  prod_i  q_a(y_i) / p0(y_i)       p0 = pi q_1 + (1 - pi) q_0
     q_1, q_0: Bernoulli with log odds  logit(m) + d (1 - pi),  logit(m) - d pi;  m: the mean of both arms so far
 
-    better: d > 0, and E is a test supermartingale wherever no unit's chance is higher with the candidate; worse: d < 0.
-    (For d > 0 a unit's factor falls in its chance with the control and rises in that with the candidate, and where
-    both are equal it expects sum_a pi_a q_a(y) / p0(y) = 1, whatever that chance is: it may drift, and pi may
-    change.)
+    better: d > 0, and E is a test supermartingale if no unit's probability is higher with the candidate; worse: d < 0.
+    (For d > 0 the expected factor of a unit falls with its probability under the control and rises with that under the
+    candidate. If both are equal it is sum_a pi_a q_a(y) / p0(y) = 1, for any probability. So the probability may drift,
+    and pi may change.)
 
-**better, worse by more than a margin** (exact; betting, after Waudby-Smith & Ramdas, "Estimating means of bounded
-random variables by betting", 2024), for any y in [0, 1]:
+**better, worse by more than a margin** (exact; betting; Waudby-Smith & Ramdas, "Estimating means of bounded random
+variables by betting", 2024), for any y in [0, 1]:
 
     z = (a - pi)(y - m)      h = pi (1 - pi)      E[z | past] = h (mean of the candidate - mean of the control)
     E_n = mean over lambda of  prod_i  1 + lambda s_i
-    better: s = z;  worse by more than delta: s = -(z + h delta);  lambda so small that no factor can reach 0
+    better: s = z;  worse by more than delta: s = -(z + h delta);  lambda is so small that no factor reaches 0
 
-**the interval** (approximate: asymptotic; Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas, "Time-uniform central limit
-theory and asymptotic confidence sequences", 2024, Theorem 2.2), with V = sum (z - h D)^2 and rho tuned to N units:
+**interval** (approximate: asymptotic; Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas, "Time-uniform central limit theory
+and asymptotic confidence sequences", 2024, Theorem 2.2), with V = sum (z - h D)^2 and rho tuned to N units:
 
     D +- n s / sum h * sqrt( 2 (n rho^2 + 1) / (n rho)^2 * log( sqrt(n rho^2 + 1) / alpha ) )
     D = sum z / sum h      s^2 = V / n
 
-By Ville's inequality the chance that E ever reaches 1/alpha under its null is at most alpha, so one may look after
-every outcome and stop when one likes; `peak` is the highest that was reached, so it does not matter who looked when.
+By Ville's inequality, under the null P(E ever reaches 1/alpha) <= alpha. So it may be looked at after each outcome, and
+the experiment may stop at any time. `peak`, the highest evidence so far, does not depend on when that was done.
 Equality is tested by (better + worse) / 2. A unit counts once, by its first outcome.
 
-**after a verdict** its process goes on, and both are begun anew with the outcomes that come later. The verdict has
-turned where its process has fallen back to 1, or the outcomes since then decide for the other side. Where the effect
-stays what it was, a likelihood ratio's inverse is a martingale too: evidence of 40 is all lost in 1 case of 40.
+**After a verdict** its process continues, and both processes also start from scratch with the later outcomes. The
+verdict has turned if its process has fallen back to 1, or if the later outcomes decide for the other side. If the
+effect stays the same, the inverse of a likelihood ratio is a martingale too: evidence of 40 is lost in 1 case of 40.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -49,49 +49,60 @@ from numpy.typing import NDArray
 from turret.experiments.e_process import EProcess, Floats
 
 SHIFTS = np.array([0.05, 0.1, 0.2, 0.4, 0.8, 1.6])  # of log odds
-BETS = np.array([0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
-MOST_BET = 0.9  # of what would lose everything
-TUNED = 1000  # units at which the interval is narrowest
+BETS = np.array([0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2])  # lambda
+MOST_BET = 0.9  # of the bet that could lose everything
+TUNED = 1000  # number of units at which the interval is narrowest
 Side = Literal["better", "worse"]
-LEAST = 20  # outcomes of each arm, before an interval that holds for many is shown
+LEAST = 20  # outcomes of each arm before an interval is given, because it is asymptotic
 
 
 @dataclass(frozen=True)
 class OutcomeTally:
-    """All that is kept of the outcomes of a candidate and the control; grows by `after`."""
+    """Sufficient statistics of the outcomes of a candidate and the control. Immutable; see `after`."""
 
     binary: bool
-    margin: float  # of the guard, as a share of the range
+    margin: float  # of the guard, as a fraction of the metric's range
     better: EProcess
     worse: EProcess
     worse_by: EProcess
     counts: tuple[int, int] = (0, 0)  # control, candidate
     sums: tuple[float, float] = (0.0, 0.0)
-    z: float = 0.0  # sums over the units
+    z: float = 0.0  # sums over the units: of z, h, z^2, z h and h^2
     h: float = 0.0
     zz: float = 0.0
     zh: float = 0.0
     hh: float = 0.0
-    decides: float = math.inf  # the logarithm of evidence that is a verdict
+    decides: float = math.inf  # log evidence that gives a verdict
     verdict: Side | None = None  # the first that was reached
-    since: OutcomeTally | None = None  # of the outcomes after the verdict alone
+    since: OutcomeTally | None = None  # of the outcomes after the verdict
 
     @classmethod
     def empty(cls, *, binary: bool, margin: float | None, decides: float = math.inf) -> OutcomeTally:
-        """margin None: the guard is off; then `worse_by` is `worse`, as for a margin of 0."""
+        """A tally without outcomes.
+
+        Args:
+            margin: None if the guard is off; then `worse_by` is `worse`, as for a margin of 0.
+            decides: log evidence that gives a verdict.
+        """
         start = EProcess.of(len(SHIFTS if binary else BETS))
         by_margin = EProcess.of(len(BETS)) if margin else start
         return cls(binary, margin or 0.0, start, start, by_margin, decides=decides)
 
     def after(self, arm: NDArray[np.int64], y: Floats, share: Floats) -> OutcomeTally:
-        """With more outcomes, in the order in which they came. arm: (N,) of 0 and 1; y, share (pi): (N,)."""
-        real = (share > 0) & (share < 1)  # where one of the two had no traffic, nothing is compared
+        """The tally with more outcomes, in the order in which they came.
+
+        Args:
+            arm: 1 for the candidate, 0 for the control, (N,).
+            y: outcomes in [0, 1], (N,).
+            share: pi, (N,).
+        """
+        real = (share > 0) & (share < 1)  # while one arm had no traffic there is nothing to compare
         arm, y, share = arm[real], y[real], share[real]
         if not len(y):
             return self
         m = self._means(y)
         z, h = (arm - share) * (y - m), share * (1 - share)
-        up, down = _reach(m, share)  # the most that z and -z can be
+        up, down = _largest_gains(m, share)  # the largest possible z and -z
         if self.binary:
             better, worse = (_odds(arm, y, share, m, sign * SHIFTS) for sign in (1.0, -1.0))
         else:
@@ -99,62 +110,60 @@ class OutcomeTally:
         by_margin = _bets(-(z + h * self.margin), up + h * self.margin) if self.margin else worse
         verdict, since = self._decided(arm, y, share, better, worse)
         counts, sums = [int((arm == a).sum()) for a in (0, 1)], [float(y[arm == a].sum()) for a in (0, 1)]
-        return OutcomeTally(
-            self.binary,
-            self.margin,
-            self.better.through(better),
-            self.worse.through(worse),
-            self.worse_by.through(by_margin),
-            (self.counts[0] + counts[0], self.counts[1] + counts[1]),
-            (self.sums[0] + sums[0], self.sums[1] + sums[1]),
-            self.z + float(z.sum()),
-            self.h + float(h.sum()),
-            self.zz + float((z * z).sum()),
-            self.zh + float((z * h).sum()),
-            self.hh + float((h * h).sum()),
-            self.decides,
-            verdict,
-            since,
+        return replace(
+            self,
+            better=self.better.through(better),
+            worse=self.worse.through(worse),
+            worse_by=self.worse_by.through(by_margin),
+            counts=(self.counts[0] + counts[0], self.counts[1] + counts[1]),
+            sums=(self.sums[0] + sums[0], self.sums[1] + sums[1]),
+            z=self.z + float(z.sum()),
+            h=self.h + float(h.sum()),
+            zz=self.zz + float((z * z).sum()),
+            zh=self.zh + float((z * h).sum()),
+            hh=self.hh + float((h * h).sum()),
+            verdict=verdict,
+            since=since,
         )
 
     def _decided(
         self, arm: NDArray[np.int64], y: Floats, share: Floats, better: Floats, worse: Floats
     ) -> tuple[Side | None, OutcomeTally | None]:
-        """The verdict after these outcomes, and what those that came after it say."""
+        """The verdict after these outcomes, and the tally of the outcomes after the verdict."""
         if self.since is not None:
             return self.verdict, self.since.after(arm, y, share)
         first = [process.first(steps, self.decides) for process, steps in ((self.better, better), (self.worse, worse))]
         end = min(first)
         if end == len(y):
             return None, None
-        anew = OutcomeTally.empty(binary=self.binary, margin=None)
+        fresh = OutcomeTally.empty(binary=self.binary, margin=None)
         rest = slice(end + 1, None)
-        return "better" if first[0] == end else "worse", anew.after(arm[rest], y[rest], share[rest])
+        return "better" if first[0] == end else "worse", fresh.after(arm[rest], y[rest], share[rest])
 
     @property
     def turned(self) -> bool:
-        """Whether the outcomes after the verdict have taken it back."""
+        """Whether the outcomes after the verdict have reversed it."""
         if self.since is None:
             return False
         mine, other = (self.better, self.since.worse) if self.verdict == "better" else (self.worse, self.since.better)
         return mine.now <= 0 or other.peak >= self.decides
 
     def _means(self, y: Floats) -> Floats:
-        """The mean of both arms before each outcome, begun with half an outcome."""
+        """m: the mean of both arms before each outcome, starting with half an outcome; (N,)."""
         before = np.cumsum(y) - y + sum(self.sums)
         return (before + 0.5) / (np.arange(len(y)) + sum(self.counts) + 1.0)
 
     @property
     def difference(self) -> float | None:
-        """Candidate minus control, as a share of the range; None without an outcome of each."""
+        """Mean of the candidate minus mean of the control, as a fraction of the range; None if one has no outcome."""
         return self.z / self.h if min(self.counts) > 0 else None
 
     def equality(self) -> float:
-        """The logarithm of the evidence against `the arms are equal`, now."""
+        """The current log evidence against equal arms."""
         return float(np.logaddexp(self.better.now, self.worse.now)) - math.log(2)
 
     def interval(self, alpha: float) -> tuple[float, float] | None:
-        """An approximate confidence sequence for the difference; None before it means anything."""
+        """An approximate confidence sequence for the difference; None with fewer than `LEAST` outcomes of an arm."""
         if min(self.counts) < LEAST or self.difference is None:
             return None
         n, d = sum(self.counts), self.difference
@@ -167,7 +176,7 @@ class OutcomeTally:
 
 
 def _odds(arm: NDArray[np.int64], y: Floats, share: Floats, m: Floats, shifts: Floats) -> Floats:
-    """log q_a(y) / p0(y), a column a shift: (N, shifts)."""
+    """log q_a(y) / p0(y), one column per shift: (N, shifts)."""
     centre = np.log(m / (1 - m))[:, None]
     pi, seen = share[:, None], y[:, None] > 0.5
     q1, q0 = (1 / (1 + np.exp(-(centre + part * shifts))) for part in (1 - pi, -pi))
@@ -175,11 +184,11 @@ def _odds(arm: NDArray[np.int64], y: Floats, share: Floats, m: Floats, shifts: F
     return np.where(seen, np.log(q / p), np.log((1 - q) / (1 - p)))
 
 
-def _reach(m: Floats, share: Floats) -> tuple[Floats, Floats]:
+def _largest_gains(m: Floats, share: Floats) -> tuple[Floats, Floats]:
     return np.maximum((1 - share) * (1 - m), share * m), np.maximum((1 - share) * m, share * (1 - m))
 
 
 def _bets(gain: Floats, most_loss: Floats) -> Floats:
-    """log(1 + lambda gain), a column a bet: (N, bets)."""
+    """log(1 + lambda gain), one column per bet: (N, bets)."""
     bets = np.minimum(BETS[None, :], MOST_BET / most_loss[:, None])
-    return np.log1p(bets * gain[:, None])  # type: ignore[no-any-return]
+    return np.asarray(np.log1p(bets * gain[:, None]))

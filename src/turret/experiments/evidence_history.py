@@ -1,6 +1,6 @@
-"""How the evidence of an experiment grew: what was known after each so many outcomes.
+"""How the evidence of an experiment grew: a point after every so many outcomes, for plots.
 
-A `Course` is added to as outcomes come; beyond twice `POINTS` every other point goes, so that it stays small.
+With `2 * POINTS` points every second one is dropped, so the number stays bounded.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ class EvidencePoint:
     """What was known after `outcomes` of them had counted."""
 
     outcomes: int
-    at: str  # when the last of them came
+    at: str  # time of the last of them
     means: Mapping[str, float | None]  # arm -> mean outcome
     against: Mapping[str, Against]  # of each candidate
 
 
 @dataclass
 class EvidenceHistory:
-    """The points so far, of one experiment; may be asked by several threads."""
+    """The points of one experiment so far. Safe to use from several threads."""
 
     points: list[EvidencePoint] = field(default_factory=list)
     _memory: Memory = field(default_factory=Memory)
-    _every: int = 1  # outcomes a point
+    _every: int = 1  # outcomes per point
     _seen: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self, connection: Connection, experiment: Experiment) -> None:
-        """Add the outcomes that are new."""
+        """Add new outcomes from the store."""
         with self._lock:
             split = rows.probabilities(connection, experiment)
             found = outcomes.counted(connection, experiment, self._memory.last)
@@ -52,14 +52,6 @@ class EvidenceHistory:
                     self.points, self._every = self.points[1::2], 2 * self._every
 
     def _point(self, experiment: Experiment, at: str) -> EvidencePoint:
-        counts: dict[str, int] = {}
-        for split in self._memory.counts.values():
-            for arm, count in split.items():
-                counts[arm] = counts.get(arm, 0) + count
-        means = {arm.name: _mean(self._memory.sums.get(arm.name), counts.get(arm.name)) for arm in experiment.arms}
+        means = {arm.name: self._memory.mean(arm.name) for arm in experiment.arms}
         known = {arm.name: against(experiment, arm, self._memory, void=False) for arm in experiment.candidates}
         return EvidencePoint(self._seen, at, means, known)
-
-
-def _mean(total: float | None, count: int | None) -> float | None:
-    return total / count if total is not None and count else None

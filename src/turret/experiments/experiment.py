@@ -1,11 +1,10 @@
-"""What an experiment is: its arms, its metric, its guards, what may be said of each. Refuses to know how it is proved.
+"""The settings and the state of an experiment.
 
-- arms: `control` first, then `candidate` (`candidate2`, ... where there are several), then `shadow` arms, which are run
-  beside the answer and never returned
-- metric: `binary` (0 or 1), or a real number within bounds, such as `1..5`; more is better unless `goal` is lower
-- unit: what is assigned and counted once: a user, a session, a request
-- alpha: the level; a claim of a difference is wrong in at most that share of experiments, looked at however often
-- guards: when a candidate is rolled back or promoted without being asked
+- arms: `control` first, then `candidate` (and `candidate2`, ...), then `shadow` arms, whose answers are never returned
+- metric: `binary` (0 or 1), or a real number within bounds such as `1..5`; more is better unless `goal` is lower
+- unit: what is assigned to an arm and counts once: a user, a session, or a request
+- alpha: the level; at most this share of experiments claims a false difference, however often they are looked at
+- guards: when a candidate is rolled back or promoted automatically
 """
 
 from __future__ import annotations
@@ -13,18 +12,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal, get_args
 
 from turret.errors import BadExperiment
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 
 Role = Literal["control", "candidate", "shadow"]
+Goal = Literal["higher", "lower"]
 CONTROL = "control"
 UNITS = ("user", "session", "request")
 MOST_ARMS = 10
-SLOW_SHARE = 0.05  # of its answers may be slower than `max_seconds`: that is a bound on the 95th percentile
+SLOW_SHARE = 0.05  # of the answers may be slower than `max_seconds`, which bounds their 95th percentile
 OUTCOME_TTL = 7 * 86400.0  # seconds
 LONGEST_TTL = 3650 * 86400.0
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -33,20 +34,21 @@ _BOUNDS = re.compile(r" *(-?[0-9.eE+-]+) *\.\. *(-?[0-9.eE+-]+) *", re.ASCII)
 
 @dataclass(frozen=True)
 class Metric:
-    """What an outcome is, and which way is better."""
+    """The values of an outcome, and whether more or less is better."""
 
     kind: Literal["binary", "real"] = "binary"
     low: float = 0.0
     high: float = 1.0
-    goal: Literal["higher", "lower"] = "higher"
+    goal: Goal = "higher"
 
     @classmethod
     def parse(cls, text: str, goal: str = "higher") -> Metric:
-        """`binary`, or bounds such as `1..5`; raises BadExperiment."""
-        if goal not in ("higher", "lower"):
+        """Parse `binary`, or bounds such as `1..5`; raises BadExperiment."""
+        direction: Goal | None = next((each for each in get_args(Goal) if each == goal), None)
+        if direction is None:
             raise BadExperiment(f"goal {ascii(goal)[:40]}: expected higher or lower")
         if text.strip() == "binary":
-            return cls(goal=goal)  # type: ignore[arg-type]
+            return cls(goal=direction)
         found = _BOUNDS.fullmatch(text)
         try:
             low, high = (float(found[1]), float(found[2])) if found else (math.nan, math.nan)
@@ -54,17 +56,16 @@ class Metric:
             low = high = math.nan
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise BadExperiment(
-                f"bad metric {ascii(text)[:60]}: expected binary, or the least and the most that an outcome can be, "
-                "such as 1..5"
+                f"bad metric {ascii(text)[:60]}: expected binary, or the least and the greatest outcome, such as 1..5"
             )
-        return cls("real", low, high, goal)  # type: ignore[arg-type]
+        return cls("real", low, high, direction)
 
-    def read(self, value: object) -> float | str:
-        """The outcome as a number, or why it is none."""
+    def read(self, value: JsonValue) -> float | str:
+        """The outcome as a number, or the reason why it is not one."""
         if isinstance(value, str):
             value = {"true": True, "false": False, "yes": True, "no": False}.get(value.strip().lower(), value)
         try:
-            number = float(value)  # type: ignore[arg-type]
+            number = float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if self.kind == "binary" and number not in (0.0, 1.0):
@@ -79,19 +80,19 @@ class Metric:
 
 @dataclass(frozen=True)
 class Guards:
-    """What ends an arm, or the experiment, without being asked."""
+    """Conditions that automatically roll back or promote a candidate."""
 
-    worse_by: float | None = 0.0  # in the metric's units; None: never rolled back for its outcomes
-    max_errors: float | None = None  # share of a candidate's answers that may be errors
-    max_seconds: float | None = None  # that 95% of its answers must keep
-    promote: bool = False  # a candidate that is better takes the alias by itself
+    worse_by: float | None = 0.0  # margin in the metric's units; None: worse outcomes roll nothing back
+    max_errors: float | None = None  # allowed share of a candidate's answers that are errors
+    max_seconds: float | None = None  # that 95% of its answers must not exceed
+    promote: bool = False  # a better candidate gets the alias automatically
 
     def check(self, metric: Metric) -> Guards:
-        """Raises BadExperiment."""
+        """Return the guards if they suit the metric; raises BadExperiment."""
         wide = metric.high - metric.low
         if self.worse_by is not None and not 0 <= self.worse_by < wide:
             raise BadExperiment(
-                f"a margin of {self.worse_by!r}: expected from 0 to less than {wide:g}, the metric's range"
+                f"a margin of {self.worse_by!r}: expected at least 0 and less than {wide:g}, the metric's range"
             )
         if self.max_errors is not None and not 0 < self.max_errors < 1:
             raise BadExperiment(
@@ -104,18 +105,18 @@ class Guards:
 
 @dataclass(frozen=True)
 class Arm:
-    """One version that traffic goes to, or a shadow."""
+    """A version that gets traffic, or a shadow."""
 
     name: str
     role: Role
     version: int
     digest: str
-    live: bool = True  # False: rolled back while the others went on
+    live: bool = True  # False: rolled back while the experiment continued
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A row of experiments with its arms and how it is split now."""
+    """An experiment with its arms and its current split."""
 
     id: int
     adapter: str
@@ -127,16 +128,16 @@ class Experiment:
     unit: str
     alpha: float
     guards: Guards
-    steps: tuple[float, ...]  # shares of the candidates that were planned
-    outcome_ttl: float | None  # seconds after its first answer that the outcome of a unit counts; None: for ever
+    steps: tuple[float, ...]  # planned shares of the candidates
+    outcome_ttl: float | None  # seconds after the first answer to a unit; None: outcomes always count
     arms: tuple[Arm, ...]
     revision: int  # of the split
     segments: tuple[tuple[int, str], ...]  # see `assign`
-    weights: Mapping[str, float]  # exactly as the points fall
+    weights: Mapping[str, float]  # share of the points of each arm
     created: str
     who: str | None
     ended: str | None = None
-    verdict: Mapping[str, Any] | None = field(default=None)
+    verdict: JsonMapping | None = None
 
     def __str__(self) -> str:
         return f"{self.adapter}#{self.number}"
@@ -154,7 +155,7 @@ class Experiment:
         return tuple(arm for arm in self.arms if arm.role == "shadow" and arm.live)
 
     def arm(self, name: str) -> Arm:
-        """Raises BadExperiment saying which there are."""
+        """The arm with this name or reference; raises BadExperiment, which lists the arms."""
         for arm in self.arms:
             if name in (arm.name, self.reference(arm)):
                 return arm
@@ -166,17 +167,17 @@ class Experiment:
 
     @property
     def level(self) -> float:
-        """The level of one candidate: they share alpha."""
+        """The level of one candidate; candidates share alpha."""
         return self.alpha / max(len(self.candidates), 1)
 
     def next_share(self) -> float | None:
-        """The next planned share of the candidates, where there is one."""
+        """The next planned share of the candidates; None if there is none."""
         if not any(arm.live for arm in self.candidates):
             return None
         now = sum(self.weights.get(arm.name, 0.0) for arm in self.candidates)
         return next((share for share in self.steps if share > now + 1e-9), None)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {
             "experiment": str(self),
             "adapter": self.adapter,
@@ -209,36 +210,36 @@ def check_alpha(alpha: float) -> float:
 
 
 def check_steps(steps: Sequence[float]) -> tuple[float, ...]:
-    """The shares of a planned ramp, which only rises; raises BadExperiment."""
-    given = tuple(float(share) for share in steps)
-    rising = all(a < b for a, b in pairwise(given))
-    if not given or not rising or not all(0 < share <= 1 for share in given):
+    """The shares of a planned ramp, which must rise; raises BadExperiment."""
+    ramp = tuple(float(share) for share in steps)
+    rising = all(a < b for a, b in pairwise(ramp))
+    if not ramp or not rising or not all(0 < share <= 1 for share in ramp):
         raise BadExperiment(
-            f"a ramp of {', '.join(f'{share:g}' for share in given) or 'nothing'}: expected rising shares above 0 and "
+            f"a ramp of {', '.join(f'{share:g}' for share in ramp) or 'nothing'}: expected rising shares above 0 and "
             "at most 1, such as 0.05, 0.2, 0.5"
         )
-    return given
+    return ramp
 
 
 def check_ttl(seconds: float) -> float:
-    """The time to live of outcomes; raises BadExperiment."""
+    """The time to live of outcomes in seconds; raises BadExperiment."""
     if not 1 <= seconds <= LONGEST_TTL:
-        raise BadExperiment(f"outcomes that count for {seconds!r} s: expected 1 second to 10 years, such as 7d")
+        raise BadExperiment(f"outcome_ttl of {seconds!r} s: expected 1 second to 10 years, such as 7d")
     return float(seconds)
 
 
 def read_duration(text: str) -> float:
-    """`90`, `90s`, `15m`, `12h` or `7d` in seconds; raises BadExperiment."""
-    said = text.strip().lower()
-    unit = SECONDS.get(said[-1:], 1)
+    """Parse `90`, `90s`, `15m`, `12h` or `7d` to seconds; raises BadExperiment."""
+    stripped = text.strip().lower()
+    unit = SECONDS.get(stripped[-1:], 1)
     try:
-        return float(said[:-1] if said[-1:] in SECONDS else said) * unit
+        return float(stripped[:-1] if stripped[-1:] in SECONDS else stripped) * unit
     except ValueError:
         raise BadExperiment(f"duration {ascii(text)[:40]}: expected a number with s, m, h or d, such as 7d") from None
 
 
 def lasting(seconds: float) -> str:
-    """`7 days`, `1.5 hours`, for people."""
+    """Format a duration for people: `7 days`, `1.5 hours`."""
     for name, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= size:
             return f"{seconds / size:.3g} {name}{'' if seconds == size else 's'}"
@@ -246,24 +247,29 @@ def lasting(seconds: float) -> str:
 
 
 def seconds_between(first: str, then: str) -> float:
-    """Of two times as the store keeps them."""
+    """Seconds from one stored time to another."""
     return (datetime.fromisoformat(then) - datetime.fromisoformat(first)).total_seconds()
 
 
+def timestamp(seconds: float) -> str:
+    """A time in seconds since 1970 as the store has it: ISO 8601 in UTC, with milliseconds."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def read_share(text: str) -> float:
-    """`20%` or `0.2`; raises BadExperiment."""
-    said = text.strip()
+    """Parse `20%` or `0.2`; raises BadExperiment."""
+    stripped = text.strip()
     try:
-        share = float(said.removesuffix("%")) / 100 if said.endswith("%") else float(said)
+        share = float(stripped.removesuffix("%")) / 100 if stripped.endswith("%") else float(stripped)
     except ValueError:
         share = math.nan
     if not 0 <= share <= 1:
-        raise BadExperiment(f"share {ascii(text)[:40]}: expected a part of the traffic, such as 20% or 0.2")
+        raise BadExperiment(f"share {ascii(text)[:40]}: expected a share of the traffic, such as 20% or 0.2")
     return share
 
 
 def read_split(text: str) -> float | dict[str, float]:
-    """`20%` for all candidates together, or `candidate=20%,candidate2=10%`; raises BadExperiment."""
+    """Parse `20%` for all candidates together, or `candidate=20%,candidate2=10%`; raises BadExperiment."""
     if "=" not in text:
         return read_share(text)
     found: dict[str, float] = {}
@@ -276,18 +282,17 @@ def read_split(text: str) -> float | dict[str, float]:
 def named_arms(
     control: tuple[int, str], candidates: Sequence[tuple[int, str]], shadows: Sequence[tuple[int, str]]
 ) -> tuple[Arm, ...]:
-    """The arms of these versions (number and digest); raises BadExperiment where two are one version."""
+    """The arms for these versions (number and digest); raises BadExperiment if two are the same version."""
     if not candidates and not shadows:
-        raise BadExperiment(
-            "an experiment needs two versions: give at least one candidate or shadow beside the control"
-        )
+        raise BadExperiment("an experiment needs two versions: give at least one candidate or shadow")
     if len(candidates) + len(shadows) >= MOST_ARMS:
-        raise BadExperiment(f"{1 + len(candidates) + len(shadows)} arms: at most {MOST_ARMS} are run at once")
+        raise BadExperiment(f"{1 + len(candidates) + len(shadows)} arms: at most {MOST_ARMS} run at once")
     arms = [Arm(CONTROL, "control", *control)]
-    for role, versions in (("candidate", candidates), ("shadow", shadows)):
+    groups: tuple[tuple[Role, Sequence[tuple[int, str]]], ...] = (("candidate", candidates), ("shadow", shadows))
+    for role, versions in groups:
         for place, version in enumerate(versions, start=1):
             name = role if place == 1 else f"{role}{place}"
-            arms.append(Arm(name, role, *version))  # type: ignore[arg-type]
+            arms.append(Arm(name, role, *version))
     for place, arm in enumerate(arms):
         for other in arms[:place]:
             if other.digest == arm.digest:
@@ -297,23 +302,27 @@ def named_arms(
     return tuple(arms)
 
 
-def shares(arms: Sequence[Arm], wanted: float | Mapping[str, float]) -> dict[str, float]:
-    """Weights of control and live candidates, which add up to 1; raises BadExperiment.
+def shares(arms: Sequence[Arm], split: float | Mapping[str, float]) -> dict[str, float]:
+    """The weights of control and live candidates, which add up to 1.
 
-    wanted: the share that the candidates have among them, divided evenly, or a share for each; control has the rest.
+    Args:
+        split: the share of all candidates together, divided equally, or a share for each. The control gets the rest.
+
+    Raises:
+        BadExperiment: an unknown arm, or shares that are negative or add up to more than 1.
     """
     live = [arm.name for arm in arms if arm.role == "candidate" and arm.live]
-    if isinstance(wanted, Mapping):
-        given = {name: float(share) for name, share in wanted.items() if name != CONTROL}
+    if isinstance(split, Mapping):
+        given = {name: float(share) for name, share in split.items() if name != CONTROL}
         if unknown := [name for name in given if name not in live]:
             raise BadExperiment(f"no live candidate {ascii(unknown[0])[:40]}: there are {', '.join(live) or 'none'}")
         given = {name: given.get(name, 0.0) for name in live}
     else:
-        given = {name: float(wanted) / len(live) for name in live}
+        given = {name: float(split) / len(live) for name in live}
     total = sum(given.values())
     if not all(math.isfinite(share) and share >= 0 for share in given.values()) or not 0 <= total <= 1 + 1e-9:
         raise BadExperiment(
             f"shares {', '.join(f'{name}={share:g}' for name, share in given.items())}: expected shares from 0 "
-            "that add up to at most 1; control has the rest"
+            "that add up to at most 1; the control gets the rest"
         )
     return {CONTROL: max(1.0 - total, 0.0), **given}

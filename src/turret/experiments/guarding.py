@@ -1,8 +1,8 @@
-"""Does an arm fail, or take too long, more often than its bound allows and more often than the control does?
+"""Evidence that an arm fails, or is slow, more often than its bound and more often than the control.
 
-Both must be so: an outage that hits every arm says nothing about a candidate. Answers are compared in blocks of one
-time, which end as soon as both arms have `LEAST` answers, and wherever the split changes. While the control gets no
-traffic there is nothing to compare with, and the bound alone decides.
+Both must hold, because an outage of all arms says nothing about a candidate. Answers are compared in blocks of one
+time. A block ends when both arms have `LEAST` answers, or when the split changes. While the control gets no traffic,
+the bound alone decides.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from turret.experiments import bounds, excess
-from turret.experiments.arm_health import ArmHealth
+from turret.experiments.arm_health import ArmHealth, HealthRow
 from turret.experiments.e_process import EProcess
 
 LEAST = 4  # answers of each arm in a block
@@ -24,15 +23,15 @@ NOTHING = ArmHealth()
 
 @dataclass
 class Watched:
-    """One arm beside the control: the block that is open, and the evidence of those that have ended."""
+    """One arm against the control: the open block, and the evidence of the finished ones."""
 
     arm: ArmHealth = NOTHING
     control: ArmHealth = NOTHING
-    alone: ArmHealth = NOTHING  # answers of a time in which the control got no traffic
+    alone: ArmHealth = NOTHING  # answers while the control got no traffic
     excess: dict[str, EProcess] = field(default_factory=lambda: {kind: EProcess.of(len(excess.ODDS)) for kind in KINDS})
 
     def end(self) -> None:
-        """End the block."""
+        """End the open block."""
         if self.arm.answers and self.control.answers:
             for kind, process in self.excess.items():
                 bad, control_bad = getattr(self.arm, kind), getattr(self.control, kind)
@@ -41,29 +40,33 @@ class Watched:
         self.arm = self.control = NOTHING
 
     def evidence(self, kind: str, total: ArmHealth, bound: float) -> float:
-        """The logarithm of the evidence that more than `bound` are bad, and more than of the control's."""
+        """Log evidence that a share of more than `bound` is bad, and a larger share than of the control."""
         both = min(_over(total, kind, bound), self.excess[kind].peak)
         return max(both, _over(self.alone, kind, bound))
 
 
 @dataclass
 class Watch:
-    """Every arm beside the control; grows by `read`."""
+    """All arms against the control; `read` adds rows."""
 
     control: str
     last: int = 0
     arms: dict[str, Watched] = field(default_factory=dict)
-    sums: dict[str, ArmHealth] = field(default_factory=dict)  # arm -> all of its answers
+    sums: dict[str, ArmHealth] = field(default_factory=dict)  # arm -> all its answers
     _split: int = 0
-    _control: ArmHealth = NOTHING  # the control's answers of this split: the block of an arm that has not answered yet
+    _control: ArmHealth = NOTHING  # answers of the control since the split: the block of an arm without answers
 
-    def read(self, found: Sequence[Any], splits: Sequence[tuple[str, Mapping[str, float]]]) -> None:
-        """Add these rows (`health.rows`), whole flushes in their order. splits: since when, and the weights."""
+    def read(self, found: Sequence[HealthRow], splits: Sequence[tuple[str, Mapping[str, float]]]) -> None:
+        """Add rows of `arm_health.rows`, in order and with all rows of a time together.
+
+        Args:
+            splits: start and weights of each split, oldest first.
+        """
         begins = [at for at, _ in splits]
         place = 0
         while place < len(found):
             at, flush = found[place].at, dict[str, ArmHealth]()
-            while place < len(found) and found[place].at == at:  # what one process saw in one second
+            while place < len(found) and found[place].at == at:  # rows that one process wrote together
                 row = found[place]
                 seen = ArmHealth(row.answers, row.errors, row.slow, row.seconds, row.compared, row.agreed)
                 flush[row.arm] = flush.get(row.arm, NOTHING) + seen

@@ -1,38 +1,40 @@
-"""What came of answers, as rows: each told once, each counted once. Refuses to know what it proves.
+"""Rows of answers and their outcomes. An outcome is stored once per answer, and counts once per unit.
 
-An outcome names its answer by receipt, or its unit. Whatever is told gets one clear answer, and never an exception:
+An outcome names its answer by receipt or by unit. Recording one returns a status and raises no exception:
 
-| status | when | kept | counted |
+| status | meaning | stored | counted |
 | --- | --- | --- | --- |
 | counted | the first outcome of its unit | yes | yes |
-| noted | its unit counted already, by another answer | yes | no |
-| repeated | the same answer was told before | no | no |
-| unknown | no answer of an experiment has this receipt, no unit of it this name | no | no |
-| late | the experiment has ended, or outcomes do not live that long | no | no |
-| refused | the value is no outcome of this metric | no | no |
+| noted | its unit has already counted, by another answer | yes | no |
+| repeated | this answer already has an outcome | no | no |
+| unknown | no answer of an experiment has this receipt or unit | no | no |
+| late | the experiment has ended, or the time to live of outcomes has passed | no | no |
+| refused | the value is not an outcome of this metric | no | no |
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Row, exists, func, insert, select
+from sqlalchemy import ColumnElement, Connection, exists, func, insert, select
 
 from turret.database import assignments, outcomes
 from turret.errors import BadExperiment
 from turret.experiments import assign, rows
 from turret.experiments.experiment import Experiment, lasting, seconds_between
+from turret.json_types import JsonObject, JsonValue
 
 Status = Literal["counted", "noted", "repeated", "unknown", "late", "refused"]
 LONGEST_RECEIPT = 100
-AT_ONCE = 500  # values in one question to the database
+AT_ONCE = 500  # values in one query
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What became of an outcome that was told."""
+    """The result of recording an outcome."""
 
     status: Status
     text: str  # one line for people
@@ -43,13 +45,13 @@ class Recorded:
     def kept(self) -> bool:
         return self.status in ("counted", "noted")
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An answer that an experiment gave: what is logged of it."""
+    """An answer of an experiment, as it is logged."""
 
     experiment_id: int
     unit: str  # hashed
@@ -60,21 +62,48 @@ class Seen:
     receipt: str | None = None
 
 
+class CountedOutcome(NamedTuple):
+    """An outcome that counts."""
+
+    id: int
+    arm: str
+    revision: int  # of the split
+    value: float
+    at: str
+    first: str  # time of the first answer to its unit
+
+
+class FirstAnswer(NamedTuple):
+    """The first answer to a unit."""
+
+    id: int
+    arm: str
+    revision: int  # of the split
+
+
+class MissingOutcome(NamedTuple):
+    """A unit without an outcome after the time to live."""
+
+    arm: str
+    revision: int  # of the split
+    at: str  # time of the first answer to the unit
+
+
 def check_receipt(receipt: str) -> str:
-    """Raises BadExperiment for what cannot be kept as the id of an answer."""
+    """Return a receipt that can be stored; raises BadExperiment."""
     if not _is_receipt(receipt):
         raise BadExperiment(f"receipt {ascii(receipt)[:60]}: expected 1 to {LONGEST_RECEIPT} printable characters")
     return receipt
 
 
 def log(connection: Connection, seen: Sequence[Seen]) -> None:
-    """Write answers down, in their order; a receipt that is there already is left as it is."""
+    """Store answers in order; a receipt that is already stored is skipped."""
     known: dict[int, set[str]] = {}
-    receipts = _there(connection, assignments.c.receipt, [each.receipt for each in seen if each.receipt])
+    receipts = _existing(connection, assignments.c.receipt, [each.receipt for each in seen if each.receipt])
     for experiment_id in {each.experiment_id for each in seen}:
         units = [each.unit for each in seen if each.experiment_id == experiment_id]
         mine = assignments.c.experiment_id == experiment_id
-        known[experiment_id] = _there(connection, assignments.c.unit, units, mine)
+        known[experiment_id] = _existing(connection, assignments.c.unit, units, mine)
     new = []
     for each in seen:
         if each.receipt is not None and each.receipt in receipts:
@@ -90,40 +119,40 @@ def log(connection: Connection, seen: Sequence[Seen]) -> None:
 
 def record(
     connection: Connection,
-    value: object,
+    value: JsonValue,
     at: str,
     *,
     receipt: str | None = None,
     unit: str | None = None,
     experiment: Experiment | None = None,
 ) -> Recorded:
-    """Keep one outcome, by the receipt of its answer or, of `experiment`, by its unit."""
-    found = _answer(connection, receipt, unit, experiment)
-    if isinstance(found, Recorded):
-        return found
-    now = rows.by_id(connection, found.experiment_id)
-    said = {"experiment": str(now), "arm": found.arm}
+    """Record the outcome of the answer with this receipt, or of the last answer of `experiment` to this unit."""
+    answer = _answer(connection, receipt, unit, experiment)
+    if isinstance(answer, Recorded):
+        return answer
+    now = rows.by_id(connection, answer.experiment_id)
+    names = {"experiment": str(now), "arm": answer.arm}
     if now.state != rows.RUNNING:
         when = (now.ended or "")[:16].replace("T", " ")
-        return Recorded("late", f"{now} ended {when} UTC: this outcome is not counted", **said)
+        return Recorded("late", f"{now} ended {when} UTC: this outcome is not counted", **names)
     number = now.metric.read(value)
     if isinstance(number, str):
-        return Recorded("refused", f"{number} (the metric of {now} is {now.metric}); nothing is recorded", **said)
-    mine = (outcomes.c.experiment_id == now.id) & (outcomes.c.unit == found.unit)
+        return Recorded("refused", f"{number} (the metric of {now} is {now.metric}); nothing is recorded", **names)
+    mine = (outcomes.c.experiment_id == now.id) & (outcomes.c.unit == answer.unit)
     before = connection.execute(select(outcomes.c.assignment_id, outcomes.c.value).where(mine)).all()
-    if same := [row.value for row in before if row.assignment_id == found.id]:
+    if same := [row.value for row in before if row.assignment_id == answer.id]:
         other = "" if same[0] == number else f", not {number:g}"
-        return Recorded("repeated", f"this answer has its outcome, {same[0]:g}, already: it stays{other}", **said)
-    if not before and (waited := _too_late(connection, now, found.unit, at)) is not None:
-        lives = f"outcomes of {now} count for {lasting(now.outcome_ttl or 0.0)}"
-        said_late = f"this {now.unit} was first answered {lasting(waited)} before, and {lives}: not counted"
-        return Recorded("late", said_late, **said)
+        return Recorded("repeated", f"this answer already has the outcome {same[0]:g}: it stays{other}", **names)
+    if not before and (waited := _too_late(connection, now, answer.unit, at)) is not None:
+        ttl = f"outcomes of {now} count for {lasting(now.outcome_ttl or 0.0)}"
+        why = f"this {now.unit} was first answered {lasting(waited)} ago, and {ttl}: not counted"
+        return Recorded("late", why, **names)
     row = {
-        "assignment_id": found.id,
+        "assignment_id": answer.id,
         "experiment_id": now.id,
-        "unit": found.unit,
-        "arm": found.arm,
-        "revision": found.revision,
+        "unit": answer.unit,
+        "arm": answer.arm,
+        "revision": answer.revision,
         "value": number,
         "counted": int(not before),
         "at": at,
@@ -131,16 +160,15 @@ def record(
     connection.execute(insert(outcomes).values(row))
     if before:
         return Recorded(
-            "noted", f"kept, not counted: this {now.unit} has counted in {now}, and a {now.unit} counts once", **said
+            "noted",
+            f"stored, not counted: this {now.unit} has already counted in {now}, and a {now.unit} counts once",
+            **names,
         )
-    return Recorded("counted", f"counted for {found.arm} of {now}", **said)
+    return Recorded("counted", f"counted for {answer.arm} of {now}", **names)
 
 
-def counted(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[Any]:
-    """The outcomes that count, in the order in which they came, after that id.
-
-    `id, arm, revision, value, at`, and `first`: when the unit was first answered.
-    """
+def counted(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[CountedOutcome]:
+    """The outcomes that count, in the order in which they came, with an id above `after`."""
     mine = (outcomes.c.experiment_id == experiment.id) & (outcomes.c.counted == 1) & (outcomes.c.id > after)
     unit = (assignments.c.experiment_id == experiment.id) & (assignments.c.unit == outcomes.c.unit)
     table = outcomes.c
@@ -150,20 +178,25 @@ def counted(connection: Connection, experiment: Experiment, after: int = 0) -> S
         .where(mine)
         .order_by(table.id)
     )
-    return connection.execute(query).all()
+    return [CountedOutcome(*row) for row in connection.execute(query)]
 
 
-def units(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[Any]:
-    """`id, arm, revision` of the first answer to each unit, in their order, after that id."""
+def units(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[FirstAnswer]:
+    """The first answer to each unit, in order, with an id above `after`."""
     table = assignments.c
     query = select(table.id, table.arm, table.revision).where(_first(experiment, after)).order_by(table.id)
-    return connection.execute(query).all()
+    return [FirstAnswer(*row) for row in connection.execute(query)]
 
 
-def missing(connection: Connection, experiment: Experiment, after: int, until: str | None) -> tuple[Sequence[Any], int]:
-    """`arm, revision, at` of units first answered up to `until` that have no outcome that counts, after that id.
+def missing(
+    connection: Connection, experiment: Experiment, after: int, until: str | None
+) -> tuple[Sequence[MissingOutcome], int]:
+    """Units without an outcome that counts, among those first answered up to `until`, with an id above `after`.
 
-    The second value is the id to go on from. Units are taken in the order of their ids, up to the first younger one.
+    Units are read in the order of their ids, up to the first one answered after `until`.
+
+    Returns:
+        The units, and the id to continue from.
     """
     if until is None:
         return (), after
@@ -173,9 +206,11 @@ def missing(connection: Connection, experiment: Experiment, after: int, until: s
     last = connection.execute(select(func.max(table.id)).where(old)).scalar()
     if last is None:
         return (), after
-    told = (outcomes.c.experiment_id == experiment.id) & (outcomes.c.unit == table.unit) & (outcomes.c.counted == 1)
-    query = select(table.arm, table.revision, table.at).where(old & ~exists().where(told)).order_by(table.id)
-    return connection.execute(query).all(), last
+    has_outcome = (
+        (outcomes.c.experiment_id == experiment.id) & (outcomes.c.unit == table.unit) & (outcomes.c.counted == 1)
+    )
+    query = select(table.arm, table.revision, table.at).where(old & ~exists().where(has_outcome)).order_by(table.id)
+    return [MissingOutcome(*row) for row in connection.execute(query)], last
 
 
 def _first(experiment: Experiment, after: int) -> ColumnElement[bool]:
@@ -183,39 +218,52 @@ def _first(experiment: Experiment, after: int) -> ColumnElement[bool]:
     return (table.experiment_id == experiment.id) & (table.first == 1) & (table.id > after)
 
 
+class _Answer(NamedTuple):
+    """A logged answer."""
+
+    id: int
+    experiment_id: int
+    unit: str
+    arm: str
+    revision: int
+
+
+_ANSWERS = select(*(assignments.c[column] for column in _Answer._fields))
+
+
 def _answer(
     connection: Connection, receipt: str | None, unit: str | None, experiment: Experiment | None
-) -> Row[Any] | Recorded:
-    """The logged answer that is meant."""
+) -> _Answer | Recorded:
+    """The logged answer with this receipt, or the last one to this unit."""
     if receipt is not None:
-        plausible = select(assignments).where(assignments.c.receipt == receipt)
-        row = connection.execute(plausible).first() if _is_receipt(receipt) else None
+        query = _ANSWERS.where(assignments.c.receipt == receipt)
+        row = connection.execute(query).first() if _is_receipt(receipt) else None
         if row is None:
             return Recorded(
                 "unknown",
-                f"no answer of an experiment has receipt {ascii(receipt)[:60]}: check the id; one that was given "
-                "within the last second may not be logged yet, then tell it again",
+                f"no answer of an experiment has receipt {ascii(receipt)[:60]}: check the id; an answer of the last "
+                "second may not be logged yet, so try again",
             )
         if experiment is not None and row.experiment_id != experiment.id:
             other = rows.by_id(connection, row.experiment_id)
             if other.adapter != experiment.adapter:
                 return Recorded("unknown", f"receipt {ascii(receipt)[:60]} is of {other}, not of {experiment}")
-        return row
+        return _Answer(*row)
     assert unit is not None
     assert experiment is not None
     mine = (assignments.c.experiment_id == experiment.id) & (assignments.c.unit == assign.key_of(experiment.salt, unit))
-    row = connection.execute(select(assignments).where(mine).order_by(assignments.c.id.desc()).limit(1)).first()
+    row = connection.execute(_ANSWERS.where(mine).order_by(assignments.c.id.desc()).limit(1)).first()
     if row is None:
         return Recorded(
             "unknown",
-            f"{experiment} never answered {experiment.unit} {ascii(unit)[:60]}: tell outcomes of what it answered",
+            f"{experiment} never answered {experiment.unit} {ascii(unit)[:60]}: send outcomes of its own answers",
             str(experiment),
         )
-    return row
+    return _Answer(*row)
 
 
 def _too_late(connection: Connection, experiment: Experiment, unit: str, at: str) -> float | None:
-    """Seconds since the unit was first answered, where that is longer than outcomes live."""
+    """Seconds since the first answer to the unit, if that is longer than the time to live of outcomes."""
     if experiment.outcome_ttl is None:
         return None
     mine = _first(experiment, 0) & (assignments.c.unit == unit)
@@ -228,18 +276,20 @@ def _is_receipt(receipt: str) -> bool:
     return 0 < len(receipt) <= LONGEST_RECEIPT and receipt.isprintable()
 
 
-def _there(connection: Connection, column: Any, values: Sequence[str], also: Any = None) -> set[str]:
-    """Which of these values the column holds."""
+def _existing(
+    connection: Connection,
+    column: ColumnElement[str],
+    values: Sequence[str],
+    condition: ColumnElement[bool] | None = None,
+) -> set[str]:
+    """Which of these values the column has."""
     found: set[str] = set()
     for start in range(0, len(values), AT_ONCE):
         query = select(column).where(column.in_(values[start : start + AT_ONCE])).distinct()
-        found |= set(connection.execute(query if also is None else query.where(also)).scalars())
+        found |= set(connection.execute(query if condition is None else query.where(condition)).scalars())
     return found
 
 
 def grouped(found: Sequence[Recorded]) -> Mapping[str, int]:
-    """How many outcomes had which status."""
-    counts: dict[str, int] = {}
-    for each in found:
-        counts[each.status] = counts.get(each.status, 0) + 1
-    return counts
+    """Status -> number of outcomes with it."""
+    return Counter(each.status for each in found)

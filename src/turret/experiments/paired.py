@@ -1,29 +1,32 @@
-"""Two versions on the same examples, before traffic is spent: what differs, and whether that is chance. Numbers only.
+"""Compare two versions on the same examples: the difference, and whether chance explains it.
 
-Right or wrong (binary scores): McNemar's exact test (McNemar 1947), of the examples that only one gets right,
+Binary scores: McNemar's exact test (McNemar 1947). With b and c the numbers of examples that only one version gets
+right,
 
     p = min(1, 2 P(X <= min(b, c))),   X ~ Binomial(b + c, 1/2)
 
-Any scores: the percentile bootstrap of the mean of the paired differences (Efron 1979), and its two-sided p-value
-from the sign-flip permutation of them. The examples are seen once, so these are tests of a fixed sample, not to be
-repeated until they please.
+Other scores: sign flips of the paired differences, two-sided. The interval is the percentile bootstrap of the mean
+difference (Efron 1979). These tests need a fixed sample: repeating them with more examples until they decide makes them
+wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from scipy.stats import binom
+
+from turret.experiments.e_process import Floats
+from turret.json_types import JsonObject
 
 DRAWS, BATCH = 10_000, 500
 
 
 @dataclass(frozen=True)
 class Paired:
-    """B against A on the same examples."""
+    """Version B against version A on the same examples."""
 
     examples: int
     a: float  # mean score
@@ -31,26 +34,31 @@ class Paired:
     difference: float  # b - a
     low: float  # of the interval of the difference
     high: float
-    level: float  # of the interval, 0.95
+    level: float  # confidence level of the interval
     p: float
     test: str  # "McNemar" or "sign flip"
-    only_a: int  # examples where A is better
+    only_a: int  # examples with a higher score of A
     only_b: int
     equal: int
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse` or `undecided`, of B."""
+        """`better`, `worse` or `undecided`, for B."""
         if self.p > 1 - self.level:
             return "undecided"
         return "better" if self.difference > 0 else "worse"
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {**asdict(self), "verdict": self.verdict}
 
 
 def compare(a: Sequence[float], b: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Paired:
-    """a, b: (N,) scores of the same examples, more is better."""
+    """Compare two versions.
+
+    Args:
+        a: scores of the examples, (N,); more is better.
+        b: scores of the same examples, (N,).
+    """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     differences = second - first  # (N,)
     generator = np.random.default_rng(seed)
@@ -79,17 +87,17 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
 
 
-def _resampled(differences: Any, generator: np.random.Generator) -> Any:
-    """Means of samples of the same size, drawn with replacement: (DRAWS,)."""
+def _resampled(differences: Floats, generator: np.random.Generator) -> Floats:
+    """Means of samples of size N, drawn with replacement: (DRAWS,)."""
     n = len(differences)
     means = [differences[generator.integers(0, n, (BATCH, n))].mean(axis=1) for _ in range(DRAWS // BATCH)]
     return np.concatenate(means)
 
 
-def _sign_flip(differences: Any, generator: np.random.Generator) -> float:
-    seen = abs(differences.mean())
+def _sign_flip(differences: Floats, generator: np.random.Generator) -> float:
+    observed = abs(differences.mean())
     beyond = 1  # the sample itself
     for _ in range(DRAWS // BATCH):
         signs = generator.choice((-1.0, 1.0), (BATCH, len(differences)))
-        beyond += int((abs((signs * differences).mean(axis=1)) >= seen - 1e-12).sum())
+        beyond += int((abs((signs * differences).mean(axis=1)) >= observed - 1e-12).sum())
     return beyond / (DRAWS + 1)

@@ -1,12 +1,14 @@
-"""Did each arm get its share of what was counted? The test for a sample ratio mismatch, a unit at a time.
+"""A sequential test for sample ratio mismatch: whether each arm gets its planned share of the units.
 
-Under the null a unit of stratum r is in arm a with probability pi[r, a], whatever came before. Against it stands a
-mixture of shares, a Dirichlet with mean pi[r] and concentration k for each stratum. Its ratio of likelihoods is a
-product with one factor a unit (Lindon & Malek, "Anytime-valid inference for multinomial count data", 2022):
+Under the null, a unit of stratum r is in arm a with probability pi[r, a], whatever came before. The alternative is a
+mixture of shares: for each stratum a Dirichlet with mean pi[r] and concentration k. The likelihood ratio has one factor
+per unit:
 
-    E_n = mean over k of  prod_i  (k pi_a + n_a) / ((k + n) pi_a)      n, n_a: units of the stratum before, in arm a
+    E_n = mean over k of  prod_i  (k pi_a + n_a) / ((k + n) pi_a)      n, n_a: earlier units of the stratum, in arm a
 
-The strata may be any classes that the arm has no effect on: revisions of the split, or how long an outcome took.
+Strata may be any classes on which the arm has no effect: revisions of the split, or how late an outcome came.
+
+Source: Lindon & Malek, "Anytime-valid inference for multinomial count data", 2022.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy as np
 from turret.experiments.e_process import EProcess, Floats
 
 CONCENTRATIONS = np.array([10.0, 100.0, 1000.0, 10000.0])
-CERTAIN = 1000.0  # the logarithm of a factor: a unit in an arm that gets none
+CERTAIN = 1000.0  # log factor of a unit in an arm that gets no traffic
 
 Stratum = tuple[int, int]  # revision of the split, class
 Planned = Mapping[int, Mapping[str, float]]  # revision -> arm -> probability
@@ -27,13 +29,17 @@ Planned = Mapping[int, Mapping[str, float]]  # revision -> arm -> probability
 
 @dataclass(frozen=True)
 class SampleRatio:
-    """What was counted so far, and the evidence that it did not fall as planned."""
+    """The counts so far, and the evidence that they differ from the plan. Immutable; see `after`."""
 
     counts: Mapping[Stratum, Mapping[str, int]] = field(default_factory=dict)
     process: EProcess = field(default_factory=lambda: EProcess.of(len(CONCENTRATIONS)))
 
     def after(self, seen: Sequence[tuple[Stratum, str]], planned: Planned) -> SampleRatio:
-        """With more units, in their order. seen: the stratum and the arm of each."""
+        """The counts and evidence with more units.
+
+        Args:
+            seen: stratum and arm of each unit, in order.
+        """
         places: dict[Stratum, list[int]] = {}
         for place, (stratum, _) in enumerate(seen):
             places.setdefault(stratum, []).append(place)
@@ -48,7 +54,7 @@ class SampleRatio:
 def _factors(
     arms: Sequence[str], planned: Mapping[str, float], before: Mapping[str, int]
 ) -> tuple[Floats, Mapping[str, int]]:
-    """Of units of one stratum: logarithms of factors, (N, concentrations), and the counts after them."""
+    """Log factors of units of one stratum, (N, concentrations), and the counts after them."""
     names = sorted({*planned, *arms})
     which = np.array([names.index(arm) for arm in arms])
     share = np.array([planned.get(name, 0.0) for name in names])[which]

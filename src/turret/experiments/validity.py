@@ -1,16 +1,16 @@
-"""Can the arms be compared at all? Units, outcomes that are missing, and outcomes that come late, arm against arm.
+"""Checks whether the arms can be compared at all: their numbers of units, of missing outcomes, and of late outcomes.
 
-Where the arm has no effect on who comes, on whether an outcome is told and on how long that takes, each of these
-classes of units falls on the arms as the traffic was planned (`ratio`):
+If the arm has no effect on who comes, on whether an outcome is sent and on how long that takes, then the units of each
+of these classes fall on the arms as planned (`turret.experiments.sample_ratio`):
 
-- units: all units, when they are first seen
-- outcomes (completeness): units with an outcome, and units that had none within the time to live of outcomes
-- delays: units with an outcome, by its delay, in classes four times as long as the one before
+- units: all units, when they are first answered
+- outcomes: units with an outcome, and units without one after the time to live
+- delays: units with an outcome, by its delay, in classes that are each four times as wide as the one before
 
-An alarm is for good: the evidence is looked at by its peak. Three checks share one level.
+An alarm is permanent, because the evidence counts at its peak. The three checks share one level.
 
-What none of them can see: outcomes of another mix in one arm, as many and as quick as in the other. An arm whose bad
-outcomes are replaced by nothing but good ones of other units looks better, and no count tells.
+No check detects other outcomes of the same number and delay. If bad outcomes of one arm are replaced by good ones of
+other units, that arm looks better.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import accumulate
-from typing import Any
 
 from sqlalchemy import Connection
 
 from turret.experiments import outcomes
-from turret.experiments.experiment import Experiment, seconds_between
+from turret.experiments.experiment import Experiment, seconds_between, timestamp
+from turret.experiments.outcomes import CountedOutcome
 from turret.experiments.sample_ratio import Planned, SampleRatio
 
-LEVEL = 0.001  # how rarely comparable arms may be called incomparable
+LEVEL = 0.001  # the rate of false alarms
 CHECKS = ("units", "outcomes", "delays")
-NEEDED = len(CHECKS) / LEVEL  # the e-value that raises an alarm
-WIDER = 4.0  # times as long as the class of delays before
+NEEDED = len(CHECKS) / LEVEL  # e-value of an alarm
+WIDER = 4.0  # ratio of the widths of two classes of delays
 ALL, WITH, MISSING = 0, 0, 1  # classes of units
 
 
 @dataclass
 class Validity:
-    """What was counted so far; `read` goes on where it was."""
+    """The counts so far; `read` adds to them."""
 
     units: SampleRatio = field(default_factory=SampleRatio)
     outcomes: SampleRatio = field(default_factory=SampleRatio)
@@ -47,42 +47,52 @@ class Validity:
     last_missing: int = 0
 
     def read(
-        self, connection: Connection, experiment: Experiment, planned: Planned, told: Sequence[Any], now: str
+        self,
+        connection: Connection,
+        experiment: Experiment,
+        planned: Planned,
+        counted: Sequence[CountedOutcome],
+        now: str,
     ) -> None:
-        """Add what is new: units, the outcomes that were `told`, and units that are without one for too long."""
+        """Add new units, new outcomes, and units whose outcome is now missing.
+
+        Args:
+            counted: the new outcomes.
+            now: the time, as the store has it.
+        """
         new = outcomes.units(connection, experiment, self.last_unit)
         self.units = self.units.after([((row.revision, ALL), row.arm) for row in new], planned)
         self.last_unit = new[-1].id if new else self.last_unit
         missing, self.last_missing = outcomes.missing(connection, experiment, self.last_missing, _end(experiment, now))
         ttl = experiment.outcome_ttl or 0.0
-        revealed = [(_seconds(row.at), (row.revision, WITH), row.arm) for row in told]
+        revealed = [(_seconds(row.at), (row.revision, WITH), row.arm) for row in counted]
         revealed += [(_seconds(row.at) + ttl, (row.revision, MISSING), row.arm) for row in missing]
         revealed.sort(key=lambda each: each[0])
         self.outcomes = self.outcomes.after([each[1:] for each in revealed], planned)
         self.delays = self.delays.after(
-            [((row.revision, _class(seconds_between(row.first, row.at))), row.arm) for row in told], planned
+            [((row.revision, _class(seconds_between(row.first, row.at))), row.arm) for row in counted], planned
         )
 
     def peaks(self) -> Mapping[str, float]:
-        """The logarithm of the evidence of each check, at its peak."""
+        """Check -> its log evidence at the peak."""
         return {check: getattr(self, check).process.peak for check in CHECKS}
 
     @property
     def alarm(self) -> str | None:
-        """The check that says most clearly that the arms cannot be compared; None where none does.
+        """The check with the strongest alarm; None without an alarm.
 
-        Outcomes that are late are missing at first, so that both checks may say so.
+        Two checks may raise one for the same cause, because late outcomes are missing at first.
         """
         check, peak = max(self.peaks().items(), key=lambda each: each[1])
         return check if peak >= math.log(NEEDED) else None
 
     def missing(self) -> Mapping[str, int]:
-        """Arm -> units that are missing an outcome."""
+        """Arm -> number of units with a missing outcome."""
         chosen = (Counter(seen) for (_, kind), seen in self.outcomes.counts.items() if kind == MISSING)
         return sum(chosen, Counter[str]())
 
     def half_within(self) -> Mapping[str, float]:
-        """Arm -> seconds within which half of its outcomes come, as finely as the classes are."""
+        """Arm -> seconds within which half of its outcomes come, up to the width of the classes."""
         found: dict[str, Counter[int]] = {}
         for (_, kind), counts in self.delays.counts.items():
             for arm, count in counts.items():
@@ -95,12 +105,10 @@ def _seconds(at: str) -> float:
 
 
 def _end(experiment: Experiment, now: str) -> str | None:
-    """When a unit must have been seen first, that an outcome is missing now; None: outcomes live for ever."""
+    """Units first answered before this time have a missing outcome now; None if outcomes always count."""
     if experiment.outcome_ttl is None:
         return None
-    until = min(now, experiment.ended or now)
-    moment = datetime.fromtimestamp(_seconds(until) - experiment.outcome_ttl, tz=datetime.fromisoformat(until).tzinfo)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return timestamp(_seconds(min(now, experiment.ended or now)) - experiment.outcome_ttl)
 
 
 def _class(waited: float) -> int:

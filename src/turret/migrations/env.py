@@ -1,4 +1,4 @@
-"""Alembic's entry: brings the connection it is given to the newest schema, inside the transaction it is given."""
+"""Run by Alembic: migrates the given connection to the newest schema, inside the caller's transaction."""
 
 from alembic import context
 

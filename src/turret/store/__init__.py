@@ -1,4 +1,4 @@
-"""Where adapters live: immutable numbered versions, content-addressed files, runs. Refuses to know models and torch."""
+"""Store adapters: immutable numbered versions, content-addressed files, aliases with gates, and training runs."""
 
 from turret.store.access_tokens import AccessToken, AccessTokens
 from turret.store.aliases import Move, Pointing

@@ -1,23 +1,24 @@
-"""Where movable names point, and how they got there, as rows. Refuses to know files.
+"""Rows of aliases and of their history: promote, rollback and delete.
 
-An alias moves by `promote` and `rollback`; every move is a row of its history, which is only added to:
+Every move of an alias is a row of its history, which is append-only:
 
-- each row knows the move before it that a rollback goes back to (`before`); for a promote that is the move in force
-- a rollback adds a row that names what that earlier move named and takes over *its* `before`: repeated rollbacks walk
-  further back, and a promote after them starts a new line from where they ended
-- versions deleted since, and moves to what the alias names already, are passed over
+- `before` of a row is the move that a rollback from here returns to; for a promote it is the latest move before it
+- a rollback adds a row with the version of that earlier move, and with the `before` of that move. So repeated
+  rollbacks go further back, and a promote after them continues from where they ended
+- a rollback skips versions that were deleted since, and moves to the version that the alias names already
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from turret.database import adapters, alias_history, aliases, versions
 from turret.errors import NotFound
+from turret.json_types import JsonObject
 from turret.store import catalog
 from turret.store.catalog import Version, now, who
 from turret.store.golden import GoldenReplay
@@ -27,64 +28,65 @@ Verb = Literal["promote", "rollback", "delete"]
 
 @dataclass(frozen=True)
 class Move:
-    """Where an alias points, and where it pointed before."""
+    """A move of an alias: the version it names now, and the one before."""
 
     name: str
     alias: str
-    version: str  # "sentiment@3": what it names now
-    before: str | None  # what it named until now
-    changed: bool  # False: it named that version already, and nothing was written
-    skipped: tuple[str, ...] = ()  # versions deleted since, which a rollback passed over
-    replays: tuple[GoldenReplay, ...] = ()  # how it did on the golden examples that a promote asked for
+    version: str  # "sentiment@3": the version it names now
+    before: str | None  # the version it named before the move
+    changed: bool  # False: it already named that version, and nothing was written
+    skipped: tuple[str, ...] = ()  # deleted versions that a rollback skipped
+    replays: tuple[GoldenReplay, ...] = ()  # results of the golden examples of the alias
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         replays = [each.as_json() for each in self.replays]
         return {**asdict(self), "skipped": list(self.skipped), "replays": replays}
 
 
 def promote(connection: Connection, version: Version, alias: str) -> Move:
-    """Move the alias to the version."""
+    """Move an alias to a version."""
     adapter_id, version_id = catalog.adapter_of(connection, version.name), catalog.row_of(connection, version)
-    before = catalog.pointed_at(connection, adapter_id, alias)
-    named = None if before is None else f"{version.name}@{_number(connection, before)}"
-    if before == version_id:
-        return Move(version.name, alias, str(version), named, changed=False)
-    last = _in_force(connection, adapter_id, alias)
+    current = catalog.pointed_at(connection, adapter_id, alias)
+    before = _named(connection, version.name, current)
+    if current == version_id:
+        return Move(version.name, alias, str(version), before, changed=False)
+    last = _latest(connection, adapter_id, alias)
     _move(connection, adapter_id, alias, "promote", version_id, version.number, None if last is None else last.id)
-    return Move(version.name, alias, str(version), named, changed=True)
+    return Move(version.name, alias, str(version), before, changed=True)
 
 
 def rollback(connection: Connection, name: str, alias: str) -> Move:
-    """Move the alias to what it named before; raises NotFound where it named nothing."""
+    """Move an alias back to the version it named before; raises NotFound if there is none."""
     adapter_id = catalog.adapter_of(connection, name)
-    points = catalog.pointed_at(connection, adapter_id, alias)
-    earlier, skipped = _earlier(connection, name, alias)
-    _move(connection, adapter_id, alias, "rollback", earlier.version_id, earlier.number, earlier.before)
-    named = None if points is None else f"{name}@{_number(connection, points)}"
-    return Move(name, alias, f"{name}@{earlier.number}", named, changed=True, skipped=skipped)
+    before = _named(connection, name, catalog.pointed_at(connection, adapter_id, alias))
+    target, skipped = _rollback_target(connection, name, alias)
+    _move(connection, adapter_id, alias, "rollback", target.version_id, target.number, target.before)
+    return Move(name, alias, f"{name}@{target.number}", before, changed=True, skipped=skipped)
 
 
 def back_from(connection: Connection, name: str, alias: str) -> int:
-    """The number of the version that a rollback moves the alias to now; raises NotFound where there is none."""
-    return int(_earlier(connection, name, alias)[0].number)
+    """The number of the version that a rollback would move the alias to; raises NotFound if there is none."""
+    number = _rollback_target(connection, name, alias)[0].number
+    assert number is not None  # only a move to a version is a target
+    return number
 
 
-def _earlier(connection: Connection, name: str, alias: str) -> tuple[Row[Any], tuple[str, ...]]:
-    """The move that a rollback goes back to, and the versions between that were deleted since."""
+def _rollback_target(connection: Connection, name: str, alias: str) -> tuple[_Past, tuple[str, ...]]:
+    """The move that a rollback returns to, and the versions in between that were deleted since."""
     adapter_id = catalog.adapter_of(connection, name)
-    last, points = _in_force(connection, adapter_id, alias), catalog.pointed_at(connection, adapter_id, alias)
+    last, current = _latest(connection, adapter_id, alias), catalog.pointed_at(connection, adapter_id, alias)
     if last is None:
-        raise NotFound(f"no {name}@{alias} to roll back: {name} has {catalog.there(connection, adapter_id)}")
+        raise NotFound(f"no {name}@{alias} to roll back: {name} has {catalog.summary(connection, adapter_id)}")
     skipped: list[str] = []
     earlier = last
     while earlier.before is not None:
-        earlier = _history(connection, earlier.before)
+        earlier = _past(connection, earlier.before)
         if earlier.version_id is None:
             skipped += [f"{name}@{earlier.number}"] if earlier.number is not None else []
-        elif earlier.version_id != points:
+        elif earlier.version_id != current:
             return earlier, tuple(skipped)
-    where = "is taken away" if points is None else f"names {name}@{_number(connection, points)}"
-    gone = f" but what was deleted since ({', '.join(skipped)})" if skipped else ""
+    where = "was removed" if current is None else f"names {_named(connection, name, current)}"
+    gone = f" but versions deleted since ({', '.join(skipped)})" if skipped else ""
     raise NotFound(
         f"nothing to roll back to: {name}@{alias} {where} and named nothing before{gone}: "
         f"move it with `turret promote {name}@NUMBER {alias}`"
@@ -92,37 +94,46 @@ def _earlier(connection: Connection, name: str, alias: str) -> tuple[Row[Any], t
 
 
 def back_to(connection: Connection, version: Version, alias: str, leaving: Sequence[str]) -> Move | None:
-    """Move the alias back to this version, where it names nothing or one of `leaving`; None where it stays.
+    """Move an alias back to a version if it names one of `leaving` or nothing; None if it names another one and stays.
 
-    Where the alias named the version before, it goes on from there, as after rollbacks; else from where it is.
+    If the alias named the version before, its history continues from there, as after rollbacks; otherwise from its
+    latest move.
     """
     adapter_id, version_id = catalog.adapter_of(connection, version.name), catalog.row_of(connection, version)
-    points = catalog.pointed_at(connection, adapter_id, alias)
-    named = None if points is None else f"{version.name}@{_number(connection, points)}"
-    if points == version_id:
-        return Move(version.name, alias, str(version), named, changed=False)
-    if named is not None and named not in leaving:
+    current = catalog.pointed_at(connection, adapter_id, alias)
+    before = _named(connection, version.name, current)
+    if current == version_id:
+        return Move(version.name, alias, str(version), before, changed=False)
+    if before is not None and before not in leaving:
         return None
-    earlier = last = _in_force(connection, adapter_id, alias)
+    earlier = last = _latest(connection, adapter_id, alias)
     while earlier is not None and earlier.version_id != version_id:
-        earlier = None if earlier.before is None else _history(connection, earlier.before)
-    before = earlier.before if earlier is not None else None if last is None else last.before
-    _move(connection, adapter_id, alias, "rollback", version_id, version.number, before)
-    return Move(version.name, alias, str(version), named, changed=True)
+        earlier = None if earlier.before is None else _past(connection, earlier.before)
+    continued = earlier or last
+    _move(
+        connection,
+        adapter_id,
+        alias,
+        "rollback",
+        version_id,
+        version.number,
+        None if continued is None else continued.before,
+    )
+    return Move(version.name, alias, str(version), before, changed=True)
 
 
 def forget(connection: Connection, version_id: int) -> None:
-    """Take away every alias that names the version, and leave its number alone in the history."""
+    """Remove every alias that names the version; the history keeps only its number."""
     pointing = connection.execute(select(aliases).where(aliases.c.version_id == version_id)).all()
     for row in pointing:
-        last = _in_force(connection, row.adapter_id, row.alias)
+        last = _latest(connection, row.adapter_id, row.alias)
         _move(connection, row.adapter_id, row.alias, "delete", None, None, None if last is None else last.id)
     named = alias_history.c.version_id == version_id
     connection.execute(update(alias_history).where(named).values(version_id=None))
 
 
-def moves(connection: Connection, name: str) -> list[dict[str, Any]]:
-    """Every move of the name's aliases, oldest first; `version` is a number, or null where the alias was taken away."""
+def moves(connection: Connection, name: str) -> list[JsonObject]:
+    """All moves of the aliases of a name, oldest first; `version` is a number, or null if the alias was removed."""
     query = (
         select(alias_history)
         .join(adapters, alias_history.c.adapter_id == adapters.c.id)
@@ -144,23 +155,23 @@ def moves(connection: Connection, name: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Pointing:
-    """Where an alias points now."""
+    """The version that an alias names now."""
 
     name: str
     alias: str
     number: int
     digest: str
-    base: str | None  # the fingerprint of the version's base
+    base: str | None  # the fingerprint of its base
     moved: str
 
 
 def last_move(connection: Connection) -> int:
-    """The number of the newest move in the whole store: while it stays, no alias has moved."""
+    """The number of the newest move in the store. While it is the same, no alias has moved."""
     return int(connection.execute(select(func.max(alias_history.c.id))).scalar() or 0)
 
 
 def pointing(connection: Connection) -> list[Pointing]:
-    """Every alias of every name."""
+    """All aliases of all names."""
     base = versions.c.manifest[("base", "fingerprint")].as_string()
     query = (
         select(adapters.c.name, aliases.c.alias, versions.c.number, versions.c.digest)
@@ -173,7 +184,7 @@ def pointing(connection: Connection) -> list[Pointing]:
 
 
 def dangling(connection: Connection) -> list[str]:
-    """`name@alias` of every alias whose version is not listed; the database refuses to write such a row."""
+    """`name@alias` of aliases whose version is missing. The database forbids such rows, so only damage makes them."""
     query = (
         select(adapters.c.name, aliases.c.alias)
         .join(adapters, aliases.c.adapter_id == adapters.c.id, isouter=True)
@@ -206,14 +217,31 @@ def _move(
     connection.execute(insert(alias_history).values(row))
 
 
-def _in_force(connection: Connection, adapter_id: int, alias: str) -> Row[Any] | None:
+class _Past(NamedTuple):
+    """A row of the history of an alias."""
+
+    id: int
+    version_id: int | None
+    number: int | None
+    before: int | None
+
+
+_PAST = select(*(alias_history.c[column] for column in _Past._fields))
+
+
+def _latest(connection: Connection, adapter_id: int, alias: str) -> _Past | None:
     this = (alias_history.c.adapter_id == adapter_id) & (alias_history.c.alias == alias)
-    return connection.execute(select(alias_history).where(this).order_by(alias_history.c.id.desc()).limit(1)).first()
+    row = connection.execute(_PAST.where(this).order_by(alias_history.c.id.desc()).limit(1)).first()
+    return None if row is None else _Past(*row)
 
 
-def _history(connection: Connection, row: int) -> Row[Any]:
-    return connection.execute(select(alias_history).where(alias_history.c.id == row)).one()
+def _past(connection: Connection, row: int) -> _Past:
+    return _Past(*connection.execute(_PAST.where(alias_history.c.id == row)).one())
 
 
-def _number(connection: Connection, version_id: int) -> int:
-    return int(connection.execute(select(versions.c.number).where(versions.c.id == version_id)).scalar_one())
+def _named(connection: Connection, name: str, version_id: int | None) -> str | None:
+    """`name@number` of a version by its row id."""
+    if version_id is None:
+        return None
+    number = connection.execute(select(versions.c.number).where(versions.c.id == version_id)).scalar_one()
+    return f"{name}@{number}"

@@ -1,14 +1,12 @@
-"""Files known by the sha256 of their bytes, in a folder. Refuses to know names, versions and the database.
+"""Content-addressed files in a folder, and `Files`, the interface that `turret.store.objects` implements too.
 
-`Files` says what any place for them can do; `turret.store.objects` is the other one. In a folder:
-
-- `blobs/sha256/<first two hex digits>/<64 hex digits>-<upload>`: the bytes, read-only; written beside (`tmp/`), flushed
-  to disk, then renamed, so that a file under its final name is always whole; who may enter its folder may read it. The
-  upload is the put that wrote it (`turret.store.uploads`); up to format 0005 names ended after the digest
-- `tmp/`: what is being written; after a kill, leftovers that nothing refers to
-- a name is written once: nothing is ever written under the name of a file that was removed
-- bytes are hashed again whenever they are read, so a flipped bit is never handed on
-- `catalog`: the id of the catalog that the files belong to, where that is not in this folder too
+- `blobs/sha256/<first two hex digits>/<64 hex digits>-<upload>`: the bytes, read-only. They are written in `tmp/`,
+  flushed to disk, then renamed, so a file under its final name is always whole. Users who may enter its folder may
+  read it. The upload is the put that wrote it (`turret.store.uploads`); up to format 0005 names had none
+- `tmp/`: files being written; after a kill, leftovers that nothing refers to
+- a name is written once: it is not used again after its file was removed
+- bytes are hashed again at each read, so a flipped bit is detected
+- `catalog`: the id of the catalog that the files belong to, unless the catalog is in the same folder
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from turret.disk import PRIVATE, create, flush, make_folder, permissions, sync
 from turret.errors import Corrupt
@@ -36,111 +34,113 @@ _PLACE = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{62})(?:-([0-9a-f]{32}))?", re.AS
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """The address and size of one file's content. Two are equal when their content is."""
+    """The digest and size of some content. Two are equal if their content is."""
 
     digest: str  # "sha256:<hex>"
     bytes: int
-    upload: str = field(default="", compare=False)  # which of its copies; "" for those of format 0005 and before
+    upload: str = field(default="", compare=False)  # which copy of the content; "" up to format 0005
+
+
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class Writable(Protocol):
+    def write(self, data: bytes, /) -> int: ...
 
 
 class Files(Protocol):
-    """Where content is kept under its digest. Names are paths under the place's root, as people are shown them."""
+    """A place for content by its digest. Names are paths under the root of the place, as errors show them."""
 
     def put(self, source: Path, blob: Blob) -> None:
-        """Keep a copy of the file as `blob`; raises Corrupt where the file is not what `blob` says."""
+        """Store a copy of the file as `blob`; raises Corrupt if its content differs from `blob`."""
 
     def glance(self, blob: Blob) -> str | None:
-        """What is wrong at a quick look, which hashes nothing."""
+        """A problem that is visible without hashing, or None."""
 
     def glances(self, blobs: Iterable[Blob]) -> Mapping[str, str]:
-        """Digest -> what is wrong with it, of many, at a quick look."""
+        """Digest -> a problem that is visible without hashing, for those that have one."""
 
     def check(self, blob: Blob) -> None:
         """Hash the content again; raises Corrupt."""
 
     def copy(self, blob: Blob, target: Path) -> None:
-        """A copy of the content that was hashed on its way, so what arrives is what was stored; raises Corrupt."""
+        """Copy the content to a new file `target`, hashing what was copied; raises Corrupt."""
 
-    def held(self, blob: Blob) -> AbstractContextManager[Path]:
-        """The content, hashed again, as a file that nobody may write to, while the block lasts; raises Corrupt."""
+    def checked_file(self, blob: Blob) -> AbstractContextManager[Path]:
+        """The content, hashed again, as a read-only file for the duration of the block; raises Corrupt."""
 
     def local(self, blob: Blob) -> Path:
-        """The same, for as long as this object lasts."""
+        """The content, hashed again, as a file for the lifetime of this object; raises Corrupt."""
 
     def walk(self) -> Iterator[tuple[str, Blob]]:
-        """Every stored content with its name, listed or not; nothing is hashed."""
+        """Name and content of every stored file, listed in the catalog or not. Hashes nothing."""
 
     def leftovers(self) -> Iterator[tuple[str, int, float]]:
-        """Name, bytes and last change of what is being written, or was when its writer was killed."""
+        """Name, bytes and time of last change of files that are being written, or whose writer was killed."""
 
     def remove(self, name: str) -> bool:
-        """Take away what `walk` or `leftovers` named; False where it is gone already."""
+        """Remove a file by a name from `walk` or `leftovers`; False if it is gone already."""
 
     def owner(self) -> str | None:
-        """The id of the catalog that these files belong to."""
+        """The id of the catalog that the files belong to, or None."""
 
     def claim(self, identity: str) -> None:
-        """Write down that they belong to that catalog."""
+        """Record that the files belong to the catalog with this id."""
 
 
 class Blobs:
-    """The content-addressed files of a folder."""
+    """The content-addressed files of a folder; see `Files` for the methods."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root
         self._root = root / "blobs" / "sha256"
-        self._beside = root / "tmp"
-        self._made: set[Path] = set()
+        self._tmp = root / "tmp"
+        self._created: set[Path] = set()
 
     def path(self, blob: Blob) -> Path:
-        """Where that content is, or would be."""
+        """The path of some content, existing or not."""
         return self._root / place(blob)
 
     def put(self, source: Path, blob: Blob) -> None:
-        """Keep a copy of the file as `blob`; raises Corrupt where the file is not what `blob` says."""
         final = self.path(blob)
-        self._make(self._beside)
+        self._make(self._tmp)
         self._make(final.parent)
-        beside = self._beside / uuid.uuid4().hex
+        temporary = self._tmp / uuid.uuid4().hex
         try:
-            with source.open("rb") as read, create(beside) as write:
+            with source.open("rb") as read, create(temporary) as write:
                 copied = stream(read, write)
                 flush(write)
             if copied != blob:
                 raise Corrupt(f"{source} changed while it was being stored: try again when nothing writes to it")
-            beside.chmod(0o444 & permissions(final.parent))
-            os.replace(beside, final)
+            temporary.chmod(0o444 & permissions(final.parent))
+            os.replace(temporary, final)
             sync(final.parent)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def glance(self, blob: Blob) -> str | None:
-        """What is wrong at a quick look, which hashes nothing."""
         path = self.path(blob)
         if not path.is_file():
             return f"is missing ({path})"
         return None if path.stat().st_size == blob.bytes else f"is cut ({path})"
 
     def glances(self, blobs: Iterable[Blob]) -> Mapping[str, str]:
-        """Digest -> what is wrong with it, of many, at a quick look."""
-        return {blob.digest: said for blob in blobs if (said := self.glance(blob))}
+        return {blob.digest: problem for blob in blobs if (problem := self.glance(blob))}
 
     def walk(self) -> Iterator[tuple[str, Blob]]:
-        """Every stored file with its name, listed or not; nothing is hashed."""
         for path in sorted(self._root.glob("??/*")):
             if found := placed(path.relative_to(self._root).as_posix()):
-                with suppress(FileNotFoundError):  # removed since
+                with suppress(FileNotFoundError):  # removed in the meantime
                     yield self._name(path), Blob(found[0], path.stat().st_size, found[1])
 
     def leftovers(self) -> Iterator[tuple[str, int, float]]:
-        """Name, bytes and last change of what is being written, or was when its writer was killed."""
-        for path in sorted(self._beside.glob("*")):
+        for path in sorted(self._tmp.glob("*")):
             with suppress(FileNotFoundError):
                 found = path.lstat()
                 yield self._name(path), found.st_size, found.st_mtime
 
     def remove(self, name: str) -> bool:
-        """Take away what `walk` or `leftovers` named; False where it is gone already."""
         try:
             (self._folder / name).unlink()
         except FileNotFoundError:
@@ -148,7 +148,7 @@ class Blobs:
         return True
 
     def owner(self) -> str | None:
-        """The id of the catalog that these files belong to; a folder store's own is in its folder."""
+        """The id of the catalog that the files belong to; a folder store names its own `turret.db`."""
         if (self._folder / "turret.db").exists():
             return f"of {self._folder / 'turret.db'}"
         try:
@@ -157,18 +157,16 @@ class Blobs:
             return None
 
     def claim(self, identity: str) -> None:
-        """Write down that they belong to that catalog."""
-        self._make(self._beside)
-        beside = self._beside / uuid.uuid4().hex
-        with create(beside) as file:
+        self._make(self._tmp)
+        temporary = self._tmp / uuid.uuid4().hex
+        with create(temporary) as file:
             file.write(identity.encode())
             flush(file)
-        beside.chmod(0o666 & permissions(self._folder))
-        os.replace(beside, self._folder / OWNER)
+        temporary.chmod(0o666 & permissions(self._folder))
+        os.replace(temporary, self._folder / OWNER)
         sync(self._folder)
 
     def check(self, blob: Blob) -> None:
-        """Hash the content again; raises Corrupt."""
         path = self.path(blob)
         try:
             _require_plain(path, blob.digest)
@@ -179,17 +177,15 @@ class Blobs:
             raise changed(path, blob.digest)
 
     @contextmanager
-    def held(self, blob: Blob) -> Iterator[Path]:
-        """The content, hashed again, as a file that nobody may write to, while the block lasts; raises Corrupt."""
+    def checked_file(self, blob: Blob) -> Iterator[Path]:
         yield self.local(blob)
 
     def local(self, blob: Blob) -> Path:
-        """The file itself, after hashing it again; raises Corrupt."""
+        """The stored file, after hashing it again; raises Corrupt."""
         self.check(blob)
         return self.path(blob)
 
     def copy(self, blob: Blob, target: Path) -> None:
-        """A copy of the content that was hashed on its way, so what arrives is what was stored; raises Corrupt."""
         path = self.path(blob)
         try:
             _require_plain(path, blob.digest)
@@ -203,21 +199,21 @@ class Blobs:
             raise changed(path, blob.digest)
 
     def _make(self, folder: Path) -> None:
-        """Make a folder here, once a process: it has the permissions of the folder it is in, the topmost is private."""
-        if folder in self._made and folder.is_dir():
+        """Create a folder once per process, with the permissions of its parent; a new root is private."""
+        if folder in self._created and folder.is_dir():
             return
         if not self._folder.exists():
             make_folder(self._folder, PRIVATE)
         for level in (*reversed(folder.relative_to(self._folder).parents[:-1]), folder.relative_to(self._folder)):
             make_folder(self._folder / level, permissions((self._folder / level).parent))
-        self._made.add(folder)
+        self._created.add(folder)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._folder).as_posix()
 
 
 def place(blob: Blob) -> str:
-    """Where that content is under `blobs/sha256/`; raises Corrupt."""
+    """The path of some content under `blobs/sha256/`; raises Corrupt for a malformed digest or upload."""
     match = _DIGEST.fullmatch(blob.digest)
     if match is None:
         raise Corrupt(f"{blob.digest[:80]!r} is not a digest: expected sha256: and 64 hex digits")
@@ -227,19 +223,24 @@ def place(blob: Blob) -> str:
 
 
 def placed(name: str) -> tuple[str, str] | None:
-    """The digest and the upload of what lies there under `blobs/sha256/`; None where `place` gives no such name."""
+    """The digest and upload of a path under `blobs/sha256/`; None if `place` would not give that path."""
     match = _PLACE.fullmatch(name)
     return None if match is None else (f"sha256:{match[2]}", match[3] or "")
 
 
+def digest_of(text: str) -> str:
+    """The digest of a text in UTF-8: "sha256:<hex>"."""
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
 def hash_file(path: Path) -> Blob:
-    """The address that the file's content has, or would have."""
+    """The digest and size of a file."""
     with path.open("rb") as file:
         return stream(file, None)
 
 
-def stream(read: BinaryIO, write: BinaryIO | None) -> Blob:
-    """Read to the end, in pieces, and write what was read; returns its address."""
+def stream(read: Readable, write: Writable | None) -> Blob:
+    """Read to the end in chunks, write the same bytes to `write` if given, and return their digest and size."""
     digest, size = hashlib.sha256(), 0
     while chunk := read.read(_CHUNK):
         digest.update(chunk)
@@ -250,16 +251,18 @@ def stream(read: BinaryIO, write: BinaryIO | None) -> Blob:
 
 
 def _require_plain(path: Path, digest: str) -> None:
-    """A link, pipe or device in a store was put there by nobody of ours, and a pipe would never end."""
+    """Raise Corrupt for a link, pipe or device: Turret never writes one, and a pipe would block."""
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise Corrupt(f"stored file {digest} is no plain file: restore {path} from a copy, or train again")
+        raise Corrupt(f"stored file {digest} is not a regular file: restore {path} from a copy, or train again")
 
 
-def missing(path: object, digest: str) -> Corrupt:
+def missing(path: Path | str, digest: str) -> Corrupt:
+    """The error for content that is not there."""
     return Corrupt(f"stored file {digest} is missing: restore {path} from a copy, or train again")
 
 
-def changed(path: object, digest: str) -> Corrupt:
+def changed(path: Path | str, digest: str) -> Corrupt:
+    """The error for content that does not match its digest."""
     return Corrupt(
         f"stored file {path} does not match its digest {digest[:19]}...: restore it from a copy, or train again"
     )

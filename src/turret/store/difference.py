@@ -1,4 +1,4 @@
-"""Two versions side by side: what they were made from, what they reach, and how far their weights are apart."""
+"""Compare two versions: their manifests, their metrics, and the distance of their weights."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.store.catalog import Version
 from turret.store.weights import Weights, apart
 
 SECTIONS = ("base", "method", "task", "generation", "lineage")
-Change = tuple[float | None, float | None, float | None]  # of the first, of the second, how much more
+Change = tuple[float | None, float | None, float | None]  # in the first version, in the second, and the difference
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The second version beside the first."""
+    """How the second version differs from the first."""
 
     versions: tuple[str, str]
-    differs: Mapping[str, tuple[Any, Any]]  # key of the manifest -> both values
-    metrics: Mapping[str, Mapping[str, Change]]  # split -> name ->
+    differs: Mapping[str, tuple[JsonValue, JsonValue]]  # key of the manifest -> both values
+    metrics: Mapping[str, Mapping[str, Change]]  # split -> metric -> change
     bytes: tuple[int, int]
     weights: tuple[Weights, ...]
-    moved: Weights | None  # all that was compared
-    not_compared: tuple[str, ...]
+    moved: Weights | None  # all compared tensors together
+    not_compared: tuple[str, ...]  # names of tensors
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {
             "versions": list(self.versions),
             "differs": {key: list(both) for key, both in self.differs.items()},
@@ -43,13 +43,17 @@ class Difference:
 
 
 def difference(a: Version, b: Version, files_a: Mapping[str, Path], files_b: Mapping[str, Path]) -> Difference:
-    """Compare two versions, given their files."""
-    facts_a, facts_b = (dict(_facts(version.manifest)) for version in (a, b))
-    keys = list(dict.fromkeys((*facts_a, *facts_b)))
+    """Compare two versions, given their files by path."""
+    settings_a, settings_b = (dict(_settings(version.manifest)) for version in (a, b))
+    keys = list(dict.fromkeys((*settings_a, *settings_b)))
     groups, moved, rest = apart(files_a, files_b)
     return Difference(
         versions=(str(a), str(b)),
-        differs={key: (facts_a.get(key), facts_b.get(key)) for key in keys if facts_a.get(key) != facts_b.get(key)},
+        differs={
+            key: (settings_a.get(key), settings_b.get(key))
+            for key in keys
+            if settings_a.get(key) != settings_b.get(key)
+        },
         metrics=_metrics(a.metrics, b.metrics),
         bytes=(a.bytes, b.bytes),
         weights=groups,
@@ -58,12 +62,12 @@ def difference(a: Version, b: Version, files_a: Mapping[str, Path], files_b: Map
     )
 
 
-def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _settings(manifest: JsonMapping) -> Iterator[tuple[str, JsonValue]]:
     for section in SECTIONS:
         yield from _leaves(section, manifest.get(section))
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _leaves(name: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
     if name == "lineage.recipe" and isinstance(value, str):
         try:
             value = tomllib.loads(value)
@@ -77,7 +81,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, dict[str, Change]]:
+def _metrics(a: JsonMapping, b: JsonMapping) -> dict[str, dict[str, Change]]:
     found: dict[str, dict[str, Change]] = {}
     for split in dict.fromkeys((*a, *b)):
         left, right = (dict(_numbers("", some.get(split) or {})) for some in (a, b))
@@ -88,7 +92,7 @@ def _metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, dict[str, 
     return found
 
 
-def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+def _numbers(name: str, value: JsonValue) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, inside in value.items():
             yield from _numbers(f"{name}.{key}" if name else str(key), inside)

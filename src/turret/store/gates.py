@@ -1,10 +1,10 @@
-"""What a version's metrics must reach before an alias may be moved to it. Refuses to know how a metric is measured.
+"""Gates: limits on the stored metrics of a version, checked before an alias moves to it.
 
 Grammar: `gate = [ split "." ] metric relation number`
 
-- `split`: as the version's metrics name it; `test` where left out
-- `metric`: a name, or a path such as `per_class.tech.f1` into a report (then the split is said)
-- `relation`: `>=`, `>`, `<=` or `<`; a name's alias has at most one gate a split, metric and relation
+- `split`: a split of the version's metrics; default `test`
+- `metric`: a name, or a path into a report such as `per_class.tech.f1`, which needs the split in front
+- `relation`: `>=`, `>`, `<=` or `<`; an alias has at most one gate per split, metric and relation
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import ColumnElement, Connection, delete, insert, select
 
 from turret.database import gates
 from turret.errors import BadReference, GateFailed, NotFound
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.store import catalog
 from turret.store.catalog import Version, now
 
-_HOLDS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+_RELATIONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _GATE = re.compile(r" *([^<>=\x00-\x1f]{1,200}?) *(>=|<=|>|<) *([^<>=\s]{1,40}) *")
 
 
 @dataclass(frozen=True, order=True)
 class Gate:
-    """One threshold; `alias` is empty for one that was given with a promote and is not kept."""
+    """One limit; `alias` is empty for a gate that was given with a promote and is not stored."""
 
     alias: str
     split: str
@@ -42,7 +42,7 @@ class Gate:
 
     @classmethod
     def parse(cls, text: str, alias: str = "") -> Gate:
-        """Raises BadReference."""
+        """Parse a gate such as `accuracy>=0.9`; raises BadReference."""
         found = _GATE.fullmatch(text)
         try:
             threshold = float(found[3]) if found else math.nan
@@ -53,17 +53,17 @@ class Gate:
                 f"bad gate {ascii(text)[:60]}: expected a metric, one of >= > <= < and a number, such as accuracy>=0.9 "
                 "or test.loss<0.4"
             )
-        split, metric = _named(found[1])
+        split, metric = _split_and_metric(found[1])
         return cls(alias, split, metric, found[2], threshold)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {**asdict(self), "gate": str(self)}
 
 
-def check(version: Version, alias: str, wanted: Iterable[Gate]) -> None:
-    """Raises GateFailed naming every gate that the version's stored metrics do not pass."""
-    found = [(gate, *judged(version, gate)) for gate in wanted]
-    failed = [f"{gate} is wanted, {said}" for gate, passes, said in found if not passes]
+def check(version: Version, alias: str, required: Iterable[Gate]) -> None:
+    """Raise GateFailed, which names every gate that the stored metrics of the version do not pass."""
+    results = [(gate, *judged(version, gate)) for gate in required]
+    failed = [f"{gate} is required, {found}" for gate, passes, found in results if not passes]
     if failed:
         raise GateFailed(
             f"{version} may not become {version.name}@{alias}: {'; '.join(failed)}: promote another version, or change "
@@ -72,68 +72,66 @@ def check(version: Version, alias: str, wanted: Iterable[Gate]) -> None:
 
 
 def judged(version: Version, gate: Gate) -> tuple[bool, str]:
-    """Whether the version's stored metrics pass the gate, and what was found."""
-    value = _found(version.metrics, gate)
+    """Whether the stored metrics of the version pass the gate, and the value found."""
+    value = _value(version.metrics, gate)
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return False, f"and {_lacks(version.metrics, gate)}"
-    return _HOLDS[gate.relation](value, gate.threshold), f"found {value!r}"
+        return False, _missing(version.metrics, gate)
+    return _RELATIONS[gate.relation](value, gate.threshold), f"found {value!r}"
 
 
 def of(connection: Connection, name: str, alias: str | None = None) -> Sequence[Gate]:
-    """The gates of a name's alias, or of all its aliases."""
+    """The gates of an alias, or of all aliases of a name."""
     query = select(gates).where(gates.c.adapter_id == catalog.adapter_of(connection, name))
     if alias is not None:
         query = query.where(gates.c.alias == alias)
-    return sorted(_gate(row) for row in connection.execute(query))
+    rows = connection.execute(query)
+    return sorted(Gate(row.alias, row.split, row.metric, row.relation, row.threshold) for row in rows)
 
 
-def keep(connection: Connection, name: str, gate: Gate) -> None:
-    """Add the gate, in place of one of the same metric and relation."""
+def add(connection: Connection, name: str, gate: Gate) -> None:
+    """Add a gate; it replaces one with the same split, metric and relation."""
     adapter_id = catalog.adapter_of(connection, name)
-    columns = {"alias": gate.alias, "split": gate.split, "metric": gate.metric, "relation": gate.relation}
-    same = gates.c.adapter_id == adapter_id
-    for column, value in columns.items():
-        same &= gates.c[column] == value
-    connection.execute(delete(gates).where(same))
-    row = {"adapter_id": adapter_id, **columns, "threshold": gate.threshold, "created": now()}
-    connection.execute(insert(gates).values(row))
+    connection.execute(delete(gates).where(_same(adapter_id, gate)))
+    connection.execute(insert(gates).values(adapter_id=adapter_id, **asdict(gate), created=now()))
 
 
-def drop(connection: Connection, name: str, alias: str, text: str) -> None:
-    """Remove a gate, or all gates of a metric; raises NotFound saying which there are."""
+def remove(connection: Connection, name: str, alias: str, text: str) -> None:
+    """Remove a gate, or all gates of a metric; raises NotFound, which lists the gates of the alias."""
     known = of(connection, name, alias)
     if any(sign in text for sign in "<>="):
-        wanted = [gate for gate in known if gate == Gate.parse(text, alias)]
+        matching = [gate for gate in known if gate == Gate.parse(text, alias)]
     else:
-        wanted = [gate for gate in known if (gate.split, gate.metric) == _named(text.strip())]
-    if not wanted:
-        there = f"it has {', '.join(map(str, known))}" if known else "it has none"
-        raise NotFound(f"no gate {ascii(text)[:60]} on {name}@{alias}: {there}")
+        matching = [gate for gate in known if (gate.split, gate.metric) == _split_and_metric(text.strip())]
+    if not matching:
+        existing = f"it has {', '.join(map(str, known))}" if known else "it has none"
+        raise NotFound(f"no gate {ascii(text)[:60]} on {name}@{alias}: {existing}")
     adapter_id = catalog.adapter_of(connection, name)
-    for gate in wanted:
-        this = (gates.c.adapter_id == adapter_id) & (gates.c.alias == alias) & (gates.c.split == gate.split)
-        this &= (gates.c.metric == gate.metric) & (gates.c.relation == gate.relation)
-        connection.execute(delete(gates).where(this))
+    for gate in matching:
+        connection.execute(delete(gates).where(_same(adapter_id, gate)))
 
 
-def _named(text: str) -> tuple[str, str]:
+def _same(adapter_id: int, gate: Gate) -> ColumnElement[bool]:
+    """The row with the key of this gate: all but the threshold."""
+    same = gates.c.adapter_id == adapter_id
+    for column in ("alias", "split", "metric", "relation"):
+        same &= gates.c[column] == getattr(gate, column)
+    return same
+
+
+def _split_and_metric(text: str) -> tuple[str, str]:
     split, dot, metric = text.partition(".")
     return (split, metric) if dot and split and metric else ("test", text)
 
 
-def _gate(row: Any) -> Gate:
-    return Gate(row.alias, row.split, row.metric, row.relation, row.threshold)
-
-
-def _found(metrics: Mapping[str, Any], gate: Gate) -> Any:
-    value: Any = metrics.get(gate.split)
+def _value(metrics: JsonMapping, gate: Gate) -> JsonValue:
+    value = metrics.get(gate.split)
     for key in gate.metric.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
-def _lacks(metrics: Mapping[str, Any], gate: Gate) -> str:
+def _missing(metrics: JsonMapping, gate: Gate) -> str:
     if gate.split not in metrics:
-        return f"no metrics of {gate.split} are stored (there are those of {', '.join(metrics) or 'no split'})"
+        return f"there are no metrics of {gate.split} (stored: {', '.join(metrics) or 'none'})"
     numbers = [k for k, v in metrics[gate.split].items() if isinstance(v, int | float) and not isinstance(v, bool)]
-    return f"{gate.split} has no such number (it has {', '.join(numbers) or 'none'})"
+    return f"{gate.split} has no such metric (it has {', '.join(numbers) or 'none'})"

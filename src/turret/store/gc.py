@@ -1,11 +1,11 @@
-"""Removes what nothing refers to. Refuses to know what a version is for.
+"""Remove files that nothing refers to.
 
-What goes, and why no process that is at work misses it:
+What a gc removes, and why no running process needs it:
 
-- files that no version lists and no put is writing: no version ever lists them again (`turret.store.uploads` says why),
-  so nobody waits for their removal, and it may arrive late
-- leftovers in `tmp/` and run folders that were never listed: after an hour without a change; their writer is dead
-- the checkpoint, and the bundle that was being proven, of a finished run: nothing goes on from it
+- files that no version lists and no put is writing: no version will list them (`turret.store.uploads`), so it does not
+  matter when the removal arrives
+- leftovers in `tmp/`, and folders of runs that were never listed, after an hour without a change: their writer is dead
+- the checkpoint of a finished run and the bundle that it proved: nothing resumes from them
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import select
 
 from turret.database import Database, runs
+from turret.json_types import JsonObject
 from turret.store import uploads
 from turret.store.blobs import Blob, Files
 
@@ -31,16 +31,16 @@ _RUN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}", re.ASCII)
 
 @dataclass(frozen=True)
 class Removed:
-    """One thing that is gone, or would be."""
+    """One file or folder that a gc removed, or would remove."""
 
-    path: str  # under the place of the files; of a run, under its folder on this machine
+    path: str  # under the root of the files; for a run, under the store's folder on this machine
     bytes: int
     why: str
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What a gc removed, or would."""
+    """Everything that a gc removed, or would remove."""
 
     dry_run: bool
     removed: tuple[Removed, ...]
@@ -49,37 +49,37 @@ class Collected:
     def bytes(self) -> int:
         return sum(each.bytes for each in self.removed)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {"dry_run": self.dry_run, "bytes": self.bytes, "removed": [asdict(each) for each in self.removed]}
 
 
 def leftovers(files: Files, *, dry_run: bool) -> Iterator[Removed]:
-    """Dead writers' files; asks no database, so that it makes room on a disk too full for one."""
+    """Remove files of dead writers. Needs no database, so it can free space on a disk too full for one."""
     for name, size, changed in list(files.leftovers()):
         if _old(changed) and (dry_run or files.remove(name)):
             yield Removed(name, size, "leftover of a killed writer")
 
 
 def unlisted(files: Files, database: Database, *, dry_run: bool) -> Iterator[Removed]:
-    """Files that no version lists and no put is writing."""
-    there = list(files.walk())  # before the catalog is asked: what is written after this is not looked at
+    """Remove files that no version lists and no put is writing."""
+    existing = list(files.walk())  # before the catalog is read: files written later are ignored
     with database.reading() as connection:
-        dead = uploads.dead(connection, there, without=uploads.abandoned(connection) if dry_run else ())
-    yield from _gone(files, dead, dry_run)
-    if not dry_run and uploads.forget_abandoned(database):  # last: on a full disk there may be room for it now
+        dead = uploads.dead(connection, existing, without=uploads.abandoned(connection) if dry_run else ())
+    yield from _remove(files, dead, dry_run)
+    if not dry_run and uploads.forget_abandoned(database):  # last: a full disk may have room for this write now
         with database.reading() as connection:
-            late = [each for each in uploads.dead(connection, there) if each not in dead]
-        yield from _gone(files, late, dry_run)
+            late = [each for each in uploads.dead(connection, existing) if each not in dead]
+        yield from _remove(files, late, dry_run)
 
 
-def _gone(files: Files, dead: Iterable[tuple[str, Blob]], dry_run: bool) -> Iterator[Removed]:
+def _remove(files: Files, dead: Iterable[tuple[str, Blob]], dry_run: bool) -> Iterator[Removed]:
     for name, blob in dead:
         if dry_run or files.remove(name):
             yield Removed(name, blob.bytes, "no version lists it")
 
 
 def of_runs(root: Path, database: Database, *, dry_run: bool) -> Iterator[Removed]:
-    """What finished and unlisted runs left on this machine."""
+    """Remove what finished and unlisted runs left on this machine."""
     folders = [path for path in sorted((root / "runs").glob("*")) if _RUN.fullmatch(path.name) and path.is_dir()]
     with database.reading() as connection:
         states = {row.id: row.state for row in connection.execute(select(runs.c.id, runs.c.state))}
@@ -87,16 +87,16 @@ def of_runs(root: Path, database: Database, *, dry_run: bool) -> Iterator[Remove
         if states.get(folder.name) == "finished":
             for path in (folder / "checkpoint", *folder.glob("bundle-*")):
                 if path.is_dir():
-                    yield from _take(path, _size(path), "its run is finished", root, dry_run)
+                    yield from _remove_folder(path, _size(path), "its run is finished", root, dry_run)
         elif folder.name not in states and _old(folder.stat().st_mtime):
-            yield from _take(folder, _size(folder), "a run that never began", root, dry_run)
+            yield from _remove_folder(folder, _size(folder), "a run that never started", root, dry_run)
 
 
-def _take(path: Path, size: int, why: str, root: Path, dry_run: bool) -> Iterable[Removed]:
+def _remove_folder(path: Path, size: int, why: str, root: Path, dry_run: bool) -> Iterable[Removed]:
     if not dry_run:
         try:
             shutil.rmtree(path)
-        except FileNotFoundError:  # another gc was quicker
+        except FileNotFoundError:  # another gc removed it
             return []
     return [Removed(path.relative_to(root).as_posix(), size, why)]
 

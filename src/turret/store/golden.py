@@ -1,84 +1,84 @@
-"""Golden examples: what a version must answer before an alias may be moved to it. Refuses to know how it answers.
+"""Golden examples: texts with expected answers, which a version must give before an alias moves to it.
 
-A set is known by the sha256 of its content, JSON lines with sorted keys, and never changes. An example is a text and
-one of
+A set never changes. Its id is the sha256 of its content, which is JSON lines with sorted keys. An example is a text
+with one of
 
-- `label`: what a classifier must give; for many labels at once a list, or words with `|` between them
-- `equals`, `contains`: what a generated text must be, blanks around it aside, or hold (each of a list)
-- `expected` with `min_score`: a text that the generated one must be like, ROUGE-L as a fraction
+- `label`: the label that a classifier must give; for several labels a list, or words separated by `|`
+- `equals`: the exact text that must be generated, apart from surrounding blanks
+- `contains`: a text, or a list of texts, that the generated one must contain
+- `expected` with `min_score`: a text that the generated one must resemble: ROUGE-L (0 to 1) of at least `min_score`
 
-An alias asks for a set with the share of it that must pass. Replays are kept by the version's digest, so they are asked
-for once; only a promote that runs the version (`turret.workspace`) can make one.
+An alias requires a set with the share of it that must pass. Replays are stored under the version's digest, so each is
+made once. A promote of `turret.workspace` makes them, because that needs a model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
 from turret.database import golden_gates, golden_sets, replays
 from turret.errors import BadReference, Corrupt, DataError, GateFailed, NotFound, ReplayNeeded
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.store import catalog
-from turret.store.catalog import Version, now, plain
+from turret.store.blobs import digest_of
+from turret.store.catalog import Version, now, plain_object
 from turret.tasks import stored_task
 
 MOST_EXAMPLES = 10_000
-MOST_CHARACTERS = 4_000_000  # of a set: it is a row of the database
-WORD = "golden:"  # how a set is named beside other gates
+MOST_CHARACTERS = 4_000_000  # of a set, which is one row of the database
+WORD = "golden:"  # prefix of a set's name among other gates
 CHECKS = ("label", "equals", "contains", "expected")
-Kind = Literal["label", "text"]  # what must answer: a classifier, or what generates
+Kind = Literal["label", "text"]  # the answer: of a classifier, or generated
 
 
 @dataclass(frozen=True)
 class Example:
-    """One text, and what the answer to it must be."""
+    """One text and the expected answer."""
 
     text: str
     check: str  # one of CHECKS
     wanted: str | tuple[str, ...]
-    min_score: float | None = None  # of `expected`
+    min_score: float | None = None  # only with `expected`
 
-    def as_json(self) -> dict[str, Any]:
-        said: dict[str, Any] = {"text": self.text, self.check: self.wanted}
-        return plain(said if self.min_score is None else {**said, "min_score": self.min_score})  # type: ignore[no-any-return]
+    def as_json(self) -> JsonObject:
+        fields: JsonObject = {"text": self.text, self.check: self.wanted}
+        return plain_object(fields if self.min_score is None else {**fields, "min_score": self.min_score})
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Many labels at once."""
-        wanted = self.wanted.split("|") if isinstance(self.wanted, str) else self.wanted
-        return tuple(sorted({label.strip() for label in wanted} - {""}))
+        """The labels of a `label` example, sorted."""
+        labels = self.wanted.split("|") if isinstance(self.wanted, str) else self.wanted
+        return tuple(sorted({label.strip() for label in labels} - {""}))
 
     def words(self) -> str:
-        """What is expected, for one line."""
-        what = {"label": "label ", "equals": "", "contains": "a text with ", "expected": "a text like "}[self.check]
+        """The expected answer on one line, for people."""
+        prefix = {"label": "label ", "equals": "", "contains": "a text with ", "expected": "a text like "}[self.check]
         score = "" if self.min_score is None else f" (score>={self.min_score:g})"
-        return f"{what}{shortly(self.wanted)}{score}"
+        return f"{prefix}{shortly(self.wanted)}{score}"
 
 
 @dataclass(frozen=True)
 class GoldenSet:
-    """Examples of one kind, in their order."""
+    """Examples of one kind, in order; raises DataError if there are none, too many, or two kinds."""
 
     examples: tuple[Example, ...]
 
     def __post_init__(self) -> None:
         kinds = {example.check == "label" for example in self.examples}
         if not self.examples:
-            raise DataError("no golden example: expected at least one text with what its answer must be")
+            raise DataError("no golden examples: expected at least one text with its expected answer")
         if len(kinds) > 1:
-            raise DataError("golden examples of a classifier and of texts in one set: keep them in two")
+            raise DataError("labels and generated texts in one set of golden examples: keep them in two sets")
         if len(self.examples) > MOST_EXAMPLES:
-            raise DataError(
-                f"more than {MOST_EXAMPLES} golden examples: keep fewer, they are replayed by every promote"
-            )
+            raise DataError(f"more than {MOST_EXAMPLES} golden examples: use fewer, since a promote replays them all")
         if len(self.content) > MOST_CHARACTERS:
             raise DataError(
-                f"golden examples of {len(self.content)} characters: at most {MOST_CHARACTERS} are kept in a set"
+                f"golden examples of {len(self.content)} characters: a set may have at most {MOST_CHARACTERS}"
             )
 
     @property
@@ -96,81 +96,77 @@ class GoldenSet:
 
     @classmethod
     def of_content(cls, content: str) -> GoldenSet:
-        """The set whose content that is."""
+        """Parse the content of a set."""
         examples = []
         for line in content.splitlines():
-            said = json.loads(line)
-            check = next(key for key in CHECKS if key in said)
-            wanted = tuple(said[check]) if isinstance(said[check], list) else said[check]
-            examples.append(Example(said["text"], check, wanted, said.get("min_score")))
+            fields = json.loads(line)
+            check = next(key for key in CHECKS if key in fields)
+            wanted = tuple(fields[check]) if isinstance(fields[check], list) else fields[check]
+            examples.append(Example(fields["text"], check, wanted, fields.get("min_score")))
         return cls(tuple(examples))
 
 
 @dataclass(frozen=True)
 class Golden:
-    """A set that an alias asks for."""
+    """A set that an alias requires."""
 
     alias: str
-    golden: str  # its digest
+    golden: str  # the digest of the set
     kind: str
     examples: int
-    share: float  # of them must pass
+    share: float  # of the examples that must pass, in (0, 1]
 
     def __str__(self) -> str:
         return f"{name_of(self.golden)}>={self.share:g}"
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {**asdict(self), "gate": str(self)}
 
 
 @dataclass(frozen=True)
 class GoldenReplay:
-    """How a version did on a set."""
+    """The result of a set on a version."""
 
     golden: str
     passed: int
     total: int
-    first: Mapping[str, Any] | None  # the first that failed: example, text, expected, given
-    replayed: str  # when
+    first: JsonMapping | None  # the first failure: example (its number), text, expected, given
+    replayed: str  # time, ISO 8601 in UTC
 
     def __str__(self) -> str:
         return f"{name_of(self.golden)} {self.passed} of {self.total}"
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return asdict(self)
 
 
-def digest_of(content: str) -> str:
-    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
-
-
 def name_of(digest: str) -> str:
-    """`golden:3fa2c1d0e5b4`, enough to tell sets apart."""
+    """The short name of a set, such as `golden:3fa2c1d0e5b4`."""
     return f"{WORD}{digest.removeprefix('sha256:')[:12]}"
 
 
-def shortly(value: object) -> str:
-    """Someone's words, quoted and short."""
-    said = repr(list(value)) if isinstance(value, tuple | list) else repr(value)
-    return said if len(said) <= 80 else f"{said[:77]}..."
+def shortly(value: JsonValue) -> str:
+    """Quote a value from a user, in at most 80 characters."""
+    text = repr(list(value)) if isinstance(value, tuple | list) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_share(share: float | None, examples: GoldenSet | None) -> float:
-    """The share that must pass, all where none is said; raises BadReference."""
+    """The share of examples that must pass, by default all; raises BadReference."""
     if share is None:
         return 1.0
     if examples is None:
-        raise BadReference(f"share {share!r} is of golden examples, and none are given: give --golden FILE with it")
+        raise BadReference(f"share {share!r} needs golden examples: add --golden FILE")
     if not 0 < share <= 1:
         raise BadReference(f"share {share!r}: expected a fraction above 0 and at most 1, such as 0.95")
     return share
 
 
-# --- what an alias asks for ------------------------------------------------------------------------------------------
+# --- sets that aliases require ----------------------------------------------------------------------------------------
 
 
 def of(connection: Connection, name: str, alias: str | None = None) -> Sequence[Golden]:
-    """The sets that a name's alias asks for, or all its aliases."""
+    """The sets that an alias requires, or all aliases of a name."""
     query = (
         select(golden_gates, golden_sets.c.kind, golden_sets.c.examples)
         .join(golden_sets, golden_gates.c.golden == golden_sets.c.digest)
@@ -183,64 +179,66 @@ def of(connection: Connection, name: str, alias: str | None = None) -> Sequence[
     return [Golden(row.alias, row.golden, row.kind, row.examples, row.share) for row in rows]
 
 
-def keep(connection: Connection, name: str, alias: str, wanted: GoldenSet, share: float) -> None:
-    """Store the set, once, and let the alias ask for it; the same set again changes the share, and mends it."""
-    adapter_id, digest = catalog.adapter_of(connection, name), wanted.digest
-    row = {"kind": wanted.kind, "examples": len(wanted.examples), "content": wanted.content}
-    there = connection.execute(select(golden_sets).where(golden_sets.c.digest == digest)).first()
-    if there is None:
+def add(connection: Connection, name: str, alias: str, examples: GoldenSet, share: float) -> None:
+    """Store a set and let the alias require it. If the set exists, this repairs it and changes its share."""
+    adapter_id, digest = catalog.adapter_of(connection, name), examples.digest
+    row = {"kind": examples.kind, "examples": len(examples.examples), "content": examples.content}
+    stored = connection.execute(select(golden_sets).where(golden_sets.c.digest == digest)).mappings().first()
+    if stored is None:
         connection.execute(insert(golden_sets).values(**row, digest=digest, created=now()))
-    elif any(there._mapping[key] != value for key, value in row.items()):  # damaged since
+    elif any(stored[key] != value for key, value in row.items()):  # damaged
         connection.execute(update(golden_sets).where(golden_sets.c.digest == digest).values(row))
-    connection.execute(delete(golden_gates).where(_one(adapter_id, alias, digest)))
+    connection.execute(delete(golden_gates).where(_requirement(adapter_id, alias, digest)))
     key = {"adapter_id": adapter_id, "alias": alias, "golden": digest}
     connection.execute(insert(golden_gates).values(**key, share=share, created=now()))
 
 
-def drop(connection: Connection, name: str, alias: str, text: str) -> None:
-    """Let the alias no longer ask for the set; raises NotFound saying which there are."""
+def remove(connection: Connection, name: str, alias: str, text: str) -> None:
+    """Let the alias no longer require a set, named by its digest or the start of it; raises NotFound."""
     known = of(connection, name, alias)
-    said = text.strip().removeprefix(WORD).removeprefix("sha256:").partition(">")[0].strip()
-    wanted = [each for each in known if said and each.golden.removeprefix("sha256:").startswith(said)]
-    if len(wanted) != 1:
-        there = f"it has {', '.join(map(str, known))}" if known else "it has none"
-        found = "no golden examples" if not wanted else f"{len(wanted)} sets of golden examples are called"
-        raise NotFound(f"{found} {ascii(text)[:90]} on {name}@{alias}: {there}")
+    prefix = text.strip().removeprefix(WORD).removeprefix("sha256:").partition(">")[0].strip()
+    matching = [each for each in known if prefix and each.golden.removeprefix("sha256:").startswith(prefix)]
+    if len(matching) != 1:
+        existing = f"it has {', '.join(map(str, known))}" if known else "it has none"
+        found = "no golden examples" if not matching else f"{len(matching)} sets of golden examples match"
+        raise NotFound(f"{found} {ascii(text)[:90]} on {name}@{alias}: {existing}")
     adapter_id = catalog.adapter_of(connection, name)
-    connection.execute(delete(golden_gates).where(_one(adapter_id, alias, wanted[0].golden)))
+    connection.execute(delete(golden_gates).where(_requirement(adapter_id, alias, matching[0].golden)))
 
 
 def content_of(connection: Connection, digest: str) -> GoldenSet:
-    """The examples of a set, their digest checked; raises Corrupt."""
+    """The examples of a set, after a check of its digest; raises Corrupt."""
     content = connection.execute(select(golden_sets.c.content).where(golden_sets.c.digest == digest)).scalar()
     if content is None or digest_of(content) != digest:
-        said = "are missing" if content is None else "do not match their digest"
-        raise Corrupt(f"golden examples {name_of(digest)} {said}: give the same file again to `turret gate --golden`")
+        problem = "are missing" if content is None else "do not match their digest"
+        raise Corrupt(
+            f"golden examples {name_of(digest)} {problem}: give the same file again to `turret gate --golden`"
+        )
     try:
         return GoldenSet.of_content(content)
     except (ValueError, KeyError, TypeError, StopIteration, RecursionError, DataError):
         raise Corrupt(
-            f"golden examples {name_of(digest)} make no sense: take them off the alias with `turret gate --remove`"
+            f"golden examples {name_of(digest)} cannot be read: remove them from the alias with `turret gate --remove`"
         ) from None
 
 
 def problems(connection: Connection) -> Iterable[tuple[str, str]]:
-    """(name, what is wrong) of every set that is not as it was stored."""
+    """Name and problem of every set that does not match its digest."""
     for row in connection.execute(select(golden_sets.c.digest, golden_sets.c.content)):
         if digest_of(row.content) != row.digest:
             yield name_of(row.digest), "does not match its digest: give the same file again to `turret gate --golden`"
 
 
-# --- how versions did ------------------------------------------------------------------------------------------------
+# --- results of versions ----------------------------------------------------------------------------------------------
 
 
 def record(connection: Connection, version: Version, replay: GoldenReplay) -> None:
-    """Keep how the version did."""
-    connection.execute(insert(replays).values(version=version.digest, **plain(asdict(replay))))
+    """Store the result of a set on a version."""
+    connection.execute(insert(replays).values(version=version.digest, **plain_object(asdict(replay))))
 
 
 def replays_of(connection: Connection, version: Version) -> dict[str, GoldenReplay]:
-    """Digest of a set -> the newest replay of the version on it."""
+    """Digest of a set -> the newest replay of it on the version."""
     query = select(replays).where(replays.c.version == version.digest).order_by(replays.c.id)
     return {
         row.golden: GoldenReplay(row.golden, row.passed, row.total, row.first, row.replayed)
@@ -249,81 +247,79 @@ def replays_of(connection: Connection, version: Version) -> dict[str, GoldenRepl
 
 
 def check(connection: Connection, version: Version, alias: str) -> tuple[GoldenReplay, ...]:
-    """How the version did on all that the alias asks for. Raises GateFailed where that is not enough or cannot be, and
-    ReplayNeeded where it was never asked."""
-    kept, missing, failed = replays_of(connection, version), [], []
-    wanted = of(connection, version.name, alias)
-    for gate in wanted:
-        replay = kept.get(gate.golden)
+    """The replays of all sets that the alias requires, if they pass.
+
+    Raises:
+        GateFailed: too few examples passed, or the version can never pass.
+        ReplayNeeded: sets were not yet replayed on the version.
+    """
+    replays, missing, failed = replays_of(connection, version), [], []
+    required = of(connection, version.name, alias)
+    refusal = f"{version} may not become {version.name}@{alias}"
+    remedy = f"promote another version, or change the gate with `turret gate {version.name} {alias}`"
+    for gate in required:
+        replay = replays.get(gate.golden)
         if replay is None:
-            if said := misfit(version, content_of(connection, gate.golden)):
-                raise GateFailed(
-                    f"{_refused(version, alias)}: {name_of(gate.golden)} {said}: {_remedy(version, alias)}"
-                )
+            if problem := misfit(version, content_of(connection, gate.golden)):
+                raise GateFailed(f"{refusal}: {name_of(gate.golden)} {problem}: {remedy}")
             missing.append(gate.golden)
         elif not passed(replay, gate):
-            failed.append(_said(replay, gate))
+            failed.append(_failure(replay, gate))
     if failed:
-        raise GateFailed(f"{_refused(version, alias)}: {'; '.join(failed)}: {_remedy(version, alias)}")
+        raise GateFailed(f"{refusal}: {'; '.join(failed)}: {remedy}")
     if missing:
         raise ReplayNeeded(
-            f"{_refused(version, alias)}: golden examples {', '.join(map(name_of, missing))} were never put to it: "
-            "promote with `turret promote` or Workspace.promote, which asks them",
+            f"{refusal}: golden examples {', '.join(map(name_of, missing))} were never replayed on it: "
+            "promote with `turret promote` or Workspace.promote, which replays them",
             tuple(missing),
         )
-    return tuple(kept[gate.golden] for gate in wanted)
+    return tuple(replays[gate.golden] for gate in required)
 
 
 def judged(connection: Connection, version: Version, gate: Golden) -> tuple[bool | None, str]:
-    """Whether the version passed the examples when they were put to it, None where they never were; and how it did."""
+    """Whether the version passes the set (None if it was never replayed), and the result for people."""
     replay = replays_of(connection, version).get(gate.golden)
     if replay is None:
-        said = misfit(version, content_of(connection, gate.golden))
-        return (None, "never put to it") if said is None else (False, said)
-    when = replay.replayed[:16].replace("T", " ")
-    return passed(replay, gate), f"{replay.passed} of {replay.total} passed, {when} UTC"
+        problem = misfit(version, content_of(connection, gate.golden))
+        return (None, "never replayed on it") if problem is None else (False, problem)
+    return passed(replay, gate), f"{replay.passed} of {replay.total} passed, {_minute(replay)}"
 
 
 def passed(replay: GoldenReplay, gate: Golden) -> bool:
-    """Whether that is enough."""
+    """Whether enough examples passed."""
     return replay.passed >= gate.share * replay.total - 1e-9
 
 
-def misfit(version: Version, wanted: GoldenSet) -> str | None:
-    """Why no version of that kind could pass, from its manifest alone."""
+def misfit(version: Version, examples: GoldenSet) -> str | None:
+    """Why the version can never pass the set, judged by its manifest alone; None if it may pass."""
     task = version.part("task")
     labels, generates = task.get("labels") or (), stored_task(task).generates
-    if generates == (wanted.kind == "label"):
-        does = "writes texts" if generates else "classifies"
-        return f"has {'labels' if wanted.kind == 'label' else 'texts'} as answers, and {version} {does}"
-    for place, example in () if generates else enumerate(wanted.examples, start=1):
+    if generates == (examples.kind == "label"):
+        does = "generates texts" if generates else "classifies"
+        return f"expects {'labels' if examples.kind == 'label' else 'texts'}, but {version} {does}"
+    for place, example in () if generates else enumerate(examples.examples, start=1):
         many = example.labels if task.get("multi_label") else (example.wanted,)
         for label in many:
             if label not in labels:
                 known = ", ".join(map(str, labels[:8])) + (", ..." if len(labels) > 8 else "")
-                return f"expects label {shortly(label)} in example {place}, and {version} knows {known}"
+                return f"expects label {shortly(label)} in example {place}, but {version} has labels {known}"
     return None
 
 
-def _said(replay: GoldenReplay, gate: Golden) -> str:
+def _failure(replay: GoldenReplay, gate: Golden) -> str:
     first = replay.first or {}
-    asked = replay.replayed[:16].replace("T", " ")
-    where = f"example {first.get('example')} {shortly(first.get('text'))}"
     return (
         f"{replay.total - replay.passed} of {replay.total} golden examples failed "
-        f"({gate} is wanted, asked {asked} UTC), "
-        f"the first is {where}, expected {first.get('expected')}, given {shortly(first.get('given'))}"
+        f"({gate} is required, replayed {_minute(replay)}), "
+        f"first: example {first.get('example')} {shortly(first.get('text'))}, expected {first.get('expected')}, "
+        f"given {shortly(first.get('given'))}"
     )
 
 
-def _refused(version: Version, alias: str) -> str:
-    return f"{version} may not become {version.name}@{alias}"
+def _minute(replay: GoldenReplay) -> str:
+    return f"{replay.replayed[:16].replace('T', ' ')} UTC"
 
 
-def _remedy(version: Version, alias: str) -> str:
-    return f"promote another version, or change the gate with `turret gate {version.name} {alias}`"
-
-
-def _one(adapter_id: int, alias: str, digest: str) -> Any:
+def _requirement(adapter_id: int, alias: str, digest: str) -> ColumnElement[bool]:
     gate = golden_gates.c
     return (gate.adapter_id == adapter_id) & (gate.alias == alias) & (gate.golden == digest)

@@ -1,4 +1,4 @@
-"""A bundle as it is offered to the store: what its manifest names, and whether that is so. Refuses to know tensors."""
+"""A bundle that is offered to the store: read its manifest, and check its files against it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from turret.errors import BundleError
+from turret.json_types import JsonMapping, JsonObject
 from turret.store.blobs import Blob, hash_file
 from turret.store.catalog import plain_path
 
 MANIFEST = "manifest.json"
-_LIMIT = 16 << 20  # bytes; a manifest is a few thousand
+_LIMIT = 16 << 20  # bytes; a manifest has a few thousand
 
 
-def read(bundle: Path) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The manifest, and the files it names with itself; raises BundleError before anything is stored."""
+def read(bundle: Path) -> tuple[JsonObject, dict[str, Path]]:
+    """Read the manifest of a bundle.
+
+    Returns:
+        The manifest, and the files that it names by their path in the bundle, with the manifest itself.
+
+    Raises:
+        BundleError: the manifest or a file is missing, foreign or unsafe.
+    """
     path = bundle / MANIFEST
     try:
         if _plain_file(path).st_size > _LIMIT:
@@ -33,7 +40,7 @@ def read(bundle: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     named = [MANIFEST, *manifest["files"]]
     for name in named:
         if not plain_path(name):
-            raise BundleError(f"{path} names {name!r}: expected plain paths inside the bundle")
+            raise BundleError(f"{path} names {name!r}: expected relative paths inside the bundle")
         try:
             _plain_file(bundle / name)
         except OSError as error:
@@ -44,17 +51,17 @@ def read(bundle: Path) -> tuple[dict[str, Any], dict[str, Path]]:
 def _plain_file(path: Path) -> os.stat_result:
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode):
-        raise BundleError(f"{path} is not a plain file: links and devices are not stored")
+        raise BundleError(f"{path} is not a regular file: links and devices are not stored")
     return found
 
 
-def hashed(manifest: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[str, Blob]:
-    """Path in the bundle -> content; raises BundleError where it is not what the manifest says."""
+def hashed(manifest: JsonMapping, paths: Mapping[str, Path]) -> dict[str, Blob]:
+    """Path in the bundle -> digest and size; raises BundleError if a digest differs from the manifest."""
     try:
         content = {name: hash_file(path) for name, path in paths.items()}
     except OSError as error:
         raise BundleError(f"{error.filename} cannot be read: {error.strerror}") from error
-    for name, said in manifest["files"].items():
-        if said.get("sha256") != content[name].digest.removeprefix("sha256:"):
+    for name, entry in manifest["files"].items():
+        if entry.get("sha256") != content[name].digest.removeprefix("sha256:"):
             raise BundleError(f"{paths[name]} does not match the digest in {MANIFEST}: the bundle was changed")
     return content

@@ -1,16 +1,15 @@
-"""Files known by the sha256 of their bytes, in an object store through fsspec. Refuses to know names and versions.
+"""Content-addressed files in an object store, through fsspec. See `turret.store.blobs.Files` for the methods.
 
-Under the prefix, as in a folder (`turret.store.blobs`):
+Under the prefix, as in a folder:
 
 - `blobs/sha256/<first two hex digits>/<64 hex digits>-<upload>`: the bytes. An object store has no rename and needs
-  none: an object is there whole once its upload is complete, and not at all before. Small content is one PUT of bytes
-  that were hashed; larger content goes up in parts as it is hashed, and is completed only where the hash is the one in
-  the name
-- a request may arrive long after its process gave up or ended. No name is used for other content, nor again after it
-  was removed (`turret.store.uploads`), so a late request harms nothing
+  none: an object appears when its upload is complete. Small content is one PUT of bytes that were hashed first. Larger
+  content is hashed while its parts are uploaded, and the upload is completed only if the hash matches the name
+- a request may arrive long after its process ended. No name is used for other content, or again after its removal
+  (`turret.store.uploads`), so a late request does no harm
 - `catalog`: the id of the catalog that the files belong to
-- bytes are hashed again whenever they are read
-- no list of objects is remembered: what another process put or removed is seen at once
+- bytes are hashed again at each read
+- no listing is cached, so changes of other processes are visible at once
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypedDict
 
 from turret.errors import Corrupt, StoreError, TurretError
 from turret.store.blobs import OWNER, Blob, changed, hash_file, missing, place, placed, stream
@@ -32,65 +31,89 @@ from turret.store.blobs import OWNER, Blob, changed, hash_file, missing, place, 
 PART = 8 << 20
 
 
-class Objects:
-    """The content-addressed files under a prefix of an object store; nothing is asked before the first use.
+class _Info(TypedDict):
+    """What a listing has of an object."""
 
-    connect: makes the fsspec filesystem; it is made anew after a fork, which none outlives.
-    part: bytes of a part; what is smaller is one PUT.
+    size: int
+    type: str  # "file" or "directory"
+
+
+class _File(Protocol):
+    """The methods of fsspec's AbstractBufferedFile that are used here."""
+
+    closed: bool
+
+    def read(self, size: int = ..., /) -> bytes: ...
+    def write(self, data: bytes, /) -> int: ...
+    def close(self) -> None: ...
+    def commit(self) -> None: ...
+    def discard(self) -> None: ...
+
+
+class _FileSystem(Protocol):
+    """The methods of fsspec's AbstractFileSystem that are used here."""
+
+    def pipe_file(self, key: str, data: bytes) -> None: ...
+    def cat_file(self, key: str) -> bytes: ...
+    def get_file(self, key: str, target: str) -> None: ...
+    def rm_file(self, key: str) -> None: ...
+    def info(self, key: str) -> _Info: ...
+    def find(self, prefix: str, *, detail: bool) -> Mapping[str, _Info]: ...
+    def open(self, key: str, mode: str, *, block_size: int, cache_type: str = ..., autocommit: bool = ...) -> _File: ...
+
+
+class Objects:
+    """The content-addressed files under a prefix of an object store. Nothing is requested before the first use.
+
+    Args:
+        connect: makes the fsspec filesystem; called again after a fork, which no connection survives.
+        part: bytes of a part of an upload; smaller content is one PUT.
     """
 
-    def __init__(self, url: str, connect: Callable[[], Any] | None = None, *, part: int = PART) -> None:
+    def __init__(self, url: str, connect: Callable[[], _FileSystem] | None = None, *, part: int = PART) -> None:
         self._url = url
         self._part = part
         self._prefix = url.partition("://")[2]
         self._connect = connect or (lambda: _s3(url))
-        self._made: tuple[int, Any] | None = None
+        self._connected: tuple[int, _FileSystem] | None = None
         self._copies: Path | None = None
 
     def put(self, source: Path, blob: Blob) -> None:
-        """Keep a copy of the file as `blob`; raises Corrupt where the file is not what `blob` says."""
         key = self._key(blob)
         if blob.bytes < self._part:
             data = source.read_bytes()
-            _same(Blob(f"sha256:{hashlib.sha256(data).hexdigest()}", len(data)), blob, source)
-            with self._told() as system:
+            _require_same(Blob(f"sha256:{hashlib.sha256(data).hexdigest()}", len(data)), blob, source)
+            with self._system() as system:
                 system.pipe_file(key, data)
         else:
             self._put_in_parts(source, blob, key)
 
     def glance(self, blob: Blob) -> str | None:
-        """What is wrong at a quick look, which hashes nothing."""
-        return self._said(self._size(self._key(blob)), blob)
+        return self._problem(self._size(self._key(blob)), blob)
 
     def glances(self, blobs: Iterable[Blob]) -> Mapping[str, str]:
-        """Digest -> what is wrong with it, of many, at a quick look: one listing."""
-        there = {(blob.digest, blob.upload): blob.bytes for _, blob in self.walk()}
-        looked = ((blob, self._said(there.get((blob.digest, blob.upload)), blob)) for blob in blobs)
-        return {blob.digest: said for blob, said in looked if said}
+        """Digest -> a problem that is visible without hashing; needs one listing."""
+        sizes = {(blob.digest, blob.upload): blob.bytes for _, blob in self.walk()}
+        checked = ((blob, self._problem(sizes.get((blob.digest, blob.upload)), blob)) for blob in blobs)
+        return {blob.digest: problem for blob, problem in checked if problem}
 
     def check(self, blob: Blob) -> None:
-        """Hash the content again; raises Corrupt."""
         key = self._key(blob)
-        with self._told() as system:
-            try:
-                with system.open(key, "rb", block_size=self._part, cache_type="readahead") as read:
-                    found = stream(read, None)
-            except FileNotFoundError:
-                raise missing(self._shown(key), blob.digest) from None
+        with (
+            self._system(blob) as system,
+            closing(system.open(key, "rb", block_size=self._part, cache_type="readahead")) as read,
+        ):
+            found = stream(read, None)
         if found.digest != blob.digest:
             raise changed(self._shown(key), blob.digest)
 
     def copy(self, blob: Blob, target: Path) -> None:
-        """A copy of the content that was hashed before it is handed on; raises Corrupt."""
         key = self._key(blob)
         with target.open("xb"):
             pass
         try:
-            with self._told() as system:
-                try:
-                    system.get_file(key, str(target))
-                except FileNotFoundError:
-                    raise missing(self._shown(key), blob.digest) from None
+            with self._system(blob) as system:
+                system.get_file(key, str(target))
             if hash_file(target).digest != blob.digest:
                 raise changed(self._shown(key), blob.digest)
         except BaseException:
@@ -98,25 +121,24 @@ class Objects:
             raise
 
     @contextmanager
-    def held(self, blob: Blob) -> Iterator[Path]:
-        """The content, hashed, as a file that is there while the block lasts; raises Corrupt."""
+    def checked_file(self, blob: Blob) -> Iterator[Path]:
+        """A copy of the content, hashed, for the duration of the block; raises Corrupt."""
         with tempfile.TemporaryDirectory(prefix="turret-") as folder:
             self.copy(blob, Path(folder) / "content")
             yield Path(folder) / "content"
 
     def local(self, blob: Blob) -> Path:
-        """A copy, hashed, that goes when this object does; raises Corrupt."""
+        """A copy of the content, hashed, that is removed together with this object; raises Corrupt."""
         if self._copies is None:
             self._copies = Path(tempfile.mkdtemp(prefix="turret-"))
             weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
-        beside, copy = self._copies / uuid.uuid4().hex, self._copies / place(blob).rpartition("/")[2]
-        self.copy(blob, beside)
-        os.replace(beside, copy)
+        temporary, copy = self._copies / uuid.uuid4().hex, self._copies / place(blob).rpartition("/")[2]
+        self.copy(blob, temporary)
+        os.replace(temporary, copy)
         return copy
 
     def walk(self) -> Iterator[tuple[str, Blob]]:
-        """Every stored object with its name, listed or not; nothing is hashed."""
-        with self._told() as system:
+        with self._system() as system:
             found = system.find(f"{self._prefix}/blobs/sha256", detail=True)
         for key in sorted(found):
             name = key.strip("/").removeprefix(f"{self._prefix}/")
@@ -124,61 +146,52 @@ class Objects:
                 yield name, Blob(match[0], found[key]["size"], match[1])
 
     def leftovers(self) -> Iterator[tuple[str, int, float]]:
-        """None that a listing shows: parts of an upload that never ended go by a rule of the bucket."""
+        """Yield nothing: listings do not show parts of an unfinished upload, which a rule of the bucket removes."""
         yield from ()
 
     def remove(self, name: str) -> bool:
-        """Take away what `walk` named; False where it is gone already."""
         if self._size(f"{self._prefix}/{name}") is None:
             return False
-        with self._told() as system:
-            try:
-                system.rm_file(f"{self._prefix}/{name}")
-            except FileNotFoundError:
-                return False
-        return True
+        with self._system() as system, suppress(FileNotFoundError):
+            system.rm_file(f"{self._prefix}/{name}")
+            return True
+        return False
 
     def owner(self) -> str | None:
-        """The id of the catalog that these files belong to."""
-        with self._told() as system:
-            try:
-                return bytes(system.cat_file(f"{self._prefix}/{OWNER}")).decode("ascii", "replace").strip()
-            except FileNotFoundError:
-                return None
+        with self._system() as system, suppress(FileNotFoundError):
+            return system.cat_file(f"{self._prefix}/{OWNER}").decode("ascii", "replace").strip()
+        return None
 
     def claim(self, identity: str) -> None:
-        """Write down that they belong to that catalog."""
-        with self._told() as system:
+        with self._system() as system:
             system.pipe_file(f"{self._prefix}/{OWNER}", identity.encode())
 
-    # --- the inside ---------------------------------------------------------------------------------------------------
+    # --- private ------------------------------------------------------------------------------------------------------
 
     def _put_in_parts(self, source: Path, blob: Blob, key: str) -> None:
-        with self._told() as system, source.open("rb") as read:
+        with self._system() as system, source.open("rb") as read:
             upload = system.open(key, "wb", block_size=self._part, autocommit=False)
             try:
                 copied = stream(read, upload)
-                upload.close()  # every part is there, and nothing under the key
-                _same(copied, blob, source)
+                upload.close()  # uploads the last part; the object does not exist yet
+                _require_same(copied, blob, source)
                 upload.commit()
             except BaseException:
-                with suppress(Exception):  # the bucket's rule ends the upload where this cannot
-                    upload.closed = True  # a file that is left open tries to send the rest when it is forgotten
+                with suppress(Exception):  # otherwise a rule of the bucket removes the parts
+                    upload.closed = True  # an open file would send the rest when it is garbage-collected
                     upload.discard()
                 raise
 
     def _size(self, key: str) -> int | None:
-        with self._told() as system:
-            try:
-                found = system.info(key)
-            except FileNotFoundError:
-                return None
-        return int(found["size"]) if found["type"] == "file" else None
+        with self._system() as system, suppress(FileNotFoundError):
+            found = system.info(key)
+            return found["size"] if found["type"] == "file" else None
+        return None
 
     def _key(self, blob: Blob) -> str:
         return f"{self._prefix}/blobs/sha256/{place(blob)}"
 
-    def _said(self, size: int | None, blob: Blob) -> str | None:
+    def _problem(self, size: int | None, blob: Blob) -> str | None:
         where = self._shown(self._key(blob))
         if size is None:
             return f"is missing ({where})"
@@ -188,39 +201,46 @@ class Objects:
         return f"{self._url}{key.removeprefix(self._prefix)}"
 
     @contextmanager
-    def _told(self) -> Iterator[Any]:
-        """The filesystem; what it complains of becomes one line. Its libraries raise whatever they like."""
+    def _system(self, blob: Blob | None = None) -> Iterator[_FileSystem]:
+        """The filesystem. Its libraries raise many kinds of errors; all become a StoreError of one line.
+
+        Args:
+            blob: the content that is read; if it is not there, Corrupt is raised.
+        """
         try:
-            if self._made is None or self._made[0] != os.getpid():
-                self._made = (os.getpid(), self._connect())
-            yield self._made[1]
+            if self._connected is None or self._connected[0] != os.getpid():
+                self._connected = (os.getpid(), self._connect())
+            yield self._connected[1]
         except TurretError:
             raise
         except Exception as error:
-            raise StoreError(f"files {self._url}: {_plainly(error)}") from error
+            if blob is not None and isinstance(error, FileNotFoundError):
+                raise missing(self._shown(self._key(blob)), blob.digest) from None
+            raise StoreError(f"files {self._url}: {_describe_error(error)}") from error
 
 
-def _s3(url: str) -> Any:
+def _s3(url: str) -> _FileSystem:
     try:
         from turret.store.s3 import S3
     except ImportError as error:
         raise StoreError(f"files {url}: S3 needs s3fs ({error}): pip install 'turret[s3]'") from None
-    return S3()
+    system: _FileSystem = S3()
+    return system
 
 
-def _same(found: Blob, wanted: Blob, source: Path) -> None:
-    if found != wanted:
+def _require_same(found: Blob, expected: Blob, source: Path) -> None:
+    if found != expected:
         raise Corrupt(f"{source} changed while it was being stored: try again when nothing writes to it")
 
 
-def _plainly(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
         return f"{reason}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if isinstance(error, PermissionError):
-        return f"{reason}: these credentials may not do this; look at the bucket's policy"
+        return f"{reason}: these credentials lack the permission; check the policy of the bucket"
     if "NoSuchBucket" in reason or "bucket does not exist" in reason:
-        return f"{reason}: make the bucket, or correct the URL"
+        return f"{reason}: create the bucket, or correct the URL"
     if type(error).__name__ in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError"):
         return f"cannot be reached ({reason}): check the network and AWS_ENDPOINT_URL"
     if isinstance(error, TimeoutError) or type(error).__name__ in ("Silent", "ReadTimeoutError"):

@@ -1,7 +1,8 @@
-"""Which catalog a place of files belongs to: its gc takes what it does not list. Refuses to know versions.
+"""Which catalog owns a place of files.
 
-A catalog has an id, and `catalog` beside `blobs/` holds it from the first put on. A folder store needs none: its files
-are in the folder of its database.
+A gc removes what its catalog does not list, so two catalogs must not share a place. A catalog has an id, which the file
+`catalog` next to `blobs/` holds from the first put on. A folder store needs none, because its database is in the same
+folder.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ from turret.location import Location
 from turret.store.blobs import OWNER, Files
 
 
-def own(location: Location, database: Database, files: Files, *, writes: bool) -> None:
-    """Mark the files as this catalog's; raises StoreError where they are another's, whose files a gc would take."""
+def claim(location: Location, database: Database, files: Files, *, writes: bool) -> None:
+    """Record that the files belong to this catalog.
+
+    Raises:
+        StoreError: they belong to another catalog, this one lost its id, or the user may not write.
+    """
     if writes and not database.writable():
         raise StoreError(f"store {location} is read-only for this user: grant INSERT, or connect as another user")
-    mine, there = database.identity(), files.owner()
-    if mine is None:
+    identity, owner = database.identity(), files.owner()
+    if identity is None:
         raise StoreError(
-            f"store {location}: its catalog has lost its id, the comment on the table alembic_version that a dump has: "
-            f"set it to what {location.files}/{OWNER} holds"
+            f"store {location}: its catalog has lost its id, the comment on the table alembic_version in a dump: "
+            f"set it to the content of {location.files}/{OWNER}"
         )
-    if there is None:
-        files.claim(mine)
-        there = files.owner()
-    if there != mine:
+    if owner is None:
+        files.claim(identity)
+        owner = files.owner()
+    if owner != identity:
         raise StoreError(
-            f"store {location}: {location.files} holds the files of another catalog ({there}, this is {mine}): "
-            f"give each its own; if that catalog is gone, delete {location.files}/{OWNER} first"
+            f"store {location}: {location.files} has the files of another catalog ({owner}, this is {identity}): "
+            f"use another place; if that catalog is gone, delete {location.files}/{OWNER} first"
         )

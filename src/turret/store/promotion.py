@@ -1,4 +1,4 @@
-"""Promotion: how an alias moves past its gates and back, and how its gates change."""
+"""Move aliases past their gates and back, and change the gates."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from turret.store.aliases import Move
 from turret.store.blobs import Blob, Files
 from turret.store.catalog import Version
 from turret.store.gates import Gate
-from turret.store.golden import Golden
 
-Also = Callable[[Connection], None] | None  # written in the transaction that moves an alias, or not at all
+Also = Callable[[Connection], None] | None  # further writes in the transaction that moves an alias
 
 
-def promote(connection: Connection, version: Version, alias: str, wanted: Iterable[Gate], also: Also) -> Move:
-    """Move an alias to a version that passes the alias's gates, its golden examples and the gates `wanted`."""
-    gates.check(version, alias, [*gates.of(connection, version.name, alias), *wanted])
+def promote(connection: Connection, version: Version, alias: str, required: Iterable[Gate], also: Also) -> Move:
+    """Move an alias to a version that passes its gates, its golden examples and the gates `required`.
+
+    Raises:
+        GateFailed: a gate does not pass.
+        ReplayNeeded: golden examples were not yet replayed on the version.
+    """
+    gates.check(version, alias, [*gates.of(connection, version.name, alias), *required])
     replays = golden.check(connection, version, alias)
     if also is not None:
         also(connection)
@@ -30,9 +34,9 @@ def promote(connection: Connection, version: Version, alias: str, wanted: Iterab
 
 
 def rollback(database: Database, blobs: Files, name: str, alias: str) -> Move:
-    """Move an alias back to what it named before; raises Corrupt where a file of that is missing."""
-    while True:  # until no other process moved the alias while this one looked at the files
-        with database.writing() as connection:  # says first of all where nothing may be written
+    """Move an alias back to the version it named before; raises Corrupt if a file of that is damaged."""
+    while True:  # until no other process moves the alias while this one checks the files
+        with database.writing() as connection:  # fails first if the store is read-only
             version = catalog.find(connection, Reference(name, version=aliases.back_from(connection, name, alias)))
             content = catalog.content_of(connection, version)
         damage = _damage(blobs, version, content)
@@ -48,7 +52,7 @@ def rollback(database: Database, blobs: Files, name: str, alias: str) -> Move:
 def back_to(
     database: Database, blobs: Files, exact: Reference, alias: str, leaving: Sequence[str], also: Also
 ) -> Move | None:
-    """Move an alias back to a version, where it names one of `leaving` or nothing; None where it stays."""
+    """Move an alias back to a version if it names one of `leaving` or nothing; None if it stays."""
     with database.reading() as connection:
         version = catalog.find(connection, exact)
         content = catalog.content_of(connection, version)
@@ -62,23 +66,18 @@ def back_to(
         return move
 
 
-def gates_of(connection: Connection, name: str, alias: str | None) -> Sequence[Gate | Golden]:
-    """The gates and golden examples of a name's alias, or of all its aliases."""
-    return [*gates.of(connection, name, alias), *golden.of(connection, name, alias)]
-
-
 def change_gates(connection: Connection, name: str, alias: str, add: Iterable[Gate], remove: Iterable[str]) -> None:
-    """Take gates and golden examples off an alias, then add gates."""
+    """Remove gates and golden examples from an alias, then add gates."""
     for text in remove:
-        drop = golden.drop if text.strip().startswith(golden.WORD) else gates.drop
-        drop(connection, name, alias, text)
+        remove_gate = golden.remove if text.strip().startswith(golden.WORD) else gates.remove
+        remove_gate(connection, name, alias, text)
     for gate in add:
-        gates.keep(connection, name, gate)
+        gates.add(connection, name, gate)
 
 
 def _damage(blobs: Files, version: Version, content: Mapping[str, Blob]) -> str | None:
-    """A look at the files that an alias goes back to, quick as a rollback must be; loading hashes everything."""
+    """A quick check of the files, because a rollback must be quick; loading the version hashes them."""
     for path, blob in content.items():
-        if said := blobs.glance(blob):
-            return f"{version} is damaged, {path} {said}"
+        if problem := blobs.glance(blob):
+            return f"{version} is damaged, {path} {problem}"
     return None

@@ -1,19 +1,20 @@
-"""S3 through s3fs, with an end to every request: no store may wait for a server that accepts and says nothing.
+"""S3 through s3fs, with a time limit for every request, because a server may accept a connection and never answer.
 
-- a try ends when the server was silent for `TRY_SECONDS`; botocore and s3fs each make two, so a request has four
-- a request ends after `REQUEST_SECONDS` whatever happened, and a second more for each `BYTES_A_SECOND` that it sends:
-  a server that takes no bytes is not silent for botocore
+- A try ends if the server is silent for `TRY_SECONDS`. botocore and s3fs each make two tries, so a request has four.
+- A request ends after `REQUEST_SECONDS`, plus one second for each `BYTES_A_SECOND` that it sends. This is needed
+  because botocore does not call a server silent that stops reading.
 
-Imported by `turret.store.objects` when the first S3 store is used.
+`turret.store.objects` imports this module when the first S3 store is used.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
+
+from turret.json_types import JsonMapping, JsonValue
 
 CONNECT_SECONDS = 5.0
 TRY_SECONDS = 7.0
@@ -22,11 +23,11 @@ BYTES_A_SECOND = 64 << 10
 
 
 class Silent(Exception):
-    """The server took too long; not one of the errors that s3fs tries again after."""
+    """The server took too long. s3fs does not retry after this error."""
 
 
 class S3(S3FileSystem):  # type: ignore[misc]  # s3fs has no types
-    """The filesystem of one store: no list of objects is kept, and no other store shares it."""
+    """The filesystem of one store: it caches no listing and shares nothing with other stores."""
 
     cachable = False
     retries = 2
@@ -36,10 +37,11 @@ class S3(S3FileSystem):  # type: ignore[misc]  # s3fs has no types
         tries = {"total_max_attempts": 2, "mode": "standard"}
         super().__init__(use_listings_cache=False, config_kwargs={**limits, "retries": tries})
 
-    async def _call_s3(self, method: str, *more: Any, **said: Any) -> Any:
-        seconds = REQUEST_SECONDS + len(said.get("Body") or b"") / BYTES_A_SECOND
+    async def _call_s3(self, method: str, *defaults: JsonMapping, **parameters: JsonValue) -> JsonValue:
+        """Call one method of botocore's S3 client, whose parameters and answers have the shape of JSON."""
+        seconds = REQUEST_SECONDS + len(parameters.get("Body") or b"") / BYTES_A_SECOND
         try:
-            return await asyncio.wait_for(super()._call_s3(method, *more, **said), seconds)
+            return await asyncio.wait_for(super()._call_s3(method, *defaults, **parameters), seconds)
         except TimeoutError as error:
             raise Silent(f"no answer to {method} in {seconds:.0f} s") from error
 

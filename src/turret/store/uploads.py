@@ -1,36 +1,35 @@
-"""Which copy of a content the catalog lists, so that put and gc work at once and a late request harms nothing.
+"""Which copy of some content the catalog lists, so that puts and gcs can run at once and late requests do no harm.
 
-Each attempt of a put has an id, its upload, and writes its files under names that end in it: `<digest>-<upload>`. No
-other attempt has that id. The catalog says of each copy, a digest and an upload, in which state it is:
+Each attempt of a put has an id, its upload, and writes its files under names that end with it: `<digest>-<upload>`. No
+other attempt has that id. A copy is a digest and an upload. The catalog tells its state:
 
 - written: the table `uploads` has its upload. The put adds that row, and commits, before it writes the first file
 - listed: the table `files` has its digest and upload
-- dead: neither. A copy that is dead stays dead
+- dead: neither. A dead copy stays dead
 
-These are all the changes, each in a transaction of the only writer:
+These are all state changes. Each is a transaction, and writing transactions are serialized:
 
-- a put adds an upload                                           (nothing -> written)
-- a put lists what it wrote, if its upload is still there, and takes the upload away     (written -> listed, or dead)
-- a put of a content that is listed lists the same copy once more                        (listed -> listed)
-- a put that found the listed copy damaged lists its own for every version that had it   (listed -> dead)
-- a delete takes the rows of a version away                                              (listed -> dead)
-- a gc takes away uploads that were begun an hour ago, as their process was killed       (written -> dead)
+- a put adds an upload                                                          (nothing -> written)
+- a put lists the files it wrote, if its upload still exists, and removes the upload     (written -> listed, or dead)
+- a put lists a copy that a version already lists                               (listed -> listed)
+- a put that found the listed copy damaged lists its own for all versions that had it    (listed -> dead)
+- a delete removes the rows of a version                                        (listed -> dead)
+- a gc removes uploads that started an hour ago, since their process was killed  (written -> dead)
 
-Nothing leads from dead to another state: a put lists only what it finds listed in the same transaction, or what it
-wrote itself under an upload that is still there; and no put writes under an id that was taken before.
+No change leads from dead to another state: a put lists only copies that are listed in the same transaction, or copies
+that it wrote under an upload that still exists; and no put uses an id again.
 
-A gc looks first which copies the place of the files holds, and asks the catalog after that. A copy it saw was written
-by then, as its upload was added before it. So what the catalog neither lists nor has an upload of is dead, now and for
-ever, and may be removed at any later time: while a put of the same content is acknowledged, long after the gc was
-killed, or twice. The request that removes it names a copy that no version lists then. The same holds for a late write:
-it brings a dead copy back, which the next gc removes.
+A gc first reads which copies exist as files, and then asks the catalog. A copy that it saw was written by then, and its
+upload had been added before. If the catalog now has neither, the copy is dead permanently. It may be removed at any
+later time, or twice: during a put of the same content, or long after the gc was killed. No version lists the name in
+that request. The same holds for a late write: it restores a dead copy, which the next gc removes.
 
-A put whose upload a gc took away begins again with a new id, as it does when the copy that it meant to list was
-deleted meanwhile. The hour is of the catalog's clock. A clock that jumps costs a second upload and nothing else.
+A put whose upload a gc removed starts again with a new id. It does the same if the copy that it meant to list was
+deleted in the meantime. The hour is measured by the catalog's clock. If it jumps, a put uploads its files twice.
 
-No file is written, read or removed while a transaction that writes is open: a place that does not answer holds up
-nobody else. Nothing here may forget a committed row: after a catalog was brought back from a copy, `turret verify` says
-which files a gc took since.
+No file is written, read or removed during a writing transaction, so a place for files that does not answer blocks no
+other process. The catalog must not lose a committed row: after it was restored from a copy, `turret verify` lists the
+files that a gc has removed since.
 """
 
 from __future__ import annotations
@@ -48,47 +47,51 @@ from turret.database import Database, files, uploads
 from turret.errors import Corrupt, TurretError
 from turret.store.blobs import Blob, Files
 
-ABANDONED = timedelta(hours=1)  # without a file begun
+ABANDONED = timedelta(hours=1)  # since the last file was started
 
 
 class Upload:
-    """One attempt of a put: writes what is not listed yet, and says in the transaction that lists it what to list."""
+    """One attempt of a put: it writes the missing files, and decides which copies the put may list."""
 
     def __init__(self, database: Database, place: Files) -> None:
         self._database, self._place = database, place
         self._id = ""
         self._written: dict[str, Blob] = {}
-        self._damaged: dict[str, str] = {}  # digest -> the upload whose copy is not what it should be
+        self._damaged: dict[str, str] = {}  # digest -> the upload of its damaged copy
 
     def write(self, sources: Mapping[Blob, Path]) -> None:
-        """Write those contents that no version lists, or whose copy is damaged."""
+        """Write the content that no version lists, or whose listed copy is damaged."""
         with self._database.reading() as connection:
-            there = listed(connection, (blob.digest for blob in sources))
-        lacking = [blob for blob in sources if not self._whole(there.get(blob.digest))]
-        for blob in lacking:
+            existing = listed(connection, (blob.digest for blob in sources))
+        missing = [blob for blob in sources if not self._is_whole(existing.get(blob.digest))]
+        for blob in missing:
             self._renew()
             copy = replace(blob, upload=self._id)
             try:
                 self._place.put(sources[blob], copy)
             except BaseException:
-                with suppress(TurretError):  # a gc an hour from now does it too
+                with suppress(TurretError):  # otherwise a gc does it after an hour
                     self._forget()
                 raise
             self._written[blob.digest] = copy
 
-    def settle(self, connection: Connection, wanted: Iterable[Blob]) -> dict[str, Blob] | None:
-        """Digest -> the copy to list, in the transaction that lists it; None where another attempt is needed."""
+    def settle(self, connection: Connection, blobs: Iterable[Blob]) -> dict[str, Blob] | None:
+        """Choose the copies to list, in the transaction that lists them.
+
+        Returns:
+            Digest -> the copy to list; None if the put must start another attempt.
+        """
         ours = bool(self._id) and connection.execute(delete(uploads).where(uploads.c.id == self._id)).rowcount == 1
-        found = listed(connection, (blob.digest for blob in wanted))
+        found = listed(connection, (blob.digest for blob in blobs))
         for digest, copy in self._written.items():
-            there = found.get(digest)
-            if ours and (there is None or there.upload == self._damaged.get(digest)):
+            current = found.get(digest)
+            if ours and (current is None or current.upload == self._damaged.get(digest)):
                 connection.execute(update(files).where(files.c.digest == digest).values(upload=copy.upload))
                 found[digest] = copy
-        still = all(found[digest].upload != upload for digest, upload in self._damaged.items() if digest in found)
-        return found if still and all(blob.digest in found for blob in wanted) else None
+        repaired = all(found[digest].upload != upload for digest, upload in self._damaged.items() if digest in found)
+        return found if repaired and all(blob.digest in found for blob in blobs) else None
 
-    def _whole(self, copy: Blob | None) -> bool:
+    def _is_whole(self, copy: Blob | None) -> bool:
         if copy is None:
             return False
         try:
@@ -113,33 +116,38 @@ class Upload:
 
 
 def listed(connection: Connection, digests: Iterable[str]) -> dict[str, Blob]:
-    """Digest -> the copy that versions have, of those that any has."""
+    """Digest -> the copy that versions list, for those that any version lists."""
     query = select(files.c.digest, files.c.bytes, files.c.upload).where(files.c.digest.in_(list(digests))).distinct()
     return {row.digest: Blob(row.digest, row.bytes, row.upload) for row in connection.execute(query)}
 
 
 def abandoned(connection: Connection) -> list[str]:
-    """The uploads whose process was killed, or takes more than an hour for a file."""
+    """Uploads whose process was killed, or needs more than an hour for a file."""
     oldest = _text(_now(connection) - ABANDONED)
     return list(connection.execute(select(uploads.c.id).where(uploads.c.since < oldest)).scalars())
 
 
 def forget_abandoned(database: Database) -> bool:
-    """Take them away, so that what they wrote is dead; returns whether there was any."""
+    """Remove abandoned uploads, so that their copies are dead; False if there were none."""
     with database.writing() as connection:
-        those = abandoned(connection)
-        if those:
-            connection.execute(delete(uploads).where(uploads.c.id.in_(those)))
-    return bool(those)
+        ids = abandoned(connection)
+        if ids:
+            connection.execute(delete(uploads).where(uploads.c.id.in_(ids)))
+    return bool(ids)
 
 
 def dead(
-    connection: Connection, there: Iterable[tuple[str, Blob]], *, without: Iterable[str] = ()
+    connection: Connection, seen: Iterable[tuple[str, Blob]], *, without: Iterable[str] = ()
 ) -> Sequence[tuple[str, Blob]]:
-    """Which copies, seen before this transaction began, are dead; or would be, were the uploads `without` gone."""
+    """The dead copies among those that were seen before this transaction began.
+
+    Args:
+        seen: name and content of each copy.
+        without: uploads to treat as removed, for a dry run.
+    """
     living = set(connection.execute(select(uploads.c.id)).scalars()) - set(without)
     used = {(row.digest, row.upload) for row in connection.execute(select(files.c.digest, files.c.upload).distinct())}
-    return [(name, b) for name, b in there if b.upload not in living and (b.digest, b.upload) not in used]
+    return [(name, b) for name, b in seen if b.upload not in living and (b.digest, b.upload) not in used]
 
 
 def _text(moment: datetime) -> str:
@@ -147,6 +155,6 @@ def _text(moment: datetime) -> str:
 
 
 def _now(connection: Connection) -> datetime:
-    """The catalog's clock, which is one for all machines."""
-    said = connection.execute(select(func.current_timestamp())).scalar_one()
-    return said.replace(tzinfo=UTC) if said.tzinfo is None else said.astimezone(UTC)
+    """The time of the catalog's clock, which is the same for all machines."""
+    now = connection.execute(select(func.current_timestamp())).scalar_one()
+    return now.replace(tzinfo=UTC) if now.tzinfo is None else now.astimezone(UTC)

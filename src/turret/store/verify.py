@@ -1,6 +1,6 @@
-"""Looks at everything again: every byte hashed, every manifest and header opened, every alias followed.
+"""Check the whole store: hash every byte, open every manifest and tensor header, follow every alias.
 
-Changes nothing and refuses to know what tensors mean. What no version lists is counted, and is no problem.
+It changes nothing. Files that no version lists are counted, and are no problem.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import Connection
 
 from turret.database import Database
 from turret.errors import Corrupt
+from turret.json_types import JsonObject
 from turret.reference import Reference
 from turret.store import aliases, catalog, golden, uploads
 from turret.store.blobs import Blob, Files
@@ -24,7 +24,7 @@ from turret.store.incoming_bundle import MANIFEST
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is not as it was stored."""
+    """One thing that differs from what was stored."""
 
     where: str  # a version, an alias, golden examples, or the catalog: "turret.db", "catalog"
     path: str | None  # in the bundle
@@ -36,11 +36,11 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verified:
-    """What was looked at, and what was found."""
+    """The result of a verify."""
 
     versions: int
-    files: int  # of these versions; equal ones count each time
-    bytes: int  # read and hashed; equal files once
+    files: int  # of these versions; equal files count each time
+    bytes: int  # read and hashed; equal files count once
     problems: tuple[Damage, ...]
     orphans: int  # files that no version lists and no put is writing, which `gc` removes
     orphan_bytes: int
@@ -49,12 +49,12 @@ class Verified:
     def ok(self) -> bool:
         return not self.problems
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {"ok": self.ok, **asdict(self), "problems": [asdict(each) for each in self.problems]}
 
 
 def verify(database: Database, blobs: Files, reference: Reference | None = None) -> Verified:
-    """One version with the aliases that name it, or the whole store; raises NotFound for a reference without one."""
+    """Check one version with its aliases, or the whole store; raises NotFound for an unknown reference."""
     with database.reading() as connection:
         versions = [catalog.find(connection, reference)] if reference else catalog.listed(connection)
         problems = [] if reference else list(_of_database(database, connection))
@@ -64,79 +64,78 @@ def verify(database: Database, blobs: Files, reference: Reference | None = None)
                 content[str(version)] = catalog.content_of(connection, version)
             except Corrupt as error:
                 problems.append(Damage(str(version), None, str(error)))
-    seen: dict[tuple[str, bool], _Look] = {}
+    checked: dict[tuple[str, bool], _FileCheck] = {}
     for version in versions:
         if str(version) in content:
-            problems += _of_version(version, content[str(version)], blobs, seen)
-    loose = [] if reference else _orphans(database, blobs)
-    with database.reading() as connection:  # what was deleted while this read it is no problem
-        still = {str(version) for version in catalog.listed(connection)}
-    gone = {str(version) for version in versions} - still
-    addresses = {blob.digest: blob.bytes for some in content.values() for blob in some.values()}
+            problems += _of_version(version, content[str(version)], blobs, checked)
+    orphans = [] if reference else _orphans(database, blobs)
+    with database.reading() as connection:  # versions that were deleted during the check have no problems
+        gone = {str(version) for version in versions} - {str(version) for version in catalog.listed(connection)}
+    sizes = {blob.digest: blob.bytes for some in content.values() for blob in some.values()}
     return Verified(
         versions=len(versions) - len(gone),
         files=sum(len(some) for name, some in content.items() if name not in gone),
-        bytes=sum(addresses.values()),
+        bytes=sum(sizes.values()),
         problems=tuple(problem for problem in problems if problem.where not in gone),
-        orphans=len(loose),
-        orphan_bytes=sum(blob.bytes for blob in loose),
+        orphans=len(orphans),
+        orphan_bytes=sum(blob.bytes for blob in orphans),
     )
 
 
 def _of_database(database: Database, connection: Connection) -> Iterator[Damage]:
-    for said in database.damage(connection):
-        yield Damage(database.name, None, said)
+    for problem in database.damage(connection):
+        yield Damage(database.name, None, problem)
     for alias in aliases.dangling(connection):
         yield Damage(alias, None, "names a version that is not listed: move it with `turret promote`")
-    for where, said in golden.problems(connection):
-        yield Damage(where, None, said)
+    for where, problem in golden.problems(connection):
+        yield Damage(where, None, problem)
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What one content has wrong: its bytes; as tensors, its header. Of a manifest, the text too."""
+class _FileCheck:
+    """The problems of one content: its bytes, and its header if it is a tensor file."""
 
     broken: str | None = None
     header: str | None = None
-    text: bytes = b""
+    text: bytes = b""  # of a manifest
 
 
 def _of_version(
-    version: Version, content: Mapping[str, Blob], blobs: Files, seen: dict[tuple[str, bool], _Look]
+    version: Version, content: Mapping[str, Blob], blobs: Files, checked: dict[tuple[str, bool], _FileCheck]
 ) -> Iterator[Damage]:
-    looks: dict[str, _Look] = {}
+    checks: dict[str, _FileCheck] = {}
     for path, blob in content.items():
         key = blob.digest, path.endswith(".safetensors")
-        if key not in seen or path == MANIFEST:
-            looks[path] = _look(path, blob, blobs)
-            seen[key] = replace(looks[path], text=b"")
+        if key not in checked or path == MANIFEST:
+            checks[path] = _check(path, blob, blobs)
+            checked[key] = replace(checks[path], text=b"")
         else:
-            looks[path] = seen[key]
-    for path, look in looks.items():
-        if look.broken is not None:
-            yield Damage(str(version), path, look.broken)
+            checks[path] = checked[key]
+    for path, check in checks.items():
+        if check.broken is not None:
+            yield Damage(str(version), path, check.broken)
     if MANIFEST not in content:
         yield Damage(str(version), MANIFEST, "is not listed: delete the version, and store it again")
-    elif looks[MANIFEST].broken is None:
-        for said in _of_manifest(version, content, looks[MANIFEST].text):
-            yield Damage(str(version), MANIFEST, said)
-    for path, look in looks.items():
-        if look.broken is None and look.header is not None:
-            yield Damage(str(version), path, look.header)
+    elif checks[MANIFEST].broken is None:
+        for problem in _of_manifest(version, content, checks[MANIFEST].text):
+            yield Damage(str(version), MANIFEST, problem)
+    for path, check in checks.items():
+        if check.broken is None and check.header is not None:
+            yield Damage(str(version), path, check.header)
 
 
-def _look(path: str, blob: Blob, blobs: Files) -> _Look:
+def _check(path: str, blob: Blob, blobs: Files) -> _FileCheck:
     try:
-        with blobs.held(blob) as file:
+        with blobs.checked_file(blob) as file:
             found = file.stat().st_size
             if found != blob.bytes:
-                return _Look(f"has {found} bytes, and {blob.bytes} are listed")
+                return _FileCheck(f"has {found} bytes, but {blob.bytes} are listed")
             header = _of_header(file) if path.endswith(".safetensors") else None
-            return _Look(None, header, file.read_bytes() if path == MANIFEST else b"")
+            return _FileCheck(None, header, file.read_bytes() if path == MANIFEST else b"")
     except Corrupt as error:
-        return _Look(str(error))
+        return _FileCheck(str(error))
     except OSError as error:
-        return _Look(f"cannot be read: {error.strerror}: {error.filename}")
+        return _FileCheck(f"cannot be read: {error.strerror}: {error.filename}")
 
 
 def _of_manifest(version: Version, content: Mapping[str, Blob], text: bytes) -> Iterator[str]:
@@ -149,26 +148,26 @@ def _of_manifest(version: Version, content: Mapping[str, Blob], text: bytes) -> 
         yield "is not the manifest of a bundle"
         return
     if manifest.get("digest") != version.digest:
-        yield f"has digest {str(manifest.get('digest'))[:19]}..., and {version.digest[:19]}... is listed"
+        yield f"has digest {str(manifest.get('digest'))[:19]}..., but {version.digest[:19]}... is listed"
     elif catalog.plain(manifest) != version.manifest:
-        yield "differs from the manifest that is listed"
-    said = {name: f"sha256:{entry.get('sha256')}" for name, entry in manifest["files"].items()}
-    if said != {name: blob.digest for name, blob in content.items() if name != MANIFEST}:
-        yield "names other files than those that are listed"
+        yield "differs from the listed manifest"
+    named = {name: f"sha256:{entry.get('sha256')}" for name, entry in manifest["files"].items()}
+    if named != {name: blob.digest for name, blob in content.items() if name != MANIFEST}:
+        yield "names other files than the listed ones"
 
 
 def _of_header(path: Path) -> str | None:
-    from safetensors import SafetensorError, safe_open  # numpy and torch stay unloaded: no tensor is read
+    from safetensors import SafetensorError, safe_open  # loads no numpy or torch, since no tensor is read
 
     try:
         with safe_open(path, framework="np") as file:
-            return None if list(file.keys()) else "holds no tensor"
+            return None if list(file.keys()) else "has no tensors"
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        return f"is no readable safetensors file ({error})"
+        return f"is not a readable safetensors file ({error})"
 
 
 def _orphans(database: Database, blobs: Files) -> Sequence[Blob]:
-    there = list(blobs.walk())
-    with database.reading() as connection:  # after the walk: what a put has listed meanwhile is none
-        dead = uploads.dead(connection, there, without=uploads.abandoned(connection))
+    existing = list(blobs.walk())
+    with database.reading() as connection:  # after the walk: a put may have listed its files in the meantime
+        dead = uploads.dead(connection, existing, without=uploads.abandoned(connection))
     return [blob for _, blob in dead]

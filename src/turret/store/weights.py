@@ -1,11 +1,11 @@
-"""How far the weights of two bundles are apart. Reads safetensors with numpy alone; refuses to know models and torch.
+"""The distance between the weights of two bundles, with numpy alone.
 
-Of a group of tensors, in float64:
+For a group of tensors, in float64:
 
     distance = sqrt(sum |W_b - W_a|_F^2) / sqrt(sum |W_a|_F^2)
 
-over its effective weights W: of LoRA the product `scaling * B A`, whatever the ranks, of all else the tensor itself.
-Tensors that only one bundle has, or that differ in shape, are named and not compared.
+over its effective weights W: for LoRA the product `scaling * B A`, for any ranks; otherwise the tensor itself. Tensors
+that only one bundle has, or whose shapes differ, are named and not compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,22 +23,26 @@ from turret.errors import Corrupt
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
 _DTYPES |= {"I8": "|i1", "U8": "|u1", "BOOL": "|b1"}
-_CHUNK = 1 << 20  # numbers held as float64 at once
-Array = NDArray[Any]
+_CHUNK = 1 << 20  # numbers that are converted to float64 at once
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How far a group of tensors moved from the first version to the second."""
+    """The distance of a group of tensors in the second version from the first."""
 
-    group: str  # a module's name, `*` for the number of a layer
+    group: str  # a module name, with `*` for the number of a layer
     tensors: int
-    norm: float  # of the first version's
-    distance: float | None  # relative to that norm; None where it is 0 and the second's is not
+    norm: float  # in the first version
+    distance: float | None  # relative to `norm`; None if only `norm` is 0
 
 
 def apart(a: Mapping[str, Path], b: Mapping[str, Path]) -> tuple[tuple[Weights, ...], Weights | None, tuple[str, ...]]:
-    """The groups, all that was compared together, and the names of what was not; a bundle is its files by path."""
+    """Compare the tensors of two bundles, given as files by path.
+
+    Returns:
+        The groups, all compared tensors together (None if there are none), and the names of tensors not compared.
+    """
     left, right = _effective(a), _effective(b)
     sums: dict[str, list[tuple[float, float]]] = {}
     rest = sorted(set(left) ^ set(right))
@@ -48,12 +51,12 @@ def apart(a: Mapping[str, Path], b: Mapping[str, Path]) -> tuple[tuple[Weights, 
             rest.append(name)
         else:
             sums.setdefault(_group(name), []).append(_distance(left[name], right[name]))
-    groups = tuple(_moved(group, some) for group, some in sums.items())
+    groups = tuple(_weights(group, some) for group, some in sums.items())
     every = [each for some in sums.values() for each in some]
-    return groups, _moved("all", every) if every else None, tuple(rest)
+    return groups, _weights("all", every) if every else None, tuple(rest)
 
 
-def _moved(group: str, sums: list[tuple[float, float]]) -> Weights:
+def _weights(group: str, sums: list[tuple[float, float]]) -> Weights:
     moved, norm = (math.sqrt(math.fsum(each[place] for each in sums)) for place in (0, 1))
     return Weights(group, len(sums), norm, moved / norm if norm else None if moved else 0.0)
 
@@ -64,24 +67,24 @@ def _group(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Plain:
-    """A tensor as it is stored."""
+    """A stored tensor."""
 
-    values: Array
+    values: NDArray[np.generic]
     bfloat16: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
 
-    def chunks(self) -> Iterator[Array]:
+    def chunks(self) -> Iterator[Floats]:
         flat = self.values.reshape(-1)
         for start in range(0, flat.size, _CHUNK):
             yield self._numbers(flat[start : start + _CHUNK])
 
-    def whole(self) -> Array:
+    def whole(self) -> Floats:
         return self._numbers(self.values)
 
-    def _numbers(self, values: Array) -> Array:
+    def _numbers(self, values: NDArray[np.generic]) -> Floats:
         if self.bfloat16:
             values = (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float64)
@@ -89,10 +92,10 @@ class _Plain:
 
 @dataclass(frozen=True)
 class _Product:
-    """`B A`, with the scaling in B: A (R, D_in), B (D_out, R). It is never multiplied out."""
+    """`B A` with the scaling folded into B: A (R, D_in), B (D_out, R). It is never multiplied out."""
 
-    A: Array
-    B: Array
+    A: Floats
+    B: Floats
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,7 +103,7 @@ class _Product:
 
 
 def _effective(files: Mapping[str, Path]) -> dict[str, _Plain | _Product]:
-    """Name -> weight, with LoRA's factors under the name of their layer."""
+    """Name -> effective weight; the factors of LoRA are under the name of their layer."""
     found: dict[str, _Plain | _Product] = {}
     for path, file in files.items():
         if path.endswith(".safetensors"):
@@ -119,14 +122,16 @@ def _effective(files: Mapping[str, Path]) -> dict[str, _Plain | _Product]:
 
 
 def _read(path: Path) -> dict[str, _Plain | _Product]:
-    """Every tensor of a safetensors file, mapped and not read yet."""
+    """All tensors of a safetensors file, memory-mapped."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np"):
-            pass  # the header is in order: offsets, sizes and dtypes agree
+            pass  # checks that offsets, sizes and dtypes of the header agree
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise Corrupt(f"stored file {path} is no readable safetensors file ({error}): train or import again") from None
+        raise Corrupt(
+            f"stored file {path} is not a readable safetensors file ({error}): train or import again"
+        ) from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -142,7 +147,7 @@ def _read(path: Path) -> dict[str, _Plain | _Product]:
 
 
 def _distance(a: _Plain | _Product, b: _Plain | _Product) -> tuple[float, float]:
-    """(|W_b - W_a|_F^2, |W_a|_F^2)"""
+    """|W_b - W_a|_F^2 and |W_a|_F^2."""
     if isinstance(a, _Plain) and isinstance(b, _Plain):
         moved = norm = 0.0
         for one, other in zip(a.chunks(), b.chunks(), strict=True):
@@ -157,6 +162,6 @@ def _distance(a: _Plain | _Product, b: _Plain | _Product) -> tuple[float, float]
     return _squared(np.hstack((b.B, -a.B)), np.vstack((b.A, a.A))), norm
 
 
-def _squared(B: Array, A: Array) -> float:
-    """|B A|_F^2 = |R A|_F^2 for B = Q R: never (D_out, D_in), and no cancellation between squares."""
+def _squared(B: Floats, A: Floats) -> float:
+    """|B A|_F^2 = |R A|_F^2 for B = Q R: needs no (D_out, D_in), and squares do not cancel."""
     return float(np.square(np.linalg.qr(B, mode="r") @ A).sum())

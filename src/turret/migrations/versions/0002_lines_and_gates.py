@@ -1,4 +1,4 @@
-"""The history of an alias becomes a line to walk back along; gates say what a version must reach to take an alias."""
+"""Columns of the alias history for rollbacks, and the table of gates."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Golden examples that an alias asks for and how versions did on them; who stored a version and who moved an alias."""
+"""Golden examples and their replays, and the user of a stored version and of a moved alias."""
 
 import sqlalchemy as sa
 from alembic import op

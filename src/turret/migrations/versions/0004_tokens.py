@@ -1,4 +1,4 @@
-"""Tokens: who may ask a server, and how much."""
+"""Access tokens of servers, with their quotas."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Experiments: splits, history, assignments, outcomes, and how arms answer."""
+"""Experiments: splits, history, assignments, outcomes, and the health of arms."""
 
 import sqlalchemy as sa
 from alembic import op

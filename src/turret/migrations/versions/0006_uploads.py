@@ -1,4 +1,4 @@
-"""Uploads: which copy of a content versions have, and which puts are writing one."""
+"""Uploads: the copy of each content that versions list, and the puts that are writing files."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ down_revision = "0005"
 def upgrade() -> None:
     with op.batch_alter_table("files") as files:
         files.add_column(sa.Column("upload", sa.String(32), nullable=False, server_default=""))
-    # A process of the format before must not list files any more: it knows no upload, and fails at the missing value.
+    # Without a default, a process of format 0005 fails when it lists files, since it does not set `upload`.
     with op.batch_alter_table("files") as files:
         files.alter_column("upload", existing_type=sa.String(32), existing_nullable=False, server_default=None)
     op.create_table(
