@@ -129,7 +129,7 @@ def without_paths(text: str) -> str:
 
 
 async def send_error(
-    error: TurretError, scope: Scope, receive: Receive, send: Send, *, close: bool = False, linger: float = 0.0
+    error: Exception, scope: Scope, receive: Receive, send: Send, *, close: bool = False, linger: float = 0.0
 ) -> None:
     """Send the response to an error.
 

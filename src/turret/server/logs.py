@@ -16,7 +16,7 @@ from typing import TextIO
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.json_types import JsonValue
-from turret.server.error_responses import error_response
+from turret.server.error_responses import send_error
 
 
 class Log:
@@ -91,7 +91,7 @@ class LogMiddleware:
         except Exception as error:
             self.log.bug(error, request=request_id)
             if not status:
-                await _send_bug(error, send_with_id)
+                await send_error(error, scope, receive, send_with_id)
         finally:
             self._write(scope, status or 499, self.clock() - started)
 
@@ -112,10 +112,3 @@ class LogMiddleware:
             token=getattr(request_state.get("caller"), "name", None),
             **request_state.get("log_fields", {}),
         )
-
-
-async def _send_bug(error: Exception, send: Send) -> None:
-    response = error_response(error)
-    raw = [(name.encode(), value.encode()) for name, value in response.headers.items()]
-    await send({"type": "http.response.start", "status": response.status, "headers": raw})
-    await send({"type": "http.response.body", "body": response.encoded(), "more_body": False})
