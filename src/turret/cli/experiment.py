@@ -78,23 +78,20 @@ def start(
     from turret.workspace import Workspace
 
     guards = Guards(None if keep_worse else worse_by, max_errors, max_seconds, promote)
-    started = (
-        Workspace(store)
-        .experiment(name)
-        .start(
-            candidate or (),
-            control=control,
-            shadows=shadow or (),
-            share=None if share is None else read_split(share),
-            steps=None if ramp_ is None else [read_share(step) for step in ramp_.split(",")],
-            metric=metric,
-            goal=goal,
-            unit=unit,
-            alpha=alpha,
-            outcome_ttl=read_duration(outcome_ttl),
-            guards=guards,
-            alias=alias,
-        )
+    experiment = Workspace(store).experiment(name)
+    started = experiment.start(
+        candidate or (),
+        control=control,
+        shadows=shadow or (),
+        share=None if share is None else read_split(share),
+        steps=None if ramp_ is None else [read_share(step) for step in ramp_.split(",")],
+        metric=metric,
+        goal=goal,
+        unit=unit,
+        alpha=alpha,
+        outcome_ttl=read_duration(outcome_ttl),
+        guards=guards,
+        alias=alias,
     )
     report(started, as_json, _print)
 
