@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from turret import adapters, bases, bundles
+from turret import adapters
 from turret import train as trainer
 from turret.data import Example
 from turret.data.dataset import read_inputs, read_test
@@ -24,6 +22,7 @@ from turret.train.batches import by_length
 from turret.transformer import Model
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Evaluation
+from turret.workspace.stored_adapter import load_base, read_adapter
 
 MOST_TOKENS = 4096  # per pass
 
@@ -44,14 +43,11 @@ def mounted(store: Store, reference: str, say: Say = silent) -> Mounted:
         AdapterError: the version does not store its task.
         WrongBase: the weights of the loaded base are not those that the adapter was trained on.
     """
-    with tempfile.TemporaryDirectory(prefix="turret-") as folder:
-        version = store.materialize(reference, Path(folder) / "bundle")
-        adapter = bundles.read_bundle(Path(folder) / "bundle")
+    version, adapter = read_adapter(store, reference)
     if not adapter.task:
         raise AdapterError(f"{version} does not store its task, so it cannot answer: train it again")
     say(f"loading {adapter.base.id}")
-    task, labels = stored_task(adapter.task), adapter.task.get("labels") or ()
-    base = bases.load(adapter.base.id, task=task.request, num_labels=task.num_labels(labels))
+    base = load_base(adapter)
     adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
     return Mounted(version, base.model, task_from_spec(adapter.task, base.tokenizer))
 

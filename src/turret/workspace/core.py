@@ -107,9 +107,7 @@ class Workspace:
             golden: a table (CSV, JSONL) of golden examples: texts with what the answer to each must be.
             share: the fraction of the golden examples that must pass; default: all.
         """
-        examples = None
-        if golden is not None:
-            examples = read_examples(golden)
+        examples = None if golden is None else read_examples(golden)
         return self.store.gate(name, alias, add=add, remove=remove, examples=examples, share=share)
 
     def standing(self, name: str, alias: str | None = None) -> Sequence[GateStatus]:

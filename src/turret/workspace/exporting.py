@@ -43,6 +43,7 @@ from turret.workspace.card import card
 from turret.workspace.importing import probe_items
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Exported
+from turret.workspace.stored_adapter import load_base
 
 Form = Literal["peft", "merged", "vllm"]
 CARD = "README.md"
@@ -119,10 +120,8 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) ->
     merge.require_mergeable(adapter)
     if not adapter.task:
         raise AdapterError(f"{version} does not store its task, so it cannot be merged: import it with --task")
-    task, labels = stored_task(adapter.task), adapter.task.get("labels") or ()
     say(f"loading {adapter.base.id}")
-    dtype = _dtype_of(adapter.base.id)
-    base = bases.load(adapter.base.id, task=task.request, num_labels=task.num_labels(labels), dtype=dtype)
+    base = load_base(adapter, _dtype_of(adapter.base.id))
     say("merging")
     rows = _probe_rows(adapter, base)
     adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
@@ -130,7 +129,7 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) ->
     adapters.detach(base.model)
     state = merge.merged_state(base.model, adapter)
     with quiet():
-        _set_config(base.model, task.head_config(adapter.task))
+        _set_config(base.model, stored_task(adapter.task).head_config(adapter.task))
         base.model.save_pretrained(folder, state_dict=state)
         with _tokenizer_errors(folder):
             base.tokenizer.save_pretrained(folder)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 
-from turret import adapters, bases, bundles
+from turret import adapters, bases
 from turret.bases.base import Dtype
 from turret.engine import Engine, Limits, Named
 from turret.errors import NotFound
@@ -17,6 +15,7 @@ from turret.families import FAMILIES
 from turret.reference import Reference
 from turret.store import Store
 from turret.workspace.progress import Say, silent
+from turret.workspace.stored_adapter import read_adapter
 
 REMEMBERED = 4096  # versions
 FRESH = 1.0  # seconds for which a resolved `name@3` is used without asking the store again
@@ -49,14 +48,11 @@ class StoreSource:
 
     def load(self, named: Named) -> adapters.Adapter:
         """Read a version and check its files. Raises Corrupt if they are damaged, NotFound if it was deleted."""
-        with tempfile.TemporaryDirectory(prefix="turret-") as folder:
-            bundle = Path(folder) / "bundle"
-            try:
-                self._store.materialize(Reference(named.name, version=named.number), bundle)
-            except NotFound:
-                self._forget(str(named))
-                raise
-            return bundles.read_bundle(bundle)
+        try:
+            return read_adapter(self._store, Reference(named.name, version=named.number))[1]
+        except NotFound:
+            self._forget(str(named))
+            raise
 
     def _remember(self, reference: str, until: float, named: Named) -> None:
         with self._lock:

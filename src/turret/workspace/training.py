@@ -32,6 +32,7 @@ from turret.tasks import Task, make_task, schemas, task_of
 from turret.train import memory, processes
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Planned, RunResult
+from turret.workspace.stored_adapter import read_adapter
 
 NOT_RESUMABLE = (LossNotFinite, ProofFailed)
 PROOF_START = 6.0  # seconds in which a fresh process imports torch and transformers
@@ -96,9 +97,8 @@ def _start(store: Store, recipe: Recipe, callbacks: Callbacks) -> trainer.Initia
     if recipe.train.init_from is None:
         return None
     callbacks.stage(f"reading {recipe.train.init_from}")
-    with tempfile.TemporaryDirectory(prefix="turret-") as folder:
-        version = store.materialize(recipe.train.init_from, Path(folder) / "bundle")
-        return trainer.InitialAdapter(str(version), version.digest, bundles.read_bundle(Path(folder) / "bundle"))
+    version, adapter = read_adapter(store, recipe.train.init_from)
+    return trainer.InitialAdapter(str(version), version.digest, adapter)
 
 
 def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: trainer.InitialAdapter | None) -> Recipe:
@@ -110,8 +110,7 @@ def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: trainer.Initial
             "train": recipe.train.model_copy(update={"init_from": None if start is None else start.version}),
         }
     )
-    filled: Recipe = trainer.filled(guessed, base, dataset.kind, len(trainer.splits_of(recipe, dataset).train))
-    return filled
+    return trainer.filled(guessed, base, dataset.kind, len(trainer.splits_of(recipe, dataset).train))
 
 
 def plan(store: Store, recipe: Recipe, callbacks: Callbacks) -> Planned:

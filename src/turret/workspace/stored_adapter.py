@@ -1,0 +1,27 @@
+"""Read an adapter from a store, and load the base that it was trained on."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from turret import bases, bundles
+from turret.adapters import Adapter
+from turret.bases import Base
+from turret.bases.base import Dtype
+from turret.reference import Reference
+from turret.store import Store, Version
+from turret.tasks import stored_task
+
+
+def read_adapter(store: Store, reference: str | Reference) -> tuple[Version, Adapter]:
+    """Read a version. Raises NotFound if it does not exist, Corrupt if its files are damaged."""
+    with tempfile.TemporaryDirectory(prefix="turret-") as folder:
+        bundle = Path(folder) / "bundle"
+        return store.materialize(reference, bundle), bundles.read_bundle(bundle)
+
+
+def load_base(adapter: Adapter, dtype: Dtype = "auto") -> Base:
+    """Load the base of an adapter that stores its task. The caller checks the base's fingerprint."""
+    task, labels = stored_task(adapter.task), adapter.task.get("labels") or ()
+    return bases.load(adapter.base.id, task=task.request, num_labels=task.num_labels(labels), dtype=dtype)
