@@ -11,7 +11,7 @@ from turret.compare.candidates import candidates
 from turret.compare.comparison import Comparison, comparison
 from turret.compare.design import Cell, design
 from turret.compare.power import Spread, power
-from turret.compare.results import Result
+from turret.compare.results import CellResult
 from turret.data import Dataset, Labelled, Pair
 from turret.recipe import Recipe
 
@@ -48,7 +48,7 @@ def losses(accuracy: float, number: int, steps: int = 40, falling: bool = False)
     return (0.69 - 0.5 * fallen + noise).tolist()
 
 
-def result(cell: Cell, data: Dataset, accuracy: float, number: int, falling: bool = False) -> Result:
+def result(cell: Cell, data: Dataset, accuracy: float, number: int, falling: bool = False) -> CellResult:
     kind = cell.candidate.kind
     rng = np.random.default_rng([7, number])
     hard = np.random.default_rng(1).random(len(data.test))
@@ -84,7 +84,7 @@ def result(cell: Cell, data: Dataset, accuracy: float, number: int, falling: boo
         "wall_seconds": 40.0, "notes": [], "version": None,
         "guess": None if data.kind == "classify" else 0.05,
     }  # fmt: skip
-    return Result.of(cell, said | ({} if kind == "base" else trained))
+    return CellResult.of(cell, said | ({} if kind == "base" else trained))
 
 
 def made(

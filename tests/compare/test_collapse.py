@@ -13,7 +13,7 @@ from turret.compare.comparison import SeededResults, generator, judged, paired
 from turret.compare.design import Cell
 from turret.compare.evidence import interval, rate
 from turret.compare.report import as_html, as_markdown, headline
-from turret.compare.results import Result
+from turret.compare.results import CellResult
 from turret.compare.verdict import Verdict
 from turret.data import Labelled
 from turret.recipe import Recipe
@@ -22,7 +22,7 @@ RECIPE = Recipe(name="tiny", base="small", data="tiny.csv")
 ROWS = {each.spec: each for each in candidates("full,lora", RECIPE, "classify")}
 
 
-def trained(spec: str, seed: int, examples: list[Labelled], right: np.ndarray) -> Result:
+def trained(spec: str, seed: int, examples: list[Labelled], right: np.ndarray) -> CellResult:
     """A training with two classes whose answers are right where `right` is true."""
     answers = [e.label if r else "no" if e.label == "yes" else "yes" for e, r in zip(examples, right, strict=True)]
     said: dict[str, Any] = {
@@ -30,12 +30,12 @@ def trained(spec: str, seed: int, examples: list[Labelled], right: np.ndarray) -
         "answers": answers, "scores": right.astype(float), "parameters": {}, "bundle_bytes": 1, "latency": {},
         "forgetting": None, "wall_seconds": 1.0, "notes": [],
     }  # fmt: skip
-    return Result.of(Cell(ROWS[spec], seed, 1.0, RECIPE), said)
+    return CellResult.of(Cell(ROWS[spec], seed, 1.0, RECIPE), said)
 
 
 def trials(
     rng: np.random.Generator, seeds: int, count: int, collapses: float, majority: float = 0.5
-) -> tuple[list[Labelled], list[Result]]:
+) -> tuple[list[Labelled], list[CellResult]]:
     """Trainings of two equally good methods, of which each of lora collapses with probability `collapses`."""
     examples = [Labelled(str(place), "yes" if place < majority * count else "no") for place in range(count)]
     hard, results = rng.random(count), []
@@ -49,11 +49,11 @@ def trials(
     return examples, results
 
 
-def sides(examples: list[Labelled], results: list[Result]) -> tuple[SeededResults, SeededResults]:
+def sides(examples: list[Labelled], results: list[CellResult]) -> tuple[SeededResults, SeededResults]:
     return SeededResults.of("lora", results, examples), SeededResults.of("full", results, examples)
 
 
-def verdict(examples: list[Labelled], results: list[Result], margin: float = 1.0) -> Verdict:
+def verdict(examples: list[Labelled], results: list[CellResult], margin: float = 1.0) -> Verdict:
     found = judged(*sides(examples, results), margin, generator(1, "x"), 0.95)
     assert found is not None
     return found

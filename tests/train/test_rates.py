@@ -7,7 +7,17 @@ import random
 
 import pytest
 
-from turret.train.rates import FEWEST_HELD, MOST_HELD, MOST_STEPS, MOST_TRIALS, Found, Score, better, search, size_of
+from turret.train.rates import (
+    FEWEST_HELD,
+    MOST_HELD,
+    MOST_STEPS,
+    MOST_TRIALS,
+    FoundRate,
+    Score,
+    better,
+    search,
+    size_of,
+)
 
 
 def at(mean: float | None, count: int = 50) -> Score | None:
@@ -82,14 +92,14 @@ def test_a_trial_is_a_fifth_of_the_run_within_bounds_and_too_little_gives_a_reas
 
 def test_what_was_found_reads_in_a_line_and_keeps_the_whole_table() -> None:
     size = size_of(400, 200)
-    found = Found(0.003, 0.001, size, {0.001: 0.47, 0.003: 0.41, 0.01: 0.4, 0.03: None})
+    found = FoundRate(0.003, 0.001, size, {0.001: 0.47, 0.003: 0.41, 0.01: 0.4, 0.03: None})
     assert (
         str(found) == "0.003, found by trying 4 rates for 40 steps each (held-out loss 0.41, 0.47 at the default 0.001)"
     )
     assert found.note().endswith(": 0.001: 0.47, 0.003: 0.41, 0.01: 0.4, 0.03: diverged")
     assert found.to_json()["tried"][3] == {"lr": 0.03, "loss": None}
-    kept = Found(0.001, 0.001, size, {0.001: None, 0.003: None})
+    kept = FoundRate(0.001, 0.001, size, {0.001: None, 0.003: None})
     assert "this method's own" in str(kept)
-    none = Found(0.001, 0.001, size_of(10, 200), {})
+    none = FoundRate(0.001, 0.001, size_of(10, 200), {})
     assert "too few" in str(none)
     assert "too few" in none.note()

@@ -18,7 +18,7 @@ from turret.recipe import Recipe
 from turret.train import find_rate, plan
 from turret.train.batches import Items
 from turret.train.evaluation import evaluate, example_losses
-from turret.train.rates import Found
+from turret.train.rates import FoundRate
 from turret.train.run import checksum
 from turret.train.trials import trials
 from turret.workspace import Workspace
@@ -26,7 +26,7 @@ from turret.workspace import Workspace
 AUTO: dict[str, Any] = {"train__lr": "auto", "train__epochs": 4, "method__lora_dropout": 0.1}  # 60 steps of 8
 
 
-def found(kind: Any = "classify", family: str = "bert", data: Any = None, **settings: Any) -> tuple[Found, Any]:
+def found(kind: Any = "classify", family: str = "bert", data: Any = None, **settings: Any) -> tuple[FoundRate, Any]:
     on, made = tiny.base(family, "classify" if kind == "classify" else "generate"), tiny.recipe(**(AUTO | settings))
     data = data or tiny.dataset(kind, train=120)
     return find_rate(made, on, tiny.task_of(made, data, on), data), on

@@ -73,9 +73,9 @@ def follows() -> bool:
 def complain(message: str) -> None:
     """Print an error as one line on stderr. If several processes of torchrun fail, only one prints."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        from turret.train.processes import tells
+        from turret.train.processes import reports_error
 
-        if not tells():
+        if not reports_error():
             return
     sys.stderr.write(one_line(f"turret: {message}") + "\n")
     sys.stderr.flush()

@@ -10,7 +10,7 @@ from turret.compare.costs import Costs
 from turret.compare.rows import ComparisonRow
 from turret.methods import method_named
 
-Answer = Literal["yes", "no", "not shown"]
+ClaimAnswer = Literal["yes", "no", "not shown"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Claim:
     claim: str
     spec: str
     measured: str
-    answer: Answer
+    answer: ClaimAnswer
 
 
 def claims(rows: Sequence[ComparisonRow], against: str) -> tuple[Claim, ...]:
@@ -94,5 +94,5 @@ def _time(spec: str, own: Costs, full: Costs) -> Claim:
     if len(ratios) > 1:
         speed = f"{min(ratios):.2f}x to {max(ratios):.2f}x the speed, over {len(ratios)} seeds"
     faster, slower = min(ratios) > 1.05, max(ratios) <= 1.05
-    answer: Answer = "yes" if faster else "no" if slower else "not shown"
+    answer: ClaimAnswer = "yes" if faster else "no" if slower else "not shown"
     return Claim(ORDER[4], spec, f"{speed}, the whole training", answer)

@@ -15,7 +15,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from turret.compare.losses import course
-from turret.compare.results import Answer, Result
+from turret.compare.results import CellResult, Output
 from turret.data import Example
 from turret.tasks import task_of
 
@@ -48,7 +48,7 @@ class Learnt:
         return frozenset(each.seed for each in self.collapses)
 
 
-def learnt(own: Sequence[Result], examples: Sequence[Example]) -> Learnt:
+def learnt(own: Sequence[CellResult], examples: Sequence[Example]) -> Learnt:
     """Judge the trainings of one row. examples: the test examples, in the order of the answers."""
     skills = {each.seed: pair for each in own if each.version is not None and (pair := skill(each, examples))}
     if not skills:
@@ -60,7 +60,7 @@ def learnt(own: Sequence[Result], examples: Sequence[Example]) -> Learnt:
     return Learnt(nothing=all(value <= BY_CHANCE * chance for value, chance in skills.values()))
 
 
-def skill(result: Result, examples: Sequence[Example]) -> tuple[float, float] | None:
+def skill(result: CellResult, examples: Sequence[Example]) -> tuple[float, float] | None:
     """The skill of a training, and the standard error that it would have by guessing. None if it cannot be told.
 
     skill = (score - g) / (1 - g), where g is the score of answers that do not depend on the texts.
@@ -78,17 +78,17 @@ def skill(result: Result, examples: Sequence[Example]) -> tuple[float, float] | 
     return (score - guess) / (1 - guess), max(1e-6, math.sqrt(spread / count) / (1 - guess))
 
 
-def _agreement_by_chance(answers: Sequence[Answer], outputs: Sequence[Answer]) -> float:
+def _agreement_by_chance(answers: Sequence[Output], outputs: Sequence[Output]) -> float:
     """The share of right answers if they were dealt to the texts at random."""
     given, true = Counter(map(_key, answers)), Counter(map(_key, outputs))
     return sum(given[label] * count for label, count in true.items()) / max(1, len(answers) * len(outputs))
 
 
-def _key(label: Answer) -> Hashable:
+def _key(label: Output) -> Hashable:
     return label if isinstance(label, str) else tuple(sorted(label))
 
 
-def _why(result: Result) -> str:
+def _why(result: CellResult) -> str:
     """The signs of a collapse in losses and answers, in a few words."""
     signs = [f"score {100 * float(result.scores.mean()):.1f}"]
     signs += filter(None, [course(result.losses)])

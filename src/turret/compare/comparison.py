@@ -28,7 +28,7 @@ from turret.compare.evidence import Array, interval, mcnemar
 from turret.compare.losses import FEWEST, still_falling
 from turret.compare.power import Power
 from turret.compare.promotion import Promotion, promotion
-from turret.compare.results import Result, made_with
+from turret.compare.results import CellResult, made_with
 from turret.compare.rows import ComparisonRow, CurvePoint
 from turret.compare.verdict import Verdict, judge
 from turret.data import Dataset, Example
@@ -93,7 +93,7 @@ class Comparison:
 def comparison(
     design: Design,
     data: Dataset,
-    results: Sequence[Result],
+    results: Sequence[CellResult],
     *,
     failures: Mapping[str, str],
     missing: int,
@@ -173,17 +173,17 @@ def comparison(
 class SeededResults:
     """The trainings of one row by seed, and which of them learnt."""
 
-    all: Mapping[int, Result]
+    all: Mapping[int, CellResult]
     learnt: Learnt
 
     @classmethod
-    def of(cls, spec: str, results: Sequence[Result], examples: Sequence[Example]) -> SeededResults:
+    def of(cls, spec: str, results: Sequence[CellResult], examples: Sequence[Example]) -> SeededResults:
         """The row's results among all. examples: the test examples, in the order of the answers."""
         own = {each.seed: each for each in results if each.spec == spec}
         return cls(own, learnt(list(own.values()), examples))
 
     @property
-    def trained(self) -> dict[int, Result]:
+    def trained(self) -> dict[int, CellResult]:
         """The results that did not collapse."""
         return {seed: each for seed, each in self.all.items() if seed not in self.learnt.seeds}
 
@@ -193,7 +193,7 @@ def generator(seed: int, *words: str | float) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(repr(words).encode())])
 
 
-def paired(first: Mapping[int, Result], second: Mapping[int, Result]) -> Array | None:
+def paired(first: Mapping[int, CellResult], second: Mapping[int, CellResult]) -> Array | None:
     """Differences of scores (S, N) over the seeds that both have; None if there are none."""
     seeds = sorted(first.keys() & second.keys())
     return np.stack([first[seed].scores - second[seed].scores for seed in seeds]) if seeds else None
@@ -258,7 +258,7 @@ def _row(
 
 
 def _curves(
-    design: Design, results: Sequence[Result], examples: Sequence[Example], confidence: float
+    design: Design, results: Sequence[CellResult], examples: Sequence[Example], confidence: float
 ) -> list[CurvePoint]:
     points = []
     for candidate in design.candidates:
@@ -310,7 +310,9 @@ def _commonest(data: Dataset) -> float | None:
     return 100 * sum(example.output == commonest for example in data.test) / len(data.test)
 
 
-def _notes(data: Dataset, rows: Sequence[ComparisonRow], design: Design, largest: Sequence[Result]) -> tuple[str, ...]:
+def _notes(
+    data: Dataset, rows: Sequence[ComparisonRow], design: Design, largest: Sequence[CellResult]
+) -> tuple[str, ...]:
     notes = list(data.notes)
     for row in rows:
         notes += [f"{row.label} collapsed at {each}; scores and intervals leave it out" for each in row.collapses]

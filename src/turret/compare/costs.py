@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from turret.compare.results import Result
+from turret.compare.results import CellResult
 
 
 @dataclass(frozen=True)
-class Span:
+class MeanRange:
     """A mean over seeds with its smallest and largest value."""
 
     mean: float
@@ -18,7 +18,7 @@ class Span:
     most: float
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> Span | None:
+    def of(cls, values: Iterable[float]) -> MeanRange | None:
         """The span of some values; None if there are none."""
         values = list(values)
         return cls(fmean(values), min(values), max(values)) if values else None
@@ -31,15 +31,15 @@ class Costs:
     trainable: int
     total: int
     bundle_bytes: int
-    above_base: Span | None  # peak bytes of the process above the loaded base; None: nothing is trained
-    peak: Span | None  # bytes of the whole process
+    above_base: MeanRange | None  # peak bytes of the process above the loaded base; None: nothing is trained
+    peak: MeanRange | None  # bytes of the whole process
     predicted: Mapping[str, int] | None  # bytes by component, by the preflight
     measured: Mapping[str, int] | None  # bytes by component
-    train_seconds: Span | None
-    best_seconds: Span | None  # until the best evaluation during training
+    train_seconds: MeanRange | None
+    best_seconds: MeanRange | None  # until the best evaluation during training
     best_split: str | None  # of that evaluation
-    answer_seconds: Span | None  # one answer to one text
-    forgetting: Span | None  # increase of the base's loss on neutral text
+    answer_seconds: MeanRange | None  # one answer to one text
+    forgetting: MeanRange | None  # increase of the base's loss on neutral text
     seconds: tuple[float, ...]  # of training, by seed
 
     @property
@@ -48,7 +48,7 @@ class Costs:
         return self.trainable / max(1, self.total)
 
 
-def costs(own: Sequence[Result]) -> Costs:
+def costs(own: Sequence[CellResult]) -> Costs:
     """The costs of one row from all its results."""
     first, trained = own[0], [each for each in own if each.timing]
     forgot = [each.forgetting for each in own if each.forgetting]
@@ -59,15 +59,15 @@ def costs(own: Sequence[Result]) -> Costs:
         trainable=first.parameters["trainable"],
         total=first.parameters["total"],
         bundle_bytes=round(fmean(each.bundle_bytes for each in own)),
-        above_base=Span.of(each.memory["above_base_bytes"] for each in trained),
-        peak=Span.of(each.memory["peak_bytes"] for each in trained),
+        above_base=MeanRange.of(each.memory["above_base_bytes"] for each in trained),
+        peak=MeanRange.of(each.memory["peak_bytes"] for each in trained),
         predicted=_means(predicted),
         measured=_means(measured),
-        train_seconds=Span.of(each.timing["train_seconds"] for each in trained),
-        best_seconds=Span.of(each["seconds"] for each in best),
+        train_seconds=MeanRange.of(each.timing["train_seconds"] for each in trained),
+        best_seconds=MeanRange.of(each["seconds"] for each in best),
         best_split=best[0]["split"] if best else None,
-        answer_seconds=Span.of(each.latency["median_seconds"] for each in own),
-        forgetting=Span.of(each["loss"] - each["base_loss"] for each in forgot),
+        answer_seconds=MeanRange.of(each.latency["median_seconds"] for each in own),
+        forgetting=MeanRange.of(each["loss"] - each["base_loss"] for each in forgot),
         seconds=tuple(each.timing["train_seconds"] for each in trained),
     )
 

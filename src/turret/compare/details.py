@@ -11,7 +11,7 @@ import numpy as np
 
 from turret.compare.evidence import Interval, interval
 from turret.compare.report_text import shortened
-from turret.compare.results import Answer, Result
+from turret.compare.results import CellResult, Output
 from turret.data import Dataset, Example
 
 MOST_CLASSES = 30
@@ -50,7 +50,7 @@ class Disagreement:
 
 
 def per_class(
-    results: Sequence[Result], baseline: Mapping[int, Result], data: Dataset, confidence: float, seed: int
+    results: Sequence[CellResult], baseline: Mapping[int, CellResult], data: Dataset, confidence: float, seed: int
 ) -> tuple[PerClass, ...]:
     """The most common classes, for each row but the baseline and the bare base.
 
@@ -77,7 +77,7 @@ def per_class(
 
 
 def confusion(
-    results: Sequence[Result], data: Dataset, labels: Sequence[str], specs: Sequence[str]
+    results: Sequence[CellResult], data: Dataset, labels: Sequence[str], specs: Sequence[str]
 ) -> tuple[Confusion, ...]:
     """The confusions of each row; none if there are too many classes to read."""
     if len(labels) > MOST_CLASSES:
@@ -94,7 +94,7 @@ def confusion(
     return tuple(matrices)
 
 
-def disagreements(results: Sequence[Result], data: Dataset, specs: Sequence[str]) -> tuple[Disagreement, ...]:
+def disagreements(results: Sequence[CellResult], data: Dataset, specs: Sequence[str]) -> tuple[Disagreement, ...]:
     """The test examples on which the trained rows differ most."""
     rows = _trained(results, specs)
     if len(rows) < 2:
@@ -105,7 +105,7 @@ def disagreements(results: Sequence[Result], data: Dataset, specs: Sequence[str]
     return tuple(_answered(rows, data.test, place) for place in places)
 
 
-def some_examples(results: Sequence[Result], data: Dataset, specs: Sequence[str]) -> tuple[Disagreement, ...]:
+def some_examples(results: Sequence[CellResult], data: Dataset, specs: Sequence[str]) -> tuple[Disagreement, ...]:
     """A few test examples, evenly spread over all."""
     rows, count = _trained(results, specs), min(SOME_EXAMPLES, len(data.test))
     return (
@@ -113,13 +113,13 @@ def some_examples(results: Sequence[Result], data: Dataset, specs: Sequence[str]
     )
 
 
-def _trained(results: Sequence[Result], specs: Sequence[str]) -> dict[str, list[Result]]:
+def _trained(results: Sequence[CellResult], specs: Sequence[str]) -> dict[str, list[CellResult]]:
     """The results of each row that is trained."""
     rows = {spec: [each for each in results if each.spec == spec and each.version is not None] for spec in specs}
     return {spec: own for spec, own in rows.items() if own}
 
 
-def _answered(rows: Mapping[str, Sequence[Result]], examples: Sequence[Example], place: int) -> Disagreement:
+def _answered(rows: Mapping[str, Sequence[CellResult]], examples: Sequence[Example], place: int) -> Disagreement:
     answers = tuple(
         (spec, _commonest([each.answers[place] for each in own]), float(np.mean([each.scores[place] for each in own])))
         for spec, own in rows.items()
@@ -129,9 +129,9 @@ def _answered(rows: Mapping[str, Sequence[Result]], examples: Sequence[Example],
     return Disagreement(text, wanted, answers)
 
 
-def _joined(output: Answer) -> str:
+def _joined(output: Output) -> str:
     return output if isinstance(output, str) else ", ".join(output)
 
 
-def _commonest(answers: Sequence[Answer]) -> str:
+def _commonest(answers: Sequence[Output]) -> str:
     return shortened(Counter(map(_joined, answers)).most_common(1)[0][0], MOST_CHARACTERS)

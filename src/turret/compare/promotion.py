@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from turret.compare.results import Result
+from turret.compare.results import CellResult
 from turret.compare.rows import ComparisonRow
 from turret.compare.verdict import Verdict
 from turret.json_types import JsonMapping
@@ -20,7 +20,7 @@ class Promotion:
     why: str
 
 
-def promotion(rows: Sequence[ComparisonRow], against: str, results: Sequence[Result]) -> Promotion:
+def promotion(rows: Sequence[ComparisonRow], against: str, results: Sequence[CellResult]) -> Promotion:
     """The smallest method that is as good as the baseline. The validation split chooses its seed, never the test split.
 
     Args:

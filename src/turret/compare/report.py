@@ -14,7 +14,7 @@ import numpy as np
 from turret.compare import report_text
 from turret.compare.candidates import is_floor
 from turret.compare.comparison import Comparison
-from turret.compare.costs import Span
+from turret.compare.costs import MeanRange
 from turret.compare.details import PerClass
 from turret.compare.pages import environment, facts
 from turret.compare.plots import Bar, Line, LossCurve, Mark, courses, curves, forest, scatter, stacks
@@ -189,7 +189,7 @@ def _difference(row: ComparisonRow) -> Mark:
     return Mark(row.label, row.kind, d.mean, d.mean, d.low, d.high)
 
 
-def _mark(row: ComparisonRow, x: float, span: Span | None = None, factor: float = 1.0) -> Mark:
+def _mark(row: ComparisonRow, x: float, span: MeanRange | None = None, factor: float = 1.0) -> Mark:
     assert row.score is not None
     ends = (None, None) if span is None else (factor * span.least, factor * span.most)
     return Mark(row.label, row.kind, max(x, 1e-9), row.score.mean, row.score.low, row.score.high, *ends)

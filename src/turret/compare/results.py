@@ -11,11 +11,11 @@ from turret.compare.design import Cell
 from turret.compare.evidence import Array
 from turret.json_types import JsonMapping, JsonObject
 
-Answer = str | Sequence[str]  # a text, a label, or the labels of a multi-label task
+Output = str | Sequence[str]  # a text, a label, or the labels of a multi-label task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class CellResult:
     """One cell that has run."""
 
     spec: str
@@ -30,7 +30,7 @@ class Result:
     lr: float | None = None
     metrics: JsonMapping  # on the test examples
     held: JsonMapping  # split -> metrics, as they were stored with the version
-    answers: Sequence[Answer]  # for each test example
+    answers: Sequence[Output]  # for each test example
     scores: Array  # (N,): right or wrong, or ROUGE-L
     parameters: Mapping[str, int]
     timing: Mapping[str, float] = field(default_factory=dict)  # empty: nothing was trained
@@ -47,7 +47,7 @@ class Result:
     made: JsonMapping | None = None  # date, device, threads, precision, versions
 
     @classmethod
-    def of(cls, cell: Cell, written: JsonMapping) -> Result:
+    def of(cls, cell: Cell, written: JsonMapping) -> CellResult:
         """The result of a cell, from the JSON that its process wrote."""
         known = {each.name for each in fields(cls)}
         values: JsonObject = {name: value for name, value in written.items() if name in known}
@@ -56,7 +56,7 @@ class Result:
         return cls(**values | {"scores": np.asarray(written["scores"], dtype=float)})
 
 
-def made_with(results: Iterable[Result]) -> JsonObject:
+def made_with(results: Iterable[CellResult]) -> JsonObject:
     """Dates (`from`, `to`), device and versions of the trainings; a list of values if they differ."""
     records = [each.made for each in results if each.made]
     if not records:

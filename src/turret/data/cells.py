@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from turret.data.files import FIELD_LIMIT, Cell
+from turret.data.files import FIELD_LIMIT, CellValue
 from turret.errors import DataError, listed, shown
 
 MOST_CLASSES = 10_000
@@ -27,7 +27,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 Label = str | tuple[str, ...]
 
 
-class Mended:
+class Replacements:
     """Counts the texts in which characters were replaced."""
 
     def __init__(self) -> None:
@@ -38,8 +38,8 @@ class Mended:
         return [f"{count} {'text' if count == 1 else 'texts'} {what}" for what, count in self.counts.items()]
 
 
-def text_of(cell: Cell, mended: Mended) -> str | None:
-    """The text in a cell; None if it is missing. Replaced characters are counted in `mended`. Raises DataError."""
+def text_of(cell: CellValue, replaced: Replacements) -> str | None:
+    """The text in a cell; None if it is missing. Replaced characters are counted in `replaced`. Raises DataError."""
     if isinstance(cell, str):
         text = cell
     elif cell is None or (isinstance(cell, float) and math.isnan(cell)):
@@ -54,14 +54,14 @@ def text_of(cell: Cell, mended: Mended) -> str | None:
         )
     if "\0" in text:
         text = text.replace("\0", " ")
-        mended.counts["had NUL characters, which became blanks"] += 1
+        replaced.counts["had NUL characters, which became blanks"] += 1
     if not text.isascii() and _SURROGATE.search(text):
         text = _SURROGATE.sub("\ufffd", text)
-        mended.counts["had half characters, which became U+FFFD"] += 1
+        replaced.counts["had half characters, which became U+FFFD"] += 1
     return text if text.strip() else None
 
 
-def label_of(cell: Cell, names: Sequence[str], multi_label: bool) -> Label | None:
+def label_of(cell: CellValue, names: Sequence[str], multi_label: bool) -> Label | None:
     """The label or labels in a cell; None if they are missing. Raises DataError.
 
     Args:
@@ -78,7 +78,7 @@ def label_of(cell: Cell, names: Sequence[str], multi_label: bool) -> Label | Non
     return tuple(sorted(set(labels)))
 
 
-def _several(text: str) -> Cell:
+def _several(text: str) -> CellValue:
     if not text.strip():
         return None
     if text.lstrip().startswith("["):
@@ -89,7 +89,7 @@ def _several(text: str) -> Cell:
     return [part.strip() for part in text.split("|")]
 
 
-def _one_label(cell: Cell, names: Sequence[str]) -> str | None:
+def _one_label(cell: CellValue, names: Sequence[str]) -> str | None:
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return None
     if isinstance(cell, bool):

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from turret.data.cells import Label, Mended
+from turret.data.cells import Label, Replacements
 from turret.data.examples import Example
-from turret.data.files import Cell
+from turret.data.files import CellValue
 from turret.data.settings import DataSettings
 from turret.errors import DataError, listed, shown
 
@@ -40,7 +40,7 @@ class Schema:
     kind: str
     names: Mapping[Roles, Sequence[tuple[str, str]]]
     inputs: Sequence[str]
-    output: Callable[[Cell, Sequence[str], Mended], Label | None]
+    output: Callable[[CellValue, Sequence[str], Replacements], Label | None]
     example: Callable[[str, Any], Example]  # Any: the result of `output`, a text for one task and labels for another
     classes: bool = False
     many: bool = False

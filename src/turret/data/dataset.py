@@ -24,7 +24,7 @@ from turret.data.examples import Dataset, Example, Labelled
 from turret.data.files import Table, lines_of
 from turret.data.settings import DataSettings
 from turret.data.source import open_source
-from turret.data.splits import ROLES, Chosen, Role, Sources, choose, find_sources, shuffled, taken, test_split
+from turret.data.splits import ROLES, Chosen, Sources, SplitRole, choose, find_sources, shuffled, taken, test_split
 from turret.errors import DataError, listed, shown
 
 
@@ -108,11 +108,11 @@ def read_inputs(data: DataSettings, schema: Schema) -> list[str]:
         return lines_of(path)
     tables = open_source(data.source)
     table = tables[test_split(data, list(tables))]
-    mended = cells.Mended()
+    replaced = cells.Replacements()
     texts = []
     for place, (cell,) in table.read([find_input(data, table.columns, schema)]):
         try:
-            texts.append(cells.text_of(cell, mended) or "")
+            texts.append(cells.text_of(cell, replaced) or "")
         except DataError as error:
             raise DataError(f"{table.name} {table.unit} {place}: {error}") from None
     return texts
@@ -136,11 +136,11 @@ class _Scan:
     usable: int = 0
     without: Counter[str] = field(default_factory=Counter)  # column -> rows without a value in it
     labels: Counter[str] = field(default_factory=Counter)
-    mended: cells.Mended = field(default_factory=cells.Mended)
+    replaced: cells.Replacements = field(default_factory=cells.Replacements)
 
     def notes(self, table: str) -> list[str]:
         lost = [f"{n} of {self.rows} rows without {column!r} are left out" for column, n in self.without.items()]
-        return [f"{table}: {note}" for note in [*lost, *self.mended.notes()]]
+        return [f"{table}: {note}" for note in [*lost, *self.replaced.notes()]]
 
     def check(self, table: Table) -> None:
         """Raise DataError if the table has no usable row."""
@@ -168,9 +168,9 @@ def _examples(table: Table, columns: Columns, scan: _Scan) -> Iterator[Example]:
         scan.rows += 1
         column = first
         try:
-            source = cells.text_of(a, scan.mended)
+            source = cells.text_of(a, scan.replaced)
             column = second
-            output = schema.output(b, names, scan.mended)
+            output = schema.output(b, names, scan.replaced)
         except DataError as error:
             raise DataError(f"{table.name} {table.unit} {place}, column {shown(column, 40)}: {error}") from None
         if source is None or output is None:
@@ -209,7 +209,7 @@ def _read_chosen(
     columns: Columns,
     scans: Mapping[str, _Scan],
     memory: int,
-) -> dict[Role, ExampleStore]:
+) -> dict[SplitRole, ExampleStore]:
     """Read the chosen rows into their splits."""
     stores = {role: ExampleStore(len(chosen.rows[role]), memory) for role in ROLES}
     for split, table in used.items():
@@ -255,7 +255,7 @@ def _class_notes(labels: Sequence[str], train: Sequence[Example], many: bool) ->
     return notes
 
 
-def _duplicates(examples: Mapping[Role, Sequence[Example]], schema: Schema) -> tuple[int, list[str]]:
+def _duplicates(examples: Mapping[SplitRole, Sequence[Example]], schema: Schema) -> tuple[int, list[str]]:
     """The number of test inputs that are also training inputs, and notes. Blanks around texts are ignored."""
     hashes = {role: _hashes(examples[role]) for role in ROLES}
     train, notes, duplicates = hashes["train"], [], 0
@@ -280,7 +280,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _digest(examples: Mapping[Role, Sequence[Example]]) -> str:
+def _digest(examples: Mapping[SplitRole, Sequence[Example]]) -> str:
     """SHA-256 over all fields, each after its length, so that different data sets never give the same bytes."""
     digest = hashlib.sha256()
     for role in ROLES:

@@ -35,8 +35,8 @@ _SPLIT_WORDS = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 
-Cell: TypeAlias = object  # JSON and Parquet hold values of any type; `cells` checks them
-Row = tuple[int, tuple[Cell, ...]]  # line or row number, and the cells of the requested columns
+CellValue: TypeAlias = object  # JSON and Parquet hold values of any type; `cells` checks them
+TableRow = tuple[int, tuple[CellValue, ...]]  # line or row number, and the cells of the requested columns
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Table:
 
     name: str
     columns: tuple[str, ...]
-    read: Callable[[Sequence[str]], Iterator[Row]]
+    read: Callable[[Sequence[str]], Iterator[TableRow]]
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unit: str = "line"
@@ -149,7 +149,7 @@ def _header(path: Path, delimiter: str) -> list[str]:
     raise DataError(f"{name_of(path)} is empty: give a table with rows")
 
 
-def _separated_rows(path: Path, delimiter: str, names: tuple[str, ...], columns: Sequence[str]) -> Iterator[Row]:
+def _separated_rows(path: Path, delimiter: str, names: tuple[str, ...], columns: Sequence[str]) -> Iterator[TableRow]:
     places = [names.index(name) for name in columns]
     rows = _fields(path, delimiter)
     next(rows)
@@ -204,7 +204,7 @@ def _jsonl(path: Path) -> Table:
     if not columns:
         raise DataError(f"{name_of(path)} is empty: give a table with rows")
 
-    def read(columns: Sequence[str]) -> Iterator[Row]:
+    def read(columns: Sequence[str]) -> Iterator[TableRow]:
         for line, row in _objects(path):
             yield line, tuple(row.get(name) for name in columns)
 
@@ -256,10 +256,10 @@ def _shape(value: JsonValue) -> str:
     return type(value).__name__
 
 
-def from_rows(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Cell]]) -> Table:
+def from_rows(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, CellValue]]) -> Table:
     """A table of rows in memory."""
 
-    def read(columns: Sequence[str]) -> Iterator[Row]:
+    def read(columns: Sequence[str]) -> Iterator[TableRow]:
         for number, row in enumerate(rows, 1):
             yield number, tuple(row.get(column) for column in columns)
 
@@ -282,7 +282,7 @@ def _parquet(path: Path) -> Table:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{name_of(path)} has the column {shown(twice[0])} more than once: give each its own name")
 
-    def read(columns: Sequence[str]) -> Iterator[Row]:
+    def read(columns: Sequence[str]) -> Iterator[TableRow]:
         number = 0
         try:
             with pq.ParquetFile(path) as file:
@@ -306,7 +306,7 @@ def _unreadable() -> tuple[type[Exception], ...]:
     return (pa.ArrowException, ArithmeticError, LookupError, OSError, TypeError, ValueError)
 
 
-def _cells(cells: pa.Array, table: str, column: str, before: int) -> list[Cell]:
+def _cells(cells: pa.Array, table: str, column: str, before: int) -> list[CellValue]:
     """The cells of one batch as Python values. before: the number of rows of the earlier batches."""
     try:
         return list(cells.to_pylist())
@@ -403,7 +403,7 @@ def _joined(folder: Path, paths: Sequence[Path]) -> Table:
     if len(tables) == 1:
         return first
 
-    def read(columns: Sequence[str]) -> Iterator[Row]:
+    def read(columns: Sequence[str]) -> Iterator[TableRow]:
         for table in tables:
             yield from table.read(columns)
 

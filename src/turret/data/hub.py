@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from turret.data.files import Row, Table
+from turret.data.files import Table, TableRow
 from turret.errors import DataError, one_line, shown
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _reason(error: Exception) -> str:
 
 
 def _table(name: str, part: datasets.Dataset) -> Table:
-    def read(columns: Sequence[str]) -> Iterator[Row]:
+    def read(columns: Sequence[str]) -> Iterator[TableRow]:
         number = 0
         narrow = part.select_columns(list(dict.fromkeys(columns)))
         for batch in narrow.iter(batch_size=_BATCH):

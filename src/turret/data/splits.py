@@ -21,8 +21,8 @@ from turret.data.files import canonical_split
 from turret.data.settings import DataSettings, Size
 from turret.errors import DataError, listed, shown
 
-Role = Literal["train", "validation", "test"]
-ROLES: tuple[Role, ...] = ("train", "validation", "test")
+SplitRole = Literal["train", "validation", "test"]
+ROLES: tuple[SplitRole, ...] = ("train", "validation", "test")
 MOST_TEST = 1000
 TEST_SHARE = 0.2
 
@@ -31,15 +31,15 @@ TEST_SHARE = 0.2
 class Sources:
     """The split of the source that each role reads."""
 
-    split: dict[Role, str]  # role -> name of the split; without roles that have no examples
-    carved: tuple[Role, ...]  # roles that take their rows from the training table
+    split: dict[SplitRole, str]  # role -> name of the split; without roles that have no examples
+    carved: tuple[SplitRole, ...]  # roles that take their rows from the training table
 
 
 @dataclass(frozen=True)
 class Chosen:
     """Row numbers among the usable rows of a split, in the order of the examples."""
 
-    rows: dict[Role, npt.NDArray[np.int64]]
+    rows: dict[SplitRole, npt.NDArray[np.int64]]
     notes: tuple[str, ...]
 
 
@@ -51,7 +51,7 @@ def find_sources(data: DataSettings, splits: Sequence[str]) -> Sources:
         splits: names of the source's splits.
     """
     sizes = {role: _size(data, role) for role in ROLES}
-    named: dict[Role, str] = {
+    named: dict[SplitRole, str] = {
         role: _lookup(role, size, splits) for role, size in sizes.items() if isinstance(size, str)
     }
     twice = [role for role in named if list(named.values()).count(named[role]) > 1]
@@ -61,8 +61,8 @@ def find_sources(data: DataSettings, splits: Sequence[str]) -> Sources:
     train = named.get("train") or free.get("train") or (splits[0] if len(splits) == 1 and not named else None)
     if train is None:
         raise DataError(f"there is no training split: the splits are {listed(splits)}, so name one in data.train")
-    found: dict[Role, str] = {"train": train}
-    carved: list[Role] = []
+    found: dict[SplitRole, str] = {"train": train}
+    carved: list[SplitRole] = []
     for role in ("test", "validation"):
         split = named.get(role) or free.get(role)
         if split is not None and split != train:
@@ -73,7 +73,7 @@ def find_sources(data: DataSettings, splits: Sequence[str]) -> Sources:
     return Sources(found, tuple(carved))
 
 
-def _size(data: DataSettings, role: Role) -> Size:
+def _size(data: DataSettings, role: SplitRole) -> Size:
     size: Size = getattr(data, role)
     return size
 
@@ -89,7 +89,7 @@ def test_split(data: DataSettings, splits: Sequence[str]) -> str:
     raise DataError(f"which split to evaluate on? The splits are {listed(splits)}: name one in data.test")
 
 
-def _lookup(role: Role, name: str, splits: Sequence[str]) -> str:
+def _lookup(role: SplitRole, name: str, splits: Sequence[str]) -> str:
     if name in splits and name:
         return name
     for split in splits:
@@ -106,7 +106,7 @@ def choose(data: DataSettings, sources: Sources, counts: Mapping[str, int], seed
         counts: number of usable rows, by split.
     """
     notes: list[str] = []
-    rows: dict[Role, npt.NDArray[np.int64]] = {}
+    rows: dict[SplitRole, npt.NDArray[np.int64]] = {}
     train = sources.split["train"]
     order = shuffled(counts[train], seed)
     start = 0
@@ -145,7 +145,7 @@ def _carved_count(size: Size, total: int, notes: list[str]) -> int:
     return max(1, round(size * total)) if isinstance(size, float) else size
 
 
-def taken(role: Role, size: Size, total: int, left: int, notes: list[str]) -> int:
+def taken(role: SplitRole, size: Size, total: int, left: int, notes: list[str]) -> int:
     """The number of rows to take of those that are left. A note reports if there are fewer than asked for.
 
     Args:

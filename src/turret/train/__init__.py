@@ -1,7 +1,7 @@
 """Training: the preflight, the training loop, its checkpoints, evaluation, and the proof of a written bundle.
 
 plan(recipe, base, task, dataset) -> Plan           what a run will do and cost, and what is wrong with it
-find_rate(recipe, base, task, dataset) -> Found     the learning rate for `lr = "auto"`
+find_rate(recipe, base, task, dataset) -> FoundRate     the learning rate for `lr = "auto"`
 fit(recipe, base, task, dataset, folder=...)        a generator: yields a StepRecord per step, returns Fitted
 evaluate(model, task, examples)                     (metrics, answers)
 probe(model, task, examples) -> Probe               the trained model's outputs for a few examples
@@ -18,7 +18,7 @@ from turret.train.initialize import InitialAdapter
 from turret.train.loop import fit
 from turret.train.preflight import Plan, plan
 from turret.train.proof import Probe, probe, prove
-from turret.train.rates import Found
+from turret.train.rates import FoundRate
 from turret.train.run import Fitted
 from turret.train.splits import splits_of
 from turret.train.trials import find_rate
@@ -27,7 +27,7 @@ __all__ = [
     "Check",
     "Curve",
     "Fitted",
-    "Found",
+    "FoundRate",
     "InitialAdapter",
     "Plan",
     "Probe",

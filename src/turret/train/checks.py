@@ -17,7 +17,7 @@ from turret.tasks import Task, writes
 from turret.train.batches import Item, Schedule
 from turret.train.defaults import epochs_for
 from turret.train.optim import warmup_steps
-from turret.train.rates import MOST_TRIALS, Size
+from turret.train.rates import MOST_TRIALS, TrialSize
 from turret.train.splits import Splits
 from turret.transformer import Model, Tokenizer
 
@@ -51,7 +51,7 @@ def processors(others: float, threads: int, count: int) -> Iterator[Check]:
         )
 
 
-def rates(size: Size, usual: float) -> Check:
+def rates(size: TrialSize, usual: float) -> Check:
     """What `lr = "auto"` will do. A plan does not run the trials, because they take time."""
     if size.reason is not None:
         return Check("learning rate", "ok", f"{usual:g}, this method's own: {size.reason}")

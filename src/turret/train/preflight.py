@@ -21,7 +21,7 @@ from turret.train.batches import Items, Schedule, spread
 from turret.train.cost import Cost, measure
 from turret.train.defaults import defaults_of, filled
 from turret.train.initialize import InitialAdapter
-from turret.train.rates import MOST_TRIALS, Found, Size, size_of
+from turret.train.rates import MOST_TRIALS, FoundRate, TrialSize, size_of
 from turret.train.splits import Splits, splits_of
 from turret.train.step import memory_ran_out
 
@@ -40,7 +40,7 @@ class Plan:
     lr: float  # the method's own if the recipe says "auto" and no trial has run
     trainable: int | None
     total: int
-    found: Found | None = None  # how `lr` was found, if the recipe says "auto"
+    found: FoundRate | None = None  # how `lr` was found, if the recipe says "auto"
 
     @property
     def refused(self) -> bool:
@@ -56,7 +56,7 @@ class Plan:
         if self.refused:
             raise PreflightRefused(self.refusal())
 
-    def with_rate(self, found: Found) -> Plan:
+    def with_rate(self, found: FoundRate) -> Plan:
         """The plan with the rate that trials found for `lr = "auto"`."""
         row = Check("learning rate", "ok", str(found))
         rows = tuple(row if check.name == row.name else check for check in self.checks)
@@ -206,7 +206,7 @@ def _tokens(task: Task, examples: Sequence[Example]) -> float:
     return sum(item.tokens for item in sample) / len(sample) * len(items)
 
 
-def _trials(auto: Size | None, cost: Cost) -> str:
+def _trials(auto: TrialSize | None, cost: Cost) -> str:
     """The time of finding the learning rate, for the end of the row on time."""
     if auto is None or auto.reason is not None:
         return ""

@@ -221,7 +221,7 @@ def _own_device(local_rank: int) -> torch.device | None:
     return torch.device("cuda", local_rank)
 
 
-def tells() -> bool:
+def reports_error() -> bool:
     """Whether this process reports the error of a run that failed in several: the main one, or the first to fail."""
     if not _connected_to.cache_info().currsize:
         return os.environ.get("LOCAL_RANK", "0") == "0"  # not connected yet: one process per machine

@@ -89,7 +89,7 @@ def search(default: float, score: Callable[[float], Score | None]) -> tuple[floa
 
 
 @dataclass(frozen=True)
-class Size:
+class TrialSize:
     """The steps of a trial and the number of examples that score it."""
 
     steps: int
@@ -97,24 +97,26 @@ class Size:
     reason: str | None = None  # why there are no trials
 
 
-def size_of(examples: int, steps: int) -> Size:
+def size_of(examples: int, steps: int) -> TrialSize:
     """The size of the trials for a run with so many training examples and steps."""
     held = min(MOST_HELD, int(HELD_SHARE * examples))
     if steps < FEWEST_TIMES * FEWEST_STEPS:
-        return Size(0, 0, f"{steps} steps are too few to try rates first, {FEWEST_TIMES * FEWEST_STEPS} are enough")
+        return TrialSize(
+            0, 0, f"{steps} steps are too few to try rates first, {FEWEST_TIMES * FEWEST_STEPS} are enough"
+        )
     if held < FEWEST_HELD:
         enough = math.ceil(FEWEST_HELD / HELD_SHARE)
-        return Size(0, 0, f"{examples} training examples are too few to compare rates on, {enough} are enough")
-    return Size(max(FEWEST_STEPS, min(MOST_STEPS, round(SHARE * steps))), held)
+        return TrialSize(0, 0, f"{examples} training examples are too few to compare rates on, {enough} are enough")
+    return TrialSize(max(FEWEST_STEPS, min(MOST_STEPS, round(SHARE * steps))), held)
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundRate:
     """The learning rate to train with, and how it was found."""
 
     lr: float
     default: float
-    size: Size
+    size: TrialSize
     losses: dict[float, float | None]  # rate -> loss on held-out examples after its trial, None: diverged; rates rise
 
     def to_json(self) -> JsonObject:

@@ -24,7 +24,7 @@ from turret.train.defaults import defaults_of, filled
 from turret.train.evaluation import example_losses
 from turret.train.initialize import InitialAdapter, attach, optimiser_of
 from turret.train.optim import AdamW, learning_rate
-from turret.train.rates import Found, Score, search, size_of
+from turret.train.rates import FoundRate, Score, search, size_of
 from turret.train.seeds import Randomness
 from turret.train.splits import splits_of
 from turret.train.step import explained, train_step
@@ -42,7 +42,7 @@ def find_rate(
     *,
     start: InitialAdapter | None = None,
     on_trial: Callable[[float, int], None] | None = None,
-) -> Found:
+) -> FoundRate:
     """Find the learning rate for a recipe on a loaded base, from the training split alone. The base is left as it was.
 
     The result depends on recipe, data and base alone, so a run that was killed finds the same rate again.
@@ -56,7 +56,7 @@ def find_rate(
     default = defaults_of(recipe.method, base, task.kind).lr
     size = size_of(len(examples), Schedule.of(recipe, len(examples)).steps)
     if size.reason is not None:
-        return Found(default, default, size, {})
+        return FoundRate(default, default, size, {})
     with trials(recipe, base, task, examples, steps=size.steps, held=size.held, start=start) as tried:
 
         def score(lr: float) -> Score | None:
@@ -66,7 +66,7 @@ def find_rate(
 
         lr, scores = search(default, score)
     losses = {rate: None if each is None else each.mean for rate, each in sorted(scores.items())}
-    return Found(lr, default, size, losses)
+    return FoundRate(lr, default, size, losses)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from turret.compare.candidates import Candidate
 from turret.compare.design import Cell
 from turret.compare.report_text import seconds as span
-from turret.compare.results import Result
+from turret.compare.results import CellResult
 from turret.errors import RecipeError, StoreError, TrainingError
 from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
@@ -42,7 +42,7 @@ class CellRunner:
 
     def __init__(self, store: Store, folder: Path, say: Say, deadline: float | None = None) -> None:
         self.store, self.folder, self.say, self.deadline = store, folder, say, deadline
-        self.results: dict[str, Result] = {}  # by the cell's key
+        self.results: dict[str, CellResult] = {}  # by the cell's key
         self.failures: dict[str, str] = {}  # the candidate's spec -> one line
         self.missing: list[Cell] = []
         self.last = ""  # method and score of the previous cell
@@ -59,7 +59,7 @@ class CellRunner:
                     continue
                 result = self._run(cell, here, left, self.title(cells, number))
             if result is not None:
-                self.results[cell.key] = Result.of(cell, result)
+                self.results[cell.key] = CellResult.of(cell, result)
                 self.last = f"{cell.candidate.label} {100 * float(self.results[cell.key].scores.mean()):.1f}"
             else:
                 self.missing.append(cell)

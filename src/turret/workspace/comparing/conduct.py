@@ -17,7 +17,7 @@ from turret.compare.design import Cell, Design, PlannedDesign
 from turret.compare.design import design as make_design
 from turret.compare.power import Power, Spread, power
 from turret.compare.report import write_report
-from turret.compare.results import Result
+from turret.compare.results import CellResult
 from turret.data import Dataset
 from turret.data.dataset import read
 from turret.errors import RecipeError
@@ -127,13 +127,13 @@ def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) 
     return Prepared(data, design, folder, planned)
 
 
-def _stored_result(folder: Path, cell: Cell) -> Result | None:
+def _stored_result(folder: Path, cell: Cell) -> CellResult | None:
     """The result of a cell that an earlier call ran."""
     stored = state.read(folder / "cells" / cell.key / "result.json")
-    return None if stored is None else Result.of(cell, stored)
+    return None if stored is None else CellResult.of(cell, stored)
 
 
-def _power(design: Design, data: Dataset, results: Sequence[Result], confidence: float) -> Power:
+def _power(design: Design, data: Dataset, results: Sequence[CellResult], confidence: float) -> Power:
     """What the design can detect, from the spread of the results so far, or from an assumed spread."""
     whole = [each for each in results if each.fraction == design.fractions[0]]
     sides = {row.spec: SeededResults.of(row.spec, whole, data.test).trained for row in design.candidates}

@@ -18,7 +18,7 @@ from turret.compare.candidates import Candidate, candidates
 from turret.compare.control_rates import Control, Written, rated, shown
 from turret.compare.control_report import write_report
 from turret.compare.design import Cell
-from turret.compare.results import Result, made_with
+from turret.compare.results import CellResult, made_with
 from turret.data import Dataset, texts_of
 from turret.data.dataset import read
 from turret.errors import DataError, RecipeError, TrainingError
@@ -176,7 +176,7 @@ def _judge(folder: Path, recipe: Recipe, prepared: PreparedControl, request: Con
     return Cell(Candidate("judge", "lora", judge_recipe), recipe.seed, 1.0, judge_recipe)
 
 
-def _judged(store: Store, prepared: PreparedControl, results: Mapping[str, Result], judge: str) -> list[Written]:
+def _judged(store: Store, prepared: PreparedControl, results: Mapping[str, CellResult], judge: str) -> list[Written]:
     """Every generated text with the aspect that the classifier sees in it, and its ROUGE-L to every reference."""
     from turret.tasks.metrics import rouge_l
     from turret.workspace import answering
@@ -209,7 +209,7 @@ def _control(
     request: ControlRequest,
     prepared: PreparedControl,
     runner: CellRunner,
-    judge: Result,
+    judge: CellResult,
     written: Sequence[Written],
     folder: Path,
 ) -> Control:
