@@ -1,7 +1,7 @@
 """Training: the preflight, the training loop, its checkpoints, evaluation, and the proof of a written bundle.
 
 plan(recipe, base, task, dataset) -> Plan           what a run will do and cost, and what is wrong with it
-find_rate(recipe, base, task, dataset) -> FoundRate     the learning rate for `lr = "auto"`
+find_rate(recipe, base, task, dataset) -> FoundRate the learning rate for `lr = "auto"`
 fit(recipe, base, task, dataset, folder=...)        a generator: yields a StepRecord per step, returns Fitted
 evaluate(model, task, examples)                     (metrics, answers)
 probe(model, task, examples) -> Probe               the trained model's outputs for a few examples
