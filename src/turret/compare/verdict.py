@@ -15,7 +15,7 @@ a method that collapsed is never called as good or better.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -31,7 +31,6 @@ from turret.compare.evidence import (
     with_pseudo_examples,
 )
 from turret.compare.report_text import plus, rounded
-from turret.json_types import JsonObject
 
 Word = Literal["within", "worse", "better", "undecided"]
 MOST_SEEDS = 50  # the most to advise
@@ -95,10 +94,6 @@ class Verdict:
         if self.more_examples is not None:
             return f"more seeds would not settle it, about {rounded(self.more_examples)} more test examples would"
         return "the difference is too near the margin for seeds or examples to settle it; widen the margin"
-
-    def as_json(self) -> JsonObject:
-        """The fields and the sentence."""
-        return {**asdict(self), "sentence": self.sentence()}
 
 
 def judge(
