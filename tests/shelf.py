@@ -81,7 +81,7 @@ def reference(shelf: Shelf, name: str, texts: list[str]) -> list[dict[str, Any]]
     task = Classify.from_spec(adapter.task, shelf.base().tokenizer)
     model = alone(shelf.family, shelf.task, adapter, len(task.labels))
     with torch.no_grad():
-        return [task.answers(classify_logits(model, [task.encode_source(text).ids]))[0] for text in texts]
+        return [task.answers(classify_logits(model, [task.encode_sources([text])[0].ids]))[0] for text in texts]
 
 
 def agree(answers: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

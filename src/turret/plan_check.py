@@ -1,9 +1,11 @@
-"""One row of a plan: what was checked, how bad it is, and what to do about it. Loads no torch."""
+"""One row of a plan: the check, its result and a remedy. Loads no torch."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from turret.json_types import JsonObject
 
 Level = Literal["ok", "warn", "refuse"]
 
@@ -17,7 +19,7 @@ class Check:
     text: str
     remedy: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
     def __str__(self) -> str:

@@ -244,7 +244,7 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused(bundle: Path
         (2).to_bytes(8, "little") + b"[]",
     ):
         (bundle / "adapter_model.safetensors").write_bytes(header)
-        refused(bundle, "no readable safetensors file")
+        refused(bundle, "not a readable safetensors file")
 
 
 def test_an_adapter_of_another_base_is_refused_by_its_fingerprint() -> None:

@@ -1,4 +1,4 @@
-"""What the tests of all three axes share: a point known to child processes too, and requests of one mixed pass."""
+"""Helpers of the tests of the three axes: register a toy in child processes, and answer requests in one mixed pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from turret.engine import Engine
 
 @contextmanager
 def known_to_children(folder: Path, registration: str) -> Iterator[pytest.MonkeyPatch]:
-    """Every Python that is started within the block runs `registration` first. Gives a patch that ends with the block.
+    """Make every Python that starts within the block run `registration` first.
 
-    folder: an empty one, for the file that does it.
+    Args:
+        folder: an empty folder for the file that does it.
+        registration: Python source.
+
+    Yields:
+        A patch that is undone at the end of the block.
     """
     tests = str(Path(__file__).parent.parent)
     (folder / "sitecustomize.py").write_text(f"import sys\nsys.path.append({tests!r})\n{registration}")
@@ -31,7 +36,7 @@ def answered_together(
     asked: Sequence[tuple[Literal["classify", "generate"], str, str | None]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Answers to (kind, text, adapter), all submitted before a pass begins, and how many rows began in each pass."""
+    """The answers to (kind, text, adapter), all submitted before the first pass, and the new rows in each pass."""
     sizes, run_pass = list[int](), engine._runner.run
 
     def counted(fresh: Any, steps: Any) -> Any:
@@ -39,6 +44,6 @@ def answered_together(
         return run_pass(fresh, steps)
 
     monkeypatch.setattr(engine._runner, "run", counted)
-    with engine._wake:  # no pass begins before all of them wait
+    with engine._wake:  # no pass starts before all requests wait
         tickets = [engine.submit(kind, text, name) for kind, text, name in asked]
     return [ticket.result() for ticket in tickets], sizes

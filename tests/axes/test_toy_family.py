@@ -1,4 +1,4 @@
-"""A family of one file goes through everything, with no line of the package that knows of it."""
+"""A family in one file goes through everything, and no other file of the package changes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from axes import toy_family
 from turret.families import FAMILIES
 FAMILIES["toy"] = toy_family.TOY
 toy_family.register()
-"""  # what every Python started from here runs first
+"""  # child processes run this first
 
 
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The family in the table, here and in the processes that are started from here."""
+    """The family is in the table, here and in child processes."""
     toy_family.register()
     with known_to_children(tmp_path_factory.mktemp("beside"), CHILDREN) as patch:
         patch.setitem(FAMILIES, "toy", toy_family.TOY)

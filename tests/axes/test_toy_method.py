@@ -1,4 +1,4 @@
-"""A method of one file goes through everything, with no line of the package that knows of it."""
+"""A method in one file goes through everything, and no other file of the package changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHILDREN = """
 from axes.toy_method import Scale
 from turret.methods import METHODS
 METHODS["scale"] = Scale
-"""  # what every Python started from here runs first
+"""  # child processes run this first
 
 
 @dataclass
@@ -51,7 +51,7 @@ class House:
 
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The method in the table, here and in the processes that are started from here."""
+    """The method is in the table, here and in child processes."""
     with known_to_children(tmp_path_factory.mktemp("beside"), CHILDREN) as patch:
         patch.setitem(METHODS, "scale", Scale)
         yield
@@ -78,7 +78,7 @@ def test_without_the_file_the_method_is_not_known(monkeypatch: pytest.MonkeyPatc
         Recipe(name="a", base="b", data="c", method="scale")
 
 
-def test_a_recipe_may_name_it_and_keeps_its_settings(registered: None) -> None:
+def test_a_recipe_with_it_keeps_its_settings(registered: None) -> None:
     made = Recipe(name="a", base="b", data="c").with_overrides({"method": "scale", "method.seed": "3"})
     assert made.method == Scale(seed=3)
     assert Recipe.from_toml(made.to_toml()) == made
@@ -97,7 +97,7 @@ def test_it_starts_equal_to_the_base_and_takes_the_base_back_unchanged() -> None
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 @torch.no_grad()
-def test_among_others_in_a_pass_it_answers_as_alone(family: str) -> None:
+def test_in_a_mixed_batch_it_answers_as_alone(family: str) -> None:
     adapters = [made(family, "classify", method, seed) for seed, method in enumerate((Scale(), AT_HAND["lora"]))]
     runner, slots = runner_of(family, "classify", adapters), [1, 2, 1, 2]
     inputs = with_eos(runner.model, rows(lengths=(9, 3, 14, 6)))
@@ -159,7 +159,7 @@ def test_a_comparison_names_it_with_its_settings(house: House) -> None:
 
 
 @pytest.mark.slow
-def test_export_import_a_merged_model_and_what_others_do_not_take(house: House, tmp_path: Path) -> None:
+def test_export_import_and_a_merged_model_work_and_peft_and_vllm_refuse(house: House, tmp_path: Path) -> None:
     house.workspace.export("scaled@1", tmp_path / "bundle")
     assert json.loads((tmp_path / "bundle" / "adapter_config.json").read_text())["peft_type"] is None
     assert "PEFT does not load it" in (tmp_path / "bundle" / "README.md").read_text()
@@ -167,14 +167,14 @@ def test_export_import_a_merged_model_and_what_others_do_not_take(house: House, 
     assert again.import_adapter(tmp_path / "bundle", "scaled").digest == house.workspace.resolve("scaled@1").digest
     assert again.predict("scaled", TEXTS) == house.workspace.predict("scaled@1", TEXTS)
     house.workspace.export("scaled@1", tmp_path / "merged", form="merged")  # read back and compared there
-    with pytest.raises(AdapterError, match="vLLM takes LoRA alone, and this is a scale"):
+    with pytest.raises(AdapterError, match="vLLM serves only LoRA, and this is a scale"):
         house.workspace.export("scaled@1", tmp_path / "vllm", form="vllm")
     (tmp_path / "bundle" / "manifest.json").unlink()
     with pytest.raises(BundleError, match="has peft_type None: expected LORA or PREFIX_TUNING"):
         again.import_adapter(tmp_path / "bundle", "plain")
 
 
-def test_what_it_does_not_say_the_protocol_says() -> None:
+def test_the_protocol_has_defaults_for_what_it_leaves_out() -> None:
     assert (Scale().defaults("encoder", classify=True).steps, Scale().head_lr_ratio) == (100, None)
     assert Scale.shares_base
     assert not Full.shares_base

@@ -1,4 +1,4 @@
-"""A task of one file goes through everything, with no line of the package that knows of it."""
+"""A task in one file goes through everything, and no other file of the package changes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHILDREN = """
 from axes.toy_task import Rate
 from turret.tasks import register
 register(Rate)
-"""  # what every Python started beside runs first
+"""  # child processes run this first
 
 
 @dataclass
@@ -47,7 +47,7 @@ class House:
 
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The task in the table, here and in the processes that are started from here."""
+    """The task is in the table, here and in child processes."""
     with known_to_children(tmp_path_factory.mktemp("beside"), CHILDREN) as patch:
         patch.setitem(TASKS, Rate.kind, Rate)
         yield

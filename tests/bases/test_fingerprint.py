@@ -1,4 +1,4 @@
-"""A fingerprint names the weights of a body: nothing else changes it, and everything in it does."""
+"""A fingerprint depends on every weight of the body and on nothing else."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_one_bit_of_any_weight_of_the_body_changes_it(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "t5", "llama"])
-def test_the_head_and_the_pooler_are_no_part_of_it(family: str) -> None:
+def test_the_head_and_the_pooler_do_not_change_it(family: str) -> None:
     model = build(family, "classify")
     before = bases.fingerprint(model)
     body = dict(model.base_model.named_parameters())
@@ -61,7 +61,7 @@ def test_the_head_and_the_pooler_are_no_part_of_it(family: str) -> None:
     assert bases.fingerprint(model) == before
 
 
-def test_an_untied_language_model_head_is_no_part_of_it() -> None:
+def test_an_untied_language_model_head_does_not_change_it() -> None:
     model = build("llama", "generate")
     before = bases.fingerprint(model)
     model.lm_head.weight.data.add_(1)
@@ -73,7 +73,7 @@ def test_two_bases_of_one_shape_differ(family: str) -> None:
     assert bases.fingerprint(build(family, "body", seed=0)) != bases.fingerprint(build(family, "body", seed=1))
 
 
-def test_the_dtype_of_the_checkpoint_is_part_of_it(tmp_path: Path) -> None:
+def test_the_dtype_of_the_checkpoint_changes_it(tmp_path: Path) -> None:
     full = bases.load(str(save_base("llama", tmp_path / "full")), task="generate")
     folder = tmp_path / "half"
     build("llama", "generate").bfloat16().save_pretrained(folder)
@@ -83,7 +83,7 @@ def test_the_dtype_of_the_checkpoint_is_part_of_it(tmp_path: Path) -> None:
     assert half.fingerprint == bases.load(str(folder), task="classify", dtype="bfloat16", verify=True).fingerprint
 
 
-def test_it_is_remembered_for_files_that_did_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_cached_for_files_that_did_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TURRET_CACHE", str(tmp_path / "cache"))
     folder = str(save_base("bert", tmp_path / "bert"))
     true = bases.load(folder, task="classify").fingerprint
@@ -91,13 +91,11 @@ def test_it_is_remembered_for_files_that_did_not_change(tmp_path: Path, monkeypa
     record.write_text(record.read_text().replace(true, "sha256:" + "0" * 64))
     assert bases.load(folder, task="classify").fingerprint == "sha256:" + "0" * 64
     assert bases.load(folder, task="classify", verify=True).fingerprint == true
-    assert bases.load(folder, task="classify").fingerprint == true  # verifying mends the record
+    assert bases.load(folder, task="classify").fingerprint == true  # verifying repairs the cache
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"fingerprint": 3}', '{"fingerprint": "md5:1"}'])
-def test_a_record_that_makes_no_sense_is_not_believed(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_record_in_the_cache_is_ignored(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TURRET_CACHE", str(tmp_path / "cache"))
     folder = str(save_base("bert", tmp_path / "bert"))
     true = bases.load(folder, task="classify").fingerprint

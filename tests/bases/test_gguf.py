@@ -1,4 +1,4 @@
-"""A GGUF file becomes a folder of safetensors once, whole or not at all, with the same weights."""
+"""A GGUF file is converted once to a folder of safetensors with the same weights, completely or not at all."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def llama() -> LlamaForCausalLM:
 
 @pytest.fixture
 def file(llama: LlamaForCausalLM, tmp_path: Path) -> Path:
-    """The model as llama.cpp's converter writes it."""
+    """Write the model as llama.cpp's converter does."""
     path = tmp_path / "small.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     config = llama.config
@@ -82,7 +82,7 @@ def file(llama: LlamaForCausalLM, tmp_path: Path) -> Path:
 
 
 def interleave(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """Rows in the order of llama.cpp's rotary embedding: pairs (i, i + half) side by side."""
+    """Reorder rows for llama.cpp's rotary embedding: i and i + half are neighbours."""
     rows, columns = tensor.shape
     return tensor.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
@@ -123,7 +123,7 @@ def test_conversion_is_silent(file: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_a_killed_process_left_is_swept_and_not_used(file: Path, cache: Path) -> None:
+def test_the_leftovers_of_a_killed_process_are_removed(file: Path, cache: Path) -> None:
     folder = bases.load(str(file), task="generate").folder
     folder.rename(cache / f".partial-{folder.name}-killed")
     assert bases.load(str(file), task="generate").folder == folder
@@ -159,7 +159,7 @@ def test_a_truncated_file_is_one_line_and_leaves_nothing(file: Path, cache: Path
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 
-def test_an_architecture_nobody_knows_is_one_line(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "strange.gguf"
     writer = gguf.GGUFWriter(path, "strange")
     writer.add_block_count(1)

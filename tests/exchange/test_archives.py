@@ -128,7 +128,7 @@ def test_members_that_clash_are_refused(kind, bundle, tmp_path, capsys) -> None:
     for extra, text in (
         ({"readme.MD": b""}, "two members called"),
         ({"Manifest.json": b""}, "two members called"),
-        ({"deep/ADAPTER_CONFIG.json": b"{}"}, "in small letters"),
+        ({"deep/ADAPTER_CONFIG.json": b"{}"}, "in lower case"),
         ({f"other/{CONFIG}": b"{}"}, "several adapters"),
     ):
         assert text in refused(capsys, tmp_path / "store", PACK[kind](tmp_path / kind, {**members, **extra}))

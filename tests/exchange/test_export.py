@@ -304,7 +304,7 @@ def test_a_layer_outside_the_blocks_does_not_go_to_vllm(bundle_of_writer: Adapte
 
 
 def test_a_prefix_does_not_go_to_vllm(workspace, tmp_path) -> None:
-    with pytest.raises(AdapterError, match="vLLM takes LoRA alone, and this is a prefix"):
+    with pytest.raises(AdapterError, match="vLLM serves only LoRA, and this is a prefix"):
         workspace.export("prefix", tmp_path / "out", form="vllm")
 
 

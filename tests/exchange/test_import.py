@@ -135,7 +135,7 @@ def test_an_adapter_of_the_hub_is_copied_out_of_its_cache_with_its_commit(foreig
             os.symlink(foreign / name, snapshot / name)
         return str(snapshot)
 
-    brought = fetch.bring("owner/adapter", tmp_path / "beside", download=download)
+    brought = fetch.fetch("owner/adapter", tmp_path / "beside", download=download)
     assert asked == [("owner/adapter", [WEIGHTS, CONFIG, MANIFEST])]
     assert brought.revision == "c" * 40
     assert contents(brought.folder) == {name: (foreign / name).read_bytes() for name in (WEIGHTS, CONFIG)}
@@ -144,8 +144,8 @@ def test_an_adapter_of_the_hub_is_copied_out_of_its_cache_with_its_commit(foreig
 
 def test_a_repository_without_safetensors_is_refused(tmp_path) -> None:
     (tmp_path / "snapshot").mkdir()
-    with pytest.raises(BundleError, match=r"has no adapter_model\.safetensors: only safetensors is fetched"):
-        fetch.bring("owner/adapter", tmp_path / "beside", download=lambda *_, **__: str(tmp_path / "snapshot"))
+    with pytest.raises(BundleError, match=r"has no adapter_model\.safetensors: only safetensors files are fetched"):
+        fetch.fetch("owner/adapter", tmp_path / "beside", download=lambda *_, **__: str(tmp_path / "snapshot"))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

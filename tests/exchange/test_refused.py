@@ -137,16 +137,16 @@ def only_head(tensors: dict[str, torch.Tensor]) -> None:
         (put(f"{LAYER}.lora_A.weight", torch.ones(3, 65)), "has shapes (3, 65)"),
         (put(f"{LAYER}.lora_B.weight", torch.ones(32, 3)), "has shapes"),
         (put(f"{LAYER}.lora_B.weight", torch.ones(192)), "has shapes"),
-        (rename(f"{LAYER}.lora_A.weight", f"{LAYER}.lora_C.weight"), "is no LoRA factor"),
+        (rename(f"{LAYER}.lora_A.weight", f"{LAYER}.lora_C.weight"), "is not a LoRA factor"),
         (lambda tensors: tensors.pop(f"{LAYER}.lora_A.weight"), "needs lora_A and lora_B, given only lora_B"),
         (lambda tensors: tensors.pop(f"{LAYER}.lora_B.weight"), "needs lora_A and lora_B, given only lora_A"),
         (put("base_model.model.bert.nowhere.lora_A.weight", torch.ones(3, 64)), "has no layer 'bert.nowhere'"),
         (put("base_model.model.lora_A.weight", torch.ones(3, 64)), "needs lora_A and lora_B"),
         (put("base_model.model.bert.embeddings.word_embeddings.weight", torch.ones(128, 64)), "belongs to no head"),
-        (put("something.else", torch.ones(2)), "belongs neither to a lora nor to a head"),
+        (put("something.else", torch.ones(2)), "belongs neither to the method lora nor to a head"),
         (put("a" * 10_000, torch.ones(2)), "names a tensor aaaa"),
         (put("base_model.model.\n\x1b[31m", torch.ones(2)), "names a tensor base_model.model.\\n"),
-        (only_head, "without any factors"),
+        (only_head, "without factors"),
         (silence, "outputs equal the bare base"),
         (put("base_model.model.classifier.bias", torch.ones(2)), "cannot be used on"),
         (put("base_model.model.classifier.weight", torch.ones(3, 63)), "has shape (3, 63)"),
@@ -206,7 +206,7 @@ def entry(start: int, end: int, dtype: str = "F32", shape: tuple[int, ...] = (1,
 def test_a_safetensors_file_that_lies_is_refused(content, folder, bert, tmp_path, capsys) -> None:
     (folder / WEIGHTS).write_bytes(content)
     said = refused(capsys, tmp_path / "store", folder, "--base", str(bert), "--labels", "a,b,c")
-    assert "no readable safetensors file" in said or "tensors: at most 20000 are read" in said
+    assert "not a readable safetensors file" in said or "tensors: the limit is 20000" in said
 
 
 def test_a_file_cut_at_any_point_is_refused(folder, bert, tmp_path, capsys) -> None:
@@ -246,12 +246,12 @@ def test_a_link_in_a_folder_is_refused(make, name, folder, tmp_path, capsys) -> 
 def test_a_device_or_a_pipe_in_a_folder_is_refused_unread(name, folder, tmp_path, capsys) -> None:
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    assert "is no plain file" in refused(capsys, tmp_path / "store", folder)
+    assert "is not a plain file" in refused(capsys, tmp_path / "store", folder)
 
 
 def test_a_case_clash_in_a_folder_is_refused(folder, tmp_path, capsys) -> None:
     (folder / "Adapter_Config.json").write_text("{}")
-    assert "in small letters" in refused(capsys, tmp_path / "store", folder)
+    assert "in lower case" in refused(capsys, tmp_path / "store", folder)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Classification: tokens as the tokenizer's own, losses as torch's own, answers that add up, and an exact spec."""
+"""Classification: tokens equal the tokenizer's, losses equal torch's, and a spec makes an equal task."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def test_a_text_is_encoded_and_cut_as_the_tokenizer_itself_would(
         assert encoded.ids.tolist() == (expected or [known.eos_token_id])
         assert encoded.ids.dtype == torch.long
         assert encoded.cut == (len(known(text)["input_ids"]) > max_tokens)
-        assert torch.equal(task.encode_source(text).ids, encoded.ids)
+        assert torch.equal(task.encode_sources([text])[0].ids, encoded.ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "text", ["", " ", "\n\n", "a", "\x00", "\u200b", "日本語", "🎬", "[PAD][SEP]</s><pad>", "\ufffd"]
 )
-def test_every_text_has_at_least_one_token_and_none_raises(family: str, text: str) -> None:
-    encoded = classifier(family).encode_source(text)
+def test_every_text_has_at_least_one_token(family: str, text: str) -> None:
+    encoded = classifier(family).encode_sources([text])[0]
     assert 1 <= len(encoded.ids) <= 16
     assert int(encoded.ids.max()) < len(TOKENIZERS[family])
 
@@ -63,7 +63,7 @@ def test_every_text_has_at_least_one_token_and_none_raises(family: str, text: st
 def test_a_text_of_100000_tokens_is_cut_quickly_and_exactly(family: str, piece: str) -> None:
     text = piece * (20_000 if len(piece) > 1 else 100_000)
     started = time.perf_counter()
-    encoded = classifier(family).encode_source(text)
+    encoded = classifier(family).encode_sources([text])[0]
     assert time.perf_counter() - started < 5
     known = TOKENIZERS[family]
     assert encoded.ids.tolist() == (known(text, truncation=True, max_length=16)["input_ids"] or [known.eos_token_id])
@@ -71,7 +71,7 @@ def test_a_text_of_100000_tokens_is_cut_quickly_and_exactly(family: str, piece: 
 
 def test_a_prefix_text_goes_before_every_text() -> None:
     task = classifier(prefix_text="film: ")
-    assert torch.equal(task.encode_source("great").ids, classifier().encode_source("film: great").ids)
+    assert torch.equal(task.encode_sources(["great"])[0].ids, classifier().encode_sources(["film: great"])[0].ids)
 
 
 def test_no_texts_give_no_rows() -> None:
@@ -81,7 +81,7 @@ def test_no_texts_give_no_rows() -> None:
 
 @pytest.mark.parametrize(("max_tokens", "prefix"), [(2, ""), (3, "film: ")])
 def test_a_limit_without_room_for_a_text_is_refused(max_tokens: int, prefix: str) -> None:
-    with pytest.raises(DataError, match=r"task.max_tokens = . leaves no room for the text: .* give at least"):
+    with pytest.raises(DataError, match=r"task.max_tokens = . leaves no room for the text: .* set it to \d+ or more"):
         classifier("bert", max_tokens, prefix_text=prefix)
 
 
@@ -134,13 +134,13 @@ def test_balanced_weights_have_mean_one_over_the_examples() -> None:
     assert sum(weights[str(e.label)] for e in examples) / len(examples) == pytest.approx(1)
 
 
-def test_balanced_weights_of_several_labels_even_out_yes_and_no() -> None:
+def test_balanced_weights_of_several_labels_balance_yes_and_no() -> None:
     examples = [Labelled("x", ("bad",)), Labelled("x", ()), Labelled("x", ()), Labelled("x", ("bad", "good"))]
     assert balanced_weights(LABELS, examples, multi_label=True) == {"bad": 1.0, "fine": 1.0, "good": 3.0}
 
 
 def test_weights_for_a_class_that_is_not_there_are_refused() -> None:
-    with pytest.raises(DataError, match=r"task.class_weights names 'odd', which is no class: the classes are"):
+    with pytest.raises(DataError, match=r"task.class_weights names 'odd', which is not a class: the classes are"):
         classifier(class_weights={"odd": 1.0})
 
 
@@ -155,7 +155,7 @@ def test_an_answer_is_the_likeliest_label_with_all_probabilities() -> None:
     assert json.loads(json.dumps(answer)) == answer
 
 
-def test_an_answer_of_several_labels_is_those_from_a_half_on() -> None:
+def test_an_answer_of_several_labels_has_those_with_a_probability_from_a_half_on() -> None:
     first, second = classifier(multi_label=True).answers(torch.tensor([[0.0, -1.0, 3.0], [-1.0, -1.0, -1.0]]))
     assert first["label"] == ["bad", "good"]
     assert second["label"] == []
@@ -180,7 +180,7 @@ def test_metrics_have_accuracy_macro_f1_loss_and_a_row_for_each_class() -> None:
     json.dumps(found)
 
 
-def test_metrics_of_several_labels_want_every_label_right() -> None:
+def test_accuracy_of_several_labels_counts_texts_with_every_label_right() -> None:
     task = classifier(multi_label=True)
     targets = torch.tensor([[1.0, 0, 1], [0, 0, 0]])
     found = task.metrics(torch.tensor([[3.0, -3, -3], [-3, -3, -3]]), targets)
@@ -202,13 +202,13 @@ def test_a_spec_survives_json_and_makes_the_same_task(settings: dict[str, Any]) 
     assert isinstance(again, Classify)
     assert again.spec() == task.spec()
     assert torch.equal(
-        again.encode_source("a great film and a dull story").ids,
-        task.encode_source("a great film and a dull story").ids,
+        again.encode_sources(["a great film and a dull story"])[0].ids,
+        task.encode_sources(["a great film and a dull story"])[0].ids,
     )
 
 
 @pytest.mark.parametrize("spec", [{}, {"kind": "paint"}, {"kind": "classify"}, {"kind": "classify", "labels": 3}])
-def test_a_spec_that_is_none_is_refused(spec: dict[str, Any]) -> None:
+def test_a_broken_spec_is_refused(spec: dict[str, Any]) -> None:
     with pytest.raises(AdapterError, match="the adapter's task cannot be read"):
         task_from_spec(spec, TOKENIZERS["bert"])
 
@@ -226,6 +226,6 @@ def test_the_task_of_a_recipe_has_its_settings_and_the_datas_labels() -> None:
 
 
 @pytest.mark.parametrize("labels", [[], ["a"], ["a", "a"]])
-def test_classes_that_are_too_few_or_twice_are_refused(labels: list[str]) -> None:
+def test_one_class_or_a_repeated_class_is_refused(labels: list[str]) -> None:
     with pytest.raises(DataError, match="classes must be different and at least 2"):
         Classify(labels, TOKENIZERS["bert"])

@@ -1,4 +1,4 @@
-"""A tokenizer is known by what it makes of texts, not by how it was last called."""
+"""The digest of a tokenizer depends on how it encodes texts, not on its last call."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import small_models
 from turret.tasks.tokens import tokenizer_digest
 
 
-def test_the_digest_is_of_the_tokenizer_and_not_of_its_last_call() -> None:
+def test_the_digest_does_not_depend_on_the_last_call() -> None:
     known = small_models.tokenizer("bert")
     digest = tokenizer_digest(known)
     known(["a text"], truncation=True, max_length=2, padding="max_length")
     assert tokenizer_digest(known) == digest == tokenizer_digest(small_models.tokenizer("bert"))
 
 
-def test_another_vocabulary_rule_special_token_or_template_is_another_digest() -> None:
+def test_another_vocabulary_rule_special_token_or_template_changes_the_digest() -> None:
     digests = {tokenizer_digest(small_models.tokenizer(family)) for family in ("bert", "roberta", "gpt2", "qwen3")}
     for change in (
         lambda it: it.add_tokens(["zebra"]),

@@ -195,7 +195,7 @@ def test_duplicates_empty_inputs_few_steps_and_splits_are_said() -> None:
 
 
 def test_products_in_8_bits_are_refused_where_they_cannot_be_and_told_of_where_they_are_not_for() -> None:
-    for method, text in (({"method": "full"}, "trains the weights themselves"), (IA3, "has PEFT multiply")):
+    for method, text in (({"method": "full"}, "trains the weights"), (IA3, "is computed by PEFT")):
         check = made(train__int8="true", **method)[1]["int8"]
         assert check.level == "warn"
         assert text in check.text

@@ -127,7 +127,7 @@ def test_a_probe_is_spread_over_the_examples_and_leaves_the_mode_alone(folders: 
     assert on.model.training
     assert asked.outputs.shape == (4, 2)
     assert [source.tolist() for source in asked.sources] == [
-        task.encode_source(data.test[place].text).ids.tolist() for place in (0, 10, 20, 30)
+        task.encode_sources([data.test[place].text])[0].ids.tolist() for place in (0, 10, 20, 30)
     ]
     assert not asked.targets
     assert asked.outputs.dtype == torch.float32

@@ -25,7 +25,7 @@ from turret.adapters.routed import RoutedDropout, RoutedModule
 from turret.errors import AdapterError
 from turret.families import Family, Site, family_of
 from turret.methods import Method
-from turret.transformer import Model
+from turret.transformer import Model, Submodule
 
 M = TypeVar("M", bound=nn.Module)
 ATTRIBUTE = "turret"  # the name of the attachment on its model
@@ -243,7 +243,7 @@ def multiply_in_int8(model: Model) -> None:
     attached.undo += [int8.hook(layer, attached.context) for layer in found]
 
 
-def _bias_modules(attached: Attachment) -> dict[str, nn.Module]:
+def _bias_modules(attached: Attachment) -> dict[str, Submodule]:
     """The owners of a bias by relative position, by group; empty if the family has none."""
     bias, sites = attached.family.relative_bias, attached.sites
     if bias is None:

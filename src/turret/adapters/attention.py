@@ -25,6 +25,7 @@ from turret.adapters.fused.flash import flash
 from turret.errors import AdapterError
 from turret.families import Family, Site
 from turret.kernels import AttentionRows, Library, Prefixes, usable
+from turret.transformer import Submodule
 
 NAME = "turret"
 KeysValues = Callable[[int, Site], tuple[Tensor, Tensor] | None]
@@ -57,7 +58,7 @@ class Hooked:
     context: BatchContext
     prefix: KeysValues
     family: Family
-    bias_module: nn.Module | None
+    bias_module: Submodule | None
     last: bool = False
 
 
@@ -195,8 +196,8 @@ def _prefix_bias(hooked: Hooked, tokens: int, q: Tensor, past: int) -> Tensor:
 def relative_bias(hooked: Hooked, relative: Tensor) -> Tensor:
     """The bias of a site for relative positions key - query: (T, S) int64 -> (1, H, T, S)."""
     assert hooked.family.relative_bias is not None
-    bias: Tensor = hooked.family.relative_bias.values(hooked.bias_module, relative)
-    return bias
+    assert hooked.bias_module is not None
+    return hooked.family.relative_bias.values(hooked.bias_module, relative)
 
 
 def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:

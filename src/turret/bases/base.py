@@ -1,34 +1,31 @@
-"""A frozen base and its tokenizer in memory, checked to be whole, and known by the fingerprint of its weights.
+"""Load a frozen base and its tokenizer, check that they are complete, and take the fingerprint of the weights.
 
-What a checkpoint lacks is allowed to be new only where a task brings it: a head, a pooler. Anything else that
-transformers would fill with noise in silence is an error here. Refuses to know adapters and how the base is trained.
+A checkpoint may lack the weights of a task: a head or a pooler. Any other missing weight is an error, because
+transformers would initialise it at random without a warning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
-from turret.bases.fingerprint_cache import remember, remembered
+from turret.bases import fingerprint_cache
 from turret.bases.numerics import native_bfloat16, use_quick_float32
 from turret.bases.silence_transformers import quiet
 from turret.bases.source import BaseSource, resolve
 from turret.errors import BaseModelError
 from turret.families import Family, family_named
 from turret.fingerprint import fingerprint, within
+from turret.transformer import Model, Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 _VOCABULARIES = (
@@ -41,21 +38,29 @@ _VOCABULARIES = (
 )
 
 
+class LoadingInfo(TypedDict):
+    """The report of transformers' `from_pretrained(output_loading_info=True)`."""
+
+    missing_keys: set[str]  # of the model that are not in the checkpoint
+    unexpected_keys: set[str]  # of the checkpoint that are not in the model
+    mismatched_keys: set[tuple[str, tuple[int, ...], tuple[int, ...]]]  # (name, shape in the checkpoint, in the model)
+
+
 @dataclass(frozen=True)
 class Base:
-    """A base as everything else uses it. The model is in eval mode and none of its parameters requires a gradient."""
+    """A loaded base. The model is in eval mode, and none of its parameters requires a gradient."""
 
-    id: str  # as the user called it
-    revision: str | None  # commit of the Hub, version of the wheel, digest of the GGUF file
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase  # has a pad token
+    id: str  # the name that the user gave
+    revision: str | None  # the Hub's commit, the wheel's version or the GGUF file's digest
+    model: Model
+    tokenizer: Tokenizer  # has a pad token
     family: Family
-    fingerprint: str  # "sha256:...", of the checkpoint, whatever dtype it was cast to
+    fingerprint: str  # "sha256:...", of the checkpoint in its own dtype
     dtype: torch.dtype
-    folder: Path  # of the safetensors it was read from
-    fresh: tuple[str, ...]  # parameters that the checkpoint does not have: newly initialised with the seed
-    bytes: int  # of its parameters and buffers in memory
-    notes: tuple[str, ...]  # what was decided for the user, to be printed
+    folder: Path  # of its safetensors
+    fresh: tuple[str, ...]  # parameters that the checkpoint lacks, initialised with the seed
+    bytes: int  # memory of its parameters and buffers
+    notes: tuple[str, ...]  # decisions that the user should see
 
 
 def load(
@@ -67,10 +72,19 @@ def load(
     seed: int = 42,
     verify: bool = False,
 ) -> Base:
-    """Load `base` for a task. Raises BaseModelError, or UnknownFamily that lists the known ones.
+    """Load a base for a task.
 
-    `num_labels` left out is the checkpoint's own; `seed` initialises what is fresh and nothing else; `verify` hashes
-    the weights even where the cache remembers their fingerprint.
+    Args:
+        base: a Hub id, a folder, a GGUF file, or `pypi:NAME` for a base in a wheel.
+        task: "classify" loads a classification head, "generate" a language model head.
+        num_labels: outputs of the classification head. None: the checkpoint's.
+        dtype: "auto" is bfloat16 if the processor computes it natively, else float32.
+        seed: initialises the parameters that the checkpoint lacks.
+        verify: hash the weights even if the cache has their fingerprint.
+
+    Raises:
+        BaseModelError: the base cannot be found or read, or does not fit the task.
+        UnknownFamily: the architecture is not supported.
     """
     source = resolve(base)
     family = family_named(source.config.get("model_type"))
@@ -82,10 +96,10 @@ def load(
     model, loading = _read_model(source, family, task, num_labels, seed)
     fresh = _fresh(source, family, model, loading)
     digest = _known_fingerprint(source, model, verify)
-    wanted = _dtype(dtype)
-    if wanted == torch.float32:
+    torch_dtype = _dtype(dtype)
+    if torch_dtype == torch.float32:
         use_quick_float32()
-    _cast(model, wanted)
+    _cast(model, torch_dtype)
     tokenizer, notes = _read_tokenizer(source, model)
     model.requires_grad_(False).eval()
     return Base(
@@ -95,18 +109,18 @@ def load(
         tokenizer=tokenizer,
         family=family,
         fingerprint=digest,
-        dtype=wanted,
+        dtype=torch_dtype,
         folder=source.folder,
         fresh=fresh,
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in _tensors(model)),
+        bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         notes=tuple(_notes(source, family, model, loading) + notes),
     )
 
 
 def _read_model(
     source: BaseSource, family: Family, task: str, num_labels: int | None, seed: int
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """(model in the checkpoint's dtype, transformers' account of its keys)."""
+) -> tuple[Model, LoadingInfo]:
+    """The model in the checkpoint's dtype, and transformers' report about its keys."""
     if task == "classify":
         auto = AutoModelForSequenceClassification
     else:
@@ -122,20 +136,20 @@ def _read_model(
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
-                ignore_mismatched_sizes=True,  # a head with other labels is fresh; the rest is refused below
+                ignore_mismatched_sizes=True,  # a head with other labels is new; `_fresh` refuses the rest
                 output_loading_info=True,
             )
     except MemoryError:
         raise
-    except Exception as error:  # what a broken file makes transformers trip over is not to be foreseen
+    except Exception as error:  # transformers raises many kinds for a broken file
         raise BaseModelError(
-            f"base {source.id!r} cannot be read: {_said(error)}; fetch it again, or give another base"
+            f"base {source.id!r} cannot be read: {_one_line(error)}; fetch it again, or give another base"
         ) from error
     return model, loading
 
 
-def _fresh(source: BaseSource, family: Family, model: PreTrainedModel, loading: dict[str, Any]) -> tuple[str, ...]:
-    """The newly initialised parameters, or an error where one of them is no part of a task."""
+def _fresh(source: BaseSource, family: Family, model: Model, loading: LoadingInfo) -> tuple[str, ...]:
+    """The newly initialised parameters. Raises BaseModelError if one of them does not belong to a task."""
     prefix = f"{model.base_model_prefix}."
     reshaped = {name: shapes for name, *shapes in loading["mismatched_keys"]}
     fresh = set(loading["missing_keys"]) | set(reshaped)
@@ -150,32 +164,31 @@ def _fresh(source: BaseSource, family: Family, model: PreTrainedModel, loading: 
     if first in reshaped:
         in_file, in_config = (tuple(shape) for shape in reshaped[first])
         raise BaseModelError(
-            f"base {source.id!r}: {first} is {in_file} in the checkpoint and {in_config} by config.json; "
+            f"base {source.id!r}: {first} has shape {in_file} in the checkpoint and {in_config} by config.json; "
             "give the config.json that belongs to these weights"
         )
     raise BaseModelError(
-        f"base {source.id!r} is not whole: {len(broken)} tensors of the model are not in its checkpoint, the first is "
+        f"base {source.id!r} is not complete: its checkpoint lacks {len(broken)} tensors of the model, the first is "
         f"{first}; fetch it again, or give the config.json that belongs to these weights"
     )
 
 
-def _known_fingerprint(source: BaseSource, model: PreTrainedModel, verify: bool) -> str:
-    digest = None if verify else remembered(source.weights)
+def _known_fingerprint(source: BaseSource, model: Model, verify: bool) -> str:
+    digest = None if verify else fingerprint_cache.read(source.weights)
     if digest is None:
         digest = fingerprint(model)
-        remember(source.weights, digest)
+        fingerprint_cache.write(source.weights, digest)
     return digest
 
 
-def _dtype(wanted: Dtype) -> torch.dtype:
-    if wanted == "auto":
-        return torch.bfloat16 if native_bfloat16() else torch.float32
-    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+def _dtype(dtype: Dtype) -> torch.dtype:
+    narrow = native_bfloat16() if dtype == "auto" else dtype == "bfloat16"
+    return torch.bfloat16 if narrow else torch.float32
 
 
 @torch.no_grad()
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast what a checkpoint holds. Not `model.to()`: that rounds the frequencies of rotary embeddings as well."""
+def _cast(model: Model, dtype: torch.dtype) -> None:
+    """Cast the tensors of a checkpoint. `model.to()` would also round the frequencies of rotary embeddings."""
     stored = model.state_dict(keep_vars=True)
     for tensor in (*model.parameters(), *(stored[name] for name, _ in model.named_buffers() if name in stored)):
         if tensor.is_floating_point():
@@ -183,39 +196,39 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def _read_tokenizer(source: BaseSource, model: PreTrainedModel) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """(tokenizer that fits the model and can pad, what was decided)."""
-    if not any((source.folder / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one
+def _read_tokenizer(source: BaseSource, model: Model) -> tuple[Tokenizer, list[str]]:
+    """A tokenizer that fits the model and can pad, and notes for the user."""
+    if not any((source.folder / name).is_file() for name in _VOCABULARIES):  # transformers would return an empty one
         raise BaseModelError(f"base {source.id!r} has no tokenizer: put its tokenizer.json beside its weights")
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise BaseModelError(
-            f"base {source.id!r} has no tokenizer that can be read: {_said(error)}; "
+            f"base {source.id!r} has no tokenizer that can be read: {_one_line(error)}; "
             "put its tokenizer.json beside its weights"
         ) from error
-    notes = _mend_padding(source, model, tokenizer)
+    notes = _set_padding(source, model, tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
         raise BaseModelError(
-            f"base {source.id!r}: the tokenizer knows tokens up to number {largest} and the embedding has {rows} rows; "
+            f"base {source.id!r}: the tokenizer has token ids up to {largest} and the embedding has {rows} rows; "
             "give the tokenizer that belongs to these weights"
         )
     return tokenizer, notes
 
 
-def _mend_padding(source: BaseSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _set_padding(source: BaseSource, model: Model, tokenizer: Tokenizer) -> list[str]:
     notes = []
-    if tokenizer.pad_token_id is None:
+    if getattr(tokenizer, "pad_token_id", None) is None:
         if tokenizer.eos_token_id is None:
             raise BaseModelError(
                 f"base {source.id!r}: the tokenizer has neither a pad nor an eos token; "
                 "name one of them in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
-        notes.append(f"the tokenizer has no pad token: its eos token {tokenizer.eos_token!r} is used to pad")
+        notes.append(f"the tokenizer has no pad token: its eos token {tokenizer.eos_token!r} pads instead")
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
@@ -226,24 +239,19 @@ def _mend_padding(source: BaseSource, model: PreTrainedModel, tokenizer: PreTrai
     return notes
 
 
-def _notes(source: BaseSource, family: Family, model: PreTrainedModel, loading: dict[str, Any]) -> list[str]:
+def _notes(source: BaseSource, family: Family, model: Model, loading: LoadingInfo) -> list[str]:
     notes = []
     if "auto_map" in source.config:
-        notes.append("the base carries code of its own, which is not run; transformers' own classes are used")
+        notes.append("the base comes with code, which is not run: transformers' classes are used instead")
     parts = {name for name, _ in model.base_model.named_children()} - set(family.body_excludes)
     prefix = f"{model.base_model_prefix}."
     unused = sorted(name for name in loading["unexpected_keys"] if name.removeprefix(prefix).partition(".")[0] in parts)
     if unused:
-        notes.append(f"{len(unused)} tensors of the checkpoint have no place in the model, the first is {unused[0]}")
+        notes.append(f"the model does not use {len(unused)} tensors of the checkpoint, the first is {unused[0]}")
     return notes
 
 
-def _tensors(model: PreTrainedModel) -> Iterable[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-
-
-def _said(error: BaseException) -> str:
-    """What an error says, in one line of bearable length, without its full stop."""
+def _one_line(error: BaseException) -> str:
+    """An error's message as one line of at most 200 characters, without a full stop."""
     line = " ".join(str(error).split()) or type(error).__name__
     return (line if len(line) <= 200 else f"{line[:200]}…").rstrip(".: ")

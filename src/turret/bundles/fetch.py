@@ -1,7 +1,7 @@
-"""An adapter from outside, brought into a folder of ours: from a folder, an archive or the Hub.
+"""Copy an adapter's files from a folder, an archive or the Hub.
 
-Only the adapter's own three files are copied, never through a link, so what is checked afterwards is what is kept.
-Refuses to know what is in them.
+Only the adapter's three files are copied, and links are not followed, so the files that are checked later are the files
+that are stored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors as hub
@@ -22,32 +21,40 @@ from turret.bundles.bundle import FILES, PICKLES, WEIGHTS, refuse_foreign_files
 from turret.errors import BundleError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_EXPECTED = f"expected a folder with {WEIGHTS}, such a folder packed as {', '.join(ENDINGS)}, or a Hub id"
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]{0,60}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Brought:
-    """A copy of an adapter's files, and the commit where they are the Hub's."""
+class Fetched:
+    """A copy of an adapter's files."""
 
     folder: Path
-    revision: str | None = None
+    revision: str | None = None  # the commit, if they are from the Hub
 
 
-def bring(source: str, beside: Path, *, download: Callable[..., str] = huggingface_hub.snapshot_download) -> Brought:
-    """Copy what `source` names into a new folder in `beside`. Raises BundleError in one line."""
+def fetch(source: str, parent: Path, *, download: Callable[..., str] = huggingface_hub.snapshot_download) -> Fetched:
+    """Copy the adapter at `source` into a new folder in `parent`.
+
+    Args:
+        source: a folder, an archive or a Hub id.
+
+    Raises:
+        BundleError: there is no adapter at `source`, or it is not accepted.
+    """
     if not source.strip() or "\0" in source:
         raise BundleError(f"adapter {_short(source)} is not there: {_EXPECTED}")
     path = Path(source).expanduser()
     name = path.name if _PLAIN.fullmatch(path.name) else "adapter"
-    target = beside / name
-    if os.path.isdir(path):  # unlike Path's, it bears any name, however long
+    target = parent / name
+    if os.path.isdir(path):  # unlike Path.is_dir, it accepts names of any length
         refuse_foreign_files(path)
         _copy(path, target)
-        return Brought(target)
+        return Fetched(target)
     if os.path.isfile(path):
         if is_archive(path.name):
             unpack(path, target)
-            return Brought(target)
+            return Fetched(target)
         if path.name.lower().endswith(PICKLES):
             raise BundleError(f"{_short(source)} is a pickle, which is never opened: save the adapter as safetensors")
         raise BundleError(f"{_short(source)} is a file: {_EXPECTED}")
@@ -56,15 +63,12 @@ def bring(source: str, beside: Path, *, download: Callable[..., str] = huggingfa
     return _from_hub(source, target, download)
 
 
-_EXPECTED = f"expected a folder with {WEIGHTS}, such a folder packed as {', '.join(ENDINGS)}, or a Hub id"
-
-
-def _from_hub(source: str, target: Path, download: Callable[..., Any]) -> Brought:
+def _from_hub(source: str, target: Path, download: Callable[..., str]) -> Fetched:
     try:
         folder = Path(download(source, allow_patterns=list(FILES)))
     except (hub.GatedRepoError, hub.DisabledRepoError):
         raise BundleError(
-            f"adapter {source!r}: the Hub refuses it to you: accept its licence there and log in with `hf auth login`"
+            f"adapter {source!r}: the Hub denies access: accept its licence there and log in with `hf auth login`"
         ) from None
     except hub.RepositoryNotFoundError:
         raise BundleError(
@@ -76,9 +80,9 @@ def _from_hub(source: str, target: Path, download: Callable[..., Any]) -> Brough
             "give a folder or an archive instead"
         ) from None
     if not (folder / WEIGHTS).is_file():
-        raise BundleError(f"adapter {source!r} on the Hub has no {WEIGHTS}: only safetensors is fetched, no pickle")
+        raise BundleError(f"adapter {source!r} on the Hub has no {WEIGHTS}: only safetensors files are fetched")
     _copy(folder, target, links=True)  # the Hub's cache is made of links
-    return Brought(target, folder.name)
+    return Fetched(target, folder.name)
 
 
 def _copy(folder: Path, target: Path, *, links: bool = False) -> None:

@@ -1,9 +1,9 @@
-"""Which adapters vLLM takes, by its own documentation; words only.
+"""Which adapters vLLM serves, according to its documentation.
 
 - `vllm.lora.peft_helper.PEFTHelper` (docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/): a LoRA by `r`, `lora_alpha`,
   `target_modules` and `use_rslora`; `bias` is "none", `modules_to_save` is None, no DoRA; one rank for all layers.
-- `vllm.config.lora` (docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/): `max_lora_rank` is one of `RANKS`; an adapter of a
-  larger rank is refused, a smaller one is fine.
+- `vllm.config.lora` (docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/): `max_lora_rank` is one of `RANKS`; adapters of
+  a larger rank are refused.
 - `vllm.lora.lora_model.LoRAModel`: tensors are called `base_model.model.<layer>.lora_A.weight`, and every layer is a
   linear layer of the model.
 - the LoRA column of the supported models (docs.vllm.ai/en/v0.6.1/models/supported_models.html): Llama, Mistral and the
@@ -24,19 +24,23 @@ _LAYER = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|
 
 
 def max_lora_rank(adapter: Adapter) -> int:
-    """The smallest `--max-lora-rank` that takes the adapter; raises AdapterError where vLLM does not take it."""
+    """The smallest `--max-lora-rank` that fits the adapter. Raises AdapterError if vLLM does not serve it."""
     method, family = adapter.method, adapter.base.family
-    if (wanted := method.vllm_rank) is None:
-        raise AdapterError(f"vLLM takes LoRA alone, and this is a {method.kind}: export it without --vllm")
+    if (r := method.vllm_rank) is None:
+        raise AdapterError(f"vLLM serves only LoRA, and this is a {method.kind}: export it without --vllm")
     if adapter.head or not stored_task(adapter.task).generates:
-        raise AdapterError("vLLM takes no adapter with a head (modules_to_save), and this one classifies: use --merged")
+        raise AdapterError(
+            "vLLM serves no adapters with a head (modules_to_save), and this one classifies: use --merged"
+        )
     served = [name for name, each in FAMILIES.items() if each.vllm_lora]
     if family not in served:
-        raise AdapterError(f"vLLM takes LoRA on {', '.join(served)}, and this base is a {family}: use --merged")
-    if wanted > RANKS[-1]:
-        raise AdapterError(f"vLLM takes ranks up to {RANKS[-1]}, and this one has {wanted}: use --merged")
+        raise AdapterError(f"vLLM serves LoRA on {', '.join(served)}, and this base is a {family}: use --merged")
+    if r > RANKS[-1]:
+        raise AdapterError(f"vLLM serves ranks up to {RANKS[-1]}, and this one has {r}: use --merged")
     for name in adapter.tensors:
         path = name.removeprefix(LORA_PREFIX).rsplit(".lora_", 1)[0]
         if not _LAYER.fullmatch(path):
-            raise AdapterError(f"vLLM takes the linear layers of a decoder's blocks, not {path}: use --merged")
-    return next(rank for rank in RANKS if rank >= wanted)
+            raise AdapterError(
+                f"vLLM serves LoRA on the linear layers of a decoder's blocks, not on {path}: use --merged"
+            )
+    return next(rank for rank in RANKS if rank >= r)

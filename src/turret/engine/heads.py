@@ -81,8 +81,9 @@ class Heads:
         parts = {name: functools.partial(own, name, None) for name in self._family.head_modules}
         body = {name: functools.partial(own, path, module) for name, (path, module) in self._inside.items()}
         dropouts = dict.fromkeys(self._family.head_dropouts, _same)
-        model = SimpleNamespace(**parts, **dropouts, base_model=SimpleNamespace(**body))
-        logits = self._family.classify(model, pooled)
+        # Not a real model: its parts take and give a list of rows where heads differ in classes.
+        model: Any = SimpleNamespace(**parts, **dropouts, base_model=SimpleNamespace(**body))
+        logits: Any = self._family.classify(model, pooled)
         return [row for rows in (logits if isinstance(logits, list) else [logits]) for row in rows.cpu()]
 
 

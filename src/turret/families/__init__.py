@@ -1,4 +1,4 @@
-"""The first axis: what a base is. One file a family, one table of them all; nothing here loads torch."""
+"""The axis of families: one file for each architecture, and a table of them. Loads no torch."""
 
 from turret.families.family import (
     Family,

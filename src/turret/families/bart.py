@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from turret.families.family import Family, last
-
-
-def classify(model: Any, pooled: Any) -> Any:
-    return model.classification_head(pooled)
-
-
-def vocabulary(model: Any, hidden: Any, output: Callable[[Any], Any]) -> Any:
-    return output(hidden) + model.final_logits_bias
-
 
 BART = Family(
     name="bart",
@@ -22,11 +10,11 @@ BART = Family(
     attention=("BartAttention",),
     lora_targets=("q_proj", "v_proj"),
     head_modules=("classification_head",),
-    classify=classify,
+    classify=lambda model, pooled: model.classification_head(pooled),
     pooling=last,
     positions="table",
     position_module="embed_positions",
     cross_attention=("encoder_attn",),
     source_projections=("k_proj", "v_proj"),
-    vocabulary=vocabulary,
+    vocabulary=lambda model, hidden, output: output(hidden) + model.final_logits_bias,
 )

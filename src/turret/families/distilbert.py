@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from turret.families.family import Family
-
-
-def classify(model: Any, pooled: Any) -> Any:
-    return model.classifier(model.dropout(model.pre_classifier(pooled).relu()))
-
 
 DISTILBERT = Family(
     name="distilbert",
@@ -17,7 +10,7 @@ DISTILBERT = Family(
     attention=("DistilBertSelfAttention",),
     lora_targets=("q_lin", "v_lin"),
     head_modules=("pre_classifier", "classifier"),
-    classify=classify,
+    classify=lambda model, pooled: model.classifier(model.dropout(model.pre_classifier(pooled).relu())),
     head_dropouts=("dropout",),
     positions="table",
 )

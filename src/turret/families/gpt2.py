@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from turret.families.family import Family, last
-
-
-def classify(model: Any, pooled: Any) -> Any:
-    return model.score(pooled)
-
+from turret.families.llama import classify
 
 GPT2 = Family(
     name="gpt2",

@@ -1,19 +1,24 @@
-"""Llama (Touvron et al. 2023), and the decoders that are made like it."""
+"""Llama (Touvron et al. 2023), and decoders with the same layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from turret.families.family import Family, FastPaths, last, own_window
+from turret.families.family import Family, FastPaths, last
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from turret.transformer import Model
 
 
-def classify(model: Any, pooled: Any) -> Any:
-    return model.score(pooled)
+def classify(model: Model, pooled: Tensor) -> Tensor:
+    logits: Tensor = model.score(pooled)
+    return logits
 
 
-def llama_like(name: str, stem: str, *, window: Callable[[Any], int | None] = own_window) -> Family:
-    """A decoder of rotary positions, RMS norms and a gated MLP, whose classes begin with `stem`."""
+def llama_like(name: str, stem: str) -> Family:
+    """A decoder with rotary positions, RMS norms and a gated MLP, whose class names begin with `stem`."""
     return Family(
         name=name,
         kind="decoder",
@@ -22,7 +27,6 @@ def llama_like(name: str, stem: str, *, window: Callable[[Any], int | None] = ow
         head_modules=("score",),
         classify=classify,
         pooling=last,
-        window=window,
         vllm_lora=True,
         fast=FastPaths(
             rms_norms=(f"{stem}RMSNorm",),

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from turret.families.llama import llama_like
 
-
-def window(module: Any) -> int | None:
-    configured: int | None = getattr(module.config, "sliding_window", None)
-    return configured
-
-
-MISTRAL = llama_like("mistral", "Mistral", window=window)
+MISTRAL = replace(
+    llama_like("mistral", "Mistral"), window=lambda module: getattr(module.config, "sliding_window", None)
+)

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from turret.families.family import Family, Pooling
-
-
-def classify(model: Any, pooled: Any) -> Any:
-    return model.classifier(model.drop(model.head(pooled)))
-
-
-def configured(config: Any) -> Pooling:
-    return "mean" if config.classifier_pooling == "mean" else "first"
-
+from turret.families.family import Family
 
 MODERNBERT = Family(
     name="modernbert",
@@ -21,7 +10,7 @@ MODERNBERT = Family(
     attention=("ModernBertAttention",),
     lora_targets=("Wqkv",),
     head_modules=("head", "classifier"),
-    classify=classify,
+    classify=lambda model, pooled: model.classifier(model.drop(model.head(pooled))),
     head_dropouts=("drop",),
-    pooling=configured,
+    pooling=lambda config: "mean" if config.classifier_pooling == "mean" else "first",
 )

@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from turret.families.bert import bert_layers
 from turret.families.family import Family
-
-
-def classify(model: Any, pooled: Any) -> Any:
-    return model.classifier(pooled[:, None])  # RobertaClassificationHead takes the first of (B, 1, D)
-
-
-def after_padding(config: Any) -> int:
-    return int(config.pad_token_id) + 1  # positions are counted from the padding index on
-
 
 ROBERTA = Family(
     name="roberta",
@@ -22,9 +11,9 @@ ROBERTA = Family(
     attention=("RobertaSelfAttention",),
     lora_targets=("query", "value"),
     head_modules=("classifier",),
-    classify=classify,
+    classify=lambda model, pooled: model.classifier(pooled[:, None]),  # its head reads the first token of (B, T, D)
     body_excludes=("pooler",),
     positions="table",
-    position_offset=after_padding,
+    position_offset=lambda config: config.pad_token_id + 1,  # positions begin after the padding index
     fast=bert_layers("Roberta"),
 )

@@ -1,8 +1,8 @@
-"""Every family by its name, and which one a configuration belongs to."""
+"""The table of families."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from turret.errors import UnknownFamily
 from turret.families.bart import BART
@@ -17,6 +17,10 @@ from turret.families.qwen2 import QWEN2
 from turret.families.qwen3 import QWEN3
 from turret.families.roberta import ROBERTA
 from turret.families.t5 import T5
+from turret.json_types import JsonValue
+
+if TYPE_CHECKING:
+    from turret.transformer import ModelConfig
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -24,8 +28,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_named(name: object) -> Family:
-    """The family of a `model_type`. Raises UnknownFamily, naming the known ones."""
+def family_named(name: JsonValue) -> Family:
+    """The family of a `model_type`. Raises UnknownFamily, which lists the supported ones."""
     if not isinstance(name, str) or name not in FAMILIES:
         raise UnknownFamily(
             f"architecture {name!r} is not supported: expected one of {', '.join(sorted(FAMILIES))}; use one of them"
@@ -33,6 +37,6 @@ def family_named(name: object) -> Family:
     return FAMILIES[name]
 
 
-def family_of(config: Any) -> Family:
-    """The family of a model's configuration. Raises UnknownFamily, naming the known ones."""
+def family_of(config: ModelConfig) -> Family:
+    """The family of a model's configuration. Raises UnknownFamily, which lists the supported ones."""
     return family_named(getattr(config, "model_type", None))

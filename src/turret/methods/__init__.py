@@ -1,4 +1,4 @@
-"""What can be trained on a frozen base: one class a method, in PEFT's words, and the table of them. Loads no torch.
+"""The axis of methods: one class for each method, named as in PEFT, and a table of them. Loads no torch.
 
 A method is a file or a small package: `spec.py` has its settings, rates and checks, `numbers.py` its tensors.
 """
@@ -6,9 +6,9 @@ A method is a file or a small package: `spec.py` has its settings, rates and che
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from turret.errors import RecipeError, shown
+from turret.json_types import JsonValue
 from turret.methods.full import Full
 from turret.methods.head import Head
 from turret.methods.lora import LoRA
@@ -21,8 +21,8 @@ METHODS: dict[str, type[Method]] = {"lora": LoRA, "prefix": Prefix, "head": Head
 __all__ = ["METHODS", "Full", "Head", "LoRA", "Method", "Peft", "Prefix", "method_class", "method_named"]
 
 
-def method_class(value: Any) -> type[Method]:
-    """The class of what a `[method]` table says. Raises RecipeError for a kind that is not in the table."""
+def method_class(value: JsonValue) -> type[Method]:
+    """The method class of a `[method]` table or of a kind. Raises RecipeError for an unknown kind."""
     kind = value.get("kind") if isinstance(value, Mapping) else value
     if not isinstance(kind, str) or kind not in METHODS:
         given = "none given" if kind is None else f"given {shown(kind)}"
@@ -30,6 +30,6 @@ def method_class(value: Any) -> type[Method]:
     return METHODS[kind]
 
 
-def method_named(kind: object) -> type[Method]:
-    """The class of that kind; the protocol itself where no method is called so, as for a base."""
+def method_named(kind: str | None) -> type[Method]:
+    """The method class of that kind. `Method` itself for an unknown kind, such as the base of a comparison."""
     return METHODS.get(str(kind), Method)

@@ -1,4 +1,4 @@
-"""The method `head`: its settings, rates and checks are the protocol's."""
+"""The method `head`, with the protocol's settings, rates and checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from turret.methods.method import Method
 
 
 class Head(Method):
-    """Only the task's head, a logistic regression on frozen features; the floor of a comparison."""
+    """Only the task's head: a logistic regression on frozen features, and the baseline of a comparison."""
 
     head_alone: ClassVar[bool] = True
 

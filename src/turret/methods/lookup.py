@@ -1,4 +1,4 @@
-"""From a method's settings to its tensors. Loads torch only when it is asked."""
+"""From a method's settings to its tensors. Loads torch when it is called."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def numbers_of(method: Method) -> MethodNumbers[Method]:
-    """What this method does with tensors: the class that its `numbers_at` names."""
+    """The tensors of this method: an instance of the class that `numbers_at` names."""
     module, _, name = method.numbers_at.partition(":")
-    found: type[MethodNumbers[Method]] = getattr(import_module(module), name)
-    return found(method)
+    numbers: type[MethodNumbers[Method]] = getattr(import_module(module), name)
+    return numbers(method)

@@ -1,12 +1,12 @@
-"""The tensors of a method: how it starts on a base, what is stored of it, and how that comes back into a slot.
+"""The protocol of a method's tensors: how they start on a base, how they are stored, and how they are mounted.
 
-The answers here hold for every method that does not give its own; they are those of `head`.
+The defaults here are those of `head`; a method overrides what differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,53 +26,58 @@ from turret.adapters.attached import Attachment, Beginning, start_head
 from turret.adapters.lora import merged_weight
 from turret.adapters.peft_config import check_agreement, check_config
 from turret.errors import AdapterError, BundleError
+from turret.json_types import JsonObject
 from turret.methods.method import Method
 from turret.plan_check import Check
+from turret.transformer import Model
 
 M = TypeVar("M", bound=Method, covariant=True)
 
 
 class MethodNumbers(Generic[M]):
-    """What a method does with tensors on an attached model."""
+    """The tensors of one method on an attached model."""
 
     def __init__(self, method: M) -> None:
         self.method = method
 
     def require_known(self) -> None:
-        """Raises RecipeError for settings that only a library can judge."""
+        """Raises RecipeError for settings that a library does not accept. Only libraries know such settings."""
 
-    def targets(self, model: Any) -> Check:
-        """A row of a plan: what is trained on this base, or that it has no such layers."""
+    def targets(self, model: Model) -> Check:
+        """A row of a plan: what is trained on this base, or that the base has no such layers."""
         return Check("method", "ok", self.method.summary)
 
-    def start(self, model: Any, attached: Attachment, beginning: Beginning) -> None:
-        """Put a new adapter into slot 1, with requires_grad on whatever is trained; see `adapters.attach`."""
+    def start(self, model: Model, attached: Attachment, beginning: Beginning) -> None:
+        """Put a new adapter into slot 1, with requires_grad on what is trained. See `adapters.attach`."""
         start_head(model, attached, beginning.head)
 
     def tensors(self, attached: Attachment, slot: int) -> dict[str, Tensor]:
-        """What a slot holds beside the head, by the names that are stored."""
+        """The tensors in a slot without the head, by the names that are stored."""
         return {}
 
     def extract(self, attached: Attachment, slot: int) -> Extracted:
-        """Copies of what a slot holds, on the CPU in float32."""
+        """Copies of the tensors in a slot, on the CPU in float32."""
         tensors = {name: copied(value) for name, value in self.tensors(attached, slot).items()}
         return Extracted(tensors, head_tensors(attached, slot), self.method)
 
-    def fill(self, model: Any, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
-        """Put a stored adapter's numbers where `start` put new ones. Raises AdapterError where they do not fit."""
+    def fill(self, model: Model, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
+        """Replace the values that `start` set by a stored adapter's. Raises AdapterError if they do not fit.
+
+        generator: draws what is not stored, such as a prefix's MLP.
+        """
         fill_parameters(head_parameters(attached), adapter.head)
         fill_parameters(self.tensors(attached, 1), adapter.tensors)
 
     def owns(self, name: str) -> bool:
-        """Whether a tensor of a file is the method's, and not the head's."""
+        """Whether a tensor of a file belongs to the method, not to the head."""
         return False
 
     def stored(self, adapter: Adapter) -> dict[str, Tensor]:
-        """Every tensor of a bundle by its name in the file."""
+        """The tensors of a bundle by their names in the file."""
         return {**adapter.tensors, **{f"{LORA_PREFIX}{name}": value for name, value in adapter.head.items()}}
 
-    def read(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The other way: the method's own tensors of a file, and the head's under their names in the model."""
+    def read(self, tensors: dict[str, Tensor], config: JsonObject) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The inverse of `stored`: (the method's tensors, the head's by their names in the model)."""
         own: dict[str, Tensor] = {}
         head: dict[str, Tensor] = {}
         for name, value in tensors.items():
@@ -81,51 +86,55 @@ class MethodNumbers(Generic[M]):
             elif name.startswith(LORA_PREFIX):
                 head[name.removeprefix(LORA_PREFIX)] = value
             elif name.startswith("base_model."):
-                head[name.removeprefix("base_model.")] = value  # as PEFT names the head of a prompt-tuned model
+                head[name.removeprefix("base_model.")] = value  # PEFT's name for the head of a prompt-tuned model
             else:
                 kind = self.method.kind
-                raise BundleError(f"tensor {name!r} belongs neither to a {kind} nor to a head: export it again")
+                raise BundleError(
+                    f"tensor {name!r} belongs neither to the method {kind} nor to a head: export it again"
+                )
         return own, head
 
-    def peft_words(self) -> dict[str, Any]:
-        """What PEFT's configuration must say of the settings, so that PEFT computes the same."""
+    def peft_words(self) -> JsonObject:
+        """The keys of PEFT's configuration that must agree with the settings, so that PEFT computes the same."""
         return {"peft_type": self.method.peft_name}
 
-    def peft_config(self, adapter: Adapter) -> dict[str, Any]:
+    def peft_config(self, adapter: Adapter) -> JsonObject:
         """The method's part of PEFT's configuration."""
         return self.peft_words()
 
-    def check_config(self, config: dict[str, Any]) -> None:
-        """Raises BundleError for a configuration beside a manifest that says another thing than the method."""
+    def check_config(self, config: JsonObject) -> None:
+        """Raises BundleError if PEFT's configuration in a bundle contradicts the method in its manifest."""
         check_config(config)
         check_agreement(config, self.peft_words())
 
     def require_mergeable(self) -> None:
-        """Raises AdapterError for a method that no weights can say."""
+        """Raises AdapterError if the method is not a change of weights."""
 
-    def merged(self, model: Any, adapter: Adapter) -> dict[str, Tensor]:
-        """The weights that change, by name: those of a model with nothing attached, with the adapter in them."""
+    def merged(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
+        """The weights that the adapter changes, merged, by their names in a model with nothing attached."""
         shared, parts = shared_names(model), self.parts(model, adapter)
         merged = {}
         for path, (A, B) in parts.factors.items():
             if len(shared.get(f"{path}.weight", ())) > 1:
-                raise AdapterError(f"{path} shares its weight with another layer: it cannot be merged into one alone")
+                raise AdapterError(f"{path} shares its weight with another layer, so the adapter cannot be merged")
             layer = model.get_submodule(path)
             transposed = not isinstance(layer, nn.Linear)
+            assert isinstance(layer.weight, Tensor)
             merged[f"{path}.weight"] = merged_weight(layer.weight, A, B, parts.scaling, transposed=transposed)
         return merged
 
-    def parts(self, model: Any, adapter: Adapter) -> Parts:
-        """What an adapter adds in the two hooks: in a batch of many adapters it is this and the head.
+    def parts(self, model: Model, adapter: Adapter) -> Parts:
+        """The low-rank factors and the prefix with which a batch of many adapters computes this one.
 
-        Raises AdapterError for tensors that do not fit, and for a method that answers alone.
+        Raises:
+            AdapterError: the tensors do not fit the model, or the method cannot share a base.
         """
         if adapter.tensors:
-            odd = ", ".join(sorted(adapter.tensors)[:3])
-            raise AdapterError(f"a {self.method.kind} holds no other tensors, given {odd}")
+            names = ", ".join(sorted(adapter.tensors)[:3])
+            raise AdapterError(f"the method {self.method.kind} has no tensors besides the head, given {names}")
         return Parts()
 
-    def mount(self, model: Any, attached: Attachment, adapter: Adapter, slot: int) -> None:
+    def mount(self, model: Model, attached: Attachment, adapter: Adapter, slot: int) -> None:
         """Put a finished adapter into an empty slot."""
         mount_parts(model, attached, self.parts(model, adapter), slot)
         mount_head(model, attached, adapter.head, slot)
@@ -141,7 +150,7 @@ def head_parameters(attached: Attachment) -> dict[str, Tensor]:
 
 
 def fill_parameters(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy the values; raises AdapterError unless every one has its parameter, of the same shape."""
+    """Copy the values into the parameters. Raises AdapterError unless names and shapes are equal."""
     require_same({name: tuple(each.shape) for name, each in parameters.items()}, values)
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
@@ -151,9 +160,9 @@ def require_same(expected: Mapping[str, tuple[int, ...]], values: Mapping[str, T
     """Raises AdapterError unless the values have these names and shapes."""
     if odd := sorted(set(expected) ^ set(values)):
         has = "has no" if odd[0] in expected else "has"
-        raise AdapterError(f"it {has} {odd[0]}, unlike the method here: set [method] as it has it, and the same head")
+        raise AdapterError(f"it {has} {odd[0]}, unlike the method here: use its [method] and its head")
     for name, shape in expected.items():
         if tuple(values[name].shape) != shape:
             raise AdapterError(
-                f"its {name} has shape {tuple(values[name].shape)}, and here it is {shape}: set [method] as it has it"
+                f"its {name} has shape {tuple(values[name].shape)}, and here it is {shape}: use its [method]"
             )

@@ -1,14 +1,16 @@
-"""The axis of tasks: classify, summarize and generate, a file each, and the table that all else asks.
+"""The axis of tasks: one class for each, and a table of them. Loads no torch.
 
-A new task is a class with what `Task` lists, under `@register`. Importing the package loads no torch.
+A new task is a class with the methods of `HeadTask` or `TextTask`, decorated with `@register`.
 """
 
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate, Summarize
 from turret.tasks.task import (
     TASKS,
+    CommonTask,
     Encoded,
     HeadTask,
+    Prediction,
     Task,
     TextTask,
     has_head,
@@ -24,9 +26,11 @@ from turret.tasks.task import (
 __all__ = [
     "TASKS",
     "Classify",
+    "CommonTask",
     "Encoded",
     "Generate",
     "HeadTask",
+    "Prediction",
     "Summarize",
     "Task",
     "TextTask",

@@ -1,36 +1,40 @@
-"""Classification: one class of many for a text, or any number of them.
+"""Classification: one class for each text, or any number of classes (`multi_label`).
 
-Logits come in, numbers and names go out. Axes: B examples, C classes, T tokens.
+Axes: B examples, C classes, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from turret.data import Dataset, Labelled, Schema
+from turret.data import Dataset, Example, Labelled, Schema
 from turret.data.cells import label_of
 from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
-from turret.tasks.task import Encoded, FamilyKind, RequestKind, register
+from turret.json_types import JsonMapping, JsonObject
+from turret.tasks.task import Encoded, Prediction, TaskSettings, register
 from turret.tasks.tokens import Tokens
+from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")  # names of columns
-LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic")
-THRESHOLD = 0.5  # multi-label: a class is given when its probability reaches it
+    from turret.families import Kind as FamilyKind
+
+TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")  # column names of inputs
+LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic")  # column names of classes
+THRESHOLD = 0.5  # multi-label: a class is predicted from this probability on
 
 
 @register
 class Classify:
-    """The classes in the order of the logits, and how a text is encoded for them."""
+    """A classifier's labels, in the order of the logits, and how it encodes a text."""
 
     kind: ClassVar[str] = "classify"
-    request: ClassVar[RequestKind] = "classify"
-    generates: ClassVar[bool] = False
+    request: ClassVar[Literal["classify"]] = "classify"
+    generates: ClassVar[Literal[False]] = False
     pipeline_tag: ClassVar[str] = "text-classification"
     metric: ClassVar[str] = "accuracy"
     metric_label: ClassVar[str] = "accuracy"
@@ -39,7 +43,7 @@ class Classify:
     def __init__(
         self,
         labels: Sequence[str],
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         max_tokens: int = 256,
         *,
         multi_label: bool = False,
@@ -51,7 +55,7 @@ class Classify:
         unknown = sorted(set(class_weights or {}) - set(labels))
         if unknown:
             raise DataError(
-                f"task.class_weights names {shown(unknown[0])}, which is no class: the classes are {listed(labels)}"
+                f"task.class_weights names {shown(unknown[0])}, which is not a class: the classes are {listed(labels)}"
             )
         self.labels = tuple(labels)
         self.multi_label = multi_label
@@ -65,7 +69,7 @@ class Classify:
         if max_tokens < needed:
             raise DataError(
                 f"task.max_tokens = {max_tokens} leaves no room for the text: the special tokens and prefix_text "
-                f"take {needed - 1}, so give at least {needed}"
+                f"take {needed - 1}, so set it to {needed} or more"
             )
 
     @classmethod
@@ -81,7 +85,7 @@ class Classify:
         )
 
     @classmethod
-    def make(cls, settings: Any, dataset: Dataset, tokenizer: Any, family_kind: FamilyKind) -> Classify:
+    def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Classify:
         weights = settings.class_weights
         if weights == "balanced":
             weights = balanced_weights(dataset.labels, dataset.train, multi_label=settings.multi_label)
@@ -99,23 +103,19 @@ class Classify:
         return len(labels) or None
 
     @classmethod
-    def head_config(cls, spec: Mapping[str, Any]) -> dict[str, Any]:
+    def head_config(cls, spec: JsonMapping) -> JsonObject:
         labels = spec["labels"]
-        said = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-        return said | ({"problem_type": "multi_label_classification"} if spec.get("multi_label") else {})
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        return names | ({"problem_type": "multi_label_classification"} if spec.get("multi_label") else {})
 
     @property
     def instruction(self) -> str:
         return f"Classify the following text as {', '.join(self.labels)}."
 
-    # --- texts in --------------------------------------------------------------------------------------------------
-
-    def encode_source(self, text: str) -> Encoded:
-        """`before` + the text's first tokens + `after`: at most `max_tokens`, at least one."""
-        return self.encode_sources([text])[0]
+    # --- texts to tokens -------------------------------------------------------------------------------------------
 
     def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
-        """The same for many texts, which is much faster than one by one."""
+        """The first tokens of each text between the special tokens: at most `max_tokens`, at least one."""
         import torch
 
         tokens = self._tokens
@@ -126,19 +126,19 @@ class Classify:
             encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
         return encoded
 
-    def encode_examples(self, examples: Sequence[Labelled]) -> list[tuple[Encoded, Encoded | None]]:
-        return [(source, None) for source in self.encode_sources([example.text for example in examples])]
+    def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
+        return [(source, None) for source in self.encode_sources([example.input for example in examples])]
 
-    def targets(self, examples: Sequence[Labelled]) -> Tensor:
-        """Class numbers (B,) int64; with `multi_label` ones and zeros (B, C) float32."""
+    def targets(self, examples: Sequence[Example]) -> Tensor:
+        """Class numbers (B,) int64. With `multi_label`, ones and zeros (B, C) float32."""
         import torch
 
         try:
             if not self.multi_label:
-                return torch.tensor([self._index[str(example.label)] for example in examples], dtype=torch.long)
+                return torch.tensor([self._index[str(example.output)] for example in examples], dtype=torch.long)
             many = torch.zeros(len(examples), len(self.labels))
             for row, example in enumerate(examples):
-                for label in example.label:
+                for label in _labels(example):
                     many[row, self._index[label]] = 1.0
             return many
         except KeyError as error:
@@ -146,14 +146,17 @@ class Classify:
                 f"label {shown(error.args[0])} is unknown to this classifier: it knows {listed(self.labels)}"
             ) from None
 
-    # --- logits in -------------------------------------------------------------------------------------------------
+    # --- logits to numbers and names -------------------------------------------------------------------------------
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean over examples, so that the losses of micro-batches add up: a scalar.
 
-        One class: `mean_b w[y_b] * cross_entropy_b`; "balanced" weights have mean one over the training examples.
-        Many: `mean_b mean_c` of the binary cross-entropy, the positive term times w[c].
-        logits: (B, C), targets: (B,) int64 or (B, C) float32.
+        One class: `mean_b w[y_b] * cross_entropy_b`. "balanced" weights have mean 1 over the training examples.
+        `multi_label`: `mean_b mean_c` of the binary cross-entropy, its positive term times w[c].
+
+        Args:
+            logits: (B, C).
+            targets: (B,) int64, or (B, C) float32.
         """
         import torch.nn.functional as F
 
@@ -165,21 +168,21 @@ class Classify:
             return F.cross_entropy(logits, targets)
         return (F.cross_entropy(logits, targets, reduction="none") * weight[targets]).mean()  # (B,) -> ()
 
-    def guessing_loss(self, examples: Sequence[Labelled]) -> float:
-        """The loss of the best constant answer: the entropy of the classes' shares, weighted as the loss is.
+    def guessing_loss(self, examples: Sequence[Example]) -> float:
+        """The loss of the best constant answer: the entropy of the classes' shares, with the weights of the loss.
 
-        One class: a_c = share_c w_c, loss = sum_c a_c log(sum(a) / a_c). Many: the same for yes and no of each class,
-        with the share of yes times w[c], and their mean.
+        One class: a_c = share_c w_c, loss = sum_c a_c log(sum(a) / a_c). `multi_label`: the mean over classes of the
+        same for yes and no, where the share of yes is multiplied by w[c].
         """
         import torch
 
-        wanted = self.targets(examples)
-        weight = self._weight(wanted.device)
+        targets = self.targets(examples)
+        weight = self._weight(targets.device)
         if self.multi_label:
-            yes = wanted.mean(0)  # (C,)
+            yes = targets.mean(0)  # (C,)
             parts = torch.stack([yes if weight is None else yes * weight, 1 - yes])  # (2, C)
             return float(_constant_loss(parts).mean())
-        shares = torch.bincount(wanted, minlength=len(self.labels)) / len(wanted)  # (C,)
+        shares = torch.bincount(targets, minlength=len(self.labels)) / len(targets)  # (C,)
         return float(_constant_loss(shares if weight is None else shares * weight))
 
     def _weight(self, device: torch.device) -> Tensor | None:
@@ -189,8 +192,8 @@ class Classify:
             return None
         return torch.tensor([self.class_weights.get(label, 1.0) for label in self.labels], device=device)  # (C,)
 
-    def metrics(self, logits: Tensor, targets: Tensor) -> dict[str, Any]:
-        """accuracy, macro_f1, loss and a report for each class; logits: (B, C)."""
+    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+        """accuracy, macro_f1, loss and a report for each class. logits: (B, C)."""
         from turret.tasks import metrics
 
         loss = float(self.loss(logits, targets))
@@ -199,8 +202,8 @@ class Classify:
             return metrics.many_classes(given.tolist(), targets.long().tolist(), self.labels, loss)
         return metrics.one_class(logits.argmax(-1).tolist(), targets.tolist(), self.labels, loss)
 
-    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
-        """`{"label", "probabilities"}` for each row; with `multi_label` the label is a list. logits: (B, C)."""
+    def answers(self, logits: Tensor) -> list[JsonObject]:
+        """`{"label", "probabilities"}` for each row. With `multi_label` the label is a list. logits: (B, C)."""
         logits = logits.detach().double()
         if self.multi_label:
             rows = [dict(zip(self.labels, row, strict=True)) for row in logits.sigmoid().tolist()]
@@ -210,25 +213,25 @@ class Classify:
         return [{"label": self.labels[i], "probabilities": row} for i, row in zip(best, rows, strict=True)]
 
     @classmethod
-    def judged(cls, answer: Mapping[str, Any]) -> Any:
-        return answer["label"]
+    def judged(cls, answer: JsonMapping) -> Prediction:
+        label: Prediction = answer["label"]
+        return label
 
     @classmethod
-    def score(cls, given: Any, example: Labelled) -> float:
-        wanted = example.label
-        return float(sorted(given) == sorted(wanted) if isinstance(given, list) else given == wanted)
+    def score(cls, given: Prediction, example: Example) -> float:
+        right = example.output
+        return float(sorted(given) == sorted(right) if isinstance(given, list) else given == right)
 
     @classmethod
-    def line(cls, answer: Mapping[str, Any]) -> str:
+    def line(cls, answer: JsonMapping) -> str:
         """The labels with their probabilities."""
-        given, chances = answer["label"], answer["probabilities"]
-        labels = given if isinstance(given, list) else [given]
-        return "  ".join(f"{label} {chances[label]:.2f}" for label in labels) or "none"
+        label, probabilities = answer["label"], answer["probabilities"]
+        labels = label if isinstance(label, list) else [label]
+        return "  ".join(f"{label} {probabilities[label]:.2f}" for label in labels) or "none"
 
-    # --- kept with the adapter -------------------------------------------------------------------------------------
+    # --- stored with the adapter -----------------------------------------------------------------------------------
 
-    def spec(self) -> dict[str, Any]:
-        """All that makes this task again, as JSON."""
+    def spec(self) -> JsonObject:
         return {
             "kind": self.kind,
             "labels": list(self.labels),
@@ -239,16 +242,20 @@ class Classify:
         }
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any], tokenizer: Any) -> Classify:
+    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Classify:
         settings = {key: value for key, value in spec.items() if key not in ("kind", "labels")}
         return cls(spec["labels"], tokenizer, **settings)
 
 
-def balanced_weights(labels: Sequence[str], examples: Sequence[Any], *, multi_label: bool) -> dict[str, float]:
-    """`n / (C n_c)` for each class, 1 for one without examples; with many classes a text `(n - n_c) / n_c`."""
+def _labels(example: Example) -> tuple[str, ...]:
+    return example.output if isinstance(example.output, tuple) else (example.output,)
+
+
+def balanced_weights(labels: Sequence[str], examples: Sequence[Example], *, multi_label: bool) -> dict[str, float]:
+    """`n / (C n_c)` for each class, 1 for a class without examples. With `multi_label`, `(n - n_c) / n_c`."""
     counts = dict.fromkeys(labels, 0)
     for example in examples:
-        for label in example.labels:
+        for label in _labels(example):
             counts[label] += 1
     n = len(examples)
     if multi_label:
@@ -258,7 +265,7 @@ def balanced_weights(labels: Sequence[str], examples: Sequence[Any], *, multi_la
 
 
 def _constant_loss(parts: Tensor) -> Tensor:
-    """sum_c a_c log(sum(a) / a_c) over the first axis, with 0 log 0 = 0."""
+    """sum_c a_c log(sum(a) / a_c) over the first axis, where 0 log 0 = 0."""
     import torch
 
     loss: Tensor = torch.xlogy(parts, parts.sum(0)).sum(0) - torch.xlogy(parts, parts).sum(0)

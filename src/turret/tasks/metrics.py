@@ -1,7 +1,7 @@
-"""The numbers that say how good answers are: plain lists in, a flat JSON-able dictionary out. Knows no tensors.
+"""Metrics of answers, from plain lists.
 
-- accuracy, precision, recall and F1 are fractions; a class that is neither there nor ever given counts 0 in macro F1
-- ROUGE-1, ROUGE-2 and ROUGE-L are F-measures as fractions, with the Porter stemmer, mean over examples
+- accuracy, precision, recall and F1 are fractions; a class that is neither true nor predicted counts 0 in macro F1
+- ROUGE-1, ROUGE-2 and ROUGE-L are F-measures as fractions, with the Porter stemmer, averaged over examples
 - BLEU is sacrebleu's corpus score, 0 to 100
 - perplexity is `exp(mean loss per target token)`
 """
@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 from sklearn.metrics import precision_recall_fscore_support
 
+from turret.json_types import JsonObject
+
 ROUGE = ("rouge1", "rouge2", "rougeL")
-_LARGEST_EXPONENT = 700.0  # exp of more is no float, and infinity is no JSON
+_LARGEST_EXPONENT = 700.0  # exp of more overflows, and JSON has no infinity
+
+ClassNumbers = Sequence[int] | Sequence[Sequence[int]]  # one class for each text, or a row of ones and zeros
 
 
-def one_class(given: Sequence[int], true: Sequence[int], labels: Sequence[str], loss: float) -> dict[str, Any]:
-    """Metrics of one class a text; `given` and `true` are class numbers."""
+def one_class(given: Sequence[int], true: Sequence[int], labels: Sequence[str], loss: float) -> JsonObject:
+    """Metrics of one class for each text. given, true: class numbers."""
     right = sum(g == t for g, t in zip(given, true, strict=True))
     report = _report(true, given, labels)
     return {
@@ -34,22 +37,25 @@ def one_class(given: Sequence[int], true: Sequence[int], labels: Sequence[str], 
 
 def many_classes(
     given: Sequence[Sequence[int]], true: Sequence[Sequence[int]], labels: Sequence[str], loss: float
-) -> dict[str, Any]:
-    """Metrics of any number of classes a text; rows of ones and zeros. Accuracy: every class of a text is right."""
+) -> JsonObject:
+    """Metrics of any number of classes for each text. Accuracy counts texts whose classes are all right.
+
+    given, true: a row of ones and zeros for each text.
+    """
     right = sum(list(g) == list(t) for g, t in zip(given, true, strict=True))
     hits = sum(g & t for gs, ts in zip(given, true, strict=True) for g, t in zip(gs, ts, strict=True))
-    all_of_them = sum(map(sum, given)) + sum(map(sum, true))
+    total = sum(map(sum, given)) + sum(map(sum, true))
     report = _report(true, given, labels)
     return {
         "accuracy": right / len(true) if true else 0.0,
-        "micro_f1": 2 * hits / all_of_them if all_of_them else 0.0,
+        "micro_f1": 2 * hits / total if total else 0.0,
         "macro_f1": _macro(report),
         "loss": loss,
         "per_class": report,
     }
 
 
-def _report(true: Sequence[Any], given: Sequence[Any], labels: Sequence[str]) -> dict[str, dict[str, float | int]]:
+def _report(true: ClassNumbers, given: ClassNumbers, labels: Sequence[str]) -> dict[str, dict[str, float | int]]:
     if not true:
         return {}
     numbers = list(range(len(labels)))
@@ -65,7 +71,7 @@ def _macro(report: dict[str, dict[str, float | int]]) -> float:
 
 
 def texts(given: Sequence[str], references: Sequence[str], mean_loss: float | None) -> dict[str, float]:
-    """Metrics of generated texts against one reference each; loss and perplexity where a mean loss is known."""
+    """Metrics of generated texts, with one reference each. Loss and perplexity if a mean loss is given."""
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
     scores = [scorer.score(reference, text) for text, reference in zip(given, references, strict=True)]
     values = {name: sum(s[name].fmeasure for s in scores) / len(scores) if scores else 0.0 for name in ROUGE}
@@ -81,5 +87,5 @@ def rouge_l(given: str, reference: str) -> float:
 
 
 def perplexity(mean_loss: float) -> float:
-    """`exp(mean_loss)`, kept finite."""
+    """`exp(mean_loss)`, limited to a finite number."""
     return math.exp(min(float(mean_loss), _LARGEST_EXPONENT))

@@ -1,83 +1,94 @@
-"""What every task answers, and the table of tasks. A task is one file: it imports torch inside its functions."""
+"""The protocol of a task, and the table of tasks. A task is one file that imports torch inside its functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, TypeAlias, TypeGuard, TypeVar
 
 from turret.data import Dataset, Example, Schema
 from turret.errors import AdapterError, DataError, shown
+from turret.json_types import JsonMapping, JsonObject
+from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from turret.json_types import JsonObject
-    from turret.transformer import Tokenizer
+    from turret.families import Kind as FamilyKind
 
 RequestKind = Literal["classify", "generate"]  # what an engine is asked for: the answer of a head, or a text
-FamilyKind = Literal["encoder", "encoder-decoder", "decoder"]
+Prediction: TypeAlias = str | list[str]  # the part of an answer that is scored: a label, labels or a text
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids as the model sees them, special tokens included, and whether some of the text did not fit."""
+    """The token ids of a text, special tokens included."""
 
     ids: Tensor  # (T,) int64, T >= 1
-    cut: bool
+    cut: bool  # whether the text was longer than the limit
 
 
-class Task(Protocol):
-    """One task. The class says what is known before a base is loaded, an instance has labels and a tokenizer.
+class TaskSettings(Protocol):
+    """A recipe's `[task]`: see `turret.recipe.Task`."""
 
-    An instance is a `TextTask` if it generates, else a `HeadTask`.
+    kind: str | None
+    max_tokens: int
+    max_target_tokens: int | None
+    prefix_text: str
+    multi_label: bool
+    class_weights: Literal["balanced"] | dict[str, float] | None
+    chat_template: bool
+    num_beams: int
+    max_new_tokens: int | None
+
+
+class CommonTask(Protocol):
+    """The part of the protocol that all tasks share.
+
+    The class methods work before a base is loaded. An instance has labels and a tokenizer.
     """
 
     kind: ClassVar[str]  # its name in a recipe
-    request: ClassVar[RequestKind]  # the route that answers it, and the head that its base is loaded with
-    generates: ClassVar[bool]  # whether an answer is written a token at a time
     pipeline_tag: ClassVar[str]  # the Hub's name of it
     metric: ClassVar[str]  # the number that `compare` judges: the mean of `score`
-    metric_label: ClassVar[str]  # for reading
+    metric_label: ClassVar[str]  # the metric's name in tables and reports
     right_or_wrong: ClassVar[bool]  # whether every score is 0 or 1
 
-    # --- of the class ---
+    # --- class methods -----------------------------------------------------------------------------------------------
 
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
-        """The columns that it reads and guesses, and what an example is made of."""
+        """Which columns the task reads and guesses, and how a row becomes an example."""
 
     @classmethod
-    def make(cls, settings: Any, dataset: Dataset, tokenizer: Any, family_kind: FamilyKind) -> Self:
+    def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
         """The task of a recipe's `[task]` and a data set, on a base of that kind of family."""
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any], tokenizer: Any) -> Self:
-        """The task that `spec` told of."""
+    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
+        """The task that `spec()` described."""
 
     @classmethod
     def num_labels(cls, labels: Sequence[str]) -> int | None:
-        """Outputs of the head for these labels; None where the base brings its own head."""
+        """Outputs of the head for these labels; None if the base needs no new head."""
 
     @classmethod
-    def head_config(cls, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """What the configuration of a merged model says of its head, in the words of transformers."""
-
-    # --- answers: as JSON, as a line, and beside what was wanted ---
+    def head_config(cls, spec: JsonMapping) -> JsonObject:
+        """The head's keys in the configuration of a merged model, as transformers names them."""
 
     @classmethod
-    def judged(cls, answer: Mapping[str, Any]) -> Any:
-        """What of an answer is compared: its label, its labels or its text."""
+    def judged(cls, answer: JsonMapping) -> Prediction:
+        """The part of an answer that is scored: its label, its labels or its text."""
 
     @classmethod
-    def score(cls, given: Any, example: Any) -> float:
-        """How good what was given is for the example: 0 to 1."""
+    def score(cls, given: Prediction, example: Example) -> float:
+        """How well a prediction fits the example, from 0 to 1."""
 
     @classmethod
-    def line(cls, answer: Mapping[str, Any]) -> str:
-        """An answer for a screen."""
+    def line(cls, answer: JsonMapping) -> str:
+        """An answer as one line on a screen."""
 
-    # --- of an instance ---
+    # --- an instance -------------------------------------------------------------------------------------------------
 
     @property
     def labels(self) -> tuple[str, ...]: ...  # empty where answers are texts
@@ -86,68 +97,76 @@ class Task(Protocol):
     @property
     def max_tokens(self) -> int: ...
     @property
-    def instruction(self) -> str: ...  # the task in words, which a prefix starts from
+    def instruction(self) -> str: ...  # the task in words; a prefix starts from them
 
-    def spec(self) -> dict[str, Any]:
-        """All that prediction needs, as JSON: `task_from_spec` makes the same task of it."""
+    def spec(self) -> JsonObject:
+        """Everything that prediction needs, as JSON. `task_from_spec` makes an equal task from it."""
 
     def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
         """Inputs as tokens."""
 
-    def encode_examples(self, examples: Sequence[Any]) -> list[tuple[Encoded, Encoded | None]]:
+    def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
         """Inputs and targets as tokens; None where the target is not a text."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean over examples, or over target tokens where it generates: a scalar."""
+        """The mean over examples, or over target tokens if the task generates: a scalar."""
 
-    def guessing_loss(self, examples: Sequence[Any]) -> float | None:
-        """The least loss of an answer that does not look at the input, over some examples; None where nobody asks."""
+    def guessing_loss(self, examples: Sequence[Example]) -> float | None:
+        """The lowest loss of an answer that ignores the input; None if the task defines none."""
 
 
-class HeadTask(Task, Protocol):
-    """A task that a head answers: logits (B, num_labels)."""
+class HeadTask(CommonTask, Protocol):
+    """A task that is answered by a head on the base, in one pass."""
+
+    request: ClassVar[Literal["classify"]]  # the route that answers it, and the head that its base is loaded with
+    generates: ClassVar[Literal[False]]
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
-        """What the loss compares the logits with: (B,) or (B, num_labels)."""
-
-    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
-        """The scores of logits (B, num_labels), with the mean loss."""
+        """What `loss` and `metrics` take for these examples: (B, ...)."""
 
     def answers(self, logits: Tensor) -> list[JsonObject]:
-        """An answer per row: its label or labels, and their probabilities."""
+        """One answer for each row. logits: (B, num_labels)."""
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+        """The metrics of a data set by name, `loss` among them. logits: (B, num_labels)."""
 
 
-class TextTask(Task, Protocol):
-    """A task whose answer is a text, written a token at a time."""
+class TextTask(CommonTask, Protocol):
+    """A task that is answered by a text, which the base generates token by token."""
 
+    request: ClassVar[Literal["generate"]]
+    generates: ClassVar[Literal[True]]
     tokenizer: Tokenizer
     max_target_tokens: int
+    max_new_tokens: int
 
     @property
-    def generation(self) -> JsonObject:
-        """The arguments of transformers' `generate()`."""
+    def generation(self) -> JsonObject: ...  # the arguments of transformers' `generate()`
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, without special tokens."""
 
     def metrics(self, texts: Sequence[str], references: Sequence[str], mean_loss: float | None) -> JsonObject:
-        """The scores of generated texts, with loss and perplexity where a mean loss is given."""
+        """The metrics of generated texts by name. mean_loss: over target tokens, if known."""
+
+
+Task: TypeAlias = HeadTask | TextTask  # `if task.generates:` tells mypy which one it is
 
 
 def has_head(task: Task) -> TypeGuard[HeadTask]:
-    """Whether a head answers it, for the type checker too."""
+    """Whether a head answers the task."""
     return not task.generates
 
 
 def writes(task: Task) -> TypeGuard[TextTask]:
-    """Whether it generates text, for the type checker too."""
+    """Whether the task generates text."""
     return task.generates
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
 TASKS: dict[str, type[Task]] = {}  # by kind, in the order in which columns are matched
-Registered = TypeVar("Registered", bound=type[Task])
+Registered = TypeVar("Registered", bound="type[Task]")
 
 
 def register(task: Registered) -> Registered:
@@ -163,30 +182,30 @@ def kinds(form: Callable[[str], str] = str) -> str:
 
 
 def task_of(kind: str) -> type[Task]:
-    """The task of that kind; raises DataError."""
+    """The task of that kind. Raises DataError, which lists the known kinds."""
     if kind not in TASKS:
         raise DataError(f"there is no task {shown(kind, 40)}: expected {kinds()}")
     return TASKS[kind]
 
 
-def stored_task(spec: Mapping[str, Any]) -> type[Task]:
-    """The task that a stored adapter's manifest names; `generate` where it names none, as PEFT's own do not."""
+def stored_task(spec: JsonMapping) -> type[Task]:
+    """The task that a stored adapter's manifest names; `generate` if it names none, as PEFT's adapters do not."""
     return TASKS.get(str(spec.get("kind")), TASKS["generate"])
 
 
-def schemas(settings: Any) -> list[Schema]:
-    """What the task of a recipe's `[task]` reads, or what every task reads where none is named."""
+def schemas(settings: TaskSettings) -> list[Schema]:
+    """The schema of the task that a recipe's `[task]` names, or the schemas of all tasks if it names none."""
     kinds = TASKS.values() if settings.kind is None else [task_of(settings.kind)]
     return [task.schema(multi_label=settings.multi_label) for task in kinds]
 
 
-def make_task(settings: Any, dataset: Any, tokenizer: Any, family_kind: FamilyKind) -> Task:
-    """The task that `settings` (a recipe's `[task]`) and a `Dataset` describe, for a base of that kind of family."""
+def make_task(settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Task:
+    """The task of a recipe's `[task]` and a data set, on a base of that kind of family."""
     return task_of(dataset.kind).make(settings, dataset, tokenizer, family_kind)
 
 
-def task_from_spec(spec: Mapping[str, Any], tokenizer: Any) -> Any:
-    """The task that a stored adapter was trained for."""
+def task_from_spec(spec: JsonMapping, tokenizer: Tokenizer) -> Task:
+    """The task that a stored adapter was trained for. Raises AdapterError for a manifest that does not describe one."""
     try:
         return TASKS[spec["kind"]].from_spec(spec, tokenizer)
     except (KeyError, TypeError) as error:

@@ -70,7 +70,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
     check_name(name)
     with _disk_errors(store, source), scratch.folder(store.root) as working:
         say(f"reading {source}")
-        brought = fetch.bring(source, working)
+        brought = fetch.fetch(source, working)
         given = bundles.read_bundle(brought.folder)
         config = read_config(brought.folder)
         if given.task:
@@ -147,7 +147,7 @@ def _info(base: Base) -> BaseInfo:
     return BaseInfo(id=base.id, fingerprint=base.fingerprint, family=base.family.name, revision=base.revision)
 
 
-def _origin(brought: fetch.Brought, config: JsonMapping) -> JsonObject:
+def _origin(brought: fetch.Fetched, config: JsonMapping) -> JsonObject:
     """The lineage of an imported adapter: the digests of its files, PEFT's version and the Hub's commit."""
     files = {}
     for name in (CONFIG, WEIGHTS):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +11,16 @@ from turret.adapters.adapter import Adapter, Extracted, Parts, copied
 from turret.adapters.attached import Attachment, Beginning, put_back
 from turret.errors import AdapterError
 from turret.families import family_of
+from turret.json_types import JsonObject
 from turret.methods.full.spec import Full
 from turret.methods.numbers import MethodNumbers, fill_parameters
+from turret.transformer import Model
 
 
 class FullNumbers(MethodNumbers[Full]):
-    """Copies in place of all weights."""
+    """Trained copies that replace all weights."""
 
-    def start(self, model: Any, attached: Attachment, beginning: Beginning) -> None:
+    def start(self, model: Model, attached: Attachment, beginning: Beginning) -> None:
         _swap(model, attached, {})
 
     def extract(self, attached: Attachment, slot: int) -> Extracted:
@@ -28,50 +29,50 @@ class FullNumbers(MethodNumbers[Full]):
         head = {name: value for name, value in tensors.items() if name.startswith(names)}
         return Extracted({name: each for name, each in tensors.items() if name not in head}, head, self.method)
 
-    def fill(self, model: Any, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
+    def fill(self, model: Model, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
         fill_parameters(attached.full, {**adapter.tensors, **adapter.head})
 
     def stored(self, adapter: Adapter) -> dict[str, Tensor]:
         return {**adapter.tensors, **adapter.head}
 
-    def read(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def read(self, tensors: dict[str, Tensor], config: JsonObject) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return tensors, {}
 
-    def merged(self, model: Any, adapter: Adapter) -> dict[str, Tensor]:
+    def merged(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
         return adapter.tensors
 
-    def parts(self, model: Any, adapter: Adapter) -> Parts:
+    def parts(self, model: Model, adapter: Adapter) -> Parts:
         raise AdapterError(
-            "a full fine-tuning replaces every weight and cannot share a base with others: "
-            "export it merged and serve it as a base of its own"
+            "full fine-tuning replaces every weight, so its base cannot serve other adapters: "
+            "export it merged and serve it as a base"
         )
 
-    def mount(self, model: Any, attached: Attachment, adapter: Adapter, slot: int) -> None:
+    def mount(self, model: Model, attached: Attachment, adapter: Adapter, slot: int) -> None:
         if attached.methods:
-            raise AdapterError("a full fine-tuning replaces every weight: mount it alone, on a model without adapters")
+            raise AdapterError("full fine-tuning replaces every weight: mount it alone, on a model without adapters")
         values = {**adapter.tensors, **adapter.head}
         _check_names(model, values)
         _swap(model, attached, values)
 
 
-def _swap(model: Any, attached: Attachment, values: dict[str, Tensor]) -> None:
-    """Replace every parameter by a copy (or by `values`), ties kept; the originals come back with `undo`."""
-    twins: dict[int, nn.Parameter] = {}
+def _swap(model: Model, attached: Attachment, values: dict[str, Tensor]) -> None:
+    """Replace every parameter by a copy, or by its entry in `values`. Ties are kept; `undo` restores the originals."""
+    copies: dict[int, nn.Parameter] = {}
     names = {id(each): name for name, each in model.named_parameters()}
     for module in list(model.modules()):
         for key, original in list(module._parameters.items()):
             if original is None:
                 continue
-            if id(original) not in twins:
+            if id(original) not in copies:
                 value = values.get(names[id(original)], original).detach().to(original.device)
-                twins[id(original)] = nn.Parameter(value.float().clone(), requires_grad=not values)
-                attached.full[names[id(original)]] = twins[id(original)]
-            module._parameters[key] = twins[id(original)]
-            attached.swapped.append((module._parameters, key, original, twins[id(original)]))
+                copies[id(original)] = nn.Parameter(value.float().clone(), requires_grad=not values)
+                attached.full[names[id(original)]] = copies[id(original)]
+            module._parameters[key] = copies[id(original)]
+            attached.swapped.append((module._parameters, key, original, copies[id(original)]))
     attached.undo.append(functools.partial(put_back, attached.swapped))
 
 
-def _check_names(model: Any, values: dict[str, Tensor]) -> None:
+def _check_names(model: Model, values: dict[str, Tensor]) -> None:
     expected = {name: tuple(each.shape) for name, each in model.named_parameters()}
     head = family_of(model.config).head_modules
     for name, value in values.items():
@@ -81,4 +82,4 @@ def _check_names(model: Any, values: dict[str, Tensor]) -> None:
                 f"weight {name!r} of shape {tuple(value.shape)} does not fit this base: load its own base"
             )
     if missing := sorted(set(expected) - set(values)):
-        raise AdapterError(f"a full fine-tuning needs every weight, {missing[0]!r} is missing: train it again")
+        raise AdapterError(f"full fine-tuning needs every weight, and {missing[0]!r} is missing: train it again")

@@ -1,4 +1,4 @@
-"""Full fine-tuning's settings, rates and checks."""
+"""The settings, rates and checks of full fine-tuning."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from turret.methods.method import Method
 
 
 class Full(Method):
-    """Every weight, on a copy; the yardstick of a comparison."""
+    """Every weight, on a copy: the reference of a comparison."""
 
     numbers_at: ClassVar[str] = "turret.methods.full.numbers:FullNumbers"
     every_weight: ClassVar[bool] = True
     shares_base: ClassVar[bool] = False
-    not_int8: ClassVar[str | None] = "trains the weights themselves"
-    high_rate: ClassVar[tuple[int, str]] = (10, "wipes out what the base has learnt")
+    not_int8: ClassVar[str | None] = "trains the weights"
+    high_rate: ClassVar[tuple[int, str]] = (10, "wipes out what the base has learned")
 
     kind: Literal["full"] = "full"
 

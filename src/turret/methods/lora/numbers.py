@@ -1,10 +1,9 @@
-"""LoRA's tensors: two factors a layer, under the names that PEFT gives them."""
+"""The tensors of LoRA: two factors for each layer, with PEFT's names."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,51 +13,57 @@ from turret.adapters.attached import Attachment, Beginning, device_of, routed_li
 from turret.adapters.lora import LoRAFactors, sizes
 from turret.errors import AdapterError
 from turret.families import FAMILIES
+from turret.json_types import JsonObject
 from turret.methods.lora.spec import LoRA
 from turret.methods.numbers import MethodNumbers
 from turret.plan_check import Check
+from turret.transformer import Model
 
 
 class LoRANumbers(MethodNumbers[LoRA]):
     """LoRA on the linear layers that `target_modules` names."""
 
-    def targets(self, model: Any) -> Check:
-        wanted = self.method.target_modules
+    def targets(self, model: Model) -> Check:
+        targets = self.method.target_modules
         try:
-            paths = target_paths(model, wanted)
+            paths = target_paths(model, targets)
         except AdapterError as error:
             names = sorted({path.rsplit(".", 1)[-1] for path in target_paths(model, "all-linear")})
-            odd = [] if isinstance(wanted, str) else [name for name in wanted or () if name not in names]
-            near = [close for name in odd for close in difflib.get_close_matches(name, names, n=1)]
+            unknown = [] if isinstance(targets, str) else [name for name in targets or () if name not in names]
+            near = [close for name in unknown for close in difflib.get_close_matches(name, names, n=1)]
             remedy = f"did you mean {', '.join(near)}?" if near else "name other method.target_modules"
             return Check("method", "refuse", str(error), remedy)
         names = sorted({path.rsplit(".", 1)[-1] for path in paths})
         return Check("method", "ok", f"LoRA of rank {self.method.r} on {len(paths)} layers ({', '.join(names)})")
 
-    def start(self, model: Any, attached: Attachment, beginning: Beginning) -> None:
+    def start(self, model: Model, attached: Attachment, beginning: Beginning) -> None:
         super().start(model, attached, beginning)
         for path in target_paths(model, self.method.target_modules):
             factors = _initial(self.method, model.get_submodule(path), beginning.generator).to(device_of(model))
             routed_linear(model, attached, path).slots["1"] = factors
 
     def tensors(self, attached: Attachment, slot: int) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path, layer in attached.linears.items():
             if (factors := layer.factors(slot)) is not None:
                 A, B = factors.folded()
-                found |= {f"{LORA_PREFIX}{path}.lora_A.weight": A, f"{LORA_PREFIX}{path}.lora_B.weight": B}
-        return found
+                tensors |= {f"{LORA_PREFIX}{path}.lora_A.weight": A, f"{LORA_PREFIX}{path}.lora_B.weight": B}
+        return tensors
 
     def extract(self, attached: Attachment, slot: int) -> Extracted:
-        """PiSSA is stored as plain LoRA of twice the rank."""
-        found, method = super().extract(attached, slot), self.method
+        """Copies as in the protocol, but PiSSA is stored as plain LoRA of twice the rank.
+
+        PiSSA subtracts its initial factors from the base: B A - B0 A0 = [B, -B0] [A; A0]. Turret leaves the base as it
+        is and stores the right-hand side.
+        """
+        extracted, method = super().extract(attached, slot), self.method
         if method.init_lora_weights == "pissa":
             r = 2 * method.r
             alpha = method.scaling * (r**0.5 if method.use_rslora else r)
             method = method.model_copy(update={"r": r, "lora_alpha": alpha, "init_lora_weights": True})
-        return Extracted(found.tensors, found.head, method)
+        return Extracted(extracted.tensors, extracted.head, method)
 
-    def fill(self, model: Any, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
+    def fill(self, model: Model, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
         method, given = self.method, adapter.method
         assert isinstance(given, LoRA)
         if method.init_lora_weights == "pissa":
@@ -68,18 +73,18 @@ class LoRANumbers(MethodNumbers[LoRA]):
         if (method.r, method.scaling) != (given.r, given.scaling):
             raise AdapterError(
                 f"it has r {given.r} and scaling {given.scaling:g}, and the method here r {method.r} and scaling "
-                f"{method.scaling:g}: set method.r and method.lora_alpha as it has them"
+                f"{method.scaling:g}: use its method.r and method.lora_alpha"
             )
         super().fill(model, attached, adapter, generator)
 
     def owns(self, name: str) -> bool:
         return ".lora_" in name
 
-    def peft_words(self) -> dict[str, Any]:
+    def peft_words(self) -> JsonObject:
         r, alpha, rslora = self.method.r, self.method.lora_alpha, self.method.use_rslora
         return super().peft_words() | {"r": r, "lora_alpha": alpha, "use_rslora": rslora}
 
-    def peft_config(self, adapter: Adapter) -> dict[str, Any]:
+    def peft_config(self, adapter: Adapter) -> JsonObject:
         alpha, paths = self.method.lora_alpha, {name.rsplit(".lora_", 1)[0] for name in adapter.tensors}
         family = FAMILIES.get(adapter.base.family or "")
         return self.peft_words() | {
@@ -91,8 +96,8 @@ class LoRANumbers(MethodNumbers[LoRA]):
             "modules_to_save": adapter.head_modules or None,
         }
 
-    def parts(self, model: Any, adapter: Adapter) -> Parts:
-        """A (R, D_in) and B (D_out, R) of every layer, as they are stored; all of the tensors, and they fit."""
+    def parts(self, model: Model, adapter: Adapter) -> Parts:
+        """A (R, D_in) and B (D_out, R) of every layer. Checks that every tensor is one of them and fits."""
         r, pairs = self.method.r, _pairs(adapter)
         checked = {}
         for path, pair in pairs.items():
@@ -111,25 +116,26 @@ class LoRANumbers(MethodNumbers[LoRA]):
 
 
 def _pairs(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
-    """Layer -> lora_A, lora_B."""
+    """lora_A and lora_B by layer."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in adapter.tensors.items():
         path, _, factor = name.removeprefix(LORA_PREFIX).removesuffix(".weight").rpartition(".")
         if not name.startswith(LORA_PREFIX) or factor not in ("lora_A", "lora_B"):
             raise AdapterError(
-                f"tensor {name!r} is no LoRA factor: expected {LORA_PREFIX}<layer>.lora_A.weight or lora_B"
+                f"tensor {name!r} is not a LoRA factor: expected {LORA_PREFIX}<layer>.lora_A.weight or lora_B"
             )
         pairs.setdefault(path, {})[factor] = tensor
     if not pairs:
-        raise AdapterError("a LoRA without any factors would change nothing: export it again from where it was trained")
+        raise AdapterError("a LoRA without factors has no effect: export it again from where it was trained")
     return pairs
 
 
 def _initial(method: LoRA, layer: nn.Module, generator: torch.Generator | None) -> LoRAFactors:
-    """The factors an adapter starts with, as `method.init_lora_weights` says; every choice starts equal to the base.
+    """The factors that training starts from, by `method.init_lora_weights`.
 
     True: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero. "gaussian": A normal with deviation 1/R, B zero.
-    "pissa": the R largest singular triples of W, over the scaling. False: both random, for tests.
+    "pissa": the R largest singular triples of W, divided by the scaling, and subtracted again. All three start equal to
+    the base. False: both random, for tests.
     """
     d_in, d_out = sizes(layer)
     A = torch.empty(method.r, d_in)
@@ -149,9 +155,12 @@ def _initial(method: LoRA, layer: nn.Module, generator: torch.Generator | None) 
 
 
 def _principal(layer: nn.Module, method: LoRA) -> tuple[Tensor, Tensor]:
-    """B A = (U_R S_R V_R^T) / scaling of the layer's weight W: (D_out, D_in)."""
-    weight: Any = layer.weight
-    W = weight.detach().float()
+    """A (R, D_in) and B (D_out, R) of PiSSA: B A = (U_R S_R V_R^T) / scaling, of the layer's weight W (D_out, D_in).
+
+    Source: Meng et al. 2024.
+    """
+    assert isinstance(layer.weight, Tensor)
+    W = layer.weight.detach().float()
     W = W if isinstance(layer, nn.Linear) else W.mT
     if method.r > min(W.shape):
         raise AdapterError(

@@ -1,12 +1,13 @@
-"""LoRA's settings, rates and checks."""
+"""The settings, rates and checks of LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
+from turret.json_types import JsonMapping
 from turret.methods.method import Method
 
 
@@ -18,8 +19,8 @@ class LoRA(Method):
     peft_name: ClassVar[str | None] = "LORA"
     claimed: ClassVar[bool] = True
     low_rate: ClassVar[str | None] = (
-        "LoRA stays near chance with it (2e-5 gave 0.51 on IMDB and 0.53 on movie snippets after an epoch, where 1e-3 "
-        "gave 0.83 and 0.84)"
+        "LoRA stays near chance with it (after one epoch 2e-5 gave 0.51 on IMDB and 0.53 on movie snippets, "
+        "1e-3 gave 0.83 and 0.84)"
     )
     classify_steps: ClassVar[int] = 250
 
@@ -27,7 +28,7 @@ class LoRA(Method):
     r: int = Field(default=8, ge=1, le=1024)  # rank
     lora_alpha: float = Field(default=32, gt=0, le=65536)  # scaling = lora_alpha / r
     lora_dropout: float = Field(default=0.1, ge=0, lt=1)  # on the input of A, while training
-    target_modules: tuple[str, ...] | Literal["all-linear"] | None = None  # None: the family's own (query and value)
+    target_modules: tuple[str, ...] | Literal["all-linear"] | None = None  # None: the family's (query and value)
     use_rslora: bool = False  # scaling = lora_alpha / sqrt(r) (Kalajdzievski 2023)
     init_lora_weights: bool | Literal["gaussian", "pissa"] = True  # True: Kaiming A, zero B
 
@@ -36,15 +37,16 @@ class LoRA(Method):
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     def rate(self, family_kind: str, large: bool) -> float:
-        """1e-3 measured best below a billion weights, where Hu et al. (2021) take 2e-4 to 5e-4.
+        """1e-3, and 2e-4 for a large base.
 
-        From there on 2e-4, as QLoRA (Dettmers et al. 2023) for 7B and 13B.
+        1e-3 measured best below a billion weights, where Hu et al. (2021) use 2e-4 to 5e-4. 2e-4 is the rate of QLoRA
+        (Dettmers et al. 2023) for 7B and 13B.
         """
         return 2e-4 if large else 1e-3
 
     @property
     def head_lr_ratio(self) -> float | None:
-        """At LoRA's rate a new head needs hundreds of steps to grow to the size that twelve classes need.
+        """10: at LoRA's rate, a new head for twelve classes needs hundreds of steps to grow large enough.
 
         Until then little of the gradient reaches LoRA.
         """
@@ -55,12 +57,12 @@ class LoRA(Method):
         return self.r
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Self:
+    def from_peft(cls, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
         return cls(**{name: config[name] for name in names if name in config})
 
     def of_tensors(self, names: Iterable[str]) -> Self:
-        """The last part of the adapted layers' names as `target_modules`, where none are set."""
+        """A copy whose `target_modules`, if unset, are the last parts of the adapted layers' names."""
         if self.target_modules is not None:
             return self
         layers = {name.rsplit(".lora_", 1)[0].rpartition(".")[2] for name in names}

@@ -1,10 +1,9 @@
-"""The tensors of a method that PEFT itself computes: PEFT puts its modules on the model, names them and fills them."""
+"""The tensors of a method that PEFT computes: PEFT puts its modules into the model and names their tensors."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +16,20 @@ from turret.adapters.peft_config import check_agreement, refuse_code
 from turret.adapters.prefix import Groups
 from turret.errors import AdapterError
 from turret.families import family_of
+from turret.json_types import JsonObject
 from turret.methods.numbers import MethodNumbers, fill_parameters, head_parameters
 from turret.methods.peft.spec import Peft
+from turret.transformer import Model
 
 
 class PeftNumbers(MethodNumbers[Peft]):
-    """PEFT's modules in slot 1, alone on the model."""
+    """PEFT's modules in slot 1 of a model without other adapters."""
 
     def require_known(self) -> None:
         """Raises RecipeError for a method or a setting that PEFT does not know."""
         through_peft.config_of(self.method)
 
-    def start(self, model: Any, attached: Attachment, beginning: Beginning) -> None:
+    def start(self, model: Model, attached: Attachment, beginning: Beginning) -> None:
         _invite(model, attached, self.method, beginning.generator)
         super().start(model, attached, beginning)
 
@@ -37,37 +38,37 @@ class PeftNumbers(MethodNumbers[Peft]):
         tensors = {name: copied(value) for name, value in through_peft.tensors_of(guest).items()}
         return Extracted(tensors, head_tensors(attached, slot), through_peft.finished(guest.method))
 
-    def fill(self, model: Any, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
+    def fill(self, model: Model, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
         guest = _guest(attached)
         if adapter.method != through_peft.finished(guest.method):
-            raise AdapterError("it has other settings of PEFT than the method here: set [method] as it has it")
+            raise AdapterError("its PEFT settings differ from the method here: use its [method]")
         through_peft.fill(guest, adapter.tensors)
         fill_parameters(head_parameters(attached), adapter.head)
 
     def owns(self, name: str) -> bool:
-        """By the mark that PEFT gives the names of its tensors."""
+        """By the substring that PEFT puts into the names of a method's tensors."""
         from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-        made = through_peft.config_of(self.method)
-        mark = PEFT_TYPE_TO_PREFIX_MAPPING.get(made.peft_type)
-        if made.is_prompt_learning:
+        config = through_peft.config_of(self.method)
+        mark = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
+        if config.is_prompt_learning:
             return name == PROMPT["decoder"]
-        shared = not name.startswith(LORA_PREFIX)  # what all layers read, such as VeRA's matrices
+        shared = not name.startswith(LORA_PREFIX)  # tensors that all layers use, such as VeRA's matrices
         return shared or bool(mark and mark in name)
 
-    def peft_words(self) -> dict[str, Any]:
-        made = through_peft.config_of(self.method)
-        return through_peft.kept(made) | {"peft_type": made.peft_type.value}
+    def peft_words(self) -> JsonObject:
+        config = through_peft.config_of(self.method)
+        return through_peft.kept(config) | {"peft_type": config.peft_type.value}
 
-    def peft_config(self, adapter: Adapter) -> dict[str, Any]:
+    def peft_config(self, adapter: Adapter) -> JsonObject:
         return self.peft_words() | ({"modules_to_save": adapter.head_modules} if adapter.head else {})
 
-    def check_config(self, config: dict[str, Any]) -> None:
+    def check_config(self, config: JsonObject) -> None:
         refuse_code(config)
         check_agreement(config, self.peft_words())
 
-    def merged(self, model: Any, adapter: Adapter) -> dict[str, Tensor]:
-        """The weights that PEFT's own merging changes, on a copy."""
+    def merged(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
+        """The weights that differ after PEFT's own merge, which runs on a copy of the model."""
         twin = copy.deepcopy(model)
         guest = through_peft.invite(twin, family_of(twin.config), self.method)
         through_peft.fill(guest, adapter.tensors)
@@ -75,19 +76,19 @@ class PeftNumbers(MethodNumbers[Peft]):
         whole = through_peft.merged(guest)
         if odd := sorted(set(whole) ^ set(before)):
             raise AdapterError(
-                f"PEFT does not merge {self.method.peft_type} whole ({odd[0]}): export it without --merged"
+                f"PEFT does not merge {self.method.peft_type} completely ({odd[0]}): export it without --merged"
             )
         return {name: each for name, each in whole.items() if not torch.equal(each, before[name])}
 
-    def parts(self, model: Any, adapter: Adapter) -> Parts:
+    def parts(self, model: Model, adapter: Adapter) -> Parts:
         raise AdapterError(
-            f"{self.method.peft_type} is computed by PEFT, one adapter at a time, and cannot share a base with others: "
-            "export it merged and serve it as a base of its own, where PEFT merges it"
+            f"{self.method.peft_type} is computed by PEFT, one adapter at a time, so its base cannot serve others: "
+            "if PEFT can merge it, export it merged and serve it as a base"
         )
 
-    def mount(self, model: Any, attached: Attachment, adapter: Adapter, slot: int) -> None:
+    def mount(self, model: Model, attached: Attachment, adapter: Adapter, slot: int) -> None:
         if attached.methods or slot != 1:
-            raise AdapterError("an adapter of PEFT answers alone: mount it in slot 1 of a model without adapters")
+            raise AdapterError("PEFT computes one adapter at a time: mount it in slot 1 of a model without adapters")
         _invite(model, attached, through_peft.finished(self.method))
         guest = _guest(attached)
         through_peft.fill(guest, adapter.tensors)
@@ -103,8 +104,8 @@ def _guest(attached: Attachment) -> through_peft.Guest:
     return attached.guest
 
 
-def _invite(model: Any, attached: Attachment, method: Peft, generator: torch.Generator | None = None) -> None:
-    """Have PEFT put its method on a hooked model, in slot 1; it leaves with everything else."""
+def _invite(model: Model, attached: Attachment, method: Peft, generator: torch.Generator | None = None) -> None:
+    """Let PEFT put its modules into a hooked model, in slot 1. `detach` removes them."""
     guest = through_peft.invite(model, attached.family, method, generator)
     attached.guest = guest
     attached.undo.append(guest.leave)
@@ -113,8 +114,8 @@ def _invite(model: Any, attached: Attachment, method: Peft, generator: torch.Gen
         attached.prefixes["1"] = prompt.to(device_of(model))
 
 
-def _read(model: Any, attached: Attachment, tokens: Tensor) -> Groups:
-    """Keys and values that the bare base gives to virtual tokens alone, by group. tokens: (1, P, D)."""
+def _read(model: Model, attached: Attachment, tokens: Tensor) -> Groups:
+    """The keys and values that the bare base computes for virtual tokens, by group. tokens: (1, P, D)."""
     captured: dict[str, tuple[Tensor, Tensor]] = {}
     context = attached.context
     before = context.active, context.capture

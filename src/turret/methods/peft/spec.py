@@ -1,23 +1,24 @@
-"""The settings and rates of a method that PEFT itself computes."""
+"""The settings and rates of a method that PEFT computes."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from turret.json_types import JsonObject, JsonValue
 from turret.methods.lora import LoRA
 from turret.methods.method import Method
 
-# IA3 (Liu et al. 2022) and VeRA (Kopiczko et al. 2024) train few numbers that multiply, at several times LoRA's rate;
-# the embeddings of a prompt are trained as the keys and values of a prefix without its MLP. All else as LoRA.
+# IA3 (Liu et al. 2022) and VeRA (Kopiczko et al. 2024) train a few factors, at several times LoRA's rate. Prompt
+# embeddings train at the rate of a prefix without its MLP. Other methods use LoRA's rate.
 RATES = {"IA3": 3e-3, "VERA": 4e-3, "PROMPT_TUNING": 1e-2, "P_TUNING": 1e-3}
 
 
 class Peft(Method):
-    """Any other method of PEFT: `peft_type` is PEFT's name of it, every further key one of PEFT's configuration.
+    """Any other method of PEFT. `peft_type` is PEFT's name for it; every other key is one of PEFT's configuration.
 
-    PEFT knows which keys there are when the method is put on a base; here they are plain values.
+    The keys are checked by PEFT when the method is attached to a base; here they are plain values.
     """
 
     numbers_at: ClassVar[str] = "turret.methods.peft.numbers:PeftNumbers"
@@ -26,7 +27,7 @@ class Peft(Method):
     open_settings: ClassVar[bool] = True
     named_by: ClassVar[str | None] = "peft_type"
     named_as: ClassVar[str] = "method of PEFT by its name, such as peft:IA3 or peft:DORA,r=4"
-    not_int8: ClassVar[str | None] = "has PEFT multiply"
+    not_int8: ClassVar[str | None] = "is computed by PEFT"
     classify_steps: ClassVar[int] = 250
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -35,8 +36,8 @@ class Peft(Method):
 
     @model_validator(mode="before")
     @classmethod
-    def _said(cls, value: Any) -> Any:
-        """Without keys that are None, and with lists instead of tuples."""
+    def _plain(cls, value: JsonValue) -> JsonValue:
+        """Drop keys that are None, and turn tuples into lists."""
         if not isinstance(value, dict):
             return value
         return {key: _listed(each) for key, each in value.items() if each is not None}
@@ -48,14 +49,14 @@ class Peft(Method):
 
     @property
     def summary(self) -> str:
-        return f"{self.peft_type} by PEFT itself, at its own settings but for those named"
+        return f"{self.peft_type}, computed by PEFT with its default settings except those given"
 
     @property
-    def options(self) -> dict[str, Any]:
-        """PEFT's own settings, those that are set."""
+    def options(self) -> JsonObject:
+        """The settings of PEFT's configuration that are set."""
         return dict(self.model_extra or {})
 
-    def with_options(self, options: dict[str, Any]) -> Self:
+    def with_options(self, options: JsonObject) -> Self:
         return type(self)(peft_type=self.peft_type, **options)
 
     def rate(self, family_kind: str, large: bool) -> float:
@@ -66,7 +67,7 @@ class Peft(Method):
         return None if self.peft_type in RATES else LoRA().head_lr_ratio
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: JsonValue) -> JsonValue:
     if isinstance(value, dict):
         return {key: _listed(each) for key, each in value.items()}
     return [_listed(each) for each in value] if isinstance(value, (list, tuple)) else value

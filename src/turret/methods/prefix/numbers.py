@@ -1,8 +1,6 @@
-"""A prefix's tensors: the keys and values of every group of layers, which start from real words."""
+"""The tensors of prefix tuning: the keys and values of every group of layers, which start from real words."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +9,17 @@ from turret.adapters.adapter import PROMPT, Adapter, Parts
 from turret.adapters.attached import Attachment, Beginning, attachment, device_of
 from turret.adapters.prefix import PrefixGroup, PrefixSlot, from_peft, to_peft
 from turret.errors import AdapterError, BundleError
+from turret.families import Site
+from turret.json_types import JsonObject
 from turret.methods.numbers import MethodNumbers, fill_parameters, head_parameters, require_same
 from turret.methods.prefix.spec import Prefix
+from turret.transformer import Model
 
 
 class PrefixNumbers(MethodNumbers[Prefix]):
     """A prefix in front of every attention layer."""
 
-    def start(self, model: Any, attached: Attachment, beginning: Beginning) -> None:
+    def start(self, model: Model, attached: Attachment, beginning: Beginning) -> None:
         super().start(model, attached, beginning)
         self._put(model, attached, _starts(model, attached, self.method, beginning), beginning.generator)
 
@@ -27,8 +28,8 @@ class PrefixNumbers(MethodNumbers[Prefix]):
         names = prompt_names(list(groups))
         return {names[name]: group.folded() for name, group in groups.items()}
 
-    def fill(self, model: Any, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
-        """The keys and values become the start of a new prefix; its MLP is drawn anew."""
+    def fill(self, model: Model, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
+        """Start a new prefix from the stored keys and values. Its MLP, if it has one, is drawn by `generator`."""
         fill_parameters(head_parameters(attached), adapter.head)
         groups = _groups(attached, 1)
         names = prompt_names(list(groups))
@@ -41,12 +42,12 @@ class PrefixNumbers(MethodNumbers[Prefix]):
     def stored(self, adapter: Adapter) -> dict[str, Tensor]:
         return super().stored(adapter) | {name: to_peft(each) for name, each in adapter.tensors.items()}
 
-    def read(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def read(self, tensors: dict[str, Tensor], config: JsonObject) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         own, head = super().read(tensors, config)
         return {name: _unflattened(name, value, config) for name, value in own.items()}, head
 
-    def peft_config(self, adapter: Adapter) -> dict[str, Any]:
-        """PEFT's words for the shape (L, 2, H, P, D) of the decoder's prefix, or of an encoder's where it is alone."""
+    def peft_config(self, adapter: Adapter) -> JsonObject:
+        """The shape (L, 2, H, P, D) of the decoder's prefix, or of an encoder-only model's, in PEFT's keys."""
         layers, _, heads, tokens, dim = adapter.tensors[PROMPT["decoder"]].shape
         return self.peft_words() | {
             "num_virtual_tokens": tokens,
@@ -59,14 +60,14 @@ class PrefixNumbers(MethodNumbers[Prefix]):
 
     def require_mergeable(self) -> None:
         raise AdapterError(
-            "a prefix cannot be merged: it is keys and values in front of every layer, not a change of weights; "
+            "a prefix cannot be merged: it is keys and values in every attention layer, not a change of weights; "
             "export it without --merged"
         )
 
-    def parts(self, model: Any, adapter: Adapter) -> Parts:
-        """Keys and values by group, as they are stored; all of the tensors, and they fit."""
+    def parts(self, model: Model, adapter: Adapter) -> Parts:
+        """Keys and values (L, 2, H, P, D) by group. Checks that every tensor is one of them and fits."""
         attached = attachment(model)
-        groups: dict[str, list[Any]] = {}
+        groups: dict[str, list[Site]] = {}
         for site in attached.sites:
             groups.setdefault(site.group, []).append(site)
         names = {name: group for group, name in prompt_names(list(groups)).items()}
@@ -89,9 +90,9 @@ class PrefixNumbers(MethodNumbers[Prefix]):
         return Parts(prefix=checked)
 
     def _put(
-        self, model: Any, attached: Attachment, starts: dict[str, Tensor], generator: torch.Generator | None
+        self, model: Model, attached: Attachment, starts: dict[str, Tensor], generator: torch.Generator | None
     ) -> None:
-        """A prefix to be trained in slot 1. starts: keys and values by group."""
+        """Put a trainable prefix into slot 1. starts: keys and values (L, 2, H, P, D) by group."""
         hidden = self.method.encoder_hidden_size if self.method.reparametrize else None
         groups = {name: PrefixGroup(start, hidden, generator) for name, start in starts.items()}
         attached.prefixes["1"] = PrefixSlot(groups).to(device_of(model))
@@ -103,8 +104,8 @@ def _groups(attached: Attachment, slot: int) -> dict[str, PrefixGroup]:
     return {name: group for name, group in module.groups.items() if isinstance(group, PrefixGroup)}
 
 
-def _unflattened(name: str, value: Tensor, config: dict[str, Any]) -> Tensor:
-    """A prefix (P, L * 2 * H * D) as the hooks take it, (L, 2, H, P, D)."""
+def _unflattened(name: str, value: Tensor, config: JsonObject) -> Tensor:
+    """PEFT's layout (P, L * 2 * H * D) -> (L, 2, H, P, D)."""
     heads, width = config.get("num_attention_heads"), config.get("token_dim")
     if not (isinstance(heads, int) and isinstance(width, int) and heads > 0 and width > 0 and width % heads == 0):
         raise BundleError(
@@ -116,12 +117,12 @@ def _unflattened(name: str, value: Tensor, config: dict[str, Any]) -> Tensor:
 
 
 def prompt_names(groups: list[str]) -> dict[str, str]:
-    """group -> tensor name. An encoder alone has the plain name, which PEFT reads too."""
+    """The tensor name of each group. An encoder-only model's has the decoder's name, because PEFT reads that one."""
     return {"encoder": PROMPT["decoder"]} if groups == ["encoder"] else {group: PROMPT[group] for group in groups}
 
 
-def _starts(model: Any, attached: Attachment, method: Prefix, beginning: Beginning) -> dict[str, Tensor]:
-    """Keys and values of P real words in every layer of the bare base, by group: (L, 2, H, P, D)."""
+def _starts(model: Model, attached: Attachment, method: Prefix, beginning: Beginning) -> dict[str, Tensor]:
+    """The keys and values that the bare base computes for P real words, by group: (L, 2, H, P, D)."""
     P, init_ids = method.num_virtual_tokens, beginning.init_ids
     if init_ids is None or init_ids.numel() == 0:
         vocabulary = model.get_input_embeddings().weight.shape[0]

@@ -1,13 +1,14 @@
-"""Prefix tuning's settings, rates and checks."""
+"""The settings, rates and checks of prefix tuning."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
 from turret.errors import BundleError
+from turret.json_types import JsonMapping
 from turret.methods.method import Method
 from turret.plan_check import Check
 
@@ -17,59 +18,59 @@ class Prefix(Method):
 
     numbers_at: ClassVar[str] = "turret.methods.prefix.numbers:PrefixNumbers"
     peft_name: ClassVar[str | None] = "PREFIX_TUNING"
-    peft_cannot: ClassVar[Mapping[str, str]] = {  # what PEFT 0.21 does
+    peft_cannot: ClassVar[Mapping[str, str]] = {  # in PEFT 0.21
         "SEQ_CLS": "PEFT does not run a prefix on a classifier.",
-        "SEQ_2_SEQ_LM": "PEFT loads the decoder's part of the prefix alone and gives other outputs.",
+        "SEQ_2_SEQ_LM": "PEFT loads only the decoder's part of the prefix and gives other outputs.",
     }
     claimed: ClassVar[bool] = True
     low_rate: ClassVar[str | None] = (
-        "a prefix hardly moves with it (headlines by SmolLM2: loss 3.07 after 80 steps at 1e-3, 5.4 before the first)"
+        "a prefix hardly moves with it (headlines by SmolLM2: loss 5.4 at the start, 3.07 after 80 steps at 1e-3)"
     )
     classify_steps: ClassVar[int] = 1200
 
     kind: Literal["prefix"] = "prefix"
     num_virtual_tokens: int = Field(default=20, ge=1, le=4096)  # P
-    init_text: str | None = None  # its activations start the prefix; None: the task's own words
-    reparametrize: bool | None = None  # train an MLP over a small embedding, fold it away at save; None: see `on`
+    init_text: str | None = None  # the prefix starts from its activations; None: the task's instruction
+    reparametrize: bool | None = None  # train an MLP over a small embedding, and store its output; None: see `on`
     encoder_hidden_size: int = Field(default=512, ge=1, le=16384)  # width of that MLP
-    encoder: bool = True  # of an encoder-decoder: also the encoder and the cross-attention (False: PEFT's shape)
+    encoder: bool = True  # encoder-decoder: also in the encoder and the cross-attention (False: PEFT's shape)
 
     @property
     def summary(self) -> str:
         return "a prefix in every attention layer"
 
     def on(self, family_kind: str) -> Self:
-        """The method with `reparametrize` filled in: through the MLP an encoder's prefix does not learn."""
+        """A copy with `reparametrize` filled in: off for an encoder, whose prefix does not learn through the MLP."""
         chosen = family_kind != "encoder" if self.reparametrize is None else self.reparametrize
         return self.model_copy(update={"reparametrize": chosen})
 
     def rate(self, family_kind: str, large: bool) -> float:
-        """1e-3 through the MLP; where the keys and values themselves are trained, 3e-2 on an encoder, else 1e-2.
+        """1e-3 through the MLP. Without it 3e-2 on an encoder, else 1e-2.
 
-        One step of Adam moves a weight by about the rate. A key or value behind the MLP is a sum over its hidden units,
-        so it moves by up to `encoder_hidden_size` times as much, and all virtual tokens move together.
+        One step of Adam moves a weight by about the rate. A key or value that the MLP computes is a sum over its hidden
+        units, so it moves up to `encoder_hidden_size` times further, and all virtual tokens move together.
         """
         if self.on(family_kind).reparametrize:
             return 1e-3
         return 3e-2 if family_kind == "encoder" else 1e-2
 
     def checks(self, family_kind: str) -> Iterator[Check]:
-        """Through the MLP one step moves all keys and values of an encoder together, and too far."""
+        """Whether an encoder's prefix is trained through the MLP, where a step moves all keys and values too far."""
         if family_kind != "encoder":
             return
         if not self.reparametrize:
-            said = "an encoder's prefix trails LoRA and full fine-tuning a little (docs/measured.md)"
-            yield Check("prefix", "ok", said)
+            text = "an encoder's prefix trails LoRA and full fine-tuning slightly (docs/measured.md)"
+            yield Check("prefix", "ok", text)
         else:
             yield Check(
                 "reparametrize",
                 "warn",
-                "through the MLP an encoder's prefix often stays at guessing on texts that are hard to tell apart",
-                "leave method.reparametrize out, and train.lr",
+                "through the MLP, an encoder's prefix often stays at chance on texts that are hard to tell apart",
+                "leave method.reparametrize and train.lr out",
             )
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Self:
+    def from_peft(cls, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         if "prompt_embeddings" not in shapes:
             raise BundleError("the prefix has no tensor 'prompt_embeddings': save it again with PEFT")
         return cls(num_virtual_tokens=shapes["prompt_embeddings"][0], encoder=False, reparametrize=False)

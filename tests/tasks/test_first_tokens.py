@@ -1,4 +1,4 @@
-"""Of a long text only the beginning is tokenized, and the tokens kept are those of the whole text."""
+"""Only the start of a long text is tokenized, and its first tokens are those of the whole text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from turret.bases.packaged import PREFIX, WHEELS, find
-from turret.tasks import beginnings
+from turret.tasks import first_tokens
 from turret.tasks.classify import Classify
 from turret.tasks.tokens import Tokens
 
@@ -25,7 +25,7 @@ CORPUS = (
 
 
 def trained(kind: str) -> Tokenizer:
-    """A small tokenizer of one kind, as the families have them."""
+    """A small tokenizer of one of the kinds that the families use."""
     specials = ["<unk>", "</s>", "<mask>"]
     if kind == "unigram":
         core = Tokenizer(models.Unigram())
@@ -113,11 +113,11 @@ TEXTS = st.lists(st.tuples(PIECES, st.sampled_from([1, 1, 2, 3, 40, 300])), max_
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=60)
 @given(text=TEXTS, most=st.integers(0, 12), literal=st.booleans())
-def test_the_tokens_kept_are_those_of_the_whole_text(kind, text, most, literal) -> None:
+def test_the_first_tokens_are_those_of_the_whole_text(kind, text, most, literal) -> None:
     known = tokens(kind)
-    with pytest.MonkeyPatch.context() as patched:  # so that texts of hundreds of characters count as long
-        patched.setattr(beginnings, "CHARACTERS", 4)
-        patched.setattr(beginnings, "SPARE", 2)
+    with pytest.MonkeyPatch.context() as patched:  # so texts of hundreds of characters count as long
+        patched.setattr(first_tokens, "CHARACTERS", 4)
+        patched.setattr(first_tokens, "SPARE", 2)
         found = known.plain([text, "short", text[1:]], most=most, literal=literal)
     whole = known.plain([text, "short", text[1:]], literal=literal)
     assert [ids[: most + 1] for ids in found] == [ids[: most + 1] for ids in whole]
@@ -157,7 +157,7 @@ def test_of_900_000_characters_few_are_read_for_32_tokens(kind, text) -> None:
         def __getattr__(self, name):
             return getattr(call, name)
 
-    found = beginnings.Beginnings(Counting()).ids([given], 33, {})[0]
+    found = first_tokens.FirstTokens(Counting()).ids([given], 33, {})[0]
     assert sum(read) < LONG // 10
     assert found[:33] == known.plain([given[: LONG // 30]])[0][:33]
 
@@ -166,13 +166,13 @@ def test_of_900_000_characters_few_are_read_for_32_tokens(kind, text) -> None:
 def test_a_classifier_on_the_bundled_base_encodes_900_000_characters_at_once(text) -> None:
     task = Classify(("bad", "good"), minilm(), max_tokens=32)
     given = (ENDLESS[text] * LONG)[:LONG]
-    task.encode_source(given[:9000])
+    task.encode_sources([given[:9000]])[0]
     began = time.process_time()
-    encoded = task.encode_source(given)
+    encoded = task.encode_sources([given])[0]
     assert time.process_time() - began < 0.2  # whole: 2 s or more of processor time
     assert encoded.cut
     assert len(encoded.ids) == 32
-    assert encoded.ids.tolist() == task.encode_source(given[:9000]).ids.tolist()
+    assert encoded.ids.tolist() == task.encode_sources([given[:9000]])[0].ids.tolist()
 
 
 @cache
@@ -188,19 +188,19 @@ def minilm():
 
 @settings(deadline=None, max_examples=40)
 @given(text=TEXTS, most=st.integers(0, 12))
-def test_the_tokens_kept_are_those_of_the_whole_text_on_the_bundled_base(text, most) -> None:
+def test_the_first_tokens_are_those_of_the_whole_text_on_the_bundled_base(text, most) -> None:
     known = Tokens(minilm())
     long = text * 40
     assert known.plain([long], most=most)[0][: most + 1] == known.plain([long])[0][: most + 1]
 
 
-def test_blanks_and_other_characters_without_tokens_are_read_to_their_end() -> None:
+def test_a_run_of_characters_without_tokens_is_read_to_its_end() -> None:
     known = Tokens(minilm())
     text = " \0\u0301" * 20_000 + "the end"
     assert known.plain([text], most=4) == known.plain([text]) == known.plain(["the end"])
 
 
-def test_the_comparison_above_would_notice_a_word_that_more_characters_change() -> None:
+def test_control_a_word_cut_too_early_gives_other_tokens() -> None:
     known = tokens.__wrapped__("bpe of bytes")  # its own, which has remembered nothing yet
     text = "the quick brown " * 40 + "fox"
     whole = known.plain([text])[0]
@@ -210,9 +210,9 @@ def test_the_comparison_above_would_notice_a_word_that_more_characters_change() 
         ends = iter([torn])
         count = len(known.plain([text[:torn]])[0])
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(beginnings, "WORDS", 0)
-            patched.setattr(beginnings, "_end", lambda text, read: next(ends, len(text)))
-            patched.setattr(beginnings.Beginnings, "_longest_special", -1)
+            patched.setattr(first_tokens, "WORDS", 0)
+            patched.setattr(first_tokens, "_end", lambda text, read: next(ends, len(text)))
+            patched.setattr(first_tokens.FirstTokens, "_longest_special", -1)
             return known.plain([text], most=count - 1)[0][:count] != whole[:count]
 
     assert any(differs(torn) for torn in range(20, 60))
