@@ -1,4 +1,4 @@
-"""Attention without padding against the plain one, whole models by it, and its time."""
+"""The attention kernel against plain attention: values, gradients, whole models, and time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from turret.methods import LoRA, Prefix
 def plainly(
     rows: AttentionRows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, drop: list[Tensor] | None = None
 ) -> Tensor:
-    """Row by row in double precision, from what `Rows` says."""
+    """Attention of each row in float64."""
     parts = []
     for row in range(rows.count):
         (t0, t), (s0, s) = (
@@ -112,7 +112,7 @@ def test_attention_and_its_gradients_are_the_plain_ones_for_any_rows(
 @needed
 @BOTH
 def test_attention_drops_the_same_probabilities_forward_and_backward(dtype: torch.dtype) -> None:
-    """The mask is read off a forward pass whose values are the identity; then everything is as if it were given."""
+    """A forward pass whose values are the identity shows the mask; the expected results use that mask."""
     T, dim, p = 64, 64, 0.25
     rows = AttentionRows(torch.tensor([0]), torch.tensor([T]), torch.tensor([0]), torch.tensor([T]), 0.1, causal=False)
     none, dropped = Prefixes([], [None]), DropoutArguments.of(p, (3, 4))
@@ -133,7 +133,7 @@ def test_attention_drops_the_same_probabilities_forward_and_backward(dtype: torc
 
 
 @needed
-def test_a_lost_number_in_one_row_stays_in_that_row() -> None:
+def test_a_nan_in_one_row_stays_in_that_row() -> None:
     rows = AttentionRows(*(torch.tensor(x) for x in ([0, 5], [5, 7], [0, 5], [5, 7])), 0.5, causal=False)
     q, k, v = draw(12, 2, 8), draw(12, 1, 8), draw(12, 1, 8)
     k[2] = float("nan")
@@ -150,7 +150,7 @@ def test_a_lost_number_in_one_row_stays_in_that_row() -> None:
 def test_a_model_trains_alike_with_and_without_kernels(family: str, method: LoRA | Prefix) -> None:
     classify = family in ("bert", "modernbert")
     model = attach(build(family, "classify" if classify else "generate"), method)
-    model.eval()  # no dropout of the base; gradients all the same
+    model.eval()  # no dropout of the base; gradients are still computed
     rows = [torch.randint(5, 60, (n,)) for n in (3, 17, 40)]
 
     def outcome() -> tuple[Tensor, list[Tensor]]:
@@ -174,7 +174,7 @@ def test_a_model_trains_alike_with_and_without_kernels(family: str, method: LoRA
 @needed
 @pytest.mark.slow
 def test_attention_is_no_slower_than_what_it_replaces() -> None:
-    """Sums that a compiler keeps in memory are right and twenty times slower: so with vectors wider than registers."""
+    """A compiler that keeps sums in memory, as with vectors wider than registers, gives right but 20x slower code."""
     B, T, H, D = 4, 192, 8, 32
     starts, each = torch.arange(B) * T, torch.full((B,), T)
     rows = AttentionRows(starts, each, starts, each, D**-0.5, causal=False)

@@ -1,4 +1,4 @@
-"""Products in 8 bits: the formula, whatever the sizes; never a finite number in place of one that is not."""
+"""Products in 8 bits: they equal the formula for all sizes, and keep numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from turret.kernels import int8
 
 able = pytest.mark.skipif(not int8(), reason="no products in 8 bits on this processor")
 SIZES = [(1, 64, 32), (8, 64, 32), (37, 192, 96), (300, 384, 64), (9, 2048, 192), (33, 4096, 160)]
-ONE_STEP = 2e-3  # of the largest output: a number in a sum of many that was rounded to the neighbour
+ONE_STEP = 2e-3  # relative to the largest output: one element rounded to the next integer
 
 
 def rounded(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """(whole numbers from -127 to 127, scale): x ~ whole * scale, scale = max |x| / 127 over `dim`."""
+    """(integers from -127 to 127, scale): x ~ integer * scale, scale = max |x| / 127 over `dim`."""
     most = x.float().abs().amax(dim, keepdim=True)
     return (x.float() * torch.where(most == 0.0, most, 127.0 / most)).round(), most / 127.0
 
@@ -28,7 +28,7 @@ def plainly(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def ours(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
-    """By a matrix that is rounded on the way, and by one that was before: the same."""
+    """The product with a matrix that the call rounds, which must equal the product with one rounded before."""
     laid_out = weight.mT.contiguous() if turned else weight
     y = compiled().linear_int8(x, laid_out, bias, turned)
     again = compiled().linear_int8(x, compiled().round_int8(laid_out, turned), bias)
@@ -45,7 +45,9 @@ def off(given: Tensor, expected: Tensor) -> float:
 @BOTH
 @pytest.mark.parametrize("turned", [False, True], ids=["as it lies", "turned"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_it_is_the_product_of_what_was_rounded(sizes: tuple[int, int, int], turned: bool, dtype: torch.dtype) -> None:
+def test_it_is_the_product_of_the_rounded_matrices(
+    sizes: tuple[int, int, int], turned: bool, dtype: torch.dtype
+) -> None:
     tokens, deep, outputs = sizes
     torch.manual_seed(tokens)
     x, weight, bias = (draw(*size, dtype=dtype) for size in ((tokens, deep), (outputs, deep), (outputs,)))
@@ -56,7 +58,7 @@ def test_it_is_the_product_of_what_was_rounded(sizes: tuple[int, int, int], turn
 
 
 @able
-def test_what_was_not_rounded_is_something_else() -> None:
+def test_control_the_unrounded_product_differs() -> None:
     """The control of the test above."""
     torch.manual_seed(0)
     x, weight = draw(37, 192), draw(96, 192)
@@ -66,7 +68,7 @@ def test_what_was_not_rounded_is_something_else() -> None:
 
 @able
 @BOTH
-def test_whole_numbers_are_multiplied_exactly(dtype: torch.dtype) -> None:
+def test_integers_are_multiplied_exactly(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     x, weight = (torch.randint(-127, 128, size).to(dtype) for size in ((19, 64), (64, 64)))
     x[:, 0], weight[:, 1], weight[0] = 127, -127, 127
@@ -78,7 +80,7 @@ def test_whole_numbers_are_multiplied_exactly(dtype: torch.dtype) -> None:
 
 @able
 @pytest.mark.parametrize("turned", [False, True])
-def test_every_token_and_output_stands_by_itself(turned: bool) -> None:
+def test_every_token_and_output_is_independent(turned: bool) -> None:
     torch.manual_seed(2)
     x, weight, bias = draw(21, 128), draw(64, 128), draw(64)
     whole = ours(x, weight, bias, turned)

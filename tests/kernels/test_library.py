@@ -1,4 +1,4 @@
-"""Every way to have no kernels, the check at their first use, and the threads that help them."""
+"""Loading the kernels: every way to have none, the check at their first use, and their helper threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_check_at_the_first_use_works_inside_inference_mode() -> None:
 
 
 @pytest.mark.parametrize("word", ["off", "0", "No"])
-def test_the_switch_takes_the_plain_path_and_says_so(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_switch_turns_the_kernels_off_and_names_itself(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, word)
     with pytest.raises(NotBuilt, match=f"switched off by {SWITCH}"):
         build.load()
@@ -48,7 +48,7 @@ def test_a_wheels_library_is_the_best_one_that_the_processor_has_instructions_fo
     every = frozenset[str]().union(*(level.features for level in LEVELS))
     for level in LEVELS:
         (tmp_path / f"kernels-{level.name}.so").write_text("no library")
-        with pytest.raises(OSError, match=f"kernels-{level.name}.so"):  # it was chosen, and does not load
+        with pytest.raises(OSError, match=f"kernels-{level.name}.so"):  # chosen, but it does not load
             build.shipped(tmp_path, every)
         with pytest.raises(OSError, match=f"kernels-{level.name}.so"):
             build.shipped(tmp_path, level.features)
@@ -57,7 +57,7 @@ def test_a_wheels_library_is_the_best_one_that_the_processor_has_instructions_fo
         (tmp_path / f"kernels-{level.name}.so").unlink()
 
 
-# A compiler that makes another library, which is quickly there: it answers `ready` and `mark`.
+# A compiler that quickly makes another library, with `ready` and `mark` only.
 QUICK = """#!/bin/sh
 [ "$1" = --version ] && exec echo quick
 while [ "$1" != -o ]; do shift; done
@@ -67,7 +67,7 @@ echo 'int ready(void) { return 1; } int mark(void) { return 42; }' | exec COMPIL
 
 @pytest.fixture
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of an empty cache, in which libraries are compiled quickly."""
+    """The folder of an empty cache, with a quick compiler."""
     compiler = tmp_path / "quick"
     compiler.write_text(QUICK.replace("COMPILER", str(COMPILER)))
     compiler.chmod(0o700)
@@ -87,7 +87,7 @@ LOAD = f"{ALONE}\nlibrary, said = build.load(); print(library.mark(), said)"
 
 
 def loaded() -> tuple[str, str]:
-    """(mark and origin of the library, what was warned) in a process of its own."""
+    """(mark and origin of the library, warnings) of a new process."""
     done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.strip(), done.stderr.strip()
 
@@ -103,7 +103,7 @@ def test_processes_that_build_at_once_end_with_one_library(quick: Path) -> None:
 
 
 def marked(place: Path, mark: int) -> Path:
-    """A library of no kernels, which tells its mark."""
+    """A library without kernels that returns a mark."""
     source = f"int ready(void) {{ return 1; }} int mark(void) {{ return {mark}; }}"
     command = [str(COMPILER), "-shared", "-fPIC", "-x", "c", "-", "-o", str(place)]
     subprocess.run(command, input=source, text=True, check=True)
@@ -112,7 +112,7 @@ def marked(place: Path, mark: int) -> Path:
 
 
 def planted(quick: Path) -> Path:
-    """Somebody else's library where the cache would have its own; with it, the path."""
+    """Replace the cached library with another one; returns its path."""
     assert loaded()[1] == ""
     (made,) = quick.iterdir()
     source = "int ready(void) { return 1; } int mark(void) { return 666; }"
@@ -122,7 +122,7 @@ def planted(quick: Path) -> Path:
     )
     other.chmod(0o700)
     os.replace(other, made)
-    assert loaded()[0].startswith("666 compiled as")  # the control: while the folder is private, it is our own
+    assert loaded()[0].startswith("666 compiled as")  # the control: it is loaded while the folder is private
     return made
 
 
@@ -141,9 +141,9 @@ def test_a_cache_that_others_can_write_to_is_not_loaded_from(how: str, quick: Pa
             quick.rename(quick.parent / "elsewhere")
             quick.symlink_to(quick.parent / "elsewhere")
     said, warned = loaded()
-    assert said.startswith("42 compiled for this process alone, the cache is not used: /")
+    assert said.startswith("42 compiled for this process only, because the cache is not used: /")
     assert len(warned.splitlines()) == 1
-    assert "kernels are compiled anew in every process" in warned
+    assert "kernels are compiled in every process" in warned
 
 
 @needed
@@ -181,12 +181,12 @@ def test_a_cache_that_cannot_be_written_costs_a_compilation_and_not_the_kernels(
     quick.parent.mkdir(mode=0o700)
     quick.write_text("in the way")
     said, warned = loaded()
-    assert said.startswith("42 compiled for this process alone")
+    assert said.startswith("42 compiled for this process only")
     assert "is not a folder" in warned
 
 
 @needed
-def test_where_no_folder_is_private_there_are_no_kernels(quick: Path) -> None:
+def test_without_a_private_folder_there_are_no_kernels(quick: Path) -> None:
     quick.mkdir(parents=True)
     quick.parent.chmod(0o777)
     code = f"{ALONE}\ntry: build.load()\nexcept build.NotBuilt as error: print(error)"
@@ -194,13 +194,13 @@ def test_where_no_folder_is_private_there_are_no_kernels(quick: Path) -> None:
         [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(quick.parent)}, capture_output=True, text=True,
         check=True,
     ).stdout  # fmt: skip
-    assert said.count("is writable for others") == 2
+    assert said.count("may be written by others") == 2
     assert not list(quick.parent.rglob("*.so"))
 
 
 @needed
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted where Linux tells them")
-def test_a_thread_that_rests_has_no_helpers_and_another_keeps_its_own() -> None:
+def test_rest_ends_the_helpers_of_its_thread_only() -> None:
     script = """
 import os, threading, torch
 from turret import kernels
@@ -228,7 +228,7 @@ print(mine - before, both - mine, left - both)
 
 @needed
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2 if sys.platform == "linux" else True, reason="one processor")
-def test_helpers_that_are_woken_have_a_processor_of_their_own_and_may_move_as_before() -> None:
+def test_woken_helpers_have_their_own_processors_and_their_old_affinity() -> None:
     script = """
 import os, time, torch
 from turret import kernels

@@ -1,4 +1,4 @@
-"""A LoRA that trains: the formula and its gradients in float64, whatever the sizes, and whoever's thread adds up."""
+"""The LoRA kernels of training equal the formula and its gradients in float64, for all sizes and numbers of threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HALF = DropoutArguments.of(0.5, (12345, 678))
 
 
 def drawn(tokens: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype) -> Numbers:
-    """x, A, B, what y holds before, dy, what dx holds before."""
+    """x, A, B, y before the call, dy, dx before the call."""
     torch.manual_seed(tokens)
     sizes = ((tokens, d_in), (tokens, d_out), (tokens, d_out), (tokens, d_in))
     x, y, dy, dx = (draw(*size, dtype=dtype) for size in sizes)
@@ -52,8 +52,8 @@ def test_lora_and_its_gradients_are_the_formula(
 
 
 @needed
-def test_one_mask_for_another_is_seen() -> None:
-    """The control of the test above, and that a mask is the one of the seeds."""
+def test_control_another_mask_gives_another_result() -> None:
+    """The control of the test above; equal seeds give equal masks."""
     numbers = drawn(37, 64, 96, 8, torch.float32)
     other = ours(numbers, DropoutArguments.of(0.5, (12345, 679)))
     for given, expected in zip(other, plainly(numbers, HALF), strict=True):
@@ -73,7 +73,7 @@ def test_without_dx_the_factors_gradients_are_the_same(dtype: torch.dtype) -> No
 @needed
 @BOTH
 @pytest.mark.parametrize("threads", [2, 3])
-def test_a_number_is_the_same_to_the_last_bit_with_any_number_of_threads(dtype: torch.dtype, threads: int) -> None:
+def test_results_are_bit_equal_for_any_number_of_threads(dtype: torch.dtype, threads: int) -> None:
     numbers, given, kept = drawn(301, 128, 96, 9, dtype), [], torch.get_num_threads()
     try:
         for count in (1, threads):
@@ -85,7 +85,7 @@ def test_a_number_is_the_same_to_the_last_bit_with_any_number_of_threads(dtype: 
 
 
 @needed
-def test_what_is_not_a_number_stays_in_its_own_row() -> None:
+def test_a_nan_stays_in_its_own_row() -> None:
     x, A, B, y, dy, dx = drawn(5, 64, 32, 4, torch.float32)
     x[3, 7] = float("nan")
     given = ours((x, A, B, y, dy, dx), NO_DROPOUT)[0]

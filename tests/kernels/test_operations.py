@@ -1,4 +1,4 @@
-"""The kernels that take each number by itself, against torch on odd shapes."""
+"""The elementwise kernels against torch, on odd shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from turret.kernels import DropoutArguments
 @needed
 @BOTH
 @pytest.mark.parametrize("size", [1, 31, 32, 127, 128, 129, 8191, 20_000])
-def test_activations_and_their_gradients_are_torchs_at_every_size(dtype: torch.dtype, size: int) -> None:
+def test_activations_and_their_gradients_equal_torchs_at_every_size(dtype: torch.dtype, size: int) -> None:
     gate, up, dy = (4 * draw(size, dtype=dtype) for _ in range(3))
     wide, wider = gate.double().requires_grad_(), up.double().requires_grad_()
     y = torch.nn.functional.silu(wide) * wider
@@ -27,7 +27,7 @@ def test_activations_and_their_gradients_are_torchs_at_every_size(dtype: torch.d
 
 
 @needed
-def test_the_ends_of_the_number_line_neither_overflow_nor_hide() -> None:
+def test_very_large_numbers_do_not_overflow_and_nan_stays() -> None:
     x = torch.tensor([-1e30, -200.0, -100.0, -88.0, 0.0, 88.0, 200.0, 1e30])
     ones = torch.ones_like(x)
     torch.testing.assert_close(compiled().swiglu(x, ones), torch.nn.functional.silu(x))
@@ -40,8 +40,8 @@ def test_the_ends_of_the_number_line_neither_overflow_nor_hide() -> None:
 
 @needed
 @BOTH
-def test_dropout_keeps_its_share_and_the_same_seeds_keep_the_same(dtype: torch.dtype) -> None:
-    x = draw(1_000_003, dtype=dtype).abs() + 1  # a zero of its own would look dropped
+def test_dropout_keeps_its_share_and_equal_seeds_give_equal_masks(dtype: torch.dtype) -> None:
+    x = draw(1_000_003, dtype=dtype).abs() + 1  # no zeros, which would look dropped
     dropped = DropoutArguments.of(0.3, (7, 8))
     y = compiled().dropout(x, dropped)
     kept = y != 0

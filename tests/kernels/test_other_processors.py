@@ -1,4 +1,4 @@
-"""The kernels as an older processor would have them: the same tests, compiled for fewer instructions than are here."""
+"""The same tests with kernels that are compiled for older processors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ import torch
 from compiled_kernels import COMPILER, needed
 
 HERE = Path(__file__).parent
-KINDS = {"haswell": "avx2", "skylake-avx512": "avx512_f", "x86-64": "sse4_1"}  # what it must have: of torch's names
+KINDS = {
+    "haswell": "avx2",
+    "skylake-avx512": "avx512_f",
+    "x86-64": "sse4_1",
+}  # the feature that this machine must have, as torch names it
 
 
 @needed
@@ -37,4 +41,4 @@ def test_the_kernels_of_an_older_processor_pass_the_same_tests(kind: str, tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     made = [*(tmp_path / "cache").rglob("*.so")]
-    assert len(made) == 1  # and no test took the kernels of this processor
+    assert len(made) == 1  # no test used the kernels of this processor

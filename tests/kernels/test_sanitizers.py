@@ -22,7 +22,7 @@ exec gcc "${@/-march=native/-march=KIND}" FLAGS
 
 
 def runtimes() -> str | None:
-    """The libraries of both sanitizers, to be loaded before everything else, where GCC has them."""
+    """The libraries of both sanitizers, which must be loaded first; None if GCC has none."""
     gcc = shutil.which("gcc") if sys.platform == "linux" else None
     if gcc is None or shutil.which("bash") is None:
         return None
@@ -61,7 +61,7 @@ def test_no_kernel_overflows_or_leaves_its_memory(kind: str, tmp_path: Path) -> 
     done = sanitized(tmp_path, kind, "", *NUMBERS)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     assert "runtime error" not in done.stdout + done.stderr
-    assert len([*(tmp_path / "cache").rglob("*.so")]) == 1  # it was these kernels that were tested
+    assert len([*(tmp_path / "cache").rglob("*.so")]) == 1  # the tests used these kernels
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a step of decoding takes of the kernels: products of few tokens, attention to a cache."""
+"""The kernels of a decode step: products of few tokens, attention over the KV cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from turret.kernels import CachedKVArguments
 @BOTH
 @pytest.mark.parametrize("sizes", [(32, 64), (576, 1536), (37, 41), (1, 1), (40, 3), (384, 18)])
 @pytest.mark.parametrize("tokens", [1, 2, 4, 7, 8, 16, 61, 128])
-def test_linear_is_torchs_product_and_a_token_is_the_same_in_any_company(
+def test_linear_equals_torchs_product_and_a_token_does_not_depend_on_others(
     dtype: torch.dtype, sizes: tuple[int, int], tokens: int
 ) -> None:
     tokens = min(tokens, compiled().few(dtype))
@@ -41,16 +41,16 @@ def test_linear_is_torchs_product_and_a_token_is_the_same_in_any_company(
 @BOTH
 @pytest.mark.parametrize("sizes", [(32, 64), (96, 32), (37, 41), (1, 1), (40, 576)])
 @pytest.mark.parametrize("rank", [1, 2, 7, 8, 17, 33])
-def test_linear_adds_the_adapter_of_each_token_and_leaves_bare_ones_alone(
+def test_linear_adds_the_adapter_of_each_token_and_leaves_others_alone(
     dtype: torch.dtype, sizes: tuple[int, int], rank: int
 ) -> None:
-    """Spans of one token, of none, of a few; one without factors here; an adapter alone and with the others."""
+    """Spans of no, one and a few tokens; one has no factors here; an adapter alone and with others."""
     tokens = min(16, compiled().few(dtype))
     if tokens == 0:
         pytest.skip("not for this processor")
     d_in, d_out = sizes
     edges = [(1, 2), (2, 2), (2, 9), (9, 10), (12, 16)] if tokens == 16 else [(1, 1), (1, 2), (2, 2), (2, 3), (3, 4)]
-    alone = [0, 9, 10, 11] if tokens == 16 else [0, 2]  # the last span ends with the tokens
+    alone = [0, 9, 10, 11] if tokens == 16 else [0, 2]  # the last span ends at the last token
     x, weight = draw(tokens, d_in, dtype=dtype), draw(d_out, d_in, dtype=dtype) * d_in**-0.5
     factors: list[tuple[Tensor, Tensor] | None] = [
         (draw(rank, d_in, dtype=dtype) * d_in**-0.5, draw(rank, d_out, dtype=dtype) * rank**-0.5) for _ in edges
@@ -76,14 +76,12 @@ def test_linear_adds_the_adapter_of_each_token_and_leaves_bare_ones_alone(
 @BOTH
 @pytest.mark.parametrize("dim", [1, 16, 24, 64, 80, 128])
 @pytest.mark.parametrize("window", [0, 1, 5])
-def test_a_query_sees_what_the_cache_holds_of_its_row_and_nothing_else(
-    dtype: torch.dtype, dim: int, window: int
-) -> None:
+def test_a_query_sees_only_the_cached_keys_of_its_row(dtype: torch.dtype, dim: int, window: int) -> None:
     lengths, prefixes = torch.tensor([1, 40, 17, 16, 9]), torch.tensor([0, 3, 0, 16, 2])
-    room = draw(2, 7, 2, 48, dim, dtype=dtype)  # (keys and values, lanes, H_kv, S, D)
+    room = draw(2, 7, 2, 48, dim, dtype=dtype)  # (keys and values, slots, H_kv, S, D)
     new_keys, new_values, q = (draw(5, heads, dim, dtype=dtype) for heads in (2, 2, 6))
     for row, length in enumerate(lengths):
-        room[:, row, :, length:] = float("nan")  # what is not there yet may be anything
+        room[:, row, :, length:] = float("nan")  # unused places may hold anything
     keys, values = room[0, :5, :, :40], room[1, :5, :, :40]
     kept = CachedKVArguments(lengths, prefixes, keys)
     before = room.clone()
@@ -92,7 +90,7 @@ def test_a_query_sees_what_the_cache_holds_of_its_row_and_nothing_else(
     assert torch.equal(keys[rows, :, lengths - 1], new_keys)
     assert torch.equal(values[rows, :, lengths - 1], new_values)
     before[0][rows, :, lengths - 1], before[1][rows, :, lengths - 1] = new_keys, new_values
-    assert torch.equal(before.nan_to_num(7.0), room.nan_to_num(7.0))  # and nothing else was written
+    assert torch.equal(before.nan_to_num(7.0), room.nan_to_num(7.0))  # nothing else was written
     y = compiled().attend_step(kept, q, keys, values, 0.2, window)
     for row, (length, P) in enumerate(zip(lengths.tolist(), prefixes.tolist(), strict=True)):
         own, seen = (each[row, :, :length].double().repeat_interleave(3, 0) for each in (keys, values))  # (H, S, D)

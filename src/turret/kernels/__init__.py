@@ -1,6 +1,7 @@
-"""Small operations between two matrix products, compiled for this machine where it has a compiler.
+"""Kernels in C for CPUs: the small operations of a transformer, LoRA, attention, and products of few tokens.
 
-`library()` gives them or None; every caller keeps its plain path beside. `TURRET_KERNELS=off` takes the plain path.
+`library()` returns them, or None if this machine has none; every caller then computes in torch. `TURRET_KERNELS=off`
+switches them off.
 """
 
 from turret.kernels.arguments import (

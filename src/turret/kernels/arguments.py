@@ -1,7 +1,6 @@
-"""What the kernels are told beside tensors: rows, prefixes, spans of adapters, a cache, dropout, as C reads them.
+"""Arguments of the kernels besides tensors, as C structs: rows, prefixes, adapter spans, KV cache, dropout.
 
-Each of them is made once a pass. Refuses to know what is computed. Axes: B rows, N tokens of all rows, H heads, P
-prefix, D head size, S spans.
+Each is made once a pass. Axes: B rows, N tokens of all rows, H heads, P prefix, D head size, S spans.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor
 
 Seeds = tuple[int, int]
-STEPS = 1 << 16  # a rate is kept to this many steps
-LARGEST = 1 << 32  # elements a mask can number
+STEPS = 1 << 16  # resolution of a dropout rate
+LARGEST = 1 << 32  # most elements that a dropout mask can number
 
 
 @dataclass(frozen=True)
 class DropoutArguments:
-    """Dropout as a kernel needs it: an element is kept where its random word reaches the threshold."""
+    """Dropout: an element is kept if its random word reaches the threshold."""
 
     seeds: Seeds
     threshold: int  # of STEPS
@@ -29,6 +28,7 @@ class DropoutArguments:
 
     @classmethod
     def of(cls, p: float, seeds: Seeds) -> DropoutArguments:
+        """Dropout with probability p, rounded to 1 / STEPS."""
         threshold = min(round(p * STEPS), STEPS - 1)
         return cls(seeds, threshold, 1.0 / (1.0 - threshold / STEPS))
 
@@ -38,20 +38,20 @@ NO_DROPOUT = DropoutArguments((0, 0), 0, 1.0)
 
 @dataclass(frozen=True)
 class Int8Matrix:
-    """A matrix (O, E) in 8 bits as `linear_int8` multiplies by it: whole numbers, and a scale for every output."""
+    """A matrix (O, E) in 8 bits, for `linear_int8`: integers, and a scale for each output."""
 
     bytes: Tensor  # (O E + 4 O,) uint8
-    outputs: int
-    deep: int
-    dtype: torch.dtype  # of what it was
+    outputs: int  # O
+    deep: int  # E
+    dtype: torch.dtype  # of the original matrix
 
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """Where each row of an unpadded batch lies, and what its queries may look at.
+    """The place of each row in an unpadded batch, and which keys its queries see.
 
-    All int64 on the CPU, (B,). window: 0 for none, else |key - query| < window. bias: (H, W) float32 by key - query,
-    its zero at column `zero`; keys of a prefix are at -P … -1.
+    The tensors are int64 on the CPU, (B,). window: 0 for none, else |key - query| < window. bias: (H, W) float32 by
+    key - query, whose zero is at column `zero`; the keys of a prefix are at -P … -1.
     """
 
     query_starts: Tensor
@@ -63,18 +63,19 @@ class AttentionRows:
     window: int = 0
     bias: Tensor | None = None
     zero: int = 0
-    all_asked: bool = True  # else some tokens are in no row's queries: their y is not written, their dq is zero
-    told: dict[tuple[object, ...], tuple[_Words, list[Tensor]]] = field(default_factory=dict, repr=False, compare=False)
+    all_asked: bool = True  # False: some tokens are no queries; their y is not written, their dq is zero
+    structs: dict[tuple[tuple[int, ...], ...], RowsStruct] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def count(self) -> int:
+        """B"""
         return self.query_starts.shape[0]
 
     @property
     def longest_query(self) -> int:
         return int(self.query_lengths.max())
 
-    @functools.cached_property  # asked by every layer of a pass
+    @functools.cached_property  # every layer of a pass reads it
     def longest_key(self) -> int:
         return int(self.key_lengths.max())
 
@@ -85,34 +86,41 @@ class AttentionRows:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """pairs: keys and values (H_kv, P, D), contiguous; of_row: which pair each row has, or None."""
+    """The prefixes of a batch. pairs: keys and values (H_kv, P, D), contiguous; of_row: each row's pair, or None."""
 
     pairs: Sequence[tuple[Tensor, Tensor]]
     of_row: Sequence[int | None]
 
 
 class AdapterSpans:
-    """Which tokens of a pass take which factors: made once a pass, read by every layer.
+    """The LoRA factors of each span of tokens in a pass, for every layer.
 
-    starts, ends, ranks: (S,) int64; factors: (S, L, 2) int64, the addresses of A (R, D_in) and of the scaled
-    B (R, D_out), both contiguous, zeros for a layer without; who makes it keeps alive what is there. tokens: N.
+    Args:
+        starts: (S,) int64, the first token of each span.
+        ends: (S,) int64, one past the last token.
+        ranks: (S,) int64.
+        factors: (S, L, 2) int64, addresses of A (R, D_in) and of the scaled B (R, D_out), contiguous; zeros for a
+            layer without factors. The caller keeps these tensors alive.
+        tokens: N.
     """
 
     def __init__(self, starts: Tensor, ends: Tensor, ranks: Tensor, factors: Tensor, tokens: int) -> None:
         assert factors.is_contiguous()
         assert len(factors) == len(starts) == len(ends) == len(ranks)
-        self._kept = (starts, ends, ranks, factors)
+        self._tensors = (starts, ends, ranks, factors)  # C reads their memory
         self.tokens, self.layers = tokens, factors.shape[1]
-        addresses = (each.data_ptr() for each in self._kept)
-        self.words = _SpanWords(len(starts), self.layers, tokens, *addresses)
-        self.address = ctypes.addressof(self.words)
+        addresses = (each.data_ptr() for each in self._tensors)
+        self._struct = _SpansStruct(len(starts), self.layers, tokens, *addresses)
+        self.address = ctypes.addressof(self._struct)
 
 
 class CachedKVArguments:
-    """What a cache holds of some rows as the kernels of a step read it: made once a pass, read by every layer.
+    """The rows of a KV cache that a decode step reads, the same for every layer.
 
-    lengths, prefixes: (B,) int64 on the CPU, the newest token counted; like: (B, H_kv, S, D), a layer's keys or values,
-    whose strides all layers have. A token's D numbers lie together, and a head's tokens behind one another.
+    Args:
+        lengths: (B,) int64 on the CPU, including the newest token.
+        prefixes: (B,) int64 on the CPU, tokens of each prefix.
+        like: (B, H_kv, S, D), a layer's keys or values. All layers have its strides; S and D are contiguous.
     """
 
     def __init__(self, lengths: Tensor, prefixes: Tensor, like: Tensor) -> None:
@@ -124,22 +132,23 @@ class CachedKVArguments:
         self.shape, self.strides = (rows, kv_heads, dim), like.stride()
         self._lengths = lengths, prefixes
         addresses = (each.data_ptr() for each in self._lengths)
-        self.words = _KeptWords(rows, kv_heads, dim, *like.stride()[:2], most, *addresses)
-        self.address = ctypes.addressof(self.words)
+        self._struct = _CachedStruct(rows, kv_heads, dim, *like.stride()[:2], most, *addresses)
+        self.address = ctypes.addressof(self._struct)
 
     def require(self, *tensors: Tensor) -> None:
+        """Check that tensors have the shape and strides of `like`."""
         for each in tensors:
             assert (*each.shape[:2], each.shape[3]) == self.shape
             assert each.stride() == self.strides
 
 
-class PartWords(ctypes.Structure):
+class PartStruct(ctypes.Structure):
     """`struct part` of products.inc.c."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("held", "keys", "values"))
 
 
-class _SpanWords(ctypes.Structure):
+class _SpansStruct(ctypes.Structure):
     """`struct spans` of products.inc.c."""
 
     _fields_ = (
@@ -148,7 +157,7 @@ class _SpanWords(ctypes.Structure):
     )
 
 
-class _KeptWords(ctypes.Structure):
+class _CachedStruct(ctypes.Structure):
     """`struct held` of products.inc.c."""
 
     _fields_ = (
@@ -157,8 +166,10 @@ class _KeptWords(ctypes.Structure):
     )
 
 
-class _Words(ctypes.Structure):
+class RowsStruct(ctypes.Structure):
     """`struct rows` of products.inc.c."""
+
+    tensors: list[Tensor]  # C reads their memory
 
     _fields_ = (
         *((name, ctypes.c_long) for name in ("rows", "heads", "kv_heads", "dim")),
@@ -173,14 +184,14 @@ class _Words(ctypes.Structure):
     )
 
 
-def words_of(
+def rows_struct(
     rows: AttentionRows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, dropped: DropoutArguments
-) -> tuple[_Words, list[Tensor]]:
-    """The struct, and what must live as long as it does; kept with the rows where neither is one layer's own."""
-    own = bool(prefixes.pairs) or dropped is not NO_DROPOUT
-    alike = () if own else (*(each.shape for each in (q, k)), *(each.stride() for each in (q, k, v)))
-    if not own and alike in rows.told:
-        return rows.told[alike]
+) -> RowsStruct:
+    """The struct for these tensors. It is cached with the rows if it depends on neither prefixes nor dropout."""
+    varies = bool(prefixes.pairs) or dropped is not NO_DROPOUT
+    key = (q.shape, k.shape, q.stride(), k.stride(), v.stride())
+    if not varies and key in rows.structs:
+        return rows.structs[key]
     for each in (q, k, v):
         assert each.stride(-1) == 1
     if prefixes.pairs:
@@ -192,8 +203,8 @@ def words_of(
         lengths = rows.no_prefixes
         addresses, longest, most_prefix = [lengths, lengths], rows.longest_key, 0
     if rows.bias is not None and rows.zero < most_prefix + rows.longest_query:
-        raise ValueError("the bias does not reach the prefix")
-    words = _Words(
+        raise ValueError("the bias has no columns for the whole prefix")
+    struct = RowsStruct(
         rows.count, q.shape[1], k.shape[1], q.shape[2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         -(-longest // 32) * 32, most_prefix, longest * q.shape[0] * q.shape[1],
         *(each.data_ptr() for each in (rows.query_starts, rows.query_lengths, rows.key_starts, rows.key_lengths)),
@@ -202,6 +213,7 @@ def words_of(
         0 if rows.bias is None else rows.bias.shape[1], rows.zero, rows.window, int(rows.causal), *dropped.seeds,
         dropped.threshold, dropped.scale, rows.scaling,
     )  # fmt: skip
-    if not own:
-        rows.told[alike] = words, [lengths, *addresses]
-    return words, [lengths, *addresses]
+    struct.tensors = [lengths, *addresses]
+    if not varies:
+        rows.structs[key] = struct
+    return struct

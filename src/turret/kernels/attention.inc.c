@@ -1,8 +1,8 @@
-/* Attention over the rows of an unpadded batch, each row by itself: any lengths, any prefix, no padding, no blocks.
-   Included by kernels.c twice: T is the tensors' type; E, PRODUCT and the packers are those of one kind of product.
+/* Attention over the rows of an unpadded batch, each row alone: any lengths, any prefix, no padding (Dao et al. 2022).
+   Included by kernels.c for each dtype T; E, PRODUCT and the packing functions belong to one kind of matrix product.
 
-   For PIECE queries of one head at a time: scores = Q K^T, softmax, times V, all in a core's own cache. Nothing is kept for
-   the backward pass but the logarithm of each row's sum (log_sum); the scores are computed again.
+   For PIECE queries of one head at a time: scores = Q K^T, softmax, times V, all in the cache of one core. The backward pass
+   computes the scores again; it needs only the logarithm of each row's sum of exponentials (log_sum).
 
        P = softmax(scaling q k^T + bias),  y = drop(P) v
        dv = drop(P)^T dy,  dS = P (drop(dy v^T) - rowsum(P drop(dy v^T))),  dq = scaling dS k,  dk = scaling dS^T q
@@ -22,7 +22,7 @@ static void NAME(take)(E *restrict to, long padded, long Dp, const T *restrict f
     memset(to + m * Dp, 0, sizeof(E) * (padded - m) * Dp);
 }
 
-/* The prefix and the keys (or values) of one row behind one another, as the left operand would be: (Sp, Dp) */
+/* The prefix and then the keys (or values) of one row, laid out as a left operand: (Sp, Dp) */
 static void NAME(take_keys)(E *to, long Sp, long Dp, const T *prefix, long P, const T *from, long stride, long m, long D)
 {
     NAME(take)(to, P, Dp, prefix, D, P, D, 1.0f);
@@ -41,7 +41,7 @@ static inline void NAME(mask)(const struct rows *r, float *s, long t, long n, lo
     for (long j = high; j < n; j++) s[j] = HIDDEN;
 }
 
-/* How many columns, a multiple of 32, the queries from t on may see. */
+/* The number of columns, a multiple of 32, that PIECE queries from t on may see. */
 static inline long NAME(columns)(const struct rows *r, long t, long P, long length)
 {
     long n = P + length;
@@ -176,7 +176,7 @@ void NAME(attention_backward)(const struct rows *r, const T *q, const T *k, cons
                                     float a = p[j], b = p[j + n / 2];
                                     d[j] = bits_of(d[j] * scale, keep, 0);
                                     d[j + n / 2] = bits_of(d[j + n / 2] * scale, kept, 0);
-                                    p[j] = bits_of(a, ~0u, ~keep & SIGN); /* the sign remembers what was dropped */
+                                    p[j] = bits_of(a, ~0u, ~keep & SIGN); /* the sign marks dropped elements */
                                     p[j + n / 2] = bits_of(b, ~0u, ~kept & SIGN);
                                     sum += a * d[j] + b * d[j + n / 2];
                                 }

@@ -1,7 +1,4 @@
-"""Which kernels this process computes with: built or found, checked against torch, and switched off where asked.
-
-`library()` is None where there are none; every caller then takes its plain path.
-"""
+"""The kernels of this process: loaded or compiled, checked against torch, and switched off on request."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ def _found() -> tuple[Library | None, str]:
         loaded, origin = load()
         library = Library(loaded)
         check.require(library)
-    except (NotBuilt, AttributeError) as error:  # AttributeError: a kernel that the library lacks
+    except (NotBuilt, AttributeError) as error:  # AttributeError: the library lacks a kernel
         return None, str(error)
     return library, origin
 
@@ -33,13 +30,13 @@ _off: ContextVar[bool] = ContextVar("off", default=False)
 
 
 def library() -> Library | None:
-    """The kernels of this machine, built and checked at the first call; None where there are none."""
+    """The kernels, compiled if needed and checked at the first call; None if there are none."""
     return None if _off.get() else _found()[0]
 
 
 @contextmanager
 def without() -> Iterator[None]:
-    """The plain path for the length of the block: what the kernels are compared with."""
+    """Compute in torch for the length of the block, in this thread: the reference for the kernels."""
     token = _off.set(True)
     try:
         yield
@@ -48,41 +45,42 @@ def without() -> Iterator[None]:
 
 
 def int8() -> bool:
-    """Whether there are kernels here that multiply in 8 bits."""
+    """Whether the processor has instructions for products of 8-bit integers."""
     found = library()
     return found is not None and found.int8
 
 
 def why() -> str:
-    """How `library` ended, for people."""
+    """Where the kernels come from, or why there are none; for messages."""
     return _found()[1]
 
 
 def rest() -> None:
-    """End the idle helper threads of the calling thread, which another thread's work would wait for.
+    """End the idle OpenMP helper threads of the calling thread.
 
-    Where several threads of a process keep helpers, a pass over 16 tokens takes up to twice as long (GNU's OpenMP on
-    two cores). One who goes on after it makes them anew: see `wake`.
+    If several threads of a process have helpers, GNU's OpenMP puts all of them to sleep between two operations, and a
+    pass over 16 tokens takes up to 2x longer (two cores). The next parallel region creates new helpers: see `wake`.
     """
     if (found := _found()[0]) is not None:
         found.rest()
 
 
 def wake() -> None:
-    """Have the helper threads of the calling thread awake, each on a processor of its own, before work that is short.
+    """Wake the OpenMP helper threads of the calling thread, each on its own processor, before a short pass.
 
-    A first region would wait 5 to 10 ms for helpers that are new, and some for those that slept; this takes 3 and 0.3.
+    It takes 3 ms for new helpers and 0.3 ms for sleeping ones. Without it the first region waits 5 to 10 ms for new
+    helpers.
     """
     if (found := _found()[0]) is not None:
         found.wake()
 
 
 def usable(*tensors: Tensor) -> Library | None:
-    """The kernels, if they can take these tensors: on the CPU and all of one dtype that they know."""
+    """The kernels, if they support these tensors: on the CPU, all float32 or all bfloat16. Else None."""
     dtype = tensors[0].dtype
     if not tensors[0].is_cpu or dtype not in NAMES:
         return None
-    for each in tensors:  # a loop in place of any(): this is asked some hundred times a step
+    for each in tensors:  # a loop, faster than any(): this runs hundreds of times per step
         if each.dtype != dtype:
             return None
     return library()

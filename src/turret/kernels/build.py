@@ -1,7 +1,7 @@
-"""The compiled kernels as a loaded library: one that ships in the wheel, else one compiled here and kept in the cache.
+"""Load the kernels' library: from the wheel, or compiled on this machine and cached.
 
-A cached library's name holds a digest of the source, the compiler and the processor, so a library is never used where
-it was not made for. A cache that somebody else could write to is never loaded from.
+The name of a cached library is a digest of source, compiler and processor, so it is never used on another machine.
+A cache folder that other users can write to is not used.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pathlib import Path
 from turret.cache import cache_folder, open_private, private_folder
 from turret.kernels.compiler import FLAGS, LEVELS, NATIVE, SOURCES, CompilerError, compile_library, run
 
-SWITCH = "TURRET_KERNELS"  # in the environment: "off" for the plain path, "compile" to pass over those in the wheel
+SWITCH = "TURRET_KERNELS"  # environment variable: "off" for no kernels, "compile" to ignore those in the wheel
 FOLDER = Path(__file__).parent  # of the source
-SHIPPED = FOLDER / "shipped"  # made by the package's build; a source checkout has none
+SHIPPED = FOLDER / "shipped"  # made when the wheel is built; a source checkout has none
 
 _log = logging.getLogger(__name__)
 
 
 class NotBuilt(Exception):
-    """Why there is no library; never an error for a user, who gets the plain path."""
+    """Why there is no library. Not an error for the user: Turret then computes in torch."""
 
 
 def load() -> tuple[ctypes.CDLL, str]:
-    """The library for this machine, and where it came from. Raises NotBuilt."""
+    """The library for this machine, and a message about its origin. Raises NotBuilt."""
     choice = os.environ.get(SWITCH, "").lower()
     if choice in ("off", "0", "no"):
         raise NotBuilt(f"switched off by {SWITCH}")
@@ -40,12 +40,12 @@ def load() -> tuple[ctypes.CDLL, str]:
         return (None if choice == "compile" else shipped(SHIPPED, features())) or _compiled()
     except CompilerError as error:
         raise NotBuilt(str(error)) from None
-    except OSError as error:  # a library that the system does not load
+    except OSError as error:  # the system does not load the library
         raise NotBuilt(f"cannot load the kernels: {error}") from None
 
 
 def features() -> frozenset[str]:
-    """What Linux says that this processor can do, and lets it do."""
+    """The processor's features, as Linux lists them in /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
@@ -54,7 +54,7 @@ def features() -> frozenset[str]:
 
 
 def shipped(folder: Path, features: frozenset[str]) -> tuple[ctypes.CDLL, str] | None:
-    """The best library of the wheel for a processor with these features, or None. Raises OSError."""
+    """The best library of the wheel for a processor with these features, and a message; or None. Raises OSError."""
     for level in LEVELS:
         place = folder / f"kernels-{level.name}.so"
         if level.features <= features and place.exists():
@@ -73,31 +73,31 @@ def _compiled() -> tuple[ctypes.CDLL, str]:
             _compile(compiler, folder, name)
         return _load(folder / name), f"compiled as {name}"
     except OSError as error:
-        reason = _said(error)
+        reason = _reason(error)
     with tempfile.TemporaryDirectory(prefix="turret-") as own:
         try:
             folder = private_folder(Path(own))
             _compile(compiler, folder, name)
             loaded = _load(folder / name)
         except OSError as error:
-            raise NotBuilt(f"{reason}; and {_said(error)}") from None
-    _log.warning("kernels are compiled anew in every process, their cache is not used: %s", reason)
-    return loaded, f"compiled for this process alone, the cache is not used: {reason}"
+            raise NotBuilt(f"{reason}; and {_reason(error)}") from None
+    _log.warning("kernels are compiled in every process, because their cache is not used: %s", reason)
+    return loaded, f"compiled for this process only, because the cache is not used: {reason}"
 
 
-def _said(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     return f"{error.filename} {error.strerror}" if error.filename else str(error)
 
 
 def _load(place: Path) -> ctypes.CDLL:
-    """Load the very file that was checked, whatever its name leads to by then."""
+    """Load the file that was checked, even if its name points to another file by then."""
     descriptor = open_private(place)
     try:
         loaded = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)
     if not loaded.ready():
-        raise NotBuilt("the system does not grant the processor's matrix tiles")
+        raise NotBuilt("the system does not permit the processor's matrix tiles (AMX)")
     return loaded
 
 
@@ -122,7 +122,7 @@ def _compile(compiler: str, folder: Path, name: str) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as own:
         for source in SOURCES:
             (Path(own) / source).write_bytes((FOLDER / source).read_bytes())
-        made = Path(own) / name
-        compile_library(compiler, Path(own), made)
-        made.chmod(0o700)
-        os.replace(made, folder / name)
+        target = Path(own) / name
+        compile_library(compiler, Path(own), target)
+        target.chmod(0o700)
+        os.replace(target, folder / name)

@@ -1,19 +1,26 @@
-"""The loaded kernels and how one is called: what each takes as plain numbers, and tensors as addresses."""
+"""Call a kernel of the loaded library: argument types, and the addresses of tensors."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from turret.kernels.arguments import AdapterSpans
 
+if TYPE_CHECKING:
+    from ctypes import _NamedFuncPointer
+
+Argument: TypeAlias = (
+    "int | float | ctypes.c_void_p | ctypes.c_long | ctypes.c_int | ctypes.c_uint32 | ctypes.c_float | None"
+)
+
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 _LORA = (*(_LONG,) * 4, *(_POINTER,) * 3, ctypes.c_float, *(ctypes.c_uint32,) * 3)
-DECLARED = {  # arguments as plain numbers, where a kernel is called once a layer
+DECLARED = {  # for kernels that are called once a layer: declared arguments may be plain Python numbers
     "low_rank": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, ctypes.c_int),
     "lay_out": (_POINTER, _POINTER, _LONG, _LONG, ctypes.c_float, _POINTER),
     "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, ctypes.c_int),
@@ -33,40 +40,51 @@ RETURNED = dict.fromkeys(("linear_int8", "encoder_layers", "decoder_layers"), _L
 
 
 class Calls:
-    """Tensors are on the CPU, contiguous where nothing else is said, and of one dtype."""
+    """The loaded library. All tensors are on the CPU, of one dtype, and contiguous unless stated otherwise."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
         self._tiles = bool(loaded.tiles())
-        self.int8 = bool(loaded.int8())  # whether the processor has products of whole numbers: `linear_int8`
-        self._int8_rooms: dict[tuple[object, ...], int] = {}
-        self._functions: dict[tuple[str, torch.dtype], Any] = {}
+        self.int8 = bool(loaded.int8())  # whether there is `linear_int8`
+        self._functions: dict[tuple[str, torch.dtype], _NamedFuncPointer] = {}
         self._few = {dtype: int(getattr(loaded, f"linear_up_to_{name}")()) for dtype, name in NAMES.items()}
 
     def tiled(self, dtype: torch.dtype) -> bool:
-        """Whether the processor multiplies with matrix tiles, some eight times as quickly as without."""
+        """Whether products use the processor's matrix tiles (AMX), which are about 8x faster."""
         return self._tiles and dtype == torch.bfloat16
 
-    def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> Any:
+    def _call(self, name: str, dtype: torch.dtype, *arguments: Argument) -> None:
+        """Call a kernel."""
+        self._function(name, dtype)(*arguments)
+
+    def _workspace(self, name: str, dtype: torch.dtype, *arguments: Argument) -> int:
+        """Call a kernel without a workspace: it computes nothing and returns the bytes that it needs."""
+        return int(self._function(name, dtype)(*arguments))
+
+    def _function(self, name: str, dtype: torch.dtype) -> _NamedFuncPointer:
         function = self._functions.get((name, dtype))
         if function is None:
             function = getattr(self._loaded, f"{name}_{NAMES[dtype]}")
             function.argtypes, function.restype = DECLARED.get(name), RETURNED.get(name)
             self._functions[name, dtype] = function
-        return function(*arguments)
+        return function
 
 
 def p(x: Tensor | None) -> ctypes.c_void_p:
+    """The address of a tensor."""
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def n(x: Tensor) -> ctypes.c_long:
+    """The number of elements of a tensor."""
     return ctypes.c_long(x.numel())
 
 
 def at(spans: AdapterSpans | None) -> int | None:
+    """The address of the spans."""
     return None if spans is None else spans.address
 
 
 def threads() -> ctypes.c_int:
+    """The number of threads that torch uses."""
     return ctypes.c_int(torch.get_num_threads())

@@ -1,6 +1,6 @@
-"""Every kernel against torch, once, when the library is loaded: a wrong one costs speed and not results.
+"""Compare every kernel with torch when the library is loaded. A wrong kernel costs speed, not correctness.
 
-A whole layer in one call is made of what is checked here, and held to the bit by its tests.
+Layers in one call consist of the kernels that are checked here; tests compare them bit by bit.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the larg
 
 
 def require(library: Library) -> None:
-    """Raises NotBuilt naming the first kernel that does not give what torch gives."""
+    """Raises NotBuilt with the name of the first kernel whose result differs from torch's."""
     generator = torch.Generator().manual_seed(0)
     for dtype, tolerance in TOLERANCES.items():
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        with torch.inference_mode(False), torch.enable_grad():  # the caller may have set the opposite
             results = _results(library, dtype, generator)
         for name, (given, expected) in results.items():
             off = (given.double() - expected.double()).abs().max() / expected.double().abs().max()
@@ -81,7 +81,7 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
 
 
 def _lora(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Five tokens, rank 13: so many that every way of blocking takes part."""
+    """Five tokens and rank 13 use every block size."""
     x, y, dy, dx, A, B = draw(5, 64), draw(5, 32), draw(5, 32), draw(5, 64), draw(13, 64).float(), draw(32, 13).float()
     h, dh = x.double() @ A.double().mT, 0.5 * dy.double() @ B.double()
     expected = {"lora": y.double() + 0.5 * h @ B.double().mT, "lora dx": dx.double() + dh @ A.double()}
@@ -92,7 +92,7 @@ def _lora(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tens
 
 
 def _int8(draw: Callable[..., Tensor], library: Library) -> dict[str, tuple[Tensor, Tensor]]:
-    """Whole numbers up to 127, which rounding leaves as they are; ten tokens, a second block of two."""
+    """Integers up to 127, which rounding does not change; ten tokens are one block and two more."""
     x, W, b = (draw(*shape).float().mul(40).round().clamp(-126, 126) for shape in ((10, 64), (64, 64), (64,)))
     x[:, 0], W[:, 0], W[0] = 127, 127, 127
     like, wide = draw(1), x.double() @ W.double().mT + b.double()
@@ -102,7 +102,7 @@ def _int8(draw: Callable[..., Tensor], library: Library) -> dict[str, tuple[Tens
 
 
 def _low_rank(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Three spans of 40, none and 5 tokens, ranks 3 and 17, bare tokens around; sizes for tiles and odd ones."""
+    """Spans of 40, 5 and 0 tokens, ranks 3 and 17, tokens without an adapter; sizes for tiles and odd sizes."""
     results = {}
     for d_in, d_out in ((64, 96), (37, 41)):
         x, y = draw(49, d_in), draw(49, d_out)
@@ -124,7 +124,7 @@ def _low_rank(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[
 
 
 def _attention(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Two causal rows of 40 and 3 tokens, grouped heads, a prefix of 2 before the second one."""
+    """Two causal rows of 40 and 3 tokens, grouped heads, a prefix of 2 tokens for the second row."""
     q, k, v, dy = draw(43, 4, 24), draw(43, 2, 24), draw(43, 2, 24), draw(43, 4, 24)
     prefix = draw(2, 2, 24), draw(2, 2, 24)
     starts, lengths = torch.tensor([0, 40]), torch.tensor([40, 3])
@@ -147,13 +147,13 @@ def _attention(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple
     gradients = torch.autograd.grad(whole, wide, dy.double())
     names = ("attention dq", "attention dk", "attention dv")
     results = {"attention": (y, whole.detach())}
-    results |= {name: pair for name, *pair in zip(names, (dq, dk, dv), gradients[:3], strict=True)}  # type: ignore[misc]
+    results |= {name: (each, exact) for name, each, exact in zip(names, (dq, dk, dv), gradients[:3], strict=True)}
     results |= {f"attention prefix {i}": (dprefix[1, i], gradients[3 + i]) for i in (0, 1)}
     return results
 
 
 def _step(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A product for up to 5 tokens; three rows of 20, 1 and 7 keys, grouped heads, the last row with a prefix of 2."""
+    """A product of up to 5 tokens; three rows of 20, 1 and 7 keys, grouped heads, a prefix of 2 for the last row."""
     results = {}
     x, weight, bias = draw(5, 37), draw(19, 37), draw(19)
     x = x[: library.few(x.dtype)]

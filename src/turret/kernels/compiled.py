@@ -1,10 +1,9 @@
-"""The kernels as functions of tensors: shapes and strides checked here, memory and threads handed to C."""
+"""The kernels as functions of tensors; shapes and strides are checked here."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,9 @@ from turret.kernels.arguments import (
     AdapterSpans,
     AttentionRows,
     CachedKVArguments,
-    PartWords,
+    PartStruct,
     Prefixes,
-    words_of,
+    rows_struct,
 )
 from turret.kernels.attention import Attention
 from turret.kernels.calls import at, threads
@@ -26,26 +25,33 @@ from turret.kernels.products import Products
 
 
 class Library(Operations, Attention, Products):
-    """All of them: what a layer is made of, and rows of whole layers in one call."""
+    """All kernels: the parts of a layer, and several whole layers in one call."""
 
     def encoder_layers(
         self, layers: Layers, x: Tensor, spans: AdapterSpans | None, told: Sequence[tuple[AttentionRows, Prefixes]]
     ) -> Tensor:
-        """Whole layers on at most `few` tokens, dropout off: the same numbers as their parts give. x: (..., D).
+        """Several encoder layers on at most `few` tokens, without dropout; bit-equal to the kernels of their parts.
 
-        told: of every layer, where rows lie and what they see.
+        Args:
+            layers: The frozen weights.
+            x: (..., D) of N tokens.
+            spans: The adapters of the tokens.
+            told: The rows and prefixes of each layer's attention.
+
+        Returns:
+            (..., D)
         """
         tokens = self._tokens(layers, EncoderLayer, x, spans)
         assert len(told) == len(layers)
         assert all(rows.all_asked for rows, _ in told)
-        like = torch.empty(
-            tokens, layers.heads, layers.dim, dtype=x.dtype, device="meta"
-        )  # of queries, keys and values
-        words = [words_of(rows, like, like, like, prefixes, NO_DROPOUT) for rows, prefixes in told]
-        every = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(each) for each, _ in words))
+        qkv = torch.empty(tokens, layers.heads, layers.dim, dtype=x.dtype, device="meta")  # their shape and strides
+        structs = [rows_struct(rows, qkv, qkv, qkv, prefixes, NO_DROPOUT) for rows, prefixes in told]
+        pointers = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(each) for each in structs))
         y = torch.empty_like(x)
-        numbers = layers.address, ctypes.addressof(every), len(layers), tokens, x.data_ptr(), at(spans), y.data_ptr()
-        self._in_room("encoder_layers", layers, tokens, numbers)
+        arguments = (
+            layers.address, ctypes.addressof(pointers), len(layers), tokens, x.data_ptr(), at(spans), y.data_ptr(),
+        )  # fmt: skip
+        self._with_workspace("encoder_layers", layers, tokens, arguments)
         return y
 
     def decoder_layers(
@@ -57,10 +63,19 @@ class Library(Operations, Attention, Products):
         spans: AdapterSpans | None,
         parts: Sequence[Sequence[tuple[CachedKVArguments, Tensor, Tensor]]],
     ) -> Tensor:
-        """Whole layers on the next token of every layers, at most `few` of them: the same numbers as their parts give.
+        """Several decoder layers on one new token of each row, at most `few`; bit-equal to the kernels of their parts.
 
-        x: (..., D) of N tokens, cos, sin: (..., head size). parts: what the cache holds of the rows, in their order,
-        for every layer, keys and values (B, H_kv, S, head size); the new ones are kept there.
+        Args:
+            layers: The frozen weights.
+            x: (..., D) of N tokens.
+            cos: (..., head size)
+            sin: (..., head size)
+            spans: The adapters of the tokens.
+            parts: For each layer the blocks of the KV cache that hold the rows, in their order: keys and values
+                (B, H_kv, S, head size). The new token is written there.
+
+        Returns:
+            (..., D)
         """
         tokens = self._tokens(layers, DecoderLayer, x, spans)
         for each in (cos, sin):
@@ -76,15 +91,15 @@ class Library(Operations, Attention, Products):
                 kept.require(keys, values)
                 assert keys.dtype == values.dtype == x.dtype
                 assert kept.shape[1:] == (layers.kv_heads, layers.dim)
-        words = (PartWords * (len(layers) * count))(
-            *(PartWords(kept.address, k.data_ptr(), v.data_ptr()) for layer in parts for kept, k, v in layer)
+        structs = (PartStruct * (len(layers) * count))(
+            *(PartStruct(kept.address, k.data_ptr(), v.data_ptr()) for layer in parts for kept, k, v in layer)
         )
         y = torch.empty_like(x)
-        told = (
+        arguments = (
             layers.address, len(layers), tokens, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), at(spans), count,
-            ctypes.addressof(words), y.data_ptr(),
+            ctypes.addressof(structs), y.data_ptr(),
         )  # fmt: skip
-        self._in_room("decoder_layers", layers, tokens, told)
+        self._with_workspace("decoder_layers", layers, tokens, arguments)
         return y
 
     def _tokens(self, layers: Layers, kind: type[Layer], x: Tensor, spans: AdapterSpans | None) -> int:
@@ -97,16 +112,18 @@ class Library(Operations, Attention, Products):
         assert spans is None or spans.tokens == tokens
         return tokens
 
-    def _in_room(self, name: str, layers: Layers, tokens: int, told: tuple[Any, ...]) -> None:
-        """The call, with the memory that it says it needs for so many tokens."""
-        helpers = torch.get_num_threads()
-        if tokens not in layers.room:
-            layers.room[tokens] = self._call(name, layers.dtype, *told, None, helpers)
-        room = torch.empty(layers.room[tokens], dtype=torch.uint8)
-        self._call(name, layers.dtype, *told, room.data_ptr(), helpers)
+    def _with_workspace(self, name: str, layers: Layers, tokens: int, arguments: tuple[int | None, ...]) -> None:
+        """Call a kernel with the workspace that it needs for that many tokens."""
+        count = torch.get_num_threads()
+        if tokens not in layers.workspaces:
+            layers.workspaces[tokens] = self._workspace(name, layers.dtype, *arguments, None, count)
+        workspace = torch.empty(layers.workspaces[tokens], dtype=torch.uint8)
+        self._call(name, layers.dtype, *arguments, workspace.data_ptr(), count)
 
     def rest(self) -> None:
+        """See `turret.kernels.rest`."""
         self._loaded.rest()
 
     def wake(self) -> None:
+        """See `turret.kernels.wake`."""
         self._loaded.wake(threads())

@@ -14,15 +14,15 @@ SOURCES = (
     *("kernels.c", "operations.inc.c", "products.inc.c", "attention.inc.c", "low_rank.inc.c", "step.inc.c"),
     *("layer.inc.c", "lora.inc.c", "int8.inc.c"),
 )
-# No -ffast-math: it would have the library set the whole process to flush small numbers, and assume there are no NaNs.
+# No -ffast-math: it would make the whole process flush denormal numbers, and assume that there are no NaNs.
 FLAGS = (
     *("-O3", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-std=gnu11"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
 )
 NATIVE = ("-march=native",)
-# Of the wheel's libraries. Tuned for no processor, GCC 12 copies small chunks slowly: activations take twice as long.
+# For the wheel. Without a tuning, GCC 12 copies small chunks slowly, and activations take 2x longer.
 TUNE = "-mtune=znver3"
-SECONDS = 600  # that a compiler may take, on a machine that is busy with other things
+SECONDS = 600  # limit of one compiler run; long, because the machine may be busy
 
 
 class CompilerError(Exception):
@@ -31,9 +31,9 @@ class CompilerError(Exception):
 
 @dataclass(frozen=True)
 class Level:
-    """Processors that one library is for."""
+    """The processors that one library supports."""
 
-    name: str  # of the file too: kernels-NAME.so
+    name: str  # also of the file: kernels-NAME.so
     title: str
     flags: tuple[str, ...]  # of the compiler
     features: frozenset[str]  # as /proc/cpuinfo spells them
@@ -57,16 +57,19 @@ def _levels() -> tuple[Level, ...]:
     return tuple(reversed(levels))
 
 
-LEVELS = _levels()  # the best first; each has all that the next one has
+LEVELS = _levels()  # the best first; each has all features of the next one
 
 
 def compile_library(compiler: str, sources: Path, target: Path, flags: Sequence[str] = NATIVE) -> None:
-    """Compile the kernels to `target`, whose folder is the caller's own. Raises CompilerError."""
+    """Compile the kernels for this machine into the file `target`. Raises CompilerError."""
     run([compiler, *FLAGS, *flags, "-shared", "-o", str(target), str(sources / SOURCES[0]), "-lm"])
 
 
 def compile_portable(compiler: str, sources: Path, target: Path, level: Level) -> None:
-    """The same for other machines: OpenMP is left open, to be the one that torch has loaded. Raises CompilerError."""
+    """Compile the kernels for all processors of a level. Raises CompilerError.
+
+    The library does not link OpenMP, so it uses the one that torch has loaded.
+    """
     compiled = target.with_suffix(".o")
     run([compiler, *FLAGS, *level.flags, "-c", "-o", str(compiled), str(sources / SOURCES[0])])
     run([compiler, "-shared", "-s", "-o", str(target), str(compiled), "-lm"])
@@ -74,12 +77,12 @@ def compile_portable(compiler: str, sources: Path, target: Path, level: Level) -
 
 
 def run(command: list[str]) -> bytes:
-    """What a compiler says on stdout. Raises CompilerError."""
+    """The standard output of a compiler. Raises CompilerError."""
     try:
         done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompilerError(f"{command[0]} did not run: {error}") from None
     if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise CompilerError(f"{command[0]} failed: {said[0] if said else f'status {done.returncode}'}")
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise CompilerError(f"{command[0]} failed: {lines[0] if lines else f'status {done.returncode}'}")
     return done.stdout

@@ -1,45 +1,45 @@
-/* A frozen layer's product in 8 bits while an adapter trains, forward and backward. Included by kernels.c once a dtype.
+/* The product of a frozen layer in 8 bits, forward and backward, in training. Included by kernels.c for each dtype.
 
        y = x W^T + b,    x_te ~ s_t p_te,  W_oe ~ r_o q_oe,    y_to = s_t r_o sum_e p_te q_oe + b_o
 
-   p, q: whole numbers from -127 to 127; s_t = max_e |x_te| / 127 of a token, r_o = max_e |W_oe| / 127 of an output. `turned`: the
-   layer's matrix lies as (E, O), as it does for dx = dy W. W is rounded and laid out anew at every call, a part of it at a time,
-   unless `round_int8` did it beforehand. Sums are whole numbers, so neither threads nor order change them. A token or an output that
-   is not finite anywhere has nothing finite to show. E is a multiple of 64, O of 32. */
+   p, q: integers from -127 to 127; s_t = max_e |x_te| / 127 for a token, r_o = max_e |W_oe| / 127 for an output. turned: W is stored
+   as (E, O), as for dx = dy W. Each call rounds and packs W, one part at a time, unless `round_int8` did it before. Sums are
+   integers, so neither threads nor order change them. If a token or an output has one number that is not finite, its whole result
+   is not finite. E is a multiple of 64, O of 32. */
 
 #ifdef __AVX512VNNI__
 #ifndef INT8
 #define INT8
-#define AT_ONCE 8             /* tokens; by 32 outputs their sums fill half of the registers */
-#define PART (256 * 1024)     /* bytes of the matrix that are laid out at a time: a core's own cache holds them, */
-#define SHARE (128 * 1024)    /* and so many of the tokens */
+#define AT_ONCE 8             /* tokens of a block; with 32 outputs their sums fill half of the registers */
+#define PART (256 * 1024)     /* bytes of the matrix that are packed at a time: the cache of a core holds them */
+#define SHARE (128 * 1024)    /* and these bytes of tokens */
 
-/* Of magnitudes as whole numbers, among which NaN is the largest of all: 127 / most, and most / 127; what is so small that the
-   first would overflow counts as zero */
+/* times = 127 / most, scale = most / 127. A `most` for which `times` would overflow counts as zero. Magnitudes are compared as
+   integers, so that NaN is the largest. */
 static inline void scales_of(float most, float *times, float *scale)
 {
     *times = most < 0x1p-120f ? 0.0f : 127.0f / most;
     *scale = most / 127.0f;
 }
 
-/* x times as a whole number, to nearest, ties to even: the last byte of a float that is 1.5 * 2^23 + `above` larger, whose bits are
-   SHIFTED + above larger than it. */
+/* x * times as an integer, to nearest, ties to even: the last byte of the float x * times + 1.5 * 2^23 + above. Its bits, as an
+   integer, are SHIFTED + above more than the result. */
 #define SHIFTED 0x4b400000
 static inline __m512i whole(vector x, vector times, float above)
 {
     return (__m512i)dot(spread(0x1.8p23f + above), x, times);
 }
 
-/* the last bytes of four words side by side */
+/* The last bytes of four words in one word. */
 static inline __m512i joined(const __m512i x[4])
 {
     __m512i y = x[0];
-    y = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffffff00), _mm512_slli_epi32(x[1], 8), y, 0xca); /* of the mask ? a : b */
+    y = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffffff00), _mm512_slli_epi32(x[1], 8), y, 0xca); /* mask ? a : b */
     y = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff0000), _mm512_slli_epi32(x[2], 16), y, 0xca);
     return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xff000000), _mm512_slli_epi32(x[3], 24), y, 0xca);
 }
 
-/* modulo 2^32, where _mm512_reduce_add_epi32 adds signed numbers, which must not overflow */
+/* The sum modulo 2^32. _mm512_reduce_add_epi32 adds signed integers, which must not overflow. */
 static inline uint32_t added_words(__m512i x)
 {
     uint32_t each[16], sum = 0;
@@ -69,7 +69,7 @@ static inline float largest_of_bfloats(const bfloat16 *x, long n)
     return y;
 }
 
-/* AT_ONCE tokens by 32 outputs: p (AT_ONCE, E), q: four numbers of 32 outputs side by side, 128 above themselves */
+/* AT_ONCE tokens by 32 outputs. p: (AT_ONCE, E); q: groups of four elements for 32 outputs, each 128 too high */
 static inline __attribute__((always_inline)) void sums_int8(int32_t *c, const int8_t *p, const uint8_t *q, long deep)
 {
     __m512i sum[AT_ONCE][2];
@@ -90,7 +90,7 @@ static inline __attribute__((always_inline)) void sums_int8(int32_t *c, const in
 }
 #endif
 
-/* 16 words of four whole numbers each: numbers e, e + 16, e + 32 and e + 48 of 64 share a word, in p as in q. Returns their sums. */
+/* 64 rounded elements in 16 words: elements e, e + 16, e + 32 and e + 48 share a word, in p as in q. Returns the sums of words. */
 static inline __m512i NAME(round_64)(void *to, const T *x, vector times, float above)
 {
     __m512i y[4];
@@ -99,7 +99,7 @@ static inline __m512i NAME(round_64)(void *to, const T *x, vector times, float a
     return _mm512_add_epi32(_mm512_add_epi32(y[0], y[1]), _mm512_add_epi32(y[2], y[3]));
 }
 
-/* p of one token, its scale, and 128 times the sum of p, which q's being 128 too high adds to every output */
+/* p of one token, its scale, and 128 times the sum of p: the error of every output, because q is 128 too high */
 static void NAME(round_token)(int8_t *p, float *scale, int32_t *above, const T *x, long deep)
 {
     __m512i sum = _mm512_setzero_si512();
@@ -109,7 +109,7 @@ static void NAME(round_token)(int8_t *p, float *scale, int32_t *above, const T *
     *above = (int32_t)(128u * (added_words(sum) - (uint32_t)deep * SHIFTED));
 }
 
-/* q of 32 outputs whose numbers lie in rows, and their scales; `rows` has room for 16 of them, rounded */
+/* q of 32 outputs that are rows of W, and their scales. rows: workspace for 16 rounded rows */
 static void NAME(round_rows)(uint8_t *q, float *scales, const T *w, long deep, uint8_t *rows)
 {
     for (int half = 0; half < 2; half++) {
@@ -123,7 +123,7 @@ static void NAME(round_rows)(uint8_t *q, float *scales, const T *w, long deep, u
     }
 }
 
-/* the same of 32 outputs whose numbers lie in columns, `line` numbers from one row to the next */
+/* the same for 32 outputs that are columns of W. line: elements from one row to the next */
 static void NAME(round_columns)(uint8_t *q, float *scales, const T *w, long line, long deep)
 {
     for (int half = 0; half < 2; half++) {
@@ -144,12 +144,12 @@ static void NAME(round_columns)(uint8_t *q, float *scales, const T *w, long line
     }
 }
 
-/* What `linear_int8` needs for so many tokens, cut from `room`, or how many bytes that is. */
+/* The workspace of `linear_int8`. */
 struct NAME(int8_room) {
     int8_t *p;
-    float *scales, *own; /* of tokens, and of the outputs of a part */
+    float *scales, *own; /* scales of tokens, and of the outputs of a part */
     int32_t *above;
-    uint8_t *q, *rows; /* rows: one piece a thread */
+    uint8_t *q, *rows; /* rows: a part for each thread */
 };
 
 static long NAME(int8_cut)(struct NAME(int8_room) *room, void *memory, long tokens, long deep, long part, int threads)
@@ -165,7 +165,7 @@ static long NAME(int8_cut)(struct NAME(int8_room) *room, void *memory, long toke
     return next - (char *)memory;
 }
 
-/* q (O / 32, E / 4, 32, 4) and the scales of outputs `first` to `last`, by the threads of a region */
+/* q (O / 32, E / 4, 32, 4) and the scales of outputs `first` to `last`; called inside a parallel region */
 static void NAME(round_part)(uint8_t *q, float *scales, const T *w, long deep, long outputs, long first, long last, int turned, uint8_t *rows)
 {
 #pragma omp for schedule(static)
@@ -176,21 +176,21 @@ static void NAME(round_part)(uint8_t *q, float *scales, const T *w, long deep, l
     }
 }
 
-/* W (O, E) or, turned, (E, O) as `linear_int8` takes it in W's place: q of all outputs (O E bytes) and behind it their scales (O floats).
-   rows: 16 E bytes a thread */
+/* Rounds W once for many calls of `linear_int8`. w: (O, E), or (E, O) if turned. rounded: q of all outputs (O E bytes), then their
+   scales (O floats). rows: workspace of 16 E bytes for each thread */
 void NAME(round_int8)(const T *w, uint8_t *rounded, uint8_t *rows, long deep, long outputs, int turned, int threads)
 {
 #pragma omp parallel num_threads(threads) if (outputs * deep > SERIAL)
     NAME(round_part)(rounded, (float *)(rounded + outputs * deep), w, deep, outputs, 0, outputs, turned, rows + omp_get_thread_num() * 16 * deep);
 }
 
-/* y (N, O), x (N, E), W (O, E) or, turned, (E, O), or none where it is `rounded`, b (O,) or none. Without `memory`: how many bytes of it
-   are needed. */
+/* y: (N, O), x: (N, E), b: (O,) or none. w: (O, E), or (E, O) if turned, or none if `rounded` is given. If `memory` is 0, the call
+   computes nothing and returns the bytes that it needs. */
 long NAME(linear_int8)(const T *x, const T *w, const uint8_t *rounded, const T *b, T *y, long tokens, long deep, long outputs, int turned,
                        void *memory, int threads)
 {
     long part = PART / deep / 32 * 32, blocks = (tokens + AT_ONCE - 1) / AT_ONCE, all = blocks * AT_ONCE;
-    long rounds = (blocks * AT_ONCE * deep + (long)threads * SHARE - 1) / ((long)threads * SHARE); /* in which every thread takes as much as another */
+    long rounds = (blocks * AT_ONCE * deep + (long)threads * SHARE - 1) / ((long)threads * SHARE); /* of equal work for all threads */
     long share = (blocks + threads * rounds - 1) / (threads * rounds) * AT_ONCE;
     part = rounded || part > outputs ? outputs : part < 32 ? 32 : part;
     struct NAME(int8_room) room;
@@ -226,7 +226,7 @@ long NAME(linear_int8)(const T *x, const T *w, const uint8_t *rounded, const T *
                             }
                     }
             if (last < outputs) {
-#pragma omp barrier /* before the next part takes the place of this one */
+#pragma omp barrier /* the next part overwrites this one */
             }
         }
     }

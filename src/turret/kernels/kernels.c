@@ -1,4 +1,4 @@
-/* operations.inc.c for bfloat16 and for float, and what both need. */
+/* Includes every kernel twice, for float and for bfloat16, and defines what both need. */
 #define _GNU_SOURCE /* for sched.h */
 #include <math.h>
 #include <sched.h>
@@ -7,10 +7,10 @@
 #include <string.h>
 #include <time.h>
 
-#define SERIAL 8192      /* elements below which a second thread costs more than it saves */
-#define FEW 128          /* tokens that `linear` takes at most */
-#define TILED 24         /* tokens of a span that pay for weaving its factors for tiles, whoever shares them */
-#define HIDDEN (-1e30f)  /* a score nobody looks at; its probability is written as zero */
+#define SERIAL 8192      /* elements below which a second thread does not pay */
+#define FEW 128          /* most tokens of `linear` */
+#define TILED 24         /* tokens of a span from which packing its factors for tiles pays */
+#define HIDDEN (-1e30f)  /* the score of a hidden key; its probability becomes zero */
 
 typedef uint16_t bfloat16;
 
@@ -29,10 +29,10 @@ static inline bfloat16 narrow(float f) /* to nearest, ties to even */
     return (bfloat16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-/* e^x for x <= 0 (up to 88 it holds too), within 2 ulp near 0 and 1e-5 of itself at -87; below that 0; NaN stays NaN */
+/* e^x for x <= 0 (and up to 88), within 2 ulp near 0 and a relative 1e-5 at -87; 0 below -87; NaN stays NaN */
 static inline float exponential(float x)
 {
-    float bounded = x > -87.0f ? x : -87.0f; /* of NaN too: a NaN has no whole number, and is in r */
+    float bounded = x > -87.0f ? x : -87.0f; /* also for NaN, which cannot become an integer; r keeps the NaN */
     float n = floorf(bounded * 1.44269504f + 0.5f);
     float r = x - n * 0.693147181f;
     float e = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666657f + r * (0.0416665785f + r * (0.00833345205f + r * 0.00139171646f)))));
@@ -57,7 +57,7 @@ static inline float normal_cdf(float x, float bell) /* bell = exp(-x^2 / 2); Abr
     return x < 0.0f ? half : 1.0f - half;
 }
 
-/* Choices as bits: of a ? b : 0.0f between two stores GCC makes branches around masked stores, at half the speed. */
+/* Select with bit masks: for a ? b : 0.0f between two stores GCC emits branches, which are 2x slower. */
 #define SIGN 0x80000000u
 static inline uint32_t every_bit(int holds) { return 0u - (uint32_t)holds; }
 
@@ -70,7 +70,7 @@ static inline float bits_of(float x, uint32_t kept, uint32_t flipped)
     return x;
 }
 
-/* two rounds of multiply and shift, of a number or of a vector of them */
+/* Two rounds of multiply and shift, for an integer or a vector of them. */
 #define SCRAMBLE(x, other) \
     do { \
         (x) ^= (x) >> 16; \
@@ -87,8 +87,8 @@ static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other)
     return x;
 }
 
-/* A loop over n elements in one piece a thread, CHUNK at a time; y and z are floats that are narrowed together:
-   EACH(n) y[i] = ...; DONE put(to + at, y, size); END, where i counts inside a chunk and `at` is where it begins. */
+/* A parallel loop over n elements in chunks: EACH(n) y[i] = ...; DONE put(to + at, y, size); END. `at` is the first element of
+   a chunk, i counts inside it; y and z are float buffers for its results. */
 #define CHUNK 128
 #define PRAGMA(x) _Pragma(#x)
 #define EACH(n) \
@@ -113,7 +113,7 @@ void wake(int threads);
 #include "operations.inc.c"
 #define E float
 #define PACK(x) (x)
-#define PACKED(floats, n) (floats) /* where they already lie, and in lines as long as they are there */
+#define PACKED(floats, n) (floats) /* floats need no packing, so they stay in place with their stride */
 #define LINE(whole, n) (whole)
 #define PACK_ROW(to, from, n) ((void)0)
 #define PRODUCT product_float
@@ -126,7 +126,7 @@ void wake(int threads);
 #include "attention.inc.c"
 #define LOADS load_floats
 #define STORES store_floats
-#define LANES vector /* of numbers as they lie, that DOT multiplies */
+#define LANES vector /* the vector type that DOT multiplies */
 #define WIDTH ACROSS
 #define TAKE load_floats
 #define DOT dot
@@ -212,8 +212,8 @@ void wake(int threads);
 #define LARGEST largest_of_bfloats
 #include "int8.inc.c"
 
-/* Tokens up to which `linear` is for, at most FEW; 0 where there are no vectors wide enough for it. Beyond, a library that packs
-   its matrices is as quick; with tiles its products are so quick that only memory's share of the time can be saved. */
+/* The most tokens for `linear`, up to FEW; 0 without wide enough vectors. For more tokens a library that packs its matrices is as
+   fast. With tiles the limit is lower: products are so fast that only memory traffic can be saved. */
 long linear_up_to_float32(void)
 {
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
@@ -234,18 +234,18 @@ long linear_up_to_bfloat16(void)
 #endif
 }
 
-/* Ends the helpers that the calling thread has for its parallel regions. GNU's runtime counts all helpers of a process: once they
-   are more than the processors, none of them waits awake, and every region of whoever works begins with a call to wake it. */
-extern int omp_pause_resource_all(int) __attribute__((weak)); /* OpenMP 5; omp.h of older compilers has no word for its 1 */
+/* Ends the helper threads of the calling thread. GNU's runtime counts all helpers of a process: if there are more than
+   processors, none of them waits awake, and every parallel region begins with a system call that wakes them. */
+extern int omp_pause_resource_all(int) __attribute__((weak)); /* OpenMP 5; 1 is omp_pause_soft, unknown to older omp.h */
 
 void rest(void)
 {
     if (omp_pause_resource_all) omp_pause_resource_all(1);
 }
 
-/* Has the helpers of the calling thread awake, each on a processor of its own. Linux often puts one that is new, or slept, where its
-   waker runs; there it gets its turn only when the waker has waited for it in vain for 3 ms, awake, and so in the next region. Here
-   the caller sleeps meanwhile, and a helper that finds its processor taken moves; its affinity is what it was. */
+/* Wakes the helper threads of the calling thread, each on its own processor. Linux often starts a new or woken thread on the
+   processor of its waker; there it runs only after the waker has spun for 3 ms, in every region. Here the caller sleeps
+   meanwhile, and a helper that finds its processor taken moves to a free one. Its affinity is restored. */
 void wake(int threads)
 {
     cpu_set_t taken;
@@ -262,7 +262,7 @@ void wake(int threads)
                 if (CPU_ISSET(cpu, &taken) && !sched_getaffinity(0, sizeof(allowed), &allowed)) {
                     for (cpu = 0; cpu < CPU_SETSIZE && (CPU_ISSET(cpu, &taken) || !CPU_ISSET(cpu, &allowed));) cpu++;
                     CPU_ZERO(&one);
-                    CPU_SET(cpu, &one); /* one that is out of range does nothing, here and below */
+                    CPU_SET(cpu, &one); /* does nothing if cpu is out of range, here and below */
                     if (!sched_setaffinity(0, sizeof(one), &one)) sched_setaffinity(0, sizeof(allowed), &allowed);
                 }
                 CPU_SET(cpu, &taken);
@@ -277,7 +277,7 @@ void wake(int threads)
     }
 }
 
-/* 0 where the library was made for matrix tiles and the system does not grant them */
+/* 0 if the library uses matrix tiles and the system does not permit them */
 int ready(void)
 {
 #ifdef TILES
@@ -287,7 +287,7 @@ int ready(void)
 #endif
 }
 
-/* whether there are products of whole numbers, linear_int8 */
+/* whether there is linear_int8 */
 int int8(void)
 {
 #ifdef INT8

@@ -1,7 +1,7 @@
-/* Whole layers in one call, where tokens are few and what lies between two products takes longer than they do. Included by
-   kernels.c once a dtype, behind step.inc.c. A layer calls the functions that its modules call, in their order and with
-   their roundings, products of one x together, so it gives the same numbers. `room` is memory for what comes between; where it is 0, nothing is computed and
-   the bytes that it takes are returned. y may be x. */
+/* Several whole layers in one call, for passes of few tokens, where Python between the products takes longer than they do. Included
+   by kernels.c for each dtype, after step.inc.c. A layer calls the kernels that its modules call, in the same order and with the
+   same roundings, so results are bit-equal. `room` is the workspace; if it is 0, the call computes nothing and returns the bytes
+   that it needs. y may be x. */
 
 /* y = x + a */
 static void NAME(sum)(long n, const T *x, const T *a, T *to, int threads)
@@ -13,19 +13,19 @@ static void NAME(sum)(long n, const T *x, const T *a, T *to, int threads)
     END
 }
 
-/* The next token of every row through a gated decoder's layer (Llama, Mistral, Qwen). x, y: (N, D); cosine, sine: (N, head size);
-   the rows lie in `count` parts of a cache, one behind the other.
+/* A layer of a gated decoder (Llama, Mistral, Qwen) on one new token of each row. x, y: (N, D); cosine, sine: (N, head size).
+   `parts`: the `count` blocks of the KV cache that hold the rows, in order.
 
      h = x + W_o attention(rotate(W_q n), rotate(W_k n), W_v n),    n = rms_norm(x)
      y = h + W_down (silu(W_gate m) * W_up m),                      m = rms_norm(h)
 
-   `behind`: the layer that follows, or none */
-static long NAME(decoder_layer)(const struct decoder_layer *l, const struct decoder_layer *behind, long tokens, const T *x,
+   `next_layer`: the next layer, or none */
+static long NAME(decoder_layer)(const struct decoder_layer *l, const struct decoder_layer *next_layer, long tokens, const T *x,
                                 const T *cosine, const T *sine, const struct spans *spans, long count,
                                 const struct part *parts, T *y, void *room, int threads)
 {
     long width = l->q.d_in, inner = l->up.d_out, dim = l->dim, heads = l->q.d_out / dim, kv_heads = l->k.d_out / dim;
-    char *start = room ? room : (void *)64, *next = start; /* counted from anywhere but 0 */
+    char *start = room ? room : (void *)64, *next = start; /* any address but 0, to count the bytes */
     float *r = CUT(float, tokens * heads);
     T *normed = CUT(T, tokens * width), *added = CUT(T, tokens * width), *h = CUT(T, tokens * width);
     T *q = CUT(T, tokens * heads * dim), *turned_q = CUT(T, tokens * heads * dim), *seen = CUT(T, tokens * heads * dim);
@@ -34,7 +34,7 @@ static long NAME(decoder_layer)(const struct decoder_layer *l, const struct deco
     if (!room) return next - start;
     struct NAME(products) in = {3, {&l->q, &l->k, &l->v}, {q, k, v}}, out = {1, {&l->o}, {added}};
     struct NAME(products) wider = {2, {&l->gate, &l->up}, {gate, up}}, down = {1, {&l->down}, {added}}, following = {0};
-    if (behind) following = (struct NAME(products)){3, {&behind->q, &behind->k, &behind->v}, {0}};
+    if (next_layer) following = (struct NAME(products)){3, {&next_layer->q, &next_layer->k, &next_layer->v}, {0}};
 
     NAME(rms_norm)(tokens, width, x, l->norm, l->eps, normed, r, threads);
     NAME(multiply)(&in, &out, normed, tokens, spans, threads);
@@ -42,16 +42,16 @@ static long NAME(decoder_layer)(const struct decoder_layer *l, const struct deco
     if (l->k_norm) NAME(rms_norm)(tokens * kv_heads, dim, k, l->k_norm, l->eps, k, r, threads);
     NAME(rotate)(tokens, heads, dim, q, heads * dim, dim, cosine, sine, 1.0f, turned_q, threads);
     NAME(rotate)(tokens, kv_heads, dim, k, kv_heads * dim, dim, cosine, sine, 1.0f, turned_k, threads);
-    for (long i = 0, from = 0; i < count; from += parts[i].held->rows, i++) {
+    for (long i = 0, from = 0; i < count; from += parts[i].cached->rows, i++) {
         const struct part *p = parts + i;
-        NAME(keep_step)(p->held, turned_k + from * kv_heads * dim, v + from * kv_heads * dim, kv_heads * dim, dim, p->keys, p->values);
-        NAME(attend_step)(p->held, turned_q + from * heads * dim, heads * dim, dim, heads, p->keys, p->values, l->scaling, l->window,
+        NAME(keep_step)(p->cached, turned_k + from * kv_heads * dim, v + from * kv_heads * dim, kv_heads * dim, dim, p->keys, p->values);
+        NAME(attend_step)(p->cached, turned_q + from * heads * dim, heads * dim, dim, heads, p->keys, p->values, l->scaling, l->window,
                           seen + from * heads * dim, threads);
     }
     NAME(multiply)(&out, &wider, seen, tokens, spans, threads);
     NAME(sum)(tokens * width, x, added, h, threads);
 
-    NAME(rms_norm)(tokens, width, h, l->norm_behind, l->eps_behind, normed, r, threads);
+    NAME(rms_norm)(tokens, width, h, l->norm_after, l->eps_after, normed, r, threads);
     NAME(multiply)(&wider, &down, normed, tokens, spans, threads);
     NAME(swiglu)(tokens * inner, gate, up, both, threads);
     NAME(multiply)(&down, &following, both, tokens, spans, threads);
@@ -59,15 +59,15 @@ static long NAME(decoder_layer)(const struct decoder_layer *l, const struct deco
     return 0;
 }
 
-/* `layers` of them; parts: `count` a layer */
+/* `layers` consecutive layers. parts: `count` for each layer */
 long NAME(decoder_layers)(const struct decoder_layer *const *l, long layers, long tokens, const T *x, const T *cosine, const T *sine,
                           const struct spans *spans, long count, const struct part *parts, T *y, void *room, int threads)
 {
     long most = 0;
-    if (room) wake(threads); /* a helper that slept may lie where this thread runs, and would stay there for all of them */
+    if (room) wake(threads); /* or a helper that slept may share this thread's processor for the whole call */
     for (long i = 0; i < layers; i++, x = y) {
-        const struct decoder_layer *behind = i + 1 < layers ? l[i + 1] : 0;
-        long bytes = NAME(decoder_layer)(l[i], behind, tokens, x, cosine, sine, spans, count, parts + i * count, y, room, threads);
+        const struct decoder_layer *next_layer = i + 1 < layers ? l[i + 1] : 0;
+        long bytes = NAME(decoder_layer)(l[i], next_layer, tokens, x, cosine, sine, spans, count, parts + i * count, y, room, threads);
         most = bytes > most ? bytes : most;
     }
     return most;
@@ -79,14 +79,14 @@ static void NAME(normed_sum)(const struct layer_norm *norm, long tokens, long wi
     NAME(added_norm)(tokens, width, a, x, norm->weight, norm->bias, norm->eps, 0, 0, 0, 1.0f, sum, y, stats, threads);
 }
 
-/* All tokens of a pass through an encoder's layer (BERT, RoBERTa), without dropout. x, y: (N, D)
+/* A layer of an encoder (BERT, RoBERTa) on all tokens of a pass, without dropout. x, y: (N, D)
 
      h = norm(W_o attention(W_q x, W_k x, W_v x) + x),    y = norm(W_down gelu(W_up h) + h) */
-static long NAME(encoder_layer)(const struct encoder_layer *l, const struct encoder_layer *behind, const struct rows *rows, long tokens, const T *x, const struct spans *spans, T *y,
+static long NAME(encoder_layer)(const struct encoder_layer *l, const struct encoder_layer *next_layer, const struct rows *rows, long tokens, const T *x, const struct spans *spans, T *y,
                          void *room, int threads)
 {
     long width = l->q.d_in, inner = l->up.d_out, all = l->q.d_out;
-    char *start = room ? room : (void *)64, *next = start; /* counted from anywhere but 0 */
+    char *start = room ? room : (void *)64, *next = start; /* any address but 0, to count the bytes */
     float *log_sum = CUT(float, tokens * rows->heads), *stats = CUT(float, 2 * tokens);
     T *q = CUT(T, tokens * all), *k = CUT(T, tokens * all), *v = CUT(T, tokens * all), *seen = CUT(T, tokens * all);
     T *added = CUT(T, tokens * width), *sum = CUT(T, tokens * width), *h = CUT(T, tokens * width);
@@ -94,7 +94,7 @@ static long NAME(encoder_layer)(const struct encoder_layer *l, const struct enco
     if (!room) return next - start;
     struct NAME(products) in = {3, {&l->q, &l->k, &l->v}, {q, k, v}}, out = {1, {&l->o}, {added}};
     struct NAME(products) wider = {1, {&l->up}, {up}}, down = {1, {&l->down}, {added}}, following = {0};
-    if (behind) following = (struct NAME(products)){3, {&behind->q, &behind->k, &behind->v}, {0}};
+    if (next_layer) following = (struct NAME(products)){3, {&next_layer->q, &next_layer->k, &next_layer->v}, {0}};
 
     NAME(multiply)(&in, &out, x, tokens, spans, threads);
     NAME(attention)(rows, q, k, v, seen, log_sum, threads);
@@ -103,16 +103,16 @@ static long NAME(encoder_layer)(const struct encoder_layer *l, const struct enco
     NAME(multiply)(&wider, &down, h, tokens, spans, threads);
     NAME(gelu)(tokens * inner, up, active, threads);
     NAME(multiply)(&down, &following, active, tokens, spans, threads);
-    NAME(normed_sum)(&l->norm_behind, tokens, width, added, h, sum, y, stats, threads);
+    NAME(normed_sum)(&l->norm_after, tokens, width, added, h, sum, y, stats, threads);
     return 0;
 }
 
-/* `layers` of them, each with what its rows see */
+/* `layers` consecutive layers. rows: one struct for each layer */
 long NAME(encoder_layers)(const struct encoder_layer *const *l, const struct rows *const *rows, long layers, long tokens, const T *x,
                           const struct spans *spans, T *y, void *room, int threads)
 {
     long most = 0;
-    if (room) wake(threads); /* a helper that slept may lie where this thread runs, and would stay there for all of them */
+    if (room) wake(threads); /* or a helper that slept may share this thread's processor for the whole call */
     for (long i = 0; i < layers; i++, x = y) {
         long bytes = NAME(encoder_layer)(l[i], i + 1 < layers ? l[i + 1] : 0, rows[i], tokens, x, spans, y, room, threads);
         most = bytes > most ? bytes : most;

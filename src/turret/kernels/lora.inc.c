@@ -1,13 +1,13 @@
-/* A LoRA while it trains, beside a frozen layer whose product a library computes. Included by kernels.c once a dtype.
+/* LoRA in training; a library computes the product of the frozen layer. Included by kernels.c for each dtype.
 
        h = drop(x) A^T,  y += by h B^T
        dh = by dy B,  dA = dh^T drop(x),  dB = by dy^T h,  dx += drop(dh A)
 
-   x, dx: (N, D_in) and y, dy: (N, D_out) as T; A: (R, D_in), B: (D_out, R), h: (N, R) and the factors' gradients float, as all
-   sums are; `by` is the scaling and dropout's 1 / (1 - p); `turned` has room for B. D_in and D_out are multiples of 32. Each
-   sum is one thread's, in one order, so results do not depend on how many threads there are. */
+   x, dx: (N, D_in) and y, dy: (N, D_out) of type T. A: (R, D_in), B: (D_out, R), h: (N, R), their gradients and all sums are float.
+   `by` is the scaling times 1 / (1 - p) of dropout. `turned` is workspace for by B^T. D_in and D_out are multiples of 32. Each
+   sum belongs to one thread and has one order, so results do not depend on the number of threads. */
 
-/* OF(so many at a time), from many to one; as many as keep their sums in registers */
+/* OF(ranks at a time): as many as keep their sums in registers, then fewer */
 #ifndef BLOCKS_OF_RANKS
 #ifdef __AVX512F__
 #define BLOCKS_OF_RANKS OF(8) OF(4) OF(1)
@@ -16,7 +16,7 @@
 #endif
 #endif
 
-/* ACROSS numbers of token t from column `at` on, those that `dropout` drops as zeros */
+/* ACROSS elements of token t from column `at` on, after dropout */
 static inline __attribute__((always_inline)) vector NAME(left_of)(const T *x, long d, long t, long at, const struct mask *mask)
 {
     vector from = LOADS(x + t * d + at);
@@ -41,7 +41,7 @@ static inline __attribute__((always_inline)) void NAME(lora_block)(float *h, con
         for (int j = 0; j < broad; j++) h[(t + i) * rank + r + j] = added(sum[i][j]);
 }
 
-/* the same for all ranks of one token, or of two */
+/* the same for all ranks, of one token or two */
 static void NAME(lora_inner)(float *h, const T *x, const float *a, long d, long rank, long t, int two, const struct mask *mask)
 {
     long r = 0;
@@ -132,7 +132,7 @@ void NAME(lora)(long tokens, long d_in, long d_out, long rank, const T *x, const
     }
 }
 
-/* dx: with dy W in it, or none */
+/* dx: holds dy W, or none */
 void NAME(lora_backward)(long tokens, long d_in, long d_out, long rank, const T *x, const float *a, const float *b, float by,
                          uint32_t seed, uint32_t other, uint32_t threshold, float *turned, float *dh, const float *h,
                          const T *dy, T *dx, float *da, float *db, int threads)

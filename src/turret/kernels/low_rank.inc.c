@@ -1,9 +1,10 @@
-/* y += (x A^T) B^T of spans of tokens, each with factors of its own. Included by kernels.c once a dtype, as the others.
+/* SGMV: y += (x A^T) B for spans of tokens, each with the factors of one adapter. Included by kernels.c for each dtype.
+   The reference in torch is engine/sgmv.py.
 
-   x: (N, D_in), y: (N, D_out), A: (R, D_in), B: (R, D_out) with the scaling in it: all contiguous. h = x A^T is added up in float,
-   and so is y, which is rounded once at its end; between the two a processor that multiplies bfloat16 rounds h to it. With AVX-512
-   or AVX2 a token's sum is the same to the last bit whatever lies beside it, but for where tiles take over: in spans of at least
-   TILED tokens. Narrower vectors leave the order of some additions to the compiler. */
+   x: (N, D_in), y: (N, D_out), A: (R, D_in), B: (R, D_out) including the scaling; all contiguous. h = x A^T and y are summed in
+   float, and y is rounded once. In between, processors with bfloat16 products round h to bfloat16. With AVX-512 or AVX2 the
+   result of a token is bit-equal whatever the other tokens are, except in spans of at least TILED tokens on processors with
+   tiles. Without these vectors the compiler chooses the order of some additions. */
 
 /* --- vectors: h of a few tokens and ranks, y of a few tokens and columns ------------------------------------------ */
 
@@ -14,7 +15,7 @@ static inline LANES NAME(some)(const T *from, long n)
     return TAKE(whole);
 }
 
-/* h (tokens, R): `high` tokens by `broad` ranks at a time; from `soon` on so many `lines` of D_in are read next */
+/* h (tokens, R): `high` tokens by `broad` ranks at a time. Prefetches `lines` rows of D_in from `soon` on. */
 static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T *x, const T *a, long d_in, long rank, const int high, const int broad, const T *soon, const long lines)
 {
     vector total[ROWS][ALONE];
@@ -34,7 +35,7 @@ static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T 
             for (int t = 0; t < high; t++) total[t][r] = DOT(total[t][r], from[t], factor);
         }
     }
-    if (at < d_in) { /* what is left, filled up with zeros, is one more step like the others */
+    if (at < d_in) { /* the rest, filled with zeros, takes the same step */
         LANES from[ROWS];
         for (int t = 0; t < high; t++) from[t] = NAME(some)(x + t * d_in + at, d_in - at);
         for (int r = 0; r < broad; r++) {
@@ -59,8 +60,8 @@ static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T 
 
 /* 32 columns of y (high, D_out) += h (high, R) B */
 #ifdef PAIRS
-/* ... for bfloat16 whose pairs the processor multiplies: two ranks are one step, h2 has two of them in a word. Rows of B are
-   woven inside each eighth of a vector, and so are y's halves: the low one is columns 0-3 of every 8, the high one 4-7. */
+/* ... for processors that multiply pairs of bfloat16: a step takes two ranks, and a word of h2 has two of them. Unpacking interleaves
+   rows of B within each eighth of a vector. So it does with y: the low half has columns 0-3 of every 8, the high half 4-7. */
 #define H uint32_t
 static inline __attribute__((always_inline)) void NAME(block)(T *y, long ldy, const H *h2, const T *b, long ldb, long rank, const int high)
 {
@@ -172,10 +173,10 @@ static void NAME(few)(const T *x, T *y, const T *a, const T *b, long tokens, lon
     }
 }
 
-/* --- an adapter as it lies in a bank ------------------------------------------------------------------------------- */
+/* --- the buffer of one adapter ------------------------------------------------------------------------------------- */
 
-/* A (R, D_in) and by B^T (R, D_out) of one layer behind those of another: factors (count, 2) addresses of A and of B (D_out, R),
-   floats; sizes (count, 2) D_in and D_out */
+/* Writes A (R, D_in) and by B^T (R, D_out) of each layer to `run`, one after another. factors: (count, 2), addresses of A and of
+   B (D_out, R), both float. sizes: (count, 2), D_in and D_out. */
 void NAME(lay_out)(const uint64_t *factors, const int64_t *sizes, long count, long rank, float by, T *run)
 {
     for (long i = 0; i < count; i++) {
@@ -191,8 +192,8 @@ void NAME(lay_out)(const uint64_t *factors, const int64_t *sizes, long count, lo
 
 /* --- all spans of a pass, in one layer ---------------------------------------------------------------------------- */
 
-/* Threads take stretches of equal work, one behind the other: as a library divides the product whose y this is, so most of y
-   is still in the thread's own cache. */
+/* Each thread takes one contiguous range of equal work. A library divides the base's product in the same way, so most of y is
+   still in the thread's own cache. */
 void NAME(low_rank)(const struct spans *spans, long layer, const T *x, T *y, long d_in, long d_out, int threads)
 {
     long work = 0;

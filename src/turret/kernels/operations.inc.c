@@ -1,9 +1,8 @@
-/* The small operations between two matrix products, each in one pass over memory. Included by kernels.c twice: once
-   with T = bfloat16 and once with T = float; sums and products are float in both. Plain C on purpose: the compiler turns
-   the inner loops into vector instructions of the machine it runs on.
+/* The small operations between matrix products, each in one pass over memory. Included by kernels.c for each dtype T; sums and
+   products are float. It is plain C, because compilers vectorize these loops well.
 
-   Every function has a plain reference in torch beside its caller, and a check at start (check.py) against it.
-   Axes: N tokens, H heads, D head size; all tensors contiguous unless strides are given. */
+   Every function has a reference in torch next to its caller, and check.py compares the two when the library is loaded.
+   Axes: N tokens, H heads, D head size. All tensors are contiguous unless strides are given. */
 
 /* --- gated and plain activations --------------------------------------------------------------------------------- */
 
@@ -66,8 +65,8 @@ void NAME(gelu_backward)(long n, const T *x, const T *dy, T *dx, int threads)
 
 /* --- dropout ----------------------------------------------------------------------------------------------------- */
 
-/* y_i = keep(i) ? scale x_i : 0, where keep(i) depends on the seeds and i alone, so nothing has to be remembered.
-   One word decides two elements, half a chunk apart; threshold is of 2^16. */
+/* y_i = keep(i) ? scale x_i : 0. keep(i) depends only on the seeds and i, so no mask is stored. One random word decides two
+   elements, half a chunk apart. threshold: p 2^16 */
 void NAME(dropout)(long n, const T *x, T *to, uint32_t seed, uint32_t other, uint32_t threshold, float scale, int threads)
 {
     EACH(n)
@@ -127,14 +126,14 @@ void NAME(rms_norm_backward)(long rows, long width, const T *x, const T *w, cons
 
 /* --- dropout, residual sum and LayerNorm -------------------------------------------------------------------------- */
 
-/* What `dropout` multiplies element f by. */
+/* The factor of element f in `dropout`. */
 static inline float NAME(kept)(uint32_t f, uint32_t seed, uint32_t other, uint32_t threshold, float scale)
 {
     uint32_t word = random_word(f / CHUNK * (CHUNK / 2) + f % (CHUNK / 2), seed, other);
     return ((f & (CHUNK / 2)) ? word >> 16 : word & 0xffffu) >= threshold ? scale : 0.0f;
 }
 
-/* y (width,) = w (s - mean) r + b; one function for all, or the compiler would choose another order of operations elsewhere */
+/* y (width,) = w (s - mean) r + b. Not inlined: the compiler might choose another order of operations for each caller. */
 static __attribute__((noinline)) void NAME(normed)(long width, const T *s, const T *w, const T *b, float mean, float r, T *y)
 {
     for (long at = 0; at < width; at += CHUNK) {
@@ -145,7 +144,7 @@ static __attribute__((noinline)) void NAME(normed)(long width, const T *s, const
     }
 }
 
-/* what `added_norm` gave, again, from what it kept */
+/* y of `added_norm` again, from its s and stats */
 void NAME(added_norm_again)(long rows, long width, const T *s, const T *w, const T *b, const float *stats, T *y, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > SERIAL)
@@ -153,7 +152,7 @@ void NAME(added_norm_again)(long rows, long width, const T *s, const T *w, const
         NAME(normed)(width, s + row * width, w, b, stats[2 * row], stats[2 * row + 1], y + row * width);
 }
 
-/* s = drop(a) + x,  y = w (s - mean) r + b,  r = 1 / sqrt(var + eps), of s as it is kept;  stats: (rows, 2) mean and r */
+/* s = drop(a) + x,  y = w (s - mean) r + b,  r = 1 / sqrt(var + eps), of the rounded s;  stats: (rows, 2) mean and r */
 void NAME(added_norm)(long rows, long width, const T *a, const T *x, const T *w, const T *b, float eps, uint32_t seed,
                       uint32_t other, uint32_t threshold, float scale, T *s, T *y, float *stats, int threads)
 {

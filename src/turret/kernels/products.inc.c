@@ -1,7 +1,7 @@
-/* Small matrix products in a core's own cache: with a processor's matrix tiles (AMX) where it has them, else with vectors.
+/* Small matrix products in the cache of one core: with matrix tiles (AMX) if the processor has them, else with vectors.
 
-   C (m, n) float = A (m, k) B (k, n); m, n, k multiples of 32. A lies in rows. B lies in rows too for floats; where products
-   of bfloat16 are the processor's own, two rows are woven into one: B[2i][j], B[2i + 1][j] side by side. */
+   C (m, n) float = A (m, k) B (k, n); m, n and k are multiples of 32. A and, for float, B are row-major. If the processor
+   multiplies bfloat16, two rows of B are interleaved into one: B[2i][j], B[2i + 1][j] are neighbours. */
 
 #define PIECE 32 /* queries at a time */
 #define ROUND(n) (((n) + 31) / 32 * 32)
@@ -22,8 +22,8 @@ static char *cut(char **next, size_t bytes)
 #include <immintrin.h>
 #endif
 
-/* ACROSS numbers: what the processor's own registers hold. GCC would keep sums in a wider vector in memory, at a twentieth of the
-   speed. HIGH rows by two vectors of sums at a time; LAST for what is left of a multiple of 32. */
+/* ACROSS floats fill a register of the processor; GCC keeps wider vectors in memory, which is 20x slower. A block is HIGH rows by
+   two vectors of sums; LAST rows for the rest of a multiple of 32. */
 #ifdef __AVX512F__
 #define ACROSS 16
 #define HIGH 8
@@ -38,7 +38,7 @@ static char *cut(char **next, size_t bytes)
 #define LAST 4
 #endif
 typedef float vector __attribute__((vector_size(4 * ACROSS)));
-typedef float in_memory __attribute__((vector_size(4 * ACROSS), aligned(4))); /* where any float may begin it */
+typedef float in_memory __attribute__((vector_size(4 * ACROSS), aligned(4))); /* may start at any float */
 
 static inline vector load_floats(const float *from) { return *(const in_memory *)from; }
 static inline void store_floats(float *to, vector from) { *(in_memory *)to = from; }
@@ -79,7 +79,7 @@ static void product_float(float *c, long ldc, const float *a, long lda, const fl
 }
 
 #ifdef __AVX512F__
-/* 16 x 16 words, their rows `line` words apart, turned over: each step folds two rows into two halves of columns */
+/* The transpose of 16 x 16 words whose rows are `line` words apart. */
 static inline __attribute__((always_inline)) void turned(const void *from, long line, __m512i column[16])
 {
     __m512i x[16], y[16];
@@ -108,9 +108,9 @@ static inline __attribute__((always_inline)) void turned(const void *from, long 
 }
 #endif
 
-typedef uint32_t __attribute__((may_alias)) any_word; /* of 32 bits, whatever they mean */
+typedef uint32_t __attribute__((may_alias)) any_word; /* 32 bits of any type */
 
-/* X (m, n) of words to X^T (n, m); `line` and `high`: words from one row to the next. m, n multiples of 16. */
+/* X (m, n) of words to X^T (n, m). line, high: row strides in words. m and n are multiples of 16. */
 static void transposed_words(void *restrict to, long high, const void *restrict from, long line, long m, long n)
 {
 #ifdef __AVX512F__
@@ -128,7 +128,7 @@ static void transposed_words(void *restrict to, long high, const void *restrict 
 
 static void transposed_float(float *to, const float *from, long m, long n) { transposed_words(to, m, from, n, m, n); }
 
-/* --- vectors of numbers as they lie in memory --------------------------------------------------------------------- */
+/* --- vectors loaded from memory and stored -------------------------------------------------------------------------- */
 
 static inline vector load_bfloats(const bfloat16 *from)
 {
@@ -153,10 +153,10 @@ static inline void store_bfloats(bfloat16 *to, vector from)
 #endif
 }
 
-/* Words of random bits, and what of ACROSS numbers `dropout` leaves: `first` is the number of the first, a multiple of ACROSS. */
+/* ACROSS elements after dropout, without its scale. first: the number of the first element, a multiple of ACROSS. */
 typedef uint32_t words __attribute__((vector_size(4 * ACROSS)));
 
-struct mask { uint32_t seed, other, threshold; }; /* of 2^16 */
+struct mask { uint32_t seed, other, threshold; }; /* threshold: p 2^16 */
 
 static inline __attribute__((always_inline)) vector left(uint32_t first, vector x, const struct mask *mask)
 {
@@ -168,12 +168,12 @@ static inline __attribute__((always_inline)) vector left(uint32_t first, vector 
     return (vector)((words)x & (words)(at >= mask->threshold));
 }
 
-static inline void ahead(const void *from, long bytes) /* read soon */
+static inline void ahead(const void *from, long bytes) /* prefetch */
 {
     for (long i = 0; from && i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
 }
 
-/* has a vector that is used again stay in its register: left to itself the compiler loads it anew at every use */
+/* Keeps a vector in its register; otherwise the compiler loads it again at every use. */
 #ifdef __AVX512F__
 #define STAY(x) __asm__("" : "+v"(x))
 #else
@@ -193,7 +193,7 @@ static inline vector spread(float x)
 #endif
 }
 
-static inline vector dot(vector sum, vector a, vector b) /* one rounding wherever it is used: the compiler may not choose */
+static inline vector dot(vector sum, vector a, vector b) /* always fused, so that it rounds once everywhere */
 {
 #if defined(__AVX512F__)
     return (vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
@@ -204,7 +204,7 @@ static inline vector dot(vector sum, vector a, vector b) /* one rounding whereve
 #endif
 }
 
-static inline float added(vector x) /* by halves, always in one order */
+static inline float added(vector x) /* the sum of all lanes, by halves, in a fixed order */
 {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);
@@ -222,8 +222,8 @@ static inline float added(vector x) /* by halves, always in one order */
 }
 
 #ifdef __AVX512F__
-/* 16 vectors added up each by itself, with the same order of halves as `added`: lane 4 t + r of the result is vector 4 t + r's.
-   Each step folds two vectors into one, so all together cost 45 operations in place of 16 reductions. */
+/* The sums of the lanes of 16 vectors, in the order of `added`; lane i of the result is the sum of vector i. Each step folds two
+   vectors into one, so it takes 45 operations instead of 16 reductions. */
 static inline __attribute__((always_inline)) vector added_16(const vector *x)
 {
     __m512 a[8], b[4], c[2];
@@ -251,12 +251,12 @@ static inline __m512bh take32(const bfloat16 *from)
 }
 static inline vector dot32(vector sum, __m512bh a, __m512bh b) { return (vector)_mm512_dpbf16_ps((__m512)sum, a, b); }
 
-/* columns 0-3 and 4-7 of every 8, side by side in two halves, back in line */
+/* Restores the order of columns: each half has columns 0-3 or 4-7 of every 8. */
 static const uint16_t unwoven[32] = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23,
                                      8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
 #endif
 
-/* a token's numbers by a rank's: how many of each at a time keep their sums in registers; of one token alone, ALONE ranks */
+/* A block of ROWS tokens by RANKS ranks keeps its sums in registers; for one token it has ALONE ranks. */
 #ifdef __AVX512F__
 #define ROWS 4
 #else
@@ -266,7 +266,7 @@ static const uint16_t unwoven[32] = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20,
 #define ALONE 8
 #define COLUMNS (32 / ACROSS) /* vectors */
 
-/* --- pairs of bfloat16: two rows of B woven into one, for vectors and for tiles --------------------------------------- */
+/* --- pairs of bfloat16: two interleaved rows of B, for vectors and for tiles ------------------------------------------ */
 
 #ifdef __AVX512BF16__
 static void product_pairs(float *c, long ldc, const bfloat16 *a, long lda, const bfloat16 *b, long ldb, long m, long n, long k, int add)
@@ -303,7 +303,7 @@ static void pack_row_pairs(bfloat16 *to, const float *from, long n)
     }
 }
 
-/* B of X^T for X (n, k): the pairs of a row of X become a column */
+/* B = X^T for X (n, k): pairs of a row of X become a column */
 static void right_of_transposed_pairs(bfloat16 *to, const bfloat16 *from, long n, long k)
 {
     transposed_words(to, n, from, k / 2, n, k / 2);
@@ -312,7 +312,7 @@ static void right_of_transposed_pairs(bfloat16 *to, const bfloat16 *from, long n
 static const uint16_t woven[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
-/* B of X (k, n): two rows woven into one */
+/* B = X (k, n): two rows interleaved */
 static void right_of_pairs(bfloat16 *to, const bfloat16 *from, long k, long n)
 {
     const __m512i order = _mm512_loadu_si512(woven);
@@ -336,7 +336,7 @@ static void right_of_float_pairs(bfloat16 *to, const float *from, long stride, l
         }
 }
 
-/* X (PIECE, n) to X^T (n, PIECE): two rows woven into one, whose words are then turned over */
+/* X (PIECE, n) to X^T (n, PIECE): interleave two rows, then transpose the words */
 static void transposed_pairs(bfloat16 *to, const bfloat16 *from, long n)
 {
     const __m512i order = _mm512_loadu_si512(woven);
@@ -368,7 +368,7 @@ static void begin_tiles(struct tile_config *before)
     _tile_loadconfig(&mine);
 }
 
-static void end_tiles(const struct tile_config *before) /* as another library left them */
+static void end_tiles(const struct tile_config *before) /* restores the configuration of another library */
 {
     if (before->palette) _tile_loadconfig(before);
     else _tile_release();
@@ -398,8 +398,8 @@ static void product_tiles(float *c, long ldc, const bfloat16 *a, long lda, const
         }
 }
 
-/* y += (x A^T) B for bfloat16, 32 tokens at a time, the factors woven first; `all` tokens may be read behind `start`. Whether it
-   was done: odd sizes are left. */
+/* y += (x A^T) B for bfloat16, 32 tokens at a time, with packed factors. all: tokens of x, the limit of reads. Returns 0, and
+   computes nothing, if a size is no multiple of 32. */
 static int low_rank_tiles(const bfloat16 *x, bfloat16 *y, const bfloat16 *a, const bfloat16 *b, long start, long tokens,
                           long all, long d_in, long d_out, long rank)
 {
@@ -433,7 +433,7 @@ static int low_rank_tiles(const bfloat16 *x, bfloat16 *y, const bfloat16 *a, con
     for (long t = 0; t < tokens; t += 32) {
         long own = tokens - t < 32 ? tokens - t : 32;
         const bfloat16 *from = x + (start + t) * d_in;
-        if (start + t + 32 > all) { /* what lies behind the last token is not ours to read */
+        if (start + t + 32 > all) { /* do not read past the last token */
             memset(last + own * d_in, 0, 2 * (32 - own) * d_in);
             from = memcpy(last, from, 2 * own * d_in);
         }
@@ -450,7 +450,7 @@ static int low_rank_tiles(const bfloat16 *x, bfloat16 *y, const bfloat16 *a, con
         for (long i = 0; i < 32; i++)
             for (long r = 0; r < broad; r += 16) store_bfloats(h_narrow + i * deep + r, load_floats(h + i * broad + r));
         bfloat16 *to = y + (start + t) * d_out;
-        for (long j = 0; j <= d_out; j += 32) { /* tiles are a block ahead of the vectors that add what they made */
+        for (long j = 0; j <= d_out; j += 32) { /* tiles are one block ahead of the vectors that add their result */
             if (j < d_out) product_tiles(c + j / 32 % 2 * 1024, 32, h_narrow, deep, b_woven + 2 * j, d_out, 32, 32, deep, 0);
             if (j == 0) continue;
             const float *made = c + (j / 32 + 1) % 2 * 1024;
@@ -467,14 +467,14 @@ static int low_rank_tiles(const bfloat16 *x, bfloat16 *y, const bfloat16 *a, con
 }
 #endif
 
-/* Tokens that take the same adapter, one entry a span; factors: (count, layers, 2) addresses of A and B, 0 for none. */
+/* Spans of tokens with one adapter each. factors: (count, layers, 2), addresses of A and B, 0 for none. */
 struct spans {
-    long count, layers, tokens; /* tokens: all there are */
+    long count, layers, tokens; /* tokens: of the whole pass */
     const int64_t *starts, *ends, *ranks;
     const uint64_t *factors;
 };
 
-/* how many of a span's tokens come before so much work is done, a rank of a token being one: all of them, or whole tiles */
+/* The number of a span's tokens in the first `work` units of work, where a token costs `rank`; rounded to whole tiles. */
 static inline long before_work(long work, long rank, long tokens)
 {
     if (work <= 0 || work >= tokens * rank) return work <= 0 ? 0 : tokens;
@@ -482,40 +482,40 @@ static inline long before_work(long work, long rank, long tokens)
     return whole < tokens ? whole : tokens;
 }
 
-/* The rows of an unpadded batch; what is not a number is one entry a row. */
+/* The rows of an unpadded batch. Pointers have one entry for each row. */
 struct rows {
     long rows, heads, kv_heads, dim;
     long q_token, q_head, k_token, k_head, v_token, v_head; /* strides, in elements */
     long most, most_prefix, work;
     const int64_t *query_starts, *query_lengths, *key_starts, *key_lengths, *prefix_lengths;
     const uint64_t *prefix_keys, *prefix_values; /* addresses of (H_kv, P, D), 0 for none */
-    const float *bias; /* (H, bias_width) by key - query, whose zero is at bias_zero; or none */
+    const float *bias; /* (H, bias_width) by key - query, with zero at column bias_zero; or none */
     long bias_width, bias_zero, window;
     int causal;
-    uint32_t seed, other, threshold; /* of 2^16; 0: no dropout */
+    uint32_t seed, other, threshold; /* threshold: p 2^16; 0: no dropout */
     float scale, scaling;
 };
 
-/* What a cache holds of some rows: keys and values (rows, H_kv, S, D), of which the first `lengths` of each row count. */
-struct held {
-    long rows, kv_heads, dim, lane, head; /* lane, head: strides, in elements */
-    long most;                            /* the longest row */
+/* Rows of a KV cache: keys and values (rows, H_kv, S, D), of which the first `lengths` of each row are in use. */
+struct cached {
+    long rows, kv_heads, dim, row_stride, head_stride; /* strides in elements */
+    long most;                                         /* length of the longest row */
     const int64_t *lengths, *prefixes;
 };
 
-/* Those of one layer's rows that lie in one place: keys and values as T. */
+/* The rows of one layer in one block of the cache. keys, values: of type T */
 struct part {
-    const struct held *held;
+    const struct cached *cached;
     void *keys, *values;
 };
 
-/* A frozen linear layer, and by what number the factors of adapters call it. */
+/* A frozen linear layer. number: its index in the factors of `struct spans` */
 struct matrix {
     long d_in, d_out, number;
     const void *weight, *bias; /* (d_out, d_in), and (d_out,) or none */
 };
 
-/* The scale and the shift of a LayerNorm. */
+/* A LayerNorm. */
 struct layer_norm {
     const void *weight, *bias;
     float eps;
@@ -524,13 +524,13 @@ struct layer_norm {
 /* A layer of an encoder. */
 struct encoder_layer {
     struct matrix q, k, v, o, up, down;
-    struct layer_norm norm, norm_behind;
+    struct layer_norm norm, norm_after;
 };
 
-/* A layer of a gated decoder; q_norm and k_norm are over a head, or none. */
+/* A layer of a gated decoder. q_norm, k_norm: over a head, or none */
 struct decoder_layer {
     struct matrix q, k, v, o, gate, up, down;
-    const void *norm, *q_norm, *k_norm, *norm_behind;
+    const void *norm, *q_norm, *k_norm, *norm_after;
     long dim, window;
-    float eps, eps_behind, scaling;
+    float eps, eps_after, scaling;
 };

@@ -1,7 +1,8 @@
-"""Matrix products: of an adapter that trains and of what is frozen beside it, of many that answer, of few tokens."""
+"""Matrix products: LoRA in training, many LoRAs in one batch, frozen layers in 8 bits, frozen layers on few tokens."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -10,21 +11,34 @@ from torch import Tensor
 from turret.kernels.arguments import AdapterSpans, DropoutArguments, Int8Matrix
 from turret.kernels.calls import Calls, at, p, threads
 
-WAKING = 1 << 20  # products of two numbers, that take a thread 0.1 ms; one that sleeps is there after 0.05 to 2
-LONGEST_INT8 = 1 << 16  # numbers of a sum in 8 bits: 255 * 127 of each fit 31 bits
+WAKING = 1 << 20  # multiplications in 0.1 ms of one thread; a sleeping thread takes 0.05 to 2 ms to wake
+LONGEST_INT8 = 1 << 16  # most products of a sum in 8 bits: 2^16 * 255 * 127 fits 31 bits
 
 
 class Products(Calls):
-    """Axes: N tokens, R ranks."""
+    """Axes: N tokens, R rank, S spans."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        super().__init__(loaded)
+        self._int8_workspaces: dict[tuple[int, int, int, bool, torch.dtype, bool, int], int] = {}  # bytes
 
     def lora(self, x: Tensor, A: Tensor, B: Tensor, by: float, dropped: DropoutArguments, y: Tensor) -> Tensor:
-        """y += by (dropout(x) A^T) B^T, where dropout does not scale; gives h = dropout(x) A^T (N, R) float32.
+        """y += by (dropout(x) A^T) B^T, where dropout does not scale.
 
-        x: (N, D_in), y: (N, D_out) of one dtype, D_in and D_out multiples of 32; A: (R, D_in), B: (D_out, R) float32.
+        Args:
+            x: (N, D_in); D_in is a multiple of 32.
+            A: (R, D_in) float32.
+            B: (D_out, R) float32.
+            by: Scaling, with the 1 / (1 - p) of dropout.
+            dropped: Dropout of x.
+            y: (N, D_out) of x's dtype, changed in place; D_out is a multiple of 32.
+
+        Returns:
+            h = dropout(x) A^T, (N, R) float32, for the backward pass.
         """
-        turned, h = torch.empty_like(B), torch.empty(x.shape[0], A.shape[0])
-        told = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
-        self._call("lora", x.dtype, *told, *map(p, (turned, h, y)), threads())
+        transposed, h = torch.empty_like(B), torch.empty(x.shape[0], A.shape[0])
+        arguments = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
+        self._call("lora", x.dtype, *arguments, *map(p, (transposed, h, y)), threads())
         return h
 
     def lora_backward(
@@ -38,45 +52,54 @@ class Products(Calls):
         dy: Tensor,
         dx: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(dA, dB); dx, where it is wanted, holds dy W and is added to."""
-        dA, dB, turned, dh = (torch.empty_like(each) for each in (A, B, B, h))
-        told = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
-        self._call("lora_backward", x.dtype, *told, *map(p, (turned, dh, h, dy, dx, dA, dB)), threads())
+        """(dA, dB) of `lora`. dx, if given, holds dy W and gets the gradient through the factors added."""
+        dA, dB, transposed, dh = (torch.empty_like(each) for each in (A, B, B, h))
+        arguments = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
+        self._call("lora_backward", x.dtype, *arguments, *map(p, (transposed, dh, h, dy, dx, dA, dB)), threads())
         return dA, dB
 
     def round_int8(self, weight: Tensor, turned: bool = False) -> Int8Matrix:
-        """W for many `linear_int8`: (O, E), or turned (E, O). E a multiple of 64, O of 32. Only with `int8`."""
+        """Round W once for many calls of `linear_int8`. W: (O, E), or (E, O) with `turned`. Requires `int8`."""
         outputs, deep = self._sizes_int8(weight, turned)
-        found = Int8Matrix(torch.empty(outputs * (deep + 4), dtype=torch.uint8), outputs, deep, weight.dtype)
-        helpers = torch.get_num_threads()
-        rows = torch.empty(helpers, 16 * deep, dtype=torch.uint8)
-        told = weight.data_ptr(), found.bytes.data_ptr(), rows.data_ptr()
-        self._call("round_int8", weight.dtype, *told, deep, outputs, turned, helpers)
-        return found
+        rounded = Int8Matrix(torch.empty(outputs * (deep + 4), dtype=torch.uint8), outputs, deep, weight.dtype)
+        count = torch.get_num_threads()
+        workspace = torch.empty(count, 16 * deep, dtype=torch.uint8)
+        addresses = weight.data_ptr(), rounded.bytes.data_ptr(), workspace.data_ptr()
+        self._call("round_int8", weight.dtype, *addresses, deep, outputs, turned, count)
+        return rounded
 
     def linear_int8(self, x: Tensor, weight: Tensor | Int8Matrix, bias: Tensor | None, turned: bool = False) -> Tensor:
-        """x W^T + b, or turned x W, with x and W rounded to whole numbers: of every token, and of every output of W.
+        """x W^T + b in 8 bits: x is rounded with a scale for each token, W with a scale for each output.
 
-        x: (N, E), weight: (O, E) or turned (E, O), or either rounded before, bias: (O,) -> (N, O). E a multiple of 64,
-        O of 32. Only with `int8`.
+        Args:
+            x: (N, E); E is a multiple of 64.
+            weight: W as (O, E), as (E, O) with `turned`, or rounded before; O is a multiple of 32.
+            bias: (O,) or None.
+            turned: W is stored transposed, so the product is x W.
+
+        Returns:
+            (N, O). Requires `int8`.
         """
-        by: tuple[int | None, int | None]
+        addresses: tuple[int | None, int | None]  # of W, and of W rounded
         if rounded := isinstance(weight, Int8Matrix):
-            (outputs, deep), by = (weight.outputs, weight.deep), (None, weight.bytes.data_ptr())
+            (outputs, deep), addresses = (weight.outputs, weight.deep), (None, weight.bytes.data_ptr())
         else:
-            (outputs, deep), by = self._sizes_int8(weight, turned), (weight.data_ptr(), None)
+            (outputs, deep), addresses = self._sizes_int8(weight, turned), (weight.data_ptr(), None)
         tokens, own = x.shape
         assert own == deep
         assert x.is_contiguous()
         assert weight.dtype == x.dtype
         assert bias is None or (bias.is_contiguous() and bias.dtype == x.dtype and bias.shape == (outputs,))
         y = x.new_empty(tokens, outputs)
-        told = x.data_ptr(), *by, None if bias is None else bias.data_ptr(), y.data_ptr()
-        sizes, helpers = (tokens, deep, outputs, turned), torch.get_num_threads()
-        if (key := (*sizes, x.dtype, rounded, helpers)) not in self._int8_rooms:  # bytes that the kernel asks for
-            self._int8_rooms[key] = self._call("linear_int8", x.dtype, *told, *sizes, None, helpers)
-        room = torch.empty(self._int8_rooms[key], dtype=torch.uint8)
-        self._call("linear_int8", x.dtype, *told, *sizes, room.data_ptr(), helpers)
+        arguments = (
+            x.data_ptr(), *addresses, None if bias is None else bias.data_ptr(), y.data_ptr(),
+            tokens, deep, outputs, turned,
+        )  # fmt: skip
+        count = torch.get_num_threads()
+        if (key := (tokens, deep, outputs, turned, x.dtype, rounded, count)) not in self._int8_workspaces:
+            self._int8_workspaces[key] = self._workspace("linear_int8", x.dtype, *arguments, None, count)
+        workspace = torch.empty(self._int8_workspaces[key], dtype=torch.uint8)
+        self._call("linear_int8", x.dtype, *arguments, workspace.data_ptr(), count)
         return y
 
     def _sizes_int8(self, weight: Tensor, turned: bool) -> tuple[int, int]:
@@ -89,9 +112,15 @@ class Products(Calls):
         return outputs, deep
 
     def low_rank(self, spans: AdapterSpans, layer: int, x: Tensor, y: Tensor) -> None:
-        """y += (x A^T) B of every span, added up in float32. x: (..., D_in), y: (..., D_out) of N tokens.
+        """y += (x A^T) B for each span of tokens with one adapter, summed in float32 (SGMV).
 
-        Rows of no span stay as they are.
+        The reference is `turret.engine.sgmv`.
+
+        Args:
+            spans: Tokens and the factors of their adapters. Other tokens stay as they are.
+            layer: Number of the linear layer in `spans`.
+            x: (..., D_in) of N tokens.
+            y: (..., D_out), changed in place.
         """
         d_in, d_out = x.shape[-1], y.shape[-1]
         assert x.is_contiguous()
@@ -99,13 +128,16 @@ class Products(Calls):
         assert layer < spans.layers
         assert x.numel() == spans.tokens * d_in
         assert y.numel() == spans.tokens * d_out
-        numbers = spans.address, layer, x.data_ptr(), y.data_ptr(), d_in, d_out
-        self._call("low_rank", x.dtype, *numbers, torch.get_num_threads())
+        arguments = spans.address, layer, x.data_ptr(), y.data_ptr(), d_in, d_out
+        self._call("low_rank", x.dtype, *arguments, torch.get_num_threads())
 
     def lay_out(self, factors: Sequence[tuple[Tensor, Tensor]], by: float, run: Tensor) -> None:
-        """A and by B^T of every layer, one behind the other, rounded to run's precision.
+        """Copy A and by B^T of each layer into one buffer, one after another, rounded to its dtype.
 
-        factors: (A (R, D_in), B (D_out, R)) float32, of one R; run: (sum of R (D_in + D_out),).
+        Args:
+            factors: A (R, D_in) and B (D_out, R) of each layer, float32, of one R.
+            by: Scaling.
+            run: (sum of R (D_in + D_out)), filled.
         """
         rank = len(factors[0][0])
         for A, B in factors:
@@ -117,11 +149,11 @@ class Products(Calls):
         assert run.numel() == sum(A.numel() + B.numel() for A, B in factors)
         addresses = torch.tensor([(A.data_ptr(), B.data_ptr()) for A, B in factors])
         sizes = torch.tensor([(A.shape[1], len(B)) for A, B in factors])
-        told = addresses.data_ptr(), sizes.data_ptr(), len(factors), rank, by, run.data_ptr()
-        self._call("lay_out", run.dtype, *told)
+        arguments = addresses.data_ptr(), sizes.data_ptr(), len(factors), rank, by, run.data_ptr()
+        self._call("lay_out", run.dtype, *arguments)
 
     def few(self, dtype: torch.dtype) -> int:
-        """Tokens up to which `linear` is for; 0 where torch's own product is as quick for any number."""
+        """The most tokens for `linear`; 0 if torch's own product is as fast for any number."""
         return self._few[dtype]
 
     def linear(
@@ -134,9 +166,18 @@ class Products(Calls):
         *,
         helped: bool = True,
     ) -> Tensor:
-        """x W^T + b of at most `few` tokens, and (x A^T) B of each span, added up in float32 and rounded once.
+        """x W^T + b, and (x A^T) B for each span, on at most `few` tokens; summed in float32 and rounded once.
 
-        x: (..., D_in), weight: (D_out, D_in) -> (..., D_out). helped: by threads that are taken to be awake.
+        Args:
+            x: (..., D_in)
+            weight: (D_out, D_in)
+            bias: (D_out,) or None.
+            spans: The adapters of the tokens.
+            layer: Number of the linear layer in `spans`.
+            helped: Whether helper threads are awake; if not, a small product stays on one thread.
+
+        Returns:
+            (..., D_out)
         """
         d_out, d_in = weight.shape
         tokens = x.numel() // d_in
@@ -146,16 +187,16 @@ class Products(Calls):
         assert tokens <= self._few[x.dtype]
         assert spans is None or (spans.tokens == tokens and layer < spans.layers)
         y = x.new_empty(*x.shape[:-1], d_out)
-        helpers = torch.get_num_threads() if helped or tokens * d_in * d_out > WAKING else 1
+        count = torch.get_num_threads() if helped or tokens * d_in * d_out > WAKING else 1
         self._call(
             "linear", x.dtype, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-            tokens, d_in, d_out, at(spans), layer, helpers,
+            tokens, d_in, d_out, at(spans), layer, count,
         )  # fmt: skip
         return y
 
 
 def _lora(x: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
-    """tokens, D_in, D_out, R, x, A, B"""
+    """(tokens, D_in, D_out, R, x, A, B)."""
     (rank, d_in), (d_out, ranks), (tokens, own) = A.shape, B.shape, x.shape
     assert (ranks, own) == (rank, d_in)
     assert d_in % 32 == d_out % 32 == 0

@@ -1,21 +1,21 @@
-/* What a step of decoding computes for its few tokens. Included by kernels.c once a dtype, behind low_rank.inc.c. Whatever a
-   token becomes does not depend on who lies beside it: with AVX-512 or AVX2 it is the same to the last bit. */
+/* Products and attention of a decode step, which has few tokens. Included by kernels.c for each dtype, after low_rank.inc.c. With
+   AVX-512 or AVX2 the result of a token is bit-equal whatever the other tokens are. */
 
 /* --- y = x W^T + b, and each token's adapter -----------------------------------------------------------------------------
 
-   x: (N, D_in), W: (D_out, D_in), b: (D_out,) or none, y: (N, D_out): all contiguous. W is read once, as it lies: a library that
-   packs it first reads and writes it anew at every call. Sums are float, in the order of `inner` or of `across`; to them comes (x A^T) B of a
-   token's span, which stays float throughout, and all are rounded once. */
+   x: (N, D_in), W: (D_out, D_in), b: (D_out,) or none, y: (N, D_out); all contiguous. W is read once, in place; a library packs
+   it at every call, which reads and writes it once more. Sums are float, in the order of `inner` or `across`. The (x A^T) B of a
+   token's span is added in float, and the sum is rounded once. */
 
 #ifdef BY_TOKENS
-#define OUTPUTS 48 /* numbers of a token at a time */
-#define STEPS 6     /* at least so many for all of them */
+#define OUTPUTS 48 /* outputs of a block */
+#define STEPS 6    /* at least so many loops for a block */
 #else
 #define OUTPUTS 32
 #define STEPS (OUTPUTS / RANKS)
 #endif
 
-/* `broad` numbers of every token; the rows of W behind them are asked for meanwhile, so many `lines` with every few tokens */
+/* `broad` outputs of each token. Prefetches the following rows of W, `lines` rows per ROWS tokens. */
 static inline __attribute__((always_inline)) void NAME(by_rows)(float *to, const T *x, const T *rows, long tokens, long d_in, const int broad, const T *soon, const int lines)
 {
     long t = 0;
@@ -26,11 +26,11 @@ static inline __attribute__((always_inline)) void NAME(by_rows)(float *to, const
 }
 
 #ifdef BY_TOKENS
-/* The same with a token in each lane of up to two vectors: a number of W is spread over all of them, so that nothing is added up
-   across lanes, and a token's sum is a chain in the order of W's columns. Lines of up to 2 * ACROSS tokens, x^T each, lie one
-   behind the other: (D_in, ACROSS or 2 * ACROSS), the last filled up with zeros. */
-#define CHAIN 256                     /* columns that are added up one by one; a longer chain would round worse */
-#define SOON ((long)(64 / sizeof(T))) /* columns between two looks ahead */
+/* The same with one token per lane of up to two vectors: an element of W is broadcast, so no sum runs across lanes, and the sum
+   of a token follows the order of W's columns. x is transposed in groups of up to 2 * ACROSS tokens, one after another:
+   (D_in, ACROSS or 2 * ACROSS), the last one filled with zeros. */
+#define CHAIN 256                     /* columns of one sum; a longer sum rounds worse */
+#define SOON ((long)(64 / sizeof(T))) /* columns between two prefetches */
 #define LINE_OF(tokens) ((tokens) > ACROSS ? 2 * ACROSS : ACROSS)
 
 static void NAME(turned)(float *to, const T *x, long tokens, long d_in, long from, long end)
@@ -88,7 +88,7 @@ static inline int NAME(factors)(const struct spans *spans, long i, long layer, c
     return *a != 0;
 }
 
-/* sums (N, OUTPUTS) += h B of every span, `own` columns of B from `first` on. h: (N, most) */
+/* sums (N, OUTPUTS) += h B of every span, for `own` columns of B from `first` on. h: (N, most) */
 static void NAME(add_spans)(float (*sums)[OUTPUTS], const struct spans *spans, long layer, const float *h, long most, long first, long own, long d_out)
 {
     for (long i = 0; i < spans->count; i++) {
@@ -97,7 +97,7 @@ static void NAME(add_spans)(float (*sums)[OUTPUTS], const struct spans *spans, l
         for (long t = spans->starts[i]; t < spans->ends[i]; t++) {
             const float *by = h + t * most;
             long j = 0;
-            for (; j + ACROSS <= own; j += ACROSS) { /* in a register through all ranks */
+            for (; j + ACROSS <= own; j += ACROSS) { /* the sum stays in a register for all ranks */
                 vector sum = load_floats(sums[t] + j);
                 for (long r = 0; r < spans->ranks[i]; r++) sum = dot(sum, spread(by[r]), LOADS(b + r * d_out + first + j));
                 store_floats(sums[t] + j, sum);
@@ -108,7 +108,7 @@ static void NAME(add_spans)(float (*sums)[OUTPUTS], const struct spans *spans, l
     }
 }
 
-/* Products of one x: W and b of each, and where it goes. */
+/* Products of one x: W, b and the output of each. */
 struct NAME(products) {
     long count;
     const struct matrix *of[3];
@@ -120,11 +120,11 @@ static inline long NAME(blocks_of)(const struct matrix *m)
     return (m->d_out + OUTPUTS - 1) / OUTPUTS;
 }
 
-/* The A of a thread's spans in what is multiplied next, asked for a few lines of the cache at a time. */
+/* Prefetches A of a thread's spans for the next products, a few cache lines at a time. */
 struct NAME(coming) {
     const struct spans *spans;
     const struct NAME(products) *next;
-    long first, last, product, span, line; /* spans from `first` to `last`; the line, span and product that are next */
+    long first, last, product, span, line; /* spans `first` to `last`; the next line, span and product */
 };
 
 static inline void NAME(ask)(struct NAME(coming) *own, long lines)
@@ -141,17 +141,17 @@ static inline void NAME(ask)(struct NAME(coming) *own, long lines)
     }
 }
 
-/* One region for all of them, since every region ends with a wait. `next`: what is multiplied after them with the same spans */
+/* All products in one parallel region, because every region ends with a wait. next: the products that follow, with the same spans */
 static void NAME(multiply)(const struct NAME(products) *now, const struct NAME(products) *next, const T *x, long tokens,
                            const struct spans *spans, int threads)
 {
     long d_in = now->of[0]->d_in, blocks = 0, outputs = 0;
     for (long p = 0; p < now->count; p++) blocks += NAME(blocks_of)(now->of[p]), outputs += now->of[p]->d_out;
-    long share = blocks / (8 * threads) + 1;                               /* a thread that has to wait holds up little */
-    long most = 0, each = spans ? (spans->count + threads - 1) / threads : 0; /* spans of a thread */
+    long share = blocks / (8 * threads) + 1;                               /* small shares, so that a delayed thread delays the others little */
+    long most = 0, each = spans ? (spans->count + threads - 1) / threads : 0; /* spans per thread */
     for (long i = 0; spans && i < spans->count; i++) most = spans->ranks[i] > most ? spans->ranks[i] : most;
     float *h = most ? (float *)scratch(sizeof(float) * now->count * tokens * most) : 0; /* (products, N, most) */
-    int later = most && !h;                                                             /* no memory: in a pass of its own */
+    int later = most && !h;                                                             /* no memory: add the adapters afterwards */
 #ifdef BY_TOKENS
     float *turned = (float *)scratch(sizeof(float) * (tokens + 2 * ACROSS) * d_in);
 #endif
@@ -166,17 +166,17 @@ static void NAME(multiply)(const struct NAME(products) *now, const struct NAME(p
 #pragma omp for schedule(static, each)
             for (long i = 0; i < spans->count; i++) {
                 for (long p = 0; p < now->count; p++) {
-                    const T *a, *b, *behind = 0;
+                    const T *a, *b, *following = 0;
                     long after = p + 1 < now->count ? i : i + 1, number = now->of[p + 1 < now->count ? p + 1 : 0]->number;
-                    if (after < spans->count) NAME(factors)(spans, after, number, &behind, &b);
+                    if (after < spans->count) NAME(factors)(spans, after, number, &following, &b);
                     if (!NAME(factors)(spans, i, now->of[p]->number, &a, &b)) continue;
                     NAME(hidden)(h + (p * tokens + spans->starts[i]) * most, most, x + spans->starts[i] * d_in, a,
-                                 spans->ends[i] - spans->starts[i], d_in, spans->ranks[i], behind);
+                                 spans->ends[i] - spans->starts[i], d_in, spans->ranks[i], following);
                 }
             }
         }
         struct NAME(coming) coming = {spans, next, 0, 0, 0, 0, 0};
-        long lines = 0; /* of it at every step */
+        long lines = 0; /* to prefetch at every step */
         if (h && next->count) {
             long ranks = 0, wide = 0;
             coming.first = coming.span = each * omp_get_thread_num();
@@ -198,7 +198,7 @@ static void NAME(multiply)(const struct NAME(products) *now, const struct NAME(p
                 const T *rows = w + (first + r) * d_in, *a, *b;
                 float *to = &sums[0][r];
                 NAME(ask)(&coming, lines);
-                for (long i = r / RANKS; h && i < spans->count; i += OUTPUTS / RANKS) /* B of some spans, wanted at the end of the block */
+                for (long i = r / RANKS; h && i < spans->count; i += OUTPUTS / RANKS) /* prefetch B of some spans for the end of the block */
                     if (NAME(factors)(spans, i, m->number, &a, &b))
                         for (long e = 0; e < spans->ranks[i]; e++) ahead(b + e * d_out + first, sizeof(T) * own);
 #ifdef BY_TOKENS
@@ -250,10 +250,10 @@ void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long
 #undef OUTPUTS
 #undef STEPS
 
-/* --- attention of one query a row against what a cache holds of it ------------------------------------------------------
+/* --- attention of one query per row over the KV cache --------------------------------------------------------------------
 
-   y = softmax(scaling q K^T) V over the first `length` keys of a row; with a window, a key further back is seen where it belongs
-   to the row's prefix. Scores and sums are float. */
+   y = softmax(scaling q K^T) V over the first `length` keys of a row. With a window, a key further back is seen only if it belongs
+   to the prefix. Scores and sums are float. */
 
 static inline __attribute__((always_inline)) vector NAME(lanes_of)(const T *q, const T *key, long dim)
 {
@@ -288,20 +288,20 @@ static void NAME(weighed)(T *y, const float *weights, const T *values, long leng
     }
 }
 
-void NAME(attend_step)(const struct held *held, const T *q, long q_token, long q_head, long heads, const T *keys, const T *values,
+void NAME(attend_step)(const struct cached *cached, const T *q, long q_token, long q_head, long heads, const T *keys, const T *values,
                        float scaling, long window, T *y, int threads)
 {
-    long group = heads / held->kv_heads, places = held->rows * held->kv_heads, dim = held->dim;
-#pragma omp parallel for num_threads(threads) schedule(static) if (held->rows * heads * held->most * dim > 8 * SERIAL)
+    long group = heads / cached->kv_heads, places = cached->rows * cached->kv_heads, dim = cached->dim;
+#pragma omp parallel for num_threads(threads) schedule(static) if (cached->rows * heads * cached->most * dim > 8 * SERIAL)
     for (long place = 0; place < places; place++) {
-        long row = place / held->kv_heads, head = place % held->kv_heads, length = held->lengths[row];
-        const T *k = keys + row * held->lane + head * held->head, *v = values + row * held->lane + head * held->head;
+        long row = place / cached->kv_heads, head = place % cached->kv_heads, length = cached->lengths[row];
+        const T *k = keys + row * cached->row_stride + head * cached->head_stride, *v = values + row * cached->row_stride + head * cached->head_stride;
         float *weights = (float *)scratch(sizeof(float) * (length + 16));
-        long hidden = window ? length - window : 0; /* keys from the prefix to here are out of the window */
+        long hidden = window ? length - window : 0; /* keys from the end of the prefix to here are outside the window */
         for (long g = head * group; g < (head + 1) * group; g++) {
             const T *own = q + row * q_token + g * q_head;
             T *to = y + (row * heads + g) * dim;
-            if (!weights) { /* no memory: seen as numbers that are not finite */
+            if (!weights) { /* no memory: NaN makes the engine end the request with NotFinite */
                 for (long e = 0; e < dim; e++) to[e] = STORE(NAN);
                 continue;
             }
@@ -315,7 +315,7 @@ void NAME(attend_step)(const struct held *held, const T *q, long q_token, long q
 #endif
             for (; s < length; s++) weights[s] = added(NAME(lanes_of)(own, k + s * dim, dim));
             for (s = 0; s < length; s++) weights[s] *= scaling;
-            for (s = held->prefixes[row]; s < hidden; s++) weights[s] = HIDDEN;
+            for (s = cached->prefixes[row]; s < hidden; s++) weights[s] = HIDDEN;
             float most = HIDDEN, sum = 0.0f;
             for (s = 0; s < length; s++) most = weights[s] > most ? weights[s] : most;
             for (s = 0; s < length; s++) {
@@ -329,13 +329,13 @@ void NAME(attend_step)(const struct held *held, const T *q, long q_token, long q
     }
 }
 
-/* The newest token of every row into the cache: keys and values (rows, H_kv, D), the last axis contiguous. */
-void NAME(keep_step)(const struct held *held, const T *keys, const T *values, long token, long head, T *kept_keys, T *kept_values)
+/* Writes the newest token of each row to the cache. keys, values: (rows, H_kv, D), the last axis contiguous. */
+void NAME(keep_step)(const struct cached *cached, const T *keys, const T *values, long token, long head, T *kept_keys, T *kept_values)
 {
-    for (long row = 0; row < held->rows; row++)
-        for (long h = 0; h < held->kv_heads; h++) {
-            long from = row * token + h * head, to = row * held->lane + h * held->head + (held->lengths[row] - 1) * held->dim;
-            memcpy(kept_keys + to, keys + from, sizeof(T) * held->dim);
-            memcpy(kept_values + to, values + from, sizeof(T) * held->dim);
+    for (long row = 0; row < cached->rows; row++)
+        for (long h = 0; h < cached->kv_heads; h++) {
+            long from = row * token + h * head, to = row * cached->row_stride + h * cached->head_stride + (cached->lengths[row] - 1) * cached->dim;
+            memcpy(kept_keys + to, keys + from, sizeof(T) * cached->dim);
+            memcpy(kept_values + to, values + from, sizeof(T) * cached->dim);
         }
 }
