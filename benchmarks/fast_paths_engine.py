@@ -61,7 +61,7 @@ PATHS = {
     "long passes": Path(("texts",)),
     "round passes": Path(("texts",)),
     "top_p of few": Path(("prompts with top_p",)),
-    "stacked and chunked torch products": Path(("texts", "prompts", "one prompt"), (KERNELS,)),
+    "BGMV": Path(("prompts", "one prompt"), (KERNELS,)),
 }
 
 
@@ -69,7 +69,7 @@ def patches(name: str, engine: Any) -> list[Patch]:
     """How each path is switched off: the one place that knows."""
     from turret.adapters import attention
     from turret.adapters.fused import activations, layers, norms, residual, rotary
-    from turret.engine import adapter_pool, cache, decode, runner
+    from turret.engine import adapter_pool, cache, decode, runner, sgmv
     from turret.kernels import Library, available
 
     def none(*_: Any) -> None:
@@ -90,36 +90,22 @@ def patches(name: str, engine: Any) -> list[Patch]:
         "long passes": lambda: [(engine._scheduler, "batch_tokens", runner.SHORT_PASS)],
         "round passes": lambda: [(runner, "rounded", lambda tokens, _: tokens)],
         "top_p of few": lambda: [(decode, "LOOKED_AT", 1 << 30)],
-        "stacked and chunked torch products": lambda: [
-            (adapter_pool.AdapterPool, "begin", _begin_loop), (adapter_pool.AdapterPool, "linear", _linear_loop),
-        ],
+        "BGMV": lambda: [(sgmv.BGMV, "arrange", _arrange_segments), (sgmv.BGMV, "add", _add_segments)],
     }[name]()  # fmt: skip
 
 
-def _begin_loop(pool: Any, slots: Sequence[int], lengths: Mapping[str, Sequence[int]], steps: Sequence[int]) -> None:
-    """`AdapterPool.begin` for `_linear_loop`: the segments of each stream and their factors."""
-    pool._steps, pool._segments = 0, {}
-    for stream, counts in lengths.items():
-        going = list(steps) if stream == "decoder" else []
-        adapted = pool._adapted([*slots, *going], [*counts, *[1] * len(going)])
-        pool._segments[stream] = [(start, end, pool._pairs(slot)) for start, end, slot in adapted]
+def _arrange_segments(bgmv: Any, rows: Sequence[Any]) -> None:
+    """`BGMV.arrange` for `_add_segments`: each row is a segment of one token."""
+    known = getattr(bgmv, "known", {})
+    bgmv.known = {adapter: known.get(adapter) or adapter.pairs() for adapter in rows if adapter is not None}
+    bgmv.segments = [(row, row + 1, bgmv.known[adapter]) for row, adapter in enumerate(rows) if adapter is not None]
 
 
-def _linear_loop(pool: Any, layer: Any, x: Any) -> Any:
-    """`AdapterPool.linear` as one loop over segments: y += (x A^T) B."""
-    from turret.adapters.fused.frozen import linear
+def _add_segments(bgmv: Any, y: Any, x: Any, layer: int) -> None:
+    """`BGMV.add` by SGMV."""
+    from turret.engine.sgmv import sgmv
 
-    number = pool._number[id(layer)]
-    if pool._sharing:
-        return pool._shared(layer.base_layer, number, x)
-    if x.dim() == 2:
-        return x.new_zeros(len(x), pool.sizes[number][1])
-    y = linear(layer.base_layer, x)
-    for start, end, pairs in pool._segments.get(layer.stream, ()):
-        if number in pairs:
-            A, B = pairs[number]
-            y[0, start:end].addmm_(x[0, start:end] @ A, B)
-    return y
+    sgmv(y, x, bgmv.segments, layer)
 
 
 @contextlib.contextmanager

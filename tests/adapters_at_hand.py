@@ -1,4 +1,4 @@
-"""Random adapters for the small models, and what each answers alone: the plain loop that the engine is held to.
+"""Random adapters for the small models, and each one alone: the reference for the engine.
 
 made("bert", "classify", LoRA(...), seed=1, labels=3)     an Adapter whose every tensor matters
 alone(family, task, adapter)                              a fresh model with it mounted, nothing else
@@ -17,9 +17,9 @@ from turret.adapters import Adapter, BaseInfo, attach, attachment, extract, moun
 from turret.engine.runner import Runner
 from turret.methods import Head, LoRA, Method, Prefix
 
-CLASSIFIES = SimpleNamespace(generates=False)  # all that a runner asks of a task
+CLASSIFIES = SimpleNamespace(generates=False)  # what a runner reads of a task
 GENERATES = SimpleNamespace(generates=True)
-LENGTHS = (9, 3, 14, 1, 20, 6, 6, 11)  # of the rows of a crowd
+LENGTHS = (9, 3, 14, 1, 20, 6, 6, 11)  # of the rows of a batch
 METHODS: dict[str, Method] = {
     "lora": LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False),
     "wide": LoRA(r=12, lora_alpha=6, lora_dropout=0.0, init_lora_weights=False, target_modules="all-linear"),
@@ -31,7 +31,7 @@ METHODS: dict[str, Method] = {
 def made(
     family: str, task: Any, method: Method, seed: int = 1, labels: int = 3, spec: dict[str, Any] | None = None
 ) -> Adapter:
-    """Random numbers, large enough that leaving any out would show."""
+    """An adapter with random tensors, large enough that a missing one shows."""
     model = build(family, task, **({"num_labels": labels} if task == "classify" else {}))
     generator = torch.Generator().manual_seed(seed)
     attach(model, method, generator=generator)

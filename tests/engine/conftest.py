@@ -1,4 +1,4 @@
-"""A shelf of four small adapters of `bert`: `a` and `b` are LoRAs, `c` is a prefix, `d` a head alone."""
+"""A source of four small adapters for `bert`: `a` and `b` are LoRAs, `c` is a prefix, `d` only a head."""
 
 from __future__ import annotations
 

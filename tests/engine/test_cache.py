@@ -1,4 +1,4 @@
-"""Lanes of the key-value cache: what one sequence leaves never reaches another, and memory follows what is in use."""
+"""KV slots: the data of one sequence never reaches another, and memory follows use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def marks(kv_slot: KVSlot) -> set[float]:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 200), st.integers(0, 30)), max_size=40))
-def test_a_lane_is_empty_when_it_is_opened_and_its_own_until_it_is_closed(steps: list[tuple[bool, int, int]]) -> None:
+def test_a_slot_is_empty_when_opened_and_keeps_its_data_until_closed(steps: list[tuple[bool, int, int]]) -> None:
     cache, kv_slots = new(), {}
     for number, (opens, tokens, which) in enumerate(steps, 1):
         if opens or not kv_slots:
@@ -49,8 +49,8 @@ def test_a_lane_is_empty_when_it_is_opened_and_its_own_until_it_is_closed(steps:
         assert len(cache) == len(kv_slots)
 
 
-def test_lanes_that_are_opened_together_have_their_room_at_once() -> None:
-    """Nothing is copied when they come, and blocks that hold nothing make way for others, as ever."""
+def test_slots_that_are_reserved_together_grow_the_block_once() -> None:
+    """Opening them copies nothing, and empty blocks are still freed for others."""
     cache = new()
     cache.close(cache.open({"decoder": 900, "cross": 9}))
     wanted = [{"decoder": 9, "cross": 9}] * 5 + [{"decoder": 99, "cross": 9}] * 2
@@ -61,34 +61,34 @@ def test_lanes_that_are_opened_together_have_their_room_at_once() -> None:
     assert [block.room for block in cache._blocks.values()] == [8, 2]
     assert all(marks(kv_slot) == {0.0} for kv_slot in kv_slots)
     mark(kv_slots[0], 3.0)
-    cache.reserve([{"decoder": 9, "cross": 9}] * 4)  # grows: what is there stays, and what is new is empty
+    cache.reserve([{"decoder": 9, "cross": 9}] * 4)  # grows: old slots keep their data, new ones are empty
     assert marks(kv_slots[0]) == {3.0}
     assert marks(cache.open({"decoder": 9, "cross": 9})) == {0.0}
 
 
-def test_a_nan_that_a_sequence_leaves_is_wiped_with_it() -> None:
+def test_closing_a_slot_erases_a_nan() -> None:
     cache = new()
     first, second = cache.open({"decoder": 9, "cross": 9}), cache.open({"decoder": 9, "cross": 9})
     mark(first, torch.nan)
     mark(second, 2.0)
-    first.lengths = {"decoder": 0, "cross": 0}  # as after a pass that failed
+    first.lengths = {"decoder": 0, "cross": 0}  # as after a failed pass
     cache.close(first)
     assert marks(second) == {2.0}
     assert marks(cache.open({"decoder": 9, "cross": 9})) == {0.0}
 
 
-def test_copies_are_of_what_was_there_before_any_of_them() -> None:
+def test_copies_read_the_contents_before_any_copy() -> None:
     cache = new()
     kv_slots = [cache.open({"decoder": 9, "cross": 9}) for _ in range(3)]
     for number, kv_slot in enumerate(kv_slots):
         mark(kv_slot, number + 1.0)
-        for layers in kv_slot.block.stored.values():  # what counts is as long as the lane is used
+        for layers in kv_slot.block.stored.values():  # the used part
             layers[0][:, kv_slot.index, :, 3:] = 0.0
     kv_slots[0].block.copy(kv_slots, [kv_slots[1], kv_slots[0], kv_slots[0]])
     assert [marks(kv_slot) - {0.0} for kv_slot in kv_slots] == [{2.0}, {1.0}, {1.0}]
 
 
-def test_a_lane_is_at_most_twice_as_long_as_asked_for_and_memory_shrinks_with_use() -> None:
+def test_a_slot_is_at_most_twice_as_long_as_needed_and_memory_shrinks_with_use() -> None:
     assert capacity(0) == 0
     assert capacity(1) == SHORTEST
     assert [capacity(n) for n in (64, 65, 128, 1000)] == [64, 128, 128, 1024]
@@ -101,4 +101,4 @@ def test_a_lane_is_at_most_twice_as_long_as_asked_for_and_memory_shrinks_with_us
     for kv_slot in kv_slots[:3]:
         cache.close(kv_slot)
     cache.open({"decoder": 500, "cross": 32})
-    assert len(cache._blocks) == 1, "a block without lanes goes when another length is asked for"
+    assert len(cache._blocks) == 1, "a block without slots is freed when another length is reserved"

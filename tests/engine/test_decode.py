@@ -1,4 +1,4 @@
-"""The next token: transformers' own processors and warpers are the reference; a draw is the request's own."""
+"""The next token: the reference is transformers' logits processors; samples depend only on the request's seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import transformers
 from small_models import build, tokenizer
 
-from turret.engine.decode import GenerationSettings, adjust, choose, draw, habits, resolved
+from turret.engine.decode import GenerationSettings, adjust, base_settings, choose, draw, resolved
 from turret.engine.request import Options
 from turret.errors import BaseModelError, DataError
 
@@ -48,7 +48,7 @@ class Row:
         ({"forced_eos": (5,), "max_tokens": 5}, transformers.ForcedEOSTokenLogitsProcessor(10, 5)),
     ],
 )
-def test_what_a_rows_past_makes_of_its_scores_is_transformers(settings: dict, processor: object) -> None:
+def test_adjusted_scores_equal_those_of_transformers_processors(settings: dict, processor: object) -> None:
     past = [3, 7, 3, 7, 9, 3, 7, 3]  # 5 of a prompt, 3 of an answer
     ours = scores()
     theirs = processor(torch.tensor([past]), scores()[None])[0]  # type: ignore[operator]
@@ -68,7 +68,7 @@ def test_what_a_rows_past_makes_of_its_scores_is_transformers(settings: dict, pr
         ({"heat": 1.0, "top_p": 1e-9}, [transformers.TopPLogitsWarper(1e-9)]),
     ],
 )  # fmt: skip
-def test_tokens_are_drawn_by_the_probabilities_of_transformers(settings: dict, warpers: list) -> None:
+def test_tokens_are_sampled_with_the_probabilities_of_transformers(settings: dict, warpers: list) -> None:
     wanted = scores()[None]
     for each in warpers:
         wanted = each(None, wanted)
@@ -80,13 +80,13 @@ def test_tokens_are_drawn_by_the_probabilities_of_transformers(settings: dict, w
     assert (drawn - probabilities).abs().max() < 5 * (0.25 / count) ** 0.5
 
 
-def test_the_fewest_tokens_that_reach_top_p_are_found_however_many_they_are() -> None:
+def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
     flat = torch.zeros(4000)
     drawn = {draw(flat, GenerationSettings(9, (1,), heat=1.0, top_p=0.5), random.Random(seed)) for seed in range(300)}
     assert len(drawn) > 200
 
 
-def test_rows_that_share_a_batch_do_not_touch_each_other() -> None:
+def test_rows_of_a_batch_do_not_affect_each_other() -> None:
     settings = [
         GenerationSettings(9, (1,)),
         GenerationSettings(9, (1,), heat=1.0, seed=3),
@@ -99,20 +99,20 @@ def test_rows_that_share_a_batch_do_not_touch_each_other() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_that_is_no_number_has_no_token_and_the_others_have_theirs(value: float) -> None:
+def test_a_row_that_is_not_finite_has_no_token_and_the_others_have_theirs(value: float) -> None:
     both = torch.stack([scores(), scores()])
     both[0, 3] = value
     assert choose(both, [Row(GenerationSettings(9, (1,)))] * 2) == [None, int(scores().argmax())]
 
 
-def test_a_base_that_asks_for_what_is_not_done_is_refused_by_name() -> None:
+def test_an_unsupported_generation_setting_of_the_base_is_an_error_that_names_it() -> None:
     model = build("llama", "generate")
     model.generation_config.suppress_tokens = [3]
-    with pytest.raises(BaseModelError, match=r"sets suppress_tokens, which this engine does not do"):
-        habits(model, tokenizer("llama"))
+    with pytest.raises(BaseModelError, match=r"sets suppress_tokens, which this engine does not support"):
+        base_settings(model, tokenizer("llama"))
 
 
-def test_options_go_before_the_adapters_settings_and_those_before_the_bases() -> None:
+def test_options_override_the_adapters_settings_which_override_the_bases() -> None:
     own = GenerationSettings(128, (5,), repetition_penalty=1.5)
     task = type("Task", (), {"generation": {"max_new_tokens": 30, "num_beams": 2, "eos_token_id": 7}})()
     plain = resolved(Options(), own, None, room=500, vocabulary=V)

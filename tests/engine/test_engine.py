@@ -1,4 +1,4 @@
-"""The engine's face: which version answers, what waits, what fails and whom it fails, and that every ticket ends."""
+"""The engine's interface: which version answers, which requests fail, and that every ticket ends."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_answers_are_those_of_each_adapter_alone(shelf: Shelf) -> None:
             agree(engine.classify(TEXTS, name), reference(shelf, name, TEXTS))
 
 
-def test_a_request_keeps_the_version_its_alias_meant_when_it_was_asked(shelf: Shelf) -> None:
+def test_a_request_keeps_the_version_its_alias_named_at_submission(shelf: Shelf) -> None:
     shelf.aliases["live"] = "a@1"
     shelf.gate.clear()
     with shelf.engine() as engine:
@@ -53,7 +53,7 @@ def test_a_request_keeps_the_version_its_alias_meant_when_it_was_asked(shelf: Sh
     assert receipts[0].id != receipts[1].id
 
 
-def test_a_name_that_is_used_again_for_other_weights_gets_no_stale_answer(shelf: Shelf) -> None:
+def test_a_reused_name_gets_no_answer_of_the_old_weights(shelf: Shelf) -> None:
     with shelf.engine() as engine:
         engine.classify(TEXTS, "a")
         shelf.adapters["a@2"] = shelf.adapters["b@1"]
@@ -76,7 +76,7 @@ def test_a_generator_of_a_base_classifies_as_its_classifier_does() -> None:
             assert beside.result(30) == alone_first[0]
 
 
-def test_the_base_is_given_back_as_it_was(shelf: Shelf) -> None:
+def test_closing_restores_the_base(shelf: Shelf) -> None:
     base = shelf.base()
     modules = {name: id(each) for name, each in base.model.named_modules()}
     before = {name: each.clone() for name, each in base.model.state_dict().items()}
@@ -91,7 +91,7 @@ def test_the_base_is_given_back_as_it_was(shelf: Shelf) -> None:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_answered_is_refused_at_once(shelf: Shelf) -> None:
+def test_requests_that_cannot_be_answered_are_refused_at_submission(shelf: Shelf) -> None:
     with shelf.engine(max_inputs=3, max_tokens=20) as engine:
         with pytest.raises(NotFound, match="no nobody"):
             engine.submit("classify", "x", "nobody")
@@ -114,11 +114,11 @@ def test_what_cannot_be_answered_is_refused_at_once(shelf: Shelf) -> None:
         assert engine.loaded()[0].requests == 0
 
 
-def test_an_adapter_is_asked_for_what_it_does() -> None:
+def test_an_adapter_refuses_the_other_kind_of_request() -> None:
     shelf = Shelf("llama", "generate")
     shelf.put("g")
     with shelf.engine() as engine:
-        ticket = engine.submit("classify", "x", "g")  # not loaded yet: its ticket says it
+        ticket = engine.submit("classify", "x", "g")  # not loaded yet, so its ticket raises
         with pytest.raises(AdapterError, match="g@1 generates and was asked to classify: ask it to generate"):
             ticket.result(30)
         with pytest.raises(AdapterError, match="asked to classify"):
@@ -132,7 +132,7 @@ def test_an_adapter_is_asked_for_what_it_does() -> None:
         (lambda adapter: OSError("disk"), AdapterError, r"bad@1 cannot be loaded \(OSError: disk\)"),
         (lambda a: Adapter(a.method, a.tensors, a.head, BaseInfo("x", "sha256:o"), a.task), WrongBase, "trained on"),
         (lambda a: Adapter(a.method, a.tensors, {}, a.base, a.task), AdapterError, "has no head classifier"),
-        (lambda a: Adapter(a.method, a.tensors, a.head, a.base, {}), AdapterError, "says nothing of its task"),
+        (lambda a: Adapter(a.method, a.tensors, a.head, a.base, {}), AdapterError, "stores no task"),
         (lambda a: Adapter(Full(), a.tensors, a.head, a.base, a.task), AdapterError, "export it merged"),
         (lambda a: Adapter(a.method, {k: v * torch.nan for k, v in a.tensors.items()}, a.head, a.base, a.task),
          AdapterError, "not finite"),
@@ -155,7 +155,7 @@ def test_a_load_that_fails_fails_its_own_requests_only(shelf: Shelf, break_it: A
         assert [each.version for each in engine.loaded()] == ["b@1"]
 
 
-def test_an_exception_in_a_pass_fails_the_requests_in_it_and_the_engine_goes_on() -> None:
+def test_an_exception_in_a_pass_fails_its_requests_and_the_engine_continues() -> None:
     shelf = Shelf("llama", "generate")
     shelf.put("a")
     with shelf.engine() as engine:
@@ -178,11 +178,11 @@ def test_an_exception_in_a_pass_fails_the_requests_in_it_and_the_engine_goes_on(
 
 
 @pytest.mark.parametrize("kind", ["classify", "generate"])
-def test_numbers_that_are_none_are_an_error_for_their_row_and_nobody_elses(kind: Any) -> None:
+def test_logits_that_are_not_finite_fail_their_row_only(kind: Any) -> None:
     shelf = Shelf("llama", kind)
     shelf.put("good", "wide")
     adapter = shelf.put("huge", "wide", 2)
-    tensors = {name: value * 1e30 for name, value in adapter.tensors.items()}  # finite, and their products are not
+    tensors = {name: value * 1e30 for name, value in adapter.tensors.items()}  # finite, but their products are not
     shelf.adapters["huge@1"] = Adapter(adapter.method, tensors, adapter.head, adapter.base, adapter.task)
     with shelf.engine() as engine:
         engine.warm("good")
@@ -190,7 +190,7 @@ def test_numbers_that_are_none_are_an_error_for_their_row_and_nobody_elses(kind:
         expected = [engine.submit(kind, text, "good").result(30) for text in TEXTS]
         tickets = [(engine.submit(kind, text, "good"), engine.submit(kind, text, "huge")) for text in TEXTS]
         for (good, huge), wanted in zip(tickets, expected, strict=True):
-            with pytest.raises(NotFinite, match="huge@1 gave numbers that are not finite"):
+            with pytest.raises(NotFinite, match="huge@1 gave logits that are not finite"):
                 huge.result(30)
             if kind == "classify":
                 agree([good.result(30)], [wanted])
@@ -202,7 +202,7 @@ def test_numbers_that_are_none_are_an_error_for_their_row_and_nobody_elses(kind:
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def test_draining_ends_what_was_taken_and_takes_nothing_new(shelf: Shelf) -> None:
+def test_draining_finishes_open_requests_and_takes_no_new_ones(shelf: Shelf) -> None:
     with shelf.engine() as engine:
         tickets = [engine.submit("classify", text, name) for text in TEXTS for name in "abc"]
         assert engine.drain(30)
@@ -238,10 +238,10 @@ def test_closing_ends_every_ticket(shelf: Shelf) -> None:
     thread.join(30)
     assert not closing.is_alive()
     assert all(isinstance(each, Draining) for each in warming)
-    engine.close()  # once more does no harm
+    engine.close()  # a second time does nothing
 
 
-def test_a_limit_that_is_no_number_is_refused() -> None:
+def test_a_limit_that_is_no_positive_integer_is_refused() -> None:
     for wrong in ({"slots": 0}, {"memory": -1}, {"batch_tokens": 1.5}):
         with pytest.raises(DataError, match="expected a whole number"):
             Limits(**wrong)  # type: ignore[arg-type]
@@ -261,7 +261,7 @@ def test_counts_are_kept_by_version(shelf: Shelf) -> None:
         assert (stats.answers, stats.loads, stats.failed_loads, stats.adapters) == (5, 1, 1, 1)
 
 
-def test_labels_of_every_number_share_a_batch(shelf: Shelf) -> None:
+def test_heads_with_different_numbers_of_labels_share_a_batch(shelf: Shelf) -> None:
     shelf.adapters["two@1"] = made("bert", "classify", METHODS["lora"], 7, 2, shelf.spec(2))
     shelf.adapters["five@1"] = made("bert", "classify", METHODS["head"], 8, 5, shelf.spec(5))
     with shelf.engine() as engine:

@@ -1,4 +1,4 @@
-"""Texts from the engine: transformers' generate() for each adapter alone, whoever else is asked at the same time."""
+"""Generated texts equal those of transformers' generate() for each adapter alone, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def reference(shelf: Shelf, name: str | None, text: str, **settings: Any) -> tup
 
 
 @pytest.mark.parametrize("family", GENERATORS)
-def test_greedy_answers_of_a_crowd_equal_each_alone(family: str) -> None:
+def test_greedy_answers_of_a_mixed_batch_equal_each_alone(family: str) -> None:
     made = shelf(family)
     asked = [(name, text) for text in TEXTS for name in ("narrow", "wide", "prefix", None)]
     with made.engine(batch_tokens=64, running=5) as engine:
@@ -56,7 +56,7 @@ def test_greedy_answers_of_a_crowd_equal_each_alone(family: str) -> None:
         assert engine.stats().cache_tokens == engine.stats().running == 0
 
 
-def test_control_another_adapters_answer_would_be_seen() -> None:
+def test_control_adapters_give_different_answers() -> None:
     made = shelf("llama")
     said = {reference(made, name, TEXTS[0]) for name in ("narrow", "wide", "prefix", None)}
     assert len(said) == 4
@@ -91,7 +91,7 @@ def test_beam_search_equals_transformers(family: str, beams: int) -> None:
     ],
 )
 @pytest.mark.parametrize("beams", [1, 3])
-def test_what_a_bases_generation_config_asks_for_is_done(settings: dict[str, Any], beams: int) -> None:
+def test_settings_of_the_bases_generation_config_apply(settings: dict[str, Any], beams: int) -> None:
     made = shelf("bart")
     base = made.base()
     for name, value in settings.items():
@@ -108,7 +108,7 @@ def test_what_a_bases_generation_config_asks_for_is_done(settings: dict[str, Any
                 assert (answer["text"], answer["tokens"], answer["finish_reason"]) == expected
 
 
-def test_sampled_texts_depend_on_their_seed_and_not_on_who_is_asked_beside() -> None:
+def test_sampled_texts_depend_on_their_seed_and_not_on_other_requests() -> None:
     made = shelf("qwen3")
     options = {seed: Options(temperature=1.2, top_p=0.9, seed=seed, max_tokens=12) for seed in range(4)}
     with made.engine() as engine:
@@ -122,7 +122,7 @@ def test_sampled_texts_depend_on_their_seed_and_not_on_who_is_asked_beside() -> 
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_what_is_streamed_joins_to_the_answer(family: str) -> None:
+def test_streamed_pieces_join_to_the_answer(family: str) -> None:
     made = shelf(family)
     with made.engine() as engine:
         for options in (Options(), Options(temperature=1.0, seed=1), Options(num_beams=2)):
@@ -135,7 +135,7 @@ def test_what_is_streamed_joins_to_the_answer(family: str) -> None:
 
 
 @pytest.mark.parametrize("options", [Options(), Options(num_beams=2), Options(stop=("never there",))])
-def test_who_listens_first_when_all_is_answered_gets_the_whole_text(options: Options) -> None:
+def test_a_listener_that_comes_after_the_answer_gets_the_whole_text(options: Options) -> None:
     with shelf("llama").engine() as engine:
         ticket = engine.submit("generate", TEXTS[0], "narrow", options)
         answer = ticket.result(30)
@@ -173,7 +173,7 @@ def test_a_stop_string_ends_the_text_before_it_and_frees_its_rows() -> None:
         assert engine.stats().running == 0
 
 
-def test_token_ids_are_taken_as_they_are() -> None:
+def test_token_ids_are_used_unchanged() -> None:
     made = shelf("gpt2")
     with made.engine() as engine:
         ids = engine.base.tokenizer("a great film")["input_ids"]
@@ -186,7 +186,7 @@ def test_token_ids_are_taken_as_they_are() -> None:
             engine.submit("generate", [], None)
 
 
-def test_a_cancelled_generation_ends_and_gives_its_rows_back() -> None:
+def test_a_cancelled_generation_ends_and_frees_its_rows() -> None:
     made = shelf("llama")
     with made.engine(max_tokens=100_000, cache_tokens=200_000) as engine:
         ticket = engine.submit("generate", TEXTS[0], "narrow", Options(max_tokens=50_000))
@@ -204,7 +204,7 @@ def test_a_cancelled_generation_ends_and_gives_its_rows_back() -> None:
         assert engine.generate([TEXTS[0]], "narrow")[0]["tokens"] > 0
 
 
-def test_what_does_not_fit_the_cache_is_refused_and_what_does_not_fit_now_waits() -> None:
+def test_a_request_larger_than_the_cache_is_refused_and_one_that_does_not_fit_now_waits() -> None:
     made = shelf("llama", max_target_tokens=30)
     with made.engine(cache_tokens=64) as engine:
         tickets = [engine.submit("generate", text, "narrow") for text in TEXTS]  # 64 tokens each
@@ -215,7 +215,7 @@ def test_what_does_not_fit_the_cache_is_refused_and_what_does_not_fit_now_waits(
         assert [each["text"] for each in engine.generate(TEXTS, "narrow")] == answers
 
 
-def test_positions_that_a_base_does_not_have_are_refused_not_read() -> None:
+def test_a_text_longer_than_the_bases_positions_is_refused() -> None:
     made = shelf("gpt2")
     with made.engine() as engine:
         with pytest.raises(DataError, match="max_tokens = 510: the prompt leaves room for"):
@@ -252,7 +252,7 @@ def test_logprobs_are_transformers_own_before_penalties_and_temperature(family: 
         assert len(said) == answer["tokens"] > 0
         ids = torch.tensor([each["id"] for each in said])
         with torch.inference_mode():
-            logits = own_target_logits(model, [source], [ids])  # (T, V), along the tokens that were chosen
+            logits = own_target_logits(model, [source], [ids])  # (T, V), at the chosen tokens
         expected = logits.float().log_softmax(-1)
         for row, each in zip(expected, said, strict=True):
             assert each["logprob"] == pytest.approx(float(row[each["id"]]), abs=1e-4)
@@ -263,11 +263,11 @@ def test_logprobs_are_transformers_own_before_penalties_and_temperature(family: 
         assert "".join(each["token"] for each in said).strip() == answer["text"]
 
 
-def test_logprobs_of_beams_and_too_many_of_them_are_refused() -> None:
+def test_logprobs_of_beams_and_too_many_logprobs_are_refused() -> None:
     with pytest.raises(DataError, match=r"logprobs = 21: expected a whole number from 0 to 20"):
         Options(logprobs=21)
     with shelf("llama", num_beams=3).engine() as engine:
-        with pytest.raises(DataError, match=r"this answer has 3 beams: ask for num_beams = 1"):
+        with pytest.raises(DataError, match=r"this answer has 3 beams: set num_beams = 1"):
             engine.submit("generate", TEXTS[0], "narrow", Options(logprobs=1)).result(30)
         answer = engine.submit("generate", TEXTS[0], "narrow", Options(logprobs=1, num_beams=1, max_tokens=3)).result(
             30

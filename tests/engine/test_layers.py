@@ -1,4 +1,4 @@
-"""A layer in one call: the same bits as its modules give, and the modules where it does not fit."""
+"""Layers in one call: bit-equal to their modules; layers that do not fit are computed by their modules."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ENCODERS = {
 }
 METHODS: list[Method] = [
     LoRA(r=4, lora_dropout=0.0, init_lora_weights=False, target_modules="all-linear"),
-    LoRA(r=9, lora_dropout=0.0, init_lora_weights=False),  # queries and values alone
+    LoRA(r=9, lora_dropout=0.0, init_lora_weights=False),  # queries and values only
     Prefix(num_virtual_tokens=5, reparametrize=False),
 ]
 LENGTHS = (9, 3, 14, 1, 40, 6)
@@ -70,7 +70,7 @@ def model_of(name: str, dtype: torch.dtype) -> Any:
     if name in ENCODERS:
         auto = transformers.AutoModelForSequenceClassification
     model = auto.from_config((CONFIGS | ENCODERS)[name]()).eval().requires_grad_(False)
-    for key, each in model.named_parameters():  # norms and biases that matter
+    for key, each in model.named_parameters():  # norms and biases that affect the result
         if each.ndim == 1:
             each.add_(torch.randn_like(each) * 0.2)
         assert bool(each.any()), key
@@ -98,7 +98,7 @@ def runner_of(name: str, dtype: torch.dtype) -> Runner:
 
 
 def steps(runner: Runner, count: int = 4) -> list[Tensor]:
-    """What a pass of every prompt says, and so many steps behind it."""
+    """The logits of a prefill pass of all prompts, and of that many decode steps after it."""
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(5, 128, (length,), generator=generator).tolist() for length in LENGTHS]
     kv_slots = [runner.kv_slot(len(row), count + 1, slot) for row, slot in zip(rows, SLOTS, strict=True)]
@@ -113,7 +113,7 @@ def steps(runner: Runner, count: int = 4) -> list[Tensor]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether the one call computed, at every layer of a pass that asked it."""
+    """For each layer of each pass, whether the one call computed it."""
     taken: list[bool] = []
     own = OneCall.__call__
 
@@ -129,7 +129,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def require_the_modules_bits(
     ours: list[Tensor], asked: Callable[[], list[Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the same passes say where the modules compute every layer is what was said, to the bit."""
+    """The same passes, computed by the modules, are bit-equal."""
     with monkeypatch.context() as patch:
         patch.setattr(OneCall, "__call__", lambda *_: None)
         theirs = asked()
@@ -142,17 +142,17 @@ def few(dtype: torch.dtype) -> bool:
 
 @BOTH
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_step_is_to_the_bit_what_the_modules_give(
+def test_a_decode_step_is_bit_equal_to_the_modules(
     name: str, dtype: torch.dtype, calls: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of several lane sizes, adapters of other ranks and targets, prefixes and bare rows."""
+    """KV slots of several lengths, adapters of different ranks and targets, prefixes, and rows without an adapter."""
     runner = runner_of(name, dtype)
     calls.clear()
     ours = steps(runner)
     layers = runner.model.config.num_hidden_layers
     assert calls == [False] * layers + [few(dtype)] * 4 * layers
     require_the_modules_bits(ours, lambda: steps(runner), monkeypatch)
-    monkeypatch.setattr(AdapterPool, "spans", lambda *_: None)  # the control: what adapters say matters
+    monkeypatch.setattr(AdapterPool, "spans", lambda *_: None)  # the control: the adapters change the result
     bare = steps(runner)
     assert not few(dtype) or not torch.allclose(bare[1].float(), ours[1].float(), atol=0.1)
 
@@ -168,10 +168,10 @@ def short_texts(runner: Runner) -> list[Tensor]:
 
 @BOTH
 @pytest.mark.parametrize("name", ENCODERS)
-def test_short_texts_are_to_the_bit_what_the_modules_give(
+def test_short_texts_are_bit_equal_to_the_modules(
     name: str, dtype: torch.dtype, calls: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two LoRAs, a prefix and a head alone."""
+    """Two LoRAs, a prefix and only a head."""
     runner = runner_of(name, dtype)
     calls.clear()
     ours = short_texts(runner)
@@ -180,10 +180,10 @@ def test_short_texts_are_to_the_bit_what_the_modules_give(
     monkeypatch.setattr(AdapterPool, "spans", lambda *_: None)
     bare = short_texts(runner)
     assert not calls[0] or not torch.allclose(bare[0], ours[0], atol=0.02)
-    assert torch.equal(bare[2], ours[2])  # a head alone
+    assert torch.equal(bare[2], ours[2])  # only a head
 
 
-def test_a_pass_in_which_a_row_begins_is_the_modules(calls: list[bool]) -> None:
+def test_a_pass_with_prefill_rows_is_computed_by_the_modules(calls: list[bool]) -> None:
     if not few(torch.float32):
         pytest.skip("not for this processor")
     runner = runner_of("llama", torch.float32)
@@ -198,7 +198,9 @@ def test_a_pass_in_which_a_row_begins_is_the_modules(calls: list[bool]) -> None:
     assert len(calls) == 3
 
 
-def test_more_rows_than_the_kernel_takes_are_the_modules(calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_than_the_kernel_takes_are_computed_by_the_modules(
+    calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels.Library, "few", lambda *_: 5)
     steps(runner_of("llama", torch.float32), count=1)
     assert not any(calls)
@@ -217,7 +219,7 @@ def _hooked(layer: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [_other_norm, _other_mlp, _hooked])
-def test_a_layer_that_is_something_else_is_computed_by_its_modules(
+def test_a_changed_layer_is_computed_by_its_modules(
     change: Any, calls: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = runner_of("llama", torch.float32)
@@ -260,7 +262,7 @@ def _fewer(layer: Any) -> None:
 
 @pytest.mark.parametrize("change", [_before, _behind, _fewer])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_who_looks_between_two_layers_sees_what_the_modules_show(
+def test_a_hook_between_two_layers_sees_the_modules_values(
     change: Any, place: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = runner_of("llama", torch.float32)
@@ -271,7 +273,7 @@ def test_who_looks_between_two_layers_sees_what_the_modules_show(
     assert not torch.allclose(ours[1], plain[1], atol=1e-3)
 
 
-def test_without_kernels_and_after_the_engine_the_layers_are_the_bases_own(calls: list[bool]) -> None:
+def test_without_kernels_and_after_close_the_layers_are_the_bases_own(calls: list[bool]) -> None:
     runner = runner_of("llama", torch.float32)
     with kernels.without():
         steps(runner, count=1)

@@ -1,4 +1,4 @@
-"""Mixtures against PEFT and the bare base, with controls: what one pass promises about rows that share it."""
+"""Rows that share a pass equal PEFT and the bare base, each alone; with controls."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from turret.methods import LoRA
 
 @pytest.fixture(params=["kernels", "torch"])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """How the adapters are multiplied: by the kernel where this machine has one, or by torch's own products."""
+    """Adapters are multiplied by the kernel if this machine has one, or in torch."""
     with kernels.without() if request.param == "torch" else nullcontext():
         yield request.param
 
 
 def loras(family: str, task: Any, count: int = 8) -> list[Adapter]:
-    """Of different ranks, targets and scalings."""
+    """LoRAs of different ranks, targets and scalings."""
     kinds = [
         LoRA(
             r=2 + seed % 3 * 3, lora_alpha=6 + seed, lora_dropout=0.0, init_lora_weights=False, use_rslora=seed % 2 == 0
@@ -88,21 +88,21 @@ def test_control_one_layer_left_out_for_one_row_would_be_seen(family: str, way: 
     fresh = [Prefill(row.tolist(), slot) for slot, row in enumerate(inputs, 1)]
     whole = runner.run(fresh).classes
     loaded = runner.adapter_pool._slots[2]
+    layout = loaded.layout
+    assert layout is not None
     for layer in loaded.pairs():
-        kept, layout = runner.adapter_pool._pairs(2), loaded.layout
-        assert layout is not None
         offsets = layout.offsets.clone()
         offsets[layer] = -1
-        runner.adapter_pool._viewed[2] = {number: pair for number, pair in kept.items() if number != layer}
-        loaded.layout = replace(layout, offsets=offsets)
+        places = tuple(place for place in layout.places if place.layer != layer)
+        loaded.layout = replace(layout, places=places, offsets=offsets)
         torn = runner.run(fresh).classes
-        runner.adapter_pool._viewed[2], loaded.layout = kept, layout
+        loaded.layout = layout
         assert (torn[1] - whole[1]).abs().max() > 1e-4, layer
         assert all(torch.equal(torn[row], whole[row]) for row in (0, 2, 3))
 
 
 def prompts(runner: Runner, slots: list[int]) -> tuple[torch.Tensor, list[KVSlot]]:
-    """Scores of the first tokens of a crowd, and the crowd's lanes."""
+    """The logits of a prefill pass of eight prompts, and their KV slots."""
     inputs = with_eos(runner.model, rows(lengths=LENGTHS))
     kv_slots = [runner.kv_slot(len(row), 8, slot) for row, slot in zip(inputs, slots, strict=True)]
     fresh = [Prefill(row.tolist(), slot, kv_slot) for row, slot, kv_slot in zip(inputs, slots, kv_slots, strict=True)]
@@ -117,7 +117,7 @@ def test_a_bare_row_is_bit_equal_to_the_bare_base_in_a_pass_of_the_same_shapes(f
     steps = runner.run([], [DecodeStep(5 + row, 0, kv_slot) for row, kv_slot in enumerate(kv_slots)]).vocabulary
     for kv_slot in kv_slots:
         runner.cache.close(kv_slot)
-    slots = [0, 0, 0, 1, 2, 3, 4, 5]  # as a pass sorts them, so that every row lies where it lay
+    slots = [0, 0, 0, 1, 2, 3, 4, 5]  # sorted, as in a pass, so that every row keeps its place
     mixed, kv_slots = prompts(runner, slots)
     assert torch.equal(mixed[:3], bare[:3])
     assert (mixed[3:] - bare[3:]).abs().amin(0).max() > 1e-3
@@ -126,7 +126,7 @@ def test_a_bare_row_is_bit_equal_to_the_bare_base_in_a_pass_of_the_same_shapes(f
 
 
 @torch.no_grad()
-def test_a_bare_row_beside_prefixes_equals_the_bare_base() -> None:
+def test_a_bare_row_next_to_prefixes_equals_the_bare_base() -> None:
     adapters = [made("llama", "generate", METHODS["prefix"], seed) for seed in range(5)]
     runner = runner_of("llama", "generate", adapters)
     bare, _ = prompts(runner, [0] * 8)
@@ -149,7 +149,6 @@ def test_permuting_rows_permutes_answers(family: str, way: str) -> None:
         torch.testing.assert_close(permuted[place], straight[row], atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("batched", [True, False, None])
 @pytest.mark.parametrize(
     "slots",
     [
@@ -162,25 +161,21 @@ def test_permuting_rows_permutes_answers(family: str, way: str) -> None:
     ],
 )
 @torch.no_grad()
-def test_steps_of_any_mixture_equal_the_plain_loop_over_segments(batched: bool | None, slots: list[int]) -> None:
-    """batched: one of the stack's two ways, or None for the kernel's."""
+def test_decode_steps_of_any_mixture_equal_sgmv_of_whole_rows(way: str, slots: list[int]) -> None:
     runner = runner_of("llama", "generate", loras("llama", "generate"))
-    if batched is not None:
-        runner.adapter_pool.stack.batched = batched
     inputs = rows(lengths=LENGTHS)
     kv_slots = [runner.kv_slot(len(row), 8, slot) for row, slot in zip(inputs, slots, strict=True)]
     runner.run([Prefill(r.tolist(), slot, kv_slot) for r, slot, kv_slot in zip(inputs, slots, kv_slots, strict=True)])
-    for count in (8, 5, 8):  # rows leave and come back, so places are used again
+    for count in (8, 5, 8):  # rows leave and come back
         picked = slots[:count]
         fresh = [Prefill([*row.tolist(), 7], slot, runner.kv_slot(30, 8, slot)) for row, slot in zip(inputs, picked)]  # noqa: B905
         with kernels.without():
-            whole = runner.run(fresh).vocabulary  # the plain loop: every row as a segment of a prompt
+            whole = runner.run(fresh).vocabulary  # every row is a segment of a prompt
         for each in fresh:
             assert each.kv_slot is not None
             runner.cache.close(each.kv_slot)
         before = [dict(kv_slot.lengths) for kv_slot in kv_slots]
-        with kernels.without() if batched is not None else nullcontext():
-            steps = runner.run([], [DecodeStep(7, slot, kv_slot) for slot, kv_slot in zip(picked, kv_slots)]).vocabulary  # noqa: B905
+        steps = runner.run([], [DecodeStep(7, slot, kv_slot) for slot, kv_slot in zip(picked, kv_slots)]).vocabulary  # noqa: B905
         for kv_slot, lengths in zip(kv_slots, before, strict=True):
             kv_slot.lengths = lengths
         torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
@@ -206,12 +201,11 @@ def test_decoding_in_bfloat16_is_near_to_float32(way: str) -> None:
         runner = runner_of("llama", "generate", adapters, dtype)
         _, kv_slots = prompts(runner, [1, 2, 3, 4, 5, 6, 7, 8])
         steps = [DecodeStep(9, slot, kv_slot) for slot, kv_slot in enumerate(kv_slots, 1)]
-        assert runner.adapter_pool.stack.batched is (dtype == torch.float32)  # the stacked way in bfloat16
         outcomes.append(runner.run([], steps).vocabulary)
     assert (outcomes[0] - outcomes[1]).abs().max() < 0.05 * outcomes[0].abs().max()
 
 
-def test_mounting_takes_as_long_beside_a_thousand_as_beside_none() -> None:
+def test_mounting_touches_no_module_of_the_base() -> None:
     adapter = loras("bert", "classify", 1)[0]
     adapter_pool: AdapterPool = runner_of("bert", "classify", [adapter]).adapter_pool
     touched: list[Any] = []
@@ -226,18 +220,18 @@ def test_mounting_takes_as_long_beside_a_thousand_as_beside_none() -> None:
     assert all(not linear.slots for linear in attachment(adapter_pool._model).linears.values())
 
 
-def test_a_lora_in_memory_is_one_run_in_the_bases_precision() -> None:
+def test_a_lora_in_memory_is_one_buffer_in_the_bases_precision() -> None:
     adapter = made("bert", "classify", METHODS["wide"])
     loaded = runner_of("bert", "classify", [], torch.bfloat16).adapter_pool.prepare(adapter, "sha256:x", CLASSIFIES)
     numbers = sum(each.numel() for each in adapter.tensors.values())
     numbers += sum(each.numel() for each in adapter.head.values())
-    assert loaded.run.untyped_storage().nbytes() == loaded.bytes == 2 * numbers
+    assert loaded.flat.untyped_storage().nbytes() == loaded.bytes == 2 * numbers
     for name, value in adapter.head.items():
         torch.testing.assert_close(loaded.head[name].float(), value, atol=0, rtol=2**-8)
 
 
 @torch.no_grad()
-def test_a_pooler_is_adapted_where_the_head_reads_it() -> None:
+def test_the_pooler_that_a_head_reads_is_adapted() -> None:
     adapter = made("bert", "classify", METHODS["wide"], 4)
     assert any("pooler" in name for name in adapter.tensors)
     runner = runner_of("bert", "classify", [adapter])
@@ -252,7 +246,7 @@ def test_a_pooler_is_adapted_where_the_head_reads_it() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_heads_with_a_pooler_of_their_own_and_without_and_of_other_classes_answer_in_one_pass(
+def test_heads_with_and_without_their_own_pooler_and_with_other_classes_share_a_pass(
     dtype: torch.dtype, way: str
 ) -> None:
     adapters = [made("bert", "classify", METHODS["wide"], seed, labels=2 + seed) for seed in (1, 2, 3)]
@@ -274,20 +268,20 @@ def test_heads_with_a_pooler_of_their_own_and_without_and_of_other_classes_answe
     assert (runner.run([Prefill(inputs[0], 5)]).classes[0] - mixed[0]).abs().max() > 1e-3
 
 
-def test_adapters_of_one_shape_share_where_their_tensors_lie_whatever_the_order_of_a_file() -> None:
+def test_adapters_of_one_shape_share_their_layout_for_any_order_in_a_file() -> None:
     one, other = (made("bert", "classify", METHODS["wide"], seed) for seed in (1, 2))
     turned = replace(other, **{part: dict(reversed(getattr(other, part).items())) for part in ("tensors", "head")})
     adapter_pool = runner_of("bert", "classify", []).adapter_pool
     first, second, third = (adapter_pool.prepare(each, "sha256:x", CLASSIFIES) for each in (one, other, turned))
     assert first.layout is second.layout is third.layout
-    assert first.ends is third.ends
-    assert torch.equal(second.run, third.run)
-    assert not torch.equal(first.run, third.run)
+    assert first.head_layout is third.head_layout
+    assert torch.equal(second.flat, third.flat)
+    assert not torch.equal(first.flat, third.flat)
 
 
 @torch.no_grad()
-def test_a_pass_of_both_kinds_of_rows_is_the_same_by_kernel_and_by_torch() -> None:
-    """Rows that begin and rows that go on, adapters of other ranks and targets, bare rows and a prefix between them."""
+def test_a_pass_of_prefill_and_decode_rows_is_the_same_by_kernel_and_by_torch() -> None:
+    """Adapters of different ranks and targets, a prefix, and rows without an adapter."""
     adapters = [*loras("llama", "generate", 4), made("llama", "generate", METHODS["prefix"], 9)]
     outcomes = []
     for context in (nullcontext(), kernels.without()):
@@ -300,5 +294,5 @@ def test_a_pass_of_both_kinds_of_rows_is_the_same_by_kernel_and_by_torch() -> No
             ]
             outcomes.append(runner.run(fresh, steps).vocabulary)
             assert not runner.adapter_pool._spans
-            assert not runner.adapter_pool._held
+            assert not runner.adapter_pool._in_use
     torch.testing.assert_close(outcomes[0], outcomes[1], atol=2e-5, rtol=2e-5)

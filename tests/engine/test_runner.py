@@ -1,4 +1,4 @@
-"""One mixed pass: every row is what its adapter says alone, whoever shares the pass."""
+"""A mixed pass: every row equals its adapter alone, whatever else is in the pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from turret.adapters import Adapter, classify_logits
 from turret.engine.runner import DecodeStep, Prefill, Runner, pass_tokens
 from turret.methods import Method, Prefix
 
-PATTERNS = {  # whose each row is; 7 of every set of methods is a head alone: the bare base's body
+PATTERNS = {  # the adapter of each row; number 7 of every set is only a head, so its body is the bare base
     "identical": [2] * 8,
     "distinct": [1, 2, 3, 4, 5, 6, 7, 8],
     "uniform": [3, 1, 4, 2, 2, 1, 4, 3],
@@ -41,14 +41,14 @@ MORE: dict[str, Method] = {
 
 @functools.cache
 def adapter_of(family: str, task: Any, kind: str, seed: int) -> tuple[Adapter, Any]:
-    """One with 2, 3 or 4 labels, and the model that has it and nothing else."""
+    """An adapter with 2, 3 or 4 labels, and a model with only this adapter."""
     labels = 2 + seed % 3
     adapter = made(family, task, (METHODS | MORE)[kind], seed, labels)
     return adapter, alone(family, task, adapter, labels)
 
 
 def set_of(family: str, task: Any, methods: str) -> tuple[list[Adapter], list[Any]]:
-    """Eight adapters of a set of methods, and each alone; what generates has no head, so there 7 is one more LoRA."""
+    """Eight adapters of a set of methods, and a model for each. Generators have no head, so there 7 is another LoRA."""
     kinds = [kind if task == "classify" or kind != "head" else "lora" for kind in SETS[methods]]
     both = [adapter_of(family, task, kind, seed) for seed, kind in enumerate(kinds, 1)]
     return [adapter for adapter, _ in both], [model for _, model in both]
@@ -75,8 +75,8 @@ def test_a_mixed_pass_of_classifiers_equals_each_row_alone(family: str, methods:
 @pytest.mark.parametrize("methods", SETS)
 @pytest.mark.parametrize("family", GENERATORS)
 @torch.no_grad()
-def test_scores_of_a_mixed_pass_and_of_the_step_behind_it_equal_each_row_alone(family: str, methods: str) -> None:
-    """The bare base is slot 0 here; what it says stands in the column of 7."""
+def test_logits_of_a_mixed_prefill_and_of_the_next_step_equal_each_row_alone(family: str, methods: str) -> None:
+    """Slot 0, the bare base, replaces adapter 7."""
     adapters, models = set_of(family, "generate", methods)
     runner = runner_of(family, "generate", adapters)
     inputs = with_eos(runner.model, rows(lengths=LENGTHS))

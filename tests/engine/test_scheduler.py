@@ -1,4 +1,4 @@
-"""Who goes next: nobody starves, the bounds hold, turns are fair, priorities and deadlines count."""
+"""The scheduler: no request starves, limits hold, turns are fair, priorities and deadlines count."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REQUESTS = st.builds(
 
 @settings(deadline=None)
 @given(st.lists(st.lists(REQUESTS, max_size=4), max_size=12), st.integers(1, 5), st.randoms())
-def test_everybody_is_served_once_and_no_bound_is_passed(arrivals: Any, steps: int, random: Any) -> None:
+def test_every_request_is_served_once_within_the_limits(arrivals: Any, steps: int, random: Any) -> None:
     plan = scheduler()
     waiting = [each for group in arrivals for each in group]
     pending, served, running = list(arrivals), [], []
@@ -101,7 +101,7 @@ def test_a_higher_priority_goes_first() -> None:
     assert plan.next() == [low]
 
 
-def test_a_low_priority_is_not_passed_over_for_ever() -> None:
+def test_a_low_priority_is_served_eventually() -> None:
     plan = scheduler(patience=5)
     low = request("a", 80)
     plan.add(low)
@@ -130,7 +130,7 @@ def test_a_large_request_gets_its_cache_although_small_ones_keep_coming() -> Non
     raise AssertionError("never served")
 
 
-def test_generating_rows_take_their_tokens_of_a_pass_before_others_begin() -> None:
+def test_rows_that_generate_take_tokens_of_a_pass_before_others_begin() -> None:
     plan = scheduler(batch_tokens=10, running=8)
     for _ in range(6):
         plan.add(request("a", 1, "generate", cache_tokens=1))
@@ -140,7 +140,7 @@ def test_generating_rows_take_their_tokens_of_a_pass_before_others_begin() -> No
     assert [each.tokens for each in plan.next()] == [4]
 
 
-def test_what_is_removed_never_goes() -> None:
+def test_a_removed_request_never_begins() -> None:
     plan = scheduler()
     first, second = request("a", 5), request("a", 6)
     plan.add(first)
@@ -150,7 +150,7 @@ def test_what_is_removed_never_goes() -> None:
     assert plan.next() == [second]
 
 
-def test_a_request_knows_when_its_time_is_over() -> None:
+def test_a_late_request_ends_with_deadline_exceeded() -> None:
     late = request("a", arrived=1.0, deadline=3.0)
     assert late.end_of_time(2.9) is None
     assert isinstance(late.end_of_time(3.0), DeadlineExceeded)

@@ -1,4 +1,4 @@
-"""Which adapter sits in which slot: the bounds hold, pins and holds stay, the least recently used goes."""
+"""Slots: limits hold, pinned and held adapters stay, the least recently used is evicted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = st.lists(
 
 @settings(deadline=None)
 @given(STEPS, st.integers(1, 4), st.one_of(st.none(), st.integers(20, 100)))
-def test_the_bounds_hold_and_what_is_held_or_pinned_stays(steps: Any, count: int, memory: int | None) -> None:
+def test_limits_hold_and_held_or_pinned_adapters_stay(steps: Any, count: int, memory: int | None) -> None:
     slots = Slots(count, memory)
     for verb, digest, size in steps:
         safe = {each.digest for each in slots.entries() if each.holds or each.pinned or not each.ready}
@@ -58,7 +58,7 @@ def test_the_bounds_hold_and_what_is_held_or_pinned_stays(steps: Any, count: int
         assert safe <= {each.digest for each in entries}
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_is_evicted_first() -> None:
     slots = Slots(2, None)
     for digest in "ab":
         entry, _ = slots.open(digest, 1)
@@ -83,12 +83,12 @@ def test_a_slot_is_waited_for_while_all_are_held_and_refused_while_all_are_pinne
         slots.open("b", 1)
 
 
-def test_an_adapter_larger_than_the_bound_is_refused_with_both_numbers() -> None:
+def test_an_adapter_larger_than_the_limit_is_refused_with_both_numbers() -> None:
     with pytest.raises(NoRoom, match="takes 11 bytes and the limit of memory is 10"):
         Slots(1, 10).open("a", 11)
 
 
-def test_one_that_turns_out_larger_than_there_is_room_for_is_out_again() -> None:
+def test_an_adapter_that_is_larger_than_reserved_and_does_not_fit_is_removed() -> None:
     slots = Slots(2, 10)
     entry, _ = slots.open("a", 5)
     assert entry is not None

@@ -1,4 +1,4 @@
-"""A text while it grows: pieces join to the whole, and no stop string leaks, wherever the tokens' borders are."""
+"""A growing text: pieces join to the whole, and no stop string leaks, whatever the tokens are."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def test_pieces_join_to_the_text_before_the_first_stop_string(words: list[str], 
     assert "".join(pieces) == text.text == whole.strip()
 
 
-def test_a_stop_string_over_the_border_of_tokens_is_held_back_until_it_is_decided() -> None:
+def test_a_stop_string_across_tokens_is_held_back_until_it_is_decided() -> None:
     assert grown(["x", "E", "N", "D", "y"], ["END"])[0] == ["x", "", "", "", ""]
     assert grown(["x", "E", "N", "O"], ["END"])[0] == ["x", "", "", "ENO", ""]
 
 
-def test_half_a_character_is_held_back_until_it_is_whole() -> None:
+def test_an_incomplete_character_is_held_back() -> None:
     text = IncrementalText(lambda tokens: ["", "a�", "aé"][len(tokens)], [])
     assert [text.grow([1]), text.grow([1, 2]), text.end()] == ["a", "é", ""]
 
 
-def test_blanks_around_the_text_are_never_said() -> None:
+def test_white_space_around_the_text_is_never_sent() -> None:
     pieces, text = grown([" ", "a", " ", "b", " "], [])
     assert "".join(pieces) == text.text == "a b"
     assert pieces[:3] == ["", "a", ""]

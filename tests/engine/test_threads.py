@@ -1,4 +1,4 @@
-"""Many threads at once: every answer is its adapter's own, none is lost, and what is loaded stays within its bounds."""
+"""Many threads at once: every answer comes from its adapter, none is lost, and memory stays within its limits."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_eight_threads_and_twenty_adapters_while_others_load_unload_fail_and_can
     assert len(answered) > 150
 
 
-def test_threads_that_ask_while_the_engine_closes_get_an_answer_or_an_error() -> None:
+def test_threads_that_submit_while_the_engine_closes_get_an_answer_or_an_error() -> None:
     shelf = Shelf("bert")
     shelf.put("a")
     engine = shelf.engine()
@@ -94,8 +94,8 @@ def test_threads_that_ask_while_the_engine_closes_get_an_answer_or_an_error() ->
     assert ends == ["Draining"] * 4
 
 
-def test_whoever_waits_lets_its_helper_threads_go(monkeypatch) -> None:
-    """The one who asks, the loader behind a load, and the engine once it has nothing to do: or a pass is slower."""
+def test_threads_that_wait_park_their_helper_threads(monkeypatch) -> None:
+    """The caller, the loader after a load, and the engine once it is idle. Otherwise a pass is slower."""
     rested: list[str] = []
     for module in (engine_module, thread_parking.kernels, adapter_loader):
         monkeypatch.setattr(module, "rest", lambda: rested.append(threading.current_thread().name))
@@ -110,4 +110,4 @@ def test_whoever_waits_lets_its_helper_threads_go(monkeypatch) -> None:
         time.sleep(4 * thread_parking.IDLE)
         before = rested.count("turret-engine")
         time.sleep(4 * thread_parking.IDLE)
-        assert rested.count("turret-engine") == before  # not again while nothing comes
+        assert rested.count("turret-engine") == before  # not again while it is idle

@@ -1,7 +1,6 @@
-"""One frozen base in memory and the adapters on it: requests, who goes next, mixed passes, decoding.
+"""One frozen base in memory that answers with any number of adapters: scheduling, mixed batches, KV cache, decoding.
 
-Knows adapters, bases and tasks. Refuses to know the store (it is given a `Source`), HTTP and files. Importing the
-package loads no torch; `Engine` does, when it is first used.
+Importing this package loads no torch; the first use of `Engine` does.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> type[Engine]:
     if name != "Engine":
         raise AttributeError(f"module 'turret.engine' has no attribute {name!r}")
     from turret.engine.core import Engine

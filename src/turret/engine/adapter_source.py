@@ -1,4 +1,4 @@
-"""Where the engine gets its versions from: two questions that somebody else answers. Refuses to know who."""
+"""The interface that the engine loads adapters through."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from turret.engine.request import Named
 
 
 class AdapterSource(Protocol):
-    """Where versions come from."""
+    """A collection of stored adapters."""
 
     def resolve(self, reference: str) -> Named:
-        """What the reference means now. Raises NotFound."""
+        """The version that a reference names now. Raises NotFound."""
         ...
 
     def load(self, named: Named) -> Adapter:
-        """Blocking; called on the loader's thread. Raises TurretError."""
+        """The adapter of a version. May block: the loader's thread calls it. Raises TurretError."""
         ...

@@ -1,7 +1,6 @@
-"""One adapter as passes read it: all of its numbers in one contiguous run, and where each tensor lies in there.
+"""One adapter as passes read it: all of its tensors in one flat buffer, and the place of each tensor in it.
 
-Where they lie is the same for adapters of one shape, which share it: with hundreds in memory nothing but numbers is
-each one's own. Knows tensors. Refuses to know slots, and who made the numbers.
+Adapters of one shape share these places, so with hundreds in memory each one adds little more than its numbers.
 """
 
 from __future__ import annotations
@@ -10,33 +9,35 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]
+from turret.tasks import Task
+
+Pair = tuple[Tensor, Tensor]  # the factors of a linear layer, A (R, D_in) and the scaled B (R, D_out); or keys, values
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """Tensors one behind the other, by name."""
+class TensorLayout:
+    """Named tensors one after another in a flat buffer."""
 
     shapes: tuple[tuple[str, torch.Size], ...]
 
     @functools.cached_property
     def count(self) -> int:
+        """Elements of all tensors."""
         return sum(shape.numel() for _, shape in self.shapes)
 
-    def views(self, run: Tensor) -> dict[str, Tensor]:
-        """Of a run of so many numbers."""
-        places = torch.split(run, [shape.numel() for _, shape in self.shapes])
-        return {name: place.view(shape) for place, (name, shape) in zip(places, self.shapes, strict=True)}
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The tensors in a flat buffer of `count` elements."""
+        parts = torch.split(flat, [shape.numel() for _, shape in self.shapes])
+        return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a layer's factors begin: A (R, D_in), behind it B (R, D_out)."""
+class FactorPlace:
+    """The first element of a layer's factors: A (R, D_in), followed by B (R, D_out)."""
 
     layer: int
     start: int
@@ -46,78 +47,89 @@ class Place:
 
 @dataclass(frozen=True)
 class FactorLayout:
-    """A LoRA's factors, layer behind layer."""
+    """The factors of a LoRA, one layer after another."""
 
     rank: int
-    places: tuple[Place, ...]
-    offsets: Tensor  # (L, 2) int64: bytes from the run's begin to A and to B of every layer, -1 where it has none
+    places: tuple[FactorPlace, ...]
+    offsets: Tensor  # (L, 2) int64: bytes from the start of the buffer to A and to B of each layer, -1 for none
 
-    def pairs(self, run: Tensor) -> dict[int, Pair]:
-        """A^T (D_in, R) and the scaled B (R, D_out) by layer: views of the run."""
+    def pairs(self, flat: Tensor) -> dict[int, Pair]:
+        """A (R, D_in) and the scaled B (R, D_out) by layer: views of the buffer."""
         R, pairs = self.rank, {}
         for place in self.places:
             middle = place.start + R * place.d_in
-            A = run[place.start : middle].view(R, place.d_in)
-            pairs[place.layer] = A.mT, run[middle : middle + R * place.d_out].view(R, place.d_out)
+            A = flat[place.start : middle].view(R, place.d_in)
+            pairs[place.layer] = A, flat[middle : middle + R * place.d_out].view(R, place.d_out)
         return pairs
 
 
 @dataclass(eq=False, slots=True)
 class AdapterTensors:
-    """One adapter's numbers."""
+    """The tensors of one adapter, in the base's precision: factors, then prefix, then head."""
 
     digest: str
-    task: Any  # that encodes its texts and makes its answers
-    run: Tensor
-    layout: FactorLayout | None  # of a LoRA, at the run's begin
-    prefix: Mapping[str, Tensor]  # by group: (L, 2, H, P, D), views of the run
-    ends: Shapes  # the head, at the run's end, by names in the model
+    task: Task
+    flat: Tensor
+    layout: FactorLayout | None  # None without a LoRA
+    prefix: Mapping[str, Tensor]  # by group: (L, 2, H, P, D), views of `flat`
+    head_layout: TensorLayout  # of the end of `flat`, by names in the model
 
     @property
     def bytes(self) -> int:
-        return self.run.numel() * self.run.element_size()
+        return self.flat.numel() * self.flat.element_size()
 
     @property
     def rank(self) -> int:
+        """The rank of its LoRA; 0 without one."""
         return 0 if self.layout is None else self.layout.rank
 
     @property
-    def length(self) -> int:
-        """P of its prefix."""
+    def prefix_length(self) -> int:
+        """P; 0 without a prefix."""
         return next((each.shape[3] for each in self.prefix.values()), 0)
 
     @property
     def head(self) -> dict[str, Tensor]:
-        return self.ends.views(self.run[self.run.numel() - self.ends.count :])
+        return self.head_layout.views(self.flat[self.flat.numel() - self.head_layout.count :])
 
     @property
     def address(self) -> int:
-        return self.run.data_ptr()
+        return self.flat.data_ptr()
 
     @property
     def offsets(self) -> Tensor:
-        """Of a LoRA (`spans.Numbers`)."""
+        """(L, 2) int64: bytes from `address` to A and to B of each layer, -1 for none."""
         assert self.layout is not None
         return self.layout.offsets
 
     def pairs(self) -> dict[int, Pair]:
-        return {} if self.layout is None else self.layout.pairs(self.run)
+        """A (R, D_in) and the scaled B (R, D_out) by layer."""
+        return {} if self.layout is None else self.layout.pairs(self.flat)
 
 
-def shapes_of(parts: Mapping[str, Tensor]) -> Shapes:
-    """By names in their order: those of a file come in any."""
-    return _shapes(tuple((name, each.shape) for name, each in sorted(parts.items())))
+def tensor_layout(tensors: Mapping[str, Tensor]) -> TensorLayout:
+    """The layout of these tensors, sorted by name: the order in a file may be any."""
+    return _shared_layout(tuple((name, each.shape) for name, each in sorted(tensors.items())))
 
 
-_shapes = functools.lru_cache(256)(Shapes)
+_shared_layout = functools.lru_cache(256)(TensorLayout)
 
 
 @functools.lru_cache(256)
-def layout_of(rank: int, layers: tuple[tuple[int, int, int], ...], total: int, dtype: torch.dtype) -> FactorLayout:
-    """layers: (number, D_in, D_out) of those adapted, one behind the other, of `total` that the base has."""
+def factor_layout(rank: int, layers: tuple[tuple[int, int, int], ...], total: int, dtype: torch.dtype) -> FactorLayout:
+    """The layout of a LoRA's factors.
+
+    Args:
+        rank: R of every layer.
+        layers: (number, D_in, D_out) of each adapted layer, in the order of the buffer.
+        total: Linear layers of the base.
+        dtype: Of the buffer.
+    """
     offsets = torch.full((total, 2), -1)
     ends = accumulate(rank * (d_in + d_out) for _, d_in, d_out in layers)
-    places = tuple(Place(number, start, *sizes) for start, (number, *sizes) in zip((0, *ends), layers, strict=False))
+    places = tuple(
+        FactorPlace(number, start, *sizes) for start, (number, *sizes) in zip((0, *ends), layers, strict=False)
+    )
     for place in places:
         offsets[place.layer] = torch.tensor([place.start, place.start + rank * place.d_in]) * dtype.itemsize
     return FactorLayout(rank, places, offsets)

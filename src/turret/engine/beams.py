@@ -1,8 +1,7 @@
-"""Beam search of one request, step by step, as transformers has it: the k best unfinished texts go on together.
+"""Beam search for one request, step by step, with the results of transformers.
 
-A text that ends is scored by the sum of its log probabilities over its length to the power of `length_penalty`; the
-search ends when no unfinished text can beat the k finished ones. Knows log probabilities and token ids; refuses to
-know lanes and models, and says instead which beam goes on from which.
+The score of a finished text is the sum of its log probabilities / length ** length_penalty. The search ends when no
+unfinished text can beat the k finished ones. Source: `GenerationMixin._beam_search` of transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from turret.engine.decode import GenerationSettings, adjust
 
-NEVER = -1e9  # the score of what cannot be chosen, as transformers has it
+NEVER = -1e9  # the score of a text that cannot be chosen, as in transformers
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,12 @@ class Finished:
 
 
 class Beams:
-    """The texts of one search. Before the first step there is one row of scores, afterwards one a beam."""
+    """The texts of one search. The first step takes one row of logits, each later step one row per beam."""
 
     def __init__(self, settings: GenerationSettings, before: Sequence[int]) -> None:
         self.settings = settings
         self.random = random.Random(settings.seed)
-        self._before = list(before)  # what penalties count besides the answer
+        self._before = list(before)  # tokens before the answer that penalties count too
         self._size = settings.num_beams
         self.running: list[tuple[int, ...]] = [()] * self._size
         self._scores = [0.0] + [NEVER] * (self._size - 1)
@@ -46,11 +45,18 @@ class Beams:
 
     @property
     def best(self) -> tuple[int, ...]:
-        """The best finished text, its end-of-text token included."""
+        """The best finished text, including its end-of-text token; the best unfinished one before any has finished."""
         return self._best[0].tokens if self._best else self.running[0]
 
     def advance(self, logits: Tensor) -> list[int] | None:
-        """The beam that each new beam goes on from, or None at the end. logits: (1 or k, V) float32."""
+        """Take one step of the search.
+
+        Args:
+            logits: (1 or k, V) float32, of the last token of each beam.
+
+        Returns:
+            For each new beam the number of the beam that it continues; None at the end of the search.
+        """
         k, settings = self._size, self.settings
         scores = torch.log_softmax(logits, dim=-1)
         if not settings.plain:
@@ -58,8 +64,8 @@ class Beams:
                 adjust(row, [*self._before, *tokens], len(tokens), settings)
         scores = scores.expand(k, -1) + torch.tensor(self._scores, device=scores.device)[:, None]
         V = scores.shape[1]
-        kept = max(2, 1 + len(settings.eos)) * k
-        values, places = scores.flatten().topk(min(kept, k * V))
+        count = max(2, 1 + len(settings.eos)) * k
+        values, places = scores.flatten().topk(min(count, k * V))
         sources = (places // V).tolist()
         texts = [(*self.running[source], place % V) for source, place in zip(sources, places.tolist(), strict=True)]
         length = self.new + 1
@@ -78,7 +84,7 @@ class Beams:
     def _finish(
         self, texts: Sequence[tuple[int, ...]], totals: Sequence[float], ended: Sequence[bool], length: int
     ) -> None:
-        """Keep the k best of what had ended and what ends now; only the k first of a step may end."""
+        """Keep the k best finished texts. Of the texts of this step, only the first k may end."""
         if not self._improvable or (len(self._best) == self._size and self.settings.early_stopping is True):
             return
         new = [
@@ -89,7 +95,7 @@ class Beams:
         self._best = sorted([*self._best, *new], key=lambda each: -each.score)[: self._size]
 
     def _could_improve(self, length: int) -> bool:
-        """Whether the best unfinished text could still be better than the worst of k finished ones."""
+        """Whether the best unfinished text could still beat the worst of k finished ones."""
         if len(self._best) < self._size:
             return True
         settings = self.settings

@@ -1,11 +1,8 @@
-"""The key-value cache: what was said so far, as every attention layer sees it. Knows lanes, lengths and tensors.
+"""The KV cache: keys and values of earlier tokens, for every attention layer.
 
-A sequence has a lane in a block: the same place in a tensor (lanes, H_kv, S, D) of keys and one of values a layer.
-Blocks differ in S, a power of two, so a lane is at most twice as long as asked for. The lanes of a block that are in
-use are its first ones, whatever comes and goes, so a step reads them as they lie and copies nothing. A prefix stands at
-the beginning of its sequence's own lane; nothing is shared between lanes. A lane that is given back is zeroed.
-
-Refuses to know adapters, tokens and who may have how much: `scheduler` counts by `capacity`.
+A sequence has one KV slot in a block. A block has, for each layer, one tensor (2, slots, H_kv, S, D) of keys and
+values. S is a power of two, so a slot is at most twice as long as needed. The slots in use are always the first of
+their block, so a decode step reads them in place. The prefix of an adapter is copied to the start of the slot.
 """
 
 from __future__ import annotations
@@ -22,18 +19,21 @@ from turret.adapters.fused.blocks import rounded
 from turret.families import Site
 from turret.kernels import CachedKVArguments, usable
 
-SHORTEST = 32  # tokens of the shortest lane
-STEPS = ((256, 16), (1024, 64), (1 << 62, 256))  # how many of a block's tokens a step looks at, rounded up
+SHORTEST = 32  # tokens of the shortest slot
+STEPS = ((256, 16), (1024, 64), (1 << 62, 256))  # a step reads S rounded up: to 256 tokens by 16, and so on
 
 
 def capacity(tokens: int) -> int:
-    """Tokens that a lane for so many takes; none for none."""
+    """Tokens of the slot that holds so many: a power of two, or 0."""
     return 0 if tokens <= 0 else max(SHORTEST, 1 << (tokens - 1).bit_length())
 
 
 @dataclass(eq=False)
 class KVSlot:
-    """One sequence's place, and how much of it is in use: tokens by group, its prefix included."""
+    """The place of one sequence in a block.
+
+    lengths: tokens in use by group ("decoder", "cross"), including the prefix. prefixes: tokens of the prefix by group.
+    """
 
     block: KVBlock
     index: int
@@ -42,7 +42,7 @@ class KVSlot:
 
 
 class KVBlock:
-    """Lanes of equal length. sizes: S by group."""
+    """KV slots of equal length. sizes: S by group."""
 
     def __init__(self, sites: Mapping[str, Sequence[Site]], sizes: Mapping[str, int], like: Tensor) -> None:
         self.sizes = dict(sizes)
@@ -56,19 +56,23 @@ class KVBlock:
         }
 
     def reserve(self, count: int) -> None:
-        """Room for so many more lanes: opened one by one they would have everything copied at every doubling."""
-        wanted = len(self.kv_slots) + count
-        if wanted > self.room:
-            self._resize(1 << (wanted - 1).bit_length())
+        """Make room for that many more slots at once: each growth copies the whole block."""
+        needed = len(self.kv_slots) + count
+        if needed > self.room:
+            self._resize(1 << (needed - 1).bit_length())
 
     def open(self) -> KVSlot:
+        """A new, empty slot."""
         self.reserve(1)
         kv_slot = KVSlot(self, len(self.kv_slots), dict.fromkeys(self.sizes, 0), dict.fromkeys(self.sizes, 0))
         self.kv_slots.append(kv_slot)
         return kv_slot
 
     def close(self, kv_slot: KVSlot) -> None:
-        """Its place is taken by the last lane, and the last place is zeroed: a NaN would reach through any mask."""
+        """Free a slot: the last slot moves to its place, and the last place is zeroed.
+
+        A NaN left behind would pass any mask, because 0 * NaN is NaN.
+        """
         last = self.kv_slots.pop()
         for layers in self.stored.values():
             for stored in layers:
@@ -81,7 +85,7 @@ class KVBlock:
             self._resize(self.room // 2)
 
     def copy(self, kv_slots: Sequence[KVSlot], sources: Sequence[KVSlot]) -> None:
-        """Every lane becomes what its source was before: beams that go on from other beams."""
+        """Copy to each slot the contents that its source had before the call: beams continue other beams."""
         moved = [(kv_slot, source) for kv_slot, source in zip(kv_slots, sources, strict=True) if kv_slot is not source]
         if not moved:
             return
@@ -96,18 +100,18 @@ class KVBlock:
             kv_slot.lengths, kv_slot.prefixes = lengths, prefixes
 
     def _resize(self, room: int) -> None:
-        kept = min(room, len(self.kv_slots))
+        used = min(room, len(self.kv_slots))
         for layers in self.stored.values():
             for number, stored in enumerate(layers):
                 grown = stored.new_empty(2, room, *stored.shape[2:])
-                grown[:, :kept] = stored[:, :kept]
-                grown[:, kept:] = 0.0
+                grown[:, :used] = stored[:, :used]
+                grown[:, used:] = 0.0
                 layers[number] = grown
         self.room = room
 
 
 class KeyValueCache:
-    """All lanes, by the lengths they have."""
+    """All KV slots, in blocks by length."""
 
     def __init__(self, sites: Sequence[Site], like: Tensor) -> None:
         self._sites: dict[str, list[Site]] = {}
@@ -122,13 +126,13 @@ class KeyValueCache:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors, in use or not."""
+        """Bytes of all tensors, in use or not."""
         every = [each for block in self._blocks.values() for layers in block.stored.values() for each in layers]
         return sum(each.numel() * each.element_size() for each in every)
 
-    def reserve(self, kv_slots: Sequence[Mapping[str, int]]) -> None:
-        """Room for lanes of so many tokens each that will be opened now."""
-        counts = Counter(map(self._sizes, kv_slots))
+    def reserve(self, needs: Sequence[Mapping[str, int]]) -> None:
+        """Make room for slots that will be opened next. needs: tokens by group of each."""
+        counts = Counter(map(self._sizes, needs))
         if not counts.keys() <= self._blocks.keys():
             self._blocks = {sizes: block for sizes, block in self._blocks.items() if block.kv_slots or sizes in counts}
         for sizes, count in counts.items():
@@ -138,7 +142,7 @@ class KeyValueCache:
             self._blocks[sizes].reserve(count)
 
     def open(self, tokens: Mapping[str, int]) -> KVSlot:
-        """A lane for at most so many tokens of each group, empty."""
+        """A new, empty slot for at most so many tokens of each group."""
         sizes = self._sizes(tokens)
         if sizes not in self._blocks:
             self.reserve([tokens])
@@ -148,45 +152,49 @@ class KeyValueCache:
         return tuple(capacity(tokens[group]) for group in self._sites)
 
     def close(self, kv_slot: KVSlot) -> None:
+        """Free a slot."""
         kv_slot.block.close(kv_slot)
 
 
 class PassCache:
-    """What the attention function asks of the cache in one pass (`route.Cache`).
+    """The cache as the attention function uses it in one pass (`KVCacheProtocol`).
 
-    fresh: a lane (or None: nothing is kept) a fresh row, its slot, and its (start, end) among the tokens of each
-    stream. steps: the lanes of the rows that go on, those of a block together and in the order of its lanes.
+    Args:
+        adapter_pool: Has the prefixes.
+        prefill: For each prefill row its KV slot (None to keep nothing), its adapter's slot, and the (start, end) of
+            its tokens in each stream.
+        tokens: Tokens of all prefill rows by stream.
+        steps: The KV slots of the decode rows: those of a block together, in the order of the block.
+        device: Of the model.
     """
 
     def __init__(
         self,
         adapter_pool: AdapterPoolProtocol,
-        fresh: Sequence[tuple[KVSlot | None, int, Mapping[str, tuple[int, int]]]],
+        prefill: Sequence[tuple[KVSlot | None, int, Mapping[str, tuple[int, int]]]],
         tokens: Mapping[str, int],
         steps: Sequence[KVSlot],
         device: torch.device,
     ) -> None:
-        self._bank, self._fresh, self._tokens, self._device = adapter_pool, fresh, tokens, device
+        self._pool, self._prefill, self._tokens, self._device = adapter_pool, prefill, tokens, device
         self._parts: list[list[KVSlot]] = []
         for kv_slot in steps:
             if not self._parts or self._parts[-1][0].block is not kv_slot.block:
                 self._parts.append([])
-            assert kv_slot.index == len(self._parts[-1]), (
-                "lanes that take a step are the first of their block, in order"
-            )
+            assert kv_slot.index == len(self._parts[-1]), "the slots that decode are the first of their block, in order"
             self._parts[-1].append(kv_slot)
-        self._known: dict[str, list[_Known]] = {}
+        self._lengths: dict[str, list[_Lengths]] = {}  # by group, of each part
 
     def fresh(self, stream: str) -> int:
         return self._tokens[stream]
 
     def keep(self, group: str, layer: int, keys: Tensor, values: Tensor) -> None:
         stream = "encoder" if group == "cross" else "decoder"
-        for kv_slot, slot, spans in self._fresh:
+        for kv_slot, slot, spans in self._prefill:
             if kv_slot is None:
                 continue
             stored, (start, end), at = kv_slot.block.stored[group][layer], spans[stream], 0
-            prefix = self._bank.keys_values(slot, group, layer)
+            prefix = self._pool.keys_values(slot, group, layer)
             if prefix is not None:
                 at = prefix[0].shape[1]
                 stored[0, kv_slot.index, :, :at], stored[1, kv_slot.index, :, :at] = prefix
@@ -194,20 +202,20 @@ class PassCache:
             stored[1, kv_slot.index, :, at : at + end - start] = values[0, :, start:end]
 
     def step(self, group: str, layer: int, keys: Tensor | None, values: Tensor | None) -> list[CachedKV]:
-        if group not in self._known:
-            self._known[group] = [self._lengths(group, part) for part in self._parts]
-        held, start = [], 0
-        for number, (part, known) in enumerate(zip(self._parts, self._known[group], strict=True)):
+        if group not in self._lengths:
+            self._lengths[group] = [self._lengths_of(group, part) for part in self._parts]
+        cached, start = [], 0
+        for number, (part, own) in enumerate(zip(self._parts, self._lengths[group], strict=True)):
             stored, count = part[0].block.stored[group][layer], len(part)
-            both = stored[:, :count, :, : known.longest]
+            both = stored[:, :count, :, : own.longest]
             if keys is not None and values is not None:
                 new = (each[0, :, start : start + count].transpose(0, 1) for each in (keys, values))  # (B, H_kv, D)
-                known.keep(both[0], both[1], *new)
-            held.append(CachedKV(number, both[0], both[1], known.lengths, known.prefixes, known.full, known.kept))
+                own.keep(both[0], both[1], *new)
+            cached.append(CachedKV(number, both[0], both[1], own.lengths, own.prefixes, own.full, own.kept))
             start += count
-        return held
+        return cached
 
-    def _lengths(self, group: str, part: Sequence[KVSlot]) -> _Known:
+    def _lengths_of(self, group: str, part: Sequence[KVSlot]) -> _Lengths:
         new = 0 if group == "cross" else 1
         lengths = [kv_slot.lengths[group] + new for kv_slot in part]
         longest = min(rounded(max(lengths), STEPS), part[0].block.sizes[group])
@@ -215,24 +223,25 @@ class PassCache:
         numbers = torch.tensor(lengths, device=self._device)
         like = part[0].block.stored[group][0][0, : len(part), :, :longest]
         kept = CachedKVArguments(numbers, prefixes, like) if usable(like) is not None else None
-        return _Known(numbers, prefixes, longest, min(lengths) == longest, kept)
+        return _Lengths(numbers, prefixes, longest, min(lengths) == longest, kept)
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What all layers of a group have in common in one pass, of the lanes of one block.
+class _Lengths:
+    """Lengths of the decode rows of one block in one pass; the same for all layers of a group.
 
-    lengths: tokens a row with its new one, prefixes: those of its prefix, (B,) int64; longest: tokens to look at.
+    lengths: (B,) int64, tokens of each row including its new one. prefixes: (B,) int64, tokens of each prefix.
+    longest: tokens to read. full: whether every row has that many. kept: the same for the kernels.
     """
 
     lengths: Tensor
     prefixes: Tensor
     longest: int
-    full: bool  # no row has fewer
+    full: bool
     kept: CachedKVArguments | None
 
     def keep(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
-        """The newest token of every row. keys, values: (B, H_kv, S, D), new ones: (B, H_kv, D)."""
+        """Write the newest token of each row. keys, values: (B, H_kv, S, D); new ones: (B, H_kv, D)."""
         library = usable(keys, new_keys, new_values)
         alike = new_keys.stride() == new_values.stride() and new_keys.stride(-1) == 1
         if library is not None and self.kept is not None and alike:

@@ -1,4 +1,4 @@
-"""Many texts in one call: a request each, as many at a time as the queue takes. Knows tickets alone; loads no torch."""
+"""Many texts in one call: one request for each text, as many at a time as the queue takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from turret.errors import Busy, DataError
 
 
 def answers(texts: Sequence[str], submit: Callable[[str], Ticket], most: int) -> list[Answer]:
-    """An answer a text, in their order. The first that fails fails the call, and the others are cancelled."""
+    """The answers, in the order of the texts. The first error fails the call and cancels the other requests.
+
+    Args:
+        texts: The texts of the call.
+        submit: Submits one text.
+        most: The limit `max_inputs`.
+
+    Raises:
+        DataError: For one string, or for too few or too many texts.
+        TurretError: The error of the first request that failed.
+    """
     if isinstance(texts, str) or not texts or len(texts) > most:
         given = "one text" if isinstance(texts, str) else f"{len(texts)} texts"
         raise DataError(f"expected a list of 1 to {most} texts (limit max_inputs), given {given}")
@@ -24,7 +34,7 @@ def answers(texts: Sequence[str], submit: Callable[[str], Ticket], most: int) ->
 
 
 def _submitted(text: str, submit: Callable[[str], Ticket], before: Sequence[Ticket]) -> Ticket:
-    """Its ticket; while the queue is full, the call's own earlier texts are waited for."""
+    """The ticket of a text. While the queue is full, wait for the earlier texts of this call."""
     while True:
         try:
             return submit(text)

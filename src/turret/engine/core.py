@@ -1,8 +1,7 @@
-"""The engine: a thread that runs passes over one base for whoever asks, with any mixture of adapters in each.
+"""The engine: one thread that runs passes over one base, each with any mixture of adapters (continuous batching).
 
-`submit` takes a request and hands over a ticket; the thread seats its adapter, lets the scheduler choose, runs a pass,
-and ends tickets. Everything that two threads touch is touched with `_wake` held; passes, texts and listeners run
-without it. Refuses to know the store, HTTP and files.
+`submit` returns a ticket. The thread gives the adapter a slot, asks the scheduler what begins, runs a pass, and ends
+tickets. State that two threads use is guarded by `_wake`. Passes, tokenizers and listeners run without that lock.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from types import TracebackType
 
 import torch
 
@@ -43,7 +42,7 @@ from turret.engine.request import (
 )
 from turret.engine.runner import Runner, pass_tokens
 from turret.engine.scheduler import Scheduler
-from turret.engine.slots import Entry, Slots
+from turret.engine.slots import Slots
 from turret.errors import AdapterError, Busy, DataError, Draining, EngineError, InUse, TurretError
 from turret.kernels import rest
 
@@ -51,9 +50,18 @@ __all__ = ["AdapterSource", "Engine"]
 
 
 class Engine:
-    """One base in memory, and answers by any adapters on it. A context manager; `close` ends every ticket.
+    """One base in memory that answers with any number of adapters. A context manager.
 
-    The base's model is the engine's while it is open: it carries the hooks, and `close` takes them off.
+    The engine owns the base's model while it is open: it attaches hooks, and `close` removes them.
+
+    Args:
+        base: A loaded base.
+        source: Loads adapters by reference.
+        limits: Limits of memory, queue, batch and cache.
+        clock: Seconds that only grow; for tests.
+
+    Raises:
+        BaseModelError: If the base's generation_config.json asks for something that is not supported.
     """
 
     def __init__(
@@ -74,7 +82,7 @@ class Engine:
             raise
         self._wake = threading.Condition()
         self._slots = Slots(self.limits.slots, self.limits.memory)
-        self._residents = AdapterLoader(
+        self._loader = AdapterLoader(
             self._runner.adapter_pool, self._slots, source, base.tokenizer, self._wake, clock, self._encode
         )
         self._scheduler = Scheduler(
@@ -87,13 +95,13 @@ class Engine:
         self._waiting_tokens = 0
         self._passes = Passes(self._runner, self._prompts, self._end, self._freed, self._passed)
         self._numbers = itertools.count(1)
-        self._tally = Counters(clock)
-        self._disturbed = False  # somebody cancelled
+        self._counters = Counters(clock)
+        self._cancelled = False  # a request was cancelled since the last check
         self._draining = self._closing = False
         self._thread = threading.Thread(target=self._loop, name="turret-engine", daemon=True)
         self._thread.start()
 
-    # --- asking -------------------------------------------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -105,23 +113,38 @@ class Engine:
         priority: int = 0,
         deadline: float | None = None,
     ) -> Ticket:
-        """Take a request; the version that `adapter` means now answers it, whatever the alias means later.
+        """Submit a request. The version that `adapter` names now answers it, even if an alias moves later.
 
-        text: a text, or token ids that are taken as they are. deadline: seconds from now. Raises NotFound, Busy,
-        Draining, AdapterError, DataError and NoRoom; what shows only when the adapter is loaded, the ticket raises.
+        Args:
+            kind: "classify" or "generate".
+            text: A text, or token ids that are used unchanged.
+            adapter: A reference; None for the bare base, which can only generate.
+            options: How to generate.
+            priority: Higher goes first.
+            deadline: Seconds from now.
+
+        Raises:
+            NotFound: The reference names no version.
+            Busy: The queue is full.
+            Draining: The engine takes no new requests.
+            AdapterError: The adapter cannot answer this kind of request.
+            DataError: The text or the options do not fit.
+            NoRoom: The request is larger than a limit.
+
+        Errors that show only when the adapter is loaded are raised by the ticket.
         """
-        request = self._taken(kind, text, adapter, options or Options(), priority, deadline)
-        rest()  # from here on the processors are the pass's
+        request = self._request(kind, text, adapter, options or Options(), priority, deadline)
+        rest()  # leave the processors to the engine's thread
         loaded: AdapterTensors | None = None
         with self._wake:
             if self._draining:
                 raise Draining("the engine takes no new requests: it is being stopped; ask another one")
             self._check_queue(request)
             if request.named is not None:
-                loaded = self._residents.need(request)
+                loaded = self._loader.need(request)
             self._admit(request)
             if request.named is not None and loaded is None:
-                return request.ticket  # until it is loaded
+                return request.ticket  # `_take_up` continues when it is loaded
         self._encode(request, loaded)
         if request.error is not None:
             self._end(request, Failed(request.error))
@@ -130,81 +153,103 @@ class Engine:
             self._schedule(request)
         return request.ticket
 
-    def classify(self, texts: Sequence[str], adapter: str, **settings: Any) -> list[Answer]:
-        """`{"label", "probabilities", "prompt_tokens"}` for each text, in their order; settings: priority, deadline."""
-        submit = functools.partial(self.submit, "classify", adapter=adapter, **settings)
+    def classify(
+        self, texts: Sequence[str], adapter: str, *, priority: int = 0, deadline: float | None = None
+    ) -> list[Answer]:
+        """`{"label", "probabilities", "prompt_tokens"}` for each text, in order. Raises as `submit` does."""
+        submit = functools.partial(self.submit, "classify", adapter=adapter, priority=priority, deadline=deadline)
         return answers(texts, submit, self.limits.max_inputs)
 
     def generate(
-        self, texts: Sequence[str], adapter: str | None = None, options: Options | None = None, **settings: Any
+        self,
+        texts: Sequence[str],
+        adapter: str | None = None,
+        options: Options | None = None,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> list[Answer]:
-        """`{"text", "finish_reason", "tokens", "prompt_tokens"}` a text, in order; settings: priority, deadline."""
-        submit = functools.partial(self.submit, "generate", adapter=adapter, options=options, **settings)
+        """`{"text", "finish_reason", "tokens", "prompt_tokens"}` for each text, in order. Raises as `submit` does."""
+        submit = functools.partial(
+            self.submit, "generate", adapter=adapter, options=options, priority=priority, deadline=deadline
+        )
         return answers(texts, submit, self.limits.max_inputs)
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def warm(self, reference: str, *, pin: bool = False) -> Named:
-        """Load a version now, and wait for it; `pin` keeps it until `unpin`."""
+        """Load a version and wait until it is mounted. `pin` keeps it in memory until `unpin`.
+
+        Raises:
+            NotFound: The reference names no version.
+            Draining: The engine loads no more adapters.
+            AdapterError: The adapter does not fit this base.
+            NoRoom: It is larger than the limit of memory.
+        """
         named = self._source.resolve(reference)
         warm = Warm(named, self._clock(), pin)
         with self._wake:
             if self._draining:
                 raise Draining("the engine loads no adapters: it is being stopped; ask another one")
-            loaded = self._residents.need(warm)
+            loaded = self._loader.need(warm)
             if loaded is not None:
                 self._warmed(warm)
         warm.done.result()
         return named
 
     def unpin(self, reference: str) -> Named:
-        """It may be put out again. Raises NotFound where it is not loaded."""
+        """Let a version be evicted again. Raises NotFound if it is not loaded."""
         named = self._source.resolve(reference)
         with self._wake:
-            self._residents.entry(named).pinned = False
+            self._loader.entry(named).pinned = False
             self._wake.notify_all()
         return named
 
     def unload(self, reference: str) -> Named:
-        """Put a version out, pinned or not. Raises NotFound where it is not loaded, InUse while requests need it."""
+        """Remove a version from memory, pinned or not.
+
+        Raises:
+            NotFound: It is not loaded.
+            InUse: Requests need it.
+        """
         named = self._source.resolve(reference)
         with self._wake:
-            entry = self._residents.entry(named)
+            entry = self._loader.entry(named)
             if entry.holds:
                 raise InUse(f"{named} is needed by {entry.holds} requests: wait for them, or cancel them")
-            self._residents.unload(entry)
+            self._loader.unload(entry)
         return named
 
     def loaded(self) -> list[LoadedAdapter]:
-        """The adapters in memory, the one that was used last first."""
+        """The adapters in memory, most recently used first."""
         with self._wake:
-            return self._residents.loaded()
+            return self._loader.loaded()
 
     def stats(self) -> Stats:
-        """What waits, runs and has been done."""
+        """Counts of what waits, runs and has been done."""
         with self._wake:
             return Stats(
                 waiting=len(self._waiting),
                 waiting_tokens=self._waiting_tokens,
                 running=self._scheduler.rows,
                 cache_tokens=self._scheduler.held_tokens,
-                passes=self._tally.passes,
-                prompt_tokens=self._tally.prompt_tokens,
-                tokens=self._tally.tokens,
-                answers=self._tally.answers,
-                errors=self._tally.errors,
-                loads=self._residents.loads,
-                failed_loads=self._residents.failed_loads,
+                passes=self._counters.passes,
+                prompt_tokens=self._counters.prompt_tokens,
+                tokens=self._counters.tokens,
+                answers=self._counters.answers,
+                errors=self._counters.errors,
+                loads=self._loader.loads,
+                failed_loads=self._loader.failed_loads,
                 evictions=self._slots.evictions,
                 adapters=len(self._slots),
                 adapter_bytes=self._slots.bytes,
-                versions=self._tally.versions(),
+                versions=self._counters.versions(),
             )
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def drain(self, timeout: float) -> bool:
-        """Take no new request and let those taken end; whether they all did within `timeout` seconds."""
+        """Take no new requests and wait for the others. Returns whether all ended within `timeout` seconds."""
         end = time.monotonic() + timeout
         with self._wake:
             self._draining = True
@@ -216,7 +261,7 @@ class Engine:
         return True
 
     def close(self) -> None:
-        """End every ticket that has not ended (with Draining), stop the thread, and give the base back as it was."""
+        """End all open tickets with Draining, stop the thread, and remove the hooks from the base."""
         with self._wake:
             already = self._closing
             self._draining = self._closing = True
@@ -225,18 +270,20 @@ class Engine:
             raise EngineError("the engine cannot be closed from one of its own listeners: close it from another thread")
         self._thread.join()
         if not already:
-            self._residents.close()
+            self._loader.close()
             self._runner.close()
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
     # --- requests coming in -------------------------------------------------------------------------------------------
 
-    def _taken(
+    def _request(
         self,
         kind: Kind,
         text: str | Sequence[int],
@@ -266,7 +313,7 @@ class Engine:
             named=named,
             text=text if isinstance(text, str) else None,
             options=options,
-            tokens=self._prompts.guess(text) if isinstance(text, str) else len(ids or ()),
+            tokens=self._prompts.estimate(text) if isinstance(text, str) else len(ids or ()),
             arrived=now,
             priority=priority,
             deadline=None if deadline is None else now + deadline,
@@ -277,7 +324,7 @@ class Engine:
     def _check_queue(self, request: Request) -> None:
         limit = self.limits.queue_tokens
         if self._waiting and self._waiting_tokens + request.tokens > limit:
-            again = self._tally.seconds_for(self._waiting_tokens)
+            again = self._counters.seconds_for(self._waiting_tokens)
             raise Busy(
                 f"{self._waiting_tokens} tokens wait already and the limit of queue_tokens is {limit}: "
                 f"ask again in {again:.1f} s",
@@ -289,19 +336,19 @@ class Engine:
         self._waiting.add(request)
         request.counted = request.tokens
         self._waiting_tokens += request.counted
-        self._tally.asked(request)
+        self._counters.submitted(request)
         if request.deadline is not None:
-            self._wake.notify_all()  # the thread may be asleep for longer than that
+            self._wake.notify_all()  # the thread may sleep longer than that
 
     def _encode(self, need: Need, loaded: AdapterTensors | None) -> None:
-        """Make a request ready for the scheduler, or note why it cannot be; on whatever thread has the time."""
+        """Encode a request, or set its error. Runs on the caller's, the loader's or the engine's thread."""
         if not isinstance(need, Request) or need.ready or need.error is not None:
             return
         try:
             self._prompts.prepare(need, loaded)
         except TurretError as error:
             need.error = error
-        except Exception as error:  # a text that the tokenizer trips over fails its own request only
+        except Exception as error:  # an error of the tokenizer fails this request only
             need.error = DataError(f"the text cannot be encoded ({type(error).__name__}: {error}): give another one")
         with self._wake:
             if need in self._waiting:
@@ -310,23 +357,24 @@ class Engine:
             need.ready = need.error is None
 
     def _schedule(self, request: Request) -> None:
-        """With the lock: from now on the scheduler has it, unless it has ended meanwhile."""
+        """Give a request to the scheduler, unless it has ended. Called with the lock."""
         if request in self._waiting:
             self._scheduler.add(request)
-            self._disturbed = self._disturbed or request.cancelled
+            self._cancelled = self._cancelled or request.cancelled
             self._wake.notify_all()
 
     def _cancel(self, request: Request) -> None:
         with self._wake:
             request.cancelled = True
-            self._disturbed = True
+            self._cancelled = True
             self._wake.notify_all()
 
     def _warmed(self, warm: Warm) -> None:
-        """With the lock: what `warm` waited for is there."""
-        entry: Entry = warm.entry
+        """End a call of `warm`: its adapter is mounted. Called with the lock."""
+        entry = warm.entry
+        assert entry is not None
         entry.pinned = entry.pinned or warm.pin
-        self._residents.release(warm)
+        self._loader.release(warm)
         warm.done.set_result(entry)
 
     # --- the thread ---------------------------------------------------------------------------------------------------
@@ -334,36 +382,36 @@ class Engine:
     @torch.inference_mode()
     @heap.keep_freed()
     def _loop(self) -> None:
-        why: TurretError = Draining("the engine was closed before it answered: ask another one")
+        reason: TurretError = Draining("the engine was closed before it answered: ask another one")
         try:
             while (begin := self._next()) is not None:
                 self._passes.run(begin)
-        except BaseException as error:  # a mistake of ours: nobody may wait for ever
+        except BaseException as error:  # a bug: no ticket may wait forever
             log.exception("the engine's thread failed")
-            why = EngineError(f"the engine failed ({type(error).__name__}: {error}): start it again")
+            reason = EngineError(f"the engine failed ({type(error).__name__}: {error}): start it again")
         with self._wake:
             self._draining = True
-            requests, needs = list(self._open), self._residents.abandon()
+            requests, needs = list(self._open), self._loader.abandon()
         for request in requests:
-            self._end(request, Failed(why))
+            self._end(request, Failed(reason))
         for need in needs:
             if isinstance(need, Warm):
-                need.done.set_exception(why)
+                need.done.set_exception(reason)
         self._passes.abandon()
 
     def _next(self) -> list[Request] | None:
-        """Those who begin in the next pass, when there is something to do; None at the end."""
+        """Wait for work. Returns the requests that begin in the next pass; None at the end."""
         while True:
             with self._wake:
                 thread_parking.wait(self._wake, lambda: self._closing or self._has_work(), self._until_deadline)
                 if self._closing:
                     return None
-                ready, failed = self._residents.between_passes()
+                ready, failed = self._loader.between_passes()
                 for need, _ in ready:
                     if isinstance(need, Warm):
                         self._warmed(need)
-                over = self._overdue()
-            self._take_up(ready, failed, over)
+                overdue = self._overdue()
+            self._take_up(ready, failed, overdue)
             with self._wake:
                 begin = self._scheduler.next()
                 for request in begin:
@@ -376,8 +424,8 @@ class Engine:
         return bool(
             self._passes.generating
             or len(self._scheduler)
-            or self._residents.pending
-            or self._disturbed
+            or self._loader.pending
+            or self._cancelled
             or self._soonest() <= self._clock()
         )
 
@@ -389,34 +437,34 @@ class Engine:
         return None if soonest == float("inf") else max(0.0, soonest - self._clock())
 
     def _overdue(self) -> dict[Request, EngineError]:
-        """With the lock: requests that were cancelled or are late."""
-        if not self._disturbed and self._soonest() > self._clock():
+        """Requests that were cancelled or are late. Called with the lock."""
+        if not self._cancelled and self._soonest() > self._clock():
             return {}
-        self._disturbed = False
+        self._cancelled = False
         now = self._clock()
-        over: dict[Request, EngineError] = {
+        overdue: dict[Request, EngineError] = {
             each: error for each in self._open if (error := each.end_of_time(now)) is not None
         }
-        self._scheduler.remove(over)
-        return over
+        self._scheduler.remove(overdue)
+        return overdue
 
     def _take_up(
         self,
         ready: Sequence[tuple[Need, AdapterTensors]],
         failed: Sequence[tuple[Need, TurretError]],
-        late: Mapping[Request, EngineError],
+        overdue: Mapping[Request, EngineError],
     ) -> None:
-        """Without the lock: what became of those who waited for an adapter, and the end of those who are late."""
-        self._passes.drop(late)
-        for request, error in late.items():
+        """Schedule requests whose adapter is ready; end those that failed or are overdue. Called without the lock."""
+        self._passes.drop(overdue)
+        for request, error in overdue.items():
             self._end(request, Failed(error))
         for need, reason in failed:
             if isinstance(need, Request):
                 self._end(need, Failed(reason))
-            elif isinstance(need, Warm):
+            else:
                 need.done.set_exception(reason)
         for need, loaded in ready:
-            if isinstance(need, Request) and need not in late:
+            if isinstance(need, Request) and need not in overdue:
                 self._encode(need, loaded)
                 if need.error is not None:
                     self._end(need, Failed(need.error))
@@ -434,8 +482,8 @@ class Engine:
                 self._waiting_tokens -= request.counted
                 self._scheduler.remove([request])
             if request.named is not None:
-                self._residents.release(request)
-            self._tally.ended(request, isinstance(end, Done), tokens)
+                self._loader.release(request)
+            self._counters.ended(request, isinstance(end, Done), tokens)
             self._wake.notify_all()
         request.ticket.end(end)
 
@@ -445,4 +493,4 @@ class Engine:
 
     def _passed(self, begin: Sequence[Request], steps: int, seconds: float) -> None:
         with self._wake:
-            self._tally.passed(begin, steps, seconds)
+            self._counters.passed(begin, steps, seconds)

@@ -1,4 +1,4 @@
-"""What the engine has done, counted. Knows numbers alone; loads no torch."""
+"""Counts of what the engine has done, in total and for each version."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import replace
 
 from turret.engine.request import Request, VersionStats
 
-SMOOTHING = 0.2  # weight of the newest pass in the tokens a second
-SHORTEST, LONGEST = 0.1, 60.0  # seconds that a Busy asks to wait
-KEPT = 4096  # versions whose counts are kept; those asked for least lately go
+SMOOTHING = 0.2  # weight of the newest pass in the average speed
+SHORTEST, LONGEST = 0.1, 60.0  # bounds of `Busy.retry_after`, in seconds
+KEPT = 4096  # versions whose counts are kept: the most recently requested
 
 
 class Counters:
-    """Counts since the engine began."""
+    """Counts since the engine started."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.passes = self.prompt_tokens = self.tokens = self.answers = self.errors = 0
-        self._speed = 0.0  # tokens a second
+        self._speed = 0.0  # tokens per second
         self._versions: dict[str, VersionStats] = {}
 
-    def asked(self, request: Request) -> None:
+    def submitted(self, request: Request) -> None:
+        """Count a request that was taken."""
         known = self._versions.pop(request.flow, None) or VersionStats("")
         name = str(request.named) if request.named else ""
         self._versions[request.flow] = replace(known, version=name, requests=known.requests + 1)
@@ -29,6 +30,7 @@ class Counters:
             del self._versions[next(iter(self._versions))]
 
     def passed(self, begin: Sequence[Request], steps: int, seconds: float) -> None:
+        """Count a pass: the requests that began in it, and how many rows decoded one token."""
         read = sum(request.tokens for request in begin)
         self.passes += 1
         self.prompt_tokens += read
@@ -37,6 +39,7 @@ class Counters:
         self._speed += (speed - self._speed) * (SMOOTHING if self._speed else 1.0)
 
     def ended(self, request: Request, answered: bool, tokens: int) -> None:
+        """Count the end of a request that generated so many tokens."""
         self.answers += answered
         self.errors += not answered
         known = self._versions.get(request.flow)
@@ -50,8 +53,9 @@ class Counters:
             )
 
     def seconds_for(self, tokens: int) -> float:
-        """How long so many tokens take at the speed of late."""
+        """Seconds for that many tokens at the recent speed, within `SHORTEST` and `LONGEST`."""
         return min(LONGEST, max(SHORTEST, tokens / self._speed if self._speed else 1.0))
 
     def versions(self) -> Mapping[str, VersionStats]:
+        """The counts of each version, by digest; "" is the bare base."""
         return dict(self._versions)

@@ -1,10 +1,9 @@
-"""The next token of a row: what the base and the request ask for, greedy or drawn, in the order of transformers.
+"""The next token of each row: greedy or sampled, with the logits processors of transformers, in their order.
 
-    repetition penalty, no repeated n-gram, minimal length, forced tokens, temperature, top_k, top_p
+    repetition penalty, no repeated n-gram, minimum length, forced tokens, temperature, top_k, top_p
 
-A draw is one number of the request's own generator against the summed probabilities, so who shares a batch has no part
-in it. What is told of probabilities is the model's own: before penalties, temperature and narrowing. Knows logits and
-token ids; refuses to know adapters, lanes and texts.
+A sample takes one number from the request's own generator, so other rows of the batch do not affect it. Reported
+log probabilities are the model's own, before all of these.
 """
 
 from __future__ import annotations
@@ -12,18 +11,20 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from turret.engine.request import MAX_TOKENS, Options
 from turret.errors import BaseModelError, DataError
+from turret.tasks import TextTask
+from turret.transformer import Model, Tokenizer
 
-LOWEST = -9999.0  # what is told of the logarithm of nothing, for which JSON has no number
-LOOKED_AT = 64  # tokens that top_p looks at first; more where they do not reach it
-# What a base's generation_config.json may ask of the scores that is not done here, and the value that asks for nothing.
-NOT_DONE: dict[str, tuple[Any, ...]] = {
+LOWEST = -9999.0  # reported for log 0, which JSON has no number for
+LOOKED_AT = 64  # tokens that top_p sorts first; 8x more each time if they do not reach it
+# Settings of generation_config.json that are not implemented, and their values that change nothing.
+NOT_DONE: dict[str, tuple[float | None, ...]] = {
     "guidance_scale": (None, 1, 1.0),
     "sequence_bias": (None,),
     "encoder_repetition_penalty": (None, 1, 1.0),
@@ -37,11 +38,11 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How one request generates, with nothing left open."""
+    """All settings of one request that generates."""
 
     max_tokens: int
     eos: tuple[int, ...]
-    heat: float = 0.0  # 0: greedy
+    heat: float = 0.0  # temperature; 0: greedy
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
@@ -49,17 +50,17 @@ class GenerationSettings:
     num_beams: int = 1
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
-    min_length: int = 0  # of everything the penalties count
+    min_length: int = 0  # of all tokens that penalties count
     min_new_tokens: int = 0
     forced_bos: int | None = None
     forced_eos: tuple[int, ...] = ()
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
-    logprobs: int | None = None  # how many alternatives are told beside a token; None: nothing is
+    logprobs: int | None = None  # alternatives to report with each token; None: report nothing
 
     @property
     def plain(self) -> bool:
-        """The scores are taken as they are."""
+        """Whether `adjust` changes nothing."""
         return (
             self.repetition_penalty == 1.0
             and not self.no_repeat_ngram_size
@@ -70,16 +71,16 @@ class GenerationSettings:
         )
 
 
-def habits(model: Any, tokenizer: Any) -> GenerationSettings:
-    """What the base's own generation configuration asks for. Raises BaseModelError for what is not done here."""
+def base_settings(model: Model, tokenizer: Tokenizer) -> GenerationSettings:
+    """The settings of the base's generation_config.json. Raises BaseModelError for one that is not implemented."""
     config = getattr(model, "generation_config", None)
     eos = dict.fromkeys([*_ids(getattr(config, "eos_token_id", None)), *_ids(tokenizer.eos_token_id)])
     if config is None:
         return GenerationSettings(MAX_TOKENS, tuple(eos))
-    for name, nothing in NOT_DONE.items():
-        if getattr(config, name, None) not in nothing:
+    for name, neutral in NOT_DONE.items():
+        if getattr(config, name, None) not in neutral:
             raise BaseModelError(
-                f"the base's generation_config.json sets {name}, which this engine does not do: take it out of the file"
+                f"the base's generation_config.json sets {name}, which this engine does not support: remove it there"
             )
     forced_bos = config.forced_bos_token_id if model.config.is_encoder_decoder else None
     return GenerationSettings(
@@ -97,9 +98,20 @@ def habits(model: Any, tokenizer: Any) -> GenerationSettings:
 
 
 def resolved(
-    options: Options, own: GenerationSettings, task: Any | None, *, room: int, vocabulary: int
+    options: Options, own: GenerationSettings, task: TextTask | None, *, room: int, vocabulary: int
 ) -> GenerationSettings:
-    """The request's options over the adapter's settings over the base's habits. room: tokens there is place for."""
+    """The settings of a request: its options, else those of the adapter's task, else those of the base.
+
+    Args:
+        options: Of the request.
+        own: Of the base.
+        task: Of the adapter; None for the bare base.
+        room: Tokens that the answer may have at most.
+        vocabulary: Size of the vocabulary.
+
+    Raises:
+        DataError: For options that do not fit.
+    """
     if room < 1:
         raise DataError("the prompt leaves no room for an answer: shorten it, or raise the engine's max_tokens")
     most, beams, eos = own.max_tokens, 1, own.eos
@@ -112,7 +124,7 @@ def resolved(
         beams = 1
     beams = options.num_beams or beams
     if options.logprobs is not None and beams > 1:
-        raise DataError(f"logprobs are told of single texts, and this answer has {beams} beams: ask for num_beams = 1")
+        raise DataError(f"logprobs need num_beams = 1, and this answer has {beams} beams: set num_beams = 1")
     if 2 * beams > vocabulary:
         raise DataError(f"num_beams = {beams}: a vocabulary of {vocabulary} allows {vocabulary // 2}")
     penalty = options.repetition_penalty
@@ -132,23 +144,23 @@ def resolved(
 
 
 class Row(Protocol):
-    """What choosing needs to know of a row."""
+    """A row as `choose` reads it."""
 
     settings: GenerationSettings
     random: random.Random
 
     def counted(self) -> Sequence[int]:
-        """The tokens that penalties count, the answer so far at their end."""
+        """The tokens that penalties count; they end with the answer so far."""
         ...
 
     @property
     def new(self) -> int:
-        """Tokens of the answer so far."""
+        """The number of tokens of the answer so far."""
         ...
 
 
 def choose(scores: Tensor, rows: Sequence[Row]) -> list[int | None]:
-    """A token a row; None where its scores are no numbers. scores: (n, V) float32, used up."""
+    """The next token of each row; None if its scores are not finite. scores: (n, V) float32, changed in place."""
     finite = torch.isfinite(scores.sum(-1)).tolist()
     for number, row in enumerate(rows):
         if not row.settings.plain and finite[number]:
@@ -161,15 +173,15 @@ def choose(scores: Tensor, rows: Sequence[Row]) -> list[int | None]:
 
 
 class TokenLogprobs(NamedTuple):
-    """A token of an answer, the logarithm of its probability, and the most probable ones in its place."""
+    """A token of an answer, its log probability, and the most probable tokens at its position."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token, logprob), the most probable first
 
 
-def told(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
-    """logprobs: (V,), the logarithms of the probabilities that the token was chosen by."""
+def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
+    """The report of one token and of the `count` most probable ones. logprobs: (V,)"""
     values, ids = logprobs.clamp(min=LOWEST).topk(min(count, len(logprobs)))
     return TokenLogprobs(
         token, max(float(logprobs[token]), LOWEST), tuple(zip(ids.tolist(), values.tolist(), strict=True))
@@ -177,7 +189,14 @@ def told(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
 
 
 def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: GenerationSettings) -> None:
-    """What a row's own past makes of its scores (V,), in place."""
+    """Apply all processors up to forced tokens to the scores of a row.
+
+    Args:
+        scores: (V,), changed in place.
+        counted: Tokens that penalties count.
+        new: Tokens of the answer so far.
+        settings: Of the request.
+    """
     if settings.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({token for token in counted if token < len(scores)}), device=scores.device)
         own = scores[seen]
@@ -196,7 +215,7 @@ def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: Generatio
 
 
 def draw(scores: Tensor, settings: GenerationSettings, generator: random.Random) -> int:
-    """One token by its probability, after temperature, top_k and top_p. scores: (V,)"""
+    """Sample a token, after temperature, top_k and top_p. scores: (V,)"""
     scores = scores.double()
     scores = (scores - scores.max()) / settings.heat
     ids: Tensor | None = None
@@ -204,8 +223,8 @@ def draw(scores: Tensor, settings: GenerationSettings, generator: random.Random)
         scores, ids = scores.topk(settings.top_k)
     probabilities = scores.exp() / scores.exp().sum()
     if settings.top_p is not None:
-        kept, places = _nucleus(probabilities, settings.top_p)
-        probabilities, ids = kept, places if ids is None else ids[places]
+        probabilities, places = _nucleus(probabilities, settings.top_p)
+        ids = places if ids is None else ids[places]
     summed = probabilities.cumsum(0)
     place = int(torch.searchsorted(summed, generator.random() * summed[-1].item(), right=True))
     place = min(place, len(summed) - 1)
@@ -213,19 +232,19 @@ def draw(scores: Tensor, settings: GenerationSettings, generator: random.Random)
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The fewest tokens, most probable first, whose probabilities reach top_p: (probabilities, places)."""
+    """The fewest most probable tokens whose probabilities sum to top_p: (probabilities, places), sorted."""
     looked = LOOKED_AT
     while True:
         values, places = probabilities.topk(min(looked, len(probabilities)))
         before = values.cumsum(0) - values
         if looked >= len(probabilities) or float(before[-1]) >= top_p:
-            kept = int((before < top_p).sum())
-            return values[: max(1, kept)], places[: max(1, kept)]
+            count = max(1, int((before < top_p).sum()))
+            return values[:count], places[:count]
         looked *= 8
 
 
 def _would_repeat(counted: Sequence[int], size: int) -> list[int]:
-    """Tokens that would make an n-gram which is there already."""
+    """Tokens that would repeat an n-gram. size: n."""
     if len(counted) + 1 < size:
         return []
     last = list(counted[len(counted) - size + 1 :])
@@ -233,7 +252,7 @@ def _would_repeat(counted: Sequence[int], size: int) -> list[int]:
     return sorted({counted[at + size - 1] for at in starts if list(counted[at : at + size - 1]) == last})
 
 
-def _ids(value: Any) -> list[int]:
+def _ids(value: int | Sequence[int] | None) -> list[int]:
     if value is None:
         return []
-    return [int(each) for each in (value if isinstance(value, list | tuple) else [value])]
+    return [value] if isinstance(value, int) else [int(each) for each in value]

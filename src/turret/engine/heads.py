@@ -1,8 +1,4 @@
-"""The modules that make classes of a pooled token: one set for all adapters, given the numbers of whoever answers.
-
-Knows the head's modules and an adapter's own numbers for them. Refuses to know slots, and where the numbers are kept.
-They are computed with in float32, whatever precision they are kept in.
-"""
+"""Classification heads: one set of modules for all adapters, called with the tensors of each adapter, in float32."""
 
 from __future__ import annotations
 
@@ -21,17 +17,21 @@ from turret.adapters import Adapter
 from turret.adapters.adapter import check_head, head_paths
 from turret.errors import AdapterError
 from turret.families import Family
+from turret.transformer import Model
 
-Rows = tuple[Mapping[str, Tensor], int]  # an adapter's head, and how many rows it answers
-Shared = Callable[
-    [Callable[[Tensor], Tensor], Tensor, Sequence[int]], Tensor
-]  # (a module of the body, rows, which of the heads)
+HeadRows = tuple[Mapping[str, Tensor], int]  # the tensors of an adapter's head, and the number of its rows
+# Calls a module of the body on rows of some adapters: (module, rows (B, ...), numbers of their heads)
+Shared = Callable[[Callable[[Tensor], Tensor], Tensor, Sequence[int]], Tensor]
 
 
 class Heads:
-    """The shapes of the head's modules by path: the model's own, or those of the classifier of its configuration."""
+    """The head's modules by path, without weights, on the meta device.
 
-    def __init__(self, model: Any, family: Family) -> None:
+    They are copies of the model's own. A model without a head gets those of the classifier of its configuration, so a
+    base that was loaded to generate classifies too.
+    """
+
+    def __init__(self, model: Model, family: Family) -> None:
         self._family, self._body = family, model.base_model
         owner = model
         if not all(hasattr(model, name) for name in family.head_modules):
@@ -44,7 +44,7 @@ class Heads:
         self._modules = {path: copy.deepcopy(owner.get_submodule(path)).to("meta").eval() for path in paths}
 
     def checked(self, adapter: Adapter, generates: bool) -> dict[str, Tensor]:
-        """The adapter's head as it is stored, by names in the model: it is whole and fits, or AdapterError says how."""
+        """The adapter's head by names in the model. Raises AdapterError if it is incomplete or does not fit."""
         if generates:
             if adapter.head:
                 raise AdapterError(f"an adapter that generates has no head, given {next(iter(adapter.head))}")
@@ -58,28 +58,37 @@ class Heads:
             raise AdapterError(f"the adapter has no head {', '.join(missing)}: a classifier needs one; retrain")
         return dict(adapter.head)
 
-    def logits(self, heads: Sequence[Rows], pooled: Tensor, shared: Shared) -> list[Tensor]:
-        """Pooled vectors (B, D) -> (C,) float32 on the CPU each. heads: of all the rows, in their order."""
+    def logits(self, heads: Sequence[HeadRows], pooled: Tensor, shared: Shared) -> list[Tensor]:
+        """The outputs of the heads.
 
-        def own(path: str, module: nn.Module | None, x: Tensor) -> Tensor | list[Tensor]:
-            """A module of the head on rows (B, ...), or the body's own for those heads that bring none."""
-            given = torch.split(x, [count for _, count in heads])
-            values = [_below(path, head) for head, _ in heads]
-            bare = [each for each, parts in enumerate(values) if not parts]
-            made: dict[int, Tensor] = {}
-            if bare:
+        Args:
+            heads: The head and the number of rows of each adapter, in the order of the rows.
+            pooled: (B, D)
+            shared: Calls a module of the body for adapters that store no weights of their own for it.
+
+        Returns:
+            (C,) float32 on the CPU for each row; C may differ.
+        """
+
+        def call(path: str, module: nn.Module | None, x: Tensor) -> Tensor | list[Tensor]:
+            """A module of the head on rows (B, ...). Adapters without weights for it use the body's module."""
+            inputs = torch.split(x, [count for _, count in heads])
+            weights = [_below(path, head) for head, _ in heads]
+            without = [number for number, own in enumerate(weights) if not own]
+            outputs: dict[int, Tensor] = {}
+            if without:
                 assert module is not None
-                joint = torch.cat([given[each] for each in bare]) if len(bare) < len(heads) else x
-                rows = shared(module, joint.to(next(module.parameters()).dtype), bare).float()
-                made = dict(zip(bare, torch.split(rows, [heads[each][1] for each in bare]), strict=True))
-            for each, parts in enumerate(values):
-                if parts:
-                    wide = {name: value.float() for name, value in parts.items()}
-                    made[each] = functional_call(self._modules[path], wide, (given[each].float(),))
-            return _joined([made[each] for each in range(len(heads))])
+                joint = torch.cat([inputs[number] for number in without]) if len(without) < len(heads) else x
+                rows = shared(module, joint.to(next(module.parameters()).dtype), without).float()
+                outputs = dict(zip(without, torch.split(rows, [heads[number][1] for number in without]), strict=True))
+            for number, own in enumerate(weights):
+                if own:
+                    wide = {name: value.float() for name, value in own.items()}
+                    outputs[number] = functional_call(self._modules[path], wide, (inputs[number].float(),))
+            return _joined([outputs[number] for number in range(len(heads))])
 
-        parts = {name: functools.partial(own, name, None) for name in self._family.head_modules}
-        body = {name: functools.partial(own, path, module) for name, (path, module) in self._inside.items()}
+        parts = {name: functools.partial(call, name, None) for name in self._family.head_modules}
+        body = {name: functools.partial(call, path, module) for name, (path, module) in self._inside.items()}
         dropouts = dict.fromkeys(self._family.head_dropouts, _same)
         # Not a real model: its parts take and give a list of rows where heads differ in classes.
         model: Any = SimpleNamespace(**parts, **dropouts, base_model=SimpleNamespace(**body))
@@ -88,12 +97,12 @@ class Heads:
 
 
 def _below(path: str, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What belongs to one module, by names inside it."""
+    """The tensors of one module, by names inside it."""
     return {name[len(path) + 1 :]: value for name, value in head.items() if name.startswith(path + ".")}
 
 
 def _joined(rows: list[Tensor]) -> Tensor | list[Tensor]:
-    """As one, but for a last module's where heads differ in classes."""
+    """One tensor, or a list if the heads differ in the number of classes."""
     return torch.cat(rows) if len({each.shape[1:] for each in rows}) == 1 else rows
 
 

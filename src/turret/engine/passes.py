@@ -1,7 +1,6 @@
-"""What happens to requests in a pass: rows made of them, the pass, and the next token, text or answer of each.
+"""One forward pass after another: requests become rows, and outputs become tokens and answers.
 
-A mistake in a pass ends the requests in it, one in a request's own part that request alone. Knows requests, the runner
-and sequences. Refuses to know threads, queues and where adapters come from.
+An error in a pass ends all requests in it. An error in one request's own part ends that request only.
 """
 
 from __future__ import annotations
@@ -18,12 +17,21 @@ from turret.engine.request import Done, Failed, Request, log
 from turret.engine.runner import Prefill, Runner
 from turret.engine.sequence import RunningSequence
 from turret.errors import EngineError, NotFinite, TurretError
+from turret.tasks import has_head
 
-End = Callable[[Request, Done | Failed, int], None]  # with the tokens it generated
+End = Callable[[Request, Done | Failed, int], None]  # the request, its end, and the number of generated tokens
 
 
 class Passes:
-    """Everything that generates, and one pass after another. end, freed, passed: what the engine wants to be told."""
+    """The requests that generate, and the passes over them.
+
+    Args:
+        runner: Runs a pass.
+        prompts: Decodes tokens.
+        end: Called when a request ends.
+        freed: Called when a request that generates gives its rows and KV slots back.
+        passed: Called after a pass with the requests that began in it, the number of decode rows, and its seconds.
+    """
 
     def __init__(
         self,
@@ -38,71 +46,76 @@ class Passes:
         self.generating: list[RunningSequence] = []
 
     def drop(self, requests: Container[Request]) -> None:
-        """Give back what these hold, if they generate; their tickets are somebody else's."""
+        """Free the KV slots of these requests, if they generate. Their tickets stay open."""
         for sequence in [each for each in self.generating if each.request in requests]:
             self._drop(sequence)
 
     def abandon(self) -> None:
-        """Forget them: no pass follows."""
+        """Forget all requests: no pass follows."""
         self.generating.clear()
 
     def run(self, begin: Sequence[Request]) -> None:
-        """One pass: these begin, and everything that generates goes on. What goes wrong ends these and nobody else."""
-        going, started = list(self.generating), list[RunningSequence]()
+        """Run one pass: prefill `begin`, and take a step of every request that generates. An error ends all of them."""
+        running, started = list(self.generating), list[RunningSequence]()
         try:
-            self._run(begin, going, started)
+            self._run(begin, running, started)
         except Exception as error:
-            reason = EngineError(f"a pass failed ({type(error).__name__}: {error}): ask again, and tell if it stays")
-            log.exception("a pass of %d requests failed", len(begin) + len(going))
-            for sequence in [*started, *going]:
+            reason = EngineError(f"a pass failed ({type(error).__name__}: {error}): ask again, or report it")
+            log.exception("a pass of %d requests failed", len(begin) + len(running))
+            for sequence in [*started, *running]:
                 self._drop(sequence)
-            made = {sequence.request for sequence in started}
+            dropped = {sequence.request for sequence in started}
             for request in begin:
-                if request.kind == "generate" and request not in made:
+                if request.kind == "generate" and request not in dropped:
                     self._freed(request)
-            for request in [*begin, *(each.request for each in going)]:
+            for request in [*begin, *(each.request for each in running)]:
                 self._end(request, Failed(reason), 0)
 
-    def _run(self, begin: Sequence[Request], going: Sequence[RunningSequence], started: list[RunningSequence]) -> None:
+    def _run(
+        self, begin: Sequence[Request], running: Sequence[RunningSequence], started: list[RunningSequence]
+    ) -> None:
         began = time.monotonic()
         self._runner.reserve([self._row(request) for request in begin if request.kind == "generate"])
-        fresh = [self._begun(request, started) for request in begin]
-        steps = [step for sequence in going for step in sequence.steps()]
-        outcome = self._runner.run(fresh, steps)
+        prefill = [self._prefill(request, started) for request in begin]
+        steps = [step for sequence in running for step in sequence.steps()]
+        outcome = self._runner.run(prefill, steps)
         self.generating += started
         self._passed(begin, len(steps), time.monotonic() - began)
-        asked = [request for request in begin if request.kind == "classify"]
-        for request, logits in zip(asked, outcome.classes, strict=True):
+        classify = [request for request in begin if request.kind == "classify"]
+        for request, logits in zip(classify, outcome.classes, strict=True):
             self._classified(request, logits)
-        self._go_on([*started, *going], outcome.vocabulary)
+        self._take_tokens([*started, *running], outcome.vocabulary)
 
-    def _begun(self, request: Request, started: list[RunningSequence]) -> Prefill:
+    def _prefill(self, request: Request, started: list[RunningSequence]) -> Prefill:
         assert request.ids is not None
         if request.kind == "classify":
             return Prefill(request.ids, _slot(request))
         kv_slot, slot = self._runner.kv_slot(*self._row(request)), _slot(request)
         before = self._prompts.before(request)
+        assert request.settings is not None
         started.append(RunningSequence(request, request.settings, slot, kv_slot, before))
         return started[-1].first()
 
     def _row(self, request: Request) -> tuple[int, int, int]:
-        """What its lane has to hold: tokens of the prompt, at most so many of the answer, and the slot's prefix."""
+        """(tokens of the prompt, most tokens of the answer, slot), as `Runner.kv_slot` takes them."""
         assert request.ids is not None
+        assert request.settings is not None
         return len(request.ids), request.settings.max_tokens, _slot(request)
 
     def _classified(self, request: Request, logits: torch.Tensor) -> None:
         try:
             if not bool(torch.isfinite(logits).all()):
                 raise self._not_finite(request)
-            loaded = self._runner.adapter_pool.at(request.entry.slot)
+            loaded = self._runner.adapter_pool.at(_slot(request))
             assert loaded is not None
+            assert has_head(loaded.task)
             answer = loaded.task.answers(logits[None])[0]
             self._end(request, Done({**answer, "prompt_tokens": len(request.ids or ())}), 0)
         except Exception as error:
             self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected(error)), 0)
 
-    def _go_on(self, sequences: Sequence[RunningSequence], scores: torch.Tensor) -> None:
-        """A step of every sequence by its rows of scores: the next token, or the next beams, or the end."""
+    def _take_tokens(self, sequences: Sequence[RunningSequence], scores: torch.Tensor) -> None:
+        """Give every sequence its next token or its next beams. scores: (rows of all sequences, V)"""
         start, single = 0, []
         for sequence in sequences:
             rows = len(sequence.kv_slots)
@@ -119,7 +132,7 @@ class Passes:
                 sequence: own[row].log_softmax(-1)
                 for row, (_, sequence) in enumerate(single)
                 if sequence.settings.logprobs is not None
-            }  # before the scores are used up
+            }  # `choose` changes the scores
             tokens = choose(own, [sequence for _, sequence in single])
             for (_, sequence), token in zip(single, tokens, strict=True):
                 self._safely(sequence, functools.partial(self._take, sequence, token, logprobs.get(sequence)))
@@ -132,22 +145,22 @@ class Passes:
     def _search(self, sequence: RunningSequence, scores: torch.Tensor) -> None:
         if not bool(torch.isfinite(scores.sum(-1)).all()):
             raise self._not_finite(sequence.request)
-        sequence.search(scores, self._runner.cache, lambda: self._runner.kv_slot(*self._row(sequence.request)))
+        sequence.search(scores, lambda: self._runner.kv_slot(*self._row(sequence.request)))
 
     def _safely(self, sequence: RunningSequence, step: Callable[[], None]) -> None:
-        """What goes wrong with one sequence is its own error; what is over ends."""
+        """Run a step of one sequence. An error, or the end of the sequence, ends its request."""
         try:
             step()
             if sequence.reason is None:
                 return
-            end: Done | Failed = Done(sequence.answer(self._prompts.decode, self._prompts.words))
+            end: Done | Failed = Done(sequence.answer(self._prompts.decode, self._prompts.token_texts))
         except Exception as error:
             end = Failed(error if isinstance(error, TurretError) else _unexpected(error))
         self._drop(sequence)
         self._end(sequence.request, end, sequence.new)
 
     def _drop(self, sequence: RunningSequence) -> None:
-        """Give back what a sequence holds, once."""
+        """Free the KV slots of a sequence; a second call does nothing."""
         if not sequence.kv_slots:
             return
         sequence.close(self._runner.cache)
@@ -155,13 +168,11 @@ class Passes:
             self.generating.remove(sequence)
         self._freed(sequence.request)
         if not self.generating:
-            self._runner.adapter_pool.stack.clear()
+            self._runner.adapter_pool.free_decoding()
 
     def _not_finite(self, request: Request) -> NotFinite:
-        who = str(request.named) if request.named else f"base {self._runner.base.id}"
-        return NotFinite(
-            f"{who} gave numbers that are not finite for this text: retrain it, or promote another version"
-        )
+        version = str(request.named) if request.named else f"base {self._runner.base.id}"
+        return NotFinite(f"{version} gave logits that are not finite for this text: retrain or replace this version")
 
 
 def _slot(request: Request) -> int:
@@ -170,4 +181,4 @@ def _slot(request: Request) -> int:
 
 def _unexpected(error: Exception) -> EngineError:
     log.exception("a request failed", exc_info=error)
-    return EngineError(f"no answer could be made ({type(error).__name__}: {error}): tell those who run this engine")
+    return EngineError(f"the answer failed ({type(error).__name__}: {error}): report it to the operator of this engine")

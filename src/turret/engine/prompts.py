@@ -1,8 +1,4 @@
-"""From a request's text to what a pass takes: token ids, settings with nothing left open, and the room they need.
-
-Knows tokenizers, tasks and limits. Refuses to know queues, threads (but for one lock: a tokenizer is not safe to share)
-and how a pass is run.
-"""
+"""From the text of a request to token ids, complete settings, and the KV cache it needs; and from tokens to text."""
 
 from __future__ import annotations
 
@@ -13,64 +9,71 @@ from functools import cached_property
 from turret.bases import Base
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.cache import capacity
-from turret.engine.decode import habits, resolved
+from turret.engine.decode import base_settings, resolved
 from turret.engine.request import Limits, Request
 from turret.engine.runner import Runner
 from turret.errors import AdapterError, DataError, NoRoom
+from turret.tasks import writes
 from turret.tasks.tokens import Tokens
 
-BEHIND = 4  # tokens that decide how the next one is written
-CHARACTERS_A_TOKEN = 3  # a guess, until a text's adapter is there to encode it
+CONTEXT_TOKENS = 4  # earlier tokens that decide how a token is written
+CHARACTERS_PER_TOKEN = 3  # an estimate, used until the adapter is loaded and its template encodes the text
 
 
 class Prompts:
-    """What one base makes of texts."""
+    """Encodes and decodes for one base. A lock guards the tokenizer, which is not thread-safe."""
 
     def __init__(self, base: Base, runner: Runner, limits: Limits) -> None:
         self._base, self._runner, self._limits = base, runner, limits
-        self._habits = habits(base.model, base.tokenizer)
+        self._settings = base_settings(base.model, base.tokenizer)
         self._vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
         self._lock = threading.Lock()
         self.can_generate = base.model.get_output_embeddings() is not None and base.family.generates
-        self.crossing = base.family.is_encoder_decoder
+        self.is_encoder_decoder = base.family.is_encoder_decoder
 
     @cached_property
     def _tokens(self) -> Tokens:
         return Tokens(self._base.tokenizer)
 
-    def guess(self, text: str) -> int:
-        """How many tokens a text may have, before it is encoded."""
-        return max(1, min(self._limits.max_tokens, len(text) // CHARACTERS_A_TOKEN))
+    def estimate(self, text: str) -> int:
+        """An estimate of a text's tokens, before it is encoded."""
+        return max(1, min(self._limits.max_tokens, len(text) // CHARACTERS_PER_TOKEN))
 
     def check_ids(self, ids: Sequence[int]) -> list[int]:
-        """Token ids as they were given. Raises DataError."""
+        """The token ids of a prompt that was submitted as ids. Raises DataError."""
         checked = [int(token) for token in ids]
         if not checked or not all(0 <= token < self._vocabulary for token in checked):
-            raise DataError(f"a prompt of token ids holds one or more of 0 to {self._vocabulary - 1}")
+            raise DataError(f"a prompt of token ids needs one or more integers from 0 to {self._vocabulary - 1}")
         if len(checked) > self._limits.max_tokens:
             raise self._too_long(len(checked))
         return checked
 
     def prepare(self, request: Request, loaded: AdapterTensors | None) -> None:
-        """Encode the request for its adapter and count what it needs. Raises what its ticket ends with."""
+        """Encode the request for its adapter, complete its settings, and count the rows and KV cache it needs.
+
+        Raises:
+            TurretError: The error that the request ends with.
+        """
         self._check_kind(request, loaded)
         if request.ids is None:
             assert request.text is not None
             with self._lock:
                 request.ids = self._encoded(request.text, loaded)
-        length, shift = len(request.ids), 0 if loaded is None else loaded.length
+        length, shift = len(request.ids), 0 if loaded is None else loaded.prefix_length
         most = self._most(shift)
         if length > most:
             raise self._too_long(length, most)
         request.tokens = length
         if request.kind == "classify":
             return
-        # an encoder-decoder counts its answer from the beginning
-        room = most if self.crossing else most - length
+        task = None if loaded is None else loaded.task
+        assert task is None or writes(task)
+        # the positions of an encoder-decoder's answer start at 0
+        room = most if self.is_encoder_decoder else most - length
         request.settings = resolved(
             request.options,
-            self._habits,
-            None if loaded is None else loaded.task,
+            self._settings,
+            task,
             room=min(room, self._limits.max_tokens - length),
             vocabulary=self._vocabulary,
         )
@@ -86,18 +89,18 @@ class Prompts:
             )
 
     def before(self, request: Request) -> Sequence[int]:
-        """The tokens in front of an answer that penalties count with it."""
+        """The tokens before the answer that penalties count too."""
         assert request.ids is not None
-        return [int(self._base.model.config.decoder_start_token_id)] if self.crossing else request.ids
+        return [int(self._base.model.config.decoder_start_token_id)] if self.is_encoder_decoder else request.ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of some tokens, blanks around it included."""
+        """The text of some tokens, not stripped."""
         with self._lock:
             return str(self._base.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def words(self, before: Sequence[int], tokens: Sequence[int]) -> list[str]:
-        """Each token as it stands behind `before`, its blank included; one that has no text of its own by its name."""
-        near, decode = list(before[-BEHIND:]), self._base.tokenizer.decode
+    def token_texts(self, before: Sequence[int], tokens: Sequence[int]) -> list[str]:
+        """The text of each token after the tokens `before`, with its leading space."""
+        near, decode = list(before[-CONTEXT_TOKENS:]), self._base.tokenizer.decode
         with self._lock:
             start = str(decode(near)) if near else ""
             wholes = [str(decode([*near, token])) for token in tokens]
@@ -118,18 +121,18 @@ class Prompts:
     def _check_kind(self, request: Request, loaded: AdapterTensors | None) -> None:
         if request.kind == "generate" and not self.can_generate:
             raise AdapterError(
-                f"base {self._base.id} was loaded as a classifier and cannot generate: ask it to classify, or ask an "
-                "engine on a base that generates"
+                f"base {self._base.id} was loaded as a classifier and cannot generate: ask it to classify, or use an "
+                "engine whose base generates"
             )
         if loaded is None:
             return
-        does = loaded.task.request
-        if does != request.kind:
+        kind = loaded.task.request
+        if kind != request.kind:
             verbs = {"classify": "classifies", "generate": "generates"}
-            raise AdapterError(f"{request.named} {verbs[does]} and was asked to {request.kind}: ask it to {does}")
+            raise AdapterError(f"{request.named} {verbs[kind]} and was asked to {request.kind}: ask it to {kind}")
 
     def _most(self, shift: int) -> int:
-        """Tokens that a row may come to."""
+        """The most tokens of a row: prompt and answer. shift: tokens of its prefix."""
         family, most = self._base.family, self._limits.max_tokens
         end = family.position_limit(self._base.model.config)
         if family.positions != "table" or end is None:

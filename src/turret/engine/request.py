@@ -1,7 +1,4 @@
-"""What is asked of the engine and what it answers: small objects, their limits, and the ticket of an answer to come.
-
-Knows words, numbers and threads. Refuses to know tensors, adapters' contents and how a pass is run; loads no torch.
-"""
+"""Requests, options, limits, events and tickets of the engine. Loads no torch."""
 
 from __future__ import annotations
 
@@ -11,31 +8,36 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError
+from turret.json_types import JsonObject
 from turret.tasks.task import RequestKind
 
-Kind = RequestKind
-Answer = dict[str, Any]
+if TYPE_CHECKING:
+    from turret.engine.decode import GenerationSettings
+    from turret.engine.slots import Entry
 
-MAX_TOKENS = 128  # of an answer, where neither the request nor the adapter says
+Kind = RequestKind
+Answer = JsonObject
+
+MAX_TOKENS = 128  # default length of an answer, if neither the request nor the adapter sets one
 STOPS = 16  # most stop strings of one request
-STOP_CHARACTERS = 256  # of one stop string
+STOP_CHARACTERS = 256  # most characters of one stop string
 BEAMS = 16  # most beams of one request
-TOP = 20  # most alternatives that are told beside a token
+TOP = 20  # most alternatives reported with a token
 
 log = logging.getLogger("turret.engine")
 
 
 @dataclass(frozen=True)
 class Named:
-    """What a reference meant when it was asked. Adapters are known by their digest, never by their name."""
+    """The version that a reference named when it was resolved. The digest identifies it, not the name."""
 
     name: str
     number: int
     digest: str
-    bytes: int  # of the bundle; how much room is made before it is loaded
+    bytes: int  # of the bundle: the memory reserved before it is loaded
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
@@ -43,15 +45,15 @@ class Named:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine may hold and take. Every one is enforced with an error that names it."""
+    """Limits of the engine. The error of each names it."""
 
-    memory: int | None = None  # bytes of mounted adapters; None: no bound but `slots`
+    memory: int | None = None  # bytes of mounted adapters; None: only `slots` limits them
     slots: int = 1024  # adapters mounted at a time
-    queue_tokens: int = 65_536  # tokens that wait; beyond it a submit is Busy
-    batch_tokens: int | None = None  # of one pass; None: as many as suit the base (`runner.pass_tokens`)
-    running: int = 64  # generating rows at a time; a beam is a row
-    cache_tokens: int = 65_536  # tokens whose keys and values are held
-    max_inputs: int = 1024  # of one `classify` or `generate` call
+    queue_tokens: int = 65_536  # tokens that wait; `submit` raises Busy above it
+    batch_tokens: int | None = None  # of one pass; None: chosen for the base (`runner.pass_tokens`)
+    running: int = 64  # rows that generate at a time; a beam is a row
+    cache_tokens: int = 65_536  # tokens in the KV cache
+    max_inputs: int = 1024  # texts of one `classify` or `generate` call
     max_tokens: int = 4096  # of a prompt and its answer together
 
     def __post_init__(self) -> None:
@@ -64,10 +66,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Options:
-    """How a text is generated. What is None is the adapter's own setting, else greedy and `MAX_TOKENS`.
+    """How a text is generated. None takes the adapter's own setting, else the base's, else greedy and `MAX_TOKENS`.
 
-    A temperature above zero samples; top_p or top_k without a temperature sample at temperature 1. logprobs: so many
-    most probable tokens are told beside each token of the answer, 0 the token's own probability alone.
+    A temperature above 0 samples. top_p or top_k without a temperature sample at temperature 1. logprobs is the number
+    of most probable tokens to report with each token of the answer; 0 reports only the token's own probability.
     """
 
     max_tokens: int | None = None
@@ -81,8 +83,7 @@ class Options:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        given: Any = self.stop
-        object.__setattr__(self, "stop", (given,) if isinstance(given, str) else tuple(given))
+        object.__setattr__(self, "stop", _texts(self.stop))  # as frozen dataclasses set a field
         _between("max_tokens", self.max_tokens, 1, 1 << 31, whole=True)
         _between("temperature", self.temperature, 0.0, 100.0)
         _between("top_p", self.top_p, 0.0, 1.0, above=True)
@@ -102,13 +103,19 @@ class Options:
 
     @property
     def heat(self) -> float:
-        """The temperature in force; 0 is greedy."""
+        """The temperature that applies; 0 is greedy."""
         if self.temperature is not None:
             return self.temperature
         return 1.0 if self.top_k is not None or (self.top_p is not None and self.top_p < 1.0) else 0.0
 
 
-def _between(name: str, value: Any, low: float, high: float, *, whole: bool = False, above: bool = False) -> None:
+def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _between(
+    name: str, value: float | None, low: float, high: float, *, whole: bool = False, above: bool = False
+) -> None:
     if value is None:
         return
     number = isinstance(value, int) if whole else isinstance(value, int | float) and math.isfinite(value)
@@ -119,7 +126,7 @@ def _between(name: str, value: Any, low: float, high: float, *, whole: bool = Fa
 
 @dataclass(frozen=True)
 class Receipt:
-    """Who answers: fixed when the request is taken. The bare base has no name, number 0 and no digest."""
+    """The version that answers, fixed at submission. The bare base has no name, number 0 and no digest."""
 
     id: str
     name: str | None
@@ -130,21 +137,21 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Piece:
-    """More of a text, decided for good."""
+    """The next part of a text. It is final."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Done:
-    """The whole answer; nothing follows."""
+    """The whole answer: the last event."""
 
     answer: Answer
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Why there is no answer; nothing follows."""
+    """The error of the request: the last event."""
 
     error: BaseException
 
@@ -154,7 +161,7 @@ Listener = Callable[[Event], None]
 
 
 class Ticket:
-    """What a submit hands over: it ends exactly once, with an answer or an error, whatever happens to the engine."""
+    """The handle of a submitted request. It ends exactly once, with an answer or an error."""
 
     def __init__(self, receipt: Receipt, cancel: Callable[[], None]) -> None:
         self.receipt = receipt
@@ -162,17 +169,25 @@ class Ticket:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._end: Done | Failed | None = None
-        self._said: list[str] = []
+        self._pieces: list[str] = []
         self._listeners: list[Listener] = []
-        self.heard = False  # somebody wants pieces
-        self.said = 0  # characters of the answer so far
+        self.streamed = False  # a listener wants pieces
+        self.sent = 0  # characters of the answer so far
 
     @property
     def done(self) -> bool:
         return self._end is not None
 
     def result(self, timeout: float | None = None) -> Answer:
-        """The answer, or its error; raises TimeoutError where it takes longer than `timeout` seconds."""
+        """Wait for the answer.
+
+        Args:
+            timeout: Seconds; None waits as long as needed.
+
+        Raises:
+            TimeoutError: After `timeout` seconds.
+            BaseException: The error that the request ended with.
+        """
         if not self._ended.wait(timeout):
             raise TimeoutError(
                 f"request {self.receipt.id} is not answered after {timeout} s: wait longer, or cancel it"
@@ -183,22 +198,22 @@ class Ticket:
         return self._end.answer
 
     def error(self) -> BaseException | None:
-        """The error it ended with, if it did."""
+        """The error that the request ended with, or None."""
         return self._end.error if isinstance(self._end, Failed) else None
 
     def listen(self, listener: Listener) -> None:
-        """Call `listener` with what was said so far and every further event, in order, from the engine's thread."""
+        """Call `listener` with every event in order: the text so far at once, later events from the engine's thread."""
         with self._lock:
-            self.heard = True
-            if self._said:
-                self._call(listener, Piece("".join(self._said)))
+            self.streamed = True
+            if self._pieces:
+                self._call(listener, Piece("".join(self._pieces)))
             if self._end is None:
                 self._listeners.append(listener)
             else:
                 self._call(listener, self._end)
 
     def add_done_callback(self, function: Callable[[Ticket], None]) -> None:
-        """Call `function` with this ticket when it has ended, at once where it has already."""
+        """Call `function` with this ticket when it ends; at once if it has ended."""
 
         def ended(event: Event) -> None:
             if not isinstance(event, Piece):
@@ -211,7 +226,7 @@ class Ticket:
         self._call(ended, self._end)
 
     def stream(self) -> Iterator[str]:
-        """Pieces of the text as they are decided; joined they are the answer's text. Raises as `result` does."""
+        """The pieces of the text as they become final; joined they are the answer's text. Raises as `result` does."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.listen(events.put)
         while True:
@@ -223,31 +238,32 @@ class Ticket:
             yield event.text
 
     def cancel(self) -> None:
-        """Withdraw the request; it ends with Cancelled between two passes, unless it has ended already."""
+        """Cancel the request: it ends with Cancelled before the next pass, unless it has ended."""
         if not self.done:
             self._cancel()
 
     # --- the engine's side --------------------------------------------------------------------------------------------
 
-    def say(self, text: str) -> None:
+    def send(self, text: str) -> None:
+        """Give the listeners the next part of the text."""
         with self._lock:
             if text and self._end is None:
-                self._said.append(text)
-                self.said += len(text)
-                self._tell(Piece(text))
+                self._pieces.append(text)
+                self.sent += len(text)
+                self._notify(Piece(text))
 
     def end(self, end: Done | Failed) -> bool:
-        """The first end counts; says whether this was it."""
+        """End the ticket; a second call does nothing. Returns whether this was the first."""
         with self._lock:
             if self._end is not None:
                 return False
             self._end = end
             self._ended.set()
-            self._tell(end)
+            self._notify(end)
             self._listeners.clear()
             return True
 
-    def _tell(self, event: Event) -> None:
+    def _notify(self, event: Event) -> None:
         for listener in tuple(self._listeners):
             if not self._call(listener, event):
                 self._listeners.remove(listener)
@@ -255,7 +271,7 @@ class Ticket:
     def _call(self, listener: Listener, event: Event) -> bool:
         try:
             listener(event)
-        except Exception:  # a listener's mistake must not stop the engine
+        except Exception:  # an error of a listener must not stop the engine
             log.exception("a listener of request %s failed and is not called again", self.receipt.id)
             return False
         return True
@@ -270,28 +286,28 @@ class Request:
     named: Named | None  # None: the bare base
     text: str | None
     options: Options
-    tokens: int  # of the prompt: guessed until it is `ready`
+    tokens: int  # of the prompt: an estimate until it is `ready`
     arrived: float
     priority: int = 0
     deadline: float | None = None  # on the engine's clock
     ids: Sequence[int] | None = None  # the prompt
     rows: int = 1  # beams
-    cache_tokens: int = 0  # keys and values to be held for it, all rows together
+    cache_tokens: int = 0  # of the KV cache, all rows together
     cancelled: bool = False
-    joined: int = 0  # the number of the pass before which it could have gone
-    settings: Any = None  # of a generation, with nothing left open; once its adapter is there
-    entry: Any = None  # the slot it holds
-    ready: bool = False  # encoded, and what it needs is known
-    counted: int = 0  # of its tokens among those that wait
-    error: TurretError | None = None  # why it cannot be
+    joined: int = 0  # passes before it was scheduled
+    settings: GenerationSettings | None = None  # complete; set when its adapter is loaded
+    entry: Entry | None = None  # the slot that it holds
+    ready: bool = False  # encoded
+    counted: int = 0  # its share of the engine's `waiting_tokens`
+    error: TurretError | None = None  # why it cannot be answered
 
     @property
     def flow(self) -> str:
-        """Whose turn it counts for: the digest of its adapter, or nothing for the bare base."""
+        """The digest of its adapter, "" for the bare base: the scheduler takes turns between these."""
         return self.named.digest if self.named else ""
 
     def end_of_time(self, now: float) -> Cancelled | DeadlineExceeded | None:
-        """Why it must not go on, if so."""
+        """The error of a cancelled or late request, or None."""
         if self.cancelled:
             return Cancelled(f"request {self.ticket.receipt.id} was cancelled: ask again if the answer is still wanted")
         if self.deadline is not None and now >= self.deadline:
@@ -306,18 +322,18 @@ class Request:
 class LoadedAdapter:
     """One adapter in memory."""
 
-    version: str  # name@number, as it was last asked for
+    version: str  # name@number, as last requested
     digest: str
     slot: int
     bytes: int
     pinned: bool
     last_used: float  # on the engine's clock
-    requests: int  # that hold it now
+    requests: int  # that need it now
 
 
 @dataclass(frozen=True)
 class VersionStats:
-    """What one version has done since the engine began."""
+    """Counts of one version since the engine started."""
 
     version: str
     requests: int = 0
@@ -331,10 +347,10 @@ class VersionStats:
 class Stats:
     """The engine at one moment."""
 
-    waiting: int  # requests that have not begun, those whose adapter is being loaded among them
+    waiting: int  # requests that have not begun, also those whose adapter is loading
     waiting_tokens: int
     running: int  # rows that generate
-    cache_tokens: int  # held for them
+    cache_tokens: int  # in use
     passes: int
     prompt_tokens: int
     tokens: int  # generated

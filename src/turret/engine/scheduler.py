@@ -1,9 +1,9 @@
-"""Who goes next: policy alone. Knows counts of tokens; refuses to know threads, clocks, adapters and tensors.
+"""Continuous batching: which waiting requests begin in the next pass.
 
-A pass takes at most `batch_tokens` tokens: one for every generating row, the rest for requests that begin. Those are
-chosen by priority, then by turns between adapters (deficit round robin: an adapter may send `QUANTUM` tokens a turn),
-then by age. So that nobody waits for ever, whoever was passed over `PATIENCE` times goes before all others, and while
-such a one waits for room in the key-value cache no other takes any.
+A pass takes at most `batch_tokens` tokens: one for each row that generates, the rest for requests that begin. These
+are chosen by priority, then by turns between adapters (deficit round robin with `QUANTUM` tokens, Shreedhar and
+Varghese 1996), then by age. A request that was passed over `PATIENCE` times goes first, and while it waits for room in
+the KV cache no other request takes any. So every request is served eventually.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from turret.engine.request import Request
 
-QUANTUM = 256  # tokens an adapter may send in its turn
-PATIENCE = 64  # passes that may go by with others
+QUANTUM = 256  # tokens of an adapter in one turn
+PATIENCE = 64  # passes in which other requests begin before this one goes first
 
 
 @dataclass
@@ -23,12 +23,20 @@ class _Flow:
     """The waiting requests of one adapter at one priority, oldest first."""
 
     requests: deque[Request] = field(default_factory=deque)
-    deficit: int = 0  # tokens it may still send
-    turn: bool = False  # and it is its turn
+    deficit: int = 0  # tokens that may still begin
+    turn: bool = False  # whether its turn has started
 
 
 class Scheduler:
-    """The waiting requests that could begin, and the room that is taken."""
+    """The waiting requests that could begin, and the rows and cache in use.
+
+    Args:
+        batch_tokens: Limit of tokens of a pass.
+        running: Limit of rows that generate.
+        cache_tokens: Limit of tokens in the KV cache.
+        quantum: Tokens of an adapter in one turn.
+        patience: Passes until a waiting request goes first.
+    """
 
     def __init__(
         self,
@@ -41,22 +49,23 @@ class Scheduler:
     ) -> None:
         self.batch_tokens, self.running, self.cache_tokens = batch_tokens, running, cache_tokens
         self.quantum, self.patience = quantum, patience
-        self.rows = 0  # generating now
-        self.held_tokens = 0  # of the key-value cache
+        self.rows = 0  # that generate
+        self.held_tokens = 0  # of the KV cache
         self.waiting_tokens = 0
-        self._passes = 0  # in which somebody began
-        self._flows: dict[int, dict[str, _Flow]] = {}  # by priority, by adapter; the first in a dictionary is next
+        self._passes = 0  # in which a request began
+        self._flows: dict[int, dict[str, _Flow]] = {}  # by priority, then by adapter in the order of turns
 
     def __len__(self) -> int:
         return sum(len(flow.requests) for flows in self._flows.values() for flow in flows.values())
 
     def waiting(self) -> Iterator[Request]:
+        """All waiting requests."""
         for flows in self._flows.values():
             for flow in flows.values():
                 yield from flow.requests
 
     def add(self, request: Request) -> None:
-        """It waits from now on. It must fit: its rows and cache tokens are within the limits."""
+        """Add a waiting request. Its rows and cache tokens are within the limits."""
         assert request.rows <= self.running
         assert request.cache_tokens <= self.cache_tokens
         flow = self._flows.setdefault(request.priority, {}).setdefault(request.flow, _Flow())
@@ -65,20 +74,20 @@ class Scheduler:
         self.waiting_tokens += request.tokens
 
     def remove(self, requests: Iterable[Request]) -> None:
-        """They wait no longer."""
-        gone = set(map(id, requests))
+        """Remove requests, waiting or not."""
+        removed = set(map(id, requests))
         for priority, flows in list(self._flows.items()):
             for key, flow in list(flows.items()):
-                kept = deque(each for each in flow.requests if id(each) not in gone)
-                self.waiting_tokens -= sum(each.tokens for each in flow.requests) - sum(each.tokens for each in kept)
-                flow.requests = kept
-                if not kept:
+                left = deque(each for each in flow.requests if id(each) not in removed)
+                self.waiting_tokens -= sum(each.tokens for each in flow.requests) - sum(each.tokens for each in left)
+                flow.requests = left
+                if not left:
                     del flows[key]
             if not flows:
                 del self._flows[priority]
 
     def next(self) -> list[Request]:
-        """The requests that begin in the next pass; those that generate hold rows and cache until `finished`."""
+        """Take the requests that begin in the next pass. Those that generate hold rows and cache until `finished`."""
         chosen: list[Request] = []
         self._room = self.batch_tokens - self.rows
         if self._serve_impatient(chosen):
@@ -88,12 +97,12 @@ class Scheduler:
         return chosen
 
     def finished(self, request: Request) -> None:
-        """A generating request gives its rows and its part of the cache back."""
+        """Free the rows and the cache of a request that generated."""
         self.rows -= request.rows
         self.held_tokens -= request.cache_tokens
 
     def _serve_impatient(self, chosen: list[Request]) -> bool:
-        """Those who have waited too long, longest first. Says whether others may begin as well."""
+        """Take requests that have waited too long, the longest first. Returns whether others may begin too."""
         heads = [flow.requests[0] for flows in self._flows.values() for flow in flows.values()]
         for request in sorted(heads, key=lambda each: each.joined):
             if self._passes - request.joined < self.patience:
@@ -105,10 +114,10 @@ class Scheduler:
         return True
 
     def _serve(self, priority: int, chosen: list[Request]) -> None:
-        """Turns between the adapters of one priority, until the pass is full or none of them can send more.
+        """Take turns between the adapters of one priority, until the pass is full or no request fits.
 
-        One whose next request finds the pass full goes on with its turn in the next; until then nobody begins another
-        turn, or small requests would fill every pass and large ones get less than their share.
+        An adapter whose next request does not fit continues its turn in the next pass. Until then no other turn starts:
+        else small requests would fill every pass, and large ones would get less than their share.
         """
         flows = self._flows[priority]
         stopped: set[str] = set()
@@ -137,7 +146,7 @@ class Scheduler:
             del self._flows[priority]
 
     def _holds(self, request: Request) -> bool:
-        """Whether there are rows and cache for it."""
+        """Whether there are rows and cache for a request."""
         if request.kind == "classify":
             return True
         return self.rows + request.rows <= self.running and (
@@ -145,7 +154,7 @@ class Scheduler:
         )
 
     def _fits(self, request: Request, chosen: list[Request]) -> bool:
-        """Whether the pass has tokens left for it; the first of a pass may have any number."""
+        """Whether a request fits into the rest of the pass; the first one always does."""
         return not chosen or request.tokens <= self._room
 
     def _take(self, request: Request, chosen: list[Request]) -> None:

@@ -1,29 +1,26 @@
-"""One generating request between two passes: its tokens, its lanes, its text, and when it is over.
-
-Knows lanes, choices and texts. Refuses to know which other rows share its passes, threads and queues.
-"""
+"""A request that generates, between two passes: its tokens, beams, KV slots and text."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from turret.engine.beams import Beams
 from turret.engine.cache import KeyValueCache, KVSlot
-from turret.engine.decode import GenerationSettings, TokenLogprobs, told
-from turret.engine.request import Request
+from turret.engine.decode import GenerationSettings, TokenLogprobs, token_logprobs
+from turret.engine.request import Answer, Request
 from turret.engine.runner import DecodeStep, Prefill
 from turret.engine.text import IncrementalText
+from turret.json_types import JsonObject
 
 Decode = Callable[[Sequence[int]], str]
-Words = Callable[[Sequence[int], Sequence[int]], list[str]]  # what each of some tokens is behind others
+TokenTexts = Callable[[Sequence[int], Sequence[int]], list[str]]  # `Prompts.token_texts`
 
 
 class RunningSequence:
-    """A row that takes a token a pass, or as many rows as it has beams."""
+    """One row that takes a token per pass, or one row per beam."""
 
     def __init__(
         self, request: Request, settings: GenerationSettings, slot: int, kv_slot: KVSlot, before: Sequence[int]
@@ -34,19 +31,20 @@ class RunningSequence:
         self.kv_slots = [kv_slot]
         self.tokens: list[int] = []
         self.beams = Beams(settings, before) if settings.num_beams > 1 else None
-        self.reason: str | None = None  # why it is over
+        self.reason: str | None = None  # `finish_reason`, at the end
         self._before = list(before)
         self._text: IncrementalText | None = None
-        self._told: list[TokenLogprobs] = []  # a token, where they are wanted
+        self._logprobs: list[TokenLogprobs] = []  # of each token, if requested
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     def first(self) -> Prefill:
+        """The row of its first pass."""
         assert self.request.ids is not None
         return Prefill(self.request.ids, self.slot, self.kv_slots[0])
 
     def steps(self) -> list[DecodeStep]:
-        """A row a lane."""
+        """Its rows of the next pass, one per KV slot."""
         if self.beams is None:
             return [DecodeStep(self.tokens[-1], self.slot, self.kv_slots[0])]
         return [
@@ -55,74 +53,75 @@ class RunningSequence:
         ]
 
     def counted(self) -> Sequence[int]:
+        """The tokens that penalties count."""
         return [*self._before, *self.tokens]
 
     @property
     def new(self) -> int:
+        """The number of generated tokens."""
         return len(self.tokens)
 
     # --- a pass later -------------------------------------------------------------------------------------------------
 
     def take(self, token: int, decode: Decode, logprobs: Tensor | None = None) -> None:
-        """One more token; sets `reason` where it is the last. logprobs: (V,), where they are to be told."""
+        """Add a token. Sets `reason` if it is the last one. logprobs: (V,), if they are requested."""
         if token in self.settings.eos:
             self.reason = "stop"
         else:
             self.tokens.append(token)
             if logprobs is not None:
-                self._told.append(told(logprobs, token, self.settings.logprobs or 0))
+                self._logprobs.append(token_logprobs(logprobs, token, self.settings.logprobs or 0))
             if len(self.tokens) >= self.settings.max_tokens:
                 self.reason = "length"
-        if self.settings.stop or self.request.ticket.heard:
-            self._say(decode)
+        if self.settings.stop or self.request.ticket.streamed:
+            self._send(self._grow(decode))
 
-    def search(self, logits: Tensor, cache: KeyValueCache, open_lane: Callable[[], KVSlot]) -> None:
-        """One more step of all beams. logits: (rows, V)"""
+    def search(self, logits: Tensor, open_slot: Callable[[], KVSlot]) -> None:
+        """Take one step of beam search. logits: (rows, V)"""
         assert self.beams is not None
         sources = self.beams.advance(logits)
         if sources is not None:
-            self.kv_slots += [open_lane() for _ in range(len(sources) - len(self.kv_slots))]
+            self.kv_slots += [open_slot() for _ in range(len(sources) - len(self.kv_slots))]
             self.kv_slots[0].block.copy(self.kv_slots, [self.kv_slots[source] for source in sources])
             return
         best = list(self.beams.best)
         self.reason = "stop" if best and best[-1] in self.settings.eos else "length"
         self.tokens = best[:-1] if self.reason == "stop" else best
 
-    def _say(self, decode: Decode) -> None:
+    def _grow(self, decode: Decode) -> IncrementalText:
+        """Decode all tokens. Sets `reason` if the text holds a stop string."""
         if self._text is None:
             self._text = IncrementalText(decode, self.settings.stop)
         self._text.grow(self.tokens)
         if self._text.stopped:
             self.reason = "stop"
-        self._tell(self._text)
+        return self._text
 
-    def _tell(self, text: IncrementalText) -> None:
-        """What is settled and was not said yet, to those who listen now or will: the ticket keeps it."""
+    def _send(self, text: IncrementalText) -> None:
+        """Send the part of the final text that was not sent yet. The ticket keeps it for later listeners."""
         ticket = self.request.ticket
-        ticket.say(text.text[ticket.said :])
+        ticket.send(text.text[ticket.sent :])
 
-    def answer(self, decode: Decode, words: Words) -> dict[str, Any]:
-        """What the request gets, all of it said."""
-        if self._text is None:
-            self._text = IncrementalText(decode, self.settings.stop)
-            self._text.grow(self.tokens)
-            if self._text.stopped:
-                self.reason = "stop"
-        self._text.end()
-        self._tell(self._text)
-        said: dict[str, Any] = {
-            "text": self._text.text,
+    def answer(self, decode: Decode, token_texts: TokenTexts) -> Answer:
+        """The answer of the request. Sends the rest of its text."""
+        text = self._text or self._grow(decode)
+        text.end()
+        self._send(text)
+        answer: Answer = {
+            "text": text.text,
             "finish_reason": self.reason,
             "tokens": len(self.tokens),
             "prompt_tokens": len(self.request.ids or ()),
         }
         if self.settings.logprobs is not None:
-            said["logprobs"] = [self._in_words(place, each, words) for place, each in enumerate(self._told)]
-        return said
+            answer["logprobs"] = [
+                self._logprobs_json(place, each, token_texts) for place, each in enumerate(self._logprobs)
+            ]
+        return answer
 
-    def _in_words(self, place: int, each: TokenLogprobs, words: Words) -> dict[str, Any]:
+    def _logprobs_json(self, place: int, each: TokenLogprobs, token_texts: TokenTexts) -> JsonObject:
         tokens, logprobs = zip((each.token, each.logprob), *each.top, strict=True)
-        texts = words(self.tokens[:place], tokens)
+        texts = token_texts(self.tokens[:place], tokens)
         own, *top = [
             {"token": text, "id": token, "logprob": logprob}
             for text, token, logprob in zip(texts, tokens, logprobs, strict=True)
@@ -130,6 +129,7 @@ class RunningSequence:
         return {**own, "top": top}
 
     def close(self, cache: KeyValueCache) -> None:
+        """Free its KV slots."""
         for kv_slot in self.kv_slots:
             cache.close(kv_slot)
         self.kv_slots = []

@@ -1,9 +1,7 @@
-"""Which adapter sits in which slot: least recently used goes first, pins stay, the bytes never pass a bound.
+"""Which adapter is in which slot: the least recently used is evicted first, within a limit of bytes.
 
-Policy alone, over digests and numbers. Refuses to know what a slot holds, who loads it, threads and clocks.
-
-An adapter is loading or ready. Room for it is made before it is loaded, by its size on the disk, and counted again by
-its true size when it is there. What a request holds, or a pin, is never put out.
+An adapter is loading or ready. Memory is reserved before it is loaded, by its size on disk, and counted again by its
+true size afterwards. Adapters that a request holds, or that are pinned, are never evicted.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from turret.errors import NoRoom
 
 @dataclass
 class Entry:
-    """One adapter in a slot."""
+    """A slot with an adapter in it."""
 
     digest: str
     slot: int
@@ -23,15 +21,16 @@ class Entry:
     ready: bool = False
     holds: int = 0  # requests that need it
     pinned: bool = False
-    used: int = 0  # when it was last used, by a count that only grows
+    used: int = 0  # the count of uses at its last use
 
     @property
     def idle(self) -> bool:
+        """Whether it may be evicted."""
         return self.ready and not self.holds and not self.pinned
 
 
 class Slots:
-    """`count` slots, numbered from 1, and at most `memory` bytes in them."""
+    """`count` slots, numbered from 1, with at most `memory` bytes in them; None for no limit."""
 
     def __init__(self, count: int, memory: int | None) -> None:
         self.count, self.memory = count, memory
@@ -48,25 +47,35 @@ class Slots:
         return list(self._entries.values())
 
     def find(self, digest: str) -> Entry | None:
+        """The slot of an adapter, loading or ready."""
         return self._entries.get(digest)
 
     def hold(self, entry: Entry) -> None:
-        """A request needs it: it stays until `release`."""
+        """Keep the adapter until `release`."""
         entry.holds += 1
         self._touch(entry)
 
     def release(self, entry: Entry) -> None:
+        """Undo one `hold`."""
         assert entry.holds > 0
         entry.holds -= 1
         self._touch(entry)
 
     def open(self, digest: str, size: int) -> tuple[Entry | None, list[Entry]]:
-        """(a new entry that is loading, those put out for it); None while what is held leaves no room.
+        """Take a slot for an adapter that will be loaded.
 
-        Raises NoRoom where there could never be any: the adapter is larger than the bound, or than what pins leave.
+        Args:
+            digest: Of the adapter.
+            size: Its bytes on disk.
+
+        Returns:
+            The slot and those evicted for it; (None, []) while adapters in use leave too little memory.
+
+        Raises:
+            NoRoom: The adapter is larger than the limit, or than what pinned adapters leave of it.
         """
         assert digest not in self._entries
-        self._possible(digest, size)
+        self._check_possible(digest, size)
         evicted = self._make_room(size, slots=1)
         if evicted is None:
             return None, []
@@ -76,13 +85,14 @@ class Slots:
         return entry, evicted
 
     def filled(self, entry: Entry, size: int) -> list[Entry] | None:
-        """It is loaded and has this size; those put out for what it has more than was thought.
+        """Set the true size of a loaded adapter.
 
-        None, and it is out again, where that much room cannot be made now.
+        Returns:
+            The slots evicted for what it takes more than reserved. None if that is impossible now; the slot is freed.
         """
         assert not entry.ready
         try:
-            self._possible(entry.digest, size - entry.bytes)
+            self._check_possible(entry.digest, size - entry.bytes)
             evicted = self._make_room(size - entry.bytes, slots=0)
         except NoRoom:
             evicted = None
@@ -95,25 +105,25 @@ class Slots:
         return evicted
 
     def close(self, entry: Entry) -> None:
-        """It leaves its slot: it could not be loaded, or is not wanted any more."""
+        """Free a slot."""
         del self._entries[entry.digest]
         self._free.append(entry.slot)
         self.bytes -= entry.bytes
 
-    def _possible(self, digest: str, size: int) -> None:
+    def _check_possible(self, digest: str, size: int) -> None:
         pinned = [each for each in self._entries.values() if each.pinned]
-        held = sum(each.bytes for each in pinned)
-        if self.memory is not None and size + held > self.memory:
-            said = f", of which pinned adapters take {held:,}" if held else ""
+        taken = sum(each.bytes for each in pinned)
+        if self.memory is not None and size + taken > self.memory:
+            part = f", of which pinned adapters take {taken:,}" if taken else ""
             raise NoRoom(
-                f"adapter {digest[:19]} takes {size:,} bytes and the limit of memory is {self.memory:,}{said}: "
+                f"adapter {digest[:19]} takes {size:,} bytes and the limit of memory is {self.memory:,}{part}: "
                 "raise the limit, or unpin"
             )
         if len(pinned) >= self.count:
             raise NoRoom(f"all {self.count} slots hold pinned adapters: raise the limit of slots, or unpin")
 
     def _make_room(self, size: int, slots: int) -> list[Entry] | None:
-        """Put idle adapters out, least recently used first, until it fits; None, and none is out, if it cannot."""
+        """Evict idle adapters until `size` bytes and `slots` slots are free; None, with no eviction, if impossible."""
         free, spare = len(self._free), None if self.memory is None else self.memory - self.bytes
         evicted: list[Entry] = []
         for entry in sorted((each for each in self._entries.values() if each.idle), key=lambda each: each.used):

@@ -1,18 +1,18 @@
-"""The text of an answer while it grows: what is settled, and where a stop string ends it. Knows characters only.
+"""The text of an answer while its tokens arrive: which part is final, and where a stop string ends it.
 
-The answer's text is the decoded tokens without blanks around them. A piece is settled when nothing that may follow can
-take it back: blanks at the end, half a character, and what may be the beginning of a stop string are held back.
+The text is the decoded tokens, stripped. These are held back because later tokens may change them: white space at the
+end, an incomplete character, and the possible start of a stop string.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-HALF = "�"  # what a decoder writes for a character that is not whole yet
+HALF = "�"  # decoders write this for an incomplete character
 
 
 class IncrementalText:
-    """decode: tokens -> text, blanks included."""
+    """The final part of a growing text. `decode` makes text of tokens and strips nothing."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
         self._decode, self._stop = decode, tuple(stop)
@@ -21,33 +21,37 @@ class IncrementalText:
         self.stopped = False
 
     def grow(self, tokens: Sequence[int]) -> str:
-        """What is settled anew, with these as all tokens so far; `stopped` tells whether a stop string is in them."""
+        """The part that became final. `stopped` is set if the text holds a stop string.
+
+        Args:
+            tokens: All tokens of the answer so far.
+        """
         self._whole = self._decode(tokens)
         ends = [at for at in map(self._whole.find, self._stop) if at >= 0]
         if ends:
             self.stopped = True
             self._whole = self._whole[: min(ends)]
             return self.end()
-        return self._settle(self._whole[: len(self._whole) - self._held()].strip())
+        return self._extend(self._whole[: len(self._whole) - self._open_end()].strip())
 
     def end(self) -> str:
-        """The rest of the text: nothing follows."""
-        return self._settle(self._whole.strip())
+        """The rest of the text, after the last token."""
+        return self._extend(self._whole.strip())
 
     @property
     def text(self) -> str:
-        """All that was settled: after `end`, the answer."""
+        """The final part so far; after `end`, the whole answer."""
         return self._sent
 
-    def _settle(self, text: str) -> str:
+    def _extend(self, text: str) -> str:
         if not text.startswith(self._sent):
-            return ""  # the decoder took something back; it comes with what follows
+            return ""  # the decoder changed an earlier character; the next call returns it
         new = text[len(self._sent) :]
         self._sent = text
         return new
 
-    def _held(self) -> int:
-        """Characters at the end that may still change or become a stop string."""
+    def _open_end(self) -> int:
+        """The number of characters at the end that may still change or become a stop string."""
         halves = len(self._whole) - len(self._whole.rstrip(HALF))
         longest = max(map(len, self._stop), default=0)
         for count in range(min(longest - 1, len(self._whole)), 0, -1):

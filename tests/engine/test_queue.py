@@ -1,4 +1,4 @@
-"""Requests that wait: room in the queue, deadlines, cancelling, and who listens."""
+"""Requests that wait: the limit of the queue, deadlines, cancelling, and listeners."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_deadline_ends_a_generation() -> None:
         assert engine.stats().running == 0
 
 
-def test_cancelling_ends_a_request_that_waits_and_an_answer_that_is_there_stays(shelf: Shelf) -> None:
+def test_cancelling_ends_a_waiting_request_and_keeps_an_answer_that_is_there(shelf: Shelf) -> None:
     shelf.gate.clear()
     with shelf.engine() as engine:
         ticket, other = engine.submit("classify", "x", "a"), engine.submit("classify", "x", "a")
@@ -70,7 +70,7 @@ def test_cancelling_ends_a_request_that_waits_and_an_answer_that_is_there_stays(
         assert other.error() is None
 
 
-def test_a_result_that_takes_longer_than_its_timeout_is_still_to_come(shelf: Shelf) -> None:
+def test_a_request_outlives_the_timeout_of_its_result(shelf: Shelf) -> None:
     shelf.gate.clear()
     with shelf.engine() as engine:
         ticket = engine.submit("classify", "x", "a")
@@ -80,7 +80,7 @@ def test_a_result_that_takes_longer_than_its_timeout_is_still_to_come(shelf: She
         assert ticket.result(30)
 
 
-def test_a_listener_that_fails_is_left_out_and_the_answer_comes(shelf: Shelf) -> None:
+def test_a_listener_that_fails_is_dropped_and_the_answer_comes(shelf: Shelf) -> None:
     with shelf.engine() as engine:
         shelf.gate.clear()
         ticket = engine.submit("classify", "x", "a")

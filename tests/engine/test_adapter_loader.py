@@ -1,4 +1,4 @@
-"""Adapters that come and go under requests: slots, pins, memory, unloading."""
+"""Loading and evicting adapters while requests run: slots, pins, memory, unloading."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_memory_is_counted_in_the_bases_precision_and_never_passed(shelf: Shelf)
         engine.submit("classify", "x", "b").result(30)
 
 
-def test_adapters_that_say_the_same_of_their_task_share_one(shelf: Shelf) -> None:
+def test_adapters_with_equal_tasks_share_one_task_object(shelf: Shelf) -> None:
     for name, kind, labels in (("e", "lora", 4), ("f", "wide", 4), ("g", "lora", 5)):
         shelf.put(name, kind, ord(name), labels=labels)
     with shelf.engine() as engine:
@@ -91,7 +91,7 @@ def test_one_adapter_that_is_always_asked_for_does_not_keep_the_only_slot(shelf:
             thread.join()
 
 
-def test_unloading_puts_an_adapter_out_unless_a_request_needs_it(shelf: Shelf) -> None:
+def test_unloading_removes_an_adapter_unless_a_request_needs_it(shelf: Shelf) -> None:
     with shelf.engine() as engine:
         with pytest.raises(NotFound, match="a@1 is not loaded here"):
             engine.unload("a")

@@ -1,4 +1,4 @@
-"""How the engine's thread waits: when helpers are let go and woken, and who may have the lock meanwhile."""
+"""How the engine's thread waits: when helper threads are parked and woken, and that the lock is free meanwhile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from turret.engine import thread_parking
 
 
 class Watched:
-    """`turret.kernels` as `idle` sees it: what was called, and whether others could have the lock meanwhile."""
+    """A fake of `turret.kernels` that records calls, and whether another thread could take the lock during `wake`."""
 
     def __init__(self, lock: threading.Condition) -> None:
         self.lock, self.calls, self.free = lock, list[str](), True
@@ -35,7 +35,7 @@ class Watched:
 
 
 class Waiting:
-    """A thread in `idle.wait` until `busy` is set."""
+    """A thread in `thread_parking.wait` until `busy` is set."""
 
     def __init__(self) -> None:
         self.lock = threading.Condition()
@@ -71,16 +71,16 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
     it.end()
 
 
-def test_helpers_are_let_go_once_and_woken_when_somebody_begins_something(waiting: Waiting) -> None:
+def test_helpers_are_parked_once_and_woken_by_a_notification(waiting: Waiting) -> None:
     assert waiting.kernels.rested.wait(10)
     waiting.kernels.rested.clear()
     assert not waiting.kernels.rested.wait(4 * thread_parking.IDLE)  # once is enough
-    waiting.tell()  # a load, and nothing to do for a while
+    waiting.tell()  # a load starts, but there is no work yet
     assert waiting.kernels.rested.wait(10)
     assert waiting.end() == ["rest", "wake", "rest", "wake"]
 
 
-def test_work_that_is_there_already_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_no_wait_if_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
     lock = threading.Condition()
     monkeypatch.setattr(thread_parking, "kernels", watched := Watched(lock))
     with lock:
@@ -88,7 +88,7 @@ def test_work_that_is_there_already_is_not_waited_for(monkeypatch: pytest.Monkey
     assert not watched.calls
 
 
-def test_a_moment_that_comes_by_itself_is_work_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deadline_ends_the_wait_without_a_notification(monkeypatch: pytest.MonkeyPatch) -> None:
     lock = threading.Condition()
     monkeypatch.setattr(thread_parking, "kernels", watched := Watched(lock))
     turns = iter([False, False, True])

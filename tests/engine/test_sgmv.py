@@ -1,0 +1,71 @@
+"""SGMV and BGMV in torch: each token gets the product with its own adapter's factors, and no other token changes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from turret.engine.adapter_tensors import AdapterTensors, factor_layout, tensor_layout
+from turret.engine.sgmv import BGMV, sgmv
+
+SIZES = ((24, 40), (40, 24))  # (D_in, D_out) of two layers
+
+
+def lora(rank: int, layers: tuple[int, ...] = (0, 1)) -> AdapterTensors:
+    layout = factor_layout(rank, tuple((layer, *SIZES[layer]) for layer in layers), len(SIZES), torch.float32)
+    flat = torch.randn(sum(rank * sum(SIZES[layer]) for layer in layers))
+    task: Any = SimpleNamespace(generates=True)
+    return AdapterTensors("sha256:x", task, flat, layout, {}, tensor_layout({}))
+
+
+def expected(y: Tensor, x: Tensor, rows: list[AdapterTensors | None], layer: int) -> Tensor:
+    """y_t + (x_t A^T) B, token by token, in float64."""
+    y = y.double()
+    for row, adapter in enumerate(rows):
+        if adapter is not None and layer in adapter.pairs():
+            A, B = adapter.pairs()[layer]
+            y[row] += x[row].double() @ A.double().mT @ B.double()
+    return y
+
+
+@pytest.fixture
+def adapters() -> list[AdapterTensors]:
+    torch.manual_seed(0)
+    return [lora(3), lora(5, layers=(0,)), lora(2), lora(7, layers=(1,))]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_sgmv_adds_the_product_of_each_segment(adapters: list[AdapterTensors], layer: int) -> None:
+    a, b, c, _ = adapters
+    rows = [a] * 3 + [None] * 2 + [b] * 4 + [c]
+    x, y = torch.randn(10, SIZES[layer][0]), torch.randn(10, SIZES[layer][1])
+    wanted = expected(y, x, rows, layer)
+    sgmv(y, x, [(0, 3, a.pairs()), (5, 9, b.pairs()), (9, 10, c.pairs())], layer)
+    torch.testing.assert_close(y.double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_bgmv_adds_the_product_of_each_row_while_rows_come_and_go(adapters: list[AdapterTensors]) -> None:
+    a, b, c, d = adapters
+    bgmv = BGMV()
+    for rows in ([a, b, c, d], [a, a, None, b, a], [None], [], [d], [c, None, d, c], [b] * 6):
+        bgmv.arrange(rows)
+        for layer, (d_in, d_out) in enumerate(SIZES):
+            x, y = torch.randn(len(rows), d_in), torch.randn(len(rows), d_out)
+            wanted = expected(y, x, rows, layer)
+            bgmv.add(y, x, layer)
+            torch.testing.assert_close(y.double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_bgmv_frees_the_factors_of_adapters_that_no_longer_decode(adapters: list[AdapterTensors]) -> None:
+    bgmv = BGMV()
+    bgmv.arrange(adapters)
+    bgmv.arrange(adapters[:2])
+    assert len(bgmv._factors[0][0]) == 4  # one may come back soon
+    bgmv.arrange(adapters[:1])
+    assert len(bgmv._factors[0][0]) == 1
+    bgmv.clear()
+    assert not bgmv._factors
