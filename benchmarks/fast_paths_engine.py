@@ -41,27 +41,65 @@ Patch = tuple[Any, str, Any]  # an object, the name of its attribute, and the va
 
 @dataclass(frozen=True)
 class Path:
-    """A fast path: the jobs where it may show, and the paths that are off on both sides."""
+    """A fast path.
+
+    Args:
+        jobs: Where it may show.
+        off: Paths that are off on both sides.
+        row: What it computes, its reference, and when it is taken, for the table in ARCHITECTURE.md. None if
+            `turret.adapters.fused.FAST_PATHS` lists it.
+    """
 
     jobs: tuple[str, ...]
     off: tuple[str, ...] = ()
+    row: tuple[str, str, str] | None = None
 
 
 LAYERS, KERNELS = "layers in one call", "all kernels"
 PATHS = {
     KERNELS: Path(("texts", "short texts", "prompts", "one prompt")),
     LAYERS: Path(("short texts", "prompts", "one prompt")),
-    "low_rank": Path(("texts", "short texts", "prompts", "one prompt"), (LAYERS,)),
+    "low_rank": Path(
+        ("texts", "short texts", "prompts", "one prompt"),
+        (LAYERS,),
+        ("SGMV: the LoRA of every token of a pass, one call for each layer", "`sgmv.sgmv`", "with kernels"),
+    ),
+    "BGMV": Path(
+        ("prompts", "one prompt"),
+        (KERNELS,),
+        ("the LoRA of decode rows: two batched products for each layer", "`sgmv.sgmv`", "without kernels, on a GPU"),
+    ),
     "step attention": Path(("prompts", "one prompt"), (LAYERS,)),
     "few-token products": Path(("short texts", "prompts", "one prompt"), (LAYERS,)),
     "prefill attention": Path(("texts", "short texts", "prompts"), (LAYERS,)),
-    "norms, activations, rotary": Path(("texts", "short texts", "prompts"), (LAYERS,)),
-    "parked threads": Path(("load and answer", "after a pause")),
-    "lay_out": Path(("load",)),
-    "long passes": Path(("texts",)),
-    "round passes": Path(("texts",)),
-    "top_p of few": Path(("prompts with top_p",)),
-    "BGMV": Path(("prompts", "one prompt"), (KERNELS,)),
+    "norms, activations, rotary": Path(
+        ("texts", "short texts", "prompts"),
+        (LAYERS,),
+        ("each of these operations in one pass over memory", "the base's modules", "with kernels"),
+    ),
+    "lay_out": Path(
+        ("load",),
+        (),
+        (
+            "copies and scales the factors of an adapter",
+            "torch, in `AdapterPool._lay_out`",
+            "a LoRA loads, with kernels",
+        ),
+    ),
+    "parked threads": Path(
+        ("load and answer", "after a pause"),
+        (),
+        ("ends idle OpenMP helper threads, wakes them before a pass", "keep them", "a thread waits, with kernels"),
+    ),
+    "long passes": Path(
+        ("texts",), (), ("passes of 1024 tokens", "passes of 512 tokens", "a small encoder (`runner.SMALL`)")
+    ),
+    "round passes": Path(
+        ("texts",), (), ("fills a pass up to a round number of tokens", "no filling", "a pass has prefill rows")
+    ),
+    "top_p of few": Path(
+        ("prompts with top_p",), (), ("sorts 64 tokens first, more if needed", "sort the vocabulary", "top_p samples")
+    ),
 }
 
 
@@ -268,6 +306,22 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
         rows.append([*what, *times, _ratio(run["seconds"]), run["machine"]["device"]])
     header = ["path", "job", "precision", "off on both sides", "ms with", "ms without", "times as long without"]
     return record.table([*header, "machine"], rows)
+
+
+def figures(machine: Callable[[Mapping[str, Any]], str]) -> str:
+    """The engine's own paths with what each buys on the processor of the newest run. machine: names it."""
+    runs = record.newest(record.load(NAME), lambda run: repr(run["settings"]))
+    newest = max(runs, key=lambda run: run["machine"]["at"], default=None)
+    rows = []
+    for name, path in PATHS.items():
+        if path.row is not None:
+            own = [run for run in runs if run["settings"]["path"] == name]
+            own = [run for run in own if newest is not None and run["machine"]["device"] == newest["machine"]["device"]]
+            buys = [f"{run['settings']['job']} ({run['settings']['dtype']}) {_ratio(run['seconds'])}" for run in own]
+            rows.append([name, *path.row, "; ".join(buys) or "not measured"])
+    header = ["path", "computes", "reference", "taken when", "times as long without"]
+    where = "" if newest is None else f"On {machine(newest)}, {newest['machine']['threads']} threads:\n\n"
+    return where + record.table(header, rows)
 
 
 def _options() -> argparse.Namespace:

@@ -21,6 +21,7 @@ import charts
 import defaults
 import experiments
 import fast_paths
+import fast_paths_engine
 import float32_products
 import plan_memory
 import prefix_attention
@@ -369,6 +370,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rivals-decoder": rival_decoders,
     "float32": lambda: float32_products.report(record.newest(record.load("float32_products"), lambda _: 0)),
     "fast-paths": lambda: fast_paths.figures(machine),
+    "fast-paths-engine": lambda: fast_paths_engine.figures(machine),
     "plan-memory": lambda: plan_memory.report(record.load("plan_memory")),
     "store": store_scale.report,
     "experiments": experiments.verdicts,
