@@ -42,7 +42,8 @@ def start(
         list[str] | None, typer.Option("--shadow", metavar="REF", help="Runs but never answers; repeatable.")
     ] = None,
     share: Annotated[
-        str | None, typer.Option("--share", help="Of the candidates, such as 50% or candidate=20%,candidate2=10%.")
+        str | None,
+        typer.Option("--share", help="Share of the candidates, such as 50% or candidate=20%,candidate2=10%."),
     ] = None,
     ramp_: Annotated[
         str | None, typer.Option("--ramp", metavar="SHARES", help="Planned shares, such as 5%,20%,50%.")
