@@ -14,7 +14,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock release demo test test-all lint prose format bench bench-train bench-serve figures reference reports docs clean
+.PHONY: help setup lock release demo test test-all mutants lint prose format bench bench-train bench-serve figures reference reports docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,11 @@ test: lint  ## lint, then the tests that take a minute or two; ARGS go to pytest
 
 test-all: lint  ## lint, then every test that this machine can run, slow ones too
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+mutants: $(STAMP)  ## change single operators in the modules that matter most; the tests must notice. ARGS="verdicts --most 10"
+	@test -x $(VENV)/mutants/bin/cosmic-ray || { $(PYTHON) -m venv $(VENV)/mutants && \
+		$(VENV)/mutants/bin/pip install --quiet cosmic-ray==8.7.0; }
+	$(VENV)/mutants/bin/python release/mutants.py $(ARGS)
 
 bench: $(STAMP)  ## every benchmark, or one: make bench NAME=lora_training
 	@for file in $(if $(NAME),benchmarks/$(NAME).py,$$(grep -l __main__ benchmarks/*.py)); do \

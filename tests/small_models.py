@@ -28,6 +28,12 @@ DECODERS = ("llama", "gpt2", "qwen3")
 FAMILIES = ENCODERS + ENCODER_DECODERS + DECODERS
 GENERATORS = ENCODER_DECODERS + DECODERS  # the families that have a language model variant
 
+# Those that are made much like one of the families above: `tests/families` takes them through one matrix of tests.
+RELATIVE_ENCODERS = ("xlm-roberta", "camembert", "electra", "albert", "mpnet", "deberta-v2")
+RELATIVE_ENCODER_DECODERS = ("mt5", "mbart", "pegasus")
+RELATIVE_DECODERS = ("mistral", "qwen2", "gemma2", "gemma3_text", "phi3")
+RELATIVES = RELATIVE_ENCODERS + RELATIVE_ENCODER_DECODERS + RELATIVE_DECODERS
+
 VOCABULARY = 128
 LAYERS = 2
 
@@ -40,8 +46,11 @@ _SPECIALS: dict[str, dict[str, str]] = {
     "gpt2": {"eos": "<|endoftext|>"},  # as the real one: no pad token
     "qwen3": {"pad": "<|endoftext|>", "eos": "<|im_end|>", "start": "<|im_start|>"},
 }
-_SPECIALS["distilbert"] = _SPECIALS["modernbert"] = _SPECIALS["bert"]
-_SPECIALS["bart"] = _SPECIALS["roberta"]
+_LIKE = {"distilbert": "bert", "modernbert": "bert", "bart": "roberta"}  # families with the special tokens of another
+_LIKE |= dict.fromkeys(("electra", "albert", "deberta-v2"), "bert")
+_LIKE |= dict.fromkeys(("xlm-roberta", "camembert", "mpnet", "mbart"), "roberta")
+_LIKE |= dict.fromkeys(("mt5", "pegasus"), "t5") | dict.fromkeys(RELATIVE_DECODERS, "llama")
+_SPECIALS |= {family: _SPECIALS[like] for family, like in _LIKE.items()}
 
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} {{ message['content'] }}<|im_end|>{% endfor %}"
@@ -71,7 +80,7 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
     core.train_from_iterator(_CORPUS, trainer)
     _add_template(core, family)
     names = {f"{role}_token": token for role, token in specials.items() if role != "start"}
-    if family in ("roberta", "bart"):
+    if "bos" in specials and "mask" in specials:
         names |= {"cls_token": specials["bos"], "sep_token": specials["eos"]}
     wrapped = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=512, **names)
     if family == "qwen3":
@@ -86,7 +95,7 @@ def _add_template(core: Tokenizer, family: str) -> None:
         "t5": (None, "</s>"),
         "llama": ("<s>", None),
     }
-    around |= {"distilbert": around["bert"], "modernbert": around["bert"], "bart": around["roberta"]}
+    family = _LIKE.get(family, family)
     if family not in around:
         return
     first, last = around[family]
@@ -143,6 +152,53 @@ def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
             | {"vocab_size": VOCABULARY, "bos_token_id": ids.get("eos_token_id"), **ids},
         ),
         "qwen3": ("Qwen3Config", decoder),
+        "mistral": ("MistralConfig", decoder | {"sliding_window": 6}),  # narrower than the rows of the tests
+        "qwen2": ("Qwen2Config", decoder),
+        "gemma2": (
+            "Gemma2Config",
+            decoder
+            | {"sliding_window": 6, "query_pre_attn_scalar": 12}
+            | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        ),
+        "gemma3_text": (
+            "Gemma3TextConfig",
+            decoder
+            | {"sliding_window": 6, "query_pre_attn_scalar": 12, "final_logit_softcapping": 3.0}
+            | {"layer_types": ["sliding_attention", "full_attention"]},
+        ),
+        "phi3": ("Phi3Config", decoder | {"sliding_window": 6}),
+        "electra": ("ElectraConfig", encoder | {"embedding_size": 32}),
+        "albert": (
+            "AlbertConfig",
+            encoder | {"embedding_size": 32, "num_hidden_layers": 3, "num_hidden_groups": 1, "inner_group_num": 1},
+        ),
+        "deberta-v2": (
+            "DebertaV2Config",
+            encoder
+            | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+            | {"position_buckets": 8, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
+            | {"type_vocab_size": 0, "pooler_hidden_size": 64},
+        ),
+        "mbart": (
+            "MBartConfig",
+            {"d_model": 64, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "vocab_size": VOCABULARY}
+            | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96}
+            | {"decoder_ffn_dim": 96, "max_position_embeddings": 512, "decoder_start_token_id": 2}
+            | {"forced_eos_token_id": None, "scale_embedding": True, **ids},
+        ),
+        "pegasus": (
+            "PegasusConfig",
+            {"d_model": 64, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "vocab_size": VOCABULARY}
+            | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96}
+            | {"decoder_ffn_dim": 96, "max_position_embeddings": 512, "decoder_start_token_id": 0}
+            | {"forced_eos_token_id": None, "scale_embedding": True, **ids},
+        ),
+    }
+    settings |= {
+        "xlm-roberta": ("XLMRobertaConfig", encoder),
+        "camembert": ("CamembertConfig", encoder),
+        "mpnet": ("MPNetConfig", encoder),
+        "mt5": ("MT5Config", settings["t5"][1]),
     }
     name, values = settings[family]
     return getattr(transformers, name)(**(values | changes))
@@ -158,6 +214,20 @@ _STEMS = {
     "llama": "Llama",
     "gpt2": "GPT2",
     "qwen3": "Qwen3",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text",
+    "phi3": "Phi3",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
+    "electra": "Electra",
+    "albert": "Albert",
+    "mpnet": "MPNet",
+    "deberta-v2": "DebertaV2",
+    "mt5": "MT5",
+    "mbart": "MBart",
+    "pegasus": "Pegasus",
 }
 
 
@@ -166,12 +236,12 @@ def _class_of(family: str, task: Task) -> type[PreTrainedModel]:
         suffix = "ForSequenceClassification"
     elif task == "body":
         suffix = "Model"
-    elif family in ENCODER_DECODERS:
+    elif family in ENCODER_DECODERS + RELATIVE_ENCODER_DECODERS:
         suffix = "ForConditionalGeneration"
     elif family == "gpt2":
         suffix = "LMHeadModel"
-    elif family in DECODERS:
-        suffix = "ForCausalLM"
+    elif family in DECODERS + RELATIVE_DECODERS:
+        return getattr(transformers, _STEMS[family].removesuffix("Text") + "ForCausalLM")
     else:
         raise ValueError(f"{family} cannot generate")
     return getattr(transformers, _STEMS[family] + suffix)
@@ -204,7 +274,7 @@ def _fill(name: str, parameter: torch.nn.Parameter, seed: int) -> None:
 
 def save_base(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A base as a user has it on disk: encoders as bare bodies, the others with their language model head."""
-    model = build(family, "body" if family in ENCODERS else "generate", seed=seed, **changes)
+    model = build(family, "body" if family in ENCODERS + RELATIVE_ENCODERS else "generate", seed=seed, **changes)
     if family == "gpt2":
         model.config.pad_token_id = None
     model.save_pretrained(folder)

@@ -22,11 +22,11 @@ LABELS = ["bad", "good", "odd"]
 TEXTS = ["a great film", "a dull and boring story about the market"]
 
 
-def peft_folder(family: str, task: str, folder: Path, **changes: Any) -> Path:
+def peft_folder(family: str, task: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A folder that PEFT saved: a LoRA whose weights all have an effect, and a head if the task has one."""
     kinds = {"classify": "SEQ_CLS", "generate": "SEQ_2_SEQ_LM" if family in ("t5", "bart") else "CAUSAL_LM"}
     method = {"r": 3, "lora_alpha": 6, "init_lora_weights": False, "fan_in_fan_out": family == "gpt2", **changes}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = peft.get_peft_model(
         small_models.build(family, task),
         peft.LoraConfig(task_type=kinds[task], **method),  # type: ignore[arg-type]

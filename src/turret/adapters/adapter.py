@@ -22,6 +22,7 @@ from turret.adapters.attached import (
 )
 from turret.adapters.lora import LoRAFactors
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
+from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError, WrongBase
 from turret.families import Family
 from turret.json_types import JsonObject
@@ -86,11 +87,13 @@ class Parts:
         factors: A (R, D_in) and B (D_out, R), all of one rank, by the path of a linear layer.
         scaling: of all factors.
         prefix: keys and values (L, 2, H, P, D), by group of attention layers.
+        layers: what a method that also scales does to a linear layer, by its path.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     scaling: float = 1.0
     prefix: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, ScaledLayer] = field(default_factory=dict)
 
 
 def head_tensors(attached: Attachment, slot: int) -> dict[str, Tensor]:
@@ -118,6 +121,9 @@ def mount_parts(model: Model, attached: Attachment, parts: Parts, slot: int) -> 
         factors = LoRAFactors(A.float().clone(), B.float().clone(), parts.scaling).requires_grad_(False)
         layer = routed_linear(model, attached, path)
         layer.slots[str(slot)] = factors.to(device_of(layer.base_layer)).eval()
+    for path, scaled in parts.layers.items():
+        layer = routed_linear(model, attached, path)
+        layer.scaled[slot] = scaled.to(device_of(layer.base_layer))
     if parts.prefix:
         groups = {name: PrefixGroup(each, None, None) for name, each in parts.prefix.items()}
         attached.prefixes[str(slot)] = PrefixSlot(groups).requires_grad_(False).to(device_of(model)).eval()

@@ -185,7 +185,7 @@ def hook_model(model: Model, *, plain: bool = False) -> Attachment:
     found = (getattr(each, "config", None) for each in model.modules())
     configs = {id(config): config for config in found if config is not None}
     implementations = {key: config._attn_implementation for key, config in configs.items()}
-    for config in configs.values():
+    for config in () if family.rows_alone else configs.values():
         config._attn_implementation = attention.NAME
     bias_modules = _bias_modules(attached)
     for site in attached.sites:

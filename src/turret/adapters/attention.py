@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from turret.errors import AdapterError
 from turret.families import Family, Site
 from turret.kernels import AttentionRows, Library, Prefixes, usable
 from turret.transformer import Submodule
+
+if TYPE_CHECKING:
+    from turret.transformer import Submodule
 
 NAME = "turret"
 KeysValues = Callable[[int, Site], tuple[Tensor, Tensor] | None]

@@ -84,6 +84,11 @@ class AdapterPoolProtocol(Protocol):
 
     library: Library | None
 
+    @property
+    def scales(self) -> bool:
+        """Whether an adapter of the current pass scales outputs or inputs of layers."""
+        ...
+
     def linear(self, layer: RoutedLinear, x: Tensor) -> Tensor:
         """A linear layer of the base on x, plus delta(x) of every row's adapter."""
         ...

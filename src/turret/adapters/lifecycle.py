@@ -122,6 +122,8 @@ def unmount(model: nn.Module, slot: int) -> None:
     for each in slots:
         if key in each:
             del each[key]
+    for linear in attached.linears.values():
+        linear.scaled.pop(slot, None)
     if key in attached.prefixes:
         del attached.prefixes[key]
     attached.methods.pop(slot, None)

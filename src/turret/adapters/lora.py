@@ -13,6 +13,7 @@ from turret.adapters.fused import enabled
 from turret.adapters.fused.dropout import Mask, Masks, dropout
 from turret.adapters.fused.int8 import FrozenProducts, products
 from turret.adapters.fused.norms import RecomputedNorm, restored, to_save
+from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError
 from turret.kernels import LARGEST, DropoutArguments, Library, usable
 
@@ -227,6 +228,7 @@ class RoutedLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.slots = nn.ModuleDict()
+        self.scaled: dict[int, ScaledLayer] = {}  # by slot, for the methods that scale
         self.context = context
         self.stream = stream
 
@@ -253,6 +255,8 @@ class RoutedLinear(nn.Module):
         if self.context.adapter_pool is not None:
             return self.context.adapter_pool.linear(self, x)
         slot = self.context.single()
+        if slot is not None and (scaled := self.scaled.get(slot)) is not None:
+            return scaled(self.base_layer, x)
         if slot is not None and (factors := self.factors(slot)) is not None:
             return factors.with_base(self.base_layer, x, self.context)
         y: Tensor = self.base_layer(x)  # (B, T, D_out)
@@ -268,7 +272,9 @@ class RoutedLinear(nn.Module):
 
     def _add_groups(self, y: Tensor, x: Tensor, groups: dict[int, Tensor], dim: int) -> Tensor:
         for slot, index in groups.items():
-            if slot != BARE and str(slot) in self.slots:
+            if (scaled := self.scaled.get(slot)) is not None:
+                y = y.index_copy(dim, index, scaled(self.base_layer, x.index_select(dim, index)).to(y.dtype))
+            elif slot != BARE and str(slot) in self.slots:
                 delta = self.slots[str(slot)](x.index_select(dim, index)).to(y.dtype)
                 y = y.index_add(dim, index, delta)
         return y

@@ -108,6 +108,8 @@ def vocabulary_logits(model: Model, hidden: Tensor) -> Tensor:
 def _hidden(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None, read: Tensor | None = None) -> Tensor:
     """Last hidden states of an encoder or a decoder: (N, D), or (B, D) of the tokens `read`."""
     attached = attachment(model)
+    if attached.family.rows_alone:
+        return _one_by_one(model, rows, slots)
     rows, slots = _filled(rows, slots)
     lengths = [len(row) for row in rows]
     ids = torch.cat(list(rows))[None].to(device_of(model))  # (1, N)
@@ -122,6 +124,16 @@ def _hidden(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None, r
         )
     hidden: Tensor = output[0][0]
     return hidden
+
+
+def _one_by_one(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None) -> Tensor:
+    """Last hidden states of an encoder that keeps packed rows apart by nothing: (N, D)."""
+    attached, parts = attachment(model), []
+    for place, row in enumerate(rows):
+        ids = row[None].to(device_of(model))  # (1, T)
+        with set_context(attached.context, None if slots is None else [slots[place]], None, in_body=True):
+            parts.append(model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))[0][0])
+    return torch.cat(parts)
 
 
 def _encoder_decoder_hidden(

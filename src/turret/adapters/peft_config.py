@@ -18,7 +18,6 @@ NEUTRAL: dict[str, tuple[JsonValue, ...]] = {
     "use_bdlora": (None, False),
     "arrow_config": (None,),
     "alora_invocation_tokens": (None,),
-    "prefix_projection": (False, None),
     "loftq_config": ({}, None),
     "use_qalora": (False, None),
     "target_parameters": (None, []),
@@ -35,7 +34,7 @@ REDUNDANT = {
     *("modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "megatron_core", "eva_config"),
     *("corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
     *("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
-    *("init_weights", "encoder_hidden_size"),
+    *("init_weights", "encoder_hidden_size", "prefix_projection"),
 }
 CODE = ("auto_map", "auto_mapping")
 KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # initializations of LoRA that do not change the base

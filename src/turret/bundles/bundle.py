@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from turret.adapters.adapter import Adapter, BaseInfo
 from turret.adapters.attached import attachment
 from turret.adapters.lifecycle import extract
-from turret.adapters.peft_config import check_config, shortly
+from turret.adapters.peft_config import check_config, refuse_code, shortly
 from turret.bundles.tensors import Content, read_tensors, visible
 from turret.disk import make_folder, permissions, sync
 from turret.errors import BundleError, RecipeError
@@ -283,14 +283,17 @@ def _no_number(word: str) -> None:
 
 def _method_of(config: JsonObject, tensors: dict[str, Tensor]) -> Method:
     """The method of a plain PEFT folder. Raises BundleError for one that Turret does not support."""
-    check_config(config)
-    known = {each.peft_name: each for each in METHODS.values() if each.peft_name is not None}
-    method = known.get(str(config.get("peft_type")))
+    refuse_code(config)
+    particular_first = sorted(METHODS.values(), key=lambda each: not each.open_settings)
+    method = next((each for each in particular_first if each.reads(config)), None)
     if method is None:
+        known = [each.peft_name for each in METHODS.values() if each.peft_name is not None]
         raise BundleError(
             f"adapter_config.json has peft_type {shortly(config.get('peft_type'))}: expected {' or '.join(known)}; "
             "merge it first"
         )
+    if not method.open_settings:  # else PEFT checks them
+        check_config(config)
     try:
         return method.from_peft(config, {name: tuple(each.shape) for name, each in tensors.items()})
     except ValidationError as error:

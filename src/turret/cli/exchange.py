@@ -27,6 +27,9 @@ def import_(
     task: Annotated[str | None, typer.Option("--task", help="classify, summarize or generate.")] = None,
     labels: Annotated[str | None, typer.Option("--labels", metavar="A,B,C", help="Labels of the head.")] = None,
     sets: Settings = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, max=1024, help="Of the LoRA that LoHa, LoKr and others become.")
+    ] = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -40,7 +43,7 @@ def import_(
     settings = _settings(sets)
     with status() as say:
         found = Workspace(store).import_adapter(
-            source, name, base=base, task=task, labels=named, settings=settings, on_stage=say
+            source, name, base=base, task=task, labels=named, settings=settings, rank=rank, on_stage=say
         )
     report(found, as_json, _print_imported)
 

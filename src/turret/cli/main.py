@@ -26,6 +26,7 @@ from turret.cli import (
     exchange,
     experiment,
     maintenance,
+    merge,
     serve,
     tokens,
     train,
@@ -61,6 +62,7 @@ app.command()(maintenance.gc)
 app.command()(maintenance.delete)
 app.command("import")(exchange.import_)
 app.command()(exchange.export)
+app.command()(merge.merge)
 app.command()(serve.serve)
 app.add_typer(tokens.token, name="token")
 app.add_typer(experiment.app, name="experiment")

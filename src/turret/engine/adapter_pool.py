@@ -7,9 +7,10 @@ With kernels, each layer is one call for all rows (`adapter_spans`); without the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from turret.adapters.attached import Attachment, device_of, hook_model, routed_l
 from turret.adapters.batch_context import BARE
 from turret.adapters.fused.frozen import linear
 from turret.adapters.lora import RoutedLinear, sizes
+from turret.adapters.scaled import ScaledLayer
 from turret.bundles.tensors import all_finite
 from turret.engine.adapter_spans import Span, kernel_spans, spans_of
 from turret.engine.adapter_tensors import (
@@ -65,6 +67,8 @@ class AdapterPool:
         self._decoding = BGMV()
         self._prefill_tokens = 0
         self._head_rows: list[tuple[int, int]] = []  # while heads are computed: (slot, rows)
+        self._scaled: dict[str, list[Span]] = {}  # the adapters of the current pass that scale, by stream
+        self._alone: AdapterTensors | None = None  # of the only row, if rows pass one by one
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
@@ -78,10 +82,12 @@ class AdapterPool:
         count = sum(part.numel() for pair in factors.values() for part in pair)
         flat = torch.empty(count + prefix.count + ends.count, dtype=self.dtype, device=self.device)
         layout = self._lay_out(factors, parts.scaling, flat[:count]) if factors else None
-        loaded = AdapterTensors(digest, task, flat, layout, prefix.views(flat[count : count + prefix.count]), ends)
+        prefixes = prefix.views(flat[count : count + prefix.count])
+        loaded = AdapterTensors(digest, task, flat, layout, prefixes, ends, self._scaled_layers(parts))
         _fill(loaded.prefix, parts.prefix)
         _fill(loaded.head, head)
-        if not all(all_finite(part) for part in torch.split(flat, PIECE)):
+        scaled = [tensor for layer in loaded.scaled.values() for tensor in layer.tensors]
+        if not all(all_finite(part) for part in (*torch.split(flat, PIECE), *scaled)):
             raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")
         return loaded
 
@@ -102,6 +108,12 @@ class AdapterPool:
         if both := next((path for path in parts.factors if f"{path}.weight" in head), None):
             raise AdapterError(f"{both} is both trained whole and adapted by LoRA: train one of them")
         return dict(sorted(parts.factors.items(), key=lambda each: self._paths[each[0]]))
+
+    def _scaled_layers(self, parts: Parts) -> dict[int, ScaledLayer]:
+        """What a method that also scales does, by number of the layer."""
+        if other := next((path for path in parts.layers if path not in self._paths), None):
+            raise AdapterError(f"{other} is outside the base: the engine adapts layers inside it; drop this target")
+        return {self._paths[path]: layer.to(self.device) for path, layer in parts.layers.items()}
 
     def _lay_out(self, factors: Mapping[str, Pair], scaling: float, flat: Tensor) -> FactorLayout:
         """Fill the buffer with A and the scaled B^T of each layer. factors: A (R, D_in), B (D_out, R)."""
@@ -142,6 +154,14 @@ class AdapterPool:
             lengths: Tokens of each prefill row, by stream ("encoder", "decoder").
             steps: The slot of each decode row; their tokens follow those of the prefill rows.
         """
+        rows_of = {stream: list(zip(slots, counts, strict=True)) for stream, counts in lengths.items()}
+        if "decoder" in rows_of:
+            rows_of["decoder"] += [(slot, 1) for slot in steps]
+        scaled = {stream: self._scaled_spans(rows) for stream, rows in rows_of.items()}
+        self._scaled = {stream: own for stream, own in scaled.items() if own}
+        self._alone = self.at(slots[0]) if self.family.rows_alone else None
+        if self.family.rows_alone:
+            return
         self.library = usable(*self._weights)
         for stream, counts in lengths.items():
             rows = list(zip(slots, counts, strict=True))
@@ -157,6 +177,17 @@ class AdapterPool:
             self._prefill_tokens = sum(lengths.get("decoder", ()))
             adapters = [self.at(slot) for slot in steps]
             self._decoding.arrange([None if each is None or each.layout is None else each for each in adapters])
+
+    @property
+    def scales(self) -> bool:
+        """Whether an adapter of the current pass scales outputs or inputs of layers."""
+        return bool(self._scaled)
+
+    def _scaled_spans(self, rows: Sequence[tuple[int, int]]) -> list[Span]:
+        """The tokens of the adapters that scale. rows: (slot, tokens)."""
+        ends = accumulate(tokens for _, tokens in rows)
+        found = [(end - tokens, end, self.at(slot)) for (slot, tokens), end in zip(rows, ends, strict=True)]
+        return [(start, end, own) for start, end, own in found if own is not None and own.scaled]
 
     def _spans_of(self, rows: Sequence[tuple[int, int]]) -> list[Span]:
         """rows: (slot, tokens)."""
@@ -177,13 +208,32 @@ class AdapterPool:
             return self._head_linear(layer.base_layer, number, x)
         if x.dim() == 2:  # a pooler inside the body takes all tokens for one row; its output is not used
             return x.new_zeros(len(x), self.sizes[number][1])
+        if self.family.rows_alone:
+            return self._row_alone(layer.base_layer, number, x)
         if self.library is not None:
-            return linear(layer.base_layer, x, self._spans.get(layer.stream), number)
+            y = linear(layer.base_layer, x, self._spans.get(layer.stream), number)
+            return self._with_scaled(layer, number, x, y)
         y = linear(layer.base_layer, x)
         sgmv(y[0], x[0], self._segments.get(layer.stream, ()), number)
         if layer.stream == "decoder":
             self._decoding.add(y[0, self._prefill_tokens :], x[0, self._prefill_tokens :], number)
+        return self._with_scaled(layer, number, x, y)
+
+    def _with_scaled(self, layer: RoutedLinear, number: int, x: Tensor, y: Tensor) -> Tensor:
+        """y with the rows of the adapters that scale. x: (1, N, D_in), y: (1, N, D_out)."""
+        for start, end, own in self._scaled.get(layer.stream, ()):
+            if (scaled := own.scaled.get(number)) is not None:
+                y[0, start:end] = scaled(functools.partial(linear, layer.base_layer), x[0, start:end])
         return y
+
+    def _row_alone(self, layer: nn.Module, number: int, x: Tensor) -> Tensor:
+        """One row passes: all of x is its own, such as DeBERTa's table of positions. x: (1, M, D_in)."""
+        own = self._alone
+        if own is not None and (scaled := own.scaled.get(number)) is not None:
+            return scaled(functools.partial(linear, layer), x)
+        y = linear(layer, x)
+        pair = None if own is None else own.pairs().get(number)
+        return y if pair is None else y + (x @ pair[0].mT) @ pair[1]
 
     def _head_linear(self, layer: nn.Module, number: int, x: Tensor) -> Tensor:
         """The same for a layer that heads share with the body, such as a pooler. x: (B, D_in) -> (B, D_out)."""
@@ -197,7 +247,7 @@ class AdapterPool:
     def finish(self) -> None:
         """Forget the layout of the pass."""
         self.library = None
-        self._spans, self._in_use, self._segments = {}, [], {}
+        self._spans, self._in_use, self._segments, self._scaled = {}, [], {}, {}
 
     def free_decoding(self) -> None:
         """Free what is kept from one pass to the next for rows that decode."""

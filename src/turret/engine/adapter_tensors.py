@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from turret.adapters.scaled import ScaledLayer
 from turret.tasks import Task
 
 Pair = tuple[Tensor, Tensor]  # the factors of a linear layer, A (R, D_in) and the scaled B (R, D_out); or keys, values
@@ -73,10 +74,12 @@ class AdapterTensors:
     layout: FactorLayout | None  # None without a LoRA
     prefix: Mapping[str, Tensor]  # by group: (L, 2, H, P, D), views of `flat`
     head_layout: TensorLayout  # of the end of `flat`, by names in the model
+    scaled: Mapping[int, ScaledLayer] = field(default_factory=dict)  # by layer, of a method that also scales
 
     @property
     def bytes(self) -> int:
-        return self.flat.numel() * self.flat.element_size()
+        scaled = [tensor for layer in self.scaled.values() for tensor in layer.tensors]
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.flat, *scaled))
 
     @property
     def rank(self) -> int:

@@ -39,8 +39,8 @@ class Heads:
                 owner = AutoModelForSequenceClassification.from_config(model.config)
         paths = [name for name in family.head_modules if hasattr(owner, name)]
         inside = [name for name in family.body_excludes if getattr(owner.base_model, name, None) is not None]
-        self._inside = {name: (f"{owner.base_model_prefix}.{name}", getattr(self._body, name, None)) for name in inside}
-        paths += [path for path, _ in self._inside.values()]
+        self._inside = {name: f"{owner.base_model_prefix}.{name}" for name in inside}
+        paths += self._inside.values()
         self._modules = {path: copy.deepcopy(owner.get_submodule(path)).to("meta").eval() for path in paths}
 
     def checked(self, adapter: Adapter, generates: bool) -> dict[str, Tensor]:
@@ -88,7 +88,8 @@ class Heads:
             return _joined([outputs[number] for number in range(len(heads))])
 
         parts = {name: functools.partial(call, name, None) for name in self._family.head_modules}
-        body = {name: functools.partial(call, path, module) for name, (path, module) in self._inside.items()}
+        modules = {name: getattr(self._body, name, None) for name in self._inside}  # now: LoRA may have replaced one
+        body = {name: functools.partial(call, path, modules[name]) for name, path in self._inside.items()}
         dropouts = dict.fromkeys(self._family.head_dropouts, _same)
         # Not a real model: its parts take and give a list of rows where heads differ in classes.
         model: Any = SimpleNamespace(**parts, **dropouts, base_model=SimpleNamespace(**body))

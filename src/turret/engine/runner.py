@@ -95,12 +95,26 @@ class Runner:
         rows = [prefill[row] for row in order]
         step_order = sorted(range(len(steps)), key=lambda row: (id(steps[row].kv_slot.block), steps[row].kv_slot.index))
         sorted_steps = [steps[row] for row in step_order]
-        body = self._encoder_decoder if self._is_encoder_decoder else self._single_stack
-        hidden, lengths = body(rows, sorted_steps)
+        hidden, lengths = self._body(rows, sorted_steps)
         self._grow(rows, sorted_steps)
         return self._outcome(prefill, rows, order, step_order, hidden, lengths)
 
     # --- the body -----------------------------------------------------------------------------------------------------
+
+    def _body(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> tuple[Tensor, list[int]]:
+        """(hidden states (N, D), tokens of each prefill row)."""
+        if self.base.family.rows_alone:
+            return self._one_by_one(rows)
+        return (self._encoder_decoder if self._is_encoder_decoder else self._single_stack)(rows, steps)
+
+    def _one_by_one(self, rows: Sequence[Prefill]) -> tuple[Tensor, list[int]]:
+        """An encoder that computes its attention itself: one call of the body for each row."""
+        parts, kind = [], self.base.family.kind
+        for row in rows:
+            ids = torch.tensor([row.ids], device=self.device)  # (1, T)
+            with self._pass([row], [], {kind: [len(row.ids)]}, [{}], {}):
+                parts.append(self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))[0][0])
+        return torch.cat(parts), [len(row.ids) for row in rows]
 
     def _single_stack(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> tuple[Tensor, list[int]]:
         """An encoder or a decoder: (hidden states (N, D), tokens of each prefill row)."""

@@ -1,20 +1,26 @@
-"""BART (Lewis et al. 2020)."""
+"""BART (Lewis et al. 2020), and the encoder-decoders like it."""
 
 from __future__ import annotations
 
 from turret.families.family import Family, last
 
-BART = Family(
-    name="bart",
-    kind="encoder-decoder",
-    attention=("BartAttention",),
-    lora_targets=("q_proj", "v_proj"),
-    head_modules=("classification_head",),
-    classify=lambda model, pooled: model.classification_head(pooled),
-    pooling=last,
-    positions="table",
-    position_module="embed_positions",
-    cross_attention=("encoder_attn",),
-    source_projections=("k_proj", "v_proj"),
-    vocabulary=lambda model, hidden, output: output(hidden) + model.final_logits_bias,
-)
+
+def bart_like(name: str, stem: str, *, head_modules: tuple[str, ...] = ("classification_head",)) -> Family:
+    """An encoder-decoder like BART, whose class names begin with `stem`."""
+    return Family(
+        name=name,
+        kind="encoder-decoder",
+        attention=(f"{stem}Attention",),
+        lora_targets=("q_proj", "v_proj"),
+        head_modules=head_modules,
+        classify=lambda model, pooled: model.classification_head(pooled),
+        pooling=last,
+        positions="table",
+        position_module="embed_positions",
+        cross_attention=("encoder_attn",),
+        source_projections=("k_proj", "v_proj"),
+        vocabulary=lambda model, hidden, output: output(hidden) + model.final_logits_bias,
+    )
+
+
+BART = bart_like("bart", "Bart")

@@ -22,6 +22,7 @@ Stream = Literal["encoder", "decoder"]
 Pooling = Literal["first", "last", "mean"]
 Layout = Literal["post-norm", "pre-norm"]
 OutputLayer = Callable[["Tensor"], "Tensor"]  # hidden states (N, D) -> (N, V)
+Vocabulary = Callable[["Model", "Tensor", OutputLayer], "Tensor"]  # (model, hidden (N, D), output layer) -> (N, V)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,11 @@ def _named(module: Submodule, *names: str) -> int | None:
     return next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
 
 
+def project(model: Model, hidden: Tensor, output: OutputLayer) -> Tensor:
+    """Logits (N, V): the output layer and nothing else. hidden: (N, D)."""
+    return output(hidden)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture of transformers: the names of its modules, and how they work together.
@@ -112,6 +118,8 @@ class Family:
         name: `model_type` of its configuration.
         kind: which stacks of layers there are.
         attention: class names of the modules that call transformers' attention interface.
+        rows_alone: the modules compute attention themselves, so packed rows cannot be kept apart: each row passes
+            through the body alone, and there is no prefix. `attention` is then empty.
         lora_targets: last part of the paths that LoRA adapts by default: PEFT's defaults, or query and value.
         head_modules: modules of the classification head; trained and stored with every adapter.
         classify: (model, pooled (B, D)) -> logits (B, C).
@@ -131,6 +139,7 @@ class Family:
         fan_in_fan_out: linear layers store their weight as (D_in, D_out); PEFT's term.
         vllm_lora: vLLM serves LoRA on it.
         fast: modules that have a faster implementation.
+        guessed: made from a model of an architecture that is not listed, see `generic`.
     """
 
     name: str
@@ -139,6 +148,7 @@ class Family:
     lora_targets: tuple[str, ...]
     head_modules: tuple[str, ...]
     classify: Callable[[Model, Tensor], Tensor]
+    rows_alone: bool = False
     head_dropouts: tuple[str, ...] = ()
     output_layer: str = "lm_head"
     pooling: Callable[[ModelConfig], Pooling] = first
@@ -151,10 +161,11 @@ class Family:
     heads: Callable[[ModelConfig, Submodule], tuple[int, int]] = heads_of
     cross_attention: tuple[str, ...] = ()
     source_projections: tuple[str, ...] = ()
-    vocabulary: Callable[[Model, Tensor, OutputLayer], Tensor] = lambda model, hidden, output: output(hidden)
+    vocabulary: Vocabulary = project
     fan_in_fan_out: bool = False
     vllm_lora: bool = False
     fast: FastPaths = field(default_factory=FastPaths)
+    guessed: bool = False
 
     @property
     def generates(self) -> bool:
@@ -177,10 +188,18 @@ class Family:
         return (*self.head_modules, self.output_layer)
 
     def position_limit(self, config: ModelConfig) -> int | None:
-        """The largest number of tokens that have a position; None if there is no limit."""
+        """The largest number of tokens that have a position; None if there is no limit.
+
+        Some rotary frequencies change with the longest row of a batch, so that a row would depend on its neighbours.
+        Only positions below that change are used.
+        """
         limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         if limit is None or self.positions == "relative":
             return None
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            original = "original_max_position_embeddings"
+            limit = getattr(config, original, None) or rope.get(original, limit)
         return int(limit) - self.position_offset(config)
 
     def sites(self, model: Model) -> list[Site]:
@@ -198,7 +217,7 @@ class Family:
             layer = counts[group] = counts.get(group, -1) + 1
             kv_heads, head_dim = self.heads(model.config, module)
             sites.append(Site(path, module, group, layer, kv_heads, head_dim))
-        if not sites:
+        if not sites and not self.rows_alone:
             raise AdapterError(
                 f"{type(model).__name__} has no attention module of the family {self.name}: expected modules of class "
                 f"{' or '.join(self.attention)}; use transformers' own class of this architecture"

@@ -1,19 +1,25 @@
-"""RoBERTa (Liu et al. 2019)."""
+"""RoBERTa (Liu et al. 2019), and the encoders like it."""
 
 from __future__ import annotations
 
 from turret.families.bert import bert_layers
 from turret.families.family import Family
 
-ROBERTA = Family(
-    name="roberta",
-    kind="encoder",
-    attention=("RobertaSelfAttention",),
-    lora_targets=("query", "value"),
-    head_modules=("classifier",),
-    classify=lambda model, pooled: model.classifier(pooled[:, None]),  # its head reads the first token of (B, T, D)
-    body_excludes=("pooler",),
-    positions="table",
-    position_offset=lambda config: config.pad_token_id + 1,  # positions begin after the padding index
-    fast=bert_layers("Roberta"),
-)
+
+def roberta_like(name: str, stem: str) -> Family:
+    """An encoder like RoBERTa, whose class names begin with `stem`."""
+    return Family(
+        name=name,
+        kind="encoder",
+        attention=(f"{stem}SelfAttention",),
+        lora_targets=("query", "value"),
+        head_modules=("classifier",),
+        classify=lambda model, pooled: model.classifier(pooled[:, None]),  # its head reads the first token of (B, T, D)
+        body_excludes=("pooler",),
+        positions="table",
+        position_offset=lambda config: config.pad_token_id + 1,  # positions begin after the padding index
+        fast=bert_layers(stem),
+    )
+
+
+ROBERTA = roberta_like("roberta", "Roberta")

@@ -1,10 +1,10 @@
-"""T5 (Raffel et al. 2020)."""
+"""T5 (Raffel et al. 2020), FLAN-T5, and the encoder-decoders like them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from turret.families.family import Family, FastPaths, OutputLayer, RelativeBias, last
+from turret.families.family import Family, FastPaths, OutputLayer, RelativeBias, Vocabulary, last, project
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from turret.transformer import Model, Submodule
 
 
-def vocabulary(model: Model, hidden: Tensor, output: OutputLayer) -> Tensor:
+def scaled_vocabulary(model: Model, hidden: Tensor, output: OutputLayer) -> Tensor:
     """Logits. If the output layer is tied to the embeddings, hidden states are scaled first."""
     return output(hidden * model.config.d_model**-0.5 if model.config.scale_decoder_outputs else hidden)
 
@@ -33,18 +33,23 @@ def bias(module: Submodule, relative: Tensor) -> Tensor:
     return values.permute(2, 0, 1)[None]  # (1, H, T, S)
 
 
-T5 = Family(
-    name="t5",
-    kind="encoder-decoder",
-    attention=("T5Attention",),
-    lora_targets=("q", "v"),
-    head_modules=("classification_head",),
-    classify=lambda model, pooled: model.classification_head(pooled),
-    pooling=last,
-    positions="relative",
-    relative_bias=RelativeBias("compute_bias", owns_bias, bias),
-    cross_attention=("EncDecAttention",),
-    source_projections=("k", "v"),
-    vocabulary=vocabulary,
-    fast=FastPaths(rms_norms=("T5LayerNorm",), narrow_norms=True),
-)
+def t5_like(name: str, stem: str, *, vocabulary: Vocabulary = project) -> Family:
+    """An encoder-decoder like T5, whose class names begin with `stem`."""
+    return Family(
+        name=name,
+        kind="encoder-decoder",
+        attention=(f"{stem}Attention",),
+        lora_targets=("q", "v"),
+        head_modules=("classification_head",),
+        classify=lambda model, pooled: model.classification_head(pooled),
+        pooling=last,
+        positions="relative",
+        relative_bias=RelativeBias("compute_bias", owns_bias, bias),
+        cross_attention=("EncDecAttention",),
+        source_projections=("k", "v"),
+        vocabulary=vocabulary,
+        fast=FastPaths(rms_norms=(f"{stem}LayerNorm",), narrow_norms=True),
+    )
+
+
+T5 = t5_like("t5", "T5", vocabulary=scaled_vocabulary)

@@ -104,6 +104,16 @@ class Method(BaseModel):
         return None
 
     @classmethod
+    def reads(cls, config: JsonMapping) -> bool:
+        """Whether an `adapter_config.json` of PEFT is of this method."""
+        return cls.peft_name is not None and config.get("peft_type") == cls.peft_name
+
+    @classmethod
+    def mixes(cls, settings: JsonMapping) -> bool:
+        """Whether an adapter of these settings shares a base with others."""
+        return cls.shares_base
+
+    @classmethod
     def from_peft(cls, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """The method of a plain PEFT folder.
 

@@ -5,7 +5,7 @@ The defaults here are those of `head`; a method overrides what differs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -106,6 +106,23 @@ class MethodNumbers(Generic[M]):
         """Raises BundleError if PEFT's configuration in a bundle contradicts the method in its manifest."""
         check_config(config)
         check_agreement(config, self.peft_words())
+
+    def combined(
+        self, model: Model, given: Sequence[Adapter], weights: Sequence[float], how: str, density: float, seed: int
+    ) -> tuple[Method, dict[str, Tensor]]:
+        """Merge several adapters into one.
+
+        Args:
+            weights: one for each adapter.
+            how: see `lora/weighted.py`.
+            density: the share of values that a pruning merge keeps.
+            seed: for the values that are dropped at random.
+
+        Raises:
+            AdapterError: adapters of this method cannot be merged.
+        """
+        kind = self.method.kind
+        raise AdapterError(f"adapters of {kind} cannot be merged with one another: expected LoRA, which PEFT merges")
 
     def require_mergeable(self) -> None:
         """Raises AdapterError if the method is not a change of weights."""

@@ -19,7 +19,7 @@ from turret.workspace.examples import read_examples
 from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
 from turret.workspace.progress import Say, silent
 from turret.workspace.promoting import Ask
-from turret.workspace.results import Evaluation, Exported, Imported, Planned, RunResult
+from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, RunResult
 
 if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
@@ -330,6 +330,7 @@ class Workspace:
         task: str | None = None,
         labels: Sequence[str] | None = None,
         settings: JsonMapping | None = None,
+        rank: int | None = None,
         on_stage: Say | None = None,
     ) -> Imported:
         """Check an adapter from outside on its base and store it as the next version of `name`.
@@ -340,14 +341,40 @@ class Workspace:
             task: for a PEFT folder; default: from its `task_type`.
             labels: for a PEFT folder with a classifier; default: from the base's configuration.
             settings: for a PEFT folder: keys of a recipe's `[task]`.
+            rank: of the LoRA that another method of PEFT is converted to, such as LoHa; default: 32.
+            on_stage: called with a line of text at the start of each stage.
 
         Raises:
             AdapterError: it is broken, does not fit its base, or has no effect.
         """
         from turret.workspace import importing
 
-        request = importing.ImportRequest(base, task, labels, settings)
+        request = importing.ImportRequest(base, task, labels, settings, rank)
         return importing.import_adapter(self.store, str(source), name, request, on_stage or silent)
+
+    def merge(
+        self,
+        references: Sequence[str],
+        name: str,
+        *,
+        how: str = "ties",
+        weights: Sequence[float] | None = None,
+        density: float = 0.5,
+        on_stage: Say | None = None,
+    ) -> Merged:
+        """Merge LoRA versions of one base into the next version of `name`, by PEFT's `add_weighted_adapter`.
+
+        Args:
+            references: two or more, of the same base, task and labels.
+            how: linear, svd, cat, ties, dare or dare-ties.
+            weights: one a version; equal shares if left out.
+            density: share of the values that ties and dare keep.
+        """
+        from turret.workspace import merging
+
+        return merging.merge(
+            self.store, references, name, merging.MergeRequest(how, weights, density), on_stage or silent
+        )
 
     def export(
         self,

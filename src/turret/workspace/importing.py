@@ -12,14 +12,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from turret import adapters, bases, bundles
 from turret.adapters import Adapter, BaseInfo
 from turret.bases import Base
-from turret.bundles import fetch
+from turret.bundles import conversion, fetch
 from turret.bundles.bundle import CONFIG, WEIGHTS, read_config
 from turret.data import Dataset
 from turret.disk import describe_error
@@ -53,6 +55,7 @@ class ImportRequest:
     task: str | None = None
     labels: Sequence[str] | None = None
     settings: JsonMapping | None = None  # keys of a recipe's [task]
+    rank: int | None = None  # of the LoRA that another method of PEFT is converted to
 
 
 def import_adapter(store: Store, source: str, name: str, request: ImportRequest, say: Say = silent) -> Imported:
@@ -71,8 +74,12 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
     with _disk_errors(store, source), scratch.folder(store.root) as working:
         say(f"reading {source}")
         brought = fetch.fetch(source, working)
+        config, converted = read_config(brought.folder), list[str]()
+        if conversion.needed(config):
+            brought, note = _convert(brought, config, working, request, say)
+            config = read_config(brought.folder)
+            converted.append(note)
         given = bundles.read_bundle(brought.folder)
-        config = read_config(brought.folder)
         if given.task:
             _refuse_settings(request)
         kind = _kind(given, config, request)
@@ -82,7 +89,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
         say(f"loading {base_id}")
         base = _load(base_id, kind, request)
         adapters.require_base(given, base.fingerprint)
-        adapter, notes = given, list(base.notes)
+        adapter, notes = given, [*base.notes, *converted]
         if not given.task:
             if request.base is None:
                 notes.append(f"the base is the one that its configuration names: {base_id}")
@@ -92,7 +99,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
             notes.append(f"its base is called {base_id} here and {given.base.id} where it was made: the digest is new")
             adapter = replace(given, base=_info(base))
         say("checking it on its base")
-        effect = _check(base, adapter)
+        effect = check(base, adapter)
         bundle = brought.folder
         if adapter is not given:
             bundle = working / "bundle" / name
@@ -103,6 +110,31 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
         if version.digest in before:
             notes.append(f"{version} has this content already: nothing new is stored")
         return _imported(version, adapter, base, effect, notes)
+
+
+def _convert(
+    brought: fetch.Fetched, config: JsonMapping, working: Path, request: ImportRequest, say: Say
+) -> tuple[fetch.Fetched, str]:
+    """The adapter as LoRA in a folder of its own, and what to say of it. PEFT reads it, on its base in float32."""
+    base_id = request.base or config.get("base_model_name_or_path")
+    kind = request.task or TASK_TYPES.get(str(config.get("task_type")))
+    if not base_id or kind not in TASKS:
+        raise AdapterError("a conversion to LoRA needs its base and task: give --base and --task")
+    say(f"converting {config.get('peft_type')} to LoRA on {base_id}")
+    labels = request.labels or ()
+    base = bases.load(base_id, task=task_of(kind).request, num_labels=task_of(kind).num_labels(labels), dtype="float32")
+    ids = _same_length([base.tokenizer([text])["input_ids"][0] for text in PROBE])
+    found = conversion.as_lora(brought.folder, working / "lora", base.model, base.family, ids, request.rank)
+    return replace(brought, folder=working / "lora"), (
+        f"converted from {found.kind} to LoRA of rank {found.rank}: outputs change by at most "
+        f"{100 * found.deviation:.2g}% of the largest"
+    )
+
+
+def _same_length(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows cut to the shortest: (B, T) int64."""
+    shortest = min(map(len, rows))
+    return torch.tensor([list(row[:shortest]) for row in rows])
 
 
 @contextmanager
@@ -230,7 +262,7 @@ def _labels(
     return labels
 
 
-def _check(base: Base, adapter: Adapter) -> AdapterEffect:
+def check(base: Base, adapter: Adapter) -> AdapterEffect:
     """Mount the adapter and compare its outputs with the bare base's.
 
     Raises:

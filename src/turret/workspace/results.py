@@ -82,6 +82,23 @@ class Imported:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """A version that several others were merged into."""
+
+    version: str
+    digest: str
+    parents: list[str]
+    how: str
+    weights: list[float]  # one a parent
+    effect: float  # how far it moves the outputs from the bare base's, of the largest output
+    bundle_bytes: int
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> JsonObject:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Exported:
     """A version written as a folder for other tools."""
 

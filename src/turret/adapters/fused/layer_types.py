@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from turret.transformer import ModelConfig
+from turret.transformer import ModelConfig, Submodule
 
 if TYPE_CHECKING:
     from turret.adapters.attention import Hooked
@@ -48,7 +48,7 @@ class PostNormLayer(nn.Module):
     is_decoder: bool
 
 
-class PreNormAttention(nn.Module):
+class PreNormAttention(Submodule):
     """`LlamaAttention`. Qwen 3 adds `q_norm` and `k_norm`."""
 
     q_proj: nn.Module

@@ -60,7 +60,7 @@ class OneCall(ABC, Generic[M]):
             return x
         pool = self._context.adapter_pool
         library = None if pool is None else pool.library
-        if pool is None or library is None or torch.is_grad_enabled() or self._module.training:
+        if pool is None or library is None or pool.scales or torch.is_grad_enabled() or self._module.training:
             return None
         if usable(x) is None or not 0 < x.shape[1] <= library.few(x.dtype) or not enabled("layer_calls"):
             return None

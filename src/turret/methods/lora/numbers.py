@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,11 @@ from turret.adapters.adapter import LORA_PREFIX, Adapter, Extracted, Parts, line
 from turret.adapters.attached import Attachment, Beginning, device_of, routed_linear, target_paths
 from turret.adapters.lora import LoRAFactors, sizes
 from turret.errors import AdapterError
-from turret.families import FAMILIES
+from turret.families import FAMILIES, family_of
 from turret.json_types import JsonObject
+from turret.methods.lookup import numbers_of
 from turret.methods.lora.spec import LoRA
+from turret.methods.lora.weighted import combined
 from turret.methods.numbers import MethodNumbers
 from turret.plan_check import Check
 from turret.transformer import Model
@@ -95,6 +98,16 @@ class LoRANumbers(MethodNumbers[LoRA]):
             "bias": "none",
             "modules_to_save": adapter.head_modules or None,
         }
+
+    def combined(
+        self, model: Model, given: Sequence[Adapter], weights: Sequence[float], how: str, density: float, seed: int
+    ) -> tuple[LoRA, dict[str, Tensor]]:
+        parts = [numbers_of(adapter.method).parts(model, adapter) for adapter in given]
+        rank, tensors = combined(model, family_of(model.config), parts, weights, how, density, seed)
+        targets = {adapter.method.target_modules for adapter in given if isinstance(adapter.method, LoRA)}
+        target = targets.pop() if len(targets) == 1 else None
+        method = LoRA(r=rank, lora_alpha=rank, lora_dropout=self.method.lora_dropout, target_modules=target)
+        return method.of_tensors(tensors), tensors
 
     def parts(self, model: Model, adapter: Adapter) -> Parts:
         """A (R, D_in) and B (D_out, R) of every layer. Checks that every tensor is one of them and fits."""

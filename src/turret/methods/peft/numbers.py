@@ -18,6 +18,7 @@ from turret.errors import AdapterError
 from turret.families import family_of
 from turret.json_types import JsonObject
 from turret.methods.numbers import MethodNumbers, fill_parameters, head_parameters
+from turret.methods.peft.mixing import layers_of
 from turret.methods.peft.spec import Peft
 from turret.transformer import Model
 
@@ -81,14 +82,20 @@ class PeftNumbers(MethodNumbers[Peft]):
         return {name: each for name, each in whole.items() if not torch.equal(each, before[name])}
 
     def parts(self, model: Model, adapter: Adapter) -> Parts:
-        raise AdapterError(
-            f"{self.method.peft_type} is computed by PEFT, one adapter at a time, so its base cannot serve others: "
-            "if PEFT can merge it, export it merged and serve it as a base"
-        )
+        """The effect on each layer, for the methods that `mixing` knows."""
+        kind, settings = self.method.peft_type, through_peft.kept(through_peft.config_of(self.method))
+        layers = layers_of(kind, settings, adapter.tensors, model)
+        if layers is None:
+            raise AdapterError(
+                f"{kind} is computed by PEFT, one adapter at a time, so its base cannot serve others: if PEFT can "
+                "merge it, export it merged and serve it as a base"
+            )
+        return Parts(layers=layers)
 
     def mount(self, model: Model, attached: Attachment, adapter: Adapter, slot: int) -> None:
         if attached.methods or slot != 1:
-            raise AdapterError("PEFT computes one adapter at a time: mount it in slot 1 of a model without adapters")
+            super().mount(model, attached, adapter, slot)
+            return
         _invite(model, attached, through_peft.finished(self.method))
         guest = _guest(attached)
         through_peft.fill(guest, adapter.tensors)

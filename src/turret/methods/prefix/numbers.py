@@ -9,17 +9,34 @@ from turret.adapters.adapter import PROMPT, Adapter, Parts
 from turret.adapters.attached import Attachment, Beginning, attachment, device_of
 from turret.adapters.prefix import PrefixGroup, PrefixSlot, from_peft, to_peft
 from turret.errors import AdapterError, BundleError
-from turret.families import Site
+from turret.families import Site, family_of
 from turret.json_types import JsonObject
 from turret.methods.numbers import MethodNumbers, fill_parameters, head_parameters, require_same
 from turret.methods.prefix.spec import Prefix
+from turret.plan_check import Check
 from turret.transformer import Model
 
 
 class PrefixNumbers(MethodNumbers[Prefix]):
     """A prefix in front of every attention layer."""
 
+    def targets(self, model: Model) -> Check:
+        family = family_of(model.config)
+        if not family.rows_alone:
+            return super().targets(model)
+        return Check(
+            "method",
+            "refuse",
+            f"{family.name} computes its attention itself, so a prefix cannot stand in front of it",
+            'use method.kind = "lora"',
+        )
+
     def start(self, model: Model, attached: Attachment, beginning: Beginning) -> None:
+        if attached.family.rows_alone:
+            raise AdapterError(
+                f"{attached.family.name} computes its attention itself, so a prefix cannot stand in front of it: "
+                'use method.kind = "lora" on this base, or a base of another family'
+            )
         super().start(model, attached, beginning)
         self._put(model, attached, _starts(model, attached, self.method, beginning), beginning.generator)
 

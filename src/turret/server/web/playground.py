@@ -110,7 +110,7 @@ async def _versions(state: ServerState) -> list[Version]:
     found = [
         each
         for each in await state.control(state.workspace.list)
-        if is_on_base(state, each) and method_named(each.part("method").get("kind")).shares_base
+        if is_on_base(state, each) and method_named(each.part("method").get("kind")).mixes(each.part("method"))
     ]
     return sorted(found, key=lambda each: (not each.aliases, each.name, -each.number))
 

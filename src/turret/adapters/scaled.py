@@ -1,0 +1,68 @@
+"""A linear layer whose outputs or inputs an adapter scales, beside LoRA's factors: DoRA, IA3 and trained biases.
+
+    y = output * (W x' + b + B A x') + shift,    x' = input * x
+
+| method | input | output | shift |
+| --- | --- | --- | --- |
+| DoRA (Liu et al. 2024) | 1 | m / norm of the rows of W + B A | b - output * b |
+| IA3 (Liu et al. 2022) | 1, or l in a feed-forward layer | l, or 1 | 0 |
+| a trained bias | 1 | 1 | the new bias - b |
+
+This is the only form there is: rows of such an adapter take it, in a batch of one adapter and in a mixed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Factors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ScaledLayer:
+    """What one adapter does to one linear layer; a part that is None changes nothing.
+
+    Args:
+        factors: A (R, D_in), and B (D_out, R) times LoRA's scaling.
+        input: (D_in,).
+        output: (D_out,).
+        shift: (D_out,).
+    """
+
+    factors: Factors | None = None
+    input: Tensor | None = None
+    output: Tensor | None = None
+    shift: Tensor | None = None
+
+    def __call__(self, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """x: (..., D_in) -> (..., D_out), in x's precision; base computes W x + b."""
+        scaled = x if self.input is None else x * self.input.to(x.dtype)
+        y = base(scaled)
+        if self.factors is not None:
+            A, B = self.factors
+            y = y + (scaled @ A.mT.to(x.dtype)) @ B.mT.to(x.dtype)
+        if self.output is not None:
+            y = y * self.output.to(y.dtype)
+        return y if self.shift is None else y + self.shift.to(y.dtype)
+
+    def to(self, device: torch.device) -> ScaledLayer:
+        """The same on a device."""
+        factors = None if self.factors is None else (self.factors[0].to(device), self.factors[1].to(device))
+        input, output, shift = (None if t is None else t.to(device) for t in (self.input, self.output, self.shift))
+        return ScaledLayer(factors, input, output, shift)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of its numbers."""
+        return tuple(t for t in (*(self.factors or ()), self.input, self.output, self.shift) if t is not None)
+
+
+def dora(layer: nn.Linear, A: Tensor, B: Tensor, magnitude: Tensor) -> ScaledLayer:
+    """DoRA on a layer. A: (R, D_in); B: (D_out, R), scaled; magnitude: (D_out,)."""
+    gain = magnitude.float() / torch.linalg.norm(layer.weight.float() + B.float() @ A.float(), dim=1)
+    shift = None if layer.bias is None else layer.bias.float() * (1 - gain)
+    return ScaledLayer((A, B), output=gain, shift=shift)

@@ -1,0 +1,220 @@
+"""Adapters of other PEFT methods as LoRA, so that they mix, train on and serve like any other.
+
+| `peft_type` | how | exact |
+| --- | --- | --- |
+| LORA with `rank_pattern` or `alpha_pattern` | its factors, padded with zeros to the largest rank | yes |
+| LORA with `bias = "lora_only"` | what a bias adds to the base's, as `lora_bias` | yes |
+| ADALORA | `B diag(E) A` | yes |
+| LOHA, LOKR and what else PEFT converts | PEFT's `convert_to_lora` | no: small singular values are cut |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from turret.adapters.peft_config import refuse_code, shortly
+from turret.bundles.bundle import CONFIG, WEIGHTS
+from turret.errors import BundleError
+from turret.methods import METHODS
+
+if TYPE_CHECKING:
+    import peft
+
+    from turret.families import Family
+    from turret.json_types import JsonMapping
+    from turret.transformer import Model
+
+RANK = 32  # of a conversion that cuts, if the user names none
+MOST_DEVIATION = 0.05  # of the largest output; a conversion that is further off is refused
+PREFIX = "base_model.model."
+PATTERNS = ("rank_pattern", "alpha_pattern")
+PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
+NOT_LOW_RANK = {  # a change of the weights that no small rank holds
+    "LN_TUNING": "it changes norms",
+    "OFT": "it rotates whole layers",
+    "BOFT": "it rotates whole layers",
+    "HRA": "it rotates whole layers",
+}
+Factors = tuple[Tensor, Tensor]  # A (R, D_in), B (D_out, R) with its scaling
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of an adapter."""
+
+    kind: str  # PEFT's name of the method it was
+    rank: int
+    deviation: float  # largest change of an output by the conversion, over the largest output
+
+
+def needed(config: JsonMapping) -> bool:
+    """Whether this `adapter_config.json` is of an adapter that turret reads only as LoRA."""
+    kind = config.get("peft_type")
+    if kind == "LORA":
+        odd = any(config.get(key) for key in PATTERNS) or config.get("bias") == "lora_only"
+        return odd and not METHODS["peft"].reads(config)
+    known = any(each.reads(config) for each in METHODS.values())
+    return isinstance(kind, str) and not known and kind not in (*PROMPTS, *NOT_LOW_RANK)
+
+
+def as_lora(
+    folder: Path, target: Path, model: Model, family: Family, ids: Tensor, rank: int | None = None
+) -> Converted:
+    """Write a PEFT folder of LoRA that changes the base as the adapter in `folder` does.
+
+    Args:
+        folder: a PEFT folder: safetensors and a configuration.
+        target: a new folder.
+        model: the base with nothing attached; it is given back as it was.
+        ids: a few texts as token ids, (B, T) int64, on which the deviation is measured.
+        rank: of the LoRA, where the conversion cuts; None: 32, or the method's own rank.
+
+    Raises:
+        BundleError: PEFT does not read or convert it, or its outputs would differ by more than 5%.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    refuse_code(config)
+    kind = str(config.get("peft_type"))
+    with _loaded(folder, model, kind) as wrapped:
+        wanted = _outputs(wrapped, ids)
+        factors = dict(_factors(wrapped, kind, config, rank))
+    most = max(len(A) for A, _ in factors.values())
+    saved = {*(config.get("modules_to_save") or ()), *family.head_modules}
+    tensors = {
+        key: value
+        for key, value in load_file(folder / WEIGHTS).items()
+        if key.removeprefix(PREFIX).partition(".")[0] in saved
+    }
+    biases = _biases(load_file(folder / WEIGHTS), model, factors)
+    tensors |= {f"{PREFIX}{path}.lora_B.bias": bias for path, bias in biases.items()}
+    for path, (A, B) in factors.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = _padded(A, most, dim=0)
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = _padded(B, most, dim=1)
+    kept = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "peft_version")
+    said = {key: config[key] for key in kept if key in config}
+    said |= {"peft_type": "LORA", "r": most, "lora_alpha": most, "lora_dropout": 0.0, "inference_mode": True}
+    said |= {"target_modules": sorted(factors), "fan_in_fan_out": family.fan_in_fan_out, "bias": "none"}
+    said |= {"lora_bias": True} if biases else {}
+    target.mkdir(parents=True)
+    save_file(tensors, target / WEIGHTS)
+    (target / CONFIG).write_text(json.dumps(said, indent=2), encoding="utf-8")
+    with _loaded(target, model, "LORA") as wrapped:
+        found = _outputs(wrapped, ids)
+    deviation = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+    if deviation > MOST_DEVIATION:
+        raise BundleError(
+            f"{kind} as LoRA of rank {most} would change outputs by {100 * deviation:.0f}% of the largest, at most "
+            f"{100 * MOST_DEVIATION:.0f}% are taken: give a larger --rank, or train it again as LoRA"
+        )
+    return Converted(kind, most, deviation)
+
+
+@contextmanager
+def _loaded(folder: Path, model: Model, kind: str) -> Iterator[peft.PeftModel]:
+    """PEFT's own model of a folder, taken apart again behind the block."""
+    import peft
+
+    if kind in NOT_LOW_RANK:
+        raise BundleError(f"{kind} cannot be a LoRA: {NOT_LOW_RANK[kind]}; train it again as LoRA")
+    flags = {name: each.requires_grad for name, each in model.named_parameters()}
+    children = dict(model.named_children())
+    biases = {name: each.detach().clone() for name, each in model.named_parameters() if name.endswith(".bias")}
+    try:
+        wrapped = peft.PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise BundleError(
+            f"PEFT does not read this adapter of type {shortly(kind)} ({' '.join(str(error).split())[:100]}): save it "
+            "again on this base"
+        ) from None
+    try:
+        yield wrapped.eval()
+    finally:
+        wrapped.unload()
+        for name, child in children.items():  # PEFT leaves its wrapper around a head that was trained
+            setattr(model, name, child)
+        for name, each in model.named_parameters():
+            each.requires_grad_(flags[name])
+            if name in biases:  # PEFT loads trained ones over the base's own
+                each.data.copy_(biases[name])
+
+
+@torch.no_grad()
+def _outputs(wrapped: peft.PeftModel, ids: Tensor) -> Tensor:
+    """Logits of a few texts, (B, C) or (B, T, V)."""
+    more = {"decoder_input_ids": ids} if wrapped.config.is_encoder_decoder else {}
+    logits: Tensor = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
+    return logits.float()
+
+
+@torch.no_grad()
+def _factors(
+    wrapped: peft.PeftModel, kind: str, config: JsonMapping, rank: int | None
+) -> Iterator[tuple[str, Factors]]:
+    """The factors of every adapted layer by its path in the base."""
+    layers = {name.removeprefix(PREFIX): each for name, each in wrapped.named_modules() if _adapted(each)}
+    if kind == "LORA":
+        for path, layer in layers.items():
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            yield path, (A.clone(), B * layer.scaling["default"])
+        return
+    if kind == "ADALORA":
+        for path, layer in layers.items():
+            scaling = layer.scaling["default"] / (layer.ranknum["default"] + 1e-5)
+            yield path, (layer.lora_A["default"] * layer.lora_E["default"], layer.lora_B["default"] * scaling)
+        return
+    yield from _by_peft(wrapped, config, rank).items()
+
+
+def _adapted(module: nn.Module) -> bool:
+    return "default" in getattr(module, "lora_A", ())
+
+
+def _biases(tensors: Mapping[str, Tensor], model: Model, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """What the trained biases of the base's layers add to its own, by path; empty if none was trained."""
+    ending = ".base_layer.bias"
+    trained = {
+        name.removeprefix(PREFIX).removesuffix(ending): t for name, t in tensors.items() if name.endswith(ending)
+    }
+    own = {path: model.get_submodule(path) for path in (factors if trained else ())}
+    return {
+        path: trained[path].float() - layer.bias.float() if path in trained else torch.zeros(layer.out_features)
+        for path, layer in own.items()
+        if isinstance(layer, nn.Linear)
+    }
+
+
+def _by_peft(wrapped: peft.PeftModel, config: JsonMapping, rank: int | None) -> Mapping[str, Factors]:
+    from peft import convert_to_lora
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [each for each in wrapped.modules() if isinstance(each, BaseTunerLayer)]
+    smallest = min(min(each.get_base_layer().weight.shape) for each in layers)
+    chosen = min(int(rank or RANK), smallest)
+    try:
+        _, state = convert_to_lora(wrapped, chosen)
+    except (TypeError, ValueError) as error:
+        raise BundleError(
+            f"PEFT does not convert {shortly(config.get('peft_type'))} to LoRA ({' '.join(str(error).split())[:100]}): "
+            "train it again as LoRA"
+        ) from None
+    names = {name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")}
+    return {
+        name.removeprefix(PREFIX): (state[f"{name}.lora_A.weight"].float(), state[f"{name}.lora_B.weight"].float())
+        for name in sorted(names)
+    }
+
+
+def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
+    """The factor with rows or columns of zeros up to the rank."""
+    missing = rank - factor.shape[dim]
+    shape = (missing, factor.shape[1]) if dim == 0 else (factor.shape[0], missing)
+    return torch.cat([factor.float(), factor.new_zeros(shape, dtype=torch.float32)], dim).contiguous()

@@ -1,0 +1,17 @@
+"""DeBERTa v2 and v3 (He et al. 2021, 2023). They compute their attention themselves, from content and position."""
+
+from __future__ import annotations
+
+from turret.families.family import Family
+
+DEBERTA_V2 = Family(
+    name="deberta-v2",
+    kind="encoder",
+    attention=(),
+    rows_alone=True,
+    lora_targets=("query_proj", "value_proj"),
+    head_modules=("pooler", "classifier"),
+    classify=lambda model, pooled: model.classifier(model.dropout(model.pooler(pooled[:, None]))),
+    head_dropouts=("dropout",),
+    positions="table",
+)

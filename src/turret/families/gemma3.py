@@ -1,0 +1,7 @@
+"""Gemma 3 (Gemma Team 2025): the models that read text alone."""
+
+from __future__ import annotations
+
+from turret.families.gemma2 import gemma_like
+
+GEMMA3 = gemma_like("gemma3_text", "Gemma3")

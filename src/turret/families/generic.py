@@ -1,0 +1,145 @@
+"""A family for an architecture that is not listed: guesses from the model itself, to be checked before one is used.
+
+`adapters/generic.py` compares each guess with the model's own outputs. Nothing here is trusted without that check.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import TYPE_CHECKING
+
+from turret.families.family import Family, Kind, Pooling, first, last, no_offset
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from turret.transformer import Model, ModelConfig
+
+Classify = Callable[["Model", "Tensor"], "Tensor"]
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' table of attention functions, which a module looks into
+USUAL = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "q", "v")
+HEADS = ("classifier", "score", "pooler", "head", "pre_classifier")  # usual names of the modules of a classifier's head
+FUSED = ("qkv_proj", "Wqkv", "query_key_value", "c_attn", "in_proj", "qkv")
+
+
+def kind_of(model_type: str) -> Kind | None:
+    """What transformers has of an architecture, or None where it has nothing that is read here.
+
+    An architecture with a masked language model is an encoder. Encoder-decoders have too many shapes to be guessed.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder"
+    if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "decoder"
+    return None
+
+
+def stand_in(model_type: str, kind: Kind) -> Family:
+    """What holds of every architecture of a kind, until its model is there to be looked at."""
+    return Family(
+        name=model_type,
+        kind=kind,
+        attention=(),
+        rows_alone=True,
+        lora_targets=(),
+        head_modules=HEADS,
+        classify=_nothing,
+        body_excludes=("pooler",),
+        guessed=True,
+    )
+
+
+def guesses(model: Model, kind: Kind) -> Iterator[Family]:
+    """Families that the model may be of, the likeliest first: rows packed before rows alone."""
+    classifies = "ForSequenceClassification" in type(model).__name__
+    attention = _attention(model)
+    heads = _heads(model)
+    poolings: Sequence[Callable[[ModelConfig], Pooling]] = (last,) if kind == "decoder" else (first, _mean)
+    ways: Sequence[Classify] = CLASSIFY if classifies else (_nothing,)
+    alone = (False, True) if attention else (True,)
+    if kind == "decoder" and not attention:
+        return  # nothing would keep its keys and values
+    for rows_alone, offset, pooling, classify in product(
+        alone[: 1 if kind == "decoder" else 2], (no_offset, _after_padding), poolings, ways
+    ):
+        yield Family(
+            name=model.config.model_type,
+            kind=kind,
+            attention=() if rows_alone else attention,
+            rows_alone=rows_alone,
+            lora_targets=_targets(model),
+            head_modules=heads,
+            classify=classify,
+            head_dropouts=tuple(name for name in ("dropout", "drop") if hasattr(model, name)),
+            pooling=pooling,
+            body_excludes=("pooler",),
+            positions="table" if _has_table(model) else "rotary",
+            position_offset=offset,
+            guessed=True,
+        )
+
+
+def _attention(model: Model) -> tuple[str, ...]:
+    """Names of the classes that look up transformers' attention functions."""
+    found: dict[str, None] = {}
+    for module in model.modules():
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        if code is not None and INTERFACE in code.co_names:
+            found[type(module).__name__] = None
+    return tuple(found)
+
+
+def _heads(model: Model) -> tuple[str, ...]:
+    """The children with weights that are neither the body nor the output layer."""
+    output = model.get_output_embeddings()
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and child is not output and next(child.parameters(), None) is not None
+    )
+
+
+def _targets(model: Model) -> tuple[str, ...]:
+    """Query and value by their usual names, or the one matrix that holds both, else every linear layer of the body."""
+    names = [path.rpartition(".")[2] for path, module in model.base_model.named_modules() if _is_linear(module)]
+    for usual in (USUAL, FUSED):
+        if found := tuple(name for name in usual if name in names):
+            return found
+    return tuple(dict.fromkeys(names))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).__name__ in ("Linear", "Conv1D")
+
+
+def _has_table(model: Model) -> bool:
+    """Whether positions are rows of a learned table."""
+    names = ("position_embeddings", "embed_positions", "wpe")
+    return any(path.rpartition(".")[2] in names for path, _ in model.base_model.named_modules())
+
+
+def _after_padding(config: ModelConfig) -> int:
+    return int(config.pad_token_id or 0) + 1
+
+
+def _mean(config: ModelConfig) -> Pooling:
+    return "mean"
+
+
+# The ways in which transformers' classifiers compute logits from the token they read.
+CLASSIFY: tuple[Classify, ...] = (
+    lambda model, pooled: model.score(pooled),
+    lambda model, pooled: model.classifier(model.dropout(model.base_model.pooler(pooled[:, None]))),
+    lambda model, pooled: model.classifier(model.dropout(model.pooler(pooled[:, None]))),
+    lambda model, pooled: model.classifier(model.drop(model.head(pooled))),
+    lambda model, pooled: model.classifier(model.dropout(pooled)),
+    lambda model, pooled: model.classifier(pooled[:, None]),
+)
+
+
+def _nothing(model: Model, pooled: Tensor) -> Tensor:
+    raise AttributeError("the model has no classifier")
