@@ -188,10 +188,10 @@ def test_a_newer_format_is_refused(bundle: Path) -> None:
         ({"r": -1}, "unusable r"),
         ({"r": 10_000}, "unusable r"),
         ({"lora_alpha": 1e9}, "unusable lora_alpha"),
-        ({"use_dora": True}, "use_dora to True"),
+        ({"use_qalora": True}, "use_qalora to True"),
         ({"rank_pattern": {"query": 2}}, "rank_pattern"),
         ({"auto_mapping": {"parent_library": "evil"}}, "auto_mapping"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
     ],
 )
 def test_a_peft_folder_with_an_unusable_configuration_is_refused(

@@ -87,7 +87,7 @@ def test_without_the_file_the_architecture_is_not_known(tmp_path: Path, monkeypa
     monkeypatch.delitem(FAMILIES, "toy", raising=False)
     toy_family.register()
     base = toy_family.save_base(tmp_path / "toy")
-    with pytest.raises(UnknownFamily, match="architecture 'toy' is not supported: expected one of bart, bert"):
+    with pytest.raises(UnknownFamily, match="architecture 'toy' is not supported: expected one of albert, bart"):
         bases.load(str(base), task="classify")
 
 

@@ -10,8 +10,8 @@ import torch
 import transformers
 from small_models import build, tokenizer
 
-from turret.engine.decode import GenerationSettings, adjust, base_settings, choose, draw, resolved
-from turret.engine.request import Options
+from turret.engine.decode import adjust, base_settings, choose, draw, resolved
+from turret.engine.request import GenerationSettings, Options
 from turret.errors import BaseModelError, DataError
 
 V = 50

@@ -9,16 +9,13 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turret.adapters.fused.dropout import Masks
 from turret.kernels import AdapterSpans, CachedKVArguments, Int8Matrix, Library
-
-if TYPE_CHECKING:
-    from turret.adapters.lora import RoutedLinear
 
 BARE = 0  # the slot of the bare base, without an adapter
 
@@ -76,6 +73,13 @@ class KVCacheProtocol(Protocol):
         ...
 
 
+class AdaptedLinear(Protocol):
+    """A linear layer of the base that adapters change (`lora.RoutedLinear`)."""
+
+    base_layer: nn.Module
+    stream: str
+
+
 class AdapterPoolProtocol(Protocol):
     """The adapters of a pass, if an engine keeps them instead of the modules' slots.
 
@@ -89,11 +93,11 @@ class AdapterPoolProtocol(Protocol):
         """Whether an adapter of the current pass scales outputs or inputs of layers."""
         ...
 
-    def linear(self, layer: RoutedLinear, x: Tensor) -> Tensor:
+    def linear(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
         """A linear layer of the base on x, plus delta(x) of every row's adapter."""
         ...
 
-    def number(self, layer: RoutedLinear) -> int:
+    def number(self, layer: AdaptedLinear) -> int:
         """The index of a linear layer in `spans`."""
         ...
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from turret.adapters import require_base
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts
 from turret.adapters.attached import Attachment, device_of, hook_model, routed_linear, target_paths
-from turret.adapters.batch_context import BARE
+from turret.adapters.batch_context import BARE, AdaptedLinear
 from turret.adapters.fused.frozen import linear
-from turret.adapters.lora import RoutedLinear, sizes
+from turret.adapters.lora import sizes
 from turret.adapters.scaled import ScaledLayer
 from turret.bundles.tensors import all_finite
 from turret.engine.adapter_spans import Span, kernel_spans, spans_of
@@ -193,7 +193,7 @@ class AdapterPool:
         """rows: (slot, tokens)."""
         return spans_of((self.at(slot), tokens) for slot, tokens in rows)
 
-    def number(self, layer: RoutedLinear) -> int:
+    def number(self, layer: AdaptedLinear) -> int:
         """The number of a linear layer in `spans`."""
         return self._number[id(layer)]
 
@@ -201,7 +201,7 @@ class AdapterPool:
         """The adapters of the current pass for the kernels; None if no token has a LoRA."""
         return self._spans.get(stream)
 
-    def linear(self, layer: RoutedLinear, x: Tensor) -> Tensor:
+    def linear(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
         """W x + bias + (x A^T) B, with the adapter of each row. x: (1, N, D_in) -> (1, N, D_out)."""
         number = self.number(layer)
         if self._head_rows:
@@ -219,7 +219,7 @@ class AdapterPool:
             self._decoding.add(y[0, self._prefill_tokens :], x[0, self._prefill_tokens :], number)
         return self._with_scaled(layer, number, x, y)
 
-    def _with_scaled(self, layer: RoutedLinear, number: int, x: Tensor, y: Tensor) -> Tensor:
+    def _with_scaled(self, layer: AdaptedLinear, number: int, x: Tensor, y: Tensor) -> Tensor:
         """y with the rows of the adapters that scale. x: (1, N, D_in), y: (1, N, D_out)."""
         for start, end, own in self._scaled.get(layer.stream, ()):
             if (scaled := own.scaled.get(number)) is not None:

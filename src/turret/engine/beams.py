@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turret.engine.decode import GenerationSettings, adjust
+from turret.engine.decode import adjust
+from turret.engine.request import GenerationSettings
 
 NEVER = -1e9  # the score of a text that cannot be chosen, as in transformers
 

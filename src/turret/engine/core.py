@@ -7,7 +7,7 @@ tickets. State that two threads use is guarded by `_wake`. Passes, tokenizers an
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,6 @@ from turret.engine.request import (
     LoadedAdapter,
     Named,
     Options,
-    Receipt,
     Request,
     Stats,
     Ticket,
@@ -43,10 +42,8 @@ from turret.engine.request import (
 from turret.engine.runner import Runner, pass_tokens
 from turret.engine.scheduler import Scheduler
 from turret.engine.slots import Slots
-from turret.errors import AdapterError, Busy, DataError, Draining, EngineError, InUse, TurretError
+from turret.errors import DataError, Draining, EngineError, InUse, TurretError
 from turret.kernels import rest
-
-__all__ = ["AdapterSource", "Engine"]
 
 
 class Engine:
@@ -61,7 +58,7 @@ class Engine:
         clock: Seconds that only grow; for tests.
 
     Raises:
-        BaseModelError: If the base's generation_config.json asks for something that is not supported.
+        BaseModelError: The base's generation_config.json has an unsupported setting.
     """
 
     def __init__(
@@ -94,7 +91,6 @@ class Engine:
         self._waiting: set[Request] = set()  # not begun
         self._waiting_tokens = 0
         self._passes = Passes(self._runner, self._prompts, self._end, self._freed, self._passed)
-        self._numbers = itertools.count(1)
         self._counters = Counters(clock)
         self._cancelled = False  # a request was cancelled since the last check
         self._draining = self._closing = False
@@ -115,6 +111,8 @@ class Engine:
     ) -> Ticket:
         """Submit a request. The version that `adapter` names now answers it, even if an alias moves later.
 
+        Errors that show only when the adapter is loaded are raised by the ticket.
+
         Args:
             kind: "classify" or "generate".
             text: A text, or token ids that are used unchanged.
@@ -130,10 +128,10 @@ class Engine:
             AdapterError: The adapter cannot answer this kind of request.
             DataError: The text or the options do not fit.
             NoRoom: The request is larger than a limit.
-
-        Errors that show only when the adapter is loaded are raised by the ticket.
         """
-        request = self._request(kind, text, adapter, options or Options(), priority, deadline)
+        named, now = None if adapter is None else self._source.resolve(adapter), self._clock()
+        end = None if deadline is None else now + deadline
+        request = self._prompts.request(kind, text, named, options or Options(), priority, now, end, self._cancel)
         rest()  # leave the processors to the engine's thread
         loaded: AdapterTensors | None = None
         with self._wake:
@@ -283,53 +281,9 @@ class Engine:
 
     # --- requests coming in -------------------------------------------------------------------------------------------
 
-    def _request(
-        self,
-        kind: Kind,
-        text: str | Sequence[int],
-        adapter: str | None,
-        options: Options,
-        priority: int,
-        deadline: float | None,
-    ) -> Request:
-        if kind not in ("classify", "generate"):
-            raise DataError(f"kind {kind!r}: expected classify or generate")
-        if kind == "classify" and adapter is None:
-            raise AdapterError("the bare base has no head to classify with: name an adapter")
-        ids = None if isinstance(text, str) else self._prompts.check_ids(text)
-        named = None if adapter is None else self._source.resolve(adapter)
-        now = self._clock()
-        receipt = Receipt(
-            id=f"{next(self._numbers):x}",
-            name=named.name if named else None,
-            number=named.number if named else 0,
-            digest=named.digest if named else None,
-            base=self.base.fingerprint,
-        )
-        ticket = Ticket(receipt, lambda: self._cancel(request))
-        request = Request(
-            kind=kind,
-            ticket=ticket,
-            named=named,
-            text=text if isinstance(text, str) else None,
-            options=options,
-            tokens=self._prompts.estimate(text) if isinstance(text, str) else len(ids or ()),
-            arrived=now,
-            priority=priority,
-            deadline=None if deadline is None else now + deadline,
-            ids=ids,
-        )
-        return request
-
     def _check_queue(self, request: Request) -> None:
-        limit = self.limits.queue_tokens
-        if self._waiting and self._waiting_tokens + request.tokens > limit:
-            again = self._counters.seconds_for(self._waiting_tokens)
-            raise Busy(
-                f"{self._waiting_tokens} tokens wait already and the limit of queue_tokens is {limit}: "
-                f"ask again in {again:.1f} s",
-                retry_after=again,
-            )
+        if self._waiting and self._waiting_tokens + request.tokens > self.limits.queue_tokens:
+            raise self._counters.busy(self._waiting_tokens, self.limits.queue_tokens)
 
     def _admit(self, request: Request) -> None:
         self._open.add(request)
@@ -430,11 +384,10 @@ class Engine:
         )
 
     def _soonest(self) -> float:
-        return min((each.deadline for each in self._open if each.deadline is not None), default=float("inf"))
+        return min((each.deadline for each in self._open if each.deadline is not None), default=math.inf)
 
     def _until_deadline(self) -> float | None:
-        soonest = self._soonest()
-        return None if soonest == float("inf") else max(0.0, soonest - self._clock())
+        return None if (soonest := self._soonest()) == math.inf else max(0.0, soonest - self._clock())
 
     def _overdue(self) -> dict[Request, EngineError]:
         """Requests that were cancelled or are late. Called with the lock."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from turret.engine.request import Request, VersionStats
+from turret.errors import Busy
 
 SMOOTHING = 0.2  # weight of the newest pass in the average speed
 SHORTEST, LONGEST = 0.1, 60.0  # bounds of `Busy.retry_after`, in seconds
@@ -55,6 +56,14 @@ class Counters:
     def seconds_for(self, tokens: int) -> float:
         """Seconds for that many tokens at the recent speed, within `SHORTEST` and `LONGEST`."""
         return min(LONGEST, max(SHORTEST, tokens / self._speed if self._speed else 1.0))
+
+    def busy(self, waiting: int, limit: int) -> Busy:
+        """The error of a request for which the queue has no room. Args in tokens."""
+        again = self.seconds_for(waiting)
+        return Busy(
+            f"{waiting} tokens wait already and the limit of queue_tokens is {limit}: ask again in {again:.1f} s",
+            retry_after=again,
+        )
 
     def versions(self) -> Mapping[str, VersionStats]:
         """The counts of each version, by digest; "" is the bare base."""

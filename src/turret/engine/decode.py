@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from turret.engine.request import MAX_TOKENS, Options
+from turret.engine.request import MAX_TOKENS, GenerationSettings, Options
 from turret.errors import BaseModelError, DataError
 from turret.tasks import TextTask
 from turret.transformer import Model, Tokenizer
@@ -34,41 +34,6 @@ NOT_DONE: dict[str, tuple[float | None, ...]] = {
     "suppress_tokens": (None,),
     "begin_suppress_tokens": (None,),
 }
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """All settings of one request that generates."""
-
-    max_tokens: int
-    eos: tuple[int, ...]
-    heat: float = 0.0  # temperature; 0: greedy
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    num_beams: int = 1
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    min_length: int = 0  # of all tokens that penalties count
-    min_new_tokens: int = 0
-    forced_bos: int | None = None
-    forced_eos: tuple[int, ...] = ()
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-    logprobs: int | None = None  # alternatives to report with each token; None: report nothing
-
-    @property
-    def plain(self) -> bool:
-        """Whether `adjust` changes nothing."""
-        return (
-            self.repetition_penalty == 1.0
-            and not self.no_repeat_ngram_size
-            and not self.min_length
-            and not self.min_new_tokens
-            and self.forced_bos is None
-            and not self.forced_eos
-        )
 
 
 def base_settings(model: Model, tokenizer: Tokenizer) -> GenerationSettings:

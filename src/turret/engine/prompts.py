@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from turret.bases import Base
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.cache import capacity
 from turret.engine.decode import base_settings, resolved
-from turret.engine.request import Limits, Request
+from turret.engine.request import Kind, Limits, Named, Options, Receipt, Request, Ticket
 from turret.engine.runner import Runner
 from turret.errors import AdapterError, DataError, NoRoom
 from turret.tasks import writes
@@ -28,8 +29,57 @@ class Prompts:
         self._settings = base_settings(base.model, base.tokenizer)
         self._vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
         self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
         self.can_generate = base.model.get_output_embeddings() is not None and base.family.generates
         self.is_encoder_decoder = base.family.is_encoder_decoder
+
+    def request(
+        self,
+        kind: Kind,
+        text: str | Sequence[int],
+        named: Named | None,
+        options: Options,
+        priority: int,
+        now: float,
+        deadline: float | None,
+        cancel: Callable[[Request], None],
+    ) -> Request:
+        """A new request with its ticket; see `Engine.submit`.
+
+        Args:
+            named: The version that answers; None for the bare base.
+            now, deadline: Seconds of the engine's clock.
+            cancel: Called when the ticket is cancelled.
+
+        Raises:
+            DataError: The kind or the token ids are not valid.
+            AdapterError: The bare base cannot classify.
+        """
+        if kind not in ("classify", "generate"):
+            raise DataError(f"kind {kind!r}: expected classify or generate")
+        if kind == "classify" and named is None:
+            raise AdapterError("the bare base has no head to classify with: name an adapter")
+        ids = None if isinstance(text, str) else self.check_ids(text)
+        receipt = Receipt(
+            id=f"{next(self._numbers):x}",
+            name=named.name if named else None,
+            number=named.number if named else 0,
+            digest=named.digest if named else None,
+            base=self._base.fingerprint,
+        )
+        request = Request(
+            kind=kind,
+            ticket=Ticket(receipt, lambda: cancel(request)),
+            named=named,
+            text=text if isinstance(text, str) else None,
+            options=options,
+            tokens=self.estimate(text) if isinstance(text, str) else len(ids or ()),
+            arrived=now,
+            priority=priority,
+            deadline=deadline,
+            ids=ids,
+        )
+        return request
 
     @cached_property
     def _tokens(self) -> Tokens:

@@ -8,14 +8,13 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError
 from turret.json_types import JsonObject
 from turret.tasks.task import RequestKind
 
 if TYPE_CHECKING:
-    from turret.engine.decode import GenerationSettings
     from turret.engine.slots import Entry
 
 Kind = RequestKind
@@ -28,6 +27,41 @@ BEAMS = 16  # most beams of one request
 TOP = 20  # most alternatives reported with a token
 
 log = logging.getLogger("turret.engine")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """All settings of one request that generates."""
+
+    max_tokens: int
+    eos: tuple[int, ...]
+    heat: float = 0.0  # temperature; 0: greedy
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_length: int = 0  # of all tokens that penalties count
+    min_new_tokens: int = 0
+    forced_bos: int | None = None
+    forced_eos: tuple[int, ...] = ()
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    logprobs: int | None = None  # alternatives to report with each token; None: report nothing
+
+    @property
+    def plain(self) -> bool:
+        """Whether `adjust` changes nothing."""
+        return (
+            self.repetition_penalty == 1.0
+            and not self.no_repeat_ngram_size
+            and not self.min_length
+            and not self.min_new_tokens
+            and self.forced_bos is None
+            and not self.forced_eos
+        )
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from turret.engine.beams import Beams
 from turret.engine.cache import KeyValueCache, KVSlot
-from turret.engine.decode import GenerationSettings, TokenLogprobs, token_logprobs
-from turret.engine.request import Answer, Request
+from turret.engine.decode import TokenLogprobs, token_logprobs
+from turret.engine.request import Answer, GenerationSettings, Request
 from turret.engine.runner import DecodeStep, Prefill
 from turret.engine.text import IncrementalText
 from turret.json_types import JsonObject

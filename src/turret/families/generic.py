@@ -38,6 +38,11 @@ def kind_of(model_type: str) -> Kind | None:
     return None
 
 
+def name_of(model: Model) -> str:
+    """What transformers calls the model's architecture."""
+    return model.config.model_type
+
+
 def stand_in(model_type: str, kind: Kind) -> Family:
     """What holds of every architecture of a kind, until its model is there to be looked at."""
     return Family(

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from turret.families.llama import llama_like
 
-MISTRAL = replace(
-    llama_like("mistral", "Mistral"), window=lambda module: getattr(module.config, "sliding_window", None)
-)
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def configured_window(module: nn.Module) -> int | None:
+    """The sliding window of all layers, as the configuration has it."""
+    window: int | None = getattr(getattr(module, "config", None), "sliding_window", None)
+    return window
+
+
+MISTRAL = replace(llama_like("mistral", "Mistral"), window=configured_window)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from turret.families.family import Family, FastPaths, last
+from turret.families.mistral import configured_window
 
 PHI3 = Family(
     name="phi3",
@@ -12,7 +13,7 @@ PHI3 = Family(
     head_modules=("score",),
     classify=lambda model, pooled: model.score(pooled),
     pooling=last,
-    window=lambda module: module.config.sliding_window,
+    window=configured_window,
     vllm_lora=True,
     fast=FastPaths(rms_norms=("Phi3RMSNorm",)),
 )
