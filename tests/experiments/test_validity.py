@@ -82,7 +82,7 @@ def test_an_alarm_stays_under_balanced_traffic_and_what_was_gathered_is_void(wor
     assert len(str(refused.value)) < 300
     assert live.status().experiment.state == "running"
     assert str(workspace.resolve("news")) == "news@1"
-    assert [each["verb"] for each in live.status().weighed.history] == ["start", "void"]
+    assert [each["verb"] for each in live.status().analysis.history] == ["start", "void"]
     ended = live.stop()
     assert ended.experiment.verdict["void"] == "units"
     (listed,) = workspace.experiments()
@@ -104,7 +104,7 @@ def test_as_many_outcomes_that_come_later_in_one_arm_are_noticed(workspace, rout
     assert found.done[0].startswith(
         "OUTCOMES DELAYED: they take longer in one arm than in another (control half within"
     )
-    assert {each.against.verdict for each in found.weighed.arms if each.against} == {"void"}
+    assert {each.against.verdict for each in found.analysis.arms if each.against} == {"void"}
     half = {each["arm"]: each["half_within"] for each in found.as_json()["arms"]}
     assert half["candidate"] > half["control"] > 0
 
@@ -159,7 +159,7 @@ def test_a_look_through_what_was_added_up_before_finds_the_same_units_missing(wo
     fresh = Workspace(workspace.store.root).experiment("news").status()
     for key in ("units", "outcomes", "missing", "half_within"):
         assert [each[key] for each in kept.as_json()["arms"]] == [each[key] for each in fresh.as_json()["arms"]]
-    assert kept.weighed.checks == pytest.approx(fresh.weighed.checks)
+    assert kept.analysis.checks == pytest.approx(fresh.analysis.checks)
     assert sum(each["missing"] for each in fresh.as_json()["arms"]) > 0
 
 

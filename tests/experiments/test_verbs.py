@@ -33,7 +33,7 @@ def run(workspace: Workspace, rates: dict[str, float], units: int, seed: int = 0
 
 
 def verbs(workspace: Workspace) -> list[str]:
-    return [each["verb"] for each in workspace.experiment("news").status().weighed.history]
+    return [each["verb"] for each in workspace.experiment("news").status().analysis.history]
 
 
 def test_a_candidate_that_is_worse_is_rolled_back_by_itself_while_its_ramp_goes_on(workspace) -> None:
@@ -138,7 +138,7 @@ def test_less_can_be_better(workspace) -> None:
     workspace.experiment("news").start("news@2", share=0.5, goal="lower", metric="0..1")
     run(workspace, {"control": 0.6, "candidate": 0.3}, 400)
     (settled,) = workspace.settle()
-    (against,) = [each.against for each in settled.weighed.arms if each.against]
+    (against,) = [each.against for each in settled.analysis.arms if each.against]
     assert against.verdict == "better"
     assert against.interval[0] < against.difference < against.interval[1] < 0
 
@@ -217,7 +217,7 @@ def test_a_sample_ratio_mismatch_is_shown_before_any_verdict_and_nothing_is_deci
     assert settled.done == (said,)
     assert said.startswith("OUTCOMES MISSING: the arms' shares of outcomes differ from their shares of units")
     assert "find out how the arms differ" in settled.next
-    assert {each.against.verdict for each in settled.weighed.arms if each.against} == {"void"}
+    assert {each.against.verdict for each in settled.analysis.arms if each.against} == {"void"}
     assert settled.as_json()["sample_ratio"]["ok"] is False
 
 

@@ -195,11 +195,11 @@ def test_the_last_point_of_a_course_is_what_the_status_says(put, workspace) -> N
     live.outcomes((None, f"u{number}", int(number % 3 > 0)) for number in range(450, 900))
     points = workspace.course("a").points
     assert len(points) < 400
-    last, weighed = points[-1], live.status().weighed
-    assert last.outcomes == sum(arm.outcomes for arm in weighed.arms)
-    assert last.against["candidate"].better == pytest.approx(weighed.arms[1].against.better)
-    assert last.against["candidate"].interval == pytest.approx(weighed.arms[1].against.interval)
-    assert last.means["control"] == pytest.approx(weighed.arms[0].mean)
+    last, analysis = points[-1], live.status().analysis
+    assert last.outcomes == sum(arm.outcomes for arm in analysis.arms)
+    assert last.against["candidate"].better == pytest.approx(analysis.arms[1].against.better)
+    assert last.against["candidate"].interval == pytest.approx(analysis.arms[1].against.interval)
+    assert last.means["control"] == pytest.approx(analysis.arms[0].mean)
 
 
 def test_a_run_shows_its_curve_while_it_trains(serve, workspace) -> None:

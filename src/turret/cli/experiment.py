@@ -247,11 +247,11 @@ def _print(found: ExperimentStatus) -> None:
     console().print(grid((name, safe(fact)) for name, fact in facts))
     right = ("share", "units", "outcomes", "missing", "mean", "answers", "errors", "s")
     heads = ("arm", "version", *right[:5], "against control", "evidence", *right[5:])
-    console().print("\n", columns(heads, (_row(each) for each in found.weighed.arms), right=right), "\n", sep="")
+    console().print("\n", columns(heads, (_row(each) for each in found.analysis.arms), right=right), "\n", sep="")
     for line in (*found.done, *found.verdicts):
         console().print(safe(line))
     console().print(f"[bold]next:[/] {safe(found.next)}")
-    for each in found.weighed.history[-EVENTS:]:
+    for each in found.analysis.history[-EVENTS:]:
         by = f" by {each['who']}" if each["who"] else ""
         console().print(
             f"  [dim]{safe(_time(each['at']))}{safe(by)}  {safe(status_text.event(each['verb'], each['detail']))}[/]"

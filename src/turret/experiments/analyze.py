@@ -183,7 +183,7 @@ class Analysis:
         return None if self.void else _equality([each.against for each in self.arms])
 
 
-def weigh(
+def analyze(
     connection: Connection,
     experiment: Experiment,
     now: str,

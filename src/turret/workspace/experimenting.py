@@ -51,33 +51,33 @@ T = TypeVar("T")
 class ExperimentStatus:
     """An experiment as it is now. `verdicts` and `next` are for people, `as_json()` for programs."""
 
-    weighed: Analysis
+    analysis: Analysis
     done: tuple[str, ...] = ()  # actions that were carried out just now
     points: str | None = None  # the version that the alias names
 
     @property
     def experiment(self) -> Experiment:
-        return self.weighed.experiment
+        return self.analysis.experiment
 
     @property
     def verdicts(self) -> tuple[str, ...]:
         """One line per arm."""
         from turret.experiments import status_text
 
-        return tuple(status_text.verdicts(self.weighed))
+        return tuple(status_text.verdicts(self.analysis))
 
     @property
     def next(self) -> str:
         """What to do next."""
         from turret.experiments import status_text
 
-        return status_text.advice(self.weighed)
+        return status_text.advice(self.analysis)
 
     def as_json(self) -> JsonObject:
         from turret.experiments.status_text import void
         from turret.experiments.validity import NEEDED
 
-        analysis, decision = self.weighed, self.weighed.decision
+        analysis, decision = self.analysis, self.analysis.decision
         return {
             **self.experiment.as_json(),
             "alias_names": self.points,
@@ -308,11 +308,11 @@ class LiveExperiment:
         return rows.still_running(connection, rows.find(connection, self.name, self.number))
 
     def _analyze(self, experiment: Experiment, memory: Memory | None = None) -> Analysis:
-        from turret.experiments.analyze import weigh
+        from turret.experiments.analyze import analyze
 
         with self._store.database().reading() as connection:
             current = rows.by_id(connection, experiment.id)
-            return weigh(connection, current, now(), memory, lambda: _other_evidence(connection, current))
+            return analyze(connection, current, now(), memory, lambda: _other_evidence(connection, current))
 
     def _status(self, experiment: Experiment) -> ExperimentStatus:
         return ExperimentStatus(self._analyze(experiment), points=self._points(experiment))
@@ -326,11 +326,11 @@ class LiveExperiment:
 
 def listed(store: Store, alpha: float) -> list[JsonObject]:
     """Every experiment with its evidence; `discovery` marks those with a difference at level alpha over all of them."""
-    from turret.experiments.analyze import weigh
+    from turret.experiments.analyze import analyze
 
     check_alpha(alpha)
     with store.database().reading() as connection:
-        analyses = [weigh(connection, each, now()) for each in rows.listed(connection)]
+        analyses = [analyze(connection, each, now()) for each in rows.listed(connection)]
     logs = {str(each.experiment): _log_evidence(each) for each in analyses if each.experiment.candidates}
     discoveries = named({name: -math.inf if log is None else log for name, log in logs.items()}, alpha)
     return [
@@ -381,14 +381,14 @@ def course(store: Store, name: str, number: int | None, known: dict[int, Evidenc
 
 def _other_evidence(connection: Connection, experiment: Experiment) -> list[float]:
     """The logarithms of the evidence of all other experiments; for an ended one, at its end."""
-    from turret.experiments.analyze import weigh
+    from turret.experiments.analyze import analyze
 
     found = []
     for each in rows.listed(connection):
         if each.id == experiment.id or not each.candidates:
             continue
         verdict = each.verdict or {}
-        log = verdict["log_evidence"] if "log_evidence" in verdict else weigh(connection, each, now()).evidence
+        log = verdict["log_evidence"] if "log_evidence" in verdict else analyze(connection, each, now()).evidence
         found.append(-math.inf if log is None else float(log))
     return found
 

@@ -67,7 +67,7 @@ async def ask(
     """The dialog that confirms a change."""
     _check_verb(verb)
     values = await _values(state, name, number)
-    candidates = [each for each in values["status"].weighed.arms if each.arm.role == "candidate" and each.arm.live]
+    candidates = [each for each in values["status"].analysis.arms if each.arm.role == "candidate" and each.arm.live]
     return render.page(request, state, "act.html.j2", **values, verb=verb, arm=arm, candidates=candidates)
 
 
@@ -100,7 +100,7 @@ async def _values(state: ServerState, name: str, number: int) -> render.Context:
 
     experiment, running = status.experiment, status.experiment.state == "running"
     history = [
-        (each, status_text.event(each["verb"], dict(each["detail"]))) for each in reversed(status.weighed.history)
+        (each, status_text.event(each["verb"], dict(each["detail"]))) for each in reversed(status.analysis.history)
     ]
     return {
         "status": status,
