@@ -341,8 +341,7 @@ class Workspace:
             task: for a PEFT folder; default: from its `task_type`.
             labels: for a PEFT folder with a classifier; default: from the base's configuration.
             settings: for a PEFT folder: keys of a recipe's `[task]`.
-            rank: of the LoRA that another method of PEFT is converted to, such as LoHa; default: 32.
-            on_stage: called with a line of text at the start of each stage.
+            rank: of the LoRA to which another PEFT method, such as LoHa, is converted; default: 32.
 
         Raises:
             AdapterError: it is broken, does not fit its base, or has no effect.
@@ -367,14 +366,13 @@ class Workspace:
         Args:
             references: two or more, of the same base, task and labels.
             how: linear, svd, cat, ties, dare or dare-ties.
-            weights: one a version; equal shares if left out.
-            density: share of the values that ties and dare keep.
+            weights: one per version; default: equal weights.
+            density: fraction of the values that ties and dare keep.
         """
         from turret.workspace import merging
 
-        return merging.merge(
-            self.store, references, name, merging.MergeRequest(how, weights, density), on_stage or silent
-        )
+        request = merging.MergeRequest(how, weights, density)
+        return merging.merge(self.store, references, name, request, on_stage or silent)
 
     def export(
         self,

@@ -55,7 +55,7 @@ class ImportRequest:
     task: str | None = None
     labels: Sequence[str] | None = None
     settings: JsonMapping | None = None  # keys of a recipe's [task]
-    rank: int | None = None  # of the LoRA that another method of PEFT is converted to
+    rank: int | None = None  # of the LoRA to which another PEFT method is converted
 
 
 def import_adapter(store: Store, source: str, name: str, request: ImportRequest, say: Say = silent) -> Imported:
@@ -115,7 +115,11 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
 def _convert(
     brought: fetch.Fetched, config: JsonMapping, working: Path, request: ImportRequest, say: Say
 ) -> tuple[fetch.Fetched, str]:
-    """The adapter as LoRA in a folder of its own, and what to say of it. PEFT reads it, on its base in float32."""
+    """Convert another PEFT method to LoRA. PEFT reads the adapter, on its base in float32.
+
+    Returns:
+        The folder of the LoRA, and a note on the error of the conversion.
+    """
     base_id = request.base or config.get("base_model_name_or_path")
     kind = request.task or TASK_TYPES.get(str(config.get("task_type")))
     if not base_id or kind not in TASKS:
@@ -132,7 +136,7 @@ def _convert(
 
 
 def _same_length(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows cut to the shortest: (B, T) int64."""
+    """Cut all rows to the length of the shortest: (B, T) int64."""
     shortest = min(map(len, rows))
     return torch.tensor([list(row[:shortest]) for row in rows])
 

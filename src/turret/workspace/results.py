@@ -83,14 +83,14 @@ class Imported:
 
 @dataclass(frozen=True)
 class Merged:
-    """A version that several others were merged into."""
+    """A version that was merged from several others."""
 
     version: str
     digest: str
     parents: list[str]
     how: str
-    weights: list[float]  # one a parent
-    effect: float  # how far it moves the outputs from the bare base's, of the largest output
+    weights: list[float]  # one per parent
+    effect: float  # largest difference from the bare base's outputs / the largest output
     bundle_bytes: int
     notes: list[str] = field(default_factory=list)
 
