@@ -36,7 +36,7 @@ def test_an_unknown_method_is_one_line_and_status_two(tmp_path, capsys) -> None:
     table.write_text("text,label\n" + "".join(f"some words {n},{'ab'[n % 2]}\n" for n in range(20)))
     status = run(["compare", str(table), "--base", "none", "--methods", "full,qlora", "--store", str(tmp_path / "s")])
     assert status == 2
-    assert "qlora is no method to compare" in capsys.readouterr().err
+    assert "qlora is not a method to compare" in capsys.readouterr().err
 
 
 def reviews(folder: Path) -> Path:
