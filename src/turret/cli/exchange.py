@@ -28,7 +28,8 @@ def import_(
     labels: Annotated[str | None, typer.Option("--labels", metavar="A,B,C", help="Labels of the head.")] = None,
     sets: Settings = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", min=1, max=1024, help="Of the LoRA that LoHa, LoKr and others become.")
+        int | None,
+        typer.Option("--rank", min=1, max=1024, help="Rank of the LoRA that a LoHa, LoKr or similar adapter becomes."),
     ] = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,

@@ -21,10 +21,10 @@ def merge(
     name: Annotated[str, typer.Option("--name", help="The name of the merged adapter.")],
     how: Annotated[str, typer.Option("--how", help=f"{', '.join(HOW)}.")] = "ties",
     weights: Annotated[
-        str | None, typer.Option("--weights", metavar="A,B", help="One a version; equal shares if left out.")
+        str | None, typer.Option("--weights", metavar="A,B", help="A weight for each version; default: equal.")
     ] = None,
     density: Annotated[
-        float, typer.Option("--density", min=0.01, max=1.0, help="Share of the values that ties and dare keep.")
+        float, typer.Option("--density", min=0.01, max=1.0, help="Share of values that ties and dare keep.")
     ] = 0.5,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
