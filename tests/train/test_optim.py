@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 
+import peft
 import pytest
+import tiny_training
 import torch
+from batches import padded, rows
+from peft.optimizers import create_loraplus_optimizer
+from small_models import build
 from torch import nn
 
+from turret.adapters import attach, extract
 from turret.adapters.prefix import GRADIENT_STAYS, PrefixGroup
 from turret.errors import TrainingError
+from turret.families import FAMILIES
+from turret.methods import LoRA
+from turret.recipe import Recipe
+from turret.train.initialize import optimiser_of
 from turret.train.optim import AdamW, learning_rate, warmup_steps
 from turret.train.step import backward
 
@@ -144,3 +154,28 @@ def test_a_gradient_that_stays_is_added_to_and_is_a_prefixs_own() -> None:
     assert not hasattr(outer, GRADIENT_STAYS)
     assert outer.grad is None
     assert torch.autograd.grad(groups[1].folded().square().sum(), outer)[0] is not None
+
+
+@pytest.mark.parametrize("ratio", [16.0, None])
+def test_lora_plus_moves_a_and_b_at_pefts_rates(ratio: float | None) -> None:
+    """The first step of Adam moves a number by its rate: A and B by those of PEFT's `create_loraplus_optimizer`."""
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "value"])
+    twin = peft.get_peft_model(build("bert", "classify"), config)
+    theirs = create_loraplus_optimizer(twin, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=ratio or 1.0)
+    rates = {id(each): group["lr"] for group in theirs.param_groups for each in group["params"]}
+    expected = {
+        factor: {rates[id(each)] for name, each in twin.named_parameters() if factor in name}
+        for factor in ("lora_A", "lora_B")
+    }
+    method = LoRA(r=3, lora_alpha=6, lora_dropout=0.0, init_lora_weights=False, lora_plus_ratio=ratio)
+    model = attach(build("bert", "classify"), method, generator=torch.Generator().manual_seed(1))
+    train = {"lr": 1e-3, "weight_decay": 0.0}
+    recipe = Recipe(name="x", base="small", data={"source": "x"}, method=method, train=train)
+    mine = optimiser_of(recipe, tiny_training.Base(model, None, FAMILIES["bert"]))
+    before = extract(model).tensors
+    mine.zero_gradients()
+    nn.functional.cross_entropy(model(**padded(rows(), 0)).logits, torch.tensor([0, 2, 1, 0])).backward()
+    mine.step(1e-3)
+    for name, value in extract(model).tensors.items():
+        (rate,) = expected["lora_A" if "lora_A" in name else "lora_B"]
+        assert float((value - before[name]).abs().max()) == pytest.approx(rate, rel=1e-2)

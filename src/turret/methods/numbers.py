@@ -5,7 +5,7 @@ The defaults here are those of `head`; a method overrides what differs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -106,6 +106,10 @@ class MethodNumbers(Generic[M]):
         """Raises BundleError if PEFT's configuration in a bundle contradicts the method in its manifest."""
         check_config(config)
         check_agreement(config, self.peft_words())
+
+    def rate_ratios(self, names: Iterable[str]) -> dict[str, float]:
+        """Factors on the learning rate, by name of the trained parameter; 1 for those that are not named."""
+        return {}
 
     def combined(
         self, model: Model, given: Sequence[Adapter], weights: Sequence[float], how: str, density: float, seed: int

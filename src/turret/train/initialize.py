@@ -11,6 +11,7 @@ from turret import adapters
 from turret.adapters import Adapter
 from turret.bases import Base
 from turret.errors import AdapterError, TrainingError
+from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.tasks import Task, stored_task
 from turret.train.optim import AdamW
@@ -72,10 +73,14 @@ def attach(recipe: Recipe, base: Base, task: Task, start: InitialAdapter | None 
 
 
 def optimiser_of(recipe: Recipe, base: Base) -> AdamW:
-    """The optimiser of the attached adapter. The head's learning rate is `train.head_lr_ratio` times the rate."""
+    """The optimiser of the attached adapter.
+
+    The head's learning rate is `train.head_lr_ratio` times the rate; a method may have ratios of its own.
+    """
     trained, train = adapters.trainable_parameters(base.model), recipe.train
     heads = tuple(f"{name}." for name in base.family.head_modules)
     ratios = {name: train.head_lr_ratio or 1.0 for name in trained if name.startswith(heads)}
+    ratios |= numbers_of(recipe.method).rate_ratios(trained)
     return AdamW(trained, weight_decay=train.weight_decay, ratios=ratios)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,11 @@ class LoRANumbers(MethodNumbers[LoRA]):
             "bias": "none",
             "modules_to_save": adapter.head_modules or None,
         }
+
+    def rate_ratios(self, names: Iterable[str]) -> dict[str, float]:
+        """LoRA+: B moves at a multiple of A's rate, because B starts at zero and A does not."""
+        ratio = self.method.lora_plus_ratio
+        return {} if ratio is None else {name: ratio for name in names if name.endswith(".lora_B")}
 
     def combined(
         self, model: Model, given: Sequence[Adapter], weights: Sequence[float], how: str, density: float, seed: int
