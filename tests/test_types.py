@@ -1,4 +1,4 @@
-"""How often the source gives up on a type. Each `Any` that stays has a reason beside it."""
+"""The source has few imprecise types. Each remaining `Any` has a reason in a comment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "turret"
-MOST = 1_300  # of `Any`, `object`, `cast(...)` and `type: ignore` in all of src/
+MOST = 120  # of `Any`, `object`, `cast(...)` and `type: ignore` in all of src/
 
 
 def given_up(text: str) -> int:
