@@ -1,7 +1,7 @@
-"""A toy family: a decoder like no other in the table, in one file.
+"""A toy family in one file: a decoder unlike the others in the table.
 
-Attention and MLP stand side by side behind one LayerNorm, scores are capped, the first two rows of the table of
-positions are not used, the output layer is scaled, and a classifier is a layer `grade` behind a dropout `rest`.
+Attention and MLP run in parallel after one LayerNorm. Scores are capped, the first two rows of the position table are
+unused, logits are scaled, and the classification head is a dropout `rest` and a layer `grade`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from turret.families import Family, last
 
-UNUSED = 2  # rows of the table of positions
+UNUSED = 2  # rows of the position table
 
 
 class ToyConfig(PreTrainedConfig):
@@ -170,11 +170,11 @@ class ToyForSequenceClassification(ToyPreTrained):
         return SequenceClassifierOutput(logits=classify(self, hidden[torch.arange(len(hidden)), ends]))
 
 
-def classify(model: Any, pooled: Any) -> Any:
+def classify(model: nn.Module, pooled: Tensor) -> Tensor:
     return model.grade(model.rest(pooled))
 
 
-def vocabulary(model: Any, hidden: Any, output: Callable[[Any], Any]) -> Any:
+def vocabulary(model: nn.Module, hidden: Tensor, output: Callable[[Tensor], Tensor]) -> Tensor:
     return output(hidden) * model.config.output_scale
 
 
@@ -195,7 +195,7 @@ TOY = Family(
 
 
 def register() -> None:
-    """Tell transformers' automatic classes of the toy; the table of families is the caller's to change."""
+    """Register the toy with transformers' automatic classes. The caller adds it to the table of families."""
     AutoConfig.register("toy", ToyConfig, exist_ok=True)
     AutoModel.register(ToyConfig, ToyModel, exist_ok=True)
     AutoModelForCausalLM.register(ToyConfig, ToyForCausalLM, exist_ok=True)
@@ -203,7 +203,7 @@ def register() -> None:
 
 
 def build(kind: type[ToyPreTrained], **settings: Any) -> Any:
-    """A small toy with random weights, larger than fresh ones so that every part matters."""
+    """A small toy with random weights, large enough that every part changes the output."""
     model = kind(ToyConfig(**settings, attn_implementation="eager")).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -214,7 +214,7 @@ def build(kind: type[ToyPreTrained], **settings: Any) -> Any:
 
 
 def save_base(folder: Path) -> Path:
-    """A toy as a user has a base on disk."""
+    """Save a toy as a base on disk."""
     build(ToyForCausalLM).save_pretrained(folder)
     small_models.tokenizer("llama").save_pretrained(folder)
     return folder

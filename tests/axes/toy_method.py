@@ -1,8 +1,8 @@
-"""A toy method: one trained number an output channel, in one file.
+"""A toy method in one file: one trained number for each output of a layer.
 
     y = W x + s * (B A x),    s: (D_out,) trained from zero;  A: (2, D_in) and B: (D_out, 2) drawn from a seed
 
-Only s is stored. In a batch of many adapters it is the low-rank factors A and diag(s) B. PEFT has no such method.
+Only s is stored. A batch of many adapters computes it by the low-rank factors A and diag(s) B. PEFT has no such method.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from turret.adapters.lora import LoRAFactors, sizes
 from turret.errors import AdapterError
 from turret.methods import Method
 from turret.methods.numbers import MethodNumbers
+from turret.transformer import Model
 
 RANK = 2
 SUFFIX = ".scale"
 
 
 class Scale(Method):
-    """Its settings, and where a plan or a comparison asks more of it than of `head`."""
+    """The settings, and what differs from the protocol's defaults."""
 
     numbers_at: ClassVar[str] = f"{__name__}:ScaleNumbers"
     kind: Literal["scale"] = "scale"
@@ -55,7 +56,7 @@ class Scaled(nn.Module):
 
 
 class ScaleNumbers(MethodNumbers[Scale]):
-    def start(self, model: Any, attached: Attachment, beginning: Beginning) -> None:
+    def start(self, model: Model, attached: Attachment, beginning: Beginning) -> None:
         super().start(model, attached, beginning)
         for path in target_paths(model, None):
             self._put(model, attached, path, slot=1)
@@ -64,7 +65,7 @@ class ScaleNumbers(MethodNumbers[Scale]):
         factors = {path: layer.factors(slot) for path, layer in attached.linears.items()}
         return {f"{LORA_PREFIX}{path}{SUFFIX}": scale_of(each) for path, each in factors.items() if each is not None}
 
-    def parts(self, model: Any, adapter: Adapter) -> Parts:
+    def parts(self, model: Model, adapter: Adapter) -> Parts:
         factors = {}
         for name, scale in adapter.tensors.items():
             path = name.removeprefix(LORA_PREFIX).removesuffix(SUFFIX)
@@ -74,7 +75,7 @@ class ScaleNumbers(MethodNumbers[Scale]):
             factors[path] = (A, scale.float() * B0)
         return Parts(factors)
 
-    def mount(self, model: Any, attached: Attachment, adapter: Adapter, slot: int) -> None:
+    def mount(self, model: Model, attached: Attachment, adapter: Adapter, slot: int) -> None:
         for path in self.parts(model, adapter).factors:
             factors = self._put(model, attached, path, slot)
             scale_of(factors).copy_(adapter.tensors[f"{LORA_PREFIX}{path}{SUFFIX}"])
@@ -84,11 +85,11 @@ class ScaleNumbers(MethodNumbers[Scale]):
     def owns(self, name: str) -> bool:
         return name.endswith(SUFFIX)
 
-    def _drawn(self, layer: Any) -> tuple[Tensor, Tensor]:
+    def _drawn(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         generator, (d_in, d_out) = torch.Generator().manual_seed(self.method.seed), sizes(layer)
         return torch.randn(RANK, d_in, generator=generator), torch.randn(d_out, RANK, generator=generator)
 
-    def _put(self, model: Any, attached: Attachment, path: str, slot: int) -> LoRAFactors:
+    def _put(self, model: Model, attached: Attachment, path: str, slot: int) -> LoRAFactors:
         A, B0 = self._drawn(linear_at(model, path))
         factors = LoRAFactors(A, torch.zeros_like(B0), 1.0)
         factors.lora_A.requires_grad_(False)
@@ -98,5 +99,5 @@ class ScaleNumbers(MethodNumbers[Scale]):
 
 
 def scale_of(factors: Any) -> Tensor:
-    """(D_out, 1), the very numbers that are trained."""
+    """The trained numbers s: (D_out, 1)."""
     return factors.parametrizations.lora_B.original.detach()

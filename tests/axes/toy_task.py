@@ -1,35 +1,41 @@
-"""A toy task: how good a text is, as a number. One output of a linear head, trained by the squared error.
+"""A toy task: grade a text. The head has one output, trained by the squared error.
 
-The squared error is the log-likelihood of a normal distribution, so the answer is the nearest grade, and its
-probability the normal's density there among the known grades.
+The squared error is the negative log-likelihood of a normal distribution. So the answer is the nearest grade, and its
+probability is the normal density there, normalized over the known grades.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from turret.data import Labelled, Schema
+from turret.data import Dataset, Example, Labelled, Schema
 from turret.data.cells import label_of
 from turret.data.columns import LABELLED
-from turret.tasks import Encoded
+from turret.json_types import JsonMapping, JsonObject
+from turret.tasks import Encoded, Prediction
+from turret.tasks.task import TaskSettings
 from turret.tasks.tokens import Tokens
+from turret.transformer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Rate:
-    """Grades, such as 1 to 5, and how a text is encoded to be given one."""
+    """Gives a text one of a list of grades, such as 1 to 5."""
 
-    kind = "rate"
-    request = "classify"
-    generates = False
-    pipeline_tag = "text-classification"
-    metric = "closeness"
-    metric_label = "closeness"
-    right_or_wrong = False
+    kind: ClassVar[str] = "rate"
+    request: ClassVar[Literal["classify"]] = "classify"
+    generates: ClassVar[Literal[False]] = False
+    pipeline_tag: ClassVar[str] = "text-classification"
+    metric: ClassVar[str] = "closeness"
+    metric_label: ClassVar[str] = "closeness"
+    right_or_wrong: ClassVar[bool] = False
     multi_label = False
     instruction = "Say how good the following text is."
 
-    def __init__(self, labels: Sequence[str], tokenizer: Any, max_tokens: int = 64) -> None:
+    def __init__(self, labels: Sequence[str], tokenizer: Tokenizer, max_tokens: int = 64) -> None:
         self.labels, self.max_tokens, self._tokens = tuple(labels), max_tokens, Tokens(tokenizer)
 
     @classmethod
@@ -40,14 +46,14 @@ class Rate:
         )
 
     @classmethod
-    def make(cls, settings: Any, dataset: Any, tokenizer: Any, family_kind: str) -> Rate:
+    def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: str) -> Rate:
         return cls(dataset.labels, tokenizer, settings.max_tokens)
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any], tokenizer: Any) -> Rate:
+    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Rate:
         return cls(spec["labels"], tokenizer, spec["max_tokens"])
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> JsonObject:
         return {"kind": self.kind, "labels": list(self.labels), "max_tokens": self.max_tokens}
 
     @classmethod
@@ -55,7 +61,7 @@ class Rate:
         return 1
 
     @classmethod
-    def head_config(cls, spec: Mapping[str, Any]) -> dict[str, Any]:
+    def head_config(cls, spec: JsonMapping) -> JsonObject:
         return {"problem_type": "regression"}
 
     def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
@@ -66,26 +72,27 @@ class Rate:
         rows = self._tokens.plain(texts, most=room)
         return [Encoded(torch.tensor([*before, *ids[:room], *after]), len(ids) > room) for ids in rows]
 
-    def encode_examples(self, examples: Sequence[Labelled]) -> list[tuple[Encoded, None]]:
-        return [(source, None) for source in self.encode_sources([example.text for example in examples])]
+    def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
+        return [(source, None) for source in self.encode_sources([example.input for example in examples])]
 
-    def targets(self, examples: Sequence[Labelled]) -> Any:
+    def targets(self, examples: Sequence[Example]) -> Tensor:
         import torch
 
-        return torch.tensor([float(str(example.label)) for example in examples])  # (B,)
+        return torch.tensor([float(str(example.output)) for example in examples])  # (B,)
 
-    def loss(self, logits: Any, targets: Any) -> Any:
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return (logits.float()[:, 0] - targets).square().mean() / 2  # (B, 1), (B,) -> ()
 
-    def guessing_loss(self, examples: Sequence[Labelled]) -> float:
+    def guessing_loss(self, examples: Sequence[Example]) -> float:
         return float(self.targets(examples).var(correction=0)) / 2
 
-    def metrics(self, logits: Any, targets: Any) -> dict[str, Any]:
-        wanted = [Labelled("", f"{grade:g}") for grade in targets.tolist()]
-        scores = [self.score(answer["label"], each) for answer, each in zip(self.answers(logits), wanted, strict=True)]
+    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+        examples = [Labelled("", f"{grade:g}") for grade in targets.tolist()]
+        grades = [answer["label"] for answer in self.answers(logits)]
+        scores = [self.score(grade, example) for grade, example in zip(grades, examples, strict=True)]
         return {self.metric: sum(scores) / len(scores), "loss": float(self.loss(logits, targets))}
 
-    def answers(self, logits: Any) -> list[dict[str, Any]]:
+    def answers(self, logits: Tensor) -> list[JsonObject]:
         import torch
 
         grades = torch.tensor([float(label) for label in self.labels]).double()  # (G,)
@@ -94,13 +101,13 @@ class Rate:
         return [{"label": max(row, key=row.__getitem__), "probabilities": row} for row in rows]
 
     @classmethod
-    def judged(cls, answer: Mapping[str, Any]) -> str:
+    def judged(cls, answer: JsonMapping) -> str:
         return str(answer["label"])
 
     @classmethod
-    def score(cls, given: Any, example: Labelled) -> float:
-        return 1 / (1 + abs(float(given) - float(str(example.label))))
+    def score(cls, given: Prediction, example: Example) -> float:
+        return 1 / (1 + abs(float(str(given)) - float(str(example.output))))
 
     @classmethod
-    def line(cls, answer: Mapping[str, Any]) -> str:
+    def line(cls, answer: JsonMapping) -> str:
         return f"grade {answer['label']}"
