@@ -264,7 +264,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(ber
 def test_a_folder_without_a_tokenizer_says_so(bert: Path) -> None:
     (bert / "tokenizer.json").unlink()
     (bert / "tokenizer_config.json").unlink()
-    refused(bert, "has no tokenizer", "tokenizer.json beside its weights")
+    refused(bert, "has no tokenizer", "tokenizer.json next to its weights")
 
 
 def test_a_tokenizer_with_neither_pad_nor_eos_is_refused(tmp_path: Path) -> None:
@@ -279,9 +279,9 @@ def test_a_tokenizer_with_neither_pad_nor_eos_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("weight_map", "words"),
     [
-        ({"a": "../../secret.safetensors"}, ("'../../secret.safetensors'", "beside it")),
-        ({"a": "pytorch_model.bin"}, ("'pytorch_model.bin'", "beside it")),
-        ({"a": 3}, ("beside it",)),
+        ({"a": "../../secret.safetensors"}, ("'../../secret.safetensors'", "next to it")),
+        ({"a": "pytorch_model.bin"}, ("'pytorch_model.bin'", "next to it")),
+        ({"a": 3}, ("next to it",)),
         ({"a": "model-00001-of-00002.safetensors"}, ("lacks model-00001-of-00002.safetensors",)),
         ({}, ("names no file",)),
         ([], ("cannot be read",)),

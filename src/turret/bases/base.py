@@ -227,14 +227,14 @@ def _cast(model: Model, dtype: torch.dtype) -> None:
 def _read_tokenizer(source: BaseSource, model: Model) -> tuple[Tokenizer, list[str]]:
     """A tokenizer that fits the model and can pad, and notes for the user."""
     if not any((source.folder / name).is_file() for name in _VOCABULARIES):  # transformers would return an empty one
-        raise BaseModelError(f"base {source.id!r} has no tokenizer: put its tokenizer.json beside its weights")
+        raise BaseModelError(f"base {source.id!r} has no tokenizer: put its tokenizer.json next to its weights")
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise BaseModelError(
             f"base {source.id!r} has no tokenizer that can be read: {_one_line(error)}; "
-            "put its tokenizer.json beside its weights"
+            "put its tokenizer.json next to its weights"
         ) from error
     notes = _set_padding(source, model, tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]

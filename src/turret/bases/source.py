@@ -110,8 +110,7 @@ def _read_config(base: str, folder: Path) -> JsonMapping:
     if quantization:
         kind = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise BaseModelError(
-            f"base {base!r} is quantised ({kind}): expected plain weights; "
-            "give the model it was made from, or a GGUF file"
+            f"base {base!r} is quantised ({kind}): expected plain weights; give the original model, or a GGUF file"
         )
     return config
 
@@ -137,7 +136,7 @@ def _shards(base: str, folder: Path) -> tuple[Path, ...]:
     for name in names:
         plain = isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
         if not plain:
-            raise BaseModelError(f"base {base!r}: {INDEX} names {name!r}: expected a safetensors file beside it")
+            raise BaseModelError(f"base {base!r}: {INDEX} names {name!r}: expected a safetensors file next to it")
         if not (folder / name).is_file():
             raise BaseModelError(f"base {base!r} lacks {name}, which {INDEX} names: fetch it again")
     if not names:

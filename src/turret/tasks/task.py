@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from turret.families import Kind as FamilyKind
 
-RequestKind = Literal["classify", "generate"]  # what an engine is asked for: the answer of a head, or a text
+RequestKind = Literal["classify", "generate"]  # the request that an engine answers: by a head, or by a text
 Prediction: TypeAlias = str | list[str]  # the part of an answer that is scored: a label, labels or a text
 
 
