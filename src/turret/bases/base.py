@@ -121,13 +121,13 @@ def load(
 
 
 def _listed(source: BaseSource) -> Family | None:
-    """The family that the table has for the base's architecture; None if it has none, or a guess."""
+    """The listed family of the base's architecture; None if it is not listed, or only by an earlier guess."""
     family = FAMILIES.get(str(source.config.get("model_type")))
     return None if family is None or family.guessed else family
 
 
 def _guess(source: BaseSource) -> Family:
-    """A family that holds until the model is read. Raises UnknownFamily if transformers has no such architecture."""
+    """A provisional family, for loading the model. Raises UnknownFamily if transformers has no such architecture."""
     model_type = source.config.get("model_type")
     if not isinstance(model_type, str) or (kind := generic.kind_of(model_type)) is None:
         return family_named(model_type)
@@ -135,14 +135,14 @@ def _guess(source: BaseSource) -> Family:
 
 
 def _checked(model: Model, family: Family) -> tuple[Family, list[str]]:
-    """The family, for an architecture that is not listed after a check of the model's outputs, and what to say."""
+    """The family, and notes. A guessed family is checked against the model's own outputs."""
     if not family.guessed:
         return family, []
     from turret.adapters.generic import recognised
 
-    found, difference = recognised(model, family.kind)
-    said = f"the architecture {family.name} is not listed; with the plain hooks the model's outputs differ by at most "
-    return found, [f"{said}{difference:.1g} of the largest"]
+    recognised_family, difference = recognised(model, family.kind)
+    note = f"the architecture {family.name} is not listed; with the plain hooks the model's outputs differ by at most "
+    return recognised_family, [f"{note}{difference:.1g} of the largest"]
 
 
 def _read_model(

@@ -1,11 +1,11 @@
-"""Adapters of other PEFT methods as LoRA, so that they mix, train on and serve like any other.
+"""Convert adapters of other PEFT methods to LoRA, so that they mix, train further and serve like any other.
 
 | `peft_type` | how | exact |
 | --- | --- | --- |
 | LORA with `rank_pattern` or `alpha_pattern` | its factors, padded with zeros to the largest rank | yes |
-| LORA with `bias = "lora_only"` | what a bias adds to the base's, as `lora_bias` | yes |
+| LORA with `bias = "lora_only"` | the difference from the base's bias, as `lora_bias` | yes |
 | ADALORA | `B diag(E) A` | yes |
-| LOHA, LOKR and what else PEFT converts | PEFT's `convert_to_lora` | no: small singular values are cut |
+| LOHA, LOKR and others that PEFT converts | PEFT's `convert_to_lora` | no: small singular values are cut |
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from turret.json_types import JsonMapping
     from turret.transformer import Model
 
-RANK = 32  # of a conversion that cuts, if the user names none
-MOST_DEVIATION = 0.05  # of the largest output; a conversion that is further off is refused
+RANK = 32  # default rank of a conversion that cuts singular values
+MOST_DEVIATION = 0.05  # of the largest output; a conversion with a larger deviation is refused
 PREFIX = "base_model.model."
 PATTERNS = ("rank_pattern", "alpha_pattern")
 PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
-NOT_LOW_RANK = {  # a change of the weights that no small rank holds
+NOT_LOW_RANK = {  # methods whose change of the weights has no low rank, and why
     "LN_TUNING": "it changes norms",
     "OFT": "it rotates whole layers",
     "BOFT": "it rotates whole layers",
@@ -49,19 +49,19 @@ Factors = tuple[Tensor, Tensor]  # A (R, D_in), B (D_out, R) with its scaling
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of an adapter."""
+    """The result of a conversion."""
 
-    kind: str  # PEFT's name of the method it was
+    kind: str  # PEFT's name of the original method
     rank: int
     deviation: float  # largest change of an output by the conversion, over the largest output
 
 
 def needed(config: JsonMapping) -> bool:
-    """Whether this `adapter_config.json` is of an adapter that turret reads only as LoRA."""
+    """Whether Turret can read the adapter of this `adapter_config.json` only after a conversion."""
     kind = config.get("peft_type")
     if kind == "LORA":
-        odd = any(config.get(key) for key in PATTERNS) or config.get("bias") == "lora_only"
-        return odd and not METHODS["peft"].reads(config)
+        variant = any(config.get(key) for key in PATTERNS) or config.get("bias") == "lora_only"
+        return variant and not METHODS["peft"].reads(config)
     known = any(each.reads(config) for each in METHODS.values())
     return isinstance(kind, str) and not known and kind not in (*PROMPTS, *NOT_LOW_RANK)
 
@@ -69,25 +69,25 @@ def needed(config: JsonMapping) -> bool:
 def as_lora(
     folder: Path, target: Path, model: Model, family: Family, ids: Tensor, rank: int | None = None
 ) -> Converted:
-    """Write a PEFT folder of LoRA that changes the base as the adapter in `folder` does.
+    """Write a PEFT folder with a LoRA that changes the base like the adapter in `folder`.
 
     Args:
         folder: a PEFT folder: safetensors and a configuration.
         target: a new folder.
-        model: the base with nothing attached; it is given back as it was.
-        ids: a few texts as token ids, (B, T) int64, on which the deviation is measured.
-        rank: of the LoRA, where the conversion cuts; None: 32, or the method's own rank.
+        model: the base with nothing attached; it is restored afterwards.
+        ids: a few texts as token ids (B, T) int64, on which the deviation is measured.
+        rank: of the LoRA, if the conversion cuts singular values; None: 32.
 
     Raises:
-        BundleError: PEFT does not read or convert it, or its outputs would differ by more than 5%.
+        BundleError: PEFT does not read or convert it, or its outputs would change by more than 5%.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     refuse_code(config)
     kind = str(config.get("peft_type"))
     with _loaded(folder, model, kind) as wrapped:
-        wanted = _outputs(wrapped, ids)
+        original = _outputs(wrapped, ids)
         factors = dict(_factors(wrapped, kind, config, rank))
-    most = max(len(A) for A, _ in factors.values())
+    r = max(len(A) for A, _ in factors.values())
     saved = {*(config.get("modules_to_save") or ()), *family.head_modules}
     tensors = {
         key: value
@@ -97,30 +97,30 @@ def as_lora(
     biases = _biases(load_file(folder / WEIGHTS), model, factors)
     tensors |= {f"{PREFIX}{path}.lora_B.bias": bias for path, bias in biases.items()}
     for path, (A, B) in factors.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = _padded(A, most, dim=0)
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = _padded(B, most, dim=1)
-    kept = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "peft_version")
-    said = {key: config[key] for key in kept if key in config}
-    said |= {"peft_type": "LORA", "r": most, "lora_alpha": most, "lora_dropout": 0.0, "inference_mode": True}
-    said |= {"target_modules": sorted(factors), "fan_in_fan_out": family.fan_in_fan_out, "bias": "none"}
-    said |= {"lora_bias": True} if biases else {}
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = _padded(A, r, dim=0)
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = _padded(B, r, dim=1)
+    copied = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "peft_version")
+    lora = {key: config[key] for key in copied if key in config}
+    lora |= {"peft_type": "LORA", "r": r, "lora_alpha": r, "lora_dropout": 0.0, "inference_mode": True}
+    lora |= {"target_modules": sorted(factors), "fan_in_fan_out": family.fan_in_fan_out, "bias": "none"}
+    lora |= {"lora_bias": True} if biases else {}
     target.mkdir(parents=True)
     save_file(tensors, target / WEIGHTS)
-    (target / CONFIG).write_text(json.dumps(said, indent=2), encoding="utf-8")
+    (target / CONFIG).write_text(json.dumps(lora, indent=2), encoding="utf-8")
     with _loaded(target, model, "LORA") as wrapped:
-        found = _outputs(wrapped, ids)
-    deviation = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+        converted = _outputs(wrapped, ids)
+    deviation = float((converted - original).abs().max() / original.abs().max().clamp(min=1e-12))
     if deviation > MOST_DEVIATION:
         raise BundleError(
-            f"{kind} as LoRA of rank {most} would change outputs by {100 * deviation:.0f}% of the largest, at most "
-            f"{100 * MOST_DEVIATION:.0f}% are taken: give a larger --rank, or train it again as LoRA"
+            f"{kind} as LoRA of rank {r} would change outputs by {100 * deviation:.0f}% of the largest, at most "
+            f"{100 * MOST_DEVIATION:.0f}% are allowed: give a larger --rank, or train it again as LoRA"
         )
-    return Converted(kind, most, deviation)
+    return Converted(kind, r, deviation)
 
 
 @contextmanager
 def _loaded(folder: Path, model: Model, kind: str) -> Iterator[peft.PeftModel]:
-    """PEFT's own model of a folder, taken apart again behind the block."""
+    """PEFT's model of a folder. The base is restored after the block."""
     import peft
 
     if kind in NOT_LOW_RANK:
@@ -139,11 +139,11 @@ def _loaded(folder: Path, model: Model, kind: str) -> Iterator[peft.PeftModel]:
         yield wrapped.eval()
     finally:
         wrapped.unload()
-        for name, child in children.items():  # PEFT leaves its wrapper around a head that was trained
+        for name, child in children.items():  # PEFT leaves its wrapper around a trained head
             setattr(model, name, child)
         for name, each in model.named_parameters():
             each.requires_grad_(flags[name])
-            if name in biases:  # PEFT loads trained ones over the base's own
+            if name in biases:  # PEFT overwrites the base's with trained ones
                 each.data.copy_(biases[name])
 
 
@@ -179,7 +179,7 @@ def _adapted(module: nn.Module) -> bool:
 
 
 def _biases(tensors: Mapping[str, Tensor], model: Model, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """What the trained biases of the base's layers add to its own, by path; empty if none was trained."""
+    """The differences of trained biases from the base's, by path; empty if none was trained."""
     ending = ".base_layer.bias"
     trained = {
         name.removeprefix(PREFIX).removesuffix(ending): t for name, t in tensors.items() if name.endswith(ending)
@@ -214,7 +214,7 @@ def _by_peft(wrapped: peft.PeftModel, config: JsonMapping, rank: int | None) -> 
 
 
 def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """The factor with rows or columns of zeros up to the rank."""
+    """The factor with rows or columns of zeros added up to the rank."""
     missing = rank - factor.shape[dim]
     shape = (missing, factor.shape[1]) if dim == 0 else (factor.shape[0], missing)
     return torch.cat([factor.float(), factor.new_zeros(shape, dtype=torch.float32)], dim).contiguous()

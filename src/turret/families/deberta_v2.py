@@ -1,4 +1,4 @@
-"""DeBERTa v2 and v3 (He et al. 2021, 2023). They compute their attention themselves, from content and position."""
+"""DeBERTa v2 and v3 (He et al. 2021, 2023). Their attention does not use transformers' interface."""
 
 from __future__ import annotations
 

@@ -118,8 +118,8 @@ class Family:
         name: `model_type` of its configuration.
         kind: which stacks of layers there are.
         attention: class names of the modules that call transformers' attention interface.
-        rows_alone: the modules compute attention themselves, so packed rows cannot be kept apart: each row passes
-            through the body alone, and there is no prefix. `attention` is then empty.
+        rows_alone: attention does not use transformers' interface, so packed rows cannot be kept apart. Each row passes
+            through the body alone, there is no prefix, and `attention` is empty.
         lora_targets: last part of the paths that LoRA adapts by default: PEFT's defaults, or query and value.
         head_modules: modules of the classification head; trained and stored with every adapter.
         classify: (model, pooled (B, D)) -> logits (B, C).
@@ -139,7 +139,7 @@ class Family:
         fan_in_fan_out: linear layers store their weight as (D_in, D_out); PEFT's term.
         vllm_lora: vLLM serves LoRA on it.
         fast: modules that have a faster implementation.
-        guessed: made from a model of an architecture that is not listed, see `generic`.
+        guessed: by `generic`, for an architecture that is not listed.
     """
 
     name: str
@@ -190,8 +190,8 @@ class Family:
     def position_limit(self, config: ModelConfig) -> int | None:
         """The largest number of tokens that have a position; None if there is no limit.
 
-        Some rotary frequencies change with the longest row of a batch, so that a row would depend on its neighbours.
-        Only positions below that change are used.
+        Some rotary frequencies change if a row of the batch is long. A row would then depend on its neighbours, so only
+        positions below that change are used.
         """
         limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         if limit is None or self.positions == "relative":

@@ -1,6 +1,6 @@
-"""A family for an architecture that is not listed: guesses from the model itself, to be checked before one is used.
+"""Guess the family of an architecture that is not listed, from the modules of its model.
 
-`adapters/generic.py` compares each guess with the model's own outputs. Nothing here is trusted without that check.
+`adapters/generic.py` compares each guess with the model's own outputs before it is used.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ if TYPE_CHECKING:
     from turret.transformer import Model, ModelConfig
 
 Classify = Callable[["Model", "Tensor"], "Tensor"]
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' table of attention functions, which a module looks into
-USUAL = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "q", "v")
-HEADS = ("classifier", "score", "pooler", "head", "pre_classifier")  # usual names of the modules of a classifier's head
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' table of attention functions
+QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "q", "v")
+HEADS = (
+    "classifier",
+    "score",
+    "pooler",
+    "head",
+    "pre_classifier",
+)  # common names of the modules of a classification head
 FUSED = ("qkv_proj", "Wqkv", "query_key_value", "c_attn", "in_proj", "qkv")
 
 
 def kind_of(model_type: str) -> Kind | None:
-    """What transformers has of an architecture, or None where it has nothing that is read here.
+    """Whether transformers has an architecture as an encoder or a decoder; None if neither.
 
-    An architecture with a masked language model is an encoder. Encoder-decoders have too many shapes to be guessed.
+    An architecture with a masked language model is an encoder. Encoder-decoders differ too much to be guessed.
     """
     from transformers.models.auto import modeling_auto as auto
 
@@ -39,12 +45,12 @@ def kind_of(model_type: str) -> Kind | None:
 
 
 def name_of(model: Model) -> str:
-    """What transformers calls the model's architecture."""
+    """The name of the model's architecture."""
     return model.config.model_type
 
 
 def stand_in(model_type: str, kind: Kind) -> Family:
-    """What holds of every architecture of a kind, until its model is there to be looked at."""
+    """A provisional family of an architecture, for loading its model."""
     return Family(
         name=model_type,
         kind=kind,
@@ -59,7 +65,7 @@ def stand_in(model_type: str, kind: Kind) -> Family:
 
 
 def guesses(model: Model, kind: Kind) -> Iterator[Family]:
-    """Families that the model may be of, the likeliest first: rows packed before rows alone."""
+    """Families that may fit the model, the most likely first: packed rows before rows alone."""
     classifies = "ForSequenceClassification" in type(model).__name__
     attention = _attention(model)
     heads = _heads(model)
@@ -67,7 +73,7 @@ def guesses(model: Model, kind: Kind) -> Iterator[Family]:
     ways: Sequence[Classify] = CLASSIFY if classifies else (_nothing,)
     alone = (False, True) if attention else (True,)
     if kind == "decoder" and not attention:
-        return  # nothing would keep its keys and values
+        return  # no cache would hold its keys and values
     for rows_alone, offset, pooling, classify in product(
         alone[: 1 if kind == "decoder" else 2], (no_offset, _after_padding), poolings, ways
     ):
@@ -89,17 +95,17 @@ def guesses(model: Model, kind: Kind) -> Iterator[Family]:
 
 
 def _attention(model: Model) -> tuple[str, ...]:
-    """Names of the classes that look up transformers' attention functions."""
-    found: dict[str, None] = {}
+    """The names of the classes that use transformers' attention interface."""
+    names: dict[str, None] = {}
     for module in model.modules():
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         if code is not None and INTERFACE in code.co_names:
-            found[type(module).__name__] = None
-    return tuple(found)
+            names[type(module).__name__] = None
+    return tuple(names)
 
 
 def _heads(model: Model) -> tuple[str, ...]:
-    """The children with weights that are neither the body nor the output layer."""
+    """The children with weights, except the body and the output layer."""
     output = model.get_output_embeddings()
     return tuple(
         name
@@ -109,11 +115,11 @@ def _heads(model: Model) -> tuple[str, ...]:
 
 
 def _targets(model: Model) -> tuple[str, ...]:
-    """Query and value by their usual names, or the one matrix that holds both, else every linear layer of the body."""
+    """The query and value layers by their common names, or the one layer that computes both, else all linear layers."""
     names = [path.rpartition(".")[2] for path, module in model.base_model.named_modules() if _is_linear(module)]
-    for usual in (USUAL, FUSED):
-        if found := tuple(name for name in usual if name in names):
-            return found
+    for common in (QUERY_VALUE, FUSED):
+        if targets := tuple(name for name in common if name in names):
+            return targets
     return tuple(dict.fromkeys(names))
 
 
@@ -122,7 +128,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _has_table(model: Model) -> bool:
-    """Whether positions are rows of a learned table."""
+    """Whether the model has a learned table of positions."""
     names = ("position_embeddings", "embed_positions", "wpe")
     return any(path.rpartition(".")[2] in names for path, _ in model.base_model.named_modules())
 
@@ -135,7 +141,7 @@ def _mean(config: ModelConfig) -> Pooling:
     return "mean"
 
 
-# The ways in which transformers' classifiers compute logits from the token they read.
+# How transformers' classifiers compute logits from the token that they read.
 CLASSIFY: tuple[Classify, ...] = (
     lambda model, pooled: model.score(pooled),
     lambda model, pooled: model.classifier(model.dropout(model.base_model.pooler(pooled[:, None]))),

@@ -1,10 +1,10 @@
-"""MPNet (Song et al. 2020). It computes its attention itself, with a bias by relative position."""
+"""MPNet (Song et al. 2020). Its attention, with a bias by relative position, does not use transformers' interface."""
 
 from __future__ import annotations
 
 from turret.families.family import Family
 
-PADDING = 1  # fixed in transformers' classes, whatever the configuration says
+PADDING = 1  # fixed in transformers' classes, regardless of the configuration
 
 MPNET = Family(
     name="mpnet",

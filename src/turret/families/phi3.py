@@ -1,4 +1,4 @@
-"""Phi 3 (Abdin et al. 2024), and later Phis of the same classes: one matrix for queries, keys and values."""
+"""Phi 3 (Abdin et al. 2024), and later Phis of the same classes. One layer computes queries, keys and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several LoRAs merged into one, by PEFT's `add_weighted_adapter`."""
+"""Merge several LoRAs into one by PEFT's `add_weighted_adapter`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from turret.families import Family
     from turret.transformer import Model
 
-# What `turret merge --how` says -> PEFT's `combination_type`, and whether it prunes, and so takes a density.
+# `turret merge --how` -> PEFT's `combination_type`, and whether it prunes and so takes a density.
 COMBINATIONS = {
     "linear": ("linear", False),
     "svd": ("svd", False),
@@ -29,18 +29,18 @@ COMBINATIONS = {
 def combined(
     model: Model, family: Family, given: Sequence[Parts], weights: Sequence[float], how: str, density: float, seed: int
 ) -> tuple[int, dict[str, Tensor]]:
-    """One LoRA whose change of the weights is the merged one of several; its scaling is 1.
+    """One LoRA, with scaling 1, whose change of the weights merges those of several.
 
-        linear, svd, cat:  delta = sum_i weight_i * scaling_i * B_i A_i     (svd: cut to the largest rank; cat: exact)
-        ties:  the smallest values are dropped, then those of the minority's sign (Yadav et al. 2023)
-        dare:  values are dropped at random and the rest scaled up (Yu et al. 2024)
+        linear, svd, cat:  delta = sum_i weight_i * scaling_i * B_i A_i     (svd: cut to the largest r; cat: exact)
+        ties:  drops the smallest values, then those with the minority's sign (Yadav et al. 2023)
+        dare:  drops values at random and scales up the rest (Yu et al. 2024)
 
-    `linear` adds the factors apart, so its delta also has the products of one adapter's A and another's B.
+    `linear` adds A and B separately, so its delta also has products of one adapter's A and another's B.
 
     Args:
-        model: the base with nothing attached; it is given back as it was.
+        model: the base with nothing attached; it is restored afterwards.
         given: factors A (R_i, D_in), B (D_out, R_i) by layer, and the scaling, of each adapter.
-        weights: one a LoRA.
+        weights: one for each LoRA.
         density: share of the values that ties and dare keep.
 
     Returns:

@@ -1,6 +1,6 @@
-"""What PEFT's methods add to the base, layer by layer, from the tensors alone: so they mix with others in a batch.
+"""How PEFT's methods change each layer, computed from the stored tensors, so that they mix with others in a batch.
 
-A method that is not here answers alone, by PEFT's own modules (`through_peft`).
+PEFT's own modules compute every method that is not in `METHODS`, one adapter at a time (`through_peft`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Parts = Mapping[str, Mapping[str, Tensor]]  # layer -> the last part of a tensor
 
 
 def layers_of(kind: str, settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Layers | None:
-    """What each layer becomes, or None for a method that is computed by PEFT only.
+    """The change of each layer, or None for a method that only PEFT computes.
 
     Args:
         kind: PEFT's `peft_type`.
@@ -33,26 +33,26 @@ def layers_of(kind: str, settings: JsonMapping, tensors: Mapping[str, Tensor], m
         tensors: by PEFT's names.
 
     Raises:
-        AdapterError: a tensor has no place.
+        AdapterError: the tensors do not fit the model.
     """
     compute = METHODS.get(kind)
     if compute is None:
         return None
-    found = dict(compute(settings, tensors, model))
-    if not found:
+    layers = dict(compute(settings, tensors, model))
+    if not layers:
         raise AdapterError(f"the {kind} holds no tensor of a layer: save it again")
-    return found
+    return layers
 
 
 def _by_layer(tensors: Mapping[str, Tensor]) -> Parts:
-    """Grouped by the layer: `base_model.model.<path>.<mark>[.weight]`."""
-    found: dict[str, dict[str, Tensor]] = {}
+    """The tensors by layer and mark: `base_model.model.<path>.<mark>[.weight]`."""
+    layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if not name.startswith(LORA_PREFIX):
             continue
         path, mark = _split(name.removeprefix(LORA_PREFIX))
-        found.setdefault(path, {})[mark] = tensor.float()
-    return found
+        layers.setdefault(path, {})[mark] = tensor.float()
+    return layers
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -71,7 +71,7 @@ def _layer(model: Model, path: str) -> nn.Linear:
 
 
 def _lora(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
-    """LoRA with what `LoRA` itself does not take: DoRA, ranks and alphas by pattern, biases."""
+    """The variants of LoRA that the method `lora` does not have: DoRA, ranks and alphas by pattern, biases."""
     for path, parts in _by_layer(tensors).items():
         layer = _layer(model, path)
         A, B = parts.get("lora_A"), parts.get("lora_B")
@@ -86,7 +86,7 @@ def _lora(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) ->
 
 
 def _scaling(settings: JsonMapping, path: str, r: int) -> float:
-    """alpha / r or alpha / sqrt(r) of a layer, as PEFT's patterns have it."""
+    """alpha / r or alpha / sqrt(r) of a layer, with PEFT's `alpha_pattern`."""
     alpha = settings.get("lora_alpha", 8)
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):
@@ -96,7 +96,7 @@ def _scaling(settings: JsonMapping, path: str, r: int) -> float:
 
 
 def _ia3(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
-    """(1, D_in) scales a feed-forward layer's input, (D_out, 1) any other layer's output."""
+    """(1, D_in) scales a feed-forward layer's input, (D_out, 1) another layer's output (Liu et al. 2022)."""
     for path, parts in _by_layer(tensors).items():
         gain = parts["ia3_l"]
         inputs = gain.shape[0] == 1 and gain.shape[1] == _layer(model, path).in_features
@@ -104,7 +104,7 @@ def _ia3(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> 
 
 
 def _vera(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
-    """diag(b) B diag(d) A, of one A and one B that all layers share (Kopiczko et al. 2024)."""
+    """diag(b) B diag(d) A, where all layers share A and B (Kopiczko et al. 2024)."""
     A, B = (tensors.get(f"base_model.{name}") for name in ("vera_A", "vera_B"))
     if A is None or B is None:
         raise AdapterError("this VeRA was saved without its projection: save it with save_projection=True")
@@ -116,7 +116,7 @@ def _vera(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) ->
 
 
 def _adalora(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
-    """B diag(E) A, over the rank at the start (Zhang et al. 2023)."""
+    """alpha / r_0 * B diag(E) A, where r_0 is the initial rank (Zhang et al. 2023)."""
     for path, parts in _by_layer(tensors).items():
         A, B, E = parts["lora_A"], parts["lora_B"], parts["lora_E"]
         alpha, initial = float(settings.get("lora_alpha", 8)), float(settings.get("init_r", 12))
