@@ -243,7 +243,7 @@ def complaint(objects: Objects, source: Path) -> str:
 
 def test_a_bucket_that_is_not_there_is_said(s3_server, tmp_path) -> None:
     said = complaint(Objects("s3://no-such-bucket/x"), file(tmp_path, b"1"))
-    assert said.startswith("files s3://no-such-bucket/x: The specified bucket does not exist: make the bucket")
+    assert said.startswith("files s3://no-such-bucket/x: The specified bucket does not exist: create the bucket")
 
 
 def test_a_server_that_is_not_there_is_said(s3_server, tmp_path, monkeypatch) -> None:
