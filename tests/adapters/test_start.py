@@ -76,7 +76,7 @@ def test_pissa_goes_on_as_the_plain_lora_it_is_stored_as() -> None:
     ("method", "complaint"),
     [
         (LoRA(r=4), r"it has r 8 and scaling 4, and the method here r 4 and scaling 8"),
-        (LoRA(lora_alpha=8), r"scaling 4, and the method here r 8 and scaling 1: set method.r and method.lora_alpha"),
+        (LoRA(lora_alpha=8), r"scaling 4, .* here r 8 and scaling 1: use its method.r and method.lora_alpha"),
         (LoRA(target_modules=("query",)), r"it has base_model\.model\..*value\.lora_A\.weight, unlike the method here"),
         (LoRA(target_modules="all-linear"), r"it has no base_model\.model\..*, unlike the method here"),
         (LoRA(init_lora_weights="pissa"), 'init_lora_weights = "pissa" starts from the base'),

@@ -168,7 +168,7 @@ def test_a_zip_that_is_encrypted_or_packed_oddly_is_refused(bundle, tmp_path, ca
     assert "cannot be unpacked" in refused(capsys, tmp_path / "store", path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
         file.writestr(WEIGHTS, b"x" * 100)
-    assert "packed by method 14" in refused(capsys, tmp_path / "store", path)
+    assert "compression method 14" in refused(capsys, tmp_path / "store", path)
 
 
 @pytest.mark.parametrize("kind", ["bz2", "xz"])

@@ -299,7 +299,7 @@ def test_a_layer_outside_the_blocks_does_not_go_to_vllm(bundle_of_writer: Adapte
         name.replace("model.layers.0.self_attn.q_proj", "lm_head"): each
         for name, each in bundle_of_writer.tensors.items()
     }
-    with pytest.raises(AdapterError, match="the linear layers of a decoder's blocks, not lm_head: use --merged"):
+    with pytest.raises(AdapterError, match="the linear layers of a decoder's blocks, not on lm_head: use --merged"):
         vllm.max_lora_rank(replace(bundle_of_writer, tensors=tensors))
 
 

@@ -30,7 +30,7 @@ def max_lora_rank(adapter: Adapter) -> int:
         raise AdapterError(f"vLLM serves only LoRA, and this is a {method.kind}: export it without --vllm")
     if adapter.head or not stored_task(adapter.task).generates:
         raise AdapterError(
-            "vLLM serves no adapters with a head (modules_to_save), and this one classifies: use --merged"
+            "vLLM serves no adapter with a head (modules_to_save), and this one classifies: use --merged"
         )
     served = [name for name, each in FAMILIES.items() if each.vllm_lora]
     if family not in served:
