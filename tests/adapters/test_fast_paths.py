@@ -60,7 +60,8 @@ def shape_of(model: Any, base: str) -> tuple[list[str], int, float]:
         if node is not None and node not in nodes:
             nodes.add(node)
             todo += [each for each, _ in node.next_functions]
-    return sorted(node.name() for node in nodes), sum(saved.values()), y.item()
+    names = sorted(f"{node.name()} {type(getattr(node, 'lora', None)).__name__}" for node in nodes)
+    return names, sum(saved.values()), y.item()
 
 
 @pytest.mark.parametrize(("name", "base"), TRAINED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -80,10 +81,11 @@ class LoRAFactors(nn.Module):
         if self.initial_A is None and self._trains_beside(weight, x):
             masks, p = context.masks or Masks(), self._rate
             if (library := _kernels(x, weight, A, B)) is not None:
-                dropped, by = masks.arguments(p), products(context, x, weight, bias)
-                return apply(_AdaptedByKernels, x, weight, bias, A, B, dropped, self.scaling, library, by)
+                lora = KernelProducts(self.scaling, masks.arguments(p), library)
+                return apply(_Adapted, x, weight, bias, A, B, products(context, x, weight, bias), lora)
             if enabled("lora_gradient"):
-                return apply(_Adapted, x, weight, bias, A, B, masks.mask(x, p) if p > 0.0 else None, self.scaling)
+                mask = masks.mask(x, p) if p > 0.0 else None
+                return apply(_Adapted, x, weight, bias, A, B, FrozenProducts(), TorchProducts(self.scaling, mask))
         y: Tensor = layer(x)
         delta: Tensor = self(x)
         return y + delta.to(y.dtype)
@@ -109,59 +111,75 @@ class LoRAFactors(nn.Module):
         return torch.cat([A, self.initial_A]), torch.cat([B, -self.initial_B], dim=1)  # (2R, D_in), (D_out, 2R)
 
 
-class _AdaptedContext(FunctionContext, Protocol):
+class LoRAProducts(Protocol):
+    """The products of LoRA beside a frozen matrix, and their gradients. x: (N, D_in), y: (N, D_out), h: (N, R).
+
+    s = scaling / (1 - p);  h = (x mask) A^T;  y += s h B^T;
+    dB = s dy^T h;  dh = s dy B;  dA = dh^T (x mask);  dx += (dh A) mask.
+    """
+
+    def forward(self, x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+        """Add to y, and give h."""
+
+    def backward(
+        self, x: Tensor, A: Tensor, B: Tensor, h: Tensor, dy: Tensor, dx: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(dA, dB) in float32; add to dx if it is given."""
+
+
+@dataclass(frozen=True)
+class TorchProducts:
+    """In torch, multiplied in x's precision and added up in float32."""
+
     scaling: float
-    shape: torch.Size
     mask: Mask | None
+
+    @property
+    def _scale(self) -> float:
+        return self.scaling * (1.0 if self.mask is None else self.mask.scale)
+
+    def forward(self, x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+        h = (x if self.mask is None else self.mask.of(x)) @ A.to(x.dtype).mT
+        y.addmm_(h, B.to(x.dtype).mT, alpha=self._scale)
+        return h
+
+    def backward(
+        self, x: Tensor, A: Tensor, B: Tensor, h: Tensor, dy: Tensor, dx: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        A, B, mask = A.to(x.dtype), B.to(x.dtype), self.mask
+        dh = (dy @ B).mul_(self._scale)
+        if dx is not None and mask is None:
+            dx.addmm_(dh, A)
+        elif dx is not None and mask is not None:
+            dx.add_(mask.of(dh @ A))
+        return (dh.mT @ (x if mask is None else mask.of(x))).float(), (dy.mT @ h).float().mul_(self._scale)
+
+
+@dataclass(frozen=True)
+class KernelProducts:
+    """By the kernels, multiplied and added up in float32."""
+
+    scaling: float
     dropped: DropoutArguments
     library: Library
-    products: FrozenProducts
+
+    def forward(self, x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+        return self.library.lora(x, A, B, self.scaling * self.dropped.scale, self.dropped, y)
+
+    def backward(
+        self, x: Tensor, A: Tensor, B: Tensor, h: Tensor, dy: Tensor, dx: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.library.lora_backward(x, A, B, self.scaling * self.dropped.scale, self.dropped, h, dy, dx)
+
+
+class _AdaptedContext(FunctionContext, Protocol):
+    base: FrozenProducts
+    lora: LoRAProducts
     norm: RecomputedNorm | None
 
 
 class _Adapted(torch.autograd.Function):
-    """y = W x + b + s (x mask) A^T B^T, multiplied in x's precision, added up in float32; s = scaling / (1 - p).
-
-    h = (x mask) A^T;  dB = s dy^T h;  dh = s dy B;  dA = dh^T (x mask);  dx = dy W + (dh A) mask.
-    x: (..., D_in), weight: (D_out, D_in) and bias: (D_out,) or none, frozen.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: _AdaptedContext,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        mask: Mask | None,
-        scaling: float,
-    ) -> Tensor:
-        A, B = A.to(x.dtype), B.to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])  # (N, D_in)
-        h = (rows if mask is None else mask.of(rows)) @ A.mT  # (N, R)
-        ctx.scaling, ctx.shape, ctx.mask = scaling * (1.0 if mask is None else mask.scale), x.shape, mask
-        y = nn.functional.linear(rows, weight, bias).addmm_(h, B.mT, alpha=ctx.scaling)
-        ctx.save_for_backward(rows, weight, A, B, h)
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: _AdaptedContext, *gradients: Tensor) -> Gradients:
-        rows, weight, A, B, h = ctx.saved_tensors
-        mask = ctx.mask
-        dy = gradients[0].reshape(-1, B.shape[0])
-        dh = (dy @ B).mul_(ctx.scaling)  # (N, R)
-        dB = (dy.mT @ h).float().mul_(ctx.scaling)
-        dA = (dh.mT @ (rows if mask is None else mask.of(rows))).float()
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ weight
-            dx = (dx.addmm_(dh, A) if mask is None else dx.add_(mask.of(dh @ A))).view(ctx.shape)
-        return dx, None, None, dA, dB, None, None
-
-
-class _AdaptedByKernels(torch.autograd.Function):
-    """The same by kernels: W x in x's precision, the adapter's part multiplied and added up in float32.
+    """y = W x + b + LoRA's part, with W and b frozen. x: (..., D_in) -> (..., D_out).
 
     If x came from a norm, the norm's input is saved instead of x.
     """
@@ -174,16 +192,14 @@ class _AdaptedByKernels(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        dropped: DropoutArguments,
-        scaling: float,
-        library: Library,
-        by: FrozenProducts,
+        base: FrozenProducts,
+        lora: LoRAProducts,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, D_in)
-        y = by.forward(rows, weight, bias)
-        ctx.scaling, ctx.dropped, ctx.library, ctx.products = scaling * dropped.scale, dropped, library, by
-        h = library.lora(rows, A, B, ctx.scaling, dropped, y)
+        y = base.forward(rows, weight, bias)
+        h = lora.forward(rows, A, B, y)
         saved, ctx.norm = to_save(x)
+        ctx.base, ctx.lora = base, lora
         ctx.save_for_backward(saved, weight, A, B, h)
         return y.view(*x.shape[:-1], -1)
 
@@ -192,9 +208,9 @@ class _AdaptedByKernels(torch.autograd.Function):
         saved, weight, A, B, h = ctx.saved_tensors
         rows = restored(saved, ctx.norm).reshape(-1, saved.shape[-1])
         dy = gradients[0].reshape(-1, len(B)).contiguous()
-        dx = ctx.products.backward(dy, weight) if ctx.needs_input_grad[0] else None
-        dA, dB = ctx.library.lora_backward(rows, A, B, ctx.scaling, ctx.dropped, h, dy, dx)
-        return None if dx is None else dx.view(saved.shape), None, None, dA, dB, None, None, None, None
+        dx = ctx.base.backward(dy, weight) if ctx.needs_input_grad[0] else None
+        dA, dB = ctx.lora.backward(rows, A, B, h, dy, dx)
+        return None if dx is None else dx.view(saved.shape), None, None, dA, dB, None, None
 
 
 def _kernels(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Library | None:

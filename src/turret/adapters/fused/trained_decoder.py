@@ -170,13 +170,13 @@ class TrainedDecoder:
             return None
         hooked = attention.turret_hook
         rows, prefixes = rows_and_prefixes(hooked, attention.scaling, hooked.family.window(attention), x.dtype)
-        arguments = LayerArguments(context)
+        arguments = LayerArguments(library, context)
         matrices = [arguments.matrix(*linears[i]) for i in (Q, K, V)]
         dropped = arguments.dropped(attention.attention_dropout if attention.training else 0.0)
         matrices += [arguments.matrix(*linears[i]) for i in (OUT, GATE, UP, DOWN)]
         first, second, *heads = norms
         call = _Pass(
-            library, Matrices(library, context, matrices), (first, second), (heads[0], heads[1]) if heads else None,
+            library, Matrices(context, matrices), (first, second), (heads[0], heads[1]) if heads else None,
             dim, rows, tuple(prefixes.of_row), dropped,
         )  # fmt: skip
         tensors = *arguments.tensors, *(each for pair in prefixes.pairs for each in pair)

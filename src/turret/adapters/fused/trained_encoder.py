@@ -157,7 +157,7 @@ class TrainedEncoder:
         if not x.requires_grad and not any(factors for _, factors in linears) and not prefixes.pairs:
             return None  # nothing trains in this layer or below it
 
-        arguments = LayerArguments(context)
+        arguments = LayerArguments(library, context)
 
         def norm(i: int) -> _Norm:
             own, dropout = norms[i], outputs[i].dropout
@@ -169,7 +169,7 @@ class TrainedEncoder:
         first = norm(0)
         matrices += [arguments.matrix(*linears[i]) for i in (UP, DOWN)]
         call = _Pass(
-            library, Matrices(library, context, matrices), (first, norm(1)), attention.attention_head_size,
+            library, Matrices(context, matrices), (first, norm(1)), attention.attention_head_size,
             rows, tuple(prefixes.of_row), dropped, context.read if outputs[0].narrows else None,
         )  # fmt: skip
         tensors = *arguments.tensors, *(each for pair in prefixes.pairs for each in pair)

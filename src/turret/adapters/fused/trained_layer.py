@@ -17,24 +17,23 @@ from torch import Tensor, nn
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled, int8
 from turret.adapters.fused.dropout import Masks
-from turret.adapters.lora import LoRAFactors, RoutedLinear
-from turret.kernels import NO_DROPOUT, DropoutArguments, Library
+from turret.adapters.lora import KernelProducts, LoRAFactors, RoutedLinear
+from turret.kernels import DropoutArguments, Library
 
 Linears = list[tuple[nn.Linear, LoRAFactors | None]]  # each frozen layer, and the factors that the slot adds to it
 
 
 class TrainedMatrix(NamedTuple):
-    """A frozen linear layer, and the place of its LoRA's A and B among the operation's tensors."""
+    """A frozen linear layer, and its LoRA: the products, and the place of A and B among the operation's tensors."""
 
     weight: Tensor
     bias: Tensor | None
-    place: int | None = None  # of A; B is the next
-    scale: float = 1.0  # LoRA's scaling times dropout's 1 / (1 - p)
-    dropped: DropoutArguments = NO_DROPOUT
+    lora: KernelProducts | None = None
+    place: int = 0  # of A; B is the next
 
     @property
     def adapted(self) -> bool:
-        return self.place is not None
+        return self.lora is not None
 
 
 class LayerArguments:
@@ -43,8 +42,8 @@ class LayerArguments:
     tensors: A (R, D_in) and B (D_out, R) of every adapted matrix so far.
     """
 
-    def __init__(self, context: BatchContext) -> None:
-        self._masks = context.masks or Masks()
+    def __init__(self, library: Library, context: BatchContext) -> None:
+        self._library, self._masks = library, context.masks or Masks()
         self.tensors: list[Tensor] = []
 
     def dropped(self, p: float) -> DropoutArguments:
@@ -55,14 +54,15 @@ class LayerArguments:
             return TrainedMatrix(layer.weight, layer.bias)
         dropped = self.dropped(factors.dropout if factors.training else 0.0)
         self.tensors += [factors.lora_A, factors.lora_B]
-        return TrainedMatrix(layer.weight, layer.bias, len(self.tensors) - 2, factors.scaling * dropped.scale, dropped)
+        lora = KernelProducts(factors.scaling, dropped, self._library)
+        return TrainedMatrix(layer.weight, layer.bias, lora, len(self.tensors) - 2)
 
 
 class Matrices:
     """The matrices of one pass: y = W x + b + scale (drop(x) A^T) B^T, and its gradients. Holds no activations."""
 
-    def __init__(self, library: Library, context: BatchContext, each: Sequence[TrainedMatrix]) -> None:
-        self.each, self._library, self._context = each, library, context
+    def __init__(self, context: BatchContext, each: Sequence[TrainedMatrix]) -> None:
+        self.each, self._context = each, context
         self._products = [int8.FrozenProducts()] * len(each)
 
     @property
@@ -72,11 +72,11 @@ class Matrices:
 
     def forward(self, i: int, x: Tensor, tensors: Sequence[Tensor], inner: list[Tensor]) -> Tensor:
         """(N, D_in) -> (N, D_out). inner: collects drop(x) A^T of every adapted matrix."""
-        weight, bias, place, scale, dropped = self.each[i]
+        weight, bias, lora, place = self.each[i]
         self._products[i] = int8.products(self._context, x, weight, bias)
         y = self._products[i].forward(x, weight, bias)
-        if place is not None:
-            inner.append(self._library.lora(x, tensors[place], tensors[place + 1], scale, dropped, y))
+        if lora is not None:
+            inner.append(lora.forward(x, tensors[place], tensors[place + 1], y))
         return y
 
     def frozen(self, i: int, x: Tensor) -> Tensor:
@@ -98,11 +98,10 @@ class Matrices:
         self, i: int, dy: Tensor, x: Callable[[], Tensor], back: Back, dx: Tensor | None = None
     ) -> None:
         """Put the gradients of LoRA's factors into `back`, and add LoRA's part to dx."""
-        _, _, place, scale, dropped = self.each[i]
-        if place is not None:
+        _, _, lora, place = self.each[i]
+        if lora is not None:
             A, B = back.tensors[place : place + 2]
-            h = back.inner[place // 2]
-            back.gradients[place : place + 2] = self._library.lora_backward(x(), A, B, scale, dropped, h, dy, dx)
+            back.gradients[place : place + 2] = lora.backward(x(), A, B, back.inner[place // 2], dy, dx)
 
     def input_gradient_of_both(self, i: int, j: int, dy: tuple[Tensor, Tensor]) -> Tensor:
         """dx of two frozen matrices with one input."""
