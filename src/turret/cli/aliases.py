@@ -17,7 +17,7 @@ PRODUCTION = "production"
 Alias = Annotated[str, typer.Argument(help="An alias such as production or candidate.")]
 Require = Annotated[
     list[str] | None,
-    typer.Option("--require", metavar="GATE", help="A gate for this time only, such as accuracy>=0.9; repeatable."),
+    typer.Option("--require", metavar="GATE", help="A gate for this time only, METRIC>=NUMBER; repeatable."),
 ]
 
 
@@ -61,7 +61,8 @@ def gate(
     name: Annotated[str, typer.Argument(help="Name of the adapter.", show_default=False)],
     alias: Annotated[str | None, typer.Argument(help="Only this alias.", show_default=False)] = None,
     add: Annotated[
-        list[str] | None, typer.Argument(metavar="GATE", help="A gate such as test.accuracy>=0.9.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="GATE", help="A gate: METRIC>=NUMBER or METRIC<=NUMBER.", show_default=False),
     ] = None,
     remove: Annotated[
         list[str] | None, typer.Option("--remove", metavar="GATE", help="A gate, or all gates of a metric; repeatable.")
