@@ -223,8 +223,8 @@ def test_factors_that_do_not_fit_are_refused_by_name() -> None:
         ({**adapter.tensors, name: torch.zeros(4, 5)}, "has shapes"),
         ({k: v for k, v in adapter.tensors.items() if k != name}, "needs lora_A and lora_B"),
         ({**adapter.tensors, "base_model.model.bert.nowhere.lora_A.weight": torch.zeros(4, 64)}, "no layer"),
-        ({**adapter.tensors, "odd": torch.zeros(1)}, "no LoRA factor"),
-        ({}, "would change nothing"),
+        ({**adapter.tensors, "odd": torch.zeros(1)}, "not a LoRA factor"),
+        ({}, "has no effect"),
     ):
         broken = Adapter(adapter.method, change, adapter.head, adapter.base)
         with pytest.raises(AdapterError, match=message):

@@ -194,7 +194,7 @@ def test_without_a_private_folder_there_are_no_kernels(quick: Path) -> None:
         [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(quick.parent)}, capture_output=True, text=True,
         check=True,
     ).stdout  # fmt: skip
-    assert said.count("may be written by others") == 2
+    assert said.count("is writable for others") == 2
     assert not list(quick.parent.rglob("*.so"))
 
 

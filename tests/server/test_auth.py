@@ -155,13 +155,13 @@ def test_names_scopes_and_quotas_of_tokens_are_checked(tmp_path) -> None:
     for scopes in ([], ["root"]):
         with pytest.raises(BadReference, match="bad scopes"):
             tokens.create("x", scopes)
-    with pytest.raises(BadReference, match="a quota is a number"):
+    with pytest.raises(BadReference, match="a quota must be at least 1 per minute"):
         tokens.create("x", requests_per_minute=0)
     kept, _ = tokens.create("x", ["admin", "infer"], requests_per_minute=3, tokens_per_minute=9)
     assert (kept.scopes, kept.requests_per_minute, kept.tokens_per_minute) == (("infer", "admin"), 3, 9)
     tokens.revoke("x")
     assert tokens.revoke("x").revoked
-    with pytest.raises(InUse, match="there is a token 'x' already, or was"):
+    with pytest.raises(InUse, match="a token 'x' exists or existed"):
         tokens.create("x")
 
 

@@ -243,11 +243,11 @@ def test_the_guard_tells_pages_apart(tmp_path: Path) -> None:
     tokens = Store(tmp_path / "store").tokens
     kept, secret = tokens.create("boss", ["admin"])
     guard = Guard("127.0.0.1", [kept], lambda: 0.0)
-    session = guard.enter(secret)
-    assert guard.visit("/adapters", session, None).name == "boss"
-    assert guard.visit("/sign-in", None, None).scopes == ()
+    session = guard.sign_in(secret)
+    assert guard.authorize_page("/adapters", session, None).name == "boss"
+    assert guard.authorize_page("/sign-in", None, None).scopes == ()
     with pytest.raises(Unauthorized):
-        guard.visit("/adapters", "nobody", None)
+        guard.authorize_page("/adapters", "nobody", None)
     with pytest.raises(Unauthorized):
-        guard.admit("/api/status", None, None)
+        guard.authorize("/api/status", None, None)
     assert create  # `app.create` puts the middleware around the routes
