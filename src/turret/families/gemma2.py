@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from turret.families.family import Family, OutputLayer, last
+from turret.families.family import Family, FastPaths, OutputLayer
+from turret.families.llama import llama_like
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,18 +21,8 @@ def capped_vocabulary(model: Model, hidden: Tensor, output: OutputLayer) -> Tens
 
 
 def gemma_like(name: str, stem: str) -> Family:
-    """A decoder like Gemma 2, whose class names begin with `stem`."""
-    return Family(
-        name=name,
-        kind="decoder",
-        attention=(f"{stem}Attention",),
-        lora_targets=("q_proj", "v_proj"),
-        head_modules=("score",),
-        classify=lambda model, pooled: model.score(pooled),
-        pooling=last,
-        vocabulary=capped_vocabulary,
-        vllm_lora=True,
-    )
+    """A decoder like Gemma 2, whose class names begin with `stem`. Its norms and MLP have no faster way."""
+    return replace(llama_like(name, stem), vocabulary=capped_vocabulary, fast=FastPaths())
 
 
 GEMMA2 = gemma_like("gemma2", "Gemma2")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from turret.families.family import Family, FastPaths, last
+from dataclasses import replace
+
+from turret.families.family import FastPaths
+from turret.families.llama import llama_like
 from turret.families.mistral import configured_window
 
-PHI3 = Family(
-    name="phi3",
-    kind="decoder",
-    attention=("Phi3Attention",),
+PHI3 = replace(
+    llama_like("phi3", "Phi3"),
     lora_targets=("qkv_proj",),
-    head_modules=("score",),
-    classify=lambda model, pooled: model.score(pooled),
-    pooling=last,
     window=configured_window,
-    vllm_lora=True,
     fast=FastPaths(rms_norms=("Phi3RMSNorm",)),
 )
