@@ -91,6 +91,6 @@ def test_slots_of_one_model_equal_peft_padded_and_packed(given: dict[str, tuple[
 
 
 def test_what_a_method_says_of_mixing_is_what_is_computed() -> None:
-    assert set(MIXED) == set(mixing.METHODS) - {"ADALORA"}  # imported as LoRA, and not trained here
+    assert set(MIXED) == set(mixing.METHODS)
     assert Peft.mixes({"peft_type": "IA3"})
     assert not Peft.mixes({"peft_type": "LOHA"})

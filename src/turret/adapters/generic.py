@@ -35,10 +35,12 @@ def recognised(model: Model, kind: Kind) -> tuple[Family, float]:
         UnknownFamily: under every guess the outputs differ; it says by how much at best.
     """
     best, why = float("inf"), "no module of it looks up transformers' attention functions"
+    own: Tensor | None = None  # what the model itself says, asked once
     for family in generic.guesses(model, kind):
         FAMILIES[family.name] = family
         try:
-            own, found = _own(model, kind), _hooked(model, kind)
+            own = _own(model, kind) if own is None else own
+            found = _hooked(model, kind)
         except (AdapterError, AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
             why = " ".join(str(error).split())[:120]
         else:

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from turret.adapters.adapter import LORA_PREFIX
 from turret.adapters.peft_config import refuse_code, shortly
 from turret.bundles.bundle import CONFIG, WEIGHTS
 from turret.errors import BundleError
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 RANK = 32  # default rank of a conversion that cuts singular values
 MOST_DEVIATION = 0.05  # of the largest output; a conversion with a larger deviation is refused
-PREFIX = "base_model.model."
 PATTERNS = ("rank_pattern", "alpha_pattern")
 PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
 NOT_LOW_RANK = {  # methods whose change of the weights has no low rank, and why
@@ -86,19 +86,16 @@ def as_lora(
     kind = str(config.get("peft_type"))
     with _loaded(folder, model, kind) as wrapped:
         original = _outputs(wrapped, ids)
-        factors = dict(_factors(wrapped, kind, config, rank))
+        factors = dict(_factors(wrapped, kind, rank))
     r = max(len(A) for A, _ in factors.values())
     saved = {*(config.get("modules_to_save") or ()), *family.head_modules}
-    tensors = {
-        key: value
-        for key, value in load_file(folder / WEIGHTS).items()
-        if key.removeprefix(PREFIX).partition(".")[0] in saved
-    }
-    biases = _biases(load_file(folder / WEIGHTS), model, factors)
-    tensors |= {f"{PREFIX}{path}.lora_B.bias": bias for path, bias in biases.items()}
+    stored = load_file(folder / WEIGHTS)
+    tensors = {key: value for key, value in stored.items() if key.removeprefix(LORA_PREFIX).partition(".")[0] in saved}
+    biases = _biases(stored, model, factors)
+    tensors |= {f"{LORA_PREFIX}{path}.lora_B.bias": bias for path, bias in biases.items()}
     for path, (A, B) in factors.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = _padded(A, r, dim=0)
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = _padded(B, r, dim=1)
+        tensors[f"{LORA_PREFIX}{path}.lora_A.weight"] = _padded(A, r, dim=0)
+        tensors[f"{LORA_PREFIX}{path}.lora_B.weight"] = _padded(B, r, dim=1)
     copied = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "peft_version")
     lora = {key: config[key] for key in copied if key in config}
     lora |= {"peft_type": "LORA", "r": r, "lora_alpha": r, "lora_dropout": 0.0, "inference_mode": True}
@@ -156,11 +153,9 @@ def _outputs(wrapped: peft.PeftModel, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _factors(
-    wrapped: peft.PeftModel, kind: str, config: JsonMapping, rank: int | None
-) -> Iterator[tuple[str, Factors]]:
+def _factors(wrapped: peft.PeftModel, kind: str, rank: int | None) -> Iterator[tuple[str, Factors]]:
     """The factors of every adapted layer by its path in the base."""
-    layers = {name.removeprefix(PREFIX): each for name, each in wrapped.named_modules() if _adapted(each)}
+    layers = {name.removeprefix(LORA_PREFIX): each for name, each in wrapped.named_modules() if _adapted(each)}
     if kind == "LORA":
         for path, layer in layers.items():
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -171,7 +166,7 @@ def _factors(
             scaling = layer.scaling["default"] / (layer.ranknum["default"] + 1e-5)
             yield path, (layer.lora_A["default"] * layer.lora_E["default"], layer.lora_B["default"] * scaling)
         return
-    yield from _by_peft(wrapped, config, rank).items()
+    yield from _by_peft(wrapped, kind, rank).items()
 
 
 def _adapted(module: nn.Module) -> bool:
@@ -182,7 +177,7 @@ def _biases(tensors: Mapping[str, Tensor], model: Model, factors: Mapping[str, F
     """The differences of trained biases from the base's, by path; empty if none was trained."""
     ending = ".base_layer.bias"
     trained = {
-        name.removeprefix(PREFIX).removesuffix(ending): t for name, t in tensors.items() if name.endswith(ending)
+        name.removeprefix(LORA_PREFIX).removesuffix(ending): t for name, t in tensors.items() if name.endswith(ending)
     }
     own = {path: model.get_submodule(path) for path in (factors if trained else ())}
     return {
@@ -192,7 +187,7 @@ def _biases(tensors: Mapping[str, Tensor], model: Model, factors: Mapping[str, F
     }
 
 
-def _by_peft(wrapped: peft.PeftModel, config: JsonMapping, rank: int | None) -> Mapping[str, Factors]:
+def _by_peft(wrapped: peft.PeftModel, kind: str, rank: int | None) -> Mapping[str, Factors]:
     from peft import convert_to_lora
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -203,12 +198,12 @@ def _by_peft(wrapped: peft.PeftModel, config: JsonMapping, rank: int | None) -> 
         _, state = convert_to_lora(wrapped, chosen)
     except (TypeError, ValueError) as error:
         raise BundleError(
-            f"PEFT does not convert {shortly(config.get('peft_type'))} to LoRA ({' '.join(str(error).split())[:100]}): "
+            f"PEFT does not convert {shortly(kind)} to LoRA ({' '.join(str(error).split())[:100]}): "
             "train it again as LoRA"
         ) from None
     names = {name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")}
     return {
-        name.removeprefix(PREFIX): (state[f"{name}.lora_A.weight"].float(), state[f"{name}.lora_B.weight"].float())
+        name.removeprefix(LORA_PREFIX): (state[f"{name}.lora_A.weight"].float(), state[f"{name}.lora_B.weight"].float())
         for name in sorted(names)
     }
 

@@ -232,8 +232,9 @@ class AdapterPool:
         if own is not None and (scaled := own.scaled.get(number)) is not None:
             return scaled(functools.partial(linear, layer), x)
         y = linear(layer, x)
-        pair = None if own is None else own.pairs().get(number)
-        return y if pair is None else y + (x @ pair[0].mT) @ pair[1]
+        if own is not None:
+            sgmv(y[0], x[0], [(0, x.shape[1], own.pairs())], number)
+        return y
 
     def _head_linear(self, layer: nn.Module, number: int, x: Tensor) -> Tensor:
         """The same for a layer that heads share with the body, such as a pooler. x: (B, D_in) -> (B, D_out)."""

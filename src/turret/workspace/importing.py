@@ -127,7 +127,7 @@ def _convert(
     say(f"converting {config.get('peft_type')} to LoRA on {base_id}")
     labels = request.labels or ()
     base = bases.load(base_id, task=task_of(kind).request, num_labels=task_of(kind).num_labels(labels), dtype="float32")
-    ids = _same_length([base.tokenizer([text])["input_ids"][0] for text in PROBE])
+    ids = _same_length(base.tokenizer(list(PROBE))["input_ids"])
     found = conversion.as_lora(brought.folder, working / "lora", base.model, base.family, ids, request.rank)
     return replace(brought, folder=working / "lora"), (
         f"converted from {found.kind} to LoRA of rank {found.rank}: outputs change by at most "

@@ -5,7 +5,6 @@ PEFT's own modules compute every method that is not in `METHODS`, one adapter at
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -87,11 +86,11 @@ def _lora(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) ->
 
 def _scaling(settings: JsonMapping, path: str, r: int) -> float:
     """alpha / r or alpha / sqrt(r) of a layer, with PEFT's `alpha_pattern`."""
-    alpha = settings.get("lora_alpha", 8)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            alpha = value
-            break
+    from peft.utils.other import get_pattern_key
+
+    alphas = settings.get("alpha_pattern") or {}
+    key = get_pattern_key(alphas, path)
+    alpha = alphas[key] if key in alphas else settings.get("lora_alpha", 8)
     return float(alpha) / (r**0.5 if settings.get("use_rslora") else r)
 
 
@@ -115,14 +114,6 @@ def _vera(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) ->
         yield path, ScaledLayer((down, up))
 
 
-def _adalora(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
-    """alpha / r_0 * B diag(E) A, where r_0 is the initial rank (Zhang et al. 2023)."""
-    for path, parts in _by_layer(tensors).items():
-        A, B, E = parts["lora_A"], parts["lora_B"], parts["lora_E"]
-        alpha, initial = float(settings.get("lora_alpha", 8)), float(settings.get("init_r", 12))
-        yield path, ScaledLayer((A * E, B * (alpha / (initial + 1e-5))))
-
-
 Compute = Callable[["JsonMapping", Mapping[str, Tensor], "Model"], Iterator[tuple[str, ScaledLayer]]]
 METHODS: dict[str, Compute] = {
     "LORA": _lora,
@@ -130,5 +121,4 @@ METHODS: dict[str, Compute] = {
     "RSLORA": _lora,
     "IA3": _ia3,
     "VERA": _vera,
-    "ADALORA": _adalora,
 }
