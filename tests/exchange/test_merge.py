@@ -86,6 +86,8 @@ def test_what_cannot_be_merged_is_refused_in_one_line(two: tuple[Workspace, list
         ours.merge(["a"], "x")
     with pytest.raises(RecipeError, match="2 versions are named and 3 weights"):
         ours.merge(["a", "b"], "x", weights=[1, 2, 3])
+    with pytest.raises(RecipeError, match="--how mean: expected one of linear, svd"):
+        ours.merge(["a", "b"], "x", how="mean")
     with pytest.raises(AdapterError, match=r"its base is sha256:.*merge versions of one base, task and method"):
         workspace.merge(["sentiment", "writer"], "x")
     with pytest.raises(AdapterError, match="its method is prefix, and there it is lora"):

@@ -9,17 +9,16 @@ import typer
 from turret.cli import options
 from turret.cli.output import console, grid, report, safe, size, status
 from turret.errors import RecipeError
+from turret.methods.lora.spec import COMBINATIONS
 
 if TYPE_CHECKING:
     from turret.workspace import Merged
-
-HOW = ("linear", "svd", "cat", "ties", "dare", "dare-ties")
 
 
 def merge(
     references: Annotated[list[str], typer.Argument(metavar="REF...", help="Two versions or more, of one base.")],
     name: Annotated[str, typer.Option("--name", help="The name of the merged adapter.")],
-    how: Annotated[str, typer.Option("--how", help=f"{', '.join(HOW)}.")] = "ties",
+    how: Annotated[str, typer.Option("--how", help=f"{', '.join(COMBINATIONS)}.")] = "ties",
     weights: Annotated[
         str | None, typer.Option("--weights", metavar="A,B", help="A weight for each version; default: equal.")
     ] = None,
@@ -35,8 +34,6 @@ def merge(
     """
     from turret.workspace import Workspace
 
-    if how not in HOW:
-        raise RecipeError(f"--how {how}: expected one of {', '.join(HOW)}")
     with status() as say:
         found = Workspace(store).merge(
             references, name, how=how, weights=_numbers(weights), density=density, on_stage=say

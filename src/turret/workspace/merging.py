@@ -12,6 +12,7 @@ from turret import bundles
 from turret.adapters import Adapter, require_base
 from turret.errors import AdapterError, RecipeError
 from turret.methods.lookup import numbers_of
+from turret.methods.lora.spec import COMBINATIONS
 from turret.reference import check_name
 from turret.store import Store, Version, scratch
 from turret.workspace.importing import check
@@ -42,6 +43,8 @@ def merge(store: Store, references: Sequence[str], name: str, request: MergeRequ
         RecipeError: there are fewer than two, or there is not one weight per version.
     """
     check_name(name)
+    if request.how not in COMBINATIONS:
+        raise RecipeError(f"--how {request.how}: expected one of {', '.join(COMBINATIONS)}")
     weights = _weights(references, request.weights)
     say("reading")
     versions, adapters = zip(*(read_adapter(store, reference) for reference in references), strict=True)

@@ -10,6 +10,16 @@ from pydantic import Field
 from turret.json_types import JsonMapping
 from turret.methods.method import Method
 
+# `turret merge --how` -> PEFT's `combination_type`, and whether it prunes and so takes a density.
+COMBINATIONS = {
+    "linear": ("linear", False),
+    "svd": ("svd", False),
+    "cat": ("cat", False),
+    "ties": ("ties", True),
+    "dare": ("dare_linear", True),
+    "dare-ties": ("dare_ties", True),
+}
+
 
 class LoRA(Method):
     """Low-rank adaptation: `y = W x + scaling * B A dropout(x)`, A: (R, D_in), B: (D_out, R) (Hu et al. 2021)."""

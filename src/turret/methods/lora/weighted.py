@@ -10,20 +10,11 @@ from torch import Tensor
 
 from turret.adapters.adapter import LORA_PREFIX, Parts
 from turret.errors import AdapterError
+from turret.methods.lora.spec import COMBINATIONS
 
 if TYPE_CHECKING:
     from turret.families import Family
     from turret.transformer import Model
-
-# `turret merge --how` -> PEFT's `combination_type`, and whether it prunes and so takes a density.
-COMBINATIONS = {
-    "linear": ("linear", False),
-    "svd": ("svd", False),
-    "cat": ("cat", False),
-    "ties": ("ties", True),
-    "dare": ("dare_linear", True),
-    "dare-ties": ("dare_ties", True),
-}
 
 
 def combined(
