@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from batches import padded, rows, with_eos
+from peft_twins import adapter_from, lora_twin, require_the_same_gradients
 from small_models import FAMILIES, build
 from torch import nn
 
@@ -18,12 +19,11 @@ from turret.adapters import (
     attachment,
     classify_logits,
     detach,
-    extract,
     mount,
     set_context,
     trainable_parameters,
 )
-from turret.adapters.adapter import Adapter, BaseInfo
+from turret.adapters.adapter import Adapter
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused.dropout import Masks
 from turret.adapters.lora import KernelProducts, LoRAFactors, TorchProducts, lora_delta
@@ -31,37 +31,6 @@ from turret.errors import AdapterError
 from turret.methods import LoRA
 
 NOISY = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False)
-
-
-def adapter_from(model: Any, base: str = "small") -> Adapter:
-    tensors, head, method = extract(model)
-    return Adapter(method, tensors, head, BaseInfo(base))
-
-
-def peft_twin(family: str, adapter: Adapter, targets: Any, rslora: bool = False) -> Any:
-    """PEFT on a fresh model of the same weights, with our factors and head copied in by name."""
-    method = adapter.method
-    assert isinstance(method, LoRA)
-    config = peft.LoraConfig(
-        task_type="SEQ_CLS",
-        r=method.r,
-        lora_alpha=method.lora_alpha,
-        lora_dropout=0.0,
-        target_modules=targets,
-        use_rslora=rslora,
-        fan_in_fan_out=family == "gpt2",
-    )
-    model = peft.get_peft_model(build(family, "classify"), config)
-    state = model.state_dict()
-    for name, value in adapter.tensors.items():
-        key = name.replace(".weight", ".default.weight")
-        assert key in state, key
-        state[key].copy_(value)
-    for name, value in adapter.head.items():
-        module, _, leaf = name.partition(".")
-        saved = f"base_model.model.{module}.modules_to_save.default.{leaf}"
-        state[saved if saved in state else f"base_model.model.{name}"].copy_(value)
-    return model.eval()
 
 
 def default_targets(family: str) -> list[str]:
@@ -77,8 +46,7 @@ def test_outputs_and_gradients_equal_pefts(family: str, targets: Any) -> None:
     model = build(family, "classify")
     method = NOISY.model_copy(update={"target_modules": targets})
     attach(model, method, generator=torch.Generator().manual_seed(1))
-    names = list(attachment(model).linears)
-    twin = peft_twin(family, adapter_from(model), names)
+    twin = lora_twin(family, "classify", adapter_from(model))
     inputs = with_eos(model, rows())
     batch = padded(inputs, model.config.pad_token_id)
     labels = torch.tensor([0, 2, 1, 0])
@@ -86,21 +54,12 @@ def test_outputs_and_gradients_equal_pefts(family: str, targets: Any) -> None:
     for logits in (model(**batch).logits, classify_logits(model, inputs)):
         theirs = twin(**batch).logits
         torch.testing.assert_close(logits, theirs, atol=1e-5, rtol=1e-5)
-        model.zero_grad()
-        twin.zero_grad()
-        torch.nn.functional.cross_entropy(logits, labels).backward()
-        torch.nn.functional.cross_entropy(theirs, labels).backward()
-        grads = {name: each.grad for name, each in twin.named_parameters() if each.grad is not None}
-        for path, layer in attachment(model).linears.items():
-            for factor in ("lora_A", "lora_B"):
-                mine = getattr(layer.slots["1"], factor).grad
-                their = grads[f"base_model.model.{path}.{factor}.default.weight"]
-                torch.testing.assert_close(mine, their, atol=1e-5, rtol=1e-4)
+        require_the_same_gradients(model, twin, logits, theirs, labels)
 
 
 def test_control_one_wrong_factor_would_be_seen() -> None:
     model = attach(build("bert", "classify"), NOISY, generator=torch.Generator().manual_seed(1))
-    twin = peft_twin("bert", adapter_from(model), default_targets("bert"))
+    twin = lora_twin("bert", "classify", adapter_from(model), default_targets("bert"))
     batch = padded(rows(), model.config.pad_token_id)
     with torch.no_grad():
         next(iter(attachment(model).linears.values())).slots["1"].lora_B.zero_()
@@ -117,7 +76,7 @@ def test_default_targets_are_pefts(family: str) -> None:
 def test_rank_stabilised_scaling_equals_pefts() -> None:
     method = NOISY.model_copy(update={"use_rslora": True})
     model = attach(build("bert", "classify"), method, generator=torch.Generator().manual_seed(1))
-    twin = peft_twin("bert", adapter_from(model), default_targets("bert"), rslora=True)
+    twin = lora_twin("bert", "classify", adapter_from(model), default_targets("bert"))
     batch = padded(rows(), model.config.pad_token_id)
     torch.testing.assert_close(model(**batch).logits, twin(**batch).logits, atol=1e-5, rtol=1e-5)
 

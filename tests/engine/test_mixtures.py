@@ -7,12 +7,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import peft
 import pytest
 import torch
 from adapters_at_hand import CLASSIFIES, LENGTHS, METHODS, alone, made, runner_of
 from batches import padded, rows, with_eos
-from small_models import FAMILIES, build
+from peft_twins import lora_twin
+from small_models import FAMILIES
 
 from turret import kernels
 from turret.adapters import Adapter, attachment, classify_logits
@@ -45,25 +45,7 @@ def loras(family: str, task: Any, count: int = 8) -> list[Adapter]:
 
 
 def peft_logits(family: str, adapter: Adapter, inputs: list[torch.Tensor]) -> torch.Tensor:
-    method = adapter.method
-    assert isinstance(method, LoRA)
-    names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in adapter.tensors}
-    config = peft.LoraConfig(
-        task_type="SEQ_CLS",
-        r=method.r,
-        lora_alpha=method.lora_alpha,
-        target_modules=sorted(names),
-        use_rslora=method.use_rslora,
-        fan_in_fan_out=family == "gpt2",
-    )
-    model = peft.get_peft_model(build(family, "classify"), config).eval()
-    state = model.state_dict()
-    for name, value in adapter.tensors.items():
-        state[name.replace(".weight", ".default.weight")].copy_(value)
-    for name, value in adapter.head.items():
-        module, _, leaf = name.partition(".")
-        saved = f"base_model.model.{module}.modules_to_save.default.{leaf}"
-        state[saved if saved in state else f"base_model.model.{name}"].copy_(value)
+    model = lora_twin(family, "classify", adapter)
     logits: torch.Tensor = model(**padded(inputs, model.config.pad_token_id)).logits
     return logits
 

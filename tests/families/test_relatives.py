@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import peft
 import pytest
 import torch
 from adapters_at_hand import LENGTHS, METHODS, alone, made, runner_of
 from batches import own_target_logits, padded, rows, with_eos
+from peft_twins import adapter_from, lora_twin, require_the_same_gradients
 from small_models import RELATIVE_DECODERS, RELATIVE_ENCODER_DECODERS, RELATIVES, build, config
 
-from turret.adapters import attach, attachment, classify_logits, extract, on_slot, target_logits
+from turret.adapters import attach, attachment, classify_logits, on_slot, target_logits
 from turret.engine.runner import DecodeStep, Prefill
 from turret.errors import AdapterError
 from turret.families import FAMILIES
@@ -56,28 +56,12 @@ def test_the_bare_base_scores_targets_as_before_packed(family: str) -> None:
         torch.testing.assert_close(target_logits(model, sources, targets), own, **CLOSE)
 
 
-def peft_twin(family: str, task: Any, model: Any, paths: list[str]) -> Any:
-    """PEFT on a fresh model of the same weights, with our factors and head copied in by name."""
-    tensors, head, _ = extract(model)
-    kind = "SEQ_CLS" if task == "classify" else None
-    config = peft.LoraConfig(task_type=kind, r=4, lora_alpha=8, lora_dropout=0.0, target_modules=paths)
-    twin = peft.get_peft_model(build(family, task), config)
-    state = twin.state_dict()
-    for name, value in tensors.items():
-        state[name.replace(".weight", ".default.weight")].copy_(value)
-    for name, value in head.items():
-        module, _, leaf = name.partition(".")
-        saved = f"base_model.model.{module}.modules_to_save.default.{leaf}"
-        state[saved if saved in state else f"base_model.model.{name}"].copy_(value)
-    return twin.eval()
-
-
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_lora_of_a_classifier_equals_pefts_in_outputs_and_gradients(family: str, targets: Any) -> None:
     model = build(family, "classify")
     attach(model, NOISY.model_copy(update={"target_modules": targets}), generator=torch.Generator().manual_seed(1))
-    twin = peft_twin(family, "classify", model, list(attachment(model).linears))
+    twin = lora_twin(family, "classify", adapter_from(model))
     inputs = with_eos(model, rows())
     batch, labels = padded(inputs, model.config.pad_token_id), torch.tensor([0, 2, 1, 0])
     for logits in (model(**batch).logits, classify_logits(model, inputs)):
@@ -90,25 +74,11 @@ def test_lora_of_a_classifier_equals_pefts_in_outputs_and_gradients(family: str,
 def test_lora_of_a_generator_equals_pefts_in_outputs_and_gradients(family: str) -> None:
     model = build(family, "generate")
     attach(model, NOISY, generator=torch.Generator().manual_seed(1))
-    twin = peft_twin(family, "generate", model, list(attachment(model).linears))
+    twin = lora_twin(family, "generate", adapter_from(model))
     sources, targets = rows(1), rows(2, (5, 2, 1, 7))
     logits, theirs = target_logits(model, sources, targets), own_target_logits(twin, sources, targets)
     torch.testing.assert_close(logits, theirs, atol=1e-5, rtol=1e-5)
     require_the_same_gradients(model, twin, logits, theirs, torch.cat(targets))
-
-
-def require_the_same_gradients(model: Any, twin: Any, logits: Any, theirs: Any, wanted: torch.Tensor) -> None:
-    model.zero_grad()
-    twin.zero_grad()
-    torch.nn.functional.cross_entropy(logits, wanted).backward()
-    torch.nn.functional.cross_entropy(theirs, wanted).backward()
-    gradients = {name: each.grad for name, each in twin.named_parameters() if each.grad is not None}
-    for path, layer in attachment(model).linears.items():
-        for factor in ("lora_A", "lora_B"):
-            mine = getattr(layer.slots["1"], factor).grad
-            torch.testing.assert_close(
-                mine, gradients[f"base_model.model.{path}.{factor}.default.weight"], atol=1e-5, rtol=1e-4
-            )
 
 
 def methods_of(family: str, task: Any) -> list[Method]:
