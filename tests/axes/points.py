@@ -1,4 +1,4 @@
-"""Helpers of the tests of the three axes: register a toy in child processes, and answer requests in one mixed pass."""
+"""Helpers of the tests of the three axes: register a toy in child processes, answer in one mixed pass, and serve."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx2
 import pytest
+from server.conftest import Running
 
-from turret.engine import Engine
+from turret.engine import Engine, Options
+from turret.server.state import ServerSettings
+from turret.workspace import Workspace
+
+TOLERANCE = 2e-2  # of a probability: `predict` has its base in bfloat16 where the processor has it
 
 
 @contextmanager
@@ -47,3 +53,34 @@ def answered_together(
     with engine._wake:  # no pass starts before all requests wait
         tickets = [engine.submit(kind, text, name) for kind, text, name in asked]
     return [ticket.result() for ticket in tickets], sizes
+
+
+def require_one_pass_as_alone(
+    workspace: Workspace, engine: Engine, names: Sequence[str], texts: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, list[dict[str, Any]]]:
+    """Versions that classify in one mixed pass give the probabilities that `predict` gives: these are returned."""
+    expected = {name: workspace.predict(name, texts) for name in names}
+    for name in expected:
+        engine.warm(name)
+    asked = [(name, place) for place in range(len(texts)) for name in expected]
+    answers, sizes = answered_together(engine, [("classify", texts[at], name) for name, at in asked], monkeypatch)
+    for (name, place), answer in zip(asked, answers, strict=True):
+        assert answer["probabilities"] == pytest.approx(expected[name][place]["probabilities"], abs=TOLERANCE)
+    assert sizes == [len(asked)]
+    return expected
+
+
+@contextmanager
+def served(workspace: Workspace, engine: Engine) -> Iterator[httpx2.Client]:
+    """A client of a server with this engine, until the end of the block."""
+    running = Running(workspace, engine, ServerSettings(), options=Options).start()
+    try:
+        yield running.client()
+    finally:
+        running.stop()
+
+
+def classify_labels(client: httpx2.Client, model: str, texts: Sequence[str]) -> list[str]:
+    """The labels that a server answers."""
+    answers = client.post("/v1/classify", json={"model": model, "input": list(texts)}).json()["data"]
+    return [each["label"] for each in answers]

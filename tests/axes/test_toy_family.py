@@ -12,23 +12,19 @@ from typing import Any
 import pytest
 import torch
 from axes import toy_family
-from axes.points import answered_together, known_to_children
+from axes.points import TOLERANCE, answered_together, classify_labels, known_to_children, served
 from batches import own_target_logits, padded, rows
-from server.conftest import Running
 
 from turret import bases
-from turret import engine as engine_room
 from turret.adapters import attach, classify_logits, detach, target_logits
 from turret.errors import AdapterError, PreflightRefused, UnknownFamily
 from turret.families import FAMILIES
 from turret.methods import LoRA, Prefix
 from turret.recipe import Recipe
-from turret.server.state import ServerSettings
 from turret.workspace import RunResult, Workspace
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 TEXTS = ["a great film", "a dull story about the bank", "quick"]
-TOLERANCE = 2e-2  # of a probability: `predict` has its base in bfloat16 where the processor has it
 CHILDREN = """
 from axes import toy_family
 from turret.families import FAMILIES
@@ -169,15 +165,10 @@ def test_a_mixed_batch_and_the_server(house: House, monkeypatch: pytest.MonkeyPa
     for answer, expected in zip(said[0], labels, strict=True):
         assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=TOLERANCE)
     assert [[each["text"] for each in some] for some in said[1:]] == [texts, bare]
-    running = Running(house.workspace, engine, ServerSettings(), options=engine_room.Options).start()
-    try:
-        client = running.client()
-        classified = client.post("/v1/classify", json={"model": "sorts", "input": TEXTS}).json()["data"]
-        assert [each["label"] for each in classified] == [each["label"] for each in labels]
+    with served(house.workspace, engine) as client:
+        assert classify_labels(client, "sorts", TEXTS) == [each["label"] for each in labels]
         written = client.post("/v1/completions", json={"model": "writes", "prompt": TEXTS[0], "temperature": 0}).json()
         assert written["choices"][0]["text"] == texts[0]
-    finally:
-        running.stop()
 
 
 @pytest.mark.slow

@@ -14,23 +14,19 @@ import small_models
 import torch
 from adapters_at_hand import METHODS as AT_HAND
 from adapters_at_hand import alone, made, runner_of
-from axes.points import answered_together, known_to_children
+from axes.points import TOLERANCE, classify_labels, known_to_children, require_one_pass_as_alone, served
 from axes.toy_method import Scale
 from batches import rows, with_eos
-from server.conftest import Running
 
-from turret import engine as engine_room
 from turret.adapters import attach, classify_logits, detach, extract
 from turret.engine.runner import Prefill
 from turret.errors import AdapterError, BundleError, RecipeError
 from turret.methods import METHODS, Full, LoRA
 from turret.recipe import Recipe
-from turret.server.state import ServerSettings
 from turret.workspace import RunResult, Workspace
 
 WORDS = {"good": "a great film", "bad": "a dull story about the bank"}
 TEXTS = ["a great film", "a dull story about the bank", "quick"]
-TOLERANCE = 2e-2  # of a probability: `predict` has its base in bfloat16 where the processor has it
 CHILDREN = """
 from axes.toy_method import Scale
 from turret.methods import METHODS
@@ -133,20 +129,10 @@ def test_a_training_that_starts_from_it(house: House) -> None:
 @pytest.mark.slow
 def test_a_mixed_batch_with_a_lora_and_the_server(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = house.workspace.engine(str(house.base), dtype="float32")
-    expected = {name: house.workspace.predict(name, TEXTS) for name in ("scaled@1", "adapted")}
-    for name in expected:
-        engine.warm(name)
-    asked = [(name, place) for place in range(len(TEXTS)) for name in expected]
-    answers, sizes = answered_together(engine, [("classify", TEXTS[at], name) for name, at in asked], monkeypatch)
-    for (name, place), answer in zip(asked, answers, strict=True):
-        assert answer["probabilities"] == pytest.approx(expected[name][place]["probabilities"], abs=TOLERANCE)
-    assert sizes == [6]
-    running = Running(house.workspace, engine, ServerSettings(), options=engine_room.Options).start()
-    try:
-        said = running.client().post("/v1/classify", json={"model": "scaled@1", "input": TEXTS}).json()["data"]
-        assert [each["label"] for each in said] == [answer["label"] for answer in expected["scaled@1"]]
-    finally:
-        running.stop()
+    expected = require_one_pass_as_alone(house.workspace, engine, ("scaled@1", "adapted"), TEXTS, monkeypatch)
+    with served(house.workspace, engine) as client:
+        labels = classify_labels(client, "scaled@1", TEXTS)
+    assert labels == [answer["label"] for answer in expected["scaled@1"]]
 
 
 @pytest.mark.slow

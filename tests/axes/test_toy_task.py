@@ -11,20 +11,16 @@ from typing import Any
 
 import pytest
 import small_models
-from axes.points import answered_together, known_to_children
+from axes.points import known_to_children, require_one_pass_as_alone, served
 from axes.toy_task import Rate
-from server.conftest import Running
 
-from turret import engine as engine_room
 from turret.cli.main import run
 from turret.errors import AdapterError, DataError, RecipeError
 from turret.recipe import Recipe
-from turret.server.state import ServerSettings
 from turret.tasks import TASKS, task_of
 from turret.workspace import RunResult, Workspace
 
 WORDS = {"1": "dull boring story", "2": "lazy bank story", "3": "a story", "4": "a quick pleasure", "5": "great film"}
-TOLERANCE = 2e-2  # of a probability: `predict` has its base in bfloat16 where the processor has it
 TEXTS = ["a great film", "a dull story about the bank", "quick"]
 CHILDREN = """
 from axes.toy_task import Rate
@@ -119,23 +115,13 @@ def test_answers_evaluation_replay_and_the_command_line(house: House, capsys: py
 @pytest.mark.slow
 def test_a_mixed_batch_with_a_classifier_and_the_server(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = house.workspace.engine(str(house.base), dtype="float32")
-    expected = {name: house.workspace.predict(name, TEXTS) for name in ("grades", "classes")}
-    for name in expected:
-        engine.warm(name)
-    asked = [(name, place) for place in range(len(TEXTS)) for name in expected]
-    answers, sizes = answered_together(engine, [("classify", TEXTS[at], name) for name, at in asked], monkeypatch)
-    for (name, place), answer in zip(asked, answers, strict=True):
-        assert answer["probabilities"] == pytest.approx(expected[name][place]["probabilities"], abs=TOLERANCE)
-    assert sizes == [6]
-    running = Running(house.workspace, engine, ServerSettings(), options=engine_room.Options).start()
-    try:
-        said = running.client().post("/v1/classify", json={"model": "grades", "input": TEXTS}).json()["data"]
+    expected = require_one_pass_as_alone(house.workspace, engine, ("grades", "classes"), TEXTS, monkeypatch)
+    with served(house.workspace, engine) as client:
+        said = client.post("/v1/classify", json={"model": "grades", "input": TEXTS}).json()["data"]
         assert [each["label"] for each in said] == [answer["label"] for answer in expected["grades"]]
         assert said[0]["num_classes"] == 5
-        refused = running.client().post("/v1/completions", json={"model": "grades", "prompt": "a"})
+        refused = client.post("/v1/completions", json={"model": "grades", "prompt": "a"})
         assert (refused.status_code, "cannot generate" in refused.text) == (409, True), refused.text
-    finally:
-        running.stop()
 
 
 @pytest.mark.slow
