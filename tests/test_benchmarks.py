@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import load
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def record(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("benchmark_record", BENCHMARKS / "record.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+def record(tmp_path):
+    module = load(BENCHMARKS / "record.py", "benchmark_record")
     module.RESULTS = tmp_path
     return module
 

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from scripts import load
 
 from turret.recipe import Train
 
 ROOT = Path(__file__).parents[1]
-
-
-def load():  # the script is no part of a package
-    spec = spec_from_file_location("make_reference", ROOT / "release" / "make_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-make_reference = load()
+make_reference = load(ROOT / "release" / "make_reference.py")
 
 
 def test_every_generated_part_is_up_to_date() -> None:

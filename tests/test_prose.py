@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from scripts import load
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "release" / "check_prose.py"
-
-
-def load():  # the script is no part of a package
-    spec = spec_from_file_location("check_prose", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-check_prose = load()
+check_prose = load(SCRIPT)
 
 
 def check(*files: Path) -> subprocess.CompletedProcess[str]:
