@@ -31,6 +31,7 @@ from typing import Any
 import fast_paths_engine
 import record
 import train_sides as sides
+from serve_sides import use_threads
 
 NAME = "fast_paths"
 CLAIM = "every fast path makes a training step faster or saves less memory for its backward pass"
@@ -50,12 +51,7 @@ LEARNING_RATE = 1e-4
 def main() -> None:
     options = _options()
     if not options.report:
-        from turret.process import wait_briefly
-
-        wait_briefly()
-        import torch
-
-        torch.set_num_threads(options.threads)
+        use_threads(options.threads)
         with tempfile.TemporaryDirectory() as folder:
             for job in options.jobs:
                 measure(job, options, Path(folder))

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import record
-from serve_sides import BASES, LABELS, Shelf, adapters, answered
+from serve_sides import BASES, LABELS, Shelf, adapters, answered, use_threads
 
 NAME = "fast_paths_engine"
 CLAIM = "each fast path of the engine makes some whole job at least 5% faster"
@@ -160,12 +160,7 @@ def switched_off(names: Sequence[str], engine: Any) -> Iterator[None]:
 def main() -> None:
     options = _options()
     if not options.report:
-        from turret.process import wait_briefly
-
-        wait_briefly()  # as `turret serve` does, before torch is loaded
-        import torch
-
-        torch.set_num_threads(options.threads)
+        use_threads(options.threads)
         for dtype in options.dtypes:
             for kind in BASES:
                 for path, job, seconds in measured(kind, dtype, options):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import record
-from serve_sides import BASES, LABELS, Shelf, adapters, answered
+from serve_sides import BASES, LABELS, Shelf, adapters, answered, use_threads
 
 NAME = "float32_products"
 CLAIM = "float32 work is faster with the library that turret chooses, at the same error"
@@ -33,12 +33,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print what the kept runs say")
     options = parser.parse_args()
     if not options.report:
-        from turret.process import wait_briefly
-
-        wait_briefly()
-        import torch
-
-        torch.set_num_threads(options.threads)
+        use_threads(options.threads)
         settings = {"rounds": options.rounds, "threads": options.threads}
         record.keep(NAME, CLAIM, {"settings": settings, **measure(options), "machine": record.machine(options.threads)})
     print(report(record.load(NAME)))

@@ -36,7 +36,7 @@ import record
 import rival_sides
 import rivals
 import side
-from serve_sides import BASES, Shelf, adapters
+from serve_sides import BASES, Shelf, adapters, use_threads
 
 NAME = "rivals_decoder"
 CLAIM = "sixteen different LoRAs decode several times faster in one batch than by vLLM on the same processor"
@@ -130,13 +130,8 @@ def work(errand: Mapping[str, Any]) -> None:
     if "rival" in errand:
         rival_sides.work(errand)
         return
-    from turret.process import wait_briefly
-
-    wait_briefly()  # as `turret serve` does, before torch is loaded
-    import torch
-
+    use_threads(errand["threads"])
     says = side.answers_alone()
-    torch.set_num_threads(errand["threads"])
     folder = Path(errand["folder"])
     if errand["side"] == "prepare":
         side.take_turns({}, {}, says, {"model": prepare(errand, folder)})

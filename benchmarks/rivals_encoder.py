@@ -31,7 +31,7 @@ import record
 import rival_sides
 import rivals
 import side
-from serve_sides import BASES, LABELS, Shelf, adapters
+from serve_sides import BASES, LABELS, Shelf, adapters, use_threads
 
 NAME = "rivals_encoder"
 CLAIM = "a batch of 32 different LoRAs takes no longer than the fastest rivals need for the bare base"
@@ -134,13 +134,8 @@ def work(errand: Mapping[str, Any]) -> None:
     if "rival" in errand:
         rival_sides.work(errand)
         return
-    from turret.process import wait_briefly
-
-    wait_briefly()  # as `turret serve` does, before torch is loaded
-    import torch
-
+    use_threads(errand["threads"])
     says = side.answers_alone()
-    torch.set_num_threads(errand["threads"])
     if errand["side"] == "prepare":
         prepare(errand, Path(errand["folder"]))
         side.take_turns({}, {}, says, {})

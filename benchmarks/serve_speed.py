@@ -26,7 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import record
-from serve_sides import BASES, LABELS, Shelf, adapters, answered, by_peft, by_transformers, compared, first_answers
+from serve_sides import (
+    BASES,
+    LABELS,
+    Shelf,
+    adapters,
+    answered,
+    by_peft,
+    by_transformers,
+    compared,
+    first_answers,
+    use_threads,
+)
 
 NAME = "serve_speed"
 CLAIM = "a mixture of adapters costs little more than the bare base, and far less than PEFT's adapter_names"
@@ -40,12 +51,7 @@ Side = Callable[[], None]
 def main() -> None:
     options = _options()
     if not options.report:
-        from turret.process import wait_briefly
-
-        wait_briefly()  # as `turret serve` does, before torch is loaded
-        import torch
-
-        torch.set_num_threads(options.threads)
+        use_threads(options.threads)
         for kind in options.kinds:
             for dtype in options.dtypes:
                 measured = measure(kind, dtype, options)
