@@ -1,6 +1,6 @@
 """What every benchmark here shares: draw examples, note the machine, keep every run, say what a difference is worth.
 
-Knows nothing of turret, its rivals and what a benchmark measures.
+It does not depend on turret, on its rivals or on a benchmark.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The rival: HF Trainer + PEFT, made in one place, with the same care, for every benchmark that trains.
 
-Knows transformers and PEFT. Refuses to know turret, data and what is measured.
+It imports transformers and PEFT. It does not depend on turret, on the data or on the measurement.
 """
 
 from __future__ import annotations

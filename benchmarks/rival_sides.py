@@ -1,7 +1,7 @@
 """What runs in the environments of rivals: OpenVINO, ONNX Runtime, CTranslate2 and vLLM, each as its manual advises.
 
 Every rival is a process of its own (`side.take_turns`): it gets token ids and gives back the class logits of each row,
-or the new tokens of each prompt. It knows nothing of turret. The models are read from folders that transformers and
+or the new tokens of each prompt. It does not depend on turret. The models are read from folders that transformers and
 PEFT read too.
 """
 

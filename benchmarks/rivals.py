@@ -70,7 +70,7 @@ def _fetch_tcmalloc(folder: Path) -> None:
 
 
 def python(venvs: Path, name: str) -> Path:
-    """The interpreter of an environment, or one line of what to do."""
+    """The interpreter of an environment. Raises SystemExit with the command that makes a missing one."""
     found = venvs / name / "bin" / "python"
     if not found.exists():
         raise SystemExit(f"{venvs} has no environment {name}: run `python {sys.argv[0]} --setup --venvs {venvs}` first")

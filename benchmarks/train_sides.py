@@ -2,7 +2,7 @@
 
 Both read the same examples as the same token ids in the same order, so that step n is the same work for all. A side
 waits for leave before a step (`Turns`), says what it remembers of memory, and can be scored on held-out examples, by
-turret's own loss and metrics on either side. Refuses to know who waits for whom, and what is done with the numbers.
+turret's own loss and metrics on either side. The order of the sides and the numbers belong to `train_speed`.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def test_a_bug_is_told_in_no_words_of_its_own() -> None:
 
 
 def test_paths_are_taken_out_and_references_and_ratios_are_not() -> None:
-    assert without_paths("no a: there is no store at /root/x/.turret; make one") == (
+    assert without_paths("no a: there is no store at /home/ana/.turret; make one") == (
         "no a: there is no store at (a file); make one"
     )
     for fine in ("expected 1/2", "HuggingFaceTB/SmolLM2-135M is it", "a@3 and pypi:x/y"):

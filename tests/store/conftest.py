@@ -38,7 +38,7 @@ def store(where: str) -> Store:
 
 @pytest.fixture
 def folder_store(tmp_path: Path) -> Store:
-    """For tests of what only a folder has: its disk and its SQLite file."""
+    """A store in a folder, for tests of its disk and of its SQLite file."""
     return Store(tmp_path / "store")
 
 

@@ -224,7 +224,7 @@ class Engine:
             return self._loader.loaded()
 
     def stats(self) -> Stats:
-        """Counts of what waits, runs and has been done."""
+        """A snapshot of the queue, the running rows, the adapters in memory and the totals."""
         with self._wake:
             return Stats(
                 waiting=len(self._waiting),

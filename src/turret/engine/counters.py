@@ -1,4 +1,4 @@
-"""Counts of what the engine has done, in total and for each version."""
+"""Counts of passes, tokens, answers and errors, in total and for each version."""
 
 from __future__ import annotations
 

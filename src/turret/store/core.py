@@ -54,7 +54,7 @@ ATTEMPTS = 3  # of a put, if a gc or a delete removes its files while it writes
 class Store:
     """A store of adapters: a folder, or a URL. Nothing is created before the first write.
 
-    Methods that take a reference raise `NotFound` if it names nothing, with a list of what exists.
+    Methods that take a reference raise `NotFound` if it names nothing. The error lists the existing names.
     """
 
     def __init__(self, where: Location | Path | str) -> None:
