@@ -35,7 +35,7 @@ class Counters:
         read = sum(request.tokens for request in begin)
         self.passes += 1
         self.prompt_tokens += read
-        self.tokens += steps + sum(request.kind == "generate" for request in begin)
+        self.tokens += steps + sum(request.generates for request in begin)
         speed = (read + steps) / max(seconds, 1e-6)
         self._speed += (speed - self._speed) * (SMOOTHING if self._speed else 1.0)
 

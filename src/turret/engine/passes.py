@@ -66,7 +66,7 @@ class Passes:
                 self._drop(sequence)
             dropped = {sequence.request for sequence in started}
             for request in begin:
-                if request.kind == "generate" and request not in dropped:
+                if request.generates and request not in dropped:
                     self._freed(request)
             for request in [*begin, *(each.request for each in running)]:
                 self._end(request, Failed(reason), 0)
@@ -75,20 +75,20 @@ class Passes:
         self, begin: Sequence[Request], running: Sequence[RunningSequence], started: list[RunningSequence]
     ) -> None:
         began = time.monotonic()
-        self._runner.reserve([self._row(request) for request in begin if request.kind == "generate"])
+        self._runner.reserve([self._row(request) for request in begin if request.generates])
         prefill = [self._prefill(request, started) for request in begin]
         steps = [step for sequence in running for step in sequence.steps()]
         outcome = self._runner.run(prefill, steps)
         self.generating += started
         self._passed(begin, len(steps), time.monotonic() - began)
-        classify = [request for request in begin if request.kind == "classify"]
+        classify = [request for request in begin if not request.generates]
         for request, logits in zip(classify, outcome.classes, strict=True):
             self._classified(request, logits)
         self._take_tokens([*started, *running], outcome.vocabulary)
 
     def _prefill(self, request: Request, started: list[RunningSequence]) -> Prefill:
         assert request.ids is not None
-        if request.kind == "classify":
+        if not request.generates:
             return Prefill(request.ids, _slot(request))
         kv_slot, slot = self._runner.kv_slot(*self._row(request)), _slot(request)
         before = self._prompts.before(request)

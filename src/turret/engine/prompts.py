@@ -114,7 +114,7 @@ class Prompts:
         if length > most:
             raise self._too_long(length, most)
         request.tokens = length
-        if request.kind == "classify":
+        if not request.generates:
             return
         task = None if loaded is None else loaded.task
         assert task is None or writes(task)
@@ -169,7 +169,7 @@ class Prompts:
         return ids
 
     def _check_kind(self, request: Request, loaded: AdapterTensors | None) -> None:
-        if request.kind == "generate" and not self.can_generate:
+        if request.generates and not self.can_generate:
             raise AdapterError(
                 f"base {self._base.id} was loaded as a classifier and cannot generate: ask it to classify, or use an "
                 "engine whose base generates"

@@ -336,6 +336,11 @@ class Request:
     error: TurretError | None = None  # why it cannot be answered
 
     @property
+    def generates(self) -> bool:
+        """Whether it is answered token by token, and holds rows and the KV cache until its end."""
+        return self.kind == "generate"
+
+    @property
     def flow(self) -> str:
         """The digest of its adapter, "" for the bare base: the scheduler takes turns between these."""
         return self.named.digest if self.named else ""

@@ -147,7 +147,7 @@ class Scheduler:
 
     def _holds(self, request: Request) -> bool:
         """Whether there are rows and cache for a request."""
-        if request.kind == "classify":
+        if not request.generates:
             return True
         return self.rows + request.rows <= self.running and (
             self.held_tokens + request.cache_tokens <= self.cache_tokens
@@ -166,7 +166,7 @@ class Scheduler:
             del flows[request.flow]
         self.waiting_tokens -= request.tokens
         self._room -= request.tokens
-        if request.kind == "generate":
+        if request.generates:
             self.rows += request.rows
             self.held_tokens += request.cache_tokens
         chosen.append(request)
