@@ -366,8 +366,8 @@ def test_the_test_of_methods_sees_one(text: str) -> None:
 
 # --- the axis of tasks -----------------------------------------------------------------------------------------------
 
-REQUESTS = {"request.kind", "kind", "self._kind", "task"}  # in these rooms, what is asked for: `classify` or `generate`
-ASKED = ("engine", "server", "bases")
+REQUESTS = {"request.kind", "kind", "self.kind", "self._kind", "task"}  # what a request asks for
+ASKED = ("engine", "server", "bases")  # rooms where these names mean a request's kind
 
 
 def compared_kinds(text: str) -> list[ast.Compare]:

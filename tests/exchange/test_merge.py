@@ -9,10 +9,11 @@ import peft
 import pytest
 import small_models
 import torch
+import typer.main
 from exchange.foreign import CONFIG, LABELS, TEXTS, WEIGHTS, chances, peft_folder
 from safetensors.torch import load_file, save_file
 
-from turret.cli.main import run
+from turret.cli.main import app, run
 from turret.errors import AdapterError, RecipeError
 from turret.methods.lora.weighted import COMBINATIONS
 from turret.workspace import Workspace
@@ -54,6 +55,11 @@ def merged_by_peft(folders: list[Path], how: str, weights: list[float], tmp_path
     for name, value in model.base_model.model.classifier.named_parameters():
         value.copy_(sum(weight * head[name] for weight, head in zip(weights, heads, strict=True)) / sum(weights))
     return model.eval()
+
+
+def test_the_help_names_every_way_to_merge() -> None:
+    option = next(each for each in typer.main.get_command(app).commands["merge"].params if each.name == "how")
+    assert option.help == ", ".join(COMBINATIONS) + "."
 
 
 @pytest.mark.parametrize("how", COMBINATIONS)

@@ -9,7 +9,6 @@ import typer
 from turret.cli import options
 from turret.cli.output import console, grid, report, safe, size, status
 from turret.errors import RecipeError
-from turret.methods.lora.spec import COMBINATIONS
 
 if TYPE_CHECKING:
     from turret.workspace import Merged
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 def merge(
     references: Annotated[list[str], typer.Argument(metavar="REF...", help="Two versions or more, of one base.")],
     name: Annotated[str, typer.Option("--name", help="The name of the merged adapter.")],
-    how: Annotated[str, typer.Option("--how", help=f"{', '.join(COMBINATIONS)}.")] = "ties",
+    how: Annotated[str, typer.Option("--how", help="linear, svd, cat, ties, dare, dare-ties.")] = "ties",
     weights: Annotated[
         str | None, typer.Option("--weights", metavar="A,B", help="A weight for each version; default: equal.")
     ] = None,
