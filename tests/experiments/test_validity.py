@@ -151,8 +151,9 @@ def test_outcomes_later_than_their_time_to_live_count_for_nobody(workspace, rout
     assert all(arm["outcomes"] + arm["missing"] == arm["units"] for arm in arms)  # in both arms
 
 
-def test_a_look_through_what_was_added_up_before_finds_the_same_units_missing(workspace, router, clock) -> None:
-    workspace.experiment("news").start("news@2", share=0.5, outcome_ttl=DAY, guards=Guards(worse_by=None), salt="one")
+@pytest.mark.parametrize("salt", ["one", "a look", "another"])
+def test_the_evidence_does_not_depend_on_the_looks_before(workspace, router, clock, salt) -> None:
+    workspace.experiment("news").start("news@2", share=0.5, outcome_ttl=DAY, guards=Guards(worse_by=None), salt=salt)
     for day in range(3):
         asked(router, clock, 40, {"control": 60, "candidate": 60}, drop=0.3, seed=day)
         (kept,) = workspace.settle()

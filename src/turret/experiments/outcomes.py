@@ -84,6 +84,7 @@ class FirstAnswer(NamedTuple):
 class MissingOutcome(NamedTuple):
     """A unit without an outcome after the time to live."""
 
+    id: int  # of the first answer to the unit
     arm: str
     revision: int  # of the split
     at: str  # time of the first answer to the unit
@@ -209,7 +210,11 @@ def missing(
     has_outcome = (
         (outcomes.c.experiment_id == experiment.id) & (outcomes.c.unit == table.unit) & (outcomes.c.counted == 1)
     )
-    query = select(table.arm, table.revision, table.at).where(old & ~exists().where(has_outcome)).order_by(table.id)
+    query = (
+        select(table.id, table.arm, table.revision, table.at)
+        .where(old & ~exists().where(has_outcome))
+        .order_by(table.id)
+    )
     return [MissingOutcome(*row) for row in connection.execute(query)], last
 
 

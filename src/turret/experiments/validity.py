@@ -26,8 +26,8 @@ from sqlalchemy import Connection
 
 from turret.experiments import outcomes
 from turret.experiments.experiment import Experiment, seconds_between, timestamp
-from turret.experiments.outcomes import CountedOutcome
-from turret.experiments.sample_ratio import Planned, SampleRatio
+from turret.experiments.outcomes import CountedOutcome, MissingOutcome
+from turret.experiments.sample_ratio import Planned, SampleRatio, Stratum
 
 LEVEL = 0.001  # the rate of false alarms
 CHECKS = ("units", "outcomes", "delays")
@@ -41,10 +41,12 @@ class Validity:
     """The counts so far; `read` adds to them."""
 
     units: SampleRatio = field(default_factory=SampleRatio)
-    outcomes: SampleRatio = field(default_factory=SampleRatio)
+    outcomes: SampleRatio = field(default_factory=SampleRatio)  # `_settled`, and units missing since the last outcome
     delays: SampleRatio = field(default_factory=SampleRatio)
     last_unit: int = 0
     last_missing: int = 0
+    _settled: SampleRatio = field(default_factory=SampleRatio)  # `outcomes` up to the last outcome
+    _latest: float = -math.inf  # time of the latest outcome
 
     def read(
         self,
@@ -56,6 +58,10 @@ class Validity:
     ) -> None:
         """Add new units, new outcomes, and units whose outcome is now missing.
 
+        The order of units in `outcomes` depends on the rows of the store alone, not on the times of the looks: a unit
+        is missing right before the first outcome that came after the end of its time to live. Units that are missing
+        since the last outcome are counted too, but each look counts them anew.
+
         Args:
             counted: the new outcomes.
             now: the time, as the store has it.
@@ -63,15 +69,29 @@ class Validity:
         new = outcomes.units(connection, experiment, self.last_unit)
         self.units = self.units.after([((row.revision, ALL), row.arm) for row in new], planned)
         self.last_unit = new[-1].id if new else self.last_unit
-        missing, self.last_missing = outcomes.missing(connection, experiment, self.last_missing, _end(experiment, now))
-        ttl = experiment.outcome_ttl or 0.0
-        revealed = [(_seconds(row.at), (row.revision, WITH), row.arm) for row in counted]
-        revealed += [(_seconds(row.at) + ttl, (row.revision, MISSING), row.arm) for row in missing]
-        revealed.sort(key=lambda each: each[0])
-        self.outcomes = self.outcomes.after([each[1:] for each in revealed], planned)
+        until = _end(experiment, max([now, *(row.at for row in counted)]))
+        missing, last = outcomes.missing(connection, experiment, self.last_missing, until)
+        settled, open_ = self._in_order(counted, missing, experiment.outcome_ttl or 0.0)
+        self.last_missing = open_[0].id - 1 if open_ else last
+        self._settled = self._settled.after(settled, planned)
+        self.outcomes = self._settled.after([((row.revision, MISSING), row.arm) for row in open_], planned)
         self.delays = self.delays.after(
             [((row.revision, _class(seconds_between(row.first, row.at))), row.arm) for row in counted], planned
         )
+
+    def _in_order(
+        self, counted: Sequence[CountedOutcome], missing: Sequence[MissingOutcome], ttl: float
+    ) -> tuple[list[tuple[Stratum, str]], Sequence[MissingOutcome]]:
+        """New outcomes, with the missing units in between, and the units missing since the last outcome."""
+        ordered: list[tuple[Stratum, str]] = []
+        place = 0
+        for row in counted:
+            self._latest = max(self._latest, _seconds(row.at))
+            while place < len(missing) and _seconds(missing[place].at) + ttl < self._latest:
+                ordered.append(((missing[place].revision, MISSING), missing[place].arm))
+                place += 1
+            ordered.append(((row.revision, WITH), row.arm))
+        return ordered, missing[place:]
 
     def peaks(self) -> Mapping[str, float]:
         """Check -> its log evidence at the peak."""
