@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the reports in this folder again: each is one command, its page and its report.json are copied here.
-# usage: docs/reports/make.sh [NAME...]    needs the extras of `make install`; trainings that are there are not made again
+# usage: docs/reports/make.sh [NAME...]    trainings that are there are not made again
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=${TURRET_REPORTS:-$here/../../.turret/reports} # keeps the store, so that a stopped run goes on
