@@ -49,7 +49,7 @@ def measure(case: str) -> dict[str, Any]:
         )
         planned = workspace.plan(recipe)
         timing = workspace.train(recipe).timing
-    parts = {name: timing[name] for name in ("train", "evaluate", "proof") if name in timing}
+    parts = {part: timing[f"{part}_seconds"] for part in ("train", "evaluate", "proof")}
     return {"case": case, "planned": planned.plan.seconds, "measured": sum(parts.values()), "parts": parts}
 
 

@@ -73,7 +73,7 @@ def _training(folder: Path, steps: int, tokens: int) -> Block:
 
     def block(pair: int) -> float:
         recipe = _recipe("news", 100 + pair, steps=steps, tokens=tokens)
-        return float(workspace.train(recipe).timing["train"])
+        return float(workspace.train(recipe).timing["train_seconds"])
 
     return block
 
