@@ -7,8 +7,7 @@ what is off on both sides: a path that a larger one contains is measured without
 
 Jobs, with a LoRA r=8 on all linear layers for each text or prompt: 32 texts of 64 to 256 tokens in one batch and 16
 texts of 12 tokens one after another (all-MiniLM-L6); 16 prompts of 60 tokens with 32 new ones, a single prompt, and the
-same 16 with top_p (SmolLM2-135M); loading 16 adapters, loading one adapter and answering with it, and an answer after
-100 ms without work.
+same 16 with top_p (SmolLM2-135M); loading 16 adapters.
 
     python benchmarks/fast_paths_engine.py                     about half an hour with two threads
     python benchmarks/fast_paths_engine.py --pairs 1           every path once
@@ -34,7 +33,6 @@ from serve_sides import BASES, LABELS, Shelf, adapters, answered, use_threads
 NAME = "fast_paths_engine"
 CLAIM = "each fast path of the engine makes some whole job at least 5% faster"
 TEXTS, PROMPTS, NEW_TOKENS = 32, 16, 32
-IDLE = 0.1  # seconds without work, longer than the engine waits before it parks its threads
 Job = Callable[[], float]  # runs once, returns its seconds
 Patch = tuple[Any, str, Any]  # an object, the name of its attribute, and the value without the path
 
@@ -86,11 +84,6 @@ PATHS = {
             "a LoRA loads, with kernels",
         ),
     ),
-    "parked threads": Path(
-        ("load and answer", "after a pause"),
-        (),
-        ("ends idle OpenMP helper threads, wakes them before a pass", "keep them", "a thread waits, with kernels"),
-    ),
     "long passes": Path(
         ("texts",), (), ("passes of 1024 tokens", "passes of 512 tokens", "a small encoder (`runner.SMALL`)")
     ),
@@ -123,7 +116,6 @@ def patches(name: str, engine: Any) -> list[Patch]:
         "norms, activations, rotary": lambda: [
             (module, "usable", none) for module in (activations, norms, residual, rotary)
         ],
-        "parked threads": lambda: [(Library, "rest", none), (Library, "wake", none)],
         "lay_out": lambda: [(adapter_pool, "usable", none)],
         "long passes": lambda: [(engine._scheduler, "batch_tokens", runner.SHORT_PASS)],
         "round passes": lambda: [(runner, "rounded", lambda tokens, _: tokens)],
@@ -226,31 +218,11 @@ def decoder_jobs(engine: Any, shelf: Shelf, seed: int) -> dict[str, Job]:
             engine.unload(f"new{number}")
         return seconds
 
-    def load_and_answer() -> float:
-        began = time.perf_counter()
-        for number in range(4):
-            answered(engine, "generate", [prompts[number]], [f"new{number}"], NEW_TOKENS)
-        seconds = time.perf_counter() - began
-        for number in range(4):
-            engine.unload(f"new{number}")
-        return seconds
-
-    def after_a_pause() -> float:
-        seconds = 0.0
-        for _ in range(4):
-            time.sleep(IDLE)
-            began = time.perf_counter()
-            answered(engine, "generate", prompts[:1], names[:1], NEW_TOKENS)
-            seconds += time.perf_counter() - began
-        return seconds
-
     return {
         "prompts": _timed(lambda: answered(engine, "generate", prompts, names, NEW_TOKENS)),
         "one prompt": _timed(lambda: answered(engine, "generate", prompts[:1], names[:1], NEW_TOKENS)),
         "prompts with top_p": _timed(with_top_p),
         "load": load,
-        "load and answer": load_and_answer,
-        "after a pause": after_a_pause,
     }
 
 

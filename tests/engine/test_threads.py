@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from contextlib import suppress
 
 from shelf import Shelf, agree, reference
 
-from turret.engine import adapter_loader, thread_parking
-from turret.engine import core as engine_module
 from turret.errors import BundleError, Cancelled, EngineError, InUse, NotFound
 
 TEXTS = ["a great film", "dull and boring", "the market fell"]
@@ -92,22 +89,3 @@ def test_threads_that_submit_while_the_engine_closes_get_an_answer_or_an_error()
     for thread in threads:
         thread.join(30)
     assert ends == ["Draining"] * 4
-
-
-def test_threads_that_wait_park_their_helper_threads(monkeypatch) -> None:
-    """The caller, the loader after a load, and the engine once it is idle. Otherwise a pass is slower."""
-    rested: list[str] = []
-    for module in (engine_module, thread_parking.kernels, adapter_loader):
-        monkeypatch.setattr(module, "rest", lambda: rested.append(threading.current_thread().name))
-    shelf = Shelf("bert")
-    shelf.put("a", "lora", 0)
-    with shelf.engine() as engine:
-        engine.submit("classify", TEXTS[0], "a").result(60)
-        until = time.monotonic() + 30
-        while not {"turret-engine", "turret-loader_0", threading.current_thread().name} <= set(rested):
-            assert time.monotonic() < until, rested
-            time.sleep(0.01)
-        time.sleep(4 * thread_parking.IDLE)
-        before = rested.count("turret-engine")
-        time.sleep(4 * thread_parking.IDLE)
-        assert rested.count("turret-engine") == before  # not again while it is idle

@@ -224,28 +224,3 @@ print(mine - before, both - mine, left - both)
 """
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert said == ["1", "2", "-1"]
-
-
-@needed
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2 if sys.platform == "linux" else True, reason="one processor")
-def test_woken_helpers_have_their_own_processors_and_their_old_affinity() -> None:
-    script = """
-import os, time, torch
-from turret import kernels
-torch.set_num_threads(2)
-kernels.library()
-tasks = lambda: {int(each) for each in os.listdir("/proc/self/task")}
-processor = lambda task: open(f"/proc/self/task/{task}/stat").read().rpartition(")")[2].split()[36]
-kernels.rest()
-before, allowed, apart = tasks(), os.sched_getaffinity(0), 0
-for turn in range(20):
-    time.sleep(0.02)
-    kernels.wake()
-    (helper,) = tasks() - before
-    apart += processor(helper) != processor(os.getpid())
-    assert os.sched_getaffinity(helper) == os.sched_getaffinity(0) == allowed
-    kernels.rest()
-print(apart)
-"""
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert int(said) >= 10

@@ -21,7 +21,6 @@ from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.request import LoadedAdapter, Named, Request
 from turret.engine.slots import Entry, Slots
 from turret.errors import AdapterError, NoRoom, NotFound, TurretError
-from turret.kernels import rest
 from turret.tasks import task_from_spec
 from turret.transformer import Tokenizer
 
@@ -243,7 +242,6 @@ class AdapterLoader:
             loading.error = AdapterError(
                 f"{loading.named} cannot be loaded ({type(error).__name__}: {error}): check the stored files"
             )
-        rest()
         with self._wake:
             self._loaded.append(loading)
             self._wake.notify_all()

@@ -17,7 +17,6 @@ import torch
 
 from turret import heap
 from turret.bases import Base
-from turret.engine import thread_parking
 from turret.engine.adapter_loader import AdapterLoader, Need, Warm
 from turret.engine.adapter_source import AdapterSource
 from turret.engine.adapter_tensors import AdapterTensors
@@ -357,7 +356,8 @@ class Engine:
         """Wait for work. Returns the requests that begin in the next pass; None at the end."""
         while True:
             with self._wake:
-                thread_parking.wait(self._wake, lambda: self._closing or self._has_work(), self._until_deadline)
+                while not (self._closing or self._has_work()):
+                    self._wake.wait(self._until_deadline())
                 if self._closing:
                     return None
                 ready, failed = self._loader.between_passes()

@@ -15,7 +15,7 @@ from turret.kernels.arguments import (
     Prefixes,
     Seeds,
 )
-from turret.kernels.available import int8, library, rest, usable, wake, why, without
+from turret.kernels.available import int8, library, rest, usable, why, without
 from turret.kernels.compiled import Library
 from turret.kernels.layers import DecoderLayer, EncoderLayer, LayerMatrix, LayerNorm, Layers
 from turret.kernels.products import LONGEST_INT8
@@ -41,7 +41,6 @@ __all__ = [
     "library",
     "rest",
     "usable",
-    "wake",
     "why",
     "without",
 ]

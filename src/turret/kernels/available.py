@@ -59,20 +59,10 @@ def rest() -> None:
     """End the idle OpenMP helper threads of the calling thread.
 
     If several threads of a process have helpers, GNU's OpenMP puts all of them to sleep between two operations, and a
-    pass over 16 tokens takes up to 2x longer (two cores). The next parallel region creates new helpers: see `wake`.
+    pass over 16 tokens takes up to 2x longer (two cores). The next parallel region creates new helpers.
     """
     if (found := _found()[0]) is not None:
         found.rest()
-
-
-def wake() -> None:
-    """Wake the OpenMP helper threads of the calling thread, each on its own processor, before a short pass.
-
-    It takes 3 ms for new helpers and 0.3 ms for sleeping ones. Without it the first region waits 5 to 10 ms for new
-    helpers.
-    """
-    if (found := _found()[0]) is not None:
-        found.wake()
 
 
 def usable(*tensors: Tensor) -> Library | None:

@@ -18,7 +18,7 @@ from turret.kernels.arguments import (
     rows_struct,
 )
 from turret.kernels.attention import Attention
-from turret.kernels.calls import at, threads
+from turret.kernels.calls import at
 from turret.kernels.layers import DecoderLayer, EncoderLayer, Layer, Layers
 from turret.kernels.operations import Operations
 from turret.kernels.products import Products
@@ -123,7 +123,3 @@ class Library(Operations, Attention, Products):
     def rest(self) -> None:
         """See `turret.kernels.rest`."""
         self._loaded.rest()
-
-    def wake(self) -> None:
-        """See `turret.kernels.wake`."""
-        self._loaded.wake(threads())
