@@ -62,7 +62,8 @@ def _recipe(name: str, seed: int, *, steps: int, tokens: int = 64) -> Any:
         data={"source": HEADLINES if decoder else NEWS, "train": 8 * steps, "test": 8},
         task={**task, "max_tokens": tokens},
         method=turret.LoRA(r=8, lora_alpha=16),
-        train={"epochs": 1, "batch_size": 8, "seed": seed},
+        train={"epochs": 1, "batch_size": 8},
+        seed=seed,
     )
 
 
