@@ -70,12 +70,21 @@ def _macro(report: dict[str, dict[str, float | int]]) -> float:
     return sum(row["f1"] for row in report.values()) / len(report) if report else 0.0
 
 
-def texts(given: Sequence[str], references: Sequence[str], mean_loss: float | None) -> dict[str, float]:
-    """Metrics of generated texts, with one reference each. Loss and perplexity if a mean loss is given."""
+def texts(given: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None) -> dict[str, float]:
+    """Metrics of generated texts. Loss and perplexity if a mean loss is given.
+
+    With several references, ROUGE is that of the nearest one, and BLEU counts an n-gram that occurs in any of them,
+    with the length of the nearest one. Source: Lin, 2004 (ROUGE); Papineni et al., 2002 (BLEU).
+
+    Args:
+        references: one or more for each text.
+    """
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
-    scores = [scorer.score(reference, text) for text, reference in zip(given, references, strict=True)]
+    scores = [scorer.score_multi(list(each), text) for text, each in zip(given, references, strict=True)]
     values = {name: sum(s[name].fmeasure for s in scores) / len(scores) if scores else 0.0 for name in ROUGE}
-    values["bleu"] = float(BLEU().corpus_score(list(given), [list(references)]).score) if given else 0.0
+    most = max((len(each) for each in references), default=0)
+    streams = [[each[place] if place < len(each) else None for each in references] for place in range(most)]
+    values["bleu"] = float(BLEU().corpus_score(list(given), streams).score) if given else 0.0
     if mean_loss is not None:
         values |= {"loss": float(mean_loss), "perplexity": perplexity(mean_loss)}
     return values

@@ -146,8 +146,10 @@ class TextTask(CommonTask, Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, without special tokens."""
 
-    def metrics(self, texts: Sequence[str], references: Sequence[str], mean_loss: float | None) -> JsonObject:
-        """The metrics of generated texts by name. mean_loss: over target tokens, if known."""
+    def metrics(
+        self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
+    ) -> JsonObject:
+        """The metrics of generated texts by name, each with its references. mean_loss: over target tokens, if known."""
 
 
 Task: TypeAlias = HeadTask | TextTask  # `if task.generates:` tells mypy which one it is

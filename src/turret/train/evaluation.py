@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters import attachment, on_slot, packed
-from turret.data import Example
+from turret.data import Example, references_of
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, TextTask, has_head, writes
@@ -53,7 +53,7 @@ def evaluate(
         answers = generate(
             model, task, [item.source for item in items.take(range(len(items)))], most_tokens=most_tokens
         )
-        references = [str(example.output) for example in items.examples]
+        references = [references_of(example) for example in items.examples]
         return task.metrics([answer["text"] for answer in answers], references, loss), answers
 
 
