@@ -35,6 +35,11 @@ def compare(
     lr: Annotated[str | None, typer.Option("--lr", help="One rate for all methods, or auto.")] = None,
     texts: Texts = True,
     plan: Annotated[bool, typer.Option("--plan", help="Show what this design can decide, without training.")] = False,
+    text: options.Text = None,
+    label: options.Label = None,
+    prompt: options.Prompt = None,
+    completion: options.Completion = None,
+    messages: options.Messages = None,
     base: Base = None,
     name: Name = None,
     data: Data = None,
@@ -50,7 +55,8 @@ def compare(
     """
     from turret.workspace import Workspace
 
-    recipe = read_recipe(source, base, name, data, task, None, None, seed, sets)
+    named = options.columns(text, label, prompt, completion, messages)
+    recipe = read_recipe(source, base, name, data, task, None, None, seed, sets, named)
     workspace = Workspace(store)
     limit, parts, rate = None if budget is None else duration(budget), shares(fractions), _rate(lr)
     with status() as show:

@@ -165,7 +165,7 @@ def key_of(label: str) -> str:
 
 
 def spellings(counts: Mapping[str, int]) -> dict[str, str]:
-    """Label -> its class: the most frequent of those that differ in case or blanks only, or the one in small letters."""
+    """Label -> its class: the most frequent spelling, of those that differ in case or blanks only."""
     best: dict[str, str] = {}
     for label in sorted(counts, key=lambda each: (-counts[each], sum(map(str.isupper, each)), each)):
         best.setdefault(key_of(label), label)

@@ -11,16 +11,14 @@ import torch
 
 from turret import adapters
 from turret import train as trainer
-from turret.data import Example
-from turret.data.dataset import read_inputs, read_test
 from turret.errors import AdapterError, DataError
-from turret.json_types import JsonMapping, JsonObject
-from turret.recipe import Data
+from turret.json_types import JsonObject
 from turret.store import Store, Version
-from turret.tasks import HeadTask, Task, has_head, stored_task, task_from_spec, writes
+from turret.tasks import HeadTask, Task, has_head, task_from_spec, writes
 from turret.train.batches import by_length
 from turret.transformer import Model
 from turret.workspace.progress import Say, silent
+from turret.workspace.reading import LabelledData
 from turret.workspace.results import Evaluation
 from turret.workspace.stored_adapter import load_base, read_adapter
 
@@ -92,32 +90,19 @@ def _labels(model: Model, task: HeadTask, rows: Sequence[torch.Tensor]) -> list[
     return found
 
 
-def evaluate(store: Store, reference: str, source: str, columns: JsonMapping, say: Say = silent) -> Evaluation:
-    """Metrics of a version on the test split of the data, or on all of it if it has no splits."""
+def evaluate(store: Store, reference: str, labelled: LabelledData, say: Say = silent) -> Evaluation:
+    """Metrics of a version on labelled examples."""
     ready = mounted(store, reference, say)
     assert ready.version is not None
-    data, examples, notes = labelled(ready, source, columns)
+    examples = labelled.examples
     say(f"answering {len(examples)} examples")
     started = time.perf_counter()
     metrics, _ = trainer.evaluate(ready.model, ready.task, examples, most_tokens=MOST_TOKENS)
     return Evaluation(
         version=str(ready.version),
         digest=ready.version.digest,
-        data={"source": data.source, "examples": len(examples)},
+        data={"source": labelled.data.source, "examples": len(examples)},
         metrics=metrics,
         seconds=time.perf_counter() - started,
-        notes=list(notes),
+        notes=list(labelled.notes),
     )
-
-
-def labelled(ready: Mounted, source: str, columns: JsonMapping) -> tuple[Data, Sequence[Example], Sequence[str]]:
-    """The settings of the data, its test examples as the version's task reads them, and notes."""
-    data, task = Data.model_validate({"source": source, **columns}), ready.task
-    schema = task.schema(multi_label=task.multi_label)
-    return data, *read_test(data, schema, labels=task.labels)
-
-
-def inputs(store: Store, reference: str, source: str, column: str | None) -> list[str]:
-    """The texts in a file. Default column: the one that the version's task reads."""
-    schema = stored_task(store.resolve(reference).part("task")).schema()
-    return read_inputs(Data.model_validate({"source": source, schema.usual[0]: column}), schema)

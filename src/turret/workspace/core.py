@@ -14,7 +14,7 @@ from turret.experiments import Router
 from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
 from turret.store import AccessTokens, Collected, Deleted, Gate, GateStatus, Golden, Move, Store, Verified, Version
-from turret.workspace import experimenting, machine, promoting, training_runs
+from turret.workspace import experimenting, machine, promoting, reading, training_runs
 from turret.workspace.examples import read_examples
 from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
 from turret.workspace.progress import Say, silent
@@ -137,9 +137,10 @@ class Workspace:
 
     def plan(self, recipe: Recipe, *, on_stage: Say | None = None) -> Planned:
         """Load base and data, fill in the recipe's defaults and check the recipe, without training."""
+        dataset = reading.read_before_torch(recipe, on_stage or silent)
         from turret.workspace import training
 
-        return training.plan(self.store, recipe, training.Callbacks(stage=on_stage or silent))
+        return training.plan(self.store, recipe, training.Callbacks(stage=on_stage or silent), dataset)
 
     def train(
         self,
@@ -166,10 +167,11 @@ class Workspace:
             PreflightRefused: the plan found a problem that would waste the run.
             TrainingError: the training stopped.
         """
+        dataset = reading.read_before_torch(recipe, on_stage or silent)
         from turret.workspace import training
 
         callbacks = training.Callbacks(on_record or silent, on_plan or silent, on_stage or silent)
-        return training.train(self.store, recipe, callbacks, fresh=fresh, beside_base=beside_base)
+        return training.train(self.store, recipe, callbacks, dataset, fresh=fresh, beside_base=beside_base)
 
     def compare(
         self,
@@ -286,11 +288,13 @@ class Workspace:
         """Metrics of a stored version on other data: on its test split, or on all of it if it has no splits.
 
         Args:
-            columns: keys of a recipe's `[data]`, such as {"text": "review", "label": "stars"}; default: guessed.
+            columns: keys of a recipe's `[data]`, such as {"text": "review"}; default: those of the version's training.
         """
+        version = self.store.resolve(reference)
+        labelled = reading.read_labelled(version, data, columns or {})
         from turret.workspace import answering
 
-        return answering.evaluate(self.store, reference, data, columns or {}, on_stage or silent)
+        return answering.evaluate(self.store, str(version), labelled, on_stage or silent)
 
     def predict(
         self, reference: str, texts: Sequence[str], *, bare: bool = False, on_stage: Say | None = None
@@ -392,11 +396,9 @@ class Workspace:
 
         return exporting.export(self.store, reference, folder, form, force=force, say=on_stage or silent)
 
-    def inputs(self, reference: str, source: str, *, column: str | None = None) -> Sequence[str]:
-        """The texts in a file, for `predict`: the lines of a .txt file, or a column of a table."""
-        from turret.workspace import answering
-
-        return answering.inputs(self.store, reference, source, column)
+    def inputs(self, reference: str, source: str, *, columns: JsonMapping | None = None) -> Sequence[str]:
+        """The texts in a file, for `predict`: the lines of a .txt file, or a column of a table, as for `evaluate`."""
+        return reading.read_texts(self.store.resolve(reference), source, columns or {})
 
     def experiment(self, name: str, number: int | None = None) -> LiveExperiment:
         """The experiment with this number, else the running one of an adapter name, else its last one."""

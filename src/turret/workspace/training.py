@@ -21,16 +21,16 @@ from turret import adapters, bases, bundles, heap
 from turret import train as trainer
 from turret.bases import Base
 from turret.data import Dataset
-from turret.data.dataset import read
 from turret.disk import describe_error
 from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
 from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
-from turret.tasks import Task, make_task, schemas, task_of
+from turret.tasks import Task, make_task, task_of
 from turret.train import memory, processes
 from turret.workspace.progress import Say, silent
+from turret.workspace.reading import read_dataset, with_base
 from turret.workspace.results import Planned, RunResult
 from turret.workspace.stored_adapter import read_adapter
 
@@ -66,12 +66,16 @@ class Ready:
         return self.recipe, self.base, self.task, self.dataset
 
 
-def prepare(store: Store, recipe: Recipe, callbacks: Callbacks) -> Ready:
-    """Read the data, load the base, and fill in the recipe's defaults."""
+def prepare(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset | None = None) -> Ready:
+    """Read the data, load the base, and fill in the recipe's defaults.
+
+    Args:
+        dataset: the data, if it is read already.
+    """
     numbers_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
     start = _start(store, recipe, callbacks)
-    callbacks.stage(f"reading {recipe.data.source}")
-    dataset = read(recipe.data, schemas(recipe.task), recipe.split_seed)
+    dataset = dataset or read_dataset(recipe, callbacks.stage)
+    recipe, base_notes = with_base(recipe, dataset.kind)
     task_class = task_of(dataset.kind)
     callbacks.stage(f"loading {recipe.base}")
     started = time.perf_counter()
@@ -85,7 +89,7 @@ def prepare(store: Store, recipe: Recipe, callbacks: Callbacks) -> Ready:
     load_seconds = time.perf_counter() - started
     filled = _filled(recipe, dataset, base, start)
     task = make_task(filled.task, dataset, base.tokenizer, base.family.kind)
-    notes = [*dataset.notes, *base.notes]
+    notes = [*base_notes, *dataset.notes, *base.notes]
     if start is not None:
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
     heap.release()
@@ -113,9 +117,9 @@ def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: trainer.Initial
     return trainer.filled(guessed, base, dataset.kind, len(trainer.splits_of(recipe, dataset).train))
 
 
-def plan(store: Store, recipe: Recipe, callbacks: Callbacks) -> Planned:
+def plan(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset | None = None) -> Planned:
     """Plan a training without running it."""
-    return _plan(prepare(store, recipe, callbacks), callbacks)
+    return _plan(prepare(store, recipe, callbacks, dataset), callbacks)
 
 
 def _plan(ready: Ready, callbacks: Callbacks) -> Planned:
@@ -137,17 +141,26 @@ def _with_rate(ready: Ready, planned: Planned, callbacks: Callbacks) -> Planned:
     return Planned(recipe, planned.plan.with_rate(found), [*planned.notes, found.note()])
 
 
-def train(store: Store, recipe: Recipe, callbacks: Callbacks, *, fresh: bool, beside_base: bool = False) -> RunResult:
+def train(
+    store: Store,
+    recipe: Recipe,
+    callbacks: Callbacks,
+    dataset: Dataset | None = None,
+    *,
+    fresh: bool,
+    beside_base: bool = False,
+) -> RunResult:
     """Plan, train, prove and store.
 
     Args:
+        dataset: the data, if it is read already.
         fresh: start a new run even if an unfinished one of the same recipe and data could be resumed.
         beside_base: measure the bare base on the held-out examples too.
     """
     here = processes.begin()
     here.require_same(recipe=recipe.to_toml())
     callbacks = callbacks if here.main else Callbacks()
-    ready = here.main_first(lambda: prepare(store, recipe, callbacks))
+    ready = here.main_first(lambda: prepare(store, recipe, callbacks, dataset))
     if here.device is not None:
         ready.base.model.to(here.device)
     noted = _noted(ready, here)
