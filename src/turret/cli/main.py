@@ -25,7 +25,6 @@ from turret.cli import (
     doctor,
     exchange,
     experiment,
-    init,
     maintenance,
     merge,
     serve,
@@ -46,7 +45,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.command()(demo.demo)
-app.command()(init.init)
 app.command()(train.train)
 app.command()(train.plan)
 app.command()(compare.compare)
