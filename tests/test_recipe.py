@@ -238,9 +238,14 @@ def test_a_name_that_could_be_a_path_an_option_or_a_look_alike_is_refused(name: 
         recipe(name=name)
 
 
-def test_a_missing_base_says_what_to_give() -> None:
-    with pytest.raises(RecipeError, match="base is missing: say which pretrained model"):
-        Recipe.from_toml('[data]\nsource = "x"')
+def test_a_recipe_without_a_base_leaves_it_to_the_task() -> None:
+    assert Recipe.from_toml('[data]\nsource = "x"').base == "auto"
+
+
+def test_settings_of_data_that_are_not_given_leave_the_text_of_a_recipe_as_it_was() -> None:
+    keys = ("encoding", "delimiter", "header", "sheet", "separator", "normalize_labels", "drop_duplicates", "group")
+    written = recipe().to_toml()
+    assert not [key for key in (*keys, "stratify") if f"{key} =" in written]
 
 
 def test_several_mistakes_are_told_at_once() -> None:

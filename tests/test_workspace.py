@@ -306,7 +306,10 @@ def test_texts_of_a_file_come_in_order(trained, tmp_path) -> None:
     (tmp_path / "lines.txt").write_text("one\ntwo\n")
     (tmp_path / "rows.csv").write_text("id,body\n1,one\n2,two\n")
     assert list(trained.workspace.inputs("reviews", str(tmp_path / "lines.txt"))) == ["one", "two"]
-    assert list(trained.workspace.inputs("reviews", str(tmp_path / "rows.csv"), column="body")) == ["one", "two"]
+    assert list(trained.workspace.inputs("reviews", str(tmp_path / "rows.csv"), columns={"text": "body"})) == [
+        "one",
+        "two",
+    ]
 
 
 def test_a_prefix_on_a_decoder_goes_the_whole_way(tmp_path) -> None:

@@ -4,6 +4,7 @@ TurretError                 base of all; its text is one line: what failed, expe
 ├── BadReference            a name, version, alias or gate that cannot be parsed
 ├── RecipeError             a recipe with an unknown key or an invalid value, or one that cannot be read
 ├── DataError               a table, column, label or split that cannot be used
+│   └── NoHeader            a CSV file whose first line looks like data
 ├── BaseModelError          a base that cannot be found, read or used
 │   └── UnknownFamily       an architecture without an entry in `families`
 ├── AdapterError            tensors or configuration of an adapter that do not fit
@@ -44,7 +45,7 @@ TurretError                 base of all; its text is one line: what failed, expe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LINE = 300  # characters of the line that the command line prints for an error
 
@@ -81,6 +82,16 @@ def listed(values: Iterable[str], most: int = 100) -> str:
     return line or "none"
 
 
+def joined(sentences: Sequence[str], most: int = 230) -> str:
+    """Join the first sentences up to `most` characters, and say how many more there are."""
+    line = one_line(sentences[0], most)
+    for place, sentence in enumerate(sentences[1:], 1):
+        if len(line) + len(sentence) > most:
+            return f"{line}; and {len(sentences) - place} more"
+        line = f"{line}; {sentence}"
+    return line
+
+
 def _cut(text: str, most: int) -> str:
     if len(text) <= most:
         return text
@@ -108,6 +119,10 @@ class RecipeError(TurretError):
 
 class DataError(TurretError):
     """A table, column, label or split cannot be used."""
+
+
+class NoHeader(DataError):
+    """The first line of a CSV file looks like data, and the recipe does not say what it is."""
 
 
 class BaseModelError(TurretError):

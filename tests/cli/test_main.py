@@ -135,7 +135,7 @@ LONG = "x" * 10_000
         ["show", f"a@{LONG}"],
         ["predict", LONG, "text"],
         ["evaluate", "a", LONG],
-        ["train", LONG],
+        ["plan", LONG],
         ["train", f"~{LONG}/r.toml"],
         ["plan", "quick-classify", "--set", f"data.source={LONG}"],
         ["plan", "quick-classify", "--set", f"data.source=~{LONG}"],

@@ -20,8 +20,8 @@ from small_tables import load
 
 from turret.data import dataset
 from turret.data.dataset import read_inputs, read_test
-from turret.data.files import Table, from_rows
 from turret.data.source import open_source
+from turret.data.table import Table, from_rows
 from turret.errors import LINE, DataError, RecipeError, TurretError
 from turret.recipe import Data, Recipe
 from turret.tasks import task_of
@@ -158,7 +158,7 @@ def test_any_cells_are_examples_or_one_error(rows: Any, names: list[str], monkey
     given_names = Table(table.name, table.columns, table.read, {"label": names}, (), "row")
     for each in (table, given_names):
         with monkeypatch.context() as patch:
-            patch.setattr(dataset, "open_source", lambda _source, each=each: {"": each})
+            patch.setattr(dataset, "open_source", lambda _source, _form, each=each: {"": each})
             read("t", text="text", label="label")
             read("t", document="text", summary="label")
 

@@ -23,6 +23,9 @@ def control(
     seeds: Annotated[int, typer.Option("--seeds", help="Trainings per method and aspect.")] = 1,
     judge: Annotated[str | None, typer.Option("--judge", help="Base of the classifier that judges outputs.")] = None,
     texts: Texts = True,
+    prompt: options.Prompt = None,
+    completion: options.Completion = None,
+    messages: options.Messages = None,
     base: Base = None,
     name: Name = None,
     data: Data = None,
@@ -38,7 +41,8 @@ def control(
     """
     from turret.workspace import Workspace
 
-    recipe = read_recipe(source, base, name, data, task, None, None, seed, sets)
+    named = options.columns(prompt=prompt, completion=completion, messages=messages)
+    recipe = read_recipe(source, base, name, data, task, None, None, seed, sets, named)
     names = [each.strip() for each in aspects.split(",") if each.strip()]
     with status() as show:
         found = Workspace(store).control(

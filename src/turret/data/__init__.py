@@ -5,6 +5,6 @@ torch; `turret.data.dataset` loads numpy.
 """
 
 from turret.data.columns import Schema
-from turret.data.examples import Dataset, Example, Labelled, Pair, texts_of
+from turret.data.examples import Dataset, Example, Labelled, Pair, references_of, texts_of
 
-__all__ = ["Dataset", "Example", "Labelled", "Pair", "Schema", "texts_of"]
+__all__ = ["Dataset", "Example", "Labelled", "Pair", "Schema", "references_of", "texts_of"]

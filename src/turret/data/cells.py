@@ -2,8 +2,10 @@
 
 - A cell is missing if it is None, NaN, or blanks only. Rows without input, target or label are left out and counted.
 - Labels are words: `1.0` becomes `1`, true and false become `true` and `false`, surrounding blanks are removed.
-- A number with a fraction is refused as a label. Labels that differ only in case or blanks are refused by name.
-- With `multi_label` a cell is a list, or a text that is a JSON list or has `|` between its labels; `[]` is no label.
+- A number with a fraction is refused as a label, also with a decimal comma. Labels that differ only in case or blanks
+  are refused by name, or made one by `data.normalize_labels`.
+- With `multi_label` a cell is a list, or a text that is a JSON list or has `data.separator` (by default `|`) between
+  its labels; `[]` is no label. Without it, labels that look like several joined ones are refused.
 - In a text, NUL becomes a blank and a lone surrogate U+FFFD; both are counted. In a label both are refused.
 """
 
@@ -12,16 +14,18 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from turret.data.files import FIELD_LIMIT, CellValue
+from turret.data.table import FIELD_LIMIT, CellValue
 from turret.errors import DataError, listed, shown
 
 MOST_CLASSES = 10_000
 LABEL_LIMIT = 1000  # characters
-_WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
-_FRACTION = re.compile(r"[+-]?[0-9]*\.[0-9]+([eE][+-]?[0-9]+)?")
+_WHOLE = re.compile(r"([+-]?[0-9]+)(\.0+|,00?)")
+_FRACTION = re.compile(r"[+-]?[0-9]*[.,][0-9]+([eE][+-]?[0-9]+)?")
+_JOINS = ("|", ";", ",", "/", "+", "&")  # what people put between several labels in a cell
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 Label = str | tuple[str, ...]
@@ -59,6 +63,14 @@ def text_of(cell: CellValue, replaced: Replacements) -> str | None:
         text = _SURROGATE.sub("\ufffd", text)
         replaced.counts["had half characters, which became U+FFFD"] += 1
     return text if text.strip() else None
+
+
+def texts_in(cell: CellValue, replaced: Replacements) -> str | tuple[str, ...] | None:
+    """The text in a cell, or the texts of a list of references; None if it is missing. Raises DataError."""
+    if not isinstance(cell, (list, tuple)):
+        return text_of(cell, replaced)
+    texts = dict.fromkeys(text for each in cell if (text := text_of(each, replaced)) is not None)
+    return tuple(texts) or None
 
 
 def label_of(cell: CellValue, names: Sequence[str], multi_label: bool) -> Label | None:
@@ -102,10 +114,11 @@ def _one_label(cell: CellValue, names: Sequence[str]) -> str | None:
     if whole := _WHOLE.fullmatch(text):
         return whole.group(1)
     if _FRACTION.fullmatch(text):
-        raise DataError(f"the label {shown(text, 40)} is a fraction: classes are whole numbers or words")
+        several = " (or is it several labels? set task.multi_label)" if "," in text else ""
+        raise DataError(f"the label {shown(text, 40)} is a fraction: classes are whole numbers or words{several}")
     if "\0" in text or _SURROGATE.search(text):
         raise DataError(f"the label {shown(text, 40)} has NUL or half characters: correct it")
-    return cell if text else None  # with its blanks: `check_alike` compares them later
+    return text or None
 
 
 def _numbered(number: float, names: Sequence[str]) -> str | None:
@@ -139,17 +152,67 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(labels, key=lambda x: (0, int(x), x) if re.fullmatch(r"[+-]?[0-9]{1,18}", x) else (1, 0, x)))
 
 
+def split_labels(cell: CellValue, separator: str | None) -> CellValue:
+    """A cell of several labels as a list, if a recipe names what separates them. JSON lists stay as they are."""
+    if not separator or not isinstance(cell, str) or not cell.strip() or cell.lstrip().startswith("["):
+        return cell
+    return [part for part in cell.split(separator) if part.strip()]
+
+
+def key_of(label: str) -> str:
+    """Equal for labels that differ in case, blanks or the composition of letters only."""
+    return unicodedata.normalize("NFC", " ".join(label.split())).casefold()
+
+
+def spellings(counts: Mapping[str, int]) -> dict[str, str]:
+    """Label -> its class: the most frequent spelling, of those that differ in case or blanks only."""
+    best: dict[str, str] = {}
+    for label in sorted(counts, key=lambda each: (-counts[each], sum(map(str.isupper, each)), each)):
+        best.setdefault(key_of(label), label)
+    return {label: best[key_of(label)] for label in counts}
+
+
 def check_alike(labels: Iterable[str]) -> None:
     """Raise DataError for labels that differ only in case or blanks, which would become two classes."""
-    seen: dict[str, str] = {}
+    groups: dict[str, list[str]] = {}
     for label in sorted(labels):
-        key = " ".join(label.split()).casefold()
-        if key in seen:
-            raise DataError(
-                f"the labels {shown(seen[key])} and {shown(label)} differ in case or blanks only: "
-                "write them alike in the table"
-            )
-        seen[key] = label
+        groups.setdefault(key_of(label), []).append(label)
+    alike = [group for group in groups.values() if len(group) > 1]
+    if alike:
+        more = f", and so do {len(alike) - 1} other groups" if len(alike) > 1 else ""
+        raise DataError(
+            f"the labels {' and '.join(shown(each, 40) for each in alike[0][:3])} differ in case or blanks only{more}: "
+            "set data.normalize_labels = true, or write them alike in the table"
+        )
+
+
+def joined_by(labels: Iterable[str]) -> tuple[str, str] | None:
+    """The separator of labels that look like several joined ones, and an example; None if none do.
+
+    They do if all their parts are labels too, or if no more different parts than labels make up several of them.
+    """
+    every = set(labels)
+    for mark in _JOINS:
+        several = {label for label in every if mark in label.strip(mark)}
+        parts = {part.strip() for label in several for part in label.split(mark) if part.strip()}
+        single = every - several
+        if several and (parts <= single or (len(several) > 1 and len(parts | single) <= len(every))):
+            return mark, min(several)
+    return None
+
+
+def check_joined(labels: Iterable[str], column: str, multi_label: bool) -> None:
+    """Raise DataError for labels that look like several in one cell: each combination would become a class."""
+    every = list(labels)
+    found = joined_by(every)
+    if found is None:
+        return
+    mark, example = found
+    set_both = f'data.separator = "{mark}"' + ("" if multi_label else " and task.multi_label = true")
+    raise DataError(
+        f"column {shown(column, 40)} has several labels in a cell, such as {shown(example, 40)}: set {set_both}, "
+        f'or data.separator = "" to take them as {len(every)} classes'
+    )
 
 
 def check_classes(counts: Mapping[str, int], rows: int, column: str, multi_label: bool) -> None:

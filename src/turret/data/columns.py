@@ -1,19 +1,20 @@
 """Finds the input and output columns of a table: those that the recipe names, else those with an obvious name.
 
-A task's `Schema` lists the obvious names. A note reports each guess.
+A task's `Schema` lists the obvious names. A note reports each guess. Names are compared without case and outer blanks.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from turret.data import later_tasks
 from turret.data.cells import Label, Replacements
 from turret.data.examples import Example
-from turret.data.files import CellValue
 from turret.data.settings import DataSettings
+from turret.data.table import CellValue, Table
 from turret.errors import DataError, listed, shown
 
 Roles = tuple[str, str]  # the keys of a recipe's [data] for the input and the output
@@ -66,55 +67,101 @@ class Columns:
         return first, second
 
 
-def find_columns(data: DataSettings, columns: Sequence[str], schemas: Sequence[Schema]) -> Columns:
+def find_columns(
+    data: DataSettings,
+    columns: Sequence[str],
+    schemas: Sequence[Schema],
+    *,
+    trained: Mapping[str, str] | None = None,
+) -> Columns:
     """The columns that the recipe names, else those among `columns` with an obvious name. Raises DataError.
 
     Args:
         data: a recipe's `[data]`.
         columns: of the table.
         schemas: of the recipe's task; of all tasks if the columns have to decide which it is.
+        trained: role -> column of the table that a version was trained on; used if nothing is named, and not needed.
     """
-    given = _given(data)
+    given = _found(_given(data), columns)
+    note = None
+    if trained:
+        known, lacks = _as_trained(trained, columns)
+        note = None if given else lacks
+        pair_of = next((pair for pair in schemas[0].names if given.keys() & set(pair)), None)
+        if pair_of is None or not given:
+            given = given or known
+        else:  # one column is named: the version knows the other
+            given |= {role: name for role, name in known.items() if role in pair_of and role not in given}
     only = schemas[0] if len(schemas) == 1 else None
     pairs = _named_pairs(given, only)
-    for name in given.values():
-        _check_there(name, columns)
     found = []
     for schema in schemas:
         for pair in schema.names if only else (schema.usual,):  # other pairs do not help to choose a task
             if (not pairs or pair in pairs) and (guess := _guess(schema, pair, given, columns)):
-                found.append(Columns(schema, dict(zip(pair, guess, strict=True)), None))
+                found.append(Columns(schema, dict(zip(pair, guess, strict=True)), note))
                 break
     if not found:
+        if not given:
+            later_tasks.refuse(columns, [schema.kind for schema in schemas])
         raise DataError(_not_found(given, columns, only))
     if len(found) > 1 and not given:
         both = " and ".join(f"{f.schema.kind} ({listed(f.pair, 60)})" for f in found[:2])
         raise DataError(
-            f"the columns {listed(columns, 80)} fit {both}: set task.kind, or name the columns under [data]"
+            f"the columns {listed(columns, 80)} fit {both}: set task.kind (--task), or name the columns under [data]"
         )
     best = found[0]
     if all(role in given for role in best.roles):
         return best
     guessed = ", ".join(f"{role} is column {name!r}" for role, name in best.roles.items() if role not in given)
     others = [name for name in columns if name not in best.pair]
-    note = f"guessed: {best.schema.kind}, {guessed}" + (f"; not used: {', '.join(others)}" if others else "")
-    return Columns(best.schema, best.roles, note)
+    guess_note = f"guessed: {best.schema.kind}, {guessed}" + (f"; not used: {', '.join(others)}" if others else "")
+    return Columns(best.schema, best.roles, f"{note}; {guess_note}" if note else guess_note)
 
 
-def find_input(data: DataSettings, columns: Sequence[str], schema: Schema) -> str:
-    """The column of inputs in a table that may have no outputs. Raises DataError."""
+def find_input(
+    data: DataSettings, columns: Sequence[str], schema: Schema, *, trained: Mapping[str, str] | None = None
+) -> str:
+    """The column of inputs in a table that may have no outputs. Raises DataError.
+
+    Args:
+        trained: role -> column of the table that a version was trained on; used if the table has it.
+    """
     role, given = schema.usual[0], _given(data)
-    named = next((name for first, _ in schema.names if (name := given.get(first))), None)
+    firsts = [first for first, _ in schema.names]
+    named = next((first for first in firsts if first in given), None)
     if named is not None:
-        _check_there(named, columns)
-        return named
-    low = {name.strip().lower(): name for name in reversed(columns)}
-    found = [low[name] for name in dict.fromkeys((role, *schema.inputs)) if name in low]
+        return _found({named: given[named]}, columns)[named]
+    known, _ = _as_trained({role: name for role, name in (trained or {}).items() if role in firsts}, columns)
+    low = {_key(name): name for name in reversed(columns)}
+    found = [*known.values(), *(low[name] for name in dict.fromkeys((role, *schema.inputs)) if name in low)]
     if found or len(columns) == 1:
         return found[0] if found else columns[0]
+    option = "--text" if role == LABELLED[0] else "--prompt"
     raise DataError(
-        f"cannot tell which column has the inputs; the columns are {listed(columns)}: name one with --column"
+        f"cannot tell which column has the inputs; the columns are {listed(columns)}: name one with {option} COLUMN"
     )
+
+
+def aligned(table: Table, names: Sequence[str]) -> Table:
+    """The table with its columns called as in the training table. Raises DataError if it lacks one."""
+    found = {name: _find(name, table.columns) for name in names}
+    missing = [name for name, column in found.items() if column is None]
+    if missing:
+        raise DataError(f"{table.name} has no column {listed(missing, 60)}: its columns are {listed(table.columns)}")
+    if all(name == column for name, column in found.items()):
+        return table
+    own = {name: column for name, column in found.items() if column is not None}
+    return replace(
+        table,
+        columns=tuple(names),
+        read=lambda columns: table.read([own[name] for name in columns]),
+        classes={name: table.classes[column] for name, column in own.items() if column in table.classes},
+    )
+
+
+def find_group(data: DataSettings, columns: Sequence[str]) -> str | None:
+    """The column of `data.group`. Raises DataError if the table lacks it."""
+    return None if data.group is None else _found({"group": data.group}, columns)["group"]
 
 
 def _given(data: DataSettings) -> dict[str, str]:
@@ -133,7 +180,7 @@ def _named_pairs(given: dict[str, str], only: Schema | None) -> list[Roles]:
 
 
 def _guess(schema: Schema, roles: Roles, given: dict[str, str], columns: Sequence[str]) -> tuple[str, str] | None:
-    low = {name.strip().lower(): name for name in reversed(columns)}
+    low = {_key(name): name for name in reversed(columns)}
     first, second = given.get(roles[0]), given.get(roles[1])
     if first and second:
         return first, second
@@ -144,19 +191,48 @@ def _guess(schema: Schema, roles: Roles, given: dict[str, str], columns: Sequenc
     return None
 
 
-def _check_there(name: str, columns: Sequence[str]) -> None:
-    if name not in columns:
-        near = difflib.get_close_matches(name, columns, n=1)
-        meant = f", did you mean {shown(near[0])}?" if near else ""
-        raise DataError(f"there is no column {shown(name)}: the columns are {listed(columns)}{meant}")
+def _key(name: str) -> str:
+    return " ".join(name.split()).casefold()
+
+
+def _find(name: str, columns: Sequence[str]) -> str | None:
+    """The column of that name, or the only one that differs in case or blanks only."""
+    if name in columns:
+        return name
+    alike = [column for column in columns if _key(column) == _key(name)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _found(given: Mapping[str, str], columns: Sequence[str]) -> dict[str, str]:
+    """The columns by role, as the table spells them. Raises DataError, which names every one that is not there."""
+    found = {role: column for role, name in given.items() if (column := _find(name, columns)) is not None}
+    missing = list(dict.fromkeys(name for role, name in given.items() if role not in found))
+    if not missing:
+        return found
+    near = [difflib.get_close_matches(_key(name), [_key(each) for each in columns], n=1) for name in missing]
+    meant = [shown(next(c for c in columns if _key(c) == match[0]), 40) for match in near if match]
+    no = f"is no column {shown(missing[0])}" if len(missing) == 1 else f"are no columns {listed(missing, 60)}"
+    ask = f", did you mean {' and '.join(meant)}?" if meant else ""
+    raise DataError(f"there {no}: the columns are {listed(columns, 80)}{ask}")
+
+
+def _as_trained(trained: Mapping[str, str], columns: Sequence[str]) -> tuple[dict[str, str], str | None]:
+    """The columns that a version was trained on, as far as the table has them, and a note on the others."""
+    found = {role: column for role, name in trained.items() if (column := _find(name, columns)) is not None}
+    missing = [name for role, name in trained.items() if role not in found]
+    note = f"the table lacks {listed(missing, 60)}, on which the version was trained" if missing else None
+    return found, note
 
 
 def _not_found(given: dict[str, str], columns: Sequence[str], only: Schema | None) -> str:
-    named = f" beside {listed(given.values(), 60)}" if given else ""
+    named = f" beside {listed(given.values(), 40)}" if given else ""
     if (only and LABELLED in only.names) or set(LABELLED) & given.keys():
-        remedy = "set data.text and data.label, for example --set data.text=COLUMN --set data.label=COLUMN"
+        remedy = "set data.text and data.label (--text COLUMN --label COLUMN)"
     elif only:
-        remedy = "set data.document and data.summary (or data.prompt and data.completion) to column names"
+        remedy = "set data.prompt and data.completion (--prompt COLUMN --completion COLUMN)"
     else:
-        remedy = "set data.text and data.label, or data.document and data.summary, to column names"
-    return f"cannot tell which columns to use{named}; the columns are {listed(columns)}: {remedy}"
+        remedy = (
+            "set data.text and data.label (--text, --label) to classify, or data.prompt and data.completion "
+            "(--prompt, --completion) to write"
+        )
+    return f"cannot tell which columns to use{named}; the columns are {listed(columns, 60)}: {remedy}"

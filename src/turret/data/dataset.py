@@ -3,6 +3,8 @@
 A table is read twice, a row at a time. The first pass checks every cell and counts usable rows and labels. Then the
 splits are chosen by row number, and the second pass keeps the chosen rows. So `train = 2000` of a table of a hundred
 gigabytes keeps 2000 examples. If the examples do not fit in memory, `ExampleStore` keeps them in a temporary file.
+
+All problems of a source are collected and told in one error.
 """
 
 from __future__ import annotations
@@ -10,22 +12,24 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from turret.data import cells
-from turret.data.columns import Columns, Schema, find_columns, find_input
+from turret.data.columns import Columns, Schema, aligned, find_columns, find_group, find_input
 from turret.data.example_store import MEMORY, ExampleStore
-from turret.data.examples import Dataset, Example, Labelled
-from turret.data.files import Table, lines_of
-from turret.data.rows import numbered
-from turret.data.settings import DataSettings
+from turret.data.examples import Dataset, Example, Labelled, Pair
+from turret.data.problems import Problems
+from turret.data.scan import Scan, Wanted, examples_of, hash_of, scan_of
+from turret.data.settings import DataSettings, format_of
 from turret.data.source import open_source
 from turret.data.splits import ROLES, Chosen, Sources, SplitRole, choose, find_sources, shuffled, taken, test_split
+from turret.data.table import Table
+from turret.data.text_file import lines_of
 from turret.errors import DataError, listed, shown
 
 
@@ -39,22 +43,40 @@ def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memor
         memory: characters of examples that are kept in memory; more go to a temporary file.
 
     Raises:
-        DataError: the source, a column, a cell or a split cannot be used.
+        DataError: the source, a column, a cell or a split cannot be used. It names every problem that was found.
     """
-    tables = open_source(data.source)
-    sources = find_sources(data, list(tables))
-    used = {split: tables[split] for split in dict.fromkeys(sources.split.values())}
-    columns = find_columns(data, tables[sources.split["train"]].columns, schemas)
+    tables = open_source(data.source, format_of(data))
+    problems = Problems()
+    sources = problems.note(lambda: find_sources(data, list(tables)))
+    train = tables[sources.split["train"] if sources else next(iter(tables))]
+    columns = problems.note(lambda: find_columns(data, train.columns, schemas))
+    group = problems.note(lambda: find_group(data, train.columns))
+    if columns is None:  # perhaps because the file was read in the wrong way
+        for note in train.notes:
+            problems.add(note)
+    problems.require()
+    assert sources is not None
+    assert columns is not None
     schema = columns.schema
-    _check_columns(used, columns)
-    scans = {split: _scan(table, columns) for split, table in used.items()}
+    wanted = Wanted.of(data, columns, group)
+    used = {split: aligned(tables[split], wanted.columns) for split in dict.fromkeys(sources.split.values())}
+    scans = {split: scan_of(table, columns, wanted, problems) for split, table in used.items()}
+    spelling: Mapping[str, str] = {}
+    if schema.classes:
+        spelling = _spelling(data, scans)
+        problems.note(lambda: _check_labels(data, scans, used, sources, columns, spelling))
+    problems.require()
     notes = [note for table in used.values() for note in table.notes] + ([columns.note] if columns.note else [])
     notes += [note for split, scan in scans.items() for note in scan.notes(used[split].name)]
-    labels: tuple[str, ...] = ()
-    if schema.classes:
-        labels = _labels(scans, used, sources, columns)
-    chosen = choose(data, sources, {split: scan.usable for split, scan in scans.items()}, seed)
-    examples = _read_chosen(used, sources, chosen, columns, scans, memory)
+    notes += _spelling_notes(spelling)
+    labels = (
+        cells.in_order({spelling[label] for label in scans[sources.split["train"]].labels}) if schema.classes else ()
+    )
+    _check_groups(data, scans, used)
+    counts = {split: scan.rows_kept for split, scan in scans.items()}
+    chosen = choose(data, sources, counts, seed, {split: scan.kinship(spelling) for split, scan in scans.items()})
+    chosen, leak_notes = _without_leaks(chosen, sources, scans) if data.drop_duplicates else (chosen, [])
+    examples = _read_chosen(used, sources, chosen, columns, wanted, scans, spelling, memory)
     if schema.classes:
         notes += _class_notes(labels, examples["train"], schema.many)
     duplicates, duplicate_notes = _duplicates(examples, schema)
@@ -65,70 +87,70 @@ def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memor
         kind=schema.kind,
         labels=labels,
         columns=columns.roles,
-        notes=(*notes, *chosen.notes, *duplicate_notes),
+        notes=(*notes, *chosen.notes, *leak_notes, *duplicate_notes),
         duplicates=duplicates,
         digest=_digest(examples),
     )
 
 
-@dataclass(frozen=True)
-class EvaluationRows:
-    """Examples to evaluate on, with the line (of a text file) or the number of each one's row."""
-
-    examples: list[Example]
-    places: list[int]
-    notes: tuple[str, ...]
-
-
 def read_test(
-    data: DataSettings, schema: Schema, seed: int = 42, *, labels: Sequence[str] = ()
+    data: DataSettings,
+    schema: Schema,
+    seed: int = 42,
+    *,
+    labels: Sequence[str] = (),
+    trained: Mapping[str, str] | None = None,
 ) -> tuple[list[Example], tuple[str, ...]]:
-    """Examples to evaluate a finished adapter on, and notes. See `read_test_rows`."""
-    rows = read_test_rows(data, schema, seed, labels=labels)
-    return rows.examples, rows.notes
-
-
-def read_test_rows(data: DataSettings, schema: Schema, seed: int = 42, *, labels: Sequence[str] = ()) -> EvaluationRows:
-    """Examples to evaluate a finished adapter on. Raises DataError.
+    """Examples to evaluate a finished adapter on, and notes. Raises DataError.
 
     `data.test` names the split or the number of rows. Without it they are the test split, else the only split, else the
     validation split.
 
     Args:
         labels: the classes that the adapter knows.
+        trained: role -> column of the table that the adapter was trained on.
     """
-    tables = open_source(data.source)
-    split = test_split(data, list(tables))
-    table, last_place = numbered(tables[split])
-    columns = find_columns(data, table.columns, [schema])
-    scan, examples, places = _Scan(), list[Example](), list[int]()
-    for example in _examples(table, columns, scan):
-        examples.append(_stripped(example))
-        places.append(last_place())
-    scan.check(table)
-    unknown = sorted({label.strip() for label in scan.labels} - set(labels)) if labels else []
+    tables = open_source(data.source, format_of(data))
+    problems = Problems()
+    split = problems.note(lambda: test_split(data, list(tables)))
+    table = tables[split] if split is not None else next(iter(tables.values()))
+    columns = problems.note(lambda: find_columns(data, table.columns, [schema], trained=trained))
+    problems.require()
+    assert columns is not None
+    wanted = Wanted.of(data, columns, None)
+    scan = Scan()
+    rows = list(examples_of(table, columns, wanted, scan, collect=True))
+    scan.report(table, problems)
+    spelling = _known_spelling(data, scan.labels, labels) if schema.classes else {}
+    unknown = sorted({spelling[label] for label in scan.labels} - set(labels)) if labels else []
     if unknown:
-        raise DataError(
-            f"{table.name} has the label {shown(unknown[0])}, which the adapter does not know: "
-            f"it knows {listed(labels)}"
+        problems.add(
+            f"{table.name} has the label {listed(unknown, 40)}, which the adapter does not know: "
+            f"it knows {listed(labels, 60)}" + ("" if data.normalize_labels else _offer(unknown, labels))
         )
+    problems.require()
+    examples = [_respelt(example, spelling) for example in rows]
     notes = [*table.notes, *([columns.note] if columns.note else []), *scan.notes(table.name)]
     if data.test is not None and not isinstance(data.test, str):
-        rows = shuffled(len(examples), seed)[: taken("test", data.test, len(examples), len(examples), notes)]
-        examples, places = [examples[row] for row in rows], [places[row] for row in rows]
-    return EvaluationRows(examples, places, tuple(notes))
+        numbers = shuffled(len(examples), seed)[: taken("test", data.test, len(examples), len(examples), notes)]
+        examples = [examples[number] for number in numbers]
+    return examples, tuple(notes)
 
 
-def read_inputs(data: DataSettings, schema: Schema) -> list[str]:
-    """The input of each row of a table ("" if missing), or the lines of a `.txt` file. Raises DataError."""
+def read_inputs(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] | None = None) -> list[str]:
+    """The input of each row of a table ("" if missing), or the lines of a `.txt` file. Raises DataError.
+
+    Args:
+        trained: role -> column of the table that the adapter was trained on.
+    """
     path = Path(os.path.expanduser(data.source))
     if path.suffix.lower() == ".txt" and os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        return lines_of(path)
-    tables = open_source(data.source)
+        return lines_of(path, data.encoding)
+    tables = open_source(data.source, format_of(data))
     table = tables[test_split(data, list(tables))]
     replaced = cells.Replacements()
     texts = []
-    for place, (cell,) in table.read([find_input(data, table.columns, schema)]):
+    for place, (cell,) in table.read([find_input(data, table.columns, schema, trained=trained)]):
         try:
             texts.append(cells.text_of(cell, replaced) or "")
         except DataError as error:
@@ -136,85 +158,108 @@ def read_inputs(data: DataSettings, schema: Schema) -> list[str]:
     return texts
 
 
-def _check_columns(used: Mapping[str, Table], columns: Columns) -> None:
-    for table in used.values():
-        for name in columns.pair:
-            if name not in table.columns:
-                raise DataError(f"{table.name} has no column {shown(name)}: its columns are {listed(table.columns)}")
+# --- checks between the passes ---------------------------------------------------------------------------------------
 
 
-# --- the first pass --------------------------------------------------------------------------------------------------
+def _spelling(data: DataSettings, scans: Mapping[str, Scan]) -> dict[str, str]:
+    """Label -> class: the label itself, or its most frequent spelling with `data.normalize_labels`."""
+    counts: Counter[str] = Counter()
+    for scan in scans.values():
+        counts.update(scan.labels)
+    return cells.spellings(counts) if data.normalize_labels else {label: label for label in counts}
 
 
-@dataclass
-class _Scan:
-    """The counts of one pass over a table."""
-
-    rows: int = 0
-    usable: int = 0
-    without: Counter[str] = field(default_factory=Counter)  # column -> rows without a value in it
-    labels: Counter[str] = field(default_factory=Counter)
-    replaced: cells.Replacements = field(default_factory=cells.Replacements)
-
-    def notes(self, table: str) -> list[str]:
-        lost = [f"{n} of {self.rows} rows without {column!r} are left out" for column, n in self.without.items()]
-        return [f"{table}: {note}" for note in [*lost, *self.replaced.notes()]]
-
-    def check(self, table: Table) -> None:
-        """Raise DataError if the table has no usable row."""
-        if not self.rows:
-            raise DataError(f"{table.name} has columns and no rows: give a table with rows")
-        if not self.usable:
-            lost = " and ".join(f"{n} without {shown(column, 40)}" for column, n in self.without.items())
-            raise DataError(f"{table.name} has no usable row: of {self.rows} rows {lost}")
+def _known_spelling(data: DataSettings, found: Mapping[str, int], labels: Sequence[str]) -> dict[str, str]:
+    """Label -> class that an adapter knows, compared without case and blanks with `data.normalize_labels`."""
+    known = {cells.key_of(label): label for label in labels} if data.normalize_labels else {}
+    return {label: label if label in labels else known.get(cells.key_of(label), label) for label in found}
 
 
-def _scan(table: Table, columns: Columns) -> _Scan:
-    scan = _Scan()
-    for _ in _examples(table, columns, scan):
-        if len(scan.labels) > cells.MOST_CLASSES:
-            cells.check_classes(scan.labels, scan.rows, columns.pair[1], columns.schema.many)
-    scan.check(table)
-    return scan
+def _offer(unknown: Sequence[str], labels: Sequence[str]) -> str:
+    keys = {cells.key_of(label) for label in labels}
+    alike = all(cells.key_of(label) in keys for label in unknown)
+    return "; set data.normalize_labels = true to ignore case and blanks" if alike else ""
 
 
-def _examples(table: Table, columns: Columns, scan: _Scan) -> Iterator[Example]:
-    """The usable rows as examples. Rows with a missing cell are counted in `scan`. Raises DataError with the place."""
-    schema, (first, second) = columns.schema, columns.pair
-    names = table.classes.get(second, ())
-    for place, (a, b) in table.read((first, second)):
-        scan.rows += 1
-        column = first
-        try:
-            source = cells.text_of(a, scan.replaced)
-            column = second
-            output = schema.output(b, names, scan.replaced)
-        except DataError as error:
-            raise DataError(f"{table.name} {table.unit} {place}, column {shown(column, 40)}: {error}") from None
-        if source is None or output is None:
-            scan.without[first if source is None else second] += 1
-        else:
-            scan.usable += 1
-            if schema.classes:
-                scan.labels.update(output if isinstance(output, tuple) else (output,))
-            yield schema.example(source, output)
+def _spelling_notes(spelling: Mapping[str, str]) -> list[str]:
+    changed = {label: name for label, name in spelling.items() if label != name}
+    if not changed:
+        return []
+    first = min(changed)
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return [f"labels that differ in case or blanks only are one class: {first!r} is {changed[first]!r}{more}"]
 
 
-def _labels(
-    scans: Mapping[str, _Scan], used: Mapping[str, Table], sources: Sources, columns: Columns
-) -> tuple[str, ...]:
-    """The classes of the training table, in order. Raises DataError if another split has more."""
-    train = sources.split["train"]
-    cells.check_alike({label for scan in scans.values() for label in scan.labels})
-    cells.check_classes(scans[train].labels, scans[train].rows, columns.pair[1], columns.schema.many)
+def _check_labels(
+    data: DataSettings,
+    scans: Mapping[str, Scan],
+    used: Mapping[str, Table],
+    sources: Sources,
+    columns: Columns,
+    spelling: Mapping[str, str],
+) -> None:
+    """Raise DataError if the labels are no classes, or another split has more of them than the training table."""
+    train, column, many = sources.split["train"], columns.pair[1], columns.schema.many
+    problems = Problems()
+    alike: set[str] = set()  # keys of labels that are complained of already
+    if not data.normalize_labels:
+        every = {label for scan in scans.values() for label in scan.labels}
+        problems.note(lambda: cells.check_alike(every))
+        keys = Counter(cells.key_of(label) for label in every)
+        alike = {key for key, count in keys.items() if count > 1}
+    counts: Counter[str] = Counter()
+    for label, count in scans[train].labels.items():
+        counts[spelling[label]] += count
+    if not scans[train].wrong:  # rows that are wrong would be missing in the counts
+        cells.check_classes(counts, scans[train].rows, column, many)
+    if data.separator is None:
+        problems.note(lambda: cells.check_joined(counts, column, many))
     for split, scan in scans.items():
-        unknown = [label for label in scan.labels if label not in scans[train].labels]
+        unknown = [x for x in scan.labels if spelling[x] not in counts and cells.key_of(x) not in alike]
         if unknown:
-            raise DataError(
-                f"{used[split].name} has the label {shown(unknown[0])} ({scan.labels[unknown[0]]} rows), which the "
-                f"training table lacks: its labels are {listed(cells.in_order(scans[train].labels))}"
+            rest = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            problems.add(
+                f"{used[split].name} has the label {shown(unknown[0])} ({scan.labels[unknown[0]]} rows){rest}, which "
+                f"the training table lacks: its labels are {listed(cells.in_order(counts))}"
             )
-    return cells.in_order(label.strip() for label in scans[train].labels)
+    problems.require()
+
+
+def _check_groups(data: DataSettings, scans: Mapping[str, Scan], used: Mapping[str, Table]) -> None:
+    """Raise DataError if two splits of the source share a group."""
+    if data.group is None:
+        return
+    names = list(scans)
+    for place, first in enumerate(names):
+        for second in names[place + 1 :]:
+            shared = np.intersect1d(scans[first].groups, scans[second].groups)
+            if len(shared):
+                raise DataError(
+                    f"{used[first].name} and {used[second].name} share {len(shared)} groups of {shown(data.group, 40)}"
+                    ": give one table, which data.group splits, or leave data.group out"
+                )
+
+
+def _without_leaks(chosen: Chosen, sources: Sources, scans: Mapping[str, Scan]) -> tuple[Chosen, list[str]]:
+    """The chosen rows without training rows whose input is also a validation or test input, and notes on all drops."""
+    held = [
+        scans[sources.split[role]].inputs_kept[chosen.rows[role]]
+        for role in ("test", "validation")
+        if role in sources.split
+    ]
+    train = chosen.rows["train"]
+    leaks = (
+        np.isin(scans[sources.split["train"]].inputs_kept[train], np.concatenate(held)) if held else np.zeros(0, bool)
+    )
+    notes = [f"{n} rows that repeat another one are left out" for scan in scans.values() if (n := scan.repeated)]
+    if leaks.any():
+        train = train[~leaks]
+        notes.append(f"{int(leaks.sum())} training rows are left out, because their input is held out too")
+    if not len(train):
+        raise DataError(
+            "data.drop_duplicates leaves no training row, because all inputs are held out too: leave it out"
+        )
+    return Chosen({**chosen.rows, "train": train}, chosen.notes), notes
 
 
 # --- the second pass -------------------------------------------------------------------------------------------------
@@ -225,32 +270,58 @@ def _read_chosen(
     sources: Sources,
     chosen: Chosen,
     columns: Columns,
-    scans: Mapping[str, _Scan],
+    wanted: Wanted,
+    scans: Mapping[str, Scan],
+    spelling: Mapping[str, str],
     memory: int,
 ) -> dict[SplitRole, ExampleStore]:
-    """Read the chosen rows into their splits."""
-    stores = {role: ExampleStore(len(chosen.rows[role]), memory) for role in ROLES}
+    """Read the chosen rows into their splits. A training row with several references is an example for each of them."""
+    spread = {role: _spread(scans, sources, chosen, role) for role in ROLES}
+    wanted = replace(wanted, group=False, duplicates=False, stratify=False)  # the first pass remembered it
+    stores = {role: ExampleStore(int(spread[role].sum()), memory) for role in ROLES}
     for split, table in used.items():
-        owner = np.zeros(scans[split].usable, dtype=np.int8)  # by usable row: 1 + index of its role; 0: not chosen
-        place = np.zeros(scans[split].usable, dtype=np.int64)
+        scan = scans[split]
+        owner = np.zeros(scan.usable, dtype=np.int8)  # by usable row: 1 + index of its role; 0: not chosen
+        place = np.zeros(scan.usable, dtype=np.int64)
         for number, role in enumerate(ROLES, 1):
             if sources.split.get(role) == split:
-                owner[chosen.rows[role]] = number
-                place[chosen.rows[role]] = np.arange(len(chosen.rows[role]))
+                rows = scan.kept[chosen.rows[role]]
+                owner[rows] = number
+                place[rows] = np.cumsum(spread[role]) - spread[role]
         seen = 0
-        for example in _examples(table, columns, _Scan()):
+        for example in examples_of(table, columns, wanted, Scan()):
             if seen < len(owner) and owner[seen]:
-                stores[ROLES[owner[seen] - 1]].put(int(place[seen]), _stripped(example))
+                role = ROLES[owner[seen] - 1]
+                for step, each in enumerate(_examples_of_row(_respelt(example, spelling), role)):
+                    stores[role].put(int(place[seen]) + step, each)
             seen += 1
         if seen != len(owner):
             raise DataError(f"{table.name} changed while it was read: start again when nothing writes to it")
     return {role: store.done() for role, store in stores.items()}
 
 
-def _stripped(example: Example) -> Example:
-    if isinstance(example, Labelled) and isinstance(example.label, str):
-        return Labelled(example.text, example.label.strip())
-    return example
+def _spread(scans: Mapping[str, Scan], sources: Sources, chosen: Chosen, role: SplitRole) -> npt.NDArray[np.int64]:
+    """The number of examples of each chosen row of a role."""
+    rows = chosen.rows[role]
+    if role != "train" or role not in sources.split:
+        return np.ones(len(rows), dtype=np.int64)
+    scan = scans[sources.split[role]]
+    return scan.references[scan.kept[rows]]
+
+
+def _examples_of_row(example: Example, role: SplitRole) -> list[Example]:
+    if role == "train" and isinstance(example, Pair) and example.others:
+        return [Pair(example.source, reference) for reference in example.references]
+    return [example]
+
+
+def _respelt(example: Example, spelling: Mapping[str, str]) -> Example:
+    """The example with the classes that its labels mean."""
+    if not isinstance(example, Labelled):
+        return example
+    if isinstance(example.label, tuple):
+        return Labelled(example.text, tuple(sorted({spelling[label] for label in example.label})))
+    return Labelled(example.text, spelling[example.label])
 
 
 def _class_notes(labels: Sequence[str], train: Sequence[Example], many: bool) -> list[str]:
@@ -265,7 +336,7 @@ def _class_notes(labels: Sequence[str], train: Sequence[Example], many: bool) ->
         )
     notes = []
     if many and any("," in label for label in labels):
-        notes.append("labels have commas in them: with multi_label a cell's labels are separated by |")
+        notes.append("labels have commas in them: if a comma separates labels, set data.separator")
     for number, word in ((0, "no training example"), (1, "only one training example")):
         found = [label for label in labels if counts[label] == number]
         if found:
@@ -290,12 +361,8 @@ def _duplicates(examples: Mapping[SplitRole, Sequence[Example]], schema: Schema)
 
 def _hashes(examples: Sequence[Example], outputs: bool = False) -> npt.NDArray[np.uint64]:
     """A hash of 8 bytes for each input, or for each input with its output."""
-    numbers = (_hash(e.input.strip() + (f"\0{e.output}" if outputs else "")) for e in examples)
+    numbers = (hash_of(e.input.strip() + (f"\0{e.output}" if outputs else "")) for e in examples)
     return np.fromiter(numbers, dtype=np.uint64, count=len(examples))
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _digest(examples: Mapping[SplitRole, Sequence[Example]]) -> str:
@@ -305,7 +372,8 @@ def _digest(examples: Mapping[SplitRole, Sequence[Example]]) -> str:
         digest.update(f"{role} {len(examples[role])}\n".encode())
         for example in examples[role]:
             output = example.output
-            for value in (example.input, *(output if isinstance(output, tuple) else (output,))):
+            others = example.others if isinstance(example, Pair) else ()
+            for value in (example.input, *(output if isinstance(output, tuple) else (output,)), *others):
                 raw = str(value).encode()
                 digest.update(f"{len(raw)}:".encode() + raw)
             digest.update(b"\n")

@@ -97,7 +97,7 @@ class ExampleStore(Sequence[Example]):
             record = self._file.read(length)
         first, second = json.loads(record)
         if isinstance(second, dict):
-            return Pair(first, second["target"])
+            return Pair(first, second["target"], tuple(second.get("others", ())))
         return Labelled(first, tuple(second) if isinstance(second, list) else second)
 
     def __iter__(self) -> Iterator[Example]:
@@ -116,5 +116,7 @@ def _disk_errors() -> Iterator[None]:
         ) from None
 
 
-def _fields(example: Example) -> tuple[str, str | tuple[str, ...] | dict[str, str]]:
-    return example.input, {"target": example.target} if isinstance(example, Pair) else example.label
+def _fields(example: Example) -> tuple[str, str | tuple[str, ...] | dict[str, str | tuple[str, ...]]]:
+    if not isinstance(example, Pair):
+        return example.input, example.label
+    return example.source, {"target": example.target} | ({"others": example.others} if example.others else {})

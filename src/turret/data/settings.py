@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from turret.data.table import FileFormat
+
 Size = int | float | str | None  # a number of rows, a fraction, or the name of a split
 
 
@@ -11,12 +13,26 @@ class DataSettings(Protocol):
     """The fields of `turret.recipe.Data`."""
 
     source: str
+    encoding: str | None
+    delimiter: str | None
+    header: bool | None
+    sheet: str | None
     text: str | None
     label: str | None
     document: str | None
     summary: str | None
     prompt: str | None
     completion: str | None
+    separator: str | None
+    normalize_labels: bool | None
+    drop_duplicates: bool | None
+    group: str | None
+    stratify: bool | None
     train: Size
     validation: Size
     test: Size
+
+
+def format_of(data: DataSettings) -> FileFormat:
+    """How the source's files are read, as far as the recipe says it."""
+    return FileFormat(data.encoding, data.delimiter, data.header, data.sheet)

@@ -5,7 +5,9 @@
 - Defaults: for test the test split, else a fifth of the training table, at most `MOST_TEST` rows; for validation the
   validation split, else none; for train all remaining rows.
 - Rows are shuffled with the seed. Test rows are taken first, then validation rows, then training rows, so the test
-  examples do not depend on the number of training examples. Splits are not stratified.
+  examples do not depend on the number of training examples.
+- With `data.stratify` every split has the same shares of the classes. With `data.group` all rows of a group go to one
+  split.
 """
 
 from __future__ import annotations
@@ -99,29 +101,52 @@ def _lookup(role: SplitRole, name: str, splits: Sequence[str]) -> str:
     raise DataError(f"data.{role} = {shown(name)}, but {there}: give a number, a fraction, or one of the splits")
 
 
-def choose(data: DataSettings, sources: Sources, counts: Mapping[str, int], seed: int) -> Chosen:
+@dataclass(frozen=True)
+class Kinship:
+    """What the usable rows of one split have in common, as far as it decides where they go."""
+
+    classes: npt.NDArray[np.int64] | None = None  # the class of each row, for `data.stratify`
+    groups: npt.NDArray[np.uint64] | None = None  # the group of each row, for `data.group`
+
+
+def choose(
+    data: DataSettings,
+    sources: Sources,
+    counts: Mapping[str, int],
+    seed: int,
+    kin: Mapping[str, Kinship] | None = None,
+) -> Chosen:
     """Choose the rows of each role. Raises DataError if none are left to train on.
 
     Args:
         counts: number of usable rows, by split.
+        kin: classes and groups of the rows, by split.
     """
     notes: list[str] = []
     rows: dict[SplitRole, npt.NDArray[np.int64]] = {}
+    kin = kin or {}
     train = sources.split["train"]
-    order = shuffled(counts[train], seed)
+    own = kin.get(train, Kinship())
+    order = arranged(counts[train], seed, own)
     start = 0
     for role in ("test", "validation"):
         if role not in sources.split:
             rows[role] = order[:0]
         elif role in sources.carved:
             count = _carved_count(_size(data, role), counts[train], notes)
-            rows[role] = order[start : start + count]
-            start += count
+            end = start + count if own.groups is None else _end_of_group(own.groups[order], start + count)
+            rows[role] = order[start:end]
+            start = end
         else:
             split = sources.split[role]
             count = taken(role, _size(data, role), counts[split], counts[split], notes)
-            rows[role] = shuffled(counts[split], seed)[:count]
+            rows[role] = arranged(counts[split], seed, kin.get(split, Kinship()))[:count]
     left = counts[train] - start
+    if left < 1 and own.groups is not None and start:
+        raise DataError(
+            f"data.group = {shown(data.group, 40)}: the {len(np.unique(own.groups))} groups cannot be split so that "
+            "one is left to train on: lower data.test and data.validation, or leave data.group out"
+        )
     if left < 1:
         raise DataError(
             f"{counts[train]} usable rows and {start} of them held out leave none to train on: "
@@ -129,6 +154,39 @@ def choose(data: DataSettings, sources: Sources, counts: Mapping[str, int], seed
         )
     rows["train"] = order[start : start + taken("train", data.train, counts[train], left, notes)]
     return Chosen({role: rows[role] for role in ROLES}, tuple(notes))
+
+
+def arranged(count: int, seed: int, kin: Kinship) -> npt.NDArray[np.int64]:
+    """The order in which the rows of a split are taken: shuffled, every part with the same classes, groups together.
+
+    For classes, row i of the n_c rows of class c gets the place (i + 1/2) / n_c, and rows are sorted by their places.
+    So every stretch of the order has each class in its share of the table, to within about one row for each class.
+    """
+    order = shuffled(count, seed)
+    if kin.groups is not None:
+        _, group_of = np.unique(kin.groups, return_inverse=True)
+        rank = shuffled(int(group_of.max(initial=-1)) + 1, seed)
+        return order[np.argsort(rank[group_of[order]], kind="stable")]
+    if kin.classes is not None:
+        places = np.zeros(count)
+        for each in np.unique(kin.classes):
+            members = order[kin.classes[order] == each]
+            places[members] = (np.arange(len(members)) + 0.5) / len(members)
+        return order[np.argsort(places[order], kind="stable")]
+    return order
+
+
+def _end_of_group(groups: npt.NDArray[np.uint64], end: int) -> int:
+    """The first place from `end` on where a new group begins; if that is the end of the rows, the last one before it.
+
+    Args:
+        groups: of the rows in their order.
+    """
+    begins = np.flatnonzero(groups[1:] != groups[:-1]) + 1
+    after, before = begins[begins >= end], begins[begins < end]
+    if len(after):
+        return int(after[0])
+    return int(before[-1]) if len(before) else len(groups)
 
 
 def shuffled(count: int, seed: int) -> npt.NDArray[np.int64]:

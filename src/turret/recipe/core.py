@@ -23,11 +23,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from turret.errors import BadReference, RecipeError, one_line, shown
+from turret.errors import BadReference, RecipeError, joined, one_line, shown
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.methods import METHODS, LoRA, Method, method_class
 from turret.recipe import toml
-from turret.recipe.messages import joined, sentences
+from turret.recipe.default_base import AUTO
+from turret.recipe.messages import sentences
 from turret.recipe.overrides import override
 from turret.reference import check_name
 from turret.tasks.task import TASKS, kinds
@@ -69,13 +70,22 @@ class Data(_Section):
 
     section: ClassVar[str] = "data"
 
-    source: str = Field(min_length=1)  # file, folder, Hub id (`id:config`), `pypi:package?option=value`
+    source: str = Field(min_length=1)  # file, folder, Hub id (`id:config`), `pypi:package?option=value`, `-`: stdin
     text: str | None = None  # columns for classification
     label: str | None = None
     document: str | None = None  # columns for pairs of texts
     summary: str | None = None
     prompt: str | None = None  # other names for the same two columns
     completion: str | None = None
+    encoding: str | None = None  # of a text file, such as "cp1252"; None: found out, and printed
+    delimiter: str | None = None  # between the columns of a CSV file; None: found out, and printed
+    header: bool | None = None  # false: the first line of a CSV file is data; the columns are "column 1", "column 2"
+    sheet: str | None = None  # of an Excel file; None: the first one with rows
+    separator: str | None = Field(default=None, max_length=8)  # between the labels of a cell; "": a cell is one label
+    normalize_labels: bool | None = None  # labels that differ in case or blanks only are one class
+    drop_duplicates: bool | None = None  # equal rows count once, and no training input is also a test input
+    group: str | None = None  # a column; all rows with the same value go to the same split
+    stratify: bool | None = None  # every split has the same shares of the classes
     train: Size = None  # a number, a fraction, or the name of a split; None: all examples that are not held out
     validation: Size = None  # None: the split of that name, if there is one
     test: Size = None  # None: the split of that name, else a fifth, at most 1000
@@ -155,7 +165,7 @@ class Recipe(_Section):
     """
 
     name: str  # of the adapter in the store; default: made from the data's source
-    base: str = Field(min_length=1)  # Hub id, folder, GGUF file, `pypi:package`
+    base: str = Field(default=AUTO, min_length=1)  # Hub id, folder, GGUF file, `pypi:package`; auto: by the task
     seed: int = Field(default=42, ge=0, lt=2**32)
     data: Data
     task: Task = Task()
@@ -167,7 +177,7 @@ class Recipe(_Section):
         def __init__(
             self,
             *,
-            base: str | Path,
+            base: str | Path = ...,
             data: Data | JsonMapping | str | Path,
             name: str | None = None,
             seed: int = 42,
@@ -285,7 +295,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "task": Task, "train": Tr
 def name_from(source: str) -> str:
     """An adapter name from a data source: `Reviews 2.csv` -> `reviews-2`, `pypi:aclsum?a=b` -> `aclsum`."""
     stem = re.split(r"[?]", source.removeprefix("pypi:"))[0].replace("\\", "/").rstrip("/").split("/")[-1]
-    stem = re.sub(r"\.(csv|tsv|jsonl|ndjson|json|parquet)$", "", stem.lower())
+    stem = re.sub(r"\.(csv|tsv|jsonl|ndjson|json|xlsx|parquet)(\.(gz|zst|bz2|xz))?$", "", stem.lower())
     words = re.sub(r"[.]{2,}|[^a-z0-9._-]+", "-", stem).strip("._-")
     return words[:100].rstrip("._-") or "adapter"
 

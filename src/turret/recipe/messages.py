@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
-from turret.errors import one_line, shown
+from turret.errors import shown
 from turret.methods import METHODS, Method
 
 if TYPE_CHECKING:
@@ -26,16 +26,6 @@ _OTHER_NAMES = {  # other tools' names for our keys
 }  # fmt: skip
 _TYPE_NAMES = {"string": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 _TYPE_NAMES |= {"int_from_float": "a whole number", **dict.fromkeys(("model_attributes", "model", "dict"), "a table")}
-
-
-def joined(sentences: Sequence[str], most: int = 230) -> str:
-    """Join the first sentences up to `most` characters, and say how many more there are."""
-    line = one_line(sentences[0], most)
-    for place, sentence in enumerate(sentences[1:], 1):
-        if len(line) + len(sentence) > most:
-            return f"{line}; and {len(sentences) - place} more"
-        line = f"{line}; {sentence}"
-    return line
 
 
 def sentences(model: type[BaseModel], error: ValidationError, known: KnownKeys) -> Iterator[str]:
@@ -111,7 +101,6 @@ def unknown_key(key: str, method: str, known: KnownKeys) -> str:
 
 def _missing_remedy(key: str) -> str:
     return {
-        "base": 'say which pretrained model, for example base = "bert-base-uncased"',
         "data": "add a [data] table with a source",
         "data.source": "say where the examples are: a file, a folder, a Hub id or a pypi: package",
     }.get(key, "add it")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from turret.data import Dataset, Example, Pair, Schema
-from turret.data.cells import text_of
+from turret.data import Dataset, Example, Pair, Schema, references_of
+from turret.data.cells import texts_in
 from turret.data.columns import COMPLETED, SUMMARISED
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
@@ -29,7 +29,7 @@ SUMMARIES = (  # column names
 )  # fmt: skip
 COMPLETIONS = (
     ("prompt", "completion"), ("instruction", "response"), ("instruction", "output"), ("question", "answer"),
-    ("input", "output"), ("source", "target"),
+    ("input", "output"), ("source", "target"), ("source", "references"), ("prompt", "references"),
 )  # fmt: skip
 NAMES = {SUMMARISED: SUMMARIES, COMPLETED: COMPLETIONS}
 SLOT = "{document}"
@@ -85,7 +85,7 @@ class Generate:
     def schema(cls, *, multi_label: bool = False) -> Schema:
         names = {cls.usual: NAMES[cls.usual], **NAMES}
         inputs = [first for first, _ in (*SUMMARIES, *COMPLETIONS)]
-        return Schema(cls.kind, names, inputs, lambda cell, _, mended: text_of(cell, mended), Pair)
+        return Schema(cls.kind, names, inputs, lambda cell, _, mended: texts_in(cell, mended), _pair)
 
     @classmethod
     def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
@@ -239,7 +239,9 @@ class Generate:
     def guessing_loss(self, examples: Sequence[Example]) -> None:
         """None: the loss of a pretrained base starts far below that of any constant answer."""
 
-    def metrics(self, texts: Sequence[str], references: Sequence[str], mean_loss: float | None) -> dict[str, float]:
+    def metrics(
+        self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
+    ) -> dict[str, float]:
         """rouge1, rouge2, rougeL and bleu; loss and perplexity if a mean loss is given."""
         from turret.tasks import metrics
 
@@ -253,7 +255,7 @@ class Generate:
     def score(cls, given: Prediction, example: Example) -> float:
         from turret.tasks.metrics import rouge_l
 
-        return rouge_l(str(given), str(example.output))
+        return max(rouge_l(str(given), each) for each in references_of(example))
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:
@@ -294,6 +296,10 @@ class Generate:
         return cls(
             tokenizer, num_beams=generation["num_beams"], max_new_tokens=generation["max_new_tokens"], **settings
         )
+
+
+def _pair(source: str, output: str | tuple[str, ...]) -> Pair:
+    return Pair(source, output) if isinstance(output, str) else Pair(source, output[0], output[1:])
 
 
 @register

@@ -1,7 +1,6 @@
 """Metrics of answers, from plain lists.
 
 - accuracy, precision, recall and F1 are fractions; a class that is neither true nor predicted counts 0 in macro F1
-- ECE, the expected calibration error, is the mean over examples of |accuracy - confidence| of their bin
 - ROUGE-1, ROUGE-2 and ROUGE-L are F-measures as fractions, with the Porter stemmer, averaged over examples
 - BLEU is sacrebleu's corpus score, 0 to 100
 - perplexity is `exp(mean loss per target token)`
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
@@ -19,7 +17,6 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from turret.json_types import JsonObject
 
-BINS = 15  # of confidence, equally wide, as in Guo et al. 2017
 ROUGE = ("rouge1", "rouge2", "rougeL")
 _LARGEST_EXPONENT = 700.0  # exp of more overflows, and JSON has no infinity
 
@@ -73,62 +70,21 @@ def _macro(report: dict[str, dict[str, float | int]]) -> float:
     return sum(row["f1"] for row in report.values()) / len(report) if report else 0.0
 
 
-@dataclass(frozen=True)
-class Bin:
-    """The examples whose confidence lies in (low, high]."""
+def texts(given: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None) -> dict[str, float]:
+    """Metrics of generated texts. Loss and perplexity if a mean loss is given.
 
-    low: float
-    high: float
-    count: int
-    confidence: float  # mean
-    accuracy: float
-
-
-def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = BINS) -> list[Bin]:
-    """The bins that have examples, in order. Source: Naeini et al. 2015; Guo et al. 2017, equation 3.
+    With several references, ROUGE is that of the nearest one, and BLEU counts an n-gram that occurs in any of them,
+    with the length of the nearest one. Source: Lin, 2004 (ROUGE); Papineni et al., 2002 (BLEU).
 
     Args:
-        confidence: the probability of each answer.
-        right: whether each answer is right.
+        references: one or more for each text.
     """
-    members: list[list[int]] = [[] for _ in range(bins)]
-    for place, value in enumerate(confidence):
-        members[min(bins - 1, max(0, math.ceil(value * bins) - 1))].append(place)
-    return [
-        Bin(
-            low=number / bins,
-            high=(number + 1) / bins,
-            count=len(inside),
-            confidence=math.fsum(confidence[place] for place in inside) / len(inside),
-            accuracy=sum(bool(right[place]) for place in inside) / len(inside),
-        )
-        for number, inside in enumerate(members)
-        if inside
-    ]
-
-
-def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = BINS) -> float:
-    """ECE: `sum_b (n_b / n) |accuracy_b - confidence_b|`."""
-    parts = reliability(confidence, right, bins)
-    count = sum(each.count for each in parts)
-    return sum(each.count * abs(each.accuracy - each.confidence) for each in parts) / count if count else 0.0
-
-
-def confusion(given: Sequence[str], true: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
-    """How often each class (row) was answered with each class (column)."""
-    place = {label: number for number, label in enumerate(labels)}
-    counts = [[0] * len(labels) for _ in labels]
-    for answered, right in zip(given, true, strict=True):
-        counts[place[right]][place[answered]] += 1
-    return counts
-
-
-def texts(given: Sequence[str], references: Sequence[str], mean_loss: float | None) -> dict[str, float]:
-    """Metrics of generated texts, with one reference each. Loss and perplexity if a mean loss is given."""
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
-    scores = [scorer.score(reference, text) for text, reference in zip(given, references, strict=True)]
+    scores = [scorer.score_multi(list(each), text) for text, each in zip(given, references, strict=True)]
     values = {name: sum(s[name].fmeasure for s in scores) / len(scores) if scores else 0.0 for name in ROUGE}
-    values["bleu"] = float(BLEU().corpus_score(list(given), [list(references)]).score) if given else 0.0
+    most = max((len(each) for each in references), default=0)
+    streams = [[each[place] if place < len(each) else None for each in references] for place in range(most)]
+    values["bleu"] = float(BLEU().corpus_score(list(given), streams).score) if given else 0.0
     if mean_loss is not None:
         values |= {"loss": float(mean_loss), "perplexity": perplexity(mean_loss)}
     return values

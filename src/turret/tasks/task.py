@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, TypeAlias, 
 from turret.data import Dataset, Example, Schema
 from turret.errors import AdapterError, DataError, shown
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.calibration import Calibration
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -121,16 +120,6 @@ class HeadTask(CommonTask, Protocol):
 
     request: ClassVar[Literal["classify"]]  # the route that answers it, and the head that its base is loaded with
     generates: ClassVar[Literal[False]]
-    calibrates: ClassVar[bool]  # whether an answer has the probability of each label; else the next three are not used
-
-    @property
-    def calibration(self) -> Calibration | None: ...  # fitted on validation examples
-
-    def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
-        """The same task with a calibration. logits, targets: of validation examples, as `metrics` takes them."""
-
-    def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
-        """The labels of each row that together have this coverage, the most probable first. Raises DataError."""
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """What `loss` and `metrics` take for these examples: (B, ...)."""
@@ -157,8 +146,10 @@ class TextTask(CommonTask, Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, without special tokens."""
 
-    def metrics(self, texts: Sequence[str], references: Sequence[str], mean_loss: float | None) -> JsonObject:
-        """The metrics of generated texts by name. mean_loss: over target tokens, if known."""
+    def metrics(
+        self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
+    ) -> JsonObject:
+        """The metrics of generated texts by name, each with its references. mean_loss: over target tokens, if known."""
 
 
 Task: TypeAlias = HeadTask | TextTask  # `if task.generates:` tells mypy which one it is

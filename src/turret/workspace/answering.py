@@ -1,7 +1,8 @@
-"""Answer with a stored version: load its base, mount the adapter, then ask it."""
+"""Answer with a stored version: load its base, mount the adapter, then predict or evaluate."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,16 +11,15 @@ import torch
 
 from turret import adapters
 from turret import train as trainer
-from turret.data.dataset import EvaluationRows, read_inputs, read_test_rows
 from turret.errors import AdapterError, DataError
-from turret.json_types import JsonMapping, JsonObject
-from turret.recipe import Data
+from turret.json_types import JsonObject
 from turret.store import Store, Version
-from turret.tasks import Encoded, HeadTask, Task, has_head, stored_task, task_from_spec, writes
+from turret.tasks import HeadTask, Task, has_head, task_from_spec, writes
 from turret.train.batches import by_length
 from turret.transformer import Model
-from turret.workspace.predict_options import require_coverage
 from turret.workspace.progress import Say, silent
+from turret.workspace.reading import LabelledData
+from turret.workspace.results import Evaluation
 from turret.workspace.stored_adapter import load_base, read_adapter
 
 MOST_TOKENS = 4096  # per pass
@@ -51,53 +51,35 @@ def mounted(store: Store, reference: str, say: Say = silent) -> Mounted:
 
 
 def predict(
-    store: Store,
-    reference: str,
-    texts: Sequence[str],
-    say: Say = silent,
-    *,
-    bare: bool = False,
-    coverage: float | None = None,
+    store: Store, reference: str, texts: Sequence[str], say: Say = silent, *, bare: bool = False
 ) -> list[JsonObject]:
     """One answer per text, in order."""
     if not texts:
         raise DataError("nothing to answer: give a text, or a file with at least one line")
-    if coverage is not None:
-        require_coverage(store.resolve(reference), coverage)
     ready = mounted(store, reference, say)
     say(f"answering {len(texts)} texts" if len(texts) > 1 else "answering")
-    return answers(ready, texts, bare=bare, coverage=coverage)
+    return answers(ready, texts, bare=bare)
 
 
-def answers(
-    ready: Mounted, texts: Sequence[str], *, bare: bool = False, coverage: float | None = None
-) -> list[JsonObject]:
+def answers(ready: Mounted, texts: Sequence[str], *, bare: bool = False) -> list[JsonObject]:
     """One answer per text, in order, from a mounted version.
 
     Args:
         bare: ask the base without the adapter; only for a task that generates.
-        coverage: also give sets of labels; only for a version that `require_coverage` accepts.
     """
-    return answers_to(ready, ready.task.encode_sources(texts), bare=bare, coverage=coverage)
-
-
-def answers_to(
-    ready: Mounted, encoded: Sequence[Encoded], *, bare: bool = False, coverage: float | None = None
-) -> list[JsonObject]:
-    """The same for texts that are token ids already."""
     task = ready.task
     if bare and not task.generates:
         raise AdapterError(f"{ready.version} classifies, and the bare base has no head for it: ask without bare")
-    sources = [each.ids for each in encoded]
+    sources = [encoded.ids for encoded in task.encode_sources(texts)]
     if has_head(task):
-        return _labels(ready.model, task, sources, coverage)
+        return _labels(ready.model, task, sources)
     assert writes(task)
     ready.model.eval()
     with torch.inference_mode(), adapters.on_slot(ready.model, adapters.BARE) if bare else nullcontext():
         return trainer.generate(ready.model, task, sources, most_tokens=MOST_TOKENS)
 
 
-def _labels(model: Model, task: HeadTask, rows: Sequence[torch.Tensor], coverage: float | None) -> list[JsonObject]:
+def _labels(model: Model, task: HeadTask, rows: Sequence[torch.Tensor]) -> list[JsonObject]:
     found: list[JsonObject] = [{} for _ in rows]
     model.eval()
     with torch.inference_mode():
@@ -105,20 +87,22 @@ def _labels(model: Model, task: HeadTask, rows: Sequence[torch.Tensor], coverage
             logits = adapters.classify_logits(model, [rows[place] for place in places])
             for place, answer in zip(places, task.answers(logits), strict=True):
                 found[place] = answer
-            if coverage is not None:
-                for place, labels in zip(places, task.label_sets(logits, coverage), strict=True):
-                    found[place]["label_set"] = labels
     return found
 
 
-def labelled(ready: Mounted, source: str, columns: JsonMapping) -> tuple[Data, EvaluationRows]:
-    """The settings of the data, and its test examples as the version's task reads them."""
-    data, task = Data.model_validate({"source": source, **columns}), ready.task
-    schema = task.schema(multi_label=task.multi_label)
-    return data, read_test_rows(data, schema, labels=task.labels)
-
-
-def inputs(store: Store, reference: str, source: str, column: str | None) -> list[str]:
-    """The texts in a file. Default column: the one that the version's task reads."""
-    schema = stored_task(store.resolve(reference).part("task")).schema()
-    return read_inputs(Data.model_validate({"source": source, schema.usual[0]: column}), schema)
+def evaluate(store: Store, reference: str, labelled: LabelledData, say: Say = silent) -> Evaluation:
+    """Metrics of a version on labelled examples."""
+    ready = mounted(store, reference, say)
+    assert ready.version is not None
+    examples = labelled.examples
+    say(f"answering {len(examples)} examples")
+    started = time.perf_counter()
+    metrics, _ = trainer.evaluate(ready.model, ready.task, examples, most_tokens=MOST_TOKENS)
+    return Evaluation(
+        version=str(ready.version),
+        digest=ready.version.digest,
+        data={"source": labelled.data.source, "examples": len(examples)},
+        metrics=metrics,
+        seconds=time.perf_counter() - started,
+        notes=list(labelled.notes),
+    )

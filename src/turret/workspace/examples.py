@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 
 from turret.data import cells
-from turret.data.files import Table, open_table
+from turret.data.files import open_table
+from turret.data.table import Table
 from turret.errors import DataError, shown
 from turret.json_types import JsonObject, JsonValue
 from turret.store.golden import CHECKS, MOST_EXAMPLES, Example, GoldenSet, shortly

@@ -99,11 +99,6 @@ def _write(store: Store, version: Version, form: Form, working: WorkingFolder, s
             f"vLLM serves it with: vllm serve BASE --enable-lora --max-lora-rank {rank} "
             f"--lora-modules {version.name}=FOLDER"
         )
-    if fitted := version.part("task").get("calibration"):
-        notes.append(
-            "other libraries give its probabilities without the temperature: divide the logits by "
-            f"{float(fitted['temperature']):.4g}"
-        )
     shown = store.show(str(version))
     licence = licence_of(str((shown["manifest"].get("base") or {}).get("id") or ""))
     text = card(shown, licence, form, _task_type(stored), notes)

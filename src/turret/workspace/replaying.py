@@ -16,6 +16,7 @@ from turret.tasks import Task
 from turret.workspace import answering
 from turret.workspace.progress import Say, silent
 from turret.workspace.promoting import fails
+from turret.workspace.reading import read_labelled
 
 Judge = Callable[[JsonObject], float]  # answer -> score; higher is better
 
@@ -60,12 +61,12 @@ def replay(store: Store, a: str, b: str, source: str | None, columns: JsonMappin
         texts, judges = _golden(store, first.name)
     scores: list[list[float]] = []
     for version in (first, second):
+        labelled = None if source is None else read_labelled(version, source, columns)
         ready = answering.mounted(store, str(version), say)
-        if source is not None:
-            _, rows = answering.labelled(ready, source, columns)
-            notes = notes or rows.notes
+        if labelled is not None:
+            notes = notes or labelled.notes
             score = ready.task.metric_label
-            texts, judges = _labelled(ready.task, rows.examples, texts)
+            texts, judges = _labelled(ready.task, labelled.examples, texts)
         say(f"asking {version} {len(texts)} examples")
         answers = answering.answers(ready, texts)
         scores.append([judge(answer) for judge, answer in zip(judges, answers, strict=True)])

@@ -16,25 +16,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import Tensor
 
 from turret import adapters, bases, bundles, heap
 from turret import train as trainer
 from turret.bases import Base
 from turret.data import Dataset
-from turret.data.dataset import read
 from turret.disk import describe_error
 from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
 from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
-from turret.store.gates import FORGETTING
-from turret.tasks import Task, has_head, make_task, schemas, task_of, writes
-from turret.tasks.calibration import FEWEST
+from turret.tasks import Task, make_task, task_of
 from turret.train import memory, processes
-from turret.workspace import forgetting
 from turret.workspace.progress import Say, silent
+from turret.workspace.reading import read_dataset, with_base
 from turret.workspace.results import Planned, RunResult
 from turret.workspace.stored_adapter import read_adapter
 
@@ -70,12 +66,16 @@ class Ready:
         return self.recipe, self.base, self.task, self.dataset
 
 
-def prepare(store: Store, recipe: Recipe, callbacks: Callbacks) -> Ready:
-    """Read the data, load the base, and fill in the recipe's defaults."""
+def prepare(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset | None = None) -> Ready:
+    """Read the data, load the base, and fill in the recipe's defaults.
+
+    Args:
+        dataset: the data, if it is read already.
+    """
     numbers_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
     start = _start(store, recipe, callbacks)
-    callbacks.stage(f"reading {recipe.data.source}")
-    dataset = read(recipe.data, schemas(recipe.task), recipe.split_seed)
+    dataset = dataset or read_dataset(recipe, callbacks.stage)
+    recipe, base_notes = with_base(recipe, dataset.kind)
     task_class = task_of(dataset.kind)
     callbacks.stage(f"loading {recipe.base}")
     started = time.perf_counter()
@@ -89,7 +89,7 @@ def prepare(store: Store, recipe: Recipe, callbacks: Callbacks) -> Ready:
     load_seconds = time.perf_counter() - started
     filled = _filled(recipe, dataset, base, start)
     task = make_task(filled.task, dataset, base.tokenizer, base.family.kind)
-    notes = [*dataset.notes, *base.notes]
+    notes = [*base_notes, *dataset.notes, *base.notes]
     if start is not None:
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
     heap.release()
@@ -117,9 +117,9 @@ def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: trainer.Initial
     return trainer.filled(guessed, base, dataset.kind, len(trainer.splits_of(recipe, dataset).train))
 
 
-def plan(store: Store, recipe: Recipe, callbacks: Callbacks) -> Planned:
+def plan(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset | None = None) -> Planned:
     """Plan a training without running it."""
-    return _plan(prepare(store, recipe, callbacks), callbacks)
+    return _plan(prepare(store, recipe, callbacks, dataset), callbacks)
 
 
 def _plan(ready: Ready, callbacks: Callbacks) -> Planned:
@@ -141,17 +141,26 @@ def _with_rate(ready: Ready, planned: Planned, callbacks: Callbacks) -> Planned:
     return Planned(recipe, planned.plan.with_rate(found), [*planned.notes, found.note()])
 
 
-def train(store: Store, recipe: Recipe, callbacks: Callbacks, *, fresh: bool, beside_base: bool = False) -> RunResult:
+def train(
+    store: Store,
+    recipe: Recipe,
+    callbacks: Callbacks,
+    dataset: Dataset | None = None,
+    *,
+    fresh: bool,
+    beside_base: bool = False,
+) -> RunResult:
     """Plan, train, prove and store.
 
     Args:
+        dataset: the data, if it is read already.
         fresh: start a new run even if an unfinished one of the same recipe and data could be resumed.
         beside_base: measure the bare base on the held-out examples too.
     """
     here = processes.begin()
     here.require_same(recipe=recipe.to_toml())
     callbacks = callbacks if here.main else Callbacks()
-    ready = here.main_first(lambda: prepare(store, recipe, callbacks))
+    ready = here.main_first(lambda: prepare(store, recipe, callbacks, dataset))
     if here.device is not None:
         ready.base.model.to(here.device)
     noted = _noted(ready, here)
@@ -203,11 +212,7 @@ def _carry_out(
     try:
         callbacks.stage("measuring on held-out examples")
         started = time.perf_counter()
-        ready, fitted, known = _calibrate(ready, fitted)
-        metrics = _measure(ready, known=known)
-        if writes(ready.task):
-            callbacks.stage("measuring forgetting")
-            metrics[FORGETTING] = forgetting.on_neutral_texts(ready.base.model, ready.task.tokenizer).as_json()
+        metrics = _measure(ready)
         if beside_base:
             callbacks.stage("measuring the bare base on the same examples")
             bare = _measure(ready, slot=adapters.BARE)
@@ -269,36 +274,13 @@ def _fit(run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks) -> 
         callbacks.record(record)
 
 
-def _calibrate(ready: Ready, fitted: trainer.Fitted) -> tuple[Ready, trainer.Fitted, Tensor | None]:
-    """Fit the task's calibration on the validation split, if there is one, and put it into the adapter.
-
-    Returns:
-        Both with the calibrated task, and the logits (B, C) of the data set's validation split.
-    """
-    task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
-    if not has_head(task) or not task.calibrates or not splits.selects or not splits.watched:
-        return ready, fitted, None
-    examples = splits.watched
-    if len(examples) < FEWEST:
-        note = f"not calibrated: {len(examples)} validation examples, and {FEWEST} or more are needed"
-        return replace(ready, notes=[*ready.notes, note]), fitted, None
+def _measure(ready: Ready, slot: int | None = None) -> dict[str, JsonObject]:
+    """Metrics on every held-out split."""
     most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
-    logits = trainer.head_logits(ready.base.model, task, examples, most_tokens=most)
-    train = ready.recipe.train
-    chose = train.keep == "best" or train.early_stopping is not None
-    task = task.calibrated(logits, task.targets(examples), chose_weights=chose)
-    adapter = replace(fitted.adapter, task=task.spec())
-    known = logits if ready.dataset.validation else None
-    return replace(ready, task=task), replace(fitted, adapter=adapter), known
-
-
-def _measure(ready: Ready, slot: int | None = None, known: Tensor | None = None) -> dict[str, JsonObject]:
-    """Metrics on every held-out split. known: the logits (B, C) of the validation split."""
-    most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
-    splits = {"validation": (ready.dataset.validation, known), "test": (ready.dataset.test, None)}
+    splits = {"validation": ready.dataset.validation, "test": ready.dataset.test}
     return {
-        split: trainer.evaluate(ready.base.model, ready.task, examples, most_tokens=most, slot=slot, known=logits)[0]
-        for split, (examples, logits) in splits.items()
+        split: trainer.evaluate(ready.base.model, ready.task, examples, most_tokens=most, slot=slot)[0]
+        for split, examples in splits.items()
         if examples
     }
 

@@ -19,15 +19,14 @@ from turret.compare.power import Power, Spread, power
 from turret.compare.report import write_report
 from turret.compare.results import CellResult
 from turret.data import Dataset
-from turret.data.dataset import read
 from turret.errors import RecipeError
 from turret.recipe import Recipe
 from turret.store import Store
-from turret.tasks import schemas
 from turret.workspace.comparing import state
 from turret.workspace.comparing.cells import CellRunner, locked, require_known
 from turret.workspace.comparing.command import command
 from turret.workspace.progress import Say
+from turret.workspace.reading import read_dataset, with_base
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def compare(
         result = comparison(
             ready.design, ready.data, list(runner.results.values()), failures=runner.failures,
             missing=len(runner.missing), confidence=request.confidence, budget=request.budget,
-            folder=str(ready.folder), command=request.command(recipe), power=ready.planned.power,
+            folder=str(ready.folder), command=request.command(ready.design.recipe), power=ready.planned.power,
         )  # fmt: skip
         result = result if request.texts else result.without_texts()
         write_report(result, ready.folder, state.write_text)
@@ -97,8 +96,8 @@ def compare(
 
 def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) -> Prepared:
     """Read the data, make the design, and compute its power. Trains and writes nothing."""
-    say(f"reading {recipe.data.source}")
-    data = read(recipe.data, schemas(recipe.task), recipe.split_seed)
+    data = read_dataset(recipe, say)
+    recipe, _ = with_base(recipe, data.kind)
     if not data.test:
         raise RecipeError("a comparison needs test examples, and the data has none: give data.test")
     rows = candidates(request.methods, recipe, data.kind, request.lr)

@@ -30,6 +30,7 @@ from turret.workspace.comparing import state
 from turret.workspace.comparing.cells import CellRunner, locked, require_known
 from turret.workspace.comparing.command import command
 from turret.workspace.progress import Say
+from turret.workspace.reading import with_base
 
 MARK = "{aspect}"
 METHODS = "base,prefix,lora"
@@ -70,6 +71,7 @@ class PreparedControl:
 
 def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> Control:
     """Run the missing cells, judge all outputs by the classifier and by ROUGE-L, and write the report."""
+    recipe, _ = with_base(recipe, recipe.task.kind or "generate")
     prepared = _prepare(recipe, request, say)
     digest = hashlib.sha256("".join(each.digest for each in prepared.data.values()).encode()).hexdigest()
     folder = state.folder_of(store.root, recipe, digest, "controls")

@@ -1,0 +1,68 @@
+"""`turret init`: write a recipe for a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from turret.cli import options
+from turret.cli.output import console, emit, safe
+from turret.cli.train import Base, Kind, Name
+from turret.errors import RecipeError
+
+
+def init(
+    source: Annotated[str, typer.Argument(metavar="DATA", help="A table, folder, Hub id or pypi: package.")],
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="FILE", help="The recipe; - prints it. Default: NAME.toml.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    text: options.Text = None,
+    label: options.Label = None,
+    prompt: options.Prompt = None,
+    completion: options.Completion = None,
+    messages: options.Messages = None,
+    base: Base = None,
+    name: Name = None,
+    task: Kind = None,
+    sets: options.Set = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write a commented recipe from what a table shows.
+
+    Finds the columns, the encoding, the separator and the classes. Then try `turret plan` and `turret train` with it.
+    """
+    from turret.workspace.drafting import draft
+
+    if source == "-":
+        raise RecipeError("turret init needs a file, because the recipe names it: save stdin to a file")
+    named = {"base": base, "name": name, "task.kind": task}
+    settings = {key: value for key, value in named.items() if value is not None} | options.overrides(sets)
+    found = draft(source, settings=options.columns(text, label, prompt, completion, messages) | settings)
+    path = None if out == "-" else Path(out or f"{found.name}.toml")
+    if path is not None:
+        _write(path, found.text, force)
+    if as_json:
+        emit({**found.as_json(), "file": None if path is None else str(path)})
+    elif path is None:
+        typer.echo(found.text, nl=False)
+    else:
+        for note in found.notes:
+            console().print(f"  [dim]note[/]  {safe(note)}")
+        console().print(f"[bold]{safe(path)}[/]  [dim]try[/] turret plan {safe(path)}")
+
+
+def _write(path: Path, text: str, force: bool) -> None:
+    try:
+        with path.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RecipeError(
+            f"{str(path)[:100]!r} exists: give --force to replace it, or --out for another file"
+        ) from None
+    except OSError as error:
+        raise RecipeError(
+            f"{str(path)[:100]!r} cannot be written: {error.strerror}: give --out for another file"
+        ) from None

