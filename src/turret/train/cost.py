@@ -25,7 +25,7 @@ from turret.transformer import Model
 LONG = 3.0  # seconds; a step this long is timed once instead of twice
 TIMED = 0.3  # seconds; a shorter span is too short to count, because the system counts hundredths
 SAMPLED = 50  # batches, of which the typical and the largest are measured
-TEXTS, FIRST_TOKENS = 8, (1, 5)  # texts that are begun, and their new tokens in the two runs
+FIRST_TOKENS = (1, 5)  # new tokens of each text in the two timed generations
 HEAP_GROWTH = 1.2  # the heap after hundreds of passes of other sizes, divided by the heap after a few
 BETWEEN_STEPS = 10 << 20  # bytes of the checkpoint and the curve
 SIZES = 5  # sizes of a pass that are tried, because each leaves other holes in the heap
@@ -124,7 +124,8 @@ def measure(
                 saved = _saved_by(model, task, pieces, 1 if seconds > LONG else SIZES)
                 _evaluate(model, task, [item for batch in batches for item in batch], most)
             rounded = adapters.rounded_bytes(adapters.attachment(model).context)
-            generation = _generation_time(model, task, typical[:TEXTS], clock)
+            texts = [item for batch in batches for item in batch][:GENERATED_ROWS]  # a step of fewer rows is faster
+            generation = _generation_time(model, task, texts, clock)
         finally:
             adapters.detach(model)
             model.eval()
