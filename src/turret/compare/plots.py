@@ -220,7 +220,7 @@ def scatter(
             if mark.x_low is not None and mark.x_high is not None:
                 parts.append(_line(x.at(mark.x_low), cy, x.at(mark.x_high), cy, f"whisker k-{mark.kind}"))
             parts.append(_dot(cx, cy, mark.kind, title))
-        parts.append(_text(tx, ty, names[place], "name", anchor))
+        parts.append(_text(tx, ty, names[place], f"name k-{mark.kind}", anchor))
     return _svg(height, parts, f"{y_label} against {x_label}")
 
 

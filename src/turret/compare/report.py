@@ -22,7 +22,7 @@ from turret.compare.rows import ComparisonRow
 from turret.json_types import JsonObject
 from turret.tasks import task_of
 
-PARTS = ("weights", "trainable", "gradients", "optimiser", "activations")
+PARTS = ("weights", "trainable", "gradients", "optimiser", "prepared", "activations")
 WORDS = {"within": "as good", "better": "better", "worse": "worse", "undecided": "undecided"}
 
 

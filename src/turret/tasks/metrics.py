@@ -11,10 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics.bleu import BLEU
-from sklearn.metrics import precision_recall_fscore_support
-
 from turret.json_types import JsonObject
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -58,6 +54,8 @@ def many_classes(
 def _report(true: ClassNumbers, given: ClassNumbers, labels: Sequence[str]) -> dict[str, dict[str, float | int]]:
     if not true:
         return {}
+    from sklearn.metrics import precision_recall_fscore_support  # 100 MB: loaded by those who classify only
+
     numbers = list(range(len(labels)))
     columns = precision_recall_fscore_support(true, given, labels=numbers, average=None, zero_division=0)
     return {
@@ -79,6 +77,9 @@ def texts(given: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss
     Args:
         references: one or more for each text.
     """
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
     scores = [scorer.score_multi(list(each), text) for text, each in zip(given, references, strict=True)]
     values = {name: sum(s[name].fmeasure for s in scores) / len(scores) if scores else 0.0 for name in ROUGE}
@@ -92,6 +93,8 @@ def texts(given: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss
 
 def rouge_l(given: str, reference: str) -> float:
     """ROUGE-L of one text, as a fraction."""
+    from rouge_score.rouge_scorer import RougeScorer
+
     return float(RougeScorer(["rougeL"], use_stemmer=True).score(reference, given)["rougeL"].fmeasure)
 
 

@@ -12,11 +12,12 @@ import torch
 
 from turret import adapters, heap
 from turret.bases import Base
+from turret.data import Example
 from turret.recipe import Recipe
 from turret.tasks import Task, writes
 from turret.train import memory
 from turret.train.batches import Item, Items, Schedule, micro_batches, pass_tokens
-from turret.train.evaluation import GENERATED_ROWS, generate
+from turret.train.evaluation import GENERATED_ROWS, evaluate, generate
 from turret.train.initialize import InitialAdapter, attach
 from turret.train.seeds import Randomness
 from turret.train.step import backward, loss_of
@@ -103,7 +104,8 @@ def measure(
         start: the adapter to continue from.
         clock: seconds.
     """
-    batches = [items.take(indices) for (_, indices), _ in zip(schedule.batches(), range(SAMPLED), strict=False)]
+    sampled = [indices for (_, indices), _ in zip(schedule.batches(), range(SAMPLED), strict=False)]
+    batches = [items.take(indices) for indices in sampled]
     model: Model = base.model
     most = pass_tokens(recipe.train, model.config)
     typical = sorted(batches, key=_tokens)[len(batches) // 2]
@@ -116,13 +118,14 @@ def measure(
             model.train()
             trainable = memory.trainable_bytes(adapters.trainable_parameters(model))
             backward(loss_of(model, task, typical[:1]))  # warm up: the first pass is slow
+            evaluate(model, task, items.examples[:1], texts=False)  # loads the libraries that score
             others = OtherProcesses()
             seconds = _seconds(model, task, micro_batches(typical, most), clock)
             busy = others.busy()
             with memory.grown() as grown:  # from the state in which a training starts: libraries loaded, heap trimmed
                 begun = memory.resident()
                 saved = _saved_by(model, task, pieces, 1 if seconds > LONG else SIZES)
-                _evaluate(model, task, [item for batch in batches for item in batch], most)
+                _evaluate(model, task, items, {place for indices in sampled for place in indices}, most)
             rounded = adapters.rounded_bytes(adapters.attachment(model).context)
             texts = [item for batch in batches for item in batch][:GENERATED_ROWS]  # a step of fewer rows is faster
             generation = _generation_time(model, task, texts, clock)
@@ -169,12 +172,15 @@ def _saved_by(model: Model, task: Task, pieces: Sequence[Sequence[Item]], sizes:
     return saved
 
 
-def _evaluate(model: Model, task: Task, items: Sequence[Item], most_tokens: int) -> None:
-    """A pass without gradients on the longest texts, of the size that an evaluation uses."""
-    longest_first = sorted(items, key=lambda item: -item.tokens)
-    model.eval()
-    with torch.no_grad():
-        loss_of(model, task, micro_batches(longest_first, most_tokens)[0])
+def _evaluate(model: Model, task: Task, items: Items, places: set[int], most_tokens: int) -> None:
+    """An evaluation of the longest of these items: two passes of the size that an evaluation uses."""
+    room, chosen = 2 * most_tokens, list[Example]()
+    for place, item in sorted(zip(places, items.take(list(places)), strict=True), key=lambda each: -each[1].tokens):
+        room -= item.tokens
+        if room < 0 and chosen:
+            break
+        chosen.append(items.examples[place])
+    evaluate(model, task, chosen, most_tokens=most_tokens, texts=False)
 
 
 def _generation_time(
