@@ -197,7 +197,10 @@ def test_a_name_made_from_any_source_is_a_name(source: str) -> None:
         ({"train": {"learning_rate": 1e-3}}, r"did you mean 'train.lr'\?"),
         ({"train": {"batchsize": 1}}, r"did you mean 'train.batch_size'\?"),
         ({"lr": 1e-3}, r"did you mean 'train.lr'\?"),
-        ({"xyzzy": 1}, "unknown key 'xyzzy': known are name, base, seed, data, task, method, train$"),
+        (
+            {"xyzzy": 1},
+            "unknown key 'xyzzy': known are name, base, base_quantization, seed, data, task, method, train$",
+        ),
         ({"data": {"source": "x", "lable": "y"}}, r"did you mean 'data.label'\?"),
         ({"method": {"kind": "lora", "alpha": 4}}, r"did you mean 'method.lora_alpha'\?"),
         ({"method": {"kind": "prefix", "r": 4}}, r"belongs to method.kind = \"lora\", this method is \"prefix\""),

@@ -18,6 +18,7 @@ from typing import Any
 
 import small_models
 
+from turret.adapters import BaseInfo
 from turret.data import Dataset, Labelled, Pair
 from turret.errors import OutOfMemory
 from turret.families import Family, family_of
@@ -46,7 +47,12 @@ class Base:
     bytes: int = 0
     notes: tuple[str, ...] = ()
     folder: Path | None = None
+    quantization: str = "none"
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def info(self) -> BaseInfo:
+        return BaseInfo(self.id, self.fingerprint, self.family.name, self.revision)
 
 
 def base(family: str, task: Any = "classify", **changes: Any) -> Base:

@@ -13,7 +13,7 @@ Format 1:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,12 +22,22 @@ from turret.families import Family, family_of
 from turret.transformer import Model
 
 FORMAT = 1
+OF_CHECKPOINT = "turret_fingerprint"  # attribute of a model whose weights are not the checkpoint's, such as 4 bits
 _BLOCK = 1 << 26  # bytes hashed at once
 
 
 def fingerprint(model: Model) -> str:
-    """The fingerprint of the weights of `model`, in their present dtype. The model must have no adapter attached."""
-    return hashed(body(model.named_parameters(), model, family_of(model.config)))
+    """The fingerprint of the weights of `model`, in their present dtype. The model must have no adapter attached.
+
+    A base in 4 bits has the fingerprint of its checkpoint.
+    """
+    return fingerprint_of(model.named_parameters(), model)
+
+
+def fingerprint_of(named: Iterable[tuple[str, Tensor]], model: Model) -> str:
+    """The same. named: the model's own parameters, if an adapter has replaced some."""
+    known = getattr(model, OF_CHECKPOINT, None)
+    return known if isinstance(known, str) else hashed(body(named, model, family_of(model.config)))
 
 
 def body(named: Iterable[tuple[str, Tensor]], model: Model, family: Family) -> Iterator[tuple[str, Tensor]]:
@@ -40,10 +50,11 @@ def body(named: Iterable[tuple[str, Tensor]], model: Model, family: Family) -> I
             yield relative, tensor
 
 
-def hashed(named: Iterable[tuple[str, Tensor]]) -> str:
-    """`sha256:…` over names, dtypes, shapes and values, sorted by name."""
+def hashed(named: Iterable[tuple[str, Tensor | Callable[[], Tensor]]]) -> str:
+    """`sha256:…` over names, dtypes, shapes and values, sorted by name. A function reads its tensor when it is due."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda each: each[0]):
+    for name, each in sorted(named, key=lambda pair: pair[0]):
+        tensor = each if isinstance(each, Tensor) else each()
         shape = ",".join(map(str, tensor.shape))
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {shape}\n".encode())
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)

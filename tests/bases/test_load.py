@@ -216,9 +216,11 @@ def test_a_config_of_impossible_values_is_one_line(bert: Path) -> None:
     refused(bert, "cannot be read")
 
 
-def test_a_quantised_base_is_refused(bert: Path) -> None:
-    change_config(bert, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(bert, "gptq", "plain weights")
+def test_a_base_that_no_library_here_reads_is_refused(bert: Path) -> None:
+    change_config(bert, quantization_config={"quant_method": "fp8"})
+    refused(bert, "fp8", "expected plain weights or one of nf4, fp4, gptq, awq")
+    change_config(bert, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    refused(bert, "bitsandbytes in 8 bits", "give the original model")
 
 
 def test_a_truncated_checkpoint_is_one_line(bert: Path) -> None:

@@ -41,6 +41,7 @@ class BaseInfo:
     fingerprint: str | None = None
     family: str | None = None
     revision: str | None = None
+    quantization: str | None = None  # how its weights were packed during training; None: they were plain
 
 
 @dataclass(frozen=True)

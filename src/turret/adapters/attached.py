@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from turret import quantized
 from turret.adapters import attention, positions, through_peft
 from turret.adapters.batch_context import BARE, BatchContext
 from turret.adapters.fused import activations, int8, layers, residual, rotary
@@ -146,11 +147,7 @@ def target_paths(model: Model, targets: tuple[str, ...] | str | None) -> list[st
         AdapterError: a name fits no layer.
     """
     family = family_of(model.config)
-    linear = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
+    linear = {path: module for path, module in model.named_modules() if quantized.is_linear(module)}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = {
         path: module

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from turret import quantized
 from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import BARE, BatchContext
 from turret.adapters.fused import enabled
@@ -17,6 +18,7 @@ from turret.adapters.fused.norms import RecomputedNorm, restored, to_save
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError
 from turret.kernels import LARGEST, DropoutArguments, Library, usable
+from turret.quantized import FourBitProducts
 
 
 def lora_delta(x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float = 0.0) -> Tensor:
@@ -76,6 +78,8 @@ class LoRAFactors(nn.Module):
 
     def with_base(self, layer: nn.Module, x: Tensor, context: BatchContext) -> Tensor:
         """W x + bias + delta(x), in the base's own precision and with little saved for the backward pass."""
+        if quantized.packed(layer):
+            return self._with_packed(layer, x, context)
         weight, bias = weight_and_bias(layer)
         A, B = self.lora_A, self.lora_B
         if self.initial_A is None and self._trains_beside(weight, x):
@@ -86,6 +90,22 @@ class LoRAFactors(nn.Module):
             if enabled("lora_gradient"):
                 mask = masks.mask(x, p) if p > 0.0 else None
                 return apply(_Adapted, x, weight, bias, A, B, FrozenProducts(), TorchProducts(self.scaling, mask))
+        return self._beside(layer, x)
+
+    def _with_packed(self, layer: nn.Module, x: Tensor, context: BatchContext) -> Tensor:
+        """The same beside a weight in few bits, on any device; in 4 bits only x and h are saved."""
+        if self.initial_A is not None or not torch.is_grad_enabled() or not quantized.in_four_bits(layer):
+            return self._beside(layer, x)
+        base, masks, p = FourBitProducts.of(layer), context.masks or Masks(), self._rate
+        lora: LoRAProducts
+        if (library := _kernels(x, x, self.lora_A, self.lora_B)) is not None:
+            lora = KernelProducts(self.scaling, masks.arguments(p), library)
+        else:
+            lora = TorchProducts(self.scaling, masks.mask(x, p) if p > 0.0 else None)
+        return apply(_Adapted, x, base.weight, layer._parameters["bias"], self.lora_A, self.lora_B, base, lora)
+
+    def _beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """The layer's own output and delta(x), added up."""
         y: Tensor = layer(x)
         delta: Tensor = self(x)
         return y + delta.to(y.dtype)
@@ -109,6 +129,16 @@ class LoRAFactors(nn.Module):
         if self.initial_A is None or self.initial_B is None:
             return A, B
         return torch.cat([A, self.initial_A]), torch.cat([B, -self.initial_B], dim=1)  # (2R, D_in), (D_out, 2R)
+
+
+class BaseProducts(Protocol):
+    """The products of a frozen matrix W (D_out, D_in) with rows of tokens."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b: (N, D_in) -> (N, D_out), a new tensor."""
+
+    def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """dy W: (N, D_out) -> (N, D_in), a new tensor."""
 
 
 class LoRAProducts(Protocol):
@@ -173,7 +203,7 @@ class KernelProducts:
 
 
 class _AdaptedContext(FunctionContext, Protocol):
-    base: FrozenProducts
+    base: BaseProducts
     lora: LoRAProducts
     norm: RecomputedNorm | None
 
@@ -192,7 +222,7 @@ class _Adapted(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        base: FrozenProducts,
+        base: BaseProducts,
         lora: LoRAProducts,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, D_in)
@@ -303,6 +333,9 @@ def sizes(layer: nn.Module) -> tuple[int, int]:
     if type(layer).__name__ == "Conv1D":
         d_in, d_out = layer.get_parameter("weight").shape
         return d_in, d_out
+    own: tuple[int | None, ...] = tuple(vars(layer).get(name) for name in ("in_features", "out_features"))
+    if quantized.packed(layer) and own[0] is not None and own[1] is not None:
+        return own[0], own[1]
     raise AdapterError(
         f"LoRA cannot adapt a {type(layer).__name__}: expected a linear layer; name other target_modules"
     )

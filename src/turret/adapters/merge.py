@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from turret import quantized
 from turret.adapters.adapter import Adapter, shared_names
 from turret.errors import AdapterError
 from turret.methods.lookup import numbers_of
@@ -26,6 +27,10 @@ def merged_state(model: Model, adapter: Adapter) -> dict[str, Tensor]:
         AdapterError: the method cannot be merged, a layer is missing, or another layer shares its weight.
     """
     require_mergeable(adapter)
+    if quantized.any_packed(model):
+        raise AdapterError(
+            "this base keeps its weights in few bits, so nothing can be merged into it: give the original model as base"
+        )
     state: dict[str, Tensor] = dict(model.state_dict())
     new = {**adapter.head, **numbers_of(adapter.method).merged(model, adapter)}
     shared = shared_names(model)

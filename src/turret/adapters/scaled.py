@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from turret import quantized
+
 Factors = tuple[Tensor, Tensor]
 
 
@@ -63,6 +65,6 @@ class ScaledLayer:
 
 def dora(layer: nn.Linear, A: Tensor, B: Tensor, magnitude: Tensor) -> ScaledLayer:
     """DoRA on a layer. A: (R, D_in); B: (D_out, R), scaled; magnitude: (D_out,)."""
-    gain = magnitude.float() / torch.linalg.norm(layer.weight.float() + B.float() @ A.float(), dim=1)
+    gain = magnitude.float() / torch.linalg.norm(quantized.dense_weight(layer).float() + B.float() @ A.float(), dim=1)
     shift = None if layer.bias is None else layer.bias.float() * (1 - gain)
     return ScaledLayer((A, B), output=gain, shift=shift)

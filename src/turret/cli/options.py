@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,6 +29,10 @@ Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="Co
 Prompt = Annotated[str | None, typer.Option("--prompt", metavar="COLUMN", help="Column of the texts to answer.")]
 Completion = Annotated[str | None, typer.Option("--completion", metavar="COLUMN", help="Column of the answers.")]
 Messages = Annotated[str | None, typer.Option("--messages", metavar="COLUMN", help="Column of conversations.")]
+BaseQuantization = Annotated[
+    Literal["none", "nf4"],
+    typer.Option("--base-quantization", help="nf4 keeps the base's linear layers in 4 bits (turret[quantized])."),
+]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="A version: name, name@3 or name@production.")]
 
 STORE = Location.parse(".turret")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from turret.workspace import Workspace
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Quantization = Literal["none", "nf4"]
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 Base = Annotated[
     str | None, typer.Option("--base", help="The base to load; default: the one that all adapters in the store have.")
@@ -32,6 +33,7 @@ def serve(
     alias: Annotated[str, typer.Option("--alias", help="What plain names mean; loaded in advance.")] = "production",
     memory: Memory = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Precision of the base.")] = "auto",
+    base_quantization: options.BaseQuantization = "none",
     requests: Annotated[
         int | None, typer.Option("--adapter-requests-per-minute", min=1, help="Quota of requests for each adapter.")
     ] = None,
@@ -69,11 +71,17 @@ def serve(
         log_texts=log_texts,
         proxies=networks(proxy or ()),
     )
-    _serve(workspace, base or only_base(workspace), settings, size_of(memory), dtype, as_json)
+    _serve(workspace, base or only_base(workspace), settings, size_of(memory), dtype, base_quantization, as_json)
 
 
 def _serve(
-    workspace: Workspace, base: str, settings: ServerSettings, memory: int | None, dtype: Dtype, as_json: bool
+    workspace: Workspace,
+    base: str,
+    settings: ServerSettings,
+    memory: int | None,
+    dtype: Dtype,
+    quantization: Quantization,
+    as_json: bool,
 ) -> None:
     from turret.engine import Limits, Options
     from turret.server.auth import Guard
@@ -83,7 +91,9 @@ def _serve(
     Guard(settings.host, workspace.tokens.list())  # refuses before the base is loaded
     with bind(settings.host, settings.port) as listening:
         with status() as show:
-            engine = workspace.engine(base, limits=Limits(memory=memory), dtype=dtype, on_stage=show)
+            engine = workspace.engine(
+                base, limits=Limits(memory=memory), dtype=dtype, base_quantization=quantization, on_stage=show
+            )
         with engine:
             state = ServerState(workspace, engine, Options, settings)
             run(state, listening, lambda url: _announce(url, state.base_id, as_json))

@@ -65,7 +65,7 @@ def candidates(
         lr: a learning rate for all methods, or "auto".
     """
     generates = task_of(kind).generates
-    named = list(_split(text or (WRITING if generates else CLASSIFYING)))
+    named = list(_split(text or _usual(recipe, generates)))
     rows: dict[str, Candidate] = {}
     for method, settings in named:
         if name := method_named(method).named_by:
@@ -78,6 +78,14 @@ def candidates(
     if not rows:
         raise RecipeError(f"no method to compare: give some, such as {CLASSIFYING}")
     return list(rows.values())
+
+
+def _usual(recipe: Recipe, generates: bool) -> str:
+    """The methods that are usual for the task and train on the recipe's base."""
+    words = (WRITING if generates else CLASSIFYING).split(",")
+    if recipe.base_quantization is None:
+        return ",".join(words)
+    return ",".join(each for each in words if each not in METHODS or METHODS[each].not_quantized is None)
 
 
 def _split(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:

@@ -15,6 +15,7 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor, nn
 
+from turret import quantized
 from turret.adapters import require_base
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts
 from turret.adapters.attached import Attachment, device_of, hook_model, routed_linear, target_paths
@@ -55,9 +56,10 @@ class AdapterPool:
         self._number = {id(linear): number for number, linear in enumerate(linears)}
         self._paths = {path: self._number[id(linear)] for path, linear in self.attached.linears.items()}
         self.sizes = [sizes(linear.base_layer) for linear in linears]
-        self.dtype: torch.dtype = linears[0].weight.dtype
+        self.dtype: torch.dtype = quantized.computes_in(linears[0].base_layer, model)
         self.device = device_of(model)
-        self._weights = [linear.weight for linear in linears]
+        plain = [linear.weight for linear in linears if not quantized.packed(linear.base_layer)]
+        self._weights = [torch.empty(0, dtype=self.dtype, device=self.device), *plain]
         self.attached.context.adapter_pool = self
         self._slots: dict[int, AdapterTensors] = {}
         self.library: Library | None = None  # for the current pass

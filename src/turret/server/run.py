@@ -20,7 +20,7 @@ from turret.server.http_protocol import protocol
 from turret.server.logs import LibraryHandler, Log
 from turret.server.state import ServerState
 
-LIBRARIES = ("uvicorn", "asyncio")
+LIBRARIES = ("uvicorn", "asyncio", "turret.serving")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -14,7 +14,7 @@ from turret.train.checkpoint import step_of
 from turret.train.curve import Curve, StepRecord, read_curve
 from turret.train.defaults import filled
 from turret.train.evaluation import evaluate, generate
-from turret.train.initialize import InitialAdapter
+from turret.train.initialize import InitialAdapter, require_optimizer
 from turret.train.loop import fit
 from turret.train.preflight import Plan, plan
 from turret.train.proof import Probe, probe, prove
@@ -42,6 +42,7 @@ __all__ = [
     "probe",
     "prove",
     "read_curve",
+    "require_optimizer",
     "splits_of",
     "step_of",
 ]

@@ -5,7 +5,8 @@ Format 1 is one safetensors file, `checkpoint.safetensors`, in the run's folder:
 - metadata `turret`: a JSON object with `format`, `identity`, `layout` and `progress`
 - `identity`: recipe, data, base, versions and world size; a run with another identity does not resume from it
 - `layout`: the shape of each trained parameter, in the order in which they lie in `weights`
-- tensors `weights`, `exp_avg`, `exp_avg_sq`: (N,) float32; `best`: (N,), if the best weights are kept
+- tensors `weights`, `exp_avg`, `exp_avg_sq`: (N,) float32; `best`: (N,), if the best weights are kept. With
+  `adamw8bit` the moments are (N,) uint8, and `exp_avg_absmax`, `exp_avg_sq_absmax` are their scales
 - tensors `random.python`, `random.torch`, `random.cuda`: states of the random generators; `random.1.python` and so on
   for processes 1, 2, ... of several
 

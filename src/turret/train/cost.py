@@ -19,6 +19,7 @@ from turret.train import memory
 from turret.train.batches import Item, Items, Schedule, micro_batches, pass_tokens
 from turret.train.evaluation import GENERATED_ROWS, evaluate, generate
 from turret.train.initialize import InitialAdapter, attach
+from turret.train.moments import moment_bytes
 from turret.train.seeds import Randomness
 from turret.train.step import backward, loss_of
 from turret.transformer import Model
@@ -137,7 +138,7 @@ def measure(
         weights=base.bytes,
         trainable=trainable,
         gradients=trainable,
-        optimiser=2 * trainable,
+        optimiser=moment_bytes(recipe.train.optimizer, trainable // 4),
         activations=max(round(HEAP_GROWTH * grown.bytes), saved.bytes + 2 * saved.largest),
         rounded=rounded,
         prepared=BETWEEN_STEPS + max(0, begun - before - 2 * trainable - rounded),

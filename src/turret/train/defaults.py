@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from turret import quantized
 from turret.bases import Base
 from turret.methods.method import Defaults, Method
 from turret.recipe import Recipe
@@ -19,7 +20,7 @@ def epochs_for(steps: int, examples: int, batch_size: int) -> int:
 
 def defaults_of(method: Method, base: Base, task_kind: str) -> Defaults:
     """The method's defaults for a task on a base that nothing is attached to."""
-    parameters = sum(each.numel() for each in base.model.parameters())
+    parameters = quantized.count(base.model)
     return method.defaults(base.family.kind, classify=not task_of(task_kind).generates, parameters=parameters)
 
 

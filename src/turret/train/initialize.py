@@ -14,6 +14,7 @@ from turret.errors import AdapterError, TrainingError
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.tasks import Task, stored_task
+from turret.train.moments import require_eight_bits
 from turret.train.optim import AdamW
 
 
@@ -63,6 +64,8 @@ def attach(recipe: Recipe, base: Base, task: Task, start: InitialAdapter | None 
     )
     if recipe.train.int8 and recipe.method.not_int8 is None:  # a comparison may have methods that cannot use int8
         adapters.multiply_in_int8(base.model)
+    if recipe.train.checkpoint_layers:
+        adapters.checkpoint_layers(base.model)
     if start is not None:
         try:
             start.require_fits(base, task)
@@ -81,7 +84,13 @@ def optimiser_of(recipe: Recipe, base: Base) -> AdamW:
     heads = tuple(f"{name}." for name in base.family.head_modules)
     ratios = {name: train.head_lr_ratio or 1.0 for name in trained if name.startswith(heads)}
     ratios |= numbers_of(recipe.method).rate_ratios(trained)
-    return AdamW(trained, weight_decay=train.weight_decay, ratios=ratios)
+    return AdamW(trained, weight_decay=train.weight_decay, ratios=ratios, kind=train.optimizer or "adamw")
+
+
+def require_optimizer(recipe: Recipe) -> None:
+    """Raise TrainingError if a library that `train.optimizer` needs is missing."""
+    if recipe.train.optimizer == "adamw8bit":
+        require_eight_bits()
 
 
 def starting_words(recipe: Recipe, base: Base, task: Task) -> Tensor | None:

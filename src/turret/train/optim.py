@@ -1,5 +1,7 @@
 """AdamW over one flat row of float32 weights, gradient clipping, and the learning rate schedule.
 
+`moments` has the update itself.
+
 All trainable parameters become views into one row, so an update, a norm, a checkpoint or an all-reduce is one call.
 """
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from turret.adapters.prefix import GRADIENT_STAYS
 from turret.errors import TrainingError
+from turret.train.moments import MOMENTS, Float32Moments, Moments, Part, Update
 
 
 def warmup_steps(warmup: float, total: int) -> int:
@@ -42,18 +45,16 @@ def learning_rate(step: int, *, total: int, peak: float, warmup: int, schedule: 
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019).
 
-        m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
-        w <- w (1 - lr decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
-
-    weights, gradients, exp_avg and exp_avg_sq are (N,) float32. The first `decayed` of N decay: parameters with two or
-    more dimensions, so no biases and norms. A parameter that a step does not use has a zero gradient.
+    weights and gradients are (N,) float32. The first `decayed` of N decay: parameters with two or more dimensions, so
+    no biases and norms. A parameter that a step does not use has a zero gradient.
 
     Args:
         parameters: by name; the optimiser replaces their storage.
         ratios: by name, a factor on the parameter's learning rate, 1 if not named. It does not change weight decay.
+        kind: a recipe's `train.optimizer`: adamw keeps its moments in float32, adamw8bit in 8 bits.
 
     Raises:
-        TrainingError: there is no parameter, or one is not float32.
+        TrainingError: there is no parameter, one is not float32, or a library is missing.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class AdamW:
         ratios: Mapping[str, float] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        kind: str = "adamw",
     ) -> None:
         if not parameters:
             raise TrainingError("nothing to train: the method made no trainable parameter; choose another method")
@@ -79,11 +81,9 @@ class AdamW:
         device = ordered[0][1].device
         self.weights = torch.empty(size, dtype=torch.float32, device=device)
         self.gradients = torch.zeros_like(self.weights)
-        self.exp_avg = torch.zeros_like(self.weights)
-        self.exp_avg_sq = torch.zeros_like(self.weights)
         self.layout: dict[str, list[int]] = {}  # name -> shape, in the order of the row
         self._parameters = [parameter for _, parameter in ordered]
-        self._faster: list[tuple[slice, float]] = []  # where the ratio is not 1
+        parts: list[Part] = []
         start = 0
         for name, parameter in ordered:
             stop = start + parameter.numel()
@@ -93,9 +93,13 @@ class AdamW:
             parameter.grad = self.gradients[start:stop].view(parameter.shape)
             setattr(parameter, GRADIENT_STAYS, True)
             self.layout[name] = list(parameter.shape)
-            if (ratio := (ratios or {}).get(name, 1.0)) != 1.0:
-                self._faster.append((slice(start, stop), ratio))
+            alike = parameter.ndim >= 2, (ratios or {}).get(name, 1.0)
+            if parts and parts[-1][1:] == alike:
+                parts[-1] = Part(slice(parts[-1].where.start, stop), *alike)
+            else:
+                parts.append(Part(slice(start, stop), *alike))
             start = stop
+        self._moments: Moments = MOMENTS[kind](self.weights, parts)
 
     def zero_gradients(self) -> None:
         self.gradients.zero_()
@@ -111,23 +115,13 @@ class AdamW:
     def step(self, rate: float) -> None:
         """One update. It overwrites the gradients, whose row is its scratch space."""
         self.steps += 1
-        beta1, beta2 = self.betas
-        gradients = self.gradients
-        self.exp_avg.lerp_(gradients, 1 - beta1)
-        self.exp_avg_sq.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
-        if self.weight_decay:
-            self.weights[: self.decayed].mul_(1 - rate * self.weight_decay)
-        torch.sqrt(self.exp_avg_sq, out=gradients)
-        gradients.div_(math.sqrt(1 - beta2**self.steps)).add_(self.eps)
-        value = -rate / (1 - beta1**self.steps)
-        self.weights.addcdiv_(self.exp_avg, gradients, value=value)
-        for part, ratio in self._faster:
-            self.weights[part].addcdiv_(self.exp_avg[part], gradients[part], value=value * (ratio - 1))
+        update = Update(rate, self.steps, self.weight_decay, self.betas, self.eps)
+        self._moments.step(self.weights, self.gradients, update)
         self._changed()
 
     def state(self) -> dict[str, Tensor]:
         """The rows that a checkpoint keeps. They are not copies."""
-        return {"weights": self.weights, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {"weights": self.weights, **self._moments.state()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
@@ -137,12 +131,21 @@ class AdamW:
         self.steps = steps
         self._changed()
 
+    @torch.no_grad()
+    def restart(self, weights: Tensor) -> None:
+        """Begin again from a row (N,), as if no step had been taken."""
+        for row in self._moments.state().values():
+            row.zero_()
+        self.steps = 0
+        self.set_weights(weights)
+
     def end(self) -> None:
         """Free everything but the weights. No update can follow."""
         for parameter in self._parameters:
             parameter.grad = None
             delattr(parameter, GRADIENT_STAYS)
-        self.gradients = self.exp_avg = self.exp_avg_sq = self.weights.new_empty(0)
+        self.gradients = self.weights.new_empty(0)
+        self._moments = Float32Moments(self.gradients, [])
 
     @torch.no_grad()
     def set_weights(self, weights: Tensor) -> None:

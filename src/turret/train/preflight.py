@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from turret import quantized
 from turret.bases import Base
 from turret.data import Dataset, Example
 from turret.errors import PreflightRefused
@@ -98,7 +99,7 @@ def plan(
     schedule = Schedule.of(recipe, len(used.train))
     items = Items(task, used.train)
     sample = items.take(spread(len(items), SAMPLED))
-    total = sum(each.numel() for each in base.model.parameters())
+    total = quantized.count(base.model)
     own = defaults_of(recipe.method, base, task.kind)
     lr = recipe.train.lr
     auto = None

@@ -84,6 +84,7 @@ def prove(bundle: Path, base: Base, expected: Probe, *, timeout: float = TIMEOUT
             "base": base.id,
             "fingerprint": base.fingerprint,
             "dtype": str(base.dtype).removeprefix("torch."),
+            "quantization": base.quantization,
             "labels": None if expected.targets else int(expected.outputs.shape[1]),
             "tolerance": TOLERANCE[base.dtype],
             "threads": torch.get_num_threads(),

@@ -44,6 +44,7 @@ def examine(request: JsonMapping, probe: dict[str, Tensor]) -> JsonObject:
         task="generate" if request["labels"] is None else "classify",
         num_labels=request["labels"],
         dtype=request["dtype"],
+        quantization=request.get("quantization", "none"),
         verify=True,  # hash the weights instead of trusting the cached fingerprint
     )
     if base.fingerprint != request["fingerprint"]:

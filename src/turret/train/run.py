@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from turret import adapters
-from turret.adapters import Adapter, BaseInfo
+from turret import adapters, quantized
+from turret.adapters import Adapter
 from turret.bases import Base
 from turret.data import Dataset
 from turret.errors import TrainingError
@@ -122,7 +122,7 @@ class TrainingRun:
         schedule = Schedule.of(recipe, len(splits.train))
         originals = [each.detach() for each in (*base.model.parameters(), *base.model.buffers())]
         unchanged = checksum(originals)
-        total = sum(each.numel() for each in base.model.parameters())
+        total = quantized.count(base.model)
         randomness = Randomness(recipe.seed, base.model.device)
         with randomness:
             attach(recipe, base, task, start)
@@ -361,7 +361,7 @@ class TrainingRun:
             method=method,
             tensors=tensors,
             head=head,
-            base=BaseInfo(id=base.id, fingerprint=base.fingerprint, family=base.family.name, revision=base.revision),
+            base=base.info,
             task=spec,
             generation=dict(spec.get("generation") or {}),
             lineage=self._lineage(),

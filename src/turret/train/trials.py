@@ -122,8 +122,7 @@ class Trials:
         return self._held_out().mean
 
     def _reset(self) -> None:
-        zero = torch.zeros_like(self.start)
-        self.optimiser.load_state({"weights": self.start, "exp_avg": zero, "exp_avg_sq": zero}, steps=0)
+        self.optimiser.restart(self.start)
 
     def _held_out(self) -> Score:
         return Score(*example_losses(self.base.model, self.task, self.held, most_tokens=self.most_tokens))

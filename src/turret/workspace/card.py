@@ -51,6 +51,7 @@ def card(shown: JsonMapping, licence: str | None, form: str, task_type: str | No
                 *([("labels", ", ".join(map(_code, task["labels"])))] if task.get("labels") else []),
                 ("base", _code(base.get("id") or "not stated")),
                 *([("base revision", _code(base["revision"]))] if base.get("revision") else []),
+                *([("base quantization", _code(base["quantization"]))] if base.get("quantization") else []),
                 ("base fingerprint", _code(base.get("fingerprint") or "not known")),
                 ("licence of the base", _code(licence) if licence else "unknown: the base's files state none"),
                 ("data digest", _code(_part(manifest, "lineage").get("data") or "not known")),

@@ -314,16 +314,19 @@ class Workspace:
         *,
         limits: Limits | None = None,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        base_quantization: Literal["none", "nf4"] = "none",
         on_stage: Say | None = None,
     ) -> Engine:
         """Load a base and start an engine that answers with any stored versions in any mixture: a context manager.
 
         Args:
             limits: of memory, batches and queues; see `turret.engine.Limits`.
+            base_quantization: nf4 keeps the base's linear layers in 4 bits. Adapters that were trained otherwise are
+                served all the same, and the log says so once for each.
         """
         from turret.workspace import serving
 
-        return serving.engine(self.store, base, limits, dtype, on_stage or silent)
+        return serving.engine(self.store, base, limits, dtype, on_stage or silent, quantization=base_quantization)
 
     def import_adapter(
         self,
@@ -335,6 +338,7 @@ class Workspace:
         labels: Sequence[str] | None = None,
         settings: JsonMapping | None = None,
         rank: int | None = None,
+        base_quantization: Literal["none", "nf4"] = "none",
         on_stage: Say | None = None,
     ) -> Imported:
         """Check an adapter from outside on its base and store it as the next version of `name`.
@@ -346,13 +350,14 @@ class Workspace:
             labels: for a PEFT folder with a classifier; default: from the base's configuration.
             settings: for a PEFT folder: keys of a recipe's `[task]`.
             rank: of the LoRA to which another PEFT method, such as LoHa, is converted; default: 32.
+            base_quantization: of the base that the adapter was trained on, and is checked on.
 
         Raises:
             AdapterError: it is broken, does not fit its base, or has no effect.
         """
         from turret.workspace import importing
 
-        request = importing.ImportRequest(base, task, labels, settings, rank)
+        request = importing.ImportRequest(base, task, labels, settings, rank, quantization=base_quantization)
         return importing.import_adapter(self.store, str(source), name, request, on_stage or silent)
 
     def merge(

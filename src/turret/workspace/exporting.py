@@ -32,7 +32,7 @@ from turret.bases.silence_transformers import quiet
 from turret.bundles import vllm
 from turret.bundles.bundle import FILES, read_config
 from turret.disk import describe_error, errno_of, exclusive_lock, permissions, sync
-from turret.errors import AdapterError, StoreError
+from turret.errors import AdapterError, BaseModelError, StoreError
 from turret.interrupt import StopRequest
 from turret.json_types import JsonMapping
 from turret.store import Store, Version, scratch
@@ -43,7 +43,7 @@ from turret.workspace.card import card
 from turret.workspace.importing import probe_items
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Exported
-from turret.workspace.stored_adapter import load_base
+from turret.workspace.stored_adapter import load_base, trained_on
 
 Form = Literal["peft", "merged", "vllm"]
 CARD = "README.md"
@@ -120,13 +120,12 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) ->
     merge.require_mergeable(adapter)
     if not adapter.task:
         raise AdapterError(f"{version} does not store its task, so it cannot be merged: import it with --task")
+    as_trained = _outputs_as_trained(adapter, say)
     say(f"loading {adapter.base.id}")
-    base = load_base(adapter, _dtype_of(adapter.base.id))
+    base = load_base(adapter, _dtype_of(adapter.base.id), "none")
     say("merging")
     rows = _probe_rows(adapter, base)
-    adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
-    expected = _outputs(base.model, rows)
-    adapters.detach(base.model)
+    expected = _adapted_outputs(adapter, base)
     state = merge.merged_state(base.model, adapter)
     with quiet():
         _set_config(base.model, stored_task(adapter.task).head_config(adapter.task))
@@ -145,7 +144,43 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) ->
             f"largest, allowed is {TOLERANCE[precision]:.0e}; export the adapter without --merged"
         )
     word = str(precision).removeprefix("torch.")
-    return [f"Its weights are {word}; read back, its outputs differ from the adapter's by {error:.1e} of the largest."]
+    notes = [f"Its weights are {word}; read back, its outputs differ from the adapter's by {error:.1e} of the largest."]
+    return notes + _cost_of_merging(trained_on(adapter), as_trained, expected)
+
+
+def _outputs_as_trained(adapter: Adapter, say: Say) -> Tensor | None:
+    """The adapter's outputs on the base as it was trained; None if that was plain, or cannot be loaded here."""
+    if (kept := trained_on(adapter)) == "none":
+        return None
+    say(f"loading {adapter.base.id} in {kept}")
+    try:
+        base = load_base(adapter, _dtype_of(adapter.base.id), kept)
+    except BaseModelError as error:
+        if isinstance(error.__context__, ImportError):  # bitsandbytes is not installed
+            return None
+        raise
+    return _adapted_outputs(adapter, base)
+
+
+def _cost_of_merging(kept: str, as_trained: Tensor | None, merged: Tensor) -> list[str]:
+    """A note on what it costs to merge an adapter into other weights than those it was trained on."""
+    if kept == "none":
+        return []
+    note = f"It was trained on the base in {kept} and is merged into the checkpoint's own weights"
+    if as_trained is None:
+        return [f"{note}; what that changes was not measured, because bitsandbytes is not installed."]
+    change = float((merged - as_trained).abs().max()) / float(as_trained.abs().max())
+    mean = float((merged - as_trained).abs().mean()) / float(as_trained.abs().mean())
+    return [f"{note}: its outputs change by {change:.1e} of the largest, {mean:.1e} on average."]
+
+
+def _adapted_outputs(adapter: Adapter, base: Base) -> Tensor:
+    """The adapter's outputs on a base, which is left as it was."""
+    adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
+    try:
+        return _outputs(base.model, _probe_rows(adapter, base))
+    finally:
+        adapters.detach(base.model)
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from turret import adapters, bases, bundles
-from turret.adapters import Adapter, BaseInfo
+from turret.adapters import Adapter
 from turret.bases import Base
+from turret.bases.quantized import Quantization
 from turret.bundles import conversion, fetch
 from turret.bundles.bundle import CONFIG, WEIGHTS, read_config
 from turret.data import Dataset
@@ -37,6 +38,7 @@ from turret.train.adapter_effect import AdapterEffect, effect_of
 from turret.train.batches import Item, Items
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Imported
+from turret.workspace.stored_adapter import trained_on
 
 TASK_TYPES = {"SEQ_CLS": "classify", "CAUSAL_LM": "generate", "SEQ_2_SEQ_LM": "generate"}  # PEFT's task_type -> kind
 PROBE = (  # inputs of the check; any text works, because only the difference from the bare base counts
@@ -56,6 +58,7 @@ class ImportRequest:
     labels: Sequence[str] | None = None
     settings: JsonMapping | None = None  # keys of a recipe's [task]
     rank: int | None = None  # of the LoRA to which another PEFT method is converted
+    quantization: Quantization = "none"  # of the base that it is checked on
 
 
 def import_adapter(store: Store, source: str, name: str, request: ImportRequest, say: Say = silent) -> Imported:
@@ -87,7 +90,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
         if not (request.base or given.base.fingerprint or config.get("base_model_name_or_path")):
             raise AdapterError("its configuration names no base: give --base with the one it was trained on")
         say(f"loading {base_id}")
-        base = _load(base_id, kind, request)
+        base = _load(base_id, kind, request, trained_on(given) if given.task else request.quantization)
         adapters.require_base(given, base.fingerprint)
         adapter, notes = given, [*base.notes, *converted]
         if not given.task:
@@ -97,7 +100,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
             adapter = replace(adapter, lineage=adapter.lineage or _origin(brought, config))
         elif base_id != given.base.id:
             notes.append(f"its base is called {base_id} here and {given.base.id} where it was made: the digest is new")
-            adapter = replace(given, base=_info(base))
+            adapter = replace(given, base=base.info)
         say("checking it on its base")
         effect = check(base, adapter)
         bundle = brought.folder
@@ -154,7 +157,13 @@ def _disk_errors(store: Store, source: str) -> Iterator[None]:
 
 
 def _refuse_settings(request: ImportRequest) -> None:
-    options = {"--task": request.task, "--labels": request.labels, "--set": request.settings}
+    packed = request.quantization != "none"
+    options = {
+        "--base-quantization": packed,
+        "--task": request.task,
+        "--labels": request.labels,
+        "--set": request.settings,
+    }
     if given := [option for option, value in options.items() if value]:
         raise RecipeError(f"this is a bundle, which states its task and labels itself: leave {', '.join(given)} out")
 
@@ -170,17 +179,13 @@ def _kind(adapter: Adapter, config: JsonMapping, request: ImportRequest) -> str:
     return str(kind)
 
 
-def _load(base_id: str, kind: str, request: ImportRequest) -> Base:
+def _load(base_id: str, kind: str, request: ImportRequest, quantization: Quantization) -> Base:
     try:
-        return bases.load(base_id, task=task_of(kind).request)
+        return bases.load(base_id, task=task_of(kind).request, quantization=quantization)
     except BaseModelError as error:
         if request.base is not None:
             raise
         raise type(error)(f"{error}; or give the adapter's base with --base") from error
-
-
-def _info(base: Base) -> BaseInfo:
-    return BaseInfo(id=base.id, fingerprint=base.fingerprint, family=base.family.name, revision=base.revision)
 
 
 def _origin(brought: fetch.Fetched, config: JsonMapping) -> JsonObject:
@@ -210,7 +215,7 @@ def _completed(given: Adapter, kind: str, base: Base, name: str, request: Import
     spec = make_task(settings, dataset, base.tokenizer, base.family.kind).spec()
     method = given.method.of_tensors(given.tensors)
     tensors, head = ({key: each.float() for key, each in part.items()} for part in (given.tensors, head))
-    return Adapter(method, tensors, head, _info(base), spec, dict(spec.get("generation") or {}), given.lineage)
+    return Adapter(method, tensors, head, base.info, spec, dict(spec.get("generation") or {}), given.lineage)
 
 
 def _settings(request: ImportRequest) -> Iterator[tuple[str, JsonValue]]:

@@ -51,7 +51,7 @@ def merge(store: Store, references: Sequence[str], name: str, request: MergeRequ
     notes = _require_alike(versions, adapters)
     first = adapters[0]
     say(f"loading {first.base.id}")
-    base = load_base(first, "float32")
+    base = load_base(first, "float32", "none")
     for adapter in adapters:
         require_base(adapter, base.fingerprint)
     say(f"merging by {request.how}")

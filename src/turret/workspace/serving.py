@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Literal
 
 from turret import adapters, bases
 from turret.bases.base import Dtype
+from turret.bases.quantized import Quantization
 from turret.engine import Engine, Limits, Named
 from turret.errors import NotFound
 from turret.families import FAMILIES
@@ -17,6 +20,7 @@ from turret.store import Store
 from turret.workspace.progress import Say, silent
 from turret.workspace.stored_adapter import read_adapter
 
+log = logging.getLogger("turret.serving")
 REMEMBERED = 4096  # versions
 FRESH = 1.0  # seconds for which a resolved `name@3` is used without asking the store again
 
@@ -28,8 +32,12 @@ class StoreSource:
     names are resolved on every request. A deleted version is refused after one second at most.
     """
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
-        self._store, self._clock = store, clock
+    def __init__(
+        self, store: Store, clock: Callable[[], float] = time.monotonic, quantization: Quantization | None = None
+    ) -> None:
+        """quantization: of the base that serves; None: not known, so nothing is said about it."""
+        self._store, self._clock, self._quantization = store, clock, quantization
+        self._said: set[str] = set()  # digests of versions that were trained on another quantization
         self._lock = threading.Lock()
         self._known: OrderedDict[str, tuple[float, Named]] = OrderedDict()  # reference -> (valid until, version)
 
@@ -49,10 +57,24 @@ class StoreSource:
     def load(self, named: Named) -> adapters.Adapter:
         """Read a version and check its files. Raises Corrupt if they are damaged, NotFound if it was deleted."""
         try:
-            return read_adapter(self._store, Reference(named.name, version=named.number))[1]
+            adapter = read_adapter(self._store, Reference(named.name, version=named.number))[1]
         except NotFound:
             self._forget(str(named))
             raise
+        self._say_quantization(named, adapter)
+        return adapter
+
+    def _say_quantization(self, named: Named, adapter: adapters.Adapter) -> None:
+        """Warn once of a version that was trained on other weights than those that serve."""
+        trained = adapter.base.quantization or "none"
+        if self._quantization in (None, trained) or named.digest in self._said:
+            return
+        self._said.add(named.digest)
+        log.warning(
+            "%s was trained on base_quantization %s and is served on %s: its answers differ a little from those that "
+            "were measured; for equal ones serve with --base-quantization %s",
+            named, trained, self._quantization, trained,
+        )  # fmt: skip
 
     def _remember(self, reference: str, until: float, named: Named) -> None:
         with self._lock:
@@ -66,10 +88,19 @@ class StoreSource:
             self._known.pop(reference, None)
 
 
-def engine(store: Store, base: str, limits: Limits | None, dtype: Dtype, say: Say = silent) -> Engine:
+def engine(
+    store: Store,
+    base: str,
+    limits: Limits | None,
+    dtype: Dtype,
+    say: Say = silent,
+    *,
+    quantization: Quantization = "none",
+) -> Engine:
     """Load a base, for generation if its family generates, else for classification, and start an engine on it."""
     say(f"loading {base}")
     family = FAMILIES.get(str(bases.resolve(base).config.get("model_type")))
     generates = family is not None and family.generates  # `load` raises for an unknown family
-    loaded = bases.load(base, task="generate" if generates else "classify", dtype=dtype)
-    return Engine(loaded, StoreSource(store), limits)
+    task: Literal["classify", "generate"] = "generate" if generates else "classify"
+    loaded = bases.load(base, task=task, dtype=dtype, quantization=quantization)
+    return Engine(loaded, StoreSource(store, quantization=quantization), limits)

@@ -9,6 +9,8 @@ from turret import bases, bundles
 from turret.adapters import Adapter
 from turret.bases import Base
 from turret.bases.base import Dtype
+from turret.bases.quantized import QUANTIZATIONS, Quantization
+from turret.errors import AdapterError
 from turret.reference import Reference
 from turret.store import Store, Version
 from turret.tasks import stored_task
@@ -21,7 +23,27 @@ def read_adapter(store: Store, reference: str | Reference) -> tuple[Version, Ada
         return store.materialize(reference, bundle), bundles.read_bundle(bundle)
 
 
-def load_base(adapter: Adapter, dtype: Dtype = "auto") -> Base:
-    """Load the base of an adapter that stores its task. The caller checks the base's fingerprint."""
+def load_base(adapter: Adapter, dtype: Dtype = "auto", quantization: Quantization | None = None) -> Base:
+    """Load the base of an adapter that stores its task. The caller checks the base's fingerprint.
+
+    quantization: None: as the adapter was trained.
+    """
     task, labels = stored_task(adapter.task), adapter.task.get("labels") or ()
-    return bases.load(adapter.base.id, task=task.request, num_labels=task.num_labels(labels), dtype=dtype)
+    return bases.load(
+        adapter.base.id,
+        task=task.request,
+        num_labels=task.num_labels(labels),
+        dtype=dtype,
+        quantization=trained_on(adapter) if quantization is None else quantization,
+    )
+
+
+def trained_on(adapter: Adapter) -> Quantization:
+    """How the weights of its base were packed during training. Raises AdapterError if this version does not know it."""
+    kept = adapter.base.quantization or "none"
+    if kept not in QUANTIZATIONS:
+        raise AdapterError(
+            f"the adapter was trained on {adapter.base.id} in {kept[:40]}: this version knows "
+            f"{', '.join(QUANTIZATIONS)}; upgrade turret"
+        )
+    return QUANTIZATIONS[kept]

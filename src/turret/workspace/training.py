@@ -72,6 +72,7 @@ def prepare(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset
     Args:
         dataset: the data, if it is read already.
     """
+    trainer.require_optimizer(recipe)
     numbers_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
     start = _start(store, recipe, callbacks)
     dataset = dataset or read_dataset(recipe, callbacks.stage)
@@ -85,6 +86,7 @@ def prepare(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset
         num_labels=task_class.num_labels(dataset.labels),
         dtype=recipe.train.dtype,
         seed=recipe.seed,
+        quantization=recipe.base_quantization or "none",
     )
     load_seconds = time.perf_counter() - started
     filled = _filled(recipe, dataset, base, start)

@@ -40,6 +40,13 @@ class Masks:
         self._seed: int | None = None
         self._drawn = 0
 
+    def copy(self) -> Masks:
+        """The same state: both draw the same masks from here on."""
+        twin = Masks()
+        twin._runs, twin._used = dict(self._runs), set(self._used)
+        twin._seed, twin._drawn = self._seed, self._drawn
+        return twin
+
     def arguments(self, p: float) -> DropoutArguments:
         """The next mask of this pass for a kernel, which computes it from two seeds whenever it needs it."""
         if p <= 0.0:
@@ -51,6 +58,10 @@ class Masks:
 
     def mask(self, x: Tensor, p: float) -> Mask:
         """The next mask of this pass for x: hashed by a kernel if it can index all elements, else words."""
+        if not x.is_cpu:
+            return KeptMask(
+                torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p), 1.0 / (1.0 - p)
+            )
         library = usable(x) if x.numel() < LARGEST else None
         if library is not None:
             return HashedMask(library, self.arguments(p))
@@ -138,6 +149,20 @@ class HashedMask:
 
     def scaled(self, x: Tensor) -> Tensor:
         return self.library.dropout(x, self.dropped)
+
+
+@dataclass(frozen=True)
+class KeptMask:
+    """On another device than the CPU. kept: whether an element stays; its size is a byte."""
+
+    kept: Tensor
+    scale: float
+
+    def of(self, x: Tensor) -> Tensor:
+        return x * self.kept.view(x.shape)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.of(x).mul_(self.scale)
 
 
 class _DropoutContext(FunctionContext, Protocol):

@@ -48,9 +48,9 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _FlashContext, *gradients: Tensor) -> Gradients:
-        *saved, log_sum = ctx.saved_tensors[:4]
-        q, k, v = map(_tokens, saved)
-        prefixes, dy = ctx.saved_tensors[4:], gradients[0].contiguous()
+        saved, dy = ctx.saved_tensors, gradients[0].contiguous()  # a checkpoint lets them be read only once
+        q, k, v = map(_tokens, saved[:3])
+        log_sum, prefixes = saved[3], saved[4:]
         *parts, all_rows = ctx.library.attention_backward(
             ctx.rows, q, k, v, pairs_of(prefixes, ctx.of_row), ctx.dropped, dy, log_sum
         )

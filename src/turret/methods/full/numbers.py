@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from turret import quantized
 from turret.adapters.adapter import Adapter, Extracted, Parts, copied
 from turret.adapters.attached import Attachment, Beginning, put_back
 from turret.errors import AdapterError
@@ -57,6 +58,11 @@ class FullNumbers(MethodNumbers[Full]):
 
 def _swap(model: Model, attached: Attachment, values: dict[str, Tensor]) -> None:
     """Replace every parameter by a copy, or by its entry in `values`. Ties are kept; `undo` restores the originals."""
+    if quantized.any_packed(model):
+        raise AdapterError(
+            "full fine-tuning replaces the weights, and this base keeps them in few bits: "
+            "use lora, prefix or head, or load it with base_quantization none"
+        )
     copies: dict[int, nn.Parameter] = {}
     names = {id(each): name for name, each in model.named_parameters()}
     for module in list(model.modules()):

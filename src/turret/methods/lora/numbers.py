@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Extracted, Parts, linear_at
 from turret.adapters.attached import Attachment, Beginning, device_of, routed_linear, target_paths
 from turret.adapters.lora import LoRAFactors, sizes
@@ -36,11 +37,24 @@ class LoRANumbers(MethodNumbers[LoRA]):
             near = [close for name in unknown for close in difflib.get_close_matches(name, names, n=1)]
             remedy = f"did you mean {', '.join(near)}?" if near else "name other method.target_modules"
             return Check("method", "refuse", str(error), remedy)
+        if (problem := self._loftq_problem(model, paths)) is not None:
+            return Check("method", "refuse", problem, "leave it out, or load a plain checkpoint in 4 bits")
         names = sorted({path.rsplit(".", 1)[-1] for path in paths})
         return Check("method", "ok", f"LoRA of rank {self.method.r} on {len(paths)} layers ({', '.join(names)})")
 
+    def _loftq_problem(self, model: Model, paths: Iterable[str]) -> str | None:
+        """Why these layers have no error of 4 bits to start from; None if they have, or if it is not asked for."""
+        if self.method.init_lora_weights != "loftq":
+            return None
+        given = 'init_lora_weights = "loftq" starts from what 4 bits lose of a weight'
+        if any(quantized.original_weight(model.get_submodule(path)) is None for path in list(paths)[:1]):
+            return f'{given}: expected base_quantization = "nf4" and a plain checkpoint, given other weights'
+        return None
+
     def start(self, model: Model, attached: Attachment, beginning: Beginning) -> None:
         super().start(model, attached, beginning)
+        if (problem := self._loftq_problem(model, target_paths(model, self.method.target_modules))) is not None:
+            raise AdapterError(f"{problem}; leave it out")
         for path in target_paths(model, self.method.target_modules):
             factors = _initial(self.method, model.get_submodule(path), beginning.generator).to(device_of(model))
             routed_linear(model, attached, path).slots["1"] = factors
@@ -153,13 +167,16 @@ def _initial(method: LoRA, layer: nn.Module, generator: torch.Generator | None) 
 
     True: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero. "gaussian": A normal with deviation 1/R, B zero.
     "pissa": the R largest singular triples of W, divided by the scaling, and subtracted again. All three start equal to
-    the base. False: both random, for tests.
+    the base. "loftq": the R largest singular triples of what 4 bits lose of W, so that the adapter starts closer to the
+    plain base than the base in 4 bits is. False: both random, for tests.
     """
     d_in, d_out = sizes(layer)
     A = torch.empty(method.r, d_in)
     B = torch.zeros(d_out, method.r)
     if method.init_lora_weights == "pissa":
-        A, B = _principal(layer, method)
+        A, B = _principal(quantized.dense_weight(layer).float(), method)
+    elif method.init_lora_weights == "loftq":
+        A, B = _principal(_lost(layer), method)
     elif method.init_lora_weights == "gaussian":
         A.normal_(0.0, 1.0 / method.r, generator=generator)
     else:
@@ -172,17 +189,26 @@ def _initial(method: LoRA, layer: nn.Module, generator: torch.Generator | None) 
     return factors
 
 
-def _principal(layer: nn.Module, method: LoRA) -> tuple[Tensor, Tensor]:
-    """A (R, D_in) and B (D_out, R) of PiSSA: B A = (U_R S_R V_R^T) / scaling, of the layer's weight W (D_out, D_in).
+def _lost(layer: nn.Module) -> Tensor:
+    """W - Q (D_out, D_in) float32: what the weight Q in 4 bits lost of the checkpoint's weight W.
 
-    Source: Meng et al. 2024.
+    The first step of Li et al. 2023, "LoftQ", Algorithm 1. Further steps would quantise the base again.
     """
-    assert isinstance(layer.weight, Tensor)
-    W = layer.weight.detach().float()
-    W = W if isinstance(layer, nn.Linear) else W.mT
+    original = quantized.original_weight(layer)
+    assert original is not None
+    dense = quantized.dense_weight(layer).float()
+    return original.to(dense.device).float() - dense
+
+
+def _principal(W: Tensor, method: LoRA) -> tuple[Tensor, Tensor]:
+    """A (R, D_in) and B (D_out, R) with B A = (U_R S_R V_R^T) / scaling, the principal part of W (D_out, D_in) float32.
+
+    Source: Meng et al. 2024 (PiSSA).
+    """
     if method.r > min(W.shape):
         raise AdapterError(
-            f"PiSSA needs r <= {min(W.shape)} for a weight of {tuple(W.shape)}, given {method.r}: lower r"
+            f"{method.init_lora_weights} needs r <= {min(W.shape)} for a weight of {tuple(W.shape)}, "
+            f"given {method.r}: lower r"
         )
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = (S[: method.r] / method.scaling).sqrt()

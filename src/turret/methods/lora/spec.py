@@ -41,7 +41,7 @@ class LoRA(Method):
     target_modules: tuple[str, ...] | Literal["all-linear"] | None = None  # None: the family's (query and value)
     use_rslora: bool = False  # scaling = lora_alpha / sqrt(r) (Kalajdzievski 2023)
     lora_plus_ratio: float | None = Field(default=None, gt=0, le=1000)  # B's rate / A's (LoRA+, Hayou et al. 2024)
-    init_lora_weights: bool | Literal["gaussian", "pissa"] = True  # True: Kaiming A, zero B
+    init_lora_weights: bool | Literal["gaussian", "pissa", "loftq"] = True  # True: Kaiming A, zero B
 
     @property
     def scaling(self) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from turret import adapters
+from turret import adapters, quantized
 from turret import train as trainer
 from turret.compare.losses import binned
 from turret.data import Dataset, Example, texts_of
@@ -67,7 +67,7 @@ def base(store: Store, recipe: Recipe, say: Say) -> JsonObject:
     attach(recipe.model_copy(update={"method": LoRA()}) if bare else recipe, ready.base, ready.task)
     ready.base.model.eval()
     mounted = answering.Mounted(None, ready.base.model, ready.task)
-    total = sum(each.numel() for each in ready.base.model.parameters())
+    total = quantized.count(ready.base.model)
     return {
         "version": None,
         "base": {"id": ready.base.id, "fingerprint": ready.base.fingerprint},

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import turret
+from turret import quantized
 from turret.json_types import JsonObject
 from turret.transformer import Model
 from turret.workspace.machine import installed
@@ -21,7 +22,8 @@ def provenance(model: Model, int8: bool) -> JsonObject:
     """Date, device, threads, precision, versions and commit."""
     weight = next(model.parameters())
     kinds = sorted({str(each.dtype).removeprefix("torch.") for each in model.parameters() if each.is_floating_point()})
-    precision = " and ".join(kinds) + (", products in int8" if int8 else "")
+    packed = ", weights in 4 bits" if quantized.any_packed(model) else ""
+    precision = " and ".join(kinds) + packed + (", products in int8" if int8 else "")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "device": _device(weight.device),
