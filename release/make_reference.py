@@ -156,7 +156,7 @@ def type_words(kind: Any, metadata: Sequence[Any]) -> list[str]:
         return type_words(inner, [part for each in more for part in getattr(each, "metadata", [each])])
     if get_origin(kind) is Literal:
         return [f"`{toml(each)}`" for each in get_args(kind)]
-    if get_origin(kind) is tuple:
+    if get_origin(kind) in (tuple, list):
         return ["list of names"]
     if get_origin(kind) is dict:
         return ["table"]

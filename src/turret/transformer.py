@@ -82,6 +82,12 @@ class TextEncoding(Protocol):
     def __getitem__(self, name: str) -> list[int]: ...
 
 
+class AddedToken(Protocol):
+    """A token that was added to a vocabulary. `str` gives its text."""
+
+    special: bool
+
+
 class Tokenizer(Protocol):
     """A `PreTrainedTokenizerBase` with a pad token."""
 
@@ -95,6 +101,7 @@ class Tokenizer(Protocol):
     chat_template: str | None
     is_fast: bool
     backend_tokenizer: tokenizers.Tokenizer  # of a fast tokenizer
+    added_tokens_decoder: Mapping[int, AddedToken]
 
     @overload
     def __call__(self, texts: str, **options: bool) -> TextEncoding: ...
@@ -112,6 +119,7 @@ class Tokenizer(Protocol):
         self, messages: list[dict[str, str]], *, tokenize: Literal[True], return_dict: Literal[False], **options: bool
     ) -> list[int]: ...
 
+    def get_chat_template(self) -> str: ...
     def decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str: ...
     def get_vocab(self) -> dict[str, int]: ...
     def save_pretrained(self, folder: str | os.PathLike[str]) -> tuple[str, ...]: ...

@@ -73,9 +73,10 @@ def house(registered: None, tmp_path_factory: pytest.TempPathFactory) -> House:
 
 def test_without_the_file_the_task_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(TASKS, "rate", raising=False)
-    with pytest.raises(DataError, match="there is no task 'rate': expected classify, summarize or generate"):
+    with pytest.raises(DataError, match="there is no task 'rate': expected chat, classify, summarize or generate"):
         task_of("rate")
-    with pytest.raises(RecipeError, match=r"task\.kind: expected 'classify', 'summarize' or 'generate', given 'rate'"):
+    kinds = "'chat', 'classify', 'summarize' or 'generate'"
+    with pytest.raises(RecipeError, match=rf"task\.kind: expected {kinds}, given 'rate'"):
         Recipe(name="a", base="b", data="c", task={"kind": "rate"})
 
 

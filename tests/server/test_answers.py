@@ -173,19 +173,27 @@ def test_an_unknown_adapter_is_404_and_never_the_bases_answer(serve, put) -> Non
     assert client.post("/v1/classify", json={"model": "echo", "input": "x"}).status_code == 409
 
 
-def test_a_chat_of_several_messages_goes_through_the_bases_own_template(serve, put) -> None:
+def test_several_messages_to_an_adapter_go_to_the_template_of_its_task(serve, put) -> None:
+    put()
+    said = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    got = serve().client().post("/v1/chat/completions", json={"model": "a", "messages": said})
+    answer = got.json()["choices"][0]["message"]["content"].partition(" ")[2]
+    told = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    assert answer.startswith(json.dumps(told)[:40])
+
+
+def test_several_messages_to_the_base_go_through_its_own_template(serve) -> None:
     import small_models
 
-    put()
-    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    plain = serve().client().post("/v1/chat/completions", json={"model": "a", "messages": said})
+    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    running = serve()
+    plain = running.client().post("/v1/chat/completions", json={"model": running.served.base_id, "messages": said})
     assert plain.status_code == 400
     assert "no chat template" in plain.json()["error"]["message"]
     tokenizer = small_models.tokenizer("qwen3")
     running = serve(tokenizer=tokenizer)
-    got = running.client().post("/v1/chat/completions", json={"model": "a", "messages": said})
-    told = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
-    ids = tokenizer.apply_chat_template(told, add_generation_prompt=True, tokenize=True, return_dict=False)
+    got = running.client().post("/v1/chat/completions", json={"model": running.served.base_id, "messages": said})
+    ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=True, return_dict=False)
     answer = got.json()["choices"][0]["message"]["content"]
     assert answer.partition(" ")[2].startswith(str(list(ids))[:20])
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turret.errors import DataError
+from turret.tasks import Encoded
 from turret.train.batches import Item, Items, Schedule, by_length, micro_batches
 
 
@@ -76,10 +77,10 @@ class Letters:
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
 
-    def encode_examples(self, examples: Sequence[Any]) -> list[tuple[SimpleNamespace, None]]:
+    def encode_examples(self, examples: Sequence[Any]) -> list[tuple[Encoded, None]]:
         texts = [example.text for example in examples]
         self.calls.append(texts)
-        return [(SimpleNamespace(ids=torch.arange(len(text)), cut=text == "ccc"), None) for text in texts]
+        return [(Encoded(torch.arange(len(text)), cut=text == "ccc"), None) for text in texts]
 
 
 def test_examples_are_encoded_together_once_while_there_is_room_and_anew_after() -> None:

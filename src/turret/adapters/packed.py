@@ -59,7 +59,12 @@ def classify_logits(model: Model, inputs: Sequence[Tensor], slots: Sequence[int]
 
 
 def target_logits(
-    model: Model, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None = None
+    model: Model,
+    sources: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    slots: Sequence[int] | None = None,
+    *,
+    earlier: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Logits that predict every target token, row after row.
 
@@ -71,28 +76,38 @@ def target_logits(
         sources: B rows of token ids, each (S_i,) int64.
         targets: B rows of token ids, each (T_i,) int64.
         slots: a slot for each row; None: all rows take the attached adapter.
+        earlier: for each row, positions in its source of K_i further tokens to predict, each (K_i,) int64 and > 0; they
+            come before the row's target tokens. Only a decoder can predict them.
 
     Returns:
-        (sum of T_i, V).
+        (sum of K_i + T_i, V).
     """
-    return vocabulary_logits(model, target_states(model, sources, targets, slots))
+    return vocabulary_logits(model, target_states(model, sources, targets, slots, earlier=earlier))
 
 
 def target_states(
-    model: Model, sources: Sequence[Tensor], targets: Sequence[Tensor], slots: Sequence[int] | None = None
+    model: Model,
+    sources: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    slots: Sequence[int] | None = None,
+    *,
+    earlier: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """The hidden states from which the output layer computes those logits: (sum of T_i, D)."""
+    """The hidden states from which the output layer computes those logits: (sum of K_i + T_i, D)."""
     attached = attachment(model)
+    more = [None] * len(sources) if earlier is None else earlier
     if attached.family.is_encoder_decoder:
+        assert all(places is None for places in more), "an encoder-decoder predicts its target alone"
         shifted = [shift_right(model.config, row) for row in targets]
         return _encoder_decoder_hidden(model, sources, shifted, slots)[: sum(len(row) for row in targets)]
     rows = [torch.cat([source, target]) for source, target in zip(sources, targets, strict=True)]
     hidden = _hidden(model, rows, slots)
     ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
-    before = [  # the token before each target token predicts it
-        torch.arange(end - len(target) - 1, end - 1, device=hidden.device)
-        for end, target in zip(ends, targets, strict=True)
-    ]
+    before = []  # the token before each target token predicts it
+    for end, row, target, places in zip(ends, rows, targets, more, strict=True):
+        if places is not None:
+            before.append(places.to(hidden.device) + (end - len(row) - 1))
+        before.append(torch.arange(end - len(target) - 1, end - 1, device=hidden.device))
     return hidden[torch.cat(before)]
 
 

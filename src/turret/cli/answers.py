@@ -17,10 +17,11 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, stored_task
 
 if TYPE_CHECKING:
+    from turret.data import Input
     from turret.workspace import Evaluation, Workspace
 
 KEYS = (  # of [data], that say how a table is read
-    "text", "label", "document", "summary", "prompt", "completion", "messages",
+    "text", "label", "document", "summary", "prompt", "completion", "messages", "input", "system", "tools", "ignore",
     "encoding", "delimiter", "header", "sheet", "separator", "normalize_labels", "test",
 )  # fmt: skip
 
@@ -91,7 +92,7 @@ def _old_column(workspace: Workspace, reference: str, column: str) -> JsonObject
     return {role: column}
 
 
-def _texts(workspace: Workspace, reference: str, inputs: Sequence[str], named: JsonMapping) -> Sequence[str]:
+def _texts(workspace: Workspace, reference: str, inputs: Sequence[str], named: JsonMapping) -> Sequence[Input]:
     """The texts given on the command line, in a file or on stdin."""
     if len(inputs) == 1 and inputs[0] == "-":
         try:
@@ -132,9 +133,9 @@ def data_columns(sets: list[str] | None, named: Mapping[str, str] | None = None)
     return found | {key.removeprefix("data."): column for key, column in (named or {}).items()}
 
 
-def _print_answers(task: type[Task], texts: Sequence[str], answers: Sequence[JsonMapping]) -> None:
+def _print_answers(task: type[Task], texts: Sequence[Input], answers: Sequence[JsonMapping]) -> None:
     for text, answer in zip(texts, answers, strict=True):
-        shown = plainly(text)
+        shown = plainly(str(text))
         short = shown if len(shown) <= 72 else f"{shown[:69]}..."
         if task.generates:
             console().print(f"[dim]{safe(short)}[/]\n  {safe(task.line(answer))}")

@@ -24,7 +24,7 @@ def import_(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A PEFT folder, bundle, .zip, .tar.gz or Hub id.")],
     name: Annotated[str, typer.Option("--name", help="Name of the adapter in the store.")],
     base: Annotated[str | None, typer.Option("--base", help="Replaces the base that the adapter names.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="classify, summarize or generate.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="classify, summarize, generate or chat.")] = None,
     labels: Annotated[str | None, typer.Option("--labels", metavar="A,B,C", help="Labels of the head.")] = None,
     sets: Settings = None,
     rank: Annotated[

@@ -26,7 +26,7 @@ Base = Annotated[
 ]
 Name = Annotated[str | None, typer.Option("--name", help="Name of the adapter in the store.")]
 Data = Annotated[str | None, typer.Option("--data", help="Data that replaces the recipe's.")]
-Kind = Annotated[str | None, typer.Option("--task", help="classify, summarize or generate.")]
+Kind = Annotated[str | None, typer.Option("--task", help="classify, summarize, generate or chat.")]
 Method = Annotated[str | None, typer.Option("--method", help="lora, prefix, head, full or peft.")]
 Rate = Annotated[str | None, typer.Option("--lr", help="Peak learning rate, or auto to find it by short trials.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all random numbers.")]

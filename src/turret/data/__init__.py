@@ -5,6 +5,31 @@ torch; `turret.data.dataset` loads numpy.
 """
 
 from turret.data.columns import Schema
-from turret.data.examples import Dataset, Example, Labelled, Pair, references_of, texts_of
+from turret.data.examples import (
+    Conversation,
+    Dataset,
+    Example,
+    Input,
+    Labelled,
+    Pair,
+    Prompt,
+    Turn,
+    inputs_of,
+    references_of,
+    texts_of,
+)
 
-__all__ = ["Dataset", "Example", "Labelled", "Pair", "Schema", "references_of", "texts_of"]
+__all__ = [
+    "Conversation",
+    "Dataset",
+    "Example",
+    "Input",
+    "Labelled",
+    "Pair",
+    "Prompt",
+    "Schema",
+    "Turn",
+    "inputs_of",
+    "references_of",
+    "texts_of",
+]

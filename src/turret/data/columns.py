@@ -1,6 +1,7 @@
 """Finds the input and output columns of a table: those that the recipe names, else those with an obvious name.
 
-A task's `Schema` lists the obvious names. A note reports each guess. Names are compared without case and outer blanks.
+A task's `Schema` lists the obvious names; `layouts` finds those of conversations. A note reports each guess. Names are
+compared without case and outer blanks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from turret.data import later_tasks
 from turret.data.cells import Label, Replacements
 from turret.data.examples import Example
+from turret.data.layouts import Layout, kept_columns, layout_note, named_layout, require_no_layout
 from turret.data.settings import DataSettings
 from turret.data.table import CellValue, Table
 from turret.errors import DataError, listed, shown
@@ -36,6 +38,7 @@ class Schema:
         example: (text, output) -> the example.
         classes: whether outputs are classes, which are counted, checked and listed.
         many: whether an example has any number of classes.
+        conversations: whether the examples are conversations, whose columns `layouts` finds.
     """
 
     kind: str
@@ -45,6 +48,7 @@ class Schema:
     example: Callable[[str, Any], Example]  # Any: the result of `output`, a text for one task and labels for another
     classes: bool = False
     many: bool = False
+    conversations: bool = False
 
     @property
     def usual(self) -> Roles:
@@ -59,6 +63,7 @@ class Columns:
     schema: Schema
     roles: dict[str, str]  # ("text", "label"), ("document", "summary") or ("prompt", "completion") -> column
     note: str | None  # what was guessed
+    layout: Layout | None = None  # of conversations, with the same roles
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -82,6 +87,10 @@ def find_columns(
         schemas: of the recipe's task; of all tasks if the columns have to decide which it is.
         trained: role -> column of the table that a version was trained on; used if nothing is named, and not needed.
     """
+    columns = kept_columns(data, columns)
+    if (conversations := _conversations(data, columns, schemas, trained)) is not None:
+        return conversations
+    schemas = [schema for schema in schemas if not schema.conversations]
     given = _found(_given(data), columns)
     note = None
     if trained:
@@ -118,6 +127,20 @@ def find_columns(
     return Columns(best.schema, best.roles, f"{note}; {guess_note}" if note else guess_note)
 
 
+def _conversations(
+    data: DataSettings, columns: Sequence[str], schemas: Sequence[Schema], trained: Mapping[str, str] | None
+) -> Columns | None:
+    schema, known = next((schema for schema in schemas if schema.conversations), None), len(schemas) == 1
+    if schema is None:
+        if known:
+            require_no_layout(data, schemas[0].kind)
+        return None
+    layout = named_layout(data, columns, schema.kind, known=known, trained=trained)
+    if layout is None:
+        return None
+    return Columns(schema, layout.roles, layout_note(data, schema.kind, layout, columns, trained), layout)
+
+
 def find_input(
     data: DataSettings, columns: Sequence[str], schema: Schema, *, trained: Mapping[str, str] | None = None
 ) -> str:
@@ -126,6 +149,7 @@ def find_input(
     Args:
         trained: role -> column of the table that a version was trained on; used if the table has it.
     """
+    columns = kept_columns(data, columns)
     role, given = schema.usual[0], _given(data)
     firsts = [first for first, _ in schema.names]
     named = next((first for first in firsts if first in given), None)

@@ -22,7 +22,8 @@ import numpy.typing as npt
 from turret.data import cells
 from turret.data.columns import Columns, Schema, aligned, find_columns, find_group, find_input
 from turret.data.example_store import MEMORY, ExampleStore
-from turret.data.examples import Dataset, Example, Labelled, Pair
+from turret.data.examples import Dataset, Example, Input, Labelled, Pair
+from turret.data.layouts import prompts
 from turret.data.problems import Problems
 from turret.data.scan import Scan, Wanted, examples_of, hash_of, scan_of
 from turret.data.settings import DataSettings, format_of
@@ -30,6 +31,7 @@ from turret.data.source import open_source
 from turret.data.splits import ROLES, Chosen, Sources, SplitRole, choose, find_sources, shuffled, taken, test_split
 from turret.data.table import Table
 from turret.data.text_file import lines_of
+from turret.data.unused_inputs import check_unused, check_varied
 from turret.errors import DataError, listed, shown
 
 
@@ -57,6 +59,7 @@ def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memor
     problems.require()
     assert sources is not None
     assert columns is not None
+    check_unused(data, train, columns)
     schema = columns.schema
     wanted = Wanted.of(data, columns, group)
     used = {split: aligned(tables[split], wanted.columns) for split in dict.fromkeys(sources.split.values())}
@@ -79,6 +82,7 @@ def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memor
     examples = _read_chosen(used, sources, chosen, columns, wanted, scans, spelling, memory)
     if schema.classes:
         notes += _class_notes(labels, examples["train"], schema.many)
+    check_varied(_hashes(examples["train"]), _hashes(examples["train"], outputs=True), columns)
     duplicates, duplicate_notes = _duplicates(examples, schema)
     return Dataset(
         train=examples["train"],
@@ -137,7 +141,7 @@ def read_test(
     return examples, tuple(notes)
 
 
-def read_inputs(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] | None = None) -> list[str]:
+def read_inputs(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] | None = None) -> list[Input]:
     """The input of each row of a table ("" if missing), or the lines of a `.txt` file. Raises DataError.
 
     Args:
@@ -145,11 +149,13 @@ def read_inputs(data: DataSettings, schema: Schema, *, trained: Mapping[str, str
     """
     path = Path(os.path.expanduser(data.source))
     if path.suffix.lower() == ".txt" and os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        return lines_of(path, data.encoding)
+        return [*lines_of(path, data.encoding)]
     tables = open_source(data.source, format_of(data))
     table = tables[test_split(data, list(tables))]
     replaced = cells.Replacements()
-    texts = []
+    if schema.conversations:
+        return list(prompts(data, table, replaced, trained))
+    texts: list[Input] = []
     for place, (cell,) in table.read([find_input(data, table.columns, schema, trained=trained)]):
         try:
             texts.append(cells.text_of(cell, replaced) or "")

@@ -17,8 +17,9 @@ from typing import IO, overload
 import numpy as np
 import numpy.typing as npt
 
-from turret.data.examples import Example, Labelled, Pair
+from turret.data.examples import Conversation, Example, Labelled, Pair, Turn
 from turret.errors import DataError
+from turret.json_types import JsonObject
 
 MEMORY = 256_000_000  # characters
 
@@ -96,6 +97,8 @@ class ExampleStore(Sequence[Example]):
             self._file.seek(offset)
             record = self._file.read(length)
         first, second = json.loads(record)
+        if isinstance(second, dict) and "turns" in second:
+            return Conversation(tuple(Turn(*turn) for turn in second["turns"]), second["tools"])
         if isinstance(second, dict):
             return Pair(first, second["target"], tuple(second.get("others", ())))
         return Labelled(first, tuple(second) if isinstance(second, list) else second)
@@ -116,7 +119,10 @@ def _disk_errors() -> Iterator[None]:
         ) from None
 
 
-def _fields(example: Example) -> tuple[str, str | tuple[str, ...] | dict[str, str | tuple[str, ...]]]:
+def _fields(example: Example) -> tuple[str, str | tuple[str, ...] | JsonObject]:
+    if isinstance(example, Conversation):
+        turns = [(turn.role, turn.content, turn.tool_calls, turn.name, turn.call_id) for turn in example.turns]
+        return "", {"turns": turns, "tools": example.tools}
     if not isinstance(example, Pair):
         return example.input, example.label
     return example.source, {"target": example.target} | ({"others": example.others} if example.others else {})

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
+
+from turret.json_types import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,79 @@ class Pair:
         return self.target
 
 
-Example = Labelled | Pair
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation."""
+
+    role: str  # system, user, assistant or tool
+    content: str
+    tool_calls: str = ""  # JSON: a list of {"type": "function", "function": {"name", "arguments"}}
+    name: str = ""  # of the tool, in a turn with its result
+    call_id: str = ""  # of the call that a tool's result belongs to
+
+    def message(self) -> JsonObject:
+        """The turn as a chat template takes it."""
+        message: JsonObject = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            message["tool_calls"] = json.loads(self.tool_calls)
+        more = {"name": self.name, "tool_call_id": self.call_id}
+        return message | {key: value for key, value in more.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that waits for the assistant's next turn."""
+
+    turns: tuple[Turn, ...]
+    tools: str = ""  # JSON: a list of {"type": "function", "function": {"name", "description", "parameters"}}
+
+    @classmethod
+    def of(cls, text: str) -> Prompt:
+        """A conversation of one user turn."""
+        return cls((Turn("user", text),))
+
+    @property
+    def text(self) -> str | None:
+        """The text of a single user turn without tools; None for any other conversation."""
+        only = self.turns[0] if len(self.turns) == 1 else None
+        return only.content if only is not None and only.role == "user" and not self.tools else None
+
+    @property
+    def characters(self) -> int:
+        """The length of all its texts."""
+        return len(self.tools) + sum(len(turn.content) + len(turn.tool_calls) for turn in self.turns)
+
+    def __str__(self) -> str:
+        """The conversation as one line of JSON."""
+        turns = [turn.message() for turn in self.turns]
+        found = {"messages": turns, "tools": json.loads(self.tools)} if self.tools else turns
+        return json.dumps(found, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns that end with an answer of the assistant, which follows from the turns before it."""
+
+    turns: tuple[Turn, ...]
+    tools: str = ""  # as in `Prompt`
+
+    @property
+    def prompt(self) -> Prompt:
+        """Everything before the last answer."""
+        return Prompt(self.turns[:-1], self.tools)
+
+    @property
+    def input(self) -> str:
+        return str(self.prompt)
+
+    @property
+    def output(self) -> str:
+        """The text of the last answer; its tool calls as JSON if it has no text."""
+        return self.turns[-1].content or self.turns[-1].tool_calls
+
+
+Input: TypeAlias = str | Prompt  # what a model is asked
+Example = Labelled | Pair | Conversation
 
 
 @dataclass(frozen=True)
@@ -67,8 +143,13 @@ class Dataset:
     digest: str  # "sha256:..." of the examples in their splits and order
 
 
+def inputs_of(examples: Sequence[Example]) -> list[Input]:
+    """What a model is asked in some examples: a text, or the turns of a conversation before its last answer."""
+    return [example.prompt if isinstance(example, Conversation) else example.input for example in examples]
+
+
 def texts_of(examples: Sequence[Example]) -> list[str]:
-    """The inputs of some examples of either kind."""
+    """The inputs of some examples as texts; those of conversations as JSON."""
     return [example.input for example in examples]
 
 

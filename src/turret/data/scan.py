@@ -15,6 +15,7 @@ import numpy.typing as npt
 from turret.data import cells
 from turret.data.columns import Columns
 from turret.data.examples import Example, Pair
+from turret.data.layouts import Layout
 from turret.data.problems import Problems
 from turret.data.settings import DataSettings
 from turret.data.splits import Kinship
@@ -26,7 +27,7 @@ from turret.errors import DataError, shown
 class Wanted:
     """The columns that are read, and what is remembered of every usable row."""
 
-    columns: tuple[str, ...]  # input, output and group
+    columns: tuple[str, ...]  # those of the roles, and group
     separator: str | None  # between the labels of a cell
     group: bool = False
     duplicates: bool = False
@@ -39,7 +40,7 @@ class Wanted:
             raise DataError(f"data.stratify needs classes, and {columns.schema.kind} has none: leave it out")
         if data.stratify and group is not None:
             raise DataError("data.group and data.stratify cannot be met together: leave one of them out")
-        names = (*columns.pair, *([] if group is None else [group]))
+        names = (*columns.roles.values(), *([] if group is None else [group]))
         return cls(names, data.separator, group is not None, bool(data.drop_duplicates), bool(data.stratify))
 
 
@@ -54,6 +55,7 @@ class Scan:
     replaced: cells.Replacements = field(default_factory=cells.Replacements)
     wrong: dict[str, str] = field(default_factory=dict)  # column -> the first error in it
     wrong_rows: Counter[str] = field(default_factory=Counter)  # column -> rows with an error in it
+    changes: Counter[str] = field(default_factory=Counter)  # what happened -> conversations
     ungrouped: int = 0
     several: int = 0  # usable rows with several references
     _references: array[int] = field(default_factory=lambda: array("I"))
@@ -137,6 +139,7 @@ class Scan:
             lost.append(f"{self.ungrouped} rows without a group are groups of their own")
         if self.several:
             lost.append(f"{self.several} of {self.rows} rows have several references: each is a training example")
+        lost += [f"{what} in {n} of {self.rows} conversations" for what, n in self.changes.items()]
         return [f"{table}: {note}" for note in [*lost, *self.replaced.notes()]]
 
     def report(self, table: Table, problems: Problems) -> None:
@@ -169,6 +172,9 @@ def examples_of(
     Args:
         collect: collect wrong cells in `scan.wrong` and go on; else raise DataError for the first, with its place.
     """
+    if columns.layout is not None:
+        yield from _conversations_of(table, columns.layout, wanted, scan, collect)
+        return
     schema, (first, second) = columns.schema, columns.pair
     names = table.classes.get(second, ())
     for place, (a, b, *group) in table.read(wanted.columns):
@@ -194,6 +200,27 @@ def examples_of(
             example = schema.example(source, output)
             scan.remember(wanted, example, group[0] if group else None)
             yield example
+
+
+def _conversations_of(table: Table, layout: Layout, wanted: Wanted, scan: Scan, collect: bool) -> Iterator[Example]:
+    count = len(layout.roles)
+    for place, row in table.read(wanted.columns):
+        scan.rows += 1
+        try:
+            found = layout.conversation(row[:count], scan.replaced, scan.changes)
+        except DataError as error:
+            text = f"{table.name} {table.unit} {place}, {error}"
+            if not collect:
+                raise DataError(text) from None
+            column = next(iter(layout.roles.values()))
+            scan.wrong.setdefault(column, text)
+            scan.wrong_rows[column] += 1
+            continue
+        if isinstance(found, str):
+            scan.without[found] += 1
+        else:
+            scan.remember(wanted, found, row[count] if len(row) > count else None)
+            yield found
 
 
 def hash_of(text: str) -> int:

@@ -23,6 +23,11 @@ class DataSettings(Protocol):
     summary: str | None
     prompt: str | None
     completion: str | None
+    messages: str | None
+    input: str | None
+    system: str | None
+    tools: str | None
+    ignore: list[str] | None
     separator: str | None
     normalize_labels: bool | None
     drop_duplicates: bool | None

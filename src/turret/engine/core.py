@@ -17,6 +17,7 @@ import torch
 
 from turret import heap
 from turret.bases import Base
+from turret.data import Input
 from turret.engine.adapter_loader import AdapterLoader, Need, Warm
 from turret.engine.adapter_source import AdapterSource
 from turret.engine.adapter_tensors import AdapterTensors
@@ -101,7 +102,7 @@ class Engine:
     def submit(
         self,
         kind: Kind,
-        text: str | Sequence[int],
+        text: Input | Sequence[int],
         adapter: str | None,
         options: Options | None = None,
         *,
@@ -114,7 +115,7 @@ class Engine:
 
         Args:
             kind: "classify" or "generate".
-            text: A text, or token ids that are used unchanged.
+            text: A text, a conversation, or token ids that are used unchanged.
             adapter: A reference; None for the bare base, which can only generate.
             options: How to generate.
             priority: Higher goes first.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from turret.bases import Base
+from turret.data import Input, Prompt
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.cache import capacity
 from turret.engine.decode import base_settings, resolved
@@ -15,6 +16,7 @@ from turret.engine.request import Kind, Limits, Named, Options, Receipt, Request
 from turret.engine.runner import Runner
 from turret.errors import AdapterError, DataError, NoRoom
 from turret.tasks import writes
+from turret.tasks.chat_template import base_prompt
 from turret.tasks.tokens import Tokens
 
 CONTEXT_TOKENS = 4  # earlier tokens that decide how a token is written
@@ -36,7 +38,7 @@ class Prompts:
     def request(
         self,
         kind: Kind,
-        text: str | Sequence[int],
+        text: Input | Sequence[int],
         named: Named | None,
         options: Options,
         priority: int,
@@ -59,7 +61,8 @@ class Prompts:
             raise DataError(f"kind {kind!r}: expected classify or generate")
         if kind == "classify" and named is None:
             raise AdapterError("the bare base has no head to classify with: name an adapter")
-        ids = None if isinstance(text, str) else self.check_ids(text)
+        written = text if isinstance(text, (str, Prompt)) else None
+        ids = None if isinstance(text, (str, Prompt)) else self.check_ids(text)
         receipt = Receipt(
             id=f"{next(self._numbers):x}",
             name=named.name if named else None,
@@ -71,9 +74,9 @@ class Prompts:
             kind=kind,
             ticket=Ticket(receipt, lambda: cancel(request)),
             named=named,
-            text=text if isinstance(text, str) else None,
+            text=written,
             options=options,
-            tokens=self.estimate(text) if isinstance(text, str) else len(ids or ()),
+            tokens=len(ids or ()) if written is None else self.estimate(str(written)),
             arrived=now,
             priority=priority,
             deadline=deadline,
@@ -159,7 +162,9 @@ class Prompts:
                 for whole, token in zip(wholes, tokens, strict=True)
             ]
 
-    def _encoded(self, text: str, loaded: AdapterTensors | None) -> list[int]:
+    def _encoded(self, text: Input, loaded: AdapterTensors | None) -> list[int]:
+        if isinstance(text, Prompt):
+            return self._conversation(text, loaded)
         if loaded is not None:
             return [int(token) for token in loaded.task.encode_sources([text])[0].ids.tolist()]
         tokens = self._tokens
@@ -167,6 +172,13 @@ class Prompts:
         if not ids:
             raise DataError("the text has no tokens: give at least one character")
         return ids
+
+    def _conversation(self, prompt: Prompt, loaded: AdapterTensors | None) -> list[int]:
+        if loaded is None:
+            return base_prompt(self._base.tokenizer, prompt)
+        if not writes(loaded.task):
+            raise DataError("a conversation is asked of an adapter that generates: give this one a text")
+        return [int(token) for token in loaded.task.encode_chats([prompt])[0].ids.tolist()]
 
     def _check_kind(self, request: Request, loaded: AdapterTensors | None) -> None:
         if request.generates and not self.can_generate:

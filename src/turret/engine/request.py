@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from turret.data import Input
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError
 from turret.json_types import JsonObject
 from turret.tasks.task import RequestKind
@@ -318,7 +319,7 @@ class Request:
     kind: Kind
     ticket: Ticket
     named: Named | None  # None: the bare base
-    text: str | None
+    text: Input | None
     options: Options
     tokens: int  # of the prompt: an estimate until it is `ready`
     arrived: float

@@ -77,6 +77,11 @@ class Data(_Section):
     summary: str | None = None
     prompt: str | None = None  # other names for the same two columns
     completion: str | None = None
+    messages: str | None = None  # column of conversations: a list of turns with role and content, or from and value
+    input: str | None = None  # conversations in columns: text that follows the prompt in the user's turn
+    system: str | None = None  # conversations: the system turn
+    tools: str | None = None  # conversations: the tools that the assistant may call, as JSON
+    ignore: list[str] | None = None  # columns that are not used, though they look like input
     encoding: str | None = None  # of a text file, such as "cp1252"; None: found out, and printed
     delimiter: str | None = None  # between the columns of a CSV file; None: found out, and printed
     header: bool | None = None  # false: the first line of a CSV file is data; the columns are "column 1", "column 2"
@@ -114,6 +119,7 @@ class Task(_Section):
     prefix_text: str = ""  # put before every input and never cut
     multi_label: bool = False  # classify: any number of labels per text
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    loss_on: Literal["assistant", "last"] | None = None  # chat: every answer, or the last one; None: every answer
     chat_template: bool = False  # decoder: the tokenizer's chat template instead of Turret's template
     num_beams: int = Field(default=1, ge=1, le=64)  # 1: greedy
     max_new_tokens: int | None = Field(default=None, ge=1, le=1_000_000)  # None: max_target_tokens

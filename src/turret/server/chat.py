@@ -1,7 +1,7 @@
 """`POST /v1/chat/completions`: messages become a prompt, and the prompt a completion, in OpenAI's format.
 
-One user message to an adapter goes through the template of the adapter's task, as in training. Everything else goes
-through the base's chat template. A base without one refuses several messages.
+Messages to an adapter go through the template of its task, so the prompt has the tokens that the adapter was trained
+with. Messages to the base go through its chat template; a base without one takes a single user message.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
+from turret.data import Prompt
+from turret.data.cells import Replacements
+from turret.data.conversations import prompt_of, turns_of
 from turret.errors import BadRequest
 from turret.json_types import JsonMapping
 from turret.server import schemas
@@ -27,7 +30,7 @@ async def chat(
     body: schemas.ChatRequest, state: State, unit: Unit, request: Request, response: Response
 ) -> schemas.ChatCompletion | StreamingResponse:
     """Continue a conversation with the assistant's next message."""
-    prompts = repeated(body, [await state.parsing(prompt, state, body.model, body.messages)])
+    prompts = repeated(body, [await state.parsing(prompt, state, body)])
     options = generation_options(state, body, body.max_completion_tokens or body.max_tokens, len(prompts))
     if body.stream:
         return await stream(state, request, body, prompts, options, unit, ChatChunks())
@@ -49,28 +52,37 @@ async def chat(
     )
 
 
-def prompt(state: ServerState, model: str, messages: list[schemas.Message]) -> Input:
-    """The messages as one prompt: a text for the adapter's template, or the tokens of the base's chat template."""
-    single = len(messages) == 1 and messages[0].role == "user"
-    if single and model != state.base_id:
-        return messages[0].text()
+def prompt(state: ServerState, body: schemas.ChatRequest) -> Input:
+    """The messages as one prompt: for the template of the adapter's task, or the tokens of the base's chat template."""
+    asked = conversation(body)
+    if asked.characters > MOST_TEXT:
+        raise BadRequest(f"the messages have {asked.characters} characters: expected at most {MOST_TEXT} in all")
+    if body.model != state.base_id:
+        return asked if asked.text is None else asked.text
     tokenizer = state.engine.base.tokenizer
+    if asked.tools or any(turn.tool_calls or turn.role == "tool" for turn in asked.turns):
+        return asked
     if getattr(tokenizer, "chat_template", None):
-        if (characters := sum(len(message.text()) for message in messages)) > MOST_TEXT:
-            raise BadRequest(f"the messages have {characters} characters: expected at most {MOST_TEXT} in all")
-        conversation = [
-            {"role": message.role.replace("developer", "system"), "content": message.text()} for message in messages
-        ]
         try:
             ids = tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, tokenize=True, return_dict=False
+                [{"role": turn.role, "content": turn.content} for turn in asked.turns],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
             )
         except Exception as error:  # a template may raise anything, for example for roles in the wrong order
             raise BadRequest(f"the base's chat template does not accept these messages: {error}") from None
         return [int(token) for token in ids]
-    if single:
-        return messages[0].text()
+    if asked.text is not None:
+        return asked.text
     raise BadRequest("this base has no chat template: expected one user message")
+
+
+def conversation(body: schemas.ChatRequest) -> Prompt:
+    """The messages and tools of a request as training reads them. Raises DataError."""
+    turns = turns_of([message.model_dump(exclude_none=True) for message in body.messages], Replacements())
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    return prompt_of(turns or (), tools or None, None)
 
 
 def logprobs(answer: Answer) -> schemas.ChatLogprobs | None:

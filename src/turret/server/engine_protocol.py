@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
+from turret.data import Prompt
 from turret.engine import Event, LoadedAdapter, Named, Options, Receipt, Stats
 from turret.json_types import JsonObject
 from turret.tasks.task import RequestKind
 from turret.transformer import Tokenizer
 
-Input: TypeAlias = str | Sequence[int]  # a text, or token ids that are used unchanged
+Input: TypeAlias = str | Prompt | Sequence[int]  # a text, a conversation, or token ids that are used unchanged
 Answer: TypeAlias = JsonObject  # `label` and `probabilities`, or `text`, `finish_reason` and `tokens`
 
 

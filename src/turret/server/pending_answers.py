@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from starlette.requests import Request
 
+from turret.data import Prompt
 from turret.engine import Done, Event, Failed, Receipt
 from turret.errors import Cancelled, DeadlineExceeded, NotFound
 from turret.server.engine_protocol import Answer, Input, TicketProtocol, answering_version
@@ -60,10 +61,16 @@ class PendingAnswers:
         self.started, self._clock = started, clock
         self.error: BaseException | None = None  # the one that the request failed with
         self._retries = RETRIES
-        self._guesses = [
-            len(each) // CHARACTERS_PER_TOKEN + 1 if isinstance(each, str) else len(each) for each in inputs
-        ]
-        self._charges = [len(each) // CHARACTERS_PER_CHARGED_TOKEN if isinstance(each, str) else 0 for each in inputs]
+        self._guesses: list[int] = []
+        self._charges: list[int] = []
+        for each in inputs:
+            if isinstance(each, (str, Prompt)):
+                characters = len(each) if isinstance(each, str) else each.characters
+                self._guesses.append(characters // CHARACTERS_PER_TOKEN + 1)
+                self._charges.append(characters // CHARACTERS_PER_CHARGED_TOKEN)
+            else:  # token ids
+                self._guesses.append(len(each))
+                self._charges.append(0)
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._until = self._loop.time() + seconds

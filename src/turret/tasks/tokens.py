@@ -46,6 +46,19 @@ class Tokens:
             return self._ids(texts, **settings)
         return self._first.ids(texts, most + 1, settings)
 
+    def placed(self, text: str, *, literal: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids without special tokens, and the characters of each: first, one past the last.
+
+        Args:
+            literal: a special token that the text spells out is read as plain characters.
+        """
+        settings = {"split_special_tokens": True} if literal else {}
+        coded = self.tokenizer([text], add_special_tokens=False, verbose=False, padding=False, **settings)
+        ids = list(coded["input_ids"][0])
+        if not self.tokenizer.is_fast:
+            return ids, [(0, len(text))] * len(ids)
+        return ids, [(int(first), int(last)) for first, last in coded.encodings[0].offsets]
+
     @property
     def eos(self) -> int:
         if self.tokenizer.eos_token_id is None:

@@ -29,6 +29,9 @@ class Item:
     target: Tensor | None  # (T,) int64; None for classification
     cut: bool = False  # the input was longer than the limit
     target_cut: bool = False
+    earlier: Tensor | None = None  # (K,) int64, positions in `source` of further tokens that the loss counts
+    left_out: int = 0  # turns of a conversation that was longer than the limit
+    whole: int | None = None  # tokens of the source before the cut, if known
 
     @property
     def tokens(self) -> int:
@@ -37,8 +40,14 @@ class Item:
 
     @property
     def weight(self) -> int:
-        """The number of terms that the example has in the mean loss: 1, or its target tokens."""
-        return 1 if self.target is None else len(self.target)
+        """The number of terms that the example has in the mean loss: 1, or the tokens in `counted`."""
+        return 1 if self.target is None else len(self.target) + (0 if self.earlier is None else len(self.earlier))
+
+    @property
+    def counted(self) -> Tensor:
+        """The tokens that the loss counts, in the order of `adapters.packed.target_states`: (weight,) int64."""
+        assert self.target is not None, "only of a task that generates"
+        return self.target if self.earlier is None else torch.cat([self.source[self.earlier], self.target])
 
 
 class Items:
@@ -73,13 +82,23 @@ class Items:
 
 
 def _cast(item: Item, dtype: torch.dtype) -> Item:
-    return replace(item, source=item.source.to(dtype), target=None if item.target is None else item.target.to(dtype))
+    target, earlier = (None if each is None else each.to(dtype) for each in (item.target, item.earlier))
+    return replace(item, source=item.source.to(dtype), target=target, earlier=earlier)
 
 
 def encode(task: Task, examples: Sequence[Example]) -> list[Item]:
     """The examples' token ids, cut at the task's limits."""
     return [
-        Item(example, source.ids, target.ids if target else None, source.cut, target.cut if target else False)
+        Item(
+            example,
+            source.ids,
+            target.ids if target else None,
+            source.cut,
+            target.cut if target else False,
+            source.earlier,
+            source.left_out,
+            source.whole,
+        )
         for example, (source, target) in zip(examples, task.encode_examples(examples), strict=True)
     ]
 

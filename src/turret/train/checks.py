@@ -109,6 +109,15 @@ def inputs(items: Sequence[Item], task: Task, base: Base) -> Iterator[Check]:
     if empty:
         yield Check("inputs", "warn", f"{empty} of {len(items)} inputs are empty", "remove these rows")
     longest = max(len(item.source) for item in items)
+    turns, shortened = sum(item.left_out for item in items), sum(item.left_out > 0 for item in items)
+    if turns:
+        yield Check(
+            "turns",
+            "warn",
+            f"{shortened} of {len(items)} conversations are longer than {task.max_tokens} tokens: their oldest "
+            f"{turns} turns are left out, as a whole",
+            "raise task.max_tokens to keep them; training takes longer",
+        )
     if not cut:
         yield Check("inputs", "ok", f"no input is cut: the longest has {longest} tokens of {task.max_tokens}")
         return
@@ -128,7 +137,12 @@ def outputs(items: Sequence[Item], task: Task) -> Iterator[Check]:
     """How many targets are cut, and whether generated texts may be as long as the targets."""
     if not writes(task):
         return
-    lengths = [item.weight for item in items]
+    lengths = [0 if item.target is None else len(item.target) for item in items]
+    counted = sum(item.weight for item in items)
+    if counted > sum(lengths):
+        share = counted / sum(item.tokens for item in items)
+        text = f"the loss counts every answer of a conversation: {share:.0%} of all tokens"
+        yield Check("loss", "ok", text)
     cut = sum(item.target_cut for item in items)
     text = f"{cut} of {len(items)} targets ({cut / len(items):.1%}) are cut at {task.max_target_tokens} tokens"
     if cut / len(items) >= MANY_CUT / 5:
@@ -227,10 +241,10 @@ def _in_8_bits(method: Method, model: Model) -> Check:
 def whole_lengths(items: Sequence[Item], tokenizer: Tokenizer, limit: int) -> list[int]:
     """The tokens of the inputs before they were cut. Texts are read up to 240 characters per token of the limit."""
     most = 40 * 6 * limit  # characters
-    cut = [item for item in items if item.cut]
+    cut = [item for item in items if item.cut and item.whole is None]
     texts = [text[:most] for text in texts_of([item.example for item in cut])]
     whole = tokenizer(texts, verbose=False)["input_ids"] if cut else []
-    lengths = [len(item.source) for item in items if not item.cut]
+    lengths = [item.whole or len(item.source) for item in items if not item.cut or item.whole is not None]
     return lengths + [max(limit + 1, len(ids)) for ids in whole]
 
 

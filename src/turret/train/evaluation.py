@@ -71,11 +71,12 @@ def example_losses(
         for piece in by_length(items.lengths(), most_tokens):
             taken = items.take(piece)
             targets = [item.target for item in taken if item.target is not None]
-            logits = packed.target_logits(model, [item.source for item in taken], targets)  # (N, V)
-            rows = torch.split(logits, [len(target) for target in targets])
-            for place, row, target in zip(piece, rows, targets, strict=True):
-                losses[place] = float(task.loss(row, target.to(row.device))) * len(target)
-                weights[place] = len(target)
+            earlier = [item.earlier for item in taken]
+            logits = packed.target_logits(model, [item.source for item in taken], targets, earlier=earlier)  # (N, V)
+            rows = torch.split(logits, [item.weight for item in taken])
+            for place, row, item in zip(piece, rows, taken, strict=True):
+                losses[place] = float(task.loss(row, item.counted.to(row.device))) * item.weight
+                weights[place] = item.weight
         return tuple(losses), tuple(weights)
 
 

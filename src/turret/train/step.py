@@ -35,8 +35,8 @@ def train_step(
 ) -> tuple[float, float]:
     """One update from the gradient of the mean loss over the whole batch, computed in micro-batches.
 
-    The mean is over the batch's examples (classify) or target tokens (generate). So dividing the batch into
-    micro-batches, or among processes, changes only the order of summation.
+    The mean is over the batch's examples (classify) or the tokens that the loss counts (a text). So dividing the batch
+    into micro-batches, or among processes, changes only the order of summation.
 
     Args:
         rate: learning rate of this step.
@@ -81,7 +81,8 @@ def loss_of(model: Model, task: Task, piece: Sequence[Item]) -> Tensor:
             logits = packed.classify_logits(model, sources)  # (B, C)
             return task.loss(logits, task.targets([item.example for item in piece]).to(logits.device))
         targets = [item.target for item in piece if item.target is not None]
-        return _loss_of_targets(model, task, packed.target_states(model, sources, targets), torch.cat(targets))
+        states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
+        return _loss_of_targets(model, task, states, torch.cat([item.counted for item in piece]))
 
 
 def _loss_of_targets(model: Model, task: Task, states: Tensor, targets: Tensor) -> Tensor:

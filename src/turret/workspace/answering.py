@@ -11,10 +11,11 @@ import torch
 
 from turret import adapters
 from turret import train as trainer
+from turret.data import Input, Prompt
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonObject
 from turret.store import Store, Version
-from turret.tasks import HeadTask, Task, has_head, task_from_spec, writes
+from turret.tasks import Encoded, HeadTask, Task, has_head, task_from_spec, writes
 from turret.train.batches import by_length
 from turret.transformer import Model
 from turret.workspace.progress import Say, silent
@@ -51,7 +52,7 @@ def mounted(store: Store, reference: str, say: Say = silent) -> Mounted:
 
 
 def predict(
-    store: Store, reference: str, texts: Sequence[str], say: Say = silent, *, bare: bool = False
+    store: Store, reference: str, texts: Sequence[Input], say: Say = silent, *, bare: bool = False
 ) -> list[JsonObject]:
     """One answer per text, in order."""
     if not texts:
@@ -61,22 +62,32 @@ def predict(
     return answers(ready, texts, bare=bare)
 
 
-def answers(ready: Mounted, texts: Sequence[str], *, bare: bool = False) -> list[JsonObject]:
+def answers(ready: Mounted, texts: Sequence[Input], *, bare: bool = False) -> list[JsonObject]:
     """One answer per text, in order, from a mounted version.
 
     Args:
+        texts: conversations too, if the version generates.
         bare: ask the base without the adapter; only for a task that generates.
     """
     task = ready.task
     if bare and not task.generates:
         raise AdapterError(f"{ready.version} classifies, and the bare base has no head for it: ask without bare")
-    sources = [encoded.ids for encoded in task.encode_sources(texts)]
+    sources = [encoded.ids for encoded in _encoded(task, texts)]
     if has_head(task):
         return _labels(ready.model, task, sources)
     assert writes(task)
     ready.model.eval()
     with torch.inference_mode(), adapters.on_slot(ready.model, adapters.BARE) if bare else nullcontext():
         return trainer.generate(ready.model, task, sources, most_tokens=MOST_TOKENS)
+
+
+def _encoded(task: Task, inputs: Sequence[Input]) -> list[Encoded]:
+    texts = [each for each in inputs if isinstance(each, str)]
+    if len(texts) == len(inputs):
+        return task.encode_sources(texts)
+    if not writes(task):
+        raise DataError(f"a conversation is asked of a task that generates, and this one is {task.kind}: give a text")
+    return task.encode_chats([Prompt.of(each) if isinstance(each, str) else each for each in inputs])
 
 
 def _labels(model: Model, task: HeadTask, rows: Sequence[torch.Tensor]) -> list[JsonObject]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
     from turret.compare.control_rates import Control
     from turret.compare.design import PlannedDesign
+    from turret.data import Input
     from turret.engine import Engine, Limits
     from turret.experiments.analyze import Memory
     from turret.experiments.evidence_history import EvidenceHistory
@@ -297,9 +298,9 @@ class Workspace:
         return answering.evaluate(self.store, str(version), labelled, on_stage or silent)
 
     def predict(
-        self, reference: str, texts: Sequence[str], *, bare: bool = False, on_stage: Say | None = None
+        self, reference: str, texts: Sequence[Input], *, bare: bool = False, on_stage: Say | None = None
     ) -> Sequence[JsonObject]:
-        """One answer per text: a label with probabilities, or a generated text with the reason why it ended.
+        """One answer per text or conversation: a label with probabilities, or a generated text and why it ended.
 
         Args:
             bare: ask the base without the adapter, with the same prompt and settings; only if the version generates.
@@ -401,7 +402,7 @@ class Workspace:
 
         return exporting.export(self.store, reference, folder, form, force=force, say=on_stage or silent)
 
-    def inputs(self, reference: str, source: str, *, columns: JsonMapping | None = None) -> Sequence[str]:
+    def inputs(self, reference: str, source: str, *, columns: JsonMapping | None = None) -> Sequence[Input]:
         """The texts in a file, for `predict`: the lines of a .txt file, or a column of a table, as for `evaluate`."""
         return reading.read_texts(self.store.resolve(reference), source, columns or {})
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from turret.data import Dataset, Example
+from turret.data import Dataset, Example, Input
 from turret.errors import RecipeError, one_line
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Version
@@ -17,7 +17,9 @@ from turret.workspace.progress import Say
 if TYPE_CHECKING:
     from turret.recipe import Data, Recipe
 
-ROLES = ("text", "label", "document", "summary", "prompt", "completion")  # keys of [data] that name columns
+ROLES = (  # keys of [data] that name columns
+    "text", "label", "document", "summary", "prompt", "completion", "messages", "input", "system", "tools",
+)  # fmt: skip
 KEPT = ("separator", "normalize_labels", "header")  # other keys that a version reads new tables with
 
 
@@ -73,7 +75,7 @@ def read_labelled(version: Version, source: str, columns: JsonMapping) -> Labell
     return LabelledData(data, examples, notes)
 
 
-def read_texts(version: Version, source: str, columns: JsonMapping) -> list[str]:
+def read_texts(version: Version, source: str, columns: JsonMapping) -> list[Input]:
     """The inputs in a file: the lines of a .txt file, or a column of a table."""
     from turret.data.dataset import read_inputs
 

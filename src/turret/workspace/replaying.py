@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from turret.data import Example, texts_of
+from turret.data import Example, Input, inputs_of
 from turret.errors import DataError
 from turret.experiments import paired, status_text
 from turret.experiments.paired import Paired
@@ -53,7 +53,7 @@ def replay(store: Store, a: str, b: str, source: str | None, columns: JsonMappin
         raise DataError(f"{a} and {b} are the same version, {first}: give two that differ")
     if columns and source is None:
         raise DataError("columns are named, and no data is: give a table of labelled examples")
-    texts: list[str] = []
+    texts: list[Input] = []
     judges: list[Judge] = []
     notes: Sequence[str] = ()
     score = "passed"
@@ -75,13 +75,13 @@ def replay(store: Store, a: str, b: str, source: str | None, columns: JsonMappin
     return Replayed(str(first), str(second), source or "golden examples", score, found, tuple(notes))
 
 
-def _labelled(task: Task, examples: Sequence[Example], before: Sequence[str]) -> tuple[list[str], list[Judge]]:
+def _labelled(task: Task, examples: Sequence[Example], before: Sequence[Input]) -> tuple[list[Input], list[Judge]]:
     """The texts and a judge per text.
 
     Args:
         before: the texts that the other version was asked; they must be equal.
     """
-    texts = texts_of(examples)
+    texts = inputs_of(examples)
     if before and list(before) != texts:
         raise DataError("the two versions read this data as different tasks: compare versions of one kind")
     return texts, [_judge(task, example) for example in examples]
@@ -91,7 +91,7 @@ def _judge(task: Task, example: Example) -> Judge:
     return lambda answer: float(task.score(task.judged(answer), example))
 
 
-def _golden(store: Store, name: str) -> tuple[list[str], list[Judge]]:
+def _golden(store: Store, name: str) -> tuple[list[Input], list[Judge]]:
     """All golden examples that the name's alias `production` requires."""
     sets = [gate.golden for gate in store.gate(name, PRODUCTION) if isinstance(gate, Golden)]
     examples = [example for digest in sets for example in store.examples(digest).examples]

@@ -27,7 +27,7 @@ from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
-from turret.tasks import Task, make_task, task_of
+from turret.tasks import Task, make_task, task_of, writes
 from turret.train import memory, processes
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
@@ -91,7 +91,7 @@ def prepare(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset
     load_seconds = time.perf_counter() - started
     filled = _filled(recipe, dataset, base, start)
     task = make_task(filled.task, dataset, base.tokenizer, base.family.kind)
-    notes = [*base_notes, *dataset.notes, *base.notes]
+    notes = [*base_notes, *dataset.notes, *base.notes, *(task.notes if writes(task) else ())]
     if start is not None:
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
     heap.release()
@@ -167,7 +167,8 @@ def train(
         ready.base.model.to(here.device)
     noted = _noted(ready, here)
     planned = here.from_main(lambda: _with_rate(noted, _plan(noted, callbacks), callbacks))
-    ready = replace(ready, recipe=planned.recipe, notes=planned.notes)
+    left_out = [check.text for check in planned.plan.checks if check.name == "turns"]
+    ready = replace(ready, recipe=planned.recipe, notes=[*planned.notes, *left_out])
     callbacks.planned(planned)
     if planned.plan.refused:
         raise PreflightRefused(planned.plan.refusal())

@@ -15,7 +15,7 @@ import torch
 from turret import adapters, quantized
 from turret import train as trainer
 from turret.compare.losses import binned
-from turret.data import Dataset, Example, texts_of
+from turret.data import Dataset, Example, Input, inputs_of
 from turret.data.dataset import read
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import LoRA
@@ -101,12 +101,12 @@ def _answers(ready: answering.Mounted, examples: Sequence[Example], say: Say, *,
         "answers": predictions,
         "scores": scores,
         "guess": guess,
-        "latency": _latency(ready, texts_of(examples), bare),
+        "latency": _latency(ready, inputs_of(examples), bare),
         "forgetting": _forgetting(model, task.tokenizer) if writes(task) else None,
     }
 
 
-def _latency(ready: answering.Mounted, texts: Sequence[str], bare: bool) -> dict[str, float]:
+def _latency(ready: answering.Mounted, texts: Sequence[Input], bare: bool) -> dict[str, float]:
     """Seconds per answer to one text at a time, after one answer to warm up."""
     count = min(len(texts), TIMED_TEXTS if ready.task.generates else TIMED_LABELS)
     sample = [texts[place * len(texts) // count] for place in range(count)]

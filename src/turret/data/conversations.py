@@ -1,0 +1,163 @@
+"""Reads the cells of a table as conversations: lists of turns with a role, a text and tool calls.
+
+Three formats give the same turns:
+
+- messages: a list of `{"role", "content"}`, as OpenAI writes them, with `tool_calls` and the role `tool`
+- ShareGPT: a list of `{"from", "value"}` from `human`, `gpt`, `system`, `function_call` and `observation`
+- one question and its answer in columns, as Alpaca has them: an instruction, often an input, and an output
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from turret.data.cells import Replacements, text_of
+from turret.data.examples import Conversation, Prompt, Turn
+from turret.data.table import CellValue
+from turret.errors import DataError, shown
+from turret.json_types import JsonObject, JsonValue
+
+MOST_TURNS = 10_000
+_ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "function_call": "assistant", "tool_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool",
+}  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # roles whose text is a call of a tool
+
+
+def question(instruction: str, more: str | None) -> str:
+    """The user's turn of an instruction and its input: a blank line is between them."""
+    return instruction if more is None else f"{instruction}\n\n{more}"
+
+
+def conversation_of(
+    turns: Sequence[Turn], tools: CellValue, system: str | None, changes: Counter[str]
+) -> Conversation | None:
+    """The conversation up to its last answer; None if it has no answer. Raises DataError.
+
+    Args:
+        tools: a cell with the tools that the assistant may call.
+        system: a system turn from a column of its own.
+        changes: counts the conversations that end with turns after the last answer, which are left out.
+    """
+    answers = [place for place, turn in enumerate(turns) if _answers(turn)]
+    if not answers:
+        return None
+    end = answers[-1] + 1
+    if end < len(turns):
+        changes["turns after the last answer are left out"] += 1
+    prompt = prompt_of(turns[:end], tools, system)
+    return Conversation(prompt.turns, prompt.tools)
+
+
+def prompt_of(turns: Sequence[Turn], tools: CellValue, system: str | None) -> Prompt:
+    """All turns, with the system turn from a column of its own in front. Raises DataError."""
+    first = [] if system is None else [Turn("system", system)]
+    if first and turns and turns[0].role == "system":
+        raise DataError("a system turn in the conversation and one in a column of its own: keep one of them")
+    return Prompt((*first, *turns), tools_of(tools))
+
+
+def _answers(turn: Turn) -> bool:
+    return turn.role == "assistant" and bool(turn.content.strip() or turn.tool_calls)
+
+
+def turns_of(cell: CellValue, replaced: Replacements) -> list[Turn] | None:
+    """The turns in a cell: a list, or a text that is a JSON list; None if the cell is missing. Raises DataError."""
+    if isinstance(cell, str):
+        if not cell.strip():
+            return None
+        cell = _json(cell, "a conversation")
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    if not isinstance(cell, (list, tuple)):
+        raise DataError(
+            f"expected a list of turns such as [{{'role': 'user', 'content': 'Hi'}}], found {type(cell).__name__}"
+        )
+    if len(cell) > MOST_TURNS:
+        raise DataError(f"a conversation of {len(cell)} turns, the limit is {MOST_TURNS}: divide it")
+    turns = []
+    for number, each in enumerate(cell, 1):
+        try:
+            turns.append(_turn(each, replaced))
+        except DataError as error:
+            raise DataError(f"turn {number}: {error}") from None
+    return turns or None
+
+
+def _turn(value: CellValue, replaced: Replacements) -> Turn:
+    if not isinstance(value, Mapping):
+        raise DataError(f"expected an object with role and content, found {type(value).__name__}")
+    said = value.get("role", value.get("from"))
+    role = _ROLES.get(said.strip().lower()) if isinstance(said, str) else None
+    if role is None:
+        known = "system, user, assistant and tool (or human, gpt, function_call and observation)"
+        raise DataError(f"the role is {shown(str(said), 40)}: expected {known}")
+    content = _content(value.get("content", value.get("value")), replaced)
+    calls = value.get("tool_calls") or None
+    if isinstance(said, str) and said.strip().lower() in _CALLS:
+        calls, content = _json(content, "a call of a tool"), ""
+    if calls is not None and role != "assistant":
+        raise DataError(f"a turn of the role {role} has tool calls: only the assistant calls tools")
+    name, call = (str(value.get(key) or "") for key in ("name", "tool_call_id"))
+    written = "" if calls is None else _calls(calls)
+    return Turn(role, content, written, name if role == "tool" else "", call if role == "tool" else "")
+
+
+def _content(cell: CellValue, replaced: Replacements) -> str:
+    """The text of a turn; "" if it has none, as a turn with tool calls."""
+    if isinstance(cell, (list, tuple)):
+        parts = [part.get("text") if isinstance(part, Mapping) else None for part in cell]
+        if not all(isinstance(part, str) for part in parts):
+            raise DataError("a part of the content is no text: only texts can be learnt; leave the row out")
+        cell = "".join(str(part) for part in parts)
+    return text_of(cell, replaced) or ""
+
+
+def _calls(value: JsonValue) -> str:
+    """The calls of a turn as JSON, in the form that chat templates expect: with the arguments as an object."""
+    calls = [_call(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
+    return json.dumps(calls, ensure_ascii=False) if calls else ""
+
+
+def _call(value: JsonValue) -> JsonObject:
+    function = value.get("function", value) if isinstance(value, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError('a tool call needs a name, as in {"name": "search", "arguments": {"text": "cats"}}')
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):  # a model may have written arguments that are not JSON
+            arguments = json.loads(arguments)
+    call: JsonObject = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+    return {"id": value["id"], **call} if value.get("id") else call
+
+
+def tools_of(cell: CellValue) -> str:
+    """The tools in a cell as JSON, each as `{"type": "function", "function": {...}}`; "" if there are none."""
+    if isinstance(cell, str):
+        cell = _json(cell, "the list of tools") if cell.strip() else None
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    tools = cell if isinstance(cell, (list, tuple)) else [cell]
+    wrapped = []
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError('a tool needs a name, as in [{"name": "search", "description": "...", "parameters": {}}]')
+        first = {key: function[key] for key in ("name", "description", "parameters") if key in function}
+        wrapped.append({"type": "function", "function": first | dict(function)})  # in one order, for equal tokens
+    return json.dumps(wrapped, ensure_ascii=False) if wrapped else ""
+
+
+def _json(text: str, what: str) -> JsonValue:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise DataError(f"{shown(text, 40)} is not JSON: expected {what}") from None
