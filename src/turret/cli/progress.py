@@ -64,6 +64,11 @@ class Progress:
         else:
             self._err.print(f"[dim]{safe(text)}[/]")
 
+    def warning(self, text: str) -> None:
+        """Something failed that does not stop the training."""
+        self._clear()
+        self._err.print(f"[yellow]warn[/]  {safe(text)}")
+
     def planned(self, planned: Planned) -> None:
         self._clear()
         print_plan(planned, self._out)

@@ -63,7 +63,12 @@ def train(
     recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets, columns)
     with Progress(as_json) as progress:
         result = Workspace(store).train(
-            recipe, on_record=progress.record, on_plan=progress.planned, on_stage=progress.stage, fresh=fresh
+            recipe,
+            on_record=progress.record,
+            on_plan=progress.planned,
+            on_stage=progress.stage,
+            on_warning=progress.warning,
+            fresh=fresh,
         )
     emit(result.as_json()) if as_json else progress.stored(result, str(store))
 

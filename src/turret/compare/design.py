@@ -31,7 +31,8 @@ class Cell:
     @property
     def key(self) -> str:
         """The name of its folder, which depends on its recipe."""
-        digest = hashlib.sha256(f"{self.candidate.kind}\n{self.recipe.to_toml()}".encode()).hexdigest()
+        text = self.recipe.without_trackers().to_toml()
+        digest = hashlib.sha256(f"{self.candidate.kind}\n{text}".encode()).hexdigest()
         return f"{self.candidate.slug}-seed{self.seed}-{self.fraction:g}-{digest[:8]}"
 
     def __str__(self) -> str:

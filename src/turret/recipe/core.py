@@ -32,6 +32,7 @@ from turret.recipe.messages import sentences
 from turret.recipe.overrides import override
 from turret.reference import check_name
 from turret.tasks.task import TASKS, kinds
+from turret.trackers.table import TRACKERS
 
 MOST = 10**12  # steps, epochs, examples: a larger number is a mistake
 
@@ -125,6 +126,15 @@ class Task(_Section):
     max_new_tokens: int | None = Field(default=None, ge=1, le=1_000_000)  # None: max_target_tokens
 
 
+def _trackers(value: JsonValue) -> JsonValue:
+    names = [value] if isinstance(value, str) else value
+    if names is None:
+        return None
+    if not isinstance(names, (list, tuple)) or not names or any(name not in TRACKERS for name in names):
+        raise ValueError(f"expected a list of {', '.join(TRACKERS)}, given {shown(value)}")
+    return tuple(dict.fromkeys(names))
+
+
 class Train(_Section):
     """Optimiser, schedule, batches, evaluation and checkpoints."""
 
@@ -149,6 +159,7 @@ class Train(_Section):
     micro_batch_tokens: int | None = Field(default=None, ge=1, le=MOST)  # per pass; None: by the size of the base
     checkpoint_layers: bool | None = None  # save only each layer's input, and compute the layer again; None: false
     optimizer: Literal["adamw", "adamw8bit"] | None = None  # adamw8bit keeps its moments in 8 bits; None: adamw
+    trackers: Annotated[tuple[str, ...] | None, BeforeValidator(_trackers)] = None  # programs that show the run
 
 
 def _method(value: JsonValue) -> Method:
@@ -294,6 +305,10 @@ class Recipe(_Section):
             elif value is not None:
                 lines.append(f"{key} = {toml.written(value)}")
         return "\n".join([*lines, *tables]) + "\n"
+
+    def without_trackers(self) -> Recipe:
+        """A copy that names no tracker. Trackers show a training and change nothing of its result."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"trackers": None})})
 
     def with_overrides(self, overrides: Mapping[str, str]) -> Recipe:
         """A copy with `--set key=value` pairs applied; the text of a value is read as the type of its key.

@@ -17,6 +17,7 @@ from turret.store import AccessTokens, Collected, Deleted, Gate, GateStatus, Gol
 from turret.workspace import experimenting, machine, promoting, reading, training_runs
 from turret.workspace.examples import read_examples
 from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
+from turret.workspace.hub import Hub
 from turret.workspace.progress import Say, silent
 from turret.workspace.promoting import Ask
 from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, RunResult
@@ -46,6 +47,7 @@ class Workspace:
 
     def __init__(self, path: str | Path | Location = ".turret") -> None:
         self.store = Store(path)
+        self.hub = Hub(self.store)  # push(reference, hub_id) and pull(hub_id)
         self._memories: dict[int, Memory] = {}  # of `settle`, by the id of an experiment
         self._histories: dict[int, EvidenceHistory] = {}  # of `course`, by the id of an experiment
 
@@ -150,6 +152,7 @@ class Workspace:
         on_record: Callable[[StepRecord], None] | None = None,
         on_plan: Callable[[Planned], None] | None = None,
         on_stage: Say | None = None,
+        on_warning: Say | None = None,
         fresh: bool = False,
         beside_base: bool = False,
     ) -> RunResult:
@@ -158,11 +161,9 @@ class Workspace:
         The same recipe on the same data resumes an unfinished run.
 
         Args:
-            on_record: called after every step.
-            on_plan: called once, before the first step.
+            on_record, on_plan, on_warning: called after every step; before the first one; when a tracker fails.
             fresh: start from the first step even if an unfinished run could be resumed.
-            beside_base: also measure the bare base on the held-out examples (metrics "test bare base"). The bare base
-                of a classifier answers with an untrained head.
+            beside_base: also measure the bare base (metrics "test bare base"). A classifier's has an untrained head.
 
         Raises:
             PreflightRefused: the plan found a problem that would waste the run.
@@ -171,7 +172,7 @@ class Workspace:
         dataset = reading.read_before_torch(recipe, on_stage or silent)
         from turret.workspace import training
 
-        callbacks = training.Callbacks(on_record or silent, on_plan or silent, on_stage or silent)
+        callbacks = training.Callbacks(on_record or silent, on_plan or silent, on_stage or silent, on_warning or silent)
         return training.train(self.store, recipe, callbacks, dataset, fresh=fresh, beside_base=beside_base)
 
     def compare(
@@ -389,11 +390,11 @@ class Workspace:
         reference: str,
         folder: str | Path,
         *,
-        form: Literal["peft", "merged", "vllm"] = "peft",
+        form: Literal["peft", "merged", "vllm", "gguf"] = "peft",
         force: bool = False,
         on_stage: Say | None = None,
     ) -> Exported:
-        """Write a version as a folder: a bundle that PEFT loads, a merged model, or a LoRA for vLLM.
+        """Write a version as a folder: a bundle that PEFT loads, a merged model, or a LoRA for vLLM or llama.cpp.
 
         Args:
             folder: new or empty, unless `force`. A failed export never leaves a folder that tools can load.

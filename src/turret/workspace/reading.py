@@ -12,6 +12,7 @@ from turret.errors import RecipeError, one_line
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Version
 from turret.tasks import schemas, stored_task, task_of
+from turret.trackers.table import require_installed
 from turret.workspace.progress import Say
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def read_dataset(recipe: Recipe, say: Say) -> Dataset:
 
 def read_before_torch(recipe: Recipe, say: Say) -> Dataset | None:
     """The data set, unless torchrun started several processes, of which the main one has to read first."""
+    require_installed(recipe.train.trackers or ())
     return None if os.environ.get("WORLD_SIZE", "1") != "1" else read_dataset(recipe, say)
 
 

@@ -7,12 +7,14 @@ With several processes, the main one measures, writes and reports; the others ta
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,11 +30,14 @@ from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.tasks import Task, make_task, task_of, writes
+from turret.trackers.table import require_installed
+from turret.trackers.tracker import TrackedRun
 from turret.train import memory, processes
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
 from turret.workspace.results import Planned, RunResult
 from turret.workspace.stored_adapter import read_adapter
+from turret.workspace.tracked import Followed, follow, settings_of
 
 NOT_RESUMABLE = (LossNotFinite, ProofFailed)
 PROOF_START = 6.0  # seconds in which a fresh process imports torch and transformers
@@ -45,6 +50,7 @@ class Callbacks:
     record: Callable[[trainer.StepRecord], None] = silent  # after every step
     planned: Callable[[Planned], None] = silent  # once, before the first step
     stage: Say = silent
+    warning: Say = silent  # a line for something that failed and does not stop the training
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ def prepare(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset
     """
     trainer.require_optimizer(recipe)
     numbers_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
+    require_installed(recipe.train.trackers or ())
     start = _start(store, recipe, callbacks)
     dataset = dataset or read_dataset(recipe, callbacks.stage)
     recipe, base_notes = with_base(recipe, dataset.kind)
@@ -172,13 +179,18 @@ def train(
     callbacks.planned(planned)
     if planned.plan.refused:
         raise PreflightRefused(planned.plan.refusal())
+    ready = replace(ready, recipe=planned.recipe.without_trackers())  # they do not decide which run is resumed
     if not here.main:
         return _follow(here, ready)
     toml, digest = ready.recipe.to_toml(), ready.dataset.digest
     run = None if fresh else store.unfinished_run(toml, digest)
     run = run or store.new_run(ready.recipe.name, toml, digest)
     try:
-        result = _carry_out(store, run, ready, planned, callbacks, beside_base)
+        tracked = _tracked(run, ready, planned) if planned.recipe.train.trackers else None
+        with follow(planned.recipe, tracked, callbacks.warning) as followed:
+            result = _carry_out(store, run, ready, planned, _both(callbacks, followed), beside_base)
+            followed.finished(result)
+        result = replace(result, notes=[*result.notes, *followed.warnings])
     except BaseException as error:
         with suppress(StoreError):  # a full disk must not hide the first error
             store.end_run(run, "failed" if isinstance(error, NOT_RESUMABLE) else "interrupted", error=str(error))
@@ -186,6 +198,33 @@ def train(
     store.end_run(run, "finished", result=result.as_json())
     shutil.rmtree(run.checkpoint, ignore_errors=True)  # a finished run is not resumed
     return here.from_main(lambda: result)
+
+
+def _tracked(run: HeldRun, ready: Ready, planned: Planned) -> TrackedRun:
+    """What the trackers are told at the start."""
+    facts: dict[str, float | str] = {
+        "base.fingerprint": ready.base.fingerprint,
+        "data.digest": ready.dataset.digest,
+        "plan.steps": planned.plan.steps,
+        "turret": version("turret"),
+    }
+    texts = {
+        "recipe.toml": ready.recipe.to_toml(),
+        "plan.json": json.dumps(planned.plan.to_json(), indent=2, ensure_ascii=False),
+    }
+    after = trainer.step_of(run.checkpoint)
+    folder = str(run.folder.absolute())
+    return TrackedRun(run.id, ready.recipe.name, folder, after, settings_of(ready.recipe, facts), texts)
+
+
+def _both(callbacks: Callbacks, followed: Followed) -> Callbacks:
+    """The callbacks, with every record passed to the trackers too."""
+
+    def record(record: trainer.StepRecord) -> None:
+        callbacks.record(record)
+        followed.record(record)
+
+    return replace(callbacks, record=record)
 
 
 def _noted(ready: Ready, here: processes.Processes) -> Ready:

@@ -82,7 +82,7 @@ def _finished(folder: Path, store: Store, recipe: Recipe) -> JsonObject | None:
 
 def _trained(folder: Path, store: Store, recipe: Recipe) -> JsonObject:
     def on_plan(planned: Planned) -> None:
-        state.write_text(folder / "recipe.toml", planned.recipe.to_toml())
+        state.write_text(folder / "recipe.toml", planned.recipe.without_trackers().to_toml())
         state.write(folder / "plan.json", planned.plan.to_json())
 
     seconds: list[float] = []  # of each step of this process

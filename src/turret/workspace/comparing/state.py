@@ -32,7 +32,7 @@ FORMAT = 1
 def folder_of(root: Path, recipe: Recipe, data_digest: str, kind: str = "comparisons") -> Path:
     """The folder of a comparison. It depends on the recipe's base, data and training settings, not on its method."""
     same = recipe.with_overrides({"method": "head", "train.lr": "none"})
-    same = same.model_copy(update={"train": same.train.model_copy(update={"init_from": None})})
+    same = same.model_copy(update={"train": same.train.model_copy(update={"init_from": None, "trackers": None})})
     digest = hashlib.sha256(f"{FORMAT}\n{same.to_toml()}\n{data_digest}".encode()).hexdigest()
     return root / kind / f"{recipe.name}-{digest[:10]}"
 
