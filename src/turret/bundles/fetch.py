@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -18,7 +19,8 @@ from huggingface_hub import errors as hub
 
 from turret.bundles.archive import ENDINGS, is_archive, unpack
 from turret.bundles.bundle import FILES, PICKLES, WEIGHTS, refuse_foreign_files
-from turret.errors import BundleError
+from turret.bundles.hub import bounded, check_id, newest
+from turret.errors import BundleError, HubError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _EXPECTED = f"expected a folder with {WEIGHTS}, such a folder packed as {', '.join(ENDINGS)}, or a Hub id"
@@ -31,6 +33,7 @@ class Fetched:
 
     folder: Path
     revision: str | None = None  # the commit, if they are from the Hub
+    note: str | None = None  # what the user should know of where they came from
 
 
 def fetch(source: str, parent: Path, *, download: Callable[..., str] = huggingface_hub.snapshot_download) -> Fetched:
@@ -61,6 +64,45 @@ def fetch(source: str, parent: Path, *, download: Callable[..., str] = huggingfa
     if not _HUB_ID.fullmatch(source) or ".." in source:
         raise BundleError(f"adapter {_short(source)} is not there: {_EXPECTED}")
     return _from_hub(source, target, download)
+
+
+def pull(
+    hub_id: str,
+    parent: Path,
+    revision: str | None = None,
+    *,
+    newest: Callable[[str, str | None], str] = newest,
+    download: Callable[..., str] = huggingface_hub.snapshot_download,
+) -> Fetched:
+    """Copy the adapter in a repository of the Hub into a new folder in `parent`.
+
+    Without the Hub, the copy in its cache is taken, and a note says so.
+
+    Args:
+        revision: a branch, a tag or a commit; default: the main branch.
+
+    Raises:
+        HubError: there is no such repository or revision, or neither the Hub nor its cache has it.
+        BundleError: it holds no adapter.
+    """
+    target = parent / "adapter"
+    try:
+        commit = newest(check_id(hub_id), revision)
+    except HubError as error:
+        if not error.unreachable:
+            raise
+        try:
+            with bounded():
+                found = _from_hub(hub_id, target, partial(download, revision=revision, local_files_only=True))
+        except BundleError:
+            raise error from None
+        return replace(found, note=f"{error}; this is the copy in the Hub's cache, commit {found.revision}")
+    with bounded():
+        found = _from_hub(hub_id, target, partial(download, revision=revision))
+    if found.revision != commit:  # the library falls back to its cache without a word
+        note = f"{hub_id}: the Hub stopped answering; this is the copy in its cache, commit {found.revision}"
+        return replace(found, note=note)
+    return found
 
 
 def _from_hub(source: str, target: Path, download: Callable[..., str]) -> Fetched:

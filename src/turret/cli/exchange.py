@@ -42,7 +42,7 @@ def import_(
     from turret.workspace import Workspace
 
     named = [label.strip() for label in labels.split(",")] if labels else None
-    settings = _settings(sets)
+    settings = task_settings(sets)
     with status() as say:
         found = Workspace(store).import_adapter(
             source,
@@ -55,7 +55,7 @@ def import_(
             base_quantization=base_quantization,
             on_stage=say,
         )
-    report(found, as_json, _print_imported)
+    report(found, as_json, print_imported)
 
 
 def export(
@@ -63,6 +63,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new or empty folder.")],
     merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the whole model.")] = False,
     vllm: Annotated[bool, typer.Option("--vllm", help="A LoRA that vLLM loads, or the reason why not.")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="A LoRA for llama.cpp, or the reason why not.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also write into a folder that is not empty.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
@@ -73,15 +74,18 @@ def export(
     """
     from turret.workspace import Workspace
 
-    if merged and vllm:
-        raise RecipeError("--merged and --vllm are two exports: give one of them")
-    form: Literal["peft", "merged", "vllm"] = "merged" if merged else "vllm" if vllm else "peft"
+    if merged + vllm + gguf > 1:
+        raise RecipeError("--merged, --vllm and --gguf are different exports: give one of them")
+    form: Literal["peft", "merged", "vllm", "gguf"] = (
+        "merged" if merged else "vllm" if vllm else "gguf" if gguf else "peft"
+    )
     with status() as say:
         found = Workspace(store).export(reference, folder, form=form, force=force, on_stage=say)
     report(found, as_json, _print_exported)
 
 
-def _settings(sets: list[str] | None) -> dict[str, str]:
+def task_settings(sets: list[str] | None) -> dict[str, str]:
+    """The keys of [task] that `--set` gives. Raises RecipeError for any other key."""
     found = {}
     for key, value in options.overrides(sets).items():
         if not key.startswith("task."):
@@ -90,7 +94,8 @@ def _settings(sets: list[str] | None) -> dict[str, str]:
     return found
 
 
-def _print_imported(found: Imported) -> None:
+def print_imported(found: Imported) -> None:
+    """Print what was stored, and what was checked."""
     console().print(f"[bold]{safe(found.version)}[/]  [dim]{safe(found.digest)}[/]")
     labels = ", ".join(found.task["labels"])
     rows = [
@@ -104,7 +109,15 @@ def _print_imported(found: Imported) -> None:
 
 
 def _print_exported(found: Exported) -> None:
-    forms = {"peft": "a bundle that PEFT loads", "merged": "a whole model", "vllm": "a LoRA for vLLM"}
+    forms = {
+        "peft": "a bundle that PEFT loads",
+        "merged": "a whole model",
+        "vllm": "a LoRA for vLLM",
+        "gguf": "a LoRA for llama.cpp",
+    }
     console().print(f"[bold]{safe(found.version)}[/] in {safe(found.folder)}: {forms[found.form]}")
     rows = [(safe(name), size(count)) for name, count in found.files.items()]
-    console().print(grid(rows + [("note", safe(note)) for note in found.notes]))
+    rows += [("note", safe(note)) for note in found.notes] + [
+        ("[yellow]warn[/]", safe(each)) for each in found.warnings
+    ]
+    console().print(grid(rows))

@@ -25,6 +25,7 @@ from turret.cli import (
     doctor,
     exchange,
     experiment,
+    hub,
     init,
     maintenance,
     merge,
@@ -64,6 +65,8 @@ app.command()(maintenance.gc)
 app.command()(maintenance.delete)
 app.command("import")(exchange.import_)
 app.command()(exchange.export)
+app.command()(hub.push)
+app.command()(hub.pull)
 app.command()(merge.merge)
 app.command()(serve.serve)
 app.add_typer(tokens.token, name="token")

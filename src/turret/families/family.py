@@ -138,6 +138,8 @@ class Family:
         vocabulary: (model, hidden (N, D), output layer) -> logits (N, V), equal to the model's own forward.
         fan_in_fan_out: linear layers store their weight as (D_in, D_out); PEFT's term.
         vllm_lora: vLLM serves LoRA on it.
+        gguf: llama.cpp's name of the architecture; None: no LoRA is written for it.
+        gguf_rotary: last part of the paths of the layers whose output llama.cpp orders for its own rotary positions.
         fast: modules that have a faster implementation.
         guessed: by `generic`, for an architecture that is not listed.
     """
@@ -164,6 +166,8 @@ class Family:
     vocabulary: Vocabulary = project
     fan_in_fan_out: bool = False
     vllm_lora: bool = False
+    gguf: str | None = None
+    gguf_rotary: tuple[str, ...] = ()
     fast: FastPaths = field(default_factory=FastPaths)
     guessed: bool = False
 

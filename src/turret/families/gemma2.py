@@ -25,4 +25,4 @@ def gemma_like(name: str, stem: str) -> Family:
     return replace(llama_like(name, stem), vocabulary=capped_vocabulary, fast=FastPaths())
 
 
-GEMMA2 = gemma_like("gemma2", "Gemma2")
+GEMMA2 = replace(gemma_like("gemma2", "Gemma2"), gguf="gemma2")

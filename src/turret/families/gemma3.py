@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from turret.families.gemma2 import gemma_like
 
-GEMMA3 = gemma_like("gemma3_text", "Gemma3")
+GEMMA3 = replace(gemma_like("gemma3_text", "Gemma3"), gguf="gemma3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from turret.families.family import Family, FastPaths, last
@@ -37,4 +38,5 @@ def llama_like(name: str, stem: str) -> Family:
     )
 
 
-LLAMA = llama_like("llama", "Llama")
+# llama.cpp rotates neighbouring pairs, transformers the two halves of a head, so the rows of q and k change places.
+LLAMA = replace(llama_like("llama", "Llama"), gguf="llama", gguf_rotary=("q_proj", "k_proj"))

@@ -17,4 +17,9 @@ def configured_window(module: nn.Module) -> int | None:
     return window
 
 
-MISTRAL = replace(llama_like("mistral", "Mistral"), window=configured_window)
+MISTRAL = replace(
+    llama_like("mistral", "Mistral"),
+    window=configured_window,
+    gguf="llama",  # llama.cpp has no architecture of its own for it
+    gguf_rotary=("q_proj", "k_proj"),
+)

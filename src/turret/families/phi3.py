@@ -13,4 +13,5 @@ PHI3 = replace(
     lora_targets=("qkv_proj",),
     window=configured_window,
     fast=FastPaths(rms_norms=("Phi3RMSNorm",)),
+    gguf="phi3",
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from turret.families.llama import llama_like
 
-QWEN3 = llama_like("qwen3", "Qwen3")
+QWEN3 = replace(llama_like("qwen3", "Qwen3"), gguf="qwen3")

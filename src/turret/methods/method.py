@@ -46,6 +46,7 @@ class Method(BaseModel):
     claimed: ClassVar[bool] = False  # a comparison tests the common claims about adapters on it
     peft_name: ClassVar[str | None] = None  # PEFT's `peft_type`; None: PEFT has no such method
     peft_cannot: ClassVar[Mapping[str, str]] = {}  # by PEFT's task_type: why PEFT does not run it
+    peft_generate: ClassVar[str | None] = None  # why PEFT's `generate()` gives other texts than the adapter
     open_settings: ClassVar[bool] = False  # a library defines its keys, and checks them when it is loaded
     named_by: ClassVar[str | None] = None  # the setting that `compare --methods` takes after a colon, as in peft:IA3
     named_as: ClassVar[str] = ""  # a description of that setting
@@ -102,6 +103,11 @@ class Method(BaseModel):
     @property
     def vllm_rank(self) -> int | None:
         """The rank that vLLM must be configured for; None: vLLM does not serve it."""
+        return None
+
+    @property
+    def gguf_alpha(self) -> float | None:
+        """The scaling times the rank, as a GGUF file of a LoRA has it; None: llama.cpp has no such method."""
         return None
 
     @classmethod

@@ -4,6 +4,6 @@ Importing it loads no torch: each method imports what it needs.
 """
 
 from turret.workspace.core import Workspace
-from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, RunResult
+from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, Pushed, RunResult
 
-__all__ = ["Evaluation", "Exported", "Imported", "Merged", "Planned", "RunResult", "Workspace"]
+__all__ = ["Evaluation", "Exported", "Imported", "Merged", "Planned", "Pushed", "RunResult", "Workspace"]

@@ -13,25 +13,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from turret.json_types import JsonMapping, JsonValue
 from turret.methods import method_named
 from turret.tasks import TASKS, stored_task
+from turret.workspace.card_code import Place, inference, llama_cpp
+
+FOLDER = "FOLDER"  # the place of a card that does not know where its files will be
+GGUF = "adapter.gguf"
+LIBRARIES = {"merged": "transformers", "gguf": "gguf"}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
-_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
 
 
-def card(shown: JsonMapping, licence: str | None, form: str, task_type: str | None, notes: Sequence[str]) -> str:
+def card(
+    shown: JsonMapping,
+    licence: str | None,
+    form: str,
+    task_type: str | None,
+    notes: Sequence[str],
+    *,
+    place: str = FOLDER,
+    tokenizer: bool = True,
+) -> str:
     """The text of the card.
 
     Args:
         shown: the version as `Store.show` returns it.
         licence: of the base, if known.
-        form: peft, merged or vllm.
+        form: peft, merged, vllm or gguf.
         task_type: PEFT's name of the task; None: PEFT does not load the adapter.
         notes: further paragraphs on how to load it.
+        place: where the files are: a Hub id, or the word FOLDER.
+        tokenizer: whether the base's tokenizer is among the files.
     """
     manifest = shown["manifest"]
     base, task = _part(manifest, "base"), _part(manifest, "task")
@@ -60,7 +71,7 @@ def card(shown: JsonMapping, licence: str | None, form: str, task_type: str | No
         "## Metrics",
         _metrics(shown.get("metrics") or {}),
         "## How to load it",
-        *_loading(shown, base, form, task_type),
+        *_loading(shown, form, task_type, place, tokenizer=tokenizer),
         *(_plain(note) for note in notes),
     ]
     return "\n\n".join(parts) + "\n"
@@ -75,7 +86,7 @@ def _front(manifest: JsonMapping, form: str) -> Iterator[str]:
     """The YAML front matter that the Hub reads. Its values are written as JSON, which is YAML too."""
     base, kind = _on_hub(_part(manifest, "base")), _part(manifest, "task").get("kind")
     yield "---"
-    yield f"library_name: {'transformers' if form == 'merged' else 'peft'}"
+    yield f"library_name: {LIBRARIES.get(form, 'peft')}"
     if base is not None:
         yield f"base_model: {json.dumps(base)}"
     if kind in TASKS:
@@ -122,52 +133,42 @@ def _examples(values: JsonMapping) -> str:
     return "not stored"
 
 
-def _loading(shown: JsonMapping, base: JsonMapping, form: str, task_type: str | None) -> Iterator[str]:
+def _loading(shown: JsonMapping, form: str, task_type: str | None, place: str, *, tokenizer: bool) -> Iterator[str]:
+    """How to load the files at `place`, and code that answers a text."""
     name = str(shown["version"]).partition("@")[0]
-    kind = _CLASSES.get(str(task_type), "AutoModel")
+    base, task = _part(shown["manifest"], "base"), _part(shown["manifest"], "task")
+    files = Place(place, _on_hub(base) or "BASE", place if tokenizer else _on_hub(base) or "BASE", form == "merged")
     if form == "merged":
         yield "With transformers:"
-        lines = (
-            f"from transformers import {kind}, AutoTokenizer",
-            "",
-            f'model = {kind}.from_pretrained("FOLDER")',
-            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        )
-        yield _block("python", "\n".join(lines))
+        yield _block("python", inference(files, task, task_type))
+        return
+    if form == "gguf":
+        yield "With llama.cpp (`--lora`), or with llama-cpp-python, on a GGUF file of the same base:"
+        yield _block("python", llama_cpp(f"{place}/{GGUF}" if place == FOLDER else GGUF, task))
         return
     yield "With Turret, which checks the base by its fingerprint:"
-    yield _block("console", f'turret import FOLDER --name {name}\nturret predict {name} "a text"')
+    brought = f"turret import {place} --name {name}" if place == FOLDER else f"turret pull {place} --name {name}"
+    yield _block("console", f'{brought}\nturret predict {name} "a text"')
     if task_type is None:
         yield "PEFT does not load it: PEFT has no such method."
         return
-    if limitation := method_named(_part(shown["manifest"], "method").get("kind")).peft_cannot.get(task_type):
+    method = method_named(_part(shown["manifest"], "method").get("kind"))
+    if limitation := method.peft_cannot.get(task_type):
         yield limitation
         return
+    dropped = method.peft_generate if stored_task(task).generates else None
     yield "With PEFT, which does not check the base:"
-    yield from _peft(base, _part(shown["manifest"], "task"), kind)
+    if files.base == "BASE":
+        yield f"(BASE is a folder or a Hub id that has the weights of {_code(base.get('id'))}.)"
+    if dropped:
+        yield dropped
+    yield _block("python", inference(files, task, task_type, token_by_token=dropped is not None))
 
 
 def _on_hub(base: JsonMapping) -> str | None:
     """The base's id if it is on the Hub. A folder can have the name of a Hub id, but it has no commit."""
     name, revision = str(base.get("id")), str(base.get("revision"))
     return name if _HUB_ID.fullmatch(name) and _COMMIT.fullmatch(revision) else None
-
-
-def _peft(base: JsonMapping, task: JsonMapping, kind: str) -> Iterator[str]:
-    named = _on_hub(base) or "BASE"
-    if named == "BASE":
-        yield f"(BASE is a folder or a Hub id that has the weights of {_code(base.get('id'))}.)"
-    labels = task.get("labels")
-    size = stored_task(task).num_labels(labels if isinstance(labels, list) else ())
-    shape = f", num_labels={size}" if size else ""
-    lines = (
-        "from peft import PeftModel",
-        f"from transformers import {kind}",
-        "",
-        f'base = {kind}.from_pretrained("{named}"{shape})',
-        'model = PeftModel.from_pretrained(base, "FOLDER")',
-    )
-    yield _block("python", "\n".join(lines))
 
 
 def _block(language: str, text: str) -> str:

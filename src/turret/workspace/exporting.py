@@ -1,8 +1,8 @@
-"""Export a stored version as a folder for PEFT, transformers or vLLM.
+"""Export a stored version as a folder for PEFT, transformers, vLLM or llama.cpp.
 
-`peft` is the stored bundle with a model card. `vllm` is the same, after a check that vLLM can serve it. `merged` is a
-whole model with the adapter in its weights. Everything is first written and flushed in a temporary folder on the
-target's disk:
+`peft` is the stored bundle with the base's tokenizer and a model card. `vllm` is the same, after a check that vLLM can
+serve it. `merged` is a whole model with the adapter in its weights. `gguf` is a LoRA for llama.cpp. Everything is first
+written and flushed in a temporary folder on the target's disk:
 
 - A new target is made by renaming that folder, so it is complete or missing.
 - In an existing target, configuration files of an earlier export are removed first and those of this export are moved
@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -29,31 +31,39 @@ from turret.adapters import Adapter, merge
 from turret.bases import Base
 from turret.bases.licence import licence_of
 from turret.bases.silence_transformers import quiet
-from turret.bundles import vllm
+from turret.bases.source import TOKENIZER
+from turret.bundles import gguf_lora, vllm
 from turret.bundles.bundle import FILES, read_config
 from turret.disk import describe_error, errno_of, exclusive_lock, permissions, sync
 from turret.errors import AdapterError, BaseModelError, StoreError
 from turret.interrupt import StopRequest
 from turret.json_types import JsonMapping
+from turret.methods import method_named
 from turret.store import Store, Version, scratch
 from turret.store.scratch import BESIDE, LOADED, WorkingFolder
 from turret.tasks import stored_task, task_from_spec
 from turret.transformer import Model
-from turret.workspace.card import card
+from turret.workspace.card import FOLDER, card
 from turret.workspace.importing import probe_items
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Exported
 from turret.workspace.stored_adapter import load_base, trained_on
 
-Form = Literal["peft", "merged", "vllm"]
+Form = Literal["peft", "merged", "vllm", "gguf"]
+BUNDLES: tuple[Form, ...] = ("peft", "vllm")  # the forms that are the stored bundle with more files
 CARD = "README.md"
 MODEL = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
-TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
-)
-OURS = {*FILES, CARD, *MODEL, *TOKENIZER}  # every file that an export can write
+OURS = {*FILES, CARD, gguf_lora.FILE, *MODEL, *TOKENIZER}  # every file that an export can write
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest difference of an output / the largest output
+
+
+@dataclass
+class Written:
+    """What is said about the files of an export."""
+
+    tokenizer: bool  # whether the base's tokenizer is among them
+    notes: list[str] = field(default_factory=list)  # how to load it
+    warnings: list[str] = field(default_factory=list)  # what another tool does not do, or what is missing
 
 
 def export(
@@ -79,37 +89,84 @@ def export(
     version = store.resolve(reference)
     working = WorkingFolder(store.root, target)
     with _disk_errors(target, working), working:
-        notes = _write(store, version, form, working, say)
+        written = write_files(store, version, form, working.files, working.folder / "stored", say)
         files = {each.name: each.stat().st_size for each in sorted(working.files.iterdir())}
         say("writing")
         _place(working, target)
-    return Exported(str(version), version.digest, form, str(target), files, notes)
+    return Exported(str(version), version.digest, form, str(target), files, written.notes, written.warnings)
 
 
-def _write(store: Store, version: Version, form: Form, working: WorkingFolder, say: Say) -> list[str]:
-    """Write all files of the export and the model card. Returns notes on how to load it."""
-    stored = working.folder / "stored" if form == "merged" else working.files
+def write_files(
+    store: Store, version: Version, form: Form, folder: Path, beside: Path, say: Say, *, place: str = FOLDER
+) -> Written:
+    """Write all files of an export and the model card.
+
+    Args:
+        folder: for the files. In the forms `peft` and `vllm` it is new.
+        beside: a new folder on the same disk, for what is not exported.
+        place: where the card says that the files are.
+    """
+    stored = folder if form in BUNDLES else beside
     store.materialize(str(version), stored)
-    notes = []
+    written = Written(tokenizer=form == "merged")
     if form == "merged":
-        notes += _write_merged(bundles.read_bundle(stored), version, working.files, say)
-    elif form == "vllm":
-        rank = vllm.max_lora_rank(bundles.read_bundle(stored))
-        notes.append(
-            f"vLLM serves it with: vllm serve BASE --enable-lora --max-lora-rank {rank} "
-            f"--lora-modules {version.name}=FOLDER"
-        )
+        written.notes += _write_merged(bundles.read_bundle(stored), version, folder, say)
+    elif form == "gguf":
+        written.notes += _write_gguf(bundles.read_bundle(stored), version, folder)
+    else:
+        if form == "vllm":
+            rank = vllm.max_lora_rank(bundles.read_bundle(stored))
+            written.notes.append(
+                f"vLLM serves it with: vllm serve BASE --enable-lora --max-lora-rank {rank} "
+                f"--lora-modules {version.name}=FOLDER"
+            )
+        _complete_bundle(bundles.read_manifest(stored), folder, written)
     shown = store.show(str(version))
     licence = licence_of(str((shown["manifest"].get("base") or {}).get("id") or ""))
-    text = card(shown, licence, form, _task_type(stored), notes)
-    (working.files / CARD).write_text(text, encoding="utf-8")
-    return notes
+    task_type = _task_type(stored, loaded_by_peft=form != "merged")
+    text = card(shown, licence, form, task_type, written.notes, place=place, tokenizer=written.tokenizer)
+    (folder / CARD).write_text(text, encoding="utf-8")
+    return written
 
 
-def _task_type(folder: Path) -> str | None:
-    """PEFT's `task_type` of a bundle; None if PEFT does not load it."""
+def _complete_bundle(manifest: JsonMapping, folder: Path, written: Written) -> None:
+    """Add the base's tokenizer, and warn of what other tools do not do."""
+    problem = _copy_tokenizer(manifest["base"], folder)
+    written.tokenizer = problem is None
+    written.warnings += [problem] if problem else []
+    dropped = method_named(manifest["method"].get("kind")).peft_generate
+    if dropped and stored_task(manifest["task"]).generates:
+        written.warnings.append(dropped)
+
+
+def _copy_tokenizer(base: JsonMapping, folder: Path) -> str | None:
+    """Copy the files of the base's tokenizer, as they are. Returns why there are none."""
+    try:
+        source, _ = bases.small_files(base["id"], base.get("revision"))
+    except BaseModelError as error:
+        return f"the tokenizer is not among the files: {error}"
+    found = [source / name for name in TOKENIZER if (source / name).is_file()]
+    for path in found:
+        shutil.copyfile(path, folder / path.name)
+    return None if found else f"the tokenizer is not among the files: {base['id']} has none beside its weights"
+
+
+def _write_gguf(adapter: Adapter, version: Version, folder: Path) -> list[str]:
+    """Write the LoRA for llama.cpp. Returns notes."""
+    gguf_lora.require_llama_cpp(adapter)
+    _, config = bases.small_files(adapter.base.id, adapter.base.revision)
+    layers = gguf_lora.write(adapter, config, folder / gguf_lora.FILE, str(version))
+    return [
+        f"llama.cpp runs it with: llama-server -m BASE.gguf --lora {gguf_lora.FILE} "
+        f"(BASE.gguf has the weights of the base; {layers} layers change)"
+    ]
+
+
+def _task_type(folder: Path, *, loaded_by_peft: bool) -> str | None:
+    """PEFT's `task_type` of a bundle; None if it has none, or if PEFT shall load it and has no such method."""
     config = read_config(folder)
-    return str(config.get("task_type")) if config.get("peft_type") and config.get("task_type") else None
+    known = config.get("task_type") and (config.get("peft_type") or not loaded_by_peft)
+    return str(config["task_type"]) if known else None
 
 
 # --- merged -----------------------------------------------------------------------------------------------------------

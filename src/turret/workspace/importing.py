@@ -59,6 +59,8 @@ class ImportRequest:
     settings: JsonMapping | None = None  # keys of a recipe's [task]
     rank: int | None = None  # of the LoRA to which another PEFT method is converted
     quantization: Quantization = "none"  # of the base that it is checked on
+    revision: str | None = None  # of a repository on the Hub
+    pulled: bool = False  # the source is a repository on the Hub, whatever lies here under that name
 
 
 def import_adapter(store: Store, source: str, name: str, request: ImportRequest, say: Say = silent) -> Imported:
@@ -76,7 +78,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
     check_name(name)
     with _disk_errors(store, source), scratch.folder(store.root) as working:
         say(f"reading {source}")
-        brought = fetch.fetch(source, working)
+        brought = fetch.pull(source, working, request.revision) if request.pulled else fetch.fetch(source, working)
         config, converted = read_config(brought.folder), list[str]()
         if conversion.needed(config):
             brought, note = _convert(brought, config, working, request, say)
@@ -92,7 +94,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
         say(f"loading {base_id}")
         base = _load(base_id, kind, request, trained_on(given) if given.task else request.quantization)
         adapters.require_base(given, base.fingerprint)
-        adapter, notes = given, [*base.notes, *converted]
+        adapter, notes = given, [*([brought.note] if brought.note else []), *base.notes, *converted]
         if not given.task:
             if request.base is None:
                 notes.append(f"the base is the one that its configuration names: {base_id}")

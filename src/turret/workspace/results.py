@@ -104,10 +104,32 @@ class Exported:
 
     version: str
     digest: str
-    form: str  # peft, merged, vllm
+    form: str  # peft, merged, vllm, gguf
     folder: str
     files: dict[str, int]  # name -> bytes
     notes: list[str] = field(default_factory=list)  # how to load it
+    warnings: list[str] = field(default_factory=list)  # what another tool does not do, or what is missing
+
+    def as_json(self) -> JsonObject:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A version that is now in a repository of the Hub."""
+
+    version: str
+    digest: str
+    form: str  # peft, merged, gguf
+    hub_id: str
+    url: str
+    commit: str
+    private: bool
+    created: bool  # the repository is new
+    changed: bool  # the commit is new: the files were not there already
+    files: dict[str, int]  # name -> bytes
+    notes: list[str] = field(default_factory=list)  # how to load it
+    warnings: list[str] = field(default_factory=list)  # what another tool does not do, or what is missing
 
     def as_json(self) -> JsonObject:
         return asdict(self)

@@ -67,6 +67,10 @@ class LoRA(Method):
     def vllm_rank(self) -> int | None:
         return self.r
 
+    @property
+    def gguf_alpha(self) -> float | None:
+        return self.scaling * self.r
+
     @classmethod
     def from_peft(cls, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora")

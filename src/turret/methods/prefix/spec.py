@@ -22,6 +22,10 @@ class Prefix(Method):
         "SEQ_CLS": "PEFT does not run a prefix on a classifier.",
         "SEQ_2_SEQ_LM": "PEFT loads only the decoder's part of the prefix and gives other outputs.",
     }
+    peft_generate: ClassVar[str | None] = (
+        "PEFT's generate() leaves the prefix out and gives other texts (PEFT 0.21 with transformers 5.24): "
+        "call the model token by token, as the code of the card does, or use Turret"
+    )
     claimed: ClassVar[bool] = True
     low_rate: ClassVar[str | None] = (
         "a prefix hardly moves with it (headlines by SmolLM2: loss 5.4 at the start, 3.07 after 80 steps at 1e-3)"

@@ -1,0 +1,163 @@
+"""The Python of a model card: load an export with PEFT or transformers and answer one text as Turret does.
+
+Words from outside (labels, templates, names) become Python literals in ASCII, so they cannot become code or markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from turret.json_types import JsonMapping, JsonValue
+from turret.tasks import stored_task
+
+AUTO = {  # by PEFT's task_type
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+GENERATION = ("max_new_tokens", "num_beams", "do_sample", "eos_token_id", "pad_token_id")
+SLOT = "{document}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the code of a card finds the files."""
+
+    adapter: str  # a folder or a Hub id
+    base: str  # a Hub id, or the word BASE
+    tokenizer: str
+    merged: bool = False  # the adapter is in the weights, and the base is not needed
+
+
+def inference(place: Place, task: JsonMapping, task_type: str | None, *, token_by_token: bool = False) -> str:
+    """Python that answers one text.
+
+    Args:
+        task: as in a manifest.
+        task_type: PEFT's name of the task.
+        token_by_token: PEFT's `generate()` does not use the adapter, so the model is called for each token.
+    """
+    auto = AUTO.get(str(task_type), "AutoModel")
+    writes = stored_task(task).generates
+    lines = ["import torch"]
+    lines += [] if place.merged else ["from peft import PeftModel"]
+    lines += [f"from transformers import {auto}, AutoTokenizer", ""]
+    labels = task.get("labels")
+    names = [str(label) for label in labels] if isinstance(labels, list) and not writes else []
+    lines += [f"labels = {names!a}"] if names else []
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained({place.tokenizer!a})"]
+    lines += _model(place, auto, bool(names))
+    lines += ['text = "a text of your own"']
+    if not writes:
+        lines += _classify(task)
+    elif task.get("family_kind") == "encoder-decoder":
+        lines += _encoder_decoder(task)
+    else:
+        lines += _decoder(task, token_by_token)
+    return "\n".join(lines)
+
+
+def llama_cpp(path: str, task: JsonMapping) -> str:
+    """Python that answers one text with llama-cpp-python. path: of the GGUF file of the adapter."""
+    head, tail = _template(task)
+    most = _generation(task).get("max_new_tokens", 128)
+    lines = (
+        "from llama_cpp import Llama",
+        "",
+        f'model = Llama("BASE.gguf", lora_path={path!a}, n_ctx=2048, verbose=False)',
+        'text = "a text of your own"',
+        f"prompt = {head!a} + text + {tail!a}",
+        f'print(model(prompt, max_tokens={most}, temperature=0)["choices"][0]["text"].strip())',
+    )
+    return "\n".join(lines)
+
+
+def _model(place: Place, auto: str, labelled: bool) -> Iterator[str]:
+    if place.merged:
+        yield f"model = {auto}.from_pretrained({place.adapter!a}).eval()"
+        return
+    if labelled:
+        yield f"base = {auto}.from_pretrained("
+        yield f"    {place.base!a},"
+        yield "    id2label=dict(enumerate(labels)),"
+        yield "    label2id={label: number for number, label in enumerate(labels)},"
+        yield "    ignore_mismatched_sizes=True,  # the head comes with the adapter"
+        yield ")"
+    else:
+        yield f"base = {auto}.from_pretrained({place.base!a})"
+    yield f"model = PeftModel.from_pretrained(base, {place.adapter!a}).eval()"
+
+
+def _classify(task: JsonMapping) -> Iterator[str]:
+    text = f"{_text(task, 'prefix_text')!a} + text" if _text(task, "prefix_text") else "text"
+    yield f'ids = tokenizer({text}, truncation=True, max_length={_most(task)})["input_ids"]'
+    yield "with torch.no_grad():"
+    yield "    logits = model(input_ids=torch.tensor([ids])).logits[0]"
+    if task.get("multi_label"):
+        yield "print([label for label, chance in zip(labels, logits.sigmoid().tolist()) if chance >= 0.5])"
+    else:
+        yield "print(labels[int(logits.argmax())], float(logits.softmax(-1).max()))"
+
+
+def _decoder(task: JsonMapping, token_by_token: bool) -> Iterator[str]:
+    head, tail = _template(task)
+    if task.get("chat_template"):  # turns and words are tokenized apart; the turns may have the first special token
+        words = _text(task, "prefix_text").partition(SLOT)[0]
+        words = words if head.endswith(words) else ""
+        yield f"turns, tail = {head.removesuffix(words)!a}, {tail!a}"
+        yield f"words = {words!a} + text.strip()"
+        yield "special = not turns.startswith(tokenizer.bos_token or chr(0))"
+        yield 'before = tokenizer(turns, add_special_tokens=special)["input_ids"]'
+        yield 'before += tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"]'
+    else:
+        yield f"head, tail = {head!a}, {tail!a}"
+        yield f'before = tokenizer(head + text{".rstrip()" if tail else ""})["input_ids"]'
+    yield 'after = tokenizer(tail, add_special_tokens=False)["input_ids"]'
+    yield f"ids = torch.tensor([before[: {_most(task)} - len(after)] + after])"
+    yield "start = ids.shape[1]"
+    settings = _generation(task)
+    if token_by_token:
+        yield f"for _ in range({settings.get('max_new_tokens', 128)}):"
+        yield "    with torch.no_grad():"
+        yield "        token = model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)"
+        yield f"    if int(token) == {settings.get('eos_token_id', 'tokenizer.eos_token_id')}:"
+        yield "        break"
+        yield "    ids = torch.cat([ids, token], dim=1)"
+    else:
+        yield f"ids = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids){_words(settings)})"
+    yield "print(tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip())"
+
+
+def _encoder_decoder(task: JsonMapping) -> Iterator[str]:
+    head, tail = _template(task)
+    parts = " + ".join(part for part in (head and ascii(head), "text", tail and ascii(tail)) if part)
+    yield f'ids = torch.tensor([tokenizer({parts}, truncation=True, max_length={_most(task)})["input_ids"]])'
+    yield f"ids = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids){_words(_generation(task))})"
+    yield "print(tokenizer.decode(ids[0], skip_special_tokens=True).strip())"
+
+
+def _template(task: JsonMapping) -> tuple[str, str]:
+    """What stands before and after the text."""
+    head, _, tail = (_text(task, "template") or SLOT).partition(SLOT)
+    return head, tail
+
+
+def _generation(task: JsonMapping) -> dict[str, JsonValue]:
+    found = task.get("generation")
+    known = found if isinstance(found, dict) else {}
+    return {key: known[key] for key in GENERATION if isinstance(known.get(key), (int, float))}
+
+
+def _words(settings: dict[str, JsonValue]) -> str:
+    return "".join(f", {key}={value!r}" for key, value in settings.items())
+
+
+def _text(task: JsonMapping, key: str) -> str:
+    value = task.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def _most(task: JsonMapping) -> int:
+    value = task.get("max_tokens")
+    return value if isinstance(value, int) else 256

@@ -1,0 +1,120 @@
+"""Versions to and from the Hub: `Workspace.hub`. Loads no torch before a method is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from turret.errors import StoreError
+from turret.json_types import JsonMapping
+from turret.recipe import name_from
+from turret.store import Store, scratch
+from turret.workspace.progress import Say, silent
+from turret.workspace.results import Imported, Pushed
+
+
+class Hub:
+    """The Hub as a place for the versions of a store.
+
+    The token is huggingface_hub's: HF_TOKEN, or what `hf auth login` stored. HF_ENDPOINT names another Hub.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def push(
+        self,
+        reference: str,
+        hub_id: str,
+        *,
+        form: Literal["peft", "merged", "gguf"] = "peft",
+        public: bool = False,
+        force: bool = False,
+        on_stage: Say | None = None,
+    ) -> Pushed:
+        """Write a version into a repository of the Hub, in one commit.
+
+        Args:
+            hub_id: OWNER/NAME. A repository that is not there is created.
+            form: as for `export`.
+            public: make a new repository public; default: private. That of an old one stays as it is.
+            force: also into a repository whose files turret did not write.
+
+        Raises:
+            HubError: the Hub cannot be reached or refuses, or the repository holds something else.
+        """
+        from turret.bundles import hub
+        from turret.workspace import exporting
+
+        hub.check_id(hub_id)
+        version, say = self._store.resolve(reference), on_stage or silent
+        try:
+            with scratch.folder(self._store.root) as working:
+                folder = working / "files"
+                if form not in exporting.BUNDLES:  # a bundle is written as a new folder
+                    folder.mkdir()
+                written = exporting.write_files(
+                    self._store, version, form, folder, working / "stored", say, place=hub_id
+                )
+                files = {each.name: each.stat().st_size for each in sorted(folder.iterdir())}
+                say(f"uploading to {hub_id}")
+                message = f"{version} ({version.digest[:19]})"
+                made = hub.push(folder, hub_id, message, ours=exporting.OURS, public=public, force=force)
+        except OSError as error:
+            raise StoreError(
+                f"{version} cannot be written to {self._store.root}: {error.strerror}: make room"
+            ) from error
+        base = self._store.show(str(version))["manifest"].get("base") or {}
+        return Pushed(
+            version=str(version),
+            digest=version.digest,
+            form=form,
+            hub_id=hub_id,
+            url=made.url,
+            commit=made.id,
+            private=made.private,
+            created=made.created,
+            changed=made.changed,
+            files=files,
+            notes=written.notes,
+            warnings=[*written.warnings, *_elsewhere(base)],
+        )
+
+    def pull(
+        self,
+        hub_id: str,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        base: str | None = None,
+        task: str | None = None,
+        labels: Sequence[str] | None = None,
+        settings: JsonMapping | None = None,
+        rank: int | None = None,
+        on_stage: Say | None = None,
+    ) -> Imported:
+        """Fetch an adapter from the Hub, check it as `import_adapter` does, and store it.
+
+        Args:
+            hub_id: OWNER/NAME.
+            name: of the adapter in the store; default: made from the id.
+            revision: a branch, a tag or a commit.
+
+        Raises:
+            HubError: there is no such repository, or neither the Hub nor its cache has it.
+            AdapterError: it is broken, does not fit its base, or has no effect.
+        """
+        from turret.bundles.hub import check_id
+        from turret.workspace import importing
+
+        request = importing.ImportRequest(base, task, labels, settings, rank, revision=revision, pulled=True)
+        named = name or name_from(check_id(hub_id))
+        return importing.import_adapter(self._store, hub_id, named, request, on_stage or silent)
+
+
+def _elsewhere(base: Mapping[str, str | None]) -> list[str]:
+    """A warning if other machines cannot find the base by the id in the files."""
+    known = str(base.get("id") or "")
+    if base.get("revision") or known.startswith("pypi:"):
+        return []
+    return [f"its base is a folder here, {known}, and the files name it so: elsewhere, pull it with --base"]
