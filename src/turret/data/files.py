@@ -126,10 +126,12 @@ def _joined(folder: Path, paths: Sequence[Path], form: FileFormat) -> Table:
     first = tables[0]
     for table in tables[1:]:
         if set(table.columns) != set(first.columns):
-            later_tasks.refuse(first.columns)
+            later = later_tasks.task_of(first.columns)
+            task = f", and belong to the task {later}, which a later version will have" if later else ""
             raise DataError(
                 f"{first.name} and {table.name} in {name_of(folder)} have different columns "
-                f"({listed(first.columns, 60)} and {listed(table.columns, 60)}): give one file, or make them alike"
+                f"({listed(first.columns, 40)} and {listed(table.columns, 40)}){task}: "
+                "give one file, or make them alike"
             )
     if len(tables) == 1:
         return first

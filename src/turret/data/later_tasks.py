@@ -36,6 +36,12 @@ _SHAPES = (
 )  # fmt: skip
 
 
+def task_of(columns: Sequence[str], known: Collection[str] = ()) -> str | None:
+    """The later task that a table with these columns belongs to."""
+    found = _shape_of(columns, known)
+    return None if found is None else found.task
+
+
 def refuse(columns: Sequence[str], known: Collection[str] = ()) -> None:
     """Raise DataError if the columns are those of a task that this version does not have.
 
@@ -43,17 +49,26 @@ def refuse(columns: Sequence[str], known: Collection[str] = ()) -> None:
         columns: of the table.
         known: kinds of the tasks of this version.
     """
-    names = {name.strip().casefold() for name in columns}
+    shape = _shape_of(columns, known)
+    if shape is None:
+        return
+    used = [name for name in columns if _key(name) in (*shape.all_of, *shape.one_of)]
+    label = next((name for name in used if _key(name) in shape.one_of), "")
+    instead = shape.instead.format(label=label)
+    raise DataError(
+        f"the columns {listed(used, 80)} belong to the task {shape.task} ({shape.about}), which a later version will "
+        f"have: {instead or 'give another table, or name columns of a task of this version'}"
+    )
+
+
+def _shape_of(columns: Sequence[str], known: Collection[str]) -> _Shape | None:
+    names = {_key(name) for name in columns}
     for shape in _SHAPES:
-        if (
-            shape.task not in known
-            and names.issuperset(shape.all_of)
-            and (not shape.one_of or names & set(shape.one_of))
-        ):
-            used = [name for name in columns if name.strip().casefold() in (*shape.all_of, *shape.one_of)]
-            label = next((name for name in used if name.strip().casefold() in shape.one_of), "")
-            instead = shape.instead.format(label=label)
-            raise DataError(
-                f"the columns {listed(used, 80)} belong to the task {shape.task} ({shape.about}), which a later "
-                f"version will have: {instead or 'give another table, or name columns of a task of this version'}"
-            )
+        there = names.issuperset(shape.all_of) and (not shape.one_of or names & set(shape.one_of))
+        if there and shape.task not in known:
+            return shape
+    return None
+
+
+def _key(name: str) -> str:
+    return name.strip().casefold()

@@ -138,7 +138,7 @@ class Scan:
         if self.ungrouped:
             lost.append(f"{self.ungrouped} rows without a group are groups of their own")
         if self.several:
-            lost.append(f"{self.several} of {self.rows} rows have several references: each is a training example")
+            lost.append(f"{self.several} of {self.rows} rows have several references: in training each is an example")
         lost += [f"{what} in {n} of {self.rows} conversations" for what, n in self.changes.items()]
         return [f"{table}: {note}" for note in [*lost, *self.replaced.notes()]]
 

@@ -57,7 +57,7 @@ def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
     delimiter = "\t" if delimiter == "\\t" else delimiter  # as a shell passes it
     if len(delimiter) != 1 or delimiter in '"\r\n':
         raise DataError(f'data.delimiter {shown(delimiter, 20)}: expected one character, such as ";" or "\\t"')
-    if delimiter != usual:
+    if delimiter != usual and form.delimiter is None:
         notes.append(f"{name_of(path)}: columns are separated by {delimiter!r}")
     first = next((cells for _, cells in _fields(text, delimiter)), None)
     if first is None:
