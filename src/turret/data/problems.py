@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from turret.errors import DataError, joined
+from turret.errors import DataError, one_line
 
 T = TypeVar("T")
+_ROOM = 270  # characters of the error
+_MOST = 4  # problems that are named; the others are counted
 
 
 class Problems:
@@ -31,4 +33,20 @@ class Problems:
     def require(self) -> None:
         """Raise one DataError with all problems, if there are any."""
         if self._found:
-            raise DataError(joined(self._found, 270))
+            more = len(self._found) - _MOST
+            raise DataError("; ".join(_shortened(self._found, _ROOM)) + (f"; and {more} more" if more > 0 else ""))
+
+
+def _shortened(texts: Sequence[str], room: int) -> list[str]:
+    """The first texts, of which the long ones are cut in the middle until all fit.
+
+    Args:
+        room: characters of all of them, with two between them.
+    """
+    shown = list(texts[:_MOST])
+    room -= 2 * len(shown)
+    for rest, text in zip(range(len(shown), 0, -1), sorted(shown, key=len), strict=True):
+        if len(text) > room // rest:  # this one and all longer ones share what is left
+            return [one_line(each, max(room // rest, 40)) if len(each) >= len(text) else each for each in shown]
+        room -= len(text)
+    return shown
