@@ -62,6 +62,11 @@ class Answer:
         return [each["probabilities"] for each in self.body["data"]]
 
     @property
+    def label_sets(self) -> list[list[str]]:
+        """The labels for each text of `classify` with `coverage`, the most probable first."""
+        return [each["label_set"] for each in self.body["data"]]
+
+    @property
     def texts(self) -> list[str]:
         """The text of each choice of `complete` or `chat`."""
         choices = self.body["choices"]
@@ -97,15 +102,20 @@ class AsyncClient:
 
     # --- questions --------------------------------------------------------------------------------------------------
 
-    async def classify(self, texts: str | Sequence[str], model: str, *, unit: str | None = None) -> Answer:
+    async def classify(
+        self, texts: str | Sequence[str], model: str, *, unit: str | None = None, coverage: float | None = None
+    ) -> Answer:
         """Classify one text or many.
 
         Args:
             model: An adapter: name, name@3 or name@production.
             unit: The unit of an experiment, such as a user's id.
+            coverage: Ask for sets of labels too, which hold the right label with at least this probability.
         """
-        inputs = texts if isinstance(texts, str) else list(texts)
-        return _answer(await self._request("POST", "/v1/classify", {"model": model, "input": inputs, **_user(unit)}))
+        body: JsonObject = {"model": model, "input": texts if isinstance(texts, str) else list(texts), **_user(unit)}
+        if coverage is not None:
+            body["coverage"] = coverage
+        return _answer(await self._request("POST", "/v1/classify", body))
 
     async def complete(
         self,

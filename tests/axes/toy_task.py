@@ -28,6 +28,7 @@ class Rate:
     kind: ClassVar[str] = "rate"
     request: ClassVar[Literal["classify"]] = "classify"
     generates: ClassVar[Literal[False]] = False
+    calibrates: ClassVar[bool] = False
     pipeline_tag: ClassVar[str] = "text-classification"
     metric: ClassVar[str] = "closeness"
     metric_label: ClassVar[str] = "closeness"

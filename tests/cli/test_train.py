@@ -92,7 +92,8 @@ def test_evaluate_prints_metrics_and_one_object(typed, capsys) -> None:
     named = ["--set", "data.text=review", "--set", "data.label=sentiment", "--set", "data.test=10"]
     assert run(["evaluate", "film-reviews", data, *named, *typed.store, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert set(said) == {"version", "digest", "data", "metrics", "seconds", "notes"}
+    assert set(said) == {"version", "digest", "data", "metrics", "seconds", "notes", "details"}
+    assert set(said["details"]) == {"confusion", "reliability", "coverage", "wrong", "mistakes"}
     assert said["data"]["examples"] == 10
 
 

@@ -75,6 +75,12 @@ def probabilities(digest: str, text: str) -> dict[str, float]:
     return {label: part / sum(parts) for label, part in zip(LABELS, parts, strict=True)}
 
 
+def label_set(found: dict[str, float], coverage: float) -> list[str]:
+    """The most probable labels, as many as reach the coverage together."""
+    ranked = sorted(found, key=lambda label: -found[label])
+    return [label for place, label in enumerate(ranked) if sum(found[each] for each in ranked[:place]) < coverage]
+
+
 class Ticket:
     def __init__(
         self, engine: Echo, receipt: Receipt, kind: str, text: Any, options: Options | None, deadline: float | None
@@ -133,7 +139,9 @@ class Ticket:
         if self.kind == "classify":
             found = probabilities(str(self.receipt.digest), self.text)
             label = max(found, key=lambda key: found[key])
-            self.tell(Done({"label": label, "probabilities": found, "prompt_tokens": count}))
+            wanted = None if self.options is None else self.options.coverage
+            more = {} if wanted is None else {"label_set": label_set(found, wanted)}
+            self.tell(Done({"label": label, "probabilities": found, "prompt_tokens": count} | more))
         else:
             answer = {"text": "".join(self.said), "finish_reason": "stop", "tokens": len(self.said)}
             wanted = None if self.options is None else self.options.logprobs

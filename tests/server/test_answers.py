@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
-from server.echo import FINGERPRINT, LABELS, Options, probabilities, words
+from server.echo import FINGERPRINT, LABELS, Options, label_set, probabilities, words
 
 from turret.server.generation import generation_options
 from turret.server.schemas import CompletionRequest
@@ -33,6 +33,21 @@ def test_classify_answers_in_the_shape_vllm_uses_with_a_receipt(serve, put) -> N
     assert got.headers["x-request-id"].startswith("req-")
     alone = client.post("/v1/classify", json={"model": "a@1", "input": "one"}).json()
     assert alone["data"] == said["data"][:1]
+
+
+def test_classify_answers_with_sets_of_labels_on_request(serve, put) -> None:
+    version = put()
+    client = serve().client()
+    body = {"model": "a", "input": ["one", "two"]}
+    got = client.post("/v1/classify", json=body | {"coverage": 0.8})
+    assert got.status_code == 200, got.text
+    for text, data in zip(("one", "two"), got.json()["data"], strict=True):
+        assert data["label_set"] == label_set(probabilities(version.digest, text), 0.8)
+    assert all(data["label_set"] is None for data in client.post("/v1/classify", json=body).json()["data"])
+    for wrong in (0, 1, 1.5, -0.1, "0.9", True):
+        got = client.post("/v1/classify", json=body | {"coverage": wrong})
+        assert got.status_code == 400, wrong
+        assert "coverage" in got.json()["error"]["message"]
 
 
 def test_a_completion_of_an_adapter_and_of_the_base(serve, put) -> None:

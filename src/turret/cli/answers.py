@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turret.cli import options
-from turret.cli.output import console, emit, grid, metrics, plainly, report, safe, span, status
+from turret.cli.evaluation import check_targets, print_evaluation, written
+from turret.cli.output import console, counted, emit, grid, plainly, report, safe, span, status
 from turret.data.files import is_table
-from turret.errors import DataError, RecipeError
+from turret.errors import DataError, RecipeError, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, stored_task
 
 if TYPE_CHECKING:
     from turret.data import Input
-    from turret.workspace import Evaluation, Workspace
+    from turret.workspace import Workspace
+    from turret.workspace.results import Predicted
 
 KEYS = (  # of [data], that say how a table is read
     "text", "label", "document", "summary", "prompt", "completion", "messages", "input", "system", "tools", "ignore",
@@ -36,6 +39,13 @@ def predict(
     messages: options.Messages = None,
     column: Annotated[str | None, typer.Option("--column", hidden=True, help="Old: --text or --prompt.")] = None,
     sets: options.Set = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write all rows and answers to a .csv, .tsv or .jsonl.")
+    ] = None,
+    top: Annotated[int, typer.Option("--top", help="Labels to show for each text, the most probable first.")] = 1,
+    coverage: Annotated[
+        float | None, typer.Option("--coverage", help="Also give sets that hold the right label this often: 0.9.")
+    ] = None,
     bare: Annotated[bool, typer.Option("--bare", help="Ask the base alone, with the same prompt.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
@@ -46,18 +56,27 @@ def predict(
     FILE is a .txt file with one input per line, or a table (.csv, .tsv, .jsonl, .json, .xlsx, .parquet; .gz, .zst).
     """
     from turret.workspace import Workspace
+    from turret.workspace.predict_options import PredictOptions, check_options
 
     workspace = Workspace(store)
     named = data_columns(sets, options.columns(text=text, prompt=prompt, messages=messages))
     if column is not None:
         named |= _old_column(workspace, reference, column)
+    if out is not None:
+        source, wanted = _one_file(inputs), PredictOptions(named, bare, top, coverage)
+        with status() as say:
+            done = workspace.predict_file(reference, source, out, wanted, on_stage=say)
+        report(done, as_json, _print_written)
+        return
     texts = _texts(workspace, reference, inputs, named)
+    check_options(workspace.resolve(reference), top, coverage)
     with status() as say:
-        answers = workspace.predict(reference, texts, bare=bare, on_stage=say)
+        answers = workspace.predict(reference, texts, bare=bare, coverage=coverage, on_stage=say)
     if as_json:
-        emit(list(answers))
+        emit([_with_top(answer, top) for answer in answers])
     else:
-        _print_answers(stored_task(workspace.resolve(reference).part("task")), texts, answers)
+        task = stored_task(workspace.resolve(reference).part("task"))
+        _print_answers(task, texts, answers, top, coverage)
 
 
 def evaluate(
@@ -69,19 +88,28 @@ def evaluate(
     completion: options.Completion = None,
     messages: options.Messages = None,
     sets: options.Set = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write every wrong answer to a .csv, .tsv or .jsonl.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write a page with plots and mistakes: page.html.")
+    ] = None,
+    texts: Annotated[bool, typer.Option("--texts/--no-texts", help="Whether the page shows texts of the data.")] = True,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a stored version on other data.
+    """Measure a stored version on other data, and show what it gets wrong.
 
     Uses the test split if the data has one, and the columns that the version was trained on unless others are named.
     """
     from turret.workspace import Workspace
 
     columns = data_columns(sets, options.columns(text, label, prompt, completion, messages))
+    check_targets(out, page)
     with status() as say:
         found = Workspace(store).evaluate(reference, data, columns=columns, on_stage=say)
-    report(found, as_json, _print_evaluation)
+    notes = written(found, out, page, texts)
+    report(found, as_json, lambda each: print_evaluation(each, notes))
 
 
 def _old_column(workspace: Workspace, reference: str, column: str) -> JsonObject:
@@ -101,6 +129,8 @@ def _texts(workspace: Workspace, reference: str, inputs: Sequence[str], named: J
             raise DataError("stdin is not UTF-8: give UTF-8 text with one input per line") from None
     if len(inputs) == 1 and _names_a_file(inputs[0]):
         return workspace.inputs(reference, inputs[0], columns=named)
+    if len(inputs) > 1 and (files := [word for word in inputs if os.path.isfile(word)]):
+        raise DataError(f"{shown(files[0])} is a file between other inputs: give one file, or texts alone")
     if named:
         raise DataError(
             f"a column is named, which needs one table, given {len(inputs)} texts: give a table, or name none"
@@ -109,13 +139,32 @@ def _texts(workspace: Workspace, reference: str, inputs: Sequence[str], named: J
 
 
 def _names_a_file(word: str) -> bool:
-    """Whether an input is a file and not a text. Raises DataError for a file that does not exist."""
-    named_so = is_table(Path(word)) or word.lower().endswith(".txt")
-    if not named_so or (" " in word and not Path(word).exists()):
+    """Whether an input is a file and not a text.
+
+    Raises:
+        DataError: the file does not exist, or it is no table.
+    """
+    exists = os.path.exists(word)  # Path.exists raises for some names
+    if not is_table(Path(word)) and not word.lower().endswith(".txt"):
+        if exists:
+            kind = "a folder" if os.path.isdir(word) else "a file that is no table"
+            raise DataError(
+                f"{shown(word)} is {kind}, and it is not read as a text: give a table or a .txt file, or for the text "
+                "itself `turret predict REF -` with it on stdin"
+            )
         return False
-    if not Path(word).exists():
+    if " " in word and not exists:
+        return False
+    if not exists:
         raise DataError(f"there is no file {word!r}: give a file, or the text itself")
     return True
+
+
+def _one_file(inputs: Sequence[str]) -> str:
+    """The file whose rows are answered. Raises DataError for texts."""
+    if len(inputs) != 1 or inputs[0] == "-" or not _names_a_file(inputs[0]):
+        raise DataError("--out writes the answers to the rows of one table or .txt file: give such a file")
+    return inputs[0]
 
 
 def data_columns(sets: list[str] | None, named: Mapping[str, str] | None = None) -> JsonObject:
@@ -133,17 +182,37 @@ def data_columns(sets: list[str] | None, named: Mapping[str, str] | None = None)
     return found | {key.removeprefix("data."): column for key, column in (named or {}).items()}
 
 
-def _print_answers(task: type[Task], texts: Sequence[Input], answers: Sequence[JsonMapping]) -> None:
+def _with_top(answer: JsonMapping, top: int) -> JsonObject:
+    """An answer, with its most probable labels if more than one is asked for."""
+    from turret.workspace.predict_options import ranked_labels
+
+    ranked = ranked_labels(answer)[:top]
+    more = {"top": [{"label": label, "probability": p} for label, p in ranked]} if top > 1 else {}
+    return dict(answer) | more
+
+
+def _print_answers(
+    task: type[Task], texts: Sequence[Input], answers: Sequence[JsonMapping], top: int, coverage: float | None
+) -> None:
+    from turret.workspace.predict_options import ranked_labels
+
     for text, answer in zip(texts, answers, strict=True):
-        shown = plainly(str(text))
-        short = shown if len(shown) <= 72 else f"{shown[:69]}..."
+        whole = plainly(str(text))
+        short = whole if len(whole) <= 72 else f"{whole[:69]}..."
         if task.generates:
             console().print(f"[dim]{safe(short)}[/]\n  {safe(task.line(answer))}")
-        else:
-            console().print(f"[bold]{safe(task.line(answer))}[/]  [dim]{safe(short)}[/]")
+            continue
+        line = task.line(answer)
+        if top > 1:
+            line = "  ".join(f"{label} {p:.2f}" for label, p in ranked_labels(answer)[:top])
+        console().print(f"[bold]{safe(line)}[/]  [dim]{safe(short)}[/]")
+        if coverage is not None:
+            console().print(f"  [dim]{coverage:.0%} set[/] {safe(', '.join(answer['label_set']))}")
 
 
-def _print_evaluation(found: Evaluation) -> None:
-    console().print(f"[bold]{safe(found.version)}[/] on {safe(found.data['source'])}")
-    rows = [("metrics", metrics(found.metrics)), ("examples", f"{found.data['examples']} in {span(found.seconds)}")]
-    console().print(grid(rows + [("note", safe(note)) for note in found.notes]))
+def _print_written(done: Predicted) -> None:
+    flags = [f"{count} {flag}" for flag, count in (("blank", done.blank), ("cut", done.cut)) if count]
+    console().print(f"[bold]{safe(done.version)}[/] answered {counted(done.rows, 'row')} in {span(done.seconds)}")
+    rows = [("file", safe(done.out)), ("columns", safe(", ".join(done.columns)))]
+    rows += [("flags", f"[yellow]{safe(', '.join(flags))}[/]")] if flags else []
+    console().print(grid(rows + [("note", safe(note)) for note in done.notes]))

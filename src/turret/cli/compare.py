@@ -134,8 +134,19 @@ def _print(found: Comparison) -> None:
 
     out = console()
     out.print(f"[bold]{safe(headline(found))}[/]\n")
-    heads = ("method", found.metric, "difference", "verdict", "trained", "memory", "training", "on disk")
-    out.print(columns(heads, [_row(row) for row in found.rows], right=heads[1:3] + heads[4:]))
+    forgot = any(row.costs is not None and row.costs.forgetting is not None for row in found.rows)
+    heads: tuple[str, ...] = (
+        "method",
+        found.metric,
+        "difference",
+        "verdict",
+        "trained",
+        "memory",
+        "training",
+        "on disk",
+    )
+    heads += ("forgot",) if forgot else ()  # of generators only
+    out.print(columns(heads, [_row(row)[: len(heads)] for row in found.rows], right=heads[1:3] + heads[4:]))
     for row in found.rows:
         if row.verdict is not None and row.verdict.word == "undecided" and row.kind != "base":
             out.print(f"  [dim]{safe(row.label)}: {safe(row.verdict.advice())}[/]")
@@ -155,7 +166,7 @@ def _print(found: Comparison) -> None:
 
 def _row(row: ComparisonRow) -> tuple[str, ...]:
     if row.score is None or row.costs is None:
-        return (safe(row.label), "–", "–", "not run", "–", "–", "–", "–")
+        return (safe(row.label), "–", "–", "not run", "–", "–", "–", "–", "–")
     verdict = row.verdict
     d = verdict.difference if verdict else None
     word = f"[{STYLES[verdict.word]}]{WORDS.get(verdict.word, verdict.word)}[/]" if verdict else "[dim]baseline[/]"
@@ -168,4 +179,5 @@ def _row(row: ComparisonRow) -> tuple[str, ...]:
         size(row.costs.above_base.mean) if row.costs.above_base else "–",
         span(row.costs.train_seconds.mean) if row.costs.train_seconds else "–",
         size(row.costs.bundle_bytes) if row.costs.bundle_bytes else "–",
+        row.costs.forgot,
     )

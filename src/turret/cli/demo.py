@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, console, emit, grid, main_metric, many, metrics, number, safe, size, span
+from turret.cli.output import (
+    columns,
+    console,
+    emit,
+    grid,
+    main_metric,
+    many,
+    measured,
+    metrics,
+    number,
+    safe,
+    size,
+    span,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,7 +125,7 @@ def _ask(workspace: Workspace, news: RunResult, headline: RunResult, out: Consol
     ]
     out.print()
     out.print(columns(("text", headline.version, "the bare base, same prompt"), lines))
-    rows = [(name, metrics(values)) for name, values in headline.metrics.items()]
+    rows = [(name, measured(name, values)) for name, values in headline.metrics.items()]
     out.print(grid([("on held-out articles", ""), *rows]))
     out.print()
 

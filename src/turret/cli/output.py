@@ -177,3 +177,23 @@ def metrics(values: JsonMapping, *, most: int = 8) -> str:
     """`accuracy 0.951  loss 0.180`: the numbers among the values."""
     numbers = [(k, v) for k, v in values.items() if v is None or isinstance(v, (int, float))]
     return "  ".join(f"[dim]{safe(name)}[/] {number(value)}" for name, value in numbers[:most]) or "[dim]none[/]"
+
+
+def measured(split: str, values: JsonMapping) -> str:
+    """The metrics of one split, or the forgetting of a version."""
+    return safe(_forgot(values)) if split == "forgetting" else metrics(values)
+
+
+def _forgot(values: JsonMapping) -> str:
+    """`neutral text +0.031 (+0.012 to +0.050)  headlines@3 +0.20 (+0.11 to +0.31)`: increases of the loss per token."""
+    parts = [("neutral text", values.get("neutral"), values.get("neutral_low"), values.get("neutral_high"))]
+    parts += [
+        (version, each.get("increase"), each.get("low"), each.get("high"))
+        for version, each in (values.get("against") or {}).items()
+    ]
+    shown = (f"{name} {_signed(mean)} ({_signed(low)} to {_signed(high)})" for name, mean, low, high in parts)
+    return "  ".join(shown)
+
+
+def _signed(value: JsonValue) -> str:
+    return f"{value:+.3f}" if isinstance(value, int | float) else "?"

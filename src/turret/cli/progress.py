@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from turret.cli.output import console, grid, main_metric, many, metrics, number, rows, safe, size, span
+from turret.cli.output import console, grid, main_metric, many, measured, number, rows, safe, size, span
 from turret.json_types import JsonValue
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _plain(value: JsonValue) -> str:
 
 def _result(result: RunResult) -> Iterator[tuple[str, str]]:
     for split, values in result.metrics.items():
-        yield split, metrics(values)
+        yield split, measured(split, values)
     trainable, total = result.parameters["trainable"], result.parameters["total"]
     share = f"{many(trainable)} of {many(total)} parameters, {100 * trainable / max(total, 1):.2g}%"
     yield "size", f"{size(result.bundle_bytes)}  [dim]trained[/] {share}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, console, counted, emit, grid, main_metric, metrics, number, safe, size, span
+from turret.cli.output import columns, console, counted, emit, grid, main_metric, measured, number, safe, size, span
 from turret.errors import NotFound
 from turret.json_types import JsonMapping, JsonValue
 
@@ -130,8 +130,10 @@ def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
     settings = dict(_short(method))
     yield "method", safe(" ".join([str(settings.pop("kind", "?")), *(f"{k}={v}" for k, v in settings.items())]))
     yield "task", safe(f"{task.get('kind')}  {', '.join(map(str, task.get('labels') or ()))}")
+    if (fitted := task.get("calibration")) is not None:
+        yield "calibration", safe(_calibration(fitted))
     for split, values in shown["metrics"].items():
-        yield safe(split), metrics(values)
+        yield safe(split), measured(split, values)
     yield "size", size(shown["bytes"])
     yield from _lineage(lineage)
     if shown["run"]:
@@ -145,6 +147,12 @@ def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
         gone = ", deleted later" if move["deleted"] else ""
         by = f" by {move['who']}" if move["who"] else ""
         yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {move['moved'][:16].replace('T', ' ')} UTC{by}")
+
+
+def _calibration(fitted: JsonMapping) -> str:
+    """`temperature 1.42, from 200 validation examples`."""
+    chose = ", which also chose the weights" if fitted.get("chose_weights") else ""
+    return f"temperature {number(fitted.get('temperature'))}, from {fitted.get('examples')} validation examples{chose}"
 
 
 def _part(manifest: JsonMapping, key: str) -> JsonMapping:

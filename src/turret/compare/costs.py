@@ -41,6 +41,17 @@ class Costs:
     answer_seconds: MeanRange | None  # one answer to one text
     forgetting: MeanRange | None  # increase of the base's loss on neutral text
     seconds: tuple[float, ...]  # of training, by seed
+    forgetting_low: float | None = None  # the ends of its 95% interval over texts, means over seeds
+    forgetting_high: float | None = None
+
+    @property
+    def forgot(self) -> str:
+        """`+0.031 (+0.012 to +0.050)`: the increase of the base's loss on neutral text; "–" if it is not measured."""
+        if self.forgetting is None:
+            return "–"
+        if self.forgetting_low is None or self.forgetting_high is None:
+            return f"{self.forgetting.mean:+.3f}"
+        return f"{self.forgetting.mean:+.3f} ({self.forgetting_low:+.3f} to {self.forgetting_high:+.3f})"
 
     @property
     def share(self) -> float:
@@ -52,6 +63,7 @@ def costs(own: Sequence[CellResult]) -> Costs:
     """The costs of one row from all its results."""
     first, trained = own[0], [each for each in own if each.timing]
     forgot = [each.forgetting for each in own if each.forgetting]
+    ends = [(each["low"], each["high"]) for each in forgot if "low" in each]
     best = [each.best for each in own if each.best]
     measured = [each.memory["measured"] for each in trained]
     predicted = [each.memory["predicted"] for each in trained if each.memory.get("predicted")]
@@ -69,6 +81,8 @@ def costs(own: Sequence[CellResult]) -> Costs:
         answer_seconds=MeanRange.of(each.latency["median_seconds"] for each in own),
         forgetting=MeanRange.of(each["loss"] - each["base_loss"] for each in forgot),
         seconds=tuple(each.timing["train_seconds"] for each in trained),
+        forgetting_low=fmean(low for low, _ in ends) if ends else None,
+        forgetting_high=fmean(high for _, high in ends) if ends else None,
     )
 
 

@@ -297,6 +297,26 @@ def _background(y: float, words: str) -> str:
     return _rect(WIDTH - 14 - width, y - 11, width, 15, "paper")
 
 
+def reliability(points: Sequence[Mark], shares: Sequence[float], *, x_label: str, y_label: str) -> str:
+    """How often answers are right, by how sure they are, with the diagonal of a calibrated classifier.
+
+    Args:
+        points: x is the mean probability of a bin, y how often its answers are right, with an interval.
+        shares: the share of all answers in each bin: bars at the foot.
+    """
+    x, y = Axis(0.0, 1.0, LEFT, WIDTH - RIGHT), Axis(0.0, 1.0, 340 - BOTTOM, TOP + 10)
+    foot = y.start
+    parts = _grid(x, y, foot, x_label, y_label, plain)
+    parts.append(_line(x.at(0), y.at(0), x.at(1), y.at(1), "axis dashed"))
+    for point, share in zip(points, shares, strict=True):
+        tall = 44 * share
+        parts.append(_rect(x.at(point.x) - 5, foot - tall, 10, tall, "band", f"{share:.0%} of the answers"))
+    for point in points:
+        parts.append(_line(x.at(point.x), y.at(point.low), x.at(point.x), y.at(point.high), f"whisker k-{point.kind}"))
+        parts.append(_dot(x.at(point.x), y.at(point.y), point.kind, point.label))
+    return _svg(340, parts, f"{y_label} by {x_label}")
+
+
 def _grid(x: Axis, y: Axis, foot: float, x_label: str, y_label: str, number: NUMBER) -> list[str]:
     parts = []
     for value in y.ticks():

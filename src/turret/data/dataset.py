@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from turret.data.example_store import MEMORY, ExampleStore
 from turret.data.examples import Dataset, Example, Input, Labelled, Pair
 from turret.data.layouts import prompts
 from turret.data.problems import Problems
+from turret.data.rows import numbered
 from turret.data.scan import Scan, Wanted, examples_of, hash_of, scan_of
 from turret.data.settings import DataSettings, format_of
 from turret.data.source import open_source
@@ -97,6 +98,15 @@ def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memor
     )
 
 
+@dataclass(frozen=True)
+class EvaluationRows:
+    """Examples to evaluate on, with the line (of a text file) or the number of each one's row."""
+
+    examples: list[Example]
+    places: list[int]
+    notes: tuple[str, ...]
+
+
 def read_test(
     data: DataSettings,
     schema: Schema,
@@ -105,7 +115,20 @@ def read_test(
     labels: Sequence[str] = (),
     trained: Mapping[str, str] | None = None,
 ) -> tuple[list[Example], tuple[str, ...]]:
-    """Examples to evaluate a finished adapter on, and notes. Raises DataError.
+    """Examples to evaluate a finished adapter on, and notes. See `read_test_rows`."""
+    rows = read_test_rows(data, schema, seed, labels=labels, trained=trained)
+    return rows.examples, rows.notes
+
+
+def read_test_rows(
+    data: DataSettings,
+    schema: Schema,
+    seed: int = 42,
+    *,
+    labels: Sequence[str] = (),
+    trained: Mapping[str, str] | None = None,
+) -> EvaluationRows:
+    """Examples to evaluate a finished adapter on. Raises DataError.
 
     `data.test` names the split or the number of rows. Without it they are the test split, else the only split, else the
     validation split.
@@ -117,13 +140,15 @@ def read_test(
     tables = open_source(data.source, format_of(data))
     problems = Problems()
     split = problems.note(lambda: test_split(data, list(tables)))
-    table = tables[split] if split is not None else next(iter(tables.values()))
+    table, last_place = numbered(tables[split] if split is not None else next(iter(tables.values())))
     columns = problems.note(lambda: find_columns(data, table.columns, [schema], trained=trained))
     problems.require()
     assert columns is not None
     wanted = Wanted.of(data, columns, None)
-    scan = Scan()
-    rows = list(examples_of(table, columns, wanted, scan, collect=True))
+    scan, rows, places = Scan(), list[Example](), list[int]()
+    for example in examples_of(table, columns, wanted, scan, collect=True):
+        rows.append(example)
+        places.append(last_place())
     scan.report(table, problems)
     spelling = _known_spelling(data, scan.labels, labels) if schema.classes else {}
     unknown = sorted({spelling[label] for label in scan.labels} - set(labels)) if labels else []
@@ -137,8 +162,8 @@ def read_test(
     notes = [*table.notes, *([columns.note] if columns.note else []), *scan.notes(table.name)]
     if data.test is not None and not isinstance(data.test, str):
         numbers = shuffled(len(examples), seed)[: taken("test", data.test, len(examples), len(examples), notes)]
-        examples = [examples[number] for number in numbers]
-    return examples, tuple(notes)
+        examples, places = [examples[number] for number in numbers], [places[number] for number in numbers]
+    return EvaluationRows(examples, places, tuple(notes))
 
 
 def read_inputs(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] | None = None) -> list[Input]:

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
-from turret.engine.request import Answer, Ticket
+from turret.engine.request import Answer, Kind, Limits, Options, Ticket
 from turret.errors import Busy, DataError
 
 
-def answers(texts: Sequence[str], submit: Callable[[str], Ticket], most: int) -> list[Answer]:
+def answers(
+    submit: Callable[..., Ticket],
+    kind: Kind,
+    texts: Sequence[str],
+    adapter: str | None,
+    options: Options | None,
+    limits: Limits,
+    priority: int,
+    deadline: float | None,
+) -> list[Answer]:
     """The answers, in the order of the texts. The first error fails the call and cancels the other requests.
 
     Args:
-        texts: The texts of the call.
-        submit: Submits one text.
-        most: The limit `max_inputs`.
+        submit: `Engine.submit`; the other arguments are its own.
 
     Raises:
         DataError: For one string, or for too few or too many texts.
         TurretError: The error of the first request that failed.
     """
+    most = limits.max_inputs
     if isinstance(texts, str) or not texts or len(texts) > most:
         given = "one text" if isinstance(texts, str) else f"{len(texts)} texts"
         raise DataError(f"expected a list of 1 to {most} texts (limit max_inputs), given {given}")
+    ask = functools.partial(submit, kind, adapter=adapter, options=options, priority=priority, deadline=deadline)
     tickets: list[Ticket] = []
     try:
         for text in texts:
-            tickets.append(_submitted(text, submit, tickets))
+            tickets.append(_submitted(text, ask, tickets))
         return [ticket.result() for ticket in tickets]
     finally:
         for ticket in tickets:

@@ -6,7 +6,6 @@ tickets. State that two threads use is guarded by `_wake`. Passes, tokenizers an
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 import time
@@ -133,13 +132,11 @@ class Engine:
         end = None if deadline is None else now + deadline
         request = self._prompts.request(kind, text, named, options or Options(), priority, now, end, self._cancel)
         rest()  # leave the processors to the engine's thread
-        loaded: AdapterTensors | None = None
         with self._wake:
             if self._draining:
                 raise Draining("the engine takes no new requests: it is being stopped; ask another one")
             self._check_queue(request)
-            if request.named is not None:
-                loaded = self._loader.need(request)
+            loaded = None if request.named is None else self._loader.need(request)
             self._admit(request)
             if request.named is not None and loaded is None:
                 return request.ticket  # `_take_up` continues when it is loaded
@@ -152,11 +149,17 @@ class Engine:
         return request.ticket
 
     def classify(
-        self, texts: Sequence[str], adapter: str, *, priority: int = 0, deadline: float | None = None
+        self,
+        texts: Sequence[str],
+        adapter: str,
+        *,
+        coverage: float | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> list[Answer]:
-        """`{"label", "probabilities", "prompt_tokens"}` for each text, in order. Raises as `submit` does."""
-        submit = functools.partial(self.submit, "classify", adapter=adapter, priority=priority, deadline=deadline)
-        return answers(texts, submit, self.limits.max_inputs)
+        """`{"label", "probabilities", "prompt_tokens"}` for each text, in order; with a coverage also `label_set`."""
+        options = None if coverage is None else Options(coverage=coverage)
+        return answers(self.submit, "classify", texts, adapter, options, self.limits, priority, deadline)
 
     def generate(
         self,
@@ -168,10 +171,7 @@ class Engine:
         deadline: float | None = None,
     ) -> list[Answer]:
         """`{"text", "finish_reason", "tokens", "prompt_tokens"}` for each text, in order. Raises as `submit` does."""
-        submit = functools.partial(
-            self.submit, "generate", adapter=adapter, options=options, priority=priority, deadline=deadline
-        )
-        return answers(texts, submit, self.limits.max_inputs)
+        return answers(self.submit, "generate", texts, adapter, options, self.limits, priority, deadline)
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 

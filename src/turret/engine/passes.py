@@ -110,6 +110,8 @@ class Passes:
             assert loaded is not None
             assert has_head(loaded.task)
             answer = loaded.task.answers(logits[None])[0]
+            if request.options.coverage is not None:
+                answer["label_set"] = loaded.task.label_sets(logits[None], request.options.coverage)[0]
             self._end(request, Done({**answer, "prompt_tokens": len(request.ids or ())}), 0)
         except Exception as error:
             self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected(error)), 0)

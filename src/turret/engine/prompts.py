@@ -15,7 +15,8 @@ from turret.engine.decode import base_settings, resolved
 from turret.engine.request import Kind, Limits, Named, Options, Receipt, Request, Ticket
 from turret.engine.runner import Runner
 from turret.errors import AdapterError, DataError, NoRoom
-from turret.tasks import writes
+from turret.tasks import has_head, writes
+from turret.tasks.calibration import require
 from turret.tasks.chat_template import base_prompt
 from turret.tasks.tokens import Tokens
 
@@ -108,6 +109,8 @@ class Prompts:
             TurretError: The error that the request ends with.
         """
         self._check_kind(request, loaded)
+        if request.options.coverage is not None:
+            _check_coverage(request, request.options.coverage, loaded)
         if request.ids is None:
             assert request.text is not None
             with self._lock:
@@ -204,3 +207,11 @@ class Prompts:
     def _too_long(self, length: int, most: int | None = None) -> DataError:
         most = self._limits.max_tokens if most is None else most
         return DataError(f"the text has {length} tokens or more and this engine takes at most {most} here: shorten it")
+
+
+def _check_coverage(request: Request, coverage: float, loaded: AdapterTensors | None) -> None:
+    """Raise AdapterError for an adapter without a calibration, DataError if that is too small for this coverage."""
+    task = None if loaded is None else loaded.task
+    if task is None or not has_head(task) or not task.calibrates:
+        raise AdapterError(f"{request.named or 'the base'} gives no probability of labels: ask it without coverage")
+    require(task.calibration, str(request.named)).threshold(coverage)

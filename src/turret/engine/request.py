@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from turret.data import Input
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError
 from turret.json_types import JsonObject
+from turret.tasks.calibration import check_coverage
 from turret.tasks.task import RequestKind
 
 if TYPE_CHECKING:
@@ -101,10 +102,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Options:
-    """How a text is generated. None takes the adapter's own setting, else the base's, else greedy and `MAX_TOKENS`.
+    """How a text is answered. None takes the adapter's own setting, else the base's, else greedy and `MAX_TOKENS`.
 
-    A temperature above 0 samples. top_p or top_k without a temperature sample at temperature 1. logprobs is the number
-    of most probable tokens to report with each token of the answer; 0 reports only the token's own probability.
+    `coverage` is for a text that is classified: the answer gets a `label_set` with this coverage. All else is for a
+    text that is generated. A temperature above 0 samples. top_p or top_k without a temperature sample at temperature 1.
+    logprobs is the number of most probable tokens to report with each token of the answer; 0 reports only the token's
+    own probability.
     """
 
     max_tokens: int | None = None
@@ -116,6 +119,7 @@ class Options:
     seed: int | None = None
     num_beams: int | None = None
     logprobs: int | None = None
+    coverage: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _texts(self.stop))  # as frozen dataclasses set a field
@@ -127,6 +131,8 @@ class Options:
         _between("seed", self.seed, -(1 << 63), 1 << 64, whole=True)
         _between("num_beams", self.num_beams, 1, BEAMS, whole=True)
         _between("logprobs", self.logprobs, 0, TOP, whole=True)
+        if self.coverage is not None:
+            check_coverage(self.coverage)
         if len(self.stop) > STOPS or not all(isinstance(s, str) and 0 < len(s) <= STOP_CHARACTERS for s in self.stop):
             raise DataError(f"stop: expected at most {STOPS} texts of 1 to {STOP_CHARACTERS} characters each")
         if self.samples and (self.num_beams or 1) > 1:

@@ -15,8 +15,13 @@ questions = router("infer")
 async def classify(
     body: ClassifyRequest, state: State, unit: Unit, request: Request, response: Response
 ) -> Classification:
-    """Classify one text or many: a label for each, and the probabilities of all labels."""
-    async with state.ask(request, "classify", body.model, body.texts(), unit=unit or body.user) as pending:
+    """Classify one text or many: a label for each, and the probabilities of all labels.
+
+    With `coverage`, also a set of labels for each. A version without a calibration answers that with 409.
+    """
+    texts = body.texts()
+    options = None if body.coverage is None else [state.options(coverage=body.coverage)] * len(texts)
+    async with state.ask(request, "classify", body.model, texts, options, unit=unit or body.user) as pending:
         answers = await pending.all()
     response.headers.update(pending.headers)
     return Classification(
@@ -36,4 +41,5 @@ def _data(index: int, answer: Answer) -> ClassifyData:
         probs=list(probabilities.values()),
         num_classes=len(probabilities),
         probabilities=probabilities,
+        label_set=answer.get("label_set"),
     )

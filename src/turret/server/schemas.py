@@ -213,6 +213,9 @@ class ChatRequest(Generation):
 class ClassifyRequest(Model):
     model: Name
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
+    coverage: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Also answer with sets of labels that hold the right one with at least this probability."
+    )
     user: User | None = Field(None, description=USER)
 
     def texts(self) -> list[str]:
@@ -295,6 +298,7 @@ class ClassifyData(BaseModel):
     probs: list[float]
     num_classes: int
     probabilities: dict[str, float] = Field(description="Label to probability, in the order of `probs`.")
+    label_set: list[str] | None = Field(None, description="With `coverage`: the labels, the most probable first.")
 
 
 class Classification(BaseModel):

@@ -212,6 +212,14 @@ def in_experiment(connection: Connection, version: Version) -> bool:
     return any(arm["version"] == version.number for arms in here for arm in arms)
 
 
+def keep_metrics(connection: Connection, version: Version, split: str, values: JsonMapping) -> None:
+    """Record metrics that were measured after the version was stored; they replace those of the same split."""
+    row = row_of(connection, version)
+    before = connection.execute(select(versions.c.metrics).where(versions.c.id == row)).scalar_one()
+    metrics = {**_mapping(before), split: values}
+    connection.execute(update(versions).where(versions.c.id == row).values(metrics=plain(metrics)))
+
+
 def remove(connection: Connection, version: Version) -> Deleted:
     """Remove a version and the list of its files. No alias may name it."""
     row = row_of(connection, version)

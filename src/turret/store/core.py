@@ -271,6 +271,11 @@ class Store:
         with self._existing(version.reference).writing() as connection:
             golden.record(connection, catalog.find(connection, version.reference), replay)
 
+    def keep_metrics(self, version: Version, split: str, values: JsonMapping) -> None:
+        """Record metrics that were measured later; they replace those of the same split. The digest stays."""
+        with self._existing(version.reference).writing() as connection:
+            catalog.keep_metrics(connection, catalog.find(connection, version.reference), split, values)
+
     def pointing(self) -> tuple[int, Sequence[Pointing]]:
         """The number of the newest move, and all aliases at that moment. A server polls this."""
         with self._reading() as connection:

@@ -2,7 +2,7 @@
 
 Grammar: `gate = [ split "." ] metric relation number`
 
-- `split`: a split of the version's metrics; default `test`
+- `split`: a split of the version's metrics, or `forgetting`; default `test`
 - `metric`: a name, or a path into a report such as `per_class.tech.f1`, which needs the split in front
 - `relation`: `>=`, `>`, `<=` or `<`; an alias has at most one gate per split, metric and relation
 """
@@ -23,6 +23,7 @@ from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.store import catalog
 from turret.store.catalog import Version, now
 
+FORGETTING = "forgetting"  # the metrics that `workspace.forgetting` measures
 _RELATIONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _GATE = re.compile(r" *([^<>=\x00-\x1f]{1,200}?) *(>=|<=|>|<) *([^<>=\s]{1,40}) *")
 

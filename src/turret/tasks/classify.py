@@ -5,6 +5,7 @@ Axes: B examples, C classes, T tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -13,6 +14,7 @@ from turret.data.cells import label_of
 from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
+from turret.tasks.calibration import Calibration, fit, label_sets
 from turret.tasks.task import Encoded, Prediction, TaskSettings, register
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
@@ -35,6 +37,7 @@ class Classify:
     kind: ClassVar[str] = "classify"
     request: ClassVar[Literal["classify"]] = "classify"
     generates: ClassVar[Literal[False]] = False
+    calibrates: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "text-classification"
     metric: ClassVar[str] = "accuracy"
     metric_label: ClassVar[str] = "accuracy"
@@ -49,6 +52,7 @@ class Classify:
         multi_label: bool = False,
         class_weights: Mapping[str, float] | None = None,
         prefix_text: str = "",
+        calibration: Calibration | None = None,
     ) -> None:
         if len(set(labels)) != len(labels) or len(labels) < (1 if multi_label else 2):
             raise DataError(f"classes must be different and at least {1 if multi_label else 2}, given {list(labels)}")
@@ -61,6 +65,7 @@ class Classify:
         self.multi_label = multi_label
         self.max_tokens = max_tokens
         self.prefix_text = prefix_text
+        self.calibration = calibration
         self.class_weights = None if class_weights is None else {name: float(w) for name, w in class_weights.items()}
         self._tokens = Tokens(tokenizer)
         self._index = {label: i for i, label in enumerate(self.labels)}
@@ -193,22 +198,41 @@ class Classify:
         return torch.tensor([self.class_weights.get(label, 1.0) for label in self.labels], device=device)  # (C,)
 
     def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
-        """accuracy, macro_f1, loss and a report for each class. logits: (B, C)."""
+        """accuracy, macro_f1, loss, ece and a report for each class. logits: (B, C)."""
         from turret.tasks import metrics
 
-        loss = float(self.loss(logits, targets))
+        loss, chances = float(self.loss(logits, targets)), self._probabilities(logits)
         if self.multi_label:
             given = (logits.float().sigmoid() >= THRESHOLD).long()  # (B, C)
-            return metrics.many_classes(given.tolist(), targets.long().tolist(), self.labels, loss)
-        return metrics.one_class(logits.argmax(-1).tolist(), targets.tolist(), self.labels, loss)
+            found = metrics.many_classes(given.tolist(), targets.long().tolist(), self.labels, loss)
+            confidence, right = chances.flatten(), targets.flatten() > 0  # of every label of every text
+        else:
+            found = metrics.one_class(logits.argmax(-1).tolist(), targets.tolist(), self.labels, loss)
+            confidence, right = chances.amax(-1), logits.argmax(-1) == targets
+        return found | {"ece": metrics.calibration_error(confidence.tolist(), right.tolist())}
+
+    def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Classify:
+        task = copy.copy(self)
+        task.calibration = fit(logits, targets, multi_label=self.multi_label, chose_weights=chose_weights)
+        return task
+
+    def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
+        if self.calibration is None:
+            raise DataError(f"coverage {coverage:g} needs a calibration, and this classifier has none: train it again")
+        predicted = [_listed(answer["label"]) for answer in self.answers(logits)]
+        threshold = self.calibration.threshold(coverage)
+        return label_sets(logits, self.labels, predicted, threshold, multi_label=self.multi_label)
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        """(B, C) float64, with the temperature."""
+        logits = logits.detach().double() / (1.0 if self.calibration is None else self.calibration.temperature)
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
     def answers(self, logits: Tensor) -> list[JsonObject]:
         """`{"label", "probabilities"}` for each row. With `multi_label` the label is a list. logits: (B, C)."""
-        logits = logits.detach().double()
+        rows = [dict(zip(self.labels, row, strict=True)) for row in self._probabilities(logits).tolist()]
         if self.multi_label:
-            rows = [dict(zip(self.labels, row, strict=True)) for row in logits.sigmoid().tolist()]
             return [{"label": [k for k, p in row.items() if p >= THRESHOLD], "probabilities": row} for row in rows]
-        rows = [dict(zip(self.labels, row, strict=True)) for row in logits.softmax(-1).tolist()]
         best = logits.argmax(-1).tolist()
         return [{"label": self.labels[i], "probabilities": row} for i, row in zip(best, rows, strict=True)]
 
@@ -225,14 +249,14 @@ class Classify:
     @classmethod
     def line(cls, answer: JsonMapping) -> str:
         """The labels with their probabilities."""
-        label, probabilities = answer["label"], answer["probabilities"]
-        labels = label if isinstance(label, list) else [label]
-        return "  ".join(f"{label} {probabilities[label]:.2f}" for label in labels) or "none"
+        probabilities = answer["probabilities"]
+        return "  ".join(f"{label} {probabilities[label]:.2f}" for label in _listed(answer["label"])) or "none"
 
     # --- stored with the adapter -----------------------------------------------------------------------------------
 
     def spec(self) -> JsonObject:
-        return {
+        fitted: JsonObject = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
+        return fitted | {
             "kind": self.kind,
             "labels": list(self.labels),
             "max_tokens": self.max_tokens,
@@ -244,7 +268,13 @@ class Classify:
     @classmethod
     def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Classify:
         settings = {key: value for key, value in spec.items() if key not in ("kind", "labels")}
+        if "calibration" in settings:
+            settings["calibration"] = Calibration.from_json(settings["calibration"])
         return cls(spec["labels"], tokenizer, **settings)
+
+
+def _listed(label: Prediction) -> list[str]:
+    return label if isinstance(label, list) else [label]
 
 
 def _labels(example: Example) -> tuple[str, ...]:

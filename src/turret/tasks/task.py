@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, TypeAlias, 
 from turret.data import Dataset, Example, Prompt, Schema
 from turret.errors import AdapterError, DataError, shown
 from turret.json_types import JsonMapping, JsonObject
+from turret.tasks.calibration import Calibration
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -124,6 +125,16 @@ class HeadTask(CommonTask, Protocol):
 
     request: ClassVar[Literal["classify"]]  # the route that answers it, and the head that its base is loaded with
     generates: ClassVar[Literal[False]]
+    calibrates: ClassVar[bool]  # whether an answer has the probability of each label; else the next three are not used
+
+    @property
+    def calibration(self) -> Calibration | None: ...  # fitted on validation examples
+
+    def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
+        """The same task with a calibration. logits, targets: of validation examples, as `metrics` takes them."""
+
+    def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
+        """The labels of each row that together have this coverage, the most probable first. Raises DataError."""
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """What `loss` and `metrics` take for these examples: (B, ...)."""

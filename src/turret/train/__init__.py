@@ -13,7 +13,7 @@ from turret.train.batches import pass_tokens
 from turret.train.checkpoint import step_of
 from turret.train.curve import Curve, StepRecord, read_curve
 from turret.train.defaults import filled
-from turret.train.evaluation import evaluate, generate
+from turret.train.evaluation import evaluate, generate, head_logits
 from turret.train.initialize import InitialAdapter, require_optimizer
 from turret.train.loop import fit
 from turret.train.preflight import Plan, plan
@@ -37,6 +37,7 @@ __all__ = [
     "find_rate",
     "fit",
     "generate",
+    "head_logits",
     "pass_tokens",
     "plan",
     "probe",

@@ -13,7 +13,7 @@ from turret.adapters import attachment, on_slot, packed
 from turret.data import Example, references_of
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks import Task, TextTask, has_head, writes
+from turret.tasks import HeadTask, Task, TextTask, has_head, writes
 from turret.train.batches import Items, by_length
 from turret.train.step import loss_of
 from turret.transformer import Model
@@ -29,6 +29,7 @@ def evaluate(
     most_tokens: int = 4096,
     texts: bool = True,
     slot: int | None = None,
+    known: Tensor | None = None,
 ) -> tuple[JsonObject, list[JsonObject]]:
     """Score an attached model on some examples. Weights, random states and the model's mode do not change.
 
@@ -36,6 +37,7 @@ def evaluate(
         most_tokens: of one pass.
         texts: whether a task that generates is also scored by generated texts, besides the mean loss per target token.
         slot: of the adapter that answers (0: the bare base); None: the active one.
+        known: the logits (B, C) of the examples if `head_logits` has computed them.
 
     Returns:
         The metrics, and an answer per example; no answers if nothing was generated.
@@ -43,9 +45,9 @@ def evaluate(
     if not examples:
         raise DataError("nothing to evaluate on: the split is empty; name data.test or data.validation")
     items = examples if isinstance(examples, Items) else Items(task, examples)
-    with _evaluating(model, slot):
+    with evaluating(model, slot):
         if has_head(task):
-            logits = _class_logits(model, items, most_tokens)
+            logits = known if known is not None else _class_logits(model, items, most_tokens)
             return task.metrics(logits, task.targets(items.examples)), task.answers(logits)
         loss = _target_loss(model, task, items, most_tokens)
         if not texts or not writes(task):
@@ -57,12 +59,22 @@ def evaluate(
         return task.metrics([answer["text"] for answer in answers], references, loss), answers
 
 
+def head_logits(model: Model, task: HeadTask, examples: Sequence[Example], *, most_tokens: int = 4096) -> Tensor:
+    """The outputs of the head for some examples, as an evaluation reads them: (B, C) float32 on the CPU."""
+    with evaluating(model, None):
+        return _class_logits(model, Items(task, examples), most_tokens)
+
+
 def example_losses(
-    model: Model, task: Task, items: Items, *, most_tokens: int = 4096
+    model: Model, task: Task, items: Items, *, most_tokens: int = 4096, slot: int | None = None
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """The loss of each example, summed over its target tokens, and the number of those tokens (1 for a class)."""
+    """The loss of each example, summed over its target tokens, and the number of those tokens (1 for a class).
+
+    Args:
+        slot: of the adapter that answers (0: the bare base); None: the active one.
+    """
     count = len(items)
-    with _evaluating(model, None):
+    with evaluating(model, slot):
         if has_head(task):
             logits, wanted = _class_logits(model, items, most_tokens), task.targets(items.examples)
             each = [float(task.loss(logits[row : row + 1], wanted[row : row + 1])) for row in range(count)]
@@ -81,7 +93,7 @@ def example_losses(
 
 
 @contextmanager
-def _evaluating(model: Model, slot: int | None) -> Iterator[None]:
+def evaluating(model: Model, slot: int | None) -> Iterator[None]:
     """Eval mode, no gradients, and all rows on one slot, for the length of the block."""
     training = model.training
     model.eval()

@@ -1,8 +1,7 @@
-"""Answer with a stored version: load its base, mount the adapter, then predict or evaluate."""
+"""Answer with a stored version: load its base, mount the adapter, then ask it."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,9 +17,8 @@ from turret.store import Store, Version
 from turret.tasks import Encoded, HeadTask, Task, has_head, task_from_spec, writes
 from turret.train.batches import by_length
 from turret.transformer import Model
+from turret.workspace.predict_options import require_coverage
 from turret.workspace.progress import Say, silent
-from turret.workspace.reading import LabelledData
-from turret.workspace.results import Evaluation
 from turret.workspace.stored_adapter import load_base, read_adapter
 
 MOST_TOKENS = 4096  # per pass
@@ -52,36 +50,55 @@ def mounted(store: Store, reference: str, say: Say = silent) -> Mounted:
 
 
 def predict(
-    store: Store, reference: str, texts: Sequence[Input], say: Say = silent, *, bare: bool = False
+    store: Store,
+    reference: str,
+    texts: Sequence[Input],
+    say: Say = silent,
+    *,
+    bare: bool = False,
+    coverage: float | None = None,
 ) -> list[JsonObject]:
     """One answer per text, in order."""
     if not texts:
         raise DataError("nothing to answer: give a text, or a file with at least one line")
+    if coverage is not None:
+        require_coverage(store.resolve(reference), coverage)
     ready = mounted(store, reference, say)
     say(f"answering {len(texts)} texts" if len(texts) > 1 else "answering")
-    return answers(ready, texts, bare=bare)
+    return answers(ready, texts, bare=bare, coverage=coverage)
 
 
-def answers(ready: Mounted, texts: Sequence[Input], *, bare: bool = False) -> list[JsonObject]:
+def answers(
+    ready: Mounted, texts: Sequence[Input], *, bare: bool = False, coverage: float | None = None
+) -> list[JsonObject]:
     """One answer per text, in order, from a mounted version.
 
     Args:
         texts: conversations too, if the version generates.
         bare: ask the base without the adapter; only for a task that generates.
+        coverage: also give sets of labels; only for a version that `require_coverage` accepts.
     """
+    return answers_to(ready, encoded_inputs(ready.task, texts), bare=bare, coverage=coverage)
+
+
+def answers_to(
+    ready: Mounted, encoded: Sequence[Encoded], *, bare: bool = False, coverage: float | None = None
+) -> list[JsonObject]:
+    """The same for texts that are token ids already."""
     task = ready.task
     if bare and not task.generates:
         raise AdapterError(f"{ready.version} classifies, and the bare base has no head for it: ask without bare")
-    sources = [encoded.ids for encoded in _encoded(task, texts)]
+    sources = [each.ids for each in encoded]
     if has_head(task):
-        return _labels(ready.model, task, sources)
+        return _labels(ready.model, task, sources, coverage)
     assert writes(task)
     ready.model.eval()
     with torch.inference_mode(), adapters.on_slot(ready.model, adapters.BARE) if bare else nullcontext():
         return trainer.generate(ready.model, task, sources, most_tokens=MOST_TOKENS)
 
 
-def _encoded(task: Task, inputs: Sequence[Input]) -> list[Encoded]:
+def encoded_inputs(task: Task, inputs: Sequence[Input]) -> list[Encoded]:
+    """Texts and conversations as tokens."""
     texts = [each for each in inputs if isinstance(each, str)]
     if len(texts) == len(inputs):
         return task.encode_sources(texts)
@@ -90,7 +107,7 @@ def _encoded(task: Task, inputs: Sequence[Input]) -> list[Encoded]:
     return task.encode_chats([Prompt.of(each) if isinstance(each, str) else each for each in inputs])
 
 
-def _labels(model: Model, task: HeadTask, rows: Sequence[torch.Tensor]) -> list[JsonObject]:
+def _labels(model: Model, task: HeadTask, rows: Sequence[torch.Tensor], coverage: float | None) -> list[JsonObject]:
     found: list[JsonObject] = [{} for _ in rows]
     model.eval()
     with torch.inference_mode():
@@ -98,22 +115,7 @@ def _labels(model: Model, task: HeadTask, rows: Sequence[torch.Tensor]) -> list[
             logits = adapters.classify_logits(model, [rows[place] for place in places])
             for place, answer in zip(places, task.answers(logits), strict=True):
                 found[place] = answer
+            if coverage is not None:
+                for place, labels in zip(places, task.label_sets(logits, coverage), strict=True):
+                    found[place]["label_set"] = labels
     return found
-
-
-def evaluate(store: Store, reference: str, labelled: LabelledData, say: Say = silent) -> Evaluation:
-    """Metrics of a version on labelled examples."""
-    ready = mounted(store, reference, say)
-    assert ready.version is not None
-    examples = labelled.examples
-    say(f"answering {len(examples)} examples")
-    started = time.perf_counter()
-    metrics, _ = trainer.evaluate(ready.model, ready.task, examples, most_tokens=MOST_TOKENS)
-    return Evaluation(
-        version=str(ready.version),
-        digest=ready.version.digest,
-        data={"source": labelled.data.source, "examples": len(examples)},
-        metrics=metrics,
-        seconds=time.perf_counter() - started,
-        notes=list(labelled.notes),
-    )

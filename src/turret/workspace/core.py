@@ -20,7 +20,7 @@ from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
 from turret.workspace.hub import Hub
 from turret.workspace.progress import Say, silent
 from turret.workspace.promoting import Ask
-from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, RunResult
+from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, Predicted, RunResult
 
 if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from turret.recipe import Recipe
     from turret.store.difference import Difference
     from turret.train import StepRecord
+    from turret.workspace.predict_options import PredictOptions
     from turret.workspace.replaying import Replayed
 
 
@@ -223,8 +224,7 @@ class Workspace:
     ) -> PlannedDesign:
         """What `compare` would train, and which differences it could detect. Trains and writes nothing.
 
-        `.power` has the probability that equal methods are judged as good, and which number of seeds or test examples
-        would be enough. It uses the spread of earlier results if there are any, else an assumed one.
+        `.power` has the probability that equal methods are judged as good, and which seeds or examples would be enough.
         """
         from turret.workspace import comparing
 
@@ -232,16 +232,9 @@ class Workspace:
         return comparing.prepare(self.store, recipe, request, on_stage or silent).planned
 
     def control(
-        self,
-        recipe: Recipe,
-        aspects: Sequence[str],
-        *,
-        methods: str | None = None,
-        seeds: int = 1,
-        judge: str | None = None,
-        texts: bool = True,
-        on_stage: Say | None = None,
-    ) -> Control:
+        self, recipe: Recipe, aspects: Sequence[str], *, methods: str | None = None, seeds: int = 1,
+        judge: str | None = None, texts: bool = True, on_stage: Say | None = None,
+    ) -> Control:  # fmt: skip
         """Train one adapter per aspect, and measure how often an output has the aspect that was asked for.
 
         Results of earlier calls are used again. Every training is a version in the store; the report is in `.folder`.
@@ -275,11 +268,7 @@ class Workspace:
         return reports.listed(self.store.root)
 
     def report(self, key: str) -> str:
-        """One report as HTML.
-
-        Args:
-            key: from `comparisons`.
-        """
+        """The report with this key, which `comparisons` lists, as HTML."""
         from turret.workspace.comparing import reports
 
         return reports.read(self.store.root, key)
@@ -287,28 +276,39 @@ class Workspace:
     def evaluate(
         self, reference: str, data: str, *, columns: JsonMapping | None = None, on_stage: Say | None = None
     ) -> Evaluation:
-        """Metrics of a stored version on other data: on its test split, or on all of it if it has no splits.
+        """Metrics and mistakes of a stored version on other data: its test split, or all of it if it has no splits.
 
         Args:
             columns: keys of a recipe's `[data]`, such as {"text": "review"}; default: those of the version's training.
         """
         version = self.store.resolve(reference)
         labelled = reading.read_labelled(version, data, columns or {})
-        from turret.workspace import answering
+        from turret.workspace import evaluation
 
-        return answering.evaluate(self.store, str(version), labelled, on_stage or silent)
+        return evaluation.evaluate(self.store, str(version), labelled, on_stage or silent)
 
     def predict(
-        self, reference: str, texts: Sequence[Input], *, bare: bool = False, on_stage: Say | None = None
-    ) -> Sequence[JsonObject]:
+        self, reference: str, texts: Sequence[Input], *, bare: bool = False, coverage: float | None = None,
+        on_stage: Say | None = None,
+    ) -> Sequence[JsonObject]:  # fmt: skip
         """One answer per text or conversation: a label with probabilities, or a generated text and why it ended.
 
         Args:
             bare: ask the base without the adapter, with the same prompt and settings; only if the version generates.
+            coverage: add `label_set`: labels that hold the right one with at least this probability.
         """
         from turret.workspace import answering
 
-        return answering.predict(self.store, reference, texts, on_stage or silent, bare=bare)
+        return answering.predict(self.store, reference, texts, on_stage or silent, bare=bare, coverage=coverage)
+
+    def predict_file(
+        self, reference: str, source: str, out: str | Path, options: PredictOptions | None = None, *,
+        on_stage: Say | None = None,
+    ) -> Predicted:  # fmt: skip
+        """Answer the rows of a file, and write them with their columns, the answers and flags to a table, `out`."""
+        from turret.workspace import predicted_file
+
+        return predicted_file.predict_file(self.store, reference, source, out, options, on_stage or silent)
 
     def engine(
         self,
@@ -363,15 +363,9 @@ class Workspace:
         return importing.import_adapter(self.store, str(source), name, request, on_stage or silent)
 
     def merge(
-        self,
-        references: Sequence[str],
-        name: str,
-        *,
-        how: str = "ties",
-        weights: Sequence[float] | None = None,
-        density: float = 0.5,
-        on_stage: Say | None = None,
-    ) -> Merged:
+        self, references: Sequence[str], name: str, *, how: str = "ties", weights: Sequence[float] | None = None,
+        density: float = 0.5, on_stage: Say | None = None,
+    ) -> Merged:  # fmt: skip
         """Merge LoRA versions of one base into the next version of `name`, by PEFT's `add_weighted_adapter`.
 
         Args:

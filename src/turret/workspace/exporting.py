@@ -121,6 +121,11 @@ def write_files(
                 f"--lora-modules {version.name}=FOLDER"
             )
         _complete_bundle(bundles.read_manifest(stored), folder, written)
+    if fitted := version.part("task").get("calibration"):
+        written.notes.append(
+            "other libraries give its probabilities without the temperature: divide the logits by "
+            f"{float(fitted['temperature']):.4g}"
+        )
     shown = store.show(str(version))
     licence = licence_of(str((shown["manifest"].get("base") or {}).get("id") or ""))
     task_type = _task_type(stored, loaded_by_peft=form != "merged")

@@ -11,6 +11,7 @@ import torch
 from turret import bundles
 from turret.adapters import Adapter, require_base
 from turret.errors import AdapterError, RecipeError
+from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.methods.lora.spec import COMBINATIONS
 from turret.reference import check_name
@@ -62,7 +63,7 @@ def merge(store: Store, references: Sequence[str], name: str, request: MergeRequ
         "parents": [version.digest for version in versions],
         "merge": {"how": request.how, "weights": list(weights), "density": request.density},
     }
-    merged = replace(first, method=method, tensors=tensors, head=head, lineage=lineage)
+    merged = replace(first, method=method, tensors=tensors, head=head, task=_settings(first), lineage=lineage)
     say("checking it on its base")
     effect = check(base, merged)
     with scratch.folder(store.root) as working:
@@ -106,9 +107,14 @@ def _require_alike(versions: Sequence[Version], adapters: Sequence[Adapter]) -> 
                     f"{version} cannot be merged with {versions[0]}: its {what} is {str(other)[:60]}, and there it is "
                     f"{str(one)[:60]}; merge versions of one base, task and method"
                 )
-        if adapter.task != first.task:
+        if _settings(adapter) != _settings(first):
             notes.append(f"{version} has other task settings: the new version gets those of {versions[0]}")
     return notes
+
+
+def _settings(adapter: Adapter) -> JsonObject:
+    """The task's settings without the calibration, which holds for one version's weights only."""
+    return {key: value for key, value in adapter.task.items() if key != "calibration"}
 
 
 def _mean(heads: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """Promote a version: replay golden examples with it, then let the store check its gates and move the alias.
 
+If a gate asks for forgetting that is not measured yet, it is measured first and kept with the version's metrics.
+
 The store moves an alias only if the version's replays cover the golden sets that the alias requires at that moment;
 otherwise it raises ReplayNeeded. `promote` then replays the missing sets and tries again. So examples that are added
-during a replay are replayed too. Loads torch only for a replay.
+during a replay are replayed too. Loads torch only to replay or to measure.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from turret.errors import ReplayNeeded
+from turret.errors import GateFailed, ReplayNeeded
 from turret.json_types import JsonObject
-from turret.store import Move, Store, Version
+from turret.store import Gate, Move, Store, Version
 from turret.store.catalog import now
+from turret.store.gates import FORGETTING
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet, misfit, name_of
 from turret.store.promotion import Also
+from turret.tasks import stored_task, writes
 from turret.workspace.progress import Say, silent
 
 if TYPE_CHECKING:
@@ -49,6 +53,9 @@ def promote(
     """
     version = store.resolve(reference)  # an alias could move during the replay, so use the number from here on
     replayer = _Replayer(store, version, say, ask)
+    required_here = [gate for gate in store.gate(version.name, alias) if isinstance(gate, Gate)]
+    if forgetting_gates := [gate for gate in (*required_here, *map(Gate.parse, require)) if gate.split == FORGETTING]:
+        replayer.measure_forgetting(forgetting_gates, alias)
     if again:
         required = [gate.golden for gate in store.gate(version.name, alias) if isinstance(gate, Golden)]
         replayer.replay(required, only_fitting=True)
@@ -60,10 +67,11 @@ def promote(
 
 
 class _Replayer:
-    """Asks one version golden examples. Without `ask`, its base is loaded at the first replay."""
+    """Asks one version golden examples, and measures its forgetting. Its base is loaded when it is needed first."""
 
     def __init__(self, store: Store, version: Version, say: Say, ask: Ask | None) -> None:
         self._store, self._version, self._say = store, version, say
+        self._served = ask is not None
         self._ask = ask or self._ask_mounted
         self._mounted: Mounted | None = None
 
@@ -80,6 +88,40 @@ class _Replayer:
             self._say(f"asking {len(golden_set.examples)} golden examples ({name_of(digest)})")
             answers = self._ask(str(self._version), [example.text for example in golden_set.examples])
             self._store.keep_replay(self._version, judged(digest, golden_set, answers))
+
+    def measure_forgetting(self, gates: Sequence[Gate], alias: str) -> None:
+        """Measure what the gates ask for, unless it is stored and covers the present tasks of the store.
+
+        Raises:
+            GateFailed: the version classifies, or the base is in a server, which measures nothing.
+        """
+        version, first = self._version, gates[0]
+        if not stored_task(version.part("task")).generates:
+            raise GateFailed(
+                f"{version} may not become {version.name}@{alias}: {first} is required, and forgetting is not defined "
+                f"for a version that classifies, because it answers through its own head: remove the gate with "
+                f"`turret gate {version.name} {alias} --remove {first.split}.{first.metric}`"
+            )
+        measured = version.metrics.get(FORGETTING) or {}
+        on_tasks = any(gate.metric.startswith(("tasks", "against")) for gate in gates)
+        if "neutral" in measured and not on_tasks:
+            return
+        from turret.workspace import answering, forgetting
+
+        if on_tasks and forgetting.is_current(measured, forgetting.others(self._store, version)):
+            return
+        if self._served:
+            raise GateFailed(
+                f"{version} may not become {version.name}@{alias}: {first} is required, and it is not measured yet: "
+                f"run `turret promote {version} {alias}`, which measures it"
+            )
+        ready = self._mounted = self._mounted or answering.mounted(self._store, str(version), self._say)
+        assert writes(ready.task)
+        self._say("measuring forgetting")
+        found = forgetting.on_neutral_texts(ready.model, ready.task.tokenizer)
+        if on_tasks:
+            found = forgetting.on_other_tasks(self._store, version, ready.model, ready.task, found.neutral, self._say)
+        self._store.keep_metrics(version, FORGETTING, found.as_json())
 
     def _ask_mounted(self, version: str, texts: Sequence[str]) -> Sequence[JsonObject]:
         from turret.workspace import answering

@@ -16,6 +16,7 @@ from turret.trackers.table import require_installed
 from turret.workspace.progress import Say
 
 if TYPE_CHECKING:
+    from turret.data.rows import Rows
     from turret.recipe import Data, Recipe
 
 ROLES = (  # keys of [data] that name columns
@@ -30,6 +31,7 @@ class LabelledData:
 
     data: Data
     examples: Sequence[Example]
+    places: Sequence[int]  # the line (of a text file) or the number of each one's row
     notes: Sequence[str]
 
 
@@ -67,14 +69,14 @@ def read_labelled(version: Version, source: str, columns: JsonMapping) -> Labell
     Args:
         columns: keys of a recipe's `[data]`, which override the version's.
     """
-    from turret.data.dataset import read_test
+    from turret.data.dataset import read_test_rows
 
     spec = version.part("task")
     schema = stored_task(spec).schema(multi_label=bool(spec.get("multi_label")))
     trained = trained_on(version)
     data = _data(source, trained, columns)
-    examples, notes = read_test(data, schema, labels=tuple(spec.get("labels") or ()), trained=_roles(trained))
-    return LabelledData(data, examples, notes)
+    rows = read_test_rows(data, schema, labels=tuple(spec.get("labels") or ()), trained=_roles(trained))
+    return LabelledData(data, rows.examples, rows.places, rows.notes)
 
 
 def read_texts(version: Version, source: str, columns: JsonMapping) -> list[Input]:
@@ -84,6 +86,15 @@ def read_texts(version: Version, source: str, columns: JsonMapping) -> list[Inpu
     trained = trained_on(version)
     schema = stored_task(version.part("task")).schema()
     return read_inputs(_data(source, trained, columns), schema, trained=_roles(trained))
+
+
+def read_rows(version: Version, source: str, columns: JsonMapping) -> Rows:
+    """The rows of a file with all their cells, to be answered one after another."""
+    from turret.data import rows
+
+    trained = trained_on(version)
+    schema = stored_task(version.part("task")).schema()
+    return rows.read_rows(_data(source, trained, columns), schema, trained=_roles(trained))
 
 
 def trained_on(version: Version) -> JsonObject:

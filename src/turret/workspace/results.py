@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from turret.json_types import JsonObject
 
 if TYPE_CHECKING:
+    from turret.compare.mistakes import Details
     from turret.recipe import Recipe
     from turret.train import Plan
 
@@ -43,6 +44,25 @@ class Evaluation:
     digest: str
     data: JsonObject  # source, examples
     metrics: JsonObject
+    seconds: float
+    details: Details  # confusion, reliability, coverage, mistakes
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> JsonObject:
+        return vars(self) | {"details": self.details.as_json()}
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The answers to a table, written to a file."""
+
+    version: str
+    out: str
+    columns: list[str]  # of the file
+    rows: int
+    blank: int  # rows without an input, which are not answered
+    cut: int  # rows whose input was longer than the version reads
+    guarded: int  # cells that got a ' in front, so that no spreadsheet runs them
     seconds: float
     notes: list[str] = field(default_factory=list)
 

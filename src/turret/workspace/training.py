@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from turret import adapters, bases, bundles, heap
 from turret import train as trainer
@@ -29,10 +30,13 @@ from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
-from turret.tasks import Task, make_task, task_of, writes
+from turret.store.gates import FORGETTING
+from turret.tasks import Task, has_head, make_task, task_of, writes
+from turret.tasks.calibration import FEWEST
 from turret.trackers.table import require_installed
 from turret.trackers.tracker import TrackedRun
 from turret.train import memory, processes
+from turret.workspace import forgetting
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
 from turret.workspace.results import Planned, RunResult
@@ -254,7 +258,11 @@ def _carry_out(
     try:
         callbacks.stage("measuring on held-out examples")
         started = time.perf_counter()
-        metrics = _measure(ready)
+        ready, fitted, known = _calibrate(ready, fitted)
+        metrics = _measure(ready, known=known)
+        if writes(ready.task):
+            callbacks.stage("measuring forgetting")
+            metrics[FORGETTING] = forgetting.on_neutral_texts(ready.base.model, ready.task.tokenizer).as_json()
         if beside_base:
             callbacks.stage("measuring the bare base on the same examples")
             bare = _measure(ready, slot=adapters.BARE)
@@ -316,13 +324,36 @@ def _fit(run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks) -> 
         callbacks.record(record)
 
 
-def _measure(ready: Ready, slot: int | None = None) -> dict[str, JsonObject]:
-    """Metrics on every held-out split."""
+def _calibrate(ready: Ready, fitted: trainer.Fitted) -> tuple[Ready, trainer.Fitted, Tensor | None]:
+    """Fit the task's calibration on the validation split, if there is one, and put it into the adapter.
+
+    Returns:
+        Both with the calibrated task, and the logits (B, C) of the data set's validation split.
+    """
+    task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
+    if not has_head(task) or not task.calibrates or not splits.selects or not splits.watched:
+        return ready, fitted, None
+    examples = splits.watched
+    if len(examples) < FEWEST:
+        note = f"not calibrated: {len(examples)} validation examples, and {FEWEST} or more are needed"
+        return replace(ready, notes=[*ready.notes, note]), fitted, None
     most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
-    splits = {"validation": ready.dataset.validation, "test": ready.dataset.test}
+    logits = trainer.head_logits(ready.base.model, task, examples, most_tokens=most)
+    train = ready.recipe.train
+    chose = train.keep == "best" or train.early_stopping is not None
+    task = task.calibrated(logits, task.targets(examples), chose_weights=chose)
+    adapter = replace(fitted.adapter, task=task.spec())
+    known = logits if ready.dataset.validation else None
+    return replace(ready, task=task), replace(fitted, adapter=adapter), known
+
+
+def _measure(ready: Ready, slot: int | None = None, known: Tensor | None = None) -> dict[str, JsonObject]:
+    """Metrics on every held-out split. known: the logits (B, C) of the validation split."""
+    most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
+    splits = {"validation": (ready.dataset.validation, known), "test": (ready.dataset.test, None)}
     return {
-        split: trainer.evaluate(ready.base.model, ready.task, examples, most_tokens=most, slot=slot)[0]
-        for split, examples in splits.items()
+        split: trainer.evaluate(ready.base.model, ready.task, examples, most_tokens=most, slot=slot, known=logits)[0]
+        for split, (examples, logits) in splits.items()
         if examples
     }
 

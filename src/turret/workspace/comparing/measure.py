@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from turret import adapters, quantized
 from turret import train as trainer
 from turret.compare.losses import binned
@@ -25,12 +23,11 @@ from turret.tasks import schemas, writes
 from turret.train.initialize import attach
 from turret.transformer import Model, Tokenizer
 from turret.workspace import answering, training
-from turret.workspace.comparing.neutral_texts import PARAGRAPHS
 from turret.workspace.comparing.provenance import provenance
+from turret.workspace.forgetting import on_neutral_texts
 from turret.workspace.progress import Say
 
 TIMED_LABELS, TIMED_TEXTS = 24, 6  # single answers that are timed: of a classifier, of a task that generates
-LEAD = 24  # tokens of a neutral paragraph that are given; the others are predicted
 
 
 def version(store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping, say: Say) -> JsonObject:
@@ -124,24 +121,9 @@ def _latency(ready: answering.Mounted, texts: Sequence[Input], bare: bool) -> di
 
 
 def _forgetting(model: Model, tokenizer: Tokenizer) -> dict[str, float]:
-    """The loss per token of neutral texts after their first tokens, with the adapter and without it."""
-    sources, targets = [], []
-    for paragraph in PARAGRAPHS:
-        ids = torch.tensor(tokenizer(paragraph)["input_ids"], dtype=torch.long)[:256]
-        sources.append(ids[:LEAD])
-        targets.append(ids[LEAD:])
-    losses = {}
-    for name, slot in (("loss", 1), ("base_loss", adapters.BARE)):
-        total, count = 0.0, 0
-        with torch.no_grad(), adapters.on_slot(model, slot):
-            for source, target in zip(sources, targets, strict=True):
-                logits = adapters.target_logits(model, [source], [target])
-                total += float(
-                    torch.nn.functional.cross_entropy(logits.float(), target.to(logits.device), reduction="sum")
-                )
-                count += len(target)
-        losses[name] = total / count
-    return losses
+    """The loss per token of neutral texts with the adapter and without it, and the interval of its increase."""
+    found = on_neutral_texts(model, tokenizer).neutral
+    return {"loss": found.loss, "base_loss": found.base_loss, "low": found.low, "high": found.high}
 
 
 def _memory(result: JsonMapping, plan: JsonMapping) -> JsonObject:

@@ -1,0 +1,179 @@
+"""Calibration of a classifier: a temperature for its probabilities, and sets of labels with a stated coverage.
+
+Both are fitted on validation examples, which no weight was trained on, and are stored with the task.
+
+Temperature. The probabilities are `softmax(z / T)`; T has the lowest loss on the validation examples. Each target gives
+one part in n + 1 to the uniform distribution, so T stays above 0 if all answers are right.
+Source: Guo et al. 2017, On Calibration of Modern Neural Networks, section 4.2; the smoothed targets are Platt's (1999).
+
+Sets of labels. The score of a label is `-log p` without the temperature. A set holds all labels whose score is at most
+the k-th smallest score of the right labels, `k = ceil((n + 1) * coverage)`. If new texts come from where the validation
+examples came from, the right label is in the set with at least that probability, whatever the model.
+Source: split conformal prediction, as in Romano, Sesia and Candes 2020, Classification with Valid and Adaptive
+Coverage; the score is that of Sadinle, Lei and Wasserman 2019, Least Ambiguous Set-Valued Classifiers, which rises with
+p as `-log p` falls.
+
+Axes: B examples, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from turret.errors import AdapterError, DataError
+from turret.json_types import JsonObject, JsonValue
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FEWEST = 20  # validation examples; with fewer nothing is fitted
+MOST_SCORES = 500  # that are stored; of more examples, evenly spaced ranks
+HOTTEST = 20.0  # T is between 1 / HOTTEST and HOTTEST
+KEYS = {"temperature", "examples", "scores", "chose_weights"}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was fitted on validation examples.
+
+    Args:
+        temperature: T, which the logits are divided by.
+        examples: number of validation examples, n.
+        scores: the scores of their right labels, rising; all of them, or every (n / MOST_SCORES)-th.
+        chose_weights: whether the same examples also chose the weights (`train.keep = "best"`).
+    """
+
+    temperature: float
+    examples: int
+    scores: tuple[float, ...]
+    chose_weights: bool = False
+
+    def threshold(self, coverage: float) -> float:
+        """The largest score of a label in a set. Raises DataError if the examples are too few for this coverage."""
+        check_coverage(coverage)
+        n, kept = self.examples, len(self.scores)
+        rank = math.ceil((n + 1) * coverage - 1e-9)
+        if rank > n:
+            needed = math.ceil(coverage / (1 - coverage) - 1e-9)
+            most = math.floor(1000 * n / (n + 1)) / 1000
+            raise DataError(
+                f"coverage {coverage:g} needs {needed} validation examples or more, and this version was calibrated on "
+                f"{n}: ask for {most:g} or less"
+            )
+        return self.scores[math.ceil(rank * kept / n) - 1]  # of those that are kept, the first of at least this rank
+
+    def to_json(self) -> JsonObject:
+        return {
+            "temperature": self.temperature,
+            "examples": self.examples,
+            "scores": list(self.scores),
+            "chose_weights": self.chose_weights,
+        }
+
+    @classmethod
+    def from_json(cls, value: JsonValue) -> Calibration:
+        """The calibration in a manifest. Raises AdapterError for values that no training writes."""
+        if not isinstance(value, dict) or set(value) != KEYS:
+            raise _unreadable("its keys are not known")
+        temperature, examples, scores = value["temperature"], value["examples"], value["scores"]
+        if not _is_number(temperature) or not 0 < temperature < 1e6:
+            raise _unreadable("its temperature is not a positive number")
+        if not isinstance(scores, list) or not scores or not all(_is_number(each) and each >= 0 for each in scores):
+            raise _unreadable("its scores are not a list of numbers from 0")
+        if scores != sorted(scores) or type(examples) is not int or not len(scores) <= examples < 1 << 40:
+            raise _unreadable("its scores do not rise, or are more than its examples")
+        if not isinstance(value["chose_weights"], bool):
+            raise _unreadable("chose_weights is not true or false")
+        return cls(float(temperature), examples, tuple(map(float, scores)), value["chose_weights"])
+
+
+def check_coverage(coverage: float) -> None:
+    """Raise DataError unless it is above 0 and below 1."""
+    if isinstance(coverage, bool) or not 0 < coverage < 1:
+        raise DataError(f"coverage {coverage:g}: expected a number above 0 and below 1, such as 0.9")
+
+
+def require(calibration: Calibration | None, version: str) -> Calibration:
+    """The calibration of a version. Raises AdapterError if it has none."""
+    if calibration is None:
+        raise AdapterError(
+            f"{version} has no calibration, which a coverage needs: train it again with a validation split of at least "
+            f"{FEWEST} examples, such as data.validation = 0.1"
+        )
+    return calibration
+
+
+def fit(logits: Tensor, targets: Tensor, *, multi_label: bool, chose_weights: bool) -> Calibration:
+    """The temperature and the scores of some validation examples.
+
+    Args:
+        logits: (B, C).
+        targets: class numbers (B,) int64; with `multi_label` ones and zeros (B, C).
+        chose_weights: whether the same examples chose the weights.
+    """
+    import torch
+
+    z = logits.detach().double().cpu()
+    y = targets.double().cpu() if multi_label else torch.nn.functional.one_hot(targets.cpu(), z.shape[1]).double()
+    temperature = _temperature(_binary_slope(z, y) if multi_label else _slope(z, y))
+    rows = scores(z, multi_label=multi_label)  # (B, C)
+    worst = torch.where(y > 0, rows, torch.zeros_like(rows)).amax(1)  # (B,): all right labels are in the set
+    rising = sorted(math.ceil(1e6 * score) / 1e6 for score in worst.tolist())  # rounded up, so sets only grow
+    n, kept = len(rising), min(len(rising), MOST_SCORES)
+    order = [rising[math.ceil((place + 1) * n / kept) - 1] for place in range(kept)]
+    return Calibration(float(f"{temperature:.6g}"), n, tuple(order), chose_weights)
+
+
+def scores(logits: Tensor, *, multi_label: bool) -> Tensor:
+    """`-log p` of every label, in float64: (B, C)."""
+    z = logits.detach().double()
+    return -z.sigmoid().clamp_min(1e-300).log() if multi_label else -z.log_softmax(-1)
+
+
+def label_sets(
+    logits: Tensor, labels: Sequence[str], predicted: Sequence[Sequence[str]], threshold: float, *, multi_label: bool
+) -> list[list[str]]:
+    """The labels whose score is at most the threshold, and the predicted ones, the most probable first.
+
+    Args:
+        logits: (B, C).
+        predicted: the labels of each row's answer; adding them can only raise the coverage.
+    """
+    found = []
+    for row, own in zip(scores(logits, multi_label=multi_label).tolist(), predicted, strict=True):
+        ranked = sorted(zip(row, labels, strict=True), key=lambda each: each[0])
+        found.append([label for score, label in ranked if score <= threshold or label in own])
+    return found
+
+
+def _temperature(slope: Callable[[float], float]) -> float:
+    """T with the lowest loss, by bisection. slope: the derivative of the loss by 1 / T, which rises."""
+    low, high = -math.log(HOTTEST), math.log(HOTTEST)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
+    return math.exp(-(low + high) / 2)
+
+
+def _slope(z: Tensor, y: Tensor) -> Callable[[float], float]:
+    """Of `mean_b [log sum_c exp(z_c / T) - sum_c t_c z_c / T]`."""
+    n, classes = z.shape
+    wanted = (((n * y + 1 / classes) / (n + 1)) * z).sum(1)  # (B,)
+    return lambda inverse: float(((z * inverse).softmax(-1).mul(z).sum(1) - wanted).mean())
+
+
+def _binary_slope(z: Tensor, y: Tensor) -> Callable[[float], float]:
+    """Of `mean_bc [log(1 + exp(z / T)) - t z / T]`."""
+    smoothed = (len(z) * y + 0.5) / (len(z) + 1)  # (B, C)
+    return lambda inverse: float((((z * inverse).sigmoid() - smoothed) * z).mean())
+
+
+def _is_number(value: JsonValue) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _unreadable(reason: str) -> AdapterError:
+    return AdapterError(f"the adapter's calibration cannot be read ({reason}): export the bundle again")

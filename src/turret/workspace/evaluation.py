@@ -1,0 +1,182 @@
+"""Measure a stored version on other data, and find what it gets wrong. Loads torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from turret import train as trainer
+from turret.compare.evaluation_page import as_html
+from turret.compare.mistakes import (
+    Confusions,
+    Coverage,
+    Details,
+    Mistake,
+    Reliability,
+    ReliabilityBin,
+    covered,
+)
+from turret.data import Example
+from turret.data.table_writer import TableWriter
+from turret.errors import DataError
+from turret.json_types import JsonMapping, JsonObject
+from turret.store import Store
+from turret.tasks import HeadTask, Prediction, Task, has_head
+from turret.tasks.calibration import scores
+from turret.workspace.answering import MOST_TOKENS, Mounted, mounted
+from turret.workspace.comparing.state import write_text
+from turret.workspace.progress import Say, silent
+from turret.workspace.reading import LabelledData
+from turret.workspace.results import Evaluation
+
+COVERAGE = 0.9  # of the sets of labels that an evaluation measures
+
+
+def evaluate(store: Store, reference: str, labelled: LabelledData, say: Say = silent) -> Evaluation:
+    """Metrics and mistakes of a version on labelled examples."""
+    ready = mounted(store, reference, say)
+    assert ready.version is not None
+    say(f"answering {len(labelled.examples)} examples")
+    started = time.perf_counter()
+    metrics, details = _measure(ready, labelled.examples, labelled.places)
+    return Evaluation(
+        version=str(ready.version),
+        digest=ready.version.digest,
+        data={"source": labelled.data.source, "examples": len(labelled.examples)},
+        metrics=metrics,
+        seconds=time.perf_counter() - started,
+        notes=list(labelled.notes),
+        details=details,
+    )
+
+
+def write_mistakes(found: Evaluation, path: Path) -> TableWriter:
+    """Write every wrong answer of an evaluation into a table, a row each, and return its writer."""
+    columns = ["row", "right", "given", "confidence", "score", "text"]
+    with TableWriter(path, columns) as table:
+        for each in found.details.mistakes:
+            confidence = None if each.confidence is None else round(each.confidence, 6)
+            table.write(vars(each) | {"confidence": confidence, "score": round(each.score, 6)})
+    return table
+
+
+def write_page(found: Evaluation, path: Path, *, texts: bool = True) -> None:
+    """Write an evaluation as one self-contained page.
+
+    Args:
+        texts: whether it shows texts of the data.
+    """
+    page = as_html(
+        version=found.version,
+        digest=found.digest,
+        source=str(found.data["source"]),
+        examples=int(found.data["examples"]),
+        metrics=found.metrics,
+        details=found.details,
+        notes=found.notes,
+        texts=texts,
+    )
+    write_text(path, page)
+
+
+def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int]) -> tuple[JsonObject, Details]:
+    task, known = ready.task, None
+    if has_head(task):
+        known = trainer.head_logits(ready.model, task, examples, most_tokens=MOST_TOKENS)
+    metrics, answers = trainer.evaluate(ready.model, task, examples, most_tokens=MOST_TOKENS, known=known)
+    mistakes = _mistakes(task, examples, places, answers)
+    if known is None or not has_head(task) or not task.calibrates:
+        return metrics, Details(mistakes, task.right_or_wrong)
+    right = [_labels_of(example.output) for example in examples]
+    return metrics, Details(
+        mistakes,
+        task.right_or_wrong,
+        confusion=None if task.multi_label else _confusion(task, answers, right),
+        reliability=_reliability(task, answers, known, right),
+        coverage=None if task.calibration is None else _coverage(task, known, right),
+    )
+
+
+def _mistakes(
+    task: Task, examples: Sequence[Example], places: Sequence[int], answers: Sequence[JsonMapping]
+) -> tuple[Mistake, ...]:
+    found = []
+    for example, place, answer in zip(examples, places, answers, strict=True):
+        given = task.judged(answer)
+        score = task.score(given, example)
+        if score < 1:
+            right = list(example.output) if isinstance(example.output, tuple) else example.output
+            surest = _surest(answer.get("probabilities"), given, right)
+            found.append(Mistake(place, example.input, right, given, score, surest))
+    return tuple(sorted(found, key=lambda each: each.score if each.confidence is None else -each.confidence))
+
+
+def _surest(probabilities: JsonMapping | None, given: Prediction, right: Prediction) -> float | None:
+    """The probability of the answer; of several labels, that of the surest wrong decision."""
+    if not isinstance(probabilities, Mapping):
+        return None
+    if isinstance(given, str):
+        return float(probabilities[given])
+    wrong = [float(probabilities[label]) for label in given if label not in right]
+    return max([*wrong, *(1 - float(probabilities[label]) for label in right if label not in given)])
+
+
+def _confusion(task: HeadTask, answers: Sequence[JsonMapping], right: Sequence[Sequence[str]]) -> Confusions:
+    from turret.tasks import metrics
+
+    given = [str(task.judged(answer)) for answer in answers]
+    counts = metrics.confusion(given, [labels[0] for labels in right], task.labels)
+    return Confusions(task.labels, tuple(map(tuple, counts)))
+
+
+def _reliability(
+    task: HeadTask, answers: Sequence[JsonMapping], logits: Tensor, right: Sequence[Sequence[str]]
+) -> Reliability:
+    """Of the answer's probability; with several labels per text, of the probability of every label."""
+    own = [answer["probabilities"] for answer in answers]
+    bins = _bins(task, own, answers, right)
+    if task.calibration is None:
+        return Reliability(_error(bins), bins)
+    without = (-scores(logits, multi_label=task.multi_label)).exp().tolist()
+    raw = [dict(zip(task.labels, row, strict=True)) for row in without]
+    return Reliability(
+        _error(bins),
+        bins,
+        raw_ece=_error(_bins(task, raw, answers, right)),
+        temperature=task.calibration.temperature,
+        calibrated_on=task.calibration.examples,
+    )
+
+
+def _bins(
+    task: HeadTask, rows: Sequence[JsonMapping], answers: Sequence[JsonMapping], right: Sequence[Sequence[str]]
+) -> tuple[ReliabilityBin, ...]:
+    """The bins of these probabilities. rows: label to probability, of each answer."""
+    from turret.tasks import metrics
+
+    confidence, hits = list[float](), list[bool]()
+    for row, answer, labels in zip(rows, answers, right, strict=True):
+        for label in task.labels if task.multi_label else [str(task.judged(answer))]:
+            confidence.append(float(row[label]))
+            hits.append(label in labels)
+    return tuple(ReliabilityBin(**vars(each)) for each in metrics.reliability(confidence, hits))
+
+
+def _error(bins: Sequence[ReliabilityBin]) -> float:
+    """ECE."""
+    return sum(each.count * abs(each.accuracy - each.confidence) for each in bins) / sum(each.count for each in bins)
+
+
+def _coverage(task: HeadTask, logits: Tensor, right: Sequence[Sequence[str]]) -> Coverage | None:
+    """Of sets with the coverage `COVERAGE`; None if the version was calibrated on too few examples for it."""
+    try:
+        return covered(COVERAGE, task.label_sets(logits, COVERAGE), right)
+    except DataError:
+        return None
+
+
+def _labels_of(output: str | tuple[str, ...]) -> tuple[str, ...]:
+    return output if isinstance(output, tuple) else (output,)

@@ -1,0 +1,173 @@
+"""Forgetting: how much worse the base predicts texts with an adapter than without it.
+
+Measured are neutral texts, and examples of the other tasks in the store that generate on the same base. The loss per
+token with the adapter is compared with that of slot 0, the bare base, on the same tokens. Only a version that generates
+has a number: a classifier answers through a head of its own, so it has no loss per token that could grow.
+
+With d_i the difference of a text's summed losses and n_i its number of tokens, the increase is `sum d_i / sum n_i`. Its
+95% interval is a percentile bootstrap over texts. Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from turret import adapters
+from turret.data.dataset import read
+from turret.errors import TurretError
+from turret.json_types import JsonMapping, JsonObject
+from turret.recipe import Recipe
+from turret.reference import Reference
+from turret.store import Store, Version
+from turret.tasks import TextTask, schemas, stored_task, task_from_spec, writes
+from turret.train.batches import Items, spread
+from turret.train.evaluation import evaluating, example_losses
+from turret.transformer import Model, Tokenizer
+from turret.workspace.neutral_texts import PARAGRAPHS
+from turret.workspace.progress import Say, silent
+
+LEAD = 24  # tokens of a neutral text that are given; the others are predicted
+MOST_TOKENS = 256  # of a neutral text
+EXAMPLES = 32  # of another task
+MOST_TASKS = 16
+RESAMPLES = 2000
+LEVEL = 0.95
+SEED = 42
+Losses = tuple[Sequence[float], Sequence[int]]  # the summed loss of each text, and its number of tokens
+
+
+@dataclass(frozen=True)
+class Increase:
+    """The increase of the loss per token on some texts, with its interval."""
+
+    increase: float
+    low: float
+    high: float
+    loss: float  # per token, with the adapter
+    base_loss: float
+    texts: int
+
+    @classmethod
+    def of(cls, own: Losses, bare: Losses) -> Increase:
+        """Compare the losses of the same texts with the adapter and without it."""
+        tokens = np.asarray(own[1], dtype=float)  # (N,)
+        more = np.asarray(own[0], dtype=float) - np.asarray(bare[0], dtype=float)
+        drawn = np.random.RandomState(SEED).randint(len(tokens), size=(RESAMPLES, len(tokens)))
+        means = more[drawn].sum(1) / tokens[drawn].sum(1)
+        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        total = float(tokens.sum())
+        return cls(
+            increase=float(more.sum()) / total,
+            low=float(low),
+            high=float(high),
+            loss=float(sum(own[0])) / total,
+            base_loss=float(sum(bare[0])) / total,
+            texts=len(tokens),
+        )
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """The forgetting of one version, as its metrics keep it.
+
+    Args:
+        neutral: on neutral texts.
+        tasks: by the version of another task; None: not measured yet.
+        skipped: why a task could not be measured, by its version.
+    """
+
+    neutral: Increase
+    tasks: Mapping[str, Increase] | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> JsonObject:
+        """The metrics of the split `forgetting`. `tasks` is the largest increase; 0 if there is no other task."""
+        found: JsonObject = _numbers("neutral", self.neutral)
+        if self.tasks is not None:
+            worst = max(self.tasks.values(), key=lambda each: each.increase, default=None)
+            found |= {"tasks": 0.0, "tasks_low": 0.0, "tasks_high": 0.0} if worst is None else {
+                "tasks": worst.increase, "tasks_low": worst.low, "tasks_high": worst.high,
+            }  # fmt: skip
+            found["against"] = {version: vars(each) for version, each in self.tasks.items()}
+            found["skipped"] = dict(self.skipped)
+        return found
+
+
+def _numbers(name: str, each: Increase) -> JsonObject:
+    return {
+        name: each.increase, f"{name}_low": each.low, f"{name}_high": each.high, f"{name}_loss": each.loss,
+        f"{name}_base_loss": each.base_loss, f"{name}_texts": each.texts,
+    }  # fmt: skip
+
+
+def on_neutral_texts(model: Model, tokenizer: Tokenizer) -> Forgetting:
+    """The forgetting on neutral texts of the adapter in slot 1."""
+    sources, targets = [], []
+    for paragraph in PARAGRAPHS:
+        ids = torch.tensor(tokenizer(paragraph)["input_ids"], dtype=torch.long)[:MOST_TOKENS]
+        lead = min(LEAD, len(ids) // 2)
+        sources.append(ids[:lead])
+        targets.append(ids[lead:])
+    losses: list[Losses] = []
+    for slot in (1, adapters.BARE):
+        sums = []
+        with evaluating(model, slot):
+            for source, target in zip(sources, targets, strict=True):
+                logits = adapters.target_logits(model, [source], [target]).float()  # (T, V)
+                sums.append(float(torch.nn.functional.cross_entropy(logits, target.to(logits.device), reduction="sum")))
+        losses.append((sums, [len(target) for target in targets]))
+    return Forgetting(Increase.of(*losses))
+
+
+def on_other_tasks(
+    store: Store, version: Version, model: Model, task: TextTask, neutral: Increase, say: Say = silent
+) -> Forgetting:
+    """The forgetting on the other tasks of the store as well. model: with the version's adapter in slot 1."""
+    found, skipped = dict[str, Increase](), dict[str, str]()
+    for other in others(store, version):
+        say(f"measuring forgetting on {other}")
+        try:
+            found[str(other)] = _on_task(other, model, task)
+        except TurretError as error:  # its data may be gone, and then nothing can be measured on it
+            skipped[str(other)] = str(error)
+    return Forgetting(neutral, found, skipped)
+
+
+def others(store: Store, version: Version) -> list[Version]:
+    """The version in use of every other name that generates on the same base, at most `MOST_TASKS`.
+
+    Those with an alias come first, then the newest.
+    """
+    base = version.part("base").get("fingerprint")
+    names = dict.fromkeys(each.name for each in store.list() if each.name != version.name)
+    found = sorted((store.resolve(Reference(name)) for name in names), key=lambda each: each.created, reverse=True)
+    fitting = [
+        each
+        for each in sorted(found, key=lambda each: not each.aliases)
+        if each.part("base").get("fingerprint") == base
+        and stored_task(each.part("task")).generates
+        and isinstance(each.part("lineage").get("recipe"), str)
+    ]
+    return fitting[:MOST_TASKS]
+
+
+def is_current(measured: JsonMapping, expected: Sequence[Version]) -> bool:
+    """Whether stored metrics of forgetting cover these versions of other tasks."""
+    seen = {**(measured.get("against") or {}), **(measured.get("skipped") or {})}
+    return "tasks" in measured and set(seen) == {str(each) for each in expected}
+
+
+def _on_task(other: Version, model: Model, task: TextTask) -> Increase:
+    """On test examples of another version's task, as that task writes its prompts."""
+    recipe = Recipe.from_toml(str(other.part("lineage")["recipe"]))
+    dataset = read(recipe.data, schemas(recipe.task), recipe.split_seed)
+    examples = dataset.test or dataset.validation or dataset.train
+    its_task = task_from_spec(other.part("task"), task.tokenizer)
+    assert writes(its_task)
+    items = Items(its_task, [examples[place] for place in spread(len(examples), EXAMPLES)])
+    own = example_losses(model, its_task, items)
+    return Increase.of(own, example_losses(model, its_task, items, slot=adapters.BARE))

@@ -1,0 +1,129 @@
+"""Answer the rows of a table and write them, with their own columns, the answer and flags, to another file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from turret.data.rows import Row, Rows
+from turret.data.table_writer import TableWriter, check_target
+from turret.json_types import JsonMapping, JsonObject
+from turret.store import Store, Version
+from turret.tasks import Task, stored_task
+from turret.workspace.predict_options import PredictOptions, check_options, ranked_labels
+from turret.workspace.progress import Say
+from turret.workspace.reading import read_rows
+from turret.workspace.results import Predicted
+
+if TYPE_CHECKING:
+    from turret.workspace.answering import Mounted
+
+ROWS = 512  # that are answered at a time
+BLANK, CUT = "blank", "cut"
+
+
+def predict_file(
+    store: Store, reference: str, source: str, out: str | Path, options: PredictOptions | None, say: Say
+) -> Predicted:
+    """Answer every row. The file appears when all rows are answered.
+
+    Raises:
+        DataError: the table cannot be read, or the file cannot be written.
+        AdapterError: the version does not give what the request asks for.
+    """
+    started, path, request = time.perf_counter(), Path(out).expanduser(), options or PredictOptions()
+    version = store.resolve(reference)
+    check_target(path)
+    check_options(version, request.top, request.coverage)
+    rows = read_rows(version, source, request.columns)
+    next(rows.read(), None)  # an error in a column or in the first row costs no load of the base
+    names = _names(rows.columns, stored_task(version.part("task")), request)
+    new = [key for key in names if key != "row"]
+    ready = _mounted(store, version, say)
+    counts = dict.fromkeys(("rows", BLANK, CUT), 0)
+    with TableWriter(path, [names["row"], *rows.columns, *(names[key] for key in new)]) as table:
+        reader = rows.read()
+        while some := list(islice(reader, ROWS)):
+            say(f"answering rows {counts['rows'] + 1} to {counts['rows'] + len(some)}")
+            for row, answer in zip(some, _answered(ready, some, request), strict=True):
+                counts["rows"] += 1
+                for flag in answer["flags"]:
+                    counts[flag] += 1
+                own = dict(zip(rows.columns, row.cells, strict=True))
+                table.write(own | {names["row"]: row.place} | {names[key]: answer.get(key) for key in new})
+    return Predicted(
+        version=str(version),
+        out=str(path),
+        columns=list(table.columns),
+        rows=counts["rows"],
+        blank=counts[BLANK],
+        cut=counts[CUT],
+        guarded=table.guarded,
+        seconds=time.perf_counter() - started,
+        notes=_notes(rows, table),
+    )
+
+
+def _mounted(store: Store, version: Version, say: Say) -> Mounted:
+    from turret.workspace import answering  # loads torch
+
+    return answering.mounted(store, str(version), say)
+
+
+def _answered(ready: Mounted, rows: Sequence[Row], request: PredictOptions) -> Iterator[JsonObject]:
+    """The values of the new columns, by key, and the flags. A blank input is not answered."""
+    from turret.workspace import answering
+
+    asked = [place for place, row in enumerate(rows) if str(row.input).strip()]
+    encoded = answering.encoded_inputs(ready.task, [rows[place].input for place in asked])
+    answers = answering.answers_to(ready, encoded, bare=request.bare, coverage=request.coverage) if asked else []
+    by_row = dict(zip(asked, zip(encoded, answers, strict=True), strict=True))
+    for place in range(len(rows)):
+        if place not in by_row:
+            yield {"flags": [BLANK]}
+            continue
+        source, answer = by_row[place]
+        yield _values(ready.task, answer, request.top) | {"flags": [CUT] if source.cut else []}
+
+
+def _values(task: Task, answer: JsonMapping, top: int) -> JsonObject:
+    given = task.judged(answer)
+    values: JsonObject = {"predicted": given, "finish_reason": answer.get("finish_reason")}
+    values["label_set"] = answer.get("label_set")
+    if ranked := ranked_labels(answer):
+        chances = dict(ranked)
+        own = [round(chances[label], 6) for label in (given if isinstance(given, list) else [given])]
+        values["probability"] = own if isinstance(given, list) else own[0]
+        for number, (label, chance) in enumerate(ranked[1:top], 2):
+            values |= {f"predicted_{number}": label, f"probability_{number}": round(chance, 6)}
+    return values
+
+
+def _names(columns: Sequence[str], task: type[Task], request: PredictOptions) -> dict[str, str]:
+    """The new columns by key; with `turret_` in front if the table has a column of that name."""
+    keys = ["predicted"]
+    if task.generates:
+        keys.append("finish_reason")
+    elif task.calibrates:
+        keys.append("probability")
+        keys += [f"{name}_{number}" for number in range(2, request.top + 1) for name in ("predicted", "probability")]
+        keys += ["label_set"] if request.coverage is not None else []
+    names = dict[str, str]()
+    for key in ["row", *keys, "flags"]:
+        names[key] = key
+        while names[key] in columns:
+            names[key] = f"turret_{names[key]}"
+    return names
+
+
+def _notes(rows: Rows, table: TableWriter) -> list[str]:
+    notes = list(rows.notes)
+    if table.guarded:
+        notes.append(
+            f"{table.guarded} cells begin like a formula of a spreadsheet and have a ' in front; a .jsonl file keeps "
+            "them unchanged"
+        )
+    return notes

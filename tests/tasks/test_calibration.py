@@ -1,0 +1,261 @@
+"""A temperature that makes probabilities honest, and sets of labels that hold the right one as often as stated."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_models import tokenizer
+from torch.nn import functional as F
+
+from turret.data import Labelled
+from turret.errors import AdapterError, DataError
+from turret.tasks import task_from_spec
+from turret.tasks.calibration import MOST_SCORES, Calibration, fit, require, scores
+from turret.tasks.classify import Classify
+from turret.tasks.metrics import calibration_error, confusion, reliability
+
+LABELS = tuple("abcde")
+SURE = 2.5  # by which the logits of the simulations are too large
+
+
+def drawn(count: int, seed: int, *, sure: float = SURE, spread: float = 1.6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, C) of a classifier that is too sure, and classes (B,) from the probabilities without that."""
+    generator = torch.Generator().manual_seed(seed)
+    true = spread * torch.randn(count, len(LABELS), generator=generator)
+    classes = torch.multinomial(true.softmax(-1), 1, generator=generator)[:, 0]
+    return sure * true, classes
+
+
+def drawn_many(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, C), and for every class whether the text has it."""
+    generator = torch.Generator().manual_seed(seed)
+    true = 1.6 * torch.randn(count, len(LABELS), generator=generator)
+    return SURE * true, torch.bernoulli(true.sigmoid(), generator=generator)
+
+
+def classifier(**settings: Any) -> Classify:
+    return Classify(LABELS, tokenizer("bert"), 16, **settings)
+
+
+# --- the temperature --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_the_temperature_is_the_one_that_made_the_logits_too_large(multi_label: bool) -> None:
+    logits, targets = (drawn_many if multi_label else drawn)(4000, seed=1)
+    fitted = fit(logits, targets, multi_label=multi_label, chose_weights=False)
+    assert fitted.temperature == pytest.approx(SURE, rel=0.08)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_no_other_temperature_has_a_lower_loss(multi_label: bool) -> None:
+    logits, targets = (drawn_many if multi_label else drawn)(300, seed=2)
+    best = fit(logits, targets, multi_label=multi_label, chose_weights=False).temperature
+    n = len(targets)
+
+    def loss(temperature: float) -> float:
+        z = logits.double() / temperature
+        if multi_label:
+            return float(F.binary_cross_entropy_with_logits(z, (n * targets.double() + 0.5) / (n + 1)))
+        smoothed = (n * F.one_hot(targets, len(LABELS)).double() + 1 / len(LABELS)) / (n + 1)
+        return float(F.cross_entropy(z, smoothed))
+
+    for other in (0.5, 0.8, 0.95, 1.05, 1.3, 2.0):
+        assert loss(best) < loss(best * other)
+
+
+def test_a_classifier_that_is_always_right_gets_a_finite_temperature() -> None:
+    classes = torch.arange(40) % len(LABELS)
+    fitted = fit(F.one_hot(classes, len(LABELS)) * 8.0, classes, multi_label=False, chose_weights=False)
+    assert 0.3 < fitted.temperature < 20
+    assert math.isfinite(fitted.temperature)
+
+
+def test_a_calibrated_task_answers_with_the_same_labels_and_a_lower_ece() -> None:
+    task = classifier()
+    held, test = drawn(2000, seed=3), drawn(4000, seed=4)
+    calibrated = task.calibrated(*held, chose_weights=False)
+    before, after = task.metrics(*test), calibrated.metrics(*test)
+    assert before["ece"] > 0.15
+    assert after["ece"] < 0.03
+    assert {key: before[key] for key in ("accuracy", "macro_f1", "loss")} == {
+        key: after[key] for key in ("accuracy", "macro_f1", "loss")
+    }
+    assert [each["label"] for each in task.answers(test[0])] == [each["label"] for each in calibrated.answers(test[0])]
+    assert task.calibration is None  # the first task is as it was
+
+
+# --- ECE --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ece_is_that_of_the_definition() -> None:
+    rng = np.random.default_rng(5)
+    confidence = rng.random(500)
+    right = rng.random(500) < confidence**2
+    expected = 0.0
+    for number in range(15):
+        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
+        if inside.any():
+            expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert calibration_error(confidence.tolist(), right.tolist()) == pytest.approx(expected)
+    assert sum(each.count for each in reliability(confidence.tolist(), right.tolist())) == 500
+    assert calibration_error([], []) == 0.0
+
+
+def test_probabilities_of_0_and_1_are_in_the_first_and_the_last_bin() -> None:
+    found = reliability([0.0, 1.0, 1 / 15], [False, True, True])
+    assert [(each.low, each.high, each.count) for each in found] == [(0.0, 1 / 15, 2), (14 / 15, 1.0, 1)]
+
+
+def test_confusions_are_counted_by_right_class_and_answer() -> None:
+    assert confusion(["a", "b", "b", "b"], ["a", "a", "b", "a"], ("a", "b", "c")) == [[1, 2, 0], [0, 1, 0], [0, 0, 0]]
+
+
+# --- coverage ---------------------------------------------------------------------------------------------------------
+
+
+def coverages(calibrate_on: int, coverage: float, *, multi_label: bool = False, shift: float = 1.0) -> np.ndarray:
+    """The measured coverage of 200 simulated classifiers, each calibrated on its own examples.
+
+    Args:
+        shift: factor of the logits of the test texts: 1 if they come from where the validation texts came from.
+    """
+    found, task, make = [], classifier(multi_label=multi_label), drawn_many if multi_label else drawn
+    for seed in range(200):
+        logits, targets = make(calibrate_on, 2 * seed)
+        new, right = make(200, 2 * seed + 1)
+        sets = task.calibrated(logits, targets, chose_weights=False).label_sets(shift * new, coverage)
+        examples = right.tolist()
+        if multi_label:
+            wanted = [{LABELS[place] for place, has in enumerate(row) if has} for row in examples]
+        else:
+            wanted = [{LABELS[each]} for each in examples]
+        found.append(np.mean([each <= set(own) for each, own in zip(wanted, sets, strict=True)]))
+    return np.asarray(found)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """A 99.7% interval of the mean."""
+    half = 3 * values.std(ddof=1) / math.sqrt(len(values))
+    return values.mean() - half, values.mean() + half
+
+
+@pytest.mark.parametrize(("count", "coverage"), [(20, 0.9), (50, 0.9), (99, 0.8)])
+def test_sets_hold_the_right_label_as_often_as_stated(count: int, coverage: float) -> None:
+    low, high = interval(coverages(count, coverage))
+    exact = math.ceil((count + 1) * coverage) / (count + 1)  # of split conformal prediction without ties
+    assert low < exact < high
+    assert high > coverage
+    assert exact <= coverage + 1 / (count + 1)
+
+
+def test_sets_of_several_labels_hold_all_right_labels_as_often_as_stated() -> None:
+    low, high = interval(coverages(50, 0.9, multi_label=True))
+    assert high > 0.9
+    assert low < 0.9 + 1 / 51
+
+
+def test_control_texts_from_elsewhere_break_the_coverage() -> None:
+    _, high = interval(coverages(50, 0.9, shift=-1.0))
+    assert high < 0.8
+
+
+def test_control_a_plain_quantile_of_few_examples_covers_less_than_stated() -> None:
+    held = []
+    for seed in range(2000):
+        logits, targets = drawn(9, 2 * seed)
+        right = scores(logits, multi_label=False)[torch.arange(9), targets].sort().values
+        new, target = drawn(1, 2 * seed + 1)
+        plain = float(right[math.ceil(9 * 0.88) - 1])  # instead of the rank ceil(10 * 0.88)
+        held.append(float(scores(new, multi_label=False)[0, target[0]]) <= plain)
+    assert interval(np.asarray(held, dtype=float))[1] < 0.88
+    assert np.mean(held) == pytest.approx(8 / 10, abs=0.03)
+
+
+def test_a_set_has_the_answer_and_the_most_probable_labels_first() -> None:
+    task = classifier().calibrated(*drawn(200, seed=6), chose_weights=False)
+    logits, _ = drawn(50, seed=7)
+    for answer, small, large in zip(
+        task.answers(logits), task.label_sets(logits, 0.05), task.label_sets(logits, 0.99), strict=True
+    ):
+        assert answer["label"] == small[0] == large[0]
+        ranked = sorted(answer["probabilities"], key=lambda label: -answer["probabilities"][label])
+        assert small == ranked[: len(small)]
+        assert large == ranked[: len(large)]
+        assert set(small) <= set(large)
+
+
+def test_a_coverage_that_the_examples_cannot_give_is_one_line() -> None:
+    fitted = Calibration(1.0, 20, tuple(float(place) for place in range(20)))
+    assert fitted.threshold(0.95) == 19.0  # the 20th of 20
+    with pytest.raises(DataError, match=r"0\.99 needs 99 validation examples or more, and .* 20: ask for 0\.952 or le"):
+        fitted.threshold(0.99)
+    for wrong in (0.0, 1.0, 1.5, -0.1, math.nan):
+        with pytest.raises(DataError, match="expected a number above 0 and below 1"):
+            fitted.threshold(wrong)
+    with pytest.raises(
+        AdapterError, match="news@1 has no calibration, which a coverage needs: train it again with a v"
+    ):
+        require(None, "news@1")
+    with pytest.raises(DataError, match="needs a calibration"):
+        classifier().label_sets(torch.zeros(1, len(LABELS)), 0.9)
+
+
+def test_of_many_examples_the_scores_that_are_kept_never_lower_the_coverage() -> None:
+    logits, targets = drawn(3777, seed=8)
+    fitted = fit(logits, targets, multi_label=False, chose_weights=False)
+    assert len(fitted.scores) == MOST_SCORES
+    every = scores(logits, multi_label=False)[torch.arange(3777), targets].sort().values.tolist()
+    for coverage in (0.003, 0.1, 0.5, 0.9, 0.95, 0.999):
+        rank = math.ceil(3778 * coverage - 1e-9)
+        kept = fitted.threshold(coverage)
+        assert kept >= every[rank - 1]
+        assert kept <= every[min(3776, rank + 8)] + 1e-5  # and hardly raise it
+
+
+# --- with the bundle --------------------------------------------------------------------------------------------------
+
+
+def test_a_calibration_goes_through_the_spec() -> None:
+    task = classifier().calibrated(*drawn(30, seed=9), chose_weights=True)
+    again = task_from_spec(json.loads(json.dumps(task.spec())), tokenizer("bert"))
+    assert isinstance(again, Classify)
+    assert again.calibration == task.calibration
+    assert again.calibration is not None
+    assert again.calibration.chose_weights
+    logits = drawn(5, seed=10)[0]
+    assert again.answers(logits) == task.answers(logits)
+    assert "calibration" not in classifier().spec()  # a bundle without one is as it was before there were any
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.0}, {"temperature": -1}, {"temperature": "2"}, {"temperature": True}, {"scores": []},
+        {"scores": [2.0, 1.0]}, {"scores": [-1.0]}, {"scores": ["x"]}, {"examples": 1}, {"examples": 2.5},
+        {"chose_weights": 1}, {"more": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_calibration_that_no_training_writes_is_refused(change: dict[str, Any]) -> None:
+    good = {"temperature": 1.5, "examples": 3, "scores": [0.1, 0.2, 0.9], "chose_weights": False}
+    assert Calibration.from_json(good).to_json() == good
+    with pytest.raises(AdapterError, match="calibration cannot be read"):
+        Calibration.from_json(good | change)
+    with pytest.raises(AdapterError, match="calibration cannot be read"):
+        task_from_spec(classifier().spec() | {"calibration": good | change}, tokenizer("bert"))
+
+
+def test_metrics_of_several_labels_have_an_ece_of_every_decision() -> None:
+    task = classifier(multi_label=True)
+    logits, targets = drawn_many(400, seed=11)
+    chances = (logits.double()).sigmoid().flatten().tolist()
+    expected = calibration_error(chances, (targets.flatten() > 0).tolist())
+    assert task.metrics(logits, targets)["ece"] == pytest.approx(expected)
+    examples = [Labelled("x", ("a",)), Labelled("y", ())]
+    assert task.metrics(logits[:2], task.targets(examples))["ece"] >= 0

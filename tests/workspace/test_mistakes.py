@@ -1,0 +1,365 @@
+"""What a version gets wrong: `evaluate` and `predict` on tables, sets of labels, and files that a spreadsheet opens."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+from turret.cli.main import run
+from turret.data.table_writer import TableWriter, harmless
+from turret.errors import AdapterError, DataError
+from turret.recipe import Recipe
+from turret.workspace import RunResult, Workspace
+from turret.workspace.predict_options import PredictOptions
+
+GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "v0_1"
+
+
+def rows(first: int, count: int, wrong: int = 0) -> list[list[str]]:
+    """Texts and labels; every `wrong`-th label is the other one."""
+    found = []
+    for number in range(first, first + count):
+        good = bool(number % 2) != bool(wrong and number % wrong == 0)
+        words = (GOOD if number % 2 else BAD)[number // 2 % 3]
+        found.append([f"{words}, number {number}", "good" if good else "bad"])
+    return found
+
+
+def table(path: Path, columns: list[str], content: list[list[str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *content])
+    return path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+
+
+@dataclass
+class Trained:
+    """A classifier that was trained with a validation split, and a table with a few wrong labels."""
+
+    folder: Path
+    workspace: Workspace
+    result: RunResult
+    data: Path
+
+    @property
+    def store(self) -> list[str]:
+        return ["--store", str(self.workspace.store.root)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    folder = tmp_path_factory.mktemp("mistakes")
+    base = small_models.save_base("bert", folder / "bert")
+    (folder / "reviews").mkdir()
+    for split, part in (("train", rows(0, 40)), ("validation", rows(100, 40, wrong=8)), ("test", rows(200, 8))):
+        table(folder / "reviews" / f"{split}.csv", ["text", "label"], part)
+    workspace = Workspace(folder / "store")
+    recipe = Recipe(
+        name="reviews",
+        base=str(base),
+        data=str(folder / "reviews"),
+        task={"max_tokens": 24},
+        train={"epochs": 3, "lr": 5e-3, "evaluate": "never"},
+    )
+    data = table(
+        folder / "later.csv", ["id", "text", "label"], [[f"#{n}", *row] for n, row in enumerate(rows(300, 30, 7))]
+    )
+    return Trained(folder, workspace, workspace.train(recipe), data)
+
+
+# --- the calibration of a training ------------------------------------------------------------------------------------
+
+
+def test_a_training_with_a_validation_split_stores_a_calibration_with_the_version(trained, capsys) -> None:
+    version = trained.workspace.resolve("reviews")
+    fitted = version.part("task")["calibration"]
+    assert fitted["examples"] == len(fitted["scores"]) == 40
+    assert fitted["temperature"] > 0
+    assert not fitted["chose_weights"]
+    assert trained.result.metrics["validation"]["ece"] < 0.3
+    assert trained.workspace.verify().ok
+    assert run(["show", "reviews", *trained.store]) == 0
+    assert re.search(r"calibration +temperature [\d.]+, from 40 validation examples", capsys.readouterr().out)
+
+
+def test_the_engine_and_predict_give_the_same_calibrated_answers_and_sets(trained) -> None:
+    texts = [text for text, _ in rows(300, 6)]
+    expected = trained.workspace.predict("reviews", texts, coverage=0.9)
+    with trained.workspace.engine(str(trained.folder / "bert")) as engine:
+        for answer, wanted in zip(engine.classify(texts, "reviews", coverage=0.9), expected, strict=True):
+            assert answer["label_set"] == wanted["label_set"]
+            assert answer["probabilities"] == pytest.approx(wanted["probabilities"], abs=0.01)
+        assert "label_set" not in engine.classify(texts[:1], "reviews")[0]
+        with pytest.raises(DataError, match=r"coverage 0\.999 needs 999 validation examples"):
+            engine.classify(texts[:1], "reviews", coverage=0.999)
+
+
+def test_a_bundle_with_a_calibration_is_exported_and_imported_as_the_same_version(trained, tmp_path) -> None:
+    trained.workspace.export("reviews", tmp_path / "out")
+    other = Workspace(tmp_path / "store")
+    assert other.import_adapter(str(tmp_path / "out"), "reviews").digest == trained.result.digest
+    assert other.predict("reviews", ["a great film"], coverage=0.8)[0]["label_set"]
+
+
+def test_a_version_of_0_1_answers_and_says_in_one_line_that_it_has_no_calibration(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(shutil.copytree(FIXTURE, tmp_path / "v0_1"))
+    assert run(["predict", "reviews-lora@1", "a great film", "--store", "store"]) == 0
+    capsys.readouterr()
+    assert run(["predict", "reviews-lora@1", "a great film", "--coverage", "0.9", "--store", "store"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("turret: reviews-lora@1 has no calibration, which a coverage needs: train it again with")
+    assert err.count("\n") == 1
+    assert run(["predict", "writer@1", "a film", "--coverage", "0.9", "--store", "store"]) == 1
+    assert "writer@1 gives no probability of labels: ask it without coverage" in capsys.readouterr().err
+    refused = pytest.raises(AdapterError, match="reviews-lora@1 has no calibration")
+    with Workspace("store").engine("bases/bert", dtype="float32") as engine, refused:
+        engine.classify(["a great film"], "reviews-lora@1", coverage=0.9)
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_by_class_and_the_confusions_are_those_of_scikit_learn(trained) -> None:
+    found = trained.workspace.evaluate("reviews", str(trained.data))
+    right = [label for _, label in rows(300, 30, 7)]
+    given = [each["label"] for each in trained.workspace.predict("reviews", [text for text, _ in rows(300, 30, 7)])]
+    columns = precision_recall_fscore_support(right, given, labels=["bad", "good"], zero_division=0)
+    for place, label in enumerate(("bad", "good")):
+        row = found.metrics["per_class"][label]
+        assert [row[key] for key in ("precision", "recall", "f1", "support")] == pytest.approx(
+            [column[place] for column in columns]
+        )
+    assert found.details.confusion is not None
+    assert found.details.confusion.counts == tuple(map(tuple, confusion_matrix(right, given, labels=["bad", "good"])))
+
+
+def test_mistakes_have_their_text_and_the_line_of_their_row_the_surest_first(trained) -> None:
+    found = trained.workspace.evaluate("reviews", str(trained.data))
+    mistakes = found.details.mistakes
+    assert mistakes
+    lines = trained.data.read_text(encoding="utf-8").splitlines()
+    for each in mistakes:
+        assert each.text in lines[each.row - 1]
+        assert lines[each.row - 1].endswith(f",{each.right}")
+        assert each.given != each.right
+    sure = [each.confidence for each in mistakes]
+    assert sure == sorted(sure, reverse=True)
+    assert len(mistakes) == 30 - round(30 * found.metrics["accuracy"])
+
+
+def test_evaluate_measures_the_calibration_and_the_coverage(trained) -> None:
+    details = trained.workspace.evaluate("reviews", str(trained.data)).details
+    assert details.reliability is not None
+    assert details.reliability.calibrated_on == 40
+    assert sum(each.count for each in details.reliability.bins) == 30
+    assert details.reliability.raw_ece is not None
+    assert details.coverage is not None
+    assert details.coverage.low < details.coverage.measured <= details.coverage.high
+    assert 1 <= details.coverage.mean_size <= 2
+
+
+def test_evaluate_prints_what_is_wrong_and_writes_a_table_and_a_page(trained, tmp_path, capsys) -> None:
+    errors, page = tmp_path / "errors.csv", tmp_path / "page.html"
+    arguments = ["evaluate", "reviews", str(trained.data), *trained.store]
+    assert run([*arguments, "--out", str(errors), "--report", str(page)]) == 0
+    out = capsys.readouterr().out
+    for words in ("precision", "right \\ answered", "ECE", "90% sets hold the right label in", "is right", str(page)):
+        assert words in out
+    assert run([*arguments, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {"version", "digest", "data", "metrics", "seconds", "notes"} < set(said)
+    written = read(errors)
+    assert len(written) == said["details"]["wrong"]
+    assert list(written[0]) == ["row", "right", "given", "confidence", "score", "text"]
+    assert [row["text"] for row in written[:20]] == [each["text"] for each in said["details"]["mistakes"]]
+    html = page.read_text(encoding="utf-8")
+    for row in written:
+        assert row["text"] in html
+    for outside in ("<script", "http://", "https://", "@import", "url("):
+        assert outside not in html.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert html.count("<svg") == 1
+    assert run([*arguments, "--report", str(page), "--no-texts"]) == 0
+    assert "number 30" not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--out", "errors.xls"], "errors.xls' has no known kind of table: write to a .csv, .tsv, .jsonl file"),
+        (["--out", "nowhere/errors.csv"], "its folder does not exist"),
+        (["--report", "page.pdf"], "expected a .html file in a folder that exists"),
+    ],
+)
+def test_a_file_that_cannot_be_written_costs_one_line_before_anything_is_loaded(
+    trained, options, complaint, capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["evaluate", "reviews", str(trained.data), *trained.store, *options]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert complaint in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- predict ----------------------------------------------------------------------------------------------------------
+
+
+def test_predict_keeps_every_column_and_row_and_flags_blank_and_cut_inputs(trained, tmp_path) -> None:
+    content = [["1", "a great film", "x\ny"], ["2", "  ", ""], ["3", "dull story " * 40, "z"], ["4", "a dull bank", ""]]
+    source = table(tmp_path / "in.csv", ["id", "text", "remark"], content)
+    out = tmp_path / "out.csv"
+    done = trained.workspace.predict_file("reviews", str(source), out, PredictOptions(top=3, coverage=0.9))
+    assert (done.rows, done.blank, done.cut, done.guarded) == (4, 1, 1, 0)
+    found = read(out)
+    assert [[row["id"], row["text"], row["remark"]] for row in found] == content
+    assert [row["row"] for row in found] == ["2", "4", "5", "6"]  # lines of the file: one cell has a line break
+    assert [row["flags"] for row in found] == ["", "blank", "cut", ""]
+    assert found[1]["predicted"] == found[1]["probability"] == ""
+    answers = trained.workspace.predict("reviews", [row[1] for row in content], coverage=0.9)
+    for place in (0, 2, 3):
+        row, answer = found[place], answers[place]
+        assert row["predicted"] == answer["label"]
+        assert float(row["probability"]) == pytest.approx(answer["probabilities"][answer["label"]], abs=1e-5)
+        assert row["predicted_2"] == ({"good", "bad"} - {answer["label"]}).pop()
+        assert row["predicted_3"] == ""  # there are two labels
+        assert row["label_set"].split(" | ") == answer["label_set"]
+
+
+def test_predict_writes_json_lines_and_reads_lines_of_text(trained, tmp_path) -> None:
+    (tmp_path / "in.txt").write_text("a great film\n\na dull bank\n")
+    done = trained.workspace.predict_file("reviews", str(tmp_path / "in.txt"), tmp_path / "out.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [each["row"] for each in found] == [1, 2, 3]
+    assert [each["text"] for each in found] == ["a great film", "", "a dull bank"]
+    assert found[1]["flags"] == ["blank"]
+    assert 0 < found[0]["probability"] <= 1
+    assert done.columns == list(found[0])
+
+
+def test_a_column_of_the_table_is_never_overwritten(trained, tmp_path) -> None:
+    source = table(tmp_path / "in.csv", ["row", "text", "predicted"], [["a", "a great film", "mine"]])
+    trained.workspace.predict_file("reviews", str(source), tmp_path / "out.csv")
+    (found,) = read(tmp_path / "out.csv")
+    assert (found["row"], found["predicted"], found["turret_row"]) == ("a", "mine", "2")
+    assert found["turret_predicted"] in ("good", "bad")
+
+
+def test_a_prediction_that_fails_leaves_the_file_that_was_there(trained, tmp_path) -> None:
+    out = tmp_path / "out.csv"
+    out.write_text("precious")
+    (tmp_path / "in.csv").write_text("text,id\na great film,1\nbroken\n")
+    with pytest.raises(DataError, match="line 3 has 1 fields"):
+        trained.workspace.predict_file("reviews", str(tmp_path / "in.csv"), out)
+    assert out.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+def test_predict_on_the_screen_shows_the_most_probable_labels_and_sets(trained, capsys) -> None:
+    arguments = ["predict", "reviews", "a great film", "--top", "2", "--coverage", "0.9", *trained.store]
+    assert run(arguments) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.match(r"(good|bad) [\d.]+  (good|bad) [\d.]+ ", first)
+    assert second.strip().startswith("90% set ")
+    assert run([*arguments, "--json"]) == 0
+    (said,) = json.loads(capsys.readouterr().out)
+    assert set(said) == {"label", "probabilities", "label_set", "top"}
+    assert [each["probability"] for each in said["top"]] == sorted(said["probabilities"].values(), reverse=True)
+
+
+def test_a_file_that_is_no_table_is_not_taken_for_a_text(trained, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.md").write_text("a great film")
+    (tmp_path / "great").mkdir()
+    (tmp_path / "in.csv").write_text("text\na great film\n")
+    for inputs, complaint in (
+        (["notes.md"], "'notes.md' is a file that is no table, and it is not read as a text"),
+        (["great"], "'great' is a folder, and it is not read as a text"),
+        (["a great film", "in.csv"], "'in.csv' is a file between other inputs"),
+        (["a great film", "--out", "out.csv"], "--out writes the answers to the rows of one table"),
+    ):
+        assert run(["predict", "reviews", *inputs, *trained.store]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert complaint in err
+        assert err.count("\n") == 1
+    assert run(["predict", "reviews", "notes", *trained.store]) == 0  # the control: a word that names no file
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--top", "0"], "--top 0: expected 1 or more"),
+        (["--coverage", "1"], "coverage 1: expected a number above 0 and below 1"),
+        (["--coverage", "0.99"], "coverage 0.99 needs 99 validation examples or more, and this version"),
+    ],
+)
+def test_a_mistake_in_an_option_of_predict_costs_one_line(trained, options, complaint, capsys) -> None:
+    assert run(["predict", "reviews", "a great film", *options, *trained.store]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert complaint in err
+    assert err.count("\n") == 1
+
+
+# --- what a spreadsheet would run -------------------------------------------------------------------------------------
+
+
+def test_no_cell_of_a_written_table_begins_like_a_formula(trained, tmp_path) -> None:
+    evil = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "＝1+1"]
+    numbers = ["-5", "+3.5", "-1e-3", "4"]
+    source = table(tmp_path / "in.csv", ["=id", "text"], [[each, f"{each} great film"] for each in [*evil, *numbers]])
+    done = trained.workspace.predict_file("reviews", str(source), tmp_path / "out.csv")
+    found = read(tmp_path / "out.csv")
+    for row in found:
+        for cell in [*row, *row.values()]:
+            assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "＝")) or re.fullmatch(r"[+-]?[\d.e-]+", cell)
+    assert [row["'=id"] for row in found] == [f"'{each}" for each in evil] + numbers
+    assert done.guarded == 1 + 2 * len(evil) + 3  # the head, and the texts of "-5 great film" and the like
+    assert "begin like a formula" in done.notes[-1]
+    trained.workspace.predict_file("reviews", str(source), tmp_path / "out.jsonl")
+    kept = [json.loads(line)["=id"] for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert kept == [*evil, *numbers]
+
+
+def test_a_mistake_that_is_a_formula_is_harmless_in_the_table_of_mistakes(trained, tmp_path) -> None:
+    text = '=HYPERLINK("http://x","great film")'
+    source = table(tmp_path / "in.csv", ["text", "label"], [[text, "bad"], [text, "good"]])
+    assert run(["evaluate", "reviews", str(source), "--out", str(tmp_path / "errors.csv"), *trained.store]) == 0
+    assert [row["text"] for row in read(tmp_path / "errors.csv")] == [f"'{text}"]
+
+
+@pytest.mark.parametrize("text", ["", "a", "a=b", " =1", "1", "-1", "+.5", "-1e9", "e"])
+def test_a_harmless_text_stays_as_it_is(text: str) -> None:
+    assert harmless(text) == text
+
+
+def test_a_table_writer_keeps_numbers_exact_and_has_no_nan(tmp_path) -> None:
+    values: list[Any] = [0.1 + 0.2, -1.5, math.nan, None, True, ["a", "b"]]
+    for name in ("x.csv", "x.jsonl"):
+        with TableWriter(tmp_path / name, ["a", "b"]) as writer:
+            for value in values:
+                writer.write({"a": value})
+    assert [row["a"] for row in read(tmp_path / "x.csv")] == [
+        "0.30000000000000004", "-1.5", "nan", "", "True", "a | b",
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [line["a"] for line in lines] == [0.1 + 0.2, -1.5, None, None, True, ["a", "b"]]
