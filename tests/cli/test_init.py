@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import small_models
 from foreign_tables import CLASSES, MAKERS, stdin_of
-from odd_files import PLAIN, csv
+from odd_files import PLAIN, csv, jsonl
 from small_tables import POLES, write_csv
 
 from turret.cli.main import run
@@ -103,6 +103,18 @@ def test_a_recipe_says_what_it_saw_in_comments(tmp_path: Path, monkeypatch: pyte
     ):
         assert words in out, words
     assert not list(tmp_path.glob("*.toml"))
+
+
+def test_lengths_of_conversations_and_references_are_measured(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "why? " * 300}, {"role": "assistant", "content": "because. " * 50}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_bytes(jsonl([{"messages": turns} for _ in range(12)]))
+    recipe = Recipe.from_toml(typed("init", str(chats), "--out", "-")[1])
+    assert (recipe.task.kind, recipe.data.messages, recipe.task.max_tokens) == ("chat", "messages", 1024)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_bytes(jsonl([{"source": f"s {i}", "references": ["word " * 80, "word"]} for i in range(12)]))
+    recipe = Recipe.from_toml(typed("init", str(pairs), "--out", "-")[1])
+    assert (recipe.task.max_tokens, recipe.task.max_target_tokens) == (64, 128)
 
 
 def test_named_columns_win_over_guesses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

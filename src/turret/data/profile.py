@@ -42,6 +42,8 @@ class ColumnFacts:
             self.filled += bool(cell)
             self.lists += 1
             self.values.update(str(each) for each in cell)
+            turns = [each for each in cell if isinstance(each, dict)]
+            self.lengths += [len(str(turns))] if turns else [len(str(each)) for each in cell]
             return
         text = "" if cell is None or cell != cell else str(cell).strip()  # NaN is not equal to itself
         if not text:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from turret.recipe import Recipe
 
 CHARACTERS_PER_TOKEN = 3.5  # of Western texts, roughly
-LENGTHS = (64, 128, 256, 512)  # of inputs, in tokens
+LENGTHS = (64, 128, 256, 512)  # of inputs, in tokens; 512 is the most that common encoders read
+LONGER = (*LENGTHS, 1024, 2048)  # for a base that writes
 SKEWED = 5  # times as many rows in the largest class as in the smallest
 
 
@@ -108,9 +109,10 @@ def _write_task(text: _Lines, seen: Profile, asked: JsonMapping) -> None:
     if seen.multi_label:
         text.set("multi_label", True, "any number of classes per text")
     source, *_, target = (seen.facts[name] for name in (*seen.roles.values(), *seen.roles.values()))
-    text.option("max_tokens", _tokens(source.usual_length), True, "longer inputs lose their end")
-    if task_of(seen.kind).generates:
-        text.option("max_target_tokens", _tokens(target.usual_length), True, "longer answers lose their end")
+    lengths = LONGER if task_of(seen.kind).generates else LENGTHS
+    text.option("max_tokens", _tokens(source.usual_length, lengths), True, "longer inputs are cut")
+    if task_of(seen.kind).generates and target is not source:
+        text.option("max_target_tokens", _tokens(target.usual_length, lengths), True, "longer answers are cut")
     if seen.classes and max(seen.classes.values()) > SKEWED * min(seen.classes.values()):
         text.option("class_weights", "balanced", False, "rare classes count as much as common ones")
 
@@ -201,6 +203,6 @@ def _notes(seen: Profile) -> list[str]:
     return [f"{seen.kind}, {how}: {roles}"]
 
 
-def _tokens(characters: int) -> int:
-    """The first usual length that holds so many characters."""
-    return next((length for length in LENGTHS if length >= characters / CHARACTERS_PER_TOKEN + 8), LENGTHS[-1])
+def _tokens(characters: int, lengths: Sequence[int]) -> int:
+    """The first of some lengths that holds so many characters."""
+    return next((length for length in lengths if length >= characters / CHARACTERS_PER_TOKEN + 8), lengths[-1])
