@@ -110,6 +110,16 @@ def test_the_code_of_a_writers_card_prints_its_text(
         assert printed(code_of(tmp_path / "out", base, text)) == written(empty, "x", text)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama"])  # with a chat template, and without one
+def test_the_code_of_a_chats_card_prints_its_answer(family: str, empty: Workspace, tmp_path: Path) -> None:
+    base = small_models.save_base(family, tmp_path / "base")
+    folder = peft_folder(family, "generate", tmp_path / "peft")
+    empty.import_adapter(folder, "x", base=str(base), task="chat", settings={"max_new_tokens": 8})
+    empty.export("x", tmp_path / "out")
+    for text in TEXTS:
+        assert printed(code_of(tmp_path / "out", base, text)) == written(empty, "x", text)
+
+
 def test_the_code_of_a_prefixs_card_uses_the_prefix(workspace: Workspace, llama: Path, tmp_path: Path) -> None:
     found = workspace.export("prefix", tmp_path / "out")
     (warning,) = found.warnings

@@ -353,6 +353,17 @@ def test_the_card_states_what_is_known() -> None:
     assert "unknown: the base's files state none" in card(shown(), None, "peft", "SEQ_CLS", [])
 
 
+def test_the_code_of_a_card_keeps_the_base_in_the_4_bits_that_it_was_trained_in() -> None:
+    base = {"id": "google/bert", "revision": "0" * 40, "quantization": "nf4"}
+    for task in ({"kind": "classify", "labels": ["a", "b"]}, {"kind": "generate"}):
+        text = card(shown(base=base, task=task), None, "peft", "SEQ_CLS", [])
+        code = text.split("```python\n")[1].split("```")[0]
+        compile(code, "card", "exec")
+        assert "four_bits = BitsAndBytesConfig(load_in_4bit=True" in code
+        assert "quantization_config=four_bits" in code
+    assert "four_bits" not in card(shown(), None, "peft", "SEQ_CLS", [])
+
+
 def test_words_from_outside_stay_words_on_the_card() -> None:
     nasty = "`</code><script>|\n# Title\n```[x](javascript:1)"
     text = card(shown(base={"id": nasty}, task={"kind": "classify", "labels": [nasty]}), None, "peft", "SEQ_CLS", [])

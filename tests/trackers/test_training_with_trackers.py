@@ -122,6 +122,10 @@ def test_trackers_are_no_part_of_the_training(story: Story) -> None:
     assert kept.train.trackers is None
     lineage = story.workspace.show("tone@1")["manifest"]["lineage"]
     assert "trackers" not in lineage["recipe"]
+
+
+@pytest.mark.slow
+def test_the_same_training_without_trackers_gives_the_same_version(story: Story) -> None:
     again = story.workspace.train(story.recipe.without_trackers(), fresh=True)
     assert again.digest == story.result.digest
 

@@ -49,6 +49,7 @@ def pull(
     task: Annotated[str | None, typer.Option("--task", help="classify, summarize or generate.")] = None,
     labels: Annotated[str | None, typer.Option("--labels", metavar="A,B,C", help="Labels of the head.")] = None,
     sets: Settings = None,
+    base_quantization: options.BaseQuantization = "none",
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -68,6 +69,7 @@ def pull(
             task=task,
             labels=named,
             settings=task_settings(sets),
+            base_quantization=base_quantization,
             on_stage=say,
         )
     report(found, as_json, print_imported)

@@ -137,7 +137,13 @@ def _loading(shown: JsonMapping, form: str, task_type: str | None, place: str, *
     """How to load the files at `place`, and code that answers a text."""
     name = str(shown["version"]).partition("@")[0]
     base, task = _part(shown["manifest"], "base"), _part(shown["manifest"], "task")
-    files = Place(place, _on_hub(base) or "BASE", place if tokenizer else _on_hub(base) or "BASE", form == "merged")
+    files = Place(
+        place,
+        _on_hub(base) or "BASE",
+        place if tokenizer else _on_hub(base) or "BASE",
+        form == "merged",
+        bool(base.get("quantization")),
+    )
     if form == "merged":
         yield "With transformers:"
         yield _block("python", inference(files, task, task_type))

@@ -18,6 +18,12 @@ AUTO = {  # by PEFT's task_type
 }
 GENERATION = ("max_new_tokens", "num_beams", "do_sample", "eos_token_id", "pad_token_id")
 SLOT = "{document}"
+FOUR_BITS = (
+    'four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
+)
+CHAT = "base"  # the template of conversations that the base's own chat template writes
+PLAIN_CHAT = "plain"  # the template of those on a base that has none
+PLAIN_TURNS = ("### User:\n", "\n\n### Assistant:\n")
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Place:
     base: str  # a Hub id, or the word BASE
     tokenizer: str
     merged: bool = False  # the adapter is in the weights, and the base is not needed
+    four_bits: bool = False  # the base's linear layers were kept in 4 bits during training
 
 
 def inference(place: Place, task: JsonMapping, task_type: str | None, *, token_by_token: bool = False) -> str:
@@ -42,7 +49,9 @@ def inference(place: Place, task: JsonMapping, task_type: str | None, *, token_b
     writes = stored_task(task).generates
     lines = ["import torch"]
     lines += [] if place.merged else ["from peft import PeftModel"]
-    lines += [f"from transformers import {auto}, AutoTokenizer", ""]
+    four_bits = place.four_bits and not place.merged
+    lines += [f"from transformers import {auto}, AutoTokenizer{', BitsAndBytesConfig' if four_bits else ''}", ""]
+    lines += [FOUR_BITS] if four_bits else []
     labels = task.get("labels")
     names = [str(label) for label in labels] if isinstance(labels, list) and not writes else []
     lines += [f"labels = {names!a}"] if names else []
@@ -60,16 +69,25 @@ def inference(place: Place, task: JsonMapping, task_type: str | None, *, token_b
 
 def llama_cpp(path: str, task: JsonMapping) -> str:
     """Python that answers one text with llama-cpp-python. path: of the GGUF file of the adapter."""
-    head, tail = _template(task)
     most = _generation(task).get("max_new_tokens", 128)
-    lines = (
+    lines = [
         "from llama_cpp import Llama",
         "",
         f'model = Llama("BASE.gguf", lora_path={path!a}, n_ctx=2048, verbose=False)',
         'text = "a text of your own"',
-        f"prompt = {head!a} + text + {tail!a}",
-        f'print(model(prompt, max_tokens={most}, temperature=0)["choices"][0]["text"].strip())',
-    )
+    ]
+    if _text(task, "template") == CHAT:
+        lines += [
+            'messages = [{"role": "user", "content": text}]',
+            f"answer = model.create_chat_completion(messages, max_tokens={most}, temperature=0)",
+            'print(answer["choices"][0]["message"]["content"].strip())',
+        ]
+    else:
+        head, tail = _template(task)
+        lines += [
+            f"prompt = {head!a} + text + {tail!a}",
+            f'print(model(prompt, max_tokens={most}, temperature=0)["choices"][0]["text"].strip())',
+        ]
     return "\n".join(lines)
 
 
@@ -77,15 +95,18 @@ def _model(place: Place, auto: str, labelled: bool) -> Iterator[str]:
     if place.merged:
         yield f"model = {auto}.from_pretrained({place.adapter!a}).eval()"
         return
+    kept = ", quantization_config=four_bits" if place.four_bits else ""
     if labelled:
         yield f"base = {auto}.from_pretrained("
         yield f"    {place.base!a},"
         yield "    id2label=dict(enumerate(labels)),"
         yield "    label2id={label: number for number, label in enumerate(labels)},"
         yield "    ignore_mismatched_sizes=True,  # the head comes with the adapter"
+        if kept:
+            yield "    quantization_config=four_bits,"
         yield ")"
     else:
-        yield f"base = {auto}.from_pretrained({place.base!a})"
+        yield f"base = {auto}.from_pretrained({place.base!a}{kept})"
     yield f"model = PeftModel.from_pretrained(base, {place.adapter!a}).eval()"
 
 
@@ -102,7 +123,14 @@ def _classify(task: JsonMapping) -> Iterator[str]:
 
 def _decoder(task: JsonMapping, token_by_token: bool) -> Iterator[str]:
     head, tail = _template(task)
-    if task.get("chat_template"):  # turns and words are tokenized apart; the turns may have the first special token
+    most, template = _most(task), _text(task, "template")
+    if template == CHAT:
+        yield 'messages = [{"role": "user", "content": text}]'
+        yield "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"
+        yield 'ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])'
+    elif template == PLAIN_CHAT:
+        yield f'ids = torch.tensor([tokenizer({head!a} + text + {tail!a})["input_ids"]])'
+    elif task.get("chat_template"):  # turns and words are tokenized apart; the turns may have the first special token
         words = _text(task, "prefix_text").partition(SLOT)[0]
         words = words if head.endswith(words) else ""
         yield f"turns, tail = {head.removesuffix(words)!a}, {tail!a}"
@@ -110,11 +138,11 @@ def _decoder(task: JsonMapping, token_by_token: bool) -> Iterator[str]:
         yield "special = not turns.startswith(tokenizer.bos_token or chr(0))"
         yield 'before = tokenizer(turns, add_special_tokens=special)["input_ids"]'
         yield 'before += tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"]'
+        yield from _ended(most)
     else:
         yield f"head, tail = {head!a}, {tail!a}"
         yield f'before = tokenizer(head + text{".rstrip()" if tail else ""})["input_ids"]'
-    yield 'after = tokenizer(tail, add_special_tokens=False)["input_ids"]'
-    yield f"ids = torch.tensor([before[: {_most(task)} - len(after)] + after])"
+        yield from _ended(most)
     yield "start = ids.shape[1]"
     settings = _generation(task)
     if token_by_token:
@@ -129,6 +157,12 @@ def _decoder(task: JsonMapping, token_by_token: bool) -> Iterator[str]:
     yield "print(tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip())"
 
 
+def _ended(most: int) -> Iterator[str]:
+    """A text that is too long loses its end, and never the template's."""
+    yield 'after = tokenizer(tail, add_special_tokens=False)["input_ids"]'
+    yield f"ids = torch.tensor([before[: {most} - len(after)] + after])"
+
+
 def _encoder_decoder(task: JsonMapping) -> Iterator[str]:
     head, tail = _template(task)
     parts = " + ".join(part for part in (head and ascii(head), "text", tail and ascii(tail)) if part)
@@ -139,7 +173,10 @@ def _encoder_decoder(task: JsonMapping) -> Iterator[str]:
 
 def _template(task: JsonMapping) -> tuple[str, str]:
     """What stands before and after the text."""
-    head, _, tail = (_text(task, "template") or SLOT).partition(SLOT)
+    template = _text(task, "template")
+    if template == PLAIN_CHAT:
+        return PLAIN_TURNS
+    head, _, tail = (template or SLOT).partition(SLOT)
     return head, tail
 
 

@@ -91,6 +91,7 @@ class Hub:
         labels: Sequence[str] | None = None,
         settings: JsonMapping | None = None,
         rank: int | None = None,
+        base_quantization: Literal["none", "nf4"] = "none",
         on_stage: Say | None = None,
     ) -> Imported:
         """Fetch an adapter from the Hub, check it as `import_adapter` does, and store it.
@@ -99,6 +100,7 @@ class Hub:
             hub_id: OWNER/NAME.
             name: of the adapter in the store; default: made from the id.
             revision: a branch, a tag or a commit.
+            base_quantization: for a PEFT folder: of the base that the adapter was trained on.
 
         Raises:
             HubError: there is no such repository, or neither the Hub nor its cache has it.
@@ -107,7 +109,9 @@ class Hub:
         from turret.bundles.hub import check_id
         from turret.workspace import importing
 
-        request = importing.ImportRequest(base, task, labels, settings, rank, revision=revision, pulled=True)
+        request = importing.ImportRequest(
+            base, task, labels, settings, rank, quantization=base_quantization, revision=revision, pulled=True
+        )
         named = name or name_from(check_id(hub_id))
         return importing.import_adapter(self._store, hub_id, named, request, on_stage or silent)
 
