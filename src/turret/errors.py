@@ -7,6 +7,7 @@ TurretError                 base of all; its text is one line: what failed, expe
 │   └── NoHeader            a CSV file whose first line looks like data
 ├── BaseModelError          a base that cannot be found, read or used
 │   └── UnknownFamily       an architecture without an entry in `families`
+├── DeviceError             a device that is not there, or on which the base cannot compute
 ├── AdapterError            tensors or configuration of an adapter that do not fit
 │   ├── BundleError         a bundle on disk that is broken, foreign or unsafe
 │   └── WrongBase           the adapter belongs to another base
@@ -132,6 +133,12 @@ class BaseModelError(TurretError):
 
 class UnknownFamily(BaseModelError):
     """The architecture has no entry in `turret.families`."""
+
+
+class DeviceError(TurretError):
+    """A device is not there, is misspelt, or cannot compute what is asked of it."""
+
+    exit_status = 2
 
 
 class AdapterError(TurretError):

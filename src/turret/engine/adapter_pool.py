@@ -129,7 +129,7 @@ class AdapterPool:
         targets = iter(torch.split(flat, [part.numel() for part in parts]))
         for A, B in factors.values():
             next(targets).view(A.shape).copy_(A)
-            torch.mul(B.float().mT, scaling, out=next(targets).view(B.shape[::-1]))
+            torch.mul(B.to(self.device, torch.float32).mT, scaling, out=next(targets).view(B.shape[::-1]))
         return layout
 
     # --- slots --------------------------------------------------------------------------------------------------------

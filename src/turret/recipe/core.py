@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from turret.device_name import DEVICES, is_device
 from turret.errors import BadReference, RecipeError, joined, one_line, shown
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.methods import METHODS, LoRA, Method, method_class
@@ -135,6 +136,12 @@ def _trackers(value: JsonValue) -> JsonValue:
     return tuple(dict.fromkeys(names))
 
 
+def _device(value: JsonValue) -> JsonValue:
+    if value is not None and not (isinstance(value, str) and is_device(value)):
+        raise ValueError(f"expected {DEVICES}, given {shown(value)}")
+    return value
+
+
 class Train(_Section):
     """Optimiser, schedule, batches, evaluation and checkpoints."""
 
@@ -152,7 +159,8 @@ class Train(_Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     early_stopping: int | None = Field(default=None, ge=1, le=MOST)  # evaluations on validation without improvement
     keep: Literal["last", "best"] = "last"  # best on the validation split, never on the test split
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; adapters are float32
+    device: Annotated[str | None, BeforeValidator(_device)] = None  # where it trains; None: auto, a card if it fits
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the frozen base; adapters are float32
     int8: bool = False  # frozen layers multiply in 8 bits during training steps, in dtype everywhere else
     gradient_clip: float = Field(default=1.0, gt=0)  # maximum norm
     checkpoint_every: int | None = Field(default=None, ge=1, le=MOST)  # steps; None: every epoch

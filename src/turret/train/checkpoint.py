@@ -7,8 +7,8 @@ Format 1 is one safetensors file, `checkpoint.safetensors`, in the run's folder:
 - `layout`: the shape of each trained parameter, in the order in which they lie in `weights`
 - tensors `weights`, `exp_avg`, `exp_avg_sq`: (N,) float32; `best`: (N,), if the best weights are kept. With
   `adamw8bit` the moments are (N,) uint8, and `exp_avg_absmax`, `exp_avg_sq_absmax` are their scales
-- tensors `random.python`, `random.torch`, `random.cuda`: states of the random generators; `random.1.python` and so on
-  for processes 1, 2, ... of several
+- tensors `random.python`, `random.torch`, `random.cuda` (or `random.mps`): states of the random generators;
+  `random.1.python` and so on for processes 1, 2, ... of several
 
 A checkpoint is written to a new file, synced and renamed, so after a kill or on a full disk the previous one remains.
 """

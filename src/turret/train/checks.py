@@ -218,13 +218,19 @@ def precision(recipe: Recipe, base: Base) -> Iterator[Check]:
     """Whether the processor and the method suit the precision of the base's weights and products."""
     if recipe.train.int8:
         yield _in_8_bits(recipe.method, base.model)
-    if not str(base.dtype).endswith("bfloat16"):
+    dtype = str(base.dtype).removeprefix("torch.")
+    if dtype == "float32":
         return
-    remedy = 'set train.dtype to "float32"'
+    remedy, device = 'set train.dtype to "float32"', base.model.device
     if recipe.method.every_weight:
-        yield Check("dtype", "warn", "full fine-tuning starts from weights rounded to bfloat16", remedy)
-    if not native_bfloat16():
-        yield Check("dtype", "warn", "this processor emulates bfloat16, several times slower than float32", remedy)
+        yield Check("dtype", "warn", f"full fine-tuning starts from weights rounded to {dtype}", remedy)
+    if dtype == "bfloat16" and not native_bfloat16(device):
+        where = "this processor" if device.type == "cpu" else f"the card {device}"
+        yield Check("dtype", "warn", f"{where} emulates bfloat16, several times slower than float32", remedy)
+    if dtype == "float16":
+        slow = "this processor computes float16 slowly; " if device.type == "cpu" else ""
+        level: Level = "warn" if slow else "ok"
+        yield Check("dtype", level, f"{slow}the loss is scaled, because small gradients vanish in float16", remedy)
 
 
 def _in_8_bits(method: Method, model: Model) -> Check:

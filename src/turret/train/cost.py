@@ -1,4 +1,7 @@
-"""Measures the time and memory of a training by a few passes on the real model, which is left as it was."""
+"""Measures the time and memory of a training by a few passes on the real model, which is left as it was.
+
+On a GPU, which computes while Python goes on, every time is taken after it has computed all.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import psutil
 import torch
 
 from turret import adapters, heap
-from turret.bases import Base
+from turret.bases import Base, synchronize
 from turret.data import Example
 from turret.recipe import Recipe
 from turret.tasks import Task, writes
@@ -28,6 +31,7 @@ LONG = 3.0  # seconds; a step this long is timed once instead of twice
 TIMED = 0.3  # seconds; a shorter span is too short to count, because the system counts hundredths
 SAMPLED = 50  # batches, of which the typical and the largest are measured
 FIRST_TOKENS = (1, 5)  # new tokens of each text in the two timed generations
+CARD_GROWTH = 1.05  # a card's allocator gives back what it has freed, whole
 HEAP_GROWTH = 1.2  # the heap after hundreds of passes of other sizes, divided by the heap after a few
 BETWEEN_STEPS = 10 << 20  # bytes of the checkpoint and the curve
 SIZES = 5  # sizes of a pass that are tried, because each leaves other holes in the heap
@@ -100,6 +104,8 @@ def measure(
     part counts as `activations`: saved tensors, temporaries, and holes in the heap, because a training keeps freed
     memory. `activations` is at least what the largest piece saved for its backward pass.
 
+    On a card the same is measured of its tensors there.
+
     Args:
         before: bytes of the process after the base was loaded; None: now. Growth since then counts as `prepared`.
         start: the adapter to continue from.
@@ -111,8 +117,10 @@ def measure(
     most = pass_tokens(recipe.train, model.config)
     typical = sorted(batches, key=_tokens)[len(batches) // 2]
     pieces = sorted((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens)
-    randomness = Randomness(recipe.seed, model.device)
-    before = memory.resident() if before is None else before
+    device, on_card = model.device, model.device.type != "cpu"
+    clock = _synchronized(clock, device) if on_card else clock
+    randomness = Randomness(recipe.seed, device)
+    before = memory.resident(device) if before is None else before
     with heap.keep_freed(), randomness:
         attach(recipe, base, task, start)
         try:
@@ -123,8 +131,8 @@ def measure(
             others = OtherProcesses()
             seconds = _seconds(model, task, micro_batches(typical, most), clock)
             busy = others.busy()
-            with memory.grown() as grown:  # from the state in which a training starts: libraries loaded, heap trimmed
-                begun = memory.resident()
+            with memory.grown(device) as grown:  # from the state in which a training starts: libraries, a trimmed heap
+                begun = memory.resident(device)
                 saved = _saved_by(model, task, pieces, 1 if seconds > LONG else SIZES)
                 _evaluate(model, task, items, {place for indices in sampled for place in indices}, most)
             rounded = adapters.rounded_bytes(adapters.attachment(model).context)
@@ -139,12 +147,24 @@ def measure(
         trainable=trainable,
         gradients=trainable,
         optimiser=moment_bytes(recipe.train.optimizer, trainable // 4),
-        activations=max(round(HEAP_GROWTH * grown.bytes), saved.bytes + 2 * saved.largest),
+        activations=max(
+            round((CARD_GROWTH if on_card else HEAP_GROWTH) * grown.bytes), saved.bytes + 2 * saved.largest
+        ),
         rounded=rounded,
-        prepared=BETWEEN_STEPS + max(0, begun - before - 2 * trainable - rounded),
+        prepared=(0 if on_card else BETWEEN_STEPS) + max(0, begun - before - 2 * trainable - rounded),
         runtime=max(0, before - base.bytes),
     )
     return Cost(seconds, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4, busy, generation)
+
+
+def _synchronized(clock: Callable[[], float], device: torch.device) -> Callable[[], float]:
+    """The clock, read when the device has computed all that was asked of it."""
+
+    def read() -> float:
+        synchronize(device)
+        return clock()
+
+    return read
 
 
 def _seconds(model: Model, task: Task, pieces: Sequence[Sequence[Item]], clock: Callable[[], float]) -> float:

@@ -60,7 +60,7 @@ def fit(
         OutOfMemory: a step needs more memory than there is.
         TrainingError: the checkpoint belongs to another run, or the base's weights changed.
     """
-    memory.reset_peak()
+    memory.reset_peak(base.model.device)
     run = TrainingRun.begin(recipe, base, task, dataset, folder, start)
     train, model, here = run.recipe.train, run.model, run.processes
     heap.release()  # return what loading the tokenizer and the weights freed to the system
@@ -82,6 +82,7 @@ def fit(
                         clip=train.gradient_clip,
                         most_tokens=run.most_tokens,
                         processes=here,
+                        scale=run.scale,
                     )
                 seconds = clock() - started
                 run.count(step, batch, loss, seconds)

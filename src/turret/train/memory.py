@@ -1,4 +1,8 @@
-"""Memory of the process and the machine in bytes, and the predicted memory of a training."""
+"""Memory in bytes, of the process or of its tensors on a card, and the predicted memory of a training.
+
+On the CPU the memory of a training is that of the whole process. On a card it is that of the tensors there, as torch's
+allocator counts them; CUDA's context comes on top.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +21,38 @@ from turret import heap
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the peak to the current resident size
 
 
-def resident() -> int:
-    """Bytes of this process in physical memory now."""
+CPU = torch.device("cpu")
+
+
+def resident(device: torch.device = CPU) -> int:
+    """Bytes of this process in physical memory now, or of its tensors on a card."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
     return int(psutil.Process().memory_info().rss)
 
 
-def reset_peak() -> None:
-    """Reset the peak on Linux. On other systems it stays the peak since the process started."""
+def reset_peak(device: torch.device = CPU) -> None:
+    """Reset the peak on Linux or of a card. Elsewhere it stays the peak since the process started."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:
         return
 
 
-def peak() -> int:
-    """Most bytes of this process in physical memory since `reset_peak`."""
+def peak(device: torch.device = CPU) -> int:
+    """Most bytes of this process in physical memory, or of its tensors on a card, since `reset_peak`.
+
+    Metal tells no peak: there it is what the driver has given to this process now.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
@@ -54,21 +75,22 @@ class Grown:
 
 
 @contextmanager
-def grown() -> Iterator[Grown]:
-    """Measure the growth of the process within the block. The result is complete when the block ends."""
+def grown(device: torch.device = CPU) -> Iterator[Grown]:
+    """Measure the growth of `resident` within the block. The result is complete when the block ends."""
     heap.release()
-    result, before = Grown(), resident()
-    reset_peak()
-    was_reset = peak() < before + (16 << 20)  # else the peak is an earlier one
+    result, before = Grown(), resident(device)
+    reset_peak(device)
+    was_reset = peak(device) < before + (16 << 20)  # else the peak is an earlier one
     yield result
     if was_reset:
-        result.bytes = max(0, peak() - before)
+        result.bytes = max(0, peak(device) - before)
 
 
 def available(device: torch.device) -> int:
     """Free bytes of a GPU, or of the machine within its container's limit."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = int(psutil.virtual_memory().available)
     limit = _container_room()
     return free if limit is None else min(free, limit)
@@ -91,14 +113,14 @@ def _container_room() -> int | None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes that a training will need, by component; `total` is the predicted peak of the process."""
+    """Bytes that a training will need, by component; `total` is the predicted peak of the process, or on a card."""
 
     weights: int  # of the frozen base
     trainable: int  # adapter, prefix MLP, head, or the copy of full fine-tuning
     gradients: int
     optimiser: int  # two moments
     activations: int  # peak of the passes: saved for backward, temporaries, holes in the heap
-    runtime: int  # Python and its libraries
+    runtime: int  # Python and its libraries; on a card CUDA's context, if nothing was measured there
     rounded: int = 0  # the frozen matrices in 8 bits, with train.int8 and a small base
     prepared: int = 0  # examples and libraries that were loaded after the base, checkpoint and curve
 
@@ -137,14 +159,14 @@ class SavedForBackward:
     """Counts the bytes that a forward pass saves for its backward pass: each storage once, without parameters."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._known = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+        self._known = {_address(each.untyped_storage()) for each in (*model.parameters(), *model.buffers())}
         self._saved: dict[int, torch.UntypedStorage] = {}  # by address; kept alive, so that no address is used twice
         self.bytes = 0
         self.largest = 0
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        address = storage.data_ptr()
+        address = _address(storage)
         if address not in self._known and address not in self._saved:
             self._saved[address] = storage
             self.bytes += storage.nbytes()
@@ -157,3 +179,8 @@ class SavedForBackward:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
             yield
         self._saved.clear()
+
+
+def _address(storage: torch.UntypedStorage) -> int:
+    """What tells a storage from others: where its bytes are, or on the meta device, without bytes, where it is."""
+    return storage.data_ptr() or storage._cdata

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from turret import quantized
-from turret.bases import Base
+from turret.bases import Base, ChosenDevice
 from turret.data import Dataset, Example
 from turret.errors import PreflightRefused
 from turret.json_types import JsonObject
@@ -85,6 +85,7 @@ def plan(
     measured: bool = True,
     start: InitialAdapter | None = None,
     proof_seconds: float = 0.0,
+    device: ChosenDevice | None = None,
 ) -> Plan:
     """Check a recipe against its base and data. The base is left as it was.
 
@@ -92,8 +93,9 @@ def plan(
         measured: run a few passes on the model for memory and time.
         start: the version that the adapter starts from.
         proof_seconds: time of the proof, which loads the base in a fresh process.
+        device: where the base is, and why; for a row of the plan.
     """
-    before = memory.resident()
+    before = memory.resident(base.model.device)
     used = splits_of(recipe, dataset)
     recipe = filled(recipe, base, task.kind, len(used.train))
     schedule = Schedule.of(recipe, len(used.train))
@@ -120,6 +122,7 @@ def plan(
         *checks.outputs(sample, task),
         *checks.positions(recipe, task, base),
         *checks.precision(recipe, base),
+        *([] if device is None else [Check("device", "ok", str(device))]),
     ]
     cost = None
     if measured and not any(check.level == "refuse" for check in rows):
@@ -177,6 +180,7 @@ def fits(predicted: memory.Prediction, base: Base) -> Check:
     room = memory.available(base.model.device)
     text = f"{predicted}, {memory.mega(room)} free"
     remedy = "lower train.micro_batch_tokens or task.max_tokens, or free memory"
+    remedy += "" if base.model.device.type == "cpu" else ', or set train.device to "cpu"'
     if predicted.above_base > room:
         return Check("memory", "refuse", text, remedy)
     if predicted.above_base > 0.8 * room:

@@ -45,6 +45,7 @@ def examine(request: JsonMapping, probe: dict[str, Tensor]) -> JsonObject:
         num_labels=request["labels"],
         dtype=request["dtype"],
         quantization=request.get("quantization", "none"),
+        device=request["device"],
         verify=True,  # hash the weights instead of trusting the cached fingerprint
     )
     if base.fingerprint != request["fingerprint"]:

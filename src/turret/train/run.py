@@ -29,6 +29,7 @@ from turret.train.defaults import filled
 from turret.train.evaluation import evaluate
 from turret.train.flat_loss import WINDOW, FlatLoss, flat_loss
 from turret.train.initialize import InitialAdapter, attach, optimiser_of
+from turret.train.loss_scale import LossScale
 from turret.train.optim import AdamW, warmup_steps
 from turret.train.processes import Processes
 from turret.train.seeds import Randomness
@@ -49,7 +50,7 @@ class Fitted:
     tokens: int
     seconds: float  # of all optimiser steps, also those before the run was resumed
     evaluate_seconds: float
-    peak_bytes: int  # of this process
+    peak_bytes: int  # of this process, or of its tensors on a card
     resumed_from: int  # step of the checkpoint that this process resumed; 0 for none
     stopped_early: bool
     best: JsonObject | None  # step and metrics of the best evaluation on the validation split
@@ -71,6 +72,7 @@ class RunProgress:
     stale: int = 0  # evaluations since the best one
     gave_up: bool = False  # early stopping
     losses: list[float] = field(default_factory=list)  # of the latest WINDOW steps
+    scale: list[float] = field(default_factory=list)  # value and good steps of the loss scale; empty without one
 
 
 @dataclass
@@ -99,6 +101,7 @@ class TrainingRun:
     progress: RunProgress = field(default_factory=RunProgress)
     best_weights: Tensor | None = None
     resumed_from: int = 0
+    scale: LossScale | None = None  # of the loss, in float16
 
     @classmethod
     def begin(
@@ -150,6 +153,7 @@ class TrainingRun:
                 guessing=task.guessing_loss(splits.train),
                 processes=here,
                 start=start,
+                scale=LossScale.of(base.dtype),
             )
             here.require_same(**run._identity())
             run._resume()
@@ -210,6 +214,7 @@ class TrainingRun:
         self.progress.examples += len(batch)
         self.progress.tokens += sum(item.tokens for item in batch)
         self.progress.seconds += seconds
+        self.progress.scale = [] if self.scale is None else [self.scale.value, self.scale.good]
 
     def judge(self, step: int, metrics: JsonObject, seconds: float) -> None:
         """Compare an evaluation with the best one so far. Only a validation split chooses, never the test split."""
@@ -273,6 +278,8 @@ class TrainingRun:
             "transformers": version("transformers"),
             "world_size": self.processes.size,  # decides the dropout of each example and the order of sums
         }
+        if self.model.device.type != "cpu":  # another device rounds otherwise, and has random numbers of its own
+            identity["device"] = self.model.device.type
         return identity if self.start is None else {**identity, "parent": self.start.digest}
 
     def _lineage(self) -> JsonObject:
@@ -326,6 +333,8 @@ class TrainingRun:
         )
         self.progress = RunProgress(**progress)
         self.resumed_from = self.progress.step
+        if self.progress.scale:
+            self.scale = LossScale(self.progress.scale[0], round(self.progress.scale[1]))
         rows = {name: here.take_from_main(row) for name, row in optimiser.state().items()}
         optimiser.load_state(rows, self.progress.step)
         if has_best:
@@ -375,7 +384,7 @@ class TrainingRun:
             tokens=progress.tokens,
             seconds=progress.seconds,
             evaluate_seconds=progress.evaluate_seconds,
-            peak_bytes=memory.peak(),
+            peak_bytes=memory.peak(self.model.device),
             resumed_from=self.resumed_from,
             stopped_early=progress.gave_up,
             best=None if progress.best_metrics is None else {"step": progress.best_step, **progress.best_metrics},
@@ -399,7 +408,7 @@ class TrainingRun:
         family, classify = self.base.family.kind, not self.task.generates
         usual = self.recipe.method.defaults(family, classify=classify, parameters=self.total).lr
         remedy = f"set train.lr to {min(usual, self.lr / 10):g} (now {self.lr:g})"
-        if str(self.base.dtype).endswith("bfloat16"):
+        if str(self.base.dtype).endswith("float16"):  # or bfloat16
             remedy += ' or train.dtype to "float32"'
         return f"{remedy}; {self._last_checkpoint()}"
 
@@ -421,7 +430,7 @@ def _random_prefix(rank: int) -> str:
 def _random_state(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     """The random states of one process in a checkpoint."""
     named = {name.removeprefix(_random_prefix(rank)): each for name, each in tensors.items()}
-    return {name: named[name] for name in ("python", "torch", "cuda") if name in named}
+    return {name: named[name] for name in ("python", "torch", "cuda", "mps") if name in named}
 
 
 def merit(metrics: JsonMapping) -> tuple[float, float]:

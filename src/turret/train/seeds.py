@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class RandomState(NamedTuple):
-    """The states of the generators of Python, torch and a GPU."""
+    """The states of the generators of Python, torch and the GPU on which the run computes."""
 
     python: tuple[int, tuple[int, ...], float | None]  # version, words, the pending half of a pair of `random.gauss`
     host: Tensor
-    cuda: Tensor | None
+    card: Tensor | None
 
 
 class Randomness:
@@ -33,14 +33,22 @@ class Randomness:
             torch.manual_seed(seed)
 
     def _take(self) -> RandomState:
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return RandomState(random.getstate(), torch.get_rng_state(), cuda)
+        card = None
+        if self.device.type == "cuda":
+            card = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            card = torch.mps.get_rng_state()
+        return RandomState(random.getstate(), torch.get_rng_state(), card)
 
     def _set(self, state: RandomState) -> None:
         random.setstate(state.python)
         torch.set_rng_state(state.host)
-        if state.cuda is not None:
-            torch.cuda.set_rng_state(state.cuda, self.device)
+        if state.card is None:
+            return
+        if self.device.type == "mps":
+            torch.mps.set_rng_state(state.card)
+        else:
+            torch.cuda.set_rng_state(state.card, self.device)
 
     def __enter__(self) -> None:
         assert self._outer is None, "the run's random states are in use already"
@@ -58,15 +66,15 @@ class Randomness:
 
     def tensors(self) -> dict[str, Tensor]:
         """The states as tensors, for a checkpoint."""
-        (version, words, gauss), host, cuda = self._own
+        (version, words, gauss), host, card = self._own
         assert version == 3, f"Python's generator has a new state, version {version}"
         assert gauss is None, "random.gauss was called, whose pending number a checkpoint does not keep"
         state = {"python": torch.tensor(words, dtype=torch.int64), "torch": host}
-        if cuda is not None:
-            state["cuda"] = cuda
+        if card is not None:
+            state[self.device.type] = card
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Continue from the states of a checkpoint."""
         python = (3, tuple(state["python"].tolist()), None)
-        self._own = RandomState(python, state["torch"], state.get("cuda"))
+        self._own = RandomState(python, state["torch"], state.get(self.device.type))

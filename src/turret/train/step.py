@@ -14,6 +14,7 @@ from turret.adapters import mixed_precision, packed
 from turret.errors import LossNotFinite, OutOfMemory
 from turret.tasks import Task, has_head
 from turret.train.batches import Item, micro_batches
+from turret.train.loss_scale import LossScale
 from turret.train.memory import Prediction
 from turret.train.optim import AdamW
 from turret.train.processes import ALONE, Processes
@@ -32,6 +33,7 @@ def train_step(
     clip: float,
     most_tokens: int,
     processes: Processes = ALONE,
+    scale: LossScale | None = None,
 ) -> tuple[float, float]:
     """One update from the gradient of the mean loss over the whole batch, computed in micro-batches.
 
@@ -42,6 +44,7 @@ def train_step(
         rate: learning rate of this step.
         clip: largest norm of the gradients.
         most_tokens: of one micro-batch.
+        scale: of the loss, if the base computes in float16. A step whose gradients overflow is computed again.
 
     Returns:
         The loss and the gradient norm before clipping, both before the update.
@@ -49,23 +52,44 @@ def train_step(
     Raises:
         LossNotFinite: one of them is NaN or infinite; the weights are not updated.
     """
+    while True:
+        loss = _gradients(model, task, optimiser, batch, most_tokens, processes, scale)
+        norm = optimiser.clip_gradients(clip)
+        overflowed = scale is not None and math.isfinite(loss) and not math.isfinite(norm)
+        if scale is None or not overflowed or not scale.lower():
+            break
+    for name, value in (("loss", loss), ("norm of the gradients", norm)):
+        if not math.isfinite(value):
+            raise LossNotFinite(f"the {name} became {value}")
+    if scale is not None:
+        scale.passed()
+    optimiser.step(rate)
+    return loss, norm
+
+
+def _gradients(
+    model: Model,
+    task: Task,
+    optimiser: AdamW,
+    batch: Sequence[Item],
+    most_tokens: int,
+    processes: Processes,
+    scale: LossScale | None,
+) -> float:
+    """Compute the gradients of the mean loss over the whole batch, in all processes, and return that loss."""
     optimiser.zero_gradients()
     total = sum(item.weight for item in batch)
     losses = []
     for piece in micro_batches(processes.share(batch), most_tokens):
         part = loss_of(model, task, piece) * (sum(item.weight for item in piece) / total)
-        backward(part)
+        backward(part if scale is None else part.float() * scale.value)
         losses.append(part.detach())
     # a process has no share of a very small batch
     mean = torch.stack(losses).sum().float() if losses else optimiser.gradients.new_zeros(())
     processes.sum(optimiser.gradients, mean)  # the rest is the same in every process
-    loss = float(mean)
-    norm = optimiser.clip_gradients(clip)
-    for name, value in (("loss", loss), ("norm of the gradients", norm)):
-        if not math.isfinite(value):
-            raise LossNotFinite(f"the {name} became {value}")
-    optimiser.step(rate)
-    return loss, norm
+    if scale is not None:
+        optimiser.gradients.mul_(1.0 / scale.value)
+    return float(mean)
 
 
 def backward(loss: Tensor) -> None:

@@ -23,6 +23,7 @@ from turret.train.batches import Items, Schedule, pass_tokens
 from turret.train.defaults import defaults_of, filled
 from turret.train.evaluation import example_losses
 from turret.train.initialize import InitialAdapter, attach, optimiser_of
+from turret.train.loss_scale import LossScale
 from turret.train.optim import AdamW, learning_rate
 from turret.train.rates import FoundRate, Score, search, size_of
 from turret.train.seeds import Randomness
@@ -93,6 +94,7 @@ class Trials:
         schedule = Schedule(len(self.items), train.batch_size, self.steps, self.recipe.seed, max_steps=self.steps)
         randomness = Randomness(self.recipe.seed, self.base.model.device)
         losses: list[float] = []
+        scale = LossScale.of(self.base.dtype)
         for step, indices in schedule.batches():
             batch = self.items.take(indices)
             rate = learning_rate(step, total=self.steps, peak=lr, warmup=warmup, schedule="constant")
@@ -106,6 +108,7 @@ class Trials:
                         rate=rate,
                         clip=train.gradient_clip,
                         most_tokens=self.most_tokens,
+                        scale=scale,
                     )
             except LossNotFinite:
                 return None

@@ -31,22 +31,27 @@ class Mounted:
     version: Version | None  # None: the base alone
     model: Model
     task: Task
+    notes: tuple[str, ...] = ()  # of the base that was loaded
 
 
-def mounted(store: Store, reference: str, say: Say = silent) -> Mounted:
+def mounted(store: Store, reference: str, say: Say = silent, device: str = "auto") -> Mounted:
     """Load a version and its base, and mount the adapter.
+
+    Args:
+        device: where the base computes; see `bases.choose_device`.
 
     Raises:
         AdapterError: the version does not store its task.
+        DeviceError: the device is not there, or the base does not fit.
         WrongBase: the weights of the loaded base are not those that the adapter was trained on.
     """
     version, adapter = read_adapter(store, reference)
     if not adapter.task:
         raise AdapterError(f"{version} does not store its task, so it cannot answer: train it again")
     say(f"loading {adapter.base.id}")
-    base = load_base(adapter)
+    base = load_base(adapter, device=device)
     adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
-    return Mounted(version, base.model, task_from_spec(adapter.task, base.tokenizer))
+    return Mounted(version, base.model, task_from_spec(adapter.task, base.tokenizer), base.notes)
 
 
 def predict(
@@ -57,14 +62,15 @@ def predict(
     *,
     bare: bool = False,
     coverage: float | None = None,
+    device: str = "auto",
 ) -> list[JsonObject]:
     """One answer per text, in order."""
     if not texts:
         raise DataError("nothing to answer: give a text, or a file with at least one line")
     if coverage is not None:
         require_coverage(store.resolve(reference), coverage)
-    ready = mounted(store, reference, say)
-    say(f"answering {len(texts)} texts" if len(texts) > 1 else "answering")
+    ready = mounted(store, reference, say, device)
+    say(f"answering {len(texts)} texts{_where(ready.model)}" if len(texts) > 1 else f"answering{_where(ready.model)}")
     return answers(ready, texts, bare=bare, coverage=coverage)
 
 
@@ -119,3 +125,8 @@ def _labels(model: Model, task: HeadTask, rows: Sequence[torch.Tensor], coverage
                 for place, labels in zip(places, task.label_sets(logits, coverage), strict=True):
                     found[place]["label_set"] = labels
     return found
+
+
+def _where(model: Model) -> str:
+    """Where a model computes, for a stage's text; empty for the CPU."""
+    return "" if model.device.type == "cpu" else f" on {model.device}"

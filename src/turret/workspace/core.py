@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 class Workspace:
     """A store of adapters, and every operation on it.
 
-    Many methods take `on_stage`, a function that is called with a line of text at the start of each stage.
+    Many methods take `on_stage`, a function that is called with a line of text at the start of each stage, and
+    `device`, where the base computes: auto, cpu, cuda, cuda:1 or mps. A training takes it from `train.device`.
 
     Args:
         path: a folder, which is made at the first write, or the URL of a catalog.
@@ -274,8 +275,9 @@ class Workspace:
         return reports.read(self.store.root, key)
 
     def evaluate(
-        self, reference: str, data: str, *, columns: JsonMapping | None = None, on_stage: Say | None = None
-    ) -> Evaluation:
+        self, reference: str, data: str, *, columns: JsonMapping | None = None, device: str = "auto",
+        on_stage: Say | None = None,
+    ) -> Evaluation:  # fmt: skip
         """Metrics and mistakes of a stored version on other data: its test split, or all of it if it has no splits.
 
         Args:
@@ -285,11 +287,11 @@ class Workspace:
         labelled = reading.read_labelled(version, data, columns or {})
         from turret.workspace import evaluation
 
-        return evaluation.evaluate(self.store, str(version), labelled, on_stage or silent)
+        return evaluation.evaluate(self.store, str(version), labelled, on_stage or silent, device)
 
     def predict(
         self, reference: str, texts: Sequence[Input], *, bare: bool = False, coverage: float | None = None,
-        on_stage: Say | None = None,
+        device: str = "auto", on_stage: Say | None = None,
     ) -> Sequence[JsonObject]:  # fmt: skip
         """One answer per text or conversation: a label with probabilities, or a generated text and why it ended.
 
@@ -299,7 +301,8 @@ class Workspace:
         """
         from turret.workspace import answering
 
-        return answering.predict(self.store, reference, texts, on_stage or silent, bare=bare, coverage=coverage)
+        say = on_stage or silent
+        return answering.predict(self.store, reference, texts, say, bare=bare, coverage=coverage, device=device)
 
     def predict_file(
         self, reference: str, source: str, out: str | Path, options: PredictOptions | None = None, *,
@@ -315,8 +318,9 @@ class Workspace:
         base: str,
         *,
         limits: Limits | None = None,
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         base_quantization: Literal["none", "nf4"] = "none",
+        device: str = "auto",
         on_stage: Say | None = None,
     ) -> Engine:
         """Load a base and start an engine that answers with any stored versions in any mixture: a context manager.
@@ -328,21 +332,14 @@ class Workspace:
         """
         from turret.workspace import serving
 
-        return serving.engine(self.store, base, limits, dtype, on_stage or silent, quantization=base_quantization)
+        say = on_stage or silent
+        return serving.engine(self.store, base, limits, dtype, say, quantization=base_quantization, device=device)
 
     def import_adapter(
-        self,
-        source: str | Path,
-        name: str,
-        *,
-        base: str | None = None,
-        task: str | None = None,
-        labels: Sequence[str] | None = None,
-        settings: JsonMapping | None = None,
-        rank: int | None = None,
-        base_quantization: Literal["none", "nf4"] = "none",
-        on_stage: Say | None = None,
-    ) -> Imported:
+        self, source: str | Path, name: str, *, base: str | None = None, task: str | None = None,
+        labels: Sequence[str] | None = None, settings: JsonMapping | None = None, rank: int | None = None,
+        base_quantization: Literal["none", "nf4"] = "none", device: str = "auto", on_stage: Say | None = None,
+    ) -> Imported:  # fmt: skip
         """Check an adapter from outside on its base and store it as the next version of `name`.
 
         Args:
@@ -359,7 +356,7 @@ class Workspace:
         """
         from turret.workspace import importing
 
-        request = importing.ImportRequest(base, task, labels, settings, rank, quantization=base_quantization)
+        request = importing.ImportRequest(base, task, labels, settings, rank, base_quantization, device=device)
         return importing.import_adapter(self.store, str(source), name, request, on_stage or silent)
 
     def merge(

@@ -35,9 +35,11 @@ from turret.workspace.results import Evaluation
 COVERAGE = 0.9  # of the sets of labels that an evaluation measures
 
 
-def evaluate(store: Store, reference: str, labelled: LabelledData, say: Say = silent) -> Evaluation:
-    """Metrics and mistakes of a version on labelled examples."""
-    ready = mounted(store, reference, say)
+def evaluate(
+    store: Store, reference: str, labelled: LabelledData, say: Say = silent, device: str = "auto"
+) -> Evaluation:
+    """Metrics and mistakes of a version on labelled examples. device: where the base computes."""
+    ready = mounted(store, reference, say, device)
     assert ready.version is not None
     say(f"answering {len(labelled.examples)} examples")
     started = time.perf_counter()
@@ -48,7 +50,7 @@ def evaluate(store: Store, reference: str, labelled: LabelledData, say: Say = si
         data={"source": labelled.data.source, "examples": len(labelled.examples)},
         metrics=metrics,
         seconds=time.perf_counter() - started,
-        notes=list(labelled.notes),
+        notes=[*labelled.notes, *(note for note in ready.notes if note.startswith("computes on "))],
         details=details,
     )
 

@@ -61,6 +61,7 @@ class ImportRequest:
     quantization: Quantization = "none"  # of the base that it is checked on
     revision: str | None = None  # of a repository on the Hub
     pulled: bool = False  # the source is a repository on the Hub, whatever lies here under that name
+    device: str = "auto"  # where it is checked
 
 
 def import_adapter(store: Store, source: str, name: str, request: ImportRequest, say: Say = silent) -> Imported:
@@ -183,7 +184,7 @@ def _kind(adapter: Adapter, config: JsonMapping, request: ImportRequest) -> str:
 
 def _load(base_id: str, kind: str, request: ImportRequest, quantization: Quantization) -> Base:
     try:
-        return bases.load(base_id, task=task_of(kind).request, quantization=quantization)
+        return bases.load(base_id, task=task_of(kind).request, quantization=quantization, device=request.device)
     except BaseModelError as error:
         if request.base is not None:
             raise
@@ -234,7 +235,8 @@ def _head(given: Adapter, base: Base, notes: list[str]) -> dict[str, Tensor]:
     for module in base.family.head_modules:
         if module not in modules or any(key.startswith(f"{module}.") for key in head):
             continue
-        own = {f"{module}.{key}": value.detach().clone() for key, value in modules[module].state_dict().items()}
+        state = modules[module].state_dict()
+        own = {f"{module}.{key}": value.detach().cpu().clone() for key, value in state.items()}
         if not set(own) & fresh:
             head |= own
             notes.append(f"the head {module} is the base's own: the adapter has none")

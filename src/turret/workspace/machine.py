@@ -8,7 +8,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from turret.errors import StoreError
+from turret.errors import DeviceError, StoreError
 from turret.json_types import JsonObject
 from turret.store import Store
 
@@ -51,14 +51,20 @@ def _processor() -> JsonObject:
     try:
         import torch
 
-        from turret.bases import float32_products, native_bfloat16
+        from turret.bases import choose_device, default_dtype, float32_products
         from turret.kernels import int8, why
     except (ImportError, OSError) as error:  # `turret doctor` must also report a broken installation
         return {"problem": f"torch cannot be loaded: {error}"}
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    try:
+        chosen = choose_device()
+    except DeviceError as error:
+        return {"problem": str(error)}
+    name = torch.cuda.get_device_name(chosen.device) if chosen.device.type == "cuda" else None
     return {
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "dtype": "bfloat16" if native_bfloat16() else "float32",  # of a base if train.dtype is "auto"
+        "device": str(chosen.device),  # of a base that fits there, if the device is "auto"
+        "device_reason": chosen.reason,
+        "dtype": str(default_dtype(chosen.device)).removeprefix("torch."),  # of a base, if the dtype is "auto"
         "float32_products": str(float32_products()),  # the library that multiplies float32 matrices
         "threads": torch.get_num_threads(),
         "gpu": name,

@@ -21,12 +21,14 @@ class PredictOptions:
         bare: ask the base without the adapter.
         top: the number of labels to write, the most probable first.
         coverage: also write sets of labels with this coverage.
+        device: where the base computes.
     """
 
     columns: JsonMapping = field(default_factory=dict)
     bare: bool = False
     top: int = 1
     coverage: float | None = None
+    device: str = "auto"
 
 
 def check_options(version: Version, top: int, coverage: float | None) -> None:

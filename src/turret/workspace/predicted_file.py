@@ -42,7 +42,7 @@ def predict_file(
     next(rows.read(), None)  # an error in a column or in the first row costs no load of the base
     names = _names(rows.columns, stored_task(version.part("task")), request)
     new = [key for key in names if key != "row"]
-    ready = _mounted(store, version, say)
+    ready = _mounted(store, version, say, request.device)
     counts = dict.fromkeys(("rows", BLANK, CUT), 0)
     with TableWriter(path, [names["row"], *rows.columns, *(names[key] for key in new)]) as table:
         reader = rows.read()
@@ -67,10 +67,10 @@ def predict_file(
     )
 
 
-def _mounted(store: Store, version: Version, say: Say) -> Mounted:
+def _mounted(store: Store, version: Version, say: Say, device: str) -> Mounted:
     from turret.workspace import answering  # loads torch
 
-    return answering.mounted(store, str(version), say)
+    return answering.mounted(store, str(version), say, device)
 
 
 def _answered(ready: Mounted, rows: Sequence[Row], request: PredictOptions) -> Iterator[JsonObject]:

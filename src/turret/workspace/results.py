@@ -31,6 +31,7 @@ class RunResult:
     flat_loss: dict[str, float] | None = None  # loss, guessing: set if the final loss is no better than guessing
     warnings: list[str] = field(default_factory=list)  # reasons not to trust this version, a sentence each
     notes: list[str] = field(default_factory=list)  # what was guessed, dropped or cut
+    device: str = "cpu"  # where it was trained and proven
 
     def as_json(self) -> JsonObject:
         return asdict(self)

@@ -13,7 +13,7 @@ from turret import adapters, bases
 from turret.bases.base import Dtype
 from turret.bases.quantized import Quantization
 from turret.engine import Engine, Limits, Named
-from turret.errors import NotFound
+from turret.errors import DeviceError, NotFound
 from turret.families import FAMILIES
 from turret.reference import Reference
 from turret.store import Store
@@ -96,11 +96,20 @@ def engine(
     say: Say = silent,
     *,
     quantization: Quantization = "none",
+    device: str = "auto",
 ) -> Engine:
-    """Load a base, for generation if its family generates, else for classification, and start an engine on it."""
+    """Load a base, for generation if its family generates, else for classification, and start an engine on it.
+
+    Raises:
+        DeviceError: the device is not there, is too small for the base, or is `mps`.
+    """
+    if device == "mps":
+        raise DeviceError("an engine does not run on mps: expected cpu or cuda; mps trains and predicts only")
     say(f"loading {base}")
     family = FAMILIES.get(str(bases.resolve(base).config.get("model_type")))
     generates = family is not None and family.generates  # `load` raises for an unknown family
     task: Literal["classify", "generate"] = "generate" if generates else "classify"
-    loaded = bases.load(base, task=task, dtype=dtype, quantization=quantization)
+    loaded = bases.load(base, task=task, dtype=dtype, quantization=quantization, device=device)
+    for text in loaded.notes:
+        say(text)
     return Engine(loaded, StoreSource(store, quantization=quantization), limits)

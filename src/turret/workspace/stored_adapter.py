@@ -23,7 +23,9 @@ def read_adapter(store: Store, reference: str | Reference) -> tuple[Version, Ada
         return store.materialize(reference, bundle), bundles.read_bundle(bundle)
 
 
-def load_base(adapter: Adapter, dtype: Dtype = "auto", quantization: Quantization | None = None) -> Base:
+def load_base(
+    adapter: Adapter, dtype: Dtype = "auto", quantization: Quantization | None = None, device: str = "cpu"
+) -> Base:
     """Load the base of an adapter that stores its task. The caller checks the base's fingerprint.
 
     quantization: None: as the adapter was trained.
@@ -35,6 +37,7 @@ def load_base(adapter: Adapter, dtype: Dtype = "auto", quantization: Quantizatio
         num_labels=task.num_labels(labels),
         dtype=dtype,
         quantization=trained_on(adapter) if quantization is None else quantization,
+        device=device,
     )
 
 

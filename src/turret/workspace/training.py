@@ -22,10 +22,11 @@ from torch import Tensor
 
 from turret import adapters, bases, bundles, heap
 from turret import train as trainer
-from turret.bases import Base
+from turret.bases import Base, ChosenDevice
+from turret.bases.device import CPU
 from turret.data import Dataset
 from turret.disk import describe_error
-from turret.errors import LossNotFinite, PreflightRefused, ProofFailed, StoreError
+from turret.errors import DeviceError, LossNotFinite, PreflightRefused, ProofFailed, StoreError
 from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
@@ -36,7 +37,9 @@ from turret.tasks.calibration import FEWEST
 from turret.trackers.table import require_installed
 from turret.trackers.tracker import TrackedRun
 from turret.train import memory, processes
+from turret.train.proof import make_room
 from turret.workspace import forgetting
+from turret.workspace.devices import AUTO, choose_for
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
 from turret.workspace.results import Planned, RunResult
@@ -69,6 +72,7 @@ class Ready:
     load_seconds: float
     resident: int  # bytes of the process after the base was loaded
     start: trainer.InitialAdapter | None  # the version that `train.init_from` names
+    device: ChosenDevice  # where the base is, and why
 
     @property
     def parts(self) -> tuple[Recipe, Base, Task, Dataset]:
@@ -76,11 +80,22 @@ class Ready:
         return self.recipe, self.base, self.task, self.dataset
 
 
-def prepare(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset | None = None) -> Ready:
+def prepare(
+    store: Store,
+    recipe: Recipe,
+    callbacks: Callbacks,
+    dataset: Dataset | None = None,
+    device: ChosenDevice | None = None,
+) -> Ready:
     """Read the data, load the base, and fill in the recipe's defaults.
 
     Args:
         dataset: the data, if it is read already.
+        device: where the base goes; None: as `train.device` says.
+
+    Raises:
+        DeviceError: the device is not there.
+        PreflightRefused: the weights and the trained states do not fit on the card that the recipe names.
     """
     trainer.require_optimizer(recipe)
     numbers_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
@@ -89,6 +104,7 @@ def prepare(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset
     dataset = dataset or read_dataset(recipe, callbacks.stage)
     recipe, base_notes = with_base(recipe, dataset.kind)
     task_class = task_of(dataset.kind)
+    device = choose_for(recipe, task_class, dataset.labels) if device is None else device
     callbacks.stage(f"loading {recipe.base}")
     started = time.perf_counter()
     base = bases.load(
@@ -98,6 +114,7 @@ def prepare(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset
         dtype=recipe.train.dtype,
         seed=recipe.seed,
         quantization=recipe.base_quantization or "none",
+        device=device,
     )
     load_seconds = time.perf_counter() - started
     filled = _filled(recipe, dataset, base, start)
@@ -106,7 +123,8 @@ def prepare(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset
     if start is not None:
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
     heap.release()
-    return Ready(filled, dataset, base, task, notes, load_seconds, memory.resident(), start)
+    resident = memory.resident(device.device)
+    return Ready(filled, dataset, base, task, notes, load_seconds, resident, start, device)
 
 
 def _start(store: Store, recipe: Recipe, callbacks: Callbacks) -> trainer.InitialAdapter | None:
@@ -132,12 +150,26 @@ def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: trainer.Initial
 
 def plan(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset | None = None) -> Planned:
     """Plan a training without running it."""
-    return _plan(prepare(store, recipe, callbacks, dataset), callbacks)
+    return _planned(store, prepare(store, recipe, callbacks, dataset), callbacks)[1]
+
+
+def _planned(store: Store, ready: Ready, callbacks: Callbacks) -> tuple[Ready, Planned]:
+    """The plan; on the CPU instead if a card was not asked for and the plan does not fit there after all."""
+    planned, asked = _plan(ready, callbacks), ready.recipe.train.device or AUTO
+    refused = [check for check in planned.plan.checks if check.level == "refuse" and check.name == "memory"]
+    if asked != AUTO or ready.device.device.type == "cpu" or not refused:
+        return ready, planned
+    device = ChosenDevice(CPU, f"{refused[0].text} on {ready.device.device}")
+    del planned
+    make_room(ready.base.model)
+    ready = prepare(store, ready.recipe, callbacks, device=device)
+    return ready, _plan(ready, callbacks)
 
 
 def _plan(ready: Ready, callbacks: Callbacks) -> Planned:
     callbacks.stage("checking the plan")
-    plan = trainer.plan(*ready.parts, start=ready.start, proof_seconds=PROOF_START + ready.load_seconds)
+    seconds = PROOF_START + ready.load_seconds
+    plan = trainer.plan(*ready.parts, start=ready.start, proof_seconds=seconds, device=ready.device)
     return Planned(ready.recipe, plan, ready.notes)
 
 
@@ -173,11 +205,14 @@ def train(
     here = processes.begin()
     here.require_same(recipe=recipe.to_toml())
     callbacks = callbacks if here.main else Callbacks()
-    ready = here.main_first(lambda: prepare(store, recipe, callbacks, dataset))
-    if here.device is not None:
-        ready.base.model.to(here.device)
-    noted = _noted(ready, here)
-    planned = here.from_main(lambda: _with_rate(noted, _plan(noted, callbacks), callbacks))
+    own = _of_process(here, recipe)
+    ready = here.main_first(lambda: prepare(store, recipe, callbacks, dataset, own))
+    if own is None:
+        ready, planned = _planned(store, ready, callbacks)
+        planned = _with_rate(ready, planned, callbacks)
+    else:
+        noted = _noted(ready, here)
+        planned = here.from_main(lambda: _with_rate(noted, _plan(noted, callbacks), callbacks))
     left_out = [check.text for check in planned.plan.checks if check.name == "turns"]
     ready = replace(ready, recipe=planned.recipe, notes=[*planned.notes, *left_out])
     callbacks.planned(planned)
@@ -231,9 +266,19 @@ def _both(callbacks: Callbacks, followed: Followed) -> Callbacks:
     return replace(callbacks, record=record)
 
 
-def _noted(ready: Ready, here: processes.Processes) -> Ready:
+def _of_process(here: processes.Processes, recipe: Recipe) -> ChosenDevice | None:
+    """The GPU of this process, if it is one of several; each takes its own."""
     if here.size == 1:
-        return ready
+        return None
+    if recipe.train.device not in (None, AUTO, "cpu" if here.device is None else "cuda"):
+        raise DeviceError(
+            f"train.device is {recipe.train.device}, and each of several processes takes its own GPU: leave it out, or "
+            "set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    return ChosenDevice(here.device or CPU, f"process {here.rank} of {here.size}")
+
+
+def _noted(ready: Ready, here: processes.Processes) -> Ready:
     note = f"{here.size} processes share every batch; the plan's memory is per process, its time is for one process"
     return replace(ready, notes=[*ready.notes, note])
 
@@ -301,6 +346,7 @@ def _carry_out(
         flat_loss=None if fitted.flat_loss is None else fitted.flat_loss.to_json(),
         warnings=[] if fitted.flat_loss is None else [fitted.flat_loss.warning()],
         notes=ready.notes,
+        device=str(ready.device.device),
     )
 
 
@@ -372,7 +418,9 @@ def _store(
         bundles.save_bundle(fitted.adapter, bundle)
         callbacks.stage("proving the bundle in a fresh process")
         examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
-        trainer.prove(bundle, ready.base, trainer.probe(ready.base.model, ready.task, examples))
+        asked = trainer.probe(ready.base.model, ready.task, examples)
+        make_room(ready.base.model)
+        trainer.prove(bundle, ready.base, asked, device=ready.device.device)
         callbacks.stage("storing" if fitted.flat_loss is None else f"storing, flagged: {fitted.flat_loss}")
         return store.put(ready.recipe.name, bundle, run=run.id, metrics=metrics)
 

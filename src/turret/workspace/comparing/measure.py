@@ -38,7 +38,7 @@ def version(store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping
         plan: the plan of the run, as JSON.
     """
     dataset = data_of(recipe)
-    ready = answering.mounted(store, str(result["version"]), say)
+    ready = answering.mounted(store, str(result["version"]), say, recipe.train.device or "auto")
     return {
         **{
             key: result[key]

@@ -1,0 +1,121 @@
+"""In float16 the loss is scaled: small gradients survive, an overflow costs no batch, and a resumed run is the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_training as tiny
+import torch
+from batches import without_dropout
+
+from turret.errors import LossNotFinite
+from turret.train import fit
+from turret.train.batches import Items
+from turret.train.initialize import attach, optimiser_of
+from turret.train.loss_scale import FIRST, PATIENCE, LossScale
+from turret.train.step import train_step
+
+
+def half(family: str = "bert", kind: str = "classify") -> Any:
+    base = tiny.base(family, "classify" if kind == "classify" else "generate")
+    without_dropout(base.model).to(torch.float16)
+    base.dtype = torch.float16
+    return base
+
+
+def started(family: str = "bert", kind: str = "classify", base: Any = None) -> tuple[Any, ...]:
+    base = half(family, kind) if base is None else base
+    recipe, data = tiny.recipe(method__lora_dropout=0.0), tiny.dataset(kind)
+    task = tiny.task_of(recipe, data, base)
+    attach(recipe, base, task)
+    base.model.train()
+    return base.model, task, optimiser_of(recipe, base), Items(task, data.train).take(list(range(6)))
+
+
+def gradients(scale: LossScale | None, loss_factor: float = 1.0) -> torch.Tensor:
+    """The gradients that an update would use, with the loss made smaller and the gradients larger by a factor."""
+    model, task, optimiser, items = started()
+    kept = []
+    optimiser.step = lambda rate: kept.append(optimiser.gradients.clone())
+    whole = task.loss
+    task.loss = lambda logits, targets: whole(logits, targets) * loss_factor
+    train_step(model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, scale=scale)
+    return kept[0] / loss_factor
+
+
+def test_only_float16_is_scaled() -> None:
+    assert LossScale.of(torch.float16) == LossScale(FIRST, 0)
+    assert LossScale.of(torch.bfloat16) is None
+    assert LossScale.of(torch.float32) is None
+
+
+def test_the_scale_moves_as_torchs_own_does() -> None:
+    """torch leaves out a step that overflows, and this computes it again: the scales that follow are the same."""
+    overflows = [True, True, False, True] + [False] * (PATIENCE + 3)
+    theirs = torch.amp.GradScaler("cpu", enabled=True)
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    ours = LossScale()
+    for overflow in overflows:
+        theirs.scale(weight.sum() * 1.0).backward()
+        if overflow:
+            assert weight.grad is not None
+            weight.grad.fill_(torch.inf)
+        theirs.step(optimizer)
+        theirs.update()
+        optimizer.zero_grad()
+        if overflow:
+            assert ours.lower()
+        else:
+            ours.passed()
+        assert ours.value == theirs.get_scale()
+
+
+def test_small_gradients_survive_with_a_scale_and_vanish_without() -> None:
+    plain, scaled = gradients(None, 1e-7), gradients(LossScale(), 1e-7)
+    exact = gradients(LossScale())
+    assert float((scaled - exact).norm() / exact.norm()) < 2e-2
+    assert float((plain - exact).norm() / exact.norm()) > 0.2  # control: that is what the scale is for
+
+
+def test_a_step_that_overflows_is_computed_again_with_half_the_scale() -> None:
+    scale = LossScale(2.0**40)
+    found = gradients(scale)
+    assert torch.isfinite(found).all()
+    assert scale.value < 2.0**40
+    assert float((found - gradients(LossScale())).norm() / found.norm()) < 2e-2
+
+
+def test_gradients_that_no_scale_makes_finite_end_the_training() -> None:
+    model, task, optimiser, items = started()
+    clip = optimiser.clip_gradients
+    optimiser.clip_gradients = lambda largest: (clip(largest), torch.inf)[1]
+    with pytest.raises(LossNotFinite, match="norm of the gradients became inf"):
+        train_step(model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, scale=LossScale())
+
+
+def test_a_run_in_float16_learns_and_resumes_with_its_scale(tmp_path: Path) -> None:
+    def steps(folder: Path, stop: int | None = None) -> tuple[list[float], Any]:
+        base, data = half(), tiny.dataset()
+        recipe = tiny.recipe(train__lr=1e-2, train__checkpoint_every=2, train__epochs=4, method__lora_dropout=0.0)
+        run = fit(recipe, base, tiny.task_of(recipe, data, base), data, folder=folder)
+        losses: list[float] = []
+        while True:
+            try:
+                losses.append(next(run).loss)
+            except StopIteration as end:
+                return losses, end.value
+            if stop is not None and len(losses) == stop:
+                run.close()
+                return losses, None
+
+    whole, fitted = steps(tmp_path / "whole")
+    assert whole[-1] < 0.6 * whole[0]
+    first, _ = steps(tmp_path / "broken", stop=5)
+    rest, again = steps(tmp_path / "broken")
+    assert again.resumed_from == 4
+    assert first[:4] + rest == whole
+    for name, tensor in fitted.adapter.tensors.items():
+        assert torch.equal(tensor, again.adapter.tensors[name])
