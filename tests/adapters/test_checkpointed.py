@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,6 +113,26 @@ def test_what_is_kept_no_longer_grows_by_what_each_layer_saves() -> None:
     plain = saved_bytes(6, False) - saved_bytes(2, False)
     again = saved_bytes(6, True) - saved_bytes(2, True)
     assert again < 0.15 * plain
+
+
+FIRST = """
+import sys
+sys.path[:0] = {paths!r}
+from small_models import build
+from turret.adapters import attach, checkpoint_layers, classify_logits
+from turret.methods import LoRA
+from batches import rows
+model = attach(build("llama", "classify"), LoRA(r=2)).train()
+checkpoint_layers(model)
+classify_logits(model, rows()).square().sum().backward()
+print("passed")
+"""
+
+
+def test_the_very_first_pass_of_a_process_can_be_computed_again() -> None:
+    program = FIRST.format(paths=[str(Path(__file__).parents[1])])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "passed", done.stderr[-600:]
 
 
 def test_detaching_leaves_no_trace() -> None:

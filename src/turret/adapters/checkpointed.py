@@ -22,6 +22,7 @@ from turret.adapters.attached import ATTRIBUTE, attachment
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused.norms import COMPUTED_FROM
 from turret.errors import AdapterError
+from turret.kernels import usable
 from turret.transformer import Model
 
 Forward = Callable[..., Any]  # a layer's: its arguments and results depend on the architecture
@@ -91,6 +92,7 @@ def checkpoint_layers(model: Model) -> None:
     layers = _layers(model)
     if not layers:
         raise AdapterError(f"{attached.family.name} has no list of layers: leave train.checkpoint_layers off")
+    usable(torch.empty(0))  # loads the kernels and checks them now: inside a layer, the check would save tensors too
     for layer in layers:
         attached.undo.append(_replace(layer, attached.context))
 

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from turret import quantized
 from turret.adapters.peft_packed import require_computable
 from turret.adapters.prefix import Groups
 from turret.errors import AdapterError, RecipeError, TurretError
@@ -193,7 +192,6 @@ def invite(model: Model, family: Family, method: Peft, generator: torch.Generato
 def _wrapped(model: Model, family: Family, config: PeftConfig) -> PeftModel:
     from peft import get_peft_model
 
-    quantized.load_if_installed()
     targets = getattr(config, "target_modules", ())
     if targets == "all-linear":
         config.target_modules = _linear(model, family)

@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX
 from turret.adapters.peft_config import refuse_code, shortly
 from turret.bundles.bundle import CONFIG, WEIGHTS
@@ -119,7 +118,6 @@ def as_lora(
 @contextmanager
 def _loaded(folder: Path, model: Model, kind: str) -> Iterator[peft.PeftModel]:
     """PEFT's model of a folder. The base is restored after the block."""
-    quantized.load_if_installed()
     import peft
 
     if kind in NOT_LOW_RANK:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX, Parts
 from turret.errors import AdapterError
 from turret.methods.lora.spec import COMBINATIONS
@@ -41,7 +40,6 @@ def combined(
     Raises:
         AdapterError: PEFT does not merge these, such as `linear` of different ranks.
     """
-    quantized.load_if_installed()
     import peft
 
     kind, prunes = COMBINATIONS[how]
