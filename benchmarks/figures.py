@@ -23,6 +23,7 @@ import experiments
 import fast_paths
 import fast_paths_engine
 import float32_products
+import nf4
 import plan_memory
 import prefix_attention
 import record
@@ -33,7 +34,12 @@ import serve_speed
 import store_scale
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "ARCHITECTURE.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "measured.md",
+    ROOT / "docs" / "howto" / "quantized.md",
+    ROOT / "ARCHITECTURE.md",
+)
 CHARTS = ROOT / "docs" / "images" / "measured"
 BLOCK = re.compile(r"(<!-- figures: ([a-z0-9-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 # Runs before 2026-11-27 noted less of the processor. These are the machines that they ran on.
@@ -372,6 +378,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fast-paths": lambda: fast_paths.figures(machine),
     "fast-paths-engine": lambda: fast_paths_engine.figures(machine),
     "plan-memory": lambda: plan_memory.report(record.load("plan_memory")),
+    "nf4": lambda: nf4.report(record.load("nf4")),
     "store": store_scale.report,
     "experiments": experiments.verdicts,
     "discoveries": experiments.named,
