@@ -111,6 +111,10 @@ def test_lengths_of_conversations_and_references_are_measured(tmp_path: Path) ->
     chats.write_bytes(jsonl([{"messages": turns} for _ in range(12)]))
     recipe = Recipe.from_toml(typed("init", str(chats), "--out", "-")[1])
     assert (recipe.task.kind, recipe.data.messages, recipe.task.max_tokens) == ("chat", "messages", 1024)
+    asked = tmp_path / "asked.jsonl"
+    asked.write_bytes(jsonl([{"instruction": "sum up", "input": "word " * 80, "output": f"o {i}"} for i in range(12)]))
+    recipe = Recipe.from_toml(typed("init", str(asked), "--out", "-")[1])
+    assert (recipe.task.kind, recipe.task.max_tokens, recipe.task.max_target_tokens) == ("chat", 128, 64)
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_bytes(jsonl([{"source": f"s {i}", "references": ["word " * 80, "word"]} for i in range(12)]))
     recipe = Recipe.from_toml(typed("init", str(pairs), "--out", "-")[1])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CHARACTERS_PER_TOKEN = 3.5  # of Western texts, roughly
 LENGTHS = (64, 128, 256, 512)  # of inputs, in tokens; 512 is the most that common encoders read
 LONGER = (*LENGTHS, 1024, 2048)  # for a base that writes
+OUTPUTS = ("label", "summary", "completion")  # roles of columns
 SKEWED = 5  # times as many rows in the largest class as in the smallest
 
 
@@ -108,11 +109,12 @@ def _write_task(text: _Lines, seen: Profile, asked: JsonMapping) -> None:
     text.set("kind", seen.kind)
     if seen.multi_label:
         text.set("multi_label", True, "any number of classes per text")
-    source, *_, target = (seen.facts[name] for name in (*seen.roles.values(), *seen.roles.values()))
+    inputs = sum(seen.facts[name].usual_length for role, name in seen.roles.items() if role not in OUTPUTS)
     lengths = LONGER if task_of(seen.kind).generates else LENGTHS
-    text.option("max_tokens", _tokens(source.usual_length, lengths), True, "longer inputs are cut")
-    if task_of(seen.kind).generates and target is not source:
-        text.option("max_target_tokens", _tokens(target.usual_length, lengths), True, "longer answers are cut")
+    text.option("max_tokens", _tokens(inputs, lengths), True, "longer inputs are cut")
+    for target in (name for role, name in seen.roles.items() if role in OUTPUTS and task_of(seen.kind).generates):
+        tokens = _tokens(seen.facts[target].usual_length, lengths)
+        text.option("max_target_tokens", tokens, True, "longer answers are cut")
     if seen.classes and max(seen.classes.values()) > SKEWED * min(seen.classes.values()):
         text.option("class_weights", "balanced", False, "rare classes count as much as common ones")
 
