@@ -37,6 +37,12 @@ def test_settings_follow_their_method_and_numbers_with_slashes_are_rows_of_their
     assert (found.r, found.lora_alpha, found.target_modules) == (4, 16, ("query", "value"))
 
 
+def test_lora_plus_is_a_row_beside_plain_lora() -> None:
+    rows = candidates("lora,lora:lora_plus_ratio=4/16", RECIPE, "classify")
+    assert [row.label for row in rows] == ["lora", "lora lora_plus_ratio=4", "lora lora_plus_ratio=16"]
+    assert [getattr(row.recipe.method, "lora_plus_ratio", 0) for row in rows] == [None, 4.0, 16.0]
+
+
 def test_the_same_row_said_twice_is_one() -> None:
     assert specs("full,lora,lora,full") == ["full", "lora"]
 
