@@ -23,11 +23,12 @@ def adapter_from(model: Any, base: str = "small") -> Adapter:
 
 
 @torch.no_grad()
-def lora_twin(family: str, task: Any, adapter: Adapter, targets: Sequence[str] | None = None) -> Any:
+def lora_twin(family: str, task: Any, adapter: Adapter, targets: Sequence[str] | None = None, **changes: Any) -> Any:
     """PEFT on a fresh model of the same weights, in eval mode.
 
     Args:
         targets: names of layers for PEFT; default: the paths that the adapter has factors of.
+        changes: of the model's configuration.
     """
     method = adapter.method
     assert isinstance(method, LoRA)
@@ -41,7 +42,7 @@ def lora_twin(family: str, task: Any, adapter: Adapter, targets: Sequence[str] |
         use_rslora=method.use_rslora,
         fan_in_fan_out=family == "gpt2",
     )
-    model = peft.get_peft_model(build(family, task), config)
+    model = peft.get_peft_model(build(family, task, **changes), config)
     state = model.state_dict()
     for name, value in adapter.tensors.items():
         key = name.replace(".weight", ".default.weight")

@@ -29,7 +29,7 @@ FAMILIES = ENCODERS + ENCODER_DECODERS + DECODERS
 GENERATORS = ENCODER_DECODERS + DECODERS  # the families that have a language model variant
 
 # Those that are made much like one of the families above: `tests/families` takes them through one matrix of tests.
-RELATIVE_ENCODERS = ("xlm-roberta", "camembert", "electra", "albert", "mpnet", "deberta-v2")
+RELATIVE_ENCODERS = ("xlm-roberta", "camembert", "electra", "albert", "mpnet", "deberta-v2", "big_bird")
 RELATIVE_ENCODER_DECODERS = ("mt5", "mbart", "pegasus")
 RELATIVE_DECODERS = ("mistral", "qwen2", "gemma2", "gemma3_text", "phi3")
 RELATIVES = RELATIVE_ENCODERS + RELATIVE_ENCODER_DECODERS + RELATIVE_DECODERS
@@ -47,7 +47,7 @@ _SPECIALS: dict[str, dict[str, str]] = {
     "qwen3": {"pad": "<|endoftext|>", "eos": "<|im_end|>", "start": "<|im_start|>"},
 }
 _LIKE = {"distilbert": "bert", "modernbert": "bert", "bart": "roberta"}  # families with the special tokens of another
-_LIKE |= dict.fromkeys(("electra", "albert", "deberta-v2"), "bert")
+_LIKE |= dict.fromkeys(("electra", "albert", "deberta-v2", "big_bird"), "bert")
 _LIKE |= dict.fromkeys(("xlm-roberta", "camembert", "mpnet", "mbart"), "roberta")
 _LIKE |= dict.fromkeys(("mt5", "pegasus"), "t5") | dict.fromkeys(RELATIVE_DECODERS, "llama")
 _SPECIALS |= {family: _SPECIALS[like] for family, like in _LIKE.items()}
@@ -179,6 +179,7 @@ def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
             | {"position_buckets": 8, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
             | {"type_vocab_size": 0, "pooler_hidden_size": 64},
         ),
+        "big_bird": ("BigBirdConfig", encoder | {"attention_type": "original_full", "bos_token_id": 2}),
         "mbart": (
             "MBartConfig",
             {"d_model": 64, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "vocab_size": VOCABULARY}
@@ -225,6 +226,7 @@ _STEMS = {
     "albert": "Albert",
     "mpnet": "MPNet",
     "deberta-v2": "DebertaV2",
+    "big_bird": "BigBird",
     "mt5": "MT5",
     "mbart": "MBart",
     "pegasus": "Pegasus",

@@ -139,3 +139,35 @@ def test_frequencies_that_change_with_the_longest_row_of_a_batch_are_not_used() 
     long = config("phi3", rope_parameters=rope, original_max_position_embeddings=64)
     assert FAMILIES["phi3"].position_limit(long) == 64
     assert FAMILIES["phi3"].position_limit(config("phi3")) == 520
+
+
+FLAN = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # the configuration of FLAN-T5
+PHI4 = {"partial_rotary_factor": 0.5}  # of Phi 4 mini, which is a Phi 3 with fewer rotated dimensions
+
+
+@pytest.mark.parametrize(("family", "changes"), [("t5", FLAN), ("phi3", PHI4)], ids=["flan-t5", "phi-4"])
+def test_models_of_another_name_and_the_same_code_pass_the_matrix(family: str, changes: dict[str, Any]) -> None:
+    model = build(family, "generate", **changes)
+    sources, targets = rows(1), rows(2, (5, 2, 1, 7))
+    with torch.no_grad():
+        own = own_target_logits(model, sources, targets)
+        attach(model, NOISY, generator=torch.Generator().manual_seed(1))
+        with on_slot(model, 0):
+            torch.testing.assert_close(target_logits(model, sources, targets), own, **CLOSE)
+    adapter = adapter_from(model)
+    twin = lora_twin(family, "generate", adapter, **changes)
+    logits, theirs = target_logits(model, sources, targets), own_target_logits(twin, sources, targets)
+    torch.testing.assert_close(logits, theirs, atol=1e-5, rtol=1e-5)
+    require_the_same_gradients(model, twin, logits, theirs, torch.cat(targets))
+    runner = runner_of(family, "generate", [adapter], **changes)
+    kv_slots = [runner.kv_slot(len(row), 2, slot) for row, slot in zip(sources, (1, 0, 1, 0), strict=True)]
+    fresh = [Prefill(r.tolist(), slot, kv) for r, slot, kv in zip(sources, (1, 0, 1, 0), kv_slots, strict=True)]
+    first = runner.run(fresh).vocabulary
+    second = runner.run(
+        [], [DecodeStep(17, slot, kv) for slot, kv in zip((1, 0, 1, 0), kv_slots, strict=True)]
+    ).vocabulary
+    bare = build(family, "generate", **changes)
+    with torch.no_grad():
+        for place, slot in enumerate((1, 0, 1, 0)):
+            wanted = own_target_logits(twin if slot else bare, [sources[place]], [torch.tensor([17, 23])])
+            torch.testing.assert_close(torch.stack([first[place], second[place]]), wanted, **CLOSE)

@@ -202,6 +202,7 @@ def _read_model(
                 source.folder,
                 **labels,
                 **extra,
+                **family.loaded_with,
                 dtype="auto",
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -348,6 +349,10 @@ def _notes(source: BaseSource, family: Family, model: Model, loading: LoadingInf
     notes = []
     if "auto_map" in source.config:
         notes.append("the base comes with code, which is not run: transformers' classes are used instead")
+    for name, value in family.loaded_with.items():
+        if source.config.get(name) != value:
+            given = source.config.get(name) or "the default"
+            notes.append(f"{name} is {value} here, not {given}: long texts may get other outputs than without Turret")
     parts = {name for name, _ in model.base_model.named_children()} - set(family.body_excludes)
     prefix = f"{model.base_model_prefix}."
     unused = sorted(name for name in loading["unexpected_keys"] if name.removeprefix(prefix).partition(".")[0] in parts)

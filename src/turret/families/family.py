@@ -5,7 +5,7 @@ A family is one `Family`, in a file of its own, listed in `table.py`. Loads no t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -127,6 +127,7 @@ class Family:
         output_layer: name of the layer that computes logits over the vocabulary.
         pooling: (config) -> which token of a row a classifier reads, or the mean of all.
         body_excludes: parts of the body that belong to a task, such as a pooler; not part of the fingerprint.
+        unread: linear layers of the body whose output a model never uses.
         positions: a learned table of limited length, rotary, or relative only, which has no limit.
         position_offset: (config) -> the position of the first token.
         position_module: name of each stack's module that computes positions itself and takes no position_ids.
@@ -141,6 +142,7 @@ class Family:
         gguf: llama.cpp's name of the architecture; None: no LoRA is written for it.
         gguf_rotary: last part of the paths of the layers whose output llama.cpp orders for its own rotary positions.
         fast: modules that have a faster implementation.
+        loaded_with: settings of its configuration that are set when it is loaded.
         guessed: by `generic`, for an architecture that is not listed.
     """
 
@@ -155,6 +157,7 @@ class Family:
     output_layer: str = "lm_head"
     pooling: Callable[[ModelConfig], Pooling] = first
     body_excludes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     positions: Literal["table", "rotary", "relative"] = "rotary"
     position_offset: Callable[[ModelConfig], int] = no_offset
     position_module: str | None = None
@@ -169,6 +172,7 @@ class Family:
     gguf: str | None = None
     gguf_rotary: tuple[str, ...] = ()
     fast: FastPaths = field(default_factory=FastPaths)
+    loaded_with: Mapping[str, str] = field(default_factory=dict)
     guessed: bool = False
 
     @property

@@ -8,6 +8,7 @@ from turret.errors import UnknownFamily
 from turret.families.albert import ALBERT
 from turret.families.bart import BART
 from turret.families.bert import BERT
+from turret.families.big_bird import BIG_BIRD
 from turret.families.camembert import CAMEMBERT
 from turret.families.deberta_v2 import DEBERTA_V2
 from turret.families.distilbert import DISTILBERT
@@ -34,7 +35,10 @@ from turret.json_types import JsonValue
 if TYPE_CHECKING:
     from turret.transformer import ModelConfig
 
-ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, MODERNBERT, ELECTRA, ALBERT, MPNET, DEBERTA_V2)
+ENCODERS = (
+    *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, MODERNBERT, ELECTRA, ALBERT, MPNET, DEBERTA_V2),
+    BIG_BIRD,
+)
 ENCODER_DECODERS = (T5, MT5, BART, MBART, PEGASUS)
 DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*ENCODERS, *ENCODER_DECODERS, *DECODERS)}
