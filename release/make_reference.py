@@ -2,6 +2,7 @@
 
 - docs/reference/commands.md: each command's help and options, from the command line itself
 - docs/reference/recipe.md: keys, types and defaults of each table, from the classes of a recipe
+- docs/reference/families.md and methods.md: what each family has and what each method can do on it
 - docs/reference/http-schema.md: each route with its keys and limits, from the OpenAPI schema of the server
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end of generated -->`. Everything else on a page is
@@ -28,10 +29,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from turret.cli.main import app
+from turret.families import FAMILIES, Family
 from turret.methods import METHODS
+from turret.methods.examples import SHOWN
 from turret.recipe import core
 from turret.server.app import routes
 from turret.tasks import TASKS
+from turret.workspace.abilities import OPERATIONS, fast_paths, kinds, refusals
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "reference"
@@ -298,9 +302,61 @@ def figure(number: float) -> str:
     return f"{number:,.0f}" if float(number).is_integer() else f"{number:g}"
 
 
+# --- families and methods --------------------------------------------------------------------------------------------
+
+
+def families(_name: str, _written: str) -> str:
+    """One row for each family."""
+    rows = [
+        (
+            f"`{each.name}`",
+            each.kind,
+            ", ".join(kinds(each)),
+            ", ".join(f"`{target}`" for target in each.lora_targets),
+            "one by one" if each.rows_alone else "packed",
+            ", ".join(f"`{path}`" for path in fast_paths(each)) or "none",
+        )
+        for each in listed()
+    ]
+    return table(("`model_type`", "kind", "tasks", "LoRA's default layers", "rows of a pass", "fast paths"), rows)
+
+
+def listed() -> list[Family]:
+    """The families of the table, without what was guessed in this process."""
+    return [each for each in FAMILIES.values() if not each.guessed]
+
+
+def cells(_name: str, _written: str) -> str:
+    """What each method can do on each family, and the reasons of what it cannot."""
+    reasons: dict[str, int] = {}
+    rows = [(f"`{each.name}`", *(cell(method, each, reasons) for method in SHOWN.values())) for each in listed()]
+    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    return table(("", *(f"`{name}`" for name in SHOWN)), rows) + "\n" + "\n".join(notes) + "\n"
+
+
+def cell(method: Any, family: Family, reasons: dict[str, int]) -> str:
+    """`yes`, or what is possible and the numbers of the reasons."""
+    found = refusals(method, family)
+    possible = {kind: [operation for operation in OPERATIONS if kind not in found[operation]] for kind in kinds(family)}
+    said = [reason.replace(family.name, "this family") for each in found.values() for reason in each.values()]
+    notes = sorted({reasons.setdefault(reason, len(reasons) + 1) for reason in said})
+    words = {kind: "yes" if list(OPERATIONS) == able else ", ".join(able) or "no" for kind, able in possible.items()}
+    text = (
+        next(iter(words.values()))
+        if len(set(words.values())) == 1
+        else "; ".join(f"{kind}: {word}" for kind, word in words.items())
+    )
+    return text + "".join(f" [{number}]" for number in notes)
+
+
 # --- pages -----------------------------------------------------------------------------------------------------------
 
-GENERATORS: dict[str, Callable[[str, str], str]] = {"command": command, "keys": keys}
+GENERATORS: dict[str, Callable[[str, str], str]] = {
+    "command": command,
+    "keys": keys,
+    "families": families,
+    "cells": cells,
+}
 
 
 def filled(text: str) -> str:
@@ -315,7 +371,7 @@ def filled(text: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Every page with a generated part, as it should be."""
-    named = [PAGES / "commands.md", PAGES / "recipe.md"]
+    named = [PAGES / name for name in ("commands.md", "recipe.md", "families.md", "methods.md")]
     return {page: filled(page.read_text(encoding="utf-8")) for page in named} | {
         PAGES / "http-schema.md": schema_page()
     }

@@ -56,9 +56,11 @@ def alone(family: str, task: Any, adapter: Adapter | None, labels: int = 3) -> A
     return model if adapter is None else mount(model, adapter)
 
 
-def runner_of(family: str, task: Any, adapters: list[Adapter], dtype: torch.dtype = torch.float32) -> Runner:
-    """A runner with these in slots 1, 2, ..."""
-    base = tiny_training.base(family, task)
+def runner_of(
+    family: str, task: Any, adapters: list[Adapter], dtype: torch.dtype = torch.float32, **changes: Any
+) -> Runner:
+    """A runner with these in slots 1, 2, ... changes: of the base's configuration."""
+    base = tiny_training.base(family, task, **changes)
     base.model.to(dtype)
     runner = Runner(base)
     for slot, adapter in enumerate(adapters, 1):

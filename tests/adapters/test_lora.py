@@ -27,8 +27,9 @@ from turret.adapters.adapter import Adapter
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused.dropout import Masks
 from turret.adapters.lora import KernelProducts, LoRAFactors, TorchProducts, lora_delta
-from turret.errors import AdapterError
-from turret.methods import LoRA
+from turret.errors import AdapterError, RecipeError
+from turret.methods import LoRA, Peft
+from turret.recipe import Recipe
 
 NOISY = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False)
 
@@ -105,6 +106,14 @@ def test_pissa_starts_at_the_base_and_is_stored_as_plain_lora_of_twice_the_rank(
     assert stored.method.r == 8
     fresh = mount(build(family, "classify"), stored)
     torch.testing.assert_close(fresh(**batch).logits, trained, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["eva", "corda"])
+def test_a_start_that_needs_data_is_refused_in_one_line(start: str) -> None:
+    with pytest.raises(RecipeError, match=f'needs no pass over the data, given "{start}": leave it out'):
+        Recipe(name="a", base="b", data="c").with_overrides({"method.init_lora_weights": start})
+    with pytest.raises(RecipeError, match=f'needs no pass over the data, given "{start}": leave it out'):
+        attach(build("bert", "classify"), Peft(peft_type="LORA", init_lora_weights=start))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

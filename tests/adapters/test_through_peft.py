@@ -138,9 +138,7 @@ def _again(on: Any, data: Any, recipe: Recipe) -> tuple[Any, Any, Any]:
     return on, tiny.task_of(recipe, data, on), data
 
 
-@pytest.mark.parametrize(
-    "method", [each for each in LAYERED if each.peft_type != "LN_TUNING"], ids=lambda m: m.peft_type
-)
+@pytest.mark.parametrize("method", LAYERED, ids=lambda each: each.peft_type)
 @torch.no_grad()
 def test_merged_weights_answer_as_the_adapter_does(method: Peft) -> None:
     model = moved(attach(build("llama", "generate"), method, generator=torch.Generator().manual_seed(3)))
@@ -170,6 +168,8 @@ def test_a_prompt_is_not_merged() -> None:
         (Peft(peft_type="PREFIX_TUNING"), 'set method.kind = "prefix"'),
         (Peft(peft_type="ADALORA"), "on its own schedule"),
         (Peft(peft_type="LOHA", r="eight"), "PEFT"),
+        (Peft(peft_type="LORA", bias="all"), 'method.bias = "all" trains the base.*set method.lora_bias = true'),
+        (Peft(peft_type="LORA", trainable_token_indices=[3]), "cannot be trained here, only imported"),
     ],
     ids=lambda each: each.peft_type if isinstance(each, Peft) else "",
 )

@@ -24,6 +24,9 @@ EXACT: dict[str, Any] = {
         r=3, lora_alpha=6, target_modules=TARGETS, rank_pattern={"value": 7}, alpha_pattern={"layer.1.*query": 20}
     ),
     "trained biases": lambda: peft.LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, bias="lora_only"),
+    "adalora with norms": lambda: peft.AdaLoraConfig(
+        init_r=6, target_r=3, total_step=10, target_modules=TARGETS, modules_to_save=["LayerNorm"]
+    ),
     "adalora": lambda: peft.AdaLoraConfig(init_r=6, target_r=3, total_step=10, target_modules=TARGETS, lora_alpha=9),
 }
 CUT: dict[str, Any] = {
@@ -105,10 +108,10 @@ def test_a_conversion_that_cuts_too_much_is_refused_with_a_remedy(tmp_path: Path
 
 
 def test_what_is_no_low_rank_change_is_refused_with_a_sentence_that_helps(tmp_path: Path) -> None:
-    norms = folder_of(lambda: peft.LNTuningConfig(target_modules=["LayerNorm"]), tmp_path / "given")
-    assert not needed(json.loads((norms / "adapter_config.json").read_text()))
-    with pytest.raises(BundleError, match="LN_TUNING cannot be a LoRA: it changes norms; train it again as LoRA"):
-        converted(norms, tmp_path / "lora")
+    turned = folder_of(lambda: peft.OFTConfig(target_modules=TARGETS, oft_block_size=4), tmp_path / "given")
+    assert not needed(json.loads((turned / "adapter_config.json").read_text()))
+    with pytest.raises(BundleError, match="OFT cannot be a LoRA: it rotates whole layers; train it again as LoRA"):
+        converted(turned, tmp_path / "lora")
 
 
 def test_a_configuration_that_names_code_is_not_opened(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import small_models
 import torch
 from bundles.test_conversion import CUT, EXACT, folder_of
-from bundles.test_mixing import KINDS
+from bundles.test_mixing import KINDS, WHOLE
 from exchange.foreign import LABELS, TEXTS
 
 from turret import Workspace
@@ -27,11 +27,11 @@ def by_peft(folder: Path, text: str) -> torch.Tensor:
     return chances
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *EXACT])
+@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in WHOLE), *EXACT])
 def test_it_answers_in_an_engine_as_peft_does_and_goes_out_again(
     kind: str, tmp_path: Path, bert: Path, foreign: Path
 ) -> None:
-    folder = folder_of((KINDS | EXACT)[kind], tmp_path / "given")
+    folder = folder_of((KINDS | WHOLE | EXACT)[kind], tmp_path / "given")
     workspace = Workspace(tmp_path / "store")
     workspace.import_adapter(foreign, "plain", base=str(bert), labels=LABELS)
     found = workspace.import_adapter(folder, "other", base=str(bert), labels=LABELS)

@@ -5,7 +5,6 @@ The `numbers` of a method read and check its tensors; `lifecycle` has the verbs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,12 +18,14 @@ from turret.adapters.attached import (
     device_of,
     routed_linear,
     routed_module,
+    routed_whole,
 )
 from turret.adapters.lora import LoRAFactors
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.adapters.scaled import ScaledLayer
+from turret.adapters.whole import twin
 from turret.errors import AdapterError, WrongBase
-from turret.families import Family
+from turret.families import FAMILIES, Family
 from turret.json_types import JsonObject
 from turret.methods import Method
 from turret.transformer import Model
@@ -68,8 +69,12 @@ class Adapter:
 
     @property
     def head_modules(self) -> list[str]:
-        """The modules of the model that hold the head's tensors, by the first part of their names."""
-        return sorted({name.split(".")[0] for name in self.head})
+        """The paths of the modules that hold the head's tensors."""
+        family, paths = FAMILIES.get(self.base.family or ""), set[str]()
+        for name in self.head:
+            inside = next((part for part in family.body_excludes if f".{part}." in name), None) if family else None
+            paths.add(name.split(".")[0] if inside is None else name[: name.index(f".{inside}.") + len(inside) + 1])
+        return sorted(paths)
 
 
 class Extracted(NamedTuple):
@@ -89,12 +94,14 @@ class Parts:
         scaling: of all factors.
         prefix: keys and values (L, 2, H, P, D), by group of attention layers.
         layers: what a method that also scales does to a linear layer, by its path.
+        whole: modules that replace norms, embeddings or the output layer, by path.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     scaling: float = 1.0
     prefix: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[str, ScaledLayer] = field(default_factory=dict)
+    whole: dict[str, nn.Module] = field(default_factory=dict)
 
 
 def head_tensors(attached: Attachment, slot: int) -> dict[str, Tensor]:
@@ -125,6 +132,8 @@ def mount_parts(model: Model, attached: Attachment, parts: Parts, slot: int) -> 
     for path, scaled in parts.layers.items():
         layer = routed_linear(model, attached, path)
         layer.scaled[slot] = scaled.to(device_of(layer.base_layer))
+    for path, module in parts.whole.items():
+        routed_whole(model, attached, path).slots[str(slot)] = module.requires_grad_(False).eval()
     if parts.prefix:
         groups = {name: PrefixGroup(each, None, None) for name, each in parts.prefix.items()}
         attached.prefixes[str(slot)] = PrefixSlot(groups).requires_grad_(False).to(device_of(model)).eval()
@@ -185,21 +194,13 @@ def check_head(module: nn.Module, path: str, values: Mapping[str, Tensor]) -> No
 def filled_head(module: nn.Module, path: str, values: dict[str, Tensor], device: torch.device) -> nn.Module:
     """A frozen float32 copy of a head module with these values."""
     check_head(module, path, values)
-    twin = _twin(module)
+    made = twin(module)
     for key, value in values.items():
-        owner, name = twin.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
+        owner, name = made.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
         setattr(owner, name, nn.Parameter(value.float().clone().to(device), requires_grad=False))
         if isinstance(owner, nn.Linear) and name == "weight":
             owner.out_features = value.shape[0]
-    return twin
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """New modules with the same parameters; a deep copy would take longer than reading an adapter."""
-    twin = copy.copy(module)
-    vars(twin)["_parameters"] = dict(module._parameters)
-    vars(twin)["_modules"] = {name: child if child is None else _twin(child) for name, child in module._modules.items()}
-    return twin.eval()
+    return made
 
 
 def copied(value: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from turret.adapters.fused.norms import FrozenNorm
 from turret.adapters.lora import RoutedLinear
 from turret.adapters.prefix import PrefixSlot
 from turret.adapters.routed import RoutedDropout, RoutedModule
+from turret.adapters.whole import RoutedWhole
 from turret.errors import AdapterError
 from turret.families import Family, Site, family_of
 from turret.methods import Method
@@ -45,6 +46,8 @@ class Attachment(nn.Module):
         self.methods: dict[int, Method] = {}
         self.linears: dict[str, RoutedLinear] = {}  # by path in the model; the modules belong to the model
         self.heads: dict[str, RoutedModule] = {}
+        self.wholes: dict[str, RoutedWhole] = {}
+        self.stored: dict[int, dict[str, Tensor]] = {}  # by slot, of adapters that are mounted in another form
         self.full: dict[str, nn.Parameter] = {}  # the trained copies of a full adapter, by name
         self.swapped: list[Swapped] = []
         self.guest: through_peft.Guest | None = None  # a method that PEFT itself put on the model
@@ -152,7 +155,7 @@ def target_paths(model: Model, targets: tuple[str, ...] | str | None) -> list[st
     linear = {
         path: module
         for path, module in linear.items()
-        if module is not output and path.split(".")[0] not in family.beside_body
+        if module is not output and path.split(".")[0] not in family.beside_body and path not in family.unread
     }
     if targets == "all-linear":
         return list(linear)
@@ -280,6 +283,15 @@ def routed_module(model: Model, attached: Attachment, path: str) -> RoutedModule
         attached.heads[path] = RoutedModule(model.get_submodule(path), attached.context)
         _replace(model, attached, path, attached.heads[path])
     return attached.heads[path]
+
+
+def routed_whole(model: Model, attached: Attachment, path: str) -> RoutedWhole:
+    """The routed module of a norm, an embedding or the output layer; it replaces the base's own at the first call."""
+    if path not in attached.wholes:
+        whole = RoutedWhole(model.get_submodule(path), attached.context, path, attached.family.stream(path))
+        attached.wholes[path] = whole
+        _replace(model, attached, path, whole)
+    return attached.wholes[path]
 
 
 def _replace(model: nn.Module, attached: Attachment, path: str, module: nn.Module) -> None:

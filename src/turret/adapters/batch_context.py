@@ -80,6 +80,14 @@ class AdaptedLinear(Protocol):
     stream: str
 
 
+class ReplacedModule(Protocol):
+    """A module of the base that adapters replace whole (`whole.RoutedWhole`)."""
+
+    base_module: nn.Module
+    path: str
+    stream: str
+
+
 class AdapterPoolProtocol(Protocol):
     """The adapters of a pass, if an engine keeps them instead of the modules' slots.
 
@@ -90,11 +98,15 @@ class AdapterPoolProtocol(Protocol):
 
     @property
     def scales(self) -> bool:
-        """Whether an adapter of the current pass scales outputs or inputs of layers."""
+        """Whether an adapter of the current pass scales outputs or inputs of layers, or replaces modules."""
         ...
 
     def linear(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
         """A linear layer of the base on x, plus delta(x) of every row's adapter."""
+        ...
+
+    def whole(self, module: ReplacedModule, x: Tensor) -> Tensor:
+        """A module that some adapters replace on x, each row by its own adapter's."""
         ...
 
     def number(self, layer: AdaptedLinear) -> int:

@@ -119,11 +119,13 @@ def unmount(model: nn.Module, slot: int) -> None:
         attached.guest.leave()
         attached.guest = None
     slots = [linear.slots for linear in attached.linears.values()] + [head.slots for head in attached.heads.values()]
+    slots += [whole.slots for whole in attached.wholes.values()]
     for each in slots:
         if key in each:
             del each[key]
     for linear in attached.linears.values():
         linear.scaled.pop(slot, None)
+    attached.stored.pop(slot, None)
     if key in attached.prefixes:
         del attached.prefixes[key]
     attached.methods.pop(slot, None)

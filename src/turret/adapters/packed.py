@@ -82,7 +82,12 @@ def target_logits(
     Returns:
         (sum of K_i + T_i, V).
     """
-    return vocabulary_logits(model, target_states(model, sources, targets, slots, earlier=earlier))
+    of_token = None
+    if slots is not None:
+        more = [0 if places is None else len(places) for places in earlier or [None] * len(slots)]
+        counts = [count + len(row) for count, row in zip(more, targets, strict=True)]
+        of_token = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
+    return vocabulary_logits(model, target_states(model, sources, targets, slots, earlier=earlier), of_token)
 
 
 def target_states(
@@ -111,12 +116,17 @@ def target_states(
     return hidden[torch.cat(before)]
 
 
-def vocabulary_logits(model: Model, hidden: Tensor) -> Tensor:
-    """The output layer of a generator, as its own forward computes it: (N, D) -> (N, V)."""
+def vocabulary_logits(model: Model, hidden: Tensor, slots: Sequence[int] | None = None) -> Tensor:
+    """The output layer of a generator, as its own forward computes it: (N, D) -> (N, V).
+
+    slots: a slot for each of the N; None: all take the attached adapter.
+    """
+    attached = attachment(model)
     layer = model.get_output_embeddings()
     assert layer is not None
     output = functools.partial(linear, layer)
-    logits: Tensor = attachment(model).family.vocabulary(model, hidden, output)
+    with set_context(attached.context, slots, None):
+        logits: Tensor = attached.family.vocabulary(model, hidden, output)
     return logits
 
 

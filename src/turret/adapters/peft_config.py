@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from turret.errors import BundleError
 from turret.json_types import JsonMapping, JsonValue
 
@@ -40,14 +42,16 @@ CODE = ("auto_map", "auto_mapping")
 KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # initializations of LoRA that do not change the base
 
 
-def check_config(config: JsonMapping) -> None:
+def check_config(config: JsonMapping, computed: Collection[str] = ()) -> None:
     """Raise BundleError for options that are not computed here, for unknown keys, and for keys that name code.
 
     An unknown key passes with an empty value: PEFT writes every option that it has, used or not.
+
+    computed: keys of `NEUTRAL` that the method computes.
     """
     refuse_code(config)
     for key, allowed in NEUTRAL.items():
-        if config.get(key) not in allowed:
+        if key not in computed and config.get(key) not in allowed:
             raise BundleError(
                 f"adapter_config.json sets {key} to {shortly(config[key])}, which is not supported: merge it first"
             )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from turret import quantized
+from turret.errors import AdapterError
 
 Factors = tuple[Tensor, Tensor]
 
@@ -57,15 +58,38 @@ class ScaledLayer:
         input, output, shift = (None if t is None else t.to(device) for t in (self.input, self.output, self.shift))
         return ScaledLayer(factors, input, output, shift)
 
+    def merged(self, layer: nn.Module) -> dict[str, Tensor]:
+        """The layer's parameters with this merged in, in their dtypes: `W' = output (W + B A) input`.
+
+        Raises:
+            AdapterError: the layer has no bias that could hold the shift.
+        """
+        weight, bias = layer.get_parameter("weight"), layer._parameters["bias"]
+        transposed = not isinstance(layer, nn.Linear)  # GPT-2's Conv1D
+        W = weight.float().mT if transposed else weight.float()  # (D_out, D_in)
+        own = self.to(weight.device)
+        if own.factors is not None:
+            W = W + own.factors[1].float() @ own.factors[0].float()
+        W = W if own.input is None else W * own.input.float()
+        W = W if own.output is None else W * own.output.float()[:, None]
+        merged = {"weight": (W.mT if transposed else W).to(weight.dtype)}
+        if bias is None:
+            if own.shift is not None:
+                raise AdapterError("a layer of the base has no bias to merge a trained one into: export it unmerged")
+            return merged
+        b = bias.float() if own.output is None else bias.float() * own.output.float()
+        return merged | {"bias": (b if own.shift is None else b + own.shift.float()).to(bias.dtype)}
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of its numbers."""
         return tuple(t for t in (*(self.factors or ()), self.input, self.output, self.shift) if t is not None)
 
 
-def dora(layer: nn.Linear, A: Tensor, B: Tensor, magnitude: Tensor) -> ScaledLayer:
+def dora(layer: nn.Module, A: Tensor, B: Tensor, magnitude: Tensor) -> ScaledLayer:
     """DoRA on a layer, on its device. A: (R, D_in); B: (D_out, R), scaled; magnitude: (D_out,)."""
-    A, B, magnitude = (each.to(layer.weight.device) for each in (A, B, magnitude))
+    A, B, magnitude = (each.to(layer.get_parameter("weight").device) for each in (A, B, magnitude))
     gain = magnitude.float() / torch.linalg.norm(quantized.dense_weight(layer).float() + B.float() @ A.float(), dim=1)
-    shift = None if layer.bias is None else layer.bias.float() * (1 - gain)
+    bias = layer._parameters["bias"]
+    shift = None if bias is None else bias.float() * (1 - gain)
     return ScaledLayer((A, B), output=gain, shift=shift)

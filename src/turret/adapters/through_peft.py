@@ -29,6 +29,8 @@ from turret.errors import AdapterError, RecipeError, TurretError
 from turret.families import Family
 from turret.json_types import JsonObject, JsonValue
 from turret.methods import LoRA, Peft
+from turret.methods.lora.spec import FROM_DATA
+from turret.methods.peft.spec import PROMPTS
 from turret.transformer import Model
 
 if TYPE_CHECKING:
@@ -46,7 +48,6 @@ ALIASES: dict[str, tuple[str, JsonObject]] = {  # known as methods, options of a
     "DORA": ("LORA", {**LORA, "use_dora": True}),
     "RSLORA": ("LORA", {**LORA, "use_rslora": True}),
 }
-PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 REFUSED = {
     "PREFIX_TUNING": 'turret has its own: set method.kind = "prefix"',
     "ADALORA": "it moves ranks between layers on its own schedule, which turret's training loop does not call",
@@ -111,6 +112,11 @@ def config_of(method: Peft) -> PeftConfig:
         near = difflib.get_close_matches(method.peft_type, names(), n=1)
         remedy = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names())}"
         raise RecipeError(f"method.peft_type {_short(method.peft_type)} is not a method of PEFT: {remedy}")
+    if (start := method.options.get("init_lora_weights")) in FROM_DATA:
+        raise RecipeError(
+            f'method.init_lora_weights: expected a start that needs no pass over the data, given "{start}": '
+            "leave it out"
+        )
     allowed = [field.name for field in fields(known[kind]) if field.init and field.name not in OURS]
     for key in method.options:
         if key in OURS:

@@ -292,7 +292,7 @@ def _method_of(config: JsonObject, tensors: dict[str, Tensor]) -> Method:
     """The method of a plain PEFT folder. Raises BundleError for one that Turret does not support."""
     refuse_code(config)
     particular_first = sorted(METHODS.values(), key=lambda each: not each.open_settings)
-    method = next((each for each in particular_first if each.reads(config)), None)
+    method = next((each for each in particular_first if each.reads(config, tensors)), None)
     if method is None:
         known = [each.peft_name for each in METHODS.values() if each.peft_name is not None]
         raise BundleError(

@@ -39,7 +39,7 @@ MOST_DEVIATION = 0.05  # of the largest output; a conversion with a larger devia
 PATTERNS = ("rank_pattern", "alpha_pattern")
 PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
 NOT_LOW_RANK = {  # methods whose change of the weights has no low rank, and why
-    "LN_TUNING": "it changes norms",
+    "TRAINABLE_TOKENS": "it changes embeddings of single tokens",
     "OFT": "it rotates whole layers",
     "BOFT": "it rotates whole layers",
     "HRA": "it rotates whole layers",
@@ -84,19 +84,24 @@ def as_lora(
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     refuse_code(config)
     kind = str(config.get("peft_type"))
+    if config.get("bias") == "all":
+        raise BundleError(f'{kind} with bias = "all" is not converted: train it again as LoRA, whose biases are read')
     with _loaded(folder, model, kind) as wrapped:
         original = _outputs(wrapped, ids)
         factors = dict(_factors(wrapped, kind, rank))
+        saved = tuple(_trained_whole(wrapped))
     r = max(len(A) for A, _ in factors.values())
-    saved = {*(config.get("modules_to_save") or ()), *family.head_modules}
     stored = load_file(folder / WEIGHTS)
-    tensors = {key: value for key, value in stored.items() if key.removeprefix(LORA_PREFIX).partition(".")[0] in saved}
+    tensors = {key: value for key, value in stored.items() if key.startswith(saved)}
     biases = _biases(stored, model, factors)
     tensors |= {f"{LORA_PREFIX}{path}.lora_B.bias": bias for path, bias in biases.items()}
     for path, (A, B) in factors.items():
         tensors[f"{LORA_PREFIX}{path}.lora_A.weight"] = _padded(A, r, dim=0)
         tensors[f"{LORA_PREFIX}{path}.lora_B.weight"] = _padded(B, r, dim=1)
-    copied = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "peft_version")
+    copied = (
+        *("task_type", "base_model_name_or_path", "revision", "modules_to_save", "trainable_token_indices"),
+        "peft_version",
+    )
     lora = {key: config[key] for key in copied if key in config}
     lora |= {"peft_type": "LORA", "r": r, "lora_alpha": r, "lora_dropout": 0.0, "inference_mode": True}
     lora |= {"target_modules": sorted(factors), "fan_in_fan_out": family.fan_in_fan_out, "bias": "none"}
@@ -123,7 +128,7 @@ def _loaded(folder: Path, model: Model, kind: str) -> Iterator[peft.PeftModel]:
     if kind in NOT_LOW_RANK:
         raise BundleError(f"{kind} cannot be a LoRA: {NOT_LOW_RANK[kind]}; train it again as LoRA")
     flags = {name: each.requires_grad for name, each in model.named_parameters()}
-    children = dict(model.named_children())
+    modules = dict(model.named_modules())
     biases = {name: each.detach().clone() for name, each in model.named_parameters() if name.endswith(".bias")}
     try:
         wrapped = peft.PeftModel.from_pretrained(model, str(folder))
@@ -136,8 +141,10 @@ def _loaded(folder: Path, model: Model, kind: str) -> Iterator[peft.PeftModel]:
         yield wrapped.eval()
     finally:
         wrapped.unload()
-        for name, child in children.items():  # PEFT leaves its wrapper around a trained head
-            setattr(model, name, child)
+        for path, module in modules.items():  # PEFT leaves what was trained whole, a head or a norm
+            parent = modules.get(path.rpartition(".")[0])
+            if path and parent is not None:
+                parent._modules[path.rpartition(".")[2]] = module
         for name, each in model.named_parameters():
             each.requires_grad_(flags[name])
             if name in biases:  # PEFT overwrites the base's with trained ones
@@ -167,6 +174,15 @@ def _factors(wrapped: peft.PeftModel, kind: str, rank: int | None) -> Iterator[t
             yield path, (layer.lora_A["default"] * layer.lora_E["default"], layer.lora_B["default"] * scaling)
         return
     yield from _by_peft(wrapped, kind, rank).items()
+
+
+def _trained_whole(wrapped: peft.PeftModel) -> Iterator[str]:
+    """What the names of the tensors begin with that PEFT trains whole, in a head or in the body."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in wrapped.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield f"{name}."
 
 
 def _adapted(module: nn.Module) -> bool:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated
+
+import typer
 
 from turret.cli import options
-from turret.cli.output import console, counted, emit, grid, safe, size
+from turret.cli.output import console, counted, emit, grid, many, safe, size
 from turret.json_types import JsonMapping
 
 GOOD, BAD = "[green]ok[/]  ", "[yellow]--[/]  "
 
 
-def doctor(store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+def doctor(
+    base: Annotated[
+        str | None, typer.Option("--base", help="Also load this base and show what can be done on it.")
+    ] = None,
+    store: options.Store = options.STORE,
+    as_json: options.Json = False,
+) -> None:
     """Show what this machine can run: processor, libraries, bundled bases and data, and the store."""
     from turret.workspace import Workspace
 
-    facts = Workspace(store).doctor()
+    facts = Workspace(store).doctor(base)
     if as_json:
         emit(facts)
     else:
@@ -43,6 +52,28 @@ def _lines(facts: JsonMapping) -> Iterator[tuple[str, str]]:
     yield "store", _store(facts["store"])
     for problem in facts["store"]["problems"]:
         yield "", f"[red]{safe(problem)}[/]"
+
+    if "base" in facts:
+        yield from _base(facts["base"])
+
+
+def _base(base: JsonMapping) -> Iterator[tuple[str, str]]:
+    family = safe(base["family"]) if base["listed"] else f"{safe(base['family'])}, not listed: by the plain hooks"
+    yield "base", f"{GOOD}{safe(base['id'])}  [dim]{base['fingerprint'][:19]}[/]"
+    yield "family", f"{family}, {base['kind']}: {', '.join(base['tasks'])}"
+    limit = "" if base["most_tokens"] is None else f", at most {base['most_tokens']:,} tokens a text"
+    yield "size", f"{many(base['parameters'])} parameters, {size(base['bytes'])} in {base['dtype']}{limit}"
+    yield "rows", f"{base['rows']}; fast paths: {', '.join(base['fast_paths']) or 'none'}"
+    yield "LoRA", f"{base['lora_layers']} layers by default ({', '.join(map(safe, base['lora_targets']))})"
+    for name, refused in base["refused"].items():
+        reasons = dict[str, list[str]]()
+        for operation, why in refused.items():
+            for reason in why:
+                reasons.setdefault(reason, []).append(operation)
+        lines = [f"not {', '.join(operations)}: {safe(reason)}" for reason, operations in reasons.items()]
+        yield name, f"{BAD}{'; '.join(lines)}" if lines else f"{GOOD}train, mix, import, export"
+    for note in base["notes"]:
+        yield "", f"[dim]{safe(note)}[/]"
 
 
 def _processor(processor: JsonMapping) -> str:

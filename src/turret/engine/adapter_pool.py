@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from turret import quantized
 from turret.adapters import require_base
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts
-from turret.adapters.attached import Attachment, device_of, hook_model, routed_linear, target_paths
-from turret.adapters.batch_context import BARE, AdaptedLinear
+from turret.adapters.attached import Attachment, device_of, hook_model, routed_linear, routed_whole, target_paths
+from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
 from turret.adapters.fused.frozen import linear
 from turret.adapters.lora import sizes
 from turret.adapters.scaled import ScaledLayer
@@ -85,11 +85,12 @@ class AdapterPool:
         flat = torch.empty(count + prefix.count + ends.count, dtype=self.dtype, device=self.device)
         layout = self._lay_out(factors, parts.scaling, flat[:count]) if factors else None
         prefixes = prefix.views(flat[count : count + prefix.count])
-        loaded = AdapterTensors(digest, task, flat, layout, prefixes, ends, self._scaled_layers(parts))
+        for path in parts.whole:  # computes the same as before for the adapters that are mounted
+            routed_whole(self._model, self.attached, path)
+        loaded = AdapterTensors(digest, task, flat, layout, prefixes, ends, self._scaled_layers(parts), parts.whole)
         _fill(loaded.prefix, parts.prefix)
         _fill(loaded.head, head)
-        scaled = [tensor for layer in loaded.scaled.values() for tensor in layer.tensors]
-        if not all(all_finite(part) for part in (*torch.split(flat, PIECE), *scaled)):
+        if not all(all_finite(part) for part in (*torch.split(flat, PIECE), *loaded.beside)):
             raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")
         return loaded
 
@@ -182,14 +183,14 @@ class AdapterPool:
 
     @property
     def scales(self) -> bool:
-        """Whether an adapter of the current pass scales outputs or inputs of layers."""
+        """Whether an adapter of the current pass scales outputs or inputs of layers, or replaces modules."""
         return bool(self._scaled)
 
     def _scaled_spans(self, rows: Sequence[tuple[int, int]]) -> list[Span]:
-        """The tokens of the adapters that scale. rows: (slot, tokens)."""
+        """The tokens of the adapters that scale or replace modules. rows: (slot, tokens)."""
         ends = accumulate(tokens for _, tokens in rows)
         found = [(end - tokens, end, self.at(slot)) for (slot, tokens), end in zip(rows, ends, strict=True)]
-        return [(start, end, own) for start, end, own in found if own is not None and own.scaled]
+        return [(start, end, own) for start, end, own in found if own is not None and (own.scaled or own.whole)]
 
     def _spans_of(self, rows: Sequence[tuple[int, int]]) -> list[Span]:
         """rows: (slot, tokens)."""
@@ -238,13 +239,39 @@ class AdapterPool:
             sgmv(y[0], x[0], [(0, x.shape[1], own.pairs())], number)
         return y
 
+    def whole(self, module: ReplacedModule, x: Tensor) -> Tensor:
+        """A module on x, each row by its own adapter's. x: (1, N, ...); the output layer's (N, D), a slot for each."""
+        context = self.attached.context
+        if self.family.rows_alone and context.lengths is not None:
+            own = None if self._alone is None else self._alone.whole.get(module.path)
+            return linear(module.base_module if own is None else own, x)
+        y = linear(module.base_module, x)
+        if context.lengths is None:
+            for slot, rows in ({} if context.slots is None else context.rows_by_slot()).items():
+                if (own := self._whole_at(slot, module.path)) is not None:
+                    y[rows] = own(x[rows])
+            return y
+        for start, end, adapter in self._scaled.get(module.stream, ()):
+            if (own := adapter.whole.get(module.path)) is not None:
+                y[:, start:end] = own(x[:, start:end])
+        return y
+
+    def _whole_at(self, slot: int, path: str) -> nn.Module | None:
+        """An adapter's own module at a path, if it has one."""
+        loaded = self.at(slot)
+        return None if loaded is None else loaded.whole.get(path)
+
     def _head_linear(self, layer: nn.Module, number: int, x: Tensor) -> Tensor:
         """The same for a layer that heads share with the body, such as a pooler. x: (B, D_in) -> (B, D_out)."""
         spans = self._spans_of(self._head_rows)
         if usable(x, *layer.parameters()) is not None:
-            return linear(layer, x, kernel_spans(spans, len(x)), number, helped=False)
-        y = linear(layer, x)
-        sgmv(y, x, _segments(spans), number)
+            y = linear(layer, x, kernel_spans(spans, len(x)), number, helped=False)
+        else:
+            y = linear(layer, x)
+            sgmv(y, x, _segments(spans), number)
+        for start, end, own in self._scaled_spans(self._head_rows):
+            if (scaled := own.scaled.get(number)) is not None:
+                y[start:end] = scaled(functools.partial(linear, layer, helped=False), x[start:end])
         return y
 
     def finish(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turret.adapters.scaled import ScaledLayer
 from turret.tasks import Task
@@ -75,11 +75,17 @@ class AdapterTensors:
     prefix: Mapping[str, Tensor]  # by group: (L, 2, H, P, D), views of `flat`
     head_layout: TensorLayout  # of the end of `flat`, by names in the model
     scaled: Mapping[int, ScaledLayer] = field(default_factory=dict)  # by layer, of a method that also scales
+    whole: Mapping[str, nn.Module] = field(default_factory=dict)  # by path, in place of the base's own
 
     @property
     def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.flat, *self.beside))
+
+    @property
+    def beside(self) -> list[Tensor]:
+        """The tensors that are not in the buffer."""
         scaled = [tensor for layer in self.scaled.values() for tensor in layer.tensors]
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.flat, *scaled))
+        return [*scaled, *(each for module in self.whole.values() for each in module.parameters())]
 
     @property
     def rank(self) -> int:

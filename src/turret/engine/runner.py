@@ -97,7 +97,7 @@ class Runner:
         sorted_steps = [steps[row] for row in step_order]
         hidden, lengths = self._body(rows, sorted_steps)
         self._grow(rows, sorted_steps)
-        return self._outcome(prefill, rows, order, step_order, hidden, lengths)
+        return self._outcome(prefill, steps, rows, order, step_order, hidden, lengths)
 
     # --- the body -----------------------------------------------------------------------------------------------------
 
@@ -240,6 +240,7 @@ class Runner:
     def _outcome(
         self,
         prefill: Sequence[Prefill],
+        steps: Sequence[DecodeStep],
         rows: Sequence[Prefill],
         order: Sequence[int],
         step_order: Sequence[int],
@@ -258,9 +259,11 @@ class Runner:
         first_step = hidden.shape[0] - len(step_order)
         step_token = {row: first_step + place for place, row in enumerate(step_order)}
         tokens += [step_token[row] for row in range(len(step_order))]
+        slots = [prefill[row].slot for row in sorted(last)] + [step.slot for step in steps]
         vocabulary = torch.empty(0)
         if tokens:
-            vocabulary = vocabulary_logits(self.model, hidden[torch.tensor(tokens, device=hidden.device)]).float()
+            read = hidden[torch.tensor(tokens, device=hidden.device)]
+            vocabulary = vocabulary_logits(self.model, read, slots).float()
         return Outcome([classes[row] for row in range(len(prefill)) if row in classes], vocabulary)
 
 

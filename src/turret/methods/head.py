@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from turret.methods.method import Method
+from turret.families import Family
+from turret.methods.method import Method, Operation
 
 
 class Head(Method):
@@ -13,3 +14,6 @@ class Head(Method):
     head_alone: ClassVar[bool] = True
 
     kind: Literal["head"] = "head"
+
+    def refusal(self, operation: Operation, family: Family, generates: bool) -> str | None:
+        return 'a base that generates text has no head to train alone: use method.kind = "lora"' if generates else None

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from turret.families import Family
 from turret.json_types import JsonMapping
 from turret.plan_check import Check
 
 LARGE_BASE = 1_000_000_000  # parameters; the published LoRA rates hold from here on, the measured ones below
 FEWEST_STEPS = 20  # no method learns much in fewer
+Operation = Literal["train", "mix", "import", "export"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,15 @@ class Method(BaseModel):
         """Further rows of a plan."""
         yield from ()
 
+    def refusal(self, operation: Operation, family: Family, generates: bool) -> str | None:
+        """Why an operation is not possible on bases of a family, in one line with a remedy; None if it is.
+
+        Args:
+            operation: train; mix with other adapters in one batch; import from a folder; export to one.
+            generates: the task generates text, and has no head.
+        """
+        return None
+
     def starting_text(self, instruction: str) -> str | None:
         """The text that it starts from, if it starts from a text. instruction: the task's own."""
         return None
@@ -111,8 +122,8 @@ class Method(BaseModel):
         return None
 
     @classmethod
-    def reads(cls, config: JsonMapping) -> bool:
-        """Whether an `adapter_config.json` of PEFT is of this method."""
+    def reads(cls, config: JsonMapping, names: Iterable[str] = ()) -> bool:
+        """Whether an `adapter_config.json` of PEFT is of this method. names: of its tensors, if they are known."""
         return cls.peft_name is not None and config.get("peft_type") == cls.peft_name
 
     @classmethod

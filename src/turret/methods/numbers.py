@@ -25,6 +25,7 @@ from turret.adapters.adapter import (
 from turret.adapters.attached import Attachment, Beginning, start_head
 from turret.adapters.lora import merged_weight
 from turret.adapters.peft_config import check_agreement, check_config
+from turret.adapters.whole import merged_values
 from turret.errors import AdapterError, BundleError
 from turret.json_types import JsonObject
 from turret.methods.method import Method
@@ -142,6 +143,17 @@ class MethodNumbers(Generic[M]):
             transposed = not isinstance(layer, nn.Linear)
             assert isinstance(layer.weight, Tensor)
             merged[f"{path}.weight"] = merged_weight(layer.weight, A, B, parts.scaling, transposed=transposed)
+        for path, scaled in parts.layers.items():
+            merged |= {f"{path}.{name}": value for name, value in scaled.merged(model.get_submodule(path)).items()}
+        for path, module in parts.whole.items():
+            base = model.get_submodule(path)
+            own = merged_values(module, base.get_parameter("weight"))
+            for name in shared.get(f"{path}.weight", ()):
+                if (other := name.removesuffix(".weight")) not in parts.whole:
+                    raise AdapterError(f"{path} shares its weight with {other}, so the adapter cannot be merged")
+                if not torch.equal(own["weight"], merged_values(parts.whole[other], own["weight"])["weight"]):
+                    raise AdapterError(f"{path} and {other} share one weight in the base, so they cannot be merged")
+            merged |= {f"{path}.{name}": value for name, value in own.items()}
         return merged
 
     def parts(self, model: Model, adapter: Adapter) -> Parts:

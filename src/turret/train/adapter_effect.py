@@ -96,14 +96,19 @@ def _idle(model: Model, adapter: Adapter, sources: list[Tensor], targets: list[T
     return [name for name, gradient in zip(owned, gradients, strict=True) if gradient is None]
 
 
-def _slot_parameters(model: Model) -> dict[str, nn.Parameter]:
-    """The parameters of slot 1, by their path."""
+def _slot_parameters(model: Model) -> dict[str, Tensor]:
+    """The numbers of slot 1, by their path."""
     attached = adapters.attachment(model)
     if attached.guest is not None:
         heads = {path: each.slots["1"] for path, each in attached.heads.items() if "1" in each.slots}
         own = {f"{path}.{name}": each for path, part in heads.items() for name, each in part.named_parameters()}
-        return {**attached.guest.parameters, **own}
+        found: dict[str, Tensor] = {**attached.guest.parameters, **own}
+        return found
     parts: dict[str, nn.Module] = {f"prefix.{name}": each for name, each in attached.prefixes.items()}
-    for routed in (attached.linears, attached.heads):
+    for routed in (attached.linears, attached.heads, attached.wholes):
         parts |= {path: each.slots["1"] for path, each in routed.items() if "1" in each.slots}
-    return {f"{path}.{name}": each for path, part in parts.items() for name, each in part.named_parameters()}
+    scaled = {path: layer.scaled[1].tensors for path, layer in attached.linears.items() if 1 in layer.scaled}
+    return {
+        **{f"{path}.{name}": each for path, part in parts.items() for name, each in part.named_parameters()},
+        **{f"{path}.{number}": each for path, own in scaled.items() for number, each in enumerate(own)},
+    }

@@ -436,6 +436,7 @@ class Workspace:
 
         return replaying.replay(self.store, a, b, data, columns or {}, on_stage or silent)
 
-    def doctor(self) -> JsonObject:
-        """What this machine can run."""
-        return machine.facts(self.store)
+    def doctor(self, base: str | None = None) -> JsonObject:
+        """What this machine can run, and what can be done on a base if one is given."""
+        facts = machine.facts(self.store)
+        return facts if base is None else facts | {"base": machine.base_facts(base)}

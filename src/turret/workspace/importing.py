@@ -20,6 +20,7 @@ from torch import Tensor
 
 from turret import adapters, bases, bundles
 from turret.adapters import Adapter
+from turret.adapters.adapter import head_paths
 from turret.bases import Base
 from turret.bases.quantized import Quantization
 from turret.bundles import conversion, fetch
@@ -246,6 +247,13 @@ def _head(given: Adapter, base: Base, notes: list[str]) -> dict[str, Tensor]:
             f"{missing[0]} is missing: neither the adapter nor the checkpoint of {base.id} has it, so it was random "
             "during training; save the adapter with modules_to_save, or give the base it was trained on"
         )
+    for path in head_paths(base.family, head):  # bias = "all" trains a pooler's bias, not its weight
+        state = base.model.get_submodule(path).state_dict()
+        if not all(key.endswith(".bias") for key in head if key.startswith(f"{path}.")):
+            continue
+        for key, value in ((f"{path}.{name}", each) for name, each in state.items()):
+            if key not in head and key not in fresh:
+                head[key] = value.detach().clone()
     return head
 
 

@@ -46,6 +46,48 @@ def facts(store: Store) -> JsonObject:
     }
 
 
+def base_facts(base: str) -> JsonObject:
+    """What can be done on a base. It is loaded: an architecture that is not listed is checked against its own outputs.
+
+    Raises:
+        BaseModelError: it cannot be found or read.
+        UnknownFamily: the architecture is neither listed nor one that the plain hooks serve.
+    """
+    from turret import adapters, bases
+    from turret.families import FAMILIES, generic
+    from turret.methods.examples import SHOWN
+    from turret.workspace import abilities
+
+    model_type = str(bases.resolve(base).config.get("model_type"))
+    known = FAMILIES.get(model_type)
+    writes = generic.kind_of(model_type) == "decoder" if known is None else known.generates
+    loaded = bases.load(base, task="generate" if writes else "classify")
+    family = loaded.family
+    methods = {
+        name: {operation: [] if not why else sorted(set(why.values())) for operation, why in found.items()}
+        for name, method in SHOWN.items()
+        for found in (abilities.refusals(method, family),)
+    }
+    return {
+        "id": base,
+        "family": family.name,
+        "listed": not family.guessed,
+        "kind": family.kind,
+        "tasks": list(abilities.kinds(family)),
+        "parameters": sum(each.numel() for each in loaded.model.parameters()),
+        "bytes": loaded.bytes,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "fingerprint": loaded.fingerprint,
+        "most_tokens": family.position_limit(loaded.model.config),
+        "rows": "one by one" if family.rows_alone else "packed",
+        "lora_layers": len(adapters.target_paths(loaded.model, None)),
+        "lora_targets": list(family.lora_targets),
+        "fast_paths": abilities.fast_paths(family),
+        "refused": {name: {key: why for key, why in found.items() if why} for name, found in methods.items()},
+        "notes": list(loaded.notes),
+    }
+
+
 def _processor() -> JsonObject:
     """What torch can use here, or why torch cannot be loaded."""
     try:

@@ -30,6 +30,7 @@ from turret.adapters.fused.residual import FrozenOutput
 from turret.adapters.fused.trained_decoder import TrainedDecoder
 from turret.adapters.fused.trained_encoder import TrainedEncoder
 from turret.adapters.lora import RoutedLinear
+from turret.adapters.whole import unrouted
 from turret.families import FastPaths, Layout
 from turret.kernels import DecoderLayer, EncoderLayer, LayerMatrix, LayerNorm, Layers, Library, usable
 from turret.kernels.layers import Layer
@@ -161,8 +162,8 @@ class Encoder(OneCall[PostNormLayer]):
             return None
         projections = attention.query, attention.key, attention.value
         matrices = _matrices(pool, [*projections, first.dense, module.intermediate.dense, last.dense])
-        norms = [first.LayerNorm, last.LayerNorm]
-        if matrices is None or not all(_is_affine(each) for each in norms):
+        norms = [norm for each in (first, last) if isinstance(norm := unrouted(each.LayerNorm), nn.LayerNorm)]
+        if len(norms) < 2 or matrices is None or not all(_is_affine(each) for each in norms):
             return None
         if not _alike(matrices, [own for norm in norms for own in norm.parameters()]):
             return None
@@ -209,12 +210,15 @@ class Decoder(OneCall[PreNormLayer]):
 
     def _layer(self, pool: AdapterPoolProtocol) -> DecoderLayer | None:
         module, attention, mlp = self._module, self._module.self_attn, self._module.mlp
-        first, last = module.input_layernorm, module.post_attention_layernorm
-        heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        first, last = unrouted(module.input_layernorm), unrouted(module.post_attention_layernorm)
         if not isinstance(mlp, FrozenGated) or not isinstance(first, FrozenNorm) or not isinstance(last, FrozenNorm):
             return None
-        if any(each is not None and not isinstance(each, FrozenNorm) for each in heads):
-            return None
+        heads: list[FrozenNorm | None] = []
+        for own in (getattr(attention, name, None) for name in ("q_norm", "k_norm")):
+            norm = None if own is None else unrouted(own)
+            if norm is not None and not isinstance(norm, FrozenNorm):
+                return None
+            heads.append(norm)
         norms = [first, *(each for each in heads if each is not None), last]
         q_weight, k_weight = (None if each is None else each.weight for each in heads)
         if len({each.variance_epsilon for each in norms[:-1]}) > 1:

@@ -19,6 +19,7 @@ from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.dropout import Masks
 from turret.adapters.fused.norms import with_input
+from turret.adapters.whole import current
 from turret.kernels import LARGEST, DropoutArguments, Library, usable
 
 
@@ -81,9 +82,9 @@ class FrozenOutput(nn.Module):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         if self.narrows and self.context.read is not None:  # (1, N, D) -> (1, B, D)
             hidden_states, input_tensor = (x.index_select(1, self.context.read) for x in (hidden_states, input_tensor))
-        a, x, norm = self.dense(hidden_states), input_tensor, self.LayerNorm
-        library = self._kernels(a, x)
-        if library is None:
+        a, x, norm = self.dense(hidden_states), input_tensor, current(self.LayerNorm)
+        library = self._kernels(a, x, norm) if isinstance(norm, nn.LayerNorm) else None
+        if library is None or not isinstance(norm, nn.LayerNorm):
             y: Tensor = norm(self.dropout(a) + x)
             return y
         a, x = a.contiguous(), x.contiguous()
@@ -94,9 +95,8 @@ class FrozenOutput(nn.Module):
         y, s, stats = apply(_AddedNorm, a, x, norm.weight, norm.bias, norm.eps, dropped, library)
         return with_input(y, s, RecomputedLayerNorm(norm.weight, norm.bias, stats, library))
 
-    def _kernels(self, a: Tensor, x: Tensor) -> Library | None:
+    def _kernels(self, a: Tensor, x: Tensor, norm: nn.LayerNorm) -> Library | None:
         """The kernels, in an engine and where a gradient passes through frozen weights."""
-        norm = self.LayerNorm
         trains = torch.is_grad_enabled() and (a.requires_grad or x.requires_grad) and not norm.weight.requires_grad
         wanted = trains or (self.context.serves and not torch.is_grad_enabled())
         if not wanted or a.numel() >= LARGEST or not enabled("added_norm"):

@@ -13,7 +13,7 @@ from turret.adapters.attached import Attachment, Beginning, put_back
 from turret.errors import AdapterError
 from turret.families import family_of
 from turret.json_types import JsonObject
-from turret.methods.full.spec import Full
+from turret.methods.full.spec import UNMIXED, Full
 from turret.methods.numbers import MethodNumbers, fill_parameters
 from turret.transformer import Model
 
@@ -43,10 +43,7 @@ class FullNumbers(MethodNumbers[Full]):
         return adapter.tensors
 
     def parts(self, model: Model, adapter: Adapter) -> Parts:
-        raise AdapterError(
-            "full fine-tuning replaces every weight, so its base cannot serve other adapters: "
-            "export it merged and serve it as a base"
-        )
+        raise AdapterError(UNMIXED)
 
     def mount(self, model: Model, attached: Attachment, adapter: Adapter, slot: int) -> None:
         if attached.methods:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from turret.methods.method import Method
+from turret.families import Family
+from turret.methods.method import Method, Operation
+
+UNMIXED = (
+    "full fine-tuning replaces every weight, so its base cannot serve other adapters: export it merged and serve it as "
+    "a base"
+)
 
 
 class Full(Method):
@@ -18,6 +24,9 @@ class Full(Method):
     high_rate: ClassVar[tuple[int, str]] = (10, "wipes out what the base has learned")
 
     kind: Literal["full"] = "full"
+
+    def refusal(self, operation: Operation, family: Family, generates: bool) -> str | None:
+        return UNMIXED if operation == "mix" else None
 
     @property
     def summary(self) -> str:

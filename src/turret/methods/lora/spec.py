@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from turret.json_types import JsonMapping
+from turret.json_types import JsonMapping, JsonValue
 from turret.methods.method import Method
 
 # `turret merge --how` -> PEFT's `combination_type`, and whether it prunes and so takes a density.
@@ -19,6 +19,15 @@ COMBINATIONS = {
     "dare": ("dare_linear", True),
     "dare-ties": ("dare_ties", True),
 }
+
+
+FROM_DATA = ("eva", "corda", "lora_ga")  # PEFT's names of starts that it computes from a pass over the data
+
+
+def _without_data(value: JsonValue) -> JsonValue:
+    if value in FROM_DATA:
+        raise ValueError(f'expected a start that needs no pass over the data, given "{value}": leave it out')
+    return value
 
 
 class LoRA(Method):
@@ -41,7 +50,7 @@ class LoRA(Method):
     target_modules: tuple[str, ...] | Literal["all-linear"] | None = None  # None: the family's (query and value)
     use_rslora: bool = False  # scaling = lora_alpha / sqrt(r) (Kalajdzievski 2023)
     lora_plus_ratio: float | None = Field(default=None, gt=0, le=1000)  # B's rate / A's (LoRA+, Hayou et al. 2024)
-    init_lora_weights: bool | Literal["gaussian", "pissa", "loftq"] = True  # True: Kaiming A, zero B
+    init_lora_weights: Annotated[bool | Literal["gaussian", "pissa", "loftq"], BeforeValidator(_without_data)] = True
 
     @property
     def scaling(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,29 +13,50 @@ from turret.adapters import through_peft
 from turret.adapters.adapter import LORA_PREFIX, PROMPT, Adapter, Extracted, Parts, copied, head_tensors, mount_head
 from turret.adapters.attached import Attachment, Beginning, device_of
 from turret.adapters.batch_context import BARE, set_context
-from turret.adapters.peft_config import check_agreement, refuse_code
+from turret.adapters.peft_config import check_agreement, check_config, refuse_code
 from turret.adapters.prefix import Groups
-from turret.errors import AdapterError
+from turret.errors import AdapterError, RecipeError
 from turret.families import family_of
 from turret.json_types import JsonObject
 from turret.methods.numbers import MethodNumbers, fill_parameters, head_parameters
-from turret.methods.peft.mixing import layers_of
-from turret.methods.peft.spec import Peft
+from turret.methods.peft.mixing import parts_of
+from turret.methods.peft.spec import MARKS, PREFIX, Peft, beside, without_repeated
+from turret.methods.peft.whole import tunes_linear
 from turret.transformer import Model
+
+# Options of PEFT's LoRA that `mixing` computes and the method `lora` does not.
+COMPUTED = {
+    *("use_dora", "bias", "lora_bias", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
+    "ensure_weight_tying",
+}
 
 
 class PeftNumbers(MethodNumbers[Peft]):
     """PEFT's modules in slot 1 of a model without other adapters."""
 
     def require_known(self) -> None:
-        """Raises RecipeError for a method or a setting that PEFT does not know."""
+        """Raises RecipeError for a method or a setting that PEFT does not know, or that trains the base's weights."""
         through_peft.config_of(self.method)
+        options = self.method.options
+        if options.get("bias", "none") != "none":
+            raise RecipeError(
+                f'method.bias = "{options["bias"]}" trains the base\'s own biases, and the base is never written to: '
+                "set method.lora_bias = true, which trains a bias beside them"
+            )
+        if options.get("trainable_token_indices"):
+            raise RecipeError(
+                "method.trainable_token_indices cannot be trained here, only imported, mixed, served and exported: "
+                "leave it out"
+            )
 
     def start(self, model: Model, attached: Attachment, beginning: Beginning) -> None:
+        self.require_known()
         _invite(model, attached, self.method, beginning.generator)
         super().start(model, attached, beginning)
 
     def extract(self, attached: Attachment, slot: int) -> Extracted:
+        if slot in attached.stored:
+            return Extracted(dict(attached.stored[slot]), head_tensors(attached, slot), self.method)
         guest = _guest(attached)
         tensors = {name: copied(value) for name, value in through_peft.tensors_of(guest).items()}
         return Extracted(tensors, head_tensors(attached, slot), through_peft.finished(guest.method))
@@ -45,6 +67,20 @@ class PeftNumbers(MethodNumbers[Peft]):
             raise AdapterError("its PEFT settings differ from the method here: use its [method]")
         through_peft.fill(guest, adapter.tensors)
         fill_parameters(head_parameters(attached), adapter.head)
+
+    def read(self, tensors: dict[str, Tensor], config: JsonObject) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        kind = through_peft.config_of(self.method).peft_type.value
+        if kind == "LORA":
+            check_config(config, computed=COMPUTED)
+        kept = without_repeated(tensors) if kind in MARKS else set(tensors)
+        extra = self._beside(kept)
+        own, head = super().read({name: each for name, each in tensors.items() if name in kept - extra}, config)
+        return own | {name: tensors[name] for name in extra}, head
+
+    def _beside(self, names: Iterable[str]) -> set[str]:
+        """The tensors that are trained whole beside the method's own."""
+        mark = MARKS.get(self.method.peft_type)
+        return set() if mark is None else beside(names, mark)
 
     def owns(self, name: str) -> bool:
         """By the substring that PEFT puts into the names of a method's tensors."""
@@ -62,14 +98,24 @@ class PeftNumbers(MethodNumbers[Peft]):
         return through_peft.kept(config) | {"peft_type": config.peft_type.value}
 
     def peft_config(self, adapter: Adapter) -> JsonObject:
-        return self.peft_words() | ({"modules_to_save": adapter.head_modules} if adapter.head else {})
+        """PEFT's own words, and the modules of the head and of the body that are trained whole."""
+        extra = (name.removeprefix(PREFIX) for name in self._beside(adapter.tensors))
+        body = {name.rpartition(".")[0] for name in extra if not name.endswith((".bias", ".trainable_tokens_delta"))}
+        body = {path for path in body if ".ln_tuning_layers" not in path}
+        saved = sorted({*adapter.head_modules, *body})
+        return self.peft_words() | ({"modules_to_save": saved} if saved else {})
 
     def check_config(self, config: JsonObject) -> None:
         refuse_code(config)
         check_agreement(config, self.peft_words())
 
     def merged(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
-        """The weights that differ after PEFT's own merge, which runs on a copy of the model."""
+        """The weights that differ after PEFT's own merge, which runs on a copy of the model.
+
+        PEFT's merge leaves out what is trained whole, so such an adapter is merged by its parts.
+        """
+        if self._beside(adapter.tensors):
+            return super().merged(model, adapter)
         twin = copy.deepcopy(model)
         guest = through_peft.invite(twin, family_of(twin.config), self.method)
         through_peft.fill(guest, adapter.tensors)
@@ -84,17 +130,16 @@ class PeftNumbers(MethodNumbers[Peft]):
     def parts(self, model: Model, adapter: Adapter) -> Parts:
         """The effect on each layer, for the methods that `mixing` knows."""
         kind, settings = self.method.peft_type, through_peft.kept(through_peft.config_of(self.method))
-        layers = layers_of(kind, settings, adapter.tensors, model)
-        if layers is None:
-            raise AdapterError(
-                f"{kind} is computed by PEFT, one adapter at a time, so its base cannot serve others: if PEFT can "
-                "merge it, export it merged and serve it as a base"
-            )
-        return Parts(layers=layers)
+        parts = parts_of(kind, settings, adapter.tensors, model)
+        if parts is None:
+            raise AdapterError(str(self.method.refusal("mix", family_of(model.config), generates=True)))
+        return parts
 
     def mount(self, model: Model, attached: Attachment, adapter: Adapter, slot: int) -> None:
-        if attached.methods or slot != 1:
+        extra = self._beside(adapter.tensors)
+        if attached.methods or slot != 1 or (extra and not tunes_linear(model, extra)):
             super().mount(model, attached, adapter, slot)
+            attached.stored[slot] = adapter.tensors
             return
         _invite(model, attached, through_peft.finished(self.method))
         guest = _guest(attached)

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from turret.families import Family
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.methods.lora import LoRA
-from turret.methods.method import Method
+from turret.methods.method import Method, Operation
 
 # IA3 (Liu et al. 2022) and VeRA (Kopiczko et al. 2024) train a few factors, at several times LoRA's rate. Prompt
 # embeddings train at the rate of a prefix without its MLP. Other methods use LoRA's rate.
 RATES = {"IA3": 3e-3, "VERA": 4e-3, "PROMPT_TUNING": 1e-2, "P_TUNING": 1e-3}
 
 
-MIXED = ("LORA", "DORA", "RSLORA", "IA3", "VERA")  # these share a base with other adapters, see `mixing`
-MORE_LORA = ("use_dora", "lora_bias")  # settings of PEFT's LoRA that `LoRA` does not have
+MARKS = {  # the methods that share a base with other adapters, see `mixing`, and how PEFT marks their tensors
+    "LORA": "lora_",
+    "DORA": "lora_",
+    "RSLORA": "lora_",
+    "IA3": "ia3_",
+    "VERA": "vera_",
+    "LN_TUNING": "ln_tuning_layers_",  # marks none: all of its tensors replace norms
+}
+MIXED = tuple(MARKS)
+PROMPTS = ("PROMPT_TUNING", "P_TUNING")  # virtual tokens before a decoder's text
+LINEAR_ONLY = ("LOHA", "LOKR", "OFT")  # PEFT has them for nn.Linear, not for GPT-2's Conv1D
+MORE_LORA = ("use_dora", "lora_bias", "trainable_token_indices")  # settings of PEFT's LoRA that `LoRA` does not have
+PREFIX = "base_model.model."  # PEFT puts it before a tensor's name
+OUTPUT = "lm_head"
+REPEATED = ("original_module", "modules_to_save")  # in the names of what PEFT saves twice with bias = "all"
 # Keys of an `adapter_config.json` that describe the file and the base, or how the adapter started.
 SAID = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
@@ -62,16 +76,31 @@ class Peft(Method):
     def summary(self) -> str:
         return f"{self.peft_type}, computed by PEFT with its default settings except those given"
 
+    def refusal(self, operation: Operation, family: Family, generates: bool) -> str | None:
+        """What PEFT itself refuses on a model is not known here."""
+        kind = self.peft_type
+        if kind in PROMPTS and not (generates and family.decoder_only):
+            return f"{kind} puts virtual tokens before the text of a generating decoder: use the method prefix"
+        if kind in LINEAR_ONLY and family.fan_in_fan_out:
+            return f"PEFT has no {kind} for the layers of {family.name}, which are no nn.Linear: use the method lora"
+        if operation == "mix" and kind not in MIXED:
+            return (
+                f"{kind} is computed by PEFT, one adapter at a time, so its base cannot serve others: if PEFT can "
+                "merge it, export it merged and serve it as a base"
+            )
+        return None
+
     @classmethod
     def mixes(cls, settings: JsonMapping) -> bool:
         return settings.get("peft_type") in MIXED
 
     @classmethod
-    def reads(cls, config: JsonMapping) -> bool:
-        """The methods that mix, and PEFT's LoRA with a setting that `LoRA` does not have."""
+    def reads(cls, config: JsonMapping, names: Iterable[str] = ()) -> bool:
+        """The methods that mix, and PEFT's LoRA with settings or tensors that `LoRA` does not have."""
         kind = config.get("peft_type")
         if kind == "LORA":
-            return any(config.get(key) for key in MORE_LORA)
+            more = any(config.get(key) for key in MORE_LORA) or config.get("bias") == "all"
+            return more or bool(beside(names, MARKS["LORA"]))
         return kind in MIXED
 
     @classmethod
@@ -93,6 +122,29 @@ class Peft(Method):
     @property
     def head_lr_ratio(self) -> float | None:
         return None if self.peft_type in RATES else LoRA().head_lr_ratio
+
+
+def beside(names: Iterable[str], mark: str) -> set[str]:
+    """The tensors of norms, embeddings, biases and the output layer, which are trained whole beside a method's own.
+
+    They lie where the method's own lie, below the same first part of a name. A head does not count, nor a whole pooler.
+
+    Args:
+        names: of a file's tensors.
+        mark: of the method's own.
+    """
+    names = [name for name in names if name.startswith(PREFIX)]
+    own = {name for name in names if any(part.startswith(mark) for part in name.split("."))}
+    norms = {name for name in names if ".ln_tuning_layers." in name}
+    roots = {name.removeprefix(PREFIX).partition(".")[0] for name in own | norms} | {OUTPUT}
+    body = {name for name in names if name.removeprefix(PREFIX).partition(".")[0] in roots}
+    pooler = {name for name in body - own if ".pooler." in name}
+    return body - own - (pooler if any(name.endswith(".weight") for name in pooler) else set())
+
+
+def without_repeated(names: Iterable[str]) -> set[str]:
+    """The names without those that PEFT saves a second time."""
+    return {name for name in names if not any(part in REPEATED for part in name.split("."))}
 
 
 def _listed(value: JsonValue) -> JsonValue:

@@ -32,11 +32,8 @@ class PrefixNumbers(MethodNumbers[Prefix]):
         )
 
     def start(self, model: Model, attached: Attachment, beginning: Beginning) -> None:
-        if attached.family.rows_alone:
-            raise AdapterError(
-                f"{attached.family.name} computes its attention itself, so a prefix cannot stand in front of it: "
-                'use method.kind = "lora" on this base, or a base of another family'
-            )
+        if (reason := self.method.refusal("train", attached.family, generates=False)) is not None:
+            raise AdapterError(reason)
         super().start(model, attached, beginning)
         self._put(model, attached, _starts(model, attached, self.method, beginning), beginning.generator)
 

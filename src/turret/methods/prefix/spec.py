@@ -8,8 +8,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field
 
 from turret.errors import BundleError
+from turret.families import Family
 from turret.json_types import JsonMapping
-from turret.methods.method import Method
+from turret.methods.method import Method, Operation
 from turret.plan_check import Check
 
 
@@ -78,6 +79,14 @@ class Prefix(Method):
         if "prompt_embeddings" not in shapes:
             raise BundleError("the prefix has no tensor 'prompt_embeddings': save it again with PEFT")
         return cls(num_virtual_tokens=shapes["prompt_embeddings"][0], encoder=False, reparametrize=False)
+
+    def refusal(self, operation: Operation, family: Family, generates: bool) -> str | None:
+        if not family.rows_alone:
+            return None
+        return (
+            f"{family.name} computes its attention itself, so a prefix cannot stand in front of it: "
+            'use method.kind = "lora" on this base, or a base of another family'
+        )
 
     def starting_text(self, instruction: str) -> str | None:
         return self.init_text or instruction
