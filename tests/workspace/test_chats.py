@@ -63,3 +63,14 @@ def test_a_plan_by_the_command_line_recognises_a_chat(tmp_path: Path, capsys: py
     assert planned["recipe"]["task"]["kind"] == "chat"
     assert planned["recipe"]["data"]["messages"] == "messages"
     assert any("this base has no chat template" in note for note in planned["notes"])
+
+
+def test_a_drafted_recipe_has_room_for_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["init", conversations(tmp_path), "--out", "-"]) == 0
+    drafted = Recipe.from_toml(capsys.readouterr().out)
+    assert (drafted.task.kind, drafted.data.messages) == ("chat", "messages")
+    assert drafted.task.max_tokens >= 20
+    rows = [{"instruction": f"Do {i}.", "input": "this " * 100, "output": "Done."} for i in range(20)]
+    assert run(["init", str(write_jsonl(tmp_path / "rows.jsonl", rows)), "--out", "-"]) == 0
+    drafted = Recipe.from_toml(capsys.readouterr().out)
+    assert (drafted.data.input, drafted.task.max_tokens, drafted.task.max_target_tokens) == ("input", 256, 64)

@@ -146,7 +146,10 @@ def outputs(items: Sequence[Item], task: Task) -> Iterator[Check]:
     cut = sum(item.target_cut for item in items)
     text = f"{cut} of {len(items)} targets ({cut / len(items):.1%}) are cut at {task.max_target_tokens} tokens"
     if cut / len(items) >= MANY_CUT / 5:
-        yield Check("targets", "warn", f"{text} and teach the model to stop early", "raise task.max_target_tokens")
+        end = int(task.generation["eos_token_id"])
+        ended = any(item.target_cut and item.target is not None and int(item.target[-1]) == end for item in items)
+        lesson = " and teach the model to stop early" if ended else ", and are learnt up to there"
+        yield Check("targets", "warn", f"{text}{lesson}", "raise task.max_target_tokens")
     else:
         yield Check("targets", "ok", text if cut else f"no target is cut: the longest has {max(lengths)} tokens")
     wanted, given = _percentile(lengths, 0.95), int(task.generation["max_new_tokens"])
