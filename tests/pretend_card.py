@@ -137,6 +137,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     to_card = asked is not None and torch.device(asked).type == "cuda"
     leaves = tree_leaves((args, kwargs))
     cards = [leaf for leaf in leaves if isinstance(leaf, OnCard)]
+    if cards and asked is not None and torch.device(asked).type == "cpu":  # torch's C++ means "where it is"
+        asked, kwargs = None, {name: each for name, each in kwargs.items() if name != "device"}
     if name in ("index_put", "_index_put_impl_", "index_add", "slice_backward") and cards:
         first = args[0]
         if not isinstance(first, OnCard) and not bool(first.any()):  # zeros of a backward pass, likewise

@@ -28,16 +28,18 @@ TRAINED = {
     "head": {"method": "head"},
     "full": {"method": "full"},
     "IA3": {"method": "peft", "method.peft_type": "IA3"},
-    "DoRA": {"method": "peft", "method.peft_type": "DORA"},
 }
 QUICK = [("bert", "lora"), ("bert", "prefix"), ("llama", "all-linear"), ("llama", "prefix"), ("t5", "lora")]
 FAMILIES = small_models.FAMILIES + small_models.RELATIVES
 ENCODERS = small_models.ENCODERS + small_models.RELATIVE_ENCODERS
-ALONE = ("deberta-v2",)  # computes its attention itself, so it has no prefix
+ALONE = ("deberta-v2", "mpnet")  # they compute their attention themselves, so they have no prefix
+IA3 = ("bert", "roberta", "t5", "bart", "llama", "qwen3", "mistral")  # PEFT knows where to put it
 
 
 def fits(family: str, method: str) -> bool:
     generates = family not in ENCODERS
+    if method == "IA3" and family not in IA3:
+        return False
     return not (method == "head" and generates) and not (method == "prefix" and family in ALONE)
 
 
