@@ -335,7 +335,7 @@ def test_a_flipped_bit_in_a_bundle_is_refused(name, bundle, tmp_path, capsys) ->
         ("task", {"labels": [1, 2, 3]}, "not a list of names"),
         ("task", {"max_tokens": 10**12}, "task is invalid"),
         ("task", {"max_tokens": "many"}, "task is invalid"),
-        ("task", {"kind": "shell"}, "is not known: expected classify"),
+        ("task", {"kind": "shell"}, "is not known: expected chat, classify"),
         ("task", {"surprise": 1}, "cannot be read"),
         ("task", {"family_kind": "decoder"}, "is for another kind of base, 'decoder'"),
         ("base", {"id": 7}, "unusable base.id"),
