@@ -50,4 +50,4 @@ class Reloaded:
 
     def target_tokens(self, pairs: Sequence[Pair]) -> list[int]:
         """How many tokens the loss of every pair is a mean of."""
-        return [len(self.task.encode_target(pair.target).ids) for pair in pairs]
+        return [len(target.ids) for target in self.task.encode_targets([pair.target for pair in pairs])]
