@@ -76,6 +76,14 @@ FAST_PATHS: dict[str, FastPath] = {
         part_of=_LAYER,
         bases=(DECODER,),
     ),
+    "gelu": FastPath(
+        "the exact GELU",
+        "fused.activations",
+        "the base's module",
+        "gradients pass, with kernels",
+        part_of=_LAYER,
+        bases=(ENCODER,),
+    ),
     "rms_norm": FastPath(
         "an RMS norm; its input is saved, and no float32 copy of it",
         "fused.norms",
@@ -98,6 +106,14 @@ FAST_PATHS: dict[str, FastPath] = {
         "save the output",
         "LoRA or a gated MLP reads a norm's output, with kernels",
         part_of=_LAYER,
+    ),
+    "rotary": FastPath(
+        "rotary positions of queries and keys",
+        "fused.rotary",
+        "the base's `apply_rotary_pos_emb`",
+        "one unpadded row of tokens trains, with kernels",
+        part_of=_LAYER,
+        bases=(DECODER,),
     ),
     "first_token": FastPath(
         "the last layer of a classifier, for the first token of each row alone",

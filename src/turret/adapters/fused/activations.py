@@ -1,4 +1,4 @@
-"""GELU and gated MLPs of the base; a gated MLP saves less for the backward pass.
+"""GELU and gated MLPs of the base, with less saved for the backward pass.
 
     gated: y = W_down (silu(W_gate x) * W_up x)      (Shazeer 2020; Llama, Mistral, Qwen)
     GELU:  y = x Phi(x), Phi the normal distribution (Hendrycks & Gimpel 2016; the exact one, not tanh's)
@@ -39,6 +39,20 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: KernelContext, *gradients: Tensor) -> Gradients:
         gate, up = ctx.saved_tensors
         return *ctx.library.swiglu_backward(gate, up, gradients[0].contiguous()), None
+
+
+class _GELU(torch.autograd.Function):
+    """y = x Phi(x)."""
+
+    @staticmethod
+    def forward(ctx: KernelContext, x: Tensor, library: Library) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.library = library
+        return library.gelu(x)
+
+    @staticmethod
+    def backward(ctx: KernelContext, *gradients: Tensor) -> Gradients:
+        return ctx.library.gelu_backward(ctx.saved_tensors[0], gradients[0].contiguous()), None
 
 
 class _MLPContext(KernelContext, Protocol):
@@ -92,14 +106,14 @@ class FrozenGated(nn.Module):
         self.act_fn = replaced.get_submodule("act_fn")
 
     def forward(self, x: Tensor) -> Tensor:
-        if (library := _kernels(x)) is not None and (weights := self._frozen_weights(x.dtype)) is not None:
+        if (library := _kernels("gated_mlp", x)) is not None and (weights := self._frozen_weights(x.dtype)) is not None:
             by = products(self.context, x, weights[0])  # the others have the same two sizes
             return apply(_FrozenGatedMLP, x, *weights, library, by)
         gate, up = self.gate_proj(x), self.up_proj(x)
         product: Tensor
         if self.context.serves and (library := usable(gate, up)) is not None:
             product = library.swiglu(gate.contiguous(), up.contiguous())
-        elif (library := _kernels(gate, up)) is not None:
+        elif (library := _kernels("gated_mlp", gate, up)) is not None:
             product = apply(_SwiGLU, gate.contiguous(), up.contiguous(), library)
         else:
             product = self.act_fn(gate) * up
@@ -113,7 +127,7 @@ class FrozenGated(nn.Module):
 
 
 class FrozenGELU(nn.Module):
-    """Replaces the base's exact GELU. Only an engine takes the kernel."""
+    """Replaces the base's exact GELU."""
 
     def __init__(self, replaced: nn.Module, context: BatchContext) -> None:
         super().__init__()
@@ -122,6 +136,8 @@ class FrozenGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.context.serves and (library := usable(x)) is not None:
             return library.gelu(x.contiguous())
+        if (library := _kernels("gelu", x)) is not None:
+            return apply(_GELU, x.contiguous(), library)
         output: Tensor = self.replaced(x)
         return output
 
@@ -133,9 +149,9 @@ def _frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
     return layer.weight if layer.weight.dtype == dtype and not layer.weight.requires_grad else None
 
 
-def _kernels(*tensors: Tensor) -> Library | None:
-    """The kernels, if a gradient passes through these tensors."""
-    if not torch.is_grad_enabled() or not any(each.requires_grad for each in tensors) or not enabled("gated_mlp"):
+def _kernels(path: str, *tensors: Tensor) -> Library | None:
+    """The kernels, if the path is enabled and a gradient passes through these tensors."""
+    if not torch.is_grad_enabled() or not any(each.requires_grad for each in tensors) or not enabled(path):
         return None
     return usable(*tensors)
 

@@ -1,10 +1,11 @@
-"""Rotary positions of an engine's pass as one operation, instead of the base's own `apply_rotary_pos_emb`.
+"""Rotary positions as one operation, called by the base's own code instead of `apply_rotary_pos_emb`.
 
-    y = x cos + rotate_half(x) sin        (Su et al. 2021)
+    y = x cos + rotate_half(x) sin,    dx = dy cos - rotate_half(dy sin)        (Su et al. 2021)
 
-In torch's operations this is ten over queries and keys. An attention module keeps its own forward; while a model is
-attached, that forward runs with this function under the name `apply_rotary_pos_emb`. No module of transformers is
-changed. A library's function is replaced only if it gives the same numbers on a trial.
+In torch's operations this is ten over queries and keys, and as many backward with gradients filled up with zeros. An
+attention module keeps its own forward; while a model is attached, that forward runs with this function under the name
+`apply_rotary_pos_emb`. No module of transformers is changed. A library's function is replaced only if it gives the same
+numbers on a trial.
 """
 
 from __future__ import annotations
@@ -17,33 +18,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turret.adapters.autograd import Gradients, KernelContext, apply
 from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused import enabled
 from turret.kernels import Library, usable
 
 NAME = "apply_rotary_pos_emb"
 Rotary = Callable[..., tuple[Tensor, Tensor]]  # (q, k, cos, sin, further settings) -> q and k, rotated
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, library: Library) -> Tensor:
+class _Rotate(torch.autograd.Function):
     """x: (1, H, N, D), any strides -> the same shape, tokens outermost in memory; cos, sin: (1, N, D)."""
+
+    @staticmethod
+    def forward(ctx: KernelContext, x: Tensor, cos: Tensor, sin: Tensor, library: Library) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.library = library
+        return _rotated(x, cos, sin, 1.0, library)
+
+    @staticmethod
+    def backward(ctx: KernelContext, *gradients: Tensor) -> Gradients:
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradients[0], cos, sin, -1.0, ctx.library), None, None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float, library: Library) -> Tensor:
     tokens = x[0].transpose(0, 1)  # (N, H, D)
     if tokens.stride(-1) != 1:
         tokens = tokens.contiguous()
-    return library.rotate(tokens, cos[0], sin[0], 1.0).transpose(0, 1)[None]
+    return library.rotate(tokens, cos[0], sin[0], sign).transpose(0, 1)[None]
 
 
 def fused_rotary(original: Rotary, context: BatchContext) -> Rotary:
-    """`original`, in one operation for one unpadded row of tokens that an engine computes."""
+    """`original`, in one operation for one unpadded row of tokens that trains or that an engine computes."""
 
     # further settings are the original's own; with any of them it computes itself
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         one_row = q.dim() == 4 and q.shape[0] == cos.shape[0] == 1 and cos.shape == (1, q.shape[2], q.shape[3])
-        wanted = one_row and context.serves and not torch.is_grad_enabled() and not args and not kwargs
-        library = usable(q, k, cos, sin) if wanted else None
+        trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        wanted = one_row and (trains or context.serves) and enabled("rotary")
+        library = usable(q, k, cos, sin) if wanted and not args and not kwargs else None
         if library is None:
             return original(q, k, cos, sin, *args, **kwargs)
         cos, sin = cos.contiguous(), sin.contiguous()
-        return _rotated(q, cos, sin, library), _rotated(k, cos, sin, library)
+        if not trains:
+            return _rotated(q, cos, sin, 1.0, library), _rotated(k, cos, sin, 1.0, library)
+        return apply(_Rotate, q, cos, sin, library), apply(_Rotate, k, cos, sin, library)
 
     return rotary
 
