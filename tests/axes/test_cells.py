@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import small_models
 import torch
@@ -21,6 +22,7 @@ from turret.errors import TurretError
 from turret.families import FAMILIES
 from turret.methods import METHODS, LoRA, Method, Peft
 from turret.methods.examples import SHOWN
+from turret.methods.peft.spec import IA3_BASES
 from turret.workspace.abilities import kinds, refusals
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
@@ -50,9 +52,13 @@ def tried(name: str, family: str) -> Method:
     """The method, with the norms of the family for LN tuning, which PEFT does not know."""
     if name != "peft:LN_TUNING":
         return TRIED.get(name, SHOWN[name])
-    model = small_models.build(family, "body")
-    norms = {path.rpartition(".")[2] for path, each in model.named_modules() if "norm" in type(each).__name__.lower()}
-    return Peft(peft_type="LN_TUNING", target_modules=sorted(norms))
+    task = next(iter(kinds(FAMILIES[family])))
+    norms, others = set[str](), set(FAMILIES[family].heads_first)
+    for path, each in small_models.build(family, task).named_modules():
+        of_head = path.partition(".")[0] in FAMILIES[family].head_modules
+        own = "norm" in type(each).__name__.lower() and not of_head
+        (norms if own else others).add(path.rpartition(".")[2])
+    return Peft(peft_type="LN_TUNING", target_modules=sorted(norms - others))
 
 
 def answers(model: Any, task: str, slots: list[int] | None = None) -> torch.Tensor:
@@ -138,6 +144,11 @@ def test_each_family_each_method_and_each_task_does_what_the_table_says(
 @pytest.mark.parametrize(("family", "method", "task"), CROSS)
 def test_every_cell_does_what_the_table_says(family: str, method: str, task: str, tmp_path: Path) -> None:
     check(family, method, task, tmp_path)
+
+
+def test_the_bases_whose_layers_peft_knows_for_ia3_are_pefts_own() -> None:
+    known = peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.keys()
+    assert known == IA3_BASES
 
 
 def test_the_small_models_are_those_of_the_table() -> None:

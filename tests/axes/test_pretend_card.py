@@ -32,7 +32,7 @@ TRAINED = {
 QUICK = [("bert", "lora"), ("bert", "prefix"), ("llama", "all-linear"), ("llama", "prefix"), ("t5", "lora")]
 FAMILIES = small_models.FAMILIES + small_models.RELATIVES
 ENCODERS = small_models.ENCODERS + small_models.RELATIVE_ENCODERS
-ALONE = ("deberta-v2", "mpnet")  # they compute their attention themselves, so they have no prefix
+ALONE = ("deberta-v2", "mpnet", "big_bird")  # they compute their attention themselves, so they have no prefix
 IA3 = ("bert", "roberta", "t5", "bart", "llama", "qwen3", "mistral")  # PEFT knows where to put it
 
 

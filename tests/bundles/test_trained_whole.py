@@ -17,6 +17,7 @@ from turret.adapters import Adapter, BaseInfo
 from turret.adapters.merge import merged_state
 from turret.engine.runner import DecodeStep, Prefill
 from turret.errors import AdapterError, BundleError
+from turret.methods.peft.whole import with_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -152,6 +153,18 @@ def test_a_linear_layer_that_is_trained_whole_is_refused_with_a_way_out(tmp_path
     message = refused("llama", {}, folder)
     assert "down_proj is trained whole, and a row can have only norms, embeddings and the output layer" in message
     assert "merge the adapter with PEFT" in message
+
+
+def test_a_norm_that_gets_heads_before_tokens_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    make = lora(target_modules=Q, modules_to_save=["q_norm"])
+    message = refused("gemma3_text", {}, folder_of("gemma3_text", {}, make, tmp_path / "given"))
+    assert "q_norm gets heads before tokens, so a row cannot have its own" in message
+
+
+def test_a_norm_of_the_head_is_refused_with_a_way_out() -> None:
+    values = {"head.norm.weight": torch.ones(32)}
+    with pytest.raises(AdapterError, match=r"head\.norm is a part of the classification head.* and train again"):
+        with_modules(values, {}, build("modernbert", "classify"))
 
 
 def test_tokens_that_were_added_are_refused_with_a_way_out(tmp_path: Path) -> None:

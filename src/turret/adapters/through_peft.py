@@ -182,7 +182,7 @@ def invite(model: Model, family: Family, method: Peft, generator: torch.Generato
         layers = () if prompt else _layers(model)
         require_computable(layers, config.peft_type.value)
         _require_sound(model, family, config, before, layers, sums)
-    except (TurretError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (TurretError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, StopIteration) as error:
         leave()
         if isinstance(error, TurretError):
             raise

@@ -124,6 +124,7 @@ class Family:
         head_modules: modules of the classification head; trained and stored with every adapter.
         classify: (model, pooled (B, D)) -> logits (B, C).
         head_dropouts: names of the dropout modules that `classify` calls.
+        heads_first: names of norms that get (B, H, T, D), heads before tokens; a row cannot have its own.
         output_layer: name of the layer that computes logits over the vocabulary.
         pooling: (config) -> which token of a row a classifier reads, or the mean of all.
         body_excludes: parts of the body that belong to a task, such as a pooler; not part of the fingerprint.
@@ -154,6 +155,7 @@ class Family:
     classify: Callable[[Model, Tensor], Tensor]
     rows_alone: bool = False
     head_dropouts: tuple[str, ...] = ()
+    heads_first: tuple[str, ...] = ()
     output_layer: str = "lm_head"
     pooling: Callable[[ModelConfig], Pooling] = first
     body_excludes: tuple[str, ...] = ()

@@ -86,6 +86,7 @@ def guesses(model: Model, kind: Kind) -> Iterator[Family]:
             head_modules=heads,
             classify=classify,
             head_dropouts=tuple(name for name in ("dropout", "drop") if hasattr(model, name)),
+            heads_first=("q_norm", "k_norm"),  # some are, and nothing tells which
             pooling=pooling,
             body_excludes=("pooler",),
             positions="table" if _has_table(model) else "rotary",

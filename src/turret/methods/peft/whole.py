@@ -100,6 +100,16 @@ def _module(model: Model, path: str) -> nn.Module:
         raise AdapterError(f"the base has no module {path!r}: the adapter belongs to another architecture") from None
     family = family_of(model.config)
     last = path.rpartition(".")[2]
+    if path.partition(".")[0] in family.head_modules:
+        raise AdapterError(
+            f"{path} is a part of the classification head, which is trained as a whole: name the parts of the body in "
+            "target_modules, such as layers.0.attn_norm, and train again"
+        )
+    if last in family.heads_first:
+        raise AdapterError(
+            f"{path} gets heads before tokens, so a row cannot have its own: leave it out of target_modules, or merge "
+            "the adapter with PEFT and use the result as a base"
+        )
     alone = isinstance(module, (nn.Embedding, nn.LayerNorm)) or "norm" in type(module).__name__.lower()
     if (alone and last != family.position_module) or path == family.output_layer:
         return module
