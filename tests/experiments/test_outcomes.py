@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -182,3 +183,19 @@ def test_threads_lose_no_answer(workspace, router, clock) -> None:
     router.flush()
     arms = workspace.experiment("news").status().as_json()["arms"]
     assert sum(arm["units"] for arm in arms) == sum(arm["answers"] for arm in arms) == 800
+
+
+def test_a_flush_waits_for_a_log_that_another_thread_is_writing(workspace: Workspace, router: Router) -> None:
+    workspace.experiment("news").start("news@2", share=0.5)
+    router.assign("news", "ann", "1")
+    threads = [threading.Thread(target=router.flush) for _ in range(2)]
+    with workspace.store.database().writing():  # the first thread waits in the middle of its write
+        threads[0].start()
+        while router._unwritten:
+            time.sleep(0.01)
+        threads[1].start()
+        threads[1].join(0.2)
+        assert threads[1].is_alive()
+    for each in threads:
+        each.join(10)
+    assert sum(arm["units"] for arm in workspace.experiment("news").status().as_json()["arms"]) == 1

@@ -165,7 +165,9 @@ class Router:
         self._refresh(wait=True)
 
     def flush(self) -> None:
-        """Write the log now; raises StoreError."""
+        """Write the log now; returns once all that was logged before is in the store. Raises StoreError."""
+        with self._writing:  # another thread may have taken the log and be writing it
+            pass
         if self._unwritten or self._sums:
             with self._written():
                 pass
