@@ -129,6 +129,7 @@ print("passed")
 """
 
 
+@pytest.mark.slow
 def test_the_very_first_pass_of_a_process_can_be_computed_again() -> None:
     program = FIRST.format(paths=[str(Path(__file__).parents[1])])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)

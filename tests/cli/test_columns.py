@@ -16,6 +16,8 @@ from turret.recipe import default_base
 from turret.recipe.default_base import default_base as find_default
 from turret.workspace import Workspace
 
+pytestmark = pytest.mark.slow  # its trainings take long
+
 WORDS = ("--text", "--label", "--prompt", "--completion", "--messages")
 HEADER = "Nr;Kommentar;Stimmung\n"
 LINES = [f"{i};{'guter Film' if i % 2 else 'öde Handlung'} {i};{('Gut', 'gut ')[i % 3 == 0] if i % 2 else 'Schlecht'}\n"

@@ -62,6 +62,7 @@ def test_a_word_that_names_no_device_is_one_line(made: Path, words: tuple[str, .
 
 
 @WITHOUT_CARD
+@pytest.mark.slow
 def test_compare_names_the_card_that_its_trainings_lack(made: Path, capsys) -> None:
     words = ["{folder}/films.csv", "--base", "{folder}/bert", "--methods", "head", "--against", "head", "--seeds", "1"]
     run([*said(made, "compare", *words), "--device", "cuda:1"])
@@ -78,6 +79,7 @@ def test_import_checks_on_the_device_that_is_named(made: Path, tmp_path: Path, c
     assert run([*words, "--device", "cpu"]) == 0
 
 
+@pytest.mark.slow
 def test_a_training_says_where_it_was_made(made: Path, capsys) -> None:
     words = said(made, "train", "{folder}/films.csv", "--base", "{folder}/bert", "--set", "train.epochs=1")
     assert run([*words, "--json"]) == 0

@@ -20,6 +20,8 @@ from turret.errors import RecipeError
 from turret.trackers.table import TRACKERS, Entry
 from turret.workspace import RunResult
 
+pytestmark = pytest.mark.slow  # its trainings take long
+
 OWN = ("Recording", "RaisingAtFirstStep", "RaisingAtStart")
 
 
