@@ -23,6 +23,7 @@ import experiments
 import fast_paths
 import fast_paths_engine
 import float32_products
+import lora_plus
 import nf4
 import plan_memory
 import prefix_attention
@@ -38,6 +39,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "measured.md",
     ROOT / "docs" / "howto" / "quantized.md",
+    ROOT / "docs" / "reference" / "methods.md",
     ROOT / "ARCHITECTURE.md",
 )
 CHARTS = ROOT / "docs" / "images" / "measured"
@@ -378,6 +380,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fast-paths": lambda: fast_paths.figures(machine),
     "fast-paths-engine": lambda: fast_paths_engine.figures(machine),
     "plan-memory": lambda: plan_memory.report(record.load("plan_memory")),
+    "lora-plus": lambda: lora_plus.report(record.load("lora_plus")),
     "nf4": lambda: nf4.report(record.load("nf4")),
     "store": store_scale.report,
     "experiments": experiments.verdicts,
