@@ -47,7 +47,7 @@ from turret.workspace.card import FOLDER, card
 from turret.workspace.importing import probe_items
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Exported
-from turret.workspace.stored_adapter import load_base, trained_on
+from turret.workspace.stored_adapter import load_base, quantization_of
 
 Form = Literal["peft", "merged", "vllm", "gguf"]
 BUNDLES: tuple[Form, ...] = ("peft", "vllm")  # the forms that are the stored bundle with more files
@@ -207,12 +207,12 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) ->
         )
     word = str(precision).removeprefix("torch.")
     notes = [f"Its weights are {word}; read back, its outputs differ from the adapter's by {error:.1e} of the largest."]
-    return notes + _cost_of_merging(trained_on(adapter), as_trained, expected)
+    return notes + _cost_of_merging(quantization_of(adapter), as_trained, expected)
 
 
 def _outputs_as_trained(adapter: Adapter, say: Say) -> Tensor | None:
     """The adapter's outputs on the base as it was trained; None if that was plain, or cannot be loaded here."""
-    if (kept := trained_on(adapter)) == "none":
+    if (kept := quantization_of(adapter)) == "none":
         return None
     say(f"loading {adapter.base.id} in {kept}")
     try:

@@ -39,7 +39,7 @@ from turret.train.adapter_effect import AdapterEffect, effect_of
 from turret.train.batches import Item, Items
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Imported
-from turret.workspace.stored_adapter import trained_on
+from turret.workspace.stored_adapter import quantization_of
 
 TASK_TYPES = {"SEQ_CLS": "classify", "CAUSAL_LM": "generate", "SEQ_2_SEQ_LM": "generate"}  # PEFT's task_type -> kind
 PROBE = (  # inputs of the check; any text works, because only the difference from the bare base counts
@@ -94,7 +94,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
         if not (request.base or given.base.fingerprint or config.get("base_model_name_or_path")):
             raise AdapterError("its configuration names no base: give --base with the one it was trained on")
         say(f"loading {base_id}")
-        base = _load(base_id, kind, request, trained_on(given) if given.task else request.quantization)
+        base = _load(base_id, kind, request, quantization_of(given) if given.task else request.quantization)
         adapters.require_base(given, base.fingerprint)
         adapter, notes = given, [*([brought.note] if brought.note else []), *base.notes, *converted]
         if not given.task:

@@ -36,12 +36,12 @@ def load_base(
         task=task.request,
         num_labels=task.num_labels(labels),
         dtype=dtype,
-        quantization=trained_on(adapter) if quantization is None else quantization,
+        quantization=quantization_of(adapter) if quantization is None else quantization,
         device=device,
     )
 
 
-def trained_on(adapter: Adapter) -> Quantization:
+def quantization_of(adapter: Adapter) -> Quantization:
     """How the weights of its base were packed during training. Raises AdapterError if this version does not know it."""
     kept = adapter.base.quantization or "none"
     if kept not in QUANTIZATIONS:
