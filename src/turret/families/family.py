@@ -110,6 +110,14 @@ def project(model: Model, hidden: Tensor, output: OutputLayer) -> Tensor:
     return output(hidden)
 
 
+# Model types whose layers PEFT knows for IA3; a test compares them with PEFT's own.
+IA3_BASES = frozenset({
+    "RefinedWeb", "RefinedWebModel", "bart", "bert", "bloom", "deberta", "deberta-v2", "falcon", "gemma", "gemma2",
+    "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "llama", "llama4", "mistral", "mixtral",
+    "mt5", "opt", "phi", "qwen2", "qwen3", "roberta", "t5",
+})  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture of transformers: the names of its modules, and how they work together.
@@ -191,6 +199,11 @@ class Family:
     def decoder_only(self) -> bool:
         """Whether source and target are one row of tokens."""
         return self.kind == "decoder"
+
+    @property
+    def has_ia3_layers(self) -> bool:
+        """Whether PEFT knows which layers of this family IA3 changes."""
+        return self.name in IA3_BASES
 
     @property
     def beside_body(self) -> tuple[str, ...]:

@@ -12,13 +12,6 @@ from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.methods.lora import LoRA
 from turret.methods.method import Method, Operation
 
-# Model types whose layers PEFT knows for IA3; a test compares them with PEFT's own.
-IA3_BASES = frozenset({
-    "RefinedWeb", "RefinedWebModel", "bart", "bert", "bloom", "deberta", "deberta-v2", "falcon", "gemma", "gemma2",
-    "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "llama", "llama4", "mistral", "mixtral",
-    "mt5", "opt", "phi", "qwen2", "qwen3", "roberta", "t5",
-})  # fmt: skip
-
 # IA3 (Liu et al. 2022) and VeRA (Kopiczko et al. 2024) train a few factors, at several times LoRA's rate. Prompt
 # embeddings train at the rate of a prefix without its MLP. Other methods use LoRA's rate.
 RATES = {"IA3": 3e-3, "VERA": 4e-3, "PROMPT_TUNING": 1e-2, "P_TUNING": 1e-3}
@@ -90,7 +83,7 @@ class Peft(Method):
         if kind in LINEAR_ONLY and family.fan_in_fan_out:
             return f"PEFT has no {kind} for the layers of {family.name}, which are no nn.Linear: use the method lora"
         told = {"target_modules", "feedforward_modules"} <= self.options.keys()
-        if kind == "IA3" and not told and family.name not in IA3_BASES:
+        if kind == "IA3" and not told and not family.has_ia3_layers:
             return (
                 f"PEFT does not know the layers of {family.name} for IA3: set method.target_modules and "
                 "method.feedforward_modules, or use the method lora"
