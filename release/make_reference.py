@@ -335,7 +335,7 @@ def cells(_name: str, _written: str) -> str:
 
 
 def cell(method: Any, family: Family, reasons: dict[str, int]) -> str:
-    """`yes`, or what is possible and the numbers of the reasons."""
+    """`yes`, or what is possible and the numbers of the notes."""
     found = refusals(method, family)
     possible = {kind: [operation for operation in OPERATIONS if kind not in found[operation]] for kind in kinds(family)}
     said = [reason.replace(family.name, "this family") for each in found.values() for reason in each.values()]
@@ -346,7 +346,7 @@ def cell(method: Any, family: Family, reasons: dict[str, int]) -> str:
         if len(set(words.values())) == 1
         else "; ".join(f"{kind}: {word}" for kind, word in words.items())
     )
-    return text + "".join(f" [{number}]" for number in notes)
+    return text + (f" (note {', '.join(map(str, notes))})" if notes else "")
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------

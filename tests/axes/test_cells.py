@@ -165,5 +165,5 @@ def test_the_table_counts_a_refusal_once_and_says_yes_for_what_is_whole() -> Non
     page = load(Path(__file__).parents[2] / "release" / "make_reference.py").cells("", "")
     row = next(line for line in page.splitlines() if line.startswith("| `deberta-v2` |"))
     assert row.split("|")[2].strip() == "yes"
-    assert row.split("|")[3].strip().startswith("no [")
+    assert row.split("|")[3].strip().startswith("no (note ")
     assert page.count("computes its attention itself, so a prefix cannot stand in front of it") == 1
