@@ -181,6 +181,16 @@ def test_a_task_whose_data_is_gone_is_named_and_does_not_stop_the_promote(worksp
     assert "gone.csv" in found["skipped"]["quiet@2"]
 
 
+def test_a_training_gives_forgetting_beside_the_metrics_of_its_splits(folder, tmp_path) -> None:
+    workspace = Workspace(tmp_path / "store")
+    data = {"source": str(folder / "quiet.csv"), "test": 6}
+    recipe = Recipe(name="q", base=str(folder / "llama"), data=data, task={"kind": "generate"}, train={"epochs": 1})
+    result = workspace.train(recipe)
+    assert result.metrics.keys() == {"test"}
+    assert result.forgetting == workspace.resolve("q").metrics["forgetting"]
+    assert {"neutral", "neutral_low", "neutral_high"} <= result.as_json()["forgetting"].keys()
+
+
 def test_a_classifier_has_no_forgetting_and_a_gate_says_so(workspace) -> None:
     with pytest.raises(
         GateFailed, match=r"forgetting is not defined for a version that classifies, because it answers"

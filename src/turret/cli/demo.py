@@ -20,7 +20,6 @@ from turret.cli.output import (
     grid,
     main_metric,
     many,
-    measured,
     metrics,
     number,
     safe,
@@ -128,7 +127,7 @@ def _ask(workspace: Workspace, news: RunResult, headline: RunResult, device: str
     ]
     out.print()
     out.print(columns(("text", headline.version, "the bare base, same prompt"), lines))
-    rows = [(name, measured(name, values)) for name, values in headline.metrics.items()]
+    rows = [(name, metrics(values)) for name, values in headline.metrics.items()]
     out.print(grid([("on held-out articles", ""), *rows]))
     out.print()
 

@@ -170,6 +170,8 @@ def _plain(value: JsonValue) -> str:
 def _result(result: RunResult) -> Iterator[tuple[str, str]]:
     for split, values in result.metrics.items():
         yield split, measured(split, values)
+    if result.forgetting is not None:
+        yield "forgetting", measured("forgetting", result.forgetting)
     trainable, total = result.parameters["trainable"], result.parameters["total"]
     share = f"{many(trainable)} of {many(total)} parameters, {100 * trainable / max(total, 1):.2g}%"
     yield "size", f"{size(result.bundle_bytes)}  [dim]trained[/] {share}"

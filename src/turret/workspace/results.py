@@ -32,6 +32,7 @@ class RunResult:
     warnings: list[str] = field(default_factory=list)  # reasons not to trust this version, a sentence each
     notes: list[str] = field(default_factory=list)  # what was guessed, dropped or cut
     device: str = "cpu"  # where it was trained and proven
+    forgetting: JsonObject | None = None  # on neutral text; None for a classifier
 
     def as_json(self) -> JsonObject:
         return asdict(self)

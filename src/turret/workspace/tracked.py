@@ -85,6 +85,7 @@ def summary_of(result: RunResult) -> dict[str, float | str]:
     summary: dict[str, float | str] = {"version": result.version, "digest": result.digest}
     for split, metrics in result.metrics.items():
         summary |= {f"{split}/{name}": value for name, value in _numbers(metrics)}
+    summary |= {f"forgetting/{name}": value for name, value in _numbers(result.forgetting or {})}
     return summary | {"train_seconds": float(result.timing["train_seconds"])}
 
 

@@ -305,16 +305,18 @@ def _carry_out(
         started = time.perf_counter()
         ready, fitted, known = _calibrate(ready, fitted)
         metrics = _measure(ready, known=known)
+        forgot = None
         if writes(ready.task):
             callbacks.stage("measuring forgetting")
-            metrics[FORGETTING] = forgetting.on_neutral_texts(ready.base.model, ready.task.tokenizer).as_json()
+            forgot = forgetting.on_neutral_texts(ready.base.model, ready.task.tokenizer).as_json()
         if beside_base:
             callbacks.stage("measuring the bare base on the same examples")
             bare = _measure(ready, slot=adapters.BARE)
             metrics |= {f"{split} bare base": values for split, values in bare.items()}
         evaluate_seconds = fitted.evaluate_seconds + time.perf_counter() - started
         started = time.perf_counter()
-        version = _store(store, run, ready, fitted, metrics, callbacks)
+        kept = metrics if forgot is None else metrics | {FORGETTING: forgot}
+        version = _store(store, run, ready, fitted, kept, callbacks)
         proof_seconds = time.perf_counter() - started
     finally:
         adapters.detach(ready.base.model)
@@ -347,6 +349,7 @@ def _carry_out(
         warnings=[] if fitted.flat_loss is None else [fitted.flat_loss.warning()],
         notes=ready.notes,
         device=str(ready.device.device),
+        forgetting=forgot,
     )
 
 
