@@ -13,7 +13,6 @@ import typer
 from turret.cli import options
 from turret.cli.evaluation import check_targets, print_evaluation, written
 from turret.cli.output import console, counted, emit, grid, plainly, report, safe, span, status
-from turret.data.files import is_table
 from turret.errors import DataError, RecipeError, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, stored_task
@@ -146,6 +145,8 @@ def _names_a_file(word: str) -> bool:
     Raises:
         DataError: the file does not exist, or it is no table.
     """
+    from turret.data.files import is_table
+
     exists = os.path.exists(word)  # Path.exists raises for some names
     if not is_table(Path(word)) and not word.lower().endswith(".txt"):
         if exists:
