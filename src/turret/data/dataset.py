@@ -83,8 +83,9 @@ def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memor
     examples = _read_chosen(used, sources, chosen, columns, wanted, scans, spelling, memory)
     if schema.classes:
         notes += _class_notes(labels, examples["train"], schema.many)
-    check_varied(_hashes(examples["train"]), _hashes(examples["train"], outputs=True), columns)
-    duplicates, duplicate_notes = _duplicates(examples, schema)
+    inputs, both = {role: _hashes(examples[role]) for role in ROLES}, _hashes(examples["train"], outputs=True)
+    check_varied(inputs["train"], both, columns)
+    duplicates, duplicate_notes = _duplicates(inputs, both, schema)
     return Dataset(
         train=examples["train"],
         validation=examples["validation"],
@@ -375,16 +376,22 @@ def _class_notes(labels: Sequence[str], train: Sequence[Example], many: bool) ->
     return notes
 
 
-def _duplicates(examples: Mapping[SplitRole, Sequence[Example]], schema: Schema) -> tuple[int, list[str]]:
-    """The number of test inputs that are also training inputs, and notes. Blanks around texts are ignored."""
-    hashes = {role: _hashes(examples[role]) for role in ROLES}
-    train, notes, duplicates = hashes["train"], [], 0
+def _duplicates(
+    inputs: Mapping[SplitRole, npt.NDArray[np.uint64]], both: npt.NDArray[np.uint64], schema: Schema
+) -> tuple[int, list[str]]:
+    """The number of test inputs that are also training inputs, and notes. Blanks around texts are ignored.
+
+    Args:
+        inputs: a hash of each input (N,), by role.
+        both: a hash of each training input with its output (N,).
+    """
+    train, notes, duplicates = inputs["train"], [], 0
     for role in ("validation", "test"):
-        duplicates = int(np.isin(hashes[role], train).sum())  # at the end those of the test split
+        duplicates = int(np.isin(inputs[role], train).sum())  # at the end those of the test split
         if duplicates:
-            notes.append(f"{duplicates} of {len(hashes[role])} {role} inputs occur in the training examples too")
+            notes.append(f"{duplicates} of {len(inputs[role])} {role} inputs occur in the training examples too")
     if schema.classes and not schema.many:
-        once, with_label = np.unique(train), np.unique(_hashes(examples["train"], outputs=True))
+        once, with_label = np.unique(train), np.unique(both)
         if len(with_label) > len(once):
             notes.append(f"{len(with_label) - len(once)} training texts occur with more than one label")
     return duplicates, notes
