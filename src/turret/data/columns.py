@@ -6,18 +6,18 @@ compared without case and outer blanks.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from turret.data import later_tasks
 from turret.data.cells import Label, Replacements
+from turret.data.column_names import PAIR_ROLES, find_column, found_columns, name_key, named_columns, trained_columns
 from turret.data.examples import Example
 from turret.data.layouts import Layout, kept_columns, layout_note, named_layout, require_no_layout
 from turret.data.settings import DataSettings
 from turret.data.table import CellValue, Table
-from turret.errors import DataError, listed, shown
+from turret.errors import DataError, listed
 
 Roles = tuple[str, str]  # the keys of a recipe's [data] for the input and the output
 LABELLED: Roles = ("text", "label")
@@ -91,15 +91,14 @@ def find_columns(
     if (conversations := _conversations(data, columns, schemas, trained)) is not None:
         return conversations
     schemas = [schema for schema in schemas if not schema.conversations]
-    given = _found(_given(data), columns)
+    given = found_columns(named_columns(data, PAIR_ROLES), columns)
     note = None
     if trained:
-        known, lacks = _as_trained(trained, columns)
-        note = None if given else lacks
-        pair_of = next((pair for pair in schemas[0].names if given.keys() & set(pair)), None)
-        if pair_of is None or not given:
-            given = given or known
+        known, lacks = trained_columns(trained, columns)
+        if not given:
+            given, note = known, lacks
         else:  # one column is named: the version knows the other
+            pair_of: Sequence[str] = next((pair for pair in schemas[0].names if given.keys() & set(pair)), ())
             given |= {role: name for role, name in known.items() if role in pair_of and role not in given}
     only = schemas[0] if len(schemas) == 1 else None
     pairs = _named_pairs(given, only)
@@ -150,13 +149,13 @@ def find_input(
         trained: role -> column of the table that a version was trained on; used if the table has it.
     """
     columns = kept_columns(data, columns)
-    role, given = schema.usual[0], _given(data)
+    role, given = schema.usual[0], named_columns(data, PAIR_ROLES)
     firsts = [first for first, _ in schema.names]
     named = next((first for first in firsts if first in given), None)
     if named is not None:
-        return _found({named: given[named]}, columns)[named]
-    known, _ = _as_trained({role: name for role, name in (trained or {}).items() if role in firsts}, columns)
-    low = {_key(name): name for name in reversed(columns)}
+        return found_columns({named: given[named]}, columns)[named]
+    known, _ = trained_columns({role: name for role, name in (trained or {}).items() if role in firsts}, columns)
+    low = {name_key(name): name for name in reversed(columns)}
     found = [*known.values(), *(low[name] for name in dict.fromkeys((role, *schema.inputs)) if name in low)]
     if found or len(columns) == 1:
         return found[0] if found else columns[0]
@@ -168,7 +167,7 @@ def find_input(
 
 def aligned(table: Table, names: Sequence[str]) -> Table:
     """The table with its columns called as in the training table. Raises DataError if it lacks one."""
-    found = {name: _find(name, table.columns) for name in names}
+    found = {name: find_column(name, table.columns) for name in names}
     missing = [name for name, column in found.items() if column is None]
     if missing:
         raise DataError(f"{table.name} has no column {listed(missing, 60)}: its columns are {listed(table.columns)}")
@@ -185,12 +184,7 @@ def aligned(table: Table, names: Sequence[str]) -> Table:
 
 def find_group(data: DataSettings, columns: Sequence[str]) -> str | None:
     """The column of `data.group`. Raises DataError if the table lacks it."""
-    return None if data.group is None else _found({"group": data.group}, columns)["group"]
-
-
-def _given(data: DataSettings) -> dict[str, str]:
-    """The columns that the recipe names, by role."""
-    return {role: name for pair in ROLES for role in pair if (name := getattr(data, role)) is not None}
+    return None if data.group is None else found_columns({"group": data.group}, columns)["group"]
 
 
 def _named_pairs(given: dict[str, str], only: Schema | None) -> list[Roles]:
@@ -204,7 +198,7 @@ def _named_pairs(given: dict[str, str], only: Schema | None) -> list[Roles]:
 
 
 def _guess(schema: Schema, roles: Roles, given: dict[str, str], columns: Sequence[str]) -> tuple[str, str] | None:
-    low = {_key(name): name for name in reversed(columns)}
+    low = {name_key(name): name for name in reversed(columns)}
     first, second = given.get(roles[0]), given.get(roles[1])
     if first and second:
         return first, second
@@ -213,39 +207,6 @@ def _guess(schema: Schema, roles: Roles, given: dict[str, str], columns: Sequenc
         if pair[0] and pair[1] and pair[0] != pair[1]:
             return pair[0], pair[1]
     return None
-
-
-def _key(name: str) -> str:
-    return " ".join(name.split()).casefold()
-
-
-def _find(name: str, columns: Sequence[str]) -> str | None:
-    """The column of that name, or the only one that differs in case or blanks only."""
-    if name in columns:
-        return name
-    alike = [column for column in columns if _key(column) == _key(name)]
-    return alike[0] if len(alike) == 1 else None
-
-
-def _found(given: Mapping[str, str], columns: Sequence[str]) -> dict[str, str]:
-    """The columns by role, as the table spells them. Raises DataError, which names every one that is not there."""
-    found = {role: column for role, name in given.items() if (column := _find(name, columns)) is not None}
-    missing = list(dict.fromkeys(name for role, name in given.items() if role not in found))
-    if not missing:
-        return found
-    near = [difflib.get_close_matches(_key(name), [_key(each) for each in columns], n=1) for name in missing]
-    meant = [shown(next(c for c in columns if _key(c) == match[0]), 40) for match in near if match]
-    no = f"is no column {shown(missing[0])}" if len(missing) == 1 else f"are no columns {listed(missing, 60)}"
-    ask = f", did you mean {' and '.join(meant)}?" if meant else ""
-    raise DataError(f"there {no}: the columns are {listed(columns, 80)}{ask}")
-
-
-def _as_trained(trained: Mapping[str, str], columns: Sequence[str]) -> tuple[dict[str, str], str | None]:
-    """The columns that a version was trained on, as far as the table has them, and a note on the others."""
-    found = {role: column for role, name in trained.items() if (column := _find(name, columns)) is not None}
-    missing = [name for role, name in trained.items() if role not in found]
-    note = f"the table lacks {listed(missing, 60)}, on which the version was trained" if missing else None
-    return found, note
 
 
 def _not_found(given: dict[str, str], columns: Sequence[str], only: Schema | None) -> str:

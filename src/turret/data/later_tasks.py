@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from turret.data.column_names import name_key
 from turret.errors import DataError, listed
 
 
@@ -52,8 +53,8 @@ def refuse(columns: Sequence[str], known: Collection[str] = ()) -> None:
     shape = _shape_of(columns, known)
     if shape is None:
         return
-    used = [name for name in columns if _key(name) in (*shape.all_of, *shape.one_of)]
-    label = next((name for name in used if _key(name) in shape.one_of), "")
+    used = [name for name in columns if name_key(name) in (*shape.all_of, *shape.one_of)]
+    label = next((name for name in used if name_key(name) in shape.one_of), "")
     instead = shape.instead.format(label=label)
     raise DataError(
         f"the columns {listed(used, 80)} belong to the task {shape.task} ({shape.about}), which a later version will "
@@ -62,13 +63,9 @@ def refuse(columns: Sequence[str], known: Collection[str] = ()) -> None:
 
 
 def _shape_of(columns: Sequence[str], known: Collection[str]) -> _Shape | None:
-    names = {_key(name) for name in columns}
+    names = {name_key(name) for name in columns}
     for shape in _SHAPES:
         there = names.issuperset(shape.all_of) and (not shape.one_of or names & set(shape.one_of))
         if there and shape.task not in known:
             return shape
     return None
-
-
-def _key(name: str) -> str:
-    return name.strip().casefold()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from turret.data.cells import Replacements, text_of
+from turret.data.column_names import (
+    PAIR_ROLES,
+    find_column,
+    found_columns,
+    name_key,
+    named_columns,
+    trained_columns,
+)
 from turret.data.conversations import conversation_of, prompt_of, question, turns_of
 from turret.data.examples import Conversation, Input, Prompt, Turn
 from turret.data.settings import DataSettings
@@ -20,7 +27,6 @@ INSTRUCTED = (("instruction", "output"), ("instruction", "response"))
 MORE_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("source", "target"))
 BESIDE = ("input", "system", "tools")  # roles that have the names of their usual columns
 ROLES = ("messages", "prompt", "completion", *BESIDE)  # the keys of a recipe's [data] for conversations
-OTHERS = ("text", "label", "document", "summary", "prompt", "completion")  # those of other tasks
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def find_layout(given: Mapping[str, str], columns: Sequence[str], *, known: bool
         known: whether the task is known, so that more names are obvious.
         asks: whether the table may have questions without answers.
     """
-    low = {name.strip().lower(): name for name in reversed(columns)}
+    low = {name_key(name): name for name in reversed(columns)}
     roles = {role: given[role] for role in ROLES if role in given}
     if not roles.keys() & {"messages", "prompt", "completion"}:
         names = (*WHOLE, *(MORE_WHOLE if known else ()))
@@ -136,9 +142,9 @@ def find_layout(given: Mapping[str, str], columns: Sequence[str], *, known: bool
 
 def kept_columns(data: DataSettings, columns: Sequence[str]) -> list[str]:
     """The columns that `data.ignore` leaves. Raises DataError if it names one that is not there, or that is used."""
-    ignored = _there({name: name for name in data.ignore or ()}, columns)
-    named = {role: str(name) for role in (*OTHERS, *ROLES) if (name := getattr(data, role)) is not None}
-    if used := next((role for role, name in named.items() if _find(name, list(ignored.values()))), None):
+    ignored = found_columns({name: name for name in data.ignore or ()}, columns)
+    named = named_columns(data, (*PAIR_ROLES, *ROLES))
+    if used := next((role for role, name in named.items() if find_column(name, list(ignored.values()))), None):
         raise DataError(f"data.ignore and data.{used} both name the column {shown(named[used], 40)}: keep one of them")
     return [name for name in columns if name not in ignored.values()]
 
@@ -157,17 +163,17 @@ def named_layout(
     Raises:
         DataError: a column that the recipe names is not there, or they do not belong together.
     """
-    given = _given(data)
-    own = [role for role in given if role not in OTHERS]  # roles that no other task has
-    foreign = [role for role in OTHERS if role not in ROLES and getattr(data, role) is not None]
+    given = named_columns(data, ROLES)
+    own = [role for role in given if role not in PAIR_ROLES]  # roles that no other task has
+    foreign = [role for role in named_columns(data, PAIR_ROLES) if role not in ROLES]
     if known and foreign:
         raise DataError(f"data.{foreign[0]} does not belong to {kind}: name data.messages, or prompt and completion")
     if not known and (foreign or (given and not own)):
         return None
-    again = _as_trained(trained, columns) if not given else {}
+    again = {} if given else _as_trained(trained, columns)[0]
     if "messages" in again or again.keys() >= {"prompt", "completion"}:
         return Layout(again)
-    layout = find_layout(_there(given, columns), columns, known=known)
+    layout = find_layout(found_columns(given, columns), columns, known=known)
     if layout is None and (known or own):
         remedy = "name data.messages, or data.prompt and data.completion"
         raise DataError(f"cannot tell which columns to use; the columns are {listed(columns)}: {remedy}")
@@ -176,17 +182,17 @@ def named_layout(
 
 def require_no_layout(data: DataSettings, kind: str) -> None:
     """Raise DataError if the recipe names a column that only conversations have, and asks for another task."""
-    if own := next((role for role in _given(data) if role not in OTHERS), None):
+    if own := next((role for role in named_columns(data, ROLES) if role not in PAIR_ROLES), None):
         raise DataError(f'data.{own} does not belong to {kind}: set task.kind = "chat", or leave it out')
 
 
 def prompt_layout(data: DataSettings, columns: Sequence[str], trained: Mapping[str, str] | None = None) -> Layout:
     """The columns of conversations that may have no answers. Raises DataError."""
-    kept, given = kept_columns(data, columns), _given(data)
-    again = _as_trained(trained, kept) if not given else {}
+    kept, given = kept_columns(data, columns), named_columns(data, ROLES)
+    again = {} if given else _as_trained(trained, kept)[0]
     if again.keys() & {"messages", "prompt"}:
         return Layout({role: name for role, name in again.items() if role != "completion"})
-    layout = find_layout(_there(given, kept), kept, known=True, asks=True)
+    layout = find_layout(found_columns(given, kept), kept, known=True, asks=True)
     if layout is None:
         raise DataError(
             f"cannot tell which column has the conversations; the columns are {listed(columns)}: "
@@ -199,10 +205,9 @@ def layout_note(
     data: DataSettings, kind: str, layout: Layout, columns: Sequence[str], trained: Mapping[str, str] | None = None
 ) -> str | None:
     """What was guessed or is missing, and which columns are not used; None if the recipe names all of them."""
-    given = _given(data)
+    given = named_columns(data, ROLES)
     if trained and not given:
-        missing = [name for role, name in trained.items() if role in ROLES and _find(name, columns) is None]
-        return f"the table lacks {listed(missing, 60)}, on which the version was trained" if missing else None
+        return _as_trained(trained, columns)[1]
     guessed = [f"{role} is column {name!r}" for role, name in layout.roles.items() if role not in given]
     unused = [name for name in columns if name not in layout.roles.values()]
     if not guessed:
@@ -210,33 +215,9 @@ def layout_note(
     return f"guessed: {kind}, {', '.join(guessed)}" + (f"; not used: {', '.join(unused)}" if unused else "")
 
 
-def _given(data: DataSettings) -> dict[str, str]:
-    return {role: str(name) for role in ROLES if (name := getattr(data, role)) is not None}
-
-
-def _as_trained(trained: Mapping[str, str] | None, columns: Sequence[str]) -> dict[str, str]:
-    """The columns that a version was trained on, as far as the table has them."""
-    found = {role: _find(name, columns) for role, name in (trained or {}).items() if role in ROLES}
-    return {role: column for role in ROLES if (column := found.get(role)) is not None}
-
-
-def _find(name: str, columns: Sequence[str]) -> str | None:
-    """The column of that name, or the only one that differs in case or blanks only."""
-    alike = [column for column in columns if " ".join(column.split()).casefold() == " ".join(name.split()).casefold()]
-    return name if name in columns else alike[0] if len(alike) == 1 else None
-
-
-def _there(given: Mapping[str, str], columns: Sequence[str]) -> dict[str, str]:
-    """The columns as the table spells them. Raises DataError for one that is not there."""
-    found = {}
-    for role, name in given.items():
-        column = _find(name, columns)
-        if column is None:
-            near = difflib.get_close_matches(name, columns, n=1)
-            meant = f", did you mean {shown(near[0])}?" if near else ""
-            raise DataError(f"there is no column {shown(name)}: the columns are {listed(columns)}{meant}")
-        found[role] = column
-    return found
+def _as_trained(trained: Mapping[str, str] | None, columns: Sequence[str]) -> tuple[dict[str, str], str | None]:
+    """The columns of conversations that a version was trained on, as in `trained_columns`."""
+    return trained_columns({role: trained[role] for role in ROLES if role in trained} if trained else {}, columns)
 
 
 def prompts(

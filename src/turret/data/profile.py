@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from turret.data import cells, later_tasks
+from turret.data.column_names import PAIR_ROLES, named_columns
 from turret.data.columns import COMPLETED, LABELLED, Columns, Schema, find_columns
 from turret.data.settings import DataSettings
 from turret.data.table import CellValue, Table
@@ -136,7 +137,7 @@ def _columns(
     try:
         return find_columns(data, table.columns, schemas), False
     except DataError:
-        named = any(getattr(data, role) is not None for role in (*LABELLED, *COMPLETED, "document", "summary"))
+        named = bool(named_columns(data, PAIR_ROLES))
         later_tasks.refuse(table.columns, [schema.kind for schema in schemas])
         if named:
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from turret.data.column_names import name_key
 from turret.data.columns import Columns
 from turret.data.layouts import kept_columns
 from turret.data.settings import DataSettings
@@ -21,7 +22,7 @@ def check_unused(data: DataSettings, table: Table, found: Columns) -> None:
     """Raise DataError if a column with values looks like input, is not used, and is not in `data.ignore`."""
     names = BESIDE_ALL if found.layout is not None and found.layout.whole else BESIDE_PAIR
     for name in kept_columns(data, table.columns):
-        if name in found.roles.values() or name.strip().lower() not in names or not _has_values(table, name):
+        if name in found.roles.values() or name_key(name) not in names or not _has_values(table, name):
             continue
         remedy = "name it under [data]" if found.layout else 'name it in data.input with task.kind = "chat"'
         raise DataError(
