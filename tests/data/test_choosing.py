@@ -156,8 +156,8 @@ def test_an_evaluation_respells_labels_as_the_version_knows_them(tmp_path: Path)
     path = write_csv(tmp_path / "t.csv", [{"text": "a", "label": "GOOD"}, {"text": "b", "label": "bad"}])
     with pytest.raises(DataError, match=r"it knows 'Good', 'bad'; set data\.normalize_labels = true"):
         read_test(Data(source=str(path)), Classify.schema(), labels=("Good", "bad"))
-    examples, _ = read_test(Data(source=str(path), normalize_labels=True), Classify.schema(), labels=("Good", "bad"))
-    assert [example.output for example in examples] == ["Good", "bad"]
+    rows = read_test(Data(source=str(path), normalize_labels=True), Classify.schema(), labels=("Good", "bad"))
+    assert [example.output for example in rows.examples] == ["Good", "bad"]
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ def test_a_source_with_several_references_is_several_training_examples_and_one_t
         number = int(example.source.removeprefix("s "))
         assert example.references == tuple(f"r {number} {k}" for k in range(1 + number % 3))
     assert any("have several references" in note for note in data.notes)
-    spilled = load(path, test=4, seed=42)
-    assert spilled.digest == data.digest
+    again = load(path, test=4, seed=42)
+    assert again.digest == data.digest
 
 
 def test_references_survive_the_temporary_file(tmp_path: Path) -> None:

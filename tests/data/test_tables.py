@@ -382,16 +382,15 @@ def test_a_data_set_of_the_hub_is_read_with_its_class_names() -> None:
 
 def test_an_evaluation_reads_the_test_split_or_everything(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "all.csv", POLES)
-    examples, _ = read_test(Data(source=str(path)), Classify.schema(), labels=("bad", "good"))
+    examples = read_test(Data(source=str(path)), Classify.schema(), labels=("bad", "good")).examples
     assert examples == [Labelled(row["text"], row["label"]) for row in POLES]
-    some, _ = read_test(Data(source=str(path), test=5), Classify.schema())
-    assert len(some) == 5
+    assert len(read_test(Data(source=str(path), test=5), Classify.schema()).examples) == 5
     folder = tmp_path / "parts"
     folder.mkdir()
     write_csv(folder / "train.csv", POLES)
     write_csv(folder / "test.csv", POLES[:3])
-    assert len(read_test(Data(source=str(folder)), Classify.schema())[0]) == 3
-    assert len(read_test(Data(source=str(folder), test="train"), Classify.schema())[0]) == 20
+    assert len(read_test(Data(source=str(folder)), Classify.schema()).examples) == 3
+    assert len(read_test(Data(source=str(folder), test="train"), Classify.schema()).examples) == 20
 
 
 def test_an_evaluation_on_a_label_that_the_adapter_does_not_know_is_refused(tmp_path: Path) -> None:

@@ -115,19 +115,6 @@ def read_test(
     *,
     labels: Sequence[str] = (),
     trained: Mapping[str, str] | None = None,
-) -> tuple[list[Example], tuple[str, ...]]:
-    """Examples to evaluate a finished adapter on, and notes. See `read_test_rows`."""
-    rows = read_test_rows(data, schema, seed, labels=labels, trained=trained)
-    return rows.examples, rows.notes
-
-
-def read_test_rows(
-    data: DataSettings,
-    schema: Schema,
-    seed: int = 42,
-    *,
-    labels: Sequence[str] = (),
-    trained: Mapping[str, str] | None = None,
 ) -> EvaluationRows:
     """Examples to evaluate a finished adapter on. Raises DataError.
 

@@ -69,13 +69,13 @@ def read_labelled(version: Version, source: str, columns: JsonMapping) -> Labell
     Args:
         columns: keys of a recipe's `[data]`, which override the version's.
     """
-    from turret.data.dataset import read_test_rows
+    from turret.data.dataset import read_test
 
     spec = version.part("task")
     schema = stored_task(spec).schema(multi_label=bool(spec.get("multi_label")))
     trained = trained_on(version)
     data = _data(source, trained, columns)
-    rows = read_test_rows(data, schema, labels=tuple(spec.get("labels") or ()), trained=_roles(trained))
+    rows = read_test(data, schema, labels=tuple(spec.get("labels") or ()), trained=_roles(trained))
     return LabelledData(data, rows.examples, rows.places, rows.notes)
 
 
