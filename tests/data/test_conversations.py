@@ -11,7 +11,8 @@ import pytest
 from small_tables import load, write_csv, write_jsonl
 
 from turret.data import Conversation, Prompt, Turn
-from turret.data.dataset import read, read_inputs
+from turret.data.dataset import read
+from turret.data.rows import read_inputs
 from turret.errors import DataError
 from turret.recipe import Data, Task
 from turret.tasks import Chat, schemas

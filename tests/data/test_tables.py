@@ -12,7 +12,8 @@ import pytest
 from small_tables import NEWS, POLES, labelled, load, write_csv, write_jsonl
 
 from turret.data import Labelled, Pair
-from turret.data.dataset import read, read_inputs, read_test
+from turret.data.dataset import read, read_test
+from turret.data.rows import read_inputs
 from turret.data.source import open_source
 from turret.errors import DataError
 from turret.recipe import Data, Task

@@ -10,20 +10,17 @@ All problems of a source are collected and told in one error.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from turret.data import cells
-from turret.data.columns import Columns, Schema, aligned, find_columns, find_group, find_input
+from turret.data.columns import Columns, Schema, aligned, find_columns, find_group
 from turret.data.example_store import MEMORY, ExampleStore
-from turret.data.examples import Dataset, Example, Input, Labelled, Pair
-from turret.data.layouts import prompts
+from turret.data.examples import Dataset, Example, Labelled, Pair
 from turret.data.problems import Problems
 from turret.data.rows import numbered
 from turret.data.scan import Scan, Wanted, examples_of, hash_of, scan_of
@@ -31,7 +28,6 @@ from turret.data.settings import DataSettings, format_of
 from turret.data.source import open_source
 from turret.data.splits import ROLES, Chosen, Sources, SplitRole, choose, find_sources, shuffled, taken, test_split
 from turret.data.table import Table
-from turret.data.text_file import lines_of
 from turret.data.unused_inputs import check_unused, check_varied
 from turret.errors import DataError, listed, shown
 
@@ -152,29 +148,6 @@ def read_test(
         numbers = shuffled(len(examples), seed)[: taken("test", data.test, len(examples), len(examples), notes)]
         examples, places = [examples[number] for number in numbers], [places[number] for number in numbers]
     return EvaluationRows(examples, places, tuple(notes))
-
-
-def read_inputs(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] | None = None) -> list[Input]:
-    """The input of each row of a table ("" if missing), or the lines of a `.txt` file. Raises DataError.
-
-    Args:
-        trained: role -> column of the table that the adapter was trained on.
-    """
-    path = Path(os.path.expanduser(data.source))
-    if path.suffix.lower() == ".txt" and os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        return [*lines_of(path, data.encoding)]
-    tables = open_source(data.source, format_of(data))
-    table = tables[test_split(data, list(tables))]
-    replaced = cells.Replacements()
-    if schema.conversations:
-        return list(prompts(data, table, replaced, trained))
-    texts: list[Input] = []
-    for place, (cell,) in table.read([find_input(data, table.columns, schema, trained=trained)]):
-        try:
-            texts.append(cells.text_of(cell, replaced) or "")
-        except DataError as error:
-            raise DataError(f"{table.name} {table.unit} {place}: {error}") from None
-    return texts
 
 
 # --- checks between the passes ---------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from turret.data.cells import Replacements, text_of
@@ -16,9 +16,9 @@ from turret.data.column_names import (
     trained_columns,
 )
 from turret.data.conversations import conversation_of, prompt_of, question, turns_of
-from turret.data.examples import Conversation, Input, Prompt, Turn
+from turret.data.examples import Conversation, Prompt, Turn
 from turret.data.settings import DataSettings
-from turret.data.table import CellValue, Table
+from turret.data.table import CellValue
 from turret.errors import DataError, listed, shown
 
 WHOLE = ("messages", "conversations")  # column names of all turns
@@ -218,15 +218,3 @@ def layout_note(
 def _as_trained(trained: Mapping[str, str] | None, columns: Sequence[str]) -> tuple[dict[str, str], str | None]:
     """The columns of conversations that a version was trained on, as in `trained_columns`."""
     return trained_columns({role: trained[role] for role in ROLES if role in trained} if trained else {}, columns)
-
-
-def prompts(
-    data: DataSettings, table: Table, replaced: Replacements, trained: Mapping[str, str] | None = None
-) -> Iterator[Input]:
-    """The conversation of each row before its next answer; "" if it is missing. Raises DataError with the place."""
-    layout = prompt_layout(data, table.columns, trained)
-    for place, row in table.read(tuple(layout.roles.values())):
-        try:
-            yield layout.prompt(row, replaced) or ""
-        except DataError as error:
-            raise DataError(f"{table.name} {table.unit} {place}, {error}") from None

@@ -1,4 +1,4 @@
-"""The rows of a table with all their cells, for answers that are written next to them; and the places of examples."""
+"""The rows of a table: their inputs, all their cells for answers that are written next to them, and their places."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from turret.data.text_file import lines_of
 from turret.errors import DataError
 
 LINES = "text"  # the column of a .txt file
+Ask = Callable[[Sequence[CellValue], cells.Replacements], Input | None]  # cells of a row -> its input
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +60,43 @@ def read_rows(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] 
     Args:
         trained: role -> column of the table that the adapter was trained on.
     """
+    return _rows_of(data, schema, trained, whole=True)
+
+
+def read_inputs(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] | None = None) -> list[Input]:
+    """The input of each row of a table ("" if missing), or the lines of a `.txt` file. Raises DataError.
+
+    Args:
+        trained: role -> column of the table that the adapter was trained on.
+    """
+    return [row.input for row in _rows_of(data, schema, trained, whole=False).read()]
+
+
+def _rows_of(data: DataSettings, schema: Schema, trained: Mapping[str, str] | None, *, whole: bool) -> Rows:
+    """The rows. A column that is not found is an error before the first row.
+
+    Args:
+        whole: all columns; else only those of the input.
+    """
     path = Path(os.path.expanduser(data.source))
-    if path.suffix.lower() == ".txt" and os.path.isfile(path):
+    if path.suffix.lower() == ".txt" and os.path.isfile(path):  # Path.is_file raises for a name that is too long
         return Rows(path.name, (LINES,), lambda: _lines(path, data.encoding))
     tables = open_source(data.source, format_of(data))
     table = tables[test_split(data, list(tables))]
-    return Rows(table.name, table.columns, _reader(data, table, schema, trained), table.notes)
+    asked, ask = _question(data, table, schema, trained)
+    columns = table.columns if whole else asked
+    return Rows(table.name, columns, lambda: _rows(table, columns, asked, ask), table.notes)
 
 
-def _reader(
+def _question(
     data: DataSettings, table: Table, schema: Schema, trained: Mapping[str, str] | None
-) -> Callable[[], Iterator[Row]]:
-    """Reads the rows of a table; a column that is not found is an error before the first row."""
+) -> tuple[tuple[str, ...], Ask]:
+    """The columns of the input, and what makes it of their cells."""
     if schema.conversations:
         layout = prompt_layout(data, table.columns, trained)
-        at = [table.columns.index(name) for name in layout.roles.values()]
-        return lambda: _rows(table, lambda row, replaced: layout.prompt([row[place] for place in at], replaced))
-    place = table.columns.index(find_input(data, table.columns, schema, trained=trained))
-    return lambda: _rows(table, lambda row, replaced: cells.text_of(row[place], replaced))
+        return tuple(layout.roles.values()), layout.prompt
+    column = find_input(data, table.columns, schema, trained=trained)
+    return (column,), lambda row, replaced: cells.text_of(row[0], replaced)
 
 
 def _lines(path: Path, encoding: str | None) -> Iterator[Row]:
@@ -84,11 +104,12 @@ def _lines(path: Path, encoding: str | None) -> Iterator[Row]:
         yield Row(place, line, (line,))
 
 
-def _rows(table: Table, ask: Callable[[tuple[CellValue, ...], cells.Replacements], Input | None]) -> Iterator[Row]:
+def _rows(table: Table, columns: tuple[str, ...], asked: tuple[str, ...], ask: Ask) -> Iterator[Row]:
     replaced = cells.Replacements()
-    for place, row in table.read(table.columns):
+    places = [columns.index(name) for name in asked]
+    for place, row in table.read(columns):
         try:
-            yield Row(place, ask(row, replaced) or "", row)
+            yield Row(place, ask([row[each] for each in places], replaced) or "", row)
         except DataError as error:
             raise DataError(f"{table.name} {table.unit} {place}: {error}") from None
 

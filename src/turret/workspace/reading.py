@@ -81,7 +81,7 @@ def read_labelled(version: Version, source: str, columns: JsonMapping) -> Labell
 
 def read_texts(version: Version, source: str, columns: JsonMapping) -> list[Input]:
     """The inputs in a file: the lines of a .txt file, or a column of a table."""
-    from turret.data.dataset import read_inputs
+    from turret.data.rows import read_inputs
 
     trained = trained_on(version)
     schema = stored_task(version.part("task")).schema()
