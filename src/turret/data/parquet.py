@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turret.data.table import CellValue, Table, TableRow, reason_of
+from turret.data.table import CellValue, Table, TableRow, reason_of, require_distinct
 from turret.data.text_file import name_of
 from turret.errors import DataError, one_line, shown
 
@@ -26,8 +26,7 @@ def open_parquet(path: Path) -> Table:
         if isinstance(error, OSError) and error.errno:  # from the system, not from Parquet
             raise
         raise DataError(f"{name_of(path)} is not Parquet, or broken: {reason_of(error)}: write it again") from None
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"{name_of(path)} has the column {shown(twice[0])} more than once: give each its own name")
+    require_distinct(name_of(path), names, "give each its own name")
 
     def read(columns: Sequence[str]) -> Iterator[TableRow]:
         number = 0

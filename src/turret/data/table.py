@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from turret.errors import one_line
+from turret.errors import DataError, one_line, shown
 
 FIELD_LIMIT = 10_000_000  # characters; ten long novels
 LINE_LIMIT = 32_000_000
@@ -64,6 +64,16 @@ def from_rows(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Cel
             yield number, tuple(row.get(column) for column in columns)
 
     return Table(name, tuple(columns), read, unit="row")
+
+
+def require_distinct(name: str, columns: Sequence[str], remedy: str) -> None:
+    """Raise DataError if two columns of a table have the same name.
+
+    Args:
+        name: of the table.
+    """
+    if twice := sorted({column for column in columns if columns.count(column) > 1}):
+        raise DataError(f"{name} has the column {shown(twice[0])} more than once: {remedy}")
 
 
 def reason_of(error: Exception, most: int = 120) -> str:
