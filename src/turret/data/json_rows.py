@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from turret.data import text_file
@@ -102,9 +103,8 @@ def _of_value(path: Path, value: JsonValue, encoding: str) -> Table:
     if not rows:
         raise DataError(f"{name_of(path)} has no rows: give a table with rows")
     names = tuple(dict.fromkeys(key for row in rows[:SAMPLED_ROWS] for key in row))
-    table = from_rows(name_of(path), names, rows)
-    notes = (note,) if note else ()
-    return Table(table.name, table.columns, table.read, notes=notes, unit=table.unit, found=_found(encoding))
+    table = replace(from_rows(name_of(path), names, rows), found=_found(encoding))
+    return table.with_note(note) if note else table
 
 
 def _are_objects(rows: Sequence[JsonValue]) -> bool:

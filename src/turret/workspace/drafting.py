@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
-from turret.data.settings import DataSettings
-from turret.data.table import FileFormat, Table
-from turret.errors import NoHeader, one_line
+from turret.data.profile import Profile, profile
+from turret.data.settings import DataSettings, format_of
+from turret.data.source import open_source
+from turret.data.splits import find_sources
+from turret.data.table import Table
+from turret.errors import BaseModelError, NoHeader, one_line
 from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.recipe import Recipe, toml
+from turret.recipe.default_base import default_base
 from turret.tasks import schemas, task_of
-
-if TYPE_CHECKING:
-    from turret.data.profile import Profile
-    from turret.recipe import Recipe
 
 CHARACTERS_PER_TOKEN = 3.5  # of Western texts, roughly
 LENGTHS = (64, 128, 256, 512)  # of inputs, in tokens; 512 is the most that common encoders read
@@ -44,13 +44,8 @@ def draft(source: str, *, settings: Mapping[str, str] | None = None) -> Draft:
     Raises:
         DataError: the source cannot be read, or shows nothing to learn.
     """
-    from turret.data.profile import profile
-    from turret.data.settings import format_of
-    from turret.data.source import open_source
-    from turret.data.splits import find_sources
-    from turret.recipe import Recipe
-
-    recipe = Recipe.model_validate({"data": {"source": source}}).with_overrides(settings or {})
+    settings = settings or {}
+    recipe = Recipe.model_validate({"data": {"source": source}}).with_overrides(settings)
     form = format_of(recipe.data)
     try:
         tables = open_source(source, form)
@@ -66,7 +61,7 @@ def draft(source: str, *, settings: Mapping[str, str] | None = None) -> Draft:
     text.blank()
     text.set("name", recipe.name, "of the adapter in the store")
     text.set("base", recipe.base, _base_comment(seen.kind))
-    if "seed" in (settings or {}):
+    if "seed" in settings:
         text.set("seed", recipe.seed)
     given = recipe.model_dump(mode="json")
     _write_data(text, table, recipe, seen, _asked(given, settings, "data"))
@@ -78,9 +73,9 @@ def draft(source: str, *, settings: Mapping[str, str] | None = None) -> Draft:
     return Draft(recipe.name, text.joined(), [*table.notes, *_notes(seen)])
 
 
-def _asked(given: JsonMapping, settings: Mapping[str, str] | None, table: str) -> JsonObject:
+def _asked(given: JsonMapping, settings: Mapping[str, str], table: str) -> JsonObject:
     """The settings of one table of the recipe that the caller names."""
-    keys = {key.partition(".")[2].partition(".")[0] for key in settings or {} if key.startswith(f"{table}.")}
+    keys = {key.partition(".")[2].partition(".")[0] for key in settings if key.startswith(f"{table}.")}
     return {key: given[table][key] for key in given[table] if key in keys}
 
 
@@ -144,16 +139,12 @@ class _Lines:
         self._written, self._asked = set(), asked
 
     def set(self, key: str, value: JsonValue, comment: str = "") -> None:
-        from turret.recipe import toml
-
         self._written.add(key)
         line = f"{key} = {toml.written(value)}"
         self._lines.append(f"{line}  # {comment}" if comment else line)
 
     def option(self, key: str, value: str | float | bool, on: bool, comment: str) -> None:
         """A setting that is on, or offered as a comment; nothing if the caller names it."""
-        from turret.recipe import toml
-
         if key not in self._asked:
             self._lines.append(f"{'' if on else '# '}{key} = {toml.written(value)}  # {comment}")
 
@@ -169,9 +160,6 @@ class _Lines:
 
 
 def _base_comment(kind: str) -> str:
-    from turret.errors import BaseModelError
-    from turret.recipe.default_base import default_base
-
     try:
         base = default_base(task_of(kind).generates)[0]
     except BaseModelError:
@@ -181,7 +169,7 @@ def _base_comment(kind: str) -> str:
 
 def _write_format(text: _Lines, table: Table, data: DataSettings) -> None:
     """The settings that were found out, so that the recipe reads the file in the same way later."""
-    given = FileFormat(data.encoding, data.delimiter, data.header, data.sheet)
+    given = format_of(data)
     for key in ("encoding", "delimiter", "header", "sheet"):
         value = getattr(given, key)
         value = getattr(table.found, key) if value is None else value
