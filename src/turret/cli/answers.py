@@ -182,7 +182,7 @@ def data_columns(sets: list[str] | None, named: Mapping[str, str] | None = None)
             )
     read = Recipe(data="x").with_overrides({f"data.{key.removeprefix('data.')}": text for key, text in texts.items()})
     found = {key: value for key in KEYS if (value := getattr(read.data, key, None)) is not None}
-    return found | {key.removeprefix("data."): column for key, column in (named or {}).items()}
+    return found | dict(named or {})
 
 
 def _with_top(answer: JsonMapping, top: int) -> JsonObject:

@@ -38,9 +38,11 @@ def init(
 
     if source == "-":
         raise RecipeError("turret init needs a file, because the recipe names it: save stdin to a file")
+    columns = options.columns(text, label, prompt, completion, messages)
     named = {"base": base, "name": name, "task.kind": task}
-    settings = {key: value for key, value in named.items() if value is not None} | options.overrides(sets)
-    found = draft(source, settings=options.columns(text, label, prompt, completion, messages) | settings)
+    settings = {f"data.{role}": column for role, column in columns.items()}
+    settings |= {key: value for key, value in named.items() if value is not None} | options.overrides(sets)
+    found = draft(source, settings=settings)
     path = None if out == "-" else Path(out or f"{found.name}.toml")
     if path is not None:
         _write(path, found.text, force)

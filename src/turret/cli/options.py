@@ -54,9 +54,9 @@ def columns(
     completion: str | None = None,
     messages: str | None = None,
 ) -> dict[str, str]:
-    """`{"data.text": COLUMN}` for each option that is given."""
+    """Role -> column for each option that is given: keys of a recipe's `[data]`."""
     given = {"text": text, "label": label, "prompt": prompt, "completion": completion, "messages": messages}
-    return {f"data.{role}": column for role, column in given.items() if column is not None}
+    return {role: column for role, column in given.items() if column is not None}
 
 
 def overrides(pairs: list[str] | None) -> dict[str, str]:

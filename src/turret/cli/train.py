@@ -128,7 +128,7 @@ def read_recipe(
     """The recipe of a file, a preset or data, with the options and then `--set` applied. Raises RecipeError.
 
     Args:
-        columns: keys of `[data]`, from `options.columns`.
+        columns: role -> column, from `options.columns`.
     """
     from turret.recipe import Recipe, presets
 
@@ -149,6 +149,5 @@ def _with_columns(recipe: Recipe, columns: Mapping[str, str] | None) -> Recipe:
     """The recipe with other columns. Their names are taken as they are, so that one may be called `none` or `1`."""
     if not columns:
         return recipe
-    named = {key.removeprefix("data."): column for key, column in columns.items()}
     settings = recipe.model_dump(mode="python")
-    return type(recipe).model_validate({**settings, "data": {**settings["data"], **named}})
+    return type(recipe).model_validate({**settings, "data": {**settings["data"], **columns}})
