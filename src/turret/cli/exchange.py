@@ -12,7 +12,7 @@ from turret.cli.output import console, grid, many, report, safe, size, status
 from turret.errors import RecipeError
 
 if TYPE_CHECKING:
-    from turret.workspace import Exported, Imported
+    from turret.workspace import Exported, Imported, Pushed
 
 Settings = Annotated[
     list[str] | None,
@@ -118,8 +118,12 @@ def _print_exported(found: Exported) -> None:
         "gguf": "a LoRA for llama.cpp",
     }
     console().print(f"[bold]{safe(found.version)}[/] in {safe(found.folder)}: {forms[found.form]}")
+    print_files(found)
+
+
+def print_files(found: Exported | Pushed) -> None:
+    """Print the files that were written with their sizes, then notes and warnings."""
     rows = [(safe(name), size(count)) for name, count in found.files.items()]
-    rows += [("note", safe(note)) for note in found.notes] + [
-        ("[yellow]warn[/]", safe(each)) for each in found.warnings
-    ]
+    rows += [("note", safe(note)) for note in found.notes]
+    rows += [("[yellow]warn[/]", safe(each)) for each in found.warnings]
     console().print(grid(rows))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from turret.cli import options
-from turret.cli.exchange import Settings, print_imported, task_settings
-from turret.cli.output import console, grid, report, safe, size, status
+from turret.cli.exchange import Settings, print_files, print_imported, task_settings
+from turret.cli.output import console, report, safe, status
 from turret.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -80,8 +80,4 @@ def _print_pushed(found: Pushed) -> None:
     what = f"a new {kind} repository" if found.created else f"a {kind} repository"
     same = "" if found.changed else ", which held the same files already"
     console().print(f"[bold]{safe(found.version)}[/] in {safe(found.url)}, {what}{same}")
-    rows = [(safe(name), size(count)) for name, count in found.files.items()]
-    rows += [("note", safe(note)) for note in found.notes] + [
-        ("[yellow]warn[/]", safe(each)) for each in found.warnings
-    ]
-    console().print(grid(rows))
+    print_files(found)

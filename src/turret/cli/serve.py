@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from turret.workspace import Workspace
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantization = Literal["none", "nf4"]
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 Base = Annotated[
     str | None, typer.Option("--base", help="The base to load; default: the one that all adapters in the store have.")
@@ -83,7 +82,7 @@ def _serve(
     settings: ServerSettings,
     memory: int | None,
     dtype: Dtype,
-    quantization: Quantization,
+    quantization: options.BaseQuantization,
     device: str,
     as_json: bool,
 ) -> None:
