@@ -9,6 +9,7 @@ import typer
 
 from turret.cli import options
 from turret.cli.output import console, grid, many, report, safe, size, status
+from turret.cli.train import Kind
 from turret.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -18,14 +19,16 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A key of [task], such as task.prefix_text=...; repeatable."),
 ]
+OtherBase = Annotated[str | None, typer.Option("--base", help="Replaces the base that the adapter names.")]
+Labels = Annotated[str | None, typer.Option("--labels", metavar="A,B,C", help="Labels of the head.")]
 
 
 def import_(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A PEFT folder, bundle, .zip, .tar.gz or Hub id.")],
     name: Annotated[str, typer.Option("--name", help="Name of the adapter in the store.")],
-    base: Annotated[str | None, typer.Option("--base", help="Replaces the base that the adapter names.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="classify, summarize, generate or chat.")] = None,
-    labels: Annotated[str | None, typer.Option("--labels", metavar="A,B,C", help="Labels of the head.")] = None,
+    base: OtherBase = None,
+    task: Kind = None,
+    labels: Labels = None,
     sets: Settings = None,
     rank: Annotated[
         int | None,
@@ -42,7 +45,6 @@ def import_(
     """
     from turret.workspace import Workspace
 
-    named = [label.strip() for label in labels.split(",")] if labels else None
     settings = task_settings(sets)
     with status() as say:
         found = Workspace(store).import_adapter(
@@ -50,7 +52,7 @@ def import_(
             name,
             base=base,
             task=task,
-            labels=named,
+            labels=label_names(labels),
             settings=settings,
             rank=rank,
             base_quantization=base_quantization,
@@ -84,6 +86,11 @@ def export(
     with status() as say:
         found = Workspace(store).export(reference, folder, form=form, force=force, on_stage=say)
     report(found, as_json, _print_exported)
+
+
+def label_names(labels: str | None) -> list[str] | None:
+    """`"A, B"` -> `["A", "B"]`."""
+    return [label.strip() for label in labels.split(",")] if labels else None
 
 
 def task_settings(sets: list[str] | None) -> dict[str, str]:

@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from turret.cli import options
-from turret.cli.exchange import Settings, print_files, print_imported, task_settings
+from turret.cli.exchange import (
+    Labels,
+    OtherBase,
+    Settings,
+    label_names,
+    print_files,
+    print_imported,
+    task_settings,
+)
 from turret.cli.output import console, report, safe, status
+from turret.cli.train import Kind
 from turret.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -45,9 +54,9 @@ def pull(
     hub_id: HubId,
     name: Annotated[str | None, typer.Option("--name", help="Name in the store. Default: from the id.")] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="A branch, a tag or a commit.")] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Replaces the base that the adapter names.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="classify, summarize or generate.")] = None,
-    labels: Annotated[str | None, typer.Option("--labels", metavar="A,B,C", help="Labels of the head.")] = None,
+    base: OtherBase = None,
+    task: Kind = None,
+    labels: Labels = None,
     sets: Settings = None,
     base_quantization: options.BaseQuantization = "none",
     store: options.Store = options.STORE,
@@ -59,7 +68,6 @@ def pull(
     """
     from turret.workspace import Workspace
 
-    named = [label.strip() for label in labels.split(",")] if labels else None
     with status() as say:
         found = Workspace(store).hub.pull(
             hub_id,
@@ -67,7 +75,7 @@ def pull(
             revision=revision,
             base=base,
             task=task,
-            labels=named,
+            labels=label_names(labels),
             settings=task_settings(sets),
             base_quantization=base_quantization,
             on_stage=say,
