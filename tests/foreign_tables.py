@@ -10,10 +10,9 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
-import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from odd_files import jsonl
+from table_bytes import excel, jsonl, zstd
 
 PRAISE = {
     "de": ("sehr gut und schön", "schnell geliefert, große Freude", "würde ich wieder kaufen"),
@@ -65,45 +64,40 @@ def _german_office(folder: Path) -> Path:
     return path
 
 
+def _two_columns(
+    path: Path, language: str, names: tuple[str, str], labels: tuple[str, str], mark: str, codec: str
+) -> Path:
+    """Texts and their classes. labels: of praise and of blame."""
+    rows = [(text, labels[not good]) for text, good in texts(language)]
+    path.write_bytes(lines([names, *rows], mark).encode(codec))
+    return path
+
+
 def _french_export(folder: Path) -> Path:
     """Excel's `Unicode text`: UTF-16 with tabs in a .csv, French headers."""
-    rows = [(text, "bon" if good else "mauvais") for text, good in texts("fr")]
-    path = folder / "avis.csv"
-    path.write_bytes(lines([("Avis du client", "Évaluation"), *rows], "\t").encode("utf-16"))
-    return path
+    names, labels = ("Avis du client", "Évaluation"), ("bon", "mauvais")
+    return _two_columns(folder / "avis.csv", "fr", names, labels, "\t", "utf-16")
 
 
 def _polish_windows(folder: Path) -> Path:
     """cp1250 with semicolons."""
-    rows = [(text, "dobra" if good else "zła") for text, good in texts("pl")]
-    path = folder / "opinie.csv"
-    path.write_bytes(lines([("Treść", "Ocena"), *rows], ";").encode("cp1250"))
-    return path
+    return _two_columns(folder / "opinie.csv", "pl", ("Treść", "Ocena"), ("dobra", "zła"), ";", "cp1250")
 
 
 def _russian_tsv(folder: Path) -> Path:
     """cp1251 in a .tsv."""
-    rows = [(text, "да" if good else "нет") for text, good in texts("ru")]
-    path = folder / "отзывы.tsv"
-    path.write_bytes(lines([("Отзыв", "Рекомендую"), *rows], "\t").encode("cp1251"))
-    return path
+    return _two_columns(folder / "отзывы.tsv", "ru", ("Отзыв", "Рекомендую"), ("да", "нет"), "\t", "cp1251")
 
 
 def _excel(folder: Path) -> Path:
     """A workbook with a title above the table, dates, a formula's sheet beside it, and empty rows."""
-    book = openpyxl.Workbook()
-    sheet = book.active
-    sheet.title = "Opiniones"
-    sheet.append(["Encuesta de 2024"])
-    sheet.append([])
-    sheet.append(["Fecha", "Comentario del cliente", "Valoración"])
+    rows: list[Sequence[Any]] = [["Encuesta de 2024"], [], ["Fecha", "Comentario del cliente", "Valoración"]]
     for i, (text, good) in enumerate(texts("es")):
-        sheet.append([date(2024, 1, 1) + timedelta(i), text, "buena" if good else "mala"])
+        rows.append([date(2024, 1, 1) + timedelta(i), text, "buena" if good else "mala"])
         if i % 40 == 39:
-            sheet.append([])
-    book.create_sheet("Resumen").append(["Total", "=COUNTA(Opiniones!B:B)"])
+            rows.append([])
     path = folder / "encuesta.xlsx"
-    book.save(path)
+    path.write_bytes(excel({"Opiniones": rows, "Resumen": [["Total", "=COUNTA(Opiniones!B:B)"]]}))
     return path
 
 
@@ -152,9 +146,7 @@ def _questions(folder: Path) -> Path:
     """zstd; questions and answers under other names, for a base that writes."""
     rows = [(f"What did customer {i} say about us?", text) for i, (text, _) in enumerate(texts("en"))]
     path = folder / "faq.csv.zst"
-    path.write_bytes(
-        pa.Codec("zstd").compress(lines([("Customer question", "Our reply"), *rows], ",").encode(), asbytes=True)
-    )
+    path.write_bytes(zstd(lines([("Customer question", "Our reply"), *rows], ",").encode()))
     return path
 
 

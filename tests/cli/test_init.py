@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import small_models
 from foreign_tables import CLASSES, MAKERS, stdin_of
-from odd_files import PLAIN, csv, jsonl
 from small_tables import POLES, write_csv
+from table_bytes import PLAIN, csv, jsonl
 
 from turret.cli.main import run
 from turret.data.dataset import read

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from odd_files import Odd, odd_files
 from small_tables import load
+from table_bytes import GERMAN, POLISH, RUSSIAN, csv
 
 from turret.data import Dataset
 from turret.errors import LINE, DataError
@@ -53,8 +54,6 @@ def test_an_odd_file_is_read_or_its_remedy_works(odd: Odd, tmp_path: Path) -> No
 
 
 def test_letters_come_out_right_whatever_the_encoding(tmp_path: Path) -> None:
-    from odd_files import GERMAN, POLISH, RUSSIAN, csv
-
     for texts, codec in ((GERMAN, "cp1252"), (POLISH, "cp1250"), (RUSSIAN, "cp1251"), (GERMAN, "utf-16")):
         path = tmp_path / f"{codec}.csv"
         path.write_bytes(csv(texts).encode(codec))
