@@ -17,6 +17,12 @@ POLES = [{"text": f"film {i}", "label": "good" if i % 2 else "bad"} for i in ran
 NEWS = [{"document": f"article {i}", "summary": f"headline {i}"} for i in range(20)]
 
 
+def films(text: str = "text", label: str = "label") -> list[dict[str, str]]:
+    """32 sentences on films in columns of these names, half of them good."""
+    words = (("dull story", "bad"), ("great film", "good"))
+    return [{text: f"{words[row % 2][0]}, number {row}", label: words[row % 2][1]} for row in range(32)]
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), **settings)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import small_models
+from command_line import typed
 
-from turret.cli.main import run
 from turret.recipe import default_base
 from turret.recipe.default_base import default_base as find_default
 from turret.workspace import Workspace
@@ -22,13 +20,6 @@ WORDS = ("--text", "--label", "--prompt", "--completion", "--messages")
 HEADER = "Nr;Kommentar;Stimmung\n"
 LINES = [f"{i};{'guter Film' if i % 2 else 'öde Handlung'} {i};{('Gut', 'gut ')[i % 3 == 0] if i % 2 else 'Schlecht'}\n"
          for i in range(48)]  # fmt: skip
-
-
-def typed(*words: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = run(list(words))
-    return status, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
 import pytest
 import small_models
 import torch
+from small_tables import films, write_csv
 
 from turret.cli.main import run
 
@@ -20,11 +20,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, a table, and a store with one version that was trained with `--device cpu`."""
     folder = tmp_path_factory.mktemp("device")
     small_models.save_base("bert", folder / "bert")
-    with (folder / "films.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["text", "label"])
-        for row in range(32):
-            table.writerow([f"{'great film' if row % 2 else 'dull story'}, number {row}", "good" if row % 2 else "bad"])
+    write_csv(folder / "films.csv", films())
     words = ["train", str(folder / "films.csv"), "--base", str(folder / "bert"), "--set", "train.epochs=1"]
     assert run([*words, "--device", "cpu", "--store", str(folder / "store")]) == 0
     return folder

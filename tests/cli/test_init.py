@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import small_models
+from command_line import typed
 from foreign_tables import CLASSES, MAKERS, stdin_of
 from small_tables import POLES, write_csv
 from table_bytes import PLAIN, csv, jsonl
 
-from turret.cli.main import run
 from turret.data.dataset import read
 from turret.recipe import Recipe
 from turret.tasks import schemas
@@ -29,13 +27,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
     for kind in ("bert", "llama"):
         small_models.save_base(kind, folder / kind)
     return {False: str(folder / "bert"), True: str(folder / "llama")}
-
-
-def typed(*words: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = run(list(words))
-    return status, out.getvalue(), err.getvalue()
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)

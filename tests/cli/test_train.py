@@ -6,12 +6,13 @@ import csv
 import io
 import json
 import random
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import command_line
 import pytest
 import small_models
+from small_tables import films, write_csv
 
 from turret.cli.main import run
 from turret.cli.progress import Progress
@@ -36,16 +37,10 @@ class Typed:
 def typed(tmp_path_factory) -> Typed:
     folder = tmp_path_factory.mktemp("cli")
     small_models.save_base("bert", folder / "bert")
-    with (folder / "Film Reviews.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["review", "sentiment"])
-        for row in range(32):
-            table.writerow([f"{'great film' if row % 2 else 'dull story'}, number {row}", "good" if row % 2 else "bad"])
+    write_csv(folder / "Film Reviews.csv", films("review", "sentiment"))
     arguments = [str(folder / "Film Reviews.csv"), "--base", str(folder / "bert"), "--set", "train.epochs=1"]
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = run(["train", *arguments, "--json", "--store", str(folder / "store")])
-    return Typed(folder, arguments, status, out.getvalue(), err.getvalue())
+    told = command_line.typed("train", *arguments, "--json", "--store", str(folder / "store"))
+    return Typed(folder, arguments, *told)
 
 
 def test_train_json_is_one_object_on_stdout_and_all_else_is_on_stderr(typed) -> None:
