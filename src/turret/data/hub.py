@@ -56,12 +56,21 @@ def _check_reachable(name: str) -> None:
 
     host = urlsplit(constants.ENDPOINT)
     cached = (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).exists()
-    if cached or constants.HF_HUB_OFFLINE or getproxies() or not host.hostname:
+    if cached or constants.HF_HUB_OFFLINE or not host.hostname:
         return
+    if not can_connect(host.hostname, host.port or 443):
+        raise ConnectionError(f"{host.hostname} cannot be reached")
+
+
+def can_connect(host: str, port: int) -> bool:
+    """Whether a host answers, or there is a proxy; then the proxy decides, and the download says so."""
+    if getproxies():
+        return True
     try:
-        socket.create_connection((host.hostname, host.port or 443), timeout=_PATIENCE).close()
+        socket.create_connection((host, port), timeout=_PATIENCE).close()
     except OSError:
-        raise ConnectionError(f"{host.hostname} cannot be reached") from None
+        return False
+    return True
 
 
 def _reason(error: Exception) -> str:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from turret.errors import BaseModelError
 
 AUTO = "auto"
-_PATIENCE = 5.0  # seconds for a first connection
 
 
 @dataclass(frozen=True)
@@ -55,15 +52,11 @@ def _hub_has(name: str) -> bool:
     import huggingface_hub
     from huggingface_hub import constants
 
+    from turret.data.hub import can_connect
+
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         return True
     host = urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1" or not host.hostname:
         return False
-    if getproxies():
-        return True  # a proxy decides, and the download says so
-    try:
-        socket.create_connection((host.hostname, host.port or 443), timeout=_PATIENCE).close()
-    except OSError:
-        return False
-    return True
+    return can_connect(host.hostname, host.port or 443)
