@@ -12,7 +12,7 @@ import typer
 
 from turret.cli import options
 from turret.cli.evaluation import check_targets, print_evaluation, written
-from turret.cli.output import console, counted, emit, grid, plainly, report, safe, span, status
+from turret.cli.output import console, counted, cut, emit, grid, plainly, report, safe, span, status
 from turret.errors import DataError, RecipeError, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, stored_task
@@ -200,8 +200,7 @@ def _print_answers(
     from turret.workspace.predict_options import ranked_labels
 
     for text, answer in zip(texts, answers, strict=True):
-        whole = plainly(str(text))
-        short = whole if len(whole) <= 72 else f"{whole[:69]}..."
+        short = cut(plainly(str(text)), 72)
         if task.generates:
             console().print(f"[dim]{safe(short)}[/]\n  {safe(task.line(answer))}")
             continue

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, console, number, report, safe, size
+from turret.cli.output import columns, console, cut, number, report, safe, size
 from turret.json_types import JsonValue
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _value(value: JsonValue) -> str:
         return "[dim]-[/]"
     text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     text = text[:19] if text.startswith("sha256:") else text
-    return safe(text if len(text) <= 60 else f"{text[:57]}...")
+    return safe(cut(text, 60))
 
 
 def _share(distance: float | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turret.cli.output import columns, console, grid, metrics, number, plainly, safe, span
+from turret.cli.output import columns, console, cut, grid, metrics, number, plainly, safe, span
 from turret.errors import DataError, shown
 
 if TYPE_CHECKING:
@@ -110,5 +110,4 @@ def _right(each: Mistake) -> str:
 
 
 def _short(value: str | list[str], most: int) -> str:
-    text = plainly(value if isinstance(value, str) else ", ".join(value) or "none")
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return cut(plainly(value if isinstance(value, str) else ", ".join(value) or "none"), most)

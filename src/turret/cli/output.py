@@ -86,6 +86,11 @@ def plainly(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
+def cut(text: str, most: int) -> str:
+    """The text, or its beginning and `...` if it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def safe(text: object) -> str:  # object: anything that `str` takes
     """Text without control characters that rich prints literally, brackets included."""
     from rich.markup import escape
