@@ -14,11 +14,11 @@ from small_tables import POLES, labelled, load, write_csv, write_jsonl
 
 from turret.data import Dataset, Pair
 from turret.data.cells import joined_by
-from turret.data.dataset import read_test
+from turret.data.dataset import read, read_test
 from turret.data.splits import Kinship, arranged, choose, find_sources
 from turret.errors import DataError
-from turret.recipe import Data
-from turret.tasks import Classify, Generate
+from turret.recipe import Data, Task
+from turret.tasks import Classify, Generate, schemas
 
 
 def rare(count: int = 100) -> list[dict[str, Any]]:
@@ -210,11 +210,6 @@ def test_a_source_with_several_references_is_several_training_examples_and_one_t
 
 
 def test_references_survive_the_temporary_file(tmp_path: Path) -> None:
-    from small_tables import read
-
-    from turret.recipe import Task
-    from turret.tasks import schemas
-
     rows = [{"source": f"s {i}", "references": ["a", "b"]} for i in range(8)]
     path = write_jsonl(tmp_path / "t.jsonl", rows)
     every, source = schemas(Task()), Data(source=str(path))

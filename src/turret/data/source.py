@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import functools
 import shutil
@@ -50,7 +51,7 @@ def open_source(source: str, form: FileFormat = DETECTED) -> dict[str, Table]:
 def _stdin() -> Path:
     """A copy of stdin in a temporary file, whose suffix fits its content. A table is read more than once."""
     folder = Path(tempfile.mkdtemp(prefix="turret-"))
-    _remove_at_exit(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = folder / "stdin"
     try:
         with copy.open("wb") as file:
@@ -74,12 +75,6 @@ def _suffix(head: bytes) -> str:
         return ".xlsx"
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     return ".jsonl" if start[:1] in (b"{", b"[") else ".csv"
-
-
-def _remove_at_exit(folder: Path) -> None:
-    import atexit
-
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _near(path: Path) -> str:
