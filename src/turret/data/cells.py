@@ -189,7 +189,8 @@ def check_alike(labels: Iterable[str]) -> None:
 def joined_by(labels: Iterable[str]) -> tuple[str, str] | None:
     """The separator of labels that look like several joined ones, and an example; None if none do.
 
-    They do if all their parts are labels too, or if no more different parts than labels make up several of them.
+    Labels with a separator look joined if each of their parts is a label of its own. If there are several of them, they
+    also do if their parts and the labels without a separator are together no more than all labels.
     """
     every = set(labels)
     for mark in _JOINS:

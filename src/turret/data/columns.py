@@ -85,7 +85,8 @@ def find_columns(
         data: a recipe's `[data]`.
         columns: of the table.
         schemas: of the recipe's task; of all tasks if the columns have to decide which it is.
-        trained: role -> column of the table that a version was trained on; used if nothing is named, and not needed.
+        trained: role -> column of the table that a version was trained on, for what the recipe does not name. The table
+            may lack it.
     """
     columns = kept_columns(data, columns)
     if (conversations := _conversations(data, columns, schemas, trained)) is not None:

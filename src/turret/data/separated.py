@@ -152,7 +152,7 @@ def _parsed(sample: Sequence[str], delimiter: str) -> list[list[str]]:
 
 
 def _delimiter(sample: Sequence[str], usual: str) -> str:
-    """The separator that gives all sampled rows the same number of fields, more than one; the usual one if it does."""
+    """The separator that gives all sampled rows the same number of fields, and more than one. The usual one wins."""
     parsed = {mark: _parsed(sample, mark) for mark in dict.fromkeys(usual + SEPARATORS)}
     widths = {mark: {len(row) for row in rows} for mark, rows in parsed.items()}
     even = [mark for mark, found in widths.items() if len(found) == 1 and max(found) > 1]
