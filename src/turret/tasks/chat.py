@@ -1,8 +1,7 @@
 """Conversations: the assistant's next turn after any number of turns. The loss is that of the assistant's turns.
 
 The base's own chat template writes a conversation as text, in training and in every answer, so both give the same
-tokens. A conversation that is too long loses its oldest turns, as a whole; the system turn stays. Axes: N target
-tokens, V vocabulary, T tokens.
+tokens. A conversation that is too long loses its oldest turns, as a whole; the system turn stays.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from turret.data.cells import text_of
 from turret.data.columns import COMPLETED
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping, JsonObject
+from turret.tasks import text_answers
 from turret.tasks.chat_template import ChatTemplate, Rendered, Span, Tokenized
 from turret.tasks.task import Encoded, Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
@@ -261,16 +261,12 @@ class Chat:
         return Encoded(torch.tensor(ids, dtype=torch.long), cut=cut)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated tokens, without special tokens and surrounding white space."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        return text_answers.decoded(self.tokenizer, ids)
 
     # --- logits and texts to numbers -------------------------------------------------------------------------------
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy over target tokens: a scalar. logits: (N, V), targets: (N,) int64."""
-        import torch.nn.functional as F
-
-        return F.cross_entropy(logits.float(), targets)
+        return text_answers.token_loss(logits, targets)
 
     def guessing_loss(self, examples: Sequence[Example]) -> None:
         """None: the loss of a pretrained base starts far below that of any constant answer."""
@@ -289,28 +285,20 @@ class Chat:
 
     @classmethod
     def score(cls, given: Prediction, example: Example) -> float:
-        from turret.tasks.metrics import rouge_l
-
-        return rouge_l(str(given), str(example.output))
+        return text_answers.score(given, example)
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:
-        """The text, with a note if it ends at the length limit."""
-        return str(answer["text"]) + ("" if answer["finish_reason"] == "stop" else "  (cut at the length limit)")
+        return text_answers.line(answer)
 
     # --- stored with the adapter -----------------------------------------------------------------------------------
 
     @property
     def generation(self) -> JsonObject:
         """The arguments of `generate()`. An answer ends with the token that ends a turn."""
-        pad: int | None = self.tokenizer.pad_token_id
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "num_beams": self.num_beams,
-            "do_sample": False,
-            "eos_token_id": self._end,
-            "pad_token_id": self._end if pad is None else int(pad),
-        }
+        return text_answers.arguments(
+            self.tokenizer, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, end=self._end
+        )
 
     def spec(self) -> JsonObject:
         """Everything that prediction needs. A template is a program, so its digest is stored and not its text."""

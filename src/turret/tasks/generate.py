@@ -1,7 +1,7 @@
 """Summaries and other generated texts: a prompt with a document in it, and a target text. The loss is the target's.
 
 The template puts text around the document, for example `Summarize: {document}\\n\\nTL;DR:`. A document that is too long
-loses its end; the template is never cut. Axes: N target tokens, V vocabulary, T tokens.
+loses its end; the template is never cut.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from turret.data import Dataset, Example, Pair, Prompt, Schema, references_of
+from turret.data import Dataset, Example, Pair, Prompt, Schema
 from turret.data.cells import texts_in
 from turret.data.columns import COMPLETED, SUMMARISED
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
+from turret.tasks import text_answers
 from turret.tasks.chat_template import base_prompt
 from turret.tasks.task import Encoded, Prediction, TaskSettings, register
 from turret.tasks.tokens import Tokens
@@ -246,16 +247,12 @@ class Generate:
         return rows
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated tokens, without special tokens and surrounding white space."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        return text_answers.decoded(self.tokenizer, ids)
 
     # --- logits and texts to numbers -------------------------------------------------------------------------------
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy over target tokens: a scalar. logits: (N, V), targets: (N,) int64."""
-        import torch.nn.functional as F
-
-        return F.cross_entropy(logits.float(), targets)
+        return text_answers.token_loss(logits, targets)
 
     def guessing_loss(self, examples: Sequence[Example]) -> None:
         """None: the loss of a pretrained base starts far below that of any constant answer."""
@@ -274,28 +271,19 @@ class Generate:
 
     @classmethod
     def score(cls, given: Prediction, example: Example) -> float:
-        from turret.tasks.metrics import rouge_l
-
-        return max(rouge_l(str(given), each) for each in references_of(example))
+        return text_answers.score(given, example)
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:
-        """The text, with a note if it ends at the length limit."""
-        return str(answer["text"]) + ("" if answer["finish_reason"] == "stop" else "  (cut at the length limit)")
+        return text_answers.line(answer)
 
     # --- stored with the adapter -----------------------------------------------------------------------------------
 
     @property
     def generation(self) -> JsonObject:
-        """The arguments of `generate()`, whose own default is twenty tokens."""
-        pad: int | None = self.tokenizer.pad_token_id
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "num_beams": self.num_beams,
-            "do_sample": False,
-            "eos_token_id": self._eos,
-            "pad_token_id": self._eos if pad is None else int(pad),
-        }
+        return text_answers.arguments(
+            self.tokenizer, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, end=self._eos
+        )
 
     def spec(self) -> JsonObject:
         """Everything that prediction needs. The template is stored in full, because defaults may change."""
