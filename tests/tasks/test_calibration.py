@@ -15,9 +15,17 @@ from torch.nn import functional as F
 from turret.data import Labelled
 from turret.errors import AdapterError, DataError
 from turret.tasks import task_from_spec
-from turret.tasks.calibration import MOST_SCORES, Calibration, fit, require, scores
+from turret.tasks.calibration import (
+    MOST_SCORES,
+    Calibration,
+    calibration_error,
+    fit,
+    reliability,
+    require,
+    scores,
+)
 from turret.tasks.classify import Classify
-from turret.tasks.metrics import calibration_error, confusion, reliability
+from turret.tasks.metrics import confusion
 
 LABELS = tuple("abcde")
 SURE = 2.5  # by which the logits of the simulations are too large
@@ -102,9 +110,9 @@ def test_the_ece_is_that_of_the_definition() -> None:
         inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
         if inside.any():
             expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert calibration_error(confidence.tolist(), right.tolist()) == pytest.approx(expected)
+    assert calibration_error(reliability(confidence.tolist(), right.tolist())) == pytest.approx(expected)
     assert sum(each.count for each in reliability(confidence.tolist(), right.tolist())) == 500
-    assert calibration_error([], []) == 0.0
+    assert calibration_error(reliability([], [])) == 0.0
 
 
 def test_probabilities_of_0_and_1_are_in_the_first_and_the_last_bin() -> None:
@@ -255,7 +263,7 @@ def test_metrics_of_several_labels_have_an_ece_of_every_decision() -> None:
     task = classifier(multi_label=True)
     logits, targets = drawn_many(400, seed=11)
     chances = (logits.double()).sigmoid().flatten().tolist()
-    expected = calibration_error(chances, (targets.flatten() > 0).tolist())
+    expected = calibration_error(reliability(chances, (targets.flatten() > 0).tolist()))
     assert task.metrics(logits, targets)["ece"] == pytest.approx(expected)
     examples = [Labelled("x", ("a",)), Labelled("y", ())]
     assert task.metrics(logits[:2], task.targets(examples))["ece"] >= 0

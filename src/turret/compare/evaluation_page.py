@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from turret.compare.mistakes import Details, Mistake, Reliability
+from turret.compare.mistakes import Details, Mistake, Reliability, wilson
 from turret.compare.pages import environment
 from turret.compare.plots import Mark, reliability
 from turret.compare.report_text import shortened
@@ -83,7 +83,7 @@ def _plot(found: Reliability | None) -> str:
             "lora",  # a colour of the style sheet
             each.confidence,
             each.accuracy,
-            *each.interval,
+            *wilson(each.accuracy, each.count),
         )
         for each in found.bins
     ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from turret.json_types import JsonObject
+from turret.tasks.calibration import Bin
 from turret.tasks.task import Prediction
 
 SHOWN = 20  # wrong answers in the JSON of an evaluation
@@ -35,22 +36,6 @@ class Mistake:
 
 
 @dataclass(frozen=True)
-class ReliabilityBin:
-    """The answers whose probability lies in (low, high]."""
-
-    low: float
-    high: float
-    count: int
-    confidence: float  # mean
-    accuracy: float
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% interval of the accuracy."""
-        return wilson(self.accuracy, self.count)
-
-
-@dataclass(frozen=True)
 class Reliability:
     """How well probabilities and frequencies agree.
 
@@ -62,7 +47,7 @@ class Reliability:
     """
 
     ece: float
-    bins: tuple[ReliabilityBin, ...]
+    bins: tuple[Bin, ...]
     raw_ece: float | None = None
     temperature: float | None = None
     calibrated_on: int | None = None

@@ -1,6 +1,6 @@
-"""Calibration of a classifier: a temperature for its probabilities, and sets of labels with a stated coverage.
+"""Calibration of a classifier: its error, a temperature for its probabilities, and sets of labels with a coverage.
 
-Both are fitted on validation examples, which no weight was trained on, and are stored with the task.
+Temperature and sets are fitted on validation examples, which no weight was trained on, and are stored with the task.
 
 Temperature. The probabilities are `softmax(z / T)`; T has the lowest loss on the validation examples. Each target gives
 one part in n + 1 to the uniform distribution, so T stays above 0 if all answers are right.
@@ -12,6 +12,9 @@ examples came from, the right label is in the set with at least that probability
 Source: split conformal prediction, as in Romano, Sesia and Candes 2020, Classification with Valid and Adaptive
 Coverage; the score is that of Sadinle, Lei and Wasserman 2019, Least Ambiguous Set-Valued Classifiers, which rises with
 p as `-log p` falls.
+
+Error. ECE, the expected calibration error, is the mean over examples of |accuracy - confidence| of their bin.
+Source: Naeini et al. 2015, Obtaining Well Calibrated Probabilities Using Bayesian Binning; Guo et al. 2017, equation 3.
 
 Axes: B examples, C classes.
 """
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 FEWEST = 20  # validation examples; with fewer nothing is fitted
 MOST_SCORES = 500  # that are stored; of more examples, evenly spaced ranks
 HOTTEST = 20.0  # T is between 1 / HOTTEST and HOTTEST
+BINS = 15  # of confidence, equally wide, as in Guo et al. 2017
 KEYS = {"temperature", "examples", "scores", "chose_weights"}
 
 
@@ -147,6 +151,46 @@ def label_sets(
         ranked = sorted(zip(row, labels, strict=True), key=lambda each: each[0])
         found.append([label for score, label in ranked if score <= threshold or label in own])
     return found
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The answers whose confidence lies in (low, high]."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float  # mean
+    accuracy: float
+
+
+def reliability(confidence: Sequence[float], right: Sequence[bool]) -> tuple[Bin, ...]:
+    """The bins that have answers, in order.
+
+    Args:
+        confidence: the probability of each answer.
+        right: whether each answer is right.
+    """
+    members: list[list[int]] = [[] for _ in range(BINS)]
+    for place, value in enumerate(confidence):
+        members[min(BINS - 1, max(0, math.ceil(value * BINS) - 1))].append(place)
+    return tuple(
+        Bin(
+            low=number / BINS,
+            high=(number + 1) / BINS,
+            count=len(inside),
+            confidence=math.fsum(confidence[place] for place in inside) / len(inside),
+            accuracy=sum(bool(right[place]) for place in inside) / len(inside),
+        )
+        for number, inside in enumerate(members)
+        if inside
+    )
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """ECE: `sum_b (n_b / n) |accuracy_b - confidence_b|`; 0 without answers."""
+    count = sum(each.count for each in bins)
+    return sum(each.count * abs(each.accuracy - each.confidence) for each in bins) / count if count else 0.0
 
 
 def _temperature(slope: Callable[[float], float]) -> float:

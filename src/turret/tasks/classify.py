@@ -14,7 +14,7 @@ from turret.data.cells import label_of
 from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.calibration import Calibration, fit, label_sets
+from turret.tasks.calibration import Calibration, calibration_error, fit, label_sets, reliability
 from turret.tasks.task import Encoded, Prediction, TaskSettings, register
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
@@ -209,7 +209,7 @@ class Classify:
         else:
             found = metrics.one_class(logits.argmax(-1).tolist(), targets.tolist(), self.labels, loss)
             confidence, right = chances.amax(-1), logits.argmax(-1) == targets
-        return found | {"ece": metrics.calibration_error(confidence.tolist(), right.tolist())}
+        return found | {"ece": calibration_error(reliability(confidence.tolist(), right.tolist()))}
 
     def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Classify:
         task = copy.copy(self)

@@ -1,7 +1,6 @@
 """Metrics of answers, from plain lists.
 
 - accuracy, precision, recall and F1 are fractions; a class that is neither true nor predicted counts 0 in macro F1
-- ECE, the expected calibration error, is the mean over examples of |accuracy - confidence| of their bin
 - ROUGE-1, ROUGE-2 and ROUGE-L are F-measures as fractions, with the Porter stemmer, averaged over examples
 - BLEU is sacrebleu's corpus score, 0 to 100
 - perplexity is `exp(mean loss per target token)`
@@ -11,11 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from turret.json_types import JsonObject
 
-BINS = 15  # of confidence, equally wide, as in Guo et al. 2017
 ROUGE = ("rouge1", "rouge2", "rougeL")
 _LARGEST_EXPONENT = 700.0  # exp of more overflows, and JSON has no infinity
 
@@ -69,47 +66,6 @@ def _report(true: ClassNumbers, given: ClassNumbers, labels: Sequence[str]) -> d
 
 def _macro(report: dict[str, dict[str, float | int]]) -> float:
     return sum(row["f1"] for row in report.values()) / len(report) if report else 0.0
-
-
-@dataclass(frozen=True)
-class Bin:
-    """The examples whose confidence lies in (low, high]."""
-
-    low: float
-    high: float
-    count: int
-    confidence: float  # mean
-    accuracy: float
-
-
-def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = BINS) -> list[Bin]:
-    """The bins that have examples, in order. Source: Naeini et al. 2015; Guo et al. 2017, equation 3.
-
-    Args:
-        confidence: the probability of each answer.
-        right: whether each answer is right.
-    """
-    members: list[list[int]] = [[] for _ in range(bins)]
-    for place, value in enumerate(confidence):
-        members[min(bins - 1, max(0, math.ceil(value * bins) - 1))].append(place)
-    return [
-        Bin(
-            low=number / bins,
-            high=(number + 1) / bins,
-            count=len(inside),
-            confidence=math.fsum(confidence[place] for place in inside) / len(inside),
-            accuracy=sum(bool(right[place]) for place in inside) / len(inside),
-        )
-        for number, inside in enumerate(members)
-        if inside
-    ]
-
-
-def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = BINS) -> float:
-    """ECE: `sum_b (n_b / n) |accuracy_b - confidence_b|`."""
-    parts = reliability(confidence, right, bins)
-    count = sum(each.count for each in parts)
-    return sum(each.count * abs(each.accuracy - each.confidence) for each in parts) / count if count else 0.0
 
 
 def confusion(given: Sequence[str], true: Sequence[str], labels: Sequence[str]) -> list[list[int]]:

@@ -16,7 +16,6 @@ from turret.compare.mistakes import (
     Details,
     Mistake,
     Reliability,
-    ReliabilityBin,
     covered,
 )
 from turret.data import Example
@@ -25,7 +24,7 @@ from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store
 from turret.tasks import HeadTask, Prediction, Task, has_head
-from turret.tasks.calibration import scores
+from turret.tasks.calibration import Bin, calibration_error, reliability, scores
 from turret.workspace.answering import MOST_TOKENS, Mounted, mounted
 from turret.workspace.comparing.state import write_text
 from turret.workspace.progress import Say, silent
@@ -141,13 +140,13 @@ def _reliability(
     own = [answer["probabilities"] for answer in answers]
     bins = _bins(task, own, answers, right)
     if task.calibration is None:
-        return Reliability(_error(bins), bins)
+        return Reliability(calibration_error(bins), bins)
     without = (-scores(logits, multi_label=task.multi_label)).exp().tolist()
     raw = [dict(zip(task.labels, row, strict=True)) for row in without]
     return Reliability(
-        _error(bins),
+        calibration_error(bins),
         bins,
-        raw_ece=_error(_bins(task, raw, answers, right)),
+        raw_ece=calibration_error(_bins(task, raw, answers, right)),
         temperature=task.calibration.temperature,
         calibrated_on=task.calibration.examples,
     )
@@ -155,21 +154,14 @@ def _reliability(
 
 def _bins(
     task: HeadTask, rows: Sequence[JsonMapping], answers: Sequence[JsonMapping], right: Sequence[Sequence[str]]
-) -> tuple[ReliabilityBin, ...]:
+) -> tuple[Bin, ...]:
     """The bins of these probabilities. rows: label to probability, of each answer."""
-    from turret.tasks import metrics
-
     confidence, hits = list[float](), list[bool]()
     for row, answer, labels in zip(rows, answers, right, strict=True):
         for label in task.labels if task.multi_label else [str(task.judged(answer))]:
             confidence.append(float(row[label]))
             hits.append(label in labels)
-    return tuple(ReliabilityBin(**vars(each)) for each in metrics.reliability(confidence, hits))
-
-
-def _error(bins: Sequence[ReliabilityBin]) -> float:
-    """ECE."""
-    return sum(each.count * abs(each.accuracy - each.confidence) for each in bins) / sum(each.count for each in bins)
+    return reliability(confidence, hits)
 
 
 def _coverage(task: HeadTask, logits: Tensor, right: Sequence[Sequence[str]]) -> Coverage | None:
