@@ -15,6 +15,7 @@ from turret.data.examples import (
     Prompt,
     Turn,
     inputs_of,
+    labels_of,
     references_of,
     texts_of,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Schema",
     "Turn",
     "inputs_of",
+    "labels_of",
     "references_of",
     "texts_of",
 ]

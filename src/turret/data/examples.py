@@ -153,6 +153,11 @@ def texts_of(examples: Sequence[Example]) -> list[str]:
     return [example.input for example in examples]
 
 
+def labels_of(example: Example) -> tuple[str, ...]:
+    """The labels of a classified example: one, or any number if its task takes several."""
+    return example.output if isinstance(example.output, tuple) else (example.output,)
+
+
 def references_of(example: Example) -> tuple[str, ...]:
     """The texts that an answer to an example is compared with: several if its row has several."""
     return example.references if isinstance(example, Pair) else (str(example.output),)

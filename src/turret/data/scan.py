@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from turret.data import cells
 from turret.data.columns import Columns
-from turret.data.examples import Example, Pair
+from turret.data.examples import Example, Pair, labels_of
 from turret.data.layouts import Layout
 from turret.data.problems import Problems
 from turret.data.settings import DataSettings
@@ -77,8 +77,7 @@ class Scan:
             self._inputs.append(hash_of(example.input.strip()))
             self._pairs.append(hash_of(f"{example.input.strip()}\0{example.output}"))
         if wanted.stratify:
-            output = example.output if isinstance(example.output, tuple) else (example.output,)
-            self._outputs.append(self._combinations.setdefault(output, len(self._combinations)))
+            self._outputs.append(self._combinations.setdefault(labels_of(example), len(self._combinations)))
 
     def _group(self, cell: CellValue) -> int:
         text = "" if cell is None else str(cell).strip()

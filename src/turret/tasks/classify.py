@@ -9,7 +9,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from turret.data import Dataset, Example, Labelled, Schema
+from turret.data import Dataset, Example, Labelled, Schema, labels_of
 from turret.data.cells import label_of
 from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
@@ -143,7 +143,7 @@ class Classify:
                 return torch.tensor([self._index[str(example.output)] for example in examples], dtype=torch.long)
             many = torch.zeros(len(examples), len(self.labels))
             for row, example in enumerate(examples):
-                for label in _labels(example):
+                for label in labels_of(example):
                     many[row, self._index[label]] = 1.0
             return many
         except KeyError as error:
@@ -277,15 +277,11 @@ def _listed(label: Prediction) -> list[str]:
     return label if isinstance(label, list) else [label]
 
 
-def _labels(example: Example) -> tuple[str, ...]:
-    return example.output if isinstance(example.output, tuple) else (example.output,)
-
-
 def balanced_weights(labels: Sequence[str], examples: Sequence[Example], *, multi_label: bool) -> dict[str, float]:
     """`n / (C n_c)` for each class, 1 for a class without examples. With `multi_label`, `(n - n_c) / n_c`."""
     counts = dict.fromkeys(labels, 0)
     for example in examples:
-        for label in _labels(example):
+        for label in labels_of(example):
             counts[label] += 1
     n = len(examples)
     if multi_label:

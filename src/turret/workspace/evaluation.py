@@ -18,7 +18,7 @@ from turret.compare.mistakes import (
     Reliability,
     covered,
 )
-from turret.data import Example
+from turret.data import Example, labels_of
 from turret.data.table_writer import TableWriter
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
@@ -91,7 +91,7 @@ def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int])
     mistakes = _mistakes(task, examples, places, answers)
     if known is None or not has_head(task) or not task.calibrates:
         return metrics, Details(mistakes, task.right_or_wrong)
-    right = [_labels_of(example.output) for example in examples]
+    right = [labels_of(example) for example in examples]
     return metrics, Details(
         mistakes,
         task.right_or_wrong,
@@ -170,7 +170,3 @@ def _coverage(task: HeadTask, logits: Tensor, right: Sequence[Sequence[str]]) ->
         return covered(COVERAGE, task.label_sets(logits, COVERAGE), right)
     except DataError:
         return None
-
-
-def _labels_of(output: str | tuple[str, ...]) -> tuple[str, ...]:
-    return output if isinstance(output, tuple) else (output,)
