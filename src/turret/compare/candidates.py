@@ -82,10 +82,10 @@ def candidates(
 
 def _usual(recipe: Recipe, generates: bool) -> str:
     """The methods that are usual for the task and train on the recipe's base."""
-    words = (WRITING if generates else CLASSIFYING).split(",")
+    usual = WRITING if generates else CLASSIFYING
     if recipe.base_quantization is None:
-        return ",".join(words)
-    return ",".join(each for each in words if each not in METHODS or METHODS[each].not_quantized is None)
+        return usual
+    return ",".join(each for each in usual.split(",") if each not in METHODS or METHODS[each].not_quantized is None)
 
 
 def _split(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
