@@ -17,18 +17,18 @@ import numpy as np
 import torch
 
 from turret import adapters
-from turret.data.dataset import read
 from turret.errors import TurretError
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.reference import Reference
 from turret.store import Store, Version
-from turret.tasks import TextTask, schemas, stored_task, task_from_spec, writes
+from turret.tasks import TextTask, stored_task, task_from_spec, writes
 from turret.train.batches import Items, spread
 from turret.train.evaluation import evaluating, example_losses
 from turret.transformer import Model, Tokenizer
 from turret.workspace.neutral_texts import PARAGRAPHS
 from turret.workspace.progress import Say, silent
+from turret.workspace.reading import read_dataset
 
 LEAD = 24  # tokens of a neutral text that are given; the others are predicted
 MOST_TOKENS = 256  # of a neutral text
@@ -164,7 +164,7 @@ def is_current(measured: JsonMapping, expected: Sequence[Version]) -> bool:
 def _on_task(other: Version, model: Model, task: TextTask) -> Increase:
     """On test examples of another version's task, as that task writes its prompts."""
     recipe = Recipe.from_toml(str(other.part("lineage")["recipe"]))
-    dataset = read(recipe.data, schemas(recipe.task), recipe.split_seed)
+    dataset = read_dataset(recipe)
     examples = dataset.test or dataset.validation or dataset.train
     its_task = task_from_spec(other.part("task"), task.tokenizer)
     assert writes(its_task)

@@ -13,7 +13,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.store import Version
 from turret.tasks import schemas, stored_task, task_of
 from turret.trackers.table import require_installed
-from turret.workspace.progress import Say
+from turret.workspace.progress import Say, silent
 
 if TYPE_CHECKING:
     from turret.data.rows import Rows
@@ -35,7 +35,7 @@ class LabelledData:
     notes: Sequence[str]
 
 
-def read_dataset(recipe: Recipe, say: Say) -> Dataset:
+def read_dataset(recipe: Recipe, say: Say = silent) -> Dataset:
     """The data set of a recipe. Raises DataError."""
     from turret.data.dataset import read
 

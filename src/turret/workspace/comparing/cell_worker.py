@@ -25,6 +25,7 @@ from turret.store import Store
 from turret.train import StepRecord
 from turret.workspace import training
 from turret.workspace.comparing import measure, state
+from turret.workspace.reading import read_dataset
 from turret.workspace.results import Planned
 
 WAIT = 120.0  # seconds in which an earlier process of this cell can write its checkpoint
@@ -72,7 +73,7 @@ def _finished(folder: Path, store: Store, recipe: Recipe) -> JsonObject | None:
         filled = (folder / "recipe.toml").read_text(encoding="utf-8")
     except OSError:
         return None
-    result = store.finished_run(filled, measure.data_of(recipe).digest)
+    result = store.finished_run(filled, read_dataset(recipe).digest)
     if result is None or result["version"] not in {
         str(version) for version in store.list(Recipe.from_toml(filled).name)
     }:

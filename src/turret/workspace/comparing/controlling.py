@@ -20,17 +20,16 @@ from turret.compare.control_report import write_report
 from turret.compare.design import Cell
 from turret.compare.results import CellResult, made_with
 from turret.data import Dataset, texts_of
-from turret.data.dataset import read
 from turret.errors import DataError, RecipeError, TrainingError
 from turret.recipe import Recipe
 from turret.reference import check_name
 from turret.store import Store
-from turret.tasks import schemas, task_of
+from turret.tasks import task_of
 from turret.workspace.comparing import state
 from turret.workspace.comparing.cells import CellRunner, locked, require_known
 from turret.workspace.comparing.command import command
 from turret.workspace.progress import Say
-from turret.workspace.reading import with_base
+from turret.workspace.reading import read_dataset, with_base
 
 MARK = "{aspect}"
 METHODS = "base,prefix,lora"
@@ -104,7 +103,7 @@ def _prepare(recipe: Recipe, request: ControlRequest, say: Say) -> PreparedContr
     data = {}
     for aspect, each in recipes.items():
         say(f"reading {each.data.source}, {aspect}")
-        data[aspect] = read(each.data, schemas(each.task), each.split_seed)
+        data[aspect] = read_dataset(each)
         if not task_of(data[aspect].kind).generates:
             raise RecipeError("control is measured on generated texts: give task.kind summarize or generate")
         if not data[aspect].test:

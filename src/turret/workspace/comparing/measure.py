@@ -13,19 +13,19 @@ from pathlib import Path
 from turret import adapters, quantized
 from turret import train as trainer
 from turret.compare.losses import binned
-from turret.data import Dataset, Example, Input, inputs_of
-from turret.data.dataset import read
+from turret.data import Example, Input, inputs_of
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.store import Store
-from turret.tasks import schemas, writes
+from turret.tasks import writes
 from turret.train.initialize import attach
 from turret.transformer import Model, Tokenizer
 from turret.workspace import answering, training
 from turret.workspace.comparing.provenance import provenance
 from turret.workspace.forgetting import on_neutral_texts
 from turret.workspace.progress import Say
+from turret.workspace.reading import read_dataset
 
 TIMED_LABELS, TIMED_TEXTS = 24, 6  # single answers that are timed: of a classifier, of a task that generates
 
@@ -37,7 +37,7 @@ def version(store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping
         result: the run, as `turret train --json` prints it.
         plan: the plan of the run, as JSON.
     """
-    dataset = data_of(recipe)
+    dataset = read_dataset(recipe)
     ready = answering.mounted(store, str(result["version"]), say, recipe.train.device or "auto")
     return {
         **{
@@ -73,11 +73,6 @@ def base(store: Store, recipe: Recipe, say: Say) -> JsonObject:
         "notes": ready.notes,
         **_answers(mounted, ready.dataset.test, say, bare=bare),
     }
-
-
-def data_of(recipe: Recipe) -> Dataset:
-    """Read the recipe's data."""
-    return read(recipe.data, schemas(recipe.task), recipe.split_seed)
 
 
 def _answers(ready: answering.Mounted, examples: Sequence[Example], say: Say, *, bare: bool = False) -> JsonObject:
