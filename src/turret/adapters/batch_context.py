@@ -195,6 +195,12 @@ class BatchContext:
             for slot, rows in self.rows_by_slot().items()
         }
 
+    def places_by_slot(self, stream: str, device: torch.device) -> tuple[int, dict[int, Tensor]]:
+        """Where each slot's part of an input is: the dimension (0: rows, 1: unpadded tokens), and the indices there."""
+        if self.lengths is not None:
+            return 1, self.tokens_by_slot(stream, device)
+        return 0, {slot: torch.tensor(rows, device=device) for slot, rows in self.rows_by_slot().items()}
+
 
 @contextmanager
 def set_context(

@@ -310,13 +310,7 @@ class RoutedLinear(nn.Module):
             return y
         if self.context.lengths is not None and x.dim() == 2:
             return y  # a pooler inside the body takes unpadded tokens for one row; its output is never used
-        if self.context.lengths is not None:
-            groups = self.context.tokens_by_slot(self.stream, x.device)
-            return self._add_groups(y, x, groups, dim=1)
-        rows = {slot: torch.tensor(rows, device=x.device) for slot, rows in self.context.rows_by_slot().items()}
-        return self._add_groups(y, x, rows, dim=0)
-
-    def _add_groups(self, y: Tensor, x: Tensor, groups: dict[int, Tensor], dim: int) -> Tensor:
+        dim, groups = self.context.places_by_slot(self.stream, x.device)
         for slot, index in groups.items():
             if (scaled := self.scaled.get(slot)) is not None:
                 y = y.index_copy(dim, index, scaled(self.base_layer, x.index_select(dim, index)).to(y.dtype))

@@ -46,13 +46,9 @@ class RoutedWhole(nn.Module):
         slot = self.context.single()
         if slot is not None:
             return linear(self.at(slot), x)
-        if self.context.lengths is not None:
-            dim, groups = 1, self.context.tokens_by_slot(self.stream, x.device)
-        else:
-            rows = self.context.rows_by_slot()
-            dim, groups = 0, {slot: torch.tensor(own, device=x.device) for slot, own in rows.items()}
-            count = sum(map(len, rows.values()))
-            x = x.expand(count, *x.shape[1:]) if len(x) == 1 else x  # positions, the same for all rows
+        dim, groups = self.context.places_by_slot(self.stream, x.device)
+        if dim == 0 and len(x) == 1:  # positions, the same for all rows
+            x = x.expand(sum(map(len, groups.values())), *x.shape[1:])
         y = linear(self.base_module, x)
         for slot, index in groups.items():
             if str(slot) in self.slots:
