@@ -16,6 +16,7 @@ import tiny_training as tiny
 import torch
 
 from turret import adapters, kernels
+from turret.bases.device import gigabytes
 from turret.data import Labelled, Pair
 from turret.errors import AdapterError, PreflightRefused
 from turret.train import Check, Plan, checks, memory, plan
@@ -240,8 +241,8 @@ def test_resident_and_peak_memory_are_read() -> None:
     assert memory.peak() >= before + 40_000_000
     del block
     assert memory.available(torch.device("cpu")) > 0
-    assert memory.mega(87e6) == "87 MB"
-    assert memory.mega(1.25e9) == "1.2 GB"
+    assert gigabytes(87e6) == "87 MB"
+    assert gigabytes(1.25e9) == "1.2 GB"
 
 
 @pytest.mark.parametrize(

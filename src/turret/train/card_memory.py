@@ -17,13 +17,14 @@ from turret import adapters
 from turret.adapters import packed
 from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.bases.base import cast
+from turret.bases.device import gigabytes
 from turret.bases.skeleton import CONTEXT
 from turret.families import family_of
 from turret.methods import Method
 from turret.recipe import Recipe
 from turret.train.batches import MOST_TOKENS, pass_tokens
 from turret.train.evaluation import GENERATED_ROWS
-from turret.train.memory import Prediction, SavedForBackward, mega, trainable_bytes
+from turret.train.memory import Prediction, SavedForBackward, trainable_bytes
 from turret.train.moments import moment_bytes
 from turret.train.step import TARGETS
 from turret.transformer import Model
@@ -125,8 +126,8 @@ def refusal(predicted: Prediction, free: int, base: str, device: str) -> str | N
         return None
     states = predicted.trainable + predicted.gradients + predicted.optimiser
     return (
-        f"{base} does not fit on {device} with {mega(free)} free: its weights take {mega(predicted.weights)}, the "
-        f"adapter and its states {mega(states)}; give a smaller base, "
+        f"{base} does not fit on {device} with {gigabytes(free)} free: its weights take "
+        f"{gigabytes(predicted.weights)}, the adapter and its states {gigabytes(states)}; give a smaller base, "
         'set base_quantization to "nf4", or train.device to "cpu"'
     )
 

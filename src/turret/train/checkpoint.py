@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from turret.bases.device import gigabytes
 from turret.disk import NO_ROOM, describe_error, errno_of, make_folder, mount_of, sync
 from turret.errors import TrainingError, one_line
 from turret.json_types import JsonMapping, JsonObject
-from turret.train.memory import mega
 
 FORMAT = 1
 NAME = "checkpoint.safetensors"
@@ -124,6 +124,6 @@ def _write_failure(folder: Path, error: Exception, tensors: dict[str, Tensor], s
     needed = sum(each.numel() * each.element_size() for each in tensors.values())
     mount = mount_of(folder)
     return (
-        f"disk full: checkpoint of step {step} needs {mega(needed)} in {folder}, the disk at {mount} has "
-        f"{mega(shutil.disk_usage(mount).free)} free: make room and start the same command again; {remaining}"
+        f"disk full: checkpoint of step {step} needs {gigabytes(needed)} in {folder}, the disk at {mount} has "
+        f"{gigabytes(shutil.disk_usage(mount).free)} free: make room and start the same command again; {remaining}"
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from turret import heap
+from turret.bases.device import gigabytes
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the peak to the current resident size
 
@@ -140,14 +141,9 @@ class Prediction:
     def __str__(self) -> str:
         sizes = {name: getattr(self, name) for name in self.__dataclass_fields__}
         parts = ", ".join(
-            f"{name} {mega(size)}" for name, size in sizes.items() if size or name not in ("rounded", "prepared")
+            f"{name} {gigabytes(size)}" for name, size in sizes.items() if size or name not in ("rounded", "prepared")
         )
-        return f"{mega(self.total)} ({parts})"
-
-
-def mega(size: float) -> str:
-    """Bytes as text: `87 MB`, `1.2 GB`."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+        return f"{gigabytes(self.total)} ({parts})"
 
 
 def trainable_bytes(parameters: dict[str, nn.Parameter]) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from turret import quantized
 from turret.bases import Base, ChosenDevice
+from turret.bases.device import gigabytes
 from turret.data import Dataset, Example
 from turret.errors import PreflightRefused
 from turret.json_types import JsonObject
@@ -161,16 +162,16 @@ def _cost(
     """The measured cost; None, and a refusal in `rows`, if there is too little memory to measure it."""
     room = memory.available(base.model.device)
     if recipe.method.every_weight and 16 * total > room:
-        needed = f"every weight, its gradient and two moments take {memory.mega(16 * total)}"
+        needed = f"every weight, its gradient and two moments take {gigabytes(16 * total)}"
         remedy = "use method lora or prefix, or a smaller base"
-        rows.append(Check("memory", "refuse", f"{needed}, {memory.mega(room)} are free", remedy))
+        rows.append(Check("memory", "refuse", f"{needed}, {gigabytes(room)} are free", remedy))
         return None
     try:
         return measure(recipe, base, task, items, schedule, before=before, start=start)
     except (MemoryError, RuntimeError) as error:
         if not memory_ran_out(error):
             raise
-        text = f"a trial step ran out of memory with {memory.mega(room)} free"
+        text = f"a trial step ran out of memory with {gigabytes(room)} free"
         rows.append(Check("memory", "refuse", text, "lower train.micro_batch_tokens or task.max_tokens"))
         return None
 
@@ -178,7 +179,7 @@ def _cost(
 def fits(predicted: memory.Prediction, base: Base) -> Check:
     """Whether the machine has room for a training besides the base, which is loaded already."""
     room = memory.available(base.model.device)
-    text = f"{predicted}, {memory.mega(room)} free"
+    text = f"{predicted}, {gigabytes(room)} free"
     remedy = "lower train.micro_batch_tokens or task.max_tokens, or free memory"
     remedy += "" if base.model.device.type == "cpu" else ', or set train.device to "cpu"'
     if predicted.above_base > room:
