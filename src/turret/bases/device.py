@@ -119,6 +119,12 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def card_memory(device: torch.device) -> tuple[int, int]:
+    """Free and all bytes of a card. What torch keeps for this process and does not use counts as free."""
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), int(total)
+
+
 def gigabytes(size: float) -> str:
     """Bytes as text: `87 MB`, `11.5 GB`."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
@@ -127,13 +133,12 @@ def gigabytes(size: float) -> str:
 def _described(number: int) -> Card:
     device = torch.device("cuda", number)
     try:
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = card_memory(device)
     except RuntimeError as error:
         raise DeviceError(
             f"{device} cannot be used: {one_line(str(error), 120)}; give --device cpu, or free the card"
         ) from error
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return Card(device, torch.cuda.get_device_name(device), int(free) + kept, int(total))
+    return Card(device, torch.cuda.get_device_name(device), free, total)
 
 
 def _card(name: str, machine: Machine) -> Card:

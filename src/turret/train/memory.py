@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from turret import heap
-from turret.bases.device import gigabytes
+from turret.bases.device import card_memory, gigabytes
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the peak to the current resident size
 
@@ -90,8 +90,7 @@ def grown(device: torch.device = CPU) -> Iterator[Grown]:
 def available(device: torch.device) -> int:
     """Free bytes of a GPU, or of the machine within its container's limit."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        return card_memory(device)[0]
     free = int(psutil.virtual_memory().available)
     limit = _container_room()
     return free if limit is None else min(free, limit)
