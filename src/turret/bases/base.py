@@ -11,12 +11,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoTokenizer
 
 from turret import quantized
 from turret.adapters import BaseInfo
@@ -34,7 +29,7 @@ from turret.bases.quantized import (
     remember_originals,
 )
 from turret.bases.silence_transformers import quiet
-from turret.bases.skeleton import room_to_answer
+from turret.bases.skeleton import auto_class, room_to_answer
 from turret.bases.source import BaseSource, resolve
 from turret.errors import BaseModelError, DeviceError
 from turret.families import FAMILIES, Family, family_named, generic
@@ -190,15 +185,11 @@ def _read_model(
     source: BaseSource, family: Family, task: str, num_labels: int | None, seed: int, extra: Loading
 ) -> tuple[Model, LoadingInfo]:
     """The model in the checkpoint's dtype, and transformers' report about its keys."""
-    if task == "classify":
-        auto = AutoModelForSequenceClassification
-    else:
-        auto = AutoModelForSeq2SeqLM if family.is_encoder_decoder else AutoModelForCausalLM
     labels = {"num_labels": num_labels} if task == "classify" and num_labels is not None else {}
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, loading = auto.from_pretrained(
+            model, loading = auto_class(family, task).from_pretrained(
                 source.folder,
                 **labels,
                 **extra,

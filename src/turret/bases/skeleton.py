@@ -19,9 +19,10 @@ from transformers import (
 
 from turret.bases.silence_transformers import quiet
 from turret.bases.source import BaseSource
-from turret.families import family_of
+from turret.families import Family, family_of
 from turret.transformer import Model, ModelConfig
 
+AutoClass = type[AutoModelForSequenceClassification | AutoModelForSeq2SeqLM | AutoModelForCausalLM]
 CONTEXT = 600_000_000  # bytes of a card that CUDA's context, its libraries and their workspaces take
 PACKED = 0.9  # bytes a weight with linear layers in 4 bits: embeddings and the output layer are not packed
 ANSWERING = 1.2  # times the weights: they, a pass of prompts and the keys and values of some rows
@@ -40,15 +41,21 @@ def skeleton(source: BaseSource, task: Literal["classify", "generate"], num_labe
 
 def model_of(config: ModelConfig, task: Literal["classify", "generate"]) -> Model:
     """The model of a configuration on the meta device. Raises UnknownFamily if its architecture is not listed."""
-    family = family_of(config)
-    if task == "classify":
-        auto = AutoModelForSequenceClassification
-    else:
-        auto = AutoModelForSeq2SeqLM if family.is_encoder_decoder else AutoModelForCausalLM
+    auto = auto_class(family_of(config), task)
     with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         model: Model = auto.from_config(config)
     model.requires_grad_(False).eval()
     return model
+
+
+def auto_class(family: Family, task: str) -> AutoClass:
+    """The class of transformers that makes the models of a family for a task."""
+    auto: AutoClass = AutoModelForCausalLM
+    if task == "classify":
+        auto = AutoModelForSequenceClassification
+    elif family.is_encoder_decoder:
+        auto = AutoModelForSeq2SeqLM
+    return auto
 
 
 def parameters_of(source: BaseSource) -> int:
