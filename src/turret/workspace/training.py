@@ -160,9 +160,8 @@ def _planned(store: Store, ready: Ready, callbacks: Callbacks) -> tuple[Ready, P
     if asked != AUTO or ready.device.device.type == "cpu" or not refused:
         return ready, planned
     device = ChosenDevice(CPU, f"{refused[0].text} on {ready.device.device}")
-    del planned
     make_room(ready.base.model)
-    ready = prepare(store, ready.recipe, callbacks, device=device)
+    ready = prepare(store, ready.recipe, callbacks, ready.dataset, device)
     return ready, _plan(ready, callbacks)
 
 
