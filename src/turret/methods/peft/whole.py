@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from turret import quantized
 from turret.adapters.adapter import linear_at
-from turret.adapters.lora import sizes
 from turret.adapters.scaled import ScaledLayer
 from turret.adapters.whole import TokenLogits, TokenRows, unrouted, with_values
 from turret.errors import AdapterError
@@ -37,7 +37,7 @@ def with_biases(values: Mapping[str, Tensor], layers: dict[str, ScaledLayer], mo
         name = name.replace(NORMS, ".")
         path = name.removesuffix(BASE_BIAS) if name.endswith(BASE_BIAS) else name.removesuffix(".bias")
         layer = linear_at(model, path) if path != name else None
-        if layer is None or not _is_linear(layer):
+        if layer is None or not quantized.is_linear(layer):
             others[name] = value
             continue
         own = layer._parameters["bias"]
@@ -54,15 +54,7 @@ def with_biases(values: Mapping[str, Tensor], layers: dict[str, ScaledLayer], mo
 def tunes_linear(model: Model, names: Iterable[str]) -> bool:
     """Whether LN tuning trains linear layers, as it does on BERT by default. names: of the adapter's tensors."""
     paths = {name.removeprefix(PREFIX).partition(NORMS)[0] for name in names if NORMS in name}
-    return any(_is_linear(linear_at(model, path)) for path in paths)
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    try:
-        sizes(layer)
-    except AdapterError:
-        return False
-    return True
+    return any(quantized.is_linear(linear_at(model, path)) for path in paths)
 
 
 def with_modules(values: Mapping[str, Tensor], settings: JsonMapping, model: Model) -> dict[str, nn.Module]:
