@@ -28,9 +28,9 @@ from turret.errors import AdapterError, WrongBase
 from turret.families import FAMILIES, Family
 from turret.json_types import JsonObject
 from turret.methods import Method
+from turret.methods.peft.spec import LORA_PREFIX as LORA_PREFIX
 from turret.transformer import Model
 
-LORA_PREFIX = "base_model.model."  # PEFT puts it before the names of a LoRA's layers
 PROMPT = {"decoder": "prompt_embeddings", "encoder": "encoder_prompt_embeddings", "cross": "cross_prompt_embeddings"}
 
 

@@ -20,7 +20,7 @@ from turret.families import family_of
 from turret.json_types import JsonObject
 from turret.methods.numbers import MethodNumbers, fill_parameters, head_parameters
 from turret.methods.peft.mixing import parts_of
-from turret.methods.peft.spec import MARKS, PREFIX, Peft, beside, without_repeated
+from turret.methods.peft.spec import MARKS, NORMS, Peft, beside, without_repeated
 from turret.methods.peft.whole import tunes_linear
 from turret.transformer import Model
 
@@ -99,9 +99,8 @@ class PeftNumbers(MethodNumbers[Peft]):
 
     def peft_config(self, adapter: Adapter) -> JsonObject:
         """PEFT's own words, and the modules of the head and of the body that are trained whole."""
-        extra = (name.removeprefix(PREFIX) for name in self._beside(adapter.tensors))
+        extra = {name.removeprefix(LORA_PREFIX) for name in self._beside(adapter.tensors) if NORMS not in name}
         body = {name.rpartition(".")[0] for name in extra if not name.endswith((".bias", ".trainable_tokens_delta"))}
-        body = {path for path in body if ".ln_tuning_layers" not in path}
         saved = sorted({*adapter.head_modules, *body})
         return self.peft_words() | ({"modules_to_save": saved} if saved else {})
 

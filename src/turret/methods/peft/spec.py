@@ -28,7 +28,8 @@ MIXED = tuple(MARKS)
 PROMPTS = ("PROMPT_TUNING", "P_TUNING")  # virtual tokens before a decoder's text
 LINEAR_ONLY = ("LOHA", "LOKR", "OFT")  # PEFT has them for nn.Linear, not for GPT-2's Conv1D
 MORE_LORA = ("use_dora", "lora_bias", "trainable_token_indices")  # settings of PEFT's LoRA that `LoRA` does not have
-PREFIX = "base_model.model."  # PEFT puts it before a tensor's name
+LORA_PREFIX = "base_model.model."  # PEFT puts it before the name of a layer's tensor
+NORMS = ".ln_tuning_layers."  # in the names of norms that LN tuning trains
 OUTPUT = "lm_head"
 REPEATED = ("original_module", "modules_to_save")  # in the names of what PEFT saves twice with bias = "all"
 # Keys of an `adapter_config.json` that describe the file and the base, or how the adapter started.
@@ -138,11 +139,11 @@ def beside(names: Iterable[str], mark: str) -> set[str]:
         names: of a file's tensors.
         mark: of the method's own.
     """
-    names = [name for name in names if name.startswith(PREFIX)]
+    names = [name for name in names if name.startswith(LORA_PREFIX)]
     own = {name for name in names if any(part.startswith(mark) for part in name.split("."))}
-    norms = {name for name in names if ".ln_tuning_layers." in name}
-    roots = {name.removeprefix(PREFIX).partition(".")[0] for name in own | norms} | {OUTPUT}
-    body = {name for name in names if name.removeprefix(PREFIX).partition(".")[0] in roots}
+    norms = {name for name in names if NORMS in name}
+    roots = {name.removeprefix(LORA_PREFIX).partition(".")[0] for name in own | norms} | {OUTPUT}
+    body = {name for name in names if name.removeprefix(LORA_PREFIX).partition(".")[0] in roots}
     pooler = {name for name in body - own if ".pooler." in name}
     return body - own - (pooler if any(name.endswith(".weight") for name in pooler) else set())
 

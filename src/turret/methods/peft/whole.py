@@ -13,13 +13,12 @@ from turret.adapters.scaled import ScaledLayer
 from turret.adapters.whole import TokenLogits, TokenRows, unrouted, with_values
 from turret.errors import AdapterError
 from turret.families import family_of
-from turret.methods.peft.spec import PREFIX
+from turret.methods.peft.spec import LORA_PREFIX, NORMS
 
 if TYPE_CHECKING:
     from turret.json_types import JsonMapping, JsonValue
     from turret.transformer import Model
 
-NORMS = ".ln_tuning_layers."
 TOKENS = ".token_adapter.trainable_tokens_delta"
 BASE_BIAS = ".base_layer.bias"  # of a layer that the method itself changes
 Values = dict[str, Tensor]  # by name in the model
@@ -53,7 +52,7 @@ def with_biases(values: Mapping[str, Tensor], layers: dict[str, ScaledLayer], mo
 
 def tunes_linear(model: Model, names: Iterable[str]) -> bool:
     """Whether LN tuning trains linear layers, as it does on BERT by default. names: of the adapter's tensors."""
-    paths = {name.removeprefix(PREFIX).partition(NORMS)[0] for name in names if NORMS in name}
+    paths = {name.removeprefix(LORA_PREFIX).partition(NORMS)[0] for name in names if NORMS in name}
     return any(quantized.is_linear(linear_at(model, path)) for path in paths)
 
 
