@@ -45,8 +45,8 @@ def learning_rate(step: int, *, total: int, peak: float, warmup: int, schedule: 
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019).
 
-    weights and gradients are (N,) float32. The first `decayed` of N decay: parameters with two or more dimensions, so
-    no biases and norms. A parameter that a step does not use has a zero gradient.
+    weights and gradients are (N,) float32. Parameters with two or more dimensions come first and decay; biases and
+    norms do not. A parameter that a step does not use has a zero gradient.
 
     Args:
         parameters: by name; the optimiser replaces their storage.
@@ -76,7 +76,6 @@ class AdamW:
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
         self.steps = 0
         ordered = sorted(parameters.items(), key=lambda item: item[1].ndim < 2)  # those that decay come first
-        self.decayed = sum(parameter.numel() for _, parameter in ordered if parameter.ndim >= 2)
         size = sum(parameter.numel() for _, parameter in ordered)
         device = ordered[0][1].device
         self.weights = torch.empty(size, dtype=torch.float32, device=device)
