@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from turret import adapters
+from turret import adapters, quantized
 from turret.adapters import packed
 from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.bases.base import cast
@@ -134,7 +134,7 @@ def refusal(predicted: Prediction, free: int, base: str, device: str) -> str | N
 
 def _weights(model: Model, nf4: bool) -> tuple[int, int]:
     """Bytes of the base's weights, and of the largest one that is unpacked for a product."""
-    whole = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    whole = quantized.stored_bytes(model)
     if not nf4:
         return whole, 0
     packed_weights = [
