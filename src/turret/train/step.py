@@ -55,7 +55,7 @@ def train_step(
     while True:
         loss = _gradients(model, task, optimiser, batch, most_tokens, processes, scale)
         norm = optimiser.clip_gradients(clip)
-        overflowed = scale is not None and math.isfinite(loss) and not math.isfinite(norm)
+        overflowed = math.isfinite(loss) and not math.isfinite(norm)
         if scale is None or not overflowed or not scale.lower():
             break
     for name, value in (("loss", loss), ("norm of the gradients", norm)):
