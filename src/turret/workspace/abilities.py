@@ -25,8 +25,8 @@ def refusals(method: Method, family: Family) -> dict[Operation, dict[str, str]]:
 
 def kinds(family: Family) -> dict[str, bool]:
     """What bases of a family are asked to do, and whether it generates text."""
-    able = {"classify": bool(family.head_modules), "generate": family.generates}
-    return {kind: writes for (kind, possible), writes in zip(able.items(), (False, True), strict=True) if possible}
+    classifies = {"classify": False} if family.head_modules else {}
+    return classifies | ({"generate": True} if family.generates else {})
 
 
 def fast_paths(family: Family) -> list[str]:
