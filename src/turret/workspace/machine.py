@@ -63,10 +63,9 @@ def base_facts(base: str) -> JsonObject:
     writes = generic.kind_of(model_type) == "decoder" if known is None else known.generates
     loaded = bases.load(base, task="generate" if writes else "classify")
     family = loaded.family
-    methods = {
-        name: {operation: [] if not why else sorted(set(why.values())) for operation, why in found.items()}
-        for name, method in SHOWN.items()
-        for found in (abilities.refusals(method, family),)
+    refused = {
+        name: {operation: sorted(set(why.values())) for operation, why in found.items() if why}
+        for name, found in ((name, abilities.refusals(method, family)) for name, method in SHOWN.items())
     }
     return {
         "id": base,
@@ -83,7 +82,7 @@ def base_facts(base: str) -> JsonObject:
         "lora_layers": len(adapters.target_paths(loaded.model, None)),
         "lora_targets": list(family.lora_targets),
         "fast_paths": abilities.fast_paths(family),
-        "refused": {name: {key: why for key, why in found.items() if why} for name, found in methods.items()},
+        "refused": refused,
         "notes": list(loaded.notes),
     }
 
