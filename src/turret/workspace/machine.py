@@ -53,7 +53,7 @@ def base_facts(base: str) -> JsonObject:
         BaseModelError: it cannot be found or read.
         UnknownFamily: the architecture is neither listed nor one that the plain hooks serve.
     """
-    from turret import adapters, bases
+    from turret import adapters, bases, quantized
     from turret.families import FAMILIES, generic
     from turret.methods.examples import SHOWN
     from turret.workspace import abilities
@@ -73,7 +73,7 @@ def base_facts(base: str) -> JsonObject:
         "listed": not family.guessed,
         "kind": family.kind,
         "tasks": list(abilities.kinds(family)),
-        "parameters": sum(each.numel() for each in loaded.model.parameters()),
+        "parameters": quantized.count(loaded.model),
         "bytes": loaded.bytes,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "fingerprint": loaded.fingerprint,
