@@ -169,6 +169,11 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.mT  # GPT-2's Conv1D keeps (D_in, D_out)
 
 
+def has_original(layer: nn.Module) -> bool:
+    """Whether `original_weight` can read a weight."""
+    return hasattr(layer, ORIGINAL)
+
+
 def original_weight(layer: nn.Module) -> Tensor | None:
     """The checkpoint's weight, (D_out, D_in), of a layer that was loaded in 4 bits; None if the checkpoint has none."""
     read: Callable[[], Tensor] | None = getattr(layer, ORIGINAL, None)

@@ -42,20 +42,21 @@ class LoRANumbers(MethodNumbers[LoRA]):
         names = sorted({path.rsplit(".", 1)[-1] for path in paths})
         return Check("method", "ok", f"LoRA of rank {self.method.r} on {len(paths)} layers ({', '.join(names)})")
 
-    def _loftq_problem(self, model: Model, paths: Iterable[str]) -> str | None:
+    def _loftq_problem(self, model: Model, paths: Sequence[str]) -> str | None:
         """Why these layers have no error of 4 bits to start from; None if they have, or if it is not asked for."""
         if self.method.init_lora_weights != "loftq":
             return None
         given = 'init_lora_weights = "loftq" starts from what 4 bits lose of a weight'
-        if any(quantized.original_weight(model.get_submodule(path)) is None for path in list(paths)[:1]):
+        if paths and not quantized.has_original(model.get_submodule(paths[0])):
             return f'{given}: expected base_quantization = "nf4" and a plain checkpoint, given other weights'
         return None
 
     def start(self, model: Model, attached: Attachment, beginning: Beginning) -> None:
         super().start(model, attached, beginning)
-        if (problem := self._loftq_problem(model, target_paths(model, self.method.target_modules))) is not None:
+        paths = target_paths(model, self.method.target_modules)
+        if (problem := self._loftq_problem(model, paths)) is not None:
             raise AdapterError(f"{problem}; leave it out")
-        for path in target_paths(model, self.method.target_modules):
+        for path in paths:
             factors = _initial(self.method, model.get_submodule(path), beginning.generator).to(device_of(model))
             routed_linear(model, attached, path).slots["1"] = factors
 
