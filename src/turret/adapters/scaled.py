@@ -65,14 +65,13 @@ class ScaledLayer:
             AdapterError: the layer has no bias that could hold the shift.
         """
         weight, bias = layer.get_parameter("weight"), layer._parameters["bias"]
-        transposed = not isinstance(layer, nn.Linear)  # GPT-2's Conv1D
-        W = weight.float().mT if transposed else weight.float()  # (D_out, D_in)
+        W = quantized.dense_weight(layer).float()  # (D_out, D_in)
         own = self.to(weight.device)
         if own.factors is not None:
             W = W + own.factors[1].float() @ own.factors[0].float()
         W = W if own.input is None else W * own.input.float()
         W = W if own.output is None else W * own.output.float()[:, None]
-        merged = {"weight": (W.mT if transposed else W).to(weight.dtype)}
+        merged = {"weight": (W if isinstance(layer, nn.Linear) else W.mT).to(weight.dtype)}
         if bias is None:
             if own.shift is not None:
                 raise AdapterError("a layer of the base has no bias to merge a trained one into: export it unmerged")
