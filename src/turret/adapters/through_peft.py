@@ -29,7 +29,7 @@ from turret.errors import AdapterError, RecipeError, TurretError
 from turret.families import Family
 from turret.json_types import JsonObject, JsonValue
 from turret.methods import LoRA, Peft
-from turret.methods.lora.spec import FROM_DATA
+from turret.methods.lora.spec import require_no_data
 from turret.methods.peft.spec import PROMPTS
 from turret.transformer import Model
 
@@ -112,11 +112,10 @@ def config_of(method: Peft) -> PeftConfig:
         near = difflib.get_close_matches(method.peft_type, names(), n=1)
         remedy = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names())}"
         raise RecipeError(f"method.peft_type {_short(method.peft_type)} is not a method of PEFT: {remedy}")
-    if (start := method.options.get("init_lora_weights")) in FROM_DATA:
-        raise RecipeError(
-            f'method.init_lora_weights: expected a start that needs no pass over the data, given "{start}": '
-            "leave it out"
-        )
+    try:
+        require_no_data(method.options.get("init_lora_weights"))
+    except ValueError as error:
+        raise RecipeError(f"method.init_lora_weights: {error}") from None
     allowed = [field.name for field in fields(known[kind]) if field.init and field.name not in OURS]
     for key in method.options:
         if key in OURS:

@@ -24,7 +24,8 @@ COMBINATIONS = {
 FROM_DATA = ("eva", "corda", "lora_ga")  # PEFT's names of starts that it computes from a pass over the data
 
 
-def _without_data(value: JsonValue) -> JsonValue:
+def require_no_data(value: JsonValue) -> JsonValue:
+    """The value of `init_lora_weights`. Raises ValueError for a start that needs a pass over the data."""
     if value in FROM_DATA:
         raise ValueError(f'expected a start that needs no pass over the data, given "{value}": leave it out')
     return value
@@ -50,7 +51,7 @@ class LoRA(Method):
     target_modules: tuple[str, ...] | Literal["all-linear"] | None = None  # None: the family's (query and value)
     use_rslora: bool = False  # scaling = lora_alpha / sqrt(r) (Kalajdzievski 2023)
     lora_plus_ratio: float | None = Field(default=None, gt=0, le=1000)  # B's rate / A's (LoRA+, Hayou et al. 2024)
-    init_lora_weights: Annotated[bool | Literal["gaussian", "pissa", "loftq"], BeforeValidator(_without_data)] = True
+    init_lora_weights: Annotated[bool | Literal["gaussian", "pissa", "loftq"], BeforeValidator(require_no_data)] = True
 
     @property
     def scaling(self) -> float:
