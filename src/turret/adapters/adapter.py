@@ -71,9 +71,10 @@ class Adapter:
     def head_modules(self) -> list[str]:
         """The paths of the modules that hold the head's tensors."""
         family, paths = FAMILIES.get(self.base.family or ""), set[str]()
+        parts = () if family is None else family.body_excludes
         for name in self.head:
-            inside = next((part for part in family.body_excludes if f".{part}." in name), None) if family else None
-            paths.add(name.split(".")[0] if inside is None else name[: name.index(f".{inside}.") + len(inside) + 1])
+            inside = next((part for part in parts if f".{part}." in name), None)  # such as a pooler
+            paths.add(name.split(".")[0] if inside is None else f"{name.split(f'.{inside}.')[0]}.{inside}")
         return sorted(paths)
 
 
