@@ -32,9 +32,7 @@ class RoutedWhole(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's own weight; models read its dtype."""
-        weight = self.base_module._parameters["weight"]
-        assert weight is not None
-        return weight
+        return self.base_module.get_parameter("weight")
 
     def at(self, slot: int) -> nn.Module:
         """The module that the rows of a slot take."""
@@ -96,8 +94,7 @@ class TokenRows(nn.Module):
 
     def __init__(self, embedding: nn.Module, ids: Sequence[int], vectors: Tensor) -> None:
         super().__init__()
-        own = embedding._parameters["weight"]
-        assert own is not None
+        own = embedding.get_parameter("weight")
         order = sorted(range(len(ids)), key=lambda place: ids[place])
         self.register_buffer("ids", torch.tensor([ids[place] for place in order], device=own.device))
         self.few = twin(embedding)  # scales its vectors as the embedding does
@@ -121,8 +118,7 @@ class TokenLogits(nn.Module):
         self._all = (layer,)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.rows.few._parameters["weight"]
-        assert weight is not None
+        weight = self.rows.few.get_parameter("weight")
         return linear(self._all[0], x).index_copy(-1, self.rows.ids, x @ weight.mT)
 
 
@@ -130,7 +126,6 @@ def merged_values(module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
     """The parameters of the base's module after a merge, by name. weight: the base's own."""
     rows = module.rows if isinstance(module, TokenLogits) else module
     if isinstance(rows, TokenRows):
-        few = rows.few._parameters["weight"]
-        assert few is not None
+        few = rows.few.get_parameter("weight")
         return {"weight": weight.index_copy(0, rows.ids.to(weight.device), few.to(weight.device, weight.dtype))}
     return dict(module.named_parameters())
