@@ -75,8 +75,11 @@ def _as_it_was(context: BatchContext, batch: BatchContext) -> Iterator[None]:
         vars(context).update(before)
 
 
-def _forget_inputs(output: Any) -> None:  # a tensor or a tuple with tensors
-    """Drop what a norm attached to its output: it would keep one more tensor of every layer alive."""
+def _forget_inputs(output: object) -> None:
+    """Drop what a norm attached to a layer's output: it would keep one more tensor of every layer alive.
+
+    output: a tensor, or a tuple with tensors.
+    """
     for each in output if isinstance(output, tuple) else (output,):
         if isinstance(each, Tensor):
             vars(each).pop(COMPUTED_FROM, None)
