@@ -25,7 +25,9 @@ from turret.families import Family, family_of
 from turret.recipe import Recipe
 from turret.tasks import make_task
 from turret.train import Curve, Fitted, StepRecord, fit
+from turret.train.batches import Item, Items
 from turret.train.checkpoint import step_of
+from turret.train.initialize import attach, optimiser_of
 
 GOOD = ("great film", "a pleasure to watch", "quick and great")
 BAD = ("dull story", "boring and lazy", "a dull bank")
@@ -98,6 +100,17 @@ def recipe(**overrides: Any) -> Recipe:
 
 def task_of(made: Recipe, data: Dataset, on: Base) -> Any:
     return make_task(made.task, data, on.tokenizer, on.family.kind)
+
+
+def started(on: Base, kind: Any = "classify", **overrides: Any) -> tuple[Any, Any, list[Item]]:
+    """What a step needs: a task and an optimiser, of an adapter that is attached to the base, and six examples."""
+    if on.tokenizer.pad_token_id is None:
+        on.tokenizer.pad_token = on.tokenizer.eos_token
+    made, data = recipe(**overrides), dataset(kind)
+    task = task_of(made, data, on)
+    attach(made, on, task)  # type: ignore[arg-type]
+    on.model.train()
+    return task, optimiser_of(made, on), Items(task, data.train).take(list(range(6)))  # type: ignore[arg-type]
 
 
 def train(steps: Generator[StepRecord, None, Fitted]) -> tuple[list[StepRecord], Fitted]:

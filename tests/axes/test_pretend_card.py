@@ -15,9 +15,8 @@ from pretend_card import CARD, OnCard, on_cpu, pretend_card, to_card
 
 from turret import adapters
 from turret.engine.runner import DecodeStep, Prefill, Runner
+from turret.families import family_named
 from turret.methods import Method, Peft
-from turret.train.batches import Items
-from turret.train.initialize import attach, optimiser_of
 from turret.train.proof import answer
 from turret.train.step import train_step
 
@@ -32,7 +31,6 @@ TRAINED = {
 QUICK = [("bert", "lora"), ("bert", "prefix"), ("llama", "all-linear"), ("llama", "prefix"), ("t5", "lora")]
 FAMILIES = small_models.FAMILIES + small_models.RELATIVES
 ENCODERS = small_models.ENCODERS + small_models.RELATIVE_ENCODERS
-ALONE = ("deberta-v2", "mpnet", "big_bird")  # they compute their attention themselves, so they have no prefix
 IA3 = ("bert", "roberta", "t5", "bart", "llama", "qwen3", "mistral")  # PEFT knows where to put it
 
 
@@ -40,7 +38,7 @@ def fits(family: str, method: str) -> bool:
     generates = family not in ENCODERS
     if method == "IA3" and family not in IA3:
         return False
-    return not (method == "head" and generates) and not (method == "prefix" and family in ALONE)
+    return not (method == "head" and generates) and not (method == "prefix" and family_named(family).rows_alone)
 
 
 def points(methods: Any) -> list[Any]:
@@ -57,18 +55,11 @@ def stepped(family: str, method: str, on_card: bool, dtype: torch.dtype = torch.
     """Loss and gradients of the first step, the weights after it, and outputs, all on the CPU."""
     kind = "classify" if family in ENCODERS else "summarize"
     base = tiny.base(family, task_of(family))
-    if base.tokenizer.pad_token_id is None:
-        base.tokenizer.pad_token = base.tokenizer.eos_token
     without_dropout(base.model).to(dtype)
-    recipe, data = tiny.recipe(**TRAINED[method]), tiny.dataset(kind)
-    task = tiny.task_of(recipe, data, base)
-    items = Items(task, data.train).take(list(range(6)))
     with pretend_card() if on_card else nullcontext():
         if on_card:
             to_card(base.model)
-        attach(recipe, base, task)
-        base.model.train()
-        optimiser = optimiser_of(recipe, base)
+        task, optimiser, items = tiny.started(base, kind, **TRAINED[method])
         kept: list[torch.Tensor] = []
         update = optimiser.step
         optimiser.step = lambda rate: (kept.append(on_cpu(optimiser.gradients).clone()), update(rate))[1]  # type: ignore[method-assign]

@@ -29,9 +29,7 @@ from turret.engine import Options
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.methods import LoRA, Prefix
 from turret.recipe import Recipe
-from turret.train.batches import Items
 from turret.train.card_memory import Work, predict_on_card, refusal
-from turret.train.initialize import attach, optimiser_of
 from turret.train.proof import tolerance
 from turret.train.step import train_step
 from turret.workspace import Workspace
@@ -147,17 +145,10 @@ def stepped(family: str, method: dict[str, Any], device: torch.device) -> tuple[
     """The loss and the gradients of one training step."""
     kind = "classify" if kind_of(family) == "classify" else "summarize"
     base: Any = tiny.base(family, kind_of(family))
-    if base.tokenizer.pad_token_id is None:
-        base.tokenizer.pad_token = base.tokenizer.eos_token
     without_dropout(base.model).to(device)
-    recipe, data = tiny.recipe(**method), tiny.dataset(kind)
-    task = tiny.task_of(recipe, data, base)
-    attach(recipe, base, task)
-    base.model.train()
-    optimiser: Any = optimiser_of(recipe, base)
+    task, optimiser, items = tiny.started(base, kind, **method)
     kept: list[torch.Tensor] = []
     optimiser.step = lambda rate: kept.append(optimiser.gradients.clone())
-    items = Items(task, data.train).take(list(range(6)))
     loss, _ = train_step(base.model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256)
     return loss, kept[0]
 

@@ -12,26 +12,20 @@ from batches import without_dropout
 
 from turret.errors import LossNotFinite
 from turret.train import fit
-from turret.train.batches import Items
-from turret.train.initialize import attach, optimiser_of
 from turret.train.loss_scale import FIRST, PATIENCE, LossScale
 from turret.train.step import train_step
 
 
-def half(family: str = "bert", kind: str = "classify") -> Any:
-    base = tiny.base(family, "classify" if kind == "classify" else "generate")
+def half() -> Any:
+    base = tiny.base("bert")
     without_dropout(base.model).to(torch.float16)
     base.dtype = torch.float16
     return base
 
 
-def started(family: str = "bert", kind: str = "classify", base: Any = None) -> tuple[Any, ...]:
-    base = half(family, kind) if base is None else base
-    recipe, data = tiny.recipe(method__lora_dropout=0.0), tiny.dataset(kind)
-    task = tiny.task_of(recipe, data, base)
-    attach(recipe, base, task)
-    base.model.train()
-    return base.model, task, optimiser_of(recipe, base), Items(task, data.train).take(list(range(6)))
+def started() -> tuple[Any, ...]:
+    base = half()
+    return base.model, *tiny.started(base, method__lora_dropout=0.0)
 
 
 def gradients(scale: LossScale | None, loss_factor: float = 1.0) -> torch.Tensor:
