@@ -118,11 +118,10 @@ def unmount(model: nn.Module, slot: int) -> None:
     if attached.guest is not None and slot in attached.methods:
         attached.guest.leave()
         attached.guest = None
-    slots = [linear.slots for linear in attached.linears.values()] + [head.slots for head in attached.heads.values()]
-    slots += [whole.slots for whole in attached.wholes.values()]
-    for each in slots:
-        if key in each:
-            del each[key]
+    for routed in (attached.linears, attached.heads, attached.wholes):
+        for module in routed.values():
+            if key in module.slots:
+                del module.slots[key]
     for linear in attached.linears.values():
         linear.scaled.pop(slot, None)
     attached.stored.pop(slot, None)
