@@ -136,7 +136,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def computes_in(layer: nn.Module, model: nn.Module) -> torch.dtype:
-    """The dtype of a linear layer's outputs. model: that it belongs to."""
+    """The dtype of a linear layer's outputs. model: the one that the layer belongs to."""
     weight = layer._parameters.get("weight")
     if (state := state_of(weight)) is not None:
         return state.dtype

@@ -177,5 +177,5 @@ class SavedForBackward:
 
 
 def _address(storage: torch.UntypedStorage) -> int:
-    """What tells a storage from others: where its bytes are, or on the meta device, without bytes, where it is."""
+    """A number that identifies a storage: the address of its bytes, or its own on the meta device, without bytes."""
     return storage.data_ptr() or storage._cdata

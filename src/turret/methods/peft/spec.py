@@ -133,7 +133,8 @@ class Peft(Method):
 def beside(names: Iterable[str], mark: str) -> set[str]:
     """The tensors of norms, embeddings, biases and the output layer, which are trained whole beside a method's own.
 
-    They lie where the method's own lie, below the same first part of a name. A head does not count, nor a whole pooler.
+    Only tensors of the body and the output layer count: the method's own tell the first part of the body's names. A
+    head does not count, nor a pooler that is trained whole.
 
     Args:
         names: of a file's tensors.
