@@ -19,10 +19,9 @@ from huggingface_hub import errors as hub
 
 from turret.bundles.archive import ENDINGS, is_archive, unpack
 from turret.bundles.bundle import FILES, PICKLES, WEIGHTS, refuse_foreign_files
-from turret.bundles.hub import bounded, check_id, newest
+from turret.bundles.hub import ID, bounded, check_id, newest
 from turret.errors import BundleError, HubError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _EXPECTED = f"expected a folder with {WEIGHTS}, such a folder packed as {', '.join(ENDINGS)}, or a Hub id"
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]{0,60}", re.ASCII)
 
@@ -61,7 +60,7 @@ def fetch(source: str, parent: Path, *, download: Callable[..., str] = huggingfa
         if path.name.lower().endswith(PICKLES):
             raise BundleError(f"{_short(source)} is a pickle, which is never opened: save the adapter as safetensors")
         raise BundleError(f"{_short(source)} is a file: {_EXPECTED}")
-    if not _HUB_ID.fullmatch(source) or ".." in source:
+    if not ID.fullmatch(source) or ".." in source:
         raise BundleError(f"adapter {_short(source)} is not there: {_EXPECTED}")
     return _from_hub(source, target, download)
 

@@ -24,7 +24,7 @@ from turret.errors import HubError, listed, one_line
 PATIENCE = 15.0  # seconds without an answer
 TAG = "turret"  # in the front matter of every card that turret writes
 OF_GIT = {".gitattributes"}  # the Hub's own file of a new repository
-_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Commit:
 
 def check_id(hub_id: str) -> str:
     """The id of a repository. Raises HubError unless it is OWNER/NAME."""
-    if not _ID.fullmatch(hub_id) or ".." in hub_id or "--" in hub_id:
+    if not ID.fullmatch(hub_id) or ".." in hub_id or "--" in hub_id:
         raise HubError(f"{one_line(hub_id, 60)!a} is no id of the Hub: expected OWNER/NAME, such as me/sentiment")
     return hub_id
 
