@@ -10,13 +10,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from turret.bundles import gguf_lora
 from turret.json_types import JsonMapping, JsonValue
 from turret.methods import method_named
 from turret.tasks import TASKS, stored_task
 from turret.workspace.card_code import Place, inference, llama_cpp
 
 FOLDER = "FOLDER"  # the place of a card that does not know where its files will be
-GGUF = "adapter.gguf"
 LIBRARIES = {"merged": "transformers", "gguf": "gguf"}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -150,7 +150,8 @@ def _loading(shown: JsonMapping, form: str, task_type: str | None, place: str, *
         return
     if form == "gguf":
         yield "With llama.cpp (`--lora`), or with llama-cpp-python, on a GGUF file of the same base:"
-        yield _block("python", llama_cpp(f"{place}/{GGUF}" if place == FOLDER else GGUF, task))
+        path = f"{place}/{gguf_lora.FILE}" if place == FOLDER else gguf_lora.FILE
+        yield _block("python", llama_cpp(path, task))
         return
     yield "With Turret, which checks the base by its fingerprint:"
     brought = f"turret import {place} --name {name}" if place == FOLDER else f"turret pull {place} --name {name}"
