@@ -120,27 +120,27 @@ def write_files(
                 f"vLLM serves it with: vllm serve BASE --enable-lora --max-lora-rank {rank} "
                 f"--lora-modules {version.name}=FOLDER"
             )
-        _complete_bundle(bundles.read_manifest(stored), folder, written)
+        _complete_bundle(version, folder, written)
     if fitted := version.part("task").get("calibration"):
         written.notes.append(
             "other libraries give its probabilities without the temperature: divide the logits by "
             f"{float(fitted['temperature']):.4g}"
         )
     shown = store.show(str(version))
-    licence = licence_of(str((shown["manifest"].get("base") or {}).get("id") or ""))
+    licence = licence_of(str(version.part("base").get("id") or ""))
     task_type = _task_type(stored, loaded_by_peft=form != "merged")
     text = card(shown, licence, form, task_type, written.notes, place=place, tokenizer=written.tokenizer)
     (folder / CARD).write_text(text, encoding="utf-8")
     return written
 
 
-def _complete_bundle(manifest: JsonMapping, folder: Path, written: Written) -> None:
+def _complete_bundle(version: Version, folder: Path, written: Written) -> None:
     """Add the base's tokenizer, and warn of what other tools do not do."""
-    problem = _copy_tokenizer(manifest["base"], folder)
+    problem = _copy_tokenizer(version.part("base"), folder)
     written.tokenizer = problem is None
     written.warnings += [problem] if problem else []
-    dropped = method_named(manifest["method"].get("kind")).peft_generate
-    if dropped and stored_task(manifest["task"]).generates:
+    dropped = method_named(version.part("method").get("kind")).peft_generate
+    if dropped and stored_task(version.part("task")).generates:
         written.warnings.append(dropped)
 
 

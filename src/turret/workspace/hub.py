@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from turret.errors import StoreError
@@ -64,7 +64,6 @@ class Hub:
             raise StoreError(
                 f"{version} cannot be written to {self._store.root}: {error.strerror}: make room"
             ) from error
-        base = self._store.show(str(version))["manifest"].get("base") or {}
         return Pushed(
             version=str(version),
             digest=version.digest,
@@ -77,7 +76,7 @@ class Hub:
             changed=made.changed,
             files=files,
             notes=written.notes,
-            warnings=[*written.warnings, *_elsewhere(base)],
+            warnings=[*written.warnings, *_elsewhere(version.part("base"))],
         )
 
     def pull(
@@ -116,7 +115,7 @@ class Hub:
         return importing.import_adapter(self._store, hub_id, named, request, on_stage or silent)
 
 
-def _elsewhere(base: Mapping[str, str | None]) -> list[str]:
+def _elsewhere(base: JsonMapping) -> list[str]:
     """A warning if other machines cannot find the base by the id in the files."""
     known = str(base.get("id") or "")
     if base.get("revision") or known.startswith("pypi:"):
