@@ -54,6 +54,7 @@ BUNDLES: tuple[Form, ...] = ("peft", "vllm")  # the forms that are the stored bu
 CARD = "README.md"
 MODEL = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
 OURS = {*FILES, CARD, gguf_lora.FILE, *MODEL, *TOKENIZER}  # every file that an export can write
+Rows = list[tuple[Tensor, Tensor | None]]  # (token ids (1, T), target ids (1, T) or None)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest difference of an output / the largest output
 
 
@@ -187,7 +188,7 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) ->
     base = load_base(adapter, _dtype_of(adapter.base.id), "none")
     say("merging")
     rows = _probe_rows(adapter, base)
-    expected = _adapted_outputs(adapter, base)
+    expected = _adapted_outputs(adapter, base, rows)
     state = merge.merged_state(base.model, adapter)
     with quiet():
         _set_config(base.model, stored_task(adapter.task).head_config(adapter.task))
@@ -221,7 +222,7 @@ def _outputs_as_trained(adapter: Adapter, say: Say) -> Tensor | None:
         if isinstance(error.__context__, ImportError):  # bitsandbytes is not installed
             return None
         raise
-    return _adapted_outputs(adapter, base)
+    return _adapted_outputs(adapter, base, _probe_rows(adapter, base))
 
 
 def _cost_of_merging(kept: str, as_trained: Tensor | None, merged: Tensor) -> list[str]:
@@ -236,11 +237,11 @@ def _cost_of_merging(kept: str, as_trained: Tensor | None, merged: Tensor) -> li
     return [f"{note}: its outputs change by {change:.1e} of the largest, {mean:.1e} on average."]
 
 
-def _adapted_outputs(adapter: Adapter, base: Base) -> Tensor:
+def _adapted_outputs(adapter: Adapter, base: Base, rows: Rows) -> Tensor:
     """The adapter's outputs on a base, which is left as it was."""
     adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
     try:
-        return _outputs(base.model, _probe_rows(adapter, base))
+        return _outputs(base.model, rows)
     finally:
         adapters.detach(base.model)
 
@@ -269,8 +270,8 @@ def _set_config(model: Model, changes: JsonMapping) -> None:
     model.config.update(changes)
 
 
-def _probe_rows(adapter: Adapter, base: Base) -> list[tuple[Tensor, Tensor | None]]:
-    """(token ids (1, T), target ids (1, T) or None) of a few texts."""
+def _probe_rows(adapter: Adapter, base: Base) -> Rows:
+    """A few texts as tokens."""
     items = probe_items(task_from_spec(adapter.task, base.tokenizer))
     pairs = [(item.source[None], None if item.target is None else item.target[None]) for item in items]
     if base.family.is_encoder_decoder:
@@ -279,7 +280,7 @@ def _probe_rows(adapter: Adapter, base: Base) -> list[tuple[Tensor, Tensor | Non
 
 
 @torch.no_grad()
-def _outputs(model: Model, rows: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+def _outputs(model: Model, rows: Rows) -> Tensor:
     """All logits in one float32 vector."""
     model.eval()
     with quiet():
