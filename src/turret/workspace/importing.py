@@ -236,8 +236,7 @@ def _head(given: Adapter, base: Base, notes: list[str]) -> dict[str, Tensor]:
     for module in base.family.head_modules:
         if module not in modules or any(key.startswith(f"{module}.") for key in head):
             continue
-        state = modules[module].state_dict()
-        own = {f"{module}.{key}": value.detach().cpu().clone() for key, value in state.items()}
+        own = _copied(base, module)
         if not set(own) & fresh:
             head |= own
             notes.append(f"the head {module} is the base's own: the adapter has none")
@@ -248,13 +247,15 @@ def _head(given: Adapter, base: Base, notes: list[str]) -> dict[str, Tensor]:
             "during training; save the adapter with modules_to_save, or give the base it was trained on"
         )
     for path in head_paths(base.family, head):  # bias = "all" trains a pooler's bias, not its weight
-        state = base.model.get_submodule(path).state_dict()
-        if not all(key.endswith(".bias") for key in head if key.startswith(f"{path}.")):
-            continue
-        for key, value in ((f"{path}.{name}", each) for name, each in state.items()):
-            if key not in head and key not in fresh:
-                head[key] = value.detach().clone()
+        if all(key.endswith(".bias") for key in head if key.startswith(f"{path}.")):
+            head |= {key: value for key, value in _copied(base, path).items() if key not in head and key not in fresh}
     return head
+
+
+def _copied(base: Base, path: str) -> dict[str, Tensor]:
+    """The tensors of one of the base's modules by their paths in the base, copied to the CPU."""
+    state = base.model.get_submodule(path).state_dict()
+    return {f"{path}.{key}": value.detach().cpu().clone() for key, value in state.items()}
 
 
 def _labels(
