@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from exchange.foreign import CONFIG, MANIFEST, TEXTS, WEIGHTS, contents
 from exchange.hub_client import Client, Ran, client
 from exchange.hub_stand_in import READ, WRITE, StandIn, stand_in
+from small_disk import mounted_disk
 
 from turret.bundles.hub import PATIENCE
 from turret.cli.main import run
+from turret.errors import StoreError
 from turret.workspace import Workspace
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -210,6 +213,17 @@ def test_a_hub_that_is_silent_is_given_up_in_a_bounded_time(turret: Client, hub:
     said = refused(turret("push", "sentiment", "me/silent", "--store", store, token=WRITE))
     assert f"did not answer for {PATIENCE:g} seconds" in said
     assert time.monotonic() - started < PATIENCE + 15
+
+
+def test_a_push_on_a_full_disk_is_one_line_with_the_reason(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    with mounted_disk(tmp_path / "disk", "size=8m") as disk:
+        shutil.copytree(workspace.store.root, disk / "store")
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 48 * 1024))
+        with pytest.raises(
+            StoreError, match=r"^sentiment@1 cannot be written to .*: No space left on device: .*make room"
+        ):
+            Workspace(disk / "store").hub.push("sentiment", "me/x", form="merged")
 
 
 def test_without_the_network_a_push_says_so_and_a_pull_too(

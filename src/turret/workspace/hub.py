@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from turret.disk import describe_error
 from turret.errors import StoreError
 from turret.json_types import JsonMapping
 from turret.recipe import name_from
@@ -43,6 +44,8 @@ class Hub:
         Raises:
             HubError: the Hub cannot be reached or refuses, or the repository holds something else.
         """
+        from safetensors import SafetensorError
+
         from turret.bundles import hub
         from turret.workspace import exporting
 
@@ -60,10 +63,9 @@ class Hub:
                 say(f"uploading to {hub_id}")
                 message = f"{version} ({version.digest[:19]})"
                 made = hub.push(folder, hub_id, message, ours=exporting.OURS, public=public, force=force)
-        except OSError as error:
-            raise StoreError(
-                f"{version} cannot be written to {self._store.root}: {error.strerror}: make room"
-            ) from error
+        except (OSError, SafetensorError) as error:
+            reason = describe_error(error, self._store.root)
+            raise StoreError(f"{version} cannot be written to {self._store.root}: {reason}: make room") from error
         return Pushed(
             version=str(version),
             digest=version.digest,
