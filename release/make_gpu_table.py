@@ -1,7 +1,7 @@
-"""Write the table of what fits on which card in docs/howto/gpu.md, by the code that plans a training.
+"""Write the table in docs/howto/gpu.md: the memory of a training, and the smallest card for it.
 
-Each base is a configuration. Its modules are built without weights, the adapter is attached, and one pass counts what
-it saves (`turret.train.card_memory`). Nothing is downloaded and nothing is measured.
+The numbers come from the code that plans a training (`turret.train.card_memory`): it builds a base without weights from
+its configuration, attaches the adapter, and counts the bytes that one pass saves. Nothing is downloaded or measured.
 
     python release/make_gpu_table.py            write the table
     python release/make_gpu_table.py --check    write nothing; exit status 1 if the table is out of date
@@ -13,6 +13,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -74,20 +75,16 @@ def lines() -> Iterator[str]:
     heads.append(f"{TOKENS[-1]:,}, checkpointed")
     yield f"| base | method | weights in | weights | {' | '.join(heads)} | smallest card |"
     yield "| --- | --- | --- | ---: | " + "---: | " * len(heads) + "--- |"
-    for base, config in BASES.items():
-        for name, method in METHODS.items():
-            for precision, nf4 in PRECISIONS.items():
-                longest = getattr(config, "max_position_embeddings", max(TOKENS))
-                within = [tokens for tokens in TOKENS if isinstance(config, LlamaConfig) or tokens <= longest]
-                if nf4 and not isinstance(config, LlamaConfig):
-                    continue
-                found = {tokens: predicted(config, method, tokens, nf4) for tokens in within}
-                sizes = [gigabytes(found[tokens].total) if tokens in found else "–" for tokens in TOKENS]
-                weights = gigabytes(found[within[0]].weights)
-                least = predicted(config, method, within[-1], nf4, checkpointed=True).total
-                sizes.append(gigabytes(least) if within[-1] == TOKENS[-1] else "–")
-                card = smallest(least)
-                yield f"| {base} | {name} | {precision} | {weights} | {' | '.join(sizes)} | {card} |"
+    for (base, config), (name, method), (precision, nf4) in product(BASES.items(), METHODS.items(), PRECISIONS.items()):
+        if nf4 and isinstance(config, BertConfig):
+            continue  # so small a base needs no 4 bits
+        within = [tokens for tokens in TOKENS if tokens <= config.max_position_embeddings]
+        found = {tokens: predicted(config, method, tokens, nf4) for tokens in within}
+        sizes = [gigabytes(found[tokens].total) if tokens in found else "–" for tokens in TOKENS]
+        least = predicted(config, method, within[-1], nf4, checkpointed=True)
+        sizes.append(gigabytes(least.total) if within[-1] == TOKENS[-1] else "–")
+        cells = (base, name, precision, gigabytes(least.weights), *sizes, smallest(least.total))
+        yield f"| {' | '.join(cells)} |"
 
 
 def gigabytes(size: int) -> str:
