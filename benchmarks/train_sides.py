@@ -13,8 +13,10 @@ import re
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -432,12 +434,8 @@ def prepare(threads: int, jobs: Sequence[str]) -> dict[str, float]:
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-        times = []
-        for _ in range(30):
-            started = time.perf_counter()
-            torch.mm(a, b)
-            times.append(time.perf_counter() - started)
-        best[str(dtype).removeprefix("torch.")] = 2 * m * n * k / min(times)
+        least = min(timeit.repeat(partial(torch.mm, a, b), number=1, repeat=30))
+        best[str(dtype).removeprefix("torch.")] = 2 * m * n * k / least
     return best
 
 
