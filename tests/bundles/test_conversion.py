@@ -36,11 +36,16 @@ CUT: dict[str, Any] = {
 
 
 def folder_of(make: Any, folder: Path, family: str = "bert", scale: float = 0.2) -> Path:
-    """What somebody who trains with PEFT has: every trained number moved."""
+    """What somebody who trains a small model with PEFT has."""
+    torch.manual_seed(0)
+    return trained_by_peft(small_models.build(family, "classify"), make, folder, scale)
+
+
+def trained_by_peft(classifier: Any, make: Any, folder: Path, scale: float) -> Path:
+    """The folder that PEFT writes after a training that moved every trained number."""
     config = make()
     config.task_type = "SEQ_CLS"
-    torch.manual_seed(0)
-    model = peft.get_peft_model(small_models.build(family, "classify"), config)
+    model = peft.get_peft_model(classifier, config)
     with torch.no_grad():
         for name, each in model.named_parameters():
             if each.requires_grad and "original_module" not in name:

@@ -54,6 +54,15 @@ def chances(workspace: Workspace, name: str, text: str) -> torch.Tensor:
         return adapters.classify_logits(base.model, [task.encode_sources([text])[0].ids]).softmax(-1)[0]
 
 
+def chances_by_peft(classifier: Any, folder: Path, text: str) -> torch.Tensor:
+    """The probabilities of PEFT with a folder on a classifier of BERT's."""
+    model = peft.PeftModel.from_pretrained(classifier, str(folder)).eval()
+    inputs = small_models.tokenizer("bert")(text, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        found: torch.Tensor = model(**inputs).logits.softmax(-1)[0]
+    return found
+
+
 def refused(capsys: pytest.CaptureFixture[str], store: Path, source: object, *more: str) -> str:
     """The error line of an import that is refused and stores nothing."""
     capsys.readouterr()

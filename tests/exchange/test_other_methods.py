@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import small_models
 import torch
 from bundles.test_conversion import CUT, EXACT, folder_of
 from bundles.test_mixing import KINDS, WHOLE
-from exchange.foreign import LABELS, TEXTS
+from exchange.foreign import LABELS, TEXTS, chances_by_peft
 
 from turret import Workspace
 from turret.errors import BundleError
@@ -20,11 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.uti
 
 
 def by_peft(folder: Path, text: str) -> torch.Tensor:
-    model = peft.PeftModel.from_pretrained(small_models.build("bert", "classify"), str(folder)).eval()
-    inputs = small_models.tokenizer("bert")(text, return_tensors="pt", return_token_type_ids=False)
-    with torch.no_grad():
-        chances: torch.Tensor = model(**inputs).logits.softmax(-1)[0]
-    return chances
+    return chances_by_peft(small_models.build("bert", "classify"), folder, text)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in WHOLE), *EXACT])

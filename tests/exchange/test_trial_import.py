@@ -10,8 +10,9 @@ import pytest
 import small_models
 import torch
 import transformers
-from bundles.test_conversion import CUT, EXACT
+from bundles.test_conversion import CUT, EXACT, trained_by_peft
 from bundles.test_mixing import KINDS, TARGETS, WHOLE
+from exchange.foreign import chances_by_peft
 
 from turret import Workspace
 from turret.cli.main import run
@@ -52,35 +53,13 @@ def classifier(base: Path) -> Any:
     return transformers.AutoModelForSequenceClassification.from_pretrained(base).eval()
 
 
-def made_by_peft(base: Path, make: Any, folder: Path, scale: float) -> Path:
-    """What somebody who trains with PEFT has. Nothing of Turret is involved."""
-    config = make()
-    config.task_type = "SEQ_CLS"
-    torch.manual_seed(0)
-    model = peft.get_peft_model(classifier(base), config)
-    with torch.no_grad():
-        for name, each in model.named_parameters():
-            if each.requires_grad and "original_module" not in name:
-                each.add_(torch.randn_like(each) * scale)
-    model.save_pretrained(folder)
-    return folder
-
-
-def by_peft(base: Path, folder: Path) -> torch.Tensor:
-    model = peft.PeftModel.from_pretrained(classifier(base), str(folder)).eval()
-    inputs = small_models.tokenizer("bert")(TEXT, return_tensors="pt", return_token_type_ids=False)
-    with torch.no_grad():
-        chances: torch.Tensor = model(**inputs).logits.softmax(-1)[0]
-    return chances
-
-
 def test_fifteen_adapters_of_as_many_kinds_need_no_reading(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders = {
-        kind: made_by_peft(base, make, tmp_path / f"given {number}", 0.05 if kind in CUT_KINDS else 0.2)
-        for number, (kind, make) in enumerate(TRIED.items())
-    }
+    folders = {kind: tmp_path / f"given {number}" for number, kind in enumerate(TRIED)}
+    for kind, make in TRIED.items():
+        torch.manual_seed(0)
+        trained_by_peft(classifier(base), make, folders[kind], 0.05 if kind in CUT_KINDS else 0.2)
     names = {kind: f"a{number}" for number, kind in enumerate(TRIED)}
     for kind, folder in folders.items():  # the configuration names the base, and the base names the labels
         status = run(["import", str(folder), "--name", names[kind], "--store", str(tmp_path / "store")])
@@ -94,5 +73,6 @@ def test_fifteen_adapters_of_as_many_kinds_need_no_reading(
     for kind, answer in answers.items():
         found = torch.tensor(list(answer["probabilities"].values()))
         tolerance = 0.05 if kind in CUT_KINDS else 1e-5
-        torch.testing.assert_close(found, by_peft(base, folders[kind]), atol=tolerance, rtol=tolerance, msg=kind)
+        expected = chances_by_peft(classifier(base), folders[kind], TEXT)
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, msg=kind)
     assert len({tuple(answer["probabilities"].values()) for answer in answers.values()}) == len(TRIED)  # control
