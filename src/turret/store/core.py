@@ -282,7 +282,7 @@ class Store:
             return (0, ()) if connection is None else (aliases.last_move(connection), aliases.pointing(connection))
 
     def last_move(self) -> int:
-        """The number of the newest move of any alias. While it is the same, so is `pointing`."""
+        """The number of the newest move of any alias. If it is unchanged, no alias moved."""
         with self._reading() as connection:
             return 0 if connection is None else aliases.last_move(connection)
 
