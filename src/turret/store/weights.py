@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turret.errors import Corrupt
+from turret.methods.lora.spec import lora_scaling
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
 _DTYPES |= {"I8": "|i1", "U8": "|u1", "BOOL": "|b1"}
@@ -111,7 +112,7 @@ def _effective(files: Mapping[str, Path]) -> dict[str, _Plain | _Product]:
     config = json.loads(files["adapter_config.json"].read_bytes()) if "adapter_config.json" in files else {}
     if isinstance(config, dict) and config.get("peft_type") == "LORA":
         r, alpha = float(config.get("r") or 1), float(config.get("lora_alpha") or 1)
-        scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        scaling = lora_scaling(alpha, r, bool(config.get("use_rslora")))
         for name in [name for name in found if name.endswith(".lora_A.weight")]:
             layer = name.removesuffix(".lora_A.weight")
             A, B = found[name], found.get(f"{layer}.lora_B.weight")

@@ -31,6 +31,14 @@ def require_no_data(value: JsonValue) -> JsonValue:
     return value
 
 
+def lora_scaling(alpha: float, r: float, use_rslora: bool) -> float:
+    """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA: the factor of `B A`.
+
+    Source: Hu et al. 2021; Kalajdzievski 2023 for rsLoRA.
+    """
+    return alpha / (r**0.5 if use_rslora else r)
+
+
 class LoRA(Method):
     """Low-rank adaptation: `y = W x + scaling * B A dropout(x)`, A: (R, D_in), B: (D_out, R) (Hu et al. 2021)."""
 
@@ -55,7 +63,7 @@ class LoRA(Method):
 
     @property
     def scaling(self) -> float:
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        return lora_scaling(self.lora_alpha, self.r, self.use_rslora)
 
     def rate(self, family_kind: str, large: bool) -> float:
         """1e-3, and 2e-4 for a large base.
