@@ -47,7 +47,7 @@ def library() -> ModuleType:
 
 
 class _Guard(MetaPathFinder):
-    """Lets bitsandbytes fetch nothing, whoever imports it: this module, PEFT or transformers.
+    """Lets bitsandbytes fetch nothing when this module, PEFT or transformers imports it.
 
     On a processor with AVX-512 BF16 its import fetches a compiled kernel from the Hub and runs it, if the package
     `kernels` is installed. That package is hidden during the import.

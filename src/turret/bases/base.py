@@ -249,7 +249,7 @@ def _known_fingerprint(source: BaseSource, model: Model, family: Family, verify:
 
 
 def _chosen(device: str | ChosenDevice, source: BaseSource, dtype: Dtype, kept: str) -> tuple[ChosenDevice, list[str]]:
-    """The device, and the notes that say why. Whoever gives a chosen device has said so already."""
+    """The device, and the notes that say why: none if it was chosen before."""
     if isinstance(device, ChosenDevice):
         return device, []
     chosen = choose_device(device, lambda at: room_to_answer(source, dtype_on(at, dtype), packed=kept != "none"))
