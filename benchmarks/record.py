@@ -137,7 +137,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the interval that holds it with 95% confidence."""
+    """A mean, or a median, with its interval of 95% confidence."""
 
     mean: float
     low: float
@@ -156,6 +156,20 @@ def student(differences: Sequence[float]) -> Interval:
         return Interval(mean, float("-inf"), float("inf"))
     half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
     return Interval(mean, mean - half, mean + half)
+
+
+def median(values: Sequence[float]) -> Interval:
+    """The median and an interval between two of the sorted values, which covers it in at least 95% of samples.
+
+    A value lies below the true median with probability 1/2, so the count of those below is binomial. Too few values
+    (under 6) have no such interval.
+    """
+    from scipy import stats
+
+    ordered, count = sorted(values), len(values)
+    outside = int(stats.binom.ppf(0.025, count, 0.5))  # P(fewer than so many lie below) <= 2.5%
+    bounds = (ordered[outside - 1], ordered[-outside]) if outside else (float("-inf"), float("inf"))
+    return Interval(statistics.median(ordered), *bounds)
 
 
 def bootstrap(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,16 @@ def test_a_report_takes_the_newest_run_of_each_kind_on_each_processor(record) ->
         record.keep("speed", "it is fast", each)
     newest = record.newest(record.load("speed"), lambda each: each["job"])
     assert [(each["machine"]["device"], each["seconds"]) for each in newest] == [("Zen 5", 2.0), ("Zen 4", 3.0)]
+
+
+def test_the_interval_of_a_median_holds_it_in_95_percent_of_samples(record) -> None:
+    generator = random.Random(0)
+    samples = [[generator.expovariate(1) for _ in range(20)] for _ in range(1000)]
+    found = [record.median(sample) for sample in samples]
+    held = sum(each.low <= math.log(2) <= each.high for each in found)
+    assert 945 <= held <= 975  # exactly 95.9% for twenty values
+    assert record.median(range(1, 11)) == record.Interval(5.5, 2, 9)
+    assert record.median([1.0] * 5).high == math.inf
 
 
 def test_the_machine_names_the_processor_by_generation_and_the_commit(record) -> None:
