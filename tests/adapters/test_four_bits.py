@@ -134,8 +134,8 @@ def test_a_method_trains_on_four_bits_and_leaves_them_as_they_were(method: Any, 
     ("method", "words"),
     [
         (Full(), "replaces the weights"),
-        (Peft(peft_type="LOHA", r=2), "LOHA cannot compute on a base in few bits"),
-        (Peft(peft_type="GRALORA", r=4, gralora_k=2), "GRALORA cannot compute on a base in few bits"),
+        (Peft(peft_type="LOHA", r=2), "LOHA cannot compute on a quantized base"),
+        (Peft(peft_type="GRALORA", r=4, gralora_k=2), "GRALORA cannot compute on a quantized base"),
     ],
     ids=["full", "loha", "gralora"],
 )

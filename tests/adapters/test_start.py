@@ -75,13 +75,13 @@ def test_pissa_goes_on_as_the_plain_lora_it_is_stored_as() -> None:
 @pytest.mark.parametrize(
     ("method", "complaint"),
     [
-        (LoRA(r=4), r"it has r 8 and scaling 4, and the method here r 4 and scaling 8"),
+        (LoRA(r=4), r"it has r 8 and scaling 4, and this recipe has r 4 and scaling 8"),
         (LoRA(lora_alpha=8), r"scaling 4, .* here r 8 and scaling 1: use its method.r and method.lora_alpha"),
-        (LoRA(target_modules=("query",)), r"it has base_model\.model\..*value\.lora_A\.weight, unlike the method here"),
-        (LoRA(target_modules="all-linear"), r"it has no base_model\.model\..*, unlike the method here"),
+        (LoRA(target_modules=("query",)), r"it has base_model\.model\..*value\.lora_A\.weight, unlike this recipe"),
+        (LoRA(target_modules="all-linear"), r"it has no base_model\.model\..*, unlike this recipe"),
         (LoRA(init_lora_weights="pissa"), 'init_lora_weights = "pissa" starts from the base'),
-        (Prefix(num_virtual_tokens=3), "the adapter is a lora, the method here is prefix: set the same method.kind"),
-        (Full(), "the adapter is a lora, the method here is full"),
+        (Prefix(num_virtual_tokens=3), "the adapter is a lora and the recipe trains prefix: set method.kind to lora"),
+        (Full(), "the adapter is a lora and the recipe trains full"),
     ],
 )
 def test_another_method_or_shape_is_refused_by_what_differs(method, complaint) -> None:

@@ -154,7 +154,7 @@ def test_a_training_has_the_same_folder_whatever_else_is_compared_and_another_wh
         ({"seeds": 0}, "--seeds 0"),
         ({"margin": 0}, "--margin 0"),
         ({"fractions": (0.0, 1.0)}, "--fractions 0.0"),
-        ({"against": "prefix"}, "verdicts are against prefix, which is not among the methods"),
+        ({"against": "prefix"}, "the baseline is prefix, which is not among the methods"),
     ],
 )
 def test_a_design_without_sense_is_refused_in_one_line(changes, words) -> None:

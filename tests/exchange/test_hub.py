@@ -221,7 +221,7 @@ def test_a_push_on_a_full_disk_is_one_line_with_the_reason(workspace: Workspace,
         shutil.copytree(workspace.store.root, disk / "store")
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 48 * 1024))
         with pytest.raises(
-            StoreError, match=r"^sentiment@1 cannot be written to .*: No space left on device: .*make room"
+            StoreError, match=r"^sentiment@1 cannot be written to .*: No space left on device: .*free some space"
         ):
             Workspace(disk / "store").hub.push("sentiment", "me/x", form="merged")
 

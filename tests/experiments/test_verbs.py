@@ -286,7 +286,9 @@ def test_what_cannot_be_meant_is_one_line_and_begins_nothing(workspace, settings
 def test_one_experiment_of_a_name_runs_at_a_time_and_earlier_ones_can_be_looked_at(workspace) -> None:
     experiment = workspace.experiment("news")
     experiment.start("news@2", share=0.1)
-    with pytest.raises(ExperimentError, match=r"news#1 is running since .* stop it with `turret experiment stop news`"):
+    with pytest.raises(
+        ExperimentError, match=r"news#1 has been running since .* stop it with `turret experiment stop news`"
+    ):
         experiment.start("news@3")
     with pytest.raises(ExperimentError, match="news#1 has no next step, none was planned: give a share"):
         experiment.ramp()

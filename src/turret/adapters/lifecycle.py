@@ -71,7 +71,9 @@ def start_from(model: Model, adapter: Adapter, generator: torch.Generator | None
     attached = attachment(model)
     method, given = attached.methods[1], adapter.method
     if given.kind != method.kind:
-        raise AdapterError(f"the adapter is a {given.kind}, the method here is {method.kind}: set the same method.kind")
+        raise AdapterError(
+            f"the adapter is a {given.kind} and the recipe trains {method.kind}: set method.kind to {given.kind}"
+        )
     numbers_of(method).fill(model, attached, adapter, generator)
 
 

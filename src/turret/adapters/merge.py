@@ -29,7 +29,7 @@ def merged_state(model: Model, adapter: Adapter) -> dict[str, Tensor]:
     require_mergeable(adapter)
     if quantized.any_packed(model):
         raise AdapterError(
-            "this base keeps its weights in few bits, so nothing can be merged into it: give the original model as base"
+            "this base has quantized weights, so nothing can be merged into it: give the original model as base"
         )
     state: dict[str, Tensor] = dict(model.state_dict())
     new = {**adapter.head, **numbers_of(adapter.method).merged(model, adapter)}

@@ -57,8 +57,8 @@ def check_config(config: JsonMapping, computed: Collection[str] = ()) -> None:
             )
     if config.get("init_lora_weights") not in KEPT_BASE:
         raise BundleError(
-            f"adapter_config.json has init_lora_weights {shortly(config['init_lora_weights'])}, whose base has other "
-            "weights: save it with PEFT's path_initial_model_for_weight_conversion, or merge it first"
+            f"adapter_config.json has init_lora_weights {shortly(config['init_lora_weights'])}, which changes the "
+            "base's weights: save it with PEFT's path_initial_model_for_weight_conversion, or merge it first"
         )
     for key, value in config.items():
         if key not in REDUNDANT and key not in NEUTRAL and value not in (None, False, {}, []):

@@ -34,7 +34,7 @@ def require_computable(layers: Sequence[BaseTunerLayer], kind: str) -> None:
             torch.autograd.grad(y.float().sum(), x)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise AdapterError(f"PEFT's {kind} cannot compute on a base in few bits ({reason}): {REMEDY}") from None
+            raise AdapterError(f"PEFT's {kind} cannot compute on a quantized base ({reason}): {REMEDY}") from None
         if not bool(torch.isfinite(y).all()):
-            raise AdapterError(f"PEFT's {kind} gives no finite numbers on a base in few bits: {REMEDY}")
+            raise AdapterError(f"PEFT's {kind} gives no finite numbers on a quantized base: {REMEDY}")
         return

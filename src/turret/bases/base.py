@@ -274,7 +274,7 @@ def _move(base: str, model: Model, device: torch.device) -> None:
             raise
         size = gigabytes(sum(each.nbytes for each in model.parameters()))
         raise DeviceError(
-            f"base {base!r} does not fit on {device}: its weights take {size}; free the card, give a smaller base, "
+            f"base {base!r} does not fit on {device}: its weights take {size}; free memory there, give a smaller base, "
             "or --device cpu"
         ) from error
 

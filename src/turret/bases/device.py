@@ -136,7 +136,7 @@ def _described(number: int) -> Card:
         free, total = card_memory(device)
     except RuntimeError as error:
         raise DeviceError(
-            f"{device} cannot be used: {one_line(str(error), 120)}; give --device cpu, or free the card"
+            f"{device} cannot be used: {one_line(str(error), 120)}; give --device cpu, or end the programs that use it"
         ) from error
     return Card(device, torch.cuda.get_device_name(device), free, total)
 

@@ -122,7 +122,7 @@ def only_base(workspace: Workspace) -> str:
     if len(found) == 1:
         return found[0]
     what = f"adapters of {', '.join(found[:5])}" if found else "no adapter"
-    raise ServeRefused(f"which base to serve: the store has {what}; name it with --base")
+    raise ServeRefused(f"cannot tell which base to serve: the store has {what}; name one with --base")
 
 
 def size_of(text: str | None) -> int | None:

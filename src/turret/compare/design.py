@@ -119,7 +119,7 @@ def design(
     judged = [row.spec for row in rows if row.spec == against] or [row.spec for row in rows if row.kind == against]
     if not judged:
         raise RecipeError(
-            f"verdicts are against {against}, which is not among the methods: add it to --methods, "
+            f"the baseline is {against}, which is not among the methods: add it to --methods, "
             f"or say --against {sized[0].spec if sized else 'full'}"
         )
     return Design(

@@ -107,7 +107,9 @@ class AdapterPool:
     def _by_layer(self, parts: Parts, head: Mapping[str, Tensor]) -> dict[str, Pair]:
         """A and B by path, in the order of the base's layers; the order in a file may be any."""
         if other := next((path for path in parts.factors if path not in self._paths), None):
-            raise AdapterError(f"LoRA of {other}: the engine adapts linear layers inside the base; drop this target")
+            raise AdapterError(
+                f"LoRA adapts {other}, which is no linear layer inside the base: remove it from target_modules"
+            )
         if both := next((path for path in parts.factors if f"{path}.weight" in head), None):
             raise AdapterError(f"{both} is both trained whole and adapted by LoRA: train one of them")
         return dict(sorted(parts.factors.items(), key=lambda each: self._paths[each[0]]))
@@ -115,7 +117,9 @@ class AdapterPool:
     def _scaled_layers(self, parts: Parts) -> dict[int, ScaledLayer]:
         """What a method that also scales does, by number of the layer."""
         if other := next((path for path in parts.layers if path not in self._paths), None):
-            raise AdapterError(f"{other} is outside the base: the engine adapts layers inside it; drop this target")
+            raise AdapterError(
+                f"{other} is outside the base, and the engine adapts only layers inside: remove it from target_modules"
+            )
         return {self._paths[path]: layer.to(self.device) for path, layer in parts.layers.items()}
 
     def _lay_out(self, factors: Mapping[str, Pair], scaling: float, flat: Tensor) -> FactorLayout:

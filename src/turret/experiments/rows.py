@@ -44,7 +44,7 @@ def begin(connection: Connection, settings: Experiment, split: float | Mapping[s
     adapter_id = int(connection.execute(found).scalar_one())
     if current := running(connection, settings.adapter):
         raise ExperimentError(
-            f"{current} is running since {current.created[:16].replace('T', ' ')} UTC: stop it with "
+            f"{current} has been running since {current.created[:16].replace('T', ' ')} UTC: stop it with "
             f"`turret experiment stop {current.adapter}` before you start another"
         )
     last = connection.execute(select(func.max(experiments.c.number)).where(experiments.c.adapter_id == adapter_id))

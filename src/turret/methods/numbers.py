@@ -193,9 +193,9 @@ def require_same(expected: Mapping[str, tuple[int, ...]], values: Mapping[str, T
     """Raises AdapterError unless the values have these names and shapes."""
     if odd := sorted(set(expected) ^ set(values)):
         has = "has no" if odd[0] in expected else "has"
-        raise AdapterError(f"it {has} {odd[0]}, unlike the method here: use its [method] and its head")
+        raise AdapterError(f"it {has} {odd[0]}, unlike this recipe: set [method] and the head to its values")
     for name, shape in expected.items():
         if tuple(values[name].shape) != shape:
             raise AdapterError(
-                f"its {name} has shape {tuple(values[name].shape)}, and here it is {shape}: use its [method]"
+                f"its {name} has shape {tuple(values[name].shape)}, expected {shape}: set [method] to its values"
             )

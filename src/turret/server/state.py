@@ -261,7 +261,7 @@ class ServerState:
                     ticket.cancel()
                 if not tickets or not isinstance(error, NotFound):
                     raise  # else the version was deleted between two inputs: submit all to its successor
-        raise NotFound(f"{ascii(model)[:60]} is being deleted again and again: try again")
+        raise NotFound(f"{ascii(model)[:60]} was deleted several times while the request was submitted: try again")
 
     def _ticket(self, kind: RequestKind, text: Input, reference: str | None, options: Options | None) -> TicketProtocol:
         exact = None if reference is None else self.aliases.exact(reference)

@@ -249,8 +249,8 @@ class Chat:
         whole = self.template.render(Prompt((*prompt.turns, turn), prompt.tools), answering=False)
         if not whole.text.startswith(fitted.rendered.text):
             raise DataError(
-                "this base's chat template writes an answer differently than it begins one, so what is learnt would "
-                "not be what it answers with: use a base with another template"
+                "this base's chat template renders an answer differently in training than after a prompt, so "
+                "the training would not fit the use: use a base with another template"
             )
         together, count = self.template.tokenize(whole).ids, len(fitted.tokens.ids)
         merged = together[:count] != fitted.tokens.ids
@@ -329,7 +329,7 @@ class Chat:
         if made.template.digest != spec["template_digest"]:
             raise AdapterError(
                 "the chat template of this base is not the one that the adapter was trained with: "
-                "use the tokenizer of that time, or train again"
+                "use the tokenizer of the training, or train again"
             )
         return made
 

@@ -192,8 +192,8 @@ class ChatTemplate:
                 end = self.render(Prompt(prompt.turns[: place + 1], prompt.tools), answering=False).text
                 if not (whole.text.startswith(start) and whole.text.startswith(end) and len(start) < len(end)):
                     raise DataError(
-                        "this base's chat template writes an answer differently once other turns follow, so it cannot "
-                        'learn every answer as it gives it later: set task.loss_on = "last"'
+                        "this base's chat template changes an answer when other turns follow it, so only the last "
+                        'answer can be learnt: set task.loss_on = "last"'
                     )
                 spans.append((len(start), len(end)))
         return spans

@@ -65,7 +65,9 @@ class Hub:
                 made = hub.push(folder, hub_id, message, ours=exporting.OURS, public=public, force=force)
         except (OSError, SafetensorError) as error:
             reason = describe_error(error, self._store.root)
-            raise StoreError(f"{version} cannot be written to {self._store.root}: {reason}: make room") from error
+            raise StoreError(
+                f"{version} cannot be written to {self._store.root}: {reason}: free some space there"
+            ) from error
         return Pushed(
             version=str(version),
             digest=version.digest,

@@ -100,10 +100,10 @@ def int8_layers(model: Model) -> list[nn.Linear]:
     """
     if not possible():
         raise AdapterError(
-            "this machine has no products in 8 bits (AVX-512 VNNI, and a C compiler): leave train.int8 off"
+            "this machine cannot multiply in 8 bits (it needs AVX-512 VNNI and a C compiler): leave train.int8 off"
         )
     if (device := next(model.parameters()).device).type != "cpu":
-        raise AdapterError(f"products in 8 bits need a CPU, and this base is on {device}: leave train.int8 off")
+        raise AdapterError(f"train.int8 needs a CPU, and this base is on {device}: leave train.int8 off")
     skipped = family_of(model.config).beside_body
     linear = [(path, each) for path, each in model.named_modules() if type(each) is nn.Linear]
     layers = [each for path, each in linear if fits(each.weight) and path.split(".")[0] not in skipped]

@@ -57,7 +57,7 @@ def _swap(model: Model, attached: Attachment, values: dict[str, Tensor]) -> None
     """Replace every parameter by a copy, or by its entry in `values`. Ties are kept; `undo` restores the originals."""
     if quantized.any_packed(model):
         raise AdapterError(
-            "full fine-tuning replaces the weights, and this base keeps them in few bits: "
+            "full fine-tuning replaces the weights, and those of this base are quantized: "
             "use lora, prefix or head, or load it with base_quantization none"
         )
     copies: dict[int, nn.Parameter] = {}

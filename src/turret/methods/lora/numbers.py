@@ -86,12 +86,12 @@ class LoRANumbers(MethodNumbers[LoRA]):
         assert isinstance(given, LoRA)
         if method.init_lora_weights == "pissa":
             raise AdapterError(
-                'init_lora_weights = "pissa" starts from the base\'s weights: leave it out, or init_from'
+                'init_lora_weights = "pissa" starts from the base\'s weights, not a version: leave it or init_from out'
             )
         if (method.r, method.scaling) != (given.r, given.scaling):
             raise AdapterError(
-                f"it has r {given.r} and scaling {given.scaling:g}, and the method here r {method.r} and scaling "
-                f"{method.scaling:g}: use its method.r and method.lora_alpha"
+                f"it has r {given.r} and scaling {given.scaling:g}, and this recipe has r {method.r} and scaling "
+                f"{method.scaling:g}: set method.r and method.lora_alpha to its values"
             )
         super().fill(model, attached, adapter, generator)
 

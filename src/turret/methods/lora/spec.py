@@ -27,7 +27,7 @@ FROM_DATA = ("eva", "corda", "lora_ga")  # PEFT's names of starts that it comput
 def require_no_data(value: JsonValue) -> JsonValue:
     """The value of `init_lora_weights`. Raises ValueError for a start that needs a pass over the data."""
     if value in FROM_DATA:
-        raise ValueError(f'expected a start that needs no pass over the data, given "{value}": leave it out')
+        raise ValueError(f'expected an initialization without a pass over the data, given "{value}": leave it out')
     return value
 
 

@@ -64,7 +64,7 @@ class PeftNumbers(MethodNumbers[Peft]):
     def fill(self, model: Model, attached: Attachment, adapter: Adapter, generator: torch.Generator | None) -> None:
         guest = _guest(attached)
         if adapter.method != through_peft.finished(guest.method):
-            raise AdapterError("its PEFT settings differ from the method here: use its [method]")
+            raise AdapterError("its PEFT settings differ from those of this recipe: set [method] to its values")
         through_peft.fill(guest, adapter.tensors)
         fill_parameters(head_parameters(attached), adapter.head)
 

@@ -42,7 +42,9 @@ def with_biases(values: Mapping[str, Tensor], layers: dict[str, ScaledLayer], mo
         own = layer._parameters["bias"]
         if own is None or own.shape != value.shape:
             has = "no bias" if own is None else f"a bias of shape {tuple(own.shape)}"
-            raise AdapterError(f"{name} has shape {tuple(value.shape)}, and the base has {has}: it is another base's")
+            raise AdapterError(
+                f"{name} has shape {tuple(value.shape)}, and the base has {has}: it belongs to another base"
+            )
         change = value.to(own.device) - own.detach().float()
         before = layers.get(path, ScaledLayer())
         shift = change if before.shift is None else before.shift.to(own.device) + change
@@ -98,15 +100,15 @@ def _module(model: Model, path: str) -> nn.Module:
         )
     if last in family.heads_first:
         raise AdapterError(
-            f"{path} gets heads before tokens, so a row cannot have its own: leave it out of target_modules, or merge "
-            "the adapter with PEFT and use the result as a base"
+            f"{path} of one row cannot differ from that of another, because its input has heads before tokens: "
+            "leave it out of target_modules, or merge the adapter with PEFT and use the result as a base"
         )
     alone = isinstance(module, (nn.Embedding, nn.LayerNorm)) or "norm" in type(module).__name__.lower()
     if (alone and last != family.position_module) or path == family.output_layer:
         return module
     raise AdapterError(
-        f"{path} is trained whole, and a row can have only norms, embeddings and the output layer of its own: merge "
-        "the adapter with PEFT and use the result as a base"
+        f"the adapter replaces {path}; a row can have its own norms, embeddings and output layer, but no other module: "
+        "merge the adapter with PEFT and use the result as a base"
     )
 
 
@@ -118,9 +120,9 @@ def _require_shapes(path: str, module: nn.Module, values: Values) -> None:
         if tuple(value.shape) == expected[name]:
             continue
         more = len(value) - expected[name][0]
-        remedy = "it is another base's"
+        remedy = "it belongs to another base"
         if more > 0 and tuple(value.shape[1:]) == expected[name][1:]:
-            remedy = f"it has {more} tokens more; save the resized base with its tokenizer and give it as --base"
+            remedy = f"it has {more} more tokens; save the resized base with its tokenizer and give it as --base"
         raise AdapterError(f"{path}.{name} has shape {tuple(value.shape)} and the base's {expected[name]}: {remedy}")
 
 
@@ -132,7 +134,7 @@ def _tokens(model: Model, path: str, vectors: Tensor, settings: JsonMapping) -> 
     if vectors.shape != (len(ids), width) or len(set(ids)) != len(ids) or not all(0 <= each < rows for each in ids):
         raise AdapterError(
             f"trainable_token_indices of {path}: expected {len(ids)} different tokens below {rows} and vectors "
-            f"({len(ids)}, {width}), given vectors {tuple(vectors.shape)}: it is another base's"
+            f"({len(ids)}, {width}), given vectors {tuple(vectors.shape)}: it belongs to another base"
         )
     own = TokenRows(embedding, ids, vectors)
     whole: dict[str, nn.Module] = {path: own}

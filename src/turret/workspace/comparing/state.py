@@ -52,7 +52,7 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StoreError(f"{path.name} cannot be written to {path.parent}: {reason}: make room") from None
+        raise StoreError(f"{path.name} cannot be written to {path.parent}: {reason}: free some space there") from None
 
 
 def read(path: Path) -> JsonObject | None:
