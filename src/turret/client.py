@@ -110,7 +110,7 @@ class AsyncClient:
         Args:
             model: An adapter: name, name@3 or name@production.
             unit: The unit of an experiment, such as a user's id.
-            coverage: Ask for sets of labels too, which hold the right label with at least this probability.
+            coverage: Also ask for sets that contain the right label with at least this probability.
         """
         body: JsonObject = {"model": model, "input": texts if isinstance(texts, str) else list(texts), **_user(unit)}
         if coverage is not None:

@@ -32,13 +32,13 @@ def attach(
         method: what is trained.
         init_ids: (n,) int64, token ids of the words that a prefix starts from, repeated or cut to P; None: random.
         generator: draws the initial factors.
-        head: dotted names of further modules to train as the head, such as a pooler that the checkpoint did not hold.
+        head: dotted names of further modules to train as the head, such as a pooler that the checkpoint lacks.
 
     Returns:
         The same model, now an ordinary module that trains.
 
     Raises:
-        AdapterError: the model carries an adapter, or does not fit the method.
+        AdapterError: the model has an adapter already, or does not fit the method.
     """
     if isinstance(getattr(model, ATTRIBUTE, None), Attachment):
         raise AdapterError("this model already carries an adapter: call turret.detach(model) first")

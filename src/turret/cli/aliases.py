@@ -17,7 +17,7 @@ PRODUCTION = "production"
 Alias = Annotated[str, typer.Argument(help="An alias such as production or candidate.")]
 Require = Annotated[
     list[str] | None,
-    typer.Option("--require", metavar="GATE", help="A gate for this time only, METRIC>=NUMBER; repeatable."),
+    typer.Option("--require", metavar="GATE", help="A gate for this promote only, METRIC>=NUMBER; repeatable."),
 ]
 
 

@@ -101,7 +101,7 @@ def evaluate(
 ) -> None:
     """Measure a stored version on other data, and show what it gets wrong.
 
-    Uses the test split if the data has one, and the columns that the version was trained on unless others are named.
+    Uses the test split if the data has one. The default columns are those of the version's training.
     """
     from turret.workspace import Workspace
 

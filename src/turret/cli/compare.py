@@ -52,7 +52,7 @@ def compare(
 ) -> None:
     """Train several methods on the same data, and judge which is as good as the baseline.
 
-    Every training is a version in the store. The same command again continues with the missing trainings.
+    Every training is a version in the store. Run the command again to continue with the missing trainings.
     """
     from turret.workspace import Workspace
 

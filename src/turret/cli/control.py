@@ -37,7 +37,7 @@ def control(
 ) -> None:
     """Train an adapter for each aspect, and measure how often it writes about its aspect.
 
-    A classifier of aspects judges, and ROUGE against the reference of each aspect. The same command again continues.
+    A classifier judges the outputs, and so does ROUGE against the references. Run the command again to continue.
     """
     from turret.workspace import Workspace
 

@@ -32,7 +32,9 @@ def import_(
     sets: Settings = None,
     rank: Annotated[
         int | None,
-        typer.Option("--rank", min=1, max=1024, help="Rank of the LoRA that a LoHa, LoKr or similar adapter becomes."),
+        typer.Option(
+            "--rank", min=1, max=1024, help="Rank of the LoRA into which LoHa, LoKr and similar are converted."
+        ),
     ] = None,
     base_quantization: options.BaseQuantization = "none",
     device: options.Device = "auto",

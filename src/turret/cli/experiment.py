@@ -33,13 +33,15 @@ app = typer.Typer(
 def start(
     name: Name,
     candidate: Annotated[
-        list[str] | None, typer.Option("--candidate", metavar="REF", help="Gets a share of the traffic; repeatable.")
+        list[str] | None,
+        typer.Option("--candidate", metavar="REF", help="A version that gets a share of the traffic; repeatable."),
     ] = None,
     control: Annotated[
-        str | None, typer.Option("--control", metavar="REF", help="Gets the rest; default: the alias's version.")
+        str | None, typer.Option("--control", metavar="REF", help="The version for the rest; default: the alias's.")
     ] = None,
     shadow: Annotated[
-        list[str] | None, typer.Option("--shadow", metavar="REF", help="Runs but never answers; repeatable.")
+        list[str] | None,
+        typer.Option("--shadow", metavar="REF", help="A version that runs but never answers; repeatable."),
     ] = None,
     share: Annotated[
         str | None,
@@ -62,11 +64,16 @@ def start(
     keep_worse: Annotated[bool, typer.Option("--keep-worse", help="Never roll back because of outcomes.")] = False,
     max_errors: Annotated[
         float | None,
-        typer.Option("--max-errors", help="Roll back an arm with more errors than this share, and than the control."),
+        typer.Option(
+            "--max-errors", help="Roll back an arm with a share of errors above this and above the control's."
+        ),
     ] = None,
     max_seconds: Annotated[
         float | None,
-        typer.Option("--max-seconds", help="Roll back if over 5% of answers take longer, and more than the control's."),
+        typer.Option(
+            "--max-seconds",
+            help="Roll back an arm if over 5% of its answers, and more than the control's, take longer.",
+        ),
     ] = None,
     promote: Annotated[bool, typer.Option("--promote", help="Promote a better candidate automatically.")] = False,
     alias: Annotated[str, typer.Option("--alias", help="The alias whose traffic is split.")] = "production",

@@ -17,7 +17,7 @@ def verify(
 ) -> None:
     """Hash and open all stored files again.
 
-    Prints a line per problem, with exit status 1. Files that no version lists are counted, and are no problem.
+    Prints a line per problem, with exit status 1. Files that no version lists are only counted.
     """
     from turret.workspace import Workspace
 
@@ -57,7 +57,7 @@ def gc(
 
 def delete(
     reference: Annotated[str, typer.Argument(metavar="REF", help="A version: name@3 or name@candidate.")],
-    force: Annotated[bool, typer.Option("--force", help="Also if an alias or a version needs it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Delete even if an alias or a version needs it.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:

@@ -29,7 +29,7 @@ def merge(
 ) -> None:
     """Merge LoRA versions into a new version.
 
-    The new version names all of them as its parents. Evaluate it before you promote it: gates hold for it too.
+    The new version names all of them as its parents. Evaluate it before you promote it: gates apply to it too.
     """
     from turret.workspace import Workspace
 

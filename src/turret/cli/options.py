@@ -37,11 +37,11 @@ Ref = Annotated[str, typer.Argument(metavar="REF", help="A version: name, name@3
 
 Device = Annotated[
     str,
-    typer.Option("--device", metavar="DEVICE", help="auto (a card if the base fits), cpu, cuda, cuda:1 or mps."),
+    typer.Option("--device", metavar="DEVICE", help="auto (a GPU if the base fits), cpu, cuda, cuda:1 or mps."),
 ]
 TrainDevice = Annotated[
     str | None,
-    typer.Option("--device", metavar="DEVICE", help="auto (a card if the plan fits), cpu, cuda, cuda:1 or mps."),
+    typer.Option("--device", metavar="DEVICE", help="auto (a GPU if the plan fits), cpu, cuda, cuda:1 or mps."),
 ]
 
 STORE = Location.parse(".turret")

@@ -29,7 +29,7 @@ def serve(
     base: Base = None,
     host: Annotated[str, typer.Option("--host", help="Address; beyond loopback only with tokens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free port.")] = 8000,
-    alias: Annotated[str, typer.Option("--alias", help="What plain names mean; loaded in advance.")] = "production",
+    alias: Annotated[str, typer.Option("--alias", help="Alias that plain names mean; loaded at start.")] = "production",
     memory: Memory = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Precision of the base.")] = "auto",
     base_quantization: options.BaseQuantization = "none",

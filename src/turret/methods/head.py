@@ -9,7 +9,7 @@ from turret.methods.method import Method, Operation
 
 
 class Head(Method):
-    """Only the task's head: a logistic regression on frozen features, and the baseline of a comparison."""
+    """Only the task's head is trained: a logistic regression on frozen features. A lower bound in a comparison."""
 
     head_alone: ClassVar[bool] = True
 

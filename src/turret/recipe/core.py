@@ -111,7 +111,7 @@ def _task_kind(value: JsonValue) -> JsonValue:
 
 
 class Task(_Section):
-    """What an example is, how it is encoded, what the loss weighs, and how text is generated."""
+    """The kind of task, the encoding of examples, the weights of the loss, and the generation of text."""
 
     section: ClassVar[str] = "task"
 

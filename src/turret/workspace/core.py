@@ -165,7 +165,7 @@ class Workspace:
         Args:
             on_record, on_plan, on_warning: called after every step; before the first one; when a tracker fails.
             fresh: start from the first step even if an unfinished run could be resumed.
-            beside_base: also measure the bare base (metrics "test bare base"). A classifier's has an untrained head.
+            beside_base: also measure the bare base (metrics "test bare base"). For a classifier its head is untrained.
 
         Raises:
             PreflightRefused: the plan found a problem that would waste the run.
@@ -241,7 +241,7 @@ class Workspace:
         Results of earlier calls are used again. Every training is a version in the store; the report is in `.folder`.
 
         Args:
-            recipe: contains `{aspect}` where the data of the aspects differ: in data.source or in a column.
+            recipe: contains `{aspect}` in data.source or in the name of a column, and is trained once for each aspect.
             judge: base of the classifier that learns the aspects from the references; default: a small encoder.
             texts: whether the report shows documents and outputs.
         """
@@ -297,7 +297,7 @@ class Workspace:
 
         Args:
             bare: ask the base without the adapter, with the same prompt and settings; only if the version generates.
-            coverage: add `label_set`: labels that hold the right one with at least this probability.
+            coverage: add `label_set`, which contains the right label with at least this probability.
         """
         from turret.workspace import answering
 
@@ -327,8 +327,8 @@ class Workspace:
 
         Args:
             limits: of memory, batches and queues; see `turret.engine.Limits`.
-            base_quantization: nf4 keeps the base's linear layers in 4 bits. Adapters that were trained otherwise are
-                served all the same, and the log says so once for each.
+            base_quantization: nf4 keeps the base's linear layers in 4 bits. Adapters that were trained with another
+                setting are served too; the log names each of them once.
         """
         from turret.workspace import serving
 
@@ -352,7 +352,7 @@ class Workspace:
             base_quantization: of the base that the adapter was trained on, and is checked on.
 
         Raises:
-            AdapterError: it is broken, does not fit its base, or has no effect.
+            AdapterError: the adapter is broken, does not fit its base, or has no effect.
         """
         from turret.workspace import importing
 
@@ -399,7 +399,7 @@ class Workspace:
         return reading.read_texts(self.store.resolve(reference), source, columns or {})
 
     def experiment(self, name: str, number: int | None = None) -> LiveExperiment:
-        """The experiment with this number, else the running one of an adapter name, else its last one."""
+        """An experiment of an adapter; without a number the running one, or else the last one."""
         return LiveExperiment(self.store, name, number)
 
     def experiments(self, *, alpha: float = 0.05) -> Sequence[JsonObject]:

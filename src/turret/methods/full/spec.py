@@ -14,7 +14,7 @@ UNMIXED = (
 
 
 class Full(Method):
-    """Every weight, on a copy: the reference of a comparison."""
+    """Full fine-tuning: every weight is trained, on a copy of the base. The usual baseline of a comparison."""
 
     numbers_at: ClassVar[str] = "turret.methods.full.numbers:FullNumbers"
     every_weight: ClassVar[bool] = True

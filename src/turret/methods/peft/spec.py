@@ -77,7 +77,7 @@ class Peft(Method):
         return f"{self.peft_type}, computed by PEFT with its default settings except those given"
 
     def refusal(self, operation: Operation, family: Family, generates: bool) -> str | None:
-        """What PEFT itself refuses on a model is not known here."""
+        """The same as in `Method`. PEFT itself may refuse more when it sees the model."""
         kind = self.peft_type
         if kind in PROMPTS and not (generates and family.decoder_only):
             return f"{kind} puts virtual tokens before the text of a generating decoder: use the method prefix"
@@ -102,7 +102,7 @@ class Peft(Method):
 
     @classmethod
     def reads(cls, config: JsonMapping, names: Iterable[str] = ()) -> bool:
-        """The methods that mix, and PEFT's LoRA with settings or tensors that `LoRA` does not have."""
+        """Whether it is a method that mixes, or PEFT's LoRA with settings or tensors that `LoRA` does not have."""
         kind = config.get("peft_type")
         if kind == "LORA":
             more = any(config.get(key) for key in MORE_LORA) or config.get("bias") == "all"
