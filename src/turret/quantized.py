@@ -1,4 +1,4 @@
-"""Frozen linear layers that keep their weight in few bits, and the library that computes those in 4 bits.
+"""Frozen linear layers with a quantized weight, and the library that computes those in 4 bits.
 
     W = s * NF4[i],    one scale s for each block of 64 values of W (D_out, D_in), one index i of 4 bits for each value
 
@@ -29,7 +29,7 @@ _FETCHER = "kernels"  # the package through which bitsandbytes would fetch compi
 
 
 class State(Protocol):
-    """What bitsandbytes keeps beside the packed weight."""
+    """The state that bitsandbytes keeps with a packed weight."""
 
     dtype: torch.dtype  # of the weight when it is unpacked
     shape: torch.Size  # (D_out, D_in)
@@ -110,7 +110,7 @@ sys.meta_path.insert(0, _Guard())
 
 
 def state_of(weight: Tensor | None) -> State | None:
-    """What bitsandbytes keeps beside a weight in 4 bits; None for any other weight."""
+    """The state that bitsandbytes keeps with a weight in 4 bits; None for any other weight."""
     state: State | None = getattr(weight, "quant_state", None)
     return state
 

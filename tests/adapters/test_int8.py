@@ -179,7 +179,7 @@ def test_a_base_without_a_layer_of_such_sizes_is_refused_and_stays_attached_as_i
 
 @able
 def test_a_base_on_another_device_is_refused() -> None:
-    with pytest.raises(AdapterError, match=r"need a CPU, and this base is on meta: leave train.int8 off"):
+    with pytest.raises(AdapterError, match=r"needs a CPU, and this base is on meta: leave train.int8 off"):
         adapters.int8_layers(build("bert", "classify").to("meta"))
 
 

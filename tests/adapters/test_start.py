@@ -76,7 +76,7 @@ def test_pissa_goes_on_as_the_plain_lora_it_is_stored_as() -> None:
     ("method", "complaint"),
     [
         (LoRA(r=4), r"it has r 8 and scaling 4, and this recipe has r 4 and scaling 8"),
-        (LoRA(lora_alpha=8), r"scaling 4, .* here r 8 and scaling 1: use its method.r and method.lora_alpha"),
+        (LoRA(lora_alpha=8), r"scaling 4, .* recipe has r 8 and scaling 1: set method.r and method.lora_alpha"),
         (LoRA(target_modules=("query",)), r"it has base_model\.model\..*value\.lora_A\.weight, unlike this recipe"),
         (LoRA(target_modules="all-linear"), r"it has no base_model\.model\..*, unlike this recipe"),
         (LoRA(init_lora_weights="pissa"), 'init_lora_weights = "pissa" starts from the base'),
@@ -97,10 +97,12 @@ def test_a_prefix_of_another_length_and_a_head_of_another_size_are_refused() -> 
     model = small_models.build("bert", "classify", num_labels=3)
     parent = made(model, Prefix(num_virtual_tokens=3), seed=1)
     adapters.attach(model, Prefix(num_virtual_tokens=4))
-    with pytest.raises(AdapterError, match=r"its prompt_embeddings has shape \(2, 2, 4, 3, 16\), and here it is"):
+    with pytest.raises(
+        AdapterError, match=r"its prompt_embeddings has shape \(2, 2, 4, 3, 16\), expected \(2, 2, 4, 4, 16\)"
+    ):
         adapters.start_from(model, parent)
     adapters.detach(model)
     other = small_models.build("bert", "classify", num_labels=2)
     adapters.attach(other, Prefix(num_virtual_tokens=3))
-    with pytest.raises(AdapterError, match=r"its classifier.weight has shape \(3, 64\), and here it is \(2, 64\)"):
+    with pytest.raises(AdapterError, match=r"its classifier.weight has shape \(3, 64\), expected \(2, 64\)"):
         adapters.start_from(other, parent)

@@ -151,7 +151,7 @@ def test_an_embedding_that_the_base_ties_cannot_be_merged_alone(tmp_path: Path) 
 def test_a_linear_layer_that_is_trained_whole_is_refused_with_a_way_out(tmp_path: Path) -> None:
     folder = folder_of("llama", {}, lora(target_modules=Q, modules_to_save=["down_proj"]), tmp_path / "given")
     message = refused("llama", {}, folder)
-    assert "down_proj is trained whole, and a row can have only norms, embeddings and the output layer" in message
+    assert "down_proj; a row can have its own norms, embeddings and output layer, but no other module" in message
     assert "merge the adapter with PEFT" in message
 
 
@@ -170,7 +170,7 @@ def test_a_norm_of_the_head_is_refused_with_a_way_out() -> None:
 def test_tokens_that_were_added_are_refused_with_a_way_out(tmp_path: Path) -> None:
     make = CASES["untied embeddings and output"][2]
     folder = folder_of("llama", {"vocab_size": 131}, make, tmp_path / "given")
-    assert "it has 3 tokens more; save the resized base with its tokenizer and give it as --base" in refused(
+    assert "it has 3 more tokens; save the resized base with its tokenizer and give it as --base" in refused(
         "llama", {}, folder
     )
 

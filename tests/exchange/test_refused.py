@@ -144,7 +144,7 @@ def only_head(tensors: dict[str, torch.Tensor]) -> None:
         (put("base_model.model.lora_A.weight", torch.ones(3, 64)), "needs lora_A and lora_B"),
         (
             put("base_model.model.bert.encoder.layer.0.output.dense.weight", torch.ones(64, 96)),
-            "is trained whole, and a",
+            "but no other module",
         ),
         (put("base_model.model.bert.embeddings.LayerNorm.weight", torch.ones(63)), "it belongs to another base"),
         (put("base_model.model.bert.embeddings.LayerNorm.gain", torch.ones(64)), "has no 'gain'"),

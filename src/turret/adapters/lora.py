@@ -93,7 +93,7 @@ class LoRAFactors(nn.Module):
         return self._beside(layer, x)
 
     def _with_packed(self, layer: nn.Module, x: Tensor, context: BatchContext) -> Tensor:
-        """The same beside a weight in few bits, on any device; in 4 bits only x and h are saved."""
+        """The same for a layer with a quantized weight, on any device; in 4 bits only x and h are saved."""
         if self.initial_A is not None or not torch.is_grad_enabled() or not quantized.in_four_bits(layer):
             return self._beside(layer, x)
         base, masks, p = FourBitProducts.of(layer), context.masks or Masks(), self._rate
@@ -142,7 +142,7 @@ class BaseProducts(Protocol):
 
 
 class LoRAProducts(Protocol):
-    """The products of LoRA beside a frozen matrix, and their gradients. x: (N, D_in), y: (N, D_out), h: (N, R).
+    """The products of LoRA on a frozen matrix, and their gradients. x: (N, D_in), y: (N, D_out), h: (N, R).
 
     s = scaling / (1 - p);  h = (x mask) A^T;  y += s h B^T;
     dB = s dy^T h;  dh = s dy B;  dA = dh^T (x mask);  dx += (dh A) mask.

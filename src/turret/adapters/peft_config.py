@@ -75,7 +75,7 @@ def refuse_code(config: JsonMapping) -> None:
 
 
 def check_agreement(config: JsonMapping, expected: JsonMapping) -> None:
-    """Raise BundleError unless the configuration beside a manifest has these keys and values."""
+    """Raise BundleError unless the configuration has these keys and values of the manifest."""
     for key, value in expected.items():
         if config.get(key) != value:
             raise BundleError(

@@ -1,4 +1,4 @@
-"""Whether a method of PEFT computes on a base in few bits: tried on one layer before it trains."""
+"""Check on one layer, before a training, whether a method of PEFT can compute on a quantized base."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ REMEDY = "use lora, prefix or head, or base_quantization none"
 
 
 def require_computable(layers: Sequence[BaseTunerLayer], kind: str) -> None:
-    """Raise AdapterError for a method that reads the weight of a layer in few bits as if it were plain.
+    """Raise AdapterError for a method that reads a quantized weight as if it were plain.
 
-    The first packed layer of PEFT computes two tokens, and their gradient. All layers of a method are of one kind.
+    PEFT's first layer with a packed weight computes two tokens and their gradient. All layers of a method are of one
+    kind.
     """
     for layer in layers:
         base = layer.get_base_layer()

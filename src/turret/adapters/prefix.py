@@ -70,7 +70,7 @@ class PrefixGroup(nn.Module):
         self.outer_bias = nn.Parameter(torch.zeros(layers * 2 * heads * dim))
 
     def folded(self) -> Tensor:
-        """KV: (L, 2, H, P, D), with gradients to whatever is trained."""
+        """KV: (L, 2, H, P, D), with gradients to the trained tensors."""
         if self.hidden is None:
             return self.keys_values
         layers, two, heads, tokens, dim = self.shape

@@ -1,4 +1,4 @@
-"""A linear layer whose outputs or inputs an adapter scales, beside LoRA's factors: DoRA, IA3 and trained biases.
+"""A linear layer whose outputs or inputs an adapter scales, with or without LoRA: DoRA, IA3 and trained biases.
 
     y = output * (W x' + b + B A x') + shift,    x' = input * x
 

@@ -1,7 +1,7 @@
 """A module of the body that an adapter replaces whole: a norm, an embedding, or the output layer.
 
 PEFT trains such modules with `modules_to_save`, `bias = "all"`, `trainable_token_indices` and LN tuning. Each row of a
-batch takes the module of its own adapter. Every one of them works token by token, so rows do not mix.
+batch uses the module of its own adapter. All these modules work token by token, so rows do not mix.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has computed all that was asked of it: a GPU computes while Python goes on."""
+    """Wait until a device has computed everything submitted to it. A GPU computes while Python continues."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

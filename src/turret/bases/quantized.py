@@ -1,4 +1,4 @@
-"""Load a base whose linear layers keep their weights in few bits: `base_quantization`, and quantised checkpoints.
+"""Load a base with quantized linear layers: by `base_quantization`, or from a quantized checkpoint.
 
 With `nf4`, transformers reads one tensor after another and bitsandbytes packs it, so the plain weights are never in
 memory together. The head, poolers and the output layer stay as they are. The fingerprint is that of the checkpoint: its
@@ -72,7 +72,7 @@ def _require_library(source: BaseSource, kind: str) -> None:
 
 
 def arguments(family: Family, kept: str) -> Loading:
-    """What transformers' `from_pretrained` needs beside its usual arguments."""
+    """Further arguments of transformers' `from_pretrained`."""
     if kept == "none":
         return {}
     if kept != "nf4":

@@ -61,7 +61,7 @@ def learnt(own: Sequence[CellResult], examples: Sequence[Example]) -> Learnt:
 
 
 def skill(result: CellResult, examples: Sequence[Example]) -> tuple[float, float] | None:
-    """The skill of a training, and the standard error that it would have by guessing. None if it cannot be told.
+    """The skill of a training, and the standard error that it would have by guessing. None if it cannot be computed.
 
     skill = (score - g) / (1 - g), where g is the score of answers that do not depend on the texts.
     """

@@ -34,7 +34,7 @@ class ComparisonRow:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """Warnings that belong beside the score."""
+        """Warnings to show next to the score."""
         marks = [f"{len(self.collapses)} of {len(self.seeds)} collapsed"] if self.collapses else []
         marks += ["learnt nothing"] if self.learnt_nothing else []
         return (*marks, *(["not trained out"] if self.trained_out is False else []))

@@ -4,7 +4,7 @@ A table is read twice, a row at a time. The first pass checks every cell and cou
 splits are chosen by row number, and the second pass keeps the chosen rows. So `train = 2000` of a table of a hundred
 gigabytes keeps 2000 examples. If the examples do not fit in memory, `ExampleStore` keeps them in a temporary file.
 
-All problems of a source are collected and told in one error.
+One error reports all problems of a source.
 """
 
 from __future__ import annotations

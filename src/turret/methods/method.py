@@ -118,12 +118,12 @@ class Method(BaseModel):
 
     @property
     def gguf_alpha(self) -> float | None:
-        """The scaling times the rank, as a GGUF file of a LoRA has it; None: llama.cpp has no such method."""
+        """The scaling times the rank, for the GGUF file of a LoRA; None: llama.cpp has no such method."""
         return None
 
     @classmethod
     def reads(cls, config: JsonMapping, names: Iterable[str] = ()) -> bool:
-        """Whether an `adapter_config.json` of PEFT is of this method. names: of its tensors, if they are known."""
+        """Whether an `adapter_config.json` of PEFT describes this method. names: of its tensors, if known."""
         return cls.peft_name is not None and config.get("peft_type") == cls.peft_name
 
     @classmethod

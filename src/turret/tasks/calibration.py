@@ -203,14 +203,14 @@ def _temperature(slope: Callable[[float], float]) -> float:
 
 
 def _slope(z: Tensor, y: Tensor) -> Callable[[float], float]:
-    """Of `mean_b [log sum_c exp(z_c / T) - sum_c t_c z_c / T]`."""
+    """The derivative by 1 / T of `mean_b [log sum_c exp(z_c / T) - sum_c t_c z_c / T]`."""
     n, classes = z.shape
     wanted = (((n * y + 1 / classes) / (n + 1)) * z).sum(1)  # (B,)
     return lambda inverse: float(((z * inverse).softmax(-1).mul(z).sum(1) - wanted).mean())
 
 
 def _binary_slope(z: Tensor, y: Tensor) -> Callable[[float], float]:
-    """Of `mean_bc [log(1 + exp(z / T)) - t z / T]`."""
+    """The derivative by 1 / T of `mean_bc [log(1 + exp(z / T)) - t z / T]`."""
     smoothed = (len(z) * y + 0.5) / (len(z) + 1)  # (B, C)
     return lambda inverse: float((((z * inverse).sigmoid() - smoothed) * z).mean())
 

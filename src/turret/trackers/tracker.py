@@ -1,4 +1,4 @@
-"""The protocol of a tracker, and what it is told about a run. Loads no library of a tracker."""
+"""The protocol of a tracker, and the data about a run that it gets. Loads no tracking library."""
 
 from __future__ import annotations
 

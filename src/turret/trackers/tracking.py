@@ -1,4 +1,4 @@
-"""All trackers of one run. Nothing here raises because of a tracker, and an outage is told once, in one line."""
+"""All trackers of one run. No function here raises because of a tracker; one line reports an outage, once."""
 
 from __future__ import annotations
 

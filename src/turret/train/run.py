@@ -183,7 +183,7 @@ class TrainingRun:
 
     @property
     def most_tokens(self) -> int:
-        """Of one pass."""
+        """The largest number of tokens in one pass."""
         return pass_tokens(self.recipe.train, self.model.config)
 
     def evaluates(self, step: int) -> bool:

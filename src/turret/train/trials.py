@@ -132,7 +132,7 @@ class Trials:
 
     @property
     def most_tokens(self) -> int:
-        """Of one pass."""
+        """The largest number of tokens in one pass."""
         return pass_tokens(self.recipe.train, self.base.model.config)
 
 

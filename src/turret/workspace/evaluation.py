@@ -136,7 +136,7 @@ def _confusion(task: HeadTask, answers: Sequence[JsonMapping], right: Sequence[S
 def _reliability(
     task: HeadTask, answers: Sequence[JsonMapping], logits: Tensor, right: Sequence[Sequence[str]]
 ) -> Reliability:
-    """Of the answer's probability; with several labels per text, of the probability of every label."""
+    """The reliability of the answer's probability; with several labels per text, that of every label."""
     own = [answer["probabilities"] for answer in answers]
     bins = _bins(task, own, answers, right)
     if task.calibration is None:
@@ -165,7 +165,7 @@ def _bins(
 
 
 def _coverage(task: HeadTask, logits: Tensor, right: Sequence[Sequence[str]]) -> Coverage | None:
-    """Of sets with the coverage `COVERAGE`; None if the version was calibrated on too few examples for it."""
+    """The measured coverage of label sets for `COVERAGE`; None if its calibration has too few examples."""
     try:
         return covered(COVERAGE, task.label_sets(logits, COVERAGE), right)
     except DataError:

@@ -60,7 +60,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest difference of
 
 @dataclass
 class Written:
-    """What is said about the files of an export."""
+    """Facts to report about the files of an export."""
 
     tokenizer: bool  # whether the base's tokenizer is among them
     notes: list[str] = field(default_factory=list)  # how to load it

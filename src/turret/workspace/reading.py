@@ -1,4 +1,4 @@
-"""Read the data of a training or of a stored version. Loads no torch, so a mistake in a table is told at once."""
+"""Read the data of a training or of a stored version. Loads no torch, so a mistake in a table is reported quickly."""
 
 from __future__ import annotations
 

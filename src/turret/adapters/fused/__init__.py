@@ -1,7 +1,7 @@
 """Faster ways to compute what the base's modules and the two hooks compute.
 
-`FAST_PATHS` lists all of them. Each stands beside a reference in plain torch that gives the same numbers. `without`
-turns paths off by name for a test or a benchmark; `benchmarks/fast_paths.py` measures what each buys.
+`FAST_PATHS` lists all of them. Each has a reference in plain torch that gives the same numbers. `without` turns paths
+off by name for a test or a benchmark. `benchmarks/fast_paths.py` measures how much faster each makes a step.
 """
 
 from __future__ import annotations

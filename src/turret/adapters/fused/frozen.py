@@ -1,6 +1,6 @@
 """A frozen linear layer on few tokens: a decoding step, or a short text.
 
-y = x W^T + b. A general library packs W anew at every call, which pays only for hundreds of tokens. The kernel reads W
+y = x W^T + b. A general library packs W again at every call, which pays only for hundreds of tokens. The kernel reads W
 once, in place, and adds each token's adapter before rounding. A token's output does not depend on the other tokens of
 the pass, bit for bit.
 """

@@ -2,8 +2,8 @@
 
 On short texts the dozen modules of a layer, and what autograd saves for each, take as long as their arithmetic. Here
 the same kernels are called without modules between them, forward and backward, in the modules' order, with their random
-words and their rounding. So the numbers equal the modules' bit for bit. This file has the frozen matrices with LoRA's
-factors beside them, and the checks that a layer contains nothing else.
+words and their rounding. So the numbers equal the modules' bit for bit. This file has the frozen matrices with their
+LoRA factors, and the checks that a layer contains nothing else.
 """
 
 from __future__ import annotations

@@ -78,12 +78,12 @@ class PeftNumbers(MethodNumbers[Peft]):
         return own | {name: tensors[name] for name in extra}, head
 
     def _beside(self, names: Iterable[str]) -> set[str]:
-        """The tensors that are trained whole beside the method's own."""
+        """The tensors of modules that are trained whole, in addition to the method's own tensors."""
         mark = MARKS.get(self.method.peft_type)
         return set() if mark is None else beside(names, mark)
 
     def owns(self, name: str) -> bool:
-        """By the substring that PEFT puts into the names of a method's tensors."""
+        """Whether the name has the substring that PEFT puts into the names of a method's tensors."""
         from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
         config = through_peft.config_of(self.method)

@@ -131,10 +131,10 @@ class Peft(Method):
 
 
 def beside(names: Iterable[str], mark: str) -> set[str]:
-    """The tensors of norms, embeddings, biases and the output layer, which are trained whole beside a method's own.
+    """The tensors of norms, embeddings, biases and the output layer that are trained whole, besides a method's own.
 
-    Only tensors of the body and the output layer count: the method's own tell the first part of the body's names. A
-    head does not count, nor a pooler that is trained whole.
+    Only tensors of the body and the output layer count. The names of the method's own tensors show how names of the
+    body begin. A head does not count, nor does a pooler that is trained whole.
 
     Args:
         names: of a file's tensors.

@@ -1,4 +1,4 @@
-"""What PEFT trains whole beside a method's own tensors: biases, norms, embeddings, a few tokens, the output layer."""
+"""Modules that PEFT trains whole, besides a method's own tensors: biases, norms, embeddings, tokens, output layer."""
 
 from __future__ import annotations
 
