@@ -38,7 +38,7 @@ class Target:
 
 
 TARGETS = {
-    "lora": Target("adapters/lora.py", ("adapters/test_lora.py", "adapters/test_relatives.py")),
+    "lora": Target("adapters/lora.py", ("adapters/test_lora.py", "adapters/test_start.py")),
     "prefix-positions": Target("adapters/positions.py", ("adapters/test_prefix.py", "engine/test_mixtures.py")),
     "alias-history": Target("store/aliases.py", ("store/test_aliases.py", "store/test_gates.py")),
     "e-process": Target("experiments/e_process.py", ("experiments/test_evidence.py",)),
@@ -57,8 +57,10 @@ def survivors(target: Target, tree: Path, most: int, seed: int) -> tuple[int, li
     """
     tests = [f"tests/{name}" for name in target.tests]
     command = [str(ROOT / ".venv/bin/python"), "-m", "pytest", "-n0", "-x", "-q", "-m", "not slow and not gpu", *tests]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        raise SystemExit(f"the tests of {target.module} fail as they are: {shlex.join(command)}")
+    unchanged = subprocess.run(command, capture_output=True, text=True, check=False)
+    if unchanged.returncode:
+        last = (unchanged.stdout + unchanged.stderr).strip().splitlines()[-1:]
+        raise SystemExit(f"the tests of {target.module} fail as they are: {' '.join(last)}: {shlex.join(command)}")
     chosen = _sample(tree / "src" / "turret" / target.module, tree / "mutants.sqlite", most, seed)
     results = [mutate_and_test([change], shlex.join(command), TIMEOUT) for change in chosen]
     return len(results), [str(result.diff) for result in results if not result.is_killed]

@@ -1,4 +1,4 @@
-"""Dependencies are unique and locked by hash, and CI cannot skip pages."""
+"""Dependencies are unique and locked by hash, CI cannot skip pages, and scripts name files that exist."""
 
 from __future__ import annotations
 
@@ -92,3 +92,12 @@ def test_the_citation_names_this_version() -> None:
 def test_every_issue_template_can_be_read_by_the_host() -> None:
     for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md"):
         assert {"name", "about"} <= set(yaml.safe_load(path.read_text().split("---")[1])), path.name
+
+
+def test_the_modules_and_tests_of_make_mutants_exist() -> None:
+    targets = (ROOT / "release" / "mutants.py").read_text().partition("TARGETS = {")[2].partition("\n}")[0]
+    modules, tests = re.findall(r'Target\("([^"]+)"', targets), re.findall(r'"([a-z_]+/test_[^"]+)"', targets)
+    assert len(modules) == 9
+    assert len(tests) >= 9
+    missing = [module for module in modules if not (ROOT / "src" / "turret" / module).is_file()]
+    assert missing + [test for test in tests if not (ROOT / "tests" / test).is_file()] == []
