@@ -109,6 +109,17 @@ def test_left_padding_changes_nothing(family: str) -> None:
         torch.testing.assert_close(logits[index, -len(row) :], alone, **CLOSE)
 
 
+@pytest.mark.parametrize("family", DECODERS)
+@torch.no_grad()
+def test_a_step_without_a_mask_goes_on_where_the_cache_ends(family: str) -> None:
+    model = prefixed(family, "generate").eval()
+    tokens = max(rows(1), key=len)[None]
+    whole = model(input_ids=tokens).logits
+    begun = model(input_ids=tokens[:, :2], use_cache=True)
+    rest = model(input_ids=tokens[:, 2:], cache=begun.cache).logits
+    torch.testing.assert_close(rest, whole[:, 2:], **CLOSE)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", GENERATORS)
 @torch.no_grad()

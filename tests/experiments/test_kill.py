@@ -8,13 +8,16 @@ from store.test_kill import broken_off
 VERBS = ("start", "ramp", "outcome", "stop", "settle")
 
 
-@pytest.mark.parametrize("verb", [pytest.param(verb, marks=pytest.mark.slow) for verb in VERBS[:3]] + [*VERBS[3:]])
+@pytest.mark.parametrize(
+    "verb", [pytest.param(verb, marks=pytest.mark.slow) for verb in VERBS if verb != "stop"] + ["stop"]
+)
 def test_killed_at_every_file_operation_of_a_verb_it_was_done_or_was_not(tmp_path, verb) -> None:
     ended, _ = broken_off(tmp_path / "store", "operations", verb, 1, 500)
     assert ended["killed"] >= 1
     assert ended["done"] == 1
 
 
+@pytest.mark.slow
 def test_killed_within_a_write_of_any_verb_it_was_done_or_was_not(tmp_path) -> None:
     ended, _ = broken_off(tmp_path / "store", "writes", ",".join(VERBS), 300_000, 75_000)
     assert ended["killed"] >= len(VERBS)

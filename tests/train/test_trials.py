@@ -160,6 +160,7 @@ def test_a_plan_alone_says_what_training_will_try() -> None:
 # --- the whole way ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_auto_trains_with_a_number_that_the_stored_recipe_holds_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
     rows = [Labelled(f"{each.text} number {place}", each.label) for place, each in enumerate(tiny.labelled(128))]
     table = tmp_path / "reviews.csv"

@@ -139,6 +139,6 @@ def _table_hook(stream: str, context: BatchContext, prefix_length: Length) -> Pr
             past = args[1] if len(args) > 1 else kwargs.get("cache_length", 0)
             where = torch.arange(past, past + shape[1], device=device)[None]
         where = where if shift is None else where + shift  # (B or 1, T)
-        return args, kwargs | {"position_ids": where[0] if where.shape[0] == 1 else where}
+        return args, kwargs | {"position_ids": where}
 
     return give_positions
