@@ -14,7 +14,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock release demo test test-all test-gpu mutants lint prose format bench bench-train bench-serve figures reference reports docs clean
+.PHONY: help setup lock release demo test test-all test-gpu mutants lint prose format bench bench-train bench-serve bench-gpu figures reference reports docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,7 +73,7 @@ mutants: $(STAMP)  ## change single operators in the modules that matter most; t
 	$(VENV)/mutants/bin/python release/mutants.py $(ARGS)
 
 bench: $(STAMP)  ## every benchmark, or one: make bench NAME=lora_training
-	@for file in $(if $(NAME),benchmarks/$(NAME).py,$$(grep -l __main__ benchmarks/*.py)); do \
+	@for file in $(if $(NAME),benchmarks/$(NAME).py,$$(grep -l __main__ benchmarks/*.py | grep -v /gpu.py)); do \
 		echo "== $$file"; $(BIN)/python $$file $(ARGS) || exit 1; \
 	done
 
@@ -83,6 +83,9 @@ bench-train: $(STAMP)  ## training beside HF Trainer + PEFT, in turns; ARGS="--j
 bench-serve: $(STAMP)  ## mixtures of adapters beside the bare base and PEFT, then 64 clients over HTTP; ARGS="--report"
 	$(BIN)/python benchmarks/serve_speed.py $(ARGS)
 	$(BIN)/python benchmarks/serve_load.py $(if $(findstring --report,$(ARGS)),--report)
+
+bench-gpu: $(STAMP)  ## on a card: training and decoding beside HF + PEFT, Unsloth and vLLM where installed; ARGS="--base BASE"
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 figures: $(STAMP)  ## write every measured figure of README and docs from benchmarks/results
 	$(BIN)/python benchmarks/figures.py $(ARGS)

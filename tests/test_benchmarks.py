@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
+import small_models
+import torch
 from scripts import load
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -51,3 +54,35 @@ def test_the_machine_names_the_processor_by_generation_and_the_commit(record) ->
     assert record._generation("AuthenticAMD", 25, 0x11) == "Zen 4"
     assert record._generation("AuthenticAMD", 25, 0x01) == "Zen 3"
     assert {"device", "threads", "commit", "versions", "at"} <= set(record.machine(1))
+
+
+# --- on a card --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # it imports its neighbours, as a script does
+    return load(BENCHMARKS / "gpu.py", "benchmark_gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_the_benchmark_of_cards_is_one_line_and_status_1(gpu, capsys) -> None:
+    assert gpu.main([]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("bench-gpu: device cuda is not there: ")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_cards_runs_through_on_the_cpu(gpu, tmp_path, capfd) -> None:
+    base = str(small_models.save_base("llama", tmp_path / "llama"))
+    sizes = ["--steps", "4", "--batch", "2", "--source", "12", "--target", "4", "--prompts", "3", "--new", "6"]
+    assert gpu.main(["--device", "cpu", "--base", base, "--sides", "turret,hf,vllm", *sizes, "--forget"]) == 0
+    said = capfd.readouterr()
+    assert [line.partition(":")[0] for line in said.out.splitlines() if line] == ["turret", "hf"], said.err
+    for line in said.out.splitlines()[:2]:
+        rates = [float(each.replace(",", "")) for each in re.findall(r"([\d,]+) tokens/s", line)]
+        assert len(rates) == 2
+        assert min(rates) > 1
+    assert "vllm: left out, " in said.err
