@@ -28,6 +28,7 @@ def promote(
     replay: Annotated[
         bool, typer.Option("--replay", help="Ask golden examples again that the version has answered before.")
     ] = False,
+    device: options.Device = "auto",
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -38,7 +39,8 @@ def promote(
     from turret.workspace import Workspace
 
     with status() as say:
-        move = Workspace(store).promote(reference, alias, require=require or (), replay=replay, on_stage=say)
+        workspace = Workspace(store)
+        move = workspace.promote(reference, alias, require=require or (), replay=replay, device=device, on_stage=say)
     report(move, as_json, _print)
 
 

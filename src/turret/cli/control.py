@@ -31,6 +31,7 @@ def control(
     data: Data = None,
     task: Kind = None,
     seed: Seed = None,
+    device: options.TrainDevice = None,
     sets: options.Set = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
@@ -42,7 +43,7 @@ def control(
     from turret.workspace import Workspace
 
     named = options.columns(prompt=prompt, completion=completion, messages=messages)
-    recipe = read_recipe(source, base, name, data, task, None, None, seed, sets, named)
+    recipe = read_recipe(source, base, name, data, task, None, None, seed, sets, named, device)
     names = [each.strip() for each in aspects.split(",") if each.strip()]
     with status() as show:
         found = Workspace(store).control(

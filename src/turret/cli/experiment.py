@@ -210,6 +210,7 @@ def replay(
     completion: options.Completion = None,
     messages: options.Messages = None,
     sets: options.Set = None,
+    device: options.Device = "auto",
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -218,7 +219,7 @@ def replay(
 
     named = data_columns(sets, options.columns(text, label, prompt, completion, messages))
     with status() as say:
-        found = Workspace(store).replay(a, b, data, columns=named, on_stage=say)
+        found = Workspace(store).replay(a, b, data, columns=named, device=device, on_stage=say)
     if as_json:
         emit(found.as_json())
         return

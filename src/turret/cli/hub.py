@@ -59,6 +59,7 @@ def pull(
     labels: Labels = None,
     sets: Settings = None,
     base_quantization: options.BaseQuantization = "none",
+    device: options.Device = "auto",
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -78,6 +79,7 @@ def pull(
             labels=label_names(labels),
             settings=task_settings(sets),
             base_quantization=base_quantization,
+            device=device,
             on_stage=say,
         )
     report(found, as_json, print_imported)

@@ -77,6 +77,7 @@ class Workspace:
         require: Iterable[str] = (),
         replay: bool = False,
         ask: Ask | None = None,
+        device: str = "auto",
         on_stage: Say | None = None,
     ) -> Move:
         """Move an alias to a version, if its files are intact and it passes the alias's gates and golden examples.
@@ -90,7 +91,9 @@ class Workspace:
             GateFailed: the version does not pass.
         """
         say = on_stage or silent
-        return promoting.promote(self.store, reference, alias, list(require), again=replay, say=say, ask=ask)
+        return promoting.promote(
+            self.store, reference, alias, list(require), again=replay, say=say, ask=ask, device=device
+        )
 
     def rollback(self, name: str, alias: str = "production") -> Move:
         """Move an alias back to its previous version. Repeated calls go further back."""
@@ -425,6 +428,7 @@ class Workspace:
         data: str | None = None,
         *,
         columns: JsonMapping | None = None,
+        device: str = "auto",
         on_stage: Say | None = None,
     ) -> Replayed:
         """Compare two versions on the same labelled examples with a paired test, before an experiment.
@@ -434,7 +438,7 @@ class Workspace:
         """
         from turret.workspace import replaying
 
-        return replaying.replay(self.store, a, b, data, columns or {}, on_stage or silent)
+        return replaying.replay(self.store, a, b, data, columns or {}, on_stage or silent, device)
 
     def doctor(self, base: str | None = None) -> JsonObject:
         """What this machine can run, and what can be done on a base if one is given."""

@@ -95,6 +95,7 @@ class Hub:
         settings: JsonMapping | None = None,
         rank: int | None = None,
         base_quantization: Literal["none", "nf4"] = "none",
+        device: str = "auto",
         on_stage: Say | None = None,
     ) -> Imported:
         """Fetch an adapter from the Hub, check it as `import_adapter` does, and store it.
@@ -104,6 +105,7 @@ class Hub:
             name: of the adapter in the store; default: made from the id.
             revision: a branch, a tag or a commit.
             base_quantization: for a PEFT folder: of the base that the adapter was trained on.
+            device: where it is checked.
 
         Raises:
             HubError: there is no such repository, or neither the Hub nor its cache has it.
@@ -113,7 +115,15 @@ class Hub:
         from turret.workspace import importing
 
         request = importing.ImportRequest(
-            base, task, labels, settings, rank, quantization=base_quantization, revision=revision, pulled=True
+            base,
+            task,
+            labels,
+            settings,
+            rank,
+            quantization=base_quantization,
+            device=device,
+            revision=revision,
+            pulled=True,
         )
         named = name or name_from(check_id(hub_id))
         return importing.import_adapter(self._store, hub_id, named, request, on_stage or silent)

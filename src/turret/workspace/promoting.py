@@ -38,6 +38,7 @@ def promote(
     again: bool = False,
     say: Say = silent,
     ask: Ask | None = None,
+    device: str = "auto",
     also: Also = None,
 ) -> Move:
     """Move an alias to a version.
@@ -46,13 +47,14 @@ def promote(
         require: gates for this call only, such as "accuracy>=0.9".
         again: also repeat the replays that are stored already.
         ask: answers texts with a version; default: load its base.
+        device: where that base computes.
         also: written in the transaction that moves the alias.
 
     Raises:
         GateFailed: the version does not pass a gate.
     """
     version = store.resolve(reference)  # an alias could move during the replay, so use the number from here on
-    replayer = _Replayer(store, version, say, ask)
+    replayer = _Replayer(store, version, say, ask, device)
     required_here = [gate for gate in store.gate(version.name, alias) if isinstance(gate, Gate)]
     if forgetting_gates := [gate for gate in (*required_here, *map(Gate.parse, require)) if gate.split == FORGETTING]:
         replayer.measure_forgetting(forgetting_gates, alias)
@@ -69,8 +71,8 @@ def promote(
 class _Replayer:
     """Asks one version golden examples, and measures its forgetting. Its base is loaded when it is needed first."""
 
-    def __init__(self, store: Store, version: Version, say: Say, ask: Ask | None) -> None:
-        self._store, self._version, self._say = store, version, say
+    def __init__(self, store: Store, version: Version, say: Say, ask: Ask | None, device: str) -> None:
+        self._store, self._version, self._say, self._device = store, version, say, device
         self._served = ask is not None
         self._ask = ask or self._ask_mounted
         self._mounted: Mounted | None = None
@@ -115,7 +117,7 @@ class _Replayer:
                 f"{version} may not become {version.name}@{alias}: {first} is required, and it is not measured yet: "
                 f"run `turret promote {version} {alias}`, which measures it"
             )
-        ready = self._mounted = self._mounted or answering.mounted(self._store, str(version), self._say)
+        ready = self._mounted = self._mounted or answering.mounted(self._store, str(version), self._say, self._device)
         assert writes(ready.task)
         self._say("measuring forgetting")
         found = forgetting.on_neutral_texts(ready.model, ready.task.tokenizer)
@@ -127,7 +129,7 @@ class _Replayer:
         from turret.workspace import answering
 
         if self._mounted is None:
-            self._mounted = answering.mounted(self._store, version, self._say)
+            self._mounted = answering.mounted(self._store, version, self._say, self._device)
         return answering.answers(self._mounted, texts)
 
 

@@ -41,12 +41,15 @@ class Replayed:
         return {**shared, "paired": self.paired.as_json(), "notes": list(self.notes), "text": self.text}
 
 
-def replay(store: Store, a: str, b: str, source: str | None, columns: JsonMapping, say: Say = silent) -> Replayed:
+def replay(
+    store: Store, a: str, b: str, source: str | None, columns: JsonMapping, say: Say = silent, device: str = "auto"
+) -> Replayed:
     """Ask both versions, one after the other.
 
     Args:
         source: labelled examples; None: the golden examples that a's alias `production` requires.
         columns: keys of a recipe's `[data]`; only with `source`.
+        device: where their bases compute.
     """
     first, second = store.resolve(a), store.resolve(b)
     if first.digest == second.digest:
@@ -62,7 +65,7 @@ def replay(store: Store, a: str, b: str, source: str | None, columns: JsonMappin
     scores: list[list[float]] = []
     for version in (first, second):
         labelled = None if source is None else read_labelled(version, source, columns)
-        ready = answering.mounted(store, str(version), say)
+        ready = answering.mounted(store, str(version), say, device)
         if labelled is not None:
             notes = notes or labelled.notes
             score = ready.task.metric_label

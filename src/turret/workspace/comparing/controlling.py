@@ -82,7 +82,8 @@ def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> 
         if trained_judge is None:
             raise TrainingError(f"no classifier of aspects: {runner.failures.get(judge.candidate.spec, 'not trained')}")
         say("judging the outputs")
-        written = _judged(store, prepared, runner.results, str(trained_judge.version))
+        device = recipe.train.device or "auto"
+        written = _judged(store, prepared, runner.results, str(trained_judge.version), device)
         result = _control(recipe, request, prepared, runner, trained_judge, written, folder)
         result = result if request.texts else result.without_texts()
         write_report(result, folder, state.write_text)
@@ -171,13 +172,15 @@ def _judge(folder: Path, recipe: Recipe, prepared: PreparedControl, request: Con
             "seed": recipe.seed,
             "data": {"source": str(references), "text": "text", "label": "label"},
             "task": {"kind": "classify", "max_tokens": 128},
-            "train": {"epochs": request.judge_epochs, "evaluate": "never"},
+            "train": {"epochs": request.judge_epochs, "evaluate": "never", "device": recipe.train.device},
         }
     )
     return Cell(Candidate("judge", "lora", judge_recipe), recipe.seed, 1.0, judge_recipe)
 
 
-def _judged(store: Store, prepared: PreparedControl, results: Mapping[str, CellResult], judge: str) -> list[Written]:
+def _judged(
+    store: Store, prepared: PreparedControl, results: Mapping[str, CellResult], judge: str, device: str
+) -> list[Written]:
     """Every generated text with the aspect that the classifier sees in it, and its ROUGE-L to every reference."""
     from turret.tasks.metrics import rouge_l
     from turret.workspace import answering
@@ -190,7 +193,7 @@ def _judged(store: Store, prepared: PreparedControl, results: Mapping[str, CellR
             result = results.get(cell.key)
             if result is None:
                 continue
-            ready = ready or answering.mounted(store, judge)
+            ready = ready or answering.mounted(store, judge, device=device)
             texts = [str(text) for text in result.answers]
             labels = [str(each["label"]) for each in answering.answers(ready, texts)]
             rouge = np.array(
