@@ -50,6 +50,7 @@ class Base:
     notes: tuple[str, ...] = ()
     folder: Path | None = None
     quantization: str = "none"
+    checkpoints: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

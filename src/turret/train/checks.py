@@ -217,6 +217,13 @@ def labels(task: Task, examples: Sequence[Example]) -> Iterator[Check]:
         yield Check("labels", "ok", text)
 
 
+def checkpoints(base: Base) -> Iterator[Check]:
+    """Whether the layers are checkpointed because a card is small."""
+    if base.checkpoints is not None:
+        text = f"on, the gradients are the same and a step computes the layers twice: {base.checkpoints}"
+        yield Check("checkpoint_layers", "ok", text)
+
+
 def precision(recipe: Recipe, base: Base) -> Iterator[Check]:
     """Whether the processor and the method suit the precision of the base's weights and products."""
     if recipe.train.int8:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters import attachment, on_slot, packed
+from turret.bases.sharded import parts_of
 from turret.data import Example, references_of
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
@@ -162,7 +163,11 @@ def _generate_rows(model: Model, task: TextTask, rows: Sequence[Tensor], setting
         span = slice(0, len(row)) if encoder_decoder else slice(width - len(row), width)
         ids[place, span], mask[place, span] = row, 1
     output = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=True, **settings
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        use_cache=True,
+        synced_gpus=parts_of(model) > 1,  # layers in parts need all processes until the last text ends
+        **settings,
     )
     eos = settings["eos_token_id"]
     answers = []

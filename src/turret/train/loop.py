@@ -11,9 +11,11 @@ from pathlib import Path
 
 from turret import heap
 from turret.bases import Base
+from turret.bases.sharded import parts_of
 from turret.data import Dataset
 from turret.errors import Interrupted, LossNotFinite
 from turret.interrupt import StopRequest
+from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.tasks import Task
 from turret.train import memory
@@ -72,7 +74,7 @@ def fit(
                     step, total=run.schedule.steps, peak=run.lr, warmup=run.warmup, schedule=train.schedule
                 )
                 started = clock()
-                with run.randomness, explained(run.most_tokens, batch, step, predicted):
+                with run.randomness, here.noticing(), explained(run.most_tokens, batch, step, predicted):
                     loss, norm = train_step(
                         model,
                         task,
@@ -90,7 +92,7 @@ def fit(
                 metrics = None
                 if run.evaluates(step):
                     started = clock()
-                    metrics = here.from_main(run.evaluate)
+                    metrics = _metrics(run)
                     run.judge(step, metrics, clock() - started)
 
                 yield run.record(step, batch, loss=loss, rate=rate, norm=norm, seconds=seconds, metrics=metrics)
@@ -114,3 +116,13 @@ def fit(
         if isinstance(error, LossNotFinite):
             raise LossNotFinite(f"{error} at step {run.progress.step + 1}: {run.what_to_change()}") from error
         raise
+
+
+def _metrics(run: TrainingRun) -> JsonObject:
+    """The main process's evaluation. With a base in parts all processes compute it together."""
+    here = run.processes
+    if parts_of(run.model) == 1:
+        return here.from_main(run.evaluate)
+    with here.noticing():
+        metrics = run.evaluate()
+    return here.from_main(lambda: metrics)

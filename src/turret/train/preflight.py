@@ -124,6 +124,7 @@ def plan(
         *checks.positions(recipe, task, base),
         *checks.precision(recipe, base),
         *([] if device is None else [Check("device", "ok", str(device))]),
+        *checks.checkpoints(base),
     ]
     cost = None
     if measured and not any(check.level == "refuse" for check in rows):

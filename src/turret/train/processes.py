@@ -29,6 +29,7 @@ from turret.train.batches import Item
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store  # torch.distributed exports it, but not to type checkers
+    from torch.distributed.device_mesh import DeviceMesh
 
 STEP = timedelta(minutes=30)  # longest wait for another process within a step
 MAIN = timedelta(
@@ -38,6 +39,7 @@ GRACE = 10.0  # seconds between SIGTERM and the end, to report an error; torchru
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LAUNCH = "torchrun --nproc-per-node 2 -m turret train ..."
 REPORTED = "turret/told"  # the store's key of the rank that reports the error
+BACKENDS = ("gloo", "NCCL")  # in the errors of communication
 PATIENCE = timedelta(seconds=5)  # how long a process that failed waits for the main one to report
 
 T = TypeVar("T")
@@ -66,9 +68,14 @@ class Processes:
 
         A small batch may leave it none.
         """
+        return self.shares(batch)[self.rank]
+
+    def shares(self, batch: Sequence[Item]) -> list[Sequence[Item]]:
+        """The items of every process, by rank."""
         if self.size == 1:
-            return batch
-        return sorted(batch, key=lambda item: item.tokens)[self.rank :: self.size]
+            return [batch]
+        ordered = sorted(batch, key=lambda item: item.tokens)
+        return [ordered[rank :: self.size] for rank in range(self.size)]
 
     def sum(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all processes, bit-equal in all of them."""
@@ -135,14 +142,27 @@ class Processes:
                     )
 
     @contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Report errors of communication inside passes, such as those of a base in parts, in one line."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size > 1 and (isinstance(error, dist.DistError) or any(each in str(error) for each in BACKENDS)):
+                raise self._lost(error) from error
+            raise
+
+    @contextmanager
     def _connected(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            raise TrainingError(
-                f"process {self.rank} of {self.size} lost the others: one of them ended or hangs "
-                f"({one_line(str(error), 120)}); start the same command again to resume"
-            ) from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> TrainingError:
+        return TrainingError(
+            f"process {self.rank} of {self.size} lost the others: one of them ended or hangs "
+            f"({one_line(str(error), 120)}); start the same command again to resume"
+        )
 
 
 ALONE = Processes()
@@ -200,6 +220,15 @@ def _connected_to(world_size: int) -> Processes:
     if threading.current_thread() is threading.main_thread() and unset:
         signal.signal(signal.SIGTERM, _end_soon)
     return here
+
+
+@cache
+def mesh() -> DeviceMesh:
+    """All processes in one dimension, for a base in parts. All must call it at the same time."""
+    from torch.distributed.device_mesh import init_device_mesh  # missing in builds of torch without distributed
+
+    here = begin()
+    return init_device_mesh("cpu" if here.device is None else "cuda", (here.size,))
 
 
 def _end_soon(number: int, frame: FrameType | None) -> None:

@@ -92,12 +92,19 @@ def make_room(model: Model) -> None:
 
 
 def prove(
-    bundle: Path, base: Base, expected: Probe, *, device: torch.device | None = None, timeout: float = TIMEOUT
+    bundle: Path,
+    base: Base,
+    expected: Probe,
+    *,
+    device: torch.device | None = None,
+    taken_on: torch.device | None = None,
+    timeout: float = TIMEOUT,
 ) -> JsonObject:
     """Load `bundle` onto `base.id` in a fresh process and compare its outputs with the probe's.
 
     Args:
-        device: where the probe was taken, and where the fresh process computes; None: the base's device now.
+        device: where the fresh process computes; None: the base's device now.
+        taken_on: where the probe was taken; None: on `device`.
 
     Returns:
         The report of `turret.train.reload`.
@@ -120,7 +127,7 @@ def prove(
             "quantization": base.quantization,
             "labels": None if expected.targets else int(expected.outputs.shape[1]),
             "device": str(device),
-            "tolerance": tolerance(base.dtype, device, device),
+            "tolerance": tolerance(base.dtype, device, taken_on or device),
             "threads": torch.get_num_threads(),
         }
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")

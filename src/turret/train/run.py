@@ -16,6 +16,7 @@ from torch import Tensor
 from turret import adapters, quantized
 from turret.adapters import Adapter
 from turret.bases import Base
+from turret.bases.sharded import own_part
 from turret.data import Dataset
 from turret.errors import TrainingError
 from turret.json_types import JsonMapping, JsonObject
@@ -443,5 +444,5 @@ def checksum(tensors: Sequence[Tensor]) -> str:
     """SHA-256 of the bytes of some tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(own_part(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from turret.adapters import mixed_precision, packed
+from turret.bases.sharded import parts_of
 from turret.errors import LossNotFinite, OutOfMemory
 from turret.tasks import Task, has_head
 from turret.train.batches import Item, micro_batches
@@ -80,16 +81,26 @@ def _gradients(
     optimiser.zero_gradients()
     total = sum(item.weight for item in batch)
     losses = []
-    for piece in micro_batches(processes.share(batch), most_tokens):
+    pieces = micro_batches(processes.share(batch), most_tokens)
+    for piece in pieces:
         part = loss_of(model, task, piece) * (sum(item.weight for item in piece) / total)
         backward(part if scale is None else part.float() * scale.value)
         losses.append(part.detach())
+    for _ in range(_passes(model, batch, most_tokens, processes) - len(pieces)):
+        backward(loss_of(model, task, batch[:1]) * 0.0)
     # a process has no share of a very small batch
     mean = torch.stack(losses).sum().float() if losses else optimiser.gradients.new_zeros(())
     processes.sum(optimiser.gradients, mean)  # the rest is the same in every process
     if scale is not None:
         optimiser.gradients.mul_(1.0 / scale.value)
     return float(mean)
+
+
+def _passes(model: Model, batch: Sequence[Item], most_tokens: int, processes: Processes) -> int:
+    """The passes that every process makes for a batch: layers in parts need all processes in every pass."""
+    if parts_of(model) == 1:
+        return 0
+    return max(len(micro_batches(share, most_tokens)) for share in processes.shares(batch))
 
 
 def backward(loss: Tensor) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from turret import bases
 from turret.bases import ChosenDevice, choose_device
 from turret.bases.base import dtype_on
-from turret.bases.device import Machine, this_machine
+from turret.bases.device import Card, Machine, gigabytes, this_machine
 from turret.bases.skeleton import room_to_answer, skeleton
 from turret.errors import AdapterError, PreflightRefused, UnknownFamily
 from turret.recipe import Recipe
 from turret.tasks import Task
-from turret.train.card_memory import Work, predict_on_card, refusal
+from turret.train.card_memory import Work, in_parts, predict_on_card, refusal
 from turret.train.memory import Prediction
+from turret.workspace.ready import Ready
+from turret.workspace.results import Planned
 
 AUTO = "auto"
 UNPREDICTED = 1.5  # times the room to answer: a training whose memory cannot be predicted from shapes
@@ -38,8 +41,9 @@ def choose_for(recipe: Recipe, task: type[Task], labels: Sequence[str], machine:
     if name in ("cpu", "mps"):
         return choose_device(name, machine=machine)
     machine = this_machine() if machine is None else machine
-    chosen = choose_device(name, lambda at: _needed(recipe, task, labels, at), machine)
-    card = next((card for card in machine.cards if card.device == chosen.device), None)
+    cards = {card.device: card for card in machine.cards}
+    chosen = choose_device(name, lambda at: _needed(recipe, task, labels, cards[at]), machine)
+    card = cards.get(chosen.device)
     if card is not None and name != AUTO:
         predicted = predicted_for(recipe, task, labels, card.device)
         problem = None if predicted is None else refusal(predicted, card.free, recipe.base, str(card.device))
@@ -48,8 +52,49 @@ def choose_for(recipe: Recipe, task: type[Task], labels: Sequence[str], machine:
     return chosen
 
 
-def predicted_for(recipe: Recipe, task: type[Task], labels: Sequence[str], device: torch.device) -> Prediction | None:
+def checkpoints_for(
+    recipe: Recipe, task: type[Task], labels: Sequence[str], device: torch.device, machine: Machine | None = None
+) -> str | None:
+    """Why the layers of a training on a card are checkpointed, though the recipe leaves it open; None if they are not.
+
+    Args:
+        recipe: `train.checkpoint_layers`, if it is set, decides.
+        device: the one that `choose_for` chose.
+        machine: its devices; None: those of this machine.
+    """
+    if device.type != "cuda" or recipe.train.checkpoint_layers is not None or recipe.train.shard is not None:
+        return None
+    machine = this_machine() if machine is None else machine
+    free = next(card.free for card in machine.cards if card.device == device)
+    whole = predicted_for(recipe, task, labels, device)
+    if whole is None or whole.total <= free:
+        return None
+    return f"about {gigabytes(whole.total)} would be needed without it, and {gigabytes(free)} are free"
+
+
+def lighter(ready: Ready, planned: Planned) -> Ready | None:
+    """The same training with its layers checkpointed, if its plan does not fit its card; None if that is no way out."""
+    refused = [check for check in planned.plan.checks if check.level == "refuse"]
+    decided = ready.recipe.train.checkpoint_layers is not None or ready.base.checkpoints is not None
+    if ready.device.device.type != "cuda" or decided or [check.name for check in refused] != ["memory"]:
+        return None
+    return replace(ready, base=replace(ready.base, checkpoints=f"without it {refused[0].text}"))
+
+
+def predicted_for(
+    recipe: Recipe,
+    task: type[Task],
+    labels: Sequence[str],
+    device: torch.device,
+    *,
+    parts: int = 1,
+    checkpointed: bool | None = None,
+) -> Prediction | None:
     """The predicted memory of a recipe's training on a card; None if it cannot be told from shapes alone.
+
+    Args:
+        parts: in how many parts the layers of the base lie, with `train.shard`.
+        checkpointed: whether its layers are checkpointed; None: as the recipe says.
 
     Raises:
         BaseModelError: the base cannot be found.
@@ -58,23 +103,27 @@ def predicted_for(recipe: Recipe, task: type[Task], labels: Sequence[str], devic
     try:
         model = skeleton(source, task.request, task.num_labels(labels))
         work = Work.of(recipe, model, generates=task.generates)
-        return predict_on_card(
+        predicted = predict_on_card(
             model,
             recipe.method,
             work,
             dtype_on(device, recipe.train.dtype),
             nf4=recipe.base_quantization == "nf4",
             optimizer=recipe.train.optimizer,
-            checkpointed=bool(recipe.train.checkpoint_layers),
+            checkpointed=bool(recipe.train.checkpoint_layers) if checkpointed is None else checkpointed,
         )
+        return predicted if parts == 1 else in_parts(predicted, model, parts)
     except (UnknownFamily, AdapterError, NotImplementedError, RuntimeError, TypeError):
         return None  # such as a module that needs numbers; the plan measures it on the card
 
 
-def _needed(recipe: Recipe, task: type[Task], labels: Sequence[str], device: torch.device) -> int:
-    predicted = predicted_for(recipe, task, labels, device)
+def _needed(recipe: Recipe, task: type[Task], labels: Sequence[str], card: Card) -> int:
+    """Bytes that a training needs on a card, with its layers checkpointed if it would not fit otherwise."""
+    predicted = predicted_for(recipe, task, labels, card.device)
+    if predicted is not None and predicted.total > card.free and recipe.train.checkpoint_layers is None:
+        predicted = predicted_for(recipe, task, labels, card.device, checkpointed=True) or predicted
     if predicted is not None:
         return predicted.total
     packed = recipe.base_quantization is not None
-    room = room_to_answer(bases.resolve(recipe.base), dtype_on(device, recipe.train.dtype), packed=packed)
+    room = room_to_answer(bases.resolve(recipe.base), dtype_on(card.device, recipe.train.dtype), packed=packed)
     return round(UNPREDICTED * room)

@@ -18,9 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import Tensor
 
-from turret import adapters, bases, bundles, heap
+from turret import adapters, bundles, heap
 from turret import train as trainer
 from turret.bases import Base, ChosenDevice
 from turret.bases.device import CPU
@@ -32,16 +31,17 @@ from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
-from turret.tasks import Task, has_head, make_task, task_of, writes
-from turret.tasks.calibration import FEWEST
+from turret.tasks import make_task, task_of, writes
 from turret.trackers.table import require_installed
 from turret.trackers.tracker import TrackedRun
 from turret.train import memory, processes
 from turret.train.proof import make_room
-from turret.workspace import forgetting
-from turret.workspace.devices import AUTO, choose_for
+from turret.workspace import sharding
+from turret.workspace.devices import AUTO, checkpoints_for, choose_for, lighter
+from turret.workspace.measuring import measured
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
+from turret.workspace.ready import Ready
 from turret.workspace.results import Planned, RunResult
 from turret.workspace.stored_adapter import read_adapter
 from turret.workspace.tracked import Followed, follow, settings_of
@@ -58,26 +58,6 @@ class Callbacks:
     planned: Callable[[Planned], None] = silent  # once, before the first step
     stage: Say = silent
     warning: Say = silent  # a line for something that failed and does not stop the training
-
-
-@dataclass(frozen=True)
-class Ready:
-    """Everything that a training needs, in memory."""
-
-    recipe: Recipe  # with every default filled in
-    dataset: Dataset
-    base: Base
-    task: Task
-    notes: list[str]
-    load_seconds: float
-    resident: int  # bytes of the process after the base was loaded
-    start: trainer.InitialAdapter | None  # the version that `train.init_from` names
-    device: ChosenDevice  # where the base is, and why
-
-    @property
-    def parts(self) -> tuple[Recipe, Base, Task, Dataset]:
-        """The positional arguments of `turret.train`'s functions."""
-        return self.recipe, self.base, self.task, self.dataset
 
 
 def prepare(
@@ -97,6 +77,7 @@ def prepare(
         DeviceError: the device is not there.
         PreflightRefused: the weights and the trained states do not fit on the card that the recipe names.
     """
+    sharding.begin(recipe, processes.begin())
     trainer.require_optimizer(recipe)
     numbers_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
     require_installed(recipe.train.trackers or ())
@@ -107,15 +88,8 @@ def prepare(
     device = choose_for(recipe, task_class, dataset.labels) if device is None else device
     callbacks.stage(f"loading {recipe.base}")
     started = time.perf_counter()
-    base = bases.load(
-        recipe.base,
-        task=task_class.request,
-        num_labels=task_class.num_labels(dataset.labels),
-        dtype=recipe.train.dtype,
-        seed=recipe.seed,
-        quantization=recipe.base_quantization or "none",
-        device=device,
-    )
+    base = sharding.load_base(recipe, task_class, dataset.labels, device)
+    base = replace(base, checkpoints=checkpoints_for(recipe, task_class, dataset.labels, device.device))
     load_seconds = time.perf_counter() - started
     filled = _filled(recipe, dataset, base, start)
     task = make_task(filled.task, dataset, base.tokenizer, base.family.kind)
@@ -156,6 +130,9 @@ def plan(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset | 
 def _planned(store: Store, ready: Ready, callbacks: Callbacks) -> tuple[Ready, Planned]:
     """The plan; on the CPU instead if a card was not asked for and the plan does not fit there after all."""
     planned, asked = _plan(ready, callbacks), ready.recipe.train.device or AUTO
+    if (small := lighter(ready, planned)) is not None:
+        again = _plan(small, callbacks)
+        ready, planned = (ready, planned) if again.plan.refused else (small, again)
     refused = [check for check in planned.plan.checks if check.level == "refuse" and check.name == "memory"]
     if asked != AUTO or ready.device.device.type == "cpu" or not refused:
         return ready, planned
@@ -168,8 +145,9 @@ def _planned(store: Store, ready: Ready, callbacks: Callbacks) -> tuple[Ready, P
 def _plan(ready: Ready, callbacks: Callbacks) -> Planned:
     callbacks.stage("checking the plan")
     seconds = PROOF_START + ready.load_seconds
-    plan = trainer.plan(*ready.parts, start=ready.start, proof_seconds=seconds, device=ready.device)
-    return Planned(ready.recipe, plan, ready.notes)
+    whole = ready.recipe.train.shard is None
+    plan = trainer.plan(*ready.parts, measured=whole, start=ready.start, proof_seconds=seconds, device=ready.device)
+    return Planned(ready.recipe, plan if whole else sharding.with_memory(plan, ready), ready.notes)
 
 
 def _with_rate(ready: Ready, planned: Planned, callbacks: Callbacks) -> Planned:
@@ -202,10 +180,24 @@ def train(
         beside_base: measure the bare base on the held-out examples too.
     """
     here = processes.begin()
+    with here.noticing():
+        return _train(here, store, recipe, callbacks if here.main else Callbacks(), dataset, fresh, beside_base)
+
+
+def _train(
+    here: processes.Processes,
+    store: Store,
+    recipe: Recipe,
+    callbacks: Callbacks,
+    dataset: Dataset | None,
+    fresh: bool,
+    beside_base: bool,
+) -> RunResult:
     here.require_same(recipe=recipe.to_toml())
-    callbacks = callbacks if here.main else Callbacks()
     own = _of_process(here, recipe)
+    sharding.begin(recipe, here)
     ready = here.main_first(lambda: prepare(store, recipe, callbacks, dataset, own))
+    sharding.gather(ready)
     if own is None:
         ready, planned = _planned(store, ready, callbacks)
         planned = _with_rate(ready, planned, callbacks)
@@ -219,7 +211,7 @@ def train(
         raise PreflightRefused(planned.plan.refusal())
     ready = replace(ready, recipe=planned.recipe.without_trackers())  # they do not decide which run is resumed
     if not here.main:
-        return _follow(here, ready)
+        return _follow(here, ready, beside_base)
     toml, digest = ready.recipe.to_toml(), ready.dataset.digest
     run = None if fresh else store.unfinished_run(toml, digest)
     run = run or store.new_run(ready.recipe.name, toml, digest)
@@ -282,11 +274,21 @@ def _noted(ready: Ready, here: processes.Processes) -> Ready:
     return replace(ready, notes=[*ready.notes, note])
 
 
-def _follow(here: processes.Processes, ready: Ready) -> RunResult:
-    """Run the training steps in a process other than the main one. Returns the main process's result."""
+def _follow(here: processes.Processes, ready: Ready, beside_base: bool) -> RunResult:
+    """Run the training steps in a process other than the main one. Returns the main process's result.
+
+    With a base in parts, make the passes after them too.
+    """
     folder = here.from_main(Path)  # the checkpoint's; `from_main` makes the value only in the main process
-    for _ in trainer.fit(*ready.parts, folder=folder, start=ready.start):
-        pass
+    steps = trainer.fit(*ready.parts, folder=folder, start=ready.start)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            fitted: trainer.Fitted = end.value
+            break
+    if ready.recipe.train.shard is not None:
+        measured(ready, fitted, silent, beside_base=beside_base)
     adapters.detach(ready.base.model)
     return here.from_main(_no_result)
 
@@ -300,22 +302,11 @@ def _carry_out(
 ) -> RunResult:
     fitted = _fit(run, ready, planned, callbacks)
     try:
-        callbacks.stage("measuring on held-out examples")
+        found = measured(ready, fitted, callbacks.stage, beside_base=beside_base)
+        ready, fitted, forgot = found.ready, found.fitted, found.forgot
         started = time.perf_counter()
-        ready, fitted, known = _calibrate(ready, fitted)
-        metrics = _measure(ready, known=known)
-        forgot = None
-        if writes(ready.task):
-            callbacks.stage("measuring forgetting")
-            forgot = forgetting.on_neutral_texts(ready.base.model, ready.task.tokenizer).as_json()
-        if beside_base:
-            callbacks.stage("measuring the bare base on the same examples")
-            bare = _measure(ready, slot=adapters.BARE)
-            metrics |= {f"{split} bare base": values for split, values in bare.items()}
-        evaluate_seconds = fitted.evaluate_seconds + time.perf_counter() - started
-        started = time.perf_counter()
-        kept = metrics if forgot is None else metrics | {FORGETTING: forgot}
-        version = _store(store, run, ready, fitted, kept, callbacks)
+        kept = found.metrics if forgot is None else found.metrics | {FORGETTING: forgot}
+        version = _store(store, run, ready, fitted, found.probe, kept, callbacks)
         proof_seconds = time.perf_counter() - started
     finally:
         adapters.detach(ready.base.model)
@@ -323,12 +314,12 @@ def _carry_out(
         version=str(version),
         digest=version.digest,
         base={"id": ready.base.id, "fingerprint": ready.base.fingerprint},
-        metrics=metrics,
+        metrics=found.metrics,
         parameters=fitted.parameters,
         timing={
             "load_seconds": ready.load_seconds,
             "train_seconds": fitted.seconds,
-            "evaluate_seconds": evaluate_seconds,
+            "evaluate_seconds": fitted.evaluate_seconds + found.seconds,
             "proof_seconds": proof_seconds,
             "steps": fitted.steps,
             "examples_per_second": fitted.examples / max(fitted.seconds, 1e-9),
@@ -372,45 +363,12 @@ def _fit(run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks) -> 
         callbacks.record(record)
 
 
-def _calibrate(ready: Ready, fitted: trainer.Fitted) -> tuple[Ready, trainer.Fitted, Tensor | None]:
-    """Fit the task's calibration on the validation split, if there is one, and put it into the adapter.
-
-    Returns:
-        Both with the calibrated task, and the logits (B, C) of the data set's validation split.
-    """
-    task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
-    if not has_head(task) or not task.calibrates or not splits.selects or not splits.watched:
-        return ready, fitted, None
-    examples = splits.watched
-    if len(examples) < FEWEST:
-        note = f"not calibrated: {len(examples)} validation examples, and {FEWEST} or more are needed"
-        return replace(ready, notes=[*ready.notes, note]), fitted, None
-    most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
-    logits = trainer.head_logits(ready.base.model, task, examples, most_tokens=most)
-    train = ready.recipe.train
-    chose = train.keep == "best" or train.early_stopping is not None
-    task = task.calibrated(logits, task.targets(examples), chose_weights=chose)
-    adapter = replace(fitted.adapter, task=task.spec())
-    known = logits if ready.dataset.validation else None
-    return replace(ready, task=task), replace(fitted, adapter=adapter), known
-
-
-def _measure(ready: Ready, slot: int | None = None, known: Tensor | None = None) -> dict[str, JsonObject]:
-    """Metrics on every held-out split. known: the logits (B, C) of the validation split."""
-    most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
-    splits = {"validation": (ready.dataset.validation, known), "test": (ready.dataset.test, None)}
-    return {
-        split: trainer.evaluate(ready.base.model, ready.task, examples, most_tokens=most, slot=slot, known=logits)[0]
-        for split, (examples, logits) in splits.items()
-        if examples
-    }
-
-
 def _store(
     store: Store,
     run: HeldRun,
     ready: Ready,
     fitted: trainer.Fitted,
+    probe: trainer.Probe,
     metrics: dict[str, JsonObject],
     callbacks: Callbacks,
 ) -> Version:
@@ -419,10 +377,10 @@ def _store(
         bundle = Path(folder) / "bundle"
         bundles.save_bundle(fitted.adapter, bundle)
         callbacks.stage("proving the bundle in a fresh process")
-        examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
-        asked = trainer.probe(ready.base.model, ready.task, examples)
-        make_room(ready.base.model)
-        trainer.prove(bundle, ready.base, asked, device=ready.device.device)
+        where = sharding.proof_device(ready).device
+        if where == ready.device.device:
+            make_room(ready.base.model)
+        trainer.prove(bundle, ready.base, probe, device=where, taken_on=ready.device.device)
         callbacks.stage("storing" if fitted.flat_loss is None else f"storing, flagged: {fitted.flat_loss}")
         return store.put(ready.recipe.name, bundle, run=run.id, metrics=metrics)
 

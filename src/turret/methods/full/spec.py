@@ -25,6 +25,10 @@ class Full(Method):
 
     kind: Literal["full"] = "full"
 
+    @property
+    def not_sharded(self) -> str | None:
+        return "trains a copy of every weight"
+
     def refusal(self, operation: Operation, family: Family, generates: bool) -> str | None:
         return UNMIXED if operation == "mix" else None
 

@@ -74,6 +74,11 @@ class LoRA(Method):
         return 2e-4 if large else 1e-3
 
     @property
+    def not_sharded(self) -> str | None:
+        start = self.init_lora_weights
+        return f"with init_lora_weights = {start} starts from whole weights" if start in ("pissa", "loftq") else None
+
+    @property
     def head_lr_ratio(self) -> float | None:
         """10: at LoRA's rate, a new head for twelve classes needs hundreds of steps to grow large enough.
 

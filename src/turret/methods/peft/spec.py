@@ -73,6 +73,10 @@ class Peft(Method):
         return value.strip().upper().replace("-", "_")
 
     @property
+    def not_sharded(self) -> str | None:
+        return "is computed by PEFT"
+
+    @property
     def summary(self) -> str:
         return f"{self.peft_type}, computed by PEFT with its default settings except those given"
 
