@@ -27,8 +27,10 @@ TRAINED = {
     "head": {"method": "head"},
     "full": {"method": "full"},
     "IA3": {"method": "peft", "method.peft_type": "IA3"},
+    "DORA": {"method": "peft", "method.peft_type": "DORA", "method.r": 4, "method.lora_dropout": 0.0},
 }
 QUICK = [("bert", "lora"), ("bert", "prefix"), ("llama", "all-linear"), ("llama", "prefix"), ("t5", "lora")]
+QUICK += [("bert", "DORA")]
 FAMILIES = small_models.FAMILIES + small_models.RELATIVES
 ENCODERS = small_models.ENCODERS + small_models.RELATIVE_ENCODERS
 IA3 = ("bert", "roberta", "t5", "bart", "llama", "qwen3", "mistral")  # PEFT knows where to put it
@@ -60,6 +62,9 @@ def stepped(family: str, method: str, on_card: bool, dtype: torch.dtype = torch.
         if on_card:
             to_card(base.model)
         task, optimiser, items = tiny.started(base, kind, **TRAINED[method])
+        if method == "DORA":  # PEFT draws its factors where they are: both sides begin with the same ones
+            drawn = torch.randn(optimiser.weights.shape, generator=torch.Generator().manual_seed(3))
+            optimiser.set_weights(0.2 * drawn + 0.05)
         kept: list[torch.Tensor] = []
         update = optimiser.step
         optimiser.step = lambda rate: (kept.append(on_cpu(optimiser.gradients).clone()), update(rate))[1]  # type: ignore[method-assign]
@@ -119,7 +124,7 @@ def answered(family: str, method: Method, on_card: bool) -> tuple[list[torch.Ten
         return [], on_cpu(first), on_cpu(run(runner, [], steps).vocabulary)
 
 
-MIXED: dict[str, Method] = {**METHODS, "IA3": Peft(peft_type="IA3")}
+MIXED: dict[str, Method] = {**METHODS, "IA3": Peft(peft_type="IA3"), "DORA": Peft(peft_type="DORA", r=4)}
 MIXED_QUICK = [("bert", "lora"), ("llama", "wide"), ("llama", "prefix"), ("t5", "lora")]
 
 
