@@ -2,7 +2,7 @@
 
 The schema has the number `SCHEMA`; each change of it is a new Alembic file in `migrations/versions`:
 
-- `adapters`: a row per name; `last_number` is the last number given out, so no number is used twice
+- `adapters`: a row per tenant and name; `last_number` is the last number given out, so no number is used twice
 - `versions`: a row per stored version, never changed; `manifest` and `metrics` are JSON
 - `files`: the content (sha256) at each path of a version; `upload` tells which copy of that content
   (`turret.store.uploads`), one for all versions, and empty for files of format 0005
@@ -14,21 +14,19 @@ The schema has the number `SCHEMA`; each change of it is a new Alembic file in `
 - `gates`: limits on the metrics of a version that an alias may be moved to
 - `golden_sets`: examples with their expected answers, as JSON lines, under the sha256 of these; never changed
 - `golden_gates`: the golden sets of an alias, and the share of examples that must pass
-- `replays`: results of a golden set on a version (by digest), append-only; the newest of a set counts
-- `tokens`: access tokens of the server; only the `hash` of a token is stored; quotas are per minute, NULL for none
-- `experiments`: a row per experiment, with the number and digest of each arm's version, and the verdict at its end;
-  one per name is running
+- `replays`: results of a tenant's golden set on a version (by digest), append-only; the newest of a set counts
+- `tokens`: access tokens of the server, each of a tenant, for the `adapters` and `bases` of these patterns; only the
+  `hash` of a token is stored; after a rotation, `former_hash` stays valid until `former_until`; quotas are per minute
+- `experiments`: number and digest of each arm's version, and the verdict at its end; one per name is running
 - `experiment_splits`: the points of each arm, a row per change, append-only; the newest counts
 - `experiment_events`: the history of experiments, append-only
-- `assignments`: answers of an experiment: the unit (hashed), its arm and probability; `first` is 1 for the first answer
-  to the unit; append-only
+- `assignments`: answers: the unit (hashed), its arm and probability; `first` is 1 for the unit's first; append-only
 - `outcomes`: outcomes of answers; `counted` is 1 for the first of a unit, which the evidence uses; append-only
-- `experiment_health`: answers, errors, slow answers and seconds of an arm, and agreements of a shadow, in about one
-  second; append-only
+- `experiment_health`: what an arm answered in about one second, and how often a shadow agreed; append-only
 - `runs`: a row per training; `state` is running, interrupted, failed or finished; its version has the id in `run`
 
-Times are text, ISO 8601 in UTC. `who` is the user of the change, NULL if unknown. Names are ordered by their bytes, on
-PostgreSQL too (`bytewise`).
+A connection carries an `Access`; `turret.visibility` limits queries to it. Times are text, ISO 8601 in UTC. `who` is
+the user of the change, NULL if unknown. Names are ordered by their bytes, on PostgreSQL too (`bytewise`).
 """
 
 from __future__ import annotations
@@ -38,6 +36,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 from sqlalchemy import (
@@ -60,6 +59,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 
+from turret.access import DEFAULT, OPERATOR, Access
 from turret.disk import describe_error
 from turret.errors import StoreError
 from turret.json_types import JsonMapping
@@ -67,7 +67,8 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-SCHEMA = "0006"  # the newest file in migrations/versions, as a test checks
+SCHEMA = "0007"  # the newest file in migrations/versions, as a test checks
+ACCESS = "turret_access"  # the execution option of a connection with its `Access`
 
 metadata = MetaData(
     naming_convention={
@@ -88,9 +89,11 @@ adapters = Table(
     "adapters",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("name", bytewise(100), nullable=False, unique=True),
+    Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT),
+    Column("name", bytewise(100), nullable=False),
     Column("last_number", Integer, nullable=False),
     Column("created", String(32), nullable=False),
+    UniqueConstraint("tenant", "name"),
 )
 versions = Table(
     "versions",
@@ -183,18 +186,26 @@ replays = Table(
     Column("total", Integer, nullable=False),
     Column("first", JSON),
     Column("replayed", String(32), nullable=False),
+    Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT),
 )
 tokens = Table(
     "tokens",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("name", String(100), nullable=False, unique=True),
+    Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT),
+    Column("name", String(100), nullable=False),
     Column("hash", String(80), nullable=False, unique=True),
     Column("scopes", JSON, nullable=False),
     Column("created", String(32), nullable=False),
     Column("revoked", String(32)),
     Column("requests_per_minute", Integer),
     Column("tokens_per_minute", Integer),
+    Column("adapters", JSON),
+    Column("bases", JSON),
+    Column("expires", String(32)),
+    Column("former_hash", String(80)),
+    Column("former_until", String(32)),
+    UniqueConstraint("tenant", "name"),
 )
 runs = Table(
     "runs",
@@ -208,6 +219,7 @@ runs = Table(
     Column("ended", String(32)),
     Column("error", Text),
     Column("result", JSON),
+    Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT),
 )
 experiments = Table(
     "experiments",
@@ -300,7 +312,7 @@ class Database:
     def __init__(
         self, where: Path | Location, *, read_only: bool = False, alone: bool = False, server: Postgres | None = None
     ) -> None:
-        self._where = where
+        self._where, self.access = where, OPERATOR
         self._server = server or _server(where, read_only=read_only, alone=alone)
         with plain_errors(where):
             self._migrate()
@@ -328,7 +340,13 @@ class Database:
     def reading(self) -> Iterator[Connection]:
         """A connection to one snapshot of the database."""
         with plain_errors(self._where), self._server.transaction(writes=False) as connection:
-            yield connection
+            yield connection.execution_options(**{ACCESS: self.access})
+
+    def seen_by(self, access: Access) -> Database:
+        """The same database, whose connections see what this access sees."""
+        other = copy(self)
+        other.access = access
+        return other
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -338,7 +356,7 @@ class Database:
                 f"store {self._server.store} is read-only here: give write permission, or use another --store"
             )
         with plain_errors(self._where), self._server.transaction(writes=True) as connection:
-            yield connection
+            yield connection.execution_options(**{ACCESS: self.access})
 
     def identity(self) -> str | None:
         """The id of this catalog, which no other catalog has.

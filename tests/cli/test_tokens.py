@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
+from turret.access import Access
 from turret.cli.main import run
 from turret.store import Store
 from turret.store.access_tokens import which
@@ -41,7 +43,8 @@ def test_scopes_and_quotas_are_kept_and_listed_for_machines(store, capsys) -> No
     assert run(["token", "list", "--store", store, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {"store": store, "tokens": [made]}
-    assert set(made) == {"name", "scopes", "created", "revoked", "requests_per_minute", "tokens_per_minute"}
+    keys = {"name", "scopes", "created", "revoked", "requests_per_minute", "tokens_per_minute"}
+    assert set(made) == keys | {"tenant", "adapters", "bases", "expires", "former_until"}
     assert (made["scopes"], made["requests_per_minute"], made["tokens_per_minute"]) == (["infer", "admin"], 60, 9000)
 
 
@@ -60,3 +63,34 @@ def test_what_is_said_wrongly_is_status_2(store, capsys) -> None:
     assert run(["token", "create", "x", "--scope", "root", "--store", store]) == 2
     assert run(["token", "list", "--store", store]) == 0
     assert "no token" in capsys.readouterr().out
+
+
+def test_a_token_of_a_tenant_has_its_adapters_bases_and_end(store, capsys) -> None:
+    more = ["--adapters", "legal-*", "--adapters", "tax", "--base", "org/base", "--expires", "90d", "--json"]
+    assert run(["token", "create", "bot", "--tenant", "legal", *more, "--store", store]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["tenant"], made["adapters"], made["bases"]) == ("legal", ["legal-*", "tax"], ["org/base"])
+    assert made["expires"] > made["created"]
+    assert run(["token", "list", "--store", store, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == []
+    assert run(["--tenant=legal", "token", "list", "--store", store]) == 0
+    assert "legal-* tax" in capsys.readouterr().out
+    assert "TURRET_TENANT" not in os.environ
+    assert run(["token", "create", "x", "--adapters", "a*b", "--store", store]) == 2
+    assert run(["token", "create", "x", "--expires", "soon", "--store", store]) == 2
+    assert run(["token", "list", "--tenant", "No Body", "--store", store]) == 2
+    assert "bad tenant 'No Body'" in capsys.readouterr().err
+
+
+def test_a_rotation_prints_the_new_secret_and_says_until_when_the_one_before_lives(store, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("TURRET_TENANT", "legal")
+    assert run(["token", "create", "bot", "--store", store]) == 0
+    first = capsys.readouterr().out.strip()
+    assert run(["token", "rotate", "bot", "--overlap", "12h", "--store", store]) == 0
+    out, err = capsys.readouterr()
+    assert "valid until 20" in err
+    known = Store(store, Access("legal")).tokens.list()
+    assert which(known, first) == which(known, out.strip()) == known[0]
+    assert run(["token", "rotate", "bot", "--overlap", "0", "--store", store]) == 0
+    assert "not valid any more" in capsys.readouterr().err
+    assert run(["token", "rotate", "nobody", "--store", store]) == 1

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from turret.access import Access
 from turret.engine import Done, Event, Failed, Named, Piece, Receipt
 from turret.engine import Options as EngineOptions
 from turret.errors import AdapterError, Busy, Cancelled, DeadlineExceeded, Draining, NotFound, WrongBase
@@ -37,7 +38,7 @@ class Options(EngineOptions):
 class Stats:
     queue_length: int
     loads: int
-    versions: dict[str, int]
+    versions: dict[str, Any]
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Loaded:
     bytes: int
     pinned: bool = False
     requests: int = 0
+    tenant: str = ""
 
 
 def words(digest: str | None, text: Any, options: Options | None = None) -> list[str]:
@@ -199,7 +201,7 @@ class Echo:
             named = self._resolve(adapter)
             receipt = Receipt(receipt.id, named.name, named.number, named.digest, FINGERPRINT)
             with self._lock:
-                if named.digest not in self._slots:
+                if named.key not in self._slots:
                     self.cold.append(str(named))
             self._load(named).requests += 1
         ticket = Ticket(self, receipt, kind, text, options, deadline)
@@ -219,12 +221,12 @@ class Echo:
     def unload(self, reference: str) -> None:
         named = self._resolve(reference)
         with self._lock:
-            if self._slots.pop(named.digest, None) is None:
+            if self._slots.pop(named.key, None) is None:
                 raise NotFound(f"{named} is not in memory")
 
     def unpin(self, reference: str) -> None:
         with self._lock:
-            if (found := self._slots.get(self._resolve(reference).digest)) is not None:
+            if (found := self._slots.get(self._resolve(reference).key)) is not None:
                 found.pinned = False
 
     def loaded(self) -> Sequence[Loaded]:
@@ -233,7 +235,7 @@ class Echo:
 
     def stats(self) -> Stats:
         with self._lock:
-            return Stats(queue_length=len(self._tickets), loads=len(self.loads), versions={"a": 1})
+            return Stats(queue_length=len(self._tickets), loads=len(self.loads), versions={})
 
     def drain(self, timeout: float) -> bool:
         self._draining = True
@@ -258,23 +260,25 @@ class Echo:
     # --- internals --------------------------------------------------------------------------------------------------
 
     def _resolve(self, reference: str) -> Named:
-        found = self.store.resolve(reference)
+        tenant, _, own = reference.rpartition("/")
+        found = (self.store.seen_by(Access(tenant)) if tenant else self.store).resolve(own)
         if (found.manifest.get("base") or {}).get("fingerprint") != FINGERPRINT:
             raise WrongBase(f"{found} was trained on another base: start that one")
-        return Named(found.name, found.number, found.digest, found.bytes)
+        return Named(found.name, found.number, found.digest, found.bytes, tenant)
 
     def _load(self, named: Named) -> Loaded:
         with self._lock:
-            if named.digest in self._slots:
-                self._slots.move_to_end(named.digest)
-                return self._slots[named.digest]
+            if named.key in self._slots:
+                self._slots.move_to_end(named.key)
+                return self._slots[named.key]
         if self.load_seconds:
             time.sleep(self.load_seconds)
         if str(named) in self.broken:
             raise AdapterError(f"{named} cannot be mounted: /secret/place/adapter.safetensors has no rank")
         with self._lock:
             self.loads.append(str(named))
-            made = self._slots.setdefault(named.digest, Loaded(str(named), named.digest, named.bytes))
+            loaded = Loaded(str(named), named.digest, named.bytes, tenant=named.tenant)
+            made = self._slots.setdefault(named.key, loaded)
             while len(self._slots) > self.slots:
                 oldest = next(key for key, each in self._slots.items() if not each.pinned)
                 del self._slots[oldest]

@@ -25,7 +25,8 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import StaticPool, create_engine, select, update
 
-from turret.database import files, metadata, uploads
+from turret.access import OPERATOR
+from turret.database import ACCESS, files, metadata, uploads
 from turret.errors import Corrupt
 from turret.reference import Reference
 from turret.store import catalog
@@ -57,7 +58,7 @@ class InMemory:
     def __init__(self) -> None:
         self._engine = create_engine("sqlite://", poolclass=StaticPool)
         metadata.create_all(self._engine)
-        self.reading = self.writing = self._engine.begin
+        self.reading = self.writing = self._engine.execution_options(**{ACCESS: OPERATOR}).begin
 
     def close(self) -> None:
         self._engine.dispose()

@@ -15,6 +15,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 import turret
+from turret.access import DEFAULT, check_tenant
 from turret.cli import (
     aliases,
     answers,
@@ -85,8 +86,12 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    tenant: Annotated[
+        str,
+        typer.Option("--tenant", envvar="TURRET_TENANT", help="Work as this tenant; before or after the command."),
+    ] = DEFAULT,
 ) -> None:
-    pass
+    os.environ["TURRET_TENANT"] = check_tenant(tenant)  # for `Workspace`, here and in processes that this one starts
 
 
 def main() -> None:
@@ -101,6 +106,33 @@ def main() -> None:
 
 def run(arguments: Sequence[str], commands: typer.Typer = app) -> int:
     """Run one command. Prints errors, and returns the exit status."""
+    before = os.environ.get("TURRET_TENANT")
+    try:
+        return _run(tenant_first(arguments) if commands is app else list(arguments), commands)
+    finally:
+        os.environ.pop("TURRET_TENANT", None)
+        if before is not None:
+            os.environ["TURRET_TENANT"] = before
+
+
+def tenant_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--tenant T` in front, where it is an option of every command."""
+    first: list[str] = []
+    rest: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        each = waiting.pop(0)
+        if each == "--":
+            return [*first, *rest, each, *waiting]
+        if each == "--tenant":
+            first += [each, *waiting[:1]]
+            waiting = waiting[1:]
+        else:
+            (first if each.startswith("--tenant=") else rest).append(each)
+    return first + rest
+
+
+def _run(arguments: Sequence[str], commands: typer.Typer) -> int:
     try:
         status = commands(list(arguments), prog_name="turret", standalone_mode=False)
         sys.stdout.flush()

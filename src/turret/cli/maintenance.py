@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from turret.access import DEFAULT, Access
 from turret.cli import options
 from turret.cli.output import console, counted, emit, rows, safe, size
 
@@ -15,13 +16,18 @@ def verify(
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Hash and open all stored files again.
+    """Hash and open all stored files again: of the tenant, or as `default` of every tenant.
 
     Prints a line per problem, with exit status 1. Files that no version lists are only counted.
     """
     from turret.workspace import Workspace
 
-    found = Workspace(store).verify(reference)
+    workspace = Workspace(store)
+    found = workspace.verify(reference)
+    if reference is None and workspace.store.access.operates:
+        for tenant in workspace.store.tenants():
+            if tenant != DEFAULT:
+                found = found.and_of(tenant, workspace.seen_by(Access(tenant)).verify())
     if as_json:
         emit({"store": str(store), **found.as_json()})
     else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from turret.access import Access
 from turret.cli import options
 from turret.cli.output import console, emit, safe, status
 from turret.errors import ServeRefused
@@ -91,7 +92,7 @@ def _serve(
     from turret.server.run import bind, run
     from turret.server.state import ServerState
 
-    Guard(settings.host, workspace.tokens.list())  # refuses before the base is loaded
+    Guard(settings.host, workspace.tokens.of_all_tenants())  # refuses before the base is loaded
     with bind(settings.host, settings.port) as listening:
         with status() as show:
             engine = workspace.engine(
@@ -117,8 +118,9 @@ def _announce(url: str, base: str, device: str, as_json: bool) -> None:
 
 
 def only_base(workspace: Workspace) -> str:
-    """The base of all adapters in the store. Raises ServeRefused if they have several."""
-    found = sorted({str(each.part("base").get("id")) for each in workspace.list()})
+    """The base of all adapters in the store, of every tenant. Raises ServeRefused if they have several."""
+    tenants = [workspace.seen_by(Access(tenant)) for tenant in workspace.store.tenants()]
+    found = sorted({str(each.part("base").get("id")) for tenant in tenants for each in tenant.list()})
     if len(found) == 1:
         return found[0]
     what = f"adapters of {', '.join(found[:5])}" if found else "no adapter"

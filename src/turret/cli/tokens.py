@@ -1,4 +1,4 @@
-"""`turret token create`, `list` and `revoke`: the access tokens of servers of this store."""
+"""`turret token create`, `list`, `rotate` and `revoke`: the access tokens of servers of this store."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from turret.access import ANY
 from turret.cli import options
 from turret.cli.output import columns, console, emit, report, safe
 
 if TYPE_CHECKING:
-    from turret.store.access_tokens import Scope
+    from turret.store.access_tokens import AccessToken, Scope
 
-token = typer.Typer(help="Access tokens for servers of this store.", no_args_is_help=True, rich_markup_mode=None)
+token = typer.Typer(
+    help="Access tokens for servers of this store; with --tenant T those of a tenant.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 Name = Annotated[str, typer.Argument(help="Name of the token.", show_default=False)]
 
 
@@ -22,43 +27,66 @@ def create(
     scope: Annotated[list[str], typer.Option("--scope", help="infer or admin; repeatable.")] = ["infer"],  # noqa: B006
     requests: Annotated[int | None, typer.Option("--requests-per-minute", help="Quota; default: none.")] = None,
     tokens: Annotated[int | None, typer.Option("--tokens-per-minute", help="Quota; default: none.")] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapters", metavar="PATTERN", help="Only adapters of this name, or 'legal-*'; repeatable."),
+    ] = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option("--base", metavar="PATTERN", help="Only this base and its adapters; repeatable."),
+    ] = None,
+    expires: Annotated[str | None, typer.Option("--expires", help="Such as 90d or 12h; default: never.")] = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """Make a token and print it.
+    """Make a token of the tenant (--tenant T) and print it.
 
     The store keeps only its hash, so it cannot be shown again.
     """
+    from turret.experiments.experiment import read_duration
     from turret.workspace import Workspace
 
     scopes = cast("list[Scope]", scope)  # `create` checks them
     access, secret = Workspace(store).tokens.create(
-        name, scopes, requests_per_minute=requests, tokens_per_minute=tokens
+        name,
+        scopes,
+        requests_per_minute=requests,
+        tokens_per_minute=tokens,
+        adapters=adapters or ANY,
+        bases=base or ANY,
+        lifetime=None if expires is None else read_duration(expires),
     )
+    _print_secret(access, secret, f"{access.name} of tenant {access.tenant} may {' and '.join(access.scopes)}", as_json)
+
+
+def _print_secret(access: AccessToken, secret: str, text: str, as_json: bool) -> None:
     if as_json:
         emit({**access.as_json(), "token": secret})
     else:
-        console(stderr=True).print(f"{safe(name)} may {' and '.join(access.scopes)}; the token is shown once:")
+        console(stderr=True).print(f"{safe(text)}; the token is shown once:")
         console().print(secret)
 
 
 @token.command("list")
 def list_(store: options.Store = options.STORE, as_json: options.Json = False) -> None:
-    """List all tokens with their scopes and quotas."""
+    """List all tokens of the tenant with their scopes, adapters and quotas."""
     from turret.workspace import Workspace
 
     found = Workspace(store).tokens.list()
     if as_json:
         emit({"store": str(store), "tokens": [each.as_json() for each in found]})
     elif found:
-        heads = ("token", "scopes", "requests/min", "tokens/min", "created", "revoked")
+        heads = ("token", "scopes", "adapters", "bases", "requests/min", "tokens/min", "created", "expires", "revoked")
         rows = [
             (
                 f"[bold]{safe(each.name)}[/]",
                 safe(" ".join(each.scopes)),
+                safe(" ".join(each.adapters)),
+                safe(" ".join(each.bases)),
                 safe(each.requests_per_minute or "-"),
                 safe(each.tokens_per_minute or "-"),
                 safe(each.created),
+                safe(each.expires or "-"),
                 safe(each.revoked or "-"),
             )
             for each in found
@@ -66,6 +94,25 @@ def list_(store: options.Store = options.STORE, as_json: options.Json = False) -
         console().print(columns(heads, rows, right=("requests/min", "tokens/min")))
     else:
         console().print("no token: a server of this store answers on loopback only; turret token create NAME makes one")
+
+
+@token.command()
+def rotate(
+    name: Name,
+    overlap: Annotated[str, typer.Option("--overlap", help="For how long the secret so far stays valid.")] = "1d",
+    store: options.Store = options.STORE,
+    as_json: options.Json = False,
+) -> None:
+    """Give a token a new secret, and print it.
+
+    Running servers know it within a second. The secret so far stays valid for the overlap; --overlap 0 ends it now.
+    """
+    from turret.experiments.experiment import read_duration
+    from turret.workspace import Workspace
+
+    access, secret = Workspace(store).tokens.rotate(name, read_duration(overlap))
+    until = f"valid until {access.former_until}" if access.former_until else "not valid any more"
+    _print_secret(access, secret, f"{access.name} has a new secret, and the one so far is {until}", as_json)
 
 
 @token.command()

@@ -85,8 +85,8 @@ class AdapterLoader:
         self._loaded: deque[_Loading] = deque()
         self._evicted: list[int] = []  # slots to unmount before the next pass
         self._released = False
-        self._names: dict[str, Named] = {}  # by digest, as last requested
-        self._times: dict[str, float] = {}  # by digest, of the last use
+        self._names: dict[str, Named] = {}  # by key, as last requested
+        self._times: dict[str, float] = {}  # by key, of the last use
         self.loads = self.failed_loads = 0
 
     # --- needs --------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class AdapterLoader:
 
     def entry(self, named: Named) -> Entry:
         """The slot of a version. Raises NotFound if it is not mounted."""
-        entry = self._slots.find(named.digest)
+        entry = self._slots.find(named.key)
         if entry is None or not entry.ready:
             raise NotFound(f"{named} is not loaded here: see `loaded()`")
         return entry
@@ -137,7 +137,8 @@ class AdapterLoader:
         return [
             LoadedAdapter(
                 version=str(self._names[entry.digest]),
-                digest=entry.digest,
+                digest=self._names[entry.digest].digest,
+                tenant=self._names[entry.digest].tenant,
                 slot=entry.slot,
                 bytes=entry.bytes,
                 pinned=entry.pinned,
@@ -208,20 +209,20 @@ class AdapterLoader:
     def _hold(self, need: Need) -> Entry | None:
         """The slot of the need's adapter, held for it; starts the load if needed. None while no slot is free."""
         named = _named(need)
-        entry = self._slots.find(named.digest)
+        entry = self._slots.find(named.key)
         if entry is None:
-            entry, evicted = self._slots.open(named.digest, named.bytes)
+            entry, evicted = self._slots.open(named.key, named.bytes)
             for each in evicted:
                 self._evict(each)
             if entry is None:
                 return None
-            loading = self._loading[named.digest] = _Loading(named, entry)
+            loading = self._loading[named.key] = _Loading(named, entry)
             self._executor.submit(self._load, loading)
             self._wake.notify_all()  # the engine's thread wakes its helper threads meanwhile
         self._slots.hold(entry)
         need.entry = entry
         if not entry.ready:
-            self._loading[named.digest].needs.append(need)
+            self._loading[named.key].needs.append(need)
         return entry
 
     def _load(self, loading: _Loading) -> None:
@@ -285,8 +286,8 @@ class AdapterLoader:
         self._times.pop(entry.digest, None)
 
     def _touch(self, named: Named) -> None:
-        self._names[named.digest] = named
-        self._times[named.digest] = self._clock()
+        self._names[named.key] = named
+        self._times[named.key] = self._clock()
 
 
 def _named(need: Need) -> Named:

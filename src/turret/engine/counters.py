@@ -66,5 +66,5 @@ class Counters:
         )
 
     def versions(self) -> Mapping[str, VersionStats]:
-        """The counts of each version, by digest; "" is the bare base."""
+        """The counts of each version, by key; "" is the bare base."""
         return dict(self._versions)

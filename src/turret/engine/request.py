@@ -68,12 +68,21 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class Named:
-    """The version that a reference named when it was resolved. The digest identifies it, not the name."""
+    """The version that a reference named when it was resolved. The digest identifies it, not the name.
+
+    Two tenants with the same bytes have two versions: neither sees in the time of an answer that the other has them.
+    """
 
     name: str
     number: int
     digest: str
     bytes: int  # of the bundle: the memory reserved before it is loaded
+    tenant: str = ""  # whose it is; empty: of the tenant that the engine was started for
+
+    @property
+    def key(self) -> str:
+        """What it is kept under in memory."""
+        return f"{self.tenant}/{self.digest}" if self.tenant else self.digest
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
@@ -349,8 +358,8 @@ class Request:
 
     @property
     def flow(self) -> str:
-        """The digest of its adapter, "" for the bare base: the scheduler takes turns between these."""
-        return self.named.digest if self.named else ""
+        """The key of its adapter, "" for the bare base: the scheduler takes turns between these."""
+        return self.named.key if self.named else ""
 
     def end_of_time(self, now: float) -> Cancelled | DeadlineExceeded | None:
         """The error of a cancelled or late request, or None."""
@@ -375,6 +384,7 @@ class LoadedAdapter:
     pinned: bool
     last_used: float  # on the engine's clock
     requests: int  # that need it now
+    tenant: str = ""  # as of `Named`
 
 
 @dataclass(frozen=True)
@@ -407,4 +417,4 @@ class Stats:
     evictions: int
     adapters: int
     adapter_bytes: int
-    versions: Mapping[str, VersionStats]  # by digest, "" for the bare base
+    versions: Mapping[str, VersionStats]  # by `Named.key`, "" for the bare base

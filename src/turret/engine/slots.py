@@ -15,7 +15,7 @@ from turret.errors import NoRoom
 class Entry:
     """A slot with an adapter in it."""
 
-    digest: str
+    digest: str  # with its tenant: `Named.key`
     slot: int
     bytes: int
     ready: bool = False
@@ -115,8 +115,9 @@ class Slots:
         taken = sum(each.bytes for each in pinned)
         if self.memory is not None and size + taken > self.memory:
             part = f", of which pinned adapters take {taken:,}" if taken else ""
+            name = digest.rpartition("/")[2][:19]  # without its tenant
             raise NoRoom(
-                f"adapter {digest[:19]} takes {size:,} bytes and the limit of memory is {self.memory:,}{part}: "
+                f"adapter {name} takes {size:,} bytes and the limit of memory is {self.memory:,}{part}: "
                 "raise the limit, or unpin"
             )
         if len(pinned) >= self.count:

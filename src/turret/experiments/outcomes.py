@@ -21,11 +21,12 @@ from typing import Literal, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, exists, func, insert, select
 
-from turret.database import assignments, outcomes
+from turret.database import assignments, experiments, outcomes
 from turret.errors import BadExperiment
 from turret.experiments import assign, rows
 from turret.experiments.experiment import Experiment, lasting, seconds_between
 from turret.json_types import JsonObject, JsonValue
+from turret.visibility import seen_experiments
 
 Status = Literal["counted", "noted", "repeated", "unknown", "late", "refused"]
 LONGEST_RECEIPT = 100
@@ -241,7 +242,8 @@ def _answer(
 ) -> _Answer | Recorded:
     """The logged answer with this receipt, or the last one to this unit."""
     if receipt is not None:
-        query = _ANSWERS.where(assignments.c.receipt == receipt)
+        query = _ANSWERS.join(experiments, assignments.c.experiment_id == experiments.c.id)
+        query = query.where(assignments.c.receipt == receipt, seen_experiments(connection))
         row = connection.execute(query).first() if _is_receipt(receipt) else None
         if row is None:
             return Recorded(

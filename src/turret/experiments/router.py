@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
+from turret.access import Access
 from turret.database import Database
 from turret.errors import BadExperiment, BadReference, NotFound, StoreError
 from turret.experiments import arm_health, assign, outcomes, rows
@@ -26,6 +27,7 @@ from turret.experiments.experiment import Experiment, timestamp
 from turret.experiments.outcomes import Recorded, Seen, check_receipt
 from turret.json_types import JsonValue
 from turret.reference import check_name
+from turret.visibility import see_as
 
 REFRESH = 1.0  # seconds between two reads, and between two writes of the log
 MOST_KEPT = 100_000  # unwritten answers, while the store cannot be reached
@@ -139,10 +141,16 @@ class Router:
         with self._written() as connection:
             return self._record(connection, told)
 
-    def outcomes(self, told: Sequence[Told]) -> list[Recorded]:
-        """Record many outcomes in one transaction; one for a name without an experiment is `unknown`."""
+    def outcomes(self, told: Sequence[Told], access: Access | None = None) -> list[Recorded]:
+        """Record many outcomes in one transaction; one for a name without an experiment is `unknown`.
+
+        Args:
+            access: of who reports them, of the store's tenant; None: all that the tenant has.
+        """
         found: list[Recorded] = []
         with self._written() as connection:
+            if access is not None:
+                see_as(connection, access)
             for each in told:
                 try:
                     found.append(self._record(connection, each))

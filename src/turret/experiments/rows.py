@@ -17,6 +17,7 @@ from turret.errors import Corrupt, ExperimentError, NotFound
 from turret.experiments import assign
 from turret.experiments.experiment import CONTROL, Arm, Experiment, Guards, Metric, shares
 from turret.json_types import JsonMapping
+from turret.visibility import seen_adapters
 
 RUNNING, ENDED = "running", "ended"
 
@@ -40,7 +41,7 @@ def begin(connection: Connection, settings: Experiment, split: float | Mapping[s
     Raises:
         ExperimentError: another experiment of the name is running.
     """
-    found = select(adapters.c.id).where(adapters.c.name == settings.adapter)
+    found = select(adapters.c.id).where(adapters.c.name == settings.adapter, seen_adapters(connection))
     adapter_id = int(connection.execute(found).scalar_one())
     if current := running(connection, settings.adapter):
         raise ExperimentError(
@@ -223,7 +224,7 @@ def _select(connection: Connection, condition: ColumnElement[bool]) -> list[Expe
         .join(adapters, experiments.c.adapter_id == adapters.c.id)
         .join(newest, newest.c.experiment_id == experiments.c.id)
         .join(experiment_splits, same)
-        .where(condition)
+        .where(condition, seen_adapters(connection))
         .order_by(adapters.c.name, experiments.c.number)
     )
     return [_read(row) for row in connection.execute(query).mappings().all()]

@@ -35,7 +35,7 @@ async def status(state: State) -> schemas.Status:
         ready=state.ready,
         draining=state.load.draining,
         in_flight=state.load.requests,
-        engine=plain(asdict(state.engine.stats())),
+        engine=plain(asdict(state.engine.stats())) if state.access.operates else None,
     )
 
 
@@ -70,7 +70,10 @@ async def show_adapter(reference: Ref, state: State) -> JsonObject:
 @control.get("/api/loaded")
 async def list_loaded(state: State) -> schemas.LoadedList:
     """The versions in memory."""
-    return schemas.LoadedList(loaded=[plain(asdict(each)) for each in state.engine.loaded()])
+    loaded = [asdict(each) for each in state.engine.loaded()]
+    return schemas.LoadedList(
+        loaded=[plain({key: value for key, value in each.items() if key != "tenant"}) for each in loaded]
+    )
 
 
 @control.post("/api/adapters/{reference}/load")

@@ -192,4 +192,4 @@ class Status(BaseModel):
     ready: bool
     draining: bool
     in_flight: int
-    engine: JsonObject
+    engine: JsonObject | None = Field(description="The whole engine's figures; null but for the tenant default.")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from turret.access import DEFAULT, NOBODY, OPERATOR, Access
 from turret.errors import Forbidden, ServeRefused, TurretError, Unauthorized
 from turret.server.error_responses import send_error
 from turret.server.limits import OPEN
@@ -20,7 +21,8 @@ from turret.server.paths import INFER_PAGES, UNSIGNED, first, is_page
 from turret.server.quotas import Quota
 from turret.server.sessions import Sessions, session_of
 from turret.store import AccessToken, acting
-from turret.store.access_tokens import SCOPES, which
+from turret.store.access_tokens import SCOPES, hashed, which
+from turret.store.catalog import now
 
 LONGEST = 256  # characters of a token
 READS = ("GET", "HEAD", "OPTIONS")
@@ -36,10 +38,17 @@ class Caller:
     quota: Quota = field(default_factory=Quota)
     scopes: tuple[str, ...] = ()
     session: str | None = None  # of a page
+    access: Access = NOBODY  # what exists for the sender
+
+    @property
+    def tenant(self) -> str | None:
+        """Its tenant; None for `default`, and without one."""
+        return None if self.access.tenant in ("", DEFAULT) else self.access.tenant
 
     @property
     def key(self) -> str:
-        return f"token {self.name}"
+        """The token, as no other tenant has it."""
+        return f"token {self.name}" if self.tenant is None else f"token {self.tenant}/{self.name}"
 
 
 def is_loopback(host: str) -> bool:
@@ -55,12 +64,21 @@ def is_loopback(host: str) -> bool:
 class Guard:
     """The tokens of the store, and what each may do.
 
+    Args:
+        tenant: Whose adapters an open server has.
+
     Raises:
         ServeRefused: If the store has no token and the host is not a loopback address.
     """
 
-    def __init__(self, host: str, tokens: Sequence[AccessToken], clock: Callable[[], float] = time.monotonic) -> None:
-        self.sessions = Sessions(clock)
+    def __init__(
+        self,
+        host: str,
+        tokens: Sequence[AccessToken],
+        clock: Callable[[], float] = time.monotonic,
+        tenant: Access = OPERATOR,
+    ) -> None:
+        self.sessions, self._tenant = Sessions(clock), tenant
         self._tokens: Sequence[AccessToken] = ()
         self._open = True
         self.set_tokens(tokens)
@@ -79,6 +97,10 @@ class Guard:
         self._tokens = [token for token in tokens if token.revoked is None]
         self._open = self._open and not tokens
 
+    def accesses(self) -> list[Access]:
+        """What the senders of requests may see."""
+        return [self._tenant, *(token.access for token in self._tokens)]
+
     def authorize(self, path: str, authorization: str | None, host: str | None) -> Caller:
         """The caller of a route of the API. Raises Unauthorized or Forbidden."""
         if self._open:
@@ -93,8 +115,8 @@ class Guard:
         """The caller of a page. Raises Unauthorized or Forbidden."""
         if self._open:
             return self._anyone(host)
-        token_hash = self.sessions.token_hash(session)
-        token = next((each for each in self._tokens if each.hash == token_hash), None)
+        token_hash, at = self.sessions.token_hash(session), now()
+        token = next((each for each in self._tokens if token_hash in each.hashes(at) and each.lives(at)), None)
         if token is None and first(path) not in UNSIGNED:
             raise Unauthorized("you are not signed in: sign in with a token of `turret token create`")
         if token is None:
@@ -105,12 +127,13 @@ class Guard:
 
     def sign_in(self, secret: str) -> str:
         """Open a session with a token. Raises Unauthorized."""
-        return self.sessions.begin(self._token(f"Bearer {secret}").hash)
+        self._token(f"Bearer {secret}")
+        return self.sessions.begin(hashed(secret.strip()))
 
     def _anyone(self, host: str | None) -> Caller:
         if host is not None and not is_loopback(_without_port(host)):
             raise Forbidden("a server without tokens answers to loopback names only: use 127.0.0.1, or make tokens")
-        return Caller(None, scopes=SCOPES)
+        return Caller(None, scopes=SCOPES, access=self._tenant)
 
     def _token(self, authorization: str | None) -> AccessToken:
         if authorization is None:
@@ -119,13 +142,16 @@ class Guard:
         if scheme.lower() != "bearer" or not secret.strip() or len(secret) > LONGEST:
             raise Unauthorized("the authorization cannot be read: expected Bearer TOKEN")
         token = which(self._tokens, secret.strip())
-        if token is None:
-            raise Unauthorized("the token is unknown or was revoked: make one with `turret token create NAME`")
+        if token is None or not token.lives(now()):
+            raise Unauthorized(
+                "the token is unknown, has expired or was revoked: make one with `turret token create NAME`"
+            )
         return token
 
 
 def _caller(token: AccessToken, session: str | None = None) -> Caller:
-    return Caller(token.name, Quota(token.requests_per_minute, token.tokens_per_minute), token.scopes, session)
+    quota = Quota(token.requests_per_minute, token.tokens_per_minute)
+    return Caller(token.name, quota, token.scopes, session, token.access)
 
 
 def check_origin(method: str, headers: Mapping[bytes, str], *, page: bool) -> None:

@@ -57,7 +57,7 @@ def prompt(state: ServerState, body: schemas.ChatRequest) -> Input:
     asked = conversation(body)
     if asked.characters > MOST_TEXT:
         raise BadRequest(f"the messages have {asked.characters} characters: expected at most {MOST_TEXT} in all")
-    if body.model != state.base_id:
+    if not state.is_base(body.model):
         return asked if asked.text is None else asked.text
     tokenizer = state.engine.base.tokenizer
     if asked.tools or any(turn.tool_calls or turn.role == "tool" for turn in asked.turns):

@@ -27,7 +27,7 @@ PREFIXES = ("cmpl-", "chatcmpl-", "classify-")  # of a receipt, in the id of a b
 async def tell(body: Annotated[schemas.Told, Body()], state: State) -> schemas.Outcomes:
     """Record the outcome of one answer, or of many. The response has the result of each, in the same order."""
     many = body if isinstance(body, list) else [body]
-    results = await state.recording(state.routing.router.outcomes, [_told(each) for each in many])
+    results = await state.recording(state.routing.router.outcomes, [_told(each) for each in many], state.access)
     for result in results:
         state.metrics.outcome(result.experiment, result.status)
     return schemas.Outcomes(

@@ -31,5 +31,5 @@ async def readyz(state: State) -> Response:
 
 @control.get("/metrics", response_class=PlainTextResponse)
 async def metrics(state: State) -> Response:
-    """Metrics for Prometheus."""
-    return Response(await state.control(state.metrics.text), media_type=CONTENT_TYPE)
+    """Metrics for Prometheus: of the tenant's adapters; for the tenant `default`, of the server too."""
+    return Response(await state.control(state.metrics.text, state.sees), media_type=CONTENT_TYPE)

@@ -100,6 +100,7 @@ class LogMiddleware:
         if scope["path"] in ("/healthz", "/readyz") and status == 200:
             return
         request_state = scope["state"]
+        caller = request_state.get("caller")
         self.observe(route, status, seconds)
         self.log.write(
             "request",
@@ -109,6 +110,7 @@ class LogMiddleware:
             route=route,
             status=status,
             seconds=round(seconds, 4),
-            token=getattr(request_state.get("caller"), "name", None),
+            token=getattr(caller, "name", None),
+            tenant=getattr(caller, "tenant", None),
             **request_state.get("log_fields", {}),
         )

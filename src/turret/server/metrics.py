@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from turret.json_types import JsonMapping
 
 MOST_VERSIONS = 200
+NO_ADAPTER = ("base", "other", "none")  # labels of answers of the bare base, of many adapters, of no experiment
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -32,6 +33,10 @@ class Traffic:
     tokens: int
     mean_seconds: float | None
     most_seconds: float | None  # upper bound for 95% of the requests: the bound of a histogram bucket
+
+
+def _every_name(name: str) -> bool:
+    return True
 
 
 class Metrics:
@@ -86,12 +91,15 @@ class Metrics:
         """An outcome, and its result."""
         self._outcomes.labels(self._label(experiment) if experiment else "none", status).inc()
 
-    def text(self) -> bytes:
-        return generate_latest(self._registry)
+    def text(self, sees: Callable[[str], bool] = _every_name) -> bytes:
+        """All metrics in Prometheus' format. sees: whether an adapter may be seen, by its name or version."""
+        seen = CollectorRegistry(auto_describe=False)
+        seen.register(_Seen(self._registry, sees))
+        return generate_latest(seen)
 
-    def traffic(self) -> Sequence[Traffic]:
-        """The traffic of each version, the busiest first."""
-        rows = [self._traffic(version) for version in sorted(self._versions)]
+    def traffic(self, sees: Callable[[str], bool] = _every_name) -> Sequence[Traffic]:
+        """The traffic of each version that may be seen, the busiest first."""
+        rows = [self._traffic(version) for version in sorted(self._versions) if sees(version)]
         return sorted((row for row in rows if row.requests), key=lambda row: -row.requests)
 
     def _traffic(self, version: str) -> Traffic:
@@ -128,6 +136,25 @@ class Metrics:
 
     def _histogram(self, name: str, help: str, *labels: str) -> Histogram:
         return Histogram(name, help, labels, buckets=SECONDS, registry=self._registry)
+
+
+class _Seen(Collector):
+    """The metrics of a registry, without the samples of adapters that may not be seen."""
+
+    def __init__(self, registry: CollectorRegistry, sees: Callable[[str], bool]) -> None:
+        self._registry, self._sees = registry, sees
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if self._is_seen(sample.labels)]
+            yield metric
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def _is_seen(self, labels: Mapping[str, str]) -> bool:
+        names = [labels[key].partition("#")[0] for key in ("adapter", "experiment") if key in labels]
+        return all(self._sees("" if name in NO_ADAPTER else name) for name in names)
 
 
 class _Gauges(Collector):

@@ -23,13 +23,14 @@ questions = router("infer")
 async def list_models(state: State) -> ModelList:
     """The base, and every adapter on it: by name, and by each of its aliases."""
     versions = await state.control(state.workspace.list)
-    return ModelList(data=[_base(state), *_adapters(state, versions)])
+    bases = [_base(state)] if state.is_base(state.base_id) else []
+    return ModelList(data=[*bases, *_adapters(state, versions)])
 
 
 @questions.get("/v1/models/{model:path}")
 async def show_model(model: Annotated[str, Path(min_length=1, max_length=200)], state: State) -> ModelCard:
     """The base, or one version of an adapter."""
-    if model == state.base_id:
+    if state.is_base(model):
         return _base(state)
     version = await state.control(state.workspace.resolve, state.aliases.exact(model))
     if not is_on_base(state, version):

@@ -1,4 +1,4 @@
-"""What all routes share: the server's state, the unit of a request, strict JSON bodies, descriptions of errors."""
+"""What all routes share: the server's state as its caller sees it, units, strict JSON bodies, schemas of errors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ ERRORS: dict[int | str, dict[str, type[Error] | str]] = {
 
 
 def _state(request: Request) -> ServerState:
+    """The server's state as the caller sees it. This is the one place where a route gets it from."""
     state: ServerState = request.app.state.server
-    return state
+    caller = getattr(request.state, "caller", None)
+    return state if caller is None else state.seen_by(caller.access)
 
 
 State = Annotated[ServerState, Depends(_state)]

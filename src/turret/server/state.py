@@ -1,5 +1,8 @@
 """Everything that routes need, in one object: the workspace, the engine, and what follows the store.
 
+`seen_by` gives the state as one access sees it: its workspace, engine, aliases, experiments and metrics have nothing of
+another tenant. Routes get no other state (`turret.server.routes`).
+
 Questions, the control plane and outcomes have threads of their own, so that many loads delay no answer.
 """
 
@@ -10,13 +13,14 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from copy import copy
 from dataclasses import asdict, dataclass, field
 
 from starlette.requests import Request
 
+from turret.access import DEFAULT, OPERATOR, Access
 from turret.engine import Options
 from turret.errors import Cancelled, NotFound, TurretError
-from turret.server.alias_watcher import AliasWatcher
 from turret.server.auth import Caller, Guard
 from turret.server.connections import ClientConnections, Network
 from turret.server.engine_protocol import EngineProtocol, Input, TicketProtocol, answering_version
@@ -25,8 +29,8 @@ from turret.server.logs import Log
 from turret.server.metrics import Metrics, numbers
 from turret.server.pending_answers import PendingAnswers, Submission
 from turret.server.quotas import Quota, Quotas
-from turret.server.routing import Placement, Routing
-from turret.server.shadows import Shadows
+from turret.server.routing import Placement
+from turret.server.tenants import Tenant, TenantEngine, each_tenant, in_memory
 from turret.server.thread_pool import ThreadPool
 from turret.tasks.task import RequestKind
 from turret.workspace import Workspace
@@ -35,6 +39,7 @@ POLL_SECONDS = 0.25
 TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads the store once a second
 SETTLE_SECONDS = 3.0  # between two evaluations of the guards of experiments
 MOST_PROMOTES = 4  # promotes that ask golden examples, running or waiting
+MOST_VIEWS = 1024  # of accesses that are kept
 RETRIES = 5  # of a request whose version is deleted while its inputs are submitted
 
 
@@ -68,36 +73,21 @@ class ServerState:
         log: Log | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.workspace, self.engine, self.options = workspace, engine, options
+        self.options = options
         self.settings = settings or ServerSettings()
         self.limits = limits = self.settings.limits
         self.log, self.clock = log or Log(), clock
         self.started_at, self.id = int(time.time()), secrets.token_hex(4)
         self.load = Load()
         self.clients = ClientConnections(limits.connections, limits.connections_per_client, self.settings.proxies)
-        self.guard = Guard(self.settings.host, workspace.tokens.list(), clock)
+        self.guard = Guard(self.settings.host, workspace.tokens.of_all_tenants(), clock, workspace.store.access)
         self.quotas = Quotas(clock)
-        self.metrics = Metrics(self._gauges)
-        base = engine.base.fingerprint
-        self.aliases = AliasWatcher(
-            workspace.store.last_move,
-            workspace.store.pointing,
-            engine.warm,
-            self.in_memory,
-            base=base,
-            alias=self.settings.alias,
-            clock=clock,
-        )
-        self.routing = Routing(workspace.router(), self.aliases, engine.warm, workspace.resolve, base=base, clock=clock)
-        self.shadows = Shadows(
-            engine,
-            self.routing,
-            self.metrics,
-            limit=limits.shadow_inputs,
-            seconds=limits.answer_seconds,
-            clock=clock,
-            log=self.log if self.settings.log_texts else None,
-        )
+        self._home, self._shared_engine = workspace, engine
+        self._tenants_lock = threading.Lock()
+        self.tenants: dict[str, Tenant] = {}
+        self._views: dict[Access, ServerState] = {}
+        self._use(self.tenant(DEFAULT), OPERATOR)
+        self._open_tenants()
         self._submitting = ThreadPool("ask", 8, 2 * limits.in_flight, "questions are being submitted", 1)
         self.parsing = ThreadPool("read", 1, limits.in_flight, "large bodies are being parsed", 1)
         self.control = ThreadPool("control", 4, limits.control_waiting, "control requests are waiting", 1)
@@ -112,6 +102,47 @@ class ServerState:
         """Seconds since 1970, for OpenAI's `created`."""
         return int(time.time())
 
+    # --- tenants ------------------------------------------------------------------------------------------------------
+
+    def seen_by(self, access: Access) -> ServerState:
+        """The state as this access sees it. What it does not see is not there."""
+        view = self._views.get(access)
+        if view is None:
+            view = copy(self)
+            view._use(self.tenant(access.tenant), access)
+            if len(self._views) >= MOST_VIEWS:
+                self._views.clear()
+            self._views[access] = view
+        return view
+
+    def tenant(self, name: str) -> Tenant:
+        """What this server keeps for a tenant, made when it is first asked for."""
+        with self._tenants_lock:
+            if name not in self.tenants:
+                self.tenants[name] = self._open_tenant(name)
+            return self.tenants[name]
+
+    def _open_tenant(self, name: str) -> Tenant:
+        home = self._home.store.access.tenant
+        workspace = self._home if name == home else self._home.seen_by(Access(name))
+        metrics = Metrics(self._gauges if name == DEFAULT else dict)
+        engine = TenantEngine(self._shared_engine, workspace, home)
+        log = self.log if self.settings.log_texts else None
+        return Tenant.open(workspace, engine, metrics, self.settings.alias, self.limits, self.clock, log)
+
+    def _use(self, tenant: Tenant, access: Access) -> None:
+        self.access, self.workspace, self.engine = access, tenant.workspace, tenant.engine
+        self.aliases, self.routing = tenant.aliases, tenant.routing
+        self.shadows, self.metrics = tenant.shadows, tenant.metrics
+        if not access.whole:
+            self.workspace = tenant.workspace.seen_by(access)
+            self.engine = TenantEngine(self._shared_engine, self.workspace, self._home.store.access.tenant)
+
+    def _open_tenants(self) -> None:
+        """Follow the store for every tenant that has a token."""
+        for access in self.guard.accesses():
+            self.tenant(access.tenant)
+
     # --- the base and its adapters ------------------------------------------------------------------------------------
 
     @property
@@ -120,8 +151,17 @@ class ServerState:
         id = self.engine.base.id
         return id.replace("\\", "/").rstrip("/").rpartition("/")[2] if id.startswith(("/", ".", "~")) else id
 
+    def is_base(self, model: str) -> bool:
+        """Whether a request for this model is for the bare base."""
+        return model == self.base_id and self.access.sees_base(self.engine.base.id)
+
+    def sees(self, reference: str) -> bool:
+        """Whether an adapter of this name on this base may be seen; of the empty name, the base itself."""
+        name = reference.partition("@")[0]
+        return self.access.sees_base(self.engine.base.id) and (not name or self.access.sees(name))
+
     def in_memory(self, digest: str) -> bool:
-        return any(each.digest == digest for each in self.engine.loaded())
+        return in_memory(self.engine, digest)
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
@@ -174,7 +214,7 @@ class ServerState:
         pending = PendingAnswers(await submit(), inputs, request, seconds, self.id, submit, started, self.clock)
         try:
             if name := pending.receipt.name:
-                self.quotas.admit(f"adapter {name}", f"adapter {name}", self.settings.per_adapter)
+                self.quotas.admit(self._adapter_key(name), f"adapter {name}", self.settings.per_adapter)
         except TurretError as error:
             pending.error = error
             pending.close()
@@ -190,12 +230,15 @@ class ServerState:
         self.metrics.answered(version, kind, inputs, unanswered, tokens, self.clock() - request.state.started)
         self.quotas.charge(caller.key, caller.quota, tokens)
         if pending.receipt.name:
-            self.quotas.charge(f"adapter {pending.receipt.name}", self.settings.per_adapter, tokens)
+            self.quotas.charge(self._adapter_key(pending.receipt.name), self.settings.per_adapter, tokens)
         fields = {"adapter": pending.model, "receipt": pending.id, "inputs": inputs, "tokens": tokens}
         if pending.placement is not None:
             self._count_placement(pending.placement, kind, pending)
             fields |= {"experiment": str(pending.placement.experiment), "arm": pending.placement.arm}
         request.state.log_fields = fields
+
+    def _adapter_key(self, name: str) -> str:
+        return f"adapter {name}" if self.access.tenant == DEFAULT else f"adapter {self.access.tenant}/{name}"
 
     def _count_placement(self, placement: Placement, kind: RequestKind, pending: PendingAnswers) -> None:
         if placement.assignment is None:
@@ -226,7 +269,10 @@ class ServerState:
     ) -> Submission:
         """Submit every input to the version of its unit's arm, or to the version of the reference."""
         started = self.clock()
-        placement = None if model == self.base_id else self.routing.place(model, unit, request.state.request_id)
+        is_base = self.is_base(model)
+        if not is_base and not self.access.whole:
+            self.workspace.resolve(model)  # raises NotFound before an experiment of its tenant answers
+        placement = None if is_base else self.routing.place(model, unit, request.state.request_id)
         arm = None if placement is None else placement.assignment
         if placement is not None:  # the response to an error names the arm too
             request.state.receipt = placement.headers | ({} if arm is None else _version_headers(arm.version))
@@ -249,7 +295,7 @@ class ServerState:
         """Submit every input to the version that accepted the first one; all or none."""
         for _ in range(RETRIES):
             tickets: list[TicketProtocol] = []
-            reference = None if model == self.base_id else model
+            reference = None if self.is_base(model) else model
             try:
                 for place, each in enumerate(inputs):
                     settings = None if options is None else options[place]
@@ -278,47 +324,54 @@ class ServerState:
     # --- following the store ------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Follow tokens, aliases and experiments once."""
+        """Follow tokens once, and the aliases and experiments of the tenant."""
         self._read_tokens()
-        self.aliases.poll()
-        self.routing.refresh()
+        self.tenant(self.access.tenant).refresh()
 
     @property
     def ready(self) -> bool:
         """Whether the versions to load in advance are loaded, or failed to load."""
-        return self.aliases.ready and self.routing.ready
+        return all(tenant.ready for tenant in self._all_tenants())
 
-    def _settle(self) -> None:
-        """Do what the guards of experiments ask."""
+    def _all_tenants(self) -> Sequence[Tenant]:
+        return list(self.tenants.values())
+
+    def _settle(self, tenant: Tenant | None = None) -> None:
+        """Do what the guards of a tenant's experiments ask. None: of the tenant of this state."""
+        tenant = tenant or self.tenant(self.access.tenant)
         with self._settle_lock:
-            done = [(str(each.experiment), line) for each in self.workspace.settle() for line in each.done]
+            done = [(str(each.experiment), line) for each in tenant.workspace.settle() for line in each.done]
         for experiment, line in done:
             self.log.write("experiment", experiment=experiment, done=line)
         if done:
-            self.refresh()
+            tenant.refresh()
 
     def _read_tokens(self) -> None:
-        self.guard.set_tokens(self.workspace.tokens.list())
+        self.guard.set_tokens(self._home.tokens.of_all_tenants())
+        self._open_tenants()
 
     def start(self) -> None:
         """Follow the store from now on, each part on its own thread, so that a load delays no revoked token."""
         for name, follow, seconds in (
-            ("turret-follow", self.aliases.poll, POLL_SECONDS),
+            ("turret-follow", self._each_tenant(lambda tenant: tenant.aliases.poll()), POLL_SECONDS),
             ("turret-tokens", self._read_tokens, POLL_SECONDS),
-            ("turret-arms", self.routing.prepare, POLL_SECONDS),
-            ("turret-turn", self.routing.turn, TURN_SECONDS),
-            ("turret-settle", self._settle, SETTLE_SECONDS),
+            ("turret-arms", self._each_tenant(lambda tenant: tenant.routing.prepare()), POLL_SECONDS),
+            ("turret-turn", self._each_tenant(lambda tenant: tenant.routing.turn()), TURN_SECONDS),
+            ("turret-settle", self._each_tenant(self._settle), SETTLE_SECONDS),
         ):
             thread = threading.Thread(target=self._repeat, args=[follow, seconds], name=name, daemon=True)
             self._followers.append(thread)
             thread.start()
+
+    def _each_tenant(self, follow: Callable[[Tenant], None]) -> Callable[[], None]:
+        return each_tenant(self._all_tenants, follow)
 
     def _repeat(self, follow: Callable[[], None], seconds: float) -> None:
         while not self._stopping.is_set():
             try:
                 follow()
             except Exception as error:  # the store may be back at the next try
-                self.aliases.failures += 1
+                self.tenants[DEFAULT].aliases.failures += 1
                 self._log_following(error)
             else:
                 self._log_following(None)
@@ -340,18 +393,20 @@ class ServerState:
         self._stopping.set()
         for each in self._followers:
             each.join(timeout=5)
-        self.shadows.close()
-        try:
-            self.routing.router.flush()
-        except TurretError as error:
-            message = f"the last log is lost: {error}"
-            self.log.write("experiments", "error", error=type(error).__name__, message=message)
+        for tenant in self._all_tenants():
+            tenant.shadows.close()
+            try:
+                tenant.routing.router.flush()
+            except TurretError as error:
+                message = f"the last log is lost: {error}"
+                self.log.write("experiments", "error", error=type(error).__name__, message=message)
         for pool in (self._submitting, self.parsing, self.control, self.promoting, self.recording):
             pool.close()
 
     # --- metrics ------------------------------------------------------------------------------------------------------
 
     def _gauges(self) -> dict[str, float]:
+        tenants = self._all_tenants()
         with suppress(TurretError):
             own = {
                 "in_flight": float(self.load.requests),
@@ -359,13 +414,13 @@ class ServerState:
                 "draining": float(self.load.draining),
                 "ready": float(self.ready),
                 "following": float(not self._failing),
-                "follow_failures": float(self.aliases.failures),
-                "follow_trouble": float(len(self.aliases.failed_moves)),
-                "experiments_away": float(self.routing.router.problem is not None),
-                "experiments_unlogged": float(self.routing.router.lost),
-                "shadow_inputs": float(self.shadows.inputs),
+                "follow_failures": float(sum(each.aliases.failures for each in tenants)),
+                "follow_trouble": float(sum(len(each.aliases.failed_moves) for each in tenants)),
+                "experiments_away": float(any(each.routing.router.problem is not None for each in tenants)),
+                "experiments_unlogged": float(sum(each.routing.router.lost for each in tenants)),
+                "shadow_inputs": float(sum(each.shadows.inputs for each in tenants)),
             }
-            return own | numbers("engine", asdict(self.engine.stats()))
+            return own | numbers("engine", asdict(self._shared_engine.stats()))
         return {}
 
 

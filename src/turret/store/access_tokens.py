@@ -1,7 +1,8 @@
 """Access tokens of a server: a row per token.
 
 A token is shown once, and only its SHA-256 is stored. It has 256 random bits, so a plain hash cannot be reversed by
-search.
+search. It belongs to a tenant, and its name is unique there. A rotation gives it a new secret; the one before stays
+valid for a while, so that clients can change over one after another.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, get_args
+from datetime import datetime, timedelta
+from typing import Any, Literal, get_args
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Select, insert, select, update
 
+from turret.access import ANY, DEFAULT, Access, check_patterns
 from turret.database import Database, tokens
 from turret.errors import BadReference, InUse, NotFound
-from turret.json_types import JsonObject
-from turret.store.catalog import now
+from turret.json_types import JsonMapping, JsonObject
+from turret.store.catalog import now, timestamp
+from turret.visibility import access_of
 
 Scope = Literal["infer", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "turret-"
+OVERLAP = 86400.0  # seconds for which the secret before a rotation stays valid
+LONGEST = 10 * 366 * 86400.0  # seconds of a lifetime or an overlap
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 
 
@@ -38,11 +44,32 @@ class AccessToken:
     requests_per_minute: int | None  # None: no quota
     tokens_per_minute: int | None
     hash: str = field(repr=False)
+    tenant: str = DEFAULT
+    adapters: tuple[str, ...] = ANY  # names or patterns
+    bases: tuple[str, ...] = ANY
+    expires: str | None = None
+    former_hash: str | None = field(default=None, repr=False)  # of the secret before the last rotation
+    former_until: str | None = None
+
+    @property
+    def access(self) -> Access:
+        """What the token sees."""
+        return Access(self.tenant, self.adapters, self.bases)
+
+    def lives(self, at: str) -> bool:
+        """Whether it was neither revoked nor has expired at this time."""
+        return self.revoked is None and (self.expires is None or at < self.expires)
+
+    def hashes(self, at: str) -> tuple[str, ...]:
+        """The hashes of its valid secrets at this time."""
+        former = self.former_hash if self.former_until is not None and at < self.former_until else None
+        return (self.hash,) if former is None else (self.hash, former)
 
     def as_json(self) -> JsonObject:
-        """The token as `turret token list --json` prints it, without the hash."""
-        fields = asdict(self) | {"scopes": list(self.scopes)}
-        del fields["hash"]
+        """The token as `turret token list --json` prints it, without the hashes."""
+        lists = {"scopes": list(self.scopes), "adapters": list(self.adapters), "bases": list(self.bases)}
+        fields = asdict(self) | lists
+        del fields["hash"], fields["former_hash"]
         return fields
 
 
@@ -52,19 +79,20 @@ def hashed(secret: str) -> str:
 
 
 def which(known: Iterable[AccessToken], secret: str) -> AccessToken | None:
-    """The known token with this secret, or None.
+    """The known token with this secret, or None. Says nothing of whether it lives.
 
     Compares with every token, each in constant time, so the duration reveals nothing.
     """
-    given, found = hashed(secret), None
+    given, found, at = hashed(secret), None, now()
     for token in known:
-        if hmac.compare_digest(token.hash, given):
-            found = token
+        for each in token.hashes(at):
+            if hmac.compare_digest(each, given):
+                found = token
     return found
 
 
 class AccessTokens:
-    """The tokens of a store.
+    """The tokens of a tenant.
 
     Args:
         open_: opens the database, or returns None if it does not exist.
@@ -82,10 +110,16 @@ class AccessTokens:
         *,
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
+        adapters: Sequence[str] = ANY,
+        bases: Sequence[str] = ANY,
+        lifetime: float | None = None,
     ) -> tuple[AccessToken, str]:
-        """Create a token.
+        """Create a token of the tenant.
 
         Args:
+            adapters: names or patterns such as `legal-*`.
+            bases: ids of bases, or patterns.
+            lifetime: seconds until it expires; None for no end.
             requests_per_minute: None for no quota.
             tokens_per_minute: None for no quota.
 
@@ -93,42 +127,85 @@ class AccessTokens:
             The stored token, and its secret, which cannot be shown again.
 
         Raises:
-            BadReference: a bad name, scope or quota.
+            BadReference: a bad name, scope, pattern, lifetime or quota.
             InUse: the name is or was taken.
         """
         _check(name, scopes, requests_per_minute, tokens_per_minute)
-        secret = PREFIX + secrets.token_urlsafe(32)
+        seen, seen_bases = check_patterns(adapters, bases)
+        secret, created = PREFIX + secrets.token_urlsafe(32), now()
         row = {
             "name": name,
             "hash": hashed(secret),
             "scopes": [scope for scope in SCOPES if scope in scopes],
-            "created": now(),
+            "created": created,
             "requests_per_minute": requests_per_minute,
             "tokens_per_minute": tokens_per_minute,
+            "adapters": list(seen),
+            "bases": list(seen_bases),
+            "expires": None if lifetime is None else _later(created, lifetime, "a lifetime"),
         }
         with self._open_or_create().writing() as connection:
             if any(token.name == name for token in _all(connection)):
                 raise InUse(f"a token {name!r} exists or existed: expected a new name, such as {name}-2")
-            connection.execute(insert(tokens).values(row))
+            connection.execute(insert(tokens).values(tenant=access_of(connection).tenant, **row))
             return next(token for token in _all(connection) if token.name == name), secret
 
     def list(self) -> Sequence[AccessToken]:
-        """All tokens by name, including revoked ones."""
+        """All tokens of the tenant by name, including revoked ones."""
         database = self._open()
         if database is None:
             return ()
         with database.reading() as connection:
             return _all(connection)
 
+    def of_all_tenants(self) -> Sequence[AccessToken]:
+        """The tokens of all tenants, including revoked ones: a server knows its callers by them."""
+        database = self._open()
+        if database is None:
+            return ()
+        with database.reading() as connection:
+            return _read(connection, _QUERY)
+
     def revoke(self, name: str) -> AccessToken:
         """Revoke a token; raises NotFound. Servers notice within a second. The name stays taken."""
+        return self._change(name, lambda token: {} if token.revoked else {"revoked": now()})
+
+    def rotate(self, name: str, overlap: float = OVERLAP) -> tuple[AccessToken, str]:
+        """Give a token a new secret. Running servers know it within a second.
+
+        Args:
+            overlap: seconds for which the secret so far stays valid. One before that ends now.
+
+        Returns:
+            The stored token, and its new secret, which cannot be shown again.
+
+        Raises:
+            NotFound: there is no such token.
+            InUse: it was revoked, or has expired.
+            BadReference: a bad overlap.
+        """
+        secret = PREFIX + secrets.token_urlsafe(32)
+
+        def renewed(token: AccessToken) -> JsonMapping:
+            at = now()
+            if not token.lives(at):
+                raise InUse(f"token {name!r} was revoked or has expired: make one with another name, such as {name}-2")
+            until = _later(at, overlap, "an overlap") if overlap else None
+            former = token.hash if overlap else None
+            return {"hash": hashed(secret), "former_hash": former, "former_until": until}
+
+        return self._change(name, renewed), secret
+
+    def _change(self, name: str, changed: Callable[[AccessToken], JsonMapping]) -> AccessToken:
+        """Change the columns that `changed` says; raises NotFound."""
         if all(token.name != name for token in self.list()):
             known = ", ".join(token.name for token in self.list()[:8]) or "none"
             raise NotFound(f"no token named {ascii(name)[:60]}: the store has {known}")
         with self._open_or_create().writing() as connection:
-            found = next(token for token in _all(connection) if token.name == name)
-            if found.revoked is None:
-                connection.execute(update(tokens).where(tokens.c.name == name).values(revoked=now()))
+            own = (tokens.c.tenant == access_of(connection).tenant) & (tokens.c.name == name)
+            values = changed(next(token for token in _all(connection) if token.name == name))
+            if values:
+                connection.execute(update(tokens).where(own).values(values))
             return next(token for token in _all(connection) if token.name == name)
 
 
@@ -143,7 +220,23 @@ def _check(name: str, scopes: Sequence[str], *quotas: int | None) -> None:
         raise BadReference("a quota must be at least 1 per minute: omit it for no quota")
 
 
+def _later(at: str, seconds: float, what: str) -> str:
+    if not 1 <= seconds <= LONGEST:
+        raise BadReference(f"{what} of {seconds:g} seconds: expected from 1 second to 10 years, such as 90d")
+    return timestamp(datetime.fromisoformat(at) + timedelta(seconds=seconds))
+
+
+_QUERY = select(*(column for column in tokens.c if column.name != "id")).order_by(tokens.c.tenant, tokens.c.name)
+
+
 def _all(connection: Connection) -> list[AccessToken]:
-    columns = [column for column in tokens.c if column.name != "id"]
-    rows = connection.execute(select(*columns).order_by(tokens.c.name))
-    return [AccessToken(**{**row._mapping, "scopes": tuple(row.scopes)}) for row in rows]
+    return _read(connection, _QUERY.where(tokens.c.tenant == access_of(connection).tenant))
+
+
+# Any: SQLAlchemy does not know the types of a table's columns.
+def _read(connection: Connection, query: Select[Any]) -> list[AccessToken]:
+    lists = ("scopes", "adapters", "bases")
+    return [
+        AccessToken(**{**row._mapping, **{each: tuple(row._mapping[each] or ANY) for each in lists}})
+        for row in connection.execute(query)
+    ]

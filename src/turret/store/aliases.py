@@ -22,6 +22,7 @@ from turret.json_types import JsonObject
 from turret.store import catalog
 from turret.store.catalog import Version, now, who
 from turret.store.golden import GoldenReplay
+from turret.visibility import access_of, seen_adapters, seen_versions
 
 Verb = Literal["promote", "rollback", "delete"]
 
@@ -137,9 +138,12 @@ def moves(connection: Connection, name: str) -> list[JsonObject]:
     query = (
         select(alias_history)
         .join(adapters, alias_history.c.adapter_id == adapters.c.id)
-        .where(adapters.c.name == name)
+        .where(adapters.c.name == name, seen_adapters(connection))
         .order_by(alias_history.c.id)
     )
+    if not access_of(connection).whole:
+        seen = select(versions.c.id).where(seen_versions(connection))
+        query = query.where(alias_history.c.version_id.is_(None) | alias_history.c.version_id.in_(seen))
     return [
         {
             "alias": row.alias,
@@ -171,13 +175,14 @@ def last_move(connection: Connection) -> int:
 
 
 def pointing(connection: Connection) -> list[Pointing]:
-    """All aliases of all names."""
+    """All aliases of all names that may be seen."""
     base = versions.c.manifest[("base", "fingerprint")].as_string()
     query = (
         select(adapters.c.name, aliases.c.alias, versions.c.number, versions.c.digest)
         .add_columns(base.label("base"), aliases.c.moved)
         .join(adapters, aliases.c.adapter_id == adapters.c.id)
         .join(versions, aliases.c.version_id == versions.c.id)
+        .where(seen_adapters(connection), seen_versions(connection))
         .order_by(adapters.c.name, aliases.c.alias)
     )
     return [Pointing(**row._mapping) for row in connection.execute(query)]
@@ -193,7 +198,7 @@ def dangling(connection: Connection) -> list[str]:
             (aliases.c.version_id == versions.c.id) & (aliases.c.adapter_id == versions.c.adapter_id),
             isouter=True,
         )
-        .where(versions.c.id.is_(None))
+        .where(versions.c.id.is_(None), adapters.c.id.is_(None) | seen_adapters(connection))
     )
     return [f"{row.name}@{row.alias}" for row in connection.execute(query)]
 

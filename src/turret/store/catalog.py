@@ -15,11 +15,12 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, Select, Text, cast, delete, func, insert, or_, select, update
 
-from turret.database import adapters, aliases, experiments, files, insert_row, versions
+from turret.database import adapters, aliases, experiments, files, insert_row, tokens, versions
 from turret.errors import Corrupt, NotFound
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.reference import Reference
 from turret.store.blobs import Blob
+from turret.visibility import access_of, seen_adapters, seen_versions
 
 PRODUCTION = "production"  # the alias that a plain name means, if it exists
 
@@ -83,7 +84,12 @@ class Deleted:
 
 def now() -> str:
     """The time as the catalog stores it: ISO 8601 in UTC, with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return timestamp(datetime.now(UTC))
+
+
+def timestamp(moment: datetime) -> str:
+    """A moment in UTC as the catalog stores it."""
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 _ACTING: ContextVar[str | None] = ContextVar("acting", default=None)
@@ -125,9 +131,12 @@ def add(
         metrics: split -> metric -> value.
     """
     digest = str(manifest["digest"])
-    adapter = connection.execute(select(adapters).where(adapters.c.name == name)).first()
+    tenant = access_of(connection).tenant
+    own = (adapters.c.tenant == tenant) & (adapters.c.name == name)
+    adapter = connection.execute(select(adapters).where(own)).first()
     if adapter is None:
-        adapter_id, last = insert_row(connection, adapters, {"name": name, "last_number": 0, "created": now()}), 0
+        row = {"tenant": tenant, "name": name, "last_number": 0, "created": now()}
+        adapter_id, last = insert_row(connection, adapters, row), 0
     else:
         adapter_id, last = adapter.id, adapter.last_number
     same = (versions.c.adapter_id == adapter_id) & (versions.c.digest == digest)
@@ -157,7 +166,7 @@ def add(
 def find(connection: Connection, reference: Reference) -> Version:
     """The version that a reference means now; raises NotFound, which lists what exists."""
     adapter_id = adapter_of(connection, reference.name)
-    query = _versions().where(versions.c.adapter_id == adapter_id)
+    query = _versions(connection).where(versions.c.adapter_id == adapter_id)
     if reference.version is not None:
         query = query.where(versions.c.number == reference.version)
     else:
@@ -174,22 +183,27 @@ def find(connection: Connection, reference: Reference) -> Version:
 
 def adapter_of(connection: Connection, name: str) -> int:
     """The row id of a name; raises NotFound, which lists the names that exist."""
-    found = connection.execute(select(adapters.c.id).where(adapters.c.name == name)).scalar()
+    seen = seen_adapters(connection)
+    found = connection.execute(select(adapters.c.id).where(adapters.c.name == name, seen)).scalar()
     if found is None:
-        known = connection.execute(select(adapters.c.name).order_by(adapters.c.name).limit(8)).scalars().all()
+        names = select(adapters.c.name).where(seen).order_by(adapters.c.name).limit(8)
+        known = connection.execute(names).scalars().all()
         existing = f"the store has {', '.join(known)}" if known else "the store is empty: `turret train` makes one"
         raise NotFound(f"no adapter named {name!r}: {existing}")
     return int(found)
 
 
+def tenants(connection: Connection) -> list[str]:
+    """Every tenant with an adapter or a token, sorted."""
+    both = select(adapters.c.tenant).union(select(tokens.c.tenant))
+    return sorted(connection.execute(both).scalars())
+
+
 def row_of(connection: Connection, version: Version) -> int:
     """The row id of a listed version."""
     query = select(versions.c.id).join(adapters, versions.c.adapter_id == adapters.c.id)
-    return int(
-        connection.execute(
-            query.where(adapters.c.name == version.name, versions.c.number == version.number)
-        ).scalar_one()
-    )
+    this = (adapters.c.name == version.name) & (versions.c.number == version.number)
+    return int(connection.execute(query.where(this, seen_adapters(connection))).scalar_one())
 
 
 def children(connection: Connection, version: Version) -> list[str]:
@@ -197,7 +211,7 @@ def children(connection: Connection, version: Version) -> list[str]:
     names = (version.digest, str(version))
     text = cast(versions.c.manifest, Text)  # JSON functions of PostgreSQL fail if there is a \u0000 anywhere in it
     candidates = or_(*(text.contains(name, autoescape=True) for name in names))
-    rows = connection.execute(_versions().where(candidates)).mappings()
+    rows = connection.execute(_versions(connection).where(candidates)).mappings()
     return [
         f"{row['name']}@{row['number']}"
         for row in rows
@@ -208,7 +222,8 @@ def children(connection: Connection, version: Version) -> list[str]:
 def in_experiment(connection: Connection, version: Version) -> bool:
     """Whether a running experiment uses the version."""
     query = select(experiments.c.arms).join(adapters, experiments.c.adapter_id == adapters.c.id)
-    here = connection.execute(query.where(adapters.c.name == version.name, experiments.c.state == "running")).scalars()
+    own = (adapters.c.name == version.name) & seen_adapters(connection)
+    here = connection.execute(query.where(own, experiments.c.state == "running")).scalars()
     return any(arm["version"] == version.number for arms in here for arm in arms)
 
 
@@ -230,7 +245,7 @@ def remove(connection: Connection, version: Version) -> Deleted:
 
 def listed(connection: Connection, name: str | None = None) -> list[Version]:
     """All versions, or those of one name, ordered by name and number."""
-    query = _versions().order_by(adapters.c.name, versions.c.number)
+    query = _versions(connection).order_by(adapters.c.name, versions.c.number)
     if name is not None:
         query = query.where(adapters.c.name == name)
     pointing = _aliases(connection)
@@ -254,6 +269,7 @@ def contents(connection: Connection, version: Version | None = None) -> list[tup
         select(adapters.c.name, versions.c.number, files.c.path, files.c.digest, files.c.bytes, files.c.upload)
         .join(versions, files.c.version_id == versions.c.id)
         .join(adapters, versions.c.adapter_id == adapters.c.id)
+        .where(seen_adapters(connection), seen_versions(connection))
         .order_by(adapters.c.name, versions.c.number, files.c.path)
     )
     if version is not None:
@@ -269,8 +285,9 @@ def plain_path(path: str) -> bool:
     return path not in ("", ".") and not odd and str(inside) == path
 
 
-def _versions() -> Select[Any]:  # Any: SQLAlchemy does not know the types of a table's columns
-    return select(adapters.c.name, versions).join(adapters, versions.c.adapter_id == adapters.c.id)
+def _versions(connection: Connection) -> Select[Any]:  # Any: SQLAlchemy does not know the types of a table's columns
+    query = select(adapters.c.name, versions).join(adapters, versions.c.adapter_id == adapters.c.id)
+    return query.where(seen_adapters(connection), seen_versions(connection))
 
 
 def _version(row: RowMapping, pointing: tuple[str, ...]) -> Version:
@@ -295,6 +312,10 @@ def _aliases(connection: Connection, adapter_id: int | None = None) -> dict[int,
     query = select(aliases.c.version_id, aliases.c.alias).order_by(aliases.c.alias)
     if adapter_id is not None:
         query = query.where(aliases.c.adapter_id == adapter_id)
+    if adapter_id is None or not access_of(connection).whole:
+        query = query.join(versions, aliases.c.version_id == versions.c.id)
+        query = query.join(adapters, versions.c.adapter_id == adapters.c.id)
+        query = query.where(seen_adapters(connection), seen_versions(connection))
     pointing: dict[int, tuple[str, ...]] = {}
     for row in connection.execute(query):
         pointing[row.version_id] = (*pointing.get(row.version_id, ()), row.alias)
@@ -304,7 +325,8 @@ def _aliases(connection: Connection, adapter_id: int | None = None) -> dict[int,
 def summary(connection: Connection, adapter_id: int) -> str:
     """The versions and aliases of a name, for an error: `versions 1 to 3 and aliases production`."""
     query = select(func.min(versions.c.number), func.max(versions.c.number))
-    first, last = connection.execute(query.where(versions.c.adapter_id == adapter_id)).one()
+    seen = (versions.c.adapter_id == adapter_id) & seen_versions(connection)
+    first, last = connection.execute(query.where(seen)).one()
     if first is None:
         return "no version left"
     numbers = f"versions {first} to {last}" if first != last else f"version {first}"

@@ -5,11 +5,10 @@ A folder, or a catalog on PostgreSQL with its files elsewhere (`turret.location`
 - `turret.db`, or the PostgreSQL catalog: names, versions, aliases and runs (`turret.database`)
 - `blobs/`, `tmp/`: the files of all bundles, in a folder (`turret.store.blobs`) or an object store
   (`turret.store.objects`); `turret.store.uploads` explains how put and gc run at the same time
-- `runs/`: a folder per training, always on this machine (`turret.store.runs`)
-- `scratch/`: working folders of imports and exports, always on this machine (`turret.store.scratch`)
+- `runs/`, `scratch/`: a folder per training, import or export, always on this machine (`turret.store.runs`, `scratch`)
 
-A put writes the files first and the rows last, in one transaction. After a kill at any moment every listed version is
-whole, and the rest is files that no version lists. Content that is already stored under the name keeps its number.
+A put writes the files first and the rows last, in one transaction. After a kill every listed version is whole, and the
+rest is files that no version lists. Content that is already stored under the name keeps its number.
 """
 
 from __future__ import annotations
@@ -17,11 +16,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
 
+from turret.access import DEFAULT, OPERATOR, Access
 from turret.database import Database, plain_errors
 from turret.disk import PRIVATE, make_folder
 from turret.errors import BadReference, Corrupt, InUse, NotFound, StoreError
@@ -35,6 +36,7 @@ from turret.store.access_tokens import AccessTokens
 from turret.store.aliases import Move, Pointing
 from turret.store.blobs import OWNER, Blob, Blobs, Files
 from turret.store.catalog import PRODUCTION, Deleted, Version
+from turret.store.facts import facts_of
 from turret.store.gate_status import GateStatus
 from turret.store.gates import Gate
 from turret.store.gc import Collected, Removed
@@ -52,12 +54,13 @@ ATTEMPTS = 3  # of a put, if a gc or a delete removes its files while it writes
 
 
 class Store:
-    """A store of adapters: a folder, or a URL. Nothing is created before the first write.
+    """A store of adapters, as one tenant sees it: a folder, or a URL. Nothing is created before the first write.
 
     Methods that take a reference raise `NotFound` if it names nothing. The error lists the existing names.
     """
 
-    def __init__(self, where: Location | Path | str) -> None:
+    def __init__(self, where: Location | Path | str, access: Access = OPERATOR) -> None:
+        self.access = access
         self.location = Location.parse(where)
         self.root = self.location.local  # on this machine: all of a folder store; the runs of a store with a URL
         self._catalog = self.location if self.location.catalog else self.root / "turret.db"
@@ -68,6 +71,22 @@ class Store:
 
     def __str__(self) -> str:
         return str(self.location)
+
+    @property
+    def home(self) -> Path:
+        """Where the comparisons of this tenant are, on this machine."""
+        return self.root if self.access.tenant == DEFAULT else self.root / "tenants" / self.access.tenant
+
+    def tenants(self) -> Sequence[str]:
+        """Every tenant with an adapter or a token. Only for who holds the store: a server tells it nobody."""
+        with self._reading() as connection:
+            return [] if connection is None else catalog.tenants(connection)
+
+    def seen_by(self, access: Access) -> Store:
+        """The same store as another tenant, or one of its tokens, sees it."""
+        other, database = copy(self), self._open()
+        other.access, other._opened = access, None if database is None else database.seen_by(access)
+        return other
 
     # --- versions -----------------------------------------------------------------------------------------------------
 
@@ -138,24 +157,7 @@ class Store:
     def show(self, reference: str | Reference) -> JsonObject:
         """Everything known about a version: files, metrics, aliases and their moves, manifest, and its run."""
         version, content = self._look_up(reference)
-        database = self._existing()
-        with database.reading() as connection:
-            moves = aliases.moves(connection, version.name)
-            replays = golden.replays_of(connection, version)
-        return {
-            "version": str(version),
-            "digest": version.digest,
-            "created": version.created,
-            "who": version.who,
-            "aliases": list(version.aliases),
-            "bytes": version.bytes,
-            "metrics": dict(version.metrics),
-            "files": {path: {"digest": blob.digest, "bytes": blob.bytes} for path, blob in content.items()},
-            "manifest": dict(version.manifest),
-            "alias_history": moves,
-            "replays": [replay.as_json() for replay in replays.values()],
-            "run": runs.find(database, version.run) if version.run else None,
-        }
+        return facts_of(self._existing(), version, content)
 
     def exists(self) -> bool:
         """Whether the store exists; creates nothing."""
@@ -236,8 +238,7 @@ class Store:
 
         Args:
             alias: None for the gates of all aliases of the name; then nothing may be changed.
-            add: gates such as `accuracy>=0.9`.
-            remove: gates, metrics, or names of golden sets.
+            add, remove: gates such as `accuracy>=0.9`; remove also takes metrics and names of golden sets.
             examples: golden examples to add.
             share: the share of `examples` that must pass, in (0, 1]; default 1.
         """
@@ -360,8 +361,7 @@ class Store:
 
     def runs(self, most: int = 500) -> Sequence[JsonObject]:
         """The newest training runs, newest first."""
-        database = self._open()
-        return [] if database is None else runs.listed(database, most)
+        return [] if (database := self._open()) is None else runs.listed(database, most)
 
     def run(self, run_id: str) -> JsonObject:
         """One training run; raises NotFound."""
@@ -431,7 +431,8 @@ class Store:
     def _open(self) -> Database | None:
         """The database, opened once; None if the store does not exist."""
         if self._opened is None:
-            self._opened = Database.found(self._catalog)
+            found = Database.found(self._catalog)
+            self._opened = None if found is None else found.seen_by(self.access)
         return self._opened
 
     def _open_or_create(self) -> Database:
@@ -445,5 +446,5 @@ class Store:
                 raise StoreError(f"store {self.root} has the files of a catalog elsewhere: use another --store")
             with plain_errors(self._catalog):
                 make_folder(self.root, PRIVATE)
-        self._opened = Database(self._catalog)
+        self._opened = Database(self._catalog).seen_by(self.access)
         return self._opened

@@ -21,13 +21,14 @@ from typing import Literal
 
 from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
-from turret.database import golden_gates, golden_sets, replays
+from turret.database import adapters, golden_gates, golden_sets, replays
 from turret.errors import BadReference, Corrupt, DataError, GateFailed, NotFound, ReplayNeeded
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.store import catalog
 from turret.store.blobs import digest_of
 from turret.store.catalog import Version, now, plain_object
 from turret.tasks import stored_task
+from turret.visibility import access_of, seen_adapters
 
 MOST_EXAMPLES = 10_000
 MOST_CHARACTERS = 4_000_000  # of a set, which is one row of the database
@@ -207,8 +208,12 @@ def remove(connection: Connection, name: str, alias: str, text: str) -> None:
 
 
 def content_of(connection: Connection, digest: str) -> GoldenSet:
-    """The examples of a set, after a check of its digest; raises Corrupt."""
-    content = connection.execute(select(golden_sets.c.content).where(golden_sets.c.digest == digest)).scalar()
+    """The examples of a set, after a check of its digest; raises Corrupt. A tenant has those of its aliases."""
+    query = select(golden_sets.c.content).where(golden_sets.c.digest == digest)
+    if not access_of(connection).operates:
+        required = select(golden_gates.c.golden).join(adapters, golden_gates.c.adapter_id == adapters.c.id)
+        query = query.where(golden_sets.c.digest.in_(required.where(seen_adapters(connection))))
+    content = connection.execute(query).scalar()
     if content is None or digest_of(content) != digest:
         problem = "are missing" if content is None else "do not match their digest"
         raise Corrupt(
@@ -234,12 +239,14 @@ def problems(connection: Connection) -> Iterable[tuple[str, str]]:
 
 def record(connection: Connection, version: Version, replay: GoldenReplay) -> None:
     """Store the result of a set on a version."""
-    connection.execute(insert(replays).values(version=version.digest, **plain_object(asdict(replay))))
+    row = {"tenant": access_of(connection).tenant, "version": version.digest, **plain_object(asdict(replay))}
+    connection.execute(insert(replays).values(row))
 
 
 def replays_of(connection: Connection, version: Version) -> dict[str, GoldenReplay]:
     """Digest of a set -> the newest replay of it on the version."""
-    query = select(replays).where(replays.c.version == version.digest).order_by(replays.c.id)
+    own = (replays.c.tenant == access_of(connection).tenant) & (replays.c.version == version.digest)
+    query = select(replays).where(own).order_by(replays.c.id)
     return {
         row.golden: GoldenReplay(row.golden, row.passed, row.total, row.first, row.replayed)
         for row in connection.execute(query)

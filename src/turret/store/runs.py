@@ -24,6 +24,7 @@ from turret.errors import StoreError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store.blobs import digest_of
 from turret.store.catalog import now, plain
+from turret.visibility import access_of, seen_runs
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -77,7 +78,7 @@ def begin(database: Database, folder: Path, name: str, recipe_toml: str, data_di
         "created": now(),
     }
     with database.writing() as connection:
-        connection.execute(insert(runs).values(row))
+        connection.execute(insert(runs).values(tenant=access_of(connection).tenant, **row))
     return HeldRun(run_id, own, False, lock)
 
 
@@ -85,7 +86,8 @@ def take_up(database: Database, folder: Path, recipe_toml: str, data_digest: str
     """The newest unfinished run of this recipe and data that no living process holds; this process then holds it."""
     unfinished = _same(recipe_toml, data_digest) & runs.c.state.in_(("running", "interrupted"))
     with database.reading() as connection:
-        candidates = connection.execute(select(runs.c.id).where(unfinished).order_by(runs.c.id.desc())).scalars().all()
+        mine = select(runs.c.id).where(unfinished, seen_runs(connection))
+        candidates = connection.execute(mine.order_by(runs.c.id.desc())).scalars().all()
     for run_id in candidates:
         own = folder / run_id
         lock = _hold(own) if own.is_dir() else None
@@ -103,7 +105,7 @@ def finished(database: Database, recipe_toml: str, data_digest: str) -> JsonObje
     """The result of the newest finished run of this recipe and data; None if there is none."""
     query = select(runs.c.result).where(_same(recipe_toml, data_digest), runs.c.state == "finished")
     with database.reading() as connection:
-        row = connection.execute(query.order_by(runs.c.id.desc())).first()
+        row = connection.execute(query.where(seen_runs(connection)).order_by(runs.c.id.desc())).first()
     return dict(row.result) if row is not None and row.result else None
 
 
@@ -122,14 +124,15 @@ def end(database: Database, run: HeldRun, state: State, *, error: str | None, re
 def find(database: Database, run_id: str) -> JsonObject | None:
     """One run as a row of the table; None if there is none."""
     with database.reading() as connection:
-        row = connection.execute(select(runs).where(runs.c.id == run_id)).first()
+        row = connection.execute(select(runs).where(runs.c.id == run_id, seen_runs(connection))).first()
     return dict(row._mapping) if row is not None else None
 
 
 def listed(database: Database, most: int) -> list[JsonObject]:
     """The newest runs, newest first."""
     with database.reading() as connection:
-        rows = connection.execute(select(runs).order_by(runs.c.id.desc()).limit(most)).all()
+        newest = select(runs).where(seen_runs(connection)).order_by(runs.c.id.desc()).limit(most)
+        rows = connection.execute(newest).all()
     return [dict(row._mapping) for row in rows]
 
 

@@ -20,6 +20,7 @@ from turret.store import aliases, catalog, golden, uploads
 from turret.store.blobs import Blob, Files
 from turret.store.catalog import Version
 from turret.store.incoming_bundle import MANIFEST
+from turret.visibility import access_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Verified:
 
     versions: int
     files: int  # of these versions; equal files count each time
-    bytes: int  # read and hashed; equal files count once
+    bytes: int  # read and hashed; equal files of a tenant count once
     problems: tuple[Damage, ...]
     orphans: int  # files that no version lists and no put is writing, which `gc` removes
     orphan_bytes: int
@@ -48,6 +49,17 @@ class Verified:
     @property
     def ok(self) -> bool:
         return not self.problems
+
+    def and_of(self, tenant: str, other: Verified) -> Verified:
+        """This result with that of another tenant, whose problems are those of `tenant/name@3`."""
+        theirs = tuple(replace(problem, where=f"{tenant}/{problem.where}") for problem in other.problems)
+        return replace(
+            self,
+            versions=self.versions + other.versions,
+            files=self.files + other.files,
+            bytes=self.bytes + other.bytes,
+            problems=self.problems + theirs,
+        )
 
     def as_json(self) -> JsonObject:
         return {"ok": self.ok, **asdict(self), "problems": [asdict(each) for each in self.problems]}
@@ -68,7 +80,7 @@ def verify(database: Database, blobs: Files, reference: Reference | None = None)
     for version in versions:
         if str(version) in content:
             problems += _of_version(version, content[str(version)], blobs, checked)
-    orphans = [] if reference else _orphans(database, blobs)
+    orphans = [] if reference or not database.access.operates else _orphans(database, blobs)
     with database.reading() as connection:  # versions that were deleted during the check have no problems
         gone = {str(version) for version in versions} - {str(version) for version in catalog.listed(connection)}
     sizes = {blob.digest: blob.bytes for some in content.values() for blob in some.values()}
@@ -87,8 +99,9 @@ def _of_database(database: Database, connection: Connection) -> Iterator[Damage]
         yield Damage(database.name, None, problem)
     for alias in aliases.dangling(connection):
         yield Damage(alias, None, "names a version that is not listed: move it with `turret promote`")
-    for where, problem in golden.problems(connection):
-        yield Damage(where, None, problem)
+    if access_of(connection).operates:  # sets are shared by content
+        for where, problem in golden.problems(connection):
+            yield Damage(where, None, problem)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from turret.access import Access, tenant_access
 from turret.experiments import Router
 from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
@@ -45,13 +46,21 @@ class Workspace:
 
     Args:
         path: a folder, which is made at the first write, or the URL of a catalog.
+        tenant: whose adapters; default: TURRET_TENANT, else `default`.
     """
 
-    def __init__(self, path: str | Path | Location = ".turret") -> None:
-        self.store = Store(path)
+    def __init__(self, path: str | Path | Location = ".turret", tenant: str | None = None) -> None:
+        self.store = Store(path, tenant_access(tenant))
         self.hub = Hub(self.store)  # push(reference, hub_id) and pull(hub_id)
         self._memories: dict[int, Memory] = {}  # of `settle`, by the id of an experiment
         self._histories: dict[int, EvidenceHistory] = {}  # of `course`, by the id of an experiment
+
+    def seen_by(self, access: Access) -> Workspace:
+        """The same store as another tenant, or one of its tokens, sees it."""
+        other = Workspace(self.store.location)
+        other.store = self.store.seen_by(access)
+        other.hub = Hub(other.store)
+        return other
 
     def list(self, name: str | None = None) -> Sequence[Version]:
         """All stored versions, or all versions of one name."""
@@ -269,13 +278,13 @@ class Workspace:
         """The reports of `compare` and `control` in this store, newest first; `kind` is comparison or control."""
         from turret.workspace.comparing import reports
 
-        return reports.listed(self.store.root)
+        return reports.listed(self.store.home, self.store.access.sees_report)
 
     def report(self, key: str) -> str:
         """The report with this key, which `comparisons` lists, as HTML."""
         from turret.workspace.comparing import reports
 
-        return reports.read(self.store.root, key)
+        return reports.read(self.store.home, key, self.store.access.sees_report)
 
     def evaluate(
         self, reference: str, data: str, *, columns: JsonMapping | None = None, device: str = "auto",
@@ -422,15 +431,9 @@ class Workspace:
         return Router(self.store.database(make=True), clock)
 
     def replay(
-        self,
-        a: str,
-        b: str,
-        data: str | None = None,
-        *,
-        columns: JsonMapping | None = None,
-        device: str = "auto",
+        self, a: str, b: str, data: str | None = None, *, columns: JsonMapping | None = None, device: str = "auto",
         on_stage: Say | None = None,
-    ) -> Replayed:
+    ) -> Replayed:  # fmt: skip
         """Compare two versions on the same labelled examples with a paired test, before an experiment.
 
         Args:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from turret import adapters, bases
+from turret.access import Access, check_tenant
 from turret.bases.base import Dtype
 from turret.bases.quantized import Quantization
 from turret.engine import Engine, Limits, Named
@@ -28,6 +29,8 @@ FRESH = 1.0  # seconds for which a resolved `name@3` is used without asking the 
 class StoreSource:
     """Gives an engine the versions of a store (`turret.engine.adapter_source.Source`).
 
+    `name@3` is a version of the store's own tenant, `legal/name@3` one of the tenant `legal`: a server writes that.
+
     A numbered version never changes its digest, so `name@3` is resolved at most once per second. Aliases and plain
     names are resolved on every request. A deleted version is refused after one second at most.
     """
@@ -37,6 +40,7 @@ class StoreSource:
     ) -> None:
         """quantization: of the base that serves; None: not known, so nothing is said about it."""
         self._store, self._clock, self._quantization = store, clock, quantization
+        self._stores = {"": store}  # tenant -> the store as it sees it
         self._said: set[str] = set()  # digests of versions that were trained on another quantization
         self._lock = threading.Lock()
         self._known: OrderedDict[str, tuple[float, Named]] = OrderedDict()  # reference -> (valid until, version)
@@ -48,21 +52,27 @@ class StoreSource:
         if named is not None and self._clock() < until:
             return named
         started = self._clock()
-        version = self._store.resolve(reference)
-        named = Named(version.name, version.number, version.digest, version.bytes)
-        if reference == str(named):
+        tenant, slash, own = reference.rpartition("/")
+        version = self._seen_by(check_tenant(tenant) if slash else "").resolve(own)
+        named = Named(version.name, version.number, version.digest, version.bytes, tenant)
+        if own == str(named):
             self._remember(reference, started + FRESH, named)
         return named
 
     def load(self, named: Named) -> adapters.Adapter:
         """Read a version and check its files. Raises Corrupt if they are damaged, NotFound if it was deleted."""
         try:
-            adapter = read_adapter(self._store, Reference(named.name, version=named.number))[1]
+            adapter = read_adapter(self._seen_by(named.tenant), Reference(named.name, version=named.number))[1]
         except NotFound:
-            self._forget(str(named))
+            self._forget(f"{named.tenant}/{named}" if named.tenant else str(named))
             raise
         self._say_quantization(named, adapter)
         return adapter
+
+    def _seen_by(self, tenant: str) -> Store:
+        if tenant not in self._stores:
+            self._stores[tenant] = self._store.seen_by(Access(tenant))
+        return self._stores[tenant]
 
     def _say_quantization(self, named: Named, adapter: adapters.Adapter) -> None:
         """Warn once of a version that was trained on other weights than those that serve."""

@@ -95,7 +95,7 @@ def _text(form: Form) -> str:
 
 async def _load(state: ServerState, model: str) -> float | None:
     """Load the version if necessary, and return the seconds that took; None for the base or a version in memory."""
-    if model == state.base_id:
+    if state.is_base(model):
         return None
     version = await state.control(state.workspace.resolve, model)
     if state.in_memory(version.digest):

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from fastapi import Request, Response
 
+from turret.errors import Forbidden
 from turret.server.routes import State
 from turret.server.state import ServerState
 from turret.server.web import render
@@ -19,7 +20,7 @@ async def show(request: Request, state: State) -> Response:
     """The contents of the store, and the traffic."""
     versions = await state.control(state.workspace.list)
     stored = {
-        "where": str(state.workspace.store),
+        "where": str(state.workspace.store) if state.access.operates else f"tenant {state.access.tenant}",
         "names": len({each.name for each in versions}),
         "versions": len(versions),
         "bytes": sum(each.bytes for each in versions),
@@ -44,17 +45,19 @@ async def verify(request: Request, state: State) -> Response:
 
 @router.post("/store/gc")
 async def leftovers(request: Request, state: State) -> Response:
-    """List what a gc would remove. It removes nothing."""
+    """List what a gc would remove from the whole store. It removes nothing."""
+    if not state.access.operates:
+        raise Forbidden("the files of a store belong to all its tenants: an admin of the tenant default may list them")
     found = await state.control(state.workspace.gc, dry_run=True)
     return render.page(request, state, "leftovers.html.j2", found=found)
 
 
 def _traffic(state: ServerState) -> render.Context:
     return {
-        "traffic": state.metrics.traffic(),
-        "engine": asdict(state.engine.stats()),
+        "traffic": state.metrics.traffic(state.sees),
+        "engine": asdict(state.engine.stats()) if state.access.operates else None,
         "memory": [asdict(each) for each in state.engine.loaded()],
         "in_flight": max(0, state.load.requests - 1),  # without this page's own request
-        "failed_moves": state.aliases.failed_moves,
+        "failed_moves": {key: each for key, each in state.aliases.failed_moves.items() if state.sees(key[0])},
         "since": state.now() - state.started_at,
     }

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from turret.access import Access
 from turret.compare.report_text import seconds as span
 from turret.errors import Interrupted, TurretError
 from turret.json_types import JsonMapping, JsonObject
@@ -57,7 +58,7 @@ def _stop_with_parent() -> None:
 
 def _carry_out(folder: Path, request: JsonMapping) -> JsonObject:
     started = time.perf_counter()
-    recipe, store = Recipe.from_toml(request["recipe"]), Store(request["store"])
+    recipe, store = Recipe.from_toml(request["recipe"]), Store(request["store"], Access(request["tenant"]))
     if request["kind"] == "base":
         result = measure.base(store, recipe, _say)
     else:

@@ -102,6 +102,7 @@ class CellRunner:
             "kind": cell.candidate.kind,
             "recipe": cell.recipe.to_toml(),
             "store": str(self.store.root.absolute()),
+            "tenant": self.store.access.tenant,
         }
         state.write(here / "request.json", request)
         self.say(title)

@@ -111,7 +111,7 @@ def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) 
         margin=request.margin,
         train=len(data.train),
     )
-    folder = state.folder_of(store.root, recipe, data.digest)
+    folder = state.folder_of(store.home, recipe, data.digest)
     cells = list(design.cells())
     results = [each for each in (_stored_result(folder, cell) for cell in cells) if each is not None]
     planned = PlannedDesign(

@@ -73,7 +73,7 @@ def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> 
     recipe, _ = with_base(recipe, recipe.task.kind or "generate")
     prepared = _prepare(recipe, request, say)
     digest = hashlib.sha256("".join(each.digest for each in prepared.data.values()).encode()).hexdigest()
-    folder = state.folder_of(store.root, recipe, digest, "controls")
+    folder = state.folder_of(store.home, recipe, digest, "controls")
     with locked(folder):
         judge = _judge(folder, recipe, prepared, request)
         runner = CellRunner(store, folder, say)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,20 +15,24 @@ FOLDERS = {"comparisons": "comparison", "controls": "control"}  # folder in the 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", re.ASCII)
 
 
-def listed(root: Path) -> Sequence[JsonObject]:
-    """`key`, `kind`, `written` and the contents of report.json, newest first; an unreadable report has a `problem`."""
+def listed(root: Path, sees: Callable[[str], bool]) -> Sequence[JsonObject]:
+    """`key`, `kind`, `written` and the contents of report.json, newest first; an unreadable report has a `problem`.
+
+    sees: whether a recipe's name, with which a key starts, may be seen.
+    """
     reports = [
         {**_summary(path), "kind": kind}
         for folder, kind in FOLDERS.items()
         for path in (root / folder).glob("*/report.json")
-        if _KEY.fullmatch(path.parent.name)
+        if _KEY.fullmatch(path.parent.name) and sees(_name(path.parent.name))
     ]
     return sorted(reports, key=lambda each: (each["written"], each["key"]), reverse=True)
 
 
-def read(root: Path, key: str) -> str:
+def read(root: Path, key: str, sees: Callable[[str], bool]) -> str:
     """The HTML of a report. Raises NotFound."""
-    paths = [root / folder / (key if _KEY.fullmatch(key) else "-") / "report.html" for folder in FOLDERS]
+    known = _KEY.fullmatch(key) and sees(_name(key))
+    paths = [root / folder / (key if known else "-") / "report.html" for folder in FOLDERS]
     path = next((each for each in paths if each.exists()), paths[0])
     try:
         return path.read_text(encoding="utf-8")
@@ -38,6 +42,11 @@ def read(root: Path, key: str) -> str:
         raise StoreError(
             f"{path} cannot be read ({type(error).__name__}): run `turret compare` again to rewrite it"
         ) from None
+
+
+def _name(key: str) -> str:
+    """The recipe's name in a key, which ends in 10 digits of a digest."""
+    return re.sub("-[0-9a-f]{10}$", "", key)
 
 
 def _summary(path: Path) -> JsonObject:

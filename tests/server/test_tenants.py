@@ -1,0 +1,301 @@
+"""What belongs to another tenant, or is outside a token's limits, does not exist: by any route, header or page."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from typing import Any
+
+import pytest
+from fastapi import APIRouter
+from server import walk
+from server.console_forms import form_token, signed_in
+from server.echo import FINGERPRINT, LABELS
+from store.bundles import tensors, write_bundle
+
+from turret.access import Access
+from turret.server import app as server_app
+from turret.server.app import routes
+from turret.server.routes import State, router
+from turret.workspace import Workspace
+
+HERE, NOWHERE = "zebra-news", "zebra-mews"  # what the owner has, and what nobody has
+ALL = ["infer", "admin"]
+
+
+def named(name: str, run: str, receipt: str) -> dict[str, Any]:
+    """A value for each of `walk.NAMES`."""
+    return {
+        "name": name, "reference": f"{name}@1", "model": name, "adapter": name, "after": f"{name}@1", "run_id": run,
+        "key": f"{name}-0123456789", "receipt": receipt, "candidates": [f"{name}@2"], "control": f"{name}@1",
+        "shadows": [f"{name}@3"],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def put_for(workspace: Workspace, tmp_path):
+    """Stores a version for a tenant; equal seeds are equal bytes."""
+
+    def put(tenant: str, name: str, seed: int, base: str = FINGERPRINT) -> Any:
+        task = {"kind": "classify", "labels": list(LABELS)}
+        said = {"base": {"id": "echo", "fingerprint": base}, "task": task}
+        bundle = write_bundle(tmp_path / "bundles", tensors(seed), said=said)
+        return workspace.seen_by(Access(tenant)).store.put(name, bundle)
+
+    return put
+
+
+@pytest.fixture
+def owner(workspace: Workspace, put_for) -> Workspace:
+    """A tenant with all that a server shows: versions, aliases, gates, a run, a comparison, an experiment."""
+    owner = workspace.seen_by(Access("owner"))
+    for seed in (11, 12, 13):
+        put_for("owner", HERE, seed)
+    owner.promote(f"{HERE}@2", "production")
+    owner.promote(f"{HERE}@1", "production")
+    held = owner.store.new_run(HERE, "", "sha256:x")
+    owner.store.end_run(held, "finished", result={})
+    report = owner.store.home / "comparisons" / f"{HERE}-0123456789"
+    report.mkdir(parents=True)
+    (report / "report.json").write_text(json.dumps({"headline": HERE}))
+    (report / "report.html").write_text(HERE)
+    owner.experiment(HERE).start([f"{HERE}@2"], unit="request")
+    return owner
+
+
+def strangers(running, workspace: Workspace) -> dict[str, walk.Stranger]:
+    """Callers for whom the owner's things do not exist: by tenant, by adapter, by base."""
+    tokens = {
+        "tenant": workspace.seen_by(Access("stranger")).tokens.create("t", ALL)[1],
+        "default": workspace.tokens.create("t", ALL)[1],
+        "adapters": workspace.seen_by(Access("owner")).tokens.create("limited", ALL, adapters=["zebra-x*", "ze"])[1],
+        "bases": workspace.seen_by(Access("owner")).tokens.create("elsewhere", ALL, bases=["other*"])[1],
+    }
+    return {kind: opened(running, secret) for kind, secret in tokens.items()}
+
+
+def opened(running, secret: str) -> walk.Stranger:
+    running.served.refresh()
+    pages = signed_in(running, secret)
+    return walk.Stranger(running.client(secret), pages, form_token(pages))
+
+
+def two_names(running, owner: Workspace, secret: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values of things that the owner has, and of things that nobody has."""
+    got = running.client(secret).post("/v1/classify", json={"model": HERE, "input": "x"})
+    assert got.status_code == 200, got.text
+    running.served.tenants["owner"].routing.router.flush()
+    receipt = got.headers["turret-receipt"]
+    here = named(HERE, owner.runs()[0]["id"], receipt)
+    return here, named(NOWHERE, "20200101-000000-abcdef", "0000ffff" + receipt[8:])
+
+
+def test_every_route_and_page_answers_a_stranger_as_if_it_were_not_there(serve, workspace, owner) -> None:
+    _, secret = owner.tokens.create("zebra-owner", ALL)
+    running = serve()
+    here, nowhere = two_names(running, owner, secret)
+    app = routes(running.served)
+    secrets = [HERE, "zebra-owner", here["run_id"], *(each.digest for each in owner.list())]
+    for kind, stranger in strangers(running, workspace).items():
+        assert walk.differences(app, stranger, here, nowhere) == [], kind
+        assert walk.leaks(app, stranger, here, secrets) == [], kind
+    # The control: for its owner every one of these routes tells what is there from what is not.
+    mine = opened(running, secret)
+    told = {each.partition(" {")[0] for each in walk.differences(app, mine, here, nowhere)}
+    naming = {f"{ask.method} {ask.path}" for ask in walk.asks(app, here) if ask.names}
+    no_such_verb = {f"GET /adapters/{HERE}/move/{verb}" for verb in ("ramp", "stop")}
+    assert naming - told == no_such_verb | {"POST /store/verify", "POST /store/gc", "POST /playground"}
+    assert len(naming) > 40
+
+
+def test_a_route_that_leaks_is_found(serve, workspace, owner, monkeypatch) -> None:
+    leaky: APIRouter = router("admin")
+
+    @leaky.get("/api/leak/{name}")
+    async def leak(name: str, state: State) -> dict[str, bool]:
+        return {"there": bool(state.tenant("owner").workspace.list(name))}
+
+    @leaky.get("/api/all")
+    async def everything(state: State) -> list[str]:
+        return [str(each) for each in state.tenant("owner").workspace.list()]
+
+    monkeypatch.setattr(server_app, "ROUTERS", (*server_app.ROUTERS, leaky))
+    _, secret = owner.tokens.create("zebra-owner", ALL)
+    running = serve()
+    here, nowhere = two_names(running, owner, secret)
+    stranger = opened(running, workspace.tokens.create("t", ALL)[1])
+    (found,) = walk.differences(routes(running.served), stranger, here, nowhere)
+    assert found.startswith(f"GET /api/leak/{HERE} ")
+    assert walk.leaks(routes(running.served), stranger, here, [HERE]) == [f"GET /api/all: {HERE}"]
+
+
+def test_a_parameter_that_nobody_described_fails_the_walk(serve, monkeypatch) -> None:
+    odd: APIRouter = router("admin")
+
+    @odd.get("/api/odd/{thing}")
+    async def show(thing: str) -> str:
+        return thing
+
+    monkeypatch.setattr(server_app, "ROUTERS", (*server_app.ROUTERS, odd))
+    with pytest.raises(AssertionError, match=r"has a parameter thing: say in walk\.py whether it names something"):
+        walk.asks(routes(serve().served), named(HERE, "run", "receipt"))
+
+
+def test_one_name_is_another_adapter_for_each_tenant(serve, workspace, put_for) -> None:
+    digests = {tenant: put_for(tenant, "news", seed).digest for seed, tenant in enumerate(("default", "a", "b"))}
+    clients, running = {}, serve()
+    for tenant in digests:
+        clients[tenant] = running.client(workspace.seen_by(Access(tenant)).tokens.create("t", ALL)[1])
+    running.served.refresh()
+    for tenant, client in clients.items():
+        got = client.post("/v1/classify", json={"model": "news", "input": "x"})
+        assert (got.status_code, got.headers["turret-digest"]) == (200, digests[tenant])
+        assert got.json()["model"] == "news@1"
+    for tenant, client in clients.items():
+        (loaded,) = client.get("/api/loaded").json()["loaded"]
+        assert loaded["digest"] == digests[tenant]
+        assert 'turret_adapter_answers_total{adapter="news@1",kind="classify"} 1.0' in client.get("/metrics").text
+        models = [each["id"] for each in client.get("/v1/models").json()["data"]]
+        assert models == ["echo", "news"]
+
+
+def test_an_alias_that_moves_moves_for_its_tenant_alone(serve, workspace, put_for, until) -> None:
+    clients, running = {}, serve()
+    for tenant in ("a", "b"):
+        for seed in (1, 2):
+            put_for(tenant, "news", seed)
+        workspace.seen_by(Access(tenant)).promote("news@1", "production")
+        clients[tenant] = running.client(workspace.seen_by(Access(tenant)).tokens.create("t", ALL)[1])
+    running.served.refresh()
+    assert clients["a"].post("/api/adapters/news@2/promote", json={"alias": "production"}).status_code == 200
+    versions = {}
+    for tenant, client in clients.items():
+        versions[tenant] = client.post("/v1/classify", json={"model": "news", "input": "x"}).json()["model"]
+    assert versions == {"a": "news@2", "b": "news@1"}
+
+
+def test_equal_bytes_of_two_tenants_are_loaded_pinned_and_unloaded_apart(serve, workspace, put_for) -> None:
+    clients, running = {}, serve()
+    for tenant in ("a", "b"):
+        put_for(tenant, "news", 7)
+        clients[tenant] = running.client(workspace.seen_by(Access(tenant)).tokens.create("t", ALL)[1])
+    running.served.refresh()
+    assert clients["a"].post("/api/adapters/news@1/pin").status_code == 200
+    assert clients["b"].get("/api/loaded").json() == {"loaded": []}
+    assert clients["b"].get("/api/adapters/news@1").json()["loaded"] is False
+    assert clients["b"].post("/api/adapters/news@1/unload").status_code == 404
+    assert [each["pinned"] for each in clients["a"].get("/api/loaded").json()["loaded"]] == [True]
+
+
+def test_a_token_asks_only_the_adapters_and_bases_that_it_names(serve, workspace, put_for) -> None:
+    for seed, name in enumerate(("legal-tax", "legal-law", "sales")):
+        put_for("default", name, seed)
+    legal = workspace.tokens.create("legal", ALL, adapters=["legal-*"])[1]
+    exact = workspace.tokens.create("exact", ALL, adapters=["sales"], bases=["ech*"])[1]
+    other = workspace.tokens.create("other", ALL, bases=["another"])[1]
+    running = serve()
+
+    def seen(secret: str) -> tuple[list[str], list[int]]:
+        client = running.client(secret)
+        models = [each["id"] for each in client.get("/v1/models").json()["data"]]
+        asked = [("legal-tax", "classify"), ("sales", "classify"), ("echo", "completions")]
+        return models, [
+            client.post(f"/v1/{route}", json={"model": name, "input": "x"} if route == "classify" else
+                        {"model": name, "prompt": "x"}).status_code
+            for name, route in asked
+        ]  # fmt: skip
+
+    assert seen(legal) == (["echo", "legal-law", "legal-tax"], [200, 404, 200])
+    assert seen(exact) == (["echo", "sales"], [404, 200, 200])
+    assert seen(other) == ([], [404, 404, 404])
+    message = (
+        running.client(legal).post("/v1/classify", json={"model": "sales", "input": "x"}).json()["error"]["message"]
+    )
+    assert message == "no adapter named 'sales': the store has legal-law, legal-tax"
+
+
+def test_an_experiment_takes_no_request_and_no_outcome_of_a_token_that_does_not_see_its_adapter(
+    serve, workspace, owner
+) -> None:
+    _, secret = owner.tokens.create("all", ALL)
+    _, limited = owner.tokens.create("limited", ALL, adapters=["zebra-x*"])
+    running = serve()
+    here, _ = two_names(running, owner, secret)
+    for stranger in (limited, workspace.tokens.create("t", ALL)[1]):
+        running.served.refresh()
+        client = running.client(stranger)
+        assert client.post("/v1/classify", json={"model": HERE, "input": "x"}).status_code == 404
+        for told in ({"receipt": here["receipt"], "value": 1}, {"unit": "u", "adapter": HERE, "value": 1}):
+            (result,) = client.post("/api/outcomes", json=told).json()["outcomes"]
+            assert (result["status"], result["experiment"]) == ("unknown", None)
+    (result,) = (
+        running.client(secret).post("/api/outcomes", json={"receipt": here["receipt"], "value": 1}).json()["outcomes"]
+    )
+    assert result["status"] == "counted"
+
+
+def test_the_figures_of_the_whole_server_are_for_the_tenant_default(serve, workspace) -> None:
+    default = workspace.tokens.create("t", ALL)[1]
+    tenant = workspace.seen_by(Access("a")).tokens.create("t", ALL)[1]
+    running = serve()
+    own, other = running.client(default), running.client(tenant)
+    assert own.get("/api/status").json()["engine"] is not None
+    assert other.get("/api/status").json()["engine"] is None
+    assert "turret_in_flight" in own.get("/metrics").text
+    assert "turret_in_flight" not in other.get("/metrics").text
+
+
+def test_a_token_that_expires_and_one_that_is_rotated(serve, workspace, until) -> None:
+    short = workspace.tokens.create("short", lifetime=1.5)[1]
+    _, old = workspace.tokens.create("turned")
+    _, gone = workspace.tokens.create("at-once")
+    running = serve()
+    assert running.client(short).get("/v1/models").status_code == 200
+    kept, new = workspace.tokens.rotate("turned", overlap=2)
+    workspace.tokens.rotate("at-once", overlap=0)
+    until(lambda: running.client(new).get("/v1/models").status_code == 200, seconds=2)
+    assert running.client(old).get("/v1/models").status_code == 200
+    assert running.client(gone).get("/v1/models").status_code == 401
+    assert kept.former_until is not None
+    until(lambda: running.client(old).get("/v1/models").status_code == 401, seconds=4)
+    assert running.client(short).get("/v1/models").status_code == 401
+    assert running.client(new).get("/v1/models").status_code == 200
+
+
+@pytest.mark.slow
+def test_the_time_of_an_answer_does_not_tell_a_foreign_name_from_a_missing_one(serve, workspace, owner) -> None:
+    """2,000 requests in random order: the 95% intervals of the medians overlap. The control: an answer takes longer."""
+    own = owner.tokens.create("own", ALL)[1]
+    secret = workspace.seen_by(Access("stranger")).tokens.create("t", ALL)[1]
+    running = serve()
+    client, mine = running.client(secret), running.client(own)
+
+    def seconds(name: str, asking=client) -> float:
+        started = time.perf_counter()
+        got = asking.post("/v1/classify", json={"model": name, "input": "x"})
+        assert got.status_code in (200, 404)
+        return time.perf_counter() - started
+
+    for _ in range(100):
+        seconds(HERE)
+        seconds(NOWHERE)
+        seconds(HERE, mine)
+    order = [HERE, NOWHERE] * 1000
+    random.Random(3).shuffle(order)
+    times: dict[str, list[float]] = {HERE: [], NOWHERE: []}
+    for name in order:
+        times[name].append(seconds(name))
+    here, nowhere = interval(times[HERE]), interval(times[NOWHERE])
+    answered = interval([seconds(HERE, mine) for _ in range(300)])
+    print(f"foreign {here}, missing {nowhere}, the owner's answer {answered}")
+    assert here[0] <= nowhere[1]
+    assert nowhere[0] <= here[1]
+    assert answered[0] > max(here[1], nowhere[1])
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """A 95% interval of the median, by order statistics."""
+    ordered, half = sorted(values), 0.98 * math.sqrt(len(values))
+    return ordered[int(len(values) / 2 - half)], ordered[int(len(values) / 2 + half)]

@@ -1,0 +1,180 @@
+"""Two tenants of one store have nothing of each other; what an older store holds belongs to `default`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from store.bundles import tensors
+
+from turret.access import Access, check_patterns, check_tenant, tenant_access
+from turret.database import SCHEMA
+from turret.errors import BadReference, InUse, NotFound
+from turret.experiments import Guards
+from turret.store import Store
+from turret.store.access_tokens import which
+from turret.workspace import Workspace
+from turret.workspace.serving import StoreSource
+
+A, B = Access("a"), Access("b")
+
+
+def message(action) -> str:
+    with pytest.raises(NotFound) as raised:
+        action()
+    return str(raised.value)
+
+
+def test_names_are_unique_for_each_tenant_and_versions_count_for_each(store: Store, make_bundle) -> None:
+    a, b = store.seen_by(A), store.seen_by(B)
+    first = a.put("news", make_bundle(b"one"))
+    assert [str(b.put("news", make_bundle(text))) for text in (b"two", b"one")] == ["news@1", "news@2"]
+    assert [each.digest for each in a.list()] == [first.digest]
+    assert a.resolve("news@1").digest != b.resolve("news@1").digest
+    assert list(store.list()) == []
+    again = Store(store.location, A)
+    assert [str(each) for each in again.list()] == ["news@1"]
+
+
+def test_a_put_answers_alike_whether_or_not_another_tenant_has_the_bytes(store: Store, make_bundle) -> None:
+    bundle = make_bundle(tensors(1))
+    made = [store.seen_by(access).put("news", bundle) for access in (A, B)]
+    assert made[0].as_json() | {"created": ""} == made[1].as_json() | {"created": ""}
+    copies = {blob for access in (A, B) for blob in store.seen_by(access)._look_up("news")[1].values()}
+    assert len(copies) == len(made[0].part("files")) + 1  # each content is kept once
+    store.seen_by(A).delete("news@1")
+    assert store.gc().removed == ()
+    assert store.seen_by(B).verify().ok
+
+
+def test_a_foreign_name_is_missed_in_the_words_of_a_missing_one(store: Store, make_bundle) -> None:
+    a, b = store.seen_by(A), store.seen_by(B)
+    a.put("news", make_bundle())
+    a.promote("news@1", "production")
+    b.put("own", make_bundle(b"own"))
+    asked = [
+        lambda name: b.resolve(name),
+        lambda name: b.resolve(f"{name}@1"),
+        lambda name: b.show(f"{name}@production"),
+        lambda name: b.files(name),
+        lambda name: b.promote(f"{name}@1", "candidate"),
+        lambda name: b.rollback(name),
+        lambda name: b.gate(name),
+        lambda name: b.standing(name),
+        lambda name: b.delete(f"{name}@1", force=True),
+        lambda name: b.verify(name),
+    ]
+    for ask in asked:
+        foreign, missing = message(partial(ask, "news")), message(partial(ask, "mews"))
+        assert foreign.replace("news", "x") == missing.replace("mews", "x")
+    assert list(b.list("news")) == []
+    assert b.pointing()[1] == []
+    assert next(iter(a.list("news"))).aliases == ("production",)
+
+
+def test_runs_experiments_and_outcomes_belong_to_a_tenant(store: Store, put) -> None:
+    del put
+    workspaces = {access.tenant: Workspace(store.location, access.tenant) for access in (A, B)}
+    held = workspaces["a"].store.new_run("news", "recipe", "sha256:data")
+    workspaces["a"].store.end_run(held, "interrupted")
+    assert [run["id"] for run in workspaces["a"].runs()] == [held.id]
+    assert list(workspaces["b"].runs()) == []
+    assert workspaces["b"].store.unfinished_run("recipe", "sha256:data") is None
+    assert message(lambda: workspaces["b"].run(held.id)).startswith("no run")
+    again = workspaces["a"].store.unfinished_run("recipe", "sha256:data")
+    assert again is not None
+    workspaces["a"].store.end_run(again, "failed")
+
+
+def test_an_outcome_by_a_foreign_receipt_is_unknown(store: Store, make_bundle) -> None:
+    for access in (A, B):
+        workspace = Workspace(store.location, access.tenant)
+        for text in (b"one", b"two"):
+            workspace.store.put("news", make_bundle(text))
+        workspace.promote("news@1", "production")
+        workspace.experiment("news").start(["news@2"], guards=Guards(worse_by=None))
+    workspace = Workspace(store.location, "a")
+    workspace.experiment("news").assign("user", receipt="receipt-1")
+    foreign = Workspace(store.location, "b").router().outcome(1, receipt="receipt-1")
+    nobody = Workspace(store.location, "b").router().outcome(1, receipt="receipt-2")
+    assert (foreign.status, foreign.text) == (nobody.status, nobody.text.replace("receipt-2", "receipt-1"))
+    assert workspace.router().outcome(1, receipt="receipt-1").status == "counted"
+
+
+def test_patterns_limit_what_is_seen_within_a_tenant(store: Store, put) -> None:
+    for name in ("legal-tax", "legal", "sales"):
+        put(name, said={"base": {"id": f"base-{name}", "fingerprint": "sha256:x"}})
+    for access, names in (
+        (Access(adapters=("legal-*",)), ["legal-tax"]),
+        (Access(adapters=("legal*",)), ["legal", "legal-tax"]),
+        (Access(adapters=("sales", "legal")), ["legal", "sales"]),
+        (Access(bases=("base-s*",)), ["sales"]),
+        (Access(adapters=("legal*",), bases=("base-legal",)), ["legal"]),
+        (Access(adapters=("l%", "s_les"), bases=("base_sales",)), []),
+    ):
+        limited = store.seen_by(access)
+        assert [each.name for each in limited.list()] == names
+        for name in {"legal-tax", "legal", "sales"} - set(names):
+            missing = message(lambda limited=limited: limited.resolve("nobody")).replace("nobody", name)
+            assert message(lambda limited=limited, name=name: limited.resolve(name)) == missing
+
+
+def test_tokens_belong_to_a_tenant_and_keep_what_they_are_bound_to(store: Store) -> None:
+    a, b = store.seen_by(A).tokens, store.seen_by(B).tokens
+    kept, secret = a.create("bot", adapters=["legal-*"], bases=["org/base"], lifetime=90 * 86400)
+    b.create("bot")
+    assert kept.access == Access("a", ("legal-*",), ("org/base",))
+    assert kept.expires is not None
+    assert [token.tenant for token in store.tokens.of_all_tenants()] == ["a", "b"]
+    assert [token.name for token in a.list()] == ["bot"]
+    assert list(store.tokens.list()) == []
+    b.revoke("bot")
+    assert which(a.list(), secret) == a.list()[0]
+    assert a.list()[0].lives(kept.created)
+    assert not a.list()[0].lives("2999-01-01T00:00:00.000Z")
+    with pytest.raises(NotFound, match="no token named 'bot'"):
+        store.tokens.rotate("bot")
+    with pytest.raises(InUse, match="was revoked or has expired"):
+        b.rotate("bot")
+    with pytest.raises(BadReference, match="a lifetime of 0 seconds: expected from 1 second to 10 years"):
+        a.create("soon", lifetime=0)
+
+
+def test_a_rotation_lets_the_secret_before_it_live_for_the_overlap(store: Store) -> None:
+    _, first = store.tokens.create("bot")
+    kept, second = store.tokens.rotate("bot", overlap=3600)
+    assert which([kept], first) == which([kept], second) == kept
+    again, third = store.tokens.rotate("bot", overlap=3600)
+    assert which([again], first) is None
+    assert which([again], second) == which([again], third) == again
+    last, fourth = store.tokens.rotate("bot", overlap=0)
+    assert which([last], third) is None
+    assert which([last], fourth) == last
+
+
+def test_an_engine_keeps_equal_bytes_of_two_tenants_apart(store: Store, make_bundle) -> None:
+    for access in (A, B):
+        store.seen_by(access).put("news", make_bundle())
+    source = StoreSource(store.seen_by(A))
+    own, other = source.resolve("news@1"), source.resolve("b/news@1")
+    assert (own.digest, str(own)) == (other.digest, str(other))
+    assert own.key != other.key
+    with pytest.raises(NotFound):
+        source.resolve("c/news@1")
+    for bad in ("/news", "B/news", "../news", "a/b/news"):
+        with pytest.raises(BadReference):
+            source.resolve(bad)
+
+
+def test_what_names_a_tenant_and_a_pattern(monkeypatch) -> None:
+    assert [check_tenant(name) for name in ("a", "legal-2_x", "0")] == ["a", "legal-2_x", "0"]
+    for bad in ("", "A", "-a", "a/b", "ä", "a" * 64, "a.b"):
+        with pytest.raises(BadReference, match="bad tenant"):
+            check_tenant(bad)
+    assert check_patterns(["legal-*", "x"], ["*", "y"]) == (("legal-*", "x"), ("*",))
+    for bad in ([], ["a*b"], ["A"], ["%"], ["x"] * 0, [f"x{number}" for number in range(65)]):
+        with pytest.raises(BadReference):
+            check_patterns(bad, ["*"])
+    monkeypatch.setenv("TURRET_TENANT", "legal")
+    assert (tenant_access(None), tenant_access("own")) == (Access("legal"), Access("own"))
+    assert SCHEMA >= "0007"
