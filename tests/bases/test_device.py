@@ -20,7 +20,7 @@ GB = 1_000_000_000
 SMALL = Card(torch.device("cuda", 0), "Small", 3 * GB, 8 * GB)
 LARGE = Card(torch.device("cuda", 1), "Large", 20 * GB, 24 * GB)
 TWO = Machine((SMALL, LARGE))
-NONE = Machine(missing="torch is built for CUDA and finds no card (Found no NVIDIA driver on your system)")
+NONE = Machine(missing="torch is built for CUDA and finds no GPU (Found no NVIDIA driver on your system)")
 
 
 def test_auto_takes_the_emptiest_card_if_what_is_needed_fits_and_says_why() -> None:
@@ -33,7 +33,7 @@ def test_auto_takes_the_emptiest_card_if_what_is_needed_fits_and_says_why() -> N
 def test_auto_takes_the_cpu_if_nothing_fits_or_nothing_is_there_and_says_why() -> None:
     chosen = choose_device("auto", lambda at: 21 * GB, TWO)
     assert chosen.device.type == "cpu"
-    assert "about 21.0 GB are needed, and the emptiest card is cuda:1 (Large" in chosen.reason
+    assert "about 21.0 GB are needed, and the GPU with the most free memory is cuda:1 (Large" in chosen.reason
     assert chosen.notes
     chosen = choose_device("auto", None, NONE)
     assert chosen.device.type == "cpu"
@@ -60,7 +60,7 @@ def test_auto_does_not_take_mps_and_tells_how_to_ask_for_it() -> None:
     ("name", "machine", "said"),
     [
         ("cuda:7", TWO, r"device cuda:7 is not there: this machine has cuda:0 \(Small\) and cuda:1 \(Large\)"),
-        ("cuda", NONE, r"device cuda is not there: torch is built for CUDA and finds no card .*no NVIDIA driver.*cpu"),
+        ("cuda", NONE, r"device cuda is not there: torch is built for CUDA and finds no GPU .*no NVIDIA driver.*cpu"),
         ("cuda", Machine(), "device cuda is not there: this machine has no GPU; give --device cpu"),
         ("mps", TWO, "device mps is not there: "),
         ("gpu", TWO, "device 'gpu' is not known: expected auto, cpu, cuda, cuda:1 or mps"),
@@ -85,7 +85,7 @@ def test_cuda_without_a_number_is_the_first_card() -> None:
 def test_this_machine_without_a_card_says_what_is_missing() -> None:
     machine = this_machine()
     assert machine.cards == ()
-    assert machine.missing == "this torch is built without CUDA" or "finds no card" in machine.missing
+    assert machine.missing == "this torch is built without CUDA" or "finds no GPU" in machine.missing
     with pytest.raises(DeviceError, match="device cuda:1 is not there"):
         choose_device("cuda:1")
 

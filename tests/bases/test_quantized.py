@@ -1,4 +1,4 @@
-"""A base loads in 4 bits with the fingerprint of its checkpoint, and a quantised checkpoint loads as it is."""
+"""A base loads in 4 bits with the fingerprint of its checkpoint, and a quantized checkpoint loads as it is."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_gptq_checkpoint_names_the_packages_that_read_it(tmp_path: Path) -> No
     for kind, package in (("gptq", "optimum"), ("awq", "gptqmodel")):
         config["quantization_config"] = {"quant_method": kind, "bits": 4}
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(BaseModelError, match=f"quantised by {kind}.*pip install .*{package}"):
+        with pytest.raises(BaseModelError, match=f"quantized by {kind}.*pip install .*{package}"):
             bases.load(str(folder), task="generate")
 
 
@@ -166,5 +166,5 @@ def test_a_checkpoint_in_four_bits_loads_as_it_is_and_is_another_base(tmp_path: 
     assert again.fingerprint != base.fingerprint
     assert again.fingerprint == bases.load(str(kept), task="classify", num_labels=2, verify=True).fingerprint
     assert again.info.quantization is None  # the checkpoint itself says it
-    with pytest.raises(BaseModelError, match="quantised already"):
+    with pytest.raises(BaseModelError, match="quantized already"):
         bases.load(str(kept), task="generate", quantization="nf4")

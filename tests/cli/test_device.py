@@ -95,7 +95,7 @@ def test_a_plan_says_which_device_and_why(made: Path, capsys) -> None:
     assert rows["device"]["level"] == "ok"
     if not torch.cuda.is_available():
         assert rows["device"]["text"].startswith("cpu: ")
-        assert "without CUDA" in rows["device"]["text"] or "finds no card" in rows["device"]["text"]
+        assert "without CUDA" in rows["device"]["text"] or "finds no GPU" in rows["device"]["text"]
 
 
 def test_doctor_says_what_auto_will_use(tmp_path: Path, capsys) -> None:

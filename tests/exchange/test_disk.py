@@ -57,7 +57,7 @@ def test_a_disk_that_fills_at_any_byte_of_an_export_leaves_its_target_as_it_was(
             if line is None:
                 break
             said += 1
-            assert re.search("No space left on device: .*: make room", line), line
+            assert re.search("No space left on device: .*: free some space", line), line
             assert line.endswith("the folder does not exist" if before is None else "the folder is unchanged")
             assert (contents(out) if out.exists() else None) == before
             assert {path.name for path in disk.iterdir()} <= {"filler", "out"}

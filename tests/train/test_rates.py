@@ -86,8 +86,8 @@ def test_a_trial_is_a_fifth_of_the_run_within_bounds_and_too_little_gives_a_reas
     assert size_of(100_000, 37_500).steps == MOST_STEPS
     assert size_of(100_000, 37_500).held == MOST_HELD
     assert size_of(80, 40).held == FEWEST_HELD
-    assert size_of(79, 40).reason == "79 training examples are too few to compare rates on, 80 are enough"
-    assert size_of(400, 39).reason == "39 steps are too few to try rates first, 40 are enough"
+    assert size_of(79, 40).reason == "79 training examples are too few to compare rates; at least 80 are needed"
+    assert size_of(400, 39).reason == "39 steps are too few to try rates first; at least 40 are needed"
 
 
 def test_what_was_found_reads_in_a_line_and_keeps_the_whole_table() -> None:

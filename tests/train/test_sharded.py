@@ -142,7 +142,7 @@ def test_a_base_that_cannot_be_divided_is_one_line(mesh: Any, tmp_path: Path) ->
     config = json.loads((where / "config.json").read_text())
     for changed, words in (
         ({"model_type": "olmo2"}, "its architecture olmo2 is not listed"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"it is quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"it is quantized \(gptq\)"),
     ):
         (where / "config.json").write_text(json.dumps({**config, **changed}))
         with pytest.raises(BaseModelError, match=f"cannot be read in parts: {words}; leave train.shard out"):

@@ -139,7 +139,8 @@ def test_too_little_data_keeps_the_default_and_says_so() -> None:
     result, _ = found(data=tiny.dataset(train=24), train__epochs=40)
     assert result.lr == 1e-3
     assert (
-        str(result) == "0.001, this method's own: 24 training examples are too few to compare rates on, 80 are enough"
+        str(result)
+        == "0.001, this method's own: 24 training examples are too few to compare rates; at least 80 are needed"
     )
     result, _ = found(train__max_steps=10)
     assert "10 steps are too few" in result.note()

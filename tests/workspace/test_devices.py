@@ -51,7 +51,7 @@ def test_a_card_takes_a_training_that_is_predicted_to_fit(recipe: Recipe) -> Non
     whole = recipe.with_overrides({"train.checkpoint_layers": "false"})
     chosen = choose_for(whole, CLASSIFY, LABELS, Machine((card(short),)))
     assert chosen.device.type == "cpu"
-    assert "are needed, and the emptiest card is cuda:0" in chosen.reason
+    assert "are needed, and the GPU with the most free memory is cuda:0" in chosen.reason
 
 
 def test_a_card_that_is_named_is_refused_if_not_even_the_weights_fit(recipe: Recipe) -> None:

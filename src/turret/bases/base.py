@@ -102,7 +102,7 @@ def load(
         dtype: "auto" is bfloat16 if the device computes it natively, else float16 on a card and float32 elsewhere.
         seed: initialises the parameters that the checkpoint lacks.
         verify: hash the weights even if the cache has their fingerprint.
-        quantization: "nf4" keeps the linear layers of the body in 4 bits. A quantised checkpoint stays as it is.
+        quantization: "nf4" keeps the linear layers of the body in 4 bits. A quantized checkpoint stays as it is.
         device: where the base computes, see `choose_device`. "auto" takes a card with room to answer.
 
     Raises:

@@ -87,7 +87,9 @@ def choose_device(name: str = "auto", needed: Needed | None = None, machine: Mac
     card = max(machine.cards, key=lambda each: each.free)
     wanted = 0 if needed is None else needed(card.device)
     if wanted > card.free:
-        return ChosenDevice(CPU, f"about {gigabytes(wanted)} are needed, and the emptiest card is {card}")
+        return ChosenDevice(
+            CPU, f"about {gigabytes(wanted)} are needed, and the GPU with the most free memory is {card}"
+        )
     return ChosenDevice(card.device, f"{card}" + (f", about {gigabytes(wanted)} are needed" if wanted else ""))
 
 
@@ -152,15 +154,15 @@ def _card(name: str, machine: Machine) -> Card:
 
 
 def _no_cuda() -> str:
-    """Why torch finds no card."""
+    """Why torch finds no GPU."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "this torch is built without CUDA"
     try:
         torch.cuda.current_device()
     except (RuntimeError, AssertionError) as error:  # such as a missing or too old driver
         first = str(error).partition(". ")[0]
-        return f"torch is built for CUDA and finds no card ({one_line(first, 120)})"
-    return "torch is built for CUDA and finds no card"
+        return f"torch is built for CUDA and finds no GPU ({one_line(first, 120)})"
+    return "torch is built for CUDA and finds no GPU"
 
 
 def _no_mps() -> str:

@@ -96,7 +96,7 @@ def _write(path: Path, folder: Path, name: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(path.parent, **source, config=config, dtype="float32")
     except Exception as error:  # the GGUF reader raises many kinds for a broken file
         raise _unreadable(name, error) from error
-    # The weights are not quantised any more. transformers would save and load them as quantised.
+    # The weights are not quantized any more. transformers would save and load them as quantized.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

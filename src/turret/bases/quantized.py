@@ -38,21 +38,21 @@ class Loading(TypedDict, total=False):
 
 
 def checked(source: BaseSource, wanted: Quantization) -> str:
-    """How the weights will be kept: `none`, `nf4`, or the method of a quantised checkpoint.
+    """How the weights will be kept: `none`, `nf4`, or the method of a quantized checkpoint.
 
     Raises:
-        BaseModelError: the checkpoint is quantised already, or a library is missing.
+        BaseModelError: the checkpoint is quantized already, or a library is missing.
     """
     own = source.quantization
     if own is not None and wanted != "none":
         raise BaseModelError(
-            f'base {source.id!r} is quantised already ({own}): leave base_quantization = "{wanted}" out, '
+            f'base {source.id!r} is quantized already ({own}): leave base_quantization = "{wanted}" out, '
             "or give the original model"
         )
     if own in PACKAGES:
         if missing := [name for name in PACKAGES[own] if find_spec(name) is None]:
             raise BaseModelError(
-                f"base {source.id!r} is quantised by {own}: transformers reads it with {' and '.join(PACKAGES[own])}; "
+                f"base {source.id!r} is quantized by {own}: transformers reads it with {' and '.join(PACKAGES[own])}; "
                 f"run: pip install {' '.join(missing)}, or give the original model"
             )
         return own

@@ -91,12 +91,12 @@ def load_in_parts(
         mesh: all processes, in one dimension.
 
     Raises:
-        BaseModelError: the base cannot be divided, because it is quantised, not listed, or named otherwise.
+        BaseModelError: the base cannot be divided, because it is quantized, not listed, or named otherwise.
     """
     source = resolve(base)
     family = listed(source)
     why = None if family is not None else f"its architecture {source.config.get('model_type')} is not listed"
-    why = f"it is quantised ({source.quantization})" if source.quantization is not None else why
+    why = f"it is quantized ({source.quantization})" if source.quantization is not None else why
     if family is None or why is not None:
         raise BaseModelError(
             f"base {base!r} cannot be read in parts: {why}; leave train.shard out, or give another base"

@@ -50,7 +50,7 @@ class BaseSource:
 
     @property
     def quantization(self) -> str | None:
-        """How the checkpoint itself is quantised, such as gptq; None: its weights are plain."""
+        """How the checkpoint itself is quantized, such as gptq; None: its weights are plain."""
         settings = self.config.get("quantization_config")
         return _quantization(settings) if settings else None
 
@@ -146,7 +146,7 @@ def _read_config(base: str, folder: Path) -> JsonMapping:
     settings = config.get("quantization_config")
     if settings and (kind := _quantization(settings)) not in QUANTIZED:
         raise BaseModelError(
-            f"base {base!r} is quantised ({kind}): expected plain weights or one of {', '.join(QUANTIZED)}; "
+            f"base {base!r} is quantized ({kind}): expected plain weights or one of {', '.join(QUANTIZED)}; "
             "give the original model, or a GGUF file"
         )
     return config

@@ -160,7 +160,7 @@ def _refusal(hub_id: str, status: int) -> str:
     if status == 404:
         return f"{hub_id} is not on the Hub, or the token may not see it: check the name, or use `hf auth login`"
     if status in (409, 412):
-        return f"{hub_id} was changed by somebody else at the same time: try again"
+        return f"{hub_id} was changed by another push at the same time: try again"
     if status == 429:
         return f"{hub_id}: the Hub has too many requests from here: wait a few minutes, and try again"
     return f"{hub_id}: the Hub answered {status}: try again later"

@@ -96,7 +96,7 @@ def _print_mistakes(details: Details) -> None:
         return
     out, count = console(), len(details.mistakes)
     shown = details.mistakes[:MISTAKES]
-    words = "the surest wrong answers" if details.right_or_wrong else "the worst outputs"
+    words = "the most confident wrong answers" if details.right_or_wrong else "the worst outputs"
     more = f" of {count}" if count > len(shown) else ""
     out.print(f"\n[dim]{words}, {len(shown)}{more}[/]")
     for each in shown:

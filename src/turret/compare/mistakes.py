@@ -24,7 +24,8 @@ class Mistake:
         right: the label, the labels or the reference.
         given: the answer.
         score: from 0 to 1.
-        confidence: of a classifier, the probability of the answer; with several labels, of its surest wrong decision.
+        confidence: of a classifier, the probability of the answer; with several labels, that of the most confident
+            wrong decision.
     """
 
     row: int
@@ -87,7 +88,7 @@ class Details:
     """The details of one evaluation. What a task does not have is None.
 
     Args:
-        mistakes: the surest first, or the worst first where answers have no probability.
+        mistakes: the most confident first, or the worst first if answers have no probability.
         right_or_wrong: whether every score is 0 or 1.
     """
 

@@ -68,10 +68,10 @@ class Power:
     seeds: int
     examples: int
     margin: float
-    within: float  # how often equal methods would be called as good
+    within: float  # how often equal methods would be judged as good
     at_ten_times: float  # the same with ten times the test examples
-    decides: float | None  # points: the margin within which equal methods would be called as good in 8 of 10 cases
-    shows_worse: float | None  # points: a method that is truly this far behind would be called worse in 8 of 10 cases
+    decides: float | None  # points: the margin within which equal methods would be judged as good in 8 of 10 cases
+    shows_worse: float | None  # points: a method that is truly this far behind would be judged worse in 8 of 10 cases
     more_examples: int | None  # further test examples for 8 of 10, with these seeds
     more_seeds: int | None  # further seeds for 8 of 10, with these examples
     both: tuple[int, int] | None  # (further seeds, further examples) if neither alone is enough
@@ -87,13 +87,13 @@ class Power:
             return ("one seed decides nothing; give at least two",)
         more = report_text.rounded(10 * self.examples)
         first = (
-            f"two equal methods would be called as good within {_points(self.margin)} with {self.seeds} seeds and "
+            f"two equal methods would be judged as good within {_points(self.margin)} with {self.seeds} seeds and "
             f"{self.examples:,} test examples in {report_text.share(self.within)} of cases, with {more} test examples "
             f"in {report_text.share(self.at_ten_times)}"
         )
         second = (
-            f"in 8 of 10 cases, equal methods would be called as good within {_points(self.decides)}, and a method "
-            f"that is {_points(self.shows_worse)} behind would be called worse"
+            f"in 8 of 10 cases, equal methods would be judged as good within {_points(self.decides)}, and a method "
+            f"that is {_points(self.shows_worse)} behind would be judged worse"
         )
         return (first, second, self.advice(), f"spread of the differences {self.spread.source}")
 

@@ -9,7 +9,7 @@ With 95% intervals each of the first three is wrong at most once in forty. One t
 
 The interval describes trainings that do not collapse (see `collapse`). If one in five collapses and costs many points,
 no interval over a few seeds can cover the mean. So collapses are counted separately, with an interval of their own, and
-a method that collapsed is never called as good or better.
+a method that collapsed is never judged as good or better.
 """
 
 from __future__ import annotations

@@ -125,5 +125,5 @@ def _write_failure(folder: Path, error: Exception, tensors: dict[str, Tensor], s
     mount = mount_of(folder)
     return (
         f"disk full: checkpoint of step {step} needs {gigabytes(needed)} in {folder}, the disk at {mount} has "
-        f"{gigabytes(shutil.disk_usage(mount).free)} free: make room and start the same command again; {remaining}"
+        f"{gigabytes(shutil.disk_usage(mount).free)} left: free some space and start the command again; {remaining}"
     )

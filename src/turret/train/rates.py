@@ -102,11 +102,13 @@ def size_of(examples: int, steps: int) -> TrialSize:
     held = min(MOST_HELD, int(HELD_SHARE * examples))
     if steps < FEWEST_TIMES * FEWEST_STEPS:
         return TrialSize(
-            0, 0, f"{steps} steps are too few to try rates first, {FEWEST_TIMES * FEWEST_STEPS} are enough"
+            0, 0, f"{steps} steps are too few to try rates first; at least {FEWEST_TIMES * FEWEST_STEPS} are needed"
         )
     if held < FEWEST_HELD:
         enough = math.ceil(FEWEST_HELD / HELD_SHARE)
-        return TrialSize(0, 0, f"{examples} training examples are too few to compare rates on, {enough} are enough")
+        return TrialSize(
+            0, 0, f"{examples} training examples are too few to compare rates; at least {enough} are needed"
+        )
     return TrialSize(max(FEWEST_STEPS, min(MOST_STEPS, round(SHARE * steps))), held)
 
 
@@ -130,7 +132,7 @@ class FoundRate:
         tried = f"trying {len(self.losses)} rates for {self.size.steps} steps each"
         loss = _number(self.losses[self.lr])
         if self.lr == self.default:
-            return f"{self.lr:.3g}, this method's own: {tried} found none to prefer (held-out loss {loss})"
+            return f"{self.lr:.3g}, this method's own: {tried} found no better one (held-out loss {loss})"
         than = f"{_number(self.losses[self.default])} at the default {self.default:.3g}"
         return f"{self.lr:.3g}, found by {tried} (held-out loss {loss}, {than})"
 

@@ -116,7 +116,7 @@ def _mistakes(
 
 
 def _surest(probabilities: JsonMapping | None, given: Prediction, right: Prediction) -> float | None:
-    """The probability of the answer; of several labels, that of the surest wrong decision."""
+    """The probability of the answer; of several labels, that of the most confident wrong decision."""
     if not isinstance(probabilities, Mapping):
         return None
     if isinstance(given, str):

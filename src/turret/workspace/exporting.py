@@ -154,7 +154,7 @@ def _copy_tokenizer(base: JsonMapping, folder: Path) -> str | None:
     found = [source / name for name in TOKENIZER if (source / name).is_file()]
     for path in found:
         shutil.copyfile(path, folder / path.name)
-    return None if found else f"the tokenizer is not among the files: {base['id']} has none beside its weights"
+    return None if found else f"the tokenizer is not among the files: {base['id']} has none next to its weights"
 
 
 def _write_gguf(adapter: Adapter, version: Version, folder: Path) -> list[str]:
@@ -397,5 +397,5 @@ def _write_error(target: Path, working: WorkingFolder, error: Exception, before:
         now = "the folder is unchanged" if before is not None else "the folder may not survive a power cut"
     left = f"; {working.folder} is left, `turret gc` removes it" if working.left else ""
     return StoreError(
-        f"cannot write {target}: {describe_error(error, target)}: make room or choose another folder; {now}{left}"
+        f"cannot write {target}: {describe_error(error, target)}: free some space or choose another folder; {now}{left}"
     )

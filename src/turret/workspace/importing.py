@@ -156,7 +156,7 @@ def _disk_errors(store: Store, source: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise StoreError(
             f"adapter {ascii(source)[:80]} cannot be copied into {store.root}: {describe_error(error, store.root)}: "
-            "make room there, make it readable, or use another --store"
+            "free some space there, make it readable, or use another --store"
         ) from error
 
 

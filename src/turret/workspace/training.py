@@ -393,5 +393,5 @@ def _disk_errors(run: HeldRun) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise StoreError(
             f"run {run.id} cannot write to {run.folder}: {describe_error(error, run.folder)}: "
-            "make room or make it writable, and start the same command again to resume"
+            "free some space or make it writable, and start the same command again to resume"
         ) from error

@@ -193,7 +193,7 @@ def _initial(method: LoRA, layer: nn.Module, generator: torch.Generator | None) 
 def _lost(layer: nn.Module) -> Tensor:
     """W - Q (D_out, D_in) float32: what the weight Q in 4 bits lost of the checkpoint's weight W.
 
-    The first step of Li et al. 2023, "LoftQ", Algorithm 1. Further steps would quantise the base again.
+    The first step of Li et al. 2023, "LoftQ", Algorithm 1. Further steps would quantize the base again.
     """
     original = quantized.original_weight(layer)
     assert original is not None

@@ -25,7 +25,7 @@ class Prefix(Method):
     }
     peft_generate: ClassVar[str | None] = (
         "PEFT's generate() leaves the prefix out and gives other texts (PEFT 0.21 with transformers 5.24): "
-        "call the model token by token, as the code of the card does, or use Turret"
+        "call the model token by token, as the code of the model card does, or use Turret"
     )
     claimed: ClassVar[bool] = True
     low_rate: ClassVar[str | None] = (

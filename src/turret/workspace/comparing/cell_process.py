@@ -17,7 +17,7 @@ from turret.errors import Interrupted
 from turret.process import environment
 from turret.workspace.progress import Say
 
-STOPPED = "stopped; the same command continues with what is missing"
+STOPPED = "stopped; run the same command again to continue"
 
 
 def run_cell(here: Path, left: float | None, say: Say) -> str | None:
