@@ -10,6 +10,7 @@ import torch
 import transformers
 from small_models import build, tokenizer
 
+from turret.engine.card_choice import choose_together
 from turret.engine.decode import adjust, base_settings, choose, draw, resolved
 from turret.engine.request import GenerationSettings, Options
 from turret.errors import BaseModelError, DataError
@@ -154,3 +155,40 @@ def test_an_option_out_of_range_is_refused(wrong: dict) -> None:
 def test_top_p_or_top_k_without_a_temperature_samples_at_one() -> None:
     assert Options(top_p=0.5).heat == Options(top_k=3).heat == 1.0
     assert Options(top_p=1.0).heat == Options(top_k=3, temperature=0).heat == Options(seed=3).heat == 0.0
+
+
+KINDS: list[dict] = [
+    {},
+    {"heat": 0.8},
+    {"heat": 1.1, "top_k": 9},
+    {"heat": 0.9, "top_p": 0.7},
+    {"heat": 1.0, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 2, "min_new_tokens": 5},
+    {"forced_eos": (5,), "max_tokens": 4},
+    {"forced_bos": 7},
+    {"min_length": 40, "repetition_penalty": 0.8, "heat": 0.5},
+    {"heat": 1.0, "top_p": 1e-9},
+]
+
+
+def test_the_tokens_of_all_rows_at_once_are_those_of_each_row_alone() -> None:
+    """A card chooses so, with one wait."""
+    kinds = [KINDS[row % len(KINDS)] for row in range(60)]
+    alike = [{"heat": 0.7}] * 8, [{"heat": 0.7, "top_k": 3}] * 8, [{}] * 8
+    for number, some in enumerate((kinds, *alike)):
+        given = torch.stack([scores(100 * number + row) for row in range(len(some))])
+        given[1] = torch.nan
+        made = [
+            GenerationSettings(**({"max_tokens": 99, "eos": (5,), "seed": row} | each)) for row, each in enumerate(some)
+        ]
+        past = [[3, 7, 3, 7, row % V, 3, 7, 3] for row in range(len(some))]
+        found, expected = (
+            chosen(
+                given.clone(),
+                [Row(each, own, new=row % 5) for row, (each, own) in enumerate(zip(made, past, strict=True))],
+            )
+            for chosen in (choose_together, choose)
+        )
+        assert found == expected
+        assert found[1] is None
+        assert len(set(found)) > 3

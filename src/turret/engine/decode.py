@@ -11,11 +11,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from turret.engine.card_choice import choose_together
+from turret.engine.choice import Row, forced_tokens, hides_eos, would_repeat
 from turret.engine.request import MAX_TOKENS, GenerationSettings, Options
 from turret.errors import BaseModelError, DataError
 from turret.tasks import TextTask
@@ -108,24 +110,10 @@ def resolved(
     )
 
 
-class Row(Protocol):
-    """A row as `choose` reads it."""
-
-    settings: GenerationSettings
-    random: random.Random
-
-    def counted(self) -> Sequence[int]:
-        """The tokens that penalties count; they end with the answer so far."""
-        ...
-
-    @property
-    def new(self) -> int:
-        """The number of tokens of the answer so far."""
-        ...
-
-
 def choose(scores: Tensor, rows: Sequence[Row]) -> list[int | None]:
     """The next token of each row; None if its scores are not finite. scores: (n, V) float32, changed in place."""
+    if scores.is_cuda:
+        return choose_together(scores, rows)
     finite = torch.isfinite(scores.sum(-1)).tolist()
     for number, row in enumerate(rows):
         if not row.settings.plain and finite[number]:
@@ -167,14 +155,11 @@ def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: Generatio
         own = scores[seen]
         scores[seen] = torch.where(own < 0, own * settings.repetition_penalty, own / settings.repetition_penalty)
     if settings.no_repeat_ngram_size:
-        banned = _would_repeat(counted, settings.no_repeat_ngram_size)
+        banned = would_repeat(counted, settings.no_repeat_ngram_size)
         scores[torch.tensor(banned, dtype=torch.long, device=scores.device)] = -torch.inf
-    if len(counted) < settings.min_length or new < settings.min_new_tokens:
+    if hides_eos(settings, len(counted), new):
         scores[list(settings.eos)] = -torch.inf
-    forced: tuple[int, ...] = (settings.forced_bos,) if new == 0 and settings.forced_bos is not None else ()
-    if settings.forced_eos and new == settings.max_tokens - 1:
-        forced = settings.forced_eos
-    if forced:
+    if forced := forced_tokens(settings, new):
         scores.fill_(-torch.inf)
         scores[list(forced)] = 0.0
 
@@ -206,15 +191,6 @@ def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
             count = max(1, int((before < top_p).sum()))
             return values[:count], places[:count]
         looked *= 8
-
-
-def _would_repeat(counted: Sequence[int], size: int) -> list[int]:
-    """Tokens that would repeat an n-gram. size: n."""
-    if len(counted) + 1 < size:
-        return []
-    last = list(counted[len(counted) - size + 1 :])
-    starts = range(len(counted) - size + 1)
-    return sorted({counted[at + size - 1] for at in starts if list(counted[at : at + size - 1]) == last})
 
 
 def _ids(value: int | Sequence[int] | None) -> list[int]:

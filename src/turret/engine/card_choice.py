@@ -1,0 +1,93 @@
+"""The next token of every row at once, for a card: the CPU waits once for all rows, not once for each number.
+
+The formulas are those of `decode`, which is the reference: for the same settings and seed a row gets the same token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from turret.engine.choice import Row, forced_tokens, hides_eos, would_repeat
+
+
+def choose_together(scores: Tensor, rows: Sequence[Row]) -> list[int | None]:
+    """The next token of each row; None if its scores are not finite. scores: (n, V) float32, changed in place."""
+    finite = torch.isfinite(scores.sum(-1))
+    _adjust(scores, rows)
+    tokens = scores.argmax(-1)
+    drawn = [place for place, row in enumerate(rows) if row.settings.heat > 0.0]
+    if drawn:
+        index = torch.tensor(drawn, device=scores.device)
+        tokens[index] = _draw(scores if len(drawn) == len(rows) else scores[index], [rows[place] for place in drawn])
+    return [None if token < 0 else token for token in torch.where(finite, tokens, -1).tolist()]
+
+
+def _adjust(scores: Tensor, rows: Sequence[Row]) -> None:
+    """All processors up to forced tokens: each is one operation over the tokens that it changes in all rows."""
+    V = scores.shape[1]
+    seen: list[tuple[int, int]] = []  # (row, token)
+    penalties: list[float] = []
+    hidden: list[tuple[int, int]] = []
+    forced: list[tuple[int, int]] = []
+    for place, row in enumerate(rows):
+        settings = row.settings
+        if settings.plain:
+            continue
+        counted = row.counted()
+        if settings.repetition_penalty != 1.0:
+            own = sorted({token for token in counted if token < V})
+            seen += [(place, token) for token in own]
+            penalties += [settings.repetition_penalty] * len(own)
+        if settings.no_repeat_ngram_size:
+            hidden += [(place, token) for token in would_repeat(counted, settings.no_repeat_ngram_size)]
+        if hides_eos(settings, len(counted), row.new):
+            hidden += [(place, token) for token in settings.eos]
+        forced += [(place, token) for token in forced_tokens(settings, row.new)]
+    if not seen and not hidden and not forced:
+        return
+    places = torch.tensor([*seen, *hidden, *forced]).to(scores.device)  # one copy for all
+    own_places, hides, forces = torch.split(places, [len(seen), len(hidden), len(forced)])
+    if seen:
+        penalty, at = torch.tensor(penalties).to(scores.device), own_places.unbind(1)
+        found = scores[at]
+        scores[at] = torch.where(found < 0, found * penalty, found / penalty)
+    if hidden:
+        scores[hides.unbind(1)] = -torch.inf
+    if forced:
+        row_of, token_of = forces.unbind(1)
+        scores[row_of] = -torch.inf
+        scores[row_of, token_of] = 0.0
+
+
+def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+    """A sample of every row, (n,) int64, after temperature, top_k and top_p. scores: (n, V)"""
+    V = scores.shape[1]
+    given = [
+        (own.heat, row.random.random(), V if own.top_k is None else own.top_k, 2.0 if own.top_p is None else own.top_p)
+        for row, own in ((row, row.settings) for row in rows)
+    ]
+    heat, point, most, mass = torch.tensor(given, dtype=torch.float64).to(scores.device).unbind(1)
+    scores = scores.double()
+    weights = ((scores - scores.amax(-1, keepdim=True)) / heat[:, None]).exp()
+    if all(row.settings.top_k is None and row.settings.top_p is None for row in rows):
+        return _at(weights, point)
+    ordered, ids = weights.sort(descending=True)
+    ordered = ordered * (torch.arange(V, device=scores.device) < most[:, None])
+    probabilities = ordered / ordered.sum(-1, keepdim=True)
+    before = probabilities.cumsum(-1) - probabilities
+    inside = before < mass[:, None]
+    inside[:, 0] = True
+    sorted_tokens = ids.gather(1, _at(probabilities * inside, point)[:, None])[:, 0]
+    whole = torch.tensor([row.settings.top_k is None and row.settings.top_p is None for row in rows])
+    return torch.where(whole.to(scores.device), _at(weights, point), sorted_tokens)  # a whole row keeps its order
+
+
+def _at(weights: Tensor, point: Tensor) -> Tensor:
+    """The place in each row that a number from 0 to 1 falls on: (n,). weights: (n, V), point: (n,)"""
+    summed = weights.cumsum(-1)
+    found = torch.searchsorted(summed, (point * summed[:, -1])[:, None], right=True)[:, 0]
+    last = ((weights > 0).sum(-1) - 1).clamp(min=0)  # if rounding puts the point behind it; a NaN has no weight
+    return torch.minimum(found, last)
