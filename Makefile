@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml Makefile $(LOCKS)
 	echo "$(INSTALL) -r requirements/$$torch.txt"; \
 	$(INSTALL) -r requirements/$$torch.txt || \
 		{ echo "pip does not get the build of torch that requirements/$$torch.txt pins: see TORCH in README.md"; exit 1; }
-	$(INSTALL) -r requirements/common.txt
+	$(INSTALL) -r requirements/common.txt -r requirements/interpreter.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -2,6 +2,7 @@
 
 - build.txt: packages that build the packages without wheels
 - common.txt: all others except torch
+- interpreter.txt: Triton, for the tests; torch for CUDA needs the same
 - cpu.txt, cuda.txt: torch, and the packages that only this build of torch needs
 
 The versions are the newest that pyproject.toml allows, for every Python version and system that Turret supports. Needs
@@ -60,7 +61,8 @@ def main() -> None:
         pinned, bundled = Path(folder) / "torch.txt", Path(folder) / "bundled.txt"
         pinned.write_text(f"torch=={TORCH}\n")
         bundled.write_text("\n".join(groups["bundled"]))
-        every = compiled("-c", str(pinned), "--group", "dev", "--group", "docs", "pyproject.toml")
+        named = [word for group in ("dev", "interpreter", "docs") for word in ("--group", group)]
+        every = compiled("-c", str(pinned), *named, "pyproject.toml")
         every |= compiled("--no-deps", str(bundled))
         (Path(folder) / "wheels").mkdir()
         hashes = cpu_build(str(Path(folder) / "wheels"))
@@ -69,6 +71,7 @@ def main() -> None:
     write("build.txt", build)
     write("common.txt", sorted(block for block in every.values() if block not in cuda and block not in build))
     write("cuda.txt", cuda)
+    write("interpreter.txt", [block for block in cuda if block.startswith("triton==")])
     lines = " \\\n    --hash=".join([f"torch=={TORCH}+cpu ; sys_platform == 'linux'", *hashes])
     plain = next(block for name, block in every.items() if name.startswith("torch=="))
     write("cpu.txt", [lines, plain.replace(f"torch=={TORCH}", f"torch=={TORCH} ; sys_platform != 'linux'", 1)])

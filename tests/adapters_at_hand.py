@@ -29,10 +29,16 @@ METHODS: dict[str, Method] = {
 
 
 def made(
-    family: str, task: Any, method: Method, seed: int = 1, labels: int = 3, spec: dict[str, Any] | None = None
+    family: str,
+    task: Any,
+    method: Method,
+    seed: int = 1,
+    labels: int = 3,
+    spec: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Adapter:
-    """An adapter with random tensors, large enough that a missing one shows."""
-    model = build(family, task, **({"num_labels": labels} if task == "classify" else {}))
+    """An adapter with random tensors, large enough that a missing one shows. changes: of the base's configuration."""
+    model = build(family, task, **({"num_labels": labels} if task == "classify" else {}), **changes)
     generator = torch.Generator().manual_seed(seed)
     attach(model, method, generator=generator)
     with torch.no_grad():

@@ -6,9 +6,15 @@
     card.launches, card.syncs, card.copies
 
 What a card refuses is refused: an operation that mixes tensors of both devices. What a card is slow at is counted:
-kernel launches, waits for a number (`.item()`, `.tolist()`, a copy to the CPU), and copies to the card.
 
-Not pretended: streams, how a card rounds, how much memory it takes. Fused attention counts as one launch.
+- launches: every operation of ATen that computes something. A view or an allocation is none. One of torch's fused
+  kernels (attention) and one operation of `turret.card_kernels` is one; a call that torch itself takes apart counts
+  what is in it, so a matrix that is added to a product in a new tensor is two, and a list of tensors is several.
+- syncs: a wait for a number (`.item()`, `.tolist()`, a copy to the CPU) or for a size (`nonzero`, a mask as index).
+- copies to the card.
+
+Not pretended: streams, how a card rounds, how much memory it takes, and Triton: `turret.card_kernels` computes its
+references, in float32 too, which the programs of a real card leave to the base's modules.
 """
 
 from __future__ import annotations
@@ -27,6 +33,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from turret.card_kernels import available
+
 CARD = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 MOVES = {"_to_copy", "copy_", "copy", "lift_fresh", "lift_fresh_copy"}  # may see both devices
@@ -37,7 +45,8 @@ WITHOUT_LAUNCH = {
     *("select", "set_", "slice", "split", "split_with_sizes", "squeeze", "sym_size", "t", "transpose", "unbind"),
     *("unfold", "unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view", "_local_scalar_dense"),
 }
-SEES_HOW_MANY = {"nonzero", "masked_select", "unique", "_unique2"}  # the CPU waits for the size of the result
+SEES_HOW_MANY = {"nonzero", "masked_select", "unique", "_unique2", "unique_dim", "bincount", "equal"}
+AT_ONCE = 64  # tensors that one launch of a `_foreach_` operation takes
 
 
 class Counts:
@@ -53,9 +62,9 @@ class Counts:
         for each in (self.launches, self.syncs, self.copies):
             each.clear()
 
-    def add(self, kind: Counter[str], name: str) -> None:
+    def add(self, kind: Counter[str], name: str, count: int = 1) -> None:
         if not self.silent:
-            kind[name] += 1
+            kind[name] += count
 
     def __enter__(self) -> None:
         self.silent += 1
@@ -98,6 +107,9 @@ class OnCard(Tensor):
     @property
     def is_cuda(self) -> bool:
         return True
+
+    def data_ptr(self) -> int:
+        return self.numbers.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.numbers.untyped_storage()
@@ -190,6 +202,8 @@ def _count(name: str, args: Any, has_card: bool, asked: Any, to_card: bool) -> N
         if of and not into:
             COUNTS.add(COUNTS.syncs, "to the CPU")
             return
+    if name == "repeat_interleave" and has_card and (len(args) < 2 or args[1] is None):
+        COUNTS.add(COUNTS.syncs, name)  # the CPU waits for the size
     if name == "_local_scalar_dense" and has_card:
         COUNTS.add(COUNTS.syncs, "a number")
     elif name in SEES_HOW_MANY and has_card:
@@ -199,7 +213,15 @@ def _count(name: str, args: Any, has_card: bool, asked: Any, to_card: bool) -> N
         if masks:
             COUNTS.add(COUNTS.syncs, "a mask as index")
     if (has_card or to_card) and (asked is None or to_card) and name not in WITHOUT_LAUNCH:
-        COUNTS.add(COUNTS.launches, name)
+        COUNTS.add(COUNTS.launches, name, _launches(name, args))
+
+
+def _launches(name: str, args: Any) -> int:
+    """How many kernels an operation is."""
+    if name.startswith("_foreach_"):
+        return -(-len(args[0]) // AT_ONCE)
+    # the matrix is copied to the result first; a bias, and what is added to in place, are not
+    return 2 if name in ("addmm", "baddbmm") and args[0].dim() > 1 else 1
 
 
 class _Operations(TorchDispatchMode):
@@ -291,8 +313,11 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def pretend_card() -> Iterator[Counts]:
-    """A machine with one card, for the length of the block."""
+def pretend_card(programs: bool = True) -> Iterator[Counts]:
+    """A machine with one card, for the length of the block.
+
+    programs: whether it takes the operations of `turret.card_kernels`; else it has no Triton.
+    """
     COUNTS.clear()
     torch._C._ensureCUDADeviceGuardSet()
     lift = torch._C._only_lift_cpu_tensors()
@@ -316,7 +341,9 @@ def pretend_card() -> Iterator[Counts]:
         "reset_peak_memory_stats": lambda device=None: None,
     }
     try:
-        with patch.multiple(torch.cuda, **driver), _Operations(), _Functions():
+        reason = None if programs else "triton is not installed"
+        told = patch.object(available, "why_not", lambda device, dtype: reason)  # their references compute here
+        with patch.multiple(torch.cuda, **driver), told, _Operations(), _Functions():
             yield COUNTS
     finally:
         torch._C._set_only_lift_cpu_tensors(lift)

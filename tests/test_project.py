@@ -45,7 +45,7 @@ def test_no_dependency_stands_twice() -> None:
 
 @pytest.mark.parametrize("torch", ["cpu.txt", "cuda.txt"])
 def test_the_locks_hold_every_dependency_in_a_version_that_the_project_allows(torch: str) -> None:
-    versions = locked("build.txt", "common.txt", torch)
+    versions = locked("build.txt", "common.txt", "interpreter.txt", torch)
     for name, some in groups().items():
         for each in some if name not in UNLOCKED else ():
             for version in versions[canonicalize_name(each.name)]:

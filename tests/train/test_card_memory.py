@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 
 from turret import adapters
 from turret.bases.skeleton import model_of
+from turret.card_kernels import planned
 from turret.methods import Full, LoRA, Prefix
 from turret.train import card_memory
 from turret.train.card_memory import Work, predict_on_card, refusal, saved_by
@@ -53,13 +54,17 @@ def test_every_component_is_predicted_without_a_number_of_the_base(family: str, 
 
 @pytest.mark.parametrize("family", ["bert", "llama", pytest.param("t5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", [LoRA(r=4, lora_dropout=0.0), Prefix(num_virtual_tokens=4)], ids=["lora", "prefix"])
-def test_what_a_pass_saves_on_a_card_is_what_was_predicted_from_shapes(family: str, method: Any) -> None:
+@pytest.mark.parametrize("programs", [False, True], ids=["modules", "programs"])
+def test_what_a_pass_saves_on_a_card_is_what_was_predicted_from_shapes(
+    family: str, method: Any, programs: bool
+) -> None:
     task: Any = "classify" if family in small_models.ENCODERS else "generate"
     work = Work(2, 24) if task == "classify" else WORK
     bytes_saved = []
     for model in (bare(family, task), without_dropout(small_models.build(family, task))):
         on_card = not next(model.parameters()).is_meta
-        with pretend_card() if on_card else card_memory._Shapes():
+        model.to(torch.bfloat16 if programs else torch.float32)
+        with pretend_card(programs) if on_card else card_memory._Shapes(), planned(programs):
             adapters.attach(to_card(model) if on_card else without_dropout(model), method)
             model.train()
             bytes_saved.append(saved_by(model, work)[0].bytes)

@@ -20,6 +20,7 @@ from turret.adapters.attention_math import attend
 from turret.adapters.batch_context import BARE, BatchContext, CachedKV
 from turret.adapters.fused import enabled
 from turret.adapters.fused.blocks import BlockLayout, BlockSide
+from turret.adapters.fused.card_attention import attend_rows
 from turret.adapters.fused.dropout import Masks
 from turret.adapters.fused.flash import flash
 from turret.errors import AdapterError
@@ -208,7 +209,8 @@ def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCa
     library = usable(q, k, v) if call.softcap is None and enabled("flash") else None
     if library is not None:
         return _flash(library, hooked, q, k, v, call)
-    return _unpadded_plainly(hooked, q, k, v, call)
+    on_card = attend_rows(hooked, q, k, v, call.scaling, call.window, call.dropout) if call.softcap is None else None
+    return on_card if on_card is not None else _unpadded_plainly(hooked, q, k, v, call)
 
 
 def _flash(library: Library, hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:

@@ -18,6 +18,7 @@ from turret.adapters.fused import enabled
 from turret.adapters.fused.blocks import rounded
 from turret.adapters.fused.frozen import linear
 from turret.adapters.positions import row_positions
+from turret.card_kernels import copied
 from turret.families import Pooling
 from turret.transformer import Model, ModelConfig
 
@@ -111,9 +112,9 @@ def target_states(
     before = []  # the token before each target token predicts it
     for end, row, target, places in zip(ends, rows, targets, more, strict=True):
         if places is not None:
-            before.append(places.to(hidden.device) + (end - len(row) - 1))
-        before.append(torch.arange(end - len(target) - 1, end - 1, device=hidden.device))
-    return hidden[torch.cat(before)]
+            before.append(places.cpu() + (end - len(row) - 1))
+        before.append(torch.arange(end - len(target) - 1, end - 1))
+    return hidden[copied(torch.cat(before), hidden.device)]
 
 
 def vocabulary_logits(model: Model, hidden: Tensor, slots: Sequence[int] | None = None) -> Tensor:
@@ -137,7 +138,7 @@ def _hidden(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None, r
         return _one_by_one(model, rows, slots)
     rows, slots = _filled(rows, slots)
     lengths = [len(row) for row in rows]
-    ids = torch.cat(list(rows))[None].to(device_of(model))  # (1, N)
+    ids = copied(torch.cat(list(rows))[None], device_of(model))  # (1, N)
     offset = attached.family.position_offset(model.config)
     settings: dict[str, bool] = {"use_cache": False} if attached.family.decoder_only else {}
     with set_context(attached.context, slots, {attached.family.kind: lengths}, in_body=True, read=read):
@@ -168,7 +169,7 @@ def _encoder_decoder_hidden(
     attached = attachment(model)
     (sources, slots), (targets, _) = _filled(sources, slots, always=True), _filled(targets, slots, always=True)
     lengths = {"encoder": [len(row) for row in sources], "decoder": [len(row) for row in targets]}
-    source, target = (torch.cat(list(rows))[None].to(device_of(model)) for rows in (sources, targets))
+    source, target = (copied(torch.cat(list(rows))[None], device_of(model)) for rows in (sources, targets))
     with set_context(attached.context, slots, lengths, in_body=True):
         encoded = model.get_encoder()(input_ids=source, attention_mask=ready_mask(source))[0]  # (1, N, D)
         output = model.get_decoder()(

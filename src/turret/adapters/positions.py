@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from turret.adapters.batch_context import BatchContext
+from turret.card_kernels import copied
 from turret.families import Family
 from turret.transformer import Model
 
@@ -74,7 +75,7 @@ def _bias_of_padded(module: nn.Module, original: Callable[P, Tensor], context: B
 
 def row_positions(lengths: Iterable[int], offset: int, device: torch.device) -> Tensor:
     """Positions of unpadded rows, each counted from `offset`: (N,) int64."""
-    return torch.cat([torch.arange(offset, offset + length, device=device) for length in lengths])
+    return copied(torch.cat([torch.arange(offset, offset + length) for length in lengths]), device)
 
 
 def _shift(context: BatchContext, prefix_length: Length, rows: int, stream: str, device: torch.device) -> Tensor | None:

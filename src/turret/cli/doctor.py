@@ -38,6 +38,8 @@ def _lines(facts: JsonMapping) -> Iterator[tuple[str, str]]:
     yield "processor", _processor(facts["processor"])
     if "device" in facts["processor"]:
         yield "device", f"{facts['processor']['device']}  [dim]{safe(facts['processor']['device_reason'])}[/]"
+    if facts["processor"].get("programs"):
+        yield "programs", _programs(facts["processor"]["programs"])
     if "float32_products" in facts["processor"]:
         yield "float32", safe(facts["processor"]["float32_products"])
     if "kernels" in facts["processor"]:
@@ -82,6 +84,10 @@ def _processor(processor: JsonMapping) -> str:
     gpu = safe(processor["gpu"]) if processor["gpu"] else "no GPU"
     dtype = f", bases in {processor['dtype']}" if "dtype" in processor else ""
     return f"{processor['instructions']}, {processor['threads']} threads, {gpu}{dtype}"
+
+
+def _programs(text: str) -> str:
+    return f"{GOOD}compiled for this card" if text == "on" else f"{BAD}{safe(text)}; a card is slower without them"
 
 
 def _kernels(text: str, int8: bool) -> str:

@@ -15,7 +15,7 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor, nn
 
-from turret import quantized
+from turret import card_kernels, quantized
 from turret.adapters import require_base
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts
 from turret.adapters.attached import Attachment, device_of, hook_model, routed_linear, routed_whole, target_paths
@@ -24,6 +24,7 @@ from turret.adapters.fused.frozen import linear
 from turret.adapters.lora import sizes
 from turret.adapters.scaled import ScaledLayer
 from turret.bundles.tensors import all_finite
+from turret.card_kernels import MixedLoRA
 from turret.engine.adapter_spans import Span, kernel_spans, spans_of
 from turret.engine.adapter_tensors import (
     AdapterTensors,
@@ -33,7 +34,7 @@ from turret.engine.adapter_tensors import (
     tensor_layout,
 )
 from turret.engine.heads import Heads
-from turret.engine.sgmv import BGMV, Segment, sgmv
+from turret.engine.sgmv import BGMV, Segment, mixed_rows, sgmv
 from turret.errors import AdapterError
 from turret.families import Family
 from turret.kernels import AdapterSpans, Library, usable
@@ -67,6 +68,8 @@ class AdapterPool:
         self._in_use: list[AdapterTensors] = []  # by the kernels in the current pass, even if unmounted meanwhile
         self._segments: dict[str, list[Segment]] = {}  # without kernels, by stream
         self._decoding = BGMV()
+        self.mixed: MixedLoRA | None = None  # on a card, of the decode rows of the current pass
+        self._mixed: tuple[Sequence[AdapterTensors | None], MixedLoRA | None] = (), None  # of the latest rows
         self._prefill_tokens = 0
         self._head_rows: list[tuple[int, int]] = []  # while heads are computed: (slot, rows)
         self._scaled: dict[str, list[Span]] = {}  # the adapters of the current pass that scale, by stream
@@ -183,7 +186,18 @@ class AdapterPool:
         if self.library is None:
             self._prefill_tokens = sum(lengths.get("decoder", ()))
             adapters = [self.at(slot) for slot in steps]
-            self._decoding.arrange([None if each is None or each.layout is None else each for each in adapters])
+            own = [None if each is None or each.layout is None else each for each in adapters]
+            if card_kernels.usable(*self._weights):
+                if own != self._mixed[0]:
+                    self._mixed = own, mixed_rows(own)
+                self.mixed = self._mixed[1]
+            else:
+                self._decoding.arrange(own)
+
+    @property
+    def by_programs(self) -> bool:
+        """Whether a card's programs compute: then no factor is copied, and a step of this base may be recorded."""
+        return self.family.fast.layout == "pre-norm" and card_kernels.usable(*self._weights)
 
     @property
     def scales(self) -> bool:
@@ -222,7 +236,9 @@ class AdapterPool:
             return self._with_scaled(layer, number, x, y)
         y = linear(layer.base_layer, x)
         sgmv(y[0], x[0], self._segments.get(layer.stream, ()), number)
-        if layer.stream == "decoder":
+        if layer.stream == "decoder" and self.mixed is not None:
+            self.mixed.add([y[0, self._prefill_tokens :]], x[0, self._prefill_tokens :], [number])
+        elif layer.stream == "decoder":
             self._decoding.add(y[0, self._prefill_tokens :], x[0, self._prefill_tokens :], number)
         return self._with_scaled(layer, number, x, y)
 
@@ -280,12 +296,13 @@ class AdapterPool:
 
     def finish(self) -> None:
         """Forget the layout of the pass."""
-        self.library = None
+        self.library = self.mixed = None
         self._spans, self._in_use, self._segments, self._scaled = {}, [], {}, {}
 
     def free_decoding(self) -> None:
         """Free what is kept from one pass to the next for rows that decode."""
         self._decoding.clear()
+        self._mixed = (), None
 
     def logits(self, slots: Sequence[int], pooled: Tensor) -> list[Tensor]:
         """The outputs of the classification heads.

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from turret.card_kernels import MixedLoRA
 from turret.engine.adapter_tensors import AdapterTensors, Pair
 
 Segment = tuple[int, int, Mapping[int, Pair]]  # first token, one past the last, and factors by layer
@@ -31,6 +32,20 @@ def sgmv(y: Tensor, x: Tensor, segments: Iterable[Segment], layer: int) -> None:
         if layer in factors:
             A, B = factors[layer]
             y[start:end].addmm_(x[start:end] @ A.mT, B)
+
+
+def mixed_rows(rows: Sequence[AdapterTensors | None]) -> MixedLoRA | None:
+    """The adapter of each row as a card reads it, or None if no row has factors. No factor is copied."""
+    adapters = list(dict.fromkeys(each for each in rows if each is not None))
+    if not adapters:
+        return None
+    place = {adapter: number for number, adapter in enumerate(adapters)}
+    return MixedLoRA.of(
+        [each.flat for each in adapters],
+        [each.offsets for each in adapters],
+        [each.rank for each in adapters],
+        [-1 if each is None else place[each] for each in rows],
+    )
 
 
 class BGMV:

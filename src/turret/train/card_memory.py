@@ -20,6 +20,7 @@ from turret.bases.base import cast
 from turret.bases.device import gigabytes
 from turret.bases.sharded import divided, layer_paths
 from turret.bases.skeleton import CONTEXT
+from turret.card_kernels import planned
 from turret.families import family_of
 from turret.methods import Method
 from turret.recipe import Recipe
@@ -74,6 +75,7 @@ def predict_on_card(
     nf4: bool = False,
     optimizer: str | None = None,
     checkpointed: bool = False,
+    programs: bool = True,
 ) -> Prediction:
     """The memory of a training on a card, by component.
 
@@ -85,6 +87,7 @@ def predict_on_card(
         nf4: whether the linear layers of the body are kept in 4 bits, and unpacked for a product.
         optimizer: `train.optimizer`, which keeps the moments.
         checkpointed: whether each layer keeps its input alone and is computed again: `train.checkpoint_layers`.
+        programs: whether the card computes by Turret's Triton programs, in a dtype that they take.
     """
     cast(model, dtype)
     weights, unpacked = _weights(model, nf4)
@@ -93,7 +96,7 @@ def predict_on_card(
     try:
         model.train()
         trainable = trainable_bytes(adapters.trainable_parameters(model))
-        with _Shapes():
+        with _Shapes(), planned(programs):
             saved, states, outputs = saved_by(model, work)
         logits = LOGITS * outputs
         cached = _cached(model, work, dtype)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from turret.adapters import mixed_precision, packed
 from turret.bases.sharded import parts_of
+from turret.card_kernels import copied
 from turret.errors import LossNotFinite, OutOfMemory
 from turret.tasks import Task, has_head
 from turret.train.batches import Item, micro_batches
@@ -129,7 +130,7 @@ def _loss_of_targets(model: Model, task: Task, states: Tensor, targets: Tensor) 
         states: (N, D), each before its target token.
         targets: (N,) int64.
     """
-    targets = targets.to(states.device)
+    targets = copied(targets, states.device)
 
     def part(states: Tensor, ids: Tensor) -> Tensor:
         return task.loss(packed.vocabulary_logits(model, states), ids) * (len(ids) / len(targets))

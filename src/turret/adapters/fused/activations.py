@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.autograd import Gradients, KernelContext, apply
+from turret import card_kernels
+from turret.adapters.autograd import FunctionContext, Gradients, KernelContext, apply
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.int8 import FrozenProducts, products
@@ -39,6 +40,21 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: KernelContext, *gradients: Tensor) -> Gradients:
         gate, up = ctx.saved_tensors
         return *ctx.library.swiglu_backward(gate, up, gradients[0].contiguous()), None
+
+
+class _CardSwiGLU(torch.autograd.Function):
+    """The same on a card, in one launch each way."""
+
+    @staticmethod
+    def forward(ctx: FunctionContext, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        y: Tensor = torch.ops.turret.swiglu(gate, up)
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
+        dgate, dup, _ = torch.ops.turret.swiglu_backward(*ctx.saved_tensors, gradients[0].contiguous())
+        return dgate, dup
 
 
 class _GELU(torch.autograd.Function):
@@ -115,6 +131,8 @@ class FrozenGated(nn.Module):
             product = library.swiglu(gate.contiguous(), up.contiguous())
         elif (library := _kernels("gated_mlp", gate, up)) is not None:
             product = apply(_SwiGLU, gate.contiguous(), up.contiguous(), library)
+        elif card_kernels.usable(gate, up):
+            product = apply(_CardSwiGLU, gate.contiguous(), up.contiguous())
         else:
             product = self.act_fn(gate) * up
         output: Tensor = self.down_proj(product)

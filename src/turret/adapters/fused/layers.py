@@ -23,6 +23,7 @@ from turret.adapters.attention import rows_and_prefixes
 from turret.adapters.batch_context import AdapterPoolProtocol, BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.activations import FrozenGated, FrozenGELU
+from turret.adapters.fused.card_decoder import CardDecoder
 from turret.adapters.fused.frozen import plain
 from turret.adapters.fused.layer_types import PostNormLayer, PreNormLayer
 from turret.adapters.fused.norms import FrozenNorm
@@ -176,9 +177,11 @@ class Decoder(OneCall[PreNormLayer]):
 
     def __init__(self, module: PreNormLayer, context: BatchContext, order: list[OneCall[PreNormLayer]]) -> None:
         super().__init__(module, context, order)
-        self._trained = TrainedDecoder(module, context)
+        self._trained, self._on_card = TrainedDecoder(module, context), CardDecoder(module, context)
 
     def __call__(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:
+        if not x.is_cpu:
+            return self._on_card(x, cos_sin)
         return self._trained(x, cos_sin) if torch.is_grad_enabled() else super().__call__(x, cos_sin)
 
     @property

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from turret import card_kernels
 from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
@@ -95,6 +96,27 @@ class _RMSNorm(torch.autograd.Function):
         return g.to(x.dtype), None, None, None
 
 
+class _CardNorm(torch.autograd.Function):
+    """The same on a card, in one launch each way; r is computed again."""
+
+    @staticmethod
+    def forward(ctx: _CardNormContext, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x: (N, D)."""
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight)
+        y: Tensor = torch.ops.turret.rms_norm(x, weight, eps)
+        return y
+
+    @staticmethod
+    def backward(ctx: _CardNormContext, *gradients: Tensor) -> Gradients:
+        x, weight = ctx.saved_tensors
+        return torch.ops.turret.rms_norm_backward(x, weight, ctx.eps, gradients[0].contiguous(), None), None, None
+
+
+class _CardNormContext(FunctionContext, Protocol):
+    eps: float
+
+
 class FrozenNorm(nn.Module):
     """Replaces an RMS norm of the base, with the same weight.
 
@@ -110,6 +132,9 @@ class FrozenNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x, weight = hidden_states, self.weight
+        if not x.is_cpu and not weight.requires_grad and x.numel() > 0 and card_kernels.usable(x, weight):
+            rows = x.reshape(-1, x.shape[-1])
+            return apply(_CardNorm, rows, weight, self.variance_epsilon).view(x.shape)
         trains = torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad
         if trains and weight.dtype == x.dtype and enabled("rms_norm"):
             library = usable(x, weight)
