@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from turret.adapters.batch_context import AdapterPoolProtocol, CachedKV
 from turret.adapters.fused.blocks import rounded
+from turret.card_kernels import copied
 from turret.families import Site
 from turret.kernels import CachedKVArguments, usable
 
@@ -201,9 +202,30 @@ class PassCache:
             stored[0, kv_slot.index, :, at : at + end - start] = keys[0, :, start:end]
             stored[1, kv_slot.index, :, at : at + end - start] = values[0, :, start:end]
 
-    def step(self, group: str, layer: int, keys: Tensor | None, values: Tensor | None) -> list[CachedKV]:
+    def places(self, group: str) -> tuple[tuple[int, ...], ...]:
+        """Where the decode rows' keys and values are: rows, shape and addresses of each block."""
+        blocks = [(len(part), part[0].block) for part in self._parts]
+        return tuple(
+            (count, block.room, block.sizes[group], *(stored.data_ptr() for stored in block.stored[group]))
+            for count, block in blocks
+        )
+
+    def changing(self, group: str) -> list[Tensor]:
+        """What differs between two steps of the same rows: lengths and prefixes, for each block."""
+        self._measure(group)
+        return [each for own in self._lengths[group] for each in (own.lengths, own.prefixes)]
+
+    def use(self, group: str, tensors: Sequence[Tensor]) -> None:
+        """Read these instead of `changing`."""
+        pairs = zip(self._lengths[group], tensors[::2], tensors[1::2], strict=True)
+        self._lengths[group] = [replace(own, lengths=lengths, prefixes=prefixes) for own, lengths, prefixes in pairs]
+
+    def _measure(self, group: str) -> None:
         if group not in self._lengths:
             self._lengths[group] = [self._lengths_of(group, part) for part in self._parts]
+
+    def step(self, group: str, layer: int, keys: Tensor | None, values: Tensor | None) -> list[CachedKV]:
+        self._measure(group)
         cached, start = [], 0
         for number, (part, own) in enumerate(zip(self._parts, self._lengths[group], strict=True)):
             stored, count = part[0].block.stored[group][layer], len(part)
@@ -219,8 +241,8 @@ class PassCache:
         new = 0 if group == "cross" else 1
         lengths = [kv_slot.lengths[group] + new for kv_slot in part]
         longest = min(rounded(max(lengths), STEPS), part[0].block.sizes[group])
-        prefixes = torch.tensor([kv_slot.prefixes[group] for kv_slot in part], device=self._device)
-        numbers = torch.tensor(lengths, device=self._device)
+        prefixes = copied(torch.tensor([kv_slot.prefixes[group] for kv_slot in part]), self._device)
+        numbers = copied(torch.tensor(lengths), self._device)
         like = part[0].block.stored[group][0][0, : len(part), :, :longest]
         kept = CachedKVArguments(numbers, prefixes, like) if usable(like) is not None else None
         return _Lengths(numbers, prefixes, longest, min(lengths) == longest, kept)
