@@ -47,6 +47,28 @@ def test_an_operation_is_one_launch(interpreted: Any, name: str) -> None:
     assert interpreted[name]["launches"] == {f"_{name}": 2}  # called in two dtypes
 
 
+@pytest.mark.slow
+def test_every_program_compiles_for_cards_since_ampere_within_their_shared_memory(tmp_path: Path) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: it has wheels for Linux only")
+    script = Path(__file__).with_name("compiled.py")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(script), "80", "90"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 2 * 3 * len(PROGRAMS)
+    for name, made in found.items():
+        assert made["bytes"] > 1000, name
+        assert made["shared"] <= 99 * 1024, name  # of a card for desktops
+
+
 def test_control_a_program_with_another_formula_is_noticed() -> None:
     assert check.largest_difference("swiglu", lambda gate, up: gate * up, CPU, torch.float32) > 0.1
     assert check.largest_difference("rotate", lambda *arguments: None, CPU, torch.float32) > 0.1

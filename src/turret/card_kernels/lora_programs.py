@@ -317,7 +317,8 @@ def _mixed(
     HAS_PLUS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of one row. Every program computes x A^T again, which costs less than a second launch."""
-    row, kind = tl.program_id(0).to(tl.int64), x.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    kind = x.dtype.element_ty
     adapter = tl.load(adapters + row)
     known = tl.maximum(adapter, 0)
     at = addresses + (known * layers + layer) * 2
