@@ -249,9 +249,9 @@ def _attend_step(
     for start in range(0, newest, BLOCK):
         token = start + tl.arange(0, BLOCK)
         there = token < newest
-        at = keys + token[None].to(tl.int64) * token_stride + column[:, None]
-        old1 = tl.load(at, mask=there[None], other=0.0)
-        old2 = tl.load(at + HALF, mask=there[None], other=0.0)
+        old = keys + token[None].to(tl.int64) * token_stride + column[:, None]
+        old1 = tl.load(old, mask=there[None], other=0.0)
+        old2 = tl.load(old + HALF, mask=there[None], other=0.0)
         scores = scaling * (product(first, old1, PRECISE) + product(second, old2, PRECISE))
         seen = there
         if window > 0:

@@ -1,0 +1,87 @@
+"""A decoder's layer as a card computes it, on the CPU: its operations are their references there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+import torch
+from batches import rows, without_dropout
+from four_bits import base_in_four_bits, needs_bitsandbytes
+
+from turret.adapters import attach, checkpointed, detach, packed
+from turret.adapters.fused import card_decoder, layers
+from turret.methods import LoRA
+
+SOME = LoRA(r=4, lora_dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"), init_lora_weights=False)
+ALL = LoRA(r=4, lora_dropout=0.0, target_modules="all-linear", init_lora_weights=False)
+
+
+@contextmanager
+def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Let CPU tensors take a card's layers; gives the number of layers that did."""
+    taken: list[int] = []
+
+    def on_card(self: layers.Decoder, x: torch.Tensor, cos_sin: Any) -> torch.Tensor | None:
+        y = self._on_card(x, cos_sin)
+        taken.extend([1] * (y is not None))
+        return y
+
+    with monkeypatch.context() as patched:
+        patched.setattr(card_decoder, "usable", lambda *tensors: True)
+        patched.setattr(layers.Decoder, "__call__", on_card)
+        yield taken
+
+
+def gradients(model: Any, method: LoRA, checkpoint: bool = False) -> dict[str, torch.Tensor]:
+    """Of every factor, of a sum over the logits of three rows."""
+    attach(model, method, generator=torch.Generator().manual_seed(0))
+    if checkpoint:
+        checkpointed.checkpoint_layers(model)
+    model.train()
+    sources, targets = rows(lengths=(9, 3, 14)), rows(seed=1, lengths=(4, 6, 2))
+    packed.target_logits(model, sources, targets).float().logsumexp(-1).sum().backward()
+    found = {name: each.grad.clone() for name, each in model.named_parameters() if each.requires_grad}
+    detach(model)
+    return found
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, gradient in one.items():
+        assert float(gradient.abs().max()) > 0, name
+        torch.testing.assert_close(gradient, other[name], atol=1e-4 * float(other[name].abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", [SOME, ALL], ids=["some", "all"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_its_gradients_are_the_modules(monkeypatch: pytest.MonkeyPatch, family: str, method: LoRA) -> None:
+    model = without_dropout(small_models.build(family, "generate"))
+    with as_on_a_card(monkeypatch) as taken:
+        found = gradients(model, method)
+    assert len(taken) == 2  # layers
+    same(found, gradients(model, method))
+
+
+def test_its_gradients_are_the_same_if_layers_are_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_models.build("llama", "generate")
+    dropped = ALL.model_copy(update={"lora_dropout": 0.2})
+    with as_on_a_card(monkeypatch) as taken:
+        torch.manual_seed(5)
+        found = gradients(model, dropped, checkpoint=True)
+        assert len(taken) == 2  # the second time ends as soon as all is saved again
+        torch.manual_seed(5)
+        same(found, gradients(model, dropped))
+
+
+@needs_bitsandbytes
+def test_its_gradients_are_the_modules_on_a_base_in_4_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = without_dropout(base_in_four_bits("llama", tmp_path, task="generate").model)
+    with as_on_a_card(monkeypatch) as taken:
+        found = gradients(model, ALL)
+    assert len(taken) == 2
+    same(found, gradients(model, ALL))
