@@ -209,8 +209,18 @@ def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCa
     library = usable(q, k, v) if call.softcap is None and enabled("flash") else None
     if library is not None:
         return _flash(library, hooked, q, k, v, call)
-    on_card = attend_rows(hooked, q, k, v, call.scaling, call.window, call.dropout) if call.softcap is None else None
+    on_card = None if q.is_cpu else _on_card(hooked, q, k, v, call)
     return on_card if on_card is not None else _unpadded_plainly(hooked, q, k, v, call)
+
+
+def _on_card(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor | None:
+    """The same by a card's fused attention, or None if it does not compute this."""
+    if call.softcap is not None or call.dropout > 0.0 or hooked.bias_module is not None:
+        return None
+    context, site = hooked.context, hooked.site
+    slots = {context.slot_of(row) for row in range(len(next(iter((context.lengths or {}).values()))))}
+    prefixes = {slot: pair for slot in sorted(slots) if slot != BARE and (pair := hooked.prefix(slot, site))}
+    return attend_rows(context, site, prefixes, q, k, v, call.scaling, call.window)
 
 
 def _flash(library: Library, hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:

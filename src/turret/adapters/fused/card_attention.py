@@ -6,19 +6,17 @@ prefix is copied before its row's own keys, and a causal row's last query sees a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from turret.adapters.autograd import FunctionContext, Gradients, apply
-from turret.adapters.batch_context import BARE
+from turret.adapters.batch_context import BatchContext
 from turret.card_kernels import usable
-
-if TYPE_CHECKING:
-    from turret.adapters.attention import Hooked
+from turret.families import Site
 
 WIDEST = 256  # numbers in a head that FlashAttention takes
 
@@ -67,26 +65,38 @@ class _Rows(torch.autograd.Function):
 
 
 def attend_rows(
-    hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, dropout: float
+    context: BatchContext,
+    site: Site,
+    prefixes: Mapping[int, tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    window: int | None,
 ) -> Tensor | None:
     """Attention of each row to its own prefix and keys, or None if the programs do not compute it.
 
-    q: (1, H, N, D); k, v: (1, H_kv, M, D) -> (1, H, N, D).
+    Args:
+        context: the batch.
+        site: of the attention module.
+        prefixes: keys and values (H_kv, P, D) of every slot in the batch that has a prefix here.
+        q: (1, H, N, D).
+        k: (1, H_kv, M, D).
+        v: the same.
+        scaling: of the scores.
+        window: |key - query| below it is visible; None for no window.
+
+    Returns:
+        (1, H, N, D).
     """
-    if q.is_cpu or dropout > 0.0 or hooked.bias_module is not None or not takes_heads(q.shape[3]):
+    hides = bool(prefixes) and window is not None and site.group != "cross"  # a window would hide the prefix
+    if hides or not takes_heads(q.shape[3]) or not usable(q, k, v):
         return None
-    if not usable(q, k, v):
-        return None
-    context, site = hooked.context, hooked.site
-    slots = [context.slot_of(row) for row in range(len(next(iter((context.lengths or {}).values()))))]
-    pairs = {slot: pair for slot in dict.fromkeys(slots) if slot != BARE and (pair := hooked.prefix(slot, site))}
-    if pairs and window is not None and site.group != "cross":
-        return None  # a window would hide the prefix
-    edges = row_edges(hooked, window, slots, {slot: pair[0].shape[1] for slot, pair in pairs.items()}, q.device)
+    edges = row_edges(context, site, window, {slot: pair[0].shape[1] for slot, pair in prefixes.items()}, q.device)
     queries, keys, values = (each[0].transpose(0, 1) for each in (q, k, v))  # (N, H, D)
     if edges.order is not None:
-        keys = _packed(keys, [pair[0] for pair in pairs.values()], edges.order)
-        values = _packed(values, [pair[1] for pair in pairs.values()], edges.order)
+        keys = _packed(keys, [pair[0] for pair in prefixes.values()], edges.order)
+        values = _packed(values, [pair[1] for pair in prefixes.values()], edges.order)
     y = apply(_Rows, queries.contiguous(), keys.contiguous(), values.contiguous(), edges, scaling)
     return y.transpose(0, 1)[None]
 
@@ -107,13 +117,12 @@ def _packed(keys: Tensor, prefixes: Sequence[Tensor], order: Tensor) -> Tensor:
 
 
 def row_edges(
-    hooked: Hooked, window: int | None, slots: Sequence[int], prefixes: dict[int, int], device: torch.device
+    context: BatchContext, site: Site, window: int | None, prefixes: Mapping[int, int], device: torch.device
 ) -> RowEdges:
     """The edges of this batch's rows: copied to the card once for all layers of a group.
 
     prefixes: P of every slot that has a prefix at this site.
     """
-    context, site = hooked.context, hooked.site
     key = ("edges", site.group, window, tuple(prefixes.items()))
     if key not in context.memo:
         cross = site.group == "cross"
@@ -123,7 +132,8 @@ def row_edges(
         own = sum(prefixes.values())  # where the rows' own keys begin
         order: list[int] = []
         counts = []
-        for slot, (start, end) in zip(slots, keys, strict=True):
+        for row, (start, end) in enumerate(keys):
+            slot = context.slot_of(row)
             P = prefixes.get(slot, 0)
             if prefixes:
                 order += [*range(before.get(slot, 0), before.get(slot, 0) + P), *range(own + start, own + end)]

@@ -271,8 +271,7 @@ class CardDecoder:
         tensors = [each for group in groups for pair in zip(group.A, group.B, strict=True) for each in pair]
         if not tensors and not x.requires_grad:
             return None
-        count = len(context.lengths["decoder"]) if context.lengths is not None else 0
-        edges = row_edges(hooked, hooked.family.window(attention), [slot] * count, {}, x.device)
+        edges = row_edges(context, hooked.site, hooked.family.window(attention), {}, x.device)
         heads = (norms[2], norms[3]) if len(norms) > 2 else None
         call = _Pass(groups, (norms[0], norms[1]), heads, attention.head_dim, edges, attention.scaling)
         return apply(_CardLayer, call, x, cos, sin, *tensors)
