@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 from unittest.mock import patch
@@ -33,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from turret import quantized
 from turret.card_kernels import available
 
 CARD = torch.device("cuda", 0)
@@ -319,6 +321,8 @@ def pretend_card(programs: bool = True) -> Iterator[Counts]:
     programs: whether it takes the operations of `turret.card_kernels`; else it has no Triton.
     """
     COUNTS.clear()
+    if find_spec("bitsandbytes") is not None:
+        quantized.library()  # PEFT imports it, and at its import it asks torch for a real card
     torch._C._ensureCUDADeviceGuardSet()
     lift = torch._C._only_lift_cpu_tensors()
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
