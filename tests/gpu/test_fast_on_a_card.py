@@ -66,7 +66,7 @@ def test_a_recorded_step_gives_what_the_step_itself_gives() -> None:
         runner = Runner(base)  # type: ignore[arg-type]
         runners.append(runner)
         if not graphs:
-            runner.graphs.off = "off for a comparison"
+            runner.recorded.graphs.off = "off for a comparison"
         for slot in (1, 2):
             adapter = made("llama", "generate", method, slot, **SIZES)
             loaded = runner.adapter_pool.prepare(adapter, f"sha256:{slot}", GENERATES)  # type: ignore[arg-type]
@@ -81,8 +81,8 @@ def test_a_recorded_step_gives_what_the_step_itself_gives() -> None:
         return found
 
     recorded, eager = logits(True), logits(False)
-    assert runners[0].graphs.off is None
-    assert runners[0].graphs.recorded == 1
+    assert runners[0].recorded.graphs.off is None
+    assert runners[0].recorded.graphs.recorded == 1
     for one, other in zip(recorded, eager, strict=True):
         torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
 

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from turret.adapters import set_context
 from turret.adapters.attached import detach
-from turret.adapters.batch_context import BARE, BatchContext
+from turret.adapters.batch_context import BARE
 from turret.adapters.fused.blocks import rounded
-from turret.adapters.fused.card_decoder import BY_PROGRAMS
 from turret.adapters.packed import STEPS, pool, ready_mask, shift_right, vocabulary_logits
 from turret.bases import Base
-from turret.card_kernels import copied, real_card
+from turret.card_kernels import copied
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
-from turret.engine.decode_graphs import DecodeGraphs
+from turret.engine.recorded_steps import RecordedSteps
 from turret.transformer import Model
 
 SHORT_PASS, LONG_PASS = 512, 1024  # tokens
@@ -70,11 +69,11 @@ class Runner:
         )
         self.device = self.adapter_pool.device
         self._is_encoder_decoder = base.family.is_encoder_decoder
-        self.graphs = DecodeGraphs()
+        self.recorded = RecordedSteps(self.model, self.adapter_pool)
 
     def close(self) -> None:
         """Remove the hooks from the base."""
-        self.graphs.clear()
+        self.recorded.graphs.clear()
         detach(self.model)
 
     def kv_slot(self, prompt: int, answer: int, slot: int) -> KVSlot:
@@ -135,47 +134,15 @@ class Runner:
         spans = [{"decoder": span} for span in _spans(lengths)]
         call = {"use_cache": False} if family.decoder_only else {}
         with self._pass(rows, steps, {kind: [*lengths, *([filler] if filler else [])]}, spans, {kind: positions}):
-            assert self._context.positions is not None
-            there = self._context.positions[kind]
-            if not rows and self._records:
-                return self._recorded(ids, there), lengths
+            if not rows and self.recorded.possible:
+                return self.recorded.hidden(ids, copied(positions, self.device)), lengths
             output = self.model.base_model(
-                input_ids=ids, attention_mask=ready_mask(ids), position_ids=there[None], **call
+                input_ids=ids,
+                attention_mask=ready_mask(ids),
+                position_ids=positions.to(self.device)[None],
+                **call,
             )
         return output[0][0], lengths
-
-    @property
-    def _context(self) -> BatchContext:
-        return self.adapter_pool.attached.context
-
-    @property
-    def _records(self) -> bool:
-        """Whether a decoding step may be a CUDA graph: on a card, by its programs, without modules of adapters."""
-        return self.adapter_pool.by_programs and real_card(self.device) and not self.adapter_pool.scales
-
-    def _recorded(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The hidden states (B, D) of a decoding step, by a graph if there is one. ids: (1, B); positions: (B,)"""
-        context, pool, cache = self._context, self.adapter_pool, self._context.cache
-        assert isinstance(cache, PassCache)
-        changing = cache.changing("decoder")
-        mixed = pool.mixed
-
-        def body(inputs: Sequence[Tensor]) -> Tensor:
-            ids, positions, *others = inputs
-            context.positions = {"decoder": positions}
-            cache.use("decoder", others[: len(changing)])
-            pool.mixed = None if mixed is None else mixed.with_changing(others[len(changing) :])
-            output = self.model.base_model(
-                input_ids=ids, attention_mask=ready_mask(ids), position_ids=positions[None], use_cache=False
-            )
-            hidden: Tensor = output[0][0]
-            return hidden
-
-        adapters = None if mixed is None else (len(mixed.flats), mixed.most)
-        inputs = [ids, positions, *changing, *([] if mixed is None else mixed.changing)]
-        layers = self.model.config.num_hidden_layers
-        recordable = lambda: context.memo.get(BY_PROGRAMS) == layers
-        return self.graphs.run((cache.places("decoder"), adapters), inputs, body, recordable)
 
     def _encoder_decoder(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> tuple[Tensor, list[int]]:
         """(hidden states of the decoder (M, D), its tokens of each prefill row).
@@ -301,7 +268,7 @@ class Runner:
         slots = [prefill[row].slot for row in sorted(last)] + [step.slot for step in steps]
         vocabulary = torch.empty(0)
         if tokens:
-            read = hidden[copied(torch.tensor(tokens), hidden.device)]
+            read = hidden[torch.tensor(tokens, device=hidden.device)]
             vocabulary = vocabulary_logits(self.model, read, slots).float()
         return Outcome([classes[row] for row in range(len(prefill)) if row in classes], vocabulary)
 
