@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +14,7 @@ from turret.cli.output import console, emit, safe, status
 from turret.errors import ServeRefused
 
 if TYPE_CHECKING:
+    from turret.server.oidc import OidcSettings
     from turret.server.state import ServerSettings
     from turret.workspace import Workspace
 
@@ -49,6 +51,21 @@ def serve(
         typer.Option("--proxy", metavar="ADDRESS", help="A reverse proxy: its connections have no limit."),
     ] = None,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write the texts of requests to the log.")] = False,
+    oidc: Annotated[
+        str | None, typer.Option("--oidc", metavar="URL", help="An OpenID Connect provider that signs people in.")
+    ] = None,
+    oidc_client: Annotated[
+        str, typer.Option("--oidc-client", metavar="ID", help="The id of this server at the provider.")
+    ] = "turret",
+    oidc_claim: Annotated[
+        str, typer.Option("--oidc-claim", help="The claim that names a person's access token.")
+    ] = "preferred_username",
+    oidc_tenant_claim: Annotated[
+        str | None, typer.Option("--oidc-tenant-claim", help="The claim that names their tenant; default: none.")
+    ] = None,
+    public_url: Annotated[
+        str | None, typer.Option("--public-url", metavar="URL", help="Where browsers reach this server.")
+    ] = None,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -71,6 +88,7 @@ def serve(
         per_adapter=Quota(requests, tokens),
         log_texts=log_texts,
         proxies=networks(proxy or ()),
+        oidc=_provider(oidc, oidc_client, public_url or f"http://{host}:{port}", oidc_claim, oidc_tenant_claim),
     )
     _serve(
         workspace, base or only_base(workspace), settings, size_of(memory), dtype, base_quantization, device, as_json
@@ -107,6 +125,20 @@ def _serve(
             state = ServerState(workspace, engine, Options, settings)
             run(state, listening, lambda url: _announce(url, state.base_id, str(engine.base.model.device), as_json))
             engine.drain(state.limits.drain_seconds)
+
+
+def _provider(
+    issuer: str | None, client: str, public_url: str, claim: str, tenant_claim: str | None
+) -> OidcSettings | None:
+    """The provider of `--oidc`, with the secret in TURRET_OIDC_SECRET. Raises ServeRefused without it."""
+    from turret.server.oidc import OidcSettings
+
+    if issuer is None:
+        return None
+    secret = os.environ.get("TURRET_OIDC_SECRET")
+    if not secret:
+        raise ServeRefused("--oidc needs the client's secret: set the environment variable TURRET_OIDC_SECRET")
+    return OidcSettings(issuer, client, secret, public_url, claim, tenant_claim)
 
 
 def _announce(url: str, base: str, device: str, as_json: bool) -> None:

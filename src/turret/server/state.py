@@ -27,6 +27,7 @@ from turret.server.engine_protocol import EngineProtocol, Input, TicketProtocol,
 from turret.server.limits import Load, RequestLimits
 from turret.server.logs import Log
 from turret.server.metrics import Metrics, numbers
+from turret.server.oidc import Oidc, OidcSettings
 from turret.server.pending_answers import PendingAnswers, Submission
 from turret.server.quotas import Quota, Quotas
 from turret.server.routing import Placement
@@ -54,6 +55,7 @@ class ServerSettings:
     per_adapter: Quota = field(default_factory=Quota)
     log_texts: bool = False
     proxies: Sequence[Network] = ()  # networks without a limit per client
+    oidc: OidcSettings | None = None  # who signs people in to the console, besides access tokens
 
 
 class ServerState:
@@ -81,6 +83,7 @@ class ServerState:
         self.load = Load()
         self.clients = ClientConnections(limits.connections, limits.connections_per_client, self.settings.proxies)
         self.guard = Guard(self.settings.host, workspace.tokens.of_all_tenants(), clock, workspace.store.access)
+        self.oidc = None if self.settings.oidc is None else Oidc(self.settings.oidc, clock)
         self.quotas = Quotas(clock)
         self._home, self._shared_engine = workspace, engine
         self._tenants_lock = threading.Lock()

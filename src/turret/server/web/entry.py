@@ -8,9 +8,11 @@ from fastapi import Request, Response
 from fastapi.responses import RedirectResponse
 
 from turret.errors import NotFound, Unauthorized
+from turret.server import oidc
 from turret.server.auth import Caller
 from turret.server.routes import State
 from turret.server.sessions import cookie
+from turret.server.state import ServerState
 from turret.server.web import render
 from turret.server.web.forms import Sent, pages
 
@@ -29,7 +31,7 @@ async def ask_in(request: Request, state: State, next: str = "/") -> Response:
     """The form for a token."""
     if state.guard.open:
         return RedirectResponse("/", 303)
-    return render.page(request, state, "sign_in.html.j2", next=_local(next), problem=None)
+    return _form(request, state, _local(next))
 
 
 @router.post("/sign-in")
@@ -39,10 +41,39 @@ async def sign_in(request: Request, state: State, form: Sent) -> Response:
     try:
         session = state.guard.sign_in(form.text("token"))
     except Unauthorized as error:
-        return render.page(request, state, "sign_in.html.j2", 401, next=next, problem=str(error))
+        return _form(request, state, next, problem=str(error))
     state.guard.sessions.end(request.state.caller.session)
     response = RedirectResponse(next, 303)
     response.headers["set-cookie"] = cookie(session, state.guard.sessions.seconds, secure=_secure(request))
+    return response
+
+
+@router.get(oidc.PATH)
+async def ask_provider(request: Request, state: State, next: str = "/") -> Response:
+    """Go to the page of the OpenID Connect provider."""
+    url, key = _provider(state).begin(_local(next))
+    response = RedirectResponse(url, 303)
+    response.headers["set-cookie"] = oidc.cookie(key, secure=_secure(request))
+    return response
+
+
+@router.get(oidc.BACK)
+async def come_back(request: Request, state: State) -> Response:
+    """Open a session for the person whom the provider sent back.
+
+    The answer is a page, not a redirect: the browser comes from another site, and would leave a SameSite=Strict cookie
+    out of the request that follows a redirect.
+    """
+    provider = _provider(state)
+    try:
+        person = await state.control(provider.finish, request.cookies.get(oidc.COOKIE), dict(request.query_params))
+        session = state.guard.sign_in_as(person.name, person.tenant)
+    except Unauthorized as error:
+        return _form(request, state, "/", problem=str(error))
+    response = render.page(request, state, "signed_in.html.j2", next=_local(person.next))
+    secure = _secure(request) or provider.settings.public_url.startswith("https://")
+    response.headers.append("set-cookie", cookie(session, state.guard.sessions.seconds, secure=secure))
+    response.headers.append("set-cookie", oidc.cookie("", secure=secure))
     return response
 
 
@@ -71,6 +102,18 @@ def _files() -> dict[str, tuple[bytes, str]]:
     folder = render.FOLDER / "static"
     paths = [path for path in folder.rglob("*") if path.suffix[1:] in MEDIA_TYPES]
     return {path.relative_to(folder).as_posix(): (path.read_bytes(), MEDIA_TYPES[path.suffix[1:]]) for path in paths}
+
+
+def _form(request: Request, state: ServerState, next: str, problem: str | None = None) -> Response:
+    values = {"next": next, "problem": problem, "oidc": None if state.oidc is None else oidc.PATH}
+    return render.page(request, state, "sign_in.html.j2", 200 if problem is None else 401, **values)
+
+
+def _provider(state: ServerState) -> oidc.Oidc:
+    """Raises NotFound if the server has no provider."""
+    if state.oidc is None:
+        raise NotFound("this server has no sign-in by a provider: sign in with a token")
+    return state.oidc
 
 
 def _local(url: str) -> str:

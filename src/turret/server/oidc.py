@@ -1,0 +1,229 @@
+"""Sign-in to the console by an OpenID Connect provider.
+
+The provider says who somebody is. The access token of that name says what they may do: a person whose claim
+`preferred_username` is `ann` gets the rights of the token `ann`. Revoking that token ends their sessions. The flow is
+the authorization code flow with PKCE, `state` and `nonce` (OpenID Connect Core 1.0, RFC 7636), by authlib.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from turret.access import DEFAULT
+from turret.errors import ServeRefused, Unauthorized
+from turret.server.auth import is_loopback
+
+PATH = "/sign-in/oidc"
+BACK = "/sign-in/oidc/back"  # where the provider sends the browser
+COOKIE = "turret_sign_in"
+SECONDS = 600.0  # how long a sign-in may take
+LIMIT = 1024  # sign-ins under way; the oldest one is dropped
+TIMEOUT = 10.0  # seconds for one request to the provider
+ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]  # no shared key
+
+
+@dataclass(frozen=True)
+class OidcSettings:
+    """The provider, and which claims name a person's access token.
+
+    Args:
+        issuer: URL of the provider; `/.well-known/openid-configuration` is read from there.
+        public_url: URL at which browsers reach this server, without a path.
+        claim: The claim with the name of the access token.
+        tenant_claim: The claim with its tenant; None: all are of the tenant `default`.
+    """
+
+    issuer: str
+    client_id: str
+    client_secret: str = field(repr=False)
+    public_url: str
+    claim: str = "preferred_username"
+    tenant_claim: str | None = None
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who signed in: the name and tenant of their access token, and where they wanted to go."""
+
+    name: str
+    tenant: str
+    next: str
+
+
+@dataclass(frozen=True)
+class _SignIn:
+    """A sign-in under way."""
+
+    state: str
+    nonce: str
+    verifier: str
+    next: str
+    end: float
+
+
+class Oidc:
+    """Sign-ins by a provider. Every method that asks it may block for seconds: call it on a thread.
+
+    Raises:
+        ServeRefused: A setting is wrong, authlib is not installed, or the provider cannot be read.
+    """
+
+    def __init__(self, settings: OidcSettings, clock: Callable[[], float]) -> None:
+        for name, url in (("--oidc", settings.issuer), ("--public-url", settings.public_url)):
+            _check_url(name, url)
+        try:
+            import authlib.integrations.requests_client  # noqa: F401
+        except ImportError:
+            raise ServeRefused("--oidc needs authlib: pip install 'turret[oidc]'") from None
+        self.settings, self._clock = settings, clock
+        self._open: OrderedDict[str, _SignIn] = OrderedDict()  # cookie -> sign-in
+        self._lock = threading.Lock()
+        self._metadata = self._read_metadata()
+
+    def begin(self, next: str) -> tuple[str, str]:
+        """Start a sign-in.
+
+        Args:
+            next: The path to show when the person is signed in.
+
+        Returns:
+            The URL of the provider to go to, and the value of the cookie that binds the sign-in to this browser.
+        """
+        state, nonce, verifier = (secrets.token_urlsafe(48) for _ in range(3))
+        sign_in = _SignIn(state, nonce, verifier, next, self._clock() + SECONDS)
+        key = secrets.token_urlsafe(32)
+        url, _ = self._session().create_authorization_url(
+            self._metadata["authorization_endpoint"],
+            state=sign_in.state,
+            nonce=sign_in.nonce,
+            code_verifier=sign_in.verifier,
+        )
+        with self._lock:
+            self._open[key] = sign_in
+            while len(self._open) > LIMIT:
+                self._open.popitem(last=False)
+        return str(url), key
+
+    def finish(self, key: str | None, query: Mapping[str, str]) -> Person:
+        """The person whom the provider sent back, once for each sign-in.
+
+        Args:
+            key: The cookie that `begin` gave.
+            query: The parameters of the URL that the provider sent the browser to.
+
+        Raises:
+            Unauthorized: The sign-in is unknown, too old or was refused, or the provider's answer is not valid.
+        """
+        with self._lock:
+            sign_in = self._open.pop(key or "", None)
+        if sign_in is None or self._clock() >= sign_in.end:
+            raise Unauthorized("this sign-in is not known here, or took longer than 10 minutes: begin again")
+        if "code" not in query:
+            raise Unauthorized(
+                f"the provider refused the sign-in ({ascii(query.get('error', 'no code'))[:60]}): begin again"
+            )
+        if not secrets.compare_digest(query.get("state", "").encode(), sign_in.state.encode()):
+            raise Unauthorized("the provider's answer is to another sign-in: begin again")
+        claims = self._claims(sign_in, query["code"])
+        name = claims.get(self.settings.claim)
+        tenant = DEFAULT if self.settings.tenant_claim is None else claims.get(self.settings.tenant_claim)
+        if not isinstance(name, str) or not isinstance(tenant, str):
+            wanted = self.settings.claim if not isinstance(name, str) else self.settings.tenant_claim
+            raise Unauthorized(f"the provider named no {wanted}: choose another claim with --oidc-claim")
+        return Person(name, tenant, sign_in.next)
+
+    # Any: authlib and claims have no types.
+    def _claims(self, sign_in: _SignIn, code: str) -> Mapping[str, Any]:
+        """The claims of the ID token and of the userinfo endpoint, after the checks of OpenID Connect Core 3.1.3.7."""
+        import requests
+        from authlib.common.errors import AuthlibBaseError
+        from authlib.oidc.core import CodeIDToken
+        from joserfc import jwt
+        from joserfc.errors import JoseError
+        from joserfc.jwk import KeySet
+
+        metadata = self._metadata
+        try:
+            session = self._session()
+            token = session.fetch_token(
+                metadata["token_endpoint"], code=code, code_verifier=sign_in.verifier, timeout=TIMEOUT
+            )
+            keys = KeySet.import_key_set(requests.get(metadata["jwks_uri"], timeout=TIMEOUT).json())
+            decoded = jwt.decode(token["id_token"], keys, algorithms=ALGORITHMS)
+            claims = CodeIDToken(
+                decoded.claims,
+                decoded.header,
+                {"iss": {"essential": True, "values": [metadata["issuer"]]}},
+                {
+                    "nonce": sign_in.nonce,
+                    "client_id": self.settings.client_id,
+                    "access_token": token.get("access_token"),
+                },
+            )
+            claims.validate(leeway=60)
+            found = dict(claims)
+            if self.settings.claim not in found and "userinfo_endpoint" in metadata:
+                more = session.get(metadata["userinfo_endpoint"], timeout=TIMEOUT).json()
+                if more.get("sub") == found["sub"]:  # or the answer is about somebody else
+                    found = more | found
+        except requests.RequestException as error:
+            raise Unauthorized(f"the provider does not answer ({type(error).__name__}): try again") from None
+        except (AuthlibBaseError, JoseError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise Unauthorized(f"the provider's answer is not valid ({type(error).__name__}): begin again") from None
+        return found
+
+    # Any: authlib has no types.
+    def _session(self) -> Any:
+        from authlib.integrations.requests_client import OAuth2Session
+
+        return OAuth2Session(
+            self.settings.client_id,
+            self.settings.client_secret,
+            scope="openid profile email",
+            redirect_uri=self.settings.public_url.rstrip("/") + BACK,
+            code_challenge_method="S256",
+        )
+
+    def _read_metadata(self) -> Mapping[str, str]:
+        """What the provider says of itself. Raises ServeRefused."""
+        import requests
+
+        issuer = self.settings.issuer.rstrip("/")
+        url = f"{issuer}/.well-known/openid-configuration"
+        try:
+            answer = requests.get(url, timeout=TIMEOUT)
+            answer.raise_for_status()
+            found: dict[str, str] = answer.json()
+            known = found["issuer"].rstrip("/") == issuer and {
+                "authorization_endpoint",
+                "token_endpoint",
+                "jwks_uri",
+            } <= set(found)
+        except (requests.RequestException, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ServeRefused(f"{ascii(url)[:200]} cannot be read ({type(error).__name__}): check --oidc") from None
+        if not known:
+            raise ServeRefused(f"{ascii(url)[:200]} does not describe the issuer {ascii(issuer)[:200]}: check --oidc")
+        return found
+
+
+def cookie(key: str, *, secure: bool) -> str:
+    """A Set-Cookie header for the value of `Oidc.begin`; empty: deletes it.
+
+    SameSite is Lax: the provider's page sends the browser back, and Strict would leave the cookie out.
+    """
+    age = int(SECONDS) if key else 0
+    return f"{COOKIE}={key}; Path={PATH}; Max-Age={age}; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
+
+
+def _check_url(option: str, url: str) -> None:
+    parts = urlsplit(url)
+    allowed = ("https", "http") if is_loopback(parts.hostname or "") else ("https",)
+    if parts.scheme in allowed and parts.hostname:
+        return
+    raise ServeRefused(f"{option} {ascii(url)[:200]}: expected an https URL, or http on this machine")

@@ -1,0 +1,148 @@
+"""Sign-in to the console by a real OpenID Connect provider, which runs in a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from urllib.parse import parse_qs, urlsplit
+
+import httpx2
+import oidc_provider_mock
+import pytest
+from command_line import typed
+from oidc_provider_mock import User
+from server.console_forms import form_token, post
+
+from turret.errors import ServeRefused, Unauthorized
+from turret.server.oidc import BACK, PATH, Oidc, OidcSettings
+from turret.server.sessions import COOKIE
+
+PEOPLE = (
+    User(sub="1", claims={"preferred_username": "ann", "org": "legal"}),
+    User(sub="2", claims={"preferred_username": "bob", "org": "legal"}),
+    User(sub="3", claims={"email": "nameless@example.com"}),
+)
+HERE = "http://127.0.0.1:8000"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the provider, which runs in this process
+
+
+@pytest.fixture(scope="module")
+def issuer() -> Iterator[str]:
+    with oidc_provider_mock.run_server_in_thread(require_nonce=True, user_claims=PEOPLE) as server:
+        yield f"http://localhost:{server.server_port}"
+
+
+def settings(issuer: str, **changes: str) -> OidcSettings:
+    return OidcSettings(issuer, "turret", "secret", HERE, **changes)
+
+
+def sent_back(url: str, sub: str, **form: str) -> dict[str, str]:
+    """What the provider sends the browser back with, after a person has signed in there."""
+    answer = httpx2.post(url, data={"sub": sub, **form})
+    assert answer.status_code in (302, 303), answer.text[:500]
+    assert answer.headers["location"].startswith(HERE + BACK)
+    return {name: values[0] for name, values in parse_qs(urlsplit(answer.headers["location"]).query).items()}
+
+
+def come_back(client, sub: str, next: str = "/runs"):
+    """Sign in with a browser: to the provider, and back."""
+    gone = client.get(PATH, params={"next": next})
+    assert gone.status_code == 303
+    return client.get(BACK, params=sent_back(gone.headers["location"], sub))
+
+
+@pytest.fixture
+def running(serve, workspace, issuer):
+    workspace.tokens.create("ann", ["admin"])
+    return serve(oidc=settings(issuer))
+
+
+def test_a_person_gets_the_rights_of_the_token_with_their_name_until_it_is_revoked(running, workspace) -> None:
+    client = running.client()
+    assert f'href="{PATH}?next=/runs"' in client.get("/sign-in?next=/runs").text
+    got = come_back(client, "1")
+    assert got.status_code == 200
+    assert 'content="0; url=/runs"' in got.text
+    session = next(each for each in got.headers.get_list("set-cookie") if each.startswith(COOKIE))
+    assert "SameSite=Strict" in session
+    assert client.get("/runs").status_code == 200
+    assert post(client, "/sign-out", form_token(client)).status_code == 303
+    assert client.get("/runs").status_code == 303
+    come_back(client, "1")
+    workspace.tokens.revoke("ann")
+    running.served.refresh()
+    assert client.get("/runs").status_code == 303
+
+
+@pytest.mark.parametrize(("sub", "why"), [("2", "no token for &#39;bob&#39;"), ("3", "named no preferred_username")])
+def test_a_person_without_a_token_or_a_name_does_not_come_in(running, sub, why) -> None:
+    client = running.client()
+    got = come_back(client, sub)
+    assert got.status_code == 401
+    assert why in got.text
+    assert client.get("/runs").status_code == 303
+
+
+def test_an_answer_counts_once_in_the_browser_that_asked_and_with_its_state(running) -> None:
+    client, other = running.client(), running.client()
+    url = client.get(PATH).headers["location"]
+    answer = sent_back(url, "1")
+    assert other.get(BACK, params=answer).status_code == 401, "another browser"
+    assert client.get(BACK, params=answer | {"state": "x"}).status_code == 401, "the state of another sign-in"
+    assert client.get(BACK, params=answer).status_code == 401, "the sign-in has ended"
+    assert (
+        "refused the sign-in"
+        in client.get(BACK, params=sent_back(client.get(PATH).headers["location"], "1", action="deny")).text
+    )
+    assert come_back(client, "1").status_code == 200
+
+
+@pytest.mark.parametrize("changed", ["nonce", "client"])
+def test_a_token_for_another_request_or_client_is_refused(issuer, changed) -> None:
+    provider = Oidc(settings(issuer), clock=lambda: 0.0)
+    url, key = provider.begin("/")
+    sign_in = provider._open[key]
+    if changed == "client":
+        url = url.replace("client_id=turret", "client_id=other")
+    else:
+        provider._open[key] = replace(sign_in, nonce="x" * 64)
+    with pytest.raises(Unauthorized, match="begin again"):
+        provider.finish(key, sent_back(url, "1"))
+
+
+def test_a_claim_names_the_tenant(issuer) -> None:
+    provider = Oidc(settings(issuer, tenant_claim="org"), clock=lambda: 0.0)
+    url, key = provider.begin("/adapters")
+    person = provider.finish(key, sent_back(url, "2"))
+    assert (person.name, person.tenant, person.next) == ("bob", "legal", "/adapters")
+
+
+def test_a_sign_in_ends_after_ten_minutes(issuer) -> None:
+    now = [0.0]
+    provider = Oidc(settings(issuer), clock=lambda: now[0])
+    url, key = provider.begin("/")
+    now[0] = 600.0
+    with pytest.raises(Unauthorized, match="10 minutes"):
+        provider.finish(key, sent_back(url, "1"))
+
+
+@pytest.mark.parametrize("url", ["http://example.com", "ftp://localhost", "localhost", "http://localhost:9/x"])
+def test_a_provider_that_cannot_be_asked_refuses_the_start(url) -> None:
+    with pytest.raises(ServeRefused, match="--oidc"):
+        Oidc(settings(url), clock=lambda: 0.0)
+
+
+def test_the_command_needs_the_clients_secret(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("TURRET_OIDC_SECRET", raising=False)
+    status, _, err = typed("serve", "--base", "x", "--store", str(tmp_path), "--oidc", "https://id.example.com")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "TURRET_OIDC_SECRET" in err
+
+
+def test_a_server_without_a_provider_has_no_such_page(serve, workspace) -> None:
+    workspace.tokens.create("ann", ["admin"])
+    client = serve().client()
+    assert client.get(PATH).status_code == 404
+    assert client.get(BACK).status_code == 404
+    assert PATH not in client.get("/sign-in").text
