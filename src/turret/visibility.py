@@ -7,11 +7,14 @@ name of another tenant is therefore missed by the same query as a name that nobo
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from sqlalchemy import ColumnElement, Connection, and_, func, or_, select, true
 
 from turret.access import Access
 from turret.database import ACCESS, adapters, experiments, runs, versions
+
+KEPT = 1024  # accesses whose conditions are kept
 
 
 def access_of(connection: Connection) -> Access:
@@ -29,18 +32,27 @@ def see_as(connection: Connection, access: Access) -> None:
 
 def seen_adapters(connection: Connection) -> ColumnElement[bool]:
     """Rows of `adapters` that may be seen."""
-    access = access_of(connection)
-    seen = and_(adapters.c.tenant == access.tenant, _like(adapters.c.name, access.adapters))
-    if "*" not in access.bases:
-        on_base = select(versions.c.id).where(versions.c.adapter_id == adapters.c.id, seen_versions(connection))
-        seen &= on_base.correlate(adapters).exists()
-    return seen
+    return _adapters(access_of(connection))
 
 
 def seen_versions(connection: Connection) -> ColumnElement[bool]:
     """Rows of `versions` on a base that may be used. The query must also limit `adapters`."""
-    bases = access_of(connection).bases
-    return true() if "*" in bases else _like(versions.c.manifest[("base", "id")].as_string(), bases)
+    return _versions(access_of(connection))
+
+
+# Building a condition takes longer than finding a row, and an access never changes.
+@lru_cache(KEPT)
+def _adapters(access: Access) -> ColumnElement[bool]:
+    seen = and_(adapters.c.tenant == access.tenant, _like(adapters.c.name, access.adapters))
+    if "*" not in access.bases:
+        on_base = select(versions.c.id).where(versions.c.adapter_id == adapters.c.id, _versions(access))
+        seen &= on_base.correlate(adapters).exists()
+    return seen
+
+
+@lru_cache(KEPT)
+def _versions(access: Access) -> ColumnElement[bool]:
+    return _like(versions.c.manifest[("base", "id")].as_string(), access.bases)
 
 
 def seen_experiments(connection: Connection) -> ColumnElement[bool]:

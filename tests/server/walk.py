@@ -17,15 +17,16 @@ from fastapi.routing import APIRoute
 
 from turret.server import app as server_app
 
-JSON = "application/json"
+JSON, MULTIPART = "application/json", "multipart/form-data"
 ENDS_THE_SESSION = {"/sign-in", "/sign-out"}  # they name nothing
 NAMES = ("name", "reference", "model", "adapter", "after", "run_id", "key", "receipt")
-NAMES += ("candidates", "control", "shadows")
+NAMES += ("candidates", "control", "shadows", "batch_id", "file_id", "input_file_id")
 # Parameters and keys that name nothing of a tenant: the values to send.
 PLAIN: dict[str, Sequence[Any]] = {
     "alias": ["production"], "number": [1], "version": [1], "verb": ["promote", "rollback", "ramp", "stop"],
     "limit": [10], "alpha": [0.05], "moved": ["production"], "arm": ["candidate"], "next": ["/"],
     "file": ["console.css"], "unit": ["u"], "value": [1], "since": ["2026-01-01"], "until": ["2030-01-01"],
+    "before": [1000], "purpose": ["batch"], "endpoint": ["/v1/classify"],
 }  # fmt: skip
 FORM = {"version": "1", "alias": "production", "arm": "candidate", "share": "50%", "text": "x"}
 CHANGES = ("date", "x-request-id")  # headers that differ between two equal answers
@@ -41,7 +42,9 @@ class Ask:
     query: Mapping[str, Any] = field(default_factory=dict)
     body: Any = None
     form: Mapping[str, str] | None = None
+    file: bool = False  # whether it sends one
     names: bool = False
+    page: bool = False
 
 
 def asks(app: FastAPI, named: Mapping[str, Any]) -> list[Ask]:
@@ -51,7 +54,7 @@ def asks(app: FastAPI, named: Mapping[str, Any]) -> list[Ask]:
     asked = {(ask.route, ask.method) for ask in found}
     left = {(path.replace(":path", ""), method) for path, method in known if path not in ENDS_THE_SESSION}
     assert left <= asked, f"never asked: {left - asked}"
-    return found
+    return sorted(found, key=lambda ask: ask.method == "DELETE")  # last: the others need what it removes
 
 
 def every_route() -> list[APIRoute]:
@@ -68,6 +71,10 @@ def _of_api(schema: Mapping[str, Any], named: Mapping[str, Any]) -> Iterator[Ask
                 query = {each["name"]: values[each["name"]] for each in parameters if each["in"] == "query"}
                 filled = _filled(path, values)
                 names = any(each["name"] in NAMES for each in parameters)
+                file = MULTIPART in route.get("requestBody", {}).get("content", {})
+                if file:
+                    yield Ask(path, method.upper(), filled, query, file=True)
+                    continue
                 for body in _bodies(where, route, schema, named):
                     yield Ask(path, method.upper(), filled, query, body, names=names or _names_something(body))
 
@@ -123,7 +130,7 @@ def _of_pages(named: Mapping[str, Any]) -> Iterator[Ask]:
                 asked = {key: values[key] for key in query}
                 names = form is not None or any(each in NAMES for each in path)
                 plain = route.path.replace(":path", "")
-                yield Ask(plain, method, _filled(route.path, values), asked, form=form, names=names)
+                yield Ask(plain, method, _filled(route.path, values), asked, form=form, names=names, page=True)
 
 
 def _chosen(where: str, keys: Sequence[str], named: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -155,7 +162,9 @@ class Stranger:
             headers = {"content-type": "application/x-www-form-urlencoded", "sec-fetch-site": "same-origin"}
             data = {**ask.form, "form_token": self.form_token}
             got = self.pages.request(ask.method, ask.path, params=ask.query, data=data, headers=headers)
-        elif ask.route.startswith(("/api/", "/v1/")) or ask.route in ("/metrics", "/healthz", "/readyz"):
+        elif ask.file:
+            got = self.api.post(ask.path, files={"file": ("lines.jsonl", b"{}\n")}, data={"purpose": "batch"})
+        elif not ask.page:
             got = self.api.request(ask.method, ask.path, params=ask.query, json=ask.body)
         else:
             got = self.pages.request(ask.method, ask.path, params=ask.query)

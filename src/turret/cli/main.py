@@ -17,6 +17,7 @@ from typer.exceptions import Abort, TyperException
 import turret
 from turret.access import DEFAULT, check_tenant
 from turret.cli import (
+    accounts,
     aliases,
     answers,
     compare,
@@ -71,6 +72,8 @@ app.command()(hub.pull)
 app.command()(merge.merge)
 app.command()(serve.serve)
 app.add_typer(tokens.token, name="token")
+app.command()(accounts.usage)
+app.command()(accounts.audit)
 app.add_typer(experiment.app, name="experiment")
 app.command()(doctor.doctor)
 

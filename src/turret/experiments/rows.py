@@ -12,6 +12,7 @@ from typing import TypedDict
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, func, insert, select, update
 
+from turret import audit
 from turret.database import adapters, experiment_events, experiment_splits, experiments, insert_row
 from turret.errors import Corrupt, ExperimentError, NotFound
 from turret.experiments import assign
@@ -158,6 +159,10 @@ def add_event(
 ) -> None:
     row = {"experiment_id": experiment.id, "verb": verb, "detail": dict(detail), "at": at, "who": who}
     connection.execute(insert(experiment_events).values(row))
+    before = {"weights": detail["before"]} if "before" in detail else None
+    after = {key: value for key, value in detail.items() if key != "before"}
+    what = f"experiment {verb}"
+    audit.record(connection, what, str(experiment), experiment.adapter, before=before, after=after, at=at, who=who)
 
 
 def events(connection: Connection, experiment: Experiment) -> list[Event]:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from fastapi import Path, Query
 
+from turret import audit
 from turret.engine import Named
 from turret.errors import BadReference, BadRequest, ReplayNeeded
 from turret.json_types import JsonObject
@@ -20,7 +21,7 @@ from turret.server.error_responses import without_paths
 from turret.server.routes import State, router
 from turret.server.state import ServerState
 from turret.store import Gate, Move, Version
-from turret.store.catalog import plain
+from turret.store.catalog import now, plain, who
 
 control = router("admin")
 Ref = Annotated[schemas.Reference, Path(description="name, name@3 or name@production")]
@@ -79,36 +80,53 @@ async def list_loaded(state: State) -> schemas.LoadedList:
 @control.post("/api/adapters/{reference}/load")
 async def load(reference: Ref, state: State, body: schemas.LoadRequest | None = None) -> schemas.Version:
     """Load a version now. With `pin` it stays in memory."""
-    pin = body is not None and body.pin
-    return _version(await state.control(state.engine.warm, state.aliases.exact(reference), pin=pin))
+    return await _load(state, reference, pin=body is not None and body.pin)
 
 
 @control.post("/api/adapters/{reference}/unload")
 async def unload(reference: Ref, state: State) -> schemas.Version:
     """Remove a version from memory. It is refused while a request needs it; the next request loads it again."""
-    return await _apply(state, reference, state.engine.unload)
+    return await _apply(state, reference, "unload", state.engine.unload)
 
 
 @control.post("/api/adapters/{reference}/pin")
 async def pin(reference: Ref, state: State) -> schemas.Version:
     """Load a version now and keep it in memory."""
-    return _version(await state.control(state.engine.warm, state.aliases.exact(reference), pin=True))
+    return await _load(state, reference, pin=True)
 
 
 @control.post("/api/adapters/{reference}/unpin")
 async def unpin(reference: Ref, state: State) -> schemas.Version:
     """Allow a version's eviction when its place is needed."""
-    return await _apply(state, reference, state.engine.unpin)
+    return await _apply(state, reference, "unpin", state.engine.unpin)
 
 
 def _version(version: Version | Named) -> schemas.Version:
     return schemas.Version(version=str(version), digest=version.digest)
 
 
-async def _apply(state: ServerState, reference: str, action: Callable[[str], Named]) -> schemas.Version:
+async def _load(state: ServerState, reference: str, *, pin: bool) -> schemas.Version:
+    version = await state.control(state.engine.warm, state.aliases.exact(reference), pin=pin)
+    await state.control(_record, state, "pin" if pin else "load", version)
+    return _version(version)
+
+
+async def _apply(state: ServerState, reference: str, verb: str, action: Callable[[str], Named]) -> schemas.Version:
     version = await state.control(state.workspace.resolve, state.aliases.exact(reference))
     await state.control(action, str(version))
+    await state.control(_record, state, verb, version)
     return _version(version)
+
+
+def _record(state: ServerState, verb: str, version: Version | Named) -> None:
+    """Write what was done in memory alone to the audit log; on a read-only store to the server's log."""
+    database = state.workspace.store.database()
+    if not database.writable():
+        state.log.write("audit", verb=verb, what=str(version), who=who())
+        return
+    with database.writing() as connection:
+        after = {"server": state.id, "digest": version.digest}
+        audit.record(connection, verb, str(version), version.name, after=after, at=now(), who=who())
 
 
 @control.post("/api/adapters/{reference}/verify")

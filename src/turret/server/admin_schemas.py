@@ -187,6 +187,37 @@ class Version(BaseModel):
     digest: str
 
 
+class UsageOfDay(BaseModel):
+    tenant: str
+    adapter: str = Field(description="Empty for the bare base.")
+    day: str
+    requests: int
+    answers: int = Field(description="A request with many inputs has many.")
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class UsageList(BaseModel):
+    usage: list[UsageOfDay]
+
+
+class Action(BaseModel):
+    id: int
+    tenant: str
+    adapter: str | None = Field(description="Null for an action on a token.")
+    at: str
+    who: str | None = Field(description="The user, or `token NAME`.")
+    verb: str
+    what: str
+    before: JsonObject | None
+    after: JsonObject | None
+
+
+class AuditLog(BaseModel):
+    actions: list[Action]
+    before: int | None = Field(description="The `before` of the next page; null on the last one.")
+
+
 class Status(BaseModel):
     base: dict[str, str]
     ready: bool

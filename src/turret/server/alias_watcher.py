@@ -88,10 +88,13 @@ class AliasWatcher:
         """`sentiment` -> `sentiment@production`, if this server follows that alias; else the reference unchanged."""
         return f"{reference}@{self.alias}" if (reference, self.alias) in self._in_force else reference
 
-    def poll(self, seconds: float = 0.5) -> None:
-        """Follow the store once, and then load versions in advance for about that many seconds."""
+    def poll(self, seconds: float = 0.5, newest: int | None = None) -> None:
+        """Follow the store once, and then load versions in advance for about that many seconds.
+
+        newest: The number of the newest move, if it was just read, for example for many tenants.
+        """
         with self._lock:
-            if self._last_move() != self._move or self._retry_due():
+            if (self._last_move() if newest is None else newest) != self._move or self._retry_due():
                 first = self._move < 0
                 self._move, found = self._pointing()
                 self._stored = {(each.name, each.alias): each for each in found}

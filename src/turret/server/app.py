@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from turret import __version__
 from turret.errors import TurretError
-from turret.server import admin, chat, classify, completions, experiments, health, models
+from turret.server import accounts, admin, chat, classify, completions, experiments, health, models
 from turret.server.auth import AuthMiddleware
 from turret.server.error_responses import ErrorResponse, error_response, status_response, validation_response
 from turret.server.headers import HeaderMiddleware
@@ -31,6 +31,7 @@ ROUTERS = (
     chat.questions,
     classify.questions,
     admin.control,
+    accounts.control,
     experiments.control,
     experiments.outcomes,
     health.control,

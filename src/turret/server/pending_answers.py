@@ -122,16 +122,21 @@ class PendingAnswers:
 
     @property
     def tokens(self) -> int:
-        """Tokens read and generated so far, as quotas charge them.
+        """Tokens read and generated so far, as quotas charge them."""
+        return sum(self.token_counts)
+
+    @property
+    def token_counts(self) -> tuple[int, int]:
+        """Tokens read, and tokens generated so far.
 
         An unfinished answer counts its pieces. A prompt that the engine does not count is estimated by its length.
         """
-        total = 0
+        read = generated = 0
         counts = zip(self.answers, self._pieces, self._guesses, self._charges, strict=True)
         for answer, pieces, guess, charge in counts:
-            total += max(prompt_tokens(answer or {}) or guess, charge)
-            total += pieces if answer is None else generated_tokens(answer)
-        return total
+            read += max(prompt_tokens(answer or {}) or guess, charge)
+            generated += pieces if answer is None else generated_tokens(answer)
+        return read, generated
 
     async def all(self) -> list[Answer]:
         """An answer for each input, or the first error. Raises Cancelled if the client disconnects first."""

@@ -33,6 +33,8 @@ from turret.server.quotas import Quota, Quotas
 from turret.server.routing import Placement
 from turret.server.tenants import Tenant, TenantEngine, each_tenant, in_memory
 from turret.server.thread_pool import ThreadPool
+from turret.store.usage import BASE, UsageLog
+from turret.store.usage import SECONDS as USAGE_SECONDS
 from turret.tasks.task import RequestKind
 from turret.workspace import Workspace
 
@@ -85,6 +87,9 @@ class ServerState:
         self.guard = Guard(self.settings.host, workspace.tokens.of_all_tenants(), clock, workspace.store.access)
         self.oidc = None if self.settings.oidc is None else Oidc(self.settings.oidc, clock)
         self.quotas = Quotas(clock)
+        self.usage = UsageLog(workspace.store.database(make=True))
+        if not self.usage.counts:
+            self.log.write("usage", "warning", message="nothing is counted: the store is read-only here")
         self._home, self._shared_engine = workspace, engine
         self._tenants_lock = threading.Lock()
         self.tenants: dict[str, Tenant] = {}
@@ -232,6 +237,7 @@ class ServerState:
         unanswered = sum(answer is None for answer in pending.answers)
         self.metrics.answered(version, kind, inputs, unanswered, tokens, self.clock() - request.state.started)
         self.quotas.charge(caller.key, caller.quota, tokens)
+        self.usage.add(self.access.tenant, pending.receipt.name or BASE, inputs - unanswered, *pending.token_counts)
         if pending.receipt.name:
             self.quotas.charge(self._adapter_key(pending.receipt.name), self.settings.per_adapter, tokens)
         fields = {"adapter": pending.model, "receipt": pending.id, "inputs": inputs, "tokens": tokens}
@@ -356,15 +362,20 @@ class ServerState:
     def start(self) -> None:
         """Follow the store from now on, each part on its own thread, so that a load delays no revoked token."""
         for name, follow, seconds in (
-            ("turret-follow", self._each_tenant(lambda tenant: tenant.aliases.poll()), POLL_SECONDS),
+            ("turret-follow", self._follow_aliases, POLL_SECONDS),
             ("turret-tokens", self._read_tokens, POLL_SECONDS),
             ("turret-arms", self._each_tenant(lambda tenant: tenant.routing.prepare()), POLL_SECONDS),
             ("turret-turn", self._each_tenant(lambda tenant: tenant.routing.turn()), TURN_SECONDS),
+            ("turret-usage", self.usage.flush, USAGE_SECONDS),
             ("turret-settle", self._each_tenant(self._settle), SETTLE_SECONDS),
         ):
             thread = threading.Thread(target=self._repeat, args=[follow, seconds], name=name, daemon=True)
             self._followers.append(thread)
             thread.start()
+
+    def _follow_aliases(self) -> None:
+        newest = self._home.store.last_move()
+        self._each_tenant(lambda tenant: tenant.aliases.poll(newest=newest))()
 
     def _each_tenant(self, follow: Callable[[Tenant], None]) -> Callable[[], None]:
         return each_tenant(self._all_tenants, follow)
@@ -403,6 +414,10 @@ class ServerState:
             except TurretError as error:
                 message = f"the last log is lost: {error}"
                 self.log.write("experiments", "error", error=type(error).__name__, message=message)
+        try:
+            self.usage.flush()
+        except TurretError as error:
+            self.log.write("usage", "error", error=type(error).__name__, message=f"the last usage is lost: {error}")
         for pool in (self._submitting, self.parsing, self.control, self.promoting, self.recording):
             pool.close()
 

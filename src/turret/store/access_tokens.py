@@ -18,11 +18,12 @@ from typing import Any, Literal, get_args
 
 from sqlalchemy import Connection, Select, insert, select, update
 
+from turret import audit
 from turret.access import ANY, DEFAULT, Access, check_patterns
 from turret.database import Database, tokens
 from turret.errors import BadReference, InUse, NotFound
 from turret.json_types import JsonMapping, JsonObject
-from turret.store.catalog import now, timestamp
+from turret.store.catalog import now, timestamp, who
 from turret.visibility import access_of
 
 Scope = Literal["infer", "admin"]
@@ -148,7 +149,9 @@ class AccessTokens:
             if any(token.name == name for token in _all(connection)):
                 raise InUse(f"a token {name!r} exists or existed: expected a new name, such as {name}-2")
             connection.execute(insert(tokens).values(tenant=access_of(connection).tenant, **row))
-            return next(token for token in _all(connection) if token.name == name), secret
+            made = next(token for token in _all(connection) if token.name == name)
+            _audit(connection, "token create", None, made)
+            return made, secret
 
     def list(self) -> Sequence[AccessToken]:
         """All tokens of the tenant by name, including revoked ones."""
@@ -168,7 +171,7 @@ class AccessTokens:
 
     def revoke(self, name: str) -> AccessToken:
         """Revoke a token; raises NotFound. Servers notice within a second. The name stays taken."""
-        return self._change(name, lambda token: {} if token.revoked else {"revoked": now()})
+        return self._change(name, "token revoke", lambda token: {} if token.revoked else {"revoked": now()})
 
     def rotate(self, name: str, overlap: float = OVERLAP) -> tuple[AccessToken, str]:
         """Give a token a new secret. Running servers know it within a second.
@@ -194,19 +197,22 @@ class AccessTokens:
             former = token.hash if overlap else None
             return {"hash": hashed(secret), "former_hash": former, "former_until": until}
 
-        return self._change(name, renewed), secret
+        return self._change(name, "token rotate", renewed), secret
 
-    def _change(self, name: str, changed: Callable[[AccessToken], JsonMapping]) -> AccessToken:
+    def _change(self, name: str, verb: str, changed: Callable[[AccessToken], JsonMapping]) -> AccessToken:
         """Change the columns that `changed` says; raises NotFound."""
         if all(token.name != name for token in self.list()):
             known = ", ".join(token.name for token in self.list()[:8]) or "none"
             raise NotFound(f"no token named {ascii(name)[:60]}: the store has {known}")
         with self._open_or_create().writing() as connection:
             own = (tokens.c.tenant == access_of(connection).tenant) & (tokens.c.name == name)
-            values = changed(next(token for token in _all(connection) if token.name == name))
-            if values:
-                connection.execute(update(tokens).where(own).values(values))
-            return next(token for token in _all(connection) if token.name == name)
+            before = next(token for token in _all(connection) if token.name == name)
+            if not (values := changed(before)):
+                return before
+            connection.execute(update(tokens).where(own).values(values))
+            after = next(token for token in _all(connection) if token.name == name)
+            _audit(connection, verb, before, after)
+            return after
 
 
 def _check(name: str, scopes: Sequence[str], *quotas: int | None) -> None:
@@ -218,6 +224,14 @@ def _check(name: str, scopes: Sequence[str], *quotas: int | None) -> None:
         raise BadReference(f"bad scopes {', '.join(scopes)[:60] or '(none)'}: expected some of {', '.join(SCOPES)}")
     if any(quota is not None and quota < 1 for quota in quotas):
         raise BadReference("a quota must be at least 1 per minute: omit it for no quota")
+
+
+def _audit(connection: Connection, verb: str, before: AccessToken | None, after: AccessToken) -> None:
+    """Record a change of a token, without any hash."""
+    former = None if before is None else before.as_json()
+    audit.record(
+        connection, verb, f"token {after.name}", None, before=former, after=after.as_json(), at=now(), who=who()
+    )
 
 
 def _later(at: str, seconds: float, what: str) -> str:

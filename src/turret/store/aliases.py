@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from sqlalchemy import Connection, delete, func, insert, select, update
 
+from turret import audit
 from turret.database import adapters, alias_history, aliases, versions
 from turret.errors import NotFound
 from turret.json_types import JsonObject
@@ -215,6 +216,10 @@ def _move(
     at = now()
     key = {"adapter_id": adapter_id, "alias": alias}
     this = (aliases.c.adapter_id == adapter_id) & (aliases.c.alias == alias)
+    held = select(versions.c.number).join(aliases, aliases.c.version_id == versions.c.id).where(this)
+    name = connection.execute(select(adapters.c.name).where(adapters.c.id == adapter_id)).scalar_one()
+    former, now_named = {"version": connection.execute(held).scalar()}, {"version": number}
+    audit.record(connection, verb, f"{name}@{alias}", name, before=former, after=now_named, at=at, who=who())
     connection.execute(delete(aliases).where(this))
     if version_id is not None:
         connection.execute(insert(aliases).values(**key, version_id=version_id, moved=at))

@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, Select, Text, cast, delete, func, insert, or_, select, update
 
+from turret import audit
 from turret.database import adapters, aliases, experiments, files, insert_row, tokens, versions
 from turret.errors import Corrupt, NotFound
 from turret.json_types import JsonMapping, JsonObject, JsonValue
@@ -160,6 +161,8 @@ def add(
     ]
     connection.execute(insert(files), rows)
     connection.execute(update(adapters).where(adapters.c.id == adapter_id).values(last_number=last + 1))
+    after = {key: row[key] for key in ("digest", "run", "bytes")}
+    audit.record(connection, "put", f"{name}@{last + 1}", name, after=after, at=str(row["created"]), who=who())
     return int(last + 1)
 
 
@@ -240,6 +243,8 @@ def remove(connection: Connection, version: Version) -> Deleted:
     row = row_of(connection, version)
     connection.execute(delete(files).where(files.c.version_id == row))
     connection.execute(delete(versions).where(versions.c.id == row))
+    before = {"digest": version.digest, "run": version.run, "aliases": list(version.aliases)}
+    audit.record(connection, "delete", str(version), version.name, before=before, at=now(), who=who())
     return Deleted(str(version), version.digest, version.aliases, version.bytes)
 
 

@@ -251,10 +251,7 @@ class Store:
         if alias is None:
             raise BadReference(f"a gate of {name} needs an alias, such as production")
         with self._existing(reference).writing() as connection:
-            promotion.change_gates(connection, name, alias, added, removed)
-            if examples is not None:
-                golden.add(connection, name, alias, examples, least_share)
-            return gate_status.gates_of(connection, name, alias)
+            return promotion.change_gates(connection, name, alias, added, removed, examples, least_share)
 
     def standing(self, name: str, alias: str | None = None) -> Sequence[GateStatus]:
         """Whether the version that each alias names passes its gates now, gate by gate."""

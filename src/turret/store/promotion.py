@@ -7,14 +7,16 @@ from dataclasses import replace
 
 from sqlalchemy import Connection
 
+from turret import audit
 from turret.database import Database
 from turret.errors import Corrupt
 from turret.reference import Reference, check_alias
-from turret.store import aliases, catalog, gates, golden
+from turret.store import aliases, catalog, gate_status, gates, golden
 from turret.store.aliases import Move
 from turret.store.blobs import Blob, Files
-from turret.store.catalog import Version
+from turret.store.catalog import Version, now, who
 from turret.store.gates import Gate
+from turret.store.golden import Golden, GoldenSet
 
 Also = Callable[[Connection], None] | None  # further writes in the transaction that moves an alias
 
@@ -66,13 +68,28 @@ def back_to(
         return move
 
 
-def change_gates(connection: Connection, name: str, alias: str, add: Iterable[Gate], remove: Iterable[str]) -> None:
-    """Remove gates and golden examples from an alias, then add gates."""
+def change_gates(
+    connection: Connection,
+    name: str,
+    alias: str,
+    add: Iterable[Gate],
+    remove: Iterable[str],
+    examples: GoldenSet | None,
+    share: float,
+) -> Sequence[Gate | Golden]:
+    """Remove gates and golden examples from an alias, then add gates and examples. Returns those of the alias."""
+    before = gate_status.gates_of(connection, name, alias)
     for text in remove:
         remove_gate = golden.remove if text.strip().startswith(golden.WORD) else gates.remove
         remove_gate(connection, name, alias, text)
     for gate in add:
         gates.add(connection, name, gate)
+    if examples is not None:
+        golden.add(connection, name, alias, examples, share)
+    after = gate_status.gates_of(connection, name, alias)
+    lists = {"before": {"gates": [*map(str, before)]}, "after": {"gates": [*map(str, after)]}}
+    audit.record(connection, "gate", f"{name}@{alias}", name, **lists, at=now(), who=who())
+    return after
 
 
 def _damage(blobs: Files, version: Version, content: Mapping[str, Blob]) -> str | None:

@@ -1,0 +1,56 @@
+"""Usage and the audit log of a store, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import text
+
+from turret.access import Access
+from turret.audit import read as actions
+from turret.errors import StoreError
+from turret.store import Store, usage
+
+
+def test_usage_is_added_up_by_tenant_adapter_and_day(store: Store, put) -> None:
+    put("a")
+    put("b")
+    seconds = [0.0]
+    log = usage.UsageLog(store.database(), clock=lambda: seconds[0])
+    for seconds[0], name in ((0.0, "a"), (86_399.9, "a"), (86_400.0, "a"), (0.0, "b"), (0.0, usage.BASE)):
+        log.add("default", name, 2, 30, 4)
+        log.flush()
+    log.add("other", "a", 1, 1, 1)
+    log.flush()
+    found = usage.read(store.database())
+    assert [(each.adapter, each.day, each.requests, each.answers, each.prompt_tokens) for each in found] == [
+        ("", "1970-01-01", 1, 2, 30),
+        ("a", "1970-01-01", 2, 4, 60),
+        ("a", "1970-01-02", 1, 2, 30),
+        ("b", "1970-01-01", 1, 2, 30),
+    ]
+    assert [each.day for each in usage.read(store.database(), since="1970-01-02")] == ["1970-01-02"]
+    assert len(usage.read(store.database(), until="1970-01-01")) == 3
+    limited = store.seen_by(Access(adapters=("b",))).database()
+    assert [each.adapter for each in usage.read(limited)] == ["", "b"]
+    elsewhere = store.seen_by(Access(bases=("elsewhere",))).database()
+    assert list(usage.read(elsewhere)) == []
+    (other,) = usage.read(store.seen_by(Access("other")).database())
+    assert (other.tenant, other.completion_tokens) == ("other", 1)
+
+
+@pytest.mark.parametrize("statement", ["UPDATE audit SET who = 'eve'", "DELETE FROM audit"])
+def test_the_database_refuses_to_change_or_remove_an_action(store: Store, put, statement) -> None:
+    put("a")
+    with pytest.raises(StoreError, match="the audit log is append-only"), store.database().writing() as connection:
+        connection.execute(text(statement))
+    with store.database().reading() as connection:
+        assert [(each.verb, each.what) for each in actions(connection)] == [("put", "a@1")]
+
+
+def test_an_action_that_fails_leaves_no_row(store: Store, put) -> None:
+    put("a", accuracy=0.5)
+    store.gate("a", "production", add=["accuracy>=0.9"])
+    with pytest.raises(Exception, match="may not become"):
+        store.promote("a@1", "production")
+    with store.database().reading() as connection:
+        assert [each.verb for each in actions(connection)] == ["gate", "put"]
