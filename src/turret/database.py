@@ -67,7 +67,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-SCHEMA = "0008"  # the newest file in migrations/versions, as a test checks
+SCHEMA = "0009"  # the newest file in migrations/versions, as a test checks
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`
 
 metadata = MetaData(

@@ -31,6 +31,7 @@ TurretError                 base of all; its text is one line: what failed, expe
 │   ├── Busy                the queue is full; `retry_after` has the seconds to wait
 │   ├── Draining            the engine takes no new request, because it stops or has stopped
 │   ├── Cancelled           the request was withdrawn
+│   │   └── Disconnected    the client left before it had its answer
 │   ├── DeadlineExceeded    the request was not answered before its deadline
 │   ├── NoRoom              an adapter or a text is larger than the engine's limit
 │   └── NotFinite           an adapter's output was NaN or infinite
@@ -249,6 +250,10 @@ class Draining(EngineError):
 
 class Cancelled(EngineError):
     """The request was withdrawn before it was answered."""
+
+
+class Disconnected(Cancelled):
+    """The client left before it had its answer."""
 
 
 class DeadlineExceeded(EngineError):

@@ -17,13 +17,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from turret.access import Access
-from turret.engine import Done, Event, Failed, Named, Piece, Receipt
+from turret.engine import Done, Embedding, Event, Failed, Named, Piece, Receipt
 from turret.engine import Options as EngineOptions
 from turret.errors import AdapterError, Busy, Cancelled, DeadlineExceeded, Draining, NotFound, WrongBase
 from turret.store import Store
 
 FINGERPRINT = "sha256:echo"
 LABELS = ("bad", "good", "so-so")
+PLAIN = Embedding()
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,14 @@ def probabilities(digest: str, text: str) -> dict[str, float]:
     raw = hashlib.sha256(f"{digest}\0{text}".encode()).digest()[:3]
     parts = [byte + 1 for byte in raw]
     return {label: part / sum(parts) for label, part in zip(LABELS, parts, strict=True)}
+
+
+def vector(digest: str | None, text: Any, how: Embedding = PLAIN) -> list[float]:
+    """Eight numbers that depend on the version, the text and the pooling."""
+    raw = hashlib.sha256(f"{digest}\0{text}\0{how.pooling}".encode()).digest()[:8]
+    found = [byte - 127.5 for byte in raw][: how.dimensions]
+    length = sum(each * each for each in found) ** 0.5 if how.normalize else 1.0
+    return [each / length for each in found]
 
 
 def label_set(found: dict[str, float], coverage: float) -> list[str]:
@@ -144,6 +153,9 @@ class Ticket:
             wanted = None if self.options is None else self.options.coverage
             more = {} if wanted is None else {"label_set": label_set(found, wanted)}
             self.tell(Done({"label": label, "probabilities": found, "prompt_tokens": count} | more))
+        elif self.kind == "embed":
+            how = (self.options and self.options.embedding) or Embedding()
+            self.tell(Done({"embedding": vector(self.receipt.digest, self.text, how), "prompt_tokens": count}))
         else:
             answer = {"text": "".join(self.said), "finish_reason": "stop", "tokens": len(self.said)}
             wanted = None if self.options is None else self.options.logprobs
@@ -163,6 +175,7 @@ class Echo:
     load_seconds: float = 0.0
     broken: set[str] = field(default_factory=set)  # versions that cannot be loaded
     tokenizer: Any = None
+    longest: int = 4096
 
     def __post_init__(self) -> None:
         self.base = SimpleNamespace(id="echo", fingerprint=FINGERPRINT, tokenizer=self.tokenizer)

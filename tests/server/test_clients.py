@@ -71,6 +71,15 @@ class Template:
 
     chat_template = "any"
 
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(each) % 128 for each in text]}
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join(map(chr, ids))
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(each): each for each in range(128)}
+
     def apply_chat_template(self, messages, **_: object) -> list[int]:
         return [len(message["content"]) for message in messages]
 
@@ -82,7 +91,7 @@ def guarded(tmp_path_factory):
     from server.echo import FINGERPRINT, Echo
     from store.bundles import tensors, write_bundle
 
-    from turret.server.state import ServerSettings
+    from turret.server.settings import ServerSettings
     from turret.workspace import Workspace
 
     folder = tmp_path_factory.mktemp("guarded")
@@ -132,6 +141,8 @@ def examine(guarded, examples: int) -> None:
             got = case.call()
             if got.status_code == 400 and "are the same version" in got.text:
                 return  # OpenAPI cannot say which version a reference means in this store
+            if got.status_code == 400 and "expected one text_1, or as many as text_2" in got.text:
+                return  # nor that two lists have the same length
             try:
                 case.validate_response(got)
             except BaseExceptionGroup:
@@ -142,7 +153,7 @@ def examine(guarded, examples: int) -> None:
             holds()
         except BaseExceptionGroup as error:
             broken.append(f"{operation.label}: {[each.message for each in error.exceptions]} {heard[-1]}")
-    assert broken == []
+    assert broken == [], "\n".join(broken)
     assert not [line for line in running.log() if line["event"] == "bug"]
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import turret
 from turret import engine as engine_room
-from turret.server.state import ServerSettings
+from turret.server.settings import ServerSettings
 from turret.store import Version
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate

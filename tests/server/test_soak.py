@@ -7,7 +7,7 @@ from server.conftest import Running
 from server.echo import Echo, Options, probabilities
 from server.storm import ADAPTERS, SOAK_SECONDS, OnlyBugs, storm
 
-from turret.server.state import ServerSettings
+from turret.server.settings import ServerSettings
 
 
 def filled(put, workspace) -> dict[str, str]:

@@ -14,8 +14,9 @@ from turret.cli.output import console, emit, safe, status
 from turret.errors import ServeRefused
 
 if TYPE_CHECKING:
+    from turret.engine import Limits
     from turret.server.oidc import OidcSettings
-    from turret.server.state import ServerSettings
+    from turret.server.settings import ServerSettings
     from turret.workspace import Workspace
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -50,6 +51,16 @@ def serve(
         list[str] | None,
         typer.Option("--proxy", metavar="ADDRESS", help="A reverse proxy: its connections have no limit."),
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cors-origin", metavar="ORIGIN", help="Pages of it may call the API: https://app.example, or *."
+        ),
+    ] = None,
+    otel: Annotated[bool, typer.Option("--otel", help="Send a span of each request to OpenTelemetry.")] = False,
+    queue_seconds: Annotated[
+        int, typer.Option("--queue-seconds", min=1, help="Longest expected wait; beyond it a request is refused.")
+    ] = 120,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write the texts of requests to the log.")] = False,
     oidc: Annotated[
         str | None, typer.Option("--oidc", metavar="URL", help="An OpenID Connect provider that signs people in.")
@@ -73,10 +84,12 @@ def serve(
 
     After SIGTERM or Ctrl-C running answers finish. A second signal ends the server at once.
     """
+    from turret.engine import Limits
     from turret.server.connections import networks
+    from turret.server.cross_origin import origins
     from turret.server.limits import RequestLimits
     from turret.server.quotas import Quota
-    from turret.server.state import ServerSettings
+    from turret.server.settings import ServerSettings
     from turret.workspace import Workspace
 
     workspace = Workspace(store)
@@ -89,23 +102,24 @@ def serve(
         log_texts=log_texts,
         proxies=networks(proxy or ()),
         oidc=_provider(oidc, oidc_client, public_url or f"http://{host}:{port}", oidc_claim, oidc_tenant_claim),
+        origins=origins(cors_origin or ()),
+        otel=otel,
     )
-    _serve(
-        workspace, base or only_base(workspace), settings, size_of(memory), dtype, base_quantization, device, as_json
-    )
+    limits = Limits(memory=size_of(memory), queue_seconds=queue_seconds)
+    _serve(workspace, base or only_base(workspace), settings, limits, dtype, base_quantization, device, as_json)
 
 
 def _serve(
     workspace: Workspace,
     base: str,
     settings: ServerSettings,
-    memory: int | None,
+    limits: Limits,
     dtype: Dtype,
     quantization: options.BaseQuantization,
     device: str,
     as_json: bool,
 ) -> None:
-    from turret.engine import Limits, Options
+    from turret.engine import Options
     from turret.server.auth import Guard
     from turret.server.run import bind, run
     from turret.server.state import ServerState
@@ -115,7 +129,7 @@ def _serve(
         with status() as show:
             engine = workspace.engine(
                 base,
-                limits=Limits(memory=memory),
+                limits=limits,
                 dtype=dtype,
                 base_quantization=quantization,
                 device=device,

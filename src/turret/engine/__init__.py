@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from turret.engine.embeddings import Embedding
 from turret.engine.request import (
     Done,
     Event,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Done",
+    "Embedding",
     "Engine",
     "Event",
     "Failed",

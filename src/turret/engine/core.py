@@ -76,6 +76,7 @@ class Engine:
         except TurretError:
             self._runner.close()
             raise
+        self.longest = self._prompts.longest  # tokens of a prompt and its answer together
         self._wake = threading.Condition()
         self._slots = Slots(self.limits.slots, self.limits.memory)
         self._loader = AdapterLoader(
@@ -113,16 +114,16 @@ class Engine:
         Errors that show only when the adapter is loaded are raised by the ticket.
 
         Args:
-            kind: "classify" or "generate".
+            kind: "classify", "generate" or "embed".
             text: A text, a conversation, or token ids that are used unchanged.
-            adapter: A reference; None for the bare base, which can only generate.
-            options: How to generate.
+            adapter: A reference; None for the bare base, which cannot classify.
+            options: How to answer.
             priority: Higher goes first.
             deadline: Seconds from now.
 
         Raises:
             NotFound: The reference names no version.
-            Busy: The queue is full.
+            Busy: The queue is full, or the request would wait too long.
             Draining: The engine takes no new requests.
             AdapterError: The adapter cannot answer this kind of request.
             DataError: The text or the options do not fit.
@@ -242,6 +243,9 @@ class Engine:
                 adapters=len(self._slots),
                 adapter_bytes=self._slots.bytes,
                 versions=self._counters.versions(),
+                queue_seconds=self._counters.queue.now(),
+                first_token_seconds=self._counters.first_token.now(),
+                between_tokens_seconds=self._counters.between_tokens.now(),
             )
 
     # --- the end ------------------------------------------------------------------------------------------------------
@@ -282,8 +286,8 @@ class Engine:
     # --- requests coming in -------------------------------------------------------------------------------------------
 
     def _check_queue(self, request: Request) -> None:
-        if self._waiting and self._waiting_tokens + request.tokens > self.limits.queue_tokens:
-            raise self._counters.busy(self._waiting_tokens, self.limits.queue_tokens)
+        if self._waiting:
+            self._counters.admit(request, self._waiting_tokens, self.limits)
 
     def _admit(self, request: Request) -> None:
         self._open.add(request)
@@ -376,13 +380,8 @@ class Engine:
                 return begin
 
     def _has_work(self) -> bool:
-        return bool(
-            self._passes.generating
-            or len(self._scheduler)
-            or self._loader.pending
-            or self._cancelled
-            or self._soonest() <= self._clock()
-        )
+        waits = self._passes.generating or len(self._scheduler) or self._loader.pending or self._cancelled
+        return bool(waits or self._soonest() <= self._clock())
 
     def _soonest(self) -> float:
         return min((each.deadline for each in self._open if each.deadline is not None), default=math.inf)
@@ -447,4 +446,4 @@ class Engine:
 
     def _passed(self, begin: Sequence[Request], steps: int, seconds: float) -> None:
         with self._wake:
-            self._counters.passed(begin, steps, seconds)
+            self._counters.passed(begin, steps, seconds, bool(self._waiting))

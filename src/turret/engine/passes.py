@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
 
 import torch
 
 from turret.engine.decode import choose
+from turret.engine.embeddings import Embedding
 from turret.engine.prompts import Prompts
 from turret.engine.request import Done, Failed, Request, log
 from turret.engine.runner import Prefill, Runner
@@ -81,13 +83,17 @@ class Passes:
         outcome = self._runner.run(prefill, steps)
         self.generating += started
         self._passed(begin, len(steps), time.monotonic() - began)
-        classify = [request for request in begin if not request.generates]
+        for request, pooled in zip([each for each in begin if each.embeds], outcome.embeddings, strict=True):
+            self._embedded(request, pooled)
+        classify = [request for request in begin if not (request.generates or request.embeds)]
         for request, logits in zip(classify, outcome.classes, strict=True):
             self._classified(request, logits)
         self._take_tokens([*started, *running], outcome.vocabulary)
 
     def _prefill(self, request: Request, started: list[RunningSequence]) -> Prefill:
         assert request.ids is not None
+        if request.embeds:
+            return Prefill(request.ids, _slot(request), pooling=self._embedding(request).pooling)
         if not request.generates:
             return Prefill(request.ids, _slot(request))
         kv_slot, slot = self._runner.kv_slot(*self._row(request)), _slot(request)
@@ -113,6 +119,19 @@ class Passes:
             if request.options.coverage is not None:
                 answer["label_set"] = loaded.task.label_sets(logits[None], request.options.coverage)[0]
             self._end(request, Done({**answer, "prompt_tokens": len(request.ids or ())}), 0)
+        except Exception as error:
+            self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected(error)), 0)
+
+    def _embedding(self, request: Request) -> Embedding:
+        asked = request.options.embedding or Embedding()
+        return replace(asked, pooling=asked.pooling or self._runner.base.family.embedding)
+
+    def _embedded(self, request: Request, pooled: torch.Tensor) -> None:
+        try:
+            if not bool(torch.isfinite(pooled).all()):
+                raise self._not_finite(request, "a vector that is")
+            vector = self._embedding(request).vector(pooled)
+            self._end(request, Done({"embedding": vector, "prompt_tokens": len(request.ids or ())}), 0)
         except Exception as error:
             self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected(error)), 0)
 
@@ -172,9 +191,9 @@ class Passes:
         if not self.generating:
             self._runner.adapter_pool.free_decoding()
 
-    def _not_finite(self, request: Request) -> NotFinite:
+    def _not_finite(self, request: Request, what: str = "logits that are") -> NotFinite:
         version = str(request.named) if request.named else f"base {self._runner.base.id}"
-        return NotFinite(f"{version} gave logits that are not finite for this text: retrain or replace this version")
+        return NotFinite(f"{version} gave {what} not finite for this text: retrain or replace this version")
 
 
 def _slot(request: Request) -> int:

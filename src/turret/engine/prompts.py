@@ -58,8 +58,8 @@ class Prompts:
             DataError: The kind or the token ids are not valid.
             AdapterError: The bare base cannot classify.
         """
-        if kind not in ("classify", "generate"):
-            raise DataError(f"kind {kind!r}: expected classify or generate")
+        if kind not in ("classify", "generate", "embed"):
+            raise DataError(f"kind {kind!r}: expected classify, generate or embed")
         if kind == "classify" and named is None:
             raise AdapterError("the bare base has no head to classify with: name an adapter")
         written = text if isinstance(text, (str, Prompt)) else None
@@ -85,6 +85,11 @@ class Prompts:
         )
         return request
 
+    @property
+    def longest(self) -> int:
+        """The most tokens of a prompt and its answer together, without a prefix."""
+        return self._most(0)
+
     @cached_property
     def _tokens(self) -> Tokens:
         return Tokens(self._base.tokenizer)
@@ -109,12 +114,13 @@ class Prompts:
             TurretError: The error that the request ends with.
         """
         self._check_kind(request, loaded)
+        self._check_dimensions(request)
         if request.options.coverage is not None:
             _check_coverage(request, request.options.coverage, loaded)
         if request.ids is None:
             assert request.text is not None
             with self._lock:
-                request.ids = self._encoded(request.text, loaded)
+                request.ids = self._encoded(request.text, None if request.embeds else loaded)
         length, shift = len(request.ids), 0 if loaded is None else loaded.prefix_length
         most = self._most(shift)
         if length > most:
@@ -189,12 +195,18 @@ class Prompts:
                 f"base {self._base.id} was loaded as a classifier and cannot generate: ask it to classify, or use an "
                 "engine whose base generates"
             )
-        if loaded is None:
+        if loaded is None or request.embeds:  # any adapter changes the hidden states
             return
         kind = loaded.task.request
         if kind != request.kind:
             verbs = {"classify": "classifies", "generate": "generates"}
             raise AdapterError(f"{request.named} {verbs[kind]} and was asked to {request.kind}: ask it to {kind}")
+
+    def _check_dimensions(self, request: Request) -> None:
+        asked = request.options.embedding.dimensions if request.options.embedding is not None else None
+        size = int(self._base.model.config.hidden_size)
+        if asked is not None and asked > size:
+            raise DataError(f"dimensions = {asked}: a vector of this base has {size} numbers, ask for no more")
 
     def _most(self, shift: int) -> int:
         """The most tokens of a row: prompt and answer. shift: tokens of its prefix."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from turret.data import Input
+from turret.engine.embeddings import Embedding
+from turret.engine.histogram import Seconds
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError
 from turret.json_types import JsonObject
 from turret.tasks.calibration import check_coverage
@@ -95,6 +97,9 @@ class Limits:
     memory: int | None = None  # bytes of mounted adapters; None: only `slots` limits them
     slots: int = 1024  # adapters mounted at a time
     queue_tokens: int = 65_536  # tokens that wait; `submit` raises Busy above it
+    queue_seconds: int = (
+        120  # that a request may wait, as predicted when it is submitted; `submit` raises Busy above it
+    )
     batch_tokens: int | None = None  # of one pass; None: chosen for the base (`runner.pass_tokens`)
     running: int = 64  # rows that generate at a time; a beam is a row
     cache_tokens: int = 65_536  # tokens in the KV cache
@@ -128,7 +133,8 @@ class Options:
     seed: int | None = None
     num_beams: int | None = None
     logprobs: int | None = None
-    coverage: float | None = None
+    coverage: float | None = None  # of a text that is classified
+    embedding: Embedding | None = None  # of a text that is embedded
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _texts(self.stop))  # as frozen dataclasses set a field
@@ -357,6 +363,11 @@ class Request:
         return self.kind == "generate"
 
     @property
+    def embeds(self) -> bool:
+        """Whether it is answered by a vector."""
+        return self.kind == "embed"
+
+    @property
     def flow(self) -> str:
         """The key of its adapter, "" for the bare base: the scheduler takes turns between these."""
         return self.named.key if self.named else ""
@@ -418,3 +429,6 @@ class Stats:
     adapters: int
     adapter_bytes: int
     versions: Mapping[str, VersionStats]  # by `Named.key`, "" for the bare base
+    queue_seconds: Seconds  # from submission to the first pass
+    first_token_seconds: Seconds  # from submission to the first token
+    between_tokens_seconds: Seconds  # between two tokens of one row

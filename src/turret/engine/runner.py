@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from turret.card_kernels import copied
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
 from turret.engine.recorded_steps import RecordedSteps
+from turret.families import Pooling
 from turret.transformer import Model
 
 SHORT_PASS, LONG_PASS = 512, 1024  # tokens
@@ -36,7 +38,8 @@ class Prefill:
 
     ids: Sequence[int]
     slot: int = BARE
-    kv_slot: KVSlot | None = None  # for a row that generates; None for a text to classify
+    kv_slot: KVSlot | None = None  # for a row that generates; None for a text to classify or to embed
+    pooling: Pooling | None = None  # for a text to embed
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,25 @@ class DecodeStep:
 class Outcome:
     """The outputs of a pass, in the order of its inputs."""
 
-    classes: list[Tensor]  # (C,) float32 on the CPU for each prefill row without a KV slot
+    classes: list[Tensor]  # (C,) float32 on the CPU for each text to classify
+    embeddings: list[Tensor]  # (D,) float32 on the CPU for each text to embed
     vocabulary: Tensor  # (prefill rows with a KV slot + decode rows, V) float32
+
+
+class _States(NamedTuple):
+    """The last hidden states of a pass.
+
+    Args:
+        hidden: (N, D), of the only stack or of the decoder.
+        lengths: Tokens of each prefill row in `hidden`.
+        read: (M, D), of the stack that reads a text: the encoder if there is one. What is embedded.
+        read_lengths: Tokens of each prefill row in `read`.
+    """
+
+    hidden: Tensor
+    lengths: list[int]
+    read: Tensor
+    read_lengths: list[int]
 
 
 class Runner:
@@ -99,29 +119,29 @@ class Runner:
         rows = [prefill[row] for row in order]
         step_order = sorted(range(len(steps)), key=lambda row: (id(steps[row].kv_slot.block), steps[row].kv_slot.index))
         sorted_steps = [steps[row] for row in step_order]
-        hidden, lengths = self._body(rows, sorted_steps)
+        states = self._body(rows, sorted_steps)
         self._grow(rows, sorted_steps)
-        return self._outcome(prefill, steps, rows, order, step_order, hidden, lengths)
+        return self._outcome(prefill, steps, rows, order, step_order, states)
 
     # --- the body -----------------------------------------------------------------------------------------------------
 
-    def _body(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> tuple[Tensor, list[int]]:
-        """(hidden states (N, D), tokens of each prefill row)."""
+    def _body(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _States:
         if self.base.family.rows_alone:
             return self._one_by_one(rows)
         return (self._encoder_decoder if self._is_encoder_decoder else self._single_stack)(rows, steps)
 
-    def _one_by_one(self, rows: Sequence[Prefill]) -> tuple[Tensor, list[int]]:
+    def _one_by_one(self, rows: Sequence[Prefill]) -> _States:
         """An encoder that computes its attention itself: one call of the body for each row."""
         parts, kind = [], self.base.family.kind
         for row in rows:
             ids = torch.tensor([row.ids], device=self.device)  # (1, T)
             with self._pass([row], [], {kind: [len(row.ids)]}, [{}], {}):
                 parts.append(self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))[0][0])
-        return torch.cat(parts), [len(row.ids) for row in rows]
+        hidden, lengths = torch.cat(parts), [len(row.ids) for row in rows]
+        return _States(hidden, lengths, hidden, lengths)
 
-    def _single_stack(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> tuple[Tensor, list[int]]:
-        """An encoder or a decoder: (hidden states (N, D), tokens of each prefill row)."""
+    def _single_stack(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _States:
+        """An encoder or a decoder."""
         family = self.base.family
         lengths = [len(row.ids) for row in rows]
         filler = _filler(sum(lengths) + len(steps)) if rows else 0
@@ -135,25 +155,23 @@ class Runner:
         call = {"use_cache": False} if family.decoder_only else {}
         with self._pass(rows, steps, {kind: [*lengths, *([filler] if filler else [])]}, spans, {kind: positions}):
             if not rows and self.recorded.possible:
-                return self.recorded.hidden(ids, copied(positions, self.device)), lengths
+                hidden = self.recorded.hidden(ids, copied(positions, self.device))
+                return _States(hidden, lengths, hidden, lengths)
             output = self.model.base_model(
                 input_ids=ids,
                 attention_mask=ready_mask(ids),
                 position_ids=positions.to(self.device)[None],
                 **call,
             )
-        return output[0][0], lengths
+        return _States(output[0][0], lengths, output[0][0], lengths)
 
-    def _encoder_decoder(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> tuple[Tensor, list[int]]:
-        """(hidden states of the decoder (M, D), its tokens of each prefill row).
-
-        The decoder reads a text to classify again, shifted right. For a prompt it starts with one token.
-        """
+    def _encoder_decoder(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _States:
+        """The decoder reads a text to classify again, shifted right. For any other row it starts with one token."""
         config = self.model.config
         sources = [list(row.ids) for row in rows]
         targets = [
             [config.decoder_start_token_id]
-            if row.kv_slot is not None
+            if row.kv_slot is not None or row.pooling is not None
             else shift_right(config, torch.tensor(ids)).tolist()
             for row, ids in zip(rows, sources, strict=True)
         ]
@@ -188,7 +206,7 @@ class Runner:
                 encoder_attention_mask=ready_mask(ids),
                 use_cache=False,
             )
-        return output[0][0], counts["decoder"]
+        return _States(output[0][0], counts["decoder"], encoded[0], counts["encoder"])
 
     @contextmanager
     def _pass(
@@ -250,15 +268,16 @@ class Runner:
         rows: Sequence[Prefill],
         order: Sequence[int],
         step_order: Sequence[int],
-        hidden: Tensor,
-        lengths: Sequence[int],
+        states: _States,
     ) -> Outcome:
+        hidden, lengths = states.hidden, states.lengths
         classes: dict[int, Tensor] = {}
-        if any(row.kv_slot is None for row in rows):
+        places = [place for place, row in enumerate(rows) if row.kv_slot is None and row.pooling is None]
+        if places:
             pooled = pool(self.base.family.pooling(self.model.config), hidden, lengths)  # (prefill rows, D)
-            places = [place for place, row in enumerate(rows) if row.kv_slot is None]
             logits = self.adapter_pool.logits([rows[place].slot for place in places], pooled[places])
             classes = {order[place]: row for place, row in zip(places, logits, strict=True)}
+        vectors = {order[place]: row for place, row in self._embedded(rows, states).items()}
         ends = list(accumulate(lengths))
         last = {order[place]: ends[place] - 1 for place, row in enumerate(rows) if row.kv_slot is not None}
         tokens = [last[row] for row in sorted(last)]
@@ -270,7 +289,21 @@ class Runner:
         if tokens:
             read = hidden[torch.tensor(tokens, device=hidden.device)]
             vocabulary = vocabulary_logits(self.model, read, slots).float()
-        return Outcome([classes[row] for row in range(len(prefill)) if row in classes], vocabulary)
+        numbers = range(len(prefill))
+        return Outcome(
+            [classes[row] for row in numbers if row in classes],
+            [vectors[row] for row in numbers if row in vectors],
+            vocabulary,
+        )
+
+    def _embedded(self, rows: Sequence[Prefill], states: _States) -> dict[int, Tensor]:
+        """The pooled hidden states (D,) of each row to embed, by its place, float32 on the CPU."""
+        found: dict[int, Tensor] = {}
+        for pooling in {row.pooling for row in rows if row.pooling is not None}:
+            places = [place for place, row in enumerate(rows) if row.pooling == pooling]
+            pooled = pool(pooling, states.read.float(), states.read_lengths)[places].cpu()  # (B, D)
+            found |= dict(zip(places, pooled, strict=True))
+        return found
 
 
 def pass_tokens(base: Base) -> int:

@@ -210,6 +210,11 @@ class Family:
         """The modules outside the body: the classification head and the output layer."""
         return (*self.head_modules, self.output_layer)
 
+    @property
+    def embedding(self) -> Pooling:
+        """How an embedding is pooled by default: in a decoder only the last token has read the whole text."""
+        return "last" if self.decoder_only else "mean"
+
     def position_limit(self, config: ModelConfig) -> int | None:
         """The largest number of tokens that have a position; None if there is no limit.
 

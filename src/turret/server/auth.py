@@ -26,7 +26,8 @@ from turret.store.catalog import now
 
 LONGEST = 256  # characters of a token
 READS = ("GET", "HEAD", "OPTIONS")
-INFER = "/v1/"  # paths open to the scope infer; any other path needs admin, even if it does not exist
+# Paths open to the scope infer; any other path needs admin, even if it does not exist.
+INFER, INFER_ROUTES = "/v1/", ("/tokenize", "/detokenize")
 ANY_SCOPE = ("/api/outcomes", "/openapi.json")  # paths open to any token
 
 
@@ -106,7 +107,7 @@ class Guard:
         if self._open:
             return self._anyone(host)
         token = self._token(authorization)
-        scope = "infer" if path.startswith(INFER) else "admin"
+        scope = "infer" if path.startswith(INFER) or path in INFER_ROUTES else "admin"
         if path not in ANY_SCOPE and scope not in token.scopes:
             raise Forbidden(f"token {token.name!r} has no scope {scope}: use one that has")
         return _caller(token)
@@ -124,6 +125,14 @@ class Guard:
         if "admin" not in token.scopes and first(path) not in INFER_PAGES | UNSIGNED:
             raise Forbidden(f"token {token.name!r} has no scope admin: it opens the playground")
         return _caller(token, session)
+
+    def caller_of(self, key: str) -> Caller | None:
+        """The caller with this key, while its token is valid; "" is anyone, while the server is open."""
+        if not key:
+            return Caller(None, scopes=SCOPES, access=self._tenant) if self._open else None
+        at = now()
+        callers = (_caller(token) for token in self._tokens if token.lives(at))
+        return next((caller for caller in callers if caller.key == key), None)
 
     def sign_in(self, secret: str) -> str:
         """Open a session with a token. Raises Unauthorized."""
@@ -190,11 +199,16 @@ def _without_port(host: str) -> str:
 
 
 class AuthMiddleware:
-    """Refuses requests without the right token. Routes find the caller in `request.state.caller`."""
+    """Refuses requests without the right token. Routes find the caller in `request.state.caller`.
 
-    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+    Args:
+        origins: Of pages that may write to the API of a server without tokens.
+    """
+
+    def __init__(self, app: ASGIApp, guard: Guard, origins: Sequence[str] = ()) -> None:
         self.app = app
         self.guard = guard
+        self.origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN:
@@ -212,7 +226,7 @@ class AuthMiddleware:
 
     def _caller(self, path: str, method: str, headers: Mapping[bytes, str]) -> Caller:
         page, host = is_page(path), headers.get(b"host")
-        if page or self.guard.open:
+        if page or (self.guard.open and headers.get(b"origin") not in self.origins):
             check_origin(method, headers, page=page)
         if page:
             return self.guard.authorize_page(path, session_of(headers.get(b"cookie")), host)

@@ -16,7 +16,8 @@ from turret.tasks.task import RequestKind
 from turret.transformer import Tokenizer
 
 Input: TypeAlias = str | Prompt | Sequence[int]  # a text, a conversation, or token ids that are used unchanged
-Answer: TypeAlias = JsonObject  # `label` and `probabilities`, or `text`, `finish_reason` and `tokens`
+# `label` and `probabilities`; `text`, `finish_reason` and `tokens`; or `embedding`
+Answer: TypeAlias = JsonObject
 
 
 class TicketProtocol(Protocol):
@@ -45,6 +46,8 @@ class EngineProtocol(Protocol):
 
     @property
     def base(self) -> BaseProtocol: ...
+    @property
+    def longest(self) -> int: ...  # tokens of a prompt and its answer together
     def submit(
         self,
         kind: RequestKind,

@@ -57,6 +57,7 @@ TABLE: dict[type[BaseException], Rule] = {
     errors.QuotaSpent: Rule(429, _LIMIT),
     errors.Busy: Rule(429, _LIMIT),
     errors.Cancelled: Rule(503, _SERVER),
+    errors.Disconnected: Rule(499, _INVALID),  # nobody reads it: for the log
     errors.Draining: Rule(503, _SERVER),
     errors.StoreError: Rule(503, _SERVER, _STORE),
     errors.Corrupt: Rule(500, _SERVER, "the stored bytes of this version are damaged: verify it, and store it again"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 
 from turret.errors import Draining
 from turret.server.error_responses import error_response
@@ -29,7 +29,7 @@ async def readyz(state: State) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@control.get("/metrics", response_class=PlainTextResponse)
+@control.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
 async def metrics(state: State) -> Response:
     """Metrics for Prometheus: of the tenant's adapters; for the tenant `default`, of the server too."""
     return Response(await state.control(state.metrics.text, state.sees), media_type=CONTENT_TYPE)

@@ -7,7 +7,8 @@ the rest of the body is read and dropped, so that the client gets to read the re
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+import time
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,6 +31,7 @@ MOST_UNIT = 1024  # characters
 
 OPEN = ("/healthz", "/readyz")  # without a token, and without limits
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"  # the bodies of the API and of pages
+FILES, MULTIPART = "/v1/files", "multipart/form-data"  # the one route whose body is not read before it, and its type
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class RequestLimits:
 
     body_bytes: int = 4 << 20  # of one request
     bodies_bytes: int = 64 << 20  # of all requests in flight
+    file_bytes: int = 200 << 20  # of one file that is sent for a batch
     body_keys: int = 4096  # of all objects in a body
     body_values: int = 1 << 18  # of all lists and objects in a body
     body_seconds: float = 10.0  # until the last byte of a body
@@ -63,6 +66,16 @@ class Load:
         self.bytes = 0  # of bodies
         self.bytes_of: Counter[str] = Counter()  # of bodies, by client
         self.draining = False
+        self._ends: deque[float] = deque(maxlen=32)  # when requests ended
+
+    def ended(self) -> None:
+        """Count the end of a request."""
+        self.requests -= 1
+        self._ends.append(time.monotonic())
+
+    def seconds_until_room(self) -> float:
+        """Seconds until one of the requests in flight ends, at the pace of the last ones."""
+        return (time.monotonic() - self._ends[0]) / len(self._ends) if self._ends else 1.0
 
 
 class LimitMiddleware:
@@ -83,16 +96,37 @@ class LimitMiddleware:
             await send_error(error, scope, receive, send)
             return
         if self.load.requests >= self.limits.in_flight:
-            busy = Busy(f"{self.load.requests} requests are in flight: try again", 1)
+            busy = Busy(f"{self.load.requests} requests are in flight: try again", self.load.seconds_until_room())
             await send_error(busy, scope, receive, send)
+            return
+        if scope["path"] == FILES:
+            await self._pass_on(scope, receive, send)
             return
         self.load.requests += 1
         body = _Body(self.limits, self.load, self.clients.limited(scope.get("client")))
         try:
             await self._pass(scope, receive, send, body)
         finally:
-            self.load.requests -= 1
+            self.load.ended()
             body.close()
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the route read a file, which is larger than other bodies, piece by piece."""
+        self.load.requests += 1
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        try:
+            if scope["method"] == "POST":
+                _check_type(headers, MULTIPART)
+            length = headers.get(b"content-length", b"0")
+            if length.isdigit() and (len(length) > 18 or int(length) > self.limits.file_bytes):
+                raise _too_large(self.limits)
+            await self.app(scope, _counted(receive, self.limits), send)
+        except WrongMediaType as error:
+            await send_error(error, scope, receive, send, close=True)
+        except TooLarge as error:
+            await send_error(error, scope, receive, send, linger=self.limits.linger_seconds)
+        finally:
+            self.load.ended()
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send, body: _Body) -> None:
         try:
@@ -166,6 +200,31 @@ def _check_type(headers: dict[bytes, bytes], expected: str) -> None:
         raise WrongMediaType(f"content-type is {ascii(content_type)[:60]}: expected {expected}")
     if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
         raise WrongMediaType("the body has a content-encoding: send it without one")
+
+
+def _too_large(limits: RequestLimits) -> TooLarge:
+    return TooLarge(f"the file has more than {limits.file_bytes} bytes: send several files")
+
+
+def _counted(receive: Receive, limits: RequestLimits) -> Receive:
+    """The pieces of a file. Raises TooLarge, and TooSlow if a piece does not come in time."""
+    size = 0
+
+    async def counted() -> Message:
+        nonlocal size
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                message = await receive()
+        except TimeoutError:
+            raise TooSlow(
+                f"no byte arrived for {limits.body_seconds:g} seconds: send the file without pauses"
+            ) from None
+        size += len(message.get("body", b""))
+        if size > limits.file_bytes:
+            raise _too_large(limits)
+        return message
+
+    return counted
 
 
 def _replayed(content: bytes, receive: Receive) -> Receive:

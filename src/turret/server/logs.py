@@ -101,6 +101,8 @@ class LogMiddleware:
             return
         request_state = scope["state"]
         caller = request_state.get("caller")
+        if request_state.get("left") and status < 400:  # a stream had begun
+            status = 499
         self.observe(route, status, seconds)
         self.log.write(
             "request",

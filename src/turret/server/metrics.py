@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from turret.json_types import JsonMapping
@@ -19,6 +19,9 @@ from turret.json_types import JsonMapping
 MOST_VERSIONS = 200
 NO_ADAPTER = ("base", "other", "none")  # labels of answers of the bare base, of many adapters, of no experiment
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+# Figures of the engine that only grow; its others are current values.
+COUNTED = {f"engine_{name}" for name in ("passes", "prompt_tokens", "tokens", "answers", "errors", "loads",
+                                         "failed_loads", "evictions")}  # fmt: skip
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -40,10 +43,24 @@ def _every_name(name: str) -> bool:
 
 
 class Metrics:
-    """The metrics of one server. gauges: called whenever the metrics are read."""
+    """The metrics of one server.
 
-    def __init__(self, gauges: Callable[[], Mapping[str, float]]) -> None:
+    Args:
+        gauges: Current values and the engine's counts; called whenever the metrics are read.
+        histograms: The engine's histograms, likewise: `buckets` and `sum` of each.
+        build: What is served, and by which version; None leaves it out, and the process too.
+    """
+
+    def __init__(
+        self,
+        gauges: Callable[[], Mapping[str, float]],
+        histograms: Callable[[], Mapping[str, JsonMapping]] = dict,
+        build: Mapping[str, str] | None = None,
+    ) -> None:
         self._registry = CollectorRegistry()
+        if build is not None:
+            ProcessCollector(registry=self._registry)
+            Info("turret_build", "What is served, and by which version", registry=self._registry).info(dict(build))
         self._versions: set[str] = set()
         self._requests = self._counter("turret_requests", "Requests", "route", "status")
         self._seconds = self._histogram("turret_request_seconds", "Seconds until the last byte", "route")
@@ -58,16 +75,16 @@ class Metrics:
         self._uncounted = self._counter("turret_experiment_uncounted", "Requests without a unit", "experiment")
         self._shadows = self._counter("turret_experiment_shadows", "Results of shadows", *arm, "what")
         self._outcomes = self._counter("turret_experiment_outcomes", "Outcomes received", "experiment", "status")
-        self._registry.register(_Gauges(gauges))
+        self._registry.register(_Engine(gauges, histograms))
 
     def request(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def answered(self, version: str, kind: str, count: int, failed: int, tokens: int, seconds: float) -> None:
-        """One request to a version, with `count` inputs of which `failed` were not answered."""
+        """One request to a version, with so many answers and failed inputs."""
         label = self._label(version)
-        self._answers.labels(label, kind).inc(count - failed)
+        self._answers.labels(label, kind).inc(count)
         if failed:
             self._failures.labels(label, kind).inc(failed)
         self._tokens.labels(label).inc(tokens)
@@ -157,13 +174,21 @@ class _Seen(Collector):
         return all(self._sees("" if name in NO_ADAPTER else name) for name in names)
 
 
-class _Gauges(Collector):
-    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
-        self._read = read
+class _Engine(Collector):
+    """Values that are counted elsewhere."""
+
+    def __init__(
+        self, read: Callable[[], Mapping[str, float]], histograms: Callable[[], Mapping[str, JsonMapping]]
+    ) -> None:
+        self._read, self._histograms = read, histograms
 
     def collect(self) -> Iterator[Metric]:
         for name, value in self._read().items():
-            yield GaugeMetricFamily(f"turret_{name}", name.replace("_", " "), value=value)
+            family = CounterMetricFamily if name in COUNTED else GaugeMetricFamily
+            yield family(f"turret_{name}", name.replace("_", " "), value=value)
+        for name, found in self._histograms().items():
+            buckets = list(found["buckets"].items())
+            yield HistogramMetricFamily(f"turret_{name}", name.replace("_", " "), buckets, found["sum"])
 
     def describe(self) -> list[Metric]:
         return []

@@ -32,10 +32,18 @@ async def show_model(model: Annotated[str, Path(min_length=1, max_length=200)], 
     """The base, or one version of an adapter."""
     if state.is_base(model):
         return _base(state)
-    version = await state.control(state.workspace.resolve, state.aliases.exact(model))
-    if not is_on_base(state, version):
+    return _card(state, model, await state.control(version_here, state, model))
+
+
+def version_here(state: ServerState, model: str) -> Version:
+    """The version on this base that a reference means here. Reads the store. Raises NotFound."""
+    try:
+        found = state.workspace.resolve(state.aliases.exact(model))
+    except NotFound as error:
+        raise state.missing_model(model, error) from None
+    if not is_on_base(state, found):
         raise NotFound(f"no {model} here: it was trained on another base than this server's")
-    return _card(state, model, version)
+    return found
 
 
 def is_on_base(state: ServerState, version: Version) -> bool:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from turret.data import Prompt
 from turret.engine import Done, Event, Failed, Receipt
-from turret.errors import Cancelled, DeadlineExceeded, NotFound
+from turret.errors import DeadlineExceeded, Disconnected, NotFound
 from turret.server.engine_protocol import Answer, Input, TicketProtocol, answering_version
 from turret.server.routing import Placement
 
@@ -139,7 +139,7 @@ class PendingAnswers:
         return read, generated
 
     async def all(self) -> list[Answer]:
-        """An answer for each input, or the first error. Raises Cancelled if the client disconnects first."""
+        """An answer for each input, or the first error. Raises Disconnected if the client leaves first."""
         await unless_disconnected(self._request, self._drain())
         return [answer for answer in self.answers if answer is not None]
 
@@ -222,13 +222,13 @@ def generated_tokens(answer: Answer) -> int:
 
 
 async def unless_disconnected(request: Request, result: Awaitable[T]) -> T:
-    """The result. Raises Cancelled if the client disconnects first."""
+    """The result. Raises Disconnected if the client leaves first."""
     work, gone = asyncio.ensure_future(result), asyncio.ensure_future(_disconnect(request))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
-        raise Cancelled("the client disconnected")
+        raise Disconnected("the client left before it had its answer")
     finally:
         for task in (work, gone):
             task.cancel()

@@ -6,6 +6,7 @@ last answer or at the time limit. A second signal ends it at once.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import Callable, Iterator
@@ -15,9 +16,10 @@ from types import FrameType
 import uvicorn
 
 from turret.errors import ServeRefused
-from turret.server.app import create
+from turret.server.app import create, routes
+from turret.server.batch_runner import BatchRunner
 from turret.server.http_protocol import protocol
-from turret.server.logs import LibraryHandler, Log
+from turret.server.logs import LibraryHandler, Log, LogMiddleware
 from turret.server.state import ServerState
 
 LIBRARIES = ("uvicorn", "asyncio", "turret.serving")
@@ -48,10 +50,10 @@ class Server(uvicorn.Server):
     """uvicorn with an end that drains. announce: called once the socket listens."""
 
     def __init__(self, state: ServerState, announce: Callable[[], None] = lambda: None) -> None:
-        limits = state.limits
+        limits, application = state.limits, routes(state)
         super().__init__(
             uvicorn.Config(
-                create(state),
+                create(state, application),
                 http=protocol(limits, state.clients),
                 ws="none",
                 lifespan="off",
@@ -65,6 +67,8 @@ class Server(uvicorn.Server):
             )
         )
         self.state = state
+        logged = LogMiddleware(application, state.log, state.metrics.request, state.clock)
+        self._runner = BatchRunner(state, logged)
         self._announce = announce
         self._until = float("inf")
 
@@ -83,6 +87,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._batches = asyncio.create_task(self._runner.run())
         self._announce()
 
     async def on_tick(self, counter: int) -> bool:

@@ -14,25 +14,33 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 from starlette.requests import Request
 
+from turret import __version__
 from turret.access import DEFAULT, OPERATOR, Access
 from turret.engine import Options
 from turret.errors import Cancelled, NotFound, TurretError
+from turret.json_types import JsonMapping
+from turret.server import tracing
 from turret.server.auth import Caller, Guard
-from turret.server.connections import ClientConnections, Network
+from turret.server.connections import ClientConnections
 from turret.server.engine_protocol import EngineProtocol, Input, TicketProtocol, answering_version
-from turret.server.limits import Load, RequestLimits
+from turret.server.followers import Followers
+from turret.server.limits import Load
 from turret.server.logs import Log
 from turret.server.metrics import Metrics, numbers
-from turret.server.oidc import Oidc, OidcSettings
+from turret.server.missing import missing_model
+from turret.server.oidc import Oidc
 from turret.server.pending_answers import PendingAnswers, Submission
-from turret.server.quotas import Quota, Quotas
+from turret.server.quotas import Quotas
 from turret.server.routing import Placement
+from turret.server.settings import ServerSettings
 from turret.server.tenants import Tenant, TenantEngine, each_tenant, in_memory
 from turret.server.thread_pool import ThreadPool
+from turret.store.batches import Batches
+from turret.store.client_files import ClientFiles
 from turret.store.usage import BASE, UsageLog
 from turret.store.usage import SECONDS as USAGE_SECONDS
 from turret.tasks.task import RequestKind
@@ -44,20 +52,6 @@ SETTLE_SECONDS = 3.0  # between two evaluations of the guards of experiments
 MOST_PROMOTES = 4  # promotes that ask golden examples, running or waiting
 MOST_VIEWS = 1024  # of accesses that are kept
 RETRIES = 5  # of a request whose version is deleted while its inputs are submitted
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """The options of `turret serve`."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    alias: str = "production"  # what plain names mean; its versions are loaded in advance
-    limits: RequestLimits = field(default_factory=RequestLimits)
-    per_adapter: Quota = field(default_factory=Quota)
-    log_texts: bool = False
-    proxies: Sequence[Network] = ()  # networks without a limit per client
-    oidc: OidcSettings | None = None  # who signs people in to the console, besides access tokens
 
 
 class ServerState:
@@ -80,6 +74,7 @@ class ServerState:
         self.options = options
         self.settings = settings or ServerSettings()
         self.limits = limits = self.settings.limits
+        self.spans = tracing.provider() if self.settings.otel else None
         self.log, self.clock = log or Log(), clock
         self.started_at, self.id = int(time.time()), secrets.token_hex(4)
         self.load = Load()
@@ -90,6 +85,7 @@ class ServerState:
         self.usage = UsageLog(workspace.store.database(make=True))
         if not self.usage.counts:
             self.log.write("usage", "warning", message="nothing is counted: the store is read-only here")
+        self.files, self.batches = ClientFiles.of(workspace.store), Batches(workspace.store.database(make=True))
         self._home, self._shared_engine = workspace, engine
         self._tenants_lock = threading.Lock()
         self.tenants: dict[str, Tenant] = {}
@@ -102,9 +98,8 @@ class ServerState:
         # Promotes that ask golden examples may take minutes.
         self.promoting = ThreadPool("aside", 1, MOST_PROMOTES, "promotes are asking golden examples", 10)
         self.recording = ThreadPool("tell", 1, limits.outcomes_waiting, "requests with outcomes are waiting", 1)
-        self._stopping, self._settle_lock = threading.Event(), threading.Lock()
-        self._followers: list[threading.Thread] = []
-        self._failing: set[str] = set()  # names of the followers that could not reach the store
+        self._settle_lock = threading.Lock()
+        self._followers = Followers(self.log, self._count_failure)
 
     def now(self) -> int:
         """Seconds since 1970, for OpenAI's `created`."""
@@ -133,7 +128,8 @@ class ServerState:
     def _open_tenant(self, name: str) -> Tenant:
         home = self._home.store.access.tenant
         workspace = self._home if name == home else self._home.seen_by(Access(name))
-        metrics = Metrics(self._gauges if name == DEFAULT else dict)
+        build = {"version": __version__, "base": self.base_id, "fingerprint": self._shared_engine.base.fingerprint}
+        metrics = Metrics(self._gauges, self._histograms, build) if name == DEFAULT else Metrics(dict)
         engine = TenantEngine(self._shared_engine, workspace, home)
         log = self.log if self.settings.log_texts else None
         return Tenant.open(workspace, engine, metrics, self.settings.alias, self.limits, self.clock, log)
@@ -156,7 +152,7 @@ class ServerState:
     @property
     def base_id(self) -> str:
         """The base's id; for a base in a folder, the folder's name."""
-        id = self.engine.base.id
+        id = self._shared_engine.base.id
         return id.replace("\\", "/").rstrip("/").rpartition("/")[2] if id.startswith(("/", ".", "~")) else id
 
     def is_base(self, model: str) -> bool:
@@ -170,6 +166,12 @@ class ServerState:
 
     def in_memory(self, digest: str) -> bool:
         return in_memory(self.engine, digest)
+
+    def missing_model(self, model: str, error: NotFound) -> NotFound:
+        """The error for a model that is not here. Reads the store."""
+        database = self.workspace.store.database(make=True)
+        base_id = self.base_id if self.is_base(self.base_id) else None
+        return missing_model(database, self.engine.base.fingerprint, base_id, model, error)
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
@@ -219,7 +221,11 @@ class ServerState:
             return await self._submitting(self._submit, request, kind, model, inputs, options, unit)
 
         seconds = self.limits.answer_seconds + 1  # the engine's own deadline comes first
-        pending = PendingAnswers(await submit(), inputs, request, seconds, self.id, submit, started, self.clock)
+        try:
+            submission = await submit()
+        except NotFound as error:
+            raise await self.control(self.missing_model, model, error) from None
+        pending = PendingAnswers(submission, inputs, request, seconds, self.id, submit, started, self.clock)
         try:
             if name := pending.receipt.name:
                 self.quotas.admit(self._adapter_key(name), f"adapter {name}", self.settings.per_adapter)
@@ -235,7 +241,10 @@ class ServerState:
         caller: Caller = request.state.caller
         version, tokens, inputs = pending.model or "base", pending.tokens, len(pending.tickets)
         unanswered = sum(answer is None for answer in pending.answers)
-        self.metrics.answered(version, kind, inputs, unanswered, tokens, self.clock() - request.state.started)
+        request.state.left = left = bool(unanswered) and pending.error is None  # the client, before its last answer
+        failed = 0 if left else unanswered
+        seconds = self.clock() - request.state.started
+        self.metrics.answered(version, kind, inputs - unanswered, failed, tokens, seconds)
         self.quotas.charge(caller.key, caller.quota, tokens)
         self.usage.add(self.access.tenant, pending.receipt.name or BASE, inputs - unanswered, *pending.token_counts)
         if pending.receipt.name:
@@ -286,7 +295,8 @@ class ServerState:
         if placement is not None:  # the response to an error names the arm too
             request.state.receipt = placement.headers | ({} if arm is None else _version_headers(arm.version))
         try:
-            tickets = self._tickets(kind, model if arm is None else arm.version, inputs, options)
+            priority = getattr(request.state, "priority", 0)  # below 0 for a line of a batch
+            tickets = self._tickets(kind, model if arm is None else arm.version, inputs, options, priority)
         except BaseException as error:
             if placement is not None and arm is not None:
                 seconds = self.clock() - started
@@ -299,7 +309,7 @@ class ServerState:
         return Submission(tickets, placement)
 
     def _tickets(
-        self, kind: RequestKind, model: str, inputs: Sequence[Input], options: Sequence[Options] | None
+        self, kind: RequestKind, model: str, inputs: Sequence[Input], options: Sequence[Options] | None, priority: int
     ) -> Sequence[TicketProtocol]:
         """Submit every input to the version that accepted the first one; all or none."""
         for _ in range(RETRIES):
@@ -308,7 +318,7 @@ class ServerState:
             try:
                 for place, each in enumerate(inputs):
                     settings = None if options is None else options[place]
-                    tickets.append(self._ticket(kind, each, reference, settings))
+                    tickets.append(self._ticket(kind, each, reference, settings, priority))
                     reference = answering_version(tickets[0].receipt)
                 return tickets
             except BaseException as error:
@@ -318,17 +328,19 @@ class ServerState:
                     raise  # else the version was deleted between two inputs: submit all to its successor
         raise NotFound(f"{ascii(model)[:60]} was deleted several times while the request was submitted: try again")
 
-    def _ticket(self, kind: RequestKind, text: Input, reference: str | None, options: Options | None) -> TicketProtocol:
+    def _ticket(
+        self, kind: RequestKind, text: Input, reference: str | None, options: Options | None, priority: int
+    ) -> TicketProtocol:
         exact = None if reference is None else self.aliases.exact(reference)
         seconds = self.limits.answer_seconds
         try:
-            return self.engine.submit(kind, text, exact, options, deadline=seconds)
+            return self.engine.submit(kind, text, exact, options, priority=priority, deadline=seconds)
         except NotFound:
             if exact == reference:
                 raise
             # The version in force was deleted before the next poll: the store knows what the alias means.
             named = None if reference is None else self.aliases.with_alias(reference)
-            return self.engine.submit(kind, text, named, options, deadline=seconds)
+            return self.engine.submit(kind, text, named, options, priority=priority, deadline=seconds)
 
     # --- following the store ------------------------------------------------------------------------------------------
 
@@ -369,9 +381,7 @@ class ServerState:
             ("turret-usage", self.usage.flush, USAGE_SECONDS),
             ("turret-settle", self._each_tenant(self._settle), SETTLE_SECONDS),
         ):
-            thread = threading.Thread(target=self._repeat, args=[follow, seconds], name=name, daemon=True)
-            self._followers.append(thread)
-            thread.start()
+            self._followers.start(name, follow, seconds)
 
     def _follow_aliases(self) -> None:
         newest = self._home.store.last_move()
@@ -380,33 +390,12 @@ class ServerState:
     def _each_tenant(self, follow: Callable[[Tenant], None]) -> Callable[[], None]:
         return each_tenant(self._all_tenants, follow)
 
-    def _repeat(self, follow: Callable[[], None], seconds: float) -> None:
-        while not self._stopping.is_set():
-            try:
-                follow()
-            except Exception as error:  # the store may be back at the next try
-                self.tenants[DEFAULT].aliases.failures += 1
-                self._log_following(error)
-            else:
-                self._log_following(None)
-            self._stopping.wait(seconds)
-
-    def _log_following(self, error: Exception | None) -> None:
-        """Log once that a follower has lost the store, and once that it is back."""
-        part = threading.current_thread().name
-        if error is not None and part not in self._failing:
-            problem = {"error": type(error).__name__, "message": str(error)}
-            self.log.write("follow", "error", part=part, following=False, **problem)
-            self._failing.add(part)
-        elif error is None and part in self._failing:
-            self.log.write("follow", part=part, following=True)
-            self._failing.discard(part)
+    def _count_failure(self) -> None:
+        self.tenants[DEFAULT].aliases.failures += 1
 
     def stop(self) -> None:
         """Stop following, write the last outcomes, and stop the threads."""
-        self._stopping.set()
-        for each in self._followers:
-            each.join(timeout=5)
+        self._followers.stop()
         for tenant in self._all_tenants():
             tenant.shadows.close()
             try:
@@ -418,6 +407,8 @@ class ServerState:
             self.usage.flush()
         except TurretError as error:
             self.log.write("usage", "error", error=type(error).__name__, message=f"the last usage is lost: {error}")
+        if self.spans is not None:
+            self.spans.shutdown()
         for pool in (self._submitting, self.parsing, self.control, self.promoting, self.recording):
             pool.close()
 
@@ -431,7 +422,7 @@ class ServerState:
                 "body_bytes": float(self.load.bytes),
                 "draining": float(self.load.draining),
                 "ready": float(self.ready),
-                "following": float(not self._failing),
+                "following": float(not self._followers.failing),
                 "follow_failures": float(sum(each.aliases.failures for each in tenants)),
                 "follow_trouble": float(sum(len(each.aliases.failed_moves) for each in tenants)),
                 "experiments_away": float(any(each.routing.router.problem is not None for each in tenants)),
@@ -440,6 +431,10 @@ class ServerState:
             }
             return own | numbers("engine", asdict(self._shared_engine.stats()))
         return {}
+
+    def _histograms(self) -> dict[str, JsonMapping]:
+        values = asdict(self._shared_engine.stats())
+        return {f"engine_{key}": value for key, value in values.items() if isinstance(value, dict) and "sum" in value}
 
 
 def _version_headers(reference: str) -> dict[str, str]:

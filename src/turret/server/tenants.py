@@ -101,6 +101,10 @@ class TenantEngine:
     def base(self) -> BaseProtocol:
         return self._engine.base
 
+    @property
+    def longest(self) -> int:
+        return self._engine.longest
+
     def submit(
         self,
         kind: RequestKind,

@@ -4,7 +4,7 @@ Each attempt of a put has an id, its upload, and writes its files under names th
 other attempt has that id. A copy is a digest and an upload. The catalog tells its state:
 
 - written: the table `uploads` has its upload. The put adds that row, and commits, before it writes the first file
-- listed: the table `files` has its digest and upload
+- listed: the table `files`, or `client_files`, has its digest and upload
 - dead: neither. A dead copy stays dead
 
 These are all state changes. Each is a transaction, and writing transactions are serialized:
@@ -45,6 +45,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from turret.database import Database, files, uploads
 from turret.errors import Corrupt, TurretError
+from turret.store import client_tables
 from turret.store.blobs import Blob, Files
 
 ABANDONED = timedelta(hours=1)  # since the last file was started
@@ -147,7 +148,13 @@ def dead(
     """
     living = set(connection.execute(select(uploads.c.id)).scalars()) - set(without)
     used = {(row.digest, row.upload) for row in connection.execute(select(files.c.digest, files.c.upload).distinct())}
+    used |= client_tables.used(connection)
     return [(name, b) for name, b in seen if b.upload not in living and (b.digest, b.upload) not in used]
+
+
+def started(connection: Connection) -> str:
+    """The value of `since` for a file that is started now."""
+    return _text(_now(connection))
 
 
 def _text(moment: datetime) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from turret.families import Kind as FamilyKind
 
-RequestKind = Literal["classify", "generate"]  # the request that an engine answers: by a head, or by a text
+RequestKind = Literal["classify", "generate", "embed"]  # what an engine answers with: a head, a text, or a vector
 Prediction: TypeAlias = str | list[str]  # the part of an answer that is scored: a label, labels or a text
 
 

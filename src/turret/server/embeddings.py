@@ -1,0 +1,122 @@
+"""`POST /v1/embeddings`, `/v1/score` and `/v1/rerank`: vectors of texts, and the cosines between them."""
+
+from __future__ import annotations
+
+import base64
+import sys
+from array import array
+from collections.abc import Sequence
+from operator import mul
+
+from fastapi import Request, Response
+
+from turret.engine.embeddings import Embedding
+from turret.errors import BadRequest
+from turret.server import embedding_schemas as schemas
+from turret.server.engine_protocol import Answer, Input
+from turret.server.pending_answers import PendingAnswers, prompt_tokens
+from turret.server.routes import State, Unit, router
+from turret.server.state import ServerState
+
+questions = router("infer")
+Vectors = tuple[list[list[float]], PendingAnswers, schemas.EmbeddingUsage]
+
+
+@questions.post("/v1/embeddings")
+async def embed(
+    body: schemas.EmbeddingRequest, state: State, unit: Unit, request: Request, response: Response
+) -> schemas.Embeddings:
+    """One vector for each text, of the base or of an adapter. A text gets no template, only the special tokens."""
+    vectors, pending, usage = await _vectors(
+        state, request, response, body.model, body.inputs(), body.embedding(), unit or body.user
+    )
+    return schemas.Embeddings(
+        id=f"embd-{pending.id}",
+        created=state.now(),
+        model=pending.model or state.base_id,
+        data=[
+            schemas.EmbeddingData(index=index, embedding=packed(vector) if body.encoding_format == "base64" else vector)
+            for index, vector in enumerate(vectors)
+        ],
+        usage=usage,
+    )
+
+
+@questions.post("/v1/score")
+async def score(
+    body: schemas.ScoreRequest, state: State, unit: Unit, request: Request, response: Response
+) -> schemas.Scores:
+    """How alike the texts of each pair are: the cosine of their embeddings, from -1 to 1."""
+    first, second = body.pairs()
+    if len(first) not in (1, len(second)):
+        raise BadRequest(
+            f"text_1 has {len(first)} texts and text_2 has {len(second)}: expected one text_1, or as many as text_2"
+        )
+    vectors, pending, usage = await _vectors(
+        state, request, response, body.model, [*first, *second], Embedding(body.pooling), unit or body.user
+    )
+    ours, others = vectors[: len(first)], vectors[len(first) :]
+    scores = await state.parsing(cosines, ours if len(ours) > 1 else ours * len(others), others)
+    return schemas.Scores(
+        id=f"score-{pending.id}",
+        created=state.now(),
+        model=pending.model or state.base_id,
+        data=[schemas.Score(index=index, score=each) for index, each in enumerate(scores)],
+        usage=usage,
+    )
+
+
+@questions.post("/v1/rerank")
+async def rerank(
+    body: schemas.RerankRequest, state: State, unit: Unit, request: Request, response: Response
+) -> schemas.Ranking:
+    """The documents by their cosine with the query, the most alike first."""
+    vectors, pending, usage = await _vectors(
+        state, request, response, body.model, [body.query, *body.documents], Embedding(body.pooling), unit or body.user
+    )
+    query, *documents = vectors
+    scores = await state.parsing(cosines, [query] * len(documents), documents)
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
+    return schemas.Ranking(
+        id=f"rerank-{pending.id}",
+        model=pending.model or state.base_id,
+        results=[
+            schemas.Ranked(
+                index=index, document=schemas.Document(text=body.documents[index]), relevance_score=scores[index]
+            )
+            for index in order
+        ],
+        usage=usage,
+    )
+
+
+async def _vectors(
+    state: ServerState,
+    request: Request,
+    response: Response,
+    model: str,
+    inputs: Sequence[Input],
+    how: Embedding,
+    unit: str | None,
+) -> Vectors:
+    options = [state.options(embedding=how)] * len(inputs)
+    async with state.ask(request, "embed", model, inputs, options, unit=unit) as pending:
+        answers: list[Answer] = await pending.all()
+    response.headers.update(pending.headers)
+    read = sum(map(prompt_tokens, answers))
+    usage = schemas.EmbeddingUsage(prompt_tokens=read, total_tokens=read)
+    return [answer["embedding"] for answer in answers], pending, usage
+
+
+def cosines(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[float]:
+    """The cosine of each pair of vectors of length 1, within [-1, 1]."""
+    products = (sum(map(mul, a, b)) for a, b in zip(first, second, strict=True))
+    return [min(1.0, max(-1.0, each)) for each in products]
+
+
+def packed(vector: Sequence[float]) -> str:
+    """The numbers as base64 of little-endian float32."""
+    numbers = array("f", vector)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(numbers.tobytes()).decode()

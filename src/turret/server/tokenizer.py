@@ -1,0 +1,74 @@
+"""`POST /tokenize` and `/detokenize`: texts as the base's tokens and back, in vLLM's format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from turret.data.cells import Replacements
+from turret.data.conversations import turns_of
+from turret.errors import BadRequest, NotFound
+from turret.server import embedding_schemas as schemas
+from turret.server.models import version_here
+from turret.server.routes import State, router
+from turret.server.state import ServerState
+
+questions = router("infer")
+
+
+@questions.post("/tokenize")
+async def tokenize(body: schemas.TokenizeText | schemas.TokenizeMessages, state: State) -> schemas.TokenIds:
+    """The tokens of a text, or of messages by the base's chat template. An adapter's own template is not applied."""
+    await _check_model(state, body.model)
+    ids = await state.parsing(_ids, state, body)
+    return schemas.TokenIds(
+        count=len(ids),
+        max_model_len=state.engine.longest,
+        tokens=ids,
+        token_strs=await state.parsing(_texts, state, ids) if body.return_token_strs else None,
+    )
+
+
+@questions.post("/detokenize")
+async def detokenize(body: schemas.DetokenizeRequest, state: State) -> schemas.Detokenized:
+    """The text of tokens."""
+    await _check_model(state, body.model)
+    return schemas.Detokenized(prompt=await state.parsing(_text, state, body.tokens))
+
+
+async def _check_model(state: ServerState, model: str | None) -> None:
+    """Raises NotFound for a model that is not here. All of them have the base's tokens."""
+    if model is not None and not state.is_base(model):
+        await state.control(version_here, state, model)
+
+
+def _ids(state: ServerState, body: schemas.TokenizeText | schemas.TokenizeMessages) -> list[int]:
+    tokenizer = state.engine.base.tokenizer
+    if isinstance(body, schemas.TokenizeText):
+        special = body.add_special_tokens is not False
+        return [int(each) for each in tokenizer(body.prompt, add_special_tokens=special, verbose=False)["input_ids"]]
+    if not getattr(tokenizer, "chat_template", None):
+        raise BadRequest("this base has no chat template: expected prompt, not messages")
+    turns = turns_of([message.model_dump(exclude_none=True) for message in body.messages], Replacements()) or ()
+    try:
+        ids = tokenizer.apply_chat_template(
+            [{"role": turn.role, "content": turn.content} for turn in turns],
+            add_generation_prompt=body.add_generation_prompt is not False,
+            tokenize=True,
+            return_dict=False,
+        )
+    except Exception as error:  # a template may raise anything, for example for roles in the wrong order
+        raise BadRequest(f"the base's chat template does not accept these messages: {error}") from None
+    return [int(each) for each in ids]
+
+
+def _text(state: ServerState, ids: Sequence[int]) -> str:
+    size = len(state.engine.base.tokenizer.get_vocab())
+    if wrong := next((each for each in ids if each >= size), None):
+        raise NotFound(f"no token {wrong} in the vocabulary of this base: expected numbers from 0 to {size - 1}")
+    return state.engine.base.tokenizer.decode(list(ids))
+
+
+def _texts(state: ServerState, ids: Sequence[int]) -> list[str]:
+    """The vocabulary's name of each token."""
+    names = {id: name for name, id in state.engine.base.tokenizer.get_vocab().items()}
+    return [names.get(each, "") for each in ids]

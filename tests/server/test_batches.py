@@ -1,0 +1,282 @@
+"""`/v1/files` and `/v1/batches`: sent and read by OpenAI's own client, kept in the store, per owner."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from server.echo import words
+from sqlalchemy import update
+
+from turret.server import batch_runner
+from turret.server.limits import RequestLimits
+from turret.store import client_tables
+
+TESTS = Path(__file__).parents[1]
+
+
+def client_of(running: Any, token: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key=token, max_retries=0)
+
+
+def line(number: int, **more: Any) -> dict[str, Any]:
+    body = {"model": "a", "prompt": f"text {number}"}
+    return {"custom_id": f"n{number}", "method": "POST", "url": "/v1/completions", "body": body} | more
+
+
+def sent(client: openai.OpenAI, lines: list[dict[str, Any]], endpoint: str = "/v1/completions") -> Any:
+    content = "".join(json.dumps(each) + "\n" for each in lines).encode()
+    file = client.files.create(file=("requests.jsonl", io.BytesIO(content)), purpose="batch")
+    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h")  # type: ignore[arg-type]
+
+
+def ended(client: openai.OpenAI, batch: Any, seconds: float = 20) -> Any:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = client.batches.retrieve(batch.id)
+        if found.status in ("completed", "failed", "cancelled", "expired"):
+            return found
+        time.sleep(0.05)
+    raise AssertionError(client.batches.retrieve(batch.id))
+
+
+def read(client: openai.OpenAI, file: str | None) -> dict[str, dict[str, Any]]:
+    if file is None:
+        return {}
+    lines = [json.loads(each) for each in client.files.content(file).text.splitlines()]
+    assert len({each["custom_id"] for each in lines}) == len(lines)
+    return {each["custom_id"]: each["response"] for each in lines}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(batch_runner, "POLL_SECONDS", 0.02)
+
+
+@pytest.fixture
+def clients() -> Iterator[Callable[..., openai.OpenAI]]:
+    opened: list[openai.OpenAI] = []
+
+    def make(running: Any, token: str = "none") -> openai.OpenAI:
+        opened.append(client_of(running, token))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+def test_every_line_of_a_batch_is_answered_as_a_request_would_be(serve, put, clients) -> None:
+    version = put()
+    running = serve()
+    client = clients(running)
+    wrong = line(40, body={"model": "a", "prompt": "x", "max_tokens": 0})
+    batch = ended(client, sent(client, [*(line(number) for number in range(40)), wrong]))
+    assert batch.status == "completed"
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (41, 40, 1)
+    answers, errors = read(client, batch.output_file_id), read(client, batch.error_file_id)
+    assert list(answers) == [f"n{number}" for number in range(40)]
+    for number in range(40):
+        said = answers[f"n{number}"]
+        assert said["status_code"] == 200
+        assert said["body"]["choices"][0]["text"] == "".join(words(version.digest, f"text {number}"))
+    assert errors["n40"]["status_code"] == 400
+    assert errors["n40"]["body"]["error"]["param"] == "max_tokens"
+    assert set(running.engine.priorities) == {-1}  # below every other request
+
+
+@pytest.mark.slow
+def test_a_batch_of_embeddings_and_one_of_chats(serve, put, clients) -> None:
+    put()
+    client = clients(serve())
+    for url, body in (
+        ("/v1/embeddings", {"model": "echo", "input": "x"}),
+        ("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "x"}]}),
+    ):
+        batch = ended(client, sent(client, [line(1, url=url, body=body)], url))
+        assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+        (answer,) = read(client, batch.output_file_id).values()
+        assert answer["body"]["object"] in ("list", "chat.completion")
+
+
+def test_a_file_that_cannot_be_asked_fails_with_its_line(serve, put, clients) -> None:
+    put()
+    client = clients(serve())
+    for lines, message in (
+        ([line(1), line(1)], "line 2: custom_id 'n1' occurs twice"),
+        ([line(1, url="/v1/classify")], "line 1 asks 'POST' '/v1/classify'"),
+        ([line(1, body=None)], "line 1 has no body"),
+        ([line(1, body={"model": "a", "prompt": "x", "stream": True})], "line 1 asks for a stream"),
+        ([], "the file has no line"),
+    ):
+        batch = ended(client, sent(client, lines))
+        assert batch.status == "failed"
+        assert message in batch.errors.data[0].message
+        assert batch.output_file_id is None
+
+
+def test_a_file_of_too_many_lines_is_refused_before_any_is_asked(serve, put, clients, monkeypatch) -> None:
+    monkeypatch.setattr(batch_runner, "MOST_LINES", 30)
+    put()
+    running = serve()
+    client = clients(running)
+    batch = ended(client, sent(client, [line(number) for number in range(31)]))
+    assert "more than 30 lines" in batch.errors.data[0].message
+    assert running.engine.priorities == []
+
+
+def test_a_batch_goes_on_in_another_server_and_asks_no_answered_line_again(serve, put, clients, until) -> None:
+    put()
+    first = serve(pace=0.02)
+    client = clients(first)
+    batch = sent(client, [line(number) for number in range(64)])
+    until(lambda: 0 < client.batches.retrieve(batch.id).request_counts.completed < 64)
+    first.stop()
+    second = serve()
+    client = clients(second)
+    kept = client.batches.retrieve(batch.id).request_counts.completed
+    done = ended(client, batch)
+    assert (done.status, done.request_counts.completed) == ("completed", 64)
+    assert list(read(client, done.output_file_id)) == [f"n{number}" for number in range(64)]
+    assert len(second.engine.priorities) == 64 - kept
+
+
+@pytest.mark.slow
+def test_a_cancelled_batch_keeps_what_was_answered(serve, put, clients, until) -> None:
+    put()
+    client = clients(serve(pace=0.02))
+    batch = sent(client, [line(number) for number in range(200)])
+    until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0)
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    done = ended(client, batch)
+    assert done.status == "cancelled"
+    assert 0 < done.request_counts.completed < 200
+    assert len(read(client, done.output_file_id)) == done.request_counts.completed
+    with pytest.raises(openai.ConflictError):
+        client.batches.cancel(batch.id)
+
+
+def test_files_and_batches_belong_to_the_token_that_made_them(serve, put, workspace, clients) -> None:
+    put()
+    tokens = [workspace.tokens.create(name, scopes=("infer",))[1] for name in ("one", "two")]
+    running = serve()
+    mine, other = (clients(running, token) for token in tokens)
+    batch = ended(mine, sent(mine, [line(1)]))
+    assert [each.id for each in mine.batches.list()] == [batch.id]
+    assert {each.purpose for each in mine.files.list()} == {"batch", "batch_output"}
+    assert list(other.files.list()) == list(other.batches.list()) == []
+    for ask in (
+        lambda: other.batches.retrieve(batch.id),
+        lambda: other.batches.cancel(batch.id),
+        lambda: other.files.retrieve(batch.input_file_id),
+        lambda: other.files.content(batch.output_file_id),
+        lambda: other.files.delete(batch.input_file_id),
+        lambda: other.batches.create(
+            input_file_id=batch.input_file_id, endpoint="/v1/completions", completion_window="24h"
+        ),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            ask()
+    assert mine.files.delete(batch.input_file_id).deleted
+    assert batch.input_file_id not in {each.id for each in mine.files.list()}
+
+
+@pytest.mark.slow
+def test_a_batch_of_a_revoked_token_fails(serve, put, workspace, clients, until) -> None:
+    put()
+    _, token = workspace.tokens.create("gone", scopes=("infer",))
+    _, other = workspace.tokens.create("boss", scopes=("infer",))
+    running = serve(pace=0.02)
+    client = clients(running, token)
+    batch = sent(client, [line(number) for number in range(200)])
+    until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0)
+    workspace.tokens.revoke("gone")
+    until(lambda: running.served.batches.find("token gone", batch.id).ended, seconds=10)
+    assert "not valid any more" in str(running.served.batches.find("token gone", batch.id).error)
+    assert clients(running, other).models.list()
+
+
+@pytest.mark.slow
+def test_a_spent_quota_makes_a_batch_wait_and_not_fail(serve, put, workspace, clients) -> None:
+    put()
+    _, token = workspace.tokens.create("few", scopes=("infer",), requests_per_minute=300)
+    client = clients(serve(), token)
+    started = time.monotonic()
+    batch = ended(client, sent(client, [line(number) for number in range(310)]), seconds=60)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (310, 0)
+    assert time.monotonic() - started > 1.5  # 10 of them had to wait for 5 a second
+
+
+@pytest.mark.slow
+def test_a_million_lines_are_refused_without_being_in_memory(serve, put, clients, tmp_path) -> None:
+    put()
+    running = serve()
+    client = clients(running)
+    path = tmp_path / "requests.jsonl"
+    with path.open("w") as write:
+        write.writelines(json.dumps(line(number)) + "\n" for number in range(1_000_000))
+    before = psutil.Process().memory_info().rss
+    file = client.files.create(file=path, purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    batch = ended(client, batch, seconds=60)
+    assert "more than 50000 lines" in batch.errors.data[0].message
+    assert psutil.Process().memory_info().rss - before < path.stat().st_size
+
+
+@pytest.mark.slow
+def test_a_batch_goes_on_after_a_kill(workspace, put, until, tmp_path) -> None:
+    put()
+    command = [sys.executable, str(TESTS / "server" / "echo_server.py"), str(workspace.store.root), "0.02"]
+    words = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=words)
+    assert process.stdout is not None
+    with openai.OpenAI(base_url=f"{process.stdout.readline().strip()}/v1", api_key="none") as client:
+        batch = sent(client, [line(number) for number in range(150)])
+        until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 20, seconds=20)
+        process.kill()
+        process.wait()
+    kept = workspace.store.database(make=True)
+    with kept.writing() as connection:  # as after a minute
+        connection.execute(update(client_tables.batches).values(until=0.0))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=words)
+    assert process.stdout is not None
+    try:
+        with openai.OpenAI(base_url=f"{process.stdout.readline().strip()}/v1", api_key="none") as client:
+            done = ended(client, batch, seconds=30)
+            assert (done.status, done.request_counts.completed) == ("completed", 150)
+            assert list(read(client, done.output_file_id)) == [f"n{number}" for number in range(150)]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_file_beyond_the_limit_is_413_and_what_is_no_form_is_415(serve, put) -> None:
+    put()
+    client = serve(limits=RequestLimits(file_bytes=1000)).client()
+    got = client.post("/v1/files", files={"file": ("x", b"x" * 2000)}, data={"purpose": "batch"})
+    assert (got.status_code, got.json()["error"]["code"]) == (413, "too_large")
+    got = client.post("/v1/files", files={"file": ("x", b"x" * 100)}, data={"purpose": "fine-tune"})
+    assert (got.status_code, got.json()["error"]["message"]) == (400, "purpose 'fine-tune': expected batch")
+    assert client.post("/v1/files", json={"file": "x"}).status_code == 415
+    assert client.post("/v1/files", data={"purpose": "batch"}).status_code in (400, 415)
+
+
+def test_a_deleted_file_is_removed_by_a_gc_and_a_listed_one_is_not(serve, put, workspace, clients) -> None:
+    put()
+    client = clients(serve())
+    kept, gone = (client.files.create(file=("f", content), purpose="batch") for content in (b"kept", b"gone"))
+    client.files.delete(gone.id)
+    removed = workspace.store.gc()
+    assert [each.bytes for each in removed.removed] == [4]
+    assert client.files.content(kept.id).content == b"kept"
