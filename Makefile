@@ -14,7 +14,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock release demo test test-all test-gpu mutants lint prose format bench bench-train bench-serve bench-gpu figures reference reports docs clean
+.PHONY: help setup lock release demo test test-all test-gpu test-clients mutants lint prose format bench bench-train bench-serve bench-gpu figures reference reports docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +66,9 @@ test-all: lint  ## lint, then every test that this machine can run, slow ones to
 
 test-gpu: $(STAMP)  ## the tests that need a card, and nothing else: no network and no second machine
 	$(BIN)/python -m pytest -n 0 -m gpu $(ARGS)
+
+test-clients: $(STAMP)  ## other people's clients against a real server; each is installed into .venv/clients once
+	$(BIN)/python -m pytest -n 0 -m clients $(ARGS)
 
 mutants: $(STAMP)  ## change single operators in the modules that matter most; the tests must notice. ARGS="verdicts --most 10"
 	@test -x $(VENV)/mutants/bin/cosmic-ray || { $(PYTHON) -m venv $(VENV)/mutants && \

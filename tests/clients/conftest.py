@@ -1,0 +1,83 @@
+"""A real server on a small base with a chat template, and a way to run a program with another client's packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+from clients.environments import Unavailable, environment
+from server import conftest as servers
+from server.conftest import Running
+from server.test_end_to_end import bundle
+
+from turret import engine as engine_room
+from turret.server.settings import ServerSettings
+from turret.workspace import Workspace
+
+put, serve, workspace = servers.put, servers.serve, servers.workspace  # fixtures
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+@dataclass
+class House:
+    """A server with an adapter `a` and two tokens of the scope infer."""
+
+    workspace: Workspace
+    running: Running
+    engine: Any
+    token: str
+    other: str
+
+    @property
+    def url(self) -> str:
+        return f"{self.running.url}/v1"
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    folder = tmp_path_factory.mktemp("clients")
+    base = small_models.save_base("qwen3", folder / "qwen3")
+    workspace = Workspace(folder / "store")
+    workspace.store.put("a", bundle(folder / "bundle", base, "qwen3", "generate", 1))
+    tokens = [workspace.tokens.create(name, scopes=("infer",))[1] for name in ("one", "two")]
+    engine = workspace.engine(str(base), dtype="float32")
+    running = Running(workspace, engine, ServerSettings(), options=engine_room.Options).start()
+    yield House(workspace, running, engine, *tokens)
+    running.stop()
+
+
+@pytest.fixture
+def run(house: House) -> Callable[..., Any]:
+    """`run("openai", "openai_python.py", ...)`: what a program of `programs/` prints as JSON on its last line."""
+
+    def run(client: str, program: str, *arguments: str, seconds: float = 200, **more: str) -> Any:
+        try:
+            folder = environment(client)
+        except Unavailable as error:
+            if os.environ.get("CI"):
+                pytest.fail(f"{client}: {error}")
+            pytest.skip(f"{client}: {error}")
+        node = shutil.which("node") or "node"
+        runner = [node] if program.endswith(".mjs") else [str(folder / "bin" / "python"), "-W", "ignore"]
+        path = PROGRAMS / program
+        if program.endswith(".mjs"):  # node looks for packages beside the program
+            path = Path(shutil.copy(path, folder))
+        kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
+        words = {**kept, "URL": house.url, "TOKEN": house.token, "OTHER": house.other, "HF_HUB_OFFLINE": "1", **more}
+        words |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [*runner, str(path), *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=words, cwd=folder, timeout=seconds, check=False
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return run

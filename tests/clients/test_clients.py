@@ -1,0 +1,125 @@
+"""Other people's clients get from a real server what the engine answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from server.test_clients import Template
+
+from turret.data.cells import Replacements
+from turret.data.conversations import prompt_of, turns_of
+from turret.engine import Embedding, Options
+
+pytestmark = [pytest.mark.slow, pytest.mark.clients]
+TEXT = "the market fell"
+
+
+@pytest.fixture(scope="session")
+def expected(house) -> dict[str, Any]:
+    """What the engine answers, without HTTP."""
+    options = Options(max_tokens=8)
+    turns = turns_of([{"role": "user", "content": TEXT}], Replacements()) or ()
+    asked = prompt_of(turns, None, None)
+    chat = house.engine.submit("generate", asked if asked.text is None else asked.text, "a", options).result(60)
+    completion = house.engine.submit("generate", TEXT, "a", options).result(60)
+    how = Options(embedding=Embedding(dimensions=16))
+    vectors = [house.engine.submit("embed", text, "a", how).result(60)["embedding"] for text in (TEXT, "a film")]
+    return {"chat": chat["text"], "completion": completion["text"], "embeddings": vectors}
+
+
+def agree(told: dict[str, Any], expected: dict[str, Any], *keys: str) -> None:
+    for key in keys:
+        wanted = expected[key.removesuffix("_stream").replace("response", "chat")]
+        if key == "embeddings":
+            torch.testing.assert_close(torch.tensor(told[key]), torch.tensor(wanted), atol=1e-5, rtol=1e-5)
+        else:
+            assert told[key].strip() == wanted.strip(), key
+
+
+def test_openai_for_python(run, expected) -> None:
+    told = run("openai", "openai_python.py")
+    agree(told, expected, "chat", "chat_stream", "completion", "completion_stream", "embeddings")
+    agree(told, expected, "response", "response_stream")
+    assert told["models"] == ["qwen3", "a"]
+    assert told["at_once"] == [told["chat"]]
+    assert told["batch"] == [told["chat"]] * 3
+    errors = [told[key] for key in ("not_found", "bad_request", "unauthorized")]
+    assert errors == ["NotFoundError", "BadRequestError", "AuthenticationError"]
+
+
+def test_openai_for_javascript(run, expected) -> None:
+    told = run("openai_node", "openai_node.mjs")
+    agree(told, expected, "chat", "chat_stream", "completion", "embeddings", "response", "response_stream")
+    assert told["models"] == ["qwen3", "a"]
+    assert told["not_found"] == "NotFoundError"
+
+
+def test_litellm(run, expected) -> None:
+    told = run("litellm", "with_litellm.py")
+    agree(told, expected, "chat", "chat_stream", "completion", "embeddings")
+    assert 0 < told["tokens"] <= 8
+    assert told["not_found"] == "NotFoundError"
+
+
+def test_langchain(run, expected) -> None:
+    told = run("langchain", "with_langchain.py")
+    agree(told, expected, "chat", "chat_stream", "completion", "embeddings")
+    assert told["chats"] == [told["chat"]] * 3
+    torch.testing.assert_close(torch.tensor(told["query"]), torch.tensor(told["embeddings"][1]))
+
+
+def test_llama_index(run, expected) -> None:
+    told = run("llama_index", "with_llama_index.py")
+    agree(told, expected, "chat", "chat_stream", "completion", "completion_stream")
+
+
+# --- accuracy by lm-eval ----------------------------------------------------------------------------------------------
+
+TASK = """
+task: reviews
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_target: "{{label}}"
+doc_to_choice: [" good", " bad", " odd"]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_lm_eval_finds_the_accuracy_that_it_finds_without_a_server(run, house, tmp_path) -> None:
+    words = ["great", "dull", "fine", "odd", "bank", "film", "story", "market", "quick", "lazy"]
+    rows = [{"text": f"a {words[n % 10]} {words[n * 3 % 7]} {words[n // 10]}", "label": n % 3} for n in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "reviews.yaml").write_text(TASK % (tmp_path / "rows.jsonl"))
+    base = house.workspace.resolve("a").manifest["base"]["id"]
+    house.workspace.export("a", tmp_path / "peft")
+    alone = {"pretrained": base, "peft": str(tmp_path / "peft"), "dtype": "float32", "device": "cpu"}
+    served = {"model": "a@1", "base_url": f"{house.url}/completions", "tokenizer": base, "num_concurrent": 4,
+              "tokenized_requests": True, "max_retries": 1}  # fmt: skip
+    home = {"HF_HOME": str(tmp_path / "hf"), "OPENAI_API_KEY": house.token}
+    ours = run("lm_eval", "with_lm_eval.py", "local-completions", json.dumps(served), str(tasks), **home)
+    theirs = run("lm_eval", "with_lm_eval.py", "hf", json.dumps(alone), str(tasks), **home)
+    assert ours["samples"] == theirs["samples"] == 100
+    assert 0.05 < theirs["acc"] < 0.95
+    assert ours["acc"] == pytest.approx(theirs["acc"], abs=0.001)
+
+
+# --- schemathesis -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["with tokens", "without tokens"])
+def test_schemathesis_finds_no_failure(run, serve, put, workspace, guarded: bool) -> None:
+    put()
+    workspace.promote("a@1", "production")
+    token = workspace.tokens.create("all", ["infer", "admin"])[1] if guarded else ""
+    running = serve(tokenizer=Template())
+    told = run("schemathesis", "with_schemathesis.py", running.url, "20", token, seconds=230)
+    assert told["status"] == 0, told["text"]
+    assert not [line for line in running.log() if line["event"] == "bug"]
