@@ -15,7 +15,7 @@ from turret.card_kernels.reference import FIRST_MIX, OF_COLUMN, OF_ROW, OF_SEED,
 
 ROWS = 16  # tokens of one program: the fewest that a card's matrix units take
 WIDE = 64  # columns that it reads at a time
-PART = 512  # outputs of one program of mixed LoRA
+NUMBERS = 8192  # of factors that one program of mixed LoRA holds at a time: more would not fit its registers
 
 _OF_ROW, _OF_COLUMN, _OF_SEED = tl.constexpr(OF_ROW), tl.constexpr(OF_COLUMN), tl.constexpr(OF_SEED)
 _FIRST_MIX, _SECOND_MIX = tl.constexpr(FIRST_MIX), tl.constexpr(SECOND_MIX)
@@ -368,9 +368,10 @@ def add_mixed_lora(
     most: int,
     plus: Tensor | None,
 ) -> None:
-    outputs = [each.shape[1] for each in y]
-    _add_mixed_lora[(len(x), triton.cdiv(max(outputs), PART), len(y))](
+    outputs, R = [each.shape[1] for each in y], int(triton.next_power_of_2(most))
+    part = max(64, NUMBERS // R)
+    _add_mixed_lora[(len(x), triton.cdiv(max(outputs), part), len(y))](
         *_three(y), x, x if plus is None else plus, adapters, addresses, ranks, *(layers + layers[:1] * 2)[:3],
-        places.shape[1], x.shape[1], *(each.shape[1] for each in _three(y)), HAS_PLUS=plus is not None,
-        R=triton.next_power_of_2(most), BLOCK=2 * WIDE, PART=PART,
+        places.shape[1], x.shape[1], *(each.shape[1] for each in _three(y)), HAS_PLUS=plus is not None, R=R,
+        BLOCK=max(32, NUMBERS // (4 * R)), PART=part,
     )  # fmt: skip

@@ -197,9 +197,9 @@ def attention_backward(
     window: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a generator: nothing is dropped here
+    seed, offset = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # no dropout
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        dy, q, k, v, y, log_sum, starts, key_starts, most, most_keys, 0.0, causal, unused, unused, scale=scaling,
+        dy, q, k, v, y, log_sum, starts, key_starts, most, most_keys, 0.0, causal, seed, offset, scale=scaling,
         **_edges(causal, window),
     )  # fmt: skip
     return dq, dk, dv
