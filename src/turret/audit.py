@@ -61,8 +61,9 @@ def record(
     after: JsonMapping | None = None,
 ) -> None:
     """Add a row for an action of the connection's tenant. adapter: the name that it is about; None for a token."""
-    row = {"tenant": access_of(connection).tenant, "adapter": adapter, "at": at, "who": who, "verb": verb, "what": what}
-    connection.execute(insert(audit).values(**row, before=before, after=after))
+    row = {"tenant": access_of(connection).tenant, "at": at, "who": who, "verb": verb, "what": what[:200]}
+    name = None if adapter is None else adapter[:100]
+    connection.execute(insert(audit).values(**row, adapter=name, before=before, after=after))
 
 
 def read(

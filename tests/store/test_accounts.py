@@ -7,6 +7,7 @@ from sqlalchemy import text
 
 from turret.access import Access
 from turret.audit import read as actions
+from turret.audit import record
 from turret.errors import StoreError
 from turret.store import Store, usage
 
@@ -45,6 +46,19 @@ def test_the_database_refuses_to_change_or_remove_an_action(store: Store, put, s
         connection.execute(text(statement))
     with store.database().reading() as connection:
         assert [(each.verb, each.what) for each in actions(connection)] == [("put", "a@1")]
+
+
+def test_a_name_of_several_adapters_that_is_too_long_is_cut(store: Store, put) -> None:
+    put("a")
+    name = "+".join(["a" * 99] * 9)
+    log = usage.UsageLog(store.database(), clock=lambda: 0.0)
+    log.add("default", name, 1, 1, 1)
+    log.flush()
+    assert [each.adapter for each in usage.read(store.database())] == [name[:100]]
+    with store.database().writing() as connection:
+        record(connection, "load", name, name, at="now", who=None)
+    with store.database().reading() as connection:
+        assert next((each.what, each.adapter) for each in actions(connection)) == (name[:200], name[:100])
 
 
 def test_an_action_that_fails_leaves_no_row(store: Store, put) -> None:

@@ -289,7 +289,8 @@ class ServerState:
         started = self.clock()
         is_base = self.is_base(model)
         if not is_base and not self.access.whole:
-            self.workspace.resolve(model)  # raises NotFound before an experiment of its tenant answers
+            for part in model.split("+"):  # several, if adapters are composed
+                self.workspace.resolve(part)  # raises NotFound before an experiment of its tenant answers
         placement = None if is_base else self.routing.place(model, unit, request.state.request_id)
         arm = None if placement is None else placement.assignment
         if placement is not None:  # the response to an error names the arm too

@@ -21,12 +21,13 @@ from turret.visibility import access_of, seen_adapters
 
 SECONDS = 2.0  # between two writes of a server
 BASE = ""  # the adapter of the bare base
+LONGEST = 100  # characters of an adapter's name; what names several adapters may be longer, and is cut
 
 usage = Table(
     "usage",
     metadata,
     Column("tenant", bytewise(64), primary_key=True),
-    Column("adapter", bytewise(100), primary_key=True),
+    Column("adapter", bytewise(LONGEST), primary_key=True),
     Column("day", String(10), primary_key=True),
     Column("requests", BigInteger, nullable=False),
     Column("answers", BigInteger, nullable=False),
@@ -70,7 +71,7 @@ class UsageLog:
         """Count one request of today."""
         if not self.counts:
             return
-        key = tenant, adapter, datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
+        key = tenant, adapter[:LONGEST], datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
         with self._lock:
             self._add(key, [1, answers, prompt_tokens, completion_tokens])
 
