@@ -14,7 +14,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock release demo test test-all test-gpu test-clients mutants lint prose format bench bench-train bench-serve bench-gpu figures reference reports docs clean
+.PHONY: help setup lock release demo test test-all test-fleet test-gpu test-clients mutants lint prose format bench bench-train bench-serve bench-gpu figures reference reports docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,9 @@ test: lint  ## lint, then the tests that take a minute or two; ARGS go to pytest
 
 test-all: lint  ## lint, then every test that this machine can run, slow ones too
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-fleet: $(STAMP)  ## several processes on one PostgreSQL and S3, killed again and again: minutes
+	$(BIN)/python -m pytest -n 0 -m fleet $(ARGS)
 
 test-gpu: $(STAMP)  ## the tests that need a card, and nothing else: no network and no second machine
 	$(BIN)/python -m pytest -n 0 -m gpu $(ARGS)

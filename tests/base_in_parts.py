@@ -2,7 +2,6 @@
 
 torchrun --standalone --nproc-per-node 2 tests/base_in_parts.py FOLDER train NAME...       into the store FOLDER/parts
 ... FOLDER kill NAME                        into FOLDER/killed; the main process kills itself after step KILLED
-... FOLDER families                         two steps of every family, to FOLDER/families.json
 ... FOLDER load                             bytes that loading and a pass took at their peak, to FOLDER/load.json
 """
 
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import small_models
-import tiny_training as tiny
 import torch
 
 from turret import bases
@@ -24,9 +22,8 @@ from turret.bases.device import CPU, ChosenDevice
 from turret.bases.sharded import gather_once, load_in_parts, own_part
 from turret.cli.output import complain
 from turret.errors import TurretError
-from turret.families import FAMILIES
 from turret.recipe import Recipe
-from turret.train import fit, memory, processes
+from turret.train import memory, processes
 from turret.train.processes import Processes
 from turret.workspace import Workspace
 
@@ -90,50 +87,10 @@ def load(folder: Path, here: Processes) -> None:
         (folder / "load.json").write_text(json.dumps(found))
 
 
-def families(folder: Path, here: Processes) -> None:
-    """How far the adapters of two steps are apart, with the base in parts and whole, and how far the steps went."""
-    found: dict[str, tuple[float, float]] = {}
-    for name in small_models.FAMILIES + small_models.RELATIVES:
-        if FAMILIES[name].rows_alone:
-            continue
-        classifies = name in small_models.ENCODERS + small_models.RELATIVE_ENCODERS
-        where = str(folder / f"family-{name}")
-        here.main_first(lambda name=name, where=where: here.main and small_models.save_base(name, Path(where)))
-        settings: dict[str, Any] = {"task": "classify" if classifies else "generate", "dtype": "float32"}
-        settings["num_labels"] = 2 if classifies else None
-        data = tiny.dataset("classify" if classifies else "summarize", train=9)
-        made = tiny.recipe(train__lr=1e-2, train__epochs=1, train__evaluate="never", method__lora_dropout=0.0)
-        rows = []
-        for shard in (True, False):
-            if shard:
-                base = load_in_parts(where, mesh=processes.mesh(), device=ChosenDevice(CPU, "as asked for"), **settings)
-                gather_once(base.model)
-            else:
-                base = bases.load(where, **settings)
-            for each in base.model.modules():
-                if isinstance(each, torch.nn.Dropout):
-                    each.p = 0.0
-            for key in ("attention_dropout", "attention_probs_dropout_prob", "dropout_rate"):
-                setattr(base.model.config, key, 0.0)
-            task = tiny.task_of(made, data, base)  # type: ignore[arg-type]
-            rows.append(parts_trained(fit(made, base, task, data)))
-        far = max(float((rows[0][key] - value).abs().max()) for key, value in rows[1].items())
-        found[name] = far, max(float(value.abs().max()) for key, value in rows[1].items() if "lora_B" in key)
-    if here.main:
-        (folder / "families.json").write_text(json.dumps(found))
-
-
-def parts_trained(steps: Any) -> dict[str, torch.Tensor]:
-    _, fitted = tiny.train(steps)
-    return {**fitted.adapter.tensors, **fitted.adapter.head}
-
-
 def main(folder: Path, verb: str, *names: str) -> None:
     here = processes.begin()
     if verb == "load":
         return load(folder, here)
-    if verb == "families":
-        return families(folder, here)
 
     def kill(record: Any) -> None:
         if verb == "kill" and record.step == KILLED:

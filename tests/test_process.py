@@ -54,3 +54,11 @@ def test_processes_of_its_own_wait_the_same_way(monkeypatch: pytest.MonkeyPatch)
     wait_briefly()
     assert environment()["GOMP_SPINCOUNT"] == SPIN
     assert "RANK" not in environment()
+
+
+def test_the_credentials_of_a_store_reach_only_processes_that_open_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"AWS_SECRET_ACCESS_KEY": "a", "AWS_ENDPOINT_URL": "http://s3", "PGPASSWORD": "b", "PGSSLMODE": "require"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert given.items() <= environment(store=True).items()
+    assert not given.keys() & environment().keys()

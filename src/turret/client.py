@@ -11,11 +11,13 @@ If an experiment runs on the adapter, name the unit of each question, and send t
         answer = await client.classify("a great film", "sentiment", unit="ann")
         await client.outcome(1, receipt=answer.receipt.id)
 
-An error of the server is raised as the class of `turret.errors` that it had there.
+An error of the server is raised as the class of `turret.errors` that it had there. With several addresses of servers of
+one store, a request goes to the next one if a server does not answer. What is sent again, and when, says `AsyncClient`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from turret.errors import RequestError, TurretError
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 
 Messages = Sequence[JsonMapping]
+FIRST_WAIT = 0.5  # seconds before the first try after a server did not answer; twice as long before each further one
 
 
 @dataclass(frozen=True)
@@ -74,20 +77,40 @@ class Answer:
 
 
 class AsyncClient:
-    """A client of one server: a context manager, or call `close`.
+    """A client of one server or of several servers of one store: a context manager, or call `close`.
 
     Every method raises the server's error as a class of `turret.errors`, and RequestError if no server answers.
     `complete`, `chat` and `stream` take the options of the HTTP API: `max_tokens`, `temperature`, ...
 
+    A request is sent again only if that is safe:
+
+    - any request that no server began: no connection, 429, or 503 of a server that ends. `Retry-After` is followed
+    - a GET also after a broken connection, a timeout of the connection, or 502, 503 and 504
+
     Args:
-        url: Such as "http://127.0.0.1:8000".
+        url: Such as "http://127.0.0.1:8000"; a list of several addresses.
         token: One of `turret token create`; None for a server without tokens.
         timeout: Seconds that a request may take.
+        retries: How often a request is sent again at most, apart from the first try of each address.
+        longest_wait: Seconds; if the server asks to wait longer, its error is raised at once.
     """
 
-    def __init__(self, url: str, token: str | None = None, *, timeout: float = 300.0) -> None:
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        token: str | None = None,
+        *,
+        timeout: float = 300.0,
+        retries: int = 2,
+        longest_wait: float = 10.0,
+    ) -> None:
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        self._http = httpx2.AsyncClient(base_url=url.rstrip("/"), headers=headers, timeout=timeout)
+        self._urls = [each.rstrip("/") for each in ([url] if isinstance(url, str) else url)]
+        if not self._urls:
+            raise RequestError("no address of a server: give one, such as http://127.0.0.1:8000")
+        self._at = 0  # the address that is used
+        self._retries, self._longest_wait = retries, longest_wait
+        self._http = httpx2.AsyncClient(headers=headers, timeout=timeout)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -115,7 +138,7 @@ class AsyncClient:
         body: JsonObject = {"model": model, "input": texts if isinstance(texts, str) else list(texts), **_user(unit)}
         if coverage is not None:
             body["coverage"] = coverage
-        return _answer(await self._request("POST", "/v1/classify", body))
+        return _answer(await self._send("POST", "/v1/classify", body))
 
     async def complete(
         self,
@@ -133,12 +156,12 @@ class AsyncClient:
         """
         prompts = prompt if isinstance(prompt, str) else list(prompt)
         body = {"model": model, "prompt": prompts, **options, **_user(unit)}
-        return _answer(await self._request("POST", "/v1/completions", body))
+        return _answer(await self._send("POST", "/v1/completions", body))
 
     async def chat(self, messages: Messages, model: str, *, unit: str | None = None, **options: JsonValue) -> Answer:
         """Continue a conversation with the assistant's next message."""
         body = {"model": model, "messages": [dict(each) for each in messages], **options, **_user(unit)}
-        return _answer(await self._request("POST", "/v1/chat/completions", body))
+        return _answer(await self._send("POST", "/v1/chat/completions", body))
 
     async def stream(
         self,
@@ -158,17 +181,16 @@ class AsyncClient:
             path, body = "/v1/completions", {"model": model, "prompt": prompt, **options}
         else:
             path, body = "/v1/chat/completions", {"model": model, "messages": [dict(m) for m in prompt], **options}
+        response = await self._send("POST", path, body | {"stream": True} | _user(unit), stream=True)
         try:
-            async with self._http.stream("POST", path, json=body | {"stream": True} | _user(unit)) as response:
-                if response.status_code >= 400:
-                    await response.aread()
-                    raise _error(response)
-                on_receipt(_receipt(response))
-                async for line in response.aiter_lines():
-                    if (piece := _piece(line)) is not None:
-                        yield piece
+            on_receipt(_receipt(response))
+            async for line in response.aiter_lines():
+                if (piece := _piece(line)) is not None:
+                    yield piece
         except httpx2.HTTPError as error:
-            raise _unreachable(self._http.base_url, error) from error
+            raise _unreachable(self._urls[self._at], error) from error
+        finally:
+            await response.aclose()
 
     async def models(self) -> list[JsonObject]:
         """The base, and every adapter on it by name and by alias."""
@@ -254,6 +276,30 @@ class AsyncClient:
         """Move an alias back to the version that it named before."""
         return await self._json("POST", f"/api/aliases/{name}/{alias}/rollback")
 
+    async def train(self, recipe: str, files: Mapping[str, str] | None = None, *, priority: int = 0) -> JsonObject:
+        """Put a training into the queue of the server's store. Returns the run.
+
+        Args:
+            recipe: TOML.
+            files: Name -> content of tables; `data.source` names one of them.
+            priority: Of -100 to 100; higher is earlier.
+        """
+        return await self._json(
+            "POST", "/api/runs", {"recipe": recipe, "files": dict(files or {}), "priority": priority}
+        )
+
+    async def runs(self) -> list[JsonObject]:
+        """The newest trainings, those that wait too."""
+        return list((await self._json("GET", "/api/runs"))["runs"])
+
+    async def run(self, run: str) -> JsonObject:
+        """One training, with its recipe and its log."""
+        return await self._json("GET", f"/api/runs/{run}")
+
+    async def cancel_run(self, run: str) -> JsonObject:
+        """End a training of the queue: at once if it waits, after its step if it runs."""
+        return await self._json("POST", f"/api/runs/{run}/cancel")
+
     async def experiments(self, *, alpha: float = 0.05) -> list[JsonObject]:
         """Every experiment, and which are discoveries at that level."""
         return list((await self._json("GET", "/api/experiments", query={"alpha": str(alpha)}))["experiments"])
@@ -281,19 +327,57 @@ class AsyncClient:
     async def _json(
         self, method: str, path: str, body: JsonValue = None, *, query: Mapping[str, str] | None = None
     ) -> JsonObject:
-        value: JsonObject = (await self._request(method, path, body, query)).json()
+        value: JsonObject = (await self._send(method, path, body, query)).json()
         return value
 
-    async def _request(
-        self, method: str, path: str, body: JsonValue = None, query: Mapping[str, str] | None = None
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        body: JsonValue = None,
+        query: Mapping[str, str] | None = None,
+        *,
+        stream: bool = False,
     ) -> httpx2.Response:
-        try:
-            response = await self._http.request(method, path, json=body, params=dict(query or {}))
-        except httpx2.HTTPError as error:
-            raise _unreachable(self._http.base_url, error) from error
-        if response.status_code >= 400:
-            raise _error(response)
-        return response
+        """Send a request, again if that is safe. A stream is open when this returns."""
+        moves, left = len(self._urls) - 1, self._retries  # further addresses to try at once; tries after a wait
+        while True:
+            url = self._urls[self._at]
+            wait: float | None = None
+            error: Exception
+            try:
+                request = self._http.build_request(method, url + path, json=body, params=dict(query or {}))
+                response = await self._http.send(request, stream=stream)
+                if response.status_code < 400:
+                    return response
+                await response.aread()
+                error, wait = _error(response), _retry_after(method, response)
+            except httpx2.HTTPError as failure:
+                error = _unreachable(url, failure)
+                error.__cause__ = failure
+                if method == "GET" or isinstance(failure, (httpx2.ConnectError, httpx2.ConnectTimeout)):
+                    wait = FIRST_WAIT * 2 ** (self._retries - left)
+            if wait is None:
+                raise error
+            if moves and not isinstance(error, errors.QuotaSpent):  # a quota is the same at every server
+                moves, self._at = moves - 1, (self._at + 1) % len(self._urls)
+                continue
+            if not left or wait > self._longest_wait:
+                raise error
+            left, self._at = left - 1, (self._at + 1) % len(self._urls)
+            await asyncio.sleep(wait)
+
+
+def _retry_after(method: str, response: httpx2.Response) -> float | None:
+    """Seconds after which a request that was refused may be sent again; None if it must not be."""
+    status = response.status_code
+    begun = status not in (429, 503) or (status == 503 and not isinstance(_error(response), errors.Draining))
+    if begun and not (method == "GET" and status in (502, 503, 504)):
+        return None
+    try:
+        return max(0.0, float(response.headers.get("retry-after", "")))
+    except ValueError:  # a date, or none
+        return FIRST_WAIT
 
 
 def _user(unit: str | None) -> dict[str, str]:
@@ -352,5 +436,5 @@ def _raised(error: JsonMapping, retry_after: str | None) -> TurretError:
     return raised
 
 
-def _unreachable(url: httpx2.URL, error: Exception) -> RequestError:
+def _unreachable(url: str, error: Exception) -> RequestError:
     return RequestError(f"no answer from {url}: {type(error).__name__}: {error}: is `turret serve` running there?")

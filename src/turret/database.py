@@ -18,12 +18,12 @@ The schema has the number `SCHEMA`; each change of it is a new Alembic file in `
 - `tokens`: access tokens of the server, each of a tenant, for the `adapters` and `bases` of these patterns; only the
   `hash` of a token is stored; after a rotation, `former_hash` stays valid until `former_until`; quotas are per minute
 - `experiments`: number and digest of each arm's version, and the verdict at its end; one per name is running
-- `experiment_splits`: the points of each arm, a row per change, append-only; the newest counts
-- `experiment_events`: the history of experiments, append-only
+- `experiment_splits`, `experiment_events`: points of each arm, of which the newest count; the history; append-only
 - `assignments`: answers: the unit (hashed), its arm and probability; `first` is 1 for the unit's first; append-only
 - `outcomes`: outcomes of answers; `counted` is 1 for the first of a unit, which the evidence uses; append-only
 - `experiment_health`: what an arm answered in about one second, and how often a shadow agreed; append-only
-- `runs`: a row per training; `state` is running, interrupted, failed or finished; its version has the id in `run`
+- `runs`: a row per training, with its `state`; its version has the id in `run`
+- described in `turret.store`: `leases`, `artifacts`, `queue`, `queue_limits`, `run_log`, `budgets`, `sessions`
 
 A connection carries an `Access`; `turret.visibility` limits queries to it. Times are text, ISO 8601 in UTC. `who` is
 the user of the change, NULL if unknown. Names are ordered by their bytes, on PostgreSQL too (`bytewise`).
@@ -67,7 +67,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-SCHEMA = "0009"  # the newest file in migrations/versions, as a test checks
+SCHEMA = "0012"  # the newest file in migrations/versions, as a test checks
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`
 
 metadata = MetaData(

@@ -26,6 +26,8 @@ TurretError                 base of all; its text is one line: what failed, expe
 │   ├── InUse               a version that is still needed
 │   ├── GateFailed          a version that does not pass the gates of an alias
 │   │   └── ReplayNeeded    golden examples were not yet replayed on the version
+│   ├── QueueFull           a tenant has as many waiting trainings as it may
+│   ├── LeaseLost           another process took over the work of this one, which was silent too long
 │   └── Corrupt             stored bytes do not match their digest
 ├── EngineError             the engine did not answer a request
 │   ├── Busy                the queue is full; `retry_after` has the seconds to wait
@@ -226,6 +228,14 @@ class ReplayNeeded(GateFailed):
     def __init__(self, message: str, sets: tuple[str, ...]) -> None:
         super().__init__(message)
         self.sets = sets
+
+
+class QueueFull(StoreError):
+    """A tenant has as many waiting trainings as it may."""
+
+
+class LeaseLost(StoreError):
+    """Another process took over the work of this one, which had been silent for too long."""
 
 
 class Corrupt(StoreError):

@@ -38,6 +38,7 @@ class Location:
     local: Path  # on this machine: all of a folder store; the run folders of a store with a catalog URL
     files: Path | str  # the folder of `blobs/`, or s3://bucket/prefix
     catalog: str | None = field(default=None, repr=False)  # libpq URL with password; None: turret.db in `local`
+    given: str = field(default="", repr=False, compare=False)  # as the user gave it, with a password, for processes
 
     def __str__(self) -> str:
         return self.shown
@@ -53,7 +54,7 @@ class Location:
             return location
         url = _URL.match(str(location))
         if url is None:
-            return cls(str(Path(location)), Path(location), Path(location))
+            return cls(str(Path(location)), Path(location), Path(location), given=str(location))
         if not url[2]:
             raise BadLocation(f"store {url[1]}:/...: a URL has two slashes, and in Python it is a str, not a Path")
         text = str(location)
@@ -107,7 +108,7 @@ def _catalog(text: str) -> Location:
     catalog = f"postgresql://{parts.netloc}{parts.path}{'?' if libpq_keys else ''}{libpq_keys}"
     identity = "\n".join([hosts, database, *(f"{key}={values[key]}" for key in _IDENTIFYING if key in values)])
     own_folder = f"{re.sub('[^A-Za-z0-9._-]', '-', database)[:40]}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    return Location(shown, (Path(local) if local else LOCAL) / own_folder, _files(files, shown), catalog)
+    return Location(shown, (Path(local) if local else LOCAL) / own_folder, _files(files, shown), catalog, text)
 
 
 def _files(files: str, shown: str) -> Path | str:

@@ -11,6 +11,7 @@ import signal
 
 PASSED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "USERPROFILE", "VIRTUAL_ENV")
 PASSED_PREFIXES = ("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "CUDA_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME")
+STORE_PREFIXES = ("AWS_", "PG")  # addresses and credentials of a store by URL
 SPIN = "10000"  # iterations of an OpenMP thread's busy wait: less than a millisecond
 FULL_COLLECTION_EVERY = 100  # collections of the middle generation per full collection; Python's default is 10
 OPENMP_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -43,6 +44,11 @@ def stop_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def environment() -> dict[str, str]:
-    """Environment variables for a subprocess. Leaves out torchrun's: the subprocess is not one of its workers."""
-    return {name: value for name, value in os.environ.items() if name in PASSED or name.startswith(PASSED_PREFIXES)}
+def environment(*, store: bool = False) -> dict[str, str]:
+    """Environment variables for a subprocess. Leaves out torchrun's: the subprocess is not one of its workers.
+
+    Args:
+        store: the subprocess opens the store, so it needs the credentials of PostgreSQL and S3.
+    """
+    prefixes = PASSED_PREFIXES + STORE_PREFIXES if store else PASSED_PREFIXES
+    return {name: value for name, value in os.environ.items() if name in PASSED or name.startswith(prefixes)}

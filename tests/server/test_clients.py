@@ -66,6 +66,9 @@ def test_openais_client_reads_our_errors_as_its_own(speak) -> None:
 # --- schemathesis -----------------------------------------------------------------------------------------------------
 
 
+OF_A_RECIPE = ("recipe_error", "data_error")
+
+
 class Template:
     """A tokenizer with a chat template for any messages."""
 
@@ -143,6 +146,8 @@ def examine(guarded, examples: int) -> None:
                 return  # OpenAPI cannot say which version a reference means in this store
             if got.status_code == 400 and "expected one text_1, or as many as text_2" in got.text:
                 return  # nor that two lists have the same length
+            if got.status_code == 400 and case.path == "/api/runs" and got.json()["error"]["code"] in OF_A_RECIPE:
+                return  # nor what a recipe in TOML may have
             try:
                 case.validate_response(got)
             except BaseExceptionGroup:

@@ -27,6 +27,7 @@ PLAIN: dict[str, Sequence[Any]] = {
     "limit": [10], "alpha": [0.05], "moved": ["production"], "arm": ["candidate"], "next": ["/"],
     "file": ["console.css"], "unit": ["u"], "value": [1], "since": ["2026-01-01"], "until": ["2030-01-01"],
     "before": [1000], "purpose": ["batch"], "endpoint": ["/v1/classify"],
+    "past": [0],
 }  # fmt: skip
 FORM = {"version": "1", "alias": "production", "arm": "candidate", "share": "50%", "text": "x"}
 CHANGES = ("date", "x-request-id")  # headers that differ between two equal answers

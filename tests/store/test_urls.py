@@ -52,18 +52,19 @@ def test_the_files_of_a_catalog_may_be_in_a_folder(new_url, tmp_path) -> None:
     assert not store.root.exists()  # no run was started
 
 
-def test_runs_stay_on_this_machine(new_url, tmp_path) -> None:
+def test_a_run_is_taken_up_on_any_machine_with_a_folder_of_its_own(new_url, tmp_path) -> None:
     url = new_url()
     first = Store(url).new_run("a", "x", "y")
     assert first.folder.parents[2] == tmp_path / "local"
-    Store(url).end_run(first, "interrupted")
     elsewhere = Store(url.replace(str(tmp_path / "local"), str(tmp_path / "another machine")))
-    assert elsewhere.unfinished_run("x", "y") is None
+    assert elsewhere.unfinished_run("x", "y") is None, "its process lives"
+    Store(url).end_run(first, "interrupted")
     assert elsewhere.gc().removed == ()
-    again = Store(url).unfinished_run("x", "y")
+    again = elsewhere.unfinished_run("x", "y")
     assert again is not None
     assert again.id == first.id
-    Store(url).end_run(again, "finished")
+    assert again.folder.parents[2] == tmp_path / "another machine"
+    elsewhere.end_run(again, "finished")
 
 
 def test_names_order_by_their_bytes_as_in_a_folder(store, make_bundle) -> None:

@@ -95,8 +95,9 @@ def load_in_parts(
     """
     source = resolve(base)
     family = listed(source)
-    if family is None or (why := _indivisible(source, family)) is not None:
-        why = f"its architecture {source.config.get('model_type')} is not listed" if family is None else why
+    why = None if family is not None else f"its architecture {source.config.get('model_type')} is not listed"
+    why = f"it is quantized ({source.quantization})" if source.quantization is not None else why
+    if family is None or why is not None:
         raise BaseModelError(
             f"base {base!r} cannot be read in parts: {why}; leave train.shard out, or give another base"
         )
@@ -148,15 +149,6 @@ def load_in_parts(
         bytes=size,
         notes=tuple(notes_on(source, family, model, loading) + notes + list(device.notes)),
     )
-
-
-def _indivisible(source: BaseSource, family: Family) -> str | None:
-    """Why a base of this family cannot be divided among processes; None if it can."""
-    if source.quantization is not None:
-        return f"it is quantized ({source.quantization})"
-    if family.rows_alone:  # the processes would make different numbers of passes
-        return f"every text of {family.name} is a pass of its own"
-    return None
 
 
 @torch.no_grad()

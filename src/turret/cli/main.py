@@ -31,6 +31,7 @@ from turret.cli import (
     init,
     maintenance,
     merge,
+    queue,
     serve,
     tokens,
     train,
@@ -70,6 +71,8 @@ app.command()(exchange.export)
 app.command()(hub.push)
 app.command()(hub.pull)
 app.command()(merge.merge)
+app.add_typer(queue.app, name="runs")
+app.command()(queue.worker)
 app.command()(serve.serve)
 app.add_typer(tokens.token, name="token")
 app.command()(accounts.usage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from socket import gethostname
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -61,6 +62,9 @@ def serve(
     queue_seconds: Annotated[
         int, typer.Option("--queue-seconds", min=1, help="Longest expected wait; beyond it a request is refused.")
     ] = 120,
+    replica: Annotated[
+        str | None, typer.Option("--replica", metavar="NAME", help="Label of the metrics; default: host and port.")
+    ] = None,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write the texts of requests to the log.")] = False,
     oidc: Annotated[
         str | None, typer.Option("--oidc", metavar="URL", help="An OpenID Connect provider that signs people in.")
@@ -104,6 +108,7 @@ def serve(
         oidc=_provider(oidc, oidc_client, public_url or f"http://{host}:{port}", oidc_claim, oidc_tenant_claim),
         origins=origins(cors_origin or ()),
         otel=otel,
+        replica=replica or f"{gethostname()}:{port or os.getpid()}",
     )
     limits = Limits(memory=size_of(memory), queue_seconds=queue_seconds)
     _serve(workspace, base or only_base(workspace), settings, limits, dtype, base_quantization, device, as_json)

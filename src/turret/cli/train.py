@@ -10,6 +10,7 @@ import typer
 
 from turret.cli import options
 from turret.cli.output import console, emit, status
+from turret.cli.queue import queued
 from turret.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def train(
     device: options.TrainDevice = None,
     sets: options.Set = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not resume an unfinished run.")] = False,
+    queue: Annotated[bool, typer.Option("--queue", help="Leave it to a `turret worker` of this store.")] = False,
+    priority: Annotated[int, typer.Option("--priority", help="In the queue, -100 to 100; higher is earlier.")] = 0,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -62,6 +65,10 @@ def train(
 
     columns = options.columns(text, label, prompt, completion, messages)
     recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets, columns, device)
+    if queue:
+        run = Workspace(store).queue.submit(recipe, priority=priority)
+        emit(run) if as_json else queued(run)
+        return
     with Progress(as_json) as progress:
         result = Workspace(store).train(
             recipe,

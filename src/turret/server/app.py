@@ -31,6 +31,7 @@ from turret.server import (
     health,
     models,
     responses,
+    runs,
     tokenizer,
 )
 from turret.server.auth import AuthMiddleware, Guard
@@ -39,10 +40,12 @@ from turret.server.error_responses import ErrorResponse, error_response, status_
 from turret.server.headers import HeaderMiddleware
 from turret.server.limits import LimitMiddleware
 from turret.server.logs import LogMiddleware
+from turret.server.session_middleware import SessionMiddleware
 from turret.server.state import ServerState
 from turret.server.tracing import TraceMiddleware
-from turret.server.web import adapters, comparisons, entry, playground, runs, system
+from turret.server.web import adapters, comparisons, entry, playground, system
 from turret.server.web import experiments as experiment_pages
+from turret.server.web import runs as run_pages
 from turret.server.web.page_middleware import PageMiddleware
 
 ROUTERS = (
@@ -57,13 +60,14 @@ ROUTERS = (
     tokenizer.questions,
     admin.control,
     accounts.control,
+    runs.control,
     experiments.control,
     experiments.outcomes,
     health.control,
     health.anyone,
     entry.router,
     adapters.router,
-    runs.router,
+    run_pages.router,
     comparisons.router,
     playground.router,
     experiment_pages.router,
@@ -75,7 +79,8 @@ def create(state: ServerState, application: FastAPI | None = None) -> ASGIApp:
     """The whole server as an ASGI application. application: the routes, if they are made already."""
     limited = LimitMiddleware(application or routes(state), state.limits, state.load, state.clients)
     origins = state.settings.origins
-    pages = PageMiddleware(HeaderMiddleware(AuthMiddleware(limited, state.guard, origins)))
+    guarded = SessionMiddleware(AuthMiddleware(limited, state.guard, origins), state)
+    pages = PageMiddleware(HeaderMiddleware(guarded))
     logged = LogMiddleware(allow_origins(pages, origins), state.log, state.metrics.request, state.clock)
     return logged if state.spans is None else TraceMiddleware(logged, state.spans)
 

@@ -56,6 +56,7 @@ TABLE: dict[type[BaseException], Rule] = {
     errors.WrongMediaType: Rule(415, _INVALID),
     errors.QuotaSpent: Rule(429, _LIMIT),
     errors.Busy: Rule(429, _LIMIT),
+    errors.QueueFull: Rule(429, _LIMIT),
     errors.Cancelled: Rule(503, _SERVER),
     errors.Disconnected: Rule(499, _INVALID),  # nobody reads it: for the log
     errors.Draining: Rule(503, _SERVER),

@@ -48,6 +48,7 @@ class Metrics:
     Args:
         gauges: Current values and the engine's counts; called whenever the metrics are read.
         histograms: The engine's histograms, likewise: `buckets` and `sum` of each.
+        replica: The name of this server, which becomes a label of every series; None for no such label.
         build: What is served, and by which version; None leaves it out, and the process too.
     """
 
@@ -56,8 +57,9 @@ class Metrics:
         gauges: Callable[[], Mapping[str, float]],
         histograms: Callable[[], Mapping[str, JsonMapping]] = dict,
         build: Mapping[str, str] | None = None,
+        replica: str | None = None,
     ) -> None:
-        self._registry = CollectorRegistry()
+        self._registry, self._replica = CollectorRegistry(), {} if replica is None else {"replica": replica}
         if build is not None:
             ProcessCollector(registry=self._registry)
             Info("turret_build", "What is served, and by which version", registry=self._registry).info(dict(build))
@@ -111,7 +113,7 @@ class Metrics:
     def text(self, sees: Callable[[str], bool] = _every_name) -> bytes:
         """All metrics in Prometheus' format. sees: whether an adapter may be seen, by its name or version."""
         seen = CollectorRegistry(auto_describe=False)
-        seen.register(_Seen(self._registry, sees))
+        seen.register(_Seen(self._registry, sees, self._replica))
         return generate_latest(seen)
 
     def traffic(self, sees: Callable[[str], bool] = _every_name) -> Sequence[Traffic]:
@@ -156,14 +158,19 @@ class Metrics:
 
 
 class _Seen(Collector):
-    """The metrics of a registry, without the samples of adapters that may not be seen."""
+    """The metrics of a registry, without the samples of adapters that may not be seen.
 
-    def __init__(self, registry: CollectorRegistry, sees: Callable[[str], bool]) -> None:
-        self._registry, self._sees = registry, sees
+    Args:
+        more: Labels of every sample.
+    """
+
+    def __init__(self, registry: CollectorRegistry, sees: Callable[[str], bool], more: Mapping[str, str]) -> None:
+        self._registry, self._sees, self._more = registry, sees, more
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
-            metric.samples = [sample for sample in metric.samples if self._is_seen(sample.labels)]
+            seen = [sample for sample in metric.samples if self._is_seen(sample.labels)]
+            metric.samples = [sample._replace(labels={**sample.labels, **self._more}) for sample in seen]
             yield metric
 
     def describe(self) -> list[Metric]:

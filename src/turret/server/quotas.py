@@ -64,6 +64,16 @@ class Quotas:
         if "tokens" in buckets:
             buckets["tokens"].level -= tokens
 
+    def give_back(self, key: str) -> None:
+        """Return one request that was admitted and then refused."""
+        if (bucket := self._buckets.get(key, {}).get("requests")) is not None:
+            bucket.level = min(bucket.per_minute, bucket.level + 1)
+
+    def set_tokens(self, key: str, quota: Quota, level: float) -> None:
+        """Take over the level of tokens that all servers share."""
+        if (bucket := self._filled(key, quota).get("tokens")) is not None:
+            bucket.level = min(bucket.per_minute, level)
+
     def __len__(self) -> int:
         return len(self._buckets)
 

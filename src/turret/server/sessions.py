@@ -1,8 +1,9 @@
-"""Sessions of the console, in memory, and the form token that each form of a session carries.
+"""Sessions of the console, and the form token that each form of a session carries.
 
 The browser keeps 256 random bits as a cookie. The server keeps only the hash of them, with the hash of the access token
-that opened the session: revoking that token ends the session. A form token is an HMAC of the session under a secret of
-this server, so a page of another site cannot know it.
+that opened the session: revoking that token ends the session. All servers of a store share their sessions: a server
+looks an unknown one up in the catalog, and reads every second which have ended. A form token is an HMAC of the session
+under a secret that the servers share, so a page of another site cannot know it.
 """
 
 from __future__ import annotations
@@ -12,19 +13,28 @@ import hmac
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
+
+from turret.errors import StoreError
+from turret.store.session_rows import SessionRows
 
 COOKIE = "turret_session"
 SECONDS = 12 * 3600.0  # how long a session lasts
 LIMIT = 1024  # sessions; the oldest one is dropped
+STRANGE_SECONDS = 1.0  # in which the catalog is not asked again for a session that it did not have
 
 
 class Sessions:
-    """Every open session."""
+    """Every open session that this server has seen. Methods that ask the catalog say so: they belong on a thread."""
+
+    catalog: SessionRows | None = None  # None: this server is alone
 
     def __init__(self, clock: Callable[[], float], seconds: float = SECONDS, limit: int = LIMIT) -> None:
         self._clock, self.seconds, self._limit = clock, seconds, limit
         self._secret = secrets.token_bytes(32)
+        self._kept: set[str] = set()  # hashes that the catalog had
+        self._strange: OrderedDict[str, float] = OrderedDict()  # hashes that the catalog did not have, and until when
         self._open: OrderedDict[str, tuple[float, str]] = OrderedDict()  # session's hash -> (end, access token's hash)
 
     def begin(self, token_hash: str) -> str:
@@ -42,6 +52,53 @@ class Sessions:
 
     def end(self, session: str | None) -> None:
         self._open.pop(_hashed(session or ""), None)
+
+    # --- shared with other servers ----------------------------------------------------------------------------------
+
+    def share(self, catalog: SessionRows) -> None:
+        """Share sessions, and the secret of form tokens, with the other servers of a store that can be written."""
+        self.catalog = catalog
+        with suppress(StoreError):
+            self._secret = catalog.secret()
+
+    def keep(self, session: str) -> None:
+        """Add a session of this server to the catalog. Raises StoreError."""
+        hash = _hashed(session)
+        if self.catalog is not None and hash in self._open:
+            self.catalog.keep(hash, self._open[hash][1], self.seconds, self._limit)
+            self._kept.add(hash)
+
+    def forget(self, session: str | None) -> None:
+        """End a session on all servers, by the catalog. Raises StoreError."""
+        if self.catalog is not None and session:
+            self.catalog.forget(_hashed(session))
+
+    def is_strange(self, session: str | None) -> bool:
+        """Whether only the catalog can tell if there is such a session."""
+        hash = _hashed(session or "")
+        known = hash in self._open or self._clock() < self._strange.get(hash, 0.0)
+        return self.catalog is not None and bool(session) and not known
+
+    def look_up(self, session: str) -> None:
+        """Read a session of another server from the catalog. Raises StoreError."""
+        hash = _hashed(session)
+        found = None if self.catalog is None else self.catalog.find(hash)
+        if found is not None:
+            self._open[hash] = self._clock() + found[1], found[0]
+            self._kept.add(hash)
+            return
+        self._strange[hash] = self._clock() + STRANGE_SECONDS
+        while len(self._strange) > self._limit:
+            self._strange.popitem(last=False)
+
+    def refresh(self) -> None:
+        """Drop sessions that have ended on another server, by the catalog. Raises StoreError."""
+        if self.catalog is None or not self._open:
+            return
+        before = self._kept & set(self._open)  # a session that begins during the read is not dropped
+        for hash in before - self.catalog.all():
+            self._open.pop(hash, None)
+        self._kept &= set(self._open)
 
     def form_token(self, session: str | None) -> str:
         """The form token of a session. All visitors without a session share one."""

@@ -24,4 +24,5 @@ class ServerSettings:
     proxies: Sequence[Network] = ()  # networks without a limit per client
     origins: Sequence[str] = ()  # of pages that may call the API; "*" for any
     otel: bool = False  # spans of requests go to OpenTelemetry
+    replica: str | None = None  # the name of this server in metrics
     oidc: OidcSettings | None = None  # who signs people in to the console, besides access tokens

@@ -34,7 +34,7 @@ from turret.server.metrics import Metrics, numbers
 from turret.server.missing import missing_model
 from turret.server.oidc import Oidc
 from turret.server.pending_answers import PendingAnswers, Submission
-from turret.server.quotas import Quotas
+from turret.server.replica import Replica
 from turret.server.routing import Placement
 from turret.server.settings import ServerSettings
 from turret.server.tenants import Tenant, TenantEngine, each_tenant, in_memory
@@ -81,7 +81,8 @@ class ServerState:
         self.clients = ClientConnections(limits.connections, limits.connections_per_client, self.settings.proxies)
         self.guard = Guard(self.settings.host, workspace.tokens.of_all_tenants(), clock, workspace.store.access)
         self.oidc = None if self.settings.oidc is None else Oidc(self.settings.oidc, clock)
-        self.quotas = Quotas(clock)
+        self.replica = Replica(workspace.store.database(make=True), self.guard.sessions, limits, clock, self.log)
+        self.quotas = self.replica.quotas
         self.usage = UsageLog(workspace.store.database(make=True))
         if not self.usage.counts:
             self.log.write("usage", "warning", message="nothing is counted: the store is read-only here")
@@ -129,7 +130,8 @@ class ServerState:
         home = self._home.store.access.tenant
         workspace = self._home if name == home else self._home.seen_by(Access(name))
         build = {"version": __version__, "base": self.base_id, "fingerprint": self._shared_engine.base.fingerprint}
-        metrics = Metrics(self._gauges, self._histograms, build) if name == DEFAULT else Metrics(dict)
+        replica, shared = self.settings.replica, name == DEFAULT
+        metrics = Metrics(self._gauges, self._histograms, build, replica) if shared else Metrics(dict, replica=replica)
         engine = TenantEngine(self._shared_engine, workspace, home)
         log = self.log if self.settings.log_texts else None
         return Tenant.open(workspace, engine, metrics, self.settings.alias, self.limits, self.clock, log)
@@ -200,19 +202,13 @@ class ServerState:
             self.finish(request, kind, pending)
 
     async def submit(
-        self,
-        request: Request,
-        kind: RequestKind,
-        model: str,
-        inputs: Sequence[Input],
-        options: Sequence[Options] | None = None,
-        *,
-        unit: str | None = None,
-    ) -> PendingAnswers:
+        self, request: Request, kind: RequestKind, model: str, inputs: Sequence[Input],
+        options: Sequence[Options] | None = None, *, unit: str | None = None,
+    ) -> PendingAnswers:  # fmt: skip
         """As `ask`, for a stream. The caller must call `finish`."""
         caller: Caller = request.state.caller
         if caller.name is not None:
-            self.quotas.admit(caller.key, f"token {caller.name}", caller.quota)
+            await self.replica.admit(caller.key, f"token {caller.name}", caller.quota)
         request.state.started = started = self.clock()
         if self.settings.log_texts:
             self.log.write("texts", request=request.state.request_id, model=model, texts=list(inputs))
@@ -228,7 +224,7 @@ class ServerState:
         pending = PendingAnswers(submission, inputs, request, seconds, self.id, submit, started, self.clock)
         try:
             if name := pending.receipt.name:
-                self.quotas.admit(self._adapter_key(name), f"adapter {name}", self.settings.per_adapter)
+                await self.replica.admit(self._adapter_key(name), f"adapter {name}", self.settings.per_adapter)
         except TurretError as error:
             pending.error = error
             pending.close()
@@ -359,7 +355,9 @@ class ServerState:
         return list(self.tenants.values())
 
     def _settle(self, tenant: Tenant | None = None) -> None:
-        """Do what the guards of a tenant's experiments ask. None: of the tenant of this state."""
+        """Do what the guards of a tenant's experiments ask, on one server. None: of the tenant of this state."""
+        if not self.replica.lead():
+            return
         tenant = tenant or self.tenant(self.access.tenant)
         with self._settle_lock:
             done = [(str(each.experiment), line) for each in tenant.workspace.settle() for line in each.done]
@@ -381,6 +379,7 @@ class ServerState:
             ("turret-turn", self._each_tenant(lambda tenant: tenant.routing.turn()), TURN_SECONDS),
             ("turret-usage", self.usage.flush, USAGE_SECONDS),
             ("turret-settle", self._each_tenant(self._settle), SETTLE_SECONDS),
+            *self.replica.followers(),
         ):
             self._followers.start(name, follow, seconds)
 
@@ -397,6 +396,7 @@ class ServerState:
     def stop(self) -> None:
         """Stop following, write the last outcomes, and stop the threads."""
         self._followers.stop()
+        self.replica.close()
         for tenant in self._all_tenants():
             tenant.shadows.close()
             try:
@@ -424,6 +424,7 @@ class ServerState:
                 "draining": float(self.load.draining),
                 "ready": float(self.ready),
                 "following": float(not self._followers.failing),
+                "leads_guards": float(self.replica.leads),
                 "follow_failures": float(sum(each.aliases.failures for each in tenants)),
                 "follow_trouble": float(sum(len(each.aliases.failed_moves) for each in tenants)),
                 "experiments_away": float(any(each.routing.router.problem is not None for each in tenants)),

@@ -2,18 +2,22 @@
 
 from turret.store.access_tokens import AccessToken, AccessTokens
 from turret.store.aliases import Move, Pointing
+from turret.store.budgets import Budgets
 from turret.store.catalog import Deleted, Version, acting
 from turret.store.core import Store
 from turret.store.gate_status import GateStatus
 from turret.store.gates import Gate
 from turret.store.gc import Collected
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet
+from turret.store.queue import TrainingQueue
 from turret.store.runs import HeldRun
+from turret.store.session_rows import SessionRows
 from turret.store.verify import Verified
 
 __all__ = [
     "AccessToken",
     "AccessTokens",
+    "Budgets",
     "Collected",
     "Deleted",
     "Example",
@@ -25,7 +29,9 @@ __all__ = [
     "HeldRun",
     "Move",
     "Pointing",
+    "SessionRows",
     "Store",
+    "TrainingQueue",
     "Verified",
     "Version",
     "acting",

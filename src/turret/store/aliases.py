@@ -18,10 +18,11 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from turret import audit
 from turret.database import adapters, alias_history, aliases, versions
-from turret.errors import NotFound
+from turret.errors import InUse, NotFound
 from turret.json_types import JsonObject
+from turret.reference import Reference
 from turret.store import catalog
-from turret.store.catalog import Version, now, who
+from turret.store.catalog import Deleted, Version, now, who
 from turret.store.golden import GoldenReplay
 from turret.visibility import access_of, seen_adapters, seen_versions
 
@@ -132,6 +133,20 @@ def forget(connection: Connection, version_id: int) -> None:
         _move(connection, row.adapter_id, row.alias, "delete", None, None, None if last is None else last.id)
     named = alias_history.c.version_id == version_id
     connection.execute(update(alias_history).where(named).values(version_id=None))
+
+
+def delete_version(connection: Connection, reference: Reference, *, force: bool) -> Deleted:
+    """Remove a version, and its aliases with `force`. Raises InUse."""
+    version = catalog.find(connection, reference)
+    if catalog.in_experiment(connection, version):
+        raise InUse(f"{version} is not deleted: an experiment runs with it; `turret experiment stop {version.name}`")
+    children = catalog.children(connection, version)
+    if not force and (version.aliases or children):
+        uses = [f"{version.name}@{alias} names it" for alias in version.aliases]
+        uses += [f"{child} was made from it" for child in children]
+        raise InUse(f"{version} is not deleted: {', '.join(uses)}: promote another version first, or --force")
+    forget(connection, catalog.row_of(connection, version))
+    return catalog.remove(connection, version)
 
 
 def moves(connection: Connection, name: str) -> list[JsonObject]:

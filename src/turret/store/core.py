@@ -5,7 +5,8 @@ A folder, or a catalog on PostgreSQL with its files elsewhere (`turret.location`
 - `turret.db`, or the PostgreSQL catalog: names, versions, aliases and runs (`turret.database`)
 - `blobs/`, `tmp/`: the files of all bundles, in a folder (`turret.store.blobs`) or an object store
   (`turret.store.objects`); `turret.store.uploads` explains how put and gc run at the same time
-- `runs/`, `scratch/`: a folder per training, import or export, always on this machine (`turret.store.runs`, `scratch`)
+- `runs/`, `comparisons/`, `controls/`, `scratch/`: working folders on this machine; a store by URL has copies of the
+  files of runs and comparisons (`turret.store.artifacts`)
 
 A put writes the files first and the rows last, in one transaction. After a kill every listed version is whole, and the
 rest is files that no version lists. Content that is already stored under the name keeps its number.
@@ -14,7 +15,7 @@ rest is files that no version lists. Content that is already stored under the na
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
@@ -25,7 +26,7 @@ from sqlalchemy import Connection
 from turret.access import DEFAULT, OPERATOR, Access
 from turret.database import Database, plain_errors
 from turret.disk import PRIVATE, make_folder
-from turret.errors import BadReference, Corrupt, InUse, NotFound, StoreError
+from turret.errors import BadReference, Corrupt, NotFound, StoreError
 from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
@@ -34,6 +35,7 @@ from turret.store import aliases, catalog, gate_status, gc, golden, incoming_bun
 from turret.store import verify as verifying
 from turret.store.access_tokens import AccessTokens
 from turret.store.aliases import Move, Pointing
+from turret.store.artifacts import Artifacts
 from turret.store.blobs import OWNER, Blob, Blobs, Files
 from turret.store.catalog import PRODUCTION, Deleted, Version
 from turret.store.facts import facts_of
@@ -43,7 +45,7 @@ from turret.store.gc import Collected, Removed
 from turret.store.golden import Golden, GoldenReplay, GoldenSet
 from turret.store.objects import Objects
 from turret.store.promotion import Also
-from turret.store.runs import HeldRun, State
+from turret.store.runs import HeldRun, State, TrainingRuns
 from turret.store.uploads import Upload
 from turret.store.verify import Verified
 
@@ -90,17 +92,21 @@ class Store:
 
     # --- versions -----------------------------------------------------------------------------------------------------
 
-    def put(self, name: str, bundle: Path, *, run: str | None = None, metrics: JsonMapping | None = None) -> Version:
+    def put(
+        self, name: str, bundle: Path, *, run: str | HeldRun | None = None, metrics: JsonMapping | None = None
+    ) -> Version:
         """Store a bundle as the next version of a name, or return the version that already has this content.
 
         Args:
             bundle: a folder with a manifest.
-            run: the id of the training that made it.
+            run: the training that made it, or its id.
             metrics: split -> metric -> value.
 
         Raises:
             BundleError: the folder is not a bundle, or its files differ from its manifest.
+            LeaseLost: another process has taken over the training.
         """
+        held, run = (run, run.id) if isinstance(run, HeldRun) else (None, run)
         check_name(name)
         manifest, paths = incoming_bundle.read(bundle)
         content = incoming_bundle.hashed(manifest, paths)
@@ -112,6 +118,8 @@ class Store:
             with plain_errors(self._catalog):
                 upload.write({blob: paths[path] for path, blob in content.items()})
             with database.writing() as connection:
+                if held is not None:
+                    held.lease.require(connection)
                 copies = upload.settle(connection, content.values())
                 if copies is not None:
                     stored = {path: copies[blob.digest] for path, blob in content.items()}
@@ -173,13 +181,9 @@ class Store:
 
     def problems(self) -> Sequence[str]:
         """Files of listed versions that are missing or have another size. Quick, because it hashes nothing."""
-        with self._reading() as connection:
-            content = [] if connection is None else catalog.contents(connection)
-        if not content:
-            return []
+        database = self._open()
         with plain_errors(self._catalog):
-            found = self._blobs.glances({blob.digest: blob for _, _, blob in content}.values())
-        return [f"{name}: {path} {found[blob.digest]}" for name, path, blob in content if blob.digest in found]
+            return [] if database is None else verifying.glance(database, self._blobs)
 
     def diff(self, first: str, second: str) -> Difference:
         """Compare two versions: manifests, metrics, and how far the weights of the second are from the first."""
@@ -205,8 +209,10 @@ class Store:
         """
         check_alias(alias)
         required = [Gate.parse(text) for text in require]
-        version = self.resolve(reference)
-        self._check_files(version.reference)
+        version, content = self._look_up(reference)
+        with self._still_listed(version):
+            for blob in content.values():
+                self._blobs.check(blob)
         with self._existing(version.reference).writing() as connection:
             return promotion.promote(connection, catalog.find(connection, version.reference), alias, required, also)
 
@@ -305,18 +311,7 @@ class Store:
         if parsed.version is None and parsed.alias is None:
             raise BadReference(f"delete {parsed}: expected one version, such as {parsed}@3 or {parsed}@candidate")
         with self._existing(parsed).writing() as connection:
-            version = catalog.find(connection, parsed)
-            if catalog.in_experiment(connection, version):
-                raise InUse(
-                    f"{version} is not deleted: an experiment runs with it; `turret experiment stop {version.name}`"
-                )
-            children = catalog.children(connection, version)
-            if not force and (version.aliases or children):
-                uses = [f"{version.name}@{alias} names it" for alias in version.aliases]
-                uses += [f"{child} was made from it" for child in children]
-                raise InUse(f"{version} is not deleted: {', '.join(uses)}: promote another version first, or --force")
-            aliases.forget(connection, catalog.row_of(connection, version))
-            return catalog.remove(connection, version)
+            return aliases.delete_version(connection, parsed, force=force)
 
     def verify(self, reference: str | None = None) -> Verified:
         """Hash and open every file again, of the whole store or of one version."""
@@ -338,23 +333,34 @@ class Store:
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def artifacts(self) -> Artifacts:
+        """The files of runs and comparisons that the store keeps."""
+        files = None if self.location.catalog is None else self._blobs
+        return Artifacts(self.root, self._open_or_create, files, self._claim_files)
+
+    def training_runs(self, database: Database | None = None) -> TrainingRuns:
+        """Every operation on runs; raises NotFound if the store does not exist."""
+        return TrainingRuns(database or self._existing(), self.root, self.artifacts)
+
     def new_run(self, name: str, recipe_toml: str, data_digest: str) -> HeldRun:
-        """Start a run of this recipe. This process holds it until `end_run`."""
-        database = self._open_or_create()
+        """Start a run of this recipe. This process holds it until `end_run`, while `TrainingRuns.keeper` renews it."""
+        found = self.training_runs(self._open_or_create())
         with plain_errors(self._catalog):
-            return runs.begin(database, self.root / "runs", check_name(name), recipe_toml, data_digest)
+            return found.begin(check_name(name), recipe_toml, data_digest)
 
-    def unfinished_run(self, recipe_toml: str, data_digest: str) -> HeldRun | None:
-        """A killed or interrupted run of this recipe and data, which this process then holds; or None."""
-        database = self._open()
-        with plain_errors(self._catalog):
-            return None if database is None else runs.take_up(database, self.root / "runs", recipe_toml, data_digest)
+    def unfinished_run(
+        self, recipe_toml: str, data_digest: str, say: Callable[[str], None] = lambda line: None
+    ) -> HeldRun | None:
+        """A killed or interrupted run of this recipe and data, which this process then holds; or None.
 
-    def finished_run(self, recipe_toml: str, data_digest: str) -> JsonObject | None:
-        """The result of a finished run of this recipe and data; or None."""
-        database = self._open()
+        Args:
+            say: called with a line before this process waits to see whether another one is alive.
+        """
+        if (database := self._open()) is None:
+            return None
         with plain_errors(self._catalog):
-            return None if database is None else runs.finished(database, recipe_toml, data_digest)
+            return self.training_runs(database).take_up(recipe_toml, data_digest, say)
 
     def runs(self, most: int = 500) -> Sequence[JsonObject]:
         """The newest training runs, newest first."""
@@ -370,8 +376,8 @@ class Store:
     def end_run(
         self, run: HeldRun, state: State, *, error: str | None = None, result: JsonMapping | None = None
     ) -> None:
-        """End the run as `finished`, `interrupted` (it can be resumed) or `failed`, and release it."""
-        runs.end(self._open_or_create(), run, state, error=error, result=result)
+        """End the run as `finished`, `interrupted` (it can be resumed) or `failed`. Raises LeaseLost."""
+        self.training_runs(self._open_or_create()).end(run, state, error=error, result=result)
 
     # --- private ------------------------------------------------------------------------------------------------------
 
@@ -404,13 +410,6 @@ class Store:
             missing = f"no {reference}" if reference else "nothing to read"
             raise NotFound(f"{missing}: there is no store at {self}; `turret train` makes one")
         return database
-
-    def _check_files(self, reference: Reference) -> None:
-        """Hash the files of a version again; raises Corrupt."""
-        version, content = self._look_up(reference)
-        with self._still_listed(version):
-            for blob in content.values():
-                self._blobs.check(blob)
 
     def _collected(self, database: Database | None, dry_run: bool) -> Iterator[Removed]:
         if database is None:

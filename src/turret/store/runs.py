@@ -1,35 +1,49 @@
 """Training runs: a folder and a row for each, and how an unfinished one is found again.
 
-A folder per run, under the store's root on this machine:
+A folder per run, under the store's root on this machine. A store by URL has copies of it (`turret.store.artifacts`):
 
 - `runs/<id>/recipe.toml`: the recipe with all defaults; written before the run is listed, so every listed run has it
 - `runs/<id>/curve.jsonl`, `runs/<id>/checkpoint/`: written by the trainer
-- `runs/<id>/lock`: locked by the process of the run; the system unlocks it when that process ends, even by a kill
+- `runs/<id>/fence`: the fence of the last lease under which the files of this folder were written
 - the id is the start time in UTC and six random hex digits, so ids sort by age
+
+The process of a run holds the lease `runs/<id>` (`turret.store.leases`). A run whose lease has ended is taken up by the
+same command on any machine, and until then it is listed as interrupted.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
 import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from sqlalchemy import ColumnElement, insert, select, update
+from sqlalchemy import ColumnElement, Connection, insert, select, update
 
 from turret.database import Database, runs
-from turret.disk import PRIVATE, flush, make_folder, permissions, sync
+from turret.disk import PRIVATE, describe_error, flush, make_folder, permissions, sync
 from turret.errors import StoreError
 from turret.json_types import JsonMapping, JsonObject
+from turret.store import leases
+from turret.store.artifacts import Artifacts
 from turret.store.blobs import digest_of
 from turret.store.catalog import now, plain
+from turret.store.leases import Keeper, Lease
+from turret.store.queue_tables import queue
 from turret.visibility import access_of, seen_runs
 
-if TYPE_CHECKING:
-    from filelock import FileLock
-
 State = Literal["interrupted", "failed", "finished"]
+PREFIX = "runs/"
+CHECKPOINT = "checkpoint.safetensors"
+CURVE_SECONDS = 10.0  # between copies of the curve of a running training to the store
+NEXT = "its worker ended without a word: another one goes on from the last checkpoint"
+LOST = "its process ended without a word, or lost the store: the same command goes on from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,7 @@ class HeldRun:
     id: str
     folder: Path
     resumed: bool  # an earlier process started it
-    _lock: FileLock
+    lease: Lease
 
     @property
     def recipe(self) -> Path:
@@ -54,78 +68,228 @@ class HeldRun:
         return self.folder / "checkpoint"
 
 
-def begin(database: Database, folder: Path, name: str, recipe_toml: str, data_digest: str) -> HeldRun:
-    """Start a run, which this process then holds."""
-    run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    own = folder / run_id
-    if not folder.parent.exists():  # with a store by URL, the first run creates its folder
-        make_folder(folder.parent, PRIVATE)
-    make_folder(folder, permissions(folder.parent))
-    make_folder(own, permissions(folder))
-    with (own / "recipe.toml").open("xb") as file:
-        file.write(recipe_toml.encode())
-        flush(file)
-    sync(own)
-    lock = _hold(own)
-    if lock is None:
-        raise StoreError(f"run {run_id} is locked by another process: try again")
-    row = {
-        "id": run_id,
-        "name": name,
-        "state": "running",
-        "recipe_digest": digest_of(recipe_toml),
-        "data_digest": data_digest,
-        "created": now(),
-    }
-    with database.writing() as connection:
+class TrainingRuns:
+    """The runs of one store.
+
+    Args:
+        root: the store's folder on this machine.
+    """
+
+    def __init__(self, database: Database, root: Path, artifacts: Artifacts) -> None:
+        self._database, self._root, self._artifacts = database, root, artifacts
+
+    def begin(self, name: str, recipe_toml: str, data_digest: str) -> HeldRun:
+        """Start a run, which this process then holds."""
+        run_id = _new_id()
+        own = self._make_folder(run_id)
+        _write(own / "recipe.toml", recipe_toml)
+        row = {"id": run_id, "name": name, "state": "running"}
+        row |= {"recipe_digest": digest_of(recipe_toml), "data_digest": data_digest, "created": now()}
+        with self._database.writing() as connection:
+            lease = leases.take(connection, PREFIX + run_id)
+            if lease is None:
+                raise StoreError(f"run {run_id} is held by another process: try again")
+            connection.execute(insert(runs).values(tenant=access_of(connection).tenant, **row))
+        _write(own / "fence", str(lease.fence))
+        return HeldRun(run_id, own, False, lease)
+
+    def add_waiting(self, connection: Connection, name: str, recipe_toml: str) -> str:
+        """Add a run that waits in the queue, and return its id. A worker fills the defaults of its recipe in."""
+        run_id = _new_id()
+        row = {"id": run_id, "name": name, "state": "waiting"}
+        row |= {"recipe_digest": digest_of(recipe_toml), "data_digest": "", "created": now()}
         connection.execute(insert(runs).values(tenant=access_of(connection).tenant, **row))
-    return HeldRun(run_id, own, False, lock)
+        return run_id
 
+    def hold(self, run_id: str, recipe_toml: str, lease: Lease, *, resumed: bool) -> HeldRun:
+        """Hold a run whose lease was taken from the queue, with the newest of its files."""
+        run = HeldRun(run_id, self._root / PREFIX / run_id, resumed, lease)
+        try:
+            self._bring(run, recipe_toml)
+        except OSError as error:
+            raise StoreError(
+                f"run {run_id} cannot be copied: {describe_error(error, run.folder)}: make room"
+            ) from error
+        return run
 
-def take_up(database: Database, folder: Path, recipe_toml: str, data_digest: str) -> HeldRun | None:
-    """The newest unfinished run of this recipe and data that no living process holds; this process then holds it."""
-    unfinished = _same(recipe_toml, data_digest) & runs.c.state.in_(("running", "interrupted"))
-    with database.reading() as connection:
-        mine = select(runs.c.id).where(unfinished, seen_runs(connection))
-        candidates = connection.execute(mine.order_by(runs.c.id.desc())).scalars().all()
-    for run_id in candidates:
-        own = folder / run_id
-        lock = _hold(own) if own.is_dir() else None
-        if lock is None:
-            continue
-        with database.writing() as connection:
-            resume = update(runs).where(runs.c.id == run_id, unfinished).values(state="running", ended=None, error=None)
-            if connection.execute(resume).rowcount == 1:  # no other process ended it before this one had the lock
-                return HeldRun(run_id, own, True, lock)
-        lock.release()
-    return None
-
-
-def finished(database: Database, recipe_toml: str, data_digest: str) -> JsonObject | None:
-    """The result of the newest finished run of this recipe and data; None if there is none."""
-    query = select(runs.c.result).where(_same(recipe_toml, data_digest), runs.c.state == "finished")
-    with database.reading() as connection:
-        row = connection.execute(query.where(seen_runs(connection)).order_by(runs.c.id.desc())).first()
-    return dict(row.result) if row is not None and row.result else None
-
-
-def end(database: Database, run: HeldRun, state: State, *, error: str | None, result: JsonMapping | None) -> None:
-    """Record how the run ended, and release it."""
-    if error is not None:  # PostgreSQL stores neither a lone surrogate nor NUL
-        error = error.encode("utf-8", "replace").decode().replace("\0", "?")
-    row = {"state": state, "ended": now(), "error": error, "result": plain(result) if result is not None else None}
-    try:
-        with database.writing() as connection:
+    def fill(self, run: HeldRun, recipe_toml: str, data_digest: str) -> None:
+        """Record the recipe with all defaults, and the data, of a run from the queue. Raises LeaseLost."""
+        _write(run.recipe, recipe_toml)
+        row = {"recipe_digest": digest_of(recipe_toml), "data_digest": data_digest}
+        with self._database.writing() as connection:
+            run.lease.require(connection)
             connection.execute(update(runs).where(runs.c.id == run.id).values(row))
-    finally:
-        run._lock.release()
+
+    def take_up(self, recipe_toml: str, data_digest: str, say: Callable[[str], None]) -> HeldRun | None:
+        """The newest unfinished run of this recipe and data that no living process holds; this process then holds it.
+
+        Args:
+            say: called with a line before this process waits for the end of a lease.
+        """
+        unfinished = _same(recipe_toml, data_digest) & runs.c.state.in_(("running", "interrupted"))
+        with self._database.reading() as connection:
+            query = select(runs.c.id).where(unfinished, seen_runs(connection)).order_by(runs.c.id.desc())
+            candidates = connection.execute(query).scalars().all()
+        for run_id in candidates:
+            if not self._is_here(run_id) or not leases.is_free(self._database, PREFIX + run_id, say):
+                continue
+            with self._database.writing() as connection:
+                lease = leases.take(connection, PREFIX + run_id)
+                if lease is None:
+                    continue
+                chosen = (runs.c.id == run_id) & unfinished
+                resume = update(runs).where(chosen).values(state="running", ended=None, error=None)
+                if connection.execute(resume).rowcount != 1:  # another process ended it in the meantime
+                    leases.release(connection, lease)
+                    continue
+            run = HeldRun(run_id, self._root / PREFIX / run_id, True, lease)
+            try:
+                self._bring(run, recipe_toml)
+            except BaseException as error:
+                with suppress(StoreError):  # otherwise its lease ends by itself
+                    self.end(run, "interrupted", error=str(error), result=None)
+                raise
+            return run
+        return None
+
+    def keeper(self, run: HeldRun, warn: Callable[[str], None]) -> Keeper:
+        """Renews the lease of the run, and copies its curve and checkpoints to the store, while a `with` block runs."""
+        copied: dict[Path, tuple[int, int]] = {}
+        last = time.monotonic()
+
+        def turn(over: bool) -> None:
+            nonlocal last
+            checkpoint, due = run.checkpoint / CHECKPOINT, over or time.monotonic() - last > CURVE_SECONDS
+            if checkpoint_state(checkpoint) == copied.get(checkpoint) and not due:
+                return
+            states = {path: _state(path) for path in (run.recipe, checkpoint, run.curve)}
+            changed = [path for path, state in states.items() if state != copied.get(path) and path.exists()]
+            if changed:
+                self._copy(run, changed)
+                copied.update(states)
+            last = time.monotonic()
+
+        def checkpoint_state(path: Path) -> tuple[int, int] | None:
+            return _state(path) if path.exists() else copied.get(path)
+
+        return Keeper(self._database, run.lease, turn=turn if self._artifacts.copies else None, warn=warn)
+
+    def _copy(self, run: HeldRun, paths: Sequence[Path]) -> None:
+        """Copy files of the run as they are now; the trainer may replace them in the meantime.
+
+        The checkpoint is taken before the curve, so the curve has every step of the checkpoint.
+        """
+        working = run.folder / "copied"
+        shutil.rmtree(working, ignore_errors=True)
+        try:
+            make_folder(working)
+            sources = {}
+            for path in paths:
+                if path.name == CHECKPOINT:  # it is replaced as a whole, and may be large
+                    _link(path, working / path.name)
+                else:
+                    shutil.copyfile(path, working / path.name)
+                sources[path.relative_to(self._root).as_posix()] = working / path.name
+            self._artifacts.keep_as(sources, run.lease)
+        except OSError as error:
+            raise StoreError(f"run {run.id} cannot be copied: {describe_error(error, working)}: make room") from error
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
+
+    def finished(self, recipe_toml: str, data_digest: str) -> JsonObject | None:
+        """The result of the newest finished run of this recipe and data; None if there is none."""
+        query = select(runs.c.result).where(_same(recipe_toml, data_digest), runs.c.state == "finished")
+        with self._database.reading() as connection:
+            row = connection.execute(query.where(seen_runs(connection)).order_by(runs.c.id.desc())).first()
+        return dict(row.result) if row is not None and row.result else None
+
+    def end(self, run: HeldRun, state: State, *, error: str | None, result: JsonMapping | None) -> None:
+        """Record how the run ended, and release it. Raises LeaseLost if another process has taken it."""
+        error = None if error is None else plain_error(error)
+        row = {"state": state, "ended": now(), "error": error, "result": plain(result) if result is not None else None}
+        dead = []
+        with self._database.writing() as connection:
+            run.lease.require(connection)
+            connection.execute(update(runs).where(runs.c.id == run.id).values(row))
+            leases.release(connection, run.lease)
+            if state == "finished":  # nothing resumes from its checkpoint
+                dead = self._artifacts.drop(connection, f"{PREFIX}{run.id}/checkpoint/")
+        self._artifacts.discard(dead)
+
+    def file(self, run_id: str, name: str) -> bytes | None:
+        """A file of a run: of this machine if it wrote it last, else the store's copy. None if there is none."""
+        local = self._root / PREFIX / run_id / name
+        if self._artifacts.copies and not self._is_newest(run_id):
+            copy = self._artifacts.read(f"{PREFIX}{run_id}/{name}")
+            if copy is not None:
+                return copy
+        try:
+            return local.read_bytes()
+        except OSError:
+            return None
+
+    def recipe(self, run_id: str) -> str | None:
+        """The recipe of a run, as its process wrote it, or as it was submitted. None if it is lost."""
+        content = self.file(run_id, "recipe.toml")
+        if content is not None:
+            return content.decode("utf-8", "replace")
+        with self._database.reading() as connection:
+            return connection.execute(select(queue.c.recipe).where(queue.c.run == run_id)).scalar()
+
+    # --- private ------------------------------------------------------------------------------------------------------
+
+    def _is_here(self, run_id: str) -> bool:
+        """Whether this machine can go on with the run: its files are here, or in the store."""
+        return self._artifacts.copies or (self._root / PREFIX / run_id).is_dir()
+
+    def _is_newest(self, run_id: str) -> bool:
+        with self._database.reading() as connection:
+            query = select(leases.leases.c.fence).where(leases.leases.c.name == PREFIX + run_id)
+            return connection.execute(query).scalar() == _fence(self._root / PREFIX / run_id)
+
+    def _bring(self, run: HeldRun, recipe_toml: str) -> None:
+        """Make the folder of the run on this machine have the newest of its files."""
+        own = self._make_folder(run.id)
+        if self._artifacts.copies and _fence(own) != run.lease.fence - 1:  # another machine went on since
+            for path in (run.checkpoint, own / "copied"):
+                shutil.rmtree(path, ignore_errors=True)
+            run.curve.unlink(missing_ok=True)
+            self._artifacts.bring(f"{PREFIX}{run.id}/")
+        if not run.recipe.exists():
+            _write(run.recipe, recipe_toml)
+        _write(own / "fence", str(run.lease.fence))
+
+    def _make_folder(self, run_id: str) -> Path:
+        folder = self._root / "runs"
+        if not self._root.exists():  # with a store by URL, the first run creates its folder
+            make_folder(self._root, PRIVATE)
+        make_folder(folder, permissions(self._root))
+        make_folder(folder / run_id, permissions(folder))
+        return folder / run_id
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give a file a second name; on disks that have none, copy it."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+
+
+def _new_id() -> str:
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+def plain_error(text: str) -> str:
+    """The text as PostgreSQL stores it: without NUL and lone surrogates."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "?")
 
 
 def find(database: Database, run_id: str) -> JsonObject | None:
     """One run as a row of the table; None if there is none."""
     with database.reading() as connection:
         row = connection.execute(select(runs).where(runs.c.id == run_id, seen_runs(connection))).first()
-    return dict(row._mapping) if row is not None else None
+        return None if row is None else _shown(connection, [dict(row._mapping)])[0]
 
 
 def listed(database: Database, most: int) -> list[JsonObject]:
@@ -133,7 +297,26 @@ def listed(database: Database, most: int) -> list[JsonObject]:
     with database.reading() as connection:
         newest = select(runs).where(seen_runs(connection)).order_by(runs.c.id.desc()).limit(most)
         rows = connection.execute(newest).all()
-    return [dict(row._mapping) for row in rows]
+        return _shown(connection, [dict(row._mapping) for row in rows])
+
+
+def _shown(connection: Connection, rows: list[JsonObject]) -> list[JsonObject]:
+    """The rows, with `queue` for a run from the queue. A run without a living process is not shown as running."""
+    queued = _of_queue(connection, [str(row["id"]) for row in rows])
+    living = leases.held(connection, PREFIX, late=True) if any(row["state"] == "running" for row in rows) else set()
+    for row in rows:
+        row["queue"] = queued.get(str(row["id"]))
+        if row["state"] == "running" and row["id"] not in living:
+            row |= (
+                {"state": "interrupted", "error": LOST} if row["queue"] is None else {"state": "waiting", "error": NEXT}
+            )
+    return rows
+
+
+def _of_queue(connection: Connection, ids: Sequence[str]) -> dict[str, JsonObject]:
+    columns = (queue.c.run, queue.c.priority, queue.c.tries, queue.c.queued, queue.c.who)
+    rows = connection.execute(select(*columns).where(queue.c.run.in_(ids))).mappings()
+    return {str(row["run"]): {key: row[key] for key in row if key != "run"} for row in rows}
 
 
 def _same(recipe_toml: str, data_digest: str) -> ColumnElement[bool]:
@@ -141,12 +324,25 @@ def _same(recipe_toml: str, data_digest: str) -> ColumnElement[bool]:
     return (runs.c.recipe_digest == digest_of(recipe_toml)) & (runs.c.data_digest == data_digest)
 
 
-def _hold(folder: Path) -> FileLock | None:
-    from filelock import FileLock, Timeout  # only a training needs it
+def _fence(folder: Path) -> int | None:
+    with suppress(OSError, ValueError):
+        return int((folder / "fence").read_text(encoding="ascii"))
+    return None
 
-    lock = FileLock(folder / "lock", thread_local=False)
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes when a file is written or replaced."""
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return None
-    return lock
+        found = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_ino, found.st_mtime_ns
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f"{path.name}.new")
+    with beside.open("wb") as file:
+        file.write(text.encode())
+        flush(file)
+    os.replace(beside, path)
+    sync(path.parent)

@@ -4,7 +4,7 @@ Each attempt of a put has an id, its upload, and writes its files under names th
 other attempt has that id. A copy is a digest and an upload. The catalog tells its state:
 
 - written: the table `uploads` has its upload. The put adds that row, and commits, before it writes the first file
-- listed: the table `files`, or `client_files`, has its digest and upload
+- listed: the table `files`, `artifacts` or `client_files` has its digest and upload
 - dead: neither. A dead copy stays dead
 
 These are all state changes. Each is a transaction, and writing transactions are serialized:
@@ -14,6 +14,7 @@ These are all state changes. Each is a transaction, and writing transactions are
 - a put lists a copy that a version already lists                               (listed -> listed)
 - a put that found the listed copy damaged lists its own for all versions that had it    (listed -> dead)
 - a delete removes the rows of a version                                        (listed -> dead)
+- an artifact gets new content (`turret.store.artifacts`); it lists only copies of its own     (listed -> dead)
 - a gc removes uploads that started an hour ago, since their process was killed  (written -> dead)
 
 No change leads from dead to another state: a put lists only copies that are listed in the same transaction, or copies
@@ -45,7 +46,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from turret.database import Database, files, uploads
 from turret.errors import Corrupt, TurretError
-from turret.store import client_tables
+from turret.store import artifact_table, client_tables
 from turret.store.blobs import Blob, Files
 
 ABANDONED = timedelta(hours=1)  # since the last file was started
@@ -104,7 +105,7 @@ class Upload:
 
     def _renew(self) -> None:
         with self._database.writing() as connection:
-            now = _text(_now(connection))
+            now = started(connection)
             if self._id:
                 connection.execute(update(uploads).where(uploads.c.id == self._id).values(since=now))
             else:
@@ -149,6 +150,7 @@ def dead(
     living = set(connection.execute(select(uploads.c.id)).scalars()) - set(without)
     used = {(row.digest, row.upload) for row in connection.execute(select(files.c.digest, files.c.upload).distinct())}
     used |= client_tables.used(connection)
+    used |= artifact_table.used(connection)
     return [(name, b) for name, b in seen if b.upload not in living and (b.digest, b.upload) not in used]
 
 

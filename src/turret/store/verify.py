@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
 from turret.database import Database
 from turret.errors import Corrupt
 from turret.json_types import JsonObject
 from turret.reference import Reference
-from turret.store import aliases, catalog, golden, uploads
+from turret.store import aliases, artifact_table, catalog, golden, uploads
+from turret.store.artifact_table import artifacts
 from turret.store.blobs import Blob, Files
 from turret.store.catalog import Version
 from turret.store.incoming_bundle import MANIFEST
@@ -80,7 +81,9 @@ def verify(database: Database, blobs: Files, reference: Reference | None = None)
     for version in versions:
         if str(version) in content:
             problems += _of_version(version, content[str(version)], blobs, checked)
-    orphans = [] if reference or not database.access.operates else _orphans(database, blobs)
+    whole = reference is None and database.access.operates
+    problems += list(_of_artifacts(database, blobs)) if whole else []
+    orphans = _orphans(database, blobs) if whole else []
     with database.reading() as connection:  # versions that were deleted during the check have no problems
         gone = {str(version) for version in versions} - {str(version) for version in catalog.listed(connection)}
     sizes = {blob.digest: blob.bytes for some in content.values() for blob in some.values()}
@@ -92,6 +95,14 @@ def verify(database: Database, blobs: Files, reference: Reference | None = None)
         orphans=len(orphans),
         orphan_bytes=sum(blob.bytes for blob in orphans),
     )
+
+
+def glance(database: Database, blobs: Files) -> list[str]:
+    """Files of listed versions that are missing or have another size. Hashes nothing."""
+    with database.reading() as connection:
+        content = catalog.contents(connection)
+    found = blobs.glances({blob.digest: blob for _, _, blob in content}.values()) if content else {}
+    return [f"{name}: {path} {found[blob.digest]}" for name, path, blob in content if blob.digest in found]
 
 
 def _of_database(database: Database, connection: Connection) -> Iterator[Damage]:
@@ -167,6 +178,20 @@ def _of_manifest(version: Version, content: Mapping[str, Blob], text: bytes) -> 
     named = {name: f"sha256:{entry.get('sha256')}" for name, entry in manifest["files"].items()}
     if named != {name: blob.digest for name, blob in content.items() if name != MANIFEST}:
         yield "names other files than the listed ones"
+
+
+def _of_artifacts(database: Database, blobs: Files) -> Iterator[Damage]:
+    """Files of runs and comparisons. One that is replaced during the check has no problem."""
+    query = select(artifacts.c.path, artifacts.c.digest, artifacts.c.bytes, artifacts.c.upload)
+    with database.reading() as connection:
+        rows = connection.execute(query).all()
+    for path, digest, size, upload in rows:
+        try:
+            blobs.check(Blob(digest, size, upload))
+        except Corrupt as error:
+            with database.reading() as connection:
+                if (digest, upload) in artifact_table.used(connection):
+                    yield Damage(path, None, str(error))
 
 
 def _of_header(path: Path) -> str | None:

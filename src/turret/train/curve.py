@@ -66,9 +66,13 @@ class Curve:
 
 def read_curve(path: Path) -> Iterator[StepRecord]:
     """The records of the file. A last line that a kill cut short is left out."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    if path.exists():
+        yield from parse_curve(path.read_bytes())
+
+
+def parse_curve(content: bytes) -> Iterator[StepRecord]:
+    """The records in the content of such a file."""
+    for line in content.decode("utf-8", "replace").splitlines():
         try:
             yield StepRecord.from_json(line)
         except (ValueError, TypeError):

@@ -21,6 +21,7 @@ from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
 from turret.workspace.hub import Hub
 from turret.workspace.progress import Say, silent
 from turret.workspace.promoting import Ask
+from turret.workspace.queueing import Queue
 from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, Predicted, RunResult
 
 if TYPE_CHECKING:
@@ -262,6 +263,11 @@ class Workspace:
         request = controlling.ControlRequest(tuple(aspects), methods, seeds, judge or controlling.JUDGE, texts=texts)
         return controlling.control(self.store, recipe, request, on_stage or silent)
 
+    @property
+    def queue(self) -> Queue:
+        """Trainings for workers: `submit(recipe)`, `cancel(run)`, `log(run)`, `work()`."""
+        return Queue(self.store)
+
     def runs(self, most: int = 500) -> Sequence[JsonObject]:
         """The newest trainings, newest first: id, name, state, created, ended, error, result."""
         return self.store.runs(most)
@@ -278,13 +284,13 @@ class Workspace:
         """The reports of `compare` and `control` in this store, newest first; `kind` is comparison or control."""
         from turret.workspace.comparing import reports
 
-        return reports.listed(self.store.home, self.store.access.sees_report)
+        return reports.listed(self.store)
 
     def report(self, key: str) -> str:
         """The report with this key, which `comparisons` lists, as HTML."""
         from turret.workspace.comparing import reports
 
-        return reports.read(self.store.home, key, self.store.access.sees_report)
+        return reports.read(self.store, key)
 
     def evaluate(
         self, reference: str, data: str, *, columns: JsonMapping | None = None, device: str = "auto",
@@ -326,15 +332,10 @@ class Workspace:
         return predicted_file.predict_file(self.store, reference, source, out, options, on_stage or silent)
 
     def engine(
-        self,
-        base: str,
-        *,
-        limits: Limits | None = None,
+        self, base: str, *, limits: Limits | None = None,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        base_quantization: Literal["none", "nf4"] = "none",
-        device: str = "auto",
-        on_stage: Say | None = None,
-    ) -> Engine:
+        base_quantization: Literal["none", "nf4"] = "none", device: str = "auto", on_stage: Say | None = None,
+    ) -> Engine:  # fmt: skip
         """Load a base and start an engine that answers with any stored versions in any mixture: a context manager.
 
         Args:

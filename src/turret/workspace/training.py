@@ -31,6 +31,7 @@ from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
+from turret.store.leases import Keeper
 from turret.tasks import make_task, task_of, writes
 from turret.trackers.table import require_installed
 from turret.trackers.tracker import TrackedRun
@@ -171,6 +172,7 @@ def train(
     *,
     fresh: bool,
     beside_base: bool = False,
+    held: HeldRun | None = None,
 ) -> RunResult:
     """Plan, train, prove and store.
 
@@ -178,10 +180,11 @@ def train(
         dataset: the data, if it is read already.
         fresh: start a new run even if an unfinished one of the same recipe and data could be resumed.
         beside_base: measure the bare base on the held-out examples too.
+        held: the run, from the queue; the caller records an error.
     """
     here = processes.begin()
     with here.noticing():
-        return _train(here, store, recipe, callbacks if here.main else Callbacks(), dataset, fresh, beside_base)
+        return _train(here, store, recipe, callbacks if here.main else Callbacks(), dataset, fresh, beside_base, held)
 
 
 def _train(
@@ -192,6 +195,7 @@ def _train(
     dataset: Dataset | None,
     fresh: bool,
     beside_base: bool,
+    held: HeldRun | None,
 ) -> RunResult:
     here.require_same(recipe=recipe.to_toml())
     own = _of_process(here, recipe)
@@ -213,17 +217,24 @@ def _train(
     if not here.main:
         return _follow(here, ready, beside_base)
     toml, digest = ready.recipe.to_toml(), ready.dataset.digest
-    run = None if fresh else store.unfinished_run(toml, digest)
+    run = held or (None if fresh else store.unfinished_run(toml, digest, callbacks.stage))
     run = run or store.new_run(ready.recipe.name, toml, digest)
+    if held is not None:
+        store.training_runs().fill(held, toml, digest)
     try:
         tracked = _tracked(run, ready, planned) if planned.recipe.train.trackers else None
-        with follow(planned.recipe, tracked, callbacks.warning) as followed:
-            result = _carry_out(store, run, ready, planned, _both(callbacks, followed), beside_base)
+        with (
+            store.training_runs().keeper(run, callbacks.warning) as keeper,
+            follow(planned.recipe, tracked, callbacks.warning) as followed,
+        ):
+            told = _both(callbacks, followed, keeper)
+            result = _carry_out(store, run, ready, planned, told, beside_base)
             followed.finished(result)
         result = replace(result, notes=[*result.notes, *followed.warnings])
     except BaseException as error:
         with suppress(StoreError):  # a full disk must not hide the first error
-            store.end_run(run, "failed" if isinstance(error, NOT_RESUMABLE) else "interrupted", error=str(error))
+            if held is None:
+                store.end_run(run, "failed" if isinstance(error, NOT_RESUMABLE) else "interrupted", error=str(error))
         raise
     store.end_run(run, "finished", result=result.as_json())
     shutil.rmtree(run.checkpoint, ignore_errors=True)  # a finished run is not resumed
@@ -247,10 +258,11 @@ def _tracked(run: HeldRun, ready: Ready, planned: Planned) -> TrackedRun:
     return TrackedRun(run.id, ready.recipe.name, folder, after, settings_of(ready.recipe, facts), texts)
 
 
-def _both(callbacks: Callbacks, followed: Followed) -> Callbacks:
-    """The callbacks, with every record passed to the trackers too."""
+def _both(callbacks: Callbacks, followed: Followed, keeper: Keeper) -> Callbacks:
+    """The callbacks, with every record passed to the trackers too. A step after the lease is lost raises LeaseLost."""
 
     def record(record: trainer.StepRecord) -> None:
+        keeper.require()
         callbacks.record(record)
         followed.record(record)
 
@@ -382,7 +394,7 @@ def _store(
             make_room(ready.base.model)
         trainer.prove(bundle, ready.base, probe, device=where, taken_on=ready.device.device)
         callbacks.stage("storing" if fitted.flat_loss is None else f"storing, flagged: {fitted.flat_loss}")
-        return store.put(ready.recipe.name, bundle, run=run.id, metrics=metrics)
+        return store.put(ready.recipe.name, bundle, run=run, metrics=metrics)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Trainings as the store recorded them: the database row, the recipe, the loss curve.
 
-The folder of a run is on the machine that trained. On other machines its recipe and curve are missing.
+A store by URL has copies of recipe and curve, so they can be read on every machine.
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}", re.ASCII)
 def run(store: Store, run_id: str) -> JsonObject:
     """The row, with the recipe as TOML and the time of the last step. Raises NotFound."""
     row = store.run(run_id)
-    folder = _folder(store, run_id)
-    return {**row, "recipe": _text(folder / "recipe.toml"), "touched": _changed(folder / "curve.jsonl")}
+    recipe = store.training_runs().recipe(run_id) if _ID.fullmatch(run_id) else None
+    return {**row, "recipe": recipe, "touched": _changed(store, run_id)}
 
 
 def curve(store: Store, run_id: str, most: int) -> Sequence[StepRecord]:
     """About `most` of the run's steps, evenly spaced, and every step with metrics. Raises NotFound."""
-    from turret.train import read_curve
-
     store.run(run_id)
-    records = list(read_curve(_folder(store, run_id) / "curve.jsonl"))
+    records = every_step(store, run_id)
     every = max(1, -(-len(records) // max(most, 1)))
     return [
         record
@@ -41,19 +39,26 @@ def curve(store: Store, run_id: str, most: int) -> Sequence[StepRecord]:
     ]
 
 
-def _folder(store: Store, run_id: str) -> Path:
-    """The folder of a run. An invalid id gives a path that does not exist."""
-    return store.root / "runs" / (run_id if _ID.fullmatch(run_id) else "-")
+def every_step(store: Store, run_id: str) -> list[StepRecord]:
+    """All records of the run's curve, so far as they are here or in the store."""
+    from turret.train import parse_curve
+
+    return list(parse_curve(_file(store, run_id, "curve.jsonl") or b""))
 
 
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
+def _file(store: Store, run_id: str, name: str) -> bytes | None:
+    """A file of a run. An invalid id has none."""
+    return store.training_runs().file(run_id, name) if _ID.fullmatch(run_id) else None
 
 
-def _changed(path: Path) -> str | None:
+def _changed(store: Store, run_id: str) -> str | None:
+    """The time of the last step: here, or when the curve was last copied to the store."""
+    path = f"runs/{run_id}/curve.jsonl"
+    copies = [each.changed for each in store.artifacts.listed(path)]
+    return max([each for each in (_modified(store.root / path), *copies) if each], default=None)
+
+
+def _modified(path: Path) -> str | None:
     try:
         return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     except OSError:

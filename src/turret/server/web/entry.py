@@ -43,6 +43,7 @@ async def sign_in(request: Request, state: State, form: Sent) -> Response:
     except Unauthorized as error:
         return _form(request, state, next, problem=str(error))
     state.guard.sessions.end(request.state.caller.session)
+    await state.replica.share_session(session, request.state.caller.session)
     response = RedirectResponse(next, 303)
     response.headers["set-cookie"] = cookie(session, state.guard.sessions.seconds, secure=_secure(request))
     return response
@@ -68,6 +69,7 @@ async def come_back(request: Request, state: State) -> Response:
     try:
         person = await state.control(provider.finish, request.cookies.get(oidc.COOKIE), dict(request.query_params))
         session = state.guard.sign_in_as(person.name, person.tenant)
+        await state.replica.share_session(session, None)
     except Unauthorized as error:
         return _form(request, state, "/", problem=str(error))
     response = render.page(request, state, "signed_in.html.j2", next=_local(person.next))
@@ -82,6 +84,7 @@ async def sign_out(request: Request, state: State) -> Response:
     """End the session on the server, and delete its cookie."""
     caller: Caller = request.state.caller
     state.guard.sessions.end(caller.session)
+    await state.replica.share_session(None, caller.session)
     response = RedirectResponse("/sign-in" if not state.guard.open else "/", 303)
     response.headers["set-cookie"] = cookie("", 0, secure=_secure(request))
     return response

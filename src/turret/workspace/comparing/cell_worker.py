@@ -1,18 +1,17 @@
 """The process of one cell: `python -P -m turret.workspace.comparing.cell_worker FOLDER`.
 
 It reads request.json in FOLDER, trains (or uses the run that an earlier process finished), measures the stored version,
-and writes result.json. On stdout it reports its progress, one JSON object per line. When its parent process ends, it
-writes a checkpoint and ends. One training per process gives a correct peak memory.
+and writes result.json. It is a child of `turret.workspace.child_process`. One training per process gives a correct peak
+memory.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -21,11 +20,15 @@ from turret.access import Access
 from turret.compare.report_text import seconds as span
 from turret.errors import Interrupted, TurretError
 from turret.json_types import JsonMapping, JsonObject
+from turret.location import Location
 from turret.recipe import Recipe
 from turret.store import Store
+from turret.store.leases import Lease
 from turret.train import StepRecord
 from turret.workspace import training
+from turret.workspace.child_process import say_to_parent, stop_with_parent
 from turret.workspace.comparing import measure, state
+from turret.workspace.comparing.kept_files import KeptFiles
 from turret.workspace.reading import read_dataset
 from turret.workspace.results import Planned
 
@@ -34,13 +37,14 @@ WAIT = 120.0  # seconds in which an earlier process of this cell can write its c
 
 def main(folder: Path) -> int:
     """Carry out the request in a folder. Returns the exit status."""
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    stop_with_parent()
     (folder / "failed.json").unlink(missing_ok=True)
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     try:
         with FileLock(folder / "lock", timeout=WAIT):
             if not (folder / "result.json").exists():
-                state.write(folder / "result.json", _carry_out(folder, request))
+                files = _files(request)
+                files.write(folder / "result.json", _carry_out(folder, request, files))
     except Interrupted:
         return Interrupted.exit_status
     except TurretError as error:
@@ -49,21 +53,22 @@ def main(folder: Path) -> int:
     return 0
 
 
-def _stop_with_parent() -> None:
-    """Ask this process to stop when its parent has ended, which closes our stdin."""
-    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin.read: at exit Python would wait for its lock and abort
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
+def _files(request: JsonMapping) -> KeptFiles:
+    location = Location.parse(os.environ["TURRET_STORE"])
+    where = replace(location, local=Path(request["local"])) if location.catalog else request["local"]
+    store = Store(where, Access(request["tenant"]))
+    lease = request.get("lease")
+    return KeptFiles(store, None if lease is None else Lease.of(lease))
 
 
-def _carry_out(folder: Path, request: JsonMapping) -> JsonObject:
+def _carry_out(folder: Path, request: JsonMapping, files: KeptFiles) -> JsonObject:
     started = time.perf_counter()
-    recipe, store = Recipe.from_toml(request["recipe"]), Store(request["store"], Access(request["tenant"]))
+    recipe, store = Recipe.from_toml(request["recipe"]), files.store
     if request["kind"] == "base":
-        result = measure.base(store, recipe, _say)
+        result = measure.base(store, recipe, say_to_parent)
     else:
-        run = _finished(folder, store, recipe) or _trained(folder, store, recipe)
-        result = measure.version(store, recipe, run, state.read(folder / "plan.json") or {}, _say)
+        run = _finished(folder, store, recipe) or _trained(folder, files, recipe)
+        result = measure.version(store, recipe, run, state.read(folder / "plan.json") or {}, say_to_parent)
     result["wall_seconds"] = time.perf_counter() - started
     return result
 
@@ -74,7 +79,7 @@ def _finished(folder: Path, store: Store, recipe: Recipe) -> JsonObject | None:
         filled = (folder / "recipe.toml").read_text(encoding="utf-8")
     except OSError:
         return None
-    result = store.finished_run(filled, read_dataset(recipe).digest)
+    result = store.training_runs().finished(filled, read_dataset(recipe).digest) if store.exists() else None
     if result is None or result["version"] not in {
         str(version) for version in store.list(Recipe.from_toml(filled).name)
     }:
@@ -82,10 +87,10 @@ def _finished(folder: Path, store: Store, recipe: Recipe) -> JsonObject | None:
     return result
 
 
-def _trained(folder: Path, store: Store, recipe: Recipe) -> JsonObject:
+def _trained(folder: Path, files: KeptFiles, recipe: Recipe) -> JsonObject:
     def on_plan(planned: Planned) -> None:
-        state.write_text(folder / "recipe.toml", planned.recipe.without_trackers().to_toml())
-        state.write(folder / "plan.json", planned.plan.to_json())
+        files.write_text(folder / "recipe.toml", planned.recipe.without_trackers().to_toml())
+        files.write(folder / "plan.json", planned.plan.to_json())
 
     seconds: list[float] = []  # of each step of this process
 
@@ -93,13 +98,12 @@ def _trained(folder: Path, store: Store, recipe: Recipe) -> JsonObject:
         seconds.append(record.seconds)
         if record.step % max(1, record.steps // 50) == 0:
             left = span(sum(seconds) / len(seconds) * (record.steps - record.step))
-            _say(f"step {record.step} of {record.steps}, loss {record.loss:.3f}, {left} left of this training")
+            place = f"step {record.step} of {record.steps}"
+            say_to_parent(f"{place}, loss {record.loss:.3f}, {left} left of this training")
 
-    return training.train(store, recipe, training.Callbacks(on_record, on_plan, _say), fresh=False).as_json()
-
-
-def _say(line: str) -> None:
-    print(json.dumps({"stage": line}), flush=True)
+    return training.train(
+        files.store, recipe, training.Callbacks(on_record, on_plan, say_to_parent), fresh=False
+    ).as_json()
 
 
 if __name__ == "__main__":

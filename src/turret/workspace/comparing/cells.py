@@ -6,28 +6,27 @@ Results of earlier calls are kept in the comparison's folder and used again. Loa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-
-from filelock import FileLock, Timeout
 
 from turret.compare.candidates import Candidate
 from turret.compare.design import Cell
 from turret.compare.report_text import seconds as span
 from turret.compare.results import CellResult
-from turret.errors import RecipeError, StoreError, TrainingError
+from turret.errors import RecipeError, TrainingError
 from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.store import Store
 from turret.tasks import task_of
+from turret.workspace.child_process import run_child
 from turret.workspace.comparing import state
-from turret.workspace.comparing.cell_process import run_cell
+from turret.workspace.comparing.kept_files import KeptFiles
 from turret.workspace.progress import Say
 
+WORKER = "turret.workspace.comparing.cell_worker"
 # Errors that every cell would meet, so the next one is not tried.
-EVERYWHERE = ("BaseModelError", "UnknownFamily", "DataError", "StoreError", "Corrupt", "RecipeError")
+EVERYWHERE = ("BaseModelError", "UnknownFamily", "DataError", "StoreError", "LeaseLost", "Corrupt", "RecipeError")
 
 
 class CellRunner:
@@ -38,10 +37,14 @@ class CellRunner:
         folder: of the comparison.
         say: called with a line of progress.
         deadline: a value of `time.monotonic` at which the budget ends; None: no budget.
+        files: writes the comparison's files; None: those of a folder store.
     """
 
-    def __init__(self, store: Store, folder: Path, say: Say, deadline: float | None = None) -> None:
+    def __init__(
+        self, store: Store, folder: Path, say: Say, deadline: float | None = None, files: KeptFiles | None = None
+    ) -> None:
         self.store, self.folder, self.say, self.deadline = store, folder, say, deadline
+        self.files = files or KeptFiles(store)
         self.results: dict[str, CellResult] = {}  # by the cell's key
         self.failures: dict[str, str] = {}  # the candidate's spec -> one line
         self.missing: list[Cell] = []
@@ -63,6 +66,8 @@ class CellRunner:
                 self.last = f"{cell.candidate.label} {100 * float(self.results[cell.key].scores.mean()):.1f}"
             else:
                 self.missing.append(cell)
+        kept = [self.folder / "cells" / key / "result.json" for key in self.results]
+        self.store.artifacts.keep(kept, self.files.lease)  # a process of a cell may have lost the store at its end
         if not self.results:
             failures = "; ".join(f"{name}: {why}" for name, why in self.failures.items())
             raise TrainingError(f"nothing could be compared: {failures or 'the budget ended before the first run did'}")
@@ -92,21 +97,28 @@ class CellRunner:
         for key in self.results:
             earlier = state.read(self.folder / "cells" / key / "result.json")
             if earlier and earlier["version"] is None and task_of(earlier["kind"]).generates:
-                state.write(here / "result.json", earlier)
+                self.files.write(here / "result.json", earlier)
                 return earlier
         return None
 
     def _run(self, cell: Cell, here: Path, left: float | None, title: str) -> JsonObject | None:
         """Run a cell in a fresh process. None: it failed, or the budget ended first."""
+        self.files.require()
+        lease = self.files.lease
         request = {
             "kind": cell.candidate.kind,
             "recipe": cell.recipe.to_toml(),
-            "store": str(self.store.root.absolute()),
+            "local": str(self.store.root.absolute()),
             "tenant": self.store.access.tenant,
+            "lease": None if lease is None else lease.as_json(),
         }
         state.write(here / "request.json", request)
         self.say(title)
-        problem = run_cell(here, left, lambda line: self.say(f"{title}: {line}"))
+        end = None if left is None else time.monotonic() + max(0.0, left)
+        problem = run_child(
+            WORKER, str(here.absolute()), here / "stderr.txt", lambda line: self.say(f"{title}: {line}"),
+            self.store.location, lambda: end is not None and time.monotonic() > end,
+        )  # fmt: skip
         result = state.read(here / "result.json")
         if result is not None or problem is None:
             return result
@@ -115,19 +127,6 @@ class CellRunner:
             raise TrainingError(f"{cell}: {failed['error']}")
         self.failures[cell.candidate.spec] = f"seed {cell.seed}: {failed['error']}"
         return None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder if it is missing, and lock it for this process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock", timeout=0):
-            yield
-    except Timeout:
-        raise StoreError(f"another process runs the comparison in {folder}: wait for it, or end it") from None
-    except OSError as error:
-        raise StoreError(f"the comparison cannot be written to {folder}: {error.strerror or error}") from None
 
 
 def require_known(rows: Sequence[Candidate]) -> None:

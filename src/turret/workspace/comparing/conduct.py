@@ -23,8 +23,9 @@ from turret.errors import RecipeError
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace.comparing import state
-from turret.workspace.comparing.cells import CellRunner, locked, require_known
+from turret.workspace.comparing.cells import CellRunner, require_known
 from turret.workspace.comparing.command import command
+from turret.workspace.comparing.kept_files import held
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset, with_base
 
@@ -81,8 +82,8 @@ def compare(
     if on_plan is not None:
         on_plan(ready.planned)
     deadline = None if request.budget is None else time.monotonic() + request.budget
-    runner = CellRunner(store, ready.folder, say, deadline)
-    with locked(ready.folder):
+    with held(store, ready.folder, say) as files:
+        runner = CellRunner(store, ready.folder, say, deadline, files)
         runner.run(list(ready.design.cells()))
         result = comparison(
             ready.design, ready.data, list(runner.results.values()), failures=runner.failures,
@@ -90,12 +91,12 @@ def compare(
             folder=str(ready.folder), command=request.command(ready.design.recipe), power=ready.planned.power,
         )  # fmt: skip
         result = result if request.texts else result.without_texts()
-        write_report(result, ready.folder, state.write_text)
+        write_report(result, ready.folder, files.write_text)
     return result
 
 
 def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) -> Prepared:
-    """Read the data, make the design, and compute its power. Trains and writes nothing."""
+    """Read the data, make the design, and compute its power. Trains nothing, and changes nothing in the store."""
     data = read_dataset(recipe, say)
     recipe, _ = with_base(recipe, data.kind)
     if not data.test:
@@ -113,6 +114,8 @@ def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) 
     )
     folder = state.folder_of(store.home, recipe, data.digest)
     cells = list(design.cells())
+    if store.exists():
+        store.artifacts.bring(f"{folder.relative_to(store.root).as_posix()}/")
     results = [each for each in (_stored_result(folder, cell) for cell in cells) if each is not None]
     planned = PlannedDesign(
         name=recipe.name,

@@ -26,8 +26,9 @@ from turret.reference import check_name
 from turret.store import Store
 from turret.tasks import task_of
 from turret.workspace.comparing import state
-from turret.workspace.comparing.cells import CellRunner, locked, require_known
+from turret.workspace.comparing.cells import CellRunner, require_known
 from turret.workspace.comparing.command import command
+from turret.workspace.comparing.kept_files import held
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset, with_base
 
@@ -74,9 +75,9 @@ def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> 
     prepared = _prepare(recipe, request, say)
     digest = hashlib.sha256("".join(each.digest for each in prepared.data.values()).encode()).hexdigest()
     folder = state.folder_of(store.home, recipe, digest, "controls")
-    with locked(folder):
+    with held(store, folder, say) as files:
         judge = _judge(folder, recipe, prepared, request)
-        runner = CellRunner(store, folder, say)
+        runner = CellRunner(store, folder, say, files=files)
         runner.run([judge, *(cell for cells in zip(*prepared.cells.values(), strict=True) for cell in cells)])
         trained_judge = runner.results.get(judge.key)
         if trained_judge is None:
@@ -86,7 +87,7 @@ def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> 
         written = _judged(store, prepared, runner.results, str(trained_judge.version), device)
         result = _control(recipe, request, prepared, runner, trained_judge, written, folder)
         result = result if request.texts else result.without_texts()
-        write_report(result, folder, state.write_text)
+        write_report(result, folder, files.write_text)
     return result
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from turret import adapters, quantized
 from turret import train as trainer
@@ -26,6 +25,7 @@ from turret.workspace.comparing.provenance import provenance
 from turret.workspace.forgetting import on_neutral_texts
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset
+from turret.workspace.training_runs import every_step
 
 TIMED_LABELS, TIMED_TEXTS = 24, 6  # single answers that are timed: of a classifier, of a task that generates
 
@@ -49,7 +49,7 @@ def version(store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping
         "stored_metrics": result["metrics"],
         "memory": _memory(result, plan),
         "best": _best(store, str(result["run"])),
-        "losses": binned([record.loss for record in _curve(store, str(result["run"]))]),
+        "losses": binned([record.loss for record in every_step(store, str(result["run"]))]),
         "made": provenance(ready.model, recipe.train.int8),
         "warnings": list(result.get("warnings", ())),
         **_answers(ready, dataset.test, say),
@@ -143,14 +143,10 @@ def _memory(result: JsonMapping, plan: JsonMapping) -> JsonObject:
     }
 
 
-def _curve(store: Store, run: str) -> Iterator[trainer.StepRecord]:
-    return trainer.read_curve(Path(store.root) / "runs" / run / "curve.jsonl")
-
-
 def _best(store: Store, run: str) -> JsonObject | None:
     """The best evaluation during the training: its merit, step and split, and the seconds of training until then."""
     seconds, best = 0.0, None
-    for record in _curve(store, run):
+    for record in every_step(store, run):
         seconds += record.seconds
         if record.metrics:
             merit = record.metrics.get("accuracy", -record.metrics["loss"])

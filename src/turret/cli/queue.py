@@ -1,0 +1,117 @@
+"""`turret runs` and `turret worker`: the trainings of a store, and the worker that takes them from its queue."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from turret.cli import options
+from turret.cli.output import columns, console, emit, safe
+from turret.json_types import JsonObject
+
+STYLES = {"finished": "green", "failed": "red", "running": "bold", "waiting": "yellow"}
+app = typer.Typer(help="Trainings: list, show, cancel.", rich_markup_mode=None)
+Id = Annotated[str, typer.Argument(metavar="ID", help="The id of a run.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def runs(
+    context: typer.Context,
+    most: Annotated[int, typer.Option("--most", min=1, help="How many, newest first.")] = 20,
+    store: options.Store = options.STORE,
+    as_json: options.Json = False,
+) -> None:
+    """List trainings: running, ended, and waiting in the queue."""
+    if context.invoked_subcommand is not None:
+        return
+    from turret.workspace import Workspace
+
+    found = Workspace(store).runs(most)
+    if as_json:
+        emit({"store": str(store), "runs": list(found)})
+    elif found:
+        heads = ("run", "adapter", "state", "priority", "tries", "created", "")
+        console().print(columns(heads, [_row(each) for each in found], right=("priority", "tries")))
+    else:
+        console().print("no run: turret train starts one, turret train --queue leaves it to a worker")
+
+
+@app.command()
+def show(id: Id, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+    """Show one training, with the log of its worker."""
+    from turret.workspace import Workspace
+
+    workspace = Workspace(store)
+    run = workspace.run(id)
+    log = list(workspace.queue.log(id)) if run["queue"] is not None else []
+    if as_json:
+        emit({**run, "log": log})
+        return
+    console().print(columns(("run", "adapter", "state", "priority", "tries", "created", ""), [_row(run)]))
+    for each in log:
+        console().print(f"  [dim]{safe(each['at'])}[/] {safe(each['line'])}")
+
+
+@app.command()
+def cancel(id: Id, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+    """End a training of the queue: at once if it waits, after its step if it runs."""
+    from turret.workspace import Workspace
+
+    run = Workspace(store).queue.cancel(id)
+    if as_json:
+        emit(run)
+    else:
+        after = "its worker ends it after this step" if run["state"] == "running" else str(run["state"])
+        console().print(f"[bold]{safe(id)}[/] {safe(after)}")
+
+
+@app.command()
+def limit(
+    tenant: Annotated[str, typer.Argument(help="Whose trainings.", show_default=False)],
+    running: Annotated[int | None, typer.Option("--running", help="At once; default: any number.")] = None,
+    waiting: Annotated[int | None, typer.Option("--waiting", help="In the queue; default: any number.")] = None,
+    store: options.Store = options.STORE,
+) -> None:
+    """Set how many trainings of a tenant may run and wait. Without it, any number runs and 100 wait."""
+    from turret.workspace import Workspace
+
+    Workspace(store).queue.limit(tenant, running=running, waiting=waiting)
+    shown = {"run": running, "wait": waiting}
+    parts = [f"{'any number' if number is None else number} may {verb}" for verb, number in shown.items()]
+    console().print(f"tenant [bold]{safe(tenant)}[/]: {', '.join(parts)}")
+
+
+def worker(
+    until_empty: Annotated[bool, typer.Option("--until-empty", help="End once nothing is due.")] = False,
+    store: options.Store = options.STORE,
+) -> None:
+    """Take trainings from the queue of the store, one after another.
+
+    Each training is a process of its own. After SIGTERM or Ctrl-C it writes a checkpoint, and another worker continues.
+    """
+    from turret.workspace import Workspace
+
+    err = console(stderr=True)
+    err.print(f"working for {safe(store)}  [dim](Ctrl-C ends it)[/]")
+    Workspace(store).queue.work(until_empty=until_empty, on_stage=lambda line: err.print(safe(line)))
+
+
+def queued(run: JsonObject) -> None:
+    """Print a run that was put into the queue."""
+    console().print(f"[bold]{safe(run['id'])}[/] waits  [dim]turret runs show {safe(run['id'])}[/]")
+
+
+def _row(run: JsonObject) -> tuple[str, ...]:
+    state, queue = str(run["state"]), run["queue"] or {}
+    style = STYLES.get(state, "dim")
+    what = run["error"] or (run["result"] or {}).get("version") or ""
+    return (
+        safe(run["id"]),
+        f"[bold]{safe(run['name'])}[/]",
+        f"[{style}]{safe(state)}[/]",
+        safe(queue.get("priority", "-")),
+        safe(queue.get("tries", "-")),
+        safe(run["created"]),
+        safe(str(what)[:120]),
+    )

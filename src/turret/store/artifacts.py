@@ -1,0 +1,207 @@
+"""Files of runs and comparisons that the store keeps: curves, checkpoints, results of cells, reports, queued data.
+
+In a folder store they are the files under its root. A store by URL has a copy of each: a row in the table `artifacts`,
+by its path under the root, and the content among the files of bundles. The local files are then working copies:
+
+- `keep` copies local files to the store, in the transaction that checks the lease of the work
+- `bring` copies the store's files to this machine, if they are missing or differ
+
+A copy is written under an upload of its own (`turret.store.uploads`), and becomes the content of its path in one
+transaction. The content that it replaces is dead then, and is removed at once; after a kill a gc removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy import Connection, delete, insert, select
+
+from turret.database import Database, uploads
+from turret.disk import make_folder, sync
+from turret.errors import Corrupt, StoreError, TurretError
+from turret.store import uploads as protocol
+from turret.store.artifact_table import artifacts
+from turret.store.blobs import Blob, Files, hash_file, place
+from turret.store.catalog import now
+from turret.store.leases import Lease
+
+Used = TypeVar("Used")
+
+ATTEMPTS = 3  # if the content is replaced while it is read, or a gc removes an upload
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that the store keeps."""
+
+    path: str  # under the store's root
+    blob: Blob
+    changed: str
+
+
+class Artifacts:
+    """The files of runs and comparisons of one store.
+
+    Args:
+        root: the store's folder on this machine.
+        database: opens the catalog.
+        files: where the content is; None for a folder store, which has no copies.
+        claim: called before the first write.
+    """
+
+    def __init__(
+        self, root: Path, database: Callable[[], Database], files: Files | None, claim: Callable[[Database], None]
+    ) -> None:
+        self._root, self._database, self._claim = root, database, claim
+        self._files = files
+
+    @property
+    def copies(self) -> bool:
+        """Whether the store has copies of the local files."""
+        return self._files is not None
+
+    def keep(self, paths: Iterable[Path], lease: Lease | None = None) -> None:
+        """Copy local files under the root to the store, unless it has the same content already.
+
+        Args:
+            lease: of the work that wrote the files.
+
+        Raises:
+            LeaseLost: another process has taken the lease; nothing is changed.
+        """
+        sources = {path.relative_to(self._root).as_posix(): path for path in paths}
+        self.keep_as({name: path for name, path in sources.items() if path.exists()}, lease)
+
+    def keep_as(self, sources: dict[str, Path], lease: Lease | None = None) -> None:
+        """As `keep`, for files that lie elsewhere on this machine."""
+        if self._files is None or not sources:
+            return
+        database = self._database()
+        self._claim(database)
+        content = {name: hash_file(path) for name, path in sources.items()}
+        for _ in range(ATTEMPTS):
+            upload = uuid.uuid4().hex
+            with database.writing() as connection:
+                _require(lease, connection)
+                known = _rows(connection, content)
+                changed = {name: blob for name, blob in content.items() if known.get(name) != blob}
+                if not changed:
+                    return
+                connection.execute(insert(uploads).values(id=upload, since=protocol.started(connection)))
+            copies = {blob.digest: (sources[name], replace(blob, upload=upload)) for name, blob in changed.items()}
+            self._write(database, upload, copies.values())
+            with database.writing() as connection:
+                _require(lease, connection)
+                if connection.execute(delete(uploads).where(uploads.c.id == upload)).rowcount != 1:
+                    continue  # a gc took this process for dead
+                replaced = list(_rows(connection, changed).values())
+                _forget(connection, changed)
+                for name, blob in changed.items():
+                    row = {"path": name, "digest": blob.digest, "bytes": blob.bytes, "upload": upload, "changed": now()}
+                    connection.execute(insert(artifacts).values(row))
+            self.discard(replaced)
+            return
+        raise StoreError(
+            f"{next(iter(sources))} was not stored: `turret gc` removed its copy {ATTEMPTS} times: try again"
+        )
+
+    def listed(self, prefix: str) -> Sequence[Artifact]:
+        """The files in the store whose path begins with the prefix, by path."""
+        if self._files is None:
+            return []
+        with self._database().reading() as connection:
+            query = select(artifacts).where(artifacts.c.path.startswith(prefix, autoescape=True))
+            rows = connection.execute(query.order_by(artifacts.c.path)).all()
+        return [Artifact(row.path, Blob(row.digest, row.bytes, row.upload), row.changed) for row in rows]
+
+    def read(self, path: str) -> bytes | None:
+        """The content of one file in the store; None if there is none."""
+
+        def content(blob: Blob) -> bytes:
+            with self._place.checked_file(blob) as file:
+                return file.read_bytes()
+
+        return self._using(path, content)
+
+    def bring(self, prefix: str) -> None:
+        """Copy files whose path begins with the prefix to this machine, unless they are there with the same content."""
+        for each in self.listed(prefix):
+            target = self._root / each.path
+            if not target.exists() or hash_file(target) != each.blob:
+                self._bring(each.path, target)
+
+    def drop(self, connection: Connection, prefix: str) -> list[Blob]:
+        """Remove files from the catalog. Returns their content for `discard`, after the transaction."""
+        chosen = artifacts.c.path.startswith(prefix, autoescape=True)
+        rows = connection.execute(select(artifacts).where(chosen)).all()
+        connection.execute(delete(artifacts).where(chosen))
+        return [Blob(row.digest, row.bytes, row.upload) for row in rows]
+
+    def discard(self, dead: Iterable[Blob]) -> None:
+        """Remove content that a committed transaction no longer lists. What an outage leaves, a gc removes."""
+        for blob in dead:
+            with suppress(TurretError, OSError):
+                self._place.remove(f"blobs/sha256/{place(blob)}")
+
+    # --- private ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _place(self) -> Files:
+        assert self._files is not None
+        return self._files
+
+    def _write(self, database: Database, upload: str, copies: Iterable[tuple[Path, Blob]]) -> None:
+        try:
+            for source, copy in copies:
+                self._place.put(source, copy)
+        except BaseException:
+            with suppress(TurretError), database.writing() as connection:  # otherwise a gc does it after an hour
+                connection.execute(delete(uploads).where(uploads.c.id == upload))
+            raise
+
+    def _bring(self, path: str, target: Path) -> None:
+        make_folder(target.parent)
+        beside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            self._using(path, lambda blob: self._place.copy(blob, beside))
+            if beside.exists():
+                sync(beside)
+                os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _using(self, path: str, use: Callable[[Blob], Used]) -> Used | None:
+        """Read the content of a path; again, if it was replaced in the meantime. None if there is none."""
+        for last in (False, False, True):
+            with self._database().reading() as connection:
+                blob = _rows(connection, [path]).get(path)
+            if blob is None:
+                return None
+            try:
+                return use(blob)
+            except Corrupt:
+                with self._database().reading() as connection:
+                    current = _rows(connection, [path]).get(path)
+                if last or (current is not None and current.upload == blob.upload):
+                    raise
+        return None
+
+
+def _require(lease: Lease | None, connection: Connection) -> None:
+    if lease is not None:
+        lease.require(connection)
+
+
+def _rows(connection: Connection, names: Iterable[str]) -> dict[str, Blob]:
+    rows = connection.execute(select(artifacts).where(artifacts.c.path.in_(list(names))))
+    return {row.path: Blob(row.digest, row.bytes, row.upload) for row in rows}
+
+
+def _forget(connection: Connection, names: Iterable[str]) -> None:
+    connection.execute(delete(artifacts).where(artifacts.c.path.in_(list(names))))

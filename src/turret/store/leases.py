@@ -1,0 +1,295 @@
+"""Leases: which process may do a piece of work, among the processes of all machines.
+
+A lease has a name, an owner, an end, and a fence: a number that grows with every new owner.
+
+- The owner renews its lease three times before it ends. `until` is by the catalog's clock, so machines need not agree.
+- If the owner is dead, the lease ends and another process takes it. If both are on one machine, it does so at once.
+- A process that was stopped for too long may wake up after that. Each of its writes checks owner and fence in the same
+  transaction (`Lease.require`), so it writes nothing any more.
+- An owner whose lease has ended keeps it as long as nobody has taken it: after an outage of the catalog all go on.
+
+`TURRET_LEASE_SECONDS` changes the length of the leases that a process takes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+
+from sqlalchemy import Column, Connection, Float, Integer, String, Table, insert, select, update
+
+from turret.database import Database, bytewise, metadata
+from turret.errors import LeaseLost, StoreError, TurretError
+from turret.json_types import JsonMapping, JsonObject
+
+SECONDS = 30.0
+VARIABLE = "TURRET_LEASE_SECONDS"
+POLL_SECONDS = 0.25  # while waiting for a lease
+TURN_SECONDS = 0.5  # between two turns of a keeper
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", bytewise(255), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("process", String(200), nullable=False),
+    Column("host", String(255), nullable=False),
+    Column("fence", Integer, nullable=False),
+    Column("until", Float, nullable=False),
+)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A lease that this process, or its parent process, has taken."""
+
+    name: str
+    owner: str  # no two takings have the same
+    fence: int
+    seconds: float
+
+    def require(self, connection: Connection) -> None:
+        """Raise LeaseLost if another process has taken it, in the transaction of the write that needs it."""
+        query = select(leases.c.owner, leases.c.fence, leases.c.host).where(leases.c.name == self.name)
+        row = connection.execute(query).first()
+        if row is None or (row.owner, row.fence) != (self.owner, self.fence):
+            by = "another process" if row is None else f"a process on {row.host}"
+            raise LeaseLost(
+                f"{self.name} was taken over by {by}, because this process was silent for {self.seconds:g} seconds: "
+                "nothing that it did since then is kept"
+            )
+
+    def as_json(self) -> JsonObject:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, value: JsonMapping) -> Lease:
+        """The lease of a parent process, from `as_json`."""
+        return cls(str(value["name"]), str(value["owner"]), int(value["fence"]), float(value["seconds"]))
+
+
+def length() -> float:
+    """Seconds of the leases that this process takes."""
+    text = os.environ.get(VARIABLE, "")
+    try:
+        seconds = float(text) if text else SECONDS
+    except ValueError:
+        seconds = 0.0
+    if not 0.5 <= seconds <= 3600:
+        raise StoreError(f"{VARIABLE}={text[:40]!r}: expected seconds from 0.5 to 3600")
+    return seconds
+
+
+def clock(connection: Connection) -> float:
+    """Seconds since 1970 by the catalog's clock, which all machines share."""
+    if connection.dialect.name == "postgresql":
+        return float(connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar_one())
+    return float(connection.exec_driver_sql("SELECT (julianday('now') - 2440587.5) * 86400.0").scalar_one())
+
+
+def take(connection: Connection, name: str) -> Lease | None:
+    """Take a lease that nobody holds, or whose owner is dead; None if it is held. In a writing transaction."""
+    row = connection.execute(select(leases).where(leases.c.name == name)).first()
+    now, seconds = clock(connection), length()
+    if row is not None and row.until > now and not is_dead(row.process):
+        return None
+    lease = Lease(name, uuid.uuid4().hex, 1 if row is None else row.fence + 1, seconds)
+    place = {"process": _this_process(os.getpid()), "host": socket.gethostname()[:255]}
+    values = {"owner": lease.owner, **place, "fence": lease.fence, "until": now + seconds}
+    if row is None:
+        connection.execute(insert(leases).values(name=name, **values))
+    else:
+        connection.execute(update(leases).where(leases.c.name == name).values(values))
+    return lease
+
+
+def renew(connection: Connection, lease: Lease) -> None:
+    """Move the end of a lease, unless it was released in the meantime. Raises LeaseLost."""
+    lease.require(connection)
+    until = clock(connection) + lease.seconds
+    held = (leases.c.name == lease.name) & (leases.c.until > 0)
+    connection.execute(update(leases).where(held).values(until=until))
+
+
+def adopt(connection: Connection, lease: Lease) -> None:
+    """Make this process the one that is looked for: it does the work of its parent process. Raises LeaseLost."""
+    renew(connection, lease)
+    connection.execute(update(leases).where(leases.c.name == lease.name).values(process=_this_process(os.getpid())))
+
+
+def release(connection: Connection, lease: Lease) -> None:
+    """End a lease now, unless another process has taken it. The row stays, so that the fence grows on."""
+    ours = (leases.c.name == lease.name) & (leases.c.owner == lease.owner) & (leases.c.fence == lease.fence)
+    connection.execute(update(leases).where(ours).values(until=0.0))
+
+
+def held(connection: Connection, prefix: str, *, late: bool = False) -> set[str]:
+    """The names, after the prefix, of the leases that nobody may take.
+
+    Args:
+        late: also those that have ended, if their owner lives on this machine and has not released them.
+    """
+    named = leases.c.name.startswith(prefix, autoescape=True) & (leases.c.until > 0)
+    now = clock(connection)
+    rows = connection.execute(select(leases.c.name, leases.c.process, leases.c.until).where(named))
+    living = (row for row in rows if not is_dead(row.process) and (row.until > now or (late and _is_here(row.process))))
+    return {row.name.removeprefix(prefix) for row in living}
+
+
+def is_taken(connection: Connection, name: str) -> bool:
+    """Whether a process that may be alive holds the lease."""
+    return "" in held(connection, name)
+
+
+def is_free(database: Database, name: str, say: Callable[[str], None]) -> bool:
+    """Whether nobody holds a lease. If its owner may be dead, wait until it renews the lease, or the lease ends.
+
+    Args:
+        say: called with a line before the wait.
+    """
+    first = _until(database, name)
+    if first is None:
+        return True
+    until, host, process = first
+    if _is_here(process):
+        return False
+    say(f"waiting up to {length():.0f} s to see whether the process on {host} that has {name} is alive")
+    while True:
+        time.sleep(POLL_SECONDS)
+        now = _until(database, name)
+        if now is None:
+            return True
+        if now != (until, host, process):
+            return False
+
+
+def _until(database: Database, name: str) -> tuple[float, str, str] | None:
+    """The end, host and process of a lease; None if nobody holds it."""
+    with database.reading() as connection:
+        query = select(leases.c.until, leases.c.host, leases.c.process).where(leases.c.name == name)
+        row = connection.execute(query).first()
+        if row is None or row.until <= clock(connection) or is_dead(row.process):
+            return None
+    return row.until, row.host, row.process
+
+
+class Keeper:
+    """Renews a lease on a thread of its own, for the duration of a `with` block. It does not release it.
+
+    Args:
+        turn: called a few times a second with False, and once at the end with True. An error of it is reported once; an
+            error at the end is raised, unless the block failed.
+        warn: called with a line if the lease is lost or cannot be renewed, or a turn failed.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        lease: Lease,
+        *,
+        turn: Callable[[bool], None] | None = None,
+        warn: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.lease, self.lost = lease, False
+        self._database, self._turn, self._warn = database, turn or (lambda over: None), warn
+        self._ended = threading.Event()
+        loops = [self._renew_again] if turn is None else [self._renew_again, self._turn_again]
+        # A turn may wait for an object store, and the lease must not end meanwhile.
+        self._threads = [threading.Thread(target=each, name=f"turret {lease.name}", daemon=True) for each in loops]
+        self._said = ""
+
+    def __enter__(self) -> Keeper:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+        if self.lost:
+            return
+        try:
+            self._turn(True)
+        except TurretError:
+            if kind is None:
+                raise
+
+    def require(self) -> None:
+        """Raise LeaseLost if a renewal found that the lease is lost."""
+        if self.lost:
+            with self._database.reading() as connection:
+                self.lease.require(connection)
+
+    def _renew_again(self) -> None:
+        while not self.lost and not self._ended.wait(self.lease.seconds / 3):
+            self._succeeds(self._renew)
+
+    def _turn_again(self) -> None:
+        pause = TURN_SECONDS
+        while not self.lost and not self._ended.wait(pause):
+            pause = TURN_SECONDS if self._succeeds(lambda: self._turn(False)) else 10 * TURN_SECONDS
+
+    def _renew(self) -> None:
+        with self._database.writing() as connection:
+            renew(connection, self.lease)
+
+    def _succeeds(self, act: Callable[[], None]) -> bool:
+        try:
+            act()
+        except LeaseLost as error:
+            self.lost = True
+            self._warn(str(error))
+        except Exception as error:  # an outage: the next try may work
+            line = f"{self.lease.name}: {error}"
+            if line != self._said:
+                self._warn(line)
+            self._said = line
+        else:
+            return True
+        return False
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def is_dead(process: str) -> bool:
+    """Whether a process of this machine has ended. False for other machines, whose processes cannot be seen."""
+    return _is_here(process) and process != _this_process(int(process.split("/")[2]))
+
+
+def _is_here(process: str) -> bool:
+    """Whether the process was started on this machine since it booted, where this process can see it."""
+    return bool(_machine()) and process.startswith(f"{_machine()}/")
+
+
+def _this_process(pid: int) -> str:
+    """Machine, namespace, number and start of a living process; empty where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    if not _machine() or fields[0] in "ZX":  # ended, and its parent has not asked how
+        return ""
+    return f"{_machine()}/{pid}/{fields[19]}"
+
+
+@cache
+def _machine() -> str:
+    """The boot of this machine and the namespace of its processes; empty if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        space = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    except OSError:
+        return ""
+    return f"{boot}/{space}"

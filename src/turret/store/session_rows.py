@@ -1,0 +1,76 @@
+"""Sessions of the console in the catalog, so that every server of the store knows them.
+
+A row has the hash of the session's cookie, the hash of the access token that opened it, and its end by the catalog's
+clock. The cookie itself is stored nowhere. The secret of form tokens is in a table of its own.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from sqlalchemy import Column, Float, String, Table, delete, insert, select
+
+from turret.database import Database, metadata
+from turret.store.leases import clock
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("hash", String(64), primary_key=True),
+    Column("token", String(80), nullable=False),
+    Column("ends", Float, nullable=False),
+)
+server_secrets = Table(
+    "server_secrets",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", String(64), nullable=False),
+)
+FORMS = "forms"
+
+
+class SessionRows:
+    """The sessions of one store."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def keep(self, hash: str, token: str, seconds: float, most: int) -> None:
+        """Add a session that lasts so long. Ended ones are removed, and the oldest ones beyond `most`."""
+        with self._database.writing() as connection:
+            now = clock(connection)
+            connection.execute(delete(sessions).where(sessions.c.ends <= now))
+            newest = select(sessions.c.hash).order_by(sessions.c.ends.desc()).limit(most - 1)
+            kept = connection.execute(newest).scalars().all()
+            connection.execute(delete(sessions).where(sessions.c.hash.not_in(kept)))
+            connection.execute(insert(sessions).values(hash=hash, token=token, ends=now + seconds))
+
+    def find(self, hash: str) -> tuple[str, float] | None:
+        """The token's hash, and the seconds that are left; None if there is no such session."""
+        with self._database.reading() as connection:
+            row = connection.execute(select(sessions).where(sessions.c.hash == hash)).first()
+            left = 0.0 if row is None else row.ends - clock(connection)
+        return None if row is None or left <= 0 else (row.token, left)
+
+    def forget(self, hash: str) -> None:
+        """End a session on every server."""
+        with self._database.writing() as connection:
+            connection.execute(delete(sessions).where(sessions.c.hash == hash))
+
+    def secret(self) -> bytes:
+        """The secret of form tokens, which the first server makes."""
+        query = select(server_secrets.c.value).where(server_secrets.c.name == FORMS)
+        with self._database.reading() as connection:
+            found = connection.execute(query).scalar()
+        if found is None:
+            with self._database.writing() as connection:
+                found = connection.execute(query).scalar()  # another server may have been earlier
+                if found is None:
+                    found = secrets.token_hex(32)
+                    connection.execute(insert(server_secrets).values(name=FORMS, value=found))
+        return bytes.fromhex(found)
+
+    def all(self) -> set[str]:
+        """The hashes of all sessions."""
+        with self._database.reading() as connection:
+            return set(connection.execute(select(sessions.c.hash)).scalars())

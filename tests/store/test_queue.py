@@ -1,0 +1,203 @@
+"""The queue of trainings: who is next, three tries, limits, cancelling, and workers that die."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from sqlalchemy import update
+
+from turret.access import Access
+from turret.errors import InUse, LeaseLost, NotFound, QueueFull, RecipeError
+from turret.store import Store, TrainingQueue, leases, queue
+from turret.store.queue import Entry, choose
+from turret.store.queue_tables import queue as rows
+
+
+@pytest.fixture
+def line(store: Store) -> TrainingQueue:
+    return TrainingQueue.of(store, make=True)
+
+
+def of(store: Store, tenant: str) -> TrainingQueue:
+    return TrainingQueue.of(store.seen_by(Access(tenant)))
+
+
+def state(store: Store, run: str) -> str:
+    return str(store.run(run)["state"])
+
+
+def lose_workers(store: Store) -> None:
+    with store.database().writing() as connection:
+        connection.execute(update(leases.leases).values(process="other-boot/1/1/1", until=1.0))
+
+
+def make_due(store: Store) -> None:
+    with store.database().writing() as connection:
+        connection.execute(update(rows).values(due=0.0))
+
+
+def entry(run: str, tenant: str = "a", priority: int = 0, queued: str = "1") -> Entry:
+    return Entry(run, tenant, priority, 0, queued, None, 0.0, None, None, "", "waiting")
+
+
+def test_within_a_tenant_the_highest_priority_is_next_then_the_oldest() -> None:
+    waiting = [entry("1", queued="1"), entry("2", priority=5, queued="3"), entry("3", priority=5, queued="2")]
+    found = choose(waiting, {}, {}, {})
+    assert found is not None
+    assert found.run == "3"
+
+
+def test_between_tenants_the_one_with_the_fewest_running_is_next_then_who_waited_longest() -> None:
+    waiting = [entry("1", "big", priority=100), entry("2", "small"), entry("3", "new")]
+    order = [
+        ({"big": 1}, {"big": "1", "small": "2"}, "3"),  # new has never had a turn
+        ({"big": 1, "new": 1}, {"big": "1", "small": "2", "new": "3"}, "2"),
+        ({}, {"big": "1", "small": "2", "new": "3"}, "1"),
+    ]
+    for running, started, run in order:
+        found = choose(waiting, running, started, {})
+        assert found is not None
+        assert found.run == run
+
+
+def test_a_tenant_with_a_thousand_trainings_delays_another_by_one() -> None:
+    waiting = [entry(f"{number:04}", "big", priority=100) for number in range(1000)] + [entry("x", "small")]
+    started, taken = {"big": "0000", "small": "0001"}, []
+    for number in range(3):
+        found = choose(waiting, {}, started, {})
+        assert found is not None
+        waiting.remove(found)
+        started[found.tenant] = f"{number + 2:04}"
+        taken.append(found.tenant)
+    assert taken == ["big", "small", "big"]
+
+
+def test_a_tenant_at_its_limit_waits(store, line) -> None:
+    line.limit("default", running=1, waiting=None)
+    first, second = line.submit("a", "x"), line.submit("a", "y")
+    taken = line.take()
+    assert taken is not None
+    assert taken.run == first
+    assert line.take() is None
+    assert of(store, "other").take() is None, "the limit is the tenant's, whoever works"
+    store.training_runs().end(line.adopt(taken), "finished", error=None, result=None)
+    again = line.take()
+    assert again is not None
+    assert again.run == second
+
+
+def test_a_full_queue_of_one_tenant_takes_no_more_of_it_and_all_of_others(store, line) -> None:
+    line.limit("default", running=None, waiting=2)
+    for _ in range(2):
+        line.submit("a", "x")
+    with pytest.raises(QueueFull, match="2 trainings of tenant default wait already, and 2 may"):
+        line.submit("a", "x")
+    assert of(store, "other").submit("a", "x")
+
+
+def test_workers_at_once_take_every_training_once(store, line) -> None:
+    submitted = {line.submit("a", f"{number}") for number in range(8)}
+    taken: list[str] = []
+
+    def work() -> None:
+        own = TrainingQueue.of(Store(store.location))
+        while (found := own.take()) is not None:
+            taken.append(found.run)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join()
+    assert sorted(taken) == sorted(submitted)
+
+
+def test_a_training_is_tried_three_times_with_pauses_and_then_failed(store, line) -> None:
+    run = line.submit("a", "x")
+    for tries in (1, 2, 3):
+        taken = line.take()
+        assert taken is not None
+        assert taken.tries == tries
+        assert line.after(taken, "S3 did not answer") == ("failed" if tries == 3 else "waiting")
+        assert line.take() is None, "not at once"
+        make_due(store)
+    assert (state(store, run), store.run(run)["error"]) == ("failed", "S3 did not answer")
+
+
+def test_a_mistake_in_a_recipe_is_not_tried_again_and_a_stopped_try_does_not_count(store, line) -> None:
+    run = line.submit("a", "x")
+    taken = line.take()
+    assert taken is not None
+    assert line.after(taken, None) == "waiting"
+    again = line.take()
+    assert again is not None
+    assert again.tries == 1
+    assert line.after(again, "no column text", again=False) == "failed"
+    assert state(store, run) == "failed"
+
+
+def test_a_killed_workers_training_is_taken_over_and_the_worker_cannot_write(store, line) -> None:
+    run = line.submit("a", "x")
+    slow = line.take()
+    assert slow is not None
+    assert line.take() is None
+    lose_workers(store)
+    assert state(store, run) == "waiting", "nobody has it"
+    quick = line.take()
+    assert quick is not None
+    assert (quick.run, quick.tries) == (run, 2)
+    for act in (lambda: line.after(slow, "late"), lambda: line.write_log(slow, ["late"]), lambda: line.adopt(slow)):
+        with pytest.raises(LeaseLost):
+            act()
+    assert line.log(run) == []
+    for _ in range(2):
+        lose_workers(store)
+        line.take()
+    assert (state(store, run), store.run(run)["error"]) == ("failed", queue.LOST_TRIES)
+
+
+def test_cancelled_while_it_waits_runs_or_has_lost_its_worker_it_ends(store, line) -> None:
+    waiting, running, lost = (line.submit("a", "x") for _ in range(3))
+    assert line.cancel(waiting) == "cancelled"
+    taken = line.take()
+    assert taken is not None
+    assert taken.run == running
+    assert line.cancel(running) == "running"
+    assert line.write_log(taken, ["a line"]), "its worker hears of it"
+    assert line.after(taken, None) == "cancelled"
+    taken = line.take()
+    assert taken is not None
+    lose_workers(store)
+    assert line.cancel(lost) == "cancelled"
+    assert line.take() is None
+    assert [state(store, run) for run in (waiting, running, lost)] == ["cancelled"] * 3
+    with pytest.raises(InUse, match="is cancelled: only a waiting or running one"):
+        line.cancel(waiting)
+
+
+def test_a_run_of_another_tenant_or_of_none_is_not_there(store, line) -> None:
+    run, direct = line.submit("a", "x"), store.new_run("a", "x", "y")
+    for act in (of(store, "other").cancel, of(store, "other").log):
+        with pytest.raises(NotFound, match=r"no run .* in the queue"):
+            act(run)
+    with pytest.raises(InUse, match="is not from the queue: end it with Ctrl-C"):
+        line.cancel(direct.id)
+    store.end_run(direct, "failed")
+
+
+def test_the_log_is_kept_in_order_and_bounded(store, line, monkeypatch) -> None:
+    monkeypatch.setattr(queue, "MOST_LINES", 5)
+    run, taken = line.submit("a", "x"), line.take()
+    assert taken is not None
+    line.write_log(taken, ["one", "two\0\ud800", "3" * 900])
+    line.write_log(taken, ["four", "five", "six"])
+    line.write_log(taken, ["the last word"], last=True)
+    log = line.log(run)
+    assert [len(each["line"]) for each in log] == [3, 5, 500, 4, 4, 13]
+    assert [each["line"] for each in line.log(run, after=log[3]["id"])] == ["five", "the last word"]
+
+
+def test_a_priority_out_of_range_is_refused(line) -> None:
+    with pytest.raises(RecipeError, match="priority 101: expected -100 to 100"):
+        line.submit("a", "x", priority=101)
