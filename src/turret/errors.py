@@ -126,6 +126,10 @@ class DataError(TurretError):
     """A table, column, label or split cannot be used."""
 
 
+class ContextLengthExceeded(DataError):
+    """A prompt, or a prompt and its answer, has more tokens than the base or the adapter takes."""
+
+
 class NoHeader(DataError):
     """The first line of a CSV file looks like data, and the recipe does not say what it is."""
 

@@ -9,6 +9,8 @@ Grammar, in ASCII only:
 
 A name can therefore be no path, option or NUL byte, and no two names look alike in different alphabets. A name alone
 means `@production` if that alias exists, else the newest version; the store resolves it.
+
+An engine also takes a composition: references joined by `+`, such as `legal@production+formal@2`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from turret.errors import BadReference
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}", re.ASCII)
 _VERSION = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
+MOST_COMPOSED = 8  # adapters of one composition
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
 
 
@@ -27,6 +30,20 @@ def _quoted(text: str) -> str:
     """The given text in printable ASCII, short enough for one line."""
     shown = ascii(text)
     return shown if len(shown) <= 48 else f"{shown[:44]}...' ({len(text)} characters)"
+
+
+def parts_of(reference: str) -> list[str]:
+    """The references of a composition: `legal@3+formal` -> `legal@3`, `formal`. One reference is a list of one.
+
+    Raises:
+        BadReference: There are more than `MOST_COMPOSED`, or one of them occurs twice.
+    """
+    parts = reference.split("+")
+    if len(parts) > MOST_COMPOSED:
+        raise BadReference(f"{_quoted(reference)} composes {len(parts)} adapters: expected at most {MOST_COMPOSED}")
+    if len(set(parts)) < len(parts):
+        raise BadReference(f"{_quoted(reference)} names an adapter twice: name each once")
+    return parts
 
 
 def check_name(name: str) -> str:

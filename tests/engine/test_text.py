@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
-from turret.engine.text import IncrementalText
+from turret.engine.text import IncrementalText, TokenEnds, between
 
 WORDS = st.lists(st.sampled_from(["a", "b", " ", "ab", "\n", "ba ", " a", "aab"]), max_size=20)
 
 
-def grown(words: Sequence[str], stop: Sequence[str]) -> tuple[list[str], IncrementalText]:
+def grown(words: Sequence[str], stop: Sequence[str], strip: bool = True) -> tuple[list[str], IncrementalText]:
     pieces = []
-    text = IncrementalText(lambda tokens: "".join(words[: len(tokens)]), stop)
+    text = IncrementalText(lambda tokens: "".join(words[: len(tokens)]), stop, strip=strip)
     for count in range(1, len(words) + 1):
         pieces.append(text.grow(range(count)))
         if text.stopped:
@@ -36,6 +38,37 @@ def test_pieces_join_to_the_text_before_the_first_stop_string(words: list[str], 
     else:
         assert not any(each in whole for each in stop)
     assert "".join(pieces) == text.text == whole.strip()
+
+
+@settings(deadline=None)
+@given(WORDS)
+def test_a_raw_text_keeps_its_white_space(words: list[str]) -> None:
+    pieces, text = grown(words, [], strip=False)
+    assert pieces[:-1] == words
+    assert "".join(pieces) == text.text == "".join(words)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=12), st.integers(0, 12))
+def test_the_texts_of_tokens_join_to_the_text_even_inside_a_character(text: str, start: int) -> None:
+    words = byte_level.tokenizer()
+    core = words.backend_tokenizer
+    ids = [core.token_to_id(each) for each in alphabet(text)]  # a token a byte
+    ends = TokenEnds(lambda tokens: words.decode(list(tokens)))
+    ends.grow(ids[:start])
+    ends.grow(ids)
+    pieces = [between(text, ends.ends, place, whole=True) for place in range(len(ids))]
+    assert "".join(pieces) == text
+    assert [piece for piece in pieces if piece] == list(text)
+
+
+def alphabet(text: str) -> list[str]:
+    """The tokens of the bytes of a text, as a byte-level tokenizer writes them."""
+    names = sorted(pre_tokenizers.ByteLevel.alphabet(), key=ord)
+    plain = [byte for byte in range(256) if chr(byte) in names]
+    others = [byte for byte in range(256) if byte not in plain]
+    table = {byte: chr(byte) for byte in plain} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    return [table[byte] for byte in text.encode()]
 
 
 def test_a_stop_string_across_tokens_is_held_back_until_it_is_decided() -> None:

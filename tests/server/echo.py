@@ -103,7 +103,7 @@ class Ticket:
         self._events: list[Event] = []
         self._listeners: list[Callable[[Event], None]] = []
         self._lock = threading.Lock()
-        self.over = False
+        self.over = self.cut = False
         self.until = None if deadline is None else time.monotonic() + deadline
 
     def listen(self, listener: Callable[[Event], None]) -> None:

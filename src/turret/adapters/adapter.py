@@ -57,6 +57,7 @@ class Adapter:
         task: what answering needs: kind, labels, max_tokens, …
         generation: settings of `generate()`.
         lineage: recipe, data digest, seed, library versions, …
+        others: adapters that it is composed with on one row, for an engine; never stored.
     """
 
     method: Method
@@ -66,6 +67,7 @@ class Adapter:
     task: JsonObject = field(default_factory=dict)
     generation: JsonObject = field(default_factory=dict)
     lineage: JsonObject = field(default_factory=dict)
+    others: tuple[Adapter, ...] = ()
 
     @property
     def head_modules(self) -> list[str]:

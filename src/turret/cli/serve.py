@@ -81,6 +81,7 @@ def serve(
     public_url: Annotated[
         str | None, typer.Option("--public-url", metavar="URL", help="Where browsers reach this server.")
     ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse requests with unknown keys.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -104,6 +105,7 @@ def serve(
         limits=RequestLimits(connections_per_client=connections or None),
         per_adapter=Quota(requests, tokens),
         log_texts=log_texts,
+        strict=strict,
         proxies=networks(proxy or ()),
         oidc=_provider(oidc, oidc_client, public_url or f"http://{host}:{port}", oidc_claim, oidc_tenant_claim),
         origins=origins(cors_origin or ()),

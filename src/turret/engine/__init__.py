@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from turret.engine.embeddings import Embedding
+from turret.engine.options import Options
 from turret.engine.request import (
     Done,
     Event,
@@ -16,7 +17,6 @@ from turret.engine.request import (
     Limits,
     LoadedAdapter,
     Named,
-    Options,
     Piece,
     Receipt,
     Stats,

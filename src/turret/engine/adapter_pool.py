@@ -20,6 +20,7 @@ from turret.adapters import require_base
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts
 from turret.adapters.attached import Attachment, device_of, hook_model, routed_linear, routed_whole, target_paths
 from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
+from turret.adapters.composition import composed
 from turret.adapters.fused.frozen import linear
 from turret.adapters.lora import sizes
 from turret.adapters.scaled import ScaledLayer
@@ -80,8 +81,12 @@ class AdapterPool:
     def prepare(self, adapter: Adapter, digest: str, task: Task) -> AdapterTensors:
         """Check that the adapter fits this base and is used whole, and copy it into one buffer. Raises AdapterError."""
         require_base(adapter, self.fingerprint)
-        adapter = self._with_own_names(adapter)
-        parts = numbers_of(adapter.method).parts(self._model, adapter)
+        adapter, *others = map(self._with_own_names, (adapter, *adapter.others))
+        for other in others:
+            require_base(other, self.fingerprint)
+        if others and any(each.head for each in (adapter, *others)):
+            raise AdapterError("one of the composed adapters has a head: only adapters that generate can be composed")
+        parts = composed([numbers_of(each.method).parts(self._model, each) for each in (adapter, *others)])
         head = self._heads.checked(adapter, task.generates)
         factors, prefix, ends = self._by_layer(parts, head), tensor_layout(parts.prefix), tensor_layout(head)
         count = sum(part.numel() for pair in factors.values() for part in pair)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-from turret.engine.request import Answer, Kind, Limits, Options, Ticket
+from turret.engine.options import Options
+from turret.engine.request import Answer, Kind, Limits, Ticket
 from turret.errors import Busy, DataError
 
 

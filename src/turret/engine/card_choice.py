@@ -5,18 +5,26 @@ The formulas are those of `decode`, which is the reference: for the same setting
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from turret.engine.choice import Row, forced_tokens, hides_eos, would_repeat
+from turret.engine.choice import Row, added, forced_tokens, hides_eos, would_repeat
+from turret.engine.guide import Guide
 
 
-def choose_together(scores: Tensor, rows: Sequence[Row]) -> list[int | None]:
-    """The next token of each row; None if its scores are not finite. scores: (n, V) float32, changed in place."""
+def choose_together(scores: Tensor, rows: Sequence[Row], guides: Mapping[int, Guide] | None = None) -> list[int | None]:
+    """The next token of each row; None if its scores are not finite.
+
+    Args:
+        scores: (n, V) float32, changed in place.
+        guides: The constraints of rows, by number.
+    """
     finite = torch.isfinite(scores.sum(-1))
     _adjust(scores, rows)
+    for number, guide in (guides or {}).items():
+        guide.mask(scores[number])
     tokens = scores.argmax(-1)
     drawn = [place for place, row in enumerate(rows) if row.settings.heat > 0.0]
     if drawn:
@@ -30,6 +38,8 @@ def _adjust(scores: Tensor, rows: Sequence[Row]) -> None:
     V = scores.shape[1]
     seen: list[tuple[int, int]] = []  # (row, token)
     penalties: list[float] = []
+    raised: list[tuple[int, int]] = []
+    amounts: list[float] = []
     hidden: list[tuple[int, int]] = []
     forced: list[tuple[int, int]] = []
     for place, row in enumerate(rows):
@@ -41,19 +51,24 @@ def _adjust(scores: Tensor, rows: Sequence[Row]) -> None:
             own = sorted({token for token in counted if token < V})
             seen += [(place, token) for token in own]
             penalties += [settings.repetition_penalty] * len(own)
+        given = added(settings, counted, row.new)
+        raised += [(place, token) for token in given]
+        amounts += given.values()
         if settings.no_repeat_ngram_size:
             hidden += [(place, token) for token in would_repeat(counted, settings.no_repeat_ngram_size)]
         if hides_eos(settings, len(counted), row.new):
             hidden += [(place, token) for token in settings.eos]
         forced += [(place, token) for token in forced_tokens(settings, row.new)]
-    if not seen and not hidden and not forced:
+    if not seen and not raised and not hidden and not forced:
         return
-    places = torch.tensor([*seen, *hidden, *forced]).to(scores.device)  # one copy for all
-    own_places, hides, forces = torch.split(places, [len(seen), len(hidden), len(forced)])
+    places = torch.tensor([*seen, *raised, *hidden, *forced]).to(scores.device)  # one copy for all
+    own_places, raises, hides, forces = torch.split(places, [len(seen), len(raised), len(hidden), len(forced)])
     if seen:
         penalty, at = torch.tensor(penalties).to(scores.device), own_places.unbind(1)
         found = scores[at]
         scores[at] = torch.where(found < 0, found * penalty, found / penalty)
+    if raised:
+        scores[raises.unbind(1)] += torch.tensor(amounts).to(scores.device)
     if hidden:
         scores[hides.unbind(1)] = -torch.inf
     if forced:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -23,6 +24,21 @@ class Row(Protocol):
     def new(self) -> int:
         """The number of tokens of the answer so far."""
         ...
+
+
+def added(settings: GenerationSettings, counted: Sequence[int], new: int) -> dict[int, float]:
+    """What is added to the scores of tokens: biases, and penalties of tokens of the answer, as negative numbers.
+
+    Args:
+        counted: Tokens that penalties count; they end with the answer so far.
+        new: The number of tokens of the answer so far.
+    """
+    found = dict(settings.logit_bias)
+    if (settings.presence_penalty or settings.frequency_penalty) and new:
+        for token, count in Counter(counted[len(counted) - new :]).items():
+            lost = settings.presence_penalty + settings.frequency_penalty * count
+            found[token] = found.get(token, 0.0) - lost
+    return found
 
 
 def hides_eos(settings: GenerationSettings, counted: int, new: int) -> bool:

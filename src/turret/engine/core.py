@@ -22,6 +22,7 @@ from turret.engine.adapter_source import AdapterSource
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.calls import answers
 from turret.engine.counters import Counters
+from turret.engine.options import Options
 from turret.engine.passes import Passes
 from turret.engine.prompts import Prompts
 from turret.engine.request import (
@@ -32,7 +33,6 @@ from turret.engine.request import (
     Limits,
     LoadedAdapter,
     Named,
-    Options,
     Request,
     Stats,
     Ticket,

@@ -1,6 +1,7 @@
 """The next token of each row: greedy or sampled, with the logits processors of transformers, in their order.
 
-    repetition penalty, no repeated n-gram, minimum length, forced tokens, temperature, top_k, top_p
+    repetition penalty, logit bias, presence and frequency penalties, no repeated n-gram, minimum length, forced tokens,
+    constraint, temperature, top_k, top_p
 
 A sample takes one number from the request's own generator, so other rows of the batch do not affect it. Reported
 log probabilities are the model's own, before all of these.
@@ -9,7 +10,7 @@ log probabilities are the model's own, before all of these.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 from turret.engine.card_choice import choose_together
-from turret.engine.choice import Row, forced_tokens, hides_eos, would_repeat
-from turret.engine.request import MAX_TOKENS, GenerationSettings, Options
-from turret.errors import BaseModelError, DataError
+from turret.engine.choice import Row, added, forced_tokens, hides_eos, would_repeat
+from turret.engine.guide import Guide
+from turret.engine.options import Options
+from turret.engine.request import MAX_TOKENS, GenerationSettings
+from turret.errors import BaseModelError, ContextLengthExceeded, DataError
 from turret.tasks import TextTask
 from turret.transformer import Model, Tokenizer
 
@@ -79,16 +82,24 @@ def resolved(
     Raises:
         DataError: For options that do not fit.
     """
-    if room < 1:
-        raise DataError("the prompt leaves no room for an answer: shorten it, or raise the engine's max_tokens")
+    if room < 1 and options.max_tokens != 0:
+        raise ContextLengthExceeded(
+            "the prompt leaves no room for an answer: shorten it, or raise the engine's max_tokens"
+        )
     most, beams, eos = own.max_tokens, 1, own.eos
     if task is not None:
         most, beams = int(task.generation["max_new_tokens"]), int(task.generation["num_beams"])
         eos = (int(task.generation["eos_token_id"]),)
     if options.max_tokens is not None and options.max_tokens > room:
-        raise DataError(f"max_tokens = {options.max_tokens}: the prompt leaves room for {room}, ask for no more")
-    if options.samples:
+        raise ContextLengthExceeded(
+            f"max_tokens = {options.max_tokens}: the prompt leaves room for {room}, ask for no more"
+        )
+    if options.samples or options.constraint is not None or options.echo:
         beams = 1
+    if unknown := next((token for token, _ in options.logit_bias if not 0 <= token < vocabulary), None):
+        raise DataError(f"logit_bias of token {unknown}: expected a token from 0 to {vocabulary - 1}")
+    if options.constraint is not None:  # what would ban or force tokens against it
+        own = replace(own, no_repeat_ngram_size=0, min_length=0, min_new_tokens=0, forced_bos=None, forced_eos=())
     beams = options.num_beams or beams
     if options.logprobs is not None and beams > 1:
         raise DataError(f"logprobs need num_beams = 1, and this answer has {beams} beams: set num_beams = 1")
@@ -107,17 +118,29 @@ def resolved(
         num_beams=beams,
         logprobs=options.logprobs,
         repetition_penalty=own.repetition_penalty if penalty is None else penalty,
+        presence_penalty=options.presence_penalty or 0.0,
+        frequency_penalty=options.frequency_penalty or 0.0,
+        logit_bias=options.logit_bias,
+        strip=options.strip,
+        echo=options.echo,
     )
 
 
-def choose(scores: Tensor, rows: Sequence[Row]) -> list[int | None]:
-    """The next token of each row; None if its scores are not finite. scores: (n, V) float32, changed in place."""
+def choose(scores: Tensor, rows: Sequence[Row], guides: Mapping[int, Guide] | None = None) -> list[int | None]:
+    """The next token of each row; None if its scores are not finite.
+
+    Args:
+        scores: (n, V) float32, changed in place.
+        guides: The constraints of rows, by number.
+    """
     if scores.is_cuda:
-        return choose_together(scores, rows)
+        return choose_together(scores, rows, guides)
     finite = torch.isfinite(scores.sum(-1)).tolist()
     for number, row in enumerate(rows):
         if not row.settings.plain and finite[number]:
             adjust(scores[number], row.counted(), row.new, row.settings)
+    for number, guide in (guides or {}).items():
+        guide.mask(scores[number])
     greedy = scores.argmax(-1).tolist()
     return [
         None if not fine else token if row.settings.heat == 0.0 else draw(scores[number], row.settings, row.random)
@@ -154,6 +177,8 @@ def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: Generatio
         seen = torch.tensor(sorted({token for token in counted if token < len(scores)}), device=scores.device)
         own = scores[seen]
         scores[seen] = torch.where(own < 0, own * settings.repetition_penalty, own / settings.repetition_penalty)
+    if given := added(settings, counted, new):
+        scores[list(given)] += torch.tensor(list(given.values()), device=scores.device)
     if settings.no_repeat_ngram_size:
         banned = would_repeat(counted, settings.no_repeat_ngram_size)
         scores[torch.tensor(banned, dtype=torch.long, device=scores.device)] = -torch.inf
@@ -177,7 +202,8 @@ def draw(scores: Tensor, settings: GenerationSettings, generator: random.Random)
         ids = places if ids is None else ids[places]
     summed = probabilities.cumsum(0)
     place = int(torch.searchsorted(summed, generator.random() * summed[-1].item(), right=True))
-    place = min(place, len(summed) - 1)
+    if place == len(summed):  # the sum was rounded: the last token that has a probability
+        place = int((summed < summed[-1]).sum())
     return place if ids is None else int(ids[place])
 
 

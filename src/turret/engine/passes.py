@@ -14,6 +14,7 @@ import torch
 
 from turret.engine.decode import choose
 from turret.engine.embeddings import Embedding
+from turret.engine.guide import Guide
 from turret.engine.prompts import Prompts
 from turret.engine.request import Done, Failed, Request, log
 from turret.engine.runner import Prefill, Runner
@@ -88,6 +89,8 @@ class Passes:
         classify = [request for request in begin if not (request.generates or request.embeds)]
         for request, logits in zip(classify, outcome.classes, strict=True):
             self._classified(request, logits)
+        for row, sequence in enumerate(started):
+            sequence.read(outcome.prompts.get(row, ()))
         self._take_tokens([*started, *running], outcome.vocabulary)
 
     def _prefill(self, request: Request, started: list[RunningSequence]) -> Prefill:
@@ -99,14 +102,16 @@ class Passes:
         kv_slot, slot = self._runner.kv_slot(*self._row(request)), _slot(request)
         before = self._prompts.before(request)
         assert request.settings is not None
-        started.append(RunningSequence(request, request.settings, slot, kv_slot, before))
+        matcher, eos = request.matcher, request.settings.eos
+        guide = None if matcher is None else Guide(matcher, self._prompts.constraints.eos, eos)
+        started.append(RunningSequence(request, request.settings, slot, kv_slot, before, guide))
         return started[-1].first()
 
     def _row(self, request: Request) -> tuple[int, int, int]:
         """(tokens of the prompt, most tokens of the answer, slot), as `Runner.kv_slot` takes them."""
         assert request.ids is not None
         assert request.settings is not None
-        return len(request.ids), request.settings.max_tokens, _slot(request)
+        return len(request.ids), max(1, request.settings.max_tokens), _slot(request)
 
     def _classified(self, request: Request, logits: torch.Tensor) -> None:
         try:
@@ -154,14 +159,16 @@ class Passes:
                 for row, (_, sequence) in enumerate(single)
                 if sequence.settings.logprobs is not None
             }  # `choose` changes the scores
-            tokens = choose(own, [sequence for _, sequence in single])
+            guides = {row: each.guide for row, (_, each) in enumerate(single) if each.guide is not None}
+            tokens = choose(own, [sequence for _, sequence in single], guides)
             for (_, sequence), token in zip(single, tokens, strict=True):
                 self._safely(sequence, functools.partial(self._take, sequence, token, logprobs.get(sequence)))
 
     def _take(self, sequence: RunningSequence, token: int | None, logprobs: torch.Tensor | None) -> None:
         if token is None:
             raise self._not_finite(sequence.request)
-        sequence.take(token, self._prompts.decode, logprobs)
+        if sequence.reason is None:  # else only its prompt was to be read
+            sequence.take(token, self._prompts.decode, self._prompts.token_texts, logprobs)
 
     def _search(self, sequence: RunningSequence, scores: torch.Tensor) -> None:
         if not bool(torch.isfinite(scores.sum(-1)).all()):

@@ -12,15 +12,18 @@ from turret.data import Input, Prompt
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.cache import capacity
 from turret.engine.decode import base_settings, resolved
-from turret.engine.request import Kind, Limits, Named, Options, Receipt, Request, Ticket
+from turret.engine.guide import Constraints
+from turret.engine.options import Options
+from turret.engine.request import MAX_TOKENS, Kind, Limits, Named, Receipt, Request, Ticket
 from turret.engine.runner import Runner
-from turret.errors import AdapterError, DataError, NoRoom
+from turret.engine.text import CONTEXT_TOKENS
+from turret.errors import AdapterError, ContextLengthExceeded, DataError, NoRoom
 from turret.tasks import has_head, writes
 from turret.tasks.calibration import require
 from turret.tasks.chat_template import base_prompt
+from turret.tasks.task import Encoded
 from turret.tasks.tokens import Tokens
 
-CONTEXT_TOKENS = 4  # earlier tokens that decide how a token is written
 CHARACTERS_PER_TOKEN = 3  # an estimate, used until the adapter is loaded and its template encodes the text
 
 
@@ -31,6 +34,7 @@ class Prompts:
         self._base, self._runner, self._limits = base, runner, limits
         self._settings = base_settings(base.model, base.tokenizer)
         self._vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
+        self.constraints = Constraints(base.tokenizer, self._vocabulary, self._settings.eos)
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self.can_generate = base.model.get_output_embeddings() is not None and base.family.generates
@@ -64,6 +68,9 @@ class Prompts:
             raise AdapterError("the bare base has no head to classify with: name an adapter")
         written = text if isinstance(text, (str, Prompt)) else None
         ids = None if isinstance(text, (str, Prompt)) else self.check_ids(text)
+        if kind == "generate" and options.truncate_prompt_tokens is None and ids is not None:
+            self._check_length(len(ids), self._limits.max_tokens)
+        matcher = None if options.constraint is None else self.constraints.compiled(options.constraint)
         receipt = Receipt(
             id=f"{next(self._numbers):x}",
             name=named.name if named else None,
@@ -82,6 +89,7 @@ class Prompts:
             priority=priority,
             deadline=deadline,
             ids=ids,
+            matcher=matcher,
         )
         return request
 
@@ -103,8 +111,6 @@ class Prompts:
         checked = [int(token) for token in ids]
         if not checked or not all(0 <= token < self._vocabulary for token in checked):
             raise DataError(f"a prompt of token ids needs one or more integers from 0 to {self._vocabulary - 1}")
-        if len(checked) > self._limits.max_tokens:
-            raise self._too_long(len(checked))
         return checked
 
     def prepare(self, request: Request, loaded: AdapterTensors | None) -> None:
@@ -120,11 +126,13 @@ class Prompts:
         if request.ids is None:
             assert request.text is not None
             with self._lock:
-                request.ids = self._encoded(request.text, None if request.embeds else loaded)
-        length, shift = len(request.ids), 0 if loaded is None else loaded.prefix_length
+                own = None if request.embeds else loaded
+                request.ids, request.ticket.cut = self._encoded(request.text, own, request.options)
+        shift = 0 if loaded is None else loaded.prefix_length
         most = self._most(shift)
-        if length > most:
-            raise self._too_long(length, most)
+        self._truncate(request, most)
+        length = len(request.ids)
+        self._check_length(length, most)
         request.tokens = length
         if not request.generates:
             return
@@ -139,7 +147,9 @@ class Prompts:
             room=min(room, self._limits.max_tokens - length),
             vocabulary=self._vocabulary,
         )
-        needs = self._runner.needs(length, request.settings.max_tokens, shift)
+        if self.is_encoder_decoder and request.options.echo:
+            raise DataError("echo needs a decoder, which continues its prompt: leave it out")
+        needs = self._runner.needs(length, max(1, request.settings.max_tokens), shift)
         request.rows = request.settings.num_beams
         request.cache_tokens = request.rows * sum(map(capacity, needs.values()))
         if request.rows > self._limits.running:
@@ -171,23 +181,49 @@ class Prompts:
                 for whole, token in zip(wholes, tokens, strict=True)
             ]
 
-    def _encoded(self, text: Input, loaded: AdapterTensors | None) -> list[int]:
-        if isinstance(text, Prompt):
-            return self._conversation(text, loaded)
+    def _encoded(self, text: Input, loaded: AdapterTensors | None, options: Options) -> tuple[Sequence[int], bool]:
+        """(ids, whether the adapter's task cut the text). Raises ContextLengthExceeded if that is not wanted."""
         if loaded is not None:
-            return [int(token) for token in loaded.task.encode_sources([text])[0].ids.tolist()]
+            encoded = self._by_task(text, loaded)
+            if encoded.cut and not options.cut:
+                raise ContextLengthExceeded(
+                    f"the prompt has more tokens than the {len(encoded.ids)} that this adapter reads: shorten it, or "
+                    "send truncate_prompt_tokens to have it cut"
+                )
+            return [int(token) for token in encoded.ids.tolist()], encoded.cut
+        if isinstance(text, Prompt):
+            return base_prompt(self._base.tokenizer, text), False
         tokens = self._tokens
-        ids = [*tokens.before, *tokens.plain([text], most=self._limits.max_tokens)[0], *tokens.after]
+        limit = None if options.truncate_prompt_tokens is not None else self._limits.max_tokens
+        ids = [*tokens.before, *tokens.plain([text], most=limit)[0], *tokens.after]
         if not ids:
             raise DataError("the text has no tokens: give at least one character")
-        return ids
+        return ids, False
 
-    def _conversation(self, prompt: Prompt, loaded: AdapterTensors | None) -> list[int]:
-        if loaded is None:
-            return base_prompt(self._base.tokenizer, prompt)
+    def _by_task(self, text: Input, loaded: AdapterTensors) -> Encoded:
+        if not isinstance(text, Prompt):
+            return loaded.task.encode_sources([text])[0]
         if not writes(loaded.task):
             raise DataError("a conversation is asked of an adapter that generates: give this one a text")
-        return [int(token) for token in loaded.task.encode_chats([prompt])[0].ids.tolist()]
+        return loaded.task.encode_chats([text])[0]
+
+    def _truncate(self, request: Request, most: int) -> None:
+        """Keep the last tokens of a prompt, as many as the request allows. An adapter has cut a text itself."""
+        wanted, ids = request.options.truncate_prompt_tokens, request.ids
+        assert ids is not None
+        if wanted is None or not request.generates:
+            return
+        answer = MAX_TOKENS if request.options.max_tokens is None else request.options.max_tokens
+        keep = most if self.is_encoder_decoder else max(1, most - max(1, answer))
+        keep = keep if wanted == -1 else wanted
+        if len(ids) <= keep:
+            return
+        if request.named is not None and request.text is not None:
+            raise ContextLengthExceeded(
+                f"truncate_prompt_tokens = {wanted}: the prompt in the adapter's template has {len(ids)} tokens; allow "
+                "as many, or shorten the prompt"
+            )
+        request.ids, request.ticket.cut = ids[len(ids) - keep :], True
 
     def _check_kind(self, request: Request, loaded: AdapterTensors | None) -> None:
         if request.generates and not self.can_generate:
@@ -216,9 +252,11 @@ class Prompts:
             return most
         return min(most, end - shift if family.generates else end)
 
-    def _too_long(self, length: int, most: int | None = None) -> DataError:
-        most = self._limits.max_tokens if most is None else most
-        return DataError(f"the text has {length} tokens or more and this engine takes at most {most} here: shorten it")
+    def _check_length(self, length: int, most: int) -> None:
+        if length > most:
+            raise ContextLengthExceeded(
+                f"the text has {length} tokens or more and this engine takes at most {most} here: shorten it"
+            )
 
 
 def _check_coverage(request: Request, coverage: float, loaded: AdapterTensors | None) -> None:

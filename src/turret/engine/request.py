@@ -1,9 +1,8 @@
-"""Requests, options, limits, events and tickets of the engine. Loads no torch."""
+"""Requests, limits, events and tickets of the engine. Loads no torch."""
 
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,24 +10,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from turret.data import Input
-from turret.engine.embeddings import Embedding
 from turret.engine.histogram import Seconds
+from turret.engine.options import Options
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError
 from turret.json_types import JsonObject
-from turret.tasks.calibration import check_coverage
 from turret.tasks.task import RequestKind
 
 if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
     from turret.engine.slots import Entry
 
 Kind = RequestKind
 Answer = JsonObject
 
 MAX_TOKENS = 128  # default length of an answer, if neither the request nor the adapter sets one
-STOPS = 16  # most stop strings of one request
-STOP_CHARACTERS = 256  # most characters of one stop string
-BEAMS = 16  # most beams of one request
-TOP = 20  # most alternatives reported with a token
 
 log = logging.getLogger("turret.engine")
 
@@ -54,12 +50,20 @@ class GenerationSettings:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     logprobs: int | None = None  # alternatives to report with each token; None: report nothing
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its score)
+    strip: bool = True  # white space around the answer
+    echo: bool = False  # the text and the logprobs begin with the prompt's
 
     @property
     def plain(self) -> bool:
         """Whether `adjust` changes nothing."""
         return (
             self.repetition_penalty == 1.0
+            and not self.presence_penalty
+            and not self.frequency_penalty
+            and not self.logit_bias
             and not self.no_repeat_ngram_size
             and not self.min_length
             and not self.min_new_tokens
@@ -115,72 +119,6 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a text is answered. None takes the adapter's own setting, else the base's, else greedy and `MAX_TOKENS`.
-
-    `coverage` is for a text that is classified: the answer gets a `label_set` with this coverage. All else is for a
-    text that is generated. A temperature above 0 samples. top_p or top_k without a temperature sample at temperature 1.
-    logprobs is the number of most probable tokens to report with each token of the answer; 0 reports only the token's
-    own probability.
-    """
-
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    num_beams: int | None = None
-    logprobs: int | None = None
-    coverage: float | None = None  # of a text that is classified
-    embedding: Embedding | None = None  # of a text that is embedded
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", _texts(self.stop))  # as frozen dataclasses set a field
-        _between("max_tokens", self.max_tokens, 1, 1 << 31, whole=True)
-        _between("temperature", self.temperature, 0.0, 100.0)
-        _between("top_p", self.top_p, 0.0, 1.0, above=True)
-        _between("top_k", self.top_k, 1, 1 << 31, whole=True)
-        _between("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
-        _between("seed", self.seed, -(1 << 63), 1 << 64, whole=True)
-        _between("num_beams", self.num_beams, 1, BEAMS, whole=True)
-        _between("logprobs", self.logprobs, 0, TOP, whole=True)
-        if self.coverage is not None:
-            check_coverage(self.coverage)
-        if len(self.stop) > STOPS or not all(isinstance(s, str) and 0 < len(s) <= STOP_CHARACTERS for s in self.stop):
-            raise DataError(f"stop: expected at most {STOPS} texts of 1 to {STOP_CHARACTERS} characters each")
-        if self.samples and (self.num_beams or 1) > 1:
-            raise DataError("num_beams searches and temperature samples: give one of them")
-
-    @property
-    def samples(self) -> bool:
-        return self.heat > 0.0
-
-    @property
-    def heat(self) -> float:
-        """The temperature that applies; 0 is greedy."""
-        if self.temperature is not None:
-            return self.temperature
-        return 1.0 if self.top_k is not None or (self.top_p is not None and self.top_p < 1.0) else 0.0
-
-
-def _texts(stop: str | Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
-
-
-def _between(
-    name: str, value: float | None, low: float, high: float, *, whole: bool = False, above: bool = False
-) -> None:
-    if value is None:
-        return
-    number = isinstance(value, int) if whole else isinstance(value, int | float) and math.isfinite(value)
-    if isinstance(value, bool) or not number or not (low < value if above else low <= value) or value > high:
-        kind = "a whole number" if whole else "a number"
-        raise DataError(f"{name} = {value!r}: expected {kind} {'above' if above else 'from'} {low:g} to {high:g}")
-
-
-@dataclass(frozen=True)
 class Receipt:
     """The version that answers, fixed at submission. The bare base has no name, number 0 and no digest."""
 
@@ -193,9 +131,10 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next part of a text. It is final."""
+    """The next part of a text. It is final. With logprobs requested, also those of the tokens that end in it."""
 
     text: str
+    logprobs: tuple[JsonObject, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -225,10 +164,10 @@ class Ticket:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._end: Done | Failed | None = None
-        self._pieces: list[str] = []
+        self._pieces: list[Piece] = []
         self._listeners: list[Listener] = []
         self.streamed = False  # a listener wants pieces
-        self.sent = 0  # characters of the answer so far
+        self.cut = False  # the prompt was too long, and lost a part
 
     @property
     def done(self) -> bool:
@@ -262,7 +201,7 @@ class Ticket:
         with self._lock:
             self.streamed = True
             if self._pieces:
-                self._call(listener, Piece("".join(self._pieces)))
+                self._call(listener, self.whole)
             if self._end is None:
                 self._listeners.append(listener)
             else:
@@ -300,13 +239,18 @@ class Ticket:
 
     # --- the engine's side --------------------------------------------------------------------------------------------
 
-    def send(self, text: str) -> None:
-        """Give the listeners the next part of the text."""
+    @property
+    def whole(self) -> Piece:
+        """All that was sent."""
+        text = "".join(piece.text for piece in self._pieces)
+        return Piece(text, tuple(each for piece in self._pieces for each in piece.logprobs))
+
+    def send(self, text: str, logprobs: Sequence[JsonObject] = ()) -> None:
+        """Give the listeners the next part of the text, and the logprobs of the tokens that end in it."""
         with self._lock:
-            if text and self._end is None:
-                self._pieces.append(text)
-                self.sent += len(text)
-                self._notify(Piece(text))
+            if (text or logprobs) and self._end is None:
+                self._pieces.append(Piece(text, tuple(logprobs)))
+                self._notify(self._pieces[-1])
 
     def end(self, end: Done | Failed) -> bool:
         """End the ticket; a second call does nothing. Returns whether this was the first."""
@@ -354,6 +298,7 @@ class Request:
     settings: GenerationSettings | None = None  # complete; set when its adapter is loaded
     entry: Entry | None = None  # the slot that it holds
     ready: bool = False  # encoded
+    matcher: LLMatcher | None = None  # of its constraint
     counted: int = 0  # its share of the engine's `waiting_tokens`
     error: TurretError | None = None  # why it cannot be answered
 

@@ -24,11 +24,13 @@ from turret.bases import Base
 from turret.card_kernels import copied
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
+from turret.engine.decode import TokenLogprobs, token_logprobs
 from turret.engine.recorded_steps import RecordedSteps
 from turret.families import Pooling
 from turret.transformer import Model
 
 SHORT_PASS, LONG_PASS = 512, 1024  # tokens
+PROMPT_ROWS = 128  # tokens of a prompt whose scores are in memory at a time
 SMALL = 5000  # layers times width of an encoder that gets long passes
 
 
@@ -40,6 +42,7 @@ class Prefill:
     slot: int = BARE
     kv_slot: KVSlot | None = None  # for a row that generates; None for a text to classify or to embed
     pooling: Pooling | None = None  # for a text to embed
+    logprobs: int | None = None  # alternatives to report with each token of the prompt; None: report nothing
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Outcome:
     classes: list[Tensor]  # (C,) float32 on the CPU for each text to classify
     embeddings: list[Tensor]  # (D,) float32 on the CPU for each text to embed
     vocabulary: Tensor  # (prefill rows with a KV slot + decode rows, V) float32
+    prompts: dict[int, list[TokenLogprobs]]  # by place among the prefill rows with a KV slot: tokens after the first
 
 
 class _States(NamedTuple):
@@ -289,11 +293,18 @@ class Runner:
         if tokens:
             read = hidden[torch.tensor(tokens, device=hidden.device)]
             vocabulary = vocabulary_logits(self.model, read, slots).float()
+        starts = dict(zip(order, [0, *ends], strict=False))
+        prompts = {
+            place: self._prompt_logprobs(prefill[row], hidden[starts[row] : last[row]], count)
+            for place, row in enumerate(sorted(last))
+            if (count := prefill[row].logprobs) is not None
+        }
         numbers = range(len(prefill))
         return Outcome(
             [classes[row] for row in numbers if row in classes],
             [vectors[row] for row in numbers if row in vectors],
             vocabulary,
+            prompts,
         )
 
     def _embedded(self, rows: Sequence[Prefill], states: _States) -> dict[int, Tensor]:
@@ -303,6 +314,16 @@ class Runner:
             places = [place for place, row in enumerate(rows) if row.pooling == pooling]
             pooled = pool(pooling, states.read.float(), states.read_lengths)[places].cpu()  # (B, D)
             found |= dict(zip(places, pooled, strict=True))
+        return found
+
+    def _prompt_logprobs(self, row: Prefill, hidden: Tensor, count: int) -> list[TokenLogprobs]:
+        """The logprobs of a prompt's tokens after the first. hidden: (T - 1, D), before each of them."""
+        found: list[TokenLogprobs] = []
+        for start in range(0, len(hidden), PROMPT_ROWS):
+            part = hidden[start : start + PROMPT_ROWS]
+            logprobs = vocabulary_logits(self.model, part, [row.slot] * len(part)).float().log_softmax(-1)
+            tokens = row.ids[start + 1 : start + 1 + len(part)]
+            found += [token_logprobs(each, token, count) for each, token in zip(logprobs, tokens, strict=True)]
         return found
 
 

@@ -7,23 +7,26 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from turret.engine.answer_text import AnswerText, Decode, TokenTexts, echoed
 from turret.engine.beams import Beams
 from turret.engine.cache import KeyValueCache, KVSlot
 from turret.engine.decode import TokenLogprobs, token_logprobs
+from turret.engine.guide import Guide
 from turret.engine.request import Answer, GenerationSettings, Request
 from turret.engine.runner import DecodeStep, Prefill
-from turret.engine.text import IncrementalText
-from turret.json_types import JsonObject
-
-Decode = Callable[[Sequence[int]], str]
-TokenTexts = Callable[[Sequence[int], Sequence[int]], list[str]]  # `Prompts.token_texts`
 
 
 class RunningSequence:
     """One row that takes a token per pass, or one row per beam."""
 
     def __init__(
-        self, request: Request, settings: GenerationSettings, slot: int, kv_slot: KVSlot, before: Sequence[int]
+        self,
+        request: Request,
+        settings: GenerationSettings,
+        slot: int,
+        kv_slot: KVSlot,
+        before: Sequence[int],
+        guide: Guide | None = None,
     ) -> None:
         assert request.ids is not None
         self.request, self.settings, self.slot = request, settings, slot
@@ -32,16 +35,20 @@ class RunningSequence:
         self.tokens: list[int] = []
         self.beams = Beams(settings, before) if settings.num_beams > 1 else None
         self.reason: str | None = None  # `finish_reason`, at the end
+        self.guide = guide
         self._before = list(before)
-        self._text: IncrementalText | None = None
+        self._text: AnswerText | None = None
         self._logprobs: list[TokenLogprobs] = []  # of each token, if requested
+        self._prompt: list[TokenLogprobs] = []  # of each token of the prompt but the first, if they are requested
+        self._echoed = not settings.echo
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     def first(self) -> Prefill:
         """The row of its first pass."""
         assert self.request.ids is not None
-        return Prefill(self.request.ids, self.slot, self.kv_slots[0])
+        wanted = self.settings.logprobs if self.settings.echo else None
+        return Prefill(self.request.ids, self.slot, self.kv_slots[0], logprobs=wanted)
 
     def steps(self) -> list[DecodeStep]:
         """Its rows of the next pass, one per KV slot."""
@@ -63,7 +70,13 @@ class RunningSequence:
 
     # --- a pass later -------------------------------------------------------------------------------------------------
 
-    def take(self, token: int, decode: Decode, logprobs: Tensor | None = None) -> None:
+    def read(self, prompt: Sequence[TokenLogprobs] = ()) -> None:
+        """The prompt has passed. Sets `reason` if no token is to follow. prompt: its logprobs, if requested."""
+        self._prompt = list(prompt)
+        if self.settings.max_tokens == 0:
+            self.reason = "length"
+
+    def take(self, token: int, decode: Decode, token_texts: TokenTexts, logprobs: Tensor | None = None) -> None:
         """Add a token. Sets `reason` if it is the last one. logprobs: (V,), if they are requested."""
         if token in self.settings.eos:
             self.reason = "stop"
@@ -71,10 +84,14 @@ class RunningSequence:
             self.tokens.append(token)
             if logprobs is not None:
                 self._logprobs.append(token_logprobs(logprobs, token, self.settings.logprobs or 0))
-            if len(self.tokens) >= self.settings.max_tokens:
+            if self.guide is not None:
+                self.guide.take(token)
+            if self.guide is not None and self.guide.ended:
+                self.reason = "stop"
+            elif len(self.tokens) >= self.settings.max_tokens:
                 self.reason = "length"
         if self.settings.stop or self.request.ticket.streamed:
-            self._send(self._grow(decode))
+            self._send(self._grow(decode), decode, token_texts)
 
     def search(self, logits: Tensor, open_slot: Callable[[], KVSlot]) -> None:
         """Take one step of beam search. logits: (rows, V)"""
@@ -88,45 +105,38 @@ class RunningSequence:
         self.reason = "stop" if best and best[-1] in self.settings.eos else "length"
         self.tokens = best[:-1] if self.reason == "stop" else best
 
-    def _grow(self, decode: Decode) -> IncrementalText:
+    def _grow(self, decode: Decode) -> AnswerText:
         """Decode all tokens. Sets `reason` if the text holds a stop string."""
         if self._text is None:
-            self._text = IncrementalText(decode, self.settings.stop)
+            self._text = AnswerText(decode, self.settings, self._before)
         self._text.grow(self.tokens)
         if self._text.stopped:
             self.reason = "stop"
         return self._text
 
-    def _send(self, text: IncrementalText) -> None:
+    def _send(self, text: AnswerText, decode: Decode, token_texts: TokenTexts) -> None:
         """Send the part of the final text that was not sent yet. The ticket keeps it for later listeners."""
         ticket = self.request.ticket
-        ticket.send(text.text[ticket.sent :])
+        if not self._echoed:
+            self._echoed = True
+            ticket.send(*echoed(self.request.ids or (), self._prompt, self.settings, decode, token_texts))
+        ticket.send(*text.news(self.tokens, self._logprobs, token_texts))
 
     def answer(self, decode: Decode, token_texts: TokenTexts) -> Answer:
         """The answer of the request. Sends the rest of its text."""
         text = self._text or self._grow(decode)
         text.end()
-        self._send(text)
+        self._send(text, decode, token_texts)
+        whole = self.request.ticket.whole
         answer: Answer = {
-            "text": text.text,
+            "text": whole.text,
             "finish_reason": self.reason,
             "tokens": len(self.tokens),
             "prompt_tokens": len(self.request.ids or ()),
         }
         if self.settings.logprobs is not None:
-            answer["logprobs"] = [
-                self._logprobs_json(place, each, token_texts) for place, each in enumerate(self._logprobs)
-            ]
+            answer["logprobs"] = list(whole.logprobs)
         return answer
-
-    def _logprobs_json(self, place: int, each: TokenLogprobs, token_texts: TokenTexts) -> JsonObject:
-        tokens, logprobs = zip((each.token, each.logprob), *each.top, strict=True)
-        texts = token_texts(self.tokens[:place], tokens)
-        own, *top = [
-            {"token": text, "id": token, "logprob": logprob}
-            for text, token, logprob in zip(texts, tokens, logprobs, strict=True)
-        ]
-        return {**own, "top": top}
 
     def close(self, cache: KeyValueCache) -> None:
         """Free its KV slots."""

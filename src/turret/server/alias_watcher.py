@@ -76,7 +76,12 @@ class AliasWatcher:
         return None if found is None else found.number
 
     def exact(self, reference: str) -> str:
-        """`sentiment@production` -> `sentiment@3`, if this server follows that alias; else the reference unchanged."""
+        """`sentiment@production` -> `sentiment@3`, if this server follows that alias; else the reference unchanged.
+
+        Each part of a composition is taken on its own.
+        """
+        if "+" in reference:
+            return "+".join(map(self.exact, reference.split("+")))
         try:
             parsed = Reference.parse(reference)
         except BadReference:
@@ -86,7 +91,10 @@ class AliasWatcher:
 
     def with_alias(self, reference: str) -> str:
         """`sentiment` -> `sentiment@production`, if this server follows that alias; else the reference unchanged."""
-        return f"{reference}@{self.alias}" if (reference, self.alias) in self._in_force else reference
+        parts = [
+            f"{each}@{self.alias}" if (each, self.alias) in self._in_force else each for each in reference.split("+")
+        ]
+        return "+".join(parts)
 
     def poll(self, seconds: float = 0.5, newest: int | None = None) -> None:
         """Follow the store once, and then load versions in advance for about that many seconds.

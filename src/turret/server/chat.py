@@ -6,53 +6,74 @@ with. Messages to the base go through its chat template; a base without one take
 
 from __future__ import annotations
 
+import secrets
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from turret.data import Prompt
 from turret.data.cells import Replacements
 from turret.data.conversations import prompt_of, turns_of
+from turret.engine import Piece
+from turret.engine.constraint import Constraint
 from turret.errors import BadRequest
-from turret.json_types import JsonMapping
-from turret.server import schemas
+from turret.json_types import JsonMapping, JsonObject
+from turret.server import chat_schemas
 from turret.server.completions import EVENTS
-from turret.server.engine_protocol import Answer, Input
-from turret.server.generation import Chunk, generation_options, repeated, stream
-from turret.server.limits import MOST_TEXT
+from turret.server.engine_protocol import Input
+from turret.server.generation import Chunk, constraint_of, generation_options, repeated, stream, unknown_keys
+from turret.server.limits import MOST_TEXT, MOST_TOOLS
 from turret.server.routes import State, Unit, router, usage
 from turret.server.state import ServerState
+from turret.tasks.tool_calls import may_begin, read_calls
+
+CALL_ID = 9  # characters: what templates that check the ids of calls ask for
 
 questions = router("infer")
 
 
-@questions.post("/v1/chat/completions", response_model=schemas.ChatCompletion, responses=EVENTS)
+@questions.post("/v1/chat/completions", response_model=chat_schemas.ChatCompletion, responses=EVENTS)
 async def chat(
-    body: schemas.ChatRequest, state: State, unit: Unit, request: Request, response: Response
-) -> schemas.ChatCompletion | StreamingResponse:
+    body: chat_schemas.ChatRequest, state: State, unit: Unit, request: Request, response: Response
+) -> chat_schemas.ChatCompletion | StreamingResponse:
     """Continue a conversation with the assistant's next message."""
-    prompts = repeated(body, [await state.parsing(prompt, state, body)])
-    options = generation_options(state, body, body.max_completion_tokens or body.max_tokens, len(prompts))
+    ignored = unknown_keys(state, body)
+    called = body.tools and body.tool_choice != "none"
+    tools = await state.parsing(ToolCalls, state, body) if called else None
+    times = body.n or 1
+    prompts = repeated([await state.parsing(prompt, state, body)], times)
+    own = None if tools is None else tools.constraint
+    if own is not None and constraint_of(body) is not None:
+        raise BadRequest("two constraints: a required call of a tool has its own, leave response_format out")
+    options = generation_options(state, body, body.max_completion_tokens or body.max_tokens, times, constraint=own)
     if body.stream:
-        return await stream(state, request, body, prompts, options, unit, ChatChunks())
+        return await stream(state, request, body, prompts, options, unit, ChatChunks(bool(body.logprobs), tools))
     async with state.ask(request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
         answers = await pending.all()
-    response.headers.update(pending.headers)
-    choices = [
-        schemas.ChatChoice(
-            index=index,
-            message=schemas.ChatMessage(role="assistant", content=answer["text"]),
-            logprobs=logprobs(answer),
-            finish_reason=answer["finish_reason"],
-        )
-        for index, answer in enumerate(answers)
-    ]
+    response.headers.update(pending.headers | ignored)
+    choices = []
+    for index, answer in enumerate(answers):
+        message, reason = said(answer["text"], answer["finish_reason"], tools)
+        found = token_logprobs(answer["logprobs"]) if body.logprobs else None
+        choices.append(chat_schemas.ChatChoice(index=index, message=message, logprobs=found, finish_reason=reason))
     model = pending.model or state.base_id
-    return schemas.ChatCompletion(
+    return chat_schemas.ChatCompletion(
         id=f"chatcmpl-{pending.id}", created=state.now(), model=model, choices=choices, usage=usage(answers)
     )
 
 
-def prompt(state: ServerState, body: schemas.ChatRequest) -> Input:
+def said(text: str, finish_reason: str | None, tools: ToolCalls | None) -> tuple[chat_schemas.ChatMessage, str | None]:
+    """The assistant's message, and why it ended: with calls of tools apart from the text."""
+    content, calls = (text, []) if tools is None else tools.read(text)
+    if not calls:
+        return chat_schemas.ChatMessage(role="assistant", content=text), finish_reason
+    reason = "tool_calls" if finish_reason == "stop" else finish_reason
+    return chat_schemas.ChatMessage(role="assistant", content=content.strip() or None, tool_calls=calls), reason
+
+
+def prompt(state: ServerState, body: chat_schemas.ChatRequest) -> Input:
     """The messages as one prompt: for the template of the adapter's task, or the tokens of the base's chat template."""
     asked = conversation(body)
     if asked.characters > MOST_TEXT:
@@ -78,44 +99,133 @@ def prompt(state: ServerState, body: schemas.ChatRequest) -> Input:
     raise BadRequest("this base has no chat template: expected one user message")
 
 
-def conversation(body: schemas.ChatRequest) -> Prompt:
+def conversation(body: chat_schemas.ChatRequest) -> Prompt:
     """The messages and tools of a request as training reads them. Raises DataError."""
-    turns = turns_of([message.model_dump(exclude_none=True) for message in body.messages], Replacements())
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    return prompt_of(turns or (), tools or None, None)
+    turns = turns_of([message.known() for message in body.messages], Replacements())
+    tools = [tool.known() for tool in body.tools or ()] if body.tool_choice != "none" else []
+    asked = prompt_of(turns or (), tools or None, None)
+    if (size := len(asked.tools.encode())) > MOST_TOOLS:
+        raise BadRequest(f"tools: they have {size} bytes, expected at most {MOST_TOOLS}: leave some out")
+    return asked
 
 
-def logprobs(answer: Answer) -> schemas.ChatLogprobs | None:
-    """The answer's logprobs in the format of chats."""
-    steps = answer.get("logprobs")
-    if steps is None:
-        return None
-    return schemas.ChatLogprobs(
+def token_logprobs(steps: Sequence[JsonMapping]) -> chat_schemas.ChatLogprobs:
+    """Logprobs in the format of chats."""
+    return chat_schemas.ChatLogprobs(
         content=[
-            schemas.TokenLogprob(**_top(step).model_dump(), top_logprobs=[_top(other) for other in step["top"]])
+            chat_schemas.TokenLogprob(**_top(step).model_dump(), top_logprobs=[_top(other) for other in step["top"]])
             for step in steps
         ]
     )
 
 
-def _top(token: JsonMapping) -> schemas.TopLogprob:
-    return schemas.TopLogprob(token=token["token"], logprob=token["logprob"], bytes=list(token["token"].encode()))
+def _top(token: JsonMapping) -> chat_schemas.TopLogprob:
+    text = token["token"]
+    return chat_schemas.TopLogprob(token=text, logprob=token["logprob"], bytes=list(text.encode()))
+
+
+class ToolCalls:
+    """The calls of one request's tools.
+
+    Raises:
+        BadRequest: `tool_choice` names none of the tools.
+    """
+
+    def __init__(self, state: ServerState, body: chat_schemas.ChatRequest) -> None:
+        self._tools = {tool.function.name: tool.function for tool in body.tools or ()}
+        self._template = state.chat_template
+        self._form = self._template.call_format
+        choice = body.tool_choice
+        self._callable = list(self._tools)
+        if choice is not None and not isinstance(choice, str):
+            if choice.function.name not in self._tools:
+                raise BadRequest(f"tool_choice: {ascii(choice.function.name)[:60]} is none of the tools")
+            self._callable = [choice.function.name]
+        self._must = choice not in (None, "auto")
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """One call as the base's chat template writes it, with arguments that fit; None if a call is not required."""
+        if not self._must:
+            return None
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": name},
+                    self._form.key: self._tools[name].parameters or {"type": "object"},
+                },
+                "required": ["name", self._form.key],
+                "additionalProperties": False,
+            }
+            for name in self._callable
+        ]
+        return Constraint.json_between(
+            self._template.in_ids(self._form.before),
+            calls[0] if len(calls) == 1 else {"anyOf": calls},
+            self._template.in_ids(self._form.after),
+            "the schema of a tool",
+        )
+
+    def may_begin(self, text: str) -> int:
+        """Where a call may begin in a text, at the earliest."""
+        return may_begin(text, self._form)
+
+    def read(self, text: str) -> tuple[str, list[chat_schemas.AnsweredCall]]:
+        """The text before the first call, and the calls."""
+        answer = read_calls(text, self._tools, self._form)
+        calls = [
+            chat_schemas.AnsweredCall(
+                id=secrets.token_hex(5)[:CALL_ID],
+                function=chat_schemas.AnsweredFunction(name=call.name, arguments=call.arguments),
+            )
+            for call in answer.calls
+        ]
+        return answer.content, calls
 
 
 class ChatChunks:
-    """The chunks of a streamed chat."""
+    """The chunks of a streamed chat. Where a call of a tool may begin, the text is held back until the end."""
 
     kind = "chat.completion.chunk"
     prefix = "chatcmpl"
 
+    def __init__(self, logprobs: bool = False, tools: ToolCalls | None = None) -> None:
+        self._logprobs, self._tools = logprobs, tools
+        self._texts: defaultdict[int, str] = defaultdict(str)
+        self._sent: Counter[int] = Counter()  # characters, by choice
+
     def begin(self, index: int) -> Chunk | None:
         return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, text: str) -> Chunk:
-        return self._chunk(index, {"content": text})
+    def piece(self, index: int, piece: Piece) -> Chunk:
+        text = piece.text
+        if self._tools is not None:
+            self._texts[index] += text
+            text = self._new(index, self._tools.may_begin(self._texts[index]))
+        found = token_logprobs(piece.logprobs).model_dump() if self._logprobs else None
+        return self._chunk(index, {"content": text}, logprobs=found)
 
-    def end(self, index: int, finish_reason: str | None) -> Chunk:
-        return self._chunk(index, {}, finish_reason)
+    def end(self, index: int, finish_reason: str | None) -> Sequence[Chunk]:
+        chunks: list[Chunk] = []
+        whole = self._texts[index]
+        if self._tools is not None:
+            content, calls = self._tools.read(whole)
+            if rest := self._new(index, len(content.rstrip() if calls else whole)):
+                chunks.append(self._chunk(index, {"content": rest}))
+            listed = [{"index": place, **call.model_dump()} for place, call in enumerate(calls)]
+            if calls:
+                chunks.append(self._chunk(index, {"tool_calls": listed}))
+                finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
+        return [*chunks, self._chunk(index, {}, finish_reason)]
 
-    def _chunk(self, index: int, delta: dict[str, str], finish_reason: str | None = None) -> Chunk:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _new(self, index: int, end: int) -> str:
+        """The text up to a character that was not sent yet."""
+        start = self._sent[index]
+        self._sent[index] = max(start, end)
+        return self._texts[index][start:end]
+
+    def _chunk(
+        self, index: int, delta: JsonObject, finish_reason: str | None = None, logprobs: JsonObject | None = None
+    ) -> Chunk:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}

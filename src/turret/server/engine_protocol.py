@@ -23,6 +23,8 @@ Answer: TypeAlias = JsonObject
 class TicketProtocol(Protocol):
     """One request that the engine has accepted."""
 
+    cut: bool  # the prompt was too long, and lost a part
+
     @property
     def receipt(self) -> Receipt: ...
     def listen(self, listener: Callable[[Event], None]) -> None: ...

@@ -1,8 +1,9 @@
-"""What completions and chats share: the options of a generation, and streams of server-sent events."""
+"""What completions and chats share: the options of a generation, unknown keys, and streams of server-sent events."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -10,7 +11,8 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from turret.engine import Options
+from turret.engine import Options, Piece
+from turret.engine.constraint import Constraint
 from turret.errors import BadRequest, TurretError
 from turret.json_types import JsonObject
 from turret.server.engine_protocol import Input
@@ -22,6 +24,8 @@ from turret.server.schemas import Generation
 from turret.server.state import ServerState
 
 Chunk = JsonObject
+SHOWN_KEYS = 20  # unknown keys in a header
+_KEY = re.compile(r"[A-Za-z0-9_.-]{1,80}", re.ASCII)
 
 
 class ChunkFormat(Protocol):
@@ -31,29 +35,81 @@ class ChunkFormat(Protocol):
     prefix: str
 
     def begin(self, index: int) -> Chunk | None: ...
-    def piece(self, index: int, text: str) -> Chunk: ...
-    def end(self, index: int, finish_reason: str | None) -> Chunk: ...
+    def piece(self, index: int, piece: Piece) -> Chunk: ...
+    def end(self, index: int, finish_reason: str | None) -> Sequence[Chunk]: ...
 
 
-def repeated(body: Generation, prompts: Sequence[Input]) -> list[Input]:
-    """Every prompt `n` times, in the order of the choices. Raises BadRequest for more than the limit."""
-    times = body.n or 1
+def unknown_keys(state: ServerState, body: Generation) -> dict[str, str]:
+    """The header that names the unknown keys of a request. Raises BadRequest for one if the server is strict."""
+    found = [key if _KEY.fullmatch(key) else "?" for key in body.unknown()]
+    if found and state.settings.strict:
+        raise BadRequest(f"{found[0]}: unknown key, and this server runs with --strict: leave it out")
+    more = [f"and {len(found) - SHOWN_KEYS} more"] if len(found) > SHOWN_KEYS else []
+    return {"turret-ignored": ", ".join([*found[:SHOWN_KEYS], *more])} if found else {}
+
+
+def repeated(prompts: Sequence[Input], times: int) -> list[Input]:
+    """Every prompt so many times, in the order of the choices. Raises BadRequest for more than the limit."""
     if len(prompts) * times > MOST_INPUTS:
         raise BadRequest(f"{len(prompts)} prompts times n = {times}: expected at most {MOST_INPUTS} choices in all")
     return [prompt for prompt in prompts for _ in range(times)]
 
 
-def generation_options(state: ServerState, body: Generation, max_tokens: int | None, choices: int) -> Sequence[Options]:
-    """The options of each choice. The choices of one prompt have consecutive seeds."""
-    keys = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
-    given = {key: getattr(body, key) for key in keys}
+def constraint_of(body: Generation) -> Constraint | None:
+    """What the answer must look like. Raises BadRequest for two constraints, DataError for one that cannot be."""
+    structured, asked = body.structured_outputs, body.response_format
+    schema = structured.json_ if structured and structured.json_ is not None else body.guided_json
+    regex = structured.regex if structured and structured.regex is not None else body.guided_regex
+    choice = structured.choice if structured and structured.choice is not None else body.guided_choice
+    found: list[Constraint] = []
+    if asked is not None and asked.type == "json_schema":
+        given = asked.json_schema.schema_
+        found.append(Constraint.json_object() if given is None else Constraint.json_schema(given))
+    if (asked is not None and asked.type == "json_object") or (structured and structured.json_object):
+        found.append(Constraint.json_object())
+    if schema is not None:
+        found.append(Constraint.json_schema(schema))
+    if regex is not None:
+        found.append(Constraint.regex(regex))
+    if choice is not None:
+        found.append(Constraint.choice(choice))
+    if structured and structured.grammar is not None:
+        found.append(Constraint.lark(structured.grammar))
+    if len(found) > 1:
+        raise BadRequest("two constraints: give one of response_format, structured_outputs and the guided_ keys")
+    return found[0] if found else None
+
+
+def generation_options(
+    state: ServerState,
+    body: Generation,
+    max_tokens: int | None,
+    choices: int,
+    *,
+    times: int | None = None,
+    constraint: Constraint | None = None,
+    **more: bool | int | None,
+) -> Sequence[Options]:
+    """The options of each choice. The choices of one prompt have consecutive seeds.
+
+    Args:
+        times: Choices of each prompt; `n` if None.
+        constraint: In place of the request's own.
+        more: Options that the route sets.
+    """
+    times = times or body.n or 1
+    keys = ("temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    given = {key: getattr(body, key) for key in (*keys, "num_beams", "truncate_prompt_tokens")}
     given |= {"max_tokens": max_tokens, "stop": body.stops(), "logprobs": body.logprob_count()}
-    given = {key: value for key, value in given.items() if value is not None}
+    given |= {"constraint": constraint or constraint_of(body), "cut": body.truncate_prompt_tokens is not None}
+    if body.logit_bias:
+        given["logit_bias"] = tuple((int(token), bias) for token, bias in body.logit_bias.items() if bias)
+    given = {key: value for key, value in (given | more).items() if value is not None}
     if "temperature" not in given and ("top_k" in given or given.get("top_p", 1.0) < 1.0):
         given["temperature"] = 1.0  # the default of OpenAI's API
     if body.seed is None:
         return [state.options(**given)] * choices
-    return [state.options(**given, seed=body.seed + index % (body.n or 1)) for index in range(choices)]
+    return [state.options(**given, seed=body.seed + index % times) for index in range(choices)]
 
 
 async def stream(
@@ -73,7 +129,8 @@ async def stream(
         state.finish(request, "generate", pending)
         raise
     lines = _lines(state, body, pending, _chained(first, rest), chunks)
-    return _EventStream(lines, pending.headers, lambda: state.finish(request, "generate", pending))
+    headers = pending.headers | unknown_keys(state, body)
+    return _EventStream(lines, headers, lambda: state.finish(request, "generate", pending))
 
 
 class _EventStream(StreamingResponse):
@@ -126,15 +183,15 @@ async def _lines(
 
 
 def _choices(pending: PendingAnswers, chunks: ChunkFormat, begun: set[int], update: Update) -> Iterator[Chunk]:
-    index, text = update
+    index, piece = update
     if index not in begun:
         begun.add(index)
         if (opening := chunks.begin(index)) is not None:
             yield opening
-    if text is not None:
-        yield chunks.piece(index, text)
+    if piece is not None:
+        yield chunks.piece(index, piece)
     else:
-        yield chunks.end(index, (pending.answers[index] or {}).get("finish_reason"))
+        yield from chunks.end(index, (pending.answers[index] or {}).get("finish_reason"))
 
 
 def _line(chunk: Chunk) -> str:

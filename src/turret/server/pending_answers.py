@@ -14,13 +14,13 @@ from typing import NamedTuple, TypeVar
 from starlette.requests import Request
 
 from turret.data import Prompt
-from turret.engine import Done, Event, Failed, Receipt
+from turret.engine import Done, Event, Failed, Piece, Receipt
 from turret.errors import DeadlineExceeded, Disconnected, NotFound
 from turret.server.engine_protocol import Answer, Input, TicketProtocol, answering_version
 from turret.server.routing import Placement
 
 T = TypeVar("T")
-Update = tuple[int, str | None]  # (which input, a piece of its text); None once its answer is complete
+Update = tuple[int, Piece | None]  # (which input, a piece of its text); None once its answer is complete
 RETRIES = 4  # of a request whose version is deleted while it waits to be loaded
 CHARACTERS_PER_TOKEN = 4  # of a prompt that the engine does not count
 CHARACTERS_PER_CHARGED_TOKEN = 64  # a prompt is charged at least one token for so many, even if most of it is cut
@@ -108,6 +108,8 @@ class PendingAnswers:
             "turret-base": self.receipt.base,
             **(self.placement.headers if self.placement is not None else {}),
         }
+        if cut := sum(ticket.cut for ticket in self.tickets):
+            headers["turret-truncated"] = str(cut)
         return {key: value for key, value in headers.items() if value is not None}
 
     @property
@@ -168,7 +170,7 @@ class PendingAnswers:
                 yield place, None
             else:
                 self._pieces[place] += 1
-                yield place, event.text
+                yield place, event
 
     def close(self) -> None:
         """Cancel what is unfinished."""

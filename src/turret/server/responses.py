@@ -16,13 +16,13 @@ from turret.errors import TurretError
 from turret.json_types import JsonObject
 from turret.server import response_schemas as schemas
 from turret.server.chat import prompt
+from turret.server.chat_schemas import ChatRequest
 from turret.server.completions import EVENTS
 from turret.server.engine_protocol import Answer
 from turret.server.error_responses import error_response
 from turret.server.generation import generation_options
 from turret.server.pending_answers import PendingAnswers, Update, generated_tokens, prompt_tokens
 from turret.server.routes import State, Unit, router
-from turret.server.schemas import ChatRequest
 from turret.server.state import ServerState
 
 questions = router("infer")
@@ -132,14 +132,14 @@ async def _events(
     item: JsonObject = {"output_index": 0, "item_id": f"msg_{pending.id}", "content_index": 0}
     yield lines.event("response.output_item.added", output_index=0, item=_message(pending, None, "").model_dump())
     yield lines.event("response.content_part.added", **item, part=schemas.OutputText(text="").model_dump())
-    text = first[1] or ""
+    text = first[1].text if first[1] is not None else ""
     if text:
         yield lines.event("response.output_text.delta", **item, delta=text, logprobs=[])
     try:
         async for _, piece in rest:
-            if piece:
-                text += piece
-                yield lines.event("response.output_text.delta", **item, delta=piece, logprobs=[])
+            if piece is not None and piece.text:
+                text += piece.text
+                yield lines.event("response.output_text.delta", **item, delta=piece.text, logprobs=[])
     except TurretError as error:
         state.log.write("stream", "error", error=type(error).__name__, receipt=pending.id)
         yield lines.event("error", **error_response(error).body["error"])

@@ -1,7 +1,8 @@
-"""Requests and responses of the questions, in the formats of OpenAI and vLLM. Unknown keys are refused.
+"""Requests and responses of the questions, in the formats of OpenAI and vLLM; those of chats are in `chat_schemas`.
 
-A key of OpenAI's API that Turret does not offer is accepted only at the value that changes nothing, so no part of a
-request is silently ignored. `top_k`, `repetition_penalty` and `num_beams` extend OpenAI's API.
+A request for a text may have unknown keys: the response names them in a header, or the server refuses them with
+`--strict`. So no part of a request is silently ignored. `top_k`, `repetition_penalty` and `num_beams` extend OpenAI's
+API.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ WHOLE = BeforeValidator(_whole)
 Tokens = Annotated[
     list[Annotated[int, Field(ge=0, le=10_000_000), WHOLE]], Field(min_length=1, max_length=1 << 17, fail_fast=True)
 ]
-Zero = Annotated[float, Field(ge=0, le=0)] | None  # a penalty that changes nothing
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,7}$")]
+Grammar = Annotated[str, Field(min_length=1, max_length=limits.MOST_SCHEMA)]
+Choices = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=limits.MOST_SCHEMA)]],
+    Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True),
+]
+NO_EFFECT = "Accepted; changes nothing."
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 User = Annotated[str, Field(max_length=limits.MOST_UNIT)]
 USER = "The unit of an experiment, if there is no Turret-Unit header."
@@ -42,24 +50,77 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Lenient(Model):
+    """A part of a request that keeps unknown keys, to name them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def known(self) -> JsonObject:
+        """The keys that are known and not null, without those that are not."""
+        values = {key: getattr(self, key) for key, field in type(self).model_fields.items() if not field.exclude}
+        return {key: _known(value) for key, value in values.items() if value is not None}
+
+    def unknown(self) -> list[str]:
+        """The keys that are not known, such as `messages.0.refusal`, unless their value is null or empty."""
+        found = [key for key, value in (self.model_extra or {}).items() if value not in (None, [], {})]
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            parts = [(key, value)] if not isinstance(value, list) else [(f"{key}.{i}", v) for i, v in enumerate(value)]
+            found += [f"{name}.{each}" for name, part in parts if isinstance(part, Lenient) for each in part.unknown()]
+        return found
+
+
+def _known(value: JsonValue) -> JsonValue:
+    if isinstance(value, list):
+        return [_known(each) for each in value]
+    return value.known() if isinstance(value, Lenient) else value
+
+
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
-class StreamOptions(Model):
+class StreamOptions(Lenient):
     include_usage: bool | None = None
 
 
-def _schema_extra(logprobs: JsonObject, *more: JsonObject) -> JsonObject:
-    """Rules for a JSON schema: no logprobs with a stream or with beams. logprobs: their value in such a request."""
-    others: JsonObject = {"stream": {"const": True}, "num_beams": {"type": "integer", "minimum": 2}}
-    rules: list[JsonObject] = [
-        {"not": {"required": ["logprobs", key], "properties": {"logprobs": logprobs, key: value}}}
-        for key, value in others.items()
-    ]
-    return {"allOf": [*rules, *more]}
+def never_together(*pairs: JsonObject) -> JsonObject:
+    """Rules for a JSON schema: a request does not have all keys of a pair with these values. pairs: key -> schema."""
+    return {"allOf": [{"not": {"required": list(pair), "properties": pair}} for pair in pairs]}
 
 
-class Generation(Model):
+SEVERAL: JsonObject = {"type": "integer", "minimum": 2}
+
+
+class JsonSchemaFormat(Lenient):
+    name: Annotated[str, Field(max_length=256)]
+    schema_: JsonObject | None = Field(None, alias="schema", description="A JSON schema; any object if it is missing.")
+    description: Text | None = None
+    strict: bool | None = Field(None, description="The schema is enforced in any case.")
+
+
+class TextFormat(Lenient):
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(Lenient):
+    type: Literal["json_schema"]
+    json_schema: JsonSchemaFormat
+
+
+ResponseFormat = Annotated[TextFormat | SchemaFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(Lenient):
+    """As vLLM spells it. One of these keys."""
+
+    json_: JsonObject | None = Field(None, alias="json", description="A JSON schema.")
+    regex: Grammar | None = None
+    choice: Choices | None = None
+    grammar: Grammar | None = Field(None, description="In llguidance's variant of Lark.")
+    json_object: bool | None = None
+
+
+class Generation(Lenient):
     """How to decode. The default of a missing or null key is the adapter's setting, or else the engine's default."""
 
     model: Name
@@ -67,16 +128,31 @@ class Generation(Model):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1, le=100_000), WHOLE] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=limits.MOST_BIASES)] | None
+    ) = None
     num_beams: Annotated[int, Field(ge=1, le=16), WHOLE] | None = None
     seed: Annotated[int, Field(ge=1 - (1 << 53), le=(1 << 53) - 1), WHOLE] | None = None  # exact in a float64 of JSON
     stop: Stop | Annotated[list[Stop], Field(max_length=limits.MOST_STOPS, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=limits.MOST_CHOICES), WHOLE] | None = None
+    truncate_prompt_tokens: Literal[-1] | Annotated[int, Field(ge=1, le=1 << 17), WHOLE] | None = Field(
+        None, description="Cut a prompt with more tokens; -1: one that does not fit."
+    )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonObject | None = Field(None, description="A JSON schema.")
+    guided_regex: Grammar | None = None
+    guided_choice: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: User | None = Field(None, description=USER)
-    presence_penalty: Zero = Field(None, description="Only 0.")
-    frequency_penalty: Zero = Field(None, description="Only 0.")
-    logit_bias: Annotated[JsonObject, Field(max_length=0)] | None = Field(None, description="Only empty.")
+    store: bool | None = Field(None, description=NO_EFFECT)
+    service_tier: Annotated[str, Field(max_length=64)] | None = Field(None, description=NO_EFFECT)
+    metadata: JsonObject | None = Field(None, description=NO_EFFECT)
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = Field(None, description=NO_EFFECT)
+    safety_identifier: Annotated[str, Field(max_length=1024)] | None = Field(None, description=NO_EFFECT)
 
     def logprob_count(self) -> int | None:
         """How many alternatives to give for each token; None for no logprobs."""
@@ -84,8 +160,6 @@ class Generation(Model):
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
-        if self.logprob_count() is not None and self.stream:
-            raise ValueError("logprobs do not work with stream: leave out one of them")
         if self.logprob_count() is not None and (self.num_beams or 1) > 1:
             raise ValueError("logprobs do not work with num_beams: leave out one of them")
         return self
@@ -97,117 +171,52 @@ class Generation(Model):
 
 
 class CompletionRequest(Generation):
-    model_config = ConfigDict(json_schema_extra=_schema_extra({"type": "integer"}))
+    model_config = ConfigDict(
+        json_schema_extra=never_together(
+            {"logprobs": {"type": "integer"}, "num_beams": SEVERAL},
+            {"best_of": SEVERAL, "num_beams": SEVERAL},
+            {"best_of": SEVERAL, "stream": {"const": True}},
+            {"best_of": SEVERAL, "echo": {"const": True}},
+            {"echo": {"const": True}, "num_beams": SEVERAL},
+        )
+        | {
+            "if": {"required": ["max_tokens"], "properties": {"max_tokens": {"const": 0}}},
+            "then": {"required": ["echo"], "properties": {"echo": {"const": True}}},
+        }
+    )
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
         | Tokens
         | Annotated[list[Tokens], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
     )
-    max_tokens: Annotated[int, Field(ge=1, le=limits.MOST_TOKENS), WHOLE] | None = None
-    best_of: Literal[1] | None = Field(None, description="Only 1.")
-    echo: Literal[False] | None = Field(None, description="Only false.")
+    max_tokens: Annotated[int, Field(ge=0, le=limits.MOST_TOKENS), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1, le=limits.MOST_CHOICES), WHOLE] | None = Field(
+        None, description="Answers of each prompt, of which the n most probable by token are given. At least n."
+    )
+    echo: bool | None = Field(None, description="Begin each text, and its logprobs, with the prompt.")
     logprobs: Annotated[int, Field(ge=0, le=limits.MOST_LOGPROBS), WHOLE] | None = None
     suffix: None = None
 
     def logprob_count(self) -> int | None:
         return self.logprobs
 
+    @model_validator(mode="after")
+    def _check_best_of(self) -> Self:
+        for key, given in (("num_beams", (self.num_beams or 1) > 1), ("stream", self.stream), ("echo", self.echo)):
+            if given and (self.best_of or 1) > 1:
+                raise ValueError(f"best_of does not work with {key}: leave out one of them")
+        if self.echo and (self.num_beams or 1) > 1:
+            raise ValueError("echo does not work with num_beams: leave out one of them")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens = 0 gives only the prompt: expected echo = true with it")
+        return self
+
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
             return [self.prompt]
         tokens = [each for each in self.prompt if isinstance(each, int)]
         return [tokens] if tokens else [each for each in self.prompt if not isinstance(each, int)]
-
-
-class Part(Model):
-    type: Literal["text"]
-    text: Text
-
-
-Content = Text | Annotated[list[Part], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
-ToolName = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-class Said(Model):
-    role: Literal["system", "developer", "user"]
-    content: Content
-    name: Annotated[str, Field(max_length=256)] | None = Field(None, description="Accepted and ignored.")
-
-
-class CalledFunction(Model):
-    name: ToolName
-    arguments: Text = Field(description="A JSON object as text.")
-
-
-class ToolCall(Model):
-    id: Annotated[str, Field(max_length=256)] | None = None
-    type: Literal["function"]
-    function: CalledFunction
-
-
-class Answered(Model):
-    role: Literal["assistant"]
-    content: Content | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=limits.MOST_MESSAGES, fail_fast=True)] | None = None
-    name: Annotated[str, Field(max_length=256)] | None = Field(None, description="Accepted and ignored.")
-
-
-class ToolResult(Model):
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
-    name: ToolName | None = None
-
-
-Message = Annotated[Said | Answered | ToolResult, Field(discriminator="role")]
-
-
-class Function(Model):
-    name: ToolName
-    description: Text | None = None
-    parameters: JsonObject | None = Field(None, description="A JSON schema.")
-
-
-class Tool(Model):
-    type: Literal["function"]
-    function: Function
-
-
-class ResponseFormat(Model):
-    type: Literal["text"]
-
-
-class ChatRequest(Generation):
-    model_config = ConfigDict(
-        json_schema_extra=_schema_extra(
-            {"const": True},
-            {"anyOf": [
-                {"properties": {"top_logprobs": {"type": "null"}}},
-                {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
-            ]},
-        )
-    )  # fmt: skip
-    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
-    tools: Annotated[list[Tool], Field(max_length=limits.MOST_MESSAGES, fail_fast=True)] | None = Field(
-        None, description="Written into the prompt, as in training. A call in the answer is part of its text."
-    )
-    max_tokens: Annotated[int, Field(ge=1, le=limits.MOST_TOKENS), WHOLE] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=limits.MOST_TOKENS), WHOLE] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=limits.MOST_LOGPROBS), WHOLE] | None = Field(
-        None, description="Only with logprobs."
-    )
-    response_format: ResponseFormat | None = None
-
-    def logprob_count(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @model_validator(mode="after")
-    def _check_top_logprobs(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs need logprobs: set it to true")
-        return self
 
 
 class ClassifyRequest(Model):
@@ -235,8 +244,8 @@ class CompletionLogprobs(BaseModel):
     """Logprobs by token of the answer; for each of them the most probable tokens at its position, by their text."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None] = Field(description="Null for the first token of an echoed prompt.")
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int] = Field(description="Where each token begins in the text, in characters.")
 
 
@@ -253,42 +262,6 @@ class Completion(BaseModel):
     created: int
     model: str = Field(description="The version that answered, such as name@3.")
     choices: list[CompletionChoice]
-    usage: Usage | None = None
-
-
-class ChatMessage(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None
-
-
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
     usage: Usage | None = None
 
 

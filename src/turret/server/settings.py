@@ -21,6 +21,7 @@ class ServerSettings:
     limits: RequestLimits = field(default_factory=RequestLimits)
     per_adapter: Quota = field(default_factory=Quota)
     log_texts: bool = False
+    strict: bool = False  # unknown keys of a request are an error, not a header
     proxies: Sequence[Network] = ()  # networks without a limit per client
     origins: Sequence[str] = ()  # of pages that may call the API; "*" for any
     otel: bool = False  # spans of requests go to OpenTelemetry

@@ -163,8 +163,8 @@ class ServerState:
 
     def sees(self, reference: str) -> bool:
         """Whether an adapter of this name on this base may be seen; of the empty name, the base itself."""
-        name = reference.partition("@")[0]
-        return self.access.sees_base(self.engine.base.id) and (not name or self.access.sees(name))
+        names = [part.partition("@")[0] for part in reference.split("+")] if reference else []
+        return self.access.sees_base(self.engine.base.id) and all(map(self.access.sees, names))
 
     def in_memory(self, digest: str) -> bool:
         return in_memory(self.engine, digest)

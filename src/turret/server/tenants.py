@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from turret.engine import LoadedAdapter, Named, Options, Stats
-from turret.reference import Reference
+from turret.reference import Reference, parts_of
 from turret.server.alias_watcher import AliasWatcher
 from turret.server.engine_protocol import BaseProtocol, EngineProtocol, Input, TicketProtocol
 from turret.server.limits import RequestLimits
@@ -150,14 +150,15 @@ class TenantEngine:
 
     def sees(self, reference: str) -> bool:
         """Whether the access may see an adapter of this name on this base; of the empty name, the base itself."""
-        name = reference.partition("@")[0]
-        return self.access.sees_base(self.base.id) and (not name or self.access.sees(name))
+        names = [part.partition("@")[0] for part in reference.split("+")] if reference else []
+        return self.access.sees_base(self.base.id) and all(map(self.access.sees, names))
 
     def _reference(self, reference: str) -> str:
-        """The reference as the engine takes it."""
-        Reference.parse(reference)  # raises BadReference: the tenant is written here and nowhere else
-        if not self.access.whole:
-            self._workspace.resolve(reference)
+        """The reference, or the composition, as the engine takes it."""
+        for part in parts_of(reference):
+            Reference.parse(part)  # raises BadReference: the tenant is written here and nowhere else
+            if not self.access.whole:
+                self._workspace.resolve(part)
         return f"{self._tenant}/{reference}" if self._tenant else reference
 
 

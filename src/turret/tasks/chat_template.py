@@ -20,6 +20,7 @@ from turret.data import Prompt, Turn
 from turret.errors import DataError, one_line
 from turret.json_types import JsonObject
 from turret.tasks.tokens import Tokens
+from turret.tasks.tool_calls import CallFormat
 from turret.transformer import Tokenizer
 
 # For bases without a template of their own. A base that is not trained for chats learns any that is always the same.
@@ -100,6 +101,23 @@ class ChatTemplate:
             return _PROBE in self._render([turn.message() for turn in turns], tools, answering=False)[0]
         except DataError:
             return False
+
+    @cached_property
+    def call_format(self) -> CallFormat:
+        """How it writes a call of a tool, found by rendering one."""
+        if not self.writes_calls:
+            return CallFormat()
+        asked = Turn("user", "a")
+        start = self.render(Prompt((asked,)), answering=True).text
+        text = self.render(Prompt((asked, _call(_PROBE))), answering=False).text
+        return CallFormat.found(text.removeprefix(start), _PROBE) if text.startswith(start) else CallFormat()
+
+    def in_ids(self, text: str) -> list[str | int]:
+        """A text with the ids of its added tokens, such as `<tool_call>`, in their places."""
+        ids = {str(token): number for number, token in self._tokenizer.added_tokens_decoder.items()}
+        words = "|".join(map(re.escape, sorted(ids, key=lambda word: (-len(word), word))))
+        parts = re.split(f"({words})", text) if words else [text]
+        return [ids.get(part, part) for part in parts if part]
 
     def note(self, prompts: Sequence[Prompt]) -> str | None:
         """What of the conversations' tools the template has no place for, and where it goes; None if it has all."""

@@ -6,7 +6,9 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from hashlib import sha256
 from typing import Literal
 
 from turret import adapters, bases
@@ -16,7 +18,7 @@ from turret.bases.quantized import Quantization
 from turret.engine import Engine, Limits, Named
 from turret.errors import DeviceError, NotFound
 from turret.families import FAMILIES
-from turret.reference import Reference
+from turret.reference import Reference, parts_of
 from turret.store import Store
 from turret.workspace.progress import Say, silent
 from turret.workspace.stored_adapter import read_adapter
@@ -47,20 +49,35 @@ class StoreSource:
 
     def resolve(self, reference: str) -> Named:
         """The version that a reference means now. Raises NotFound."""
+        tenant, slash, own = reference.rpartition("/")
+        if "+" in own:
+            return self._composition([self.resolve(f"{tenant}{slash}{part}") for part in parts_of(own)])
         with self._lock:
             until, named = self._known.get(reference, (0.0, None))
         if named is not None and self._clock() < until:
             return named
         started = self._clock()
-        tenant, slash, own = reference.rpartition("/")
         version = self._seen_by(check_tenant(tenant) if slash else "").resolve(own)
         named = Named(version.name, version.number, version.digest, version.bytes, tenant)
         if own == str(named):
             self._remember(reference, started + FRESH, named)
         return named
 
+    def _composition(self, parts: Sequence[Named]) -> Named:
+        """Several versions as one. Its name has all but the number of the last: `str` of it is `legal@3+formal@2`."""
+        name, last = "+".join([*map(str, parts[:-1]), parts[-1].name]), parts[-1]
+        whole = sha256("+".join(part.digest for part in parts).encode()).hexdigest()
+        return Named(name, last.number, f"sha256:{whole}", sum(part.bytes for part in parts), last.tenant)
+
     def load(self, named: Named) -> adapters.Adapter:
-        """Read a version and check its files. Raises Corrupt if they are damaged, NotFound if it was deleted."""
+        """Read a version and check its files; of a composition, all. Raises Corrupt, or NotFound if one was deleted."""
+        if "+" not in named.name:
+            return self._load(named)
+        start = f"{named.tenant}/" if named.tenant else ""
+        first, *others = (self._load(self.resolve(f"{start}{part}")) for part in parts_of(str(named)))
+        return replace(first, others=tuple(others))
+
+    def _load(self, named: Named) -> adapters.Adapter:
         try:
             adapter = read_adapter(self._seen_by(named.tenant), Reference(named.name, version=named.number))[1]
         except NotFound:

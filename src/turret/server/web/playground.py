@@ -67,7 +67,7 @@ async def stream(request: Request, state: State, form: Sent) -> Response:
     """One generation, streamed as by `/v1/completions`, with the time of its load in a header."""
     body = _request(form)
     loading = await _load(state, body.model)
-    options = generation.generation_options(state, body, body.max_tokens, 1)
+    options = generation.generation_options(state, body, body.max_tokens, 1, strip=False)
     response = await generation.stream(state, request, body, body.prompts(), options, None, CompletionChunks())
     if loading is not None:
         response.headers["turret-load-seconds"] = f"{loading:.6f}"
@@ -75,7 +75,12 @@ async def stream(request: Request, state: State, form: Sent) -> Response:
 
 
 def _request(form: Form) -> CompletionRequest:
-    values: JsonObject = {"model": form.text("model"), "prompt": _text(form), "stream": True}
+    values: JsonObject = {
+        "model": form.text("model"),
+        "prompt": _text(form),
+        "stream": True,
+        "truncate_prompt_tokens": -1,
+    }
     try:
         if tokens := form.text("max_tokens"):
             values["max_tokens"] = int(tokens)
