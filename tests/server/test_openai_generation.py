@@ -14,6 +14,7 @@ import torch
 from server.conftest import Running
 from transformers import AutoModelForCausalLM
 
+from turret.access import Access
 from turret.engine import Options
 from turret.server.state import ServerSettings
 from turret.workspace import Workspace
@@ -318,3 +319,34 @@ def test_a_strict_server_refuses_unknown_keys(serve, put) -> None:
     assert got.status_code == 400
     assert "colour: unknown key" in got.json()["error"]["message"]
     assert client.post("/v1/completions", json={"model": "a", "prompt": "x", "store": True}).status_code == 200
+
+
+# --- compositions ----------------------------------------------------------------------------------------------------
+
+
+def test_a_composition_is_answered_for_those_who_may_use_all_its_adapters(running, tmp_path) -> None:
+    workspace = Workspace(tmp_path / "store")
+    for seed, name in enumerate("ab", 1):
+        workspace.store.put(name, byte_level.save_adapter(tmp_path / name, running.folder, seed))
+    workspace.promote("b@1", "production")
+    secrets = {"all": workspace.tokens.create("all")[1], "limited": workspace.tokens.create("one", adapters=["a"])[1]}
+    engine = workspace.engine(str(running.folder), dtype="float32")
+    made = Running(workspace, engine, ServerSettings(), options=Options).start()
+    try:
+        clients = {
+            name: openai.OpenAI(base_url=f"{made.url}/v1", api_key=secret, max_retries=0)
+            for name, secret in secrets.items()
+        }
+        asked = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+        raw = clients["all"].completions.with_raw_response.create(model="a@1+b@production", **asked)
+        assert raw.parse().model == "a@1+b@1"
+        assert (raw.headers["turret-adapter"], raw.headers["turret-version"]) == ("a@1+b", "1")
+        texts = {model: clients["all"].completions.create(model=model, **asked).choices[0].text for model in ("a", "b")}
+        assert raw.parse().choices[0].text not in texts.values()
+        assert clients["limited"].completions.create(model="a", **asked).choices[0].text == texts["a"]
+        for model in ("a+b", "b+a", "a@1+b@1"):
+            with pytest.raises(openai.NotFoundError):
+                clients["limited"].completions.create(model=model, **asked)
+        assert "a@1+b@1" not in [each.version for each in made.served.seen_by(Access(adapters=("a",))).engine.loaded()]
+    finally:
+        made.stop()

@@ -117,10 +117,11 @@ class Guide:
     def mask(self, scores: Tensor) -> None:
         """Give every token that may not follow the score -inf. scores: (V,), changed in place."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = torch.from_numpy(np.unpackbits(bits, count=len(scores), bitorder="little")).bool()  # (V,)
-        allowed[self._other_eos] = False
-        allowed[self._eos] = self._matcher.is_accepting()
-        scores.masked_fill_(~allowed.to(scores.device), -torch.inf)
+        denied = np.unpackbits(~bits, count=len(scores), bitorder="little").view(np.bool_)  # (V,)
+        denied[8 * len(bits) :] = True
+        denied[self._other_eos] = True
+        denied[self._eos] = not self._matcher.is_accepting()
+        scores.masked_fill_(torch.from_numpy(denied).to(scores.device), -torch.inf)
 
     def take(self, token: int) -> None:
         """Go on after a token that does not end the text. Raises DataError if it may not follow, or at a limit."""

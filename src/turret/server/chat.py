@@ -27,6 +27,7 @@ from turret.server.generation import Chunk, constraint_of, generation_options, r
 from turret.server.limits import MOST_TEXT, MOST_TOOLS
 from turret.server.routes import State, Unit, router, usage
 from turret.server.state import ServerState
+from turret.tasks.chat_template import ChatTemplate
 from turret.tasks.tool_calls import may_begin, read_calls
 
 CALL_ID = 9  # characters: what templates that check the ids of calls ask for
@@ -133,7 +134,7 @@ class ToolCalls:
 
     def __init__(self, state: ServerState, body: chat_schemas.ChatRequest) -> None:
         self._tools = {tool.function.name: tool.function for tool in body.tools or ()}
-        self._template = state.chat_template
+        self._template = ChatTemplate(state.engine.base.tokenizer)
         self._form = self._template.call_format
         choice = body.tool_choice
         self._callable = list(self._tools)
