@@ -168,6 +168,8 @@ KINDS: list[dict] = [
     {"forced_bos": 7},
     {"min_length": 40, "repetition_penalty": 0.8, "heat": 0.5},
     {"heat": 1.0, "top_p": 1e-9},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": ((3, 4.0), (11, 6.0)), "repetition_penalty": 1.2},
+    {"logit_bias": ((9, 100.0),)},
 ]
 
 
@@ -192,3 +194,15 @@ def test_the_tokens_of_all_rows_at_once_are_those_of_each_row_alone() -> None:
         assert found == expected
         assert found[1] is None
         assert len(set(found)) > 3
+
+
+@pytest.mark.parametrize("chosen", [choose, choose_together])
+def test_penalties_count_tokens_of_the_answer_alone_and_biases_are_added(chosen) -> None:
+    settings = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": ((7, 2.0), (9, -3.0))}
+    given = scores(5)[None]
+    expected = given[0].clone()
+    expected[7] += 2.0 - 1.5 - 2 * 0.5  # twice in the answer
+    expected[9] -= 3.0
+    expected[4] -= 1.5 + 0.5
+    chosen(given, [Row(GenerationSettings(99, (5,), **settings), [4, 4, 9, 7, 4, 7], new=3)])
+    torch.testing.assert_close(given[0], expected)

@@ -196,7 +196,8 @@ def draw(scores: Tensor, settings: GenerationSettings, generator: random.Random)
     ids: Tensor | None = None
     if settings.top_k is not None and settings.top_k < len(scores):
         scores, ids = scores.topk(settings.top_k)
-    probabilities = scores.exp() / scores.exp().sum()
+    weights = scores.exp()
+    probabilities = weights / weights.sum()
     if settings.top_p is not None:
         probabilities, places = _nucleus(probabilities, settings.top_p)
         ids = places if ids is None else ids[places]
