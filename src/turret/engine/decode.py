@@ -142,8 +142,13 @@ def choose(scores: Tensor, rows: Sequence[Row], guides: Mapping[int, Guide] | No
     for number, guide in (guides or {}).items():
         guide.mask(scores[number])
     greedy = scores.argmax(-1).tolist()
+    ids = {number: guide.allowed() for number, guide in (guides or {}).items() if rows[number].settings.heat > 0.0}
     return [
-        None if not fine else token if row.settings.heat == 0.0 else draw(scores[number], row.settings, row.random)
+        None
+        if not fine
+        else token
+        if row.settings.heat == 0.0
+        else draw(scores[number], row.settings, row.random, ids.get(number))
         for number, (row, fine, token) in enumerate(zip(rows, finite, greedy, strict=True))
     ]
 
@@ -189,13 +194,19 @@ def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: Generatio
         scores[list(forced)] = 0.0
 
 
-def draw(scores: Tensor, settings: GenerationSettings, generator: random.Random) -> int:
-    """Sample a token, after temperature, top_k and top_p. scores: (V,)"""
-    scores = scores.double()
+def draw(scores: Tensor, settings: GenerationSettings, generator: random.Random, allowed: Tensor | None = None) -> int:
+    """Sample a token, after temperature, top_k and top_p.
+
+    Args:
+        scores: (V,)
+        allowed: The only tokens to draw from, (n,) int64, so that others cost no time; None or none: all.
+    """
+    ids = allowed if allowed is not None and len(allowed) else None
+    scores = (scores if ids is None else scores[ids]).double()
     scores = (scores - scores.max()) / settings.heat
-    ids: Tensor | None = None
     if settings.top_k is not None and settings.top_k < len(scores):
-        scores, ids = scores.topk(settings.top_k)
+        scores, places = scores.topk(settings.top_k)
+        ids = places if ids is None else ids[places]
     weights = scores.exp()
     probabilities = weights / weights.sum()
     if settings.top_p is not None:

@@ -112,6 +112,7 @@ class Guide:
     def __init__(self, matcher: LLMatcher, base_eos: Sequence[int], eos: Sequence[int]) -> None:
         self._matcher, self._eos = matcher, list(eos)
         self._other_eos = [token for token in base_eos if token not in self._eos]
+        self._denied = np.zeros(0, dtype=np.bool_)  # (V,) at the last step
         self.ended = False  # nothing but the end of the text may follow
 
     def mask(self, scores: Tensor) -> None:
@@ -122,6 +123,11 @@ class Guide:
         denied[self._other_eos] = True
         denied[self._eos] = not self._matcher.is_accepting()
         scores.masked_fill_(torch.from_numpy(denied).to(scores.device), -torch.inf)
+        self._denied = denied
+
+    def allowed(self) -> Tensor:
+        """The tokens that the last `mask` let through, (n,) int64 on the CPU."""
+        return torch.from_numpy(np.flatnonzero(~self._denied))
 
     def take(self, token: int) -> None:
         """Go on after a token that does not end the text. Raises DataError if it may not follow, or at a limit."""
