@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from turret.engine.embeddings import Embedding
 from turret.families import Pooling
 from turret.server import limits
-from turret.server.schemas import USER, WHOLE, Message, Model, Name, Text, Tokens, User
+from turret.server.chat_schemas import Message
+from turret.server.schemas import USER, WHOLE, Model, Name, Text, Tokens, User
 
 Texts = Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
 POOLING = "The mean of all tokens, or the first or last one; default: mean, or last for a decoder."

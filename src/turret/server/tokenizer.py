@@ -48,7 +48,7 @@ def _ids(state: ServerState, body: schemas.TokenizeText | schemas.TokenizeMessag
         return [int(each) for each in tokenizer(body.prompt, add_special_tokens=special, verbose=False)["input_ids"]]
     if not getattr(tokenizer, "chat_template", None):
         raise BadRequest("this base has no chat template: expected prompt, not messages")
-    turns = turns_of([message.model_dump(exclude_none=True) for message in body.messages], Replacements()) or ()
+    turns = turns_of([message.known() for message in body.messages], Replacements()) or ()
     try:
         ids = tokenizer.apply_chat_template(
             [{"role": turn.role, "content": turn.content} for turn in turns],
