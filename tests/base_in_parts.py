@@ -68,23 +68,25 @@ def save_wide(folder: Path) -> None:
 
 
 def load(folder: Path, here: Processes) -> None:
-    """Load a base in parts and then whole, make a pass of each, and measure both."""
+    """Load a base in parts, make a pass, then the same with the whole base, and measure the growth of each."""
 
-    def peak(make: Any) -> tuple[int, int]:
+    def grown(make: Any) -> tuple[Any, int]:
         memory.reset_peak()
         before = memory.resident()
-        made = make()
-        gather_once(made.model)  # a pass: what is loaded from a mapped file takes memory when it is read
-        kept = sum(own_part(each).nbytes for each in made.model.parameters())
-        return kept, memory.peak() - before
+        return make(), memory.peak() - before
 
     device, mesh = ChosenDevice(CPU, "as asked for"), processes.mesh()
     settings: dict[str, Any] = {"task": "generate", "dtype": "float32"}
-    parts = peak(lambda: load_in_parts(str(folder / "wide"), mesh=mesh, device=device, **settings))
-    whole = peak(lambda: bases.load(str(folder / "wide"), **settings))
-    found = here.gather((parts, whole))
+    found = []
+    for read in (lambda: load_in_parts(str(folder / "wide"), mesh=mesh, device=device, **settings), None):
+        base, loading = grown(read or (lambda: bases.load(str(folder / "wide"), **settings)))
+        # what is loaded whole is a view of a mapped file, which takes memory when it is read
+        _, passing = grown(lambda base=base: gather_once(base.model))
+        kept = sum(own_part(each).nbytes for each in base.model.parameters())
+        found.append((kept, loading, passing))
+    everyones = here.gather(found)
     if here.main:
-        (folder / "load.json").write_text(json.dumps(found))
+        (folder / "load.json").write_text(json.dumps(everyones))
 
 
 def main(folder: Path, verb: str, *names: str) -> None:
