@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -234,31 +235,33 @@ def test_a_million_lines_are_refused_without_being_in_memory(serve, put, clients
     assert psutil.Process().memory_info().rss - before < path.stat().st_size
 
 
-@pytest.mark.slow
-def test_a_batch_goes_on_after_a_kill(workspace, put, until, tmp_path) -> None:
-    put()
-    command = [sys.executable, str(TESTS / "server" / "echo_server.py"), str(workspace.store.root), "0.02"]
+@contextmanager
+def killed(store: Path) -> Iterator[openai.OpenAI]:
+    """A client of a server in a process of its own, which is killed at the end of the block."""
+    command = [sys.executable, str(TESTS / "server" / "echo_server.py"), str(store), "0.02"]
     words = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=words)
-    assert process.stdout is not None
-    with openai.OpenAI(base_url=f"{process.stdout.readline().strip()}/v1", api_key="none") as client:
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True, env=words) as process:
+        assert process.stdout is not None
+        try:
+            with openai.OpenAI(base_url=f"{process.stdout.readline().strip()}/v1", api_key="none") as client:
+                yield client
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_batch_goes_on_after_a_kill(workspace, put, until) -> None:
+    put()
+    with killed(workspace.store.root) as client:
         batch = sent(client, [line(number) for number in range(150)])
         until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 20, seconds=20)
-        process.kill()
-        process.wait()
-    kept = workspace.store.database(make=True)
-    with kept.writing() as connection:  # as after a minute
+    with workspace.store.database(make=True).writing() as connection:  # as after a minute
         connection.execute(update(client_tables.batches).values(until=0.0))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=words)
-    assert process.stdout is not None
-    try:
-        with openai.OpenAI(base_url=f"{process.stdout.readline().strip()}/v1", api_key="none") as client:
-            done = ended(client, batch, seconds=30)
-            assert (done.status, done.request_counts.completed) == ("completed", 150)
-            assert list(read(client, done.output_file_id)) == [f"n{number}" for number in range(150)]
-    finally:
-        process.kill()
-        process.wait()
+    with killed(workspace.store.root) as client:
+        done = ended(client, batch, seconds=30)
+        assert (done.status, done.request_counts.completed) == ("completed", 150)
+        assert list(read(client, done.output_file_id)) == [f"n{number}" for number in range(150)]
 
 
 def test_a_file_beyond_the_limit_is_413_and_what_is_no_form_is_415(serve, put) -> None:
