@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
+import small_models
 import torch
-from server.test_clients import Template
 
 from turret.data.cells import Replacements
 from turret.data.conversations import prompt_of, turns_of
@@ -76,6 +76,13 @@ def test_llama_index(run, expected) -> None:
     agree(told, expected, "chat", "chat_stream", "completion", "completion_stream")
 
 
+def test_instructor_gets_an_object_of_its_class(run) -> None:
+    told = run("instructor", "with_instructor.py", MODEL="a", MODES="JSON_SCHEMA")
+    for name, review in told.items():
+        assert set(review) == {"good", "tone"}, name
+        assert review["tone"] in ("calm", "loud")
+
+
 # --- accuracy by lm-eval ----------------------------------------------------------------------------------------------
 
 TASK = """
@@ -119,7 +126,7 @@ def test_schemathesis_finds_no_failure(run, serve, put, workspace, guarded: bool
     put()
     workspace.promote("a@1", "production")
     token = workspace.tokens.create("all", ["infer", "admin"])[1] if guarded else ""
-    running = serve(tokenizer=Template())
+    running = serve(tokenizer=small_models.tokenizer("qwen3"))
     told = run("schemathesis", "with_schemathesis.py", running.url, "20", token, seconds=230)
     assert told["status"] == 0, told["text"]
     assert not [line for line in running.log() if line["event"] == "bug"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Literal
 
 import instructor
 import openai
@@ -10,7 +11,7 @@ from pydantic import BaseModel
 
 class Review(BaseModel):
     good: bool
-    stars: int
+    tone: Literal["calm", "loud"]
 
 
 client = openai.OpenAI(base_url=os.environ["URL"], api_key=os.environ["TOKEN"], max_retries=0)
