@@ -11,7 +11,7 @@ from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.server.error_responses import without_paths
 from turret.server.routes import State, router
-from turret.server.schemas import Model
+from turret.server.schemas import WHOLE, Model
 
 control = router("admin")
 MOST_FILES = 16
@@ -27,7 +27,7 @@ class TrainRequest(Model):
         default_factory=dict,
         description="Tables by name; `data.source` names one. Without it: a Hub id, or pypi:package.",
     )
-    priority: Annotated[int, Field(ge=-100, le=100)] = Field(
+    priority: Annotated[int, Field(ge=-100, le=100), WHOLE] = Field(
         0, description="Among the trainings of the same tenant; higher is earlier."
     )
 
