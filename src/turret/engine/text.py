@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 HALF = "�"  # decoders write this for an incomplete character
-CHARACTER_TOKENS = 4  # most tokens of a character: it has at most four bytes
+BROKEN_TOKENS = 64  # tokens without a whole character, after which their bytes are taken for broken
 CONTEXT_TOKENS = 4  # earlier tokens that decide how a token is written
 
 
@@ -98,10 +98,9 @@ class TokenEnds:
                 near = [*(self._before if start == 0 else ()), *tokens[start : self.complete]]
                 written = self._decode([*near, *tokens[self.complete : place + 1]])
                 length = end + len(written) - (len(self._decode(near)) if near else 0)
-                given_up = place + 1 - self.complete >= CHARACTER_TOKENS
             else:
-                written, length, given_up = text, len(text), False
-            if written.endswith(HALF) and not given_up:
+                written, length = text, len(text)
+            if written.endswith(HALF) and place + 1 - self.complete < BROKEN_TOKENS:
                 self.ends.append(end)
                 continue
             self.ends.append(max(end, length))
