@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import byte_level
 import pytest
 import small_models
 import torch
+from server.conftest import Running
 
 from turret.data.cells import Replacements
 from turret.data.conversations import prompt_of, turns_of
 from turret.engine import Embedding, Options
+from turret.server.settings import ServerSettings
+from turret.workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.clients]
 TEXT = "the market fell"
@@ -76,8 +80,16 @@ def test_llama_index(run, expected) -> None:
     agree(told, expected, "chat", "chat_stream", "completion", "completion_stream")
 
 
-def test_instructor_gets_an_object_of_its_class(run) -> None:
-    told = run("instructor", "with_instructor.py", MODEL="a", MODES="JSON_SCHEMA")
+def test_instructor_gets_an_object_of_its_class(run, tmp_path) -> None:
+    base = byte_level.save_base(tmp_path / "base")  # its chat template knows tools
+    workspace = Workspace(tmp_path / "store")
+    engine = workspace.engine(str(base), dtype="float32")
+    running = Running(workspace, engine, ServerSettings(), options=Options).start()
+    try:
+        told = run("instructor", "with_instructor.py", URL=f"{running.url}/v1", MODEL="base", MODES="JSON_SCHEMA TOOLS")
+    finally:
+        running.stop()
+    assert list(told) == ["JSON_SCHEMA", "TOOLS"]
     for name, review in told.items():
         assert set(review) == {"good", "tone"}, name
         assert review["tone"] in ("calm", "loud")

@@ -20,7 +20,13 @@ for name in os.environ["MODES"].split():
     asked = instructor.from_openai(client, mode=getattr(instructor.Mode, name))
     said = [{"role": "user", "content": "a great film"}]
     got = asked.chat.completions.create(
-        model=os.environ["MODEL"], messages=said, response_model=Review, max_retries=0, max_tokens=200, temperature=0
+        model=os.environ["MODEL"],
+        messages=said,
+        response_model=Review,
+        max_retries=0,
+        max_tokens=1000,
+        temperature=1.0,
+        seed=1,
     )
     told[name] = got.model_dump()
 print(json.dumps(told))
