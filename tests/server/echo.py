@@ -176,9 +176,11 @@ class Echo:
     broken: set[str] = field(default_factory=set)  # versions that cannot be loaded
     tokenizer: Any = None
     longest: int = 4096
+    base_id: str = "echo"
+    fingerprint: str = FINGERPRINT  # of the base whose adapters it answers with
 
     def __post_init__(self) -> None:
-        self.base = SimpleNamespace(id="echo", fingerprint=FINGERPRINT, tokenizer=self.tokenizer)
+        self.base = SimpleNamespace(id=self.base_id, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
         self.loads: list[str] = []
         self.cold: list[str] = []  # versions that a question had to wait for
         self.cancelled: list[str] = []
@@ -209,10 +211,10 @@ class Echo:
             raise Draining("the echo is going down")
         if adapter is None and kind == "classify":
             raise AdapterError("the bare base has no head: name an adapter")
-        receipt = Receipt(f"echo-{next(self._numbers)}", None, 0, None, FINGERPRINT)
+        receipt = Receipt(f"echo-{next(self._numbers)}", None, 0, None, self.fingerprint)
         if adapter is not None:
             named = self._resolve(adapter)
-            receipt = Receipt(receipt.id, named.name, named.number, named.digest, FINGERPRINT)
+            receipt = Receipt(receipt.id, named.name, named.number, named.digest, self.fingerprint)
             with self._lock:
                 if named.key not in self._slots:
                     self.cold.append(str(named))
@@ -275,7 +277,7 @@ class Echo:
     def _resolve(self, reference: str) -> Named:
         tenant, _, own = reference.rpartition("/")
         found = (self.store.seen_by(Access(tenant)) if tenant else self.store).resolve(own)
-        if (found.manifest.get("base") or {}).get("fingerprint") != FINGERPRINT:
+        if (found.manifest.get("base") or {}).get("fingerprint") != self.fingerprint:
             raise WrongBase(f"{found} was trained on another base: start that one")
         return Named(found.name, found.number, found.digest, found.bytes, tenant)
 

@@ -15,6 +15,7 @@ import pytest
 from workspace.test_comparing import recipe_in
 from workspace.test_other_machine import forget_machine, until
 
+from turret import kernels
 from turret.cli.main import run as command
 from turret.errors import DataError, NotFound, RecipeError
 from turret.recipe import Recipe
@@ -97,6 +98,7 @@ def test_data_that_is_missing_or_from_stdin_is_refused_when_it_is_submitted(work
 def machine(new_url: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """The URL of one store as a machine of this name uses it, with a folder of its own."""
     monkeypatch.setenv(leases.VARIABLE, "4")
+    kernels.library()  # compiled before the workers start, which would each compile them
     url = new_url()
     return lambda name: url.replace(str(tmp_path / "local"), str(tmp_path / name))
 
@@ -187,14 +189,19 @@ class TestFleet:
         assert list(workspace.list()) == []
 
     def test_two_workers_share_the_trainings_of_two_tenants(self, machine, start, tmp_path) -> None:
-        workspace = Workspace(machine("desk"))
         recipe = recipe_in(tmp_path)
-        runs = [workspace.queue.submit(recipe.with_overrides({"seed": str(seed)}))["id"] for seed in range(4)]
+        tenants = {name: Workspace(machine("desk"), name) for name in ("legal", "sales")}
+        runs = {
+            name: [workspace.queue.submit(recipe.with_overrides({"seed": str(seed)}))["id"] for seed in range(2)]
+            for name, workspace in tenants.items()
+        }
         workers = [start(machine(name), "--until-empty") for name in ("one", "two")]
         for each in workers:
             _, err = each.communicate(timeout=230)
             assert each.returncode == 0, err
-        found = [workspace.run(run) for run in runs]
-        assert {each["state"] for each in found} == {"finished"}
-        assert {each["queue"]["tries"] for each in found} == {1}
-        assert sorted(each["result"]["version"] for each in found) == [f"reviews@{number}" for number in range(1, 5)]
+        for name, workspace in tenants.items():
+            found = [workspace.run(run) for run in runs[name]]
+            assert [(each["state"], each["queue"]["tries"]) for each in found] == [("finished", 1)] * 2
+            assert sorted(each["result"]["version"] for each in found) == ["reviews@1", "reviews@2"]
+            assert [str(version) for version in workspace.list()] == ["reviews@1", "reviews@2"]
+            assert {each["id"] for each in workspace.runs()} == set(runs[name])
