@@ -21,7 +21,7 @@ import small_models
 import typer.main
 from docs_blocks import ROOT, SERVER, Block, blocks, free_port, page, run, server
 
-from turret.cli.main import app
+from turret.cli.main import app, tenant_first
 from turret.recipe import Recipe
 from turret.workspace import Workspace
 
@@ -136,7 +136,9 @@ LINES = [
 @pytest.mark.parametrize("line", LINES)
 def test_a_command_is_one_that_turret_takes(line: str) -> None:
     command: Any = typer.main.get_command(app)
-    arguments = shlex.split(line, comments=True)[1:]
+    arguments = tenant_first(shlex.split(line, comments=True)[1:])
+    while arguments[:1] == ["--tenant"]:
+        arguments = arguments[2:]
     while hasattr(command, "commands") and arguments:
         name = arguments.pop(0)
         assert name in command.commands, line

@@ -94,6 +94,7 @@ def test_a_result_has_the_documented_keys_and_honest_numbers(trained) -> None:
     assert said["bundle_bytes"] == trained.workspace.resolve("reviews").bytes
 
 
+@pytest.mark.slow
 def test_the_same_recipe_makes_the_same_version_in_a_store_by_url(trained, new_url, tmp_path) -> None:
     """The run is stopped and resumed here; catalog and files are on two servers."""
     workspace = Workspace(new_url())
@@ -147,6 +148,7 @@ def test_the_stored_version_answers(trained) -> None:
         assert answer["label"] == max(answer["probabilities"], key=answer["probabilities"].get)
 
 
+@pytest.mark.slow
 def test_a_filled_recipe_killed_on_its_way_ends_with_the_same_version(trained, tmp_path) -> None:
     """The child trains the stored recipe of the first run and kills itself after step 7."""
     recipe = trained.workspace.store.root / "runs" / trained.result.run / "recipe.toml"

@@ -110,9 +110,9 @@ def test_pissa_starts_at_the_base_and_is_stored_as_plain_lora_of_twice_the_rank(
 
 @pytest.mark.parametrize("start", ["eva", "corda"])
 def test_a_start_that_needs_data_is_refused_in_one_line(start: str) -> None:
-    with pytest.raises(RecipeError, match=f'needs no pass over the data, given "{start}": leave it out'):
+    with pytest.raises(RecipeError, match=f'without a pass over the data, given "{start}": leave it out'):
         Recipe(name="a", base="b", data="c").with_overrides({"method.init_lora_weights": start})
-    with pytest.raises(RecipeError, match=f'needs no pass over the data, given "{start}": leave it out'):
+    with pytest.raises(RecipeError, match=f'without a pass over the data, given "{start}": leave it out'):
         attach(build("bert", "classify"), Peft(peft_type="LORA", init_lora_weights=start))
 
 

@@ -127,6 +127,7 @@ import bitsandbytes
 """
 
 
+@pytest.mark.slow
 def test_a_method_of_peft_fetches_no_kernel_either(tmp_path: Path) -> None:
     assert fetched(tmp_path, f"sys.path.insert(0, {str(Path(small_models.__file__).parent)!r})\n{ON_PEFT}") == "nothing"
 

@@ -45,6 +45,7 @@ def test_the_recipe_of_a_foreign_table_reads_it(make: Maker, tmp_path: Path, mon
     assert len(data.test) > 20
 
 
+@pytest.mark.slow
 def test_the_german_table_goes_all_the_way_without_a_page_being_read(
     bases: dict[bool, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

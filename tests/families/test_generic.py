@@ -124,6 +124,7 @@ def test_a_model_that_cannot_answer_rows_of_any_length_is_refused() -> None:
         generic.recognised(model, "encoder")
 
 
+@pytest.mark.slow
 def test_a_base_that_is_not_listed_loads_with_a_note_and_trains_and_answers(tmp_path: Path) -> None:
     model = small(DECODERS["olmo2"](), transformers.AutoModelForCausalLM)
     model.save_pretrained(tmp_path / "base")

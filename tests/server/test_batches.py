@@ -81,7 +81,7 @@ def test_every_line_of_a_batch_is_answered_as_a_request_would_be(serve, put, cli
     version = put()
     running = serve()
     client = clients(running)
-    wrong = line(40, body={"model": "a", "prompt": "x", "max_tokens": 0})
+    wrong = line(40, body={"model": "a", "prompt": "x", "max_tokens": -1})
     batch = ended(client, sent(client, [*(line(number) for number in range(40)), wrong]))
     assert batch.status == "completed"
     counts = batch.request_counts

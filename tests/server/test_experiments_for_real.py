@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
+import pytest
 import small_models
 from server.patience import until
 from tiny_training import labelled
@@ -88,6 +89,7 @@ def ask(client: httpx2.Client, unit: str, number: int) -> Answered:
     return Answered(unit, said["turret-receipt"], version, said["turret-digest"], said.get("turret-arm"), right)
 
 
+@pytest.mark.slow
 def test_a_candidate_that_is_really_worse_is_rolled_back_by_a_real_server_and_receipts_prove_it(tmp_path) -> None:
     base, store = small_models.save_base("bert", tmp_path / "bert"), tmp_path / "store"
     workspace = Workspace(store)

@@ -87,7 +87,7 @@ def test_a_token_of_ten_requests_a_minute_gets_ten_over_two_servers(two, where) 
     assert 1 <= int(got.headers["retry-after"]) <= 6
 
 
-@pytest.mark.parametrize("per_minute", [3, 64, 2000])
+@pytest.mark.parametrize("per_minute", [3, 64, pytest.param(2000, marks=pytest.mark.slow)])
 def test_servers_that_ask_at_once_get_the_quota_and_not_one_more(where, per_minute) -> None:
     """What one of them has reserved at its end, and does not use, goes back and is used by the others."""
     servers, quota, counts = [shared(where) for _ in range(3)], Quota(requests=per_minute), list[int]()

@@ -111,7 +111,7 @@ def test_an_address_of_version_six_is_written_in_brackets() -> None:
 
 
 def test_the_base_is_the_stores_only_one_or_must_be_said(put, workspace, capsys) -> None:
-    with pytest.raises(ServeRefused, match="the store has no adapter; name it with --base"):
+    with pytest.raises(ServeRefused, match="the store has no adapter; name one with --base"):
         only_base(workspace)
     put()
     assert only_base(workspace) == "echo"
@@ -119,7 +119,7 @@ def test_the_base_is_the_stores_only_one_or_must_be_said(put, workspace, capsys)
 
     bundle = write_bundle(workspace.store.root.parent / "more", tensors(999), said={"base": {"id": "other"}})
     workspace.store.put("b", bundle)
-    with pytest.raises(ServeRefused, match="adapters of echo, other; name it with --base"):
+    with pytest.raises(ServeRefused, match="adapters of echo, other; name one with --base"):
         only_base(workspace)
 
 

@@ -77,15 +77,24 @@ def test_on_a_full_disk_every_verb_is_done_or_says_so_and_gc_makes_room(small_di
     leftover = store.root / "tmp" / "left"
     leftover.write_bytes(bytes(100_000))
     os.utime(leftover, (0, 0))
-    filler, verbs = disk / "filler", 0
+    filler, verbs, gated = disk / "filler", 0, []
+
+    def gate() -> None:
+        store.gate("a", "candidate", add=["loss<1"], examples=GOLDEN)
+        gated.append(True)
+
+    def replay() -> None:
+        if gated:  # a replay belongs to examples that the store has
+            store.keep_replay(store.resolve("a@1"), GoldenReplay(GOLDEN.digest, 1, 1, None, "then"))
+
     for room in (0, 4096, 16384, 40960, 65536, 98304):
         filler.write_bytes(b"")
         filler.write_bytes(bytes(max(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - room, 0)))
         for verb in (
             lambda: store.promote("a@3", "production"),
             lambda: store.rollback("a"),
-            lambda: store.gate("a", "candidate", add=["loss<1"], examples=GOLDEN),
-            lambda: store.keep_replay(store.resolve("a@1"), GoldenReplay(GOLDEN.digest, 1, 1, None, "then")),
+            gate,
+            replay,
             lambda: store.put("b", make_bundle(os.urandom(5000))),
             lambda: store.new_run("a", "", ""),
             lambda: store.delete("a@3", force=True),

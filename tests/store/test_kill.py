@@ -106,6 +106,7 @@ def test_killed_at_every_file_operation_of_a_verb_it_was_done_or_was_not(where, 
     assert ended["done"] == 1
 
 
+@pytest.mark.slow
 def test_killed_within_a_write_of_any_verb_the_store_holds_what_it_must_and_readers_see_nothing_of_it(tmp_path) -> None:
     """The kernel kills at the write that makes a file longer than n bytes, inside SQLite too."""
     ended, acknowledged = beside_readers(str(tmp_path / "store"), tmp_path, "writes", ",".join(BESIDE), 170_000, 34_000)
@@ -189,6 +190,7 @@ def _kill_at_random_moments(where: str, tmp_path: Path, rounds: int) -> None:
     check_lines(store, lines + out.splitlines(keepends=True))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_no_acknowledged_write_is_lost(where, tmp_path) -> None:
     _kill_at_random_moments(where, tmp_path, 4 if Location.parse(where).catalog is None else 2)
 
@@ -226,7 +228,11 @@ def test_six_processes_at_all_verbs_for_long_break_nothing(where, verbs) -> None
 
 @pytest.mark.parametrize(
     ("where", "processes", "count"),
-    [("folder", 4, 8), ("url", 3, 3), pytest.param("url", 6, 20, marks=pytest.mark.slow)],
+    [
+        ("folder", 4, 8),
+        pytest.param("url", 3, 3, marks=pytest.mark.slow),
+        pytest.param("url", 6, 20, marks=pytest.mark.slow),
+    ],
     indirect=["where"],
 )
 def test_processes_that_put_at_once_get_numbers_of_their_own(where, store, processes, count) -> None:

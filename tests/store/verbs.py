@@ -206,6 +206,15 @@ def ready_to_migrate(where: str, folder: Path) -> Hold:
             )
             for table in (*later, "experiments", "tokens", "replays", "golden_gates", "golden_sets", "gates"):
                 connection.execute(f"DROP TABLE {table}")
+            for table in ("client_files", "batch_parts", "batches", "queue_limits", "queue", "run_log"):
+                connection.execute(f"DROP TABLE IF EXISTS {table}")
+            for table in ("usage", "audit", "leases", "artifacts", "budgets", "sessions", "server_secrets"):
+                connection.execute(f"DROP TABLE {table}")
+            connection.execute("ALTER TABLE runs DROP COLUMN tenant")
+            if Store(where).location.catalog is not None:  # SQLite's table of adapters is built anew
+                connection.execute("DROP FUNCTION turret_audit_keeps")
+                connection.execute("ALTER TABLE adapters DROP COLUMN tenant")
+                connection.execute("ALTER TABLE adapters ADD CONSTRAINT uq_adapters_name UNIQUE (name)")
             for column in ("who", "number", "verb", "before"):
                 connection.execute(f'ALTER TABLE alias_history DROP COLUMN "{column}"')
             connection.execute("ALTER TABLE versions DROP COLUMN who")

@@ -47,7 +47,7 @@ def test_the_documented_defaults_are_those_of_the_code() -> None:
         for name, (method, kind) in DOCUMENTED.items()
     }
     assert said == known
-    assert f"at least {FEWEST_EPOCHS}, at most {MOST_EPOCHS}" in text
+    assert f"at least {FEWEST_EPOCHS} and at most {MOST_EPOCHS}" in text
 
 
 def test_some_of_pefts_methods_have_a_rate_of_their_own() -> None:

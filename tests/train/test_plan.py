@@ -52,8 +52,8 @@ def parameters_alive() -> int:
     [
         ("bert", "classify", "lora"),
         ("llama", "summarize", "prefix"),
-        ("t5", "summarize", "lora"),
-        ("bert", "classify", "full"),
+        pytest.param("t5", "summarize", "lora", marks=pytest.mark.slow),
+        pytest.param("bert", "classify", "full", marks=pytest.mark.slow),
     ],
 )
 def test_a_measured_plan_is_json_and_leaves_the_base_and_the_random_numbers_as_they_were(

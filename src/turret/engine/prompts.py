@@ -68,7 +68,7 @@ class Prompts:
             raise AdapterError("the bare base has no head to classify with: name an adapter")
         written = text if isinstance(text, (str, Prompt)) else None
         ids = None if isinstance(text, (str, Prompt)) else self.check_ids(text)
-        if kind == "generate" and options.truncate_prompt_tokens is None and ids is not None:
+        if ids is not None and (kind != "generate" or options.truncate_prompt_tokens is None):
             self._check_length(len(ids), self._limits.max_tokens)
         matcher = None if options.constraint is None else self.constraints.compiled(options.constraint)
         receipt = Receipt(

@@ -34,6 +34,7 @@ SECONDS = 30.0
 VARIABLE = "TURRET_LEASE_SECONDS"
 POLL_SECONDS = 0.25  # while waiting for a lease
 TURN_SECONDS = 0.5  # between two turns of a keeper
+_given_up: set[str] = set()  # owners of leases of this process
 
 leases = Table(
     "leases",
@@ -99,7 +100,7 @@ def take(connection: Connection, name: str) -> Lease | None:
     """Take a lease that nobody holds, or whose owner is dead; None if it is held. In a writing transaction."""
     row = connection.execute(select(leases).where(leases.c.name == name)).first()
     now, seconds = clock(connection), length()
-    if row is not None and row.until > now and not is_dead(row.process):
+    if row is not None and row.until > now and not _is_left(row.owner, row.process):
         return None
     lease = Lease(name, uuid.uuid4().hex, 1 if row is None else row.fence + 1, seconds)
     place = {"process": _this_process(os.getpid()), "host": socket.gethostname()[:255]}
@@ -131,6 +132,11 @@ def release(connection: Connection, lease: Lease) -> None:
     connection.execute(update(leases).where(ours).values(until=0.0))
 
 
+def give_up(lease: Lease) -> None:
+    """Let this process take a lease again that it holds and cannot release, because the catalog takes no writes."""
+    _given_up.add(lease.owner)
+
+
 def held(connection: Connection, prefix: str, *, late: bool = False) -> set[str]:
     """The names, after the prefix, of the leases that nobody may take.
 
@@ -139,8 +145,12 @@ def held(connection: Connection, prefix: str, *, late: bool = False) -> set[str]
     """
     named = leases.c.name.startswith(prefix, autoescape=True) & (leases.c.until > 0)
     now = clock(connection)
-    rows = connection.execute(select(leases.c.name, leases.c.process, leases.c.until).where(named))
-    living = (row for row in rows if not is_dead(row.process) and (row.until > now or (late and _is_here(row.process))))
+    rows = connection.execute(select(leases.c.name, leases.c.owner, leases.c.process, leases.c.until).where(named))
+    living = (
+        row
+        for row in rows
+        if not _is_left(row.owner, row.process) and (row.until > now or (late and _is_here(row.process)))
+    )
     return {row.name.removeprefix(prefix) for row in living}
 
 
@@ -174,9 +184,9 @@ def is_free(database: Database, name: str, say: Callable[[str], None]) -> bool:
 def _until(database: Database, name: str) -> tuple[float, str, str] | None:
     """The end, host and process of a lease; None if nobody holds it."""
     with database.reading() as connection:
-        query = select(leases.c.until, leases.c.host, leases.c.process).where(leases.c.name == name)
+        query = select(leases.c.until, leases.c.host, leases.c.process, leases.c.owner).where(leases.c.name == name)
         row = connection.execute(query).first()
-        if row is None or row.until <= clock(connection) or is_dead(row.process):
+        if row is None or row.until <= clock(connection) or _is_left(row.owner, row.process):
             return None
     return row.until, row.host, row.process
 
@@ -261,6 +271,11 @@ class Keeper:
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
+
+
+def _is_left(owner: str, process: str) -> bool:
+    """Whether the owner of a lease is dead, or this process has given it up."""
+    return owner in _given_up or is_dead(process)
 
 
 def is_dead(process: str) -> bool:

@@ -208,12 +208,16 @@ class TrainingRuns:
         error = None if error is None else plain_error(error)
         row = {"state": state, "ended": now(), "error": error, "result": plain(result) if result is not None else None}
         dead = []
-        with self._database.writing() as connection:
-            run.lease.require(connection)
-            connection.execute(update(runs).where(runs.c.id == run.id).values(row))
-            leases.release(connection, run.lease)
-            if state == "finished":  # nothing resumes from its checkpoint
-                dead = self._artifacts.drop(connection, f"{PREFIX}{run.id}/checkpoint/")
+        try:
+            with self._database.writing() as connection:
+                run.lease.require(connection)
+                connection.execute(update(runs).where(runs.c.id == run.id).values(row))
+                leases.release(connection, run.lease)
+                if state == "finished":  # nothing resumes from its checkpoint
+                    dead = self._artifacts.drop(connection, f"{PREFIX}{run.id}/checkpoint/")
+        except BaseException:  # a full disk, an outage
+            leases.give_up(run.lease)
+            raise
         self._artifacts.discard(dead)
 
     def file(self, run_id: str, name: str) -> bytes | None:
