@@ -123,6 +123,7 @@ def test_sigterm_loses_no_usage_and_sigkill_at_most_two_seconds(put, workspace, 
                 assert client.post("/v1/classify", json={"model": "a", "input": "x"}).status_code == 200
         process.send_signal(sign)
         process.wait(timeout=30)
+        process.stdout.close()
         requests = counted(workspace)["a"][0]
         assert expected <= requests <= expected + (sign == signal.SIGKILL)
         expected = requests
