@@ -5,11 +5,11 @@ It needs a card that torch can use, and nothing else: the bases are small and ra
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
+import at_a_card
 import pytest
 import small_models
 import tiny_training as tiny
@@ -41,8 +41,7 @@ FAMILIES = [*small_models.FAMILIES, "gemma2", "mistral", "phi3", "electra"]
 
 
 def near(one: torch.Tensor, other: torch.Tensor, allowed: float = ALLOWED) -> None:
-    one, other = one.detach().float().cpu(), other.detach().float().cpu()
-    assert float((one - other).abs().max()) <= allowed * float(other.abs().max())
+    at_a_card.near(one, other, allowed)
 
 
 def kind_of(family: str) -> Any:
@@ -55,16 +54,7 @@ def kind_of(family: str) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("gpu")
-    for family in ("bert", "llama"):
-        small_models.save_base(family, where / family)
-    for name, head in (("films", ("text", "label")), ("lines", ("document", "summary"))):
-        with (where / f"{name}.csv").open("w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(head)
-            for row in range(48):
-                text = f"{'great film' if row % 2 else 'dull story'}, number {row}"
-                answer = ("good" if row % 2 else "bad") if name == "films" else ("a pleasure" if row % 2 else "boring")
-                table.writerow([text, answer])
+    at_a_card.write_inputs(where)
     return where
 
 

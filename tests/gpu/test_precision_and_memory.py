@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -17,6 +16,7 @@ import small_models
 import tiny_training as tiny
 import torch
 from adapters_at_hand import METHODS, alone, made
+from at_a_card import near, write_inputs
 from batches import padded, rows, with_eos, without_dropout
 from four_bits import base_in_four_bits, needs_bitsandbytes
 from peft_twins import lora_twin
@@ -41,25 +41,11 @@ WIDE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def near(one: torch.Tensor, other: torch.Tensor, allowed: float) -> None:
-    one, other = one.detach().float().cpu(), other.detach().float().cpu()
-    assert float((one - other).abs().max()) <= allowed * float(other.abs().max())
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("gpu")
-    for family in ("bert", "llama"):
-        small_models.save_base(family, where / family)
+    write_inputs(where)
     small_models.save_base("llama", where / "wide", **WIDE)
-    for name, head in (("films", ("text", "label")), ("lines", ("document", "summary"))):
-        with (where / f"{name}.csv").open("w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(head)
-            for row in range(48):
-                text = f"{'great film' if row % 2 else 'dull story'}, number {row}"
-                answer = ("good" if row % 2 else "bad") if name == "films" else ("a pleasure" if row % 2 else "boring")
-                table.writerow([text, answer])
     return where
 
 

@@ -106,7 +106,7 @@ class Tenant:
     secret: str  # of a token for everything
     limited: str  # of a token that asks its adapters
     table: str  # CSV
-    recipe: str  # TOML, with SEED in place of its seed
+    recipe: str  # TOML; the word SEED stands where the seed goes
     answers: list[Answer] = field(default_factory=list)
     unknown: list[tuple[str, tuple[int, int, int, int]]] = field(default_factory=list)  # adapter, and the most usage
     moves: list[tuple[str, str, str, int]] = field(default_factory=list)  # name, alias, verb, number: acknowledged

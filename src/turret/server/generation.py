@@ -94,7 +94,7 @@ def generation_options(
 
     Args:
         times: Choices of each prompt; `n` if None.
-        constraint: In place of the request's own.
+        constraint: Used instead of the one in the request.
         more: Options that the route sets.
     """
     times = times or body.n or 1
@@ -121,16 +121,39 @@ async def stream(
     unit: str | None,
     chunks: ChunkFormat,
 ) -> StreamingResponse:
-    """Submit the prompts, and start the response with the first word: an error before it has an HTTP status."""
-    pending = await state.submit(request, "generate", body.model, prompts, options, unit=unit or body.user)
+    """Answer with chunks as OpenAI's API streams them."""
+
+    def lines(pending: PendingAnswers, updates: AsyncIterator[Update]) -> AsyncIterator[str]:
+        return _lines(state, body, pending, updates, chunks)
+
+    headers = unknown_keys(state, body)
+    return await stream_events(state, request, body.model, prompts, options, unit or body.user, lines, headers)
+
+
+async def stream_events(
+    state: ServerState,
+    request: Request,
+    model: str,
+    prompts: Sequence[Input],
+    options: Sequence[Options],
+    unit: str | None,
+    lines: Callable[[PendingAnswers, AsyncIterator[Update]], AsyncIterator[str]],
+    headers: dict[str, str] | None = None,
+) -> StreamingResponse:
+    """Submit the prompts, and start the response with the first word: an error before it has an HTTP status.
+
+    Args:
+        lines: Makes the events from the updates of the answers.
+        headers: Added to those of the answers.
+    """
+    pending = await state.submit(request, "generate", model, prompts, options, unit=unit)
     try:
         first, rest = await pending.first()
     except BaseException:
         state.finish(request, "generate", pending)
         raise
-    lines = _lines(state, body, pending, _chained(first, rest), chunks)
-    headers = pending.headers | unknown_keys(state, body)
-    return _EventStream(lines, headers, lambda: state.finish(request, "generate", pending))
+    events = lines(pending, _chained(first, rest))
+    return _EventStream(events, pending.headers | (headers or {}), lambda: state.finish(request, "generate", pending))
 
 
 class _EventStream(StreamingResponse):

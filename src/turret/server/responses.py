@@ -6,11 +6,10 @@ The input and the instructions become the messages of a chat, so the prompt is t
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from turret.errors import TurretError
 from turret.json_types import JsonObject
@@ -20,7 +19,7 @@ from turret.server.chat_schemas import ChatRequest
 from turret.server.completions import EVENTS
 from turret.server.engine_protocol import Answer
 from turret.server.error_responses import error_response
-from turret.server.generation import generation_options
+from turret.server.generation import generation_options, stream_events
 from turret.server.pending_answers import PendingAnswers, Update, generated_tokens, prompt_tokens
 from turret.server.routes import State, Unit, router
 from turret.server.state import ServerState
@@ -37,14 +36,11 @@ async def respond(
     prompts = [await state.parsing(prompt, state, chat)]
     options = generation_options(state, chat, chat.max_tokens, 1)
     if body.stream:
-        pending = await state.submit(request, "generate", body.model, prompts, options, unit=unit or body.user)
-        try:
-            first, rest = await pending.first()
-        except BaseException:
-            state.finish(request, "generate", pending)
-            raise
-        events = _events(state, body, pending, first, rest)
-        return _Events(events, pending.headers, lambda: state.finish(request, "generate", pending))
+
+        def events(pending: PendingAnswers, updates: AsyncIterator[Update]) -> AsyncIterator[str]:
+            return _events(state, body, pending, updates)
+
+        return await stream_events(state, request, body.model, prompts, options, unit or body.user, events)
     async with state.ask(request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
         (answer,) = await pending.all()
     response.headers.update(pending.headers)
@@ -103,40 +99,21 @@ def _message(pending: PendingAnswers, answer: Answer | None, text: str) -> schem
     )
 
 
-class _Events(StreamingResponse):
-    """Server-sent events. Calls `finish` at their end, also if the client leaves or an error ends them."""
-
-    def __init__(self, lines: AsyncIterator[str], headers: dict[str, str], finish: Callable[[], None]) -> None:
-        more = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(lines, headers=headers | more, media_type="text/event-stream")
-        self._finish = finish
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._finish()
-
-
 async def _events(
     state: ServerState,
     body: schemas.ResponseRequest,
     pending: PendingAnswers,
-    first: Update,
-    rest: AsyncIterator[Update],
+    updates: AsyncIterator[Update],
 ) -> AsyncIterator[str]:
-    lines = _Lines()
+    lines, text = _Lines(), ""
     begun = _response(state, body, pending, None, "").model_dump()
     yield lines.event("response.created", response=begun)
     yield lines.event("response.in_progress", response=begun)
     item: JsonObject = {"output_index": 0, "item_id": f"msg_{pending.id}", "content_index": 0}
     yield lines.event("response.output_item.added", output_index=0, item=_message(pending, None, "").model_dump())
     yield lines.event("response.content_part.added", **item, part=schemas.OutputText(text="").model_dump())
-    text = first[1].text if first[1] is not None else ""
-    if text:
-        yield lines.event("response.output_text.delta", **item, delta=text, logprobs=[])
     try:
-        async for _, piece in rest:
+        async for _, piece in updates:
             if piece is not None and piece.text:
                 text += piece.text
                 yield lines.event("response.output_text.delta", **item, delta=piece.text, logprobs=[])

@@ -16,7 +16,7 @@ from turret.errors import ServeRefused
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-KEPT = ("adapter", "receipt", "inputs", "tokens", "experiment", "arm")  # of what the log says about an answer
+KEPT = ("adapter", "receipt", "inputs", "tokens", "experiment", "arm")  # keys of the log's line about an answer
 
 
 def provider() -> TracerProvider:

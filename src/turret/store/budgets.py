@@ -1,8 +1,8 @@
 """Quotas that all servers of a store share: token buckets in the catalog, which refill evenly.
 
 A server takes requests in small batches, so that a busy token does not write a row for every request. A batch is at
-most 1/32 of what is left, so the last requests of a quota are taken one by one: over all servers a quota of 10 is 10.
-What a server does not use it gives back after a second.
+most 1/32 of the remaining requests, so the last ones are taken one by one: over all servers a quota of 10 is 10. A
+server gives unused requests back after a second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sqlalchemy import Column, Connection, Float, Integer, String, Table, delete
 from turret.database import Database, bytewise, metadata
 from turret.store.leases import clock
 
-BATCH = 32  # a batch is at most this part of what is left
+BATCH = 32  # a batch is at most 1/32 of the requests that are left
 OLD = 3600.0  # seconds after which a bucket that nobody used is removed if it is full
 
 budgets = Table(

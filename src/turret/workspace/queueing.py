@@ -118,7 +118,7 @@ class Queue:
         return self._store.run(run)
 
     def _require_seen(self, recipe: Recipe) -> None:
-        """Raise NotFound for a training of what this caller does not see."""
+        """Raise NotFound if this caller does not see the adapter, the base or the first version of a recipe."""
         access = self._store.access
         if not access.sees(recipe.name):
             raise NotFound(f"no adapter {recipe.name} can be trained with this token: give a name that it may see")
