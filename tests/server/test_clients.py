@@ -131,6 +131,9 @@ def examine(guarded, examples: int) -> None:
                 return  # OpenAPI cannot say what a reference means in this store, or which keys exclude each other
             if got.status_code == 400 and "expected one text_1, or as many as text_2" in got.text:
                 return  # nor that two lists have the same length
+            biases = case.body.get("logit_bias") if isinstance(case.body, dict) else None
+            if got.status_code == 400 and any(key.endswith("\n") for key in biases or ()):
+                return  # `$` of a pattern: the end in JSON Schema, but also before a last newline in Python's checks
             if got.status_code == 400 and case.path == "/api/runs" and got.json()["error"]["code"] in OF_A_RECIPE:
                 return  # nor what a recipe in TOML may have
             try:

@@ -131,7 +131,11 @@ class Generation(Lenient):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: (
-        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=limits.MOST_BIASES)] | None
+        Annotated[
+            dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=limits.MOST_BIASES, json_schema_extra={"additionalProperties": False}),
+        ]
+        | None
     ) = None
     num_beams: Annotated[int, Field(ge=1, le=16), WHOLE] | None = None
     seed: Annotated[int, Field(ge=1 - (1 << 53), le=(1 << 53) - 1), WHOLE] | None = None  # exact in a float64 of JSON
