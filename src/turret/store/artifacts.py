@@ -22,10 +22,10 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, delete, insert, select
 
-from turret.database import Database, uploads
+from turret.database import Database
 from turret.disk import make_folder, sync
 from turret.errors import Corrupt, StoreError, TurretError
-from turret.store import uploads as protocol
+from turret.store import uploads
 from turret.store.artifact_table import artifacts
 from turret.store.blobs import Blob, Files, hash_file, place
 from turret.store.catalog import now
@@ -86,19 +86,18 @@ class Artifacts:
         self._claim(database)
         content = {name: hash_file(path) for name, path in sources.items()}
         for _ in range(ATTEMPTS):
-            upload = uuid.uuid4().hex
             with database.writing() as connection:
                 _require(lease, connection)
                 known = _rows(connection, content)
                 changed = {name: blob for name, blob in content.items() if known.get(name) != blob}
                 if not changed:
                     return
-                connection.execute(insert(uploads).values(id=upload, since=protocol.started(connection)))
+                upload = uploads.begin(connection)
             copies = {blob.digest: (sources[name], replace(blob, upload=upload)) for name, blob in changed.items()}
-            self._write(database, upload, copies.values())
+            uploads.write(database, self._place, upload, copies.values())
             with database.writing() as connection:
                 _require(lease, connection)
-                if connection.execute(delete(uploads).where(uploads.c.id == upload)).rowcount != 1:
+                if not uploads.end(connection, upload):
                     continue  # a gc took this process for dead
                 replaced = list(_rows(connection, changed).values())
                 _forget(connection, changed)
@@ -155,15 +154,6 @@ class Artifacts:
     def _place(self) -> Files:
         assert self._files is not None
         return self._files
-
-    def _write(self, database: Database, upload: str, copies: Iterable[tuple[Path, Blob]]) -> None:
-        try:
-            for source, copy in copies:
-                self._place.put(source, copy)
-        except BaseException:
-            with suppress(TurretError), database.writing() as connection:  # otherwise a gc does it after an hour
-                connection.execute(delete(uploads).where(uploads.c.id == upload))
-            raise
 
     def _bring(self, path: str, target: Path) -> None:
         make_folder(target.parent)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import secrets
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import Row, delete, func, insert, select
 
-from turret.database import Database, uploads
-from turret.errors import NotFound, StoreError, TooLarge, TurretError
-from turret.store import uploads as protocol
+from turret.database import Database
+from turret.errors import NotFound, StoreError, TooLarge
+from turret.store import uploads
 from turret.store.blobs import Blob, Files, hash_file
 from turret.store.client_tables import client_files
 from turret.store.core import Store
@@ -66,20 +65,14 @@ class ClientFiles:
         self._claim(database)
         made = ClientFile(f"file-{secrets.token_hex(12)}", owner, name[:255], purpose, blob, int(time.time()))
         for _ in range(ATTEMPTS):
-            upload = uuid.uuid4().hex
             with database.writing() as connection:
                 total = select(func.coalesce(func.sum(client_files.c.bytes), 0)).where(client_files.c.owner == owner)
                 if int(connection.execute(total).scalar_one()) + blob.bytes > MOST_BYTES:
                     raise TooLarge(f"your files would have more than {MOST_BYTES} bytes together: delete some first")
-                connection.execute(insert(uploads).values(id=upload, since=protocol.started(connection)))
-            try:
-                self._place.put(source, replace(blob, upload=upload))
-            except BaseException:
-                with suppress(TurretError), database.writing() as connection:  # else a gc does it after an hour
-                    connection.execute(delete(uploads).where(uploads.c.id == upload))
-                raise
+                upload = uploads.begin(connection)
+            uploads.write(database, self._place, upload, [(source, replace(blob, upload=upload))])
             with database.writing() as connection:
-                if connection.execute(delete(uploads).where(uploads.c.id == upload)).rowcount == 1:
+                if uploads.end(connection, upload):
                     row = {"id": made.id, "owner": owner, "name": made.name, "purpose": purpose, "bytes": blob.bytes}
                     row |= {"digest": blob.digest, "upload": upload, "created": made.created}
                     connection.execute(insert(client_files).values(row))

@@ -69,12 +69,7 @@ class Upload:
         for blob in missing:
             self._renew()
             copy = replace(blob, upload=self._id)
-            try:
-                self._place.put(sources[blob], copy)
-            except BaseException:
-                with suppress(TurretError):  # otherwise a gc does it after an hour
-                    self._forget()
-                raise
+            write(self._database, self._place, self._id, [(sources[blob], copy)])
             self._written[blob.digest] = copy
 
     def settle(self, connection: Connection, blobs: Iterable[Blob]) -> dict[str, Blob] | None:
@@ -83,7 +78,7 @@ class Upload:
         Returns:
             Digest -> the copy to list; None if the put must start another attempt.
         """
-        ours = bool(self._id) and connection.execute(delete(uploads).where(uploads.c.id == self._id)).rowcount == 1
+        ours = bool(self._id) and end(connection, self._id)
         found = listed(connection, (blob.digest for blob in blobs))
         for digest, copy in self._written.items():
             current = found.get(digest)
@@ -105,16 +100,33 @@ class Upload:
 
     def _renew(self) -> None:
         with self._database.writing() as connection:
-            now = started(connection)
             if self._id:
-                connection.execute(update(uploads).where(uploads.c.id == self._id).values(since=now))
+                connection.execute(update(uploads).where(uploads.c.id == self._id).values(since=_started(connection)))
             else:
-                self._id = uuid.uuid4().hex
-                connection.execute(insert(uploads).values(id=self._id, since=now))
+                self._id = begin(connection)
 
-    def _forget(self) -> None:
-        with self._database.writing() as connection:
-            connection.execute(delete(uploads).where(uploads.c.id == self._id))
+
+def begin(connection: Connection) -> str:
+    """Add an upload, whose copies may be written after this transaction. Returns its id."""
+    upload = uuid.uuid4().hex
+    connection.execute(insert(uploads).values(id=upload, since=_started(connection)))
+    return upload
+
+
+def write(database: Database, place: Files, upload: str, copies: Iterable[tuple[Path, Blob]]) -> None:
+    """Write copies of local files under an upload. If one fails, the upload ends, and all of its copies are dead."""
+    try:
+        for source, copy in copies:
+            place.put(source, copy)
+    except BaseException:
+        with suppress(TurretError), database.writing() as connection:  # otherwise a gc does it after an hour
+            end(connection, upload)
+        raise
+
+
+def end(connection: Connection, upload: str) -> bool:
+    """Remove an upload. Returns whether it still existed: then its copies may be listed in this transaction."""
+    return connection.execute(delete(uploads).where(uploads.c.id == upload)).rowcount == 1
 
 
 def listed(connection: Connection, digests: Iterable[str]) -> dict[str, Blob]:
@@ -154,7 +166,7 @@ def dead(
     return [(name, b) for name, b in seen if b.upload not in living and (b.digest, b.upload) not in used]
 
 
-def started(connection: Connection) -> str:
+def _started(connection: Connection) -> str:
     """The value of `since` for a file that is started now."""
     return _text(_now(connection))
 
