@@ -3,9 +3,9 @@
     validating -> in_progress -> finalizing -> completed
     validating -> failed                in_progress -> cancelling -> cancelled, or expired
 
-One process works on a batch: it claims it for `CLAIMED` seconds, and every write of it renews the claim, or finds that
-another process has taken over. Answers are kept with the count of lines that they bring the batch to, in one
-transaction. So a batch continues after a kill where it was, and no line is answered twice.
+One process works on a batch: it claims it for `CLAIMED` seconds by the catalog's clock. Every write of it renews the
+claim, or finds that another process has taken over. Answers are kept with the count of lines that they bring the batch
+to, in one transaction. So a batch continues after a kill where it was, and no line is answered twice.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from turret.database import Database
 from turret.errors import BadRequest, InUse, NotFound
 from turret.json_types import JsonMapping, JsonObject
 from turret.store.client_tables import batch_parts, batches, client_files
+from turret.store.leases import clock
 
 State = Literal[
     "validating", "in_progress", "finalizing", "completed", "failed", "cancelling", "cancelled", "expired"
@@ -140,17 +141,14 @@ class Batches:
 
     def claim(self) -> Batch | None:
         """The oldest open batch that no living process works on; None if there is none."""
-        free = or_(batches.c.worker.is_(None), batches.c.worker == self.worker, batches.c.until < time.time())
-        query = select(batches.c.id).where(batches.c.state.not_in(ENDED), free)
-        query = query.order_by(batches.c.created, batches.c.id).limit(1)
         with self.database.reading() as connection:  # most often there is none: then nobody waits for a writer
-            if connection.execute(query).first() is None:
+            if self._oldest(connection) is None:
                 return None
         with self.database.writing() as connection:
-            id = connection.execute(query).scalar()
+            id = self._oldest(connection)
             if id is None:
                 return None
-            values = {"worker": self.worker, "until": time.time() + CLAIMED}
+            values = {"worker": self.worker, "until": clock(connection) + CLAIMED}
             connection.execute(update(batches).where(batches.c.id == id).values(values))
             return _batch(connection.execute(select(batches).where(batches.c.id == id)).one())
 
@@ -214,9 +212,16 @@ class Batches:
             connection.execute(delete(batch_parts).where(batch_parts.c.batch == batch.id))
             _note_time(connection, batch.id, state)
 
+    def _oldest(self, connection: Connection) -> str | None:
+        """The oldest open batch that may be claimed."""
+        free = or_(batches.c.worker.is_(None), batches.c.worker == self.worker, batches.c.until < clock(connection))
+        query = select(batches.c.id).where(batches.c.state.not_in(ENDED), free)
+        found: str | None = connection.execute(query.order_by(batches.c.created, batches.c.id).limit(1)).scalar()
+        return found
+
     def _hold(self, connection: Connection, batch: Batch, **values: str | int | None) -> None:
         mine = (batches.c.id == batch.id) & (batches.c.worker == self.worker)
-        renewed = update(batches).where(mine).values(until=time.time() + CLAIMED, **values)
+        renewed = update(batches).where(mine).values(until=clock(connection) + CLAIMED, **values)
         if connection.execute(renewed).rowcount != 1:
             raise Lost(batch.id)
 
