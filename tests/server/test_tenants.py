@@ -249,15 +249,38 @@ def test_an_experiment_takes_no_request_and_no_outcome_of_a_token_that_does_not_
     assert result["status"] == "counted"
 
 
-def test_the_figures_of_the_whole_server_are_for_the_tenant_default(serve, workspace) -> None:
+def test_the_figures_of_the_whole_server_are_for_the_tenant_default(serve, workspace, put_for) -> None:
+    for tenant in ("a", "b"):
+        put_for(tenant, f"{tenant}-news", 1)
     default = workspace.tokens.create("t", ALL)[1]
-    tenant = workspace.seen_by(Access("a")).tokens.create("t", ALL)[1]
+    limited = workspace.tokens.create("limited", ALL, adapters=["x*"])[1]
+    tenants = {tenant: workspace.seen_by(Access(tenant)).tokens.create("t", ALL)[1] for tenant in ("a", "b")}
     running = serve()
-    own, other = running.client(default), running.client(tenant)
+    own, other = running.client(default), running.client(tenants["a"])
     assert own.get("/api/status").json()["engine"] is not None
     assert other.get("/api/status").json()["engine"] is None
-    assert "turret_in_flight" in own.get("/metrics").text
-    assert "turret_in_flight" not in other.get("/metrics").text
+    for tenant, secret in tenants.items():
+        body = {"model": f"{tenant}-news", "input": ["x"] * (3 if tenant == "a" else 2)}
+        assert running.client(secret).post("/v1/classify", json=body).status_code == 200
+    assert own.post("/v1/completions", json={"model": "echo", "prompt": "x"}).status_code == 200
+
+    def metrics(secret: str) -> str:
+        return running.client(secret).get("/metrics").text
+
+    whole = metrics(default)
+    assert "turret_in_flight" in whole
+    for line in ('requests_total{tenant="a"} 1.0', 'answers_total{tenant="a"} 3.0', 'answers_total{tenant="b"} 2.0',
+                 'answers_total{tenant="default"} 1.0', 'failures_total{tenant="b"} 0.0'):  # fmt: skip
+        assert f"turret_tenant_{line}" in whole
+    assert "-news" not in whole, "names of adapters are their tenant's"
+    for tenant, secret in tenants.items():
+        told = metrics(secret)
+        assert f'turret_adapter_answers_total{{adapter="{tenant}-news@1",kind="classify"}}' in told
+        for word in ("turret_in_flight", "turret_tenant", "turret_requests", "tenant="):
+            assert word not in told
+        assert f"{'b' if tenant == 'a' else 'a'}-news" not in told
+    samples = [line for line in metrics(limited).splitlines() if not line.startswith("#")]
+    assert not [line for line in samples if 'adapter="base"' not in line]
 
 
 def test_a_token_that_expires_and_one_that_is_rotated(serve, workspace, until) -> None:

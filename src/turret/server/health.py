@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
@@ -31,5 +33,6 @@ async def readyz(state: State) -> Response:
 
 @control.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
 async def metrics(state: State) -> Response:
-    """Metrics for Prometheus: of the tenant's adapters; for the tenant `default`, of the server too."""
-    return Response(await state.control(state.metrics.text, state.sees), media_type=CONTENT_TYPE)
+    """Metrics for Prometheus: of the tenant's adapters; for the tenant `default`, of the server and all tenants too."""
+    read = partial(state.metrics.text, state.sees, operates=state.access.operates)
+    return Response(await state.control(read), media_type=CONTENT_TYPE)

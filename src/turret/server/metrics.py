@@ -1,7 +1,10 @@
 """Metrics for Prometheus: counters, histograms and the engine's own figures.
 
-A label is a route, a status, an arm, or a version or experiment that answered; never a text of a request. Beyond
-`MOST_VERSIONS` versions and experiments, the rest are counted together as `other`.
+A label is a route, a status, an arm, a tenant, or a version or experiment that answered; never a text of a request.
+Beyond `MOST_VERSIONS` versions and experiments, or tenants, the rest are counted together as `other`.
+
+Every tenant has metrics of its own. Those of the tenant `default` have the figures of the server too, and the totals of
+each tenant (`TenantTotals`); only an operator gets these.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Info, Proce
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from turret.access import DEFAULT
 from turret.json_types import JsonMapping
 
 MOST_VERSIONS = 200
@@ -42,10 +46,35 @@ def _every_name(name: str) -> bool:
     return True
 
 
+class TenantTotals:
+    """What the adapters and the base answered to each tenant, for who operates the server."""
+
+    def __init__(self) -> None:
+        self.registry, self._tenants = CollectorRegistry(), set[str]()
+        self._requests = self._counter("turret_tenant_requests", "Requests of a tenant to a version or the base")
+        self._answers = self._counter("turret_tenant_answers", "Answers to a tenant")
+        self._failures = self._counter("turret_tenant_failures", "Answers to a tenant that did not complete")
+        self._tokens = self._counter("turret_tenant_tokens", "Tokens of the answers to a tenant")
+
+    def answered(self, tenant: str, count: int, failed: int, tokens: int) -> None:
+        """One request of a tenant, with so many answers and failed inputs."""
+        label = tenant if tenant in self._tenants or len(self._tenants) < MOST_VERSIONS else "other"
+        self._tenants.add(label)
+        self._requests.labels(label).inc()
+        self._answers.labels(label).inc(count)
+        self._failures.labels(label).inc(failed)
+        self._tokens.labels(label).inc(tokens)
+
+    def _counter(self, name: str, help: str) -> Counter:
+        return Counter(name, help, ("tenant",), registry=self.registry)
+
+
 class Metrics:
-    """The metrics of one server.
+    """The metrics of one tenant on one server.
 
     Args:
+        tenant: Whose answers they count.
+        totals: Counts the answers to all tenants.
         gauges: Current values and the engine's counts; called whenever the metrics are read.
         histograms: The engine's histograms, likewise: `buckets` and `sum` of each.
         replica: The name of this server, which becomes a label of every series; None for no such label.
@@ -58,7 +87,10 @@ class Metrics:
         histograms: Callable[[], Mapping[str, JsonMapping]] = dict,
         build: Mapping[str, str] | None = None,
         replica: str | None = None,
+        tenant: str = DEFAULT,
+        totals: TenantTotals | None = None,
     ) -> None:
+        self._tenant, self._totals = tenant, totals or TenantTotals()
         self._registry, self._replica = CollectorRegistry(), {} if replica is None else {"replica": replica}
         if build is not None:
             ProcessCollector(registry=self._registry)
@@ -91,6 +123,7 @@ class Metrics:
             self._failures.labels(label, kind).inc(failed)
         self._tokens.labels(label).inc(tokens)
         self._latency.labels(label).observe(seconds)
+        self._totals.answered(self._tenant, count, failed, tokens)
 
     def arm(self, experiment: str, arm: str, version: str, seconds: float, *, failed: bool) -> None:
         """One answer of an arm, or one error that the arm caused."""
@@ -110,10 +143,17 @@ class Metrics:
         """An outcome, and its result."""
         self._outcomes.labels(self._label(experiment) if experiment else "none", status).inc()
 
-    def text(self, sees: Callable[[str], bool] = _every_name) -> bytes:
-        """All metrics in Prometheus' format. sees: whether an adapter may be seen, by its name or version."""
+    def text(self, sees: Callable[[str], bool] = _every_name, *, operates: bool = True) -> bytes:
+        """All metrics in Prometheus' format.
+
+        Args:
+            sees: Whether an adapter may be seen, by its name or version.
+            operates: Whether the reader operates the server. Others get the series of adapters alone.
+        """
         seen = CollectorRegistry(auto_describe=False)
-        seen.register(_Seen(self._registry, sees, self._replica))
+        seen.register(_Seen(self._registry, sees, self._replica, operates=operates))
+        if operates:
+            seen.register(_Seen(self._totals.registry, sees, self._replica, operates=True))
         return generate_latest(seen)
 
     def traffic(self, sees: Callable[[str], bool] = _every_name) -> Sequence[Traffic]:
@@ -158,18 +198,23 @@ class Metrics:
 
 
 class _Seen(Collector):
-    """The metrics of a registry, without the samples of adapters that may not be seen.
+    """The metrics of a registry, without the samples that may not be seen.
 
     Args:
         more: Labels of every sample.
+        operates: Whether samples of no adapter may be seen.
     """
 
-    def __init__(self, registry: CollectorRegistry, sees: Callable[[str], bool], more: Mapping[str, str]) -> None:
-        self._registry, self._sees, self._more = registry, sees, more
+    def __init__(
+        self, registry: CollectorRegistry, sees: Callable[[str], bool], more: Mapping[str, str], *, operates: bool
+    ) -> None:
+        self._registry, self._sees, self._more, self._operates = registry, sees, more, operates
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
             seen = [sample for sample in metric.samples if self._is_seen(sample.labels)]
+            if not seen and not self._operates:
+                continue
             metric.samples = [sample._replace(labels={**sample.labels, **self._more}) for sample in seen]
             yield metric
 
@@ -178,6 +223,8 @@ class _Seen(Collector):
 
     def _is_seen(self, labels: Mapping[str, str]) -> bool:
         names = [labels[key].partition("#")[0] for key in ("adapter", "experiment") if key in labels]
+        if not names:
+            return self._operates
         return all(self._sees("" if name in NO_ADAPTER else name) for name in names)
 
 

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from copy import copy
 from dataclasses import asdict
+from functools import partial
 
 from starlette.requests import Request
 
@@ -30,7 +31,7 @@ from turret.server.engine_protocol import EngineProtocol, Input, TicketProtocol,
 from turret.server.followers import Followers
 from turret.server.limits import Load
 from turret.server.logs import Log
-from turret.server.metrics import Metrics, numbers
+from turret.server.metrics import Metrics, TenantTotals, numbers
 from turret.server.missing import missing_model
 from turret.server.oidc import Oidc
 from turret.server.pending_answers import PendingAnswers, Submission
@@ -91,6 +92,7 @@ class ServerState:
         self._tenants_lock = threading.Lock()
         self.tenants: dict[str, Tenant] = {}
         self._views: dict[Access, ServerState] = {}
+        self._totals = TenantTotals()
         self._use(self.tenant(DEFAULT), OPERATOR)
         self._open_tenants()
         self._submitting = ThreadPool("ask", 8, 2 * limits.in_flight, "questions are being submitted", 1)
@@ -130,8 +132,8 @@ class ServerState:
         home = self._home.store.access.tenant
         workspace = self._home if name == home else self._home.seen_by(Access(name))
         build = {"version": __version__, "base": self.base_id, "fingerprint": self._shared_engine.base.fingerprint}
-        replica, shared = self.settings.replica, name == DEFAULT
-        metrics = Metrics(self._gauges, self._histograms, build, replica) if shared else Metrics(dict, replica=replica)
+        made = partial(Metrics, replica=self.settings.replica, tenant=name, totals=self._totals)
+        metrics = made(self._gauges, self._histograms, build) if name == DEFAULT else made(dict)
         engine = TenantEngine(self._shared_engine, workspace, home)
         log = self.log if self.settings.log_texts else None
         return Tenant.open(workspace, engine, metrics, self.settings.alias, self.limits, self.clock, log)
