@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import replace
 from urllib.parse import parse_qs, urlsplit
 
 import httpx2
@@ -15,6 +15,7 @@ from server.console_forms import form_token, post
 
 from turret.errors import ServeRefused, Unauthorized
 from turret.server.oidc import BACK, PATH, Oidc, OidcSettings
+from turret.server.oidc import COOKIE as SIGN_IN
 from turret.server.sessions import COOKIE
 
 PEOPLE = (
@@ -22,6 +23,7 @@ PEOPLE = (
     User(sub="2", claims={"preferred_username": "bob", "org": "legal"}),
     User(sub="3", claims={"email": "nameless@example.com"}),
 )
+SECRET = b"of all servers of a store"
 HERE = "http://127.0.0.1:8000"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the provider, which runs in this process
 
@@ -97,21 +99,51 @@ def test_an_answer_counts_once_in_the_browser_that_asked_and_with_its_state(runn
     assert come_back(client, "1").status_code == 200
 
 
+def test_the_provider_may_send_the_browser_back_to_another_server_of_the_store(serve, workspace, issuer) -> None:
+    workspace.tokens.create("ann", ["admin"])
+    one, other = (serve(oidc=settings(issuer)).client() for _ in range(2))
+    gone = one.get(PATH, params={"next": "/runs"})
+    answer = sent_back(gone.headers["location"], "1")
+    cookie = {"cookie": f"{SIGN_IN}={one.cookies[SIGN_IN]}"}
+    got = other.get(BACK, params=answer, headers=cookie)
+    assert got.status_code == 200, got.text
+    assert 'content="0; url=/runs"' in got.text
+    assert other.get("/runs").status_code == 200
+    session = {"cookie": f"{COOKIE}={other.cookies[COOKIE]}"}
+    assert one.get("/runs", headers=session).status_code == 200, "the session is one of both"
+    assert other.get(BACK, params=answer, headers=cookie).status_code == 401, "it has counted there"
+    assert one.get(BACK, params=answer, headers=cookie).status_code == 401, "the provider takes its code once"
+
+
+def test_a_cookie_that_a_server_of_another_store_made_or_somebody_changed_is_refused(issuer) -> None:
+    provider, other = Oidc(settings(issuer), SECRET), Oidc(settings(issuer), b"of another store")
+    for name, made in {"another store": other, "changed": provider}.items():
+        url, cookie = made.begin("/runs")
+        answer = sent_back(url, "1")
+        if name == "changed":
+            parts = cookie.split(".")
+            cookie = ".".join([*parts[:2], "L2V2aWw", parts[3]])  # /evil
+        with pytest.raises(Unauthorized, match="not known here"):
+            provider.finish(cookie, answer)
+    url, cookie = provider.begin("/runs")
+    assert provider.finish(cookie, sent_back(url, "1")).name == "ann"
+
+
 @pytest.mark.parametrize("changed", ["nonce", "client"])
 def test_a_token_for_another_request_or_client_is_refused(issuer, changed) -> None:
-    provider = Oidc(settings(issuer), clock=lambda: 0.0)
+    provider = Oidc(settings(issuer), SECRET)
     url, key = provider.begin("/")
-    sign_in = provider._open[key]
     if changed == "client":
         url = url.replace("client_id=turret", "client_id=other")
     else:
-        provider._open[key] = replace(sign_in, nonce="x" * 64)
+        url, count = re.subn("nonce=[^&]+", f"nonce={'x' * 43}", url)
+        assert count == 1
     with pytest.raises(Unauthorized, match="begin again"):
         provider.finish(key, sent_back(url, "1"))
 
 
 def test_a_claim_names_the_tenant(issuer) -> None:
-    provider = Oidc(settings(issuer, tenant_claim="org"), clock=lambda: 0.0)
+    provider = Oidc(settings(issuer, tenant_claim="org"), SECRET)
     url, key = provider.begin("/adapters")
     person = provider.finish(key, sent_back(url, "2"))
     assert (person.name, person.tenant, person.next) == ("bob", "legal", "/adapters")
@@ -119,7 +151,7 @@ def test_a_claim_names_the_tenant(issuer) -> None:
 
 def test_a_sign_in_ends_after_ten_minutes(issuer) -> None:
     now = [0.0]
-    provider = Oidc(settings(issuer), clock=lambda: now[0])
+    provider = Oidc(settings(issuer), SECRET, clock=lambda: now[0])
     url, key = provider.begin("/")
     now[0] = 600.0
     with pytest.raises(Unauthorized, match="10 minutes"):
@@ -129,7 +161,7 @@ def test_a_sign_in_ends_after_ten_minutes(issuer) -> None:
 @pytest.mark.parametrize("url", ["http://example.com", "ftp://localhost", "localhost", "http://localhost:9/x"])
 def test_a_provider_that_cannot_be_asked_refuses_the_start(url) -> None:
     with pytest.raises(ServeRefused, match="--oidc"):
-        Oidc(settings(url), clock=lambda: 0.0)
+        Oidc(settings(url), SECRET)
 
 
 def test_the_command_needs_the_clients_secret(tmp_path, monkeypatch) -> None:

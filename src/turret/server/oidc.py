@@ -3,12 +3,20 @@
 The provider says who somebody is. The access token of that name says what they may do: a person whose claim
 `preferred_username` is `ann` gets the rights of the token `ann`. Revoking that token ends their sessions. The flow is
 the authorization code flow with PKCE, `state` and `nonce` (OpenID Connect Core 1.0, RFC 7636), by authlib.
+
+Nothing is stored while a person is at the provider, so the provider may send them back to any server of the store. A
+cookie in their browser has a random key, the end and the next page, with an HMAC under a secret that the servers share.
+`state`, `nonce` and the code verifier are HMACs of the cookie under the same secret. A cookie counts once at a server;
+at the others, the provider refuses a code that was used.
 """
 
 from __future__ import annotations
 
+import base64
+import hmac
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +31,7 @@ PATH = "/sign-in/oidc"
 BACK = "/sign-in/oidc/back"  # where the provider sends the browser
 COOKIE = "turret_sign_in"
 SECONDS = 600.0  # how long a sign-in may take
-LIMIT = 1024  # sign-ins under way; the oldest one is dropped
+LIMIT = 1024  # cookies that have counted; the oldest one is forgotten
 TIMEOUT = 10.0  # seconds for one request to the provider
 ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]  # no shared key
 
@@ -56,33 +64,26 @@ class Person:
     next: str
 
 
-@dataclass(frozen=True)
-class _SignIn:
-    """A sign-in under way."""
-
-    state: str
-    nonce: str
-    verifier: str
-    next: str
-    end: float
-
-
 class Oidc:
     """Sign-ins by a provider. Every method that asks it may block for seconds: call it on a thread.
+
+    Args:
+        secret: The servers of a store share it.
+        clock: Seconds since 1970.
 
     Raises:
         ServeRefused: A setting is wrong, authlib is not installed, or the provider cannot be read.
     """
 
-    def __init__(self, settings: OidcSettings, clock: Callable[[], float]) -> None:
+    def __init__(self, settings: OidcSettings, secret: bytes, clock: Callable[[], float] = time.time) -> None:
         for name, url in (("--oidc", settings.issuer), ("--public-url", settings.public_url)):
             _check_url(name, url)
         try:
             import authlib.integrations.requests_client  # noqa: F401
         except ImportError:
             raise ServeRefused("--oidc needs authlib: pip install 'turret[oidc]'") from None
-        self.settings, self._clock = settings, clock
-        self._open: OrderedDict[str, _SignIn] = OrderedDict()  # cookie -> sign-in
+        self.settings, self._secret, self._clock = settings, secret, clock
+        self._counted: OrderedDict[str, None] = OrderedDict()  # cookies
         self._lock = threading.Lock()
         self._metadata = self._read_metadata()
 
@@ -95,51 +96,63 @@ class Oidc:
         Returns:
             The URL of the provider to go to, and the value of the cookie that binds the sign-in to this browser.
         """
-        state, nonce, verifier = (secrets.token_urlsafe(48) for _ in range(3))
-        sign_in = _SignIn(state, nonce, verifier, next, self._clock() + SECONDS)
-        key = secrets.token_urlsafe(32)
+        page = base64.urlsafe_b64encode(next.encode()).decode().rstrip("=")
+        begun = f"{secrets.token_urlsafe(32)}.{self._clock() + SECONDS:.0f}.{page}"
         url, _ = self._session().create_authorization_url(
             self._metadata["authorization_endpoint"],
-            state=sign_in.state,
-            nonce=sign_in.nonce,
-            code_verifier=sign_in.verifier,
+            state=self._derived("state", begun),
+            nonce=self._derived("nonce", begun),
+            code_verifier=self._derived("verifier", begun),
         )
-        with self._lock:
-            self._open[key] = sign_in
-            while len(self._open) > LIMIT:
-                self._open.popitem(last=False)
-        return str(url), key
+        return str(url), f"{begun}.{self._derived('cookie', begun)}"
 
-    def finish(self, key: str | None, query: Mapping[str, str]) -> Person:
+    def finish(self, cookie: str | None, query: Mapping[str, str]) -> Person:
         """The person whom the provider sent back, once for each sign-in.
 
         Args:
-            key: The cookie that `begin` gave.
+            cookie: The value that `begin` gave.
             query: The parameters of the URL that the provider sent the browser to.
 
         Raises:
             Unauthorized: The sign-in is unknown, too old or was refused, or the provider's answer is not valid.
         """
-        with self._lock:
-            sign_in = self._open.pop(key or "", None)
-        if sign_in is None or self._clock() >= sign_in.end:
+        begun, _, proof = (cookie or "").rpartition(".")
+        if not _equal(proof, self._derived("cookie", begun)) or not self._counts(begun):
             raise Unauthorized("this sign-in is not known here, or took longer than 10 minutes: begin again")
         if "code" not in query:
             raise Unauthorized(
                 f"the provider refused the sign-in ({ascii(query.get('error', 'no code'))[:60]}): begin again"
             )
-        if not secrets.compare_digest(query.get("state", "").encode(), sign_in.state.encode()):
+        if not _equal(query.get("state", ""), self._derived("state", begun)):
             raise Unauthorized("the provider's answer is to another sign-in: begin again")
-        claims = self._claims(sign_in, query["code"])
+        claims = self._claims(begun, query["code"])
         name = claims.get(self.settings.claim)
         tenant = DEFAULT if self.settings.tenant_claim is None else claims.get(self.settings.tenant_claim)
         if not isinstance(name, str) or not isinstance(tenant, str):
             wanted = self.settings.claim if not isinstance(name, str) else self.settings.tenant_claim
             raise Unauthorized(f"the provider named no {wanted}: choose another claim with --oidc-claim")
-        return Person(name, tenant, sign_in.next)
+        page = begun.rpartition(".")[2]
+        return Person(name, tenant, base64.urlsafe_b64decode(page + "=" * (-len(page) % 4)).decode())
+
+    def _counts(self, begun: str) -> bool:
+        """Whether a sign-in has not ended, and is finished here for the first time."""
+        if self._clock() >= int(begun.split(".")[1]):
+            return False
+        with self._lock:
+            if begun in self._counted:
+                return False
+            self._counted[begun] = None
+            while len(self._counted) > LIMIT:
+                self._counted.popitem(last=False)
+        return True
+
+    def _derived(self, what: str, begun: str) -> str:
+        """43 characters that only a server of the store can know."""
+        made = hmac.digest(self._secret, f"{what} {begun}".encode("utf-8", "replace"), "sha256")
+        return base64.urlsafe_b64encode(made).decode().rstrip("=")
 
     # Any: authlib and claims have no types.
-    def _claims(self, sign_in: _SignIn, code: str) -> Mapping[str, Any]:
+    def _claims(self, begun: str, code: str) -> Mapping[str, Any]:
         """The claims of the ID token and of the userinfo endpoint, after the checks of OpenID Connect Core 3.1.3.7."""
         import requests
         from authlib.common.errors import AuthlibBaseError
@@ -152,7 +165,10 @@ class Oidc:
         try:
             session = self._session()
             token = session.fetch_token(
-                metadata["token_endpoint"], code=code, code_verifier=sign_in.verifier, timeout=TIMEOUT
+                metadata["token_endpoint"],
+                code=code,
+                code_verifier=self._derived("verifier", begun),
+                timeout=TIMEOUT,
             )
             keys = KeySet.import_key_set(requests.get(metadata["jwks_uri"], timeout=TIMEOUT).json())
             decoded = jwt.decode(token["id_token"], keys, algorithms=ALGORITHMS)
@@ -161,7 +177,7 @@ class Oidc:
                 decoded.header,
                 {"iss": {"essential": True, "values": [metadata["issuer"]]}},
                 {
-                    "nonce": sign_in.nonce,
+                    "nonce": self._derived("nonce", begun),
                     "client_id": self.settings.client_id,
                     "access_token": token.get("access_token"),
                 },
@@ -212,13 +228,17 @@ class Oidc:
         return found
 
 
-def cookie(key: str, *, secure: bool) -> str:
+def _equal(given: str, expected: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())
+
+
+def cookie(value: str, *, secure: bool) -> str:
     """A Set-Cookie header for the value of `Oidc.begin`; empty: deletes it.
 
     SameSite is Lax: the provider's page sends the browser back, and Strict would leave the cookie out.
     """
-    age = int(SECONDS) if key else 0
-    return f"{COOKIE}={key}; Path={PATH}; Max-Age={age}; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
+    age = int(SECONDS) if value else 0
+    return f"{COOKIE}={value}; Path={PATH}; Max-Age={age}; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
 
 
 def _check_url(option: str, url: str) -> None:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 
 from turret.errors import StoreError
-from turret.store.session_rows import SessionRows
+from turret.store.session_rows import FORMS, SIGN_INS, SessionRows
 
 COOKIE = "turret_session"
 SECONDS = 12 * 3600.0  # how long a session lasts
@@ -32,7 +32,7 @@ class Sessions:
 
     def __init__(self, clock: Callable[[], float], seconds: float = SECONDS, limit: int = LIMIT) -> None:
         self._clock, self.seconds, self._limit = clock, seconds, limit
-        self._secret = secrets.token_bytes(32)
+        self._secret, self.sign_in_secret = secrets.token_bytes(32), secrets.token_bytes(32)
         self._kept: set[str] = set()  # hashes that the catalog had
         self._strange: OrderedDict[str, float] = OrderedDict()  # hashes that the catalog did not have, and until when
         self._open: OrderedDict[str, tuple[float, str]] = OrderedDict()  # session's hash -> (end, access token's hash)
@@ -56,10 +56,10 @@ class Sessions:
     # --- shared with other servers ----------------------------------------------------------------------------------
 
     def share(self, catalog: SessionRows) -> None:
-        """Share sessions, and the secret of form tokens, with the other servers of a store that can be written."""
+        """Share sessions, and the secrets, with the other servers of a store that can be written."""
         self.catalog = catalog
         with suppress(StoreError):
-            self._secret = catalog.secret()
+            self._secret, self.sign_in_secret = catalog.secret(FORMS), catalog.secret(SIGN_INS)
 
     def keep(self, session: str) -> None:
         """Add a session of this server to the catalog. Raises StoreError."""

@@ -81,9 +81,9 @@ class ServerState:
         self.load = Load()
         self.clients = ClientConnections(limits.connections, limits.connections_per_client, self.settings.proxies)
         self.guard = Guard(self.settings.host, workspace.tokens.of_all_tenants(), clock, workspace.store.access)
-        self.oidc = None if self.settings.oidc is None else Oidc(self.settings.oidc, clock)
         self.replica = Replica(workspace.store.database(make=True), self.guard.sessions, limits, clock, self.log)
-        self.quotas = self.replica.quotas
+        self.quotas, provider, secret = self.replica.quotas, self.settings.oidc, self.guard.sessions.sign_in_secret
+        self.oidc = None if provider is None else Oidc(provider, secret)
         self.usage = UsageLog(workspace.store.database(make=True))
         if not self.usage.counts:
             self.log.write("usage", "warning", message="nothing is counted: the store is read-only here")

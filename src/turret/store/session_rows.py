@@ -1,7 +1,8 @@
 """Sessions of the console in the catalog, so that every server of the store knows them.
 
 A row has the hash of the session's cookie, the hash of the access token that opened it, and its end by the catalog's
-clock. The cookie itself is stored nowhere. The secret of form tokens is in a table of its own.
+clock. The cookie itself is stored nowhere. The secrets of form tokens and of sign-ins by a provider are in a table of
+their own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ server_secrets = Table(
     Column("name", String(32), primary_key=True),
     Column("value", String(64), nullable=False),
 )
-FORMS = "forms"
+FORMS, SIGN_INS = "forms", "sign-ins"  # secrets
 
 
 class SessionRows:
@@ -57,9 +58,9 @@ class SessionRows:
         with self._database.writing() as connection:
             connection.execute(delete(sessions).where(sessions.c.hash == hash))
 
-    def secret(self) -> bytes:
-        """The secret of form tokens, which the first server makes."""
-        query = select(server_secrets.c.value).where(server_secrets.c.name == FORMS)
+    def secret(self, name: str) -> bytes:
+        """The secret with this name, which the first server makes."""
+        query = select(server_secrets.c.value).where(server_secrets.c.name == name)
         with self._database.reading() as connection:
             found = connection.execute(query).scalar()
         if found is None:
@@ -67,7 +68,7 @@ class SessionRows:
                 found = connection.execute(query).scalar()  # another server may have been earlier
                 if found is None:
                     found = secrets.token_hex(32)
-                    connection.execute(insert(server_secrets).values(name=FORMS, value=found))
+                    connection.execute(insert(server_secrets).values(name=name, value=found))
         return bytes.fromhex(found)
 
     def all(self) -> set[str]:

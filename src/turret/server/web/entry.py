@@ -52,9 +52,9 @@ async def sign_in(request: Request, state: State, form: Sent) -> Response:
 @router.get(oidc.PATH)
 async def ask_provider(request: Request, state: State, next: str = "/") -> Response:
     """Go to the page of the OpenID Connect provider."""
-    url, key = _provider(state).begin(_local(next))
+    url, begun = _provider(state).begin(_local(next))
     response = RedirectResponse(url, 303)
-    response.headers["set-cookie"] = oidc.cookie(key, secure=_secure(request))
+    response.headers["set-cookie"] = oidc.cookie(begun, secure=_secure(request))
     return response
 
 
@@ -66,14 +66,16 @@ async def come_back(request: Request, state: State) -> Response:
     out of the request that follows a redirect.
     """
     provider = _provider(state)
+    secure = _secure(request) or provider.settings.public_url.startswith("https://")
     try:
         person = await state.control(provider.finish, request.cookies.get(oidc.COOKIE), dict(request.query_params))
         session = state.guard.sign_in_as(person.name, person.tenant)
         await state.replica.share_session(session, None)
     except Unauthorized as error:
-        return _form(request, state, "/", problem=str(error))
+        refused = _form(request, state, "/", problem=str(error))
+        refused.headers["set-cookie"] = oidc.cookie("", secure=secure)
+        return refused
     response = render.page(request, state, "signed_in.html.j2", next=_local(person.next))
-    secure = _secure(request) or provider.settings.public_url.startswith("https://")
     response.headers.append("set-cookie", cookie(session, state.guard.sessions.seconds, secure=secure))
     response.headers.append("set-cookie", oidc.cookie("", secure=secure))
     return response
