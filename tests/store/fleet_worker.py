@@ -1,4 +1,4 @@
-"""Workers that do every operation of the queue, of leases and of kept files, to be killed at any moment.
+"""Workers that do every operation of the queue, of leases, of kept files and of gc, to be killed at any moment.
 
     fleet_worker.py WHERE FOLDER SECONDS SEED WORKERS
 
@@ -15,12 +15,15 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from turret.errors import InUse, LeaseLost, NotFound, QueueFull, StoreError
-from turret.store import Store, TrainingQueue, leases
+from turret.store import Store, TrainingQueue, leases, queued_data
+from turret.store.queue import QueuedRun
 
 NAMES = ("sentiment", "topics")
+DATA = {f"{number:032x}": f"text,label\n{number},good\n" for number in range(3)}  # place -> content of a table
 
 
 class Worker:
@@ -37,7 +40,7 @@ class Worker:
     def turn(self) -> None:
         """One operation of a client, or one try of a training."""
         try:
-            act = self.draw.choice((self.submit, self.train, self.train, self.cancel, self.compare))
+            act = self.draw.choice((self.submit, self.train, self.train, self.cancel, self.compare, self.collect))
             act()
         except (InUse, NotFound, LeaseLost, QueueFull):
             pass  # another worker was earlier
@@ -45,8 +48,26 @@ class Worker:
             self.say("error", text=str(error))
 
     def submit(self) -> None:
-        run = self.queue.submit(self.draw.choice(NAMES), "name = 'x'\n", priority=self.draw.randrange(3))
+        place = self.draw.choice(list(DATA))
+        table = self.folder / f"{os.getpid()}.csv"
+        table.write_text(DATA[place])
+        recipe, data = f"source = '{place}/a.csv'\n", {f"{place}/a.csv": table}
+        store, priority = self.store, self.draw.randrange(3)
+        keep = partial(queued_data.submit, store.root, store.database(), store.artifacts, data)
+        run = self.queue.submit(self.draw.choice(NAMES), recipe, priority=priority, place=keep)
         self.say("submitted", run=run)
+
+    def collect(self) -> None:
+        removed = self.store.gc().removed
+        self.say("collected", data=sum(each.why == queued_data.WHY for each in removed))
+
+    def require_data(self, taken: QueuedRun) -> None:
+        """What a running training needs is there, whatever was removed."""
+        (place,) = queued_data.PLACE.findall(taken.recipe)
+        self.store.artifacts.bring(f"{queued_data.FOLDER}/{place}/")
+        table = self.store.root / queued_data.FOLDER / place / "a.csv"
+        if not table.exists() or table.read_text() != DATA[place]:
+            self.say("error", text=f"the data of {taken.run} is gone")
 
     def cancel(self) -> None:
         waiting = [each for each in self.store.runs(50) if each["state"] in ("waiting", "running") and each["queue"]]
@@ -60,6 +81,7 @@ class Worker:
         if (taken := self.queue.take()) is None:
             return
         held = self.queue.adopt(taken)
+        self.require_data(taken)
         step = int(held.curve.read_text() or 0) if held.curve.exists() else 0
         self.say("taken", run=taken.run, fence=taken.lease.fence, step=step)
         with self.store.training_runs().keeper(held, lambda line: None) as keeper:

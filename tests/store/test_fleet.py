@@ -114,6 +114,7 @@ def test_killed_at_random_moments_in_all_operations_of_the_fleet(new_url, tmp_pa
     assert int(done.stdout.split()[-1]) >= least
     assert {"submitted", "taken", "kept", "logged", "finished", "cancelled", "cell"} <= {line["what"] for line in lines}
     assert [line for line in lines if line["what"] == "error"] == []
+    assert sum(line["data"] for line in lines if line["what"] == "collected") > 0
     store = Store(url)
     forget_processes(store)
     check(store, lines)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,8 +78,14 @@ class Artifacts:
         sources = {path.relative_to(self._root).as_posix(): path for path in paths}
         self.keep_as({name: path for name, path in sources.items() if path.exists()}, lease)
 
-    def keep_as(self, sources: dict[str, Path], lease: Lease | None = None) -> None:
-        """As `keep`, for files that lie elsewhere on this machine."""
+    def keep_as(
+        self, sources: dict[str, Path], lease: Lease | None = None, also: Callable[[Connection], None] | None = None
+    ) -> None:
+        """As `keep`, for files that lie elsewhere on this machine.
+
+        Args:
+            also: called in the transaction after which the store has all of them.
+        """
         if self._files is None or not sources:
             return
         database = self._database()
@@ -91,19 +97,21 @@ class Artifacts:
                 known = _rows(connection, content)
                 changed = {name: blob for name, blob in content.items() if known.get(name) != blob}
                 if not changed:
+                    _call(also, connection)
                     return
                 upload = uploads.begin(connection)
             copies = {blob.digest: (sources[name], replace(blob, upload=upload)) for name, blob in changed.items()}
             uploads.write(database, self._place, upload, copies.values())
-            with database.writing() as connection:
+            with uploads.given_up_on_error(database, upload), database.writing() as connection:
                 _require(lease, connection)
-                if not uploads.end(connection, upload):
-                    continue  # a gc took this process for dead
+                if not uploads.end(connection, upload) or not _are_there(connection, content, changed):
+                    continue  # a gc took this process for dead, or removed what it did not copy
                 replaced = list(_rows(connection, changed).values())
                 _forget(connection, changed)
                 for name, blob in changed.items():
                     row = {"path": name, "digest": blob.digest, "bytes": blob.bytes, "upload": upload, "changed": now()}
                     connection.execute(insert(artifacts).values(row))
+                _call(also, connection)
             self.discard(replaced)
             return
         raise StoreError(
@@ -115,8 +123,12 @@ class Artifacts:
         if self._files is None:
             return []
         with self._database().reading() as connection:
-            query = select(artifacts).where(artifacts.c.path.startswith(prefix, autoescape=True))
-            rows = connection.execute(query.order_by(artifacts.c.path)).all()
+            return self.listed_in(connection, prefix)
+
+    def listed_in(self, connection: Connection, prefix: str) -> list[Artifact]:
+        """As `listed`, in a transaction."""
+        query = select(artifacts).where(artifacts.c.path.startswith(prefix, autoescape=True))
+        rows = connection.execute(query.order_by(artifacts.c.path)).all()
         return [Artifact(row.path, Blob(row.digest, row.bytes, row.upload), row.changed) for row in rows]
 
     def read(self, path: str) -> bytes | None:
@@ -186,6 +198,17 @@ class Artifacts:
 def _require(lease: Lease | None, connection: Connection) -> None:
     if lease is not None:
         lease.require(connection)
+
+
+def _call(also: Callable[[Connection], None] | None, connection: Connection) -> None:
+    if also is not None:
+        also(connection)
+
+
+def _are_there(connection: Connection, content: Mapping[str, Blob], changed: Mapping[str, Blob]) -> bool:
+    """Whether the files that were not copied are still in the store."""
+    others = {name: blob for name, blob in content.items() if name not in changed}
+    return _rows(connection, others) == others
 
 
 def _rows(connection: Connection, names: Iterable[str]) -> dict[str, Blob]:

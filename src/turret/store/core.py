@@ -45,6 +45,7 @@ from turret.store.gc import Collected, Removed
 from turret.store.golden import Golden, GoldenReplay, GoldenSet
 from turret.store.objects import Objects
 from turret.store.promotion import Also
+from turret.store.queued_data import collect as collect_queued
 from turret.store.runs import HeldRun, State, TrainingRuns
 from turret.store.uploads import Upload
 from turret.store.verify import Verified
@@ -418,6 +419,7 @@ class Store:
             self._claim_files(database, writes=not dry_run)
             yield from gc.unlisted(self._blobs, database, dry_run=dry_run)
         yield from gc.of_runs(self.root, database, dry_run=dry_run)
+        yield from collect_queued(self.root, database, self.artifacts, dry_run=dry_run)
 
     def _claim_files(self, database: Database, *, writes: bool = True) -> None:
         if not self._owns_files:

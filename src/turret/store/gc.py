@@ -6,6 +6,7 @@ What a gc removes, and why no running process needs it:
   matter when the removal arrives
 - leftovers in `tmp/`, and folders of runs that were never listed, after an hour without a change: their writer is dead
 - the checkpoint of a finished run and the bundle that it proved: nothing resumes from them
+- the data of queued trainings that have ended (`turret.store.queued_data`)
 """
 
 from __future__ import annotations

