@@ -2,6 +2,7 @@
 
 save_base(tmp_path / "base")                           a folder as a user has it
 save_adapter(tmp_path / "bundle", base, seed=1)        an adapter of it with random numbers, whose task is `generate`
+save_classifier(tmp_path / "bundle", base, seed=1)     one whose task is `classify`
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ from pathlib import Path
 import small_models
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import turret
 from turret.methods import Method
+from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
 
 VOCABULARY = 400
@@ -71,13 +78,24 @@ def save_base(folder: Path, seed: int = 0) -> Path:
 
 def save_adapter(folder: Path, base: Path, seed: int, method: Method | None = None, **settings: int) -> Path:
     """An adapter of the base with random numbers in every tensor."""
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = _with_adapter(AutoModelForCausalLM.from_pretrained(base), seed, method)
+    task = Generate(tokenizer(), "decoder", **({"max_tokens": 32, "max_target_tokens": 24} | settings))
+    turret.save(model, folder, base=str(base), task=task.spec(), generation=task.generation)
+    return folder
+
+
+def save_classifier(folder: Path, base: Path, seed: int, method: Method | None = None) -> Path:
+    """As `save_adapter`, with the labels bad and good."""
+    model = _with_adapter(AutoModelForSequenceClassification.from_pretrained(base), seed, method)
+    turret.save(model, folder, base=str(base), task=Classify(("bad", "good"), tokenizer(), max_tokens=32).spec())
+    return folder
+
+
+def _with_adapter(model: PreTrainedModel, seed: int, method: Method | None) -> PreTrainedModel:
     draw = torch.Generator().manual_seed(seed)
     turret.attach(model, method or turret.LoRA(r=4, lora_alpha=8, init_lora_weights=False), generator=draw)
     with torch.no_grad():
         for each in model.parameters():
             if each.requires_grad:
                 each.add_(torch.randn(each.shape, generator=draw) * 0.2)
-    task = Generate(tokenizer(), "decoder", **({"max_tokens": 32, "max_target_tokens": 24} | settings))
-    turret.save(model, folder, base=str(base), task=task.spec(), generation=task.generation)
-    return folder
+    return model

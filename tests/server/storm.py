@@ -1,7 +1,7 @@
-"""64 clients mixing 50 adapters while two threads promote, roll back, load, unload, store and delete.
+"""64 clients mixing 50 adapters while threads promote, roll back, load, unload, store and delete.
 
-It lasts a number of turns for each client, or a number of seconds; then it also floods the server with loads that fail,
-and the memory of the process must not grow.
+It lasts a number of turns for each client, or TURRET_SOAK_SECONDS; then it also floods the server with loads that fail,
+and the memory of the process must not grow. What a client asks, and what must be true of the answer, is the caller's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
@@ -27,7 +29,7 @@ from turret.store import Version
 from turret.workspace import Workspace
 
 CLIENTS, ADAPTERS = 64, 50
-SOAK_SECONDS = float(os.environ.get("TURRET_SOAK_SECONDS", "180"))
+SOAK_SECONDS = float(os.environ.get("TURRET_SOAK_SECONDS", "120"))
 FLOOD = 50  # bad loads in a row
 GROWTH = 64 << 20  # bytes by which memory may grow after the first quarter of a soak
 TEXTS = [f"text {number}{end}" for number in range(8) for end in ("", "!")]
@@ -35,26 +37,48 @@ Put = Callable[[str], Version]
 Expected = Callable[[str, str], dict[str, float]]  # digest, text -> probabilities
 
 
-class Churn(threading.Thread):
-    """Promotes, rolls back, loads, unloads, stores and deletes until it is stopped."""
+@dataclass
+class Tenant:
+    """A tenant with two versions of each of its names.
 
-    def __init__(
-        self, running: Any, workspace: Workspace, put: Put, known: dict[str, str], seed: int, bad: str | None
-    ) -> None:
+    Attributes:
+        put: Stores a third version of a name.
+        known: version -> digest.
+        token: None on a server without tokens.
+        replaced: The names of which third versions come and go.
+        bad: A version that cannot be loaded, for the floods.
+        counts: What its clients were told.
+    """
+
+    workspace: Workspace
+    names: Sequence[str]
+    put: Put
+    known: dict[str, str]
+    token: str | None = None
+    replaced: Sequence[str] = ()
+    bad: str | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+# One request of a client of a tenant, with its checks. The number is the client's, plus one for each turn.
+Ask = Callable[[httpx2.AsyncClient, Tenant, random.Random, int], Awaitable[None]]
+
+
+class Churn(threading.Thread):
+    """Promotes, rolls back, loads, unloads, stores and deletes for its tenants until it is stopped."""
+
+    def __init__(self, running: Any, tenants: Sequence[Tenant], seed: int) -> None:
         super().__init__()
-        self.bad, self.refused = bad, 0
-        self.running, self.workspace, self.put, self.known = running, workspace, put, known
+        self.tenants = [(each, running.client(each.token)) for each in tenants]
         self.random = random.Random(seed)
         self.ended = threading.Event()
-        self.turns = 0
+        self.turns, self.refused = 0, 0
         self.mistakes: list[BaseException] = []
 
     def run(self) -> None:
-        client = self.running.client()
         while not self.ended.is_set():
-            name = f"n{self.random.randrange(ADAPTERS)}"
             try:
-                self.turn(client, name)
+                self.turn(*self.random.choice(self.tenants))
             except TurretError:
                 pass  # both threads changed one name: the store refused the second
             except BaseException as error:
@@ -62,28 +86,31 @@ class Churn(threading.Thread):
                 return
             self.turns += 1
 
-    def turn(self, client: httpx2.Client, name: str) -> None:
+    def turn(self, tenant: Tenant, client: httpx2.Client) -> None:
         verbs = ("promote", "rollback", "load", "unload", "replace", "promote over HTTP")
-        verb = self.random.choice((*verbs, "flood") if self.bad else verbs)
+        verb = self.random.choice((*verbs, "flood") if tenant.bad else verbs)
+        name = self.random.choice(tenant.replaced if verb == "replace" else tenant.names)
         if verb == "promote":
-            self.workspace.promote(f"{name}@{self.random.choice((1, 2))}", "production")
+            tenant.workspace.promote(f"{name}@{self.random.choice((1, 2))}", "production")
         elif verb == "rollback":
-            self.workspace.rollback(name)
+            tenant.workspace.rollback(name)
         elif verb == "promote over HTTP":
-            client.post(f"/api/adapters/{name}@2/promote", json={"alias": "production"})
+            got = client.post(f"/api/adapters/{name}@2/promote", json={"alias": "production"})
+            assert got.status_code != 500, got.text
         elif verb == "replace":  # a version that takes the alias, loses it, and is deleted
-            version = self.put(name)
-            self.known[str(version)] = version.digest
-            self.workspace.promote(str(version), "production")
+            version = tenant.put(name)
+            tenant.known[str(version)] = version.digest
+            tenant.workspace.promote(str(version), "production")
             time.sleep(0.02)
-            self.workspace.promote(f"{name}@1", "production")
-            self.workspace.delete(str(version))
+            tenant.workspace.promote(f"{name}@1", "production")
+            tenant.workspace.delete(str(version))
         elif verb == "flood":
-            got = [client.post(f"/api/adapters/{self.bad}/load").status_code for _ in range(FLOOD)]
+            got = [client.post(f"/api/adapters/{tenant.bad}/load").status_code for _ in range(FLOOD)]
             assert set(got) <= {409, 429}, got
             self.refused += len(got)
         else:
-            client.post(f"/api/adapters/{name}@{self.random.choice((1, 2))}/{verb}")
+            got = client.post(f"/api/adapters/{name}@{self.random.choice((1, 2))}/{verb}")
+            assert got.status_code != 500, got.text
 
 
 class Memory(threading.Thread):
@@ -111,43 +138,46 @@ class OnlyBugs(io.StringIO):
         return super().write(text) if '"bug"' in text else len(text)
 
 
-async def ask(
-    url: str, number: int, going: Callable[[int], bool], known: dict[str, str], expected: Expected, answered: list[int]
+def classifies(expected: Expected) -> Ask:
+    """A request with two texts: each answer must come from a version that the reference meant, and equal its own."""
+
+    async def ask(client: httpx2.AsyncClient, tenant: Tenant, draw: random.Random, number: int) -> None:
+        text = f"text {number % 8}"
+        name = tenant.names[int(draw.paretovariate(0.7)) % len(tenant.names)]
+        model = draw.choice((name, f"{name}@production", f"{name}@1", f"{name}@2"))
+        got = await client.post("/v1/classify", json={"model": model, "input": [text, text + "!"]})
+        assert got.status_code == 200, got.text
+        digest = from_its_version(tenant, model, got.headers["turret-digest"], got.json()["model"])
+        for each, said in zip((text, text + "!"), got.json()["data"], strict=True):
+            assert said["probabilities"] == pytest.approx(expected(digest, each), abs=1e-4)
+
+    return ask
+
+
+def from_its_version(tenant: Tenant, model: str, digest: str, version: str) -> str:
+    """Check that a version that the model names has answered. Returns its digest."""
+    assert version.startswith(f"{model.partition('@')[0]}@")
+    assert tenant.known[version] == digest
+    if model[-1].isdigit() and "@" in model:
+        assert version == model
+    return digest
+
+
+async def talk(
+    url: str, number: int, going: Callable[[int], bool], tenant: Tenant, ask: Ask, answered: list[int]
 ) -> None:
-    """One client: each answer must come from a version that the reference meant, and equal its answer alone."""
+    """One client, until it may stop or something is wrong."""
     draw = random.Random(number)
-    async with httpx2.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
+    headers = {} if tenant.token is None else {"authorization": f"Bearer {tenant.token}"}
+    async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=300, trust_env=False) as client:
         for turn in itertools.takewhile(going, itertools.count()):
-            name, text = f"n{int(draw.paretovariate(0.7)) % ADAPTERS}", f"text {(number + turn) % 8}"
-            model = draw.choice((name, f"{name}@production", f"{name}@1", f"{name}@2"))
-            got = await client.post("/v1/classify", json={"model": model, "input": [text, text + "!"]})
-            assert got.status_code == 200, got.text
-            version, digest = got.json()["model"], got.headers["turret-digest"]
-            assert version.startswith(f"{name}@")
-            assert known[version] == digest
-            if model[-1].isdigit() and "@" in model:
-                assert version == model
-            for each, said in zip((text, text + "!"), got.json()["data"], strict=True):
-                assert said["probabilities"] == pytest.approx(expected(digest, each), abs=1e-4)
+            await ask(client, tenant, draw, number + turn)
             answered[number] += 1
 
 
-def storm(
-    running: Any,
-    workspace: Workspace,
-    put: Put,
-    known: dict[str, str],
-    expected: Expected,
-    *,
-    turns: int | None = None,
-    seconds: float = 0.0,
-    bad: str | None = None,
-) -> None:
-    """All clients at once, for `turns` requests each or for some seconds, while two threads change the store.
-
-    bad: a version that cannot be loaded, for the floods.
-    """
-    churning = [Churn(running, workspace, put, known, seed, bad) for seed in range(2)]
+def storm(running: Any, tenants: Sequence[Tenant], ask: Ask, *, turns: int | None = None, seconds: float = 0.0) -> None:
+    """All clients at once, for `turns` requests each or for some seconds, while two threads change the store."""
+    churning = [Churn(running, tenants, seed) for seed in range(2)]
     memory = Memory()
     for each in (*churning, memory):
         each.start()
@@ -158,7 +188,8 @@ def storm(
         return time.monotonic() < end if turns is None else turn < turns
 
     async def all_at_once() -> None:
-        await asyncio.gather(*(ask(running.url, number, going, known, expected, answered) for number in range(CLIENTS)))
+        numbered = [(number, tenants[number % len(tenants)]) for number in range(CLIENTS)]
+        await asyncio.gather(*(talk(running.url, number, going, each, ask, answered) for number, each in numbered))
 
     try:
         asyncio.run(all_at_once())
@@ -176,7 +207,7 @@ def storm(
         assert answered == [turns] * CLIENTS
         return
     refused = sum(each.refused for each in churning)
-    print(f"{sum(answered)} answers, {sum(each.turns for each in churning)} changes, {refused} bad loads, "
+    print(f"{sum(answered)} requests, {sum(each.turns for each in churning)} changes, {refused} bad loads, "
           f"{memory.growth() / 1e6:+.1f} MB on {memory.bytes[0] / 1e6:.0f} MB")  # fmt: skip
     assert min(answered) > 5  # no client starved
     assert refused >= FLOOD

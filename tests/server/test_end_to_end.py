@@ -13,14 +13,11 @@ import pytest
 import small_models
 import torch
 from server.conftest import Running
-from server.storm import ADAPTERS, SOAK_SECONDS, OnlyBugs, storm
-from server.storm import TEXTS as TEXTS_OF_A_STORM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import turret
 from turret import engine as engine_room
 from turret.server.settings import ServerSettings
-from turret.store import Version
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
 from turret.workspace import Workspace, serving
@@ -218,45 +215,3 @@ def test_a_shadow_shares_passes_with_the_answer_which_is_what_it_is_without_one(
         served.routing.router.flush()
         shadow = experiment.stop().as_json()["arms"][1]
     assert (shadow["compared"], shadow["agreed"]) == (len(tries), len(tries) * (text == other))
-
-
-@pytest.mark.slow
-def test_for_minutes_no_answer_is_wrong_or_lost_and_memory_does_not_grow(tmp_path) -> None:
-    base = small_models.save_base("bert", tmp_path / "bert")
-    workspace = Workspace(tmp_path / "store")
-    known: dict[str, str] = {}
-    spare: dict[str, Path] = {}
-    for number in range(ADAPTERS):
-        for seed in (1, 2, 3):
-            made = bundle(tmp_path / f"{number}-{seed}", base, "bert", "classify", 3 * number + seed)
-            if seed < 3:
-                version = workspace.store.put(f"n{number}", made)
-                known[str(version)] = version.digest
-            else:
-                spare[f"n{number}"] = made
-        workspace.promote(f"n{number}@1", "production")
-    room = 25 * workspace.resolve("n0@1").bytes  # for half of the adapters in use
-    engine = workspace.engine(str(base), dtype="float32", limits=engine_room.Limits(memory=room))
-    answers = {}
-    for name in spare:
-        workspace.store.put(name, spare[name])
-        for number in (1, 2, 3):
-            found = engine.classify(TEXTS_OF_A_STORM, adapter=f"{name}@{number}")
-            digest = workspace.resolve(f"{name}@{number}").digest
-            answers[digest] = {text: each["probabilities"] for text, each in zip(TEXTS_OF_A_STORM, found, strict=True)}
-        workspace.delete(f"{name}@3")
-    elsewhere = small_models.save_base("bert", tmp_path / "other", seed=7)
-    bad = workspace.store.put("bad", bundle(tmp_path / "bad", elsewhere, "bert", "classify", 1))
-    running = Running(workspace, engine, ServerSettings(), engine_room.Options, OnlyBugs())
-
-    def put(name: str) -> Version:
-        return workspace.store.put(name, spare[name])
-
-    try:
-        storm(
-            running.start(), workspace, put, known, lambda digest, text: answers[digest][text],
-            seconds=SOAK_SECONDS, bad=str(bad),
-        )  # fmt: skip
-        assert engine.stats().evictions > 0
-    finally:
-        running.stop()
