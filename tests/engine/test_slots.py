@@ -9,17 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turret.engine.slots import Slots
+from turret.engine.slots import MemoryBudget, Slots
 from turret.errors import NoRoom
 
-STEPS = st.lists(
-    st.tuples(
-        st.sampled_from(["open", "fill", "fail", "hold", "release", "pin", "unpin"]),
-        st.sampled_from("abcdefgh"),
-        st.integers(1, 60),
-    ),
-    max_size=60,
+STEP = st.tuples(
+    st.sampled_from(["open", "fill", "fail", "hold", "release", "pin", "unpin"]),
+    st.sampled_from("abcdefgh"),
+    st.integers(1, 60),
 )
+STEPS = st.lists(STEP, max_size=60)
 
 
 @settings(deadline=None)
@@ -94,3 +92,55 @@ def test_an_adapter_that_is_larger_than_reserved_and_does_not_fit_is_removed() -
     assert entry is not None
     assert slots.filled(entry, 11) is None
     assert len(slots) == slots.bytes == 0
+
+
+# --- several engines on one budget ------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), STEP), max_size=80), st.integers(20, 100))
+def test_the_adapters_of_all_engines_never_take_more_than_the_budget(steps: Any, limit: int) -> None:
+    budget = MemoryBudget(limit)
+    engines = [Slots(3, budget) for _ in range(3)]
+    for which, (verb, digest, size) in steps:
+        slots = engines[which]
+        safe = [each for each in budget.entries() if each.holds or each.pinned or not each.ready]
+        entry = slots.find(digest)
+        if verb == "open" and entry is None:
+            with suppress(NoRoom):
+                slots.open(digest, size)
+        elif entry is None:
+            continue
+        elif verb == "fill" and not entry.ready:
+            safe.remove(entry)
+            slots.filled(entry, size)
+        elif verb == "fail" and not entry.ready:
+            safe.remove(entry)
+            slots.close(entry)
+        elif verb == "hold":
+            slots.hold(entry)
+        elif verb == "release" and entry.holds:
+            slots.release(entry)
+        elif verb in ("pin", "unpin"):
+            entry.pinned = verb == "pin"
+        left = budget.entries()
+        assert budget.bytes == sum(each.bytes for each in left) <= limit
+        assert all(each.bytes <= limit for each in left)
+        assert all(any(each is other for other in left) for each in safe)
+
+
+def test_the_least_recently_used_of_all_engines_leaves_and_its_engine_is_told() -> None:
+    budget = MemoryBudget(10)
+    first, second = Slots(9, budget), Slots(9, budget)
+    taken: list[str] = []
+    second.on_taken = lambda entry: taken.append(entry.digest)
+    for slots, digest in ((second, "old"), (first, "middle"), (second, "new")):
+        entry, _ = slots.open(digest, 3)
+        assert entry is not None
+        slots.filled(entry, 3)
+    assert first.open("next", 4) == (first.find("next"), [])
+    assert taken == ["old"]
+    assert (first.evictions, second.evictions) == (0, 1)
+    assert (budget.bytes, first.bytes, second.bytes) == (10, 7, 3)
+    second.leave()
+    assert budget.bytes == 7

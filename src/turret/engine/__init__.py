@@ -23,6 +23,7 @@ from turret.engine.request import (
     Ticket,
     VersionStats,
 )
+from turret.engine.slots import MemoryBudget
 
 if TYPE_CHECKING:
     from turret.engine.core import Engine
@@ -36,6 +37,7 @@ __all__ = [
     "Kind",
     "Limits",
     "LoadedAdapter",
+    "MemoryBudget",
     "Named",
     "Options",
     "Piece",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,6 +89,7 @@ class AdapterLoader:
         self._names: dict[str, Named] = {}  # by key, as last requested
         self._times: dict[str, float] = {}  # by key, of the last use
         self.loads = self.failed_loads = 0
+        slots.on_taken, slots.on_room = self._taken, self._room
 
     # --- needs --------------------------------------------------------------------------------------------------------
 
@@ -100,11 +102,12 @@ class AdapterLoader:
         Raises:
             NoRoom: If the adapter can never fit.
         """
-        first = self._waiting[0] if self._waiting else None
-        impatient = first is not None and self._clock() - first.arrived > SLOT_PATIENCE
-        entry = None if impatient else self._hold(need)
+        before = self._clock() - SLOT_PATIENCE
+        impatient = bool(self._waiting) and self._waiting[0].arrived < before
+        entry = None if impatient or self._slots.gives_way(before) else self._hold(need)
         if entry is None:
             self._waiting.append(need)
+            self._note_wait()
         elif entry.ready:
             self._touch(_named(need))
             return self._pool.at(entry.slot)
@@ -115,6 +118,7 @@ class AdapterLoader:
         if need.entry is None:
             if need in self._waiting:
                 self._waiting.remove(need)
+                self._note_wait()
             return
         loading = self._loading.get(need.entry.digest)
         if loading is not None and need in loading.needs:
@@ -174,7 +178,7 @@ class AdapterLoader:
         while self._loaded:
             self._mount(self._loaded.popleft(), ready, failed)
         self._released = False
-        for _ in range(len(self._waiting)):
+        for _ in range(0 if self._slots.gives_way(self._clock() - SLOT_PATIENCE) else len(self._waiting)):
             need = self._waiting.popleft()
             try:
                 entry = self._hold(need)
@@ -191,18 +195,24 @@ class AdapterLoader:
                 assert loaded is not None
                 self._touch(_named(need))
                 ready.append((need, loaded))
+        self._note_wait()
         for slot in self._evicted:  # for the needs that got a slot in this call
             self._pool.unmount(slot)
         self._evicted.clear()
         return ready, failed
 
     def abandon(self) -> list[Need]:
-        """All needs that wait for an adapter; `between_passes` is not called again."""
-        return [*self._waiting, *(need for loading in self._loading.values() for need in loading.needs)]
+        """Give up all needs that wait for an adapter, and return them; `between_passes` is not called again."""
+        needs = [*self._waiting, *(need for loading in self._loading.values() for need in loading.needs)]
+        self._waiting.clear()
+        self._note_wait()
+        return needs
 
     def close(self) -> None:
-        """Start no more loads, and wait for the current one. Called without the lock."""
+        """Start no more loads, wait for the current one, and free the memory. Called without the lock."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+        with self._wake:
+            self._slots.leave()
 
     # --- the inside ---------------------------------------------------------------------------------------------------
 
@@ -276,6 +286,26 @@ class AdapterLoader:
         self.loads += 1
         self._touch(loading.named)
         ready += [(need, loaded) for need in loading.needs]
+
+    def _note_wait(self) -> None:
+        """Tell the other engines of the budget since when a need waits for memory here."""
+        first = self._waiting[0] if self._waiting else None
+        short = first is not None and self._slots.short_of_memory(_named(first).bytes)
+        wait = first.arrived if first is not None and short else math.inf
+        if wait != self._slots.wait:
+            self._slots.wait = wait
+            self._slots.budget.changed(self._slots)
+
+    def _room(self) -> None:
+        """Another engine of the budget may have freed memory. Called with the lock."""
+        if self._waiting:
+            self._released = True
+            self._wake.notify_all()
+
+    def _taken(self, entry: Entry) -> None:
+        """An adapter was evicted for another engine of the budget. Called with the lock."""
+        self._evict(entry)
+        self._wake.notify_all()
 
     def _evict(self, entry: Entry) -> None:
         self._evicted.append(entry.slot)

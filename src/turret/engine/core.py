@@ -77,8 +77,8 @@ class Engine:
             self._runner.close()
             raise
         self.longest = self._prompts.longest  # tokens of a prompt and its answer together
-        self._wake = threading.Condition()
         self._slots = Slots(self.limits.slots, self.limits.memory)
+        self._wake = threading.Condition(self._slots.budget.lock)
         self._loader = AdapterLoader(
             self._runner.adapter_pool, self._slots, source, base.tokenizer, self._wake, clock, self._encode
         )

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Literal
 from turret.data import Input
 from turret.engine.histogram import Seconds
 from turret.engine.options import Options
+from turret.engine.slots import Entry, MemoryBudget
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError
 from turret.json_types import JsonObject
 from turret.tasks.task import RequestKind
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
-
-    from turret.engine.slots import Entry
 
 Kind = RequestKind
 Answer = JsonObject
@@ -98,7 +97,7 @@ class Named:
 class Limits:
     """Limits of the engine. The error of each names it."""
 
-    memory: int | None = None  # bytes of mounted adapters; None: only `slots` limits them
+    memory: int | MemoryBudget | None = None  # bytes of mounted adapters; None: only `slots` limits them
     slots: int = 1024  # adapters mounted at a time
     queue_tokens: int = 65_536  # tokens that wait; `submit` raises Busy above it
     queue_seconds: int = (
@@ -112,7 +111,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if not isinstance(value, int | MemoryBudget | None) or (isinstance(value, int) and value < 1):
                 raise DataError(f"limit {name} = {value!r}: expected a whole number of 1 or more")
         if self.memory is None and self.slots > 1 << 20:
             raise DataError(f"limit slots = {self.slots} with no limit of memory: give at most {1 << 20}, or a memory")
