@@ -102,6 +102,7 @@ def _record(inputs: Sequence[Tensor], body: Body) -> _Recorded:
         body(places)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # thread_local: another engine on this card may allocate memory meanwhile, from its own thread.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = body(places)
     return _Recorded(graph, places, output)
