@@ -17,6 +17,7 @@ from server import patience
 from server.echo import FINGERPRINT, LABELS, Echo, Options
 from store.bundles import tensors, write_bundle
 
+from turret.server.engines import Engines
 from turret.server.logs import Log
 from turret.server.run import Server, bind, url_of
 from turret.server.settings import ServerSettings
@@ -28,7 +29,7 @@ SEEDS = itertools.count()
 
 
 class Running:
-    """A running server, with its clients and its log."""
+    """A running server, with its clients and its log. engine: one, or a list of those of several bases."""
 
     def __init__(
         self,
@@ -40,7 +41,8 @@ class Running:
     ) -> None:
         self.workspace, self.engine = workspace, engine
         self.lines = lines or io.StringIO()
-        self.served = ServerState(workspace, engine, options, settings, log=Log(self.lines))
+        engines = Engines(*engine) if isinstance(engine, list) else engine
+        self.served = ServerState(workspace, engines, options, settings, log=Log(self.lines))
         self.server = Server(self.served)
         self._socket = bind("127.0.0.1", 0)
         self.url = url_of(self._socket)
@@ -65,7 +67,8 @@ class Running:
         self._thread.join(timeout=10)
         self.served.stop()
         self._socket.close()
-        self.engine.close()
+        for each in self.engine if isinstance(self.engine, list) else [self.engine]:
+            each.close()
 
     @property
     def ended(self) -> bool:
@@ -104,7 +107,7 @@ def serve(workspace: Workspace) -> Iterator[Callable[..., Running]]:
     """`serve(pace=0.01, limits=RequestLimits(...))`: a server with settings of the echo and of the server."""
     running: list[Running] = []
 
-    def serve(engine: Echo | None = None, **settings: Any) -> Running:
+    def serve(engine: Echo | list[Echo] | None = None, **settings: Any) -> Running:
         ours = {key: settings.pop(key) for key in list(settings) if key in ServerSettings.__dataclass_fields__}
         made = Running(workspace, engine or Echo(workspace.store, **settings), ServerSettings(**ours))
         running.append(made.start())

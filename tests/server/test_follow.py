@@ -47,7 +47,7 @@ class World:
             self.pointing,
             self.warm,
             self.memory.__contains__,
-            base="ours",
+            bases={"ours"},
             alias="production",
             clock=lambda: self.now,
         )
@@ -194,7 +194,7 @@ def test_plain_names_mean_the_followed_alias() -> None:
     world.move("a@2", alias="candidate")
     world.move("b@1", name="b")
     follow = AliasWatcher(
-        lambda: world.number, world.pointing, world.warm, bool, base="ours", alias="candidate", clock=lambda: 0.0
+        lambda: world.number, world.pointing, world.warm, bool, bases={"ours"}, alias="candidate", clock=lambda: 0.0
     )
     follow.poll()
     assert [follow.exact(each) for each in ("a", "a@production", "b")] == ["a@2", "a@1", "b"]

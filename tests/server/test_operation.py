@@ -18,7 +18,7 @@ from shelf import Shelf
 import turret
 from turret.engine import Options
 from turret.server.limits import RequestLimits
-from turret.server.metrics import Metrics, numbers
+from turret.server.metrics import Metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 CURRENT = ("ready", "draining", "following", "follow_trouble")  # set by the server's state
@@ -31,10 +31,9 @@ def exposed() -> str:
     shelf.put("g")
     with shelf.engine() as engine:
         engine.generate(["a great film"], "g", Options(max_tokens=4))
-        values = asdict(engine.stats())
-    histograms = {f"engine_{key}": value for key, value in values.items() if isinstance(value, dict) and "sum" in value}
-    gauges = numbers("engine", values) | dict.fromkeys(CURRENT, 1.0)
-    return Metrics(lambda: gauges, lambda: histograms, {"version": "1", "base": "small"}).text().decode()
+        figures = {"small": asdict(engine.stats())}
+    gauges = dict.fromkeys(CURRENT, 1.0)
+    return Metrics(lambda: gauges, lambda: figures, [{"version": "1", "base": "small"}]).text().decode()
 
 
 def names(text: str) -> set[str]:

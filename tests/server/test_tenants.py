@@ -6,13 +6,14 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from fastapi import APIRouter
 from server import walk
 from server.console_forms import form_token, signed_in
-from server.echo import FINGERPRINT, LABELS
+from server.echo import FINGERPRINT, LABELS, Echo
 from store.bundles import tensors, write_bundle
 
 from turret.access import Access
@@ -105,8 +106,20 @@ def sent_files(running, secret: str) -> dict[str, str]:
 
 
 def test_every_route_and_page_answers_a_stranger_as_if_it_were_not_there(serve, workspace, owner) -> None:
+    nothing_is_told(serve, workspace, owner)
+
+
+@pytest.mark.slow
+def test_several_bases_tell_a_stranger_no_more_than_one(serve, workspace, owner, put_for) -> None:
+    put_for("owner", "zebra-on-the-other-base", 21, "sha256:other")
+    other = Echo(workspace.store, base_id="other-echo", fingerprint="sha256:other")
+    nothing_is_told(lambda: serve([Echo(workspace.store), other]), workspace, owner)
+
+
+def nothing_is_told(start: Callable[[], Any], workspace: Workspace, owner: Workspace) -> None:
+    """By any route, no stranger can tell what the owner has from what nobody has; the owner can."""
     _, secret = owner.tokens.create("zebra-owner", ALL)
-    running = serve()
+    running = start()
     here, nowhere = two_names(running, owner, secret)
     app = routes(running.served)
     secrets = [HERE, "zebra-owner", here["run_id"], *(each.digest for each in owner.list())]

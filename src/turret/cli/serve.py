@@ -1,9 +1,11 @@
-"""`turret serve`: answer over HTTP on one base."""
+"""`turret serve`: answer over HTTP on one base, or on several."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from contextlib import ExitStack
 from socket import gethostname
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,16 +24,21 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
-Base = Annotated[
-    str | None, typer.Option("--base", help="The base to load; default: the one that all adapters in the store have.")
+Bases = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--base",
+        help="The base to load; repeat it to serve several. Default: the one that all adapters in the store have.",
+    ),
 ]
 Memory = Annotated[
-    str | None, typer.Option("--memory", metavar="BYTES", help="Limit for adapters in memory, such as 500MB or 2GB.")
+    str | None,
+    typer.Option("--memory", metavar="BYTES", help="Limit for the adapters of all bases in memory: 500MB, 2GB."),
 ]
 
 
 def serve(
-    base: Base = None,
+    base: Bases = None,
     host: Annotated[str, typer.Option("--host", help="Address; beyond loopback only with tokens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free port.")] = 8000,
     alias: Annotated[str, typer.Option("--alias", help="Alias that plain names mean; loaded at start.")] = "production",
@@ -87,9 +94,11 @@ def serve(
 ) -> None:
     """Answer over HTTP with one base and all its adapters, in the format of OpenAI's API.
 
+    With several bases, a request goes to the base that its adapter was trained on.
+
     After SIGTERM or Ctrl-C running answers finish. A second signal ends the server at once.
     """
-    from turret.engine import Limits
+    from turret.engine import Limits, MemoryBudget
     from turret.server.connections import networks
     from turret.server.cross_origin import origins
     from turret.server.limits import RequestLimits
@@ -112,13 +121,16 @@ def serve(
         otel=otel,
         replica=replica or f"{gethostname()}:{port or os.getpid()}",
     )
-    limits = Limits(memory=size_of(memory), queue_seconds=queue_seconds)
-    _serve(workspace, base or only_base(workspace), settings, limits, dtype, base_quantization, device, as_json)
+    limits = Limits(memory=MemoryBudget(size_of(memory)), queue_seconds=queue_seconds)
+    names = list(base) if base else [only_base(workspace)]
+    if twice := next((each for each in names if names.count(each) > 1), None):
+        raise ServeRefused(f"--base {twice} is given twice: name each base once")
+    _serve(workspace, names, settings, limits, dtype, base_quantization, device, as_json)
 
 
 def _serve(
     workspace: Workspace,
-    base: str,
+    names: Sequence[str],
     settings: ServerSettings,
     limits: Limits,
     dtype: Dtype,
@@ -128,24 +140,31 @@ def _serve(
 ) -> None:
     from turret.engine import Options
     from turret.server.auth import Guard
+    from turret.server.engines import Engines
     from turret.server.run import bind, run
     from turret.server.state import ServerState
 
     Guard(settings.host, workspace.tokens.of_all_tenants())  # refuses before the base is loaded
-    with bind(settings.host, settings.port) as listening:
+    with bind(settings.host, settings.port) as listening, ExitStack() as opened:
         with status() as show:
-            engine = workspace.engine(
-                base,
-                limits=limits,
-                dtype=dtype,
-                base_quantization=quantization,
-                device=device,
-                on_stage=show,
-            )
-        with engine:
-            state = ServerState(workspace, engine, Options, settings)
-            run(state, listening, lambda url: _announce(url, state.base_id, str(engine.base.model.device), as_json))
-            engine.drain(state.limits.drain_seconds)
+            engines = [
+                opened.enter_context(
+                    workspace.engine(
+                        name,
+                        limits=limits,
+                        dtype=dtype,
+                        base_quantization=quantization,
+                        device=device,
+                        on_stage=show,
+                    )
+                )
+                for name in names
+            ]
+        state = ServerState(workspace, Engines(*engines), Options, settings)
+        bases, devices = [each.name for each in state.engines.bases], {str(each.base.model.device) for each in engines}
+        run(state, listening, lambda url: _announce(url, bases, ", ".join(sorted(devices)), as_json))
+        for each in engines:
+            each.drain(state.limits.drain_seconds)
 
 
 def _provider(
@@ -162,12 +181,14 @@ def _provider(
     return OidcSettings(issuer, client, secret, public_url, claim, tenant_claim)
 
 
-def _announce(url: str, base: str, device: str, as_json: bool) -> None:
+def _announce(url: str, bases: Sequence[str], device: str, as_json: bool) -> None:
+    several = len(bases) > 1
     if as_json:
-        emit({"url": url, "base": base, "device": device})
+        emit({"url": url, "base": bases[0], **({"bases": bases} if several else {}), "device": device})
     else:
-        where = "" if device == "cpu" else f" on {device}"
-        console().print(f"[green]{safe(base)}[/]{where} answers at [bold]{safe(url)}[/]  [dim](Ctrl-C ends it)[/]")
+        where, verb = "" if device == "cpu" else f" on {device}", "answer" if several else "answers"
+        names = " and ".join(f"[green]{safe(each)}[/]" for each in bases)
+        console().print(f"{names}{where} {verb} at [bold]{safe(url)}[/]  [dim](Ctrl-C ends it)[/]")
 
 
 def only_base(workspace: Workspace) -> str:
@@ -177,7 +198,8 @@ def only_base(workspace: Workspace) -> str:
     if len(found) == 1:
         return found[0]
     what = f"adapters of {', '.join(found[:5])}" if found else "no adapter"
-    raise ServeRefused(f"cannot tell which base to serve: the store has {what}; name one with --base")
+    more = ", or several" if found else ""
+    raise ServeRefused(f"cannot tell which base to serve: the store has {what}; name one with --base{more}")
 
 
 def size_of(text: str | None) -> int | None:

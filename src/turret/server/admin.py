@@ -28,16 +28,29 @@ Ref = Annotated[schemas.Reference, Path(description="name, name@3 or name@produc
 After = Annotated[schemas.Reference | None, Query(description="The `after` of the previous page.")]
 
 
-@control.get("/api/status")
+@control.get("/api/status", response_model_exclude_unset=True)
 async def status(state: State) -> schemas.Status:
-    """The base, and the engine's own figures."""
-    return schemas.Status(
-        base={"id": state.base_id, "fingerprint": state.engine.base.fingerprint},
+    """The base, and the engine's own figures; of a server with several bases, those of each."""
+    figures = state.engines.stats() if state.access.operates else {}
+    bases = [
+        schemas.BaseStatus(
+            id=each.name,
+            fingerprint=each.fingerprint,
+            engine=plain(asdict(figures[each.name])) if each.name in figures else None,
+        )
+        for each in state.engines.bases
+    ]
+    only = bases[0] if len(state.engines.fingerprints) == 1 else None
+    shown = schemas.Status(
+        base=None if only is None else {"id": only.id, "fingerprint": only.fingerprint},
         ready=state.ready,
         draining=state.load.draining,
         in_flight=state.load.requests,
-        engine=plain(asdict(state.engine.stats())) if state.access.operates else None,
+        engine=None if only is None else only.engine,
     )
+    if only is None:
+        shown.bases = bases
+    return shown
 
 
 @control.get("/api/adapters")
@@ -52,7 +65,7 @@ async def list_adapters(
     if after is not None:
         last = Reference.parse(after)
         versions = [each for each in versions if (each.name, each.number) > (last.name, last.version or 0)]
-    page, loaded = versions[:limit], {each.digest for each in state.engine.loaded()}
+    page, loaded = versions[:limit], {each.digest for each in state.engines.loaded()}
     more = str(page[-1]) if len(versions) > limit else None
     return schemas.Adapters(
         adapters=[schemas.Adapter(**each.as_json(), loaded=each.digest in loaded) for each in page], after=more
@@ -65,13 +78,13 @@ async def show_adapter(reference: Ref, state: State) -> JsonObject:
     shown = await state.control(state.workspace.show, reference)
     if shown["run"] is not None:
         shown["run"] = {key: value for key, value in shown["run"].items() if key in ("id", "name", "state", "created")}
-    return {**shown, "loaded": state.in_memory(shown["digest"])}
+    return {**shown, "loaded": state.engines.in_memory(shown["digest"])}
 
 
 @control.get("/api/loaded")
 async def list_loaded(state: State) -> schemas.LoadedList:
     """The versions in memory."""
-    loaded = [asdict(each) for each in state.engine.loaded()]
+    loaded = [asdict(each) for each in state.engines.loaded()]
     return schemas.LoadedList(
         loaded=[plain({key: value for key, value in each.items() if key != "tenant"}) for each in loaded]
     )
@@ -86,7 +99,7 @@ async def load(reference: Ref, state: State, body: schemas.LoadRequest | None = 
 @control.post("/api/adapters/{reference}/unload")
 async def unload(reference: Ref, state: State) -> schemas.Version:
     """Remove a version from memory. It is refused while a request needs it; the next request loads it again."""
-    return await _apply(state, reference, "unload", state.engine.unload)
+    return await _apply(state, reference, "unload", state.engines.unload)
 
 
 @control.post("/api/adapters/{reference}/pin")
@@ -98,7 +111,7 @@ async def pin(reference: Ref, state: State) -> schemas.Version:
 @control.post("/api/adapters/{reference}/unpin")
 async def unpin(reference: Ref, state: State) -> schemas.Version:
     """Allow a version's eviction when its place is needed."""
-    return await _apply(state, reference, "unpin", state.engine.unpin)
+    return await _apply(state, reference, "unpin", state.engines.unpin)
 
 
 def _version(version: Version | Named) -> schemas.Version:
@@ -106,7 +119,7 @@ def _version(version: Version | Named) -> schemas.Version:
 
 
 async def _load(state: ServerState, reference: str, *, pin: bool) -> schemas.Version:
-    version = await state.control(state.engine.warm, state.aliases.exact(reference), pin=pin)
+    version = await state.control(state.engines.warm, state.aliases.exact(reference), pin=pin)
     await state.control(_record, state, "pin" if pin else "load", version)
     return _version(version)
 
@@ -141,7 +154,7 @@ async def promote(reference: Ref, body: schemas.PromoteRequest, state: State) ->
     check_gates(body.require)
     exact = str(await state.control(state.workspace.resolve, reference))
     if body.alias == state.settings.alias or state.aliases.version_of(exact.partition("@")[0], body.alias):
-        await state.control(state.engine.warm, exact)
+        await state.control(state.engines.warm, exact)
     return await _moved(state, await _promoted(state, exact, body))
 
 

@@ -218,9 +218,18 @@ class AuditLog(BaseModel):
     before: int | None = Field(description="The `before` of the next page; null on the last one.")
 
 
+class BaseStatus(BaseModel):
+    id: str
+    fingerprint: str
+    engine: JsonObject | None = Field(description="Its engine's figures; null but for the tenant default.")
+
+
 class Status(BaseModel):
-    base: dict[str, str]
+    base: dict[str, str] | None = Field(description="Null if there are several.")
     ready: bool
     draining: bool
     in_flight: int
-    engine: JsonObject | None = Field(description="The whole engine's figures; null but for the tenant default.")
+    engine: JsonObject | None = Field(
+        description="The whole engine's figures; null but for the tenant default, and if there are several bases."
+    )
+    bases: list[BaseStatus] = Field(default_factory=list, description="Missing if there is one.")

@@ -9,7 +9,7 @@ mean the followed alias (`production`); its versions are loaded in advance.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from turret.engine import Named
@@ -38,7 +38,7 @@ class AliasWatcher:
         pointing: That number, and where every alias in the store points.
         warm: Loads a version.
         in_memory: Whether the version of a digest is loaded.
-        base: The fingerprint of the server's base.
+        bases: The fingerprints of the server's bases.
         alias: What plain names mean.
     """
 
@@ -49,13 +49,13 @@ class AliasWatcher:
         warm: Callable[[str], Named],
         in_memory: Callable[[str], bool],
         *,
-        base: str,
+        bases: Collection[str],
         alias: str,
         clock: Callable[[], float],
     ) -> None:
         self._last_move, self._pointing = last_move, pointing
         self._warm, self._in_memory = warm, in_memory
-        self._base, self.alias = base, alias
+        self._bases, self.alias = bases, alias
         self._clock = clock
         self._move = -1  # the newest move that `poll` has seen
         self._stored: Mapping[Key, Pointing] = {}
@@ -126,7 +126,7 @@ class AliasWatcher:
 
     def _follow(self, key: Key, new: Pointing, *, first: bool) -> None:
         old, version = self._in_force.get(key), f"{new.name}@{new.number}"
-        if new.base != self._base:
+        if new.base not in self._bases:
             if old is not None:
                 self._fail(key, version, f"{version} was trained on another base than this server's")
             return

@@ -59,7 +59,7 @@ async def chat(
         message, reason = said(answer["text"], answer["finish_reason"], tools)
         found = token_logprobs(answer["logprobs"]) if body.logprobs else None
         choices.append(chat_schemas.ChatChoice(index=index, message=message, logprobs=found, finish_reason=reason))
-    model = pending.model or state.base_id
+    model = pending.model or body.model
     return chat_schemas.ChatCompletion(
         id=f"chatcmpl-{pending.id}", created=state.now(), model=model, choices=choices, usage=usage(answers)
     )
@@ -81,7 +81,7 @@ def prompt(state: ServerState, body: chat_schemas.ChatRequest) -> Input:
         raise BadRequest(f"the messages have {asked.characters} characters: expected at most {MOST_TEXT} in all")
     if not state.is_base(body.model):
         return asked if asked.text is None else asked.text
-    tokenizer = state.engine.base.tokenizer
+    tokenizer = state.engines.base_of(body.model).tokenizer
     if asked.tools or any(turn.tool_calls or turn.role == "tool" for turn in asked.turns):
         return asked
     if getattr(tokenizer, "chat_template", None):
@@ -134,7 +134,7 @@ class ToolCalls:
 
     def __init__(self, state: ServerState, body: chat_schemas.ChatRequest) -> None:
         self._tools = {tool.function.name: tool.function for tool in body.tools or ()}
-        self._template = ChatTemplate(state.engine.base.tokenizer)
+        self._template = ChatTemplate(state.base_of(body.model).tokenizer)
         self._form = self._template.call_format
         choice = body.tool_choice
         self._callable = list(self._tools)

@@ -27,7 +27,7 @@ async def classify(
     return Classification(
         id=f"classify-{pending.id}",
         created=state.now(),
-        model=pending.model or state.base_id,
+        model=pending.model or body.model,
         data=[_data(index, answer) for index, answer in enumerate(answers)],
         usage=usage(answers),
     )

@@ -51,7 +51,7 @@ async def complete(
         )
         for index, answer in enumerate(given)
     ]
-    model = pending.model or state.base_id
+    model = pending.model or body.model
     return Completion(id=f"cmpl-{pending.id}", created=state.now(), model=model, choices=choices, usage=usage(answers))
 
 

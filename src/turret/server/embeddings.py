@@ -33,7 +33,7 @@ async def embed(
     return schemas.Embeddings(
         id=f"embd-{pending.id}",
         created=state.now(),
-        model=pending.model or state.base_id,
+        model=pending.model or body.model,
         data=[
             schemas.EmbeddingData(index=index, embedding=packed(vector) if body.encoding_format == "base64" else vector)
             for index, vector in enumerate(vectors)
@@ -60,7 +60,7 @@ async def score(
     return schemas.Scores(
         id=f"score-{pending.id}",
         created=state.now(),
-        model=pending.model or state.base_id,
+        model=pending.model or body.model,
         data=[schemas.Score(index=index, score=each) for index, each in enumerate(scores)],
         usage=usage,
     )
@@ -79,7 +79,7 @@ async def rerank(
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
     return schemas.Ranking(
         id=f"rerank-{pending.id}",
-        model=pending.model or state.base_id,
+        model=pending.model or body.model,
         results=[
             schemas.Ranked(
                 index=index, document=schemas.Document(text=body.documents[index]), relevance_score=scores[index]

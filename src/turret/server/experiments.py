@@ -110,7 +110,7 @@ def _status(state: ServerState, name: str, number: int | None) -> ExperimentStat
 
 def _load(state: ServerState, references: Sequence[str]) -> None:
     for each in references:
-        state.engine.warm(str(state.workspace.resolve(state.aliases.exact(each))))
+        state.engines.warm(str(state.workspace.resolve(state.aliases.exact(each))))
 
 
 async def _refreshed(state: ServerState, status: ExperimentStatus) -> JsonObject:

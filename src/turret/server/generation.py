@@ -188,7 +188,7 @@ async def _lines(
         "id": f"{chunks.prefix}-{pending.id}",
         "object": chunks.kind,
         "created": state.now(),
-        "model": pending.model or state.base_id,
+        "model": pending.model or body.model,
     }
     begun: set[int] = set()
     try:

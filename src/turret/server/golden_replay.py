@@ -1,4 +1,4 @@
-"""Ask the serving engine golden examples, so that a promote over HTTP loads no second base.
+"""Ask the serving engines golden examples, so that a promote over HTTP loads no second base.
 
 A few examples at a time, with a lower priority than requests: a promote delays no answer, however many examples it has.
 """
@@ -41,7 +41,7 @@ def _submit(state: ServerState, kind: RequestKind, reference: str, text: str) ->
             raise Draining("the server is shutting down: not all golden examples were asked, and nothing was moved")
         try:
             deadline = state.limits.answer_seconds
-            return state.engine.submit(kind, text, reference, priority=LOW_PRIORITY, deadline=deadline)
+            return state.engines.submit(kind, text, reference, priority=LOW_PRIORITY, deadline=deadline)
         except Busy as error:
             if time.monotonic() >= until:
                 raise

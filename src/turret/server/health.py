@@ -34,5 +34,5 @@ async def readyz(state: State) -> Response:
 @control.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
 async def metrics(state: State) -> Response:
     """Metrics for Prometheus: of the tenant's adapters; for the tenant `default`, of the server and all tenants too."""
-    read = partial(state.metrics.text, state.sees, operates=state.access.operates)
+    read = partial(state.metrics.text, state.engines.sees, operates=state.access.operates)
     return Response(await state.control(read), media_type=CONTENT_TYPE)

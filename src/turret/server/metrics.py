@@ -1,10 +1,11 @@
-"""Metrics for Prometheus: counters, histograms and the engine's own figures.
+"""Metrics for Prometheus: counters, histograms and the engines' own figures.
 
 A label is a route, a status, an arm, a tenant, or a version or experiment that answered; never a text of a request.
 Beyond `MOST_VERSIONS` versions and experiments, or tenants, the rest are counted together as `other`.
 
 Every tenant has metrics of its own. Those of the tenant `default` have the figures of the server too, and the totals of
-each tenant (`TenantTotals`); only an operator gets these.
+each tenant (`TenantTotals`); only an operator gets these. The figures of an engine have the label `base` if there are
+several engines.
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from turret.access import DEFAULT
@@ -75,26 +82,26 @@ class Metrics:
     Args:
         tenant: Whose answers they count.
         totals: Counts the answers to all tenants.
-        gauges: Current values and the engine's counts; called whenever the metrics are read.
-        histograms: The engine's histograms, likewise: `buckets` and `sum` of each.
+        gauges: Current values; called whenever the metrics are read.
+        engines: The figures of the engine of each base, likewise. A histogram has `buckets` and `sum`.
         replica: The name of this server, which becomes a label of every series; None for no such label.
-        build: What is served, and by which version; None leaves it out, and the process too.
+        build: What is served on each base, and by which version; empty leaves it out, and the process too.
     """
 
     def __init__(
         self,
         gauges: Callable[[], Mapping[str, float]],
-        histograms: Callable[[], Mapping[str, JsonMapping]] = dict,
-        build: Mapping[str, str] | None = None,
+        engines: Callable[[], Mapping[str, JsonMapping]] = dict,
+        build: Sequence[Mapping[str, str]] = (),
         replica: str | None = None,
         tenant: str = DEFAULT,
         totals: TenantTotals | None = None,
     ) -> None:
         self._tenant, self._totals = tenant, totals or TenantTotals()
         self._registry, self._replica = CollectorRegistry(), {} if replica is None else {"replica": replica}
-        if build is not None:
+        if build:
             ProcessCollector(registry=self._registry)
-            Info("turret_build", "What is served, and by which version", registry=self._registry).info(dict(build))
+            self._registry.register(_Build(build))
         self._versions: set[str] = set()
         self._requests = self._counter("turret_requests", "Requests", "route", "status")
         self._seconds = self._histogram("turret_request_seconds", "Seconds until the last byte", "route")
@@ -109,7 +116,7 @@ class Metrics:
         self._uncounted = self._counter("turret_experiment_uncounted", "Requests without a unit", "experiment")
         self._shadows = self._counter("turret_experiment_shadows", "Results of shadows", *arm, "what")
         self._outcomes = self._counter("turret_experiment_outcomes", "Outcomes received", "experiment", "status")
-        self._registry.register(_Engine(gauges, histograms))
+        self._registry.register(_Engines(gauges, engines))
 
     def request(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()
@@ -228,24 +235,54 @@ class _Seen(Collector):
         return all(self._sees("" if name in NO_ADAPTER else name) for name in names)
 
 
-class _Engine(Collector):
-    """Values that are counted elsewhere."""
+class _Build(Collector):
+    """What is served, and by which version: one sample for each base."""
 
-    def __init__(
-        self, read: Callable[[], Mapping[str, float]], histograms: Callable[[], Mapping[str, JsonMapping]]
-    ) -> None:
-        self._read, self._histograms = read, histograms
+    def __init__(self, builds: Sequence[Mapping[str, str]]) -> None:
+        self._builds = builds
 
     def collect(self) -> Iterator[Metric]:
-        for name, value in self._read().items():
-            family = CounterMetricFamily if name in COUNTED else GaugeMetricFamily
-            yield family(f"turret_{name}", name.replace("_", " "), value=value)
-        for name, found in self._histograms().items():
-            buckets = list(found["buckets"].items())
-            yield HistogramMetricFamily(f"turret_{name}", name.replace("_", " "), buckets, found["sum"])
+        family = InfoMetricFamily("turret_build", "What is served, and by which version")
+        for each in self._builds:
+            family.add_metric((), dict(each))
+        yield family
 
     def describe(self) -> list[Metric]:
         return []
+
+
+class _Engines(Collector):
+    """Values that are counted elsewhere. The engines' are labelled with their base if there are several."""
+
+    def __init__(
+        self, gauges: Callable[[], Mapping[str, float]], engines: Callable[[], Mapping[str, JsonMapping]]
+    ) -> None:
+        self._gauges, self._engines = gauges, engines
+
+    def collect(self) -> Iterator[Metric]:
+        for name, value in self._gauges().items():
+            yield GaugeMetricFamily(f"turret_{name}", name.replace("_", " "), value=value)
+        figures = self._engines()
+        labels = ("base",) if len(figures) > 1 else ()
+        values = {base: numbers("engine", each) for base, each in figures.items()}
+        for name in dict.fromkeys(name for each in values.values() for name in each):
+            kind = CounterMetricFamily if name in COUNTED else GaugeMetricFamily
+            family = kind(f"turret_{name}", name.replace("_", " "), labels=labels)
+            for base, own in values.items():
+                family.add_metric((base,)[: len(labels)], own[name])
+            yield family
+        for name in dict.fromkeys(name for each in figures.values() for name in _histograms(each)):
+            shown = HistogramMetricFamily(f"turret_engine_{name}", f"engine {name.replace('_', ' ')}", labels=labels)
+            for base, each in figures.items():
+                shown.add_metric((base,)[: len(labels)], list(each[name]["buckets"].items()), each[name]["sum"])
+            yield shown
+
+    def describe(self) -> list[Metric]:
+        return []
+
+
+def _histograms(figures: JsonMapping) -> list[str]:
+    return [key for key, value in figures.items() if isinstance(value, dict) and "sum" in value]
 
 
 def numbers(prefix: str, values: JsonMapping) -> dict[str, float]:

@@ -1,6 +1,8 @@
-"""The error for a model that is not here: it lists what the caller may ask on this server's base."""
+"""The error for a model that is not here: it lists what the caller may ask on this server's bases."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import select
 
@@ -11,22 +13,25 @@ from turret.visibility import seen_adapters, seen_versions
 MOST = 8  # names in the error
 
 
-def missing_model(database: Database, base: str, base_id: str | None, model: str, error: NotFound) -> NotFound:
+def missing_model(
+    database: Database, fingerprints: Collection[str], bases: Sequence[str], model: str, error: NotFound
+) -> NotFound:
     """The error for a reference that names nothing.
 
     Args:
-        base: The fingerprint of the server's base.
-        base_id: Its id; None if the caller may not ask it.
+        fingerprints: Of the server's bases.
+        bases: The names of those that the caller may ask.
         error: Of the store; kept if the adapter is here, since it then lists its own versions and aliases.
     """
     name = model.partition("@")[0]
-    on_base = versions.c.manifest[("base", "fingerprint")].as_string() == base
+    on_base = versions.c.manifest[("base", "fingerprint")].as_string().in_(fingerprints)
     query = select(adapters.c.name).join(versions, versions.c.adapter_id == adapters.c.id).where(on_base).distinct()
     with database.reading() as connection:
         query = query.where(seen_adapters(connection), seen_versions(connection))
         if connection.execute(query.where(adapters.c.name == name).limit(1)).first() is not None:
             return error
         names = connection.execute(query.order_by(adapters.c.name).limit(MOST)).scalars().all()
-    known = [*names, *([base_id] if base_id else [])]
+    known = [*names, *bases]
     which = f"expected one of {', '.join(known)}" if known else "you may ask none"
-    return NotFound(f"no adapter named {ascii(name)[:60]} on this server's base: {which}")
+    where = "this server's base" if len(fingerprints) == 1 else "the bases of this server"
+    return NotFound(f"no adapter named {ascii(name)[:60]} on {where}: {which}")

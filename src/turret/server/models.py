@@ -1,4 +1,4 @@
-"""`GET /v1/models`: the base, and every adapter on it by name and by alias, in OpenAI's format."""
+"""`GET /v1/models`: the bases, and every adapter on them by name and by alias, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ questions = router("infer")
 async def list_models(state: State) -> ModelList:
     """The base, and every adapter on it: by name, and by each of its aliases."""
     versions = await state.control(state.workspace.list)
-    bases = [_base(state)] if state.is_base(state.base_id) else []
+    bases = [_base(state, each.name) for each in state.engines.bases if state.is_base(each.name)]
     return ModelList(data=[*bases, *_adapters(state, versions)])
 
 
@@ -31,12 +31,12 @@ async def list_models(state: State) -> ModelList:
 async def show_model(model: Annotated[str, Path(min_length=1, max_length=200)], state: State) -> ModelCard:
     """The base, or one version of an adapter."""
     if state.is_base(model):
-        return _base(state)
+        return _base(state, model)
     return _card(state, model, await state.control(version_here, state, model))
 
 
 def version_here(state: ServerState, model: str) -> Version:
-    """The version on this base that a reference means here. Reads the store. Raises NotFound."""
+    """The version on a base of this server that a reference means here. Reads the store. Raises NotFound."""
     try:
         found = state.workspace.resolve(state.aliases.exact(model))
     except NotFound as error:
@@ -47,12 +47,12 @@ def version_here(state: ServerState, model: str) -> Version:
 
 
 def is_on_base(state: ServerState, version: Version) -> bool:
-    """Whether the version was trained on this server's base."""
-    return version.part("base").get("fingerprint") == state.engine.base.fingerprint
+    """Whether the version was trained on a base of this server."""
+    return state.engines.base_of_version(version) is not None
 
 
-def _base(state: ServerState) -> ModelCard:
-    return ModelCard(id=state.base_id, created=state.started_at, root=state.base_id, parent=None)
+def _base(state: ServerState, name: str) -> ModelCard:
+    return ModelCard(id=name, created=state.started_at, root=name, parent=None)
 
 
 def _adapters(state: ServerState, versions: Sequence[Version]) -> Iterator[ModelCard]:
@@ -70,5 +70,6 @@ def _adapters(state: ServerState, versions: Sequence[Version]) -> Iterator[Model
 
 def _card(state: ServerState, model: str, version: Version) -> ModelCard:
     created = int(datetime.fromisoformat(version.created).timestamp())
-    task = version.part("task").get("kind")
-    return ModelCard(id=model, created=created, root=str(version), parent=state.base_id, task=task)
+    task, base = version.part("task").get("kind"), state.engines.base_of_version(version)
+    parent = None if base is None else base.name
+    return ModelCard(id=model, created=created, root=str(version), parent=parent, task=task)

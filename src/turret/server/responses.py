@@ -78,7 +78,7 @@ def _response(
         incomplete_details=schemas.Incomplete(reason="max_output_tokens") if cut else None,
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
-        model=pending.model or state.base_id,
+        model=pending.model or body.model,
         output=[] if answer is None else [message],
         temperature=body.temperature,
         top_p=body.top_p,

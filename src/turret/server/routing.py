@@ -12,7 +12,7 @@ errors, such as a full queue, a bad request or a client that disconnects, count 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from turret import errors
@@ -61,7 +61,7 @@ class Routing:
     Args:
         warm: Loads a version.
         resolve: The version of a reference.
-        base: The fingerprint of the server's base.
+        bases: The fingerprints of the server's bases.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Routing:
         warm: Callable[[str], Named],
         resolve: Callable[[str], Version],
         *,
-        base: str,
+        bases: Collection[str],
         clock: Callable[[], float],
     ) -> None:
         self.router, self.aliases = router, aliases
-        self._warm, self._resolve, self._base, self._clock = warm, resolve, base, clock
+        self._warm, self._resolve, self._bases, self._clock = warm, resolve, bases, clock
         self._lock = threading.Lock()
         self._controls: dict[int, Version] = {}  # of each experiment
         self._in_force: set[int] | None = None  # None until `prepare` has run
@@ -227,8 +227,8 @@ class Routing:
         return prepared and self._is_on_base(experiment)
 
     def _is_on_base(self, experiment: Experiment) -> bool:
-        """Whether the experiment's versions were trained on this server's base."""
-        return self._control(experiment).part("base").get("fingerprint") == self._base
+        """Whether the experiment's versions were trained on a base of this server."""
+        return self._control(experiment).part("base").get("fingerprint") in self._bases
 
     def _control(self, experiment: Experiment) -> Version:
         if experiment.id not in self._controls:

@@ -101,7 +101,8 @@ def run(state: ServerState, listening: socket.socket, announce: Callable[[str], 
     url = url_of(listening)
 
     def serving() -> None:
-        state.log.write("serving", url=url, base=state.base_id, guarded=not state.guard.open)
+        names = ", ".join(each.name for each in state.engines.bases)
+        state.log.write("serving", url=url, base=names, guarded=not state.guard.open)
         announce(url)
 
     with _library_logs(state.log):

@@ -40,10 +40,11 @@ class Runs(BaseModel):
 async def train(body: TrainRequest, state: State) -> JsonObject:
     """Put a training into the queue. A `turret worker` of the same store takes it."""
     recipe, files = Recipe.from_toml(body.recipe), {name: text.encode() for name, text in body.files.items()}
-    if recipe.base == state.base_id:
-        recipe = recipe.model_copy(update={"base": state.engine.base.id})
-    submit, own_base = state.workspace.queue.submit_texts, state.engine.base.id
-    return _shown(await state.control(submit, recipe, files, priority=body.priority, own_base=own_base))
+    own = next((each.id for each in state.engines.bases if recipe.base in (each.name, each.id)), None)
+    if own is not None:
+        recipe = recipe.model_copy(update={"base": own})
+    submit = state.workspace.queue.submit_texts
+    return _shown(await state.control(submit, recipe, files, priority=body.priority, own_base=own))
 
 
 @control.get("/api/runs")

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from turret.engine import Done, Event, Failed, Options, Piece
-from turret.server.engine_protocol import Answer, EngineProtocol, Input, TicketProtocol
+from turret.server.engine_protocol import Answer, Input, TicketProtocol
+from turret.server.engines import SeenEngines
 from turret.server.logs import Log
 from turret.server.metrics import Metrics
 from turret.server.routing import Placement, Routing
@@ -33,7 +34,7 @@ class Shadows:
 
     def __init__(
         self,
-        engine: EngineProtocol,
+        engines: SeenEngines,
         routing: Routing,
         metrics: Metrics,
         *,
@@ -42,7 +43,7 @@ class Shadows:
         clock: Callable[[], float],
         log: Log | None,
     ) -> None:
-        self.engine, self.routing, self.metrics = engine, routing, metrics
+        self.engines, self.routing, self.metrics = engines, routing, metrics
         self.seconds, self.clock, self.log = seconds, clock, log
         self._limit = limit
         self._thread = ThreadPoolExecutor(1, "turret-shadow")
@@ -104,7 +105,7 @@ class _Shadow:
 
     def run(self, version: str, inputs: Sequence[Input], options: Sequence[Options] | None) -> None:
         """Submit the shadow and listen to it, on the shadows' thread. Errors are recorded, never raised."""
-        engine, clock = self._shadows.engine, self._shadows.clock
+        engines, clock = self._shadows.engines, self._shadows.clock
         self._started_at = self._ended_at = clock()
         self._samples = options is not None and options[0].samples
         with self._shadows.lock:
@@ -114,7 +115,7 @@ class _Shadow:
                 settings = None if options is None else options[place]
                 deadline = self._shadows.seconds
                 self._tickets.append(
-                    engine.submit(self._kind, each, version, settings, priority=LOW_PRIORITY, deadline=deadline)
+                    engines.submit(self._kind, each, version, settings, priority=LOW_PRIORITY, deadline=deadline)
                 )
         except Exception as error:
             self._error, self._ended_at = error, clock()

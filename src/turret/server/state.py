@@ -1,7 +1,7 @@
-"""Everything that routes need, in one object: the workspace, the engine, and what follows the store.
+"""Everything that routes need, in one object: the workspace, the engines, and what follows the store.
 
-`seen_by` gives the state as one access sees it: its workspace, engine, aliases, experiments and metrics have nothing of
-another tenant. Routes get no other state (`turret.server.routes`).
+`seen_by` gives the state as one access sees it: its workspace, engines, aliases, experiments and metrics have nothing
+of another tenant. Routes get no other state (`turret.server.routes`).
 
 Questions, the control plane and outcomes have threads of their own, so that many loads delay no answer.
 """
@@ -28,17 +28,18 @@ from turret.server import tracing
 from turret.server.auth import Caller, Guard
 from turret.server.connections import ClientConnections
 from turret.server.engine_protocol import EngineProtocol, Input, TicketProtocol, answering_version
+from turret.server.engines import Engines, SeenEngines, ServedBase
 from turret.server.followers import Followers
 from turret.server.limits import Load
 from turret.server.logs import Log
-from turret.server.metrics import Metrics, TenantTotals, numbers
+from turret.server.metrics import Metrics, TenantTotals
 from turret.server.missing import missing_model
 from turret.server.oidc import Oidc
 from turret.server.pending_answers import PendingAnswers, Submission
 from turret.server.replica import Replica
 from turret.server.routing import Placement
 from turret.server.settings import ServerSettings
-from turret.server.tenants import Tenant, TenantEngine, each_tenant, in_memory
+from turret.server.tenants import Tenant, each_tenant
 from turret.server.thread_pool import ThreadPool
 from turret.store.batches import Batches
 from turret.store.client_files import ClientFiles
@@ -59,13 +60,14 @@ class ServerState:
     """One server.
 
     Args:
+        engines: One engine, or those of several bases.
         options: Makes the settings of a generation, as `turret.engine.Options` does.
     """
 
     def __init__(
         self,
         workspace: Workspace,
-        engine: EngineProtocol,
+        engines: EngineProtocol | Engines,
         options: Callable[..., Options],
         settings: ServerSettings | None = None,
         *,
@@ -88,7 +90,7 @@ class ServerState:
         if not self.usage.counts:
             self.log.write("usage", "warning", message="nothing is counted: the store is read-only here")
         self.files, self.batches = ClientFiles.of(workspace.store), Batches(workspace.store.database(make=True))
-        self._home, self._shared_engine = workspace, engine
+        self._home, self._all_engines = workspace, engines if isinstance(engines, Engines) else Engines(engines)
         self._tenants_lock = threading.Lock()
         self.tenants: dict[str, Tenant] = {}
         self._views: dict[Access, ServerState] = {}
@@ -131,51 +133,45 @@ class ServerState:
     def _open_tenant(self, name: str) -> Tenant:
         home = self._home.store.access.tenant
         workspace = self._home if name == home else self._home.seen_by(Access(name))
-        build = {"version": __version__, "base": self.base_id, "fingerprint": self._shared_engine.base.fingerprint}
+        build = [{"version": __version__, "base": each.name, "fingerprint": each.fingerprint}
+                 for each in self._all_engines.bases]  # fmt: skip
         made = partial(Metrics, replica=self.settings.replica, tenant=name, totals=self._totals)
-        metrics = made(self._gauges, self._histograms, build) if name == DEFAULT else made(dict)
-        engine = TenantEngine(self._shared_engine, workspace, home)
+        metrics = made(self._gauges, self._figures, build) if name == DEFAULT else made(dict)
+        engines = SeenEngines(self._all_engines, workspace, home)
         log = self.log if self.settings.log_texts else None
-        return Tenant.open(workspace, engine, metrics, self.settings.alias, self.limits, self.clock, log)
+        return Tenant.open(workspace, engines, metrics, self.settings.alias, self.limits, self.clock, log)
 
     def _use(self, tenant: Tenant, access: Access) -> None:
-        self.access, self.workspace, self.engine = access, tenant.workspace, tenant.engine
+        self.access, self.workspace, self.engines = access, tenant.workspace, tenant.engines
         self.aliases, self.routing = tenant.aliases, tenant.routing
         self.shadows, self.metrics = tenant.shadows, tenant.metrics
         if not access.whole:
             self.workspace = tenant.workspace.seen_by(access)
-            self.engine = TenantEngine(self._shared_engine, self.workspace, self._home.store.access.tenant)
+            self.engines = SeenEngines(self._all_engines, self.workspace, self._home.store.access.tenant)
 
     def _open_tenants(self) -> None:
         """Follow the store for every tenant that has a token."""
         for access in self.guard.accesses():
             self.tenant(access.tenant)
 
-    # --- the base and its adapters ------------------------------------------------------------------------------------
-
-    @property
-    def base_id(self) -> str:
-        """The base's id; for a base in a folder, the folder's name."""
-        id = self._shared_engine.base.id
-        return id.replace("\\", "/").rstrip("/").rpartition("/")[2] if id.startswith(("/", ".", "~")) else id
+    # --- bases and their adapters -------------------------------------------------------------------------------------
 
     def is_base(self, model: str) -> bool:
-        """Whether a request for this model is for the bare base."""
-        return model == self.base_id and self.access.sees_base(self.engine.base.id)
+        """Whether a request for this model is for a bare base."""
+        return self.engines.bare(model) is not None
 
-    def sees(self, reference: str) -> bool:
-        """Whether an adapter of this name on this base may be seen; of the empty name, the base itself."""
-        names = [part.partition("@")[0] for part in reference.split("+")] if reference else []
-        return self.access.sees_base(self.engine.base.id) and all(map(self.access.sees, names))
-
-    def in_memory(self, digest: str) -> bool:
-        return in_memory(self.engine, digest)
+    def base_of(self, model: str) -> ServedBase:
+        """The base of a model. May read the store. Raises NotFound, or BadRequest for adapters of different bases."""
+        try:
+            return self.engines.base_of(model if self.is_base(model) else self.aliases.exact(model))
+        except NotFound as error:
+            raise self.missing_model(model, error) from None
 
     def missing_model(self, model: str, error: NotFound) -> NotFound:
         """The error for a model that is not here. Reads the store."""
-        database = self.workspace.store.database(make=True)
-        base_id = self.base_id if self.is_base(self.base_id) else None
-        return missing_model(database, self.engine.base.fingerprint, base_id, model, error)
+        database, bases = self.workspace.store.database(make=True), self.engines.bases
+        names = [each.name for each in bases if self.is_base(each.name)]
+        return missing_model(database, self.engines.fingerprints, names, model, error)
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
@@ -313,12 +309,12 @@ class ServerState:
         """Submit every input to the version that accepted the first one; all or none."""
         for _ in range(RETRIES):
             tickets: list[TicketProtocol] = []
-            reference = None if self.is_base(model) else model
+            asked = model
             try:
                 for place, each in enumerate(inputs):
                     settings = None if options is None else options[place]
-                    tickets.append(self._ticket(kind, each, reference, settings, priority))
-                    reference = answering_version(tickets[0].receipt)
+                    tickets.append(self._ticket(kind, each, asked, settings, priority))
+                    asked = answering_version(tickets[0].receipt) or model
                 return tickets
             except BaseException as error:
                 for ticket in tickets:
@@ -328,18 +324,18 @@ class ServerState:
         raise NotFound(f"{ascii(model)[:60]} was deleted several times while the request was submitted: try again")
 
     def _ticket(
-        self, kind: RequestKind, text: Input, reference: str | None, options: Options | None, priority: int
+        self, kind: RequestKind, text: Input, model: str, options: Options | None, priority: int
     ) -> TicketProtocol:
-        exact = None if reference is None else self.aliases.exact(reference)
+        exact = model if self.is_base(model) else self.aliases.exact(model)
         seconds = self.limits.answer_seconds
         try:
-            return self.engine.submit(kind, text, exact, options, priority=priority, deadline=seconds)
+            return self.engines.submit(kind, text, exact, options, priority=priority, deadline=seconds)
         except NotFound:
-            if exact == reference:
+            if exact == model:
                 raise
             # The version in force was deleted before the next poll: the store knows what the alias means.
-            named = None if reference is None else self.aliases.with_alias(reference)
-            return self.engine.submit(kind, text, named, options, priority=priority, deadline=seconds)
+            named = self.aliases.with_alias(model)
+            return self.engines.submit(kind, text, named, options, priority=priority, deadline=seconds)
 
     # --- following the store ------------------------------------------------------------------------------------------
 
@@ -420,7 +416,7 @@ class ServerState:
     def _gauges(self) -> dict[str, float]:
         tenants = self._all_tenants()
         with suppress(TurretError):
-            own = {
+            return {
                 "in_flight": float(self.load.requests),
                 "body_bytes": float(self.load.bytes),
                 "draining": float(self.load.draining),
@@ -433,12 +429,11 @@ class ServerState:
                 "experiments_unlogged": float(sum(each.routing.router.lost for each in tenants)),
                 "shadow_inputs": float(sum(each.shadows.inputs for each in tenants)),
             }
-            return own | numbers("engine", asdict(self._shared_engine.stats()))
         return {}
 
-    def _histograms(self) -> dict[str, JsonMapping]:
-        values = asdict(self._shared_engine.stats())
-        return {f"engine_{key}": value for key, value in values.items() if isinstance(value, dict) and "sum" in value}
+    def _figures(self) -> dict[str, JsonMapping]:
+        """The figures of the engine of each base."""
+        return {each.name: asdict(each.engine.stats()) for each in self._all_engines.bases}
 
 
 def _version_headers(reference: str) -> dict[str, str]:

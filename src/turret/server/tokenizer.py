@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `/detokenize`: texts as the base's tokens and back, in vLLM's format."""
+"""`POST /tokenize` and `/detokenize`: texts as a base's tokens and back, in vLLM's format."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from turret.data.cells import Replacements
 from turret.data.conversations import turns_of
 from turret.errors import BadRequest, NotFound
 from turret.server import embedding_schemas as schemas
+from turret.server.engines import ServedBase
 from turret.server.models import version_here
 from turret.server.routes import State, router
 from turret.server.state import ServerState
+from turret.transformer import Tokenizer
 
 questions = router("infer")
 
@@ -18,31 +20,33 @@ questions = router("infer")
 @questions.post("/tokenize")
 async def tokenize(body: schemas.TokenizeText | schemas.TokenizeMessages, state: State) -> schemas.TokenIds:
     """The tokens of a text, or of messages by the base's chat template. An adapter's own template is not applied."""
-    await _check_model(state, body.model)
-    ids = await state.parsing(_ids, state, body)
+    base = await _base(state, body.model)
+    ids = await state.parsing(_ids, base.tokenizer, body)
     return schemas.TokenIds(
         count=len(ids),
-        max_model_len=state.engine.longest,
+        max_model_len=base.engine.longest,
         tokens=ids,
-        token_strs=await state.parsing(_texts, state, ids) if body.return_token_strs else None,
+        token_strs=await state.parsing(_texts, base.tokenizer, ids) if body.return_token_strs else None,
     )
 
 
 @questions.post("/detokenize")
 async def detokenize(body: schemas.DetokenizeRequest, state: State) -> schemas.Detokenized:
     """The text of tokens."""
-    await _check_model(state, body.model)
-    return schemas.Detokenized(prompt=await state.parsing(_text, state, body.tokens))
+    base = await _base(state, body.model)
+    return schemas.Detokenized(prompt=await state.parsing(_text, base.tokenizer, body.tokens))
 
 
-async def _check_model(state: ServerState, model: str | None) -> None:
-    """Raises NotFound for a model that is not here. All of them have the base's tokens."""
-    if model is not None and not state.is_base(model):
-        await state.control(version_here, state, model)
+async def _base(state: ServerState, model: str | None) -> ServedBase:
+    """The base whose tokens a model has. Raises NotFound for a model that is not here."""
+    if model is None or state.is_base(model):
+        return state.engines.base_of(model)
+    base = state.engines.base_of_version(await state.control(version_here, state, model))
+    assert base is not None  # `version_here` raises NotFound
+    return base
 
 
-def _ids(state: ServerState, body: schemas.TokenizeText | schemas.TokenizeMessages) -> list[int]:
-    tokenizer = state.engine.base.tokenizer
+def _ids(tokenizer: Tokenizer, body: schemas.TokenizeText | schemas.TokenizeMessages) -> list[int]:
     if isinstance(body, schemas.TokenizeText):
         special = body.add_special_tokens is not False
         return [int(each) for each in tokenizer(body.prompt, add_special_tokens=special, verbose=False)["input_ids"]]
@@ -61,14 +65,14 @@ def _ids(state: ServerState, body: schemas.TokenizeText | schemas.TokenizeMessag
     return [int(each) for each in ids]
 
 
-def _text(state: ServerState, ids: Sequence[int]) -> str:
-    size = len(state.engine.base.tokenizer.get_vocab())
+def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    size = len(tokenizer.get_vocab())
     if wrong := next((each for each in ids if each >= size), None):
         raise NotFound(f"no token {wrong} in the vocabulary of this base: expected numbers from 0 to {size - 1}")
-    return state.engine.base.tokenizer.decode(list(ids))
+    return tokenizer.decode(list(ids))
 
 
-def _texts(state: ServerState, ids: Sequence[int]) -> list[str]:
+def _texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The vocabulary's name of each token."""
-    names = {id: name for name, id in state.engine.base.tokenizer.get_vocab().items()}
+    names = {id: name for name, id in tokenizer.get_vocab().items()}
     return [names.get(each, "") for each in ids]

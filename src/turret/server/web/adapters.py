@@ -49,7 +49,7 @@ async def version(request: Request, state: State, name: Name, number: Number) ->
     """One version."""
     shown = await state.control(state.workspace.show, f"{name}@{number}")
     known = _by_digest(await state.control(state.workspace.list))
-    values = {"name": name, "number": number, "shown": shown, "loaded": state.in_memory(shown["digest"])}
+    values = {"name": name, "number": number, "shown": shown, "loaded": state.engines.in_memory(shown["digest"])}
     return render.page(request, state, "version.html.j2", **values, parent=_parent(shown["manifest"], known))
 
 
@@ -123,7 +123,7 @@ async def _values(state: ServerState, name: str) -> NameValues:
         "gates": await state.control(state.workspace.gate, name),
         "history": shown["alias_history"][::-1],
         "parents": {each.number: _parent(each.manifest, known) for each in own},
-        "loaded": {each.number for each in own if state.in_memory(each.digest)},
+        "loaded": {each.number for each in own if state.engines.in_memory(each.digest)},
     }
 
 
@@ -147,7 +147,7 @@ def _summary(state: ServerState, name: str, versions: Sequence[Version]) -> rend
         "count": len(versions),
         "bytes": sum(each.bytes for each in versions),
         "aliases": [(alias, each.number) for each in versions for alias in each.aliases],
-        "loaded": sum(state.in_memory(each.digest) for each in versions),
+        "loaded": sum(state.engines.in_memory(each.digest) for each in versions),
     }
 
 

@@ -33,7 +33,9 @@ async def show(request: Request, state: State) -> Response:
     versions = await _versions(state)
     default = [str(each) for each in versions if each.aliases][:2] or [str(each) for each in versions[:1]]
     chosen = request.query_params.getlist("model") or default
-    values = {"versions": versions[:SHOWN], "chosen": chosen, "writes": any(map(_generates, versions)), "most": MOST}
+    generating = {each.part("base").get("fingerprint") for each in versions if _generates(each)}
+    writing = [each.name for each in state.engines.bases if each.fingerprint in generating]
+    values = {"versions": versions[:SHOWN], "chosen": chosen, "writing": writing, "most": MOST}
     return render.page(request, state, "playground.html.j2", **values)
 
 
@@ -103,10 +105,10 @@ async def _load(state: ServerState, model: str) -> float | None:
     if state.is_base(model):
         return None
     version = await state.control(state.workspace.resolve, model)
-    if state.in_memory(version.digest):
+    if state.engines.in_memory(version.digest):
         return None
     started = state.clock()
-    await state.control(state.engine.warm, str(version))
+    await state.control(state.engines.warm, str(version))
     return state.clock() - started
 
 

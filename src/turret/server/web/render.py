@@ -69,7 +69,7 @@ def page(request: Request, state: ServerState, name: str, status: int = 200, /, 
     caller: Caller = request.state.caller
     common = {
         "caller": caller,
-        "base": state.base_id,
+        "bases": [each.name for each in state.engines.bases],
         "form_token": state.guard.sessions.form_token(caller.session),
         "open": state.guard.open,
         "live": is_htmx(request),

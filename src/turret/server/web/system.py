@@ -27,13 +27,13 @@ async def show(request: Request, state: State) -> Response:
         "runs": len(await state.control(state.workspace.runs)),
         "problems": await state.control(state.workspace.store.problems),
     }
-    return render.page(request, state, "store.html.j2", stored=stored, **_traffic(state))
+    return render.page(request, state, "store.html.j2", stored=stored, **await state.control(_traffic, state))
 
 
 @router.get("/store/traffic")
 async def traffic(request: Request, state: State) -> Response:
     """The live part: the traffic of each version, and the engine's own figures."""
-    return render.page(request, state, "traffic.html.j2", **_traffic(state))
+    return render.page(request, state, "traffic.html.j2", **await state.control(_traffic, state))
 
 
 @router.post("/store/verify")
@@ -54,10 +54,12 @@ async def leftovers(request: Request, state: State) -> Response:
 
 def _traffic(state: ServerState) -> render.Context:
     return {
-        "traffic": state.metrics.traffic(state.sees),
-        "engine": asdict(state.engine.stats()) if state.access.operates else None,
-        "memory": [asdict(each) for each in state.engine.loaded()],
+        "traffic": state.metrics.traffic(state.engines.sees),
+        "engines": {name: asdict(each) for name, each in state.engines.stats().items()}
+        if state.access.operates
+        else {},
+        "memory": [asdict(each) for each in state.engines.loaded()],
         "in_flight": max(0, state.load.requests - 1),  # without this page's own request
-        "failed_moves": {key: each for key, each in state.aliases.failed_moves.items() if state.sees(key[0])},
+        "failed_moves": {key: each for key, each in state.aliases.failed_moves.items() if state.engines.sees(key[0])},
         "since": state.now() - state.started_at,
     }

@@ -1,0 +1,241 @@
+"""The engines of a server, one for each base: which of them answers a request, and what one access sees of them.
+
+Nothing else in the server knows how many bases there are. With one base, its engine answers everything, and no
+reference is looked up here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from turret.engine import LoadedAdapter, Named, Options, Stats
+from turret.errors import BadRequest, NotFound, ServeRefused, TurretError
+from turret.reference import Reference, parts_of
+from turret.server.engine_protocol import EngineProtocol, Input, TicketProtocol
+from turret.store import Version
+from turret.tasks.task import RequestKind
+from turret.transformer import Tokenizer
+from turret.workspace import Workspace
+
+REMEMBERED = 4096  # versions whose base is known
+
+
+@dataclass(frozen=True)
+class ServedBase:
+    """A base in memory, with the engine that answers on it."""
+
+    engine: EngineProtocol
+
+    @property
+    def id(self) -> str:
+        return self.engine.base.id
+
+    @property
+    def name(self) -> str:
+        """What clients call it: its id; for a base in a folder, the folder's name."""
+        is_folder = self.id.startswith(("/", ".", "~"))
+        return self.id.replace("\\", "/").rstrip("/").rpartition("/")[2] if is_folder else self.id
+
+    @property
+    def fingerprint(self) -> str:
+        return self.engine.base.fingerprint
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.base.tokenizer
+
+
+class Engines:
+    """The engines of one server, one for each base.
+
+    Raises:
+        ServeRefused: Two of the bases have one name, or equal weights.
+    """
+
+    def __init__(self, *engines: EngineProtocol) -> None:
+        self.bases = [ServedBase(each) for each in engines]
+        for place, base in enumerate(self.bases):
+            for other in self.bases[:place]:
+                if base.fingerprint == other.fingerprint:
+                    raise ServeRefused(f"{other.id} and {base.id} have the same weights: name each base once")
+                if base.name == other.name:
+                    raise ServeRefused(
+                        f"{other.id} and {base.id} are both called {base.name}: rename one of the folders"
+                    )
+
+    @property
+    def only(self) -> ServedBase | None:
+        """The base of a server that has one."""
+        return self.bases[0] if len(self.bases) == 1 else None
+
+    @property
+    def fingerprints(self) -> frozenset[str]:
+        return frozenset(each.fingerprint for each in self.bases)
+
+
+class SeenEngines:
+    """The engines as one access sees them. A reference of another tenant never reaches one.
+
+    Args:
+        workspace: Of the access.
+        home: The tenant that the engines were started for, whose references they take without a tenant.
+    """
+
+    def __init__(self, engines: Engines, workspace: Workspace, home: str) -> None:
+        self._engines, self._workspace = engines, workspace
+        self.access = workspace.store.access
+        self._tenant = "" if self.access.tenant == home else self.access.tenant  # as in `Named`
+        self._known: dict[str, str | None] = {}  # version -> the fingerprint of its base
+
+    # --- bases --------------------------------------------------------------------------------------------------------
+
+    @property
+    def fingerprints(self) -> frozenset[str]:
+        """Of the bases of the whole server."""
+        return self._engines.fingerprints
+
+    @property
+    def bases(self) -> Sequence[ServedBase]:
+        """The bases that the access sees; the only one is named to all."""
+        return self._seen() if self._engines.only is None else self._engines.bases
+
+    def bare(self, model: str) -> ServedBase | None:
+        """The base that a request asks by its own name, if the access sees it."""
+        return next((each for each in self._seen() if each.name == model), None)
+
+    def base_of(self, model: str | None) -> ServedBase:
+        """The base that a model stands for: by its own name, or by the reference of an adapter. May read the store.
+
+        Raises:
+            NotFound: The adapter is not there, or is of no base of this server.
+            BadRequest: The adapters of a composition are of different bases, or several bases leave a choice.
+        """
+        if (only := self._engines.only) is not None:
+            return only
+        if model is None:
+            names = ", ".join(each.name for each in self.bases)
+            raise BadRequest(f"model is missing: this server has several bases, {names}: name one, or an adapter")
+        return self.bare(model) or self._adapters_base(model)
+
+    def base_of_version(self, version: Version) -> ServedBase | None:
+        """The base that a version was trained on, if it is served here."""
+        found = version.part("base").get("fingerprint")
+        return next((each for each in self._engines.bases if each.fingerprint == found), None)
+
+    def sees(self, reference: str) -> bool:
+        """Whether an adapter of this name may be seen; of the empty name, whether all bases may be. May read the store.
+
+        An access that sees only some of the bases sees a name only if it finds its version in the store.
+        """
+        seen = self._seen()
+        if not seen or (reference and not self._sees_names(reference)):
+            return False
+        return len(seen) == len(self._engines.bases) or (bool(reference) and self._finds(reference))
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        kind: RequestKind,
+        text: Input,
+        model: str,
+        options: Options | None = None,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> TicketProtocol:
+        """As an engine's. Raises NotFound for what the access does not see, as for what is not there.
+
+        Args:
+            model: The name of a base, or a reference.
+        """
+        bare = self.bare(model)
+        base, reference = (bare, None) if bare is not None else (self._adapters_base(model), self._within(model))
+        return base.engine.submit(kind, text, reference, options, priority=priority, deadline=deadline)
+
+    # --- adapters in memory -------------------------------------------------------------------------------------------
+
+    def warm(self, reference: str, *, pin: bool = False) -> Named:
+        return self._adapters_base(reference).engine.warm(self._within(reference), pin=pin)
+
+    def unload(self, reference: str) -> Named:
+        return self._adapters_base(reference).engine.unload(self._within(reference))
+
+    def unpin(self, reference: str) -> Named:
+        return self._adapters_base(reference).engine.unpin(self._within(reference))
+
+    def loaded(self) -> Sequence[LoadedAdapter]:
+        """The versions in memory that the access sees, base by base."""
+        loaded = [each for base in self._seen() for each in base.engine.loaded()]
+        return [each for each in loaded if each.tenant == self._tenant and self._sees_names(each.version)]
+
+    def in_memory(self, digest: str) -> bool:
+        """Whether the version with this digest is loaded."""
+        return any(each.digest == digest for each in self.loaded())
+
+    def stats(self) -> dict[str, Stats]:
+        """The figures of each engine by the name of its base, with the versions that the access sees."""
+        return {base.name: self._limited(base) for base in self.bases}
+
+    # --- the inside ---------------------------------------------------------------------------------------------------
+
+    def _limited(self, base: ServedBase) -> Stats:
+        stats, start = base.engine.stats(), f"{self._tenant}/" if self._tenant else ""
+        sees_base = self.access.sees_base(base.id)
+        versions = {
+            key.removeprefix(start): each
+            for key, each in stats.versions.items()
+            if key.rpartition("/")[0] == self._tenant and sees_base and self._sees_names(each.version)
+        }
+        return replace(stats, versions=versions)
+
+    def _seen(self) -> list[ServedBase]:
+        return [each for each in self._engines.bases if self.access.sees_base(each.id)]
+
+    def _sees_names(self, reference: str) -> bool:
+        return all(self.access.sees(part.partition("@")[0]) for part in reference.split("+"))
+
+    def _finds(self, reference: str) -> bool:
+        try:
+            for part in parts_of(reference):
+                self._workspace.resolve(part)
+        except TurretError:
+            return False
+        return True
+
+    def _adapters_base(self, reference: str) -> ServedBase:
+        """The base of an adapter or a composition that the access sees."""
+        parts = parts_of(reference)
+        for part in parts:
+            Reference.parse(part)  # raises BadReference: the tenant is written in `_within` and nowhere else
+        only = self._engines.only
+        if only is not None and self.access.whole:
+            return only
+        found = {part: self._fingerprint(part) for part in parts}
+        if only is not None:
+            return only
+        if len(set(found.values())) > 1:
+            raise BadRequest(
+                f"{ascii(reference)[:120]} composes adapters of different bases: compose those of one base"
+            )
+        base = next((each for each in self._engines.bases if each.fingerprint == found[parts[0]]), None)
+        if base is None:
+            raise NotFound(f"no {ascii(reference)[:60]} here: it was trained on another base than this server's")
+        return base
+
+    def _fingerprint(self, reference: str) -> str | None:
+        """The fingerprint of the base of a version. One that the access does not see is not there: NotFound."""
+        if (known := self._known.get(reference)) is not None:
+            return known
+        version = self._workspace.resolve(reference)
+        found = version.part("base").get("fingerprint")
+        if self.access.whole and reference == str(version):  # a numbered version never changes its base
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            self._known[reference] = found
+        return found
+
+    def _within(self, reference: str) -> str:
+        """The reference, or the composition, as an engine takes it."""
+        return f"{self._tenant}/{reference}" if self._tenant else reference
