@@ -164,8 +164,8 @@ def arranged(count: int, seed: int, kin: Kinship) -> npt.NDArray[np.int64]:
     """
     order = shuffled(count, seed)
     if kin.groups is not None:
-        _, group_of = np.unique(kin.groups, return_inverse=True)
-        rank = shuffled(int(group_of.max(initial=-1)) + 1, seed)
+        groups, group_of = np.unique(kin.groups, return_inverse=True)
+        rank = shuffled(len(groups), seed)
         return order[np.argsort(rank[group_of[order]], kind="stable")]
     if kin.classes is not None:
         places = np.zeros(count)

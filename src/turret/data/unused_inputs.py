@@ -52,7 +52,7 @@ def check_varied(inputs: npt.NDArray[np.uint64], both: npt.NDArray[np.uint64], f
     if found.schema.classes or len(inputs) < FEWEST:
         return
     values, counts = np.unique(inputs, return_counts=True)
-    most = int(counts.max())
+    most = int(np.max(counts))
     if most >= CONSTANT * len(inputs) and len(np.unique(both)) > len(values):
         raise DataError(
             f"{most} of {len(inputs)} training examples have the same input (column "

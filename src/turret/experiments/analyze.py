@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from turret.experiments import arm_health, decide, discoveries, outcomes, rows
 from turret.experiments.arm_health import ArmHealth
 from turret.experiments.decide import Compared, Decision, Health, Verdict
-from turret.experiments.e_process import capped
+from turret.experiments.e_process import capped, log_mean
 from turret.experiments.evidence import OutcomeTally
 from turret.experiments.experiment import SLOW_SHARE, Arm, Experiment
 from turret.experiments.guarding import Watch, Watched
@@ -265,7 +265,7 @@ def _since(tally: OutcomeTally, scale: float) -> Since | None:
 
 def _equality(found: Sequence[Against | None]) -> float:
     logs = [each.equality for each in found if each is not None]
-    return float(np.logaddexp.reduce(logs)) - math.log(len(logs)) if logs else 0.0
+    return float(log_mean(np.array([logs]))[0]) if logs else 0.0
 
 
 def _total(counts: Iterable[Mapping[str, int]]) -> Counter[str]:

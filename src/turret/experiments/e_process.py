@@ -41,7 +41,7 @@ class EProcess:
         if not len(factors):
             return self
         path = self.path(factors)
-        return EProcess(tuple(path[-1].tolist()), max(self.peak, float(log_mean(path).max())))
+        return EProcess(tuple(path[-1].tolist()), max(self.peak, float(np.max(log_mean(path)))))
 
     def first(self, factors: Floats, level: float) -> int:
         """The first step after which the mean is at least e^level; N if there is none."""
