@@ -5,15 +5,14 @@ A layer's launches are the difference between models of one and of three layers,
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import tiny_training as tiny
 import torch
 from adapters_at_hand import GENERATES, made
+from decoding_rows import Row
 from pretend_card import OnCard, on_cpu, pretend_card, to_card
 
 from turret.engine.decode import choose
@@ -54,19 +53,6 @@ def test_training_lora_on_all_linears_launches_at_most_40_kernels_a_layer(dtype:
     assert sum(three[1].values()) <= 2, three[1]
 
 
-@dataclass
-class Row:
-    settings: GenerationSettings
-    past: list[int] = field(default_factory=list)
-    new: int = 3
-
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.settings.seed)
-
-    def counted(self) -> list[int]:
-        return self.past
-
-
 @torch.no_grad()
 def run(runner: Runner, fresh: list[Prefill], steps: Any = ()) -> Any:
     """A pass without inference mode, in which the pretended tensors cannot be written to."""
@@ -86,6 +72,10 @@ def settings(row: int) -> GenerationSettings:
         {"min_length": 40, "repetition_penalty": 0.8, "heat": 0.5},
     ]
     return GenerationSettings(**({"max_tokens": 99, "eos": (5,), "seed": row} | kinds[row % len(kinds)]))
+
+
+def rows_to_decode() -> list[Row]:
+    return [Row(settings(row), [row % 7, 3, 4, 3, 4, 3], new=3) for row in range(ROWS)]
 
 
 def decode_counts(layers: int, *, programs: bool = True) -> tuple[Counter[str], Counter[str], torch.Tensor]:
@@ -108,12 +98,12 @@ def decode_counts(layers: int, *, programs: bool = True) -> tuple[Counter[str], 
         scores = run(runner, [], steps).vocabulary
         launches, syncs, logits = Counter(card.launches), Counter(card.syncs), on_cpu(scores).clone()
         card.clear()
-        rows = [Row(settings(row), [row % 7, 3, 4, 3, 4, 3]) for row in range(ROWS)]
+        rows = rows_to_decode()
         assert isinstance(scores, OnCard)
         tokens = choose(scores, rows)
         syncs += card.syncs
         assert sum(card.launches.values()) <= 60, card.launches
-    assert tokens == choose(logits.clone(), [Row(settings(row), [row % 7, 3, 4, 3, 4, 3]) for row in range(ROWS)])
+    assert tokens == choose(logits.clone(), rows_to_decode())
     return launches, syncs, logits
 
 

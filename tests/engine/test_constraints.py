@@ -135,6 +135,7 @@ def test_an_unconstrained_row_breaks_the_schema_and_is_the_same_beside_constrain
 
 def test_a_masked_row_leaves_the_scores_of_other_rows_bit_equal(base) -> None:
     import torch
+    from decoding_rows import Row
 
     from turret.engine.decode import choose
     from turret.engine.guide import Constraints, Guide
@@ -143,16 +144,10 @@ def test_a_masked_row_leaves_the_scores_of_other_rows_bit_equal(base) -> None:
     constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [base.tokenizer.eos_token_id])
     guide = Guide(constraints.compiled(Constraint.choice(["yes", "no"])), constraints.eos, constraints.eos)
 
-    class Row:
-        settings = GenerationSettings(9, tuple(constraints.eos))
-        random, new = random.Random(0), 0
-
-        def counted(self) -> list[int]:
-            return []
-
+    rows = [Row(GenerationSettings(9, tuple(constraints.eos)))] * 3
     scores = torch.randn(3, byte_level.VOCABULARY, generator=torch.Generator().manual_seed(1))
     masked = scores.clone()
-    choose(masked, [Row(), Row(), Row()], {1: guide})
+    choose(masked, rows, {1: guide})
     assert torch.equal(masked[[0, 2]], scores[[0, 2]])
     allowed = {int(token) for token in torch.isfinite(masked[1]).nonzero()}
     assert {base.tokenizer.decode([token])[0] for token in allowed} == {"y", "n"}

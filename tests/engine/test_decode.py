@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 import transformers
+from decoding_rows import Row
 from small_models import build, tokenizer
 
 from turret.engine.card_choice import choose_together
@@ -20,19 +20,6 @@ V = 50
 
 def scores(seed: int = 0) -> torch.Tensor:
     return torch.randn(V, generator=torch.Generator().manual_seed(seed)) * 3
-
-
-@dataclass
-class Row:
-    settings: GenerationSettings
-    past: list[int] = field(default_factory=list)
-    new: int = 0
-
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.settings.seed)
-
-    def counted(self) -> list[int]:
-        return self.past
 
 
 @pytest.mark.parametrize(
