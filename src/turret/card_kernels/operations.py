@@ -1,7 +1,7 @@
 """The operations of a card, as operations of torch: `torch.ops.turret.swiglu` and so on.
 
 On a card each is one program of Triton, or one of torch's own fused kernels, so it is one launch. On any other device
-it is its reference in plain torch, so that tests compute it without a card.
+it is its reference in plain torch, so that tests compute it without a card. The reference's type hints are its schema.
 """
 
 from __future__ import annotations
@@ -16,28 +16,21 @@ import torch
 from turret.card_kernels import reference, shapes
 
 R = TypeVar("R")
-SCHEMAS = (
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    "rms_norm_backward(Tensor x, Tensor weight, float eps, Tensor dy, Tensor? plus) -> Tensor",
-    "rotate(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, float sign) -> ()",
-    "swiglu(Tensor gate, Tensor up) -> Tensor",
-    "swiglu_backward(Tensor gate, Tensor up, Tensor dy) -> (Tensor, Tensor, Tensor)",
-    "add_lora(Tensor(a!)[] y, Tensor x, Tensor[] A, Tensor[] B, Tensor? plus, float scaling, float dropout, int seed)"
-    " -> Tensor",
-    "lora_input_gradient(Tensor(a!) dx, Tensor[] dy, Tensor[] A, Tensor[] B, float scaling, float dropout, int seed)"
-    " -> Tensor",
-    "lora_factor_gradients(Tensor(a!)[] dA, Tensor(b!)[] dB, Tensor x, Tensor h, Tensor dh, Tensor[] dy, float scaling,"
-    " float dropout, int seed) -> ()",
-    "add_mixed_lora(Tensor(a!)[] y, Tensor x, Tensor[] flats, Tensor adapters, Tensor places, Tensor addresses,"
-    " Tensor ranks, int[] layers, int most, Tensor? plus) -> ()",
-    "attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor key_starts, int most, int most_keys, bool causal,"
-    " int window, float scaling) -> (Tensor, Tensor)",
-    "attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor log_sum, Tensor starts,"
-    " Tensor key_starts, int most, int most_keys, bool causal, int window, float scaling) -> (Tensor, Tensor, Tensor)",
-    "attend_step(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values,"
-    " Tensor lengths, Tensor prefixes, int window, float scaling) -> Tensor",
-)
-NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+CHANGED: dict[str, tuple[str, ...]] = {  # operation -> the arguments that it changes in place
+    "rms_norm": (),
+    "rms_norm_backward": (),
+    "rotate": ("q", "k"),
+    "swiglu": (),
+    "swiglu_backward": (),
+    "add_lora": ("y",),
+    "lora_input_gradient": ("dx",),
+    "lora_factor_gradients": ("dA", "dB"),
+    "add_mixed_lora": ("y",),
+    "attention": (),
+    "attention_backward": (),
+    "attend_step": ("keys", "values"),
+}
+NAMES = tuple(CHANGED)
 _library = torch.library.Library("turret", "DEF")  # the operations live as long as this object
 
 
@@ -52,8 +45,8 @@ def _program(name: str) -> Callable[..., R]:
     return functools.update_wrapper(run, getattr(reference, name))
 
 
-for schema, name in zip(SCHEMAS, NAMES, strict=True):
-    _library.define(schema)
+for name, changed in CHANGED.items():
+    _library.define(torch.library.infer_schema(getattr(reference, name), mutates_args=changed, op_name=name))
     _library.impl(name, getattr(reference, name), "CPU")
     _library.impl(name, _program(name), "CUDA")
     if hasattr(shapes, name):
