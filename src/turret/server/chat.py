@@ -27,7 +27,7 @@ from turret.server.generation import Chunk, constraint_of, generation_options, r
 from turret.server.limits import MOST_TEXT, MOST_TOOLS
 from turret.server.routes import State, Unit, router, usage
 from turret.server.state import ServerState
-from turret.tasks.chat_template import ChatTemplate
+from turret.tasks.chat_template import ChatTemplate, base_prompt
 from turret.tasks.tool_calls import may_begin, read_calls
 
 CALL_ID = 9  # characters: what templates that check the ids of calls ask for
@@ -79,25 +79,11 @@ def prompt(state: ServerState, body: chat_schemas.ChatRequest) -> Input:
     asked = conversation(body)
     if asked.characters > MOST_TEXT:
         raise BadRequest(f"the messages have {asked.characters} characters: expected at most {MOST_TEXT} in all")
-    if not state.is_base(body.model):
-        return asked if asked.text is None else asked.text
-    tokenizer = state.engines.base_of(body.model).tokenizer
-    if asked.tools or any(turn.tool_calls or turn.role == "tool" for turn in asked.turns):
-        return asked
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            ids = tokenizer.apply_chat_template(
-                [{"role": turn.role, "content": turn.content} for turn in asked.turns],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
-        except Exception as error:  # a template may raise anything, for example for roles in the wrong order
-            raise BadRequest(f"the base's chat template does not accept these messages: {error}") from None
-        return [int(token) for token in ids]
-    if asked.text is not None:
-        return asked.text
-    raise BadRequest("this base has no chat template: expected one user message")
+    if state.is_base(body.model):
+        tokenizer = state.engines.base_of(body.model).tokenizer
+        if asked.text is None or getattr(tokenizer, "chat_template", None):
+            return base_prompt(tokenizer, asked)
+    return asked if asked.text is None else asked.text
 
 
 def conversation(body: chat_schemas.ChatRequest) -> Prompt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from turret.data import Prompt
 from turret.data.cells import Replacements
 from turret.data.conversations import turns_of
 from turret.errors import BadRequest, NotFound
@@ -12,6 +13,7 @@ from turret.server.engines import ServedBase
 from turret.server.models import version_here
 from turret.server.routes import State, router
 from turret.server.state import ServerState
+from turret.tasks.chat_template import base_prompt
 from turret.transformer import Tokenizer
 
 questions = router("infer")
@@ -53,16 +55,7 @@ def _ids(tokenizer: Tokenizer, body: schemas.TokenizeText | schemas.TokenizeMess
     if not getattr(tokenizer, "chat_template", None):
         raise BadRequest("this base has no chat template: expected prompt, not messages")
     turns = turns_of([message.known() for message in body.messages], Replacements()) or ()
-    try:
-        ids = tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in turns],
-            add_generation_prompt=body.add_generation_prompt is not False,
-            tokenize=True,
-            return_dict=False,
-        )
-    except Exception as error:  # a template may raise anything, for example for roles in the wrong order
-        raise BadRequest(f"the base's chat template does not accept these messages: {error}") from None
-    return [int(each) for each in ids]
+    return base_prompt(tokenizer, Prompt(tuple(turns)), answering=body.add_generation_prompt is not False)
 
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

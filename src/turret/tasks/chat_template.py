@@ -264,12 +264,19 @@ class ChatTemplate:
         return list(self._tokens.before) if self.plain else []
 
 
-def base_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """The tokens of a conversation by the base's own chat template. Raises DataError if it has none."""
+def base_prompt(tokenizer: Tokenizer, prompt: Prompt, *, answering: bool = True) -> list[int]:
+    """The tokens of a conversation by the base's own chat template.
+
+    Args:
+        answering: whether the assistant's next turn begins at its end.
+
+    Raises:
+        DataError: the base has no template, or the template does not accept the conversation.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("this base has no chat template: expected one user message")
     template = ChatTemplate(tokenizer)
-    return template.tokenize(template.render(prompt, answering=True)).ids
+    return template.tokenize(template.render(prompt, answering=answering)).ids
 
 
 def _call(name: str) -> Turn:
