@@ -55,6 +55,11 @@ from collections.abc import Iterable, Sequence
 LINE = 300  # characters of the line that the command line prints for an error
 
 
+def plainly(text: str) -> str:
+    """A text with its control characters replaced, so that it cannot move the cursor or change colours."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def one_line(text: str, most: int = LINE) -> str:
     """Put a text on one line without control characters, and shorten it in the middle to `most` characters.
 
@@ -62,7 +67,7 @@ def one_line(text: str, most: int = LINE) -> str:
     """
     if len(text) > 20 * most:
         text = f"{text[: 10 * most]} {text[-10 * most :]}"
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = " ".join(plainly(text).split())
     if len(line) > most:
         line = " ".join(_cut(word, 80) for word in line.split(" "))
     return _cut(line, most)

@@ -11,7 +11,7 @@ import typer
 
 from turret import errors
 from turret.cli.main import run
-from turret.cli.output import many, plainly, safe, size, span
+from turret.cli.output import many, safe, size, span
 
 VERBS = (
     "train",
@@ -204,5 +204,5 @@ def test_sizes_counts_and_spans_are_short() -> None:
 
 
 def test_a_text_cannot_move_the_cursor_or_write_markup() -> None:
-    assert plainly("a\x1b[31mb\nc\x00") == "a [31mb c "
+    assert errors.plainly("a\x1b[31mb\nc\x00") == "a [31mb c "
     assert safe("[red]x[/]") == r"\[red]x\[/]"

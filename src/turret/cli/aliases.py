@@ -9,6 +9,7 @@ import typer
 
 from turret.cli import options
 from turret.cli.output import columns, console, emit, many, report, safe, status
+from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from turret.store import Gate, GateStatus, Golden, Move
@@ -122,6 +123,6 @@ def _print(move: Move) -> None:
 
 def _passed(move: Move) -> str:
     return "".join(
-        f"\n[dim]{safe(replay)} golden examples passed, {safe(replay.replayed[:16].replace('T', ' '))} UTC[/]"
+        f"\n[dim]{safe(replay)} golden examples passed, {safe(to_minute(replay.replayed))}[/]"
         for replay in move.replays
     )

@@ -12,8 +12,8 @@ import typer
 
 from turret.cli import options
 from turret.cli.evaluation import check_targets, print_evaluation, written
-from turret.cli.output import console, counted, cut, emit, grid, plainly, report, safe, span, status
-from turret.errors import DataError, RecipeError, shown
+from turret.cli.output import console, counted, cut, emit, grid, report, safe, span, status
+from turret.errors import DataError, RecipeError, plainly, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, stored_task
 

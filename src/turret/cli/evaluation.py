@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turret.cli.output import columns, console, cut, grid, metrics, number, plainly, safe, span
-from turret.errors import DataError, shown
+from turret.cli.output import columns, console, cut, grid, metrics, number, safe, span
+from turret.errors import DataError, plainly, shown
 
 if TYPE_CHECKING:
     from turret.compare.mistakes import Details, Mistake

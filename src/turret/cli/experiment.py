@@ -12,6 +12,7 @@ from turret.cli import options
 from turret.cli.answers import data_columns
 from turret.cli.output import columns, console, emit, grid, number, report, safe, status
 from turret.json_types import JsonMapping
+from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from turret.experiments.analyze import ArmAnalysis
@@ -248,8 +249,8 @@ def _print(found: ExperimentStatus) -> None:
     from turret.experiments import status_text
 
     experiment = found.experiment
-    ended = f", [yellow]ended[/] {safe(_time(experiment.ended))}" if experiment.ended else ", [green]running[/]"
-    console().print(f"[bold]{safe(experiment)}[/] since {safe(_time(experiment.created))}{ended}")
+    ended = f", [yellow]ended[/] {safe(to_minute(experiment.ended))}" if experiment.ended else ", [green]running[/]"
+    console().print(f"[bold]{safe(experiment)}[/] since {safe(to_minute(experiment.created))}{ended}")
     goal, unit = experiment.metric.goal, experiment.unit
     facts = [
         ("metric", f"{experiment.metric}, {goal} is better; each {unit} counts once; level {experiment.alpha:g}"),
@@ -267,9 +268,8 @@ def _print(found: ExperimentStatus) -> None:
     console().print(f"[bold]next:[/] {safe(found.next)}")
     for each in found.analysis.history[-EVENTS:]:
         by = f" by {each['who']}" if each["who"] else ""
-        console().print(
-            f"  [dim]{safe(_time(each['at']))}{safe(by)}  {safe(status_text.event(each['verb'], each['detail']))}[/]"
-        )
+        what = status_text.event(each["verb"], each["detail"])
+        console().print(f"  [dim]{safe(to_minute(each['at']))}{safe(by)}  {safe(what)}[/]")
 
 
 def _row(each: ArmAnalysis) -> tuple[str, ...]:
@@ -313,7 +313,3 @@ def _print_list(found: Sequence[JsonMapping], alpha: float) -> None:
         rows.append((head, safe(each["state"]), safe(arms), str(each["outcomes"]), safe(verdicts), named))
     console().print(columns(("experiment", "state", "arms", "outcomes", "verdict", ""), rows, right=("outcomes",)))
     console().print(f"[dim]at most {100 * alpha:g}% of the discoveries are false, over all experiments (e-BH)[/]")
-
-
-def _time(at: str) -> str:
-    return f"{at[:16].replace('T', ' ')} UTC"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from turret.errors import one_line
+from turret.errors import one_line, plainly
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 
 if TYPE_CHECKING:
@@ -79,11 +79,6 @@ def complain(message: str) -> None:
             return
     sys.stderr.write(one_line(f"turret: {message}") + "\n")
     sys.stderr.flush()
-
-
-def plainly(text: str) -> str:
-    """A text with its control characters replaced, so that it cannot move the cursor or change colours."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def cut(text: str, most: int) -> str:

@@ -11,7 +11,8 @@ import typer
 from turret.cli import options
 from turret.cli.output import columns, console, counted, emit, grid, main_metric, measured, number, safe, size, span
 from turret.errors import NotFound
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import JsonMapping, JsonValue, part
+from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -110,7 +111,7 @@ def _print_show(shown: JsonMapping) -> None:
 
 
 def _print_recipe(shown: JsonMapping, as_json: bool) -> None:
-    found = _part(shown["manifest"], "lineage").get("recipe")
+    found = part(shown["manifest"], "lineage").get("recipe")
     if not isinstance(found, str):
         raise NotFound(f"{shown['version']} has no recipe: it was not trained here; see `turret show` without --recipe")
     if as_json:
@@ -122,9 +123,9 @@ def _print_recipe(shown: JsonMapping, as_json: bool) -> None:
 
 def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
     manifest = shown["manifest"]
-    base, method, task, lineage = (_part(manifest, key) for key in ("base", "method", "task", "lineage"))
+    base, method, task, lineage = (part(manifest, key) for key in ("base", "method", "task", "lineage"))
     by = f" by {safe(shown['who'])}" if shown["who"] else ""
-    yield "created", f"{shown['created'][:16].replace('T', ' ')} UTC, {age(shown['created'])} ago{by}"
+    yield "created", f"{to_minute(shown['created'])}, {age(shown['created'])} ago{by}"
     revision = f"  [dim]revision[/] {safe(str(base['revision'])[:12])}" if base.get("revision") else ""
     yield "base", f"{safe(base.get('id'))}  [dim]{safe(str(base.get('fingerprint'))[:19])}[/]{revision}"
     settings = dict(_short(method))
@@ -146,18 +147,13 @@ def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
         where = f"{move['alias']} to {move['version']}" if move["version"] else f"{move['alias']} removed"
         gone = ", deleted later" if move["deleted"] else ""
         by = f" by {move['who']}" if move["who"] else ""
-        yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {move['moved'][:16].replace('T', ' ')} UTC{by}")
+        yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {to_minute(move['moved'])}{by}")
 
 
 def _calibration(fitted: JsonMapping) -> str:
     """`temperature 1.42, from 200 validation examples`."""
     chose = ", which also chose the weights" if fitted.get("chose_weights") else ""
     return f"temperature {number(fitted.get('temperature'))}, from {fitted.get('examples')} validation examples{chose}"
-
-
-def _part(manifest: JsonMapping, key: str) -> JsonMapping:
-    found = manifest.get(key)
-    return found if isinstance(found, Mapping) else {}
 
 
 def _lineage(lineage: JsonMapping) -> Iterator[tuple[str, str]]:
@@ -185,7 +181,7 @@ def _golden(replay: JsonMapping) -> str:
     first = replay["first"]
     failed = f", first failed: example {first['example']}" if first else ""
     name = replay["golden"].removeprefix("sha256:")[:12]
-    result = f"{replay['passed']} of {replay['total']} passed{failed}, {replay['replayed'][:16].replace('T', ' ')} UTC"
+    result = f"{replay['passed']} of {replay['total']} passed{failed}, {to_minute(replay['replayed'])}"
     return safe(f"{name}  {result}")
 
 

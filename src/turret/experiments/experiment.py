@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -249,11 +249,6 @@ def lasting(seconds: float) -> str:
 def seconds_between(first: str, then: str) -> float:
     """Seconds from one stored time to another."""
     return (datetime.fromisoformat(then) - datetime.fromisoformat(first)).total_seconds()
-
-
-def timestamp(seconds: float) -> str:
-    """A time in seconds since 1970 as the store has it: ISO 8601 in UTC, with milliseconds."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def read_share(text: str) -> float:

@@ -26,6 +26,7 @@ from turret.errors import BadExperiment
 from turret.experiments import assign, rows
 from turret.experiments.experiment import Experiment, lasting, seconds_between
 from turret.json_types import JsonObject, JsonValue
+from turret.timestamp import to_minute
 from turret.visibility import seen_experiments
 
 Status = Literal["counted", "noted", "repeated", "unknown", "late", "refused"]
@@ -135,8 +136,7 @@ def record(
     now = rows.by_id(connection, answer.experiment_id)
     names = {"experiment": str(now), "arm": answer.arm}
     if now.state != rows.RUNNING:
-        when = (now.ended or "")[:16].replace("T", " ")
-        return Recorded("late", f"{now} ended {when} UTC: this outcome is not counted", **names)
+        return Recorded("late", f"{now} ended {to_minute(now.ended or '')}: this outcome is not counted", **names)
     number = now.metric.read(value)
     if isinstance(number, str):
         return Recorded("refused", f"{number} (the metric of {now} is {now.metric}); nothing is recorded", **names)

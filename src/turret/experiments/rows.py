@@ -18,6 +18,7 @@ from turret.errors import Corrupt, ExperimentError, NotFound
 from turret.experiments import assign
 from turret.experiments.experiment import CONTROL, Arm, Experiment, Guards, Metric, shares
 from turret.json_types import JsonMapping
+from turret.timestamp import to_minute
 from turret.visibility import seen_adapters
 
 RUNNING, ENDED = "running", "ended"
@@ -46,7 +47,7 @@ def begin(connection: Connection, settings: Experiment, split: float | Mapping[s
     adapter_id = int(connection.execute(found).scalar_one())
     if current := running(connection, settings.adapter):
         raise ExperimentError(
-            f"{current} has been running since {current.created[:16].replace('T', ' ')} UTC: stop it with "
+            f"{current} has been running since {to_minute(current.created)}: stop it with "
             f"`turret experiment stop {current.adapter}` before you start another"
         )
     last = connection.execute(select(func.max(experiments.c.number)).where(experiments.c.adapter_id == adapter_id))
@@ -120,8 +121,8 @@ def still_running(connection: Connection, known: Experiment) -> Experiment:
     now = by_id(connection, known.id)
     if now.state != RUNNING:
         raise ExperimentError(
-            f"{now} has ended ({(now.verdict or {}).get('how', 'stopped')}, {(now.ended or '')[:16].replace('T', ' ')} "
-            f"UTC): start another with `turret experiment start {now.adapter}`"
+            f"{now} has ended ({(now.verdict or {}).get('how', 'stopped')}, {to_minute(now.ended or '')}): "
+            f"start another with `turret experiment start {now.adapter}`"
         )
     return now
 

@@ -25,9 +25,10 @@ from itertools import accumulate
 from sqlalchemy import Connection
 
 from turret.experiments import outcomes
-from turret.experiments.experiment import Experiment, seconds_between, timestamp
+from turret.experiments.experiment import Experiment, seconds_between
 from turret.experiments.outcomes import CountedOutcome, MissingOutcome
 from turret.experiments.sample_ratio import Planned, SampleRatio, Stratum
+from turret.timestamp import timestamp
 
 LEVEL = 0.001  # the rate of false alarms
 CHECKS = ("units", "outcomes", "delays")

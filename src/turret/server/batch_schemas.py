@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -12,7 +12,6 @@ Endpoint = Literal[
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/classify", "/v1/score",
     "/v1/rerank",
 ]  # fmt: skip
-ENDPOINTS: tuple[str, ...] = get_args(Endpoint)
 Id = Annotated[str, Field(min_length=1, max_length=60)]
 Key = Annotated[str, Field(max_length=64)]
 Value = Annotated[str, Field(max_length=512)]

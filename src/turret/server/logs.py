@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.json_types import JsonValue
 from turret.server.error_responses import send_error
+from turret.timestamp import timestamp
 
 
 class Log:
@@ -28,7 +29,7 @@ class Log:
 
     def write(self, event: str, level: str = "info", **fields: JsonValue) -> None:
         """Write one line. Fields that are None are left out."""
-        time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        time = timestamp(datetime.now(UTC))
         known = {key: value for key, value in fields.items() if value is not None}
         line = json.dumps({"time": time, "level": level, "event": event, **known}, ensure_ascii=True, default=str)
         with self._lock:

@@ -23,7 +23,8 @@ from turret.access import ANY, DEFAULT, Access, check_patterns
 from turret.database import Database, tokens
 from turret.errors import BadReference, InUse, NotFound
 from turret.json_types import JsonMapping, JsonObject
-from turret.store.catalog import now, timestamp, who
+from turret.store.catalog import now, who
+from turret.timestamp import timestamp
 from turret.visibility import access_of
 
 Scope = Literal["infer", "admin"]

@@ -18,9 +18,10 @@ from sqlalchemy import Connection, RowMapping, Select, Text, cast, delete, func,
 from turret import audit
 from turret.database import adapters, aliases, experiments, files, insert_row, tokens, versions
 from turret.errors import Corrupt, NotFound
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, JsonValue, mapping_of, part
 from turret.reference import Reference
 from turret.store.blobs import Blob
+from turret.timestamp import timestamp
 from turret.visibility import access_of, seen_adapters, seen_versions
 
 PRODUCTION = "production"  # the alias that a plain name means, if it exists
@@ -51,7 +52,7 @@ class Version:
 
     def part(self, key: str) -> JsonMapping:
         """A section of the manifest; empty if it is missing or not a mapping."""
-        return _mapping(self.manifest.get(key))
+        return part(self.manifest, key)
 
     def as_json(self) -> JsonObject:
         """The version as `turret list --json` prints it."""
@@ -86,11 +87,6 @@ class Deleted:
 def now() -> str:
     """The time as the catalog stores it: ISO 8601 in UTC, with milliseconds."""
     return timestamp(datetime.now(UTC))
-
-
-def timestamp(moment: datetime) -> str:
-    """A moment in UTC as the catalog stores it."""
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 _ACTING: ContextVar[str | None] = ContextVar("acting", default=None)
@@ -215,11 +211,7 @@ def children(connection: Connection, version: Version) -> list[str]:
     text = cast(versions.c.manifest, Text)  # JSON functions of PostgreSQL fail if there is a \u0000 anywhere in it
     candidates = or_(*(text.contains(name, autoescape=True) for name in names))
     rows = connection.execute(_versions(connection).where(candidates)).mappings()
-    return [
-        f"{row['name']}@{row['number']}"
-        for row in rows
-        if _mapping(row["manifest"].get("lineage")).get("parent") in names
-    ]
+    return [f"{row['name']}@{row['number']}" for row in rows if part(row["manifest"], "lineage").get("parent") in names]
 
 
 def in_experiment(connection: Connection, version: Version) -> bool:
@@ -234,7 +226,7 @@ def keep_metrics(connection: Connection, version: Version, split: str, values: J
     """Record metrics that were measured after the version was stored; they replace those of the same split."""
     row = row_of(connection, version)
     before = connection.execute(select(versions.c.metrics).where(versions.c.id == row)).scalar_one()
-    metrics = {**_mapping(before), split: values}
+    metrics = {**mapping_of(before), split: values}
     connection.execute(update(versions).where(versions.c.id == row).values(metrics=plain(metrics)))
 
 
@@ -297,13 +289,8 @@ def _versions(connection: Connection) -> Select[Any]:  # Any: SQLAlchemy does no
 
 def _version(row: RowMapping, pointing: tuple[str, ...]) -> Version:
     columns = {key: row[key] for key in ("name", "number", "digest", "created", "run", "bytes", "who")}
-    metrics = {split: values for split, values in _mapping(row["metrics"]).items() if isinstance(values, Mapping)}
-    return Version(**columns, metrics=metrics, manifest=_mapping(row["manifest"]), aliases=pointing)
-
-
-def _mapping(value: JsonValue) -> JsonMapping:
-    """The value if it is a mapping, else an empty one: a foreign store may hold anything, which `verify` reports."""
-    return value if isinstance(value, Mapping) else {}
+    metrics = {split: values for split, values in mapping_of(row["metrics"]).items() if isinstance(values, Mapping)}
+    return Version(**columns, metrics=metrics, manifest=mapping_of(row["manifest"]), aliases=pointing)
 
 
 def pointed_at(connection: Connection, adapter_id: int, alias: str) -> int | None:

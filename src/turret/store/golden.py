@@ -28,6 +28,7 @@ from turret.store import catalog
 from turret.store.blobs import digest_of
 from turret.store.catalog import Version, now, plain_object
 from turret.tasks import stored_task
+from turret.timestamp import to_minute
 from turret.visibility import access_of, seen_adapters
 
 MOST_EXAMPLES = 10_000
@@ -289,7 +290,7 @@ def judged(connection: Connection, version: Version, gate: Golden) -> tuple[bool
     if replay is None:
         problem = misfit(version, content_of(connection, gate.golden))
         return (None, "never replayed on it") if problem is None else (False, problem)
-    return passed(replay, gate), f"{replay.passed} of {replay.total} passed, {_minute(replay)}"
+    return passed(replay, gate), f"{replay.passed} of {replay.total} passed, {to_minute(replay.replayed)}"
 
 
 def passed(replay: GoldenReplay, gate: Golden) -> bool:
@@ -317,14 +318,10 @@ def _failure(replay: GoldenReplay, gate: Golden) -> str:
     first = replay.first or {}
     return (
         f"{replay.total - replay.passed} of {replay.total} golden examples failed "
-        f"({gate} is required, replayed {_minute(replay)}), "
+        f"({gate} is required, replayed {to_minute(replay.replayed)}), "
         f"first: example {first.get('example')} {shortly(first.get('text'))}, expected {first.get('expected')}, "
         f"given {shortly(first.get('given'))}"
     )
-
-
-def _minute(replay: GoldenReplay) -> str:
-    return f"{replay.replayed[:16].replace('T', ' ')} UTC"
 
 
 def _requirement(adapter_id: int, alias: str, digest: str) -> ColumnElement[bool]:

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from turret.bundles import gguf_lora
-from turret.json_types import JsonMapping, JsonValue
+from turret.errors import plainly
+from turret.json_types import JsonMapping, JsonValue, part
 from turret.methods import method_named
 from turret.tasks import TASKS, stored_task
 from turret.workspace.card_code import Place, inference, llama_cpp
@@ -45,10 +46,10 @@ def card(
         tokenizer: whether the base's tokenizer is among the files.
     """
     manifest = shown["manifest"]
-    base, task = _part(manifest, "base"), _part(manifest, "task")
+    base, task = part(manifest, "base"), part(manifest, "task")
     parts = [
         "\n".join(_front(manifest, form)),
-        f"# {_plain(str(shown['version']))}",
+        f"# {plainly(str(shown['version']))}",
         "An adapter for a frozen base model, exported by Turret."
         if form != "merged"
         else "A base model with an adapter in its weights, exported by Turret.",
@@ -57,7 +58,7 @@ def card(
             [
                 ("version", _code(shown["version"])),
                 ("digest", _code(shown["digest"])),
-                ("method", _code(_method(_part(manifest, "method")))),
+                ("method", _code(_method(part(manifest, "method")))),
                 ("task", _code(task.get("kind") or "not stated")),
                 *([("labels", ", ".join(map(_code, task["labels"])))] if task.get("labels") else []),
                 ("base", _code(base.get("id") or "not stated")),
@@ -65,26 +66,21 @@ def card(
                 *([("base quantization", _code(base["quantization"]))] if base.get("quantization") else []),
                 ("base fingerprint", _code(base.get("fingerprint") or "not known")),
                 ("licence of the base", _code(licence) if licence else "unknown: the base's files state none"),
-                ("data digest", _code(_part(manifest, "lineage").get("data") or "not known")),
+                ("data digest", _code(part(manifest, "lineage").get("data") or "not known")),
             ],
         ),
         "## Metrics",
         _metrics(shown.get("metrics") or {}),
         "## How to load it",
         *_loading(shown, form, task_type, place, tokenizer=tokenizer),
-        *(_plain(note) for note in notes),
+        *(plainly(note) for note in notes),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _part(manifest: JsonMapping, key: str) -> JsonMapping:
-    found = manifest.get(key)
-    return found if isinstance(found, Mapping) else {}
-
-
 def _front(manifest: JsonMapping, form: str) -> Iterator[str]:
     """The YAML front matter that the Hub reads. Its values are written as JSON, which is YAML too."""
-    base, kind = _on_hub(_part(manifest, "base")), _part(manifest, "task").get("kind")
+    base, kind = _on_hub(part(manifest, "base")), part(manifest, "task").get("kind")
     yield "---"
     yield f"library_name: {LIBRARIES.get(form, 'peft')}"
     if base is not None:
@@ -112,7 +108,7 @@ def _short(value: JsonValue) -> str:
 def _metrics(metrics: JsonMapping) -> str:
     rows = []
     for split in sorted(metrics):
-        values = metrics[split] if isinstance(metrics[split], Mapping) else {}
+        values = part(metrics, split)
         size = _examples(values)
         for name in sorted(values):
             value = values[name]
@@ -136,7 +132,7 @@ def _examples(values: JsonMapping) -> str:
 def _loading(shown: JsonMapping, form: str, task_type: str | None, place: str, *, tokenizer: bool) -> Iterator[str]:
     """How to load the files at `place`, and code that answers a text."""
     name = str(shown["version"]).partition("@")[0]
-    base, task = _part(shown["manifest"], "base"), _part(shown["manifest"], "task")
+    base, task = part(shown["manifest"], "base"), part(shown["manifest"], "task")
     files = Place(
         place,
         _on_hub(base) or "BASE",
@@ -159,7 +155,7 @@ def _loading(shown: JsonMapping, form: str, task_type: str | None, place: str, *
     if task_type is None:
         yield "PEFT does not load it: PEFT has no such method."
         return
-    method = method_named(_part(shown["manifest"], "method").get("kind"))
+    method = method_named(part(shown["manifest"], "method").get("kind"))
     if limitation := method.peft_cannot.get(task_type):
         yield limitation
         return
@@ -189,9 +185,5 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _code(value: JsonValue) -> str:
     """Text from outside as a code span on one line, which no character of it can end."""
-    text = "".join(c if c.isprintable() else " " for c in str(value)).replace("`", "'").replace("|", "/")
+    text = plainly(str(value)).replace("`", "'").replace("|", "/")
     return f"`{text[:200].strip() or ' '}`"
-
-
-def _plain(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turret.json_types import JsonObject
 from turret.store import Store
+from turret.timestamp import timestamp
 
 if TYPE_CHECKING:
     from turret.train import StepRecord
@@ -60,6 +60,6 @@ def _changed(store: Store, run_id: str) -> str | None:
 
 def _modified(path: Path) -> str | None:
     try:
-        return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return timestamp(path.stat().st_mtime, "seconds")
     except OSError:
         return None

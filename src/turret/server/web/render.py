@@ -20,6 +20,7 @@ from turret.compare.report_text import seconds as in_seconds
 from turret.json_types import JsonMapping, JsonValue
 from turret.server.auth import Caller
 from turret.server.state import ServerState
+from turret.timestamp import to_minute
 
 Context: TypeAlias = Mapping[str, Any]  # what a template shows: Jinja takes values of any type
 FOLDER = Path(__file__).parent
@@ -99,7 +100,7 @@ def age(moment: str | None) -> str:
 
 def when(moment: str | None) -> str:
     """`2026-11-25 10:13 UTC`."""
-    return f"{moment[:16].replace('T', ' ')} UTC" if moment else ""
+    return to_minute(moment) if moment else ""
 
 
 def number(value: JsonValue) -> str:

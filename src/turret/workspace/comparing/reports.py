@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 
 from turret.errors import NotFound, StoreError
 from turret.json_types import JsonObject
 from turret.store import Store
+from turret.timestamp import timestamp
 
 FOLDERS = {"comparisons": "comparison", "controls": "control"}  # folder in the store -> kind of report
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", re.ASCII)
@@ -47,8 +47,7 @@ def _local(store: Store, folder: str) -> Iterator[tuple[str, str, bytes | OSErro
     """Key, time and content of each report in a folder store."""
     for path in (store.home / folder).glob("*/report.json"):
         try:
-            changed = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
-            yield path.parent.name, changed.replace("+00:00", "Z"), path.read_bytes()
+            yield path.parent.name, timestamp(path.stat().st_mtime, "seconds"), path.read_bytes()
         except OSError as error:
             yield path.parent.name, "", error
 
