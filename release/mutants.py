@@ -35,18 +35,27 @@ class Target:
 
     module: str
     tests: tuple[str, ...]
+    words: str = ""  # of the tests that run, as for pytest's -k
 
 
+IN_FOLDER = "not url"  # the store in a folder alone: its logic is the same on PostgreSQL, and a mutant takes seconds
 TARGETS = {
     "lora": Target("adapters/lora.py", ("adapters/test_lora.py", "adapters/test_start.py")),
     "prefix-positions": Target("adapters/positions.py", ("adapters/test_prefix.py", "engine/test_mixtures.py")),
-    "alias-history": Target("store/aliases.py", ("store/test_aliases.py", "store/test_gates.py")),
-    "e-process": Target("experiments/e_process.py", ("experiments/test_evidence.py",)),
-    "verdicts": Target("compare/verdict.py", ("compare/test_evidence.py", "compare/test_report.py")),
+    "alias-history": Target(
+        "store/aliases.py", ("store/test_aliases.py", "store/test_tenants.py", "store/test_verify.py"), IN_FOLDER
+    ),
+    "e-process": Target("experiments/e_process.py", ("experiments/test_e_process.py", "experiments/test_evidence.py")),
+    "verdicts": Target("compare/verdict.py", ("compare/test_report.py", "compare/test_evidence.py")),
     "quotas": Target("server/quotas.py", ("server/test_quotas.py",)),
-    "scopes": Target("server/auth.py", ("server/test_auth.py",)),
+    "shared-quotas": Target("server/shared_quotas.py", ("server/test_replicas.py",), IN_FOLDER),
+    "scopes": Target("server/auth.py", ("server/test_auth.py", "server/test_console_access.py")),
+    "patterns": Target("access.py", ("store/test_tenants.py",), IN_FOLDER),
     "resume": Target("train/checkpoint.py", ("train/test_checkpoint.py",)),
-    "gc": Target("store/gc.py", ("store/test_gc.py",)),
+    "gc": Target("store/gc.py", ("store/test_gc.py",), IN_FOLDER),
+    "leases": Target("store/leases.py", ("store/test_leases.py",), IN_FOLDER),
+    "queue": Target("store/queue.py", ("store/test_queue.py",), IN_FOLDER),
+    "admission": Target("server/limits.py", ("server/test_limits.py",)),
 }
 
 
@@ -57,6 +66,7 @@ def survivors(target: Target, tree: Path, most: int, seed: int) -> tuple[int, li
     """
     tests = [f"tests/{name}" for name in target.tests]
     command = [str(ROOT / ".venv/bin/python"), "-m", "pytest", "-n0", "-x", "-q", "-m", "not slow and not gpu", *tests]
+    command += ["-k", target.words] if target.words else []
     unchanged = subprocess.run(command, capture_output=True, text=True, check=False)
     if unchanged.returncode:
         last = (unchanged.stdout + unchanged.stderr).strip().splitlines()[-1:]

@@ -33,6 +33,28 @@ def test_a_quota_of_requests_is_given_at_once_and_then_a_piece_at_a_time() -> No
     quotas.admit("other", "token other", Quota(requests=6))
 
 
+def test_a_wait_of_less_than_a_second_is_a_wait_too() -> None:
+    clock = Clock()
+    quotas, quota = Quotas(clock), Quota(requests=600)
+    for _ in range(600):
+        quotas.admit("t", "t", quota)
+    with pytest.raises(QuotaSpent) as said:
+        quotas.admit("t", "t", quota)
+    assert said.value.retry_after == pytest.approx(0.1)
+
+
+def test_a_request_that_is_given_back_can_be_asked_again_and_no_more() -> None:
+    quotas, quota = Quotas(Clock()), Quota(requests=2)
+    quotas.give_back("t")  # nothing was taken
+    quotas.admit("t", "t", quota)
+    for _ in range(3):
+        quotas.give_back("t")
+    for _ in range(2):
+        quotas.admit("t", "t", quota)
+    with pytest.raises(QuotaSpent):
+        quotas.admit("t", "t", quota)
+
+
 def test_tokens_are_charged_when_they_are_known_and_the_debt_is_waited_for() -> None:
     clock = Clock()
     quotas, quota = Quotas(clock), Quota(tokens=60)

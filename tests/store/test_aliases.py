@@ -79,6 +79,21 @@ def test_the_history_keeps_every_move_with_its_verb(store, put) -> None:
     json.dumps(history)
 
 
+def test_a_server_reads_where_every_alias_points_and_whether_one_has_moved(store, put) -> None:
+    first, second, other = put(), put(), put("b")
+    assert store.pointing() == (0, [])
+    store.promote("a@1", "candidate"), store.promote("b", "production"), store.promote("a@2", "production")
+    moved, found = store.pointing()
+    assert [(each.name, each.alias, each.number, each.digest) for each in found] == [
+        ("a", "candidate", 1, first.digest),
+        ("a", "production", 2, second.digest),
+        ("b", "production", 1, other.digest),
+    ]
+    assert store.last_move() == moved
+    store.promote("a@2", "candidate")
+    assert store.last_move() == moved + 1
+
+
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(verbs=st.lists(st.sampled_from([1, 2, 3, "back"]), max_size=12))
 def test_any_run_of_promotes_and_rollbacks_is_a_stack(store, put, verbs) -> None:

@@ -67,7 +67,8 @@ def test_a_finished_runs_checkpoint_goes_and_every_other_stays(store) -> None:
         if state != "running":
             store.end_run(run, state)
         held[state] = run
-    assert sorted(each.path.rpartition("/")[2] for each in store.gc().removed) == ["bundle-x1", "checkpoint"]
+    removed = [(each.path.rpartition("/")[2], each.bytes) for each in store.gc().removed]
+    assert sorted(removed) == [("bundle-x1", 3), ("checkpoint", 3)]
     for state, run in held.items():
         assert run.checkpoint.exists() == (state != "finished"), state
         assert run.recipe.exists()

@@ -119,6 +119,20 @@ def test_patterns_limit_what_is_seen_within_a_tenant(store: Store, put) -> None:
             assert message(lambda limited=limited, name=name: limited.resolve(name)) == missing
 
 
+def test_who_sees_one_base_sees_its_moves_and_removals_alone(store: Store, put) -> None:
+    for base in ("mine", "theirs"):
+        put(said={"base": {"id": base, "fingerprint": "sha256:x"}})
+    for reference in ("a@1", "a@2", "a@1"):
+        store.promote(reference, "production")
+    store.delete("a@2")
+    history = store.seen_by(Access(bases=("mine",))).show("a@1")["alias_history"]
+    assert [(move["version"], move["deleted"]) for move in history] == [(1, False), (2, True), (1, False)]
+    put(said={"base": {"id": "theirs", "fingerprint": "sha256:x"}})
+    store.promote("a@3", "production"), store.promote("a@1", "production")
+    history = store.seen_by(Access(bases=("mine",))).show("a@1")["alias_history"]
+    assert [move["version"] for move in history] == [1, 2, 1, 1]
+
+
 def test_tokens_belong_to_a_tenant_and_keep_what_they_are_bound_to(store: Store) -> None:
     a, b = store.seen_by(A).tokens, store.seen_by(B).tokens
     kept, secret = a.create("bot", adapters=["legal-*"], bases=["org/base"], lifetime=90 * 86400)

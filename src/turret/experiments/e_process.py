@@ -45,7 +45,7 @@ class EProcess:
 
     def first(self, factors: Floats, level: float) -> int:
         """The first step after which the mean is at least e^level; N if there is none."""
-        reached = log_mean(self.path(factors)) >= level if level < math.inf else np.zeros(len(factors), dtype=bool)
+        reached = log_mean(self.path(factors)) >= level
         return int(np.argmax(reached)) if reached.any() else len(factors)
 
     def path(self, factors: Floats) -> Floats:
