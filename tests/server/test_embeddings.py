@@ -115,6 +115,17 @@ def test_texts_become_the_tokens_of_the_base_and_back(serve, put) -> None:
     assert "no chat template" in got.json()["error"]["message"]
 
 
+def test_no_question_reads_the_whole_vocabulary(serve, monkeypatch) -> None:
+    tokenizer = small_models.tokenizer("llama")
+    client = serve(tokenizer=tokenizer).client()
+    with monkeypatch.context() as context:
+        context.setattr(
+            type(tokenizer), "get_vocab", lambda self: pytest.fail("150,000 tokens take a tenth of a second")
+        )
+        assert client.post("/detokenize", json={"tokens": [5]}).status_code == 200
+        assert client.post("/tokenize", json={"prompt": "the", "return_token_strs": True}).status_code == 200
+
+
 def test_messages_become_the_tokens_of_the_bases_chat_template(serve) -> None:
     tokenizer = small_models.tokenizer("qwen3")
     said = [{"role": "user", "content": "hi"}]

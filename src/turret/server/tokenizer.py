@@ -59,7 +59,7 @@ def _ids(tokenizer: Tokenizer, body: schemas.TokenizeText | schemas.TokenizeMess
 
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    size = len(tokenizer.get_vocab())
+    size = len(tokenizer)
     if wrong := next((each for each in ids if each >= size), None):
         raise NotFound(f"no token {wrong} in the vocabulary of this base: expected numbers from 0 to {size - 1}")
     return tokenizer.decode(list(ids))
@@ -67,5 +67,5 @@ def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 def _texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The vocabulary's name of each token."""
-    names = {id: name for name, id in tokenizer.get_vocab().items()}
-    return [names.get(each, "") for each in ids]
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    return [name or "" for name in names]  # a vocabulary may have gaps
