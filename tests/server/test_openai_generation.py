@@ -228,6 +228,67 @@ def test_a_required_call_and_a_named_one_fit_their_schemas(client) -> None:
     assert got.choices[0].message.content is not None
 
 
+def test_responses_call_tools_and_take_the_output_of_a_call(client) -> None:
+    flat = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    schemas = {tool["name"]: tool["parameters"] for tool in flat}
+    for choice in ("required", {"type": "function", "name": "add"}):
+        options = {"input": ASKED, "tools": flat, "tool_choice": choice, "temperature": 1.0, "max_output_tokens": 90}
+        got = client.responses.create(model="base", **options)
+        (call,) = got.output
+        assert (got.status, call.type, call.status) == ("completed", "function_call", "completed")
+        jsonschema.validate(json.loads(call.arguments), schemas[call.name])
+        with client.responses.create(model="base", stream=True, **options) as stream:
+            events = list(stream)
+        assert [event.type for event in events] == [
+            "response.created", "response.in_progress", "response.output_item.added",
+            "response.function_call_arguments.delta", "response.function_call_arguments.done",
+            "response.output_item.done", "response.completed",
+        ]  # fmt: skip
+        assert events[-1].response.output[0] == events[-2].item
+        assert events[4].arguments == events[-2].item.arguments
+        jsonschema.validate(json.loads(events[4].arguments), schemas[events[4].name])
+    items = [*ASKED, call.model_dump(), {"type": "function_call_output", "call_id": call.call_id, "output": "3"}]
+    got = client.responses.create(model="base", input=items, tools=flat, tool_choice="auto", max_output_tokens=4)
+    assert (got.status, got.output[-1].type) == ("incomplete", "message")
+    called = {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    chat = [
+        *ASKED,
+        {"role": "assistant", "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": call.call_id, "content": "3"},
+    ]
+    same = client.chat.completions.create(model="base", messages=chat, tools=TOOLS, max_tokens=4)
+    assert got.usage.input_tokens == same.usage.prompt_tokens
+    assert got.output_text == same.choices[0].message.content
+
+
+def test_responses_have_the_form_that_is_asked_for(client) -> None:
+    options = {"model": "base", "input": ASKED, "temperature": 1.0, "max_output_tokens": 120}
+    form = {"type": "json_schema", "name": "person", "schema": PERSON, "strict": True}
+    got = client.responses.create(**options, text={"format": form})
+    jsonschema.validate(json.loads(got.output_text), PERSON)
+    assert got.text.format.type == "json_schema"
+    with client.responses.create(**options, text={"format": {"type": "json_object"}}, stream=True) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+    assert text.startswith("{")
+    tools = [{"type": "function", **TOOLS[0]["function"]}]
+    got = client.responses.create(**options, tools=tools, tool_choice="required", text={"format": form})
+    assert json.loads(got.output[0].arguments)["city"] in ("Paris", "Rome")  # the form is that of a text
+
+
+def test_responses_refuse_what_they_cannot_carry_out(client) -> None:
+    tool = {"type": "function", **TOOLS[0]["function"]}
+    for more, said in (
+        ({"tool_choice": "required"}, "tool_choice needs tools"),
+        ({"tools": [tool], "tool_choice": {"type": "function", "name": "no"}}, "none of the tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"text": {"format": {"type": "grammar"}}}, "text"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"uniqueItems": True}}}}, "uniqueItems"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said):
+            client.responses.create(**{"model": "base", "input": "x"} | more)
+
+
 def test_tools_that_are_wrong_or_too_large_are_400(client) -> None:
     large = [{"type": "function", "function": {"name": "big", "description": "x" * 1_000_000}}]
     for options, named in (

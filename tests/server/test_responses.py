@@ -1,4 +1,4 @@
-"""`/v1/responses`: the plain subset of OpenAI's Responses API, read by OpenAI's own client."""
+"""`/v1/responses`: texts and messages, read by OpenAI's own client. `test_openai_generation` has forms and tools."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_is_not_offered_is_a_400_that_names_it(speak) -> None:
     for more in (
         {"previous_response_id": "resp_1"},
         {"tools": [{"type": "web_search"}]},
-        {"text": {"format": {"type": "json_object"}}},
+        {"text": {"format": {"type": "grammar"}}},
         {"reasoning": {"effort": "low"}},
         {"background": True},
         {"store": True},

@@ -1,28 +1,25 @@
-"""`POST /v1/responses`: the plain subset of OpenAI's Responses API. Nothing is kept between two requests.
+"""`POST /v1/responses`: a part of OpenAI's Responses API. Nothing is kept between two requests.
 
-The input and the instructions become the messages of a chat, so the prompt is that of `/v1/chat/completions`.
+The input and the instructions become the messages of a chat, so the prompt is that of `/v1/chat/completions`, and tools
+and the form of an answer work as there.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
-from turret.errors import TurretError
 from turret.json_types import JsonObject
 from turret.server import response_schemas as schemas
-from turret.server.chat import prompt
+from turret.server.chat import ToolCalls, prompt
 from turret.server.chat_schemas import ChatRequest
 from turret.server.completions import EVENTS
-from turret.server.engine_protocol import Answer
-from turret.server.error_responses import error_response
 from turret.server.generation import generation_options, stream_events
-from turret.server.pending_answers import PendingAnswers, Update, generated_tokens, prompt_tokens
+from turret.server.pending_answers import PendingAnswers, Update
+from turret.server.response_output import ResponseOutput
 from turret.server.routes import State, Unit, router
-from turret.server.state import ServerState
 
 questions = router("infer")
 
@@ -31,118 +28,63 @@ questions = router("infer")
 async def respond(
     body: schemas.ResponseRequest, state: State, unit: Unit, request: Request, response: Response
 ) -> schemas.ResponseObject | StreamingResponse:
-    """Answer a text or messages. Tools, files, stored responses and other formats are not offered: they are 400."""
+    """Answer a text or messages, also by calls of tools. Files and stored responses are not offered: they are 400."""
     chat = _chat(body)
+    called = chat.tools and chat.tool_choice != "none"
+    tools = await state.parsing(ToolCalls, state, chat) if called else None
     prompts = [await state.parsing(prompt, state, chat)]
-    options = generation_options(state, chat, chat.max_tokens, 1)
+    own = None if tools is None else tools.constraint
+    options = generation_options(state, chat, chat.max_tokens, 1, constraint=own)
+    output = ResponseOutput(state, body, tools)
     if body.stream:
 
         def events(pending: PendingAnswers, updates: AsyncIterator[Update]) -> AsyncIterator[str]:
-            return _events(state, body, pending, updates)
+            return output.events(pending, updates)
 
         return await stream_events(state, request, body.model, prompts, options, unit or body.user, events)
     async with state.ask(request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
         (answer,) = await pending.all()
     response.headers.update(pending.headers)
-    return _response(state, body, pending, answer, answer["text"])
+    return output.whole(pending, answer, output.items(pending, answer))
 
 
 def _chat(body: schemas.ResponseRequest) -> ChatRequest:
     """The same request to `/v1/chat/completions`."""
+    given: list[JsonObject] = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    given += [{"role": "user", "content": body.input}] if isinstance(body.input, str) else _messages(body.input)
+    asked: JsonObject = {"model": body.model, "messages": given, "max_tokens": body.max_output_tokens}
+    asked |= {"temperature": body.temperature, "top_p": body.top_p}
+    if body.tools:
+        asked["tools"] = [_wrapped(tool.model_dump(exclude={"type"}, exclude_none=True)) for tool in body.tools]
+    choice = body.tool_choice
+    if choice is not None:
+        asked["tool_choice"] = choice if isinstance(choice, str) else _wrapped({"name": choice.name})
+    form = None if body.text is None else body.text.format
+    if isinstance(form, schemas.SchemaFormat):
+        given_form = form.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)
+        asked["response_format"] = {"type": form.type, "json_schema": given_form}
+    elif form is not None:
+        asked["response_format"] = {"type": form.type}
+    return ChatRequest.model_validate({key: value for key, value in asked.items() if value is not None})
+
+
+def _messages(items: list[schemas.InputItem]) -> list[JsonObject]:
+    """The items as messages: calls belong to the message of the assistant before them."""
     given: list[JsonObject] = []
-    if body.instructions:
-        given.append({"role": "system", "content": body.instructions})
-    if isinstance(body.input, str):
-        given.append({"role": "user", "content": body.input})
-    else:
-        given += [{"role": each.role, "content": each.text()} for each in body.input]
-    keys = {"temperature": body.temperature, "top_p": body.top_p, "max_tokens": body.max_output_tokens}
-    known = {key: value for key, value in keys.items() if value is not None}
-    return ChatRequest.model_validate({"model": body.model, "messages": given, **known})
+    for item in items:
+        if isinstance(item, schemas.InputMessage):
+            given.append({"role": item.role, "content": schemas.text_of(item.content)})
+        elif isinstance(item, schemas.CallOutput):
+            output = schemas.text_of(item.output)
+            given.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
+        else:
+            call = _wrapped({"name": item.name, "arguments": item.arguments}) | {"id": item.call_id}
+            if not given or given[-1]["role"] != "assistant":
+                given.append({"role": "assistant", "content": None})
+            given[-1]["tool_calls"] = [*given[-1].get("tool_calls", []), call]
+    return given
 
 
-def _response(
-    state: ServerState, body: schemas.ResponseRequest, pending: PendingAnswers, answer: Answer | None, text: str
-) -> schemas.ResponseObject:
-    """The response. answer: None while it is being written."""
-    message = _message(pending, answer, text)
-    usage = None
-    if answer is not None:
-        read, made = prompt_tokens(answer), generated_tokens(answer)
-        usage = schemas.ResponseUsage(input_tokens=read, output_tokens=made, total_tokens=read + made)
-    cut = message.status == "incomplete"
-    return schemas.ResponseObject(
-        id=f"resp_{pending.id}",
-        created_at=state.now(),
-        status=message.status,
-        incomplete_details=schemas.Incomplete(reason="max_output_tokens") if cut else None,
-        instructions=body.instructions,
-        max_output_tokens=body.max_output_tokens,
-        model=pending.model or body.model,
-        output=[] if answer is None else [message],
-        temperature=body.temperature,
-        top_p=body.top_p,
-        usage=usage,
-        user=body.user,
-    )
-
-
-def _message(pending: PendingAnswers, answer: Answer | None, text: str) -> schemas.OutputMessage:
-    return schemas.OutputMessage(
-        id=f"msg_{pending.id}",
-        status="in_progress"
-        if answer is None
-        else "incomplete"
-        if answer["finish_reason"] == "length"
-        else "completed",
-        content=[] if answer is None else [schemas.OutputText(text=text)],
-    )
-
-
-async def _events(
-    state: ServerState,
-    body: schemas.ResponseRequest,
-    pending: PendingAnswers,
-    updates: AsyncIterator[Update],
-) -> AsyncIterator[str]:
-    lines, text = _Lines(), ""
-    begun = _response(state, body, pending, None, "").model_dump()
-    yield lines.event("response.created", response=begun)
-    yield lines.event("response.in_progress", response=begun)
-    item: JsonObject = {"output_index": 0, "item_id": f"msg_{pending.id}", "content_index": 0}
-    yield lines.event("response.output_item.added", output_index=0, item=_message(pending, None, "").model_dump())
-    yield lines.event("response.content_part.added", **item, part=schemas.OutputText(text="").model_dump())
-    try:
-        async for _, piece in updates:
-            if piece is not None and piece.text:
-                text += piece.text
-                yield lines.event("response.output_text.delta", **item, delta=piece.text, logprobs=[])
-    except TurretError as error:
-        state.log.write("stream", "error", error=type(error).__name__, receipt=pending.id)
-        yield lines.event("error", **error_response(error).body["error"])
-        return
-    answer = pending.answers[0]
-    assert answer is not None
-    for each in _ended(lines, item, pending, answer, text):
-        yield each
-    whole = _response(state, body, pending, answer, text)
-    yield lines.event(f"response.{whole.status}", response=whole.model_dump())
-
-
-def _ended(lines: _Lines, item: JsonObject, pending: PendingAnswers, answer: Answer, text: str) -> Iterator[str]:
-    yield lines.event("response.output_text.done", **item, text=text, logprobs=[])
-    yield lines.event("response.content_part.done", **item, part=schemas.OutputText(text=text).model_dump())
-    message = _message(pending, answer, text).model_dump()
-    yield lines.event("response.output_item.done", output_index=0, item=message)
-
-
-class _Lines:
-    """The events of one stream, numbered."""
-
-    def __init__(self) -> None:
-        self._number = 0
-
-    def event(self, kind: str, **fields: JsonObject | list[JsonObject] | str | int | None) -> str:
-        said = {"type": kind, "sequence_number": self._number, **fields}
-        self._number += 1
-        return f"event: {kind}\ndata: {json.dumps(said, ensure_ascii=False)}\n\n"
+def _wrapped(function: JsonObject) -> JsonObject:
+    """A function as chats spell it, a level deeper."""
+    return {"type": "function", "function": function}
