@@ -137,6 +137,18 @@ def test_one_seed_never_decides() -> None:
     assert "at least two" in verdict.advice()
 
 
+def test_stored_versions_are_judged_by_the_examples_alone() -> None:
+    rng = np.random.default_rng(11)
+    said = [judge(simulated(rng, 1, 400, -0.05), 1.0, rng, resamples=500, fixed=True) for _ in range(200)]
+    assert sum(each.difference.low <= -5 <= each.difference.high for each in said) >= 186
+    assert sum(each.word in ("within", "better") for each in said) <= 8
+    assert judge(simulated(rng, 1, 1000, -0.10), 1.0, rng, fixed=True).word == "worse"
+    few = judge(simulated(rng, 1, 60, 0.0, shared=0.5), 1.0, rng, fixed=True)
+    assert few.word == "undecided"
+    assert "more test examples would settle it" in few.sentence()
+    assert "seed" not in few.sentence()
+
+
 def test_undecided_by_luck_asks_for_seeds_and_undecided_by_few_examples_asks_for_examples() -> None:
     rng = np.random.default_rng(5)
     lucky = 0.03 * rng.standard_normal((3, 1)) + 0.002 * rng.standard_normal((3, 4000)) - 0.001

@@ -57,7 +57,7 @@ class Adapter:
         task: what answering needs: kind, labels, max_tokens, …
         generation: settings of `generate()`.
         lineage: recipe, data digest, seed, library versions, …
-        others: adapters that it is composed with on one row, for an engine; never stored.
+        others: adapters that it is composed with on one row; never stored.
     """
 
     method: Method

@@ -13,8 +13,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from turret.adapters.adapter import Parts
+from turret.adapters.adapter import Adapter, Parts
 from turret.errors import AdapterError
+from turret.methods.lookup import numbers_of
+from turret.transformer import Model
+
+
+def all_parts(model: Model, adapter: Adapter) -> Parts:
+    """The parts of an adapter together with those that it is composed with.
+
+    Args:
+        model: an attached model.
+
+    Raises:
+        AdapterError: the tensors do not fit the model, or the adapters cannot be composed.
+    """
+    every = (adapter, *adapter.others)
+    if adapter.others and any(each.head for each in every):
+        raise AdapterError("one of the composed adapters has a head: only adapters that generate can be composed")
+    return composed([numbers_of(each.method).parts(model, each) for each in every])
 
 
 def composed(parts: Sequence[Parts]) -> Parts:

@@ -7,8 +7,9 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.adapter import Adapter, Extracted, require_base
+from turret.adapters.adapter import Adapter, Extracted, mount_parts, require_base
 from turret.adapters.attached import ATTRIBUTE, Attachment, Beginning, attachment, detach, hook_model
+from turret.adapters.composition import all_parts
 from turret.errors import AdapterError
 from turret.methods import Method
 from turret.methods.lookup import numbers_of
@@ -90,7 +91,7 @@ def mount(model: M, adapter: Adapter, slot: int = 1, *, fingerprint: str | None 
 
     Args:
         model: its base.
-        adapter: every tensor must fit a layer, and every layer needs both factors.
+        adapter: every tensor must fit a layer, and every layer needs both factors. Its `others` are mounted with it.
         slot: 1 or more; an adapter that is there is replaced.
         fingerprint: of the model's base; if given, an adapter of another base is refused.
 
@@ -99,15 +100,19 @@ def mount(model: M, adapter: Adapter, slot: int = 1, *, fingerprint: str | None 
 
     Raises:
         WrongBase: the adapter was trained on another base.
-        AdapterError: the slot is 0, or a tensor does not fit.
+        AdapterError: the slot is 0, a tensor does not fit, or the adapters cannot be composed.
     """
-    require_base(adapter, fingerprint)
+    for each in (adapter, *adapter.others):
+        require_base(each, fingerprint)
     if slot < 1:
         raise AdapterError(f"slot {slot} cannot hold an adapter: slot 0 is the bare base; use 1 or more")
     base = cast(Model, model)
     attached = getattr(model, ATTRIBUTE, None) or hook_model(base, plain=adapter.method.wraps_modules)
     unmount(model, slot)
-    numbers_of(adapter.method).mount(base, attached, adapter, slot)
+    if adapter.others:
+        mount_parts(base, attached, all_parts(base, adapter), slot)
+    else:
+        numbers_of(adapter.method).mount(base, attached, adapter, slot)
     attached.methods[slot] = adapter.method
     attached.context.active = slot
     return model

@@ -1,4 +1,4 @@
-"""`turret compare`: compare methods with full fine-tuning."""
+"""`turret compare`: compare methods with full fine-tuning, or a composition of stored versions with its parts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from turret.cli import options
+from turret.cli.answers import data_columns
 from turret.cli.output import columns, console, counted, many, report, safe, size, span, status
 from turret.cli.train import Base, Data, Kind, Name, Seed, Source, read_recipe
 from turret.errors import RecipeError
@@ -22,10 +23,18 @@ STYLES = {"within": "green", "better": "green", "worse": "red", "undecided": "ye
 WORDS = {"within": "as good"}
 Texts = Annotated[bool, typer.Option("--texts/--no-texts", help="Whether the report shows texts of the data.")]
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+OF_TRAININGS = (  # options that say how something is trained
+    "methods", "seeds", "budget", "fractions", "lr", "plan", "base", "name", "data", "task", "seed", "text", "label",
+)  # fmt: skip
 
 
 def compare(
+    context: typer.Context,
     source: Source,
+    composition: Annotated[
+        str | None,
+        typer.Option("--composition", metavar="REF+REF", help="Compare it with its parts on DATA; trains nothing."),
+    ] = None,
     methods: Annotated[str | None, typer.Option("--methods", help="Such as base,head,full,lora:r=4/16.")] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="Trainings per method.")] = 5,
     budget: Annotated[str | None, typer.Option("--budget", help="Time for new trainings: 30m, 2h, 90s.")] = None,
@@ -53,9 +62,22 @@ def compare(
     """Train several methods on the same data, and judge which is as good as the baseline.
 
     Every training is a version in the store. Run the command again to continue with the missing trainings.
+    With --composition, stored versions are compared instead: legal@production+formal@2, each of the two, and the base.
     """
     from turret.workspace import Workspace
 
+    if composition is not None:
+        given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+        if wrong := next((name for name in given if name in OF_TRAININGS), None):
+            raise RecipeError(f"--composition compares stored versions and trains nothing: leave out --{wrong}")
+        columns = data_columns(sets, options.columns(None, None, prompt, completion, messages))
+        with status() as show:
+            found = Workspace(store).compare_composition(
+                composition, source, columns=columns, against=against if "against" in given else None, margin=margin,
+                texts=texts, device=device or "auto", on_stage=show,
+            )  # fmt: skip
+        report(found, as_json, _print_composition)
+        return
     named = options.columns(text, label, prompt, completion, messages)
     recipe = read_recipe(source, base, name, data, task, None, None, seed, sets, named, device)
     workspace = Workspace(store)
@@ -165,17 +187,44 @@ def _print(found: Comparison) -> None:
     out.print(f"[dim]report[/] {safe(found.folder)}/report.html")
 
 
-def _row(row: ComparisonRow) -> tuple[str, ...]:
-    if row.score is None or row.costs is None:
-        return (safe(row.label), "–", "–", "not run", "–", "–", "–", "–", "–")
+def _print_composition(found: Comparison) -> None:
+    from turret.compare.report import headline
+
+    out = console()
+    out.print(f"[bold]{safe(headline(found))}[/]\n")
+    heads = ("row", found.metric, "difference", "verdict", "weights", "on disk", "forgot")
+    rows = [
+        (*_judged(row), many(own.trainable), size(own.bundle_bytes), own.forgot)
+        for row in found.rows
+        if (own := row.costs) is not None
+    ]
+    out.print(columns(heads, rows, right=heads[1:3] + heads[4:]))
+    for row in found.rows:
+        if row.verdict is not None and row.verdict.word == "undecided":
+            out.print(f"  [dim]{safe(row.label)}: {safe(row.verdict.advice())}[/]")
+    out.print(f"\n[dim]{safe(found.promotion.why)}[/]")
+    out.print(f"[dim]report[/] {safe(found.folder)}/report.html")
+
+
+def _judged(row: ComparisonRow) -> tuple[str, str, str, str]:
+    """The name, score, difference and verdict of a row."""
+    if row.score is None:
+        return safe(row.label), "–", "–", "not run"
     verdict = row.verdict
     d = verdict.difference if verdict else None
-    word = f"[{STYLES[verdict.word]}]{WORDS.get(verdict.word, verdict.word)}[/]" if verdict else "[dim]baseline[/]"
     return (
         safe(row.label),
         f"{row.score.mean:.1f} [dim]({row.score.low:.1f} to {row.score.high:.1f})[/]",
         f"{d.mean:+.1f} [dim]({d.low:+.1f} to {d.high:+.1f})[/]" if d else "",
-        word,
+        f"[{STYLES[verdict.word]}]{WORDS.get(verdict.word, verdict.word)}[/]" if verdict else "[dim]baseline[/]",
+    )
+
+
+def _row(row: ComparisonRow) -> tuple[str, ...]:
+    if row.costs is None:
+        return (*_judged(row), "–", "–", "–", "–", "–")
+    return (
+        *_judged(row),
         many(row.costs.trainable) if row.costs.trainable else "–",
         size(row.costs.above_base.mean) if row.costs.above_base else "–",
         span(row.costs.train_seconds.mean) if row.costs.train_seconds else "–",

@@ -50,7 +50,7 @@ class Candidate:
 
 def is_floor(kind: str) -> bool:
     """Whether a row shows the least that a method must beat: the bare base, or the head alone."""
-    return kind not in METHODS or METHODS[kind].head_alone
+    return kind == "base" or method_named(kind).head_alone
 
 
 def candidates(

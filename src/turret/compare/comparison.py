@@ -1,4 +1,7 @@
-"""Judges the results of a comparison: rows with verdicts and costs, classes, disagreements, and what to promote."""
+"""Judges the results of a comparison: rows with verdicts and costs, classes, disagreements, and what to promote.
+
+The rows are methods that were trained for it, or a composition and its parts, as they are stored.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from turret.compare.details import (
 from turret.compare.evidence import Array, interval, mcnemar
 from turret.compare.losses import FEWEST, still_falling
 from turret.compare.power import Power
-from turret.compare.promotion import Promotion, promotion
+from turret.compare.promotion import Promotion, not_promoted, promotion
 from turret.compare.results import CellResult, made_with
 from turret.compare.rows import ComparisonRow, CurvePoint
 from turret.compare.verdict import Verdict, judge
@@ -66,7 +69,8 @@ class Comparison:
     folder: str
     made: JsonMapping  # dates, device and versions of its trainings
     command: str  # that repeats it
-    power: Power | None  # what this design can decide
+    power: Power | None  # what this design can decide; None for a composition
+    composition: str | None = None  # that is compared with its parts; None: methods are compared
 
     def without_texts(self) -> Comparison:
         """The comparison without the texts of examples and the answers to them, for readers who may not see them."""
@@ -130,8 +134,10 @@ def comparison(
     classes = data.labels if _one_class(data) else ()
     specs = [row.spec for row in rows if row.score is not None]
     points = tuple(_curves(design, results, data.test, confidence)) if len(design.fractions) > 1 else ()
+    composition = design.composition
+    recipes = {spec: next(each.recipe for each in largest if each.spec == spec) for spec in specs}
     return Comparison(
-        name=design.recipe.name,
+        name=composition or design.recipe.name,
         base=results[0].base,
         task=data.kind,
         metric=task_of(data.kind).metric,
@@ -157,8 +163,8 @@ def comparison(
         confusions=confusion(good, data, classes, specs) if classes else (),
         disagreements=disagreements(good, data, specs),
         examples=some_examples(good, data, specs),
-        promotion=promotion(rows, design.against, good),
-        recipes={spec: next(each.recipe for each in largest if each.spec == spec) for spec in specs},
+        promotion=not_promoted(composition) if composition else promotion(rows, design.against, good),
+        recipes={} if composition else recipes,
         notes=_notes(data, rows, design, largest),
         missing=missing,
         budget=budget,
@@ -166,6 +172,7 @@ def comparison(
         made=made_with(results),
         command=command,
         power=power,
+        composition=composition,
     )
 
 
@@ -200,17 +207,29 @@ def paired(first: Mapping[int, CellResult], second: Mapping[int, CellResult]) ->
 
 
 def judged(
-    side: SeededResults, baseline: SeededResults, margin: float, rng: np.random.Generator, confidence: float
+    side: SeededResults,
+    baseline: SeededResults,
+    margin: float,
+    rng: np.random.Generator,
+    confidence: float,
+    *,
+    fixed: bool = False,
 ) -> Verdict | None:
-    """The verdict over the seeds at which both learnt. If there are none, over all seeds, without a claim."""
+    """The verdict over the seeds at which both learnt. If there are none, over all seeds, without a claim.
+
+    Args:
+        fixed: both are stored versions, which are judged as they are.
+    """
     d = paired(side.trained, baseline.trained)
     claimed = d is not None
     if d is None:
         d = paired(side.all, baseline.all)
     if d is None:
         return None
-    collapsed = sorted(side.learnt.seeds)
-    return judge(d, margin, rng, confidence=confidence, collapsed=collapsed, trainings=len(side.all), claimed=claimed)
+    collapsed, trainings = sorted(side.learnt.seeds), len(side.all)
+    return judge(
+        d, margin, rng, confidence=confidence, collapsed=collapsed, trainings=trainings, claimed=claimed, fixed=fixed
+    )
 
 
 def _row(
@@ -225,7 +244,8 @@ def _row(
     own, good = list(side.all.values()), list(side.trained.values())
     verdict = None
     if spec != design.against:
-        verdict = judged(side, baseline, design.margin, generator(seed, spec, "verdict"), confidence)
+        fixed, draw = design.composition is not None, generator(seed, spec, "verdict")
+        verdict = judged(side, baseline, design.margin, draw, confidence, fixed=fixed)
     tests = [
         mcnemar(side.all[each].scores == 1, baseline.all[each].scores == 1)
         for each in sorted(side.all.keys() & baseline.all.keys())
@@ -304,7 +324,7 @@ def _one_class(data: Dataset) -> bool:
 
 def _commonest(data: Dataset) -> float | None:
     """The score, in points, of always answering the most common class of the training examples."""
-    if not _one_class(data):
+    if not _one_class(data) or not data.train:
         return None
     commonest, _ = Counter(example.output for example in data.train).most_common(1)[0]
     return 100 * sum(example.output == commonest for example in data.test) / len(data.test)
@@ -326,6 +346,8 @@ def _notes(
     verdicts = sum(row.verdict is not None for row in rows)
     if verdicts > 1:
         notes.append(f"{verdicts} rows are judged separately: the more rows, the more likely is one wrong verdict")
-    if len(design.seeds) < 3:
+    if design.composition:
+        notes.append("the versions are compared as they are stored: other trainings of them would differ")
+    elif len(design.seeds) < 3:
         notes.append("fewer than three seeds say little about the variation between seeds")
     return tuple(notes)

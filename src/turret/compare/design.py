@@ -51,6 +51,7 @@ class Design:
     against: str  # spec of the baseline
     margin: float  # points
     train: int  # training examples at fraction 1
+    composition: str | None = None  # whose parts are compared with it, as they are stored; None: trainings
 
     def cells(self) -> Iterator[Cell]:
         """The cells in the order in which they run: all methods of one seed first, so that an early stop is fair."""

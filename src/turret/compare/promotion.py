@@ -52,6 +52,12 @@ def promotion(rows: Sequence[ComparisonRow], against: str, results: Sequence[Cel
     return Promotion(chosen.spec, own[0].version, f"{why}; its first seed, because the test examples must not choose")
 
 
+def not_promoted(composition: str) -> Promotion:
+    """What is said of a composition: it has no number of its own that an alias could name."""
+    why = f"a composition is no version: ask for it by its name, {composition}, or merge its LoRAs into a version"
+    return Promotion(None, None, why)
+
+
 def _merit(metrics: JsonMapping) -> float:
     return float(metrics.get("accuracy", -metrics["loss"]))
 

@@ -36,12 +36,17 @@ def write_report(result: Comparison, folder: Path, write: Callable[[Path, str], 
 
 def as_html(result: Comparison) -> str:
     """The report as one self-contained page."""
-    return environment(True).get_template("report.html.j2").render(**_values(result), plots=dict(_plots(result)))
+    template = environment(True).get_template(f"{_template(result)}.html.j2")
+    return template.render(**_values(result), plots=dict(_plots(result)))
 
 
 def as_markdown(result: Comparison) -> str:
     """The report as Markdown, without the plots; their numbers are in the tables."""
-    return environment(False).get_template("report.md.j2").render(**_values(result))
+    return environment(False).get_template(f"{_template(result)}.md.j2").render(**_values(result))
+
+
+def _template(result: Comparison) -> str:
+    return "composition" if result.composition else "report"
 
 
 def headline(result: Comparison) -> str:
@@ -130,6 +135,8 @@ def _plots(result: Comparison) -> Iterator[tuple[str, str]]:
         scale = [_difference(row) for row in contenders if row.verdict is not None] or None
         marks = [_difference(row) for row in judged]
         yield "forest", forest(marks, result.margin, unit=f"points of {metric}", zero=zero, scale=scale)
+    if result.composition:  # nothing was trained for it
+        return
     trained = [row for row in rows if row.kind != "base"]
     if trained:
         yield from _against_costs(

@@ -5,7 +5,8 @@
 - `within`: the whole interval is above minus the margin: as good, up to the margin
 - `undecided`: none of these yet
 
-With 95% intervals each of the first three is wrong at most once in forty. One training per method never decides.
+With 95% intervals each of the first three is wrong at most once in forty. One training per method never decides,
+except where stored versions themselves are compared: then only the test examples are a sample.
 
 The interval describes trainings that do not collapse (see `collapse`). If one in five collapses and costs many points,
 no interval over a few seeds can cover the mean. So collapses are counted separately, with an interval of their own, and
@@ -53,6 +54,7 @@ class Verdict:
     trainings: int = 0  # of this method, including those that collapsed
     collapse_rate: Interval | None = None  # points
     claimed: bool = True  # False: no pair of trainings learnt, so the interval claims nothing
+    fixed: bool = False  # of two stored versions as they are: other trainings of their methods do not matter
 
     def sentence(self, against: str = "full fine-tuning") -> str:
         """The verdict in one sentence, with the interval and the collapses that it leaves out."""
@@ -72,7 +74,8 @@ class Verdict:
         """`-0.4 points, 95% interval -1.2 to +0.3`."""
         d = self.difference
         if d.open:
-            return f"{plus(d.mean)} points, not determined by so few examples and seeds"
+            samples = "examples" if self.fixed else "examples and seeds"
+            return f"{plus(d.mean)} points, not determined by so few {samples}"
         return f"{plus(d.mean)} points, {round(100 * d.confidence)}% interval {plus(d.low)} to {plus(d.high)}"
 
     def collapses(self) -> str:
@@ -87,13 +90,15 @@ class Verdict:
         """What would settle it."""
         if self.collapsed:
             return "a lower rate or a longer warm-up may keep it from collapsing"
-        if self.seeds < 2:
+        if self.seeds < 2 and not self.fixed:
             return "one seed decides nothing; give at least two"
         if self.more_seeds is not None:
             return f"about {self.more_seeds} more seed{'' if self.more_seeds == 1 else 's'} would settle it"
         if self.more_examples is not None:
-            return f"more seeds would not settle it, about {rounded(self.more_examples)} more test examples would"
-        return "the difference is too near the margin for seeds or examples to settle it; widen the margin"
+            more = f"about {rounded(self.more_examples)} more test examples would"
+            return f"{more} settle it" if self.fixed else f"more seeds would not settle it, {more}"
+        samples = "examples" if self.fixed else "seeds or examples"
+        return f"the difference is too near the margin for {samples} to settle it; widen the margin"
 
 
 def judge(
@@ -106,6 +111,7 @@ def judge(
     collapsed: Sequence[int] = (),
     trainings: int | None = None,
     claimed: bool = True,
+    fixed: bool = False,
 ) -> Verdict:
     """The verdict on differences of scores between 0 and 1.
 
@@ -116,21 +122,23 @@ def judge(
         generator: draws the samples of the interval and the test.
         collapsed: seeds of this method that collapsed.
         trainings: number of trainings of this method, including those that collapsed; None: S.
+        fixed: two stored versions are judged as they are, so that S = 1 is enough.
     """
     seeds, examples = d.shape
     difference = interval(d, generator, confidence=confidence, resamples=resamples).times(100)
     trainings = seeds if trainings is None else trainings
-    word = _word(difference, margin) if seeds > 1 and claimed else "undecided"
+    enough = seeds > 1 or fixed
+    word = _word(difference, margin) if enough and claimed else "undecided"
     if collapsed and word in ("within", "better"):
         word = "undecided"
     p = sign_flips(d, generator, resamples)
     more: tuple[int | None, int | None] = (None, None)
-    if word == "undecided" and seeds > 1 and not collapsed:
+    if word == "undecided" and enough and not collapsed:
         more = _what_would_settle(difference, margin, components(100 * with_pseudo_examples(d)))
     share = rate(len(collapsed), trainings, confidence)
     return Verdict(
         word, difference, margin, seeds, examples, p, *more,
-        collapsed=tuple(collapsed), trainings=trainings, collapse_rate=share, claimed=claimed,
+        collapsed=tuple(collapsed), trainings=trainings, collapse_rate=share, claimed=claimed, fixed=fixed,
     )  # fmt: skip
 
 

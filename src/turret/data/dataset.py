@@ -91,7 +91,7 @@ def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memor
         columns=columns.roles,
         notes=(*notes, *chosen.notes, *leak_notes, *duplicate_notes),
         duplicates=duplicates,
-        digest=_digest(examples),
+        digest=digest_of(examples),
     )
 
 
@@ -363,12 +363,12 @@ def _hashes(examples: Sequence[Example], outputs: bool = False) -> npt.NDArray[n
     return np.fromiter(numbers, dtype=np.uint64, count=len(examples))
 
 
-def _digest(examples: Mapping[SplitRole, Sequence[Example]]) -> str:
+def digest_of(examples: Mapping[SplitRole, Sequence[Example]]) -> str:
     """SHA-256 over all fields, each after its length, so that different data sets never give the same bytes."""
     digest = hashlib.sha256()
     for role in ROLES:
-        digest.update(f"{role} {len(examples[role])}\n".encode())
-        for example in examples[role]:
+        digest.update(f"{role} {len(examples.get(role, ()))}\n".encode())
+        for example in examples.get(role, ()):
             output = example.output
             others = example.others if isinstance(example, Pair) else ()
             for value in (example.input, *(output if isinstance(output, tuple) else (output,)), *others):

@@ -20,7 +20,7 @@ from turret.adapters import require_base
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts
 from turret.adapters.attached import Attachment, device_of, hook_model, routed_linear, routed_whole, target_paths
 from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
-from turret.adapters.composition import composed
+from turret.adapters.composition import all_parts
 from turret.adapters.fused.frozen import linear
 from turret.adapters.lora import sizes
 from turret.adapters.scaled import ScaledLayer
@@ -39,7 +39,6 @@ from turret.engine.sgmv import BGMV, Segment, mixed_rows, sgmv
 from turret.errors import AdapterError
 from turret.families import Family
 from turret.kernels import AdapterSpans, Library, usable
-from turret.methods.lookup import numbers_of
 from turret.tasks import Task
 from turret.transformer import Model
 
@@ -80,13 +79,11 @@ class AdapterPool:
 
     def prepare(self, adapter: Adapter, digest: str, task: Task) -> AdapterTensors:
         """Check that the adapter fits this base and is used whole, and copy it into one buffer. Raises AdapterError."""
-        require_base(adapter, self.fingerprint)
-        adapter, *others = map(self._with_own_names, (adapter, *adapter.others))
-        for other in others:
-            require_base(other, self.fingerprint)
-        if others and any(each.head for each in (adapter, *others)):
-            raise AdapterError("one of the composed adapters has a head: only adapters that generate can be composed")
-        parts = composed([numbers_of(each.method).parts(self._model, each) for each in (adapter, *others)])
+        for each in (adapter, *adapter.others):
+            require_base(each, self.fingerprint)
+        others = tuple(map(self._with_own_names, adapter.others))
+        adapter = replace(self._with_own_names(adapter), others=others)
+        parts = all_parts(self._model, adapter)
         head = self._heads.checked(adapter, task.generates)
         factors, prefix, ends = self._by_layer(parts, head), tensor_layout(parts.prefix), tensor_layout(head)
         count = sum(part.numel() for pair in factors.values() for part in pair)

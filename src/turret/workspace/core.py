@@ -110,15 +110,9 @@ class Workspace:
         return self.store.rollback(name, alias)
 
     def gate(
-        self,
-        name: str,
-        alias: str | None = None,
-        *,
-        add: Iterable[str] = (),
-        remove: Iterable[str] = (),
-        golden: str | Path | None = None,
-        share: float | None = None,
-    ) -> Sequence[Gate | Golden]:
+        self, name: str, alias: str | None = None, *, add: Iterable[str] = (), remove: Iterable[str] = (),
+        golden: str | Path | None = None, share: float | None = None,
+    ) -> Sequence[Gate | Golden]:  # fmt: skip
         """Add and remove gates of an alias, and return its gates. Without an alias, return those of all aliases.
 
         Args:
@@ -191,20 +185,11 @@ class Workspace:
         return training.train(self.store, recipe, callbacks, dataset, fresh=fresh, beside_base=beside_base)
 
     def compare(
-        self,
-        recipe: Recipe,
-        *,
-        methods: str | None = None,
-        seeds: int = 5,
-        budget: float | None = None,
-        fractions: Sequence[float] = (1.0,),
-        margin: float = 1.0,
-        against: str = "full",
-        lr: float | Literal["auto"] | None = None,
-        texts: bool = True,
-        on_plan: Callable[[PlannedDesign], None] | None = None,
-        on_stage: Say | None = None,
-    ) -> Comparison:
+        self, recipe: Recipe, *, methods: str | None = None, seeds: int = 5, budget: float | None = None,
+        fractions: Sequence[float] = (1.0,), margin: float = 1.0, against: str = "full",
+        lr: float | Literal["auto"] | None = None, texts: bool = True,
+        on_plan: Callable[[PlannedDesign], None] | None = None, on_stage: Say | None = None,
+    ) -> Comparison:  # fmt: skip
         """Train several methods on the same data with several seeds, each in its own process, and judge them.
 
         Results of earlier calls are used again. Every training is a version in the store; the report is in `.folder`.
@@ -225,17 +210,10 @@ class Workspace:
         return comparing.compare(self.store, recipe, request, on_stage or silent, on_plan)
 
     def plan_comparison(
-        self,
-        recipe: Recipe,
-        *,
-        methods: str | None = None,
-        seeds: int = 5,
-        fractions: Sequence[float] = (1.0,),
-        margin: float = 1.0,
-        against: str = "full",
-        lr: float | Literal["auto"] | None = None,
+        self, recipe: Recipe, *, methods: str | None = None, seeds: int = 5, fractions: Sequence[float] = (1.0,),
+        margin: float = 1.0, against: str = "full", lr: float | Literal["auto"] | None = None,
         on_stage: Say | None = None,
-    ) -> PlannedDesign:
+    ) -> PlannedDesign:  # fmt: skip
         """What `compare` would train, and which differences it could detect. Trains and writes nothing.
 
         `.power` has the probability that equal methods are judged as good, and which seeds or examples would be enough.
@@ -244,6 +222,24 @@ class Workspace:
 
         request = comparing.ComparisonRequest(methods, seeds, None, tuple(fractions), margin, against, lr)
         return comparing.prepare(self.store, recipe, request, on_stage or silent).planned
+
+    def compare_composition(
+        self, composition: str, data: str, *, columns: JsonMapping | None = None, against: str | None = None,
+        margin: float = 1.0, texts: bool = True, device: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", on_stage: Say | None = None,
+    ) -> Comparison:  # fmt: skip
+        """Compare a composition such as "legal@3+formal@2" with its parts and the bare base on labelled examples.
+
+        Args:
+            data, columns: as for `evaluate`; by default the columns of the first part's training.
+            against: the row that all others are compared with: a part or "base"; default: the composition.
+            margin: points that still count as equally good.
+            texts: whether the report shows examples.
+        """
+        from turret.workspace.comparing import composing
+
+        request = composing.CompositionRequest(composition, data, columns or {}, against, margin, texts, device, dtype)
+        return composing.compare_composition(self.store, request, on_stage or silent)
 
     def control(
         self, recipe: Recipe, aspects: Sequence[str], *, methods: str | None = None, seeds: int = 1,

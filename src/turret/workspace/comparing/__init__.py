@@ -2,6 +2,7 @@
 
 compare(store, recipe, ComparisonRequest(...), ...)    everything, in the calling process, which loads no torch
 prepare(store, recipe, ComparisonRequest(...), ...)    what would be trained, and which differences it could detect
+composing.compare_composition(store, ...)              a composition with its parts; trains nothing, and loads torch
 python -m turret.workspace.comparing.cell_worker FOLDER    one training, or one measurement of the base
 """
 

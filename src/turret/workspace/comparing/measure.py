@@ -52,7 +52,7 @@ def version(store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping
         "losses": binned([record.loss for record in every_step(store, str(result["run"]))]),
         "made": provenance(ready.model, recipe.train.int8),
         "warnings": list(result.get("warnings", ())),
-        **_answers(ready, dataset.test, say),
+        **answered(ready, dataset.test, say),
     }
 
 
@@ -71,12 +71,16 @@ def base(store: Store, recipe: Recipe, say: Say) -> JsonObject:
         "parameters": {"trainable": 0, "stored": 0, "total": total},
         "bundle_bytes": 0,
         "notes": ready.notes,
-        **_answers(mounted, ready.dataset.test, say, bare=bare),
+        **answered(mounted, ready.dataset.test, say, bare=bare),
     }
 
 
-def _answers(ready: answering.Mounted, examples: Sequence[Example], say: Say, *, bare: bool = False) -> JsonObject:
-    """Metrics, an answer and a score per example, the time of one answer, and forgetting."""
+def answered(ready: answering.Mounted, examples: Sequence[Example], say: Say, *, bare: bool = False) -> JsonObject:
+    """Metrics, an answer and a score per example, the time of one answer, and the forgetting of slot 1.
+
+    Args:
+        bare: ask slot 0, the base alone.
+    """
     say(f"answering {len(examples)} test examples")
     model, task = ready.model, ready.task
     slot = adapters.BARE if bare else None

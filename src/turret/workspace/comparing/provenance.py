@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-import turret
 from turret import quantized
 from turret.json_types import JsonObject
 from turret.transformer import Model
@@ -30,7 +29,7 @@ def provenance(model: Model, int8: bool) -> JsonObject:
         "threads": torch.get_num_threads(),
         "precision": precision,
         "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
-        "commit": commit(Path(turret.__file__).parents[2]),
+        "commit": commit(Path(__file__).parents[4]),
     }
 
 

@@ -12,24 +12,23 @@ from turret.store import Store
 from turret.timestamp import timestamp
 
 FOLDERS = {"comparisons": "comparison", "controls": "control"}  # folder in the store -> kind of report
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", re.ASCII)
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,220}", re.ASCII)
 
 
 def listed(store: Store) -> Sequence[JsonObject]:
     """`key`, `kind`, `written` and the contents of report.json, newest first; an unreadable report has a `problem`."""
-    sees = store.access.sees_report
     reports = [
         {**_summary(key, written, content), "kind": kind}
         for folder, kind in FOLDERS.items()
         for key, written, content in (_copied(store, folder) if store.artifacts.copies else _local(store, folder))
-        if _KEY.fullmatch(key) and sees(_name(key))
+        if _KEY.fullmatch(key) and _seen(store, key)
     ]
     return sorted(reports, key=lambda each: (each["written"], each["key"]), reverse=True)
 
 
 def read(store: Store, key: str) -> str:
     """The HTML of a report. Raises NotFound."""
-    known = _KEY.fullmatch(key) and store.access.sees_report(_name(key))
+    known = _KEY.fullmatch(key) and _seen(store, key)
     names = [f"{folder}/{key if known else '-'}/report.html" for folder in FOLDERS]
     try:
         found = (_content(store, name) for name in names)
@@ -71,9 +70,10 @@ def _place(store: Store) -> str:
     return "" if store.home == store.root else f"{store.home.relative_to(store.root).as_posix()}/"
 
 
-def _name(key: str) -> str:
-    """The recipe's name in a key, which ends in 10 digits of a digest."""
-    return re.sub("-[0-9a-f]{10}$", "", key)
+def _seen(store: Store, key: str) -> bool:
+    """Whether this store's access sees the report: all names in its key, which ends in 10 digits of a digest."""
+    names = re.sub("-[0-9a-f]{10}$", "", key).split("+")
+    return all(store.access.sees_report(name) for name in names)
 
 
 def _summary(key: str, written: str, content: bytes | OSError) -> JsonObject:

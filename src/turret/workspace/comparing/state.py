@@ -9,7 +9,9 @@ Under the store's root, `comparisons/<name>-<digest of recipe and data>/`:
 - `cells/<key>/failed.json`: why there is no result; the next call tries again
 - `report.html`, `report.md`, `report.json`: of all results so far
 
-Measurements of control have the same layout under `controls/`, and the classifier's training data in `references/`.
+A comparison of a composition with its parts is in `comparisons/<name>+<name>-<digest of versions and data>/`. Its cells
+are the rows, and have a result only. Measurements of control have the same layout under `controls/`, and the
+classifier's training data in `references/`.
 
 A cell's key depends only on its recipe, so a later call with more methods, seeds or fractions uses the same results.
 """
