@@ -19,7 +19,7 @@ from turret.store import Version
 from turret.workspace import Workspace
 
 TENANTS = ("amberfox", "cobaltowl", "jadeheron", "rubyotter", "violetmoth")
-FEW = 600  # requests a minute of the last tenant, which is refused some of them
+FEW = 60  # requests a minute of the last tenant, which is refused most of them
 METHODS = (
     turret.LoRA(r=4, lora_alpha=8, init_lora_weights=False),
     turret.LoRA(r=2, lora_alpha=4, init_lora_weights=False, target_modules="all-linear"),
@@ -105,6 +105,6 @@ def test_for_minutes_every_answer_is_right_and_nobody_gets_what_is_anothers(tmp_
     assert stats.evictions > 0
     assert told["valid"] > 0.9 * told["structured"] > 0
     assert house.tenants[-1].counts["refused"] > 0
-    for tenant in house.tenants:
+    for tenant in house.tenants[:-1]:
         for kind in ("completion", "chat", "structured", "embedding", "labels", "own_base", "stranger", "leaving"):
             assert tenant.counts[kind] > 0, kind

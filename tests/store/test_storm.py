@@ -1,6 +1,9 @@
 """Two servers and two workers on one PostgreSQL and S3, five tenants; one of the four is killed again and again.
 
-TURRET_STORM_SECONDS says for how long; 600 by default.
+A gc runs now and then.
+
+TURRET_STORM_SECONDS says for how long; 600 by default. It takes up to twice as long on a machine that is so busy that
+too little happens.
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ from pathlib import Path
 
 import pytest
 import small_models
-from sqlalchemy import select
+from sqlalchemy import func, select
 from store.bundles import tensors, write_bundle
 from store.storm_clients import Answer, Asker, Client, Operator, Program, Tenant
 
 from turret import bases, kernels
 from turret.database import runs
 from turret.recipe import Recipe
-from turret.store import Store, usage
+from turret.store import Store, queued_data, usage
 from turret.store.queue import TRIES
 from turret.workspace import Workspace
 
@@ -94,13 +97,15 @@ def test_nothing_is_lost_and_nobody_sees_anybody_while_servers_and_workers_are_k
     ]
     for each in clients:
         each.start()
-    begun, kills = time.monotonic(), 0
-    while (passed := time.monotonic() - begun) < SECONDS:
+    begun, kills, freed = time.monotonic(), 0, 0
+    while (passed := time.monotonic() - begun) < SECONDS or (passed < 2 * SECONDS and missing(store, tenants, kills)):
         time.sleep(draw.uniform(2, 6))
         require_well(clients)
         for each in clients:
-            each.trains = passed < 0.75 * SECONDS
+            each.trains = passed < 0.75 * SECONDS or finished(store) < SECONDS / 100
         kills += kill_one(programs, draw)
+        if draw.random() < 0.3:
+            freed += sum(each.why == queued_data.WHY for each in store.gc().removed)
     for each in clients:
         each.ended.set()
     for each in clients:
@@ -114,13 +119,24 @@ def test_nothing_is_lost_and_nobody_sees_anybody_while_servers_and_workers_are_k
     for server in servers:
         for life in range(1, server.life + 1):
             assert '"bug"' not in server.errors(life)
-    finished = sum(check(store, tenant, tenants) for tenant in tenants)
+    assert sum(check(store, tenant, tenants) for tenant in tenants) == finished(store)
+    freed += sum(each.why == queued_data.WHY for each in store.gc().removed)
+    assert store.artifacts.listed(f"{queued_data.FOLDER}/") == []
     verify(store)
-    assert kills >= SECONDS / 10
-    assert finished >= SECONDS / 100
-    assert min(len(tenant.answers) for tenant in tenants) > SECONDS / 4
-    assert min(len(tenant.moves) for tenant in tenants) > SECONDS / 60
-    assert min(tenant.counts["foreign"] for tenant in tenants) > SECONDS / 60
+    assert freed > 0
+    assert missing(store, tenants, kills) == []
+
+
+def missing(store: Store, tenants: Sequence[Tenant], kills: int) -> list[str]:
+    """What has happened too rarely for the storm to say something."""
+    least = {
+        "kills": kills - SECONDS / 10,
+        "finished trainings": finished(store) - SECONDS / 100,
+        "answers": min(len(tenant.answers) for tenant in tenants) - SECONDS / 4 - 1,
+        "moves": min(len(tenant.moves) for tenant in tenants) - SECONDS / 60 - 1,
+        "asks for what is another's": min(tenant.counts["foreign"] for tenant in tenants) - SECONDS / 60 - 1,
+    }
+    return [what for what, more in least.items() if more < 0]
 
 
 def kill_one(programs: Sequence[Program], draw: random.Random) -> int:
@@ -143,6 +159,12 @@ def wait_for(check: Callable[[], object], seconds: float, problem: str | Callabl
     while not check():
         assert time.monotonic() < end, problem if isinstance(problem, str) else problem()
         time.sleep(0.2)
+
+
+def finished(store: Store) -> int:
+    """How many trainings of all tenants are finished."""
+    with store.database().reading() as connection:
+        return int(connection.execute(select(func.count()).where(runs.c.state == "finished")).scalar_one())
 
 
 def states(store: Store) -> set[str]:
