@@ -38,6 +38,22 @@ def test_without_a_token_401_with_the_wrong_scope_403_on_every_guarded_path(serv
         assert anyone.get(path).status_code == 200
 
 
+def test_a_token_for_metrics_reads_them_and_opens_nothing_else(serve, put, workspace) -> None:
+    put()
+    _, secret = workspace.tokens.create("prometheus", ["metrics"])
+    running = serve()
+    client = running.client(secret)
+    assert "turret_tenant_requests_total" in client.get("/metrics").text
+    for path in ("/api/status", "/api/adapters", "/api/usage", "/v1/models", "/nothing", "/metrics/x"):
+        assert client.get(path).status_code == 403, path
+    assert client.post("/v1/classify", json=CLASSIFY).status_code == 403
+    assert client.post("/api/outcomes", json={"outcomes": []}).status_code == 403
+    with pytest.raises(Unauthorized, match="opens no page"):
+        running.served.guard.sign_in(secret)
+    with pytest.raises(Unauthorized, match="opens no page"):
+        running.served.guard.sign_in_as("prometheus", "default")
+
+
 @pytest.mark.parametrize(
     "path", ["/nothing", "/nothing/here", "/v2/models", "/metrics/x", "/api", "/v1", "//v1/models"]
 )

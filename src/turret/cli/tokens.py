@@ -24,7 +24,9 @@ Name = Annotated[str, typer.Argument(help="Name of the token.", show_default=Fal
 @token.command()
 def create(
     name: Name,
-    scope: Annotated[list[str], typer.Option("--scope", help="infer or admin; repeatable.")] = ["infer"],  # noqa: B006
+    scope: Annotated[
+        list[str], typer.Option("--scope", help="infer, admin, or metrics for /metrics alone; repeatable.")
+    ] = ["infer"],  # noqa: B006
     requests: Annotated[int | None, typer.Option("--requests-per-minute", help="Quota; default: none.")] = None,
     tokens: Annotated[int | None, typer.Option("--tokens-per-minute", help="Quota; default: none.")] = None,
     adapters: Annotated[

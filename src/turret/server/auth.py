@@ -28,7 +28,8 @@ LONGEST = 256  # characters of a token
 READS = ("GET", "HEAD", "OPTIONS")
 # Paths open to the scope infer; any other path needs admin, even if it does not exist.
 INFER, INFER_ROUTES = "/v1/", ("/tokenize", "/detokenize")
-ANY_SCOPE = ("/api/outcomes", "/openapi.json")  # paths open to any token
+# Paths open to several scopes.
+OPEN_TO = {"/api/outcomes": ("infer", "admin"), "/openapi.json": SCOPES, "/metrics": ("admin", "metrics")}
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ class Guard:
         if self._open:
             return self._anyone(host)
         token = self._token(authorization)
-        scope = "infer" if path.startswith(INFER) or path in INFER_ROUTES else "admin"
-        if path not in ANY_SCOPE and scope not in token.scopes:
-            raise Forbidden(f"token {token.name!r} has no scope {scope}: use one that has")
+        own = "infer" if path.startswith(INFER) or path in INFER_ROUTES else "admin"
+        if not set(token.scopes) & set(wanted := OPEN_TO.get(path, (own,))):
+            raise Forbidden(f"token {token.name!r} has no scope {' or '.join(wanted)}: use one that has")
         return _caller(token)
 
     def authorize_page(self, path: str, session: str | None, host: str | None) -> Caller:
@@ -136,7 +137,7 @@ class Guard:
 
     def sign_in(self, secret: str) -> str:
         """Open a session with a token. Raises Unauthorized."""
-        self._token(f"Bearer {secret}")
+        _require_pages(self._token(f"Bearer {secret}"))
         return self.sessions.begin(hashed(secret.strip()))
 
     def sign_in_as(self, name: str, tenant: str) -> str:
@@ -147,6 +148,7 @@ class Guard:
         token = next((each for each in self._tokens if (each.name, each.access.tenant) == (name, tenant)), None)
         if token is None or not token.lives(now()):
             raise Unauthorized(f"there is no token for {ascii(name)[:60]}: ask an operator for `turret token create`")
+        _require_pages(token)
         return self.sessions.begin(token.hash)
 
     def _anyone(self, host: str | None) -> Caller:
@@ -166,6 +168,12 @@ class Guard:
                 "the token is unknown, has expired or was revoked: make one with `turret token create NAME`"
             )
         return token
+
+
+def _require_pages(token: AccessToken) -> None:
+    """Raise Unauthorized for a token that opens no page."""
+    if not set(token.scopes) & {"infer", "admin"}:
+        raise Unauthorized(f"token {token.name!r} opens no page: expected one with the scope infer or admin")
 
 
 def _caller(token: AccessToken, session: str | None = None) -> Caller:

@@ -12,7 +12,7 @@ from turret.server.error_responses import error_response
 from turret.server.metrics import CONTENT_TYPE
 from turret.server.routes import State, router
 
-anyone, control = router(""), router("admin")
+anyone, control = router(""), router("admin or metrics")
 
 
 @anyone.get("/healthz")

@@ -27,7 +27,7 @@ from turret.store.catalog import now, who
 from turret.timestamp import timestamp
 from turret.visibility import access_of
 
-Scope = Literal["infer", "admin"]
+Scope = Literal["infer", "admin", "metrics"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "turret-"
 OVERLAP = 86400.0  # seconds for which the secret before a rotation stays valid
