@@ -39,9 +39,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(leases.VARIABLE, "0.6")
 
 
-def take(database: Database) -> Lease | None:
+def take(database: Database, name: str = "work") -> Lease | None:
     with database.writing() as connection:
-        return leases.take(connection, "work")
+        return leases.take(connection, name)
 
 
 def elsewhere(database: Database, until: float = 0.6) -> None:
@@ -75,6 +75,38 @@ def test_a_slow_owner_whose_lease_was_taken_writes_nothing_any_more(database, sh
         leases.release(connection, slow)  # not ours any more
         quick.require(connection)
     assert take(database) is None
+
+
+def test_an_owner_moves_its_own_lease_alone_and_a_released_one_is_nobodys(database) -> None:
+    held = {name: take(database, name) for name in ("a", "b", "c")}
+    lease = held["b"]
+    assert lease is not None
+
+    def rows() -> dict[str, tuple[float, str]]:
+        with database.reading() as connection:
+            return {row.name: (row.until, row.process) for row in connection.execute(select(leases.leases))}
+
+    elsewhere(database, until=-1)
+    before = rows()
+    for act in (leases.renew, leases.adopt, leases.release):
+        with database.writing() as connection:
+            act(connection, lease)
+        after = rows()
+        assert {name for name in after if after[name] != before[name]} == {"b"}, act.__name__
+        with database.reading() as connection:
+            late = leases.held(connection, "", late=True)
+        assert late == (set() if act is leases.release else {"b"}), act.__name__
+        assert (after["b"][1] == ANOTHER_MACHINE) == (act is leases.renew)
+
+
+def test_a_lease_of_another_owner_with_the_same_fence_is_not_released(database) -> None:
+    """As after the catalog was restored from a copy."""
+    lease = take(database)
+    assert lease is not None
+    with database.writing() as connection:
+        connection.execute(update(leases.leases).values(owner="another"))
+        leases.release(connection, lease)
+        assert leases.held(connection, "") == {"work"}
 
 
 def test_an_owner_after_an_outage_goes_on_if_nobody_took_its_lease(database) -> None:

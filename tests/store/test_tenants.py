@@ -114,6 +114,8 @@ def test_patterns_limit_what_is_seen_within_a_tenant(store: Store, put) -> None:
     ):
         limited = store.seen_by(access)
         assert [each.name for each in limited.list()] == names
+        every = ("legal", "legal-tax", "sales")
+        assert [name for name in every if access.sees(name) and access.sees_base(f"base-{name}")] == names
         for name in {"legal-tax", "legal", "sales"} - set(names):
             missing = message(lambda limited=limited: limited.resolve("nobody")).replace("nobody", name)
             assert message(lambda limited=limited, name=name: limited.resolve(name)) == missing
