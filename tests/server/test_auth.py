@@ -189,3 +189,26 @@ def test_the_guard_tells_what_is_wrong_by_class(tmp_path) -> None:
     with pytest.raises(Forbidden, match="no scope admin"):
         guard.authorize("/api/status", f"Bearer {secret}", None)
     assert guard.authorize("/v1/models", f"bearer {secret}", None).name == "reader"
+
+
+def test_a_person_gets_the_session_of_their_own_token(tmp_path) -> None:
+    tokens = Store(tmp_path / "store").tokens
+    guard = Guard("127.0.0.1", [tokens.create(name)[0] for name in ("ann", "bob")])
+    session = guard.sign_in_as("bob", "default")
+    assert guard.authorize_page("/", session, None).name == "bob"
+    for person in (("eve", "default"), ("bob", "other")):
+        with pytest.raises(Unauthorized, match="there is no token for"):
+            guard.sign_in_as(*person)
+
+
+def test_the_owner_of_a_batch_asks_while_its_token_is_valid_and_anyone_while_the_server_is_open(tmp_path) -> None:
+    tokens = Store(tmp_path / "store").tokens
+    anyone = Guard("127.0.0.1", []).caller_of("")
+    assert anyone is not None
+    assert (anyone.name, anyone.scopes) == (None, ("infer", "admin"))
+    guard = Guard("127.0.0.1", [tokens.create("reader")[0]])
+    owner = guard.caller_of("token reader")
+    assert owner is not None
+    assert owner.name == "reader"
+    guard.set_tokens([tokens.revoke("reader")])
+    assert [guard.caller_of(key) for key in ("", "token reader", "token nobody")] == [None] * 3

@@ -81,7 +81,9 @@ def test_a_tenant_at_its_limit_waits(store, line) -> None:
     assert taken.run == first
     assert line.take() is None
     assert of(store, "other").take() is None, "the limit is the tenant's, whoever works"
-    store.training_runs().end(line.adopt(taken), "finished", error=None, result=None)
+    held = line.adopt(taken)
+    assert not held.resumed
+    store.training_runs().end(held, "finished", error=None, result=None)
     again = line.take()
     assert again is not None
     assert again.run == second
@@ -89,6 +91,7 @@ def test_a_tenant_at_its_limit_waits(store, line) -> None:
 
 def test_a_full_queue_of_one_tenant_takes_no_more_of_it_and_all_of_others(store, line) -> None:
     line.limit("default", running=None, waiting=2)
+    line.limit("other", running=None, waiting=1)
     for _ in range(2):
         line.submit("a", "x")
     with pytest.raises(QueueFull, match="2 trainings of tenant default wait already, and 2 may"):
@@ -121,6 +124,7 @@ def test_a_training_is_tried_three_times_with_pauses_and_then_failed(store, line
         assert taken.tries == tries
         assert line.after(taken, "S3 did not answer") == ("failed" if tries == 3 else "waiting")
         assert line.take() is None, "not at once"
+        assert (store.run(run)["ended"] is None) == (tries < 3)
         make_due(store)
     assert (state(store, run), store.run(run)["error"]) == ("failed", "S3 did not answer")
 
@@ -151,6 +155,7 @@ def test_a_killed_workers_training_is_taken_over_and_the_worker_cannot_write(sto
         with pytest.raises(LeaseLost):
             act()
     assert line.log(run) == []
+    assert line.adopt(quick).resumed, "it goes on from the last checkpoint"
     for _ in range(2):
         lose_workers(store)
         line.take()
@@ -172,6 +177,7 @@ def test_cancelled_while_it_waits_runs_or_has_lost_its_worker_it_ends(store, lin
     assert line.cancel(lost) == "cancelled"
     assert line.take() is None
     assert [state(store, run) for run in (waiting, running, lost)] == ["cancelled"] * 3
+    assert all(store.run(run)["ended"] for run in (waiting, running, lost))
     with pytest.raises(InUse, match="is cancelled: only a waiting or running one"):
         line.cancel(waiting)
 
