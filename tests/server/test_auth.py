@@ -10,7 +10,7 @@ import pytest
 from turret.errors import BadReference, Forbidden, InUse, NotFound, ServeRefused, Unauthorized
 from turret.server.auth import Guard, is_loopback
 from turret.store import Store
-from turret.store.access_tokens import PREFIX, hashed, which
+from turret.store.access_tokens import PREFIX, SCOPES, hashed, which
 
 CLASSIFY = {"model": "a", "input": "x"}
 
@@ -205,7 +205,7 @@ def test_the_owner_of_a_batch_asks_while_its_token_is_valid_and_anyone_while_the
     tokens = Store(tmp_path / "store").tokens
     anyone = Guard("127.0.0.1", []).caller_of("")
     assert anyone is not None
-    assert (anyone.name, anyone.scopes) == (None, ("infer", "admin"))
+    assert (anyone.name, anyone.scopes) == (None, SCOPES)
     guard = Guard("127.0.0.1", [tokens.create("reader")[0]])
     owner = guard.caller_of("token reader")
     assert owner is not None
