@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import small_models
+from clients import scribe as scribes
 from clients.environments import Unavailable, environment
 from server import conftest as servers
 from server.conftest import Running
@@ -51,6 +52,17 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     engine = workspace.engine(str(base), dtype="float32")
     running = Running(workspace, engine, ServerSettings(), options=engine_room.Options).start()
     yield House(workspace, running, engine, *tokens)
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def scribe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """URL and token of a server whose adapters have learnt a form each: see `clients.scribe`."""
+    folder = tmp_path_factory.mktemp("scribe")
+    workspace = scribes.build(folder)
+    engine = workspace.engine(str(folder / "base"), dtype="float32")
+    running = Running(workspace, engine, ServerSettings(), options=engine_room.Options).start()
+    yield {"URL": f"{running.url}/v1", "TOKEN": "none"}
     running.stop()
 
 

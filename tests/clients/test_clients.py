@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import byte_level
 import pytest
 import small_models
 import torch
-from server.conftest import Running
 
 from turret.data.cells import Replacements
 from turret.data.conversations import prompt_of, turns_of
 from turret.engine import Embedding, Options
-from turret.server.settings import ServerSettings
-from turret.workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.clients]
 TEXT = "the market fell"
@@ -80,19 +76,63 @@ def test_llama_index(run, expected) -> None:
     agree(told, expected, "chat", "chat_stream", "completion", "completion_stream")
 
 
-def test_instructor_gets_an_object_of_its_class(run, tmp_path) -> None:
-    base = byte_level.save_base(tmp_path / "base")  # its chat template knows tools
-    workspace = Workspace(tmp_path / "store")
-    engine = workspace.engine(str(base), dtype="float32")
-    running = Running(workspace, engine, ServerSettings(), options=Options).start()
-    try:
-        told = run("instructor", "with_instructor.py", URL=f"{running.url}/v1", MODEL="base", MODES="JSON_SCHEMA TOOLS")
-    finally:
-        running.stop()
-    assert list(told) == ["JSON_SCHEMA", "TOOLS"]
-    for name, review in told.items():
-        assert set(review) == {"good", "tone"}, name
-        assert review["tone"] in ("calm", "loud")
+# --- structured output -----------------------------------------------------------------------------------------------
+
+CALM, LOUD = {"good": True, "tone": "calm"}, {"good": False, "tone": "loud"}
+# A mode that enforces the form works with any model whose template knows tools. The others ask for the form in words,
+# so the answer fits if the model has learnt to write it: these adapters have.
+MODES = {
+    "TOOLS": "base",
+    "TOOLS_STRICT": "base",
+    "FUNCTIONS": "base",
+    "JSON_SCHEMA": "base",
+    "JSON_O1": "base",
+    "RESPONSES_TOOLS": "base",
+    "RESPONSES_TOOLS_WITH_INBUILT_TOOLS": "base",
+    "JSON": "json",
+    "MD_JSON": "markdown",
+    "PARALLEL_TOOLS": "caller",
+}
+
+
+def is_review(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"good", "tone"}:
+        return False
+    return isinstance(value["good"], bool) and value["tone"] in ("calm", "loud")
+
+
+def test_instructor_in_every_mode_of_its_openai_client(run, scribe) -> None:
+    found = run("instructor", "with_instructor.py", MODES=json.dumps(MODES), **scribe)
+    told = found["told"]
+    assert set(found["offered"]) <= set(MODES)
+    assert (told.pop("JSON"), told.pop("MD_JSON"), told.pop("PARALLEL_TOOLS")) == (CALM, CALM, [CALM, LOUD])
+    assert len(told) == 7
+    assert all(map(is_review, told.values())), told
+
+
+def test_instructor_gets_no_object_where_a_model_has_not_learnt_a_form_that_nothing_enforces(run, scribe) -> None:
+    modes = dict.fromkeys(("JSON", "MD_JSON", "PARALLEL_TOOLS"), "base")
+    told = run("instructor", "with_instructor.py", MODES=json.dumps(modes), **scribe)["told"]
+    assert [name for name, value in told.items() if isinstance(value, str)] == list(modes), told
+
+
+def test_langchain_gets_structured_output_and_calls_of_tools(run, scribe) -> None:
+    told = run("langchain", "langchain_structured.py", **scribe)
+    structured = told["structured"]
+    assert structured.pop("json_mode") == CALM
+    assert len(structured) == 5
+    assert all(map(is_review, structured.values())), structured
+    assert len(told["required"]) == 1
+    assert is_review(told["required"][0])
+    assert told["calls"] == told["streamed"] == [CALM, LOUD]
+    assert told["after"] == "AIMessage"
+
+
+def test_llama_index_gets_structured_output_and_calls_of_tools(run, scribe) -> None:
+    told = run("llama_index", "llama_index_structured.py", **scribe)
+    assert told.pop("tools") == [CALM]  # it keeps the first call, unless several are allowed
+    assert len(told) == 3
+    assert all(map(is_review, told.values())), told
 
 
 # --- accuracy by lm-eval ----------------------------------------------------------------------------------------------
