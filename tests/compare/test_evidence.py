@@ -143,7 +143,7 @@ def test_stored_versions_are_judged_by_the_examples_alone() -> None:
     assert sum(each.difference.low <= -5 <= each.difference.high for each in said) >= 186
     assert sum(each.word in ("within", "better") for each in said) <= 8
     assert judge(simulated(rng, 1, 1000, -0.10), 1.0, rng, fixed=True).word == "worse"
-    few = judge(simulated(rng, 1, 60, 0.0, shared=0.5), 1.0, rng, fixed=True)
+    few = judge(np.repeat([[1.0, -1.0, 0.0]], [4, 4, 52], axis=1), 1.0, rng, fixed=True)
     assert few.word == "undecided"
     assert "more test examples would settle it" in few.sentence()
     assert "seed" not in few.sentence()
