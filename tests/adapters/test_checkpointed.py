@@ -14,6 +14,7 @@ from small_models import FAMILIES, GENERATORS, RELATIVES, build
 
 from turret.adapters import attach, checkpoint_layers, classify_logits, detach, multiply_in_int8, target_logits
 from turret.adapters.fused import without
+from turret.errors import AdapterError
 from turret.kernels import int8
 from turret.methods import Full, LoRA, Peft, Prefix
 from turret.train.memory import SavedForBackward
@@ -68,6 +69,10 @@ def test_every_other_methods_gradients_are_the_same(family: str, method: Any) ->
 @pytest.mark.parametrize("family", [each for each in RELATIVES if each not in ("deberta-v2", "mpnet", "pegasus")])
 @pytest.mark.parametrize("method", METHODS[:2], ids=lambda method: method.kind)
 def test_a_relatives_gradients_are_the_same(family: str, method: Any) -> None:
+    if (family, method.kind) == ("big_bird", "prefix"):
+        with pytest.raises(AdapterError, match="computes its attention itself"):
+            require_the_same(family, "classify", method)
+        return
     require_the_same(family, "classify", method)
 
 

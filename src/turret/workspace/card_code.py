@@ -5,7 +5,7 @@ Words from outside (labels, templates, names) become Python literals in ASCII, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from turret.json_types import JsonMapping, JsonValue
@@ -54,12 +54,13 @@ def inference(place: Place, task: JsonMapping, task_type: str | None, *, token_b
     lines += [FOUR_BITS] if four_bits else []
     labels = task.get("labels")
     names = [str(label) for label in labels] if isinstance(labels, list) and not writes else []
-    lines += [f"labels = {names!a}"] if names else []
+    outputs = stored_task(task).num_labels(names)  # of the head; None: there is none
+    lines += [f"labels = {names!a}"] if len(names) == outputs else []
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({place.tokenizer!a})"]
-    lines += _model(place, auto, bool(names))
+    lines += _model(place, auto, names, outputs)
     lines += ['text = "a text of your own"']
     if not writes:
-        lines += _classify(task)
+        lines += _classify(task, len(names) == outputs)
     elif task.get("family_kind") == "encoder-decoder":
         lines += _encoder_decoder(task)
     else:
@@ -91,16 +92,19 @@ def llama_cpp(path: str, task: JsonMapping) -> str:
     return "\n".join(lines)
 
 
-def _model(place: Place, auto: str, labelled: bool) -> Iterator[str]:
+def _model(place: Place, auto: str, names: Sequence[str], outputs: int | None) -> Iterator[str]:
     if place.merged:
         yield f"model = {auto}.from_pretrained({place.adapter!a}).eval()"
         return
     kept = ", quantization_config=four_bits" if place.four_bits else ""
-    if labelled:
+    if outputs is not None:
         yield f"base = {auto}.from_pretrained("
         yield f"    {place.base!a},"
-        yield "    id2label=dict(enumerate(labels)),"
-        yield "    label2id={label: number for number, label in enumerate(labels)},"
+        if len(names) == outputs:
+            yield "    id2label=dict(enumerate(labels)),"
+            yield "    label2id={label: number for number, label in enumerate(labels)},"
+        else:
+            yield f"    num_labels={outputs},"
         yield "    ignore_mismatched_sizes=True,  # the head comes with the adapter"
         if kept:
             yield "    quantization_config=four_bits,"
@@ -110,12 +114,15 @@ def _model(place: Place, auto: str, labelled: bool) -> Iterator[str]:
     yield f"model = PeftModel.from_pretrained(base, {place.adapter!a}).eval()"
 
 
-def _classify(task: JsonMapping) -> Iterator[str]:
+def _classify(task: JsonMapping, named: bool) -> Iterator[str]:
+    """named: every output of the head is the score of a label."""
     text = f"{_text(task, 'prefix_text')!a} + text" if _text(task, "prefix_text") else "text"
     yield f'ids = tokenizer({text}, truncation=True, max_length={_most(task)})["input_ids"]'
     yield "with torch.no_grad():"
     yield "    logits = model(input_ids=torch.tensor([ids])).logits[0]"
-    if task.get("multi_label"):
+    if not named:
+        yield "print(logits.tolist())"
+    elif task.get("multi_label"):
         yield "print([label for label, chance in zip(labels, logits.sigmoid().tolist()) if chance >= 0.5])"
     else:
         yield "print(labels[int(logits.argmax())], float(logits.softmax(-1).max()))"
