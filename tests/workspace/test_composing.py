@@ -16,7 +16,6 @@ import small_models
 from command_line import typed
 from server.test_end_to_end import bundle
 
-import turret
 from turret.access import Access
 from turret.data import Pair
 from turret.engine import Options
@@ -32,19 +31,9 @@ MODELS = ("x+p", "x", "p", None)
 def house(tmp_path_factory) -> SimpleNamespace:
     folder: Path = tmp_path_factory.mktemp("composing")
     base, other = byte_level.save_base(folder / "base"), byte_level.save_base(folder / "other", seed=1)
-    lora = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}
-    methods: dict[str, Any] = {
-        "x": turret.LoRA(**lora, target_modules=("q_proj", "v_proj")),
-        "y": turret.LoRA(**lora | {"r": 2}, target_modules="all-linear"),
-        "p": turret.Prefix(num_virtual_tokens=3, reparametrize=False),
-        "q": turret.Prefix(num_virtual_tokens=2, reparametrize=False),
-        "i": turret.Peft(peft_type="IA3"),
-    }
     workspace = Workspace(folder / "store")
-    for seed, (name, method) in enumerate(methods.items(), 1):
-        workspace.store.put(name, byte_level.save_adapter(folder / name, base, seed, method))
+    byte_level.store_to_compose(workspace, folder, base)
     workspace.store.put("far", byte_level.save_adapter(folder / "far", other, 9))
-    workspace.promote("x@1", "production")
     with workspace.engine(str(base), dtype="float32") as engine:
         texts = {model: [text_of(engine, prompt, model) for prompt in PROMPTS] for model in MODELS}
     # each row of the comparison is nearest to the target of every fourth example

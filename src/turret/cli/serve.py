@@ -147,7 +147,7 @@ def _serve(
     Guard(settings.host, workspace.tokens.of_all_tenants())  # refuses before the base is loaded
     with bind(settings.host, settings.port) as listening, ExitStack() as opened:
         with status() as show:
-            engines = [
+            loaded = [
                 opened.enter_context(
                     workspace.engine(
                         name,
@@ -160,11 +160,11 @@ def _serve(
                 )
                 for name in names
             ]
-        state = ServerState(workspace, Engines(*engines), Options, settings)
-        bases, devices = [each.name for each in state.engines.bases], {str(each.base.model.device) for each in engines}
+        engines = Engines(*loaded)
+        state = ServerState(workspace, engines, Options, settings)
+        bases, devices = [each.name for each in engines.bases], {str(each.base.model.device) for each in loaded}
         run(state, listening, lambda url: _announce(url, bases, ", ".join(sorted(devices)), as_json))
-        for each in engines:
-            each.drain(state.limits.drain_seconds)
+        engines.drain(state.limits.drain_seconds)
 
 
 def _provider(

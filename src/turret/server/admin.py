@@ -40,7 +40,7 @@ async def status(state: State) -> schemas.Status:
         )
         for each in state.engines.bases
     ]
-    only = bases[0] if len(state.engines.fingerprints) == 1 else None
+    only = None if state.engines.only is None else bases[0]
     shown = schemas.Status(
         base=None if only is None else {"id": only.id, "fingerprint": only.fingerprint},
         ready=state.ready,

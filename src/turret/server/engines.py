@@ -6,8 +6,10 @@ reference is looked up here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from turret.engine import LoadedAdapter, Named, Options, Stats
 from turret.errors import BadRequest, NotFound, ServeRefused, TurretError
@@ -31,7 +33,7 @@ class ServedBase:
     def id(self) -> str:
         return self.engine.base.id
 
-    @property
+    @cached_property
     def name(self) -> str:
         """What clients call it: its id; for a base in a folder, the folder's name."""
         is_folder = self.id.startswith(("/", ".", "~"))
@@ -55,6 +57,7 @@ class Engines:
 
     def __init__(self, *engines: EngineProtocol) -> None:
         self.bases = [ServedBase(each) for each in engines]
+        self.fingerprints = frozenset(each.fingerprint for each in self.bases)
         for place, base in enumerate(self.bases):
             for other in self.bases[:place]:
                 if base.fingerprint == other.fingerprint:
@@ -69,9 +72,15 @@ class Engines:
         """The base of a server that has one."""
         return self.bases[0] if len(self.bases) == 1 else None
 
-    @property
-    def fingerprints(self) -> frozenset[str]:
-        return frozenset(each.fingerprint for each in self.bases)
+    def of(self, fingerprint: str | None) -> ServedBase | None:
+        """The base with this fingerprint, if it is served here."""
+        return next((each for each in self.bases if each.fingerprint == fingerprint), None)
+
+    def drain(self, timeout: float) -> None:
+        """Take no new requests and wait for the others, for at most `timeout` seconds over all bases."""
+        end = time.monotonic() + timeout
+        for each in self.bases:
+            each.engine.drain(max(0.0, end - time.monotonic()))
 
 
 class SeenEngines:
@@ -98,11 +107,21 @@ class SeenEngines:
     @property
     def bases(self) -> Sequence[ServedBase]:
         """The bases that the access sees; the only one is named to all."""
-        return self._seen() if self._engines.only is None else self._engines.bases
+        return self.askable if self._engines.only is None else self._engines.bases
+
+    @property
+    def only(self) -> ServedBase | None:
+        """The base of a server that has one."""
+        return self._engines.only
+
+    @property
+    def askable(self) -> Sequence[ServedBase]:
+        """The bases that the access may ask by their own names."""
+        return [each for each in self._engines.bases if self.access.sees_base(each.id)]
 
     def bare(self, model: str) -> ServedBase | None:
         """The base that a request asks by its own name, if the access sees it."""
-        return next((each for each in self._seen() if each.name == model), None)
+        return next((each for each in self.askable if each.name == model), None)
 
     def base_of(self, model: str | None) -> ServedBase:
         """The base that a model stands for: by its own name, or by the reference of an adapter. May read the store.
@@ -120,15 +139,14 @@ class SeenEngines:
 
     def base_of_version(self, version: Version) -> ServedBase | None:
         """The base that a version was trained on, if it is served here."""
-        found = version.part("base").get("fingerprint")
-        return next((each for each in self._engines.bases if each.fingerprint == found), None)
+        return self._engines.of(version.part("base").get("fingerprint"))
 
     def sees(self, reference: str) -> bool:
         """Whether an adapter of this name may be seen; of the empty name, whether all bases may be. May read the store.
 
         An access that sees only some of the bases sees a name only if it finds its version in the store.
         """
-        seen = self._seen()
+        seen = self.askable
         if not seen or (reference and not self._sees_names(reference)):
             return False
         return len(seen) == len(self._engines.bases) or (bool(reference) and self._finds(reference))
@@ -167,7 +185,7 @@ class SeenEngines:
 
     def loaded(self) -> Sequence[LoadedAdapter]:
         """The versions in memory that the access sees, base by base."""
-        loaded = [each for base in self._seen() for each in base.engine.loaded()]
+        loaded = [each for base in self.askable for each in base.engine.loaded()]
         return [each for each in loaded if each.tenant == self._tenant and self._sees_names(each.version)]
 
     def in_memory(self, digest: str) -> bool:
@@ -189,9 +207,6 @@ class SeenEngines:
             if key.rpartition("/")[0] == self._tenant and sees_base and self._sees_names(each.version)
         }
         return replace(stats, versions=versions)
-
-    def _seen(self) -> list[ServedBase]:
-        return [each for each in self._engines.bases if self.access.sees_base(each.id)]
 
     def _sees_names(self, reference: str) -> bool:
         return all(self.access.sees(part.partition("@")[0]) for part in reference.split("+"))
@@ -219,7 +234,7 @@ class SeenEngines:
             raise BadRequest(
                 f"{ascii(reference)[:120]} composes adapters of different bases: compose those of one base"
             )
-        base = next((each for each in self._engines.bases if each.fingerprint == found[parts[0]]), None)
+        base = self._engines.of(found[parts[0]])
         if base is None:
             raise NotFound(f"no {ascii(reference)[:60]} here: it was trained on another base than this server's")
         return base

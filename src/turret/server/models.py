@@ -23,7 +23,7 @@ questions = router("infer")
 async def list_models(state: State) -> ModelList:
     """The base, and every adapter on it: by name, and by each of its aliases."""
     versions = await state.control(state.workspace.list)
-    bases = [_base(state, each.name) for each in state.engines.bases if state.is_base(each.name)]
+    bases = [_base(state, each.name) for each in state.engines.askable]
     return ModelList(data=[*bases, *_adapters(state, versions)])
 
 

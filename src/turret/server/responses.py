@@ -6,8 +6,6 @@ and the form of an answer work as there.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
@@ -17,7 +15,6 @@ from turret.server.chat import ToolCalls, prompt
 from turret.server.chat_schemas import ChatRequest
 from turret.server.completions import EVENTS
 from turret.server.generation import generation_options, stream_events
-from turret.server.pending_answers import PendingAnswers, Update
 from turret.server.response_output import ResponseOutput
 from turret.server.routes import State, Unit, router
 
@@ -37,11 +34,7 @@ async def respond(
     options = generation_options(state, chat, chat.max_tokens, 1, constraint=own)
     output = ResponseOutput(state, body, tools)
     if body.stream:
-
-        def events(pending: PendingAnswers, updates: AsyncIterator[Update]) -> AsyncIterator[str]:
-            return output.events(pending, updates)
-
-        return await stream_events(state, request, body.model, prompts, options, unit or body.user, events)
+        return await stream_events(state, request, body.model, prompts, options, unit or body.user, output.events)
     async with state.ask(request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
         (answer,) = await pending.all()
     response.headers.update(pending.headers)

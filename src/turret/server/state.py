@@ -169,8 +169,7 @@ class ServerState:
 
     def missing_model(self, model: str, error: NotFound) -> NotFound:
         """The error for a model that is not here. Reads the store."""
-        database, bases = self.workspace.store.database(make=True), self.engines.bases
-        names = [each.name for each in bases if self.is_base(each.name)]
+        database, names = self.workspace.store.database(make=True), [each.name for each in self.engines.askable]
         return missing_model(database, self.engines.fingerprints, names, model, error)
 
     # --- questions ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Words from outside (labels, templates, names) become Python literals in ASCII, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from turret.json_types import JsonMapping, JsonValue
@@ -55,12 +55,13 @@ def inference(place: Place, task: JsonMapping, task_type: str | None, *, token_b
     labels = task.get("labels")
     names = [str(label) for label in labels] if isinstance(labels, list) and not writes else []
     outputs = stored_task(task).num_labels(names)  # of the head; None: there is none
-    lines += [f"labels = {names!a}"] if len(names) == outputs else []
+    named = len(names) == outputs  # every output is the score of a label
+    lines += [f"labels = {names!a}"] if named else []
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({place.tokenizer!a})"]
-    lines += _model(place, auto, names, outputs)
+    lines += _model(place, auto, outputs, named)
     lines += ['text = "a text of your own"']
     if not writes:
-        lines += _classify(task, len(names) == outputs)
+        lines += _classify(task, named)
     elif task.get("family_kind") == "encoder-decoder":
         lines += _encoder_decoder(task)
     else:
@@ -92,7 +93,7 @@ def llama_cpp(path: str, task: JsonMapping) -> str:
     return "\n".join(lines)
 
 
-def _model(place: Place, auto: str, names: Sequence[str], outputs: int | None) -> Iterator[str]:
+def _model(place: Place, auto: str, outputs: int | None, named: bool) -> Iterator[str]:
     if place.merged:
         yield f"model = {auto}.from_pretrained({place.adapter!a}).eval()"
         return
@@ -100,7 +101,7 @@ def _model(place: Place, auto: str, names: Sequence[str], outputs: int | None) -
     if outputs is not None:
         yield f"base = {auto}.from_pretrained("
         yield f"    {place.base!a},"
-        if len(names) == outputs:
+        if named:
             yield "    id2label=dict(enumerate(labels)),"
             yield "    label2id={label: number for number, label in enumerate(labels)},"
         else:
@@ -115,7 +116,6 @@ def _model(place: Place, auto: str, names: Sequence[str], outputs: int | None) -
 
 
 def _classify(task: JsonMapping, named: bool) -> Iterator[str]:
-    """named: every output of the head is the score of a label."""
     text = f"{_text(task, 'prefix_text')!a} + text" if _text(task, "prefix_text") else "text"
     yield f'ids = tokenizer({text}, truncation=True, max_length={_most(task)})["input_ids"]'
     yield "with torch.no_grad():"
