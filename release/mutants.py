@@ -49,7 +49,9 @@ TARGETS = {
     "verdicts": Target("compare/verdict.py", ("compare/test_report.py", "compare/test_evidence.py")),
     "quotas": Target("server/quotas.py", ("server/test_quotas.py",)),
     "shared-quotas": Target("server/shared_quotas.py", ("server/test_replicas.py",), IN_FOLDER),
-    "scopes": Target("server/auth.py", ("server/test_auth.py", "server/test_console_access.py")),
+    "scopes": Target(
+        "server/auth.py", ("server/test_auth.py", "server/test_console_access.py", "server/test_control.py")
+    ),
     "patterns": Target("access.py", ("store/test_tenants.py",), IN_FOLDER),
     "resume": Target("train/checkpoint.py", ("train/test_checkpoint.py",)),
     "gc": Target("store/gc.py", ("store/test_gc.py",), IN_FOLDER),

@@ -76,6 +76,12 @@ def test_an_authorization_that_is_no_known_token_is_401(serve, workspace, said) 
     assert "nobody" not in got.text
 
 
+@pytest.mark.parametrize("said", ["Bearer", "Basic abc", "Bearer " + "x" * 257])
+def test_an_authorization_of_another_form_is_said_to_be_unreadable(serve, workspace, said) -> None:
+    workspace.tokens.create("reader")
+    assert "expected Bearer TOKEN" in serve().client().get("/v1/models", headers={"authorization": said}).text
+
+
 def test_a_token_is_nowhere_in_the_store_and_the_log(serve, put, workspace, until) -> None:
     put()
     kept, secret = workspace.tokens.create("reader")
