@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from turret.engine import LoadedAdapter, Named, Options, Stats
 from turret.errors import BadRequest, NotFound, ServeRefused, TurretError
@@ -33,7 +32,7 @@ class ServedBase:
     def id(self) -> str:
         return self.engine.base.id
 
-    @cached_property
+    @property
     def name(self) -> str:
         """What clients call it: its id; for a base in a folder, the folder's name."""
         is_folder = self.id.startswith(("/", ".", "~"))
