@@ -88,14 +88,14 @@ def section(name: str, heading: str) -> str:
     return found.group()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_reference_has_every_command_with_every_option(command: str) -> None:
-    text = section("docs/reference/commands.md", f"`turret {command}")
+def test_the_reference_has_every_command_with_every_option() -> None:
     shared = page("docs/reference/commands.md").partition("\n## ")[0]  # --help, --store and --json are said once
-    same = section("docs/reference/commands.md", "`turret train") if command == "plan" else ""
-    for parameter in COMMANDS[command].params:
-        names = [name for name in parameter.opts if name.startswith("--")]
-        assert all(name in text + shared + same for name in names), f"turret {command} {names}"
+    for command in COMMANDS:
+        text = section("docs/reference/commands.md", f"`turret {command}")
+        same = section("docs/reference/commands.md", "`turret train") if command == "plan" else ""
+        for parameter in COMMANDS[command].params:
+            names = [name for name in parameter.opts if name.startswith("--")]
+            assert all(name in text + shared + same for name in names), f"turret {command} {names}"
 
 
 def test_the_reference_has_every_verb_of_an_experiment_with_every_option() -> None:
@@ -107,11 +107,12 @@ def test_the_reference_has_every_verb_of_an_experiment_with_every_option() -> No
         assert [option for option in options if option not in shared and f"`{option}" not in text] == [], name
 
 
-@pytest.mark.parametrize("key", [key for key in keys() if not key.startswith("method.")])
-def test_the_reference_has_every_key_of_a_recipe(key: str) -> None:
-    name, _, leaf = key.rpartition(".")
-    text = section("docs/reference/recipe.md", f"`[{name}]`" if name else "The recipe itself")
-    assert f"| `{leaf}` |" in text
+def test_the_reference_has_every_key_of_a_recipe() -> None:
+    for key in keys():
+        if not key.startswith("method."):
+            name, _, leaf = key.rpartition(".")
+            text = section("docs/reference/recipe.md", f"`[{name}]`" if name else "The recipe itself")
+            assert f"| `{leaf}` |" in text, key
 
 
 @pytest.mark.parametrize("method", [LoRA, Prefix, Head, Full, Peft])
@@ -155,16 +156,16 @@ def test_the_reference_has_every_error() -> None:
     assert [name for name in names if name not in page("docs/reference/python.md")] == []
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_the_reference_has_every_verb_of_a_workspace_with_its_arguments(verb: str) -> None:
+def test_the_reference_has_every_verb_of_a_workspace_with_its_arguments() -> None:
     import inspect
 
     import turret
 
-    row = re.search(rf"^\| `{verb}\(.*$", page("docs/reference/python.md"), re.MULTILINE)
-    assert row, verb
-    arguments = [name for name in inspect.signature(getattr(turret.Workspace, verb)).parameters if name != "self"]
-    assert all(name in row.group() for name in arguments), f"{verb}: {arguments}"
+    for verb in VERBS:
+        row = re.search(rf"^\| `{verb}\(.*$", page("docs/reference/python.md"), re.MULTILINE)
+        assert row, verb
+        arguments = [name for name in inspect.signature(getattr(turret.Workspace, verb)).parameters if name != "self"]
+        assert all(name in row.group() for name in arguments), f"{verb}: {arguments}"
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
@@ -276,16 +277,15 @@ def links(path: Path) -> list[str]:
     return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_link_leads_somewhere(path: Path) -> None:
-    for link in links(path):
+def test_every_link_leads_somewhere() -> None:
+    for path, link in [(source, link) for source in PAGES for link in links(source)]:
         target, _, anchor = link.partition("#")
         there = (path.parent / target).resolve() if target else path
-        assert there.exists(), link
+        assert there.exists(), f"{path}: {link}"
         if anchor:
             heads = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", head).strip().lower()) for head in heads}
-            assert anchor in slugs, link
+            assert anchor in slugs, f"{path}: {link}"
 
 
 def test_every_page_is_in_the_navigation() -> None:
