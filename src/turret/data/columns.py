@@ -1,29 +1,42 @@
-"""Finds the input and output columns of a table: those that the recipe names, else those with an obvious name.
+"""Finds the columns of a table: those that the recipe names, else those with an obvious name.
 
-A task's `Schema` lists the obvious names; `layouts` finds those of conversations. A note reports each guess. Names are
-compared without case and outer blanks.
+Names are compared without case and outer blanks. A task's `Schema` lists its obvious names. Conversations have one
+column with all turns, or a question and its answer in columns. A note reports each guess. Tables of tasks that this
+version does not have are refused by the name of their task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from turret.data import later_tasks
-from turret.data.cells import Label, Replacements
-from turret.data.column_names import PAIR_ROLES, find_column, found_columns, name_key, named_columns, trained_columns
-from turret.data.examples import Example
-from turret.data.layouts import Layout, kept_columns, layout_note, named_layout, require_no_layout
-from turret.data.settings import DataSettings
-from turret.data.table import CellValue, Table
-from turret.errors import DataError, listed
+from turret.data.cells import Label, Replacements, text_of
+from turret.data.conversations import conversation_of, prompt_of, question, turns_of
+from turret.data.examples import Conversation, Example, Prompt, Turn
+from turret.data.table import CellValue, DataSettings, Table
+from turret.errors import DataError, listed, shown
+
+# the keys of a recipe's [data] for an input and its output
+PAIR_ROLES = ("text", "label", "document", "summary", "prompt", "completion")
 
 Roles = tuple[str, str]  # the keys of a recipe's [data] for the input and the output
 LABELLED: Roles = ("text", "label")
 SUMMARISED: Roles = ("document", "summary")
 COMPLETED: Roles = ("prompt", "completion")
-ROLES = (LABELLED, SUMMARISED, COMPLETED)
+PAIRS = (LABELLED, SUMMARISED, COMPLETED)
+
+WHOLE = ("messages", "conversations")  # column names of all turns
+MORE_WHOLE = ("conversation", "chat", "dialog")  # obvious only if the task is known
+INSTRUCTED = (("instruction", "output"), ("instruction", "response"))
+MORE_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("source", "target"))
+BESIDE = ("input", "system", "tools")  # roles that have the names of their usual columns
+CHAT_ROLES = ("messages", "prompt", "completion", *BESIDE)  # the keys of a recipe's [data] for conversations
+
+BESIDE_ALL = ("input", "inputs", "context", "passage", "history")  # columns that an answer usually depends on
+BESIDE_PAIR = (*BESIDE_ALL, "instruction", "question", "query", "prompt", "system", "tools")
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Schema:
         example: (text, output) -> the example.
         classes: whether outputs are classes, which are counted, checked and listed.
         many: whether an example has any number of classes.
-        conversations: whether the examples are conversations, whose columns `layouts` finds.
+        conversations: whether the examples are conversations, whose columns are found by `named_layout`.
     """
 
     kind: str
@@ -111,7 +124,7 @@ def find_columns(
                 break
     if not found:
         if not given:
-            later_tasks.refuse(columns, [schema.kind for schema in schemas])
+            refuse_later(columns, [schema.kind for schema in schemas])
         raise DataError(_not_found(given, columns, only))
     if len(found) > 1 and not given:
         both = " and ".join(f"{f.schema.kind} ({listed(f.pair, 60)})" for f in found[:2])
@@ -190,7 +203,7 @@ def find_group(data: DataSettings, columns: Sequence[str]) -> str | None:
 
 def _named_pairs(given: dict[str, str], only: Schema | None) -> list[Roles]:
     """The pairs of roles of the columns that the recipe names."""
-    pairs = [pair for pair in ROLES if given.keys() & set(pair)]
+    pairs = [pair for pair in PAIRS if given.keys() & set(pair)]
     if len(pairs) > 1:
         raise DataError(f"data names {' and '.join(given)}, which belong to different tasks: name one pair of columns")
     if pairs and only and pairs[0] not in only.names:
@@ -222,3 +235,331 @@ def _not_found(given: dict[str, str], columns: Sequence[str], only: Schema | Non
             "(--prompt, --completion) to write"
         )
     return f"cannot tell which columns to use{named}; the columns are {listed(columns, 60)}: {remedy}"
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def name_key(name: str) -> str:
+    """Equal for names that differ in case or blanks only."""
+    return " ".join(name.split()).casefold()
+
+
+def named_columns(data: DataSettings, roles: Iterable[str]) -> dict[str, str]:
+    """The columns that the recipe names for some roles, by role."""
+    return {role: name for role in roles if (name := getattr(data, role)) is not None}
+
+
+def find_column(name: str, columns: Sequence[str]) -> str | None:
+    """The column of that name, or the only one that differs in case or blanks only."""
+    if name in columns:
+        return name
+    alike = [column for column in columns if name_key(column) == name_key(name)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def found_columns(given: Mapping[str, str], columns: Sequence[str]) -> dict[str, str]:
+    """The columns by role, as the table spells them. Raises DataError, which names every one that is not there."""
+    found = {role: column for role, name in given.items() if (column := find_column(name, columns)) is not None}
+    missing = list(dict.fromkeys(name for role, name in given.items() if role not in found))
+    if not missing:
+        return found
+    near = [difflib.get_close_matches(name_key(name), [name_key(each) for each in columns], n=1) for name in missing]
+    meant = [shown(next(c for c in columns if name_key(c) == match[0]), 40) for match in near if match]
+    no = f"is no column {shown(missing[0])}" if len(missing) == 1 else f"are no columns {listed(missing, 60)}"
+    ask = f", did you mean {' and '.join(meant)}?" if meant else ""
+    raise DataError(f"there {no}: the columns are {listed(columns, 80)}{ask}")
+
+
+def trained_columns(trained: Mapping[str, str], columns: Sequence[str]) -> tuple[dict[str, str], str | None]:
+    """The columns that a version was trained on, as far as the table has them, and a note on the others.
+
+    Args:
+        trained: role -> column of the table that the version was trained on.
+    """
+    found = {role: column for role, name in trained.items() if (column := find_column(name, columns)) is not None}
+    missing = [name for role, name in trained.items() if role not in found]
+    note = f"the table lacks {listed(missing, 60)}, on which the version was trained" if missing else None
+    return found, note
+
+
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of conversations, by role: `messages`, or `prompt`, `completion` and often `input`."""
+
+    roles: dict[str, str]  # role -> column
+
+    @property
+    def whole(self) -> bool:
+        """Whether one column has all turns."""
+        return "messages" in self.roles
+
+    def conversation(
+        self, cells: Sequence[CellValue], replaced: Replacements, changes: Counter[str]
+    ) -> Conversation | str:
+        """The conversation in the cells of a row, or the column that lacks a value. Raises DataError.
+
+        Args:
+            cells: in the order of `roles`.
+            replaced: counts replaced characters.
+            changes: counts conversations that lose turns.
+        """
+        row = self._row(cells)
+        system = self._text(row, "system", replaced)
+        if self.whole:
+            turns = self._turns(row, "messages", replaced)
+            found = None if turns is None else conversation_of(turns, row.get("tools"), system, changes)
+            return self.roles["messages"] if found is None else found
+        asked = self._asked(row, replaced)
+        if asked is None:
+            return self.roles["prompt"]
+        answers = self._side(row, "completion", "assistant", replaced)
+        found = None if answers is None else conversation_of([*asked, *answers], row.get("tools"), system, changes)
+        return self.roles["completion"] if found is None else found
+
+    def prompt(self, cells: Sequence[CellValue], replaced: Replacements) -> Prompt | None:
+        """What is asked in the cells of a row; None if they are missing. Turns after the last question are answers."""
+        row = self._row(cells)
+        system = self._text(row, "system", replaced)
+        turns = self._turns(row, "messages", replaced) if self.whole else self._asked(row, replaced)
+        while turns and turns[-1].role == "assistant":
+            turns = turns[:-1]
+        return prompt_of(turns, row.get("tools"), system) if turns else None
+
+    def _row(self, cells: Sequence[CellValue]) -> dict[str, CellValue]:
+        return dict(zip(self.roles, cells, strict=True))
+
+    def _asked(self, row: Mapping[str, CellValue], replaced: Replacements) -> list[Turn] | None:
+        turns = self._side(row, "prompt", "user", replaced)
+        more = self._text(row, "input", replaced)
+        if turns is None or more is None:
+            return turns
+        last = turns[-1]
+        return [*turns[:-1], Turn(last.role, question(last.content, more))]
+
+    def _side(self, row: Mapping[str, CellValue], role: str, speaker: str, replaced: Replacements) -> list[Turn] | None:
+        """A cell with a text, or with turns."""
+        if isinstance(row[role], (list, tuple)):
+            return self._turns(row, role, replaced)
+        text = self._text(row, role, replaced)
+        return None if text is None else [Turn(speaker, text)]
+
+    def _turns(self, row: Mapping[str, CellValue], role: str, replaced: Replacements) -> list[Turn] | None:
+        try:
+            return turns_of(row[role], replaced)
+        except DataError as error:
+            raise DataError(f"column {shown(self.roles[role], 40)}: {error}") from None
+
+    def _text(self, row: Mapping[str, CellValue], role: str, replaced: Replacements) -> str | None:
+        try:
+            return text_of(row.get(role), replaced)
+        except DataError as error:
+            raise DataError(f"column {shown(self.roles[role], 40)}: {error}") from None
+
+
+def find_layout(given: Mapping[str, str], columns: Sequence[str], *, known: bool, asks: bool = False) -> Layout | None:
+    """The columns that the recipe names, else those with an obvious name; None if there are none.
+
+    Args:
+        given: columns that the recipe names, by role.
+        columns: of the table.
+        known: whether the task is known, so that more names are obvious.
+        asks: whether the table may have questions without answers.
+    """
+    low = {name_key(name): name for name in reversed(columns)}
+    roles = {role: given[role] for role in CHAT_ROLES if role in given}
+    if not roles.keys() & {"messages", "prompt", "completion"}:
+        names = (*WHOLE, *(MORE_WHOLE if known else ()))
+        if whole := next((low[name] for name in names if name in low), None):
+            roles = {"messages": whole} | roles
+    if "messages" not in roles:
+        pairs = (*INSTRUCTED, *(MORE_PAIRS if known or given else ()))
+        for first, second in pairs:
+            asked, answer = roles.get("prompt", low.get(first)), roles.get("completion", low.get(second))
+            if asked and (answer or asks):
+                roles = {"prompt": asked, **({"completion": answer} if answer else {})} | roles
+                break
+    if not ("messages" in roles or ("prompt" in roles and ("completion" in roles or asks))):
+        return None
+    taken = set(roles.values())
+    for role in BESIDE:
+        applies = role != "input" or "messages" not in roles
+        if applies and role not in roles and role in low and low[role] not in taken:
+            roles[role] = low[role]
+    if asks:
+        roles.pop("completion", None)
+    return Layout(roles)
+
+
+# --- what a recipe or a version names ---------------------------------------------------------------------------------
+
+
+def kept_columns(data: DataSettings, columns: Sequence[str]) -> list[str]:
+    """The columns that `data.ignore` leaves. Raises DataError if it names one that is not there, or that is used."""
+    ignored = found_columns({name: name for name in data.ignore or ()}, columns)
+    named = named_columns(data, (*PAIR_ROLES, *CHAT_ROLES))
+    if used := next((role for role, name in named.items() if find_column(name, list(ignored.values()))), None):
+        raise DataError(f"data.ignore and data.{used} both name the column {shown(named[used], 40)}: keep one of them")
+    return [name for name in columns if name not in ignored.values()]
+
+
+def named_layout(
+    data: DataSettings, columns: Sequence[str], kind: str, *, known: bool, trained: Mapping[str, str] | None = None
+) -> Layout | None:
+    """The columns of conversations, if the recipe names them, asks for the task, or the table shows them.
+
+    Args:
+        columns: those that `data.ignore` leaves.
+        kind: of the task whose examples are conversations.
+        known: whether the recipe names that task.
+        trained: role -> column of the table that a version was trained on; used if nothing is named.
+
+    Raises:
+        DataError: a column that the recipe names is not there, or they do not belong together.
+    """
+    given = named_columns(data, CHAT_ROLES)
+    own = [role for role in given if role not in PAIR_ROLES]  # roles that no other task has
+    foreign = [role for role in named_columns(data, PAIR_ROLES) if role not in CHAT_ROLES]
+    if known and foreign:
+        raise DataError(f"data.{foreign[0]} does not belong to {kind}: name data.messages, or prompt and completion")
+    if not known and (foreign or (given and not own)):
+        return None
+    again = {} if given else _as_trained(trained, columns)[0]
+    if "messages" in again or again.keys() >= {"prompt", "completion"}:
+        return Layout(again)
+    layout = find_layout(found_columns(given, columns), columns, known=known)
+    if layout is None and (known or own):
+        remedy = "name data.messages, or data.prompt and data.completion"
+        raise DataError(f"cannot tell which columns to use; the columns are {listed(columns)}: {remedy}")
+    return layout
+
+
+def require_no_layout(data: DataSettings, kind: str) -> None:
+    """Raise DataError if the recipe names a column that only conversations have, and asks for another task."""
+    if own := next((role for role in named_columns(data, CHAT_ROLES) if role not in PAIR_ROLES), None):
+        raise DataError(f'data.{own} does not belong to {kind}: set task.kind = "chat", or leave it out')
+
+
+def prompt_layout(data: DataSettings, columns: Sequence[str], trained: Mapping[str, str] | None = None) -> Layout:
+    """The columns of conversations that may have no answers. Raises DataError."""
+    kept, given = kept_columns(data, columns), named_columns(data, CHAT_ROLES)
+    again = {} if given else _as_trained(trained, kept)[0]
+    if again.keys() & {"messages", "prompt"}:
+        return Layout({role: name for role, name in again.items() if role != "completion"})
+    layout = find_layout(found_columns(given, kept), kept, known=True, asks=True)
+    if layout is None:
+        raise DataError(
+            f"cannot tell which column has the conversations; the columns are {listed(columns)}: "
+            "name data.messages or data.prompt"
+        )
+    return layout
+
+
+def layout_note(
+    data: DataSettings, kind: str, layout: Layout, columns: Sequence[str], trained: Mapping[str, str] | None = None
+) -> str | None:
+    """What was guessed or is missing, and which columns are not used; None if the recipe names all of them."""
+    given = named_columns(data, CHAT_ROLES)
+    if trained and not given:
+        return _as_trained(trained, columns)[1]
+    guessed = [f"{role} is column {name!r}" for role, name in layout.roles.items() if role not in given]
+    unused = [name for name in columns if name not in layout.roles.values()]
+    if not guessed:
+        return None
+    return f"guessed: {kind}, {', '.join(guessed)}" + (f"; not used: {', '.join(unused)}" if unused else "")
+
+
+def _as_trained(trained: Mapping[str, str] | None, columns: Sequence[str]) -> tuple[dict[str, str], str | None]:
+    """The columns of conversations that a version was trained on, as in `trained_columns`."""
+    return trained_columns({role: trained[role] for role in CHAT_ROLES if role in trained} if trained else {}, columns)
+
+
+# --- what cannot be learnt -------------------------------------------------------------------------------------------
+
+
+def check_unused(data: DataSettings, table: Table, found: Columns) -> None:
+    """Raise DataError if a column with values looks like input, is not used, and is not in `data.ignore`."""
+    names = BESIDE_ALL if found.layout is not None and found.layout.whole else BESIDE_PAIR
+    for name in kept_columns(data, table.columns):
+        if name in found.roles.values() or name_key(name) not in names or not _has_values(table, name):
+            continue
+        remedy = "name it under [data]" if found.layout else 'name it in data.input with task.kind = "chat"'
+        raise DataError(
+            f"{table.name} has the column {shown(name, 40)}, which looks like input, and {found.schema.kind} does "
+            f"not use it: {remedy}, or drop it with data.ignore = [{shown(name, 40)}]"
+        )
+
+
+def _has_values(table: Table, column: str) -> bool:
+    return any(_is_value(cell) for _, (cell,) in table.read([column]))
+
+
+def _is_value(cell: CellValue) -> bool:
+    if isinstance(cell, str):
+        return bool(cell.strip())
+    return cell is not None and cell == cell and cell not in ([], {})  # NaN is not equal to itself
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Column names that show the task of a table."""
+
+    task: str  # as a recipe of a later version names it
+    about: str
+    all_of: tuple[str, ...]  # each of these columns is there
+    one_of: tuple[str, ...] = ()  # and one of these
+    instead: str = ""  # what this version can do with the table
+
+
+_SHAPES = (
+    _Shape("preference", "answers preferred to others", ("chosen", "rejected"),
+           instead="to learn the preferred answers, name --prompt prompt --completion chosen"),
+    _Shape("token_classification", "a tag for each word", ("tokens",), ("tags", "ner_tags", "pos_tags", "labels")),
+    _Shape("question_answering", "answers inside a context", ("question", "context"), ("answers", "answer")),
+    _Shape("regression", "a number for two texts", ("sentence1", "sentence2"), ("score", "similarity")),
+    _Shape("text_pairs", "a label for two texts", ("premise", "hypothesis"), ("label", "labels", "gold_label"),
+           "to classify one of them, name --text hypothesis --label {label}"),
+    _Shape("text_pairs", "a label for two texts", ("sentence1", "sentence2"), ("label", "labels", "gold_label"),
+           "to classify one of them, name --text sentence1 --label {label}"),
+    _Shape("text_pairs", "a label for two texts", ("question1", "question2"), ("label", "is_duplicate"),
+           "to classify one of them, name --text question1 --label {label}"),
+    _Shape("embedding", "similar and other texts", ("anchor", "positive")),
+    _Shape("embedding", "similar and other texts", ("query", "positive")),
+)  # fmt: skip
+
+
+def later_task_of(columns: Sequence[str], known: Collection[str] = ()) -> str | None:
+    """The later task that a table with these columns belongs to."""
+    found = _shape_of(columns, known)
+    return None if found is None else found.task
+
+
+def refuse_later(columns: Sequence[str], known: Collection[str] = ()) -> None:
+    """Raise DataError if the columns are those of a task that this version does not have.
+
+    Args:
+        columns: of the table.
+        known: kinds of the tasks of this version.
+    """
+    shape = _shape_of(columns, known)
+    if shape is None:
+        return
+    used = [name for name in columns if name_key(name) in (*shape.all_of, *shape.one_of)]
+    label = next((name for name in used if name_key(name) in shape.one_of), "")
+    instead = shape.instead.format(label=label)
+    raise DataError(
+        f"the columns {listed(used, 80)} belong to the task {shape.task} ({shape.about}), which a later version will "
+        f"have: {instead or 'give another table, or name columns of a task of this version'}"
+    )
+
+
+def _shape_of(columns: Sequence[str], known: Collection[str]) -> _Shape | None:
+    names = {name_key(name) for name in columns}
+    for shape in _SHAPES:
+        there = names.issuperset(shape.all_of) and (not shape.one_of or names & set(shape.one_of))
+        if there and shape.task not in known:
+            return shape
+    return None

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from turret.data import excel, json_rows, later_tasks, parquet, separated
+from turret.data import excel, json_rows, parquet, separated
+from turret.data.columns import later_task_of
 from turret.data.table import DETECTED, FileFormat, Table, TableRow, reason_of
 from turret.data.text_file import COMPRESSED, check_is_text, kind_of, name_of
 from turret.errors import DataError, listed, shown
@@ -126,7 +127,7 @@ def _joined(folder: Path, paths: Sequence[Path], form: FileFormat) -> Table:
     first = tables[0]
     for table in tables[1:]:
         if set(table.columns) != set(first.columns):
-            later = later_tasks.task_of(first.columns)
+            later = later_task_of(first.columns)
             task = f", and belong to the task {later}, which a later version will have" if later else ""
             raise DataError(
                 f"{first.name} and {table.name} in {name_of(folder)} have different columns "

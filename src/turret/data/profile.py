@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from turret.data import cells, later_tasks
-from turret.data.column_names import PAIR_ROLES, named_columns
-from turret.data.columns import COMPLETED, LABELLED, Columns, Schema, find_columns
-from turret.data.settings import DataSettings
-from turret.data.table import CellValue, Table
+from turret.data import cells
+from turret.data.columns import (
+    COMPLETED,
+    LABELLED,
+    PAIR_ROLES,
+    Columns,
+    Schema,
+    find_columns,
+    named_columns,
+    refuse_later,
+)
+from turret.data.table import CellValue, DataSettings, Table
 from turret.errors import DataError, listed
 
 LOOKED_AT = 5000  # rows
@@ -138,7 +145,7 @@ def _columns(
         return find_columns(data, table.columns, schemas), False
     except DataError:
         named = bool(named_columns(data, PAIR_ROLES))
-        later_tasks.refuse(table.columns, [schema.kind for schema in schemas])
+        refuse_later(table.columns, [schema.kind for schema in schemas])
         if named:
             raise
     texts = sorted((each for each in facts.values() if each.is_texts), key=lambda each: -each.mean)

@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from turret.data import cells
-from turret.data.columns import Schema, find_input
+from turret.data.columns import Schema, find_input, prompt_layout
 from turret.data.examples import Input
-from turret.data.layouts import prompt_layout
-from turret.data.settings import DataSettings, format_of
 from turret.data.source import open_source
 from turret.data.splits import test_split
-from turret.data.table import CellValue, Table, TableRow
+from turret.data.table import CellValue, DataSettings, Table, TableRow, format_of
 from turret.data.text_file import lines_of
 from turret.errors import DataError
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turret.data.files import canonical_split
-from turret.data.settings import DataSettings, Size
+from turret.data.table import DataSettings, Size
 from turret.errors import DataError, listed, shown
 
 SplitRole = Literal["train", "validation", "test"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from turret.errors import DataError, one_line, shown
 
@@ -14,6 +14,7 @@ JSON_LIMIT = 1_000_000_000  # bytes
 SAMPLED_ROWS = 100  # rows of JSON whose keys are the columns
 
 CellValue: TypeAlias = object  # JSON, Excel and Parquet hold values of any type; `cells` checks them
+Size = int | float | str | None  # a number of rows, a fraction, or the name of a split
 TableRow = tuple[int, tuple[CellValue, ...]]  # line or row number, and the cells of the requested columns
 
 
@@ -28,6 +29,40 @@ class FileFormat:
 
 
 DETECTED = FileFormat()  # everything is found out
+
+
+class DataSettings(Protocol):
+    """The fields of `turret.recipe.Data`. `turret.recipe` imports this package, so it cannot be imported here."""
+
+    source: str
+    encoding: str | None
+    delimiter: str | None
+    header: bool | None
+    sheet: str | None
+    text: str | None
+    label: str | None
+    document: str | None
+    summary: str | None
+    prompt: str | None
+    completion: str | None
+    messages: str | None
+    input: str | None
+    system: str | None
+    tools: str | None
+    ignore: list[str] | None
+    separator: str | None
+    normalize_labels: bool | None
+    drop_duplicates: bool | None
+    group: str | None
+    stratify: bool | None
+    train: Size
+    validation: Size
+    test: Size
+
+
+def format_of(data: DataSettings) -> FileFormat:
+    """How the source's files are read, as far as the recipe says it."""
+    return FileFormat(data.encoding, data.delimiter, data.header, data.sheet)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from turret.data.profile import Profile, profile
-from turret.data.settings import DataSettings, format_of
 from turret.data.source import open_source
 from turret.data.splits import find_sources
-from turret.data.table import Table
+from turret.data.table import DataSettings, Table, format_of
 from turret.errors import BaseModelError, NoHeader, one_line
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.recipe import Recipe, toml
