@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def served(clock: Clock, counters: Counters, passes: int = 20, tokens: int = 100
 
 def refused(counters: Counters, waiting: int, asked: Request, **limits: int) -> Busy:
     with pytest.raises(Busy) as caught:
-        counters.admit(asked, waiting, Limits(**limits))
+        counters.admit(asked, {"": waiting}, Limits(**limits))
     return caught.value
 
 
@@ -47,7 +48,7 @@ def test_a_full_queue_says_when_there_is_room_for_the_request() -> None:
     served(clock, counters)  # 200 tokens a second
     error = refused(counters, 1000, request(100, clock.now), queue_tokens=1000)
     assert error.retry_after == pytest.approx(0.5)  # 100 tokens have begun by then
-    counters.admit(request(100, clock.now), 1000 - 100, Limits(queue_tokens=1000))
+    counters.admit(request(100, clock.now), {"": 1000 - 100}, Limits(queue_tokens=1000))
 
 
 def test_a_wait_that_is_too_long_is_refused_until_it_is_short_enough() -> None:
@@ -57,7 +58,7 @@ def test_a_wait_that_is_too_long_is_refused_until_it_is_short_enough() -> None:
     error = refused(counters, 8000, request(1, clock.now), queue_seconds=30)
     assert "8000 tokens wait, which takes 40 s, and a request may wait 30 s" in str(error)
     assert error.retry_after == pytest.approx(10.0)
-    counters.admit(request(1, clock.now), 8000 - 2000, Limits(queue_seconds=30))
+    counters.admit(request(1, clock.now), {"": 8000 - 2000}, Limits(queue_seconds=30))
     late = refused(counters, 8000, request(1, clock.now, deadline=clock.now + 5))  # it could not be answered in time
     assert late.retry_after == pytest.approx(35.0)
 
@@ -80,11 +81,24 @@ def test_passes_in_which_nothing_begins_make_the_wait_longer() -> None:
     assert counters.wait_for(100) == pytest.approx(after, rel=0.1)
 
 
+def test_what_one_tenant_has_waiting_keeps_no_other_out() -> None:
+    clock = Clock()
+    counters = Counters(clock)
+    served(clock, counters)
+    limits, full = Limits(queue_tokens=8000, queue_seconds=300), {"flood": 8000}
+    with pytest.raises(Busy, match="8000 tokens wait already"):
+        counters.admit(replace(request(1, clock.now), tenant="flood"), full, limits)
+    for waiting in (full, full | {"quiet": 3000}):
+        counters.admit(replace(request(100, clock.now), tenant="quiet"), waiting, limits)
+    with pytest.raises(Busy, match="3950 tokens wait already"):  # it has a share, and no more
+        counters.admit(replace(request(100, clock.now), tenant="quiet"), full | {"quiet": 3950}, limits)
+
+
 def test_nothing_is_predicted_before_something_was_measured() -> None:
     clock = Clock()
     counters = Counters(clock)
     assert counters.wait_for(10**6) is None
-    counters.admit(request(1, clock.now), 10**6, Limits(queue_tokens=1 << 30))
+    counters.admit(request(1, clock.now), {"": 10**6}, Limits(queue_tokens=1 << 30))
     assert refused(counters, 10, request(1, clock.now), queue_tokens=10).retry_after == 1.0
 
 

@@ -156,3 +156,112 @@ def test_a_late_request_ends_with_deadline_exceeded() -> None:
     assert isinstance(late.end_of_time(3.0), DeadlineExceeded)
     late.cancelled = True
     assert isinstance(late.end_of_time(2.0), Cancelled)
+
+
+# --- tenants ---------------------------------------------------------------------------------------------------------
+
+
+def passes(plan: Scheduler, running: list[list[Any]], steps: int = 1 << 30) -> list[Request]:
+    """One pass: what begins in it. A request that generates ends after so many."""
+    chosen = plan.next()
+    running += [[each, steps] for each in chosen if each.generates]
+    for entry in list(running):
+        entry[1] -= 1
+        if entry[1] < 0:
+            running.remove(entry)
+            plan.finished(entry[0])
+    return chosen
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), REQUESTS), max_size=40), st.integers(0, 5))
+def test_every_request_of_every_tenant_is_served_once_within_the_limits_and_their_spare_places(
+    arrivals: Any, steps: int
+) -> None:
+    plan, running, served = scheduler(), [], []
+    for tenant, each in arrivals:
+        each.tenant = tenant
+        plan.add(each)
+    for _ in range(20 * len(arrivals) + 20):
+        served += passes(plan, running, steps)
+        held = [each for each, _ in running]
+        assert plan.rows == sum(each.rows for each in held) <= plan.running + 1
+        assert plan.held_tokens == sum(each.cache_tokens for each in held) <= plan.cache_tokens * 9 // 8
+    assert sorted(map(id, served)) == sorted(id(each) for _, each in arrivals)
+    assert len(plan) == plan.waiting_tokens == plan.rows == plan.held_tokens == 0
+
+
+def test_tenants_that_always_wait_get_equal_tokens_however_many_adapters_and_requests_they_have() -> None:
+    plan = scheduler(batch_tokens=200)
+    for number in range(2000):
+        plan.add(request(f"many{number % 40}", 30, tenant="many"))
+    for _ in range(400):
+        plan.add(request("one", 70, tenant="one"))
+    got = {"many": 0, "one": 0}
+    for _ in range(100):
+        for each in plan.next():
+            got[each.tenant] += each.tokens
+    assert abs(got["many"] - got["one"]) <= 2 * 70, got
+
+
+def test_the_tokens_of_answers_count_too() -> None:
+    plan, running = scheduler(running=8, cache_tokens=10_000), []
+    for _ in range(8):
+        plan.add(request("long", 10, "generate", tenant="writes", cache_tokens=10))
+    passes(plan, running)
+    for _ in range(100):
+        plan.add(request("short", 10, tenant="writes"))
+        plan.add(request("short", 10, tenant="reads"))
+    got = [each.tenant for _ in range(15) for each in passes(plan, running)]
+    assert 9 <= got.count("reads") - got.count("writes") <= 15, "8 rows take 8 tokens of each pass, a request has 10"
+
+
+def test_a_tenant_that_floods_delays_anothers_request_by_one_pass_although_all_its_own_have_waited_too_long() -> None:
+    plan = scheduler(patience=5)
+    for number in range(3000):
+        plan.add(request(f"flood{number % 20}", 50, tenant="flood"))
+    for _ in range(20):
+        plan.next()
+    plan.add(request("b", 50, tenant="quiet"))
+    assert "quiet" in [each.tenant for each in plan.next()]
+    alone = scheduler(patience=5)  # the control: the same requests, as those of one tenant
+    for number in range(3000):
+        alone.add(request(f"flood{number % 20}", 50, tenant="flood"))
+    for _ in range(20):
+        alone.next()
+    alone.add(request("b", 50, tenant="flood"))
+    assert not any(each.flow == "sha256:b" for _ in range(5) for each in alone.next())
+
+
+def test_a_tenant_that_holds_all_rows_and_the_whole_cache_keeps_no_other_from_beginning() -> None:
+    plan, running = scheduler(running=64, cache_tokens=6400, patience=5), []
+    for _ in range(200):
+        plan.add(request("flood", 1, "generate", tenant="flood", cache_tokens=100))
+    for _ in range(10):
+        passes(plan, running)
+    assert plan.rows == plan.running
+    plan.add(request("b", 1, "generate", tenant="quiet", cache_tokens=100))
+    assert [each.tenant for each in passes(plan, running)] == ["quiet"]
+    plan.add(request("b", 1, "generate", tenant="flood", cache_tokens=100))
+    assert not passes(plan, running), "the control: the tenant that holds them has no spare places"
+
+
+def test_a_tenant_that_paused_has_saved_no_turns() -> None:
+    plan = scheduler()
+    for _ in range(200):
+        plan.add(request("a", 50, tenant="works"))
+    for _ in range(50):
+        plan.next()
+    for _ in range(20):
+        plan.add(request("b", 50, tenant="comes"))
+    got = [each.tenant for _ in range(10) for each in plan.next()]
+    assert abs(got.count("comes") - got.count("works")) <= 1, got
+
+
+def test_a_higher_priority_goes_before_the_turns_of_tenants() -> None:
+    plan = scheduler()
+    for _ in range(10):
+        plan.add(request("a", 50, tenant="batch", priority=-1))
+        plan.add(request("b", 50, tenant="asks"))
+    assert {each.tenant for _ in range(5) for each in plan.next()} == {"asks"}
+    assert {each.tenant for _ in range(5) for each in plan.next()} == {"batch"}

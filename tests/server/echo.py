@@ -206,6 +206,7 @@ class Echo:
         *,
         priority: int = 0,
         deadline: float | None = None,
+        tenant: str = "",
     ) -> Ticket:
         if self._draining:
             raise Draining("the echo is going down")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from turret.engine.slots import Entry, Slots
 from turret.errors import AdapterError, NoRoom, NotFound, TurretError
 from turret.tasks import task_from_spec
 from turret.transformer import Tokenizer
+from turret.turns import Places, TurnQueue
 
 TASKS = 64  # most task objects kept; adapters with equal tasks share one
 SLOT_PATIENCE = 1.0  # seconds; a need that waited longer for a slot goes before needs whose adapter is mounted
@@ -81,6 +82,7 @@ class AdapterLoader:
         self._task = functools.lru_cache(TASKS)(lambda spec: task_from_spec(json.loads(spec), tokenizer))
         self._wake, self._clock, self._encode = wake, clock, encode
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="turret-loader")
+        self._to_load: TurnQueue[_Loading] = TurnQueue(Places(1, guests=0))
         self._waiting: deque[Need] = deque()  # for a slot
         self._loading: dict[str, _Loading] = {}
         self._loaded: deque[_Loading] = deque()
@@ -103,7 +105,8 @@ class AdapterLoader:
             NoRoom: If the adapter can never fit.
         """
         before = self._clock() - SLOT_PATIENCE
-        impatient = bool(self._waiting) and self._waiting[0].arrived < before
+        first = self._waiting[0] if self._waiting else None
+        impatient = first is not None and first.arrived < before and not self._goes_before(need, first)
         entry = None if impatient or self._slots.gives_way(before) else self._hold(need)
         if entry is None:
             self._waiting.append(need)
@@ -178,8 +181,13 @@ class AdapterLoader:
         while self._loaded:
             self._mount(self._loaded.popleft(), ready, failed)
         self._released = False
+        self._take_turns()
+        blocked: Need | None = None  # it has waited too long, and others get no slot before it
         for _ in range(0 if self._slots.gives_way(self._clock() - SLOT_PATIENCE) else len(self._waiting)):
             need = self._waiting.popleft()
+            if blocked is not None and not self._goes_before(need, blocked):
+                self._waiting.append(need)
+                continue
             try:
                 entry = self._hold(need)
             except NoRoom as error:
@@ -187,9 +195,8 @@ class AdapterLoader:
                 continue
             if entry is None:
                 self._waiting.append(need)
-                if len(self._waiting) > 1 and self._clock() - need.arrived > SLOT_PATIENCE:
-                    self._waiting.rotate(1)  # it stays the first, and no other need gets a slot before it
-                    break
+                if self._clock() - need.arrived > SLOT_PATIENCE:
+                    blocked = blocked or need
             elif entry.ready:
                 loaded = self._pool.at(entry.slot)
                 assert loaded is not None
@@ -227,13 +234,26 @@ class AdapterLoader:
             if entry is None:
                 return None
             loading = self._loading[named.key] = _Loading(named, entry)
-            self._executor.submit(self._load, loading)
+            self._to_load.put(_tenant(need), loading)
+            self._executor.submit(self._load_next)
             self._wake.notify_all()  # the engine's thread wakes its helper threads meanwhile
         self._slots.hold(entry)
         need.entry = entry
         if not entry.ready:
             self._loading[named.key].needs.append(need)
         return entry
+
+    def _load_next(self) -> None:
+        """Load the adapter whose tenant's turn it is. Runs on the loading thread."""
+        with self._wake:
+            found = self._to_load.take()
+        if found is None:
+            return
+        tenant, loading = found
+        began = self._clock()
+        self._load(loading)
+        with self._wake:
+            self._to_load.ended(tenant, self._clock() - began)
 
     def _load(self, loading: _Loading) -> None:
         """Read, check and copy an adapter. Runs on the loading thread and changes nothing that a pass reads."""
@@ -287,6 +307,25 @@ class AdapterLoader:
         self._touch(loading.named)
         ready += [(need, loaded) for need in loading.needs]
 
+    def _take_turns(self) -> None:
+        """Put the needs that wait for a slot in turns: the first one of each tenant, then the second ones."""
+        if len({_tenant(need) for need in self._waiting}) > 1:
+            counts: Counter[str] = Counter()
+            turns = []
+            for need in self._waiting:
+                turns.append((counts[_tenant(need)], need))
+                counts[_tenant(need)] += 1
+            self._waiting = deque(need for _, need in sorted(turns, key=lambda each: each[0]))
+
+    def _goes_before(self, need: Need, first: Need) -> bool:
+        """Whether a need does not wait for the first one, because the tenant of that one holds more adapters."""
+        ours, others = _named(need).tenant, _named(first).tenant
+        return ours != others and self._held(ours) < self._held(others)
+
+    def _held(self, tenant: str) -> int:
+        """Adapters of a tenant that its requests need now."""
+        return sum(each.holds > 0 and each.digest.rpartition("/")[0] == tenant for each in self._slots.entries())
+
     def _note_wait(self) -> None:
         """Tell the other engines of the budget since when a need waits for memory here."""
         first = self._waiting[0] if self._waiting else None
@@ -323,3 +362,7 @@ class AdapterLoader:
 def _named(need: Need) -> Named:
     assert need.named is not None, "the bare base needs no adapter"
     return need.named
+
+
+def _tenant(need: Need) -> str:
+    return need.tenant if isinstance(need, Request) else _named(need).tenant

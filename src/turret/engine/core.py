@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
@@ -89,7 +90,7 @@ class Engine:
         )
         self._open: set[Request] = set()  # not ended
         self._waiting: set[Request] = set()  # not begun
-        self._waiting_tokens = 0
+        self._waiting_tokens: Counter[str] = Counter()  # by tenant
         self._passes = Passes(self._runner, self._prompts, self._end, self._freed, self._passed)
         self._counters = Counters(clock)
         self._cancelled = False  # a request was cancelled since the last check
@@ -108,6 +109,7 @@ class Engine:
         *,
         priority: int = 0,
         deadline: float | None = None,
+        tenant: str = "",
     ) -> Ticket:
         """Submit a request. The version that `adapter` names now answers it, even if an alias moves later.
 
@@ -120,6 +122,7 @@ class Engine:
             options: How to answer.
             priority: Higher goes first.
             deadline: Seconds from now.
+            tenant: Who asks. Tenants take turns by the tokens of their requests.
 
         Raises:
             NotFound: The reference names no version.
@@ -132,6 +135,7 @@ class Engine:
         named, now = None if adapter is None else self._source.resolve(adapter), self._clock()
         end = None if deadline is None else now + deadline
         request = self._prompts.request(kind, text, named, options or Options(), priority, now, end, self._cancel)
+        request.tenant = tenant
         rest()  # leave the processors to the engine's thread
         with self._wake:
             if self._draining:
@@ -229,7 +233,7 @@ class Engine:
         with self._wake:
             return Stats(
                 waiting=len(self._waiting),
-                waiting_tokens=self._waiting_tokens,
+                waiting_tokens=self._waiting_tokens.total(),
                 running=self._scheduler.rows,
                 cache_tokens=self._scheduler.held_tokens,
                 passes=self._counters.passes,
@@ -292,11 +296,17 @@ class Engine:
     def _admit(self, request: Request) -> None:
         self._open.add(request)
         self._waiting.add(request)
-        request.counted = request.tokens
-        self._waiting_tokens += request.counted
+        self._count(request, request.tokens)
         self._counters.submitted(request)
         if request.deadline is not None:
             self._wake.notify_all()  # the thread may sleep longer than that
+
+    def _count(self, request: Request, tokens: int) -> None:
+        """Count a waiting request with so many tokens. Called with the lock."""
+        self._waiting_tokens[request.tenant] += tokens - request.counted
+        request.counted = tokens
+        if not self._waiting_tokens[request.tenant]:
+            del self._waiting_tokens[request.tenant]
 
     def _encode(self, need: Need, loaded: AdapterTensors | None) -> None:
         """Encode a request, or set its error. Runs on the caller's, the loader's or the engine's thread."""
@@ -310,8 +320,7 @@ class Engine:
             need.error = DataError(f"the text cannot be encoded ({type(error).__name__}: {error}): give another one")
         with self._wake:
             if need in self._waiting:
-                self._waiting_tokens += need.tokens - need.counted
-                need.counted = need.tokens
+                self._count(need, need.tokens)
             need.ready = need.error is None
 
     def _schedule(self, request: Request) -> None:
@@ -375,7 +384,7 @@ class Engine:
                 begin = self._scheduler.next()
                 for request in begin:
                     self._waiting.discard(request)
-                    self._waiting_tokens -= request.counted
+                    self._count(request, 0)
             if begin or self._passes.generating:
                 return begin
 
@@ -432,7 +441,7 @@ class Engine:
             self._open.discard(request)
             if request in self._waiting:
                 self._waiting.discard(request)
-                self._waiting_tokens -= request.counted
+                self._count(request, 0)
                 self._scheduler.remove([request])
             if request.named is not None:
                 self._loader.release(request)

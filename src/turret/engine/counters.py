@@ -87,28 +87,32 @@ class Counters:
         """Seconds until so many waiting tokens have begun, at the measured speed; None if it is not known yet."""
         return tokens * self._worked / self._served if self._served and self._worked else None
 
-    def admit(self, request: Request, waiting: int, limits: Limits) -> None:
+    def admit(self, request: Request, waiting: Mapping[str, int], limits: Limits) -> None:
         """Raise Busy if the queue has no room for a request, or if it would wait too long.
 
-        The error says when the request will be admitted, if the queue is served as fast as now and nothing is added.
+        A tenant may fill the queue while it is alone in it. When others wait too, each has its share: what one of them
+        has waiting keeps no other out. The error says when the request will be admitted, if the queue is served as fast
+        as now and nothing is added.
 
         Args:
             request: With an estimate of its tokens.
-            waiting: Tokens that wait already, more than 0.
+            waiting: Tokens that wait already, by tenant.
             limits: Of the engine.
         """
-        wait, too_many = self.wait_for(waiting), waiting + request.tokens - limits.queue_tokens
-        if too_many > 0:
-            again = self.wait_for(min(waiting, too_many))
-            raise self._busy(
-                f"{waiting} tokens wait already and the limit of queue_tokens is {limits.queue_tokens}", again
-            )
+        own = waiting.get(request.tenant, 0)
+        if not own:
+            return  # only others wait, and the turn of this tenant comes next
+        others = sum(min(each, own + request.tokens) for tenant, each in waiting.items() if tenant != request.tenant)
+        wait, too_many = self.wait_for(own + others), sum(waiting.values()) + request.tokens - limits.queue_tokens
+        if too_many > 0 and own + request.tokens > limits.queue_tokens // len(waiting):
+            again = self.wait_for(min(own, too_many))
+            raise self._busy(f"{own} tokens wait already and the limit of queue_tokens is {limits.queue_tokens}", again)
         most = float(limits.queue_seconds)
         if request.deadline is not None:
             most = min(most, request.deadline - request.arrived)
         if wait is not None and wait > most and self._measured >= MEASURED:
             raise self._busy(
-                f"{waiting} tokens wait, which takes {wait:.0f} s, and a request may wait {most:g} s", wait - most
+                f"{own} tokens wait, which takes {wait:.0f} s, and a request may wait {most:g} s", wait - most
             )
 
     def _busy(self, why: str, seconds: float | None) -> Busy:

@@ -99,13 +99,13 @@ class Limits:
 
     memory: int | MemoryBudget | None = None  # bytes of mounted adapters; None: only `slots` limits them
     slots: int = 1024  # adapters mounted at a time
-    queue_tokens: int = 65_536  # tokens that wait; `submit` raises Busy above it
+    queue_tokens: int = 65_536  # tokens that wait; `submit` raises Busy above it, and above the share of a tenant
     queue_seconds: int = (
         120  # that a request may wait, as predicted when it is submitted; `submit` raises Busy above it
     )
     batch_tokens: int | None = None  # of one pass; None: chosen for the base (`runner.pass_tokens`)
-    running: int = 64  # rows that generate at a time; a beam is a row
-    cache_tokens: int = 65_536  # tokens in the KV cache
+    running: int = 64  # rows that generate at a time; a beam is a row; tenants that hold few find an eighth more
+    cache_tokens: int = 65_536  # tokens in the KV cache; tenants that hold few find an eighth more
     max_inputs: int = 1024  # texts of one `classify` or `generate` call
     max_tokens: int = 4096  # of a prompt and its answer together
 
@@ -300,6 +300,7 @@ class Request:
     matcher: LLMatcher | None = None  # of its constraint
     counted: int = 0  # its share of the engine's `waiting_tokens`
     error: TurretError | None = None  # why it cannot be answered
+    tenant: str = ""  # who asks: the scheduler takes turns between tenants
 
     @property
     def generates(self) -> bool:

@@ -1,9 +1,11 @@
 """Continuous batching: which waiting requests begin in the next pass.
 
 A pass takes at most `batch_tokens` tokens: one for each row that generates, the rest for requests that begin. These
-are chosen by priority, then by turns between adapters (deficit round robin with `QUANTUM` tokens, Shreedhar and
-Varghese 1996), then by age. A request that was passed over `PATIENCE` times goes first, and while it waits for room in
-the KV cache no other request takes any. So every request is served eventually.
+are chosen by priority, then by turns between tenants (`turret.turns`, which counts the tokens of prompts and of
+answers), then by turns between the adapters of a tenant (deficit round robin with `QUANTUM` tokens, Shreedhar and
+Varghese 1996), then by age. A request that was passed over `PATIENCE` times has the highest priority and goes before
+the others of its tenant. While it waits for room in the KV cache, no request behind it takes any. So every request is
+served eventually, and a tenant that floods the queue delays another one's first request by one pass.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from turret.engine.request import Request
+from turret.turns import Places, Turns
 
 QUANTUM = 256  # tokens of an adapter in one turn
 PATIENCE = 64  # passes in which other requests begin before this one goes first
@@ -27,13 +30,16 @@ class _Flow:
     turn: bool = False  # whether its turn has started
 
 
+_Flows = dict[int, dict[str, _Flow]]  # of a tenant: by priority, then by adapter in the order of turns
+
+
 class Scheduler:
     """The waiting requests that could begin, and the rows and cache in use.
 
     Args:
         batch_tokens: Limit of tokens of a pass.
-        running: Limit of rows that generate.
-        cache_tokens: Limit of tokens in the KV cache.
+        running: Limit of rows that generate; tenants that hold few find some more (`turret.turns.Places`).
+        cache_tokens: Limit of tokens in the KV cache, as `running`.
         quantum: Tokens of an adapter in one turn.
         patience: Passes until a waiting request goes first.
     """
@@ -49,124 +55,200 @@ class Scheduler:
     ) -> None:
         self.batch_tokens, self.running, self.cache_tokens = batch_tokens, running, cache_tokens
         self.quantum, self.patience = quantum, patience
-        self.rows = 0  # that generate
-        self.held_tokens = 0  # of the KV cache
         self.waiting_tokens = 0
+        self._rows, self._cache = Places(running), Places(cache_tokens, guests=1)
+        self._turns = Turns()
         self._passes = 0  # in which a request began
-        self._flows: dict[int, dict[str, _Flow]] = {}  # by priority, then by adapter in the order of turns
+        self._tenants: dict[str, _Flows] = {}
 
     def __len__(self) -> int:
-        return sum(len(flow.requests) for flows in self._flows.values() for flow in flows.values())
+        return sum(1 for _ in self.waiting())
+
+    @property
+    def rows(self) -> int:
+        """Rows that generate."""
+        return self._rows.taken
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of the KV cache in use."""
+        return self._cache.taken
 
     def waiting(self) -> Iterator[Request]:
         """All waiting requests."""
-        for flows in self._flows.values():
-            for flow in flows.values():
-                yield from flow.requests
+        for tenant in self._tenants.values():
+            for flows in tenant.values():
+                for flow in flows.values():
+                    yield from flow.requests
 
     def add(self, request: Request) -> None:
         """Add a waiting request. Its rows and cache tokens are within the limits."""
         assert request.rows <= self.running
         assert request.cache_tokens <= self.cache_tokens
-        flow = self._flows.setdefault(request.priority, {}).setdefault(request.flow, _Flow())
-        flow.requests.append(request)
+        flows = self._tenants.setdefault(request.tenant, {}).setdefault(request.priority, {})
+        flows.setdefault(request.flow, _Flow()).requests.append(request)
+        self._turns.join(request.tenant)
         request.joined = self._passes
         self.waiting_tokens += request.tokens
 
     def remove(self, requests: Iterable[Request]) -> None:
         """Remove requests, waiting or not."""
         removed = set(map(id, requests))
-        for priority, flows in list(self._flows.items()):
-            for key, flow in list(flows.items()):
-                left = deque(each for each in flow.requests if id(each) not in removed)
-                self.waiting_tokens -= sum(each.tokens for each in flow.requests) - sum(each.tokens for each in left)
-                flow.requests = left
-                if not left:
-                    del flows[key]
-            if not flows:
-                del self._flows[priority]
+        gone = [each for each in self.waiting() if id(each) in removed]
+        for flow in {id(flow): flow for flow in map(self._flow, gone)}.values():
+            flow.requests = deque(each for each in flow.requests if id(each) not in removed)
+        for each in gone:
+            self._left(each)
+            self._turns.leave(each.tenant)
 
     def next(self) -> list[Request]:
         """Take the requests that begin in the next pass. Those that generate hold rows and cache until `finished`."""
+        for tenant, rows in self._rows.of.items():
+            self._turns.charge(tenant, rows)  # each of them takes a token of this pass
         chosen: list[Request] = []
-        self._room = self.batch_tokens - self.rows
-        if self._serve_impatient(chosen):
-            for priority in sorted(self._flows, reverse=True):
-                self._serve(priority, chosen)
+        room = self.batch_tokens - self.rows
+        before = self._passes - self.patience
+        lines = {tenant: _Line(flows, before, self.quantum) for tenant, flows in self._tenants.items()}
+        highest = max((each.priority for each in lines.values()), default=0)
+        full: set[int] = set()  # priorities at which a request did not fit into the pass
+        closed = False  # a request that has waited too long waits for rows or cache
+        while lines:
+            tenant = self._first(lines, highest)
+            line = lines[tenant]
+            request = line.head(full)
+            if request is None:
+                del lines[tenant]
+            elif request.generates and (closed or not self._holds(request)):
+                closed = closed or line.impatient
+                line.stop()
+            elif chosen and request.tokens > room:
+                if not line.impatient:
+                    full.add(line.priority)
+                line.stop()
+            else:
+                line.take()
+                self._take(request)
+                room -= request.tokens
+                chosen.append(request)
         self._passes += bool(chosen)
         return chosen
 
     def finished(self, request: Request) -> None:
         """Free the rows and the cache of a request that generated."""
-        self.rows -= request.rows
-        self.held_tokens -= request.cache_tokens
+        self._rows.free(request.tenant, request.rows)
+        self._cache.free(request.tenant, request.cache_tokens)
+        self._turns.leave(request.tenant)
 
-    def _serve_impatient(self, chosen: list[Request]) -> bool:
-        """Take requests that have waited too long, the longest first. Returns whether others may begin too."""
-        heads = [flow.requests[0] for flows in self._flows.values() for flow in flows.values()]
-        for request in sorted(heads, key=lambda each: each.joined):
-            if self._passes - request.joined < self.patience:
-                break
-            if not self._holds(request):
-                return False
-            if self._fits(request, chosen):
-                self._take(request, chosen)
-        return True
+    def _first(self, lines: dict[str, _Line], highest: int) -> str:
+        """The tenant whose turn it is: by priority, then the one that was served least, then the one with few rows."""
+        if len(lines) == 1:
+            return next(iter(lines))
 
-    def _serve(self, priority: int, chosen: list[Request]) -> None:
-        """Take turns between the adapters of one priority, until the pass is full or no request fits.
+        def order(tenant: str) -> tuple[int, float, int]:
+            line = lines[tenant]
+            priority = highest if line.impatient else line.priority
+            return -priority, self._turns.served(tenant), self._rows.of[tenant]
 
-        An adapter whose next request does not fit continues its turn in the next pass. Until then no other turn starts:
-        else small requests would fill every pass, and large ones would get less than their share.
-        """
-        flows = self._flows[priority]
-        stopped: set[str] = set()
-        full = False
-        while len(stopped) < len(flows):
-            for key in [key for key in flows if key not in stopped]:
-                flow = flows[key]
-                if not flow.turn:
-                    if full:
-                        stopped.add(key)
-                        continue
-                    flow.turn, flow.deficit = True, flow.deficit + self.quantum
-                while flow.requests and flow.requests[0].tokens <= flow.deficit:
-                    request = flow.requests[0]
-                    fits = self._fits(request, chosen)
-                    if not fits or not self._holds(request):
-                        full = full or not fits
-                        stopped.add(key)
-                        break
-                    flow.deficit -= request.tokens
-                    self._take(request, chosen)
-                if key in flows and key not in stopped:  # its turn is over
-                    flow.turn = False
-                    flows[key] = flows.pop(key)
-        if not flows:
-            del self._flows[priority]
+        return min(lines, key=order)
 
     def _holds(self, request: Request) -> bool:
-        """Whether there are rows and cache for a request."""
-        if not request.generates:
-            return True
-        return self.rows + request.rows <= self.running and (
-            self.held_tokens + request.cache_tokens <= self.cache_tokens
+        """Whether there are rows and cache for a request that generates."""
+        return self._rows.has_room(request.tenant, request.rows) and (
+            self._cache.has_room(request.tenant, request.cache_tokens)
         )
 
-    def _fits(self, request: Request, chosen: list[Request]) -> bool:
-        """Whether a request fits into the rest of the pass; the first one always does."""
-        return not chosen or request.tokens <= self._room
-
-    def _take(self, request: Request, chosen: list[Request]) -> None:
-        flows = self._flows[request.priority]
-        flow = flows[request.flow]
-        taken = flow.requests.popleft()
+    def _take(self, request: Request) -> None:
+        taken = self._flow(request).requests.popleft()
         assert taken is request
-        if not flow.requests:
-            del flows[request.flow]
-        self.waiting_tokens -= request.tokens
-        self._room -= request.tokens
+        self._left(request)
+        self._turns.charge(request.tenant, request.tokens)
         if request.generates:
-            self.rows += request.rows
-            self.held_tokens += request.cache_tokens
-        chosen.append(request)
+            self._rows.take(request.tenant, request.rows)
+            self._cache.take(request.tenant, request.cache_tokens)
+        else:
+            self._turns.leave(request.tenant)
+
+    def _flow(self, request: Request) -> _Flow:
+        return self._tenants[request.tenant][request.priority][request.flow]
+
+    def _left(self, request: Request) -> None:
+        """Count a request that waits no more, and drop what is empty without it."""
+        self.waiting_tokens -= request.tokens
+        tenant = self._tenants.get(request.tenant, {})
+        flows = tenant.get(request.priority, {})
+        if request.flow in flows and not flows[request.flow].requests:
+            del flows[request.flow]
+        if not flows:
+            tenant.pop(request.priority, None)
+        if not tenant:
+            self._tenants.pop(request.tenant, None)
+
+
+class _Line:
+    """The waiting requests of one tenant during one choice, in the order in which they may begin.
+
+    An adapter whose next request does not fit continues its turn in the next pass. Until then no other turn starts:
+    else small requests would fill every pass, and large ones would get less than their share.
+
+    Args:
+        before: A request that was added at this pass, or earlier, has waited too long.
+        quantum: Tokens of an adapter in one turn.
+    """
+
+    def __init__(self, flows: _Flows, before: int, quantum: int) -> None:
+        self._flows, self._quantum = flows, quantum
+        heads = [flow.requests[0] for each in flows.values() for flow in each.values()]
+        self._impatient = deque(sorted((each for each in heads if each.joined <= before), key=lambda each: each.joined))
+        self._priorities = sorted(flows)
+        self._enter()
+
+    @property
+    def impatient(self) -> bool:
+        """Whether its head has waited too long."""
+        return bool(self._impatient)
+
+    def head(self, full: set[int]) -> Request | None:
+        """The request that begins next, if it can; None if nothing more can. full: priorities that start no turn."""
+        if self._impatient:
+            return self._impatient[0]
+        while True:
+            while self._open:
+                key = self._open[0]
+                flow = self._level.get(key)
+                if flow is None:  # empty now
+                    self._open.popleft()
+                    continue
+                if not flow.turn:
+                    if self.priority in full:
+                        self._open.popleft()
+                        continue
+                    flow.turn, flow.deficit = True, flow.deficit + self._quantum
+                if flow.requests[0].tokens <= flow.deficit:
+                    return flow.requests[0]
+                flow.turn = False  # its turn is over
+                self._level[key] = self._level.pop(key)
+                self._open.rotate(-1)
+            if not self._priorities:
+                return None
+            self._enter()
+
+    def take(self) -> None:
+        """Count the head as begun."""
+        if self._impatient:
+            self._impatient.popleft()
+            return
+        flow = self._level[self._open[0]]
+        flow.deficit -= flow.requests[0].tokens
+
+    def stop(self) -> None:
+        """Begin no more of the head's adapter in this pass."""
+        if self._impatient:
+            self._impatient.popleft()
+        else:
+            self._open.popleft()
+
+    def _enter(self) -> None:
+        """Go on with the next lower priority."""
+        self.priority = self._priorities.pop()
+        self._level = self._flows.get(self.priority, {})
+        self._open = deque(self._level)

@@ -169,7 +169,8 @@ class SeenEngines:
         """
         bare = self.bare(model)
         base, reference = (bare, None) if bare is not None else (self._adapters_base(model), self._within(model))
-        return base.engine.submit(kind, text, reference, options, priority=priority, deadline=deadline)
+        tenant = self.access.tenant
+        return base.engine.submit(kind, text, reference, options, priority=priority, deadline=deadline, tenant=tenant)
 
     # --- adapters in memory -------------------------------------------------------------------------------------------
 

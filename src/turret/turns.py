@@ -1,0 +1,131 @@
+"""What tenants share: whose turn it is, and who still gets a place when one of them has taken all.
+
+`Turns` counts what each tenant was given and lets the one with the least go next: the virtual token counter of Sheng et
+al., "Fairness in Serving Large Language Models" (OSDI 2024). A tenant that had no work starts at the lowest count of
+those that have some, so nobody saves up turns. With one tenant the order is the order of arrival.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+SPARE = 8  # one place in so many is added for tenants that hold few
+GUESTS = 4  # tenants that find one of these at the same time
+
+
+class Turns:
+    """Counts what each tenant with work was given: tokens, or seconds."""
+
+    def __init__(self) -> None:
+        self._served: dict[str, float] = {}
+        self._work: Counter[str] = Counter()  # pieces of work that wait or run
+
+    def join(self, tenant: str) -> None:
+        """Count one more piece of work of a tenant."""
+        if not self._work:
+            self._served.clear()
+        if tenant not in self._work:
+            least = min((self._served[each] for each in self._work), default=0)
+            self._served[tenant] = max(self._served.get(tenant, 0), least)
+        self._work[tenant] += 1
+
+    def leave(self, tenant: str) -> None:
+        """Count one piece of work less."""
+        self._work[tenant] -= 1
+        if not self._work[tenant]:
+            del self._work[tenant]
+
+    def charge(self, tenant: str, amount: float) -> None:
+        """Count what a tenant was given."""
+        self._served[tenant] = self._served.get(tenant, 0) + amount
+
+    def served(self, tenant: str) -> float:
+        """What a tenant was given."""
+        return self._served.get(tenant, 0)
+
+
+class Places:
+    """A limit that tenants share.
+
+    Anybody may take places up to the limit. Once they are taken, a tenant that holds few gets one of some spare places,
+    so a tenant alone has the whole limit and still keeps nobody out.
+
+    Args:
+        most: The limit.
+        guests: Tenants that find a spare place at the same time; 0 for no spare places.
+    """
+
+    def __init__(self, most: int, guests: int = GUESTS) -> None:
+        self.most, self.taken = most, 0
+        self.of: Counter[str] = Counter()  # by tenant
+        self._spare = max(1, most // SPARE) if guests else 0
+        self._each = max(1, self._spare // guests) if guests else 0
+
+    @property
+    def all(self) -> int:
+        """The limit and the spare places."""
+        return self.most + self._spare
+
+    def has_room(self, tenant: str, amount: int = 1) -> bool:
+        """Whether a tenant may take so many places now."""
+        if self.taken + amount <= self.most:
+            return True
+        return self.of[tenant] + amount <= self._each and self.taken + amount <= self.all
+
+    def take(self, tenant: str, amount: int = 1) -> None:
+        """Count places that a tenant takes."""
+        self.taken += amount
+        self.of[tenant] += amount
+
+    def free(self, tenant: str, amount: int = 1) -> None:
+        """Count places that a tenant gives back."""
+        self.taken -= amount
+        self.of[tenant] -= amount
+        if not self.of[tenant]:
+            del self.of[tenant]
+
+
+class TurnQueue(Generic[T]):
+    """Pieces of work that wait for one of a few places. The tenant that holds the fewest, and was given least, goes
+    next; the work of one tenant keeps its order. Not thread-safe: the caller has a lock.
+
+    Args:
+        places: In which work runs.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self._places, self._turns = places, Turns()
+        self._queues: dict[str, deque[T]] = {}
+
+    def put(self, tenant: str, work: T) -> None:
+        """Add a piece of work."""
+        self._turns.join(tenant)
+        self._queues.setdefault(tenant, deque()).append(work)
+
+    def take(self) -> tuple[str, T] | None:
+        """The piece of work that begins now, with its tenant; None if no place is free, or nothing waits."""
+        may_begin = [each for each in self._queues if self._places.has_room(each)]
+        if not may_begin:
+            return None
+        tenant = min(may_begin, key=lambda each: (self._places.of[each], self._turns.served(each)))
+        work = self._queues[tenant].popleft()
+        if not self._queues[tenant]:
+            del self._queues[tenant]
+        self._places.take(tenant)
+        return tenant, work
+
+    def ended(self, tenant: str, cost: float) -> None:
+        """Give the place of a piece of work back. cost: what it took, such as seconds."""
+        self._places.free(tenant)
+        self._turns.charge(tenant, cost)
+        self._turns.leave(tenant)
+
+    def clear(self) -> list[T]:
+        """Take all work that waits."""
+        left = [(tenant, work) for tenant, queue in self._queues.items() for work in queue]
+        self._queues.clear()
+        for tenant, _ in left:
+            self._turns.leave(tenant)
+        return [work for _, work in left]
