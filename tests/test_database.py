@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import subprocess
 import sys
@@ -62,13 +63,17 @@ def test_a_newer_schema_is_refused_with_both_numbers_and_untouched(place) -> Non
     assert _execute(place, "SELECT version_num FROM alembic_version") == [("0999",)]
 
 
-def _first_format(place: Path | Location) -> None:
-    """A store in the first format, with a name, two versions and an alias that was moved twice."""
+def _upgraded(place: Path | Location, number: str) -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     with db._server(place).transaction(writes=True) as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
+        command.upgrade(config, number)
+
+
+def _first_format(place: Path | Location) -> None:
+    """A store in the first format, with a name, two versions and an alias that was moved twice."""
+    _upgraded(place, "0001")
     for statement in (
         "INSERT INTO adapters VALUES (1, 'a', 2, 'then')",
         "INSERT INTO versions VALUES (1, 1, 1, 'sha256:1', 'then', NULL, 5, '{}', '{}')",
@@ -95,6 +100,35 @@ def test_an_older_store_is_brought_up_to_date_when_it_is_opened(place) -> None:
     history = _execute(place, "SELECT id, verb, number, before FROM alias_history ORDER BY id")
     assert history == [(1, "promote", 1, None), (2, "promote", 1, None), (3, "promote", 2, 1)]
     assert list(store.gate("a")) == []
+
+
+def test_versions_that_comparisons_of_an_earlier_format_trained_are_recognised_in_a_folder(tmp_path) -> None:
+    """By the runs in their results. A version that was there before, or was promoted, stays one of its own."""
+    path = tmp_path / "turret.db"
+    _upgraded(path, "0012")
+    _execute(path, "INSERT INTO adapters (id, tenant, name, last_number, created) VALUES (1, 'default', 'a', 4, '')")
+    for number, run in enumerate(("own", "cell-1", "cell-2", "cell-3"), 1):
+        _execute(
+            path,
+            f"INSERT INTO versions VALUES ({number}, 1, {number}, 'd{number}', '', '{run}', 5, '{{}}', '{{}}', '')",
+        )
+    _execute(path, "INSERT INTO aliases VALUES (1, 'production', 4, '')")
+    _execute(path, "INSERT INTO alias_history (adapter_id, alias, version_id, moved) VALUES (1, 'production', 4, '')")
+    cells = tmp_path / "comparisons" / "a-0123456789" / "cells"
+    results = {
+        "one": "cell-1",
+        "two": "cell-2",
+        "three": "cell-3",
+        "base": None,
+        "same": "cell-that-stored-nothing-new",
+    }
+    for key, run in results.items():
+        (cells / key).mkdir(parents=True)
+        (cells / key / "result.json").write_text(json.dumps({"version": "a@1", "run": run}))
+    (cells / "broken").mkdir()
+    (cells / "broken" / "result.json").write_text("{")
+    found = {str(each): each.comparison for each in Store(tmp_path).list()}
+    assert found == {"a@1": None, "a@2": "comparisons/a-0123456789", "a@3": "comparisons/a-0123456789", "a@4": None}
 
 
 @pytest.mark.parametrize("older", [True, False])

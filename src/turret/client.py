@@ -221,10 +221,15 @@ class AsyncClient:
         """The base, and the engine's own figures."""
         return await self._json("GET", "/api/status")
 
-    async def adapters(self, name: str | None = None) -> list[JsonObject]:
-        """Every version in the store, or those of one name."""
+    async def adapters(self, name: str | None = None, comparison: str | None = None) -> list[JsonObject]:
+        """Every version in the store, or those of one name; without those of comparisons, or those of one comparison.
+
+        Args:
+            comparison: its folder in the store, such as `comparisons/news-3f2a91c07b`.
+        """
         found: list[JsonObject] = []
-        query = {} if name is None else {"name": name}
+        given = {"name": name, "comparison": comparison}
+        query = {key: value for key, value in given.items() if value is not None}
         while True:
             page = await self._json("GET", "/api/adapters", query=query)
             found += page["adapters"]

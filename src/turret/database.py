@@ -3,7 +3,9 @@
 The schema has the number `SCHEMA`; each change of it is a new Alembic file in `migrations/versions`:
 
 - `adapters`: a row per tenant and name; `last_number` is the last number given out, so no number is used twice
-- `versions`: a row per stored version, never changed; `manifest` and `metrics` are JSON
+- `versions`: a row per stored version, never changed; `manifest` and `metrics` are JSON; `comparison` is the folder of
+  the comparison or control study that trained it, NULL for a version of its own, and becomes NULL when `production`
+  first names it or the same content is stored as a version of its own
 - `files`: the content (sha256) at each path of a version; `upload` tells which copy of that content
   (`turret.store.uploads`), one for all versions, and empty for files of format 0005
 - `uploads`: puts that are writing files; `since` is when the last file was started
@@ -67,7 +69,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-SCHEMA = "0012"  # the newest file in migrations/versions, as a test checks
+SCHEMA = "0013"  # the newest file in migrations/versions, as a test checks
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`
 
 metadata = MetaData(
@@ -108,6 +110,7 @@ versions = Table(
     Column("metrics", JSON, nullable=False),
     Column("manifest", JSON, nullable=False),
     Column("who", String(100)),
+    Column("comparison", String(255)),
     UniqueConstraint("adapter_id", "number"),
     UniqueConstraint("adapter_id", "digest"),
 )

@@ -8,7 +8,7 @@ Grammar, in ASCII only:
 - `alias`: a lowercase letter, then up to 31 lowercase letters, digits, `-` or `_`
 
 A name can therefore be no path, option or NUL byte, and no two names look alike in different alphabets. A name alone
-means `@production` if that alias exists, else the newest version; the store resolves it.
+means `@production` if that alias exists, else the newest version that no comparison trained; the store resolves it.
 
 An engine also takes a composition: references joined by `+`, such as `legal@production+formal@2`.
 """

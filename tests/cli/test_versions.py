@@ -82,7 +82,28 @@ def test_list_json_is_one_object_with_stable_keys(stored, capsys) -> None:
     assert [version["version"] for version in said["versions"]] == ["news@1", "news@2"]
     assert set(said["versions"][0]) == {
         "version", "digest", "created", "who", "aliases", "base", "method", "task", "metrics", "bytes", "run",
+        "comparison",
     }  # fmt: skip
+
+
+def test_the_trainings_of_a_comparison_are_one_line(stored, tmp_path, capsys) -> None:
+    store = Store(stored)
+    for number in range(3):
+        store.put("news", write_bundle(tmp_path, b"%d" % number), comparison="comparisons/news-0123456789")
+    assert run(["list", "--store", stored]) == 0
+    _, _, second, folded = capsys.readouterr().out.splitlines()
+    assert second.startswith("news@2 ")
+    assert folded.startswith("news@3 to @5 ")
+    assert "3 trainings of a comparison" in folded
+    assert run(["list", "news", "--all", "--store", stored]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 5
+    assert run(["list", "--json", "--store", stored]) == 0
+    found = {each["version"]: each["comparison"] for each in json.loads(capsys.readouterr().out)["versions"]}
+    assert (found["news@2"], found["news@5"]) == (None, "comparisons/news-0123456789")
+    assert run(["show", "news", "--store", stored]) == 0
+    assert "news@2" in capsys.readouterr().out
+    assert run(["show", "news@4", "--store", stored]) == 0
+    assert "turret promote news@4 production keeps it" in capsys.readouterr().out
 
 
 def test_an_empty_store_lists_nothing_and_is_not_made(tmp_path, capsys) -> None:
@@ -106,7 +127,7 @@ def test_show_json_is_the_whole_version(stored, capsys) -> None:
     assert said["version"] == "news@1"
     assert set(said) == {
         "version", "digest", "created", "who", "aliases", "bytes", "metrics", "files", "manifest", "alias_history",
-        "replays", "run",
+        "replays", "run", "comparison",
     }  # fmt: skip
 
 

@@ -93,11 +93,11 @@ def workspace(tmp_path: Path) -> Workspace:
 def put(workspace: Workspace, tmp_path: Path) -> Callable[..., Version]:
     """Stores one more version of a name, by default on the echo's base."""
 
-    def put(name: str = "a", base: str = FINGERPRINT, **test: Any) -> Version:
+    def put(name: str = "a", base: str = FINGERPRINT, comparison: str | None = None, **test: Any) -> Version:
         task = {"kind": "classify", "labels": list(LABELS)}
         said = {"base": {"id": "echo", "fingerprint": base}, "task": task}
         bundle = write_bundle(tmp_path / "bundles", tensors(next(SEEDS)), said=said)
-        return workspace.store.put(name, bundle, metrics={"test": test} if test else {})
+        return workspace.store.put(name, bundle, metrics={"test": test} if test else {}, comparison=comparison)
 
     return put
 

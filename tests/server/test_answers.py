@@ -166,6 +166,28 @@ def test_models_are_the_base_and_every_adapter_on_it_by_name_and_by_alias(serve,
         assert got.status_code in (400, 404), got.text
 
 
+def test_a_plain_name_never_means_a_version_of_a_comparison(serve, put, workspace) -> None:
+    put()
+    for name in ("a", "a", "only"):
+        put(name, comparison=f"comparisons/{name}-0123456789")
+    client = serve().client()
+    ask = {"input": "x"}
+    assert client.post("/v1/classify", json=ask | {"model": "a"}).json()["model"] == "a@1"
+    assert client.post("/v1/classify", json=ask | {"model": "a@3"}).json()["model"] == "a@3"
+    assert {card["id"]: card["root"] for card in client.get("/v1/models").json()["data"]} == {
+        "echo": "echo",
+        "a": "a@1",
+    }
+    got = client.post("/v1/classify", json=ask | {"model": "only"})
+    assert got.status_code == 404
+    assert "only versions of comparisons" in got.text
+    workspace.promote("a@3", "candidate")
+    workspace.promote("only@1", "production")
+    found = {card["id"]: card["root"] for card in serve().client().get("/v1/models").json()["data"]}
+    expected = {"a": "a@1", "a@candidate": "a@3", "only": "only@1", "only@production": "only@1"}
+    assert found == {"echo": "echo"} | expected
+
+
 def test_an_unknown_adapter_is_404_and_never_the_bases_answer(serve, put) -> None:
     put()
     put("other", base="sha256:another")

@@ -158,6 +158,30 @@ def test_a_refused_gate_is_told_and_a_promote_and_a_rollback_move_the_alias(serv
         assert post(client, "/adapters/a/move/promote", **fields).status_code == 400
 
 
+def test_the_versions_of_a_comparison_are_one_line_and_promoting_one_keeps_it(serve, put, workspace) -> None:
+    put()
+    for _ in range(3):
+        put(comparison="comparisons/a-0123456789")
+    put("only", comparison="comparisons/only-0123456789")
+    client = serve().client()
+    names = client.get("/adapters").text
+    assert "newest, a@1" in names
+    assert "+ 3 of comparisons" in names
+    assert "none: only comparisons" in names
+    page = client.get("/adapters/a").text
+    assert "the plain name means the newest version, a@1." in page
+    assert "<summary>a@2 to @4</summary>" in page
+    assert 'id="promote-1"' in page
+    assert 'id="promote-2"' not in page
+    assert "the plain name a does not mean it" in client.get("/adapters/a/2").text
+    chosen = client.get("/adapters/a/move/promote", params={"version": 2}).text
+    assert '<option value="2" selected>a@2, of a comparison</option>' in chosen
+    assert "all versions are of comparisons" in client.get("/adapters/only").text
+    assert 'value="a@1" checked' in client.get("/playground").text
+    workspace.promote("a@2", "production")
+    assert "<summary>a@3 to @4</summary>" in client.get("/adapters/a").text
+
+
 def test_an_experiment_ramps_and_ends_by_its_buttons(serve, put, workspace) -> None:
     put()
     put()

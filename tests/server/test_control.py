@@ -31,6 +31,22 @@ def test_the_store_is_listed_by_pages_with_what_is_in_memory(serve, put) -> None
     assert client.get("/api/adapters/A@9").status_code == 404
 
 
+def test_the_versions_of_a_comparison_are_one_line_of_the_list(serve, put) -> None:
+    put()
+    for _ in range(3):
+        put(comparison="comparisons/a-0123456789")
+    client = serve().client()
+    first = client.get("/api/adapters", params={"limit": 1}).json()
+    assert [each["version"] for each in first["adapters"]] == ["a@1"]
+    assert first["after"] is None
+    (line,) = first["comparisons"]
+    assert (line["comparison"], line["first"], line["last"]) == ("comparisons/a-0123456789", "a@2", "a@4")
+    own = client.get("/api/adapters", params={"comparison": line["comparison"], "limit": 2}).json()
+    assert [each["version"] for each in own["adapters"]] == ["a@2", "a@3"]
+    assert (own["comparisons"], own["after"]) == ([], "a@3")
+    assert client.get("/api/adapters/a").json()["version"] == "a@1"
+
+
 def test_load_pin_unpin_and_unload(serve, put) -> None:
     version = put()
     put()

@@ -12,7 +12,7 @@ from store import by_hand
 
 from turret import database as db
 from turret.errors import BadReference, BundleError, Corrupt, NotFound, StoreError
-from turret.store import Store
+from turret.store import Store, folded
 
 
 def test_what_is_put_comes_back_bit_for_bit(store, make_bundle, tmp_path) -> None:
@@ -62,6 +62,57 @@ def test_a_plain_name_is_production_where_that_alias_exists_else_the_newest(stor
     assert store.resolve("a@candidate").number == 3
     assert store.resolve("a@1").aliases == ()
     assert [version.aliases for version in store.list()] == [(), ("production",), ("candidate",)]
+
+
+COMPARISON = "comparisons/a-0123456789"
+
+
+def test_a_version_of_a_comparison_never_answers_to_a_plain_name(store, make_bundle) -> None:
+    store.put("a", make_bundle(b"own"))
+    for i in range(3):
+        store.put("a", make_bundle(b"%d" % i), comparison=COMPARISON)
+    assert store.resolve("a").number == 1
+    assert store.resolve("a@3").comparison == COMPARISON
+    store.promote("a@4", "candidate")
+    assert (store.resolve("a").number, store.resolve("a@candidate").number) == (1, 4)
+    store.promote("a@3", "production")
+    assert (store.resolve("a").number, store.resolve("a@3").comparison) == (3, None)
+    store.put("a", make_bundle(b"another of one's own"))
+    store.delete("a@3", force=True)  # and with it the alias
+    assert store.resolve("a").number == 5
+
+
+def test_a_name_that_only_comparisons_trained_says_how_to_choose_one(store, make_bundle) -> None:
+    store.put("a", make_bundle(b"1"), comparison=COMPARISON)
+    with pytest.raises(NotFound) as error:
+        store.resolve("a")
+    expected = (
+        "no a: a has only versions of comparisons (version 1 and no alias): "
+        "choose one with `turret promote a@NUMBER production`"
+    )
+    assert str(error.value) == expected
+    store.promote("a@1", "production")
+    assert store.resolve("a").number == 1
+
+
+def test_content_of_a_comparison_that_is_stored_again_is_a_version_of_its_own(store, make_bundle) -> None:
+    store.put("a", make_bundle(b"1"), comparison=COMPARISON)
+    again = store.put("a", make_bundle(b"1"))
+    assert (again.number, again.comparison) == (1, None)
+    assert store.put("a", make_bundle(b"1"), comparison=COMPARISON).comparison is None
+    assert store.resolve("a").number == 1
+
+
+def test_a_list_has_a_line_for_the_versions_of_a_comparison(store, make_bundle) -> None:
+    store.put("a", make_bundle(b"own"))
+    for i in range(3):
+        store.put("a", make_bundle(b"%d" % i), comparison=COMPARISON)
+    store.put("b", make_bundle(b"1"), comparison="controls/b-0123456789")
+    store.promote("a@3", "candidate")
+    own, compared = folded(store.list())
+    assert [str(each) for each in own] == ["a@1", "a@3"]
+    assert [str(each) for each in compared] == ["a@2 to @4", "b@1"]
+    assert compared[0].as_json()["versions"] == 2
 
 
 def test_what_is_not_there_is_said_with_what_is(store, make_bundle) -> None:

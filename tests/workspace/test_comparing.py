@@ -19,7 +19,7 @@ from simulated_comparison import dataset, result
 
 from turret.compare.candidates import candidates
 from turret.compare.design import design
-from turret.errors import RecipeError, StoreError, TrainingError
+from turret.errors import NotFound, RecipeError, StoreError, TrainingError
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace import Workspace
@@ -64,6 +64,15 @@ def test_every_training_is_a_version_with_measured_costs(compared) -> None:
         assert costs.answer_seconds.mean > 0
         assert costs.measured["optimiser"] == 8 * costs.trainable
         assert set(costs.measured) <= set(costs.predicted)
+
+
+def test_a_plain_name_never_means_a_training_of_a_comparison(compared) -> None:
+    _, workspace, found, _ = compared
+    (version,) = workspace.list()
+    assert version.comparison == f"comparisons/{Path(found.folder).name}"
+    with pytest.raises(NotFound, match="choose one with `turret promote reviews@NUMBER production`"):
+        workspace.predict("reviews", ["a great film"])
+    assert workspace.predict("reviews@1", ["a great film"])[0]["label"] in ("good", "bad")
 
 
 def test_the_scores_are_those_of_the_stored_version(compared) -> None:

@@ -61,7 +61,8 @@ def compare(
 ) -> None:
     """Train several methods on the same data, and judge which is as good as the baseline.
 
-    Every training is a version in the store. Run the command again to continue with the missing trainings.
+    Every training is a version in the store, of the comparison: the plain name never means it. The last lines say how
+    to keep one. Run the command again to continue with the missing trainings.
     With --composition, stored versions are compared instead: legal@production+formal@2, each of the two, and the base.
     """
     from turret.workspace import Workspace
@@ -184,7 +185,17 @@ def _print(found: Comparison) -> None:
     promotion = found.promotion
     advice = f"turret promote {promotion.version} production" if promotion.version else "promote nothing yet"
     out.print(f"\n[bold]{safe(advice)}[/]  [dim]{safe(promotion.why)}[/]")
+    kept = sum(len(row.versions) for row in found.rows)
+    out.print(f"[dim]{_answering(safe(found.name), kept)}[/]")
     out.print(f"[dim]report[/] {safe(found.folder)}/report.html")
+
+
+def _answering(name: str, trainings: int) -> str:
+    """What the plain name answers after the comparison, and how to keep one of its versions."""
+    return (
+        f"{name} answers as before: the {counted(trainings, 'training')} here are versions of the comparison. "
+        f"Keep one: turret promote {name}@NUMBER production"
+    )
 
 
 def _print_composition(found: Comparison) -> None:

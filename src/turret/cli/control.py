@@ -72,6 +72,11 @@ def _print(found: Control) -> None:
     for spec, why in found.failures.items():
         out.print(f"  [red]{safe(spec)}[/] did not run: {safe(why)}")
     out.print(f"\n[dim]chance {found.chance:.0f}%, the classifier on references {found.judge['accuracy']:.0f}%[/]")
+    kept = [version for each in found.rated for version in each.versions]
+    if kept:
+        out.print(
+            f"[dim]The trainings are versions of this study. Keep one: turret promote {safe(kept[0])} production[/]"
+        )
     out.print(f"[dim]report[/] {safe(found.folder)}/report.html")
 
 

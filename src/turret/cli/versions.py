@@ -17,25 +17,33 @@ from turret.timestamp import to_minute
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from turret.store import Version
+    from turret.store import Compared, Version
 
 FEW = 40  # of more versions, `list` shows the newest of each name and those with an alias
 MOVES = 12  # of the aliases, the newest ones
+_KEEP = "the plain name does not mean it: turret promote {} production keeps it"
 
 
 def list_(
     name: Annotated[str | None, typer.Argument(help="Only this adapter.", show_default=False)] = None,
+    every: Annotated[bool, typer.Option("--all", help="A line for each version of a comparison too.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
-    """List adapters, versions, aliases and metrics."""
+    """List adapters, versions, aliases and metrics.
+
+    The trainings of a comparison are one line: a plain name never means them. `promote NAME@N production` keeps one.
+    """
+    from turret.store import folded
     from turret.workspace import Workspace
 
     found = Workspace(store).list(name)
     if as_json:
         emit({"store": str(store), "versions": [version.as_json() for version in found]})
-    else:
-        _print_list(found if name else chosen(found), len(found), f"{f'{name} in ' if name else ''}{store}")
+        return
+    own, compared = (found, []) if every else folded(found)
+    shown = own if name or every else chosen(own)
+    _print_list(shown, compared, len(own) - len(shown), f"{f'{name} in ' if name else ''}{store}")
 
 
 def show(
@@ -60,7 +68,7 @@ def show(
 
 def chosen(found: Sequence[Version]) -> Sequence[Version]:
     """All versions if they are few; else those with an alias, and the newest of each name."""
-    newest = {version.name: version.number for version in found}
+    newest = {version.name: version.number for version in found}  # ordered by number
     if len(found) <= FEW:
         return found
     return [version for version in found if version.aliases or version.number == newest[version.name]]
@@ -72,13 +80,15 @@ def age(created: str) -> str:
     return span(passed) if passed < 86400 * 2 else f"{passed / 86400:.0f} days"
 
 
-def _print_list(found: Sequence[Version], count: int, where: str) -> None:
-    if not found:
+def _print_list(found: Sequence[Version], compared: Sequence[Compared], more: int, where: str) -> None:
+    if not found and not compared:
         console().print(f"no version of {safe(where)} yet: [bold]turret train reviews.csv[/] makes one")
         return
     heads = ("version", "alias", "method", "base", "metric", "size", "age")
-    console().print(columns(heads, (_row(version) for version in found), right=("size", "age")))
-    if more := count - len(found):
+    lines = [(each.name, each.number, _row(each)) for each in found]
+    lines += [(each.name, each.versions[0].number, _folded(each)) for each in compared]
+    console().print(columns(heads, [cells for _, _, cells in sorted(lines)], right=("size", "age")))
+    if more:
         console().print(f"[dim]{counted(more, 'earlier version')} without an alias: turret list NAME, or --json[/]")
 
 
@@ -93,6 +103,18 @@ def _row(version: Version) -> tuple[str, ...]:
         f"[dim]{best[0]}[/] {number(best[1])}" if best else "",
         size(version.bytes),
         age(version.created),
+    )
+
+
+def _folded(compared: Compared) -> tuple[str, ...]:
+    return (
+        f"[dim]{safe(compared)}[/]",
+        "",
+        safe(", ".join(compared.methods)),
+        safe(compared.versions[0].part("base").get("id") or "?"),
+        f"[dim]{counted(len(compared.versions), 'training')} of a comparison[/]",
+        size(compared.bytes),
+        age(compared.created),
     )
 
 
@@ -137,6 +159,8 @@ def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
         yield safe(split), measured(split, values)
     yield "size", size(shown["bytes"])
     yield from _lineage(lineage)
+    if shown["comparison"]:
+        yield "comparison", f"{safe(shown['comparison'])}  [dim]{_KEEP.format(safe(shown['version']))}[/]"
     if shown["run"]:
         yield "run", f"{safe(shown['run']['id'])}  [dim]recipe and curve are in runs/[/]"
     for replay in shown["replays"]:

@@ -23,14 +23,20 @@ class Promotion:
 def promotion(rows: Sequence[ComparisonRow], against: str, results: Sequence[CellResult]) -> Promotion:
     """The smallest method that is as good as the baseline. The validation split chooses its seed, never the test split.
 
+    If the baseline learnt nothing, only a method that is better than it counts.
+
     Args:
         against: spec of the baseline.
         results: on all training examples, without those that collapsed.
     """
     good = [row for row in rows if row.verdict and row.verdict.word in ("within", "better") and row.versions]
     if any(row.spec == against and row.learnt_nothing for row in rows):
-        return Promotion(None, None, f"{against} learnt nothing here, so being as good as {against} means nothing")
-    if good:
+        good = [row for row in good if row.verdict and row.verdict.word == "better" and not row.learnt_nothing]
+        if not good:
+            return Promotion(None, None, f"{against} learnt nothing here, so being as good as {against} means nothing")
+        chosen = min(good, key=lambda row: (row.costs.bundle_bytes if row.costs else 0, row.spec))
+        why = f"{'the smallest method ' if len(good) > 1 else ''}better than {against}, which learnt nothing"
+    elif good:
         chosen = min(good, key=lambda row: (row.costs.bundle_bytes if row.costs else 0, row.spec))
         why = f"the smallest method as good as {against}" if len(good) > 1 else f"as good as {against}, and smaller"
     else:

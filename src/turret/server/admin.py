@@ -20,7 +20,7 @@ from turret.server import golden_replay
 from turret.server.error_responses import without_paths
 from turret.server.routes import State, router
 from turret.server.state import ServerState
-from turret.store import Gate, Move, Version
+from turret.store import Gate, Move, Version, folded
 from turret.store.catalog import now, plain, who
 
 control = router("admin")
@@ -57,18 +57,23 @@ async def status(state: State) -> schemas.Status:
 async def list_adapters(
     state: State,
     name: Annotated[schemas.AdapterName | None, Query()] = None,
+    comparison: Annotated[str | None, Query(max_length=255, description="Only the versions of this one.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: After = None,
 ) -> schemas.Adapters:
-    """The versions in the store by name and number, in pages."""
-    versions = await state.control(state.workspace.list, name)
+    """The versions in the store by name and number, in pages. Those of comparisons are a line each on the first one."""
+    versions, compared = folded(every := await state.control(state.workspace.list, name))
+    if comparison is not None:
+        versions, compared = [each for each in every if each.comparison == comparison], []
     if after is not None:
         last = Reference.parse(after)
         versions = [each for each in versions if (each.name, each.number) > (last.name, last.version or 0)]
     page, loaded = versions[:limit], {each.digest for each in state.engines.loaded()}
     more = str(page[-1]) if len(versions) > limit else None
     return schemas.Adapters(
-        adapters=[schemas.Adapter(**each.as_json(), loaded=each.digest in loaded) for each in page], after=more
+        adapters=[schemas.Adapter(**each.as_json(), loaded=each.digest in loaded) for each in page],
+        comparisons=[schemas.Compared(**each.as_json()) for each in compared] if after is None else [],
+        after=more,
     )
 
 

@@ -44,11 +44,26 @@ class Adapter(BaseModel):
     metrics: JsonObject
     bytes: int
     run: str | None
+    comparison: str | None = Field(description="The comparison that trained it; then a plain name never means it.")
     loaded: bool
+
+
+class Compared(BaseModel):
+    """The trainings of one comparison under one name that no alias names."""
+
+    name: str
+    comparison: str = Field(description="Its folder in the store, which `?comparison=` takes.")
+    first: str = Field(description="The version with the lowest number.")
+    last: str
+    versions: int
+    methods: list[str]
+    bytes: int
+    created: str = Field(description="When the newest was stored.")
 
 
 class Adapters(BaseModel):
     adapters: list[Adapter]
+    comparisons: list[Compared] = Field(description="The trainings of comparisons; on the first page.")
     after: str | None = Field(description="The `after` of the next page; null on the last one.")
 
 

@@ -61,7 +61,8 @@ def _adapters(state: ServerState, versions: Sequence[Version]) -> Iterator[Model
         aliases = sorted(alias for version in by_number.values() for alias in version.aliases)
         meanings = {f"{name}@{alias}": state.aliases.version_of(name, alias) for alias in aliases}
         default = next((alias for alias in (state.aliases.alias, PRODUCTION) if alias in aliases), None)
-        plain = max(by_number) if default is None else meanings[f"{name}@{default}"]
+        own = max((number for number, each in by_number.items() if each.comparison is None), default=None)
+        plain = own if default is None else meanings[f"{name}@{default}"]
         for model, number in {name: plain, **meanings}.items():
             version = by_number.get(number or 0)
             if version is not None and is_on_base(state, version):

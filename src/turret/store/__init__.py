@@ -3,7 +3,7 @@
 from turret.store.access_tokens import AccessToken, AccessTokens
 from turret.store.aliases import Move, Pointing
 from turret.store.budgets import Budgets
-from turret.store.catalog import Deleted, Version, acting
+from turret.store.catalog import Compared, Deleted, Version, acting, folded
 from turret.store.core import Store
 from turret.store.gate_status import GateStatus
 from turret.store.gates import Gate
@@ -19,6 +19,7 @@ __all__ = [
     "AccessTokens",
     "Budgets",
     "Collected",
+    "Compared",
     "Deleted",
     "Example",
     "Gate",
@@ -35,4 +36,5 @@ __all__ = [
     "Verified",
     "Version",
     "acting",
+    "folded",
 ]

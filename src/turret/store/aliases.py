@@ -22,7 +22,7 @@ from turret.errors import InUse, NotFound
 from turret.json_types import JsonObject
 from turret.reference import Reference
 from turret.store import catalog
-from turret.store.catalog import Deleted, Version, now, who
+from turret.store.catalog import PRODUCTION, Deleted, Version, now, who
 from turret.store.golden import GoldenReplay
 from turret.visibility import access_of, seen_adapters, seen_versions
 
@@ -238,6 +238,8 @@ def _move(
     connection.execute(delete(aliases).where(this))
     if version_id is not None:
         connection.execute(insert(aliases).values(**key, version_id=version_id, moved=at))
+        if alias == PRODUCTION:
+            catalog.make_own(connection, version_id)
     row = {**key, "version_id": version_id, "number": number, "moved": at, "verb": verb, "before": before, "who": who()}
     connection.execute(insert(alias_history).values(row))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -25,6 +25,7 @@ from turret.timestamp import timestamp
 from turret.visibility import access_of, seen_adapters, seen_versions
 
 PRODUCTION = "production"  # the alias that a plain name means, if it exists
+NO_VERSION = "no version left"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Version:
     manifest: JsonMapping = field(repr=False)
     aliases: tuple[str, ...] = ()
     who: str | None = None  # the user that stored it
+    comparison: str | None = None  # the folder of the comparison that trained it; then a plain name never means it
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
@@ -68,7 +70,59 @@ class Version:
             "metrics": dict(self.metrics),
             "bytes": self.bytes,
             "run": self.run,
+            "comparison": self.comparison,
         }
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Versions of one name that one comparison trained and that no alias names: one line of a list."""
+
+    name: str
+    comparison: str  # its folder in the store
+    versions: tuple[Version, ...]  # by number, at least one
+
+    def __str__(self) -> str:
+        first, last = self.versions[0].number, self.versions[-1].number
+        return f"{self.name}@{first}" if first == last else f"{self.name}@{first} to @{last}"
+
+    @property
+    def bytes(self) -> int:
+        return sum(version.bytes for version in self.versions)
+
+    @property
+    def created(self) -> str:
+        """When its newest version was stored."""
+        return self.versions[-1].created
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The kinds of its methods, sorted."""
+        return tuple(sorted({str(version.part("method").get("kind")) for version in self.versions}))
+
+    def as_json(self) -> JsonObject:
+        return {
+            "name": self.name,
+            "comparison": self.comparison,
+            "first": str(self.versions[0]),
+            "last": str(self.versions[-1]),
+            "versions": len(self.versions),
+            "methods": list(self.methods),
+            "bytes": self.bytes,
+            "created": self.created,
+        }
+
+
+def folded(versions: Iterable[Version]) -> tuple[list[Version], list[Compared]]:
+    """The versions that stand for themselves, and a line for each comparison with all others."""
+    own = list[Version]()
+    compared = dict[tuple[str, str], list[Version]]()
+    for version in versions:
+        if version.comparison is None or version.aliases:
+            own.append(version)
+        else:
+            compared.setdefault((version.name, version.comparison), []).append(version)
+    return own, [Compared(*key, tuple(those)) for key, those in compared.items()]
 
 
 @dataclass(frozen=True)
@@ -119,6 +173,7 @@ def add(
     *,
     run: str | None,
     metrics: JsonMapping,
+    comparison: str | None = None,
 ) -> int:
     """Add a version and return its number; content that is already stored under the name keeps its number.
 
@@ -126,6 +181,8 @@ def add(
         content: path in the bundle -> its stored copy.
         run: the id of the training that made it.
         metrics: split -> metric -> value.
+        comparison: the folder of the comparison that trained it; None makes a version of its own, also of the content
+            that a comparison has stored before.
     """
     digest = str(manifest["digest"])
     tenant = access_of(connection).tenant
@@ -137,8 +194,10 @@ def add(
     else:
         adapter_id, last = adapter.id, adapter.last_number
     same = (versions.c.adapter_id == adapter_id) & (versions.c.digest == digest)
-    if (existing := connection.execute(select(versions.c.number).where(same)).scalar()) is not None:
-        return int(existing)
+    if (existing := connection.execute(select(versions).where(same)).first()) is not None:
+        if comparison is None:
+            make_own(connection, existing.id)
+        return int(existing.number)
     row = {
         "adapter_id": adapter_id,
         "number": last + 1,
@@ -149,6 +208,7 @@ def add(
         "metrics": plain(metrics),
         "manifest": plain(manifest),
         "who": who(),
+        "comparison": comparison,
     }
     version_id = insert_row(connection, versions, row)
     rows = [
@@ -171,12 +231,16 @@ def find(connection: Connection, reference: Reference) -> Version:
     else:
         version_id = pointed_at(connection, adapter_id, reference.alias or PRODUCTION)
         if version_id is None and reference.alias is None:
-            query = query.order_by(versions.c.number.desc()).limit(1)
+            query = query.where(versions.c.comparison.is_(None)).order_by(versions.c.number.desc()).limit(1)
         else:
             query = query.where(versions.c.id == version_id)
     row = connection.execute(query).mappings().first()
     if row is None:
-        raise NotFound(f"no {reference}: {reference.name} has {summary(connection, adapter_id)}")
+        has = summary(connection, adapter_id)
+        if str(reference) == reference.name and has != NO_VERSION:
+            choose = f"`turret promote {reference.name}@NUMBER production`"
+            has = f"only versions of comparisons ({has}): choose one with {choose}"
+        raise NotFound(f"no {reference}: {reference.name} has {has}")
     return _version(row, _aliases(connection, adapter_id).get(row["id"], ()))
 
 
@@ -220,6 +284,11 @@ def in_experiment(connection: Connection, version: Version) -> bool:
     own = (adapters.c.name == version.name) & seen_adapters(connection)
     here = connection.execute(query.where(own, experiments.c.state == "running")).scalars()
     return any(arm["version"] == version.number for arms in here for arm in arms)
+
+
+def make_own(connection: Connection, version_id: int) -> None:
+    """Make a version of a comparison one of its own, which a plain name may mean."""
+    connection.execute(update(versions).where(versions.c.id == version_id).values(comparison=None))
 
 
 def keep_metrics(connection: Connection, version: Version, split: str, values: JsonMapping) -> None:
@@ -287,8 +356,11 @@ def _versions(connection: Connection) -> Select[Any]:  # Any: SQLAlchemy does no
     return query.where(seen_adapters(connection), seen_versions(connection))
 
 
+_COLUMNS = ("name", "number", "digest", "created", "run", "bytes", "who", "comparison")
+
+
 def _version(row: RowMapping, pointing: tuple[str, ...]) -> Version:
-    columns = {key: row[key] for key in ("name", "number", "digest", "created", "run", "bytes", "who")}
+    columns = {key: row[key] for key in _COLUMNS}
     metrics = {split: values for split, values in mapping_of(row["metrics"]).items() if isinstance(values, Mapping)}
     return Version(**columns, metrics=metrics, manifest=mapping_of(row["manifest"]), aliases=pointing)
 
@@ -320,7 +392,7 @@ def summary(connection: Connection, adapter_id: int) -> str:
     seen = (versions.c.adapter_id == adapter_id) & seen_versions(connection)
     first, last = connection.execute(query.where(seen)).one()
     if first is None:
-        return "no version left"
+        return NO_VERSION
     numbers = f"versions {first} to {last}" if first != last else f"version {first}"
     names = sorted({alias for some in _aliases(connection, adapter_id).values() for alias in some})
     called = f"{'alias' if len(names) == 1 else 'aliases'} {', '.join(names)}"

@@ -94,14 +94,17 @@ class Store:
     # --- versions -----------------------------------------------------------------------------------------------------
 
     def put(
-        self, name: str, bundle: Path, *, run: str | HeldRun | None = None, metrics: JsonMapping | None = None
-    ) -> Version:
+        self, name: str, bundle: Path, *, run: str | HeldRun | None = None, metrics: JsonMapping | None = None,
+        comparison: str | None = None,
+    ) -> Version:  # fmt: skip
         """Store a bundle as the next version of a name, or return the version that already has this content.
 
         Args:
             bundle: a folder with a manifest.
             run: the training that made it, or its id.
             metrics: split -> metric -> value.
+            comparison: the folder of the comparison that trained it, such as `comparisons/news-3f2a91c07b`. A plain
+                name never means the version, until `production` names it.
 
         Raises:
             BundleError: the folder is not a bundle, or its files differ from its manifest.
@@ -124,7 +127,10 @@ class Store:
                 copies = upload.settle(connection, content.values())
                 if copies is not None:
                     stored = {path: copies[blob.digest] for path, blob in content.items()}
-                    number = catalog.add(connection, name, manifest, stored, run=run, metrics=metrics or {})
+                    number = catalog.add(
+                        connection, name, manifest, stored, run=run, metrics=metrics or {},
+                        comparison=comparison,
+                    )  # fmt: skip
                     return catalog.find(connection, Reference(name, version=number))
         raise StoreError(
             f"{name} was not stored: `turret gc` removed its files {ATTEMPTS} times while they were being written: "
@@ -132,7 +138,10 @@ class Store:
         )
 
     def resolve(self, reference: str | Reference) -> Version:
-        """The version that a reference means now. A plain name means `@production` if it exists, else the newest."""
+        """The version that a reference means now.
+
+        A plain name means `@production` if it exists, else the newest version that no comparison trained.
+        """
         parsed = reference if isinstance(reference, Reference) else Reference.parse(reference)
         with self._existing(parsed).reading() as connection:
             return catalog.find(connection, parsed)

@@ -33,4 +33,5 @@ def facts_of(database: Database, version: Version, content: Mapping[str, Blob]) 
         "alias_history": moves,
         "replays": [replay.as_json() for replay in replays.values()],
         "run": runs.find(database, version.run) if version.run else None,
+        "comparison": version.comparison,
     }

@@ -54,6 +54,7 @@ class HeldRun:
     folder: Path
     resumed: bool  # an earlier process started it
     lease: Lease
+    comparison: str | None = None  # the folder of the comparison that trains, whose version it will be
 
     @property
     def recipe(self) -> Path:

@@ -192,7 +192,8 @@ class Workspace:
     ) -> Comparison:  # fmt: skip
         """Train several methods on the same data with several seeds, each in its own process, and judge them.
 
-        Results of earlier calls are used again. Every training is a version in the store; the report is in `.folder`.
+        Results of earlier calls are used again. Every training is a version in the store; a plain name never means it
+        until `promote(version, "production")`. The report is in `.folder`.
 
         Args:
             methods: such as "base,head,full,lora:r=4/16,prefix"; default: all that suit the task.
@@ -247,7 +248,8 @@ class Workspace:
     ) -> Control:  # fmt: skip
         """Train one adapter per aspect, and measure how often an output has the aspect that was asked for.
 
-        Results of earlier calls are used again. Every training is a version in the store; the report is in `.folder`.
+        Results of earlier calls are used again. Every training is a version in the store; a plain name never means it
+        until `promote(version, "production")`. The report is in `.folder`.
 
         Args:
             recipe: contains `{aspect}` in data.source or in the name of a column, and is trained once for each aspect.

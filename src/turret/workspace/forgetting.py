@@ -143,7 +143,7 @@ def others(store: Store, version: Version) -> list[Version]:
     Those with an alias come first, then the newest.
     """
     base = version.part("base").get("fingerprint")
-    names = dict.fromkeys(each.name for each in store.list() if each.name != version.name)
+    names = dict.fromkeys(each.name for each in store.list() if each.name != version.name and each.comparison is None)
     found = sorted((store.resolve(Reference(name)) for name in names), key=lambda each: each.created, reverse=True)
     fitting = [
         each

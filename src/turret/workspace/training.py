@@ -173,6 +173,7 @@ def train(
     fresh: bool,
     beside_base: bool = False,
     held: HeldRun | None = None,
+    comparison: str | None = None,
 ) -> RunResult:
     """Plan, train, prove and store.
 
@@ -181,10 +182,12 @@ def train(
         fresh: start a new run even if an unfinished one of the same recipe and data could be resumed.
         beside_base: measure the bare base on the held-out examples too.
         held: the run, from the queue; the caller records an error.
+        comparison: the folder of the comparison that the training is part of. A plain name never means its version.
     """
     here = processes.begin()
     with here.noticing():
-        return _train(here, store, recipe, callbacks if here.main else Callbacks(), dataset, fresh, beside_base, held)
+        told = callbacks if here.main else Callbacks()
+        return _train(here, store, recipe, told, dataset, fresh, beside_base, held, comparison)
 
 
 def _train(
@@ -196,6 +199,7 @@ def _train(
     fresh: bool,
     beside_base: bool,
     held: HeldRun | None,
+    comparison: str | None,
 ) -> RunResult:
     here.require_same(recipe=recipe.to_toml())
     own = _of_process(here, recipe)
@@ -218,7 +222,7 @@ def _train(
         return _follow(here, ready, beside_base)
     toml, digest = ready.recipe.to_toml(), ready.dataset.digest
     run = held or (None if fresh else store.unfinished_run(toml, digest, callbacks.stage))
-    run = run or store.new_run(ready.recipe.name, toml, digest)
+    run = replace(run or store.new_run(ready.recipe.name, toml, digest), comparison=comparison)
     if held is not None:
         store.training_runs().fill(held, toml, digest)
     try:
@@ -394,7 +398,7 @@ def _store(
             make_room(ready.base.model)
         trainer.prove(bundle, ready.base, probe, device=where, taken_on=ready.device.device)
         callbacks.stage("storing" if fitted.flat_loss is None else f"storing, flagged: {fitted.flat_loss}")
-        return store.put(ready.recipe.name, bundle, run=run, metrics=metrics)
+        return store.put(ready.recipe.name, bundle, run=run, metrics=metrics, comparison=run.comparison)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from turret.server.routes import State
 from turret.server.state import ServerState
 from turret.server.web import render
 from turret.server.web.forms import Sent, pages
-from turret.store import Gate, Golden, Version
+from turret.store import Compared, Gate, Golden, Version, folded
 from turret.store.catalog import PRODUCTION
 
 router = pages()
@@ -62,8 +62,9 @@ async def ask(
         raise NotFound(f"no move {ascii(verb)[:40]}: expected promote or rollback")
     values = await _values(state, name)
     suggested = list(dict.fromkeys([*SUGGESTED_ALIASES, alias, *(each.alias for each in values["aliases"])]))
-    chosen = next((each for each in values["versions"] if each.number == version), values["versions"][0])
-    more = {"verb": verb, "alias": _alias(alias), "suggested": suggested, "chosen": chosen}
+    every = [*values["versions"], *(one for each in values["compared"] for one in each.versions)]
+    chosen = next((each for each in every if each.number == version), every[0])
+    more = {"verb": verb, "alias": _alias(alias), "suggested": suggested, "chosen": chosen, "every": every}
     return render.page(request, state, "move.html.j2", **values, **more)
 
 
@@ -101,7 +102,9 @@ class NameValues(TypedDict):
     """What the template of a name shows."""
 
     name: str
-    versions: Sequence[Version]  # the newest first
+    versions: Sequence[Version]  # the newest first, without those of `compared`
+    compared: Sequence[Compared]  # the newest first
+    plain: Version | None  # what the plain name means in the store
     aliases: Sequence[Alias]
     gates: Sequence[Gate | Golden]
     history: Sequence[JsonMapping]
@@ -116,9 +119,12 @@ async def _values(state: ServerState, name: str) -> NameValues:
         await state.control(state.workspace.resolve, name)  # raises NotFound with the names that exist
     shown = await state.control(state.workspace.show, str(own[-1]))
     known = _by_digest(versions)
+    singles, compared = folded(own)
     return {
         "name": name,
-        "versions": own[::-1],
+        "versions": singles[::-1],
+        "compared": compared[::-1],
+        "plain": _plain(own),
         "aliases": (await admin.list_aliases(state, name)).aliases,
         "gates": await state.control(state.workspace.gate, name),
         "history": shown["alias_history"][::-1],
@@ -138,17 +144,25 @@ def _parent(manifest: JsonMapping, known: Mapping[str, Version]) -> Parent:
 
 
 def _summary(state: ServerState, name: str, versions: Sequence[Version]) -> render.Context:
-    used = next((each for each in versions if PRODUCTION in each.aliases), None)
+    plain, (singles, compared) = _plain(versions), folded(versions)
     return {
         "name": name,
-        "used": used,
+        "used": plain if plain is not None and PRODUCTION in plain.aliases else None,
+        "plain": plain,
         "newest": versions[-1],
-        "shown": used or versions[-1],
-        "count": len(versions),
+        "shown": plain or versions[-1],
+        "count": len(singles),
+        "compared": sum(len(each.versions) for each in compared),
         "bytes": sum(each.bytes for each in versions),
         "aliases": [(alias, each.number) for each in versions for alias in each.aliases],
         "loaded": sum(state.engines.in_memory(each.digest) for each in versions),
     }
+
+
+def _plain(versions: Sequence[Version]) -> Version | None:
+    """What the plain name means in the store, among all versions of the name by number."""
+    used = (each for each in versions if PRODUCTION in each.aliases)
+    return next(used, next((each for each in versions[::-1] if each.comparison is None), None))
 
 
 def _alias(text: str) -> str:

@@ -113,13 +113,13 @@ async def _load(state: ServerState, model: str) -> float | None:
 
 
 async def _versions(state: ServerState) -> list[Version]:
-    """The versions that the engine can load: those with an alias first, then the newest."""
+    """The versions that the engine can load: those with an alias first, those of comparisons last; the newest first."""
     found = [
         each
         for each in await state.control(state.workspace.list)
         if is_on_base(state, each) and method_named(each.part("method").get("kind")).mixes(each.part("method"))
     ]
-    return sorted(found, key=lambda each: (not each.aliases, each.name, -each.number))
+    return sorted(found, key=lambda each: (not each.aliases, each.comparison is not None, each.name, -each.number))
 
 
 def _generates(version: Version) -> bool:

@@ -67,7 +67,7 @@ def _carry_out(folder: Path, request: JsonMapping, files: KeptFiles) -> JsonObje
     if request["kind"] == "base":
         result = measure.base(store, recipe, say_to_parent)
     else:
-        run = _finished(folder, store, recipe) or _trained(folder, files, recipe)
+        run = _finished(folder, store, recipe) or _trained(folder, files, recipe, request["comparison"])
         result = measure.version(store, recipe, run, state.read(folder / "plan.json") or {}, say_to_parent)
     result["wall_seconds"] = time.perf_counter() - started
     return result
@@ -87,7 +87,7 @@ def _finished(folder: Path, store: Store, recipe: Recipe) -> JsonObject | None:
     return result
 
 
-def _trained(folder: Path, files: KeptFiles, recipe: Recipe) -> JsonObject:
+def _trained(folder: Path, files: KeptFiles, recipe: Recipe, comparison: str) -> JsonObject:
     def on_plan(planned: Planned) -> None:
         files.write_text(folder / "recipe.toml", planned.recipe.without_trackers().to_toml())
         files.write(folder / "plan.json", planned.plan.to_json())
@@ -101,9 +101,8 @@ def _trained(folder: Path, files: KeptFiles, recipe: Recipe) -> JsonObject:
             place = f"step {record.step} of {record.steps}"
             say_to_parent(f"{place}, loss {record.loss:.3f}, {left} left of this training")
 
-    return training.train(
-        files.store, recipe, training.Callbacks(on_record, on_plan, say_to_parent), fresh=False
-    ).as_json()
+    callbacks = training.Callbacks(on_record, on_plan, say_to_parent)
+    return training.train(files.store, recipe, callbacks, fresh=False, comparison=comparison).as_json()
 
 
 if __name__ == "__main__":

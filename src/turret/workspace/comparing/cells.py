@@ -110,6 +110,7 @@ class CellRunner:
             "recipe": cell.recipe.to_toml(),
             "local": str(self.store.root.absolute()),
             "tenant": self.store.access.tenant,
+            "comparison": f"{self.folder.parent.name}/{self.folder.name}",
             "lease": None if lease is None else lease.as_json(),
         }
         state.write(here / "request.json", request)
