@@ -25,7 +25,8 @@ The schema has the number `SCHEMA`; each change of it is a new Alembic file in `
 - `outcomes`: outcomes of answers; `counted` is 1 for the first of a unit, which the evidence uses; append-only
 - `experiment_health`: what an arm answered in about one second, and how often a shadow agreed; append-only
 - `runs`: a row per training, with its `state`; its version has the id in `run`
-- described in `turret.store`: `leases`, `artifacts`, `queue`, `queue_limits`, `run_log`, `budgets`, `sessions`
+- described in `turret.store`: `leases`, `artifacts`, `queue`, `queue_limits`, `run_log`, `budgets`, `sessions`,
+  `client_files`, `batches`, `batch_parts`, `batch_turns`, `usage`, `flushes`
 
 A connection carries an `Access`; `turret.visibility` limits queries to it. Times are text, ISO 8601 in UTC. `who` is
 the user of the change, NULL if unknown. Names are ordered by their bytes, on PostgreSQL too (`bytewise`).
@@ -69,7 +70,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-SCHEMA = "0013"  # the newest file in migrations/versions, as a test checks
+SCHEMA = "0014"  # the newest file in migrations/versions, as a test checks
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`
 
 metadata = MetaData(

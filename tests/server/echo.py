@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import queue
+import signal
 import threading
 import time
 from collections import OrderedDict
@@ -25,6 +27,7 @@ from turret.store import Store
 FINGERPRINT = "sha256:echo"
 LABELS = ("bad", "good", "so-so")
 PLAIN = Embedding()
+KILLER = "kill the server"  # a text that does
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,8 @@ class Echo:
                 if named.key not in self._slots:
                     self.cold.append(str(named))
             self._load(named).requests += 1
+        if text == KILLER:
+            os.kill(os.getpid(), signal.SIGKILL)
         ticket = Ticket(self, receipt, kind, text, options, deadline)
         with self._work:
             if len(self._tickets) >= self.waiting:

@@ -2,18 +2,38 @@
 
     python tests/server/echo_server.py STORE PACE [BASE FINGERPRINT]
 
-The echo answers with the adapters of the base with this fingerprint; BASE is the id of that base.
+The echo answers with the adapters of the base with this fingerprint; BASE is the id of that base. Words of the
+environment: ECHO_CLAIMED has the seconds of the claim of a batch, and with ECHO_DIES_IN_FINISH the server is killed in
+the transaction that ends a batch.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 from server.echo import Echo, Options
 
+from turret.server import batch_runner
 from turret.server.run import bind, run
 from turret.server.state import ServerState
+from turret.store import batches
 from turret.workspace import Workspace
+
+
+def _prepare() -> None:
+    batches.CLAIMED = float(os.environ.get("ECHO_CLAIMED", batches.CLAIMED))
+    batch_runner.BEAT_SECONDS = min(batch_runner.BEAT_SECONDS, batches.CLAIMED / 4)
+    batch_runner.POLL_SECONDS = 0.05
+    if "ECHO_DIES_IN_FINISH" in os.environ:
+        end = batches.Batches.end_in
+
+        def die(*words: object, **named: object) -> None:
+            end(*words, **named)  # type: ignore[arg-type]
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        batches.Batches.end_in = die  # type: ignore[method-assign,assignment]
 
 
 def main(store: str, pace: str, *base: str) -> None:
@@ -23,4 +43,5 @@ def main(store: str, pace: str, *base: str) -> None:
 
 
 if __name__ == "__main__":
+    _prepare()
     main(*sys.argv[1:])

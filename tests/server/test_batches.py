@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,12 +17,15 @@ from typing import Any
 import openai
 import psutil
 import pytest
-from server.echo import words
+from server.echo import FINGERPRINT, KILLER, LABELS, words
 from sqlalchemy import update
+from store.bundles import tensors, write_bundle
 
 from turret.server import batch_runner
 from turret.server.limits import RequestLimits
-from turret.store import client_tables
+from turret.store import client_files, client_tables, usage
+from turret.store.batches import MOST_TRIES
+from turret.workspace import Workspace
 
 TESTS = Path(__file__).parents[1]
 
@@ -236,18 +240,25 @@ def test_a_million_lines_are_refused_without_being_in_memory(serve, put, clients
 
 
 @contextmanager
-def killed(store: Path) -> Iterator[openai.OpenAI]:
-    """A client of a server in a process of its own, which is killed at the end of the block."""
-    command = [sys.executable, str(TESTS / "server" / "echo_server.py"), str(store), "0.02"]
-    words = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+def started(store: object, pace: str = "0.02", **named: str) -> Iterator[tuple[openai.OpenAI, subprocess.Popen[str]]]:
+    """A client of a server in a process of its own, which is killed at the end of the block, and the process."""
+    command = [sys.executable, str(TESTS / "server" / "echo_server.py"), str(store), pace]
+    words = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])} | named
     quiet = subprocess.DEVNULL
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True, env=words) as process:
         assert process.stdout is not None
         try:
-            with openai.OpenAI(base_url=f"{process.stdout.readline().strip()}/v1", api_key="none") as client:
-                yield client
+            url = process.stdout.readline().strip()
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+                yield client, process
         finally:
             process.kill()
+
+
+@contextmanager
+def killed(store: Path) -> Iterator[openai.OpenAI]:
+    with started(store) as (client, _):
+        yield client
 
 
 @pytest.mark.slow
@@ -264,6 +275,168 @@ def test_a_batch_goes_on_after_a_kill(workspace, put, until) -> None:
         assert list(read(client, done.output_file_id)) == [f"n{number}" for number in range(150)]
 
 
+def asked(workspace: Any) -> int:
+    """The requests that were counted."""
+    return sum(each.requests for each in usage.read(workspace.store.database(make=True)))
+
+
+@pytest.fixture(params=["folder", "url"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path, new_url: Callable[..., str]) -> Workspace:
+    """A store in a folder, or on PostgreSQL and S3, with an adapter `a`."""
+    workspace = Workspace(tmp_path / "store" if request.param == "folder" else new_url())
+    said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": {"kind": "classify", "labels": list(LABELS)}}
+    workspace.store.put("a", write_bundle(tmp_path / "bundles", tensors(1), said=said))
+    return workspace
+
+
+@pytest.mark.slow
+def test_no_line_that_was_answered_is_asked_again_after_sigterm(anywhere, until) -> None:
+    prompts = ["a" + " word" * (number % 12) for number in range(80)]  # so that lines in flight end at other times
+    lines = [line(number, body={"model": "a", "prompt": prompt}) for number, prompt in enumerate(prompts)]
+    batch, stops = None, 0
+    while True:
+        with started(anywhere.store, "0.1") as (client, process):
+            batch = batch or sent(client, lines)
+            least = min(80, client.batches.retrieve(batch.id).request_counts.completed + 15)
+            until(lambda: client.batches.retrieve(batch.id).request_counts.completed >= least, seconds=60)  # noqa: B023
+            done = ended(client, batch) if least == 80 else None
+            answers = read(client, done.output_file_id) if done else {}
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0
+            if done:
+                break
+            stops += 1
+    assert stops >= 2
+    assert (done.status, list(answers)) == ("completed", [f"n{number}" for number in range(80)])
+    assert asked(anywhere) == 80
+
+
+@pytest.mark.slow
+def test_a_line_that_kills_the_server_fails_after_three_tries_and_the_others_are_answered(anywhere, until) -> None:
+    lines = [line(number) for number in range(40)]
+    lines[7] = line(7, body={"model": "a", "prompt": KILLER})
+    batch, deaths = None, 0
+    for _ in range(6):
+        with started(anywhere.store, "0.01", ECHO_CLAIMED="1.0") as (client, process):
+            batch = batch or sent(client, lines)
+            until(lambda: process.poll() is not None or client_says_ended(client, batch), seconds=60)  # noqa: B023
+            if process.poll() is None:
+                done = client.batches.retrieve(batch.id)
+                answers, errors = read(client, done.output_file_id), client.files.content(done.error_file_id).text
+                break
+            deaths += 1
+    assert deaths == MOST_TRIES
+    assert (done.status, done.request_counts.completed, done.request_counts.failed) == ("completed", 39, 1)
+    assert list(answers) == [f"n{number}" for number in range(40) if number != 7]
+    (error,) = map(json.loads, errors.splitlines())
+    assert (error["custom_id"], error["response"], error["error"]["code"]) == ("n7", None, "server_died")
+
+
+def client_says_ended(client: openai.OpenAI, batch: Any) -> bool:
+    try:
+        return client.batches.retrieve(batch.id).status in ("completed", "failed")
+    except openai.APIConnectionError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_server_killed_while_it_ends_a_batch_leaves_one_file_of_answers(anywhere, until) -> None:
+    for _ in range(2):
+        with started(anywhere.store, "0", ECHO_CLAIMED="1.0", ECHO_DIES_IN_FINISH="1") as (client, process):
+            if _ == 0:
+                batch = sent(client, [line(1), line(2, body={"model": "a", "prompt": "x", "max_tokens": -1})])
+            until(lambda: process.poll() is not None, seconds=30)
+    with started(anywhere.store, "0", ECHO_CLAIMED="1.0") as (client, _process):
+        done = ended(client, batch, seconds=30)
+        purposes = sorted(each.purpose for each in client.files.list())
+    assert (done.status, purposes) == ("completed", ["batch", "batch_error", "batch_output"])
+    assert asked(anywhere) <= 2
+
+
+def test_a_batch_whose_owner_has_spent_its_quota_holds_up_no_other(serve, put, workspace, clients) -> None:
+    put()
+    _, spent = workspace.tokens.create("spent", scopes=("infer",), requests_per_minute=1)
+    _, other = workspace.tokens.create("other", scopes=("infer",))
+    running = serve()
+    stuck, free = clients(running, spent), clients(running, other)
+    first = sent(stuck, [line(number) for number in range(5)])
+    second = ended(free, sent(free, [line(number) for number in range(40)]))
+    assert (second.status, second.request_counts.completed) == ("completed", 40)
+    waiting = stuck.batches.retrieve(first.id)
+    assert (waiting.status, waiting.request_counts.completed) == ("in_progress", 1)
+    stuck.batches.cancel(first.id)
+    assert ended(stuck, first).status == "cancelled"
+
+
+def test_a_batch_without_a_limit_of_its_owner_is_answered_in_the_same_time(serve, put, workspace, clients) -> None:
+    """The control of the test before: the first batch ends too, if no quota stops it."""
+    put()
+    tokens = [workspace.tokens.create(name, scopes=("infer",))[1] for name in ("one", "two")]
+    one, two = (clients(running, token) for running in [serve()] for token in tokens)
+    first, second = sent(one, [line(number) for number in range(5)]), sent(two, [line(number) for number in range(40)])
+    assert (ended(one, first).status, ended(two, second).status) == ("completed", "completed")
+
+
+def test_tenants_take_turns_so_a_long_batch_does_not_hold_up_a_short_one(
+    serve, put, workspace, clients, monkeypatch
+) -> None:
+    monkeypatch.setattr(batch_runner, "TURN_SECONDS", 0.2)
+    put()
+    tokens = [workspace.tokens.create(name, scopes=("infer",))[1] for name in ("long", "short")]
+    running = serve(pace=0.01)
+    long, short = (clients(running, token) for token in tokens)
+    batches = [sent(long, [line(number) for number in range(2000)]) for _ in range(2)]
+    quick = ended(short, sent(short, [line(number) for number in range(10)]))
+    assert quick.status == "completed"
+    assert {long.batches.retrieve(each.id).status for each in batches} <= {"in_progress", "validating"}
+
+
+def test_outputs_that_do_not_fit_end_a_batch_with_a_reason_and_no_other(
+    serve, put, workspace, clients, monkeypatch
+) -> None:
+    put()
+    tokens = [workspace.tokens.create(name, scopes=("infer",))[1] for name in ("full", "other")]
+    running = serve()
+    full, other = (clients(running, token) for token in tokens)
+    big = full.files.create(file=("big", b"x" * 20_000), purpose="batch")
+    monkeypatch.setattr(client_files, "MOST_BYTES", 22_000)
+    first = sent(full, [line(number) for number in range(12)])
+    second = ended(other, sent(other, [line(number) for number in range(12)]))
+    first = ended(full, first)
+    assert (second.status, first.status) == ("completed", "failed")
+    assert "delete some files" in first.errors.data[0].message
+    full.files.delete(big.id)
+    assert ended(full, sent(full, [line(number) for number in range(12)])).status == "completed"
+
+
+def test_a_custom_id_with_half_a_character_keeps_all_answers(serve, put, clients) -> None:
+    put()
+    client = clients(serve())
+    lines = [line(1), line(2, custom_id="half \ud800"), line(3, custom_id="whole \N{WAVE DASH}")]
+    batch = ended(client, sent(client, lines))
+    assert (batch.status, batch.request_counts.completed) == ("completed", 3)
+    assert set(read(client, batch.output_file_id)) == {"n1", "half \ud800", "whole \N{WAVE DASH}"}
+
+
+def test_a_damaged_file_fails_its_batch_and_no_other(serve, put, workspace, clients) -> None:
+    put()
+    running = serve()
+    client = clients(running)
+    content = json.dumps(line(1)).encode()
+    file = client.files.create(file=("requests.jsonl", content), purpose="batch")
+    (blob,) = [blob for blob in (workspace.store.root / "blobs").rglob("*") if blob.is_file() and same(blob, content)]
+    blob.chmod(0o644)
+    blob.write_bytes(content.replace(b"text", b"tent"))
+    first = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    second = sent(client, [line(1)])
+    assert "damaged" in ended(client, first).errors.data[0].message
+    assert ended(client, second).status == "completed"
+
+
+def same(path: Path, content: bytes) -> bool:
+    return path.stat().st_size == len(content) and path.read_bytes() == content
+
+
 def test_a_file_beyond_the_limit_is_413_and_what_is_no_form_is_415(serve, put) -> None:
     put()
     client = serve(limits=RequestLimits(file_bytes=1000)).client()
@@ -275,11 +448,23 @@ def test_a_file_beyond_the_limit_is_413_and_what_is_no_form_is_415(serve, put) -
     assert client.post("/v1/files", data={"purpose": "batch"}).status_code in (400, 415)
 
 
-def test_a_deleted_file_is_removed_by_a_gc_and_a_listed_one_is_not(serve, put, workspace, clients) -> None:
+def test_a_deleted_file_is_off_the_disk_at_once_and_a_listed_one_is_not(serve, put, workspace, clients) -> None:
     put()
     client = clients(serve())
     kept, gone = (client.files.create(file=("f", content), purpose="batch") for content in (b"kept", b"gone"))
     client.files.delete(gone.id)
-    removed = workspace.store.gc()
-    assert [each.bytes for each in removed.removed] == [4]
+    contents = [path.read_bytes() for path in (workspace.store.root / "blobs").rglob("*") if path.is_file()]
+    assert b"kept" in contents
+    assert b"gone" not in contents
+    assert workspace.store.gc().removed == ()
     assert client.files.content(kept.id).content == b"kept"
+
+
+def test_a_name_of_a_file_with_nul_is_refused(serve, put) -> None:
+    put()
+    client = serve().client()
+    body = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x\r\n'
+    body += b'Content-Disposition: form-data; name="file"; filename="a%00b"\r\n\r\n{}\r\n--x--\r\n'
+    for name, status in ((b"a\0b", 400), (b"ab", 200)):
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        assert client.post("/v1/files", content=body.replace(b"a%00b", name), headers=headers).status_code == status

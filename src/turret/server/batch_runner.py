@@ -1,38 +1,47 @@
-"""Answers the batches of a store, one batch at a time, a few lines of it at a time.
+"""Answers the batches of a store, one at a time, a few lines of it at a time.
 
 Each line goes through the same routes as a request over HTTP, as its owner's token, with a lower priority. So it is
-validated, counted and charged like one. A quota that is spent, or a full queue, makes the batch wait.
+validated, counted and charged like one. If a quota is spent or a queue is full, the batch steps aside, and the batches
+of others go on. A server that drains takes no new line, and waits for the answers of those in flight.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import secrets
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
+from sqlalchemy import Connection
 from starlette.types import ASGIApp, Message, Scope
 
-from turret.errors import BadRequest, NotFound, TurretError, shown
-from turret.json_types import JsonObject
+from turret.errors import BadRequest, Corrupt, NotFound, StoreError, TooLarge, TurretError, shown
 from turret.server.auth import Caller
 from turret.server.shadows import LOW_PRIORITY
 from turret.server.state import ServerState
 from turret.server.thread_pool import ThreadPool
-from turret.store.batches import Batch, Lost, Part, State
+from turret.store.batches import MOST_TRIES, WHOLE_FILE, Answer, Batch, Lost, State
+from turret.store.client_files import ClientFile
 
 POLL_SECONDS = 0.5  # between two looks for a batch
 BEAT_SECONDS = 5.0  # between two renewals of a claim
 AT_ONCE = 16  # lines that are answered at a time
 AT_ONCE_BYTES = 8 << 20  # of these lines together
 MOST_LINES = 50_000  # of a file
-LONGEST_WAIT = 60.0  # seconds until a line that was refused is tried again
+TURN_SECONDS = 5.0  # of a batch, if batches of others wait
+KEEP_AFTER = 0.5  # seconds from an answer until it is kept
+KEEP_SECONDS = 300.0  # for which answers are kept in memory while the store is out of reach
+FAILED_SECONDS = 5.0  # for which a batch steps aside if the store or the disk is out of reach
+MOST_FILES = 4  # of batches that are open
+MOST_DEATHS = 30  # of servers that work on a batch
+PIECE = 1 << 20  # bytes that are read at a time
 AGAIN = (429, 503)  # statuses after which a line is tried again
 MOST_CUSTOM_ID = 512  # characters
 
@@ -43,7 +52,7 @@ class Line:
 
     custom_id: str
     body: bytes
-    number: int
+    number: int  # the first line is 0
 
 
 class BatchRunner:
@@ -58,6 +67,8 @@ class BatchRunner:
         self._batches, self._files = state.batches, state.files
         self._pool = ThreadPool("batch", 2, 16, "writes of batches are waiting", 1)
         self._failing = False
+        self._files_open: dict[str, Lines] = {}
+        self.working = False  # whether answers are awaited or kept
 
     async def run(self) -> None:
         """Answer batches until the server drains."""
@@ -65,115 +76,157 @@ class BatchRunner:
             while not self._state.load.draining:
                 try:
                     batch = await self._pool(self._batches.claim)
-                    self._failing = False
                     if batch is not None:
+                        self.working = True
                         await self._work(batch)
                         continue
+                    self._failing = False
                 except TurretError as error:
                     self._report(error)
+                finally:
+                    self.working = False
                 await asyncio.sleep(POLL_SECONDS)
         finally:
+            for lines in self._files_open.values():
+                lines.close()
             self._pool.close()
 
-    def _report(self, error: TurretError) -> None:
-        """Log once that the store is out of reach."""
+    def _report(self, error: TurretError | OSError) -> None:
+        """Log once that the store, or the disk of this machine, is out of reach."""
         if not self._failing:
             self._state.log.write("batches", "error", error=type(error).__name__, message=str(error))
         self._failing = True
 
     async def _work(self, batch: Batch) -> None:
-        """Work on a claimed batch until it ends, another process takes it, or the server drains."""
-        beat = asyncio.create_task(self._beat(batch))
+        """Work on a claimed batch until it ends or steps aside, another process takes it, or the server drains."""
+        beat, aside = asyncio.create_task(self._beat(batch)), None
         try:
-            await self._answer(batch)
+            aside = await self._answer(batch)
+            self._failing = False
         except Lost:
             self._state.log.write("batch", batch=batch.id, lost=True)
-        except TurretError:
-            raise  # the store is out of reach: the batch continues later
+        except (TurretError, OSError) as error:  # the batch continues later, and the others now
+            self._report(error)
+            aside = FAILED_SECONDS
+        except asyncio.CancelledError:
+            with suppress(TurretError):
+                self._batches.release(batch)  # the loop ends here, so without a thread
+            raise
         except Exception as error:  # a bug must not end the other batches, nor ask these lines for ever
             self._state.log.bug(error, batch=batch.id)
-            await self._pool(
-                self._batches.end, batch, "failed", error="a bug in turret: the server's log has the batch"
-            )
+            await self._fail(batch, "a bug in turret: the server's log has the batch")
         finally:
             beat.cancel()
-            with suppress(TurretError):
-                self._batches.release(batch)  # also if the loop ends here, so without a thread
+        with suppress(TurretError):
+            await self._pool(self._batches.release, batch, aside)
 
     async def _beat(self, batch: Batch) -> None:
-        with suppress(Lost, TurretError):  # `_answer` finds that too
+        with suppress(Lost):  # `_answer` finds that too
             while True:
                 await asyncio.sleep(BEAT_SECONDS)
-                await self._pool(self._batches.renew, batch)
+                with suppress(TurretError):
+                    await self._pool(self._batches.renew, batch)
 
-    async def _answer(self, batch: Batch) -> None:
+    async def _answer(self, batch: Batch) -> float | None:
+        """Answer lines of a batch. Returns the seconds for which it must step aside."""
+        deaths, aside, problem = batch.unanswered.get(WHOLE_FILE, 0), None, None
         try:
+            if deaths >= (MOST_TRIES if batch.state == "validating" else MOST_DEATHS):
+                problem = f"servers died {deaths} times while they worked on this batch: send its lines one by one"
+            elif not _is_over(batch):
+                lines = await self._opened(batch)
+                if batch.state == "validating":
+                    total = await self._pool(validated, lines.path, batch.endpoint, self._state.limits.body_bytes)
+                    batch = await self._pool(self._batches.begin, batch, total)
+                batch, aside = await self._answer_lines(batch, lines)
+            if problem or _is_over(batch):
+                self._close(batch.id)
+                await self._pool(self._finish, batch, problem)
+            return aside
+        except (BadRequest, NotFound, TooLarge) as error:
+            await self._fail(batch, str(error))
+        except Corrupt:
+            await self._fail(batch, "the stored bytes of the batch's file are damaged: send the file again")
+        return None
+
+    async def _fail(self, batch: Batch, problem: str) -> None:
+        self._close(batch.id)
+        await self._pool(self._batches.end, batch, "failed", error=problem)
+        self._state.log.write("batch", batch=batch.id, state="failed", message=problem)
+
+    async def _opened(self, batch: Batch) -> Lines:
+        """The lines of a batch's file. The last few files stay open, since batches take turns."""
+        if batch.id not in self._files_open:
+            while len(self._files_open) >= MOST_FILES:
+                self._close(next(iter(self._files_open)))
             file = await self._pool(self._files.find, batch.owner, batch.input_file)
-            with tempfile.TemporaryDirectory(prefix="turret-batch-") as folder:
-                opened = self._files.content(file)
-                path = await self._pool(opened.__enter__)
-                try:
-                    if batch.state == "validating":
-                        total = await self._pool(validated, path, batch.endpoint, self._state.limits.body_bytes)
-                        batch = await self._pool(self._batches.begin, batch, total)
-                    with path.open("rb") as read:
-                        batch = await self._answer_lines(batch, read)
-                finally:
-                    await self._pool(opened.__exit__, None, None, None)
-                if batch.done == batch.total or batch.state == "cancelling" or _expired(batch):
-                    await self._pool(self._finish, batch, Path(folder))
-        except (BadRequest, NotFound) as error:
-            await self._pool(self._batches.end, batch, "failed", error=str(error))
-            self._state.log.write("batch", batch=batch.id, state="failed", message=str(error))
+            self._files_open[batch.id] = await self._pool(Lines, self._files.content(file))
+        return self._files_open[batch.id]
 
-    async def _answer_lines(self, batch: Batch, read: BinaryIO) -> Batch:
-        """Answer the lines that are left. Returns the batch as it is then."""
-        await self._pool(_skip, read, batch.done)
-        number = batch.done
-        while not (self._state.load.draining or batch.state == "cancelling" or _expired(batch)):
-            lines = await self._pool(next_lines, read, number)
-            if not lines:
-                break
-            number += len(lines)
-            results = await asyncio.gather(*(self._line(batch, line) for line in lines))
-            if any(each is None for each in results):
-                break  # the server drains, or the batch is being cancelled: these lines are asked again, or never
-            kept = [each for each in results if each is not None]
-            wrong = [text for ok, text in kept if not ok]
-            answers = "".join(text for ok, text in kept if ok)
-            batch = await self._pool(self._batches.keep, batch, Part(answers, "".join(wrong), len(kept), len(wrong)))
-        return await self._pool(self._batches.renew, batch)
+    def _close(self, id: str) -> None:
+        if (lines := self._files_open.pop(id, None)) is not None:
+            lines.close()
 
-    async def _line(self, batch: Batch, line: Line) -> tuple[bool, str] | None:
-        """Whether a line was answered, and its line in the file of answers or errors. None if the work must stop."""
+    async def _answer_lines(self, batch: Batch, lines: Lines) -> tuple[Batch, float | None]:
+        """Answer the lines that are left, and return the batch as it is then.
+
+        It ends early if the server drains, if another owner's batch waits for its turn, or if a line was refused; then
+        it also returns the seconds for which the batch must step aside. Each answer is kept, whatever ends this.
+        """
+        asked: dict[asyncio.Task[Answer | float], int] = {}
+        ready: list[Answer] = []
+        turn_ends, aside = time.monotonic() + TURN_SECONDS, None
+        try:
+            while True:
+                over = aside is not None or self._state.load.draining or _is_over(batch)
+                if not over and time.monotonic() > turn_ends:
+                    over = await self._pool(self._batches.others_wait, batch)
+                    turn_ends += 0 if over else TURN_SECONDS
+                lost = (each for each, tries in batch.unanswered.items() if each != WHOLE_FILE and tries >= MOST_TRIES)
+                ready += [_given_up(each, lines) for each in lost]
+                next = [] if over else chosen(_without(batch, ready), asked.values(), lines.size)
+                if ready or next:
+                    batch = await self._keep(batch, ready, [*asked.values(), *next])
+                    ready.clear()
+                for line in await self._pool(lines.read, [] if batch.state == "cancelling" else next):
+                    asked[asyncio.create_task(self._line(batch, line))] = line.number
+                if not asked:
+                    return batch, aside
+                aside = await _some(asked, ready) if aside is None else max(aside, await _some(asked, ready) or 0.0)
+        except asyncio.CancelledError:  # the server's time to drain is over
+            done = [each.result() for each in asked if each.done() and not each.cancelled() and not each.exception()]
+            answers = [*ready, *(each for each in done if isinstance(each, Answer))]
+            with suppress(TurretError, Lost):
+                self._batches.keep(batch, answers)  # the loop ends here, so without a thread
+            raise
+        finally:
+            for task in asked:
+                task.cancel()
+
+    async def _keep(self, batch: Batch, answers: Sequence[Answer], asking: Sequence[int]) -> Batch:
+        """Keep answers, also those that had to wait until the store could be reached again."""
+        until = time.monotonic() + KEEP_SECONDS
         while True:
-            caller = self._state.guard.caller_of(batch.owner)
-            if caller is None:
-                raise BadRequest(
-                    "the token that made this batch is not valid any more: make the batch with another one"
-                )
-            status, headers, body = await self._ask(caller, batch.endpoint, line.body)
-            if status not in AGAIN:
-                break
-            wait = min(LONGEST_WAIT, float(headers.get("retry-after") or 1))
-            if not await self._wait(batch, wait):
-                return None
-        said: JsonObject = {
-            "id": f"batch_req_{secrets.token_hex(8)}",
-            "custom_id": line.custom_id,
-            "response": {"status_code": status, "request_id": headers.get("x-request-id"), "body": json.loads(body)},
-            "error": None,
-        }
-        return status < 400, json.dumps(said, ensure_ascii=False) + "\n"
+            try:
+                return await self._pool(self._batches.keep, batch, list(answers), asking)
+            except StoreError as error:
+                if time.monotonic() > until:
+                    raise
+                self._report(error)
+                await asyncio.sleep(POLL_SECONDS)
 
-    async def _wait(self, batch: Batch, seconds: float) -> bool:
-        """Wait before a line is tried again. Returns whether it should be."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            if self._state.load.draining or _expired(batch):
-                return False
-            await asyncio.sleep(min(1.0, max(0.0, until - time.monotonic())))
-        return (await self._pool(self._batches.renew, batch)).state != "cancelling"
+    async def _line(self, batch: Batch, line: Line) -> Answer | float:
+        """The answer of a line, or the seconds after which it may be asked again."""
+        caller = self._state.guard.caller_of(batch.owner)
+        if caller is None:
+            raise BadRequest("the token that made this batch is not valid any more: make the batch with another one")
+        status, headers, body = await self._ask(caller, batch.endpoint, line.body)
+        if status in AGAIN:
+            return float(headers.get("retry-after") or 1)
+        # The body is one JSON value, which is not decoded here: it may be large.
+        response = f'{{"status_code": {status}, "request_id": {json.dumps(headers.get("x-request-id"))}, "body": '
+        response += body.decode().replace("\n", " ") + "}"
+        return Answer(line.number, _encoded(line, response, "null"), status < 400)
 
     async def _ask(self, caller: Caller, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         """The status, headers and body of one answer."""
@@ -200,25 +253,122 @@ class BatchRunner:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in start["headers"]}
         return int(start["status"]), headers, b"".join(each.get("body", b"") for each in sent[1:])
 
-    def _finish(self, batch: Batch, folder: Path) -> None:
-        """Put the answers and errors into files of the owner, and end the batch."""
-        state: State = "completed" if batch.done == batch.total else "expired"
-        state = "cancelled" if batch.state == "cancelling" else state
-        answers, errors = folder / "answers", folder / "errors"
-        with answers.open("w", encoding="utf-8") as good, errors.open("w", encoding="utf-8") as bad:
-            for part in self._batches.parts(batch):
-                good.write(part.answers)
-                bad.write(part.errors)
-        made: dict[str, str | None] = {}
-        for name, path, key in (("output", answers, "output_file"), ("error", errors, "error_file")):
-            if path.stat().st_size:
-                made[key] = self._files.add(batch.owner, f"{batch.id}_{name}.jsonl", f"batch_{name}", path).id
-        self._batches.end(batch, state, **made)
+    def _finish(self, batch: Batch, problem: str | None) -> None:
+        """Put the answers and errors into files of the owner, and end the batch, in one transaction."""
+        state: State = "completed" if _is_answered(batch) else "expired"
+        state = "failed" if problem else "cancelled" if batch.state == "cancelling" else state
+        with tempfile.TemporaryDirectory(prefix="turret-batch-") as folder:
+            answers, errors = Path(folder) / "answers", Path(folder) / "errors"
+            with answers.open("w", encoding="utf-8") as good, errors.open("w", encoding="utf-8") as bad:
+                for each in self._batches.parts(batch):
+                    (good if each.ok else bad).write(each.text)
+            named = {"output": answers, "error": errors}
+            written = {name: path for name, path in named.items() if path.stat().st_size}
+
+            def end(connection: Connection, made: Sequence[ClientFile]) -> None:
+                files = {f"{name}_file": file.id for name, file in zip(written, made, strict=True)}
+                self._batches.end_in(connection, batch, state, error=problem, **files)
+
+            new = [(f"{batch.id}_{name}.jsonl", f"batch_{name}", path) for name, path in written.items()]
+            self._files.add_all(batch.owner, new, end)
         self._state.log.write("batch", batch=batch.id, state=state, lines=batch.done, failed=batch.failed)
 
 
-def _expired(batch: Batch) -> bool:
-    return time.time() > batch.expires
+class Lines:
+    """The lines of a local file, read one by one. The file is there until `close`."""
+
+    def __init__(self, content: AbstractContextManager[Path]) -> None:
+        with ExitStack() as opened:
+            self.path = opened.enter_context(content)
+            self._file = opened.enter_context(self.path.open("rb"))
+            self._starts = array("q", [0])
+            while piece := self._file.readline(PIECE):  # a line may be as long as the file
+                if piece.endswith(b"\n"):
+                    self._starts.append(self._file.tell())
+            if self._file.tell() > self._starts[-1]:
+                self._starts.append(self._file.tell())
+            self._opened = opened.pop_all()
+
+    def size(self, number: int) -> int:
+        """The bytes of a line; the first one is 0."""
+        return self._starts[number + 1] - self._starts[number]
+
+    def read(self, numbers: Sequence[int]) -> Sequence[Line]:
+        """Lines of a file that was validated."""
+        found = []
+        for number in numbers:
+            self._file.seek(self._starts[number])
+            found.append(_parsed(self._file.read(self.size(number)), number, None))
+        return found
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+def chosen(batch: Batch, asked: Collection[int], size: Callable[[int], int]) -> list[int]:
+    """The lines to ask next, beside those that are asked already. size: the bytes of a line.
+
+    A line that was in flight when a server died is asked alone, after the others.
+    """
+    if any(batch.unanswered[line] for line in asked):
+        return []
+    left = sorted(line for line in batch.unanswered if line >= 0 and line not in asked)
+    fresh = itertools.chain((line for line in left if not batch.unanswered[line]), range(batch.taken, batch.total))
+    found: list[int] = []
+    bytes = sum(map(size, asked))
+    for line in itertools.islice(fresh, AT_ONCE - len(asked)):
+        if bytes >= AT_ONCE_BYTES:
+            break
+        found.append(line)
+        bytes += size(line)
+    return found or ([] if asked else left[:1])
+
+
+def _without(batch: Batch, answers: Sequence[Answer]) -> Batch:
+    """The batch as it will be when these answers are kept."""
+    kept = {each.line for each in answers}
+    return replace(batch, unanswered={line: lost for line, lost in batch.unanswered.items() if line not in kept})
+
+
+async def _some(asked: dict[asyncio.Task[Answer | float], int], ready: list[Answer]) -> float | None:
+    """Move some answers to `ready`. Returns the longest time after which a line may be asked again, if one must be."""
+    until, again = float("inf"), None
+    while asked and len(ready) < AT_ONCE // 2:
+        wait = None if until == float("inf") else max(0.0, until - time.monotonic())
+        done, _ = await asyncio.wait(asked, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            break
+        until = min(until, time.monotonic() + KEEP_AFTER)
+        for task in done:
+            said = task.result()
+            if isinstance(said, Answer):
+                ready.append(said)
+            else:
+                again = max(said, again or 0.0)
+            del asked[task]
+    return again
+
+
+def _given_up(number: int, lines: Lines) -> Answer:
+    """The answer of a line that servers died of."""
+    message = f"the server died {MOST_TRIES} times while it answered this line: it is not asked again"
+    problem = json.dumps({"code": "server_died", "message": message})
+    return Answer(number, _encoded(lines.read([number])[0], "null", problem), ok=False)
+
+
+def _encoded(line: Line, response: str, error: str) -> str:
+    """A line of a file of answers or errors. The id is in ASCII: it may have halves of characters."""
+    id, custom_id = json.dumps(f"batch_req_{secrets.token_hex(8)}"), json.dumps(line.custom_id)
+    return f'{{"id": {id}, "custom_id": {custom_id}, "response": {response}, "error": {error}}}\n'
+
+
+def _is_answered(batch: Batch) -> bool:
+    return batch.state != "validating" and batch.done == batch.total
+
+
+def _is_over(batch: Batch) -> bool:
+    """Whether no line of a batch is to be asked any more."""
+    return _is_answered(batch) or batch.state == "cancelling" or time.time() > batch.expires
 
 
 def validated(path: Path, endpoint: str, most_bytes: int) -> int:
@@ -233,7 +383,7 @@ def validated(path: Path, endpoint: str, most_bytes: int) -> int:
                 raise BadRequest(f"the file has more than {MOST_LINES} lines: split it into several batches")
             if len(text) > most_bytes:
                 raise BadRequest(f"line {number} has more than {most_bytes} bytes: expected one request on each line")
-            line = _parsed(text, number, endpoint)
+            line = _parsed(text, number - 1, endpoint)
             if line.custom_id in seen:
                 raise BadRequest(f"line {number}: custom_id {shown(line.custom_id)} occurs twice: give each its own")
             seen.add(line.custom_id)
@@ -242,38 +392,22 @@ def validated(path: Path, endpoint: str, most_bytes: int) -> int:
     return len(seen)
 
 
-def next_lines(read: BinaryIO, number: int) -> Sequence[Line]:
-    """The next lines of a file that was validated, at most `AT_ONCE`. number: of those before."""
-    lines: list[Line] = []
-    size = 0
-    while len(lines) < AT_ONCE and size < AT_ONCE_BYTES and (text := read.readline()):
-        size += len(text)
-        lines.append(_parsed(text, number + len(lines) + 1, None))
-    return lines
-
-
-def _skip(read: BinaryIO, lines: int) -> None:
-    for _ in range(lines):
-        read.readline()
-
-
 def _parsed(text: bytes, number: int, endpoint: str | None) -> Line:
-    """A line as a request. endpoint: that it must name; None: it was checked before."""
+    """A line as a request. number: from 0; endpoint: that it must name, None if it was checked before."""
+    where = f"line {number + 1}"
     try:
         said = json.loads(text)
     except (ValueError, RecursionError):
-        raise BadRequest(
-            f"line {number} is not JSON: expected an object with custom_id, method, url and body"
-        ) from None
+        raise BadRequest(f"{where} is not JSON: expected an object with custom_id, method, url and body") from None
     expected = "expected an object with custom_id, method, url and body"
     if not isinstance(said, dict) or not isinstance(said.get("body"), dict):
-        raise BadRequest(f"line {number} has no body: {expected}")
+        raise BadRequest(f"{where} has no body: {expected}")
     custom_id = said.get("custom_id")
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MOST_CUSTOM_ID:
-        raise BadRequest(f"line {number} has no custom_id of 1 to {MOST_CUSTOM_ID} characters: {expected}")
+        raise BadRequest(f"{where} has no custom_id of 1 to {MOST_CUSTOM_ID} characters: {expected}")
     if endpoint is not None and (said.get("method"), said.get("url")) != ("POST", endpoint):
         given = f"{shown(said.get('method'), 20)} {shown(said.get('url'), 60)}"
-        raise BadRequest(f"line {number} asks {given}: expected 'POST' {endpoint!r}, the batch's endpoint")
+        raise BadRequest(f"{where} asks {given}: expected 'POST' {endpoint!r}, the batch's endpoint")
     if said["body"].get("stream"):
-        raise BadRequest(f"line {number} asks for a stream: leave stream out, a batch has whole answers")
+        raise BadRequest(f"{where} asks for a stream: leave stream out, a batch has whole answers")
     return Line(custom_id, json.dumps(said["body"]).encode(), number)

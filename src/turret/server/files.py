@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path as LocalPath
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 from fastapi import Path, Query, Request
 from fastapi.responses import StreamingResponse
@@ -14,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from turret.errors import BadRequest, InUse
+from turret.errors import BadRequest
 from turret.json_types import JsonObject
 from turret.server import batch_schemas as schemas
 from turret.server.auth import Caller
@@ -59,6 +60,8 @@ async def upload(state: State, request: Request) -> schemas.FileObject:
             raise BadRequest("file: expected a file in a form (multipart/form-data)")
         if purpose != BATCH:
             raise BadRequest(f"purpose {ascii(purpose)[:40]}: expected {BATCH}")
+        if "\0" in (sent.filename or ""):
+            raise BadRequest("the name of the file has a NUL character: give another name")
         return _shown(await state.control(_add, state, owner_of(request.state.caller), sent))
     finally:
         await form.close()
@@ -96,20 +99,23 @@ async def list_files(
 async def read_file(file_id: FileId, state: State, request: Request) -> StreamingResponse:
     """The bytes of a file, checked against its digest before the first one is sent."""
     found = await state.control(state.files.find, owner_of(request.state.caller), file_id)
-    opened = state.files.content(found)
-    path = await state.control(opened.__enter__)
+    opened = ExitStack()
+    read = await state.control(_opened, opened, state, found)  # now: it may be deleted before the last piece is sent
 
     async def pieces() -> AsyncIterator[bytes]:
         try:
-            with path.open("rb") as read:
-                while piece := await run_in_threadpool(read.read, PIECE):
-                    yield piece
+            while piece := await run_in_threadpool(read.read, PIECE):
+                yield piece
         finally:
-            await run_in_threadpool(opened.__exit__, None, None, None)
+            await run_in_threadpool(opened.close)
 
     return StreamingResponse(
         pieces(), media_type="application/octet-stream", headers={"content-length": str(found.blob.bytes)}
     )
+
+
+def _opened(opened: ExitStack, state: ServerState, file: ClientFile) -> BinaryIO:
+    return opened.enter_context(opened.enter_context(state.files.content(file)).open("rb"))
 
 
 @questions.get("/v1/files/{file_id}")
@@ -122,15 +128,8 @@ async def show_file(file_id: FileId, state: State, request: Request) -> schemas.
 async def delete_file(file_id: FileId, state: State, request: Request) -> schemas.DeletedFile:
     """Delete a file. It is refused while a batch that has not ended reads it."""
     owner = owner_of(request.state.caller)
-    await state.control(_delete, state, owner, file_id)
+    await state.control(state.files.delete, owner, file_id)
     return schemas.DeletedFile(id=file_id)
-
-
-def _delete(state: ServerState, owner: str, file_id: str) -> None:
-    found = state.files.find(owner, file_id)
-    if state.batches.uses(found.id):
-        raise InUse(f"{found.id} is read by a batch that has not ended: cancel the batch first")
-    state.files.delete(owner, found.id)
 
 
 def _shown(file: ClientFile) -> schemas.FileObject:

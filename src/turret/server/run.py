@@ -92,7 +92,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         load = self.state.load
-        drained = load.draining and (not load.requests or self.state.clock() >= self._until)
+        answered = not load.requests and not self._runner.working
+        drained = load.draining and (answered or self.state.clock() >= self._until)
         return await super().on_tick(counter) or drained
 
 

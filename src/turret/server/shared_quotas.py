@@ -2,7 +2,8 @@
 
 A server counts alone first, as `turret.server.quotas` does, so a flood of requests that are refused asks the catalog
 nothing. Then it takes the request from the catalog (`turret.store.budgets`), in small batches. Tokens of answers are
-charged to the catalog twice a second. While the catalog does not answer, each server counts alone, and the log says so.
+charged to the catalog twice a second, and once: a flush that is tried again has the same number. While the catalog does
+not answer, each server counts alone, and the log says so.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 
 from turret.errors import QuotaSpent, StoreError
 from turret.server.quotas import Quota, Quotas
-from turret.store.budgets import Budgets
+from turret.store.budgets import Amount, Budgets
 
 IDLE_SECONDS = 1.0  # after which an unused reservation is given back
+LAST_TRIES = 3  # of the flush when a server ends
 ALONE_SECONDS = 5.0  # after an error of the catalog, until it is asked again
 
 
@@ -43,6 +45,7 @@ class SharedQuotas:
         self._own, self._lock = Quotas(clock), threading.Lock()
         self._reserved: dict[str, _Reserved] = {}
         self._charges: dict[str, tuple[int, int]] = {}  # key -> limit per minute, tokens
+        self._unsure, self._turning = list[Amount](), threading.Lock()  # of the flush that is tried
         self._levels: dict[str, float] = {}  # of tokens in the catalog, to be taken over by `admit`
         self._alone_until = float("-inf")
 
@@ -89,28 +92,34 @@ class SharedQuotas:
                 self._charges[key] = quota.tokens, self._charges.get(key, (0, 0))[1] + tokens
 
     def turn(self, *, last: bool = False) -> None:
-        """Charge tokens to the catalog, and give back what was reserved and is not used. Raises StoreError."""
-        now = self._clock()
-        with self._lock:
-            charges, self._charges = self._charges, {}
-            idle = {key: each for key, each in self._reserved.items() if last or now - each.used > IDLE_SECONDS}
-            for key in idle:
-                del self._reserved[key]
-        amounts = [(key, "tokens", limit, -float(tokens)) for key, (limit, tokens) in charges.items()]
-        amounts += [(key, "requests", each.per_minute, float(each.count)) for key, each in idle.items() if each.count]
-        if not amounts:
-            return
-        try:
-            levels = self._budgets.change(amounts)
-        except StoreError:
+        """Charge tokens to the catalog, and give back what was reserved and is not used.
+
+        Raises StoreError; the next turn then tries the same amounts again first.
+        """
+        with self._turning:
+            if self._unsure:
+                self._write(self._budgets.writer.number)
+            now = self._clock()
             with self._lock:
-                for key, (limit, tokens) in charges.items():
-                    self._charges[key] = limit, self._charges.get(key, (0, 0))[1] + tokens
-            raise
+                charges, self._charges = self._charges, {}
+                idle = {key: each for key, each in self._reserved.items() if last or now - each.used > IDLE_SECONDS}
+                for key in idle:
+                    del self._reserved[key]
+            self._unsure = [(key, "tokens", limit, -float(tokens)) for key, (limit, tokens) in charges.items()]
+            given_back = ((key, each) for key, each in idle.items() if each.count)
+            self._unsure += [(key, "requests", each.per_minute, float(each.count)) for key, each in given_back]
+            if self._unsure:
+                self._write(self._budgets.writer.next())
+
+    def _write(self, number: int) -> None:
+        levels = self._budgets.change(self._unsure, number)
+        self._unsure = []
         with self._lock:
             self._levels |= {key: level for (key, unit), level in levels.items() if unit == "tokens"}
 
     def close(self) -> None:
         """Write the last charges, and give everything back."""
-        with suppress(StoreError):
-            self.turn(last=True)
+        for _ in range(LAST_TRIES):
+            with suppress(StoreError):
+                self.turn(last=True)
+                break

@@ -53,6 +53,7 @@ TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads 
 SETTLE_SECONDS = 3.0  # between two evaluations of the guards of experiments
 MOST_PROMOTES = 4  # promotes that ask golden examples, running or waiting
 MOST_VIEWS = 1024  # of accesses that are kept
+LAST_TRIES = 3  # of the flush when a server ends
 RETRIES = 5  # of a request whose version is deleted while its inputs are submitted
 
 
@@ -401,10 +402,13 @@ class ServerState:
             except TurretError as error:
                 message = f"the last log is lost: {error}"
                 self.log.write("experiments", "error", error=type(error).__name__, message=message)
-        try:
-            self.usage.flush()
-        except TurretError as error:
-            self.log.write("usage", "error", error=type(error).__name__, message=f"the last usage is lost: {error}")
+        for left in range(LAST_TRIES)[::-1]:
+            try:
+                self.usage.flush()
+                break
+            except TurretError as error:
+                message = str(error) if left else f"the last usage is lost: {error}"
+                self.log.write("usage", "error", error=type(error).__name__, message=message)
         if self.spans is not None:
             self.spans.shutdown()
         for pool in (self._submitting, self.parsing, self.control, self.promoting, self.recording):

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from sqlalchemy import Column, Connection, Float, Integer, String, Table, delete, insert, select, update
 
 from turret.database import Database, bytewise, metadata
+from turret.store.flushes import Writer
 from turret.store.leases import clock
 
+Amount = tuple[str, str, int, float]  # name, unit, limit per minute, amount
 BATCH = 32  # a batch is at most 1/32 of the requests that are left
 OLD = 3600.0  # seconds after which a bucket that nobody used is removed if it is full
 
@@ -32,7 +34,7 @@ class Budgets:
     """The shared quotas of one store. Names are those of a token or an adapter, units are requests and tokens."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        self._database, self.writer = database, Writer()
 
     def take(self, name: str, unit: str, per_minute: int) -> tuple[int, float]:
         """Take a batch. Returns how many, and if there is none, the seconds until there is one."""
@@ -44,15 +46,17 @@ class Budgets:
             _change(connection, name, unit, -count)
             return count, 0.0
 
-    def change(self, amounts: Iterable[tuple[str, str, int, float]]) -> dict[tuple[str, str], float]:
+    def change(self, amounts: Iterable[Amount], number: int) -> dict[tuple[str, str], float]:
         """Add amounts, negative ones to charge tokens. Returns the levels after that, by name and unit.
 
         Args:
-            amounts: name, unit, limit per minute, amount.
+            number: of this flush, from `writer.next()`; the same one adds the amounts once.
         """
         levels = {}
         with self._database.writing() as connection:
-            for name, unit, per_minute, amount in amounts:
+            first = self.writer.is_first(connection, number)
+            for name, unit, per_minute, wanted in amounts:
+                amount = wanted if first else 0.0
                 level = _level(connection, name, unit, per_minute)
                 _change(connection, name, unit, min(amount, per_minute - level))
                 levels[name, unit] = min(level + amount, per_minute)

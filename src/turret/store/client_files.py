@@ -1,7 +1,8 @@
 """Files that clients sent to a server, and the answers of their batches. Each belongs to an owner: nobody else sees it.
 
 The content lies among the files of bundles, under an upload of its own (`turret.store.uploads`): it is written under an
-id that the catalog knows, and then listed in one transaction. A deleted file is removed by a gc.
+id that the catalog knows, and then listed in one transaction. The content of a deleted file is removed at once, or by
+a gc if that fails.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sqlalchemy import Row, delete, func, insert, select
+from sqlalchemy import Connection, Row, Select, delete, func, insert, select
 
 from turret.database import Database
-from turret.errors import NotFound, StoreError, TooLarge
+from turret.errors import InUse, NotFound, StoreError, TooLarge, TurretError
+from turret.json_types import JsonObject
 from turret.store import uploads
-from turret.store.blobs import Blob, Files, hash_file
-from turret.store.client_tables import client_files
+from turret.store.blobs import Blob, Files, hash_file, place
+from turret.store.client_tables import ENDED, batches, client_files
 from turret.store.core import Store
 
 ATTEMPTS = 3  # if a gc takes this process for dead
@@ -61,25 +63,55 @@ class ClientFiles:
         Raises:
             TooLarge: the owner's files would have more than `MOST_BYTES`.
         """
-        database, blob = self._database(), hash_file(source)
+        return self.add_all(owner, [(name, purpose, source)])[0]
+
+    def add_all(
+        self,
+        owner: str,
+        new: Sequence[tuple[str, str, Path]],
+        also: Callable[[Connection, Sequence[ClientFile]], None] = lambda connection, made: None,
+    ) -> Sequence[ClientFile]:
+        """As `add`, for several files; all are listed, or none.
+
+        Args:
+            new: name, purpose and source of each.
+            also: called in the transaction that lists them.
+        """
+        database, blobs = self._database(), [hash_file(source) for _, _, source in new]
         self._claim(database)
-        made = ClientFile(f"file-{secrets.token_hex(12)}", owner, name[:255], purpose, blob, int(time.time()))
         for _ in range(ATTEMPTS):
             with database.writing() as connection:
-                total = select(func.coalesce(func.sum(client_files.c.bytes), 0)).where(client_files.c.owner == owner)
-                if int(connection.execute(total).scalar_one()) + blob.bytes > MOST_BYTES:
-                    raise TooLarge(f"your files would have more than {MOST_BYTES} bytes together: delete some first")
-                upload = uploads.begin(connection)
-            uploads.write(database, self._place, upload, [(source, replace(blob, upload=upload))])
-            with database.writing() as connection:
-                if uploads.end(connection, upload):
-                    row = {"id": made.id, "owner": owner, "name": made.name, "purpose": purpose, "bytes": blob.bytes}
-                    row |= {"digest": blob.digest, "upload": upload, "created": made.created}
-                    connection.execute(insert(client_files).values(row))
-                    return replace(made, blob=replace(blob, upload=upload))
+                _require_room(connection, owner, blobs)
+                made = [
+                    ClientFile(f"file-{secrets.token_hex(12)}", owner, name[:255], purpose,
+                               replace(blob, upload=uploads.begin(connection)), int(time.time()))
+                    for (name, purpose, _), blob in zip(new, blobs, strict=True)
+                ]  # fmt: skip
+            try:
+                for (_, _, source), file in zip(new, made, strict=True):
+                    self._place.put(source, file.blob)
+                with database.writing() as connection:
+                    if all(uploads.end(connection, file.blob.upload) for file in made):
+                        _require_room(connection, owner, blobs)
+                        for file in made:
+                            connection.execute(insert(client_files).values(_row(file)))
+                        also(connection, made)
+                        return made
+            except BaseException:
+                self._give_up(database, made)
+                raise
         raise StoreError(
-            f"{name} was not stored: `turret gc` removed it {ATTEMPTS} times while it was written: try again"
+            f"{new[0][0]} was not stored: `turret gc` removed it {ATTEMPTS} times while it was written: try again"
         )
+
+    def _give_up(self, database: Database, made: Sequence[ClientFile]) -> None:
+        """Remove what was written for files that are not listed; otherwise a gc does it after an hour."""
+        with suppress(TurretError):
+            for file in made:
+                with database.writing() as connection:
+                    dead = uploads.end(connection, file.blob.upload)  # not if they were listed, and the answer was lost
+                if dead:
+                    self._place.remove(f"blobs/sha256/{place(file.blob)}")
 
     def listed(
         self, owner: str, *, purpose: str | None = None, after: str | None = None, limit: int = 100
@@ -99,24 +131,54 @@ class ClientFiles:
 
     def find(self, owner: str, id: str) -> ClientFile:
         """One file of an owner. Raises NotFound, also for a file of somebody else."""
-        query = select(client_files).where(client_files.c.id == id, client_files.c.owner == owner)
         with self._database().reading() as connection:
-            row = connection.execute(query).first()
+            row = connection.execute(_chosen(owner, id)).first()
         if row is None:
-            raise NotFound(f"no file {ascii(id)[:60]}: GET /v1/files lists yours")
+            raise _not_found(id)
         return _file(row)
 
     def delete(self, owner: str, id: str) -> None:
-        """Remove a file of an owner from the catalog. Raises NotFound."""
-        found = self.find(owner, id)
+        """Delete a file of an owner, and its content. Raises NotFound, or InUse while an open batch reads it."""
         with self._database().writing() as connection:
-            connection.execute(delete(client_files).where(client_files.c.id == found.id))
+            found = connection.execute(_chosen(owner, id)).first()
+            if found is None:
+                raise _not_found(id)
+            reads = (batches.c.input_file == id) & batches.c.state.not_in(ENDED)
+            if connection.execute(select(batches.c.id).where(reads).limit(1)).first() is not None:
+                raise InUse(f"{id} is read by a batch that has not ended: cancel the batch first")
+            connection.execute(delete(client_files).where(client_files.c.id == id))
+        with suppress(TurretError, OSError):  # otherwise a gc removes it: no file lists this copy any more
+            self._place.remove(f"blobs/sha256/{place(_file(found).blob)}")
 
     @contextmanager
     def content(self, file: ClientFile) -> Iterator[Path]:
         """The content as a local file, whose bytes were hashed again, for the length of the block. Raises Corrupt."""
         with self._place.checked_file(file.blob) as path:
             yield path
+
+
+def room(connection: Connection, owner: str) -> int:
+    """The bytes that the files of an owner leave."""
+    used = select(func.coalesce(func.sum(client_files.c.bytes), 0)).where(client_files.c.owner == owner)
+    return MOST_BYTES - int(connection.execute(used).scalar_one())
+
+
+def _require_room(connection: Connection, owner: str, blobs: Sequence[Blob]) -> None:
+    if sum(blob.bytes for blob in blobs) > room(connection, owner):
+        raise TooLarge(f"your files would have more than {MOST_BYTES} bytes together: delete some first")
+
+
+def _chosen(owner: str, id: str) -> Select[tuple[str, str, str, str, str, int, str, int]]:
+    return select(client_files).where(client_files.c.id == id, client_files.c.owner == owner)
+
+
+def _not_found(id: str) -> NotFound:
+    return NotFound(f"no file {ascii(id)[:60]}: GET /v1/files lists yours")
+
+
+def _row(file: ClientFile) -> JsonObject:
+    row = {"id": file.id, "owner": file.owner, "name": file.name, "purpose": file.purpose, "created": file.created}
+    return row | {"bytes": file.blob.bytes, "digest": file.blob.digest, "upload": file.blob.upload}
 
 
 def _file(row: Row[tuple[str, str, str, str, str, int, str, int]]) -> ClientFile:

@@ -37,6 +37,11 @@ batches = Table(
     Column("failed", Integer, nullable=False),
     Column("worker", String(32)),
     Column("until", Float),
+    Column("taken", Integer, nullable=False, server_default="0"),
+    Column("unanswered", JSON, nullable=False, server_default="{}"),
+    Column("asking", JSON, nullable=False, server_default="[]"),
+    Column("bytes", BigInteger, nullable=False, server_default="0"),
+    Column("due", Float),
 )
 batch_parts = Table(
     "batch_parts",
@@ -46,6 +51,13 @@ batch_parts = Table(
     Column("answers", Text, nullable=False),
     Column("errors", Text, nullable=False),
 )
+batch_turns = Table(
+    "batch_turns",
+    metadata,
+    Column("name", bytewise(200), primary_key=True),
+    Column("turn", BigInteger, nullable=False),
+)
+ENDED = ("completed", "failed", "cancelled", "expired")  # states of a batch
 
 
 def used(connection: Connection) -> set[tuple[str, str]]:

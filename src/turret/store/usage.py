@@ -2,7 +2,7 @@
 
 A server adds up what it answers, and writes the sums every `SECONDS`, and when it ends. So a killed server loses what
 it answered in that time, and one that is stopped by SIGTERM nothing. While the store cannot be reached the sums grow.
-A server of a read-only store counts nothing.
+A flush that is tried again is counted once (`turret.store.flushes`). A server of a read-only store counts nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sqlalchemy import BigInteger, Column, ColumnElement, Connection, String, Ta
 
 from turret.database import Database, adapters, bytewise, metadata
 from turret.json_types import JsonObject
+from turret.store.flushes import Writer
 from turret.visibility import access_of, seen_adapters
 
 SECONDS = 2.0  # between two writes of a server
@@ -65,6 +66,7 @@ class UsageLog:
         self._database, self._clock = database, clock
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._sums: dict[tuple[str, str, str], list[int]] = {}
+        self._writer, self._unsure = Writer(), dict[tuple[str, str, str], list[int]]()  # of the flush that is tried
         self.counts = database.writable()
 
     def add(self, tenant: str, adapter: str, answers: int, prompt_tokens: int, completion_tokens: int) -> None:
@@ -76,21 +78,21 @@ class UsageLog:
             self._add(key, [1, answers, prompt_tokens, completion_tokens])
 
     def flush(self) -> None:
-        """Write what was counted. Raises StoreError, and keeps it then."""
+        """Write what was counted. Raises StoreError; the next flush then tries the same sums again first."""
         with self._writing:
+            if self._unsure:
+                self._write(self._writer.number)
             with self._lock:
-                sums, self._sums = self._sums, {}
-            if not sums:
-                return
-            try:
-                with self._database.writing() as connection:
-                    for key, counts in sorted(sums.items()):
-                        _count(connection, key, counts)
-            except BaseException:
-                with self._lock:
-                    for key, counts in sums.items():
-                        self._add(key, counts)
-                raise
+                self._unsure, self._sums = self._sums, {}
+            if self._unsure:
+                self._write(self._writer.next())
+
+    def _write(self, number: int) -> None:
+        with self._database.writing() as connection:
+            if self._writer.is_first(connection, number):
+                for key, counts in sorted(self._unsure.items()):
+                    _count(connection, key, counts)
+        self._unsure = {}
 
     def _add(self, key: tuple[str, str, str], counts: list[int]) -> None:
         known = self._sums.setdefault(key, [0] * len(COUNTS))
