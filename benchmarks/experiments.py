@@ -3,7 +3,7 @@
     python benchmarks/experiments.py --report
     python benchmarks/experiments.py                  # a few minutes on one core
 
-Four simulations:
+Five simulations:
 
 - verdicts: experiments with binary outcomes, with no difference (also with a base rate that drifts while traffic ramps
   5%, 20%, 50%) and with known ones. `z, peeking` is the two-proportion z-test looked at every 50 units from the 100th
@@ -11,7 +11,11 @@ Four simulations:
   `equal power` the number that the evidence needs to have found it in 80% too.
 - discoveries: stores of 20 experiments of which 4 have a real difference. Each ends by itself: at its own verdict, or
   once it is also a discovery among all.
-- outages: one answer in a hundred is an error, and for ten seconds half of them, of both arms or the candidate alone.
+- outages: one answer in a hundred is an error, until an outage begins, of both arms or of the candidate alone. The
+  setting says when it begins and how many answers then fail.
+- missing outcomes: a share of the units sends no outcome, and the candidate's dissatisfied users a little less often
+  than all others. Is there a verdict if missing outcomes are taken to be like the others, and with the bound on those
+  that are not?
 - other mix: both arms tell as many outcomes, as quickly, and of one arm they are mostly the good ones.
 """
 
@@ -26,11 +30,13 @@ import numpy as np
 import record
 from scipy.stats import norm
 
-from turret.experiments import bounds, decide, discoveries, validity
+from turret.experiments import decide, discoveries, validity
 from turret.experiments.e_process import EProcess
 from turret.experiments.evidence import OutcomeTally
+from turret.experiments.experiment import MISSING_BOUND, lasting
 from turret.experiments.guarding import Watch
 from turret.experiments.sample_ratio import SampleRatio
+from turret.timestamp import timestamp
 
 NAME = "experiments"
 CLAIM = "evidence that may be looked at any time keeps its level, and costs units against a test at a fixed end"
@@ -49,7 +55,18 @@ SETTINGS = (  # control, candidate, drift, ramp, most units
 POWER = 0.8
 REAL, ALL = 4, 20  # experiments of a store
 BASE, BETTER, MOST = 0.3, 0.4, 6000  # chances without and with a real difference, and the most units
-BOUND, NORMAL, OUTAGE = 0.02, 0.01, 0.5  # shares of errors: the guard's, usually, and in an outage
+BOUND, NORMAL, LASTS = 0.02, 0.01, 120  # shares of errors: the guard's, and usually; seconds of an outage
+OUTAGES = (  # who fails, the second at which it begins, share of errors, answers per second, how many times simulated
+    ("candidate alone", 20, 0.5, 10, 1.0),
+    ("candidate alone", 300, 0.5, 10, 1.0),
+    ("candidate alone", 3600, 0.5, 10, 0.3),
+    ("candidate alone", 86400, 0.5, 10, 0.05),
+    ("candidate alone", 20, 0.2, 10, 0.5),
+    ("candidate alone", 3600, 0.2, 10, 0.2),
+    ("candidate alone", 3600, 0.2, 50, 0.2),
+    ("both arms", 20, 0.5, 10, 1.0),
+    ("both arms", 3600, 0.5, 10, 0.3),
+)
 
 
 def main() -> None:
@@ -57,20 +74,53 @@ def main() -> None:
     parser.add_argument("--experiments", type=int, default=200, help="simulated for each setting (default 200)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--report", action="store_true", help="only print the table of what is kept")
+    parser.add_argument("--only", nargs="+", choices=SIMULATED, default=SIMULATED, help="default: all")
     options = parser.parse_args()
     if not options.report:
         run: dict[str, Any] = {"experiments": options.experiments, "seed": options.seed, "alpha": ALPHA}
-        run["rows"] = [_measure(setting, options) for setting in SETTINGS]
-        run["discoveries"] = {
-            rule: [_store(options.seed, number, rule) for number in range(options.experiments // 10)] for rule in RULES
-        }
-        run["outages"] = {
-            who: [_outage(options.seed, number, who) for number in range(options.experiments)] for who in OUTAGES
-        }
-        run["other_mix"] = [_other_mix(options.seed, number) for number in range(options.experiments)]
+        run |= {name: simulate(options) for name, simulate in SIMULATED.items() if name in options.only}
         run["machine"] = record.machine(threads=1)
         record.keep(NAME, CLAIM, run)
     _report()
+
+
+def _verdicts(options: argparse.Namespace) -> list[dict[str, Any]]:
+    return [_measure(setting, options) for setting in SETTINGS]
+
+
+def _discoveries(options: argparse.Namespace) -> dict[str, Any]:
+    numbers = range(options.experiments // 10)
+    return {rule: [_store(options.seed, number, rule) for number in numbers] for rule in RULES}
+
+
+def _outages(options: argparse.Namespace) -> list[dict[str, Any]]:
+    found = []
+    for who, begins, share, rate, part in OUTAGES:
+        numbers = range(round(part * options.experiments))
+        seconds = [_outage(options.seed, number, who, begins, share, rate) for number in numbers]
+        found.append({"who": who, "begins": begins, "share": share, "rate": rate, "seconds": seconds})
+    return found
+
+
+def _missed(options: argparse.Namespace) -> list[dict[str, Any]]:
+    names, numbers = ("good", "effect", "answer", "less", "units"), range(options.experiments // 4)
+    return [
+        {**dict(zip(names, each, strict=True)), "found": [_missing(options.seed, number, *each) for number in numbers]}
+        for each in MISSING
+    ]
+
+
+def _other_mixes(options: argparse.Namespace) -> list[dict[str, Any]]:
+    return [_other_mix(options.seed, number) for number in range(options.experiments)]
+
+
+SIMULATED = {  # name in the result -> the simulation
+    "rows": _verdicts,
+    "discoveries": _discoveries,
+    "late_outages": _outages,
+    "missing": _missed,
+    "other_mix": _other_mixes,
+}
 
 
 def _measure(setting: tuple[float, float, bool, tuple[float, ...], int], options: argparse.Namespace) -> dict[str, Any]:
@@ -168,28 +218,51 @@ def _evidence(seed: int, number: int, place: int) -> list[tuple[float, str | Non
 
 # --- outages --------------------------------------------------------------------------------------------------------
 
-OUTAGES = ("both arms", "candidate alone")
-SECONDS, BEGINS, ENDS = 60, 20, 30
 
-
-def _outage(seed: int, number: int, who: str) -> dict[str, Any]:
-    """The second at which the guard, and the bound alone, would have rolled the candidate back."""
-    generator, watch, alone = np.random.default_rng([seed, number]), Watch("control"), None
-    splits = [("", {"control": 0.5, "candidate": 0.5})]
-    for second in range(SECONDS):
-        rows, candidate = [], int(generator.binomial(10, 0.5))
-        for arm, answers in (("candidate", candidate), ("control", 10 - candidate)):
-            hit = BEGINS <= second < ENDS and (arm == "candidate" or who == "both arms")
-            errors = int(generator.binomial(answers, OUTAGE if hit else NORMAL))
+def _outage(seed: int, number: int, who: str, begins: int, share: float, rate: int) -> int | None:
+    """The second of the outage in which the guard rolled the candidate back; below 1 is a false alarm."""
+    generator, watch = np.random.default_rng([seed, number, begins]), Watch("control", {"errors": BOUND})
+    splits = [(timestamp(0), {"control": 0.5, "candidate": 0.5})]
+    for second in range(begins + LASTS):
+        rows, candidate = [], int(generator.binomial(rate, 0.5))
+        for arm, answers in (("candidate", candidate), ("control", rate - candidate)):
+            hit = second >= begins and (arm == "candidate" or who == "both arms")
+            errors = int(generator.binomial(answers, share if hit else NORMAL))
             sums = {"errors": errors, "slow": 0, "seconds": 0.0, "compared": 0, "agreed": 0}
-            rows.append(SimpleNamespace(id=second, at=f"{second:03}", arm=arm, answers=answers, **sums))
+            rows.append(SimpleNamespace(id=second, at=timestamp(second), arm=arm, answers=answers, **sums))
         watch.read(rows, splits)
-        total = watch.sums["candidate"]
-        if alone is None and bounds.evidence(total.errors, total.answers, BOUND) >= math.log(1 / ALPHA):
-            alone = second
-        if watch.arms["candidate"].evidence("errors", total, BOUND) >= decide.needed(ALPHA):
-            return {"guard": second, "bound_alone": alone}
-    return {"guard": None, "bound_alone": alone}
+        if watch.arms["candidate"].detectors[0].alarm:
+            return second - begins + 1
+    return None
+
+
+# --- missing outcomes -----------------------------------------------------------------------------------------------
+
+MISSING = (  # chance of a good outcome, the candidate's gain, share that answers, dissatisfied users' loss of it, units
+    (0.8, 0.0, 0.3, 0.15, 60_000),
+    (0.7, 0.0, 0.2, 0.12, 80_000),
+    (0.9, 0.0, 0.5, 0.15, 60_000),
+    (0.7, 0.0, 0.8, 0.1, 40_000),
+    (0.3, 0.05, 0.6, 0.0, 40_000),
+    (0.3, 0.1, 0.6, 0.0, 10_000),
+    (0.3, 0.2, 0.6, 0.0, 10_000),
+)
+
+
+def _missing(
+    seed: int, number: int, good: float, effect: float, answer: float, less: float, units: int
+) -> dict[str, Any]:
+    """Whether there is a verdict, how many missing outcomes it bears, and whether an alarm is raised."""
+    generator = np.random.default_rng([seed, number])
+    arm = (generator.random(units) < 0.5).astype(np.int64)
+    y = generator.random(units) < good + effect * arm
+    told = generator.random(units) < np.where((arm == 1) & ~y, answer * (1 - less), answer)
+    tally = OutcomeTally.empty(binary=True, margin=None, decides=decide.needed(ALPHA))
+    tally = tally.after(arm[told], y[told].astype(np.float64), np.full(int(told.sum()), 0.5))
+    planned = {0: {"control": 0.5, "candidate": 0.5}}
+    seen = [((0, int(not each)), "candidate" if a else "control") for a, each in zip(arm, told, strict=True)]
+    alarm = SampleRatio().after(seen, planned).process.peak >= math.log(validity.NEEDED)
+    return {"verdict": tally.verdict, "tipping": tally.tipping("better"), "alarm": bool(alarm)}
 
 
 # --- outcomes of another mix ----------------------------------------------------------------------------------------
@@ -213,20 +286,20 @@ def _other_mix(seed: int, number: int) -> dict[str, Any]:
 
 
 def _report() -> None:
-    for section in (verdicts, named, guarded, mixed):
+    for section in (verdicts, named, guarded, missed, mixed):
         print(section(), end="\n\n")
 
 
-def newest() -> dict[str, Any]:
-    """The newest run that has all four simulations."""
-    return [run for run in record.load(NAME) if "other_mix" in run][-1]
+def newest(simulation: str) -> Any:
+    """The newest result of a simulation."""
+    return [run[simulation] for run in record.load(NAME) if simulation in run][-1]
 
 
 def verdicts() -> str:
     """A row a setting: wrong verdicts, or those that were found and the units that took."""
     header = ["chances", "traffic", "most units", "binary", "bounded", "z, peeking", "fixed", "equal power", "times"]
     rows = []
-    for row in newest()["rows"]:
+    for row in newest("rows"):
         chances = f"{row['control']:g} and {row['candidate']:g}{', drifting' if row['drift'] else ''}"
         traffic = " → ".join(f"{100 * share:g}%" for share in row["ramp"])
         differs = row["control"] != row["candidate"]
@@ -248,7 +321,7 @@ def equal_power(stopped: list[int | None]) -> int | None:
 def named() -> str:
     """A row a rule: how many of the real differences are discoveries, and how many are false."""
     rows = []
-    for rule, stores in newest()["discoveries"].items():
+    for rule, stores in newest("discoveries").items():
         real = sum(each["real"] for each in stores) / (REAL * len(stores))
         false = sum(each["false"] / max(each["real"] + each["false"], 1) for each in stores) / len(stores)
         units = sorted(units for each in stores for units in each["units"])
@@ -257,19 +330,45 @@ def named() -> str:
 
 
 def guarded() -> str:
-    """A row an outage: how often the candidate goes, and after how many seconds."""
+    """A row an outage: how often the candidate is rolled back, and after how many seconds."""
     rows = []
-    for who, found in newest()["outages"].items():
-        gone = [each["guard"] for each in found if each["guard"] is not None]
-        alone = sum(each["bound_alone"] is not None for each in found) / len(found)
-        after = f"{sorted(gone)[len(gone) // 2] - BEGINS + 1} s" if who == "candidate alone" else ""
-        rows.append([who, f"{len(gone) / len(found):.1%}", f"{alone:.1%}", after])
-    return record.table(["outage of", "rolled back", "by the bound alone", "median time"], rows)
+    for run in newest("late_outages"):
+        after = sorted(second for second in run["seconds"] if second is not None and second >= 1)
+        early = sum(second is not None and second < 1 for second in run["seconds"])
+        gone = len(after) / len(run["seconds"])
+        median, most = (f"{after[int(part * len(after))]} s" if after else "" for part in (0.5, 0.95))
+        begins = lasting(float(run["begins"]))
+        rows.append([run["who"], begins, f"{run['share']:.0%}", run["rate"], len(run["seconds"])])
+        rows[-1] += [early, f"{gone:.0%}", median, most]
+    header = [
+        "outage of",
+        "begins after",
+        "answers that fail",
+        "answers per second",
+        "simulated",
+        "false alarms before",
+    ]
+    return record.table([*header, "rolled back", "median delay", "95% within"], rows)
+
+
+def missed() -> str:
+    """A row a setting: verdicts without and with the bound on missing outcomes."""
+    rows = []
+    for run in newest("missing"):
+        found = run["found"]
+        fewer = run["less"] * (1 - run["good"])
+        alike = [each["verdict"] == "better" and not each["alarm"] for each in found]
+        holds = [bare and each["tipping"] >= MISSING_BOUND for bare, each in zip(alike, found, strict=True)]
+        shares = [f"{sum(some) / len(found):.0%}" for some in ([each["alarm"] for each in found], alike, holds)]
+        differs = f"{run['effect']:+g}" if run["effect"] else "none"
+        rows.append([differs, f"{run['answer']:.0%}", f"{fewer:.1%}", run["units"], len(found), *shares])
+    header = ["real difference", "users who answer", "fewer of the candidate's", "units", "simulated", "alarm"]
+    return record.table([*header, "better, if alike", "better, with the bound of 5%"], rows)
 
 
 def mixed() -> str:
     """False verdicts, and alarms, where one arm's outcomes are of another mix."""
-    found = newest()["other_mix"]
+    found = newest("other_mix")
     false = sum(each["verdict"] is not None for each in found) / len(found)
     seen = sum(each["alarm"] for each in found) / len(found)
     header = ["outcomes of the candidate", "false verdicts", "noticed"]

@@ -386,6 +386,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "experiments": experiments.verdicts,
     "discoveries": experiments.named,
     "outages": experiments.guarded,
+    "missing-outcomes": experiments.missed,
     "other-mix": experiments.mixed,
     "defaults": lambda: defaults.confirmed(record.load("defaults")),
     "defaults-screening": lambda: defaults.screened(record.load("defaults")),

@@ -1,4 +1,4 @@
-"""Sample ratio, bounds on errors and latency, discoveries, and paired comparisons."""
+"""Sample ratio, discoveries, and paired comparisons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from turret.experiments import bounds, decide, discoveries, paired, sample_ratio
+from turret.experiments import decide, discoveries, paired, sample_ratio
 from turret.experiments.evidence import OutcomeTally
 from turret.experiments.validity import NEEDED
 
@@ -98,27 +98,6 @@ def test_summed_over_all_splits_of_six_units_the_ratio_expects_one(shares) -> No
         chance = math.prod(planned[name] for name in fell)
         expected += chance * math.exp(fallen((planned, list(fell))).process.now)
     assert expected == pytest.approx(1)
-
-
-@pytest.mark.parametrize("share", [0.02, 0.01, 0.1])
-def test_a_share_at_its_bound_or_under_it_hardly_ever_raises_an_alarm_and_one_above_does(share) -> None:
-    generator, runs, alarms = np.random.default_rng(1), 200, 0
-    for _ in range(runs):
-        bad = np.cumsum(generator.random(600) < share)
-        alarms += any(bounds.evidence(int(bad[n]), n + 1, 0.02) >= math.log(20) for n in range(0, 600, 10))
-    assert alarms <= stats.binom.ppf(0.999, runs, 0.05) if share <= 0.02 else alarms > 0.99 * runs
-
-
-def test_the_bound_is_the_mixture_that_it_says() -> None:
-    """By numerical integration; and its expectation over all sequences at the bound is 1."""
-    grid = np.linspace(0.1, 1, 400_001)[1:-1]
-    prior = stats.beta(0.5, 0.5).pdf(grid)
-    likely = (grid / 0.1) ** 3 * ((1 - grid) / 0.9) ** 5
-    assert bounds.evidence(3, 8, 0.1) == pytest.approx(math.log((prior * likely).sum() / prior.sum()), abs=2e-2)
-    expected = sum(stats.binom.pmf(s, 12, 0.1) * math.exp(bounds.evidence(s, 12, 0.1)) for s in range(13))
-    assert expected == pytest.approx(1)
-    assert bounds.evidence(0, 10_000_000, 0.02) == -math.inf  # no evidence, and no error
-    assert bounds.evidence(1_000_000, 1_000_000, 0.02) > 1e6
 
 
 def test_of_many_experiments_the_largest_are_named() -> None:

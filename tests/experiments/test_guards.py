@@ -1,4 +1,4 @@
-"""An outage of every arm rolls nothing back; an outage of the candidate alone does, and quickly."""
+"""An outage of every arm rolls nothing back; one of the candidate alone does, whenever it begins."""
 
 from __future__ import annotations
 
@@ -10,99 +10,144 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from turret.experiments import Guards, bounds, excess
-from turret.experiments.decide import needed
-from turret.experiments.guarding import Watch
+from turret.experiments import Guards, guarding
+from turret.experiments.guarding import NEEDED, ODDS, START, Detector, Watch, log_over_bound, log_over_control
+from turret.timestamp import timestamp
 
-RUNS, SECONDS, LEVEL, BOUND = 150, 60, 0.05, 0.02
-SPLITS = [("0", {"control": 0.8, "candidate": 0.2}), ("0020", {"control": 0.5, "candidate": 0.5})]
+RUNS, BOUND, NORMAL, OUTAGE = 60, 0.02, 0.01, 0.5
+EARLY = 20  # seconds before an outage
+SPLITS = [(timestamp(0), {"control": 0.8, "candidate": 0.2}), (timestamp(EARLY), {"control": 0.5, "candidate": 0.5})]
 
 
-def rows(seed: int, rates: dict[str, list[float]], kind: str = "errors") -> list[SimpleNamespace]:
-    """The rows of one server, one per arm and second: ten answers a second, bad with these probabilities."""
+def rows(seed: int, seconds: int, begins: int, arms: tuple[str, ...], kind: str) -> list[SimpleNamespace]:
+    """The rows of one server, ten answers a second. From `begins` on, half of `arms`' are bad."""
     generator, found = np.random.default_rng(seed), []
-    for second in range(SECONDS):
-        share = SPLITS[second >= 20][1]["candidate"]
+    for second in range(seconds):
+        share = SPLITS[second >= EARLY][1]["candidate"]
         candidate = int(generator.binomial(10, share))
         for arm, answers in (("candidate", candidate), ("control", 10 - candidate)):
-            bad = int(generator.binomial(answers, rates[arm][second]))
+            bad = int(generator.binomial(answers, OUTAGE if second >= begins and arm in arms else NORMAL))
             sums = {"errors": 0, "slow": 0, "seconds": 0.0, "compared": 0, "agreed": 0, kind: bad}
-            row = SimpleNamespace(id=len(found) + 1, at=f"{second:04}", arm=arm, answers=answers, **sums)
+            row = SimpleNamespace(id=len(found) + 1, at=timestamp(second), arm=arm, answers=answers, **sums)
             found.extend([row] if answers else [])
     return found
 
 
-def outage(rate: float = 0.5) -> list[float]:
-    """One answer in a hundred is bad; in the ten seconds around the change of the split, this share is."""
-    return [rate if 18 <= second < 28 else 0.01 for second in range(SECONDS)]
-
-
-FINE = [0.01] * SECONDS
-
-
-def dropped(seed: int, rates: dict[str, list[float]], kind: str = "errors") -> tuple[int | None, bool]:
-    """The second after which the candidate is dropped, and whether the bound alone would drop it."""
-    watch, alone = Watch("control"), False
-    for at, flush in itertools.groupby(rows(seed, rates, kind), lambda row: row.at):
+def dropped(found: list[SimpleNamespace], kind: str = "errors", bound: float = BOUND) -> int | None:
+    """The second after which the candidate is dropped."""
+    watch = Watch("control", {kind: bound})
+    for second, (_, flush) in enumerate(itertools.groupby(found, lambda row: row.at)):
         watch.read(list(flush), SPLITS)
-        if "candidate" not in watch.arms:
-            continue
-        total = watch.sums["candidate"]
-        alone |= bounds.evidence(getattr(total, kind), total.answers, BOUND) >= math.log(1 / LEVEL)
-        if watch.arms["candidate"].evidence(kind, total, BOUND) >= needed(LEVEL):
-            return int(at), alone
-    return None, alone
+        if "candidate" in watch.arms and watch.arms["candidate"].detectors[0].alarm:
+            return second
+    return None
 
 
 @pytest.mark.parametrize("kind", ["errors", "slow"])
-def test_an_outage_of_both_arms_rolls_the_candidate_back_no_more_often_than_the_level(kind) -> None:
-    found = [dropped(seed, {"control": outage(), "candidate": outage()}, kind) for seed in range(RUNS)]
-    assert sum(second is not None for second, _ in found) <= stats.binom.ppf(0.999, RUNS, LEVEL)
-    assert sum(alone for _, alone in found) > 0.5 * RUNS  # with the bound alone
+def test_an_outage_of_both_arms_rolls_nothing_back(kind) -> None:
+    arms = ("candidate", "control")
+    assert [dropped(rows(seed, 80, EARLY, arms, kind), kind) for seed in range(RUNS)] == [None] * RUNS
 
 
+@pytest.mark.parametrize(("begins", "runs"), [(EARLY, RUNS), (300, 30), pytest.param(3600, 20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["errors", "slow"])
-def test_an_outage_of_the_candidate_alone_rolls_it_back_within_its_ten_seconds(kind) -> None:
-    found = [dropped(seed, {"control": FINE, "candidate": outage()}, kind)[0] for seed in range(RUNS)]
-    assert sum(second is not None and second < 28 for second in found) >= 0.98 * RUNS
+def test_an_outage_of_the_candidate_alone_rolls_it_back_in_seconds_whenever_it_begins(kind, begins, runs) -> None:
+    delays = []
+    for seed in range(runs):
+        second = dropped(rows(seed, begins + 40, begins, ("candidate",), kind), kind)
+        assert second is not None
+        assert second >= begins, "a false alarm"
+        delays.append(second - begins + 1)
+    assert np.median(delays) <= 14
+    assert np.quantile(delays, 0.95) <= 25
+
+
+def test_control_a_bound_on_all_answers_so_far_would_not_see_a_late_outage() -> None:
+    """The likelihood ratio of all answers, at the best share above the bound, an hour before and 40 seconds into it."""
+    found = [row for row in rows(1, 3640, 3600, ("candidate",), "errors") if row.arm == "candidate"]
+    bad, total = sum(row.errors for row in found), sum(row.answers for row in found)
+    assert log_over_bound(bad, total, BOUND).max() < math.log(20)
 
 
 def test_a_candidate_that_fails_more_than_the_control_and_less_than_the_bound_stays() -> None:
-    few = [0.012] * SECONDS
-    found = [dropped(seed, {"control": [0.0] * SECONDS, "candidate": few})[0] for seed in range(RUNS)]
-    assert sum(second is not None for second in found) <= stats.binom.ppf(0.999, RUNS, LEVEL)
+    """Also if an outage of all arms came before: being over the bound then, and over the control now, is not both."""
+    generator = np.random.default_rng(3)
+    watch = Watch("control", {"errors": BOUND})
+    number = itertools.count(1)
+    for second in range(1500):
+        everywhere, rate = 100 <= second < 130, {"candidate": 0.012, "control": 0.0}
+        flush = []
+        for arm in ("candidate", "control"):
+            bad = int(generator.binomial(5, 0.5 if everywhere else rate[arm]))
+            sums = {"errors": bad, "slow": 0, "seconds": 0.0, "compared": 0, "agreed": 0}
+            flush.append(SimpleNamespace(id=next(number), at=timestamp(second), arm=arm, answers=5, **sums))
+        watch.read(flush, SPLITS)
+    assert watch.arms["candidate"].detectors[0].peak < math.log(NEEDED) - 2
+
+
+@pytest.mark.slow
+def test_false_alarms_stay_below_the_stated_rate(monkeypatch) -> None:
+    """At the edge of both nulls, with a threshold so low that alarms happen."""
+    generator, runs, hours, needed = np.random.default_rng(11), 300, 2.0, 100.0
+    monkeypatch.setattr(guarding, "NEEDED", needed)
+    for rates in (
+        (BOUND, BOUND / 20),
+        (3 * BOUND, 3 * BOUND),
+    ):  # at its bound and above the control; over it as both are
+        alarms = 0
+        for _ in range(runs):
+            detector = Detector("errors", BOUND)
+            bad = [generator.binomial(20, rate, size=360) for rate in rates]
+            for arm, control in zip(*bad, strict=True):
+                detector.after(answers(20, int(arm)), answers(20, int(control)), hours / 360)
+            alarms += detector.alarm
+        assert alarms <= stats.binom.ppf(0.999, runs, (hours + START) / needed)
+
+
+def answers(total: int, errors: int) -> guarding.ArmHealth:
+    return guarding.ArmHealth(total, errors)
+
+
+@pytest.mark.parametrize("total", [1, 4, 12])
+def test_a_block_expects_one_at_the_bound_and_less_within_it(total) -> None:
+    for share, exactly in ((0.1, True), (0.05, False)):
+        chances = stats.binom.pmf(np.arange(total + 1), total, share)
+        factors = np.exp([log_over_bound(bad, total, 0.1) for bad in range(total + 1)])
+        expected = chances @ factors
+        assert (expected == pytest.approx(1)) if exactly else (expected < 1).all()
 
 
 @pytest.mark.parametrize(("n1", "n0", "s"), [(3, 5, 4), (1, 9, 2), (6, 6, 6)])
 def test_summed_over_all_that_can_happen_a_block_expects_one_where_the_arms_fail_alike(n1, n0, s) -> None:
     """Exactly, and less if the candidate fails less."""
-    expected = np.zeros(len(excess.ODDS))
-    better = np.zeros(len(excess.ODDS))
+    expected = np.zeros(len(ODDS))
+    better = np.zeros(len(ODDS))
     for bad in range(max(0, s - n0), min(s, n1) + 1):
-        factor = np.exp(excess.factors(bad, n1, s - bad, n0))
+        factor = np.exp(log_over_control(bad, n1, s - bad, n0))
         expected += stats.hypergeom(n1 + n0, n1, s).pmf(bad) * factor
         better += stats.nchypergeom_fisher(n1 + n0, n1, s, 0.5).pmf(bad) * factor
     assert expected == pytest.approx(1)
     assert (better < 1).all()
-    assert excess.factors(2, 5, 0, 5)[2] == pytest.approx(
+    assert log_over_control(2, 5, 0, 5)[1] == pytest.approx(
         math.log(stats.nchypergeom_fisher(10, 5, 2, 4.0).pmf(2) / stats.hypergeom(10, 5, 2).pmf(2))
     )
 
 
 def test_blocks_without_errors_or_with_nothing_else_say_nothing() -> None:
     for block in ((0, 5, 0, 5), (5, 5, 5, 5), (3, 5, 0, 0), (0, 0, 3, 5)):
-        assert not excess.factors(*block).any()
+        assert not log_over_control(*block).any()
 
 
 def test_answers_of_the_control_count_that_came_before_the_first_one_of_an_arm() -> None:
     def row(number: int, arm: str, answers: int, errors: int) -> SimpleNamespace:
         sums = {"slow": 0, "seconds": 0.0, "compared": 0, "agreed": 0}
-        return SimpleNamespace(id=number, at=f"{number:04}", arm=arm, answers=answers, errors=errors, **sums)
+        return SimpleNamespace(id=number, at=timestamp(number), arm=arm, answers=answers, errors=errors, **sums)
 
-    watch = Watch("control")
     late = [row(number, "shadow", 1, 1) for number in range(2, 14)]  # a shadow answers after the control
-    watch.read([row(1, "control", 12, 0), *late], [("0", {"control": 1.0})])
-    assert watch.arms["shadow"].evidence("errors", watch.sums["shadow"], BOUND) > needed(LEVEL)
+    for before, seen in (([row(1, "control", 12, 0)], True), ([], False)):
+        watch = Watch("control", {"errors": BOUND})
+        watch.read([*before, *late], [(timestamp(0), {"control": 1.0})])
+        assert (watch.arms["shadow"].detectors[0].peak > math.log(START) + 4) is seen
 
 
 def test_where_the_control_gets_no_traffic_the_bound_alone_decides(workspace, router) -> None:
@@ -111,7 +156,7 @@ def test_where_the_control_gets_no_traffic_the_bound_alone_decides(workspace, ro
         router.answered(router.assign("news", str(number)), seconds=0.1, error=number % 2 == 0)
     router.flush()
     (settled,) = workspace.settle()
-    assert "10 of 20 answers were errors" in settled.done[0]
+    assert "10 of its last 20 answers were errors, the limit is 2%" in settled.done[0]
 
 
 def test_errors_of_both_arms_roll_nothing_back_and_of_the_candidate_alone_do(workspace, router, clock) -> None:
@@ -127,4 +172,4 @@ def test_errors_of_both_arms_roll_nothing_back_and_of_the_candidate_alone_do(wor
         if settled.experiment.state == "ended":
             break
     assert second >= 5
-    assert "answers were errors, the limit is 2%; of the control's" in settled.done[0]
+    assert "answers were errors, the limit is 2%; 0 of " in settled.done[0]

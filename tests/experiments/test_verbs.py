@@ -59,7 +59,7 @@ def test_a_candidate_that_is_better_is_promoted_only_where_asked_and_past_its_ga
     run(workspace, rates, 400)
     (settled,) = workspace.settle()
     assert settled.done == ()
-    assert settled.verdicts[0].startswith("candidate (news@2) is better than control: wrong in at most 5%")
+    assert settled.verdicts[0].startswith("candidate (news@2) is better than control: false winners stay below 5%")
     assert settled.next == "`turret experiment stop news --promote candidate` gives news@2 the alias production"
     experiment.stop()
     experiment.start("news@2", share=0.5, guards=Guards(promote=True))
@@ -145,7 +145,7 @@ def test_less_can_be_better(workspace) -> None:
 
 def test_errors_or_latency_beyond_their_bound_roll_a_candidate_back_without_outcomes(workspace, clock) -> None:
     for guards, seconds, why in (
-        (Guards(max_errors=0.02), 0.1, r"of \d+ answers were errors, the limit is 2%"),
+        (Guards(max_errors=0.02), 0.1, r"of its last \d+ answers were errors, the limit is 2%"),
         (Guards(max_seconds=2.0), 3.0, r"took longer than 2 s, the limit is 5%"),
     ):
         workspace.experiment("news").start("news@2", share=0.5, guards=guards)
@@ -206,14 +206,15 @@ def test_a_shadow_is_run_beside_recorded_and_never_assigned(workspace, router) -
         router.answered(found, seconds=0.1)
         router.shadowed(found, "shadow", seconds=0.2, error=True)
     router.flush()
-    assert "shadow (news@3) rolled back: 20 of 100 answers were errors" in workspace.settle()[0].done[0]
+    assert "shadow (news@3) rolled back: 20 of its last 100 answers were errors" in workspace.settle()[0].done[0]
 
 
 def test_a_sample_ratio_mismatch_is_shown_before_any_verdict_and_nothing_is_decided(workspace) -> None:
     workspace.experiment("news").start("news@2", share=0.5, guards=Guards(promote=True))
     run(workspace, {"control": 0.3, "candidate": 0.7}, 800, drop=0.5)
     (settled,) = workspace.settle()
-    (said,) = settled.verdicts
+    said, taken_back = settled.verdicts
+    assert taken_back == "candidate (news@2) was better than control before that: this verdict is taken back"
     assert settled.done == (said,)
     assert said.startswith("OUTCOMES MISSING: the arms' shares of outcomes differ from their shares of units")
     assert "find out how the arms differ" in settled.next
@@ -225,8 +226,8 @@ def test_the_policy_in_its_order() -> None:
     far, near = 20.0, 0.0
     good = Compared("candidate", 0.05, far, near, near, "better")
     bad = Compared("candidate", 0.05, near, far, far, "worse")
-    fine = Health("candidate", "candidate", 0.05, near, near)
-    failing = Health("candidate", "candidate", 0.05, far, near, "errors", "slow")
+    fine = Health("candidate", "candidate", ())
+    failing = Health("candidate", "candidate", ("12 of its last 80 answers were errors",))
     ask = Guards(promote=True)
     assert decide([good], [failing], ask, void="units").action == "drop"
     assert decide([good], [fine], ask, void="units").action == "hold"

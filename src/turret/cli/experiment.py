@@ -59,6 +59,13 @@ def start(
         str,
         typer.Option("--outcome-ttl", help="Time after its first answer in which a unit's outcome counts: 12h, 7d."),
     ] = "7d",
+    missing_bound: Annotated[
+        str,
+        typer.Option(
+            "--missing-bound",
+            help="A verdict must hold even if this share of an arm's units sent no outcome because it was bad.",
+        ),
+    ] = "5%",
     worse_by: Annotated[
         float, typer.Option("--worse-by", help="Roll back an arm that is worse by more than this margin.")
     ] = 0.0,
@@ -99,6 +106,7 @@ def start(
         unit=unit,
         alpha=alpha,
         outcome_ttl=read_duration(outcome_ttl),
+        missing_bound=read_share(missing_bound),
         guards=guards,
         alias=alias,
     )
@@ -255,6 +263,7 @@ def _print(found: ExperimentStatus) -> None:
     facts = [
         ("metric", f"{experiment.metric}, {goal} is better; each {unit} counts once; level {experiment.alpha:g}"),
         ("outcomes", status_text.lives(experiment)),
+        ("missing", status_text.bears(experiment)),
         ("traffic", status_text.traffic(experiment)),
         ("guards", status_text.guards(experiment)),
         ("alias", f"{experiment.alias} names {found.points or 'nothing'}"),

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from sqlalchemy import Connection
@@ -17,9 +16,9 @@ from turret.experiments import arm_health, decide, discoveries, outcomes, rows
 from turret.experiments.arm_health import ArmHealth
 from turret.experiments.decide import Compared, Decision, Health, Verdict
 from turret.experiments.e_process import capped, log_mean
-from turret.experiments.evidence import OutcomeTally
+from turret.experiments.evidence import HIDDEN, OutcomeTally
 from turret.experiments.experiment import SLOW_SHARE, Arm, Experiment
-from turret.experiments.guarding import Watch, Watched
+from turret.experiments.guarding import Detector, Watch
 from turret.experiments.outcomes import CountedOutcome
 from turret.experiments.rows import Event
 from turret.experiments.validity import Validity
@@ -47,7 +46,7 @@ class Memory:
         for start in range(0, len(found), AT_ONCE):
             self.add(experiment, split, found[start : start + AT_ONCE])
         self.validity.read(connection, experiment, split, found, now)
-        self.watch = self.watch or Watch(experiment.control.name)
+        self.watch = self.watch or Watch(experiment.control.name, _bounds(experiment))
         self.watch.read(arm_health.rows(connection, experiment, self.watch.last), rows.splits(connection, experiment))
 
     def add(
@@ -93,10 +92,33 @@ class Since:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """What the units without an outcome could change about a verdict."""
+
+    share: float  # of the units of the arm with fewer outcomes
+    assumed: float  # share of the units of each arm that may be hidden: the experiment's bound, or what is missing
+    tipping: float  # the largest such share despite which the outcomes still decide; 0 if none is
+
+    @property
+    def holds(self) -> bool:
+        """Whether a verdict stands despite the assumed share."""
+        return self.tipping >= self.assumed
+
+    def as_json(self) -> JsonObject:
+        return {"share": self.share, "assumed": self.assumed, "tipping": self.tipping, "holds": self.holds}
+
+
+@dataclass(frozen=True)
 class Against:
-    """A candidate against the control. Evidence is an e-value, halved for the two sides; 1 / level decides."""
+    """A candidate against the control. Evidence is an e-value, halved for the two sides; 1 / level decides.
+
+    `verdict` holds even if the bounded share of outcomes is missing because of what they are. `if_alike` is what the
+    outcomes say if the missing ones are like the others; an alarm takes it back.
+    """
 
     verdict: Verdict
+    if_alike: Verdict
+    missing: Missing
     difference: float | None  # in the metric's units
     interval: tuple[float, float] | None  # approximate
     better: float  # peak / 2
@@ -114,6 +136,8 @@ class Against:
     def as_json(self) -> JsonObject:
         return {
             "verdict": self.verdict,
+            "if_missing_are_alike": "void" if self.verdict == "void" else self.if_alike,
+            "missing": self.missing.as_json(),
             "difference": self.difference,
             "interval": None if self.interval is None else list(self.interval),
             "evidence": {"better": self.better, "worse": self.worse, "worse_by": self.worse_by, "needed": self.needed},
@@ -217,11 +241,15 @@ def analyze(
             half.get(arm.name),
             memory.mean(arm.name),
             watch.sums.get(arm.name, ArmHealth()),
-            against(experiment, arm, memory, void=alarm is not None) if arm.role == "candidate" else None,
+            against(experiment, arm, memory, void=alarm is not None, units=seen) if arm.role == "candidate" else None,
         )
         for arm in experiment.arms
     )
-    live = [_compared(experiment, arm, memory) for arm in experiment.candidates if arm.live]
+    live = [
+        replace(_compared(experiment, each.arm, memory), verdict=each.against.verdict)
+        for each in arms
+        if each.against is not None and each.arm.live
+    ]
     guarded = [_health(experiment, each, watch) for each in arms[1:] if each.arm.live]
     won = alarm is None and any(each.verdict == "better" and not each.turned for each in live)
     other_evidence = others() if won and experiment.state == rows.RUNNING else ()
@@ -232,8 +260,14 @@ def analyze(
     return Analysis(experiment, arms, checks, alarm, recorded, discovery, decision, history)
 
 
-def against(experiment: Experiment, arm: Arm, memory: Memory, *, void: bool) -> Against:
-    """The candidate against the control, by the sums in the memory."""
+def against(
+    experiment: Experiment, arm: Arm, memory: Memory, *, void: bool, units: Mapping[str, int] | None = None
+) -> Against:
+    """The candidate against the control, by the sums in the memory.
+
+    Args:
+        units: arm -> number of units that were answered; without it all of them have an outcome.
+    """
     found, tally = _compared(experiment, arm, memory), memory.tallies.get(arm.name)
     metric, level = experiment.metric, experiment.level
     scale = (metric.high - metric.low) * (1 if metric.goal == "higher" else -1)
@@ -241,18 +275,33 @@ def against(experiment: Experiment, arm: Arm, memory: Memory, *, void: bool) -> 
     difference = None if tally is None else tally.difference
     ends = sorted(end * scale for end in interval) if interval is not None else None
     side = None if tally is None else tally.worse if found.verdict == "worse" else tally.better
+    missing = _missing(experiment, arm, memory, found.verdict, units or {})
+    stands: Verdict = found.verdict if missing.holds else "undecided"
     return Against(
-        verdict="void" if void else found.verdict,
+        verdict="void" if void else stands,
+        if_alike=found.verdict,
+        missing=missing,
         difference=None if difference is None else difference * scale,
         interval=None if ends is None else (ends[0], ends[1]),
         better=capped(found.better) / 2,
         worse=capped(found.worse) / 2,
         worse_by=None if experiment.guards.worse_by is None else capped(found.worse_by) / 2,
         now=0.5 if side is None else capped(side.now) / 2,
-        equality=0.0 if tally is None else tally.equality(),
+        equality=0.0 if tally is None else tally.equality(missing.assumed),
         needed=1 / level,
         since=None if tally is None else _since(tally, scale),
     )
+
+
+def _missing(experiment: Experiment, arm: Arm, memory: Memory, verdict: Verdict, units: Mapping[str, int]) -> Missing:
+    """What missing outcomes could do to this verdict."""
+    told, tally = _total(memory.counts.values()), memory.tallies.get(arm.name)
+    shares = [1 - told[each] / units[each] for each in (arm.name, experiment.control.name) if units.get(each)]
+    share = max(shares, default=0.0)
+    may = min(share, experiment.missing_bound)
+    assumed = min((beta for beta in HIDDEN if beta >= may - 1e-9), default=HIDDEN[-1]) if may > 0 else 0.0
+    tipping = tally.tipping(verdict) if tally is not None and verdict in ("better", "worse") else 0.0
+    return Missing(share, assumed, tipping)
 
 
 def _since(tally: OutcomeTally, scale: float) -> Since | None:
@@ -291,22 +340,22 @@ def _compared(experiment: Experiment, arm: Arm, memory: Memory) -> Compared:
     return Compared(arm.name, experiment.level, better, worse, by_margin, verdict, tally.turned)
 
 
+def _bounds(experiment: Experiment) -> dict[str, float]:
+    """Kind of bad answers -> the share that the guards allow."""
+    guards = experiment.guards
+    errors = {} if guards.max_errors is None else {"errors": guards.max_errors}
+    return errors if guards.max_seconds is None else errors | {"slow": SLOW_SHARE}
+
+
 def _health(experiment: Experiment, each: ArmAnalysis, watch: Watch) -> Health:
-    guards, seen = experiment.guards, each.answering
-    control = watch.sums.get(experiment.control.name, ArmHealth())
-    watched = watch.arms.get(each.arm.name, Watched())
-    errors = slow = -math.inf
-    why_errors = why_slow = ""
-    if guards.max_errors is not None:
-        errors = watched.evidence("errors", seen, guards.max_errors)
-        why_errors = (
-            f"{seen.errors} of {seen.answers} answers were errors, the limit is {100 * guards.max_errors:.3g}%; "
-            f"of the control's answers {control.errors} of {control.answers} were"
-        )
-    if guards.max_seconds is not None:
-        slow = watched.evidence("slow", seen, SLOW_SHARE)
-        why_slow = (
-            f"{seen.slow} of {seen.answers} answers took longer than {guards.max_seconds:g} s, the limit is "
-            f"{SLOW_SHARE:.0%}; of the control's answers {control.slow} of {control.answers} did"
-        )
-    return Health(each.arm.name, each.arm.role, experiment.alpha, errors, slow, why_errors, why_slow)
+    watched = watch.arms.get(each.arm.name)
+    detectors = () if watched is None else watched.detectors
+    alarms = tuple(_alarm(found, experiment.guards.max_seconds) for found in detectors if found.alarm)
+    return Health(each.arm.name, each.arm.role, alarms)
+
+
+def _alarm(found: Detector, seconds: float | None) -> str:
+    what = "were errors" if found.kind == "errors" else f"took longer than {seconds or 0.0:g} s"
+    bad, control = getattr(found.arm, found.kind), found.control
+    beside = f"; {getattr(control, found.kind)} of {control.answers} of the control's" if control.answers else ""
+    return f"{bad} of its last {found.arm.answers} answers {what}, the limit is {100 * found.bound:.3g}%{beside}"

@@ -12,8 +12,9 @@ The first rule that applies decides:
 5. otherwise: continue
 
 If a candidate has no true effect, it gets a verdict `better` or `worse` in at most a share `level` of experiments.
-`level` is alpha divided by the number of candidates. Each bound on errors or latency, and a margin above 0, has its own
-level of the same size.
+`level` is alpha divided by the number of candidates. A margin above 0 has its own level of the same size. Bounds on
+errors and latency have a rate of false alarms instead, because they watch for as long as the experiment runs
+(`turret.experiments.guarding`).
 """
 
 from __future__ import annotations
@@ -44,15 +45,11 @@ class Compared:
 
 @dataclass(frozen=True)
 class Health:
-    """The evidence that an arm answers worse than its bounds and than the control; logarithms, -inf without a bound."""
+    """What the detectors say about the answers of an arm."""
 
     arm: str
     role: Role
-    level: float
-    errors: float
-    slow: float
-    why_errors: str = ""  # such as "12 of 80 answers were errors, the limit is 2%; ..."
-    why_slow: str = ""
+    alarms: tuple[str, ...]  # such as "12 of its last 80 answers were errors, the limit is 2%; ..."
 
 
 @dataclass(frozen=True)
@@ -84,9 +81,8 @@ def decide(
         named: whether the experiment is a discovery among all experiments of the store.
     """
     for each in health:
-        for evidence, why in ((each.errors, each.why_errors), (each.slow, each.why_slow)):
-            if evidence >= needed(each.level):
-                return Decision("drop", each.arm, why)
+        if each.alarms:
+            return Decision("drop", each.arm, each.alarms[0])
     if void is not None:
         return Decision("hold", None, void)
     if guards.worse_by is not None:

@@ -28,6 +28,15 @@ and asymptotic confidence sequences", 2024, Theorem 2.2), with V = sum (z - h D)
     D +- n s / sum h * sqrt( 2 (n rho^2 + 1) / (n rho)^2 * log( sqrt(n rho^2 + 1) / alpha ) )
     D = sum z / sum h      s^2 = V / n
 
+**better, worse, even if a share beta of each arm's units is hidden** because of what their outcomes would be: the worst
+case for `better` is that all hidden outcomes of the candidate are 0 and all of the control are 1. Then the means of all
+units are those of y', and the bets above on y' instead of y are evidence about them:
+
+    y' = (1 - beta) y  of the candidate,   y' = (1 - beta) y + beta  of the control;   for `worse` the other way round
+
+The tipping point is the largest beta at which this evidence still decides. Nothing in the data says how many outcomes
+are hidden in this way; a person must (Manski, "Partial identification of probability distributions", 2003).
+
 By Ville's inequality, under the null P(E ever reaches 1/alpha) <= alpha. So it may be looked at after each outcome, and
 the experiment may stop at any time. `peak`, the highest evidence so far, does not depend on when that was done.
 Equality is tested by (better + worse) / 2. A unit counts once, by its first outcome.
@@ -40,7 +49,8 @@ effect stays the same, the inverse of a likelihood ratio is a martingale too: ev
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -52,6 +62,8 @@ SHIFTS = np.array([0.05, 0.1, 0.2, 0.4, 0.8, 1.6])  # of log odds
 BETS = np.array([0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2])  # lambda
 MOST_BET = 0.9  # of the bet that could lose everything
 TUNED = 1000  # number of units at which the interval is narrowest
+HIDDEN = (0.01, 0.02, 0.05, 0.1, 0.2)  # beta: shares of the units of an arm
+HIDDEN_BETS = BETS[1::2]  # fewer, because there are many processes
 Side = Literal["better", "worse"]
 LEAST = 20  # outcomes of each arm before an interval is given, because it is asymptotic
 
@@ -75,6 +87,7 @@ class OutcomeTally:
     decides: float = math.inf  # log evidence that gives a verdict
     verdict: Side | None = None  # the first that was reached
     since: OutcomeTally | None = None  # of the outcomes after the verdict
+    hidden: Mapping[Side, tuple[EProcess, ...]] = field(default_factory=dict)  # one process for each of `HIDDEN`
 
     @classmethod
     def empty(cls, *, binary: bool, margin: float | None, decides: float = math.inf) -> OutcomeTally:
@@ -85,8 +98,18 @@ class OutcomeTally:
             decides: log evidence that gives a verdict.
         """
         start = EProcess.of(len(SHIFTS if binary else BETS))
-        by_margin = EProcess.of(len(BETS)) if margin else start
-        return cls(binary, margin or 0.0, start, start, by_margin, decides=decides)
+        hidden: dict[Side, tuple[EProcess, ...]] = {
+            side: (EProcess.of(len(HIDDEN_BETS)),) * len(HIDDEN) for side in ("better", "worse")
+        }
+        return cls(
+            binary,
+            margin or 0.0,
+            start,
+            start,
+            EProcess.of(len(BETS)) if margin else start,
+            decides=decides,
+            hidden=hidden,
+        )
 
     def after(self, arm: NDArray[np.int64], y: Floats, share: Floats) -> OutcomeTally:
         """The tally with more outcomes, in the order in which they came.
@@ -124,6 +147,29 @@ class OutcomeTally:
             hh=self.hh + float((h * h).sum()),
             verdict=verdict,
             since=since,
+            hidden={side: self._despite_hidden(side, arm, y, share, m) for side in self.hidden},
+        )
+
+    def _despite_hidden(
+        self, side: Side, arm: NDArray[np.int64], y: Floats, share: Floats, m: Floats
+    ) -> tuple[EProcess, ...]:
+        """The processes of one side after these outcomes, for each share of hidden units."""
+        found = []
+        for beta, process in zip(HIDDEN, self.hidden[side], strict=True):
+            raised = arm == (0 if side == "better" else 1)  # the arm whose hidden outcomes are all 1
+            centre = (1 - beta) * m + beta / 2
+            gain = (arm - share) * ((1 - beta) * y + beta * raised - centre)
+            up, down = _largest_gains(centre, share)
+            found.append(
+                process.through(_bets(gain, down, HIDDEN_BETS) if side == "better" else _bets(-gain, up, HIDDEN_BETS))
+            )
+        return tuple(found)
+
+    def tipping(self, side: Side) -> float:
+        """The largest share of hidden units despite which the outcomes decide for this side; 0 if none is."""
+        return max(
+            (beta for beta, process in zip(HIDDEN, self.hidden[side], strict=True) if process.peak >= self.decides),
+            default=0.0,
         )
 
     def _decided(
@@ -136,7 +182,7 @@ class OutcomeTally:
         end = min(first)
         if end == len(y):
             return None, None
-        fresh = OutcomeTally.empty(binary=self.binary, margin=None)
+        fresh = replace(OutcomeTally.empty(binary=self.binary, margin=None), hidden={})
         rest = slice(end + 1, None)
         return "better" if first[0] == end else "worse", fresh.after(arm[rest], y[rest], share[rest])
 
@@ -158,9 +204,17 @@ class OutcomeTally:
         """Mean of the candidate minus mean of the control, as a fraction of the range; None if one has no outcome."""
         return self.z / self.h if min(self.counts) > 0 else None
 
-    def equality(self) -> float:
-        """The current log evidence against equal arms."""
-        return float(np.logaddexp(self.better.now, self.worse.now)) - math.log(2)
+    def equality(self, hidden: float = 0.0) -> float:
+        """The current log evidence against equal arms, even if this share of the units of each arm is hidden.
+
+        Args:
+            hidden: 0, or one of `HIDDEN`.
+        """
+        place = HIDDEN.index(hidden) if hidden else None
+        better, worse = (
+            (self.better, self.worse) if place is None else (self.hidden["better"][place], self.hidden["worse"][place])
+        )
+        return float(np.logaddexp(better.now, worse.now)) - math.log(2)
 
     def interval(self, alpha: float) -> tuple[float, float] | None:
         """An approximate confidence sequence for the difference; None with fewer than `LEAST` outcomes of an arm."""
@@ -188,7 +242,7 @@ def _largest_gains(m: Floats, share: Floats) -> tuple[Floats, Floats]:
     return np.maximum((1 - share) * (1 - m), share * m), np.maximum((1 - share) * m, share * (1 - m))
 
 
-def _bets(gain: Floats, most_loss: Floats) -> Floats:
+def _bets(gain: Floats, most_loss: Floats, bets: Floats = BETS) -> Floats:
     """log(1 + lambda gain), one column per bet: (N, bets)."""
-    bets = np.minimum(BETS[None, :], MOST_BET / most_loss[:, None])
-    return np.asarray(np.log1p(bets * gain[:, None]))
+    most = np.minimum(bets[None, :], MOST_BET / most_loss[:, None])
+    return np.asarray(np.log1p(most * gain[:, None]))

@@ -4,6 +4,8 @@
 - metric: `binary` (0 or 1), or a real number within bounds such as `1..5`; more is better unless `goal` is lower
 - unit: what is assigned to an arm and counts once: a user, a session, or a request
 - alpha: the level; at most this share of experiments claims a false difference, however often they are looked at
+- missing_bound: the share of an arm's units whose outcomes may be missing because of what they are; a verdict must hold
+  despite that
 - guards: when a candidate is rolled back or promoted automatically
 """
 
@@ -27,6 +29,8 @@ UNITS = ("user", "session", "request")
 MOST_ARMS = 10
 SLOW_SHARE = 0.05  # of the answers may be slower than `max_seconds`, which bounds their 95th percentile
 OUTCOME_TTL = 7 * 86400.0  # seconds
+MISSING_BOUND = 0.05  # share of the units of an arm
+MOST_MISSING = 0.2
 LONGEST_TTL = 3650 * 86400.0
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _BOUNDS = re.compile(r" *(-?[0-9.eE+-]+) *\.\. *(-?[0-9.eE+-]+) *", re.ASCII)
@@ -130,6 +134,7 @@ class Experiment:
     guards: Guards
     steps: tuple[float, ...]  # planned shares of the candidates
     outcome_ttl: float | None  # seconds after the first answer to a unit; None: outcomes always count
+    missing_bound: float
     arms: tuple[Arm, ...]
     revision: int  # of the split
     segments: tuple[tuple[int, str], ...]  # see `assign`
@@ -190,6 +195,7 @@ class Experiment:
             "guards": asdict(self.guards),
             "steps": list(self.steps),
             "outcome_ttl": self.outcome_ttl,
+            "missing_bound": self.missing_bound,
             "created": self.created,
             "who": self.who,
             "ended": self.ended,
@@ -226,6 +232,16 @@ def check_ttl(seconds: float) -> float:
     if not 1 <= seconds <= LONGEST_TTL:
         raise BadExperiment(f"outcome_ttl of {seconds!r} s: expected 1 second to 10 years, such as 7d")
     return float(seconds)
+
+
+def check_missing(share: float) -> float:
+    """The bound on outcomes that are missing because of what they are; raises BadExperiment."""
+    if not 0 <= share <= MOST_MISSING:
+        raise BadExperiment(
+            f"missing_bound of {share!r}: expected a share of an arm's units from 0 to {MOST_MISSING:g}, such as 5%; "
+            "0 claims that no outcome is missing because of what it is"
+        )
+    return float(share)
 
 
 def read_duration(text: str) -> float:

@@ -16,7 +16,7 @@ from turret import audit
 from turret.database import adapters, experiment_events, experiment_splits, experiments, insert_row
 from turret.errors import Corrupt, ExperimentError, NotFound
 from turret.experiments import assign
-from turret.experiments.experiment import CONTROL, Arm, Experiment, Guards, Metric, shares
+from turret.experiments.experiment import CONTROL, MISSING_BOUND, Arm, Experiment, Guards, Metric, shares
 from turret.json_types import JsonMapping
 from turret.timestamp import to_minute
 from turret.visibility import seen_adapters
@@ -64,6 +64,7 @@ def begin(connection: Connection, settings: Experiment, split: float | Mapping[s
             "guards": asdict(settings.guards),
             "steps": list(settings.steps),
             "outcome_ttl": settings.outcome_ttl,
+            "missing_bound": settings.missing_bound,
         },
         "arms": [asdict(arm) for arm in settings.arms],
         "created": settings.created,
@@ -264,6 +265,7 @@ def _experiment(row: RowMapping) -> Experiment:
         guards=Guards(**row["settings"]["guards"]),
         steps=tuple(row["settings"]["steps"]),
         outcome_ttl=row["settings"].get("outcome_ttl"),  # absent in older experiments
+        missing_bound=row["settings"].get("missing_bound", MISSING_BOUND),
         arms=tuple(Arm(**arm) for arm in row["arms"]),
         revision=row["revision"],
         segments=segments,

@@ -16,6 +16,10 @@ def verdicts(analysis: Analysis) -> Iterator[str]:
     """One line per verdict, the most important first."""
     if analysis.void:
         yield void(analysis)
+        for each in analysis.arms:
+            if each.against is not None and each.against.if_alike in ("better", "worse"):
+                who = f"{each.arm.name} ({each.version})"
+                yield f"{who} was {each.against.if_alike} than control before that: this verdict is taken back"
         return
     for each in analysis.arms:
         if each.against is None:
@@ -53,6 +57,12 @@ def advice(analysis: Analysis) -> str:
             return f"{refused}: fix that, then `turret experiment stop {name} --promote {best.arm.name}`"
         command = f"`turret experiment stop {name} --promote {best.arm.name}`"
         return f"{command} gives {best.version} the alias {experiment.alias}{_discovery(analysis)}"
+    if alike := [each for each in judged if each.against and each.against.if_alike != each.against.verdict]:
+        return (
+            f"send an outcome for every unit, or wait: missing outcomes could explain the difference of "
+            f"{alike[0].arm.name}; `turret experiment stop {name} --promote {alike[0].arm.name}` or `--rollback` "
+            "decides without a verdict"
+        )
     if any(each.against and each.against.verdict == "worse" for each in judged):
         return f"`turret experiment stop {name} --rollback` keeps {experiment.alias} at {analysis.arms[0].version}"
     if not any(each.outcomes for each in analysis.arms) and any(arm.live for arm in experiment.candidates):
@@ -82,6 +92,13 @@ def lives(experiment: Experiment) -> str:
     return (
         f"count for {lasting(experiment.outcome_ttl)} after the first answer; after that a unit without one is missing"
     )
+
+
+def bears(experiment: Experiment) -> str:
+    """How many missing outcomes a verdict must bear."""
+    if not experiment.missing_bound:
+        return "taken to be like the others (--missing-bound 0)"
+    return f"a verdict holds although up to {_percent(experiment.missing_bound)} of an arm's units hide a bad outcome"
 
 
 def guards(experiment: Experiment) -> str:
@@ -168,19 +185,33 @@ def void(analysis: Analysis) -> str:
 
 def _verdict(each: ArmAnalysis, against: Against) -> str:
     who = f"{each.arm.name} ({each.version})"
-    if against.verdict not in ("better", "worse"):
+    if against.if_alike not in ("better", "worse"):
         most = max(against.better, against.worse)
         return f"{who}: not decided yet; the highest evidence was {most:.2g}, a verdict needs {against.needed:.3g}"
-    claim = f"{who} {'is' if not against.turned else 'was'} {against.verdict} than control"
+    claim = f"{who} {'is' if not against.turned else 'was'} {against.if_alike} than control"
     if against.turned and against.since is not None:
         return (
             f"{claim} at its verdict, but the {against.since.outcomes} outcomes since then have reversed it "
             f"(difference {against.since.difference or 0.0:+.3f}): the verdict has turned"
         )
-    peak = against.better if against.verdict == "better" else against.worse
+    peak = against.better if against.if_alike == "better" else against.worse
     lost = against.now < max(against.needed, peak / against.needed)
     fell = f"; its evidence fell from {peak:.3g} to {against.now:.2g}" if lost else ""
-    return f"{claim}: wrong in at most {_percent(1 / against.needed)} of experiments, however often you look{fell}"
+    level = f"false winners stay below {_percent(1 / against.needed)} of experiments, however often you look"
+    missing = against.missing
+    if not missing.share:
+        return f"{claim}: {level}{fell}"
+    bears = math.floor(missing.tipping * each.units)
+    if missing.holds:
+        return (
+            f"{claim}, also if the outcomes of {bears} of its {each.units} units are missing because of what they are: "
+            f"{level}{fell}"
+        )
+    return (
+        f"{who}: no verdict. It is {against.if_alike} than control if missing outcomes are like the others; but "
+        f"{each.units - each.outcomes} of its {each.units} units sent none, and this bears only {bears} that are "
+        f"missing because of what they are; --missing-bound asks for {math.ceil(missing.assumed * each.units)}{fell}"
+    )
 
 
 def _discovery(analysis: Analysis) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from turret.experiments.experiment import LONGEST_TTL, MOST_ARMS, OUTCOME_TTL
+from turret.experiments.experiment import LONGEST_TTL, MISSING_BOUND, MOST_ARMS, MOST_MISSING, OUTCOME_TTL
 from turret.json_types import JsonObject
 from turret.server.limits import MOST_OUTCOMES, MOST_UNIT
 from turret.server.schemas import Model
@@ -174,6 +174,10 @@ class StartRequest(Model):
     alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
     outcome_ttl: Annotated[float, Field(ge=1, le=LONGEST_TTL)] = Field(
         OUTCOME_TTL, description="Seconds after the first answer to a unit in which its outcome counts."
+    )
+    missing_bound: Annotated[float, Field(ge=0, le=MOST_MISSING)] = Field(
+        MISSING_BOUND,
+        description="A verdict must hold even if this share of an arm's units sent no outcome because it was bad.",
     )
     guards: GuardsAsked = Field(default_factory=GuardsAsked)
     alias: AliasName = "production"

@@ -19,11 +19,13 @@ from turret.experiments import assign as assigning
 from turret.experiments import outcomes, rows
 from turret.experiments.discoveries import named
 from turret.experiments.experiment import (
+    MISSING_BOUND,
     OUTCOME_TTL,
     Experiment,
     Guards,
     Metric,
     check_alpha,
+    check_missing,
     check_steps,
     check_ttl,
     check_unit,
@@ -111,6 +113,7 @@ class LiveExperiment:
         unit: str = "user",
         alpha: float = 0.05,
         outcome_ttl: float = OUTCOME_TTL,
+        missing_bound: float = MISSING_BOUND,
         guards: Guards | None = None,
         alias: str = PRODUCTION,
         salt: str | None = None,
@@ -127,6 +130,8 @@ class LiveExperiment:
             goal: "higher" or "lower".
             alpha: false winners stay below this rate.
             outcome_ttl: seconds from the first answer to a unit in which its outcome counts.
+            missing_bound: the share of an arm's units whose outcomes may be missing because of what they are. A verdict
+                is given only if it holds despite that. 0 claims that there are none.
 
         Raises:
             BadExperiment: the settings make no sense.
@@ -151,6 +156,7 @@ class LiveExperiment:
             guards=checked_guards,
             steps=ramp if others else (),
             outcome_ttl=check_ttl(outcome_ttl),
+            missing_bound=check_missing(missing_bound),
             arms=arms,
             revision=0,
             segments=(),

@@ -113,5 +113,6 @@ async def _values(state: ServerState, name: str, number: int) -> render.Context:
             "traffic": status_text.traffic(experiment),
             "guards": status_text.guards(experiment),
             "lives": status_text.lives(experiment),
+            "bears": status_text.bears(experiment),
         },
     }
