@@ -59,9 +59,15 @@ def record(
     who: str | None,
     before: JsonMapping | None = None,
     after: JsonMapping | None = None,
+    tenant: str | None = None,
 ) -> None:
-    """Add a row for an action of the connection's tenant. adapter: the name that it is about; None for a token."""
-    row = {"tenant": access_of(connection).tenant, "at": at, "who": who, "verb": verb, "what": what[:200]}
+    """Add a row for an action.
+
+    Args:
+        adapter: the name that it is about; None for a token, a file or a batch.
+        tenant: whose action it is; None for the connection's tenant.
+    """
+    row = {"tenant": tenant or access_of(connection).tenant, "at": at, "who": who, "verb": verb, "what": what[:200]}
     name = None if adapter is None else adapter[:100]
     connection.execute(insert(audit).values(**row, adapter=name, before=before, after=after))
 

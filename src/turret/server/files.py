@@ -107,7 +107,7 @@ async def read_file(file_id: FileId, state: State, request: Request) -> Streamin
             while piece := await run_in_threadpool(read.read, PIECE):
                 yield piece
         finally:
-            await run_in_threadpool(opened.close)
+            opened.close()  # not on a thread: the loop may be ending
 
     return StreamingResponse(
         pieces(), media_type="application/octet-stream", headers={"content-length": str(found.blob.bytes)}

@@ -26,11 +26,14 @@ from typing import Literal, get_args
 
 from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, or_, select, update
 
+from turret import audit
 from turret.database import Database
 from turret.errors import BadRequest, InUse, NotFound, TooLarge
 from turret.json_types import JsonMapping, JsonObject
+from turret.store.catalog import now as at
+from turret.store.catalog import who
 from turret.store.client_files import room
-from turret.store.client_tables import ENDED, batch_parts, batch_turns, batches, client_files
+from turret.store.client_tables import ENDED, batch_parts, batch_turns, batches, client_files, tenant_of
 from turret.store.leases import clock
 
 State = Literal[
@@ -113,6 +116,8 @@ class Batches:
             row: JsonObject = {"id": id, "owner": owner, "state": "validating", "endpoint": endpoint, "notes": notes}
             row |= {"input_file": input_file, "created": now, "times": {}, "total": 0, "done": 0, "failed": 0}
             connection.execute(insert(batches).values(row))
+            after = {"endpoint": endpoint, "input_file": input_file}
+            audit.record(connection, "batch", id, None, at=at(), who=who(), after=after, tenant=tenant_of(owner))
         return self.find(owner, id)
 
     def find(self, owner: str, id: str) -> Batch:
@@ -143,6 +148,8 @@ class Batches:
             changed = connection.execute(update(batches).where(open_).values(state="cancelling"))
             if changed.rowcount:
                 _note_time(connection, found.id, "cancelling")
+                tenant, before = tenant_of(owner), {"state": found.state}
+                audit.record(connection, "cancel batch", id, None, at=at(), who=who(), before=before, tenant=tenant)
             elif found.state != "cancelling":
                 raise InUse(f"batch {found.id} is {found.state}: only one that has not ended can be cancelled")
         return self.find(owner, id)
@@ -325,7 +332,7 @@ def _note_time(connection: Connection, id: str, state: State) -> None:
 
 def _tenant(owner: str) -> str:
     """The name of the turns of an owner's tenant."""
-    return f"tenant {owner.removeprefix('token ').partition('/')[0] if '/' in owner else ''}"
+    return f"tenant {tenant_of(owner)}"
 
 
 def _token(owner: str) -> str:

@@ -16,12 +16,14 @@ from pathlib import Path
 
 from sqlalchemy import Connection, Row, Select, delete, func, insert, select
 
+from turret import audit
 from turret.database import Database
 from turret.errors import InUse, NotFound, StoreError, TooLarge, TurretError
 from turret.json_types import JsonObject
 from turret.store import uploads
 from turret.store.blobs import Blob, Files, hash_file, place
-from turret.store.client_tables import ENDED, batches, client_files
+from turret.store.catalog import now, who
+from turret.store.client_tables import ENDED, batches, client_files, tenant_of
 from turret.store.core import Store
 
 ATTEMPTS = 3  # if a gc takes this process for dead
@@ -63,7 +65,12 @@ class ClientFiles:
         Raises:
             TooLarge: the owner's files would have more than `MOST_BYTES`.
         """
-        return self.add_all(owner, [(name, purpose, source)])[0]
+
+        def note(connection: Connection, made: Sequence[ClientFile]) -> None:
+            after = {"name": made[0].name, "bytes": made[0].blob.bytes}
+            _audit(connection, "upload", made[0], after=after)
+
+        return self.add_all(owner, [(name, purpose, source)], note)[0]
 
     def add_all(
         self,
@@ -147,6 +154,7 @@ class ClientFiles:
             if connection.execute(select(batches.c.id).where(reads).limit(1)).first() is not None:
                 raise InUse(f"{id} is read by a batch that has not ended: cancel the batch first")
             connection.execute(delete(client_files).where(client_files.c.id == id))
+            _audit(connection, "delete file", _file(found), before={"name": found.name, "bytes": found.bytes})
         with suppress(TurretError, OSError):  # otherwise a gc removes it: no file lists this copy any more
             self._place.remove(f"blobs/sha256/{place(_file(found).blob)}")
 
@@ -166,6 +174,11 @@ def room(connection: Connection, owner: str) -> int:
 def _require_room(connection: Connection, owner: str, blobs: Sequence[Blob]) -> None:
     if sum(blob.bytes for blob in blobs) > room(connection, owner):
         raise TooLarge(f"your files would have more than {MOST_BYTES} bytes together: delete some first")
+
+
+def _audit(connection: Connection, verb: str, file: ClientFile, **what: JsonObject) -> None:
+    tenant = tenant_of(file.owner)
+    audit.record(connection, verb, file.id, None, at=now(), who=who(), tenant=tenant, **what)
 
 
 def _chosen(owner: str, id: str) -> Select[tuple[str, str, str, str, str, int, str, int]]:

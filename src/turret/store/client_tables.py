@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import JSON, BigInteger, Column, Connection, Float, Integer, String, Table, Text, select
 
+from turret.access import DEFAULT
 from turret.database import bytewise, metadata
 
 client_files = Table(
@@ -58,6 +59,12 @@ batch_turns = Table(
     Column("turn", BigInteger, nullable=False),
 )
 ENDED = ("completed", "failed", "cancelled", "expired")  # states of a batch
+
+
+def tenant_of(owner: str) -> str | None:
+    """The tenant of an owner of files and batches; None on a server without tokens."""
+    tenant, slash, _ = owner.removeprefix("token ").partition("/")
+    return tenant if slash else DEFAULT if owner else None
 
 
 def used(connection: Connection) -> set[tuple[str, str]]:

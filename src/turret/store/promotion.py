@@ -87,8 +87,8 @@ def change_gates(
     if examples is not None:
         golden.add(connection, name, alias, examples, share)
     after = gate_status.gates_of(connection, name, alias)
-    lists = {"before": {"gates": [*map(str, before)]}, "after": {"gates": [*map(str, after)]}}
-    audit.record(connection, "gate", f"{name}@{alias}", name, **lists, at=now(), who=who())
+    was, now_is = ({"gates": [*map(str, each)]} for each in (before, after))
+    audit.record(connection, "gate", f"{name}@{alias}", name, before=was, after=now_is, at=now(), who=who())
     return after
 
 

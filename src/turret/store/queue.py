@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sqlalchemy import ColumnElement, Connection, func, insert, select, update
 
+from turret import audit
 from turret.database import Database, runs
 from turret.errors import InUse, NotFound, QueueFull, RecipeError
 from turret.json_types import JsonMapping, JsonObject
@@ -115,6 +116,8 @@ class TrainingQueue:
             run = self._runs.add_waiting(connection, name, recipe_toml)
             row = {"run": run, "tenant": self._tenant, "priority": priority, "tries": 0, "queued": now()}
             connection.execute(insert(queue).values(**row, due=0.0, who=who(), recipe=recipe_toml))
+            after = {"run": run, "priority": priority}
+            audit.record(connection, "train", f"run {run}", name, after=after, at=now(), who=who())
             return run
 
         if place is not None:
@@ -134,6 +137,9 @@ class TrainingQueue:
             if entry.state not in ("waiting", "running"):
                 raise InUse(f"run {run} is {entry.state}: only a waiting or running one can be cancelled")
             connection.execute(update(queue).where(queue.c.run == run).values(cancelled=now()))
+            name = connection.execute(select(runs.c.name).where(runs.c.id == run)).scalar_one()
+            before = {"state": entry.state}
+            audit.record(connection, "cancel", f"run {run}", name, before=before, at=now(), who=who())
             if entry.state == "running" and run in leases.held(connection, PREFIX):
                 return "running"
             _end(connection, run, "cancelled", f"cancelled by {who() or 'somebody'}")
