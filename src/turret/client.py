@@ -301,6 +301,10 @@ class AsyncClient:
         """One training, with its recipe and its log."""
         return await self._json("GET", f"/api/runs/{run}")
 
+    async def delete_run(self, run: str) -> None:
+        """Delete a training that has ended. Its version stays."""
+        await self._json("DELETE", f"/api/runs/{run}")
+
     async def cancel_run(self, run: str) -> JsonObject:
         """End a training of the queue: at once if it waits, after its step if it runs."""
         return await self._json("POST", f"/api/runs/{run}/cancel")

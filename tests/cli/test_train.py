@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
+import os
+import pty
 import random
+import re
+import struct
+import subprocess
+import sys
+import termios
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,8 +158,10 @@ def test_people_are_told_what_was_stored_and_what_to_try(typed, capsys) -> None:
         "sha256:",
         "accuracy",
         "peak",
-        "turret predict film-reviews@1",
-        "--store elsewhere",
+        'turret predict film-reviews@1 "a text of your own" --store elsewhere',
+        "turret evaluate film-reviews@1 OTHER.csv --report page.html --store elsewhere",
+        "turret promote film-reviews@1 production --store elsewhere",
+        f"turret serve --base {json.loads(typed.out)['base']['id']} --store elsewhere",
     ):
         assert words in out
 
@@ -167,6 +177,44 @@ def test_progress_without_a_terminal_says_the_last_score_and_the_time_left(capsy
     assert "18 s left" in lines[0]
     assert "14 s left" in lines[-1]
     assert "validation accuracy 0.500" in lines[-1]
+
+
+def test_the_bar_keeps_the_time_at_80_columns_and_drops_the_memory_then_the_rate() -> None:
+    """In a terminal of that width; a wide one shows all of it."""
+    code = (
+        "from turret.cli.progress import Progress; from turret.train import StepRecord\n"
+        "with Progress(as_json=False) as shown:\n"
+        "    for step in range(1, 40):\n"
+        "        scored = {'accuracy': 0.5} if step == 1 else None\n"
+        "        record = StepRecord(step, 1000, 0.1, 0.7, 1e-3, 1.0, 8, 80, 2.0, 40.0, 10**8, scored, 'validation')\n"
+        "        shown.record(record)\n"
+        "        shown._bar.refresh()\n"
+    )
+    lines = {}
+    for width in (80, 160):
+        said = _on_terminal(code, width)
+        lines[width] = [line for line in re.split(r"[\r\n]", said) if "39/1000" in line][-1]
+    for line in lines.values():
+        assert re.search(r"[╸━]{16} 39/1000  loss 0\.700  validation accuracy 0\.500 .*\d:\d\d:\d\d left", line), line
+    assert "MB" not in lines[80]
+    assert "40 tokens/s  100 MB" in lines[160]
+
+
+def _on_terminal(code: str, width: int) -> str:
+    """What a Python program prints on a terminal of that many columns, without colours."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": str(width), "LINES": "24"}
+    with subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, env=environment):
+        os.close(theirs)
+        said = b""
+        while True:
+            try:
+                said += os.read(ours, 1 << 16)
+            except OSError:  # the program has ended
+                break
+    os.close(ours)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_without_a_token_401_with_the_wrong_scope_403_on_every_guarded_path(serv
         assert anyone.get(path).status_code == 401, path
         assert reader.get(path).status_code == 403, path
         assert boss.get(path).status_code == 200, path
-    for client, status in ((anyone, 401), (boss, 403), (reader, 200)):
+    for client, status in ((anyone, 401), (boss, 200), (reader, 200)):
         assert client.post("/v1/classify", json=CLASSIFY).status_code == status
         assert client.get("/v1/models").status_code == status
     assert anyone.get("/nothing/here").status_code == 401
@@ -36,6 +36,18 @@ def test_without_a_token_401_with_the_wrong_scope_403_on_every_guarded_path(serv
     assert got.json()["error"]["code"] == "unauthorized"
     for path in ("/healthz", "/readyz"):
         assert anyone.get(path).status_code == 200
+
+
+def test_a_403_says_which_command_makes_the_token_that_is_needed(serve, put, workspace) -> None:
+    put()
+    secrets = {scope: workspace.tokens.create(scope, [scope])[1] for scope in ("infer", "metrics")}
+    running = serve()
+    got = running.client(secrets["infer"]).get("/api/status")
+    assert got.status_code == 403
+    assert "`turret token create NAME --scope admin` makes one" in got.json()["error"]["message"]
+    got = running.client(secrets["metrics"]).post("/v1/classify", json=CLASSIFY)
+    assert "has no scope infer or admin" in got.text
+    assert "`turret token create NAME --scope infer` makes one" in got.json()["error"]["message"]
 
 
 def test_a_token_for_metrics_reads_them_and_opens_nothing_else(serve, put, workspace) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
+import subprocess
 from dataclasses import replace
 
 import pytest
-from server.console_forms import PAGES, SCRIPT, post
+from server.console_forms import PAGES, SCRIPT, post, signed_in
 from store.bundles import tensors, write_bundle
 
+import turret
 from turret.compare.report import write_report
 
 # --- every page ------------------------------------------------------------------------------------------------------
@@ -40,7 +44,7 @@ def test_no_page_has_a_script_or_a_style_inside_it(serve, put, workspace) -> Non
     for path in (*PAGES, "/adapters/a", "/adapters/a/1", "/experiments/a/1", "/adapters/a/move/promote"):
         got = client.get(path)
         assert got.status_code == 200, path
-        text = got.text
+        text = got.text.replace(str(client.base_url).rstrip("/"), "")  # a line for a shell has this server's address
         assert re.findall(r"<script(?![^>]* src=\"/static/)", text) == [], path
         assert re.findall(r"<style| style=| on[a-z]+=\"|javascript:|https?://", text) == [], path
 
@@ -312,6 +316,59 @@ def test_the_playground_says_who_answered_and_what_the_switch_took(serve, put) -
     rows = running.served.metrics.traffic()
     assert [(row.version, row.requests, row.failures) for row in rows] == [("a@1", 3, 0)]
     assert 0 < rows[0].mean_seconds <= rows[0].most_seconds
+
+
+def test_the_line_for_a_shell_on_the_store_page_is_complete_and_works(serve, put, workspace) -> None:
+    put("b", base="sha256:another")
+    put()
+    open_page = serve().client()
+    line = html.unescape(re.search(r"<pre><code>(.*?)</code></pre>", open_page.get("/store").text, re.DOTALL)[1])
+    done = subprocess.run(["bash", "-c", line.replace("curl ", "curl -s ")], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["model"] == "a@1"
+    _, secret = workspace.tokens.create("me", ["admin"])
+    running = serve()
+    page = signed_in(running, secret).get("/store").text
+    make, line = html.unescape(re.search(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)[1]).splitlines()
+    assert make == "TOKEN=$(turret token create shell --store STORE)"
+    line = line.replace("curl ", "curl -s ")
+    done = subprocess.run(["bash", "-c", f"TOKEN={secret}; {line}"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["model"] == "a@1"
+
+
+def test_a_killed_run_has_one_box_and_a_waiting_one_its_place_and_no_charts(serve, workspace) -> None:
+    recipe = 'name = "a"\nbase = "org/base"\n[data]\nsource = "org/data"\n'
+    first, second = (workspace.queue.submit(turret.Recipe.from_toml(recipe)) for _ in range(2))
+    client = serve().client()
+    page = client.get(f"/runs/{second['id']}").text
+    assert "It waits for a worker, at place 2 of the 2 trainings that wait." in page
+    assert '<div class="plots" hidden' in page
+    killed = workspace.store.new_run("a", 'name = "a"\n', "sha256:x")
+    assert '<div class="plots" data-plots' in client.get(f"/runs/{killed.id}").text
+    workspace.store.end_run(killed, "interrupted", error="its process ended: the same command goes on")
+    page = client.get(f"/runs/{killed.id}").text
+    assert page.count('class="problem"') + page.count('class="note"') == 1
+    assert first["id"] != second["id"]
+
+
+def test_a_method_is_named_first_and_a_metric_has_a_name_and_a_unit(serve, workspace, tmp_path) -> None:
+    method = {
+        "init_lora_weights": True,
+        "kind": "lora",
+        "lora_alpha": 32.0,
+        "lora_dropout": 0.1,
+        "r": 4,
+        "use_rslora": True,
+    }
+    bundle = write_bundle(tmp_path, tensors(1), said={"method": method})
+    metrics = {"test": {"rougeL": 0.5, "bleu": 12.3, "loss": 0.7, "own_score": 3.0}}
+    workspace.store.put("a", bundle, metrics=metrics)
+    page = " ".join(serve().client().get("/adapters/a/1").text.split())
+    settings = ("r 4", "lora_alpha 32.0", "use_rslora True")
+    assert "<b>lora</b>" + "".join(f' <span class="pairing">{each}</span>' for each in settings) + "</dd>" in page
+    assert '(key: rougeL)">ROUGE-L</dt><dd>50.0%</dd>' in page
+    assert '>BLEU</dt><dd>12.3<span class="soft"> of 100</span></dd>' in page
+    assert '>loss</dt><dd>0.7<span class="soft"> nats</span></dd>' in page
+    assert '<dt title="key: own_score">own score</dt><dd>3</dd>' in page
 
 
 def test_the_store_is_verified_on_demand_and_gc_is_only_asked(serve, put, workspace) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 import turret
-from turret.errors import DataError, NotFound, QueueFull
+from turret.errors import DataError, InUse, NotFound, QueueFull
 from turret.store import TrainingQueue
 
 RECIPE = 'name = "reviews"\nbase = "echo/base"\n[data]\nsource = "reviews.csv"\n'
@@ -22,6 +22,9 @@ def test_a_client_submits_watches_and_cancels_a_training(serve, workspace) -> No
             run = await client.train(RECIPE, FILES, priority=2)
             assert (run["state"], run["queue"]["priority"]) == ("waiting", 2)
             assert [each["id"] for each in await client.runs()] == [run["id"]]
+            assert (await client.run(run["id"]))["place"] == {"place": 1, "of": 1}
+            with pytest.raises(InUse):
+                await client.delete_run(run["id"])
             taken = TrainingQueue.of(workspace.store).take()
             assert taken is not None
             TrainingQueue.of(workspace.store).write_log(taken, ["reading /home/me/reviews.csv"])
@@ -40,6 +43,20 @@ def test_a_client_submits_watches_and_cancels_a_training(serve, workspace) -> No
 
     asyncio.run(clients())
     assert "running" in running.client().get("/runs").text
+
+
+def test_a_training_that_has_ended_is_deleted_and_its_version_stays(serve, put, workspace) -> None:
+    run = workspace.store.new_run("a", 'name = "a"\n', "sha256:x")
+    folder = run.folder
+    client = serve().client()
+    assert client.delete(f"/api/runs/{run.id}").status_code == 409
+    version = put()
+    workspace.store.end_run(run, "finished", result={"version": str(version)})
+    assert client.delete(f"/api/runs/{run.id}").json() == {"deleted": run.id}
+    assert client.get(f"/api/runs/{run.id}").status_code == 404
+    assert client.delete(f"/api/runs/{run.id}").status_code == 404
+    assert not folder.exists()
+    assert workspace.resolve("a") == version
 
 
 def test_a_request_that_makes_no_sense_is_said_in_one_line(serve) -> None:

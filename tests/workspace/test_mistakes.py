@@ -304,6 +304,34 @@ def test_a_file_that_is_no_table_is_not_taken_for_a_text(trained, tmp_path, caps
     assert run(["predict", "reviews", "notes", *trained.store]) == 0  # the control: a word that names no file
 
 
+def test_a_misspelt_file_is_not_taken_for_a_text(trained, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "Oktober.xlsx").write_text("not read here")
+    (tmp_path / "data" / "first reviews.csv").write_text("text\na great film\n")
+    remedy = "For the text itself put -- in front of it"
+    for inputs, complaint in (
+        (["Oktober.xslx"], f"there is no file 'Oktober.xslx': did you mean 'Oktober.xlsx'? {remedy}"),
+        (["a great film", "Oktober.xslx"], "did you mean 'Oktober.xlsx'?"),
+        (["data/first review.csv"], "did you mean 'data/first reviews.csv'?"),
+        (["November.ods"], "there is no file 'November.ods': give a file, or"),
+        (["data/none"], "there is no file 'data/none': give a file, or"),
+        (["a great film", "--out", "Oktober.xslx"], "--out writes the answers"),
+        (["Oktober.xslx", "--out", "out.csv"], "did you mean 'Oktober.xlsx'?"),
+    ):
+        assert run(["predict", "reviews", *inputs, *trained.store]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert complaint in err
+        assert err.count("\n") == 1
+    texts = ["Oktober.xslx", "Oktober.xlsx", "good.csv/bad.csv"]
+    assert run(["predict", "reviews", *trained.store, "--", *texts]) == 0
+    assert [line.rpartition("  ")[2] for line in capsys.readouterr().out.splitlines()] == texts
+    for text in ("a film in the cinema 1/2", "great.Really", "https://films.example/good", "good/bad and reviews.csv"):
+        assert run(["predict", "reviews", text, *trained.store]) == 0  # the controls: texts that only remind of files
+        capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

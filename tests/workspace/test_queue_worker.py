@@ -46,14 +46,25 @@ def test_the_command_line_submits_lists_shows_and_cancels(tmp_path, workspace, c
     listed = capsys.readouterr().out
     assert run["id"] in listed
     assert "waiting" in listed
+    assert command(["runs", "list", *store]) == 0
+    assert capsys.readouterr().out == listed
+    assert command([*data, "--queue", "--priority", "4", *store, "--json"]) == 0
+    capsys.readouterr()
+    assert command(["runs", "show", run["id"], *store]) == 0
+    assert "place 2 of the 2 that wait" in capsys.readouterr().out
+    assert command(["runs", "delete", run["id"], *store]) == 1
+    assert "is not deleted, because it waits" in capsys.readouterr().err
     assert command(["runs", "cancel", run["id"], *store]) == 0
     assert command(["runs", "show", run["id"], *store, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (shown["state"], shown["log"]) == ("cancelled", [])
     assert 'name = "reviews"' in shown["recipe"]
+    assert command(["runs", "delete", run["id"], *store]) == 0
+    assert command(["runs", "show", run["id"], *store]) == 1
+    assert f"no run '{run['id']}'" in capsys.readouterr().err
     assert command(["runs", "limit", "default", "--waiting", "0", *store]) == 0
     assert command([*data, "--queue", *store]) == 1
-    assert "0 trainings of tenant default wait already, and 0 may" in capsys.readouterr().err
+    assert "1 trainings of tenant default wait already, and 0 may" in capsys.readouterr().err
 
 
 def test_the_store_gets_a_copy_of_the_data_under_a_name_that_every_machine_has(tmp_path, new_url) -> None:

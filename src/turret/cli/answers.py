@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,13 @@ KEYS = (  # of [data], that say how a table is read
 
 
 def predict(
+    context: typer.Context,
     reference: options.Ref,
     inputs: Annotated[
-        list[str], typer.Argument(metavar="TEXT... | FILE", help="Texts, a table, a .txt file, or - for stdin.")
+        list[str],
+        typer.Argument(
+            metavar="TEXT... | FILE", help="Texts, a table, a .txt file, or - for stdin; what follows -- is a text."
+        ),
     ],
     text: options.Text = None,
     prompt: options.Prompt = None,
@@ -68,7 +73,8 @@ def predict(
             done = workspace.predict_file(reference, source, out, wanted, on_stage=say)
         report(done, as_json, _print_written)
         return
-    texts = _texts(workspace, reference, inputs, named)
+    literal = min(context.obj or 0, len(inputs))  # inputs after `--`
+    texts = inputs if literal == len(inputs) and not named else _texts(workspace, reference, inputs, named, literal)
     check_options(workspace.resolve(reference), top, coverage)
     with status() as say:
         answers = workspace.predict(reference, texts, bare=bare, coverage=coverage, device=device, on_stage=say)
@@ -121,17 +127,23 @@ def _old_column(workspace: Workspace, reference: str, column: str) -> JsonObject
     return {role: column}
 
 
-def _texts(workspace: Workspace, reference: str, inputs: Sequence[str], named: JsonMapping) -> Sequence[Input]:
-    """The texts given on the command line, in a file or on stdin."""
+def _texts(
+    workspace: Workspace, reference: str, inputs: Sequence[str], named: JsonMapping, literal: int = 0
+) -> Sequence[Input]:
+    """The texts given on the command line, in a file or on stdin. literal: how many at the end are no file."""
     if len(inputs) == 1 and inputs[0] == "-":
         try:
             return [line.rstrip("\r\n") for line in sys.stdin]
         except UnicodeDecodeError:
             raise DataError("stdin is not UTF-8: give UTF-8 text with one input per line") from None
-    if len(inputs) == 1 and _names_a_file(inputs[0]):
+    if len(inputs) == 1 and not literal and _names_a_file(inputs[0]):
         return workspace.inputs(reference, inputs[0], columns=named)
-    if len(inputs) > 1 and (files := [word for word in inputs if os.path.isfile(word)]):
-        raise DataError(f"{shown(files[0])} is a file between other inputs: give one file, or texts alone")
+    words = inputs[: len(inputs) - literal]
+    if files := [word for word in words if os.path.isfile(word) or _names_a_file(word)]:
+        raise DataError(
+            f"{shown(files[0])} is a file between other inputs: give one file, or texts alone, each after -- if it "
+            "looks like a file"
+        )
     if named:
         raise DataError(
             f"a column is named, which needs one table, given {len(inputs)} texts: give a table, or name none"
@@ -147,20 +159,46 @@ def _names_a_file(word: str) -> bool:
     """
     from turret.data.files import is_table
 
-    exists = os.path.exists(word)  # Path.exists raises for some names
-    if not is_table(Path(word)) and not word.lower().endswith(".txt"):
-        if exists:
-            kind = "a folder" if os.path.isdir(word) else "a file that is no table"
-            raise DataError(
-                f"{shown(word)} is {kind}, and it is not read as a text: give a table or a .txt file, or for the text "
-                "itself `turret predict REF -` with it on stdin"
-            )
+    if os.path.exists(word):  # Path.exists raises for some names
+        if is_table(Path(word)) or word.lower().endswith(".txt"):
+            return True
+        kind = "a folder" if os.path.isdir(word) else "a file that is no table"
+        raise DataError(
+            f"{shown(word)} is {kind}, and it is not read as a text: give a table or a .txt file, or for the text "
+            "itself -- in front of it"
+        )
+    near = _near_file(word)
+    if near is not None or _looks_like_a_file(word):
+        meant = f": did you mean {shown(near, 80)}?" if near else ": give a file, or"
+        raise DataError(f"there is no file {shown(word, 80)}{meant} For the text itself put -- in front of it")
+    return False
+
+
+def _looks_like_a_file(word: str) -> bool:
+    """Whether a word can only be meant as a file: with the ending of one, even misspelt, or a separator of folders."""
+    from turret.data.files import SUFFIXES
+
+    if any(character.isspace() for character in word) or "://" in word:
         return False
-    if " " in word and not exists:
-        return False
-    if not exists:
-        raise DataError(f"there is no file {word!r}: give a file, or the text itself")
-    return True
+    known = [*SUFFIXES, ".txt", ".xls", ".ods", ".gz", ".zst"]
+    suffix = os.path.splitext(word)[1].lower()
+    misspelt = len(suffix) > 3 and bool(difflib.get_close_matches(suffix, known, n=1, cutoff=0.75))
+    return suffix in known or misspelt or "/" in word or os.sep in word or "\\" in word
+
+
+def _near_file(word: str) -> str | None:
+    """A table or .txt file whose path is almost this word, such as `Oktober.xlsx` for `Oktober.xslx`."""
+    from turret.data.files import is_table
+
+    folder, name = os.path.split(word)
+    if len(name) > 100 or not os.path.splitext(name)[1]:
+        return None
+    try:
+        names = [each for each in os.listdir(folder or ".") if is_table(Path(each)) or each.lower().endswith(".txt")]
+    except (OSError, ValueError):  # no such folder, or no path at all
+        return None
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    return os.path.join(folder, close[0]) if close else None
 
 
 def _one_file(inputs: Sequence[str]) -> str:

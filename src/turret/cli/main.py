@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
 import turret
@@ -41,10 +42,67 @@ from turret.cli.output import complain, follows
 from turret.errors import TurretError
 from turret.process import collect_garbage_rarely, stop_on_sigterm, wait_briefly
 
+if TYPE_CHECKING:
+    from typer._click.core import Context
+    from typer._click.formatting import HelpFormatter
+
+GROUPS = {  # of `turret --help`: every command once, as an example
+    "Start": ("demo", "doctor", "init reviews.csv"),
+    "Train": (
+        "plan reviews.csv",
+        "train reviews.csv",
+        "compare reviews.csv --seeds 5",
+        "control films.csv --aspects short,long",
+        "runs list",
+        "worker",
+    ),
+    "Ask": ('predict reviews "a text"', "evaluate reviews other.csv", "serve"),
+    "Versions": (
+        "list",
+        "show reviews@2",
+        "diff reviews@1 reviews@2",
+        "promote reviews@2 production",
+        "rollback reviews",
+        'gate reviews production "accuracy>=0.9"',
+        "delete reviews@1",
+    ),
+    "Exchange": (
+        "export reviews@2 folder",
+        "import folder --name reviews",
+        "push reviews@2 me/reviews",
+        "pull me/reviews",
+        "merge reviews@2 films@1 --name both",
+    ),
+    "Operate": ("token create me", "experiment status reviews", "usage", "audit", "verify", "gc --dry-run"),
+}
+FIRST = """Turret keeps one frozen base model in memory, and trains and serves many small adapters on it.
+
+  turret demo                         see it work: train, store and ask a classifier and a writer
+  turret train reviews.csv            train on a table of your own; `turret init reviews.csv` shows it first
+  turret predict reviews "a text"     ask what was trained; `turret serve` answers over HTTP
+
+All commands: turret --help"""
+
+
+class Grouped(TyperGroup):
+    """The commands in groups, each as an example."""
+
+    def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
+        for title, examples in GROUPS.items():
+            rows = []
+            for example in examples:
+                command = self.get_command(ctx, example.partition(" ")[0])
+                assert command is not None
+                rows.append((f"turret {example}", command.get_short_help_str(limit=200)))
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=36)
+
+
 app = typer.Typer(
     name="turret",
+    cls=Grouped,
     help="One frozen base model, many small adapters: train, compare, version and serve them.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,  # rich would make --help slower
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -89,6 +147,7 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -97,6 +156,8 @@ def _root(
         typer.Option("--tenant", envvar="TURRET_TENANT", help="Work as this tenant; before or after the command."),
     ] = DEFAULT,
 ) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(FIRST)
     os.environ["TURRET_TENANT"] = check_tenant(tenant)  # for `Workspace`, here and in processes that this one starts
 
 
@@ -140,7 +201,8 @@ def tenant_first(arguments: Sequence[str]) -> list[str]:
 
 def _run(arguments: Sequence[str], commands: typer.Typer) -> int:
     try:
-        status = commands(list(arguments), prog_name="turret", standalone_mode=False)
+        literal = len(arguments) - arguments.index("--") - 1 if "--" in arguments else 0
+        status = commands(list(arguments), prog_name="turret", standalone_mode=False, obj=literal)
         sys.stdout.flush()
         if status == 130:  # Typer returns it after Ctrl-C
             complain("stopped")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,20 @@ R = TypeVar("R", bound=Result)
 def report(result: R, as_json: bool, show: Callable[[R], None]) -> None:
     """Print a result as JSON, or with `show`."""
     emit(result.as_json()) if as_json else show(result)
+
+
+def offer(commands: Sequence[str], store: object, out: Console | None = None) -> None:
+    """Print the next useful commands, with `--store` if it is not the usual one.
+
+    Args:
+        commands: without `turret`, such as `show news@3`.
+        store: as the user named it.
+    """
+    where = "" if str(store) == ".turret" else f" --store {shlex.quote(str(store))}"
+    out = out or console()
+    out.print("[bold]try[/]")
+    for command in commands:
+        out.print(f"  turret {safe(command + where)}")
 
 
 def follows() -> bool:

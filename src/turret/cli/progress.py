@@ -5,7 +5,6 @@ The bar goes to stderr. If stderr is no terminal, a line after each tenth of the
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from turret.cli.output import console, grid, main_metric, many, measured, number, rows, safe, size, span
+from turret.cli.output import console, grid, main_metric, many, measured, number, offer, rows, safe, size, span
 from turret.json_types import JsonValue
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from turret.train import StepRecord
     from turret.workspace import Planned, RunResult
 
+BAR = 16  # characters of the progress bar
 SIGNS = {"ok": "  [green]ok[/]", "warn": "  [yellow]warn[/]", "refuse": "  [red]refuse[/]"}
 SHOWN = {  # settings that are printed even at their defaults
     "task": ("kind", "max_tokens"),
@@ -92,17 +92,21 @@ class Progress:
         self._clear()
         print_result(result, store, self._out)
 
-    def _text(self, record: StepRecord) -> str:
+    def _text(self, record: StepRecord, room: int = 240) -> str:
+        """What is known, in at most `room` characters: first the memory is left out, then the rate, then the metric."""
         speed = f"{many(record.tokens_per_second)} tokens/s"
         loss = f"loss {self._loss:.3f}" + ("" if record.guessing is None else f", guessing {record.guessing:.3f}")
-        return "  ".join(filter(None, (loss, self._metric, speed, size(record.rss))))
+        parts = list(filter(None, (loss, self._metric, speed, size(record.rss))))
+        while len(parts) > 1 and len("  ".join(parts)) > room:
+            parts.pop()
+        return "  ".join(parts)
 
     def _draw(self, record: StepRecord) -> None:
         if self._bar is None:
             self._clear()
             columns = (
                 SpinnerColumn(),
-                BarColumn(bar_width=16),
+                BarColumn(bar_width=BAR),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.description}"),
                 TimeRemainingColumn(),
                 TextColumn("[dim]left[/]"),
@@ -110,7 +114,8 @@ class Progress:
             self._bar = Bar(*columns, console=self._err, transient=True)
             self._bar.add_task("", total=record.steps, completed=record.step - 1)
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=record.step, description=self._text(record))
+        room = self._err.width - len(f"s {BAR * '-'} {record.step}/{record.steps}  ") - len(" 0:00:00 left")
+        self._bar.update(self._bar.task_ids[0], completed=record.step, description=self._text(record, room))
 
     def _clear(self) -> None:
         for live in (self._status, self._bar):
@@ -136,11 +141,16 @@ def print_result(result: RunResult, store: str, out: Console) -> None:
     out.print(grid(_result(result)))
     for warning in result.warnings:
         out.print(f"  [yellow]warn[/]  {safe(warning)}")
-    where = "" if store == ".turret" else f" --store {shlex.quote(store)}"
-    text = '"a text of your own"'
-    out.print("[bold]try[/]")
-    for command in (f"predict {result.version} {text}", f"show {result.version}", "list"):
-        out.print(f"  turret {safe(command + where)}")
+    offer(
+        [
+            f'predict {result.version} "a text of your own"',
+            f"evaluate {result.version} OTHER.csv --report page.html",
+            f"promote {result.version} production",
+            f"serve --base {result.base['id']}",
+        ],
+        store,
+        out,
+    )
 
 
 def _recipe(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -11,20 +11,23 @@ from turret.cli.output import columns, console, emit, safe
 from turret.json_types import JsonObject
 
 STYLES = {"finished": "green", "failed": "red", "running": "bold", "waiting": "yellow"}
-app = typer.Typer(help="Trainings: list, show, cancel.", rich_markup_mode=None)
+app = typer.Typer(help="Trainings: list, show, cancel, delete.", rich_markup_mode=None)
+Most = Annotated[int, typer.Option("--most", min=1, help="How many, newest first.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The id of a run.", show_default=False)]
 
 
 @app.callback(invoke_without_command=True)
 def runs(
-    context: typer.Context,
-    most: Annotated[int, typer.Option("--most", min=1, help="How many, newest first.")] = 20,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    context: typer.Context, most: Most = 20, store: options.Store = options.STORE, as_json: options.Json = False
 ) -> None:
     """List trainings: running, ended, and waiting in the queue."""
-    if context.invoked_subcommand is not None:
-        return
+    if context.invoked_subcommand is None:
+        list_(most, store, as_json)
+
+
+@app.command("list")
+def list_(most: Most = 20, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+    """List trainings: running, ended, and waiting in the queue."""
     from turret.workspace import Workspace
 
     found = Workspace(store).runs(most)
@@ -45,10 +48,13 @@ def show(id: Id, store: options.Store = options.STORE, as_json: options.Json = F
     workspace = Workspace(store)
     run = workspace.run(id)
     log = list(workspace.queue.log(id)) if run["queue"] is not None else []
+    place = workspace.queue.place(id) if run["state"] == "waiting" else None
     if as_json:
-        emit({**run, "log": log})
+        emit({**run, "log": log, "place": None if place is None else {"place": place[0], "of": place[1]}})
         return
     console().print(columns(("run", "adapter", "state", "priority", "tries", "created", ""), [_row(run)]))
+    if place is not None:
+        console().print(f"place {place[0]} of the {place[1]} that wait  [dim]turret worker takes them[/]")
     for each in log:
         console().print(f"  [dim]{safe(each['at'])}[/] {safe(each['line'])}")
 
@@ -64,6 +70,18 @@ def cancel(id: Id, store: options.Store = options.STORE, as_json: options.Json =
     else:
         after = "its worker ends it after this step" if run["state"] == "running" else str(run["state"])
         console().print(f"[bold]{safe(id)}[/] {safe(after)}")
+
+
+@app.command()
+def delete(id: Id, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+    """Delete a training that has ended, with its curve, checkpoint and log. Its version stays."""
+    from turret.workspace import Workspace
+
+    Workspace(store).queue.delete(id)
+    if as_json:
+        emit({"deleted": id})
+    else:
+        console().print(f"deleted run [bold]{safe(id)}[/]")
 
 
 @app.command()

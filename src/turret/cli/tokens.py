@@ -25,7 +25,8 @@ Name = Annotated[str, typer.Argument(help="Name of the token.", show_default=Fal
 def create(
     name: Name,
     scope: Annotated[
-        list[str], typer.Option("--scope", help="infer, admin, or metrics for /metrics alone; repeatable.")
+        list[str],
+        typer.Option("--scope", help="infer (ask), admin (everything), or metrics (/metrics alone); repeatable."),
     ] = ["infer"],  # noqa: B006
     requests: Annotated[int | None, typer.Option("--requests-per-minute", help="Quota; default: none.")] = None,
     tokens: Annotated[int | None, typer.Option("--tokens-per-minute", help="Quota; default: none.")] = None,
@@ -65,8 +66,16 @@ def _print_secret(access: AccessToken, secret: str, text: str, as_json: bool) ->
     if as_json:
         emit({**access.as_json(), "token": secret})
     else:
-        console(stderr=True).print(f"{safe(text)}; the token is shown once:")
+        err = console(stderr=True)
+        err.print(f"{safe(text)}; the token is shown once:")
         console().print(secret)
+        if err.is_terminal and {"infer", "admin"} & set(access.scopes):
+            err.print(f"[dim]with a running `turret serve`:[/]\n  {safe(models_line(secret))}")
+
+
+def models_line(secret: str) -> str:
+    """A command that asks a server for its models with this token."""
+    return f"curl -H 'authorization: Bearer {secret}' http://127.0.0.1:8000/v1/models"
 
 
 @token.command("list")

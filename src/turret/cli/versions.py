@@ -11,7 +11,7 @@ import typer
 from turret.cli import options
 from turret.cli.output import columns, console, counted, emit, grid, main_metric, measured, number, safe, size, span
 from turret.errors import NotFound
-from turret.json_types import JsonMapping, JsonValue, part
+from turret.json_types import JsonMapping, part
 from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
@@ -144,14 +144,16 @@ def _print_recipe(shown: JsonMapping, as_json: bool) -> None:
 
 
 def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
+    from turret.methods import said
+
     manifest = shown["manifest"]
     base, method, task, lineage = (part(manifest, key) for key in ("base", "method", "task", "lineage"))
     by = f" by {safe(shown['who'])}" if shown["who"] else ""
     yield "created", f"{to_minute(shown['created'])}, {age(shown['created'])} ago{by}"
     revision = f"  [dim]revision[/] {safe(str(base['revision'])[:12])}" if base.get("revision") else ""
     yield "base", f"{safe(base.get('id'))}  [dim]{safe(str(base.get('fingerprint'))[:19])}[/]{revision}"
-    settings = dict(_short(method))
-    yield "method", safe(" ".join([str(settings.pop("kind", "?")), *(f"{k}={v}" for k, v in settings.items())]))
+    kind, settings = said(method)
+    yield "method", safe(" ".join([kind, *(f"{key}={value}" for key, value in settings.items())]))
     yield "task", safe(f"{task.get('kind')}  {', '.join(map(str, task.get('labels') or ()))}")
     if (fitted := task.get("calibration")) is not None:
         yield "calibration", safe(_calibration(fitted))
@@ -207,15 +209,6 @@ def _golden(replay: JsonMapping) -> str:
     name = replay["golden"].removeprefix("sha256:")[:12]
     result = f"{replay['passed']} of {replay['total']} passed{failed}, {to_minute(replay['replayed'])}"
     return safe(f"{name}  {result}")
-
-
-def _short(method: JsonMapping) -> Iterator[tuple[str, JsonValue]]:
-    """The settings without those that are off, usual, or long lists."""
-    for key, value in method.items():
-        usual = value is None or value is False or (key == "init_lora_weights" and value is True)
-        if usual or (isinstance(value, (list, tuple)) and len(value) > 4):
-            continue
-        yield key, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _report(classes: Mapping[str, JsonMapping]) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from turret.errors import RecipeError, shown
-from turret.json_types import JsonValue
+from turret.json_types import JsonMapping, JsonValue
 from turret.methods.full import Full
 from turret.methods.head import Head
 from turret.methods.lora import LoRA
@@ -18,7 +18,9 @@ from turret.methods.prefix import Prefix
 
 METHODS: dict[str, type[Method]] = {"lora": LoRA, "prefix": Prefix, "head": Head, "full": Full, "peft": Peft}
 
-__all__ = ["METHODS", "Full", "Head", "LoRA", "Method", "Peft", "Prefix", "method_class", "method_named"]
+ALWAYS = ("r", "lora_alpha", "num_virtual_tokens")  # settings that are said even at their defaults
+
+__all__ = ["METHODS", "Full", "Head", "LoRA", "Method", "Peft", "Prefix", "method_class", "method_named", "said"]
 
 
 def method_class(value: JsonValue) -> type[Method]:
@@ -28,6 +30,20 @@ def method_class(value: JsonValue) -> type[Method]:
         given = "none given" if kind is None else f"given {shown(kind)}"
         raise RecipeError(f"method.kind: expected {', '.join(METHODS)}, {given}")
     return METHODS[kind]
+
+
+def said(method: JsonMapping) -> tuple[str, dict[str, str]]:
+    """The name of a stored method, and its settings in the order of the class: the size, and what is not a default."""
+    kind = str(method.get("kind", "?"))
+    fields = method_named(kind).model_fields
+    settings = {}
+    for key in sorted(method, key=lambda key: list(fields).index(key) if key in fields else len(fields)):
+        value = method[key]
+        usual = value is None or value is False or (key in fields and value == fields[key].default)
+        many = isinstance(value, (list, tuple)) and len(value) > 4
+        if key != "kind" and not many and not isinstance(value, Mapping) and (key in ALWAYS or not usual):
+            settings[key] = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value}"
+    return kind, settings
 
 
 def method_named(kind: str | None) -> type[Method]:

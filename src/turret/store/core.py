@@ -94,9 +94,14 @@ class Store:
     # --- versions -----------------------------------------------------------------------------------------------------
 
     def put(
-        self, name: str, bundle: Path, *, run: str | HeldRun | None = None, metrics: JsonMapping | None = None,
+        self,
+        name: str,
+        bundle: Path,
+        *,
+        run: str | HeldRun | None = None,
+        metrics: JsonMapping | None = None,
         comparison: str | None = None,
-    ) -> Version:  # fmt: skip
+    ) -> Version:
         """Store a bundle as the next version of a name, or return the version that already has this content.
 
         Args:
@@ -128,9 +133,14 @@ class Store:
                 if copies is not None:
                     stored = {path: copies[blob.digest] for path, blob in content.items()}
                     number = catalog.add(
-                        connection, name, manifest, stored, run=run, metrics=metrics or {},
+                        connection,
+                        name,
+                        manifest,
+                        stored,
+                        run=run,
+                        metrics=metrics or {},
                         comparison=comparison,
-                    )  # fmt: skip
+                    )
                     return catalog.find(connection, Reference(name, version=number))
         raise StoreError(
             f"{name} was not stored: `turret gc` removed its files {ATTEMPTS} times while they were being written: "

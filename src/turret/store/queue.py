@@ -145,6 +145,15 @@ class TrainingQueue:
             _end(connection, run, "cancelled", f"cancelled by {who() or 'somebody'}")
             return "cancelled"
 
+    def place(self, run: str) -> tuple[int, int] | None:
+        """The place of a waiting run among those of its tenant, from 1, and how many wait; else None."""
+        with self._database.reading() as connection:
+            mine = (queue.c.tenant == self._tenant) & (runs.c.state == "waiting")
+            waiting = select(queue.c.run).join(runs, runs.c.id == queue.c.run).where(mine)
+            order = waiting.order_by(queue.c.priority.desc(), queue.c.queued, queue.c.run)
+            found = list(connection.execute(order).scalars())
+        return (found.index(run) + 1, len(found)) if run in found else None
+
     def log(self, run: str, after: int = 0) -> Sequence[JsonObject]:
         """The lines of a run's log with a higher `id`: id, at, line. Raises NotFound."""
         with self._database.reading() as connection:

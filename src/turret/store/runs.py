@@ -24,18 +24,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from sqlalchemy import ColumnElement, Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
+from turret import audit
 from turret.database import Database, runs
 from turret.disk import PRIVATE, describe_error, flush, make_folder, permissions, sync
-from turret.errors import StoreError
+from turret.errors import InUse, StoreError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import leases
 from turret.store.artifacts import Artifacts
 from turret.store.blobs import digest_of
-from turret.store.catalog import now, plain
+from turret.store.catalog import now, plain, who
 from turret.store.leases import Keeper, Lease
-from turret.store.queue_tables import queue
+from turret.store.queue_tables import queue, run_log
 from turret.visibility import access_of, seen_runs
 
 State = Literal["interrupted", "failed", "finished"]
@@ -220,6 +221,24 @@ class TrainingRuns:
             leases.give_up(run.lease)
             raise
         self._artifacts.discard(dead)
+
+    def delete(self, run_id: str) -> None:
+        """Remove a run that has ended, with its files and its log. Raises InUse if it waits or runs."""
+        with self._database.writing() as connection:
+            this = (runs.c.id == run_id) & seen_runs(connection)
+            name, state = connection.execute(select(runs.c.name, runs.c.state).where(this)).one()
+            if state == "waiting" or run_id in leases.held(connection, PREFIX):
+                raise InUse(
+                    f"run {run_id} is not deleted, because it {'waits' if state == 'waiting' else 'runs'}: "
+                    f"`turret runs cancel {run_id}` ends one of the queue"
+                )
+            for table in (run_log, queue):
+                connection.execute(delete(table).where(table.c.run == run_id))
+            connection.execute(delete(runs).where(this))
+            audit.record(connection, "delete", f"run {run_id}", name, before={"state": state}, at=now(), who=who())
+            dead = self._artifacts.drop(connection, f"{PREFIX}{run_id}/")
+        self._artifacts.discard(dead)
+        shutil.rmtree(self._root / PREFIX / run_id, ignore_errors=True)
 
     def file(self, run_id: str, name: str) -> bytes | None:
         """A file of a run: of this machine if it wrote it last, else the store's copy. None if there is none."""

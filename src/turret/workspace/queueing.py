@@ -82,6 +82,20 @@ class Queue:
         self._queue().cancel(run)
         return self._store.run(run)
 
+    def delete(self, run: str) -> None:
+        """Delete a training that has ended, queued or not: its row, files and log. Its version stays.
+
+        Raises:
+            NotFound: no such run.
+            InUse: it waits or runs.
+        """
+        self._store.run(run)
+        self._store.training_runs().delete(run)
+
+    def place(self, run: str) -> tuple[int, int] | None:
+        """The place of a waiting training among those of its tenant, from 1, and how many wait; else None."""
+        return self._queue().place(run)
+
     def log(self, run: str, after: int = 0) -> Sequence[JsonObject]:
         """The lines of a run's log, with `id`, `at` and `line`. after: the `id` of the last line that is known."""
         return self._queue().log(run, after)

@@ -18,6 +18,7 @@ from turret import __version__
 from turret.compare.report_text import count, megabytes, milliseconds, percent
 from turret.compare.report_text import seconds as in_seconds
 from turret.json_types import JsonMapping, JsonValue
+from turret.methods import said
 from turret.server.auth import Caller
 from turret.server.state import ServerState
 from turret.timestamp import to_minute
@@ -26,6 +27,22 @@ Context: TypeAlias = Mapping[str, Any]  # what a template shows: Jinja takes val
 FOLDER = Path(__file__).parent
 MAIN_METRICS = ("accuracy", "rougeL", "loss")  # the first one that was measured is shown if there is room for one
 SHARES = ("accuracy", "f1", "precision", "recall", "rouge", "micro", "macro")
+METRICS = {  # key -> name, and what it measures
+    "accuracy": ("accuracy", "share of the examples that are answered right"),
+    "micro_f1": ("F1, micro", "F1 of all labels of all examples together"),
+    "macro_f1": ("F1, macro", "mean F1 of the classes; each class counts the same"),
+    "ece": ("calibration error", "mean distance between the probability and the share that is right, 0 to 1"),
+    "loss": ("loss", "mean cross-entropy in nats, of an example or a token"),
+    "perplexity": ("perplexity", "exp of the loss of a token; 1 is the best"),
+    "rouge1": ("ROUGE-1", "overlap of words with the reference, F1"),
+    "rouge2": ("ROUGE-2", "overlap of pairs of words with the reference, F1"),
+    "rougeL": ("ROUGE-L", "longest common sequence of words with the reference, F1"),
+    "bleu": ("BLEU", "overlap of up to four words with the reference, 0 to 100"),
+    "neutral": ("neutral text", "increase of the loss of a token on neutral text, in nats"),
+    "neutral_low": ("neutral text, from", "lower end of the 95% interval, in nats"),
+    "neutral_high": ("neutral text, to", "upper end of the 95% interval, in nats"),
+}
+UNITS = {"loss": " nats", "bleu": " of 100", "neutral": " nats", "neutral_low": " nats", "neutral_high": " nats"}
 PAGES = (
     ("adapters", "Adapters"),
     ("runs", "Runs"),
@@ -53,8 +70,8 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "age": age, "bytes": size, "code": code, "count": count, "evidence": evidence, "main_metric": main_metric,
-        "metric": metric, "ms": milliseconds, "number": number, "percent": percent, "seconds": in_seconds,
-        "share": share, "short": short, "when": when, "whole": whole,
+        "means": means, "method": said, "metric": metric, "ms": milliseconds, "number": number, "percent": percent,
+        "seconds": in_seconds, "share": share, "short": short, "when": when, "whole": whole,
     }  # fmt: skip
     environment.globals |= {"digest": digest, "pages": PAGES, "version_of_turret": __version__}
     return environment
@@ -149,6 +166,12 @@ def metric(value: JsonValue, name: str = "") -> str:
     if isinstance(value, float) and 0 <= value <= 1 and name.lower().startswith(SHARES) and not name.endswith("loss"):
         return f"{100 * value:.1f}%"
     return number(value)
+
+
+def means(key: str) -> tuple[str, str, str]:
+    """The name of a metric, what it measures with the key that a gate takes, and the unit after its value."""
+    name, text = METRICS.get(key, (key.replace("_", " "), ""))
+    return name, f"{text} (key: {key})" if text else f"key: {key}", UNITS.get(key, "")
 
 
 def code(text: str) -> Markup:

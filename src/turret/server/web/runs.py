@@ -53,7 +53,8 @@ async def _values(state: ServerState, run_id: str) -> render.Context:
     run = await state.control(state.workspace.run, run_id)
     steps = await state.control(state.workspace.curve, run_id, most=1)
     last = steps[-1] if steps else None
-    return {"run": run, "result": run["result"] or {}, "last": last, "stalled": _is_stalled(run)}
+    place = await state.control(state.workspace.queue.place, run_id) if run["state"] == "waiting" else None
+    return {"run": run, "result": run["result"] or {}, "last": last, "stalled": _is_stalled(run), "place": place}
 
 
 def _is_stalled(run: JsonMapping) -> bool:

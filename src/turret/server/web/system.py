@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from fastapi import Request, Response
 
+from turret.access import DEFAULT
 from turret.errors import Forbidden
+from turret.json_types import JsonObject
+from turret.server.models import is_on_base
 from turret.server.routes import State
 from turret.server.state import ServerState
 from turret.server.web import render
 from turret.server.web.forms import pages
+from turret.store import Version
+from turret.tasks import stored_task
 
 router = pages()
 
@@ -27,13 +35,18 @@ async def show(request: Request, state: State) -> Response:
         "runs": len(await state.control(state.workspace.runs)),
         "problems": await state.control(state.workspace.store.problems),
     }
-    return render.page(request, state, "store.html.j2", stored=stored, **await state.control(_traffic, state))
+    values = await state.control(_traffic, state)
+    return render.page(
+        request, state, "store.html.j2", stored=stored, example=_example(request, state, versions), **values
+    )
 
 
 @router.get("/store/traffic")
 async def traffic(request: Request, state: State) -> Response:
     """The live part: the traffic of each version, and the engine's own figures."""
-    return render.page(request, state, "traffic.html.j2", **await state.control(_traffic, state))
+    versions = await state.control(state.workspace.list)
+    values = await state.control(_traffic, state)
+    return render.page(request, state, "traffic.html.j2", example=_example(request, state, versions), **values)
 
 
 @router.post("/store/verify")
@@ -50,6 +63,25 @@ async def leftovers(request: Request, state: State) -> Response:
         raise Forbidden("the files of a store belong to all its tenants: an admin of the tenant default may list them")
     found = await state.control(state.workspace.gc, dry_run=True)
     return render.page(request, state, "leftovers.html.j2", found=found)
+
+
+def _example(request: Request, state: ServerState, versions: Sequence[Version]) -> str:
+    """A request to a version of this server, as a shell takes it: whole, with the token where one is needed."""
+    here = [each for each in versions if is_on_base(state, each)]
+    chosen = next((each for each in here if each.aliases or each.comparison is None), here[0] if here else None)
+    route, body = "completions", JsonObject({"model": state.engines.bases[0].name, "prompt": "Once", "max_tokens": 20})
+    if chosen is not None:
+        plain = state.aliases.version_of(chosen.name, None) == chosen.number
+        body["model"] = chosen.name if plain else str(chosen)
+        if not stored_task(chosen.part("task")).generates:
+            route, body = "classify", {"model": body["model"], "input": "a text of your own"}
+    asked = f"curl {str(request.base_url).rstrip('/')}/v1/{route} -H 'content-type: application/json'"
+    sent = f"-d {shlex.quote(json.dumps(body))}"
+    if state.guard.open:
+        return f"{asked} {sent}"
+    tenant = "" if state.access.tenant == DEFAULT else f" --tenant {state.access.tenant}"
+    make = f"TOKEN=$(turret token create shell{tenant} --store STORE)"
+    return f'{make}\n{asked} -H "authorization: Bearer $TOKEN" {sent}'
 
 
 def _traffic(state: ServerState) -> render.Context:

@@ -12,6 +12,17 @@
     return size >= 1000 ? value.toLocaleString("en") : String(+value.toPrecision(3));
   };
 
+  // The legend has the value under the cursor, or the newest one.
+  const latest = (chart, value, place, say) => {
+    const found = value ?? (chart.cursor?.idx == null ? chart.data[place].findLast((each) => each != null) : null);
+    return found == null ? "none" : say(found);
+  };
+  // A faint line has a faint marker, so that no two lines of a legend look alike.
+  const marker = (plot, place) => {
+    const line = plot.lines[place - 1];
+    return line == null ? "transparent" : line.alpha == null ? colour(line.colour) : faint(line.colour, 100 * line.alpha);
+  };
+
   function options(element, plot) {
     const axis = { stroke: colour("soft"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
     const x = { ...axis, size: 30, grid: { show: false }, values: (_, ticks) => ticks.map((each) => (Number.isInteger(each) ? short(each) : "")) };
@@ -22,12 +33,12 @@
       height: 220,
       padding: [8, 24, 0, 0],
       cursor: { drag: { x: true, y: false }, points: { size: 6 } },
-      legend: { live: true },
+      legend: { live: true, markers: { fill: (_, place) => marker(plot, place), stroke: (_, place) => marker(plot, place) } },
       scales: { x: { time: false }, y: { distr: plot.log ? 3 : 1, range: plot.range } },
       axes: [x, y],
       bands: plot.bands || [],
       series: [
-        { label: plot.x, value: (_, value) => (value == null ? "–" : value.toLocaleString("en")) },
+        { label: plot.x, value: (chart, value, place) => latest(chart, value, place, (each) => each.toLocaleString("en")) },
         ...plot.lines.map((line) => ({
           label: line.label,
           stroke: colour(line.colour),
@@ -37,7 +48,7 @@
           alpha: line.alpha ?? 1,
           spanGaps: true,
           points: { show: line.dots ?? false, size: 7, fill: colour(line.colour) },
-          value: (_, value) => (plot.say || short)(value),
+          value: (chart, value, place) => latest(chart, value, place, plot.say || short),
         })),
       ],
     };
@@ -70,6 +81,8 @@
 
   // --- a run ---
 
+  const NAMES = { accuracy: "accuracy", rougeL: "ROUGE-L" };
+
   function smooth(values) {
     let mean = null;
     const keep = 1 - 1 / Math.max(2, Math.min(40, values.length / 15));
@@ -77,6 +90,8 @@
   }
 
   function ofRun(run) {
+    const goes = document.querySelector("[data-running]") !== null;
+    const none = goes ? "no step yet" : "no step was made";
     const steps = run.steps, x = steps.map((each) => each.step);
     const chief = ["accuracy", "rougeL"].find((name) => steps.some((each) => each.metrics?.[name] != null));
     const held = steps.find((each) => each.split)?.split || "held out";
@@ -85,22 +100,22 @@
     const lossHeld = steps.map((each) => each.metrics?.loss ?? null);
     return {
       loss: {
-        x: "step", none: "no step yet", data: [x, loss, smooth(loss), lossHeld],
+        x: "step", none, data: [x, loss, smooth(loss), lossHeld],
         lines: [
-          { label: "each step", colour: "accent", width: 1, alpha: 0.35 },
-          { label: "smoothed", colour: "accent" },
-          { label: held, colour: "second", dots: true },
+          { label: "loss of each step", colour: "accent", width: 1, alpha: 0.35 },
+          { label: "loss, smoothed", colour: "accent" },
+          { label: `loss, ${held}`, colour: "second", dots: true },
         ],
       },
       metric: {
-        x: "step", none: "no evaluation yet", say: (value) => (value == null ? "–" : `${(100 * value).toFixed(1)}%`),
+        x: "step", none: goes ? "no evaluation yet" : "no evaluation was made during the training", say: (value) => (value == null ? "–" : `${(100 * value).toFixed(1)}%`),
         data: [measured.map((each) => each.step), measured.map((each) => each.metrics[chief])],
-        lines: [{ label: `${chief}, ${held}`, colour: "second", dots: true }],
+        lines: [{ label: `${NAMES[chief] || chief}, ${held}`, colour: "second", dots: true }],
       },
-      lr: { x: "step", none: "no step yet", data: [x, steps.map((each) => each.lr)], lines: [{ label: "learning rate", colour: "third" }] },
+      lr: { x: "step", none, data: [x, steps.map((each) => each.lr)], lines: [{ label: "learning rate", colour: "third" }] },
       memory: {
-        x: "step", none: "no step yet", say: (value) => (value == null ? "–" : `${Math.round(value)} MB`),
-        data: [x, steps.map((each) => each.rss / 1e6)], lines: [{ label: "resident", colour: "good", fill: faint("good", 12) }],
+        x: "step", none, say: (value) => (value == null ? "–" : `${Math.round(value)} MB`),
+        data: [x, steps.map((each) => each.rss / 1e6)], lines: [{ label: "memory", colour: "good", fill: faint("good", 12) }],
       },
     };
   }
@@ -141,6 +156,8 @@
   const READ = { run: ofRun, experiment: ofExperiment };
 
   async function load(place) {
+    place.hidden = document.querySelector("[data-waiting]") !== null; // a run that waits has nothing to draw
+    if (place.hidden) return;
     const answer = await fetch(place.dataset.url, { headers: { accept: "application/json" }, redirect: "error" });
     if (!answer.ok) throw new Error(String(answer.status));
     const plots = READ[place.dataset.plots](await answer.json());
