@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +355,39 @@ def test_any_override_of_any_key_is_applied_or_is_one_line(key: str, given_text:
         said = str(error)
     assert "\n" not in said
     assert Recipe.from_toml(changed.to_toml()) == changed
+
+
+COSTLY = {  # each with what is wrong with it
+    "a key of many parts": ("a" + ".a" * 20_000 + " = 1", "20001 parts"),
+    "a quoted key of many parts": ('"a"' + ' . "a"' * 16_000 + " = 1", "16001 parts"),
+    "a table of many parts": ("[" + "a." * 40_000 + "a]", "40001 parts"),
+    "many tables": ("[a.b]\n" * 9000, "keys and tables"),
+    "many keys": ("a = 1\n" * 9000, "9000 keys"),
+    "nested lists": ("a = " + "[" * 50_000, "nested 50000 deep"),
+    "nested tables": ("a = {" * 900, "nested 900 deep"),
+    "characters": ("#" * 100_001, "100001 characters"),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_recipe_that_is_costly_to_read_is_refused_before_it_is_read(name) -> None:
+    text, why = COSTLY[name]
+    started = time.perf_counter()
+    with pytest.raises(RecipeError, match=why) as refused:
+        Recipe.from_toml(text)
+    assert len(str(refused.value)) < 300
+    assert time.perf_counter() - started < 1  # tomllib takes 13 s for a key of 20,000 parts
+
+
+def test_dots_and_brackets_in_strings_and_comments_are_none() -> None:
+    many = "a.b." * 20 + "[" * 40 + "{" * 40 + "=" * 1001
+    for quoted in (
+        f'"{many}"',
+        f"'{many}'",
+        f'"""{many}\n"{many}"""',
+        f"'''{many}\n'{many}'''",
+        f'"\\"{many}"',
+        f"1 # {many}",
+    ):
+        with pytest.raises(RecipeError, match="unknown key"):  # it was read
+            Recipe.from_toml(f"x = {quoted}")

@@ -43,6 +43,7 @@ TurretError                 base of all; its text is one line: what failed, expe
     ├── Unauthorized        no token, or an unknown one
     ├── Forbidden           a token without the scope
     ├── TooLarge            more bytes than the limit
+    ├── HeadersTooLarge     more bytes of headers than the limit
     ├── TooSlow             the body did not arrive in time
     ├── WrongMediaType      a body that is not JSON
     └── QuotaSpent          a quota is used up; `retry_after` has the seconds to wait
@@ -311,6 +312,10 @@ class Forbidden(RequestError):
 
 class TooLarge(RequestError):
     """The request is larger than the limit."""
+
+
+class HeadersTooLarge(RequestError):
+    """The headers of the request are larger than the limit."""
 
 
 class TooSlow(RequestError):

@@ -12,6 +12,7 @@ from turret.errors import Forbidden, Unauthorized
 from turret.server.app import ROUTERS, create
 from turret.server.auth import Guard, check_origin
 from turret.server.sessions import COOKIE, Sessions, cookie, session_of
+from turret.server.web.forms import form_of
 from turret.store import Store
 
 # --- signing in ------------------------------------------------------------------------------------------------------
@@ -144,6 +145,42 @@ def test_sessions_end_by_time_and_by_number_and_are_kept_as_hashes() -> None:
     assert [sessions.token_hash(each) for each in (None, "", "nobody")] == [None, None, None]
     assert session_of(f"other=1; {cookie('abc', 5, secure=False).split(';')[0]}") == "abc"
     assert session_of("=;;\x00") is None
+    assert session_of(f"{COOKIE}=first; {COOKIE}=second") == "first"
+    assert session_of(f'{COOKIE}="quoted"') is None
+
+
+def test_a_session_over_https_counts_only_in_a_cookie_that_no_other_host_can_set() -> None:
+    sessions = Sessions(time.monotonic)
+    over_https, over_http = sessions.begin("one", secure=True), sessions.begin("two")
+    sent = cookie(over_https, 5, secure=True)
+    assert sent.startswith("__Host-turret_session=")
+    assert "; Secure" in sent
+    assert "Path=/;" in sent
+    assert "Domain" not in sent
+    assert session_of(sent.split(";")[0]) == over_https
+    assert session_of(f"{COOKIE}={over_https}") is None, "another host or a page over http may have set it"
+    assert session_of(f"{COOKIE}={over_http}; {sent.split(';')[0]}") == over_https
+    assert sessions.token_hash(over_https.removeprefix("s.")) is None
+
+
+@pytest.mark.parametrize("text", ["\\" * 31_000, '"' * 31_000, ";" * 31_000, "=" * 31_000, 'a="\\134' * 4_000])
+def test_a_cookie_header_is_read_in_the_time_that_its_bytes_take(text) -> None:
+    started = time.perf_counter()
+    for _ in range(10):
+        assert session_of(f'{COOKIE}="{text}"') is None
+    assert time.perf_counter() - started < 1  # http.cookies takes 24 s for the backslashes in Python 3.11.7
+
+
+def test_forms_are_read_as_browsers_encode_them() -> None:
+    form = form_of(b"a=b+c%20d&a=%C3%A9%2B&empty=&=nameless&&alone&bad=%zz%")
+    assert form.all("a") == ["b c d", "é+"]
+    assert (form.raw("empty"), form.raw("alone"), form.raw("bad"), form.raw("")) == ("", "", "%zz%", "nameless")
+    for wrong in (b"a=%ff", b"a=\xff", b"&".join(b"a=b" for _ in range(65))):
+        with pytest.raises(ValueError):
+            form_of(wrong)
+    started = time.perf_counter()
+    form_of(b"token=" + b"%" * (4 << 20))
+    assert time.perf_counter() - started < 2  # urllib takes 11 s
 
 
 def test_forms_of_one_session_are_none_of_another() -> None:

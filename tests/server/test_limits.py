@@ -12,6 +12,7 @@ from urllib.parse import quote
 import pytest
 
 from turret.server.limits import RequestLimits
+from turret.server.paths import is_page
 
 GOOD = {"model": "a", "input": "x"}
 
@@ -111,7 +112,7 @@ def test_half_a_body_is_400(serve, put) -> None:
     well(running)
 
 
-@pytest.mark.parametrize("nonsense", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET / HTTP/9\r\n\r\n", b"x" * 70_000])
+@pytest.mark.parametrize("nonsense", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET / HTTP/9\r\n\r\n", b"x" * 30_000])
 def test_what_is_not_http_is_400_in_json(serve, put, nonsense) -> None:
     put()
     running = serve()
@@ -120,6 +121,71 @@ def test_what_is_not_http_is_400_in_json(serve, put, nonsense) -> None:
         status, body = said(opened)
         assert (status, set(body["error"])) == (400, {"message", "type", "param", "code"})
     well(running)
+
+
+@pytest.mark.parametrize("size", [33_000, 100_000, 1_000_000])
+def test_headers_beyond_the_limit_are_431_and_those_within_it_are_read(serve, put, size) -> None:
+    put()
+    running = serve()
+    body = json.dumps(GOOD).encode()
+    for more in (f"x-a: {'x' * size}\r\n", "".join(f"x-{number}: y\r\n" for number in range(size // 8))):
+        with raw(running) as opened:
+            opened.sendall(head(len(body), more) + body)
+            status, answer = said(opened)
+            assert (status, answer["error"]["code"]) == (431, "headers_too_large")
+    with raw(running) as opened:
+        opened.sendall(head(len(body), f"x-a: {'x' * 32_000}\r\n") + body)
+        assert said(opened)[0] == 200
+        opened.sendall(head(len(body), f"x-a: {'x' * 33_000}\r\n") + body)  # the second request of a connection
+        assert said(opened)[0] == 431
+
+
+AMBIGUOUS = {
+    "folded": ("x-a: b\r\n c: d\r\n", "folded"),
+    "folded by a tab": ("x-a: b\r\n\tc: d\r\n", "folded"),
+    "a line feed alone": ("x-a: b\nx-c: d\r\n", "CR LF"),
+    "an empty line of a line feed alone": ("x-a: b\n\n", "CR LF"),
+    "a carriage return alone": ("x-a: b\rx-c: d\r\n", "CR LF"),
+    "a NUL": ("x-a: b\0\r\n", "control character"),
+    "two cookies": ("cookie: a=b\r\ncookie: a=c\r\n", "two Cookie headers"),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_headers_that_servers_read_in_different_ways_are_400(serve, put, name) -> None:
+    put()
+    running = serve()
+    more, why = AMBIGUOUS[name]
+    body = json.dumps(GOOD).encode()
+    for path in ("/v1/classify", "/healthz"):
+        with raw(running) as opened:
+            opened.sendall(head(len(body), more, path) + body)
+            status, answer = said(opened)
+            assert (status, why in answer["error"]["message"]) == (400, True), answer
+    with raw(running) as opened:  # a request that comes in two parts, cut between CR and LF, is a good one
+        sent = head(len(body), "x-a: b\r\n")
+        place = sent.index(b"x-a: b\r") + len(b"x-a: b\r")
+        opened.sendall(sent[:place])
+        time.sleep(0.05)
+        opened.sendall(sent[place:] + body)
+        assert said(opened)[0] == 200
+
+
+def test_a_body_has_the_limit_of_its_route(serve, put) -> None:
+    put()
+    running = serve()
+    client = running.client()
+    for method, path, most in (
+        ("POST", "/v1/classify", 4 << 20), ("POST", "/api/runs", 4 << 20), ("POST", "/playground", 4 << 20),
+        ("POST", "/api/adapters/a/promote", 64 << 10), ("POST", "/adapters/a/promote", 64 << 10),
+        ("POST", "/sign-in", 8 << 10), ("GET", "/v1/models", 8 << 10), ("POST", "/no-such-path", 8 << 10),
+    ):  # fmt: skip
+        form = "application/x-www-form-urlencoded" if is_page(path) else "application/json"
+        headers = {"content-type": form, "origin": running.url}
+        asked = [client.request(method, path, content=b"x" * size, headers=headers) for size in (most, most + 1)]
+        got = [each.status_code for each in asked]
+        assert got[0] != 413, (path, got)
+        assert got[1] == 413, (path, got)
 
 
 def test_a_wrong_content_type_is_415(serve, put) -> None:

@@ -1,17 +1,56 @@
-"""TOML for recipes: read with limits, and write values on one line."""
+"""TOML for recipes: read with limits, and write values on one line.
+
+`tomllib` takes quadratic time for a key with many dots, and for many tables below one another. So size and depth are
+checked before it reads a text.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from datetime import date, time
 
 from turret.json_types import JsonObject, JsonValue
 
+MOST_CHARACTERS = 100_000
+MOST_KEYS = 1000  # of all tables, and table headers
+MOST_PARTS = 8  # of one key: train.lr has two
+MOST_DEPTH = 16  # of brackets
+
+# Strings and comments, in which dots and brackets mean nothing. Each alternative ends where the next one begins.
+_QUOTED = re.compile(
+    r'''"""(?:[^"\\]|\\.|"{1,2}(?!"))*+"{3,5}|'{3}(?:[^']|'{1,2}(?!'))*+'{3,5}'''
+    r"""|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*'|\#[^\n]*""",
+    re.DOTALL,
+)
+_KEY = re.compile(r"[^\s=\[\]{},.]++(?:[ \t]*+\.[ \t]*+[^\s=\[\]{},.]++)*+")
+_BRACKETS = re.compile(r"[\[\]{}]")
+
+
+def check_shape(text: str) -> None:
+    """Raise ValueError for a text that is larger or nested deeper than any recipe. Takes time by the characters."""
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"it has {len(text)} characters: a recipe has at most {MOST_CHARACTERS}")
+    plain = _QUOTED.sub(lambda found: " " if found[0].startswith("#") else "_", text)
+    keys = plain.count("=") + plain.count("\n[")
+    if keys > MOST_KEYS:
+        raise ValueError(f"it has {keys} keys and tables: a recipe has at most {MOST_KEYS}")
+    parts = max((found[0].count(".") + 1 for found in _KEY.finditer(plain)), default=0)
+    if parts > MOST_PARTS:
+        raise ValueError(f"a key has {parts} parts: expected at most {MOST_PARTS}, such as train.lr")
+    depth = deepest = 0
+    for found in _BRACKETS.finditer(plain):
+        depth = depth + 1 if found[0] in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    if deepest > MOST_DEPTH:
+        raise ValueError(f"its lists or tables are nested {deepest} deep: expected at most {MOST_DEPTH}")
+
 
 def loads(text: str) -> JsonObject:
-    """Read a TOML document. Raises ValueError; also for dates and for integers of more than 64 bits."""
+    """Read a TOML document. Raises ValueError; also for dates, integers of more than 64 bits, and by `check_shape`."""
+    check_shape(text)
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError:

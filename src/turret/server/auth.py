@@ -140,12 +140,12 @@ class Guard:
         callers = (_caller(token) for token in self._tokens if token.lives(at))
         return next((caller for caller in callers if caller.key == key), None)
 
-    def sign_in(self, secret: str) -> str:
-        """Open a session with a token. Raises Unauthorized."""
+    def sign_in(self, secret: str, *, secure: bool = False) -> str:
+        """Open a session with a token. secure: over https. Raises Unauthorized."""
         _require_pages(self._token(f"Bearer {secret}"))
-        return self.sessions.begin(hashed(secret.strip()))
+        return self.sessions.begin(hashed(secret.strip()), secure=secure)
 
-    def sign_in_as(self, name: str, tenant: str) -> str:
+    def sign_in_as(self, name: str, tenant: str, *, secure: bool = False) -> str:
         """Open a session with the token of this name. Its tenant and name come from a trusted provider.
 
         Raises Unauthorized.
@@ -154,7 +154,7 @@ class Guard:
         if token is None or not token.lives(now()):
             raise Unauthorized(f"there is no token for {ascii(name)[:60]}: ask an operator for `turret token create`")
         _require_pages(token)
-        return self.sessions.begin(token.hash)
+        return self.sessions.begin(token.hash, secure=secure)
 
     def _anyone(self, host: str | None) -> Caller:
         if host is not None and not is_loopback(_without_port(host)):

@@ -54,6 +54,7 @@ TABLE: dict[type[BaseException], Rule] = {
     errors.GateFailed: Rule(409, _INVALID),
     errors.TooLarge: Rule(413, _INVALID),
     errors.WrongMediaType: Rule(415, _INVALID),
+    errors.HeadersTooLarge: Rule(431, _INVALID),
     errors.QuotaSpent: Rule(429, _LIMIT),
     errors.Busy: Rule(429, _LIMIT),
     errors.QueueFull: Rule(429, _LIMIT),

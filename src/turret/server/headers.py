@@ -2,14 +2,17 @@
 
 With Content-Length and Transfer-Encoding in one request, a proxy may use one and the server the other. What one of them
 takes for the body is then the next request of the other (request smuggling, RFC 9112, section 6.3). With two
-Authorization headers, a proxy may have checked the first one and the server would use the last one.
+Authorization headers, a proxy may have checked the first one and the server would use the last one; two Cookie headers
+are refused for the same reason. `check_head` refuses lines that only some servers read as one, before they are parsed.
 """
 
 from __future__ import annotations
 
+import re
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from turret.errors import BadRequest
+from turret.errors import BadRequest, HeadersTooLarge, RequestError
 from turret.server.error_responses import send_error
 
 
@@ -35,6 +38,31 @@ def ambiguity(scope: Scope) -> str | None:
             return "the request has both Content-Length and Transfer-Encoding: send one of them"
         if scope["http_version"] == "1.0":
             return "the request is HTTP/1.0 and has Transfer-Encoding: send Content-Length"
-    if names.count(b"authorization") > 1:
-        return "the request has two Authorization headers: send one"
+    for name in (b"authorization", b"cookie"):
+        if names.count(name) > 1:
+            return f"the request has two {name.decode().title()} headers: send one"
     return None
+
+
+_END = b"\r\n\r\n"
+_REFUSED = {  # a CR at the end may get its LF with the next bytes
+    re.compile(rb"(?<!\r)\n|\r(?=[^\n])"): "a line of the headers does not end in CR LF: end each so",
+    re.compile(rb"\n[ \t]"): "a header continues on a second line (folded): send each header on one line",
+    re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"): "the headers have a control character: leave it out",
+}
+
+
+def check_head(received: bytes, most: int) -> RequestError | None:
+    """What is wrong with the first line and the headers of a request, as far as they were received; None if nothing is.
+
+    Parsers read a line that ends in LF alone, and a folded one, in different ways. They also take quadratic time for
+    blanks before a control character.
+
+    Args:
+        most: Bytes of the first line and the headers together.
+    """
+    end = received.find(_END)
+    head = received if end < 0 else received[: end + len(_END)]
+    if len(head) > most:
+        return HeadersTooLarge(f"the headers have more than {most} bytes: send fewer or shorter ones")
+    return next((BadRequest(message) for found, message in _REFUSED.items() if found.search(head)), None)

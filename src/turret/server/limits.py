@@ -34,6 +34,7 @@ MOST_UNIT = 1024  # characters
 
 OPEN = ("/healthz", "/readyz")  # without a token, and without limits
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"  # the bodies of the API and of pages
+LARGE_BODIES = ("/v1/", "/tokenize", "/detokenize", "/api/runs", "/api/outcomes", "/playground")  # with texts or tables
 FILES, MULTIPART = "/v1/files", "multipart/form-data"  # the one route whose body is not read before it, and its type
 
 
@@ -41,7 +42,9 @@ FILES, MULTIPART = "/v1/files", "multipart/form-data"  # the one route whose bod
 class RequestLimits:
     """The limits of one server. Seconds are wall clock."""
 
-    body_bytes: int = 4 << 20  # of one request
+    body_bytes: int = 4 << 20  # of one request with texts, tables or outcomes
+    small_body_bytes: int = 64 << 10  # of any other request, and of the forms of pages
+    tiny_body_bytes: int = 8 << 10  # of signing in and out, and of a request that has no body
     bodies_bytes: int = 64 << 20  # of all requests in flight
     file_bytes: int = 200 << 20  # of one file that is sent for a batch
     body_keys: int = 4096  # of all objects in a body
@@ -59,6 +62,15 @@ class RequestLimits:
     outcomes_waiting: int = 32  # requests with outcomes
     shadow_inputs: int = 16  # inputs that shadows work on; more are dropped
     drain_seconds: float = 60.0
+
+    def body_bytes_of(self, method: str, path: str) -> int:
+        """The most bytes of a body, by its route."""
+        if method != "POST" or path in ("/sign-in", "/sign-out"):
+            return min(self.tiny_body_bytes, self.body_bytes)
+        if path.startswith(LARGE_BODIES):
+            return self.body_bytes
+        known = path.startswith("/api/") or is_page(path)
+        return min(self.small_body_bytes if known else self.tiny_body_bytes, self.body_bytes)
 
 
 class Load:
@@ -106,7 +118,8 @@ class LimitMiddleware:
             await self._pass_on(scope, receive, send)
             return
         self.load.requests += 1
-        body = _Body(self.limits, self.load, self.clients.limited(scope.get("client")))
+        most = self.limits.body_bytes_of(scope["method"], scope["path"])
+        body = _Body(self.limits, most, self.load, self.clients.limited(scope.get("client")))
         try:
             await self._pass(scope, receive, send, body)
         finally:
@@ -145,10 +158,16 @@ class LimitMiddleware:
 
 
 class _Body:
-    """The bytes of one request, counted until `close`. client: the one whose share they count towards, if any."""
+    """The bytes of one request, counted until `close`.
 
-    def __init__(self, limits: RequestLimits, load: Load, client: str | None) -> None:
+    Args:
+        most: Bytes of this body.
+        client: The one whose share they count towards, if any.
+    """
+
+    def __init__(self, limits: RequestLimits, most: int, load: Load, client: str | None) -> None:
         self.limits = limits
+        self.most = most
         self.load = load
         self.client = client
         self.content = bytearray()
@@ -156,7 +175,7 @@ class _Body:
     async def read(self, scope: Scope, receive: Receive) -> bytes | None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and (len(length) > 18 or int(length) > self.limits.body_bytes):
+        if length.isdigit() and (len(length) > 18 or int(length) > self.most):
             raise self._too_large()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
@@ -176,7 +195,7 @@ class _Body:
         return bytes(self.content)
 
     def _append(self, piece: bytes) -> None:
-        if len(self.content) + len(piece) > self.limits.body_bytes:
+        if len(self.content) + len(piece) > self.most:
             raise self._too_large()
         if self.load.bytes + len(piece) > self.limits.bodies_bytes:
             raise Busy("the bodies of other requests use all the memory for bodies: try again", 1)
@@ -189,7 +208,8 @@ class _Body:
         self.load.bytes += len(piece)
 
     def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body has more than {self.limits.body_bytes} bytes: send the inputs in several requests")
+        remedy = "send the inputs in several requests" if self.most == self.limits.body_bytes else "shorten it"
+        return TooLarge(f"the body has more than {self.most} bytes: {remedy}")
 
     def close(self) -> None:
         self.load.bytes -= len(self.content)

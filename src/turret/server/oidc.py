@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from turret.access import DEFAULT
 from turret.errors import ServeRefused, Unauthorized
 from turret.server.auth import is_loopback
+from turret.server.sessions import HOST
 
 PATH = "/sign-in/oidc"
 BACK = "/sign-in/oidc/back"  # where the provider sends the browser
@@ -237,8 +238,14 @@ def cookie(value: str, *, secure: bool) -> str:
 
     SameSite is Lax: the provider's page sends the browser back, and Strict would leave the cookie out.
     """
-    age = int(SECONDS) if value else 0
-    return f"{COOKIE}={value}; Path={PATH}; Max-Age={age}; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}"
+    age, name = int(SECONDS) if value else 0, cookie_name(secure=secure)
+    where = "/; Secure" if secure else PATH
+    return f"{name}={value}; Path={where}; Max-Age={age}; HttpOnly; SameSite=Lax"
+
+
+def cookie_name(*, secure: bool) -> str:
+    """The cookie's name. Over https no other host may have set it."""
+    return HOST + COOKIE if secure else COOKIE
 
 
 def _check_url(option: str, url: str) -> None:

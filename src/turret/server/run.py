@@ -61,7 +61,6 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                h11_max_incomplete_event_size=limits.header_bytes,
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=5,
             )

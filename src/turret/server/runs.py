@@ -39,7 +39,10 @@ class Runs(BaseModel):
 @control.post("/api/runs")
 async def train(body: TrainRequest, state: State) -> JsonObject:
     """Put a training into the queue. A `turret worker` of the same store takes it."""
-    recipe, files = Recipe.from_toml(body.recipe), {name: text.encode() for name, text in body.files.items()}
+    recipe, files = (
+        await state.parsing(Recipe.from_toml, body.recipe),
+        {name: text.encode() for name, text in body.files.items()},
+    )
     own = next((each.id for each in state.engines.bases if recipe.base in (each.name, each.id)), None)
     if own is not None:
         recipe = recipe.model_copy(update={"base": own})

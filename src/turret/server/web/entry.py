@@ -11,7 +11,7 @@ from turret.errors import NotFound, Unauthorized
 from turret.server import oidc
 from turret.server.auth import Caller
 from turret.server.routes import State
-from turret.server.sessions import cookie
+from turret.server.sessions import cookie, cookie_value
 from turret.server.state import ServerState
 from turret.server.web import render
 from turret.server.web.forms import Sent, pages
@@ -39,7 +39,7 @@ async def sign_in(request: Request, state: State, form: Sent) -> Response:
     """Open a session."""
     next = _local(form.text("next"))
     try:
-        session = state.guard.sign_in(form.text("token"))
+        session = state.guard.sign_in(form.text("token"), secure=_secure(request))
     except Unauthorized as error:
         return _form(request, state, next, problem=str(error))
     state.guard.sessions.end(request.state.caller.session)
@@ -52,9 +52,10 @@ async def sign_in(request: Request, state: State, form: Sent) -> Response:
 @router.get(oidc.PATH)
 async def ask_provider(request: Request, state: State, next: str = "/") -> Response:
     """Go to the page of the OpenID Connect provider."""
-    url, begun = _provider(state).begin(_local(next))
+    provider = _provider(state)
+    url, begun = provider.begin(_local(next))
     response = RedirectResponse(url, 303)
-    response.headers["set-cookie"] = oidc.cookie(begun, secure=_secure(request))
+    response.headers["set-cookie"] = oidc.cookie(begun, secure=_secure_by(provider, request))
     return response
 
 
@@ -66,10 +67,11 @@ async def come_back(request: Request, state: State) -> Response:
     out of the request that follows a redirect.
     """
     provider = _provider(state)
-    secure = _secure(request) or provider.settings.public_url.startswith("https://")
+    secure = _secure_by(provider, request)
     try:
-        person = await state.control(provider.finish, request.cookies.get(oidc.COOKIE), dict(request.query_params))
-        session = state.guard.sign_in_as(person.name, person.tenant)
+        begun = cookie_value(request.headers.get("cookie"), oidc.cookie_name(secure=secure))
+        person = await state.control(provider.finish, begun, dict(request.query_params))
+        session = state.guard.sign_in_as(person.name, person.tenant, secure=secure)
         await state.replica.share_session(session, None)
     except Unauthorized as error:
         refused = _form(request, state, "/", problem=str(error))
@@ -125,6 +127,11 @@ def _local(url: str) -> str:
     """The URL if it is a path of this server, else `/`. Browsers read `//host` and a backslash as another server."""
     local = url.startswith("/") and not url.startswith("//") and "\\" not in url
     return url if local and url.isascii() and url.isprintable() and len(url) <= 500 else "/"
+
+
+def _secure_by(provider: oidc.Oidc, request: Request) -> bool:
+    """Whether the browser uses https: a request that no form sent does not say so behind a proxy with TLS."""
+    return provider.settings.public_url.startswith("https://") or _secure(request)
 
 
 def _secure(request: Request) -> bool:
