@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import byte_level
@@ -14,8 +20,9 @@ import pytest
 
 from turret import bases
 from turret.engine import Engine, Limits, Options
-from turret.engine.constraint import MOST_BYTES, Constraint
-from turret.errors import DataError, NotFound
+from turret.engine.constraint import MOST_BYTES, MOST_DEPTH, Constraint
+from turret.engine.constraint_process import ConstraintProcess, Refusal
+from turret.errors import DataError, EngineError, NotFound
 
 PROMPT = "the film "
 
@@ -143,6 +150,7 @@ def test_a_masked_row_leaves_the_scores_of_other_rows_bit_equal(base) -> None:
 
     constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [base.tokenizer.eos_token_id])
     guide = Guide(constraints.compiled(Constraint.choice(["yes", "no"])), constraints.eos, constraints.eos)
+    constraints.close()
 
     rows = [Row(GenerationSettings(9, tuple(constraints.eos)))] * 3
     scores = torch.randn(3, byte_level.VOCABULARY, generator=torch.Generator().manual_seed(1))
@@ -159,6 +167,7 @@ def test_the_end_of_an_adapter_that_is_not_the_bases_ends_a_constrained_answer(b
     other, eos = 0, base.tokenizer.eos_token_id
     constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [eos])
     guide = Guide(constraints.compiled(Constraint.regex("a*")), constraints.eos, [other])
+    constraints.close()
     import torch
 
     scores = torch.zeros(byte_level.VOCABULARY)
@@ -213,3 +222,182 @@ def test_a_schema_larger_than_the_limit_is_refused_at_once() -> None:
         Constraint.json_schema({"title": "x" * MOST_BYTES})
     with pytest.raises(DataError, match="expected 1 to 1024 texts"):
         Constraint.choice(["x"] * 1025)
+
+
+# --- constraints that would end the process ---------------------------------------------------------------------------
+
+
+def chained(definitions: int, depth: int, kind: str = "items") -> dict[str, Any]:
+    """A schema of lists (or anyOf, or items alone) in one another, continued in the next definition by a `$ref`."""
+    made: dict[str, Any] = {}
+    for number in range(definitions):
+        inner: Any = {"type": "string"} if number + 1 == definitions else {"$ref": f"#/$defs/{number + 1}"}
+        for _ in range(depth):
+            inner = {"items": {"type": "array", "items": inner}, "anyOf": {"anyOf": [inner]}, "bare": {"items": inner}}[
+                kind
+            ]
+        made[str(number)] = inner
+    return {"$defs": made, "$ref": "#/$defs/0"}
+
+
+def chain_of_rules(count: int, name: str = "r") -> str:
+    rules = (f'{name}{number}: "a" {name}{number + 1}' for number in range(count))
+    return "\n".join([f"start: {name}0", *rules, f'{name}{count}: "b"', ""])
+
+
+KILLERS: dict[str, Any] = {  # each ended the whole process with SIGSEGV
+    "a chain of references": lambda: Constraint.json_schema(chained(39, 100, "bare")),
+    "a chain of references and anyOf": lambda: Constraint.json_schema(chained(39, 70, "anyOf")),
+    "a chain of rules": lambda: Constraint.lark(chain_of_rules(3200)),
+    "a chain of terminals": lambda: Constraint.lark(chain_of_rules(3200, "R")),
+    "brackets": lambda: Constraint.lark("start: " + "(" * 30_000 + '"a"' + ")" * 30_000),
+    "a tool": lambda: Constraint.json_between(["<"], chained(39, 100, "bare"), [">"], "the schema of a tool"),
+}
+HIDDEN = (
+    f"start: found\nfound: %json {json.dumps(chained(55, 95, 'bare'))}"  # the references of a schema within a grammar
+)
+
+
+@pytest.mark.parametrize("name", KILLERS)
+def test_a_constraint_that_is_nested_too_deeply_is_refused_before_it_is_compiled(name) -> None:
+    started = time.perf_counter()
+    with pytest.raises(DataError, match=f"more than {MOST_DEPTH} deep") as refused:
+        KILLERS[name]()
+    assert len(str(refused.value)) < 300
+    assert time.perf_counter() - started < 2
+
+
+def test_schemas_and_grammars_that_refer_to_themselves_or_are_deep_but_not_too_deep_are_answered(engine) -> None:
+    tree = {
+        "$defs": {"tree": {"type": "object", "properties": {"next": {"$ref": "#/$defs/tree"}}, "required": ["next"]}},
+        "anyOf": [{"$ref": "#/$defs/tree"}, {"$ref": "#"}, {"type": "boolean"}],
+    }
+    again = 'start: thing\nthing: "(" thing ")" | "a" thing | "b"'
+    for made in (
+        Constraint.json_schema(tree),
+        Constraint.lark(again),
+        Constraint.json_schema(chained(5, 80)),
+        Constraint.lark(chain_of_rules(400)),
+        Constraint.regex("(" * 100 + "a" + ")" * 100),
+    ):
+        answer = engine.submit("generate", PROMPT, None, Options(max_tokens=4, constraint=made)).result(60)
+        assert answer["finish_reason"] in ("stop", "length")
+
+
+def test_a_constraint_that_kills_its_compiler_is_one_line_and_other_answers_go_on(engine) -> None:
+    beside = engine.submit("generate", PROMPT, None, Options(max_tokens=200, temperature=1.0))
+    for _ in range(2):  # the second time it is known
+        with pytest.raises(DataError, match="takes more stack") as refused:
+            engine.submit("generate", PROMPT, None, Options(max_tokens=4, constraint=Constraint.lark(HIDDEN)))
+        assert len(str(refused.value)) < 300
+    good = Options(max_tokens=4, constraint=Constraint.choice(["yes", "no"]))
+    assert engine.submit("generate", PROMPT, None, good).result(60)["text"] in ("yes", "no")
+    assert beside.result(60)["tokens"] > 0
+
+
+def test_without_the_helper_the_same_constraint_ends_the_process(tmp_path) -> None:
+    program = (
+        "import sys\n"
+        "from turret.engine.constraint import Constraint\n"
+        "from turret.engine.constraint_process import STACK, matcher_of, tokenizer_of, with_stack\n"
+        "tokens = tokenizer_of(open(sys.argv[1]).read(), 400, [2])\n"
+        "grammar = Constraint.lark(open(sys.argv[2]).read()).grammar\n"
+        "print(with_stack(STACK, lambda: matcher_of(tokens, grammar)).is_error())\n"
+    )
+    (tmp_path / "tokenizer").write_text(byte_level.tokenizer().backend_tokenizer.to_str())
+    statuses = {}
+    for name, grammar in {"good": 'start: "a"', "killer": HIDDEN}.items():
+        (tmp_path / name).write_text(grammar)
+        command = [sys.executable, "-c", program, str(tmp_path / "tokenizer"), str(tmp_path / name)]
+        statuses[name] = subprocess.run(command, capture_output=True, check=False).returncode
+    assert statuses == {"good": 0, "killer": -signal.SIGSEGV}
+
+
+@pytest.fixture
+def helper() -> Iterator[ConstraintProcess]:
+    made = ConstraintProcess(byte_level.tokenizer().backend_tokenizer.to_str(), byte_level.VOCABULARY, [2], seconds=2)
+    yield made
+    made.close()
+
+
+GOOD = Constraint.choice(["yes", "no"]).grammar
+
+
+def test_a_helper_that_somebody_kills_or_stops_is_replaced(helper) -> None:
+    assert helper.check(GOOD) is None
+    first = helper._process.pid
+    os.kill(first, signal.SIGKILL)
+    assert helper.check(GOOD) is None
+    assert helper._process.pid != first
+    os.kill(helper._process.pid, signal.SIGSTOP)
+    refused = helper.check(GOOD)
+    assert isinstance(refused, Refusal)
+    assert refused.late
+    assert "more than 2 seconds" in refused.why
+    assert helper.check(GOOD) is None
+    assert helper.started == 3
+
+
+def test_a_helper_that_is_killed_every_time_is_an_error_of_the_engine(helper) -> None:
+    assert helper.check(GOOD) is None
+    import threading
+
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.is_set():
+            with contextlib.suppress(AttributeError, ProcessLookupError):
+                os.kill(helper._process.pid, signal.SIGKILL)
+            time.sleep(0.001)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with pytest.raises(EngineError, match="a constraint cannot be compiled"):
+            helper.check(GOOD)
+    finally:
+        over.set()
+        killer.join()
+    assert helper.check(GOOD) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_helper_has_a_limit_of_memory_none_of_the_environments_secrets_and_ends_with_its_parent(tmp_path) -> None:
+    program = (
+        "import sys\n"
+        "from turret.engine.constraint_process import ConstraintProcess\n"
+        "helper = ConstraintProcess(open(sys.argv[1]).read(), 400, [2])\n"
+        "assert helper.check(sys.argv[2]) is None\n"
+        "print(helper._process.pid, flush=True)\n"
+        "input()\n"
+    )
+    (tmp_path / "tokenizer").write_text(byte_level.tokenizer().backend_tokenizer.to_str())
+    command = [sys.executable, "-c", program, str(tmp_path / "tokenizer"), GOOD]
+    environment = {**os.environ, "AWS_SECRET_ACCESS_KEY": "hidden"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        of_helper = Path("/proc") / parent.stdout.readline().strip()
+        limits = (of_helper / "limits").read_text()
+        assert "unlimited" not in next(line for line in limits.splitlines() if "address space" in line)
+        assert b"hidden" not in (of_helper / "environ").read_bytes()
+        parent.kill()
+        parent.wait()
+    until = time.monotonic() + 10
+    while of_helper.exists() and "Z" not in (of_helper / "stat").read_text().rpartition(")")[2]:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_constraint_that_was_compiled_before_asks_the_helper_nothing(base) -> None:
+    from turret.engine.guide import COMPILED, Constraints
+
+    constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [base.tokenizer.eos_token_id])
+    many = [Constraint.choice([f"yes{number}", "no"]) for number in range(COMPILED + 1)]
+    for each in many:
+        constraints.compiled(each)
+    constraints.close()  # the helper starts again if it is asked
+    for each in many:  # the first one is compiled again, without the helper
+        constraints.compiled(each)
+    assert constraints._helper.started == 1
+    constraints.compiled(Constraint.choice(["another", "no"]))
+    assert constraints._helper.started == 2
+    constraints.close()

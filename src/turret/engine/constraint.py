@@ -1,19 +1,23 @@
 """What an answer must look like: a JSON schema, a regular expression, one of several texts, or a grammar.
 
-A constraint is a text; `guide` compiles it and follows it. Loads no torch.
+A constraint is a text; `guide` compiles it and follows it. Compiling recurses, so how deep a schema or a grammar is
+nested, also through its references, is checked first. Loads no torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from turret.errors import DataError, one_line
-from turret.json_types import JsonMapping
+from turret.json_types import JsonMapping, JsonValue
 
 MOST_BYTES = 64 << 10  # of a schema, an expression, a grammar, or all choices together
 MOST_CHOICES = 1024
+MOST_DEPTH = 512  # of a schema's objects and lists, and of a grammar's rules and brackets, along their references
 WHITE_SPACE = r"[\x20\x0A]{1,20}"  # between the parts of JSON; unbounded, a model may write nothing else
 
 
@@ -29,6 +33,7 @@ class Constraint:
         """JSON that the schema accepts. Keywords that cannot be enforced are refused when it is compiled."""
         from llguidance import LLMatcher
 
+        _check_schema_depth(schema, what)
         text = _bounded(json.dumps(schema), what)
         try:
             grammar = LLMatcher.grammar_from_json_schema(
@@ -62,6 +67,7 @@ class Constraint:
         cls, before: Sequence[str | int], schema: JsonMapping, after: Sequence[str | int], what: str
     ) -> Constraint:
         """JSON that a schema accepts, between fixed parts. before, after: texts, and ids of special tokens."""
+        _check_schema_depth(schema, what)
         options = {"x-guidance": {"lenient": False, "whitespace_pattern": WHITE_SPACE}}
         parts = [*map(_fixed, before), "found", *map(_fixed, after)]
         return cls.lark(f"start: {' '.join(parts)}\nfound: %json {json.dumps({**schema, **options})}", what)
@@ -71,7 +77,8 @@ class Constraint:
         """A text of a grammar in llguidance's variant of Lark."""
         from llguidance import LLMatcher
 
-        return cls(LLMatcher.grammar_from_lark(_bounded(grammar, what)), what)
+        _check_grammar_depth(_bounded(grammar, what), what)
+        return cls(LLMatcher.grammar_from_lark(grammar), what)
 
 
 def quoted(text: str) -> str:
@@ -88,3 +95,90 @@ def _bounded(text: str, what: str) -> str:
     if not text or size > MOST_BYTES:
         raise DataError(f"{what} has {size} bytes: expected 1 to {MOST_BYTES}")
     return text
+
+
+# --- how deep it is nested --------------------------------------------------------------------------------------------
+
+
+def _check_schema_depth(schema: JsonMapping | bool, what: str) -> None:
+    """Raise DataError for a schema that is nested too deeply. A reference counts as if its target stood in its place.
+
+    A target is followed where it is first referred to, as a compiler does; so a schema may refer to itself.
+    """
+    seen: set[str] = set()
+    waiting: list[tuple[JsonValue, int]] = [(dict(schema) if isinstance(schema, Mapping) else schema, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > MOST_DEPTH:
+            raise _too_deep(what, "objects and lists, its references included,")
+        if isinstance(value, dict):
+            reference = value.get("$ref")
+            if isinstance(reference, str) and reference not in seen:
+                seen.add(reference)
+                waiting.append((_target(schema, reference), depth + 1))
+            waiting += [(each, depth + 1) for key, each in value.items() if key not in _DEFINITIONS]
+        elif isinstance(value, list):
+            waiting += [(each, depth + 1) for each in value]
+
+
+_DEFINITIONS = ("$defs", "definitions")  # they count where something refers to them
+
+
+def _target(schema: JsonMapping | bool, reference: str) -> JsonValue:
+    """What a `$ref` within a schema refers to, by its path; None if it refers to nothing, or by another name."""
+    value: JsonValue = dict(schema) if isinstance(schema, Mapping) else schema
+    for part in reference.partition("#")[2].split("/")[1:]:
+        key = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif isinstance(value, list) and key.isascii() and key.isdigit() and len(key) < 7:
+            value = value[int(key)] if int(key) < len(value) else None
+        else:
+            return None
+    return value
+
+
+_STRING = r'"(?:[^"\\\n]|\\.)*+"'
+_REGEX = r"/(?![/*])(?:[^/\\\n]|\\.)*+/[imslux]*"
+_COMMENT = r"(?://|\#)[^\n]*"
+_TOKEN = re.compile(rf"{_STRING}|{_REGEX}|{_COMMENT}|%json\b|(?P<word>[A-Za-z_]\w*)|[()\[\]{{}}]|(?P<colon>:)")
+
+
+def _check_grammar_depth(grammar: str, what: str) -> None:
+    """Raise DataError for a Lark grammar with brackets, schemas or a chain of rules that are nested too deeply."""
+    rules: dict[str, tuple[int, list[str]]] = {}
+    for name, text in _rules(grammar):
+        depth = deepest = 0
+        words: list[str] = []
+        for found in _TOKEN.finditer(text):
+            if found["word"]:
+                words.append(found["word"])
+            elif found[0] in ("(", "[", "{"):
+                depth += 1
+                deepest = max(deepest, depth)
+            elif found[0] in (")", "]", "}"):
+                depth = max(0, depth - 1)
+        rules[name] = deepest + 1, words
+    entered: set[str] = set()
+    for first in ("start", *rules):
+        waiting = [(first, 0)]
+        while waiting:
+            name, above = waiting.pop()
+            if name in entered or name not in rules:
+                continue
+            entered.add(name)
+            deepest, words = rules[name]
+            if above + deepest > MOST_DEPTH:
+                raise _too_deep(what, "brackets and rules that refer to rules")
+            waiting += [(word, above + deepest) for word in words]
+
+
+def _rules(grammar: str) -> Iterator[tuple[str, str]]:
+    """The rules and terminals of a Lark grammar: their names, and what follows them."""
+    starts = list(re.finditer(r"^[ \t]*[?!]?([A-Za-z_]\w*)[^:\n\"/]*:", grammar, re.MULTILINE))
+    for found, following in zip(starts, [*starts[1:], None], strict=True):
+        yield found[1], grammar[found.end() : len(grammar) if following is None else following.start()]
+
+
+def _too_deep(what: str, nested: str) -> DataError:
+    return DataError(f"{what} has {nested} nested more than {MOST_DEPTH} deep: nest it less deeply")

@@ -22,6 +22,7 @@ from turret.engine.adapter_loader import AdapterLoader, Need, Warm
 from turret.engine.adapter_source import AdapterSource
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.calls import answers
+from turret.engine.constraint import Constraint
 from turret.engine.counters import Counters
 from turret.engine.options import Options
 from turret.engine.passes import Passes
@@ -178,6 +179,14 @@ class Engine:
         """`{"text", "finish_reason", "tokens", "prompt_tokens"}` for each text, in order. Raises as `submit` does."""
         return answers(self.submit, "generate", texts, adapter, options, self.limits, priority, deadline)
 
+    def compile(self, constraint: Constraint) -> None:
+        """Compile a constraint, so that a request with it is submitted at once. May take seconds. Raises DataError."""
+        self._prompts.constraints.compiled(constraint)
+
+    def is_compiled(self, constraint: Constraint) -> bool:
+        """Whether a request with this constraint is submitted at once."""
+        return self._prompts.constraints.is_compiled(constraint)
+
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def warm(self, reference: str, *, pin: bool = False) -> Named:
@@ -278,6 +287,7 @@ class Engine:
         if not already:
             self._loader.close()
             self._runner.close()
+            self._prompts.constraints.close()
 
     def __enter__(self) -> Engine:
         return self

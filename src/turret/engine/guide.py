@@ -1,32 +1,33 @@
 """Which tokens may follow in a constrained answer, by llguidance.
 
 A constrained row masks its own scores; it is a row of the mixed pass like any other. Compiling is bounded by the size
-of the constraint and by llguidance's limits, and releases Python's global lock.
+of the constraint and by llguidance's limits, and releases Python's global lock. It happens in a helper process first
+(`constraint_process`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from turret.engine.constraint import Constraint
+from turret.engine.constraint_process import STACK, ConstraintProcess, Refusal, matcher_of, tokenizer_of, with_stack
 from turret.errors import DataError, one_line
 from turret.transformer import Tokenizer
 
 COMPILED = 64  # constraints that stay compiled
-# Of llguidance: a lexer state takes 1 to 2 kB, and fuel is spent at 14 to 50 units a microsecond.
-LEXER_STATES = 30_000
-GRAMMAR_SIZE = 100_000
-COMPILE_FUEL = 1_000_000
-STEP_FUEL = 200_000
-STEP_ITEMS = 20_000
+CHECKED = 4096  # constraints that the helper process need not compile again
+LATE_SECONDS = 60.0  # for which one that took too long is not tried again
 
 
 class Constraints:
@@ -40,37 +41,71 @@ class Constraints:
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, eos: Sequence[int]) -> None:
         self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, list(eos)
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._known: OrderedDict[bytes, LLMatcher] = OrderedDict()  # by digest
+        self._checked: OrderedDict[bytes, tuple[Refusal | None, float]] = OrderedDict()  # digest -> until when
         self._own: LLTokenizer | None = None
+        self._helper: ConstraintProcess | None = None
 
     def compiled(self, constraint: Constraint) -> LLMatcher:
-        """A matcher at its start, for one answer. May take a second; runs on the caller's thread. Raises DataError."""
+        """A matcher at its start, for one answer. May take seconds; runs on the caller's thread. Raises DataError."""
+        digest = _digest(constraint)
         with self._lock:
-            known = self._known.get(constraint.grammar)
+            known = self._known.get(digest)
             if known is not None:
-                self._known.move_to_end(constraint.grammar)
-            tokens = self._tokens()
+                self._known.move_to_end(digest)
+            tokens, helper = self._opened()
         if known is None:
-            known = _compile(tokens, constraint)
+            if (refused := self._checked_by(helper, digest, constraint)) is not None:
+                raise DataError(f"{constraint.what} cannot be used: {_reason(refused.why)}")
+            known = with_stack(STACK, lambda: matcher_of(tokens, constraint.grammar))
+            if known.is_error():
+                raise DataError(f"{constraint.what} cannot be used: {_reason(known.get_error())}")
             with self._lock:
-                self._known[constraint.grammar] = known
+                self._known[digest] = known
                 while len(self._known) > COMPILED:
                     self._known.popitem(last=False)
         return known.deep_copy()
 
-    def _tokens(self) -> LLTokenizer:
-        """The tokenizer as llguidance reads it. Called with the lock."""
-        if self._own is None:
+    def is_compiled(self, constraint: Constraint) -> bool:
+        """Whether `compiled` would answer at once."""
+        return _digest(constraint) in self._known
+
+    def close(self) -> None:
+        """End the helper process."""
+        with self._lock:
+            if self._helper is not None:
+                self._helper.close()
+
+    def _checked_by(self, helper: ConstraintProcess, digest: bytes, constraint: Constraint) -> Refusal | None:
+        """Why the constraint must not be compiled here; None if the helper could compile it, now or before."""
+        with self._lock:
+            refused, until = self._checked.get(digest, (None, 0.0))
+            if time.monotonic() < until:
+                self._checked.move_to_end(digest)
+                return refused
+        refused = helper.check(constraint.grammar)
+        with self._lock:
+            late = refused is not None and refused.late
+            self._checked[digest] = refused, time.monotonic() + (LATE_SECONDS if late else math.inf)
+            while len(self._checked) > CHECKED:
+                self._checked.popitem(last=False)
+        return refused
+
+    def _opened(self) -> tuple[LLTokenizer, ConstraintProcess]:
+        """The tokenizer as llguidance reads it, here and in the helper. Called with the lock."""
+        if self._own is None or self._helper is None:
             backend = getattr(self._tokenizer, "backend_tokenizer", None)
             if backend is None or not self._eos:
                 raise DataError("structured answers need a base with a fast tokenizer and an end-of-text token")
             size = max(self._vocabulary, backend.get_vocab_size())
+            text = str(backend.to_str())
             try:
-                self._own = LLTokenizer(backend.to_str(), n_vocab=size, eos_token=self._eos)
+                self._own = tokenizer_of(text, size, self._eos)
             except Exception as error:  # Rust's, of any type
                 reason = one_line(str(error), 160)
                 raise DataError(f"structured answers do not work with the tokenizer of this base: {reason}") from None
-        return self._own
+            self._helper = ConstraintProcess(text, size, self._eos)
+        return self._own, self._helper
 
     @property
     def eos(self) -> Sequence[int]:
@@ -78,20 +113,8 @@ class Constraints:
         return self._eos
 
 
-def _compile(tokens: LLTokenizer, constraint: Constraint) -> LLMatcher:
-    limits = LLParserLimits(
-        initial_lexer_fuel=COMPILE_FUEL,
-        step_lexer_fuel=STEP_FUEL,
-        step_max_items=STEP_ITEMS,
-        max_lexer_states=LEXER_STATES,
-        max_grammar_size=GRAMMAR_SIZE,
-        precompute_large_lexemes=False,
-        verbose_errors=False,
-    )
-    matcher = LLMatcher(tokens, constraint.grammar, log_level=0, limits=limits)
-    if matcher.is_error():
-        raise DataError(f"{constraint.what} cannot be used: {_reason(matcher.get_error())}")
-    return matcher
+def _digest(constraint: Constraint) -> bytes:
+    return hashlib.sha256(constraint.grammar.encode("utf-8", "surrogatepass")).digest()
 
 
 def _reason(error: str) -> str:

@@ -19,11 +19,11 @@ from turret.data.conversations import prompt_of, turns_of
 from turret.engine import Piece
 from turret.engine.constraint import Constraint
 from turret.errors import BadRequest
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.server import chat_schemas
 from turret.server.completions import EVENTS
 from turret.server.engine_protocol import Input
-from turret.server.generation import Chunk, constraint_of, generation_options, repeated, stream, unknown_keys
+from turret.server.generation import Chunk, constraint_of, options_of, repeated, stream, unknown_keys
 from turret.server.limits import MOST_TEXT, MOST_TOOLS
 from turret.server.routes import State, Unit, router, usage
 from turret.server.state import ServerState
@@ -45,10 +45,11 @@ async def chat(
     tools = await state.parsing(ToolCalls, state, body) if called else None
     times = body.n or 1
     prompts = repeated([await state.parsing(prompt, state, body)], times)
-    own = None if tools is None else tools.constraint
-    if own is not None and constraint_of(body) is not None:
+    own = None if tools is None else await state.parsing(tools.constraint)
+    if own is not None and await state.parsing(constraint_of, body) is not None:
         raise BadRequest("two constraints: a required call of a tool has its own, leave response_format out")
-    options = generation_options(state, body, body.max_completion_tokens or body.max_tokens, times, constraint=own)
+    most = body.max_completion_tokens or body.max_tokens
+    options = await options_of(state, body, most, times, constraint=own)
     if body.stream:
         return await stream(state, request, body, prompts, options, unit, ChatChunks(bool(body.logprobs), tools))
     async with state.ask(request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
@@ -130,26 +131,21 @@ class ToolCalls:
             self._callable = [choice.function.name]
         self._must = choice not in (None, "auto")
 
-    @property
     def constraint(self) -> Constraint | None:
         """One call as the base's chat template writes it, with arguments that fit; None if a call is not required."""
         if not self._must:
             return None
-        calls = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": name},
-                    self._form.key: self._tools[name].parameters or {"type": "object"},
-                },
-                "required": ["name", self._form.key],
-                "additionalProperties": False,
-            }
-            for name in self._callable
-        ]
+        several, key = len(self._callable) > 1, self._form.key
+        calls = []
+        for number, name in enumerate(self._callable):
+            place = f"#{f'/anyOf/{number}' if several else ''}/properties/{key}"
+            parameters = _moved(self._tools[name].parameters or {"type": "object"}, place)
+            properties = {"name": {"const": name}, key: parameters}
+            call: JsonObject = {"type": "object", "properties": properties, "required": ["name", key]}
+            calls.append(call | {"additionalProperties": False})
         return Constraint.json_between(
             self._template.in_ids(self._form.before),
-            calls[0] if len(calls) == 1 else {"anyOf": calls},
+            {"anyOf": calls} if several else calls[0],
             self._template.in_ids(self._form.after),
             "the schema of a tool",
         )
@@ -169,6 +165,19 @@ class ToolCalls:
             for call in answer.calls
         ]
         return answer.content, calls
+
+
+def _moved(schema: JsonValue, place: str) -> JsonValue:
+    """A schema that stands at this place in another one: its references lead there."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _moved(value, place) for key, value in schema.items()}
+    reference = found.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        found["$ref"] = place + reference[1:]
+    return found
 
 
 class ChatChunks:

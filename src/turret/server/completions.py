@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from turret.engine import Piece
 from turret.json_types import JsonMapping, JsonObject
 from turret.server.engine_protocol import Answer
-from turret.server.generation import Chunk, generation_options, repeated, stream, unknown_keys
+from turret.server.generation import Chunk, options_of, repeated, stream, unknown_keys
 from turret.server.routes import State, Unit, router, usage
 from turret.server.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 
@@ -33,7 +33,7 @@ async def complete(
     ranked = times > (body.n or 1)
     prompts = repeated(body.prompts(), times)
     logprobs = (body.logprobs or 0) if ranked else body.logprobs
-    options = generation_options(
+    options = await options_of(
         state, body, body.max_tokens, len(prompts), times=times, strip=False, echo=body.echo, logprobs=logprobs
     )
     if body.stream:

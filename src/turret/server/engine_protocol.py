@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias
 
 from turret.data import Prompt
 from turret.engine import Event, LoadedAdapter, Named, Options, Receipt, Stats
+from turret.engine.constraint import Constraint
 from turret.json_types import JsonObject
 from turret.tasks.task import RequestKind
 from turret.transformer import Tokenizer
@@ -61,6 +62,8 @@ class EngineProtocol(Protocol):
         deadline: float | None = None,
         tenant: str = "",
     ) -> TicketProtocol: ...
+    def compile(self, constraint: Constraint) -> None: ...  # may take seconds
+    def is_compiled(self, constraint: Constraint) -> bool: ...
     def warm(self, reference: str, *, pin: bool = False) -> Named: ...
     def unload(self, reference: str) -> Named: ...
     def unpin(self, reference: str) -> Named: ...

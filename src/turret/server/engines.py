@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from turret.engine import LoadedAdapter, Named, Options, Stats
+from turret.engine.constraint import Constraint
 from turret.errors import BadRequest, NotFound, ServeRefused, TurretError
 from turret.reference import Reference, parts_of
 from turret.server.engine_protocol import EngineProtocol, Input, TicketProtocol
@@ -171,6 +172,14 @@ class SeenEngines:
         base, reference = (bare, None) if bare is not None else (self._adapters_base(model), self._within(model))
         tenant = self.access.tenant
         return base.engine.submit(kind, text, reference, options, priority=priority, deadline=deadline, tenant=tenant)
+
+    def compile(self, model: str, constraint: Constraint) -> None:
+        """Compile a constraint for the base of a model. May take seconds. Raises as `submit`, and DataError."""
+        (self.bare(model) or self._adapters_base(model)).engine.compile(constraint)
+
+    def is_compiled(self, constraint: Constraint) -> bool:
+        """Whether every base of the server has compiled a constraint."""
+        return all(each.engine.is_compiled(constraint) for each in self._engines.bases)
 
     # --- adapters in memory -------------------------------------------------------------------------------------------
 

@@ -80,6 +80,23 @@ def constraint_of(body: Generation) -> Constraint | None:
     return found[0] if found else None
 
 
+async def options_of(
+    state: ServerState,
+    body: Generation,
+    max_tokens: int | None,
+    choices: int,
+    *,
+    times: int | None = None,
+    constraint: Constraint | None = None,
+    **more: bool | int | None,
+) -> Sequence[Options]:
+    """`generation_options`, on a thread if the request has a constraint, which may be long."""
+    forms = (body.response_format, body.structured_outputs, body.guided_json, body.guided_regex, body.guided_choice)
+    if constraint is None and any(each is not None for each in forms):
+        constraint = await state.parsing(constraint_of, body)
+    return generation_options(state, body, max_tokens, choices, times=times, constraint=constraint, **more)
+
+
 def generation_options(
     state: ServerState,
     body: Generation,
@@ -94,14 +111,14 @@ def generation_options(
 
     Args:
         times: Choices of each prompt; `n` if None.
-        constraint: Used instead of the one in the request.
+        constraint: What the answer must look like; `options_of` reads it from the request.
         more: Options that the route sets.
     """
     times = times or body.n or 1
     keys = ("temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {key: getattr(body, key) for key in (*keys, "num_beams", "truncate_prompt_tokens")}
     given |= {"max_tokens": max_tokens, "stop": body.stops(), "logprobs": body.logprob_count()}
-    given |= {"constraint": constraint or constraint_of(body), "cut": body.truncate_prompt_tokens is not None}
+    given |= {"constraint": constraint, "cut": body.truncate_prompt_tokens is not None}
     if body.logit_bias:
         given["logit_bias"] = tuple((int(token), bias) for token, bias in body.logit_bias.items() if bias)
     given = {key: value for key, value in (given | more).items() if value is not None}

@@ -14,7 +14,7 @@ from turret.server import response_schemas as schemas
 from turret.server.chat import ToolCalls, prompt
 from turret.server.chat_schemas import ChatRequest
 from turret.server.completions import EVENTS
-from turret.server.generation import generation_options, stream_events
+from turret.server.generation import options_of, stream_events
 from turret.server.response_output import ResponseOutput
 from turret.server.routes import State, Unit, router
 
@@ -30,8 +30,8 @@ async def respond(
     called = chat.tools and chat.tool_choice != "none"
     tools = await state.parsing(ToolCalls, state, chat) if called else None
     prompts = [await state.parsing(prompt, state, chat)]
-    own = None if tools is None else tools.constraint
-    options = generation_options(state, chat, chat.max_tokens, 1, constraint=own)
+    own = None if tools is None else await state.parsing(tools.constraint)
+    options = await options_of(state, chat, chat.max_tokens, 1, constraint=own)
     output = ResponseOutput(state, body, tools)
     if body.stream:
         return await stream_events(state, request, body.model, prompts, options, unit or body.user, output.events)

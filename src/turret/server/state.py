@@ -100,6 +100,7 @@ class ServerState:
         self._open_tenants()
         self._submitting = ThreadPool("ask", 8, 2 * limits.in_flight, "questions are being submitted", 1)
         self.parsing = ThreadPool("read", 1, limits.in_flight, "large bodies are being parsed", 1)
+        self.compiling = ThreadPool("compile", 1, limits.in_flight, "constraints are being compiled", 1)
         self.control = ThreadPool("control", 4, limits.control_waiting, "control requests are waiting", 1)
         # Promotes that ask golden examples may take minutes.
         self.promoting = ThreadPool("aside", 1, MOST_PROMOTES, "promotes are asking golden examples", 10)
@@ -216,6 +217,7 @@ class ServerState:
 
         seconds = self.limits.answer_seconds + 1  # the engine's own deadline comes first
         try:
+            await self._compile(model, options)
             submission = await submit()
         except NotFound as error:
             raise await self.control(self.missing_model, model, error) from None
@@ -228,6 +230,12 @@ class ServerState:
             pending.close()
             raise
         return pending
+
+    async def _compile(self, model: str, options: Sequence[Options] | None) -> None:
+        """Compile a request's constraint, the same for all its inputs, where no request without one waits for it."""
+        constraint = options[0].constraint if options else None
+        if constraint is not None and not self.engines.is_compiled(constraint):
+            await self.compiling(self.engines.compile, model, constraint)
 
     def finish(self, request: Request, kind: RequestKind, pending: PendingAnswers) -> None:
         """Cancel what is unfinished, and count what was answered."""
@@ -411,7 +419,7 @@ class ServerState:
                 self.log.write("usage", "error", error=type(error).__name__, message=message)
         if self.spans is not None:
             self.spans.shutdown()
-        for pool in (self._submitting, self.parsing, self.control, self.promoting, self.recording):
+        for pool in (self._submitting, self.parsing, self.compiling, self.control, self.promoting, self.recording):
             pool.close()
 
     # --- metrics ------------------------------------------------------------------------------------------------------
